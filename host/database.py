@@ -1,0 +1,172 @@
+"""The one SQLite file that is the only durable truth, written by one thread.
+
+Writes that wait at the same moment share one commit; each runs in a savepoint of its own, so that one that fails takes
+nothing of the others with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from host.errors import PodkeelError, WrongStateError
+
+T = TypeVar("T")
+
+_GROUP = 64
+
+
+@dataclass(slots=True)
+class _Write:
+    work: Callable[[sqlite3.Connection], Any]
+    future: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop
+    value: Any = None
+    error: BaseException | None = None
+
+
+class Database:
+    """Opens the file, brings every room's tables up to date, and carries out reads and writes.
+
+    ``schemas`` maps a room's name to its migrations, oldest first; each is a script run once. A file that knows more
+    migrations than this program raises WrongStateError: it belongs to a newer version.
+    """
+
+    def __init__(self, path: Path, schemas: Mapping[str, Sequence[str]]) -> None:
+        self.path = path
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._connection.executescript(
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA foreign_keys=ON; PRAGMA busy_timeout=5000;"
+        )
+        try:
+            _migrate(self._connection, schemas, path)
+        except BaseException:
+            self._connection.close()
+            raise
+        self.commits = 0
+        self._thread = threading.Thread(target=self._serve, name="database", daemon=True)
+        self._thread.start()
+
+    async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run ``work`` on the writer thread; returns its result once it is committed.
+
+        A caller that is cancelled still waits for the commit (well under a millisecond), so that what follows knows
+        where it stands. Raises what ``work`` raises, and PodkeelError when the disk refuses the commit.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._queue.put(_Write(work, future, loop))
+        cancelled = False
+        while not future.done():
+            try:
+                await asyncio.shield(future)
+            except asyncio.CancelledError:
+                cancelled = True
+            except BaseException:
+                break
+        if cancelled:
+            future.exception()
+            raise asyncio.CancelledError
+        return future.result()
+
+    async def execute(self, statement: str, parameters: Sequence[object] = ()) -> None:
+        """Write one statement."""
+        await self.write(lambda connection: connection.execute(statement, parameters) and None)
+
+    def read(self, statement: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """All rows of a query, on a connection of its own; for start-up and checks, never inside a call."""
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
+            return connection.execute(statement, parameters).fetchall()
+
+    def close(self) -> None:
+        """Finish the writes that wait, then close the file."""
+        self._queue.put(None)
+        self._thread.join()
+        self._connection.close()
+
+    def _serve(self) -> None:
+        while True:
+            first = self._queue.get()
+            if first is None:
+                return
+            group = [first]
+            last = False
+            while len(group) < _GROUP:
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if item is None:
+                    last = True
+                    break
+                group.append(item)
+            self._commit(group)
+            if last:
+                return
+
+    def _commit(self, group: list[_Write]) -> None:
+        connection = self._connection
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            for write in group:
+                connection.execute("SAVEPOINT one")
+                try:
+                    write.value = write.work(connection)
+                except BaseException as error:
+                    write.error = error
+                    if not connection.in_transaction:  # a full disk ends the whole transaction
+                        raise
+                    connection.execute("ROLLBACK TO one")
+                connection.execute("RELEASE one")
+            connection.execute("COMMIT")
+            self.commits += 1
+        except sqlite3.Error as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            for write in group:
+                write.error = write.error or error
+        loops: dict[asyncio.AbstractEventLoop, list[_Write]] = {}
+        for write in group:
+            if isinstance(write.error, sqlite3.OperationalError):
+                failed = PodkeelError(f"store {self.path} could not be written: {write.error}")
+                failed.__cause__ = write.error
+                write.error = failed
+            loops.setdefault(write.loop, []).append(write)
+        for loop, writes in loops.items():
+            with contextlib.suppress(RuntimeError):  # the loop ended while we wrote: nobody waits any more
+                loop.call_soon_threadsafe(_settle, writes)
+
+
+def _settle(writes: list[_Write]) -> None:
+    for write in writes:
+        if write.future.done():
+            continue
+        if write.error is not None:
+            write.future.set_exception(write.error)
+        else:
+            write.future.set_result(write.value)
+
+
+def _migrate(connection: sqlite3.Connection, schemas: Mapping[str, Sequence[str]], path: Path) -> None:
+    connection.execute("CREATE TABLE IF NOT EXISTS schema_versions (room TEXT PRIMARY KEY, version INTEGER NOT NULL)")
+    known: dict[str, int] = dict(connection.execute("SELECT room, version FROM schema_versions").fetchall())
+    for room, version in known.items():
+        newest = len(schemas.get(room, ()))
+        if version > newest:
+            raise WrongStateError(
+                f"data folder {path.parent} was written by a newer Podkeel ({room} tables are at version {version}, "
+                f"this one knows {newest}): start that version, or use another data folder"
+            )
+    for room, migrations in schemas.items():
+        for number, script in enumerate(migrations[known.get(room, 0) :], start=known.get(room, 0) + 1):
+            connection.executescript(
+                f"BEGIN; {script}; INSERT OR REPLACE INTO schema_versions VALUES ('{room}', {number}); COMMIT;"
+            )

@@ -1,0 +1,68 @@
+"""The system calls Python has no function for. Each releases the GIL and raises ``OSError`` naming its object."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+CLONE_FS = 0x00000200
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
+_libc.unshare.argtypes = (ctypes.c_int,)
+_libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_libc.sethostname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _check(result: int, *names: object) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), *names)
+    return result
+
+
+def mount(source: str, target: str, filesystem: str, flags: int, data: str) -> None:
+    """mount(2)."""
+    _check(_libc.mount(source.encode(), target.encode(), filesystem.encode(), flags, data.encode()), target)
+
+
+def umount(target: str, flags: int) -> None:
+    """umount2(2)."""
+    _check(_libc.umount2(target.encode(), flags), target)
+
+
+def setns(descriptor: int, kind: int) -> None:
+    """Move the calling thread into the namespace of ``descriptor`` (setns(2))."""
+    _check(_libc.setns(descriptor, kind), f"namespace descriptor {descriptor}")
+
+
+def unshare(flags: int) -> None:
+    """Give the calling thread namespaces of its own (unshare(2))."""
+    _check(_libc.unshare(flags), f"flags {flags:#x}")
+
+
+def sethostname(name: str) -> None:
+    """Set the host name in the calling thread's UTS namespace."""
+    encoded = name.encode()
+    _check(_libc.sethostname(encoded, len(encoded)), name)
+
+
+def set_child_subreaper() -> None:
+    """Make this process the parent of its orphaned descendants (prctl PR_SET_CHILD_SUBREAPER)."""
+    _check(_libc.prctl(36, 1, 0, 0, 0), "child subreaper")
+
+
+def syscall(number: int, *arguments: Any) -> int:
+    """Any system call by number (syscall(2))."""
+    return _check(_libc.syscall(ctypes.c_long(number), *arguments), f"system call {number}")

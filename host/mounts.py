@@ -1,0 +1,122 @@
+"""Mounting, unmounting and reading the mount table."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from host import libc
+
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MS_SHARED = 1 << 20
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class MountEntry:
+    """One line of mountinfo (proc(5)): where, what, and its propagation fields."""
+
+    mount_id: int
+    parent_id: int
+    root: str
+    target: str
+    options: frozenset[str]
+    propagation: tuple[str, ...]
+    filesystem: str
+    source: str
+    super_options: str
+
+    @property
+    def shared(self) -> bool:
+        """Whether mounts made below it propagate to its peers."""
+        return any(field.startswith("shared:") for field in self.propagation)
+
+    @property
+    def slave(self) -> bool:
+        """Whether it receives mounts from a master."""
+        return any(field.startswith("master:") for field in self.propagation)
+
+
+def mount_table(path: str = "/proc/self/mountinfo") -> Iterator[MountEntry]:
+    """Every mount of this process's mount namespace, in the kernel's order."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            fields = line.split()
+            dash = fields.index("-", 6)
+            yield MountEntry(
+                int(fields[0]),
+                int(fields[1]),
+                _unescape(fields[3]),
+                _unescape(fields[4]),
+                frozenset(fields[5].split(",")),
+                tuple(fields[6:dash]),
+                fields[dash + 1],
+                _unescape(fields[dash + 2]),
+                fields[dash + 3] if len(fields) > dash + 3 else "",
+            )
+
+
+def mounts_below(folder: str | Path) -> list[str]:
+    """Targets of the mounts at or below ``folder``, deepest and newest first, ready to be unmounted in order."""
+    prefix = str(folder).rstrip("/")
+    return [e.target for e in mount_table() if e.target == prefix or e.target.startswith(prefix + "/")][::-1]
+
+
+def mount_holding(path: str) -> MountEntry:
+    """The mount that ``path`` (already free of symbolic links) lives on."""
+    best: MountEntry | None = None
+    for entry in mount_table():
+        target = entry.target.rstrip("/")
+        inside = path == entry.target or path.startswith(target + "/")
+        if inside and (best is None or len(target) >= len(best.target.rstrip("/"))):
+            best = entry
+    if best is None:
+        raise FileNotFoundError(errno.ENOENT, "no mount holds it", path)
+    return best
+
+
+def bind(source: str | Path, target: str | Path, *, recursive: bool = False) -> None:
+    """Bind ``source`` onto the existing ``target``."""
+    libc.mount(str(source), str(target), "", MS_BIND | (MS_REC if recursive else 0), "")
+
+
+def unmount(target: str | Path, *, lazy: bool = False) -> bool:
+    """Unmount ``target``; False if nothing is mounted there or it does not exist. A busy mount is detached lazily."""
+    flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)
+    try:
+        libc.umount(str(target), flags)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT):
+            return False
+        if error.errno == errno.EBUSY and not lazy:
+            return unmount(target, lazy=True)
+        raise
+    return True
+
+
+def is_mount_point(path: str | Path) -> bool:
+    """Whether a file system begins at ``path`` (works for bind mounts of files and namespaces too)."""
+    try:
+        wanted = os.path.realpath(path)
+    except OSError:
+        return False
+    return any(entry.target == wanted for entry in mount_table())
+
+
+def _unescape(field: str) -> str:
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), field) if "\\" in field else field

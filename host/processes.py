@@ -1,0 +1,219 @@
+"""Spawning external commands (vfork-style, posix_spawn) and noticing exits through pidfds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from host.errors import CommandError, DeadlineError, NotFoundError
+
+OUTPUT_LIMIT = 16 * 1024 * 1024
+_CHUNK = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """How a command ended: ``status`` is its exit status, or minus the signal that killed it."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+
+def spawn(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    descriptors: Mapping[int, int] | None = None,
+) -> int:
+    """Start ``command`` in a process group of its own and return its pid.
+
+    ``descriptors`` maps the child's descriptor numbers to ours; of 0, 1 and 2 those not mapped are /dev/null, everything
+    else is closed in the child. Raises NotFoundError when the program is missing, OSError otherwise.
+    """
+    mapping = dict(descriptors or {})
+    actions: list[tuple[int, int, int] | tuple[int, int, str, int, int]] = []
+    # Numbers the child wants may be numbers of ours that are still to be copied: all go through high copies first.
+    lifted = {child: _lift(ours) for child, ours in mapping.items()}
+    try:
+        for child in (0, 1, 2):
+            if child not in lifted:
+                actions.append((os.POSIX_SPAWN_OPEN, child, "/dev/null", os.O_RDWR, 0))
+        actions += [(os.POSIX_SPAWN_DUP2, ours, child) for child, ours in lifted.items()]
+        return os.posix_spawnp(
+            command[0],
+            list(command),
+            dict(environment) if environment is not None else os.environ,
+            file_actions=actions,
+            setpgroup=0,
+            setsigmask=(),
+            setsigdef=(signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+        )
+    except FileNotFoundError as error:
+        raise NotFoundError(f"program {command[0]!r} is not installed or not on the PATH") from error
+    finally:
+        for ours in lifted.values():
+            os.close(ours)
+
+
+def _lift(descriptor: int) -> int:
+    import fcntl
+
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 200)
+
+
+def watch_exit(pidfd: int, callback: Callable[[], None]) -> None:
+    """Call ``callback`` once on the running loop when the process of ``pidfd`` has ended; the descriptor stays open."""
+    loop = asyncio.get_running_loop()
+
+    def ended() -> None:
+        loop.remove_reader(pidfd)
+        callback()
+
+    loop.add_reader(pidfd, ended)
+
+
+def reap(pidfd: int) -> int | None:
+    """Collect an ended child's status (minus the signal, if one killed it); None if it is not our child or still runs."""
+    try:
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return None
+    if result is None:
+        return None
+    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+
+def start_time(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot; with the pid it names a process for good. None if gone or dead."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def open_process(pid: int, started: int | None) -> int | None:
+    """A pidfd for the live process with that pid and start time (any, if None); None if it is gone, dead or another one."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    current = start_time(pid)
+    if current is None or (started is not None and current != started):
+        os.close(pidfd)
+        return None
+    return pidfd
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL to the process group led by ``pid``."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+class _Collector:
+    """Gathers a pipe's bytes up to a limit; what comes after is read and dropped so that the writer never blocks."""
+
+    def __init__(self, limit: int) -> None:
+        self.data = bytearray()
+        self._limit = limit
+        self._loop = asyncio.get_running_loop()
+        self.read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self.read_end, False)
+        self._loop.add_reader(self.read_end, self._ready)
+
+    def _ready(self) -> None:
+        if not self.pull():
+            self._loop.remove_reader(self.read_end)
+
+    def pull(self) -> bool:
+        """Read once; False at the end of the stream or when it is empty for now."""
+        try:
+            chunk = os.read(self.read_end, _CHUNK)
+        except BlockingIOError:
+            return True
+        self.data += chunk[: self._limit - len(self.data)]
+        return bool(chunk)
+
+    def drain(self) -> None:
+        """Read what is there, without waiting for more."""
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self.read_end, _CHUNK):
+                self.data += chunk[: self._limit - len(self.data)]
+
+    def close(self) -> None:
+        self._loop.remove_reader(self.read_end)
+        os.close(self.read_end)
+
+
+async def run(
+    command: Sequence[str],
+    *,
+    stdin: bytes = b"",
+    environment: Mapping[str, str] | None = None,
+    descriptors: Mapping[int, int] | None = None,
+    timeout: float | None = None,
+    check: bool = True,
+    limit: int = OUTPUT_LIMIT,
+    on_start: Callable[[int], None] | None = None,
+) -> Completed:
+    """Run ``command`` to its end and return its status and output (each stream cut at ``limit`` bytes).
+
+    ``descriptors`` are passed on in addition to the standard ones. Output that its own children write after it ended is
+    not waited for. Past ``timeout`` seconds, or when the caller is cancelled, its whole process group is killed and
+    reaped. ``on_start`` gets the pid right after the start.
+
+    Raises:
+        CommandError: it failed and ``check`` is set.
+        DeadlineError: it took longer than ``timeout``.
+    """
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+    with contextlib.ExitStack() as stack:
+        stdout = _Collector(limit)
+        stack.callback(stdout.close)
+        stderr = _Collector(limit)
+        stack.callback(stderr.close)
+        with contextlib.ExitStack() as child_ends:
+            child_ends.callback(os.close, stdout.write_end)
+            child_ends.callback(os.close, stderr.write_end)
+            mapping = {**(descriptors or {}), 1: stdout.write_end, 2: stderr.write_end}
+            if stdin:
+                mapping[0] = _memory_file(stdin)
+                child_ends.callback(os.close, mapping[0])
+            pid = spawn(command, environment=environment, descriptors=mapping)
+        pidfd = os.pidfd_open(pid)
+        stack.callback(os.close, pidfd)
+        watch_exit(pidfd, lambda: ended.done() or ended.set_result(None))
+        stack.callback(loop.remove_reader, pidfd)
+        try:
+            if on_start is not None:
+                on_start(pid)
+            async with asyncio.timeout(timeout):
+                await ended
+        except BaseException as error:
+            kill_group(pid)
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            if isinstance(error, TimeoutError):
+                raise DeadlineError(f"{command[0]} did not finish within {timeout:g} s") from error
+            raise
+        status = reap(pidfd)
+        stdout.drain()
+        stderr.drain()
+    completed = Completed(status if status is not None else 255, bytes(stdout.data), bytes(stderr.data))
+    if check and completed.status != 0:
+        raise CommandError(command, completed.status, (completed.stderr or completed.stdout).decode(errors="replace"))
+    return completed
+
+
+def _memory_file(content: bytes) -> int:
+    descriptor = os.memfd_create("stdin")
+    os.write(descriptor, content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor

@@ -1,0 +1,78 @@
+"""Named stages of an operation: their start and duration are kept, and a test may plant a fault at each of them.
+
+Faults come from the environment variable ``PODKEEL_FAULTS``, for tests only: a comma-separated list of
+``Operation.stage:when:action`` where *when* is ``before`` or ``after`` and *action* is ``kill`` (SIGKILL to this
+process), ``error`` (an internal error) or ``hang`` (wait until cancelled). Unset, a stage costs two clock readings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from host.errors import PodkeelError
+
+
+@dataclass(slots=True)
+class Stage:
+    """One stage: ``started`` in nanoseconds since the epoch; ``seconds`` is None while it runs."""
+
+    name: str
+    started: int
+    seconds: float | None = None
+    failed: bool = False
+
+
+@dataclass(slots=True)
+class Operation:
+    """One run of a named operation (``RunPodSandbox``…) on one object, with the stages it went through."""
+
+    name: str
+    started: int = field(default_factory=time.time_ns)
+    stages: list[Stage] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def stage(self, name: str) -> AsyncIterator[None]:
+        """Run the block as stage ``name``."""
+        stage = Stage(name, time.time_ns())
+        self.stages.append(stage)
+        begin = time.perf_counter()
+        try:
+            if _faults:
+                await _fault(f"{self.name}.{name}:before")
+            yield
+            if _faults:
+                await _fault(f"{self.name}.{name}:after")
+        except BaseException:
+            stage.failed = True
+            raise
+        finally:
+            stage.seconds = time.perf_counter() - begin
+
+
+def _parse_faults(text: str) -> dict[str, str]:
+    faults: dict[str, str] = {}
+    for item in filter(None, text.split(",")):
+        point, _, action = item.strip().rpartition(":")
+        if action not in ("kill", "error", "hang") or not point.endswith((":before", ":after")):
+            raise PodkeelError(f"PODKEEL_FAULTS: {item!r} is not Operation.stage:before|after:kill|error|hang")
+        faults[point] = action
+    return faults
+
+
+async def _fault(point: str) -> None:
+    match _faults.get(point):
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "error":
+            raise PodkeelError(f"fault planted at {point}")
+        case "hang":
+            await asyncio.Event().wait()
+
+
+_faults = _parse_faults(os.environ.get("PODKEEL_FAULTS", ""))

@@ -1,0 +1,1 @@
+"""The protocols Podkeel speaks, with the stubs generated from them."""

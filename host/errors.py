@@ -55,7 +55,7 @@ class UnavailableError(PodkeelError):
 
 
 class KubeletReasonError(PodkeelError):
-    """An error whose message begins with a reason that kubelet matches (``RegistryUnavailable``, ``RROUnsupported``…)."""
+    """An error whose message begins with a reason that kubelet matches, such as ``RegistryUnavailable``."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(f"{reason}: {message}")

@@ -32,8 +32,8 @@ def spawn(
 ) -> int:
     """Start ``command`` in a process group of its own and return its pid.
 
-    ``descriptors`` maps the child's descriptor numbers to ours; of 0, 1 and 2 those not mapped are /dev/null, everything
-    else is closed in the child. Raises NotFoundError when the program is missing, OSError otherwise.
+    ``descriptors`` maps the child's descriptor numbers to ours; of 0, 1 and 2 those not mapped are /dev/null;
+    everything else is closed in the child. Raises NotFoundError when the program is missing, OSError otherwise.
     """
     mapping = dict(descriptors or {})
     actions: list[tuple[int, int, int] | tuple[int, int, str, int, int]] = []
@@ -78,7 +78,7 @@ def watch_exit(pidfd: int, callback: Callable[[], None]) -> None:
 
 
 def reap(pidfd: int) -> int | None:
-    """Collect an ended child's status (minus the signal, if one killed it); None if it is not our child or still runs."""
+    """Collect an ended child's status (minus the signal, if one killed it); None if it runs or is not our child."""
     try:
         result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
     except ChildProcessError:
@@ -89,7 +89,7 @@ def reap(pidfd: int) -> int | None:
 
 
 def start_time(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot; with the pid it names a process for good. None if gone or dead."""
+    """Start time in clock ticks since boot, which with the pid names a process for good; None if gone or dead."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             fields = stat.read().rpartition(b")")[2].split()
@@ -99,7 +99,7 @@ def start_time(pid: int) -> int | None:
 
 
 def open_process(pid: int, started: int | None) -> int | None:
-    """A pidfd for the live process with that pid and start time (any, if None); None if it is gone, dead or another one."""
+    """A pidfd for the live process of that pid and start time (any, if None); None if it is gone or another one."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -174,7 +174,7 @@ async def run(
         DeadlineError: it took longer than ``timeout``.
     """
     loop = asyncio.get_running_loop()
-    ended = loop.create_future()
+    ended: asyncio.Future[None] = loop.create_future()
     with contextlib.ExitStack() as stack:
         stdout = _Collector(limit)
         stack.callback(stdout.close)
@@ -190,7 +190,7 @@ async def run(
             pid = spawn(command, environment=environment, descriptors=mapping)
         pidfd = os.pidfd_open(pid)
         stack.callback(os.close, pidfd)
-        watch_exit(pidfd, lambda: ended.done() or ended.set_result(None))
+        watch_exit(pidfd, lambda: None if ended.done() else ended.set_result(None))
         stack.callback(loop.remove_reader, pidfd)
         try:
             if on_start is not None:
@@ -199,7 +199,7 @@ async def run(
                 await ended
         except BaseException as error:
             kill_group(pid)
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            _wait_for_killed(pidfd)
             if isinstance(error, TimeoutError):
                 raise DeadlineError(f"{command[0]} did not finish within {timeout:g} s") from error
             raise
@@ -210,6 +210,10 @@ async def run(
     if check and completed.status != 0:
         raise CommandError(command, completed.status, (completed.stderr or completed.stdout).decode(errors="replace"))
     return completed
+
+
+def _wait_for_killed(pidfd: int) -> None:
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # it was sent SIGKILL, so this takes no time
 
 
 def _memory_file(content: bytes) -> int:

@@ -1,0 +1,133 @@
+"""Where everything of an agent lies: the run folder, gone at reboot, and the data folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.options import RuntimeOptions
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxFolder:
+    """A sandbox's folder in the run folder."""
+
+    path: Path
+
+    @property
+    def namespaces(self) -> Path:
+        """Folder of the pinned namespaces."""
+        return self.path / "ns"
+
+    def pin(self, kind: str) -> Path:
+        """Where the namespace of ``kind`` (net, ipc, uts, pid, user) is pinned."""
+        return self.path / "ns" / kind
+
+    @property
+    def shm(self) -> Path:
+        """The pod's /dev/shm."""
+        return self.path / "shm"
+
+    @property
+    def resolv_conf(self) -> Path:
+        """The pod's resolver configuration."""
+        return self.path / "resolv.conf"
+
+    @property
+    def hosts(self) -> Path:
+        """The hosts file for containers that bring none."""
+        return self.path / "hosts"
+
+    @property
+    def hostname(self) -> Path:
+        """The pod's /etc/hostname."""
+        return self.path / "hostname"
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerFolder:
+    """A container's bundle in the run folder."""
+
+    path: Path
+
+    @property
+    def rootfs(self) -> Path:
+        """Where the container's overlay is mounted."""
+        return self.path / "rootfs"
+
+    @property
+    def spec(self) -> Path:
+        """The OCI runtime's configuration."""
+        return self.path / "config.json"
+
+    @property
+    def monitor_log(self) -> Path:
+        """What conmon itself complains about."""
+        return self.path / "monitor.log"
+
+    @property
+    def control(self) -> Path:
+        """Conmon's control fifo."""
+        return self.path / "ctl"
+
+    @property
+    def attach_socket(self) -> Path:
+        """Conmon's attach socket."""
+        return self.path / "attach"
+
+    @property
+    def out_of_memory(self) -> Path:
+        """Made by conmon when the kernel killed a process of the container for its memory limit."""
+        return self.path / "oom"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The folders of one agent."""
+
+    data: Path
+    run: Path
+
+    @classmethod
+    def of(cls, options: RuntimeOptions) -> Layout:
+        """The folders that ``options`` name, absolute."""
+        return cls(Path(options.data_dir).absolute(), Path(options.run_dir).absolute())
+
+    @property
+    def database(self) -> Path:
+        """The store."""
+        return self.data / "podkeel.db"
+
+    @property
+    def sandboxes(self) -> Path:
+        """Folder of sandbox folders."""
+        return self.run / "sandboxes"
+
+    @property
+    def containers(self) -> Path:
+        """Folder of bundles."""
+        return self.run / "containers"
+
+    @property
+    def exits(self) -> Path:
+        """Where conmon writes exit codes, a file per container."""
+        return self.run / "exits"
+
+    def sandbox(self, sandbox_id: str) -> SandboxFolder:
+        """The folder of one sandbox."""
+        return SandboxFolder(self.sandboxes / sandbox_id)
+
+    def container(self, container_id: str) -> ContainerFolder:
+        """The bundle of one container."""
+        return ContainerFolder(self.containers / container_id)
+
+    def runtime_root(self, handler: str) -> Path:
+        """State folder of one OCI runtime."""
+        return self.run / "oci" / handler
+
+    def make(self) -> None:
+        """Make the fixed folders; existing ones are fine."""
+        self.data.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self.run.mkdir(mode=0o711, parents=True, exist_ok=True)
+        for folder in (self.sandboxes, self.containers, self.exits, self.run / "oci"):
+            folder.mkdir(mode=0o711, exist_ok=True)

@@ -1,0 +1,53 @@
+"""What can be configured of pods and containers."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class HandlerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One runtime handler, as a RuntimeClass names it.
+
+    ``path`` is the OCI runtime's program (looked up on the PATH if it has no slash); ``root`` the folder of its own
+    state (default: one per handler in the run folder); ``arguments`` are put before its subcommand.
+    """
+
+    path: str
+    root: str = ""
+    arguments: tuple[str, ...] = ()
+    privileged_without_host_devices: bool = False
+
+
+DEFAULT_HANDLERS = {"crun": HandlerOptions(path="crun"), "runc": HandlerOptions(path="runc")}
+
+DEFAULT_SYSCTLS = {
+    "net.ipv4.ping_group_range": "0 2147483647",
+    "net.ipv4.ip_unprivileged_port_start": "0",
+}
+
+
+class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Folders, runtime handlers, cgroups and defaults of pods and containers.
+
+    ``data_dir`` holds what survives a reboot, ``run_dir`` (best on a tmpfs) what does not. ``default_runtime`` names
+    the handler used where none is asked for; empty means the first that works on this host, in the order of
+    ``handlers``. ``cgroup_driver`` is ``auto`` (systemd where it runs as init), ``cgroupfs`` or ``systemd``;
+    ``cgroup_parent`` is where pods without a parent of their own go. ``pids_limit`` is the number of processes and
+    threads of a container, 0 for no limit. ``container_start_parallelism`` bounds OCI runtimes at work at one time, 0
+    for four per core. ``stop_timeout`` is the grace, in seconds, given to containers when a sandbox is stopped.
+    """
+
+    data_dir: str = "/var/lib/podkeel"
+    run_dir: str = "/run/podkeel"
+    default_runtime: str = ""
+    handlers: dict[str, HandlerOptions] = msgspec.field(default_factory=lambda: dict(DEFAULT_HANDLERS))
+    conmon_path: str = "conmon"
+    catatonit_path: str = "catatonit"
+    cgroup_driver: str = "auto"
+    cgroup_parent: str = "/podkeel"
+    pids_limit: int = 0
+    default_sysctls: dict[str, str] = msgspec.field(default_factory=lambda: dict(DEFAULT_SYSCTLS))
+    seccomp_profile: str = ""
+    container_start_parallelism: int = 0
+    stop_timeout: int = 10
+    shm_size: int = 64 * 1024 * 1024

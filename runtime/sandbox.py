@@ -1,0 +1,90 @@
+"""A pod sandbox: what was asked, what is known of it, and where it stands."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from dataclasses import dataclass, field
+
+import msgspec
+
+from host.stages import Operation
+from proto.runtime.v1 import cri_pb2
+
+
+class SandboxState(enum.StrEnum):
+    """``making`` and ``removing`` are not seen by clients: the next start undoes the one and finishes the other."""
+
+    MAKING = "making"
+    READY = "ready"
+    NOT_READY = "not_ready"
+    REMOVING = "removing"
+
+
+class ProcessName(msgspec.Struct, frozen=True):
+    """A process named for good: pid and start time in clock ticks since boot."""
+
+    pid: int
+    started: int
+
+
+class SandboxRecord(msgspec.Struct):
+    """What the store keeps of a sandbox beside its configuration; times in nanoseconds since the epoch.
+
+    ``torn_down`` says that network and namespaces were given back.
+    """
+
+    state: SandboxState
+    created_at: int
+    handler: str
+    boot_id: str
+    cgroup_parent: str = ""
+    owns_cgroup_parent: bool = False
+    addresses: tuple[str, ...] = ()
+    pid_holder: ProcessName | None = None
+    torn_down: bool = False
+    resources: bytes = b""
+    overhead: bytes = b""
+    timings: list[tuple[str, float]] = msgspec.field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Sandbox:
+    """A sandbox in memory; ``lock`` serialises what changes it."""
+
+    id: str
+    config: cri_pb2.PodSandboxConfig
+    record: SandboxRecord
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    operations: list[Operation] = field(default_factory=list)
+    list_item: bytes | None = None
+
+    @property
+    def identity(self) -> tuple[str, str, str, int]:
+        """Name, namespace, uid and attempt."""
+        metadata = self.config.metadata
+        return (metadata.name, metadata.namespace, metadata.uid, metadata.attempt)
+
+    @property
+    def title(self) -> str:
+        """How messages and logs name it."""
+        return f"sandbox {self.id[:13]} ({self.config.metadata.namespace}/{self.config.metadata.name})"
+
+    @property
+    def namespace_options(self) -> cri_pb2.NamespaceOption:
+        """Whose namespaces its containers use."""
+        return self.config.linux.security_context.namespace_options
+
+    @property
+    def host_network(self) -> bool:
+        """Whether it uses the node's network."""
+        return self.namespace_options.network == cri_pb2.NODE
+
+    @property
+    def visible(self) -> bool:
+        """Whether clients may see it."""
+        return self.record.state in (SandboxState.READY, SandboxState.NOT_READY)
+
+    def changed(self) -> None:
+        """Forget what was derived from the record."""
+        self.list_item = None

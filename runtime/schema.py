@@ -1,0 +1,22 @@
+"""Tables of sandboxes and containers. ``config`` is the CRI message as it was given, ``record`` what Podkeel knows."""
+
+from __future__ import annotations
+
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE sandboxes (
+        id TEXT PRIMARY KEY,
+        created_at INTEGER NOT NULL,
+        config BLOB NOT NULL,
+        record BLOB NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE containers (
+        id TEXT PRIMARY KEY,
+        sandbox_id TEXT NOT NULL REFERENCES sandboxes (id),
+        created_at INTEGER NOT NULL,
+        config BLOB NOT NULL,
+        record BLOB NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX containers_of_sandbox ON containers (sandbox_id);
+    """,
+)

@@ -1,0 +1,126 @@
+"""The command: measures a Podkeel started for the purpose, or the CRI server of ``--socket``, and a peer."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+from host import libc
+from tests.bench import image, phases, processes, report, servers
+from tests.bench.bare import BareRuntime
+from tests.bench.cgroups import own_cgroups
+from tests.bench.client import Client
+from tests.bench.goals import goals
+from tests.bench.samples import Samples
+from tests.bench.workload import SLEEP_COMMAND, Workload
+
+_IMAGE = "localhost/bench/busybox:1"
+
+
+def main() -> int:
+    """Run the phases that were asked for and report them; 1 if ``--strict`` and a goal was missed."""
+    options = _options()
+    if os.geteuid() != 0:
+        print("the benchmark makes containers without an agent, cgroups and mounts: run it as root", file=sys.stderr)
+        return 2
+    libc.set_child_subreaper()  # bare containers and the servers' monitors become ours when their parents end
+    facts = report.machine()
+    bare_samples = Samples()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="podkeel-bench-")))
+        cgroup_parent = f"/podkeel-bench-{os.getpid()}"
+        stack.enter_context(own_cgroups(cgroup_parent))
+        targets = [phases.Target(workload) for workload in _workloads(options, stack, folder, cgroup_parent)]
+        bare = None if options.no_bare else _bare(targets[0], options.runtime, stack, folder, cgroup_parent)
+        for target in targets:
+            target.workload.version(target.samples, 200)
+        phases.one_client(targets, bare, bare_samples, options.pods)
+        if options.parallel_pods:
+            phases.in_parallel(targets, options.parallel_pods, options.clients)
+        if options.containers:
+            for target in targets:
+                phases.many_containers(target, options.containers, options.running)
+    measured = [target.measured for target in targets]
+    results = goals(measured[0], bare_samples)
+    print(report.as_text(facts, measured, bare_samples, results))
+    if options.json is not None:
+        data = report.as_data(facts, _parameters(options), measured, bare_samples, results)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(data, indent=1) + "\n")
+    return 1 if options.strict and not all(goal.met for goal in results) else 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    add = parser.add_argument
+    add("--socket", metavar="unix:///PATH", help="a running CRI server; without it a Podkeel is started and removed")
+    add("--start", choices=["podkeel", "containerd"], default="podkeel", help="the server to start otherwise (podkeel)")
+    add("--image", metavar="REF", default=_IMAGE, help="an image with /bin/busybox that this server has")
+    add("--handler", metavar="NAME", default="", help="runtime handler of the pods (default: the server's)")
+    add("--runtime", default="crun", help="OCI runtime called bare, and used by the servers started here (crun)")
+    add("--peer", choices=["containerd"], default=os.environ.get("PEER") or None, help="measured beside it (or $PEER)")
+    add("--peer-runtime", metavar="RUNTIME", help="the peer's OCI runtime (default: the same)")
+    add("--pods", type=int, default=40, metavar="N", help="whole cycles by one client (40)")
+    add("--parallel-pods", type=int, default=90, metavar="N", help="whole cycles by many clients; 0: none (90)")
+    add("--clients", type=int, default=10, metavar="N", help="clients at once (10)")
+    add("--containers", type=int, default=300, metavar="N", help="containers for ListContainers; 0: none (300)")
+    add("--running", type=int, default=20, metavar="N", help="running containers for the monitors' memory (20)")
+    add("--no-bare", action="store_true", help="leave out the bare OCI runtime")
+    add("--json", type=Path, metavar="FILE", help="write everything there")
+    add("--strict", action="store_true", help="end with status 1 when a goal is missed")
+    return parser.parse_args()
+
+
+def _parameters(options: argparse.Namespace) -> dict[str, str | int | bool | None]:
+    return {name: value for name, value in vars(options).items() if name not in ("socket", "json")}
+
+
+def _workloads(
+    options: argparse.Namespace, stack: contextlib.ExitStack, folder: Path, cgroup_parent: str
+) -> list[Workload]:
+    """The servers, started where need be; each with a workload that the stack clears away."""
+    own_cidr, peer_cidr = (f"10.{second}.0.0/16" for second in random.sample(range(200, 208), 2))
+    archive = folder / "busybox.tar"
+    image.build_archive(archive, _IMAGE, SLEEP_COMMAND)
+    clients: list[tuple[str, Client, str, str]] = []
+    if options.socket:
+        client = Client(options.socket)
+        stack.callback(client.close)
+        clients.append(("server", client, options.image, options.handler))
+    elif options.start == "podkeel":
+        own = servers.podkeel(folder / "podkeel", options.runtime, own_cidr, _IMAGE, archive)
+        clients.append(("podkeel", stack.enter_context(own), _IMAGE, options.handler))
+    if options.peer or (options.start == "containerd" and not options.socket):
+        runtime = (options.peer_runtime if options.peer else None) or options.runtime
+        peer = servers.containerd(folder / "containerd", runtime, peer_cidr, archive)
+        clients.append(("containerd", stack.enter_context(peer), _IMAGE, ""))
+    workloads = []
+    for name, client, reference, handler in clients:
+        logs = folder / f"{name}-logs"
+        logs.mkdir()
+        workload = Workload(client, name, image=reference, handler=handler, cgroup_parent=cgroup_parent, logs=logs)
+        stack.callback(workload.close)
+        workloads.append(workload)
+    return workloads
+
+
+def _bare(
+    target: phases.Target, runtime: str, stack: contextlib.ExitStack, folder: Path, cgroup_parent: str
+) -> BareRuntime:
+    """A bare runtime that copies a container of ``target``, which runs until the stack ends."""
+    pod, config = stack.enter_context(target.workload.pod(Samples()))
+    container = target.workload.create(pod, config, Samples())
+    stack.callback(target.workload.remove, container, Samples())
+    target.workload.start(container, Samples())
+    init = processes.container_inits({container})[container]
+    return BareRuntime(runtime, processes.bundle_of(container, init), folder, cgroup_parent)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,63 @@
+"""What Podkeel promises on two quiet cores with crun, held against one run's numbers."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from tests.bench.samples import Samples
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Bytes: the server's resident set with idle and with many containers; monitors and helpers per running one."""
+
+    server_idle: int
+    server_loaded: int
+    monitor_per_container: float
+    helpers_per_container: float
+    containers: int
+
+
+class Measured(msgspec.Struct):
+    """Everything one run found out about one server."""
+
+    name: str
+    version: str
+    samples: Samples
+    pods_per_second: float = math.nan
+    list_count: int = 0
+    memory: Memory | None = None
+
+
+class Goal(msgspec.Struct, frozen=True):
+    """One promise: ``value`` (nan if not measured) against ``limit``."""
+
+    name: str
+    value: float
+    limit: float
+    unit: str
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether it is kept; a value that was not measured keeps nothing."""
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+def goals(measured: Measured, bare: Samples) -> list[Goal]:
+    """The list of promises with this run's values."""
+    p50 = measured.samples.p50
+    memory = measured.memory
+    return [
+        Goal("RunPodSandbox p50", p50("RunPodSandbox"), 12, "ms"),
+        Goal("Create+Start / bare create+start", p50("Create+Start") / bare.p50("create+start"), 1.8, "x"),
+        Goal("ExecSync / bare exec", p50("ExecSync") / bare.p50("exec"), 2.0, "x"),
+        Goal("Stop(0)+Remove / bare kill+delete", p50("Stop+Remove") / bare.p50("kill+delete"), 1.5, "x"),
+        Goal("Stop+RemovePodSandbox p50", p50("Stop+RemovePodSandbox"), 15, "ms"),
+        Goal("whole cycle of one pod p50", p50("cycle"), 75, "ms"),
+        Goal("pods per second, parallel", measured.pods_per_second, 20, "/s", at_least=True),
+        Goal(f"ListContainers of {measured.list_count} p50", p50("ListContainers"), 8, "ms"),
+        Goal("agent resident, loaded", memory.server_loaded / 2**20 if memory else math.nan, 90, "MiB"),
+        Goal("monitor per container", memory.monitor_per_container / 2**20 if memory else math.nan, 1, "MiB"),
+    ]

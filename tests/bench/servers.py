@@ -1,0 +1,177 @@
+"""The servers that the benchmark starts itself: a Podkeel of its own and Debian's containerd; both leave nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import grpc
+from google.protobuf.descriptor import FileDescriptor
+
+from host import libc, mounts
+from host import processes as host_processes
+from host.errors import PodkeelError
+from tests.bench import image
+from tests.bench.client import Client
+from tests.bench.processes import all_pids, arguments, terminate
+from tests.bench.workload import SLEEP_COMMAND
+
+START_SECONDS = 60.0
+_PAUSE = "localhost/bench/pause:1"
+
+_CONTAINERD_CONFIG = """\
+version = 2
+root = "{folder}/root"
+state = "{folder}/state"
+disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs"]
+[grpc]
+  address = "{folder}/state/containerd.sock"
+[ttrpc]
+  address = "{folder}/state/containerd.sock.ttrpc"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{folder}/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{pause}"
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+  netns_mounts_under_state_dir = true
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "{folder}/cni"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "overlayfs"
+    default_runtime_name = "bench"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.bench]
+      runtime_type = "io.containerd.runc.v2"
+      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.bench.options]
+        BinaryName = "{runtime}"
+        Root = "{folder}/state/oci"
+        SystemdCgroup = false
+"""
+
+
+@contextlib.contextmanager
+def podkeel(folder: Path, runtime: str, cidr: str, reference: str, archive: Path) -> Iterator[Client]:
+    """A Podkeel from this tree with the image imported; reset and removed after the block."""
+    from proto.podkeel.v1 import agent_pb2
+
+    program = Path(sys.executable).with_name("podkeel")
+    folder.mkdir()
+    (folder / "config.toml").write_text("")
+    with _tmpfs(folder / "run") as run:
+        flags = [
+            *("--config", str(folder / "config.toml"), "--data-dir", str(folder / "data"), "--run-dir", str(run)),
+            *("--socket", f"unix://{run}/podkeel.sock", "--bridge", f"pktbench{os.getpid() % 10000}"),
+            *("--pod-cidr", cidr, "--default-runtime", runtime),
+        ]
+        serve = [str(program), "serve", *flags, "--stream-address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"]
+        try:
+            with _server(serve, folder / "podkeel.log", f"unix://{run}/podkeel.sock", agent_pb2.DESCRIPTOR) as client:
+                client.call("ImportImage", agent_pb2.ImportImageRequest(path=str(archive), reference=reference))
+                yield client
+        finally:
+            subprocess.run([program, "reset", "--yes", *flags], check=True, stdout=subprocess.DEVNULL)
+
+
+@contextlib.contextmanager
+def containerd(folder: Path, runtime: str, cidr: str, archive: Path) -> Iterator[Client]:
+    """Debian's containerd with CNI's bridge plugin, everything of it below ``folder``; removed after the block."""
+    bridge = f"pktb{os.getpid() % 100000}"
+    runtime_path = shutil.which(runtime)
+    if runtime_path is None or shutil.which("containerd") is None:
+        raise FileNotFoundError(f"containerd and {runtime} must be on the PATH to be measured")
+    folder.mkdir()
+    (folder / "cni").mkdir()
+    (folder / "cni" / "10-bench.conflist").write_text(json.dumps(_bridge_configuration(bridge, cidr, folder)))
+    configuration = _CONTAINERD_CONFIG.format(folder=folder, pause=_PAUSE, runtime=runtime_path)
+    (folder / "config.toml").write_text(configuration)
+    image.build_archive(folder / "pause.tar", _PAUSE, SLEEP_COMMAND)
+    with _tmpfs(folder / "state") as state:
+        address = f"{state}/containerd.sock"
+        command = ["containerd", "--config", str(folder / "config.toml")]
+        try:
+            with _server(command, folder / "containerd.log", f"unix://{address}") as client:
+                for tar in (folder / "pause.tar", archive):
+                    ctr = ["ctr", "--address", address, "--namespace", "k8s.io", "images", "import", str(tar)]
+                    subprocess.run(ctr, check=True, stdout=subprocess.DEVNULL)
+                yield client
+        finally:
+            _end_shims(address)
+            subprocess.run(["ip", "link", "delete", bridge], check=False, stderr=subprocess.DEVNULL)
+            for target in mounts.mounts_below(folder / "root"):
+                mounts.unmount(target)
+
+
+def _bridge_configuration(bridge: str, cidr: str, folder: Path) -> dict[str, object]:
+    # Without masquerading and port mapping, which would cost this peer several iptables runs per pod.
+    ranges = [[{"subnet": cidr}]]
+    return {
+        "cniVersion": "1.0.0",
+        "name": "bench",
+        "plugins": [
+            {
+                "type": "bridge",
+                "bridge": bridge,
+                "isGateway": True,
+                "ipMasq": False,
+                "ipam": {
+                    "type": "host-local",
+                    "ranges": ranges,
+                    "routes": [{"dst": "0.0.0.0/0"}],
+                    "dataDir": str(folder / "addresses"),
+                },
+            }
+        ],
+    }
+
+
+@contextlib.contextmanager
+def _server(command: Sequence[str], log: Path, address: str, *descriptors: FileDescriptor) -> Iterator[Client]:
+    """Run a server until the block ends; raises PodkeelError with the end of its log when it does not come up."""
+    with open(log, "ab") as output:
+        pid = host_processes.spawn(command, descriptors={1: output.fileno(), 2: output.fileno()})
+    pidfd = os.pidfd_open(pid)
+    try:
+        client = Client(address, *descriptors)
+        try:
+            client.wait_ready(START_SECONDS)
+            yield client
+        except grpc.FutureTimeoutError as error:
+            ending = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            raise PodkeelError(
+                f"{command[0]} did not listen on {address} within {START_SECONDS:g} s:\n{ending}"
+            ) from error
+        finally:
+            client.close()
+    finally:
+        terminate(pidfd, 20.0)
+
+
+@contextlib.contextmanager
+def _tmpfs(folder: Path) -> Iterator[Path]:
+    # Run folders are on tmpfs on a real node; here every server gets one of its own.
+    folder.mkdir()
+    libc.mount("tmpfs", str(folder), "tmpfs", 0, "mode=0755")
+    try:
+        yield folder
+    finally:
+        for target in mounts.mounts_below(folder):
+            mounts.unmount(target)
+
+
+def _end_shims(address: str) -> None:
+    """Kill the shims of this containerd that outlived their pods, and what runs below them."""
+    for pid in list(all_pids()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            words = arguments(pid)
+            if words and words[0].endswith("containerd-shim-runc-v2") and address in words:
+                os.kill(pid, signal.SIGKILL)

@@ -95,7 +95,7 @@ def containerd(folder: Path, runtime: str, cidr: str, archive: Path) -> Iterator
     configuration = _CONTAINERD_CONFIG.format(folder=folder, pause=_PAUSE, runtime=runtime_path)
     (folder / "config.toml").write_text(configuration)
     image.build_archive(folder / "pause.tar", _PAUSE, SLEEP_COMMAND)
-    with _tmpfs(folder / "state") as state:
+    with _without_new(Path("/run/containerd"), Path("/var/lib/cni")), _tmpfs(folder / "state") as state:
         address = f"{state}/containerd.sock"
         command = ["containerd", "--config", str(folder / "config.toml")]
         try:
@@ -154,6 +154,17 @@ def _server(command: Sequence[str], log: Path, address: str, *descriptors: FileD
             client.close()
     finally:
         terminate(pidfd, 20.0)
+
+
+@contextlib.contextmanager
+def _without_new(*folders: Path) -> Iterator[None]:
+    """Remove those of ``folders`` that the block brought into being: places that containerd does not let us choose."""
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in new:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,176 @@
+"""The command line: every subcommand, its options and its help."""
+
+from __future__ import annotations
+
+import argparse
+
+_POD = "a pod by name, namespace/name, id or unique prefix of an id"
+_CONTAINER = "a container by name, id or unique prefix of an id"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; each subcommand sets ``handler`` to ``module:function``, which is imported when it is run."""
+    parser = argparse.ArgumentParser(
+        prog="podkeel",
+        description="A Kubernetes node agent: serves the Container Runtime Interface, and talks to an agent that does.",
+        epilog="`podkeel COMMAND --help` describes each command.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_agent_commands(commands)
+    _add_pod_commands(commands)
+    _add_container_commands(commands)
+    _add_image_commands(commands)
+    _add_node_commands(commands)
+    return parser
+
+
+class _Commands:
+    """Adds subcommands that share parent options."""
+
+    def __init__(self, commands: argparse._SubParsersAction[argparse.ArgumentParser], parent: argparse.ArgumentParser):
+        self._commands = commands
+        self._parent = parent
+
+    def add(self, name: str, handler: str, summary: str, details: str = "") -> argparse.ArgumentParser:
+        parser = self._commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}. {details}".strip(),
+            parents=[self._parent],
+        )
+        parser.set_defaults(handler=handler)
+        return parser
+
+
+def _configuration_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group(
+        "configuration", "Flags win over the file, and its conf.d/*.toml over it. docs/configuration.md has every key."
+    )
+    group.add_argument("--config", metavar="FILE", help="default: /etc/podkeel/config.toml, if there")
+    group.add_argument(
+        "--socket", metavar="URL", help="where the CRI is served (default: podkeel.sock in the run folder)"
+    )
+    group.add_argument("--data-dir", metavar="DIR", help="state, images, writable layers (default: /var/lib/podkeel)")
+    group.add_argument("--run-dir", metavar="DIR", help="sockets and mounts, on a tmpfs (default: /run/podkeel)")
+    group.add_argument(
+        "--pod-cidr", metavar="CIDR", action="append", help="range of pod addresses; repeat it, or separate by commas"
+    )
+    group.add_argument("--bridge", metavar="NAME", help="bridge of the built-in network")
+    group.add_argument("--registry-config-dir", metavar="DIR", help="configuration per registry, HOST/hosts.toml")
+    group.add_argument(
+        "--default-runtime", metavar="NAME", help="handler of pods that name none (default: first to work)"
+    )
+    group.add_argument("--stream-address", metavar="HOST:PORT", help="exec, attach and port-forward streams")
+    group.add_argument("--metrics-address", metavar="HOST:PORT", help="serve /metrics and /healthz there (default: no)")
+    group.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error (default: info)")
+    return parser
+
+
+def _client_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--socket", metavar="URL", help="the agent's socket (default: $PODKEEL_SOCKET, or as in the configuration)"
+    )
+    return parser
+
+
+def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    commands = _Commands(subparsers, _configuration_options())
+    commands.add("serve", "cli.serve:serve", "run the agent until SIGTERM or Ctrl-C", "Containers outlive it.")
+    parser = commands.add("config", "cli.config:config", "print every value in force and where it came from")
+    parser.add_argument("--format", choices=("toml", "json"), default="toml", help="output format (default: toml)")
+    parser = commands.add(
+        "check",
+        "cli.check:check",
+        "say what on this host works and what is missing, with the remedy",
+        "An agent that runs here is asked to compare its store with the kernel. Exits 1 if anything fails.",
+    )
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="output format (default: table)")
+    parser = commands.add(
+        "reset",
+        "cli.reset:reset",
+        "take down everything an agent of this configuration left on the host",
+        "Containers, mounts, namespaces, links, addresses and its folders. The agent must not be running.",
+    )
+    parser.add_argument("--yes", action="store_true", help="really do it")
+
+
+def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    commands = _Commands(subparsers, _client_options())
+    parser = commands.add(
+        "run", "cli.run:run", "run the pod of a Kubernetes manifest", "What it cannot honour is named."
+    )
+    parser.add_argument("file", metavar="FILE", help="YAML with one Pod; - reads standard input")
+    parser.add_argument("--quiet", "-q", action="store_true", help="print the pod's id only")
+    parser.add_argument("--runtime-handler", metavar="NAME", default=None, help="run it with this runtime handler")
+    parser.add_argument(
+        "--log-dir",
+        metavar="DIR",
+        default="/var/log/pods",
+        help="parent of the folder of its logs (default: /var/log/pods)",
+    )
+    parser = commands.add("rm", "cli.pods:remove", "stop and remove pods")
+    parser.add_argument("pods", metavar="POD", nargs="+", help=_POD)
+    parser = commands.add("pods", "cli.pods:list_pods", "list pods")
+    parser.add_argument("--quiet", "-q", action="store_true", help="full ids only")
+    parser = commands.add("stop", "cli.pods:stop", "stop containers, or pods with all that is in them")
+    parser.add_argument("objects", metavar="CONTAINER|POD", nargs="+", help="by name, id or unique prefix of an id")
+    parser.add_argument(
+        "--timeout", "-t", type=int, default=10, metavar="S", help="seconds before SIGKILL (default: 10)"
+    )
+    parser = commands.add("start", "cli.pods:start", "start containers that were created")
+    parser.add_argument("containers", metavar="CONTAINER", nargs="+", help=_CONTAINER)
+    parser = commands.add("inspect", "cli.pods:inspect", "print the full status of a pod, container or image as JSON")
+    parser.add_argument("object", metavar="ID", help="by name, id or unique prefix of an id")
+    parser = commands.add("explain", "cli.explain:explain", "show the stages a pod or container went through")
+    parser.add_argument("object", metavar="POD", help="a pod or container by name, id or unique prefix of an id")
+
+
+def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    commands = _Commands(subparsers, _client_options())
+    parser = commands.add("ps", "cli.pods:list_containers", "list running containers")
+    parser.add_argument("--all", "-a", action="store_true", help="also those that do not run")
+    parser.add_argument("--quiet", "-q", action="store_true", help="full ids only")
+    parser.add_argument("--pod", metavar="POD", help=f"only those of {_POD}")
+    parser = commands.add("logs", "cli.logs:logs", "print a container's log")
+    parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
+    parser.add_argument("--follow", "-f", action="store_true", help="go on until the container ends")
+    parser.add_argument("--tail", type=int, metavar="N", help="begin with the last N lines")
+    parser.add_argument("--timestamps", action="store_true", help="begin each line with its time")
+    parser = commands.add("exec", "cli.execute:execute", "run a command in a container and print its output")
+    parser.add_argument("--timeout", type=int, default=0, metavar="S", help="end it after S seconds (default: never)")
+    parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
+    parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command and its arguments")
+    parser = commands.add("stats", "cli.stats:stats", "show what containers use of CPU, memory and disk")
+    parser.add_argument("containers", metavar="CONTAINER", nargs="*", help=f"{_CONTAINER} (default: all that run)")
+
+
+def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    commands = _Commands(subparsers, _client_options())
+    parser = commands.add("images", "cli.images:list_images", "list images")
+    parser.add_argument("--quiet", "-q", action="store_true", help="ids only")
+    parser = commands.add("pull", "cli.images:pull", "pull an image from its registry")
+    parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
+    parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
+    image = subparsers.add_parser(
+        "image", help="import, list, remove and inspect images", description="Work with images."
+    )
+    below = _Commands(image.add_subparsers(title="commands", metavar="COMMAND", required=True), _client_options())
+    parser = below.add("import", "cli.images:import_archive", "import an OCI layout, OCI archive or docker archive")
+    parser.add_argument("path", metavar="PATH", help="a folder or tar file on the node")
+    parser.add_argument("--reference", metavar="REF", default="", help="name for images that carry none")
+    parser = below.add("ls", "cli.images:list_images", "list images")
+    parser.add_argument("--quiet", "-q", action="store_true", help="ids only")
+    parser = below.add("rm", "cli.images:remove", "remove images with all their names")
+    parser.add_argument("references", metavar="REF", nargs="+", help="tag, digest, id or unique prefix of an id")
+    parser = below.add("inspect", "cli.images:inspect", "print an image's status as JSON")
+    parser.add_argument("reference", metavar="REF", help="tag, digest, id or unique prefix of an id")
+
+
+def _add_node_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    commands = _Commands(subparsers, _client_options())
+    commands.add("version", "cli.node:version", "print the versions of this command and of the agent")
+    commands.add("info", "cli.node:info", "print the agent's status: conditions, runtime handlers, configuration")
+    parser = commands.add("events", "cli.node:events", "print what happens to pods and containers, as it happens")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="output format (default: text)")

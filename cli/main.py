@@ -1,0 +1,34 @@
+"""The entry point of the ``podkeel`` command."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from cli.arguments import build_parser
+from host.errors import PodkeelError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status. Errors are one line on standard error and status 1."""
+    options = build_parser().parse_args(arguments)
+    module, _, function = options.handler.partition(":")
+    try:
+        status = getattr(importlib.import_module(module), function)(options)
+        sys.stdout.flush()
+        return int(status or 0)
+    except PodkeelError as error:
+        print(f"podkeel: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left; Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""``podkeel reset``."""
+
+from __future__ import annotations
+
+import argparse
+
+from cli.config import load_for
+from host.errors import InvalidArgumentError
+
+
+def reset(options: argparse.Namespace) -> int:
+    """Take down what an agent of this configuration left on the host."""
+    loaded = load_for(options)
+    runtime = loaded.configuration.runtime
+    what = (
+        f"everything in {runtime.run_dir} and {runtime.data_dir}, and the containers, links and rules that belong to it"
+    )
+    if not options.yes:
+        raise InvalidArgumentError(f"this removes {what}; say --yes to do it")
+    from cri import server
+
+    server.reset(loaded.configuration)
+    print(f"removed {what}")
+    return 0

@@ -1,0 +1,1 @@
+"""What of this host an agent needs, what works and what is missing, for ``podkeel check``."""

@@ -30,7 +30,7 @@ def spawn(
     environment: Mapping[str, str] | None = None,
     descriptors: Mapping[int, int] | None = None,
 ) -> int:
-    """Start ``command`` in a process group of its own and return its pid.
+    """Start ``command`` in a session of its own and return its pid.
 
     ``descriptors`` maps the child's descriptor numbers to ours; of 0, 1 and 2 those not mapped are /dev/null;
     everything else is closed in the child. Raises NotFoundError when the program is missing, OSError otherwise.
@@ -49,7 +49,7 @@ def spawn(
             list(command),
             dict(environment) if environment is not None else os.environ,
             file_actions=actions,
-            setpgroup=0,
+            setsid=True,
             setsigmask=(),
             setsigdef=(signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
         )

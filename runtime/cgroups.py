@@ -1,0 +1,131 @@
+"""Where containers stand in the cgroup tree, and what is done to a whole cgroup. Limits are the OCI runtime's work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from host import mounts
+from host.errors import InvalidArgumentError
+
+_V1_NEEDED = ("memory", "pids", "cpu", "freezer", "devices")
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupTree:
+    """The host's cgroup hierarchies: version 2 as one mount, or version 1 as a mount per controller."""
+
+    version: int
+    driver: str
+    mounts: dict[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def of_host(cls, driver: str) -> CgroupTree:
+        """Read the mounts; ``driver`` is auto, cgroupfs or systemd."""
+        table = list(mounts.mount_table())
+        unified = [Path(entry.target) for entry in table if entry.filesystem == "cgroup2"]
+        legacy: dict[str, Path] = {}
+        for entry in table:
+            if entry.filesystem == "cgroup":
+                for option in entry.super_options.split(","):
+                    legacy.setdefault(option, Path(entry.target))
+        version = 1 if "memory" in legacy or not unified else 2
+        if driver == "auto":
+            driver = "systemd" if Path("/run/systemd/system").is_dir() and version == 2 else "cgroupfs"
+        elif driver not in ("cgroupfs", "systemd"):
+            raise InvalidArgumentError(f"cgroup driver {driver!r}: must be auto, cgroupfs or systemd")
+        if version == 2:
+            return cls(2, driver, {"unified": unified[0]})
+        return cls(1, driver, legacy)
+
+    def missing_controllers(self) -> list[str]:
+        """Controllers that containers need and this host lacks."""
+        if self.version == 2:
+            have = (self.mounts["unified"] / "cgroup.controllers").read_text().split()
+            return [name for name in ("memory", "pids", "cpu") if name not in have]
+        return [name for name in _V1_NEEDED if name not in self.mounts]
+
+    def validate_parent(self, parent: str) -> None:
+        """Raise InvalidArgumentError unless ``parent`` is of the form the driver takes."""
+        if self.driver == "systemd":
+            if not parent.endswith(".slice") or "/" in parent:
+                raise InvalidArgumentError(
+                    f"cgroup parent {parent!r}: the systemd driver takes a slice name such as kubepods-pod1.slice; "
+                    "make the client use the same cgroup driver (it is in RuntimeConfig)"
+                )
+        elif not parent.startswith("/") or ".." in parent.split("/"):
+            raise InvalidArgumentError(f"cgroup parent {parent!r}: the cgroupfs driver takes an absolute path")
+        elif parent.endswith(".slice") and parent.count("/") == 1:
+            raise InvalidArgumentError(
+                f"cgroup parent {parent!r} is a systemd slice but the driver is cgroupfs: make both the same"
+            )
+
+    def runtime_path(self, parent: str, container_id: str) -> str:
+        """``linux.cgroupsPath`` of the OCI spec."""
+        if self.driver == "systemd":
+            return f"{parent}:podkeel:{container_id}"
+        return f"{parent.rstrip('/')}/{container_id}"
+
+    def path(self, parent: str, container_id: str) -> str:
+        """The container's cgroup below each hierarchy's mount."""
+        if self.driver == "systemd":
+            return f"{slice_path(parent)}/podkeel-{container_id}.scope"
+        return f"{parent.rstrip('/')}/{container_id}"
+
+    def parent_path(self, parent: str) -> str:
+        """The pod's cgroup below each hierarchy's mount."""
+        return slice_path(parent) if self.driver == "systemd" else parent
+
+    def folders(self, path: str) -> list[Path]:
+        """The folders of cgroup ``path`` in every hierarchy."""
+        return [root / path.lstrip("/") for root in dict.fromkeys(self.mounts.values())]
+
+    def processes(self, path: str) -> list[int]:
+        """Pids in cgroup ``path``, not those of groups below it."""
+        root = self.mounts.get("unified") or self.mounts.get("pids") or self.mounts["memory"]
+        try:
+            return [int(pid) for pid in (root / path.lstrip("/") / "cgroup.procs").read_text().split()]
+        except OSError:
+            return []
+
+    def kill(self, path: str) -> int:
+        """SIGKILL to every process in cgroup ``path``; returns how many there were."""
+        if self.version == 2:
+            with contextlib.suppress(OSError):
+                (self.mounts["unified"] / path.lstrip("/") / "cgroup.kill").write_text("1")
+        pids = self.processes(path)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return len(pids)
+
+    def remove(self, path: str) -> None:
+        """Remove cgroup ``path`` and the empty ones below it, in every hierarchy; what is busy or gone stays so."""
+        for folder in self.folders(path):
+            if folder.is_dir():
+                for below, _, _ in os.walk(folder, topdown=False):
+                    with contextlib.suppress(OSError):
+                        Path(below).rmdir()
+
+    def exists(self, path: str) -> bool:
+        """Whether cgroup ``path`` exists in any hierarchy."""
+        return any(folder.is_dir() for folder in self.folders(path))
+
+    def out_of_memory_kills(self, path: str) -> int:
+        """Processes of cgroup ``path`` that the kernel killed for its memory limit."""
+        name = "memory.events" if self.version == 2 else "memory.oom_control"
+        root = self.mounts.get("unified") or self.mounts["memory"]
+        try:
+            text = (root / path.lstrip("/") / name).read_text()
+        except OSError:
+            return 0
+        return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
+
+
+def slice_path(name: str) -> str:
+    """The path of a systemd slice: ``a-b.slice`` lies in ``a.slice`` (systemd.slice(5))."""
+    parts = name.removesuffix(".slice").split("-")
+    return "".join(f"/{'-'.join(parts[: depth + 1])}.slice" for depth in range(len(parts)))

@@ -1,0 +1,68 @@
+"""The runtime handlers of the node, and which of them is the default."""
+
+from __future__ import annotations
+
+import logging
+
+from host.errors import InvalidArgumentError, NotFoundError, PodkeelError
+from runtime.cgroups import CgroupTree
+from runtime.layout import Layout
+from runtime.oci_runtime import OciRuntime
+from runtime.options import RuntimeOptions
+
+_log = logging.getLogger("podkeel.handlers")
+
+
+class Handlers:
+    """Every configured handler that works on this host."""
+
+    def __init__(self, options: RuntimeOptions, layout: Layout, cgroups: CgroupTree) -> None:
+        self._options = options
+        self._layout = layout
+        self._cgroups = cgroups
+        self._working: dict[str, OciRuntime] = {}
+        self.failures: dict[str, str] = {}
+        self.default: OciRuntime | None = None
+
+    async def probe(self) -> None:
+        """Try every handler. Raises PodkeelError if the default was named and does not work; with no working handler
+        the node goes on without (``default`` is None) and says so in its status."""
+        options = self._options
+        if options.default_runtime and options.default_runtime not in options.handlers:
+            raise InvalidArgumentError(
+                f"default_runtime {options.default_runtime!r} is not among the handlers: {', '.join(options.handlers)}"
+            )
+        for name, handler in options.handlers.items():
+            systemd = self._cgroups.driver == "systemd"
+            runtime = OciRuntime(name, handler, self._layout.runtime_root(name), systemd_cgroup=systemd)
+            parent = "system.slice" if systemd else options.cgroup_parent
+            try:
+                await runtime.probe(
+                    options.catatonit_path, self._cgroups.runtime_path(parent, "podkeel-probe"), self._layout.run
+                )
+            except PodkeelError as error:
+                self.failures[name] = error.message
+                if name == options.default_runtime:
+                    raise PodkeelError(f"runtime handler {name!r} does not work here: {error.message}") from error
+                _log.warning("runtime handler %s does not work here: %s", name, error.message)
+                continue
+            self._working[name] = runtime
+            _log.info("runtime handler %s works: %s", name, runtime.features.version)
+        named = options.default_runtime
+        self.default = self._working[named] if named else next(iter(self._working.values()), None)
+
+    def get(self, name: str) -> OciRuntime:
+        """The handler of that name; the default for an empty one. Raises NotFoundError."""
+        runtime = self._working.get(name) if name else self.default
+        if runtime is not None:
+            return runtime
+        if name in self.failures:
+            raise NotFoundError(f"runtime handler {name!r} does not work on this node: {self.failures[name]}")
+        if not name:
+            raise NotFoundError("no runtime handler works on this node: `podkeel check` says what is missing")
+        known = ", ".join(self._working) or "none"
+        raise NotFoundError(f"runtime handler {name!r} is not configured on this node (there are: {known})")
+
+    def working(self) -> list[OciRuntime]:
+        """All that work."""
+        return list(self._working.values())

@@ -1,0 +1,202 @@
+"""Conmon: the small process that stays beside each container, keeps its log and records its exit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from host import processes
+from host.errors import PodkeelError
+from runtime.layout import ContainerFolder, Layout
+from runtime.sandbox import ProcessName
+
+# The descriptors on which conmon reports the OCI runtime's result and waits for the go-ahead.
+_SYNC_DESCRIPTOR = 3
+_START_DESCRIPTOR = 4
+_REOPEN_LOG = b"2 0 0\n"
+
+
+class RuntimeRefusedError(PodkeelError):
+    """The OCI runtime did not make the container; the message is its own."""
+
+
+class _SyncMessage(msgspec.Struct):
+    pid: int = -1
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorRequest:
+    """What conmon is to do: which runtime makes which container, and where its output goes."""
+
+    container_id: str
+    name: str
+    runtime: str
+    runtime_arguments: Sequence[str]
+    systemd_cgroup: bool
+    log_path: Path | None
+    terminal: bool
+    stdin: bool
+    stdin_once: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Monitored:
+    """A created container: its monitor and its first process."""
+
+    monitor: ProcessName
+    monitor_descriptor: int
+    init_pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExitRecord:
+    """How a container ended: exit code as a shell gives it, nanoseconds since the epoch."""
+
+    code: int
+    finished_at: int
+    out_of_memory: bool
+
+
+class Monitors:
+    """Starts conmon for containers and reads what it leaves behind."""
+
+    def __init__(self, conmon: str, layout: Layout) -> None:
+        self._conmon = conmon
+        self._layout = layout
+
+    def _command(self, request: MonitorRequest) -> list[str]:
+        folder = self._layout.container(request.container_id).path
+        command = [self._conmon, "--api-version", "1", "-c", request.container_id, "-u", request.container_id]
+        command += ["-n", request.name, "-r", request.runtime, "-b", str(folder), "-p", str(folder / "init.pid")]
+        command += ["--exit-dir", str(self._layout.exits), "--persist-dir", str(folder)]
+        command += ["--sync", "--no-sync-log", "--full-attach"]
+        command += ["-l", f"k8s-file:{request.log_path}" if request.log_path else "none"]
+        for argument in request.runtime_arguments:
+            command += ["--runtime-arg", argument]
+        if request.systemd_cgroup:
+            command.append("--systemd-cgroup")
+        if request.terminal:
+            command.append("--terminal")
+        if request.stdin:
+            command.append("--stdin")
+            if not request.stdin_once:
+                command.append("--leave-stdin-open")
+        return command
+
+    async def create(self, request: MonitorRequest) -> Monitored:
+        """Start conmon, which has the OCI runtime create the container; returns when that is done.
+
+        Cancelled or failed, it has ended conmon; what the OCI runtime made is for the caller to delete.
+
+        Raises:
+            RuntimeRefusedError: the OCI runtime failed, with its own message.
+        """
+        folder = self._layout.container(request.container_id)
+        with contextlib.ExitStack() as stack:
+            sync_read, sync_write = os.pipe2(os.O_CLOEXEC)
+            stack.callback(os.close, sync_read)
+            start_read, start_write = os.pipe2(os.O_CLOEXEC)
+            with contextlib.ExitStack() as child_ends:
+                child_ends.callback(os.close, sync_write)
+                child_ends.callback(os.close, start_read)
+                child_ends.callback(os.close, start_write)
+                log = os.open(folder.monitor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                child_ends.callback(os.close, log)
+                environment = {
+                    **os.environ,
+                    "_OCI_SYNCPIPE": str(_SYNC_DESCRIPTOR),
+                    "_OCI_STARTPIPE": str(_START_DESCRIPTOR),
+                    "TZ": "UTC",
+                }
+                environment.pop("NOTIFY_SOCKET", None)
+                os.write(start_write, b"\0")
+                pid = processes.spawn(
+                    self._command(request),
+                    environment=environment,
+                    descriptors={2: log, _SYNC_DESCRIPTOR: sync_write, _START_DESCRIPTOR: start_read},
+                )
+            pidfd = os.pidfd_open(pid)
+            try:
+                started = processes.start_time(pid) or 0
+                init_pid = await self._created(sync_read, folder)
+            except BaseException:
+                processes.kill_group(pid)
+                _reap_when_ended(pidfd)
+                raise
+        return Monitored(ProcessName(pid, started), pidfd, init_pid)
+
+    async def _created(self, descriptor: int, folder: ContainerFolder) -> int:
+        answer = await _read_line(descriptor)
+        if not answer:
+            raise PodkeelError(f"conmon ended without a word: {_last_lines(folder.monitor_log)}")
+        message = msgspec.json.decode(answer, type=_SyncMessage)
+        if message.pid <= 0:
+            raise RuntimeRefusedError(message.message.strip() or _last_lines(folder.monitor_log))
+        return message.pid
+
+    def exit_record(self, container_id: str) -> ExitRecord | None:
+        """What conmon recorded of a container's end; None if it recorded nothing."""
+        try:
+            with open(self._layout.exits / container_id, "rb") as file:
+                code = int(file.read() or b"255")
+                finished_at = os.fstat(file.fileno()).st_mtime_ns
+        except (FileNotFoundError, ValueError):
+            return None
+        return ExitRecord(code, finished_at, self._layout.container(container_id).out_of_memory.exists())
+
+    def forget(self, container_id: str) -> None:
+        """Delete a container's exit record; gone already is fine."""
+        (self._layout.exits / container_id).unlink(missing_ok=True)
+
+    def reopen_log(self, container_id: str) -> None:
+        """Tell conmon to open the log path again, after it was renamed. Raises OSError when it does not listen."""
+        control = os.open(self._layout.container(container_id).control, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.write(control, _REOPEN_LOG)
+        finally:
+            os.close(control)
+
+
+def _reap_when_ended(pidfd: int) -> None:
+    def ended() -> None:
+        processes.reap(pidfd)
+        os.close(pidfd)
+
+    processes.watch_exit(pidfd, ended)
+
+
+async def _read_line(descriptor: int) -> bytes:
+    """Read up to a newline or the end from a pipe."""
+    loop = asyncio.get_running_loop()
+    os.set_blocking(descriptor, False)
+    done: asyncio.Future[bytes] = loop.create_future()
+    received = bytearray()
+
+    def ready() -> None:
+        try:
+            chunk = os.read(descriptor, 65536)
+        except BlockingIOError:
+            return
+        received.extend(chunk)
+        if (not chunk or chunk.endswith(b"\n")) and not done.done():
+            done.set_result(bytes(received))
+
+    loop.add_reader(descriptor, ready)
+    try:
+        return await done
+    finally:
+        loop.remove_reader(descriptor)
+
+
+def _last_lines(path: Path) -> str:
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-5:])
+    except OSError:
+        return ""

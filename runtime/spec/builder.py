@@ -1,0 +1,219 @@
+"""From one CreateContainer request to its OCI spec: everything is checked first, then missing host folders are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from host.errors import InvalidArgumentError, UnsupportedError
+from proto.runtime.v1 import cri_pb2
+from runtime.spec import oci
+from runtime.spec.capabilities import capability_sets
+from runtime.spec.default_mounts import kernel_mounts, pod_mounts
+from runtime.spec.devices import devices
+from runtime.spec.facts import HandlerFacts, SandboxFiles
+from runtime.spec.host_paths import HostPaths
+from runtime.spec.identity import Identity, identify
+from runtime.spec.mounts import configured_mounts, container_path, in_order, root_propagation
+from runtime.spec.namespaces import NamespacePaths, namespaces, user_mappings
+from runtime.spec.node import NodeFacts
+from runtime.spec.process import ImageConfig, command_line, environment, working_directory
+from runtime.spec.resources import oom_score_adj, resources
+from runtime.spec.rlimits import rlimits
+from runtime.spec.seccomp import DEFAULT_PROFILE, seccomp
+from runtime.spec.security import apparmor_profile, masked_and_readonly_paths, selinux_labels
+from runtime.spec.signals import StopSignal, stop_signal
+from runtime.spec.volumes import Volume, image_volumes, volume_mounts
+
+
+@dataclass(slots=True, kw_only=True)
+class SpecRequest:
+    """What a spec is made from.
+
+    ``sandbox`` is the configuration RunPodSandbox was given. ``rootfs`` is the mounted root filesystem, whose passwd
+    and group are read. ``container_folder`` holds the container's durable files, among them its volumes.
+    ``image_mounts`` maps the index of an image mount in ``config.mounts`` to the folder where that image is prepared.
+    ``pids_limit`` 0 or less means none. ``selinux_level`` is the pod's own level. ``apparmor_default`` is the name of
+    the node's loaded profile.
+    """
+
+    container_id: str
+    config: cri_pb2.ContainerConfig
+    sandbox: cri_pb2.PodSandboxConfig
+    image: ImageConfig
+    image_reference: str
+    rootfs: Path
+    container_folder: Path
+    files: SandboxFiles
+    namespaces: NamespacePaths
+    cgroups_path: str
+    handler: HandlerFacts
+    node: NodeFacts
+    sandbox_id: str = ""
+    image_mounts: Mapping[int, Path] = field(default_factory=dict)
+    pids_limit: int = 0
+    rlimits: Sequence[oci.Rlimit] = ()
+    seccomp_default: Path = DEFAULT_PROFILE
+    apparmor_default: str = ""
+    selinux_level: str = "s0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerSpec:
+    """A built spec, and what of it the container's status and its stop need.
+
+    ``volumes`` are still to be made, with ``volumes.make_volumes``. ``mounts`` are the configuration's, as status shows
+    them.
+    """
+
+    spec: oci.Spec
+    config_json: bytes
+    user: cri_pb2.LinuxContainerUser
+    mounts: Sequence[cri_pb2.Mount]
+    stop_signal: StopSignal
+    volumes: tuple[Volume, ...]
+
+
+def build(request: SpecRequest) -> ContainerSpec:
+    """Check the whole configuration and build its spec; reads files, so call it in a thread.
+
+    Raises InvalidArgumentError (UnsupportedError where the node or the handler lacks something, KubeletReasonError for
+    the reasons kubelet knows) naming the container, the field and the remedy, before anything is made. The only things
+    made are missing host paths of mounts, as folders.
+    """
+    host_paths = HostPaths()
+    try:
+        built = _build(request, host_paths)
+        host_paths.make()
+    except (InvalidArgumentError, UnsupportedError) as error:
+        pod = request.sandbox.metadata
+        name = request.config.metadata.name
+        raise type(error)(f"container {name!r} of pod {pod.namespace}/{pod.name}: {error.message}") from error
+    return built
+
+
+def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
+    config = request.config
+    _refuse_impossible(request)
+    identity = identify(config.linux.security_context, request.image.user, request.rootfs)
+    taken = frozenset(container_path(mount.container_path, "mounts: container_path") for mount in config.mounts)
+    volumes = tuple(image_volumes(request.image.volumes or (), request.container_folder, taken))
+    process, permitted = _process(request, identity)
+    linux = _linux(request, permitted)
+    linux.rootfs_propagation = root_propagation(config.mounts)
+    readonly_root = config.linux.security_context.readonly_rootfs
+    spec = oci.Spec(
+        oci_version=oci.VERSION,
+        process=process,
+        root=oci.Root(path=str(request.rootfs), readonly=readonly_root),
+        mounts=_mounts(request, host_paths, volumes, linux.gid_mappings),
+        linux=linux,
+        annotations=_annotations(request),
+    )
+    return ContainerSpec(
+        spec=spec,
+        config_json=oci.encode(spec),
+        user=cri_pb2.LinuxContainerUser(
+            uid=identity.uid, gid=identity.gid, supplemental_groups=identity.supplemental_groups
+        ),
+        mounts=config.mounts,
+        stop_signal=stop_signal(config, request.image.stop_signal),
+        volumes=volumes,
+    )
+
+
+def _refuse_impossible(request: SpecRequest) -> None:
+    if request.config.linux.security_context.privileged and not request.sandbox.linux.security_context.privileged:
+        raise InvalidArgumentError(
+            "a privileged container cannot run in a pod that is not privileged: make the pod sandbox privileged"
+        )
+    if request.config.CDI_devices:
+        raise UnsupportedError(
+            f"CDI device {request.config.CDI_devices[0].name!r} cannot be given: CDI is not built yet; use devices"
+        )
+
+
+def _process(request: SpecRequest, identity: Identity) -> tuple[oci.Process, frozenset[str]]:
+    config, node = request.config, request.node
+    context = config.linux.security_context
+    capabilities, permitted = capability_sets(context, node.capabilities)
+    labels = selinux_labels(context.selinux_options, node, privileged=context.privileged, level=request.selinux_level)
+    process = oci.Process(
+        terminal=config.tty,
+        user=oci.User(uid=identity.uid, gid=identity.gid, additional_gids=list(identity.supplemental_groups)),
+        args=command_line(config, request.image),
+        env=environment(config, request.image, hostname=request.sandbox.hostname or node.hostname, home=identity.home),
+        cwd=working_directory(config, request.image),
+        capabilities=capabilities,
+        rlimits=rlimits(request.rlimits, node),
+        no_new_privileges=context.no_new_privs,
+        apparmor_profile=apparmor_profile(context, node, default=request.apparmor_default),
+        selinux_label=labels.process,
+        oom_score_adj=oom_score_adj(config.linux.resources, node),
+    )
+    return process, permitted
+
+
+def _linux(request: SpecRequest, permitted: frozenset[str]) -> oci.Linux:
+    config, node, paths = request.config, request.node, request.namespaces
+    context = config.linux.security_context
+    all_devices = context.privileged and not request.handler.privileged_without_host_devices
+    nodes, rules = devices(config.devices, all_of_host=all_devices)
+    limits = resources(config.linux.resources, node, pids_limit=request.pids_limit)
+    limits.devices = rules
+    masked, readonly = masked_and_readonly_paths(config)
+    mappings = user_mappings(request.sandbox.linux.security_context.namespace_options) if paths.user else None
+    labels = selinux_labels(context.selinux_options, node, privileged=context.privileged, level=request.selinux_level)
+    return oci.Linux(
+        namespaces=namespaces(
+            paths,
+            own_cgroup_namespace=node.cgroup_version == 2 and (not context.privileged or paths.user is not None),
+        ),
+        uid_mappings=mappings[0] if mappings else [],
+        gid_mappings=mappings[1] if mappings else [],
+        devices=nodes,
+        cgroups_path=request.cgroups_path,
+        resources=limits,
+        seccomp=seccomp(context, permitted, node, default_profile=request.seccomp_default),
+        masked_paths=masked,
+        readonly_paths=readonly,
+        mount_label=labels.mount,
+    )
+
+
+def _mounts(
+    request: SpecRequest, host_paths: HostPaths, volumes: Sequence[Volume], gid_mappings: list[oci.IDMapping]
+) -> list[oci.Mount]:
+    context = request.config.linux.security_context
+    defaults = [
+        *kernel_mounts(request.namespaces, privileged=context.privileged, gid_mappings=gid_mappings),
+        *pod_mounts(request.files, readonly_root=context.readonly_rootfs),
+    ]
+    configured = configured_mounts(
+        request.config.mounts, request.image_mounts, host_paths, request.handler, request.node
+    )
+    return in_order(defaults, [*volume_mounts(volumes), *configured])
+
+
+def _annotations(request: SpecRequest) -> dict[str, str]:
+    """What hooks and sandboxed runtimes read, in the names the field shares, and what the handler lets through."""
+    pod = request.sandbox.metadata
+    annotations = {
+        key: value
+        for given in (request.sandbox.annotations, request.config.annotations)
+        for key, value in given.items()
+        if any(fnmatchcase(key, pattern) for pattern in request.handler.allowed_annotations)
+    }
+    prefix = "io.kubernetes.cri."
+    annotations |= {
+        prefix + "container-type": "container",
+        prefix + "container-name": request.config.metadata.name,
+        prefix + "image-name": request.image_reference,
+        prefix + "sandbox-id": request.sandbox_id,
+        prefix + "sandbox-name": pod.name,
+        prefix + "sandbox-namespace": pod.namespace,
+        prefix + "sandbox-uid": pod.uid,
+    }
+    return annotations

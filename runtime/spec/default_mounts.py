@@ -1,0 +1,61 @@
+"""The mounts every container gets unless its configuration mounts something else there."""
+
+from __future__ import annotations
+
+from runtime.spec import oci
+from runtime.spec.facts import SandboxFiles
+from runtime.spec.namespaces import NamespacePaths
+
+TTY_GROUP = 5
+
+
+def kernel_mounts(paths: NamespacePaths, *, privileged: bool, gid_mappings: list[oci.IDMapping]) -> list[oci.Mount]:
+    """proc, dev, devpts, mqueue, sysfs and cgroup.
+
+    A user namespace may not mount the proc, sysfs or mqueue of a namespace it does not own: the host's is bound then.
+    """
+    foreign = paths.user is not None
+    writable = "rw" if privileged else "ro"
+    bind = ["rbind", "rslave", "nosuid", "noexec", "nodev"]
+    terminals = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]
+    if not foreign or any(m.container_id <= TTY_GROUP < m.container_id + m.size for m in gid_mappings):
+        terminals.append(f"gid={TTY_GROUP}")
+    plain = ["nosuid", "noexec", "nodev"]
+    return [
+        oci.Mount(destination="/proc", type="bind", source="/proc", options=bind)
+        if foreign and paths.host_pid
+        else oci.Mount(destination="/proc", type="proc", source="proc", options=plain),
+        oci.Mount(
+            destination="/dev",
+            type="tmpfs",
+            source="tmpfs",
+            options=["nosuid", "strictatime", "mode=755", "size=65536k"],
+        ),
+        oci.Mount(destination="/dev/pts", type="devpts", source="devpts", options=terminals),
+        oci.Mount(destination="/dev/mqueue", type="bind", source="/dev/mqueue", options=bind)
+        if foreign and paths.ipc is None
+        else oci.Mount(destination="/dev/mqueue", type="mqueue", source="mqueue", options=plain),
+        oci.Mount(destination="/sys", type="bind", source="/sys", options=[*bind, writable])
+        if foreign and paths.network is None
+        else oci.Mount(destination="/sys", type="sysfs", source="sysfs", options=[*plain, writable]),
+        oci.Mount(destination="/sys/fs/cgroup", type="cgroup", source="cgroup", options=[*plain, "relatime", writable]),
+    ]
+
+
+def pod_mounts(files: SandboxFiles, *, readonly_root: bool) -> list[oci.Mount]:
+    """The pod's shared memory, and its hosts, resolv.conf and hostname; the files are as writable as the root is.
+
+    Plain binds: they keep the flags of what they bind, and nothing is ever mounted inside them.
+    """
+    mounts = []
+    if files.shm is not None:
+        mounts.append(oci.Mount(destination="/dev/shm", type="bind", source=str(files.shm), options=["rbind"]))
+    for destination, source in (
+        ("/etc/hosts", files.hosts),
+        ("/etc/resolv.conf", files.resolv_conf),
+        ("/etc/hostname", files.hostname),
+    ):
+        if source is not None:
+            options = ["bind", "ro"] if readonly_root else ["bind"]
+            mounts.append(oci.Mount(destination=destination, type="bind", source=str(source), options=options))
+    return mounts

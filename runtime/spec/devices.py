@@ -1,0 +1,112 @@
+"""Device nodes of a container and the device cgroup's rules for them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from host.errors import InvalidArgumentError
+from proto.runtime.v1 import cri_pb2
+from runtime.spec import oci
+from runtime.spec.mounts import container_path
+
+# Made in every container by the OCI runtime itself, or folders that are no devices of the host's.
+_RUNTIME_OWN = frozenset(("null", "zero", "full", "random", "urandom", "tty", "console", "ptmx"))
+_NO_DEVICES = frozenset(("pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev"))
+
+_DENY_ALL = oci.DeviceRule(allow=False, access="rwm")
+_ALLOW_ALL = oci.DeviceRule(allow=True, access="rwm")
+
+
+def devices(given: Iterable[cri_pb2.Device], *, all_of_host: bool) -> tuple[list[oci.Device], list[oci.DeviceRule]]:
+    """Nodes to make and rules, everything else denied; ``all_of_host`` is for privileged containers.
+
+    A ``host_path`` that is a folder means every device in it, at any depth.
+    """
+    nodes: dict[str, oci.Device] = {}
+    rules = [_ALLOW_ALL] if all_of_host else [_DENY_ALL]
+    if all_of_host:
+        for path, status in _in_folder("/dev", _RUNTIME_OWN):
+            nodes[path] = _node(path, status)
+    for device in given:
+        permissions = _permissions(device)
+        for path, status in _located(device):
+            nodes[path] = _node(path, status)
+            if not all_of_host:
+                rules.append(
+                    oci.DeviceRule(
+                        allow=True,
+                        type=_kind(status),
+                        major=os.major(status.st_rdev),
+                        minor=os.minor(status.st_rdev),
+                        access=permissions,
+                    )
+                )
+    return list(nodes.values()), rules
+
+
+def _permissions(device: cri_pb2.Device) -> str:
+    permissions = device.permissions or "rwm"
+    if set(permissions) - set("rwm") or len(set(permissions)) != len(permissions):
+        raise InvalidArgumentError(
+            f"devices: {device.host_path}: permissions {permissions!r} are not made of r, w and m, each at most once"
+        )
+    return permissions
+
+
+def _located(device: cri_pb2.Device) -> Iterator[tuple[str, os.stat_result]]:
+    """Where each device shall be in the container, and what it is on the host."""
+    if not device.host_path.startswith("/"):
+        raise InvalidArgumentError(
+            f"devices: host_path {device.host_path!r} is not absolute: give the device's full path"
+        )
+    inside = container_path(device.container_path or device.host_path, "devices: container_path")
+    try:
+        host_path = os.path.realpath(device.host_path, strict=True)
+        status = Path(host_path).stat()
+        if not stat.S_ISDIR(status.st_mode):
+            if not _kind(status):
+                raise InvalidArgumentError(f"devices: {device.host_path} is neither a device nor a folder of devices")
+            yield inside, status
+            return
+        for path, found in _in_folder(host_path, frozenset()):
+            yield inside + path[len(host_path) :], found
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"devices: {device.host_path} cannot be used: {error.strerror}; name a device of this node"
+        ) from error
+
+
+def _in_folder(folder: str, skipped: frozenset[str]) -> Iterator[tuple[str, os.stat_result]]:
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir(follow_symlinks=False):
+                if entry.name not in _NO_DEVICES:
+                    yield from _in_folder(entry.path, frozenset())
+            elif entry.name not in skipped and not entry.is_file(follow_symlinks=False):
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:  # devices come and go
+                    continue
+                if _kind(status) in ("b", "c"):
+                    yield entry.path, status
+
+
+def _kind(status: os.stat_result) -> str:
+    if stat.S_ISCHR(status.st_mode):
+        return "c"
+    return "b" if stat.S_ISBLK(status.st_mode) else ""
+
+
+def _node(path: str, status: os.stat_result) -> oci.Device:
+    return oci.Device(
+        path=path,
+        type=_kind(status),
+        major=os.major(status.st_rdev),
+        minor=os.minor(status.st_rdev),
+        file_mode=stat.S_IMODE(status.st_mode),
+        uid=status.st_uid,
+        gid=status.st_gid,
+    )

@@ -1,0 +1,28 @@
+"""What a spec is built from besides the CRI's messages: the handler's abilities and the pod's files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerFacts:
+    """A runtime handler as far as its specs differ; ``allowed_annotations`` are shell patterns of those passed on."""
+
+    name: str
+    type: str = "runc"
+    recursive_read_only: bool = False
+    idmapped_mounts: bool = False
+    privileged_without_host_devices: bool = False
+    allowed_annotations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxFiles:
+    """The pod's own files that containers see, on the host; None leaves one out."""
+
+    resolv_conf: Path | None = None
+    hosts: Path | None = None
+    hostname: Path | None = None
+    shm: Path | None = None

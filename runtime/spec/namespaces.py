@@ -1,0 +1,78 @@
+"""Which namespaces a container joins or gets, and the id mappings of a user namespace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from host.errors import InvalidArgumentError
+from proto.runtime.v1 import cri_pb2
+from runtime.spec import oci
+
+
+@dataclass(frozen=True, slots=True)
+class NamespacePaths:
+    """Where the pod's namespaces are pinned.
+
+    For ``network``, ``ipc``, ``uts`` and ``user`` None means the node's own. For ``pid`` None means a new one for this
+    container; a path means that one (of the pod's init or of the target container); ``host_pid`` means the node's.
+    """
+
+    network: str | None = None
+    ipc: str | None = None
+    uts: str | None = None
+    user: str | None = None
+    pid: str | None = None
+    host_pid: bool = False
+
+
+def namespaces(paths: NamespacePaths, *, own_cgroup_namespace: bool) -> list[oci.Namespace]:
+    """The list for the spec; the mount namespace always is the container's own."""
+    wanted = [oci.Namespace(type="mount")]
+    if not paths.host_pid:
+        wanted.append(oci.Namespace(type="pid", path=paths.pid or ""))
+    for kind, path in (("network", paths.network), ("ipc", paths.ipc), ("uts", paths.uts), ("user", paths.user)):
+        if path is not None:
+            wanted.append(oci.Namespace(type=kind, path=path))
+    if own_cgroup_namespace:
+        wanted.append(oci.Namespace(type="cgroup"))
+    return wanted
+
+
+def user_mappings(options: cri_pb2.NamespaceOption) -> tuple[list[oci.IDMapping], list[oci.IDMapping]] | None:
+    """The uid and gid mappings of a pod's user namespace, checked; None where it uses the node's."""
+    if not options.HasField("userns_options") or options.userns_options.mode == cri_pb2.NamespaceMode.NODE:
+        return None
+    wanted = options.userns_options
+    if wanted.mode != cri_pb2.NamespaceMode.POD:
+        mode = cri_pb2.NamespaceMode.Name(wanted.mode)
+        raise InvalidArgumentError(f"userns_options: mode {mode} is not possible for a user namespace: use POD or NODE")
+    uids, gids = id_mappings(wanted.uids, "userns_options.uids"), id_mappings(wanted.gids, "userns_options.gids")
+    for field, mappings in (("uids", uids), ("gids", gids)):
+        if not any(mapping.container_id == 0 for mapping in mappings):
+            raise InvalidArgumentError(f"userns_options.{field}: id 0 is not mapped: add a mapping from container id 0")
+    return uids, gids
+
+
+def id_mappings(given: Iterable[cri_pb2.IDMapping], field: str) -> list[oci.IDMapping]:
+    """Mappings as the spec has them; refuses empty ranges, ranges past 2^32 and overlaps on either side."""
+    mappings: list[oci.IDMapping] = []
+    for mapping in given:
+        last = max(mapping.container_id, mapping.host_id) + mapping.length - 1
+        if mapping.length == 0 or last >= 2**32:
+            raise InvalidArgumentError(
+                f"{field}: {mapping.length} ids from {mapping.container_id} to host {mapping.host_id} are no range: "
+                "give a length of at least 1 that stays below 2^32"
+            )
+        mappings.append(oci.IDMapping(container_id=mapping.container_id, host_id=mapping.host_id, size=mapping.length))
+    _refuse_overlap([(mapping.container_id, mapping.size) for mapping in mappings], f"{field}: container ids")
+    _refuse_overlap([(mapping.host_id, mapping.size) for mapping in mappings], f"{field}: host ids")
+    return mappings
+
+
+def _refuse_overlap(ranges: Sequence[tuple[int, int]], what: str) -> None:
+    ordered = sorted(ranges)
+    for (start, length), (following, _) in pairwise(ordered):
+        if start + length > following:
+            raise InvalidArgumentError(f"{what} {following} and up are mapped twice: make the ranges disjoint")

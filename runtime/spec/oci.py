@@ -1,0 +1,187 @@
+"""The OCI runtime configuration (``config.json``) as structs: runtime-spec 1.0.2, ``config.md``, ``config-linux.md``.
+
+Only the fields Podkeel sets are here. Fields at their default are left out of the JSON, as the document allows.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+VERSION = "1.0.2"
+
+
+class _Struct(msgspec.Struct, omit_defaults=True, rename="camel"):
+    """What every struct here has in common: camelCase names, nothing written that is at its default."""
+
+
+class IDMapping(_Struct):
+    """A range of ids: ``size`` ids from ``container_id`` inside are those from ``host_id`` outside."""
+
+    container_id: int = msgspec.field(name="containerID")
+    host_id: int = msgspec.field(name="hostID")
+    size: int
+
+
+class User(_Struct):
+    """Who the process runs as, in ids of the container's user namespace."""
+
+    uid: int
+    gid: int
+    additional_gids: list[int] = []
+
+
+class Capabilities(_Struct):
+    """The process's five capability sets, names with the ``CAP_`` prefix."""
+
+    bounding: list[str] = []
+    effective: list[str] = []
+    inheritable: list[str] = []
+    permitted: list[str] = []
+    ambient: list[str] = []
+
+
+class Rlimit(_Struct):
+    """One resource limit, ``type`` such as ``RLIMIT_NOFILE``."""
+
+    type: str
+    hard: int
+    soft: int
+
+
+class Process(_Struct):
+    """The container's first process."""
+
+    cwd: str
+    user: User
+    args: list[str]
+    terminal: bool = False
+    env: list[str] = []
+    capabilities: Capabilities | None = None
+    rlimits: list[Rlimit] = []
+    no_new_privileges: bool = False
+    apparmor_profile: str = ""
+    selinux_label: str = ""
+    oom_score_adj: int | None = None
+
+
+class Root(_Struct):
+    """The root filesystem."""
+
+    path: str
+    readonly: bool = False
+
+
+class Mount(_Struct):
+    """One mount, made in the order of the list."""
+
+    destination: str
+    type: str = ""
+    source: str = ""
+    options: list[str] = []
+    uid_mappings: list[IDMapping] = []
+    gid_mappings: list[IDMapping] = []
+
+
+class Namespace(_Struct):
+    """A namespace to make or, with ``path``, to join."""
+
+    type: str
+    path: str = ""
+
+
+class Device(_Struct):
+    """A device node to make; ``type`` is c, b or p."""
+
+    path: str
+    type: str
+    major: int | None = None
+    minor: int | None = None
+    file_mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+
+
+class DeviceRule(_Struct):
+    """One line of the device cgroup's list."""
+
+    allow: bool
+    type: str = ""
+    major: int | None = None
+    minor: int | None = None
+    access: str = ""
+
+
+class Cpu(_Struct):
+    """CPU time and placement; quota and period in microseconds."""
+
+    shares: int | None = None
+    quota: int | None = None
+    period: int | None = None
+    cpus: str = ""
+    mems: str = ""
+
+
+class Memory(_Struct):
+    """Memory limits in bytes; ``swap`` is memory and swap together."""
+
+    limit: int | None = None
+    swap: int | None = None
+
+
+class Pids(_Struct):
+    """How many processes and threads the container may have."""
+
+    limit: int
+
+
+class HugepageLimit(_Struct):
+    """A limit in bytes for one page size, such as ``2MB``."""
+
+    page_size: str
+    limit: int
+
+
+class Resources(_Struct):
+    """The container's cgroup settings."""
+
+    devices: list[DeviceRule] = []
+    memory: Memory | None = None
+    cpu: Cpu | None = None
+    pids: Pids | None = None
+    hugepage_limits: list[HugepageLimit] = []
+    unified: dict[str, str] = {}
+
+
+class Linux(_Struct):
+    """What ``config-linux.md`` adds; ``seccomp`` is kept encoded, as one compiled profile serves many containers."""
+
+    uid_mappings: list[IDMapping] = []
+    gid_mappings: list[IDMapping] = []
+    namespaces: list[Namespace] = []
+    devices: list[Device] = []
+    cgroups_path: str = ""
+    resources: Resources | None = None
+    rootfs_propagation: str = ""
+    seccomp: msgspec.Raw | None = None
+    masked_paths: list[str] = []
+    readonly_paths: list[str] = []
+    mount_label: str = ""
+
+
+class Spec(_Struct):
+    """The whole ``config.json``."""
+
+    oci_version: str
+    process: Process
+    root: Root
+    mounts: list[Mount]
+    linux: Linux
+    annotations: dict[str, str] = {}
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(spec: Spec) -> bytes:
+    """The JSON an OCI runtime reads."""
+    return _encoder.encode(spec)

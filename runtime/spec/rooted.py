@@ -1,0 +1,61 @@
+"""Looking at files below a folder whose content is not trusted, without any link leading out of it (openat2(2))."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from host import libc
+from host.errors import InvalidArgumentError
+
+FILE_LIMIT = 1024 * 1024
+
+_OPENAT2 = 437
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_IN_ROOT = 0x10
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+@contextmanager
+def locate(root: Path, inside: str) -> Iterator[int]:
+    """An O_PATH descriptor of ``inside`` with ``root`` taken as ``/`` for ``..`` and every link; OSError if missing."""
+    folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        how = _OpenHow(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+        name = os.fsencode(inside.lstrip("/") or ".")
+        descriptor = libc.syscall(
+            _OPENAT2, ctypes.c_int(folder), name, ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how))
+        )
+    finally:
+        os.close(folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_file(root: Path, inside: str) -> bytes:
+    """The content of a regular file below ``root``; empty if there is none.
+
+    Raises InvalidArgumentError when it is larger than 1 MiB: no such file in an image is what it claims to be.
+    """
+    try:
+        with locate(root, inside) as descriptor:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return b""
+            with open(f"/proc/self/fd/{descriptor}", "rb", buffering=0) as file:
+                content = file.read(FILE_LIMIT + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except OSError as error:
+        raise InvalidArgumentError(f"{inside} of the image cannot be read: {error.strerror}") from error
+    if len(content) > FILE_LIMIT:
+        raise InvalidArgumentError(f"{inside} of the image is larger than {FILE_LIMIT} bytes: use a sane image")
+    return content

@@ -1,0 +1,87 @@
+"""Folders for an image's VOLUMEs: each container gets its own, filled with what the image has there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.spec import oci, rooted
+from runtime.spec.mounts import container_path
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A folder of the host's to make before the container is created, and where the container sees it."""
+
+    folder: Path
+    container_path: str
+
+
+def image_volumes(paths: Iterable[str], container_folder: Path, taken: frozenset[str]) -> list[Volume]:
+    """One volume per path of the image's that nothing else is mounted on."""
+    wanted = {container_path("/" + path.lstrip("/"), "VOLUME of the image:") for path in paths}
+    return [
+        Volume(container_folder / "volumes" / hashlib.sha256(path.encode()).hexdigest()[:32], path)
+        for path in sorted(wanted - taken)
+    ]
+
+
+def volume_mounts(volumes: Iterable[Volume]) -> list[oci.Mount]:
+    """Their bind mounts."""
+    return [
+        oci.Mount(
+            destination=volume.container_path,
+            type="bind",
+            source=str(volume.folder),
+            options=["rbind", "rprivate", "rw"],
+        )
+        for volume in volumes
+    ]
+
+
+def make_volumes(volumes: Iterable[Volume], rootfs: Path) -> None:
+    """Make the folders with the owner, mode and content of what the image has there; blocking, so for a thread.
+
+    They are below the container's folder and go with it. What is in the image is reached without following links out
+    of ``rootfs``, and links inside are copied as links.
+    """
+    for volume in volumes:
+        volume.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        try:
+            with rooted.locate(rootfs, volume.container_path) as descriptor:
+                source = f"/proc/self/fd/{descriptor}"
+                if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                    _copy_folder(source, str(volume.folder))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+
+
+def _copy_folder(source: str, target: str) -> None:
+    with os.scandir(source + "/.") as entries:
+        for entry in entries:
+            to = f"{target}/{entry.name}"
+            status = entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode):
+                Path(to).mkdir()
+                _copy_folder(f"{source}/{entry.name}", to)
+            elif stat.S_ISLNK(status.st_mode):
+                Path(to).symlink_to(Path(entry.path).readlink())
+                os.chown(to, status.st_uid, status.st_gid, follow_symlinks=False)
+            elif stat.S_ISREG(status.st_mode):
+                shutil.copyfile(f"{source}/{entry.name}", to, follow_symlinks=False)
+                _copy_attributes(f"{source}/{entry.name}", to)
+            elif stat.S_ISFIFO(status.st_mode):
+                os.mkfifo(to)
+                _copy_attributes(f"{source}/{entry.name}", to)
+    _copy_attributes(source + "/.", target)
+
+
+def _copy_attributes(source: str, target: str) -> None:
+    status = Path(source).stat()
+    os.chown(target, status.st_uid, status.st_gid)
+    shutil.copystat(source, target)  # after chown, which takes set-id bits and file capabilities away

@@ -1,0 +1,140 @@
+"""One cgroup, whatever version each of its controllers is on: the readings that stats and metrics are made of."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
+
+from metrics import v1, v2
+from metrics.files import DescriptorBudget, Folder
+from metrics.hierarchies import Hierarchies, huge_page_sizes
+from metrics.readings import (
+    CpuReading,
+    CpuUsage,
+    HugetlbReading,
+    IoReading,
+    LimitsReading,
+    MemoryEvents,
+    MemoryReading,
+    PidsReading,
+    PressureReading,
+    Reading,
+)
+
+_NOWHERE = "/nonexistent"
+_PAGE_SIZES = huge_page_sizes()
+
+
+class Cgroup:
+    """Readers of the cgroup ``path`` (absolute, as below each mount point).
+
+    Each reading is a few ``pread`` calls on kept descriptors and may be taken from any thread; it is None, or empty,
+    when the cgroup is gone or has no such controller. ``close`` when the container is gone.
+    """
+
+    cpu_usage: Callable[[], CpuUsage | None]
+    cpu: Callable[[], CpuReading | None]
+    memory: Callable[[], MemoryReading | None]
+    memory_events: Callable[[], MemoryEvents | None]
+    memory_limit: Callable[[], int | None]
+    oom_kills: Callable[[], int | None]
+    pids: Callable[[], PidsReading | None]
+    pressure: Callable[[], PressureReading | None]
+
+    def __init__(self, path: str, hierarchies: Hierarchies, budget: DescriptorBudget) -> None:
+        self.path = path
+        self._hierarchies = hierarchies
+        self._budget = budget
+        self._folders: dict[str, Folder] = {}
+        memory = self._folder("memory")
+        old = hierarchies.v1.keys()
+        self.memory = partial(v1.memory if "memory" in old else v2.memory, memory)
+        self.memory_events = partial(v1.memory_events if "memory" in old else v2.memory_events, memory)
+        self.memory_limit = partial(v1.memory_limit if "memory" in old else v2.memory_limit, memory)
+        self.oom_kills = partial(v1.oom_kills if "memory" in old else v2.oom_kills, memory)
+        self.pids = partial(v1.pids if "pids" in old else v2.pids, self._folder("pids"))
+        accounting = self._folder("cpuacct")
+        if "cpuacct" in old:
+            self.cpu_usage = partial(v1.cpu_usage, accounting)
+            self.cpu = partial(v1.cpu, accounting, self._folder("cpu"))
+        else:
+            self.cpu_usage = partial(v2.cpu_usage, accounting)
+            self.cpu = partial(v2.cpu, accounting)
+        # Pressure exists on cgroup2 only; the OCI runtimes join it too where v1 is mounted beside it.
+        self.pressure = partial(v2.pressure, self._folder("unified"))
+
+    def io(self) -> tuple[IoReading, ...]:
+        """Transfers per block device."""
+        read = v1.io if "blkio" in self._hierarchies.v1 else v2.io
+        return read(self._folder("blkio")) or ()
+
+    def hugetlb(self) -> tuple[HugetlbReading, ...]:
+        """Huge pages per size that the machine has."""
+        read = v1.hugetlb if "hugetlb" in self._hierarchies.v1 else v2.hugetlb
+        return read(self._folder("hugetlb"), _PAGE_SIZES)
+
+    def limits(self) -> LimitsReading | None:
+        """The limits in force; None when the cgroup is gone."""
+        read_cpu = v1.cpu_limits if "cpu" in self._hierarchies.v1 else v2.cpu_limits
+        read_memory = v1.memory_limits if "memory" in self._hierarchies.v1 else v2.memory_limits
+        cpu = read_cpu(self._folder("cpu"))
+        if cpu is None:
+            return None
+        shares, period, quota = cpu
+        limit, reservation, swap = read_memory(self._folder("memory"))
+        return LimitsReading(shares, period, quota, limit, reservation, swap)
+
+    def read(self) -> Reading:
+        """Everything."""
+        return Reading(
+            cpu=self.cpu(),
+            memory=self.memory(),
+            memory_events=self.memory_events(),
+            io=self.io(),
+            pids=self.pids(),
+            hugetlb=self.hugetlb(),
+            pressure=self.pressure(),
+            limits=self.limits(),
+        )
+
+    def exists(self) -> bool:
+        """Whether the cgroup is there in the hierarchy that counts its processes."""
+        return os.access(self._processes_folder, os.F_OK)
+
+    def process_ids(self) -> list[int]:
+        """Processes in it and below it, each once."""
+        found: list[int] = []
+        for folder in _tree(self._processes_folder):
+            with contextlib.suppress(OSError):  # it went away meanwhile
+                with open(f"{folder}/cgroup.procs", "rb") as file:
+                    found += map(int, file.read().split())
+        return found
+
+    def close(self) -> None:
+        """Close the kept descriptors."""
+        for folder in self._folders.values():
+            folder.close()
+
+    @cached_property
+    def _processes_folder(self) -> str:
+        mounts = self._hierarchies.v1
+        root = mounts.get("pids") or mounts.get("memory") or self._hierarchies.unified or _NOWHERE
+        return root + self.path
+
+    def _folder(self, controller: str) -> Folder:
+        root = self._hierarchies.v1.get(controller) or self._hierarchies.unified or _NOWHERE
+        if root not in self._folders:
+            self._folders[root] = Folder(root + self.path, self._budget)
+        return self._folders[root]
+
+
+def _tree(folder: str) -> Iterator[str]:
+    yield folder
+    with contextlib.suppress(OSError):
+        if Path(folder).stat().st_nlink > 2:  # two of its own and one per cgroup below
+            for entry in os.scandir(folder):
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _tree(entry.path)

@@ -1,0 +1,144 @@
+"""Reading the same small kernel files again and again: descriptors are kept, each file is one ``pread``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Sequence
+from operator import itemgetter
+
+_SIZE = 16 * 1024
+
+
+class DescriptorBudget:
+    """How many descriptors all folders together may keep open; beyond it files are opened for each reading."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.kept = 0
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        """Whether one more may be kept."""
+        with self._lock:
+            if self.kept >= self.limit:
+                return False
+            self.kept += 1
+            return True
+
+    def give_back(self, count: int) -> None:
+        """``count`` kept ones were closed."""
+        with self._lock:
+            self.kept -= count
+
+
+class Folder:
+    """The files of one cgroup in one hierarchy; usable from several threads, one reading at a time."""
+
+    __slots__ = ("_budget", "_lock", "_missing", "_open", "path")
+
+    def __init__(self, path: str, budget: DescriptorBudget) -> None:
+        self.path = path
+        self._budget = budget
+        self._open: dict[str, int] = {}
+        self._missing: set[str] = set()
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> bytes | None:
+        """The file's content; None if this kernel does not have it or the cgroup is gone."""
+        with self._lock:
+            descriptor = self._open.get(name)
+            if descriptor is None:
+                return self._read_first(name)
+            try:
+                content = os.pread(descriptor, _SIZE, 0)
+                return content if len(content) < _SIZE else content + _rest(descriptor, _SIZE)
+            except OSError:  # ENODEV once the cgroup is removed; there may be a new one of that name
+                self._close()
+                return None
+
+    def number(self, name: str) -> int | None:
+        """The file's number; None also for ``max``."""
+        content = self.read(name)
+        if content is None:
+            return None
+        content = content.strip()
+        return int(content) if content != b"max" else None
+
+    def close(self) -> None:
+        """Close the kept descriptors; a later reading opens them anew."""
+        with self._lock:
+            self._close()
+
+    def _read_first(self, name: str) -> bytes | None:
+        if name in self._missing:
+            return None
+        try:
+            descriptor = os.open(f"{self.path}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if os.access(self.path, os.F_OK):
+                self._missing.add(name)
+            return None
+        except OSError:
+            return None
+        keep = False
+        try:
+            content = _rest(descriptor, 0)
+            keep = self._budget.take()
+            return content
+        except OSError:
+            return None
+        finally:
+            if keep:
+                self._open[name] = descriptor
+            else:
+                os.close(descriptor)
+
+    def _close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._budget.give_back(len(self._open))
+        self._open.clear()
+        self._missing.clear()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self._close()
+
+
+class Fields:
+    """Picks wanted fields out of a file of ``key value`` lines, quickly: where they stood last time is tried first."""
+
+    def __init__(self, *keys: str) -> None:
+        if len(keys) < 2:
+            raise ValueError("at least two keys")
+        self._keys = tuple(key.encode() for key in keys)
+        self._layouts: dict[int, _Layout] = {}
+
+    def parse(self, content: bytes) -> tuple[int, ...]:
+        """The values in the order of the keys; 0 for a key that is not there."""
+        words: list[bytes] = content.split()
+        words.append(b"0")
+        layout = self._layouts.get(len(words))
+        if layout is None or layout.names(words) != layout.expected:
+            layout = self._layouts[len(words)] = _Layout(self._keys, words)
+        return tuple(map(int, layout.values(words)))
+
+
+class _Layout:
+    def __init__(self, keys: Sequence[bytes], words: list[bytes]) -> None:
+        places = {words[i]: i for i in range(0, len(words) - 1, 2)}
+        found = [places[key] for key in keys if key in places]
+        # Two more names, so that itemgetter always gives a tuple; the last word is the zero of absent keys.
+        self.names = itemgetter(*found, -1, -1)
+        self.expected = self.names(words)
+        self.values = itemgetter(*(places[key] + 1 if key in places else -1 for key in keys))
+
+
+def _rest(descriptor: int, offset: int) -> bytes:
+    parts = []
+    while chunk := os.pread(descriptor, _SIZE, offset):
+        parts.append(chunk)
+        offset += len(chunk)
+    return b"".join(parts)

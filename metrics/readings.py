@@ -1,0 +1,182 @@
+"""What readers return: plain numbers in base units (bytes, nanoseconds), None where the kernel does not tell."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class CpuUsage(msgspec.Struct, frozen=True, gc=False):
+    """Processor time used since the cgroup was made, and when (nanoseconds since the epoch) that was read."""
+
+    time_ns: int
+    usage_ns: int
+
+
+class CpuReading(msgspec.Struct, frozen=True, gc=False):
+    """Processor time and how often the quota held it back."""
+
+    time_ns: int
+    usage_ns: int
+    user_ns: int
+    system_ns: int
+    periods: int
+    throttled_periods: int
+    throttled_ns: int
+    bursts: int
+    burst_ns: int
+
+
+class MemoryReading(msgspec.Struct, frozen=True, gc=False):
+    """Memory in use, in bytes; the working set is the usage less inactive file pages, never below 0."""
+
+    time_ns: int
+    usage: int
+    working_set: int
+    rss: int
+    cache: int
+    mapped_file: int
+    swap: int
+    active_file: int
+    inactive_file: int
+    page_faults: int
+    major_page_faults: int
+    refaults_anon: int
+    refaults_file: int
+
+
+class MemoryEvents(msgspec.Struct, frozen=True, gc=False):
+    """What happened at the limits, the highest usage, and kernel memory."""
+
+    kernel: int | None
+    max_usage: int | None
+    failures: int
+    oom_kills: int
+    high_events: int | None
+    max_events: int | None
+
+
+class IoReading(msgspec.Struct, frozen=True, gc=False):
+    """Transfers to one block device."""
+
+    major: int
+    minor: int
+    read_bytes: int
+    write_bytes: int
+    reads: int
+    writes: int
+
+
+class PidsReading(msgspec.Struct, frozen=True, gc=False):
+    """Tasks (threads count each) and their limit; None: no limit."""
+
+    current: int
+    limit: int | None
+
+
+class HugetlbReading(msgspec.Struct, frozen=True, gc=False):
+    """Huge pages of one size, in bytes; ``page_size`` as in the cgroup's file names (``2MB``)."""
+
+    page_size: str
+    usage: int
+    max_usage: int | None
+    failures: int
+
+
+class PsiLine(msgspec.Struct, frozen=True, gc=False):
+    """One line of pressure: per cent of the last 10, 60 and 300 seconds, and the total time."""
+
+    avg10: float
+    avg60: float
+    avg300: float
+    total_ns: int
+
+
+class Psi(msgspec.Struct, frozen=True, gc=False):
+    """Time in which some tasks, or all of them (full), waited for a resource."""
+
+    some: PsiLine
+    full: PsiLine
+
+
+class PressureReading(msgspec.Struct, frozen=True, gc=False):
+    """Pressure stall information of a cgroup."""
+
+    time_ns: int
+    cpu: Psi
+    memory: Psi
+    io: Psi
+
+
+class LimitsReading(msgspec.Struct, frozen=True, gc=False):
+    """The limits in force; None: no limit. CPU shares are v1's (v2's weight is converted back), times microseconds."""
+
+    cpu_shares: int
+    cpu_period: int
+    cpu_quota: int | None
+    memory_limit: int | None
+    memory_reservation: int | None
+    swap_limit: int | None
+
+
+class Reading(msgspec.Struct, frozen=True):
+    """Everything about one cgroup; None or empty where a controller is not there."""
+
+    cpu: CpuReading | None = None
+    memory: MemoryReading | None = None
+    memory_events: MemoryEvents | None = None
+    io: tuple[IoReading, ...] = ()
+    pids: PidsReading | None = None
+    hugetlb: tuple[HugetlbReading, ...] = ()
+    pressure: PressureReading | None = None
+    limits: LimitsReading | None = None
+
+
+class InterfaceReading(msgspec.Struct, frozen=True, gc=False):
+    """Traffic of one interface as the pod sees it."""
+
+    name: str
+    rx_bytes: int
+    rx_packets: int
+    rx_errors: int
+    rx_dropped: int
+    tx_bytes: int
+    tx_packets: int
+    tx_errors: int
+    tx_dropped: int
+
+
+class ConnectionsReading(msgspec.Struct, frozen=True):
+    """Sockets of a network namespace: TCP ones by state (``established``…), UDP ones and their queues and drops."""
+
+    tcp: dict[str, int]
+    tcp6: dict[str, int]
+    udp: dict[str, int]
+    udp6: dict[str, int]
+
+
+class NetworkReading(msgspec.Struct, frozen=True):
+    """Every interface of a pod's network namespace but the loopback."""
+
+    time_ns: int
+    interfaces: tuple[InterfaceReading, ...]
+    connections: ConnectionsReading | None = None
+
+
+class ProcessesReading(msgspec.Struct, frozen=True):
+    """The processes of a cgroup and those below it; ``states`` counts threads by cAdvisor's names."""
+
+    processes: int
+    descriptors: int
+    sockets: int
+    open_files_soft_limit: int | None
+    states: dict[str, int]
+
+
+class FilesystemReading(msgspec.Struct, frozen=True, gc=False):
+    """A container's writable layer, and the file system that it lies on."""
+
+    device: str
+    usage: int
+    limit: int
+    inodes_free: int
+    inodes_total: int

@@ -58,8 +58,13 @@ class KubeletReasonError(PodkeelError):
     """An error whose message begins with a reason that kubelet matches, such as ``RegistryUnavailable``."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(f"{reason}: {message}")
+        super().__init__(message)
         self.reason = reason
+
+    @property
+    def message(self) -> str:
+        """The sentence for the client, which the reason begins whatever context was put before."""
+        return f"{self.reason}: {super().message}"
 
 
 class CommandError(PodkeelError):

@@ -29,10 +29,11 @@ def spawn(
     *,
     environment: Mapping[str, str] | None = None,
     descriptors: Mapping[int, int] | None = None,
+    title: str | None = None,
 ) -> int:
     """Start ``command`` in a session of its own and return its pid.
 
-    ``descriptors`` maps the child's descriptor numbers to ours; of 0, 1 and 2 those not mapped are /dev/null;
+    ``title`` is shown instead of the program's path in process lists. ``descriptors`` maps the child's descriptor numbers to ours; of 0, 1 and 2 those not mapped are /dev/null;
     everything else is closed in the child. Raises NotFoundError when the program is missing, OSError otherwise.
     """
     mapping = dict(descriptors or {})
@@ -46,7 +47,7 @@ def spawn(
         actions += [(os.POSIX_SPAWN_DUP2, ours, child) for child, ours in lifted.items()]
         return os.posix_spawnp(
             command[0],
-            list(command),
+            [title or command[0], *command[1:]],
             dict(environment) if environment is not None else os.environ,
             file_actions=actions,
             setsid=True,

@@ -8,6 +8,7 @@ process), ``error`` (an internal error) or ``hang`` (wait until cancelled). Unse
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import time
@@ -15,7 +16,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from host.errors import PodkeelError
+from host.errors import LimitError, PodkeelError
 
 
 @dataclass(slots=True)
@@ -33,12 +34,16 @@ class Operation:
     """One run of a named operation (``RunPodSandbox``…) on one object, with the stages it went through."""
 
     name: str
+    subject: str = ""
     started: int = field(default_factory=time.time_ns)
     stages: list[Stage] = field(default_factory=list)
 
     @asynccontextmanager
     async def stage(self, name: str) -> AsyncIterator[None]:
-        """Run the block as stage ``name``."""
+        """Run the block as stage ``name``; an error that leaves it says so, keeping its kind.
+
+        A full disk is a LimitError, any other OSError a PodkeelError.
+        """
         stage = Stage(name, time.time_ns())
         self.stages.append(stage)
         begin = time.perf_counter()
@@ -48,11 +53,24 @@ class Operation:
             yield
             if _faults:
                 await _fault(f"{self.name}.{name}:after")
+        except PodkeelError as error:
+            stage.failed = True
+            error.args = (f"{self._place(name)}: {error.message}",)
+            raise
+        except OSError as error:
+            stage.failed = True
+            kind = (
+                LimitError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE) else PodkeelError
+            )
+            raise kind(f"{self._place(name)}: {error}") from error
         except BaseException:
             stage.failed = True
             raise
         finally:
             stage.seconds = time.perf_counter() - begin
+
+    def _place(self, stage: str) -> str:
+        return f"{self.subject}, step {stage}" if self.subject else f"step {stage}"
 
 
 def _parse_faults(text: str) -> dict[str, str]:

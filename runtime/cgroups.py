@@ -63,6 +63,13 @@ class CgroupTree:
                 f"cgroup parent {parent!r} is a systemd slice but the driver is cgroupfs: make both the same"
             )
 
+    def default_parent(self, base: str, sandbox_id: str) -> str:
+        """The parent of a pod that brings none, below the configured ``base``."""
+        if self.driver == "systemd":
+            name = base.strip("/").removesuffix(".slice").replace("/", "-")
+            return f"{name}-{sandbox_id}.slice"
+        return f"{base.rstrip('/')}/{sandbox_id}"
+
     def runtime_path(self, parent: str, container_id: str) -> str:
         """``linux.cgroupsPath`` of the OCI spec."""
         if self.driver == "systemd":
@@ -113,6 +120,18 @@ class CgroupTree:
     def exists(self, path: str) -> bool:
         """Whether cgroup ``path`` exists in any hierarchy."""
         return any(folder.is_dir() for folder in self.folders(path))
+
+    def memory_in_use(self, path: str) -> int:
+        """Bytes of cgroup ``path`` that the kernel cannot reclaim: its use less the page cache."""
+        root = self.mounts.get("unified") or self.mounts["memory"]
+        folder = root / path.lstrip("/")
+        try:
+            use = int((folder / ("memory.current" if self.version == 2 else "memory.usage_in_bytes")).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except OSError:
+            return 0
+        names = ("active_file", "inactive_file", "slab_reclaimable") if self.version == 2 else ("cache",)
+        return max(0, use - sum(int(stat.get(name, 0)) for name in names))
 
     def out_of_memory_kills(self, path: str) -> int:
         """Processes of cgroup ``path`` that the kernel killed for its memory limit."""

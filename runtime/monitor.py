@@ -52,7 +52,7 @@ class Monitored:
 
     monitor: ProcessName
     monitor_descriptor: int
-    init_pid: int
+    init: ProcessName
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Monitors:
                 processes.kill_group(pid)
                 _reap_when_ended(pidfd)
                 raise
-        return Monitored(ProcessName(pid, started), pidfd, init_pid)
+        return Monitored(ProcessName(pid, started), pidfd, ProcessName(init_pid, processes.start_time(init_pid) or 0))
 
     async def _created(self, descriptor: int, folder: ContainerFolder) -> int:
         answer = await _read_line(descriptor)

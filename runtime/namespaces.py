@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from host import libc, mounts, processes
-from host.errors import InvalidArgumentError, PodkeelError
+from host import libc, mounts
+from host.errors import InvalidArgumentError
 from runtime.layout import SandboxFolder
-from runtime.sandbox import ProcessName
+from runtime.spec.sysctls import sysctl_path
 
 _FLAGS = {"net": libc.CLONE_NEWNET, "ipc": libc.CLONE_NEWIPC, "uts": libc.CLONE_NEWUTS}
 
@@ -24,17 +24,14 @@ class NamespacePlan:
     kinds: tuple[str, ...]
     hostname: str
     sysctls: Mapping[str, str]
-    shared_pid: bool
-    catatonit: str
     shm_size: int
 
 
-def make_namespaces(folder: SandboxFolder, plan: NamespacePlan) -> int | None:
+def make_namespaces(folder: SandboxFolder, plan: NamespacePlan) -> None:
     """Make and pin the namespaces and /dev/shm of a sandbox.
 
-    Runs in a fresh thread, which it leaves inside the new namespaces. Returns the pid of the process that holds the
-    shared PID namespace, if there is one: ``pin_pid_namespace`` is then due. Raises InvalidArgumentError when a sysctl
-    is refused by the kernel.
+    Runs in a fresh thread, which it leaves inside the new namespaces. Raises InvalidArgumentError when a sysctl is
+    refused by the kernel.
     """
     flags = 0
     for kind in plan.kinds:
@@ -54,18 +51,6 @@ def make_namespaces(folder: SandboxFolder, plan: NamespacePlan) -> int | None:
         folder.shm.mkdir(mode=0o1777)
         flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
         libc.mount("shm", str(folder.shm), "tmpfs", flags, f"mode=1777,size={plan.shm_size}")
-    return _hold_pid_namespace(folder, plan.catatonit) if plan.shared_pid else None
-
-
-def pin_pid_namespace(folder: SandboxFolder, pid: int) -> ProcessName:
-    """Pin the PID namespace held by ``pid``, a child of ours, and name that process for good."""
-    started = processes.start_time(pid)
-    if started is None:
-        raise PodkeelError(f"the init of the pod's PID namespace (pid {pid}) ended at once")
-    pin = folder.pin("pid")
-    pin.touch(mode=0o444)
-    mounts.bind(f"/proc/{pid}/ns/pid", pin)
-    return ProcessName(pid, started)
 
 
 def drop_namespaces(folder: SandboxFolder) -> None:
@@ -90,41 +75,13 @@ def _is_namespace(path: Path) -> bool:
 
 
 def _set_sysctl(name: str, value: str) -> None:
-    path = Path("/proc/sys") / name.replace(".", "/") if "/" not in name else Path("/proc/sys") / name
+    path = Path(sysctl_path(name))
     try:
         with path.open("w") as file:
             file.write(value)
     except OSError as error:
         reason = "this kernel has no such sysctl" if error.errno == errno.ENOENT else error.strerror
         raise InvalidArgumentError(f"sysctl {name}={value}: {reason}") from error
-
-
-def _hold_pid_namespace(folder: SandboxFolder, catatonit: str) -> int:
-    """Start catatonit as init of a new PID namespace, with nothing of the host in its root.
-
-    Containers of the pod can reach its root through /proc/1/root, so it gets an empty one.
-    """
-    program = shutil.which(catatonit)
-    if program is None:
-        raise PodkeelError(f"a shared PID namespace needs {catatonit!r}, which is not installed")
-    root = folder.path / "init"
-    root.mkdir(mode=0o711)
-    libc.unshare(libc.CLONE_NEWPID | libc.CLONE_NEWNS)
-    libc.mount("", "/", "", mounts.MS_REC | mounts.MS_PRIVATE, "")
-    libc.mount("init", str(root), "tmpfs", mounts.MS_NOSUID | mounts.MS_NODEV, "mode=0711,size=64k,nr_inodes=8")
-    (root / "catatonit").touch()
-    (root / "dev").mkdir()
-    (root / "dev" / "null").touch()
-    mounts.bind(program, root / "catatonit")
-    mounts.bind("/dev/null", root / "dev" / "null")
-    os.chdir(root)
-    # pivot_root(".", ".") puts the old root on top of the new one, from where it is let go (pivot_root(2)).
-    libc.syscall(_SYS_PIVOT_ROOT, b".", b".")
-    libc.umount(".", mounts.MNT_DETACH)
-    return processes.spawn(["/catatonit", "-P"], environment={})
-
-
-_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}[os.uname().machine]
 
 
 def _delete_tree(path: Path) -> None:

@@ -31,12 +31,14 @@ class ProcessName(msgspec.Struct, frozen=True):
 class SandboxRecord(msgspec.Struct):
     """What the store keeps of a sandbox beside its configuration; times in nanoseconds since the epoch.
 
+    ``handler`` is the runtime handler in use, ``requested_handler`` the name the client gave (empty for the default).
     ``torn_down`` says that network and namespaces were given back.
     """
 
     state: SandboxState
     created_at: int
     handler: str
+    requested_handler: str
     boot_id: str
     cgroup_parent: str = ""
     owns_cgroup_parent: bool = False
@@ -45,17 +47,21 @@ class SandboxRecord(msgspec.Struct):
     torn_down: bool = False
     resources: bytes = b""
     overhead: bytes = b""
-    timings: list[tuple[str, float]] = msgspec.field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Sandbox:
-    """A sandbox in memory; ``lock`` serialises what changes it."""
+    """A sandbox in memory.
+
+    ``lock`` serialises what changes it; while it is ``closing`` it takes no new containers.
+    """
 
     id: str
     config: cri_pb2.PodSandboxConfig
     record: SandboxRecord
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    holder_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    closing: bool = False
     operations: list[Operation] = field(default_factory=list)
     list_item: bytes | None = None
 

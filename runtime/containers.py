@@ -1,0 +1,276 @@
+"""Containers: making and removing them. Starting, stopping and their ends are in ``lifecycle``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+from host.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, WrongStateError
+from host.stages import Operation
+from host.threads import in_thread
+from host.undo import Undo
+from images.image import Image
+from proto.runtime.v1 import cri_pb2
+from runtime.container import Container, ContainerRecord, ContainerState
+from runtime.identifiers import new_id
+from runtime.joining import Joining
+from runtime.lifecycle import Lifecycle, begin
+from runtime.monitor import MonitorRequest, RuntimeRefusedError
+from runtime.node import Node
+from runtime.oci_runtime import OciRuntime, cannot_run_program
+from runtime.sandbox import Sandbox, SandboxState
+from runtime.spec.builder import ContainerSpec, build
+from runtime.spec.log_path import resolve_log_path
+from runtime.spec.volumes import make_volumes
+from runtime.spec_request import ensure_pid_holder, shares_pod_pids, spec_request
+
+NAME_LIMIT = 253
+
+_Identity = tuple[str, str, int]
+_log = logging.getLogger("podkeel.containers")
+
+
+class ContainerManager:
+    """Makes and removes containers."""
+
+    def __init__(self, node: Node, lifecycle: Lifecycle) -> None:
+        self._node = node
+        self._lifecycle = lifecycle
+        self._making: Joining[_Identity, Container] = Joining()
+        self._by_identity: dict[_Identity, Container] = {}
+
+    def adopt(self, container: Container) -> None:
+        """Take over a container found in the store."""
+        self._node.add_container(container)
+        self._by_identity[container.identity] = container
+
+    async def create(self, sandbox_id: str, config: cri_pb2.ContainerConfig) -> Container:
+        """Make a container in a ready sandbox and return it created; joins or returns an identical one.
+
+        Raises:
+            NotFoundError: the sandbox or the image is not there.
+            WrongStateError: the sandbox is not ready.
+            InvalidArgumentError: the configuration is wrong.
+            AlreadyExistsError: name and attempt are taken by another configuration.
+        """
+        sandbox = self._node.get_sandbox(sandbox_id)
+        validate_container(config)
+        identity = (sandbox.id, config.metadata.name, config.metadata.attempt)
+        pending = self._making.request_of(identity)
+        if pending is None:
+            existing = self._by_identity.get(identity)
+            if existing is not None:
+                return _same_or_conflict(existing, config)
+            _require_ready(sandbox)
+        elif pending != config:
+            raise AlreadyExistsError(
+                f"container {config.metadata.name!r} attempt {config.metadata.attempt} of {sandbox.title} is being made "
+                "with another configuration: raise the attempt"
+            )
+        return await self._making.run(identity, config, lambda: self._make(sandbox, config))
+
+    async def _make(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Container:
+        node = self._node
+        image = self._image(config)
+        runtime = node.handlers.get(sandbox.record.handler)
+        container = self._new_container(sandbox, config, image, runtime)
+        operation = begin(container, "CreateContainer")
+        async with Undo(container.title) as undo:
+            undo.push("the container", partial(self._discard, container))
+            async with operation.stage("reserve"):
+                node.add_container(container)
+                await node.store.add_container(container)
+            async with operation.stage("snapshot"):
+                folder = node.layout.container(container.id)
+                await node.snapshots.prepare(container.id, image, target=folder.rootfs)
+            if shares_pod_pids(container):
+                async with operation.stage("pid_namespace"):
+                    await ensure_pid_holder(node, sandbox)
+            async with operation.stage("spec"):
+                spec = await in_thread(self._write_spec, container, image, runtime)
+                _apply_spec(container, spec)
+            async with container.lock:  # its end, should it come now, is handled after the commit
+                async with operation.stage("runtime"), node.starting:
+                    await self._create_in_runtime(container, runtime)
+                _require_ready(sandbox)
+                async with operation.stage("commit"):
+                    container.record.state = ContainerState.CREATED
+                    await node.store.save_container(container)
+        self._by_identity[container.identity] = container
+        node.publish(cri_pb2.CONTAINER_CREATED_EVENT, container)
+        _log.info("%s is created from %s", container.title, config.image.image)
+        return container
+
+    def _image(self, config: cri_pb2.ContainerConfig) -> Image:
+        image = self._node.images.find(config.image.image)
+        if image is None:
+            raise NotFoundError(f"image {config.image.image!r} is not on this node: pull it first")
+        return image
+
+    def _new_container(
+        self, sandbox: Sandbox, config: cri_pb2.ContainerConfig, image: Image, runtime: OciRuntime
+    ) -> Container:
+        container_id = new_id()
+        log_path = resolve_log_path(sandbox.config.log_directory, config.log_path)
+        record = ContainerRecord(
+            state=ContainerState.MAKING,
+            created_at=time.time_ns(),
+            handler=runtime.name,
+            boot_id=self._node.boot_id,
+            image_id=image.id,
+            image_ref=image.repo_digests[0] if image.repo_digests else image.id,
+            cgroup=self._node.cgroups.path(sandbox.record.cgroup_parent, container_id),
+            log_path=str(log_path) if log_path else "",
+            resources=config.linux.resources.SerializeToString(),
+        )
+        return Container(container_id, sandbox, config, record)
+
+    def _write_spec(self, container: Container, image: Image, runtime: OciRuntime) -> ContainerSpec:
+        request = spec_request(self._node, container, image, runtime)
+        spec = build(request)
+        make_volumes(spec.volumes, request.rootfs)
+        self._node.layout.container(container.id).spec.write_bytes(spec.config_json)
+        if container.record.log_path:
+            Path(container.record.log_path).parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+            Path(container.record.log_path).open("ab").close()
+        return spec
+
+    async def _create_in_runtime(self, container: Container, runtime: OciRuntime) -> None:
+        config, record = container.config, container.record
+        request = MonitorRequest(
+            container_id=container.id,
+            name=f"{container.sandbox.config.metadata.name}/{config.metadata.name}",
+            runtime=runtime.program,
+            runtime_arguments=runtime.arguments,
+            systemd_cgroup=False,
+            log_path=Path(record.log_path) if record.log_path else None,
+            terminal=config.tty,
+            stdin=config.stdin,
+            stdin_once=config.stdin_once,
+        )
+        try:
+            monitored = await self._node.monitors.create(request)
+        except RuntimeRefusedError as error:
+            if not cannot_run_program(error.message):
+                raise
+            # Clients expect a program that cannot be run to fail the start, not the making.
+            record.start_error = error.message
+            await runtime.delete(container.id)
+            return
+        container.monitor_descriptor = monitored.monitor_descriptor
+        record.monitor = monitored.monitor
+        record.init = monitored.init
+        self._lifecycle.watch(container)
+
+    async def _discard(self, container: Container) -> None:
+        """Undo everything of a container that did not come to be."""
+        node = self._node
+        await self._lifecycle.release_runtime(container)
+        await self._lifecycle.end_monitor(container)
+        folder = node.layout.container(container.id)
+        await node.snapshots.unmount(container.id, folder.rootfs)
+        await node.snapshots.remove(container.id)
+        await in_thread(shutil.rmtree, folder.path, True)
+        node.monitors.forget(container.id)
+        await node.store.delete_container(container.id)
+        self._forget(container)
+
+    async def undo_half_made(self, container: Container) -> None:
+        """Undo a container whose making was cut short by the agent's death."""
+        await self._discard(container)
+
+    def _forget(self, container: Container) -> None:
+        if self._by_identity.get(container.identity) is container:
+            del self._by_identity[container.identity]
+        self._node.discard_container(container)
+
+    async def remove(self, container_id: str) -> None:
+        """Kill, if need be, and remove a container. Unknown ids are fine."""
+        container = self._node.containers.find(container_id) if container_id else None
+        if container is None or not container.visible:
+            return
+        if container.record.state in (ContainerState.RUNNING, ContainerState.CREATED):
+            await self._lifecycle.kill(container)
+        async with container.lock:
+            if not container.visible:
+                return
+            operation = begin(container, "RemoveContainer")
+            async with operation.stage("intent"):
+                container.record.state = ContainerState.REMOVING
+                await self._node.store.save_container(container)
+            await self.finish_removal(container, operation)
+
+    async def finish_removal(self, container: Container, operation: Operation | None = None) -> None:
+        """Carry a removal that was written down to its end."""
+        operation = operation or begin(container, "RemoveContainer")
+        node = self._node
+        async with operation.stage("runtime"):
+            await self._lifecycle.released(container)
+        async with operation.stage("snapshot"):
+            await node.snapshots.unmount(container.id, node.layout.container(container.id).rootfs)
+            await node.snapshots.remove(container.id)
+        async with operation.stage("files"):
+            await in_thread(shutil.rmtree, node.layout.container(container.id).path, True)
+            node.monitors.forget(container.id)
+        async with operation.stage("forget"):
+            await node.store.delete_container(container.id)
+        self._forget(container)
+        node.publish(cri_pb2.CONTAINER_DELETED_EVENT, container)
+        _log.info("%s is removed", container.title)
+
+    async def abort_making(self, sandbox: Sandbox) -> None:
+        """Cancel and undo the containers being made in a sandbox."""
+        await self._making.cancel(lambda identity: identity[0] == sandbox.id)
+
+    async def stop_all(self, sandbox: Sandbox) -> None:
+        """Kill every container of a sandbox that runs."""
+        containers = [c for c in self._node.containers_of(sandbox) if c.visible]
+        await asyncio.gather(*(self._lifecycle.kill(container) for container in containers))
+        await asyncio.gather(*(self._lifecycle.released(container) for container in containers))
+
+    async def remove_all(self, sandbox: Sandbox) -> None:
+        """Remove every container of a sandbox."""
+        await asyncio.gather(*(self.remove(container.id) for container in self._node.containers_of(sandbox)))
+
+    async def close(self) -> None:
+        """Undo what is in the making; for the agent's end."""
+        await self._making.drain()
+
+
+def validate_container(config: cri_pb2.ContainerConfig) -> None:
+    """Raise InvalidArgumentError for what can never work, whatever the state of the node."""
+    name = config.metadata.name
+    if not name:
+        raise InvalidArgumentError("the container configuration has no metadata with a name: give metadata.name")
+    if len(name) > NAME_LIMIT or "/" in name or "\0" in name:
+        raise InvalidArgumentError(
+            f"container {name[:80]!r}: metadata.name is over {NAME_LIMIT} characters or holds a slash or NUL"
+        )
+    if not config.image.image:
+        raise InvalidArgumentError(f"container {name!r}: no image is named: give image.image")
+
+
+def _require_ready(sandbox: Sandbox) -> None:
+    if sandbox.record.state is not SandboxState.READY or sandbox.closing:
+        raise WrongStateError(f"{sandbox.title} is not ready: make a new sandbox for the container")
+
+
+def _same_or_conflict(existing: Container, config: cri_pb2.ContainerConfig) -> Container:
+    alive = existing.record.state in (ContainerState.CREATED, ContainerState.RUNNING)
+    if alive and existing.config == config:
+        return existing
+    why = "is there with another configuration" if alive else "has exited"
+    raise AlreadyExistsError(f"{existing.title} {why}: raise metadata.attempt, or remove it first")
+
+
+def _apply_spec(container: Container, spec: ContainerSpec) -> None:
+    record = container.record
+    record.user = (spec.user.uid, spec.user.gid, tuple(spec.user.supplemental_groups))
+    record.mounts = [mount.SerializeToString() for mount in spec.mounts]
+    record.stop_signal = spec.stop_signal.number
+    kinds = {namespace.type: namespace.path for namespace in spec.spec.linux.namespaces}
+    record.private_pid_namespace = kinds.get("pid") == ""

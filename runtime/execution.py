@@ -1,0 +1,145 @@
+"""Commands run inside containers, and changes to running ones: exec, limits, log rotation."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from host.errors import InvalidArgumentError, LimitError, PodkeelError, WrongStateError
+from host.inotify import wait_until_exists
+from host.threads import in_thread
+from proto.runtime.v1 import cri_pb2
+from runtime.container import Container, ContainerState
+from runtime.lifecycle import begin
+from runtime.node import Node
+from runtime.oci_runtime import ExecResult
+from runtime.spec import oci
+from runtime.spec.resources import resources
+
+REOPEN_SECONDS = 5.0
+
+
+class _SpecProcess(msgspec.Struct):
+    process: oci.Process
+
+
+_decode_spec = msgspec.json.Decoder(_SpecProcess).decode
+
+
+class Execution:
+    """Acts on containers that are there already."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def exec_sync(self, container_id: str, command: list[str], timeout: float) -> ExecResult:
+        """Run a command to its end and return its output, cut at 16 MiB a stream; ``timeout`` 0 means none.
+
+        Raises:
+            NotFoundError, WrongStateError: there is no such container, or it does not run.
+            DeadlineError: the command took too long; it and its children were killed.
+            CommandError: it could not be started.
+        """
+        container = self._running(container_id)
+        if not command:
+            raise InvalidArgumentError(f"{container.title}: no command to execute was given")
+        if timeout < 0:
+            raise InvalidArgumentError(f"{container.title}: the timeout {timeout:g} s is negative: use 0 for none")
+        runtime = self._node.handlers.get(container.record.handler)
+        process = self.process_json(container, command, terminal=False)
+        pids = partial(self._node.cgroups.processes, container.record.cgroup)
+        return await runtime.execute(container.id, process, timeout or None, pids)
+
+    def process_json(self, container: Container, command: list[str], *, terminal: bool) -> bytes:
+        """The OCI ``process`` object of a further command in a container: like its first one, but for the arguments."""
+        process = _decode_spec(self._node.layout.container(container.id).spec.read_bytes()).process
+        process.args = command
+        process.terminal = terminal
+        return msgspec.json.encode(process)
+
+    async def update(self, container_id: str, given: cri_pb2.LinuxContainerResources) -> None:
+        """Change a container's limits, all of them or none; fields left at 0 stay as they are.
+
+        Raises:
+            WrongStateError: the container has exited.
+            LimitError: the memory limit would be below what the container uses now.
+        """
+        container = self._node.get_container(container_id)
+        async with container.lock:
+            if container.record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
+                raise WrongStateError(f"{container.title} is {container.record.state}: its limits cannot be changed")
+            before = cri_pb2.LinuxContainerResources.FromString(container.record.resources)
+            merged = _merge(before, given)
+            self._refuse_below_use(container, given.memory_limit_in_bytes)
+            operation = begin(container, "UpdateContainerResources")
+            async with operation.stage("runtime"):
+                await self._apply(container, before, merged)
+            async with operation.stage("commit"):
+                container.record.resources = merged.SerializeToString()
+                await self._node.store.save_container(container)
+
+    async def _apply(
+        self, container: Container, before: cri_pb2.LinuxContainerResources, after: cri_pb2.LinuxContainerResources
+    ) -> None:
+        if container.record.start_error:
+            return
+        runtime = self._node.handlers.get(container.record.handler)
+        try:
+            await runtime.update(container.id, self._as_oci(after))
+        except BaseException:
+            await runtime.update(container.id, self._as_oci(before))
+            raise
+
+    def _as_oci(self, limits: cri_pb2.LinuxContainerResources) -> bytes:
+        return msgspec.json.encode(resources(limits, self._node.facts, pids_limit=self._node.options.pids_limit))
+
+    def _refuse_below_use(self, container: Container, limit: int) -> None:
+        if limit <= 0:
+            return
+        use = self._node.cgroups.memory_in_use(container.record.cgroup)
+        if use > limit:
+            raise LimitError(
+                f"{container.title} uses {use} bytes of memory that cannot be reclaimed, more than the new limit of "
+                f"{limit}: the kernel would kill it; raise the limit or restart the container"
+            )
+
+    async def reopen_log(self, container_id: str) -> None:
+        """Have the log written to a new file after the old one was renamed.
+
+        Raises:
+            WrongStateError: the container does not run, or has no log.
+        """
+        container = self._running(container_id)
+        if not container.record.log_path:
+            raise WrongStateError(f"{container.title} has no log: its log_path is empty")
+        path = Path(container.record.log_path)
+        if not path.parent.is_dir():
+            raise PodkeelError(f"{container.title}: the log folder {path.parent} is gone: make it again")
+        try:
+            await in_thread(self._node.monitors.reopen_log, container.id)
+        except OSError as error:
+            raise PodkeelError(f"{container.title}: its conmon does not listen: {os.strerror(error.errno)}") from error
+        if not await wait_until_exists(path, REOPEN_SECONDS):
+            raise PodkeelError(f"{container.title}: its conmon did not open {path} within {REOPEN_SECONDS:g} s")
+
+    def _running(self, container_id: str) -> Container:
+        container = self._node.get_container(container_id)
+        if container.record.state is not ContainerState.RUNNING:
+            raise WrongStateError(f"{container.title} is {container.record.state}, not running")
+        return container
+
+
+def _merge(
+    before: cri_pb2.LinuxContainerResources, given: cri_pb2.LinuxContainerResources
+) -> cri_pb2.LinuxContainerResources:
+    merged = cri_pb2.LinuxContainerResources()
+    merged.CopyFrom(before)
+    if given.hugepage_limits:
+        del merged.hugepage_limits[:]
+    merged.MergeFrom(given)
+    if given.memory_limit_in_bytes and not given.memory_swap_limit_in_bytes:
+        merged.memory_swap_limit_in_bytes = 0  # follows the new memory limit instead of staying below it
+    return merged

@@ -1,0 +1,290 @@
+"""Starting and stopping containers, and what happens when one ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Coroutine
+
+from host import processes
+from host.errors import CommandError, DeadlineError, PodkeelError, WrongStateError
+from host.stages import Operation
+from proto.runtime.v1 import cri_pb2
+from runtime.container import Container, ContainerState
+from runtime.monitor import ExitRecord
+from runtime.node import Node
+from runtime.sandbox import SandboxState
+
+KILL_SECONDS = 60.0
+UNKNOWN_EXIT_CODE = 255
+START_ERROR_EXIT_CODE = 128
+
+_OPERATIONS_KEPT = 8
+_log = logging.getLogger("podkeel.containers")
+
+
+def begin(container: Container, name: str) -> Operation:
+    """Start recording an operation with a container."""
+    operation = Operation(name, container.title)
+    container.operations.append(operation)
+    del container.operations[:-_OPERATIONS_KEPT]
+    return operation
+
+
+class Lifecycle:
+    """Takes containers from created to exited."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, container_id: str) -> None:
+        """Let a created container run.
+
+        Raises:
+            NotFoundError: there is no such container.
+            WrongStateError: it is not created, or its sandbox is not ready.
+            PodkeelError: it could not be started; it has exited then.
+        """
+        container = self._node.get_container(container_id)
+        async with container.lock:
+            record = container.record
+            if record.state is not ContainerState.CREATED:
+                raise WrongStateError(f"{container.title} is {record.state}, only a created one can be started")
+            if container.sandbox.record.state is not SandboxState.READY or container.sandbox.closing:
+                raise WrongStateError(f"{container.title}: its sandbox is not ready: make a new one")
+            operation = begin(container, "StartContainer")
+            async with operation.stage("runtime"), self._node.starting:
+                await self._start_in_runtime(container)
+            async with operation.stage("commit"):
+                record.state = ContainerState.RUNNING
+                record.started_at = time.time_ns()
+                await self._node.store.save_container(container)
+        self._node.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
+        _log.info("%s runs", container.title)
+
+    async def _start_in_runtime(self, container: Container) -> None:
+        record = container.record
+        if record.start_error:
+            await self._fail_start(container, record.start_error)
+            raise PodkeelError(record.start_error)
+        try:
+            await self._node.handlers.get(record.handler).start(container.id)
+        except CommandError as error:
+            await self._kill_processes(container)
+            await self._fail_start(container, error.output or error.message)
+            raise
+
+    async def _fail_start(self, container: Container, message: str) -> None:
+        now = time.time_ns()
+        record = container.record
+        record.state = ContainerState.EXITED
+        record.started_at = record.started_at or now
+        record.finished_at = now
+        record.exit_code = START_ERROR_EXIT_CODE
+        record.reason = "StartError"
+        record.message = message
+        await self._node.store.save_container(container)
+        self._ended(container)
+
+    def watch(self, container: Container) -> None:
+        """Notice the end of a container's monitor; for one whose program cannot run there is none."""
+        descriptor = container.monitor_descriptor
+        if descriptor is not None:
+            processes.watch_exit(descriptor, lambda: self._spawn(self._monitor_ended(container)))
+
+    async def _monitor_ended(self, container: Container) -> None:
+        self._close_monitor(container)
+        async with container.lock:
+            if container.record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
+                return
+            exit_record = self._node.monitors.exit_record(container.id)
+            if exit_record is None and await self._survives_its_monitor(container):
+                return
+            await self.record_exit(container, exit_record)
+
+    async def _survives_its_monitor(self, container: Container) -> bool:
+        """Whether the container runs on though conmon was killed; its end is then noticed without an exit code."""
+        init = container.record.init
+        pidfd = processes.open_process(init.pid, init.started) if init is not None else None
+        if pidfd is None:
+            return False
+        _log.error("%s: its conmon was killed; it runs on, without log and exit code", container.title)
+        container.monitor_descriptor = pidfd
+        container.record.monitor = None
+        await self._node.store.save_container(container)
+        self.watch(container)
+        return True
+
+    async def record_exit(self, container: Container, exit_record: ExitRecord | None) -> None:
+        """Write down how a container ended; the caller holds its lock."""
+        record = container.record
+        kills = exit_record is not None and exit_record.out_of_memory
+        kills = kills or self._node.cgroups.out_of_memory_kills(record.cgroup) > 0
+        record.state = ContainerState.EXITED
+        record.exit_code = exit_record.code if exit_record else UNKNOWN_EXIT_CODE
+        record.finished_at = exit_record.finished_at if exit_record else time.time_ns()
+        record.started_at = record.started_at or record.created_at
+        if record.exit_code == 0:
+            record.reason = "Completed"
+        else:
+            record.reason = "OOMKilled" if kills else "Error"
+        if exit_record is None:
+            record.message = "its end was not recorded: its monitor was killed or the node restarted"
+        await self._node.store.save_container(container)
+        self._ended(container)
+        _log.info("%s ended: exit code %d, %s", container.title, record.exit_code, record.reason)
+
+    def _ended(self, container: Container) -> None:
+        container.exited.set()
+        self._node.publish(cri_pb2.CONTAINER_STOPPED_EVENT, container)
+        container.cleanup = self._spawn(self._clean_up(container))
+
+    async def _clean_up(self, container: Container) -> None:
+        try:
+            await self.release_runtime(container)
+            await self.end_monitor(container)
+            folder = self._node.layout.container(container.id)
+            await self._node.snapshots.unmount(container.id, folder.rootfs)
+        except PodkeelError as error:
+            _log.error("%s: could not be cleaned up, removing it tries again: %s", container.title, error)
+
+    async def release_runtime(self, container: Container) -> None:
+        """Kill what is left of a container and have the OCI runtime forget it. Repeatable."""
+        record = container.record
+        if record.boot_id != self._node.boot_id:
+            return
+        if not record.private_pid_namespace:
+            self._node.cgroups.kill(record.cgroup)
+        runtime = self._node.handlers.get(record.handler)
+        if (runtime.root / container.id).exists():
+            await runtime.delete(container.id)
+        if self._node.cgroups.exists(record.cgroup):
+            self._node.cgroups.kill(record.cgroup)
+            self._node.cgroups.remove(record.cgroup)
+
+    async def released(self, container: Container) -> None:
+        """Wait until what the OCI runtime held of an ended container is given back, trying again if that failed."""
+        if container.cleanup is not None:
+            await asyncio.shield(container.cleanup)
+        await self.release_runtime(container)
+
+    async def end_monitor(self, container: Container) -> None:
+        """Kill conmon if it is still there though its container is not."""
+        monitor = container.record.monitor
+        if monitor is None or container.record.boot_id != self._node.boot_id:
+            return
+        pidfd = processes.open_process(monitor.pid, monitor.started)
+        if pidfd is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
+
+    async def stop(self, container_id: str, grace: float) -> None:
+        """Stop a container: its stop signal, then after ``grace`` seconds SIGKILL. Unknown or ended ones are fine.
+
+        While one call waits, another with a shorter grace shortens the wait of both. Raises DeadlineError when even
+        SIGKILL does not end it.
+        """
+        container = self._node.containers.find(container_id) if container_id else None
+        if container is None or not container.visible or container.record.state is ContainerState.EXITED:
+            return
+        operation = begin(container, "StopContainer")
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + max(grace, 0.0)
+        first = container.stop_deadline is None
+        container.stop_deadline = min(deadline, container.stop_deadline or deadline)
+        container.stop_changed.set()
+        async with operation.stage("signal"):
+            if first and grace > 0 and container.record.state is ContainerState.RUNNING:
+                self._signal(container, container.record.stop_signal)
+                await self._wait_for_grace(container)
+            elif grace > 0 and container.record.state is ContainerState.RUNNING:
+                await self._wait_for_grace(container)
+        async with operation.stage("kill"):
+            if not container.exited.is_set():
+                await self._kill_and_wait(container)
+        async with operation.stage("release"):
+            await self.released(container)
+
+    async def _wait_for_grace(self, container: Container) -> None:
+        loop = asyncio.get_running_loop()
+        while not container.exited.is_set():
+            remaining = (container.stop_deadline or 0.0) - loop.time()
+            if remaining <= 0:
+                return
+            container.stop_changed.clear()
+            waits = [
+                asyncio.ensure_future(container.exited.wait()),
+                asyncio.ensure_future(container.stop_changed.wait()),
+            ]
+            try:
+                await asyncio.wait(waits, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+
+    async def kill(self, container: Container) -> None:
+        """SIGKILL at once, and wait for the end; what has ended is fine."""
+        await self.stop(container.id, 0)
+
+    async def _kill_and_wait(self, container: Container) -> None:
+        await self._kill_processes(container)
+        if container.monitor_descriptor is None:
+            async with container.lock:
+                if not container.exited.is_set():
+                    await self.record_exit(container, self._node.monitors.exit_record(container.id))
+            return
+        try:
+            await asyncio.wait_for(container.exited.wait(), KILL_SECONDS)
+        except TimeoutError:
+            raise DeadlineError(
+                f"{container.title} did not end within {KILL_SECONDS:g} s of SIGKILL: its processes hang in the kernel"
+            ) from None
+
+    async def _kill_processes(self, container: Container) -> None:
+        self._signal(container, signal.SIGKILL)
+        if not container.record.private_pid_namespace:
+            self._node.cgroups.kill(container.record.cgroup)
+
+    def _signal(self, container: Container, number: int) -> None:
+        init = container.record.init
+        pidfd = processes.open_process(init.pid, init.started) if init is not None else None
+        if pidfd is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, number)
+        os.close(pidfd)
+
+    def _close_monitor(self, container: Container) -> None:
+        if container.monitor_descriptor is not None:
+            processes.reap(container.monitor_descriptor)
+            os.close(container.monitor_descriptor)
+            container.monitor_descriptor = None
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a container's end could not be handled: %s", error, exc_info=error)
+
+    async def close(self) -> None:
+        """Let go of the monitors, which live on, and wait for what is being cleaned up."""
+        loop = asyncio.get_running_loop()
+        for container in self._node.containers:
+            if container.monitor_descriptor is not None:
+                loop.remove_reader(container.monitor_descriptor)
+                os.close(container.monitor_descriptor)
+                container.monitor_descriptor = None
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=10)

@@ -1,0 +1,113 @@
+"""Everything one agent works with: its folders, store, runtimes, network, images, and the objects in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from images.snapshots import SnapshotStore
+from images.store import ImageStore
+from network.bridge import BuiltInNetwork
+
+from host.database import Database
+from host.errors import NotFoundError
+from proto.runtime.v1 import cri_pb2
+from runtime import statuses
+from runtime.cgroups import CgroupTree
+from runtime.container import Container
+from runtime.events import EventBus
+from runtime.handlers import Handlers
+from runtime.identifiers import Registry
+from runtime.layout import Layout
+from runtime.monitor import Monitors
+from runtime.options import RuntimeOptions
+from runtime.sandbox import Sandbox
+from runtime.spec.node import NodeFacts
+from runtime.store import Store
+
+
+def read_boot_id() -> str:
+    """An id of this boot: what lies in the run folder is from it or from before."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@dataclass(slots=True)
+class Node:
+    """What the pod and container managers share."""
+
+    options: RuntimeOptions
+    layout: Layout
+    database: Database
+    store: Store
+    cgroups: CgroupTree
+    facts: NodeFacts
+    handlers: Handlers
+    monitors: Monitors
+    network: BuiltInNetwork
+    images: ImageStore
+    snapshots: SnapshotStore
+    boot_id: str = field(default_factory=read_boot_id)
+    events: EventBus = field(default_factory=EventBus)
+    sandboxes: Registry[Sandbox] = field(default_factory=lambda: Registry("sandbox"))
+    containers: Registry[Container] = field(default_factory=lambda: Registry("container"))
+    by_sandbox: dict[str, dict[str, Container]] = field(default_factory=dict)
+    starting: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        parallel = self.options.container_start_parallelism or 4 * (os.cpu_count() or 1)
+        self.starting = asyncio.Semaphore(parallel)
+
+    def containers_of(self, sandbox: Sandbox) -> list[Container]:
+        """Containers of a sandbox, oldest first, also those being made."""
+        return list(self.by_sandbox.get(sandbox.id, {}).values())
+
+    def add_sandbox(self, sandbox: Sandbox) -> None:
+        """Keep a sandbox in memory."""
+        self.sandboxes.add(sandbox)
+        self.by_sandbox.setdefault(sandbox.id, {})
+
+    def discard_sandbox(self, sandbox_id: str) -> None:
+        """Forget a sandbox that is gone."""
+        self.sandboxes.discard(sandbox_id)
+        self.by_sandbox.pop(sandbox_id, None)
+
+    def add_container(self, container: Container) -> None:
+        """Keep a container in memory."""
+        self.containers.add(container)
+        self.by_sandbox[container.sandbox.id][container.id] = container
+
+    def discard_container(self, container: Container) -> None:
+        """Forget a container that is gone."""
+        self.containers.discard(container.id)
+        self.by_sandbox.get(container.sandbox.id, {}).pop(container.id, None)
+
+    def get_sandbox(self, sandbox_id: str) -> Sandbox:
+        """The sandbox of an id or unique prefix. Raises NotFoundError or InvalidArgumentError."""
+        sandbox = self.sandboxes.get(sandbox_id)
+        if not sandbox.visible:
+            raise NotFoundError(f"sandbox {sandbox_id!r} not found")
+        return sandbox
+
+    def get_container(self, container_id: str) -> Container:
+        """The container of an id or unique prefix. Raises NotFoundError or InvalidArgumentError."""
+        container = self.containers.get(container_id)
+        if not container.visible:
+            raise NotFoundError(f"container {container_id!r} not found")
+        return container
+
+    def visible_sandboxes(self) -> Iterator[Sandbox]:
+        """The sandboxes that clients may see."""
+        return (sandbox for sandbox in self.sandboxes if sandbox.visible)
+
+    def visible_containers(self) -> Iterator[Container]:
+        """The containers that clients may see."""
+        return (container for container in self.containers if container.visible)
+
+    def publish(self, kind: cri_pb2.ContainerEventType, subject: Sandbox | Container) -> None:
+        """Tell the subscribers, if there are any, what just happened to ``subject``."""
+        if self.events.wanted:
+            sandbox = subject if isinstance(subject, Sandbox) else subject.sandbox
+            self.events.publish(statuses.event(kind, subject.id, sandbox, self.containers_of(sandbox)))

@@ -1,0 +1,86 @@
+"""The PID namespace that a pod's containers may share: held by catatonit as its init, made when first asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from host import libc, mounts, processes
+from host.errors import PodkeelError
+from runtime.layout import SandboxFolder
+from runtime.sandbox import ProcessName
+
+_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}[os.uname().machine]
+
+
+def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
+    """Start catatonit as init of a new PID namespace and return its pid; ``pin_holder`` is then due.
+
+    Runs in a fresh thread, which it leaves in another mount namespace. Containers of the pod can reach the init's root
+    through /proc/1/root, so it gets an empty one with nothing of the host in it.
+    """
+    program = shutil.which(catatonit)
+    if program is None:
+        raise PodkeelError(f"a shared PID namespace needs {catatonit!r}, which is not installed")
+    root = folder.path / "init"
+    root.mkdir(mode=0o711, exist_ok=True)
+    libc.unshare(libc.CLONE_NEWPID | libc.CLONE_NEWNS)
+    libc.mount("", "/", "", mounts.MS_REC | mounts.MS_PRIVATE, "")
+    libc.mount("init", str(root), "tmpfs", mounts.MS_NOSUID | mounts.MS_NODEV, "mode=0711,size=64k,nr_inodes=8")
+    (root / "catatonit").touch()
+    (root / "dev").mkdir()
+    (root / "dev" / "null").touch()
+    mounts.bind(program, root / "catatonit")
+    mounts.bind("/dev/null", root / "dev" / "null")
+    os.chdir(root)
+    # pivot_root(".", ".") puts the old root on top of the new one, from where it is let go (pivot_root(2)).
+    libc.syscall(_SYS_PIVOT_ROOT, b".", b".")
+    libc.umount(".", mounts.MNT_DETACH)
+    return processes.spawn(["/catatonit", "-P"], environment={}, title=_title(sandbox_id))
+
+
+def pin_holder(folder: SandboxFolder, pid: int) -> ProcessName:
+    """Pin the PID namespace held by ``pid``, a child of ours, and name that process for good."""
+    started = processes.start_time(pid)
+    if started is None:
+        raise PodkeelError(f"the init of the pod's PID namespace (pid {pid}) ended at once")
+    pin = folder.pin("pid")
+    pin.touch(mode=0o444)
+    mounts.bind(f"/proc/{pid}/ns/pid", pin)
+    return ProcessName(pid, started)
+
+
+def end_holder(holder: ProcessName | None, folder: SandboxFolder, sandbox_id: str) -> None:
+    """Kill the init of a pod's PID namespace, and with it all that is left in there. Gone already is fine.
+
+    One that was started just before the agent died, and so never written down, is found by its title.
+    """
+    if holder is None and folder.pin("pid").parent.exists() and (folder.path / "init").exists():
+        holder = _find(sandbox_id)
+    pidfd = processes.open_process(holder.pid, holder.started) if holder is not None else None
+    if pidfd is None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
+
+
+def _find(sandbox_id: str) -> ProcessName | None:
+    wanted = _title(sandbox_id).encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if (entry / "cmdline").read_bytes().split(b"\0")[0] == wanted:
+                    pid = int(entry.name)
+                    started = processes.start_time(pid)
+                    return ProcessName(pid, started) if started is not None else None
+    return None
+
+
+def _title(sandbox_id: str) -> str:
+    return f"podkeel-pod-init-{sandbox_id}"

@@ -1,0 +1,321 @@
+"""Pod sandboxes: making, stopping and removing them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from functools import partial
+
+from network.files import hosts_file, resolv_conf
+
+from host.errors import AlreadyExistsError, InvalidArgumentError, UnsupportedError
+from host.stages import Operation
+from host.threads import in_fresh_thread, in_thread
+from host.undo import Undo
+from network.attachment import PortMapping
+from proto.runtime.v1 import cri_pb2
+from runtime.containers import ContainerManager
+from runtime.identifiers import new_id
+from runtime.joining import Joining
+from runtime.namespaces import NamespacePlan, drop_namespaces, make_namespaces
+from runtime.node import Node
+from runtime.oci_runtime import OciRuntime
+from runtime.pid_namespace import end_holder
+from runtime.sandbox import Sandbox, SandboxRecord, SandboxState
+from runtime.spec.sysctls import pod_sysctls
+
+NAME_LIMIT = 253
+HOSTNAME_LIMIT = 64
+_OPERATIONS_KEPT = 8
+
+_Identity = tuple[str, str, str, int]
+_PROTOCOLS = {cri_pb2.TCP: "tcp", cri_pb2.UDP: "udp", cri_pb2.SCTP: "sctp"}
+_log = logging.getLogger("podkeel.pods")
+
+
+class PodManager:
+    """What the CRI's sandbox calls do."""
+
+    def __init__(self, node: Node, containers: ContainerManager) -> None:
+        self._node = node
+        self._containers = containers
+        self._making: Joining[_Identity, Sandbox] = Joining()
+        self._by_identity: dict[_Identity, Sandbox] = {}
+
+    def adopt(self, sandbox: Sandbox) -> None:
+        """Take over a sandbox found in the store."""
+        self._node.add_sandbox(sandbox)
+        self._by_identity[sandbox.identity] = sandbox
+
+    async def run(self, config: cri_pb2.PodSandboxConfig, handler: str) -> Sandbox:
+        """Make a sandbox and return it ready.
+
+        One that exists with the same configuration is returned as it is; one in the making is waited for.
+
+        Raises:
+            InvalidArgumentError: the configuration is wrong.
+            NotFoundError: the runtime handler is not there.
+            AlreadyExistsError: the identity is taken by another configuration, or by a sandbox that was stopped.
+        """
+        validate_sandbox(config)
+        runtime = self._node.handlers.get(handler)
+        identity = _identity(config)
+        request = (config, handler)
+        pending = self._making.request_of(identity)
+        if pending is None:
+            existing = self._by_identity.get(identity)
+            if existing is not None:
+                return _same_or_conflict(existing, config, handler)
+        elif pending != request:
+            raise AlreadyExistsError(
+                f"sandbox {config.metadata.namespace}/{config.metadata.name} attempt {config.metadata.attempt} "
+                "is being made with another configuration: raise the attempt"
+            )
+        return await self._making.run(identity, request, lambda: self._make(config, handler, runtime))
+
+    async def _make(self, config: cri_pb2.PodSandboxConfig, handler: str, runtime: OciRuntime) -> Sandbox:
+        node = self._node
+        sandbox = self._new_sandbox(config, handler, runtime)
+        operation = Operation("RunPodSandbox", f"sandbox {config.metadata.namespace}/{config.metadata.name}")
+        sandbox.operations.append(operation)
+        plan = self._namespace_plan(sandbox)
+        async with Undo(sandbox.title) as undo:
+            undo.push("the sandbox", partial(self._discard, sandbox))
+            async with operation.stage("reserve"):
+                node.add_sandbox(sandbox)
+                await node.store.add_sandbox(sandbox)
+            async with operation.stage("namespaces"):
+                await in_fresh_thread(make_namespaces, node.layout.sandbox(sandbox.id), plan)
+            async with operation.stage("network"):
+                await self._attach(sandbox)
+            async with operation.stage("files"):
+                await in_thread(self._write_files, sandbox)
+            async with operation.stage("commit"):
+                sandbox.record.state = SandboxState.READY
+                await node.store.save_sandbox(sandbox)
+        self._by_identity[sandbox.identity] = sandbox
+        node.publish(cri_pb2.CONTAINER_CREATED_EVENT, sandbox)
+        node.publish(cri_pb2.CONTAINER_STARTED_EVENT, sandbox)
+        _log.info("%s is ready, addresses %s", sandbox.title, ", ".join(sandbox.record.addresses) or "of the node")
+        return sandbox
+
+    def _new_sandbox(self, config: cri_pb2.PodSandboxConfig, handler: str, runtime: OciRuntime) -> Sandbox:
+        sandbox_id = new_id()
+        parent, own = config.linux.cgroup_parent, False
+        if parent:
+            self._node.cgroups.validate_parent(parent)
+        else:
+            parent, own = self._node.cgroups.default_parent(self._node.options.cgroup_parent, sandbox_id), True
+        record = SandboxRecord(
+            state=SandboxState.MAKING,
+            created_at=time.time_ns(),
+            handler=runtime.name,
+            requested_handler=handler,
+            boot_id=self._node.boot_id,
+            cgroup_parent=parent,
+            owns_cgroup_parent=own,
+            resources=config.linux.resources.SerializeToString(),
+            overhead=config.linux.overhead.SerializeToString(),
+        )
+        return Sandbox(sandbox_id, config, record)
+
+    def _namespace_plan(self, sandbox: Sandbox) -> NamespacePlan:
+        options = sandbox.namespace_options
+        host_ipc = options.ipc == cri_pb2.NODE
+        kinds = () if sandbox.host_network else ("net", "uts")
+        hostname = "" if sandbox.host_network else sandbox.config.hostname or os.uname().nodename
+        return NamespacePlan(
+            kinds=kinds if host_ipc else (*kinds, "ipc"),
+            hostname=hostname,
+            sysctls=pod_sysctls(
+                sandbox.config,
+                host_network=sandbox.host_network,
+                host_ipc=host_ipc,
+                defaults=self._node.options.default_sysctls,
+            ),
+            shm_size=self._node.options.shm_size,
+        )
+
+    async def _attach(self, sandbox: Sandbox) -> None:
+        if sandbox.host_network:
+            return
+        pin = self._node.layout.sandbox(sandbox.id).pin("net")
+        attachment = await self._node.network.attach(sandbox.id, str(pin), _port_mappings(sandbox.config))
+        sandbox.record.addresses = attachment.addresses
+
+    def _write_files(self, sandbox: Sandbox) -> None:
+        folder = self._node.layout.sandbox(sandbox.id)
+        dns = sandbox.config.dns_config
+        folder.resolv_conf.write_text(resolv_conf(dns.servers, dns.searches, dns.options))
+        hostname = sandbox.config.hostname if not sandbox.host_network else ""
+        hostname = hostname or os.uname().nodename
+        folder.hostname.write_text(f"{hostname}\n")
+        folder.hosts.write_text(hosts_file(hostname, sandbox.record.addresses, host_network=sandbox.host_network))
+
+    async def stop(self, sandbox_id: str) -> None:
+        """Kill what runs in a sandbox and give back its network and namespaces. Repeatable; unknown ids are fine."""
+        sandbox = self._node.sandboxes.find(sandbox_id) if sandbox_id else None
+        if sandbox is None or not sandbox.visible:
+            return
+        sandbox.closing = True
+        await self._containers.abort_making(sandbox)
+        async with sandbox.lock:
+            if not sandbox.visible or sandbox.record.torn_down:
+                return
+            operation = _begin(sandbox, "StopPodSandbox")
+            async with operation.stage("containers"):
+                await self._containers.stop_all(sandbox)
+            async with operation.stage("commit"):
+                sandbox.record.state = SandboxState.NOT_READY
+                await self._node.store.save_sandbox(sandbox)
+            await self._tear_down(sandbox, operation)
+        self._node.publish(cri_pb2.CONTAINER_STOPPED_EVENT, sandbox)
+        _log.info("%s is stopped", sandbox.title)
+
+    async def _tear_down(self, sandbox: Sandbox, operation: Operation) -> None:
+        """Give back network, then namespaces, then the cgroup; each step may be repeated after a crash."""
+        async with operation.stage("network"):
+            if not sandbox.host_network:
+                await self._node.network.detach(sandbox.id)
+        async with operation.stage("namespaces"):
+            await in_thread(self._drop, sandbox)
+        async with operation.stage("torn_down"):
+            sandbox.record.torn_down = True
+            await self._node.store.save_sandbox(sandbox)
+
+    def _drop(self, sandbox: Sandbox) -> None:
+        folder = self._node.layout.sandbox(sandbox.id)
+        if sandbox.record.boot_id == self._node.boot_id:
+            end_holder(sandbox.record.pid_holder, folder, sandbox.id)
+        drop_namespaces(folder)
+        if sandbox.record.owns_cgroup_parent:
+            self._node.cgroups.remove(self._node.cgroups.parent_path(sandbox.record.cgroup_parent))
+
+    async def remove(self, sandbox_id: str) -> None:
+        """Stop and remove a sandbox with all its containers. Unknown ids are fine."""
+        sandbox = self._node.sandboxes.find(sandbox_id) if sandbox_id else None
+        if sandbox is None or not sandbox.visible:
+            return
+        await self.stop(sandbox.id)
+        async with sandbox.lock:
+            if not sandbox.visible:
+                return
+            operation = _begin(sandbox, "RemovePodSandbox")
+            async with operation.stage("containers"):
+                await self._containers.remove_all(sandbox)
+            async with operation.stage("intent"):
+                sandbox.record.state = SandboxState.REMOVING
+                await self._node.store.save_sandbox(sandbox)
+            await self.finish_removal(sandbox, operation)
+
+    async def finish_removal(self, sandbox: Sandbox, operation: Operation | None = None) -> None:
+        """Carry a removal that was written down to its end."""
+        operation = operation or _begin(sandbox, "RemovePodSandbox")
+        if not sandbox.record.torn_down:
+            await self._tear_down(sandbox, operation)
+        async with operation.stage("forget"):
+            await self._node.store.delete_sandbox(sandbox.id)
+        self._node.publish(cri_pb2.CONTAINER_DELETED_EVENT, sandbox)
+        self._forget(sandbox)
+        _log.info("%s is removed", sandbox.title)
+
+    async def _discard(self, sandbox: Sandbox) -> None:
+        """Undo everything of a sandbox that did not come to be."""
+        await self._node.network.detach(sandbox.id)
+        await in_thread(self._drop, sandbox)
+        await self._node.store.delete_sandbox(sandbox.id)
+        self._forget(sandbox)
+
+    async def undo_half_made(self, sandbox: Sandbox) -> None:
+        """Undo a sandbox whose making was cut short by the agent's death."""
+        await self._discard(sandbox)
+
+    def _forget(self, sandbox: Sandbox) -> None:
+        if self._by_identity.get(sandbox.identity) is sandbox:
+            del self._by_identity[sandbox.identity]
+        self._node.discard_sandbox(sandbox.id)
+
+    async def update_resources(
+        self,
+        sandbox_id: str,
+        resources: cri_pb2.LinuxContainerResources | None,
+        overhead: cri_pb2.LinuxContainerResources | None,
+    ) -> None:
+        """Record what the pod as a whole may use (KEP-1287); its cgroup is the client's. Raises NotFoundError."""
+        sandbox = self._node.get_sandbox(sandbox_id)
+        async with sandbox.lock:
+            if resources is not None:
+                sandbox.record.resources = resources.SerializeToString()
+            if overhead is not None:
+                sandbox.record.overhead = overhead.SerializeToString()
+            await self._node.store.save_sandbox(sandbox)
+
+    async def close(self) -> None:
+        """Undo what is in the making; for the agent's end."""
+        await self._making.drain()
+
+
+def validate_sandbox(config: cri_pb2.PodSandboxConfig) -> None:
+    """Raise InvalidArgumentError or UnsupportedError for a configuration that can never work."""
+    metadata = config.metadata
+    if not metadata.name:
+        raise InvalidArgumentError("the sandbox configuration has no metadata with a name: give metadata.name")
+    title = f"sandbox {metadata.namespace}/{metadata.name}"
+    for field, value in (("name", metadata.name), ("namespace", metadata.namespace), ("uid", metadata.uid)):
+        if len(value) > NAME_LIMIT:
+            raise InvalidArgumentError(f"{title[:80]}…: metadata.{field} is over {NAME_LIMIT} characters: shorten it")
+        if "\0" in value or "/" in value:
+            raise InvalidArgumentError(f"{title}: metadata.{field} {value!r} holds a slash or NUL: remove it")
+    if len(config.hostname) > HOSTNAME_LIMIT:
+        raise InvalidArgumentError(f"{title}: hostname {config.hostname!r} is over {HOSTNAME_LIMIT} characters")
+    if any(character in config.hostname for character in "\0\n/ "):
+        raise InvalidArgumentError(f"{title}: hostname {config.hostname!r} holds a character no host name has")
+    if config.log_directory and not config.log_directory.startswith("/"):
+        raise InvalidArgumentError(f"{title}: log_directory {config.log_directory!r} must be an absolute path")
+    options = config.linux.security_context.namespace_options
+    if options.network not in (cri_pb2.POD, cri_pb2.NODE):
+        raise InvalidArgumentError(f"{title}: the network namespace mode must be POD or NODE")
+    if options.ipc not in (cri_pb2.POD, cri_pb2.NODE):
+        raise InvalidArgumentError(f"{title}: the ipc namespace mode must be POD or NODE")
+    if options.pid == cri_pb2.TARGET:
+        raise InvalidArgumentError(
+            f"{title}: pid mode TARGET is for containers: a sandbox takes POD, CONTAINER or NODE"
+        )
+    _validate_user_namespace(title, options.userns_options)
+
+
+def _validate_user_namespace(title: str, options: cri_pb2.UserNamespace) -> None:
+    if options.mode == cri_pb2.NODE or (options.mode == cri_pb2.POD and not options.uids and not options.gids):
+        return
+    if options.mode != cri_pb2.POD:
+        raise InvalidArgumentError(f"{title}: the user namespace mode must be POD or NODE")
+    raise UnsupportedError(f"{title}: user namespaces are not supported yet: use userns_options mode NODE")
+
+
+def _identity(config: cri_pb2.PodSandboxConfig) -> _Identity:
+    metadata = config.metadata
+    return (metadata.name, metadata.namespace, metadata.uid, metadata.attempt)
+
+
+def _same_or_conflict(existing: Sandbox, config: cri_pb2.PodSandboxConfig, handler: str) -> Sandbox:
+    ready = existing.record.state is SandboxState.READY and not existing.closing
+    if ready and existing.config == config and existing.record.requested_handler == handler:
+        return existing
+    why = "is there with another configuration" if ready else "was stopped and not removed"
+    raise AlreadyExistsError(f"{existing.title} {why}: raise metadata.attempt, or remove it first")
+
+
+def _port_mappings(config: cri_pb2.PodSandboxConfig) -> list[PortMapping]:
+    return [
+        PortMapping(_PROTOCOLS[mapping.protocol], mapping.container_port, mapping.host_port, mapping.host_ip)
+        for mapping in config.port_mappings
+        if mapping.host_port
+    ]
+
+
+def _begin(sandbox: Sandbox, name: str) -> Operation:
+    operation = Operation(name, sandbox.title)
+    sandbox.operations.append(operation)
+    del sandbox.operations[:-_OPERATIONS_KEPT]
+    return operation

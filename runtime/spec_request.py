@@ -1,0 +1,114 @@
+"""What a container's spec is built from, gathered from the node, the pod and the image."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from host.errors import InvalidArgumentError, WrongStateError
+from host.threads import in_fresh_thread, in_thread
+from host.undo import Undo
+from images.image import Image
+from proto.runtime.v1 import cri_pb2
+from runtime.container import Container, ContainerState
+from runtime.node import Node
+from runtime.oci_runtime import OciRuntime
+from runtime.pid_namespace import end_holder, pin_holder, start_holder
+from runtime.sandbox import Sandbox
+from runtime.spec.builder import SpecRequest
+from runtime.spec.facts import HandlerFacts, SandboxFiles
+from runtime.spec.namespaces import NamespacePaths
+from runtime.spec.seccomp import DEFAULT_PROFILE
+
+
+def spec_request(node: Node, container: Container, image: Image, runtime: OciRuntime) -> SpecRequest:
+    """The request for ``runtime.spec.builder.build``; the pod's shared PID namespace, if used, exists already."""
+    sandbox, config = container.sandbox, container.config
+    folder = node.layout.sandbox(sandbox.id)
+    host_ipc = sandbox.namespace_options.ipc == cri_pb2.NODE
+    return SpecRequest(
+        container_id=container.id,
+        config=config,
+        sandbox=sandbox.config,
+        sandbox_id=sandbox.id,
+        image=image.config,
+        image_reference=config.image.user_specified_image or config.image.image,
+        rootfs=node.layout.container(container.id).rootfs,
+        container_folder=node.snapshots.folder(container.id),
+        files=SandboxFiles(
+            resolv_conf=folder.resolv_conf,
+            hosts=folder.hosts,
+            hostname=folder.hostname,
+            shm=None if host_ipc else folder.shm,
+        ),
+        namespaces=_namespace_paths(node, container),
+        cgroups_path=node.cgroups.runtime_path(sandbox.record.cgroup_parent, container.id),
+        handler=HandlerFacts(
+            name=runtime.name,
+            recursive_read_only=runtime.features.recursive_read_only_mounts,
+            idmapped_mounts=runtime.features.idmapped_mounts,
+            privileged_without_host_devices=runtime.options.privileged_without_host_devices,
+        ),
+        node=node.facts,
+        pids_limit=node.options.pids_limit,
+        seccomp_default=DEFAULT_PROFILE,
+    )
+
+
+def shares_pod_pids(container: Container) -> bool:
+    """Whether a container joins the PID namespace that its pod shares."""
+    mode = container.config.linux.security_context.namespace_options.pid
+    return mode == cri_pb2.POD and container.sandbox.namespace_options.pid != cri_pb2.NODE
+
+
+async def ensure_pid_holder(node: Node, sandbox: Sandbox) -> None:
+    """Make the PID namespace that the pod's containers share, unless it is there already."""
+    async with sandbox.holder_lock:
+        if sandbox.record.pid_holder is not None:
+            return
+        folder = node.layout.sandbox(sandbox.id)
+        async with Undo(sandbox.title) as undo:
+            undo.push("the init of its PID namespace", partial(in_thread, end_holder, None, folder, sandbox.id))
+            pid = await in_fresh_thread(start_holder, folder, node.options.catatonit_path, sandbox.id)
+            sandbox.record.pid_holder = await in_thread(pin_holder, folder, pid)
+            undo.push("its record", partial(setattr, sandbox.record, "pid_holder", None))
+            await node.store.save_sandbox(sandbox)
+
+
+def _namespace_paths(node: Node, container: Container) -> NamespacePaths:
+    sandbox = container.sandbox
+    folder = node.layout.sandbox(sandbox.id)
+    own_network = not sandbox.host_network
+    pid, host_pid = _pid_namespace(node, container)
+    return NamespacePaths(
+        network=str(folder.pin("net")) if own_network else None,
+        uts=str(folder.pin("uts")) if own_network else None,
+        ipc=None if sandbox.namespace_options.ipc == cri_pb2.NODE else str(folder.pin("ipc")),
+        pid=pid,
+        host_pid=host_pid,
+    )
+
+
+def _pid_namespace(node: Node, container: Container) -> tuple[str | None, bool]:
+    """Path of the PID namespace to join (None: a new one), and whether it is the node's."""
+    sandbox = container.sandbox
+    options = container.config.linux.security_context.namespace_options
+    if options.pid == cri_pb2.NODE:
+        return None, True
+    if options.pid == cri_pb2.CONTAINER:
+        return None, False
+    if options.pid == cri_pb2.TARGET:
+        return _target_namespace(node, container, options.target_id), False
+    if sandbox.namespace_options.pid == cri_pb2.NODE:
+        return None, True
+    return str(node.layout.sandbox(sandbox.id).pin("pid")), False
+
+
+def _target_namespace(node: Node, container: Container, target_id: str) -> str:
+    target = node.containers.find(target_id) if target_id else None
+    if target is None or target.sandbox.id != container.sandbox.id or not target.visible:
+        raise InvalidArgumentError(
+            f"{container.title}: target_id {target_id!r} is not a container of its pod: name one whose PID namespace to join"
+        )
+    if target.record.state is not ContainerState.RUNNING or target.record.init is None:
+        raise WrongStateError(f"{container.title}: its target {target.title} does not run, so has no PID namespace")
+    return f"/proc/{target.record.init.pid}/ns/pid"

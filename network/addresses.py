@@ -1,0 +1,169 @@
+"""Address ranges and which of their addresses pods hold; kept in memory, mirrored by the store."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+from host.errors import InvalidArgumentError, LimitError
+
+IPAddress = IPv4Address | IPv6Address
+IPNetwork = IPv4Network | IPv6Network
+
+_LARGEST_PREFIX = {4: 30, 6: 126}
+_LARGEST_RANGES = 16
+
+
+def parse_ranges(cidrs: Sequence[str]) -> tuple[IPNetwork, ...]:
+    """The ranges named by ``cidrs``; raises InvalidArgumentError when one is no range that pods could use."""
+    if not 1 <= len(cidrs) <= _LARGEST_RANGES:
+        raise InvalidArgumentError(f"pod CIDRs: {len(cidrs)} ranges given, between 1 and {_LARGEST_RANGES} are needed")
+    ranges = tuple(_parse_range(cidr) for cidr in cidrs)
+    for position, network in enumerate(ranges):
+        for other in ranges[:position]:
+            if network.version == other.version and network.overlaps(other):
+                raise InvalidArgumentError(f"pod CIDRs {other} and {network} overlap: give ranges that do not")
+    return ranges
+
+
+def _parse_range(cidr: str) -> IPNetwork:
+    try:
+        network = ip_network(cidr.strip())
+    except ValueError as error:
+        raise InvalidArgumentError(f"pod CIDR {cidr!r} is not an address range: {error}") from error
+    if network.prefixlen > _LARGEST_PREFIX[network.version]:
+        raise InvalidArgumentError(f"pod CIDR {network} is too small for a gateway and pods")
+    if network.is_multicast or network.is_loopback or network.is_link_local or network.network_address.is_unspecified:
+        raise InvalidArgumentError(f"pod CIDR {network} is loopback, link-local, multicast or unspecified space")
+    return network
+
+
+def gateway_of(network: IPNetwork) -> IPAddress:
+    """The address the bridge has in a range: its first."""
+    return network.network_address + 1
+
+
+class AddressPool:
+    """One range, given out in rotation; a released address rests for ``quarantine`` seconds before it returns."""
+
+    def __init__(self, network: IPNetwork, quarantine: float) -> None:
+        self.network = network
+        self._quarantine = quarantine
+        self._first = int(network.network_address) + 2
+        self._last = int(network.broadcast_address) - (1 if network.version == 4 else 0)
+        self._next = self._first
+        self._newest = 0.0
+        self._taken: set[int] = set()
+        self._resting: OrderedDict[int, float] = OrderedDict()
+
+    def restore(self, address: IPAddress, allocated_at: float, released_at: float | None) -> None:
+        """Take over one row of the store; rows that rest must come in the order in which they were released."""
+        value = int(address)
+        if released_at is None:
+            self._taken.add(value)
+        else:
+            self._resting[value] = released_at
+        if allocated_at >= self._newest:
+            self._newest = allocated_at
+            self._next = value + 1
+
+    def allocate(self) -> IPAddress | None:
+        """The next address nobody holds and that has rested long enough; None if there is none."""
+        self.forget_rested()
+        size = self._last - self._first + 1
+        if len(self._taken) + len(self._resting) >= size:
+            return None
+        value = self._next if self._first <= self._next <= self._last else self._first
+        while value in self._taken or value in self._resting:
+            value = value + 1 if value < self._last else self._first
+        self._taken.add(value)
+        self._next = value + 1
+        return type(self.network.network_address)(value)
+
+    def give_back(self, address: IPAddress) -> None:
+        """Take back an address that no pod ever used; it needs no rest."""
+        self._taken.discard(int(address))
+
+    def release(self, address: IPAddress) -> None:
+        """Let an address rest that a pod held."""
+        if int(address) in self._taken:
+            self._taken.remove(int(address))
+            self._resting[int(address)] = time.time()
+
+    def forget_rested(self) -> None:
+        """Free what has rested long enough; a clock that was set back frees at once rather than never."""
+        now = time.time()
+        while self._resting:
+            value, released_at = next(iter(self._resting.items()))
+            if 0 <= now - released_at < self._quarantine:
+                return
+            del self._resting[value]
+
+    @property
+    def taken(self) -> int:
+        """How many addresses pods hold."""
+        return len(self._taken)
+
+    def __str__(self) -> str:
+        return f"{self.network} ({len(self._taken)} in use, {len(self._resting)} in quarantine)"
+
+
+class AddressBook:
+    """Every range of the node: those for new pods, in order of preference, and older ones that pods still hold."""
+
+    def __init__(self, ranges: Iterable[IPNetwork], quarantine: float) -> None:
+        self._quarantine = quarantine
+        self._pools: dict[IPNetwork, AddressPool] = {}
+        self.current: tuple[IPNetwork, ...] = ()
+        self.use(ranges)
+
+    def use(self, ranges: Iterable[IPNetwork]) -> None:
+        """Give out addresses of these ranges from now on."""
+        self.current = tuple(ranges)
+        for network in self.current:
+            self._pool(network)
+
+    def restore(
+        self, pool: str, address: str, allocated_at: float, released_at: float | None
+    ) -> tuple[IPNetwork, IPAddress]:
+        """Take over one row of the store; rows that rest must come in the order in which they were released."""
+        network, plain = ip_network(pool), ip_address(address)
+        self._pool(network).restore(plain, allocated_at, released_at)
+        return network, plain
+
+    def allocate(self) -> list[tuple[IPNetwork, IPAddress]]:
+        """One address of each family, primary first; raises LimitError naming the ranges that are full."""
+        chosen: list[tuple[IPNetwork, IPAddress]] = []
+        for version in dict.fromkeys(network.version for network in self.current):
+            pools = [self._pools[network] for network in self.current if network.version == version]
+            for pool in pools:
+                if (address := pool.allocate()) is not None:
+                    chosen.append((pool.network, address))
+                    break
+            else:
+                self.give_back(chosen)
+                names = ", ".join(str(pool) for pool in pools)
+                raise LimitError(
+                    f"no free IPv{version} address in {names}: remove pods or give the node a larger range"
+                )
+        return chosen
+
+    def give_back(self, chosen: Iterable[tuple[IPNetwork, IPAddress]]) -> None:
+        """Undo ``allocate``."""
+        for network, address in chosen:
+            self._pools[network].give_back(address)
+
+    def release(self, network: IPNetwork, address: IPAddress) -> None:
+        """Let an address rest before it is given out again."""
+        self._pool(network).release(address)
+
+    def in_use(self) -> tuple[IPNetwork, ...]:
+        """The ranges for new pods and those that pods still hold addresses of."""
+        return tuple(n for n, pool in self._pools.items() if n in self.current or pool.taken)
+
+    def _pool(self, network: IPNetwork) -> AddressPool:
+        if network not in self._pools:
+            self._pools[network] = AddressPool(network, self._quarantine)
+        return self._pools[network]

@@ -1,0 +1,86 @@
+"""Comparing what the store knows of the network with what the kernel has."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import msgspec
+
+from network.attachment import Attachment
+from network.bridge import Bridge, IPInterface
+from network.elements import elements_of
+from network.store import NetworkStore
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One disagreement: what kind of object, which one, and what is wrong with it."""
+
+    kind: str
+    object: str
+    problem: str
+
+
+def compare_store(store: NetworkStore, attachments: Collection[Attachment]) -> list[Finding]:
+    """Rows that belong to no attachment."""
+    known = {attachment.sandbox_id for attachment in attachments}
+    findings = [
+        Finding("address", row.address, f"held by sandbox {row.sandbox_id}, which has no attachment")
+        for row in store.addresses()
+        if row.released_at is None and row.sandbox_id not in known
+    ]
+    findings += [
+        Finding("host port", str(port), f"held by sandbox {sandbox_id}, which has no attachment")
+        for sandbox_id, port in store.host_ports()
+        if sandbox_id not in known
+    ]
+    return findings
+
+
+def compare_links(
+    kernel: Bridge, attachments: Collection[Attachment], live: Collection[str], unfinished: Collection[str]
+) -> list[Finding]:
+    """Attachments without a sandbox or without a link, and links without an attachment."""
+    present = kernel.ports()
+    findings: list[Finding] = []
+    for attachment in attachments:
+        if attachment.sandbox_id in unfinished:
+            continue
+        if attachment.sandbox_id not in live:
+            addresses = ", ".join(attachment.addresses)
+            findings.append(Finding("attachment", attachment.sandbox_id, f"its sandbox is gone, it holds {addresses}"))
+        elif attachment.host_interface not in present:
+            problem = f"missing, sandbox {attachment.sandbox_id} has no network"
+            findings.append(Finding("link", attachment.host_interface, problem))
+    known = {attachment.host_interface for attachment in attachments}
+    return findings + [Finding("link", name, "belongs to no sandbox") for name in sorted(present - known)]
+
+
+def compare_bridge(kernel: Bridge, wanted: Sequence[IPInterface]) -> list[Finding]:
+    """A bridge that is missing or has other addresses than the gateways of the ranges in use."""
+    if kernel.index() is None:
+        return [Finding("bridge", kernel.name, "missing")]
+    present = set(kernel.addresses())
+    findings = [Finding("bridge", kernel.name, f"address {a} missing") for a in wanted if a not in present]
+    extra = present.difference(wanted)
+    return findings + [Finding("bridge", kernel.name, f"address {address} is not its own") for address in extra]
+
+
+def compare_elements(
+    table: str,
+    attachments: Collection[Attachment],
+    unfinished: Collection[str],
+    present: set[tuple[str, str]] | None,
+) -> list[Finding]:
+    """Elements of the nftables tables that are missing or belong to no attachment."""
+    if present is None:
+        return [Finding("nftables table", table, "missing")]
+    wanted: set[tuple[str, str]] = set()
+    allowed: set[tuple[str, str]] = set()
+    for attachment in attachments:
+        group = allowed if attachment.sandbox_id in unfinished else wanted
+        group.update((element.set_name, str(element)) for element in elements_of(attachment))
+    missing = [Finding("nftables element", f"{name}: {key}", "missing") for name, key in sorted(wanted - present)]
+    return missing + [
+        Finding("nftables element", f"{name}: {key}", "belongs to no sandbox")
+        for name, key in sorted(present - wanted - allowed)
+    ]

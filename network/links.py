@@ -1,0 +1,188 @@
+"""The rtnetlink requests (rtnetlink(7)) that make the bridge, a pod's veth pair, its addresses and its routes."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_interface
+
+from network.netlink import (
+    NLM_F_CREATE,
+    NLM_F_DUMP,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    Message,
+    attribute,
+    attributes,
+    nested,
+    number32,
+    text,
+)
+
+IPAddress = IPv4Address | IPv6Address
+IPInterface = IPv4Interface | IPv6Interface
+
+_RTM_NEWLINK = 16
+_RTM_DELLINK = 17
+_RTM_GETLINK = 18
+_RTM_SETLINK = 19
+_RTM_NEWADDR = 20
+_RTM_DELADDR = 21
+_RTM_GETADDR = 22
+_RTM_NEWROUTE = 24
+
+_IFF_UP = 1
+_IFLA_ADDRESS = 1
+_IFLA_IFNAME = 3
+_IFLA_MTU = 4
+_IFLA_MASTER = 10
+_IFLA_LINKINFO = 18
+_IFLA_AF_SPEC = 26
+_IFLA_NET_NS_FD = 28
+_IFLA_INFO_KIND = 1
+_IFLA_INFO_DATA = 2
+_IFLA_INFO_SLAVE_KIND = 4
+_IFLA_INFO_SLAVE_DATA = 5
+_VETH_INFO_PEER = 1
+_IFLA_BR_FORWARD_DELAY = 1
+_IFLA_BR_STP_STATE = 5
+_IFLA_BR_MCAST_SNOOPING = 23
+_IFLA_BRPORT_MODE = 4
+_IFLA_INET6_ADDR_GEN_MODE = 8
+_IN6_ADDR_GEN_MODE_NONE = 1
+
+_IFA_ADDRESS = 1
+_IFA_LOCAL = 2
+_IFA_F_NODAD = 0x02
+_SCOPE_UNIVERSE = 0
+_SCOPE_LINK = 253
+
+_RTA_DST = 1
+_RTA_OIF = 4
+_RTA_GATEWAY = 5
+_RT_TABLE_MAIN = 254
+_RTPROT_STATIC = 4
+_RTN_UNICAST = 1
+
+
+def add_bridge(name: str, mac: bytes, mtu: int) -> Message:
+    """Make a bridge that forwards at once (no spanning tree) and floods multicast, as a switch without a querier."""
+    data = nested(
+        _IFLA_INFO_DATA,
+        number32(_IFLA_BR_FORWARD_DELAY, 0),
+        number32(_IFLA_BR_STP_STATE, 0),
+        attribute(_IFLA_BR_MCAST_SNOOPING, b"\0"),
+    )
+    kind = nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "bridge"), data)
+    body = _interface() + text(_IFLA_IFNAME, name) + attribute(_IFLA_ADDRESS, mac) + number32(_IFLA_MTU, mtu) + kind
+    return Message(_RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
+
+
+def set_up(name: str, mtu: int | None = None) -> Message:
+    """Bring a link up, and set its MTU where one is given."""
+    body = _interface(up=True) + text(_IFLA_IFNAME, name)
+    return Message(_RTM_SETLINK, 0, body + (number32(_IFLA_MTU, mtu) if mtu else b""))
+
+
+def delete_link(name: str) -> Message:
+    """Delete a link and, for a veth, its peer."""
+    return Message(_RTM_DELLINK, 0, _interface() + text(_IFLA_IFNAME, name))
+
+
+def add_pair(name: str, bridge_index: int, mtu: int, *, namespace: int, peer: str, peer_mac: bytes) -> Message:
+    """Make a veth pair: ``name`` here, a port of the bridge; ``peer`` in the namespace of that descriptor."""
+    peer_info = nested(
+        _VETH_INFO_PEER,
+        _interface(),
+        text(_IFLA_IFNAME, peer),
+        number32(_IFLA_MTU, mtu),
+        attribute(_IFLA_ADDRESS, peer_mac),
+        number32(_IFLA_NET_NS_FD, namespace),
+    )
+    kind = nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "veth"), nested(_IFLA_INFO_DATA, peer_info))
+    head = _interface() + text(_IFLA_IFNAME, name) + number32(_IFLA_MTU, mtu) + number32(_IFLA_MASTER, bridge_index)
+    return Message(_RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, head + kind)
+
+
+def make_hairpin(name: str) -> Message:
+    """Let a bridge port send a frame back out where it came from: a pod may reach itself through a host port."""
+    slave = nested(
+        _IFLA_LINKINFO,
+        text(_IFLA_INFO_SLAVE_KIND, "bridge"),
+        nested(_IFLA_INFO_SLAVE_DATA, attribute(_IFLA_BRPORT_MODE, b"\1")),
+    )
+    return Message(_RTM_NEWLINK, 0, _interface() + text(_IFLA_IFNAME, name) + slave)
+
+
+def keep_without_generated_address(name: str) -> Message:
+    """Keep the kernel from generating, and probing for a second, a link-local IPv6 address when the link comes up."""
+    mode = attribute(_IFLA_INET6_ADDR_GEN_MODE, bytes([_IN6_ADDR_GEN_MODE_NONE]))
+    spec = nested(_IFLA_AF_SPEC, nested(socket.AF_INET6, mode))
+    return Message(_RTM_SETLINK, 0, _interface() + text(_IFLA_IFNAME, name) + spec)
+
+
+def add_address(index: int, interface: IPInterface, *, link_scope: bool = False) -> Message:
+    """Give the link an address, or leave it if it has it; IPv6 without duplicate address detection."""
+    body = _address(index, interface, _IFA_F_NODAD if interface.version == 6 else 0, link_scope)
+    return Message(_RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body)
+
+
+def delete_address(index: int, interface: IPInterface) -> Message:
+    """Take an address from the link."""
+    return Message(_RTM_DELADDR, 0, _address(index, interface, 0, False))
+
+
+def add_neighbour_route(index: int, neighbour: IPAddress) -> Message:
+    """Say that ``neighbour`` is on the link, whatever the link's own prefix."""
+    body = _route(neighbour.version, neighbour.max_prefixlen, _SCOPE_LINK) + attribute(_RTA_DST, neighbour.packed)
+    return Message(_RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body + number32(_RTA_OIF, index))
+
+
+def add_default_route(index: int, gateway: IPAddress) -> Message:
+    """Send everything else to ``gateway``."""
+    body = _route(gateway.version, 0, _SCOPE_UNIVERSE) + attribute(_RTA_GATEWAY, gateway.packed)
+    return Message(_RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body + number32(_RTA_OIF, index))
+
+
+def get_link(name: str) -> Message:
+    """Ask for one link; ``link_kind_and_mac`` reads the answer."""
+    return Message(_RTM_GETLINK, 0, _interface() + text(_IFLA_IFNAME, name))
+
+
+def link_kind_and_mac(body: bytes) -> tuple[str, bytes]:
+    """What kind of link the answer to ``get_link`` describes, such as ``bridge``, and its MAC."""
+    found = attributes(body[16:])
+    kind = attributes(found.get(_IFLA_LINKINFO, b"")).get(_IFLA_INFO_KIND, b"")
+    return kind.rstrip(b"\0").decode(), found.get(_IFLA_ADDRESS, b"")
+
+
+def get_addresses() -> Message:
+    """Ask for the addresses of all links; ``address_of`` reads each answer."""
+    return Message(_RTM_GETADDR, NLM_F_DUMP, struct.pack("=BBBBI", socket.AF_UNSPEC, 0, 0, 0, 0))
+
+
+def address_of(body: bytes) -> tuple[int, IPInterface]:
+    """The link's index and its address with prefix in an answer to ``get_addresses``."""
+    _, prefix, _, _, index = struct.unpack_from("=BBBBI", body)
+    found = attributes(body[8:])
+    return index, ip_interface((found.get(_IFA_LOCAL, found[_IFA_ADDRESS]), prefix))
+
+
+def _interface(*, up: bool = False) -> bytes:
+    flags = _IFF_UP if up else 0
+    return struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, flags, flags)
+
+
+def _address(index: int, interface: IPInterface, flags: int, link_scope: bool) -> bytes:
+    scope = _SCOPE_LINK if link_scope else _SCOPE_UNIVERSE
+    head = struct.pack("=BBBBI", _family(interface.version), interface.network.prefixlen, flags, scope, index)
+    return head + attribute(_IFA_LOCAL, interface.ip.packed) + attribute(_IFA_ADDRESS, interface.ip.packed)
+
+
+def _route(version: int, prefix: int, scope: int) -> bytes:
+    fields = (_family(version), prefix, 0, 0, _RT_TABLE_MAIN, _RTPROT_STATIC, scope, _RTN_UNICAST, 0)
+    return struct.pack("=BBBBBBBBI", *fields)
+
+
+def _family(version: int) -> int:
+    return socket.AF_INET if version == 4 else socket.AF_INET6

@@ -1,0 +1,132 @@
+"""Host ports: what a pod may ask for, and who holds which port of the node."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterable, Sequence
+from ipaddress import ip_address
+from typing import NamedTuple
+
+from host.errors import AlreadyExistsError, InvalidArgumentError
+from network.attachment import PortMapping
+
+PROTOCOLS = ("tcp", "udp", "sctp")
+WILDCARDS = {4: "0.0.0.0", 6: "::"}
+_SOCKETS = {
+    "tcp": (socket.SOCK_STREAM, socket.IPPROTO_TCP),
+    "udp": (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
+    "sctp": (socket.SOCK_STREAM, 132),
+}
+
+
+class HostPort(NamedTuple):
+    """One port of the node in one family, on one address or on all of them."""
+
+    protocol: str
+    host_ip: str
+    port: int
+
+    @property
+    def version(self) -> int:
+        """The IP version."""
+        return 6 if ":" in self.host_ip else 4
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it is taken on every address of the family."""
+        return self.host_ip == WILDCARDS[self.version]
+
+    def __str__(self) -> str:
+        host = f"[{self.host_ip}]" if self.version == 6 else self.host_ip
+        return f"{host}:{self.port}/{self.protocol}"
+
+
+def normalise(mappings: Iterable[PortMapping], versions: Sequence[int]) -> tuple[PortMapping, ...]:
+    """The mappings that ask for a host port, checked; raises InvalidArgumentError for what cannot be."""
+    wanted: list[PortMapping] = []
+    for mapping in mappings:
+        if mapping.host_port == 0:
+            continue
+        if mapping.protocol not in PROTOCOLS:
+            raise InvalidArgumentError(f"host port {mapping.host_port}: protocol {mapping.protocol!r} is unknown")
+        for name, port in (("host port", mapping.host_port), ("container port", mapping.container_port)):
+            if not 1 <= port <= 65535:
+                raise InvalidArgumentError(f"{name} {port} is not between 1 and 65535")
+        wanted.append(_with_plain_address(mapping, versions))
+    return tuple(wanted)
+
+
+def _with_plain_address(mapping: PortMapping, versions: Sequence[int]) -> PortMapping:
+    if not mapping.host_ip:
+        return mapping
+    try:
+        address = ip_address(mapping.host_ip.strip("[]"))
+    except ValueError as error:
+        raise InvalidArgumentError(f"host port {mapping.host_port}: host address: {error}") from error
+    if address.version not in versions:
+        raise InvalidArgumentError(
+            f"host port {mapping.host_port} on {address}: pods of this node have no IPv{address.version} address"
+        )
+    return PortMapping(mapping.protocol, mapping.container_port, mapping.host_port, str(address))
+
+
+def host_ports(mapping: PortMapping, versions: Iterable[int]) -> list[HostPort]:
+    """What a mapping takes of the node, one entry per family."""
+    addresses = [mapping.host_ip] if mapping.host_ip else [WILDCARDS[version] for version in versions]
+    return [HostPort(mapping.protocol, address, mapping.host_port) for address in addresses]
+
+
+class PortRegistry:
+    """Who holds which host port; a port on one address and the same port on all addresses exclude each other."""
+
+    def __init__(self) -> None:
+        self._holders: dict[tuple[str, int, int], dict[str, str]] = {}
+
+    def take(self, sandbox_id: str, ports: Sequence[HostPort]) -> None:
+        """Take all or none; raises AlreadyExistsError naming the port and who holds it."""
+        taken: list[HostPort] = []
+        try:
+            for port in ports:
+                self._take_one(sandbox_id, port)
+                taken.append(port)
+        except AlreadyExistsError:
+            self.release(taken)
+            raise
+
+    def release(self, ports: Iterable[HostPort]) -> None:
+        """Free ports; those that are free already stay so."""
+        for port in ports:
+            key = (port.protocol, port.version, port.port)
+            holders = self._holders.get(key, {})
+            holders.pop(port.host_ip, None)
+            if not holders:
+                self._holders.pop(key, None)
+
+    def _take_one(self, sandbox_id: str, port: HostPort) -> None:
+        holders = self._holders.setdefault((port.protocol, port.version, port.port), {})
+        for host_ip, holder in holders.items():
+            if port.everywhere or host_ip in (port.host_ip, WILDCARDS[port.version]):
+                who = "the same pod" if holder == sandbox_id else f"sandbox {holder}"
+                raise AlreadyExistsError(f"host port {port} is taken by {who} (on {host_ip}): choose another port")
+        holders[port.host_ip] = sandbox_id
+
+
+def check_free_on_node(ports: Iterable[HostPort]) -> None:
+    """Raise AlreadyExistsError for a port that a process of the node itself serves: the pod would cut it off."""
+    for port in ports:
+        kind, protocol = _SOCKETS[port.protocol]
+        family = socket.AF_INET6 if port.version == 6 else socket.AF_INET
+        try:
+            with socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol) as probe:
+                if port.protocol != "udp":  # connections that wind down are no servers
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if port.version == 6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind((port.host_ip, port.port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise AlreadyExistsError(
+                    f"host port {port} is in use by a process of the node: stop it or choose another port"
+                ) from error
+            # Addresses the node does not have yet and protocols without sockets here can still be forwarded.

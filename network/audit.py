@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 import msgspec
 
 from network.attachment import Attachment
-from network.bridge import Bridge, IPInterface
 from network.elements import elements_of
+from network.kernel import IPInterface, KernelBridge
 from network.store import NetworkStore
 
 
@@ -37,7 +37,7 @@ def compare_store(store: NetworkStore, attachments: Collection[Attachment]) -> l
 
 
 def compare_links(
-    kernel: Bridge, attachments: Collection[Attachment], live: Collection[str], unfinished: Collection[str]
+    kernel: KernelBridge, attachments: Collection[Attachment], live: Collection[str], unfinished: Collection[str]
 ) -> list[Finding]:
     """Attachments without a sandbox or without a link, and links without an attachment."""
     present = kernel.ports()
@@ -55,7 +55,7 @@ def compare_links(
     return findings + [Finding("link", name, "belongs to no sandbox") for name in sorted(present - known)]
 
 
-def compare_bridge(kernel: Bridge, wanted: Sequence[IPInterface]) -> list[Finding]:
+def compare_bridge(kernel: KernelBridge, wanted: Sequence[IPInterface]) -> list[Finding]:
     """A bridge that is missing or has other addresses than the gateways of the ranges in use."""
     if kernel.index() is None:
         return [Finding("bridge", kernel.name, "missing")]

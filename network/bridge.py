@@ -1,174 +1,314 @@
-"""The bridge and the veth pairs of pods in the kernel. Everything here blocks; call it from a thread."""
+"""The built-in network: a bridge, addresses from the pod ranges, and host ports, for pods without CNI."""
 
 from __future__ import annotations
 
-import errno
-import socket
-from collections.abc import Sequence
-from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
-from typing import NoReturn
+import asyncio
+import logging
+import re
+from collections.abc import Collection, Sequence
+from ipaddress import ip_interface
+from typing import NamedTuple
 
-from host import libc
-from host.errors import NotFoundError, PodkeelError, UnavailableError, WrongStateError
-from network import conntrack, links, sysctl
-from network.attachment import Attachment, bridge_mac, interface_prefix, link_local
-from network.elements import add_elements, elements_of, remove_elements
-from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, NetlinkSocket
+import msgspec
 
-IPInterface = IPv4Interface | IPv6Interface
+from host import threads
+from host.database import Database
+from host.errors import (
+    AlreadyExistsError,
+    InvalidArgumentError,
+    PodkeelError,
+    UnavailableError,
+)
+from host.undo import Undo
+from network import ports, ruleset, sysctl
+from network.addresses import AddressBook, IPAddress, IPNetwork, gateway_of, parse_ranges
+from network.attachment import Attachment, PortMapping, interface_name, pod_mac
+from network.audit import Finding, compare_bridge, compare_elements, compare_links, compare_store
+from network.elements import elements_of
+from network.gate import Gate
+from network.kernel import IPInterface, KernelBridge, TableMissingError
+from network.options import NetworkOptions
+from network.ports import HostPort, PortRegistry
+from network.store import NetworkStore
+
+_log = logging.getLogger("podkeel.network")
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,14}")
+_SMALLEST_MTU = {4: 576, 6: 1280}
 
 
-class TableMissingError(Exception):
-    """The nftables tables or their sets are gone: somebody flushed the ruleset."""
+class Condition(msgspec.Struct, frozen=True):
+    """Whether pods can be connected, and if not why, in the terms of the CRI's NetworkReady."""
+
+    ready: bool
+    reason: str = ""
+    message: str = ""
 
 
-class Bridge:
-    """The bridge ``name`` in the network namespace of the thread that makes this object."""
+class _Reservation(NamedTuple):
+    attachment: Attachment
+    addresses: list[tuple[IPNetwork, IPAddress]]
+    ports: list[HostPort]
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._ipv6 = sysctl.ipv6_available()
-        self._route = NetlinkSocket(NETLINK_ROUTE)
+
+class BuiltInNetwork:
+    """Connects sandboxes to the node's bridge; safe for any number of calls at a time.
+
+    Raises InvalidArgumentError when the options make no sense. The store is the truth: ``start`` brings the kernel to
+    what it says, whatever happened before.
+    """
+
+    def __init__(self, options: NetworkOptions, database: Database) -> None:
+        if not _NAME.fullmatch(options.bridge):
+            raise InvalidArgumentError(
+                f"network.bridge {options.bridge!r} is no interface name of at most 15 characters"
+            )
+        self.options = options
+        self.store = NetworkStore(database)
+        self._cluster_ranges = parse_ranges(options.cluster_cidrs) if options.cluster_cidrs else ()
+        self._book = AddressBook(parse_ranges(options.pod_cidrs), options.quarantine_seconds)
+        self._ports = PortRegistry()
+        self._reservations: dict[str, _Reservation] = {}
+        self._unfinished: set[str] = set()
+        self._gate = Gate()
+        self._changing_ranges = asyncio.Lock()
+        self._mtu = options.mtu
+        self._failure = "the network has not been started"
+        self._kernel: KernelBridge | None = None
+
+    async def start(self) -> None:
+        """Read the store, make the bridge and load the tables; also after a crash or a reboot, and repeatedly."""
         try:
-            self._netfilter = NetlinkSocket(NETLINK_NETFILTER)
-            self._netfilter.allow_large_batches()
-        except BaseException:
-            self.close()
+            await threads.in_thread(self._restore)
+            self._mtu = self.options.mtu or await threads.in_thread(sysctl.uplink_mtu)
+            self._check_mtu()
+            if self._kernel is None:
+                self._kernel = await threads.in_thread(KernelBridge, self.options.bridge)
+            await self._ensure()
+        except (PodkeelError, OSError) as error:
+            self._failure = error.message if isinstance(error, PodkeelError) else str(error)
             raise
+        self._failure = ""
 
-    def close(self) -> None:
-        """Close the netlink sockets; the bridge and what is connected to it stay."""
-        self._route.close()
-        if hasattr(self, "_netfilter"):
-            self._netfilter.close()
+    async def stop(self) -> None:
+        """Close the netlink sockets; pods keep their network."""
+        kernel, self._kernel = self._kernel, None
+        self._failure = "the network has been stopped"
+        if kernel is not None:
+            kernel.close()
 
-    def index(self) -> int | None:
-        """The bridge's interface index; None if it does not exist."""
-        return _index(self.name)
+    def condition(self) -> Condition:
+        """Whether pods can be connected now."""
+        if self._failure:
+            return Condition(False, "NetworkNotStarted", self._failure)
+        if self._kernel is None or self._kernel.index() is None:
+            return Condition(False, "BridgeMissing", f"bridge {self.options.bridge} is gone: restart Podkeel")
+        return Condition(True)
 
-    def ensure(self, addresses: Sequence[IPInterface], mtu: int) -> None:
-        """Make the bridge, or bring the one that exists to these addresses and this MTU, and let the node route.
+    def attachment(self, sandbox_id: str) -> Attachment | None:
+        """The sandbox's connection; None if it has none."""
+        reservation = self._reservations.get(sandbox_id)
+        return reservation.attachment if reservation else None
 
-        Raises WrongStateError when a link of that name exists that this program did not make.
+    @property
+    def pod_cidrs(self) -> tuple[str, ...]:
+        """The ranges that pods made from now on get their addresses from."""
+        return tuple(str(network) for network in self._book.current)
+
+    async def attach(self, sandbox_id: str, netns_path: str, port_mappings: Sequence[PortMapping]) -> Attachment:
+        """Connect the network namespace pinned at ``netns_path``; all of it, or on failure nothing.
+
+        Raises:
+            InvalidArgumentError: a port mapping makes no sense.
+            AlreadyExistsError: a host port is taken, or the sandbox is connected already.
+            LimitError: no address is free.
+            NotFoundError: the namespace is not there.
         """
-        try:
-            self._route.request([links.add_bridge(self.name, bridge_mac(self.name), mtu)], tolerate=(errno.EEXIST,))
-            kind, mac = links.link_kind_and_mac(self._route.answers(links.get_link(self.name))[0])
-            if (kind, mac) != ("bridge", bridge_mac(self.name)):
-                raise WrongStateError(
-                    f"link {self.name} exists and was not made by Podkeel: remove it or choose another network.bridge"
-                )
-            self._route.request([links.set_up(self.name, mtu)])
-            index = socket.if_nametoindex(self.name)
-            present = set(self.addresses())
-            changes = [links.add_address(index, address) for address in addresses]
-            changes += [links.delete_address(index, address) for address in present.difference(addresses)]
-            self._route.request(changes, tolerate=(errno.EEXIST, errno.EADDRNOTAVAIL))
-            sysctl.forward_ipv4(self.name)
-            if any(address.version == 6 for address in addresses):
-                sysctl.forward_ipv6()
-        except OSError as error:
-            raise PodkeelError(f"bridge {self.name} could not be set up: {error.strerror or error}") from error
+        kernel = self._started()
+        versions = tuple(dict.fromkeys(network.version for network in self._book.current))
+        wanted = ports.normalise(port_mappings, versions)
+        if wanted:
+            taken = [port for mapping in wanted for port in ports.host_ports(mapping, versions)]
+            await threads.in_thread(ports.check_free_on_node, taken)
+        async with Undo(f"network of sandbox {sandbox_id}") as undo:
+            reservation = self._reserve(sandbox_id, wanted)
+            self._unfinished.add(sandbox_id)
+            undo.push("reservation", lambda: self._cancel(reservation))
+            attachment = reservation.attachment
+            undo.push("rows", lambda: self.store.remove(sandbox_id, rest=False))
+            await self.store.add(attachment, reservation.addresses, reservation.ports, self.options.quarantine_seconds)
+            undo.push("interface", lambda: threads.in_thread(kernel.disconnect, attachment, delete_link=True))
+            await self._connect(kernel, attachment, netns_path)
+            self._unfinished.discard(sandbox_id)
+        return attachment
 
-    def addresses(self) -> list[IPInterface]:
-        """The bridge's addresses, without link-local ones."""
-        index = self.index()
-        found = [links.address_of(body) for body in self._route.answers(links.get_addresses())]
-        return [address for owner, address in found if owner == index and not address.is_link_local]
+    async def detach(self, sandbox_id: str) -> None:
+        """Release the sandbox's host ports and addresses; repeatable, also for an unknown sandbox.
 
-    def ports(self) -> set[str]:
-        """The names of all links that carry this bridge's prefix: host-side ends of pods' veth pairs."""
-        prefix = interface_prefix(self.name)
-        return {name for _, name in socket.if_nameindex() if name.startswith(prefix)}
-
-    def connect(self, attachment: Attachment, namespace_path: str) -> None:
-        """Make the pod's interface in its namespace, with everything the pod may use; moves the calling thread there.
-
-        Raises TableMissingError before anything is made when the nftables tables are gone.
+        The interface stays until its namespace ends, which the caller brings about next; it can send nothing any more.
         """
-        what = f"sandbox {attachment.sandbox_id} could not be connected to {self.name}"
-        elements = elements_of(attachment)
-        try:
-            pin = open(namespace_path, "rb")  # noqa: SIM115 - the errors of opening and of using it differ
-        except OSError as error:
-            raise NotFoundError(f"{what}: its network namespace is not there: {error}") from error
-        with pin:
-            bridge_index = self.index()
-            if bridge_index is None:
-                raise UnavailableError(f"{what}: the bridge is gone; restart Podkeel to make it again")
+        await self._detach(sandbox_id, delete_link=False)
+
+    async def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
+        """Use these ranges for pods made from now on, and remember them; raises InvalidArgumentError for bad ones."""
+        ranges = parse_ranges(cidrs)
+        async with self._changing_ranges:
+            if ranges == self._book.current:
+                return
+            self._started()
+            before = self._book.current
+            self._book.use(ranges)
             try:
-                add_elements(self._netfilter, self.name, elements)
-            except OSError as error:
-                if error.errno == errno.ENOENT:
-                    raise TableMissingError from error
-                _fail(f"{what}: nftables refused its elements", error)
-            try:
-                self._make_pair(attachment, bridge_index, pin.fileno())
-                libc.setns(pin.fileno(), libc.CLONE_NEWNET)
-                with NetlinkSocket(NETLINK_ROUTE) as inside:
-                    inside.request(self._configuration(attachment))
-            except OSError as error:
-                _fail(what, error)
-        conntrack.forget_udp(self._netfilter, attachment.host_ports)
+                self._check_mtu()
+                await self._ensure()
+                await self.store.set_pod_cidrs([str(network) for network in ranges])
+            except BaseException:
+                self._book.use(before)
+                raise
 
-    def disconnect(self, attachment: Attachment, *, delete_link: bool) -> None:
-        """Take from the pod what it may use; with ``delete_link`` its interface too.
+    async def audit(self, live: Collection[str]) -> list[Finding]:
+        """Where the store, the kernel and the ``live`` sandboxes disagree.
 
-        Deleting a link waits for grace periods of the kernel (some 20 ms); one whose namespace ends goes by itself.
+        ``live`` must name every sandbox that may have a network, those that are being made too.
         """
+        kernel = self._started()
+        async with self._gate.closed():
+            unfinished = set(self._unfinished)
+            elements = await ruleset.listed_elements(self.options.bridge)
+            attachments = [reservation.attachment for reservation in self._reservations.values()]
+            return [
+                *await threads.in_thread(compare_store, self.store, attachments),
+                *await threads.in_thread(compare_links, kernel, attachments, live, unfinished),
+                *await threads.in_thread(compare_bridge, kernel, self._bridge_addresses()),
+                *compare_elements(self.options.bridge, attachments, unfinished, elements),
+            ]
+
+    async def repair(self, live: Collection[str]) -> list[Finding]:
+        """Remove what is ours and belongs to no ``live`` sandbox, make what is missing; returns what was wrong."""
+        kernel = self._started()
+        findings = await self.audit(live)
+        for sandbox_id in set(self._reservations) - set(live) - self._unfinished:
+            await self._detach(sandbox_id, delete_link=True)
+        await self._ensure()
+        async with self._gate.closed():
+            known = {reservation.attachment.host_interface for reservation in self._reservations.values()}
+            await threads.in_thread(lambda: kernel.delete_links(sorted(kernel.ports() - known)))
+        return findings
+
+    async def destroy(self) -> None:
+        """Remove the bridge, every pod's interface, the tables and all rows: nothing of this network stays."""
+        kernel = self._started()
+        async with self._gate.closed():
+            await ruleset.load(ruleset.remove_script(self.options.bridge))
+            await threads.in_thread(lambda: kernel.delete_links([*sorted(kernel.ports()), kernel.name]))
+            await self.store.clear()
+            self._forget()
+        await self.stop()
+
+    def _started(self) -> KernelBridge:
+        if self._kernel is None or self._failure:
+            raise UnavailableError(f"network {self.options.bridge} is not ready: {self._failure}")
+        return self._kernel
+
+    def _check_mtu(self) -> None:
+        smallest = max(_SMALLEST_MTU[network.version] for network in self._book.current)
+        if not smallest <= self._mtu <= 65535:
+            raise InvalidArgumentError(f"network.mtu {self._mtu} is not between {smallest} and 65535")
+
+    def _forget(self) -> None:
+        self._reservations.clear()
+        self._ports = PortRegistry()
+        self._book = AddressBook(parse_ranges(self.options.pod_cidrs), self.options.quarantine_seconds)
+
+    def _restore(self) -> None:
+        self._forget()
+        announced = self.store.pod_cidrs()
+        if announced:
+            self._book.use(parse_ranges(announced))
+        held: dict[str, list[tuple[IPNetwork, IPAddress]]] = {}
+        for row in self.store.addresses():
+            network, address = self._book.restore(row.pool, row.address, row.allocated_at, row.released_at)
+            if row.released_at is None:
+                held.setdefault(row.sandbox_id, []).append((network, address))
+        taken: dict[str, list[HostPort]] = {}
+        for sandbox_id, port in self.store.host_ports():
+            self._ports.take(sandbox_id, [port])
+            taken.setdefault(sandbox_id, []).append(port)
+        for attachment in self.store.attachments():
+            key = attachment.sandbox_id
+            self._reservations[key] = _Reservation(attachment, held.get(key, []), taken.get(key, []))
+
+    def _bridge_addresses(self) -> list[IPInterface]:
+        return [ip_interface(f"{gateway_of(network)}/{network.prefixlen}") for network in self._book.in_use()]
+
+    async def _ensure(self) -> None:
+        """Bring bridge and tables to what memory says; the tables are replaced in one transaction."""
+        kernel = self._kernel
+        if kernel is None:
+            raise UnavailableError(f"network {self.options.bridge} has been stopped")
+        async with self._gate.closed():
+            await threads.in_thread(kernel.ensure, self._bridge_addresses(), self._mtu)
+            script = ruleset.table_script(
+                self.options.bridge,
+                self._book.in_use(),
+                self._cluster_ranges,
+                self.options.masquerade,
+                [element for held in self._reservations.values() for element in elements_of(held.attachment)],
+            )
+            await ruleset.load(script)
+
+    def _reserve(self, sandbox_id: str, wanted: tuple[PortMapping, ...]) -> _Reservation:
+        """Take addresses and host ports in memory, all or none."""
+        if sandbox_id in self._reservations:
+            raise AlreadyExistsError(f"sandbox {sandbox_id} is connected to {self.options.bridge} already")
+        chosen = self._book.allocate()
+        versions = [address.version for _, address in chosen]
+        taken = [port for mapping in wanted for port in ports.host_ports(mapping, versions)]
         try:
-            remove_elements(self._netfilter, self.name, elements_of(attachment))
-            if delete_link:
-                self.delete_links([attachment.host_interface])
-        except OSError as error:
-            _fail(f"sandbox {attachment.sandbox_id} could not be disconnected from {self.name}", error)
-        conntrack.forget_udp(self._netfilter, attachment.host_ports)
+            self._ports.take(sandbox_id, taken)
+        except AlreadyExistsError:
+            self._book.give_back(chosen)
+            raise
+        attachment = Attachment(
+            sandbox_id=sandbox_id,
+            host_interface=interface_name(self.options.bridge, sandbox_id),
+            addresses=tuple(str(address) for _, address in chosen),
+            gateways=tuple(str(gateway_of(network)) for network, _ in chosen),
+            mac=pod_mac(chosen[0][1]),
+            mtu=self._mtu,
+            host_ports=wanted,
+        )
+        reservation = _Reservation(attachment, chosen, taken)
+        self._reservations[sandbox_id] = reservation
+        return reservation
 
-    def delete_links(self, names: Sequence[str]) -> None:
-        """Delete links; those that are not there are no error."""
-        for name in names:
-            self._route.request([links.delete_link(name)], tolerate=(errno.ENODEV,))
+    def _cancel(self, reservation: _Reservation) -> None:
+        self._reservations.pop(reservation.attachment.sandbox_id, None)
+        self._unfinished.discard(reservation.attachment.sandbox_id)
+        self._ports.release(reservation.ports)
+        self._book.give_back(reservation.addresses)
 
-    def _make_pair(self, attachment: Attachment, bridge_index: int, namespace: int) -> None:
-        name = attachment.host_interface
-        mac = bytes.fromhex(attachment.mac.replace(":", ""))
-        messages = [
-            links.add_pair(
-                name, bridge_index, attachment.mtu, namespace=namespace, peer=attachment.interface, peer_mac=mac
-            ),
-            *([links.keep_without_generated_address(name)] if self._ipv6 else []),
-            links.make_hairpin(name),
-            links.set_up(name),
-        ]
-        refusals = self._route.exchange(messages)
-        if refusals and (refusals[0].position, refusals[0].number) == (0, errno.EEXIST) and _index(name) is not None:
-            # Left from an attempt that was killed: the name is this sandbox's alone.
-            self.delete_links([name])
-            refusals = self._route.exchange(messages)
-        for refusal in refusals:
-            raise refusal.error()
+    async def _connect(self, kernel: KernelBridge, attachment: Attachment, netns_path: str) -> None:
+        try:
+            async with self._gate.passing():
+                await threads.in_fresh_thread(kernel.connect, attachment, netns_path)
+        except TableMissingError:
+            _log.warning("nftables tables %s were removed by somebody: they are made again", self.options.bridge)
+            await self._ensure()
+            async with self._gate.passing():
+                await threads.in_fresh_thread(kernel.connect, attachment, netns_path)
 
-    def _configuration(self, attachment: Attachment) -> list[Message]:
-        index = socket.if_nametoindex(attachment.interface)
-        addresses = [ip_address(text) for text in attachment.addresses]
-        generated = ip_interface(f"{link_local(attachment.mac)}/64")
-        return [
-            links.set_up("lo"),
-            *([links.keep_without_generated_address(attachment.interface)] if self._ipv6 else []),
-            links.set_up(attachment.interface),
-            *([links.add_address(index, generated)] if any(a.version == 6 for a in addresses) else []),
-            *(links.add_address(index, ip_interface(address)) for address in addresses),
-            *(links.add_neighbour_route(index, ip_address(gateway)) for gateway in attachment.gateways),
-            *(links.add_default_route(index, ip_address(gateway)) for gateway in attachment.gateways),
-        ]
-
-
-def _index(name: str) -> int | None:
-    try:
-        return socket.if_nametoindex(name)
-    except OSError:
-        return None
-
-
-def _fail(what: str, error: OSError) -> NoReturn:
-    raise PodkeelError(f"{what}: {error.strerror or error}") from error
+    async def _detach(self, sandbox_id: str, *, delete_link: bool) -> None:
+        reservation = self._reservations.get(sandbox_id)
+        if reservation is None:
+            return
+        kernel = self._started()
+        async with self._gate.passing():
+            await threads.in_thread(kernel.disconnect, reservation.attachment, delete_link=delete_link)
+            await self.store.remove(sandbox_id, rest=True)
+            if self._reservations.get(sandbox_id) is not reservation:
+                return  # another call was faster
+            del self._reservations[sandbox_id]
+            self._ports.release(reservation.ports)
+            for network, address in reservation.addresses:
+                self._book.release(network, address)

@@ -1,0 +1,174 @@
+"""The bridge and the veth pairs of pods in the kernel. Everything here blocks; call it from a thread."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Sequence
+from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
+from typing import NoReturn
+
+from host import libc
+from host.errors import NotFoundError, PodkeelError, UnavailableError, WrongStateError
+from network import conntrack, links, sysctl
+from network.attachment import Attachment, bridge_mac, interface_prefix, link_local
+from network.elements import add_elements, elements_of, remove_elements
+from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, NetlinkSocket
+
+IPInterface = IPv4Interface | IPv6Interface
+
+
+class TableMissingError(Exception):
+    """The nftables tables or their sets are gone: somebody flushed the ruleset."""
+
+
+class KernelBridge:
+    """The bridge ``name`` in the network namespace of the thread that makes this object."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._ipv6 = sysctl.ipv6_available()
+        self._route = NetlinkSocket(NETLINK_ROUTE)
+        try:
+            self._netfilter = NetlinkSocket(NETLINK_NETFILTER)
+            self._netfilter.allow_large_batches()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the netlink sockets; the bridge and what is connected to it stay."""
+        self._route.close()
+        if hasattr(self, "_netfilter"):
+            self._netfilter.close()
+
+    def index(self) -> int | None:
+        """The bridge's interface index; None if it does not exist."""
+        return _index(self.name)
+
+    def ensure(self, addresses: Sequence[IPInterface], mtu: int) -> None:
+        """Make the bridge, or bring the one that exists to these addresses and this MTU, and let the node route.
+
+        Raises WrongStateError when a link of that name exists that this program did not make.
+        """
+        try:
+            self._route.request([links.add_bridge(self.name, bridge_mac(self.name), mtu)], tolerate=(errno.EEXIST,))
+            kind, mac = links.link_kind_and_mac(self._route.answers(links.get_link(self.name))[0])
+            if (kind, mac) != ("bridge", bridge_mac(self.name)):
+                raise WrongStateError(
+                    f"link {self.name} exists and was not made by Podkeel: remove it or choose another network.bridge"
+                )
+            self._route.request([links.set_up(self.name, mtu)])
+            index = socket.if_nametoindex(self.name)
+            present = set(self.addresses())
+            changes = [links.add_address(index, address) for address in addresses]
+            changes += [links.delete_address(index, address) for address in present.difference(addresses)]
+            self._route.request(changes, tolerate=(errno.EEXIST, errno.EADDRNOTAVAIL))
+            sysctl.forward_ipv4(self.name)
+            if any(address.version == 6 for address in addresses):
+                sysctl.forward_ipv6()
+        except OSError as error:
+            raise PodkeelError(f"bridge {self.name} could not be set up: {error.strerror or error}") from error
+
+    def addresses(self) -> list[IPInterface]:
+        """The bridge's addresses, without link-local ones."""
+        index = self.index()
+        found = [links.address_of(body) for body in self._route.answers(links.get_addresses())]
+        return [address for owner, address in found if owner == index and not address.is_link_local]
+
+    def ports(self) -> set[str]:
+        """The names of all links that carry this bridge's prefix: host-side ends of pods' veth pairs."""
+        prefix = interface_prefix(self.name)
+        return {name for _, name in socket.if_nameindex() if name.startswith(prefix)}
+
+    def connect(self, attachment: Attachment, namespace_path: str) -> None:
+        """Make the pod's interface in its namespace, with everything the pod may use; moves the calling thread there.
+
+        Raises TableMissingError before anything is made when the nftables tables are gone.
+        """
+        what = f"sandbox {attachment.sandbox_id} could not be connected to {self.name}"
+        elements = elements_of(attachment)
+        try:
+            pin = open(namespace_path, "rb")  # noqa: SIM115 - the errors of opening and of using it differ
+        except OSError as error:
+            raise NotFoundError(f"{what}: its network namespace is not there: {error}") from error
+        with pin:
+            bridge_index = self.index()
+            if bridge_index is None:
+                raise UnavailableError(f"{what}: the bridge is gone; restart Podkeel to make it again")
+            try:
+                add_elements(self._netfilter, self.name, elements)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    raise TableMissingError from error
+                _fail(f"{what}: nftables refused its elements", error)
+            try:
+                self._make_pair(attachment, bridge_index, pin.fileno())
+                libc.setns(pin.fileno(), libc.CLONE_NEWNET)
+                with NetlinkSocket(NETLINK_ROUTE) as inside:
+                    inside.request(self._configuration(attachment))
+            except OSError as error:
+                _fail(what, error)
+        conntrack.forget_udp(self._netfilter, attachment.host_ports)
+
+    def disconnect(self, attachment: Attachment, *, delete_link: bool) -> None:
+        """Take from the pod what it may use; with ``delete_link`` its interface too.
+
+        Deleting a link waits for grace periods of the kernel (some 20 ms); one whose namespace ends goes by itself.
+        """
+        try:
+            remove_elements(self._netfilter, self.name, elements_of(attachment))
+            if delete_link:
+                self.delete_links([attachment.host_interface])
+        except OSError as error:
+            _fail(f"sandbox {attachment.sandbox_id} could not be disconnected from {self.name}", error)
+        conntrack.forget_udp(self._netfilter, attachment.host_ports)
+
+    def delete_links(self, names: Sequence[str]) -> None:
+        """Delete links; those that are not there are no error."""
+        for name in names:
+            self._route.request([links.delete_link(name)], tolerate=(errno.ENODEV,))
+
+    def _make_pair(self, attachment: Attachment, bridge_index: int, namespace: int) -> None:
+        name = attachment.host_interface
+        mac = bytes.fromhex(attachment.mac.replace(":", ""))
+        messages = [
+            links.add_pair(
+                name, bridge_index, attachment.mtu, namespace=namespace, peer=attachment.interface, peer_mac=mac
+            ),
+            *([links.keep_without_generated_address(name)] if self._ipv6 else []),
+            links.make_hairpin(name),
+            links.set_up(name),
+        ]
+        refusals = self._route.exchange(messages)
+        if refusals and (refusals[0].position, refusals[0].number) == (0, errno.EEXIST) and _index(name) is not None:
+            # Left from an attempt that was killed: the name is this sandbox's alone.
+            self.delete_links([name])
+            refusals = self._route.exchange(messages)
+        for refusal in refusals:
+            raise refusal.error()
+
+    def _configuration(self, attachment: Attachment) -> list[Message]:
+        index = socket.if_nametoindex(attachment.interface)
+        addresses = [ip_address(text) for text in attachment.addresses]
+        generated = ip_interface(f"{link_local(attachment.mac)}/64")
+        return [
+            links.set_up("lo"),
+            *([links.keep_without_generated_address(attachment.interface)] if self._ipv6 else []),
+            links.set_up(attachment.interface),
+            *([links.add_address(index, generated)] if any(a.version == 6 for a in addresses) else []),
+            *(links.add_address(index, ip_interface(address)) for address in addresses),
+            *(links.add_neighbour_route(index, ip_address(gateway)) for gateway in attachment.gateways),
+            *(links.add_default_route(index, ip_address(gateway)) for gateway in attachment.gateways),
+        ]
+
+
+def _index(name: str) -> int | None:
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return None
+
+
+def _fail(what: str, error: OSError) -> NoReturn:
+    raise PodkeelError(f"{what}: {error.strerror or error}") from error

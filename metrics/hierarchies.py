@@ -1,16 +1,12 @@
-"""Where cgroup hierarchies are mounted, and how container cgroups are named under each cgroup driver."""
+"""Where cgroup hierarchies are mounted, and which huge page sizes the machine has."""
 
 from __future__ import annotations
 
-import posixpath
 from pathlib import Path
 
 import msgspec
 
 from host import mounts
-from host.errors import InvalidArgumentError
-
-SCOPE_PREFIX = "podkeel"
 
 
 class Hierarchies(msgspec.Struct, frozen=True):
@@ -40,45 +36,6 @@ def discover(mountinfo: str = "/proc/self/mountinfo") -> Hierarchies:
 
 
 _MOUNT_OPTIONS = frozenset(("rw", "ro", "xattr", "clone_children", "noprefix", "cpuset_v2_mode", "favordynmods"))
-
-
-def container_cgroup(driver: str, parent: str, container_id: str) -> str:
-    """The cgroup of a container below the ``parent`` that kubelet gave: absolute, as seen from each mount point.
-
-    ``cgroupfs``: ``<parent>/<id>``. ``systemd``: ``podkeel-<id>.scope`` in the parent's slice. Raises
-    InvalidArgumentError for a parent that is no name of the driver's kind.
-    """
-    if driver == "systemd":
-        return f"{slice_path(parent)}/{SCOPE_PREFIX}-{container_id}.scope"
-    return f"{pod_cgroup(driver, parent)}/{container_id}"
-
-
-def pod_cgroup(driver: str, parent: str) -> str:
-    """The cgroup that kubelet means with a pod's ``cgroup_parent``."""
-    if driver == "systemd":
-        return slice_path(parent)
-    if ".." in parent.split("/"):
-        raise InvalidArgumentError(f"cgroup parent {parent!r} climbs out of the cgroup tree: leave out '..'")
-    path = posixpath.normpath("/" + parent.strip("/"))
-    return "" if path == "/" else path
-
-
-def slice_path(name: str) -> str:
-    """The path of a systemd slice, whose dashes spell its parents: ``a-b.slice`` is ``/a.slice/a-b.slice``.
-
-    A path is taken by its last part. The rules are those of systemd.slice(5); InvalidArgumentError if they are broken.
-    """
-    base = posixpath.basename(name.rstrip("/"))
-    stem = base.removesuffix(".slice")
-    if stem == "-" and base != stem:
-        return ""
-    if base == stem or not stem or stem.startswith("-") or stem.endswith("-") or "--" in stem:
-        raise InvalidArgumentError(
-            f"cgroup parent {name!r} is no systemd slice (like kubepods-burstable.slice): kubelet and Podkeel must use "
-            "the same cgroup driver"
-        )
-    parts = stem.split("-")
-    return "".join(f"/{'-'.join(parts[: depth + 1])}.slice" for depth in range(len(parts)))
 
 
 def huge_page_sizes(folder: str = "/sys/kernel/mm/hugepages") -> tuple[str, ...]:

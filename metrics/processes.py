@@ -1,0 +1,63 @@
+"""What /proc tells of a container's processes: open files, sockets, limits, states."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+
+from metrics.readings import ProcessesReading
+
+_STATES = {"S": "sleeping", "I": "sleeping", "R": "running", "T": "stopped", "t": "stopped", "D": "uninterruptible"}
+
+
+def read_processes(pids: Iterable[int], init: int | None) -> ProcessesReading:
+    """Sums over ``pids``; the open files limit is that of ``init``, the container's first process.
+
+    Costs some ten microseconds per process and one or two per open file. Processes that end meanwhile are left out.
+    """
+    processes = descriptors = sockets = 0
+    states = dict.fromkeys(_STATES.values(), 0)
+    for pid in pids:
+        try:
+            threads = os.scandir(f"/proc/{pid}/task")
+        except OSError:
+            continue
+        processes += 1
+        with threads:
+            for thread in threads:
+                state = _state(f"{thread.path}/stat")
+                if state is not None:
+                    states[state] += 1
+        opened, connected = _count_descriptors(f"/proc/{pid}/fd")
+        descriptors += opened
+        sockets += connected
+    return ProcessesReading(processes, descriptors, sockets, open_files_soft_limit(init) if init else None, states)
+
+
+def open_files_soft_limit(pid: int) -> int | None:
+    """RLIMIT_NOFILE's soft value; -1 for unlimited, None when the process is gone."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/limits", encoding="ascii") as limits:
+        for line in limits:
+            if line.startswith("Max open files"):
+                value = line[len("Max open files") :].split()[0]
+                return -1 if value == "unlimited" else int(value)
+    return None
+
+
+def _state(path: str) -> str | None:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return _STATES.get(file.read(512).rpartition(b")")[2].split(None, 1)[0].decode())
+    except OSError:
+        return None
+
+
+def _count_descriptors(folder: str) -> tuple[int, int]:
+    opened = connected = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            opened += 1
+            with contextlib.suppress(OSError):
+                connected += os.readlink(entry.path).startswith("socket:")  # noqa: PTH115 - a Path per open file is slow
+    return opened, connected

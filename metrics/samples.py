@@ -1,0 +1,65 @@
+"""The shapes that container metrics are described in: a metric's name, labels and kind, and how its values are had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from enum import Enum
+
+import msgspec
+
+from metrics.readings import FilesystemReading, NetworkReading, ProcessesReading, Reading
+
+BASE_LABELS = ("container", "id", "image", "name", "namespace", "pod")
+
+
+class Kind(Enum):
+    """Whether a metric only grows; the numbers are those of the CRI's MetricType."""
+
+    COUNTER = 0
+    GAUGE = 1
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """What is known of one container, or of one pod, at one moment; groups without a reading have no samples."""
+
+    seen_ns: int
+    reading: Reading | None = None
+    started_ns: int | None = None
+    network: NetworkReading | None = None
+    processes: ProcessesReading | None = None
+    filesystem: FilesystemReading | None = None
+
+
+class Labels(msgspec.Struct, frozen=True):
+    """Values of the labels that every metric has, by kubelet's names; empty where they do not apply."""
+
+    container: str = ""
+    id: str = ""
+    image: str = ""
+    name: str = ""
+    namespace: str = ""
+    pod: str = ""
+
+    def values(self) -> tuple[str, ...]:
+        """In the order of ``BASE_LABELS``."""
+        return (self.container, self.id, self.image, self.name, self.namespace, self.pod)
+
+
+# Values of the metric's own labels, and the value in the metric's unit (seconds are fractions).
+Sample = tuple[tuple[str, ...], float]
+
+
+class Metric(msgspec.Struct, frozen=True):
+    """One metric: its descriptor, the group it is switched by, and its samples from a snapshot."""
+
+    name: str
+    help: str
+    kind: Kind
+    group: str
+    labels: tuple[str, ...]
+    samples: Callable[[Snapshot], Iterable[Sample]]
+
+    @property
+    def label_keys(self) -> tuple[str, ...]:
+        """All labels in the order of the values: those that every metric has, then its own."""
+        return BASE_LABELS + self.labels

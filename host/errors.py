@@ -17,6 +17,10 @@ class PodkeelError(Exception):
         """The sentence for the client."""
         return str(self.args[0]) if self.args else type(self).__name__
 
+    def add_context(self, context: str) -> None:
+        """Say before the message where it happened; its kind and what begins it for kubelet stay."""
+        self.args = (f"{context}: {self.args[0]}" if self.args else context,)
+
 
 class NotFoundError(PodkeelError):
     """The object named by the request does not exist."""

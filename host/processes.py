@@ -33,8 +33,9 @@ def spawn(
 ) -> int:
     """Start ``command`` in a session of its own and return its pid.
 
-    ``title`` is shown instead of the program's path in process lists. ``descriptors`` maps the child's descriptor numbers to ours; of 0, 1 and 2 those not mapped are /dev/null;
-    everything else is closed in the child. Raises NotFoundError when the program is missing, OSError otherwise.
+    ``descriptors`` maps the child's descriptor numbers to ours; of 0, 1 and 2 those not mapped are /dev/null;
+    everything else is closed in the child. ``title`` is shown instead of the program's path in process lists. Raises
+    NotFoundError when the program is missing, OSError otherwise.
     """
     mapping = dict(descriptors or {})
     actions: list[tuple[int, int, int] | tuple[int, int, str, int, int]] = []

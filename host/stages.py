@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from host.errors import LimitError, PodkeelError
 
 
+_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+
+
 @dataclass(slots=True)
 class Stage:
     """One stage: ``started`` in nanoseconds since the epoch; ``seconds`` is None while it runs."""
@@ -55,13 +58,11 @@ class Operation:
                 await _fault(f"{self.name}.{name}:after")
         except PodkeelError as error:
             stage.failed = True
-            error.args = (f"{self._place(name)}: {error.message}",)
+            error.add_context(self._place(name))
             raise
         except OSError as error:
             stage.failed = True
-            kind = (
-                LimitError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE) else PodkeelError
-            )
+            kind = LimitError if error.errno in _EXHAUSTED else PodkeelError
             raise kind(f"{self._place(name)}: {error}") from error
         except BaseException:
             stage.failed = True

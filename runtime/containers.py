@@ -68,8 +68,8 @@ class ContainerManager:
             _require_ready(sandbox)
         elif pending != config:
             raise AlreadyExistsError(
-                f"container {config.metadata.name!r} attempt {config.metadata.attempt} of {sandbox.title} is being made "
-                "with another configuration: raise the attempt"
+                f"container {config.metadata.name!r} attempt {config.metadata.attempt} of {sandbox.title} "
+                "is being made with another configuration: raise the attempt"
             )
         return await self._making.run(identity, config, lambda: self._make(sandbox, config))
 

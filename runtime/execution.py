@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 
@@ -121,7 +120,7 @@ class Execution:
         try:
             await in_thread(self._node.monitors.reopen_log, container.id)
         except OSError as error:
-            raise PodkeelError(f"{container.title}: its conmon does not listen: {os.strerror(error.errno)}") from error
+            raise PodkeelError(f"{container.title}: its conmon does not listen: {error.strerror}") from error
         if not await wait_until_exists(path, REOPEN_SECONDS):
             raise PodkeelError(f"{container.title}: its conmon did not open {path} within {REOPEN_SECONDS:g} s")
 

@@ -95,7 +95,10 @@ class Lifecycle:
         """Notice the end of a container's monitor; for one whose program cannot run there is none."""
         descriptor = container.monitor_descriptor
         if descriptor is not None:
-            processes.watch_exit(descriptor, lambda: self._spawn(self._monitor_ended(container)))
+            processes.watch_exit(descriptor, lambda: self._on_monitor_end(container))
+
+    def _on_monitor_end(self, container: Container) -> None:
+        self._spawn(self._monitor_ended(container))
 
     async def _monitor_ended(self, container: Container) -> None:
         self._close_monitor(container)

@@ -173,6 +173,11 @@ class PodManager:
         self._node.publish(cri_pb2.CONTAINER_STOPPED_EVENT, sandbox)
         _log.info("%s is stopped", sandbox.title)
 
+    async def finish_stop(self, sandbox: Sandbox) -> None:
+        """Carry a stop that was written down to its end."""
+        sandbox.closing = True
+        await self._tear_down(sandbox, _begin(sandbox, "StopPodSandbox"))
+
     async def _tear_down(self, sandbox: Sandbox, operation: Operation) -> None:
         """Give back network, then namespaces, then the cgroup; each step may be repeated after a crash."""
         async with operation.stage("network"):
@@ -280,7 +285,7 @@ def validate_sandbox(config: cri_pb2.PodSandboxConfig) -> None:
         raise InvalidArgumentError(f"{title}: the ipc namespace mode must be POD or NODE")
     if options.pid == cri_pb2.TARGET:
         raise InvalidArgumentError(
-            f"{title}: pid mode TARGET is for containers: a sandbox takes POD, CONTAINER or NODE"
+            f"{title}: pid mode TARGET is for containers only: use POD, CONTAINER or NODE"
         )
     _validate_user_namespace(title, options.userns_options)
 

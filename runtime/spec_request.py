@@ -107,7 +107,7 @@ def _target_namespace(node: Node, container: Container, target_id: str) -> str:
     target = node.containers.find(target_id) if target_id else None
     if target is None or target.sandbox.id != container.sandbox.id or not target.visible:
         raise InvalidArgumentError(
-            f"{container.title}: target_id {target_id!r} is not a container of its pod: name one whose PID namespace to join"
+            f"{container.title}: target_id {target_id!r} is not a container of its pod: name one of them"
         )
     if target.record.state is not ContainerState.RUNNING or target.record.init is None:
         raise WrongStateError(f"{container.title}: its target {target.title} does not run, so has no PID namespace")

@@ -100,7 +100,7 @@ def container_status(container: Container) -> cri_pb2.ContainerStatus:
         annotations=config.annotations,
         mounts=[cri_pb2.Mount.FromString(mount) for mount in record.mounts],
         log_path=record.log_path,
-        stop_signal=signal_value(record.stop_signal),
+        stop_signal=cri_pb2.Signal.Name(signal_value(record.stop_signal)),
     )
     status.resources.linux.ParseFromString(record.resources)
     uid, gid, groups = record.user
@@ -121,7 +121,7 @@ def event(
     )
 
 
-def signal_value(number: int) -> cri_pb2.Signal:
+def signal_value(number: int) -> int:
     """The CRI's value of a signal number."""
     low, high = int(signal.SIGRTMIN), int(signal.SIGRTMAX)
     if low <= number <= high:

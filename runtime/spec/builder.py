@@ -189,7 +189,7 @@ def _mounts(
     context = request.config.linux.security_context
     defaults = [
         *kernel_mounts(request.namespaces, privileged=context.privileged, gid_mappings=gid_mappings),
-        *pod_mounts(request.files, readonly_root=context.readonly_rootfs),
+        *pod_mounts(request.files, own_ipc=request.namespaces.ipc is not None, readonly_root=context.readonly_rootfs),
     ]
     configured = configured_mounts(
         request.config.mounts, request.image_mounts, host_paths, request.handler, request.node

@@ -42,14 +42,15 @@ def kernel_mounts(paths: NamespacePaths, *, privileged: bool, gid_mappings: list
     ]
 
 
-def pod_mounts(files: SandboxFiles, *, readonly_root: bool) -> list[oci.Mount]:
+def pod_mounts(files: SandboxFiles, *, own_ipc: bool, readonly_root: bool) -> list[oci.Mount]:
     """The pod's shared memory, and its hosts, resolv.conf and hostname; the files are as writable as the root is.
 
-    Plain binds: they keep the flags of what they bind, and nothing is ever mounted inside them.
+    The flags of the shared memory are said again, because crun takes those that are not said away from what it binds.
     """
     mounts = []
     if files.shm is not None:
-        mounts.append(oci.Mount(destination="/dev/shm", type="bind", source=str(files.shm), options=["rbind"]))
+        flags = ["nosuid", "nodev", "noexec"] if own_ipc else ["nosuid", "nodev"]
+        mounts.append(oci.Mount(destination="/dev/shm", type="bind", source=str(files.shm), options=["bind", *flags]))
     for destination, source in (
         ("/etc/hosts", files.hosts),
         ("/etc/resolv.conf", files.resolv_conf),

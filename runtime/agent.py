@@ -1,0 +1,148 @@
+"""One agent's runtime, put together: opened, recovered, and closed again with every pod left running."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from host.database import Database
+from host.errors import WrongStateError
+from host.threads import in_thread
+from images.options import ImageOptions
+from images.schema import MIGRATIONS as IMAGE_MIGRATIONS
+from images.snapshots import SnapshotStore
+from images.store import ImageStore
+from network.builtin import BuiltInNetwork
+from network.options import NetworkOptions
+from network.schema import MIGRATIONS as NETWORK_MIGRATIONS
+from runtime.cgroups import CgroupTree
+from runtime.containers import ContainerManager
+from runtime.execution import Execution
+from runtime.handlers import Handlers
+from runtime.layout import Layout
+from runtime.leftovers import Finding, find_leftovers
+from runtime.lifecycle import Lifecycle
+from runtime.monitor import Monitors
+from runtime.node import Node
+from runtime.options import RuntimeOptions
+from runtime.pods import PodManager
+from runtime.recovery import Recovery
+from runtime.schema import MIGRATIONS as RUNTIME_MIGRATIONS
+from runtime.spec.node import probe_node
+from runtime.store import Store
+
+SCHEMAS = {"runtime": RUNTIME_MIGRATIONS, "network": NETWORK_MIGRATIONS, "images": IMAGE_MIGRATIONS}
+
+# Worker threads hold the GIL for at most this long while the event loop wants it; Python's default is 5 ms.
+_SWITCH_SECONDS = 0.0005
+
+_log = logging.getLogger("podkeel.agent")
+
+
+class Agent:
+    """Everything behind the gRPC services, for ``async with``.
+
+    Raises WrongStateError when another agent holds the same folders or the data folder is from a newer version.
+    """
+
+    node: Node
+    pods: PodManager
+    containers: ContainerManager
+    lifecycle: Lifecycle
+    execution: Execution
+    recovery: Recovery
+
+    def __init__(self, runtime: RuntimeOptions, network: NetworkOptions, images: ImageOptions) -> None:
+        self._runtime = runtime
+        self._network = network
+        self._images = images
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        async with AsyncExitStack() as stack:
+            await self._open(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def _open(self, stack: AsyncExitStack) -> None:
+        options = self._runtime
+        layout = Layout.of(options)
+        layout.make()
+        for folder in (layout.data, layout.run):
+            stack.callback(os.close, hold_folder(folder))
+        database = Database(layout.database, SCHEMAS)
+        stack.callback(database.close)
+        cgroups = await in_thread(CgroupTree.of_host, options.cgroup_driver)
+        handlers = Handlers(options, layout, cgroups)
+        network = BuiltInNetwork(self._network, database)
+        images = ImageStore(self._images, layout.data, layout.run, database)
+        node = Node(
+            options=options,
+            layout=layout,
+            database=database,
+            store=Store(database),
+            cgroups=cgroups,
+            facts=await in_thread(probe_node),
+            handlers=handlers,
+            monitors=Monitors(options.conmon_path, layout),
+            network=network,
+            images=images,
+            snapshots=SnapshotStore(layout.data, database),
+        )
+        await handlers.probe()
+        await images.start()
+        stack.push_async_callback(images.close)
+        await network.start()
+        stack.push_async_callback(network.stop)
+        self.node = node
+        self.lifecycle = Lifecycle(node)
+        self.containers = ContainerManager(node, self.lifecycle)
+        self.pods = PodManager(node, self.containers)
+        self.execution = Execution(node)
+        self.recovery = Recovery(node, self.pods, self.containers, self.lifecycle)
+        stack.push_async_callback(self.lifecycle.close)
+        stack.push_async_callback(self.containers.close)
+        stack.push_async_callback(self.pods.close)
+        stack.callback(node.events.close)
+        await self.recovery.run()
+
+    async def check(self) -> list[Finding]:
+        """Compare the store with kernel and folders; changes nothing."""
+        node, known = self.node, self.recovery.known()
+        found = await in_thread(
+            lambda: list(find_leftovers(node.layout, node.cgroups, node.options.cgroup_parent, known))
+        )
+        for finding in await node.network.audit(known.live_sandboxes):
+            found.append(Finding(finding.kind, finding.object, finding.problem))
+        return found
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+
+def hold_folder(folder: Path) -> int:
+    """Lock ``folder`` for this process and return the descriptor that holds the lock.
+
+    Raises WrongStateError when another agent holds it.
+    """
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 32, 0).decode().strip()
+        os.close(descriptor)
+        raise WrongStateError(
+            f"folder {folder} is in use by another agent (pid {holder or 'unknown'}): stop it, or use other folders"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor

@@ -1,0 +1,139 @@
+"""What lies in the folders and the kernel without the store knowing it: found for a check, removed at start."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from host import mounts, processes
+from runtime.cgroups import CgroupTree
+from runtime.layout import Layout
+from runtime.namespaces import drop_namespaces
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A difference between the store and the node: ``kind`` of object, which one, and what is wrong with it."""
+
+    kind: str
+    object: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The ids that the store knows: those that exist, and those of them that still hold things in the kernel."""
+
+    sandboxes: Collection[str]
+    containers: Collection[str]
+    live_sandboxes: Collection[str]
+    live_containers: Collection[str]
+
+
+def find_leftovers(layout: Layout, cgroups: CgroupTree, cgroup_parent: str, known: Known) -> Iterator[Finding]:
+    """Everything of this agent that belongs to nothing the store knows. Reads files and the kernel only."""
+    for name in _names(layout.sandboxes):
+        if name not in known.live_sandboxes:
+            yield Finding("folder", str(layout.sandboxes / name), "belongs to no live sandbox")
+    for name in _names(layout.containers):
+        if name not in known.containers:
+            yield Finding("folder", str(layout.containers / name), "belongs to no container")
+    for name in _names(layout.exits):
+        if name not in known.containers:
+            yield Finding("file", str(layout.exits / name), "belongs to no container")
+    for root in _runtime_roots(layout):
+        for name in _names(root):
+            if name not in known.live_containers:
+                yield Finding("container", f"{root.name} {name}", "is known to the OCI runtime only")
+    for target in mounts.mounts_below(layout.run):
+        owner = _owner(layout, target)
+        if owner is not None and owner not in known.live_sandboxes and owner not in known.containers:
+            yield Finding("mount", target, "belongs to nothing in the store")
+    for container_id, pid in monitors_of(layout).items():
+        if container_id not in known.live_containers:
+            yield Finding("process", f"conmon {pid}", f"monitors {container_id[:13]}, which is not alive in the store")
+    for name in default_groups(cgroups, cgroup_parent):
+        if name not in known.live_sandboxes:
+            yield Finding("cgroup", f"{cgroup_parent}/{name}", "belongs to no live sandbox")
+
+
+def monitors_of(layout: Layout) -> dict[str, int]:
+    """Pids of the conmon processes of this agent, by container id."""
+    found: dict[str, int] = {}
+    folder = str(layout.containers)
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            arguments = Path("/proc", entry, "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "conmon" in arguments[0] and "-b" in arguments:
+            bundle = arguments[arguments.index("-b") + 1]
+            if os.path.dirname(bundle) == folder:
+                found[os.path.basename(bundle)] = int(entry)
+    return found
+
+
+def end_monitors(layout: Layout, doomed: Collection[str]) -> None:
+    """Kill the conmons of the containers ``doomed``, with the OCI runtimes they are waiting for."""
+    for container_id, pid in monitors_of(layout).items():
+        if container_id in doomed:
+            processes.kill_group(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def default_groups(cgroups: CgroupTree, cgroup_parent: str) -> set[str]:
+    """Names of the cgroups below the parent that pods without one of their own get, in any hierarchy."""
+    if cgroups.driver == "systemd":
+        return set()
+    return {
+        entry.name
+        for folder in cgroups.folders(cgroup_parent)
+        if folder.is_dir()
+        for entry in os.scandir(folder)
+        if entry.is_dir() and len(entry.name) == 64
+    }
+
+
+def drop_run_folders(layout: Layout, known: Known) -> None:
+    """Unmount and delete run folders of sandboxes and containers that the store does not know."""
+    for name in _names(layout.sandboxes):
+        if name not in known.live_sandboxes:
+            drop_namespaces(layout.sandbox(name))
+    for name in _names(layout.containers):
+        if name not in known.containers:
+            mounts.unmount(layout.container(name).rootfs, lazy=True)
+            shutil.rmtree(layout.container(name).path)
+    for name in _names(layout.exits):
+        if name not in known.containers:
+            (layout.exits / name).unlink()
+
+
+def runtime_containers(root: Path) -> list[str]:
+    """Ids that an OCI runtime keeps state of in its ``root``."""
+    return [name for name in _names(root) if (root / name).is_dir()]
+
+
+def _runtime_roots(layout: Layout) -> list[Path]:
+    return [layout.run / "oci" / name for name in _names(layout.run / "oci")]
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+
+
+def _owner(layout: Layout, target: str) -> str | None:
+    for folder in (layout.sandboxes, layout.containers):
+        if target.startswith(f"{folder}/"):
+            return target[len(str(folder)) + 1 :].partition("/")[0]
+    return None

@@ -1,0 +1,159 @@
+"""At start: the store is held against the node, and the difference repaired in both directions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+
+import msgspec
+
+from host import processes
+from host.errors import PodkeelError
+from host.threads import in_thread
+from runtime import leftovers
+from runtime.container import Container, ContainerState
+from runtime.containers import ContainerManager
+from runtime.leftovers import Known
+from runtime.lifecycle import Lifecycle
+from runtime.namespaces import pins_hold
+from runtime.node import Node
+from runtime.oci_runtime import OciRuntime
+from runtime.pods import PodManager
+from runtime.sandbox import Sandbox, SandboxState
+from proto.runtime.v1 import cri_pb2
+
+_log = logging.getLogger("podkeel.recovery")
+
+
+class _RuntimeState(msgspec.Struct):
+    status: str = ""
+
+
+class Recovery:
+    """Brings a node that may have lost its agent at any instant, or rebooted, back to what the store says."""
+
+    def __init__(self, node: Node, pods: PodManager, containers: ContainerManager, lifecycle: Lifecycle) -> None:
+        self._node = node
+        self._pods = pods
+        self._containers = containers
+        self._lifecycle = lifecycle
+
+    async def run(self) -> None:
+        """Load everything, undo what was half made, finish what was half removed, take up what runs."""
+        sandboxes, containers = await in_thread(self._node.store.load)
+        for sandbox in sandboxes:
+            self._pods.adopt(sandbox)
+        for container in containers:
+            self._containers.adopt(container)
+        half_made = [container.id for container in containers if container.record.state is ContainerState.MAKING]
+        await in_thread(leftovers.end_monitors, self._node.layout, set(half_made))
+        for container in containers:
+            await self._guarded(container.title, self._recover_container(container))
+        for sandbox in sandboxes:
+            await self._guarded(sandbox.title, self._recover_sandbox(sandbox))
+        await self._guarded("leftovers", self._drop_leftovers())
+        await self._guarded("network", self._node.network.repair(self.known().live_sandboxes))
+
+    async def _guarded(self, subject: str, work: Awaitable[None]) -> None:
+        """One object that cannot be repaired must not keep the agent from serving the others."""
+        try:
+            await work
+        except (PodkeelError, OSError) as error:
+            _log.error("%s could not be recovered and is left as it is: %s", subject, error)
+
+    async def _recover_container(self, container: Container) -> None:
+        state = container.record.state
+        if state is ContainerState.MAKING:
+            _log.info("%s was half made: undoing it", container.title)
+            await self._containers.undo_half_made(container)
+        elif state is ContainerState.REMOVING:
+            _log.info("%s was half removed: finishing it", container.title)
+            await self._containers.finish_removal(container)
+        elif state is ContainerState.EXITED:
+            container.exited.set()
+            await self._lifecycle.released(container)
+        else:
+            await self._resume(container)
+
+    async def _resume(self, container: Container) -> None:
+        """Take up a container that was created or running when the agent went away."""
+        node, record = self._node, container.record
+        same_boot = record.boot_id == node.boot_id
+        monitor = record.monitor if same_boot else None
+        pidfd = processes.open_process(monitor.pid, monitor.started) if monitor is not None else None
+        if pidfd is None and same_boot and node.monitors.exit_record(container.id) is None and record.init is not None:
+            pidfd = processes.open_process(record.init.pid, record.init.started)
+        if pidfd is None:
+            if record.start_error:
+                return
+            async with container.lock:
+                await self._lifecycle.record_exit(container, node.monitors.exit_record(container.id))
+            return
+        container.monitor_descriptor = pidfd
+        if record.state is ContainerState.CREATED and await self._was_started(container):
+            record.state = ContainerState.RUNNING
+            record.started_at = time.time_ns()
+            await node.store.save_container(container)
+        self._lifecycle.watch(container)
+
+    async def _was_started(self, container: Container) -> bool:
+        """Whether the runtime started it just before the agent died, too soon for that to be written down."""
+        runtime = self._node.handlers.get(container.record.handler)
+        result = await processes.run(runtime.command("state", container.id), check=False, timeout=30)
+        if result.status != 0:
+            return False
+        return msgspec.json.decode(result.stdout, type=_RuntimeState).status == "running"
+
+    async def _recover_sandbox(self, sandbox: Sandbox) -> None:
+        record = sandbox.record
+        if record.state is SandboxState.MAKING:
+            _log.info("%s was half made: undoing it", sandbox.title)
+            await self._pods.undo_half_made(sandbox)
+        elif record.state is SandboxState.REMOVING:
+            _log.info("%s was half removed: finishing it", sandbox.title)
+            await self._pods.finish_removal(sandbox)
+        elif record.state is SandboxState.READY and not self._still_there(sandbox):
+            _log.warning("%s lost its namespaces: it is not ready any more", sandbox.title)
+            await self._pods.stop(sandbox.id)
+        elif record.state is SandboxState.NOT_READY and not record.torn_down:
+            await self._pods.finish_stop(sandbox)
+
+    def _still_there(self, sandbox: Sandbox) -> bool:
+        if sandbox.record.boot_id != self._node.boot_id:
+            return False
+        kinds = [] if sandbox.host_network else ["net", "uts"]
+        if sandbox.namespace_options.ipc != cri_pb2.NODE:
+            kinds.append("ipc")
+        return pins_hold(self._node.layout.sandbox(sandbox.id), tuple(kinds))
+
+    def known(self) -> Known:
+        """What the store knows now."""
+        node = self._node
+        live = (ContainerState.CREATED, ContainerState.RUNNING)
+        return Known(
+            sandboxes={sandbox.id for sandbox in node.sandboxes},
+            containers={container.id for container in node.containers},
+            live_sandboxes={sandbox.id for sandbox in node.sandboxes if not sandbox.record.torn_down},
+            live_containers={container.id for container in node.containers if container.record.state in live},
+        )
+
+    async def _drop_leftovers(self) -> None:
+        node, known = self._node, self.known()
+        unknown = set(await in_thread(leftovers.monitors_of, node.layout)) - set(known.containers)
+        await in_thread(leftovers.end_monitors, node.layout, unknown)
+        await asyncio.gather(*(self._drop_unknown_to_store(runtime, known) for runtime in node.handlers.working()))
+        await in_thread(leftovers.drop_run_folders, node.layout, known)
+        for container_id in await in_thread(node.snapshots.ids):
+            if container_id not in known.containers:
+                await node.snapshots.remove(container_id)
+        parent = node.options.cgroup_parent
+        for name in await in_thread(leftovers.default_groups, node.cgroups, parent):
+            if name not in known.live_sandboxes:
+                await in_thread(node.cgroups.remove, f"{parent}/{name}")
+
+    async def _drop_unknown_to_store(self, runtime: OciRuntime, known: Known) -> None:
+        for container_id in leftovers.runtime_containers(runtime.root):
+            if container_id not in known.live_containers:
+                await runtime.delete(container_id)

@@ -104,14 +104,10 @@ def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument("file", metavar="FILE", help="YAML with one Pod; - reads standard input")
     parser.add_argument("--quiet", "-q", action="store_true", help="print the pod's id only")
     parser.add_argument("--runtime-handler", metavar="NAME", default=None, help="run it with this runtime handler")
-    parser.add_argument(
-        "--log-dir",
-        metavar="DIR",
-        default="/var/log/pods",
-        help="parent of the folder of its logs (default: /var/log/pods)",
-    )
+    _add_pod_dir(parser)
     parser = commands.add("rm", "cli.pods:remove", "stop and remove pods")
     parser.add_argument("pods", metavar="POD", nargs="+", help=_POD)
+    _add_pod_dir(parser)
     parser = commands.add("pods", "cli.pods:list_pods", "list pods")
     parser.add_argument("--quiet", "-q", action="store_true", help="full ids only")
     parser = commands.add("stop", "cli.pods:stop", "stop containers, or pods with all that is in them")
@@ -125,6 +121,15 @@ def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument("object", metavar="ID", help="by name, id or unique prefix of an id")
     parser = commands.add("explain", "cli.explain:explain", "show the stages a pod or container went through")
     parser.add_argument("object", metavar="POD", help="a pod or container by name, id or unique prefix of an id")
+
+
+def _add_pod_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pod-dir",
+        metavar="DIR",
+        default="/var/lib/podkeel-pods",
+        help="parent of the folders of logs and emptyDirs, one per pod (default: /var/lib/podkeel-pods)",
+    )
 
 
 def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -17,9 +17,9 @@ def load_for(options: argparse.Namespace) -> LoadedConfiguration:
     flags: dict[str, object] = {
         flag: getattr(options, flag.removeprefix("--").replace("-", "_"), None) for flag in FLAGS
     }
-    if options.pod_cidr is not None:
+    if flags["--pod-cidr"] is not None:
         flags["--pod-cidr"] = [cidr.strip() for given in options.pod_cidr for cidr in given.split(",") if cidr.strip()]
-    return load(Path(options.config) if options.config else None, flags)
+    return load(Path(file) if (file := getattr(options, "config", None)) else None, flags)
 
 
 def config(options: argparse.Namespace) -> None:

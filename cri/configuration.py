@@ -17,12 +17,12 @@ from typing import Any
 
 import msgspec
 from msgspec import inspect
-from network.options import NetworkOptions
 
 from cri.options import LogOptions, MetricsOptions, ServerOptions, StreamingOptions
 from cri.toml_lines import key_lines
 from host.errors import InvalidArgumentError
 from images.options import ImageOptions
+from network.options import NetworkOptions
 from runtime.options import RuntimeOptions
 
 DEFAULT_FILE = Path("/etc/podkeel/config.toml")

@@ -1,1 +1,244 @@
-"""What of this host an agent needs, what works and what is missing, for ``podkeel check``."""
+"""What an agent needs of this host, what of it works and what is missing, with the remedy: for ``podkeel check``.
+
+Nothing is taken on trust where it can be tried: containers are run, mounts and links made, in namespaces and folders
+that vanish with the check.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from cri import kernel_check
+from cri.configuration import Configuration
+from host import mounts, processes
+from host.errors import PodkeelError
+from host.threads import in_fresh_thread, in_thread
+from runtime.cgroups import CgroupTree
+from runtime.handlers import Handlers
+from runtime.layout import Layout
+from runtime.options import RuntimeOptions
+
+State = Literal["ok", "warn", "fail"]
+
+_COMMAND_SECONDS = 20.0
+_SCARCE_BYTES = 5 << 30
+_TOO_FEW_BYTES = 512 << 20
+_SCARCE_INODES = 100_000
+_USUAL_OPEN_FILES = 65_536
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One finding: ``fail`` keeps pods from running, ``warn`` takes something from them; the remedy is for people."""
+
+    name: str
+    state: State
+    detail: str
+    remedy: str = ""
+
+
+async def check_host(configuration: Configuration) -> list[Check]:
+    """Every check of this host for an agent of ``configuration``; takes about a second and changes nothing."""
+    groups: list[Callable[[Configuration], Awaitable[list[Check]]]] = [
+        _programs,
+        _cgroups,
+        _handlers,
+        _kernel,
+        _network,
+        _folders,
+        _limits,
+    ]
+    checks: list[Check] = []
+    for group in groups:
+        checks += await group(configuration)
+    return checks
+
+
+async def _programs(configuration: Configuration) -> list[Check]:
+    runtime = configuration.runtime
+    return [
+        await _program("conmon", runtime.conmon_path, "it watches each container", "apt-get install conmon"),
+        await _program(
+            "catatonit", runtime.catatonit_path, "init of shared PID namespaces", "apt-get install catatonit"
+        ),
+        await _program("nft", "nft", "it loads the packet rules", "apt-get install nftables"),
+    ]
+
+
+async def _program(name: str, path: str, purpose: str, remedy: str) -> Check:
+    try:
+        result = await processes.run([path, "--version"], timeout=_COMMAND_SECONDS)
+    except (PodkeelError, OSError) as error:
+        return Check(name, "fail", f"{purpose}; {_sentence(error)}", remedy)
+    return Check(name, "ok", _first_line(result.stdout or result.stderr))
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join((error.message if isinstance(error, PodkeelError) else str(error)).split())
+
+
+def _first_line(output: bytes) -> str:
+    return output.decode(errors="replace").strip().partition("\n")[0].strip()
+
+
+async def _cgroups(configuration: Configuration) -> list[Check]:
+    try:
+        tree = CgroupTree.of_host(configuration.runtime.cgroup_driver)
+        missing = tree.missing_controllers()
+    except (PodkeelError, OSError) as error:
+        return [Check("cgroups", "fail", _sentence(error), "mount the cgroup file system at /sys/fs/cgroup")]
+    detail = f"version {tree.version}, {tree.driver} driver"
+    if missing:
+        remedy = "enable them on the kernel's command line (cgroup_enable=…) or mount them"
+        return [Check("cgroups", "fail", f"{detail}; no {', '.join(missing)} controller", remedy)]
+    checks = [Check("cgroups", "ok", detail)]
+    unified = next((Path(entry.target) for entry in mounts.mount_table() if entry.filesystem == "cgroup2"), None)
+    if tree.version == 1 and unified is not None:
+        held = (unified / "cgroup.controllers").read_text().split()
+        if held:
+            remedy = "; ".join(f"mount -t cgroup -o {name} {name} {unified.parent}/{name}" for name in held)
+            detail = f"cgroup v1, but the cgroup2 mount {unified} holds {', '.join(held)}: crun refuses to run so"
+            checks.append(Check("cgroup2 controllers", "warn", detail, f"mkdir the folders, then {remedy}"))
+    return checks
+
+
+async def _handlers(configuration: Configuration) -> list[Check]:
+    """Each runtime handler runs one container, in a run folder of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="podkeel-check-", dir=_existing(Path(configuration.runtime.run_dir))))
+    try:
+        options = msgspec.structs.replace(configuration.runtime, run_dir=str(folder), default_runtime="")
+        layout = Layout.of(options)
+        layout.run.joinpath("oci").mkdir()
+        handlers = Handlers(options, layout, CgroupTree.of_host(options.cgroup_driver))
+        await handlers.probe()
+    except (PodkeelError, OSError) as error:
+        return [Check("runtimes", "fail", _sentence(error))]
+    finally:
+        await in_thread(_remove_folder, folder)
+    return _handler_checks(configuration.runtime, handlers)
+
+
+def _handler_checks(options: RuntimeOptions, handlers: Handlers) -> list[Check]:
+    checks: list[Check] = []
+    named = options.default_runtime
+    default = named or (handlers.default.name if handlers.default is not None else "")
+    for name in options.handlers:
+        remark = ", the default" if name == default else ""
+        if name not in handlers.failures:
+            checks.append(Check(f"runtime {name}", "ok", f"{handlers.get(name).features.version}{remark}"))
+            continue
+        needed = name == named or handlers.default is None
+        remedy = f"apt-get install {name}" if "not installed" in handlers.failures[name] else ""
+        detail = " ".join(handlers.failures[name].split())
+        checks.append(Check(f"runtime {name}", "fail" if needed else "warn", detail + remark, remedy))
+    return checks
+
+
+def _remove_folder(folder: Path) -> None:
+    for target in mounts.mounts_below(folder):
+        mounts.unmount(target)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _kernel(configuration: Configuration) -> list[Check]:
+    data = _existing(Path(configuration.runtime.data_dir))
+    overlay_error = await in_fresh_thread(kernel_check.overlay_error, data)
+    release = os.uname().release
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    version = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    checks = [
+        Check("kernel", "ok", release)
+        if version >= (5, 10)
+        else Check("kernel", "fail", f"{release} is older than 5.10", "install a newer kernel"),
+        Check("overlay", "ok", f"mounts on {data}")
+        if not overlay_error
+        else Check("overlay", "fail", overlay_error, "modprobe overlay, or put the data folder on ext4 or xfs"),
+        Check("idmapped mounts", "ok", "volumes of pods with user namespaces")
+        if version >= (5, 12)
+        else Check("idmapped mounts", "warn", "no: pods with user namespaces are refused", "a kernel from 5.12 on"),
+    ]
+    return checks + [
+        Check(name, "ok", good) if present() else Check(name, "warn", bad, remedy)
+        for name, present, good, bad, remedy in kernel_check.FEATURES
+    ]
+
+
+async def _network(configuration: Configuration) -> list[Check]:
+    links_error = await in_fresh_thread(kernel_check.links_error)
+    checks = [
+        Check("bridge and veth", "ok", "made in a network namespace")
+        if not links_error
+        else Check("bridge and veth", "fail", links_error, "modprobe bridge veth"),
+        await _nftables(),
+    ]
+    forwarding = Path("/proc/sys/net/ipv4/ip_forward").read_text().strip() == "1"
+    detail = "on" if forwarding else "off: the agent switches it on when it makes its bridge"
+    return [*checks, Check("ip forwarding", "ok" if forwarding else "warn", detail)]
+
+
+async def _nftables() -> Check:
+    """A ruleset like the agent's, which the kernel checks and does not keep."""
+    try:
+        await processes.run(["nft", "--check", "-f", "-"], stdin=kernel_check.RULESET, timeout=_COMMAND_SECONDS)
+    except (PodkeelError, OSError) as error:
+        return Check(
+            "nftables", "fail", _sentence(error), "modprobe nf_tables nft_nat nft_masq; apt-get install nftables"
+        )
+    return Check("nftables", "ok", "sets, maps, masquerading")
+
+
+async def _folders(configuration: Configuration) -> list[Check]:
+    runtime = configuration.runtime
+    return [_run_folder(Path(runtime.run_dir)), _data_folder(Path(runtime.data_dir))]
+
+
+def _run_folder(folder: Path) -> Check:
+    filesystem = mounts.mount_holding(str(_existing(folder))).filesystem
+    if filesystem == "tmpfs":
+        return Check("run folder", "ok", f"{folder} on tmpfs")
+    detail = f"{folder} is on {filesystem}: what a reboot should take would stay"
+    return Check("run folder", "warn", detail, "put runtime.run_dir on a tmpfs, such as /run")
+
+
+def _data_folder(folder: Path) -> Check:
+    usage = os.statvfs(_existing(folder))
+    free, inodes = usage.f_bavail * usage.f_frsize, usage.f_favail
+    detail = f"{folder}: {free / (1 << 30):.1f} GiB free"
+    remedy = "free space, or move runtime.data_dir"
+    if free < _TOO_FEW_BYTES:
+        return Check("data folder", "fail", detail, remedy)
+    if free < _SCARCE_BYTES:
+        return Check("data folder", "warn", detail, remedy)
+    if 0 < inodes < _SCARCE_INODES:
+        return Check("data folder", "warn", f"{detail}, but only {inodes} inodes", remedy)
+    return Check("data folder", "ok", detail)
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder above that exists, free of symbolic links."""
+    return next(path.resolve() for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+
+
+async def _limits(_configuration: Configuration) -> list[Check]:
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = hard != resource.RLIM_INFINITY and hard < _USUAL_OPEN_FILES
+    remedy = "LimitNOFILE=1048576 in the systemd unit, or ulimit -Hn" if few else ""
+    files = Check("open files", "warn" if few else "ok", f"hard limit {hard if hard >= 0 else 'none'}", remedy)
+    if os.geteuid() != 0:
+        return [Check("root", "fail", f"runs as uid {os.geteuid()}", "run it as root"), files]
+    return [files]
+
+
+def run_check(configuration: Configuration) -> list[Check]:
+    """``check_host`` for a program without a loop."""
+    return asyncio.run(check_host(configuration))

@@ -1,0 +1,59 @@
+"""``podkeel explain``: where the time of a pod or container went, as a waterfall."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from datetime import datetime
+
+from cli.connect import connect
+from cli.lookup import find_container, find_pod
+from cli.text import duration, short
+from host.errors import NotFoundError
+from proto.podkeel.v1 import agent_pb2
+
+_WIDTH = 40
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def explain(options: argparse.Namespace) -> None:
+    """Print the stages of each operation on the object."""
+    with connect(options) as client:
+        try:
+            identifier = find_pod(client, options.object).id
+        except NotFoundError:
+            identifier = find_container(client, options.object).id
+        request = agent_pb2.ExplainRequest(id=identifier)
+        answer = client.call(request, agent_pb2.ExplainResponse, f"explain {options.object}")
+    if not answer.operations:
+        print(f"nothing is recorded of {options.object}")
+        return
+    print("\n\n".join(waterfall(operation, time.time_ns()) for operation in answer.operations))
+
+
+def waterfall(operation: agent_pb2.OperationReport, now: int) -> str:
+    """One operation: a line for it, and one for each stage with its bar. ``now`` is in ns since the epoch."""
+    ends = [_end(stage, now) for stage in operation.stages]
+    total = max((end - operation.started for end in ends), default=0) / 1e9
+    moment = datetime.fromtimestamp(operation.started / 1e9).strftime("%H:%M:%S.%f")[:-3]
+    lines = [f"{operation.name}  {short(operation.object_id)}  {moment}  {duration(max(total, 0))}"]
+    width = max((len(stage.name) for stage in operation.stages), default=0)
+    for stage, end in zip(operation.stages, ends, strict=True):
+        bar = _bar((stage.started - operation.started) / 1e9, (end - operation.started) / 1e9, total)
+        note = "  running" if stage.seconds < 0 else "  failed" if stage.failed else ""
+        lines.append(f"  {stage.name:<{width}}  {bar}  {duration(max(end - stage.started, 0) / 1e9):>8}{note}")
+    return "\n".join(lines)
+
+
+def _end(stage: agent_pb2.StageReport, now: int) -> int:
+    return now if stage.seconds < 0 else stage.started + round(stage.seconds * 1e9)
+
+
+def _bar(begin: float, end: float, total: float) -> str:
+    """A bar of _WIDTH columns; its end falls on an eighth of a column, and it is never empty."""
+    scale = _WIDTH / total if total > 0 else 0.0
+    first = min(int(begin * scale), _WIDTH - 1)
+    eighths = max(1, round((end * scale - first) * 8))
+    full, part = divmod(eighths, 8)
+    bar = "█" * full + (_EIGHTHS[part] if part else "")
+    return (" " * first + bar)[:_WIDTH].ljust(_WIDTH)

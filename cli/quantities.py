@@ -1,0 +1,46 @@
+"""Kubernetes quantities: ``250m``, ``1.5``, ``128Mi``, ``1e3``.
+
+Follows https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+
+_FORM = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([eE][+-]?\d+)|([numkMGTPE]|[KMGTPE]i)?)\Z")
+_DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+_BINARY = {"Ki": 1, "Mi": 2, "Gi": 3, "Ti": 4, "Pi": 5, "Ei": 6}
+
+CPU_PERIOD = 100_000
+_MIN_QUOTA = 1_000
+_MIN_SHARES = 2
+_MAX_SHARES = 262_144
+
+
+def quantity(text: str) -> Fraction:
+    """The exact number that ``text`` stands for. Raises ValueError if it is no quantity."""
+    match = _FORM.match(text)
+    if match is None:
+        raise ValueError(f'expected a quantity such as "250m", "1.5" or "128Mi", got "{text}"')
+    number, exponent, suffix = Fraction(match[1]), str(match[2] or ""), str(match[3] or "")
+    if suffix in _BINARY:
+        return number * Fraction(1024 ** _BINARY[suffix])
+    power = int(exponent[1:]) if exponent else _DECIMAL[suffix]
+    return number * Fraction(10) ** power
+
+
+def whole(number: Fraction) -> int:
+    """Rounded up, as Kubernetes rounds what must be a whole number."""
+    return math.ceil(number)
+
+
+def cpu_shares(cores: Fraction) -> int:
+    """The weight that kubelet gives a request: 1024 for a core, 2 at least (also for none)."""
+    return min(max(whole(cores * 1000) * 1024 // 1000, _MIN_SHARES), _MAX_SHARES)
+
+
+def cpu_quota(cores: Fraction) -> int:
+    """Microseconds in each CPU_PERIOD that kubelet gives a limit, at least 1000."""
+    return max(whole(cores * 1000) * CPU_PERIOD // 1000, _MIN_QUOTA)

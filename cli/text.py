@@ -1,0 +1,51 @@
+"""Text for people: tables, ages, sizes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns as wide as their widest cell, two blanks apart."""
+    cells = [list(headers), *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join(lines)
+
+
+def size(number: float) -> str:
+    """Bytes in the largest unit that leaves at least 1, with three digits: ``4.21 MiB``."""
+    for unit in _UNITS:
+        if abs(number) < 1024 or unit == _UNITS[-1]:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.3g} {unit}"
+        number /= 1024
+    raise AssertionError("unreachable: the last unit takes every number")
+
+
+def duration(seconds: float) -> str:
+    """A length of time, as short as it is still useful: ``9.3 ms``, ``42 s``, ``5 h``."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.3g} ms"
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def age(nanoseconds: int) -> str:
+    """How long ago a time since the epoch was."""
+    return "-" if nanoseconds <= 0 else duration(max(1.0, time.time() - nanoseconds / 1e9))
+
+
+def short(identifier: str) -> str:
+    """An id as tables show it."""
+    return identifier.removeprefix("sha256:")[:13]
+
+
+def note(message: str) -> None:
+    """A word to the person on standard error, beside the command's output."""
+    print(f"podkeel: {message}", file=sys.stderr)

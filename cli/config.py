@@ -19,6 +19,9 @@ def load_for(options: argparse.Namespace) -> LoadedConfiguration:
     }
     if flags["--pod-cidr"] is not None:
         flags["--pod-cidr"] = [cidr.strip() for given in options.pod_cidr for cidr in given.split(",") if cidr.strip()]
+    for flag in ("--data-dir", "--run-dir", "--registry-config-dir"):
+        if flags[flag]:  # relative to where the command was given, not to where the agent happens to run
+            flags[flag] = str(Path(str(flags[flag])).absolute())
     return load(Path(file) if (file := getattr(options, "config", None)) else None, flags)
 
 

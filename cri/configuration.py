@@ -20,6 +20,7 @@ from msgspec import inspect
 
 from cri.options import LogOptions, MetricsOptions, ServerOptions, StreamingOptions
 from cri.toml_lines import key_lines
+from cri.value_checks import CHECKS
 from host.errors import InvalidArgumentError
 from images.options import ImageOptions
 from network.options import NetworkOptions
@@ -89,10 +90,8 @@ def load(config_file: Path | None = None, flags: Mapping[str, object] | None = N
     if ("server", "socket") not in origins and run_dir in origins:
         values["server"]["socket"] = f"unix://{values['runtime']['run_dir'].rstrip('/')}/podkeel.sock"
         origins["server", "socket"] = f"runtime.run_dir, {origins[run_dir]}"
-    tables: dict[str, Any] = {
-        field.name: _build_table(field, values[field.name], origins) for field in _fields(Configuration)
-    }
-    configuration = Configuration(**tables)
+    _check_values(values, origins)
+    configuration = msgspec.convert(values, Configuration)
     _check_default_runtime(configuration.runtime, origins)
     complete = {
         key: origins.get(key, "default") for key, _ in _leaves(msgspec.to_builtins(configuration), Configuration)
@@ -249,16 +248,11 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _build_table(field: msgspec.structs.FieldInfo, values: object, origins: Mapping[Key, str]) -> object:
-    """The table as its struct, whose own checks across fields run now."""
-    try:
-        return msgspec.convert(values, field.type)
-    except msgspec.ValidationError as error:
-        message = re.sub(r" - at `\$[^`]*`$", "", str(error))
-        mine = {key: origin for key, origin in origins.items() if key[0] == field.name}
-        named = [key for key in mine if re.search(rf"\b{re.escape(key[-1])}\b", message)]
-        key = (named or list(mine) or [(field.name,)])[-1]
-        raise InvalidArgumentError(f"{mine.get(key, 'default')}: {'.'.join(key)}: {message}") from error
+def _check_values(values: Mapping[str, Any], origins: Mapping[Key, str]) -> None:
+    for key, check in CHECKS.items():
+        complaint = check(values[key[0]][key[1]])
+        if complaint:
+            raise InvalidArgumentError(f"{origins.get(key, 'default')}: {'.'.join(key)}: {complaint}")
 
 
 def _check_default_runtime(runtime: RuntimeOptions, origins: Mapping[Key, str]) -> None:

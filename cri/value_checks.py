@@ -1,0 +1,53 @@
+"""What values must be beyond their types, so that a mistake is named by its line before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from ipaddress import ip_network
+from typing import Any
+
+_INTERFACE_NAME_BYTES = 15  # IFNAMSIZ less the final zero
+
+
+def _networks(values: Sequence[str]) -> str:
+    for value in values:
+        try:
+            ip_network(value)
+        except ValueError as error:
+            return f"expected address ranges such as 10.88.0.0/16 or fd00:88::/64: {error}"
+    return ""
+
+
+def _interface_name(value: str) -> str:
+    good = (
+        0 < len(value.encode()) <= _INTERFACE_NAME_BYTES
+        and not set(value) & set("/ \t\n:")
+        and value not in (".", "..")
+    )
+    return "" if good else f"expected a link name of 1 to {_INTERFACE_NAME_BYTES} bytes without blanks, got {value!r}"
+
+
+def _one_of(*allowed: str) -> Callable[[Any], str]:
+    return lambda value: "" if value in allowed else f"expected one of {', '.join(allowed)}, got {value!r}"
+
+
+def _folder(value: str) -> str:
+    return "" if value.startswith("/") else f"expected an absolute path, got {value!r}"
+
+
+def _not_negative(value: float) -> str:
+    return "" if value >= 0 else f"expected 0 or more, got {value}"
+
+
+# Each gives the complaint, or nothing.
+CHECKS: Mapping[tuple[str, ...], Callable[[Any], str]] = {
+    ("runtime", "data_dir"): _folder,
+    ("runtime", "run_dir"): _folder,
+    ("runtime", "cgroup_driver"): _one_of("auto", "cgroupfs", "systemd"),
+    ("runtime", "pids_limit"): _not_negative,
+    ("runtime", "stop_timeout"): _not_negative,
+    ("network", "bridge"): _interface_name,
+    ("network", "pod_cidrs"): _networks,
+    ("network", "cluster_cidrs"): _networks,
+    ("network", "mtu"): _not_negative,
+}

@@ -47,14 +47,18 @@ MAX_STREAM_ID = 0x7FFFFFFF
 MAX_FRAME_LENGTH = 0xFFFFFF
 
 # The order of the words is the draft's; both sides must seed their zlib streams with exactly these bytes.
-_DICTIONARY_NAMES = (
+_HEADER_NAMES = (
     "options head post put delete trace accept accept-charset accept-encoding accept-language accept-ranges age allow "
     "authorization cache-control connection content-base content-encoding content-language content-length "
     "content-location content-md5 content-range content-type date etag expect expires from host if-match "
     "if-modified-since if-none-match if-range if-unmodified-since last-modified location max-forwards pragma "
     "proxy-authenticate proxy-authorization range referer retry-after server te trailer transfer-encoding upgrade "
     "user-agent vary via warning www-authenticate method get status"
-).split() + ["200 OK", "version", "HTTP/1.1", "url", "public", "set-cookie", "keep-alive", "origin"]
+)
+_DICTIONARY_NAMES = (
+    *_HEADER_NAMES.split(),
+    *("200 OK", "version", "HTTP/1.1", "url", "public", "set-cookie", "keep-alive", "origin"),
+)
 _DICTIONARY_TAIL = (
     b"100101201202205206300302303304305306307402405406407408409410411412413414415416417502504505"
     b"203 Non-Authoritative Information204 No Content301 Moved Permanently400 Bad Request401 Unauthorized"
@@ -85,7 +89,7 @@ class ControlFrame:
 
 @dataclass(frozen=True, slots=True)
 class DataChunk:
-    """Bytes of a data frame, as far as they arrived; ``fin`` is set on the last ones of a frame that ends its stream."""
+    """Bytes of a data frame as far as they arrived; the last ones of a frame that ends its stream have ``fin``."""
 
     stream_id: int
     data: bytes

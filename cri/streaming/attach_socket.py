@@ -1,0 +1,71 @@
+"""The attach socket that conmon keeps beside each container, and its control pipe.
+
+Packets from conmon begin with one byte naming the stream; packets to it are the container's input as it is. A line
+``1 <height> <width>`` in the control pipe resizes the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+from host.errors import UnavailableError, WrongStateError
+
+STDOUT = 2
+STDERR = 3
+# conmon sends at most 8 KiB and a byte a packet, and cuts packets that are larger than its own buffer.
+PACKET_SIZE = 64 * 1024
+INPUT_PACKET_SIZE = 8 * 1024
+_RESIZE = 1
+
+
+class AttachSocket:
+    """A connection to one container's console: ``socket`` is non-blocking and keeps packet boundaries."""
+
+    def __init__(self, connected: socket.socket, control_pipe: Path | None) -> None:
+        self.socket = connected
+        self._control_pipe = control_pipe
+
+    @classmethod
+    def connect(cls, directory: Path) -> AttachSocket:
+        """Connect to ``attach`` in conmon's folder of the container, whose control pipe is ``ctl``.
+
+        Raises WrongStateError when nobody listens, UnavailableError when too many connect at this instant.
+        """
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            # Addresses of unix sockets are short, so the folder is named by a descriptor instead of its path.
+            folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                connection.connect(f"/proc/self/fd/{folder}/attach")
+            finally:
+                os.close(folder)
+        except BlockingIOError as error:
+            connection.close()
+            raise UnavailableError(f"too many clients attach through {directory} at once; try again") from error
+        except OSError as error:
+            connection.close()
+            raise WrongStateError(f"nothing to attach to in {directory}: {error.strerror}; is it running?") from error
+        return cls(connection, directory / "ctl")
+
+    def resize(self, width: int, height: int) -> None:
+        """Set the terminal's size in characters; nothing when the container has ended."""
+        if self._control_pipe is None:
+            return
+        with contextlib.suppress(OSError):
+            pipe = os.open(self._control_pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                os.write(pipe, f"{_RESIZE} {height} {width}\n".encode())
+            finally:
+                os.close(pipe)
+
+    def end_input(self) -> None:
+        """No more input from this client; conmon closes the container's if that is to be read only once."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Leave; the container goes on."""
+        self.socket.close()

@@ -1,0 +1,89 @@
+"""One byte stream to and from a client, whatever protocol carries it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from asyncio import Future, get_running_loop
+from collections import deque
+
+# A client that keeps to the windows of SPDY never has more than 64 KiB on its way; others are held back here.
+_HOLD_LIMIT = 256 * 1024
+
+
+class ChannelResetError(Exception):
+    """The client ended this stream alone; the others go on."""
+
+
+class Channel(ABC):
+    """Half-closable in both directions, with bounded buffers: who does not receive makes the client wait."""
+
+    def __init__(self) -> None:
+        self._received: deque[bytes] = deque()
+        self._received_size = 0
+        self._ended = False
+        self._waiter: Future[None] | None = None
+        self.was_reset = False
+
+    # ---- towards the client
+
+    @abstractmethod
+    async def send(self, data: bytes | memoryview) -> None:
+        """Send bytes, waiting as long as the client makes us wait.
+
+        Raises ChannelResetError when the client ended this stream, ConnectionResetError when it is gone.
+        """
+
+    @abstractmethod
+    def send_last(self, data: bytes) -> None:
+        """Send a short text at once and then half-close: for statuses, which never wait."""
+
+    def finish(self) -> None:
+        """Half-close: the client learns that nothing more comes."""
+        self.send_last(b"")
+
+    @abstractmethod
+    def reset(self) -> None:
+        """End the stream in both directions."""
+
+    # ---- from the client
+
+    async def receive(self) -> bytes:
+        """What came since the last call, as soon as there is something; b"" for ever once the client half-closed."""
+        while not self._received and not self._ended:
+            self._waiter = get_running_loop().create_future()
+            await self._waiter
+        if not self._received:
+            return b""
+        data = self._received[0] if len(self._received) == 1 else b"".join(self._received)
+        self._received.clear()
+        self._received_size = 0
+        self._on_consumed(len(data))
+        return data
+
+    def feed(self, data: bytes, *, fin: bool = False) -> None:
+        """The protocol's side: bytes of the client arrived."""
+        if data and not self._ended:
+            self._received.append(data)
+            self._received_size += len(data)
+            if self._received_size > _HOLD_LIMIT:
+                self._hold()
+        self._ended = self._ended or fin
+        self._wake()
+
+    def fail(self) -> None:
+        """The protocol's side: the client ended the stream in both directions."""
+        self.was_reset = True
+        self._ended = True
+        self._wake()
+
+    @abstractmethod
+    def _on_consumed(self, count: int) -> None:
+        """Let the client send as much again."""
+
+    @abstractmethod
+    def _hold(self) -> None:
+        """Keep the client from sending more until ``_on_consumed``."""
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

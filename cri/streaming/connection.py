@@ -1,0 +1,152 @@
+"""One accepted connection: bytes to whoever speaks on it, back-pressure both ways, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol, cast
+
+# What may wait in our own buffers for a client that reads slowly, beside the kernel's.
+_WRITE_HIGH_WATER = 128 * 1024
+# A client that makes us answer without ever reading is not read from either once this much waits for it.
+_ANSWERS_LIMIT = 1024 * 1024
+_LINGER_SECONDS = 5.0
+
+
+class Link(Protocol):
+    """Something ordered to write bytes to: a connection, or a tunnel inside of one."""
+
+    def write(self, data: bytes) -> None:
+        """Queue bytes; nothing once the peer is gone."""
+
+    async def drain(self) -> None:
+        """Wait until the peer takes more; raises ConnectionResetError once it is gone."""
+
+    def hold(self, holder: object) -> None:
+        """Read no more from the peer until ``holder`` releases."""
+
+    def release(self, holder: object) -> None:
+        """Undo ``hold``."""
+
+    def touch(self) -> None:
+        """Data passed: the idle time starts again."""
+
+
+class StreamConnection(asyncio.Protocol):
+    """The transport's side of a connection; ``receiver`` gets its bytes and ``on_lost`` hears that the peer is gone."""
+
+    def __init__(self, on_made: Callable[[StreamConnection], None]) -> None:
+        self._on_made = on_made
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._holders: set[object] = set()
+        self._answers_hold = object()
+        self._closed = self._loop.create_future()
+        self.receiver: Callable[[bytes], None] = _discard
+        self.on_lost: Callable[[], None] = _nothing
+        self.alive = False
+        self.last_data = self._loop.time()
+
+    # ---- the transport calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Part of asyncio.Protocol."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER)
+        self.alive = True
+        self._on_made(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Part of asyncio.Protocol."""
+        self.receiver(data)
+        if self._transport is not None and self._transport.get_write_buffer_size() > _ANSWERS_LIMIT:
+            self.hold(self._answers_hold)
+
+    def eof_received(self) -> bool:
+        """Part of asyncio.Protocol: clients close when they leave, so a half-closed connection is a client gone."""
+        self._lose()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Part of asyncio.Protocol."""
+        self._lose()
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+    def pause_writing(self) -> None:
+        """Part of asyncio.Protocol."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """Part of asyncio.Protocol."""
+        self._writable.set()
+        self.release(self._answers_hold)
+
+    # ---- the protocol machines call
+
+    def write(self, data: bytes) -> None:
+        """Queue bytes; nothing once the peer is gone."""
+        if self.alive and self._transport is not None:
+            self._transport.write(data)
+
+    async def drain(self) -> None:
+        """Wait until the peer takes more; raises ConnectionResetError once it is gone."""
+        if not self._writable.is_set():
+            await self._writable.wait()
+        if not self.alive:
+            raise ConnectionResetError("the client is gone")
+
+    def hold(self, holder: object) -> None:
+        """Read no more from the peer until ``holder`` releases."""
+        if not self._holders and self.alive and self._transport is not None:
+            self._transport.pause_reading()
+        self._holders.add(holder)
+
+    def release(self, holder: object) -> None:
+        """Undo ``hold``."""
+        if holder in self._holders:
+            self._holders.remove(holder)
+            if not self._holders and self.alive and self._transport is not None:
+                self._transport.resume_reading()
+
+    def touch(self) -> None:
+        """Data passed: the idle time starts again."""
+        self.last_data = self._loop.time()
+
+    async def close(self) -> None:
+        """Send what is queued, then close; a client that does not close as well is cut off after some seconds.
+
+        Closing a socket with unread bytes would make the kernel drop what the client has not read yet, so bytes of the
+        client are taken and dropped until it closes.
+        """
+        transport = self._transport
+        if transport is None:
+            return
+        self.receiver = _discard
+        self.on_lost = _nothing
+        for holder in list(self._holders):
+            self.release(holder)
+        if self.alive:
+            if transport.can_write_eof():
+                transport.write_eof()
+            else:
+                transport.close()
+            await asyncio.wait([self._closed], timeout=_LINGER_SECONDS)
+        transport.abort()
+
+    def _lose(self) -> None:
+        if not self.alive:
+            return
+        self.alive = False
+        self._writable.set()
+        self.on_lost()
+
+
+def _discard(data: bytes) -> None:
+    del data
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,65 @@
+"""Port forwarding: each pair of channels becomes one TCP connection inside of a pod."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+from cri.streaming.backend import StreamBackend
+from cri.streaming.channel import Channel, ChannelResetError
+from cri.streaming.descriptors import OutputReader, write_all
+from host.errors import PodkeelError
+
+
+async def forward_port(backend: StreamBackend, sandbox_id: str, port: int, data: Channel, error: Channel) -> None:
+    """Connect and move bytes until both directions are closed; what fails is told on ``error`` and ends only this pair.
+
+    Raises ConnectionResetError when the client is gone.
+    """
+    try:
+        connection = await backend.connect(sandbox_id, port)
+    except PodkeelError as failure:
+        data.finish()
+        error.send_last(f"error forwarding port {port} to pod {sandbox_id}: {failure.message}".encode())
+        data.reset()
+        return
+    with connection:
+        await _relay(connection, data)
+    error.finish()
+
+
+async def _relay(connection: socket.socket, data: Channel) -> None:
+    inward = asyncio.create_task(_relay_inward(data, connection))
+    try:
+        await _relay_outward(connection, data)
+        await inward
+    except ChannelResetError:
+        data.reset()
+    finally:
+        inward.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ChannelResetError):
+            await inward
+
+
+async def _relay_outward(connection: socket.socket, data: Channel) -> None:
+    reader = OutputReader(connection.fileno())
+    while chunk := await reader.read():
+        await data.send(chunk)
+    data.finish()
+
+
+async def _relay_inward(data: Channel, connection: socket.socket) -> None:
+    try:
+        while chunk := await data.receive():
+            await write_all(connection.fileno(), chunk)
+        if not data.was_reset:
+            connection.shutdown(socket.SHUT_WR)
+    except OSError:
+        # The pod's side takes no more; what the client still sends is dropped, what the pod sent still goes out.
+        while await data.receive():
+            pass
+    if data.was_reset:
+        # Nobody wants the pod's answer either.
+        connection.shutdown(socket.SHUT_RDWR)
+        raise ChannelResetError("the client reset the connection")

@@ -1,0 +1,210 @@
+"""Exec and attach: moving bytes between a client's channels and a process, until it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cri.streaming.attach_socket import INPUT_PACKET_SIZE, PACKET_SIZE, STDERR, STDOUT, AttachSocket
+from cri.streaming.backend import ExecProcess, StreamBackend, TerminalSize
+from cri.streaming.channel import Channel, ChannelResetError
+from cri.streaming.descriptors import OutputReader, write_all
+from cri.streaming.process_io import ProcessIO
+from cri.streaming.status import CommandStatus
+from cri.streaming.tokens import AttachRequest, ExecRequest
+from host.errors import PodkeelError
+
+# Clients tell the size right after opening the channel for it; a program that draws at once wants it from its start.
+_FIRST_SIZE_SECONDS = 0.1
+_SIZE_TEXT_LIMIT = 1024
+_MAX_SIZE = 0xFFFF
+
+
+@dataclass(slots=True)
+class CommandChannels:
+    """The client's channels; those that the request does not take are None."""
+
+    error: Channel
+    stdin: Channel | None = None
+    stdout: Channel | None = None
+    stderr: Channel | None = None
+    resize: Channel | None = None
+
+
+class RemoteCommand:
+    """One exec or attach from its start to the status that the client gets."""
+
+    def __init__(
+        self,
+        backend: StreamBackend,
+        request: ExecRequest | AttachRequest,
+        channels: CommandChannels,
+        *,
+        json_status: bool,
+    ) -> None:
+        self._backend = backend
+        self._request = request
+        self._channels = channels
+        self._json_status = json_status
+        self._sizes = _SizeReader(channels.resize)
+        self._ended = False
+
+    async def run(self) -> None:
+        """Run to the end; what goes wrong on the node's side becomes the status."""
+        try:
+            if isinstance(self._request, ExecRequest):
+                status = await self._exec(self._request)
+            else:
+                status = await self._attach(self._request)
+        except PodkeelError as error:
+            status = CommandStatus.of_error(self._what_fails(), error.message)
+        self._end(status)
+
+    def abort(self, reason: str) -> None:
+        """Tell the client at once why its streams end; nothing if they ended already."""
+        self._end(CommandStatus.of_error(self._what_fails(), reason))
+
+    def _what_fails(self) -> str:
+        return "error executing command in container" if isinstance(self._request, ExecRequest) else "error attaching"
+
+    def _end(self, status: CommandStatus) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        for channel in (self._channels.stdout, self._channels.stderr):
+            if channel is not None:
+                channel.finish()
+        self._channels.error.send_last(status.as_json() if self._json_status else status.as_text())
+
+    # ---- exec
+
+    async def _exec(self, request: ExecRequest) -> CommandStatus:
+        size = await self._sizes.first()
+        async with self._backend.exec(request, size) as process:
+            return CommandStatus.of_exit(request.command, await self._relay_process(process))
+
+    async def _relay_process(self, process: ExecProcess) -> int:
+        streams = process.io
+        readers: list[OutputReader] = []
+        async with asyncio.TaskGroup() as group:
+            inputs = [group.create_task(self._sizes.apply(streams.resize))]
+            if self._channels.stdin is not None and streams.stdin is not None:
+                sink = streams.stdin
+                inputs.append(group.create_task(_relay_input(self._channels.stdin, sink, streams.end_input)))
+            for descriptor, channel in (
+                (streams.stdout, self._channels.stdout),
+                (streams.stderr, self._channels.stderr),
+            ):
+                if descriptor is not None and channel is not None:
+                    readers.append(OutputReader(descriptor))
+                    group.create_task(_relay_output(readers[-1], channel, streams, descriptor))
+            exit_code = await process.wait()
+            for reader in readers:
+                reader.process_ended()
+            for task in inputs:
+                task.cancel()
+        return exit_code
+
+    # ---- attach
+
+    async def _attach(self, request: AttachRequest) -> CommandStatus:
+        async with self._backend.attach(request) as console:
+            async with asyncio.TaskGroup() as group:
+                inputs = [group.create_task(self._sizes.apply(console.resize))]
+                if self._channels.stdin is not None:
+                    sink = console.socket.fileno()
+                    relay = _relay_input(self._channels.stdin, sink, console.end_input, step=INPUT_PACKET_SIZE)
+                    inputs.append(group.create_task(relay))
+                await self._relay_packets(console)
+                for task in inputs:
+                    task.cancel()
+        return CommandStatus()
+
+    async def _relay_packets(self, console: AttachSocket) -> None:
+        reader = OutputReader(console.socket.fileno(), PACKET_SIZE)
+        channels = {STDOUT: self._channels.stdout, STDERR: self._channels.stderr}
+        while packet := await reader.read():
+            channel = channels.get(packet[0])
+            if channel is None:
+                continue
+            try:
+                await channel.send(memoryview(packet)[1:])
+            except ChannelResetError:
+                channels[packet[0]] = None
+            except ConnectionResetError:
+                return
+
+
+async def _relay_output(reader: OutputReader, channel: Channel, streams: ProcessIO, descriptor: int) -> None:
+    try:
+        while data := await reader.read():
+            await channel.send(data)
+        channel.finish()
+    except ChannelResetError:
+        streams.end_output(descriptor)
+    except ConnectionResetError:
+        return  # the whole session is about to be cancelled
+
+
+async def _relay_input(channel: Channel, descriptor: int, end_input: Callable[[], None], step: int = 1 << 30) -> None:
+    try:
+        while data := await channel.receive():
+            await write_all(descriptor, data, step=step)
+    except OSError:
+        # The process reads no more. The client may not know yet, and must not be kept from its other streams.
+        while await channel.receive():
+            pass
+    end_input()
+
+
+class _SizeReader:
+    """Terminal sizes as JSON objects, in whatever pieces they come."""
+
+    def __init__(self, channel: Channel | None) -> None:
+        self._channel = channel
+        self._text = b""
+        self._size: TerminalSize | None = None
+
+    async def first(self) -> TerminalSize | None:
+        """The size the client tells first, if it does so at once."""
+        if self._channel is None:
+            return None
+        try:
+            async with asyncio.timeout(_FIRST_SIZE_SECONDS):
+                while self._size is None and (data := await self._channel.receive()):
+                    self._feed(data)
+        except TimeoutError:
+            return None
+        return self._size
+
+    async def apply(self, resize: Callable[[int, int], None]) -> None:
+        """Resize now and whenever the client says so."""
+        if self._channel is None:
+            return
+        while True:
+            if self._size is not None:
+                resize(*self._size)
+            data = await self._channel.receive()
+            if not data:
+                return
+            self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        self._text += data
+        end = 0
+        for match in re.finditer(rb"\{[^{}]*\}", self._text):
+            end = match.end()
+            self._size = _parse_size(match.group()) or self._size
+        self._text = self._text[end:][-_SIZE_TEXT_LIMIT:]
+
+
+def _parse_size(text: bytes) -> TerminalSize | None:
+    try:
+        fields = {str(name).lower(): value for name, value in json.loads(text).items()}
+        width, height = int(fields["width"]), int(fields["height"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return TerminalSize(width, height) if 0 <= width <= _MAX_SIZE and 0 <= height <= _MAX_SIZE else None

@@ -1,0 +1,206 @@
+"""The HTTP server that kubelet, kubectl and crictl connect to for exec, attach and port forward."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Sequence
+
+from cri.streaming.backend import StreamBackend
+from cri.streaming.connection import StreamConnection
+from cri.streaming.handshake import accept
+from cri.streaming.http_upgrade import HttpError, HttpUpgrade, UpgradeRequest
+from cri.streaming.limits import StreamLimits
+from cri.streaming.session import Session, Surroundings
+from cri.streaming.tokens import AttachRequest, ExecRequest, PortForwardRequest, StreamRequest, TokenTable
+from host.errors import InvalidArgumentError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+_PATHS: dict[type[StreamRequest], str] = {
+    ExecRequest: "exec",
+    AttachRequest: "attach",
+    PortForwardRequest: "portforward",
+}
+_STOPPING = "the node agent is stopping"
+
+
+class StreamingServer:
+    """Hands out URLs and serves the streams of those who connect to them."""
+
+    def __init__(self, backend: StreamBackend, limits: StreamLimits | None = None) -> None:
+        self._backend = backend
+        self._limits = limits or StreamLimits()
+        self._tokens = TokenTable(self._limits.token_lifetime, self._limits.max_tokens)
+        self._server: asyncio.Server | None = None
+        self._port = 0
+        self._visits: set[_Visit] = set()
+
+    async def start(self) -> None:
+        """Listen. Raises InvalidArgumentError for an address it must not or cannot listen on."""
+        limits = self._limits
+        limits.check()
+        context = _tls_context(limits) if limits.uses_tls else None
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(
+                lambda: StreamConnection(self._on_connection), limits.host, limits.port, ssl=context, backlog=512
+            )
+        except OSError as error:
+            where = f"{limits.host}:{limits.port}"
+            raise InvalidArgumentError(f"cannot listen for streams on {where}: {error.strerror or error}") from error
+        self._port = int(self._server.sockets[0].getsockname()[1])
+
+    async def close(self) -> None:
+        """Take no more clients, tell those that are there why their streams end, and wait for them."""
+        if self._server is None:
+            return
+        self._server.close()
+        visits = list(self._visits)
+        for visit in visits:
+            visit.cancel(_STOPPING)
+        await asyncio.gather(*(visit.task for visit in visits), return_exceptions=True)
+        self._server = None
+
+    def exec_url(
+        self, container_id: str, command: Sequence[str], *, tty: bool, stdin: bool, stdout: bool, stderr: bool
+    ) -> str:
+        """The URL that runs ``command`` in the container, once.
+
+        Raises InvalidArgumentError when no stream is asked for, or a terminal together with stderr.
+        """
+        if not command:
+            raise InvalidArgumentError("exec: no command given")
+        _check_streams("exec", tty=tty, stdin=stdin, stdout=stdout, stderr=stderr)
+        return self._url(ExecRequest(container_id, tuple(command), tty, stdin, stdout, stderr))
+
+    def attach_url(self, container_id: str, *, stdin: bool, tty: bool, stdout: bool, stderr: bool) -> str:
+        """The URL that attaches to the container, once; errors as for ``exec_url``."""
+        _check_streams("attach", tty=tty, stdin=stdin, stdout=stdout, stderr=stderr)
+        return self._url(AttachRequest(container_id, tty, stdin, stdout, stderr))
+
+    def port_forward_url(self, sandbox_id: str, ports: Sequence[int]) -> str:
+        """The URL that reaches ports of the pod, once. Raises InvalidArgumentError for a number that is no port."""
+        for port in ports:
+            if not 0 < port < 65536:
+                raise InvalidArgumentError(f"port forward: {port} is not a port; they go from 1 to 65535")
+        return self._url(PortForwardRequest(sandbox_id, tuple(ports)))
+
+    def _url(self, request: StreamRequest) -> str:
+        if self._server is None:
+            raise UnavailableError("the streaming server is not running; try again once the agent is up")
+        host = f"[{self._limits.host}]" if ":" in self._limits.host else self._limits.host
+        scheme = "https" if self._limits.uses_tls else "http"
+        return f"{scheme}://{host}:{self._port}/{_PATHS[type(request)]}/{self._tokens.issue(request)}"
+
+    def _on_connection(self, connection: StreamConnection) -> None:
+        visit = _Visit(connection, self._backend, self._limits, self._tokens)
+        if self._server is None or len(self._visits) >= self._limits.max_connections:
+            visit.refuse(HttpError(503, "too many streaming connections; try again later"))
+        self._visits.add(visit)
+        visit.task.add_done_callback(lambda _: self._visits.discard(visit))
+
+
+class _Visit:
+    """One client from its connection to its end."""
+
+    def __init__(
+        self, connection: StreamConnection, backend: StreamBackend, limits: StreamLimits, tokens: TokenTable
+    ) -> None:
+        self._connection = connection
+        self._surroundings = Surroundings(backend, limits, self.cancel)
+        self._limits = limits
+        self._tokens = tokens
+        self._loop = asyncio.get_running_loop()
+        self._upgrade = HttpUpgrade()
+        self._session: asyncio.Future[Session] = self._loop.create_future()
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._reason = ""
+        connection.receiver = self._on_request_bytes
+        connection.on_lost = lambda: self.cancel("the client is gone")
+        self.task = self._loop.create_task(self._run())
+
+    def cancel(self, reason: str) -> None:
+        """End the visit, telling the client the reason."""
+        self._reason = self._reason or reason
+        self.task.cancel()
+
+    def refuse(self, error: HttpError) -> None:
+        """Answer with an error; the connection closes."""
+        self._connection.write(self._upgrade.refuse(error))
+        self._connection.receiver = lambda data: None
+        if not self._session.done():
+            self._session.set_exception(error)
+
+    def _on_request_bytes(self, data: bytes) -> None:
+        try:
+            request = self._upgrade.receive(data)
+            if request is not None:
+                session = self._accept(request)
+                self._session.set_result(session)
+                self._connection.receiver = session.receive
+                session.receive(self._upgrade.trailing_data)
+        except HttpError as error:
+            self.refuse(error)
+
+    def _accept(self, request: UpgradeRequest) -> Session:
+        kind, _, token = request.path.removeprefix("/").partition("/")
+        promised = self._tokens.peek(token)
+        if promised is None or _PATHS[type(promised)] != kind:
+            raise HttpError(404, "no such stream, or its URL was used already or is older than a minute")
+        session = accept(request, promised, self._connection, self._upgrade, self._surroundings)
+        self._tokens.take(token)
+        return session
+
+    async def _run(self) -> None:
+        session: Session | None = None
+        try:
+            async with asyncio.timeout(self._limits.creation_timeout):
+                session = await self._session
+            self._check_idleness()
+            await session.run()
+        except (HttpError, TimeoutError, ConnectionResetError):
+            pass
+        except asyncio.CancelledError:
+            if session is not None:
+                session.abort(self._reason)
+        except Exception:
+            logger.exception("a streaming session failed")
+            if session is not None:
+                session.abort("internal error of the node agent; see its log")
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        if session is not None:
+            session.end()
+        await self._connection.close()
+
+    def _check_idleness(self) -> None:
+        if not self._limits.idle_timeout:
+            return
+        due = self._connection.last_data + self._limits.idle_timeout
+        if self._loop.time() >= due:
+            self.cancel(f"no data passed for {self._limits.idle_timeout:g} s")
+        else:
+            self._idle_timer = self._loop.call_at(due, self._check_idleness)
+
+
+def _check_streams(what: str, *, tty: bool, stdin: bool, stdout: bool, stderr: bool) -> None:
+    if not (stdin or stdout or stderr):
+        raise InvalidArgumentError(f"{what}: at least one of stdin, stdout and stderr must be asked for")
+    if tty and stderr:
+        raise InvalidArgumentError(f"{what}: a terminal has no stderr of its own: ask for tty or for stderr")
+
+
+def _tls_context(limits: StreamLimits) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    assert limits.tls_certificate is not None
+    try:
+        context.load_cert_chain(limits.tls_certificate, limits.tls_key)
+        if limits.tls_client_ca is not None:
+            context.load_verify_locations(limits.tls_client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidArgumentError(f"streaming TLS files cannot be used: {error}") from error
+    return context

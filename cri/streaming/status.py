@@ -1,0 +1,49 @@
+"""How a remote command ended, in the words its clients look for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+
+@dataclass(frozen=True, slots=True)
+class CommandStatus:
+    """The content of a Kubernetes ``Status`` object; without a message it is a success."""
+
+    message: str = ""
+    exit_code: int | None = None
+
+    @classmethod
+    def of_exit(cls, command: Sequence[str], exit_code: int) -> CommandStatus:
+        """Of a command that ran and ended."""
+        if exit_code == 0:
+            return cls()
+        return cls(
+            "command terminated with non-zero exit code: "
+            f"error executing command [{' '.join(command)}], exit code {exit_code}",
+            exit_code,
+        )
+
+    @classmethod
+    def of_error(cls, what_failed: str, message: str) -> CommandStatus:
+        """Of one that could not be run, or whose streams were cut."""
+        return cls(f"Internal error occurred: {what_failed}: {message}")
+
+    def as_json(self) -> bytes:
+        """For protocol versions from 4."""
+        if not self.message:
+            return msgspec.json.encode({"status": "Success"})
+        status: dict[str, Any] = {"status": "Failure", "message": self.message}
+        if self.exit_code is None:
+            status |= {"reason": "InternalError", "code": 500}
+        else:
+            cause = {"reason": "ExitCode", "message": str(self.exit_code)}
+            status |= {"reason": "NonZeroExitCode", "details": {"causes": [cause]}}
+        return msgspec.json.encode(status)
+
+    def as_text(self) -> bytes:
+        """For protocol versions before 4: nothing says success."""
+        return self.message.encode()

@@ -11,14 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from network.builtin import BuiltInNetwork
+
 from host.database import Database
 from host.errors import WrongStateError
 from host.threads import in_thread
 from images.options import ImageOptions
 from images.schema import MIGRATIONS as IMAGE_MIGRATIONS
-from images.snapshots import SnapshotStore
 from images.store import ImageStore
-from network.builtin import BuiltInNetwork
 from network.options import NetworkOptions
 from network.schema import MIGRATIONS as NETWORK_MIGRATIONS
 from runtime.cgroups import CgroupTree
@@ -94,7 +94,7 @@ class Agent:
             monitors=Monitors(options.conmon_path, layout),
             network=network,
             images=images,
-            snapshots=SnapshotStore(layout.data, database),
+            snapshots=images.snapshots,
         )
         await handlers.probe()
         await images.start()

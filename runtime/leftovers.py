@@ -37,19 +37,11 @@ class Known:
 
 def find_leftovers(layout: Layout, cgroups: CgroupTree, cgroup_parent: str, known: Known) -> Iterator[Finding]:
     """Everything of this agent that belongs to nothing the store knows. Reads files and the kernel only."""
-    for name in _names(layout.sandboxes):
-        if name not in known.live_sandboxes:
-            yield Finding("folder", str(layout.sandboxes / name), "belongs to no live sandbox")
-    for name in _names(layout.containers):
-        if name not in known.containers:
-            yield Finding("folder", str(layout.containers / name), "belongs to no container")
-    for name in _names(layout.exits):
-        if name not in known.containers:
-            yield Finding("file", str(layout.exits / name), "belongs to no container")
+    yield from _unknown_names(layout.sandboxes, known.live_sandboxes, "folder", "belongs to no live sandbox")
+    yield from _unknown_names(layout.containers, known.containers, "folder", "belongs to no container")
+    yield from _unknown_names(layout.exits, known.containers, "file", "belongs to no container")
     for root in _runtime_roots(layout):
-        for name in _names(root):
-            if name not in known.live_containers:
-                yield Finding("container", f"{root.name} {name}", "is known to the OCI runtime only")
+        yield from _unknown_names(root, known.live_containers, "container", "is known to the OCI runtime only")
     for target in mounts.mounts_below(layout.run):
         owner = _owner(layout, target)
         if owner is not None and owner not in known.live_sandboxes and owner not in known.containers:
@@ -62,21 +54,26 @@ def find_leftovers(layout: Layout, cgroups: CgroupTree, cgroup_parent: str, know
             yield Finding("cgroup", f"{cgroup_parent}/{name}", "belongs to no live sandbox")
 
 
+def _unknown_names(folder: Path, known: Collection[str], kind: str, problem: str) -> Iterator[Finding]:
+    for name in _names(folder):
+        if name not in known:
+            yield Finding(kind, str(folder / name), problem)
+
+
 def monitors_of(layout: Layout) -> dict[str, int]:
     """Pids of the conmon processes of this agent, by container id."""
     found: dict[str, int] = {}
-    folder = str(layout.containers)
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
             continue
         try:
-            arguments = Path("/proc", entry, "cmdline").read_bytes().decode(errors="replace").split("\0")
+            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
         if "conmon" in arguments[0] and "-b" in arguments:
-            bundle = arguments[arguments.index("-b") + 1]
-            if os.path.dirname(bundle) == folder:
-                found[os.path.basename(bundle)] = int(entry)
+            bundle = Path(arguments[arguments.index("-b") + 1])
+            if bundle.parent == layout.containers:
+                found[bundle.name] = int(entry.name)
     return found
 
 
@@ -127,7 +124,7 @@ def _runtime_roots(layout: Layout) -> list[Path]:
 
 def _names(folder: Path) -> list[str]:
     try:
-        return sorted(os.listdir(folder))
+        return sorted(entry.name for entry in folder.iterdir())
     except FileNotFoundError:
         return []
 

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from host.database import Database
+from host.errors import NotFoundError
 from images.snapshots import SnapshotStore
 from images.store import ImageStore
 from network.bridge import BuiltInNetwork
-
-from host.database import Database
-from host.errors import NotFoundError
 from proto.runtime.v1 import cri_pb2
 from runtime import statuses
 from runtime.cgroups import CgroupTree

@@ -7,13 +7,12 @@ import os
 import time
 from functools import partial
 
-from network.files import hosts_file, resolv_conf
-
 from host.errors import AlreadyExistsError, InvalidArgumentError, UnsupportedError
 from host.stages import Operation
 from host.threads import in_fresh_thread, in_thread
 from host.undo import Undo
 from network.attachment import PortMapping
+from network.files import hosts_file, resolv_conf
 from proto.runtime.v1 import cri_pb2
 from runtime.containers import ContainerManager
 from runtime.identifiers import new_id
@@ -284,9 +283,7 @@ def validate_sandbox(config: cri_pb2.PodSandboxConfig) -> None:
     if options.ipc not in (cri_pb2.POD, cri_pb2.NODE):
         raise InvalidArgumentError(f"{title}: the ipc namespace mode must be POD or NODE")
     if options.pid == cri_pb2.TARGET:
-        raise InvalidArgumentError(
-            f"{title}: pid mode TARGET is for containers only: use POD, CONTAINER or NODE"
-        )
+        raise InvalidArgumentError(f"{title}: pid mode TARGET is for containers only: use POD, CONTAINER or NODE")
     _validate_user_namespace(title, options.userns_options)
 
 

@@ -12,6 +12,7 @@ import msgspec
 from host import processes
 from host.errors import PodkeelError
 from host.threads import in_thread
+from proto.runtime.v1 import cri_pb2
 from runtime import leftovers
 from runtime.container import Container, ContainerState
 from runtime.containers import ContainerManager
@@ -22,7 +23,6 @@ from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
 from runtime.pods import PodManager
 from runtime.sandbox import Sandbox, SandboxState
-from proto.runtime.v1 import cri_pb2
 
 _log = logging.getLogger("podkeel.recovery")
 
@@ -56,7 +56,7 @@ class Recovery:
         await self._guarded("leftovers", self._drop_leftovers())
         await self._guarded("network", self._node.network.repair(self.known().live_sandboxes))
 
-    async def _guarded(self, subject: str, work: Awaitable[None]) -> None:
+    async def _guarded(self, subject: str, work: Awaitable[object]) -> None:
         """One object that cannot be repaired must not keep the agent from serving the others."""
         try:
             await work
@@ -145,7 +145,7 @@ class Recovery:
         await in_thread(leftovers.end_monitors, node.layout, unknown)
         await asyncio.gather(*(self._drop_unknown_to_store(runtime, known) for runtime in node.handlers.working()))
         await in_thread(leftovers.drop_run_folders, node.layout, known)
-        for container_id in await in_thread(node.snapshots.ids):
+        for container_id in node.snapshots.ids():
             if container_id not in known.containers:
                 await node.snapshots.remove(container_id)
         parent = node.options.cgroup_parent

@@ -33,7 +33,7 @@ def spec_request(node: Node, container: Container, image: Image, runtime: OciRun
         image=image.config,
         image_reference=config.image.user_specified_image or config.image.image,
         rootfs=node.layout.container(container.id).rootfs,
-        container_folder=node.snapshots.folder(container.id),
+        container_folder=node.snapshots.upper(container.id).parent,
         files=SandboxFiles(
             resolv_conf=folder.resolv_conf,
             hosts=folder.hosts,

@@ -67,15 +67,14 @@ def configured_mounts(
 
 
 def root_propagation(mounts: Sequence[cri_pb2.Mount]) -> str:
-    """What the container's root must be for these mounts to work; empty for the OCI runtime's default."""
+    """What the container's root must be for these mounts to work; empty for the OCI runtime's default.
+
+    ``shared`` for bidirectional ones and not ``rshared``: crun would share the container's private mounts as well.
+    """
     wanted = {mount.propagation for mount in mounts}
-    for propagation in (
-        cri_pb2.MountPropagation.PROPAGATION_BIDIRECTIONAL,
-        cri_pb2.MountPropagation.PROPAGATION_HOST_TO_CONTAINER,
-    ):
-        if propagation in wanted:
-            return _PROPAGATION[propagation]
-    return ""
+    if cri_pb2.MountPropagation.PROPAGATION_BIDIRECTIONAL in wanted:
+        return "shared"
+    return "rslave" if cri_pb2.MountPropagation.PROPAGATION_HOST_TO_CONTAINER in wanted else ""
 
 
 def in_order(defaults: Iterable[oci.Mount], configured: Sequence[oci.Mount]) -> list[oci.Mount]:

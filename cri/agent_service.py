@@ -1,0 +1,71 @@
+"""Podkeel's own service beside the CRI (proto/podkeel/v1/agent.proto)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from host.errors import InvalidArgumentError, NotFoundError
+from host.stages import Operation
+from proto.podkeel.v1 import agent_pb2
+from runtime.agent import Agent
+
+
+class AgentService:
+    """Import of archives, the check of store against node, and the way of a pod."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    async def import_image(self, request: agent_pb2.ImportImageRequest) -> agent_pb2.ImportImageResponse:
+        """Import an archive that lies on the node."""
+        path = Path(request.path)
+        if not path.is_absolute():
+            raise InvalidArgumentError(f"image archive {request.path!r}: give an absolute path on the node")
+        images = await self._agent.node.images.import_archive(path, request.reference)
+        return agent_pb2.ImportImageResponse(
+            images=[agent_pb2.ImportedImage(id=image.id, references=image.repo_tags) for image in images]
+        )
+
+    async def check(self, _request: agent_pb2.CheckRequest) -> agent_pb2.CheckResponse:
+        """Differences between store and node."""
+        found = await self._agent.check()
+        return agent_pb2.CheckResponse(
+            findings=[
+                agent_pb2.Finding(kind=finding.kind, object=finding.object, problem=finding.problem)
+                for finding in found
+            ]
+        )
+
+    async def explain(self, request: agent_pb2.ExplainRequest) -> agent_pb2.ExplainResponse:
+        """The stages of a sandbox and its containers, or of one container."""
+        node = self._agent.node
+        sandbox = node.sandboxes.find(request.id)
+        if sandbox is not None:
+            kept = [(sandbox.id, operation) for operation in sandbox.operations]
+            for member in node.containers_of(sandbox):
+                kept += [(member.id, operation) for operation in member.operations]
+            kept.sort(key=lambda pair: pair[1].started)
+            return agent_pb2.ExplainResponse(operations=[_report(*pair) for pair in kept])
+        container = node.containers.find(request.id)
+        if container is None:
+            raise NotFoundError(f"no sandbox or container {request.id!r}")
+        return agent_pb2.ExplainResponse(
+            operations=[_report(container.id, operation) for operation in container.operations]
+        )
+
+
+def _report(object_id: str, operation: Operation) -> agent_pb2.OperationReport:
+    return agent_pb2.OperationReport(
+        object_id=object_id,
+        name=operation.name,
+        started=operation.started,
+        stages=[
+            agent_pb2.StageReport(
+                name=stage.name,
+                started=stage.started,
+                seconds=-1.0 if stage.seconds is None else stage.seconds,
+                failed=stage.failed,
+            )
+            for stage in operation.stages
+        ],
+    )

@@ -1,0 +1,31 @@
+"""Which gRPC code each kind of error has."""
+
+from __future__ import annotations
+
+import grpc
+
+from host import errors
+
+MESSAGE_LIMIT = 4096
+
+_CODES: tuple[tuple[type[errors.PodkeelError], grpc.StatusCode], ...] = (
+    (errors.KubeletReasonError, grpc.StatusCode.UNKNOWN),
+    (errors.NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (errors.InvalidArgumentError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.WrongStateError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.AlreadyExistsError, grpc.StatusCode.ALREADY_EXISTS),
+    (errors.LimitError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.UnsupportedError, grpc.StatusCode.UNIMPLEMENTED),
+    (errors.PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
+    (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
+)
+
+
+def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
+    """The code and message a client gets for ``error``; never a traceback."""
+    if not isinstance(error, errors.PodkeelError):
+        return grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}): the agent's log has the details"
+    code = next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+    message = error.message
+    return code, message if len(message) <= MESSAGE_LIMIT else message[: MESSAGE_LIMIT - 1] + "…"

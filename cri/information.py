@@ -1,0 +1,86 @@
+"""What verbose answers say beyond the CRI's fields: plain values, ready to become JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from cri.version import VERSION
+from host.stages import Operation
+from runtime.container import Container
+from runtime.node import Node
+from runtime.sandbox import Sandbox
+
+
+def node_information(node: Node) -> dict[str, Any]:
+    """For Status: what the agent works with."""
+    handlers = {
+        handler.name: {"program": handler.program, "features": msgspec.structs.asdict(handler.features)}
+        for handler in node.handlers.working()
+    }
+    return {
+        "config": {"runtime": msgspec.structs.asdict(node.options)},
+        "podkeel": {
+            "version": VERSION,
+            "cgroupVersion": node.cgroups.version,
+            "cgroupDriver": node.cgroups.driver,
+            "handlers": handlers,
+            "failedHandlers": node.handlers.failures,
+            "sandboxes": len(node.sandboxes),
+            "containers": len(node.containers),
+            "storeCommits": node.database.commits,
+        },
+    }
+
+
+def sandbox_information(node: Node, sandbox: Sandbox) -> dict[str, Any]:
+    """For PodSandboxStatus."""
+    record = sandbox.record
+    folder = node.layout.sandbox(sandbox.id)
+    return {
+        "pid": record.pid_holder.pid if record.pid_holder else 0,
+        "state": str(record.state),
+        "runtimeHandler": record.handler,
+        "cgroupParent": record.cgroup_parent,
+        "networkNamespace": "" if sandbox.host_network else str(folder.pin("net")),
+        "addresses": list(record.addresses),
+        "operations": operations(sandbox.operations),
+    }
+
+
+def container_information(node: Node, container: Container) -> dict[str, Any]:
+    """For ContainerStatus."""
+    record = container.record
+    folder = node.layout.container(container.id)
+    try:
+        spec: Any = msgspec.json.decode(folder.spec.read_bytes())
+    except OSError:
+        spec = None
+    return {
+        "sandboxID": container.sandbox.id,
+        "pid": record.init.pid if record.init and not container.exited.is_set() else 0,
+        "conmonPid": record.monitor.pid if record.monitor and not container.exited.is_set() else 0,
+        "state": str(record.state),
+        "runtimeHandler": record.handler,
+        "cgroup": record.cgroup,
+        "bundle": str(folder.path),
+        "rootfs": str(folder.rootfs),
+        "runtimeSpec": spec,
+        "operations": operations(container.operations),
+    }
+
+
+def operations(kept: list[Operation]) -> list[dict[str, Any]]:
+    """Stages with start (nanoseconds since the epoch) and seconds, None while one runs."""
+    return [
+        {
+            "name": operation.name,
+            "started": operation.started,
+            "stages": [
+                {"name": stage.name, "started": stage.started, "seconds": stage.seconds, "failed": stage.failed}
+                for stage in operation.stages
+            ],
+        }
+        for operation in kept
+    ]

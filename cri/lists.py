@@ -1,0 +1,80 @@
+"""Lists answered from memory: each item's bytes are made once and joined for every answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from proto.runtime.v1 import cri_pb2
+from runtime import statuses
+from runtime.container import Container
+from runtime.node import Node
+from runtime.sandbox import Sandbox
+
+STREAM_ITEMS = 64
+
+S = TypeVar("S", Sandbox, Container)
+
+
+def sandboxes(node: Node, wanted: cri_pb2.PodSandboxFilter) -> Iterator[bytes]:
+    """Encoded items of the sandboxes that match; an unknown or ambiguous id matches none."""
+    for sandbox in node.visible_sandboxes():
+        if wanted.id and not sandbox.id.startswith(wanted.id):
+            continue
+        if wanted.HasField("state") and statuses.sandbox_state(sandbox) != wanted.state.state:
+            continue
+        if matches(wanted.label_selector, sandbox.config.labels):
+            yield _item(sandbox, statuses.sandbox_item)
+
+
+def containers(node: Node, wanted: cri_pb2.ContainerFilter) -> Iterator[bytes]:
+    """Encoded items of the containers that match; an unknown or ambiguous id matches none."""
+    for container in node.visible_containers():
+        if wanted.id and not container.id.startswith(wanted.id):
+            continue
+        if wanted.pod_sandbox_id and not container.sandbox.id.startswith(wanted.pod_sandbox_id):
+            continue
+        if wanted.HasField("state") and statuses.container_state(container) != wanted.state.state:
+            continue
+        if matches(wanted.label_selector, container.config.labels):
+            yield _item(container, statuses.container_item)
+
+
+def matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Whether ``labels`` hold every pair of ``selector``."""
+    return all(labels.get(key) == value for key, value in selector.items())
+
+
+def in_messages(items: Iterable[bytes]) -> Iterator[bytes]:
+    """Encoded items, a few in each message of a stream."""
+    batch: list[bytes] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == STREAM_ITEMS:
+            yield b"".join(batch)
+            batch.clear()
+    if batch:
+        yield b"".join(batch)
+
+
+def encode_item(message: Message) -> bytes:
+    """``message`` as an element of a repeated field number 1, which every list's is."""
+    body = message.SerializeToString()
+    return b"\x0a" + _varint(len(body)) + body
+
+
+def _item(subject: S, build: Callable[[S], Message]) -> bytes:
+    if subject.list_item is None:
+        subject.list_item = encode_item(build(subject))
+    return subject.list_item
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

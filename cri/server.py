@@ -1,0 +1,118 @@
+"""The agent as a process: opens everything, serves the CRI on a unix socket, and leaves its pods running when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from cri.agent_service import AgentService
+from cri.configuration import Configuration
+from cri.image_service import ImageService
+from cri.logs import configure_logging
+from cri.methods import service_handlers
+from cri.runtime_service import RuntimeService
+from host.errors import WrongStateError
+from proto.podkeel.v1 import agent_pb2
+from proto.runtime.v1 import cri_pb2
+from runtime.agent import Agent
+
+MESSAGE_LIMIT = 16 * 1024 * 1024
+STOP_SECONDS = 5.0
+
+_log = logging.getLogger("podkeel.server")
+
+
+class NoObserver:
+    """Watches no calls."""
+
+    def began(self, method: str) -> None:
+        """Nothing."""
+
+    def ended(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
+        """Nothing."""
+
+
+def serve(configuration: Configuration) -> None:
+    """Serve until SIGTERM or SIGINT. Raises PodkeelError when the agent cannot start."""
+    configure_logging(configuration.log)
+    asyncio.run(_serve(configuration))
+
+
+def reset(configuration: Configuration) -> None:
+    """Remove everything that an agent with this configuration left on the host; it must not be running."""
+    from runtime.reset import reset as reset_runtime
+
+    configure_logging(configuration.log)
+    asyncio.run(reset_runtime(configuration.runtime, configuration.network, configuration.images))
+
+
+async def _serve(configuration: Configuration) -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    path = _socket_path(configuration.server.socket)
+    async with Agent(configuration.runtime, configuration.network, configuration.images) as agent:
+        await asyncio.to_thread(_prepare_socket, path)
+        server = _grpc_server(agent)
+        server.add_insecure_port(f"unix:{path}")
+        await server.start()
+        path.chmod(0o660)
+        _log.info("serving the CRI on unix://%s", path)
+        _notify_ready()
+        try:
+            await ended.wait()
+        finally:
+            _log.info("ending; pods stay as they are")
+            await server.stop(STOP_SECONDS)
+            path.unlink(missing_ok=True)
+
+
+def _grpc_server(agent: Agent) -> grpc.aio.Server:
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", MESSAGE_LIMIT),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_concurrent_streams", 1000),
+        ]
+    )
+    observer = NoObserver()
+    services = {"RuntimeService": RuntimeService(agent), "ImageService": ImageService(agent)}
+    handlers = service_handlers(cri_pb2.DESCRIPTOR, services, observer)
+    handlers += service_handlers(agent_pb2.DESCRIPTOR, {"Agent": AgentService(agent)}, observer)
+    server.add_generic_rpc_handlers(tuple(handlers))
+    return server
+
+
+def _socket_path(address: str) -> Path:
+    return Path(address.removeprefix("unix://"))
+
+
+def _prepare_socket(path: Path) -> None:
+    """Remove a socket that nobody listens on any more. Raises WrongStateError if somebody does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            path.unlink()
+            return
+    raise WrongStateError(f"socket {path} is served by another process: stop it, or use another socket")
+
+
+def _notify_ready() -> None:
+    """Tell systemd that the agent serves (sd_notify(3)), if it started us."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)

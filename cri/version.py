@@ -1,0 +1,10 @@
+"""What Podkeel is called and which version it is."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+RUNTIME_NAME = "podkeel"
+VERSION = version("podkeel")
+API_VERSION = "v1"
+KUBELET_API_VERSION = "0.1.0"

@@ -1,0 +1,36 @@
+# Podkeel: `make run` shows a pod running, `make test` runs every test; both set up what they need.
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint run bench check clean
+SHELL := /bin/bash
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+PYTHON_BIN := .venv/bin/python
+SOURCES := host metrics network images runtime cri cli tests scripts hatch_build.py
+
+help: ## list what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install Debian packages, make .venv, generate the protocol stubs
+	@scripts/setup.sh
+
+run: setup ## start an agent and run the sample pod until Ctrl-C; RUN_ONCE=1 ends and cleans up; ARGS="…" go to the agent
+	@$(PYTHON_BIN) scripts/run_demo.py $(ARGS)
+
+test: lint ## check style and types, then run every test (as root); TESTS="…" names some
+	@$(PYTHON_BIN) -m pytest $(TESTS)
+
+lint: setup ## check style and types only
+	@$(PYTHON_BIN) -m ruff check $(wildcard $(SOURCES))
+	@$(PYTHON_BIN) -m ruff format --check $(wildcard $(SOURCES))
+	@$(PYTHON_BIN) -m mypy
+	@$(PYTHON_BIN) -m mypy $(wildcard scripts/*.py)
+
+bench: setup ## measure every call beside the bare OCI runtime; PEER=containerd adds it; ARGS="…" are passed on
+	@$(PYTHON_BIN) -m tests.bench $(ARGS)
+
+check: setup ## say what on this host works and what is missing
+	@$(PYTHON_BIN) -m cli.main check $(ARGS)
+
+clean: ## remove what was built here; the packages stay
+	@rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -path ./.git -prune -o \( -name '__pycache__' -o -name '*_pb2.py' -o -name '*_pb2.pyi' \) -print0 | xargs -0 rm -rf

@@ -1,0 +1,242 @@
+"""``make run``: start an agent, run the sample pod on it, show that it works, serve until Ctrl-C.
+
+With RUN_ONCE=1 everything is taken down again at once. Arguments are passed on to ``podkeel serve``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from cli import lookup, pod_folder
+from cli.arguments import build_parser
+from cli.client import Client
+from cli.config import load_for
+from cli.execute import exec_sync
+from cli.images import import_image
+from cli.log_file import LogLine, tail_lines
+from cli.manifest import read_manifest
+from cli.pods import remove_pod
+from cli.run import RunningPod, run_pod
+from cli.text import duration, short
+from host.errors import PodkeelError, UnavailableError, WrongStateError
+from proto.runtime.v1 import cri_pb2
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGE = "localhost/podkeel/busybox:latest"
+MANIFEST = ROOT / "manifests/samples/hello.yaml"
+PORT = 8080
+_START_SECONDS = 30.0
+_STOP_SECONDS = 30.0
+_ANSWER_SECONDS = 20.0
+_POLL_SECONDS = 0.05
+
+
+def main() -> int:
+    """Show a pod's life; returns the exit status."""
+    options = build_parser().parse_args(["serve", *sys.argv[1:]])
+    once = os.environ.get("RUN_ONCE", "") not in ("", "0")
+    try:
+        demonstrate(options, once=once)
+    except PodkeelError as error:
+        print(f"podkeel: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def demonstrate(options: argparse.Namespace, *, once: bool) -> None:
+    """The whole of it; what was started is stopped whatever happens."""
+    if os.geteuid() != 0:
+        raise WrongStateError("running pods needs root: sudo make run")
+    configuration = load_for(options).configuration
+    socket = configuration.server.socket
+    data_dir = Path(configuration.runtime.data_dir)
+    fresh = not data_dir.exists()
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="podkeel-demo-")))
+        if once and fresh:
+            stack.callback(reset)
+        begin = time.perf_counter()
+        agent = stack.enter_context(running_agent(scratch / "agent.log"))
+        client = stack.enter_context(Client(socket))
+        version = wait_for(lambda: answering(client, agent), "the agent's first answer", _START_SECONDS, agent)
+        show("agent", f"{version} on {socket}, up in {duration(time.perf_counter() - begin)}")
+        provide_image(client, scratch)
+        stack.callback(remove_leftovers, client, scratch)
+        pod = start_pod(client, scratch)
+        show_pod(client, pod, agent)
+        if once:
+            return
+        print(f"\nServing on {socket} until Ctrl-C. In another terminal:")
+        for command in (
+            "podkeel ps",
+            "podkeel logs -f client",
+            "podkeel exec web ps",
+            f"curl {pod.addresses[0]}:{PORT}",
+        ):
+            prefix = ".venv/bin/" if command.startswith("podkeel") else ""
+            print(f"  {prefix}{command}")
+        wait_for_end(agent)
+
+
+def show(subject: str, text: str) -> None:
+    """One aligned line of the story."""
+    print(f"  {subject:<12} {text}", flush=True)
+
+
+@contextlib.contextmanager
+def running_agent(log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """``podkeel serve`` with our arguments, in a session of its own, so that Ctrl-C reaches it only through us."""
+    command = [sys.executable, "-m", "cli.main", "serve", *sys.argv[1:]]
+    with log.open("wb") as output:
+        agent = subprocess.Popen(command, cwd=ROOT, stderr=output, stdout=output, start_new_session=True)
+    try:
+        yield agent
+    except BaseException:
+        print(f"\nLast lines of the agent:\n{log_tail(log)}", file=sys.stderr)
+        raise
+    finally:
+        if agent.poll() is None:
+            agent.send_signal(signal.SIGTERM)
+        try:
+            status = agent.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            agent.kill()
+            agent.wait()
+            raise WrongStateError(f"the agent did not stop within {_STOP_SECONDS:.0f} s and was killed") from None
+    if status != 0:
+        raise WrongStateError(f"the agent ended with status {status}:\n{log_tail(log)}")
+    show("agent", "stopped")
+
+
+def log_tail(log: Path) -> str:
+    """What the agent said last."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+
+
+def answering(client: Client, agent: subprocess.Popen[bytes]) -> str | None:
+    """The agent's name and version once it answers."""
+    try:
+        answer = client.call(cri_pb2.VersionRequest(), cri_pb2.VersionResponse, timeout=5)
+    except UnavailableError:
+        return None
+    # Another agent that listens there would let ours end, and answer in its place.
+    return f"{answer.runtime_name} {answer.runtime_version}" if agent.poll() is None else None
+
+
+def wait_for(attempt: Callable[[], T | None], what: str, seconds: float, agent: subprocess.Popen[bytes]) -> T:
+    """The first result of ``attempt`` that is something. Raises WrongStateError when it takes too long."""
+    deadline = time.monotonic() + seconds
+    while True:
+        result = attempt()
+        if result is not None:
+            return result
+        if agent.poll() is not None:
+            raise WrongStateError("the agent ended by itself")
+        if time.monotonic() > deadline:
+            raise WrongStateError(f"{what} did not come within {seconds:.0f} s")
+        time.sleep(_POLL_SECONDS)
+
+
+def provide_image(client: Client, scratch: Path) -> None:
+    """Build the image from this machine's busybox and import it."""
+    archive = scratch / "busybox.tar"
+    run_script("build_busybox_image.py", str(archive), "--reference", IMAGE)
+    begin = time.perf_counter()
+    (image,) = import_image(client, archive, IMAGE)
+    show(
+        "image", f"{', '.join(image.references)} {short(image.id)} imported in {duration(time.perf_counter() - begin)}"
+    )
+
+
+def run_script(name: str, *arguments: str) -> None:
+    """Run one of our scripts. Raises WrongStateError with what it said."""
+    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise WrongStateError(f"{name} failed: {result.stderr.strip() or result.stdout.strip()}")
+
+
+def start_pod(client: Client, scratch: Path) -> RunningPod:
+    """Run the sample pod; one that an earlier run left is removed first."""
+    remove_leftovers(client, scratch)
+    plan = read_manifest(MANIFEST.read_text(), scratch / "pods")
+    return run_pod(client, plan, scratch / "pods", lambda line: print(f"  {line}", flush=True))
+
+
+def remove_leftovers(client: Client, scratch: Path) -> None:
+    """Remove every pod of the sample's name."""
+    for pod in lookup.list_pods(client):
+        if (pod.metadata.namespace, pod.metadata.name) == ("default", "hello"):
+            begin = time.perf_counter()
+            remove_pod(client, pod)
+            pod_folder.remove(scratch / "pods", pod.metadata)
+            show("pod", f"{short(pod.id)} removed in {duration(time.perf_counter() - begin)}")
+
+
+def show_pod(client: Client, pod: RunningPod, agent: subprocess.Popen[bytes]) -> None:
+    """What the containers say, an exec, and a fetch from the host."""
+    for name in ("client", "web"):
+        path = pod.log_directory / name / "0.log"
+        lines = wait_for(partial(log_lines, path), f"a log line of {name}", _ANSWER_SECONDS, agent)
+        show(f"log {name}", lines[-1].text)
+    answer = exec_sync(client, pod.container_ids["web"], ["sh", "-c", "hostname; id -u"], timeout=10)
+    show("exec web", f"hostname; id -u → {', '.join(answer.stdout.decode().split())}, exit code {answer.exit_code}")
+    url = f"http://{pod.addresses[0]}:{PORT}/"
+    begin = time.perf_counter()
+    body = fetch(url)
+    show("fetch", f"{url} → {body!r} in {duration(time.perf_counter() - begin)}")
+
+
+def log_lines(path: Path) -> Sequence[LogLine] | None:
+    """The last lines of a log that has some."""
+    return tail_lines(path, 1) or None
+
+
+def fetch(url: str) -> str:
+    """What the pod serves, asked without any proxy."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=10) as response:
+            return str(response.read().decode().strip())
+    except urllib.error.URLError as error:
+        raise WrongStateError(f"{url} cannot be fetched from the host: {error.reason}") from error
+
+
+def wait_for_end(agent: subprocess.Popen[bytes]) -> None:
+    """Until Ctrl-C, or until the agent ends."""
+    try:
+        agent.wait()
+    except KeyboardInterrupt:
+        print()
+        return
+    raise WrongStateError("the agent ended by itself")
+
+
+def reset() -> None:
+    """Remove all that the agent left, which only this run made."""
+    command = [sys.executable, "-m", "cli.main", "reset", "--yes", *sys.argv[1:]]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise WrongStateError(f"reset failed: {result.stderr.strip()}")
+    show("host", "clean again")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

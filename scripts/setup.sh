@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# Prepares a Debian machine to build, test and run Podkeel: packages, .venv, generated stubs.
+# Does nothing, quickly, when all of it is there; says what is missing when it cannot go on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+
+readonly VENV=.venv
+readonly STAMPS=$VENV/stamps
+readonly PACKAGES=(
+    python3-venv     # .venv
+    crun runc        # OCI runtimes: each is a runtime handler, and tests use both
+    conmon           # stays beside each container
+    catatonit        # init of pods that share their PID namespace
+    nftables         # packet rules of the built-in network
+    busybox-static   # the image of the sample pod and of tests
+    docker-registry  # tests pull from it; no service of it is needed
+    iproute2 kmod    # tests look at links; modules are loaded where the kernel has them apart
+    ca-certificates  # registries over https
+)
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+fail() {
+    say "$*"
+    exit 1
+}
+
+missing_packages() {
+    local package
+    for package in "${PACKAGES[@]}"; do
+        [[ $(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] ||
+            printf '%s\n' "$package"
+    done
+}
+
+install_packages() {
+    if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
+        fail "this is not Debian: install what stands for these packages yourself: ${PACKAGES[*]}"
+    fi
+    local missing
+    mapfile -t missing < <(missing_packages)
+    ((${#missing[@]})) || return 0
+    ((EUID == 0)) || fail "needs root to install: ${missing[*]}"
+    say "installing ${missing[*]}"
+    apt-get update -qq || fail "Debian's package servers cannot be reached, and these are missing: ${missing[*]}"
+    without_services env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
+        fail "apt-get could not install ${missing[*]}; the lines above say why"
+}
+
+# Runs a command while no package may start its service: docker-registry would take port 5000.
+without_services() {
+    local policy=/usr/sbin/policy-rc.d status=0
+    if [[ -e $policy ]]; then
+        "$@"
+        return
+    fi
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+    "$@" || status=$?
+    rm -f "$policy"
+    return "$status"
+}
+
+is_usable_python() {
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} /usr/bin/python3 python3 python3.14 python3.13 python3.12 python3.11; do
+        if is_usable_python "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 or newer with the venv module was found; name one with PYTHON=/path/to/python3"
+}
+
+make_environment() {
+    if [[ ! -x $VENV/bin/python ]] || ! is_usable_python "$VENV/bin/python"; then
+        local python
+        python=$(find_python)
+        say "making $VENV with $("$python" --version) ($python)"
+        rm -rf "$VENV"
+        "$python" -m venv "$VENV"
+    fi
+    mkdir -p "$STAMPS"
+    local wanted
+    wanted=$({ cat pyproject.toml hatch_build.py; pwd; } | sha256sum)
+    if [[ $(cat "$STAMPS/installed" 2>/dev/null) != "$wanted" ]]; then
+        say "installing Podkeel and what it needs into $VENV"
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]' ||
+            fail "pip could not install; is the Python package index reachable?"
+        printf '%s\n' "$wanted" >"$STAMPS/installed"
+        rm -f "$STAMPS/stubs"
+    fi
+}
+
+make_stubs() {
+    local sources=() source wanted complete=yes
+    mapfile -t sources < <(find proto -name '*.proto' | sort)
+    wanted=$(cat "${sources[@]}" | sha256sum)
+    for source in "${sources[@]}"; do
+        [[ -e ${source%.proto}_pb2.py && -e ${source%.proto}_pb2.pyi ]] || complete=no
+    done
+    if [[ $complete == no || $(cat "$STAMPS/stubs" 2>/dev/null) != "$wanted" ]]; then
+        say "generating stubs from ${sources[*]}"
+        "$VENV/bin/python" -m grpc_tools.protoc -I. --python_out=. --pyi_out=. "${sources[@]}"
+        printf '%s\n' "$wanted" >"$STAMPS/stubs"
+    fi
+}
+
+# crun refuses a host whose containers are on cgroup v1 while the cgroup2 mount still holds a controller. Where that
+# is only hugetlb, which nothing uses through cgroup2 on such a host, it can be mounted as v1 like the others.
+free_unified_cgroup() {
+    local unified
+    unified=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts)
+    [[ -n $unified && $unified != /sys/fs/cgroup && -d /sys/fs/cgroup/memory ]] || return 0
+    [[ $(<"$unified/cgroup.controllers") == hugetlb ]] || return 0
+    ((EUID == 0)) || return 0
+    local target=/sys/fs/cgroup/hugetlb
+    if mkdir -p "$target" && mount -t cgroup -o hugetlb hugetlb "$target" 2>/dev/null; then
+        say "mounted the hugetlb controller at $target (cgroup v1): crun needs the cgroup2 mount to hold none"
+    else
+        say "could not mount the hugetlb controller at $target: crun will not run here, runc will"
+    fi
+}
+
+install_packages
+make_environment
+make_stubs
+free_unified_cgroup

@@ -1,0 +1,285 @@
+"""Image archives on the node: OCI layout folders, OCI archives and docker archives (``docker save``), also gzipped."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import posixpath
+import tarfile
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from host.errors import InvalidArgumentError, LimitError, NotFoundError
+from host.threads import in_thread
+from images import digests
+from images.candidate import Candidate
+from images.manifests import (
+    LARGEST_CONFIG,
+    LARGEST_MANIFEST,
+    Descriptor,
+    Manifest,
+    check_is_image,
+    choose,
+    decode_json,
+    parse_manifest,
+)
+from images.platforms import this_machine
+from images.reference import Reference, parse
+
+_CHUNK = 1 << 20
+_MOST_MEMBERS = 100_000
+_NESTING = 4
+_NAME = "org.opencontainers.image.ref.name"
+_FULL_NAME = "io.containerd.image.name"
+
+
+class _DockerImage(msgspec.Struct, rename="pascal"):
+    config: str
+    layers: list[str]
+    repo_tags: list[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    offset: int
+    size: int
+    link: str = ""
+
+
+class ImageArchive:
+    """Reads an archive's members by name, never extracting anything; ``open`` first, ``close`` at the end."""
+
+    def __init__(self, path: Path, scratch: Path, max_bytes: int) -> None:
+        self._path = path
+        self._scratch = scratch
+        self._max_bytes = max_bytes
+        self._stack = ExitStack()
+        self._file: IO[bytes] | None = None
+        self._members: dict[str, _Member] = {}
+
+    def open(self) -> None:
+        """Open and index it; blocking. Raises NotFoundError, or InvalidArgumentError if it cannot be read."""
+        if self._path.is_dir():
+            return
+        with ExitStack() as stack:
+            try:
+                self._file = stack.enter_context(self._path.open("rb"))
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise NotFoundError(f"image archive {self._path} does not exist") from error
+            except OSError as error:
+                raise InvalidArgumentError(f"image archive {self._path} cannot be read: {error.strerror}") from error
+            self._decompress(stack)
+            self._index()
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Close it; success if it never was open."""
+        self._stack.close()
+
+    def _decompress(self, stack: ExitStack) -> None:
+        """Replace a gzipped file by an unpacked copy without a name, as its members are wanted in any order."""
+        assert self._file is not None
+        start = self._file.read(2)
+        self._file.seek(0)
+        if start != b"\x1f\x8b":
+            return
+        copy = stack.enter_context(os.fdopen(os.open(self._scratch, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC), "r+b"))
+        total = 0
+        try:
+            with gzip.GzipFile(fileobj=self._file) as plain:
+                while chunk := plain.read(_CHUNK):
+                    total += len(chunk)
+                    if total > self._max_bytes:
+                        raise LimitError(
+                            f"image archive {self._path} unpacks to more than {self._max_bytes} bytes "
+                            "(images.max_archive_bytes)"
+                        )
+                    copy.write(chunk)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise InvalidArgumentError(f"image archive {self._path} is broken: {error}") from error
+        copy.seek(0)
+        self._file = copy
+
+    def _index(self) -> None:
+        try:
+            with tarfile.open(fileobj=self._file, mode="r:") as archive:
+                for member in archive:
+                    if len(self._members) >= _MOST_MEMBERS:
+                        raise LimitError(f"image archive {self._path} has more than {_MOST_MEMBERS} members")
+                    name = posixpath.normpath(member.name)
+                    if member.issym() or member.islnk():
+                        base = posixpath.dirname(name) if member.issym() else ""
+                        target = posixpath.normpath(posixpath.join(base, member.linkname))
+                        self._members[name] = _Member(0, 0, target)
+                    elif member.isreg() and not member.issparse():
+                        self._members[name] = _Member(member.offset_data, member.size)
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            raise InvalidArgumentError(f"image archive {self._path} is broken or is no tar archive: {error}") from error
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a member."""
+        return name in self._members if self._file else (self._path / name).is_file()
+
+    def read(self, name: str, limit: int) -> bytes:
+        """A whole member; InvalidArgumentError if it is missing, cut off or larger than ``limit``."""
+        if self._file is None:
+            descriptor, size = self._open_file(name)
+            with os.fdopen(descriptor, "rb") as file:
+                self._check_size(name, size, limit)
+                return file.read(limit)
+        member = self._member(name)
+        self._check_size(name, member.size, limit)
+        content = os.pread(self._file.fileno(), member.size, member.offset)
+        if len(content) < member.size:
+            raise InvalidArgumentError(f"image archive {self._path} is broken: {name} is cut off")
+        return content
+
+    async def chunks(self, name: str) -> AsyncIterator[bytes]:
+        """A member's bytes, piece by piece."""
+        if self._file is None:
+            descriptor, size = await in_thread(self._open_file, name)
+            offset = 0
+        else:
+            member = self._member(name)
+            descriptor, size, offset = os.dup(self._file.fileno()), member.size, member.offset
+        try:
+            end = offset + size
+            while offset < end:
+                chunk = await in_thread(os.pread, descriptor, min(_CHUNK, end - offset), offset)
+                if not chunk:
+                    raise InvalidArgumentError(f"image archive {self._path} is broken: {name} is cut off")
+                offset += len(chunk)
+                yield chunk
+        finally:
+            os.close(descriptor)
+
+    def _open_file(self, name: str) -> tuple[int, int]:
+        try:
+            descriptor = os.open(self._path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise InvalidArgumentError(f"image archive {self._path} is broken: {name}: {error.strerror}") from error
+        return descriptor, os.fstat(descriptor).st_size
+
+    def _member(self, name: str) -> _Member:
+        for _ in range(_NESTING):
+            member = self._members.get(name)
+            if member is None:
+                break
+            if not member.link:
+                return member
+            name = member.link
+        raise InvalidArgumentError(f"image archive {self._path} is broken: {name} is missing")
+
+    def _check_size(self, name: str, size: int, limit: int) -> None:
+        if size > limit:
+            raise InvalidArgumentError(f"image archive {self._path}: {name} is larger than {limit} bytes")
+
+    def candidates(self, reference: str) -> list[Candidate]:
+        """The archive's images; one without a name of its own gets ``reference``. Raises InvalidArgumentError."""
+        # docker save writes both forms today; its own one has the names.
+        if self.has("manifest.json"):
+            found = self._docker_images(reference)
+        elif self.has("index.json"):
+            found = self._oci_images(reference)
+        else:
+            raise InvalidArgumentError(f"{self._path} is neither an OCI layout nor a docker archive")
+        if not found:
+            raise InvalidArgumentError(f"image archive {self._path} holds no image")
+        return found
+
+    def _docker_images(self, reference: str) -> list[Candidate]:
+        subject = f"image archive {self._path}: manifest.json"
+        entries: list[_DockerImage] = decode_json(
+            self.read("manifest.json", LARGEST_MANIFEST), list[_DockerImage], subject
+        )
+        found = []
+        for entry in entries:
+            names = [str(parse(tag)) for tag in entry.repo_tags or ()] or _given(reference)
+            members = {f"#{index}": posixpath.normpath(name) for index, name in enumerate(entry.layers)}
+            for name in members.values():
+                self._member(name) if self._file else None
+            config = self.read(posixpath.normpath(entry.config), LARGEST_CONFIG)
+            found.append(self._docker_candidate(config, list(members.values()), names))
+        return found
+
+    def _docker_candidate(self, config: bytes, layers: list[str], names: list[str]) -> Candidate:
+        # The members have no digests of their own; the config's diff ids are what they are held against.
+        descriptors = [Descriptor(annotations={"member": name}) for name in layers]
+        manifest = msgspec.json.encode(descriptors)
+        return Candidate(
+            subject=f"image {names[0] if names else digests.digest_of(config)} in {self._path}",
+            manifest=manifest,
+            manifest_digest="",
+            config=config,
+            layers=tuple(descriptors),
+            names=tuple(names),
+            open_layer=lambda descriptor: self.chunks((descriptor.annotations or {})["member"]),
+        )
+
+    def _oci_images(self, reference: str) -> list[Candidate]:
+        index = parse_manifest(self.read("index.json", LARGEST_MANIFEST), f"{self._path}: index.json")
+        found = []
+        for descriptor in index.manifests or ():
+            names = self._names(descriptor, reference, alone=len(index.manifests or ()) == 1)
+            subject = f"image {names[0] if names else descriptor.digest} in {self._path}"
+            content, manifest, digest = self._image_manifest(descriptor, subject)
+            config_descriptor = check_is_image(manifest, subject)
+            config = self._blob(config_descriptor, LARGEST_CONFIG, subject)
+            digest_names = [f"{parse(name).repository}@{descriptor.digest}" for name in names]
+            found.append(
+                Candidate(
+                    subject=subject,
+                    manifest=content,
+                    manifest_digest=digest,
+                    config=config,
+                    layers=tuple(manifest.layers),
+                    names=(*names, *digest_names),
+                    open_layer=lambda descriptor: self.chunks(_blob_name(descriptor.digest)),
+                )
+            )
+        return found
+
+    def _image_manifest(self, descriptor: Descriptor, subject: str) -> tuple[bytes, Manifest, str]:
+        """Follow indexes to the manifest for this machine."""
+        for _ in range(_NESTING):
+            content = self._blob(descriptor, LARGEST_MANIFEST, subject)
+            manifest = parse_manifest(content, subject, descriptor.media_type)
+            if not manifest.is_index:
+                return content, manifest, descriptor.digest
+            descriptor = choose(manifest, this_machine(), subject)
+        raise InvalidArgumentError(f"{subject} is broken: indexes within indexes within indexes")
+
+    def _blob(self, descriptor: Descriptor, limit: int, subject: str) -> bytes:
+        content = self.read(_blob_name(digests.check_digest(descriptor.digest, subject)), limit)
+        if len(content) != descriptor.size:
+            raise InvalidArgumentError(
+                f"{subject} is broken: {descriptor.digest} has {len(content)} bytes, expected {descriptor.size}"
+            )
+        digests.verify(content, descriptor.digest, subject)
+        return content
+
+    def _names(self, descriptor: Descriptor, reference: str, *, alone: bool) -> list[str]:
+        annotations = descriptor.annotations or {}
+        full = annotations.get(_FULL_NAME, "")
+        short = annotations.get(_NAME, "")
+        if full or any(mark in short for mark in "/:"):
+            return [str(parse(full or short))]
+        if reference:
+            given = parse(reference)
+            return [str(given)] if alone or not short else [str(Reference(given.domain, given.path, short))]
+        return []
+
+
+def _given(reference: str) -> list[str]:
+    return [str(parse(reference))] if reference else []
+
+
+def _blob_name(digest: str) -> str:
+    algorithm, _, name = digest.partition(":")
+    return f"blobs/{algorithm}/{name}"

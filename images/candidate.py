@@ -1,0 +1,55 @@
+"""An image about to be installed: what a registry or an archive offers, layers not yet read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from host.errors import InvalidArgumentError
+from images import digests
+from images.image import ImageConfig, parse_config
+from images.layers import LayerSource
+from images.manifests import Descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """``names`` are the tags and digest references it gets; ``open_layer`` begins the transfer of one layer."""
+
+    subject: str
+    manifest: bytes
+    manifest_digest: str
+    config: bytes
+    layers: tuple[Descriptor, ...]
+    names: tuple[str, ...]
+    open_layer: Callable[[Descriptor], AsyncIterator[bytes]]
+
+    @property
+    def id(self) -> str:
+        """The digest of its configuration."""
+        return digests.digest_of(self.config)
+
+    def parsed_config(self) -> ImageConfig:
+        """Its configuration; InvalidArgumentError if that is malformed or is for another system."""
+        return parse_config(self.config, self.subject)[0]
+
+    def layer_sources(self) -> list[LayerSource]:
+        """One per layer, lowest first; InvalidArgumentError if manifest and configuration disagree on their number."""
+        _, diff_ids = parse_config(self.config, self.subject)
+        if len(diff_ids) != len(self.layers):
+            raise InvalidArgumentError(
+                f"{self.subject} is broken: its manifest has {len(self.layers)} layers, its config {len(diff_ids)}"
+            )
+        chain = digests.chain_ids(diff_ids)
+        return [
+            LayerSource(
+                descriptor,
+                diff_ids[index],
+                chain[index],
+                chain[:index],
+                functools.partial(self.open_layer, descriptor),
+                f"{self.subject}: layer {index + 1} of {len(diff_ids)} ({descriptor.digest or diff_ids[index]})",
+            )
+            for index, descriptor in enumerate(self.layers)
+        ]

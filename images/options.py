@@ -1,0 +1,37 @@
+"""The ``[images]`` table of the configuration."""
+
+from __future__ import annotations
+
+import msgspec
+
+GIBIBYTE = 1 << 30
+
+
+class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """How images are fetched, unpacked and kept.
+
+    Registries: ``registry_config_dir`` holds one folder per registry host with a ``hosts.toml`` in containerd's form,
+    read on each pull; ``insecure_registries`` are hosts (``host`` or ``host:port``) spoken to in plain http, as
+    loopback addresses always are. ``connect_seconds`` bounds one connection attempt, ``stall_seconds`` the silence of
+    a running transfer, ``attempts`` the tries of one request that fails for a passing reason.
+
+    Layers: at most ``max_parallel_downloads`` of them are fetched and unpacked at once, over all pulls. A layer that
+    unpacks to more than ``max_layer_bytes`` or holds more than ``max_layer_entries`` is refused, and so is a compressed
+    archive that unpacks to more than ``max_archive_bytes``. With ``keep_blobs`` the compressed layers stay on disk
+    beside the unpacked ones, which checking, repairing and exporting an image need.
+
+    ``pinned`` are patterns (``*`` and ``?``) of image names that garbage collection must leave alone, matched against
+    the full form (``registry.k8s.io/pause:*``).
+    """
+
+    registry_config_dir: str = "/etc/podkeel/certs.d"
+    insecure_registries: tuple[str, ...] = ()
+    connect_seconds: float = 10.0
+    stall_seconds: float = 60.0
+    attempts: int = 4
+    max_parallel_downloads: int = 4
+    max_layer_bytes: int = 64 * GIBIBYTE
+    max_layer_entries: int = 2_000_000
+    max_archive_bytes: int = 256 * GIBIBYTE
+    keep_blobs: bool = True
+    pinned: tuple[str, ...] = ()

@@ -1,0 +1,59 @@
+"""Which of an index's images suits this machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+_ARCHITECTURES = {
+    "x86_64": ("amd64", ""),
+    "aarch64": ("arm64", "v8"),
+    "armv8l": ("arm", "v8"),
+    "armv7l": ("arm", "v7"),
+    "armv6l": ("arm", "v6"),
+    "i686": ("386", ""),
+    "i386": ("386", ""),
+    "ppc64le": ("ppc64le", ""),
+    "s390x": ("s390x", ""),
+    "riscv64": ("riscv64", ""),
+    "loongarch64": ("loong64", ""),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """An operating system and architecture in Go's words, as image indexes use them."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+
+
+def this_machine() -> Platform:
+    """The platform this program runs on."""
+    machine = os.uname().machine
+    architecture, variant = _ARCHITECTURES.get(machine, (machine, ""))
+    return Platform("linux", architecture, variant)
+
+
+def suitability(offered: Platform, machine: Platform) -> int:
+    """How well an image for ``offered`` runs on ``machine``; 0 if it does not, more is better."""
+    if offered.os != machine.os or offered.architecture != machine.architecture:
+        return 0
+    if offered.variant == machine.variant:
+        return 100
+    if offered.architecture == "arm64" and {offered.variant, machine.variant} == {"", "v8"}:
+        return 99
+    if not offered.variant:
+        return 50
+    mine, theirs = _number(machine.variant), _number(offered.variant)
+    # An arm v7 machine runs v6 and v5 images; an amd64 machine is not known to run v2 ones.
+    return 1 + theirs if 0 < theirs < mine else 0
+
+
+def _number(variant: str) -> int:
+    digits = variant.removeprefix("v")
+    return int(digits) if digits.isdigit() else 0

@@ -1,0 +1,44 @@
+"""The tables of the images room."""
+
+from __future__ import annotations
+
+# Layer numbers are never used twice: the folder of a dropped layer may still be on its way out.
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE images (
+        id TEXT PRIMARY KEY,
+        manifest_digest TEXT NOT NULL,
+        config BLOB NOT NULL,
+        manifest BLOB NOT NULL,
+        created INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE image_references (
+        name TEXT PRIMARY KEY,
+        image_id TEXT NOT NULL REFERENCES images(id)
+    ) STRICT;
+    CREATE TABLE layers (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        chain_id TEXT NOT NULL UNIQUE,
+        diff_id TEXT NOT NULL,
+        blob_digest TEXT NOT NULL,
+        blob_bytes INTEGER NOT NULL,
+        used_bytes INTEGER NOT NULL,
+        used_inodes INTEGER NOT NULL,
+        opaque INTEGER NOT NULL,
+        ready INTEGER NOT NULL,
+        unsynced_boot TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE image_layers (
+        image_id TEXT NOT NULL REFERENCES images(id),
+        position INTEGER NOT NULL,
+        layer INTEGER NOT NULL REFERENCES layers(number),
+        PRIMARY KEY (image_id, position)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE snapshots (
+        id TEXT PRIMARY KEY,
+        container_id TEXT NOT NULL,
+        image_id TEXT NOT NULL,
+        layers TEXT NOT NULL
+    ) STRICT
+    """,
+)

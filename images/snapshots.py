@@ -1,0 +1,225 @@
+"""Containers' root file systems: an overlay of an image's shared layers below a writable folder of the container's."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from host import libc, mounts
+from host.database import Database
+from host.errors import LimitError, NotFoundError, PodkeelError
+from host.threads import in_thread
+from host.undo import Undo
+from images.image import Image
+from images.layers import EMPTY_LAYER, LayerStore
+from images.trash import Trash
+from images.usage import FilesystemUsage
+
+_MOUNT_DATA = os.sysconf("SC_PAGE_SIZE") - 1
+_OWN_INODES = 4  # the container's folder, upper, work and what overlayfs keeps in work
+_DISK_BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A mounted root file system: ``target`` is where, ``upper`` holds what the container writes."""
+
+    container_id: str
+    image_id: str
+    target: Path
+    upper: Path
+
+
+class SnapshotStore:
+    """Makes and removes snapshots. The layers of a snapshot stay as long as it, also when its image is removed."""
+
+    def __init__(self, data_dir: Path, database: Database, layers: LayerStore, trash: Trash) -> None:
+        self._containers = data_dir / "containers"
+        self._data_dir = data_dir
+        self._database = database
+        self._layers = layers
+        self._trash = trash
+        self._held: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._volatile = ",volatile"
+
+    async def start(self) -> None:
+        """Read the snapshots and hold their layers."""
+        self._containers.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for key, container_id, numbers in self._database.read("SELECT id, container_id, layers FROM snapshots"):
+            layers = tuple(json.loads(numbers))
+            self._held[key] = (container_id, layers)
+            self._layers.retain(layers)
+
+    def ids(self) -> frozenset[str]:
+        """The containers that have a snapshot or an image mounted, or half of one."""
+        return frozenset(container_id for container_id, _ in self._held.values())
+
+    def upper(self, container_id: str) -> Path:
+        """The folder of what the container writes."""
+        return self._containers / container_id / "upper"
+
+    async def prepare(self, container_id: str, image: Image, *, target: Path) -> Snapshot:
+        """Mount a new writable root file system for the container at ``target``, which is made.
+
+        Raises NotFoundError if the image has been removed meanwhile, LimitError if it has too many layers for the
+        kernel. On failure nothing stays.
+        """
+        lower = self._lower(image)
+        async with Undo(f"snapshot of container {container_id}") as undo:
+            undo.push("the snapshot", lambda: self._discard(container_id, target))
+            await self._hold(container_id, container_id, image)
+            folder = self._containers / container_id
+            await in_thread(self._mount_writable, folder, target, lower)
+        return Snapshot(container_id, image.id, target, folder / "upper")
+
+    async def remount(self, container_id: str, image: Image, *, target: Path) -> Snapshot:
+        """Mount an existing snapshot again, for instance after a reboot; NotFoundError if there is none."""
+        if container_id not in self._held:
+            raise NotFoundError(f"container {container_id} has no snapshot")
+        _, layers = self._held[container_id]
+        folder = self._containers / container_id
+        await in_thread(self._mount_writable, folder, target, self._paths(layers))
+        return Snapshot(container_id, image.id, target, folder / "upper")
+
+    async def mount_image(self, container_id: str, image: Image, *, target: Path) -> None:
+        """Mount the image read-only at ``target``, which is made, for as long as the container; errors as ``prepare``.
+
+        ``unmount`` with the same target takes it away; ``remove`` forgets all that a container has.
+        """
+        lower = self._lower(image)
+        key = f"{container_id} {target}"
+        async with Undo(f"image {image.name} mounted for container {container_id}") as undo:
+            undo.push("the mount", lambda: self.unmount(container_id, target))
+            await self._hold(key, container_id, image)
+            await in_thread(self._mount_read_only, target, lower)
+
+    async def unmount(self, container_id: str, target: Path) -> None:
+        """Unmount what ``prepare`` or ``mount_image`` put at ``target``; success if nothing is there."""
+        await in_thread(_unmount, target)
+        await self._let_go([f"{container_id} {target}"])
+
+    async def remove(self, container_id: str) -> None:
+        """Remove the container's writable folder and let go of its layers; success if there is none.
+
+        What is mounted has to be unmounted before.
+        """
+        await in_thread(self._throw_away, container_id)
+        self._trash.wake()
+        await self._let_go([key for key, (owner, _) in self._held.items() if owner == container_id])
+
+    def filesystem_usage(self) -> FilesystemUsage:
+        """What the containers' folders take, without what the containers wrote: that is counted with their stats."""
+        writable = sum(1 for key in self._held if " " not in key)
+        return FilesystemUsage(str(self._data_dir), writable * _OWN_INODES * _DISK_BLOCK, writable * _OWN_INODES)
+
+    async def _hold(self, key: str, container_id: str, image: Image) -> None:
+        self._layers.retain(image.layers)
+        self._held[key] = (container_id, image.layers)
+        await self._database.execute(
+            "INSERT OR REPLACE INTO snapshots (id, container_id, image_id, layers) VALUES (?, ?, ?, ?)",
+            (key, container_id, image.id, json.dumps(image.layers)),
+        )
+
+    async def _let_go(self, keys: Sequence[str]) -> None:
+        held = [(key, self._held.pop(key)[1]) for key in keys if key in self._held]
+        if not held:
+            return
+        rows = [(key,) for key, _ in held]
+        await self._database.write(
+            lambda connection: connection.executemany("DELETE FROM snapshots WHERE id = ?", rows) and None
+        )
+        for _, layers in held:
+            await self._layers.release(layers)
+
+    async def _discard(self, container_id: str, target: Path) -> None:
+        await in_thread(_unmount, target)
+        await self.remove(container_id)
+
+    def _lower(self, image: Image) -> list[Path]:
+        if not self._layers.has(image.layers):
+            raise NotFoundError(f"image {image.name} was removed: pull it again")
+        return self._paths(image.layers)
+
+    def _paths(self, numbers: Sequence[int]) -> list[Path]:
+        """The folders to overlay, topmost first; nothing below a layer that hides everything."""
+        paths = []
+        for number in reversed(numbers):
+            paths.append(self._layers.path(number))
+            layer = self._layers.get(number)
+            if layer is not None and layer.opaque:
+                break
+        return paths or [self._layers.path(EMPTY_LAYER)]
+
+    def _mount_writable(self, folder: Path, target: Path, lower: Sequence[Path]) -> None:
+        upper, work = folder / "upper", folder / "work"
+        options = _lower_option(lower) + f",upperdir={_escaped(upper)},workdir={_escaped(work)}"
+        _check_length(options + self._volatile, len(lower))
+        root = lower[0].stat()
+        new = not upper.exists()
+        if not new:
+            self._trash.throw(work)  # a volatile mount leaves a mark in it that forbids mounting it again
+        for path in (folder, upper, work):
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(mode=0o700)
+        if new:  # the root folder itself looks as the image's does
+            os.chown(upper, root.st_uid, root.st_gid)
+            upper.chmod(stat.S_IMODE(root.st_mode))
+        target.mkdir(parents=True, exist_ok=True)
+        try:
+            libc.mount("overlay", str(target), "overlay", 0, options + self._volatile)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._volatile:
+                raise PodkeelError(f"overlay at {target} could not be mounted: {error.strerror}") from error
+            self._volatile = ""  # a kernel before 5.10
+            libc.mount("overlay", str(target), "overlay", 0, options)
+
+    def _mount_read_only(self, target: Path, lower: Sequence[Path]) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        if len(lower) == 1:
+            lower = (*lower, self._layers.path(EMPTY_LAYER))  # overlayfs wants two when nothing is writable
+        options = _lower_option(lower)
+        _check_length(options, len(lower))
+        try:
+            libc.mount("overlay", str(target), "overlay", mounts.MS_RDONLY, options)
+        except OSError as error:
+            raise PodkeelError(f"overlay at {target} could not be mounted: {error.strerror}") from error
+
+    def _throw_away(self, container_id: str) -> None:
+        folder = self._containers / container_id
+        for name in ("work", "upper"):
+            self._trash.throw(folder / name)
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                folder.rmdir()
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:  # volumes, which are not ours
+                    raise
+
+
+def _unmount(target: Path) -> None:
+    mounts.unmount(target)
+    with contextlib.suppress(OSError):
+        target.rmdir()
+
+
+def _lower_option(lower: Sequence[Path]) -> str:
+    return "lowerdir=" + ":".join(_escaped(path) for path in lower)
+
+
+def _escaped(path: Path) -> str:
+    """A path as overlayfs's options take it: colons and commas stand for themselves only after a backslash."""
+    return str(path).replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
+
+
+def _check_length(options: str, layers: int) -> None:
+    if len(options.encode()) > _MOUNT_DATA:
+        raise LimitError(
+            f"an image of {layers} layers makes mount options of {len(options)} bytes, and the kernel takes "
+            f"{_MOUNT_DATA}: use a shorter data folder, or an image with fewer layers"
+        )

@@ -1,0 +1,297 @@
+"""The images of this node: found by any form of reference, pulled, imported, removed."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import re
+import sqlite3
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from host.database import Database
+from host.errors import InvalidArgumentError
+from host.stages import Operation
+from host.threads import in_thread
+from images.archive import ImageArchive
+from images.candidate import Candidate
+from images.credentials import Credentials
+from images.image import Image, ImageConfig, parse_config
+from images.joining import Joined
+from images.layers import Layer, LayerSource, LayerStore
+from images.options import ImageOptions
+from images.reference import Reference, parse
+from images.snapshots import SnapshotStore
+from images.trash import Trash
+from images.usage import FilesystemUsage
+
+_log = logging.getLogger("podkeel.images")
+
+SHORTEST_ID = 4
+_ID_PREFIX = re.compile(rf"(?:sha256:)?([0-9a-f]{{{SHORTEST_ID},64}})")
+
+
+@dataclass(slots=True)
+class _Record:
+    """An image as the store keeps it; ``names`` are its tags and digest references."""
+
+    id: str
+    manifest_digest: str
+    manifest_bytes: int
+    config: ImageConfig
+    config_bytes: bytes
+    layers: tuple[Layer, ...]
+    names: set[str] = field(default_factory=set)
+
+
+class ImageStore:
+    """Everything about images. Lookups read memory only; ``revision`` rises with each change.
+
+    ``snapshots`` makes containers' root file systems out of them. ``run_dir`` is not needed by it yet.
+    """
+
+    def __init__(self, options: ImageOptions, data_dir: Path, run_dir: Path, database: Database) -> None:
+        self._options = options
+        self._data_dir = data_dir
+        self._run_dir = run_dir
+        self._database = database
+        self._trash = Trash(data_dir / "trash")
+        self._layers = LayerStore(options, data_dir, database, self._trash)
+        self.snapshots = SnapshotStore(data_dir, database, self._layers, self._trash)
+        self._records: dict[str, _Record] = {}
+        self._images: dict[str, Image] = {}
+        self._names: dict[str, str] = {}
+        self._changing = asyncio.Lock()
+        self._pulls: Joined[Image] = Joined()
+        self.revision = 0
+
+    async def start(self) -> None:
+        """Read the store; undo pulls and finish removals that a crash cut off."""
+        self._trash.start()
+        await self._layers.start()
+        await self._load()
+        await self.snapshots.start()
+        await self._layers.sweep()
+
+    async def close(self) -> None:
+        """Cancel running pulls with their clean-up, and stop background work."""
+        await self._pulls.close()
+        await self._layers.close()
+        await self._trash.close()
+
+    def images(self) -> Sequence[Image]:
+        """All images."""
+        return tuple(self._images.values())
+
+    def find(self, reference: str) -> Image | None:
+        """The image that ``reference`` names: an id, a unique prefix of one, a tag, a digest or a short name.
+
+        Raises InvalidArgumentError for an ambiguous prefix and for what is no reference at all.
+        """
+        image = self._images.get(reference) or self._images.get(f"sha256:{reference}")
+        if image is not None:
+            return image
+        prefix = _ID_PREFIX.fullmatch(reference)
+        try:
+            name = parse(reference)
+        except InvalidArgumentError:
+            if prefix is None:
+                raise
+        else:
+            image_id = self._names.get(_key(name))
+            if image_id is not None:
+                return self._images[image_id]
+        return self._find_by_prefix(prefix[1]) if prefix is not None else None
+
+    def _find_by_prefix(self, prefix: str) -> Image | None:
+        found = [image for image_id, image in self._images.items() if image_id.startswith(f"sha256:{prefix}")]
+        if len(found) > 1:
+            raise InvalidArgumentError(f"image id {prefix} is ambiguous: {len(found)} images begin so, give more of it")
+        return found[0] if found else None
+
+    def filesystem_usage(self) -> FilesystemUsage:
+        """What layers, kept blobs included, take on disk; from kept counts."""
+        return FilesystemUsage(str(self._data_dir), self._layers.used_bytes, self._layers.used_inodes)
+
+    async def pull(self, reference: str, credentials: Credentials | None = None) -> Image:
+        """Fetch the image and return it once it is complete; identical pulls at the same time are one.
+
+        A tag that another image had moves to this one. Raises InvalidArgumentError for a malformed reference or a
+        broken image, NotFoundError, PermissionDeniedError, LimitError, UnsupportedError for an artifact, and
+        KubeletReasonError ``RegistryUnavailable``. Whatever the error, nothing of it stays.
+        """
+        name = parse(reference)
+        return await self._pulls.run((str(name), credentials), lambda: self._pull(name, credentials))
+
+    async def _pull(self, name: Reference, credentials: Credentials | None) -> Image:
+        # The HTTP client takes 20 MiB and a fifth of a second: an agent that never pulls never has it.
+        pulling = await in_thread(importlib.import_module, "images.pulling")
+        operation = Operation("PullImage")
+        known = self._names.get(_key(name))
+        known_digests = self._images[known].repo_digests if known else ()
+        async with pulling.fetch(self._options, name, credentials, known_digests, operation) as candidate:
+            if candidate is None and known in self._images:
+                return self._images[known]
+            if candidate is None:  # removed while the registry was asked
+                return await self._pull(name, credentials)
+            return await self._install(candidate, operation)
+
+    async def import_archive(self, path: Path, reference: str = "") -> list[Image]:
+        """Take in the images of an OCI layout folder, an OCI archive or a docker archive (gzipped ones too).
+
+        An image without a name of its own gets ``reference``, or none. Raises NotFoundError if there is no such file,
+        InvalidArgumentError if it is broken, LimitError, UnsupportedError.
+        """
+        operation = Operation("ImportImage")
+        archive = ImageArchive(path, self._data_dir, self._options.max_archive_bytes)
+        try:
+            async with operation.stage("manifest"):
+                await in_thread(archive.open)
+                candidates = await in_thread(archive.candidates, reference)
+            return [await self._install(candidate, operation) for candidate in candidates]
+        finally:
+            archive.close()
+
+    async def remove(self, reference: str) -> None:
+        """Remove the image that ``reference`` names, with all its names; success if there is none.
+
+        Layers that containers use stay until the last of those is removed.
+        """
+        async with self._changing:
+            image = self.find(reference)
+            if image is None:
+                return
+            record = self._records[image.id]
+            operation = Operation("RemoveImage")
+            async with operation.stage("forget"):
+                await self._database.write(lambda connection: _delete(connection, [image.id]))
+                self._forget(record)
+            async with operation.stage("layers"):
+                await self._layers.release(image.layers)
+
+    async def _install(self, candidate: Candidate, operation: Operation) -> Image:
+        """Unpack what is missing of the image, then make it visible."""
+        config = candidate.parsed_config()
+        layers: list[Layer] = []
+        try:
+            async with operation.stage("layers"):
+                layers = await self._obtain(candidate.layer_sources())
+            async with operation.stage("commit"), self._changing:
+                return await self._commit(candidate, config, tuple(layers))
+        finally:
+            await self._layers.release([layer.number for layer in layers])
+
+    async def _obtain(self, sources: Iterable[LayerSource]) -> list[Layer]:
+        tasks = [asyncio.create_task(self._layers.obtain(source)) for source in sources]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            done = [task.result() for task in tasks if not task.cancelled() and task.exception() is None]
+            await self._layers.release([layer.number for layer in done])
+            raise
+
+    async def _commit(self, candidate: Candidate, config: ImageConfig, layers: tuple[Layer, ...]) -> Image:
+        record = self._records.get(candidate.id)
+        new = record is None
+        if record is None:
+            record = _Record(
+                candidate.id, candidate.manifest_digest, len(candidate.manifest), config, candidate.config, layers
+            )
+        await self._database.write(lambda connection: _insert(connection, candidate, layers))
+        if new:
+            self._records[record.id] = record
+            self._layers.retain(layer.number for layer in layers)
+        for name in candidate.names:
+            owner = self._names.get(name, record.id)
+            if owner != record.id:
+                self._records[owner].names.discard(name)
+                self._show(self._records[owner])
+            self._names[name] = record.id
+            record.names.add(name)
+        return self._show(record)
+
+    def _show(self, record: _Record) -> Image:
+        """Let the record be seen as it is now."""
+        names = sorted(record.names)
+        image = Image(
+            id=record.id,
+            manifest_digest=record.manifest_digest,
+            repo_tags=tuple(name for name in names if "@" not in name),
+            repo_digests=tuple(name for name in names if "@" in name),
+            size=sum(layer.used_bytes for layer in record.layers) + len(record.config_bytes) + record.manifest_bytes,
+            config=record.config,
+            config_bytes=record.config_bytes,
+            layers=tuple(layer.number for layer in record.layers),
+            chain_ids=tuple(layer.chain_id for layer in record.layers),
+            pinned=any(fnmatchcase(name, pattern) for name in names for pattern in self._options.pinned),
+        )
+        self._images[record.id] = image
+        self.revision += 1
+        return image
+
+    def _forget(self, record: _Record) -> None:
+        del self._records[record.id], self._images[record.id]
+        for name in record.names:
+            del self._names[name]
+        self.revision += 1
+
+    async def _load(self) -> None:
+        names: dict[str, set[str]] = {}
+        for name, image_id in self._database.read("SELECT name, image_id FROM image_references"):
+            names.setdefault(image_id, set()).add(name)
+        numbers: dict[str, list[int]] = {}
+        for image_id, number in self._database.read("SELECT image_id, layer FROM image_layers ORDER BY position"):
+            numbers.setdefault(image_id, []).append(number)
+        broken = []
+        rows = self._database.read("SELECT id, manifest_digest, length(manifest), config FROM images ORDER BY created")
+        for image_id, manifest_digest, manifest_bytes, content in rows:
+            layers = [self._layers.get(number) for number in numbers.get(image_id, ())]
+            present = tuple(layer for layer in layers if layer is not None)
+            if len(present) < len(layers):
+                broken.append(image_id)
+                continue
+            config, _ = parse_config(content, image_id)
+            record = _Record(
+                image_id, manifest_digest, manifest_bytes, config, content, present, names.get(image_id, set())
+            )
+            self._records[image_id] = record
+            self._names.update(dict.fromkeys(record.names, image_id))
+            self._layers.retain(layer.number for layer in present)
+            self._show(record)
+        if broken:
+            _log.warning("images dropped because layers of theirs are missing: %s", ", ".join(broken))
+            await self._database.write(lambda connection: _delete(connection, broken))
+
+
+def _key(name: Reference) -> str:
+    """What the store has an image under: the digest reference if there is a digest, else the tag."""
+    return f"{name.repository}@{name.digest}" if name.digest else name.tagged
+
+
+def _insert(connection: sqlite3.Connection, candidate: Candidate, layers: tuple[Layer, ...]) -> None:
+    connection.execute(
+        "INSERT OR IGNORE INTO images (id, manifest_digest, config, manifest, created) VALUES (?, ?, ?, ?, ?)",
+        (candidate.id, candidate.manifest_digest, candidate.config, candidate.manifest, time.time_ns()),
+    )
+    connection.executemany(
+        "INSERT OR IGNORE INTO image_layers (image_id, position, layer) VALUES (?, ?, ?)",
+        [(candidate.id, position, layer.number) for position, layer in enumerate(layers)],
+    )
+    connection.executemany(
+        "INSERT OR REPLACE INTO image_references (name, image_id) VALUES (?, ?)",
+        [(name, candidate.id) for name in candidate.names],
+    )
+
+
+def _delete(connection: sqlite3.Connection, image_ids: Sequence[str]) -> None:
+    rows = [(image_id,) for image_id in image_ids]
+    connection.executemany("DELETE FROM image_references WHERE image_id = ?", rows)
+    connection.executemany("DELETE FROM image_layers WHERE image_id = ?", rows)
+    connection.executemany("DELETE FROM images WHERE id = ?", rows)

@@ -1,0 +1,14 @@
+"""What a part of the data folder takes on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class FilesystemUsage:
+    """Kept counts, in bytes and inodes; ``mountpoint`` is the folder they concern."""
+
+    mountpoint: str
+    used_bytes: int
+    inodes_used: int

@@ -1,0 +1,111 @@
+"""What the agent measures of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from metrics.instruments import Computed, Counter, Gauge, Histogram, Instrument
+
+LAG_INTERVAL = 0.5
+
+
+class AgentMetrics:
+    """The agent's own instruments; whoever knows a number updates it here, or registers how to compute it."""
+
+    def __init__(self) -> None:
+        self.calls = Counter("podkeel_calls_total", "Calls ended, by method and gRPC code.", ("method", "code"))
+        self.call_seconds = Histogram("podkeel_call_seconds", "Duration of calls.", ("method",))
+        self.calls_in_flight = Gauge("podkeel_calls_in_flight", "Calls being served.", ("method",))
+        self.stage_seconds = Histogram(
+            "podkeel_stage_seconds", "Duration of the stages of operations.", ("operation", "stage")
+        )
+        self.stage_failures = Counter(
+            "podkeel_stage_failures_total", "Stages that failed or were cancelled.", ("operation", "stage")
+        )
+        self.pulls = Counter("podkeel_image_pulls_total", "Image pulls, by result.", ("result",))
+        self.pull_bytes = Counter("podkeel_image_pull_bytes_total", "Bytes fetched from registries.")
+        self.pull_seconds = Histogram("podkeel_image_pull_seconds", "Duration of image pulls.")
+        self.program_failures = Counter(
+            "podkeel_program_failures_total", "Failures of monitors and OCI runtimes.", ("program", "action")
+        )
+        self.events_dropped = Counter(
+            "podkeel_event_subscribers_dropped_total", "Event subscribers closed because they did not read."
+        )
+        self.recovery_findings = Counter(
+            "podkeel_recovery_findings_total", "Differences between store and kernel found at start.", ("kind",)
+        )
+        self.loop_lag = Histogram(
+            "podkeel_event_loop_lag_seconds",
+            "How late the event loop came back from a sleep.",
+            bounds=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0),
+        )
+        self._computed: list[Computed] = []
+        self._lag_task: asyncio.Task[None] | None = None
+
+    @property
+    def instruments(self) -> list[Instrument]:
+        """All of them, in order."""
+        own = (value for value in vars(self).values() if isinstance(value, Counter | Gauge | Histogram))
+        return [*own, *self._computed]
+
+    @contextmanager
+    def call(self, method: str) -> Iterator[CallRecord]:
+        """Measure one call; the block sets the record's ``code`` unless it is OK."""
+        loop = asyncio.get_running_loop()
+        record = CallRecord()
+        begin = loop.time()
+        self.calls_in_flight.add(method)
+        try:
+            yield record
+        finally:
+            self.calls_in_flight.add(method, amount=-1.0)
+            self.calls.add(method, record.code)
+            self.call_seconds.observe(loop.time() - begin, method)
+
+    def stage(self, operation: str, stage: str, seconds: float, *, failed: bool = False) -> None:
+        """Record a stage that ended."""
+        self.stage_seconds.observe(seconds, operation, stage)
+        if failed:
+            self.stage_failures.add(operation, stage)
+
+    def compute(
+        self,
+        name: str,
+        help_text: str,
+        labels: Sequence[str],
+        read: Callable[[], Iterable[tuple[tuple[str, ...], float]]],
+        *,
+        counter: bool = False,
+    ) -> None:
+        """Add a metric whose values ``read`` gives at each scrape: pods by state, commits of the store…"""
+        self._computed.append(Computed(name, help_text, labels, read, counter=counter))
+
+    def watch_loop(self) -> None:
+        """Begin to measure the running event loop, twice a second, until ``close``."""
+        self._lag_task = asyncio.get_running_loop().create_task(self._measure_lag(), name="event-loop-lag")
+
+    async def close(self) -> None:
+        """End the measuring."""
+        if self._lag_task is not None:
+            self._lag_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._lag_task
+
+    async def _measure_lag(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + LAG_INTERVAL
+            await asyncio.sleep(LAG_INTERVAL)
+            self.loop_lag.observe(max(0.0, loop.time() - due))
+
+
+class CallRecord:
+    """How a call ended: the name of its gRPC code."""
+
+    __slots__ = ("code",)
+
+    def __init__(self) -> None:
+        self.code = "OK"

@@ -1,0 +1,93 @@
+"""Counters, gauges and histograms that cost the agent a dictionary update each; text is made of them at a scrape."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
+
+
+class Counter:
+    """A number per combination of label values that only grows; its name ends with ``_total``."""
+
+    def __init__(self, name: str, help_text: str, labels: Sequence[str] = ()) -> None:
+        self.name = name
+        self.help = help_text
+        self.labels = tuple(labels)
+        self.values: dict[tuple[str, ...], float] = {} if labels else {(): 0.0}
+
+    def add(self, *labels: str, amount: float = 1.0) -> None:
+        """Count ``amount`` more; on the event loop."""
+        self.values[labels] = self.values.get(labels, 0.0) + amount
+
+
+class Gauge:
+    """A number per combination of label values that goes up and down."""
+
+    def __init__(self, name: str, help_text: str, labels: Sequence[str] = ()) -> None:
+        self.name = name
+        self.help = help_text
+        self.labels = tuple(labels)
+        self.values: dict[tuple[str, ...], float] = {} if labels else {(): 0.0}
+
+    def add(self, *labels: str, amount: float = 1.0) -> None:
+        """Move by ``amount``; on the event loop."""
+        self.values[labels] = self.values.get(labels, 0.0) + amount
+
+    def set(self, value: float, *labels: str) -> None:
+        """Set it; on the event loop."""
+        self.values[labels] = value
+
+
+class Histogram:
+    """How many observations fell below each bound, with their sum, per combination of label values."""
+
+    def __init__(
+        self, name: str, help_text: str, labels: Sequence[str] = (), bounds: Sequence[float] = LATENCY_BUCKETS
+    ) -> None:
+        self.name = name
+        self.help = help_text
+        self.labels = tuple(labels)
+        self.bounds = tuple(bounds)
+        self.series: dict[tuple[str, ...], list[float]] = {}
+
+    def observe(self, value: float, *labels: str) -> None:
+        """Take one value in; on the event loop."""
+        series = self.series.get(labels)
+        if series is None:
+            series = self.series[labels] = [0.0] * (len(self.bounds) + 2)
+        series[bisect_left(self.bounds, value)] += 1
+        series[-1] += value
+
+    def buckets(self, labels: tuple[str, ...]) -> tuple[list[tuple[str, float]], float]:
+        """Cumulated counts by upper bound as Prometheus writes it, and the sum."""
+        *counts, total = self.series[labels]
+        cumulated = 0.0
+        rows = []
+        for bound, count in zip((*self.bounds, float("inf")), counts, strict=True):
+            cumulated += count
+            rows.append(("+Inf" if bound == float("inf") else repr(bound), cumulated))
+        return rows, total
+
+
+class Computed:
+    """Values that are asked for at each scrape, on the event loop: label values and number."""
+
+    def __init__(
+        self,
+        name: str,
+        help_text: str,
+        labels: Sequence[str],
+        read: Callable[[], Iterable[tuple[tuple[str, ...], float]]],
+        *,
+        counter: bool = False,
+    ) -> None:
+        self.name = name
+        self.help = help_text
+        self.labels = tuple(labels)
+        self.read = read
+        self.counter = counter
+
+
+Instrument = Counter | Gauge | Histogram | Computed

@@ -1,0 +1,144 @@
+"""Text for Prometheus: the agent's own metrics through prometheus-client, the containers' by a writer of their own.
+
+Containers are many: 200 of them have 15,000 samples, which prometheus-client would build an object each for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from metrics.instruments import Computed, Counter, Histogram, Instrument
+from metrics.samples import BASE_LABELS, Kind, Labels, Metric, Snapshot
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import Metric as Family
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+
+class Page(msgspec.Struct, frozen=True):
+    """A body and its content type."""
+
+    content_type: str
+    body: bytes
+
+
+def wants_open_metrics(accept: str) -> bool:
+    """Whether a client's Accept header asks for OpenMetrics (Prometheus names it first when it does)."""
+    return any(part.split(";")[0].strip() == "application/openmetrics-text" for part in accept.split(","))
+
+
+# An instrument with its numbers at one moment: by label values, a number or a histogram's buckets and sum.
+Gathered = list[tuple[Instrument, list[tuple[tuple[str, ...], Any]]]]
+
+
+def gather(instruments: Iterable[Instrument]) -> Gathered:
+    """Copy the numbers; on the event loop, where they are changed."""
+    return [(instrument, _rows(instrument)) for instrument in instruments]
+
+
+def _rows(instrument: Instrument) -> list[tuple[tuple[str, ...], Any]]:
+    if isinstance(instrument, Histogram):
+        return [(labels, instrument.buckets(labels)) for labels in instrument.series]
+    return list(instrument.read() if isinstance(instrument, Computed) else instrument.values.items())
+
+
+class AgentPage:
+    """Writes what was gathered, with the figures of the process and of Python; from any thread.
+
+    prometheus-client (5 MiB) is imported at the first scrape.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._gathered: Gathered = []
+        self._registry: CollectorRegistry | None = None
+
+    def render(self, gathered: Gathered, accept: str) -> Page:
+        """The text."""
+        from prometheus_client.exposition import generate_latest
+        from prometheus_client.openmetrics import exposition as openmetrics
+
+        with self._lock:
+            self._gathered = gathered
+            registry = self._registry or self._make_registry()
+            if wants_open_metrics(accept):
+                write: Callable[[CollectorRegistry], bytes] = openmetrics.generate_latest
+                return Page(OPEN_METRICS, write(registry))
+            return Page(TEXT, generate_latest(registry))
+
+    def collect(self) -> Iterable[Family]:
+        """What prometheus-client calls at a scrape."""
+        return [_family(instrument, rows) for instrument, rows in self._gathered]
+
+    def _make_registry(self) -> CollectorRegistry:
+        from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
+        registry = self._registry = CollectorRegistry(auto_describe=False)
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=registry)
+        registry.register(self)
+        return registry
+
+
+def _family(instrument: Instrument, rows: list[tuple[tuple[str, ...], Any]]) -> Family:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+    name, text, labels = instrument.name, instrument.help, instrument.labels
+    if isinstance(instrument, Histogram):
+        histogram = HistogramMetricFamily(name, text, labels=labels)
+        for values, (buckets, total) in rows:
+            histogram.add_metric(values, buckets, total)
+        return histogram
+    counts = isinstance(instrument, Counter) or (isinstance(instrument, Computed) and instrument.counter)
+    family = (CounterMetricFamily if counts else GaugeMetricFamily)(name, text, labels=labels)
+    for values, number in rows:
+        family.add_metric(values, number)
+    return family
+
+
+def containers_page(metrics: Sequence[Metric], entries: Sequence[tuple[Labels, Snapshot]], accept: str = "") -> Page:
+    """The containers' metrics with kubelet's labels; some milliseconds per hundred containers, from any thread.
+
+    Samples carry no timestamps, so that Prometheus ends a series as soon as its container is gone.
+    """
+    open_metrics = wants_open_metrics(accept)
+    prepared = [(_label_text(BASE_LABELS, labels.values()), snapshot) for labels, snapshot in entries]
+    lines: list[str] = []
+    for metric in metrics:
+        name = metric.name
+        keys = metric.labels
+        begin = len(lines)
+        for base, snapshot in prepared:
+            for own, value in metric.samples(snapshot):
+                more = f",{_label_text(keys, own)}" if own else ""
+                lines.append(f"{name}{{{base}{more}}} {value!r}\n")
+        if len(lines) > begin:
+            lines.insert(begin, _header(metric, open_metrics))
+    if open_metrics:
+        lines.append("# EOF\n")
+    return Page(OPEN_METRICS if open_metrics else TEXT, "".join(lines).encode())
+
+
+def _header(metric: Metric, open_metrics: bool) -> str:
+    name, kind = metric.name, metric.kind.name.lower()
+    if open_metrics and metric.kind is Kind.COUNTER:
+        # OpenMetrics names a counter's family without the suffix; one without it is no counter there.
+        name, kind = (name[: -len("_total")], kind) if name.endswith("_total") else (name, "unknown")
+    return f"# HELP {name} {metric.help}\n# TYPE {name} {kind}\n"
+
+
+def _label_text(keys: Sequence[str], values: Sequence[str]) -> str:
+    return ",".join([f'{key}="{_escaped(value)}"' for key, value in zip(keys, values, strict=True)])
+
+
+def _escaped(value: str) -> str:
+    if "\\" in value or '"' in value or "\n" in value:
+        return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return value

@@ -1,0 +1,44 @@
+"""What is served where: the agent's metrics, the containers' metrics, liveness and readiness."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from host.threads import in_thread
+from metrics.agent import AgentMetrics
+from metrics.prometheus import AgentPage, Page, containers_page, gather
+from metrics.samples import Labels, Metric, Snapshot
+from metrics.server import NotReady, Route
+
+Entries = Sequence[tuple[Labels, Snapshot]]
+
+
+def standard_routes(
+    agent: AgentMetrics,
+    metrics: Sequence[Metric],
+    snapshots: Callable[[], Awaitable[Entries]],
+    problems: Callable[[], Sequence[str]],
+) -> dict[str, Route]:
+    """The paths of the metrics address.
+
+    ``snapshots`` reads all containers and pods now; ``problems`` says in sentences what keeps the node from taking pods
+    (empty when it is ready). Text is made in a thread, so that calls are answered meanwhile.
+    """
+    page = AgentPage()
+
+    async def own(accept: str) -> Page:
+        return await in_thread(page.render, gather(agent.instruments), accept)
+
+    async def containers(accept: str) -> Page:
+        entries = await snapshots()
+        return await in_thread(containers_page, metrics, entries, accept)
+
+    async def healthy(accept: str) -> Page:
+        return Page("text/plain; charset=utf-8", b"ok\n")
+
+    async def ready(accept: str) -> Page:
+        if found := problems():
+            raise NotReady("\n".join(found))
+        return Page("text/plain; charset=utf-8", b"ok\n")
+
+    return {"/metrics": own, "/metrics/cadvisor": containers, "/healthz": healthy, "/readyz": ready}

@@ -74,6 +74,9 @@ class Condition(_Struct):
     min_kernel: str = ""
 
 
+_ALWAYS = Condition()
+
+
 class Rule(_Struct):
     """What happens on some system calls; ``comment`` says why."""
 
@@ -82,8 +85,8 @@ class Rule(_Struct):
     errno_ret: int | None = None
     args: list[Argument] | None = None
     comment: str = ""
-    includes: Condition = msgspec.field(default_factory=Condition)
-    excludes: Condition = msgspec.field(default_factory=Condition)
+    includes: Condition | None = None
+    excludes: Condition | None = None
 
 
 class Architecture(_Struct):
@@ -195,7 +198,7 @@ def compile_profile(profile: Profile, permitted: frozenset[str], machine: str, k
 
 
 def _applies(rule: Rule, permitted: frozenset[str], short: str, kernel: tuple[int, int]) -> bool:
-    needs, avoids = rule.includes, rule.excludes
+    needs, avoids = rule.includes or _ALWAYS, rule.excludes or _ALWAYS
     if needs.arches and short not in needs.arches:
         return False
     if short in avoids.arches or any(name in permitted for name in avoids.caps):

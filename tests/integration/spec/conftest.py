@@ -1,0 +1,167 @@
+"""Real OCI runtimes running a busybox root filesystem from built specs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from host.mounts import is_mount_point, mounts_below, unmount
+from runtime.spec.builder import ContainerSpec, build
+from runtime.spec.facts import HandlerFacts, SandboxFiles
+from runtime.spec.namespaces import NamespacePaths
+from runtime.spec.node import NodeFacts, probe_node
+from runtime.spec.volumes import make_volumes
+from tests.unit.spec.requests import Image, container, request, write_accounts
+
+BUSYBOX = Path("/bin/busybox")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@pytest.fixture(scope="session")
+def node() -> NodeFacts:
+    return probe_node()
+
+
+@pytest.fixture(scope="session")
+def pod_namespaces() -> Iterator[NamespacePaths]:
+    """Network, IPC and UTS namespaces held by a process that sleeps in them."""
+    holder = subprocess.Popen(
+        ["unshare", "--net", "--ipc", "--uts", "sh", "-c", "hostname pod-host; echo ready; exec sleep 600"],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"ready\n"
+        folder = f"/proc/{holder.pid}/ns"
+        yield NamespacePaths(network=f"{folder}/net", ipc=f"{folder}/ipc", uts=f"{folder}/uts")
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+@pytest.fixture(params=["runc", "crun"])
+def runtime(request: pytest.FixtureRequest) -> str:
+    """An OCI runtime that works here; crun needs cgroup2 to hold no controller where cgroup v1 is used."""
+    name = str(request.param)
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    if name == "crun" and _cgroup2_holds_hugetlb():
+        folder = CGROUPS / "hugetlb"
+        folder.mkdir(exist_ok=True)
+        if not is_mount_point(folder):
+            subprocess.run(["mount", "-t", "cgroup", "-o", "hugetlb", "hugetlb", str(folder)], check=True)
+    return name
+
+
+def _cgroup2_holds_hugetlb() -> bool:
+    controllers = CGROUPS / "unified/cgroup.controllers"
+    return controllers.exists() and "hugetlb" in controllers.read_text().split()
+
+
+@pytest.fixture
+def rootfs(tmp_path: Path) -> Path:
+    root = tmp_path / "rootfs"
+    for folder in ("bin", "tmp", "proc", "sys", "dev", "root", "home/app"):
+        (root / folder).mkdir(parents=True)
+    shutil.copy(BUSYBOX, root / "bin/busybox")
+    for applet in (
+        "sh",
+        "cat",
+        "ls",
+        "id",
+        "env",
+        "mount",
+        "umount",
+        "pwd",
+        "touch",
+        "mknod",
+        "stat",
+        "hostname",
+        "grep",
+    ):
+        (root / "bin" / applet).symlink_to("busybox")
+    for applet in ("unshare", "readlink", "sysctl", "mkdir", "rm", "sleep", "chown", "find", "wc", "head", "dd"):
+        (root / "bin" / applet).symlink_to("busybox")
+    write_accounts(root)
+    return root
+
+
+@dataclass
+class Result:
+    status: int
+    output: str
+    built: ContainerSpec
+
+    def sections(self) -> dict[str, str]:
+        """Output between lines ``@name``."""
+        found: dict[str, str] = {}
+        for part in ("\n" + self.output).split("\n@")[1:]:
+            name, _, text = part.partition("\n")
+            found[name] = text.strip()
+        return found
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(runtime: str, rootfs: Path, tmp_path: Path, node: NodeFacts, pod_namespaces: NamespacePaths) -> Iterator[Run]:
+    """``run(script, config=…, …)`` runs a shell script in a container built from that request."""
+    identifier = f"podkeel-test-spec-{uuid.uuid4().hex[:12]}"
+    state = tmp_path / "state"
+    pod = tmp_path / "pod"
+    pod.mkdir()
+    for name in ("hosts", "resolv.conf", "hostname"):
+        (pod / name).write_text(f"pod's {name}\n")
+    (pod / "shm").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nosuid,nodev,noexec,mode=1777", "shm", pod / "shm"], check=True)
+    files = SandboxFiles(pod / "resolv.conf", pod / "hosts", pod / "hostname", pod / "shm")
+
+    def start(script: str, **fields: Any) -> Result:
+        config = fields.setdefault("config", container())
+        if not config.command:
+            config.command.extend(["/bin/sh", "-c", "exec 2>&1\n" + script])
+        fields.setdefault("image", Image())
+        fields.setdefault("files", files)
+        fields.setdefault("namespaces", pod_namespaces)
+        fields.setdefault("node", node)
+        fields.setdefault("handler", HandlerFacts(runtime, recursive_read_only=True))
+        cgroup = f"/podkeel-test-spec/{identifier}"
+        built = build(request(tmp_path, rootfs=rootfs, cgroups_path=cgroup, **fields))
+        make_volumes(built.volumes, rootfs)
+        bundle = tmp_path / "bundle"
+        bundle.mkdir(exist_ok=True)
+        (bundle / "config.json").write_bytes(built.config_json)
+        command = [runtime, "--root", str(state), "run", "--bundle", str(bundle), identifier]
+        ended = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False
+        )
+        return Result(ended.returncode, ended.stdout.decode(errors="replace"), built)
+
+    try:
+        yield start
+    finally:
+        subprocess.run(
+            [runtime, "--root", str(state), "delete", "--force", identifier], capture_output=True, check=False
+        )
+        for target in mounts_below(tmp_path):
+            unmount(target)
+        _remove_cgroups(identifier)
+
+
+def _remove_cgroups(identifier: str) -> None:
+    for controller in CGROUPS.iterdir():
+        for folder in (controller / "podkeel-test-spec" / identifier, controller / "podkeel-test-spec"):
+            if folder.is_dir():
+                try:
+                    folder.rmdir()
+                except OSError as error:
+                    if folder.name == identifier:
+                        raise AssertionError(f"{folder} is still in use") from error

@@ -1,0 +1,110 @@
+"""Requests like kubelet's, for tests to bend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from proto.runtime.v1 import cri_pb2
+from runtime.spec import oci
+from runtime.spec.builder import SpecRequest
+from runtime.spec.capabilities import NAMES
+from runtime.spec.facts import HandlerFacts, SandboxFiles
+from runtime.spec.namespaces import NamespacePaths
+from runtime.spec.node import NodeFacts
+
+NODE = NodeFacts(
+    cgroup_version=1,
+    capabilities=frozenset(NAMES) - {"CAP_SYS_RESOURCE"},
+    min_oom_score_adj=0,
+    max_open_files=20000,
+    apparmor_enabled=False,
+    selinux_enabled=False,
+    swap_accounting=True,
+    hugepage_sizes=frozenset({"2MB"}),
+    kernel=(6, 1),
+    recursive_read_only=True,
+    machine="x86_64",
+    hostname="node-a",
+    default_rlimits=(oci.Rlimit(type="RLIMIT_NOFILE", hard=20000, soft=20000),),
+)
+
+HANDLER = HandlerFacts("runc", recursive_read_only=True)
+
+PASSWD = """root:x:0:0:root:/root:/bin/sh
+app:x:1000:1000:App:/home/app:/bin/sh
+nohome:x:1001:1001::relative:/bin/sh
+1002:x:0:0:trick:/root:/bin/sh
+broken:x:many:1:::
+huge:x:99999999999:1:::
+"""
+
+GROUP = """root:x:0:
+app:x:1000:
+staff:x:50:app,root
+audio:x:29:app
+wheel:x:10:root
+"""
+
+
+@dataclass
+class Image:
+    user: str = ""
+    env: list[str] = field(default_factory=lambda: ["PATH=/bin"])
+    entrypoint: list[str] = field(default_factory=list)
+    cmd: list[str] = field(default_factory=lambda: ["sh"])
+    working_dir: str = ""
+    volumes: list[str] = field(default_factory=list)
+    stop_signal: str = ""
+
+
+def write_accounts(rootfs: Path) -> None:
+    (rootfs / "etc").mkdir(parents=True, exist_ok=True)
+    (rootfs / "etc/passwd").write_text(PASSWD)
+    (rootfs / "etc/group").write_text(GROUP)
+
+
+def container(**fields: Any) -> cri_pb2.ContainerConfig:
+    fields.setdefault("metadata", cri_pb2.ContainerMetadata(name="app"))
+    return cri_pb2.ContainerConfig(**fields)
+
+
+def secured(**fields: Any) -> cri_pb2.ContainerConfig:
+    """A container configuration with this security context."""
+    context = cri_pb2.LinuxContainerSecurityContext(**fields)
+    return container(linux=cri_pb2.LinuxContainerConfig(security_context=context))
+
+
+def sandbox(**fields: Any) -> cri_pb2.PodSandboxConfig:
+    fields.setdefault("metadata", cri_pb2.PodSandboxMetadata(name="pod", namespace="default", uid="0123", attempt=0))
+    fields.setdefault("hostname", "pod-host")
+    return cri_pb2.PodSandboxConfig(**fields)
+
+
+def privileged_sandbox() -> cri_pb2.PodSandboxConfig:
+    context = cri_pb2.LinuxSandboxSecurityContext(privileged=True)
+    return sandbox(linux=cri_pb2.LinuxPodSandboxConfig(security_context=context))
+
+
+def request(folder: Path, **fields: Any) -> SpecRequest:
+    """A request whose root filesystem is ``folder``/rootfs, with passwd and group in it unless it is there already."""
+    rootfs = fields.pop("rootfs", folder / "rootfs")
+    if not rootfs.exists():
+        write_accounts(rootfs)
+    values: dict[str, Any] = {
+        "container_id": "c1",
+        "config": container(),
+        "sandbox": sandbox(),
+        "image": Image(),
+        "image_reference": "docker.io/library/busybox:latest",
+        "rootfs": rootfs,
+        "container_folder": folder / "container",
+        "files": SandboxFiles(),
+        "namespaces": NamespacePaths(network="/ns/net", ipc="/ns/ipc", uts="/ns/uts"),
+        "cgroups_path": "/pod/c1",
+        "handler": HANDLER,
+        "node": NODE,
+    }
+    values.update(fields)
+    return SpecRequest(**values)

@@ -10,7 +10,6 @@ from typing import Protocol, cast
 _WRITE_HIGH_WATER = 128 * 1024
 # A client that makes us answer without ever reading is not read from either once this much waits for it.
 _ANSWERS_LIMIT = 1024 * 1024
-_LINGER_SECONDS = 5.0
 
 
 class Link(Protocol):
@@ -115,11 +114,11 @@ class StreamConnection(asyncio.Protocol):
         """Data passed: the idle time starts again."""
         self.last_data = self._loop.time()
 
-    async def close(self) -> None:
-        """Send what is queued, then close; a client that does not close as well is cut off after some seconds.
+    async def close(self, patience: float) -> None:
+        """Send what is queued, then wait up to ``patience`` seconds for the client to close as well.
 
-        Closing a socket with unread bytes would make the kernel drop what the client has not read yet, so bytes of the
-        client are taken and dropped until it closes.
+        A client may read slowly what is its own until the end. Closing a socket that unread bytes are in, or come to,
+        would make the kernel take back what the client has not read, so these are taken and dropped until it closes.
         """
         transport = self._transport
         if transport is None:
@@ -128,13 +127,15 @@ class StreamConnection(asyncio.Protocol):
         self.on_lost = _nothing
         for holder in list(self._holders):
             self.release(holder)
-        if self.alive:
-            if transport.can_write_eof():
-                transport.write_eof()
-            else:
-                transport.close()
-            await asyncio.wait([self._closed], timeout=_LINGER_SECONDS)
-        transport.abort()
+        try:
+            if self.alive:
+                if transport.can_write_eof():
+                    transport.write_eof()  # once all is written
+                else:
+                    transport.close()
+                await asyncio.wait([self._closed], timeout=patience)
+        finally:
+            transport.abort()
 
     def _lose(self) -> None:
         if not self.alive:

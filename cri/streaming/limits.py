@@ -13,6 +13,7 @@ class StreamLimits:
     """Address, times in seconds and bounds of a streaming server.
 
     ``port`` 0 takes a free one. A stream without data in either direction for ``idle_timeout`` is ended (0: never).
+    ``close_patience`` is how long a client may take for the last bytes of an ended stream.
     ``creation_timeout`` is how long a connection may take for its request, and for the streams that belong together.
     The TLS paths are PEM files; all three are needed to listen anywhere but on loopback.
     """
@@ -21,6 +22,7 @@ class StreamLimits:
     port: int = 0
     idle_timeout: float = 4 * 3600.0
     creation_timeout: float = 30.0
+    close_patience: float = 600.0
     token_lifetime: float = 60.0
     max_tokens: int = 1000
     max_connections: int = 2000

@@ -24,6 +24,8 @@ _PATHS: dict[type[StreamRequest], str] = {
     PortForwardRequest: "portforward",
 }
 _STOPPING = "the node agent is stopping"
+# Seconds that a stopping agent waits for clients to take the last bytes and leave.
+_STOP_PATIENCE = 1.0
 
 
 class StreamingServer:
@@ -173,7 +175,7 @@ class _Visit:
             self._idle_timer.cancel()
         if session is not None:
             session.end()
-        await self._connection.close()
+        await self._connection.close(_STOP_PATIENCE if self._reason == _STOPPING else self._limits.close_patience)
 
     def _check_idleness(self) -> None:
         if not self._limits.idle_timeout:

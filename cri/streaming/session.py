@@ -168,9 +168,9 @@ class SpdyPortForwardSession(Session):
             self._spdy.forget(error)
 
     async def run(self) -> None:
-        """Until cancelled: the client decides when it is over."""
+        """Until the client says goodbye or leaves."""
         try:
-            await self._loop.create_future()
+            await self._spdy.over.wait()
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -271,7 +271,7 @@ class TunnelSession(Session):
         self._websocket.receive(data)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """As the session inside."""
         await self._inner.run()
 
     def abort(self, reason: str) -> None:

@@ -14,6 +14,7 @@ from cri.streaming.spdy_events import (
     SessionFailed,
     StreamOpened,
     StreamReset,
+    WentAway,
     WindowGrown,
 )
 from cri.streaming.spdy_session import SpdyLimits, SpdySession
@@ -69,12 +70,16 @@ class SpdyLink:
         self._session = SpdySession(client=False, limits=SpdyLimits(streams=max_streams))
         self._channels: dict[int, SpdyChannel] = {}
         self._turn = asyncio.Lock()
+        self._went_away = False
+        self.over = asyncio.Event()
+        """Set once the client said goodbye and its last stream is closed."""
 
     def receive(self, data: bytes) -> None:
         """Bytes of the client."""
         for event in self._session.receive(data):
             self._handle(event)
         self._flush()
+        self._notice_end()
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, DataReceived):
@@ -93,6 +98,8 @@ class SpdyLink:
                 channel.fail()
         elif isinstance(event, WindowGrown):
             self._wake_senders(event.stream_id)
+        elif isinstance(event, WentAway):
+            self._went_away = True
         elif isinstance(event, SessionFailed):
             self._on_failed(event.message)
 
@@ -146,6 +153,7 @@ class SpdyLink:
         """Send a short text past the windows, and FIN."""
         self._flush()
         self._link.write(b"".join(self._session.data(stream_id, data, fin=True)))
+        self._notice_end()
 
     def reset(self, stream_id: int) -> None:
         """Reset a stream of the client."""
@@ -154,6 +162,7 @@ class SpdyLink:
         if channel is not None:
             self._link.release(channel)
         self._flush()
+        self._notice_end()
 
     def consumed(self, channel: SpdyChannel, count: int) -> None:
         """The channel's user took bytes."""
@@ -174,6 +183,10 @@ class SpdyLink:
         """Reset what is open and say goodbye."""
         self._session.go_away()
         self._flush()
+
+    def _notice_end(self) -> None:
+        if self._went_away and not self._session.open_streams:
+            self.over.set()
 
     def _flush(self) -> None:
         output = self._session.take_output()

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from cri.streaming import StreamingServer, StreamLimits
+from tests.integration.streaming.local_backend import LocalBackend
+from tests.integration.streaming.spdy_client import SpdyClient
+
+Connect = Callable[..., Awaitable[SpdyClient]]
+
+
+@pytest.fixture
+def backend() -> LocalBackend:
+    return LocalBackend()
+
+
+@pytest.fixture
+async def server(backend: LocalBackend) -> AsyncIterator[StreamingServer]:
+    server = StreamingServer(backend, StreamLimits())
+    await server.start()
+    yield server
+    await server.close()
+    assert not backend.running, "processes outlive their streams"
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    clients: list[SpdyClient] = []
+
+    async def open_client(url: str, *arguments: Any, **options: Any) -> SpdyClient:
+        clients.append(await SpdyClient.connect(url, *arguments, **options))
+        return clients[-1]
+
+    yield open_client
+    for client in clients:
+        await client.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what the kernel or another process is about to do."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("did not happen within 10 s")

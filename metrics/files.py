@@ -108,7 +108,7 @@ class Folder:
 
 
 class Fields:
-    """Picks wanted fields out of a file of ``key value`` lines, quickly: where they stood last time is tried first."""
+    """Picks wanted fields out of a file of ``key value`` lines; quick where they stand as they stood last time."""
 
     def __init__(self, *keys: str) -> None:
         if len(keys) < 2:
@@ -121,19 +121,16 @@ class Fields:
         words: list[bytes] = content.split()
         words.append(b"0")
         layout = self._layouts.get(len(words))
-        if layout is None or layout.names(words) != layout.expected:
+        if layout is None or words[:-1:2] != layout.names:
             layout = self._layouts[len(words)] = _Layout(self._keys, words)
         return tuple(map(int, layout.values(words)))
 
 
 class _Layout:
     def __init__(self, keys: Sequence[bytes], words: list[bytes]) -> None:
-        places = {words[i]: i for i in range(0, len(words) - 1, 2)}
-        found = [places[key] for key in keys if key in places]
-        # Two more names, so that itemgetter always gives a tuple; the last word is the zero of absent keys.
-        self.names = itemgetter(*found, -1, -1)
-        self.expected = self.names(words)
-        self.values = itemgetter(*(places[key] + 1 if key in places else -1 for key in keys))
+        self.names = words[:-1:2]
+        places = {name: 2 * position + 1 for position, name in enumerate(self.names)}
+        self.values = itemgetter(*(places.get(key, -1) for key in keys))  # the last word is the zero of absent keys
 
 
 def _rest(descriptor: int, offset: int) -> bytes:

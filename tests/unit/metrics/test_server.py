@@ -1,0 +1,117 @@
+"""The HTTP server for scrapers and probes, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from metrics.agent import AgentMetrics
+from metrics.catalog import CATALOG
+from metrics.prometheus import Page
+from metrics.routes import Entries, standard_routes
+from metrics.server import HEADER_LIMIT, MetricsServer, Route
+from tests.unit.metrics.test_catalog import FULL, LABELS
+
+CLOSE = "Connection: close\r\n"
+
+
+@asynccontextmanager
+async def serving(routes: dict[str, Route]) -> AsyncIterator[int]:
+    server = MetricsServer(routes)
+    try:
+        yield await server.start("127.0.0.1", 0)
+    finally:
+        await server.close()
+
+
+async def exchange(port: int, request: str) -> tuple[str, dict[str, str], bytes]:
+    """Send one request, read until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request.encode())
+    async with asyncio.timeout(10):
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    status, *lines = head.decode().split("\r\n")
+    return status, {k.lower(): v for k, _, v in (line.partition(": ") for line in lines)}, body
+
+
+def get(path: str, headers: str = CLOSE) -> str:
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n"
+
+
+async def test_standard_routes() -> None:
+    problems: list[str] = []
+
+    async def snapshots() -> Entries:
+        return [(LABELS, FULL)]
+
+    routes = standard_routes(AgentMetrics(), CATALOG, snapshots, lambda: problems)
+    async with serving(routes) as port:
+        status, headers, body = await exchange(port, get("/metrics"))
+        assert status == "HTTP/1.1 200 OK"
+        assert headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert b"process_open_fds" in body
+        status, _, body = await exchange(port, get("/metrics/cadvisor?x=1"))
+        assert b'container_memory_rss{container="c",' in body
+        accept = f"Accept: application/openmetrics-text;version=1.0.0\r\n{CLOSE}"
+        status, headers, body = await exchange(port, get("/metrics/cadvisor", accept))
+        assert headers["content-type"].startswith("application/openmetrics-text")
+        assert body.endswith(b"# EOF\n")
+        assert (await exchange(port, get("/healthz")))[0] == "HTTP/1.1 200 OK"
+        assert (await exchange(port, get("/readyz")))[0] == "HTTP/1.1 200 OK"
+        problems.append("no CNI configuration in /etc/cni/net.d")
+        status, _, body = await exchange(port, get("/readyz"))
+        assert status == "HTTP/1.1 503 Service Unavailable"
+        assert body == b"no CNI configuration in /etc/cni/net.d\n"
+        assert (await exchange(port, get("/healthz")))[0] == "HTTP/1.1 200 OK"
+
+
+async def echo(accept: str) -> Page:
+    return Page("text/plain", f"accept={accept}".encode())
+
+
+async def test_one_connection_serves_many_requests() -> None:
+    async with serving({"/echo": echo}) as port:
+        requests = get("/echo", "Accept: a\r\n") + get("/echo", "ACCEPT:b\r\n") + get("/echo")
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(requests.encode())
+        answer = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+    assert answer.count(b"HTTP/1.1 200 OK") == 3
+    assert b"accept=a" in answer
+    assert b"accept=b" in answer
+    assert answer.endswith(b"accept=")
+
+
+async def test_head_has_no_body() -> None:
+    async with serving({"/echo": echo}) as port:
+        status, headers, body = await exchange(port, get("/echo").replace("GET", "HEAD"))
+    assert (status, headers["content-length"], body) == ("HTTP/1.1 200 OK", "7", b"")
+
+
+async def test_what_is_not_served() -> None:
+    async def broken(accept: str) -> Page:
+        raise RuntimeError("a secret")
+
+    async with serving({"/broken": broken}) as port:
+        assert (await exchange(port, get("/etc/passwd")))[0] == "HTTP/1.1 404 Not Found"
+        status, _, body = await exchange(port, get("/broken"))
+        assert status == "HTTP/1.1 500 Internal Server Error"
+        assert b"secret" not in body
+        post = f"POST /broken HTTP/1.1\r\nContent-Length: 3\r\n{CLOSE}\r\nabc"
+        assert (await exchange(port, post))[0] == "HTTP/1.1 405 Method Not Allowed"
+        assert (await exchange(port, "rubbish\r\n\r\n"))[0] == "HTTP/1.1 400 Bad Request"
+        assert (await exchange(port, "GET /broken HTTP/1.0\r\n\r\n"))[1]["connection"] == "close"
+        assert (await exchange(port, "x" * (HEADER_LIMIT * 2))) == ("", {}, b"")
+
+
+async def test_closing_ends_open_connections() -> None:
+    server = MetricsServer({"/echo": echo})
+    port = await server.start("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(get("/echo", "").encode())
+    assert await reader.readuntil(b"accept=")
+    await asyncio.wait_for(server.close(), 10)
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()

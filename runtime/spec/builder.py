@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from host.errors import InvalidArgumentError, UnsupportedError
+from host.errors import InvalidArgumentError, KubeletReasonError, UnsupportedError
 from proto.runtime.v1 import cri_pb2
 from runtime.spec import oci
 from runtime.spec.capabilities import capability_sets
@@ -87,11 +87,16 @@ def build(request: SpecRequest) -> ContainerSpec:
     try:
         built = _build(request, host_paths)
         host_paths.make()
+    except KubeletReasonError as error:
+        raise KubeletReasonError(error.reason, f"{_subject(request)}: {error.args[0]}") from error
     except (InvalidArgumentError, UnsupportedError) as error:
-        pod = request.sandbox.metadata
-        name = request.config.metadata.name
-        raise type(error)(f"container {name!r} of pod {pod.namespace}/{pod.name}: {error.message}") from error
+        raise type(error)(f"{_subject(request)}: {error.message}") from error
     return built
+
+
+def _subject(request: SpecRequest) -> str:
+    pod = request.sandbox.metadata
+    return f"container {request.config.metadata.name!r} of pod {pod.namespace}/{pod.name}"
 
 
 def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:

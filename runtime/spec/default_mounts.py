@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from runtime.spec import oci
 from runtime.spec.facts import SandboxFiles
 from runtime.spec.namespaces import NamespacePaths
@@ -45,12 +47,14 @@ def kernel_mounts(paths: NamespacePaths, *, privileged: bool, gid_mappings: list
 def pod_mounts(files: SandboxFiles, *, own_ipc: bool, readonly_root: bool) -> list[oci.Mount]:
     """The pod's shared memory, and its hosts, resolv.conf and hostname; the files are as writable as the root is.
 
+    A container in the node's IPC namespace shares the node's memory, where the pod has none of its own.
     The flags of the shared memory are said again, because crun takes those that are not said away from what it binds.
     """
     mounts = []
-    if files.shm is not None:
+    shm = files.shm if own_ipc or files.shm is not None else Path("/dev/shm")
+    if shm is not None:
         flags = ["nosuid", "nodev", "noexec"] if own_ipc else ["nosuid", "nodev"]
-        mounts.append(oci.Mount(destination="/dev/shm", type="bind", source=str(files.shm), options=["bind", *flags]))
+        mounts.append(oci.Mount(destination="/dev/shm", type="bind", source=str(shm), options=["bind", *flags]))
     for destination, source in (
         ("/etc/hosts", files.hosts),
         ("/etc/resolv.conf", files.resolv_conf),

@@ -20,7 +20,10 @@ class HandlerFacts:
 
 @dataclass(frozen=True, slots=True)
 class SandboxFiles:
-    """The pod's own files that containers see, on the host; None leaves one out."""
+    """The pod's own files that containers see, on the host; None leaves one out.
+
+    Without ``shm`` a container in the node's IPC namespace gets the node's /dev/shm.
+    """
 
     resolv_conf: Path | None = None
     hosts: Path | None = None

@@ -224,3 +224,19 @@ def test_nothing_is_made_when_something_later_is_wrong(tmp_path: Path) -> None:
         assert not missing.exists()
     build(request(tmp_path, config=container(mounts=mounts), sandbox=privileged_sandbox()))
     assert missing.is_dir()
+
+
+def test_shared_memory_of_the_node(tmp_path: Path) -> None:
+    def shm(**fields: Any) -> list[tuple[str, list[str]]]:
+        built = build(request(tmp_path, **fields))
+        return [(m.source, m.options) for m in built.spec.mounts if m.destination == "/dev/shm"]
+
+    assert shm(namespaces=NamespacePaths()) == [("/dev/shm", ["bind", "nosuid", "nodev"])]
+    assert shm(namespaces=NamespacePaths(ipc="/i")) == []
+
+
+def test_reasons_for_kubelet_name_the_container(tmp_path: Path) -> None:
+    mount = cri_pb2.Mount(container_path="/v", host_path="/", readonly=True, recursive_read_only=True)
+    with pytest.raises(KubeletReasonError) as failed:
+        build(request(tmp_path, config=container(mounts=[mount]), handler=HandlerFacts("plain")))
+    assert failed.value.message.startswith("RROUnsupported: container 'app' of pod default/pod: mount /v ")

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from network.builtin import BuiltInNetwork
+from network.bridge import BuiltInNetwork
 
 from host.database import Database
 from host.errors import WrongStateError

@@ -59,10 +59,11 @@ class Lifecycle:
                 raise WrongStateError(f"{container.title}: its sandbox is not ready: make a new one")
             operation = begin(container, "StartContainer")
             async with operation.stage("runtime"), self._node.starting:
+                started_at = time.time_ns()
                 await self._start_in_runtime(container)
             async with operation.stage("commit"):
                 record.state = ContainerState.RUNNING
-                record.started_at = time.time_ns()
+                record.started_at = started_at
                 await self._node.store.save_container(container)
         self._node.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
         _log.info("%s runs", container.title)
@@ -130,8 +131,9 @@ class Lifecycle:
         kills = kills or self._node.cgroups.out_of_memory_kills(record.cgroup) > 0
         record.state = ContainerState.EXITED
         record.exit_code = exit_record.code if exit_record else UNKNOWN_EXIT_CODE
-        record.finished_at = exit_record.finished_at if exit_record else time.time_ns()
         record.started_at = record.started_at or record.created_at
+        # The record's time is that of a file, which the kernel takes from a coarse clock.
+        record.finished_at = max(exit_record.finished_at, record.started_at) if exit_record else time.time_ns()
         if record.exit_code == 0:
             record.reason = "Completed"
         else:

@@ -73,7 +73,7 @@ class Monitors:
 
     def _command(self, request: MonitorRequest) -> list[str]:
         folder = self._layout.container(request.container_id).path
-        command = [self._conmon, "--api-version", "1", "-c", request.container_id, "-u", request.container_id]
+        command = [self._conmon, "-c", request.container_id, "-u", request.container_id]
         command += ["-n", request.name, "-r", request.runtime, "-b", str(folder), "-p", str(folder / "init.pid")]
         command += ["--exit-dir", str(self._layout.exits), "--persist-dir", str(folder)]
         command += ["--sync", "--no-sync-log", "--full-attach"]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from host.errors import InvalidArgumentError, KubeletReasonError, UnsupportedError
 from proto.runtime.v1 import cri_pb2
-from runtime.spec import oci
+from runtime.spec import cdi, oci
 from runtime.spec.capabilities import capability_sets
 from runtime.spec.default_mounts import kernel_mounts, pod_mounts
-from runtime.spec.devices import devices
+from runtime.spec.devices import described_devices, devices
 from runtime.spec.facts import HandlerFacts, SandboxFiles
 from runtime.spec.host_paths import HostPaths
 from runtime.spec.identity import Identity, identify
@@ -55,6 +55,7 @@ class SpecRequest:
     image_mounts: Mapping[int, Path] = field(default_factory=dict)
     pids_limit: int = 0
     rlimits: Sequence[oci.Rlimit] = ()
+    cdi_folders: Sequence[Path] = cdi.FOLDERS
     seccomp_default: Path = DEFAULT_PROFILE
     apparmor_default: str = ""
     selinux_level: str = "s0"
@@ -108,14 +109,20 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
     process, permitted = _process(request, identity)
     linux = _linux(request, permitted)
     linux.rootfs_propagation = root_propagation(config.mounts)
+    mounts = _mounts(request, host_paths, volumes, linux.gid_mappings)
+    edits = cdi.edits_for(cdi.requested(config), request.cdi_folders)
+    if edits:
+        mounts = in_order(mounts, cdi.mounts(edits))
+        _add_described(edits, process, linux)
     readonly_root = config.linux.security_context.readonly_rootfs
     spec = oci.Spec(
         oci_version=oci.VERSION,
         process=process,
         root=oci.Root(path=str(request.rootfs), readonly=readonly_root),
-        mounts=_mounts(request, host_paths, volumes, linux.gid_mappings),
+        mounts=mounts,
         linux=linux,
         annotations=_annotations(request),
+        hooks=cdi.hooks(edits) if edits else None,
     )
     return ContainerSpec(
         spec=spec,
@@ -129,14 +136,25 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
     )
 
 
+def _add_described(edits: Sequence[cdi.Edits], process: oci.Process, linux: oci.Linux) -> None:
+    """Environment, groups and device nodes of the CDI devices; the mounts and hooks are the caller's."""
+    variables = cdi.environment(edits)
+    process.env = [entry for entry in process.env if entry.partition("=")[0] not in variables]
+    process.env += [f"{name}={value}" for name, value in variables.items()]
+    groups = [group for edit in edits for group in edit.additional_gids if group]
+    process.user.additional_gids = list(dict.fromkeys((*process.user.additional_gids, *groups)))
+    wanted = [node for edit in edits for node in edit.device_nodes]
+    nodes, rules = described_devices(wanted, uid=process.user.uid, gid=process.user.gid)
+    paths = {node.path for node in nodes}
+    linux.devices = [node for node in linux.devices if node.path not in paths] + nodes
+    if linux.resources is not None:
+        linux.resources.devices += rules
+
+
 def _refuse_impossible(request: SpecRequest) -> None:
     if request.config.linux.security_context.privileged and not request.sandbox.linux.security_context.privileged:
         raise InvalidArgumentError(
             "a privileged container cannot run in a pod that is not privileged: make the pod sandbox privileged"
-        )
-    if request.config.CDI_devices:
-        raise UnsupportedError(
-            f"CDI device {request.config.CDI_devices[0].name!r} cannot be given: CDI is not built yet; use devices"
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
 from runtime.spec import oci
+from runtime.spec.cdi import DeviceNode
 from runtime.spec.mounts import container_path
 
 # Made in every container by the OCI runtime itself, or folders that are no devices of the host's.
@@ -31,7 +32,7 @@ def devices(given: Iterable[cri_pb2.Device], *, all_of_host: bool) -> tuple[list
         for path, status in _in_folder("/dev", _RUNTIME_OWN):
             nodes[path] = _node(path, status)
     for device in given:
-        permissions = _permissions(device)
+        permissions = _permissions(device.permissions, device.host_path)
         for path, status in _located(device):
             nodes[path] = _node(path, status)
             if not all_of_host:
@@ -47,11 +48,50 @@ def devices(given: Iterable[cri_pb2.Device], *, all_of_host: bool) -> tuple[list
     return list(nodes.values()), rules
 
 
-def _permissions(device: cri_pb2.Device) -> str:
-    permissions = device.permissions or "rwm"
+def described_devices(
+    given: Iterable[DeviceNode], *, uid: int, gid: int
+) -> tuple[list[oci.Device], list[oci.DeviceRule]]:
+    """The same for devices of CDI descriptions, whose owner is the container's user unless they say otherwise."""
+    nodes, rules = [], []
+    for wanted in given:
+        path = container_path(wanted.path, "CDI: device path")
+        kind, major, minor, mode = wanted.type, wanted.major, wanted.minor, wanted.file_mode
+        if not kind or major is None or minor is None:
+            try:
+                status = Path(wanted.host_path or wanted.path).stat()
+            except OSError as error:
+                raise InvalidArgumentError(
+                    f"CDI: device {wanted.host_path or wanted.path}: {error.strerror}"
+                ) from error
+            found = _node(path, status)
+            kind, major, minor = found.type, found.major, found.minor
+            mode = found.file_mode if mode is None else mode
+            if not kind:
+                raise InvalidArgumentError(
+                    f"CDI: {wanted.host_path or wanted.path} is no device: correct the description"
+                )
+        nodes.append(
+            oci.Device(
+                path=path,
+                type=kind,
+                major=major,
+                minor=minor,
+                file_mode=mode,
+                uid=wanted.uid if wanted.uid is not None else uid or None,
+                gid=wanted.gid if wanted.gid is not None else gid or None,
+            )
+        )
+        access = _permissions(wanted.permissions, wanted.path)
+        if kind in ("b", "c"):
+            rules.append(oci.DeviceRule(allow=True, type=kind, major=major, minor=minor, access=access))
+    return nodes, rules
+
+
+def _permissions(given: str, path: str) -> str:
+    permissions = given or "rwm"
     if set(permissions) - set("rwm") or len(set(permissions)) != len(permissions):
         raise InvalidArgumentError(
-            f"devices: {device.host_path}: permissions {permissions!r} are not made of r, w and m, each at most once"
+            f"devices: {path}: permissions {permissions!r} are not made of r, w and m, each at most once"
         )
     return permissions
 

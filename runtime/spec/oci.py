@@ -168,6 +168,26 @@ class Linux(_Struct):
     mount_label: str = ""
 
 
+class Hook(_Struct):
+    """A program to run; ``timeout`` in seconds."""
+
+    path: str
+    args: list[str] = []
+    env: list[str] = []
+    timeout: int | None = None
+
+
+class Hooks(_Struct):
+    """Programs the OCI runtime runs at points of the container's life."""
+
+    prestart: list[Hook] = []
+    create_runtime: list[Hook] = []
+    create_container: list[Hook] = []
+    start_container: list[Hook] = []
+    poststart: list[Hook] = []
+    poststop: list[Hook] = []
+
+
 class Spec(_Struct):
     """The whole ``config.json``."""
 
@@ -177,6 +197,7 @@ class Spec(_Struct):
     mounts: list[Mount]
     linux: Linux
     annotations: dict[str, str] = {}
+    hooks: Hooks | None = None
 
 
 _encoder = msgspec.json.Encoder()

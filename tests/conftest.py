@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.agent import AgentProcess, build_busybox, running_agent
+from tests.support.leaks import traces
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    before = traces()
+    yield
+    left = sorted(traces() - before)
+    if left:
+        pytest.fail("left on the machine by this run:\n" + "\n".join(left))
+
+
+@pytest.fixture(scope="session")
+def busybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_busybox(tmp_path_factory.mktemp("busybox"))
+
+
+@pytest.fixture(scope="session")
+def shared_agent(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[AgentProcess]:
+    with running_agent(tmp_path_factory.mktemp("agent"), busybox) as agent:
+        yield agent
+
+
+@pytest.fixture
+def agent(shared_agent: AgentProcess) -> Iterator[AgentProcess]:
+    """The shared agent, empty of pods before and after, and with nothing its store does not know."""
+    yield shared_agent
+    from tests.support.pods import remove_all_pods
+
+    remove_all_pods(shared_agent.client)
+    assert shared_agent.client.findings() == []
+
+
+@pytest.fixture
+def own_agent(tmp_path: Path, busybox: Path) -> Iterator[AgentProcess]:
+    """An agent of the test's own, which may be killed and restarted."""
+    with running_agent(tmp_path, busybox) as agent:
+        yield agent

@@ -1,0 +1,165 @@
+"""A real agent in a process of its own, with folders, bridge, subnet and cgroup parent of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+
+from proto.podkeel.v1 import agent_pb2
+from tests.support.cri import CriClient
+
+START_SECONDS = 30.0
+BUSYBOX = "docker.io/library/busybox:latest"
+
+_SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+class AgentProcess:
+    """Starts, kills and restarts one agent over the same folders; ``client`` talks to the one that runs."""
+
+    def __init__(self, folder: Path, *, options: str = "", runtime: str = "") -> None:
+        token = secrets.token_hex(3)
+        self.folder = folder
+        self.data = folder / "data"
+        self.run = Path(f"/run/podkeel-test-{token}")
+        self.logs = folder / "logs"
+        self.bridge = f"pkt{token}"
+        self.subnet = f"10.{200 + secrets.randbelow(7)}.{secrets.randbelow(16) * 16}.0/20"
+        self.cgroup_parent = f"/podkeel-test-{token}"
+        self.address = f"unix://{self.run}/podkeel.sock"
+        self.log = folder / "agent.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._client: CriClient | None = None
+        self._runtime = runtime
+        (folder / "config.toml").write_text(f'[runtime]\ncgroup_parent = "{self.cgroup_parent}"\n{options}\n')
+
+    @property
+    def client(self) -> CriClient:
+        """The connection to the running agent."""
+        assert self._client is not None, "the agent does not run"
+        return self._client
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags that make it this agent."""
+        flags = ["--config", str(self.folder / "config.toml"), "--data-dir", str(self.data), "--run-dir", str(self.run)]
+        flags += ["--socket", self.address, "--bridge", self.bridge, "--pod-cidr", self.subnet]
+        return [*flags, "--default-runtime", self._runtime] if self._runtime else flags
+
+    def command(self, *words: str) -> list[str]:
+        """A ``podkeel`` command line."""
+        return [str(Path(sys.executable).with_name("podkeel")), *words]
+
+    def launch(self, faults: str = "") -> None:
+        """Start the process without waiting for it."""
+        environment = {**os.environ, "PODKEEL_FAULTS": faults}
+        with self.log.open("ab") as log:
+            command = self.command("serve", *self.flags)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+    def start(self, faults: str = "") -> None:
+        """Start the agent and wait until it serves; ``faults`` is its PODKEEL_FAULTS."""
+        self.launch(faults)
+        self._client = CriClient(self.address)
+        try:
+            self._client.wait_ready(START_SECONDS)
+        except grpc.FutureTimeoutError:
+            self.kill()
+            raise AssertionError(f"the agent did not start:\n{self.tail()}") from None
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would be."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """SIGTERM, as systemd does it; the exit status must be 0."""
+        status = self._end(signal.SIGTERM)
+        assert status == 0, f"the agent ended with status {status}:\n{self.tail()}"
+
+    def wait_dead(self, seconds: float = 20.0) -> None:
+        """Wait until a fault has killed it."""
+        assert self.process is not None
+        self.process.wait(timeout=seconds)
+        self._end(signal.SIGKILL)
+
+    def restart(self, faults: str = "") -> None:
+        """Kill it and start it again."""
+        self.kill()
+        self.start(faults)
+
+    def _end(self, number: signal.Signals) -> int:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        if self.process is None:
+            return 0
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(timeout=30)
+        self.process = None
+        return status
+
+    def tail(self) -> str:
+        """The end of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+
+    def reset(self) -> None:
+        """End it if it runs and take down all it made."""
+        self._end(signal.SIGKILL)
+        done = subprocess.run(self.command("reset", "--yes", *self.flags), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr + self.tail()
+        assert not self.data.exists()
+        assert not self.run.exists()
+
+    def import_busybox(self, archive: Path) -> None:
+        """Give it the busybox image."""
+        self.client.call("ImportImage", agent_pb2.ImportImageRequest(path=str(archive), reference=BUSYBOX))
+
+    def pid(self) -> int:
+        """Its pid."""
+        assert self.process is not None
+        return self.process.pid
+
+
+@contextlib.contextmanager
+def running_agent(folder: Path, archive: Path, *, options: str = "", runtime: str = "") -> Iterator[AgentProcess]:
+    """An agent that serves and has busybox; taken down with all it made after the block."""
+    agent = AgentProcess(folder, options=options, runtime=runtime)
+    try:
+        agent.start()
+        agent.import_busybox(archive)
+        yield agent
+    finally:
+        agent.reset()
+
+
+def build_busybox(folder: Path) -> Path:
+    """The busybox image as an archive."""
+    archive = folder / "busybox.tar"
+    command = [sys.executable, str(_SCRIPTS / "build_busybox_image.py"), str(archive), "--reference", BUSYBOX]
+    subprocess.run(command, check=True)
+    return archive
+
+
+def wait_for(condition: object, seconds: float = 10.0, what: str = "condition") -> None:
+    """Wait until the callable ``condition`` holds; fails the test when it does not in time."""
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come true within {seconds:g} s"
+        time.sleep(0.01)
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder of a test."""
+    shutil.rmtree(folder)

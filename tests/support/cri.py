@@ -1,0 +1,119 @@
+"""A blocking client of any CRI socket, and short ways to the messages tests send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from proto.podkeel.v1 import agent_pb2
+from proto.runtime.v1 import cri_pb2
+
+CALL_SECONDS = 60.0
+
+
+class CriClient:
+    """``client.call("RunPodSandbox", request)``; raises ``grpc.RpcError``."""
+
+    def __init__(self, address: str) -> None:
+        options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.default_authority", "localhost")]
+        options += [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+        self._channel = grpc.insecure_channel(address, options=options)
+        self._calls: dict[str, tuple[Any, bool]] = {}
+        for file in (cri_pb2.DESCRIPTOR, agent_pb2.DESCRIPTOR):
+            for service in file.services_by_name.values():
+                for method in service.methods:
+                    make = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
+                    self._calls[method.name] = (
+                        make(
+                            f"/{service.full_name}/{method.name}",
+                            request_serializer=lambda message: message.SerializeToString(),
+                            response_deserializer=GetMessageClass(method.output_type).FromString,
+                        ),
+                        method.server_streaming,
+                    )
+
+    def call(self, name: str, request: Message, timeout: float = CALL_SECONDS) -> Any:
+        """One unary call."""
+        return self._calls[name][0](request, timeout=timeout)
+
+    def future(self, name: str, request: Message, timeout: float = CALL_SECONDS) -> Any:
+        """A unary call in flight, to be cancelled or waited for."""
+        return self._calls[name][0].future(request, timeout=timeout)
+
+    def stream(self, name: str, request: Message, timeout: float | None = CALL_SECONDS) -> Iterator[Any]:
+        """The responses of a streaming call; the iterator is the call, and can be cancelled."""
+        responses: Iterator[Any] = self._calls[name][0](request, timeout=timeout)
+        return responses
+
+    def wait_ready(self, seconds: float) -> None:
+        """Wait until the server answers."""
+        grpc.channel_ready_future(self._channel).result(timeout=seconds)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    # What nearly every test does.
+
+    def run_sandbox(self, config: cri_pb2.PodSandboxConfig, handler: str = "") -> str:
+        """RunPodSandbox; the id."""
+        request = cri_pb2.RunPodSandboxRequest(config=config, runtime_handler=handler)
+        return str(self.call("RunPodSandbox", request).pod_sandbox_id)
+
+    def create(self, sandbox_id: str, config: cri_pb2.ContainerConfig, sandbox: cri_pb2.PodSandboxConfig) -> str:
+        """CreateContainer; the id."""
+        request = cri_pb2.CreateContainerRequest(pod_sandbox_id=sandbox_id, config=config, sandbox_config=sandbox)
+        return str(self.call("CreateContainer", request).container_id)
+
+    def start(self, container_id: str) -> None:
+        """StartContainer."""
+        self.call("StartContainer", cri_pb2.StartContainerRequest(container_id=container_id))
+
+    def stop(self, container_id: str, timeout: int = 0) -> None:
+        """StopContainer."""
+        self.call("StopContainer", cri_pb2.StopContainerRequest(container_id=container_id, timeout=timeout))
+
+    def remove(self, container_id: str) -> None:
+        """RemoveContainer."""
+        self.call("RemoveContainer", cri_pb2.RemoveContainerRequest(container_id=container_id))
+
+    def stop_sandbox(self, sandbox_id: str) -> None:
+        """StopPodSandbox."""
+        self.call("StopPodSandbox", cri_pb2.StopPodSandboxRequest(pod_sandbox_id=sandbox_id))
+
+    def remove_sandbox(self, sandbox_id: str) -> None:
+        """RemovePodSandbox."""
+        self.call("RemovePodSandbox", cri_pb2.RemovePodSandboxRequest(pod_sandbox_id=sandbox_id))
+
+    def status(self, container_id: str) -> cri_pb2.ContainerStatus:
+        """ContainerStatus."""
+        request = cri_pb2.ContainerStatusRequest(container_id=container_id)
+        status: cri_pb2.ContainerStatus = self.call("ContainerStatus", request).status
+        return status
+
+    def sandbox_status(self, sandbox_id: str) -> cri_pb2.PodSandboxStatus:
+        """PodSandboxStatus."""
+        request = cri_pb2.PodSandboxStatusRequest(pod_sandbox_id=sandbox_id)
+        status: cri_pb2.PodSandboxStatus = self.call("PodSandboxStatus", request).status
+        return status
+
+    def exec(self, container_id: str, *command: str, timeout: int = 20) -> cri_pb2.ExecSyncResponse:
+        """ExecSync."""
+        request = cri_pb2.ExecSyncRequest(container_id=container_id, cmd=command, timeout=timeout)
+        response: cri_pb2.ExecSyncResponse = self.call("ExecSync", request)
+        return response
+
+    def output(self, container_id: str, *command: str) -> str:
+        """What a command in a container prints; fails the test when the command fails."""
+        response = self.exec(container_id, *command)
+        assert response.exit_code == 0, response
+        return response.stdout.decode()
+
+    def findings(self) -> list[str]:
+        """What the agent finds different between its store and the node."""
+        response = self.call("Check", agent_pb2.CheckRequest())
+        return [f"{finding.kind} {finding.object} {finding.problem}" for finding in response.findings]

@@ -1,0 +1,45 @@
+"""What a test run could leave on the machine, listed, so that before and after can be compared."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from host import mounts
+
+_NAMES = ("podkeel", "pkt")
+
+
+def traces() -> set[str]:
+    """Mounts, links, nftables tables, cgroups, run folders and processes that carry a name of ours."""
+    found = {f"mount {entry.target}" for entry in mounts.mount_table() if _ours(entry.target)}
+    found |= {f"link {link.name}" for link in Path("/sys/class/net").iterdir() if link.name.startswith("pk")}
+    tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=False).stdout
+    found |= {f"nftables {line}" for line in tables.splitlines() if _ours(line)}
+    found |= {f"folder {path}" for path in Path("/run").glob("podkeel*")}
+    found |= {f"cgroup {path}" for path in _cgroups()}
+    return found | _processes()
+
+
+def _ours(text: str) -> bool:
+    return any(name in text for name in _NAMES)
+
+
+def _cgroups() -> set[str]:
+    roots = [entry.target for entry in mounts.mount_table() if entry.filesystem in ("cgroup", "cgroup2")]
+    return {entry.path for root in roots for entry in os.scandir(root) if entry.is_dir() and "podkeel" in entry.name}
+
+
+def _processes() -> set[str]:
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                name = (entry / "comm").read_text().strip()
+            except OSError:
+                continue
+            if name == "conmon" or words[0].startswith(b"podkeel-pod-init"):
+                found.add(f"process {entry.name} {b' '.join(words[:3]).decode(errors='replace')}")
+    return found

@@ -1,0 +1,69 @@
+"""Configurations of pods and containers that tests begin with."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from proto.runtime.v1 import cri_pb2
+from tests.support.agent import BUSYBOX, AgentProcess
+from tests.support.cri import CriClient
+
+_numbers = itertools.count(1)
+
+
+def sandbox_config(agent: AgentProcess, name: str = "", **fields: Any) -> cri_pb2.PodSandboxConfig:
+    """A pod as kubelet makes them: a PID namespace per container, logs in a folder of its own."""
+    name = name or f"pod{next(_numbers)}"
+    config = cri_pb2.PodSandboxConfig(
+        metadata=cri_pb2.PodSandboxMetadata(name=name, namespace="default", uid=f"uid-{name}"),
+        hostname=name,
+        log_directory=str(agent.logs / name),
+        **fields,
+    )
+    if not config.linux.security_context.HasField("namespace_options"):
+        config.linux.security_context.namespace_options.pid = cri_pb2.CONTAINER
+    return config
+
+
+def container_config(name: str, *command: str, image: str = BUSYBOX, **fields: Any) -> cri_pb2.ContainerConfig:
+    """A container that runs ``command``, with a log."""
+    config = cri_pb2.ContainerConfig(
+        metadata=cri_pb2.ContainerMetadata(name=name),
+        image=cri_pb2.ImageSpec(image=image),
+        command=command,
+        log_path=f"{name}/0.log",
+        **fields,
+    )
+    if not config.linux.security_context.HasField("namespace_options"):
+        config.linux.security_context.namespace_options.pid = cri_pb2.CONTAINER
+    return config
+
+
+def run_container(agent: AgentProcess, *command: str, name: str = "main", **fields: Any) -> tuple[str, str]:
+    """A new pod with one started container; their ids."""
+    sandbox = sandbox_config(agent)
+    sandbox_id = agent.client.run_sandbox(sandbox)
+    container_id = agent.client.create(sandbox_id, container_config(name, *command, **fields), sandbox)
+    agent.client.start(container_id)
+    return sandbox_id, container_id
+
+
+def log_lines(path: str | Path) -> list[str]:
+    """The texts of a CRI log, stream and time taken away, parts joined."""
+    lines, part = [], ""
+    for line in Path(path).read_text().splitlines():
+        _, _, tag, text = line.split(" ", 3)
+        part += text
+        if tag == "F":
+            lines.append(part)
+            part = ""
+    return lines
+
+
+def remove_all_pods(client: CriClient) -> None:
+    """Remove every sandbox."""
+    for sandbox in client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items:
+        client.stop_sandbox(sandbox.id)
+        client.remove_sandbox(sandbox.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import logging
 import os
@@ -114,7 +115,19 @@ class Agent:
         await self.recovery.run()
 
     async def check(self) -> list[Finding]:
-        """Compare the store with kernel and folders; changes nothing."""
+        """Compare the store with kernel and folders; changes nothing.
+
+        What is found must be there a second later too: calls are under way, and the kernel takes links and namespaces
+        apart in the background.
+        """
+        first = await self._differences()
+        if not first:
+            return []
+        await asyncio.sleep(1)
+        still = set(await self._differences())
+        return [finding for finding in first if finding in still]
+
+    async def _differences(self) -> list[Finding]:
         node, known = self.node, self.recovery.known()
         found = await in_thread(
             lambda: list(find_leftovers(node.layout, node.cgroups, node.options.cgroup_parent, known))

@@ -39,6 +39,8 @@ class CgroupTree:
             raise InvalidArgumentError(f"cgroup driver {driver!r}: must be auto, cgroupfs or systemd")
         if version == 2:
             return cls(2, driver, {"unified": unified[0]})
+        if unified:
+            legacy["hybrid"] = unified[0]  # without controllers, but OCI runtimes make their groups there too
         return cls(1, driver, legacy)
 
     def missing_controllers(self) -> list[str]:

@@ -22,7 +22,8 @@ from proto.runtime.v1 import cri_pb2
 
 Report = Callable[[str], None]
 
-_POLL_SECONDS = 0.05
+_FIRST_POLL_SECONDS = 0.005
+_LONGEST_POLL_SECONDS = 0.25
 _SANDBOX_SECONDS = 240.0
 
 
@@ -77,15 +78,19 @@ def run_pod(client: Client, plan: PodPlan, pod_dir: str | Path, report: Report) 
         for volume in plan.volumes:
             volume.prepare()
         Path(plan.config.log_directory).mkdir(parents=True, exist_ok=True)
+        begin = time.perf_counter()
         made = _run_sandbox(client, plan)
-        pod = _describe(client, made, plan, report)
+        elapsed = duration(time.perf_counter() - begin)
+        pod = _describe(client, made, plan)
+        address = f"address {', '.join(pod.addresses)}" if pod.addresses else "on the host's network"
+        report(f"{'sandbox':<12} {short(made.id)} up in {elapsed}, {address}")
         for container in plan.init_containers:
             _run_init_container(client, pod, container, plan, report)
         for container in plan.containers:
             begin = time.perf_counter()
             identifier = start_container(client, pod, container, plan)
             elapsed = duration(time.perf_counter() - begin)
-            report(f"{container.config.metadata.name:<12} running as {short(identifier)} after {elapsed}")
+            report(f"{container.config.metadata.name:<12} {short(identifier)} running after {elapsed}")
     except BaseException:
         if made is not None:
             remove_pod(client, made)
@@ -116,11 +121,10 @@ def _run_sandbox(client: Client, plan: PodPlan) -> cri_pb2.PodSandbox:
     return cri_pb2.PodSandbox(id=answer.pod_sandbox_id, metadata=plan.config.metadata)
 
 
-def _describe(client: Client, made: cri_pb2.PodSandbox, plan: PodPlan, report: Report) -> RunningPod:
+def _describe(client: Client, made: cri_pb2.PodSandbox, plan: PodPlan) -> RunningPod:
     request = cri_pb2.PodSandboxStatusRequest(pod_sandbox_id=made.id)
     network = client.call(request, cri_pb2.PodSandboxStatusResponse).status.network
     addresses = [address for address in (network.ip, *(item.ip for item in network.additional_ips)) if address]
-    report(f"{'sandbox':<12} {short(made.id)} up, address {', '.join(addresses) or 'of the host'}")
     return RunningPod(made, addresses, Path(plan.config.log_directory))
 
 
@@ -149,14 +153,16 @@ def _run_init_container(
         raise PodkeelError(
             f"init container {name} ended with exit code {status.exit_code}, saying: {last or 'nothing'}"
         )
-    report(f"{name:<12} ended after {duration(time.perf_counter() - begin)}")
+    report(f"{name:<12} {short(status.id)} ended after {duration(time.perf_counter() - begin)}")
 
 
 def wait_for_exit(client: Client, container_id: str) -> cri_pb2.ContainerStatus:
     """Wait until a container that was started has ended; returns its last status."""
     request = cri_pb2.ContainerStatusRequest(container_id=container_id)
+    pause = _FIRST_POLL_SECONDS
     while True:
         status = client.call(request, cri_pb2.ContainerStatusResponse).status
         if status.state not in (cri_pb2.CONTAINER_CREATED, cri_pb2.CONTAINER_RUNNING):
             return status
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(pause * 1.5, _LONGEST_POLL_SECONDS)

@@ -74,6 +74,9 @@ def demonstrate(options: argparse.Namespace, *, once: bool) -> None:
             stack.callback(reset)
         begin = time.perf_counter()
         agent = stack.enter_context(running_agent(scratch / "agent.log"))
+        # Connecting before the socket is there would put the client's next try off by a second.
+        listening = Path(socket.removeprefix("unix://"))
+        wait_for(lambda: listening.is_socket() or None, "the agent's socket", _START_SECONDS, agent)
         client = stack.enter_context(Client(socket))
         version = wait_for(lambda: answering(client, agent), "the agent's first answer", _START_SECONDS, agent)
         show("agent", f"{version} on {socket}, up in {duration(time.perf_counter() - begin)}")

@@ -9,6 +9,7 @@ import msgspec
 from network.attachment import Attachment
 from network.elements import elements_of
 from network.kernel import IPInterface, KernelBridge
+from network.ruleset import listed_elements
 from network.store import NetworkStore
 
 
@@ -69,11 +70,12 @@ def compare_elements(
     table: str,
     attachments: Collection[Attachment],
     unfinished: Collection[str],
-    present: set[tuple[str, str]] | None,
+    listing: list[bytes] | None,
 ) -> list[Finding]:
-    """Elements of the nftables tables that are missing or belong to no attachment."""
-    if present is None:
+    """Elements of the nftables tables, as ``listing`` shows them, that are missing or belong to no attachment."""
+    if listing is None:
         return [Finding("nftables table", table, "missing")]
+    present = listed_elements(listing)
     wanted: set[tuple[str, str]] = set()
     allowed: set[tuple[str, str]] = set()
     for attachment in attachments:

@@ -77,7 +77,10 @@ class BuiltInNetwork:
         self._kernel: KernelBridge | None = None
 
     async def start(self) -> None:
-        """Read the store, make the bridge and load the tables; also after a crash or a reboot, and repeatedly."""
+        """Read the store, make the bridge and load the tables; after a stop, a crash or a reboot.
+
+        It may be called again while no other call is under way.
+        """
         try:
             await threads.in_thread(self._restore)
             self._mtu = self.options.mtu or await threads.in_thread(sysctl.uplink_mtu)
@@ -174,13 +177,13 @@ class BuiltInNetwork:
         kernel = self._started()
         async with self._gate.closed():
             unfinished = set(self._unfinished)
-            elements = await ruleset.listed_elements(self.options.bridge)
+            listing = await ruleset.listing(self.options.bridge)
             attachments = [reservation.attachment for reservation in self._reservations.values()]
             return [
                 *await threads.in_thread(compare_store, self.store, attachments),
                 *await threads.in_thread(compare_links, kernel, attachments, live, unfinished),
                 *await threads.in_thread(compare_bridge, kernel, self._bridge_addresses()),
-                *compare_elements(self.options.bridge, attachments, unfinished, elements),
+                *await threads.in_thread(compare_elements, self.options.bridge, attachments, unfinished, listing),
             ]
 
     async def repair(self, live: Collection[str]) -> list[Finding]:
@@ -248,14 +251,15 @@ class BuiltInNetwork:
             raise UnavailableError(f"network {self.options.bridge} has been stopped")
         async with self._gate.closed():
             await threads.in_thread(kernel.ensure, self._bridge_addresses(), self._mtu)
-            script = ruleset.table_script(
-                self.options.bridge,
-                self._book.in_use(),
-                self._cluster_ranges,
-                self.options.masquerade,
-                [element for held in self._reservations.values() for element in elements_of(held.attachment)],
-            )
+            attachments = [reservation.attachment for reservation in self._reservations.values()]
+            script = await threads.in_thread(self._script, self._book.in_use(), attachments)
             await ruleset.load(script)
+
+    def _script(self, ranges: Sequence[IPNetwork], attachments: Sequence[Attachment]) -> str:
+        elements = [element for attachment in attachments for element in elements_of(attachment)]
+        return ruleset.table_script(
+            self.options.bridge, ranges, self._cluster_ranges, masquerade=self.options.masquerade, elements=elements
+        )
 
     def _reserve(self, sandbox_id: str, wanted: tuple[PortMapping, ...]) -> _Reservation:
         """Take addresses and host ports in memory, all or none."""

@@ -75,6 +75,6 @@ def _check_words(what: str, words: Iterable[str]) -> None:
 
 def _text_of(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape")
+        return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return ""

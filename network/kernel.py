@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 from collections.abc import Sequence
 from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
 from typing import NoReturn
@@ -16,6 +17,9 @@ from network.elements import add_elements, elements_of, remove_elements
 from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, NetlinkSocket
 
 IPInterface = IPv4Interface | IPv6Interface
+
+_CARRIER_SECONDS = 1.5
+_CARRIER_POLL_SECONDS = 0.001
 
 
 class TableMissingError(Exception):
@@ -58,10 +62,15 @@ class KernelBridge:
                 raise WrongStateError(
                     f"link {self.name} exists and was not made by Podkeel: remove it or choose another network.bridge"
                 )
-            self._route.request([links.set_up(self.name, mtu)])
+            # A generated link-local address would be probed for a second, in which the node finds no IPv6 neighbour.
+            quiet = [links.keep_without_generated_address(self.name)] if self._ipv6 else []
+            self._route.request([*quiet, links.set_up(self.name, mtu)])
             index = socket.if_nametoindex(self.name)
             present = set(self.addresses())
             changes = [links.add_address(index, address) for address in addresses]
+            if any(address.version == 6 for address in addresses):
+                own = link_local(bridge_mac(self.name).hex(":"))
+                changes.append(links.add_address(index, ip_interface(f"{own}/64")))
             changes += [links.delete_address(index, address) for address in present.difference(addresses)]
             self._route.request(changes, tolerate=(errno.EEXIST, errno.EADDRNOTAVAIL))
             sysctl.forward_ipv4(self.name)
@@ -107,6 +116,8 @@ class KernelBridge:
                 libc.setns(pin.fileno(), libc.CLONE_NEWNET)
                 with NetlinkSocket(NETLINK_ROUTE) as inside:
                     inside.request(self._configuration(attachment))
+                    _await_carrier(inside, attachment.interface)
+                _await_carrier(self._route, attachment.host_interface)
             except OSError as error:
                 _fail(what, error)
         conntrack.forget_udp(self._netfilter, attachment.host_ports)
@@ -161,6 +172,17 @@ class KernelBridge:
             *(links.add_neighbour_route(index, ip_address(gateway)) for gateway in attachment.gateways),
             *(links.add_default_route(index, ip_address(gateway)) for gateway in attachment.gateways),
         ]
+
+
+def _await_carrier(route: NetlinkSocket, name: str) -> None:
+    """Wait until the kernel acts on the link's carrier; until then packets are lost and the bridge's port is closed.
+
+    It does so in the background, which can take a second on a busy node. Kernels since 6.8 do it when asked for the
+    link, older ones have to be waited for. A link that stays down is no error: its peer may go up later.
+    """
+    deadline = time.monotonic() + _CARRIER_SECONDS
+    while not links.link_passes_frames(route.answers(links.get_link(name))[0]) and time.monotonic() < deadline:
+        time.sleep(_CARRIER_POLL_SECONDS)
 
 
 def _index(name: str) -> int | None:

@@ -22,6 +22,8 @@ from network.netlink import (
 IPAddress = IPv4Address | IPv6Address
 IPInterface = IPv4Interface | IPv6Interface
 
+_IF_OPER_UP = 6
+
 _RTM_NEWLINK = 16
 _RTM_DELLINK = 17
 _RTM_GETLINK = 18
@@ -36,6 +38,7 @@ _IFLA_ADDRESS = 1
 _IFLA_IFNAME = 3
 _IFLA_MTU = 4
 _IFLA_MASTER = 10
+_IFLA_OPERSTATE = 16
 _IFLA_LINKINFO = 18
 _IFLA_AF_SPEC = 26
 _IFLA_NET_NS_FD = 28
@@ -154,6 +157,11 @@ def link_kind_and_mac(body: bytes) -> tuple[str, bytes]:
     found = attributes(body[16:])
     kind = attributes(found.get(_IFLA_LINKINFO, b"")).get(_IFLA_INFO_KIND, b"")
     return kind.rstrip(b"\0").decode(), found.get(_IFLA_ADDRESS, b"")
+
+
+def link_passes_frames(body: bytes) -> bool:
+    """Whether the link an answer to ``get_link`` describes has a carrier that the kernel acts on already."""
+    return attributes(body[16:]).get(_IFLA_OPERSTATE) == bytes([_IF_OPER_UP])
 
 
 def get_addresses() -> Message:

@@ -109,6 +109,7 @@ def table_script(
     bridge: str,
     ranges: Sequence[IPNetwork],
     cluster_ranges: Sequence[IPNetwork],
+    *,
     masquerade: bool,
     elements: Iterable[Element],
 ) -> str:
@@ -157,15 +158,23 @@ async def load(script: str) -> None:
     await processes.run(["nft", "-f", "-"], stdin=script.encode(), timeout=_COMMAND_SECONDS)
 
 
-async def listed_elements(table: str) -> set[tuple[str, str]] | None:
-    """What the pods' sets hold as (set, element as nft writes it), or None if a table is missing."""
-    found: set[tuple[str, str]] = set()
+async def listing(table: str) -> list[bytes] | None:
+    """Both tables as nft lists them in JSON, or None if one is missing."""
+    outputs: list[bytes] = []
     for family in (BRIDGE, INET):
         command = ["nft", "-j", "-n", "list", "table", family, table]
         completed = await processes.run(command, timeout=_COMMAND_SECONDS, check=False)
         if completed.status != 0:
             return None
-        for entry in msgspec.json.decode(completed.stdout)["nftables"]:
+        outputs.append(completed.stdout)
+    return outputs
+
+
+def listed_elements(outputs: Iterable[bytes]) -> set[tuple[str, str]]:
+    """What the pods' sets hold, as (set, element as nft writes it)."""
+    found: set[tuple[str, str]] = set()
+    for output in outputs:
+        for entry in msgspec.json.decode(output)["nftables"]:
             holder = entry.get("set") or entry.get("map")
             if holder and not holder["name"].startswith(("ranges", "unmasked")):
                 found.update((holder["name"], _listed(element)) for element in holder.get("elem", ()))

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from host.errors import NotFoundError, PodkeelError
+from network.attachment import PortMapping, interface_name
+from tests.integration.network.conftest import Node, spare_subnet
+from tests.integration.network.namespaces import command, listen, start, talk
+
+_ATTACH_FOREVER = """
+import asyncio, sys
+from pathlib import Path
+from host.database import Database
+from network.attachment import PortMapping, interface_name
+from network.bridge import BuiltInNetwork
+from network.links import delete_link
+from network.netlink import NETLINK_ROUTE, NetlinkSocket
+from network.options import NetworkOptions
+from network.schema import MIGRATIONS
+
+async def main(store, bridge, cidr, *namespaces):
+    database = Database(Path(store), {"network": MIGRATIONS})
+    network = BuiltInNetwork(NetworkOptions(bridge=bridge, pod_cidrs=(cidr,), quarantine_seconds=0), database)
+    links = NetlinkSocket(NETLINK_ROUTE)
+    await network.start()
+    print("ready", flush=True)
+
+    async def churn(position, namespace):
+        while True:
+            sandbox_id = f"sandbox{position}"
+            await network.attach(sandbox_id, namespace, [PortMapping("tcp", 80, 22000 + position)])
+            await network.detach(sandbox_id)
+            await asyncio.to_thread(links.request, [delete_link(interface_name(bridge, sandbox_id))])
+
+    await asyncio.gather(*(churn(position, namespace) for position, namespace in enumerate(namespaces)))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_a_missing_namespace_leaves_nothing(node: Node) -> None:
+    with pytest.raises(NotFoundError, match="network namespace"):
+        await node.network.attach("one", "/nowhere", [PortMapping("tcp", 80, 20080)])
+    await node.assert_empty()
+    assert (await node.pod("two", PortMapping("tcp", 80, 20080))).ip
+
+
+async def test_a_file_that_is_no_namespace_leaves_nothing(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PodkeelError, match="sandbox one"):
+        await node.network.attach("one", str(tmp_path / "file"), [])
+    await node.assert_empty()
+
+
+async def test_a_taken_interface_name_leaves_nothing(node: Node) -> None:
+    namespace = node.namespace()
+    namespace.command("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "other")
+    with pytest.raises(PodkeelError, match="File exists"):
+        await node.network.attach("one", str(namespace.path), [PortMapping("tcp", 80, 20080)])
+    await node.assert_empty()
+
+
+async def test_a_failure_after_the_pair_was_made_leaves_nothing(dual: Node) -> None:
+    namespace = dual.namespace()
+    for where in ("all", "default"):
+        namespace.run(lambda where=where: Path(f"/proc/sys/net/ipv6/conf/{where}/disable_ipv6").write_text("1"))  # type: ignore[misc]
+    with pytest.raises(PodkeelError, match="sandbox one"):
+        await dual.network.attach("one", str(namespace.path), [PortMapping("tcp", 80, 20080)])
+    await dual.assert_empty()
+
+
+async def test_cancellation_at_any_instant_leaves_nothing(node: Node) -> None:
+    finished = 0
+    for attempt in range(40):
+        namespace = node.namespace()
+        mappings = [PortMapping("tcp", 80, 20080)]
+        task = asyncio.create_task(node.network.attach("one", str(namespace.path), mappings))
+        await asyncio.sleep(attempt * 0.0001)
+        task.cancel()
+        try:
+            await task
+        except asyncio.CancelledError:
+            await node.assert_empty()
+        else:
+            finished += 1
+            await node.network.repair([])
+        namespace.close()
+    assert finished < 40
+
+
+async def test_a_start_after_kill_9_and_a_repair_leave_nothing(node: Node) -> None:
+    await node.network.stop()
+    namespaces = [node.namespace() for _ in range(3)]
+    paths = [str(namespace.path) for namespace in namespaces]
+    arguments = [
+        sys.executable,
+        "-c",
+        _ATTACH_FOREVER,
+        str(node.folder / "store.db"),
+        node.bridge,
+        f"{node.subnet}.0/24",
+    ]
+    found = 0
+    for _ in range(6):
+        child = start(*arguments, *paths, folder=Path(__file__).parents[3])
+        assert child.stdout is not None
+        with child.stdout:
+            assert await asyncio.to_thread(child.stdout.readline) == b"ready\n"
+            await asyncio.sleep(random.uniform(0.005, 0.1))
+            assert child.poll() is None
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+        await node.restart()
+        found += len(await node.network.repair([]))
+        await node.assert_empty()
+        await node.network.stop()
+    assert found
+    await node.network.start()
+    assert (await node.pod("after", PortMapping("tcp", 80, 22000))).ip
+
+
+async def test_a_leftover_link_of_the_same_sandbox_is_replaced(node: Node) -> None:
+    name = interface_name(node.bridge, "one")
+    command("ip", "link", "add", name, "type", "veth", "peer", "name", f"{node.bridge}p")
+    pod = await node.pod("one")
+    with listen(pod.namespace, 80) as server:
+        assert talk(None, server, (pod.ip, 80)) == pod.attachment.gateways[0]
+
+
+async def test_audit_lists_and_repair_removes_what_belongs_to_nobody(node: Node) -> None:
+    kept, gone = await node.pod("kept"), await node.pod("gone", PortMapping("tcp", 80, 20080))
+    stray = interface_name(node.bridge, "stray")
+    command("ip", "link", "add", stray, "type", "veth", "peer", "name", f"{node.bridge}p")
+    command("ip", "address", "add", f"{spare_subnet()}.1/32", "dev", node.bridge)
+    lie = f"{{ {stray} . {kept.attachment.mac} . {gone.ip} }}"
+    command("nft", "add", "element", "bridge", node.bridge, "pods4", lie)
+    findings = {(finding.kind, finding.object) for finding in await node.network.audit(["kept", "host network"])}
+    assert findings == {
+        ("attachment", "gone"),
+        ("link", stray),
+        ("bridge", node.bridge),
+        ("nftables element", f"pods4: {stray} . {kept.attachment.mac} . {gone.ip}"),
+    }
+    await node.network.repair(["kept"])
+    assert await node.network.audit(["kept"]) == []
+    assert node.links() == [kept.attachment.host_interface]
+    with listen(kept.namespace, 80) as server:
+        assert talk(None, server, (kept.ip, 80))
+
+
+async def test_a_flushed_ruleset_is_made_again_with_the_next_pod(node: Node) -> None:
+    one = await node.pod("one", PortMapping("tcp", 80, 20080))
+    for family in ("inet", "bridge"):
+        command("nft", "delete", "table", family, node.bridge)
+    await node.pod("two")
+    assert await node.network.audit(["one", "two"]) == []
+    with listen(one.namespace, 80) as server:
+        talk(None, server, ("127.0.0.1", 20080))
+
+
+async def test_a_lost_link_is_reported(node: Node) -> None:
+    pod = await node.pod("one")
+    pod.namespace.command("ip", "link", "delete", "eth0")
+    assert [(f.kind, f.object) for f in await node.network.audit(["one"])] == [("link", pod.attachment.host_interface)]
+    await node.network.detach("one")
+    await node.assert_empty()

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+
+from host.errors import AlreadyExistsError, InvalidArgumentError
+from network.attachment import PortMapping
+from tests.integration.network import frames
+from tests.integration.network.conftest import Node, Outside
+from tests.integration.network.namespaces import exchange, listen, mac_of, receive_on, talk
+
+
+def _free_port(kind: int = socket.SOCK_STREAM) -> int:
+    with socket.socket(socket.AF_INET, kind) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def test_tcp_and_udp_from_the_node_another_pod_itself_and_outside(node: Node, outside: Outside) -> None:
+    tcp, udp = _free_port(), _free_port(socket.SOCK_DGRAM)
+    pod = await node.pod("server", PortMapping("tcp", 80, tcp), PortMapping("udp", 53, udp))
+    other = await node.pod("client")
+    gateway = pod.attachment.gateways[0]
+    with listen(pod.namespace, 80) as server, receive_on(pod.namespace, 53) as receiver:
+        for passing, end, port in ((talk, server, tcp), (exchange, receiver, udp)):
+            assert passing(None, end, ("127.0.0.1", port)) == gateway
+            assert passing(None, end, (outside.node_ip, port)) == outside.node_ip
+            assert passing(other.namespace, end, (outside.node_ip, port)) == other.ip
+            assert passing(other.namespace, end, (gateway, port)) == other.ip
+            assert passing(pod.namespace, end, (outside.node_ip, port)) == gateway
+            assert passing(outside.namespace, end, (outside.node_ip, port)) == outside.ip
+
+
+async def test_a_port_on_one_address_is_not_open_on_another(node: Node, outside: Outside) -> None:
+    port = _free_port()
+    pod = await node.pod("server", PortMapping("tcp", 80, port, "127.0.0.1"))
+    with listen(pod.namespace, 80) as server:
+        assert talk(None, server, ("127.0.0.1", port)) == pod.attachment.gateways[0]
+        for client in (None, outside.namespace):
+            with pytest.raises(ConnectionRefusedError):
+                talk(client, server, (outside.node_ip, port))
+
+
+async def test_the_same_port_on_two_addresses_leads_to_two_pods(node: Node, outside: Outside) -> None:
+    port = _free_port()
+    one = await node.pod("one", PortMapping("tcp", 80, port, "127.0.0.1"))
+    two = await node.pod("two", PortMapping("tcp", 80, port, outside.node_ip))
+    with listen(one.namespace, 80) as first, listen(two.namespace, 80) as second:
+        talk(None, first, ("127.0.0.1", port))
+        talk(outside.namespace, second, (outside.node_ip, port))
+
+
+async def test_ipv6_from_the_node_and_another_pod(dual: Node) -> None:
+    port = _free_port()
+    pod, other = await dual.pod("server", PortMapping("tcp", 80, port)), await dual.pod("client")
+    gateway = pod.attachment.gateways[1]
+    with listen(pod.namespace, 80, socket.AF_INET6) as server:
+        assert talk(other.namespace, server, (gateway, port)) == other.address(6)
+        assert talk(pod.namespace, server, (gateway, port)) == gateway
+        assert talk(None, server, (gateway, port)) == gateway
+    with listen(pod.namespace, 80) as server:
+        assert talk(None, server, ("127.0.0.1", port)) == pod.attachment.gateways[0]
+
+
+async def test_outside_cannot_reach_the_nodes_loopback(node: Node, outside: Outside) -> None:
+    port = _free_port(socket.SOCK_DGRAM)
+    pod = await node.pod("server", PortMapping("udp", 53, port))
+    intruder = await node.pod("intruder")
+    with receive_on(pod.namespace, 53) as receiver:
+        with outside.namespace.packet_socket() as wire:
+            macs = (outside.namespace.run(lambda: mac_of("eth0")), mac_of(outside.link))
+            wire.send(frames.udp(macs, (outside.ip, "127.0.0.1"), port, b"attack"))
+            wire.send(frames.udp(macs, (outside.ip, outside.node_ip), port, b"allowed"))
+        with intruder.namespace.packet_socket() as wire:
+            macs = (intruder.attachment.mac, mac_of(node.bridge))
+            wire.send(frames.udp(macs, (intruder.ip, "127.0.0.1"), port, b"attack"))
+        assert receiver.recv(64) == b"allowed"
+        assert exchange(None, receiver, ("127.0.0.1", port)) == pod.attachment.gateways[0]
+
+
+async def test_the_nodes_own_loopback_servers_are_closed_to_pods(node: Node) -> None:
+    pod = await node.pod("intruder")
+    with receive_on(None, 0, host="127.0.0.1") as server, pod.namespace.packet_socket() as wire:
+        macs = (pod.attachment.mac, mac_of(node.bridge))
+        wire.send(frames.udp(macs, (pod.ip, "127.0.0.1"), server.getsockname()[1], b"attack"))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
+            own.sendto(b"own", server.getsockname())
+        assert server.recv(64) == b"own"
+
+
+async def test_ports_end_with_the_pod_and_can_be_taken_again(node: Node) -> None:
+    port = _free_port()
+    mapping = PortMapping("tcp", 80, port)
+    first = await node.pod("first", mapping)
+    with pytest.raises(AlreadyExistsError, match="first"):
+        await node.pod("second", mapping)
+    await node.network.detach("first")
+    first.namespace.close()
+    third = await node.pod("third", mapping)
+    with listen(third.namespace, 80) as server:
+        talk(None, server, ("127.0.0.1", port))
+
+
+async def test_a_running_udp_flow_moves_to_the_pod_that_takes_the_port(node: Node) -> None:
+    port = _free_port(socket.SOCK_DGRAM)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.connect(("127.0.0.1", port))
+        client.settimeout(1)
+        for name in ("first", "second"):
+            pod = await node.pod(name, PortMapping("udp", 53, port))
+            with receive_on(pod.namespace, 53) as receiver:
+                client.send(name.encode())
+                assert receiver.recv(16) == name.encode()
+            await node.network.detach(name)
+
+
+async def test_conflicts_are_refused_before_anything_is_made(node: Node) -> None:
+    port = _free_port()
+    await node.pod("holder", PortMapping("tcp", 80, port, "127.0.0.1"))
+    before, links = node.rows(), node.links()
+    conflicts = {
+        "holder": [PortMapping("tcp", 80, port)],
+        "the same pod": [PortMapping("tcp", 80, port + 1), PortMapping("tcp", 81, port + 1)],
+    }
+    for holder, mappings in conflicts.items():
+        with pytest.raises(AlreadyExistsError, match=holder):
+            await node.network.attach("late", str(node.namespace().path), mappings)
+    with listen(None, 0, host="127.0.0.1") as served:
+        with pytest.raises(AlreadyExistsError, match="process of the node"):
+            await node.pod("late", PortMapping("tcp", 80, served.getsockname()[1]))
+    for wrong in (PortMapping("icmp", 1, 1), PortMapping("tcp", 0, 1), PortMapping("tcp", 1, 1, "::1")):
+        with pytest.raises(InvalidArgumentError):
+            await node.pod("late", wrong)
+    assert (node.rows(), node.links()) == (before, links)
+    assert await node.network.audit(["holder"]) == []
+
+
+async def test_the_same_number_is_free_for_another_protocol_and_zero_means_none(node: Node) -> None:
+    port = _free_port()
+    await node.pod("one", PortMapping("tcp", 80, port), PortMapping("tcp", 81, 0))
+    await node.pod("two", PortMapping("udp", 80, port), PortMapping("sctp", 80, port), PortMapping("tcp", 81, 0))
+    assert node.rows()["host_ports"] == 3
+    assert await node.network.audit(["one", "two"]) == []
+
+
+async def test_host_ports_survive_a_restart_and_a_flushed_ruleset(node: Node) -> None:
+    port = _free_port()
+    pod = await node.pod("server", PortMapping("tcp", 80, port))
+    await node.restart()
+    with listen(pod.namespace, 80) as server:
+        talk(None, server, ("127.0.0.1", port))
+        with pytest.raises(AlreadyExistsError):
+            await node.pod("late", PortMapping("tcp", 80, port))
+
+
+async def test_a_thousand_ports_cost_less_than_a_millisecond_each(node: Node) -> None:
+    mappings = [PortMapping("sctp", 80, port) for port in range(20000, 21000)]
+    started = time.perf_counter()
+    await node.pod("many", *mappings)
+    assert time.perf_counter() - started < 1
+    started = time.perf_counter()
+    await node.network.detach("many")
+    assert time.perf_counter() - started < 1
+    node.namespaces[-1].close()

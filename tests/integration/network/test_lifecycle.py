@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from host.errors import AlreadyExistsError, InvalidArgumentError, LimitError, UnavailableError, WrongStateError
+from network.attachment import PortMapping
+from tests.integration.network.conftest import Node, running_node, spare_subnet
+from tests.integration.network.namespaces import (
+    command,
+    descriptors,
+    exchange,
+    listen,
+    nft_tables,
+    receive_on,
+    talk,
+    wait_until,
+)
+
+
+async def test_detach_is_repeatable_and_takes_everything(node: Node) -> None:
+    pod = await node.pod("one", PortMapping("tcp", 80, 20080))
+    await node.network.detach("one")
+    await node.network.detach("one")
+    await node.network.detach("never seen")
+    assert node.network.attachment("one") is None
+    pod.namespace.close()
+    await _links_gone(node)
+    await node.assert_empty()
+
+
+async def test_detach_works_when_the_namespace_is_gone(node: Node) -> None:
+    pod = await node.pod("one")
+    pod.namespace.close()
+    await _links_gone(node)
+    await node.network.detach("one")
+    await node.assert_empty()
+
+
+async def test_a_detached_pod_can_send_nothing(node: Node) -> None:
+    pod = await node.pod("one")
+    await node.network.detach("one")
+    with receive_on(None, 0, host=pod.attachment.gateways[0]) as server, pytest.raises(TimeoutError):
+        server.settimeout(0.2)
+        exchange(pod.namespace, server, server.getsockname())
+
+
+async def _links_gone(node: Node, name: str = "") -> None:
+    """Wait for the kernel to take down the pairs of namespaces that ended."""
+    await asyncio.to_thread(wait_until, lambda: not any(link.startswith(name) for link in node.links()))
+
+
+async def test_fifty_pods_at_once(node: Node) -> None:
+    namespaces = [node.namespace() for _ in range(50)]
+    attachments = await asyncio.gather(
+        *(
+            node.network.attach(f"pod{number}", str(namespace.path), [PortMapping("tcp", 80, 21000 + number)])
+            for number, namespace in enumerate(namespaces)
+        )
+    )
+    assert len({attachment.addresses for attachment in attachments}) == 50
+    assert await node.network.audit([f"pod{number}" for number in range(50)]) == []
+    with listen(namespaces[7], 80) as server:
+        assert talk(namespaces[42], server, (attachments[7].addresses[0], 80)) == attachments[42].addresses[0]
+    await asyncio.gather(*(node.network.detach(f"pod{number}") for number in range(50)))
+    for namespace in namespaces:
+        namespace.close()
+    await _links_gone(node)
+    await node.assert_empty()
+
+
+async def test_exhaustion_names_the_range_and_leaves_nothing(tmp_path: Path) -> None:
+    subnet = spare_subnet()
+    async with running_node(tmp_path, pod_cidrs=(f"{subnet}.0/29",)) as node:
+        for number in range(5):
+            await node.pod(f"pod{number}")
+        with pytest.raises(LimitError, match=rf"{subnet}\.0/29 \(5 in use, 0 in quarantine\)"):
+            await node.pod("late")
+        assert node.rows()["attachments"] == 5
+        await node.network.detach("pod0")
+        with pytest.raises(LimitError, match="1 in quarantine"):
+            await node.pod("late")
+        await node.restart()
+        with pytest.raises(LimitError, match="1 in quarantine"):
+            await node.pod("late")
+        await node.restart(quarantine_seconds=0.0)
+        assert (await node.pod("late")).ip == f"{subnet}.2"
+
+
+async def test_a_second_range_is_used_when_the_first_is_full(tmp_path: Path) -> None:
+    subnet = spare_subnet()
+    async with running_node(tmp_path, pod_cidrs=(f"{subnet}.0/30", f"{subnet}.8/30")) as node:
+        one, two = await node.pod("one"), await node.pod("two")
+        assert (one.ip, two.ip) == (f"{subnet}.2", f"{subnet}.10")
+        with listen(two.namespace, 80) as server:
+            assert talk(one.namespace, server, (two.ip, 80)) == one.ip
+
+
+async def test_addresses_are_given_out_in_rotation_also_after_a_restart(node: Node) -> None:
+    seen = []
+    for number in range(3):
+        seen.append((await node.pod(f"pod{number}")).ip)
+        await node.network.detach(f"pod{number}")
+    await node.restart(quarantine_seconds=0.0)
+    seen.append((await node.pod("last")).ip)
+    assert seen == [f"{node.subnet}.{number}" for number in (2, 3, 4, 5)]
+
+
+async def test_pod_cidrs_from_the_kubelet_are_used_and_remembered(node: Node) -> None:
+    old, subnet = await node.pod("old"), spare_subnet()
+    announced = (f"{subnet}.0/28", "fd00:207::/64")
+    await node.network.set_pod_cidrs(announced)
+    new = await node.pod("new")
+    assert new.attachment.addresses == (f"{subnet}.2", "fd00:207::2")
+    with listen(old.namespace, 80) as server:
+        assert talk(new.namespace, server, (old.ip, 80)) == new.ip
+    await node.restart()
+    assert node.network.pod_cidrs == announced
+    assert (await node.pod("newer")).ip == f"{subnet}.3"
+    assert await node.network.audit(["old", "new", "newer"]) == []
+    await node.network.detach("old")
+    old.namespace.close()
+    await _links_gone(node, old.attachment.host_interface)
+    await node.restart()
+    assert await node.network.audit(["new", "newer"]) == []
+
+
+@pytest.mark.parametrize(
+    "cidrs",
+    [
+        [],
+        ["rubbish"],
+        ["10.207.252.1/24"],
+        ["10.207.252.0/31"],
+        ["10.207.252.0/24", "10.207.252.0/25"],
+        ["127.0.0.0/8"],
+    ],
+)
+async def test_bad_pod_cidrs_change_nothing(node: Node, cidrs: list[str]) -> None:
+    with pytest.raises(InvalidArgumentError):
+        await node.network.set_pod_cidrs(cidrs)
+    assert node.network.pod_cidrs == (f"{node.subnet}.0/24",)
+    assert (await node.pod("one")).ip == f"{node.subnet}.2"
+
+
+async def test_a_sandbox_is_connected_once(node: Node) -> None:
+    pod = await node.pod("one")
+    with pytest.raises(AlreadyExistsError):
+        await node.pod("one")
+    assert node.network.attachment("one") == pod.attachment
+    assert await node.network.audit(["one"]) == []
+
+
+async def test_the_condition_says_what_is_wrong(node: Node) -> None:
+    assert node.network.condition().ready
+    command("ip", "link", "delete", node.bridge)
+    condition = node.network.condition()
+    assert (condition.ready, condition.reason) == (False, "BridgeMissing")
+    with pytest.raises(UnavailableError):
+        await node.pod("one")
+    assert {finding.problem for finding in await node.network.audit([])} == {"missing"}
+    await node.network.repair([])
+    assert node.network.condition().ready
+    await node.network.stop()
+    assert not node.network.condition().ready
+
+
+async def test_a_bridge_of_somebody_else_is_left_alone(node: Node) -> None:
+    name = f"{node.bridge}x"
+    command("ip", "link", "add", name, "type", "bridge")
+    try:
+        network = node.make(bridge=name)
+        with pytest.raises(WrongStateError, match=name):
+            await network.start()
+        assert not network.condition().ready
+        await network.stop()
+        shown = command("ip", "address", "show", name)
+        assert "inet" not in shown
+    finally:
+        command("ip", "link", "delete", name)
+
+
+async def test_destroy_leaves_nothing(node: Node) -> None:
+    await node.pod("one", PortMapping("tcp", 80, 20080))
+    await node.network.destroy()
+    assert node.links() == []
+    assert node.bridge not in nft_tables()
+    assert set(node.rows().values()) == {0}
+    assert node.database.read("SELECT * FROM network_addresses") == []
+
+
+async def test_no_descriptor_stays_open(node: Node) -> None:
+    await node.pod("warm")
+    before = descriptors()
+    for number in range(5):
+        pod = await node.pod(f"pod{number}", PortMapping("udp", 80, 20080))
+        await node.network.detach(f"pod{number}")
+        pod.namespace.close()
+    await node.network.audit([])
+    assert descriptors() == before

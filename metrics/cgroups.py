@@ -69,7 +69,7 @@ class Cgroup:
     def io(self) -> tuple[IoReading, ...]:
         """Transfers per block device."""
         read = v1.io if "blkio" in self._hierarchies.v1 else v2.io
-        return read(self._folder("blkio")) or ()
+        return read(self._folder("blkio"))
 
     def hugetlb(self) -> tuple[HugetlbReading, ...]:
         """Huge pages per size that the machine has."""

@@ -117,14 +117,19 @@ def cpu_limits(folder: Folder) -> tuple[int, int, int | None] | None:
     return shares, period or 0, quota if quota is not None and quota >= 0 else None
 
 
-def io(folder: Folder) -> tuple[IoReading, ...] | None:
-    """Transfers per device, those of cgroups below included."""
-    moved = folder.read("blkio.throttle.io_service_bytes_recursive")
-    if moved is None:
-        return None
+def io(folder: Folder) -> tuple[IoReading, ...]:
+    """Transfers per device, those of cgroups below included.
+
+    The throttling policy counts them, on recent kernels only once some limit was set on the device; else the BFQ
+    scheduler does, where it is in use.
+    """
     devices: dict[str, dict[str, int]] = {}
-    _collect(devices, moved, "bytes")
-    _collect(devices, folder.read("blkio.throttle.io_serviced_recursive") or b"", "count")
+    for policy in ("throttle", "bfq"):
+        moved = folder.read(f"blkio.{policy}.io_service_bytes_recursive")
+        if moved is not None and not devices:
+            _collect(devices, moved, "bytes")
+            if devices:
+                _collect(devices, folder.read(f"blkio.{policy}.io_serviced_recursive") or b"", "count")
     return tuple(
         IoReading(
             int(device.partition(":")[0]),

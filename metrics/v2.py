@@ -145,11 +145,9 @@ def cpu_limits(folder: Folder) -> tuple[int, int, int | None] | None:
     return shares, int(period), None if quota == b"max" else int(quota)
 
 
-def io(folder: Folder) -> tuple[IoReading, ...] | None:
+def io(folder: Folder) -> tuple[IoReading, ...]:
     """Transfers per device."""
-    content = folder.read("io.stat")
-    if content is None:
-        return None
+    content = folder.read("io.stat") or b""
     readings = []
     for line in content.decode().splitlines():
         device, *pairs = line.split()

@@ -1,0 +1,116 @@
+"""Traffic read inside network namespaces, as the pod sees it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from host import libc, mounts
+from metrics.network import read_networks
+
+DATAGRAMS = 20
+SIZE = 1000
+
+
+def in_namespace(path: str | None, work: Callable[[], None]) -> None:
+    """Run ``work`` in a thread inside the namespace pinned at ``path``, or in a new one."""
+    failed: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            if path is None:
+                libc.unshare(libc.CLONE_NEWNET)
+            else:
+                with open(path, "rb") as pin:
+                    libc.setns(pin.fileno(), libc.CLONE_NEWNET)
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+@pytest.fixture
+def pods(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """Two namespaces with a veth pair between them: 10.200.77.1 and .2."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    pins = [tmp_path / "a", tmp_path / "b"]
+    try:
+        for pin in pins:
+            pin.touch()
+            in_namespace(None, lambda pin=pin: mounts.bind("/proc/thread-self/ns/net", pin))  # type: ignore[misc]
+        in_namespace(str(pins[0]), lambda: ip("link", "add", "pktm0", "type", "veth", "peer", "name", "pktm1"))
+        in_namespace(str(pins[0]), lambda: move_link("pktm1", pins[1]))
+        for number, pin in enumerate(pins):
+            in_namespace(str(pin), lambda number=number: configure(number))  # type: ignore[misc]
+        yield str(pins[0]), str(pins[1])
+    finally:
+        for pin in pins:
+            mounts.unmount(pin)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(("ip", *words), check=True)
+
+
+def move_link(name: str, pin: Path) -> None:
+    with open(pin, "rb") as other:
+        command = ("ip", "link", "set", name, "netns", f"/proc/self/fd/{other.fileno()}")
+        subprocess.run(command, check=True, pass_fds=(other.fileno(),))
+
+
+def configure(number: int) -> None:
+    ip("address", "add", f"10.200.77.{number + 1}/24", "dev", f"pktm{number}")
+    ip("link", "set", f"pktm{number}", "up")
+
+
+async def test_sent_and_received_are_the_pods_own(pods: tuple[str, str]) -> None:
+    before = [reading.interfaces[0] for reading in await read_networks(pods) if reading is not None]
+
+    def send() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for _ in range(DATAGRAMS):
+                sender.sendto(b"x" * SIZE, ("10.200.77.2", 9))
+
+    in_namespace(pods[0], send)
+    after = [reading.interfaces[0] for reading in await read_networks(pods) if reading is not None]
+    assert [interface.name for interface in after] == ["pktm0", "pktm1"]
+    sent = after[0].tx_bytes - before[0].tx_bytes
+    assert sent >= DATAGRAMS * (SIZE + 28 + 14)
+    assert after[1].rx_bytes - before[1].rx_bytes >= DATAGRAMS * (SIZE + 28 + 14)
+    assert after[0].tx_packets - before[0].tx_packets >= DATAGRAMS
+    assert after[0].rx_bytes - before[0].rx_bytes < DATAGRAMS * SIZE
+    assert after[1].tx_bytes - before[1].tx_bytes < DATAGRAMS * SIZE
+
+
+async def test_a_namespace_that_is_gone_is_none_and_harms_no_other(pods: tuple[str, str], tmp_path: Path) -> None:
+    not_a_namespace = tmp_path / "empty"
+    not_a_namespace.touch()
+    readings = await read_networks([pods[0], str(tmp_path / "none"), str(not_a_namespace), pods[1]])
+    assert [reading is not None for reading in readings] == [True, False, False, True]
+    assert await read_networks([]) == []
+
+
+async def test_reading_leaves_the_agent_in_its_own_namespace(pods: tuple[str, str]) -> None:
+    own = Path("/proc/thread-self/ns/net").readlink()
+    await read_networks(pods)
+    assert Path("/proc/thread-self/ns/net").readlink() == own
+
+
+async def test_sockets_of_the_pod_and_not_of_the_host(pods: tuple[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)):
+        (reading,) = await read_networks(pods[:1], connections=True)
+    assert reading is not None
+    assert reading.connections is not None
+    assert reading.connections.tcp["listen"] == 0

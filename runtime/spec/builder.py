@@ -128,7 +128,7 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
         spec=spec,
         config_json=oci.encode(spec),
         user=cri_pb2.LinuxContainerUser(
-            uid=identity.uid, gid=identity.gid, supplemental_groups=identity.supplemental_groups
+            uid=identity.uid, gid=identity.gid, supplemental_groups=process.user.additional_gids
         ),
         mounts=config.mounts,
         stop_signal=stop_signal(config, request.image.stop_signal),

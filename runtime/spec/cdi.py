@@ -130,7 +130,7 @@ def edits_for(names: Sequence[str], folders: Iterable[Path] = FOLDERS) -> list[E
     for edit in edits:
         if edit.intel_rdt or edit.net_devices:
             raise UnsupportedError(
-                f"CDI devices {', '.join(names)} ask for intelRdt or netDevices, which Podkeel cannot give: leave them out"
+                f"CDI devices {', '.join(names)} ask for intelRdt or netDevices, which cannot be given: leave them out"
             )
     return edits
 

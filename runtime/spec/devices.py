@@ -55,7 +55,8 @@ def described_devices(
     nodes, rules = [], []
     for wanted in given:
         path = container_path(wanted.path, "CDI: device path")
-        kind, major, minor, mode = wanted.type, wanted.major, wanted.minor, wanted.file_mode
+        kind: str = wanted.type
+        major, minor, mode = wanted.major, wanted.minor, wanted.file_mode
         if not kind or major is None or minor is None:
             try:
                 status = Path(wanted.host_path or wanted.path).stat()

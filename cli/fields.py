@@ -22,7 +22,9 @@ class Fields:
 
     def __init__(self, value: object, path: str, warnings: list[str]) -> None:
         if not isinstance(value, dict):
-            raise InvalidArgumentError(f"{path}: expected a mapping, got {json.dumps(value, default=str)}")
+            raise InvalidArgumentError(
+                f"{path or 'the manifest'}: expected a mapping, got {json.dumps(value, default=str)}"
+            )
         self._values: dict[str, object] = {str(key): item for key, item in value.items()}
         self._unread = {key for key, item in self._values.items() if item is not None}
         self.path = path

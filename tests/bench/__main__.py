@@ -13,13 +13,14 @@ from pathlib import Path
 import msgspec
 
 from host import libc
-from tests.bench import image, phases, processes, report, servers
+from scripts.build_busybox_image import busybox_image
+from tests.bench import phases, processes, report, servers
 from tests.bench.bare import BareRuntime
 from tests.bench.cgroups import own_cgroups
 from tests.bench.client import Client
 from tests.bench.goals import goals
 from tests.bench.samples import Samples
-from tests.bench.workload import SLEEP_COMMAND, Workload
+from tests.bench.workload import Workload
 
 _IMAGE = "localhost/bench/busybox:1"
 
@@ -42,6 +43,9 @@ def main() -> int:
         for target in targets:
             target.workload.version(target.samples, 200)
         phases.one_client(targets, bare, bare_samples, options.pods)
+        for target in targets:
+            if target.workload.client.knows("Explain"):
+                phases.stages(target, max(options.pods // 4, 3))
         if options.parallel_pods:
             phases.in_parallel(targets, options.parallel_pods, options.clients)
         if options.containers:
@@ -88,7 +92,7 @@ def _workloads(
     """The servers, started where need be; each with a workload that the stack clears away."""
     own_cidr, peer_cidr = (f"10.{second}.0.0/16" for second in random.sample(range(200, 208), 2))
     archive = folder / "busybox.tar"
-    image.build_archive(archive, _IMAGE, SLEEP_COMMAND)
+    busybox_image().write_docker(archive, _IMAGE)
     clients: list[tuple[str, Client, str, str]] = []
     if options.socket:
         client = Client(options.socket)

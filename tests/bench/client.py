@@ -49,6 +49,10 @@ class Client:
         """The response to one unary call; raises ``grpc.RpcError``."""
         return self._calls[name](request, timeout=timeout)
 
+    def knows(self, name: str) -> bool:
+        """Whether the client was given a descriptor with this call."""
+        return name in self._calls
+
     def wait_ready(self, seconds: float) -> None:
         """Wait until the server accepts connections; raises ``grpc.FutureTimeoutError``."""
         grpc.channel_ready_future(self._channel).result(timeout=seconds)

@@ -25,6 +25,7 @@ class Measured(msgspec.Struct):
     name: str
     version: str
     samples: Samples
+    stages: Samples
     pods_per_second: float = math.nan
     list_count: int = 0
     memory: Memory | None = None

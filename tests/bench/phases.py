@@ -24,7 +24,9 @@ class Target:
     def __init__(self, workload: Workload) -> None:
         version = workload.client.call("Version", cri_pb2.VersionRequest(version="v1"))
         self.workload = workload
-        self.measured = Measured(workload.name, f"{version.runtime_name} {version.runtime_version}", Samples())
+        self.measured = Measured(
+            workload.name, f"{version.runtime_name} {version.runtime_version}", Samples(), Samples()
+        )
 
     @property
     def samples(self) -> Samples:
@@ -48,6 +50,22 @@ def one_client(targets: Sequence[Target], bare: BareRuntime | None, bare_samples
         for target in targets:
             target.workload.version(target.samples, 5)
         processes.reap_strangers()
+
+
+def stages(target: Target, pods: int) -> None:
+    """The stages inside Podkeel's own operations, as it kept them with each pod; not counted among the calls."""
+    from proto.podkeel.v1 import agent_pb2
+
+    workload = target.workload
+    for _ in range(pods):
+        with workload.pod(Samples()) as (pod, config):
+            container = workload.create(pod, config, Samples())
+            workload.start(container, Samples())
+            explained = workload.client.call("Explain", agent_pb2.ExplainRequest(id=pod))
+            for operation in explained.operations:
+                for stage in operation.stages:
+                    target.measured.stages.add(f"{operation.name}.{stage.name}", stage.seconds * 1000)
+            workload.remove(container, Samples())
 
 
 def in_parallel(targets: Sequence[Target], pods: int, clients: int, rounds: int = 3) -> None:

@@ -69,6 +69,7 @@ def as_data(
                 "name": server.name,
                 "version": server.version,
                 "calls": msgspec.to_builtins(server.samples.summaries()),
+                "stages": msgspec.to_builtins(server.stages.summaries()),
                 "pods_per_second": server.pods_per_second,
                 "memory": msgspec.to_builtins(server.memory),
             }
@@ -84,6 +85,8 @@ def as_text(facts: dict[str, str], servers: Sequence[Measured], bare: Samples, r
     lines = ["  ".join(f"{name} {value}" for name, value in facts.items()), ""]
     for server in servers:
         lines += [f"{server.name} ({server.version}), ms", *_calls(server.samples.summaries(), _ORDER)]
+        if server.stages.values:
+            lines += ["  stages inside, ms", *_calls(server.stages.summaries(), ())]
         lines.append(f"  pods per second in parallel: {server.pods_per_second:.1f}")
         if memory := server.memory:
             lines.append(

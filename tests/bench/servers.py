@@ -18,7 +18,7 @@ from google.protobuf.descriptor import FileDescriptor
 from host import libc, mounts
 from host import processes as host_processes
 from host.errors import PodkeelError
-from tests.bench import image
+from scripts.build_busybox_image import BuiltImage, busybox_layer
 from tests.bench.client import Client
 from tests.bench.processes import all_pids, arguments, terminate
 from tests.bench.workload import SLEEP_COMMAND
@@ -79,7 +79,10 @@ def podkeel(folder: Path, runtime: str, cidr: str, reference: str, archive: Path
                 client.call("ImportImage", agent_pb2.ImportImageRequest(path=str(archive), reference=reference))
                 yield client
         finally:
-            subprocess.run([program, "reset", "--yes", *flags], check=True, stdout=subprocess.DEVNULL)
+            reset = [str(program), "reset", "--yes", *flags]
+            done = subprocess.run(reset, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise PodkeelError(f"podkeel reset left something behind: {done.stderr or done.stdout}")
 
 
 @contextlib.contextmanager
@@ -94,7 +97,8 @@ def containerd(folder: Path, runtime: str, cidr: str, archive: Path) -> Iterator
     (folder / "cni" / "10-bench.conflist").write_text(json.dumps(_bridge_configuration(bridge, cidr, folder)))
     configuration = _CONTAINERD_CONFIG.format(folder=folder, pause=_PAUSE, runtime=runtime_path)
     (folder / "config.toml").write_text(configuration)
-    image.build_archive(folder / "pause.tar", _PAUSE, SLEEP_COMMAND)
+    pause = BuiltImage((busybox_layer(),), {"Entrypoint": list(SLEEP_COMMAND)})
+    pause.write_docker(folder / "pause.tar", _PAUSE)
     with _without_new(Path("/run/containerd"), Path("/var/lib/cni")), _tmpfs(folder / "state") as state:
         address = f"{state}/containerd.sock"
         command = ["containerd", "--config", str(folder / "config.toml")]

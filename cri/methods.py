@@ -37,8 +37,8 @@ def service_handlers(file: FileDescriptor, services: dict[str, object], observer
     """gRPC handlers for every call of every service of ``file``.
 
     A call ``RunPodSandbox`` is the method ``run_pod_sandbox`` of the object in ``services``; one the object does not
-    have answers UNIMPLEMENTED. Unary methods take the request and return a response message or its bytes; streaming ones are
-    async generators of the same.
+    have answers UNIMPLEMENTED. Unary methods take the request and return a response message or its bytes; streaming
+    ones are async generators of the same.
     """
     handlers = []
     for name, service in services.items():

@@ -187,7 +187,7 @@ class RuntimeService:
         half = EXEC_OUTPUT_LIMIT // 2
         stderr = result.stderr[: max(half, EXEC_OUTPUT_LIMIT - len(result.stdout))]
         stdout = result.stdout[: EXEC_OUTPUT_LIMIT - len(stderr)]
-        return cri_pb2.ExecSyncResponse(stdout=stdout, stderr=stderr, exit_code=result.exit_code)
+        return cri_pb2.ExecSyncResponse(stdout=stdout, stderr=stderr, exit_code=result.status)
 
     async def get_container_events(
         self, _request: cri_pb2.GetEventsRequest

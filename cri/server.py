@@ -1,4 +1,4 @@
-"""The agent as a process: opens everything, serves the CRI on a unix socket, and leaves its pods running when it ends."""
+"""The agent as a process: opens everything, serves the CRI on a unix socket, and leaves its pods running."""
 
 from __future__ import annotations
 

@@ -12,14 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from network.bridge import BuiltInNetwork
-
 from host.database import Database
 from host.errors import WrongStateError
 from host.threads import in_thread
 from images.options import ImageOptions
 from images.schema import MIGRATIONS as IMAGE_MIGRATIONS
 from images.store import ImageStore
+from network.bridge import BuiltInNetwork
 from network.options import NetworkOptions
 from network.schema import MIGRATIONS as NETWORK_MIGRATIONS
 from runtime.cgroups import CgroupTree

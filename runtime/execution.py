@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from host.errors import InvalidArgumentError, LimitError, PodkeelError, WrongStateError
+from host import processes
+from host.errors import DeadlineError, InvalidArgumentError, LimitError, PodkeelError, WrongStateError
 from host.inotify import wait_until_exists
 from host.threads import in_thread
 from proto.runtime.v1 import cri_pb2
 from runtime.container import Container, ContainerState
+from runtime.exec_call import ExecCall
 from runtime.lifecycle import begin
 from runtime.node import Node
-from runtime.oci_runtime import ExecResult
 from runtime.spec import oci
 from runtime.spec.resources import resources
 
@@ -34,7 +37,7 @@ class Execution:
     def __init__(self, node: Node) -> None:
         self._node = node
 
-    async def exec_sync(self, container_id: str, command: list[str], timeout: float) -> ExecResult:
+    async def exec_sync(self, container_id: str, command: Sequence[str], timeout: float) -> processes.Completed:
         """Run a command to its end and return its output, cut at 16 MiB a stream; ``timeout`` 0 means none.
 
         Raises:
@@ -42,20 +45,36 @@ class Execution:
             DeadlineError: the command took too long; it and its children were killed.
             CommandError: it could not be started.
         """
-        container = self._running(container_id)
+        container = self.running(container_id)
         if not command:
             raise InvalidArgumentError(f"{container.title}: no command to execute was given")
         if timeout < 0:
             raise InvalidArgumentError(f"{container.title}: the timeout {timeout:g} s is negative: use 0 for none")
-        runtime = self._node.handlers.get(container.record.handler)
-        process = self.process_json(container, command, terminal=False)
-        pids = partial(self._node.cgroups.processes, container.record.cgroup)
-        return await runtime.execute(container.id, process, timeout or None, pids)
+        with self.call(container, command, terminal=False) as call:
+            try:
+                result = await processes.run(
+                    call.command, descriptors=call.descriptors, timeout=timeout or None, check=False
+                )
+            except (DeadlineError, asyncio.CancelledError):
+                await in_thread(call.kill)
+                raise
+            return processes.Completed(call.exit_code(result.status), result.stdout, result.stderr)
 
-    def process_json(self, container: Container, command: list[str], *, terminal: bool) -> bytes:
+    def call(self, container: Container, command: Sequence[str], *, terminal: bool) -> ExecCall:
+        """The OCI runtime's exec of ``command`` in a container that runs."""
+        node = self._node
+        return ExecCall(
+            runtime=node.handlers.get(container.record.handler),
+            container_id=container.id,
+            folder=node.layout.container(container.id).path,
+            process=self._process_json(container, command, terminal=terminal),
+            pids=partial(node.cgroups.processes, container.record.cgroup),
+        )
+
+    def _process_json(self, container: Container, command: Sequence[str], *, terminal: bool) -> bytes:
         """The OCI ``process`` object of a further command in a container: like its first one, but for the arguments."""
         process = _decode_spec(self._node.layout.container(container.id).spec.read_bytes()).process
-        process.args = command
+        process.args = list(command)
         process.terminal = terminal
         return msgspec.json.encode(process)
 
@@ -111,7 +130,7 @@ class Execution:
         Raises:
             WrongStateError: the container does not run, or has no log.
         """
-        container = self._running(container_id)
+        container = self.running(container_id)
         if not container.record.log_path:
             raise WrongStateError(f"{container.title} has no log: its log_path is empty")
         path = Path(container.record.log_path)
@@ -124,7 +143,8 @@ class Execution:
         if not await wait_until_exists(path, REOPEN_SECONDS):
             raise PodkeelError(f"{container.title}: its conmon did not open {path} within {REOPEN_SECONDS:g} s")
 
-    def _running(self, container_id: str) -> Container:
+    def running(self, container_id: str) -> Container:
+        """The container, which runs. Raises NotFoundError or WrongStateError."""
         container = self._node.get_container(container_id)
         if container.record.state is not ContainerState.RUNNING:
             raise WrongStateError(f"{container.title} is {container.record.state}, not running")

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
 import re
 import shutil
-import signal
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from host import mounts, processes
-from host.errors import CommandError, DeadlineError, NotFoundError, PodkeelError
+from host.errors import CommandError, NotFoundError, PodkeelError
 from host.threads import in_thread
 from runtime.options import HandlerOptions
 
@@ -35,20 +30,6 @@ class RuntimeFeatures(msgspec.Struct, frozen=True):
     user_namespaces: bool = False
     idmapped_mounts: bool = False
     version: str = ""
-
-
-class _LogEntry(msgspec.Struct):
-    level: str = ""
-    msg: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ExecResult:
-    """How a command inside a container ended."""
-
-    exit_code: int
-    stdout: bytes
-    stderr: bytes
 
 
 class OciRuntime:
@@ -97,41 +78,6 @@ class OciRuntime:
         command = self.command("update", "--resources", "-", container_id)
         await processes.run(command, stdin=resources, timeout=_COMMAND_SECONDS)
 
-    async def execute(
-        self, container_id: str, process: bytes, timeout: float | None, pids: Callable[[], Sequence[int]]
-    ) -> ExecResult:
-        """Run a process (an OCI ``process`` object as JSON) inside a container, to its end.
-
-        Past ``timeout`` seconds, or when cancelled, the process and everything in its session is killed; ``pids`` lists
-        those of the container.
-
-        Raises:
-            DeadlineError: it took longer than ``timeout``.
-            CommandError: the OCI runtime could not start it.
-        """
-        pid_file = self.root / f"exec-{uuid.uuid4().hex}.pid"
-        with contextlib.ExitStack() as stack:
-            stack.callback(pid_file.unlink, missing_ok=True)
-            process_file = os.memfd_create("process")
-            stack.callback(os.close, process_file)
-            os.write(process_file, process)
-            log_file = os.memfd_create("log")
-            stack.callback(os.close, log_file)
-            # The runtime's own complaints go to its log, so that they are never taken for the process's output.
-            options = [*self.arguments, "--log", "/proc/self/fd/4", "--log-format", "json"]
-            words = ["exec", "--process", "/proc/self/fd/3", "--pid-file", str(pid_file), container_id]
-            command = [self.program, *options, *words]
-            descriptors = {3: process_file, 4: log_file}
-            try:
-                result = await processes.run(command, descriptors=descriptors, timeout=timeout, check=False)
-            except (DeadlineError, asyncio.CancelledError):
-                _kill_session(pid_file, pids())
-                raise
-            if result.status != 0 and (complaint := _errors_in_log(os.pread(log_file, 65536, 0))):
-                raise CommandError([self.options.path, "exec", container_id], result.status, complaint)
-        exit_code = result.status if result.status >= 0 else 128 - result.status
-        return ExecResult(exit_code, result.stdout, result.stderr)
-
     async def probe(self, init_program: str, cgroup: str, scratch: Path) -> None:
         """Find out whether this runtime works here, by running a container, and what it can do.
 
@@ -173,47 +119,9 @@ class OciRuntime:
         )
 
 
-def _errors_in_log(log: bytes) -> str:
-    """The error messages of an OCI runtime's log in JSON lines."""
-    messages = []
-    for line in log.splitlines():
-        with contextlib.suppress(msgspec.DecodeError):
-            entry = msgspec.json.decode(line, type=_LogEntry)
-            if entry.level in ("error", "fatal"):
-                messages.append(entry.msg)
-    return "\n".join(messages)
-
-
 def cannot_run_program(message: str) -> bool:
     """Whether an OCI runtime's message says that the container's program cannot be executed."""
     return any(_CANNOT_RUN.search(line.strip()) for line in message.splitlines()) and "mount" not in message
-
-
-def _kill_session(pid_file: Path, pids: Sequence[int]) -> None:
-    """Kill the process named in ``pid_file`` and all of ``pids`` that are in its session or descend from it."""
-    try:
-        leader = int(pid_file.read_text())
-    except (OSError, ValueError):
-        return
-    doomed = {leader}
-    parents = {pid: _parent_and_session(pid) for pid in pids}
-    grown = True
-    while grown:
-        found = {pid for pid, (parent, session) in parents.items() if parent in doomed or session in doomed} - doomed
-        doomed |= found
-        grown = bool(found)
-    for pid in doomed:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _parent_and_session(pid: int) -> tuple[int, int]:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()
-    except OSError:
-        return (0, 0)
-    return (int(fields[1]), int(fields[3]))
 
 
 def _make_probe_bundle(bundle: Path, program: str, cgroup: str) -> None:

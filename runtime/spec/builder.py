@@ -22,7 +22,7 @@ from runtime.spec.node import NodeFacts
 from runtime.spec.process import ImageConfig, command_line, environment, working_directory
 from runtime.spec.resources import oom_score_adj, resources
 from runtime.spec.rlimits import rlimits
-from runtime.spec.seccomp import DEFAULT_PROFILE, seccomp
+from runtime.spec.seccomp import DEFAULT_PROFILE, Filter, seccomp
 from runtime.spec.security import apparmor_profile, masked_and_readonly_paths, selinux_labels
 from runtime.spec.signals import StopSignal, stop_signal
 from runtime.spec.volumes import Volume, image_volumes, volume_mounts
@@ -107,7 +107,8 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
     taken = frozenset(container_path(mount.container_path, "mounts: container_path") for mount in config.mounts)
     volumes = tuple(image_volumes(request.image.volumes or (), request.container_folder, taken))
     process, permitted = _process(request, identity)
-    linux = _linux(request, permitted)
+    filtered = seccomp(config.linux.security_context, permitted, request.node, default_profile=request.seccomp_default)
+    linux = _linux(request, filtered)
     linux.rootfs_propagation = root_propagation(config.mounts)
     mounts = _mounts(request, host_paths, volumes, linux.gid_mappings)
     edits = cdi.edits_for(cdi.requested(config), request.cdi_folders)
@@ -121,7 +122,7 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
         root=oci.Root(path=str(request.rootfs), readonly=readonly_root),
         mounts=mounts,
         linux=linux,
-        annotations=_annotations(request),
+        annotations=_annotations(request, filtered),
         hooks=cdi.hooks(edits) if edits else None,
     )
     return ContainerSpec(
@@ -179,7 +180,7 @@ def _process(request: SpecRequest, identity: Identity) -> tuple[oci.Process, fro
     return process, permitted
 
 
-def _linux(request: SpecRequest, permitted: frozenset[str]) -> oci.Linux:
+def _linux(request: SpecRequest, filtered: Filter | None) -> oci.Linux:
     config, node, paths = request.config, request.node, request.namespaces
     context = config.linux.security_context
     all_devices = context.privileged and not request.handler.privileged_without_host_devices
@@ -199,7 +200,7 @@ def _linux(request: SpecRequest, permitted: frozenset[str]) -> oci.Linux:
         devices=nodes,
         cgroups_path=request.cgroups_path,
         resources=limits,
-        seccomp=seccomp(context, permitted, node, default_profile=request.seccomp_default),
+        seccomp=filtered.encoded if filtered else None,
         masked_paths=masked,
         readonly_paths=readonly,
         mount_label=labels.mount,
@@ -220,7 +221,7 @@ def _mounts(
     return in_order(defaults, [*volume_mounts(volumes), *configured])
 
 
-def _annotations(request: SpecRequest) -> dict[str, str]:
+def _annotations(request: SpecRequest, filtered: Filter | None) -> dict[str, str]:
     """What hooks and sandboxed runtimes read, in the names the field shares, and what the handler lets through."""
     pod = request.sandbox.metadata
     annotations = {
@@ -239,4 +240,7 @@ def _annotations(request: SpecRequest) -> dict[str, str]:
         prefix + "sandbox-namespace": pod.namespace,
         prefix + "sandbox-uid": pod.uid,
     }
+    # A crun that no longer knows this annotation goes by the profile, which is in the spec as well.
+    if filtered is not None and request.handler.compiled_seccomp and filtered.bpf is not None:
+        annotations["run.oci.seccomp_bpf_data"] = filtered.bpf
     return annotations

@@ -8,13 +8,18 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class HandlerFacts:
-    """A runtime handler as far as its specs differ; ``allowed_annotations`` are shell patterns of those passed on."""
+    """A runtime handler as far as its specs differ.
+
+    ``allowed_annotations`` are shell patterns of those passed on. ``compiled_seccomp`` says that it takes a filter that
+    is compiled already, as crun does.
+    """
 
     name: str
     type: str = "runc"
     recursive_read_only: bool = False
     idmapped_mounts: bool = False
     privileged_without_host_devices: bool = False
+    compiled_seccomp: bool = False
     allowed_annotations: tuple[str, ...] = ()
 
 

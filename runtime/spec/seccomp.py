@@ -7,8 +7,10 @@ once per set of capabilities and kept encoded.
 
 from __future__ import annotations
 
+import base64
 import os
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +19,7 @@ import msgspec
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
 from runtime.spec.node import NodeFacts, kernel_version
+from runtime.spec.seccomp_bpf import compile_bpf
 
 DEFAULT_PROFILE = Path(__file__).with_name("seccomp_default.json")
 """Podkeel's own RuntimeDefault."""
@@ -109,14 +112,28 @@ class Profile(_Struct):
     syscalls: list[Rule] | None = None
 
 
+@dataclass(frozen=True)
+class Filter:
+    """One container's filter, shared by all that have the same; kept as OCI's JSON and, once asked for, as BPF."""
+
+    profile: Profile
+    encoded: msgspec.Raw
+
+    @cached_property
+    def bpf(self) -> str | None:
+        """The compiled filter in base64; None where compiling is left to the OCI runtime."""
+        compiled = compile_bpf(self.profile)
+        return None if compiled is None else base64.b64encode(compiled).decode()
+
+
 def seccomp(
     context: cri_pb2.LinuxContainerSecurityContext,
     permitted: frozenset[str],
     node: NodeFacts,
     *,
     default_profile: Path = DEFAULT_PROFILE,
-) -> msgspec.Raw | None:
-    """The encoded filter for a container with the ``permitted`` capabilities; None for unconfined.
+) -> Filter | None:
+    """The filter for a container with the ``permitted`` capabilities; None for unconfined.
 
     Neither the field nor the deprecated path given means unconfined, and so does privileged. Raises
     InvalidArgumentError for a profile that is missing or is no profile.
@@ -165,7 +182,7 @@ def _profile_path(context: cri_pb2.LinuxContainerSecurityContext, default_profil
 @lru_cache(maxsize=128)
 def _compiled(
     path: Path, _changed: int, _size: int, permitted: frozenset[str], machine: str, kernel: tuple[int, int]
-) -> msgspec.Raw:
+) -> Filter:
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             content = file.read(PROFILE_LIMIT + 1)
@@ -176,7 +193,8 @@ def _compiled(
         raise InvalidArgumentError(f"seccomp: profile {path} cannot be read: {error.strerror}; repair it") from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InvalidArgumentError(f"seccomp: {path} is not a seccomp profile: {error}; correct it") from error
-    return msgspec.Raw(msgspec.json.encode(compile_profile(profile, permitted, machine, kernel)))
+    decided = compile_profile(profile, permitted, machine, kernel)
+    return Filter(decided, msgspec.Raw(msgspec.json.encode(decided)))
 
 
 def compile_profile(profile: Profile, permitted: frozenset[str], machine: str, kernel: tuple[int, int]) -> Profile:

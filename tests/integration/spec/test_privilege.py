@@ -11,6 +11,7 @@ import pytest
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
 from runtime.spec.capabilities import NAMES
+from runtime.spec.facts import HandlerFacts
 from runtime.spec.node import NodeFacts
 from tests.integration.spec.conftest import Run
 from tests.unit.spec.requests import Image, container, privileged_sandbox, secured
@@ -90,25 +91,34 @@ def test_a_privileged_container_needs_a_privileged_pod(run: Run) -> None:
         run("true", config=secured(privileged=True))
 
 
-def test_runtime_default_seccomp(run: Run) -> None:
+@pytest.fixture(params=["profile", "compiled"])
+def handler(request: pytest.FixtureRequest, runtime: str) -> HandlerFacts:
+    if request.param == "compiled" and runtime != "crun":
+        pytest.skip("only crun takes a compiled filter")
+    return HandlerFacts(runtime, compiled_seccomp=request.param == "compiled")
+
+
+def test_runtime_default_seccomp(run: Run, handler: HandlerFacts) -> None:
     look = """
 echo @status; cat /proc/self/status
 echo @unshare; unshare -U true
 echo @mount; mount -t tmpfs x /tmp
 echo @ordinary; sleep 0; touch /tmp/file && chown 1:1 /tmp/file && cat /tmp/file && (echo forked | cat)
 echo @end"""
-    seen = run(look, config=secured(seccomp=RUNTIME_DEFAULT)).sections()
+    result = run(look, config=secured(seccomp=RUNTIME_DEFAULT), handler=handler)
+    seen = result.sections()
     assert "Seccomp:\t2" in seen["status"]
     assert "not permitted" in seen["unshare"]
     assert seen["ordinary"] == "forked"
+    assert ("run.oci.seccomp_bpf_data" in result.built.spec.annotations) == handler.compiled_seccomp
 
 
-def test_localhost_seccomp(run: Run, tmp_path: Path) -> None:
+def test_localhost_seccomp(run: Run, handler: HandlerFacts, tmp_path: Path) -> None:
     profile = tmp_path / "profile.json"
     rule = {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}
     profile.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]}))
     wanted = cri_pb2.SecurityProfile(profile_type="Localhost", localhost_ref=str(profile))
-    result = run("mkdir /x; touch /y && echo touched", config=secured(seccomp=wanted))
+    result = run("mkdir /x; touch /y && echo touched", config=secured(seccomp=wanted), handler=handler)
     assert "not implemented" in result.output
     assert "touched" in result.output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
 from runtime.spec.capabilities import DEFAULT, NAMES, capability_sets
-from runtime.spec.seccomp import DEFAULT_PROFILE, Profile, compile_profile, seccomp
+from runtime.spec.seccomp import DEFAULT_PROFILE, Profile, Rule, compile_profile, seccomp
+from runtime.spec.seccomp_bpf import compile_bpf
 from runtime.spec.security import (
     MASKED_PATHS,
     READONLY_PATHS,
@@ -208,7 +210,7 @@ def test_compiled_filter_is_plain_and_made_once() -> None:
     assert first is not None
     assert seccomp(wanted, DEFAULT, NODE) is first
     assert seccomp(wanted, DEFAULT | {"CAP_SYS_ADMIN"}, NODE) != first
-    decoded = json.loads(bytes(first))
+    decoded = json.loads(bytes(first.encoded))
     assert set(decoded) == {"defaultAction", "defaultErrnoRet", "architectures", "syscalls"}
     assert all(set(rule) <= {"names", "action", "errnoRet", "args"} for rule in decoded["syscalls"])
 
@@ -260,9 +262,40 @@ def test_localhost_profile_is_read_again_when_it_changes(tmp_path: Path) -> None
         profile.write_text(json.dumps({"defaultAction": action, "architectures": ["SCMP_ARCH_X86_64"]}))
         compiled = seccomp(wanted, DEFAULT, NODE)
         assert compiled is not None
-        assert json.loads(bytes(compiled))["defaultAction"] == action
+        assert json.loads(bytes(compiled.encoded))["defaultAction"] == action
 
 
 def test_relative_localhost_profile() -> None:
     with pytest.raises(InvalidArgumentError, match="not absolute"):
         seccomp(Context(seccomp={"profile_type": "Localhost", "localhost_ref": "x.json"}), DEFAULT, NODE)
+
+
+def _instructions(compiled: bytes | None) -> list[tuple[int, int, int, int]]:
+    assert compiled is not None
+    assert len(compiled) % 8 == 0
+    return list(struct.iter_unpack("HBBI", compiled))
+
+
+def test_compiled_to_bpf() -> None:
+    rules = [
+        Rule(names=["mkdir", "no_such_call"], action="SCMP_ACT_ERRNO", errno_ret=38),
+        Rule(names=["chmod"], action="SCMP_ACT_ERRNO"),
+        Rule(names=["chown"], action="SCMP_ACT_ALLOW"),
+    ]
+    profile = Profile(default_action="SCMP_ACT_ALLOW", architectures=["SCMP_ARCH_X86_64"], syscalls=rules)
+    returned = {value for code, _, _, value in _instructions(compile_bpf(profile)) if code == 6}
+    assert {0x7FFF0000, 0x50000 | 38, 0x50000 | 1} <= returned
+    assert len(_instructions(compile_bpf(_filter(DEFAULT)))) < 4096  # the kernel's limit
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        Profile(default_action="SCMP_ACT_ALLOW", flags=["SECCOMP_FILTER_FLAG_LOG"]),
+        Profile(default_action="SCMP_ACT_ALLOW", listener_path="/x"),
+        Profile(default_action="SCMP_ACT_ALLOW", syscalls=[Rule(names=["mkdir"], action="SCMP_ACT_NOTIFY")]),
+        Profile(default_action="SCMP_ACT_ALLOW", architectures=["SCMP_ARCH_ABACUS"]),
+    ],
+)
+def test_what_is_left_to_the_runtime(profile: Profile) -> None:
+    assert compile_bpf(profile) is None

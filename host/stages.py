@@ -2,7 +2,8 @@
 
 Faults come from the environment variable ``PODKEEL_FAULTS``, for tests only: a comma-separated list of
 ``Operation.stage:when:action`` where *when* is ``before`` or ``after`` and *action* is ``kill`` (SIGKILL to this
-process), ``error`` (an internal error) or ``hang`` (wait until cancelled). Unset, a stage costs two clock readings.
+process), ``error`` (an internal error) or ``hang`` (wait until cancelled). ``@/path`` names a file that holds such a
+list and is read at every stage, so that one process can meet many faults. Unset, a stage costs two clock readings.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from host.errors import LimitError, PodkeelError
-
 
 _EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 
@@ -85,7 +86,8 @@ def _parse_faults(text: str) -> dict[str, str]:
 
 
 async def _fault(point: str) -> None:
-    match _faults.get(point):
+    faults = _parse_faults(Path(_faults[1:]).read_text()) if _faults.startswith("@") else _parse_faults(_faults)
+    match faults.get(point):
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "error":
@@ -94,4 +96,6 @@ async def _fault(point: str) -> None:
             await asyncio.Event().wait()
 
 
-_faults = _parse_faults(os.environ.get("PODKEEL_FAULTS", ""))
+_faults = os.environ.get("PODKEEL_FAULTS", "")
+if not _faults.startswith("@"):
+    _parse_faults(_faults)

@@ -9,8 +9,9 @@ import msgspec
 
 from cri import lists
 from cri.information import container_information, node_information, sandbox_information
+from cri.streaming import StreamingServer
 from cri.version import API_VERSION, KUBELET_API_VERSION, RUNTIME_NAME, VERSION
-from host.errors import InvalidArgumentError
+from host.errors import InvalidArgumentError, WrongStateError
 from proto.runtime.v1 import cri_pb2
 from runtime import statuses
 from runtime.agent import Agent
@@ -22,9 +23,10 @@ EXEC_OUTPUT_LIMIT = 16 * 1024 * 1024 - 4096
 class RuntimeService:
     """Pods, containers, exec and events. Errors are mapped by ``cri.methods``."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, streams: StreamingServer) -> None:
         self._agent = agent
         self._node = agent.node
+        self._streams = streams
 
     async def version(self, _request: cri_pb2.VersionRequest) -> cri_pb2.VersionResponse:
         """Four non-empty fields."""
@@ -188,6 +190,35 @@ class RuntimeService:
         stderr = result.stderr[: max(half, EXEC_OUTPUT_LIMIT - len(result.stdout))]
         stdout = result.stdout[: EXEC_OUTPUT_LIMIT - len(stderr)]
         return cri_pb2.ExecSyncResponse(stdout=stdout, stderr=stderr, exit_code=result.status)
+
+    async def exec(self, request: cri_pb2.ExecRequest) -> cri_pb2.ExecResponse:
+        """Where a client may connect, once and soon, to run a command."""
+        container = self._agent.execution.running(request.container_id)
+        if not request.cmd:
+            raise InvalidArgumentError(f"{container.title}: no command to execute was given")
+        url = self._streams.exec_url(
+            container.id,
+            request.cmd,
+            tty=request.tty,
+            stdin=request.stdin,
+            stdout=request.stdout,
+            stderr=request.stderr,
+        )
+        return cri_pb2.ExecResponse(url=url)
+
+    async def attach(self, request: cri_pb2.AttachRequest) -> cri_pb2.AttachResponse:
+        """Where a client may connect to a container's own streams."""
+        container = self._agent.execution.running(request.container_id)
+        wanted = {"stdin": request.stdin, "stdout": request.stdout, "stderr": request.stderr}
+        url = self._streams.attach_url(container.id, tty=request.tty, **wanted)
+        return cri_pb2.AttachResponse(url=url)
+
+    async def port_forward(self, request: cri_pb2.PortForwardRequest) -> cri_pb2.PortForwardResponse:
+        """Where a client may connect to reach ports of a pod."""
+        sandbox = self._node.get_sandbox(request.pod_sandbox_id)
+        if statuses.sandbox_state(sandbox) != cri_pb2.SANDBOX_READY:
+            raise WrongStateError(f"{sandbox.title} is not ready: nothing listens in it")
+        return cri_pb2.PortForwardResponse(url=self._streams.port_forward_url(sandbox.id, request.port))
 
     async def get_container_events(
         self, _request: cri_pb2.GetEventsRequest

@@ -17,7 +17,10 @@ from cri.configuration import Configuration
 from cri.image_service import ImageService
 from cri.logs import configure_logging
 from cri.methods import service_handlers
+from cri.options import StreamingOptions
 from cri.runtime_service import RuntimeService
+from cri.stream_backend import NodeBackend
+from cri.streaming import StreamingServer, StreamLimits
 from host.errors import WrongStateError
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
@@ -61,7 +64,9 @@ async def _serve(configuration: Configuration) -> None:
     path = _socket_path(configuration.server.socket)
     async with Agent(configuration.runtime, configuration.network, configuration.images) as agent:
         await asyncio.to_thread(_prepare_socket, path)
-        server = _grpc_server(agent)
+        streams = StreamingServer(NodeBackend(agent), _stream_limits(configuration.streaming))
+        await streams.start()
+        server = _grpc_server(agent, streams)
         server.add_insecure_port(f"unix:{path}")
         await server.start()
         path.chmod(0o660)
@@ -71,11 +76,12 @@ async def _serve(configuration: Configuration) -> None:
             await ended.wait()
         finally:
             _log.info("ending; pods stay as they are")
+            await streams.close()
             await server.stop(STOP_SECONDS)
             path.unlink(missing_ok=True)
 
 
-def _grpc_server(agent: Agent) -> grpc.aio.Server:
+def _grpc_server(agent: Agent, streams: StreamingServer) -> grpc.aio.Server:
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),
@@ -84,11 +90,16 @@ def _grpc_server(agent: Agent) -> grpc.aio.Server:
         ]
     )
     observer = NoObserver()
-    services = {"RuntimeService": RuntimeService(agent), "ImageService": ImageService(agent)}
+    services = {"RuntimeService": RuntimeService(agent, streams), "ImageService": ImageService(agent)}
     handlers = service_handlers(cri_pb2.DESCRIPTOR, services, observer)
     handlers += service_handlers(agent_pb2.DESCRIPTOR, {"Agent": AgentService(agent)}, observer)
     server.add_generic_rpc_handlers(tuple(handlers))
     return server
+
+
+def _stream_limits(options: StreamingOptions) -> StreamLimits:
+    host, _, port = options.address.rpartition(":")
+    return StreamLimits(host=host.strip("[]"), port=int(port))
 
 
 def _socket_path(address: str) -> Path:

@@ -8,6 +8,7 @@ import os
 import struct
 import termios
 from collections.abc import Iterator
+from typing import Self
 
 from cri.streaming.descriptors import prepare
 
@@ -26,7 +27,7 @@ class ProcessIO:
             prepare(descriptor)
 
     @classmethod
-    def terminal(cls, master: int, *, stdin: bool = True) -> ProcessIO:
+    def terminal(cls, master: int, *, stdin: bool = True) -> Self:
         """The streams of a process on a terminal: both directions through the master, no stderr."""
         streams = cls(stdin=master if stdin else None, stdout=master)
         streams.is_terminal = True

@@ -101,12 +101,14 @@ class RemoteCommand:
                 if descriptor is not None and channel is not None:
                     readers.append(OutputReader(descriptor))
                     group.create_task(_relay_output(readers[-1], channel, streams, descriptor))
-            exit_code = await process.wait()
+            outcome = await _outcome(process)
             for reader in readers:
                 reader.process_ended()
             for task in inputs:
                 task.cancel()
-        return exit_code
+        if isinstance(outcome, PodkeelError):
+            raise outcome
+        return outcome
 
     # ---- attach
 
@@ -147,6 +149,14 @@ async def _relay_output(reader: OutputReader, channel: Channel, streams: Process
         streams.end_output(descriptor)
     except ConnectionResetError:
         return  # the whole session is about to be cancelled
+
+
+async def _outcome(process: ExecProcess) -> int | PodkeelError:
+    """The exit code, or why it never ran: returned, so that what its streams still hold is relayed first."""
+    try:
+        return await process.wait()
+    except PodkeelError as error:
+        return error
 
 
 async def _relay_input(channel: Channel, descriptor: int, end_input: Callable[[], None], step: int = 1 << 30) -> None:

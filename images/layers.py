@@ -26,6 +26,7 @@ from images.unpacking import Unpacked, Unpacker
 
 _log = logging.getLogger("podkeel.images")
 
+SYNC_DELAY = 45.0  # seconds: by then the kernel has written most of it by itself, and nobody has to wait for the rest
 EMPTY_LAYER = 0  # an always empty folder, for images without layers
 
 
@@ -185,7 +186,7 @@ class LayerStore:
             folder = self._folder / str(number)
             incoming = self._incoming / str(number)
             undo.push("its row", lambda: self._database.execute("DELETE FROM layers WHERE number = ?", (number,)))
-            undo.push("its folder", lambda: self._throw((folder, incoming)))
+            undo.push("its folder", lambda: self._take_back((folder, incoming)))
             await in_thread((folder / "fs").mkdir, mode=0o755, parents=True)
             async with self._slots:
                 keep = incoming if self._options.keep_blobs else None
@@ -269,6 +270,11 @@ class LayerStore:
         paths += [self._blob_path(digest) for _, digest in dropped if digest and digest not in self._blob_users]
         await self._throw(paths)
 
+    async def _take_back(self, paths: Iterable[Path]) -> None:
+        """Throw away and wait until it is gone: the disk may be full, and the store wants to write next."""
+        await self._throw(paths)
+        await self._trash.emptied()
+
     async def _throw(self, paths: Iterable[Path]) -> None:
         await in_thread(lambda: [self._trash.throw(path) for path in paths])
         self._trash.wake()
@@ -292,6 +298,7 @@ class LayerStore:
     async def _sync(self) -> None:
         """Write layers to the disk behind everybody's back; until that is done, a power cut costs them."""
         while self._unsynced:
+            await asyncio.sleep(SYNC_DELAY)
             numbers = set(self._unsynced)
             try:
                 await in_thread(sync_file_system, self._folder)
@@ -326,6 +333,8 @@ def _layer(number: int, source: LayerSource, unpacked: Unpacked, *, kept: bool) 
 
 
 def _insert(connection: sqlite3.Connection, source: LayerSource, boot_id: str) -> int:
+    # What an attempt left that could not even delete its row, as the disk was full.
+    connection.execute("DELETE FROM layers WHERE chain_id = ? AND NOT ready", (source.chain_id,))
     cursor = connection.execute(
         "INSERT INTO layers (chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, ready, "
         "unsynced_boot) VALUES (?, ?, '', 0, 0, 0, 0, 0, ?)",

@@ -182,7 +182,10 @@ class SnapshotStore:
     def _mount_read_only(self, target: Path, lower: Sequence[Path]) -> None:
         target.mkdir(parents=True, exist_ok=True)
         if len(lower) == 1:
-            lower = (*lower, self._layers.path(EMPTY_LAYER))  # overlayfs wants two when nothing is writable
+            # Overlayfs wants two when nothing is writable.
+            second = self._layers.path(EMPTY_LAYER).with_name("below")
+            second.mkdir(exist_ok=True)
+            lower = (*lower, second)
         options = _lower_option(lower)
         _check_length(options, len(lower))
         try:

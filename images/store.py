@@ -83,6 +83,10 @@ class ImageStore:
         await self._layers.close()
         await self._trash.close()
 
+    async def emptied(self) -> None:
+        """Wait until what was removed has left the disk."""
+        await self._trash.emptied()
+
     def images(self) -> Sequence[Image]:
         """All images."""
         return tuple(self._images.values())

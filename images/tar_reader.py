@@ -276,8 +276,9 @@ def _entry(fields: tuple[bytes, ...]) -> Entry:
 
 
 def _check_sum(block: bytes, field: bytes) -> None:
+    digits = field.partition(b"\0")[0].strip()
     # The sum counts its own field as eight spaces.
-    if sum(block) - sum(field) + 256 != _number(field):
+    if not digits.isdigit() or sum(block) - sum(field) + 256 != _number(field):
         raise TarError("a header has a wrong checksum: it is not a tar archive, or it is damaged")
 
 

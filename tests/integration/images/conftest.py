@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from host import mounts
+from host.database import Database
+from images.options import ImageOptions
+from images.schema import MIGRATIONS
+from images.store import ImageStore
+from tests.support.image_builder import BuiltImage, busybox_layer
+from tests.support.registry import Registry, run_registry
+
+if os.geteuid() != 0:
+    pytest.skip("needs root", allow_module_level=True)
+
+
+@dataclass
+class Node:
+    """One data and run folder, and the store that works on them; ``restart`` is what a new process would find."""
+
+    root: Path
+    options: ImageOptions = field(default_factory=ImageOptions)
+    database: Database = field(init=False)
+    store: ImageStore = field(init=False)
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    async def start(self) -> None:
+        self.data.mkdir(exist_ok=True, parents=True)
+        self.run.mkdir(exist_ok=True)
+        self.database = Database(self.data / "podkeel.db", {"images": MIGRATIONS})
+        self.store = ImageStore(self.options, self.data, self.run, self.database)
+        await self.store.start()
+
+    async def stop(self) -> None:
+        await self.store.close()
+        self.database.close()
+
+    async def restart(self) -> None:
+        await self.stop()
+        await self.start()
+
+    def target(self, container_id: str) -> Path:
+        return self.run / "containers" / container_id / "rootfs"
+
+    async def leftovers(self) -> dict[str, list[str]]:
+        """What lies on the disk of layers and blobs, and what the store's tables hold."""
+        await self.store.emptied()
+        found = {
+            name: sorted(path.name for path in (self.data / name).iterdir())
+            for name in ("layers", "content/incoming", "content/sha256", "trash", "containers")
+        }
+        for table in ("images", "image_references", "image_layers", "layers", "snapshots"):
+            found[table] = [str(row) for row in self.database.read(f"SELECT * FROM {table}")]
+        found["mounts"] = mounts.mounts_below(self.root)
+        return {name: items for name, items in found.items() if items and items != ["0"]}
+
+
+@pytest.fixture
+async def new_node(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Node]]]:
+    """Makes nodes with the options given, each in a folder of its own."""
+    async with AsyncExitStack() as stack:
+        count = 0
+
+        async def make(**options: object) -> Node:
+            nonlocal count
+            count += 1
+            options.setdefault("registry_config_dir", str(tmp_path / "certs.d"))
+            node = Node(tmp_path / f"node{count}", ImageOptions(**options))  # type: ignore[arg-type]  # by keyword
+            await node.start()
+            stack.push_async_callback(node.stop)
+            stack.callback(lambda: [mounts.unmount(target) for target in mounts.mounts_below(node.root)])
+            return node
+
+        yield make
+
+
+@pytest.fixture
+async def node(new_node: Callable[..., Awaitable[Node]]) -> Node:
+    return await new_node()
+
+
+@pytest.fixture(scope="session")
+def registry() -> Iterator[Registry]:
+    with run_registry() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def busybox() -> BuiltImage:
+    return BuiltImage((busybox_layer(),), {"Cmd": ["sh"], "User": "1000"})

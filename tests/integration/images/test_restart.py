@@ -1,0 +1,157 @@
+"""A process that is killed at each stage of a pull, an import and a removal; then the store is opened again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from host.processes import run
+from tests.integration.images.conftest import Node
+from tests.support.image_builder import BuiltImage, entry, make_tar
+from tests.support.registry import Registry
+
+PROGRAM = """
+import asyncio, sys
+from pathlib import Path
+from host.database import Database
+from images.options import ImageOptions
+from images.schema import MIGRATIONS
+from images.store import ImageStore
+
+async def main(root, what, argument):
+    database = Database(root / "data" / "podkeel.db", {"images": MIGRATIONS})
+    store = ImageStore(ImageOptions(registry_config_dir=str(root)), root / "data", root / "run", database)
+    await store.start()
+    if what == "import":
+        await store.import_archive(Path(argument))
+    elif what == "prepare":
+        image = store.find(argument)
+        await store.snapshots.prepare("c1", image, target=root / "run/containers/c1/rootfs")
+    else:
+        await getattr(store, what)(argument)
+    print("done")
+
+asyncio.run(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
+"""
+
+
+async def run_and_kill(node: Node, fault: str, what: str, argument: str) -> None:
+    await node.stop()
+    completed = await run(
+        [sys.executable, "-c", PROGRAM, str(node.root), what, argument],
+        environment={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path.cwd()), "PODKEEL_FAULTS": f"{fault}:kill"},
+        check=False,
+    )
+    await node.start()
+    assert completed.status == -signal.SIGKILL, completed.stderr.decode()
+
+
+@pytest.fixture
+def built() -> BuiltImage:
+    return BuiltImage((make_tar([entry("base", "x" * 100_000)]), make_tar([entry("top", os.urandom(100_000))])))
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("stage", ["resolve", "manifest", "layers", "commit"])
+async def test_a_killed_pull_leaves_nothing_or_the_image(
+    node: Node, registry: Registry, built: BuiltImage, stage: str, moment: str
+) -> None:
+    name = registry.push(built, "killed")
+    await run_and_kill(node, f"PullImage.{stage}:{moment}", "pull", name)
+    if (stage, moment) == ("commit", "after"):
+        assert [image.id for image in node.store.images()] == [built.id]
+        await node.store.remove(name)
+    assert node.store.images() == ()
+    assert await node.leftovers() == {}
+    assert node.store.filesystem_usage().used_bytes == 0
+    assert (await node.store.pull(name)).id == built.id
+
+
+async def test_a_layer_that_another_image_has_survives_a_killed_pull(
+    node: Node, registry: Registry, built: BuiltImage
+) -> None:
+    first = await node.store.pull(registry.push(built, "kept"))
+    more = BuiltImage((*built.layers, make_tar([entry("more", "m")])))
+    await run_and_kill(node, "PullImage.commit:before", "pull", registry.push(more, "more"))
+    assert node.store.images() == (first,)
+    assert sorted(path.name for path in (node.data / "layers").iterdir()) == ["0", *map(str, first.layers)]
+    assert (node.data / f"layers/{first.layers[0]}/fs/base").stat().st_size == 100_000
+
+
+@pytest.mark.parametrize("fault", ["forget:before", "forget:after", "layers:before", "layers:after"])
+async def test_a_killed_removal_is_whole_or_never_was(
+    node: Node, registry: Registry, built: BuiltImage, fault: str
+) -> None:
+    image = await node.store.pull(registry.push(built, "removed"))
+    await run_and_kill(node, f"RemoveImage.{fault}", "remove", image.id)
+    if fault == "forget:before":
+        assert node.store.images() == (image,)
+        await node.store.remove(image.id)
+    assert await node.leftovers() == {}
+
+
+@pytest.mark.parametrize("moment", ["layers:after", "commit:before"])
+async def test_a_killed_import_leaves_nothing(node: Node, built: BuiltImage, moment: str, tmp_path: Path) -> None:
+    archive = tmp_path / "image.tar"
+    built.write_oci(archive, "named:1")
+    await run_and_kill(node, f"ImportImage.{moment}", "import", str(archive))
+    assert await node.leftovers() == {}
+
+
+async def test_layers_not_yet_on_the_disk_are_dropped_after_a_reboot(
+    node: Node, registry: Registry, built: BuiltImage
+) -> None:
+    name = registry.push(built, "power-cut")
+    await node.store.pull(name)
+    assert {row[0] for row in node.database.read("SELECT unsynced_boot FROM layers")} != {""}
+    await node.stop()
+    await node.start()
+    assert len(node.store.images()) == 1, "the same boot still has them in memory"
+    await node.database.execute("UPDATE layers SET unsynced_boot = 'an earlier boot'")
+    await node.restart()
+    assert node.store.images() == ()
+    assert await node.leftovers() == {}
+    await node.store.pull(name)
+
+
+async def test_layers_are_marked_once_they_are_on_the_disk(
+    node: Node, registry: Registry, built: BuiltImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("images.layers.SYNC_DELAY", 0.0)
+    await node.store.pull(registry.push(built, "synced"))
+    task = node.store._layers._sync_task
+    assert task is not None
+    await task
+    assert node.database.read("SELECT DISTINCT unsynced_boot FROM layers") == [("",)]
+
+
+async def test_a_layer_folder_that_vanished_costs_the_image_not_the_start(
+    node: Node, registry: Registry, built: BuiltImage
+) -> None:
+    name = registry.push(built, "vanished")
+    image = await node.store.pull(name)
+    await node.stop()
+    await run(["rm", "-rf", str(node.data / "layers" / str(image.layers[0]))])
+    await node.start()
+    assert node.store.images() == ()
+    assert await node.leftovers() == {}
+    again = await node.store.pull(name)
+    assert again.id == image.id
+    assert not set(again.layers) & set(image.layers)
+
+
+NewNode = Callable[..., Awaitable[Node]]
+
+
+async def test_several_nodes_side_by_side(new_node: NewNode, registry: Registry, built: BuiltImage) -> None:
+    name = registry.push(built, "side-by-side")
+    first, second = await new_node(), await new_node()
+    await first.store.pull(name)
+    await second.store.pull(name)
+    await first.store.remove(name)
+    assert second.store.find(name) is not None

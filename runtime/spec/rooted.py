@@ -6,7 +6,7 @@ import ctypes
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from host import libc
@@ -14,6 +14,7 @@ from host.errors import InvalidArgumentError
 
 FILE_LIMIT = 1024 * 1024
 
+_ATTEMPTS = 64
 _OPENAT2 = 437
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_IN_ROOT = 0x10
@@ -28,17 +29,23 @@ def locate(root: Path, inside: str) -> Iterator[int]:
     """An O_PATH descriptor of ``inside`` with ``root`` taken as ``/`` for ``..`` and every link; OSError if missing."""
     folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        how = _OpenHow(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
-        name = os.fsencode(inside.lstrip("/") or ".")
-        descriptor = libc.syscall(
-            _OPENAT2, ctypes.c_int(folder), name, ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how))
-        )
+        descriptor = _open_in_root(folder, os.fsencode(inside.lstrip("/") or "."))
     finally:
         os.close(folder)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _open_in_root(folder: int, name: bytes) -> int:
+    how = _OpenHow(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    size = ctypes.c_size_t(ctypes.sizeof(how))
+    for _ in range(_ATTEMPTS):
+        # EAGAIN: something was renamed or mounted meanwhile, anywhere on the node; openat2(2) says to try again.
+        with suppress(BlockingIOError):
+            return libc.syscall(_OPENAT2, ctypes.c_int(folder), name, ctypes.byref(how), size)
+    return libc.syscall(_OPENAT2, ctypes.c_int(folder), name, ctypes.byref(how), size)
 
 
 def read_file(root: Path, inside: str) -> bytes:

@@ -32,7 +32,7 @@ def main() -> int:
         print("the benchmark makes containers without an agent, cgroups and mounts: run it as root", file=sys.stderr)
         return 2
     libc.set_child_subreaper()  # bare containers and the servers' monitors become ours when their parents end
-    facts = report.machine()
+    facts = {**report.machine(), "OCI runtime": options.runtime}
     bare_samples = Samples()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="podkeel-bench-")))
@@ -54,6 +54,8 @@ def main() -> int:
     measured = [target.measured for target in targets]
     results = goals(measured[0], bare_samples)
     print(report.as_text(facts, measured, bare_samples, results))
+    if options.markdown is not None:
+        options.markdown.write_text(report.as_markdown(facts, measured, bare_samples, results))
     if options.json is not None:
         data = report.as_data(facts, _parameters(options), measured, bare_samples, results)
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -78,12 +80,13 @@ def _options() -> argparse.Namespace:
     add("--running", type=int, default=20, metavar="N", help="running containers for the monitors' memory (20)")
     add("--no-bare", action="store_true", help="leave out the bare OCI runtime")
     add("--json", type=Path, metavar="FILE", help="write everything there")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables of docs/performance.md there")
     add("--strict", action="store_true", help="end with status 1 when a goal is missed")
     return parser.parse_args()
 
 
 def _parameters(options: argparse.Namespace) -> dict[str, str | int | bool | None]:
-    return {name: value for name, value in vars(options).items() if name not in ("socket", "json")}
+    return {name: value for name, value in vars(options).items() if name not in ("socket", "json", "markdown")}
 
 
 def _workloads(

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from tests.bench.goals import Goal, Measured
-from tests.bench.samples import Samples, Summary
+from tests.bench.samples import Samples, Summary, summarize
 
 _ORDER = (
     "Version",
@@ -105,6 +105,49 @@ def as_text(facts: dict[str, str], servers: Sequence[Measured], bare: Samples, r
         sign = ">=" if goal.at_least else "<="
         lines.append(f"  {goal.name:<38} {goal.value:>8.2f} {sign} {goal.limit:g} {goal.unit:<4} {verdict}")
     return "\n".join(lines)
+
+
+def as_markdown(facts: dict[str, str], servers: Sequence[Measured], bare: Samples, results: Sequence[Goal]) -> str:
+    """The tables of docs/performance.md."""
+    lines = [f"Measured with {', '.join(f'{name} {value}' for name, value in facts.items())}.", ""]
+    lines += [f"| p50 / p90 / p99, ms | {' | '.join(server.version for server in servers)} | bare |"]
+    lines += ["|---" * (len(servers) + 2) + "|"]
+    clients = [name for name in servers[0].samples.values if name not in _ORDER]
+    for name in (*_ORDER, *sorted(clients, key=lambda n: _ORDER.index(n.rpartition(" x")[0]))):
+        cells = [_cell(server.samples, name) for server in servers]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_cell(bare, _BARE.get(name, ''))} |")
+    lines += ["", f"| | {' | '.join(server.version for server in servers)} |", "|---" * (len(servers) + 1) + "|"]
+    lines.append(f"| pods per second, parallel | {' | '.join(f'{s.pods_per_second:.1f}' for s in servers)} |")
+    memories = [server.memory for server in servers if server.memory is not None]
+    if len(memories) == len(servers):
+        lines.append(f"| resident, idle | {' | '.join(_mib(m.server_idle) for m in memories)} |")
+        lines.append(f"| resident, loaded | {' | '.join(_mib(m.server_loaded) for m in memories)} |")
+        lines.append(f"| monitor per container | {' | '.join(_mib(m.monitor_per_container) for m in memories)} |")
+        lines.append(f"| helpers per container | {' | '.join(_mib(m.helpers_per_container) for m in memories)} |")
+    lines += ["", "| goal | measured | limit | |", "|---|---|---|---|"]
+    for goal in results:
+        limit = f"{'at least' if goal.at_least else 'at most'} {goal.limit:g} {goal.unit}"
+        lines.append(f"| {goal.name} | {goal.value:.2f} | {limit} | {'met' if goal.met else 'missed'} |")
+    return "\n".join(lines) + "\n"
+
+
+# What a call is compared with when no agent is there.
+_BARE = {
+    "CreateContainer": "create",
+    "StartContainer": "start",
+    "Create+Start": "create+start",
+    "ExecSync": "exec",
+    "StopContainer(0)": "kill",
+    "RemoveContainer": "delete",
+    "Stop+Remove": "kill+delete",
+}
+
+
+def _cell(samples: Samples, name: str) -> str:
+    if name not in samples.values:
+        return ""
+    one = summarize(samples.values[name])
+    return f"{one.p50:.1f} / {one.p90:.1f} / {one.p99:.1f}"
 
 
 def _calls(summaries: dict[str, Summary], order: Sequence[str]) -> list[str]:

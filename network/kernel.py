@@ -117,7 +117,8 @@ class KernelBridge:
                 with NetlinkSocket(NETLINK_ROUTE) as inside:
                     inside.request(self._configuration(attachment))
                     _await_carrier(inside, attachment.interface)
-                _await_carrier(self._route, attachment.host_interface)
+                for name in (attachment.host_interface, self.name):  # the first port gives the bridge its carrier
+                    _await_carrier(self._route, name)
             except OSError as error:
                 _fail(what, error)
         conntrack.forget_udp(self._netfilter, attachment.host_ports)

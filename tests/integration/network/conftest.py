@@ -167,6 +167,8 @@ def outside(tmp_path: Path) -> Iterator[Outside]:
         namespace.command("ip", "link", "set", f"{link}p", "name", "eth0")
         namespace.command("ip", "address", "add", f"{ip}/24", "dev", "eth0")
         namespace.command("ip", "link", "set", "eth0", "up")
+        namespace.command("ip", "link", "show", "eth0")  # asking makes the kernel act on the new carrier
+        command("ip", "link", "show", link)
         yield Outside(namespace, ip, node_ip, link)
     finally:
         namespace.close()

@@ -61,6 +61,7 @@ def stages(target: Target, pods: int) -> None:
         with workload.pod(Samples()) as (pod, config):
             container = workload.create(pod, config, Samples())
             workload.start(container, Samples())
+            workload.stop(container, Samples())
             explained = workload.client.call("Explain", agent_pb2.ExplainRequest(id=pod))
             for operation in explained.operations:
                 for stage in operation.stages:

@@ -89,10 +89,14 @@ class Workload:
         with samples.timed("StartContainer"):
             self.client.call("StartContainer", cri_pb2.StartContainerRequest(container_id=container))
 
-    def remove(self, container: str, samples: Samples) -> None:
-        """StopContainer without grace, then RemoveContainer."""
+    def stop(self, container: str, samples: Samples) -> None:
+        """StopContainer without grace."""
         with samples.timed("StopContainer(0)"):
             self.client.call("StopContainer", cri_pb2.StopContainerRequest(container_id=container, timeout=0))
+
+    def remove(self, container: str, samples: Samples) -> None:
+        """StopContainer without grace, then RemoveContainer."""
+        self.stop(container, samples)
         with samples.timed("RemoveContainer"):
             self.client.call("RemoveContainer", cri_pb2.RemoveContainerRequest(container_id=container))
 

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import time
+from ipaddress import ip_address, ip_network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from host.errors import InvalidArgumentError, LimitError
+from network.addresses import AddressBook, AddressPool, IPAddress, gateway_of, parse_ranges
+
+
+def _pool(cidr: str, quarantine: float = 60) -> AddressPool:
+    return AddressPool(ip_network(cidr), quarantine)
+
+
+def test_network_gateway_and_broadcast_are_never_given_out() -> None:
+    pool = _pool("10.0.0.0/29")
+    given_out = [str(pool.allocate()) for _ in range(5)]
+    assert given_out == [f"10.0.0.{number}" for number in (2, 3, 4, 5, 6)]
+    assert pool.allocate() is None
+    assert str(gateway_of(pool.network)) == "10.0.0.1"
+
+
+def test_the_last_ipv6_address_is_an_address() -> None:
+    pool = _pool("fd00::/126")
+    assert [str(pool.allocate()), str(pool.allocate()), pool.allocate()] == ["fd00::2", "fd00::3", None]
+
+
+def test_a_released_address_rests_and_one_never_used_does_not() -> None:
+    pool = _pool("10.0.0.0/30")
+    address = pool.allocate()
+    assert address is not None
+    pool.release(address)
+    assert pool.allocate() is None
+    unrested = _pool("10.0.0.0/30")
+    address = unrested.allocate()
+    assert address is not None
+    unrested.give_back(address)
+    assert unrested.allocate() == address
+
+
+def test_rotation_comes_back_to_the_beginning() -> None:
+    pool = _pool("10.0.0.0/29", quarantine=0)
+    seen = []
+    for _ in range(7):
+        address = pool.allocate()
+        assert address is not None
+        seen.append(str(address))
+        pool.release(address)
+    assert seen == [f"10.0.0.{number}" for number in (2, 3, 4, 5, 6, 2, 3)]
+
+
+def test_a_clock_that_was_set_back_frees_rather_than_blocks() -> None:
+    pool = _pool("10.0.0.0/30")
+    pool.restore(ip_address("10.0.0.2"), 1.0, time.time() + 10_000)
+    assert str(pool.allocate()) == "10.0.0.2"
+
+
+def test_rotation_goes_on_after_what_was_given_out_last() -> None:
+    pool = _pool("10.0.0.0/24")
+    pool.restore(ip_address("10.0.0.9"), 20.0, None)
+    pool.restore(ip_address("10.0.0.5"), 30.0, None)
+    pool.restore(ip_address("10.0.0.7"), 10.0, None)
+    assert str(pool.allocate()) == "10.0.0.6"
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 20)), max_size=80))
+def test_no_address_is_ever_held_twice(steps: list[tuple[bool, int]]) -> None:
+    pool = _pool("10.0.0.0/28", quarantine=0)
+    held: list[IPAddress] = []
+    for take, position in steps:
+        if take:
+            address = pool.allocate()
+            assert (address is None) == (len(held) == 13)
+            if address is not None:
+                assert address not in held
+                assert address in pool.network
+                held.append(address)
+        elif held:
+            pool.release(held.pop(position % len(held)))
+    assert pool.taken == len(held)
+
+
+def test_families_come_in_the_order_of_the_ranges_and_all_or_nothing() -> None:
+    book = AddressBook(parse_ranges(["fd00::/64", "10.0.0.0/30"]), 60)
+    assert [str(address) for _, address in book.allocate()] == ["fd00::2", "10.0.0.2"]
+    with pytest.raises(LimitError, match=r"10\.0\.0\.0/30 \(1 in use, 0 in quarantine\)"):
+        book.allocate()
+    book.use(parse_ranges(["fd00::/64"]))
+    assert [str(address) for _, address in book.allocate()] == ["fd00::4"]
+    assert {str(network) for network in book.in_use()} == {"fd00::/64", "10.0.0.0/30"}
+
+
+@pytest.mark.parametrize(
+    ("cidrs", "named"),
+    [
+        ([], "0 ranges"),
+        (["10.0.0.0/33"], "10.0.0.0/33"),
+        (["10.0.0.1/24"], "10.0.0.1/24"),
+        (["10.0.0.0/31"], "too small"),
+        (["fd00::/127"], "too small"),
+        (["224.0.0.0/24"], "multicast"),
+        (["fe80::/64"], "link-local"),
+        (["127.0.0.0/24"], "loopback"),
+        (["10.0.0.0/8", "10.1.0.0/16"], "overlap"),
+        (["10.0.0.0/16"] * 17, "17 ranges"),
+    ],
+)
+def test_bad_ranges_are_refused_by_name(cidrs: list[str], named: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=named):
+        parse_ranges(cidrs)

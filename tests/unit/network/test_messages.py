@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import errno
+import socket
+from ipaddress import ip_address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from network import links
+from network.attachment import Attachment, PortMapping, interface_name, interface_prefix, link_local, pod_mac
+from network.elements import elements_of
+from network.netlink import NETLINK_ROUTE, NetlinkSocket, attribute, attributes, nested
+
+
+@given(st.dictionaries(st.integers(1, 0x3FFF), st.binary(max_size=60), max_size=8))
+def test_attributes_are_read_back(found: dict[int, bytes]) -> None:
+    assert attributes(b"".join(attribute(kind, payload) for kind, payload in found.items())) == found
+
+
+@given(st.binary(max_size=64))
+def test_rubbish_ends(data: bytes) -> None:
+    assert all(len(value) <= len(data) for value in attributes(data).values())
+
+
+def test_nested_attributes() -> None:
+    inner = attributes(attributes(nested(18, attribute(1, b"veth\0"), attribute(2, b"x")))[18])
+    assert inner == {1: b"veth\0", 2: b"x"}
+
+
+def test_the_kernel_answers_and_refuses_by_position() -> None:
+    with NetlinkSocket(NETLINK_ROUTE) as route:
+        _, mac = links.link_kind_and_mac(route.answers(links.get_link("lo"))[0])
+        assert mac == bytes(6)
+        found = [links.address_of(body) for body in route.answers(links.get_addresses())]
+        assert any(str(address) == "127.0.0.1/8" for _, address in found)
+        with pytest.raises(OSError, match="No such device"):
+            route.answers(links.get_link("pktnowhere"))
+        [refusal] = route.exchange([links.set_up("pktnowhere")])
+        assert refusal.position == 0
+        assert refusal.number in (errno.ENODEV, errno.EPERM)
+
+
+def test_a_closed_socket_is_an_error_not_a_hang() -> None:
+    route = NetlinkSocket(NETLINK_ROUTE)
+    route.close()
+    route.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        route.answers(links.get_link("lo"))
+
+
+def test_interface_names_fit_and_differ_between_bridges() -> None:
+    names = {interface_name(bridge, f"sandbox{n}") for bridge in ("podkeel0", "podkeel1") for n in range(500)}
+    assert len(names) == 1000
+    assert all(len(name) <= 15 for name in names)
+    assert interface_name("podkeel0", "a").startswith(interface_prefix("podkeel0"))
+    assert interface_prefix("podkeel0") != interface_prefix("podkeel1")
+
+
+@pytest.mark.parametrize("address", ["10.88.1.2", "fd00::1:2"])
+def test_pod_macs_are_local_unicast_and_unique(address: str) -> None:
+    first, second = pod_mac(ip_address(address)), pod_mac(ip_address(address) + 1)
+    assert first != second
+    assert int(first[:2], 16) & 3 == 2
+
+
+def test_link_local_is_modified_eui_64() -> None:
+    assert str(link_local("0a:58:0a:cb:00:02")) == "fe80::858:aff:fecb:2"
+
+
+def test_a_pods_elements() -> None:
+    attachment = Attachment(
+        sandbox_id="one",
+        host_interface="pk0123456789abc",
+        addresses=("10.88.0.2", "fd00::2"),
+        gateways=("10.88.0.1", "fd00::1"),
+        mac="0a:58:0a:58:00:02",
+        mtu=1500,
+        host_ports=(PortMapping("tcp", 80, 8080), PortMapping("udp", 53, 5353, "127.0.0.1")),
+    )
+    written = [(element.family, element.set_name, str(element)) for element in elements_of(attachment)]
+    identity = "pk0123456789abc . 0a:58:0a:58:00:02"
+    assert written == [
+        ("bridge", "pods4", f"{identity} . 10.88.0.2"),
+        ("bridge", "pods6", f"{identity} . fd00::2"),
+        ("bridge", "targets6", f"{identity} . 0x{'fd00' + '0' * 27 + '2'}"),
+        ("bridge", "pods6", f"{identity} . fe80::858:aff:fe58:2"),
+        ("bridge", "targets6", f"{identity} . 0xfe800000000000000858" + "0afffe580002"),
+        ("inet", "any_ports4", "6 . 8080 : 10.88.0.2 . 80"),
+        ("inet", "any_ports6", "6 . 8080 : fd00::2 . 80"),
+        ("inet", "ports4", "17 . 127.0.0.1 . 5353 : 10.88.0.2 . 53"),
+        ("inet", "itself4", "10.88.0.2 . 10.88.0.2"),
+        ("inet", "itself6", "fd00::2 . fd00::2"),
+    ]
+    assert attachment.address(6) == "fd00::2"
+    assert socket.inet_aton("10.88.0.2") == elements_of(attachment)[0].key[2].packed

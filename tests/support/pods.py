@@ -62,8 +62,10 @@ def log_lines(path: str | Path) -> list[str]:
     return lines
 
 
-def remove_all_pods(client: CriClient) -> None:
-    """Remove every sandbox."""
+def remove_all_pods(client: CriClient, *, keep: str = "") -> None:
+    """Remove every sandbox but ``keep``."""
     for sandbox in client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items:
+        if sandbox.id == keep:
+            continue
         client.stop_sandbox(sandbox.id)
         client.remove_sandbox(sandbox.id)

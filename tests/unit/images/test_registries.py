@@ -1,0 +1,190 @@
+"""Which hosts are asked, with what, and how their demands are answered."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from host.errors import InvalidArgumentError, PermissionDeniedError
+from images.authorization import answer_directly, parse_challenges, read_token, token_request
+from images.credentials import Credentials
+from images.hosts import hosts_for, is_loopback
+from images.options import ImageOptions
+
+
+def options(folder: Path, *insecure: str) -> ImageOptions:
+    return ImageOptions(registry_config_dir=str(folder), insecure_registries=insecure)
+
+
+def write(folder: Path, registry: str, text: str) -> None:
+    (folder / registry).mkdir(parents=True)
+    (folder / registry / "hosts.toml").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("domain", "base"),
+    [
+        ("docker.io", "https://registry-1.docker.io/v2"),
+        ("quay.io", "https://quay.io/v2"),
+        ("localhost:5000", "http://localhost:5000/v2"),
+        ("127.0.0.1:5000", "http://127.0.0.1:5000/v2"),
+        ("[::1]:5000", "http://[::1]:5000/v2"),
+        ("plain.example:80", "http://plain.example:80/v2"),
+        ("other.example:81", "http://other.example:81/v2"),
+    ],
+)
+def test_defaults(tmp_path: Path, domain: str, base: str) -> None:
+    (host,) = hosts_for(domain, options(tmp_path, "plain.example", "other.example:81"))
+    assert host.base == base
+    assert not host.mirror
+
+
+def test_mirrors_come_first_in_their_order(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "docker.io",
+        """
+        [host."https://mirror.example"]
+          capabilities = ["pull"]
+          skip_verify = true
+          dial_timeout = "1m30s"
+          ca = "ca.pem"
+          client = [["cert.pem", "key.pem"]]
+          [host."https://mirror.example".header]
+            x-one = "1"
+            x-many = ["a", "b"]
+        [host."http://cache.example:8080/prefix/v2"]
+          override_path = true
+        [host."http://second.example/sub"]
+        """,
+    )
+    first, second, third, own = hosts_for("docker.io", options(tmp_path))
+    assert first.base == "https://mirror.example/v2"
+    assert first.mirror
+    assert first.capabilities == {"pull"}
+    assert first.connect_seconds == 90
+    assert first.ca == (tmp_path / "docker.io/ca.pem",)
+    assert first.client == ((tmp_path / "docker.io/cert.pem", tmp_path / "docker.io/key.pem"),)
+    assert first.headers == (("x-one", "1"), ("x-many", "a"), ("x-many", "b"))
+    assert second.base == "http://cache.example:8080/prefix/v2"
+    assert third.base == "http://second.example/sub/v2"
+    assert own.base == "https://registry-1.docker.io/v2"
+    assert not own.mirror
+
+
+def test_the_server_may_be_another_one_and_is_not_asked_twice(tmp_path: Path) -> None:
+    write(tmp_path, "a.example", 'server = "http://b.example:5000"\nskip_verify = true')
+    (own,) = hosts_for("a.example", options(tmp_path))
+    assert own.base == "http://b.example:5000/v2"
+    assert own.skip_verify
+    write(tmp_path, "c.example", 'server = "https://m.example"\n[host."https://m.example"]\ncapabilities = ["pull"]')
+    assert len(hosts_for("c.example", options(tmp_path))) == 1
+
+
+def test_which_folder_counts(tmp_path: Path) -> None:
+    write(tmp_path, "_default", 'server = "http://default.example"')
+    assert hosts_for("any.example", options(tmp_path))[0].base == "http://default.example/v2"
+    write(tmp_path, "reg.example:5000", 'server = "http://colon.example"')
+    assert hosts_for("reg.example:5000", options(tmp_path))[0].base == "http://colon.example/v2"
+    write(tmp_path, "reg.example_5000_", 'server = "http://underscore.example"')
+    assert hosts_for("reg.example:5000", options(tmp_path))[0].base == "http://underscore.example/v2"
+
+
+def test_certificates_in_docker_s_form(tmp_path: Path) -> None:
+    folder = tmp_path / "reg.example"
+    folder.mkdir()
+    for name in ("ca.crt", "client.cert", "client.key"):
+        (folder / name).write_text("")
+    (host,) = hosts_for("reg.example", options(tmp_path))
+    assert host.ca == (folder / "ca.crt",)
+    assert host.client == ((folder / "client.cert", folder / "client.key"),)
+    with pytest.raises(InvalidArgumentError, match=r"ca .*ca\.crt"):
+        host.tls()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not toml",
+        "host = 1",
+        "server = 1",
+        'server = "ftp://x"',
+        'capabilities = ["fly"]',
+        "dial_timeout = 5",
+        "ca = 1",
+    ],
+)
+def test_mistakes_name_the_file(tmp_path: Path, text: str) -> None:
+    write(tmp_path, "x.example", text)
+    with pytest.raises(InvalidArgumentError, match=r"x\.example/hosts\.toml"):
+        hosts_for("x.example", options(tmp_path))
+
+
+def test_loopback() -> None:
+    assert all(map(is_loopback, ("localhost", "localhost:1", "127.0.0.1", "127.9.9.9:80", "[::1]:5", "x.localhost")))
+    assert not any(map(is_loopback, ("localhost.example", "128.0.0.1", "[2001:db8::1]:5000", "example")))
+
+
+def test_challenges() -> None:
+    header = 'Bearer realm="https://auth.example/token?a=1",service="reg, \\"x\\"",scope="repository:a/b:pull,push"'
+    bearer, basic, other = parse_challenges([header + ', Basic realm="r"', "Negotiate"])
+    assert bearer.scheme == "bearer"
+    assert bearer.parameters["realm"] == "https://auth.example/token?a=1"
+    assert bearer.parameters["service"] == 'reg, "x"'
+    assert bearer.parameters["scope"] == "repository:a/b:pull,push"
+    assert (basic.scheme, basic.parameters) == ("basic", {"realm": "r"})
+    assert other.scheme == "negotiate"
+
+
+@given(st.text(max_size=80))
+def test_any_header_is_survived(text: str) -> None:
+    for challenge in parse_challenges([text]):
+        assert challenge.scheme == challenge.scheme.lower()
+
+
+def test_token_requests() -> None:
+    challenges = parse_challenges(['Bearer realm="https://auth.example/token?x=1",service="s"'])
+    request = token_request(challenges, None, repository="a/b", secure=True)
+    assert request.url == "https://auth.example/token?x=1&scope=repository%3Aa%2Fb%3Apull&service=s"
+    assert (request.headers, request.form) == ({}, None)
+    known = Credentials(username="u", password="p")
+    request = token_request(challenges, known, repository="a/b", secure=True)
+    assert request.headers == {"Authorization": "Basic " + base64.b64encode(b"u:p").decode()}
+    request = token_request(challenges, Credentials(identity_token="it"), repository="a/b", secure=True)
+    assert request.form is not None
+    assert request.form["refresh_token"] == "it"
+    assert answer_directly(challenges, Credentials(registry_token="rt")) == "Bearer rt"
+    assert answer_directly(parse_challenges(["Basic realm=x"]), known) is not None
+    assert answer_directly(challenges, known) is None
+
+
+def test_credentials_are_not_sent_in_the_clear_where_the_registry_is_not() -> None:
+    challenges = parse_challenges(['Bearer realm="http://auth.example/token"'])
+    with pytest.raises(PermissionDeniedError, match="unencrypted"):
+        token_request(challenges, Credentials(username="u"), repository="a", secure=True)
+    assert token_request(challenges, None, repository="a", secure=True).headers == {}
+
+
+def test_token_answers() -> None:
+    assert read_token(b'{"token": "t"}') == "Bearer t"
+    assert read_token(b'{"access_token": "a", "expires_in": 5}') == "Bearer a"
+    for content in (b"{}", b"no json", b'{"token": ""}'):
+        with pytest.raises(PermissionDeniedError, match="token server"):
+            read_token(content)
+
+
+def test_credentials_in_all_forms() -> None:
+    pair = base64.b64encode(b"user:pa:ss").decode()
+    assert Credentials(auth=pair).user_and_password() == ("user", "pa:ss")
+    assert Credentials(username="u", auth=pair).user_and_password() == ("u", "")
+    assert Credentials().basic() is None
+    assert Credentials(server_address="https://reg.example:5000/v1/").server_host() == "reg.example:5000"
+    assert Credentials(server_address="reg.example").server_host() == "reg.example"
+    assert "secret" not in repr(Credentials(username="u", password="secret", registry_token="secret"))
+    for auth in ("%%%", base64.b64encode(b"no colon").decode(), base64.b64encode(b"\xff\xfe:x").decode()):
+        with pytest.raises(InvalidArgumentError, match="base64"):
+            Credentials(auth=auth).user_and_password()

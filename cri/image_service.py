@@ -79,7 +79,7 @@ class ImageService:
 
 
 def to_message(image: Image) -> cri_pb2.Image:
-    """The CRI's Image."""
+    """The CRI's Image; neither uid nor username where the image names no user, which clients take for root."""
     message = cri_pb2.Image(
         id=image.id,
         repo_tags=image.repo_tags,
@@ -92,8 +92,6 @@ def to_message(image: Image) -> cri_pb2.Image:
         message.uid.value = int(user)
     else:
         message.username = user
-    if not user:
-        message.uid.value = 0
     return message
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from collections.abc import Sequence
-from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
+from collections.abc import Callable, Iterable, Sequence
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_address, ip_interface
 from typing import NoReturn
 
 from host import libc
@@ -16,10 +16,11 @@ from network.attachment import Attachment, bridge_mac, interface_prefix, link_lo
 from network.elements import add_elements, elements_of, remove_elements
 from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, NetlinkSocket
 
+IPAddress = IPv4Address | IPv6Address
 IPInterface = IPv4Interface | IPv6Interface
 
-_CARRIER_SECONDS = 1.5
-_CARRIER_POLL_SECONDS = 0.001
+_READY_SECONDS = 1.5
+_READY_POLL_SECONDS = 0.0005
 
 
 class TableMissingError(Exception):
@@ -73,6 +74,7 @@ class KernelBridge:
                 changes.append(links.add_address(index, ip_interface(f"{own}/64")))
             changes += [links.delete_address(index, address) for address in present.difference(addresses)]
             self._route.request(changes, tolerate=(errno.EEXIST, errno.EADDRNOTAVAIL))
+            _await_addresses(self._route, (address.ip for address in addresses))
             sysctl.forward_ipv4(self.name)
             if any(address.version == 6 for address in addresses):
                 sysctl.forward_ipv6()
@@ -117,6 +119,7 @@ class KernelBridge:
                 with NetlinkSocket(NETLINK_ROUTE) as inside:
                     inside.request(self._configuration(attachment))
                     _await_carrier(inside, attachment.interface)
+                    _await_addresses(inside, map(ip_address, attachment.addresses))
                 for name in (attachment.host_interface, self.name):  # the first port gives the bridge its carrier
                     _await_carrier(self._route, name)
             except OSError as error:
@@ -181,9 +184,19 @@ def _await_carrier(route: NetlinkSocket, name: str) -> None:
     It does so in the background, which can take a second on a busy node. Kernels since 6.8 do it when asked for the
     link, older ones have to be waited for. A link that stays down is no error: its peer may go up later.
     """
-    deadline = time.monotonic() + _CARRIER_SECONDS
-    while not links.link_passes_frames(route.answers(links.get_link(name))[0]) and time.monotonic() < deadline:
-        time.sleep(_CARRIER_POLL_SECONDS)
+    _poll(lambda: links.link_passes_frames(route.answers(links.get_link(name))[0]))
+
+
+def _await_addresses(route: NetlinkSocket, addresses: Iterable[IPAddress]) -> None:
+    """Wait until IPv6 addresses receive packets: the kernel finishes adding them in the background."""
+    questions = [links.get_route(address) for address in addresses if address.version == 6]
+    _poll(lambda: all(links.route_is_local(route.answers(question)[0]) for question in questions))
+
+
+def _poll(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _READY_SECONDS
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(_READY_POLL_SECONDS)
 
 
 def _index(name: str) -> int | None:

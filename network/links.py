@@ -32,6 +32,7 @@ _RTM_NEWADDR = 20
 _RTM_DELADDR = 21
 _RTM_GETADDR = 22
 _RTM_NEWROUTE = 24
+_RTM_GETROUTE = 26
 
 _IFF_UP = 1
 _IFLA_ADDRESS = 1
@@ -66,6 +67,7 @@ _RTA_GATEWAY = 5
 _RT_TABLE_MAIN = 254
 _RTPROT_STATIC = 4
 _RTN_UNICAST = 1
+_RTN_LOCAL = 2
 
 
 def add_bridge(name: str, mac: bytes, mtu: int) -> Message:
@@ -145,6 +147,18 @@ def add_default_route(index: int, gateway: IPAddress) -> Message:
     """Send everything else to ``gateway``."""
     body = _route(gateway.version, 0, _SCOPE_UNIVERSE) + attribute(_RTA_GATEWAY, gateway.packed)
     return Message(_RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body + number32(_RTA_OIF, index))
+
+
+def get_route(destination: IPAddress) -> Message:
+    """Ask which route a packet to ``destination`` takes; ``route_is_local`` reads the answer."""
+    length = destination.max_prefixlen
+    head = struct.pack("=BBBBBBBBI", _family(destination.version), length, 0, 0, 0, 0, 0, 0, 0)
+    return Message(_RTM_GETROUTE, 0, head + attribute(_RTA_DST, destination.packed))
+
+
+def route_is_local(body: bytes) -> bool:
+    """Whether packets that take the route an answer to ``get_route`` describes are received here."""
+    return body[7] == _RTN_LOCAL
 
 
 def get_link(name: str) -> Message:

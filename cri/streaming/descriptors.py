@@ -37,6 +37,8 @@ class OutputReader:
 
     async def read(self) -> bytes:
         """The next bytes; b"" at the end."""
+        # A writer that is never behind must not keep the loop from everyone else.
+        await asyncio.sleep(0)
         while True:
             try:
                 return os.read(self._descriptor, self._read_size)

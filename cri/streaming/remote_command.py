@@ -49,7 +49,7 @@ class RemoteCommand:
         self._request = request
         self._channels = channels
         self._json_status = json_status
-        self._sizes = _SizeReader(channels.resize)
+        self._sizes = SizeReader(channels.resize)
         self._ended = False
 
     async def run(self) -> None:
@@ -170,13 +170,13 @@ async def _relay_input(channel: Channel, descriptor: int, end_input: Callable[[]
     end_input()
 
 
-class _SizeReader:
+class SizeReader:
     """Terminal sizes as JSON objects, in whatever pieces they come."""
 
     def __init__(self, channel: Channel | None) -> None:
         self._channel = channel
-        self._text = b""
-        self._size: TerminalSize | None = None
+        self.pending = b""
+        self.size: TerminalSize | None = None
 
     async def first(self) -> TerminalSize | None:
         """The size the client tells first, if it does so at once."""
@@ -184,31 +184,32 @@ class _SizeReader:
             return None
         try:
             async with asyncio.timeout(_FIRST_SIZE_SECONDS):
-                while self._size is None and (data := await self._channel.receive()):
-                    self._feed(data)
+                while self.size is None and (data := await self._channel.receive()):
+                    self.feed(data)
         except TimeoutError:
             return None
-        return self._size
+        return self.size
 
     async def apply(self, resize: Callable[[int, int], None]) -> None:
         """Resize now and whenever the client says so."""
         if self._channel is None:
             return
         while True:
-            if self._size is not None:
-                resize(*self._size)
+            if self.size is not None:
+                resize(*self.size)
             data = await self._channel.receive()
             if not data:
                 return
-            self._feed(data)
+            self.feed(data)
 
-    def _feed(self, data: bytes) -> None:
-        self._text += data
+    def feed(self, data: bytes) -> None:
+        """Bytes of the client; the last whole size in them counts."""
+        self.pending += data
         end = 0
-        for match in re.finditer(rb"\{[^{}]*\}", self._text):
+        for match in re.finditer(rb"\{[^{}]*\}", self.pending):
             end = match.end()
-            self._size = _parse_size(match.group()) or self._size
-        self._text = self._text[end:][-_SIZE_TEXT_LIMIT:]
+            self.size = _parse_size(match.group()) or self.size
+        self.pending = self.pending[end:][-_SIZE_TEXT_LIMIT:]
 
 
 def _parse_size(text: bytes) -> TerminalSize | None:

@@ -182,6 +182,8 @@ class HeaderDecompressor:
             text = self._zlib.decompress(block, self._max_length + 1)
         except zlib.error as error:
             raise SpdyError(f"header block does not decompress: {error}") from error
+        if self._zlib.eof:
+            raise SpdyError("header block ends the zlib stream that the next ones need")
         if len(text) > self._max_length or self._zlib.unconsumed_tail:
             raise SpdyError(f"header block is over the limit of {self._max_length} bytes")
         return _parse_header_block(text)

@@ -14,10 +14,10 @@ from cri.streaming.http_upgrade import HttpError, UpgradeRequest
 
 if TYPE_CHECKING:
     from wsproto.connection import Connection
+    from wsproto.events import CloseConnection, Event
 
 CLOSE_NORMAL = 1000
 CLOSE_GOING_AWAY = 1001
-CLOSE_PROTOCOL_ERROR = 1002
 _SEND_CHUNK = 64 * 1024
 _CLOSE_CHANNEL = 255
 
@@ -37,6 +37,7 @@ class WebSocketLink:
         self._on_closed = on_closed
         self._connection: Connection | None = None
         self._message_begins = True
+        self._client_closed = False
 
     def accept(self, request: UpgradeRequest, subprotocol: str | None) -> None:
         """Write the answer to the handshake; raises HttpError when the request is not a proper one."""
@@ -58,26 +59,24 @@ class WebSocketLink:
     def receive(self, data: bytes) -> None:
         """Bytes of the client."""
         from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
-        from wsproto.utilities import ProtocolError
 
         connection = self._connection
-        if connection is None:
+        if connection is None or self._client_closed:
             return
-        try:
-            connection.receive_data(data)
-            for event in connection.events():
-                if isinstance(event, BytesMessage):
-                    self._deliver(event.data, event.message_finished)
-                elif isinstance(event, TextMessage):
-                    self._deliver(event.data.encode(), event.message_finished)
-                elif isinstance(event, Ping):
-                    self.link.write(connection.send(event.response()))
-                elif isinstance(event, CloseConnection):
-                    self.close(CLOSE_NORMAL, answering=True)
-                    self._on_closed("the client closed the WebSocket")
-        except ProtocolError as error:
-            self.close(CLOSE_PROTOCOL_ERROR)
-            self._on_closed(f"WebSocket protocol broken: {error}")
+        connection.receive_data(data)
+        for event in connection.events():
+            if isinstance(event, BytesMessage):
+                self._deliver(event.data, event.message_finished)
+            elif isinstance(event, TextMessage):
+                self._deliver(event.data.encode(), event.message_finished)
+            elif isinstance(event, Ping):
+                self._send(event.response())
+            elif isinstance(event, CloseConnection):
+                # Also what the library makes of bytes that break the protocol.
+                self._client_closed = True
+                self._close(event.response())
+                self._on_closed(f"the client closed the WebSocket with code {event.code}")
+                return
 
     def _deliver(self, data: bytes | bytearray, finished: bool) -> None:
         begins = self._message_begins
@@ -96,21 +95,24 @@ class WebSocketLink:
 
         self._send(TextMessage(data=text))
 
-    def _send(self, event: object) -> None:
+    def _send(self, event: Event) -> None:
         from wsproto.connection import ConnectionState
-        from wsproto.events import Event
 
-        if self._connection is not None and self._connection.state is ConnectionState.OPEN and isinstance(event, Event):
+        if self._connection is not None and self._connection.state is ConnectionState.OPEN:
             self.link.write(self._connection.send(event))
 
-    def close(self, code: int, *, answering: bool = False) -> None:
+    def close(self, code: int) -> None:
         """Write a close message, once."""
-        from wsproto.connection import ConnectionState
         from wsproto.events import CloseConnection
 
-        states = {ConnectionState.REMOTE_CLOSING} if answering else {ConnectionState.OPEN}
-        if self._connection is not None and self._connection.state in states:
-            self.link.write(self._connection.send(CloseConnection(code=code)))
+        self._close(CloseConnection(code=code))
+
+    def _close(self, event: CloseConnection) -> None:
+        from wsproto.connection import ConnectionState
+
+        may_close = (ConnectionState.OPEN, ConnectionState.REMOTE_CLOSING)
+        if self._connection is not None and self._connection.state in may_close:
+            self.link.write(self._connection.send(event))
 
 
 class TunnelLink:
@@ -173,7 +175,7 @@ class ChannelSocket:
         if begins:
             if not data:
                 return
-            self._current = data[0] - ord("0") if self._base64 else data[0]
+            self._current = (data[0] - ord("0")) & 0xFF if self._base64 else data[0]
             self._undecoded = b""
             data = data[1:]
         if self._base64:

@@ -79,6 +79,16 @@ def watch_exit(pidfd: int, callback: Callable[[], None]) -> None:
     loop.add_reader(pidfd, ended)
 
 
+async def wait_ended(pidfd: int) -> None:
+    """Wait until the process of ``pidfd``, watched by nobody else through it, has ended."""
+    ended = asyncio.Event()
+    watch_exit(pidfd, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        asyncio.get_running_loop().remove_reader(pidfd)
+
+
 def reap(pidfd: int) -> int | None:
     """Collect an ended child's status (minus the signal, if one killed it); None if it runs or is not our child."""
     try:

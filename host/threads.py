@@ -24,7 +24,7 @@ async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
     never races with it; then the cancellation goes on.
     """
     future = asyncio.get_running_loop().run_in_executor(_pool, lambda: work(*args, **kwargs))
-    return await _wait_out(future)
+    return await wait_out(future)
 
 
 async def in_fresh_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -49,7 +49,7 @@ async def in_fresh_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwarg
             loop.call_soon_threadsafe(settle, value, None)
 
     threading.Thread(target=body, name="namespace", daemon=True).start()
-    return await _wait_out(future)
+    return await wait_out(future)
 
 
 @contextmanager
@@ -60,7 +60,8 @@ def inside_namespace(path: str, kind: int) -> Iterator[None]:
     yield
 
 
-async def _wait_out(future: asyncio.Future[T]) -> T:
+async def wait_out(future: asyncio.Future[T]) -> T:
+    """Wait for the end of ``future`` also when the caller is cancelled meanwhile; then the cancellation goes on."""
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:

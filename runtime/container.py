@@ -58,7 +58,8 @@ class Container:
     """A container in memory.
 
     ``lock`` serialises what changes it; ``exited`` is set when its end is recorded; ``cleanup`` is the task that gives
-    back what the OCI runtime holds after the end.
+    back what the OCI runtime holds after the end. ``stops`` counts the calls that wait for its end now, and
+    ``stop_deadline`` is the earliest of theirs, on the loop's clock.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Container:
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     cleanup: asyncio.Task[None] | None = None
     monitor_descriptor: int | None = None
+    stops: int = 0
     stop_deadline: float | None = None
     stop_changed: asyncio.Event = field(default_factory=asyncio.Event)
     operations: list[Operation] = field(default_factory=list)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from host.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, WrongStateError
 from host.stages import Operation
-from host.threads import in_thread
+from host.threads import in_thread, wait_out
 from host.undo import Undo
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
@@ -60,7 +60,7 @@ class ContainerManager:
         sandbox = self._node.get_sandbox(sandbox_id)
         validate_container(config)
         identity = (sandbox.id, config.metadata.name, config.metadata.attempt)
-        pending = self._making.request_of(identity)
+        pending = await self._making.request_of(identity)
         if pending is None:
             existing = self._by_identity.get(identity)
             if existing is not None:
@@ -191,18 +191,20 @@ class ContainerManager:
     async def remove(self, container_id: str) -> None:
         """Kill, if need be, and remove a container. Unknown ids are fine."""
         container = self._node.containers.find(container_id) if container_id else None
-        if container is None or not container.visible:
+        if container is None or container.record.state is ContainerState.MAKING:
             return
         if container.record.state in (ContainerState.RUNNING, ContainerState.CREATED):
             await self._lifecycle.kill(container)
         async with container.lock:
-            if not container.visible:
-                return
+            if container.id not in self._node.containers:
+                return  # another call was faster
             operation = begin(container, "RemoveContainer")
-            async with operation.stage("intent"):
-                container.record.state = ContainerState.REMOVING
-                await self._node.store.save_container(container)
-            await self.finish_removal(container, operation)
+            if container.record.state is not ContainerState.REMOVING:  # else an earlier call failed half-way
+                async with operation.stage("intent"):
+                    container.record.state = ContainerState.REMOVING
+                    await self._node.store.save_container(container)
+            # No client can see it any more, so none would ask again: it is removed even if this one goes away.
+            await wait_out(asyncio.ensure_future(self.finish_removal(container, operation)))
 
     async def finish_removal(self, container: Container, operation: Operation | None = None) -> None:
         """Carry a removal that was written down to its end."""

@@ -67,19 +67,7 @@ class ExecCall:
 
     def kill(self) -> None:
         """SIGKILL to the process, everything in its session and everything that descends from it."""
-        try:
-            leader = int(self._pid_file.read_text())
-        except (OSError, ValueError):
-            return
-        relations = {pid: _parent_and_session(pid) for pid in self._pids()}
-        doomed = {leader}
-        while found := {
-            pid for pid, relation in relations.items() if pid not in doomed and not doomed.isdisjoint(relation)
-        }:
-            doomed |= found
-        for pid in doomed & {leader, *relations}:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(self._pid_file, self._pids())
 
     def __enter__(self) -> Self:
         return self
@@ -88,6 +76,34 @@ class ExecCall:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.close()
+
+
+def end_abandoned(folder: Path, pids: Sequence[int]) -> int:
+    """Kill what an agent that died ran beside the first process of the container with bundle ``folder``.
+
+    ``pids`` are those in the container's cgroup. Returns how many such calls there were.
+    """
+    abandoned = list(folder.glob("exec-*.pid"))
+    for pid_file in abandoned:
+        _kill(pid_file, pids)
+        pid_file.unlink()
+    return len(abandoned)
+
+
+def _kill(pid_file: Path, pids: Sequence[int]) -> None:
+    try:
+        leader = int(pid_file.read_text())
+    except (OSError, ValueError):
+        return
+    relations = {pid: _parent_and_session(pid) for pid in pids}
+    doomed = {leader}
+    while found := {
+        pid for pid, relation in relations.items() if pid not in doomed and not doomed.isdisjoint(relation)
+    }:
+        doomed |= found
+    for pid in doomed & relations.keys():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _errors_in(log: bytes) -> str:

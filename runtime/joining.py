@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from host.errors import WrongStateError
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -16,6 +18,7 @@ class _Shared(Generic[T]):
     request: Any
     task: asyncio.Task[T]
     waiters: int = 0
+    abandoned: bool = False
 
 
 class Joining(Generic[K, T]):
@@ -24,42 +27,52 @@ class Joining(Generic[K, T]):
     def __init__(self) -> None:
         self._running: dict[K, _Shared[T]] = {}
 
-    def request_of(self, key: K) -> Any | None:
-        """What the operation in flight for ``key`` was asked to do; None if there is none."""
-        shared = self._running.get(key)
+    async def request_of(self, key: K) -> Any | None:
+        """What the operation in flight for ``key`` was asked to do; None if there is none.
+
+        One that is being undone is no longer in flight: its end is waited for.
+        """
+        while (shared := self._running.get(key)) is not None and (shared.abandoned or shared.task.done()):
+            await asyncio.wait([shared.task])
         return None if shared is None else shared.request
 
-    async def run(self, key: K, request: Any, start: Callable[[], Awaitable[T]]) -> T:
-        """Join the operation in flight for ``key``, or start one; returns or raises what it does."""
+    async def run(self, key: K, request: Any, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Join the operation in flight for ``key``, or start one; returns or raises what it does.
+
+        Raises WrongStateError when ``cancel`` ended it.
+        """
         shared = self._running.get(key)
         if shared is None:
-            shared = _Shared(request, asyncio.ensure_future(self._run(key, start)))
+            shared = _Shared(request, asyncio.create_task(start()))
+            shared.task.add_done_callback(lambda _: self._running.pop(key))
             self._running[key] = shared
         shared.waiters += 1
         try:
-            return await asyncio.shield(shared.task)
+            await asyncio.wait([shared.task])
         except asyncio.CancelledError:
-            if shared.waiters == 1 and not shared.task.done():
-                shared.task.cancel()
-                await asyncio.wait([shared.task])
+            if shared.waiters == 1:
+                await _cancel(shared)
             raise
         finally:
             shared.waiters -= 1
-
-    async def _run(self, key: K, start: Callable[[], Awaitable[T]]) -> T:
-        try:
-            return await start()
-        finally:
-            del self._running[key]
+        if shared.task.cancelled():
+            raise WrongStateError("what was being made was given up, because its sandbox or the agent is being stopped")
+        return shared.task.result()
 
     async def cancel(self, wanted: Callable[[K], bool]) -> None:
         """Cancel what is in flight for the keys that are ``wanted`` and wait until it is undone."""
-        tasks = [shared.task for key, shared in self._running.items() if wanted(key)]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await asyncio.gather(*(_cancel(shared) for key, shared in list(self._running.items()) if wanted(key)))
 
     async def drain(self) -> None:
         """Cancel everything in flight and wait until it is undone; for the agent's end."""
         await self.cancel(lambda key: True)
+
+
+async def _cancel(shared: _Shared[T]) -> None:
+    """Cancel an operation, once, and wait until it is undone."""
+    if not shared.abandoned:
+        shared.abandoned = True
+        shared.task.cancel()
+    await asyncio.wait([shared.task])
+    if not shared.task.cancelled():
+        shared.task.exception()  # retrieved here, so that it is not reported as lost

@@ -147,9 +147,10 @@ class Lifecycle:
     def _ended(self, container: Container) -> None:
         container.exited.set()
         self._node.publish(cri_pb2.CONTAINER_STOPPED_EVENT, container)
-        container.cleanup = self._spawn(self._clean_up(container))
+        container.cleanup = self._spawn(self.clean_up(container))
 
-    async def _clean_up(self, container: Container) -> None:
+    async def clean_up(self, container: Container) -> None:
+        """Give back what an ended container holds of the node but its files. Repeatable; a failure is logged only."""
         try:
             await self.release_runtime(container)
             await self.end_monitor(container)
@@ -179,16 +180,19 @@ class Lifecycle:
         await self.release_runtime(container)
 
     async def end_monitor(self, container: Container) -> None:
-        """Kill conmon if it is still there though its container is not."""
+        """Kill conmon if it is still there though its container is not, and wait until it writes no more."""
         monitor = container.record.monitor
         if monitor is None or container.record.boot_id != self._node.boot_id:
             return
         pidfd = processes.open_process(monitor.pid, monitor.started)
         if pidfd is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        os.close(pidfd)
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            await processes.wait_ended(pidfd)
+        finally:
+            os.close(pidfd)
 
     async def stop(self, container_id: str, grace: float) -> None:
         """Stop a container: its stop signal, then after ``grace`` seconds SIGKILL. Unknown or ended ones are fine.
@@ -200,22 +204,29 @@ class Lifecycle:
         if container is None or not container.visible or container.record.state is ContainerState.EXITED:
             return
         operation = begin(container, "StopContainer")
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + max(grace, 0.0)
-        first = container.stop_deadline is None
-        container.stop_deadline = min(deadline, container.stop_deadline or deadline)
-        container.stop_changed.set()
         async with operation.stage("signal"):
-            if first and grace > 0 and container.record.state is ContainerState.RUNNING:
-                self._signal(container, container.record.stop_signal)
-                await self._wait_for_grace(container)
-            elif grace > 0 and container.record.state is ContainerState.RUNNING:
-                await self._wait_for_grace(container)
+            if container.record.state is ContainerState.RUNNING:
+                await self._stop_politely(container, max(grace, 0.0))
         async with operation.stage("kill"):
             if not container.exited.is_set():
                 await self._kill_and_wait(container)
         async with operation.stage("release"):
             await self.released(container)
+
+    async def _stop_politely(self, container: Container, grace: float) -> None:
+        """Send the stop signal, unless another call did, and wait for the end or the earliest deadline of all calls."""
+        deadline = asyncio.get_running_loop().time() + grace
+        container.stop_deadline = min(deadline, container.stop_deadline or deadline)
+        container.stop_changed.set()
+        container.stops += 1
+        try:
+            if container.stops == 1 and grace > 0:
+                self._signal(container, container.record.stop_signal)
+            await self._wait_for_grace(container)
+        finally:
+            container.stops -= 1
+            if container.stops == 0:
+                container.stop_deadline = None
 
     async def _wait_for_grace(self, container: Container) -> None:
         loop = asyncio.get_running_loop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -9,7 +10,7 @@ from functools import partial
 
 from host.errors import AlreadyExistsError, InvalidArgumentError, UnsupportedError
 from host.stages import Operation
-from host.threads import in_fresh_thread, in_thread
+from host.threads import in_fresh_thread, in_thread, wait_out
 from host.undo import Undo
 from network.attachment import PortMapping
 from network.files import hosts_file, resolv_conf
@@ -61,7 +62,7 @@ class PodManager:
         runtime = self._node.handlers.get(handler)
         identity = _identity(config)
         request = (config, handler)
-        pending = self._making.request_of(identity)
+        pending = await self._making.request_of(identity)
         if pending is None:
             existing = self._by_identity.get(identity)
             if existing is not None:
@@ -199,19 +200,21 @@ class PodManager:
     async def remove(self, sandbox_id: str) -> None:
         """Stop and remove a sandbox with all its containers. Unknown ids are fine."""
         sandbox = self._node.sandboxes.find(sandbox_id) if sandbox_id else None
-        if sandbox is None or not sandbox.visible:
+        if sandbox is None or sandbox.record.state is SandboxState.MAKING:
             return
         await self.stop(sandbox.id)
         async with sandbox.lock:
-            if not sandbox.visible:
-                return
+            if sandbox.id not in self._node.sandboxes:
+                return  # another call was faster
             operation = _begin(sandbox, "RemovePodSandbox")
             async with operation.stage("containers"):
                 await self._containers.remove_all(sandbox)
-            async with operation.stage("intent"):
-                sandbox.record.state = SandboxState.REMOVING
-                await self._node.store.save_sandbox(sandbox)
-            await self.finish_removal(sandbox, operation)
+            if sandbox.record.state is not SandboxState.REMOVING:  # else an earlier call failed half-way
+                async with operation.stage("intent"):
+                    sandbox.record.state = SandboxState.REMOVING
+                    await self._node.store.save_sandbox(sandbox)
+            # No client can see it any more, so none would ask again: it is removed even if this one goes away.
+            await wait_out(asyncio.ensure_future(self.finish_removal(sandbox, operation)))
 
     async def finish_removal(self, sandbox: Sandbox, operation: Operation | None = None) -> None:
         """Carry a removal that was written down to its end."""

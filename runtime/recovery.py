@@ -13,7 +13,7 @@ from host import processes
 from host.errors import PodkeelError
 from host.threads import in_thread
 from proto.runtime.v1 import cri_pb2
-from runtime import leftovers
+from runtime import exec_call, leftovers
 from runtime.container import Container, ContainerState
 from runtime.containers import ContainerManager
 from runtime.leftovers import Known
@@ -73,7 +73,7 @@ class Recovery:
             await self._containers.finish_removal(container)
         elif state is ContainerState.EXITED:
             container.exited.set()
-            await self._lifecycle.released(container)
+            await self._lifecycle.clean_up(container)
         else:
             await self._resume(container)
 
@@ -92,11 +92,19 @@ class Recovery:
                 await self._lifecycle.record_exit(container, node.monitors.exit_record(container.id))
             return
         container.monitor_descriptor = pidfd
+        await in_thread(self._end_abandoned_calls, container)
         if record.state is ContainerState.CREATED and await self._was_started(container):
             record.state = ContainerState.RUNNING
             record.started_at = time.time_ns()
             await node.store.save_container(container)
         self._lifecycle.watch(container)
+
+    def _end_abandoned_calls(self, container: Container) -> None:
+        """Nobody can get the output of what the former agent executed in the container any more."""
+        folder = self._node.layout.container(container.id).path
+        ended = exec_call.end_abandoned(folder, self._node.cgroups.processes(container.record.cgroup))
+        if ended:
+            _log.warning("%s: %d commands that the former agent executed were ended", container.title, ended)
 
     async def _was_started(self, container: Container) -> bool:
         """Whether the runtime started it just before the agent died, too soon for that to be written down."""

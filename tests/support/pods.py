@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from proto.runtime.v1 import cri_pb2
-from tests.support.agent import BUSYBOX, AgentProcess
+from tests.support.agent import BUSYBOX, AgentProcess, wait_for
 from tests.support.cri import CriClient
 
 _numbers = itertools.count(1)
@@ -48,6 +48,16 @@ def run_container(agent: AgentProcess, *command: str, name: str = "main", **fiel
     container_id = agent.client.create(sandbox_id, container_config(name, *command, **fields), sandbox)
     agent.client.start(container_id)
     return sandbox_id, container_id
+
+
+# Exits with 3 when it is asked to end; a first process ignores signals that it has not set a trap for yet.
+POLITE = ("sh", "-c", "trap 'exit 3' TERM; echo ready; while :; do sleep 0.05; done")
+
+
+def wait_for_log(client: CriClient, container_id: str, line: str = "ready") -> None:
+    """Wait until a container has logged ``line``."""
+    path = Path(client.status(container_id).log_path)
+    wait_for(lambda: path.exists() and line in log_lines(path), what=f"log line {line!r}")
 
 
 def log_lines(path: str | Path) -> list[str]:

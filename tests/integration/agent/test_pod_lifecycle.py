@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, wait_for
-from tests.support.pods import container_config, log_lines, run_container, sandbox_config
+from tests.support.pods import POLITE, container_config, log_lines, run_container, sandbox_config, wait_for_log
 
 
 def test_pod_runs_and_leaves_nothing(agent: AgentProcess) -> None:
@@ -33,10 +33,12 @@ def test_exec_answers_output_and_exit_code(agent: AgentProcess) -> None:
 
 
 def test_stop_sends_the_stop_signal_then_kills(agent: AgentProcess) -> None:
-    _, polite = run_container(agent, "sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.05; done")
+    _, polite = run_container(agent, *POLITE)
+    wait_for_log(agent.client, polite)
     agent.client.stop(polite, timeout=20)
     assert agent.client.status(polite).exit_code == 3
-    _, deaf = run_container(agent, "sh", "-c", "trap '' TERM; while :; do sleep 0.05; done")
+    _, deaf = run_container(agent, "sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done")
+    wait_for_log(agent.client, deaf)
     agent.client.stop(deaf, timeout=1)
     assert agent.client.status(deaf).exit_code == 137
     assert agent.client.status(deaf).reason == "Error"

@@ -1,0 +1,160 @@
+"""What is really there of an agent, seen without its help, and what its store says: the two must be the same."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from host import mounts
+from proto.runtime.v1 import cri_pb2
+from tests.support.agent import AgentProcess, wait_for
+
+_HIERARCHIES = [Path(e.target) for e in mounts.mount_table() if e.filesystem in ("cgroup", "cgroup2")]
+
+
+def differences(agent: AgentProcess) -> list[str]:
+    """Everything that the store and the node do not agree on; empty when all is well."""
+    expected, found = set(_expected(agent)), set(_found(agent))
+    missing = [f"missing: {item}" for item in sorted(expected - found)]
+    return missing + [f"left over: {item}" for item in sorted(found - expected)]
+
+
+def assert_whole(agent: AgentProcess) -> None:
+    """The agent's own check finds nothing, and neither does a look from outside."""
+    left: list[str] = []
+
+    def whole() -> bool:
+        left[:] = differences(agent)
+        return not left
+
+    with contextlib.suppress(AssertionError):  # the kernel takes links apart in the background
+        wait_for(whole, 5)
+    assert not left, "\n".join(left)
+    assert agent.client.findings() == []
+
+
+def rows(agent: AgentProcess, query: str) -> list[tuple[object, ...]]:
+    """What the store says."""
+    with contextlib.closing(sqlite3.connect(f"file:{agent.data}/podkeel.db?mode=ro", uri=True)) as connection:
+        return connection.execute(query).fetchall()
+
+
+def _expected(agent: AgentProcess) -> Iterator[str]:
+    client = agent.client
+    for (sandbox_id,) in rows(agent, "SELECT id FROM sandboxes"):
+        status = client.sandbox_status(str(sandbox_id))
+        if status.state == cri_pb2.SANDBOX_READY:
+            yield from _expected_of_sandbox(agent, status)
+    for (container_id,) in rows(agent, "SELECT id FROM containers"):
+        state = client.status(str(container_id)).state
+        assert state != cri_pb2.CONTAINER_UNKNOWN
+        yield f"data folder {container_id}"
+        yield f"bundle {container_id}"
+        if state != cri_pb2.CONTAINER_EXITED:
+            yield f"mount containers/{container_id}/rootfs"
+            yield f"conmon {container_id}"
+            yield f"in the OCI runtime {container_id}"
+            yield f"cgroup of container {container_id}"
+            yield f"processes of {container_id}"
+    for (number,) in rows(agent, "SELECT number FROM layers"):
+        yield f"layer {number}"
+    yield "layer 0"
+
+
+def _expected_of_sandbox(agent: AgentProcess, status: cri_pb2.PodSandboxStatus) -> Iterator[str]:
+    yield f"sandbox folder {status.id}"
+    options = status.linux.namespaces.options
+    if options.network != cri_pb2.NODE:
+        yield f"mount sandboxes/{status.id}/ns/net"
+        yield f"mount sandboxes/{status.id}/ns/uts"
+        yield f"address {status.network.ip} of {status.id}"
+        yield f"attachment {status.id}"
+        yield f"nftables {status.network.ip}"
+        yield f"link with {status.network.ip}"
+    if options.ipc != cri_pb2.NODE:
+        yield f"mount sandboxes/{status.id}/ns/ipc"
+        yield f"mount sandboxes/{status.id}/shm"
+    if (agent.run / "sandboxes" / status.id / "init").exists():
+        yield f"mount sandboxes/{status.id}/ns/pid"
+        yield f"init {status.id}"
+
+
+def _found(agent: AgentProcess) -> Iterator[str]:
+    run = agent.run
+    yield from (f"sandbox folder {path.name}" for path in (run / "sandboxes").iterdir())
+    yield from (f"bundle {path.name}" for path in (run / "containers").iterdir())
+    known = {row[0] for row in rows(agent, "SELECT id FROM containers")}
+    yield from (f"exit record {path.name}" for path in (run / "exits").iterdir() if path.name not in known)
+    for root in (run / "oci").iterdir():
+        yield from (f"in the OCI runtime {path.name}" for path in root.iterdir())
+    yield from (f"mount {os.path.relpath(target, run)}" for target in mounts.mounts_below(run))
+    yield from (f"data folder {path.name}" for path in (agent.data / "containers").iterdir())
+    yield from (f"layer {path.name}" for path in (agent.data / "layers").iterdir())
+    yield from (f"blob being received {path.name}" for path in (agent.data / "content" / "incoming").iterdir())
+    yield from (f"trash {path.name}" for path in (agent.data / "trash").iterdir())
+    yield from _found_in_network(agent)
+    yield from _found_in_cgroups(agent)
+    yield from _found_processes(agent)
+
+
+def _found_in_network(agent: AgentProcess) -> Iterator[str]:
+    for address, sandbox_id in rows(
+        agent, "SELECT address, sandbox_id FROM network_addresses WHERE released_at IS NULL"
+    ):
+        yield f"address {address} of {sandbox_id}"
+    yield from (f"attachment {row[0]}" for row in rows(agent, "SELECT sandbox_id FROM network_attachments"))
+    listing = subprocess.run(
+        ["nft", "-j", "list", "table", "bridge", agent.bridge], capture_output=True, text=True, check=True
+    ).stdout
+    identities = {}
+    for item in json.loads(listing)["nftables"]:
+        if item.get("set", {}).get("name") == "pods4":
+            for element in item["set"].get("elem", ()):
+                link, _, address = element["concat"]
+                identities[link] = address
+                yield f"nftables {address}"
+    for port in Path(f"/sys/class/net/{agent.bridge}/brif").iterdir():
+        yield f"link with {identities.get(port.name, f'no identity: {port.name}')}"
+
+
+def _found_in_cgroups(agent: AgentProcess) -> Iterator[str]:
+    pods = {path.name for path in (agent.run / "sandboxes").iterdir()}  # made with the first container, kept after it
+    for hierarchy in _HIERARCHIES:
+        parent = hierarchy / agent.cgroup_parent.strip("/")
+        if not parent.is_dir():
+            continue
+        for sandbox in parent.iterdir():
+            if sandbox.is_dir():
+                if sandbox.name not in pods:
+                    yield f"cgroup of sandbox {sandbox.name}"
+                for container in sandbox.iterdir():
+                    if container.is_dir():
+                        yield f"cgroup of container {container.name}"
+                        if (container / "cgroup.procs").read_text():
+                            yield f"processes of {container.name}"
+
+
+def _found_processes(agent: AgentProcess) -> Iterator[str]:
+    """Processes with this agent's run folder in their command line, and the inits of its pods."""
+    pods = {path.name for path in (agent.run / "sandboxes").iterdir()}
+    own = agent.pid()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == own:
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "conmon" in words[0] and f"{agent.run}/containers" in " ".join(words):
+            yield f"conmon {words[words.index('-c') + 1]}"
+        elif words[0].startswith("podkeel-pod-init-") and words[0].removeprefix("podkeel-pod-init-") in pods:
+            yield f"init {words[0].removeprefix('podkeel-pod-init-')}"
+        elif str(agent.run) in " ".join(words[1:]) and Path(words[0]).name in ("crun", "runc"):
+            with contextlib.suppress(OSError):  # it has ended by now
+                if agent.cgroup_parent not in (entry / "cgroup").read_text():  # not the init of a created container
+                    yield f"process {' '.join(words)}"

@@ -1,0 +1,66 @@
+"""Every stage of every operation, read from the source, so that a stage added there is tested from then on."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[2]
+
+# Which operations go through a function that has stages.
+_OPERATIONS = {
+    ("runtime/pods.py", "_make"): ("RunPodSandbox",),
+    ("runtime/pods.py", "stop"): ("StopPodSandbox",),
+    ("runtime/pods.py", "_tear_down"): ("StopPodSandbox",),
+    ("runtime/pods.py", "remove"): ("RemovePodSandbox",),
+    ("runtime/pods.py", "finish_removal"): ("RemovePodSandbox",),
+    ("runtime/containers.py", "_make"): ("CreateContainer",),
+    ("runtime/containers.py", "remove"): ("RemoveContainer",),
+    ("runtime/containers.py", "finish_removal"): ("RemoveContainer",),
+    ("runtime/lifecycle.py", "start"): ("StartContainer",),
+    ("runtime/lifecycle.py", "stop"): ("StopContainer",),
+    ("runtime/execution.py", "update"): ("UpdateContainerResources",),
+    ("images/pulling.py", "fetch"): ("PullImage",),
+    ("images/store.py", "import_archive"): ("ImportImage",),
+    ("images/store.py", "_install"): ("PullImage", "ImportImage"),
+    ("images/store.py", "remove"): ("RemoveImage",),
+}
+
+
+def stages_in_source() -> Iterator[tuple[str, str, str]]:
+    """File, function and name of each stage."""
+    for room in ("runtime", "images", "network"):
+        for path in sorted((_ROOT / room).rglob("*.py")):
+            file = str(path.relative_to(_ROOT))
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.AsyncFunctionDef):
+                    yield from ((file, node.name, stage) for stage in _stages(node))
+
+
+def _stages(function: ast.AsyncFunctionDef) -> Iterator[str]:
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "stage":
+            assert isinstance(node.args[0], ast.Constant), f"{function.name}: the stage's name must be a literal"
+            yield str(node.args[0].value)
+
+
+def stages_without_operation() -> list[tuple[str, str, str]]:
+    """Stages in functions that this table does not know, whose operations must be added to it."""
+    return [found for found in stages_in_source() if found[:2] not in _OPERATIONS]
+
+
+def points(*operations: str) -> list[str]:
+    """``Operation.stage:when`` for the operations (for all, if none are named).
+
+    *When* is ``after`` for each stage, and ``before`` for the first of a function: after one is before the next.
+    """
+    found = []
+    before = ("", "")
+    for file, function, stage in stages_in_source():
+        for operation in _OPERATIONS.get((file, function), ()):
+            if not operations or operation in operations:
+                found += [f"{operation}.{stage}:before"] if (file, function) != before else []
+                found.append(f"{operation}.{stage}:after")
+        before = (file, function)
+    return found

@@ -63,6 +63,7 @@ async def _serve(configuration: Configuration) -> None:
         loop.add_signal_handler(number, ended.set)
     path = _socket_path(configuration.server.socket)
     async with Agent(configuration.runtime, configuration.network, configuration.images) as agent:
+        os.chdir(agent.node.layout.run)  # conmon leaves a note of each out-of-memory kill where it was started
         await asyncio.to_thread(_prepare_socket, path)
         streams = StreamingServer(NodeBackend(agent), _stream_limits(configuration.streaming))
         await streams.start()
@@ -103,7 +104,7 @@ def _stream_limits(options: StreamingOptions) -> StreamLimits:
 
 
 def _socket_path(address: str) -> Path:
-    return Path(address.removeprefix("unix://"))
+    return Path(address.removeprefix("unix://")).absolute()
 
 
 def _prepare_socket(path: Path) -> None:

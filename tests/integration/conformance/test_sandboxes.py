@@ -1,0 +1,176 @@
+"""The sandbox calls."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from proto.runtime.v1 import cri_pb2
+from tests.integration.conformance.support import UNKNOWN_ID, Pod, exited, refused
+from tests.support.agent import AgentProcess
+from tests.support.pods import container_config, sandbox_config
+
+ODD = {"a": "", "": "b", "tab\t": "\u0000\u0001\u001f\u007f", "\U0001f6a2": "ünï\ncode", "json": '{"a":[1,"\\""]}'}
+
+
+def test_status_gives_back_what_was_given(agent: AgentProcess) -> None:
+    before = time.time_ns()
+    config = sandbox_config(agent, labels=ODD, annotations={**ODD, "long": "x" * 200_000})
+    config.metadata.attempt = 7
+    pod = Pod.run(agent, config)
+    status = agent.client.sandbox_status(pod.id)
+    assert status.id == pod.id
+    assert status.metadata == config.metadata
+    assert dict(status.labels) == dict(config.labels)
+    assert dict(status.annotations) == dict(config.annotations)
+    assert before <= status.created_at <= time.time_ns()
+    assert status.state == cri_pb2.SANDBOX_READY
+    assert status.linux.namespaces.options == config.linux.security_context.namespace_options
+    assert status.runtime_handler == ""
+    (item,) = agent.client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items
+    assert (item.id, item.metadata, item.state, item.created_at) == (
+        status.id,
+        status.metadata,
+        status.state,
+        status.created_at,
+    )
+    assert (dict(item.labels), dict(item.annotations)) == (dict(status.labels), dict(status.annotations))
+
+
+def test_verbose_status_is_json_and_shows_containers(pod: Pod) -> None:
+    container_id = pod.sleeping()
+    request = cri_pb2.PodSandboxStatusRequest(pod_sandbox_id=pod.id, verbose=True)
+    answer = pod.agent.client.call("PodSandboxStatus", request)
+    assert [status.id for status in answer.containers_statuses] == [container_id]
+    assert answer.timestamp > 0
+    information = json.loads(answer.info["info"])
+    assert information["networkNamespace"].endswith("/ns/net")
+    # crictl inspectp reads these.
+    assert {"pid", "runtimeHandler", "cgroupParent"} <= information.keys()
+
+
+def test_stop_and_remove_are_repeatable(pod: Pod) -> None:
+    client = pod.agent.client
+    container_id = pod.sleeping()
+    for _ in range(2):
+        client.stop_sandbox(pod.id)
+    status = client.sandbox_status(pod.id)
+    assert (status.state, status.network.ip) == (cri_pb2.SANDBOX_NOTREADY, "")
+    stopped = client.status(container_id)
+    assert (stopped.state, stopped.exit_code, stopped.reason) == (cri_pb2.CONTAINER_EXITED, 137, "Error")
+    for _ in range(2):
+        client.remove_sandbox(pod.id)
+    with refused(grpc.StatusCode.NOT_FOUND, pod.id):
+        client.sandbox_status(pod.id)
+    with refused(grpc.StatusCode.NOT_FOUND, container_id):
+        client.status(container_id)
+    for unknown in (UNKNOWN_ID, "no such thing"):
+        client.stop_sandbox(unknown)
+        client.remove_sandbox(unknown)
+        client.stop(unknown)
+        client.remove(unknown)
+
+
+def test_ready_sandbox_is_removed_with_its_containers(pod: Pod) -> None:
+    pod.sleeping("one")
+    pod.create(container_config("two", "true"))
+    pod.agent.client.remove_sandbox(pod.id)
+    assert not pod.agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
+
+
+def test_same_identity_same_sandbox(agent: AgentProcess) -> None:
+    client, config = agent.client, sandbox_config(agent)
+    with ThreadPoolExecutor(4) as threads:
+        ids = set(threads.map(lambda _: client.run_sandbox(config), range(4)))
+    assert len(ids) == 1
+    assert ids == {client.run_sandbox(config)}
+    other = sandbox_config(agent, config.metadata.name, labels={"a": "b"})
+    with refused(grpc.StatusCode.ALREADY_EXISTS, config.metadata.name):
+        client.run_sandbox(other)
+    client.stop_sandbox(*ids)
+    with refused(grpc.StatusCode.ALREADY_EXISTS, "attempt"):
+        client.run_sandbox(config)
+    config.metadata.attempt = 1
+    assert client.run_sandbox(config) not in ids
+    client.remove_sandbox(*ids)
+    config.metadata.attempt = 0
+    assert client.run_sandbox(config) not in ids
+
+
+def test_unknown_runtime_handler_is_refused(agent: AgentProcess) -> None:
+    with refused(grpc.StatusCode.NOT_FOUND, "nohandler"):
+        agent.client.run_sandbox(sandbox_config(agent), handler="nohandler")
+    assert not agent.client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items
+
+
+def test_every_named_handler_runs_pods(agent: AgentProcess) -> None:
+    status = agent.client.call("Status", cri_pb2.StatusRequest())
+    for name in (handler.name for handler in status.runtime_handlers):
+        config = sandbox_config(agent)
+        pod = Pod(agent, config, agent.client.run_sandbox(config, handler=name))
+        assert agent.client.sandbox_status(pod.id).runtime_handler == name
+        assert pod.printed(container_config("main", "echo", "hello")) == "hello\n"
+
+
+def test_failure_says_which_step_failed_and_leaves_nothing(agent: AgentProcess) -> None:
+    config = sandbox_config(agent)
+    config.linux.sysctls["net.ipv4.no_such_setting"] = "1"
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "net.ipv4.no_such_setting"):
+        agent.client.run_sandbox(config)
+    del config.linux.sysctls["net.ipv4.no_such_setting"]
+    agent.client.run_sandbox(config)
+
+
+@pytest.mark.parametrize("user", [cri_pb2.CONTAINER, cri_pb2.TARGET])
+def test_user_namespace_modes_that_make_no_sense_are_refused(agent: AgentProcess, user: cri_pb2.NamespaceMode) -> None:
+    config = sandbox_config(agent)
+    config.linux.security_context.namespace_options.userns_options.mode = user
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "user namespace"):
+        agent.client.run_sandbox(config)
+
+
+def test_client_that_goes_away_leaves_no_sandbox(agent: AgentProcess) -> None:
+    config = sandbox_config(agent)
+    call = agent.client.future("RunPodSandbox", cri_pb2.RunPodSandboxRequest(config=config))
+    call.cancel()
+    pod = Pod.run(agent, config)
+    (item,) = agent.client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items
+    assert item.id == pod.id
+
+
+def test_stop_waits_for_no_grace_of_containers(pod: Pod) -> None:
+    deaf = pod.start(container_config("deaf", "sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.05; done"))
+    begin = time.monotonic()
+    pod.agent.client.stop_sandbox(pod.id)
+    assert time.monotonic() - begin < 5
+    assert exited(pod.agent, deaf).exit_code == 137
+
+
+def test_pod_with_and_without_cgroup_parent_side_by_side(agent: AgentProcess) -> None:
+    plain = Pod.run(agent, sandbox_config(agent))
+    config = sandbox_config(agent)
+    config.linux.cgroup_parent = f"{agent.cgroup_parent}/kubelets/pod1"
+    placed = Pod.run(agent, config)
+    lines = [
+        pod.printed(container_config("main", "cat", "/proc/self/cgroup")).splitlines()[0] for pod in (plain, placed)
+    ]
+    assert lines[0] != lines[1]
+    memory = agent.client.call(
+        "ContainerStatus", cri_pb2.ContainerStatusRequest(container_id=placed.sleeping("other"), verbose=True)
+    )
+    assert json.loads(memory.info["info"])["cgroup"].startswith(f"{agent.cgroup_parent}/kubelets/pod1/")
+
+
+def test_resources_of_the_pod_are_recorded(pod: Pod) -> None:
+    resources = cri_pb2.LinuxContainerResources(cpu_shares=512, memory_limit_in_bytes=64 << 20)
+    request = cri_pb2.UpdatePodSandboxResourcesRequest(pod_sandbox_id=pod.id, resources=resources)
+    for _ in range(2):
+        pod.agent.client.call("UpdatePodSandboxResources", request)
+    with refused(grpc.StatusCode.NOT_FOUND):
+        pod.agent.client.call(
+            "UpdatePodSandboxResources", cri_pb2.UpdatePodSandboxResourcesRequest(pod_sandbox_id=UNKNOWN_ID)
+        )

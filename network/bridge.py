@@ -130,13 +130,12 @@ class BuiltInNetwork:
         kernel = self._started()
         versions = tuple(dict.fromkeys(network.version for network in self._book.current))
         wanted = ports.normalise(port_mappings, versions)
-        if wanted:
-            taken = [port for mapping in wanted for port in ports.host_ports(mapping, versions)]
-            await threads.in_thread(ports.check_free_on_node, taken)
         async with Undo(f"network of sandbox {sandbox_id}") as undo:
             reservation = self._reserve(sandbox_id, wanted)
             self._unfinished.add(sandbox_id)
             undo.push("reservation", lambda: self._cancel(reservation))
+            if reservation.ports:
+                await threads.in_thread(ports.check_free_on_node, reservation.ports)
             attachment = reservation.attachment
             undo.push("rows", lambda: self.store.remove(sandbox_id, rest=False))
             await self.store.add(attachment, reservation.addresses, reservation.ports, self.options.quarantine_seconds)
@@ -251,7 +250,8 @@ class BuiltInNetwork:
             raise UnavailableError(f"network {self.options.bridge} has been stopped")
         async with self._gate.closed():
             await threads.in_thread(kernel.ensure, self._bridge_addresses(), self._mtu)
-            attachments = [reservation.attachment for reservation in self._reservations.values()]
+            # Pods that are not connected yet add their elements themselves once the gate is open.
+            attachments = [r.attachment for id_, r in self._reservations.items() if id_ not in self._unfinished]
             script = await threads.in_thread(self._script, self._book.in_use(), attachments)
             await ruleset.load(script)
 

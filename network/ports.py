@@ -6,9 +6,10 @@ import errno
 import socket
 from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
+from pathlib import Path
 from typing import NamedTuple
 
-from host.errors import AlreadyExistsError, InvalidArgumentError
+from host.errors import AlreadyExistsError, InvalidArgumentError, UnsupportedError
 from network.attachment import PortMapping
 
 PROTOCOLS = ("tcp", "udp", "sctp")
@@ -18,6 +19,8 @@ _SOCKETS = {
     "udp": (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
     "sctp": (socket.SOCK_STREAM, 132),
 }
+
+_WAITING = {"tcp": "0A", "udp": "07"}  # states in /proc/net: listening; not connected
 
 
 class HostPort(NamedTuple):
@@ -43,7 +46,7 @@ class HostPort(NamedTuple):
 
 
 def normalise(mappings: Iterable[PortMapping], versions: Sequence[int]) -> tuple[PortMapping, ...]:
-    """The mappings that ask for a host port, checked; raises InvalidArgumentError for what cannot be."""
+    """The mappings that ask for a host port, checked; raises InvalidArgumentError or UnsupportedError."""
     wanted: list[PortMapping] = []
     for mapping in mappings:
         if mapping.host_port == 0:
@@ -64,6 +67,8 @@ def _with_plain_address(mapping: PortMapping, versions: Sequence[int]) -> PortMa
         address = ip_address(mapping.host_ip.strip("[]"))
     except ValueError as error:
         raise InvalidArgumentError(f"host port {mapping.host_port}: host address: {error}") from error
+    if address.version == 6 and address.is_loopback:
+        raise UnsupportedError(f"host port {mapping.host_port} on ::1: Linux routes no loopback IPv6 traffic to pods")
     if address.version not in versions:
         raise InvalidArgumentError(
             f"host port {mapping.host_port} on {address}: pods of this node have no IPv{address.version} address"
@@ -125,8 +130,24 @@ def check_free_on_node(ports: Iterable[HostPort]) -> None:
                     probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 probe.bind((port.host_ip, port.port))
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
+            if error.errno == errno.EADDRINUSE and _has_server(port):
                 raise AlreadyExistsError(
                     f"host port {port} is in use by a process of the node: stop it or choose another port"
                 ) from error
             # Addresses the node does not have yet and protocols without sockets here can still be forwarded.
+
+
+def _has_server(port: HostPort) -> bool:
+    """Whether some socket waits for clients on the port; connections the node opened from it do not count."""
+    waiting = _WAITING.get(port.protocol)
+    if waiting is None:
+        return True
+    wanted = f":{port.port:04X}"
+    for name in (port.protocol, f"{port.protocol}6"):  # an IPv6 socket may serve IPv4 too
+        try:
+            lines = Path(f"/proc/thread-self/net/{name}").read_text().splitlines()[1:]
+        except FileNotFoundError:  # a node without IPv6
+            continue
+        if any(fields[1].endswith(wanted) and fields[3] == waiting for fields in map(str.split, lines)):
+            return True
+    return False

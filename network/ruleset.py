@@ -43,6 +43,7 @@ table bridge {table} {{
 """
 
 # The filter on 127.0.0.0/8 comes before address translation: with route_localnet the bridge would let it through.
+# IPv6 has no route_localnet: what the node sends to ::1 stays there and is refused rather than lost.
 # The redirects dropped are those the node sends when a packet leaves on the bridge it came from.
 _INET_TABLE = """
 table inet {table} {{
@@ -73,6 +74,7 @@ table inet {table} {{
   }}
   chain from_node {{
     type nat hook output priority -100; policy accept;
+    ip6 daddr ::1 accept
     meta l4proto {{ tcp, udp, sctp }} fib daddr type local jump host_ports
   }}
   chain redirects {{
@@ -88,7 +90,6 @@ table inet {table} {{
   chain leaving {{
     type nat hook postrouting priority srcnat; policy accept;
     oifname "{bridge}" ip saddr 127.0.0.0/8 masquerade
-    oifname "{bridge}" ip6 saddr ::1 masquerade
     oifname "{bridge}" ct status dnat ip saddr . ip daddr @itself4 masquerade
     oifname "{bridge}" ct status dnat ip6 saddr . ip6 daddr @itself6 masquerade
     {masquerade}

@@ -60,6 +60,8 @@ async def test_ipv6_from_the_node_and_another_pod(dual: Node) -> None:
         assert talk(other.namespace, server, (gateway, port)) == other.address(6)
         assert talk(pod.namespace, server, (gateway, port)) == gateway
         assert talk(None, server, (gateway, port)) == gateway
+        with pytest.raises(ConnectionRefusedError):
+            talk(None, server, ("::1", port))
     with listen(pod.namespace, 80) as server:
         assert talk(None, server, ("127.0.0.1", port)) == pod.attachment.gateways[0]
 
@@ -117,12 +119,12 @@ async def test_a_running_udp_flow_moves_to_the_pod_that_takes_the_port(node: Nod
 
 
 async def test_conflicts_are_refused_before_anything_is_made(node: Node) -> None:
-    port = _free_port()
+    port, other = _free_port(), _free_port()
     await node.pod("holder", PortMapping("tcp", 80, port, "127.0.0.1"))
     before, links = node.rows(), node.links()
     conflicts = {
         "holder": [PortMapping("tcp", 80, port)],
-        "the same pod": [PortMapping("tcp", 80, port + 1), PortMapping("tcp", 81, port + 1)],
+        "the same pod": [PortMapping("tcp", 80, other), PortMapping("tcp", 81, other)],
     }
     for holder, mappings in conflicts.items():
         with pytest.raises(AlreadyExistsError, match=holder):
@@ -130,7 +132,7 @@ async def test_conflicts_are_refused_before_anything_is_made(node: Node) -> None
     with listen(None, 0, host="127.0.0.1") as served:
         with pytest.raises(AlreadyExistsError, match="process of the node"):
             await node.pod("late", PortMapping("tcp", 80, served.getsockname()[1]))
-    for wrong in (PortMapping("icmp", 1, 1), PortMapping("tcp", 0, 1), PortMapping("tcp", 1, 1, "::1")):
+    for wrong in (PortMapping("icmp", 1, 1), PortMapping("tcp", 0, 1), PortMapping("tcp", 1, 1, "fd00::1")):
         with pytest.raises(InvalidArgumentError):
             await node.pod("late", wrong)
     assert (node.rows(), node.links()) == (before, links)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from host.errors import AlreadyExistsError, InvalidArgumentError, LimitError, UnavailableError, WrongStateError
-from network.attachment import PortMapping
+from network.attachment import PortMapping, interface_name
 from tests.integration.network.conftest import Node, running_node, spare_subnet
 from tests.integration.network.namespaces import (
     command,
@@ -69,6 +69,27 @@ async def test_fifty_pods_at_once(node: Node) -> None:
         namespace.close()
     await _links_gone(node)
     await node.assert_empty()
+
+
+async def test_tables_made_again_while_pods_come_and_go_lose_nothing(node: Node) -> None:
+    names = [f"pod{number}" for number in range(24)]
+    namespaces = [node.namespace() for _ in names]
+
+    async def come_and_maybe_go(number: int) -> None:
+        await node.network.attach(names[number], str(namespaces[number].path), [])
+        if number % 2:
+            await node.network.detach(names[number])
+            namespaces[number].close()
+
+    async def make_again() -> None:
+        for _ in range(3):
+            await node.network.repair(names)
+
+    await asyncio.gather(make_again(), *(come_and_maybe_go(number) for number in range(len(names))))
+    gone = [interface_name(node.bridge, name) for name in names[1::2]]
+    await asyncio.to_thread(wait_until, lambda: not set(gone) & set(node.links()))
+    assert await node.network.audit(names) == []
+    assert len(node.links()) == 12
 
 
 async def test_exhaustion_names_the_range_and_leaves_nothing(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from host.errors import AlreadyExistsError, InvalidArgumentError
+from host.errors import AlreadyExistsError, InvalidArgumentError, UnsupportedError
 from network.attachment import PortMapping
 from network.ports import HostPort, PortRegistry, check_free_on_node, host_ports, normalise
 
@@ -23,12 +23,17 @@ def test_port_zero_is_left_out_and_addresses_are_written_one_way() -> None:
         PortMapping("tcp", 80, 65536),
         PortMapping("tcp", 80, -1),
         PortMapping("tcp", 80, 80, "localhost"),
-        PortMapping("tcp", 80, 80, "::1"),
+        PortMapping("tcp", 80, 80, "fd00::1"),
     ],
 )
 def test_what_cannot_be_is_refused(mapping: PortMapping) -> None:
     with pytest.raises(InvalidArgumentError):
         normalise([mapping], (4,))
+
+
+def test_the_ipv6_loopback_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="::1"):
+        normalise([PortMapping("tcp", 80, 80, "::1")], (4, 6))
 
 
 def test_no_address_means_every_family_of_the_pod() -> None:
@@ -80,3 +85,14 @@ def test_a_port_served_by_the_node_is_refused(kind: socket.SocketKind) -> None:
                 check_free_on_node([HostPort(protocol, host_ip, port)])
         check_free_on_node([HostPort(protocol, "127.0.0.2", port)])
     check_free_on_node([HostPort(protocol, "127.0.0.1", port), HostPort(protocol, "192.0.2.200", port)])
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_a_port_the_node_only_calls_from_is_free(kind: socket.SocketKind) -> None:
+    protocol = "tcp" if kind == socket.SOCK_STREAM else "udp"
+    with socket.socket(socket.AF_INET, kind) as server, socket.socket(socket.AF_INET, kind) as client:
+        server.bind(("127.0.0.1", 0))
+        if kind == socket.SOCK_STREAM:
+            server.listen()
+        client.connect(server.getsockname())
+        check_free_on_node([HostPort(protocol, "127.0.0.1", client.getsockname()[1])])

@@ -22,13 +22,13 @@ def test_tables_are_replaced_and_ranges_are_merged() -> None:
     assert script.startswith(remove_script("podkeel0"))
     assert "elements = { 10.88.0.0/16 };" in script
     assert re.search(r"set unmasked4 .*10\.0\.0\.0/8", script)
-    assert script.count("masquerade") == 6
+    assert script.count("masquerade") == 5
     assert "{table}" not in script
 
 
 def test_masquerading_can_be_switched_off() -> None:
     script = table_script("podkeel0", [ip_network("10.88.0.0/16")], [], masquerade=False, elements=[])
-    assert script.count("masquerade") == 4  # what comes from the node's loopback, and a pod's way to itself
+    assert script.count("masquerade") == 3  # what comes from the node's loopback, and a pod's way to itself
 
 
 def test_listing_is_read_in_the_words_elements_are_written() -> None:

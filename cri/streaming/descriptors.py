@@ -39,18 +39,19 @@ class OutputReader:
         """The next bytes; b"" at the end."""
         # A writer that is never behind must not keep the loop from everyone else.
         await asyncio.sleep(0)
+        silent = False
         while True:
             try:
                 return os.read(self._descriptor, self._read_size)
             except BlockingIOError:
-                pass
+                if silent:
+                    return b""
             except OSError as error:
                 # A terminal whose other side is closed, or a socket whose peer vanished.
                 if error.errno in (errno.EIO, errno.ECONNRESET):
                     return b""
                 raise
-            if not await self._wait():
-                return b""
+            silent = not await self._wait()
 
     def process_ended(self) -> None:
         """From now on silence is an end too: a child left behind may hold the descriptor open for ever."""

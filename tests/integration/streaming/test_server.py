@@ -1,0 +1,204 @@
+"""Who may connect, for how long, and what the others are told."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cri.streaming import StreamingServer, StreamLimits
+from host.errors import InvalidArgumentError, UnavailableError
+from tests.integration.streaming.conftest import Connect, until
+from tests.integration.streaming.local_backend import LocalBackend
+from tests.integration.streaming.spdy_client import COMMAND_PROTOCOLS, request, spdy_request
+
+
+def true_url(server: StreamingServer) -> str:
+    return server.exec_url("c", ["true"], tty=False, stdin=False, stdout=True, stderr=False)
+
+
+async def answer(url: str, data: bytes) -> str:
+    _, writer, head = await request(url, data)
+    writer.close()
+    return head
+
+
+async def test_tokens_work_once(server: StreamingServer, connect: Connect) -> None:
+    url = true_url(server)
+    await connect(url)
+    assert (await answer(url, spdy_request(url, COMMAND_PROTOCOLS))).startswith("HTTP/1.1 404 ")
+
+
+@pytest.mark.parametrize("change", ["wrong token", "other kind", "no token"])
+async def test_wrong_urls_are_not_found(server: StreamingServer, change: str) -> None:
+    url = true_url(server)
+    wrong = {
+        "wrong token": url[:-1] + ("A" if url[-1] != "A" else "B"),
+        "other kind": url.replace("/exec/", "/attach/"),
+        "no token": url.rpartition("/")[0],
+    }[change]
+    assert (await answer(wrong, spdy_request(wrong, COMMAND_PROTOCOLS))).startswith("HTTP/1.1 404 ")
+
+
+async def test_without_an_upgrade_is_a_bad_request_and_the_token_stays_good(
+    server: StreamingServer, connect: Connect
+) -> None:
+    url = true_url(server)
+    path = url.split("/", 3)[3]
+    for method in ("GET", "POST"):
+        head = await answer(url, f"{method} /{path} HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n".encode())
+        assert head.startswith("HTTP/1.1 400 ")
+    ids = await (client := await connect(url)).open_command("stdout")
+    assert (await client.status(ids["error"]))["status"] == "Success"
+
+
+async def test_protocols_that_nobody_speaks_are_forbidden(server: StreamingServer) -> None:
+    url = true_url(server)
+    assert (await answer(url, spdy_request(url, ["v9.channel.k8s.io"]))).startswith("HTTP/1.1 403 ")
+
+
+async def test_a_client_that_opens_no_streams_is_told_so(backend: LocalBackend, connect: Connect) -> None:
+    server = StreamingServer(backend, StreamLimits(creation_timeout=0.2))
+    await server.start()
+    client = await connect(true_url(server))
+    error = await client.open(streamtype="error")
+    assert "did not open the streams stdout in time" in (await client.status(error))["message"]
+    await asyncio.wait_for(client.went_away.wait(), 5)
+    assert backend.started == 0
+    await client.close()
+    await server.close()
+
+
+async def test_a_client_that_sends_no_request_is_cut_off(backend: LocalBackend) -> None:
+    server = StreamingServer(backend, StreamLimits(creation_timeout=0.1))
+    await server.start()
+    host, port = true_url(server).split("/")[2].split(":")
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(b"GET /exec/")
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    writer.close()
+    await server.close()
+
+
+async def test_idle_streams_end_and_pings_do_not_keep_them(backend: LocalBackend, connect: Connect) -> None:
+    server = StreamingServer(backend, StreamLimits(idle_timeout=0.4))
+    await server.start()
+    client = await connect(server.exec_url("c", ["cat"], tty=False, stdin=True, stdout=True, stderr=False))
+    ids = await client.open_command("stdin", "stdout")
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    for _ in range(3):
+        client.send_now(ids["stdin"], b"data")
+        await asyncio.sleep(0.2)
+    pinging = asyncio.create_task(ping_for_ever(client.session.ping, client.flush))
+    assert "no data passed" in (await client.status(ids["error"]))["message"]
+    assert loop.time() - start > 0.8
+    pinging.cancel()
+    await client.close()
+    await server.close()
+    assert not backend.running
+
+
+async def ping_for_ever(ping: object, flush: object) -> None:
+    assert callable(ping)
+    assert callable(flush)
+    while True:
+        ping()
+        flush()
+        await asyncio.sleep(0.05)
+
+
+async def test_too_many_connections(backend: LocalBackend, connect: Connect) -> None:
+    server = StreamingServer(backend, StreamLimits(max_connections=1))
+    await server.start()
+    first, second = true_url(server), true_url(server)
+    client = await connect(first)
+    _, writer, head = await request(second, b"")
+    assert head.startswith("HTTP/1.1 503 ")
+    writer.close()
+    await client.close()
+    await server.close()
+
+
+async def test_a_flood_of_pings_that_is_never_read_stays_bounded(server: StreamingServer, connect: Connect) -> None:
+    client = await connect(server.exec_url("c", ["cat"], tty=False, stdin=True, stdout=True, stderr=False))
+    await client.open_command("stdin", "stdout")
+    client.reading.clear()
+    before = resident()
+    flood = b"".join(bytes.fromhex("80030006 00000004") + number.to_bytes(4, "big") for number in range(1, 100_000, 2))
+    for _ in range(200):
+        client.writer.write(flood)
+        if client.writer.transport.get_write_buffer_size() > 32 << 20:
+            break
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.5)
+    assert client.writer.transport.get_write_buffer_size() > 0, "the server goes on reading"
+    assert resident() - before - client.writer.transport.get_write_buffer_size() < 64 << 20
+
+
+async def test_urls_need_a_running_server(backend: LocalBackend) -> None:
+    with pytest.raises(UnavailableError):
+        true_url(StreamingServer(backend))
+
+
+async def test_a_taken_port_is_named(server: StreamingServer, backend: LocalBackend) -> None:
+    port = int(true_url(server).split("/")[2].split(":")[1])
+    with pytest.raises(InvalidArgumentError, match=f"127.0.0.1:{port}"):
+        await StreamingServer(backend, StreamLimits(port=port)).start()
+
+
+async def test_ipv6_loopback(backend: LocalBackend, connect: Connect) -> None:
+    server = StreamingServer(backend, StreamLimits(host="::1"))
+    await server.start()
+    url = true_url(server)
+    assert url.startswith("http://[::1]:")
+    ids = await (client := await connect(url)).open_command("stdout")
+    assert (await client.status(ids["error"]))["status"] == "Success"
+    await client.close()
+    await server.close()
+
+
+async def test_tls_with_client_certificates(backend: LocalBackend, connect: Connect, tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    limits = StreamLimits(
+        tls_certificate=str(tmp_path / "server.pem"),
+        tls_key=str(tmp_path / "server.key"),
+        tls_client_ca=str(tmp_path / "ca.pem"),
+    )
+    server = StreamingServer(backend, limits)
+    await server.start()
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    url = server.exec_url(
+        "c", ["head", "-c", "3000000", "/dev/zero"], tty=False, stdin=False, stdout=True, stderr=False
+    )
+    assert url.startswith("https://127.0.0.1:")
+    with pytest.raises((ssl.SSLError, ConnectionError, asyncio.IncompleteReadError)):
+        await request(url, spdy_request(url, COMMAND_PROTOCOLS), ssl=context)
+    context.load_cert_chain(str(tmp_path / "client.pem"), str(tmp_path / "client.key"))
+    client = await connect(url, ssl=context)
+    ids = await client.open_command("stdout")
+    assert (await client.status(ids["error"]))["status"] == "Success"
+    assert client.streams[ids["stdout"]].size == 3_000_000
+    await client.close()
+    await server.close()
+    await until(lambda: not backend.running)
+
+
+def make_certificates(folder: Path) -> None:
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    openssl("req", "-x509", *key, "-subj", "/CN=ca", "-days", "1", "-keyout", "ca.key", "-out", "ca.pem")
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+    for name in ("server", "client"):
+        openssl("req", *key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        ca = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "1", "-extfile", "names"]
+        openssl("x509", "-req", "-in", f"{name}.csr", *ca, "-out", f"{name}.pem")
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -1,0 +1,117 @@
+"""A WebSocket client for channels, and a tunnel that a SPDY client can speak through."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from typing import Any
+from urllib.parse import urlsplit
+
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import (
+    AcceptConnection,
+    BytesMessage,
+    CloseConnection,
+    Event,
+    Ping,
+    RejectConnection,
+    Request,
+    TextMessage,
+)
+
+
+class WebSocketClient:
+    """Collects what comes by channel."""
+
+    def __init__(self, *, use_base64: bool = False) -> None:
+        self.use_base64 = use_base64
+        self.channels: dict[int, bytearray] = {}
+        self.messages: list[tuple[int, bytes]] = []
+        self.close_code: int | None = None
+        self.subprotocol: str | None = None
+        self.rejected: int | None = None
+        self.changed = asyncio.Event()
+        self.raw: asyncio.Queue[bytes] = asyncio.Queue()
+        self.as_tunnel = False
+        self._current = b""
+        self._connection = WSConnection(ConnectionType.CLIENT)
+
+    @classmethod
+    async def connect(cls, url: str, *subprotocols: str, query: str = "") -> WebSocketClient:
+        client = cls(use_base64=any("base64" in name for name in subprotocols))
+        parts = urlsplit(url)
+        client.reader, client.writer = await asyncio.open_connection(parts.hostname, parts.port)
+        request = Request(host=parts.netloc, target=parts.path + query, subprotocols=list(subprotocols))
+        client.writer.write(client._connection.send(request))
+        client.task = asyncio.create_task(client._read())
+        await client.until(lambda: client.subprotocol is not None or client.rejected is not None)
+        return client
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    task: asyncio.Task[None]
+
+    def send(self, channel: int, data: bytes) -> None:
+        if self.use_base64:
+            text = chr((channel + ord("0")) & 0xFF) + base64.b64encode(data).decode()
+            self.send_event(TextMessage(data=text))
+        else:
+            self.send_event(BytesMessage(data=bytes([channel]) + data))
+
+    def send_event(self, event: Event) -> None:
+        self.writer.write(self._connection.send(event))
+
+    async def until(self, condition: Any) -> None:
+        async with asyncio.timeout(15):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+    async def closed(self) -> None:
+        await self.until(lambda: self.close_code is not None)
+
+    async def status(self) -> dict[str, Any]:
+        await self.closed()
+        return dict(json.loads(self.channels[3]))
+
+    def text(self, channel: int) -> str:
+        return self.channels[channel].decode()
+
+    async def close(self) -> None:
+        self.task.cancel()
+        self.writer.close()
+
+    async def _read(self) -> None:
+        while data := await self.reader.read(65536):
+            self._connection.receive_data(data)
+            for event in self._connection.events():
+                self._handle(event)
+            self.changed.set()
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, AcceptConnection):
+            self.subprotocol = event.subprotocol or ""
+        elif isinstance(event, RejectConnection):
+            self.rejected = event.status_code
+        elif isinstance(event, BytesMessage | TextMessage):
+            data = event.data.encode() if isinstance(event, TextMessage) else bytes(event.data)
+            self._current += data
+            if event.message_finished:
+                self._deliver(self._current)
+                self._current = b""
+        elif isinstance(event, Ping):
+            self.send_event(event.response())
+        elif isinstance(event, CloseConnection):
+            self.close_code = event.code
+
+    def _deliver(self, message: bytes) -> None:
+        if self.as_tunnel:
+            self.raw.put_nowait(message)
+            return
+        if self.use_base64:
+            channel, data = message[0] - ord("0"), base64.b64decode(message[1:])
+        else:
+            channel, data = message[0], message[1:]
+        self.messages.append((channel, data))
+        self.channels.setdefault(channel, bytearray()).extend(data)

@@ -105,7 +105,7 @@ class SnapshotStore:
         await self._let_go([f"{container_id} {target}"])
 
     async def remove(self, container_id: str) -> None:
-        """Remove the container's writable folder and let go of its layers; success if there is none.
+        """Remove the container's folder with all in it and let go of its layers; success if there is none.
 
         What is mounted has to be unmounted before.
         """
@@ -194,15 +194,7 @@ class SnapshotStore:
             raise PodkeelError(f"overlay at {target} could not be mounted: {error.strerror}") from error
 
     def _throw_away(self, container_id: str) -> None:
-        folder = self._containers / container_id
-        for name in ("work", "upper"):
-            self._trash.throw(folder / name)
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                folder.rmdir()
-            except OSError as error:
-                if error.errno != errno.ENOTEMPTY:  # volumes, which are not ours
-                    raise
+        self._trash.throw(self._containers / container_id)
 
 
 def _unmount(target: Path) -> None:

@@ -78,6 +78,7 @@ class ContainerManager:
         image = self._image(config)
         runtime = node.handlers.get(sandbox.record.handler)
         container = self._new_container(sandbox, config, image, runtime)
+        node.expect_container()
         operation = begin(container, "CreateContainer")
         async with Undo(container.title) as undo:
             undo.push("the container", partial(self._discard, container))

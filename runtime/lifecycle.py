@@ -13,6 +13,7 @@ from collections.abc import Coroutine
 from host import processes
 from host.errors import CommandError, DeadlineError, PodkeelError, WrongStateError
 from host.stages import Operation
+from host.threads import wait_out
 from proto.runtime.v1 import cri_pb2
 from runtime.container import Container, ContainerState
 from runtime.monitor import ExitRecord
@@ -57,14 +58,19 @@ class Lifecycle:
                 raise WrongStateError(f"{container.title} is {record.state}, only a created one can be started")
             if container.sandbox.record.state is not SandboxState.READY or container.sandbox.closing:
                 raise WrongStateError(f"{container.title}: its sandbox is not ready: make a new one")
-            operation = begin(container, "StartContainer")
-            async with operation.stage("runtime"), self._node.starting:
-                started_at = time.time_ns()
-                await self._start_in_runtime(container)
-            async with operation.stage("commit"):
-                record.state = ContainerState.RUNNING
-                record.started_at = started_at
-                await self._node.store.save_container(container)
+            # A start that is interrupted may have happened or not, so one whose client goes away is carried to its end.
+            await wait_out(asyncio.ensure_future(self._start(container)))
+
+    async def _start(self, container: Container) -> None:
+        record = container.record
+        operation = begin(container, "StartContainer")
+        async with operation.stage("runtime"), self._node.starting:
+            started_at = time.time_ns()
+            await self._start_in_runtime(container)
+        async with operation.stage("commit"):
+            record.state = ContainerState.RUNNING
+            record.started_at = started_at
+            await self._node.store.save_container(container)
         self._node.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
         _log.info("%s runs", container.title)
 
@@ -140,6 +146,8 @@ class Lifecycle:
             record.reason = "OOMKilled" if kills else "Error"
         if exit_record is None:
             record.message = "its end was not recorded: its monitor was killed or the node restarted"
+        # What the runtime holds is given back meanwhile: should we die before the commit, conmon's record is there.
+        container.cleanup = self._spawn(self.clean_up(container))
         await self._node.store.save_container(container)
         self._ended(container)
         _log.info("%s ended: exit code %d, %s", container.title, record.exit_code, record.reason)
@@ -147,7 +155,8 @@ class Lifecycle:
     def _ended(self, container: Container) -> None:
         container.exited.set()
         self._node.publish(cri_pb2.CONTAINER_STOPPED_EVENT, container)
-        container.cleanup = self._spawn(self.clean_up(container))
+        if container.cleanup is None:
+            container.cleanup = self._spawn(self.clean_up(container))
 
     async def clean_up(self, container: Container) -> None:
         """Give back what an ended container holds of the node but its files. Repeatable; a failure is logged only."""
@@ -210,8 +219,9 @@ class Lifecycle:
         async with operation.stage("kill"):
             if not container.exited.is_set():
                 await self._kill_and_wait(container)
-        async with operation.stage("release"):
-            await self.released(container)
+        if not container.record.private_pid_namespace:  # others die with their init; these may have survived it
+            async with operation.stage("release"):
+                await self.released(container)
 
     async def _stop_politely(self, container: Container, grace: float) -> None:
         """Send the stop signal, unless another call did, and wait for the end or the earliest deadline of all calls."""

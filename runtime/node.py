@@ -54,10 +54,16 @@ class Node:
     containers: Registry[Container] = field(default_factory=lambda: Registry("container"))
     by_sandbox: dict[str, dict[str, Container]] = field(default_factory=dict)
     starting: asyncio.Semaphore = field(init=False)
+    _preparing: asyncio.Future[None] | None = None
 
     def __post_init__(self) -> None:
         parallel = self.options.container_start_parallelism or 4 * (os.cpu_count() or 1)
         self.starting = asyncio.Semaphore(parallel)
+
+    def expect_container(self) -> None:
+        """A container is about to be made: let the kernel prepare for it in the background."""
+        if self._preparing is None or self._preparing.done():
+            self._preparing = asyncio.get_running_loop().run_in_executor(None, self.cgroups.prepare_for_moves)
 
     def containers_of(self, sandbox: Sandbox) -> list[Container]:
         """Containers of a sandbox, oldest first, also those being made."""

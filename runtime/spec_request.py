@@ -46,6 +46,7 @@ def spec_request(node: Node, container: Container, image: Image, runtime: OciRun
             name=runtime.name,
             recursive_read_only=runtime.features.recursive_read_only_mounts,
             idmapped_mounts=runtime.features.idmapped_mounts,
+            compiled_seccomp=runtime.features.version.startswith("crun "),
             privileged_without_host_devices=runtime.options.privileged_without_host_devices,
         ),
         node=node.facts,

@@ -64,5 +64,6 @@ def as_table(checks: Sequence[Check], *, coloured: bool) -> str:
         if item.state != "ok" and item.remedy:
             body.append(f"{indent}→ {item.remedy}")
     counts = {state: sum(item.state == state for item in checks) for state in _MARKS}
-    body.append(f"\n{counts['ok']} ok, {counts['warn']} warnings, {counts['fail']} failed")
+    warnings = "1 warning" if counts["warn"] == 1 else f"{counts['warn']} warnings"
+    body.append(f"\n{counts['ok']} ok, {warnings}, {counts['fail']} failed")
     return "\n".join(body)

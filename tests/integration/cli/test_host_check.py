@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from cri.configuration import Configuration
+from cri.host_check import Check, run_check
+from runtime.options import DEFAULT_HANDLERS, HandlerOptions, RuntimeOptions
+
+
+def checked(folder: Path, **options: object) -> dict[str, Check]:
+    folders = {"data_dir": str(folder / "data"), "run_dir": str(folder / "run")}
+    runtime = msgspec.structs.replace(RuntimeOptions(), **folders, **options)
+    found = {check.name: check for check in run_check(Configuration(runtime=runtime))}
+    assert list(folder.iterdir()) == []
+    return found
+
+
+def test_what_works_here(tmp_path: Path) -> None:
+    found = checked(tmp_path)
+    for name in ("conmon", "catatonit", "nft", "cgroups", "overlay", "bridge and veth", "nftables", "kernel"):
+        assert found[name].state == "ok", found[name]
+    working = [name for name in ("crun", "runc") if found[f"runtime {name}"].state == "ok"]
+    assert working
+    assert found[f"runtime {working[0]}"].detail.endswith(", the default")
+
+
+def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path) -> None:
+    broken = tmp_path.parent / "broken"
+    broken.write_text("#!/bin/sh\necho it is broken >&2; exit 1\n")
+    broken.chmod(0o755)
+    handlers = {**DEFAULT_HANDLERS, "absent": HandlerOptions(path="absent"), "broken": HandlerOptions(path=str(broken))}
+    found = checked(tmp_path, conmon_path="/nonexistent/conmon", handlers=handlers)
+    assert found["conmon"].state == "fail"
+    assert "/nonexistent/conmon" in found["conmon"].detail
+    assert found["conmon"].remedy == "apt-get install conmon"
+    assert (found["runtime absent"].state, found["runtime absent"].remedy) == ("warn", "apt-get install absent")
+    assert found["runtime broken"].state == "warn"
+    assert "it is broken" in found["runtime broken"].detail
+
+
+def test_a_default_runtime_that_does_not_work_fails(tmp_path: Path) -> None:
+    found = checked(tmp_path, default_runtime="absent", handlers={"absent": HandlerOptions(path="absent")})
+    assert found["runtime absent"].state == "fail"
+    assert found["runtime absent"].detail.endswith(", the default")
+
+
+def test_no_cgroup_driver_of_that_name(tmp_path: Path) -> None:
+    assert checked(tmp_path, cgroup_driver="none")["cgroups"].state == "fail"

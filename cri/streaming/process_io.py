@@ -12,7 +12,7 @@ from typing import Self
 
 from cri.streaming.descriptors import prepare
 
-_END_OF_FILE = termios.VEOF
+_CONTROL_D = b"\x04"
 
 
 class ProcessIO:
@@ -23,6 +23,7 @@ class ProcessIO:
         self.stdout = stdout
         self.stderr = stderr
         self.is_terminal = False
+        self._is_relayed = False
         for descriptor in self._descriptors():
             prepare(descriptor)
 
@@ -42,8 +43,10 @@ class ProcessIO:
         else:
             with contextlib.suppress(OSError, termios.error):
                 attributes = termios.tcgetattr(self.stdin)
-                if attributes[3] & termios.ICANON:
-                    os.write(self.stdin, attributes[6][_END_OF_FILE])
+                if self._is_relayed:
+                    os.write(self.stdin, _CONTROL_D)
+                elif attributes[3] & termios.ICANON:
+                    os.write(self.stdin, attributes[6][termios.VEOF])
         self.stdin = None
 
     def end_output(self, descriptor: int) -> None:

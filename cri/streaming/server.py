@@ -136,6 +136,8 @@ class _Visit:
             self._session.set_exception(error)
 
     def _on_request_bytes(self, data: bytes) -> None:
+        if self._session.done():
+            return  # ended meanwhile
         try:
             request = self._upgrade.receive(data)
             if request is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from cri.streaming import AttachRequest, AttachSocket, ExecRequest, ProcessIO, TerminalSize, open_pipes
 from cri.streaming.pod_socket import connect_to_pod
 from host import processes
-from host.errors import NotFoundError, WrongStateError
+from host.errors import CommandError, NotFoundError, PodkeelError, WrongStateError
 
 
 class LocalProcess:
@@ -22,6 +22,7 @@ class LocalProcess:
     def __init__(self, pid: int, streams: ProcessIO) -> None:
         self.pid = pid
         self.io = streams
+        self.failure: PodkeelError | None = None
         self._pidfd = os.pidfd_open(pid)
         self._code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         processes.watch_exit(self._pidfd, self._ended)
@@ -33,11 +34,14 @@ class LocalProcess:
         self._code.set_result(255 if status is None else status if status >= 0 else 128 - status)
 
     async def wait(self) -> int:
-        return await asyncio.shield(self._code)
+        code = await asyncio.shield(self._code)
+        if self.failure is not None:
+            raise self.failure
+        return code
 
     async def close(self) -> None:
         processes.kill_group(self.pid)
-        await self.wait()
+        await asyncio.shield(self._code)
         self.io.close()
 
 
@@ -61,6 +65,8 @@ class LocalBackend:
             process = self._on_terminal(request, size) if request.tty else self._on_pipes(request)
         except NotFoundError as error:
             raise NotFoundError(f'exec: "{request.command[0]}": no such file or directory') from error
+        if request.container_id == "unstartable":
+            process.failure = CommandError(["runc", "exec"], 255, "exec failed: permission denied")
         self.running.add(process.pid)
         self.started += 1
         try:

@@ -62,6 +62,20 @@ async def test_missing_command_is_an_internal_error(server: StreamingServer, con
     assert "/no/such/thing" in status["message"]
 
 
+@pytest.mark.parametrize(
+    ("container", "words"), [("unstartable", "exec failed: permission denied"), ("stopped", "is not running")]
+)
+async def test_what_the_runtime_says_reaches_the_client(
+    server: StreamingServer, connect: Connect, container: str, words: str
+) -> None:
+    client = await connect(server.exec_url(container, ["true"], tty=False, stdin=True, stdout=True, stderr=False))
+    ids = await client.open_command("stdin", "stdout")
+    status = await client.status(ids["error"])
+    assert (status["status"], status["reason"]) == ("Failure", "InternalError")
+    assert words in status["message"]
+    assert await client.streams[ids["stdout"]].text() == ""
+
+
 async def test_terminal_starts_with_the_clients_size(server: StreamingServer, connect: Connect) -> None:
     url = exec_url(server, "sh", "-c", "stty size; read x; stty size; exit 3", streams="stdin stdout", tty=True)
     client = await connect(url)

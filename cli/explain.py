@@ -7,7 +7,7 @@ import time
 from datetime import datetime
 
 from cli.connect import connect
-from cli.lookup import find_container, find_pod
+from cli.lookup import find_container, find_pod, list_containers, list_pods
 from cli.text import duration, short
 from host.errors import NotFoundError
 from proto.podkeel.v1 import agent_pb2
@@ -25,18 +25,24 @@ def explain(options: argparse.Namespace) -> None:
             identifier = find_container(client, options.object).id
         request = agent_pb2.ExplainRequest(id=identifier)
         answer = client.call(request, agent_pb2.ExplainResponse, f"explain {options.object}")
+        names = {item.id: item.metadata.name for item in (*list_pods(client), *list_containers(client))}
     if not answer.operations:
         print(f"nothing is recorded of {options.object}")
         return
-    print("\n\n".join(waterfall(operation, time.time_ns()) for operation in answer.operations))
+    now = time.time_ns()
+    print("\n\n".join(waterfall(item, now, names.get(item.object_id, "")) for item in answer.operations))
 
 
-def waterfall(operation: agent_pb2.OperationReport, now: int) -> str:
-    """One operation: a line for it, and one for each stage with its bar. ``now`` is in ns since the epoch."""
+def waterfall(operation: agent_pb2.OperationReport, now: int, name: str = "") -> str:
+    """One operation: a line for it, and one for each stage with its bar.
+
+    ``now`` is in nanoseconds since the epoch, ``name`` what the operation's object is called.
+    """
     ends = [_end(stage, now) for stage in operation.stages]
     total = max((end - operation.started for end in ends), default=0) / 1e9
     moment = datetime.fromtimestamp(operation.started / 1e9).strftime("%H:%M:%S.%f")[:-3]
-    lines = [f"{operation.name}  {short(operation.object_id)}  {moment}  {duration(max(total, 0))}"]
+    subject = f"{name} {short(operation.object_id)}".strip()
+    lines = [f"{operation.name}  {subject}  {moment}  {duration(max(total, 0))}"]
     width = max((len(stage.name) for stage in operation.stages), default=0)
     for stage, end in zip(operation.stages, ends, strict=True):
         bar = _bar((stage.started - operation.started) / 1e9, (end - operation.started) / 1e9, total)

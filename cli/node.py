@@ -37,9 +37,10 @@ def info(options: argparse.Namespace) -> None:
 
 def events(options: argparse.Namespace) -> None:
     """``podkeel events``: until Ctrl-C."""
+    names: dict[str, str] = {}
     with connect(options) as client:
         for event in client.stream(cri_pb2.GetEventsRequest(), cri_pb2.ContainerEventResponse, "follow events"):
-            line = _as_json(event) if options.format == "json" else _as_text(event)
+            line = _as_json(event) if options.format == "json" else as_text(event, names)
             print(line, flush=True)
 
 
@@ -47,11 +48,14 @@ def _as_json(event: cri_pb2.ContainerEventResponse) -> str:
     return json.dumps(MessageToDict(event, preserving_proto_field_name=True), ensure_ascii=False)
 
 
-def _as_text(event: cri_pb2.ContainerEventResponse) -> str:
+def as_text(event: cri_pb2.ContainerEventResponse, names: dict[str, str]) -> str:
+    """One line for people; ``names`` remembers containers by id, since a deleted one has no status any more."""
     kind = cri_pb2.ContainerEventType.Name(event.container_event_type)
     what = kind.removeprefix("CONTAINER_").removesuffix("_EVENT").lower()
-    pod = event.pod_sandbox_status.metadata
-    names = [status.metadata.name for status in event.containers_statuses if status.id == event.container_id]
-    subject = f"container {pod.name}/{names[0]}" if names else f"pod {pod.name}"
+    pod = event.pod_sandbox_status
+    names |= {status.id: status.metadata.name for status in event.containers_statuses}
+    subject = f"pod {pod.metadata.name}"
+    if event.container_id != pod.id:
+        subject = f"container {pod.metadata.name}/{names.get(event.container_id, '?')}"
     moment = datetime.fromtimestamp(event.created_at / 1e9).strftime("%H:%M:%S.%f")[:-3]
     return f"{moment}  {what:<8}  {subject}  {short(event.container_id)}"

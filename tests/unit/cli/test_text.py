@@ -5,8 +5,10 @@ import time
 import pytest
 
 from cli.explain import waterfall
+from cli.node import as_text
 from cli.text import age, duration, short, size, table
 from proto.podkeel.v1 import agent_pb2
+from proto.runtime.v1 import cri_pb2
 
 
 def test_table_columns_are_as_wide_as_their_cells() -> None:
@@ -50,8 +52,8 @@ def test_waterfall() -> None:
             agent_pb2.StageReport(name="ready", started=begin + 8 * millisecond, seconds=-1),
         ],
     )
-    first, *stages = waterfall(operation, begin + 10 * millisecond).splitlines()
-    assert first.startswith("RunPodSandbox  ababababababa  ")
+    first, *stages = waterfall(operation, begin + 10 * millisecond, "web").splitlines()
+    assert first.startswith("RunPodSandbox  web ababababababa  ")
     assert first.endswith("  10 ms")
     assert stages[0] == "  reserve  " + "█" * 8 + " " * 32 + "      2 ms"
     assert stages[1] == "  network  " + " " * 8 + "█" * 24 + " " * 8 + "      6 ms  failed"
@@ -61,3 +63,24 @@ def test_waterfall() -> None:
 def test_waterfall_of_an_operation_that_took_no_time() -> None:
     operation = agent_pb2.OperationReport(name="Stop", started=5, stages=[agent_pb2.StageReport(name="a", started=5)])
     assert "▏" in waterfall(operation, 5)
+
+
+def test_events_name_what_is_gone() -> None:
+    pod = cri_pb2.PodSandboxStatus(id="aa", metadata=cri_pb2.PodSandboxMetadata(name="shop"))
+    web = cri_pb2.ContainerStatus(id="bb", metadata=cri_pb2.ContainerMetadata(name="web"))
+    names: dict[str, str] = {}
+
+    def told(kind: cri_pb2.ContainerEventType, identifier: str, *statuses: cri_pb2.ContainerStatus) -> str:
+        event = cri_pb2.ContainerEventResponse(
+            container_id=identifier,
+            container_event_type=kind,
+            created_at=10**18,
+            pod_sandbox_status=pod,
+            containers_statuses=statuses,
+        )
+        return as_text(event, names).split("  ", 1)[1]
+
+    assert told(cri_pb2.CONTAINER_STARTED_EVENT, "aa") == "started   pod shop  aa"
+    assert told(cri_pb2.CONTAINER_DELETED_EVENT, "bb") == "deleted   container shop/?  bb"
+    assert told(cri_pb2.CONTAINER_STOPPED_EVENT, "bb", web) == "stopped   container shop/web  bb"
+    assert told(cri_pb2.CONTAINER_DELETED_EVENT, "bb") == "deleted   container shop/web  bb"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import signal
 import time
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from host.errors import LimitError, PodkeelError
+
+_log = logging.getLogger("podkeel.stages")
 
 _EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 
@@ -93,6 +96,7 @@ async def _fault(point: str) -> None:
         case "error":
             raise PodkeelError(f"fault planted at {point}")
         case "hang":
+            _log.warning("hanging at %s", point)
             await asyncio.Event().wait()
 
 

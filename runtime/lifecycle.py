@@ -113,11 +113,11 @@ class Lifecycle:
             if container.record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
                 return
             exit_record = self._node.monitors.exit_record(container.id)
-            if exit_record is None and await self._survives_its_monitor(container):
+            if exit_record is None and await self.survives_its_monitor(container):
                 return
             await self.record_exit(container, exit_record)
 
-    async def _survives_its_monitor(self, container: Container) -> bool:
+    async def survives_its_monitor(self, container: Container) -> bool:
         """Whether the container runs on though conmon was killed; its end is then noticed without an exit code."""
         init = container.record.init
         pidfd = processes.open_process(init.pid, init.started) if init is not None else None

@@ -81,23 +81,24 @@ class Recovery:
         """Take up a container that was created or running when the agent went away."""
         node, record = self._node, container.record
         same_boot = record.boot_id == node.boot_id
+        if record.start_error and same_boot:
+            return
         monitor = record.monitor if same_boot else None
         pidfd = processes.open_process(monitor.pid, monitor.started) if monitor is not None else None
-        if pidfd is None and same_boot and node.monitors.exit_record(container.id) is None and record.init is not None:
-            pidfd = processes.open_process(record.init.pid, record.init.started)
-        if pidfd is None:
-            if record.start_error:
-                return
-            async with container.lock:
-                await self._lifecycle.record_exit(container, node.monitors.exit_record(container.id))
-            return
-        container.monitor_descriptor = pidfd
-        await in_thread(self._end_abandoned_calls, container)
-        if record.state is ContainerState.CREATED and await self._was_started(container):
-            record.state = ContainerState.RUNNING
-            record.started_at = time.time_ns()
-            await node.store.save_container(container)
-        self._lifecycle.watch(container)
+        async with container.lock:  # its end, should it come now, is handled afterwards
+            if pidfd is not None:
+                container.monitor_descriptor = pidfd
+                self._lifecycle.watch(container)
+            else:
+                exit_record = node.monitors.exit_record(container.id)
+                if not same_boot or exit_record or not await self._lifecycle.survives_its_monitor(container):
+                    await self._lifecycle.record_exit(container, exit_record)
+                    return
+            await in_thread(self._end_abandoned_calls, container)
+            if record.state is ContainerState.CREATED and await self._was_started(container):
+                record.state = ContainerState.RUNNING
+                record.started_at = time.time_ns()
+                await node.store.save_container(container)
 
     def _end_abandoned_calls(self, container: Container) -> None:
         """Nobody can get the output of what the former agent executed in the container any more."""

@@ -18,7 +18,7 @@ _OPERATIONS = {
     ("runtime/containers.py", "_make"): ("CreateContainer",),
     ("runtime/containers.py", "remove"): ("RemoveContainer",),
     ("runtime/containers.py", "finish_removal"): ("RemoveContainer",),
-    ("runtime/lifecycle.py", "start"): ("StartContainer",),
+    ("runtime/lifecycle.py", "_start"): ("StartContainer",),
     ("runtime/lifecycle.py", "stop"): ("StopContainer",),
     ("runtime/execution.py", "update"): ("UpdateContainerResources",),
     ("images/pulling.py", "fetch"): ("PullImage",),

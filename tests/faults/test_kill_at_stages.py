@@ -11,7 +11,7 @@ from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.faults.conftest import FaultyAgent, Stage
 from tests.faults.points import points, stages_without_operation
-from tests.support.pods import POLITE, container_config, sandbox_config, wait_for_log
+from tests.support.pods import POLITE, container_config, sandbox_config, shared_pids, wait_for_log
 
 
 def test_every_stage_in_the_source_is_tested() -> None:
@@ -33,15 +33,14 @@ def _killed(agent: FaultyAgent, point: str, call: Callable[[], object]) -> None:
     agent.revive()
 
 
-def _pod_of(stage: Stage) -> tuple[str, cri_pb2.PodSandboxConfig]:
-    sandbox = sandbox_config(stage.agent)
-    return stage.agent.client.run_sandbox(sandbox), sandbox
-
-
 def _container_of(stage: Stage, *, started: bool) -> tuple[str, str]:
     client = stage.agent.client
-    sandbox_id, sandbox = _pod_of(stage)
-    container_id = client.create(sandbox_id, container_config("main", *POLITE), sandbox)
+    sandbox = sandbox_config(stage.agent)
+    container = container_config("main", *POLITE)
+    shared_pids(sandbox)
+    shared_pids(container)
+    sandbox_id = client.run_sandbox(sandbox)
+    container_id = client.create(sandbox_id, container, sandbox)
     if started:
         client.start(container_id)
         wait_for_log(client, container_id)
@@ -72,10 +71,10 @@ def _run_pod_sandbox(stage: Stage, point: str) -> None:
 def _create_container(stage: Stage, point: str) -> None:
     client = stage.agent.client
     sandbox = sandbox_config(stage.agent)
-    sandbox.linux.security_context.namespace_options.pid = cri_pb2.POD
+    shared_pids(sandbox)
     sandbox_id = client.run_sandbox(sandbox)
     container = container_config("main", *POLITE)
-    container.linux.security_context.namespace_options.pid = cri_pb2.POD
+    shared_pids(container)
     _killed(stage.agent, point, lambda: client.create(sandbox_id, container, sandbox))
     complete = point.endswith("commit:after")
     assert list(_containers(stage).values()) == ([cri_pb2.CONTAINER_CREATED] if complete else [])

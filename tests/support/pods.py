@@ -41,6 +41,11 @@ def container_config(name: str, *command: str, image: str = BUSYBOX, **fields: A
     return config
 
 
+def shared_pids(config: cri_pb2.ContainerConfig | cri_pb2.PodSandboxConfig) -> None:
+    """Have a pod's containers share one PID namespace."""
+    config.linux.security_context.namespace_options.pid = cri_pb2.POD
+
+
 def run_container(agent: AgentProcess, *command: str, name: str = "main", **fields: Any) -> tuple[str, str]:
     """A new pod with one started container; their ids."""
     sandbox = sandbox_config(agent)

@@ -25,7 +25,8 @@ def explain(options: argparse.Namespace) -> None:
             identifier = find_container(client, options.object).id
         request = agent_pb2.ExplainRequest(id=identifier)
         answer = client.call(request, agent_pb2.ExplainResponse, f"explain {options.object}")
-        names = {item.id: item.metadata.name for item in (*list_pods(client), *list_containers(client))}
+        names = {pod.id: pod.metadata.name for pod in list_pods(client)}
+        names |= {item.id: item.metadata.name for item in list_containers(client)}
     if not answer.operations:
         print(f"nothing is recorded of {options.object}")
         return

@@ -17,8 +17,8 @@ def reset(options: argparse.Namespace) -> int:
     )
     if not options.yes:
         raise InvalidArgumentError(f"this removes {what}; say --yes to do it")
-    from cri import server
+    from cri.server import reset as reset_agent
 
-    server.reset(loaded.configuration)
+    reset_agent(loaded.configuration)
     print(f"removed {what}")
     return 0

@@ -10,7 +10,7 @@ from cli.config import load_for
 def serve(options: argparse.Namespace) -> int:
     """Run the agent in this process until a signal ends it."""
     loaded = load_for(options)
-    from cri import server
+    from cri.server import serve as serve_agent
 
-    server.serve(loaded.configuration)
+    serve_agent(loaded.configuration)
     return 0

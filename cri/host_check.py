@@ -112,17 +112,25 @@ async def _cgroups(configuration: Configuration) -> list[Check]:
 
 async def _handlers(configuration: Configuration) -> list[Check]:
     """Each runtime handler runs one container, in a run folder of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="podkeel-check-", dir=_existing(Path(configuration.runtime.run_dir))))
     try:
-        options = msgspec.structs.replace(configuration.runtime, run_dir=str(folder), default_runtime="")
+        tree = CgroupTree.of_host(configuration.runtime.cgroup_driver)
+    except (PodkeelError, OSError):
+        return []  # the check of cgroups says it
+    folder = Path(tempfile.mkdtemp(prefix="podkeel-check-", dir=_existing(Path(configuration.runtime.run_dir))))
+    parent = f"/{folder.name}"
+    options = msgspec.structs.replace(
+        configuration.runtime, run_dir=str(folder), cgroup_parent=parent, default_runtime=""
+    )
+    try:
         layout = Layout.of(options)
         layout.run.joinpath("oci").mkdir()
-        handlers = Handlers(options, layout, CgroupTree.of_host(options.cgroup_driver))
+        handlers = Handlers(options, layout, tree)
         await handlers.probe()
     except (PodkeelError, OSError) as error:
         return [Check("runtimes", "fail", _sentence(error))]
     finally:
         await in_thread(_remove_folder, folder)
+        await in_thread(tree.remove, parent)
     return _handler_checks(configuration.runtime, handlers)
 
 

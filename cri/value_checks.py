@@ -45,7 +45,6 @@ CHECKS: Mapping[tuple[str, ...], Callable[[Any], str]] = {
     ("runtime", "run_dir"): _folder,
     ("runtime", "cgroup_driver"): _one_of("auto", "cgroupfs", "systemd"),
     ("runtime", "pids_limit"): _not_negative,
-    ("runtime", "stop_timeout"): _not_negative,
     ("network", "bridge"): _interface_name,
     ("network", "pod_cidrs"): _networks,
     ("network", "cluster_cidrs"): _networks,

@@ -22,8 +22,9 @@ from runtime.lifecycle import Lifecycle, begin
 from runtime.monitor import MonitorRequest, RuntimeRefusedError
 from runtime.node import Node
 from runtime.oci_runtime import OciRuntime, cannot_run_program
+from runtime.root_mounts import mount_image_volumes, mount_root, status_mounts, unmount_all
 from runtime.sandbox import Sandbox, SandboxState
-from runtime.spec.builder import ContainerSpec, build
+from runtime.spec.builder import ContainerSpec, SpecRequest, build
 from runtime.spec.log_path import resolve_log_path
 from runtime.spec.volumes import make_volumes
 from runtime.spec_request import ensure_pid_holder, shares_pod_pids, spec_request
@@ -86,14 +87,15 @@ class ContainerManager:
                 node.add_container(container)
                 await node.store.add_container(container)
             async with operation.stage("snapshot"):
-                folder = node.layout.container(container.id)
-                await node.snapshots.prepare(container.id, image, target=folder.rootfs)
+                await mount_root(node, container, image)
+                image_volumes = await mount_image_volumes(node, container)
             if shares_pod_pids(container):
                 async with operation.stage("pid_namespace"):
                     await ensure_pid_holder(node, sandbox)
             async with operation.stage("spec"):
-                spec = await in_thread(self._write_spec, container, image, runtime)
-                _apply_spec(container, spec)
+                request = spec_request(node, container, image, runtime, image_volumes)
+                spec = await in_thread(self._write_spec, container, request)
+                _apply_spec(container, spec, status_mounts(node, list(spec.mounts)))
             async with container.lock:  # its end, should it come now, is handled after the commit
                 async with operation.stage("runtime"), node.starting:
                     await self._create_in_runtime(container, runtime)
@@ -130,8 +132,7 @@ class ContainerManager:
         )
         return Container(container_id, sandbox, config, record)
 
-    def _write_spec(self, container: Container, image: Image, runtime: OciRuntime) -> ContainerSpec:
-        request = spec_request(self._node, container, image, runtime)
+    def _write_spec(self, container: Container, request: SpecRequest) -> ContainerSpec:
         spec = build(request)
         make_volumes(spec.volumes, request.rootfs)
         self._node.layout.container(container.id).spec.write_bytes(spec.config_json)
@@ -173,7 +174,7 @@ class ContainerManager:
         await self._lifecycle.release_runtime(container)
         await self._lifecycle.end_monitor(container)
         folder = node.layout.container(container.id)
-        await node.snapshots.unmount(container.id, folder.rootfs)
+        await unmount_all(node, container)
         await node.snapshots.remove(container.id)
         await in_thread(shutil.rmtree, folder.path, True)
         node.monitors.forget(container.id)
@@ -214,7 +215,7 @@ class ContainerManager:
         async with operation.stage("runtime"):
             await self._lifecycle.released(container)
         async with operation.stage("snapshot"):
-            await node.snapshots.unmount(container.id, node.layout.container(container.id).rootfs)
+            await unmount_all(node, container)
             await node.snapshots.remove(container.id)
         async with operation.stage("files"):
             await in_thread(shutil.rmtree, node.layout.container(container.id).path, True)
@@ -270,10 +271,10 @@ def _same_or_conflict(existing: Container, config: cri_pb2.ContainerConfig) -> C
     raise AlreadyExistsError(f"{existing.title} {why}: raise metadata.attempt, or remove it first")
 
 
-def _apply_spec(container: Container, spec: ContainerSpec) -> None:
+def _apply_spec(container: Container, spec: ContainerSpec, mounts: list[bytes]) -> None:
     record = container.record
     record.user = (spec.user.uid, spec.user.gid, tuple(spec.user.supplemental_groups))
-    record.mounts = [mount.SerializeToString() for mount in spec.mounts]
+    record.mounts = mounts
     record.stop_signal = spec.stop_signal.number
     kinds = {namespace.type: namespace.path for namespace in spec.spec.linux.namespaces}
     record.private_pid_namespace = kinds.get("pid") == ""

@@ -55,6 +55,15 @@ class ContainerFolder:
         """Where the container's overlay is mounted."""
         return self.path / "rootfs"
 
+    def image_volume(self, index: int) -> Path:
+        """Where the image of the mount number ``index`` is mounted."""
+        return self.path / "images" / str(index)
+
+    def image_volumes_there(self) -> list[Path]:
+        """Where images are, or were, mounted."""
+        folder = self.path / "images"
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
     @property
     def spec(self) -> Path:
         """The OCI runtime's configuration."""

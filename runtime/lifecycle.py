@@ -18,6 +18,7 @@ from proto.runtime.v1 import cri_pb2
 from runtime.container import Container, ContainerState
 from runtime.monitor import ExitRecord
 from runtime.node import Node
+from runtime.root_mounts import unmount_all
 from runtime.sandbox import SandboxState
 
 KILL_SECONDS = 60.0
@@ -163,8 +164,7 @@ class Lifecycle:
         try:
             await self.release_runtime(container)
             await self.end_monitor(container)
-            folder = self._node.layout.container(container.id)
-            await self._node.snapshots.unmount(container.id, folder.rootfs)
+            await unmount_all(self._node, container)
         except PodkeelError as error:
             _log.error("%s: could not be cleaned up, removing it tries again: %s", container.title, error)
 

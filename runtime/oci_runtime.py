@@ -103,12 +103,12 @@ class OciRuntime:
         version = await processes.run([self.program, "--version"], check=False, timeout=10)
         line = version.stdout.decode(errors="replace").partition("\n")[0].strip()
         features = await processes.run([self.program, "features"], check=False, timeout=10)
-        if features.status != 0:
-            return RuntimeFeatures(version=line)
         try:
-            answer = msgspec.json.decode(features.stdout)
+            answer = msgspec.json.decode(features.stdout) if features.status == 0 else {}
         except msgspec.DecodeError:
-            return RuntimeFeatures(version=line)
+            answer = {}
+        if not answer:
+            return _features_by_version(line)
         linux = answer.get("linux") or {}
         idmapped = bool(((linux.get("mountExtensions") or {}).get("idmap") or {}).get("enabled"))
         return RuntimeFeatures(
@@ -117,6 +117,13 @@ class OciRuntime:
             idmapped_mounts=idmapped,
             version=line,
         )
+
+
+def _features_by_version(line: str) -> RuntimeFeatures:
+    """For a runtime without a ``features`` command: crun got it after it had learnt the mount options, in 1.8."""
+    match = re.match(r"crun version (\d+)\.(\d+)", line)
+    able = match is not None and (int(match[1]), int(match[2])) >= (1, 8)
+    return RuntimeFeatures(recursive_read_only_mounts=able, idmapped_mounts=able, version=line)
 
 
 def cannot_run_program(message: str) -> bool:

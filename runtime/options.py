@@ -34,7 +34,8 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``handlers``. ``cgroup_driver`` is ``auto`` (systemd where it runs as init), ``cgroupfs`` or ``systemd``;
     ``cgroup_parent`` is where pods without a parent of their own go. ``pids_limit`` is the number of processes and
     threads of a container, 0 for no limit. ``container_start_parallelism`` bounds OCI runtimes at work at one time, 0
-    for four per core. ``stop_timeout`` is the grace, in seconds, given to containers when a sandbox is stopped.
+    for four per core. ``seccomp_profile`` is a file that replaces the RuntimeDefault profile. ``shm_size`` is that of a
+    pod's /dev/shm, in bytes.
     """
 
     data_dir: str = "/var/lib/podkeel"
@@ -49,5 +50,4 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default_sysctls: dict[str, str] = msgspec.field(default_factory=lambda: dict(DEFAULT_SYSCTLS))
     seccomp_profile: str = ""
     container_start_parallelism: int = 0
-    stop_timeout: int = 10
     shm_size: int = 64 * 1024 * 1024

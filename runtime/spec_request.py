@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 from host.errors import InvalidArgumentError, WrongStateError
 from host.threads import in_fresh_thread, in_thread
@@ -20,7 +22,9 @@ from runtime.spec.namespaces import NamespacePaths
 from runtime.spec.seccomp import DEFAULT_PROFILE
 
 
-def spec_request(node: Node, container: Container, image: Image, runtime: OciRuntime) -> SpecRequest:
+def spec_request(
+    node: Node, container: Container, image: Image, runtime: OciRuntime, image_volumes: Mapping[int, Path]
+) -> SpecRequest:
     """The request for ``runtime.spec.builder.build``; the pod's shared PID namespace, if used, exists already."""
     sandbox, config = container.sandbox, container.config
     folder = node.layout.sandbox(sandbox.id)
@@ -50,8 +54,9 @@ def spec_request(node: Node, container: Container, image: Image, runtime: OciRun
             privileged_without_host_devices=runtime.options.privileged_without_host_devices,
         ),
         node=node.facts,
+        image_mounts=image_volumes,
         pids_limit=node.options.pids_limit,
-        seccomp_default=DEFAULT_PROFILE,
+        seccomp_default=Path(node.options.seccomp_profile or DEFAULT_PROFILE),
     )
 
 

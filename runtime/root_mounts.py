@@ -1,0 +1,61 @@
+"""What is mounted for a container on the host: its root file system, and images used as volumes (KEP-4639)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from host.errors import KubeletReasonError, PodkeelError
+from host.threads import in_thread
+from images.image import Image
+from proto.runtime.v1 import cri_pb2
+from runtime.container import Container
+from runtime.node import Node
+
+
+async def mount_root(node: Node, container: Container, image: Image) -> None:
+    """Mount the container's writable root file system."""
+    await node.snapshots.prepare(container.id, image, target=node.layout.container(container.id).rootfs)
+
+
+async def mount_image_volumes(node: Node, container: Container) -> dict[int, Path]:
+    """Mount the images among the container's mounts, read-only; their folders by index in the configuration.
+
+    Raises KubeletReasonError ``ImageVolumeMountFailed``.
+    """
+    mounted: dict[int, Path] = {}
+    for index, mount in enumerate(container.config.mounts):
+        if not mount.image.image:
+            continue
+        image = node.images.find(mount.image.image)
+        if image is None:
+            raise KubeletReasonError(
+                "ImageVolumeMountFailed",
+                f"{container.title}: image {mount.image.image!r} for {mount.container_path} is not here: pull it first",
+            )
+        target = node.layout.container(container.id).image_volume(index)
+        try:
+            await node.snapshots.mount_image(container.id, image, target=target)
+        except PodkeelError as error:
+            raise KubeletReasonError("ImageVolumeMountFailed", f"{container.title}: {error.message}") from error
+        mounted[index] = target
+    return mounted
+
+
+async def unmount_all(node: Node, container: Container) -> None:
+    """Unmount a container's root file system and image volumes. Repeatable."""
+    folder = node.layout.container(container.id)
+    for target in await in_thread(folder.image_volumes_there):
+        await node.snapshots.unmount(container.id, target)
+    await node.snapshots.unmount(container.id, folder.rootfs)
+
+
+def status_mounts(node: Node, mounts: list[cri_pb2.Mount]) -> list[bytes]:
+    """The mounts as the status shows them, encoded: images with the digest they stand for."""
+    shown = []
+    for given in mounts:
+        mount = cri_pb2.Mount()
+        mount.CopyFrom(given)
+        if mount.image.image and (image := node.images.find(mount.image.image)) is not None:
+            mount.image.image_ref = image.repo_digests[0] if image.repo_digests else image.id
+        shown.append(mount.SerializeToString())
+    return shown

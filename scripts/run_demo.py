@@ -31,6 +31,7 @@ from cli.manifest import read_manifest
 from cli.pods import remove_pod
 from cli.run import RunningPod, run_pod
 from cli.text import duration, short
+from cri.options import ServerOptions
 from host.errors import PodkeelError, UnavailableError, WrongStateError
 from proto.runtime.v1 import cri_pb2
 
@@ -86,16 +87,23 @@ def demonstrate(options: argparse.Namespace, *, once: bool) -> None:
         show_pod(client, pod, agent)
         if once:
             return
-        print(f"\nServing on {socket} until Ctrl-C. In another terminal:")
-        for command in (
-            "podkeel ps",
-            "podkeel logs -f client",
-            "podkeel exec web ps",
-            f"curl {pod.addresses[0]}:{PORT}",
-        ):
-            prefix = ".venv/bin/" if command.startswith("podkeel") else ""
-            print(f"  {prefix}{command}")
-        wait_for_end(agent)
+        with contextlib.suppress(KeyboardInterrupt):
+            serve(agent, socket, pod)
+        print(
+            "\n  images stay for the next time; `.venv/bin/podkeel reset --yes` with the same flags removes everything"
+        )
+
+
+def serve(agent: subprocess.Popen[bytes], socket: str, pod: RunningPod) -> None:
+    """Say what may be tried, and wait until the agent ends, which it does not by itself."""
+    print(f"\nServing on {socket} until Ctrl-C. In another terminal:")
+    flag = "" if socket == ServerOptions().socket else f" --socket {socket}"
+    for command in ("ps", "logs -f client", "exec web ps", "explain hello"):
+        name, _, rest = command.partition(" ")
+        print(f"  .venv/bin/podkeel {name}{flag} {rest}".rstrip())
+    print(f"  curl {pod.addresses[0]}:{PORT}", flush=True)
+    agent.wait()
+    raise WrongStateError("the agent ended by itself")
 
 
 def show(subject: str, text: str) -> None:
@@ -111,7 +119,7 @@ def running_agent(log: Path) -> Iterator[subprocess.Popen[bytes]]:
         agent = subprocess.Popen(command, cwd=ROOT, stderr=output, stdout=output, start_new_session=True)
     try:
         yield agent
-    except BaseException:
+    except Exception:
         print(f"\nLast lines of the agent:\n{log_tail(log)}", file=sys.stderr)
         raise
     finally:
@@ -220,16 +228,6 @@ def fetch(url: str) -> str:
             return str(response.read().decode().strip())
     except urllib.error.URLError as error:
         raise WrongStateError(f"{url} cannot be fetched from the host: {error.reason}") from error
-
-
-def wait_for_end(agent: subprocess.Popen[bytes]) -> None:
-    """Until Ctrl-C, or until the agent ends."""
-    try:
-        agent.wait()
-    except KeyboardInterrupt:
-        print()
-        return
-    raise WrongStateError("the agent ended by itself")
 
 
 def reset() -> None:

@@ -63,7 +63,6 @@ def _expected(agent: AgentProcess) -> Iterator[str]:
             yield f"container {container_id}, which is in the store, for clients"
             continue
         yield f"data folder {container_id}"
-        yield f"bundle {container_id}"
         if state != cri_pb2.CONTAINER_EXITED:
             yield f"mount containers/{container_id}/rootfs"
             yield f"conmon {container_id}"
@@ -96,9 +95,9 @@ def _expected_of_sandbox(agent: AgentProcess, status: cri_pb2.PodSandboxStatus) 
 def _found(agent: AgentProcess) -> Iterator[str]:
     run = agent.run
     yield from (f"sandbox folder {path.name}" for path in (run / "sandboxes").iterdir())
-    yield from (f"bundle {path.name}" for path in (run / "containers").iterdir())
     known = {row[0] for row in rows(agent, "SELECT id FROM containers")}
-    yield from (f"exit record {path.name}" for path in (run / "exits").iterdir() if path.name not in known)
+    for folder in (run / "containers", run / "exits"):
+        yield from (str(path) for path in folder.iterdir() if path.name not in known)
     for root in (run / "oci").iterdir():
         yield from (f"in the OCI runtime {path.name}" for path in root.iterdir())
     yield from (f"mount {os.path.relpath(target, run)}" for target in mounts.mounts_below(run))

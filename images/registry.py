@@ -38,6 +38,7 @@ from images.reference import Reference
 _log = logging.getLogger("podkeel.images")
 
 _CHUNK = 256 << 10
+_PROGRESS = 1 << 20  # bytes between two breaks that make a transfer worth going on with
 _REDIRECTS = 5
 _LONGEST_WAIT = 30.0
 _TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
@@ -151,19 +152,19 @@ class RegistryClient:
         received = 0
         failures = 0
         while True:
+            begin = received
             try:
                 open_here = functools.partial(self._open_blob, descriptor=descriptor, offset=received)
                 response = await self._first("pull", open_here)
                 async with contextlib.aclosing(_after(response, received)) as chunks:
                     async for chunk in chunks:
                         received += len(chunk)
-                        failures = 0
                         yield chunk
                 if received >= descriptor.size:
                     return
                 raise aiohttp.ClientPayloadError(f"{received} of {descriptor.size} bytes came")
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                failures += 1
+                failures = 1 if received - begin >= _PROGRESS else failures + 1
                 if failures >= self._options.attempts:
                     raise KubeletReasonError(
                         "RegistryUnavailable",

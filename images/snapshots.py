@@ -18,6 +18,7 @@ from host.threads import in_thread
 from host.undo import Undo
 from images.image import Image
 from images.layers import EMPTY_LAYER, LayerStore
+from images.mapped_layers import clear, scratch_of, with_mapped_ids
 from images.trash import Trash
 from images.usage import FilesystemUsage
 
@@ -64,18 +65,21 @@ class SnapshotStore:
         """The folder of what the container writes."""
         return self._containers / container_id / "upper"
 
-    async def prepare(self, container_id: str, image: Image, *, target: Path) -> Snapshot:
+    async def prepare(
+        self, container_id: str, image: Image, *, target: Path, user_namespace: Path | None = None
+    ) -> Snapshot:
         """Mount a new writable root file system for the container at ``target``, which is made.
 
-        Raises NotFoundError if the image has been removed meanwhile, LimitError if it has too many layers for the
-        kernel. On failure nothing stays.
+        With a ``user_namespace`` (where it is pinned) its files have the owners that it maps them to. Raises
+        NotFoundError if the image has been removed meanwhile, LimitError if it has too many layers for the kernel,
+        UnsupportedError if ids cannot be mapped here. On failure nothing stays.
         """
         lower = self._lower(image)
         async with Undo(f"snapshot of container {container_id}") as undo:
             undo.push("the snapshot", lambda: self._discard(container_id, target))
             await self._hold(container_id, container_id, image)
             folder = self._containers / container_id
-            await in_thread(self._mount_writable, folder, target, lower)
+            await in_thread(self._mount_writable, folder, target, lower, user_namespace)
         return Snapshot(container_id, image.id, target, folder / "upper")
 
     async def remount(self, container_id: str, image: Image, *, target: Path) -> Snapshot:
@@ -156,10 +160,10 @@ class SnapshotStore:
                 break
         return paths or [self._layers.path(EMPTY_LAYER)]
 
-    def _mount_writable(self, folder: Path, target: Path, lower: Sequence[Path]) -> None:
+    def _mount_writable(
+        self, folder: Path, target: Path, lower: Sequence[Path], user_namespace: Path | None = None
+    ) -> None:
         upper, work = folder / "upper", folder / "work"
-        options = _lower_option(lower) + f",upperdir={_escaped(upper)},workdir={_escaped(work)}"
-        _check_length(options + self._volatile, len(lower))
         root = lower[0].stat()
         new = not upper.exists()
         if not new:
@@ -171,6 +175,12 @@ class SnapshotStore:
             os.chown(upper, root.st_uid, root.st_gid)
             upper.chmod(stat.S_IMODE(root.st_mode))
         target.mkdir(parents=True, exist_ok=True)
+        with with_mapped_ids([*lower, folder], scratch_of(target), user_namespace) as seen:
+            self._mount_overlay(target, seen[:-1], seen[-1])
+
+    def _mount_overlay(self, target: Path, lower: Sequence[Path], folder: Path) -> None:
+        options = f"{_lower_option(lower)},upperdir={_escaped(folder / 'upper')},workdir={_escaped(folder / 'work')}"
+        _check_length(options + self._volatile, len(lower))
         try:
             libc.mount("overlay", str(target), "overlay", 0, options + self._volatile)
         except OSError as error:
@@ -199,6 +209,7 @@ class SnapshotStore:
 
 def _unmount(target: Path) -> None:
     mounts.unmount(target)
+    clear(scratch_of(target))
     with contextlib.suppress(OSError):
         target.rmdir()
 

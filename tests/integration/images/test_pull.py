@@ -321,7 +321,7 @@ async def test_what_is_no_image_is_refused_by_its_name(node: Node, registry: Reg
 
 
 async def test_an_ambiguous_prefix_is_refused(node: Node, registry: Registry) -> None:
-    images = {}
+    images: dict[str, list[BuiltImage]] = {}
     number = 0
     while not (twice := [prefix for prefix, found in images.items() if len(found) > 1]):
         built = small(f"{number}")

@@ -10,19 +10,20 @@ from images.joining import Joined
 async def test_callers_of_the_same_key_share_one_run() -> None:
     joined: Joined[int] = Joined()
     begun = 0
-    go = asyncio.Event()
+    go, both = asyncio.Event(), asyncio.Event()
 
     async def work() -> int:
         nonlocal begun
         begun += 1
         mine = begun
+        if begun == 2:
+            both.set()
         await go.wait()
         return mine
 
     calls = [asyncio.create_task(joined.run("a", work)) for _ in range(3)]
     other = asyncio.create_task(joined.run("b", work))
-    while begun < 2:
-        await asyncio.sleep(0)
+    await both.wait()
     assert joined.running("a")
     calls[0].cancel()
     go.set()

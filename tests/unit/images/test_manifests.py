@@ -29,9 +29,8 @@ def index(*platforms: tuple[str, str, str]) -> bytes:
 
 def chosen(machine: Platform, *platforms: tuple[str, str, str]) -> str:
     descriptor = choose(parse_manifest(index(*platforms), "it"), machine, "it")
-    return next(
-        "/".join(platform) for platform in platforms if digest_of("/".join(platform).encode()) == descriptor.digest
-    )
+    names = {digest_of("/".join(platform).encode()): "/".join(platform) for platform in platforms}
+    return names[descriptor.digest]
 
 
 def test_the_best_platform_is_chosen() -> None:
@@ -95,7 +94,13 @@ def test_configs() -> None:
     config, diff_ids = parse_config(json.dumps(nothing).encode(), "thing")
     assert (config.env, config.cmd, config.labels, diff_ids) == ((), (), {}, ())
     assert parse_config(b"{}", "thing")[0].user == ""
-    for wrong in ({"os": "windows"}, {"config": {"Env": "A=1"}}, {"rootfs": {"diff_ids": ["sha256:zz"]}}, []):
+    mistakes: tuple[object, ...] = (
+        {"os": "windows"},
+        {"config": {"Env": "A=1"}},
+        {"rootfs": {"diff_ids": ["sha256:zz"]}},
+        [],
+    )
+    for wrong in mistakes:
         with pytest.raises(PodkeelError, match="thing"):
             parse_config(json.dumps(wrong).encode(), "thing")
 

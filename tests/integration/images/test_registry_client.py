@@ -1,0 +1,176 @@
+"""The registry client against a real registry behind a front that misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from host.errors import InvalidArgumentError, KubeletReasonError, NotFoundError, PermissionDeniedError
+from host.processes import run
+from images.credentials import Credentials
+from tests.integration.images.conftest import Node
+from tests.support.image_builder import BuiltImage, entry, make_tar
+from tests.support.registry import Registry
+from tests.support.registry_front import TOKEN, Front, run_front
+
+NewNode = Callable[..., Awaitable[Node]]
+
+
+@pytest.fixture(scope="module")
+def built() -> BuiltImage:
+    return BuiltImage((make_tar([entry("a", os.urandom(300_000))]), make_tar([entry("b", os.urandom(300_000))])))
+
+
+@pytest.fixture
+async def front(registry: Registry, built: BuiltImage) -> AsyncIterator[Front]:
+    registry.push(built, "fronted")
+    async with run_front(registry.host) as running:
+        yield running
+
+
+async def pull(node: Node, front: Front, credentials: Credentials | None = None) -> str:
+    return (await node.store.pull(f"{front.host}/fronted", credentials)).id
+
+
+def sent_with(front: Front, part: str) -> set[str]:
+    return {headers.get("Authorization", "") for _, path, headers in front.seen if part in path}
+
+
+async def test_tokens(node: Node, front: Front, built: BuiltImage) -> None:
+    front.token_user = "*"
+    assert await pull(node, front) == built.id
+    assert sum(count for path, count in front.count().items() if path.startswith("/token")) == 1
+    await node.store.remove(built.id)
+    front.token_user = "user:secret"
+    with pytest.raises(PermissionDeniedError, match="token server"):
+        await pull(node, front)
+    with pytest.raises(PermissionDeniedError):
+        await pull(node, front, Credentials(username="user", password="wrong"))
+    front.seen.clear()
+    assert await pull(node, front, Credentials(username="user", password="secret")) == built.id
+    assert sent_with(front, "/blobs/") == {f"Bearer {TOKEN}"}, "the password goes to the token server alone"
+    await node.store.remove(built.id)
+    assert await pull(node, front, Credentials(registry_token=TOKEN)) == built.id
+
+
+async def test_redirects_do_not_carry_credentials(
+    node: Node, front: Front, registry: Registry, built: BuiltImage
+) -> None:
+    async with run_front(registry.host) as elsewhere:
+        front.token_user = "user:secret"
+        front.redirect_blobs_to = f"http://{elsewhere.host}"
+        assert await pull(node, front, Credentials(username="user", password="secret")) == built.id
+        assert elsewhere.seen
+        assert sent_with(elsewhere, "") == {""}
+
+
+@pytest.mark.parametrize("refuse_ranges", [False, True])
+async def test_a_cut_transfer_goes_on_where_it_broke(
+    node: Node, front: Front, built: BuiltImage, refuse_ranges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("images.registry._back_off", no_wait)
+    front.refuse_ranges = refuse_ranges
+    front.cut_after = 120_000
+    if refuse_ranges:
+        with pytest.raises(KubeletReasonError, match="broke off at byte 120000"):
+            await pull(node, front)
+        assert await node.leftovers() == {}
+        return
+    assert await pull(node, front) == built.id
+    ranges = [headers["Range"] for _, _, headers in front.seen if "Range" in headers]
+    assert "bytes=120000-" in ranges
+    assert "bytes=240000-" in ranges
+
+
+async def no_wait(failures: int, retry_after: str = "") -> None:
+    await asyncio.sleep(0)
+
+
+async def test_passing_failures_are_tried_again(node: Node, front: Front, built: BuiltImage) -> None:
+    front.failures = {"/manifests/": [503], "/blobs/": [429, 500, 429]}
+    front.retry_after = "0"
+    assert await pull(node, front) == built.id
+    front.failures = {"/manifests/": [500] * 50}
+    await node.store.remove(built.id)
+    with pytest.raises(KubeletReasonError, match="status 500") as caught:
+        await pull(node, front)
+    assert caught.value.message.startswith("RegistryUnavailable: ")
+
+
+async def test_a_stalled_transfer_is_given_up(new_node: NewNode, front: Front) -> None:
+    node = await new_node(stall_seconds=0.2, attempts=2)
+    front.stall = True
+    with pytest.raises(KubeletReasonError, match="broke off"):
+        await pull(node, front)
+    assert await node.leftovers() == {}
+
+
+async def test_a_cancelled_pull_stops_its_transfers_at_once(node: Node, front: Front) -> None:
+    front.stall = True
+    task = asyncio.create_task(pull(node, front))
+    await asyncio.wait_for(front.stalled.wait(), 10)
+    task.cancel()
+    await asyncio.wait((task,), timeout=5)
+    assert task.cancelled()
+    assert await node.leftovers() == {}
+
+
+async def test_mirrors(node: Node, front: Front, registry: Registry, built: BuiltImage) -> None:
+    folder = Path(node.options.registry_config_dir) / "registry.example"
+    folder.mkdir(parents=True)
+    async with run_front(registry.host) as mirror:
+        mirror.failures = {"/manifests/": [404]}
+        hosts = f'[host."http://127.0.0.1:9"]\n[host."http://{mirror.host}"]\n'
+        (folder / "hosts.toml").write_text(f'server = "http://{front.host}"\n{hosts}')
+        front.token_user = "user:secret"
+        secret = Credentials(username="user", password="secret")
+        image = await node.store.pull("registry.example/fronted", secret)
+        assert image.repo_tags == ("registry.example/fronted:latest",)
+        assert any("?ns=registry.example" in path for _, path, _ in mirror.seen)
+        assert any("/blobs/" in path for _, path, _ in mirror.seen)
+        assert sent_with(mirror, "") == {""}, "a mirror gets nothing that is meant for the registry"
+        await node.store.remove(image.id)
+        mirror.failures = {"/": [404] * 100}
+        assert (await node.store.pull("registry.example/fronted", secret)).id == built.id
+        await node.store.remove(built.id)
+        (folder / "hosts.toml").write_text(f'server = "http://127.0.0.1:9"\n[host."http://{mirror.host}"]\n')
+        with pytest.raises(KubeletReasonError):  # the mirror's "not found" is not the registry's
+            await node.store.pull("registry.example/fronted", secret)
+        (folder / "hosts.toml").write_text(f'server = "http://{mirror.host}"\n[host."http://127.0.0.1:9"]\n')
+        with pytest.raises(NotFoundError):
+            await node.store.pull("registry.example/fronted", secret)
+
+
+async def test_tls_with_an_authority_of_its_own(
+    node: Node, registry: Registry, built: BuiltImage, tmp_path: Path
+) -> None:
+    registry.push(built, "fronted")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subject = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    await run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *files, *subject])
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    async with run_front(registry.host, tls=context) as front:
+        folder = Path(node.options.registry_config_dir) / front.host
+        folder.mkdir(parents=True)
+        server = f'server = "https://{front.host}"\n'
+        (folder / "hosts.toml").write_text(server)
+        with pytest.raises(KubeletReasonError, match="certificate"):
+            await pull(node, front)
+        (folder / "hosts.toml").write_text(server + f'ca = "{certificate}"\n')
+        assert await pull(node, front) == built.id
+        await node.store.remove(built.id)
+        front.token_user = "user:secret"
+        assert await pull(node, front, Credentials(username="user", password="secret")) == built.id
+        await node.store.remove(built.id)
+        (folder / "hosts.toml").write_text(server + "skip_verify = true\n")
+        assert await pull(node, front, Credentials(registry_token=TOKEN)) == built.id
+        (folder / "hosts.toml").write_text("capabilities = 5")
+        with pytest.raises(InvalidArgumentError, match=r"hosts\.toml"):
+            await pull(node, front)

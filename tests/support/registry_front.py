@@ -1,0 +1,100 @@
+"""A front for a registry that asks for tokens, cuts, stalls, redirects, limits or fails, as a test tells it to."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import aiohttp
+from aiohttp import web
+
+TOKEN = "a-token-of-the-test"
+
+
+@dataclass
+class Front:
+    """``host`` is where it listens; the fields below say how it misbehaves, ``seen`` what it was asked."""
+
+    upstream: str
+    host: str = ""
+    scheme: str = "http"
+    token_user: str = ""  # user:password that gets a token; "" asks for none, "*" gives one to anybody
+    cut_after: int = 0  # bytes of each blob answer before the connection breaks
+    failures: dict[str, list[int]] = field(default_factory=dict)  # statuses to answer first, by part of the path
+    retry_after: str = ""
+    stall: bool = False
+    redirect_blobs_to: str = ""
+    refuse_ranges: bool = False
+    stalled: asyncio.Event = field(default_factory=asyncio.Event)
+    seen: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+
+    def count(self) -> Counter[str]:
+        """How often each path was asked for."""
+        return Counter(path for _, path, _ in self.seen)
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        """One request."""
+        self.seen.append((request.method, request.path_qs, dict(request.headers)))
+        for part, statuses in self.failures.items():
+            if part in request.path and statuses:
+                headers = {"Retry-After": self.retry_after} if self.retry_after else {}
+                return web.Response(status=statuses.pop(0), headers=headers)
+        if request.path == "/token":
+            return self._token(request)
+        if self.token_user and request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            realm = f'Bearer realm="{self.scheme}://{self.host}/token",service="test"'
+            return web.Response(status=401, headers={"WWW-Authenticate": realm})
+        if self.redirect_blobs_to and "/blobs/" in request.path:
+            raise web.HTTPTemporaryRedirect(f"{self.redirect_blobs_to}{request.path}")
+        return await self._pass_on(request)
+
+    def _token(self, request: web.Request) -> web.Response:
+        expected = "Basic " + base64.b64encode(self.token_user.encode()).decode()
+        if self.token_user != "*" and request.headers.get("Authorization") != expected:
+            return web.Response(status=401)
+        return web.json_response({"token": TOKEN})
+
+    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
+        headers = {name: value for name, value in request.headers.items() if name in ("Accept", "Range")}
+        if self.refuse_ranges:
+            headers.pop("Range", None)
+        async with aiohttp.ClientSession(auto_decompress=False) as session:
+            url = f"http://{self.upstream}{request.path}"
+            async with session.request(request.method, url, headers=headers) as upstream:
+                wanted = ("Content-Type", "Content-Length", "Docker-Content-Digest", "Content-Range")
+                kept = {name: value for name, value in upstream.headers.items() if name in wanted}
+                response = web.StreamResponse(status=upstream.status, headers=kept)
+                await response.prepare(request)
+                if request.method == "HEAD":
+                    return response
+                content = await upstream.read()
+                if "/blobs/" in request.path and (self.stall or 0 < self.cut_after < len(content)):
+                    await response.write(content[: self.cut_after or 10])
+                    if self.stall:
+                        self.stalled.set()
+                        await asyncio.Event().wait()
+                    assert request.transport is not None
+                    request.transport.close()
+                    return response
+                await response.write(content)
+                return response
+
+
+@asynccontextmanager
+async def run_front(upstream: str, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Front]:
+    """A front for the registry at ``upstream`` on a free loopback port."""
+    front = Front(upstream, scheme="https" if tls else "http")
+    runner = web.ServerRunner(web.Server(front.answer), shutdown_timeout=0.05)  # type: ignore[arg-type]  # any response
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
+    await site.start()
+    front.host = f"127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        yield front
+    finally:
+        await runner.cleanup()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from cri.streaming.attach_socket import INPUT_PACKET_SIZE, PACKET_SIZE, STDERR, STDOUT, AttachSocket
 from cri.streaming.backend import ExecProcess, StreamBackend, TerminalSize
 from cri.streaming.channel import Channel, ChannelResetError
+from cri.streaming.cleanup import left_fully
 from cri.streaming.descriptors import OutputReader, write_all
 from cri.streaming.process_io import ProcessIO
 from cri.streaming.status import CommandStatus
@@ -83,7 +84,7 @@ class RemoteCommand:
 
     async def _exec(self, request: ExecRequest) -> CommandStatus:
         size = await self._sizes.first()
-        async with self._backend.exec(request, size) as process:
+        async with left_fully(self._backend.exec(request, size)) as process:
             return CommandStatus.of_exit(request.command, await self._relay_process(process))
 
     async def _relay_process(self, process: ExecProcess) -> int:
@@ -113,7 +114,7 @@ class RemoteCommand:
     # ---- attach
 
     async def _attach(self, request: AttachRequest) -> CommandStatus:
-        async with self._backend.attach(request) as console:
+        async with left_fully(self._backend.attach(request)) as console:
             async with asyncio.TaskGroup() as group:
                 inputs = [group.create_task(self._sizes.apply(console.resize))]
                 if self._channels.stdin is not None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
 from cri.streaming import ExecRequest, StreamingServer, StreamLimits, TerminalSize
+from cri.streaming.cleanup import left_fully
 from cri.streaming.http_upgrade import HttpError, HttpUpgrade
 from cri.streaming.remote_command import SizeReader
 from cri.streaming.status import CommandStatus
@@ -161,3 +165,34 @@ def test_terminal_sizes(pieces: list[bytes], size: tuple[int, int] | None) -> No
         reader.feed(piece)
     assert reader.size == (None if size is None else TerminalSize(*size))
     assert len(reader.pending) <= 1024
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_context_is_left_to_its_end_though_cancelled(fails: bool) -> None:
+    leaving, may_end, left = asyncio.Event(), asyncio.Event(), list[str]()
+
+    @asynccontextmanager
+    async def slow() -> AsyncIterator[str]:
+        try:
+            yield "value"
+        finally:
+            leaving.set()
+            await may_end.wait()
+            left.append("left")
+
+    async def use() -> None:
+        async with left_fully(slow()) as value:
+            assert value == "value"
+            if fails:
+                raise ValueError
+
+    task = asyncio.create_task(use())
+    await leaving.wait()
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0)
+    assert not task.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert left == ["left"]

@@ -21,7 +21,7 @@ from runtime.joining import Joining
 from runtime.lifecycle import Lifecycle, begin
 from runtime.monitor import MonitorRequest, RuntimeRefusedError
 from runtime.node import Node
-from runtime.oci_runtime import OciRuntime, cannot_run_program
+from runtime.oci_runtime import OciRuntime, cannot_run_program, naming
 from runtime.root_mounts import mount_image_volumes, mount_root, status_mounts, unmount_all
 from runtime.sandbox import Sandbox, SandboxState
 from runtime.spec.builder import ContainerSpec, SpecRequest, build
@@ -98,7 +98,7 @@ class ContainerManager:
                 _apply_spec(container, spec, status_mounts(node, list(spec.mounts)))
             async with container.lock:  # its end, should it come now, is handled after the commit
                 async with operation.stage("runtime"), node.starting:
-                    await self._create_in_runtime(container, runtime)
+                    await self._create_in_runtime(container, runtime, spec.spec.process.args[0])
                 _require_ready(sandbox)
                 async with operation.stage("commit"):
                     container.record.state = ContainerState.CREATED
@@ -141,7 +141,7 @@ class ContainerManager:
             Path(container.record.log_path).open("ab").close()
         return spec
 
-    async def _create_in_runtime(self, container: Container, runtime: OciRuntime) -> None:
+    async def _create_in_runtime(self, container: Container, runtime: OciRuntime, program: str) -> None:
         config, record = container.config, container.record
         request = MonitorRequest(
             container_id=container.id,
@@ -160,7 +160,7 @@ class ContainerManager:
             if not cannot_run_program(error.message):
                 raise
             # Clients expect a program that cannot be run to fail the start, not the making.
-            record.start_error = error.message
+            record.start_error = naming(program, error.message)
             await runtime.delete(container.id)
             return
         container.monitor_descriptor = monitored.monitor_descriptor

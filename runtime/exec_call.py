@@ -14,7 +14,7 @@ from typing import Self
 import msgspec
 
 from host.errors import CommandError
-from runtime.oci_runtime import OciRuntime
+from runtime.oci_runtime import OciRuntime, naming
 
 _PROCESS_DESCRIPTOR = 3
 _LOG_DESCRIPTOR = 4
@@ -29,13 +29,22 @@ class _LogEntry(msgspec.Struct):
 class ExecCall:
     """The command line that runs ``process`` (an OCI ``process`` object as JSON), and the files it needs, for ``with``.
 
-    ``folder`` is the container's bundle; ``pids`` lists the processes of the container's cgroup.
+    ``program`` is what the process executes, for errors. ``folder`` is the container's bundle; ``pids`` lists the
+    processes of the container's cgroup.
     """
 
     def __init__(
-        self, runtime: OciRuntime, container_id: str, folder: Path, process: bytes, pids: Callable[[], Sequence[int]]
+        self,
+        *,
+        runtime: OciRuntime,
+        container_id: str,
+        folder: Path,
+        program: str,
+        process: bytes,
+        pids: Callable[[], Sequence[int]],
     ) -> None:
         self._runtime = runtime
+        self._program = program
         self._container_id = container_id
         self._pids = pids
         self._pid_file = folder / f"exec-{uuid.uuid4().hex}.pid"
@@ -62,7 +71,8 @@ class ExecCall:
     def exit_code(self, status: int) -> int:
         """The process's exit code from the runtime's ``status``. Raises CommandError if it was never started."""
         if status != 0 and (complaint := _errors_in(os.pread(self._log_file, _LOG_BYTES, 0))):
-            raise CommandError([self._runtime.options.path, "exec", self._container_id], status, complaint)
+            command = [self._runtime.options.path, "exec", self._container_id]
+            raise CommandError(command, status, naming(self._program, complaint))
         return status if status >= 0 else 128 - status
 
     def kill(self) -> None:

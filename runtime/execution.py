@@ -67,6 +67,7 @@ class Execution:
             runtime=node.handlers.get(container.record.handler),
             container_id=container.id,
             folder=node.layout.container(container.id).path,
+            program=command[0],
             process=self._process_json(container, command, terminal=terminal),
             pids=partial(node.cgroups.processes, container.record.cgroup),
         )

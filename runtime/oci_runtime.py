@@ -123,7 +123,12 @@ def _features_by_version(line: str) -> RuntimeFeatures:
     """For a runtime without a ``features`` command: crun got it after it had learnt the mount options, in 1.8."""
     match = re.match(r"crun version (\d+)\.(\d+)", line)
     able = match is not None and (int(match[1]), int(match[2])) >= (1, 8)
-    return RuntimeFeatures(recursive_read_only_mounts=able, idmapped_mounts=able, version=line)
+    return RuntimeFeatures(recursive_read_only_mounts=able, user_namespaces=able, idmapped_mounts=able, version=line)
+
+
+def naming(program: str, complaint: str) -> str:
+    """``complaint`` of an OCI runtime with the name of the program in question, which not all of them say."""
+    return complaint if program in complaint else f'exec "{program}": {complaint}'
 
 
 def cannot_run_program(message: str) -> bool:

@@ -108,9 +108,6 @@ class Player:
     def _before(self, entry: Entry, request: Any) -> None:
         if entry.method == "CreateContainer":
             request.sandbox_config.CopyFrom(self._sandboxes[request.pod_sandbox_id])
-            without_images = [mount for mount in request.config.mounts if not mount.image.image]
-            del request.config.mounts[:]
-            request.config.mounts.extend(without_images)
             volumes.prepare(request.config, self._kubelet)
         for recorded in _exited_in(entry):
             ours = self._names.known(recorded)

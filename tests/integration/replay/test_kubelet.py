@@ -24,7 +24,6 @@ CALLS = [
     for method in sorted({entry.method for entry in recording.entries(name)} - {"GetContainerEvents"})
 ]
 PARTS_LATER = {
-    "image volume": "images are not mounted as volumes yet",
     "bandwidth annotations": "traffic is not shaped by the bandwidth annotations yet",
 }
 
@@ -100,6 +99,7 @@ def test_logs_say_what_the_containers_saw(standalone: Played, cluster: Played) -
     assert any(" on /work type " in line for line in log_lines(_log_of(standalone, "web-peer", "prepare")))
     for pod in ("job-jppm5", "job-lgz2b", "job-w7czl", "job-9pldp", "job-qsdp8"):
         assert log_lines(_log_of(cluster, pod, "j")) == ["done", "ca.crt", "namespace", "token"]
+    assert {"bin", "etc"} <= set(log_lines(_log_of(cluster, "imgvol", "main")))
     line = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}(Z|\+00:00) stdout F .*")
     for text in _log_of(cluster, "job-jppm5", "j").read_text().splitlines():
         assert line.fullmatch(text)

@@ -8,6 +8,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 import msgspec
 
 INTERFACE_PREFIX_LENGTH = 6
+POD_INTERFACE = "eth0"
 
 
 class PortMapping(msgspec.Struct, frozen=True):
@@ -23,8 +24,44 @@ class PortMapping(msgspec.Struct, frozen=True):
     host_ip: str = ""
 
 
+class Bandwidth(msgspec.Struct, frozen=True):
+    """How many bits per second a pod may receive (``ingress``) and send (``egress``); 0 is as many as there are."""
+
+    ingress: int = 0
+    egress: int = 0
+
+
+class PodDns(msgspec.Struct, frozen=True):
+    """The resolver configuration of a pod, for plugins that serve names themselves."""
+
+    servers: tuple[str, ...] = ()
+    searches: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+class AttachRequest(msgspec.Struct, frozen=True):
+    """What a sandbox asks of the network.
+
+    ``netns_path`` is where its network namespace is pinned. ``name``, ``namespace`` and ``uid`` are the pod's, as CNI
+    plugins learn them.
+    """
+
+    sandbox_id: str
+    netns_path: str
+    port_mappings: tuple[PortMapping, ...] = ()
+    bandwidth: Bandwidth = Bandwidth()
+    name: str = ""
+    namespace: str = ""
+    uid: str = ""
+    dns: PodDns = PodDns()
+
+
 class Attachment(msgspec.Struct, frozen=True):
-    """A sandbox's connection to the network; addresses and gateways have no prefix, the primary family comes first."""
+    """A sandbox's connection to the network; addresses and gateways have no prefix, the primary family comes first.
+
+    ``limiter`` is the link that what the pod sends goes through where its rate is limited. Of a CNI network's pods
+    ``host_interface`` and ``mac`` may be empty, and ``mtu`` 0, where the plugins did not say.
+    """
 
     sandbox_id: str
     host_interface: str
@@ -33,7 +70,14 @@ class Attachment(msgspec.Struct, frozen=True):
     mac: str
     mtu: int
     host_ports: tuple[PortMapping, ...] = ()
-    interface: str = "eth0"
+    interface: str = POD_INTERFACE
+    bandwidth: Bandwidth = Bandwidth()
+    limiter: str = ""
+
+    @property
+    def links(self) -> tuple[str, ...]:
+        """The node's links that are this pod's alone."""
+        return (self.host_interface, self.limiter) if self.limiter else (self.host_interface,)
 
     def address(self, version: int) -> str | None:
         """The pod's address of that IP version."""
@@ -48,6 +92,11 @@ def interface_prefix(bridge: str) -> str:
 def interface_name(bridge: str, sandbox_id: str) -> str:
     """The name of a sandbox's host-side link: always the same, so that it can be found after a crash."""
     return interface_prefix(bridge) + hashlib.sha256(f"{bridge}/{sandbox_id}".encode()).hexdigest()[:9]
+
+
+def limiter_name(bridge: str, sandbox_id: str) -> str:
+    """The name of the link that limits what a sandbox sends: like ``interface_name``, and another one."""
+    return interface_prefix(bridge) + hashlib.sha256(f"{bridge}/{sandbox_id}/egress".encode()).hexdigest()[:9]
 
 
 def pod_mac(primary: IPv4Address | IPv6Address) -> str:

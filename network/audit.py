@@ -52,7 +52,10 @@ def compare_links(
         elif attachment.host_interface not in present:
             problem = f"missing, sandbox {attachment.sandbox_id} has no network"
             findings.append(Finding("link", attachment.host_interface, problem))
-    known = {attachment.host_interface for attachment in attachments}
+        elif attachment.limiter and attachment.limiter not in present:
+            problem = f"missing, sandbox {attachment.sandbox_id} can send nothing"
+            findings.append(Finding("link", attachment.limiter, problem))
+    known = {name for attachment in attachments for name in attachment.links}
     return findings + [Finding("link", name, "belongs to no sandbox") for name in sorted(present - known)]
 
 

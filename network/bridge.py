@@ -9,8 +9,6 @@ from collections.abc import Collection, Sequence
 from ipaddress import ip_interface
 from typing import NamedTuple
 
-import msgspec
-
 from host import threads
 from host.database import Database
 from host.errors import (
@@ -22,8 +20,9 @@ from host.errors import (
 from host.undo import Undo
 from network import ports, ruleset, sysctl
 from network.addresses import AddressBook, IPAddress, IPNetwork, gateway_of, parse_ranges
-from network.attachment import Attachment, PortMapping, interface_name, pod_mac
+from network.attachment import Attachment, AttachRequest, PortMapping, interface_name, limiter_name, pod_mac
 from network.audit import Finding, compare_bridge, compare_elements, compare_links, compare_store
+from network.condition import Condition
 from network.elements import elements_of
 from network.gate import Gate
 from network.kernel import IPInterface, KernelBridge, TableMissingError
@@ -37,14 +36,6 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,14}")
 _SMALLEST_MTU = {4: 576, 6: 1280}
 
 
-class Condition(msgspec.Struct, frozen=True):
-    """Whether pods can be connected, and if not why, in the terms of the CRI's NetworkReady."""
-
-    ready: bool
-    reason: str = ""
-    message: str = ""
-
-
 class _Reservation(NamedTuple):
     attachment: Attachment
     addresses: list[tuple[IPNetwork, IPAddress]]
@@ -55,10 +46,10 @@ class BuiltInNetwork:
     """Connects sandboxes to the node's bridge; safe for any number of calls at a time.
 
     Raises InvalidArgumentError when the options make no sense. The store is the truth: ``start`` brings the kernel to
-    what it says, whatever happened before.
+    what it says, whatever happened before. ``registry`` holds the host ports of the node's other network too.
     """
 
-    def __init__(self, options: NetworkOptions, database: Database) -> None:
+    def __init__(self, options: NetworkOptions, database: Database, registry: PortRegistry | None = None) -> None:
         if not _NAME.fullmatch(options.bridge):
             raise InvalidArgumentError(
                 f"network.bridge {options.bridge!r} is no interface name of at most 15 characters"
@@ -67,7 +58,7 @@ class BuiltInNetwork:
         self.store = NetworkStore(database)
         self._cluster_ranges = parse_ranges(options.cluster_cidrs) if options.cluster_cidrs else ()
         self._book = AddressBook(parse_ranges(options.pod_cidrs), options.quarantine_seconds)
-        self._ports = PortRegistry()
+        self._ports = registry or PortRegistry()
         self._reservations: dict[str, _Reservation] = {}
         self._unfinished: set[str] = set()
         self._gate = Gate()
@@ -118,8 +109,8 @@ class BuiltInNetwork:
         """The ranges that pods made from now on get their addresses from."""
         return tuple(str(network) for network in self._book.current)
 
-    async def attach(self, sandbox_id: str, netns_path: str, port_mappings: Sequence[PortMapping]) -> Attachment:
-        """Connect the network namespace pinned at ``netns_path``; all of it, or on failure nothing.
+    async def attach(self, request: AttachRequest) -> Attachment:
+        """Connect a sandbox's network namespace; all of it, or on failure nothing.
 
         Raises:
             InvalidArgumentError: a port mapping makes no sense.
@@ -129,9 +120,10 @@ class BuiltInNetwork:
         """
         kernel = self._started()
         versions = tuple(dict.fromkeys(network.version for network in self._book.current))
-        wanted = ports.normalise(port_mappings, versions)
+        wanted = ports.normalise(request.port_mappings, versions)
+        sandbox_id = request.sandbox_id
         async with Undo(f"network of sandbox {sandbox_id}") as undo:
-            reservation = self._reserve(sandbox_id, wanted)
+            reservation = self._reserve(request, wanted)
             self._unfinished.add(sandbox_id)
             undo.push("reservation", lambda: self._cancel(reservation))
             if reservation.ports:
@@ -140,7 +132,7 @@ class BuiltInNetwork:
             undo.push("rows", lambda: self.store.remove(sandbox_id, rest=False))
             await self.store.add(attachment, reservation.addresses, reservation.ports, self.options.quarantine_seconds)
             undo.push("interface", lambda: threads.in_thread(kernel.disconnect, attachment, delete_link=True))
-            await self._connect(kernel, attachment, netns_path)
+            await self._connect(kernel, attachment, request.netns_path)
             self._unfinished.discard(sandbox_id)
         return attachment
 
@@ -193,7 +185,7 @@ class BuiltInNetwork:
             await self._detach(sandbox_id, delete_link=True)
         await self._ensure()
         async with self._gate.closed():
-            known = {reservation.attachment.host_interface for reservation in self._reservations.values()}
+            known = {name for reservation in self._reservations.values() for name in reservation.attachment.links}
             await threads.in_thread(lambda: kernel.delete_links(sorted(kernel.ports() - known)))
         return findings
 
@@ -218,8 +210,9 @@ class BuiltInNetwork:
             raise InvalidArgumentError(f"network.mtu {self._mtu} is not between {smallest} and 65535")
 
     def _forget(self) -> None:
+        for reservation in self._reservations.values():
+            self._ports.release(reservation.ports)
         self._reservations.clear()
-        self._ports = PortRegistry()
         self._book = AddressBook(parse_ranges(self.options.pod_cidrs), self.options.quarantine_seconds)
 
     def _restore(self) -> None:
@@ -261,8 +254,9 @@ class BuiltInNetwork:
             self.options.bridge, ranges, self._cluster_ranges, masquerade=self.options.masquerade, elements=elements
         )
 
-    def _reserve(self, sandbox_id: str, wanted: tuple[PortMapping, ...]) -> _Reservation:
+    def _reserve(self, request: AttachRequest, wanted: tuple[PortMapping, ...]) -> _Reservation:
         """Take addresses and host ports in memory, all or none."""
+        sandbox_id = request.sandbox_id
         if sandbox_id in self._reservations:
             raise AlreadyExistsError(f"sandbox {sandbox_id} is connected to {self.options.bridge} already")
         chosen = self._book.allocate()
@@ -281,6 +275,8 @@ class BuiltInNetwork:
             mac=pod_mac(chosen[0][1]),
             mtu=self._mtu,
             host_ports=wanted,
+            bandwidth=request.bandwidth,
+            limiter=limiter_name(self.options.bridge, sandbox_id) if request.bandwidth.egress else "",
         )
         reservation = _Reservation(attachment, chosen, taken)
         self._reservations[sandbox_id] = reservation

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from host import libc
 from host.errors import NotFoundError, PodkeelError, UnavailableError, WrongStateError
-from network import conntrack, links, sysctl
+from network import bandwidth, conntrack, links, sysctl
 from network.attachment import Attachment, bridge_mac, interface_prefix, link_local
 from network.elements import add_elements, elements_of, remove_elements
 from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, NetlinkSocket
@@ -88,7 +88,7 @@ class KernelBridge:
         return [address for owner, address in found if owner == index and not address.is_link_local]
 
     def ports(self) -> set[str]:
-        """The names of all links that carry this bridge's prefix: host-side ends of pods' veth pairs."""
+        """The names of all links that carry this bridge's prefix: host-side ends of pods' veth pairs, and limiters."""
         prefix = interface_prefix(self.name)
         return {name for _, name in socket.if_nameindex() if name.startswith(prefix)}
 
@@ -129,12 +129,13 @@ class KernelBridge:
     def disconnect(self, attachment: Attachment, *, delete_link: bool) -> None:
         """Take from the pod what it may use; with ``delete_link`` its interface too.
 
-        Deleting a link waits for grace periods of the kernel (some 20 ms); one whose namespace ends goes by itself.
+        Deleting a link waits for grace periods of the kernel (some 20 ms); one whose namespace ends goes by itself, but
+        not its limiter.
         """
         try:
             remove_elements(self._netfilter, self.name, elements_of(attachment))
-            if delete_link:
-                self.delete_links([attachment.host_interface])
+            doomed = [attachment.host_interface] if delete_link else []
+            self.delete_links([*doomed, attachment.limiter] if attachment.limiter else doomed)
         except OSError as error:
             _fail(f"sandbox {attachment.sandbox_id} could not be disconnected from {self.name}", error)
         conntrack.forget_udp(self._netfilter, attachment.host_ports)
@@ -162,6 +163,7 @@ class KernelBridge:
             refusals = self._route.exchange(messages)
         for refusal in refusals:
             raise refusal.error()
+        bandwidth.limit(self._route, attachment)
 
     def _configuration(self, attachment: Attachment) -> list[Message]:
         index = socket.if_nametoindex(attachment.interface)

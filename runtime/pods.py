@@ -12,13 +12,13 @@ from host.errors import AlreadyExistsError, InvalidArgumentError, UnsupportedErr
 from host.stages import Operation
 from host.threads import in_fresh_thread, in_thread, wait_out
 from host.undo import Undo
-from network.attachment import PortMapping
 from network.files import hosts_file, resolv_conf
 from proto.runtime.v1 import cri_pb2
 from runtime.containers import ContainerManager
 from runtime.identifiers import new_id
 from runtime.joining import Joining
 from runtime.namespaces import NamespacePlan, drop_namespaces, make_namespaces
+from runtime.network_request import attach_request
 from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
 from runtime.pid_namespace import end_holder
@@ -30,7 +30,6 @@ HOSTNAME_LIMIT = 64
 _OPERATIONS_KEPT = 8
 
 _Identity = tuple[str, str, str, int]
-_PROTOCOLS = {cri_pb2.TCP: "tcp", cri_pb2.UDP: "udp", cri_pb2.SCTP: "sctp"}
 _log = logging.getLogger("podkeel.pods")
 
 
@@ -142,7 +141,7 @@ class PodManager:
         if sandbox.host_network:
             return
         pin = self._node.layout.sandbox(sandbox.id).pin("net")
-        attachment = await self._node.network.attach(sandbox.id, str(pin), _port_mappings(sandbox.config))
+        attachment = await self._node.network.attach(attach_request(sandbox, str(pin)))
         sandbox.record.addresses = attachment.addresses
 
     def _write_files(self, sandbox: Sandbox) -> None:
@@ -310,14 +309,6 @@ def _same_or_conflict(existing: Sandbox, config: cri_pb2.PodSandboxConfig, handl
         return existing
     why = "is there with another configuration" if ready else "was stopped and not removed"
     raise AlreadyExistsError(f"{existing.title} {why}: raise metadata.attempt, or remove it first")
-
-
-def _port_mappings(config: cri_pb2.PodSandboxConfig) -> list[PortMapping]:
-    return [
-        PortMapping(_PROTOCOLS[mapping.protocol], mapping.container_port, mapping.host_port, mapping.host_ip)
-        for mapping in config.port_mappings
-        if mapping.host_port
-    ]
 
 
 def _begin(sandbox: Sandbox, name: str) -> Operation:

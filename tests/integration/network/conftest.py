@@ -17,7 +17,7 @@ from network.attachment import Attachment, PortMapping, interface_prefix
 from network.bridge import BuiltInNetwork
 from network.options import NetworkOptions
 from network.schema import MIGRATIONS
-from tests.integration.network.namespaces import Namespace, command, links_with, nft_tables
+from tests.integration.network.namespaces import Namespace, command, links_with, nft_tables, request
 
 if os.geteuid() != 0:
     pytest.skip("networks need root", allow_module_level=True)
@@ -64,7 +64,7 @@ class Node:
 
     async def pod(self, sandbox_id: str, *mappings: PortMapping) -> Pod:
         namespace = self.namespace()
-        return Pod(namespace, await self.network.attach(sandbox_id, str(namespace.path), mappings))
+        return Pod(namespace, await self.network.attach(request(sandbox_id, namespace.path, mappings)))
 
     async def restart(self, **options: object) -> None:
         """Another agent over the same store and kernel."""

@@ -9,11 +9,12 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from host import libc, mounts
+from network.attachment import AttachRequest, Bandwidth, PortMapping
 
 T = TypeVar("T")
 
@@ -171,3 +172,18 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError
         time.sleep(0.01)
+
+
+def request(
+    sandbox_id: str, path: Path | str, mappings: Sequence[PortMapping] = (), bandwidth: Bandwidth | None = None
+) -> AttachRequest:
+    """What a pod called ``sandbox_id`` asks of the network."""
+    return AttachRequest(
+        sandbox_id=sandbox_id,
+        netns_path=str(path),
+        port_mappings=tuple(mappings),
+        bandwidth=bandwidth or Bandwidth(),
+        name=sandbox_id,
+        namespace="default",
+        uid=f"uid-{sandbox_id}",
+    )

@@ -11,13 +11,13 @@ import pytest
 from host.errors import NotFoundError, PodkeelError
 from network.attachment import PortMapping, interface_name
 from tests.integration.network.conftest import Node, spare_subnet
-from tests.integration.network.namespaces import command, listen, start, talk
+from tests.integration.network.namespaces import command, listen, request, start, talk
 
 _ATTACH_FOREVER = """
 import asyncio, sys
 from pathlib import Path
 from host.database import Database
-from network.attachment import PortMapping, interface_name
+from network.attachment import AttachRequest, PortMapping, interface_name
 from network.bridge import BuiltInNetwork
 from network.links import delete_link
 from network.netlink import NETLINK_ROUTE, NetlinkSocket
@@ -34,7 +34,7 @@ async def main(store, bridge, cidr, *namespaces):
     async def churn(position, namespace):
         while True:
             sandbox_id = f"sandbox{position}"
-            await network.attach(sandbox_id, namespace, [PortMapping("tcp", 80, 22000 + position)])
+            await network.attach(AttachRequest(sandbox_id, namespace, (PortMapping("tcp", 80, 22000 + position),)))
             await network.detach(sandbox_id)
             await asyncio.to_thread(links.request, [delete_link(interface_name(bridge, sandbox_id))])
 
@@ -46,7 +46,7 @@ asyncio.run(main(*sys.argv[1:]))
 
 async def test_a_missing_namespace_leaves_nothing(node: Node) -> None:
     with pytest.raises(NotFoundError, match="network namespace"):
-        await node.network.attach("one", "/nowhere", [PortMapping("tcp", 80, 20080)])
+        await node.network.attach(request("one", "/nowhere", [PortMapping("tcp", 80, 20080)]))
     await node.assert_empty()
     assert (await node.pod("two", PortMapping("tcp", 80, 20080))).ip
 
@@ -54,7 +54,7 @@ async def test_a_missing_namespace_leaves_nothing(node: Node) -> None:
 async def test_a_file_that_is_no_namespace_leaves_nothing(node: Node, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PodkeelError, match="sandbox one"):
-        await node.network.attach("one", str(tmp_path / "file"), [])
+        await node.network.attach(request("one", str(tmp_path / "file"), []))
     await node.assert_empty()
 
 
@@ -62,7 +62,7 @@ async def test_a_taken_interface_name_leaves_nothing(node: Node) -> None:
     namespace = node.namespace()
     namespace.command("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "other")
     with pytest.raises(PodkeelError, match="File exists"):
-        await node.network.attach("one", str(namespace.path), [PortMapping("tcp", 80, 20080)])
+        await node.network.attach(request("one", str(namespace.path), [PortMapping("tcp", 80, 20080)]))
     await node.assert_empty()
 
 
@@ -71,7 +71,7 @@ async def test_a_failure_after_the_pair_was_made_leaves_nothing(dual: Node) -> N
     for where in ("all", "default"):
         namespace.run(lambda where=where: Path(f"/proc/sys/net/ipv6/conf/{where}/disable_ipv6").write_text("1"))  # type: ignore[misc]
     with pytest.raises(PodkeelError, match="sandbox one"):
-        await dual.network.attach("one", str(namespace.path), [PortMapping("tcp", 80, 20080)])
+        await dual.network.attach(request("one", str(namespace.path), [PortMapping("tcp", 80, 20080)]))
     await dual.assert_empty()
 
 
@@ -80,7 +80,7 @@ async def test_cancellation_at_any_instant_leaves_nothing(node: Node) -> None:
     for attempt in range(40):
         namespace = node.namespace()
         mappings = [PortMapping("tcp", 80, 20080)]
-        task = asyncio.create_task(node.network.attach("one", str(namespace.path), mappings))
+        task = asyncio.create_task(node.network.attach(request("one", str(namespace.path), mappings)))
         await asyncio.sleep(attempt * 0.0001)
         task.cancel()
         try:

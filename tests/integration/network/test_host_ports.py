@@ -9,7 +9,7 @@ from host.errors import AlreadyExistsError, InvalidArgumentError
 from network.attachment import PortMapping
 from tests.integration.network import frames
 from tests.integration.network.conftest import Node, Outside
-from tests.integration.network.namespaces import exchange, listen, mac_of, receive_on, talk
+from tests.integration.network.namespaces import exchange, listen, mac_of, receive_on, request, talk
 
 
 def _free_port(kind: int = socket.SOCK_STREAM) -> int:
@@ -128,7 +128,7 @@ async def test_conflicts_are_refused_before_anything_is_made(node: Node) -> None
     }
     for holder, mappings in conflicts.items():
         with pytest.raises(AlreadyExistsError, match=holder):
-            await node.network.attach("late", str(node.namespace().path), mappings)
+            await node.network.attach(request("late", str(node.namespace().path), mappings))
     with listen(None, 0, host="127.0.0.1") as served:
         with pytest.raises(AlreadyExistsError, match="process of the node"):
             await node.pod("late", PortMapping("tcp", 80, served.getsockname()[1]))

@@ -15,6 +15,7 @@ from tests.integration.network.namespaces import (
     listen,
     nft_tables,
     receive_on,
+    request,
     talk,
     wait_until,
 )
@@ -56,7 +57,7 @@ async def test_fifty_pods_at_once(node: Node) -> None:
     namespaces = [node.namespace() for _ in range(50)]
     attachments = await asyncio.gather(
         *(
-            node.network.attach(f"pod{number}", str(namespace.path), [PortMapping("tcp", 80, 21000 + number)])
+            node.network.attach(request(f"pod{number}", str(namespace.path), [PortMapping("tcp", 80, 21000 + number)]))
             for number, namespace in enumerate(namespaces)
         )
     )
@@ -76,7 +77,7 @@ async def test_tables_made_again_while_pods_come_and_go_lose_nothing(node: Node)
     namespaces = [node.namespace() for _ in names]
 
     async def come_and_maybe_go(number: int) -> None:
-        await node.network.attach(names[number], str(namespaces[number].path), [])
+        await node.network.attach(request(names[number], str(namespaces[number].path), []))
         if number % 2:
             await node.network.detach(names[number])
             namespaces[number].close()

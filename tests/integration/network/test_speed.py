@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from tests.integration.network.conftest import Node, running_node, spare_subnet
+from tests.integration.network.namespaces import request
 
 
 async def test_attach_and_detach_stay_fast_with_two_hundred_pods(tmp_path: Path) -> None:
@@ -22,7 +23,7 @@ async def _median(node: Node, name: str) -> float:
     for number in range(30):
         namespace = node.namespace()
         started = time.perf_counter()
-        await node.network.attach(f"{name}{number}", str(namespace.path), [])
+        await node.network.attach(request(f"{name}{number}", str(namespace.path), []))
         await node.network.detach(f"{name}{number}")
         seconds.append(time.perf_counter() - started)
         namespace.close()

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+
+from host.errors import InvalidArgumentError
+from network.attachment import Bandwidth
+from network.bandwidth import EGRESS_ANNOTATION, INGRESS_ANNOTATION, bandwidth_of, burst_bytes
+
+
+@pytest.mark.parametrize(
+    ("quantity", "rate"),
+    [
+        ("10M", 10_000_000),
+        ("1k", 1_000),
+        ("1.5G", 1_500_000_000),
+        (".5M", 500_000),
+        ("1Mi", 1_048_576),
+        ("1Ki", 1_024),
+        ("2Gi", 2 * 1024**3),
+        ("1e6", 1_000_000),
+        ("12E2", 1_200),
+        ("+5000", 5_000),
+        ("1P", 10**15),
+        ("5000000m", 5_000),
+    ],
+)
+def test_quantities(quantity: str, rate: int) -> None:
+    assert bandwidth_of({INGRESS_ANNOTATION: quantity}) == Bandwidth(ingress=rate)
+    assert bandwidth_of({EGRESS_ANNOTATION: quantity, "other": "x"}) == Bandwidth(egress=rate)
+
+
+@pytest.mark.parametrize("quantity", ["fast", "10 M", "-5M", "M", "1MB", "0x10", "1e", "٣M"])
+def test_what_is_no_quantity(quantity: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="is no quantity"):
+        bandwidth_of({INGRESS_ANNOTATION: quantity})
+
+
+@pytest.mark.parametrize("quantity", ["999", "2P", "1E", "0", "1e100"])
+def test_rates_out_of_range(quantity: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="between 1k and 1P"):
+        bandwidth_of({EGRESS_ANNOTATION: quantity})
+
+
+def test_no_annotation_is_no_limit() -> None:
+    assert bandwidth_of({}) == Bandwidth()
+
+
+def test_bursts_hold_packets_and_fit_the_kernels_field() -> None:
+    assert burst_bytes(1_000, 9000) == 4 * 9014
+    assert burst_bytes(10**9, 1500) == 2_500_000
+    assert burst_bytes(10**15, 1500) == 2**32 - 1

@@ -50,6 +50,8 @@ class RuntimeService:
             item.features.recursive_read_only_mounts = (
                 handler.features.recursive_read_only_mounts and node.facts.recursive_read_only
             )
+            item.features.user_namespaces = handler.features.user_namespaces and node.facts.kernel >= (5, 19)
+        response.features.user_namespaces_host_network = any(handler.features.user_namespaces for handler in handlers)
         response.features.supplemental_groups_policy = True
         response.features.mount_options = True
         if request.verbose:

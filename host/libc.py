@@ -66,3 +66,66 @@ def set_child_subreaper() -> None:
 def syscall(number: int, *arguments: Any) -> int:
     """Any system call by number (syscall(2))."""
     return _check(_libc.syscall(ctypes.c_long(number), *arguments), f"system call {number}")
+
+
+class _MountAttributes(ctypes.Structure):
+    """struct mount_attr of mount_setattr(2)."""
+
+    _fields_ = (
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    )
+
+
+_OPEN_TREE = 428
+_MOVE_MOUNT = 429
+_MOUNT_SETATTR = 442
+_AT_EMPTY_PATH = 0x1000
+_AT_FDCWD = -100
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_OPEN_TREE_CLONE = 1
+_MOUNT_ATTR_IDMAP = 0x00100000
+
+
+def clone_tree(path: str) -> int:
+    """A descriptor of a new, detached bind mount of the folder ``path`` (open_tree(2))."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+    return _check(
+        _libc.syscall(ctypes.c_long(_OPEN_TREE), ctypes.c_int(_AT_FDCWD), os.fsencode(path), ctypes.c_uint(flags)), path
+    )
+
+
+def map_ids(mount_descriptor: int, user_namespace: int, name: str) -> None:
+    """Show the files of a detached mount with the ids of a user namespace (mount_setattr(2)).
+
+    ``name`` is the mounted folder, for the error.
+    """
+    attributes = _MountAttributes(attr_set=_MOUNT_ATTR_IDMAP, userns_fd=user_namespace)
+    _check(
+        _libc.syscall(
+            ctypes.c_long(_MOUNT_SETATTR),
+            ctypes.c_int(mount_descriptor),
+            b"",
+            ctypes.c_uint(_AT_EMPTY_PATH),
+            ctypes.byref(attributes),
+            ctypes.c_size_t(ctypes.sizeof(attributes)),
+        ),
+        name,
+    )
+
+
+def attach_mount(mount_descriptor: int, target: str) -> None:
+    """Put a detached mount on the folder ``target`` (move_mount(2))."""
+    _check(
+        _libc.syscall(
+            ctypes.c_long(_MOVE_MOUNT),
+            ctypes.c_int(mount_descriptor),
+            b"",
+            ctypes.c_int(_AT_FDCWD),
+            os.fsencode(target),
+            ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH),
+        ),
+        target,
+    )

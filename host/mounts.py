@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host import libc
+from host.errors import UnsupportedError
 
 MS_RDONLY = 1
 MS_NOSUID = 2
@@ -93,6 +94,26 @@ def mount_holding(path: str) -> MountEntry:
 def bind(source: str | Path, target: str | Path, *, recursive: bool = False) -> None:
     """Bind ``source`` onto the existing ``target``."""
     libc.mount(str(source), str(target), "", MS_BIND | (MS_REC if recursive else 0), "")
+
+
+def bind_with_ids(source: str | Path, target: str | Path, user_namespace: str | Path) -> None:
+    """Bind ``source`` onto the existing ``target`` with its owners shown as the user namespace pinned there maps them.
+
+    Raises UnsupportedError where the file system or the kernel has no idmapped mounts.
+    """
+    with open(user_namespace, "rb") as pin:
+        descriptor = libc.clone_tree(str(source))
+        try:
+            libc.map_ids(descriptor, pin.fileno(), str(source))
+            libc.attach_mount(descriptor, str(target))
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise UnsupportedError(
+                    f"{source} cannot be mounted with mapped ids: its file system or the kernel does not support it"
+                ) from error
+            raise
+        finally:
+            os.close(descriptor)
 
 
 def unmount(target: str | Path, *, lazy: bool = False) -> bool:

@@ -21,9 +21,10 @@ from images.layers import EMPTY_LAYER, LayerStore
 from images.mapped_layers import clear, scratch_of, with_mapped_ids
 from images.trash import Trash
 from images.usage import FilesystemUsage
+from images.writable import WritableLayers
 
 _MOUNT_DATA = os.sysconf("SC_PAGE_SIZE") - 1
-_OWN_INODES = 4  # the container's folder, upper, work and what overlayfs keeps in work
+_OWN_INODES = 3  # the container's folder, work and what overlayfs keeps in work; upper is counted with its content
 _DISK_BLOCK = 4096
 
 
@@ -48,6 +49,7 @@ class SnapshotStore:
         self._trash = trash
         self._held: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._volatile = ",volatile"
+        self.writable = WritableLayers(self.upper)
 
     async def start(self) -> None:
         """Read the snapshots and hold their layers."""
@@ -114,13 +116,25 @@ class SnapshotStore:
         What is mounted has to be unmounted before.
         """
         await in_thread(self._throw_away, container_id)
+        self.writable.forget(container_id)
         self._trash.wake()
         await self._let_go([key for key, (owner, _) in self._held.items() if owner == container_id])
 
     def filesystem_usage(self) -> FilesystemUsage:
-        """What the containers' folders take, without what the containers wrote: that is counted with their stats."""
-        writable = sum(1 for key in self._held if " " not in key)
-        return FilesystemUsage(str(self._data_dir), writable * _OWN_INODES * _DISK_BLOCK, writable * _OWN_INODES)
+        """What the containers' folders take, with what the containers wrote as it was counted last."""
+        used = inodes = 0
+        for container_id in (key for key in self._held if " " not in key):
+            used += _OWN_INODES * _DISK_BLOCK
+            inodes += _OWN_INODES
+            written = self.writable.usage(container_id)
+            if written is not None:
+                used += written.used_bytes
+                inodes += written.inodes
+        return FilesystemUsage(str(self._data_dir), used, inodes)
+
+    async def close(self) -> None:
+        """Stop counting what the containers write."""
+        await in_thread(self.writable.close)
 
     async def _hold(self, key: str, container_id: str, image: Image) -> None:
         self._layers.retain(image.layers)
@@ -164,19 +178,20 @@ class SnapshotStore:
         self, folder: Path, target: Path, lower: Sequence[Path], user_namespace: Path | None = None
     ) -> None:
         upper, work = folder / "upper", folder / "work"
-        root = lower[0].stat()
         new = not upper.exists()
         if not new:
             self._trash.throw(work)  # a volatile mount leaves a mark in it that forbids mounting it again
         for path in (folder, upper, work):
             with contextlib.suppress(FileExistsError):
                 path.mkdir(mode=0o700)
-        if new:  # the root folder itself looks as the image's does
-            os.chown(upper, root.st_uid, root.st_gid)
-            upper.chmod(stat.S_IMODE(root.st_mode))
         target.mkdir(parents=True, exist_ok=True)
-        with with_mapped_ids([*lower, folder], scratch_of(target), user_namespace) as seen:
-            self._mount_overlay(target, seen[:-1], seen[-1])
+        # What is written gets the ids it is written with, so only what lies below needs its ids mapped.
+        with with_mapped_ids(lower, scratch_of(target), user_namespace) as seen:
+            if new:  # the root folder itself looks as the image's does
+                root = seen[0].stat()
+                os.chown(upper, root.st_uid, root.st_gid)
+                upper.chmod(stat.S_IMODE(root.st_mode))
+            self._mount_overlay(target, seen, folder)
 
     def _mount_overlay(self, target: Path, lower: Sequence[Path], folder: Path) -> None:
         options = f"{_lower_option(lower)},upperdir={_escaped(folder / 'upper')},workdir={_escaped(folder / 'work')}"

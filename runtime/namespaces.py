@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,18 +13,23 @@ from host import libc, mounts
 from host.errors import InvalidArgumentError
 from runtime.layout import SandboxFolder
 from runtime.spec.sysctls import sysctl_path
+from runtime.user_namespace import Mappings, make_pins, root_of
 
 _FLAGS = {"net": libc.CLONE_NEWNET, "ipc": libc.CLONE_NEWIPC, "uts": libc.CLONE_NEWUTS}
 
 
 @dataclass(frozen=True, slots=True)
 class NamespacePlan:
-    """What a sandbox gets of its own: ``kinds`` out of net, ipc and uts; sysctls are set inside them."""
+    """What a sandbox gets of its own: ``kinds`` out of net, ipc and uts; sysctls are set inside them.
+
+    With ``mappings`` of uids and gids it gets a user namespace too, which owns the others.
+    """
 
     kinds: tuple[str, ...]
     hostname: str
     sysctls: Mapping[str, str]
     shm_size: int
+    mappings: Mappings | None = None
 
 
 def make_namespaces(folder: SandboxFolder, plan: NamespacePlan) -> None:
@@ -33,16 +38,11 @@ def make_namespaces(folder: SandboxFolder, plan: NamespacePlan) -> None:
     Runs in a fresh thread, which it leaves inside the new namespaces. Raises InvalidArgumentError when a sysctl is
     refused by the kernel.
     """
-    flags = 0
-    for kind in plan.kinds:
-        flags |= _FLAGS[kind]
-    folder.namespaces.mkdir(parents=True, mode=0o711)
-    if flags:
-        libc.unshare(flags)
-    for kind in plan.kinds:
-        pin = folder.pin(kind)
-        os.close(os.open(pin, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o444))
-        mounts.bind(f"/proc/thread-self/ns/{kind}", pin)
+    if plan.mappings is not None:
+        make_pins(folder, plan.kinds, plan.mappings)
+        _enter(folder, plan.kinds)
+    else:
+        _unshare_and_pin(folder, plan.kinds)
     if "uts" in plan.kinds and plan.hostname:
         libc.sethostname(plan.hostname)
     for name, value in plan.sysctls.items():
@@ -50,7 +50,28 @@ def make_namespaces(folder: SandboxFolder, plan: NamespacePlan) -> None:
     if "ipc" in plan.kinds:
         folder.shm.mkdir(mode=0o1777)
         flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
-        libc.mount("shm", str(folder.shm), "tmpfs", flags, f"mode=1777,size={plan.shm_size}")
+        uid, gid = root_of(plan.mappings) if plan.mappings is not None else (0, 0)
+        options = f"mode=1777,size={plan.shm_size},uid={uid},gid={gid}"
+        libc.mount("shm", str(folder.shm), "tmpfs", flags, options)
+
+
+def _unshare_and_pin(folder: SandboxFolder, kinds: Sequence[str]) -> None:
+    flags = 0
+    for kind in kinds:
+        flags |= _FLAGS[kind]
+    folder.namespaces.mkdir(parents=True, mode=0o711)
+    if flags:
+        libc.unshare(flags)
+    for kind in kinds:
+        pin = folder.pin(kind)
+        os.close(os.open(pin, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o444))
+        mounts.bind(f"/proc/thread-self/ns/{kind}", pin)
+
+
+def _enter(folder: SandboxFolder, kinds: Sequence[str]) -> None:
+    for kind in kinds:
+        with folder.pin(kind).open("rb") as pin:
+            libc.setns(pin.fileno(), _FLAGS[kind])
 
 
 def drop_namespaces(folder: SandboxFolder) -> None:

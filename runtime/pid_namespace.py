@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 from host import libc, mounts, processes
@@ -15,6 +16,8 @@ from runtime.sandbox import ProcessName
 
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}[os.uname().machine]
 
+_START_SECONDS = 5.0
+
 
 def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
     """Start catatonit as init of a new PID namespace and return its pid; ``pin_holder`` is then due.
@@ -22,9 +25,7 @@ def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
     Runs in a fresh thread, which it leaves in another mount namespace. Containers of the pod can reach the init's root
     through /proc/1/root, so it gets an empty one with nothing of the host in it.
     """
-    program = shutil.which(catatonit)
-    if program is None:
-        raise PodkeelError(f"a shared PID namespace needs {catatonit!r}, which is not installed")
+    program = _installed(catatonit)
     root = folder.path / "init"
     root.mkdir(mode=0o711, exist_ok=True)
     libc.unshare(libc.CLONE_NEWPID | libc.CLONE_NEWNS)
@@ -40,6 +41,31 @@ def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
     libc.syscall(_SYS_PIVOT_ROOT, b".", b".")
     libc.umount(".", mounts.MNT_DETACH)
     return processes.spawn(["/catatonit", "-P"], environment={}, title=_title(sandbox_id))
+
+
+def start_holder_in_user_namespace(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
+    """The same for a pod with a user namespace, which then owns the PID namespace.
+
+    A process with threads cannot enter a user namespace, so util-linux does it. The init's program is a copy that may
+    be executed but not read: the kernel then lets nobody inside look through its /proc/1/root. Blocks.
+    """
+    program = folder.path / "init" / _title(sandbox_id)
+    program.parent.mkdir(mode=0o711, exist_ok=True)
+    shutil.copyfile(_installed(catatonit), program)
+    program.chmod(0o711)
+    command = ["nsenter", f"--user={folder.pin('user')}", "unshare", "--pid", "--fork", str(program), "-P"]
+    parent = processes.spawn(command)
+    try:
+        deadline = time.monotonic() + _START_SECONDS
+        while (holder := _find(sandbox_id)) is None:
+            if time.monotonic() > deadline:
+                raise PodkeelError("the init of the pod's PID namespace did not start")
+            time.sleep(0.001)
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(parent, signal.SIGKILL)
+            os.waitpid(parent, 0)
+    return holder.pid
 
 
 def pin_holder(folder: SandboxFolder, pid: int) -> ProcessName:
@@ -70,12 +96,19 @@ def end_holder(holder: ProcessName | None, folder: SandboxFolder, sandbox_id: st
     os.close(pidfd)
 
 
+def _installed(catatonit: str) -> str:
+    program = shutil.which(catatonit)
+    if program is None:
+        raise PodkeelError(f"a shared PID namespace needs {catatonit!r}, which is not installed")
+    return program
+
+
 def _find(sandbox_id: str) -> ProcessName | None:
     wanted = _title(sandbox_id).encode()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if (entry / "cmdline").read_bytes().split(b"\0")[0] == wanted:
+                if (entry / "cmdline").read_bytes().split(b"\0")[0].rpartition(b"/")[2] == wanted:
                     pid = int(entry.name)
                     started = processes.start_time(pid)
                     return ProcessName(pid, started) if started is not None else None

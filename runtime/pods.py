@@ -23,7 +23,9 @@ from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
 from runtime.pid_namespace import end_holder
 from runtime.sandbox import Sandbox, SandboxRecord, SandboxState
+from runtime.spec.namespaces import user_mappings
 from runtime.spec.sysctls import pod_sysctls
+from runtime.user_namespace import root_of
 
 NAME_LIMIT = 253
 HOSTNAME_LIMIT = 64
@@ -59,6 +61,11 @@ class PodManager:
         """
         validate_sandbox(config)
         runtime = self._node.handlers.get(handler)
+        if user_mappings(config.linux.security_context.namespace_options) and not runtime.features.user_namespaces:
+            raise UnsupportedError(
+                f"runtime handler {runtime.name!r} has no user namespaces with mapped mounts: use another handler, or "
+                "userns_options mode NODE"
+            )
         identity = _identity(config)
         request = (config, handler)
         pending = await self._making.request_of(identity)
@@ -121,20 +128,19 @@ class PodManager:
         return Sandbox(sandbox_id, config, record)
 
     def _namespace_plan(self, sandbox: Sandbox) -> NamespacePlan:
-        options = sandbox.namespace_options
-        host_ipc = options.ipc == cri_pb2.NODE
-        kinds = () if sandbox.host_network else ("net", "uts")
         hostname = "" if sandbox.host_network else sandbox.config.hostname or os.uname().nodename
         return NamespacePlan(
-            kinds=kinds if host_ipc else (*kinds, "ipc"),
+            kinds=sandbox.own_namespaces,
             hostname=hostname,
             sysctls=pod_sysctls(
                 sandbox.config,
                 host_network=sandbox.host_network,
-                host_ipc=host_ipc,
+                host_ipc=sandbox.namespace_options.ipc == cri_pb2.NODE,
+                user_namespace=sandbox.user_namespace,
                 defaults=self._node.options.default_sysctls,
             ),
             shm_size=self._node.options.shm_size,
+            mappings=user_mappings(sandbox.namespace_options),
         )
 
     async def _attach(self, sandbox: Sandbox) -> None:
@@ -152,6 +158,10 @@ class PodManager:
         hostname = hostname or os.uname().nodename
         folder.hostname.write_text(f"{hostname}\n")
         folder.hosts.write_text(hosts_file(hostname, sandbox.record.addresses, host_network=sandbox.host_network))
+        mappings = user_mappings(sandbox.namespace_options)
+        if mappings is not None:
+            for file in (folder.resolv_conf, folder.hostname, folder.hosts):
+                os.chown(file, *root_of(mappings))
 
     async def stop(self, sandbox_id: str) -> None:
         """Kill what runs in a sandbox and give back its network and namespaces. Repeatable; unknown ids are fine."""
@@ -180,6 +190,7 @@ class PodManager:
 
     async def _tear_down(self, sandbox: Sandbox, operation: Operation) -> None:
         """Give back network, then namespaces, then the cgroup; each step may be repeated after a crash."""
+        self._node.meters.forget(sandbox.id)
         async with operation.stage("network"):
             if not sandbox.host_network:
                 await self._node.network.detach(sandbox.id)
@@ -287,15 +298,7 @@ def validate_sandbox(config: cri_pb2.PodSandboxConfig) -> None:
         raise InvalidArgumentError(f"{title}: the ipc namespace mode must be POD or NODE")
     if options.pid == cri_pb2.TARGET:
         raise InvalidArgumentError(f"{title}: pid mode TARGET is for containers only: use POD, CONTAINER or NODE")
-    _validate_user_namespace(title, options.userns_options)
-
-
-def _validate_user_namespace(title: str, options: cri_pb2.UserNamespace) -> None:
-    if options.mode == cri_pb2.NODE or (options.mode == cri_pb2.POD and not options.uids and not options.gids):
-        return
-    if options.mode != cri_pb2.POD:
-        raise InvalidArgumentError(f"{title}: the user namespace mode must be POD or NODE")
-    raise UnsupportedError(f"{title}: user namespaces are not supported yet: use userns_options mode NODE")
+    user_mappings(options)
 
 
 def _identity(config: cri_pb2.PodSandboxConfig) -> _Identity:

@@ -12,7 +12,6 @@ import msgspec
 from host import processes
 from host.errors import PodkeelError
 from host.threads import in_thread
-from proto.runtime.v1 import cri_pb2
 from runtime import exec_call, leftovers
 from runtime.container import Container, ContainerState
 from runtime.containers import ContainerManager
@@ -132,10 +131,8 @@ class Recovery:
     def _still_there(self, sandbox: Sandbox) -> bool:
         if sandbox.record.boot_id != self._node.boot_id:
             return False
-        kinds = [] if sandbox.host_network else ["net", "uts"]
-        if sandbox.namespace_options.ipc != cri_pb2.NODE:
-            kinds.append("ipc")
-        return pins_hold(self._node.layout.sandbox(sandbox.id), tuple(kinds))
+        kinds = sandbox.own_namespaces + (("user",) if sandbox.user_namespace else ())
+        return pins_hold(self._node.layout.sandbox(sandbox.id), kinds)
 
     def known(self) -> Known:
         """What the store knows now."""

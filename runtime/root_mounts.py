@@ -14,7 +14,10 @@ from runtime.node import Node
 
 async def mount_root(node: Node, container: Container, image: Image) -> None:
     """Mount the container's writable root file system."""
-    await node.snapshots.prepare(container.id, image, target=node.layout.container(container.id).rootfs)
+    sandbox = container.sandbox
+    user_namespace = node.layout.sandbox(sandbox.id).pin("user") if sandbox.user_namespace else None
+    target = node.layout.container(container.id).rootfs
+    await node.snapshots.prepare(container.id, image, target=target, user_namespace=user_namespace)
 
 
 async def mount_image_volumes(node: Node, container: Container) -> dict[int, Path]:

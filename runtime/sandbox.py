@@ -64,6 +64,7 @@ class Sandbox:
     closing: bool = False
     operations: list[Operation] = field(default_factory=list)
     list_item: bytes | None = None
+    attributes: bytes | None = None
 
     @property
     def identity(self) -> tuple[str, str, str, int]:
@@ -85,6 +86,18 @@ class Sandbox:
     def host_network(self) -> bool:
         """Whether it uses the node's network."""
         return self.namespace_options.network == cri_pb2.NODE
+
+    @property
+    def user_namespace(self) -> bool:
+        """Whether the pod has a user namespace of its own."""
+        options = self.namespace_options
+        return options.HasField("userns_options") and options.userns_options.mode == cri_pb2.POD
+
+    @property
+    def own_namespaces(self) -> tuple[str, ...]:
+        """The kinds of namespaces that are pinned for it from the start, but for the user namespace."""
+        kinds = () if self.host_network else ("net", "uts")
+        return kinds if self.namespace_options.ipc == cri_pb2.NODE else (*kinds, "ipc")
 
     @property
     def visible(self) -> bool:

@@ -14,7 +14,7 @@ from proto.runtime.v1 import cri_pb2
 from runtime.container import Container, ContainerState
 from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
-from runtime.pid_namespace import end_holder, pin_holder, start_holder
+from runtime.pid_namespace import end_holder, pin_holder, start_holder, start_holder_in_user_namespace
 from runtime.sandbox import Sandbox
 from runtime.spec.builder import SpecRequest
 from runtime.spec.facts import HandlerFacts, SandboxFiles
@@ -74,7 +74,8 @@ async def ensure_pid_holder(node: Node, sandbox: Sandbox) -> None:
         folder = node.layout.sandbox(sandbox.id)
         async with Undo(sandbox.title) as undo:
             undo.push("the init of its PID namespace", partial(in_thread, end_holder, None, folder, sandbox.id))
-            pid = await in_fresh_thread(start_holder, folder, node.options.catatonit_path, sandbox.id)
+            start = start_holder_in_user_namespace if sandbox.user_namespace else start_holder
+            pid = await in_fresh_thread(start, folder, node.options.catatonit_path, sandbox.id)
             sandbox.record.pid_holder = await in_thread(pin_holder, folder, pid)
             undo.push("its record", partial(setattr, sandbox.record, "pid_holder", None))
             await node.store.save_sandbox(sandbox)
@@ -89,6 +90,7 @@ def _namespace_paths(node: Node, container: Container) -> NamespacePaths:
         network=str(folder.pin("net")) if own_network else None,
         uts=str(folder.pin("uts")) if own_network else None,
         ipc=None if sandbox.namespace_options.ipc == cri_pb2.NODE else str(folder.pin("ipc")),
+        user=str(folder.pin("user")) if sandbox.user_namespace else None,
         pid=pid,
         host_pid=host_pid,
     )

@@ -212,7 +212,7 @@ async def test_the_last_waiter_that_leaves_ends_the_pull(
     node: Node, registry: Registry, busybox: BuiltImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = registry.push(busybox, "abandoned")
-    monkeypatch.setattr("host.stages._faults", {"PullImage.commit:before": "hang"})
+    monkeypatch.setattr("host.stages._faults", "PullImage.commit:before:hang")
     stages = asyncio.Event()
     original = node.store._layers.obtain
 
@@ -223,7 +223,7 @@ async def test_the_last_waiter_that_leaves_ends_the_pull(
 
     monkeypatch.setattr(node.store._layers, "obtain", obtain)
     pulls = [asyncio.create_task(node.store.pull(name)) for _ in range(2)]
-    await stages.wait()
+    await asyncio.wait_for(stages.wait(), 10)
     pulls[0].cancel()
     await asyncio.wait(pulls, timeout=0.05)
     assert pulls[0].cancelled()
@@ -231,7 +231,7 @@ async def test_the_last_waiter_that_leaves_ends_the_pull(
     pulls[1].cancel()
     await asyncio.wait(pulls)
     assert await node.leftovers() == {}
-    monkeypatch.setattr("host.stages._faults", {})
+    monkeypatch.setattr("host.stages._faults", "")
     assert (await node.store.pull(name)).id == busybox.id
 
 

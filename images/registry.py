@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.utils
 import functools
 import logging
-import random
 import ssl
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 from urllib.parse import urljoin, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass
 
 import aiohttp
-import msgspec
 import yarl
 
 from host.errors import (
@@ -30,30 +25,21 @@ from host.errors import (
 from host.threads import in_thread
 from images import authorization, digests
 from images.credentials import Credentials
-from images.hosts import RegistryHost, hosts_for, is_loopback
+from images.hosts import RegistryHost, hosts_for
 from images.manifests import LARGEST_MANIFEST, MANIFEST_TYPES, Descriptor
 from images.options import ImageOptions
 from images.reference import Reference
+from images.transfer import after, back_off, error_text, proxy_for, reason_of
 
 _log = logging.getLogger("podkeel.images")
 
 _CHUNK = 256 << 10
 _PROGRESS = 1 << 20  # bytes between two breaks that make a transfer worth going on with
 _REDIRECTS = 5
-_LONGEST_WAIT = 30.0
 _TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
 
 
 T = TypeVar("T")
-
-
-class _Error(msgspec.Struct):
-    code: str = ""
-    message: str = ""
-
-
-class _Errors(msgspec.Struct):
-    errors: list[_Error]
 
 
 class _UnreachableError(Exception):
@@ -156,7 +142,7 @@ class RegistryClient:
             try:
                 open_here = functools.partial(self._open_blob, descriptor=descriptor, offset=received)
                 response = await self._first("pull", open_here)
-                async with contextlib.aclosing(_after(response, received)) as chunks:
+                async with contextlib.aclosing(after(response, received)) as chunks:
                     async for chunk in chunks:
                         received += len(chunk)
                         yield chunk
@@ -169,10 +155,10 @@ class RegistryClient:
                     raise KubeletReasonError(
                         "RegistryUnavailable",
                         f"blob {descriptor.digest} of {self._reference}: transfer broke off at byte {received}: "
-                        f"{_reason(error)}",
+                        f"{reason_of(error)}",
                     ) from error
-                _log.warning("blob %s broke off at byte %d: %s", descriptor.digest, received, _reason(error))
-                await _back_off(failures)
+                _log.warning("blob %s broke off at byte %d: %s", descriptor.digest, received, reason_of(error))
+                await back_off(failures)
 
     async def _first(self, capability: str, ask: Callable[[_Host], Coroutine[Any, Any, T]]) -> T:
         """The answer of the first host that has one; otherwise the error of the registry itself, or what all said."""
@@ -209,7 +195,7 @@ class RegistryClient:
             while len(content) <= LARGEST_MANIFEST and (more := await response.content.read(LARGEST_MANIFEST)):
                 content += more
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _UnreachableError(_reason(error)) from error
+            raise _UnreachableError(reason_of(error)) from error
         finally:
             response.close()
         if len(content) > LARGEST_MANIFEST:
@@ -237,13 +223,13 @@ class RegistryClient:
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 failures += 1
                 if failures >= self._options.attempts or isinstance(error, aiohttp.ClientConnectorError):
-                    raise _UnreachableError(_reason(error)) from error
-                await _back_off(failures)
+                    raise _UnreachableError(reason_of(error)) from error
+                await back_off(failures)
                 continue
             if response.status in (200, 206):
                 return response
             status = response.status
-            text = await _error_text(response)
+            text = await error_text(response)
             if status == 401 and not asked:
                 asked = True
                 await self._authorize(host, response)
@@ -258,7 +244,7 @@ class RegistryClient:
                 failures += 1
                 if failures >= self._options.attempts:
                     raise _UnreachableError(f"status {status}: {text}")
-                await _back_off(failures, response.headers.get("Retry-After", ""))
+                await back_off(failures, response.headers.get("Retry-After", ""))
             else:
                 raise _UnreachableError(f"unexpected status {status}: {text}")
 
@@ -305,7 +291,7 @@ class RegistryClient:
             ssl=tls,
             timeout=timeout,
             allow_redirects=False,
-            proxy=_proxy_for(url),
+            proxy=proxy_for(url),
         )
 
     async def _authorize(self, host: _Host, refused: aiohttp.ClientResponse) -> None:
@@ -341,7 +327,7 @@ class RegistryClient:
                 transient = response.status in _TRANSIENT
                 reason = f"status {response.status}"
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                transient, reason = True, _reason(error)
+                transient, reason = True, reason_of(error)
             else:
                 if response.status == 200:
                     return authorization.read_token(content)
@@ -350,59 +336,4 @@ class RegistryClient:
             failures += 1
             if failures >= self._options.attempts:
                 raise _UnreachableError(f"token server {server}: {reason}")
-            await _back_off(failures)
-
-
-async def _after(response: aiohttp.ClientResponse, offset: int) -> AsyncGenerator[bytes, None]:
-    """The body, without its first ``offset`` bytes if the registry does not know how to begin there."""
-    skip = offset if response.status == 200 else 0
-    try:
-        async for chunk in response.content.iter_any():
-            if skip >= len(chunk):
-                skip -= len(chunk)
-                continue
-            yield chunk[skip:] if skip else chunk
-            skip = 0
-    finally:
-        response.close()
-
-
-async def _error_text(response: aiohttp.ClientResponse) -> str:
-    """A short form of a registry's error body (OCI distribution specification, "Error Codes")."""
-    try:
-        content = await response.content.read(4096)
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        content = b""
-    finally:
-        response.close()
-    try:
-        errors = msgspec.json.decode(content, type=_Errors).errors
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        errors = []
-    words = [" ".join(filter(None, (error.code, error.message))) for error in errors[:3]]
-    return "; ".join(words)[:300] or f"{response.status} {response.reason}"
-
-
-async def _back_off(failures: int, retry_after: str = "") -> None:
-    """Wait before the next try: what the registry asks for, else longer each time."""
-    seconds = random.uniform(0.5, 1.0) * 0.2 * 2**failures
-    if retry_after.isdigit():
-        seconds = float(retry_after)
-    elif retry_after and (date := email.utils.parsedate_tz(retry_after)):
-        seconds = email.utils.mktime_tz(date) - time.time()
-    await asyncio.sleep(max(0.0, min(seconds, _LONGEST_WAIT)))
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, TimeoutError):
-        return f"no answer in time {error}".strip()
-    return str(error) or type(error).__name__
-
-
-def _proxy_for(url: str) -> str | None:
-    """The proxy that the environment names for ``url`` (http_proxy, https_proxy, all_proxy, no_proxy)."""
-    proxies = getproxies_environment()
-    parts = urlsplit(url)
-    if not proxies or is_loopback(parts.netloc) or proxy_bypass(parts.netloc, proxies):
-        return None
-    return proxies.get(parts.scheme) or proxies.get("all")
+            await back_off(failures)

@@ -73,7 +73,7 @@ async def test_redirects_do_not_carry_credentials(
 async def test_a_cut_transfer_goes_on_where_it_broke(
     node: Node, front: Front, built: BuiltImage, refuse_ranges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("images.registry._back_off", no_wait)
+    monkeypatch.setattr("images.registry.back_off", no_wait)
     front.refuse_ranges = refuse_ranges
     front.cut_after = 120_000
     if refuse_ranges:

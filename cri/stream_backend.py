@@ -111,7 +111,7 @@ def _on_terminal(call: ExecCall, request: ExecRequest, size: TerminalSize | None
     with contextlib.ExitStack() as undo:
         master, slave = os.openpty()
         with contextlib.closing(os.fdopen(slave, "rb+", buffering=0)):
-            streams = ContainerTerminal.terminal(master, stdin=request.stdin)
+            streams = ContainerTerminal.terminal(master, stdin=request.stdin, is_relayed=True)
             undo.callback(streams.close)
             if size is not None:
                 streams.resize(size.width, size.height)

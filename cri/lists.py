@@ -61,8 +61,12 @@ def in_messages(items: Iterable[bytes]) -> Iterator[bytes]:
 
 def encode_item(message: Message) -> bytes:
     """``message`` as an element of a repeated field number 1, which every list's is."""
-    body = message.SerializeToString()
-    return b"\x0a" + _varint(len(body)) + body
+    return encode_field(1, message.SerializeToString())
+
+
+def encode_field(number: int, body: bytes) -> bytes:
+    """An encoded message as field ``number`` (at most 15) of another one."""
+    return bytes((number << 3 | 2,)) + _varint(len(body)) + body
 
 
 def _item(subject: S, build: Callable[[S], Message]) -> bytes:

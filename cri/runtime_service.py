@@ -9,6 +9,7 @@ import msgspec
 
 from cri import lists
 from cri.information import container_information, node_information, sandbox_information
+from cri.stats_service import StatsCalls
 from cri.streaming import StreamingServer
 from cri.version import API_VERSION, KUBELET_API_VERSION, RUNTIME_NAME, VERSION
 from host.errors import InvalidArgumentError, WrongStateError
@@ -20,12 +21,12 @@ from runtime.agent import Agent
 EXEC_OUTPUT_LIMIT = 16 * 1024 * 1024 - 4096
 
 
-class RuntimeService:
-    """Pods, containers, exec and events. Errors are mapped by ``cri.methods``."""
+class RuntimeService(StatsCalls):
+    """Pods, containers, exec and events (errors are mapped by ``cri.methods``); statistics are in ``StatsCalls``."""
 
     def __init__(self, agent: Agent, streams: StreamingServer) -> None:
+        super().__init__(agent)
         self._agent = agent
-        self._node = agent.node
         self._streams = streams
 
     async def version(self, _request: cri_pb2.VersionRequest) -> cri_pb2.VersionResponse:

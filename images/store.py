@@ -80,6 +80,7 @@ class ImageStore:
     async def close(self) -> None:
         """Cancel running pulls with their clean-up, and stop background work."""
         await self._pulls.close()
+        await self.snapshots.close()
         await self._layers.close()
         await self._trash.close()
 

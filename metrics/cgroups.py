@@ -40,6 +40,7 @@ class Cgroup:
     memory: Callable[[], MemoryReading | None]
     memory_events: Callable[[], MemoryEvents | None]
     memory_limit: Callable[[], int | None]
+    swap_limit: Callable[[], int | None]
     oom_kills: Callable[[], int | None]
     pids: Callable[[], PidsReading | None]
     pressure: Callable[[], PressureReading | None]
@@ -54,6 +55,7 @@ class Cgroup:
         self.memory = partial(v1.memory if "memory" in old else v2.memory, memory)
         self.memory_events = partial(v1.memory_events if "memory" in old else v2.memory_events, memory)
         self.memory_limit = partial(v1.memory_limit if "memory" in old else v2.memory_limit, memory)
+        self.swap_limit = partial(v1.swap_limit if "memory" in old else v2.swap_limit, memory)
         self.oom_kills = partial(v1.oom_kills if "memory" in old else v2.oom_kills, memory)
         self.pids = partial(v1.pids if "pids" in old else v2.pids, self._folder("pids"))
         accounting = self._folder("cpuacct")

@@ -100,6 +100,13 @@ def memory_limit(folder: Folder) -> int | None:
     return _limit(folder.number("memory.limit_in_bytes"))
 
 
+def swap_limit(folder: Folder) -> int | None:
+    """The limit of swap alone in bytes, which v1 keeps as one of memory and swap together; None: none."""
+    limit = _limit(folder.number("memory.limit_in_bytes"))
+    total = _limit(folder.number("memory.memsw.limit_in_bytes"))
+    return None if limit is None or total is None else max(0, total - limit)
+
+
 def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None]:
     """Limit, soft limit, and limit of memory and swap together, in bytes; None: none."""
     names = ("memory.limit_in_bytes", "memory.soft_limit_in_bytes", "memory.memsw.limit_in_bytes")

@@ -123,6 +123,11 @@ def memory_limit(folder: Folder) -> int | None:
     return folder.number("memory.max")
 
 
+def swap_limit(folder: Folder) -> int | None:
+    """The limit of swap in bytes; None: none."""
+    return folder.number("memory.swap.max")
+
+
 def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None]:
     """Limit, protected memory (memory.low, where the OCI runtimes put a reservation), and memory with swap; None: none.
 

@@ -35,6 +35,7 @@ from runtime.pods import PodManager
 from runtime.recovery import Recovery
 from runtime.schema import MIGRATIONS as RUNTIME_MIGRATIONS
 from runtime.spec.node import probe_node
+from runtime.statistics import Statistics
 from runtime.store import Store
 
 SCHEMAS = {"runtime": RUNTIME_MIGRATIONS, "network": NETWORK_MIGRATIONS, "images": IMAGE_MIGRATIONS}
@@ -56,6 +57,7 @@ class Agent:
     containers: ContainerManager
     lifecycle: Lifecycle
     execution: Execution
+    statistics: Statistics
     recovery: Recovery
 
     def __init__(self, runtime: RuntimeOptions, network: NetworkOptions, images: ImageOptions) -> None:
@@ -106,6 +108,7 @@ class Agent:
         self.containers = ContainerManager(node, self.lifecycle)
         self.pods = PodManager(node, self.containers)
         self.execution = Execution(node)
+        self.statistics = Statistics(node)
         self.recovery = Recovery(node, self.pods, self.containers, self.lifecycle)
         stack.push_async_callback(self.lifecycle.close)
         stack.push_async_callback(self.containers.close)

@@ -155,6 +155,7 @@ class Lifecycle:
 
     def _ended(self, container: Container) -> None:
         container.exited.set()
+        self._node.meters.forget(container.id)
         self._node.publish(cri_pb2.CONTAINER_STOPPED_EVENT, container)
         if container.cleanup is None:
             container.cleanup = self._spawn(self.clean_up(container))

@@ -21,6 +21,7 @@ from runtime.events import EventBus
 from runtime.handlers import Handlers
 from runtime.identifiers import Registry
 from runtime.layout import Layout
+from runtime.meters import Meters
 from runtime.monitor import Monitors
 from runtime.options import RuntimeOptions
 from runtime.sandbox import Sandbox
@@ -54,11 +55,13 @@ class Node:
     containers: Registry[Container] = field(default_factory=lambda: Registry("container"))
     by_sandbox: dict[str, dict[str, Container]] = field(default_factory=dict)
     starting: asyncio.Semaphore = field(init=False)
+    meters: Meters = field(init=False)
     _preparing: asyncio.Future[None] | None = None
 
     def __post_init__(self) -> None:
         parallel = self.options.container_start_parallelism or 4 * (os.cpu_count() or 1)
         self.starting = asyncio.Semaphore(parallel)
+        self.meters = Meters(self.cgroups)
 
     def expect_container(self) -> None:
         """A container is about to be made: let the kernel prepare for it in the background."""
@@ -77,6 +80,7 @@ class Node:
     def discard_sandbox(self, sandbox_id: str) -> None:
         """Forget a sandbox that is gone."""
         self.sandboxes.discard(sandbox_id)
+        self.meters.forget(sandbox_id)
         self.by_sandbox.pop(sandbox_id, None)
 
     def add_container(self, container: Container) -> None:
@@ -87,6 +91,7 @@ class Node:
     def discard_container(self, container: Container) -> None:
         """Forget a container that is gone."""
         self.containers.discard(container.id)
+        self.meters.forget(container.id)
         self.by_sandbox.get(container.sandbox.id, {}).pop(container.id, None)
 
     def get_sandbox(self, sandbox_id: str) -> Sandbox:

@@ -1,0 +1,174 @@
+"""What containers and pods of this node use, for the CRI's statistics and for metrics."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from host.threads import in_thread
+from images.writable import WritableUsage
+from metrics.devices import device_name
+from metrics.network import read_networks
+from metrics.processes import read_processes
+from metrics.readings import FilesystemReading, NetworkReading
+from metrics.samples import Labels, Snapshot
+from runtime.container import Container, ContainerState
+from runtime.meters import Usage, total
+from runtime.node import Node
+from runtime.sandbox import Sandbox, SandboxState
+
+# Cgroups that are never a pod's own, whoever named them its parent.
+_EVERYBODYS = ("", "/")
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """A sandbox with its running containers; ``own_parent``: its parent cgroup holds nobody else's containers."""
+
+    sandbox: Sandbox
+    containers: Sequence[Container]
+    own_parent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PodSnapshot:
+    """Everything the metrics tell of a pod: of itself, and of its containers by id."""
+
+    sandbox_id: str
+    itself: tuple[Labels, Snapshot]
+    containers: Mapping[str, tuple[Labels, Snapshot]]
+
+
+class Statistics:
+    """Readings of one node. ``usage…`` and ``written`` read files: call them on a thread."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def running(self) -> list[Container]:
+        """The containers that run."""
+        return [container for container in self._node.containers if container.record.state is ContainerState.RUNNING]
+
+    def pods(self, wanted: Iterable[Sandbox] | None = None) -> list[Pod]:
+        """The sandboxes ``wanted``, or all that are ready, with their running containers."""
+        live = [sandbox for sandbox in self._node.sandboxes if not sandbox.record.torn_down]
+        users = Counter(sandbox.record.cgroup_parent.rstrip("/") for sandbox in live)
+        if wanted is None:
+            wanted = (sandbox for sandbox in live if sandbox.record.state is SandboxState.READY)
+        return [
+            Pod(
+                sandbox,
+                [c for c in self._node.containers_of(sandbox) if c.record.state is ContainerState.RUNNING],
+                sandbox.record.cgroup_parent not in _EVERYBODYS
+                and users[sandbox.record.cgroup_parent.rstrip("/")] == 1,
+            )
+            for sandbox in wanted
+        ]
+
+    def usage(self, container: Container) -> Usage | None:
+        """What a container uses; None when it does not run."""
+        meter = self._node.meters.of_container(container)
+        return meter.usage() if meter is not None else None
+
+    def usage_of_pod(self, pod: Pod, containers: Iterable[Usage]) -> Usage | None:
+        """What a pod uses: its parent cgroup if it is alone there, else its containers together; None if not ready."""
+        meter = self._node.meters.of_sandbox(pod.sandbox)
+        if meter is None:
+            return None
+        usage = meter.usage() if pod.own_parent else None
+        return usage if usage is not None else total(containers)
+
+    def written(self, container: Container) -> WritableUsage | None:
+        """The container's writable layer as it was counted last."""
+        return self._node.snapshots.writable.usage(container.id)
+
+    async def networks(self, pods: Sequence[Pod], *, connections: bool = False) -> dict[str, NetworkReading]:
+        """Traffic of the pods with a network of their own, by sandbox id, read in one thread."""
+        own = [pod.sandbox for pod in pods if not pod.sandbox.host_network]
+        pins = [str(self._node.layout.sandbox(sandbox.id).pin("net")) for sandbox in own]
+        readings = await read_networks(pins, connections=connections)
+        return {s.id: reading for s, reading in zip(own, readings, strict=True) if reading is not None}
+
+    async def snapshots(self, *, connections: bool = False) -> list[PodSnapshot]:
+        """Everything the metrics tell of all ready pods, now."""
+        pods = self.pods()
+        networks = await self.networks(pods, connections=connections)
+        return await in_thread(self._snapshots, pods, networks)
+
+    def _snapshots(self, pods: Sequence[Pod], networks: Mapping[str, NetworkReading]) -> list[PodSnapshot]:
+        filesystem = _Filesystem(str(self._node.layout.data))
+        found = []
+        for pod in pods:
+            containers = {}
+            for container in pod.containers:
+                snapshot = self._snapshot(container, filesystem)
+                if snapshot is not None:
+                    containers[container.id] = (_labels(container), snapshot)
+            itself = (self._pod_labels(pod.sandbox), self._pod_snapshot(pod, networks.get(pod.sandbox.id)))
+            found.append(PodSnapshot(pod.sandbox.id, itself, containers))
+        return found
+
+    def _snapshot(self, container: Container, filesystem: _Filesystem) -> Snapshot | None:
+        meter = self._node.meters.of_container(container)
+        reading = meter.cgroup.read() if meter is not None else None
+        if meter is None or reading is None or reading.cpu is None:
+            return None
+        record = container.record
+        init = record.init.pid if record.init is not None else None
+        written = self.written(container)
+        return Snapshot(
+            seen_ns=time.time_ns(),
+            reading=reading,
+            started_ns=record.started_at,
+            processes=read_processes(meter.cgroup.process_ids(), init),
+            filesystem=filesystem.reading(written) if written is not None else None,
+        )
+
+    def _pod_snapshot(self, pod: Pod, network: NetworkReading | None) -> Snapshot:
+        meter = self._node.meters.of_sandbox(pod.sandbox) if pod.own_parent else None
+        return Snapshot(
+            seen_ns=time.time_ns(),
+            reading=meter.cgroup.read() if meter is not None else None,
+            started_ns=pod.sandbox.record.created_at,
+            network=network,
+        )
+
+    def _pod_labels(self, sandbox: Sandbox) -> Labels:
+        metadata = sandbox.config.metadata
+        path = self._node.cgroups.parent_path(sandbox.record.cgroup_parent)
+        return Labels(id=path, namespace=metadata.namespace, pod=metadata.name)
+
+
+class _Filesystem:
+    """The file system that writable layers lie on, looked at once for many of them."""
+
+    def __init__(self, folder: str) -> None:
+        self._status = os.statvfs(folder)
+        device = os.stat(folder).st_dev  # noqa: PTH116 - beside statvfs, which Path does not have
+        self._device = device_name(os.major(device), os.minor(device))
+
+    def reading(self, written: WritableUsage) -> FilesystemReading:
+        status = self._status
+        return FilesystemReading(
+            device=self._device,
+            usage=written.used_bytes,
+            limit=status.f_blocks * status.f_frsize,
+            inodes_free=status.f_ffree,
+            inodes_total=status.f_files,
+        )
+
+
+def _labels(container: Container) -> Labels:
+    pod = container.sandbox.config.metadata
+    image = container.config.image
+    return Labels(
+        container=container.config.metadata.name,
+        id=container.record.cgroup,
+        image=image.user_specified_image or image.image,
+        name=container.id,
+        namespace=pod.namespace,
+        pod=pod.name,
+    )

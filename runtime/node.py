@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,10 @@ def read_boot_id() -> str:
 
 @dataclass(slots=True)
 class Node:
-    """What the pod and container managers share."""
+    """What the pod and container managers share.
+
+    ``failures`` counts what monitors and OCI runtimes failed at, by program and action.
+    """
 
     options: RuntimeOptions
     layout: Layout
@@ -56,10 +60,12 @@ class Node:
     by_sandbox: dict[str, dict[str, Container]] = field(default_factory=dict)
     starting: asyncio.Semaphore = field(init=False)
     meters: Meters = field(init=False)
+    failures: Counter[tuple[str, str]] = field(default_factory=Counter)
     _preparing: asyncio.Future[None] | None = None
 
     def __post_init__(self) -> None:
-        parallel = self.options.container_start_parallelism or 4 * (os.cpu_count() or 1)
+        # More at once finish no sooner, and every other call waits behind them for a processor.
+        parallel = self.options.container_start_parallelism or max(2, os.cpu_count() or 1)
         self.starting = asyncio.Semaphore(parallel)
         self.meters = Meters(self.cgroups)
 
@@ -118,6 +124,7 @@ class Node:
 
     def publish(self, kind: cri_pb2.ContainerEventType, subject: Sandbox | Container) -> None:
         """Tell the subscribers, if there are any, what just happened to ``subject``."""
-        if self.events.wanted:
+        if self.events.subscribers:
             sandbox = subject if isinstance(subject, Sandbox) else subject.sandbox
-            self.events.publish(statuses.event(kind, subject.id, sandbox, self.containers_of(sandbox)))
+            event = statuses.event(kind, subject.id, sandbox, self.containers_of(sandbox))
+            self.events.publish(event.SerializeToString())

@@ -34,7 +34,7 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``handlers``. ``cgroup_driver`` is ``auto`` (systemd where it runs as init), ``cgroupfs`` or ``systemd``;
     ``cgroup_parent`` is where pods without a parent of their own go. ``pids_limit`` is the number of processes and
     threads of a container, 0 for no limit. ``container_start_parallelism`` bounds OCI runtimes at work at one time, 0
-    for four per core. ``seccomp_profile`` is a file that replaces the RuntimeDefault profile. ``shm_size`` is that of a
+    for one per core. ``seccomp_profile`` is a file that replaces the RuntimeDefault profile. ``shm_size`` is that of a
     pod's /dev/shm, in bytes.
     """
 

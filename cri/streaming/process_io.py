@@ -28,10 +28,15 @@ class ProcessIO:
             prepare(descriptor)
 
     @classmethod
-    def terminal(cls, master: int, *, stdin: bool = True) -> Self:
-        """The streams of a process on a terminal: both directions through the master, no stderr."""
+    def terminal(cls, master: int, *, stdin: bool = True, is_relayed: bool = False) -> Self:
+        """The streams of a process on a terminal: both directions through the master, no stderr.
+
+        ``is_relayed`` says that the process's own terminal is another one, which somebody keeps in step with ours: what
+        ours edits says nothing then, and its end-of-file character is the usual one.
+        """
         streams = cls(stdin=master if stdin else None, stdout=master)
         streams.is_terminal = True
+        streams._is_relayed = is_relayed
         return streams
 
     def end_input(self) -> None:
@@ -42,10 +47,9 @@ class ProcessIO:
             os.close(self.stdin)
         else:
             with contextlib.suppress(OSError, termios.error):
-                attributes = termios.tcgetattr(self.stdin)
                 if self._is_relayed:
                     os.write(self.stdin, _CONTROL_D)
-                elif attributes[3] & termios.ICANON:
+                elif (attributes := termios.tcgetattr(self.stdin))[3] & termios.ICANON:
                     os.write(self.stdin, attributes[6][termios.VEOF])
         self.stdin = None
 

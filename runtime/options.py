@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
 class HandlerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One runtime handler, as a RuntimeClass names it.
 
-    ``path`` is the OCI runtime's program (looked up on the PATH if it has no slash); ``root`` the folder of its own
-    state (default: one per handler in the run folder); ``arguments`` are put before its subcommand.
+    ``path`` is the OCI runtime's program (looked up on the PATH if it has no slash); ``type`` how it is driven: ``oci``
+    is by the commands that runc and crun share. ``root`` is the folder of its own state (default: one per handler in
+    the run folder); ``arguments`` are put before its subcommand. ``allowed_annotations`` are shell patterns of the
+    annotations of pods that it gets to see; those by which crun itself is told what to do (``run.oci.*``) never are
+    among them. ``seccomp_profile`` is a file that stands for RuntimeDefault in its containers.
     """
 
     path: str
+    type: Literal["oci"] = "oci"
     root: str = ""
     arguments: tuple[str, ...] = ()
+    allowed_annotations: tuple[str, ...] = ()
     privileged_without_host_devices: bool = False
+    seccomp_profile: str = ""
 
 
 DEFAULT_HANDLERS = {"crun": HandlerOptions(path="crun"), "runc": HandlerOptions(path="runc")}

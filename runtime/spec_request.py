@@ -52,11 +52,12 @@ def spec_request(
             idmapped_mounts=runtime.features.idmapped_mounts,
             compiled_seccomp=runtime.features.version.startswith("crun "),
             privileged_without_host_devices=runtime.options.privileged_without_host_devices,
+            allowed_annotations=runtime.options.allowed_annotations,
         ),
         node=node.facts,
         image_mounts=image_volumes,
         pids_limit=node.options.pids_limit,
-        seccomp_default=Path(node.options.seccomp_profile or DEFAULT_PROFILE),
+        seccomp_default=Path(runtime.options.seccomp_profile or node.options.seccomp_profile or DEFAULT_PROFILE),
     )
 
 

@@ -27,6 +27,9 @@ from runtime.spec.security import apparmor_profile, masked_and_readonly_paths, s
 from runtime.spec.signals import StopSignal, stop_signal
 from runtime.spec.volumes import Volume, image_volumes, volume_mounts
 
+# Annotations that are orders to crun (of files of the host among them), and what only the agent says: not for users.
+_RESERVED_ANNOTATIONS = ("run.oci.", "io.kubernetes.cri.")
+
 
 @dataclass(slots=True, kw_only=True)
 class SpecRequest:
@@ -228,7 +231,8 @@ def _annotations(request: SpecRequest, filtered: Filter | None) -> dict[str, str
         key: value
         for given in (request.sandbox.annotations, request.config.annotations)
         for key, value in given.items()
-        if any(fnmatchcase(key, pattern) for pattern in request.handler.allowed_annotations)
+        if not key.startswith(_RESERVED_ANNOTATIONS)
+        and any(fnmatchcase(key, pattern) for pattern in request.handler.allowed_annotations)
     }
     prefix = "io.kubernetes.cri."
     annotations |= {

@@ -15,7 +15,6 @@ class HandlerFacts:
     """
 
     name: str
-    type: str = "runc"
     recursive_read_only: bool = False
     idmapped_mounts: bool = False
     privileged_without_host_devices: bool = False

@@ -122,8 +122,9 @@ def test_user_namespace_mappings_only_when_joined(tmp_path: Path) -> None:
 
 def test_annotations_are_ours_and_those_allowed(tmp_path: Path) -> None:
     config = container(annotations={"run.oci.keep_original_groups": "1", "vendor.io/a": "container"})
+    config.annotations["io.kubernetes.cri.untrusted"] = "true"
     pod = sandbox(annotations={"vendor.io/a": "pod", "vendor.io/b": "pod", "other": "x"})
-    handler = replace(HANDLER, allowed_annotations=("vendor.io/*",))
+    handler = replace(HANDLER, allowed_annotations=("vendor.io/*", "run.oci.*", "io.kubernetes.*"))
     spec = build(request(tmp_path, config=config, sandbox=pod, handler=handler, sandbox_id="s1")).spec
     assert {key: value for key, value in spec.annotations.items() if not key.startswith("io.kubernetes.cri.")} == {
         "vendor.io/a": "container",
@@ -131,6 +132,7 @@ def test_annotations_are_ours_and_those_allowed(tmp_path: Path) -> None:
     }
     assert spec.annotations["io.kubernetes.cri.sandbox-id"] == "s1"
     assert spec.annotations["io.kubernetes.cri.container-type"] == "container"
+    assert "io.kubernetes.cri.untrusted" not in spec.annotations
 
 
 def test_errors_name_container_and_field(tmp_path: Path) -> None:

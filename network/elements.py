@@ -59,7 +59,7 @@ class Element(NamedTuple):
 
 def elements_of(attachment: Attachment) -> list[Element]:
     """Everything the pod has: its identity on the bridge and its host ports."""
-    return [*_identity(attachment), *_host_ports(attachment)]
+    return [*_identity(attachment), *host_port_elements(attachment)]
 
 
 def _identity(attachment: Attachment) -> list[Element]:
@@ -78,7 +78,8 @@ def _identity(attachment: Attachment) -> list[Element]:
     return found
 
 
-def _host_ports(attachment: Attachment) -> list[Element]:
+def host_port_elements(attachment: Attachment) -> list[Element]:
+    """Where its host ports lead, and the pairs by which it is known to talk to itself."""
     if not attachment.host_ports:
         return []
     found: list[Element] = []

@@ -161,6 +161,11 @@ def route_is_local(body: bytes) -> bool:
     return body[7] == _RTN_LOCAL
 
 
+def route_interface(body: bytes) -> int:
+    """The index of the link that packets leave by on the route an answer to ``get_route`` describes."""
+    return int(struct.unpack("=I", attributes(body[12:])[_RTA_OIF])[0])
+
+
 def get_link(name: str) -> Message:
     """Ask for one link; ``link_kind_and_mac`` reads the answer."""
     return Message(_RTM_GETLINK, 0, _interface() + text(_IFLA_IFNAME, name))

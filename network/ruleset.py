@@ -159,10 +159,10 @@ async def load(script: str) -> None:
     await processes.run(["nft", "-f", "-"], stdin=script.encode(), timeout=_COMMAND_SECONDS)
 
 
-async def listing(table: str) -> list[bytes] | None:
-    """Both tables as nft lists them in JSON, or None if one is missing."""
+async def listing(table: str, families: Sequence[str] = (BRIDGE, INET)) -> list[bytes] | None:
+    """The tables of that name as nft lists them in JSON, or None if one is missing."""
     outputs: list[bytes] = []
-    for family in (BRIDGE, INET):
+    for family in families:
         command = ["nft", "-j", "-n", "list", "table", family, table]
         completed = await processes.run(command, timeout=_COMMAND_SECONDS, check=False)
         if completed.status != 0:

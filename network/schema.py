@@ -28,4 +28,10 @@ MIGRATIONS: tuple[str, ...] = (
         cidr TEXT NOT NULL UNIQUE
     );
     """,
+    """
+    CREATE TABLE network_cni_attachments (
+        sandbox_id TEXT PRIMARY KEY,
+        record BLOB NOT NULL                -- a CniRecord as JSON
+    ) WITHOUT ROWID;
+    """,
 )

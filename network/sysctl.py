@@ -15,7 +15,12 @@ def ipv6_available() -> bool:
 def forward_ipv4(bridge: str) -> None:
     """Let the node route IPv4, and let it send from 127.0.0.1 to pods on this bridge alone."""
     _write("ipv4/ip_forward", "1")
-    _write(f"ipv4/conf/{bridge}/route_localnet", "1")
+    send_from_localhost(bridge)
+
+
+def send_from_localhost(interface: str) -> None:
+    """Let the node send from 127.0.0.1 through this interface."""
+    _write(f"ipv4/conf/{interface}/route_localnet", "1")
 
 
 def forward_ipv6() -> None:

@@ -18,8 +18,8 @@ from host.threads import in_thread
 from images.options import ImageOptions
 from images.schema import MIGRATIONS as IMAGE_MIGRATIONS
 from images.store import ImageStore
-from network.bridge import BuiltInNetwork
 from network.options import NetworkOptions
+from network.provider import NodeNetwork
 from network.schema import MIGRATIONS as NETWORK_MIGRATIONS
 from runtime.cgroups import CgroupTree
 from runtime.containers import ContainerManager
@@ -83,7 +83,7 @@ class Agent:
         stack.callback(database.close)
         cgroups = await in_thread(CgroupTree.of_host, options.cgroup_driver)
         handlers = Handlers(options, layout, cgroups)
-        network = BuiltInNetwork(self._network, database)
+        network = NodeNetwork(self._network, database)
         images = ImageStore(self._images, layout.data, layout.run, database)
         node = Node(
             options=options,
@@ -107,6 +107,7 @@ class Agent:
         self.lifecycle = Lifecycle(node)
         self.containers = ContainerManager(node, self.lifecycle)
         self.pods = PodManager(node, self.containers)
+        network.when_given_back(self.pods.network_given_back)
         self.execution = Execution(node)
         self.statistics = Statistics(node)
         self.recovery = Recovery(node, self.pods, self.containers, self.lifecycle)

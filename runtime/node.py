@@ -13,7 +13,7 @@ from host.database import Database
 from host.errors import NotFoundError
 from images.snapshots import SnapshotStore
 from images.store import ImageStore
-from network.bridge import BuiltInNetwork
+from network.provider import NodeNetwork
 from proto.runtime.v1 import cri_pb2
 from runtime import statuses
 from runtime.cgroups import CgroupTree
@@ -50,7 +50,7 @@ class Node:
     facts: NodeFacts
     handlers: Handlers
     monitors: Monitors
-    network: BuiltInNetwork
+    network: NodeNetwork
     images: ImageStore
     snapshots: SnapshotStore
     boot_id: str = field(default_factory=read_boot_id)

@@ -240,10 +240,26 @@ class PodManager:
 
     async def _discard(self, sandbox: Sandbox) -> None:
         """Undo everything of a sandbox that did not come to be."""
-        await self._node.network.detach(sandbox.id)
-        await in_thread(self._drop, sandbox)
-        await self._node.store.delete_sandbox(sandbox.id)
-        self._forget(sandbox)
+        async with sandbox.lock:
+            if sandbox.id not in self._node.sandboxes:
+                return
+            await self._node.network.detach(sandbox.id)
+            await in_thread(self._drop, sandbox)
+            await self._node.store.delete_sandbox(sandbox.id)
+            self._forget(sandbox)
+
+    async def network_given_back(self, sandbox_id: str) -> None:
+        """Carry on with a sandbox whose network could not be given back when it was stopped or undone."""
+        if sandbox_id not in self._node.sandboxes:
+            return
+        sandbox = self._node.sandboxes.get(sandbox_id)
+        if sandbox.record.state is SandboxState.MAKING:
+            await self._discard(sandbox)
+            return
+        async with sandbox.lock:
+            if sandbox.record.state is SandboxState.NOT_READY and not sandbox.record.torn_down:
+                await self.finish_stop(sandbox)
+                self._node.publish(cri_pb2.CONTAINER_STOPPED_EVENT, sandbox)
 
     async def undo_half_made(self, sandbox: Sandbox) -> None:
         """Undo a sandbox whose making was cut short by the agent's death."""

@@ -1,0 +1,123 @@
+"""The plugins of a configuration, called one after another (CNI specification 1.1.0, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from host.errors import PodkeelError, UnsupportedError
+from host.threads import in_thread
+from network.attachment import POD_INTERFACE
+from network.cni import result as results
+from network.cni.configuration import Configuration, Plugin
+from network.cni.plugin import Call, PluginRunner, Reply
+from network.cni.record import CniRecord
+
+
+class PluginChain:
+    """Carries out CNI's operations on whole configurations."""
+
+    def __init__(self, runner: PluginRunner) -> None:
+        self._runner = runner
+
+    async def choose_version(self, configuration: Configuration) -> Configuration:
+        """The configuration with the best version that all its plugins speak.
+
+        Raises NotFoundError for a plugin that is missing, UnsupportedError when there is no such version.
+        """
+        allowed = configuration.versions
+        for plugin in configuration.plugins:
+            call = Call("VERSION")
+            output = await self._runner.run(plugin.type, call, {"cniVersion": configuration.version})
+            try:
+                spoken = msgspec.json.decode(output, type=Reply).supported
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise PodkeelError(f"CNI plugin {plugin.type}, VERSION: printed no answer: {error}") from error
+            allowed = tuple(version for version in allowed if version in spoken)
+            if not allowed:
+                raise UnsupportedError(
+                    f"CNI configuration {configuration.path} asks for CNI {', '.join(configuration.versions)}, which "
+                    f"plugin {plugin.type} does not speak (it speaks {', '.join(spoken)}): set another cniVersion"
+                )
+        return msgspec.structs.replace(configuration, version=allowed[0])
+
+    async def add(self, record: CniRecord) -> dict[str, Any]:
+        """ADD: connect the pod; returns the last plugin's result."""
+        call = _call("ADD", record, record.netns_path)
+        previous: dict[str, Any] | None = None
+        for plugin in record.configuration.plugins:
+            output = await self._runner.run(plugin.type, call, _settings(record, plugin, previous))
+            previous = results.decode(plugin.type, output)
+        assert previous is not None, "a configuration has at least one plugin"
+        return previous
+
+    async def delete(self, record: CniRecord) -> None:
+        """DEL: disconnect the pod, also one that was never quite connected or whose namespace is gone."""
+        namespace = await in_thread(_existing_namespace, record.netns_path)
+        call = _call("DEL", record, namespace)
+        known = record.result if record.configuration.speaks("0.4.0") else None
+        for plugin in reversed(record.configuration.plugins):
+            await self._runner.run(plugin.type, call, _settings(record, plugin, known))
+
+    async def check(self, record: CniRecord) -> None:
+        """CHECK: raise PodkeelError when the pod's network is not as it was made; nothing below version 0.4.0."""
+        if record.configuration.disable_check or not record.configuration.speaks("0.4.0"):
+            return
+        call = _call("CHECK", record, record.netns_path)
+        for plugin in record.configuration.plugins:
+            await self._runner.run(plugin.type, call, _settings(record, plugin, record.result))
+
+    async def status(self, configuration: Configuration) -> None:
+        """STATUS: raise PodkeelError when the plugins could serve no ADD now; nothing below version 1.1.0."""
+        if configuration.speaks("1.1.0"):
+            for plugin in configuration.plugins:
+                await self._runner.run(plugin.type, Call("STATUS"), _base(configuration, plugin))
+
+    async def collect_garbage(self, configuration: Configuration, sandbox_ids: Collection[str]) -> list[PodkeelError]:
+        """GC: have the plugins give back what belongs to none of ``sandbox_ids``; nothing below version 1.1.0.
+
+        Every plugin is asked; the errors are returned.
+        """
+        if configuration.disable_gc or not configuration.speaks("1.1.0"):
+            return []
+        valid = [{"containerID": sandbox_id, "ifname": POD_INTERFACE} for sandbox_id in sorted(sandbox_ids)]
+        errors: list[PodkeelError] = []
+        for plugin in configuration.plugins:
+            # The specification's first text and its first library named this key differently.
+            named = {"cni.dev/valid-attachments": valid, "cni.dev/attachments": valid}
+            try:
+                await self._runner.run(plugin.type, Call("GC"), {**_base(configuration, plugin), **named})
+            except PodkeelError as error:
+                errors.append(error)
+        return errors
+
+
+def _call(command: str, record: CniRecord, netns_path: str) -> Call:
+    return Call(command, record.sandbox_id, netns_path, POD_INTERFACE, record.arguments)
+
+
+def _base(configuration: Configuration, plugin: Plugin) -> dict[str, Any]:
+    settings = {key: value for key, value in plugin.settings.items() if key != "capabilities"}
+    return {**settings, "name": configuration.name, "cniVersion": configuration.version}
+
+
+def _settings(record: CniRecord, plugin: Plugin, previous: Mapping[str, Any] | None) -> dict[str, Any]:
+    settings = _base(record.configuration, plugin)
+    wanted = {name: value for name, value in record.capabilities.items() if name in plugin.capabilities}
+    if wanted:
+        settings["runtimeConfig"] = wanted
+    if previous is not None:
+        settings["prevResult"] = previous
+    return settings
+
+
+def _existing_namespace(path: str) -> str:
+    """The path if a namespace is pinned there; else nothing, which tells plugins that it is gone."""
+    try:
+        pinned = Path(path).stat().st_dev == Path("/proc/self/ns/net").stat().st_dev
+    except OSError:
+        pinned = False
+    return path if pinned else ""

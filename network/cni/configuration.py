@@ -1,0 +1,140 @@
+"""Network configurations of the Container Network Interface: the files of the folder, read and checked.
+
+Format: the CNI specification 1.1.0, section 1; a file that holds one plugin stands for a list of one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from host.errors import InvalidArgumentError
+
+VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+SUFFIXES = (".conflist", ".conf", ".json")
+
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
+_LARGEST_FILE = 1024 * 1024
+
+
+class Plugin(msgspec.Struct, frozen=True):
+    """One plugin of a list: its program's name, and its settings as the file has them."""
+
+    type: str
+    settings: dict[str, Any]
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What it wants to be told of each pod."""
+        declared = self.settings.get("capabilities")
+        return frozenset(name for name, wanted in declared.items() if wanted is True) if declared else frozenset()
+
+
+class Configuration(msgspec.Struct, frozen=True):
+    """A list of plugins that make one network.
+
+    ``version`` is the one its plugins are spoken to in; ``versions`` are those it allows, the best first.
+    """
+
+    name: str
+    version: str
+    versions: tuple[str, ...]
+    plugins: tuple[Plugin, ...]
+    path: str
+    disable_check: bool = False
+    disable_gc: bool = False
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What any of its plugins wants to be told."""
+        return frozenset().union(*(plugin.capabilities for plugin in self.plugins))
+
+    def speaks(self, version: str) -> bool:
+        """Whether it is spoken to in ``version`` or a later one."""
+        return VERSIONS.index(self.version) >= VERSIONS.index(version)
+
+
+def find_configuration(folder: Path) -> Configuration | None:
+    """The configuration in the first file by name that is one by its suffix and not empty; None if there is no such.
+
+    A file that is empty is about to be written. Raises InvalidArgumentError for a first file that is wrong: taking
+    another one instead would put pods on another network.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    for path in paths:
+        try:
+            if path.is_file() and (content := path.read_bytes()[:_LARGEST_FILE]).strip():
+                return parse(content, path)
+        except OSError as error:
+            raise InvalidArgumentError(f"CNI configuration {path} cannot be read: {error}") from error
+    return None
+
+
+def parse(content: bytes, path: Path) -> Configuration:
+    """A configuration out of a file's content; raises InvalidArgumentError naming the file and what is wrong."""
+    try:
+        given = msgspec.json.decode(content, type=dict[str, Any])
+        return _configuration(given, path)
+    except msgspec.DecodeError as error:
+        raise InvalidArgumentError(f"CNI configuration {path} is no JSON object: {error}") from error
+    except ValueError as error:
+        raise InvalidArgumentError(f"CNI configuration {path}: {error}") from error
+
+
+def _configuration(given: Mapping[str, Any], path: Path) -> Configuration:
+    name = given.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"name {name!r} is no network name: it begins with a letter or digit, then also _ . and -")
+    listed = given.get("plugins", [given])
+    if not isinstance(listed, list) or not listed:
+        raise ValueError("plugins must be a list of at least one plugin")
+    versions = _versions(given)
+    return Configuration(
+        name=name,
+        version=versions[0],
+        versions=versions,
+        plugins=tuple(_plugin(settings) for settings in listed),
+        path=str(path),
+        disable_check=_flag(given, "disableCheck"),
+        disable_gc=_flag(given, "disableGC"),
+    )
+
+
+def _plugin(settings: object) -> Plugin:
+    if not isinstance(settings, dict):
+        raise ValueError(f"plugin {settings!r} is no object")
+    kind = settings.get("type")
+    if not isinstance(kind, str) or not kind or "/" in kind or kind.startswith("."):
+        raise ValueError(f"plugin type {kind!r} is no program's name")
+    if not isinstance(settings.get("capabilities") or {}, dict):
+        raise ValueError(f"capabilities of plugin {kind} must be an object")
+    return Plugin(kind, settings)
+
+
+def _versions(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The versions the file allows that are spoken here, the best first."""
+    asked = given.get("cniVersions") or [given.get("cniVersion", "0.2.0")]
+    if not isinstance(asked, list):
+        raise ValueError("cniVersions must be a list")
+    spoken = tuple(version for version in reversed(VERSIONS) if version in asked)
+    if not spoken:
+        raise ValueError(
+            f"asks for CNI {', '.join(map(str, asked))}; spoken are {VERSIONS[0]} to {VERSIONS[-1]}: set cniVersion"
+        )
+    return spoken
+
+
+def _flag(given: Mapping[str, Any], name: str) -> bool:
+    value = given.get(name, False)
+    if value in (True, False):
+        return bool(value)
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ValueError(f"{name} must be true or false, not {value!r}")

@@ -1,0 +1,99 @@
+"""DEL until it succeeds: attempts that callers wait for, and further ones in the background with growing pauses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from host.errors import PodkeelError
+
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
+
+_log = logging.getLogger("podkeel.network")
+
+
+class Deletions:
+    """One attempt per sandbox at a time; a failed one is repeated later by itself, or at once when asked for.
+
+    ``delete`` makes an attempt; ``finished`` is told the sandboxes whose deletion succeeded while nobody waited.
+    """
+
+    def __init__(self, delete: Callable[[str], Awaitable[None]], finished: Callable[[str], Awaitable[None]]) -> None:
+        self._delete = delete
+        self._finished = finished
+        self._attempts: dict[str, asyncio.Task[None]] = {}
+        self._pauses: dict[str, asyncio.TimerHandle] = {}
+        self._failures: dict[str, int] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self.errors: dict[str, str] = {}
+
+    async def run(self, sandbox_id: str) -> None:
+        """Make an attempt, or join the one under way; raises what it raises, and then goes on in the background.
+
+        A caller that goes away does not end the attempt.
+        """
+        await asyncio.shield(self._attempt(sandbox_id))
+
+    def schedule(self, sandbox_id: str) -> None:
+        """Make an attempt in the background."""
+        task = asyncio.ensure_future(self._in_background(sandbox_id))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def close(self) -> None:
+        """End everything; what is not deleted stays in the store for the next start."""
+        for pause in self._pauses.values():
+            pause.cancel()
+        self._pauses.clear()
+        tasks = [*self._attempts.values(), *self._background]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _attempt(self, sandbox_id: str) -> asyncio.Task[None]:
+        task = self._attempts.get(sandbox_id)
+        if task is None:
+            pause = self._pauses.pop(sandbox_id, None)
+            if pause is not None:
+                pause.cancel()
+            task = asyncio.ensure_future(self._delete_once(sandbox_id))
+            task.add_done_callback(_retrieve)
+            self._attempts[sandbox_id] = task
+        return task
+
+    async def _delete_once(self, sandbox_id: str) -> None:
+        try:
+            await self._delete(sandbox_id)
+        except (PodkeelError, OSError) as error:
+            self.errors[sandbox_id] = str(error)
+            failures = self._failures.get(sandbox_id, 0)
+            self._failures[sandbox_id] = failures + 1
+            seconds = min(FIRST_PAUSE_SECONDS * 2**failures, LONGEST_PAUSE_SECONDS)
+            loop = asyncio.get_running_loop()
+            self._pauses[sandbox_id] = loop.call_later(seconds, self._retry, sandbox_id)
+            _log.warning("sandbox %s: %s; DEL is tried again in %g s", sandbox_id[:13], error, seconds)
+            raise
+        else:
+            self.errors.pop(sandbox_id, None)
+            self._failures.pop(sandbox_id, None)
+        finally:
+            del self._attempts[sandbox_id]
+
+    def _retry(self, sandbox_id: str) -> None:
+        self._pauses.pop(sandbox_id, None)
+        self.schedule(sandbox_id)
+
+    async def _in_background(self, sandbox_id: str) -> None:
+        try:
+            await asyncio.shield(self._attempt(sandbox_id))
+            await self._finished(sandbox_id)
+        except (PodkeelError, OSError) as error:
+            _log.debug("sandbox %s is not given back yet: %s", sandbox_id[:13], error)
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Mark an attempt's error as seen: it was logged, and callers may be gone."""
+    if not task.cancelled():
+        task.exception()

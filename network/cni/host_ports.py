@@ -1,0 +1,130 @@
+"""Host ports of pods on CNI networks whose plugins forward none: an nftables table of our own, replaced as a whole.
+
+It translates addresses and lets nothing in: whether the packet then passes is for the CNI network to say.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Address
+
+from host import threads
+from network import conntrack, links, ruleset, sysctl
+from network.attachment import Attachment, PortMapping
+from network.audit import Finding
+from network.cni.record import CniRecord, CniState
+from network.elements import host_port_elements
+from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket
+
+# Pods of one network may reach each other without this node's routing: answers would then miss the way back.
+_TABLE = """
+table inet {table} {{
+  map ports4 {{ type inet_proto . ipv4_addr . inet_service : ipv4_addr . inet_service; {ports4} }}
+  map ports6 {{ type inet_proto . ipv6_addr . inet_service : ipv6_addr . inet_service; {ports6} }}
+  map any_ports4 {{ type inet_proto . inet_service : ipv4_addr . inet_service; {any_ports4} }}
+  map any_ports6 {{ type inet_proto . inet_service : ipv6_addr . inet_service; {any_ports6} }}
+  set itself4 {{ type ipv4_addr . ipv4_addr; {itself4} }}
+  set itself6 {{ type ipv6_addr . ipv6_addr; {itself6} }}
+  set ranges4 {{ type ipv4_addr; flags interval; auto-merge; {ranges4} }}
+  set ranges6 {{ type ipv6_addr; flags interval; auto-merge; {ranges6} }}
+  chain guard {{
+    type filter hook prerouting priority -300; policy accept;
+    iifname != "lo" ip daddr 127.0.0.0/8 drop
+  }}
+  chain host_ports {{
+    dnat ip to meta l4proto . ip daddr . th dport map @ports4
+    dnat ip to meta l4proto . th dport map @any_ports4
+    dnat ip6 to meta l4proto . ip6 daddr . th dport map @ports6
+    dnat ip6 to meta l4proto . th dport map @any_ports6
+  }}
+  chain from_network {{
+    type nat hook prerouting priority dstnat; policy accept;
+    meta l4proto {{ tcp, udp, sctp }} fib daddr type local jump host_ports
+  }}
+  chain from_node {{
+    type nat hook output priority -100; policy accept;
+    ip6 daddr ::1 accept
+    meta l4proto {{ tcp, udp, sctp }} fib daddr type local jump host_ports
+  }}
+  chain leaving {{
+    type nat hook postrouting priority srcnat; policy accept;
+    ct status dnat ip saddr 127.0.0.0/8 ip daddr . ip daddr @itself4 masquerade
+    ct status dnat ip saddr @ranges4 ip daddr . ip daddr @itself4 masquerade
+    ct status dnat ip6 saddr @ranges6 ip6 daddr . ip6 daddr @itself6 masquerade
+  }}
+}}
+"""
+
+_SETS = ("ports", "any_ports", "itself", "ranges")
+
+
+class HostPortTable:
+    """The table ``name``; it exists while a pod needs it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def load(self, records: Iterable[CniRecord]) -> None:
+        """Make the table hold the host ports of the records that need it; raises CommandError with nft's complaint."""
+        forwarding = _forwarding(records)
+        script = f"table inet {self.name}\ndelete table inet {self.name}\n"
+        if forwarding:
+            script += self._script(forwarding)
+            await threads.in_thread(_open_localhost, [attachment for _, attachment in forwarding])
+        await ruleset.load(script)
+
+    async def findings(self, records: Iterable[CniRecord]) -> list[Finding]:
+        """Where the table differs from what the records need."""
+        wanted = {(e.set_name, str(e)) for _, pod in _forwarding(records) for e in host_port_elements(pod)}
+        listing = await ruleset.listing(self.name, families=("inet",))
+        if listing is None:
+            return [Finding("nftables table", self.name, "missing")] if wanted else []
+        present = ruleset.listed_elements(listing)
+        return [
+            *(Finding("nftables element", f"{name}: {key}", "missing") for name, key in sorted(wanted - present)),
+            *(
+                Finding("nftables element", f"{name}: {key}", "belongs to no sandbox")
+                for name, key in sorted(present - wanted)
+            ),
+        ]
+
+    def _script(self, forwarding: Sequence[tuple[CniRecord, Attachment]]) -> str:
+        held: dict[str, list[str]] = {f"{name}{version}": [] for name in _SETS for version in (4, 6)}
+        for record, attachment in forwarding:
+            for network in record.networks:
+                held["ranges6" if ":" in network else "ranges4"].append(network)
+            for element in host_port_elements(attachment):
+                held[element.set_name].append(str(element))
+        fields = {
+            name: f"elements = {{ {', '.join(dict.fromkeys(texts))} }};" if texts else ""
+            for name, texts in held.items()
+        }
+        return _TABLE.format(table=self.name, **fields)
+
+
+def _forwarding(records: Iterable[CniRecord]) -> list[tuple[CniRecord, Attachment]]:
+    """The connected pods whose host ports are for this table to forward."""
+    connected = (record for record in records if record.forwards and record.state is CniState.ADDED)
+    return [(record, record.attachment) for record in connected if record.attachment is not None]
+
+
+async def forget_flows(mappings: Sequence[PortMapping]) -> None:
+    """Have the kernel decide anew where packets to these UDP ports of the node go."""
+
+    def work() -> None:
+        with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
+            conntrack.forget_udp(netfilter, mappings)
+
+    if any(mapping.protocol == "udp" for mapping in mappings):
+        await threads.in_thread(work)
+
+
+def _open_localhost(attachments: Sequence[Attachment]) -> None:
+    """Let the node reach the pods from 127.0.0.1; the table's guard keeps others from using that."""
+    with NetlinkSocket(NETLINK_ROUTE) as route:
+        for attachment in attachments:
+            address = attachment.address(4)
+            if address is not None:
+                index = links.route_interface(route.answers(links.get_route(IPv4Address(address)))[0])
+                sysctl.send_from_localhost(socket.if_indextoname(index))

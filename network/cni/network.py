@@ -1,0 +1,380 @@
+"""Pods on a CNI network: connected by plugins, written down before and after, given back until that succeeds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from host import libc, threads
+from host.database import Database
+from host.errors import AlreadyExistsError, NotFoundError, PodkeelError, UnavailableError
+from host.undo import Undo
+from network import links, ports
+from network.addresses import parse_ranges
+from network.attachment import Attachment, AttachRequest, Bandwidth
+from network.audit import Finding
+from network.cni.chain import PluginChain
+from network.cni.configuration import Configuration, find_configuration
+from network.cni.deletions import Deletions
+from network.cni.host_ports import HostPortTable, forget_flows
+from network.cni.orphans import end_orphans
+from network.cni.plugin import PluginRunner
+from network.cni.record import CniRecord, CniState, CniStore
+from network.cni.request import arguments, capabilities
+from network.cni.result import PodInterface, pod_interface
+from network.condition import Condition
+from network.gate import Gate
+from network.netlink import NETLINK_ROUTE, NetlinkSocket
+from network.options import NetworkOptions
+from network.ports import HostPort, PortRegistry
+from network.store import NetworkStore
+
+_PORT_MAPPINGS = "portMappings"
+_LOOK_AGAIN_SECONDS = 5.0
+_START_SECONDS = 5.0
+_FAMILIES = (4, 6)
+
+_log = logging.getLogger("podkeel.network")
+
+
+class _View(NamedTuple):
+    """What the folder held when it was looked at last: a usable configuration, or what is wrong."""
+
+    configuration: Configuration | None
+    condition: Condition
+    present: bool
+
+
+async def _nobody(_sandbox_id: str) -> None:
+    """Stands for whoever wants to know what was given back, until somebody does."""
+
+
+class CniNetwork:
+    """Connects sandboxes through the plugins that the first configuration of the folder names.
+
+    ``registry`` holds the host ports of the node's other network too. ``when_given_back`` is told the sandboxes whose
+    network was given back after ``detach`` had failed.
+    """
+
+    def __init__(self, options: NetworkOptions, database: Database, registry: PortRegistry | None = None) -> None:
+        self.options = options
+        self.when_given_back: Callable[[str], Awaitable[None]] = _nobody
+        self._folder = Path(options.cni_config_dir)
+        self._chain = PluginChain(PluginRunner(options.cni_bin_dirs, options.cni_timeout_seconds))
+        self._rows = CniStore(database)
+        self._network_rows = NetworkStore(database)
+        self._ports = registry or PortRegistry()
+        self._table = HostPortTable(f"{options.bridge}_cni")
+        self._loading_table = asyncio.Lock()
+        self._records: dict[str, CniRecord] = {}
+        self._unfinished: set[str] = set()
+        self._deletions = Deletions(self._give_back, self._tell)
+        self._gate = Gate()
+        self._reading = asyncio.Lock()
+        self._view = _View(None, Condition(False, "NetworkNotStarted", "the network has not been started"), False)
+        self._parsed: Configuration | None = None
+        self._status = Condition(True)
+        self._looked_at = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pod_cidrs: tuple[str, ...] = ()
+        self._starting = True
+
+    @property
+    def configured(self) -> bool:
+        """Whether the folder held a configuration, good or bad, when it was looked at last."""
+        return self._view.present
+
+    @property
+    def in_use(self) -> bool:
+        """Whether any sandbox has, or may have, something of this network."""
+        return bool(self._records)
+
+    async def start(self) -> None:
+        """Read the store, end plugins that a former agent left running, and look at the folder."""
+        records = await threads.in_thread(self._rows.records)
+        busy = [record.sandbox_id for record in records if record.state is not CniState.ADDED]
+        ended = await threads.in_thread(end_orphans, busy)
+        if ended:
+            _log.warning("%d processes of CNI plugins that a former agent had called were ended", ended)
+        for known in list(self._records.values()):
+            self._forget(known)
+        for record in records:
+            self._records[record.sandbox_id] = record
+            self._ports.take(record.sandbox_id, _taken(record))
+        self._pod_cidrs = tuple(await threads.in_thread(self._network_rows.pod_cidrs))
+        if self.options.mode != "built-in":
+            # A plugin that is slow to answer must not keep the node's agent from starting.
+            await asyncio.wait([self._in_background(self.reload())], timeout=_START_SECONDS)
+
+    async def stop(self) -> None:
+        """End what goes on in the background; pods keep their network."""
+        await self._deletions.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def reload(self) -> None:
+        """Look at the folder again and use what it holds for pods made from now on."""
+        async with self._reading:
+            before = self._view
+            self._view = await self._look()
+            await self._ask_status()
+        if self._view.condition != before.condition or self._view.configuration != before.configuration:
+            configuration, condition = self._view.configuration, self._view.condition
+            if configuration is not None:
+                _log.info(
+                    "CNI network %s from %s, version %s", configuration.name, configuration.path, configuration.version
+                )
+            else:
+                _log.warning("no CNI network: %s", condition.message)
+
+    def condition(self) -> Condition:
+        """Whether pods can be connected now; while they cannot, asking makes it look again."""
+        condition = self._view.condition if not self._view.condition.ready else self._status
+        configuration = self._view.configuration
+        changeable = not condition.ready or (configuration is not None and configuration.speaks("1.1.0"))
+        if changeable and not self._starting and time.monotonic() > self._looked_at + _LOOK_AGAIN_SECONDS:
+            self._looked_at = time.monotonic()
+            self._in_background(self.reload())
+        return condition
+
+    def attachment(self, sandbox_id: str) -> Attachment | None:
+        """The sandbox's connection; None if it has none."""
+        record = self._records.get(sandbox_id)
+        return record.attachment if record else None
+
+    async def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
+        """Tell plugins with the capability ``ipRanges`` these ranges from now on; raises InvalidArgumentError."""
+        self._pod_cidrs = tuple(str(network) for network in parse_ranges(cidrs))
+        await self._network_rows.set_pod_cidrs(self._pod_cidrs)
+
+    async def attach(self, request: AttachRequest) -> Attachment:
+        """Connect a sandbox's network namespace. On failure DEL is called, and repeated until it succeeds.
+
+        Raises:
+            UnavailableError: there is no usable configuration, or a plugin says that trying later may help.
+            InvalidArgumentError: a port mapping makes no sense.
+            AlreadyExistsError: a host port is taken, or the sandbox is connected already.
+            NotFoundError: the namespace is not there.
+            DeadlineError: a plugin took too long.
+            PodkeelError: a plugin failed, with its code and text.
+        """
+        record = self._new_record(request)
+        sandbox_id = record.sandbox_id
+        if sandbox_id in self._records:
+            raise AlreadyExistsError(f"sandbox {sandbox_id} is connected to {record.configuration.name} already")
+        self._ports.take(sandbox_id, _taken(record))
+        self._records[sandbox_id] = record
+        self._unfinished.add(sandbox_id)
+        async with Undo(f"CNI network of sandbox {sandbox_id}") as undo:
+            undo.push("reservation", lambda: self._abandon(sandbox_id))
+            await threads.in_thread(ports.check_free_on_node, _taken(record))
+            await threads.in_fresh_thread(_bring_up_loopback, sandbox_id, request.netns_path)
+            undo.push("network", lambda: self._deletions.run(sandbox_id))
+            await self._rows.save(record)
+            async with self._gate.passing():
+                result = await self._chain.add(record)
+            interface = pod_interface(record.configuration.name, result)
+            attachment = _attachment(record, interface)
+            self._records[sandbox_id] = record = msgspec.structs.replace(
+                record, state=CniState.ADDED, result=result, networks=interface.networks, attachment=attachment
+            )
+            await self._rows.save(record)
+            if record.forwards:
+                await self._load_table()
+            await forget_flows(record.host_ports)
+        self._unfinished.discard(sandbox_id)
+        return attachment
+
+    async def detach(self, sandbox_id: str) -> None:
+        """Have the plugins give back what the sandbox has; repeatable, also for an unknown sandbox.
+
+        When a plugin fails, its error is raised and DEL is repeated in the background until it succeeds, which
+        ``when_given_back`` is told. Until the first ``repair`` nothing is waited for: plugins may need pods to run.
+        """
+        record = self._records.get(sandbox_id)
+        if record is None:
+            return
+        if self._starting:
+            await self._save(msgspec.structs.replace(record, state=CniState.DELETING))
+            self._deletions.schedule(sandbox_id)
+            raise UnavailableError(f"sandbox {sandbox_id[:13]}: its CNI network is given back in the background")
+        await self._deletions.run(sandbox_id)
+
+    async def audit(self, live: Collection[str]) -> list[Finding]:
+        """Where the store, the plugins (CHECK) and the ``live`` sandboxes disagree."""
+        kind = "CNI attachment"
+        settled = [record for id_, record in self._records.items() if id_ not in self._unfinished]
+        findings: list[Finding] = []
+        for record in settled:
+            if record.state is CniState.DELETING:
+                reason = self._deletions.errors.get(record.sandbox_id, "it is under way")
+                findings.append(Finding(kind, record.sandbox_id, f"waits to be given back: {reason}"))
+            elif record.sandbox_id not in live:
+                findings.append(Finding(kind, record.sandbox_id, "its sandbox is gone"))
+        checked = [record for record in settled if record.state is CniState.ADDED and record.sandbox_id in live]
+        answers = await asyncio.gather(*(self._chain.check(r) for r in checked), return_exceptions=True)
+        for record, answer in zip(checked, answers, strict=True):
+            if isinstance(answer, PodkeelError):
+                findings.append(Finding(kind, record.sandbox_id, answer.message))
+            elif isinstance(answer, BaseException):
+                raise answer
+        if not (self._records or self.configured):
+            return findings
+        async with self._loading_table:
+            return findings + await self._table.findings(self._records.values())
+
+    async def repair(self, live: Collection[str]) -> list[Finding]:
+        """Begin to give back what belongs to no ``live`` sandbox, have plugins collect garbage, load the host ports.
+
+        What plugins do goes on in the background: they may need pods of this node, or be slow. Returns what was wrong.
+        """
+        self._starting = False
+        stale = set(self._records) - set(live) - self._unfinished
+        for sandbox_id in stale:
+            self._deletions.schedule(sandbox_id)
+        if self._records or self.configured:
+            await self._load_table()
+        if self._view.configuration is not None:
+            self._in_background(self._collect_garbage(self._view.configuration))
+        return [Finding("CNI attachment", sandbox_id, "its sandbox is gone") for sandbox_id in sorted(stale)]
+
+    async def destroy(self) -> None:
+        """Give back everything now; raises what a plugin raised when something stays."""
+        self._starting = False
+        answers = await asyncio.gather(
+            *(self._deletions.run(id_) for id_ in list(self._records)), return_exceptions=True
+        )
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        await self._load_table()
+        await self.stop()
+
+    def _new_record(self, request: AttachRequest) -> CniRecord:
+        configuration = self._view.configuration
+        if configuration is None:
+            raise UnavailableError(self._view.condition.message)
+        host_ports = ports.normalise(request.port_mappings, _FAMILIES)
+        if request.bandwidth != Bandwidth() and "bandwidth" not in configuration.capabilities:
+            _log.warning("CNI network %s limits no bandwidth: none of its plugins can", configuration.name)
+        return CniRecord(
+            sandbox_id=request.sandbox_id,
+            netns_path=request.netns_path,
+            arguments=arguments(request),
+            configuration=configuration,
+            capabilities=capabilities(request, host_ports, self._pod_cidrs),
+            host_ports=host_ports,
+            forwards=bool(host_ports) and _PORT_MAPPINGS not in configuration.capabilities,
+        )
+
+    def _abandon(self, sandbox_id: str) -> None:
+        """Forget a sandbox no plugin was called for; what plugins were called for is forgotten when DEL succeeds."""
+        self._unfinished.discard(sandbox_id)
+        record = self._records.get(sandbox_id)
+        if record is not None and record.state is CniState.ADDING:
+            self._forget(record)
+
+    async def _give_back(self, sandbox_id: str) -> None:
+        """One attempt at DEL, after which nothing of the sandbox is left here."""
+        record = self._records.get(sandbox_id)
+        if record is None:
+            return
+        if record.state is not CniState.DELETING:
+            record = msgspec.structs.replace(record, state=CniState.DELETING)
+            await self._save(record)
+        if record.forwards:
+            await self._load_table()
+        async with self._gate.passing():
+            await self._chain.delete(record)
+        await self._rows.remove(sandbox_id)
+        self._forget(record)
+        await forget_flows(record.host_ports)
+
+    async def _save(self, record: CniRecord) -> None:
+        self._records[record.sandbox_id] = record
+        await self._rows.save(record)
+
+    def _forget(self, record: CniRecord) -> None:
+        if self._records.pop(record.sandbox_id, None) is not None:
+            self._ports.release(_taken(record))
+
+    async def _tell(self, sandbox_id: str) -> None:
+        await self.when_given_back(sandbox_id)
+
+    async def _load_table(self) -> None:
+        async with self._loading_table:
+            await self._table.load(self._records.values())
+
+    async def _look(self) -> _View:
+        self._looked_at = time.monotonic()
+        try:
+            found = await threads.in_thread(find_configuration, self._folder)
+            if found is None:
+                message = f"no CNI configuration in {self._folder}: install the cluster's network plugin"
+                return _View(None, Condition(False, "CniNotConfigured", message), False)
+        except PodkeelError as error:
+            return _View(None, Condition(False, "CniConfigurationInvalid", error.message), True)
+        if self._view.configuration is not None and found == self._parsed:
+            return self._view
+        self._view = self._view._replace(present=True)
+        self._parsed = found
+        try:
+            return _View(await self._chain.choose_version(found), Condition(True), True)
+        except NotFoundError as error:
+            return _View(None, Condition(False, "CniPluginMissing", error.message), True)
+        except PodkeelError as error:
+            return _View(None, Condition(False, "CniPluginFailed", error.message), True)
+
+    async def _ask_status(self) -> None:
+        self._status = Condition(True)
+        if self._view.configuration is not None:
+            try:
+                await self._chain.status(self._view.configuration)
+            except PodkeelError as error:
+                self._status = Condition(False, "CniPluginNotReady", error.message)
+
+    async def _collect_garbage(self, configuration: Configuration) -> None:
+        async with self._gate.closed():
+            kept = [id_ for id_, record in self._records.items() if record.state is not CniState.DELETING]
+            for error in await self._chain.collect_garbage(configuration, kept):
+                _log.warning("%s", error)
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _taken(record: CniRecord) -> list[HostPort]:
+    return [port for mapping in record.host_ports for port in ports.host_ports(mapping, _FAMILIES)]
+
+
+def _attachment(record: CniRecord, interface: PodInterface) -> Attachment:
+    return Attachment(
+        sandbox_id=record.sandbox_id,
+        host_interface=interface.host_interface,
+        addresses=interface.addresses,
+        gateways=interface.gateways,
+        mac=interface.mac,
+        mtu=interface.mtu,
+        host_ports=record.host_ports,
+    )
+
+
+def _bring_up_loopback(sandbox_id: str, netns_path: str) -> None:
+    """Bring up ``lo`` in the namespace, which no plugin of the list does; moves the calling thread there."""
+    try:
+        with threads.inside_namespace(netns_path, libc.CLONE_NEWNET), NetlinkSocket(NETLINK_ROUTE) as inside:
+            inside.request([links.set_up("lo")])
+    except OSError as error:
+        raise NotFoundError(
+            f"sandbox {sandbox_id}: its network namespace {netns_path} is not there: {error}"
+        ) from error

@@ -1,0 +1,119 @@
+"""One call of one plugin: a program with CNI_* variables, JSON in and JSON out (CNI specification 1.1.0, section 2)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from host import processes
+from host.errors import DeadlineError, NotFoundError, PodkeelError, UnavailableError
+
+_LARGEST_OUTPUT = 1024 * 1024
+_CALLS_AT_ONCE = 16
+_SHOWN_CHARACTERS = 400
+_TRY_AGAIN_LATER = 11
+_NOT_AVAILABLE = (50, 51)
+
+
+class Reply(msgspec.Struct, frozen=True, rename={"supported": "supportedVersions"}):
+    """What a plugin says about itself (VERSION)."""
+
+    supported: tuple[str, ...]
+
+
+class _Failure(msgspec.Struct, frozen=True):
+    code: int
+    msg: str = ""
+    details: str = ""
+
+
+class Call(msgspec.Struct, frozen=True):
+    """What is asked of plugins, and about which attachment (none, where the fields are empty)."""
+
+    command: str
+    sandbox_id: str = ""
+    netns_path: str = ""
+    interface: str = ""
+    arguments: str = ""
+
+
+class PluginRunner:
+    """Finds plugins in ``folders`` and runs them, each call for at most ``seconds`` and a bounded number at a time."""
+
+    def __init__(self, folders: Sequence[str], seconds: float) -> None:
+        self._folders = tuple(folders)
+        self._seconds = seconds
+        self._slots = asyncio.Semaphore(_CALLS_AT_ONCE)
+
+    def find(self, kind: str) -> Path:
+        """The program of a plugin; raises NotFoundError."""
+        for folder in self._folders:
+            path = Path(folder) / kind
+            if path.is_file() and os.access(path, os.X_OK):
+                return path
+        raise NotFoundError(f"CNI plugin {kind} is in none of {', '.join(self._folders)}: install it there")
+
+    async def run(self, kind: str, call: Call, settings: Mapping[str, Any]) -> bytes:
+        """Run one plugin and return what it printed.
+
+        Raises:
+            NotFoundError: it is not there.
+            DeadlineError: it was killed because it took too long.
+            UnavailableError: it says that trying later may help.
+            PodkeelError: it failed; the message holds its code and text, or how it ended.
+        """
+        program = self.find(kind)
+        async with self._slots:
+            try:
+                completed = await processes.run(
+                    [str(program)],
+                    stdin=msgspec.json.encode(settings),
+                    environment=os.environ | self._environment(call),
+                    timeout=self._seconds,
+                    check=False,
+                    limit=_LARGEST_OUTPUT,
+                )
+            except DeadlineError as error:
+                raise DeadlineError(
+                    f"CNI plugin {kind}, {call.command}: did not finish within {self._seconds:g} s and was killed"
+                ) from error
+            except OSError as error:
+                raise PodkeelError(f"CNI plugin {kind}, {call.command}: {program} cannot be run: {error}") from error
+        if completed.status != 0:
+            raise _failure(f"CNI plugin {kind}, {call.command}", completed)
+        return completed.stdout
+
+    def _environment(self, call: Call) -> dict[str, str]:
+        return {
+            "CNI_COMMAND": call.command,
+            "CNI_CONTAINERID": call.sandbox_id,
+            "CNI_NETNS": call.netns_path,
+            "CNI_IFNAME": call.interface,
+            "CNI_ARGS": call.arguments,
+            "CNI_PATH": ":".join(self._folders),
+        }
+
+
+def _failure(what: str, completed: processes.Completed) -> PodkeelError:
+    try:
+        told = msgspec.json.decode(completed.stdout, type=_Failure)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return PodkeelError(f"{what}: {_ending(completed)}")
+    text = f"{told.msg} ({told.details})" if told.details else told.msg
+    kind = UnavailableError if told.code in (_TRY_AGAIN_LATER, *_NOT_AVAILABLE) else PodkeelError
+    return kind(f"{what}: failed with code {told.code}: {text}")
+
+
+def _ending(completed: processes.Completed) -> str:
+    how = (
+        f"was killed by signal {-completed.status}"
+        if completed.status < 0
+        else f"ended with status {completed.status} and told no error"
+    )
+    said = (completed.stderr or completed.stdout).decode(errors="replace").strip()
+    return f"{how}: {said[-_SHOWN_CHARACTERS:]}" if said else how

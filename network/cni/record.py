@@ -1,0 +1,71 @@
+"""What the store keeps of a pod on a CNI network: enough to undo it after any crash, whatever became of the files."""
+
+from __future__ import annotations
+
+import enum
+import sqlite3
+from typing import Any
+
+import msgspec
+
+from host.database import Database
+from network.attachment import Attachment, PortMapping
+from network.cni.configuration import Configuration
+
+
+class CniState(enum.StrEnum):
+    """How far it got: ADD may have begun; ADD is done; DEL was asked for and has to succeed."""
+
+    ADDING = "adding"
+    ADDED = "added"
+    DELETING = "deleting"
+
+
+class CniRecord(msgspec.Struct, frozen=True):
+    """A sandbox on a CNI network.
+
+    ``arguments`` is the plugins' CNI_ARGS and ``capabilities`` what they are told through ``runtimeConfig``;
+    ``result`` the last plugin's. ``host_ports`` are held by the pod; ``forwards`` says that they are forwarded by
+    the node itself because no plugin does.
+    """
+
+    sandbox_id: str
+    netns_path: str
+    arguments: str
+    configuration: Configuration
+    capabilities: dict[str, Any]
+    state: CniState = CniState.ADDING
+    host_ports: tuple[PortMapping, ...] = ()
+    forwards: bool = False
+    networks: tuple[str, ...] = ()
+    result: dict[str, Any] | None = None
+    attachment: Attachment | None = None
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(CniRecord).decode
+
+
+class CniStore:
+    """The rows of the pods on CNI networks."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def records(self) -> list[CniRecord]:
+        """All of them."""
+        return [_decode(blob) for (blob,) in self._database.read("SELECT record FROM network_cni_attachments")]
+
+    async def save(self, record: CniRecord) -> None:
+        """Write one, new or changed."""
+        await self._database.execute(
+            "INSERT OR REPLACE INTO network_cni_attachments VALUES (?, ?)", (record.sandbox_id, _encode(record))
+        )
+
+    async def remove(self, sandbox_id: str) -> None:
+        """Forget one."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM network_cni_attachments WHERE sandbox_id = ?", (sandbox_id,))
+
+        await self._database.write(work)

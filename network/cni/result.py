@@ -1,0 +1,84 @@
+"""What plugins report of a pod's interface (CNI specification 0.3.0 to 1.1.0, section 5)."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_interface
+from typing import Any, NamedTuple
+
+import msgspec
+
+from host.errors import PodkeelError
+from network.attachment import POD_INTERFACE
+
+_SHOWN_CHARACTERS = 200
+
+
+class _Interface(msgspec.Struct, frozen=True):
+    name: str = ""
+    mac: str = ""
+    sandbox: str = ""
+    mtu: int = 0
+
+
+class _Address(msgspec.Struct, frozen=True):
+    address: str
+    gateway: str | None = None
+    interface: int | None = None
+
+
+class _Result(msgspec.Struct, frozen=True):
+    interfaces: tuple[_Interface, ...] | None = None
+    ips: tuple[_Address, ...] | None = None
+
+
+class PodInterface(NamedTuple):
+    """The pod's interface as a result describes it; empty strings and 0 for what it leaves out."""
+
+    addresses: tuple[str, ...]
+    networks: tuple[str, ...]
+    gateways: tuple[str, ...]
+    mac: str
+    mtu: int
+    host_interface: str
+
+
+def decode(kind: str, output: bytes) -> dict[str, Any]:
+    """The result a plugin printed; raises PodkeelError when it is none."""
+    try:
+        return msgspec.json.decode(output, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        shown = output.decode(errors="replace").strip()[:_SHOWN_CHARACTERS] or "nothing"
+        raise PodkeelError(f"CNI plugin {kind}, ADD: printed {shown!r} where its result should be: {error}") from error
+
+
+def pod_interface(network: str, result: dict[str, Any]) -> PodInterface:
+    """What the last plugin's result says of the pod; raises PodkeelError when it gives the pod no address."""
+    try:
+        told = msgspec.convert(result, _Result)
+        interfaces = told.interfaces or ()
+        own = [found for found in told.ips or () if _in_pod(found, interfaces)]
+        addresses = [ip_interface(found.address) for found in own]
+        gateways = tuple(str(ip_address(found.gateway)) for found in own if found.gateway)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise PodkeelError(f"CNI network {network}: its plugins' result makes no sense: {error}") from error
+    if not addresses:
+        raise PodkeelError(f"CNI network {network}: its plugins gave the pod no address: configure an ipam plugin")
+    inside = next((i for i in interfaces if i.sandbox and i.name == POD_INTERFACE), _Interface())
+    outside = next((i for i in interfaces if not i.sandbox and i.name.startswith("veth")), _Interface())
+    return PodInterface(
+        addresses=tuple(dict.fromkeys(str(address.ip) for address in addresses)),
+        networks=tuple(dict.fromkeys(str(address.network) for address in addresses)),
+        gateways=tuple(dict.fromkeys(gateways)),
+        mac=inside.mac,
+        mtu=inside.mtu,
+        host_interface=outside.name,
+    )
+
+
+def _in_pod(found: _Address, interfaces: tuple[_Interface, ...]) -> bool:
+    """Whether an address is the pod's: plugins may list the node's side too, and need not say whose one is."""
+    if found.interface is None or not interfaces:
+        return True
+    if not 0 <= found.interface < len(interfaces):
+        raise ValueError(f"address {found.address} is on interface {found.interface} of {len(interfaces)}")
+    return bool(interfaces[found.interface].sandbox)

@@ -9,6 +9,8 @@ import msgspec
 
 from cri.options import LogOptions
 
+_log = logging.getLogger("podkeel.log")
+
 
 def configure_logging(options: LogOptions) -> None:
     """Send everything from ``options.level`` on to standard error in ``options.format``."""
@@ -21,15 +23,41 @@ def configure_logging(options: LogOptions) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+class LogLevel:
+    """Changes what is logged while the agent runs; ``configured`` is the level it started with."""
+
+    def __init__(self, configured: str) -> None:
+        self._configured = configured
+
+    def show_everything(self) -> None:
+        """Log from debug on."""
+        self._set("debug")
+
+    def show_configured(self) -> None:
+        """Log from the configured level on."""
+        self._set(self._configured)
+
+    def _set(self, level: str) -> None:
+        logging.getLogger().setLevel(level.upper())
+        _log.log(logging.getLogger().level, "logging from level %s on", level)
+
+
 def _timestamp(record: logging.LogRecord) -> str:
     moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         name = record.name.removeprefix("podkeel.")
         line = f"{_timestamp(record)} {record.levelname.lower():7} {name}: {record.getMessage()}"
+        seconds = getattr(record, "fields", {}).get("seconds")
+        if seconds is not None:
+            line += f" ({_duration(seconds)})"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
@@ -40,6 +68,7 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)

@@ -42,9 +42,14 @@ class StreamingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MetricsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where /metrics and /healthz are served over HTTP; an empty address serves neither."""
+    """Where metrics and health are served over HTTP; an empty address serves neither.
+
+    With ``tls_certificate`` and ``tls_key``, PEM files, it is HTTPS.
+    """
 
     address: OptionalListenAddress = ""
+    tls_certificate: str = ""
+    tls_key: str = ""
 
 
 class LogOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -223,9 +223,7 @@ class RuntimeService(StatsCalls):
             raise WrongStateError(f"{sandbox.title} is not ready: nothing listens in it")
         return cri_pb2.PortForwardResponse(url=self._streams.port_forward_url(sandbox.id, request.port))
 
-    async def get_container_events(
-        self, _request: cri_pb2.GetEventsRequest
-    ) -> AsyncIterator[cri_pb2.ContainerEventResponse]:
+    async def get_container_events(self, _request: cri_pb2.GetEventsRequest) -> AsyncIterator[bytes]:
         """Events from now on."""
         subscription = self._node.events.subscribe()
         try:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import grpc
@@ -15,8 +16,8 @@ import grpc.aio
 from cri.agent_service import AgentService
 from cri.configuration import Configuration
 from cri.image_service import ImageService
-from cri.logs import configure_logging
-from cri.methods import service_handlers
+from cri.logs import LogLevel, configure_logging
+from cri.methods import CallObserver, service_handlers
 from cri.options import StreamingOptions
 from cri.runtime_service import RuntimeService
 from cri.stream_backend import NodeBackend
@@ -62,12 +63,22 @@ async def _serve(configuration: Configuration) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     path = _socket_path(configuration.server.socket)
-    async with Agent(configuration.runtime, configuration.network, configuration.images) as agent:
+    log_level = LogLevel(configuration.log.level)
+    loop.add_signal_handler(signal.SIGUSR1, log_level.show_everything)
+    loop.add_signal_handler(signal.SIGUSR2, log_level.show_configured)
+    async with AsyncExitStack() as stack:
+        agent = Agent(configuration.runtime, configuration.network, configuration.images)
+        await stack.enter_async_context(agent)
         os.chdir(agent.node.layout.run)  # conmon leaves a note of each out-of-memory kill where it was started
         await asyncio.to_thread(_prepare_socket, path)
+        observer: CallObserver = NoObserver()
+        if configuration.metrics.address:
+            from cri.monitoring import monitoring
+
+            observer = await stack.enter_async_context(monitoring(agent, configuration.metrics))
         streams = StreamingServer(NodeBackend(agent), _stream_limits(configuration.streaming))
         await streams.start()
-        server = _grpc_server(agent, streams)
+        server = _grpc_server(agent, streams, observer)
         server.add_insecure_port(f"unix:{path}")
         await server.start()
         path.chmod(0o660)
@@ -77,12 +88,13 @@ async def _serve(configuration: Configuration) -> None:
             await ended.wait()
         finally:
             _log.info("ending; pods stay as they are")
+            agent.node.events.close()
             await streams.close()
             await server.stop(STOP_SECONDS)
             path.unlink(missing_ok=True)
 
 
-def _grpc_server(agent: Agent, streams: StreamingServer) -> grpc.aio.Server:
+def _grpc_server(agent: Agent, streams: StreamingServer, observer: CallObserver) -> grpc.aio.Server:
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),
@@ -90,7 +102,6 @@ def _grpc_server(agent: Agent, streams: StreamingServer) -> grpc.aio.Server:
             ("grpc.max_concurrent_streams", 1000),
         ]
     )
-    observer = NoObserver()
     services = {"RuntimeService": RuntimeService(agent, streams), "ImageService": ImageService(agent)}
     handlers = service_handlers(cri_pb2.DESCRIPTOR, services, observer)
     handlers += service_handlers(agent_pb2.DESCRIPTOR, {"Agent": AgentService(agent)}, observer)

@@ -14,14 +14,18 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from host.errors import LimitError, PodkeelError
 
 _log = logging.getLogger("podkeel.stages")
+
+# Told of every stage that ends: operation, stage, seconds, and whether it failed.
+StageObserver = Callable[[str, str, float, bool], object]
+_observers: list[StageObserver] = []
 
 _EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 
@@ -73,9 +77,21 @@ class Operation:
             raise
         finally:
             stage.seconds = time.perf_counter() - begin
+            for observer in _observers:
+                observer(self.name, name, stage.seconds, stage.failed)
 
     def _place(self, stage: str) -> str:
         return f"{self.subject}, step {stage}" if self.subject else f"step {stage}"
+
+
+@contextmanager
+def observed_by(observer: StageObserver) -> Iterator[None]:
+    """Tell ``observer`` of every stage of this process that ends during the block."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 def _parse_faults(text: str) -> dict[str, str]:

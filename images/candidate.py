@@ -15,7 +15,10 @@ from images.manifests import Descriptor
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """``names`` are the tags and digest references it gets; ``open_layer`` begins the transfer of one layer."""
+    """``names`` are the tags and digest references it gets; ``open_layer`` begins the transfer of one layer.
+
+    ``transferred`` tells how many bytes of layers came over the network so far.
+    """
 
     subject: str
     manifest: bytes
@@ -24,6 +27,7 @@ class Candidate:
     layers: tuple[Descriptor, ...]
     names: tuple[str, ...]
     open_layer: Callable[[Descriptor], AsyncIterator[bytes]]
+    transferred: Callable[[], int] = lambda: 0
 
     @property
     def id(self) -> str:

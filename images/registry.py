@@ -79,6 +79,7 @@ class RegistryClient:
         self._credentials = credentials
         self._hosts: list[_Host] = []
         self._session: aiohttp.ClientSession | None = None
+        self.transferred = 0
 
     async def __aenter__(self) -> Self:
         configs = await in_thread(hosts_for, self._reference.domain, self._options)
@@ -145,6 +146,7 @@ class RegistryClient:
                 async with contextlib.aclosing(after(response, received)) as chunks:
                     async for chunk in chunks:
                         received += len(chunk)
+                        self.transferred += len(chunk)
                         yield chunk
                 if received >= descriptor.size:
                     return

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 from metrics.instruments import Computed, Counter, Gauge, Histogram, Instrument
 
@@ -26,17 +25,7 @@ class AgentMetrics:
             "podkeel_stage_failures_total", "Stages that failed or were cancelled.", ("operation", "stage")
         )
         self.pulls = Counter("podkeel_image_pulls_total", "Image pulls, by result.", ("result",))
-        self.pull_bytes = Counter("podkeel_image_pull_bytes_total", "Bytes fetched from registries.")
         self.pull_seconds = Histogram("podkeel_image_pull_seconds", "Duration of image pulls.")
-        self.program_failures = Counter(
-            "podkeel_program_failures_total", "Failures of monitors and OCI runtimes.", ("program", "action")
-        )
-        self.events_dropped = Counter(
-            "podkeel_event_subscribers_dropped_total", "Event subscribers closed because they did not read."
-        )
-        self.recovery_findings = Counter(
-            "podkeel_recovery_findings_total", "Differences between store and kernel found at start.", ("kind",)
-        )
         self.loop_lag = Histogram(
             "podkeel_event_loop_lag_seconds",
             "How late the event loop came back from a sleep.",
@@ -51,21 +40,17 @@ class AgentMetrics:
         own = (value for value in vars(self).values() if isinstance(value, Counter | Gauge | Histogram))
         return [*own, *self._computed]
 
-    @contextmanager
-    def call(self, method: str) -> Iterator[CallRecord]:
-        """Measure one call; the block sets the record's ``code`` unless it is OK."""
-        loop = asyncio.get_running_loop()
-        record = CallRecord()
-        begin = loop.time()
+    def call_began(self, method: str) -> None:
+        """A call is being served."""
         self.calls_in_flight.add(method)
-        try:
-            yield record
-        finally:
-            self.calls_in_flight.add(method, amount=-1.0)
-            self.calls.add(method, record.code)
-            self.call_seconds.observe(loop.time() - begin, method)
 
-    def stage(self, operation: str, stage: str, seconds: float, *, failed: bool = False) -> None:
+    def call_ended(self, method: str, code: str, seconds: float) -> None:
+        """It ended with this gRPC code, by its name."""
+        self.calls_in_flight.add(method, amount=-1.0)
+        self.calls.add(method, code)
+        self.call_seconds.observe(seconds, method)
+
+    def stage(self, operation: str, stage: str, seconds: float, failed: bool = False) -> None:
         """Record a stage that ended."""
         self.stage_seconds.observe(seconds, operation, stage)
         if failed:
@@ -100,12 +85,3 @@ class AgentMetrics:
             due = loop.time() + LAG_INTERVAL
             await asyncio.sleep(LAG_INTERVAL)
             self.loop_lag.observe(max(0.0, loop.time() - due))
-
-
-class CallRecord:
-    """How a call ended: the name of its gRPC code."""
-
-    __slots__ = ("code",)
-
-    def __init__(self) -> None:
-        self.code = "OK"

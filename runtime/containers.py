@@ -19,6 +19,7 @@ from runtime.container import Container, ContainerRecord, ContainerState
 from runtime.identifiers import new_id
 from runtime.joining import Joining
 from runtime.lifecycle import Lifecycle, begin
+from runtime.log_fields import of_container
 from runtime.monitor import MonitorRequest, RuntimeRefusedError
 from runtime.node import Node
 from runtime.oci_runtime import OciRuntime, cannot_run_program, naming
@@ -105,7 +106,8 @@ class ContainerManager:
                     await node.store.save_container(container)
         self._by_identity[container.identity] = container
         node.publish(cri_pb2.CONTAINER_CREATED_EVENT, container)
-        _log.info("%s is created from %s", container.title, config.image.image)
+        extra = of_container(container, operation)
+        _log.info("%s is created from %s", container.title, config.image.image, extra=extra)
         return container
 
     def _image(self, config: cri_pb2.ContainerConfig) -> Image:
@@ -157,6 +159,7 @@ class ContainerManager:
         try:
             monitored = await self._node.monitors.create(request)
         except RuntimeRefusedError as error:
+            self._node.failures[runtime.name, "create"] += 1
             if not cannot_run_program(error.message):
                 raise
             # Clients expect a program that cannot be run to fail the start, not the making.
@@ -224,7 +227,7 @@ class ContainerManager:
             await node.store.delete_container(container.id)
         self._forget(container)
         node.publish(cri_pb2.CONTAINER_DELETED_EVENT, container)
-        _log.info("%s is removed", container.title)
+        _log.info("%s is removed", container.title, extra=of_container(container, operation))
 
     async def abort_making(self, sandbox: Sandbox) -> None:
         """Cancel and undo the containers being made in a sandbox."""

@@ -7,26 +7,31 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 from host.errors import LimitError
-from proto.runtime.v1 import cri_pb2
 
 QUEUE_LIMIT = 1024
+QUEUE_BYTES = 8 * 1024 * 1024
 
 
 class Subscription:
-    """One subscriber's bounded queue."""
+    """One subscriber's queue of encoded events, bounded in number and in bytes."""
 
     def __init__(self) -> None:
-        self._queue: deque[cri_pb2.ContainerEventResponse] = deque()
+        self._queue: deque[bytes] = deque()
+        self._bytes = 0
         self._ready = asyncio.Event()
-        self._overflowed = False
         self._closed = False
+        self.overflowed = False
 
-    def put(self, event: cri_pb2.ContainerEventResponse) -> None:
-        """Add an event; a full queue ends the subscription after what it holds."""
-        if len(self._queue) >= QUEUE_LIMIT:
-            self._overflowed = True
-        elif not self._overflowed:
+    def put(self, event: bytes) -> None:
+        """Add an event; on a full queue the subscription ends, and what waited is dropped."""
+        if self.overflowed:
+            return
+        if len(self._queue) >= QUEUE_LIMIT or self._bytes + len(event) > QUEUE_BYTES:
+            self.overflowed = True
+            self._queue.clear()  # whoever lost one event lists everything anew
+        else:
             self._queue.append(event)
+            self._bytes += len(event)
         self._ready.set()
 
     def close(self) -> None:
@@ -34,13 +39,18 @@ class Subscription:
         self._closed = True
         self._ready.set()
 
-    async def events(self) -> AsyncIterator[cri_pb2.ContainerEventResponse]:
+    async def events(self) -> AsyncIterator[bytes]:
         """The events as they come. Raises LimitError when this subscriber fell too far behind."""
         while True:
             while self._queue:
-                yield self._queue.popleft()
-            if self._overflowed:
-                raise LimitError(f"stream fell {QUEUE_LIMIT} events behind and was closed: list and subscribe again")
+                event = self._queue.popleft()
+                self._bytes -= len(event)
+                yield event
+            if self.overflowed:
+                raise LimitError(
+                    f"stream fell more than {QUEUE_LIMIT} events or {QUEUE_BYTES >> 20} MiB behind and was closed: "
+                    "list, and subscribe again"
+                )
             if self._closed:
                 return
             self._ready.clear()
@@ -48,20 +58,24 @@ class Subscription:
 
 
 class EventBus:
-    """Hands every event to all who are subscribed at that moment."""
+    """Hands every event to all who are subscribed at that moment; ``dropped`` counts those who did not read."""
 
     def __init__(self) -> None:
         self._subscriptions: set[Subscription] = set()
+        self.dropped = 0
 
     @property
-    def wanted(self) -> bool:
-        """Whether anybody listens, so that an event need not be built for nobody."""
-        return bool(self._subscriptions)
+    def subscribers(self) -> int:
+        """How many listen; for nobody an event need not be built."""
+        return len(self._subscriptions)
 
-    def publish(self, event: cri_pb2.ContainerEventResponse) -> None:
-        """Queue ``event`` for every subscriber."""
-        for subscription in self._subscriptions:
+    def publish(self, event: bytes) -> None:
+        """Queue an encoded event for every subscriber; those who fell behind get no more."""
+        for subscription in list(self._subscriptions):
             subscription.put(event)
+            if subscription.overflowed:
+                self.dropped += 1
+                self.unsubscribe(subscription)
 
     def subscribe(self) -> Subscription:
         """Begin to receive; end it with ``unsubscribe``."""

@@ -16,6 +16,7 @@ from host.stages import Operation
 from host.threads import wait_out
 from proto.runtime.v1 import cri_pb2
 from runtime.container import Container, ContainerState
+from runtime.log_fields import of_container
 from runtime.monitor import ExitRecord
 from runtime.node import Node
 from runtime.root_mounts import unmount_all
@@ -73,7 +74,7 @@ class Lifecycle:
             record.started_at = started_at
             await self._node.store.save_container(container)
         self._node.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
-        _log.info("%s runs", container.title)
+        _log.info("%s runs", container.title, extra=of_container(container, operation))
 
     async def _start_in_runtime(self, container: Container) -> None:
         record = container.record
@@ -83,6 +84,7 @@ class Lifecycle:
         try:
             await self._node.handlers.get(record.handler).start(container.id)
         except CommandError as error:
+            self._node.failures[record.handler, "start"] += 1
             await self._kill_processes(container)
             await self._fail_start(container, error.output or error.message)
             raise
@@ -124,6 +126,7 @@ class Lifecycle:
         pidfd = processes.open_process(init.pid, init.started) if init is not None else None
         if pidfd is None:
             return False
+        self._node.failures["conmon", "monitor"] += 1
         _log.error("%s: its conmon was killed; it runs on, without log and exit code", container.title)
         container.monitor_descriptor = pidfd
         container.record.monitor = None
@@ -151,7 +154,8 @@ class Lifecycle:
         container.cleanup = self._spawn(self.clean_up(container))
         await self._node.store.save_container(container)
         self._ended(container)
-        _log.info("%s ended: exit code %d, %s", container.title, record.exit_code, record.reason)
+        ended = of_container(container)
+        _log.info("%s ended: exit code %d, %s", container.title, record.exit_code, record.reason, extra=ended)
 
     def _ended(self, container: Container) -> None:
         container.exited.set()
@@ -167,6 +171,7 @@ class Lifecycle:
             await self.end_monitor(container)
             await unmount_all(self._node, container)
         except PodkeelError as error:
+            self._node.failures[container.record.handler, "delete"] += 1
             _log.error("%s: could not be cleaned up, removing it tries again: %s", container.title, error)
 
     async def release_runtime(self, container: Container) -> None:

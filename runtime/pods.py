@@ -17,6 +17,7 @@ from proto.runtime.v1 import cri_pb2
 from runtime.containers import ContainerManager
 from runtime.identifiers import new_id
 from runtime.joining import Joining
+from runtime.log_fields import of_sandbox
 from runtime.namespaces import NamespacePlan, drop_namespaces, make_namespaces
 from runtime.network_request import attach_request
 from runtime.node import Node
@@ -104,7 +105,8 @@ class PodManager:
         self._by_identity[sandbox.identity] = sandbox
         node.publish(cri_pb2.CONTAINER_CREATED_EVENT, sandbox)
         node.publish(cri_pb2.CONTAINER_STARTED_EVENT, sandbox)
-        _log.info("%s is ready, addresses %s", sandbox.title, ", ".join(sandbox.record.addresses) or "of the node")
+        addresses = ", ".join(sandbox.record.addresses) or "of the node"
+        _log.info("%s is ready, addresses %s", sandbox.title, addresses, extra=of_sandbox(sandbox, operation))
         return sandbox
 
     def _new_sandbox(self, config: cri_pb2.PodSandboxConfig, handler: str, runtime: OciRuntime) -> Sandbox:
@@ -181,7 +183,7 @@ class PodManager:
                 await self._node.store.save_sandbox(sandbox)
             await self._tear_down(sandbox, operation)
         self._node.publish(cri_pb2.CONTAINER_STOPPED_EVENT, sandbox)
-        _log.info("%s is stopped", sandbox.title)
+        _log.info("%s is stopped", sandbox.title, extra=of_sandbox(sandbox, operation))
 
     async def finish_stop(self, sandbox: Sandbox) -> None:
         """Carry a stop that was written down to its end."""
@@ -236,7 +238,7 @@ class PodManager:
             await self._node.store.delete_sandbox(sandbox.id)
         self._node.publish(cri_pb2.CONTAINER_DELETED_EVENT, sandbox)
         self._forget(sandbox)
-        _log.info("%s is removed", sandbox.title)
+        _log.info("%s is removed", sandbox.title, extra=of_sandbox(sandbox, operation))
 
     async def _discard(self, sandbox: Sandbox) -> None:
         """Undo everything of a sandbox that did not come to be."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable
 
 import msgspec
@@ -38,6 +39,7 @@ class Recovery:
         self._pods = pods
         self._containers = containers
         self._lifecycle = lifecycle
+        self.findings: Counter[str] = Counter()
 
     async def run(self) -> None:
         """Load everything, undo what was half made, finish what was half removed, take up what runs."""
@@ -60,14 +62,17 @@ class Recovery:
         try:
             await work
         except (PodkeelError, OSError) as error:
+            self.findings["unrecovered"] += 1
             _log.error("%s could not be recovered and is left as it is: %s", subject, error)
 
     async def _recover_container(self, container: Container) -> None:
         state = container.record.state
         if state is ContainerState.MAKING:
+            self.findings["container half made"] += 1
             _log.info("%s was half made: undoing it", container.title)
             await self._containers.undo_half_made(container)
         elif state is ContainerState.REMOVING:
+            self.findings["container half removed"] += 1
             _log.info("%s was half removed: finishing it", container.title)
             await self._containers.finish_removal(container)
         elif state is ContainerState.EXITED:
@@ -91,6 +96,7 @@ class Recovery:
             else:
                 exit_record = node.monitors.exit_record(container.id)
                 if not same_boot or exit_record or not await self._lifecycle.survives_its_monitor(container):
+                    self.findings["container ended meanwhile"] += 1
                     await self._lifecycle.record_exit(container, exit_record)
                     return
             await in_thread(self._end_abandoned_calls, container)
@@ -104,6 +110,7 @@ class Recovery:
         folder = self._node.layout.container(container.id).path
         ended = exec_call.end_abandoned(folder, self._node.cgroups.processes(container.record.cgroup))
         if ended:
+            self.findings["abandoned command"] += ended
             _log.warning("%s: %d commands that the former agent executed were ended", container.title, ended)
 
     async def _was_started(self, container: Container) -> bool:
@@ -117,12 +124,15 @@ class Recovery:
     async def _recover_sandbox(self, sandbox: Sandbox) -> None:
         record = sandbox.record
         if record.state is SandboxState.MAKING:
+            self.findings["sandbox half made"] += 1
             _log.info("%s was half made: undoing it", sandbox.title)
             await self._pods.undo_half_made(sandbox)
         elif record.state is SandboxState.REMOVING:
+            self.findings["sandbox half removed"] += 1
             _log.info("%s was half removed: finishing it", sandbox.title)
             await self._pods.finish_removal(sandbox)
         elif record.state is SandboxState.READY and not self._still_there(sandbox):
+            self.findings["sandbox without namespaces"] += 1
             _log.warning("%s lost its namespaces: it is not ready any more", sandbox.title)
             await self._pods.stop(sandbox.id)
         elif record.state is SandboxState.NOT_READY and not record.torn_down:
@@ -153,6 +163,7 @@ class Recovery:
         await in_thread(leftovers.drop_run_folders, node.layout, known)
         for container_id in node.snapshots.ids():
             if container_id not in known.containers:
+                self.findings["snapshot of no container"] += 1
                 await node.snapshots.remove(container_id)
         parent = node.options.cgroup_parent
         for name in await in_thread(leftovers.default_groups, node.cgroups, parent):
@@ -162,4 +173,5 @@ class Recovery:
     async def _drop_unknown_to_store(self, runtime: OciRuntime, known: Known) -> None:
         for container_id in leftovers.runtime_containers(runtime.root):
             if container_id not in known.live_containers:
+                self.findings["container known to the OCI runtime only"] += 1
                 await runtime.delete(container_id)

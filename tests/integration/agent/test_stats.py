@@ -94,8 +94,8 @@ def test_every_part_has_its_own_time_and_who_it_is_comes_back_unchanged(agent: A
     pod = pod_stats(agent, sandbox_id)
     assert pod.attributes.metadata == agent.client.sandbox_status(sandbox_id).metadata
     assert [member.attributes for member in pod.linux.containers] == [stats.attributes]
-    for moment in (pod.linux.cpu, pod.linux.memory, pod.linux.network, pod.linux.process):
-        assert moment.timestamp > after
+    for part in (pod.linux.cpu, pod.linux.memory, pod.linux.network, pod.linux.process):
+        assert part.timestamp > after
 
 
 def test_pressure_where_the_kernel_tells(agent: AgentProcess) -> None:

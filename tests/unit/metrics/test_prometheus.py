@@ -71,13 +71,12 @@ async def test_agent_page_counts_calls_and_stages() -> None:
     agent = AgentMetrics()
     agent.compute("podkeel_pods", "Pods by state.", ("state",), lambda: [(("ready",), 3.0)])
     agent.compute("podkeel_store_commits_total", "Commits.", (), lambda: [((), 12.0)], counter=True)
-    with agent.call("Version"):
-        assert agent.calls_in_flight.values["Version",] == 1
-    with agent.call("ExecSync") as record:
-        record.code = "DEADLINE_EXCEEDED"
-    with pytest.raises(ValueError, match="broken"), agent.call("ExecSync") as record:
-        record.code = "INTERNAL"
-        raise ValueError("broken")
+    agent.call_began("Version")
+    assert agent.calls_in_flight.values["Version",] == 1
+    agent.call_ended("Version", "OK", 0.001)
+    for code in ("DEADLINE_EXCEEDED", "INTERNAL"):
+        agent.call_began("ExecSync")
+        agent.call_ended("ExecSync", code, 0.3)
     agent.stage("RunPodSandbox", "network", 0.02)
     agent.stage("RunPodSandbox", "network", 0.2, failed=True)
     for accept, parse in (("", parse_text), (ACCEPT, parse_open_metrics)):

@@ -137,6 +137,13 @@ class CgroupTree:
         """Whether cgroup ``path`` exists in any hierarchy."""
         return any(folder.is_dir() for folder in self.folders(path))
 
+    def lift_cpu_quota(self, path: str) -> None:
+        """Let cgroup ``path`` use the CPU without a quota."""
+        if self.version == 2:
+            (self.mounts["unified"] / path.lstrip("/") / "cpu.max").write_text("max")
+        else:
+            (self.mounts["cpu"] / path.lstrip("/") / "cpu.cfs_quota_us").write_text("-1")
+
     def memory_in_use(self, path: str) -> int:
         """Bytes of cgroup ``path`` that the kernel cannot reclaim: its use less the page cache."""
         root = self.mounts.get("unified") or self.mounts["memory"]
@@ -146,7 +153,7 @@ class CgroupTree:
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except OSError:
             return 0
-        names = ("active_file", "inactive_file", "slab_reclaimable") if self.version == 2 else ("cache",)
+        names = ("active_file", "inactive_file", "slab_reclaimable")  # not "cache", which counts tmpfs in
         return max(0, use - sum(int(stat.get(name, 0)) for name in names))
 
     def out_of_memory_kills(self, path: str) -> int:

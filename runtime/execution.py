@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from host import processes
-from host.errors import DeadlineError, InvalidArgumentError, LimitError, PodkeelError, WrongStateError
+from host.errors import CommandError, DeadlineError, InvalidArgumentError, LimitError, PodkeelError, WrongStateError
 from host.inotify import wait_until_exists
 from host.threads import in_thread
 from proto.runtime.v1 import cri_pb2
@@ -18,10 +20,19 @@ from runtime.container import Container, ContainerState
 from runtime.exec_call import ExecCall
 from runtime.lifecycle import begin
 from runtime.node import Node
+from runtime.oci_runtime import OciRuntime
 from runtime.spec import oci
 from runtime.spec.resources import resources
 
 REOPEN_SECONDS = 5.0
+
+_KERNEL_DEFAULTS = {
+    "cpu_shares": 1024,
+    "cpu_period": 100_000,
+    "cpu_quota": -1,
+    "memory_limit_in_bytes": -1,
+    "memory_swap_limit_in_bytes": -1,
+}
 
 
 class _SpecProcess(msgspec.Struct):
@@ -107,13 +118,21 @@ class Execution:
             return
         runtime = self._node.handlers.get(container.record.handler)
         try:
-            await runtime.update(container.id, self._as_oci(after))
-        except BaseException:
-            await runtime.update(container.id, self._as_oci(before))
+            await self._set(container, runtime, after)
+        except BaseException as error:
+            await self._set(container, runtime, _undoing(before, after))
+            if isinstance(error, CommandError) and os.strerror(errno.EBUSY) in error.output:
+                raise LimitError(
+                    f"{container.title}: the kernel cannot reclaim enough of its memory for the new limit: "
+                    "raise the limit or restart the container"
+                ) from error
             raise
 
-    def _as_oci(self, limits: cri_pb2.LinuxContainerResources) -> bytes:
-        return msgspec.json.encode(resources(limits, self._node.facts, pids_limit=self._node.options.pids_limit))
+    async def _set(self, container: Container, runtime: OciRuntime, limits: cri_pb2.LinuxContainerResources) -> None:
+        given = resources(limits, self._node.facts, pids_limit=self._node.options.pids_limit)
+        await runtime.update(container.id, msgspec.json.encode(given))
+        if limits.cpu_quota < 0:
+            await in_thread(self._node.cgroups.lift_cpu_quota, container.record.cgroup)
 
     def _refuse_below_use(self, container: Container, limit: int) -> None:
         if limit <= 0:
@@ -150,6 +169,18 @@ class Execution:
         if container.record.state is not ContainerState.RUNNING:
             raise WrongStateError(f"{container.title} is {container.record.state}, not running")
         return container
+
+
+def _undoing(
+    before: cri_pb2.LinuxContainerResources, after: cri_pb2.LinuxContainerResources
+) -> cri_pb2.LinuxContainerResources:
+    """``before``, with what only ``after`` sets put back to the kernel's default."""
+    undoing = cri_pb2.LinuxContainerResources()
+    undoing.CopyFrom(before)
+    for field, default in _KERNEL_DEFAULTS.items():
+        if getattr(after, field) and not getattr(before, field):
+            setattr(undoing, field, default)
+    return undoing
 
 
 def _merge(

@@ -14,7 +14,10 @@ _CPU_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 def resources(given: cri_pb2.LinuxContainerResources, node: NodeFacts, *, pids_limit: int = 0) -> oci.Resources:
-    """Everything but devices; zero means not set, as everywhere in CRI. ``pids_limit`` 0 or less means none."""
+    """Everything but devices; zero means not set, as everywhere in CRI, and so does a negative cpu_quota here.
+
+    ``pids_limit`` 0 or less means none.
+    """
     return oci.Resources(
         cpu=_cpu(given),
         memory=_memory(given, node),
@@ -41,7 +44,7 @@ def _cpu(given: cri_pb2.LinuxContainerResources) -> oci.Cpu | None:
             raise InvalidArgumentError(f"{field} {cpus!r} is not a list of numbers and ranges such as 0-2,7")
     cpu = oci.Cpu(
         shares=given.cpu_shares or None,
-        quota=given.cpu_quota or None,
+        quota=given.cpu_quota if given.cpu_quota > 0 else None,  # crun fails on -1 on cgroup v1
         period=given.cpu_period or None,
         cpus=given.cpuset_cpus,
         mems=given.cpuset_mems,

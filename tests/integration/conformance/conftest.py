@@ -43,3 +43,10 @@ def image(agent: AgentProcess, registry: Registry) -> Iterator[MakeImage]:
     yield make
     for reference in made:
         agent.client.call("RemoveImage", cri_pb2.RemoveImageRequest(image=cri_pb2.ImageSpec(image=reference)))
+
+
+@pytest.fixture
+def privileged(agent: AgentProcess) -> Pod:
+    config = sandbox_config(agent)
+    config.linux.security_context.privileged = True
+    return Pod.run(agent, config)

@@ -72,10 +72,14 @@ def exited(agent: AgentProcess, container_id: str) -> cri_pb2.ContainerStatus:
 
 
 def log_text(path: str) -> str:
-    """The output in a log, both streams in their order."""
+    """The output in a log; lines of both streams in the order in which they were complete."""
     text = ""
+    begun = {"stdout": "", "stderr": ""}
     with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
-            _, _, tag, rest = line.split(" ", 3)
-            text += rest if tag == "F" else rest.removesuffix("\n")
-    return text
+            _, stream, tag, rest = line.split(" ", 3)
+            begun[stream] += rest if tag == "F" else rest.removesuffix("\n")
+            if tag == "F":
+                text += begun[stream]
+                begun[stream] = ""
+    return text + begun["stdout"] + begun["stderr"]

@@ -12,7 +12,8 @@ import pytest
 from host import libc, mounts
 from proto.runtime.v1 import cri_pb2
 from tests.integration.conformance.support import SLEEP, Pod, refused
-from tests.support.pods import container_config
+from tests.support.agent import AgentProcess
+from tests.support.pods import container_config, sandbox_config
 
 
 @pytest.fixture
@@ -173,14 +174,21 @@ def test_recursive_read_only(pod: Pod, shared: Path) -> None:
         pod.create(_mounting("main", *SLEEP, **mount))
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "propagation"):
         pod.create(_mounting("main", *SLEEP, readonly=True, propagation="PROPAGATION_HOST_TO_CONTAINER", **mount))
-    status = pod.agent.client.call("Status", cri_pb2.StatusRequest())
-    features = {handler.name: handler.features for handler in status.runtime_handlers}
-    config = _mounting("main", "touch", "/m/inner/file", readonly=True, **mount)
-    if features[""].recursive_read_only_mounts:
-        assert pod.finished(config).exit_code == 1
-    else:
-        with refused(grpc.StatusCode.UNKNOWN, "^RROUnsupported"):
-            pod.create(config)
+
+
+def test_recursive_read_only_with_every_handler(agent: AgentProcess, shared: Path) -> None:
+    config = _mounting("main", "touch", "/m/inner/file", container_path="/m", host_path=str(shared), readonly=True)
+    config.mounts[0].recursive_read_only = True
+    status = agent.client.call("Status", cri_pb2.StatusRequest())
+    for handler in status.runtime_handlers:
+        sandbox = sandbox_config(agent)
+        pod = Pod(agent, sandbox, agent.client.run_sandbox(sandbox, handler=handler.name))
+        if handler.features.recursive_read_only_mounts:
+            assert pod.finished(config).exit_code == 1
+            assert not (shared / "inner" / "file").exists()
+        else:
+            with refused(grpc.StatusCode.UNKNOWN, "^RROUnsupported"):
+                pod.create(config)
 
 
 def test_mount_options(pod: Pod, host: Path) -> None:

@@ -7,10 +7,13 @@ import json
 import re
 import secrets
 
+import grpc
+import pytest
+
 from proto.runtime.v1 import cri_pb2
 from tests.integration.conformance.support import Pod
 from tests.support.agent import AgentProcess
-from tests.support.pods import sandbox_config
+from tests.support.pods import container_config, sandbox_config
 
 
 def test_version_is_the_same_for_every_client(agent: AgentProcess) -> None:
@@ -62,3 +65,37 @@ def test_pod_cidrs_hold_for_new_pods_and_after_a_restart(own_agent: AgentProcess
         assert ipaddress.ip_address(other.ip) in ipaddress.ip_network(cidrs[1])
         assert own_agent.client.sandbox_status(before.id).network.ip == address
         own_agent.restart()
+
+
+def test_statuses_and_lists_are_the_same_after_a_crash(own_agent: AgentProcess) -> None:
+    annotations = {"json": '{"a":"\\u0000"}', "control": "\u0001\n", "": "empty"}
+    config = sandbox_config(own_agent, labels={"a": "b"}, annotations=annotations)
+    pod = Pod.run(own_agent, config)
+    container = container_config("main", "sleep", "1000", annotations=annotations)
+    container.linux.security_context.run_as_user.value = 1000
+    container.linux.resources.cpu_shares = 512
+    container.mounts.add(container_path="/m", host_path=str(own_agent.folder / "mounted"), readonly=True)
+    running = pod.start(container)
+    created = pod.create(container_config("created", "true"))
+    ended = pod.finished(container_config("ended", "sh", "-c", "exit 3")).id
+    failed = pod.create(container_config("failed", "/no/such"))
+    with pytest.raises(grpc.RpcError):
+        own_agent.client.start(failed)
+    own_agent.client.stop_sandbox(own_agent.client.run_sandbox(sandbox_config(own_agent)))
+
+    def seen() -> list[object]:
+        client = own_agent.client
+        lists = [
+            client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items,
+            client.call("ListContainers", cri_pb2.ListContainersRequest()).containers,
+            client.call("ListImages", cri_pb2.ListImagesRequest()).images,
+        ]
+        statuses = [client.status(container_id) for container_id in (running, created, ended, failed)]
+        by_id = [sorted(items, key=lambda item: str(item.id)) for items in lists]
+        return [*by_id, statuses, client.sandbox_status(pod.id)]
+
+    before = seen()
+    own_agent.restart()
+    assert seen() == before
+    own_agent.client.start(created)
+    assert own_agent.client.output(running, "id", "-u") == "1000\n"

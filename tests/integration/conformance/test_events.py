@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from proto.runtime.v1 import cri_pb2
+from runtime.events import QUEUE_LIMIT
 from tests.integration.conformance.support import Pod, exited
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import container_config, sandbox_config
@@ -122,3 +123,25 @@ def test_failed_start_is_an_end(agent: AgentProcess, watchers: list[Watcher]) ->
         agent.client.start(container_id)
     watchers[0].wait(STOPPED, container_id)
     assert [event.container_event_type for event in watchers[0].of(container_id)] == [CREATED, STOPPED]
+
+
+def test_subscriber_that_does_not_read_is_closed_so_that_it_lists_again(agent: AgentProcess) -> None:
+    config = sandbox_config(agent, annotations={"large": "x" * 20_000})
+    config.linux.security_context.namespace_options.network = cri_pb2.NODE
+    config.linux.security_context.namespace_options.ipc = cri_pb2.NODE
+    stream: Any = agent.client.stream("GetContainerEvents", cri_pb2.GetEventsRequest(), timeout=None)
+    heard = threading.Thread(target=next, args=(stream,))
+    heard.start()
+    while heard.is_alive():  # until the subscription is known to be there
+        agent.client.remove_sandbox(agent.client.run_sandbox(config))
+    quick = Watcher(agent)
+    try:
+        for _ in range(QUEUE_LIMIT // 4 + 40):  # four events each
+            agent.client.remove_sandbox(agent.client.run_sandbox(config))
+        with pytest.raises(grpc.RpcError) as raised:
+            for _ in stream:
+                pass
+        assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        wait_for(lambda: len(quick.events) >= QUEUE_LIMIT, what="all events for the one who reads")
+    finally:
+        quick.end()

@@ -18,6 +18,7 @@ from proto.runtime.v1 import cri_pb2
 from tests.integration.replay import recording, volumes
 from tests.integration.replay.recording import Entry, Json, Names
 from tests.support.agent import AgentProcess, wait_for
+from tests.support.cri import CriClient
 
 METHODS = {
     method.name: (GetMessageClass(method.input_type), GetMessageClass(method.output_type))
@@ -25,9 +26,6 @@ METHODS = {
     for method in service.methods
 }
 LATER = {
-    "Exec": "exec, attach and port-forward streams are checked by the recordings of their bytes",
-    "Attach": "exec, attach and port-forward streams are checked by the recordings of their bytes",
-    "PortForward": "exec, attach and port-forward streams are checked by the recordings of their bytes",
     "ListContainerStats": "statistics are not served through the CRI yet",
     "ListPodSandboxStats": "statistics are not served through the CRI yet",
     "ListMetricDescriptors": "metrics are not served through the CRI yet",
@@ -127,13 +125,8 @@ class Player:
             self._learn(exchange)
         exchange.expected = self._names.put(entry.response or {})
         if entry.method == "UpdateContainerResources":
-            exchange.notes = _limits(self._cgroup(request.container_id))
+            exchange.notes = limits_of(self._client, request.container_id)
         return exchange
-
-    def _cgroup(self, container_id: str) -> str:
-        request = cri_pb2.ContainerStatusRequest(container_id=container_id, verbose=True)
-        answer = self._client.call("ContainerStatus", request)
-        return str(json.loads(answer.info["info"])["cgroup"])
 
     def _learn(self, exchange: Exchange) -> None:
         for key, configs in (("pod_sandbox_id", self._sandboxes), ("container_id", self._containers)):
@@ -161,8 +154,10 @@ def _exited_in(entry: Entry) -> list[str]:
     return [status["id"] for status in shown if status.get("state") == "CONTAINER_EXITED"]
 
 
-def _limits(cgroup: str) -> dict[str, str]:
-    """What the kernel holds a cgroup to, whichever version it is."""
+def limits_of(client: CriClient, container_id: str) -> dict[str, str]:
+    """What the kernel holds a container to, by the names of the cgroup files of either version."""
+    answer = client.call("ContainerStatus", cri_pb2.ContainerStatusRequest(container_id=container_id, verbose=True))
+    cgroup = json.loads(answer.info["info"])["cgroup"]
     found = {}
     for entry in mount_table():
         if entry.filesystem in ("cgroup", "cgroup2"):

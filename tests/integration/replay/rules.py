@@ -218,6 +218,12 @@ def _update_container(_: Played, exchange: Exchange) -> None:
         assert kernel["cpu.shares"] == str(linux.cpu_shares)
 
 
+def _stream(_: Played, exchange: Exchange) -> None:
+    # A token of 64 bits has at least 11 characters in the densest alphabet that a URL takes.
+    path = exchange.entry.method.lower()
+    assert re.fullmatch(rf"http://127\.0\.0\.1:\d+/{path}/[A-Za-z0-9_-]{{11,}}", exchange.answer["url"])
+
+
 def _same_answer(_: Played, exchange: Exchange) -> None:
     assert exchange.answer == exchange.expected
 
@@ -238,6 +244,9 @@ RULES: dict[str, Callable[[Played, Exchange], None]] = {
     "ImageStatus": _image_status,
     "PullImage": _pull,
     "ExecSync": _same_answer,
+    "Exec": _stream,
+    "Attach": _stream,
+    "PortForward": _stream,
     "StopContainer": _same_answer,
     "RemoveContainer": _same_answer,
     "StopPodSandbox": _same_answer,

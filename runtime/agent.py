@@ -21,6 +21,7 @@ from images.store import ImageStore
 from network.options import NetworkOptions
 from network.provider import NodeNetwork
 from network.schema import MIGRATIONS as NETWORK_MIGRATIONS
+from runtime.apparmor import load_default_profile
 from runtime.cgroups import CgroupTree
 from runtime.containers import ContainerManager
 from runtime.execution import Execution
@@ -85,13 +86,15 @@ class Agent:
         handlers = Handlers(options, layout, cgroups)
         network = NodeNetwork(self._network, database)
         images = ImageStore(self._images, layout.data, layout.run, database)
+        facts = await in_thread(probe_node)
         node = Node(
             options=options,
             layout=layout,
             database=database,
             store=Store(database),
             cgroups=cgroups,
-            facts=await in_thread(probe_node),
+            facts=facts,
+            apparmor_default=await load_default_profile(facts),
             handlers=handlers,
             monitors=Monitors(options.conmon_path, layout),
             network=network,

@@ -48,6 +48,7 @@ class Node:
     store: Store
     cgroups: CgroupTree
     facts: NodeFacts
+    apparmor_default: str
     handlers: Handlers
     monitors: Monitors
     network: NodeNetwork

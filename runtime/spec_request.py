@@ -58,6 +58,7 @@ def spec_request(
         image_mounts=image_volumes,
         pids_limit=node.options.pids_limit,
         seccomp_default=Path(runtime.options.seccomp_profile or node.options.seccomp_profile or DEFAULT_PROFILE),
+        apparmor_default=node.apparmor_default,
     )
 
 

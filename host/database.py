@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from host.errors import PodkeelError, WrongStateError
+from host.errors import LimitError, PodkeelError, WrongStateError
 
 T = TypeVar("T")
 
@@ -59,7 +59,8 @@ class Database:
         """Run ``work`` on the writer thread; returns its result once it is committed.
 
         A caller that is cancelled still waits for the commit (well under a millisecond), so that what follows knows
-        where it stands. Raises what ``work`` raises, and PodkeelError when the disk refuses the commit.
+        where it stands. Raises what ``work`` raises, LimitError when the disk is full, and PodkeelError when it refuses
+        the commit otherwise.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -136,13 +137,19 @@ class Database:
         loops: dict[asyncio.AbstractEventLoop, list[_Write]] = {}
         for write in group:
             if isinstance(write.error, sqlite3.OperationalError):
-                failed = PodkeelError(f"store {self.path} could not be written: {write.error}")
+                failed = _described(self.path, write.error)
                 failed.__cause__ = write.error
                 write.error = failed
             loops.setdefault(write.loop, []).append(write)
         for loop, writes in loops.items():
             with contextlib.suppress(RuntimeError):  # the loop ended while we wrote: nobody waits any more
                 loop.call_soon_threadsafe(_settle, writes)
+
+
+def _described(path: Path, error: sqlite3.OperationalError) -> PodkeelError:
+    if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+        return LimitError(f"store {path} could not be written: no space is left on its file system, free some")
+    return PodkeelError(f"store {path} could not be written: {error}")
 
 
 def _settle(writes: list[_Write]) -> None:

@@ -98,7 +98,7 @@ class Lifecycle:
         record.exit_code = START_ERROR_EXIT_CODE
         record.reason = "StartError"
         record.message = message
-        await self._node.store.save_container(container)
+        await self._save_end(container)
         self._ended(container)
 
     def watch(self, container: Container) -> None:
@@ -152,10 +152,17 @@ class Lifecycle:
             record.message = "its end was not recorded: its monitor was killed or the node restarted"
         # What the runtime holds is given back meanwhile: should we die before the commit, conmon's record is there.
         container.cleanup = self._spawn(self.clean_up(container))
-        await self._node.store.save_container(container)
+        await self._save_end(container)
         self._ended(container)
         ended = of_container(container)
         _log.info("%s ended: exit code %d, %s", container.title, record.exit_code, record.reason, extra=ended)
+
+    async def _save_end(self, container: Container) -> None:
+        """Write down an end; when that fails the container has ended all the same, and the next start sees it again."""
+        try:
+            await self._node.store.save_container(container)
+        except PodkeelError as error:
+            _log.error("%s: its end could not be written down: %s", container.title, error)
 
     def _ended(self, container: Container) -> None:
         container.exited.set()

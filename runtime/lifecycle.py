@@ -19,6 +19,7 @@ from runtime.container import Container, ContainerState
 from runtime.log_fields import of_container
 from runtime.monitor import ExitRecord
 from runtime.node import Node
+from runtime.oci_runtime import plain_message
 from runtime.root_mounts import unmount_all
 from runtime.sandbox import SandboxState
 
@@ -86,7 +87,7 @@ class Lifecycle:
         except CommandError as error:
             self._node.failures[record.handler, "start"] += 1
             await self._kill_processes(container)
-            await self._fail_start(container, error.output or error.message)
+            await self._fail_start(container, plain_message(error.output) or error.message)
             raise
 
     async def _fail_start(self, container: Container, message: str) -> None:

@@ -14,6 +14,7 @@ import msgspec
 from host import processes
 from host.errors import PodkeelError
 from runtime.layout import ContainerFolder, Layout
+from runtime.oci_runtime import plain_message
 from runtime.sandbox import ProcessName
 
 # The descriptors on which conmon reports the OCI runtime's result and waits for the go-ahead.
@@ -138,7 +139,7 @@ class Monitors:
             raise PodkeelError(f"conmon ended without a word: {_last_lines(folder.monitor_log)}")
         message = msgspec.json.decode(answer, type=_SyncMessage)
         if message.pid <= 0:
-            raise RuntimeRefusedError(message.message.strip() or _last_lines(folder.monitor_log))
+            raise RuntimeRefusedError(plain_message(message.message.strip()) or _last_lines(folder.monitor_log))
         return message.pid
 
     def exit_record(self, container_id: str) -> ExitRecord | None:

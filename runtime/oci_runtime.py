@@ -21,6 +21,8 @@ _CANNOT_RUN = re.compile(
     r"|open executable|stat .*: no such file|cannot find executable|not a directory$",
     re.IGNORECASE,
 )
+_ABOUT_MOUNT = re.compile(r"""\bmount(ing)? [`'"]""")
+_LOGFMT_ERROR = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')
 
 
 class RuntimeFeatures(msgspec.Struct, frozen=True):
@@ -57,6 +59,14 @@ class OciRuntime:
         """What goes between the program and its subcommand."""
         arguments = [*self.options.arguments, "--root", str(self.root)]
         return [*arguments, "--systemd-cgroup"] if self.systemd_cgroup else arguments
+
+    @property
+    def hands_over_terminals(self) -> bool:
+        """Whether its exec gives a terminal to a console socket and still waits for the process's exit code.
+
+        Others do so only when they detach; they pass on what goes through a terminal of ours instead.
+        """
+        return self.features.version.startswith("crun ")
 
     def command(self, *words: str) -> list[str]:
         """A whole command line."""
@@ -131,9 +141,15 @@ def naming(program: str, complaint: str) -> str:
     return complaint if program in complaint else f'exec "{program}": {complaint}'
 
 
+def plain_message(output: str) -> str:
+    """What an OCI runtime complained about, without the dress of log lines (runc writes logfmt)."""
+    found = [re.sub(r"\\(.)", r"\1", message) for message in _LOGFMT_ERROR.findall(output)]
+    return "\n".join(found) or output
+
+
 def cannot_run_program(message: str) -> bool:
     """Whether an OCI runtime's message says that the container's program cannot be executed."""
-    return any(_CANNOT_RUN.search(line.strip()) for line in message.splitlines()) and "mount" not in message
+    return any(_CANNOT_RUN.search(line.strip()) for line in message.splitlines()) and not _ABOUT_MOUNT.search(message)
 
 
 def _make_probe_bundle(bundle: Path, program: str, cgroup: str) -> None:

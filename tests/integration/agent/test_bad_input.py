@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -200,7 +201,7 @@ def test_the_target_must_be_of_the_same_pod_and_run(agent: AgentProcess) -> None
         container = container_config("debugger", "sleep", "1000")
         options = cri_pb2.NamespaceOption(pid=cri_pb2.TARGET, target_id=target)
         container.linux.security_context.namespace_options.CopyFrom(options)
-        refused(code, word, call=lambda container=container: client.create(sandbox_id, container, sandbox))
+        refused(code, word, call=partial(client.create, sandbox_id, container, sandbox))
 
 
 def test_a_log_path_that_leaves_by_a_link(agent: AgentProcess, tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_a_log_path_that_leaves_by_a_link(agent: AgentProcess, tmp_path: Path) -
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    folders = []
+    folders: list[Path] = []
 
     def mount(options: str) -> Path:
         folder = tmp_path / f"mounted-{len(folders)}"

@@ -159,12 +159,20 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
     parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
     image = subparsers.add_parser(
-        "image", help="import, list, remove and inspect images", description="Work with images."
+        "image", help="everything about images: import, explain, list, inspect, remove", description="Work with images."
     )
     below = _Commands(image.add_subparsers(title="commands", metavar="COMMAND", required=True), _client_options())
     parser = below.add("import", "cli.images:import_archive", "import an OCI layout, OCI archive or docker archive")
     parser.add_argument("path", metavar="PATH", help="a folder or tar file on the node")
     parser.add_argument("--reference", metavar="REF", default="", help="name for images that carry none")
+    parser = below.add(
+        "explain",
+        "cli.image_reports:explain",
+        "ask every host that a pull would try, and say with which credentials and what it answers",
+        "Nothing is pulled. Exits 1 if no host has the image.",
+    )
+    parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
+    parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
     parser = below.add("ls", "cli.images:list_images", "list images")
     parser.add_argument("--quiet", "-q", action="store_true", help="ids only")
     parser = below.add("rm", "cli.images:remove", "remove images with all their names")

@@ -39,14 +39,18 @@ def find_image(client: Client, reference: str) -> cri_pb2.Image | None:
 
 def pull(options: argparse.Namespace) -> None:
     """``podkeel pull``."""
-    auth = None
-    if options.creds is not None:
-        user, colon, password = options.creds.partition(":")
-        if not colon:
-            raise InvalidArgumentError("--creds takes USER:PASSWORD")
-        auth = cri_pb2.AuthConfig(username=user, password=password)
     with connect(options) as client:
-        print(pull_image(client, options.reference, auth=auth))
+        print(pull_image(client, options.reference, auth=credentials(options)))
+
+
+def credentials(options: argparse.Namespace) -> cri_pb2.AuthConfig | None:
+    """What ``--creds`` gives, if it is given. Raises InvalidArgumentError for another form."""
+    if options.creds is None:
+        return None
+    user, colon, password = options.creds.partition(":")
+    if not colon:
+        raise InvalidArgumentError("--creds takes USER:PASSWORD")
+    return cri_pb2.AuthConfig(username=user, password=password)
 
 
 def pull_image(

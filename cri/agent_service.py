@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from host.errors import InvalidArgumentError, NotFoundError
+from cri.image_calls import ImageCalls
+from host.errors import NotFoundError
 from host.stages import Operation
 from proto.podkeel.v1 import agent_pb2
 from runtime.agent import Agent
 
 
-class AgentService:
-    """Import of archives, the check of store against node, and the way of a pod."""
+class AgentService(ImageCalls):
+    """The calls on images, the check of store against node, and the way of a pod."""
 
     def __init__(self, agent: Agent) -> None:
+        super().__init__(agent.node.images)
         self._agent = agent
-
-    async def import_image(self, request: agent_pb2.ImportImageRequest) -> agent_pb2.ImportImageResponse:
-        """Import an archive that lies on the node."""
-        path = Path(request.path)
-        if not path.is_absolute():
-            raise InvalidArgumentError(f"image archive {request.path!r}: give an absolute path on the node")
-        images = await self._agent.node.images.import_archive(path, request.reference)
-        return agent_pb2.ImportImageResponse(
-            images=[agent_pb2.ImportedImage(id=image.id, references=image.repo_tags) for image in images]
-        )
 
     async def check(self, _request: agent_pb2.CheckRequest) -> agent_pb2.CheckResponse:
         """Differences between store and node."""

@@ -60,7 +60,7 @@ class ImageService:
     async def pull_image(self, request: cri_pb2.PullImageRequest) -> cri_pb2.PullImageResponse:
         """Pull an image; answers its id."""
         _require_name(request.image)
-        credentials = _credentials(request.auth) if request.HasField("auth") else None
+        credentials = credentials_of(request.auth) if request.HasField("auth") else None
         image = await self._images.pull(request.image.image, credentials)
         return cri_pb2.PullImageResponse(image_ref=image.id)
 
@@ -100,7 +100,8 @@ def _require_name(image: cri_pb2.ImageSpec) -> None:
         raise InvalidArgumentError("no image is named: give image.image")
 
 
-def _credentials(auth: cri_pb2.AuthConfig) -> Credentials:
+def credentials_of(auth: cri_pb2.AuthConfig) -> Credentials:
+    """The images room's form of an AuthConfig."""
     return Credentials(
         username=auth.username,
         password=auth.password,

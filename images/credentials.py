@@ -27,6 +27,13 @@ class Credentials(msgspec.Struct, frozen=True):
     def __repr__(self) -> str:
         return f"Credentials({self.username or 'token'}@{self.server_address or '*'})"
 
+    def described(self) -> str:
+        """What they are, without anything secret."""
+        pair = self.user_and_password() if not self.registry_token else None
+        if pair is not None:
+            return f"user {pair[0]}"
+        return "a registry token" if self.registry_token else "an identity token"
+
     def user_and_password(self) -> tuple[str, str] | None:
         """Both, from wherever they were given; None if there are none. A malformed ``auth`` is InvalidArgumentError."""
         if self.username:

@@ -36,6 +36,7 @@ class RegistryHost:
     headers: tuple[tuple[str, str], ...] = ()
     connect_seconds: float = 0.0
     mirror: bool = False
+    origin: str = ""  # the file that configures it
 
     @property
     def address(self) -> str:
@@ -141,7 +142,7 @@ def _folder_for(domain: str, root: Path) -> Path | None:
 def _with_certificates(host: RegistryHost, folder: Path) -> RegistryHost:
     """Docker's older form: ``*.crt`` are authorities, ``*.cert`` with ``*.key`` client certificates."""
     client = tuple((path, path.with_suffix(".key")) for path in sorted(folder.glob("*.cert")))
-    return RegistryHost(host.base, ca=tuple(sorted(folder.glob("*.crt"))), client=client)
+    return RegistryHost(host.base, ca=tuple(sorted(folder.glob("*.crt"))), client=client, origin=str(folder))
 
 
 def _host(address: str, table: Any, place: _Place, *, mirror: bool) -> RegistryHost:
@@ -168,6 +169,7 @@ def _host(address: str, table: Any, place: _Place, *, mirror: bool) -> RegistryH
         tuple(headers),
         _seconds(table.get("dial_timeout", "0s"), place),
         mirror,
+        str(place.file),
     )
 
 

@@ -13,7 +13,11 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     Registries: ``registry_config_dir`` holds one folder per registry host with a ``hosts.toml`` in containerd's form,
     read on each pull; ``insecure_registries`` are hosts (``host`` or ``host:port``) spoken to in plain http, as
     loopback addresses always are. ``connect_seconds`` bounds one connection attempt, ``stall_seconds`` the silence of
-    a running transfer, ``attempts`` the tries of one request that fails for a passing reason.
+    a running transfer, ``attempts`` the tries of one request that fails for a passing reason. A pull that gets less
+    than ``slowest_bytes_per_second`` over ``slow_seconds`` of waiting for the network fails; 0 lets it take its time.
+
+    Credentials that come with a pull are used first. ``credentials_file`` holds the node's own, in the form of docker's
+    ``config.json``; a credential helper it names gets ``credential_helper_seconds`` to answer.
 
     Layers: at most ``max_parallel_downloads`` of them are fetched and unpacked at once, over all pulls. A layer that
     unpacks to more than ``max_layer_bytes`` or holds more than ``max_layer_entries`` is refused, and so is a compressed
@@ -29,6 +33,10 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     connect_seconds: float = 10.0
     stall_seconds: float = 60.0
     attempts: int = 4
+    slowest_bytes_per_second: int = 1024
+    slow_seconds: float = 60.0
+    credentials_file: str = "/etc/podkeel/credentials.json"
+    credential_helper_seconds: float = 10.0
     max_parallel_downloads: int = 4
     max_layer_bytes: int = 64 * GIBIBYTE
     max_layer_entries: int = 2_000_000

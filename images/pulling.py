@@ -48,7 +48,7 @@ async def fetch(
 
 async def _unchanged(client: RegistryClient, name: Reference, known_digests: Sequence[str]) -> bool:
     try:
-        digest = await client.head()
+        digest = (await client.head()).digest
     except KubeletReasonError:
         return False  # some registries know no HEAD; if it is out of reach, the GET says so
     return f"{name.repository}@{digest}" in known_digests

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from host.database import Database
 from host.errors import InvalidArgumentError
@@ -28,6 +29,9 @@ from images.reference import Reference, parse
 from images.snapshots import SnapshotStore
 from images.trash import Trash
 from images.usage import FilesystemUsage
+
+if TYPE_CHECKING:
+    from images.registry import HostAnswer
 
 _log = logging.getLogger("podkeel.images")
 
@@ -154,6 +158,15 @@ class ImageStore:
                 return await self._install(candidate, operation)
             finally:
                 self.fetched_bytes += candidate.transferred()
+
+    async def explain(
+        self, reference: str, credentials: Credentials | None = None
+    ) -> tuple[Reference, list[HostAnswer]]:
+        """The reference in full, and what each host that a pull tries answers to it; nothing is pulled."""
+        name = parse(reference)
+        registry = await in_thread(importlib.import_module, "images.registry")
+        async with registry.RegistryClient(self._options, name, credentials) as client:
+            return name, await client.explain()
 
     async def import_archive(self, path: Path, reference: str = "") -> list[Image]:
         """Take in the images of an OCI layout folder, an OCI archive or a docker archive (gzipped ones too).

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import random
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
@@ -25,6 +26,57 @@ class _Error(msgspec.Struct):
 
 class _Errors(msgspec.Struct):
     errors: list[_Error]
+
+
+class RateWatch:
+    """Judges the rate of all transfers of one pull, over windows of time spent waiting for the network.
+
+    Time in which every transfer waits for the disk instead does not count; ``least`` 0 lets every rate pass.
+    """
+
+    def __init__(self, least: int, window: float) -> None:
+        self._least = least
+        self._window = window
+        self._waiting = 0
+        self._since = 0.0
+        self._waited = 0.0
+        self._received = 0
+        self._slow = ""
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A transfer waits for the network during the block."""
+        if not self._waiting:
+            self._since = time.monotonic()
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._waited += time.monotonic() - self._since
+
+    async def watched(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """The same chunks, their arrival counted."""
+        async with contextlib.aclosing(chunks):
+            while True:
+                with self.waiting():
+                    chunk = await anext(chunks, b"")
+                if not chunk:
+                    return
+                self._received += len(chunk)
+                yield chunk
+
+    def too_slow(self) -> str:
+        """What came in the last window if that was too little, else nothing."""
+        now = time.monotonic()
+        waited = self._waited + (now - self._since if self._waiting else 0.0)
+        if waited < self._window or self._slow or not self._least:
+            return self._slow
+        if self._received < self._least * waited:
+            self._slow = f"{self._received} bytes came in {waited:.3g} s, less than {self._least} a second"
+        self._since, self._waited, self._received = now, 0.0, 0
+        return self._slow
 
 
 async def after(response: aiohttp.ClientResponse, offset: int) -> AsyncGenerator[bytes, None]:

@@ -1,0 +1,33 @@
+"""``podkeel image explain``: what a pull would meet."""
+
+from __future__ import annotations
+
+import argparse
+
+from cli.connect import connect
+from cli.images import credentials
+from proto.podkeel.v1 import agent_pb2
+
+
+def explain(options: argparse.Namespace) -> int:
+    """Print every host that a pull tries, with which credentials, and its answer; 1 if none has the image."""
+    request = agent_pb2.ExplainImageRequest(reference=options.reference, auth=credentials(options))
+    with connect(options) as client:
+        answer = client.call(request, agent_pb2.ExplainImageResponse, f"explain image {options.reference}")
+    print(explanation(answer))
+    return 0 if any(host.answered for host in answer.hosts) else 1
+
+
+def explanation(answer: agent_pb2.ExplainImageResponse) -> str:
+    """A paragraph for each host in the order they are tried; ✓ marks the one a pull would take."""
+    lines = [answer.reference]
+    taken = next((host for host in answer.hosts if host.answered), None)
+    for host in answer.hosts:
+        mark = "✓" if host is taken else "·" if host.answered else "✗"
+        lines += [
+            f"{mark} {host.address}{'  (mirror)' if host.mirror else ''}",
+            f"    configured by  {host.configured_in}",
+            f"    credentials    {host.credentials}",
+            f"    answer         {host.answer}",
+        ]
+    return "\n".join(lines)

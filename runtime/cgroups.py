@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from host import mounts
 from host.errors import InvalidArgumentError
+from host.threads import in_thread
+from runtime.slices import slice_name, slice_path, stop_slice, with_outer_slices
 
+_ID = re.compile(r"[0-9a-f]{64}")
 _V1_NEEDED = ("memory", "pids", "cpu", "freezer", "devices")
 
 
@@ -53,10 +57,11 @@ class CgroupTree:
     def validate_parent(self, parent: str) -> None:
         """Raise InvalidArgumentError unless ``parent`` is of the form the driver takes."""
         if self.driver == "systemd":
-            if not parent.endswith(".slice") or "/" in parent:
+            name = slice_name(parent)
+            if not name.endswith(".slice") or parent not in (name, slice_path(name)):
                 raise InvalidArgumentError(
-                    f"cgroup parent {parent!r}: the systemd driver takes a slice name such as kubepods-pod1.slice; "
-                    "make the client use the same cgroup driver (it is in RuntimeConfig)"
+                    f"cgroup parent {parent!r}: the systemd driver takes a slice such as kubepods-pod1.slice, alone or "
+                    "with its path; make the client use the same cgroup driver (it is in RuntimeConfig)"
                 )
         elif not parent.startswith("/") or ".." in parent.split("/"):
             raise InvalidArgumentError(f"cgroup parent {parent!r}: the cgroupfs driver takes an absolute path")
@@ -68,25 +73,58 @@ class CgroupTree:
     def default_parent(self, base: str, sandbox_id: str) -> str:
         """The parent of a pod that brings none, below the configured ``base``."""
         if self.driver == "systemd":
-            name = base.strip("/").removesuffix(".slice").replace("/", "-")
-            return f"{name}-{sandbox_id}.slice"
+            return f"{_slice_stem(base)}-{sandbox_id}.slice"
         return f"{base.rstrip('/')}/{sandbox_id}"
+
+    def default_parents(self, base: str) -> dict[str, str]:
+        """Those of such parents that exist in any hierarchy, by the id of their sandbox."""
+        prefix, suffix = (f"{_slice_stem(base)}-", ".slice") if self.driver == "systemd" else ("", "")
+        root = slice_path(f"{_slice_stem(base)}.slice") if self.driver == "systemd" else base
+        ids = {
+            entry.name.removeprefix(prefix).removesuffix(suffix)
+            for folder in self.folders(root)
+            if folder.is_dir()
+            for entry in os.scandir(folder)
+            if entry.is_dir()
+        }
+        return {name: self.default_parent(base, name) for name in ids if _ID.fullmatch(name)}
 
     def runtime_path(self, parent: str, container_id: str) -> str:
         """``linux.cgroupsPath`` of the OCI spec."""
         if self.driver == "systemd":
-            return f"{parent}:podkeel:{container_id}"
+            return f"{slice_name(parent)}:podkeel:{container_id}"
         return f"{parent.rstrip('/')}/{container_id}"
 
     def path(self, parent: str, container_id: str) -> str:
         """The container's cgroup below each hierarchy's mount."""
         if self.driver == "systemd":
-            return f"{slice_path(parent)}/podkeel-{container_id}.scope"
+            return f"{slice_path(slice_name(parent))}/podkeel-{container_id}.scope"
         return f"{parent.rstrip('/')}/{container_id}"
 
     def parent_path(self, parent: str) -> str:
         """The pod's cgroup below each hierarchy's mount."""
-        return slice_path(parent) if self.driver == "systemd" else parent
+        return slice_path(slice_name(parent)) if self.driver == "systemd" else parent
+
+    async def end_parent(self, parent: str) -> None:
+        """Have systemd end a pod's own slice, in which nothing runs any more, so that ``remove`` may follow."""
+        if self.driver == "systemd":
+            await stop_slice(slice_name(parent))
+
+    async def remove_parent(self, parent: str) -> None:
+        """Remove a pod's own cgroup, in which nothing runs any more; gone already is fine."""
+        await self.end_parent(parent)
+        await in_thread(self.remove, self.parent_path(parent))
+
+    async def remove_base(self, base: str) -> None:
+        """Remove the cgroup below which pods without a parent of their own were, if nothing is left in it."""
+        if self.driver != "systemd":
+            await in_thread(self.remove, base)
+            return
+        for name in with_outer_slices(f"{_slice_stem(base)}.slice"):
+            folders = [folder for folder in self.folders(slice_path(name)) if folder.is_dir()]
+            if any(entry.is_dir() for folder in folders for entry in os.scandir(folder)):
+                return
+            await self.remove_parent(name)
 
     def prepare_for_moves(self) -> None:
         """Make the kernel ready to move processes between cgroups, which takes it 8 to 24 ms after a quiet time.
@@ -107,12 +145,13 @@ class CgroupTree:
         return [root / path.lstrip("/") for root in dict.fromkeys(self.mounts.values())]
 
     def processes(self, path: str) -> list[int]:
-        """Pids in cgroup ``path``, not those of groups below it."""
+        """Pids in cgroup ``path`` and in those that a container made below it."""
         root = self.mounts.get("unified") or self.mounts.get("pids") or self.mounts["memory"]
-        try:
-            return [int(pid) for pid in (root / path.lstrip("/") / "cgroup.procs").read_text().split()]
-        except OSError:
-            return []
+        found: list[int] = []
+        for folder, _, _ in os.walk(root / path.lstrip("/")):
+            with contextlib.suppress(OSError):
+                found += map(int, Path(folder, "cgroup.procs").read_text().split())
+        return found
 
     def kill(self, path: str) -> int:
         """SIGKILL to every process in cgroup ``path``; returns how many there were."""
@@ -167,7 +206,5 @@ class CgroupTree:
         return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
 
 
-def slice_path(name: str) -> str:
-    """The path of a systemd slice: ``a-b.slice`` lies in ``a.slice`` (systemd.slice(5))."""
-    parts = name.removesuffix(".slice").split("-")
-    return "".join(f"/{'-'.join(parts[: depth + 1])}.slice" for depth in range(len(parts)))
+def _slice_stem(base: str) -> str:
+    return base.strip("/").removesuffix(".slice").replace("/", "-")

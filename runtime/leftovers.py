@@ -49,9 +49,9 @@ def find_leftovers(layout: Layout, cgroups: CgroupTree, cgroup_parent: str, know
     for container_id, pid in monitors_of(layout).items():
         if container_id not in known.live_containers:
             yield Finding("process", f"conmon {pid}", f"monitors {container_id[:13]}, which is not alive in the store")
-    for name in default_groups(cgroups, cgroup_parent):
-        if name not in known.live_sandboxes:
-            yield Finding("cgroup", f"{cgroup_parent}/{name}", "belongs to no live sandbox")
+    for sandbox_id, parent in cgroups.default_parents(cgroup_parent).items():
+        if sandbox_id not in known.live_sandboxes:
+            yield Finding("cgroup", parent, "belongs to no live sandbox")
 
 
 def _unknown_names(folder: Path, known: Collection[str], kind: str, problem: str) -> Iterator[Finding]:
@@ -84,19 +84,6 @@ def end_monitors(layout: Layout, doomed: Collection[str]) -> None:
             processes.kill_group(pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def default_groups(cgroups: CgroupTree, cgroup_parent: str) -> set[str]:
-    """Names of the cgroups below the parent that pods without one of their own get, in any hierarchy."""
-    if cgroups.driver == "systemd":
-        return set()
-    return {
-        entry.name
-        for folder in cgroups.folders(cgroup_parent)
-        if folder.is_dir()
-        for entry in os.scandir(folder)
-        if entry.is_dir() and len(entry.name) == 64
-    }
 
 
 def drop_run_folders(layout: Layout, known: Known) -> None:

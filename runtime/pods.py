@@ -197,12 +197,17 @@ class PodManager:
             if not sandbox.host_network:
                 await self._node.network.detach(sandbox.id)
         async with operation.stage("namespaces"):
-            await in_thread(self._drop, sandbox)
+            await self._drop(sandbox)
         async with operation.stage("torn_down"):
             sandbox.record.torn_down = True
             await self._node.store.save_sandbox(sandbox)
 
-    def _drop(self, sandbox: Sandbox) -> None:
+    async def _drop(self, sandbox: Sandbox) -> None:
+        if sandbox.record.owns_cgroup_parent:
+            await self._node.cgroups.end_parent(sandbox.record.cgroup_parent)
+        await in_thread(self._drop_files, sandbox)
+
+    def _drop_files(self, sandbox: Sandbox) -> None:
         folder = self._node.layout.sandbox(sandbox.id)
         if sandbox.record.boot_id == self._node.boot_id:
             end_holder(sandbox.record.pid_holder, folder, sandbox.id)
@@ -246,7 +251,7 @@ class PodManager:
             if sandbox.id not in self._node.sandboxes:
                 return
             await self._node.network.detach(sandbox.id)
-            await in_thread(self._drop, sandbox)
+            await self._drop(sandbox)
             await self._node.store.delete_sandbox(sandbox.id)
             self._forget(sandbox)
 

@@ -165,10 +165,10 @@ class Recovery:
             if container_id not in known.containers:
                 self.findings["snapshot of no container"] += 1
                 await node.snapshots.remove(container_id)
-        parent = node.options.cgroup_parent
-        for name in await in_thread(leftovers.default_groups, node.cgroups, parent):
-            if name not in known.live_sandboxes:
-                await in_thread(node.cgroups.remove, f"{parent}/{name}")
+        parents = await in_thread(node.cgroups.default_parents, node.options.cgroup_parent)
+        for sandbox_id, parent in parents.items():
+            if sandbox_id not in known.live_sandboxes:
+                await node.cgroups.remove_parent(parent)
 
     async def _drop_unknown_to_store(self, runtime: OciRuntime, known: Known) -> None:
         for container_id in leftovers.runtime_containers(runtime.root):

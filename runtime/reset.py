@@ -20,7 +20,7 @@ async def reset(runtime: RuntimeOptions, network: NetworkOptions, images: ImageO
             for sandbox in list(agent.node.visible_sandboxes()):
                 await agent.pods.remove(sandbox.id)
             await agent.node.network.destroy()
-            agent.node.cgroups.remove(runtime.cgroup_parent)
+            await agent.node.cgroups.remove_base(runtime.cgroup_parent)
     for folder in (layout.run, layout.data):
         for target in mounts.mounts_below(folder):
             mounts.unmount(target, lazy=True)

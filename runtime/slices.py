@@ -1,0 +1,30 @@
+"""Slices of systemd (systemd.slice(5)): how they are named, where they lie, and their end."""
+
+from __future__ import annotations
+
+from host import processes
+
+_STOP_SECONDS = 30.0
+
+
+def slice_name(parent: str) -> str:
+    """The unit of a cgroup parent, which kubelet gives with the path that leads to it and others by its name."""
+    return parent.rstrip("/").rpartition("/")[2]
+
+
+def slice_path(name: str) -> str:
+    """The path of a systemd slice: ``a-b.slice`` lies in ``a.slice``."""
+    return "".join(f"/{outer}" for outer in reversed(with_outer_slices(name)))
+
+
+def with_outer_slices(name: str) -> list[str]:
+    """A slice and those it lies in, innermost first; the root slice is not named."""
+    if name == "-.slice":
+        return []
+    parts = name.removesuffix(".slice").split("-")
+    return [f"{'-'.join(parts[:depth])}.slice" for depth in range(len(parts), 0, -1)]
+
+
+async def stop_slice(name: str) -> None:
+    """Have systemd end a slice: it keeps each one that was ever used until it is told. One it does not know is fine."""
+    await processes.run(["systemctl", "stop", "--", name], timeout=_STOP_SECONDS, check=False)

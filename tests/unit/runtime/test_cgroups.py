@@ -1,0 +1,75 @@
+"""Where pods and containers stand with either cgroup driver, on a tree of plain folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from host.errors import InvalidArgumentError
+from runtime.cgroups import CgroupTree
+from runtime.slices import slice_path
+
+SANDBOX, CONTAINER = "a" * 64, "b" * 64
+
+
+def tree(driver: str, root: Path) -> CgroupTree:
+    return CgroupTree(2, driver, {"unified": root})
+
+
+@pytest.mark.parametrize(
+    "parent",
+    ["kubepods-pod1.slice", "/kubepods.slice/kubepods-pod1.slice"],
+    ids=["by its name", "with its path, as kubelet gives it"],
+)
+def test_containers_of_a_slice_are_scopes(parent: str, tmp_path: Path) -> None:
+    cgroups = tree("systemd", tmp_path)
+    cgroups.validate_parent(parent)
+    assert cgroups.runtime_path(parent, CONTAINER) == f"kubepods-pod1.slice:podkeel:{CONTAINER}"
+    assert cgroups.path(parent, CONTAINER) == f"/kubepods.slice/kubepods-pod1.slice/podkeel-{CONTAINER}.scope"
+    assert cgroups.parent_path(parent) == "/kubepods.slice/kubepods-pod1.slice"
+
+
+@pytest.mark.parametrize("parent", ["/kubepods/pod1", "pod1", "/other.slice/kubepods-pod1.slice", "kubepods.slice/"])
+def test_what_is_no_slice_is_refused_by_the_systemd_driver(parent: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="the systemd driver takes a slice"):
+        tree("systemd", tmp_path).validate_parent(parent)
+
+
+@pytest.mark.parametrize("parent", ["kubepods/pod1", "/kubepods/../pod1", "/kubepods.slice"])
+def test_what_is_no_path_is_refused_by_the_cgroupfs_driver(parent: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="cgroupfs"):
+        tree("cgroupfs", tmp_path).validate_parent(parent)
+
+
+def test_slices_lie_in_those_that_their_name_begins_with() -> None:
+    assert slice_path("a-b-c.slice") == "/a.slice/a-b.slice/a-b-c.slice"
+    assert slice_path("-.slice") == ""
+
+
+@pytest.mark.parametrize(
+    ("driver", "base", "parent", "folder"),
+    [
+        ("cgroupfs", "/podkeel", f"/podkeel/{SANDBOX}", f"podkeel/{SANDBOX}"),
+        ("systemd", "/podkeel", f"podkeel-{SANDBOX}.slice", f"podkeel.slice/podkeel-{SANDBOX}.slice"),
+        ("systemd", "own.slice", f"own-{SANDBOX}.slice", f"own.slice/own-{SANDBOX}.slice"),
+    ],
+)
+def test_parents_of_pods_that_bring_none_are_found_again(
+    driver: str, base: str, parent: str, folder: str, tmp_path: Path
+) -> None:
+    cgroups = tree(driver, tmp_path)
+    assert cgroups.default_parents(base) == {}
+    assert cgroups.default_parent(base, SANDBOX) == parent
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder).with_name("other").mkdir()
+    assert cgroups.default_parents(base) == {SANDBOX: parent}
+    assert tmp_path / cgroups.parent_path(parent).lstrip("/") == tmp_path / folder
+
+
+def test_processes_below_a_cgroup_belong_to_it(tmp_path: Path) -> None:
+    (tmp_path / "pod/container/own").mkdir(parents=True)
+    (tmp_path / "pod/container/cgroup.procs").write_text("")
+    (tmp_path / "pod/container/own/cgroup.procs").write_text("11\n12\n")
+    assert tree("cgroupfs", tmp_path).processes("/pod/container") == [11, 12]
+    assert tree("cgroupfs", tmp_path).processes("/pod/gone") == []

@@ -15,7 +15,7 @@ from host.errors import DeadlineError, NotFoundError, PodkeelError, UnavailableE
 
 _LARGEST_OUTPUT = 1024 * 1024
 _CALLS_AT_ONCE = 16
-_SHOWN_CHARACTERS = 400
+_SHOWN_CHARACTERS = 200
 _TRY_AGAIN_LATER = 11
 _NOT_AVAILABLE = (50, 51)
 
@@ -116,4 +116,6 @@ def _ending(completed: processes.Completed) -> str:
         else f"ended with status {completed.status} and told no error"
     )
     said = (completed.stderr or completed.stdout).decode(errors="replace").strip()
-    return f"{how}: {said[-_SHOWN_CHARACTERS:]}" if said else how
+    if len(said) > 2 * _SHOWN_CHARACTERS:
+        said = f"{said[:_SHOWN_CHARACTERS]} … {said[-_SHOWN_CHARACTERS:]}"
+    return f"{how}: {said}" if said else how

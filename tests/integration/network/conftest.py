@@ -24,7 +24,7 @@ if os.geteuid() != 0:
 
 _numbers = itertools.count(random.randrange(256))
 _session = f"{random.randrange(16**4):04x}"
-_octet = random.randrange(200, 208)
+_octet = random.randrange(200, 206)
 
 
 @dataclass

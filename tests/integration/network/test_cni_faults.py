@@ -1,0 +1,280 @@
+"""Plugins that fail in every way, as scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from host.errors import (
+    AlreadyExistsError,
+    DeadlineError,
+    InvalidArgumentError,
+    NotFoundError,
+    PodkeelError,
+    UnavailableError,
+)
+from network.attachment import AttachRequest, Bandwidth, PodDns, PortMapping
+from tests.integration.network.cni import CniNode, cni_node, failure, result
+from tests.integration.network.namespaces import descriptors, request, start, wait_until
+
+_ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncIterator[CniNode]:
+    async with cni_node(tmp_path, cni_timeout_seconds=0.6) as made:
+        yield made
+
+
+async def _refused(node: CniNode, kind: type[PodkeelError], text: str) -> None:
+    """An attach that must fail, and whose DEL must have left nothing."""
+    with pytest.raises(kind, match=text):
+        await node.pod("one")
+    assert node.network.attachment("one") is None
+    assert node.rows() == 0
+
+
+@pytest.mark.parametrize(
+    ("action", "kind", "text"),
+    [
+        (
+            failure(999, "no more addresses", "pool is empty"),
+            PodkeelError,
+            "code 999: no more addresses .pool is empty",
+        ),
+        (failure(11, "still starting"), UnavailableError, "code 11: still starting"),
+        ("kill -SEGV $$", PodkeelError, "was killed by signal 11"),
+        ("echo worse >&2; exit 7", PodkeelError, "ended with status 7 and told no error: worse"),
+        ('echo \'{"code": "x"}\'; exit 1', PodkeelError, "status 1 and told no error"),
+        ("echo rubbish", PodkeelError, "printed 'rubbish' where its result should be"),
+        ("true", PodkeelError, "printed 'nothing' where its result should be"),
+        ("echo '[]'", PodkeelError, "where its result should be"),
+        ("head -c 3000000 /dev/zero", PodkeelError, "where its result should be"),
+        ("printf '\\377\\376'", PodkeelError, "where its result should be"),
+        ("sleep 30", DeadlineError, "did not finish within 0.6 s and was killed"),
+        ("sleep 30 & sleep 30", DeadlineError, "did not finish"),
+    ],
+)
+async def test_what_a_plugin_fails_with_is_told(
+    node: CniNode, action: str, kind: type[PodkeelError], text: str
+) -> None:
+    node.configure(node.script("first"), node.script("bad", ADD=action), node.script("last"))
+    await node.start()
+    await _refused(node, kind, f"(?s)({'CNI plugin bad, ADD' if kind is not PodkeelError else 'CNI'}.*{text})")
+    told = [(call.plugin, call.command) for call in node.called()]
+    assert told[:2] == [("first", "ADD"), ("bad", "ADD")]
+    assert told[-3:] == [("last", "DEL"), ("bad", "DEL"), ("first", "DEL")]
+
+
+@pytest.mark.parametrize(
+    ("action", "text"),
+    [
+        ("echo '{}'", "gave the pod no address"),
+        ("echo '{\"ips\": null}'", "gave the pod no address"),
+        (result("10.206.0.300/24"), "makes no sense"),
+        ('echo \'{"ips": [{"address": "10.206.0.3/24", "interface": 4}]}\'', "makes no sense: .* interface 4"),
+        ("echo '{\"ips\": 5}'", "makes no sense"),
+    ],
+)
+async def test_a_result_without_a_usable_address_is_told(node: CniNode, action: str, text: str) -> None:
+    node.configure(node.script("only", ADD=action))
+    await node.start()
+    await _refused(node, PodkeelError, f"CNI network testnet: its plugins.*{text}")
+    assert [call.command for call in node.called()] == ["ADD", "DEL"]
+
+
+async def test_nothing_is_asked_of_plugins_for_a_namespace_that_is_not_there(node: CniNode) -> None:
+    node.configure(node.script("one"))
+    await node.start()
+    with pytest.raises(NotFoundError, match="network namespace /nowhere"):
+        await node.network.attach(request("one", "/nowhere"))
+    assert node.called() == []
+    assert node.rows() == 0
+
+
+async def test_plugins_are_told_everything_and_each_only_what_it_asks(node: CniNode) -> None:
+    capable = dict.fromkeys(("portMappings", "bandwidth", "dns", "ipRanges", "aliases", "unknown"), True)
+    node.configure(
+        {**node.script("first"), "own": {"deep": [1]}},
+        {**node.script("second", ADD=result("10.206.0.9/24")), "capabilities": capable},
+        version="0.4.0",
+    )
+    await node.start()
+    await node.network.set_pod_cidrs(["10.206.0.0/24", "fd00::/64"])
+    namespace = node.namespace()
+    attachment = await node.network.attach(
+        AttachRequest(
+            sandbox_id="abc",
+            netns_path=str(namespace.path),
+            port_mappings=(PortMapping("tcp", 80, 31801), PortMapping("udp", 53, 31802, "127.0.0.1")),
+            bandwidth=Bandwidth(ingress=8_000_000),
+            name="web-0",
+            namespace="prod",
+            uid="u-1",
+            dns=PodDns(("10.0.0.10",), ("svc",), ("ndots:5",)),
+        )
+    )
+    assert attachment.addresses == ("10.206.0.9",)
+    first, second = (call.settings for call in node.called("ADD"))
+    assert first == {"type": "first", "own": {"deep": [1]}, "name": "testnet", "cniVersion": "0.4.0"}
+    assert second["prevResult"]["ips"] == [{"address": "10.206.0.2/24"}]
+    assert second["runtimeConfig"] == {
+        "portMappings": [
+            {"hostPort": 31801, "containerPort": 80, "protocol": "tcp"},
+            {"hostPort": 31802, "containerPort": 53, "protocol": "udp", "hostIP": "127.0.0.1"},
+        ],
+        "bandwidth": {"ingressRate": 8_000_000, "ingressBurst": 160_000},
+        "dns": {"servers": ["10.0.0.10"], "searches": ["svc"], "options": ["ndots:5"]},
+        "ipRanges": [[{"subnet": "10.206.0.0/24"}], [{"subnet": "fd00::/64"}]],
+        "aliases": ["web-0"],
+    }
+    assert "capabilities" not in second
+    arguments = (
+        "IgnoreUnknown=1;K8S_POD_NAMESPACE=prod;K8S_POD_NAME=web-0;K8S_POD_INFRA_CONTAINER_ID=abc;K8S_POD_UID=u-1"
+    )
+    search = f"{node.programs}:/usr/lib/cni"
+    assert node.environment("ADD") == ["abc", str(namespace.path), "eth0", arguments, search]
+    await node.network.detach("abc")
+    assert node.environment("DEL") == ["abc", str(namespace.path), "eth0", arguments, search]
+    last, earlier = (call.settings for call in node.called("DEL"))
+    assert (last["type"], earlier["type"]) == ("second", "first")
+    assert last["prevResult"]["ips"] == earlier["prevResult"]["ips"] == [{"address": "10.206.0.9/24"}]
+    assert last["runtimeConfig"] == second["runtimeConfig"]
+
+
+async def test_a_name_that_would_add_arguments_is_refused(node: CniNode) -> None:
+    node.configure(node.script("one"))
+    await node.start()
+    with pytest.raises(InvalidArgumentError, match="K8S_POD_NAME 'a;IP=10"):
+        await node.network.attach(AttachRequest("one", "/nowhere", name="a;IP=10.0.0.1"))
+
+
+async def test_del_is_repeated_until_it_succeeds(node: CniNode) -> None:
+    broken = node.folder / "broken"
+    broken.touch()
+    bad = node.script("bad", DEL=f"if [ -e {broken} ]; then {failure(100, 'out of order')}; fi")
+    node.configure(bad, node.script("last"))
+    await node.start()
+    await node.pod("one", PortMapping("tcp", 80, 31803))
+    for _ in range(2):
+        with pytest.raises(PodkeelError, match="CNI plugin bad, DEL: failed with code 100: out of order"):
+            await node.network.detach("one")
+    (finding,) = await node.network.audit(["one"])
+    assert "waits to be given back: CNI plugin bad, DEL" in finding.problem
+    with pytest.raises(AlreadyExistsError, match="31803"):
+        await node.pod("two", PortMapping("tcp", 80, 31803))
+    assert (node.rows(), node.told) == (1, [])
+    broken.unlink()
+    await asyncio.to_thread(wait_until, lambda: node.told == ["one"])
+    assert node.rows() == 0
+    assert await node.network.audit([]) == []
+    await node.pod("two", PortMapping("tcp", 80, 31803))
+
+
+async def test_a_del_that_waits_survives_a_restart_and_holds_up_no_start(node: CniNode) -> None:
+    node.configure(node.script("slow", DEL="sleep 30"))
+    await node.start()
+    await node.pod("one")
+    with pytest.raises(DeadlineError):
+        await node.network.detach("one")
+    node.script("slow", DEL="sleep 0.3")
+    await node.network.stop()
+    node.network = node._make()
+    began = time.monotonic()
+    await node.network.start()
+    with pytest.raises(UnavailableError, match="in the background"):
+        await node.network.detach("one")
+    await node.network.repair(["one"])
+    assert time.monotonic() - began < 0.3
+    await asyncio.to_thread(wait_until, lambda: node.rows() == 0)
+
+
+async def test_a_cancelled_attach_ends_its_plugin_and_undoes_it(node: CniNode) -> None:
+    pids = node.folder / "pids"
+    node.configure(node.script("slow", ADD=f"sleep 0.5 & echo $! $$ > {pids}; wait"))
+    await node.start()
+    task = asyncio.create_task(node.pod("one"))
+    await asyncio.to_thread(wait_until, lambda: pids.exists() and bool(pids.read_text()))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert node.rows() == 0
+    assert [call.command for call in node.called()] == ["ADD", "DEL"]
+    await asyncio.to_thread(wait_until, lambda: not any(_runs(int(pid)) for pid in pids.read_text().split()))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+_ATTACH = """
+import asyncio, sys
+from pathlib import Path
+from host.database import Database
+from network.attachment import AttachRequest
+from network.options import NetworkOptions
+from network.provider import NodeNetwork
+from network.schema import MIGRATIONS
+
+async def main(store, bridge, configurations, programs, namespace):
+    options = NetworkOptions(mode="cni", bridge=bridge, cni_config_dir=configurations, cni_bin_dirs=(programs,))
+    network = NodeNetwork(options, Database(Path(store), {"network": MIGRATIONS}))
+    await network.start()
+    await network.attach(AttachRequest("orphan" * 10, namespace))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_a_plugin_that_outlives_its_agent_is_ended_before_del(node: CniNode) -> None:
+    pid = node.folder / "pid"
+    done = node.folder / "done"
+    node.configure(node.script("slow", ADD=f"echo $$ > {pid}; sleep 1; touch {done}"))
+    namespace = node.namespace()
+    folders = (str(node.folder / "store.db"), f"{node.bridge}b", str(node.configurations), str(node.programs))
+    child = start(sys.executable, "-c", _ATTACH, *folders, str(namespace.path), folder=_ROOT)
+    assert child.stdout is not None
+    with child.stdout:
+        await asyncio.to_thread(wait_until, lambda: pid.exists() and bool(pid.read_text()))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert _runs(int(pid.read_text()))
+    await node.start()
+    assert not _runs(int(pid.read_text()))
+    await asyncio.to_thread(wait_until, lambda: node.rows() == 0)
+    assert [call.command for call in node.called()] == ["ADD", "DEL"]
+    assert not done.exists()
+
+
+async def test_the_loop_goes_on_while_plugins_work(node: CniNode) -> None:
+    node.configure(node.script("slow", ADD=f"sleep 0.2; {result()}"))
+    await node.start()
+    task = asyncio.create_task(node.pod("one"))
+    longest, turns = 0.0, 0
+    while not task.done():
+        before = time.monotonic()
+        await asyncio.sleep(0)
+        longest, turns = max(longest, time.monotonic() - before), turns + 1
+    await task
+    assert turns > 100
+    assert longest < 0.1
+
+
+async def test_a_descriptor_and_a_child_are_left_by_no_failure(node: CniNode) -> None:
+    node.configure(node.script("bad", ADD="exit 1"))
+    await node.start()
+    for round_number in range(3):
+        await _refused(node, PodkeelError, "status 1")
+        if round_number == 0:
+            before = descriptors()
+    # One namespace descriptor more or less may be on its way between threads.
+    assert descriptors() <= before + 1

@@ -6,6 +6,7 @@ import logging
 
 from host.errors import InvalidArgumentError, NotFoundError, PodkeelError
 from runtime.cgroups import CgroupTree
+from runtime.identifiers import new_id
 from runtime.layout import Layout
 from runtime.oci_runtime import OciRuntime
 from runtime.options import RuntimeOptions
@@ -37,9 +38,9 @@ class Handlers:
             runtime = OciRuntime(name, handler, self._layout.runtime_root(name), systemd_cgroup=systemd)
             parent = "system.slice" if systemd else options.cgroup_parent
             try:
-                await runtime.probe(
-                    options.catatonit_path, self._cgroups.runtime_path(parent, "podkeel-probe"), self._layout.run
-                )
+                # Named like a container's or pod's, so that what a killed agent left of it is found at the next start.
+                cgroup = self._cgroups.runtime_path(parent, new_id())
+                await runtime.probe(options.catatonit_path, cgroup, self._layout.run)
             except PodkeelError as error:
                 self.failures[name] = error.message
                 if name == options.default_runtime:

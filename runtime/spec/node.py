@@ -108,11 +108,13 @@ def _selinux_enabled() -> bool:
 def _swap_accounting(version: int) -> bool:
     if version == 1:
         return Path("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes").exists()
-    own = _read("/proc/self/cgroup").strip().rpartition(":")[2].strip("/")
-    folder = Path("/sys/fs/cgroup", own)
-    if not own:
-        folder = next((entry for entry in Path("/sys/fs/cgroup").iterdir() if entry.is_dir()), folder)
-    return (folder / "memory.swap.max").exists()
+    # The root has no limits, and not every cgroup below it has the memory controller: the first that has it tells.
+    root = Path("/sys/fs/cgroup")
+    own = root / _read("/proc/self/cgroup").strip().rpartition(":")[2].strip("/")
+    for folder in (own, *(entry for entry in root.iterdir() if entry.is_dir())):
+        if (folder / "memory.max").exists():
+            return (folder / "memory.swap.max").exists()
+    return False
 
 
 def _hugepage_sizes(version: int) -> frozenset[str]:

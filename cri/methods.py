@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -18,6 +19,8 @@ from cri.errors import status_of
 from host.errors import PodkeelError, UnsupportedError
 
 _log = logging.getLogger("podkeel.calls")
+
+_NOTHING = object()
 
 # Whatever a kubelet asks over and over is logged only where somebody looks for it.
 _QUIET = re.compile(r"^(Version|Status|RuntimeConfig|ImageFsInfo|List.*|Stream.*|.*Status|.*Stats|ExecSync)$")
@@ -92,7 +95,7 @@ def _streaming(name: str, call: Callable[[Any], AsyncIterator[Any]], observer: C
         begin = time.perf_counter()
         code = grpc.StatusCode.CANCELLED
         try:
-            async for response in call(request):
+            async for response in _announced(call(request), context):
                 yield response
             code = grpc.StatusCode.OK
         except Exception as error:
@@ -102,6 +105,20 @@ def _streaming(name: str, call: Callable[[Any], AsyncIterator[Any]], observer: C
             observer.ended(name, code, time.perf_counter() - begin)
 
     return handle
+
+
+async def _announced(responses: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+    """The responses, after headers that tell the client before the first of them that its stream is served."""
+    first = asyncio.ensure_future(anext(responses, _NOTHING))
+    try:
+        await asyncio.sleep(0)  # the stream runs up to where it waits: a subscription is in force then
+        await context.send_initial_metadata(())
+        response = await first
+    finally:
+        first.cancel()
+    while response is not _NOTHING:
+        yield response
+        response = await anext(responses, _NOTHING)
 
 
 def _report(name: str, error: Exception) -> tuple[grpc.StatusCode, str]:

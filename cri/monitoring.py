@@ -15,7 +15,7 @@ from cri.version import VERSION
 from host.errors import InvalidArgumentError, UnavailableError
 from host.stages import observed_by
 from metrics.agent import AgentMetrics
-from metrics.catalog import GROUPS, select
+from metrics.catalog import CATALOG
 from metrics.routes import Entries, standard_routes
 from metrics.server import MetricsServer, Route
 from runtime.agent import Agent
@@ -23,9 +23,6 @@ from runtime.container import Container
 from runtime.sandbox import Sandbox
 
 _log = logging.getLogger("podkeel.monitoring")
-
-# Counting sockets walks tables of the whole host once per pod: too much for each scrape of a full node.
-_SCRAPED = tuple(group for group in GROUPS if group != "connections")
 
 Rows = list[tuple[tuple[str, ...], float]]
 
@@ -95,7 +92,7 @@ def _routes(metrics: AgentMetrics, agent: Agent) -> Mapping[str, Route]:
         pods = await agent.statistics.snapshots()
         return [entry for pod in pods for entry in (pod.itself, *pod.containers.values())]
 
-    return standard_routes(metrics, select(_SCRAPED), entries, lambda: _problems(agent))
+    return standard_routes(metrics, CATALOG, entries, lambda: _problems(agent))
 
 
 def _problems(agent: Agent) -> list[str]:

@@ -22,6 +22,7 @@ from cri.options import StreamingOptions
 from cri.runtime_service import RuntimeService
 from cri.stream_backend import NodeBackend
 from cri.streaming import StreamingServer, StreamLimits
+from host import libc
 from host.errors import WrongStateError
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
@@ -29,6 +30,7 @@ from runtime.agent import Agent
 
 MESSAGE_LIMIT = 16 * 1024 * 1024
 STOP_SECONDS = 5.0
+_HEAP_ARENAS = 2
 
 _log = logging.getLogger("podkeel.server")
 
@@ -45,6 +47,7 @@ class NoObserver:
 
 def serve(configuration: Configuration) -> None:
     """Serve until SIGTERM or SIGINT. Raises PodkeelError when the agent cannot start."""
+    libc.limit_heap_arenas(_HEAP_ARENAS)
     configure_logging(configuration.log)
     asyncio.run(_serve(configuration))
 

@@ -106,7 +106,7 @@ class StatsCalls:
             yield lists.encode_field(1, item)
 
     async def _metrics_items(self) -> list[bytes]:
-        pods = await self._statistics.snapshots(connections=True)
+        pods = await self._statistics.snapshots()
         return await in_thread(lambda: [lists.encode_item(metrics_messages.pod_metrics(pod)) for pod in pods])
 
 

@@ -15,6 +15,8 @@ CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 CLONE_FS = 0x00000200
 
+_M_ARENA_MAX = -8
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
@@ -56,6 +58,15 @@ def sethostname(name: str) -> None:
     """Set the host name in the calling thread's UTS namespace."""
     encoded = name.encode()
     _check(_libc.sethostname(encoded, len(encoded)), name)
+
+
+def limit_heap_arenas(count: int) -> None:
+    """Have all threads allocate from ``count`` heaps (mallopt(3)), where the C library is glibc.
+
+    Each thread would get a heap of its own that keeps the most it ever held.
+    """
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(_M_ARENA_MAX, count)
 
 
 def set_child_subreaper() -> None:

@@ -102,8 +102,8 @@ def memory_limit(folder: Folder) -> int | None:
 
 def swap_limit(folder: Folder) -> int | None:
     """The limit of swap alone in bytes, which v1 keeps as one of memory and swap together; None: none."""
-    limit = _limit(folder.number("memory.limit_in_bytes"))
     total = _limit(folder.number("memory.memsw.limit_in_bytes"))
+    limit = _limit(folder.number("memory.limit_in_bytes")) if total is not None else None
     return None if limit is None or total is None else max(0, total - limit)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import lru_cache
 
 from metrics.files import Fields, Folder
 from metrics.readings import (
@@ -189,6 +190,7 @@ def pressure(folder: Folder) -> PressureReading | None:
     return PressureReading(time.time_ns(), *(parse_pressure(content) for content in contents if content is not None))
 
 
+@lru_cache(maxsize=1024)  # most cgroups idle, and their files stay as they are
 def parse_pressure(content: bytes) -> Psi:
     """The lines of a pressure file; older kernels have no ``full`` line for processors, which reads as zeros."""
     lines = {b"some": _NO_PRESSURE, b"full": _NO_PRESSURE}

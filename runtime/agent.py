@@ -120,6 +120,7 @@ class Agent:
         stack.callback(node.events.close)
         await self.recovery.run()
 
+        stack.push_async_callback(self.statistics.close)
     async def check(self) -> list[Finding]:
         """Compare the store with kernel and folders; changes nothing.
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from host.threads import in_thread
 from images.writable import WritableUsage
 from metrics.devices import device_name
 from metrics.network import read_networks
 from metrics.processes import read_processes
-from metrics.readings import FilesystemReading, NetworkReading
+from metrics.readings import ConnectionsReading, FilesystemReading, NetworkReading
 from metrics.samples import Labels, Snapshot
 from runtime.container import Container, ContainerState
 from runtime.meters import Usage, total
 from runtime.node import Node
 from runtime.sandbox import Sandbox, SandboxState
+
+# To count the sockets of one pod the kernel walks tables of the whole host, for milliseconds: that is done aside, this
+# often at most, and then rests a hundred times as long as it took.
+_CONNECTIONS_SECONDS = 30.0
+_CONNECTIONS_REST = 100
 
 # Cgroups that are never a pod's own, whoever named them its parent.
 _EVERYBODYS = ("", "/")
@@ -47,6 +55,9 @@ class Statistics:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._connections: dict[str, ConnectionsReading] = {}
+        self._connections_due = 0.0
+        self._counting: asyncio.Task[None] | None = None
 
     def running(self) -> list[Container]:
         """The containers that run."""
@@ -92,11 +103,30 @@ class Statistics:
         readings = await read_networks(pins, connections=connections)
         return {s.id: reading for s, reading in zip(own, readings, strict=True) if reading is not None}
 
-    async def snapshots(self, *, connections: bool = False) -> list[PodSnapshot]:
-        """Everything the metrics tell of all ready pods, now."""
+    async def snapshots(self) -> list[PodSnapshot]:
+        """Everything the metrics tell of all ready pods, now; counts of sockets as they were counted last."""
         pods = self.pods()
-        networks = await self.networks(pods, connections=connections)
+        if self._connections_due <= time.monotonic() and (self._counting is None or self._counting.done()):
+            self._counting = asyncio.create_task(self._count_connections(pods), name="connections")
+        networks = await self.networks(pods)
+        for sandbox_id, reading in networks.items():
+            counted = self._connections.get(sandbox_id)
+            if counted is not None:
+                networks[sandbox_id] = msgspec.structs.replace(reading, connections=counted)
         return await in_thread(self._snapshots, pods, networks)
+
+    async def _count_connections(self, pods: Sequence[Pod]) -> None:
+        begin = time.monotonic()
+        readings = await self.networks(pods, connections=True)
+        self._connections = {pod: reading.connections for pod, reading in readings.items() if reading.connections}
+        now = time.monotonic()
+        self._connections_due = now + max(_CONNECTIONS_SECONDS, (now - begin) * _CONNECTIONS_REST)
+
+    async def close(self) -> None:
+        """End what is still being counted."""
+        if self._counting is not None:
+            self._counting.cancel()
+            await asyncio.wait((self._counting,))
 
     def _snapshots(self, pods: Sequence[Pod], networks: Mapping[str, NetworkReading]) -> list[PodSnapshot]:
         filesystem = _Filesystem(str(self._node.layout.data))

@@ -14,7 +14,7 @@ import msgspec
 
 from host import libc
 from scripts.build_busybox_image import busybox_image
-from tests.bench import phases, processes, report, servers
+from tests.bench import phases, processes, report, servers, stats
 from tests.bench.bare import BareRuntime
 from tests.bench.cgroups import own_cgroups
 from tests.bench.client import Client
@@ -51,6 +51,9 @@ def main() -> int:
         if options.containers:
             for target in targets:
                 phases.many_containers(target, options.containers, options.running)
+        if options.stats:
+            for target in targets:
+                target.measured.stats = stats.measure(target, options.stats, 2, options.poll_seconds)
     measured = [target.measured for target in targets]
     results = goals(measured[0], bare_samples)
     print(report.as_text(facts, measured, bare_samples, results))
@@ -78,6 +81,8 @@ def _options() -> argparse.Namespace:
     add("--clients", type=int, default=10, metavar="N", help="clients at once (10)")
     add("--containers", type=int, default=300, metavar="N", help="containers for ListContainers; 0: none (300)")
     add("--running", type=int, default=20, metavar="N", help="running containers for the monitors' memory (20)")
+    add("--stats", type=int, default=100, metavar="N", help="pods of two containers for the statistics; 0: none (100)")
+    add("--poll-seconds", type=int, default=30, metavar="N", help="how long they are polled as kubelet does (30)")
     add("--no-bare", action="store_true", help="leave out the bare OCI runtime")
     add("--json", type=Path, metavar="FILE", help="write everything there")
     add("--markdown", type=Path, metavar="FILE", help="write the tables of docs/performance.md there")

@@ -32,6 +32,7 @@ class Client:
 
     def __init__(self, address: str, *descriptors: FileDescriptor) -> None:
         self.address = address
+        self.metrics_url = ""
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._calls: dict[str, Callable[..., Any]] = {}
         for descriptor in (cri_pb2.DESCRIPTOR, *descriptors):
@@ -48,6 +49,16 @@ class Client:
     def call(self, name: str, request: Message, timeout: float = CALL_SECONDS) -> Any:
         """The response to one unary call; raises ``grpc.RpcError``."""
         return self._calls[name](request, timeout=timeout)
+
+    def answers(self, name: str, request: Message) -> bool:
+        """Whether the server implements the call, asked once."""
+        try:
+            self.call(name, request)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return False
+            raise
+        return True
 
     def knows(self, name: str) -> bool:
         """Whether the client was given a descriptor with this call."""

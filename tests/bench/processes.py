@@ -28,6 +28,12 @@ def _kibibytes(text: str, field: str) -> int:
     return int(match[1]) if match else 0
 
 
+def processor_seconds(pid: int) -> float:
+    """Processor time a process has used so far, in user mode and in the kernel."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def parent(pid: int) -> int:
     """The parent's pid."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

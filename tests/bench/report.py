@@ -28,6 +28,10 @@ _ORDER = (
     "Stop+RemovePodSandbox",
     "cycle",
     "ListContainers",
+    "ListContainerStats",
+    "ListPodSandboxStats",
+    "ListPodSandboxMetrics",
+    "scrape",
 )
 _TOOLS = (("crun", "--version"), ("runc", "--version"), ("conmon", "--version"), ("containerd", "--version"))
 
@@ -72,6 +76,7 @@ def as_data(
                 "stages": msgspec.to_builtins(server.stages.summaries()),
                 "pods_per_second": server.pods_per_second,
                 "memory": msgspec.to_builtins(server.memory),
+                "stats": msgspec.to_builtins(server.stats),
             }
             for server in servers
         ],
@@ -93,6 +98,11 @@ def as_text(facts: dict[str, str], servers: Sequence[Measured], bare: Samples, r
                 f"  resident: {_mib(memory.server_idle)} idle, {_mib(memory.server_loaded)} loaded; PSS per running "
                 f"container: {_mib(memory.monitor_per_container)} monitor, {_mib(memory.helpers_per_container)} "
                 f"helpers ({memory.containers} containers)"
+            )
+        if cost := server.stats:
+            lines.append(
+                f"  polled with {cost.pods} pods of {cost.containers} containers: {cost.busy:.2%} of a core; scrapes "
+                f"take {_mib(cost.scrape_growth)}"
             )
         lines.append("")
     if bare.values:
@@ -124,6 +134,9 @@ def as_markdown(facts: dict[str, str], servers: Sequence[Measured], bare: Sample
         lines.append(f"| resident, loaded | {' | '.join(_mib(m.server_loaded) for m in memories)} |")
         lines.append(f"| monitor per container | {' | '.join(_mib(m.monitor_per_container) for m in memories)} |")
         lines.append(f"| helpers per container | {' | '.join(_mib(m.helpers_per_container) for m in memories)} |")
+    costs = [server.stats for server in servers if server.stats is not None]
+    if len(costs) == len(servers):
+        lines.append(f"| busy while polled | {' | '.join(f'{cost.busy:.2%}' for cost in costs)} |")
     lines += ["", "| goal | measured | limit | |", "|---|---|---|---|"]
     for goal in results:
         limit = f"{'at least' if goal.at_least else 'at most'} {goal.limit:g} {goal.unit}"

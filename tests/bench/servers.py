@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,7 @@ def podkeel(folder: Path, runtime: str, cidr: str, reference: str, archive: Path
         try:
             with _server(serve, folder / "podkeel.log", f"unix://{run}/podkeel.sock", agent_pb2.DESCRIPTOR) as client:
                 client.call("ImportImage", agent_pb2.ImportImageRequest(path=str(archive), reference=reference))
+                client.metrics_url = re.findall(r"http://\S+/metrics", (folder / "podkeel.log").read_text())[-1]
                 yield client
         finally:
             reset = [str(program), "reset", "--yes", *flags]

@@ -53,9 +53,14 @@ class Workload:
         samples.add("cycle", (time.perf_counter_ns() - begin) / 1e6)
 
     @contextlib.contextmanager
-    def pod(self, samples: Samples) -> Iterator[tuple[str, cri_pb2.PodSandboxConfig]]:
-        """A ready sandbox, stopped and removed after the block, also when it fails."""
+    def pod(self, samples: Samples, *, own_cgroup: bool = False) -> Iterator[tuple[str, cri_pb2.PodSandboxConfig]]:
+        """A ready sandbox, stopped and removed after the block, also when it fails.
+
+        ``own_cgroup`` gives it a parent of its own, as kubelet does; else all pods share one.
+        """
         config = self._pod_config()
+        if own_cgroup:
+            config.linux.cgroup_parent += f"/{config.metadata.uid}"
         with samples.timed("RunPodSandbox"):
             pod = self.client.call(
                 "RunPodSandbox", cri_pb2.RunPodSandboxRequest(config=config, runtime_handler=self._handler)

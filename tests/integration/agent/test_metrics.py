@@ -180,7 +180,7 @@ def test_changes_are_logged_once_with_ids_and_duration(agent: AgentProcess) -> N
     assert len(about_container) == 4
     for line in mine:
         assert line["namespace"] == "default"
-        assert 0 < line["seconds"] < 20
+        assert 0 <= line["seconds"] < 20  # the end's time is from a coarse clock
     assert "secret-of-the-test" not in agent.log.read_text()
 
 

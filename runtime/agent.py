@@ -14,6 +14,7 @@ from typing import Self
 
 from host.database import Database
 from host.errors import WrongStateError
+from host.keyring import leave_session_keyring
 from host.threads import in_thread
 from images.options import ImageOptions
 from images.schema import MIGRATIONS as IMAGE_MIGRATIONS
@@ -69,6 +70,7 @@ class Agent:
 
     async def __aenter__(self) -> Self:
         sys.setswitchinterval(_SWITCH_SECONDS)
+        leave_session_keyring()
         async with AsyncExitStack() as stack:
             await self._open(stack)
             self._stack = stack.pop_all()
@@ -118,9 +120,9 @@ class Agent:
         stack.push_async_callback(self.containers.close)
         stack.push_async_callback(self.pods.close)
         stack.callback(node.events.close)
+        stack.push_async_callback(self.statistics.close)
         await self.recovery.run()
 
-        stack.push_async_callback(self.statistics.close)
     async def check(self) -> list[Finding]:
         """Compare the store with kernel and folders; changes nothing.
 

@@ -68,7 +68,8 @@ class WritableLayers:
 
     def forget(self, container_id: str) -> None:
         """The container is gone."""
-        self._counted.pop(container_id, None)
+        with self._lock:
+            self._counted.pop(container_id, None)
 
     def close(self) -> None:
         """Stop counting."""
@@ -91,12 +92,12 @@ class WritableLayers:
         while (container_id := self._queue.get()) is not None and not self._closing.is_set():
             begin = time.monotonic()
             counted = self._count(self._upper(container_id))
-            took = time.monotonic() - begin
+            now = time.monotonic()
             with self._lock:
                 self._waiting.discard(container_id)
-            if counted is not None and container_id in self._counted:
-                due = time.monotonic() + max(OLDEST_SECONDS, took * _REST)
-                self._counted[container_id] = _Counted(counted, due)
+                if counted is not None and container_id in self._counted:
+                    due = now + max(OLDEST_SECONDS, (now - begin) * _REST)
+                    self._counted[container_id] = _Counted(counted, due)
 
     def _count(self, folder: Path) -> WritableUsage | None:
         """None when it is cut short by the end, or when the folder is gone."""

@@ -18,7 +18,11 @@ import grpc
 from proto.podkeel.v1 import agent_pb2
 from tests.support.cri import CriClient
 
-START_SECONDS = 30.0
+# How many times longer than usual things may take, and lines added to [runtime] of every agent: for slow machines and
+# other setups, such as those of tests/vm.
+PATIENCE = float(os.environ.get("PODKEEL_TEST_PATIENCE", "1"))
+RUNTIME_OPTIONS = os.environ.get("PODKEEL_TEST_RUNTIME_OPTIONS", "")
+START_SECONDS = 30.0 * PATIENCE
 BUSYBOX = "docker.io/library/busybox:latest"
 
 _SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -41,7 +45,9 @@ class AgentProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self._client: CriClient | None = None
         self._runtime = runtime
-        (folder / "config.toml").write_text(f'[runtime]\ncgroup_parent = "{self.cgroup_parent}"\n{options}\n')
+        (folder / "config.toml").write_text(
+            f'[runtime]\ncgroup_parent = "{self.cgroup_parent}"\n{RUNTIME_OPTIONS}\n{options}\n'
+        )
 
     @property
     def client(self) -> CriClient:
@@ -154,7 +160,7 @@ def build_busybox(folder: Path) -> Path:
 def wait_for(condition: object, seconds: float = 10.0, what: str = "condition") -> None:
     """Wait until the callable ``condition`` holds; fails the test when it does not in time."""
     assert callable(condition)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * PATIENCE
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come true within {seconds:g} s"
         time.sleep(0.01)

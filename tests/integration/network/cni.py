@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import random
 import shlex
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,45 +21,14 @@ from network.options import NetworkOptions
 from network.provider import NodeNetwork
 from network.schema import MIGRATIONS
 from tests.integration.network.namespaces import Namespace, command, links_with, nft_tables, request
+from tests.support.cni_plugins import PluginFolders
 
 PLUGINS = "/usr/lib/cni"
-ALL_VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 
 _session = f"{random.randrange(16**3):03x}"
 _numbers = itertools.count()
 _subnets = [f"10.206.{number}" for number in range(256)] + [f"10.207.{number}" for number in range(128, 256)]
 random.shuffle(_subnets)
-
-_SCRIPT = """#!/bin/sh
-calls={calls}
-settings=$(cat)
-number=$(ls "$calls" | wc -l)
-printf '%s' "$settings" > "$calls/$(printf %04d "$number")-{name}-$CNI_COMMAND-$$"
-echo "$CNI_CONTAINERID $CNI_NETNS $CNI_IFNAME $CNI_ARGS $CNI_PATH" > "$calls/.environment-$CNI_COMMAND"
-case $CNI_COMMAND in
-{cases}
-esac
-"""
-
-
-def result(address: str = "10.206.0.2/24", version: str = "1.0.0") -> str:
-    """What a script prints to report an address."""
-    return f'echo \'{{"cniVersion": "{version}", "ips": [{{"address": "{address}"}}]}}\''
-
-
-def failure(code: int, text: str, details: str = "") -> str:
-    """How a script fails as a plugin does."""
-    body = json.dumps({"cniVersion": "1.0.0", "code": code, "msg": text, "details": details})
-    return f"echo '{body}'; exit 1"
-
-
-@dataclass
-class Call:
-    """One call of a scripted plugin."""
-
-    plugin: str
-    command: str
-    settings: dict[str, Any]
 
 
 @dataclass
@@ -77,10 +44,9 @@ class CniPod:
 
 
 @dataclass
-class CniNode:
+class CniNode(PluginFolders):
     """A node under test with its folders; the configuration is written by the test."""
 
-    folder: Path
     bridge: str
     subnet: str
     database: Database
@@ -90,8 +56,7 @@ class CniNode:
     told: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for folder in (self.configurations, self.programs, self.calls):
-            folder.mkdir()
+        super().__post_init__()
         self.network = self._make()
 
     def _make(self) -> NodeNetwork:
@@ -114,18 +79,6 @@ class CniNode:
         return made
 
     @property
-    def configurations(self) -> Path:
-        return self.folder / "net.d"
-
-    @property
-    def programs(self) -> Path:
-        return self.folder / "bin"
-
-    @property
-    def calls(self) -> Path:
-        return self.folder / "calls"
-
-    @property
     def leases(self) -> list[str]:
         """What host-local holds."""
         return sorted(path.name for path in (self.folder / "leases").rglob("*") if path.name[0].isdigit())
@@ -139,43 +92,6 @@ class CniNode:
         """Debian's bridge plugin on a bridge of the test's own."""
         plugin = {"type": "bridge", "bridge": self.bridge, "isGateway": True, "ipMasq": False, "hairpinMode": True}
         return {**plugin, "ipam": self.ipam(routes=[{"dst": "0.0.0.0/0"}], subnet=f"{self.subnet}.0/25"), **more}
-
-    def configure(
-        self, *plugins: dict[str, object], version: str = "1.0.0", name: str = "10-test.conflist", **more: Any
-    ) -> Path:
-        """Write a configuration, as one does: beside and then in place."""
-        content = {"cniVersion": version, "name": "testnet", "plugins": plugins, **more}
-        path = self.configurations / name
-        beside = path.with_suffix(".new")
-        beside.write_text(json.dumps(content))
-        return beside.rename(path)
-
-    def script(self, name: str, *, versions: Sequence[str] = ALL_VERSIONS, **commands: str) -> dict[str, object]:
-        """Make a plugin that runs these shell lines, ``true`` where none are given; returns its settings."""
-        told = json.dumps({"cniVersion": "1.0.0", "supportedVersions": list(versions)})
-        lines = {"VERSION": f"echo '{told}'", "ADD": result(), **commands}
-        cases = "\n".join(f"{name})\n{line}\n;;" for name, line in lines.items())
-        path = self.programs / name
-        beside = path.with_name(f".{name}")
-        beside.write_text(_SCRIPT.format(calls=self.calls, name=name, cases=cases))
-        beside.chmod(0o755)
-        beside.rename(path)
-        return {"type": name}
-
-    def called(self, *commands: str) -> list[Call]:
-        """The calls of scripted plugins so far, without VERSION; only those of ``commands`` if any are named."""
-        found = []
-        for path in sorted(self.calls.iterdir()):
-            if path.name.startswith("."):
-                continue
-            _, plugin, command_name, _ = path.name.split("-")
-            if command_name in commands or (not commands and command_name != "VERSION"):
-                found.append(Call(plugin, command_name, json.loads(path.read_text())))
-        return found
-
-    def environment(self, command_name: str) -> list[str]:
-        """The variables of the last call of that command."""
-        return (self.calls / f".environment-{command_name}").read_text().split()
 
     async def start(self, *live: str) -> None:
         await self.network.start()

@@ -20,8 +20,9 @@ from host.errors import (
     UnavailableError,
 )
 from network.attachment import AttachRequest, Bandwidth, PodDns, PortMapping
-from tests.integration.network.cni import CniNode, cni_node, failure, result
+from tests.integration.network.cni import CniNode, cni_node
 from tests.integration.network.namespaces import descriptors, request, start, wait_until
+from tests.support.cni_plugins import failure, result
 
 _ROOT = Path(__file__).parents[3]
 
@@ -78,7 +79,10 @@ async def test_what_a_plugin_fails_with_is_told(
         ("echo '{}'", "gave the pod no address"),
         ("echo '{\"ips\": null}'", "gave the pod no address"),
         (result("10.206.0.300/24"), "makes no sense"),
-        ('echo \'{"ips": [{"address": "10.206.0.3/24", "interface": 4}]}\'', "makes no sense: .* interface 4"),
+        (
+            result("10.206.0.3/24").replace('"ips": [{', '"interfaces": [{}], "ips": [{"interface": 4, '),
+            "makes no sense: .* interface 4",
+        ),
         ("echo '{\"ips\": 5}'", "makes no sense"),
     ],
 )

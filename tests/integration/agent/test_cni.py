@@ -1,0 +1,179 @@
+"""An agent whose pods are connected by CNI plugins."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+from proto.runtime.v1 import cri_pb2
+from tests.support.agent import AgentProcess, running_agent, wait_for
+from tests.support.cni_plugins import PluginFolders, failure
+from tests.support.pods import container_config, sandbox_config
+
+_PLUGINS = "/usr/lib/cni"
+
+
+@dataclass
+class CniAgent:
+    """An agent in CNI mode, with folders of its own for configurations and plugins."""
+
+    agent: AgentProcess
+    folders: PluginFolders
+    bridge: str
+
+    def bridge_plugin(self) -> dict[str, object]:
+        subnet = f"10.206.{random.randrange(256)}.0/24"
+        ipam = {"type": "host-local", "dataDir": str(self.folders.folder / "leases"), "subnet": subnet}
+        return {"type": "bridge", "bridge": self.bridge, "isGateway": True, "ipam": ipam}
+
+    def network_condition(self) -> cri_pb2.RuntimeCondition:
+        status = self.agent.client.call("Status", cri_pb2.StatusRequest()).status
+        found: list[cri_pb2.RuntimeCondition] = [c for c in status.conditions if c.type == "NetworkReady"]
+        return found[0]
+
+    @property
+    def broken(self) -> Path:
+        """While this exists, scripts that look for it fail."""
+        return self.folders.folder / "broken"
+
+    def unless_repaired(self) -> str:
+        """A line of a script."""
+        return f"if [ -e {self.broken} ]; then {failure(100, 'out of order')}; fi"
+
+    def wait_ready(self) -> None:
+        wait_for(lambda: self.network_condition().status, what="NetworkReady")
+
+    def leases(self) -> list[str]:
+        return [path.name for path in (self.folders.folder / "leases").rglob("10.*")]
+
+
+@pytest.fixture
+def cni(tmp_path: Path, busybox: Path) -> Iterator[CniAgent]:
+    (tmp_path / "cni").mkdir()
+    folders = PluginFolders(tmp_path / "cni")
+    options = f"""
+[network]
+mode = "cni"
+cni_config_dir = "{folders.configurations}"
+cni_bin_dirs = ["{folders.programs}", "{_PLUGINS}"]
+cni_timeout_seconds = 5
+"""
+    bridge = f"pktc{random.randrange(16**6):06x}"
+    try:
+        with running_agent(tmp_path, busybox, options=options) as agent:
+            made = CniAgent(agent, folders, bridge)
+            yield made
+            made.broken.unlink(missing_ok=True)
+    finally:
+        subprocess.run(["ip", "link", "delete", bridge], check=False, capture_output=True)
+
+
+def test_pods_reach_each_other_and_give_everything_back(cni: CniAgent) -> None:
+    client = cni.agent.client
+    condition = cni.network_condition()
+    assert (condition.status, condition.reason) == (False, "CniNotConfigured")
+    with pytest.raises(grpc.RpcError, match="no CNI configuration in") as refused:
+        client.run_sandbox(sandbox_config(cni.agent))
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    cni.folders.configure(
+        cni.bridge_plugin(),
+        cni.folders.script("last", ADD='printf %s "$settings" | sed "s/.*prevResult\\":\\(.*\\)}/\\1/"'),
+    )
+    cni.wait_ready()
+    server_config = sandbox_config(cni.agent, annotations={"kubernetes.io/ingress-bandwidth": "10M"})
+    server_config.port_mappings.add(container_port=80, host_port=31871)
+    server = client.run_sandbox(server_config)
+    address = client.sandbox_status(server).network.ip
+    assert address.startswith("10.206.")
+    assert address in cni.leases()
+    serving = client.create(server, container_config("web", "httpd", "-f", "-p", "80", "-h", "/etc"), server_config)
+    client.start(serving)
+    other_config = sandbox_config(cni.agent)
+    other = client.run_sandbox(other_config)
+    asking = client.create(other, container_config("ask", "sleep", "1000"), other_config)
+    client.start(asking)
+    assert address in client.output(serving, "ip", "address", "show", "eth0")
+    assert address in client.output(serving, "cat", "/etc/hosts")
+    wait_for(lambda: client.exec(asking, "wget", "-qO-", f"http://{address}/hostname").exit_code == 0)
+    assert client.exec(asking, "wget", "-qO-", "http://127.0.0.1/").exit_code != 0  # lo is up: refused, not unreachable
+    subprocess.run(["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/31871"], check=True, timeout=5)
+    environment = cni.folders.environment("ADD")
+    assert f"K8S_POD_NAME={other_config.metadata.name}" in environment[3]
+    assert client.findings() == []
+    cni.agent.restart()
+    client = cni.agent.client
+    assert client.sandbox_status(server).network.ip == address
+    assert client.findings() == []
+    for sandbox_id in (server, other):
+        client.stop_sandbox(sandbox_id)
+        client.remove_sandbox(sandbox_id)
+    assert cni.leases() == []
+    assert client.findings() == []
+
+
+def test_a_pod_is_stopped_for_good_once_its_plugin_lets_go(cni: CniAgent) -> None:
+    client = cni.agent.client
+    cni.broken.touch()
+    cni.folders.configure(cni.folders.script("bad", DEL=cni.unless_repaired()))
+    cni.wait_ready()
+    sandbox_id = client.run_sandbox(sandbox_config(cni.agent))
+    for _ in range(2):
+        with pytest.raises(grpc.RpcError, match="CNI plugin bad, DEL: failed with code 100: out of order"):
+            client.stop_sandbox(sandbox_id)
+    assert client.sandbox_status(sandbox_id).state == cri_pb2.SANDBOX_NOTREADY
+    with pytest.raises(grpc.RpcError, match="out of order"):
+        client.remove_sandbox(sandbox_id)
+    pin = cni.agent.run / "sandboxes" / sandbox_id / "ns" / "net"
+    assert pin.exists()
+    cni.agent.restart()
+    client = cni.agent.client
+    assert client.sandbox_status(sandbox_id).state == cri_pb2.SANDBOX_NOTREADY
+    assert any("waits to be given back" in finding for finding in client.findings())
+    cni.broken.unlink()
+    wait_for(lambda: not pin.exists(), what="the end of the namespace")
+    client.remove_sandbox(sandbox_id)
+    wait_for(lambda: client.findings() == [])
+
+
+def test_a_pod_that_cannot_be_made_or_undone_leaves_nothing_in_the_end(cni: CniAgent) -> None:
+    client = cni.agent.client
+    cni.broken.touch()
+    cni.folders.configure(cni.folders.script("bad", ADD=failure(42, "no"), DEL=cni.unless_repaired()))
+    cni.wait_ready()
+    with pytest.raises(grpc.RpcError, match="step network: CNI plugin bad, ADD: failed with code 42: no"):
+        client.run_sandbox(sandbox_config(cni.agent))
+    assert list((cni.agent.run / "sandboxes").iterdir()) != []
+    cni.broken.unlink()
+    wait_for(lambda: list((cni.agent.run / "sandboxes").iterdir()) == [], what="the end of the sandbox")
+    assert client.findings() == []
+
+
+def test_an_agent_killed_while_a_plugin_works_undoes_it(cni: CniAgent) -> None:
+    client = cni.agent.client
+    begun = cni.folders.folder / "begun"
+    cni.folders.configure(cni.folders.script("slow", ADD=f"touch {begun}; sleep 4"), cni.bridge_plugin())
+    cni.wait_ready()
+    call = client.future("RunPodSandbox", cri_pb2.RunPodSandboxRequest(config=sandbox_config(cni.agent)))
+    wait_for(begun.exists)
+    cni.agent.restart()
+    call.cancel()
+    client = cni.agent.client
+    wait_for(lambda: list((cni.agent.run / "sandboxes").iterdir()) == [], what="the end of the sandbox")
+    assert [found.command for found in cni.folders.called()] == ["ADD", "DEL"]
+    assert client.findings() == []
+
+
+def test_bandwidth_annotations_that_are_no_rates_are_refused(cni: CniAgent) -> None:
+    cni.folders.configure(cni.folders.script("one"))
+    cni.wait_ready()
+    config = sandbox_config(cni.agent, annotations={"kubernetes.io/egress-bandwidth": "fast"})
+    with pytest.raises(grpc.RpcError, match=r"kubernetes.io/egress-bandwidth: 'fast' is no quantity") as refused:
+        cni.agent.client.run_sandbox(config)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert cni.agent.client.findings() == []

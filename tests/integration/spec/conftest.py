@@ -157,7 +157,7 @@ def run(runtime: str, rootfs: Path, tmp_path: Path, node: NodeFacts, pod_namespa
 
 
 def _remove_cgroups(identifier: str) -> None:
-    for controller in CGROUPS.iterdir():
+    for controller in (CGROUPS, *CGROUPS.iterdir()):
         for folder in (controller / "podkeel-test-spec" / identifier, controller / "podkeel-test-spec"):
             if folder.is_dir():
                 try:

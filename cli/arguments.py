@@ -155,7 +155,7 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
     commands = _Commands(subparsers, _client_options())
     parser = commands.add("images", "cli.images:list_images", "list images")
     parser.add_argument("--quiet", "-q", action="store_true", help="ids only")
-    parser = commands.add("pull", "cli.images:pull", "pull an image from its registry")
+    parser = commands.add("pull", "cli.pulls:pull", "pull an image from its registry, showing how far it is")
     parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
     image = subparsers.add_parser(
@@ -165,6 +165,7 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
     parser = below.add("import", "cli.images:import_archive", "import an OCI layout, OCI archive or docker archive")
     parser.add_argument("path", metavar="PATH", help="a folder or tar file on the node")
     parser.add_argument("--reference", metavar="REF", default="", help="name for images that carry none")
+    below.add("pulls", "cli.pulls:list_pulls", "list the pulls that run now, whoever asked for them")
     parser = below.add(
         "explain",
         "cli.image_reports:explain",

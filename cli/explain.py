@@ -6,6 +6,7 @@ import argparse
 import time
 from datetime import datetime
 
+from cli.bars import bar
 from cli.connect import connect
 from cli.lookup import find_container, find_pod, list_containers, list_pods
 from cli.text import duration, short
@@ -13,7 +14,6 @@ from host.errors import NotFoundError
 from proto.podkeel.v1 import agent_pb2
 
 _WIDTH = 40
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def explain(options: argparse.Namespace) -> None:
@@ -46,21 +46,13 @@ def waterfall(operation: agent_pb2.OperationReport, now: int, name: str = "") ->
     lines = [f"{operation.name}  {subject}  {moment}  {duration(max(total, 0))}"]
     width = max((len(stage.name) for stage in operation.stages), default=0)
     for stage, end in zip(operation.stages, ends, strict=True):
-        bar = _bar((stage.started - operation.started) / 1e9, (end - operation.started) / 1e9, total)
+        scale = 1 / total if total > 0 else 0.0
+        begin = (stage.started - operation.started) / 1e9
+        drawn = bar(begin * scale, (end - operation.started) / 1e9 * scale, _WIDTH, least=1)
         note = "  running" if stage.seconds < 0 else "  failed" if stage.failed else ""
-        lines.append(f"  {stage.name:<{width}}  {bar}  {duration(max(end - stage.started, 0) / 1e9):>8}{note}")
+        lines.append(f"  {stage.name:<{width}}  {drawn}  {duration(max(end - stage.started, 0) / 1e9):>8}{note}")
     return "\n".join(lines)
 
 
 def _end(stage: agent_pb2.StageReport, now: int) -> int:
     return now if stage.seconds < 0 else stage.started + round(stage.seconds * 1e9)
-
-
-def _bar(begin: float, end: float, total: float) -> str:
-    """A bar of _WIDTH columns; its end falls on an eighth of a column, and it is never empty."""
-    scale = _WIDTH / total if total > 0 else 0.0
-    first = min(int(begin * scale), _WIDTH - 1)
-    eighths = max(1, round((end * scale - first) * 8))
-    full, part = divmod(eighths, 8)
-    bar = "█" * full + (_EIGHTHS[part] if part else "")
-    return (" " * first + bar)[:_WIDTH].ljust(_WIDTH)

@@ -37,12 +37,6 @@ def find_image(client: Client, reference: str) -> cri_pb2.Image | None:
     return answer.image if answer.HasField("image") else None
 
 
-def pull(options: argparse.Namespace) -> None:
-    """``podkeel pull``."""
-    with connect(options) as client:
-        print(pull_image(client, options.reference, auth=credentials(options)))
-
-
 def credentials(options: argparse.Namespace) -> cri_pb2.AuthConfig | None:
     """What ``--creds`` gives, if it is given. Raises InvalidArgumentError for another form."""
     if options.creds is None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from cri.image_service import credentials_of
 from host.errors import InvalidArgumentError
+from images.progress import LayerState, PullProgress
+from images.reference import parse
 from images.store import ImageStore
 from proto.podkeel.v1 import agent_pb2
+
+_PROGRESS_SECONDS = 0.2
+_STATES = {
+    LayerState.WAITING: agent_pb2.LayerProgress.WAITING,
+    LayerState.RUNNING: agent_pb2.LayerProgress.RUNNING,
+    LayerState.DONE: agent_pb2.LayerProgress.DONE,
+}
 
 
 class ImageCalls:
@@ -22,6 +33,33 @@ class ImageCalls:
         return agent_pb2.ImportImageResponse(
             images=[agent_pb2.ImportedImage(id=image.id, references=image.repo_tags) for image in images]
         )
+
+    async def pull(self, request: agent_pb2.PullRequest) -> AsyncIterator[agent_pb2.PullProgress]:
+        """Pull an image; the pull ends when its last caller leaves."""
+        credentials = credentials_of(request.auth) if request.HasField("auth") else None
+        reference = str(parse(request.reference))
+        told = agent_pb2.PullProgress()
+        pulling = asyncio.create_task(self._images.pull(request.reference, credentials))
+        try:
+            while not (await asyncio.wait((pulling,), timeout=_PROGRESS_SECONDS))[0]:
+                now = next((pull for pull in self._images.pulls() if pull.reference == reference), None)
+                if now is not None and (message := _progress(now)) != told:
+                    told = message
+                    yield told
+            image = pulling.result()
+        finally:
+            pulling.cancel()
+            await asyncio.wait((pulling,))
+        last = agent_pb2.PullProgress(reference=reference, started=told.started, image_id=image.id)
+        for layer in told.layers:
+            last.layers.add(
+                digest=layer.digest, state=agent_pb2.LayerProgress.DONE, size=layer.size, received=layer.size
+            )
+        yield last
+
+    async def list_pulls(self, _request: agent_pb2.ListPullsRequest) -> agent_pb2.ListPullsResponse:
+        """The pulls that run now."""
+        return agent_pb2.ListPullsResponse(pulls=[_progress(pull) for pull in self._images.pulls()])
 
     async def explain_image(self, request: agent_pb2.ExplainImageRequest) -> agent_pb2.ExplainImageResponse:
         """Ask every host that a pull would try."""
@@ -41,6 +79,13 @@ class ImageCalls:
                 for host in answers
             ],
         )
+
+
+def _progress(pull: PullProgress) -> agent_pb2.PullProgress:
+    message = agent_pb2.PullProgress(reference=pull.reference, started=pull.started)
+    for layer in pull.layers:
+        message.layers.add(digest=layer.digest, state=_STATES[layer.state], size=layer.size, received=layer.received)
+    return message
 
 
 def _node_path(text: str) -> Path:

@@ -7,7 +7,7 @@ import os
 import posixpath
 import tarfile
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +140,7 @@ class ImageArchive:
             raise InvalidArgumentError(f"image archive {self._path} is broken: {name} is cut off")
         return content
 
-    async def chunks(self, name: str) -> AsyncIterator[bytes]:
+    async def chunks(self, name: str) -> AsyncGenerator[bytes, None]:
         """A member's bytes, piece by piece."""
         if self._file is None:
             descriptor, size = await in_thread(self._open_file, name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from host.errors import InvalidArgumentError
 from images import digests
 from images.image import ImageConfig, parse_config
-from images.layers import LayerSource
+from images.layer_source import LayerSource
 from images.manifests import Descriptor
 
 
@@ -26,7 +26,7 @@ class Candidate:
     config: bytes
     layers: tuple[Descriptor, ...]
     names: tuple[str, ...]
-    open_layer: Callable[[Descriptor], AsyncIterator[bytes]]
+    open_layer: Callable[[Descriptor], AsyncGenerator[bytes, None]]
     transferred: Callable[[], int] = lambda: 0
 
     @property

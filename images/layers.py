@@ -9,7 +9,7 @@ import logging
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from host.threads import in_thread
 from host.undo import Undo
 from images.inheritance import inherit
 from images.joining import Joined
-from images.manifests import Descriptor
+from images.layer_source import LayerSource
 from images.options import ImageOptions
+from images.progress import LayerProgress, Transfers
 from images.trash import Trash
 from images.unpacking import Unpacked, Unpacker
 
@@ -47,18 +48,6 @@ class Layer:
     opaque: bool
 
 
-@dataclass(frozen=True, slots=True)
-class LayerSource:
-    """Where a missing layer comes from: what it must be, and how to begin its transfer."""
-
-    descriptor: Descriptor
-    diff_id: str
-    chain_id: str
-    below: tuple[str, ...]  # chain ids of the layers below, lowest first
-    chunks: Callable[[], AsyncIterator[bytes]]
-    subject: str
-
-
 class LayerStore:
     """Keeps each layer in ``layers/<number>/fs`` of the data folder; a layer nobody uses any more is dropped.
 
@@ -77,6 +66,7 @@ class LayerStore:
         self._users: Counter[int] = Counter()
         self._blob_users: Counter[str] = Counter()
         self._joined: Joined[Layer] = Joined()
+        self._transfers = Transfers()
         self._slots = asyncio.Semaphore(options.max_parallel_downloads)
         self._unpacker: Unpacker | None = None
         self._unsynced: set[int] = set()
@@ -150,6 +140,10 @@ class LayerStore:
         """Whether all of them are there."""
         return all(number in self._layers or number == EMPTY_LAYER for number in numbers)
 
+    def progress(self, source: LayerSource) -> LayerProgress:
+        """How far a layer is that somebody obtains."""
+        return self._transfers.progress(source, there=source.chain_id in self._by_chain)
+
     def retain(self, numbers: Iterable[int]) -> None:
         """Count one more user of each."""
         self._users.update(numbers)
@@ -190,9 +184,10 @@ class LayerStore:
             await in_thread((folder / "fs").mkdir, mode=0o755, parents=True)
             async with self._slots:
                 keep = incoming if self._options.keep_blobs else None
-                unpacked = await self._worker().unpack(
-                    source.chunks(), source.descriptor, folder / "fs", keep, source.subject
-                )
+                with self._transfers.running(source) as chunks:
+                    unpacked = await self._worker().unpack(
+                        chunks, source.descriptor, folder / "fs", keep, source.subject
+                    )
             if unpacked.diff_id != source.diff_id:
                 raise InvalidArgumentError(
                     f"{source.subject} is broken: unpacked, its digest is {unpacked.diff_id}, expected {source.diff_id}"

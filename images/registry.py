@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
@@ -101,7 +101,7 @@ class RegistryClient:
         digests.verify(bytes(content), descriptor.digest, subject)
         return bytes(content)
 
-    async def blob(self, descriptor: Descriptor) -> AsyncIterator[bytes]:
+    async def blob(self, descriptor: Descriptor) -> AsyncGenerator[bytes, None]:
         """The bytes of a blob, unverified; a broken connection is taken up again where it broke."""
         received = 0
         failures = 0

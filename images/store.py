@@ -23,8 +23,10 @@ from images.candidate import Candidate
 from images.credentials import Credentials
 from images.image import Image, ImageConfig, parse_config
 from images.joining import Joined
-from images.layers import Layer, LayerSource, LayerStore
+from images.layer_source import LayerSource
+from images.layers import Layer, LayerStore
 from images.options import ImageOptions
+from images.progress import PullProgress, RunningPull
 from images.reference import Reference, parse
 from images.snapshots import SnapshotStore
 from images.trash import Trash
@@ -73,6 +75,7 @@ class ImageStore:
         self._names: dict[str, str] = {}
         self._changing = asyncio.Lock()
         self._pulls: Joined[Image] = Joined()
+        self._running_pulls: list[RunningPull] = []
         self.revision = 0
         self.fetched_bytes = 0
 
@@ -149,15 +152,28 @@ class ImageStore:
         operation = Operation("PullImage")
         known = self._names.get(_key(name))
         known_digests = self._images[known].repo_digests if known else ()
-        async with pulling.fetch(self._options, name, credentials, known_digests, operation) as candidate:
-            if candidate is None and known in self._images:
-                return self._images[known]
-            if candidate is None:  # removed while the registry was asked
-                return await self._pull(name, credentials)
-            try:
-                return await self._install(candidate, operation)
-            finally:
-                self.fetched_bytes += candidate.transferred()
+        running = RunningPull(str(name))
+        self._running_pulls.append(running)
+        try:
+            async with pulling.fetch(self._options, name, credentials, known_digests, operation) as candidate:
+                if candidate is not None:
+                    running.sources = candidate.layer_sources()
+                    try:
+                        return await self._install(candidate, operation)
+                    finally:
+                        self.fetched_bytes += candidate.transferred()
+        finally:
+            self._running_pulls.remove(running)
+        if known in self._images:
+            return self._images[known]
+        return await self._pull(name, credentials)  # it was removed while the registry was asked
+
+    def pulls(self) -> list[PullProgress]:
+        """How far each running pull is, oldest first."""
+        return [
+            PullProgress(pull.reference, pull.started, tuple(map(self._layers.progress, pull.sources)))
+            for pull in self._running_pulls
+        ]
 
     async def explain(
         self, reference: str, credentials: Credentials | None = None

@@ -8,7 +8,7 @@ import fcntl
 import importlib.util
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class Unpacker:
         self._threads.shutdown(wait=True)
 
     async def unpack(
-        self, chunks: AsyncIterator[bytes], descriptor: Descriptor, folder: Path, keep: Path | None, subject: str
+        self, chunks: AsyncGenerator[bytes, None], descriptor: Descriptor, folder: Path, keep: Path | None, subject: str
     ) -> Unpacked:
         """Write the layer that ``chunks`` brings below ``folder``, and its bytes as they are to ``keep``.
 
@@ -89,7 +89,8 @@ class Unpacker:
             )
             worker = asyncio.create_task(run)
             try:
-                await feed.send_all(chunks)
+                async with contextlib.aclosing(chunks):
+                    await feed.send_all(chunks)
             except BrokenPipeError:
                 pass  # the worker ended early and says why below
             except BaseException:
@@ -133,7 +134,7 @@ class _Feed:
         """The digest of what has passed."""
         return f"{self._algorithm}:{self._hash.hexdigest()}"
 
-    async def send_all(self, chunks: AsyncIterator[bytes]) -> None:
+    async def send_all(self, chunks: AsyncGenerator[bytes, None]) -> None:
         """Pass on everything, then check size and digest; BrokenPipeError if the worker stops reading."""
         batch: list[bytes] = []
         waiting = 0

@@ -14,6 +14,7 @@ import aiohttp
 from aiohttp import web
 
 TOKEN = "a-token-of-the-test"
+_LARGE = 50_000
 
 
 @dataclass
@@ -30,8 +31,18 @@ class Front:
     stall: bool = False
     redirect_blobs_to: str = ""
     refuse_ranges: bool = False
+    trickle: int = 0  # bytes of each blob answer sent at a time, a hundredth of a second apart
     stalled: asyncio.Event = field(default_factory=asyncio.Event)
+    left: asyncio.Event = field(default_factory=asyncio.Event)  # a client that was being held went away
     seen: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+
+    _gate: asyncio.Event | None = None
+    _whole: int = 0
+
+    def hold_after(self, whole: int) -> asyncio.Event:
+        """Let that many large blobs pass; of the others comes a part until the event is set."""
+        self._whole, self._gate = whole, asyncio.Event()
+        return self._gate
 
     def count(self) -> Counter[str]:
         """How often each path was asked for."""
@@ -81,15 +92,35 @@ class Front:
                     assert request.transport is not None
                     request.transport.close()
                     return response
-                await response.write(content)
+                if "/blobs/" in request.path and len(content) > _LARGE:
+                    await self._slowly(response, content)
+                else:
+                    await response.write(content)
                 return response
+
+    async def _slowly(self, response: web.StreamResponse, content: bytes) -> None:
+        self._whole -= 1
+        if self._gate is not None and self._whole < 0:
+            await response.write(content[:_LARGE])
+            content = content[_LARGE:]
+            try:
+                await self._gate.wait()
+            except asyncio.CancelledError:
+                self.left.set()
+                raise
+        step = self.trickle or len(content)
+        for begin in range(0, len(content), step):
+            await response.write(content[begin : begin + step])
+            if self.trickle:
+                await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
 async def run_front(upstream: str, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Front]:
     """A front for the registry at ``upstream`` on a free loopback port."""
     front = Front(upstream, scheme="https" if tls else "http")
-    runner = web.ServerRunner(web.Server(front.answer), shutdown_timeout=0.05)  # type: ignore[arg-type]  # any response
+    server = web.Server(front.answer, handler_cancellation=True)  # type: ignore[arg-type]  # any response
+    runner = web.ServerRunner(server, shutdown_timeout=0.05)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
     await site.start()

@@ -1,0 +1,79 @@
+"""How far pulls are, as it can be asked for while they run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+
+from images.layer_source import LayerSource
+
+
+class LayerState(Enum):
+    """``WAITING`` for its turn, ``RUNNING`` while it is fetched and unpacked, ``DONE`` once it is on the node."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProgress:
+    """One layer of a pull; ``size`` and ``received`` are compressed bytes."""
+
+    digest: str
+    state: LayerState
+    size: int
+    received: int
+
+
+@dataclass(frozen=True, slots=True)
+class PullProgress:
+    """One running pull; ``started`` in nanoseconds since the epoch, ``layers`` empty until the manifest is there."""
+
+    reference: str
+    started: int
+    layers: tuple[LayerProgress, ...]
+
+
+@dataclass(slots=True)
+class RunningPull:
+    """A pull as the store follows it; ``sources`` are known once its manifest is."""
+
+    reference: str
+    started: int = field(default_factory=time.time_ns)
+    sources: Sequence[LayerSource] = ()
+
+
+class Transfers:
+    """The layers on their way to the node, by chain id, with the bytes that came."""
+
+    def __init__(self) -> None:
+        self._received: dict[str, int] = {}
+
+    @contextmanager
+    def running(self, source: LayerSource) -> Iterator[AsyncGenerator[bytes, None]]:
+        """The chunks of the layer, counted; it is on its way until the block ends."""
+        self._received[source.chain_id] = 0
+        try:
+            yield self._counted(source)
+        finally:
+            del self._received[source.chain_id]
+
+    async def _counted(self, source: LayerSource) -> AsyncGenerator[bytes, None]:
+        async with contextlib.aclosing(source.chunks()) as chunks:
+            async for chunk in chunks:
+                self._received[source.chain_id] += len(chunk)
+                yield chunk
+
+    def progress(self, source: LayerSource, *, there: bool) -> LayerProgress:
+        """How far the layer is, which ``there`` says is unpacked."""
+        size = source.descriptor.size
+        received = self._received.get(source.chain_id)
+        if there:
+            return LayerProgress(source.descriptor.digest, LayerState.DONE, size, size)
+        state = LayerState.WAITING if received is None else LayerState.RUNNING
+        return LayerProgress(source.descriptor.digest, state, size, received or 0)

@@ -1,0 +1,133 @@
+"""``podkeel pull`` and ``podkeel image …`` against a real agent and a real registry."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from proto.podkeel.v1 import agent_pb2
+from tests.support.agent import AgentProcess
+from tests.support.image_builder import BuiltImage, entry, make_tar
+from tests.support.registry import Registry, run_registry
+from tests.support.registry_front import Front, run_front
+
+
+@pytest.fixture(scope="module")
+def registry() -> Iterator[Registry]:
+    with run_registry() as running:
+        yield running
+
+
+@pytest.fixture
+async def front(registry: Registry) -> AsyncIterator[Front]:
+    built = BuiltImage(tuple(make_tar([entry(name, os.urandom(200_000))]) for name in "abc"))
+    registry.push(built, "team/app", "1")
+    async with run_front(registry.host) as running:
+        yield running
+
+
+class Command:
+    """A ``podkeel`` client in a process of its own; ``terminal`` gives it one for its standard error."""
+
+    def __init__(self, agent: AgentProcess) -> None:
+        self._environment = {**os.environ, "PODKEEL_SOCKET": agent.address, "COLUMNS": "100", "LINES": "30"}
+
+    async def start(self, *words: str, stderr: int = asyncio.subprocess.PIPE) -> asyncio.subprocess.Process:
+        program = str(Path(sys.executable).with_name("podkeel"))
+        return await asyncio.create_subprocess_exec(
+            program, *words, env=self._environment, stdout=asyncio.subprocess.PIPE, stderr=stderr
+        )
+
+    async def run(self, *words: str) -> tuple[int, str, str]:
+        process = await self.start(*words)
+        out, err = await process.communicate()
+        return process.returncode or 0, out.decode(), err.decode()
+
+
+@pytest.fixture
+def podkeel(agent: AgentProcess) -> Command:
+    return Command(agent)
+
+
+async def image_id(podkeel: Command, reference: str) -> str:
+    _, out, _ = await podkeel.run("image", "inspect", reference)
+    return out.partition('"id": "')[2].partition('"')[0]
+
+
+async def test_a_pull_tells_of_its_layers(podkeel: Command, front: Front) -> None:
+    name = f"{front.host}/team/app:1"
+    status, out, err = await podkeel.run("pull", name)
+    assert (status, out.strip()) == (0, await image_id(podkeel, name))
+    assert err == "" or err.splitlines()[-1].endswith(" of 3)")
+    await podkeel.run("image", "rm", name)
+    ours, theirs = pty.openpty()
+    front.trickle = 2_000
+    process = await podkeel.start("pull", name, stderr=theirs)
+    os.close(theirs)
+    with closing(os.fdopen(ours, "rb", buffering=0)) as terminal:
+        drawn = await asyncio.to_thread(read_all, terminal.fileno())
+    out_bytes, _ = await process.communicate()
+    assert out_bytes.startswith(b"sha256:")
+    assert "\x1b[4A" in drawn, "each drawing goes over the one before"
+    assert "█" in drawn
+    assert "/s, " in drawn
+    assert "3 of 3 layers" in drawn.splitlines()[-1]
+    status, out, err = await podkeel.run("pull", f"{front.host}/team/absent")
+    assert (status, out) == (1, "")
+    assert "team/absent" in err
+    await podkeel.run("image", "rm", name)
+
+
+def read_all(descriptor: int) -> str:
+    content = b""
+    while True:
+        try:
+            chunk = os.read(descriptor, 65536)
+        except OSError:  # how a terminal says that the other side is closed
+            chunk = b""
+        if not chunk:
+            return content.decode()
+        content += chunk
+
+
+async def test_a_pull_whose_client_leaves_ends_at_once(podkeel: Command, agent: AgentProcess, front: Front) -> None:
+    front.hold_after(0)
+    process = await podkeel.start("pull", f"{front.host}/team/app:1")
+
+    await until(agent, lambda pulls: any(layer.received for pull in pulls for layer in pull.layers))
+    _, out, _ = await podkeel.run("image", "pulls")
+    assert f"{front.host}/team/app:1  0 of 3" in out
+    process.send_signal(signal.SIGINT)
+    assert await process.wait() == 130
+    async with asyncio.timeout(5):
+        await front.left.wait()
+    await until(agent, lambda pulls: not pulls)
+
+
+async def until(agent: AgentProcess, good: Callable[[Sequence[agent_pb2.PullProgress]], bool]) -> None:
+    """Wait until the agent's running pulls are as wanted."""
+    async with asyncio.timeout(10):
+        while True:
+            answer = await asyncio.to_thread(agent.client.call, "ListPulls", agent_pb2.ListPullsRequest())
+            if good(answer.pulls):
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_explain(podkeel: Command, front: Front) -> None:
+    status, out, _ = await podkeel.run("image", "explain", f"{front.host}/team/app:1")
+    assert status == 0
+    assert f"✓ http://{front.host}/v2" in out
+    front.token_user = "user:secret"
+    status, out, _ = await podkeel.run("image", "explain", f"{front.host}/team/app:1", "--creds", "user:wrong")
+    assert status == 1
+    assert "user user, from the request" in out
+    assert "wrong" not in out

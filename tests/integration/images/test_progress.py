@@ -1,0 +1,112 @@
+"""What can be seen of running pulls, and when they are given up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from host.errors import KubeletReasonError
+from images.progress import LayerState, PullProgress
+from tests.integration.images.conftest import Node
+from tests.support.image_builder import BuiltImage, entry, make_tar
+from tests.support.registry import Registry
+from tests.support.registry_front import Front, run_front
+
+NewNode = Callable[..., Awaitable[Node]]
+
+
+@pytest.fixture(scope="module")
+def built() -> BuiltImage:
+    return BuiltImage(tuple(make_tar([entry(name, os.urandom(300_000))]) for name in "abc"))
+
+
+@pytest.fixture
+async def front(registry: Registry, built: BuiltImage) -> AsyncIterator[Front]:
+    registry.push(built, "progress")
+    async with run_front(registry.host) as running:
+        yield running
+
+
+async def seen(node: Node, good: Callable[[PullProgress], bool]) -> PullProgress:
+    """The only running pull, once it is as wanted."""
+    async with asyncio.timeout(10):
+        while True:
+            pulls = node.store.pulls()
+            if len(pulls) == 1 and good(pulls[0]):
+                return pulls[0]
+            await asyncio.sleep(0.005)
+
+
+def workers() -> list[int]:
+    """Unpack workers that are children of this process."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            try:
+                words = Path(f"/proc/{pid}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"unpack_worker" in words:
+                found.append(int(pid))
+    return found
+
+
+async def test_layers_and_bytes_are_visible_while_a_pull_runs(
+    new_node: NewNode, front: Front, built: BuiltImage
+) -> None:
+    node = await new_node(max_parallel_downloads=1)
+    name = f"{front.host}/progress"
+    gate = front.hold_after(2)
+    pulling = asyncio.create_task(node.store.pull(name))
+    progress = await seen(
+        node, lambda pull: any(layer.received > 0 for layer in pull.layers if layer.received < layer.size)
+    )
+    assert progress.reference == f"{name}:latest"
+    assert sorted(layer.state.name for layer in progress.layers).count("RUNNING") == 1
+    held = next(layer for layer in progress.layers if layer.state is LayerState.RUNNING)
+    assert 0 < held.received < held.size
+    for layer in progress.layers:
+        assert layer.size > 300_000
+        assert layer.received == {LayerState.WAITING: 0, LayerState.DONE: layer.size}.get(layer.state, held.received)
+    gate.set()
+    assert (await pulling).id == built.id
+    assert node.store.pulls() == []
+
+
+async def test_a_slow_registry_is_given_up_by_name(new_node: NewNode, front: Front) -> None:
+    node = await new_node(slowest_bytes_per_second=1_000_000, slow_seconds=0.4)
+    front.trickle = 2_000
+    with pytest.raises(KubeletReasonError, match=rf"{front.host} is too slow: \d+ bytes came in 0\.\d+ s") as caught:
+        await node.store.pull(f"{front.host}/progress")
+    assert caught.value.message.startswith("RegistryUnavailable: ")
+    assert await node.leftovers() == {}
+
+
+async def test_a_slow_registry_that_is_quick_enough_is_not(new_node: NewNode, front: Front, built: BuiltImage) -> None:
+    node = await new_node(slowest_bytes_per_second=1_000, slow_seconds=0.1)
+    front.trickle = 30_000
+    assert (await node.store.pull(f"{front.host}/progress")).id == built.id
+    await node.store.remove(built.id)
+    node = await new_node(slowest_bytes_per_second=0, slow_seconds=0.0)
+    assert (await node.store.pull(f"{front.host}/progress")).id == built.id
+
+
+async def test_a_cancelled_pull_leaves_no_work_behind(node: Node, front: Front) -> None:
+    gate = front.hold_after(0)
+    pulling = asyncio.create_task(node.store.pull(f"{front.host}/progress"))
+    await seen(node, lambda pull: sum(layer.received > 0 for layer in pull.layers) == 3)
+    assert len(workers()) == 3
+    begin = asyncio.get_running_loop().time()
+    pulling.cancel()
+    await asyncio.wait((pulling,))
+    assert asyncio.get_running_loop().time() - begin < 2
+    assert workers() == []
+    assert node.store.pulls() == []
+    async with asyncio.timeout(5):
+        await front.left.wait()
+    assert not gate.is_set()
+    assert await node.leftovers() == {}

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 from host.errors import CommandError, DeadlineError, NotFoundError
+from host.spawning import posix_spawn
+from host.threads import in_thread, wait_out
 
 OUTPUT_LIMIT = 16 * 1024 * 1024
 _CHUNK = 256 * 1024
@@ -37,29 +42,36 @@ def spawn(
     everything else is closed in the child. ``title`` is shown instead of the program's path in process lists. Raises
     NotFoundError when the program is missing, OSError otherwise.
     """
-    mapping = dict(descriptors or {})
-    actions: list[tuple[int, int, int] | tuple[int, int, str, int, int]] = []
     # Numbers the child wants may be numbers of ours that are still to be copied: all go through high copies first.
-    lifted = {child: _lift(ours) for child, ours in mapping.items()}
+    lifted = {child: _lift(ours) for child, ours in (descriptors or {}).items()}
     try:
-        for child in (0, 1, 2):
-            if child not in lifted:
-                actions.append((os.POSIX_SPAWN_OPEN, child, "/dev/null", os.O_RDWR, 0))
-        actions += [(os.POSIX_SPAWN_DUP2, ours, child) for child, ours in lifted.items()]
-        return os.posix_spawnp(
-            command[0],
-            [title or command[0], *command[1:]],
-            dict(environment) if environment is not None else os.environ,
-            file_actions=actions,
-            setsid=True,
-            setsigmask=(),
-            setsigdef=(signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
-        )
+        return posix_spawn(command, title or command[0], os.environ if environment is None else environment, lifted)
     except FileNotFoundError as error:
         raise NotFoundError(f"program {command[0]!r} is not installed or not on the PATH") from error
     finally:
         for ours in lifted.values():
             os.close(ours)
+
+
+async def spawn_aside(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    descriptors: Mapping[int, int] | None = None,
+) -> int:
+    """Like ``spawn``, from a thread, so that the loop need not wait for the child to begin its program.
+
+    When the caller is cancelled meanwhile, the child is killed and reaped.
+    """
+    work = functools.partial(spawn, command, environment=environment, descriptors=descriptors)
+    spawned = asyncio.ensure_future(in_thread(work))
+    try:
+        return await wait_out(spawned)
+    except asyncio.CancelledError:
+        if not spawned.cancelled() and spawned.exception() is None:
+            kill_group(spawned.result())
+            _wait_for_killed(os.P_PID, spawned.result())
+        raise
 
 
 def _lift(descriptor: int) -> int:
@@ -100,6 +112,13 @@ def reap(pidfd: int) -> int | None:
     return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
 
 
+def reap_ended(pidfd: int) -> int:
+    """The same for a child that has ended or was sent SIGKILL, so that waiting for it takes no time."""
+    result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    assert result is not None
+    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+
 def start_time(pid: int) -> int | None:
     """Start time in clock ticks since boot, which with the pid names a process for good; None if gone or dead."""
     try:
@@ -129,39 +148,52 @@ def kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-class _Collector:
-    """Gathers a pipe's bytes up to a limit; what comes after is read and dropped so that the writer never blocks."""
+class Collector:
+    """Gathers a pipe's bytes up to a limit; what comes after is read and dropped so that the writer never blocks.
 
-    def __init__(self, limit: int) -> None:
+    For ``with``; ``write_end`` is for the writer.
+    """
+
+    def __init__(self, limit: int = OUTPUT_LIMIT) -> None:
         self.data = bytearray()
         self._limit = limit
         self._loop = asyncio.get_running_loop()
-        self.read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self.read_end, False)
-        self._loop.add_reader(self.read_end, self._ready)
+        self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._read_end, False)
+        self._loop.add_reader(self._read_end, self._ready)
 
     def _ready(self) -> None:
-        if not self.pull():
-            self._loop.remove_reader(self.read_end)
+        if not self._pull():
+            self._loop.remove_reader(self._read_end)
 
-    def pull(self) -> bool:
-        """Read once; False at the end of the stream or when it is empty for now."""
+    def _pull(self) -> bool:
+        """Read once; False at the end of the stream."""
         try:
-            chunk = os.read(self.read_end, _CHUNK)
+            chunk = os.read(self._read_end, _CHUNK)
         except BlockingIOError:
             return True
         self.data += chunk[: self._limit - len(self.data)]
         return bool(chunk)
 
     def drain(self) -> None:
-        """Read what is there, without waiting for more."""
-        with contextlib.suppress(BlockingIOError):
-            while chunk := os.read(self.read_end, _CHUNK):
-                self.data += chunk[: self._limit - len(self.data)]
+        """Read what is there, which is less than one reading takes, without waiting for more."""
+        self._pull()
 
-    def close(self) -> None:
-        self._loop.remove_reader(self.read_end)
-        os.close(self.read_end)
+    def close_write_end(self) -> None:
+        """The writer has got its copy: the pipe ends with it."""
+        if self.write_end >= 0:
+            os.close(self.write_end)
+            self.write_end = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._loop.remove_reader(self._read_end)
+        os.close(self._read_end)
+        self.close_write_end()
 
 
 async def run(
@@ -188,18 +220,16 @@ async def run(
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
     with contextlib.ExitStack() as stack:
-        stdout = _Collector(limit)
-        stack.callback(stdout.close)
-        stderr = _Collector(limit)
-        stack.callback(stderr.close)
+        stdout = stack.enter_context(Collector(limit))
+        stderr = stack.enter_context(Collector(limit))
         with contextlib.ExitStack() as child_ends:
-            child_ends.callback(os.close, stdout.write_end)
-            child_ends.callback(os.close, stderr.write_end)
+            child_ends.callback(stdout.close_write_end)
+            child_ends.callback(stderr.close_write_end)
             mapping = {**(descriptors or {}), 1: stdout.write_end, 2: stderr.write_end}
             if stdin:
                 mapping[0] = _memory_file(stdin)
                 child_ends.callback(os.close, mapping[0])
-            pid = spawn(command, environment=environment, descriptors=mapping)
+            pid = await spawn_aside(command, environment=environment, descriptors=mapping)
         pidfd = os.pidfd_open(pid)
         stack.callback(os.close, pidfd)
         watch_exit(pidfd, lambda: None if ended.done() else ended.set_result(None))
@@ -211,7 +241,7 @@ async def run(
                 await ended
         except BaseException as error:
             kill_group(pid)
-            _wait_for_killed(pidfd)
+            _wait_for_killed(os.P_PIDFD, pidfd)
             if isinstance(error, TimeoutError):
                 raise DeadlineError(f"{command[0]} did not finish within {timeout:g} s") from error
             raise
@@ -222,10 +252,6 @@ async def run(
     if check and completed.status != 0:
         raise CommandError(command, completed.status, (completed.stderr or completed.stdout).decode(errors="replace"))
     return completed
-
-
-def _wait_for_killed(pidfd: int) -> None:
-    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # it was sent SIGKILL, so this takes no time
 
 
 def _memory_file(content: bytes) -> int:

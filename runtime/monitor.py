@@ -118,7 +118,7 @@ class Monitors:
                 }
                 environment.pop("NOTIFY_SOCKET", None)
                 os.write(start_write, b"\0")
-                pid = processes.spawn(
+                pid = await processes.spawn_aside(
                     self._command(request),
                     environment=environment,
                     descriptors={2: log, _SYNC_DESCRIPTOR: sync_write, _START_DESCRIPTOR: start_read},

@@ -1,0 +1,77 @@
+"""posix_spawn(3), called so that the other threads run on meanwhile: Python's own holds the GIL.
+
+The caller's thread stands still until the child has begun its program, which on a busy node takes many milliseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Mapping, Sequence
+
+_SETSIGDEF = 0x04
+_SETSIGMASK = 0x08
+_SETSID = 0x80
+# What the child must not inherit of Python's way with signals.
+_DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_OPAQUE_BYTES = 1024  # more than any C library's structures take
+
+_libc = ctypes.CDLL(None)
+
+
+def _opaque() -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(_OPAQUE_BYTES)
+
+
+def posix_spawn(
+    command: Sequence[str], title: str, environment: Mapping[str, str], descriptors: Mapping[int, int]
+) -> int:
+    """Start ``command``, looked up on the PATH, in a session of its own with ``title`` as its name; returns its pid.
+
+    ``descriptors`` maps the child's numbers to ours, none of which may be a number the child wants; of 0, 1 and 2 those
+    not mapped are /dev/null. Raises OSError.
+    """
+    actions, attributes = _opaque(), _opaque()
+    _check(_libc.posix_spawn_file_actions_init(actions), command[0])
+    _check(_libc.posix_spawnattr_init(attributes), command[0])
+    try:
+        for child in (0, 1, 2):
+            if child not in descriptors:
+                add_open = _libc.posix_spawn_file_actions_addopen
+                _check(add_open(actions, child, b"/dev/null", os.O_RDWR, 0), command[0])
+        for child, ours in descriptors.items():
+            _check(_libc.posix_spawn_file_actions_adddup2(actions, ours, child), command[0])
+        _set_attributes(attributes)
+        pid = ctypes.c_int()
+        arguments = _strings([title, *command[1:]])
+        variables = _strings([f"{name}={value}" for name, value in environment.items()])
+        program = os.fsencode(command[0])
+        _check(_libc.posix_spawnp(ctypes.byref(pid), program, actions, attributes, arguments, variables), command[0])
+        return pid.value
+    finally:
+        _libc.posix_spawn_file_actions_destroy(actions)
+        _libc.posix_spawnattr_destroy(attributes)
+
+
+def _set_attributes(attributes: ctypes.Array[ctypes.c_char]) -> None:
+    default, mask = _opaque(), _opaque()
+    _libc.sigemptyset(default)
+    _libc.sigemptyset(mask)
+    for number in _DEFAULT_SIGNALS:
+        _libc.sigaddset(default, int(number))
+    _libc.posix_spawnattr_setsigdefault(attributes, default)
+    _libc.posix_spawnattr_setsigmask(attributes, mask)
+    _libc.posix_spawnattr_setflags(attributes, ctypes.c_short(_SETSIGDEF | _SETSIGMASK | _SETSID))
+
+
+def _strings(texts: Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:
+    encoded = [os.fsencode(text) for text in texts]
+    if any(b"\0" in text for text in encoded):
+        raise ValueError("an argument or environment variable holds a NUL byte")
+    return (ctypes.c_char_p * (len(encoded) + 1))(*encoded, None)
+
+
+def _check(number: int, program: str) -> None:
+    if number:
+        raise OSError(number, os.strerror(number), program)

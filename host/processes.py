@@ -69,8 +69,10 @@ async def spawn_aside(
         return await wait_out(spawned)
     except asyncio.CancelledError:
         if not spawned.cancelled() and spawned.exception() is None:
+            pidfd = os.pidfd_open(spawned.result())
             kill_group(spawned.result())
-            _wait_for_killed(os.P_PID, spawned.result())
+            reap_ended(pidfd)
+            os.close(pidfd)
         raise
 
 
@@ -241,7 +243,7 @@ async def run(
                 await ended
         except BaseException as error:
             kill_group(pid)
-            _wait_for_killed(os.P_PIDFD, pidfd)
+            reap_ended(pidfd)
             if isinstance(error, TimeoutError):
                 raise DeadlineError(f"{command[0]} did not finish within {timeout:g} s") from error
             raise

@@ -35,8 +35,16 @@ def _folder(value: str) -> str:
     return "" if value.startswith("/") else f"expected an absolute path, got {value!r}"
 
 
+def _folders(values: Sequence[str]) -> str:
+    return next(filter(None, map(_folder, values)), "")
+
+
 def _not_negative(value: float) -> str:
     return "" if value >= 0 else f"expected 0 or more, got {value}"
+
+
+def _positive(value: float) -> str:
+    return "" if value > 0 else f"expected more than 0, got {value}"
 
 
 # Each gives the complaint, or nothing.
@@ -45,6 +53,9 @@ CHECKS: Mapping[tuple[str, ...], Callable[[Any], str]] = {
     ("runtime", "run_dir"): _folder,
     ("runtime", "cgroup_driver"): _one_of("auto", "cgroupfs", "systemd"),
     ("runtime", "pids_limit"): _not_negative,
+    ("network", "cni_config_dir"): _folder,
+    ("network", "cni_bin_dirs"): _folders,
+    ("network", "cni_timeout_seconds"): _positive,
     ("network", "bridge"): _interface_name,
     ("network", "pod_cidrs"): _networks,
     ("network", "cluster_cidrs"): _networks,

@@ -34,7 +34,7 @@ class PluginChain:
             output = await self._runner.run(plugin.type, call, {"cniVersion": configuration.version})
             try:
                 spoken = msgspec.json.decode(output, type=Reply).supported
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise PodkeelError(f"CNI plugin {plugin.type}, VERSION: printed no answer: {error}") from error
             allowed = tuple(version for version in allowed if version in spoken)
             if not allowed:

@@ -82,7 +82,7 @@ def parse(content: bytes, path: Path) -> Configuration:
     try:
         given = msgspec.json.decode(content, type=dict[str, Any])
         return _configuration(given, path)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidArgumentError(f"CNI configuration {path} is no JSON object: {error}") from error
     except ValueError as error:
         raise InvalidArgumentError(f"CNI configuration {path}: {error}") from error

@@ -102,7 +102,7 @@ class PluginRunner:
 def _failure(what: str, completed: processes.Completed) -> PodkeelError:
     try:
         told = msgspec.json.decode(completed.stdout, type=_Failure)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return PodkeelError(f"{what}: {_ending(completed)}")
     text = f"{told.msg} ({told.details})" if told.details else told.msg
     kind = UnavailableError if told.code in (_TRY_AGAIN_LATER, *_NOT_AVAILABLE) else PodkeelError

@@ -46,7 +46,7 @@ def decode(kind: str, output: bytes) -> dict[str, Any]:
     """The result a plugin printed; raises PodkeelError when it is none."""
     try:
         return msgspec.json.decode(output, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         shown = output.decode(errors="replace").strip()[:_SHOWN_CHARACTERS] or "nothing"
         raise PodkeelError(f"CNI plugin {kind}, ADD: printed {shown!r} where its result should be: {error}") from error
 

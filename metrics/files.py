@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _SIZE = 16 * 1024
 
@@ -36,13 +39,14 @@ class DescriptorBudget:
 class Folder:
     """The files of one cgroup in one hierarchy; usable from several threads, one reading at a time."""
 
-    __slots__ = ("_budget", "_lock", "_missing", "_open", "path")
+    __slots__ = ("_budget", "_lock", "_missing", "_open", "_parsed", "path")
 
     def __init__(self, path: str, budget: DescriptorBudget) -> None:
         self.path = path
         self._budget = budget
         self._open: dict[str, int] = {}
         self._missing: set[str] = set()
+        self._parsed: dict[str, tuple[bytes, Any]] = {}
         self._lock = threading.Lock()
 
     def read(self, name: str) -> bytes | None:
@@ -57,6 +61,17 @@ class Folder:
             except OSError:  # ENODEV once the cgroup is removed; there may be a new one of that name
                 self._close()
                 return None
+
+    def parsed(self, name: str, parse: Callable[[bytes], T]) -> T | None:
+        """What ``parse`` makes of the file, made anew only when that changed: most cgroups idle. None as ``read``."""
+        content = self.read(name)
+        if content is None:
+            return None
+        known = self._parsed.get(name)
+        if known is None or known[0] != content:
+            known = self._parsed[name] = (content, parse(content))
+        value: T = known[1]
+        return value
 
     def number(self, name: str) -> int | None:
         """The file's number; None also for ``max``."""
@@ -101,6 +116,7 @@ class Folder:
         self._budget.give_back(len(self._open))
         self._open.clear()
         self._missing.clear()
+        self._parsed.clear()
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):

@@ -52,11 +52,11 @@ def cpu(cpuacct: Folder, cpu_folder: Folder) -> CpuReading | None:
 def memory(folder: Folder) -> MemoryReading | None:
     """Usage and the hierarchical counters of memory.stat."""
     usage = folder.number("memory.usage_in_bytes")
-    stat = folder.read("memory.stat")
+    stat = folder.parsed("memory.stat", _MEMORY_STAT.parse)
     now = time.time_ns()
     if usage is None or stat is None:
         return None
-    inactive, rss, cache, mapped, swap, active, faults, major, anon, file = _MEMORY_STAT.parse(stat)
+    inactive, rss, cache, mapped, swap, active, faults, major, anon, file = stat
     return MemoryReading(
         time_ns=now,
         usage=usage,

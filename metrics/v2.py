@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import lru_cache
 
 from metrics.files import Fields, Folder
 from metrics.readings import (
@@ -74,12 +73,12 @@ def cpu(folder: Folder) -> CpuReading | None:
 def memory(folder: Folder) -> MemoryReading | None:
     """Usage, swap and the counters of memory.stat (hierarchical on v2)."""
     usage = folder.number("memory.current")
-    stat = folder.read("memory.stat")
+    stat = folder.parsed("memory.stat", _MEMORY_STAT.parse)
     swap = folder.number("memory.swap.current")
     now = time.time_ns()
     if usage is None or stat is None:
         return None
-    inactive, anon, file, mapped, active, faults, major, refaults_anon, refaults_file = _MEMORY_STAT.parse(stat)
+    inactive, anon, file, mapped, active, faults, major, refaults_anon, refaults_file = stat
     return MemoryReading(
         time_ns=now,
         usage=usage,
@@ -184,13 +183,12 @@ def hugetlb(folder: Folder, sizes: tuple[str, ...]) -> tuple[HugetlbReading, ...
 
 def pressure(folder: Folder) -> PressureReading | None:
     """Pressure stall information; None where the kernel has it switched off."""
-    contents = [folder.read(name) for name in ("cpu.pressure", "memory.pressure", "io.pressure")]
-    if None in contents:
+    cpu, memory, io = (folder.parsed(f"{name}.pressure", parse_pressure) for name in ("cpu", "memory", "io"))
+    if cpu is None or memory is None or io is None:
         return None
-    return PressureReading(time.time_ns(), *(parse_pressure(content) for content in contents if content is not None))
+    return PressureReading(time.time_ns(), cpu, memory, io)
 
 
-@lru_cache(maxsize=1024)  # most cgroups idle, and their files stay as they are
 def parse_pressure(content: bytes) -> Psi:
     """The lines of a pressure file; older kernels have no ``full`` line for processors, which reads as zeros."""
     lines = {b"some": _NO_PRESSURE, b"full": _NO_PRESSURE}

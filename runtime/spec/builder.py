@@ -11,7 +11,7 @@ from host.errors import InvalidArgumentError, KubeletReasonError, UnsupportedErr
 from proto.runtime.v1 import cri_pb2
 from runtime.spec import cdi, oci
 from runtime.spec.capabilities import capability_sets
-from runtime.spec.default_mounts import kernel_mounts, pod_mounts
+from runtime.spec.default_mounts import kernel_mounts, pod_mounts, refuse_linked_targets
 from runtime.spec.devices import described_devices, devices
 from runtime.spec.facts import HandlerFacts, SandboxFiles
 from runtime.spec.host_paths import HostPaths
@@ -106,6 +106,7 @@ def _subject(request: SpecRequest) -> str:
 def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
     config = request.config
     _refuse_impossible(request)
+    refuse_linked_targets(request.rootfs)
     identity = identify(config.linux.security_context, request.image.user, request.rootfs)
     taken = frozenset(container_path(mount.container_path, "mounts: container_path") for mount in config.mounts)
     volumes = tuple(image_volumes(request.image.volumes or (), request.container_folder, taken))

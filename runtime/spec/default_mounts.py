@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from host.errors import InvalidArgumentError
 from runtime.spec import oci
 from runtime.spec.facts import SandboxFiles
 from runtime.spec.namespaces import NamespacePaths
 
 TTY_GROUP = 5
+
+
+def refuse_linked_targets(rootfs: Path) -> None:
+    """Raise InvalidArgumentError when the image has a symbolic link where the kernel's file systems go.
+
+    No image needs one, and runc (1.1) follows it out of the container when it makes the links of /dev.
+    """
+    for name in ("proc", "sys", "dev"):
+        if (rootfs / name).is_symlink():
+            raise InvalidArgumentError(f"/{name} of the image is a symbolic link: use an image with a folder there")
 
 
 def kernel_mounts(paths: NamespacePaths, *, privileged: bool, gid_mappings: list[oci.IDMapping]) -> list[oci.Mount]:

@@ -22,6 +22,9 @@ from cri.configuration import Configuration
 from host import mounts, processes
 from host.errors import PodkeelError
 from host.threads import in_fresh_thread, in_thread
+from network.cni.configuration import find_configuration
+from network.cni.plugin import PluginRunner
+from network.options import NetworkOptions
 from runtime.cgroups import CgroupTree
 from runtime.handlers import Handlers
 from runtime.layout import Layout
@@ -186,10 +189,28 @@ async def _network(configuration: Configuration) -> list[Check]:
         if not links_error
         else Check("bridge and veth", "fail", links_error, "modprobe bridge veth"),
         await _nftables(),
+        _pod_network(configuration.network),
     ]
     forwarding = Path("/proc/sys/net/ipv4/ip_forward").read_text().strip() == "1"
     detail = "on" if forwarding else "off: the agent switches it on when it makes its bridge"
     return [*checks, Check("ip forwarding", "ok" if forwarding else "warn", detail)]
+
+
+def _pod_network(options: NetworkOptions) -> Check:
+    """Which network pods would be connected to, and whether its plugins are there."""
+    try:
+        found = None if options.mode == "built-in" else find_configuration(Path(options.cni_config_dir))
+        if found is None:
+            if options.mode == "cni":
+                problem = f"{options.cni_config_dir} holds no CNI configuration: pods wait until it does"
+                return Check("pod network", "warn", problem, "install the cluster's network plugin")
+            return Check("pod network", "ok", f"built in, bridge {options.bridge}")
+        runner = PluginRunner(options.cni_bin_dirs, options.cni_timeout_seconds)
+        for plugin in found.plugins:
+            runner.find(plugin.type)
+    except PodkeelError as error:
+        return Check("pod network", "fail", _sentence(error), "see docs/networking.md")
+    return Check("pod network", "ok", f"CNI network {found.name} from {found.path}")
 
 
 async def _nftables() -> Check:

@@ -38,13 +38,15 @@ class AgentProcess:
         self.run = Path(f"/run/podkeel-test-{token}")
         self.logs = folder / "logs"
         self.bridge = f"pkt{token}"
-        self.subnet = f"10.{200 + secrets.randbelow(7)}.{secrets.randbelow(16) * 16}.0/20"
+        self.subnet = f"10.{200 + secrets.randbelow(6)}.{secrets.randbelow(16) * 16}.0/20"
         self.cgroup_parent = f"/podkeel-test-{token}"
         self.address = f"unix://{self.run}/podkeel.sock"
         self.log = folder / "agent.log"
         self.process: subprocess.Popen[bytes] | None = None
         self._client: CriClient | None = None
         self._runtime = runtime
+        if "[network]" not in options:
+            options += '\n[network]\nmode = "built-in"'  # whatever CNI configuration this machine has
         (folder / "config.toml").write_text(
             f'[runtime]\ncgroup_parent = "{self.cgroup_parent}"\n{RUNTIME_OPTIONS}\n{options}\n'
         )

@@ -28,7 +28,7 @@ class CniAgent:
     bridge: str
 
     def bridge_plugin(self) -> dict[str, object]:
-        subnet = f"10.206.{random.randrange(256)}.0/24"
+        subnet = f"10.206.{random.randrange(128, 256)}.0/24"
         ipam = {"type": "host-local", "dataDir": str(self.folders.folder / "leases"), "subnet": subnet}
         return {"type": "bridge", "bridge": self.bridge, "isGateway": True, "ipam": ipam}
 

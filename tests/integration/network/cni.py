@@ -27,7 +27,7 @@ PLUGINS = "/usr/lib/cni"
 
 _session = f"{random.randrange(16**3):03x}"
 _numbers = itertools.count()
-_subnets = [f"10.206.{number}" for number in range(256)] + [f"10.207.{number}" for number in range(128, 256)]
+_subnets = [f"10.206.{number}" for number in range(128, 256)]
 random.shuffle(_subnets)
 
 

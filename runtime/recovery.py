@@ -11,7 +11,7 @@ from collections.abc import Awaitable
 import msgspec
 
 from host import processes
-from host.errors import PodkeelError
+from host.errors import PodkeelError, UnavailableError
 from host.threads import in_thread
 from runtime import exec_call, leftovers
 from runtime.container import Container, ContainerState
@@ -61,6 +61,8 @@ class Recovery:
         """One object that cannot be repaired must not keep the agent from serving the others."""
         try:
             await work
+        except UnavailableError as error:
+            _log.warning("%s is not finished yet: %s", subject, error)
         except (PodkeelError, OSError) as error:
             self.findings["unrecovered"] += 1
             _log.error("%s could not be recovered and is left as it is: %s", subject, error)

@@ -131,7 +131,7 @@ class CniNetwork:
                 _log.info(
                     "CNI network %s from %s, version %s", configuration.name, configuration.path, configuration.version
                 )
-            else:
+            elif self.options.mode == "cni" or before.present or self._view.present:
                 _log.warning("no CNI network: %s", condition.message)
 
     def condition(self) -> Condition:
@@ -204,7 +204,7 @@ class CniNetwork:
         if self._starting:
             await self._save(msgspec.structs.replace(record, state=CniState.DELETING))
             self._deletions.schedule(sandbox_id)
-            raise UnavailableError(f"sandbox {sandbox_id[:13]}: its CNI network is given back in the background")
+            raise UnavailableError("its CNI network is given back in the background, and the rest of it then")
         await self._deletions.run(sandbox_id)
 
     async def audit(self, live: Collection[str]) -> list[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class PluginRunner:
         self._folders = tuple(folders)
         self._seconds = seconds
         self._slots = asyncio.Semaphore(_CALLS_AT_ONCE)
+        self._starting = asyncio.Lock()
 
     def find(self, kind: str) -> Path:
         """The program of a plugin; raises NotFoundError."""
@@ -70,14 +72,7 @@ class PluginRunner:
         program = self.find(kind)
         async with self._slots:
             try:
-                completed = await processes.run(
-                    [str(program)],
-                    stdin=msgspec.json.encode(settings),
-                    environment=os.environ | self._environment(call),
-                    timeout=self._seconds,
-                    check=False,
-                    limit=_LARGEST_OUTPUT,
-                )
+                completed = await self._spawn(program, msgspec.json.encode(settings), self._environment(call))
             except DeadlineError as error:
                 raise DeadlineError(
                     f"CNI plugin {kind}, {call.command}: did not finish within {self._seconds:g} s and was killed"
@@ -87,6 +82,21 @@ class PluginRunner:
         if completed.status != 0:
             raise _failure(f"CNI plugin {kind}, {call.command}", completed)
         return completed.stdout
+
+    async def _spawn(self, program: Path, settings: bytes, variables: Mapping[str, str]) -> processes.Completed:
+        """Run the program; of many that wait, each turn of the loop starts one, since starting holds the loop."""
+        await self._starting.acquire()
+        with ExitStack() as stack:
+            stack.callback(self._starting.release)
+            return await processes.run(
+                [str(program)],
+                stdin=settings,
+                environment={**os.environ, **variables},
+                timeout=self._seconds,
+                check=False,
+                limit=_LARGEST_OUTPUT,
+                on_start=lambda _pid: stack.close(),
+            )
 
     def _environment(self, call: Call) -> dict[str, str]:
         return {

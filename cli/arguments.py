@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 _POD = "a pod by name, namespace/name, id or unique prefix of an id"
+_IMAGE = "an image by tag, digest, id or unique prefix of an id"
 _CONTAINER = "a container by name, id or unique prefix of an id"
 
 
@@ -159,12 +160,32 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
     parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
     image = subparsers.add_parser(
-        "image", help="everything about images: import, explain, list, inspect, remove", description="Work with images."
+        "image",
+        help="all about images: import, export, push, tag, explain, list, remove",
+        description="Work with images.",
     )
     below = _Commands(image.add_subparsers(title="commands", metavar="COMMAND", required=True), _client_options())
     parser = below.add("import", "cli.images:import_archive", "import an OCI layout, OCI archive or docker archive")
     parser.add_argument("path", metavar="PATH", help="a folder or tar file on the node")
     parser.add_argument("--reference", metavar="REF", default="", help="name for images that carry none")
+    parser = below.add(
+        "export",
+        "cli.image_archives:export",
+        "write images to an OCI archive",
+        "It needs their compressed layers (images.keep_blobs).",
+    )
+    parser.add_argument("path", metavar="FILE", help="on the node; replaced if it is there")
+    parser.add_argument("references", metavar="REF", nargs="+", help=_IMAGE)
+    parser = below.add(
+        "push", "cli.image_archives:push", "push an image to a registry", "It needs its compressed layers."
+    )
+    parser.add_argument("reference", metavar="REF", help=_IMAGE)
+    parser.add_argument("destination", metavar="NAME", nargs="?", help="its name there (default: REF)")
+    parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
+    parser = below.add("tag", "cli.image_archives:tag", "give an image one more name")
+    parser.add_argument("reference", metavar="REF", help=_IMAGE)
+    parser.add_argument("name", metavar="NAME", help="such as registry.example/app:1.2")
+    below.add("df", "cli.image_reports:disk_usage", "show what images take on disk, and what of it they share")
     below.add("pulls", "cli.pulls:list_pulls", "list the pulls that run now, whoever asked for them")
     parser = below.add(
         "explain",
@@ -177,9 +198,9 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
     parser = below.add("ls", "cli.images:list_images", "list images")
     parser.add_argument("--quiet", "-q", action="store_true", help="ids only")
     parser = below.add("rm", "cli.images:remove", "remove images with all their names")
-    parser.add_argument("references", metavar="REF", nargs="+", help="tag, digest, id or unique prefix of an id")
+    parser.add_argument("references", metavar="REF", nargs="+", help=_IMAGE)
     parser = below.add("inspect", "cli.images:inspect", "print an image's status as JSON")
-    parser.add_argument("reference", metavar="REF", help="tag, digest, id or unique prefix of an id")
+    parser.add_argument("reference", metavar="REF", help=_IMAGE)
 
 
 def _add_node_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

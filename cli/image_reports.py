@@ -1,4 +1,4 @@
-"""``podkeel image explain``: what a pull would meet."""
+"""``podkeel image explain`` and ``df``: what a pull would meet, and what images take."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 
 from cli.connect import connect
 from cli.images import credentials
+from cli.text import short, size, table
 from proto.podkeel.v1 import agent_pb2
 
 
@@ -31,3 +32,20 @@ def explanation(answer: agent_pb2.ExplainImageResponse) -> str:
             f"    answer         {host.answer}",
         ]
     return "\n".join(lines)
+
+
+def disk_usage(options: argparse.Namespace) -> None:
+    """A line for each image with what its removal would free, the largest first, and the sums."""
+    with connect(options) as client:
+        answer = client.call(agent_pb2.DiskUsageRequest(), agent_pb2.DiskUsageResponse, "ask for disk usage")
+    rows = []
+    for item in sorted(answer.images, key=lambda item: (-item.bytes, item.id)):
+        name = item.references[0] if item.references else "-"
+        rows.append((name, short(item.id), size(item.bytes), size(item.unique_bytes), item.containers or ""))
+    print(table(("IMAGE", "ID", "ON DISK", "OF ITS OWN", "CONTAINERS"), rows))
+    idle = sum(item.unique_bytes for item in answer.images if not item.containers)
+    print(
+        f"\nlayers {size(answer.layer_bytes)}, kept compressed {size(answer.blob_bytes)}, "
+        f"written by containers {size(answer.container_bytes)}\n"
+        f"images without containers hold {size(idle)} of their own"
+    )

@@ -61,6 +61,45 @@ class ImageCalls:
         """The pulls that run now."""
         return agent_pb2.ListPullsResponse(pulls=[_progress(pull) for pull in self._images.pulls()])
 
+    async def export_images(self, request: agent_pb2.ExportImagesRequest) -> agent_pb2.ExportImagesResponse:
+        """Write images to an OCI archive on the node."""
+        if not request.references:
+            raise InvalidArgumentError("no image is named: give references")
+        size = await self._images.shipping.export(request.references, _node_path(request.path))
+        return agent_pb2.ExportImagesResponse(bytes=size)
+
+    async def push_image(self, request: agent_pb2.PushImageRequest) -> agent_pb2.PushImageResponse:
+        """Push an image to a registry."""
+        credentials = credentials_of(request.auth) if request.HasField("auth") else None
+        pushed = await self._images.shipping.push(request.reference, request.destination, credentials)
+        return agent_pb2.PushImageResponse(
+            reference=pushed.reference,
+            digest=pushed.digest,
+            sent=pushed.sent,
+            mounted=pushed.mounted,
+            present=pushed.present,
+        )
+
+    async def tag_image(self, request: agent_pb2.TagImageRequest) -> agent_pb2.TagImageResponse:
+        """Give an image one more name."""
+        return agent_pb2.TagImageResponse(name=await self._images.tag(request.reference, request.name))
+
+    async def disk_usage(self, _request: agent_pb2.DiskUsageRequest) -> agent_pb2.DiskUsageResponse:
+        """What images take on disk."""
+        usage = await self._images.disk_usage()
+        answer = agent_pb2.DiskUsageResponse(
+            layer_bytes=usage.layers, blob_bytes=usage.blobs, container_bytes=usage.containers
+        )
+        for item in usage.images:
+            answer.images.add(
+                id=item.image.id,
+                references=item.image.repo_tags or item.image.repo_digests,
+                bytes=item.used_bytes,
+                unique_bytes=item.unique_bytes,
+                containers=item.containers,
+            )
+        return answer
+
     async def explain_image(self, request: agent_pb2.ExplainImageRequest) -> agent_pb2.ExplainImageResponse:
         """Ask every host that a pull would try."""
         credentials = credentials_of(request.auth) if request.HasField("auth") else None

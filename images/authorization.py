@@ -69,9 +69,9 @@ def answer_directly(challenges: list[Challenge], credentials: Credentials | None
 
 
 def token_request(
-    challenges: list[Challenge], credentials: Credentials | None, *, repository: str, secure: bool
+    challenges: list[Challenge], credentials: Credentials | None, scope: str, *, secure: bool
 ) -> TokenRequest:
-    """The request for an access token that the challenges ask for.
+    """The request for an access token that the challenges ask for, with ``scope`` where they name none.
 
     Raises PermissionDeniedError if no challenge asks for a token, or if credentials that came for a registry spoken to
     over TLS (``secure``) would have to be sent in the clear.
@@ -88,7 +88,7 @@ def token_request(
         raise PermissionDeniedError(f"it wants the credentials sent unencrypted to {url.netloc}, which is refused")
     query = dict(parse_qsl(url.query))
     service = bearer.parameters.get("service", "")
-    scope = bearer.parameters.get("scope") or f"repository:{repository}:pull"
+    scope = bearer.parameters.get("scope") or scope
     if credentials is not None and credentials.identity_token:
         form = {
             "grant_type": "refresh_token",

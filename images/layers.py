@@ -9,7 +9,7 @@ import logging
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,6 +135,10 @@ class LayerStore:
     def get(self, number: int) -> Layer | None:
         """The layer of that number."""
         return self._layers.get(number)
+
+    def all(self) -> Collection[Layer]:
+        """Every layer there is."""
+        return self._layers.values()
 
     def has(self, numbers: Iterable[int]) -> bool:
         """Whether all of them are there."""

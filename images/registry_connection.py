@@ -51,10 +51,13 @@ class RegistryConnection:
     Each host gets only the credentials meant for it, when it asks for some: those of the request, else the node's own.
     """
 
-    def __init__(self, options: ImageOptions, reference: Reference, credentials: Credentials | None) -> None:
+    def __init__(
+        self, options: ImageOptions, reference: Reference, credentials: Credentials | None, *, actions: str = "pull"
+    ) -> None:
         self._options = options
         self._reference = reference
         self._credentials = credentials if credentials != Credentials() else None
+        self._actions = actions
         self._session: aiohttp.ClientSession | None = None
         self.hosts: list[ConnectedHost] = []
 
@@ -113,8 +116,7 @@ class RegistryConnection:
             text = await error_text(response)
             # What a host redirects to must not be able to ask for that host's credentials.
             if status == 401 and not asked and at_home:
-                asked = True
-                await self._authorize(host, response)
+                asked = await self._authorize(host, response)
             elif status in (401, 403):
                 raise PermissionDeniedError(
                     f"{self._reference}: {host.config.address} refused access ({text}): check the image's name and the "
@@ -185,13 +187,16 @@ class RegistryConnection:
             proxy=proxy_for(url),
         )
 
-    async def _authorize(self, host: ConnectedHost, refused: aiohttp.ClientResponse) -> None:
-        """Find an Authorization header that answers the challenge; several transfers of one pull share it."""
+    async def _authorize(self, host: ConnectedHost, refused: aiohttp.ClientResponse) -> bool:
+        """Find an Authorization header that answers the challenge; several transfers of one pull share it.
+
+        False if another transfer had found a new one meanwhile, which has yet to be tried.
+        """
         challenges = authorization.parse_challenges(refused.headers.getall("WWW-Authenticate", []))
         tried = refused.request_info.headers.get("Authorization", "")
         async with host.lock:
             if host.authorization and host.authorization != tried:
-                return  # another transfer got a new one meanwhile
+                return False
             if host.found is None:
                 host.found = await self._find_credentials(host.config)
             credentials = host.found.credentials
@@ -200,7 +205,7 @@ class RegistryConnection:
                 if direct is None:
                     secure = host.config.base.startswith("https:")
                     request = authorization.token_request(
-                        challenges, credentials, repository=self._reference.path, secure=secure
+                        challenges, credentials, f"repository:{self._reference.path}:{self._actions}", secure=secure
                     )
                     direct = await self._fetch_token(host, request)
             except PermissionDeniedError as error:
@@ -208,6 +213,7 @@ class RegistryConnection:
                     f"{self._reference}: {host.config.address}: {error.message} (credentials: {who(host)})"
                 ) from error
             host.authorization = direct
+        return True
 
     async def _find_credentials(self, config: RegistryHost) -> FoundCredentials:
         addresses = [config.address]

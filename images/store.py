@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.database import Database
-from host.errors import InvalidArgumentError
+from host.errors import InvalidArgumentError, NotFoundError
 from host.stages import Operation
 from host.threads import in_thread
 from images.archive import ImageArchive
 from images.candidate import Candidate
 from images.credentials import Credentials
+from images.disk_usage import DiskUsage, disk_usage
 from images.image import Image, ImageConfig, parse_config
 from images.joining import Joined
 from images.layer_source import LayerSource
@@ -28,6 +29,7 @@ from images.layers import Layer, LayerStore
 from images.options import ImageOptions
 from images.progress import PullProgress, RunningPull
 from images.reference import Reference, parse
+from images.shipping import Shipping
 from images.snapshots import SnapshotStore
 from images.trash import Trash
 from images.usage import FilesystemUsage
@@ -59,7 +61,8 @@ class ImageStore:
 
     ``fetched_bytes`` is what came from registries since the start.
 
-    ``snapshots`` makes containers' root file systems out of them. ``run_dir`` is not needed by it yet.
+    ``snapshots`` makes containers' root file systems out of them, ``shipping`` takes them off the node.
+    ``run_dir`` is not needed by it yet.
     """
 
     def __init__(self, options: ImageOptions, data_dir: Path, run_dir: Path, database: Database) -> None:
@@ -69,6 +72,7 @@ class ImageStore:
         self._database = database
         self._trash = Trash(data_dir / "trash")
         self._layers = LayerStore(options, data_dir, database, self._trash)
+        self.shipping = Shipping(self, options, self._layers, database)
         self.snapshots = SnapshotStore(data_dir, database, self._layers, self._trash)
         self._records: dict[str, _Record] = {}
         self._images: dict[str, Image] = {}
@@ -121,6 +125,13 @@ class ImageStore:
             if image_id is not None:
                 return self._images[image_id]
         return self._find_by_prefix(prefix[1]) if prefix is not None else None
+
+    def get(self, reference: str) -> Image:
+        """Like ``find``; NotFoundError if there is none."""
+        image = self.find(reference)
+        if image is None:
+            raise NotFoundError(f"image {reference} is not on this node: pull or import it first")
+        return image
 
     def _find_by_prefix(self, prefix: str) -> Image | None:
         found = [image for image_id, image in self._images.items() if image_id.startswith(f"sha256:{prefix}")]
@@ -200,6 +211,29 @@ class ImageStore:
         finally:
             archive.close()
 
+    async def tag(self, reference: str, name: str) -> str:
+        """Give the image that ``reference`` names one more name, taken from whichever had it; returns it in full.
+
+        Raises NotFoundError if there is no such image, InvalidArgumentError if ``name`` is no name with a tag.
+        """
+        target = parse(name)
+        if target.digest:
+            raise InvalidArgumentError(f"image name {name}: a name that is given has a tag and no digest")
+        async with self._changing:
+            image = self.get(reference)
+            record = self._records[image.id]
+            await self._database.write(lambda connection: _insert_names(connection, record.id, [target.tagged]))
+            self._name(record, [target.tagged])
+            self._show(record)
+        return target.tagged
+
+    async def disk_usage(self) -> DiskUsage:
+        """What each image takes on disk, and what they share."""
+        rows = await in_thread(
+            self._database.read, "SELECT image_id, count(DISTINCT container_id) FROM snapshots GROUP BY image_id"
+        )
+        return disk_usage(self.images(), self._layers, dict(rows), self.snapshots.filesystem_usage().used_bytes)
+
     async def remove(self, reference: str) -> None:
         """Remove the image that ``reference`` names, with all its names; success if there is none.
 
@@ -253,14 +287,17 @@ class ImageStore:
         if new:
             self._records[record.id] = record
             self._layers.retain(layer.number for layer in layers)
-        for name in candidate.names:
+        self._name(record, candidate.names)
+        return self._show(record)
+
+    def _name(self, record: _Record, names: Iterable[str]) -> None:
+        for name in names:
             owner = self._names.get(name, record.id)
             if owner != record.id:
                 self._records[owner].names.discard(name)
                 self._show(self._records[owner])
             self._names[name] = record.id
             record.names.add(name)
-        return self._show(record)
 
     def _show(self, record: _Record) -> Image:
         """Let the record be seen as it is now."""
@@ -329,10 +366,12 @@ def _insert(connection: sqlite3.Connection, candidate: Candidate, layers: tuple[
         "INSERT OR IGNORE INTO image_layers (image_id, position, layer) VALUES (?, ?, ?)",
         [(candidate.id, position, layer.number) for position, layer in enumerate(layers)],
     )
-    connection.executemany(
-        "INSERT OR REPLACE INTO image_references (name, image_id) VALUES (?, ?)",
-        [(name, candidate.id) for name in candidate.names],
-    )
+    _insert_names(connection, candidate.id, candidate.names)
+
+
+def _insert_names(connection: sqlite3.Connection, image_id: str, names: Iterable[str]) -> None:
+    rows = [(name, image_id) for name in names]
+    connection.executemany("INSERT OR REPLACE INTO image_references (name, image_id) VALUES (?, ?)", rows)
 
 
 def _delete(connection: sqlite3.Connection, image_ids: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ readonly PACKAGES=(
     busybox-static   # the image of the sample pod and of tests
     docker-registry  # tests pull from it; no service of it is needed
     containernetworking-plugins iptables  # tests connect pods by them
+    skopeo umoci     # tests hold images against what these make of them
     iproute2 kmod    # tests look at links; modules are loaded where the kernel has them apart
     ca-certificates  # registries over https
 )

@@ -71,13 +71,14 @@ class Front:
         return web.json_response({"token": TOKEN})
 
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:
-        headers = {name: value for name, value in request.headers.items() if name in ("Accept", "Range")}
+        passed = ("Accept", "Range", "Content-Type")
+        headers = {name: value for name, value in request.headers.items() if name in passed}
         if self.refuse_ranges:
             headers.pop("Range", None)
         async with aiohttp.ClientSession(auto_decompress=False) as session:
-            url = f"http://{self.upstream}{request.path}"
-            async with session.request(request.method, url, headers=headers) as upstream:
-                wanted = ("Content-Type", "Content-Length", "Docker-Content-Digest", "Content-Range")
+            url = f"http://{self.upstream}{request.path_qs}"
+            async with session.request(request.method, url, headers=headers, data=await request.read()) as upstream:
+                wanted = ("Location", "Content-Type", "Content-Length", "Docker-Content-Digest", "Content-Range")
                 kept = {name: value for name, value in upstream.headers.items() if name in wanted}
                 response = web.StreamResponse(status=upstream.status, headers=kept)
                 await response.prepare(request)

@@ -131,3 +131,25 @@ async def test_explain(podkeel: Command, front: Front) -> None:
     assert status == 1
     assert "user user, from the request" in out
     assert "wrong" not in out
+
+
+async def test_tag_export_push_and_usage(podkeel: Command, registry: Registry, front: Front, tmp_path: Path) -> None:
+    name = f"{registry.host}/team/app:1"
+    await podkeel.run("pull", name)
+    assert await podkeel.run("image", "tag", name, "localhost/mine") == (0, "localhost/mine:latest\n", "")
+    archive = tmp_path / "mine.tar"
+    status, out, _ = await podkeel.run("image", "export", str(archive), "localhost/mine")
+    assert (status, out.split()[0]) == (0, str(archive))
+    status, out, _ = await podkeel.run("image", "push", "localhost/mine", f"{registry.host}/mine:2")
+    assert out.startswith(f"{registry.host}/mine:2@sha256:")
+    assert "0 blobs sent, 4 mounted" in out
+    status, out, _ = await podkeel.run("image", "df")
+    assert {"docker.io/library/busybox:latest", name} == {line.split()[0] for line in out.splitlines()[1:3]}
+    assert "images without containers hold" in out
+    await podkeel.run("image", "rm", name)
+    status, out, _ = await podkeel.run("image", "import", str(archive))
+    assert out.startswith("localhost/mine:latest")
+    assert (await podkeel.run("image", "rm", "localhost/mine"))[0] == 0
+    status, _, err = await podkeel.run("image", "push", "localhost/mine")
+    assert status == 1
+    assert "not on this node" in err

@@ -148,13 +148,13 @@ def test_any_header_is_survived(text: str) -> None:
 
 def test_token_requests() -> None:
     challenges = parse_challenges(['Bearer realm="https://auth.example/token?x=1",service="s"'])
-    request = token_request(challenges, None, repository="a/b", secure=True)
+    request = token_request(challenges, None, "repository:a/b:pull", secure=True)
     assert request.url == "https://auth.example/token?x=1&scope=repository%3Aa%2Fb%3Apull&service=s"
     assert (request.headers, request.form) == ({}, None)
     known = Credentials(username="u", password="p")
-    request = token_request(challenges, known, repository="a/b", secure=True)
+    request = token_request(challenges, known, "repository:a/b:pull", secure=True)
     assert request.headers == {"Authorization": "Basic " + base64.b64encode(b"u:p").decode()}
-    request = token_request(challenges, Credentials(identity_token="it"), repository="a/b", secure=True)
+    request = token_request(challenges, Credentials(identity_token="it"), "repository:a/b:pull", secure=True)
     assert request.form is not None
     assert request.form["refresh_token"] == "it"
     assert answer_directly(challenges, Credentials(registry_token="rt")) == "Bearer rt"
@@ -165,8 +165,8 @@ def test_token_requests() -> None:
 def test_credentials_are_not_sent_in_the_clear_where_the_registry_is_not() -> None:
     challenges = parse_challenges(['Bearer realm="http://auth.example/token"'])
     with pytest.raises(PermissionDeniedError, match="unencrypted"):
-        token_request(challenges, Credentials(username="u"), repository="a", secure=True)
-    assert token_request(challenges, None, repository="a", secure=True).headers == {}
+        token_request(challenges, Credentials(username="u"), "repository:a:pull", secure=True)
+    assert token_request(challenges, None, "repository:a:pull", secure=True).headers == {}
 
 
 def test_token_answers() -> None:

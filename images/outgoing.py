@@ -1,0 +1,84 @@
+"""An image of the store made ready to leave the node: its manifest, configuration and compressed layers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from host.errors import WrongStateError
+from host.threads import in_thread
+from images import digests
+from images.image import Image
+from images.layers import LayerStore
+from images.manifests import OCI_CONFIG, OCI_MANIFEST, Descriptor, Manifest, parse_manifest
+
+OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
+_COMPRESSIONS = {b"\x1f\x8b": "+gzip", b"\x28\xb5\x2f\xfd": "+zstd"}
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingImage:
+    """``layers`` says where each of the manifest's layer blobs lies on the node."""
+
+    image: Image
+    manifest: bytes
+    manifest_type: str
+    config: Descriptor
+    layers: tuple[tuple[Descriptor, Path], ...]
+
+    @property
+    def digest(self) -> str:
+        """The digest of the manifest."""
+        return digests.digest_of(self.manifest)
+
+
+@asynccontextmanager
+async def outgoing(image: Image, manifest: bytes, layers: LayerStore) -> AsyncIterator[OutgoingImage]:
+    """The image, whose blobs stay on the node during the block also if it is removed meanwhile.
+
+    Its manifest is the one it came with where the blobs that this names are kept; otherwise one is written for those
+    that are: the image came without a manifest, or shares layers that were fetched in another compression. The
+    configuration, and so the image's id, is always the same. Raises WrongStateError if blobs were not kept.
+    """
+    layers.retain(image.layers)
+    try:
+        yield await in_thread(_prepare, image, manifest, layers)
+    finally:
+        await layers.release(image.layers)
+
+
+def _prepare(image: Image, content: bytes, layers: LayerStore) -> OutgoingImage:
+    manifest = parse_manifest(content, f"image {image.name}") if image.manifest_digest else None
+    if manifest is not None and manifest.config is not None:
+        found = [(layer, layers.blob(layer.digest)) for layer in manifest.layers]
+        kept = tuple((layer, path) for layer, path in found if path is not None)
+        if len(kept) == len(found):
+            return OutgoingImage(image, content, manifest.media_type or OCI_MANIFEST, manifest.config, kept)
+    kept = tuple(_kept_layer(image, number, layers) for number in image.layers)
+    config = Descriptor(OCI_CONFIG, image.id, len(image.config_bytes))
+    written = Manifest(2, OCI_MANIFEST, config, [descriptor for descriptor, _ in kept])
+    return OutgoingImage(image, _encoded(written), OCI_MANIFEST, config, kept)
+
+
+def _encoded(manifest: Manifest) -> bytes:
+    fields = msgspec.to_builtins(manifest)
+    del fields["manifests"]
+    return msgspec.json.encode(fields)
+
+
+def _kept_layer(image: Image, number: int, layers: LayerStore) -> tuple[Descriptor, Path]:
+    layer = layers.get(number)
+    path = layers.blob(layer.blob_digest) if layer is not None else None
+    if layer is None or path is None:
+        raise WrongStateError(
+            f"image {image.name} cannot leave this node: its compressed layers were not kept. Set images.keep_blobs, "
+            "remove the image and pull it again"
+        )
+    with path.open("rb") as file:
+        start = file.read(4)
+    compression = next((suffix for magic, suffix in _COMPRESSIONS.items() if start.startswith(magic)), "")
+    return Descriptor(OCI_LAYER + compression, layer.blob_digest, layer.blob_bytes), path

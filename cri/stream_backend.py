@@ -3,64 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from cri.streaming import AttachRequest, AttachSocket, ExecRequest, ProcessIO, TerminalSize, open_pipes
 from cri.streaming.pod_socket import connect_to_pod
-from host import processes
 from host.errors import WrongStateError
-from host.threads import in_thread
 from runtime.agent import Agent
-from runtime.exec_call import ExecCall
+from runtime.exec_call import ExecCall, ExecProcess
 from runtime.sandbox import SandboxState
+from runtime.spec.oci import ConsoleSize
 
 
-class ContainerTerminal(ProcessIO):
-    """A terminal whose other end the OCI runtime holds, which passes it on to the one inside the container."""
-
-    runtime_pid = 0
-
-    def resize(self, width: int, height: int) -> None:
-        """Set the size; the runtime learns of it by SIGWINCH, since the terminal does not control its session."""
-        super().resize(width, height)
-        if self.runtime_pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.runtime_pid, signal.SIGWINCH)
-
-
+@dataclass(frozen=True, slots=True)
 class ContainerProcess:
-    """A process started in a container by the OCI runtime, which stays beside it until it ends."""
+    """A process in a container with our ends of its streams."""
 
-    def __init__(self, call: ExecCall, pid: int, streams: ProcessIO) -> None:
-        self.io = streams
-        self._call = call
-        self._pid = pid
-        self._pidfd = os.pidfd_open(pid)
-        self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        processes.watch_exit(self._pidfd, self._ended)
-
-    def _ended(self) -> None:
-        status = processes.reap(self._pidfd)
-        os.close(self._pidfd)
-        self._status.set_result(255 if status is None else status)
+    process: ExecProcess
+    io: ProcessIO
 
     async def wait(self) -> int:
-        """Its exit code. Raises CommandError if the runtime could not start it."""
-        return self._call.exit_code(await asyncio.shield(self._status))
-
-    async def close(self) -> None:
-        """Kill it and all of its session if it runs, and wait for its end."""
-        if not self._status.done():
-            await in_thread(self._call.kill)
-            processes.kill_group(self._pid)
-            await asyncio.shield(self._status)
-        self.io.close()
+        """Its exit code once it has ended, 128 + n after signal n."""
+        return await asyncio.shield(self.process.ended)
 
 
 class NodeBackend:
@@ -74,12 +41,16 @@ class NodeBackend:
     async def exec(self, request: ExecRequest, size: TerminalSize | None) -> AsyncIterator[ContainerProcess]:
         """Start the command with the streams asked for."""
         container = self._agent.execution.running(request.container_id)
-        with self._agent.execution.call(container, request.command, terminal=request.tty) as call:
-            process = _on_terminal(call, request, size) if request.tty else _on_pipes(call, request)
+        console_size = ConsoleSize(height=size.height, width=size.width) if size is not None else None
+        with self._agent.execution.call(container, request.command, terminal=request.tty, size=console_size) as call:
+            streams = await _launch(call, request)
             try:
-                yield process
+                async with call.process() as process:
+                    if call.console is not None:
+                        streams = ProcessIO.terminal(call.console.terminal(), stdin=request.stdin)
+                    yield ContainerProcess(process, streams)
             finally:
-                await process.close()
+                streams.close()
 
     @asynccontextmanager
     async def attach(self, request: AttachRequest) -> AsyncIterator[AttachSocket]:
@@ -101,21 +72,11 @@ class NodeBackend:
         return await connect_to_pod(sandbox.id, port, namespace)
 
 
-def _on_pipes(call: ExecCall, request: ExecRequest) -> ContainerProcess:
+async def _launch(call: ExecCall, request: ExecRequest) -> ProcessIO:
+    """Start it; our ends of its pipes, none yet of a terminal."""
+    if call.console is not None:
+        await call.launch({})
+        return ProcessIO()
     with open_pipes(stdin=request.stdin, stdout=request.stdout, stderr=request.stderr) as (streams, child_ends):
-        pid = processes.spawn(call.command, descriptors={**call.descriptors, **child_ends})
-        return ContainerProcess(call, pid, streams)
-
-
-def _on_terminal(call: ExecCall, request: ExecRequest, size: TerminalSize | None) -> ContainerProcess:
-    with contextlib.ExitStack() as undo:
-        master, slave = os.openpty()
-        with contextlib.closing(os.fdopen(slave, "rb+", buffering=0)):
-            streams = ContainerTerminal.terminal(master, stdin=request.stdin, is_relayed=True)
-            undo.callback(streams.close)
-            if size is not None:
-                streams.resize(size.width, size.height)
-            descriptors = {**call.descriptors, 0: slave, 1: slave, 2: slave}
-            streams.runtime_pid = processes.spawn(call.command, descriptors=descriptors)
-        undo.pop_all()
-    return ContainerProcess(call, streams.runtime_pid, streams)
+        await call.launch(child_ends)
+        return streams

@@ -15,6 +15,7 @@ from typing import Self
 from host.database import Database
 from host.errors import WrongStateError
 from host.keyring import leave_session_keyring
+from host.orphans import Orphans
 from host.threads import in_thread
 from images.options import ImageOptions
 from images.schema import MIGRATIONS as IMAGE_MIGRATIONS
@@ -72,6 +73,9 @@ class Agent:
         sys.setswitchinterval(_SWITCH_SECONDS)
         leave_session_keyring()
         async with AsyncExitStack() as stack:
+            orphans = Orphans()
+            orphans.adopt()
+            stack.push_async_callback(orphans.close)
             await self._open(stack)
             self._stack = stack.pop_all()
         return self

@@ -8,26 +8,29 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import msgspec
 
 from host import processes
-from host.errors import CommandError
+from host.errors import CommandError, DeadlineError
 from host.null_device import open_private_null
-from host.threads import in_thread
+from host.threads import in_thread, wait_out
 from runtime.console_socket import ConsoleSocket
 from runtime.oci_runtime import OciRuntime, naming
 
 _PROCESS_DESCRIPTOR = 3
 _LOG_DESCRIPTOR = 4
 _LOG_BYTES = 65536
-# How long a killed call may take to write down its process, and how often that is looked for.
-_START_SECONDS = 5.0
-_START_POLL = 0.005
+_START_SECONDS = 60.0
+# How long a start goes on whose process nobody wants any more: so that its process is known and can be killed.
+_ABANDONED_SECONDS = 5.0
+# When to look for the dead that a failed start leaves: at once, or after the moment that they take to die.
+_STRAY_SECONDS = (0.0, 0.01, 0.05, 0.2)
 # How often the processes of a session are looked up again, for those that were just being made.
 _KILL_ROUNDS = 20
 _KILL_POLL = 0.002
@@ -38,9 +41,63 @@ class _LogEntry(msgspec.Struct):
     msg: str = ""
 
 
-class ExecCall:
-    """The command line that runs ``process`` (an OCI ``process`` object as JSON), and the files it needs, for ``with``.
+class ExecProcess:
+    """A process in a container that is a child of ours; ``ended`` becomes its exit code, 128 + n after signal n."""
 
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._pidfd = os.pidfd_open(pid)
+        processes.watch_exit(self._pidfd, self._on_end)
+
+    def _on_end(self) -> None:
+        status = processes.reap(self._pidfd)
+        os.close(self._pidfd)
+        _strays.awaited.discard(self.pid)
+        self.ended.set_result(255 if status is None else status if status >= 0 else 128 - status)
+
+
+class _Strays:
+    """Processes that OCI runtimes made, could not use, and left to us dead.
+
+    While such a one is not reaped the kernel does not let its container end, so they cannot wait for host.orphans.
+    """
+
+    def __init__(self) -> None:
+        self.awaited: set[int] = set()
+        self._starting = 0
+
+    def begin(self) -> None:
+        """A start begins, whose process nobody knows yet."""
+        self._starting += 1
+
+    def end(self, process: ExecProcess | None) -> None:
+        """A start is over: with this process, or failed."""
+        self._starting -= 1
+        if process is not None:
+            self.awaited.add(process.pid)
+            return
+        for delay in _STRAY_SECONDS:
+            asyncio.get_running_loop().call_later(delay, self._reap)
+
+    def _reap(self) -> None:
+        if self._starting:
+            return  # a child that nobody awaits may be what is just being started
+        with contextlib.suppress(ChildProcessError):
+            while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if dead.si_pid in self.awaited or not _is_in_inner_pid_namespace(dead.si_pid):
+                    return  # somebody collects it; what is behind it is left to host.orphans
+                os.waitid(os.P_PID, dead.si_pid, os.WEXITED | os.WNOHANG)
+
+
+_strays = _Strays()
+
+
+class ExecCall:
+    """The call that runs ``process`` (an OCI ``process`` object as JSON), and the files it needs, for ``with``.
+
+    The OCI runtime detaches from the process, which is ours then as host.orphans has it: so no runtime stays beside it,
+    its descriptors are those it was given, and on a terminal (``terminal``) its master comes by ``console``.
     ``program`` is what the process executes, for errors. ``folder`` is the container's bundle; ``pids`` lists the
     processes of the container's cgroup.
     """
@@ -70,46 +127,95 @@ class ExecCall:
             os.write(process_file, process)
             self._log_file = os.memfd_create("log")
             stack.callback(os.close, self._log_file)
-            self.descriptors = {_PROCESS_DESCRIPTOR: process_file, _LOG_DESCRIPTOR: self._log_file}
-            self.descriptors |= dict.fromkeys((0, 1, 2), open_private_null())
-            if terminal and runtime.hands_over_terminals:
+            self._descriptors = {_PROCESS_DESCRIPTOR: process_file, _LOG_DESCRIPTOR: self._log_file}
+            self._descriptors |= dict.fromkeys((0, 1, 2), open_private_null())
+            if terminal:
                 self.console = stack.enter_context(ConsoleSocket(folder, f"{name}.tty"))
-                self.descriptors |= self.console.descriptors
+                self._descriptors |= self.console.descriptors
             self._stack = stack.pop_all()
 
     @property
-    def command(self) -> list[str]:
-        """The command line; ``descriptors`` go with it, the standard ones silent unless the caller has others."""
+    def _command(self) -> list[str]:
         # The runtime's own complaints go to its log, so that they are never taken for the process's output.
         runtime, log = self._runtime, f"/proc/self/fd/{_LOG_DESCRIPTOR}"
         options = [*runtime.arguments, "--log", log, "--log-format", "json"]
         process = f"/proc/self/fd/{_PROCESS_DESCRIPTOR}"
-        words = ["exec", "--process", process, "--pid-file", str(self._pid_file)]
+        words = ["exec", "--detach", "--process", process, "--pid-file", str(self._pid_file)]
         if self.console is not None:
             words += ["--console-socket", self.console.path]
         return [runtime.program, *options, *words, self._container_id]
 
-    def exit_code(self, status: int) -> int:
-        """The process's exit code from the runtime's ``status``. Raises CommandError if it was never started."""
-        if status != 0 and (complaint := _errors_in(os.pread(self._log_file, _LOG_BYTES, 0))):
-            command = [self._runtime.options.path, "exec", self._container_id]
-            raise CommandError(command, status, naming(self._program, complaint))
-        return status if status >= 0 else 128 - status
+    async def launch(self, descriptors: Mapping[int, int]) -> None:
+        """Start the OCI runtime; the process gets ``descriptors`` as its standard ones, silent ones for the others."""
+        _strays.begin()
+        spawning = asyncio.ensure_future(
+            processes.spawn_aside(self._command, descriptors={**self._descriptors, **descriptors})
+        )
+        try:
+            self._runtime_pid = await wait_out(spawning)
+        except asyncio.CancelledError:
+            self._runtime_pid = spawning.result()
+            await wait_out(asyncio.ensure_future(self._finish(asyncio.ensure_future(self._started()))))
+            raise
+        except BaseException:
+            _strays.end(None)
+            raise
 
-    async def kill(self, ended: asyncio.Future[Any], runtime_pid: int) -> None:
-        """End the process, everything in its session and everything that descends from it, and wait for the runtime.
+    @asynccontextmanager
+    async def process(self) -> AsyncIterator[ExecProcess]:
+        """The process once it runs, after ``launch``.
 
-        ``ended`` is done once the OCI runtime's own process, ``runtime_pid``, has ended.
+        Leaving the block kills it, everything in its session and everything that descends from it, and waits for its
+        end; nothing if it ended by itself. Raises CommandError when it could not be started.
         """
-        # The runtime must first have written down whom it started, else that one would be left.
-        deadline = time.monotonic() + _START_SECONDS
-        while not ended.done() and (leader := _leader(self._pid_file)) is None and time.monotonic() < deadline:
-            await asyncio.wait({ended}, timeout=_START_POLL)
-        if (leader := _leader(self._pid_file)) is not None:
-            await in_thread(_kill_session, leader, self._pids)
-        if not ended.done():
-            processes.kill_group(runtime_pid)
-        await asyncio.wait({ended})
+        starting = asyncio.ensure_future(self._started())
+        try:
+            yield await asyncio.shield(starting)
+        finally:
+            await wait_out(asyncio.ensure_future(self._finish(starting)))
+
+    async def _started(self) -> ExecProcess:
+        process = None
+        try:
+            status = await self._runtime_ended()
+            leader = _leader(self._pid_file)
+            if status != 0 or leader is None:
+                complaint = _errors_in(os.pread(self._log_file, _LOG_BYTES, 0))
+                command = [self._runtime.options.path, "exec", self._container_id]
+                raise CommandError(command, status, naming(self._program, complaint))
+            process = ExecProcess(leader)
+        finally:
+            _strays.end(process)
+        return process
+
+    async def _runtime_ended(self) -> int:
+        pidfd = os.pidfd_open(self._runtime_pid)
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                await processes.wait_ended(pidfd)
+        except BaseException as error:
+            processes.kill_group(self._runtime_pid)
+            if (leader := _leader(self._pid_file)) is not None:
+                _kill(leader)
+            if isinstance(error, TimeoutError):
+                program = self._runtime.options.path
+                raise DeadlineError(f"{program} did not start {self._program!r} in {_START_SECONDS:g} s") from error
+            raise
+        finally:
+            status = processes.reap_ended(pidfd)
+            os.close(pidfd)
+        return status
+
+    async def _finish(self, starting: asyncio.Future[ExecProcess]) -> None:
+        if not starting.done():
+            await asyncio.wait({starting}, timeout=_ABANDONED_SECONDS)
+            starting.cancel()
+            await asyncio.wait({starting})
+        if not starting.cancelled() and starting.exception() is None:
+            process = starting.result()
+            if not process.ended.done():
+                await in_thread(_kill_session, process.pid, self._pids)
+                await asyncio.wait({process.ended})
 
     def __enter__(self) -> Self:
         return self
@@ -156,9 +262,20 @@ def _kill_session(leader: int, pids: Callable[[], Sequence[int]]) -> None:
         if not left:
             return
         for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            _kill(pid)
         time.sleep(_KILL_POLL)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _is_in_inner_pid_namespace(pid: int) -> bool:
+    """Whether a process is in another PID namespace than ours, below it: then it has further pids (proc(5), NSpid)."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as status:
+        return any(line.startswith(b"NSpid:") and len(line.split()) > 2 for line in status)
+    return False
 
 
 def _errors_in(log: bytes) -> str:

@@ -22,6 +22,7 @@ from runtime.lifecycle import begin
 from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
 from runtime.spec import oci
+from runtime.spec.log_path import resolve_log_path
 from runtime.spec.resources import resources
 
 REOPEN_SECONDS = 5.0
@@ -61,33 +62,37 @@ class Execution:
             raise InvalidArgumentError(f"{container.title}: no command to execute was given")
         if timeout < 0:
             raise InvalidArgumentError(f"{container.title}: the timeout {timeout:g} s is negative: use 0 for none")
-        with self.call(container, command, terminal=False) as call:
-            try:
-                result = await processes.run(
-                    call.command, descriptors=call.descriptors, timeout=timeout or None, check=False
-                )
-            except (DeadlineError, asyncio.CancelledError):
-                await in_thread(call.kill)
-                raise
-            return processes.Completed(call.exit_code(result.status), result.stdout, result.stderr)
+        with self.call(container, command) as call:
+            return await _run_to_end(call, command[0], timeout)
 
-    def call(self, container: Container, command: Sequence[str], *, terminal: bool) -> ExecCall:
-        """The OCI runtime's exec of ``command`` in a container that runs."""
+    def call(
+        self,
+        container: Container,
+        command: Sequence[str],
+        *,
+        terminal: bool = False,
+        size: oci.ConsoleSize | None = None,
+    ) -> ExecCall:
+        """The OCI runtime's exec of ``command`` in a container that runs, on a terminal of that size if wanted."""
         node = self._node
         return ExecCall(
             runtime=node.handlers.get(container.record.handler),
             container_id=container.id,
             folder=node.layout.container(container.id).path,
             program=command[0],
-            process=self._process_json(container, command, terminal=terminal),
+            process=self._process_json(container, command, terminal=terminal, size=size),
             pids=partial(node.cgroups.processes, container.record.cgroup),
+            terminal=terminal,
         )
 
-    def _process_json(self, container: Container, command: Sequence[str], *, terminal: bool) -> bytes:
+    def _process_json(
+        self, container: Container, command: Sequence[str], *, terminal: bool, size: oci.ConsoleSize | None
+    ) -> bytes:
         """The OCI ``process`` object of a further command in a container: like its first one, but for the arguments."""
         process = _decode_spec(self._node.layout.container(container.id).spec.read_bytes()).process
         process.args = list(command)
         process.terminal = terminal
+        process.console_size = size
         return msgspec.json.encode(process)
 
     async def update(self, container_id: str, given: cri_pb2.LinuxContainerResources) -> None:
@@ -149,11 +154,13 @@ class Execution:
 
         Raises:
             WrongStateError: the container does not run, or has no log.
+            InvalidArgumentError: a link now leads from its place out of the pod's log folder.
         """
         container = self.running(container_id)
         if not container.record.log_path:
             raise WrongStateError(f"{container.title} has no log: its log_path is empty")
         path = Path(container.record.log_path)
+        resolve_log_path(container.sandbox.config.log_directory, container.config.log_path)
         if not path.parent.is_dir():
             raise PodkeelError(f"{container.title}: the log folder {path.parent} is gone: make it again")
         try:
@@ -181,6 +188,22 @@ def _undoing(
         if getattr(after, field) and not getattr(before, field):
             setattr(undoing, field, default)
     return undoing
+
+
+async def _run_to_end(call: ExecCall, program: str, timeout: float) -> processes.Completed:
+    """Run ``call`` and gather its output; cancelled or past ``timeout`` (0: none), all that it started is ended."""
+    with processes.Collector() as stdout, processes.Collector() as stderr:
+        await call.launch({1: stdout.write_end, 2: stderr.write_end})
+        stdout.close_write_end()
+        stderr.close_write_end()
+        try:
+            async with asyncio.timeout(timeout or None), call.process() as process:
+                code = await asyncio.shield(process.ended)
+        except TimeoutError as error:
+            raise DeadlineError(f"{program} did not finish within {timeout:g} s") from error
+        stdout.drain()
+        stderr.drain()
+        return processes.Completed(code, bytes(stdout.data), bytes(stderr.data))
 
 
 def _merge(

@@ -60,14 +60,6 @@ class OciRuntime:
         arguments = [*self.options.arguments, "--root", str(self.root)]
         return [*arguments, "--systemd-cgroup"] if self.systemd_cgroup else arguments
 
-    @property
-    def hands_over_terminals(self) -> bool:
-        """Whether its exec gives a terminal to a console socket and still waits for the process's exit code.
-
-        Others do so only when they detach; they pass on what goes through a terminal of ours instead.
-        """
-        return self.features.version.startswith("crun ")
-
     def command(self, *words: str) -> list[str]:
         """A whole command line."""
         return [self.program, *self.arguments, *words]

@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable
+from functools import partial
 
 import msgspec
 
@@ -110,7 +111,7 @@ class Recovery:
     def _end_abandoned_calls(self, container: Container) -> None:
         """Nobody can get the output of what the former agent executed in the container any more."""
         folder = self._node.layout.container(container.id).path
-        ended = exec_call.end_abandoned(folder, self._node.cgroups.processes(container.record.cgroup))
+        ended = exec_call.end_abandoned(folder, partial(self._node.cgroups.processes, container.record.cgroup))
         if ended:
             self.findings["abandoned command"] += ended
             _log.warning("%s: %d commands that the former agent executed were ended", container.title, ended)

@@ -12,8 +12,6 @@ from typing import Self
 
 from cri.streaming.descriptors import prepare
 
-_CONTROL_D = b"\x04"
-
 
 class ProcessIO:
     """Owns the descriptors; a stream that was not asked for is None. ``close`` closes what is still open, once."""
@@ -23,20 +21,14 @@ class ProcessIO:
         self.stdout = stdout
         self.stderr = stderr
         self.is_terminal = False
-        self._is_relayed = False
         for descriptor in self._descriptors():
             prepare(descriptor)
 
     @classmethod
-    def terminal(cls, master: int, *, stdin: bool = True, is_relayed: bool = False) -> Self:
-        """The streams of a process on a terminal: both directions through the master, no stderr.
-
-        ``is_relayed`` says that the process's own terminal is another one, which somebody keeps in step with ours: what
-        ours edits says nothing then, and its end-of-file character is the usual one.
-        """
+    def terminal(cls, master: int, *, stdin: bool = True) -> Self:
+        """The streams of a process on a terminal: both directions through the master, no stderr."""
         streams = cls(stdin=master if stdin else None, stdout=master)
         streams.is_terminal = True
-        streams._is_relayed = is_relayed
         return streams
 
     def end_input(self) -> None:
@@ -47,9 +39,8 @@ class ProcessIO:
             os.close(self.stdin)
         else:
             with contextlib.suppress(OSError, termios.error):
-                if self._is_relayed:
-                    os.write(self.stdin, _CONTROL_D)
-                elif (attributes := termios.tcgetattr(self.stdin))[3] & termios.ICANON:
+                attributes = termios.tcgetattr(self.stdin)
+                if attributes[3] & termios.ICANON:
                     os.write(self.stdin, attributes[6][termios.VEOF])
         self.stdin = None
 

@@ -48,6 +48,13 @@ class Rlimit(_Struct):
     soft: int
 
 
+class ConsoleSize(_Struct):
+    """The size of a terminal, in characters."""
+
+    height: int
+    width: int
+
+
 class Process(_Struct):
     """The container's first process."""
 
@@ -55,6 +62,7 @@ class Process(_Struct):
     user: User
     args: list[str]
     terminal: bool = False
+    console_size: ConsoleSize | None = None
     env: list[str] = []
     capabilities: Capabilities | None = None
     rlimits: list[Rlimit] = []

@@ -1,0 +1,61 @@
+"""The socket on which an OCI runtime hands over the master of a terminal it made inside a container."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from host.errors import PodkeelError
+
+# Where the OCI runtime finds the socket's folder: addresses of unix sockets are short, paths of containers are not.
+FOLDER_DESCRIPTOR = 5
+
+
+class ConsoleSocket:
+    """A listening socket ``name`` in ``folder``, for ``with``; ``descriptors`` go to the OCI runtime with its path."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._path = folder / name
+        self._folder = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            self._socket.bind(f"/proc/self/fd/{self._folder}/{name}")
+            self._socket.listen(1)
+        except BaseException:
+            self.close()
+            raise
+        self.path = f"/proc/self/fd/{FOLDER_DESCRIPTOR}/{name}"
+        self.descriptors = {FOLDER_DESCRIPTOR: self._folder}
+
+    def terminal(self) -> int:
+        """The master's descriptor, now the caller's, once the OCI runtime has done its work.
+
+        Raises PodkeelError when it handed over none.
+        """
+        try:
+            connection, _ = self._socket.accept()
+            with connection:
+                _, descriptors, _, _ = socket.recv_fds(connection, 4096, 1)
+        except BlockingIOError:
+            descriptors = []
+        if not descriptors:
+            raise PodkeelError("the OCI runtime handed over no terminal")
+        os.set_inheritable(descriptors[0], False)
+        return descriptors[0]
+
+    def close(self) -> None:
+        """Remove the socket."""
+        self._socket.close()
+        os.close(self._folder)
+        self._path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -24,6 +24,9 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     archive that unpacks to more than ``max_archive_bytes``. With ``keep_blobs`` the compressed layers stay on disk
     beside the unpacked ones, which checking, repairing and exporting an image need.
 
+    Every program in ``verifier_dir`` is asked before an image is pulled, in containerd's way, and has
+    ``verifier_seconds`` to allow it; empty: none is asked. Imported archives are not verified.
+
     ``pinned`` are patterns (``*`` and ``?``) of image names that garbage collection must leave alone, matched against
     the full form (``registry.k8s.io/pause:*``).
     """
@@ -42,4 +45,6 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     max_layer_entries: int = 2_000_000
     max_archive_bytes: int = 256 * GIBIBYTE
     keep_blobs: bool = True
+    verifier_dir: str = ""
+    verifier_seconds: float = 10.0
     pinned: tuple[str, ...] = ()

@@ -11,11 +11,12 @@ from host.stages import Operation
 from images import digests
 from images.candidate import Candidate
 from images.credentials import Credentials
-from images.manifests import LARGEST_CONFIG, check_is_image, choose, parse_manifest
+from images.manifests import LARGEST_CONFIG, Descriptor, check_is_image, choose, parse_manifest
 from images.options import ImageOptions
 from images.platforms import this_machine
 from images.reference import Reference
 from images.registry import FetchedManifest, RegistryClient
+from images.verifiers import verify
 
 _NESTING = 4
 
@@ -34,11 +35,11 @@ async def fetch(
     """
     async with RegistryClient(options, name, credentials) as client:
         async with operation.stage("resolve"):
-            if known_digests and await _unchanged(client, name, known_digests):
-                top = None
-            else:
-                top = await client.manifest()
-        if top is None:
+            head = await _unchanged(client, name, known_digests) if known_digests else None
+            top = head or await client.manifest()
+        async with operation.stage("verify"):
+            await verify(options, name, Descriptor(top.media_type, top.digest, top.size))
+        if top is head:
             yield None
             return
         async with operation.stage("manifest"):
@@ -46,12 +47,12 @@ async def fetch(
         yield candidate
 
 
-async def _unchanged(client: RegistryClient, name: Reference, known_digests: Sequence[str]) -> bool:
+async def _unchanged(client: RegistryClient, name: Reference, known_digests: Sequence[str]) -> FetchedManifest | None:
     try:
-        digest = (await client.head()).digest
+        head = await client.head()
     except KubeletReasonError:
-        return False  # some registries know no HEAD; if it is out of reach, the GET says so
-    return f"{name.repository}@{digest}" in known_digests
+        return None  # some registries know no HEAD; if it is out of reach, the GET says so
+    return head if f"{name.repository}@{head.digest}" in known_digests else None
 
 
 async def _candidate(client: RegistryClient, name: Reference, top: FetchedManifest) -> Candidate:

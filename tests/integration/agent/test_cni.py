@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -161,8 +163,10 @@ def test_an_agent_killed_while_a_plugin_works_undoes_it(cni: CniAgent) -> None:
     cni.wait_ready()
     call = client.future("RunPodSandbox", cri_pb2.RunPodSandboxRequest(config=sandbox_config(cni.agent)))
     wait_for(begun.exists)
-    cni.agent.restart()
+    os.kill(cni.agent.pid(), signal.SIGKILL)  # before it could notice that the call is given up
+    cni.agent.wait_dead()
     call.cancel()
+    cni.agent.start()
     client = cni.agent.client
     wait_for(lambda: list((cni.agent.run / "sandboxes").iterdir()) == [], what="the end of the sandbox")
     assert [found.command for found in cni.folders.called()] == ["ADD", "DEL"]

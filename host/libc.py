@@ -94,15 +94,20 @@ _OPEN_TREE = 428
 _MOVE_MOUNT = 429
 _MOUNT_SETATTR = 442
 _AT_EMPTY_PATH = 0x1000
+_AT_RECURSIVE = 0x8000
+_AT_SYMLINK_NOFOLLOW = 0x100
 _AT_FDCWD = -100
 _MOVE_MOUNT_F_EMPTY_PATH = 4
 _OPEN_TREE_CLONE = 1
 _MOUNT_ATTR_IDMAP = 0x00100000
 
 
-def clone_tree(path: str) -> int:
-    """A descriptor of a new, detached bind mount of the folder ``path`` (open_tree(2))."""
-    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+def clone_tree(path: str, *, recursive: bool = False) -> int:
+    """A descriptor of a new, detached bind mount of ``path``, itself no symbolic link (open_tree(2)).
+
+    ``recursive``: with what is mounted below it.
+    """
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_SYMLINK_NOFOLLOW | (_AT_RECURSIVE if recursive else 0)
     return _check(
         _libc.syscall(ctypes.c_long(_OPEN_TREE), ctypes.c_int(_AT_FDCWD), os.fsencode(path), ctypes.c_uint(flags)), path
     )
@@ -113,13 +118,27 @@ def map_ids(mount_descriptor: int, user_namespace: int, name: str) -> None:
 
     ``name`` is the mounted folder, for the error.
     """
-    attributes = _MountAttributes(attr_set=_MOUNT_ATTR_IDMAP, userns_fd=user_namespace)
+    _set_attributes(
+        mount_descriptor,
+        _MountAttributes(attr_set=_MOUNT_ATTR_IDMAP, userns_fd=user_namespace),
+        _AT_EMPTY_PATH,
+        name,
+    )
+
+
+def set_propagation(mount_descriptor: int, propagation: int, name: str) -> None:
+    """Make a detached mount and all below it private or a slave (MS_PRIVATE, MS_SLAVE; mount_setattr(2))."""
+    attributes = _MountAttributes(propagation=propagation)
+    _set_attributes(mount_descriptor, attributes, _AT_EMPTY_PATH | _AT_RECURSIVE, name)
+
+
+def _set_attributes(mount_descriptor: int, attributes: _MountAttributes, flags: int, name: str) -> None:
     _check(
         _libc.syscall(
             ctypes.c_long(_MOUNT_SETATTR),
             ctypes.c_int(mount_descriptor),
             b"",
-            ctypes.c_uint(_AT_EMPTY_PATH),
+            ctypes.c_uint(flags),
             ctypes.byref(attributes),
             ctypes.c_size_t(ctypes.sizeof(attributes)),
         ),

@@ -96,14 +96,19 @@ def bind(source: str | Path, target: str | Path, *, recursive: bool = False) -> 
     libc.mount(str(source), str(target), "", MS_BIND | (MS_REC if recursive else 0), "")
 
 
-def bind_with_ids(source: str | Path, target: str | Path, user_namespace: str | Path) -> None:
+def bind_with_ids(
+    source: str | Path, target: str | Path, user_namespace: str | Path, *, slave_tree: bool | None = None
+) -> None:
     """Bind ``source`` onto the existing ``target`` with its owners shown as the user namespace pinned there maps them.
 
+    ``slave_tree`` None binds ``source`` alone; otherwise what is mounted below it comes too, with its own owners, and
+    mounts made there later do if it is true. In neither case does unmounting ``target`` do anything at ``source``.
     Raises UnsupportedError where the file system or the kernel has no idmapped mounts.
     """
     with open(user_namespace, "rb") as pin:
-        descriptor = libc.clone_tree(str(source))
+        descriptor = libc.clone_tree(str(source), recursive=slave_tree is not None)
         try:
+            libc.set_propagation(descriptor, MS_SLAVE if slave_tree else MS_PRIVATE, str(source))
             libc.map_ids(descriptor, pin.fileno(), str(source))
             libc.attach_mount(descriptor, str(target))
         except OSError as error:

@@ -93,8 +93,12 @@ class SnapshotStore:
         await in_thread(self._mount_writable, folder, target, self._paths(layers))
         return Snapshot(container_id, image.id, target, folder / "upper")
 
-    async def mount_image(self, container_id: str, image: Image, *, target: Path) -> None:
-        """Mount the image read-only at ``target``, which is made, for as long as the container; errors as ``prepare``.
+    async def mount_image(
+        self, container_id: str, image: Image, *, target: Path, user_namespace: Path | None = None
+    ) -> None:
+        """Mount the image read-only at ``target``, which is made, for as long as the container.
+
+        ``user_namespace`` and errors are as for ``prepare``.
 
         ``unmount`` with the same target takes it away; ``remove`` forgets all that a container has.
         """
@@ -103,7 +107,7 @@ class SnapshotStore:
         async with Undo(f"image {image.name} mounted for container {container_id}") as undo:
             undo.push("the mount", lambda: self.unmount(container_id, target))
             await self._hold(key, container_id, image)
-            await in_thread(self._mount_read_only, target, lower)
+            await in_thread(self._mount_read_only, target, lower, user_namespace)
 
     async def unmount(self, container_id: str, target: Path) -> None:
         """Unmount what ``prepare`` or ``mount_image`` put at ``target``; success if nothing is there."""
@@ -204,19 +208,20 @@ class SnapshotStore:
             self._volatile = ""  # a kernel before 5.10
             libc.mount("overlay", str(target), "overlay", 0, options)
 
-    def _mount_read_only(self, target: Path, lower: Sequence[Path]) -> None:
+    def _mount_read_only(self, target: Path, lower: Sequence[Path], user_namespace: Path | None = None) -> None:
         target.mkdir(parents=True, exist_ok=True)
         if len(lower) == 1:
             # Overlayfs wants two when nothing is writable.
             second = self._layers.path(EMPTY_LAYER).with_name("below")
             second.mkdir(exist_ok=True)
             lower = (*lower, second)
-        options = _lower_option(lower)
-        _check_length(options, len(lower))
-        try:
-            libc.mount("overlay", str(target), "overlay", mounts.MS_RDONLY, options)
-        except OSError as error:
-            raise PodkeelError(f"overlay at {target} could not be mounted: {error.strerror}") from error
+        with with_mapped_ids(lower, scratch_of(target), user_namespace) as seen:
+            options = _lower_option(seen)
+            _check_length(options, len(seen))
+            try:
+                libc.mount("overlay", str(target), "overlay", mounts.MS_RDONLY, options)
+            except OSError as error:
+                raise PodkeelError(f"overlay at {target} could not be mounted: {error.strerror}") from error
 
     def _throw_away(self, container_id: str) -> None:
         self._trash.throw(self._containers / container_id)

@@ -20,6 +20,7 @@ from runtime.identifiers import new_id
 from runtime.joining import Joining
 from runtime.lifecycle import Lifecycle, begin
 from runtime.log_fields import of_container
+from runtime.mapped_volumes import bind_all
 from runtime.monitor import MonitorRequest, RuntimeRefusedError
 from runtime.node import Node
 from runtime.oci_runtime import OciRuntime, cannot_run_program, naming
@@ -27,6 +28,7 @@ from runtime.root_mounts import mount_image_volumes, mount_root, status_mounts, 
 from runtime.sandbox import Sandbox, SandboxState
 from runtime.spec.builder import ContainerSpec, SpecRequest, build
 from runtime.spec.log_path import resolve_log_path
+from runtime.spec.namespaces import user_mappings
 from runtime.spec.volumes import make_volumes
 from runtime.spec_request import ensure_pid_holder, shares_pod_pids, spec_request
 
@@ -137,6 +139,7 @@ class ContainerManager:
     def _write_spec(self, container: Container, request: SpecRequest) -> ContainerSpec:
         spec = build(request)
         make_volumes(spec.volumes, request.rootfs)
+        bind_all(spec.mapped_volumes, request.namespaces.user, user_mappings(container.sandbox.namespace_options))
         self._node.layout.container(container.id).spec.write_bytes(spec.config_json)
         if container.record.log_path:
             Path(container.record.log_path).parent.mkdir(parents=True, exist_ok=True, mode=0o755)

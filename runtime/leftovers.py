@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host import mounts, processes
+from runtime import mapped_volumes
 from runtime.cgroups import CgroupTree
 from runtime.layout import Layout
 from runtime.namespaces import drop_namespaces
@@ -93,6 +94,7 @@ def drop_run_folders(layout: Layout, known: Known) -> None:
             drop_namespaces(layout.sandbox(name))
     for name in _names(layout.containers):
         if name not in known.containers:
+            mapped_volumes.release(layout.container(name).rootfs)
             mounts.unmount(layout.container(name).rootfs, lazy=True)
             shutil.rmtree(layout.container(name).path)
     for name in _names(layout.exits):

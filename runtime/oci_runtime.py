@@ -30,7 +30,6 @@ class RuntimeFeatures(msgspec.Struct, frozen=True):
 
     recursive_read_only_mounts: bool = False
     user_namespaces: bool = False
-    idmapped_mounts: bool = False
     version: str = ""
 
 
@@ -112,11 +111,9 @@ class OciRuntime:
         if not answer:
             return _features_by_version(line)
         linux = answer.get("linux") or {}
-        idmapped = bool(((linux.get("mountExtensions") or {}).get("idmap") or {}).get("enabled"))
         return RuntimeFeatures(
             recursive_read_only_mounts="rro" in (answer.get("mountOptions") or []),
-            user_namespaces="user" in (linux.get("namespaces") or []) and idmapped,
-            idmapped_mounts=idmapped,
+            user_namespaces="user" in (linux.get("namespaces") or []),
             version=line,
         )
 
@@ -125,7 +122,7 @@ def _features_by_version(line: str) -> RuntimeFeatures:
     """For a runtime without a ``features`` command: crun got it after it had learnt the mount options, in 1.8."""
     match = re.match(r"crun version (\d+)\.(\d+)", line)
     able = match is not None and (int(match[1]), int(match[2])) >= (1, 8)
-    return RuntimeFeatures(recursive_read_only_mounts=able, user_namespaces=able, idmapped_mounts=able, version=line)
+    return RuntimeFeatures(recursive_read_only_mounts=able, user_namespaces=able, version=line)
 
 
 def naming(program: str, complaint: str) -> str:

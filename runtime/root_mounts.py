@@ -9,15 +9,19 @@ from host.threads import in_thread
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
 from runtime.container import Container
+from runtime.mapped_volumes import release
 from runtime.node import Node
 
 
 async def mount_root(node: Node, container: Container, image: Image) -> None:
     """Mount the container's writable root file system."""
-    sandbox = container.sandbox
-    user_namespace = node.layout.sandbox(sandbox.id).pin("user") if sandbox.user_namespace else None
     target = node.layout.container(container.id).rootfs
-    await node.snapshots.prepare(container.id, image, target=target, user_namespace=user_namespace)
+    await node.snapshots.prepare(container.id, image, target=target, user_namespace=_user_namespace(node, container))
+
+
+def _user_namespace(node: Node, container: Container) -> Path | None:
+    sandbox = container.sandbox
+    return node.layout.sandbox(sandbox.id).pin("user") if sandbox.user_namespace else None
 
 
 async def mount_image_volumes(node: Node, container: Container) -> dict[int, Path]:
@@ -37,7 +41,9 @@ async def mount_image_volumes(node: Node, container: Container) -> dict[int, Pat
             )
         target = node.layout.container(container.id).image_volume(index)
         try:
-            await node.snapshots.mount_image(container.id, image, target=target)
+            await node.snapshots.mount_image(
+                container.id, image, target=target, user_namespace=_user_namespace(node, container)
+            )
         except PodkeelError as error:
             raise KubeletReasonError("ImageVolumeMountFailed", f"{container.title}: {error.message}") from error
         mounted[index] = target
@@ -45,10 +51,11 @@ async def mount_image_volumes(node: Node, container: Container) -> dict[int, Pat
 
 
 async def unmount_all(node: Node, container: Container) -> None:
-    """Unmount a container's root file system and image volumes. Repeatable."""
+    """Unmount a container's root file system, image volumes and volumes with mapped ids. Repeatable."""
     folder = node.layout.container(container.id)
     for target in await in_thread(folder.image_volumes_there):
         await node.snapshots.unmount(container.id, target)
+    await in_thread(release, folder.rootfs)
     await node.snapshots.unmount(container.id, folder.rootfs)
 
 

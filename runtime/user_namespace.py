@@ -41,6 +41,16 @@ def make_pins(folder: SandboxFolder, kinds: Sequence[str], mappings: Mappings) -
 
 
 @contextlib.contextmanager
+def user_namespace(mappings: Mappings) -> Iterator[str]:
+    """A path of a user namespace with these mappings, there until the block ends. Blocks for some milliseconds."""
+    uids, gids = mappings
+    with _waiting_process([_OPTIONS["user"]]) as pid:
+        _write_mappings(Path(f"/proc/{pid}/uid_map"), uids)
+        _write_mappings(Path(f"/proc/{pid}/gid_map"), gids)
+        yield f"/proc/{pid}/ns/user"
+
+
+@contextlib.contextmanager
 def _waiting_process(options: Sequence[str]) -> Iterator[int]:
     """The pid of a process that is in the new namespaces, and waits in them until the block ends."""
     ours, theirs = socket.socketpair()

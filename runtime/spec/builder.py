@@ -16,6 +16,7 @@ from runtime.spec.devices import described_devices, devices
 from runtime.spec.facts import HandlerFacts, SandboxFiles
 from runtime.spec.host_paths import HostPaths
 from runtime.spec.identity import Identity, identify
+from runtime.spec.mapped_volumes import MappedVolume, mapped_folder
 from runtime.spec.mounts import configured_mounts, container_path, in_order, root_propagation
 from runtime.spec.namespaces import NamespacePaths, namespaces, user_mappings
 from runtime.spec.node import NodeFacts
@@ -68,8 +69,8 @@ class SpecRequest:
 class ContainerSpec:
     """A built spec, and what of it the container's status and its stop need.
 
-    ``volumes`` are still to be made, with ``volumes.make_volumes``. ``mounts`` are the configuration's, as status shows
-    them.
+    ``volumes`` are still to be made, with ``volumes.make_volumes``, and ``mapped_volumes`` to be bound. ``mounts`` are
+    the configuration's, as status shows them.
     """
 
     spec: oci.Spec
@@ -78,6 +79,7 @@ class ContainerSpec:
     mounts: Sequence[cri_pb2.Mount]
     stop_signal: StopSignal
     volumes: tuple[Volume, ...]
+    mapped_volumes: Sequence[MappedVolume]
 
 
 def build(request: SpecRequest) -> ContainerSpec:
@@ -114,7 +116,15 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
     filtered = seccomp(config.linux.security_context, permitted, request.node, default_profile=request.seccomp_default)
     linux = _linux(request, filtered)
     linux.rootfs_propagation = root_propagation(config.mounts)
-    mounts = _mounts(request, host_paths, volumes, linux.gid_mappings)
+    configured, mapped_volumes = configured_mounts(
+        config.mounts,
+        request.image_mounts,
+        host_paths,
+        request.handler,
+        request.node,
+        mapped_folder=mapped_folder(request.rootfs),
+    )
+    mounts = in_order(_default_mounts(request, linux.gid_mappings), [*volume_mounts(volumes), *configured])
     edits = cdi.edits_for(cdi.requested(config), request.cdi_folders)
     if edits:
         mounts = in_order(mounts, cdi.mounts(edits))
@@ -138,6 +148,7 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
         mounts=config.mounts,
         stop_signal=stop_signal(config, request.image.stop_signal),
         volumes=volumes,
+        mapped_volumes=mapped_volumes,
     )
 
 
@@ -211,18 +222,12 @@ def _linux(request: SpecRequest, filtered: Filter | None) -> oci.Linux:
     )
 
 
-def _mounts(
-    request: SpecRequest, host_paths: HostPaths, volumes: Sequence[Volume], gid_mappings: list[oci.IDMapping]
-) -> list[oci.Mount]:
+def _default_mounts(request: SpecRequest, gid_mappings: list[oci.IDMapping]) -> list[oci.Mount]:
     context = request.config.linux.security_context
-    defaults = [
+    return [
         *kernel_mounts(request.namespaces, privileged=context.privileged, gid_mappings=gid_mappings),
         *pod_mounts(request.files, own_ipc=request.namespaces.ipc is not None, readonly_root=context.readonly_rootfs),
     ]
-    configured = configured_mounts(
-        request.config.mounts, request.image_mounts, host_paths, request.handler, request.node
-    )
-    return in_order(defaults, [*volume_mounts(volumes), *configured])
 
 
 def _annotations(request: SpecRequest, filtered: Filter | None) -> dict[str, str]:

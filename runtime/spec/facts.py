@@ -16,7 +16,6 @@ class HandlerFacts:
 
     name: str
     recursive_read_only: bool = False
-    idmapped_mounts: bool = False
     privileged_without_host_devices: bool = False
     compiled_seccomp: bool = False
     allowed_annotations: tuple[str, ...] = ()

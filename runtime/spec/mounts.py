@@ -6,12 +6,12 @@ import posixpath
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from host.errors import InvalidArgumentError, KubeletReasonError, UnsupportedError
+from host.errors import InvalidArgumentError, KubeletReasonError
 from proto.runtime.v1 import cri_pb2
 from runtime.spec import oci, rooted
 from runtime.spec.facts import HandlerFacts
 from runtime.spec.host_paths import HostPaths, require_propagation
-from runtime.spec.namespaces import id_mappings
+from runtime.spec.mapped_volumes import MappedVolume, mapped_volume
 from runtime.spec.node import NodeFacts
 
 _PROPAGATION = {
@@ -40,9 +40,14 @@ def configured_mounts(
     host_paths: HostPaths,
     handler: HandlerFacts,
     node: NodeFacts,
-) -> list[oci.Mount]:
-    """One bind mount per entry, in their order; ``image_mounts`` holds the prepared folder of each image mount."""
-    result = []
+    *,
+    mapped_folder: Path,
+) -> tuple[list[oci.Mount], list[MappedVolume]]:
+    """One bind mount per entry, in their order, and what is to be bound in ``mapped_folder`` as their sources before.
+
+    ``image_mounts`` holds the prepared folder of each image mount.
+    """
+    result, mapped = [], []
     for index, mount in enumerate(mounts):
         destination = container_path(mount.container_path, "mounts: container_path")
         options = ["rbind", _propagation(mount), _write_option(mount, handler, node), *_extra_options(mount)]
@@ -52,18 +57,11 @@ def configured_mounts(
             source = host_paths.resolve(mount.host_path)
         if options[1] != "rprivate":
             require_propagation(source, shared=options[1] == "rshared")
-        uids, gids = _mappings(mount, destination, handler)
-        result.append(
-            oci.Mount(
-                destination=destination,
-                type="bind",
-                source=source,
-                options=options,
-                uid_mappings=uids,
-                gid_mappings=gids,
-            )
-        )
-    return result
+        if not mount.image.image and (volume := mapped_volume(mount, source, mapped_folder / str(index))) is not None:
+            mapped.append(volume)
+            source = str(volume.target)
+        result.append(oci.Mount(destination=destination, type="bind", source=source, options=options))
+    return result, mapped
 
 
 def root_propagation(mounts: Sequence[cri_pb2.Mount]) -> str:
@@ -124,24 +122,6 @@ def _extra_options(mount: cri_pb2.Mount) -> list[str]:
                 f"mounts: {mount.container_path}: mount option {option!r} is not allowed: use any of {allowed}"
             )
     return sorted(set(mount.mount_options))
-
-
-def _mappings(
-    mount: cri_pb2.Mount, destination: str, handler: HandlerFacts
-) -> tuple[list[oci.IDMapping], list[oci.IDMapping]]:
-    if not mount.uidMappings and not mount.gidMappings:
-        return [], []
-    if not (mount.uidMappings and mount.gidMappings):
-        raise InvalidArgumentError(f"mounts: {destination}: uidMappings and gidMappings belong together: give both")
-    if not handler.idmapped_mounts:
-        raise UnsupportedError(
-            f"mount {destination} is to be id-mapped, which runtime handler {handler.name!r} or this kernel cannot do: "
-            "use a handler with user_namespaces, or a pod without a user namespace"
-        )
-    return (
-        id_mappings(mount.uidMappings, f"mounts: {destination}: uidMappings"),
-        id_mappings(mount.gidMappings, f"mounts: {destination}: gidMappings"),
-    )
 
 
 def _image_source(mount: cri_pb2.Mount, destination: str, prepared: Path | None) -> str:

@@ -104,7 +104,8 @@ def received(server: socket.socket, seconds: float) -> bytes:
 
 def streaming_port(attacker: Attacker) -> int:
     request = cri_pb2.ExecRequest(container_id=attacker.container_id, cmd=["true"], stdout=True)
-    port = urlsplit(attacker.agent.client.call("Exec", request).url).port
+    url: str = attacker.agent.client.call("Exec", request).url
+    port = urlsplit(url).port
     assert port is not None
     return port
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import grpc
 import pytest
 
+from host.mounts import mount_table, mounts_below, unmount
 from proto.runtime.v1 import cri_pb2
-from tests.support.agent import AgentProcess
+from tests.support.agent import BUSYBOX, AgentProcess
 from tests.support.pods import container_config, sandbox_config
 
 FIRST = 300_000
@@ -21,22 +23,36 @@ def with_user_namespace(config: cri_pb2.NamespaceOption, first: int = FIRST) -> 
     config.userns_options.gids.add(host_id=first, container_id=0, length=65536)
 
 
-def user_pod(agent: AgentProcess, pid: cri_pb2.NamespaceMode) -> tuple[str, cri_pb2.PodSandboxConfig]:
-    if not agent.client.call("Status", cri_pb2.StatusRequest()).runtime_handlers[0].features.user_namespaces:
-        pytest.skip("the default runtime handler has no mapped mounts")
+@pytest.fixture(params=["crun", "runc"])
+def handler(request: pytest.FixtureRequest, agent: AgentProcess) -> str:
+    """A runtime handler that has user namespaces here."""
+    handlers = agent.client.call("Status", cri_pb2.StatusRequest()).runtime_handlers
+    if request.param not in [handler.name for handler in handlers if handler.features.user_namespaces]:
+        pytest.skip(f"{request.param} has no user namespaces here")
+    return str(request.param)
+
+
+def user_pod(
+    agent: AgentProcess, handler: str, pid: cri_pb2.NamespaceMode = cri_pb2.CONTAINER
+) -> tuple[str, cri_pb2.PodSandboxConfig]:
     sandbox = sandbox_config(agent)
     options = sandbox.linux.security_context.namespace_options
     options.pid = pid
     with_user_namespace(options)
-    return agent.client.run_sandbox(sandbox), sandbox
+    return agent.client.run_sandbox(sandbox, handler), sandbox
+
+
+def user_container(sandbox: cri_pb2.PodSandboxConfig) -> cri_pb2.ContainerConfig:
+    config = container_config("main", "sleep", "1000")
+    config.linux.security_context.namespace_options.CopyFrom(sandbox.linux.security_context.namespace_options)
+    return config
 
 
 @pytest.mark.parametrize("pid", [cri_pb2.CONTAINER, cri_pb2.POD])
-def test_root_inside_is_nobody_outside(agent: AgentProcess, pid: cri_pb2.NamespaceMode) -> None:
+def test_root_inside_is_nobody_outside(agent: AgentProcess, handler: str, pid: cri_pb2.NamespaceMode) -> None:
     client = agent.client
-    sandbox_id, sandbox = user_pod(agent, pid)
-    config = container_config("main", "sleep", "1000")
-    config.linux.security_context.namespace_options.CopyFrom(sandbox.linux.security_context.namespace_options)
+    sandbox_id, sandbox = user_pod(agent, handler, pid)
+    config = user_container(sandbox)
     container_id = client.create(sandbox_id, config, sandbox)
     client.start(container_id)
     assert client.output(container_id, "cat", "/proc/self/uid_map").split() == ["0", str(FIRST), "65536"]
@@ -49,29 +65,150 @@ def test_root_inside_is_nobody_outside(agent: AgentProcess, pid: cri_pb2.Namespa
     client.remove_sandbox(sandbox_id)
 
 
-def test_init_of_a_shared_pid_namespace_shows_nothing_of_the_host(agent: AgentProcess) -> None:
+def test_init_of_a_shared_pid_namespace_shows_nothing_of_the_host(agent: AgentProcess, handler: str) -> None:
     client = agent.client
-    sandbox_id, sandbox = user_pod(agent, cri_pb2.POD)
-    config = container_config("main", "sleep", "1000")
-    config.linux.security_context.namespace_options.CopyFrom(sandbox.linux.security_context.namespace_options)
+    sandbox_id, sandbox = user_pod(agent, handler, cri_pb2.POD)
+    config = user_container(sandbox)
     config.linux.security_context.capabilities.add_capabilities.append("SYS_PTRACE")
     container_id = client.create(sandbox_id, config, sandbox)
     client.start(container_id)
     assert b"denied" in client.exec(container_id, "ls", "/proc/1/root/").stderr
 
 
-def test_volume_with_mapped_ids_keeps_its_owner_on_the_host(agent: AgentProcess, tmp_path: Path) -> None:
+def add_mapped(
+    config: cri_pb2.ContainerConfig, path: str, source: Path, *, first: int = FIRST, **fields: object
+) -> None:
+    """A volume whose ids are mapped like those of the pods here."""
+    mapping = [cri_pb2.IDMapping(host_id=first, container_id=0, length=65536)]
+    config.mounts.append(
+        cri_pb2.Mount(container_path=path, host_path=str(source), uidMappings=mapping, gidMappings=mapping, **fields)  # type: ignore[arg-type]  # whatever fields of Mount a test gives
+    )
+
+
+@pytest.mark.parametrize("pid", [cri_pb2.CONTAINER, cri_pb2.POD])
+def test_volumes_with_mapped_ids_keep_their_owners_on_the_host(
+    agent: AgentProcess, handler: str, tmp_path: Path, pid: cri_pb2.NamespaceMode
+) -> None:
     client = agent.client
-    sandbox_id, sandbox = user_pod(agent, cri_pb2.CONTAINER)
-    options = sandbox.linux.security_context.namespace_options
-    config = container_config("main", "sleep", "1000")
-    config.linux.security_context.namespace_options.CopyFrom(options)
-    uids, gids = options.userns_options.uids, options.userns_options.gids
-    config.mounts.add(container_path="/volume", host_path=str(tmp_path), uidMappings=uids, gidMappings=gids)
+    sandbox_id, sandbox = user_pod(agent, handler, pid)
+    config = user_container(sandbox)
+    for name in ("volume", "kept"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "kept" / "file").write_text("kept")
+    (tmp_path / "single").write_text("one file")
+    os.chown(tmp_path / "single", 1000, 1000)
+    tmp_path.chmod(0o700)  # what is above a volume need not let the pod's root through
+    add_mapped(config, "/volume", tmp_path / "volume")
+    add_mapped(config, "/made", tmp_path / "made")
+    add_mapped(config, "/kept", tmp_path / "kept", readonly=True)
+    add_mapped(config, "/single", tmp_path / "single")
     container_id = client.create(sandbox_id, config, sandbox)
     client.start(container_id)
-    client.output(container_id, "touch", "/volume/file")
-    assert (tmp_path / "file").stat().st_uid == os.getuid()
+    client.output(container_id, "touch", "/volume/file", "/made/file")
+    assert client.output(container_id, "stat", "-c", "%u", "/volume", "/made/file", "/kept", "/single").split() == [
+        "0",
+        "0",
+        "0",
+        "1000",
+    ]
+    assert client.exec(container_id, "touch", "/kept/other").exit_code != 0
+    assert client.output(container_id, "cat", "/single") == "one file"
+    assert (tmp_path / "volume" / "file").stat().st_uid == os.getuid()
+    assert (tmp_path / "made" / "file").stat().st_uid == os.getuid()
+    client.stop(container_id)
+    client.remove(container_id)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["file", "file", "file", "single"]
+    assert not [entry for entry in mount_table() if container_id in entry.target]
+
+
+def test_volume_with_other_mappings_than_the_pod_s(agent: AgentProcess, handler: str, tmp_path: Path) -> None:
+    client = agent.client
+    sandbox_id, sandbox = user_pod(agent, handler)
+    config = user_container(sandbox)
+    add_mapped(config, "/volume", tmp_path, first=FIRST + 7)
+    container_id = client.create(sandbox_id, config, sandbox)
+    client.start(container_id)
+    assert client.output(container_id, "stat", "-c", "%u", "/volume").strip() == "7"
+
+
+def test_mapped_volume_shows_what_is_mounted_below_and_leaves_it_alone(
+    agent: AgentProcess, handler: str, tmp_path: Path
+) -> None:
+    client = agent.client
+    sandbox_id, sandbox = user_pod(agent, handler)
+    subprocess.run(["mount", "-t", "tmpfs", "shared", tmp_path], check=True)
+    try:
+        subprocess.run(["mount", "--make-rshared", tmp_path], check=True)
+        for name in ("before", "later"):
+            (tmp_path / name).mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "before", tmp_path / "before"], check=True)
+        (tmp_path / "before" / "mark").touch()
+        config = user_container(sandbox)
+        add_mapped(config, "/volume", tmp_path, propagation=cri_pb2.MountPropagation.PROPAGATION_HOST_TO_CONTAINER)
+        container_id = client.create(sandbox_id, config, sandbox)
+        client.start(container_id)
+        subprocess.run(["mount", "-t", "tmpfs", "later", tmp_path / "later"], check=True)
+        (tmp_path / "later" / "mark").touch()
+        # crun (1.8) does not take along what is mounted below a volume in a user namespace.
+        folder = "/volume" if handler == "runc" else "/volume/later"
+        found = client.output(container_id, "find", folder, "-name", "mark").split()
+        assert len(found) == (2 if handler == "runc" else 1)
+        client.remove_sandbox(sandbox_id)
+        assert (tmp_path / "before" / "mark").exists()
+        assert (tmp_path / "later" / "mark").exists()
+        wrong = user_container(sandbox)
+        add_mapped(wrong, "/volume", tmp_path, propagation=cri_pb2.MountPropagation.PROPAGATION_BIDIRECTIONAL)
+        other_id, other = user_pod(agent, handler)
+        with pytest.raises(grpc.RpcError) as refused:
+            client.create(other_id, wrong, other)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    finally:
+        for target in mounts_below(tmp_path):
+            unmount(target)
+
+
+def test_volume_on_a_file_system_without_mapped_mounts_is_refused(
+    agent: AgentProcess, handler: str, tmp_path: Path
+) -> None:
+    client = agent.client
+    sandbox_id, sandbox = user_pod(agent, handler)
+    config = user_container(sandbox)
+    add_mapped(config, "/volume", Path("/sys/kernel"))
+    with pytest.raises(grpc.RpcError) as refused:
+        client.create(sandbox_id, config, sandbox)
+    assert "/sys/kernel cannot be mounted with mapped ids" in (refused.value.details() or "")
+    assert not client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
+
+
+def test_image_as_a_volume_belongs_to_root_inside(agent: AgentProcess, handler: str) -> None:
+    client = agent.client
+    sandbox_id, sandbox = user_pod(agent, handler)
+    config = user_container(sandbox)
+    add_mapped(config, "/image", Path(), readonly=True, image=cri_pb2.ImageSpec(image=BUSYBOX))
+    config.mounts[0].host_path = ""
+    container_id = client.create(sandbox_id, config, sandbox)
+    client.start(container_id)
+    assert client.output(container_id, "stat", "-c", "%u", "/image", "/image/bin/busybox").split() == ["0", "0"]
+    assert client.exec(container_id, "touch", "/image/new").exit_code != 0
+
+
+def test_mapped_volumes_outlive_the_agent_and_go_with_the_container(own_agent: AgentProcess, tmp_path: Path) -> None:
+    client = own_agent.client
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    (volume / "file").write_text("kept")
+    sandbox_id, sandbox = user_pod(own_agent, "")
+    config = user_container(sandbox)
+    add_mapped(config, "/volume", volume)
+    container_id = client.create(sandbox_id, config, sandbox)
+    client.start(container_id)
+    own_agent.restart()
+    client = own_agent.client
+    assert client.output(container_id, "cat", "/volume/file") == "kept"
+    client.stop(container_id)
+    client.remove_sandbox(sandbox_id)
+    assert client.findings() == []
+    assert (volume / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from host.mounts import is_mount_point, mounts_below, unmount
+from runtime.mapped_volumes import bind_all
 from runtime.spec.builder import ContainerSpec, build
 from runtime.spec.facts import HandlerFacts, SandboxFiles
 from runtime.spec.namespaces import NamespacePaths
@@ -136,6 +137,8 @@ def run(runtime: str, rootfs: Path, tmp_path: Path, node: NodeFacts, pod_namespa
         cgroup = f"/podkeel-test-spec/{identifier}"
         built = build(request(tmp_path, rootfs=rootfs, cgroups_path=cgroup, **fields))
         make_volumes(built.volumes, rootfs)
+        namespaces = fields["namespaces"]
+        bind_all(built.mapped_volumes, namespaces.user, (built.spec.linux.uid_mappings, built.spec.linux.gid_mappings))
         bundle = tmp_path / "bundle"
         bundle.mkdir(exist_ok=True)
         (bundle / "config.json").write_bytes(built.config_json)

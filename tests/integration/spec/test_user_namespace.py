@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from runtime.spec.facts import HandlerFacts, SandboxFiles
+from runtime.spec.facts import SandboxFiles
 from runtime.spec.namespaces import NamespacePaths
 from tests.integration.spec.conftest import Run
 from tests.unit.spec.requests import container, sandbox
@@ -73,9 +73,7 @@ echo @end"""
     shutil.rmtree(tmp_path / "data")
 
 
-def test_volumes_are_idmapped_not_chowned(run: Run, runtime: str, mapped: NamespacePaths, tmp_path: Path) -> None:
-    if runtime != "crun":
-        pytest.skip("Debian 12's runc knows no idmapped mounts")
+def test_volumes_are_idmapped_not_chowned(run: Run, mapped: NamespacePaths, tmp_path: Path) -> None:
     mapping = [cri_pb2.IDMapping(container_id=0, host_id=BASE, length=65536)]
     options = cri_pb2.NamespaceOption(userns_options={"mode": "POD", "uids": mapping, "gids": mapping})
     pod = sandbox(linux=cri_pb2.LinuxPodSandboxConfig(security_context={"namespace_options": options}))
@@ -88,7 +86,6 @@ def test_volumes_are_idmapped_not_chowned(run: Run, runtime: str, mapped: Namesp
         namespaces=mapped,
         sandbox=pod,
         files=SandboxFiles(),
-        handler=HandlerFacts(runtime, idmapped_mounts=True),
     )
     assert result.output.split() == ["0", "made"]
     assert [(path.name, path.stat().st_uid) for path in data.iterdir()] == [("file", 0)]

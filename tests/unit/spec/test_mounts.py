@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from host.errors import InvalidArgumentError, KubeletReasonError, UnsupportedError
+from host.errors import InvalidArgumentError, KubeletReasonError
 from proto.runtime.v1 import cri_pb2
 from runtime.spec import oci
 from runtime.spec.builder import build
 from runtime.spec.default_mounts import kernel_mounts
 from runtime.spec.facts import HandlerFacts, SandboxFiles
 from runtime.spec.host_paths import HostPaths
+from runtime.spec.mapped_volumes import mapped_volume
 from runtime.spec.mounts import configured_mounts, container_path, in_order, root_propagation
 from runtime.spec.namespaces import NamespacePaths
 from tests.unit.spec.requests import HANDLER, NODE, Image, container, privileged_sandbox, request, secured
 
+_MAPPING = [cri_pb2.IDMapping(host_id=65536, container_id=0, length=65536)]
+
 
 def _configured(*mounts: cri_pb2.Mount, handler: HandlerFacts = HANDLER, images: Any = None) -> list[oci.Mount]:
-    return configured_mounts(mounts, images or {}, HostPaths(), handler, NODE)
+    return configured_mounts(mounts, images or {}, HostPaths(), handler, NODE, mapped_folder=Path("/bundle/mapped"))[0]
 
 
 @pytest.mark.parametrize(
@@ -69,28 +71,50 @@ def test_options(tmp_path: Path, fields: dict[str, Any], options: list[str]) -> 
         ({"image": {"image": "x"}}, "no host_path"),
         ({"image": {"image": "x"}, "host_path": ""}, "read-only"),
         ({"image": {"image": "x"}, "host_path": "", "readonly": True, "image_sub_path": "../x"}, "without '..'"),
-        ({"uidMappings": [{"host_id": 5, "container_id": 0, "length": 1}]}, "belong together"),
+        ({"uidMappings": _MAPPING}, "belong together"),
+        (
+            {"uidMappings": _MAPPING, "gidMappings": _MAPPING * 2},
+            "gidMappings: container ids 0 and up are mapped twice",
+        ),
     ],
 )
 def test_refused(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
     values = {"container_path": "/v", "host_path": str(tmp_path), **fields}
-    handler = replace(HANDLER, idmapped_mounts=True)
     with pytest.raises(InvalidArgumentError, match=reason):
-        _configured(cri_pb2.Mount(**values), handler=handler, images={0: tmp_path})
+        _configured(cri_pb2.Mount(**values), images={0: tmp_path})
 
 
 def test_what_the_handler_cannot_do(tmp_path: Path) -> None:
-    able = HandlerFacts("plain")
+    plain = HandlerFacts("plain")
     wanted = cri_pb2.Mount(container_path="/v", host_path=str(tmp_path), readonly=True, recursive_read_only=True)
     with pytest.raises(KubeletReasonError, match="handler 'plain'") as unable:
-        _configured(wanted, handler=able)
+        _configured(wanted, handler=plain)
     assert unable.value.reason == "RROUnsupported"
-    mapping = [cri_pb2.IDMapping(host_id=65536, container_id=0, length=65536)]
-    mapped = cri_pb2.Mount(container_path="/v", host_path=str(tmp_path), uidMappings=mapping, gidMappings=mapping)
-    with pytest.raises(UnsupportedError, match="'plain'"):
-        _configured(mapped, handler=able)
-    [mount] = _configured(mapped, handler=replace(able, idmapped_mounts=True))
-    assert [(m.container_id, m.host_id, m.size) for m in mount.uid_mappings] == [(0, 65536, 65536)]
+
+
+def test_volumes_with_mapped_ids_are_bound_by_the_agent(tmp_path: Path) -> None:
+    plain = cri_pb2.Mount(container_path="/u", host_path=str(tmp_path))
+    mapped = cri_pb2.Mount(
+        container_path="/v", host_path=str(tmp_path), readonly=True, uidMappings=_MAPPING, gidMappings=_MAPPING
+    )
+    folder = Path("/bundle/mapped")
+    mounts, volumes = configured_mounts([plain, mapped], {}, HostPaths(), HANDLER, NODE, mapped_folder=folder)
+    assert [(mount.source, mount.uid_mappings) for mount in mounts] == [(str(tmp_path), []), ("/bundle/mapped/1", [])]
+    assert mounts[1].options == ["rbind", "rprivate", "ro"]
+    [volume] = volumes
+    assert (volume.source, volume.target, volume.follows_host) == (str(tmp_path), folder / "1", False)
+    assert [(m.container_id, m.host_id, m.size) for m in volume.uids] == [(0, 65536, 65536)]
+
+
+def test_volumes_with_mapped_ids_pass_no_mounts_to_the_host(tmp_path: Path) -> None:
+    mount = cri_pb2.Mount(container_path="/v", uidMappings=_MAPPING, gidMappings=_MAPPING)
+    mount.propagation = cri_pb2.MountPropagation.PROPAGATION_HOST_TO_CONTAINER
+    followed = mapped_volume(mount, "/source", Path("/target"))
+    assert followed is not None
+    assert followed.follows_host
+    mount.propagation = cri_pb2.MountPropagation.PROPAGATION_BIDIRECTIONAL
+    with pytest.raises(InvalidArgumentError, match="cannot be bidirectional"):
+        mapped_volume(mount, "/source", Path("/target"))
 
 
 def test_sources(tmp_path: Path) -> None:

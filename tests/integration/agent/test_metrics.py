@@ -21,7 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import BUSYBOX, AgentProcess, running_agent, wait_for
+from tests.support.image_builder import BuiltImage, entry, make_tar
 from tests.support.pods import remove_all_pods, run_container
+from tests.support.registry import run_registry
 
 OPTIONS = '[metrics]\naddress = "127.0.0.1:0"\n[log]\nformat = "json"\n'
 OPEN_METRICS = "application/openmetrics-text;version=1.0.0"
@@ -124,6 +126,24 @@ def test_failures_are_counted(agent: AgentProcess) -> None:
     assert list(risen("podkeel_program_failures_total").values()) == [1]
     assert risen("podkeel_image_pulls_total") == {"UNKNOWN": 1}
     assert risen("podkeel_stage_failures_total")["PullImage,resolve"] == 1
+
+
+def test_pulls_are_counted_in_bytes_and_seconds(agent: AgentProcess) -> None:
+    before = scrape(agent)
+    size = 300_000
+    image = BuiltImage((make_tar([entry("file", os.urandom(size))]),))
+    with run_registry() as registry:
+        reference = registry.push(image, "test/pulled")
+        request = cri_pb2.PullImageRequest(image=cri_pb2.ImageSpec(image=reference))
+        for _ in range(2):  # what is there already is not fetched again
+            agent.client.call("PullImage", request)
+    after = scrape(agent)
+    fetched = value(after, "podkeel_image_pull_bytes_total") - value(before, "podkeel_image_pull_bytes_total")
+    assert size <= fetched < 1.2 * size
+    assert value(after, "podkeel_image_pulls_total", result="OK") == 2
+    assert value(after, "podkeel_image_pull_seconds_count") - value(before, "podkeel_image_pull_seconds_count") == 2
+    assert any(line.get("image") == reference and line["seconds"] > 0 for line in lines(agent))
+    agent.client.call("RemoveImage", cri_pb2.RemoveImageRequest(image=cri_pb2.ImageSpec(image=reference)))
 
 
 def test_containers_by_kubelets_labels_until_they_are_gone(agent: AgentProcess) -> None:

@@ -153,8 +153,8 @@ def test_a_shorter_grace_shortens_the_first(agent: AgentProcess) -> None:
 
 def test_a_stop_that_was_given_up_does_not_count(agent: AgentProcess) -> None:
     client = agent.client
-    trap = "trap 'echo asked; n=$((n+1)); [ $n = 2 ] && exit 4' TERM; echo ready; while :; do sleep 0.05; done"
-    _, container_id = run_container(agent, "sh", "-c", trap)
+    trap = "trap 'echo asked; n=$((n+1)); [ $n = 2 ] && sleep 2 && exit 4' TERM; echo ready"
+    _, container_id = run_container(agent, "sh", "-c", f"{trap}; while :; do sleep 0.05; done")
     wait_for_log(client, container_id)
     first = client.future("StopContainer", cri_pb2.StopContainerRequest(container_id=container_id, timeout=1))
     wait_for_log(client, container_id, "asked")

@@ -64,10 +64,14 @@ class NodeBackend:
             console.close()
 
     async def connect(self, sandbox_id: str, port: int) -> socket.socket:
-        """A connected, non-blocking TCP socket to the port on the pod's loopback."""
+        """A connected, non-blocking TCP socket to the port on the pod's loopback.
+
+        The calling task is cancelled when the pod stops.
+        """
         sandbox = self._node.get_sandbox(sandbox_id)
         if sandbox.record.state is not SandboxState.READY:
             raise WrongStateError(f"{sandbox.title} is not ready: nothing listens in it")
+        sandbox.admit_visitor()
         namespace: Path | None = None if sandbox.host_network else self._node.layout.sandbox(sandbox.id).pin("net")
         return await connect_to_pod(sandbox.id, port, namespace)
 

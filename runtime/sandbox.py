@@ -53,7 +53,8 @@ class SandboxRecord(msgspec.Struct):
 class Sandbox:
     """A sandbox in memory.
 
-    ``lock`` serialises what changes it; while it is ``closing`` it takes no new containers.
+    ``lock`` serialises what changes it; while it is ``closing`` it takes no new containers. ``visitors`` are tasks with
+    sockets in its network, which would keep that alive: they are cancelled before it is taken down.
     """
 
     id: str
@@ -62,9 +63,24 @@ class Sandbox:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     holder_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     closing: bool = False
+    visitors: set[asyncio.Task[object]] = field(default_factory=set)
     operations: list[Operation] = field(default_factory=list)
     list_item: bytes | None = None
     attributes: bytes | None = None
+
+    def admit_visitor(self) -> None:
+        """Make the calling task one of the ``visitors`` until it ends."""
+        task = asyncio.current_task()
+        if task is not None:
+            self.visitors.add(task)
+            task.add_done_callback(self.visitors.discard)
+
+    async def dismiss_visitors(self) -> None:
+        """Cancel them and wait for their end."""
+        if visitors := list(self.visitors):
+            for task in visitors:
+                task.cancel()
+            await asyncio.wait(visitors)
 
     @property
     def identity(self) -> tuple[str, str, str, int]:

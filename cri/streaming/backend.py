@@ -43,4 +43,7 @@ class StreamBackend(Protocol):
         """Connect to the running container's console, from now on; leaving the block leaves the container alone."""
 
     async def connect(self, sandbox_id: str, port: int) -> socket.socket:
-        """A connected, non-blocking TCP socket to the port on the pod's loopback."""
+        """A connected, non-blocking TCP socket to the port on the pod's loopback.
+
+        The calling task, which is that connection's alone, may be cancelled when the pod stops.
+        """

@@ -18,6 +18,15 @@ async def forward_port(backend: StreamBackend, sandbox_id: str, port: int, data:
     Raises ConnectionResetError when the client is gone.
     """
     try:
+        await _forward(backend, sandbox_id, port, data, error)
+    except asyncio.CancelledError:
+        error.send_last(f"the connection to port {port} of pod {sandbox_id} was ended by the node agent".encode())
+        data.reset()
+        raise
+
+
+async def _forward(backend: StreamBackend, sandbox_id: str, port: int, data: Channel, error: Channel) -> None:
+    try:
         connection = await backend.connect(sandbox_id, port)
     except PodkeelError as failure:
         data.finish()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -182,6 +183,15 @@ class CgroupTree:
             (self.mounts["unified"] / path.lstrip("/") / "cpu.max").write_text("max")
         else:
             (self.mounts["cpu"] / path.lstrip("/") / "cpu.cfs_quota_us").write_text("-1")
+
+    def limit_huge_pages(self, path: str, limits: Mapping[str, int]) -> None:
+        """Limit the huge pages of cgroup ``path``: bytes by page size such as ``2MB``."""
+        for size, limit in limits.items():
+            if self.version == 2:
+                file = self.mounts["unified"] / path.lstrip("/") / f"hugetlb.{size}.max"
+            else:
+                file = self.mounts["hugetlb"] / path.lstrip("/") / f"hugetlb.{size}.limit_in_bytes"
+            file.write_text(str(limit))
 
     def memory_in_use(self, path: str) -> int:
         """Bytes of cgroup ``path`` that the kernel cannot reclaim: its use less the page cache."""

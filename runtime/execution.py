@@ -138,6 +138,9 @@ class Execution:
         await runtime.update(container.id, msgspec.json.encode(given))
         if limits.cpu_quota < 0:
             await in_thread(self._node.cgroups.lift_cpu_quota, container.record.cgroup)
+        if given.hugepage_limits:  # which runc (1.1) passes over
+            pages = {page.page_size: page.limit for page in given.hugepage_limits}
+            await in_thread(self._node.cgroups.limit_huge_pages, container.record.cgroup, pages)
 
     def _refuse_below_use(self, container: Container, limit: int) -> None:
         if limit <= 0:

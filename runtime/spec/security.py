@@ -24,6 +24,7 @@ MASKED_PATHS = (
     "/proc/scsi",
     "/sys/firmware",
     "/sys/devices/virtual/powercap",
+    *sorted(map(str, Path("/sys/devices/system/cpu").glob("cpu*/thermal_throttle"))),
 )
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 

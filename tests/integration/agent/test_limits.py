@@ -1,0 +1,173 @@
+"""What containers may use: set in the kernel, changed as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from proto.runtime.v1 import cri_pb2
+from runtime.cgroups import CgroupTree
+from tests.integration.agent.hardening import Attacker, init_pid
+from tests.support.agent import AgentProcess
+from tests.support.pods import container_config, sandbox_config
+
+Limits = cri_pb2.LinuxContainerResources
+TREE = CgroupTree.of_host("cgroupfs")
+
+
+@pytest.fixture(params=["crun", "runc"])
+def handler(request: pytest.FixtureRequest, agent: AgentProcess) -> str:
+    status = agent.client.call("Status", cri_pb2.StatusRequest())
+    if request.param not in [handler.name for handler in status.runtime_handlers]:
+        pytest.skip(f"{request.param} does not work here")
+    return str(request.param)
+
+
+def made(agent: AgentProcess, handler: str, limits: Limits, *, start: bool = True) -> str:
+    """A container with these limits; its id."""
+    sandbox = sandbox_config(agent)
+    sandbox_id = agent.client.run_sandbox(sandbox, handler)
+    config = container_config("main", "sleep", "1000")
+    config.linux.resources.CopyFrom(limits)
+    container_id = agent.client.create(sandbox_id, config, sandbox)
+    if start:
+        agent.client.start(container_id)
+    return container_id
+
+
+def kernel(agent: AgentProcess, container_id: str, **names: str) -> str:
+    """The content of a file of the container's cgroup, named by its version."""
+    lines = Path(f"/proc/{init_pid(agent, container_id)}/cgroup").read_text().splitlines()
+    name = names[f"v{TREE.version}"]
+    controller = name.partition(".")[0] if TREE.version == 1 else ""
+    path = next(line.split(":", 2)[2] for line in lines if controller in line.split(":", 2)[1].split(","))
+    root = TREE.mounts[controller or "unified"]
+    return (root / path.lstrip("/") / name).read_text().strip()
+
+
+def update(agent: AgentProcess, container_id: str, limits: Limits) -> None:
+    request = cri_pb2.UpdateContainerResourcesRequest(container_id=container_id, linux=limits)
+    agent.client.call("UpdateContainerResources", request)
+
+
+def shares_of(agent: AgentProcess, container_id: str) -> str:
+    return kernel(agent, container_id, v1="cpu.shares", v2="cpu.weight")
+
+
+def test_processors_and_memory_nodes(agent: AgentProcess, handler: str) -> None:
+    container_id = made(agent, handler, Limits(cpuset_cpus="1" if (os.cpu_count() or 1) > 1 else "0", cpuset_mems="0"))
+    assert kernel(agent, container_id, v1="cpuset.cpus", v2="cpuset.cpus") in ("0", "1")
+    update(agent, container_id, Limits(cpuset_cpus="0"))
+    assert kernel(agent, container_id, v1="cpuset.cpus", v2="cpuset.cpus") == "0"
+    assert kernel(agent, container_id, v1="cpuset.mems", v2="cpuset.mems") == "0"
+
+
+def test_swap_counts_with_memory(agent: AgentProcess, handler: str) -> None:
+    both = Limits(memory_limit_in_bytes=64 << 20, memory_swap_limit_in_bytes=96 << 20)
+    container_id = made(agent, handler, both)
+    swap = kernel(agent, container_id, v1="memory.memsw.limit_in_bytes", v2="memory.swap.max")
+    assert int(swap) == (96 << 20 if TREE.version == 1 else 32 << 20)
+    alone = made(agent, handler, Limits(memory_limit_in_bytes=64 << 20))
+    swap = kernel(agent, alone, v1="memory.memsw.limit_in_bytes", v2="memory.swap.max")
+    assert int(swap) == (64 << 20 if TREE.version == 1 else 0), "a container with a limit of memory got swap besides"
+    update(agent, alone, Limits(memory_limit_in_bytes=80 << 20))
+    swap = kernel(agent, alone, v1="memory.memsw.limit_in_bytes", v2="memory.swap.max")
+    assert int(swap) == (80 << 20 if TREE.version == 1 else 0)
+
+
+def test_huge_pages(agent: AgentProcess, handler: str) -> None:
+    if TREE.version == 1 and not Path("/sys/fs/cgroup/hugetlb/cgroup.procs").exists():
+        pytest.skip("huge pages cannot be limited here")
+    limits = Limits()
+    limits.hugepage_limits.add(page_size="2MB", limit=4 << 20)
+    container_id = made(agent, handler, limits)
+    file = {"v1": "hugetlb.2MB.limit_in_bytes", "v2": "hugetlb.2MB.max"}
+    assert kernel(agent, container_id, **file) == str(4 << 20)
+    limits.hugepage_limits[0].limit = 2 << 20
+    update(agent, container_id, limits)
+    assert kernel(agent, container_id, **file) == str(2 << 20)
+    assert agent.client.status(container_id).resources.linux.hugepage_limits[0].limit == 2 << 20
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (Limits(hugepage_limits=[cri_pb2.HugepageLimit(page_size="3MB", limit=3 << 20)]), "pages of 3MB"),
+        (Limits(cpuset_cpus="zero"), "cpuset_cpus 'zero'"),
+        (Limits(memory_limit_in_bytes=-5), "memory_limit_in_bytes -5"),
+        (Limits(memory_limit_in_bytes=64 << 20, memory_swap_limit_in_bytes=1 << 20), "no larger than it"),
+        (Limits(oom_score_adj=2000), "oom_score_adj 2000"),
+        (Limits(unified={"../memory.high": "1"}), "unified"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(agent: AgentProcess, limits: Limits, words: str) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        made(agent, "", limits)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert words in (refused.value.details() or "")
+
+
+def test_unified_keys(agent: AgentProcess, handler: str) -> None:
+    limits = Limits(unified={"memory.high": str(48 << 20)})
+    if TREE.version == 2:
+        assert kernel(agent, made(agent, handler, limits), v2="memory.high") == str(48 << 20)
+        return
+    with pytest.raises(grpc.RpcError) as refused:
+        made(agent, handler, limits)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "needs cgroup v2" in (refused.value.details() or "")
+    container_id = made(agent, handler, Limits(cpu_shares=300))
+    limits.cpu_shares = 700
+    with pytest.raises(grpc.RpcError):
+        update(agent, container_id, limits)
+    assert shares_of(agent, container_id) == "300"
+
+
+def test_oom_score_is_never_that_of_the_agent(agent: AgentProcess, handler: str) -> None:
+    for wanted in (-999, 0, 700):
+        container_id = made(agent, handler, Limits(oom_score_adj=wanted))
+        found = int(Path(f"/proc/{init_pid(agent, container_id)}/oom_score_adj").read_text())
+        assert found == (max(wanted, _lowest()) if wanted < 0 else wanted)
+
+
+def _lowest() -> int:
+    bits = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff"))
+    return -1000 if int(bits.split()[1], 16) >> 24 & 1 else int(Path("/proc/self/oom_score_adj").read_text())
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["created", "running"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cpuset_cpus": "4000"},  # the kernel refuses it, after shares and memory were written
+        {"cpu_quota": 500},  # less than a millisecond
+        {"hugepage_limits": [cri_pb2.HugepageLimit(page_size="3MB", limit=3 << 20)]},
+    ],
+    ids=["cpuset", "quota", "hugepages"],
+)
+def test_update_is_all_or_nothing(agent: AgentProcess, handler: str, start: bool, change: dict[str, Any]) -> None:
+    before = Limits(cpu_shares=300, cpu_period=100000, cpu_quota=50000, memory_limit_in_bytes=64 << 20)
+    container_id = made(agent, handler, before, start=start)
+    files = (
+        {"v1": "cpu.shares", "v2": "cpu.weight"},
+        {"v1": "cpu.cfs_quota_us", "v2": "cpu.max"},
+        {"v1": "memory.limit_in_bytes", "v2": "memory.max"},
+        {"v1": "cpuset.cpus", "v2": "cpuset.cpus.effective"},
+    )
+    seen = [kernel(agent, container_id, **file) for file in files]
+    with pytest.raises(grpc.RpcError):
+        update(agent, container_id, Limits(cpu_shares=900, memory_limit_in_bytes=128 << 20, **change))
+    assert [kernel(agent, container_id, **file) for file in files] == seen
+    assert agent.client.status(container_id).resources.linux == before
+    update(agent, container_id, Limits(cpu_shares=900, memory_limit_in_bytes=128 << 20))
+    assert kernel(agent, container_id, **files[2]) == str(128 << 20)
+
+
+def test_processes_are_limited_by_the_node(agent: AgentProcess, handler: str) -> None:
+    """No limit is configured here, and none may be inherited or made up."""
+    attacker = Attacker.start(agent, handler, container_config("main", "sleep", "1000"))
+    assert kernel(agent, attacker.container_id, v1="pids.max", v2="pids.max") == "max"

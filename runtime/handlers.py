@@ -64,6 +64,10 @@ class Handlers:
         known = ", ".join(self._working) or "none"
         raise NotFoundError(f"runtime handler {name!r} is not configured on this node (there are: {known})")
 
+    def find(self, name: str) -> OciRuntime | None:
+        """The handler of that name if it works now; None also for one of earlier that is configured no more."""
+        return self._working.get(name)
+
     def working(self) -> list[OciRuntime]:
         """All that work."""
         return list(self._working.values())

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Coroutine
@@ -13,7 +14,7 @@ from collections.abc import Coroutine
 from host import processes
 from host.errors import CommandError, DeadlineError, PodkeelError, WrongStateError
 from host.stages import Operation
-from host.threads import wait_out
+from host.threads import in_thread, wait_out
 from proto.runtime.v1 import cri_pb2
 from runtime.container import Container, ContainerState
 from runtime.log_fields import of_container
@@ -189,8 +190,11 @@ class Lifecycle:
             return
         if not record.private_pid_namespace:
             self._node.cgroups.kill(record.cgroup)
-        runtime = self._node.handlers.get(record.handler)
-        if (runtime.root / container.id).exists():
+        runtime = self._node.handlers.find(record.handler)
+        if runtime is None:  # its pods must still be removable
+            self._node.cgroups.kill(record.cgroup)
+            await in_thread(shutil.rmtree, self._node.layout.runtime_root(record.handler) / container.id, True)
+        elif (runtime.root / container.id).exists():
             await runtime.delete(container.id)
         if self._node.cgroups.exists(record.cgroup):
             self._node.cgroups.kill(record.cgroup)

@@ -158,6 +158,23 @@ def test_only_allowed_annotations_reach_the_runtime(agent: AgentProcess) -> None
         assert dict(agent.client.sandbox_status(sandbox_id).annotations) == given
 
 
+def test_pods_of_a_handler_that_is_no_more_can_be_removed(tmp_path: Path, busybox: Path) -> None:
+    options = '[runtime.handlers.gone]\npath = "runc"\n'
+    with running_agent(tmp_path, busybox, options=options) as agent:
+        sandbox_id, container_id = start(agent, "gone")
+        configuration = tmp_path / "config.toml"
+        configuration.write_text(configuration.read_text().replace(options, ""))
+        agent.restart()
+        with pytest.raises(grpc.RpcError) as refused:
+            agent.client.exec(container_id, "true")
+        assert "'gone' is not configured" in (refused.value.details() or "")
+        assert agent.client.sandbox_status(sandbox_id).state == cri_pb2.SANDBOX_READY
+        agent.client.stop(container_id)
+        assert agent.client.status(container_id).exit_code == 137
+        agent.client.remove_sandbox(sandbox_id)
+        assert agent.client.findings() == []
+
+
 def test_privileged_without_the_host_s_devices(agent: AgentProcess) -> None:
     listed = {}
     for handler in ("runc", "wrapped"):

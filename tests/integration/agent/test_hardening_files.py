@@ -241,6 +241,21 @@ def test_account_that_looks_like_a_number_is_not_root(agent: AgentProcess, handl
     assert attacker.shell("id -u; id -g").split() == ["1000", "0"]
 
 
+def test_selinux_options_where_it_is_off(agent: AgentProcess, tmp_path: Path) -> None:
+    """Labels are not set then and nothing is relabelled, but what could never be a label is refused all the same."""
+    config = like_kubelets("main")
+    config.mounts.add(container_path="/volume", host_path=str(tmp_path), selinux_relabel=True)
+    config.linux.security_context.selinux_options.level = "s0:c12,c34"
+    attacker = Attacker.start(agent, "", config)
+    assert attacker.shell("touch /volume/file; ls /volume") == "file\n"
+    for field, value in (("level", "high"), ("type", "a:b"), ("user", "x y")):
+        wrong = like_kubelets("wrong")
+        setattr(wrong.linux.security_context.selinux_options, field, value)
+        with pytest.raises(grpc.RpcError) as refused:
+            attacker.beside(wrong)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_log_paths_that_lead_out_are_refused(agent: AgentProcess, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("of the host\n")

@@ -10,7 +10,7 @@ import msgspec
 from cri import lists
 from cri.information import container_information, node_information, sandbox_information
 from cri.stats_service import StatsCalls
-from cri.streaming import StreamingServer
+from cri.streaming.server import StreamingServer
 from cri.version import API_VERSION, KUBELET_API_VERSION, RUNTIME_NAME, VERSION
 from host.errors import InvalidArgumentError, WrongStateError
 from proto.runtime.v1 import cri_pb2

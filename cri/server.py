@@ -21,7 +21,8 @@ from cri.methods import CallObserver, service_handlers
 from cri.options import StreamingOptions
 from cri.runtime_service import RuntimeService
 from cri.stream_backend import NodeBackend
-from cri.streaming import StreamingServer, StreamLimits
+from cri.streaming.limits import StreamLimits
+from cri.streaming.server import StreamingServer
 from host import libc
 from host.errors import WrongStateError
 from proto.podkeel.v1 import agent_pb2

@@ -9,8 +9,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cri.streaming import AttachRequest, AttachSocket, ExecRequest, ProcessIO, TerminalSize, open_pipes
+from cri.streaming.attach_socket import AttachSocket
+from cri.streaming.backend import TerminalSize
 from cri.streaming.pod_socket import connect_to_pod
+from cri.streaming.process_io import ProcessIO, open_pipes
+from cri.streaming.tokens import AttachRequest, ExecRequest
 from host.errors import WrongStateError
 from runtime.agent import Agent
 from runtime.exec_call import ExecCall, ExecProcess

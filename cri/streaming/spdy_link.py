@@ -59,23 +59,48 @@ class SpdyChannel(Channel):
 
 
 class SpdyLink:
-    """The server's end of a SPDY session; ``on_stream`` says for each new stream whether it is accepted."""
+    """One end of a SPDY session; ``on_stream`` says for each new stream of the peer whether it is accepted."""
 
     def __init__(
-        self, link: Link, on_stream: Callable[[SpdyChannel], bool], on_failed: Callable[[str], None], max_streams: int
+        self,
+        link: Link,
+        on_stream: Callable[[SpdyChannel], bool],
+        on_failed: Callable[[str], None],
+        max_streams: int,
+        *,
+        client: bool = False,
     ) -> None:
         self._link = link
         self._on_stream = on_stream
         self._on_failed = on_failed
-        self._session = SpdySession(client=False, limits=SpdyLimits(streams=max_streams))
+        self._session = SpdySession(client=client, limits=SpdyLimits(streams=max_streams))
         self._channels: dict[int, SpdyChannel] = {}
         self._turn = asyncio.Lock()
         self._went_away = False
         self.over = asyncio.Event()
-        """Set once the client said goodbye and its last stream is closed."""
+        """Set once the peer said goodbye and the last stream is closed."""
+
+    def open(self, headers: Mapping[str, str]) -> SpdyChannel:
+        """Open a stream of ours."""
+        stream_id = self._session.open_stream(headers)
+        self._channels[stream_id] = SpdyChannel(self, stream_id, headers)
+        self._flush()
+        return self._channels[stream_id]
+
+    def grant(self, of_stream: int, of_all: int) -> None:
+        """Let the peer send that many bytes ahead: on each of the streams opened later, and on all together."""
+        self._session.send_settings({frames.SETTINGS_INITIAL_WINDOW_SIZE: of_stream})
+        self._flush()
+        self._link.write(frames.window_update(0, of_all))
+
+    def lose(self) -> None:
+        """The peer is gone: nobody waits for it any longer."""
+        for channel in self._channels.values():
+            channel.fail()
+        self.over.set()
 
     def receive(self, data: bytes) -> None:
-        """Bytes of the client."""
+        """Bytes of the peer."""
         for event in self._session.receive(data):
             self._handle(event)
         self._flush()
@@ -156,7 +181,7 @@ class SpdyLink:
         self._notice_end()
 
     def reset(self, stream_id: int) -> None:
-        """Reset a stream of the client."""
+        """Reset a stream."""
         self._session.reset(stream_id)
         channel = self._channels.pop(stream_id, None)
         if channel is not None:

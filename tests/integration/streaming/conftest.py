@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from cri.streaming import StreamingServer, StreamLimits
+from cri.streaming.limits import StreamLimits
+from cri.streaming.server import StreamingServer
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.spdy_client import SpdyClient
 

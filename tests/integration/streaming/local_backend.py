@@ -10,8 +10,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from cri.streaming import AttachRequest, AttachSocket, ExecRequest, ProcessIO, TerminalSize, open_pipes
+from cri.streaming.attach_socket import AttachSocket
+from cri.streaming.backend import TerminalSize
 from cri.streaming.pod_socket import connect_to_pod
+from cri.streaming.process_io import ProcessIO, open_pipes
+from cri.streaming.tokens import AttachRequest, ExecRequest
 from host import processes
 from host.errors import CommandError, NotFoundError, PodkeelError, WrongStateError
 

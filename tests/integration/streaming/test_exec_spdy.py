@@ -7,7 +7,7 @@ import contextlib
 
 import pytest
 
-from cri.streaming import StreamingServer
+from cri.streaming.server import StreamingServer
 from tests.integration.streaming.conftest import Connect, until
 from tests.integration.streaming.local_backend import LocalBackend
 

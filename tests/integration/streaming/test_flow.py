@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cri.streaming import StreamingServer
+from cri.streaming.server import StreamingServer
 from tests.integration.streaming.conftest import Connect
 from tests.integration.streaming.local_backend import LocalBackend
 

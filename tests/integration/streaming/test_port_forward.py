@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cri.streaming import StreamingServer
 from cri.streaming import spdy_frames as frames
+from cri.streaming.server import StreamingServer
 from host.errors import UnavailableError
 from tests.integration.streaming.conftest import Connect
 from tests.integration.streaming.local_backend import LocalBackend

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cri.streaming import StreamingServer
+from cri.streaming.server import StreamingServer
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.player import RECORDINGS, Player, whole_input
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cri.streaming import StreamingServer, StreamLimits
+from cri.streaming.limits import StreamLimits
+from cri.streaming.server import StreamingServer
 from host.errors import InvalidArgumentError, UnavailableError
 from tests.integration.streaming.conftest import Connect, until
 from tests.integration.streaming.local_backend import LocalBackend

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from wsproto.events import BytesMessage, CloseConnection
 
-from cri.streaming import StreamingServer
 from cri.streaming import spdy_frames as frames
+from cri.streaming.server import StreamingServer
 from cri.streaming.spdy_events import DataReceived, Event
 from cri.streaming.spdy_session import SpdySession
 from tests.integration.streaming.conftest import until

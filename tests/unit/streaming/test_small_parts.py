@@ -10,12 +10,14 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from cri.streaming import ExecRequest, StreamingServer, StreamLimits, TerminalSize
+from cri.streaming.backend import TerminalSize
 from cri.streaming.cleanup import left_fully
 from cri.streaming.http_upgrade import HttpError, HttpUpgrade
+from cri.streaming.limits import StreamLimits
 from cri.streaming.remote_command import SizeReader
+from cri.streaming.server import StreamingServer
 from cri.streaming.status import CommandStatus
-from cri.streaming.tokens import TokenTable
+from cri.streaming.tokens import ExecRequest, TokenTable
 from host.errors import InvalidArgumentError, LimitError
 from tests.integration.streaming.local_backend import LocalBackend
 

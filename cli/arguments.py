@@ -185,6 +185,13 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
     parser = below.add("tag", "cli.image_archives:tag", "give an image one more name")
     parser.add_argument("reference", metavar="REF", help=_IMAGE)
     parser.add_argument("name", metavar="NAME", help="such as registry.example/app:1.2")
+    parser = below.add(
+        "check",
+        "cli.image_reports:check",
+        "hold every image against its digests, file by file",
+        "Exits 1 if something is broken and was not repaired.",
+    )
+    parser.add_argument("--repair", action="store_true", help="drop what is broken, so that it is pulled anew")
     below.add("df", "cli.image_reports:disk_usage", "show what images take on disk, and what of it they share")
     below.add("pulls", "cli.pulls:list_pulls", "list the pulls that run now, whoever asked for them")
     parser = below.add(

@@ -1,4 +1,4 @@
-"""``podkeel image explain`` and ``df``: what a pull would meet, and what images take."""
+"""``podkeel image explain``, ``df`` and ``check``: what a pull would meet, what images take, and what is broken."""
 
 from __future__ import annotations
 
@@ -49,3 +49,15 @@ def disk_usage(options: argparse.Namespace) -> None:
         f"written by containers {size(answer.container_bytes)}\n"
         f"images without containers hold {size(idle)} of their own"
     )
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print what is broken; 1 if there is anything that was not repaired."""
+    request = agent_pb2.CheckImagesRequest(repair=options.repair)
+    with connect(options) as client:
+        answer = client.call(request, agent_pb2.CheckImagesResponse, "check images", timeout=None)
+    for finding in answer.findings:
+        print(f"{finding.digest}  {finding.problem}")
+        print(f"    of {', '.join(finding.images) or 'no image'}{f'; {finding.repair}' if finding.repair else ''}")
+    print(f"{answer.images} images, {answer.layers} layers: {len(answer.findings) or 'nothing'} broken")
+    return 1 if any(not finding.repair for finding in answer.findings) else 0

@@ -84,6 +84,16 @@ class ImageCalls:
         """Give an image one more name."""
         return agent_pb2.TagImageResponse(name=await self._images.tag(request.reference, request.name))
 
+    async def check_images(self, request: agent_pb2.CheckImagesRequest) -> agent_pb2.CheckImagesResponse:
+        """Compare every image with its digests, and drop what is broken if that is asked for."""
+        report = await self._images.checker.check(repair=request.repair)
+        answer = agent_pb2.CheckImagesResponse(images=report.images, layers=report.layers)
+        for finding in report.findings:
+            answer.findings.add(
+                images=finding.images, digest=finding.digest, problem=finding.problem, repair=finding.repair
+            )
+        return answer
+
     async def disk_usage(self, _request: agent_pb2.DiskUsageRequest) -> agent_pb2.DiskUsageResponse:
         """What images take on disk."""
         usage = await self._images.disk_usage()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from images.image import Image
-from images.layers import Layer, LayerStore
+from images.layer import Layer
+from images.layers import LayerStore
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import functools
+import itertools
 import logging
 import os
-import sqlite3
 from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from host.database import Database
 from host.errors import InvalidArgumentError, PodkeelError
 from host.threads import in_thread
 from host.undo import Undo
+from images import layer_rows
 from images.inheritance import inherit
 from images.joining import Joined
+from images.layer import Layer
 from images.layer_source import LayerSource
+from images.manifests import Descriptor
 from images.options import ImageOptions
 from images.progress import LayerProgress, Transfers
 from images.trash import Trash
@@ -29,23 +33,6 @@ _log = logging.getLogger("podkeel.images")
 
 SYNC_DELAY = 45.0  # seconds: by then the kernel has written most of it by itself, and nobody has to wait for the rest
 EMPTY_LAYER = 0  # an always empty folder, for images without layers
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """An unpacked layer, verified and complete; ``used_bytes`` and ``used_inodes`` are what it takes on disk.
-
-    ``blob_digest`` names the compressed form, and is empty if that was not kept.
-    """
-
-    number: int
-    chain_id: str
-    diff_id: str
-    blob_digest: str
-    blob_bytes: int
-    used_bytes: int
-    used_inodes: int
-    opaque: bool
 
 
 class LayerStore:
@@ -70,6 +57,7 @@ class LayerStore:
         self._slots = asyncio.Semaphore(options.max_parallel_downloads)
         self._unpacker: Unpacker | None = None
         self._unsynced: set[int] = set()
+        self._scratches = itertools.count()
         self._sync_task: asyncio.Task[None] | None = None
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self.used_bytes = 0
@@ -107,7 +95,7 @@ class LayerStore:
         for number in unused:
             self._forget(number)
         known = set(self._layers)
-        await self._database.write(lambda connection: _delete_others(connection, known))
+        await self._database.write(lambda connection: layer_rows.delete_others(connection, known))
         await in_thread(self._sweep_folders, known, set(self._blob_users))
         self._trash.wake()
 
@@ -180,7 +168,7 @@ class LayerStore:
 
     async def _make(self, source: LayerSource) -> Layer:
         async with Undo(source.subject) as undo:
-            number = await self._database.write(lambda connection: _insert(connection, source, self._boot_id))
+            number = await self._database.write(lambda connection: layer_rows.insert(connection, source, self._boot_id))
             folder = self._folder / str(number)
             incoming = self._incoming / str(number)
             undo.push("its row", lambda: self._database.execute("DELETE FROM layers WHERE number = ?", (number,)))
@@ -201,8 +189,17 @@ class LayerStore:
                 await in_thread(inherit, folder / "fs", lower, unpacked.implied)
             if keep is not None:
                 await in_thread(keep.rename, self._blob_path(unpacked.blob_digest))
-            layer = _layer(number, source, unpacked, kept=keep is not None)
-            await self._database.write(lambda connection: _complete(connection, layer))
+            layer = Layer(
+                number,
+                source.chain_id,
+                source.diff_id,
+                unpacked.blob_digest if keep is not None else "",
+                unpacked.blob_bytes,
+                unpacked.used_bytes,
+                unpacked.used_inodes,
+                unpacked.opaque,
+            )
+            await self._database.write(lambda connection: layer_rows.complete(connection, layer))
             self._add(layer)
         self._unsynced.add(number)
         self._sync_soon()
@@ -253,6 +250,46 @@ class LayerStore:
         self.used_bytes -= layer.blob_bytes
         self.used_inodes -= 1
         return layer, layer.blob_digest
+
+    async def unpack(
+        self, chunks: AsyncGenerator[bytes, None], descriptor: Descriptor, folder: Path, subject: str
+    ) -> Unpacked:
+        """Unpack a layer to ``folder`` outside of the store; errors as ``Unpacker.unpack``."""
+        async with self._slots:
+            return await self._worker().unpack(chunks, descriptor, folder, None, subject)
+
+    @asynccontextmanager
+    async def scratch(self) -> AsyncIterator[Path]:
+        """An empty folder on the layers' file system that goes when the block ends, or at the next start."""
+        folder = self._incoming / f"check-{next(self._scratches)}"
+        await in_thread((folder / "fs").mkdir, mode=0o755, parents=True)
+        try:
+            yield folder / "fs"
+        finally:
+            await self._take_back((folder,))
+
+    async def retire(self, number: int) -> None:
+        """Nobody gets the layer any more that does not have it; success if it is gone."""
+        layer = self._layers.get(number)
+        if layer is None or layer.retired:
+            return
+        retired = layer.retire()
+        del self._by_chain[layer.chain_id]
+        self._layers[number] = self._by_chain[retired.chain_id] = retired
+        await self._database.write(lambda connection: layer_rows.retire(connection, retired))
+
+    async def drop_blob(self, digest: str) -> None:
+        """Keep the compressed form no longer; success if it is not kept."""
+        users = [layer for layer in self._layers.values() if layer.blob_digest == digest]
+        if not digest or not users:
+            return
+        for layer in users:
+            self._layers[layer.number] = self._by_chain[layer.chain_id] = replace(layer, blob_digest="")
+        del self._blob_users[digest]
+        self.used_bytes -= users[0].blob_bytes
+        self.used_inodes -= 1
+        await self._database.write(lambda connection: layer_rows.forget_blob(connection, digest))
+        await self._throw([self._blob_path(digest)])
 
     async def _drop_if_unused(self, chain_id: str) -> None:
         layer = self._by_chain.get(chain_id)
@@ -305,7 +342,7 @@ class LayerStore:
                 _log.warning("%s could not be written to the disk: %s", self._folder, error)
                 return
             self._unsynced -= numbers
-            await self._database.write(functools.partial(_mark_synced, numbers=numbers))
+            await self._database.write(functools.partial(layer_rows.mark_synced, numbers=numbers))
 
 
 def sync_file_system(folder: Path) -> None:
@@ -316,47 +353,3 @@ def sync_file_system(folder: Path) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
     finally:
         os.close(descriptor)
-
-
-def _layer(number: int, source: LayerSource, unpacked: Unpacked, *, kept: bool) -> Layer:
-    return Layer(
-        number,
-        source.chain_id,
-        source.diff_id,
-        unpacked.blob_digest if kept else "",
-        unpacked.blob_bytes,
-        unpacked.used_bytes,
-        unpacked.used_inodes,
-        unpacked.opaque,
-    )
-
-
-def _insert(connection: sqlite3.Connection, source: LayerSource, boot_id: str) -> int:
-    # What an attempt left that could not even delete its row, as the disk was full.
-    connection.execute("DELETE FROM layers WHERE chain_id = ? AND NOT ready", (source.chain_id,))
-    cursor = connection.execute(
-        "INSERT INTO layers (chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, ready, "
-        "unsynced_boot) VALUES (?, ?, '', 0, 0, 0, 0, 0, ?)",
-        (source.chain_id, source.diff_id, boot_id),
-    )
-    number = cursor.lastrowid
-    assert number is not None
-    return number
-
-
-def _complete(connection: sqlite3.Connection, layer: Layer) -> None:
-    connection.execute(
-        "UPDATE layers SET blob_digest = ?, blob_bytes = ?, used_bytes = ?, used_inodes = ?, opaque = ?, ready = 1 "
-        "WHERE number = ?",
-        (layer.blob_digest, layer.blob_bytes, layer.used_bytes, layer.used_inodes, layer.opaque, layer.number),
-    )
-
-
-def _mark_synced(connection: sqlite3.Connection, numbers: set[int]) -> None:
-    rows = [(number,) for number in numbers]
-    connection.executemany("UPDATE layers SET unsynced_boot = '' WHERE number = ?", rows)
-
-
-def _delete_others(connection: sqlite3.Connection, known: set[int]) -> None:
-    numbers = [row for row in connection.execute("SELECT number FROM layers").fetchall() if row[0] not in known]
-    connection.executemany("DELETE FROM layers WHERE number = ?", numbers)

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,10 @@ class SnapshotStore:
     def ids(self) -> frozenset[str]:
         """The containers that have a snapshot or an image mounted, or half of one."""
         return frozenset(container_id for container_id, _ in self._held.values())
+
+    def stacks(self) -> Collection[tuple[int, ...]]:
+        """The layers of each snapshot, lowest first."""
+        return [layers for _, layers in self._held.values()]
 
     def upper(self, container_id: str) -> Path:
         """The folder of what the container writes."""

@@ -20,12 +20,14 @@ from host.stages import Operation
 from host.threads import in_thread
 from images.archive import ImageArchive
 from images.candidate import Candidate
+from images.checking import ImageChecker
 from images.credentials import Credentials
 from images.disk_usage import DiskUsage, disk_usage
 from images.image import Image, ImageConfig, parse_config
 from images.joining import Joined
+from images.layer import Layer
 from images.layer_source import LayerSource
-from images.layers import Layer, LayerStore
+from images.layers import LayerStore
 from images.options import ImageOptions
 from images.progress import PullProgress, RunningPull
 from images.reference import Reference, parse
@@ -61,8 +63,8 @@ class ImageStore:
 
     ``fetched_bytes`` is what came from registries since the start.
 
-    ``snapshots`` makes containers' root file systems out of them, ``shipping`` takes them off the node.
-    ``run_dir`` is not needed by it yet.
+    ``snapshots`` makes containers' root file systems out of them, ``shipping`` takes them off the node, ``checker``
+    looks for what is broken. ``run_dir`` is not needed by it yet.
     """
 
     def __init__(self, options: ImageOptions, data_dir: Path, run_dir: Path, database: Database) -> None:
@@ -72,6 +74,7 @@ class ImageStore:
         self._database = database
         self._trash = Trash(data_dir / "trash")
         self._layers = LayerStore(options, data_dir, database, self._trash)
+        self.checker = ImageChecker(self, self._layers, database)
         self.shipping = Shipping(self, options, self._layers, database)
         self.snapshots = SnapshotStore(data_dir, database, self._layers, self._trash)
         self._records: dict[str, _Record] = {}

@@ -153,3 +153,20 @@ async def test_tag_export_push_and_usage(podkeel: Command, registry: Registry, f
     status, _, err = await podkeel.run("image", "push", "localhost/mine")
     assert status == 1
     assert "not on this node" in err
+
+
+async def test_check_and_repair(podkeel: Command, agent: AgentProcess, front: Front) -> None:
+    name = f"{front.host}/team/app:1"
+    await podkeel.run("pull", name)
+    status, out, _ = await podkeel.run("image", "check")
+    assert (status, out) == (0, "2 images, 4 layers: nothing broken\n")
+    (file,) = agent.data.glob("layers/*/fs/a")
+    file.unlink()
+    status, out, _ = await podkeel.run("image", "check")
+    assert status == 1
+    assert "/a is missing" in out
+    assert out.splitlines()[-1] == "2 images, 4 layers: 1 broken"
+    status, out, _ = await podkeel.run("image", "check", "--repair")
+    assert status == 0
+    assert f"of {name}; dropped with its images: pull them again" in out
+    assert await image_id(podkeel, name) == ""

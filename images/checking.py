@@ -1,0 +1,190 @@
+"""Holding the store against what it should be: digests of what is kept, and every file of every layer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from host import processes
+from host.database import Database
+from host.errors import InvalidArgumentError
+from host.threads import in_thread
+from images import digests
+from images.image import Image, parse_config
+from images.inheritance import inherit
+from images.layer import Layer
+from images.layers import LayerStore
+from images.manifests import Descriptor
+
+if TYPE_CHECKING:
+    from images.store import ImageStore
+
+_log = logging.getLogger("podkeel.images")
+
+_CHUNK = 1 << 20
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from images.tree_comparison import main; main(sys.argv[2:])"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFinding:
+    """One thing that is not as it should be, the images that have it, and what was done about it (empty: nothing)."""
+
+    digest: str
+    problem: str
+    images: tuple[str, ...]
+    repair: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReport:
+    """What was looked at and what was found."""
+
+    images: int
+    layers: int
+    findings: tuple[ImageFinding, ...]
+
+
+class _Trees(msgspec.Struct):
+    inodes: int
+    differences: list[str]
+
+
+class ImageChecker:
+    """Checks one layer after the other, each by unpacking its kept blob once more beside it.
+
+    A layer whose blob was not kept can only be counted. Pulls and removals may go on meanwhile.
+    """
+
+    def __init__(self, store: ImageStore, layers: LayerStore, database: Database) -> None:
+        self._store = store
+        self._layers = layers
+        self._database = database
+
+    async def check(self, *, repair: bool) -> ImageReport:
+        """Look at everything; with ``repair`` drop what is broken, so that a pull brings it anew.
+
+        A broken compressed form is dropped alone; a broken layer or configuration takes the images along that have it,
+        while containers that use them go on.
+        """
+        findings = await self._check_images(repair=repair)
+        images = self._store.images()
+        stacks = [*(image.layers for image in images), *self._store.snapshots.stacks()]
+        layers = [(layer, _below(layer, stacks)) for layer in self._layers.all() if not layer.retired]
+        layers.sort(key=lambda pair: len(pair[1]))
+        broken: set[int] = set()
+        for layer, below in layers:
+            async with AsyncExitStack() as stack:
+                if self._layers.get(layer.number) is None:
+                    continue  # it went meanwhile
+                self._layers.retain((layer.number,))
+                stack.push_async_callback(self._layers.release, (layer.number,))
+                found = await self._check_layer(layer, below, broken, repair=repair)
+            findings += found
+        for finding in findings:
+            _log.warning("%s: %s%s", finding.digest, finding.problem, f" ({finding.repair})" if finding.repair else "")
+        return ImageReport(len(images), len(layers), tuple(findings))
+
+    async def _check_images(self, *, repair: bool) -> list[ImageFinding]:
+        rows = await in_thread(self._database.read, "SELECT id, manifest_digest, manifest, config FROM images")
+        findings = []
+        for image_id, manifest_digest, manifest, config in rows:
+            image = self._store.find(image_id)
+            if image is None:
+                continue
+            if digests.digest_of(config) != image_id:
+                problem = "its configuration has another digest"
+            elif digests.chain_ids(parse_config(config, image.name)[1]) != image.chain_ids:
+                problem = "it has other layers than its configuration says"
+            elif manifest_digest and digests.digest_of(manifest, manifest_digest) != manifest_digest:
+                problem = "its manifest has another digest"
+            else:
+                continue
+            findings.append(await self._found(image_id, problem, [image], repair=repair))
+        return findings
+
+    async def _check_layer(
+        self, layer: Layer, below: Sequence[int], broken: set[int], *, repair: bool
+    ) -> list[ImageFinding]:
+        images = [image for image in self._store.images() if layer.number in image.layers]
+        findings = []
+        blob = self._layers.blob(layer.blob_digest)
+        problem = "" if await in_thread(self._layers.path(layer.number).is_dir) else "its folder is missing"
+        if blob is not None and not problem:
+            try:
+                problem = await self._compare(layer, blob, below, broken)
+            except InvalidArgumentError as error:
+                repaired = ""
+                if repair:
+                    await self._layers.drop_blob(layer.blob_digest)
+                    repaired = "the compressed form was dropped"
+                names = tuple(image.name for image in images)
+                findings.append(ImageFinding(layer.blob_digest, error.message, names, repaired))
+                blob = None
+        if blob is None and not problem:
+            problem = await self._count(layer)
+        if problem:
+            broken.add(layer.number)
+            if repair:
+                await self._layers.retire(layer.number)
+            findings.append(await self._found(layer.diff_id, problem, images, repair=repair))
+        return findings
+
+    async def _found(self, digest: str, problem: str, images: list[Image], *, repair: bool) -> ImageFinding:
+        if repair:
+            for image in images:
+                await self._store.remove(image.id)
+        repaired = "dropped with its images: pull them again" if repair else ""
+        return ImageFinding(digest, problem, tuple(image.name for image in images), repaired)
+
+    async def _compare(self, layer: Layer, blob: Path, below: Sequence[int], broken: set[int]) -> str:
+        """What is wrong with the layer's files, held against its blob. Raises InvalidArgumentError for a broken one."""
+        subject = f"kept layer {layer.blob_digest}"
+        async with self._layers.scratch() as fresh:
+            descriptor = Descriptor("", layer.blob_digest, layer.blob_bytes)
+            unpacked = await self._layers.unpack(_chunks(blob), descriptor, fresh, subject)
+            if unpacked.diff_id != layer.diff_id:
+                raise InvalidArgumentError(f"{subject} is broken: unpacked, its digest is {unpacked.diff_id}")
+            if broken.intersection(below):
+                return await self._count(layer)  # folders that it takes over from those have nothing to be held against
+            if unpacked.implied and below:
+                await in_thread(inherit, fresh, [self._layers.path(number) for number in below], unpacked.implied)
+            trees = await _look_at(fresh, self._layers.path(layer.number))
+        if not trees.differences:
+            return ""
+        more = " …" if len(trees.differences) > 3 else ""
+        return f"its files differ from the layer's: {'; '.join(trees.differences[:3])}{more}"
+
+    async def _count(self, layer: Layer) -> str:
+        trees = await _look_at(self._layers.path(layer.number))
+        if trees.inodes != layer.used_inodes:
+            return f"it has {trees.inodes} files, and {layer.used_inodes} were unpacked"
+        return ""
+
+
+def _below(layer: Layer, stacks: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The layers below, lowest first: the same in every stack that has it."""
+    stack = next((stack for stack in stacks if layer.number in stack), ())
+    return stack[: stack.index(layer.number)] if stack else ()
+
+
+async def _look_at(*folders: Path) -> _Trees:
+    command = (sys.executable, "-I", "-S", "-c", _START, str(Path(__file__).parent.parent), *map(str, folders))
+    done = await processes.run(command, environment={})
+    return msgspec.json.decode(done.stdout, type=_Trees)
+
+
+async def _chunks(path: Path) -> AsyncGenerator[bytes, None]:
+    descriptor = await in_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while chunk := await in_thread(os.read, descriptor, _CHUNK):
+            yield chunk
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,53 @@
+"""The store's rows of layers: each function is one write, run on the database's thread."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from images.layer import Layer
+from images.layer_source import LayerSource
+
+
+def insert(connection: sqlite3.Connection, source: LayerSource, boot_id: str) -> int:
+    """A new row for a layer that is being made; returns its number."""
+    # What an attempt left that could not even delete its row, as the disk was full.
+    connection.execute("DELETE FROM layers WHERE chain_id = ? AND NOT ready", (source.chain_id,))
+    cursor = connection.execute(
+        "INSERT INTO layers (chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, ready, "
+        "unsynced_boot) VALUES (?, ?, '', 0, 0, 0, 0, 0, ?)",
+        (source.chain_id, source.diff_id, boot_id),
+    )
+    number = cursor.lastrowid
+    assert number is not None
+    return number
+
+
+def complete(connection: sqlite3.Connection, layer: Layer) -> None:
+    """The layer is made."""
+    connection.execute(
+        "UPDATE layers SET blob_digest = ?, blob_bytes = ?, used_bytes = ?, used_inodes = ?, opaque = ?, ready = 1 "
+        "WHERE number = ?",
+        (layer.blob_digest, layer.blob_bytes, layer.used_bytes, layer.used_inodes, layer.opaque, layer.number),
+    )
+
+
+def mark_synced(connection: sqlite3.Connection, numbers: set[int]) -> None:
+    """They are on the disk."""
+    rows = [(number,) for number in numbers]
+    connection.executemany("UPDATE layers SET unsynced_boot = '' WHERE number = ?", rows)
+
+
+def delete_others(connection: sqlite3.Connection, known: set[int]) -> None:
+    """Forget all but the known ones."""
+    numbers = [row for row in connection.execute("SELECT number FROM layers").fetchall() if row[0] not in known]
+    connection.executemany("DELETE FROM layers WHERE number = ?", numbers)
+
+
+def retire(connection: sqlite3.Connection, layer: Layer) -> None:
+    """The layer has another chain id from now on."""
+    connection.execute("UPDATE layers SET chain_id = ? WHERE number = ?", (layer.chain_id, layer.number))
+
+
+def forget_blob(connection: sqlite3.Connection, digest: str) -> None:
+    """The compressed form is not kept any more."""
+    connection.execute("UPDATE layers SET blob_digest = '' WHERE blob_digest = ?", (digest,))

@@ -1,0 +1,167 @@
+"""A short-lived process that compares two file trees, or counts the inodes of one.
+
+Started as ``python -I -S`` with one or two folders as its last arguments, it prints one JSON object: ``inodes`` of the
+only one, or ``differences`` of the second from the first, at most twenty sentences. It only reads, and follows no
+symbolic link.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import stat
+import sys
+
+MOST = 20
+_PIECE = 1 << 20
+_DEEPEST = 100_000
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class TooManyDifferencesError(Exception):
+    """There is no point in looking further."""
+
+
+def count(folder: int, linked: set[int]) -> int:
+    """The inodes of an open folder and of all below it, without those in ``linked``, where hard links are noted."""
+    inodes = 1
+    for name in os.listdir(folder):
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            below = os.open(name, _FOLDER, dir_fd=folder)
+            try:
+                inodes += count(below, linked)
+            finally:
+                os.close(below)
+        elif status.st_nlink == 1 or status.st_ino not in linked:
+            linked.add(status.st_ino)
+            inodes += 1
+    return inodes
+
+
+class Comparison:
+    """Walks two trees side by side.
+
+    The times of folders are left out, as making their entries changes them, and those of whiteouts, which mean nothing.
+    """
+
+    def __init__(self) -> None:
+        self.differences: list[str] = []
+
+    def compare(self, wanted: int, found: int, path: str = "/") -> None:
+        """Compare two open folders. Raises TooManyDifferencesError when ``differences`` is full."""
+        self._attributes(os.fstat(wanted), os.fstat(found), path.rstrip("/") or "/")
+        self._xattrs(wanted, found, ".", path.rstrip("/") or "/")
+        names, others = set(os.listdir(wanted)), set(os.listdir(found))
+        for name in sorted(names | others):
+            if name not in others:
+                self._differs(path + name, "is missing")
+            elif name not in names:
+                self._differs(path + name, "should not be there")
+            else:
+                self._entry(wanted, found, name, path + name)
+
+    def _entry(self, wanted: int, found: int, name: str, path: str) -> None:
+        one = os.stat(name, dir_fd=wanted, follow_symlinks=False)
+        other = os.stat(name, dir_fd=found, follow_symlinks=False)
+        if stat.S_IFMT(one.st_mode) != stat.S_IFMT(other.st_mode):
+            self._differs(path, "is of another type")
+        elif stat.S_ISDIR(one.st_mode):
+            self._below(wanted, found, name, path)
+        else:
+            self._attributes(one, other, path)
+            self._xattrs(wanted, found, name, path)
+            if stat.S_ISREG(one.st_mode):
+                self._content(wanted, found, name, path)
+            elif stat.S_ISLNK(one.st_mode) and os.readlink(name, dir_fd=wanted) != os.readlink(name, dir_fd=found):
+                self._differs(path, "points somewhere else")
+
+    def _below(self, wanted: int, found: int, name: str, path: str) -> None:
+        one = os.open(name, _FOLDER, dir_fd=wanted)
+        try:
+            other = os.open(name, _FOLDER, dir_fd=found)
+            try:
+                self.compare(one, other, path + "/")
+            finally:
+                os.close(other)
+        finally:
+            os.close(one)
+
+    def _attributes(self, one: os.stat_result, other: os.stat_result, path: str) -> None:
+        if stat.S_IMODE(one.st_mode) != stat.S_IMODE(other.st_mode):
+            modes = f"{stat.S_IMODE(other.st_mode):o} instead of {stat.S_IMODE(one.st_mode):o}"
+            self._differs(path, f"has mode {modes}")
+        if (one.st_uid, one.st_gid) != (other.st_uid, other.st_gid):
+            owners = f"{other.st_uid}:{other.st_gid} instead of {one.st_uid}:{one.st_gid}"
+            self._differs(path, f"belongs to {owners}")
+        if stat.S_ISDIR(one.st_mode):
+            return
+        if one.st_rdev != other.st_rdev:
+            self._differs(path, "is another device")
+        whiteout = stat.S_ISCHR(one.st_mode) and one.st_rdev == 0
+        if one.st_mtime_ns != other.st_mtime_ns and not whiteout:
+            self._differs(path, "was changed at another time")
+        if one.st_nlink != other.st_nlink:
+            self._differs(path, f"has {other.st_nlink} names instead of {one.st_nlink}")
+
+    def _xattrs(self, wanted: int, found: int, name: str, path: str) -> None:
+        if _xattrs(wanted, name) != _xattrs(found, name):
+            self._differs(path, "has other extended attributes")
+
+    def _content(self, wanted: int, found: int, name: str, path: str) -> None:
+        one = os.open(name, _FILE, dir_fd=wanted)
+        try:
+            other = os.open(name, _FILE, dir_fd=found)
+            try:
+                if not _same(one, other):
+                    self._differs(path, "has another content")
+            finally:
+                os.close(other)
+        finally:
+            os.close(one)
+
+    def _differs(self, path: str, how: str) -> None:
+        self.differences.append(f"{path} {how}".encode(errors="backslashreplace").decode())
+        if len(self.differences) >= MOST:
+            raise TooManyDifferencesError
+
+
+def _same(one: int, other: int) -> bool:
+    if os.fstat(one).st_size != os.fstat(other).st_size:
+        return False
+    while piece := os.read(one, _PIECE):
+        rest = piece
+        while rest:
+            found = os.read(other, len(rest))
+            if not found or not rest.startswith(found):
+                return False
+            rest = rest[len(found) :]
+    return True
+
+
+def _xattrs(folder: int, name: str) -> dict[str, bytes]:
+    path = f"/proc/self/fd/{folder}/{name}"
+    try:
+        return {key: os.getxattr(path, key, follow_symlinks=False) for key in os.listxattr(path, follow_symlinks=False)}
+    except NotImplementedError:
+        return {}
+
+
+def main(folders: list[str]) -> None:
+    """Compare the second folder with the first, or count the only one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each level of a tree holds two of them
+    sys.setrecursionlimit(_DEEPEST)
+    os.nice(10)
+    opened = [os.open(folder, _FOLDER) for folder in folders]
+    comparison = Comparison()
+    inodes = 0
+    if len(opened) == 1:
+        inodes = count(opened[0], set())
+    else:
+        with contextlib.suppress(TooManyDifferencesError):
+            comparison.compare(opened[0], opened[1])
+    sys.stdout.write(json.dumps({"inodes": inodes, "differences": comparison.differences}))

@@ -1,0 +1,71 @@
+"""A disk that fills up in the middle of a pull ends that pull, and no other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from host import libc, mounts
+from host.errors import LimitError
+from images.options import ImageOptions
+from tests.integration.images.conftest import Node
+from tests.support.image_builder import BuiltImage, entry, make_tar
+from tests.support.registry import Registry
+
+SIZE = 24 << 20
+
+
+@pytest.fixture
+async def small_node(tmp_path: Path) -> AsyncIterator[Node]:
+    small = tmp_path / "small"
+    small.mkdir()
+    libc.mount("tmpfs", str(small), "tmpfs", 0, f"size={SIZE}")
+    node = Node(small / "node", ImageOptions(registry_config_dir=str(tmp_path / "certs.d")))
+    await node.start()
+    try:
+        yield node
+    finally:
+        await node.stop()
+        mounts.unmount(small)
+
+
+def free(node: Node) -> int:
+    status = os.statvfs(node.root)
+    return status.f_bavail * status.f_frsize
+
+
+async def test_other_pulls_are_unharmed(small_node: Node, registry: Registry) -> None:
+    node = small_node
+    base = make_tar([entry("base", os.urandom(200_000))])
+    big = BuiltImage((base, make_tar([entry("big", os.urandom(SIZE))])))
+    others = [BuiltImage((base, make_tar([entry("other", f"{number}")]))) for number in range(6)]
+    name = registry.push(big, "full/big")
+    names = [registry.push(built, f"full/other{number}") for number, built in enumerate(others)]
+    before = free(node)
+    pulling = asyncio.create_task(node.store.pull(name))
+    started = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.02, started.set)
+    await started.wait()
+    # A pull that meets the full disk itself may fail too, but is whole when it is tried again.
+    results = await asyncio.gather(*map(node.store.pull, names), return_exceptions=True)
+    assert all(isinstance(result, LimitError) for result in results if isinstance(result, BaseException))
+    with pytest.raises(LimitError, match=r"disk is full|No space left") as caught:
+        await pulling
+    assert "full/big" in caught.value.message
+    await node.store.emptied()
+    for built, again in zip(others, names, strict=True):
+        image = await node.store.pull(again)
+        assert image.id == built.id
+        assert (node.data / "layers" / str(image.layers[0]) / "fs/base").stat().st_size == 200_000
+    assert (await node.store.checker.check(repair=False)).findings == ()
+    for built in others:
+        await node.store.remove(built.id)
+    await node.store.emptied()
+    assert before - free(node) < 1 << 20, "all that the failed pull took is free again"
+    left = await node.leftovers()
+    left.pop("mounts", None)
+    assert left == {}

@@ -1,0 +1,107 @@
+"""The same images unpacked by us and by umoci: trees identical in content, type, mode, owner, times, xattrs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from host import mounts, processes
+from tests.integration.images.conftest import Node
+from tests.support.image_builder import BuiltImage, busybox_layer, entry, folder, make_tar
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("umoci") is None or shutil.which("skopeo") is None, reason="needs the Debian packages skopeo and umoci"
+)
+
+Facts = dict[str, tuple[object, ...]]
+
+
+def facts(root: Path) -> Facts:
+    """What can be told of each entry of a tree, by its path."""
+    found: Facts = {}
+    for path in sorted((root, *root.rglob("*"))):
+        status = path.lstat()
+        content: object = ""
+        if path.is_symlink():
+            content = path.readlink()
+        elif path.is_file():
+            content = path.read_bytes()
+        elif not path.is_dir():
+            content = status.st_rdev
+        xattrs = {
+            name: os.getxattr(path, name, follow_symlinks=False) for name in os.listxattr(path, follow_symlinks=False)
+        }
+        linked = status.st_nlink if not path.is_dir() else 1
+        found[str(path.relative_to(root))] = (
+            oct(status.st_mode), status.st_uid, status.st_gid, content, tuple(sorted(xattrs.items())),
+            int(status.st_mtime) if path != root else 0, linked,
+        )  # fmt: skip
+    return found
+
+
+def image() -> BuiltImage:
+    capable = b"\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+    set_capability = {"SCHILY.xattr.security.capability": capable.decode("latin1")}
+    base = [
+        folder("etc", 0o755),
+        folder("usr"),
+        entry("etc/keep", "keep", mtime=1_000_000),
+        entry("etc/drop", "drop"),
+        folder("srv", 0o2775, gid=50),
+        folder("srv/old"),
+        entry("srv/old/file", "old"),
+        entry("usr/bin/set", "s", mode=0o4755, uid=1, gid=2, mtime=5000),
+        entry("usr/bin/group", "g", mode=0o2755, uid=3, gid=4, mtime=5000),
+        entry("usr/bin/hard", kind=tarfile.LNKTYPE, link="usr/bin/set"),
+        entry("usr/bin/soft", kind=tarfile.SYMTYPE, link="../../etc/keep", mtime=7000),
+        entry("usr/bin/away", kind=tarfile.SYMTYPE, link="/nowhere/at/all", mtime=7000),
+        entry("usr/bin/able", "able", mode=0o755, pax=set_capability),
+        entry("usr/share/noted", "n", pax={"SCHILY.xattr.user.note": "a note"}),
+        entry("usr/share/" + "long-name-" * 20, "long"),
+        entry("usr/share/twice", "first", mode=0o600),
+        entry("usr/share/twice", "second", mode=0o640, mtime=42),
+        folder("dev"),
+        entry("dev/null", kind=tarfile.CHRTYPE, mode=0o666, device=(1, 3), mtime=9),
+        entry("dev/block", kind=tarfile.BLKTYPE, mode=0o660, gid=6, device=(7, 0), mtime=9),
+        entry("dev/pipe", kind=tarfile.FIFOTYPE, mode=0o622, mtime=9),
+        folder("tmp", 0o1777),
+        entry("turns", "a file that becomes a folder"),
+        folder("back"),
+        entry("back/file", "in a folder that becomes a file"),
+    ]
+    upper = [
+        folder("etc", 0o751, uid=9, gid=9),
+        entry("etc/.wh.drop"),
+        folder("srv", 0o2775, gid=50),
+        folder("srv/old", 0o700),
+        entry("srv/old/.wh..wh..opq"),
+        entry("srv/old/new", "new"),
+        folder("turns"),
+        entry("turns/inside", "inside"),
+        entry("back", "now a file"),
+    ]
+    top = [folder("etc", 0o751, uid=9, gid=9), entry("etc/drop", "again", mode=0o600, mtime=77)]
+    return BuiltImage((busybox_layer(), make_tar(base, form=tarfile.PAX_FORMAT), make_tar(upper), make_tar(top)))
+
+
+async def test_umoci_makes_the_same_tree(node: Node, tmp_path: Path) -> None:
+    archive = tmp_path / "image.tar"
+    image().write_oci(archive, "localhost/compared:1")
+    (ours,) = await node.store.import_archive(archive)
+    await node.store.snapshots.mount_image("c", ours, target=tmp_path / "ours")
+    try:
+        environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+        copy = ("skopeo", "--insecure-policy", "copy", f"oci-archive:{archive}", f"oci:{tmp_path}/layout:1")
+        await processes.run(copy, environment=environment, timeout=60)
+        unpack = ("umoci", "unpack", "--image", f"{tmp_path}/layout:1", f"{tmp_path}/theirs")
+        await processes.run(unpack, environment=environment, timeout=60)
+        mine, theirs = facts(tmp_path / "ours"), facts(tmp_path / "theirs/rootfs")
+        assert len(mine) > 250
+        assert sorted(mine) == sorted(theirs)
+        assert {path: (mine[path], theirs[path]) for path in mine if mine[path] != theirs[path]} == {}
+    finally:
+        mounts.unmount(tmp_path / "ours")

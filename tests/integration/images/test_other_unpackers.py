@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tarfile
 from pathlib import Path
 
@@ -21,7 +22,10 @@ Facts = dict[str, tuple[object, ...]]
 
 
 def facts(root: Path) -> Facts:
-    """What can be told of each entry of a tree, by its path."""
+    """What can be told of each entry of a tree, by its path.
+
+    The times of folders are left out: umoci lets those move whose entries it adds after them.
+    """
     found: Facts = {}
     for path in sorted((root, *root.rglob("*"))):
         status = path.lstat()
@@ -38,7 +42,7 @@ def facts(root: Path) -> Facts:
         linked = status.st_nlink if not path.is_dir() else 1
         found[str(path.relative_to(root))] = (
             oct(status.st_mode), status.st_uid, status.st_gid, content, tuple(sorted(xattrs.items())),
-            int(status.st_mtime) if path != root else 0, linked,
+            0 if stat.S_ISDIR(status.st_mode) else status.st_mtime_ns, linked,
         )  # fmt: skip
     return found
 

@@ -144,12 +144,42 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser.add_argument("--follow", "-f", action="store_true", help="go on until the container ends")
     parser.add_argument("--tail", type=int, metavar="N", help="begin with the last N lines")
     parser.add_argument("--timestamps", action="store_true", help="begin each line with its time")
-    parser = commands.add("exec", "cli.execute:execute", "run a command in a container and print its output")
+    parser = commands.add(
+        "exec",
+        "cli.execute:execute",
+        "run a command in a container",
+        "Its output is ours as it comes, and its exit code too. It ends when we do.",
+    )
+    _add_stream_options(parser)
     parser.add_argument("--timeout", type=int, default=0, metavar="S", help="end it after S seconds (default: never)")
     parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command and its arguments")
+    parser = commands.add(
+        "attach",
+        "cli.execute:attach",
+        "show what a container prints from now on, and send it input",
+        "Leaving leaves the container running.",
+    )
+    _add_stream_options(parser)
+    parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
+    parser = commands.add(
+        "port-forward",
+        "cli.port_forward:port_forward",
+        "carry connections from local ports into a pod, until Ctrl-C",
+        "Inside they come from the pod's own localhost.",
+    )
+    parser.add_argument("--address", default="localhost", metavar="HOST", help="listen there (default: localhost)")
+    parser.add_argument("pod", metavar="POD", help=_POD)
+    parser.add_argument(
+        "ports", metavar="[LOCAL:]REMOTE", nargs="+", help="8080:80, or 80 for both, or :80 for a free local port"
+    )
     parser = commands.add("stats", "cli.stats:stats", "show what containers use of CPU, memory and disk")
     parser.add_argument("containers", metavar="CONTAINER", nargs="*", help=f"{_CONTAINER} (default: all that run)")
+
+
+def _add_stream_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stdin", "-i", action="store_true", help="pass our standard input on")
+    parser.add_argument("--tty", "-t", action="store_true", help="on a terminal, which is ours")
 
 
 def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

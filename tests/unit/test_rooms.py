@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,10 @@ ARROWS = {
 }
 # The commands that are the agent, or are about its host: the others are clients and never load the server.
 AGENT_COMMANDS = {"cli/serve.py", "cli/config.py", "cli/check.py", "cli/reset.py"}
+# The commands that open streams speak SPDY with the machine of the streaming server, which loads nothing of the agent.
+STREAM_COMMANDS = {"cli/stream_client.py", "cli/remote_command.py", "cli/port_forward.py"}
+STREAM_MODULES = {f"cri.streaming.{name}" for name in ("channel", "connection", "descriptors", "spdy_link")}
+SPDY_MODULES = {f"cri.streaming.spdy_{name}" for name in ("events", "frames", "session")}
 ROOMS_WITH_GRPC = {"cri", "cli"}
 PROJECT_FOLDERS = {*ARROWS, "tests", "scripts"}
 
@@ -64,7 +70,18 @@ def test_only_the_surface_knows_grpc(room: str) -> None:
 
 def test_client_commands_do_not_load_the_server() -> None:
     loading = {str(path.relative_to(ROOT)) for path in modules("cli") if "cri" in set(imported(path))}
-    assert loading == AGENT_COMMANDS
+    assert loading == AGENT_COMMANDS | STREAM_COMMANDS
+    script = f"import sys, {', '.join(sorted(STREAM_MODULES))}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    ours = {name for name in loaded.stdout.split() if name.split(".")[0] in PROJECT_FOLDERS}
+    assert ours == STREAM_MODULES | {"cri", "cri.streaming", *SPDY_MODULES}
+
+
+@pytest.mark.parametrize("path", sorted(STREAM_COMMANDS))
+def test_stream_commands_take_no_more_of_the_server_than_its_spdy_machine(path: str) -> None:
+    tree = ast.parse((ROOT / path).read_text())
+    names = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name for name in names if name.split(".")[0] == "cri"} <= STREAM_MODULES
 
 
 def test_modules_are_short_enough_to_read() -> None:

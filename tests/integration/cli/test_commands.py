@@ -29,12 +29,12 @@ Podkeel = Callable[..., Done]
 
 
 @pytest.fixture
-def podkeel(agent: AgentProcess, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Podkeel:
+def podkeel(agent: AgentProcess, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Podkeel:
     monkeypatch.setenv("PODKEEL_SOCKET", agent.address)
 
     def run(*arguments: object) -> Done:
         status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
+        captured = capfd.readouterr()
         return Done(status, captured.out, captured.err)
 
     return run

@@ -21,6 +21,7 @@ from runtime.log_fields import of_container
 from runtime.monitor import ExitRecord
 from runtime.node import Node
 from runtime.oci_runtime import plain_message
+from runtime.out_of_memory import killed_for_memory
 from runtime.root_mounts import unmount_all
 from runtime.sandbox import SandboxState
 
@@ -139,8 +140,8 @@ class Lifecycle:
     async def record_exit(self, container: Container, exit_record: ExitRecord | None) -> None:
         """Write down how a container ended; the caller holds its lock."""
         record = container.record
-        kills = exit_record is not None and exit_record.out_of_memory
-        kills = kills or self._node.cgroups.out_of_memory_kills(record.cgroup) > 0
+        counted = killed_for_memory(self._node, container)
+        kills = counted or (exit_record is not None and exit_record.out_of_memory)
         record.state = ContainerState.EXITED
         record.exit_code = exit_record.code if exit_record else UNKNOWN_EXIT_CODE
         record.started_at = record.started_at or record.created_at
@@ -154,15 +155,17 @@ class Lifecycle:
             record.message = "its end was not recorded: its monitor was killed or the node restarted"
         # What the runtime holds is given back meanwhile: should we die before the commit, conmon's record is there.
         container.cleanup = self._spawn(self.clean_up(container))
-        await self._save_end(container)
+        await self._save_end(container, sandbox_too=counted)
         self._ended(container)
         ended = of_container(container)
         _log.info("%s ended: exit code %d, %s", container.title, record.exit_code, record.reason, extra=ended)
 
-    async def _save_end(self, container: Container) -> None:
+    async def _save_end(self, container: Container, *, sandbox_too: bool = False) -> None:
         """Write down an end; when that fails the container has ended all the same, and the next start sees it again."""
         try:
             await self._node.store.save_container(container)
+            if sandbox_too:
+                await self._node.store.save_sandbox(container.sandbox)
         except PodkeelError as error:
             _log.error("%s: its end could not be written down: %s", container.title, error)
 

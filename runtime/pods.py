@@ -126,6 +126,7 @@ class PodManager:
             owns_cgroup_parent=own,
             resources=config.linux.resources.SerializeToString(),
             overhead=config.linux.overhead.SerializeToString(),
+            oom_kills=self._node.cgroups.out_of_memory_kills(self._node.cgroups.parent_path(parent)),
         )
         return Sandbox(sandbox_id, config, record)
 

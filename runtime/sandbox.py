@@ -32,7 +32,8 @@ class SandboxRecord(msgspec.Struct):
     """What the store keeps of a sandbox beside its configuration; times in nanoseconds since the epoch.
 
     ``handler`` is the runtime handler in use, ``requested_handler`` the name the client gave (empty for the default).
-    ``torn_down`` says that network and namespaces were given back.
+    ``torn_down`` says that network and namespaces were given back. ``oom_kills`` are those in its cgroup that ended
+    containers, or times before it, account for.
     """
 
     state: SandboxState
@@ -47,6 +48,7 @@ class SandboxRecord(msgspec.Struct):
     torn_down: bool = False
     resources: bytes = b""
     overhead: bytes = b""
+    oom_kills: int = 0
 
 
 @dataclass(slots=True)

@@ -253,4 +253,7 @@ def _annotations(request: SpecRequest, filtered: Filter | None) -> dict[str, str
     # A crun that no longer knows this annotation goes by the profile, which is in the spec as well.
     if filtered is not None and request.handler.compiled_seccomp and filtered.bpf is not None:
         annotations["run.oci.seccomp_bpf_data"] = filtered.bpf
+    # crun would put the container into a group of its own inside its scope, and its limits there, unseen by systemd.
+    if ":" in request.cgroups_path:
+        annotations["run.oci.systemd.subgroup"] = ""
     return annotations

@@ -1,0 +1,35 @@
+"""Whether the kernel killed a container for want of memory, told also after its cgroup is gone."""
+
+from __future__ import annotations
+
+from runtime.container import Container, ContainerState
+from runtime.node import Node
+
+
+def killed_for_memory(node: Node, container: Container) -> bool:
+    """Whether any process of a container that has ended was killed for a memory limit.
+
+    systemd removes a scope the moment its last process ends, with its counters; those of the pod's cgroup remain, and
+    on cgroup v2 they include what happened below. What neither the containers that live nor those that ended before
+    explain was this container's. The pod's record keeps what is explained; the caller saves it if the answer is yes.
+    """
+    cgroups, sandbox = node.cgroups, container.sandbox
+    if cgroups.version == 1 or _shares_its_parent(node, container):
+        return cgroups.out_of_memory_kills(container.record.cgroup) > 0
+    alive = (
+        other.record.cgroup
+        for other in node.containers_of(sandbox)
+        if other is not container and other.record.state in (ContainerState.CREATED, ContainerState.RUNNING)
+    )
+    parent = cgroups.parent_path(sandbox.record.cgroup_parent)
+    ended = cgroups.out_of_memory_kills(parent) - sum(map(cgroups.out_of_memory_kills, alive))
+    if ended <= sandbox.record.oom_kills:
+        return False
+    sandbox.record.oom_kills = ended
+    return True
+
+
+def _shares_its_parent(node: Node, container: Container) -> bool:
+    parent = container.sandbox.record.cgroup_parent
+    others = (other.record for other in node.sandboxes if other is not container.sandbox)
+    return any(record.cgroup_parent == parent and not record.torn_down for record in others)

@@ -1,0 +1,85 @@
+"""Whose processes the kernel killed for memory, where the cgroups of ended containers are gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from runtime.cgroups import CgroupTree
+from runtime.container import Container, ContainerState
+from runtime.node import Node
+from runtime.out_of_memory import killed_for_memory
+
+
+class Pod:
+    """A pod of two containers, its cgroups plain folders."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.sandbox = SimpleNamespace(record=SimpleNamespace(cgroup_parent="/pod", torn_down=False, oom_kills=0))
+        self.containers = [self._container("first"), self._container("second")]
+        self.sandboxes = [self.sandbox]
+        self.count("/pod", 0)
+        node = SimpleNamespace(
+            cgroups=CgroupTree(2, "cgroupfs", {"unified": root}),
+            sandboxes=self.sandboxes,
+            containers_of=lambda sandbox: self.containers,
+        )
+        self.node = cast(Node, node)
+
+    def _container(self, name: str) -> Container:
+        self.count(f"/pod/{name}", 0)
+        record = SimpleNamespace(cgroup=f"/pod/{name}", state=ContainerState.RUNNING)
+        return cast(Container, SimpleNamespace(sandbox=self.sandbox, record=record))
+
+    def count(self, path: str, kills: int) -> None:
+        folder = self.root / path.lstrip("/")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.events").write_text(f"low 0\noom {kills}\noom_kill {kills}\noom_group_kill 0\n")
+
+    def end(self, number: int) -> bool:
+        container = self.containers[number]
+        (self.root / container.record.cgroup.lstrip("/") / "memory.events").unlink()
+        told = killed_for_memory(self.node, container)
+        container.record.state = ContainerState.EXITED
+        return told
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Pod:
+    return Pod(tmp_path)
+
+
+def test_kills_that_no_living_container_had_are_those_of_the_one_that_ended(pod: Pod) -> None:
+    pod.count("/pod", 3)
+    pod.count("/pod/second", 1)
+    assert pod.end(0)
+    assert pod.sandbox.record.oom_kills == 2
+    assert pod.end(1)
+    assert pod.sandbox.record.oom_kills == 3
+
+
+def test_kills_of_others_are_not_told_again(pod: Pod) -> None:
+    pod.count("/pod", 1)
+    assert pod.end(0)
+    assert not pod.end(1)
+
+
+def test_kills_from_before_the_pod_are_nobodys(pod: Pod) -> None:
+    pod.count("/pod", 5)
+    pod.sandbox.record.oom_kills = 5
+    assert not pod.end(0)
+
+
+def test_pods_that_share_a_cgroup_have_only_what_their_own_cgroups_say(pod: Pod) -> None:
+    other = SimpleNamespace(record=SimpleNamespace(cgroup_parent="/pod", torn_down=False, oom_kills=0))
+    pod.sandboxes.append(other)
+    pod.count("/pod", 2)
+    pod.count("/pod/second", 1)
+    assert not pod.end(0)
+    assert killed_for_memory(pod.node, pod.containers[1])
+    other.record.torn_down = True
+    assert pod.end(1)

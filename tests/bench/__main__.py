@@ -8,13 +8,14 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from host import libc
 from scripts.build_busybox_image import busybox_image
-from tests.bench import phases, processes, report, servers, stats
+from tests.bench import phases, processes, report, servers, stats, streams
 from tests.bench.bare import BareRuntime
 from tests.bench.cgroups import own_cgroups
 from tests.bench.client import Client
@@ -54,6 +55,7 @@ def main() -> int:
         if options.stats:
             for target in targets:
                 target.measured.stats = stats.measure(target, options.stats, 2, options.poll_seconds)
+        _streams(options, targets, bare, bare_samples)
     measured = [target.measured for target in targets]
     results = goals(measured[0], bare_samples)
     print(report.as_text(facts, measured, bare_samples, results))
@@ -64,6 +66,15 @@ def main() -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(data), indent=1) + b"\n")
     return 1 if options.strict and not all(goal.met for goal in results) else 0
+
+
+def _streams(
+    options: argparse.Namespace, targets: Sequence[phases.Target], bare: BareRuntime | None, bare_samples: Samples
+) -> None:
+    """The streams phase, if it was asked for."""
+    for target in targets if options.streams else ():
+        cost = streams.measure(target, bare, bare_samples, options.streams, options.sessions)
+        target.measured.streams = cost
 
 
 def _options() -> argparse.Namespace:
@@ -83,6 +94,8 @@ def _options() -> argparse.Namespace:
     add("--running", type=int, default=20, metavar="N", help="running containers for the monitors' memory (20)")
     add("--stats", type=int, default=100, metavar="N", help="pods of two containers for the statistics; 0: none (100)")
     add("--poll-seconds", type=int, default=30, metavar="N", help="how long they are polled as kubelet does (30)")
+    add("--streams", type=int, default=40, metavar="N", help="commands through exec streams; 0: none (40)")
+    add("--sessions", type=int, default=100, metavar="N", help="commands at once for the server's memory (100)")
     add("--no-bare", action="store_true", help="leave out the bare OCI runtime")
     add("--json", type=Path, metavar="FILE", help="write everything there")
     add("--markdown", type=Path, metavar="FILE", help="write the tables of docs/performance.md there")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,7 @@ class BareRuntime:
 
     def cycle(self, samples: Samples) -> None:
         """create, start, exec, kill, delete; adds each and the sums the goals speak of."""
-        self._count += 1
-        name = f"bare-{os.getpid()}-{self._count}"
-        self._specification["linux"]["cgroupsPath"] = f"{self._cgroup_parent}/{name}"
-        (self._bundle / "config.json").write_text(json.dumps(self._specification))
-        create = ("create", "--bundle", str(self._bundle), "--pid-file", str(self._pid_file), name)
+        name, create = self._prepare()
         try:
             with samples.timed("create+start"):
                 self._run("create", create, samples)
@@ -57,6 +54,26 @@ class BareRuntime:
         except BaseException:
             self._call(("delete", "--force", name))
             raise
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Callable[[Samples], None]]:
+        """One container for the block; what is yielded executes in it and adds ``exec in one``."""
+        name, create = self._prepare()
+        try:
+            self._run("create", create, Samples())
+            self._run("start", ("start", name), Samples())
+            yield lambda samples: self._run("exec in one", ("exec", name, *EXEC_COMMAND), samples)
+        finally:
+            self._call(("delete", "--force", name))
+            os.waitpid(int(self._pid_file.read_text()), 0)
+
+    def _prepare(self) -> tuple[str, tuple[str, ...]]:
+        """The name of the next container and the words that create it."""
+        self._count += 1
+        name = f"bare-{os.getpid()}-{self._count}"
+        self._specification["linux"]["cgroupsPath"] = f"{self._cgroup_parent}/{name}"
+        (self._bundle / "config.json").write_text(json.dumps(self._specification))
+        return name, ("create", "--bundle", str(self._bundle), "--pid-file", str(self._pid_file), name)
 
     def version(self, samples: Samples, count: int) -> None:
         """Start the runtime ``count`` times to do nothing: what spawning it costs by itself."""

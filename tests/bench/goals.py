@@ -31,6 +31,15 @@ class StatsCost(msgspec.Struct, frozen=True):
     scrape_growth: int
 
 
+class StreamCost(msgspec.Struct, frozen=True):
+    """Bytes per second of one exec stream and of one forwarded port; resident bytes with ``sessions`` commands."""
+
+    exec_rate: float
+    forward_rate: float
+    sessions: int
+    resident: int
+
+
 class Measured(msgspec.Struct):
     """Everything one run found out about one server."""
 
@@ -42,6 +51,7 @@ class Measured(msgspec.Struct):
     list_count: int = 0
     memory: Memory | None = None
     stats: StatsCost | None = None
+    streams: StreamCost | None = None
 
 
 class Goal(msgspec.Struct, frozen=True):
@@ -65,6 +75,7 @@ def goals(measured: Measured, bare: Samples) -> list[Goal]:
     memory = measured.memory
     return [
         *(_stats_goals(measured, measured.stats) if measured.stats is not None else ()),
+        *(_stream_goals(measured, measured.streams, bare) if measured.streams is not None else ()),
         Goal("RunPodSandbox p50", p50("RunPodSandbox"), 12, "ms"),
         Goal("Create+Start / bare create+start", p50("Create+Start") / bare.p50("create+start"), 1.8, "x"),
         Goal("ExecSync / bare exec", p50("ExecSync") / bare.p50("exec"), 2.0, "x"),
@@ -75,6 +86,15 @@ def goals(measured: Measured, bare: Samples) -> list[Goal]:
         Goal(f"ListContainers of {measured.list_count} p50", p50("ListContainers"), 8, "ms"),
         Goal("agent resident, loaded", memory.server_loaded / 2**20 if memory else math.nan, 90, "MiB"),
         Goal("monitor per container", memory.monitor_per_container / 2**20 if memory else math.nan, 1, "MiB"),
+    ]
+
+
+def _stream_goals(measured: Measured, cost: StreamCost, bare: Samples) -> list[Goal]:
+    return [
+        Goal("exec stream / bare exec", measured.samples.p50("exec stream") / bare.p50("exec in one"), 2.0, "x"),
+        Goal("out of one exec stream", cost.exec_rate / 1e6, 200, "MB/s", at_least=True),
+        Goal("through one forwarded port", cost.forward_rate / 1e6, 200, "MB/s", at_least=True),
+        Goal(f"agent resident with {cost.sessions} commands", cost.resident / 2**20, 200, "MiB"),
     ]
 
 

@@ -32,6 +32,7 @@ _ORDER = (
     "ListPodSandboxStats",
     "ListPodSandboxMetrics",
     "scrape",
+    "exec stream",
 )
 _TOOLS = (("crun", "--version"), ("runc", "--version"), ("conmon", "--version"), ("containerd", "--version"))
 
@@ -77,6 +78,7 @@ def as_data(
                 "pods_per_second": server.pods_per_second,
                 "memory": msgspec.to_builtins(server.memory),
                 "stats": msgspec.to_builtins(server.stats),
+                "streams": msgspec.to_builtins(server.streams),
             }
             for server in servers
         ],
@@ -104,6 +106,9 @@ def as_text(facts: dict[str, str], servers: Sequence[Measured], bare: Samples, r
                 f"  polled with {cost.pods} pods of {cost.containers} containers: {cost.busy:.2%} of a core; scrapes "
                 f"take {_mib(cost.scrape_growth)}"
             )
+        if streams := server.streams:
+            rates = f"{streams.exec_rate / 1e6:.0f} MB/s out of a command, {streams.forward_rate / 1e6:.0f} through a"
+            lines.append(f"  {rates} port; resident {_mib(streams.resident)} with {streams.sessions} commands")
         lines.append("")
     if bare.values:
         lines += ["bare OCI runtime, ms", *_calls(bare.summaries(), ()), ""]
@@ -150,6 +155,7 @@ _BARE = {
     "StartContainer": "start",
     "Create+Start": "create+start",
     "ExecSync": "exec",
+    "exec stream": "exec in one",
     "StopContainer(0)": "kill",
     "RemoveContainer": "delete",
     "Stop+Remove": "kill+delete",

@@ -36,9 +36,19 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StreamingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where exec, attach and port-forward streams are served; port 0 takes a free one."""
+    """Where exec, attach and port-forward streams are served, and how long they may do nothing.
+
+    Port 0 takes a free one. ``tls_certificate``, ``tls_key`` and ``tls_client_ca`` are PEM files: with the first two it
+    is HTTPS, and all three are needed to listen elsewhere than on loopback. A stream without data for ``idle_seconds``
+    is ended (0: never); ``creation_seconds`` is how long a client may take to open what belongs to it.
+    """
 
     address: ListenAddress = "127.0.0.1:0"
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    idle_seconds: Annotated[float, Meta(ge=0)] = 4 * 3600.0
+    creation_seconds: Annotated[float, Meta(gt=0)] = 30.0
 
 
 class MetricsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -115,7 +115,15 @@ def _grpc_server(agent: Agent, streams: StreamingServer, observer: CallObserver)
 
 def _stream_limits(options: StreamingOptions) -> StreamLimits:
     host, _, port = options.address.rpartition(":")
-    return StreamLimits(host=host.strip("[]"), port=int(port))
+    return StreamLimits(
+        host=host.strip("[]"),
+        port=int(port),
+        idle_timeout=options.idle_seconds,
+        creation_timeout=options.creation_seconds,
+        tls_certificate=options.tls_certificate or None,
+        tls_key=options.tls_key or None,
+        tls_client_ca=options.tls_client_ca or None,
+    )
 
 
 def _socket_path(address: str) -> Path:

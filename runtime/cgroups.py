@@ -14,6 +14,7 @@ from host import mounts
 from host.errors import InvalidArgumentError
 from host.threads import in_thread
 from runtime.slices import slice_name, slice_path, stop_slice, with_outer_slices
+from runtime.spec.oci import SCOPE_SUBGROUP
 
 _ID = re.compile(r"[0-9a-f]{64}")
 _V1_NEEDED = ("memory", "pids", "cpu", "freezer", "devices")
@@ -96,10 +97,11 @@ class CgroupTree:
             return f"{slice_name(parent)}:podkeel:{container_id}"
         return f"{parent.rstrip('/')}/{container_id}"
 
-    def path(self, parent: str, container_id: str) -> str:
-        """The container's cgroup below each hierarchy's mount."""
+    def path(self, parent: str, container_id: str, *, uses_subgroup: bool) -> str:
+        """The container's cgroup below each hierarchy's mount; ``uses_subgroup`` says that its runtime is crun."""
         if self.driver == "systemd":
-            return f"{slice_path(slice_name(parent))}/podkeel-{container_id}.scope"
+            scope = f"{slice_path(slice_name(parent))}/podkeel-{container_id}.scope"
+            return f"{scope}/{SCOPE_SUBGROUP}" if uses_subgroup and self.version == 2 else scope
         return f"{parent.rstrip('/')}/{container_id}"
 
     def parent_path(self, parent: str) -> str:

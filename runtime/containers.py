@@ -130,7 +130,9 @@ class ContainerManager:
             boot_id=self._node.boot_id,
             image_id=image.id,
             image_ref=image.repo_digests[0] if image.repo_digests else image.id,
-            cgroup=self._node.cgroups.path(sandbox.record.cgroup_parent, container_id),
+            cgroup=self._node.cgroups.path(
+                sandbox.record.cgroup_parent, container_id, uses_subgroup=runtime.features.is_crun
+            ),
             log_path=str(log_path) if log_path else "",
             resources=config.linux.resources.SerializeToString(),
         )

@@ -32,6 +32,11 @@ class RuntimeFeatures(msgspec.Struct, frozen=True):
     user_namespaces: bool = False
     version: str = ""
 
+    @property
+    def is_crun(self) -> bool:
+        """Whether it is crun, which takes more than the OCI's specification has."""
+        return self.version.startswith("crun ")
+
 
 class OciRuntime:
     """One configured runtime handler."""

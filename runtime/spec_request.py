@@ -49,7 +49,7 @@ def spec_request(
         handler=HandlerFacts(
             name=runtime.name,
             recursive_read_only=runtime.features.recursive_read_only_mounts,
-            compiled_seccomp=runtime.features.version.startswith("crun "),
+            compiled_seccomp=runtime.features.is_crun,
             privileged_without_host_devices=runtime.options.privileged_without_host_devices,
             allowed_annotations=runtime.options.allowed_annotations,
         ),

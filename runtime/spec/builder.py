@@ -253,7 +253,19 @@ def _annotations(request: SpecRequest, filtered: Filter | None) -> dict[str, str
     # A crun that no longer knows this annotation goes by the profile, which is in the spec as well.
     if filtered is not None and request.handler.compiled_seccomp and filtered.bpf is not None:
         annotations["run.oci.seccomp_bpf_data"] = filtered.bpf
-    # crun would put the container into a group of its own inside its scope, and its limits there, unseen by systemd.
-    if ":" in request.cgroups_path:
-        annotations["run.oci.systemd.subgroup"] = ""
+    if ":" in request.cgroups_path and request.node.cgroup_version == 2:
+        annotations |= _scope_annotations(request.pids_limit)
     return annotations
+
+
+def _scope_annotations(pids_limit: int) -> dict[str, str]:
+    """What makes the scope that the OCI runtime asks systemd for hold what was configured, and nothing else.
+
+    crun writes limits that systemd does not know: in the scope itself they would be gone after the next daemon-reload,
+    so they go to a group below it. The scope's limit of tasks is systemd's default (15% of the machine's) otherwise.
+    """
+    tasks = pids_limit if pids_limit > 0 else 2**64 - 1
+    return {
+        "run.oci.systemd.subgroup": oci.SCOPE_SUBGROUP,
+        "org.systemd.property.TasksMax": f"uint64 {tasks}",
+    }

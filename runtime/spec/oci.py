@@ -160,6 +160,10 @@ class Resources(_Struct):
     unified: dict[str, str] = {}
 
 
+SCOPE_SUBGROUP = "container"
+"""Where crun keeps a container below its scope, with the systemd cgroup driver on cgroup v2."""
+
+
 class Linux(_Struct):
     """What ``config-linux.md`` adds; ``seccomp`` is kept encoded, as one compiled profile serves many containers."""
 

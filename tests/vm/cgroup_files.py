@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from proto.runtime.v1 import cri_pb2
+from runtime.slices import slice_name, slice_path
 from tests.support.cri import CriClient
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -24,6 +25,14 @@ def cgroup_of(client: CriClient, container_id: str) -> Path:
     """The folder of the cgroup that the container's first process is in."""
     pid = information(client, container_id)["pid"]
     return CGROUPS / Path(f"/proc/{pid}/cgroup").read_text().strip().rpartition("::/")[2]
+
+
+def pod_folder(client: CriClient, sandbox_id: str) -> Path:
+    """The folder of the pod's cgroup."""
+    request = cri_pb2.PodSandboxStatusRequest(pod_sandbox_id=sandbox_id, verbose=True)
+    parent = json.loads(client.call("PodSandboxStatus", request).info["info"])["cgroupParent"]
+    path = slice_path(slice_name(parent)) if parent.endswith(".slice") else parent
+    return CGROUPS / path.lstrip("/")
 
 
 def content(folder: Path, name: str) -> str:

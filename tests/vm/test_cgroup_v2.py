@@ -13,7 +13,7 @@ from proto.runtime.v1 import cri_pb2
 from tests.integration.conformance.support import SLEEP, Pod, exited, refused
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import container_config, sandbox_config, wait_for_log
-from tests.vm.cgroup_files import CGROUPS, cgroup_of, content, information
+from tests.vm.cgroup_files import CGROUPS, cgroup_of, content, information, pod_folder
 
 MIB = 1 << 20
 Limits = cri_pb2.LinuxContainerResources
@@ -47,11 +47,18 @@ def test_limits_are_in_the_kernel(pod: Pod) -> None:
         "1",
         "77",
     ]
+    # Nothing above it but what the pod was given: no limit of systemd's own either.
+    assert [content(folder.parent, name) for name in ("memory.max", "pids.max")] == ["max", "max"]
     # The kernel has weights where CRI has shares: 1024 shares are 39 or, by the formula of newer runtimes, 100.
     assert int(content(folder, "cpu.weight")) in (20, 59)
     if (folder / "memory.swap.max").exists():
         assert content(folder, "memory.swap.max") == "0"
     assert client.status(container_id).resources.linux == limits
+
+
+def test_tasks_are_unlimited_by_default(pod: Pod) -> None:
+    folder = cgroup_of(pod.agent.client, pod.sleeping())
+    assert [content(group, "pids.max") for group in (folder, folder.parent)] == ["max", "max"]
 
 
 def test_huge_pages_are_limited(pod: Pod) -> None:
@@ -204,7 +211,8 @@ def test_devices_are_denied_that_were_not_given(pod: Pod) -> None:
 def test_nothing_of_a_pod_stays_in_the_cgroup_tree(agent: AgentProcess) -> None:
     pod = Pod.run(agent, sandbox_config(agent))
     folder = cgroup_of(agent.client, pod.sleeping())
-    parent = folder.parent
+    parent = pod_folder(agent.client, pod.id)
+    assert parent in folder.parents
     assert pod.id in parent.name
     agent.client.stop_sandbox(pod.id)
     assert not folder.exists()

@@ -14,7 +14,7 @@ from proto.runtime.v1 import cri_pb2
 from tests.integration.conformance.support import SLEEP, Pod, refused
 from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.pods import container_config, sandbox_config
-from tests.vm.cgroup_files import CGROUPS, cgroup_of, content, properties
+from tests.vm.cgroup_files import CGROUPS, cgroup_of, content, pod_folder, properties
 
 MIB = 1 << 20
 
@@ -59,46 +59,44 @@ def test_a_container_is_a_scope_in_kubelets_slice(systemd_agent: AgentProcess, k
     )
     container_id = pod.start(wanted)
     unit = f"podkeel-{container_id}.scope"
-    folder = cgroup_of(client, container_id)
-    assert folder == CGROUPS / kubelets_slice.lstrip("/") / unit
-    told = properties(unit, "Slice", "ActiveState", "MemoryMax", "CPUQuotaPerSecUSec", "Delegate")
+    folder, parent = cgroup_of(client, container_id), pod_folder(client, pod.id)
+    assert parent == CGROUPS / kubelets_slice.lstrip("/")
+    assert parent / unit in (folder, folder.parent)
     slice_name = kubelets_slice.rpartition("/")[2]
-    assert told == {
-        "Slice": slice_name,
-        "ActiveState": "active",
-        "MemoryMax": str(64 * MIB),
-        "CPUQuotaPerSecUSec": "500ms",
-        "Delegate": "yes",
-    }
+    told = properties(unit, "Slice", "ActiveState", "Delegate", "TasksMax")
+    assert told == {"Slice": slice_name, "ActiveState": "active", "Delegate": "yes", "TasksMax": "infinity"}
+    assert (content(folder, "memory.max"), content(folder, "cpu.max")) == (str(64 * MIB), "50000 100000")
     pods = client.call("PodSandboxStats", cri_pb2.PodSandboxStatsRequest(pod_sandbox_id=pod.id)).stats.linux
-    assert pods.memory.usage_bytes.value == pytest.approx(int(content(folder.parent, "memory.current")), abs=4 * MIB)
+    assert pods.memory.usage_bytes.value == pytest.approx(int(content(parent, "memory.current")), abs=4 * MIB)
     change = cri_pb2.LinuxContainerResources(memory_limit_in_bytes=96 * MIB, cpu_quota=70000, cpu_period=100000)
     client.call(
         "UpdateContainerResources",
         cri_pb2.UpdateContainerResourcesRequest(container_id=container_id, linux=change),
     )
     assert content(folder, "memory.max") == str(96 * MIB)
-    # What systemd was not told it takes back when it writes the limits again.
+    # What systemd was not told it would take back when it writes the limits of the scope again.
     subprocess.run(["systemctl", "daemon-reload"], check=True)
+    subprocess.run(["systemctl", "set-property", "--runtime", slice_name, "IOAccounting=yes"], check=True)
     assert (content(folder, "memory.max"), content(folder, "cpu.max")) == (str(96 * MIB), "70000 100000")
     client.stop_sandbox(pod.id)
     client.remove_sandbox(pod.id)
-    assert not folder.exists()
+    assert not (parent / unit).exists()
     wait_for(lambda: properties(unit, "LoadState", "ActiveState")["ActiveState"] == "inactive", what="the scope's end")
     assert properties(slice_name, "ActiveState")["ActiveState"] == "active"
-    assert folder.parent.is_dir()
+    assert parent.is_dir()
 
 
 def test_a_pod_without_a_parent_has_a_slice_of_its_own_and_takes_it_along(systemd_agent: AgentProcess) -> None:
     client = systemd_agent.client
     pod = Pod.run(systemd_agent, sandbox_config(systemd_agent))
-    folder = cgroup_of(client, pod.sleeping())
+    folder, parent = cgroup_of(client, pod.sleeping()), pod_folder(client, pod.id)
     name = f"{systemd_agent.cgroup_parent.strip('/')}-{pod.id}.slice"
-    assert folder.parent.name == name
+    assert parent.name == name
+    assert parent in folder.parents
     assert properties(name, "ActiveState")["ActiveState"] == "active"
     client.stop_sandbox(pod.id)
     assert properties(name, "ActiveState")["ActiveState"] == "inactive"
-    assert not folder.parent.exists()
+    assert not parent.exists()
 
 
 def test_slices_that_a_killed_agent_left_are_found_and_ended(systemd_agent: AgentProcess) -> None:

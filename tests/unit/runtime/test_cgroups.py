@@ -26,7 +26,9 @@ def test_containers_of_a_slice_are_scopes(parent: str, tmp_path: Path) -> None:
     cgroups = tree("systemd", tmp_path)
     cgroups.validate_parent(parent)
     assert cgroups.runtime_path(parent, CONTAINER) == f"kubepods-pod1.slice:podkeel:{CONTAINER}"
-    assert cgroups.path(parent, CONTAINER) == f"/kubepods.slice/kubepods-pod1.slice/podkeel-{CONTAINER}.scope"
+    scope = f"/kubepods.slice/kubepods-pod1.slice/podkeel-{CONTAINER}.scope"
+    assert cgroups.path(parent, CONTAINER, uses_subgroup=False) == scope
+    assert cgroups.path(parent, CONTAINER, uses_subgroup=True) == f"{scope}/container"
     assert cgroups.parent_path(parent) == "/kubepods.slice/kubepods-pod1.slice"
 
 

@@ -135,6 +135,19 @@ def test_annotations_are_ours_and_those_allowed(tmp_path: Path) -> None:
     assert "io.kubernetes.cri.untrusted" not in spec.annotations
 
 
+def test_a_scope_is_told_what_systemd_would_else_decide(tmp_path: Path) -> None:
+    def told(**fields: object) -> dict[str, str]:
+        spec = build(request(tmp_path, **fields)).spec
+        return {key: value for key, value in spec.annotations.items() if not key.startswith("io.kubernetes.cri.")}
+
+    scope, unified = "pod1.slice:podkeel:c1", replace(NODE, cgroup_version=2)
+    limits = {"run.oci.systemd.subgroup": "container", "org.systemd.property.TasksMax": f"uint64 {2**64 - 1}"}
+    assert told(cgroups_path=scope, node=unified) == limits
+    assert told(cgroups_path=scope, node=unified, pids_limit=500)["org.systemd.property.TasksMax"] == "uint64 500"
+    assert told(cgroups_path=scope) == {}
+    assert told(node=unified) == {}
+
+
 def test_errors_name_container_and_field(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError) as failed:
         build(request(tmp_path, config=secured(run_as_group={"value": 5})))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,10 @@ import pytest
 
 from tests.support.agent import AgentProcess, build_busybox, running_agent
 from tests.support.leaks import traces
+
+
+# A run in the background of a shell ignores SIGINT, and all that it starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

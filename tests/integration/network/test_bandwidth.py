@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 
@@ -33,6 +34,7 @@ def measured_rate(sender: Namespace, receiver: Namespace, address: str) -> float
         def send() -> None:
             while not enough.is_set():
                 client.sendall(_PIECE)
+            client.shutdown(socket.SHUT_WR)
 
         thread = threading.Thread(target=send)
         thread.start()
@@ -47,8 +49,8 @@ def measured_rate(sender: Namespace, receiver: Namespace, address: str) -> float
             receive(_WARM_UP_SECONDS)
             rate = receive(_SECONDS)
             enough.set()
-            while thread.is_alive():
-                connection.recv(len(_PIECE))
+            while connection.recv(len(_PIECE)):
+                pass
         thread.join()
     return rate
 

@@ -10,7 +10,6 @@ import pytest
 from tests.support.agent import AgentProcess, build_busybox, running_agent
 from tests.support.leaks import traces
 
-
 # A run in the background of a shell ignores SIGINT, and all that it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -15,7 +15,7 @@ import msgspec
 
 from host import libc
 from scripts.build_busybox_image import busybox_image
-from tests.bench import phases, processes, report, servers, stats, streams
+from tests.bench import phases, processes, pulls, report, servers, stats, streams
 from tests.bench.bare import BareRuntime
 from tests.bench.cgroups import own_cgroups
 from tests.bench.client import Client
@@ -32,6 +32,8 @@ def main() -> int:
     if os.geteuid() != 0:
         print("the benchmark makes containers without an agent, cgroups and mounts: run it as root", file=sys.stderr)
         return 2
+    if options.pull:
+        return _pulls(options)
     libc.set_child_subreaper()  # bare containers and the servers' monitors become ours when their parents end
     facts = {**report.machine(), "OCI runtime": options.runtime}
     bare_samples = Samples()
@@ -68,6 +70,21 @@ def main() -> int:
     return 1 if options.strict and not all(goal.met for goal in results) else 0
 
 
+def _pulls(options: argparse.Namespace) -> int:
+    """The pull phase alone."""
+    own_cidr, peer_cidr = (f"10.{second}.0.0/16" for second in random.sample(range(200, 208), 2))
+    with tempfile.TemporaryDirectory(prefix="podkeel-bench-") as folder:
+        costs = pulls.measure(
+            Path(folder), options.runtime, (own_cidr, peer_cidr), peer=bool(options.peer), rounds=options.pulls
+        )
+    results = pulls.goals(costs)
+    text = pulls.as_markdown(costs, results)
+    print(text, end="")
+    if options.markdown is not None:
+        options.markdown.write_text(text)
+    return 1 if options.strict and not all(goal.met for goal in results) else 0
+
+
 def _streams(
     options: argparse.Namespace, targets: Sequence[phases.Target], bare: BareRuntime | None, bare_samples: Samples
 ) -> None:
@@ -94,6 +111,8 @@ def _options() -> argparse.Namespace:
     add("--running", type=int, default=20, metavar="N", help="running containers for the monitors' memory (20)")
     add("--stats", type=int, default=100, metavar="N", help="pods of two containers for the statistics; 0: none (100)")
     add("--poll-seconds", type=int, default=30, metavar="N", help="how long they are polled as kubelet does (30)")
+    add("--pull", action="store_true", help="measure pulls of a large image instead of calls")
+    add("--pulls", type=int, default=3, metavar="N", help="pulls of each form of the image (3)")
     add("--streams", type=int, default=40, metavar="N", help="commands through exec streams; 0: none (40)")
     add("--sessions", type=int, default=100, metavar="N", help="commands at once for the server's memory (100)")
     add("--no-bare", action="store_true", help="leave out the bare OCI runtime")

@@ -1,6 +1,6 @@
 # Podkeel: `make run` shows a pod running, `make test` runs every test; both set up what they need.
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint run bench check clean
+.PHONY: help setup test test-vm lint run bench check clean
 SHELL := /bin/bash
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
@@ -8,7 +8,7 @@ PYTHON_BIN := .venv/bin/python
 SOURCES := host metrics network images runtime cri cli tests scripts hatch_build.py
 
 help: ## list what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install Debian packages, make .venv, generate the protocol stubs
 	@scripts/setup.sh
@@ -18,6 +18,9 @@ run: setup ## start an agent and run the sample pod until Ctrl-C; RUN_ONCE=1 end
 
 test: lint ## check style and types, then run every test (as root); TESTS="…" names some
 	@$(PYTHON_BIN) -m pytest $(TESTS)
+
+test-vm: setup ## test on Debian's kernel with systemd, cgroup v2 and AppArmor in a virtual machine (root, 30 minutes)
+	@$(PYTHON_BIN) -m tests.vm $(ARGS)
 
 lint: setup ## check style and types only
 	@$(PYTHON_BIN) -m ruff check $(wildcard $(SOURCES))

@@ -24,7 +24,6 @@ from cli import lookup, pod_folder
 from cli.arguments import build_parser
 from cli.client import Client
 from cli.config import load_for
-from cli.execute import exec_sync
 from cli.images import import_image
 from cli.log_file import LogLine, tail_lines
 from cli.manifest import read_manifest
@@ -207,7 +206,9 @@ def show_pod(client: Client, pod: RunningPod, agent: subprocess.Popen[bytes]) ->
         path = pod.log_directory / name / "0.log"
         lines = wait_for(partial(log_lines, path), f"a log line of {name}", _ANSWER_SECONDS, agent)
         show(f"log {name}", lines[-1].text)
-    answer = exec_sync(client, pod.container_ids["web"], ["sh", "-c", "hostname; id -u"], timeout=10)
+    command = ["sh", "-c", "hostname; id -u"]
+    request = cri_pb2.ExecSyncRequest(container_id=pod.container_ids["web"], cmd=command, timeout=10)
+    answer = client.call(request, cri_pb2.ExecSyncResponse, "run a command in web")
     show("exec web", f"hostname; id -u → {', '.join(answer.stdout.decode().split())}, exit code {answer.exit_code}")
     url = f"http://{pod.addresses[0]}:{PORT}/"
     begin = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 import shutil
@@ -28,6 +29,15 @@ BUSYBOX = "docker.io/library/busybox:latest"
 _SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
+# Agents of one run never share a range: the node could not tell their pods apart.
+_subnets = itertools.count(secrets.randbelow(96))
+
+
+def _next_subnet() -> str:
+    block = next(_subnets) % 96
+    return f"10.{200 + block // 16}.{block % 16 * 16}.0/20"
+
+
 class AgentProcess:
     """Starts, kills and restarts one agent over the same folders; ``client`` talks to the one that runs."""
 
@@ -38,7 +48,7 @@ class AgentProcess:
         self.run = Path(f"/run/podkeel-test-{token}")
         self.logs = folder / "logs"
         self.bridge = f"pkt{token}"
-        self.subnet = f"10.{200 + secrets.randbelow(6)}.{secrets.randbelow(16) * 16}.0/20"
+        self.subnet = _next_subnet()
         self.cgroup_parent = f"/podkeel-test-{token}"
         self.address = f"unix://{self.run}/podkeel.sock"
         self.log = folder / "agent.log"

@@ -155,10 +155,8 @@ def test_pod_with_and_without_cgroup_parent_side_by_side(agent: AgentProcess) ->
     config = sandbox_config(agent)
     config.linux.cgroup_parent = f"{agent.cgroup_parent}/kubelets/pod1"
     placed = Pod.run(agent, config)
-    lines = [
-        pod.printed(container_config("main", "cat", "/proc/self/cgroup")).splitlines()[0] for pod in (plain, placed)
-    ]
-    assert lines[0] != lines[1]
+    groups = [pod.printed(container_config("main", "cat", "/proc/self/cgroup")) for pod in (plain, placed)]
+    assert groups[0] != groups[1]
     memory = agent.client.call(
         "ContainerStatus", cri_pb2.ContainerStatusRequest(container_id=placed.sleeping("other"), verbose=True)
     )

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 from host.database import Database
-from host.inotify import FolderWatch
 from network.attachment import Attachment, AttachRequest
 from network.audit import Finding
 from network.bridge import BuiltInNetwork
 from network.cni.network import CniNetwork
+from network.cni.watch import ConfigurationWatch
 from network.condition import Condition
 from network.options import NetworkOptions
 from network.ports import PortRegistry
@@ -153,7 +153,7 @@ class NodeNetwork:
 
     async def _watch(self) -> None:
         try:
-            watch = FolderWatch(self._folder)
+            watch = ConfigurationWatch(self._folder)
         except OSError as error:
             _log.warning("changes of %s will not be noticed: %s", self._folder, error)
             return
@@ -161,6 +161,10 @@ class NodeNetwork:
             while True:
                 await self.cni.reload()
                 self._choose(self.cni.configured)
-                await watch.wait()
+                # What came into a folder before it was watched is seen by looking once more.
+                if not watch.follow(self.cni.plugin_folder):
+                    await watch.wait()
+        except OSError as error:
+            _log.warning("changes of %s will not be noticed any more: %s", self._folder, error)
         finally:
             watch.close()

@@ -1,6 +1,7 @@
 """Network configurations of the Container Network Interface: the files of the folder, read and checked.
 
-Format: the CNI specification 1.1.0, section 1; a file that holds one plugin stands for a list of one.
+Format: the CNI specification 1.1.0, section 1; a file that holds one plugin stands for a list of one. A list is
+completed by the plugins in the folder beside it named after the network, unless it says ``loadOnlyInlinedPlugins``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from host.errors import InvalidArgumentError
 
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 SUFFIXES = (".conflist", ".conf", ".json")
+PLUGIN_SUFFIX = ".conf"
 
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")
 _LARGEST_FILE = 1024 * 1024
@@ -57,6 +59,11 @@ class Configuration(msgspec.Struct, frozen=True):
         """Whether it is spoken to in ``version`` or a later one."""
         return VERSIONS.index(self.version) >= VERSIONS.index(version)
 
+    @property
+    def plugin_folder(self) -> Path:
+        """Where further plugins of the network may lie; the folder need not exist."""
+        return Path(self.path).parent / self.name
+
 
 def find_configuration(folder: Path) -> Configuration | None:
     """The configuration in the first file by name that is one by its suffix and not empty; None if there is no such.
@@ -78,10 +85,12 @@ def find_configuration(folder: Path) -> Configuration | None:
 
 
 def parse(content: bytes, path: Path) -> Configuration:
-    """A configuration out of a file's content; raises InvalidArgumentError naming the file and what is wrong."""
+    """A configuration out of a file's content and the folder of plugins beside it.
+
+    Raises InvalidArgumentError naming the file and what is wrong.
+    """
     try:
-        given = msgspec.json.decode(content, type=dict[str, Any])
-        return _configuration(given, path)
+        return _configuration(msgspec.json.decode(content, type=dict[str, Any]), path)
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidArgumentError(f"CNI configuration {path} is no JSON object: {error}") from error
     except ValueError as error:
@@ -92,19 +101,46 @@ def _configuration(given: Mapping[str, Any], path: Path) -> Configuration:
     name = given.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"name {name!r} is no network name: it begins with a letter or digit, then also _ . and -")
-    listed = given.get("plugins", [given])
-    if not isinstance(listed, list) or not listed:
-        raise ValueError("plugins must be a list of at least one plugin")
     versions = _versions(given)
     return Configuration(
         name=name,
         version=versions[0],
         versions=versions,
-        plugins=tuple(_plugin(settings) for settings in listed),
+        plugins=_plugins(given, path.parent / name),
         path=str(path),
         disable_check=_flag(given, "disableCheck"),
         disable_gc=_flag(given, "disableGC"),
     )
+
+
+def _plugins(given: Mapping[str, Any], folder: Path) -> tuple[Plugin, ...]:
+    """Those of the file, then those of the folder by name."""
+    if "type" in given and "plugins" not in given:
+        return (_plugin(given),)
+    listed = given.get("plugins", [])
+    if not isinstance(listed, list):
+        raise ValueError("plugins must be a list")
+    plugins = [_plugin(settings) for settings in listed]
+    if not _flag(given, "loadOnlyInlinedPlugins"):
+        plugins += _plugins_in(folder)
+    if not plugins:
+        raise ValueError(f"plugins must be a list of at least one plugin, or {folder} hold some")
+    return tuple(plugins)
+
+
+def _plugins_in(folder: Path) -> list[Plugin]:
+    """The plugins in the folder's files, one in each. One that is wrong makes the whole network wrong, not shorter."""
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix == PLUGIN_SUFFIX)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    plugins: list[Plugin] = []
+    for path in paths:
+        try:
+            plugins.append(_plugin(msgspec.json.decode(path.read_bytes()[:_LARGEST_FILE])))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"its plugin {path}: {error}") from error
+    return plugins
 
 
 def _plugin(settings: object) -> Plugin:
@@ -120,9 +156,10 @@ def _plugin(settings: object) -> Plugin:
 
 def _versions(given: Mapping[str, Any]) -> tuple[str, ...]:
     """The versions the file allows that are spoken here, the best first."""
-    asked = given.get("cniVersions") or [given.get("cniVersion", "0.2.0")]
-    if not isinstance(asked, list):
+    listed = given.get("cniVersions") or []
+    if not isinstance(listed, list):
         raise ValueError("cniVersions must be a list")
+    asked = [*listed, given["cniVersion"]] if "cniVersion" in given else listed or ["0.2.0"]
     spoken = tuple(version for version in reversed(VERSIONS) if version in asked)
     if not spoken:
         raise ValueError(

@@ -91,6 +91,11 @@ class CniNetwork:
         return self._view.present
 
     @property
+    def plugin_folder(self) -> Path | None:
+        """The folder of further plugins of the configuration that was read last; None if there was none."""
+        return self._parsed.plugin_folder if self._parsed is not None else None
+
+    @property
     def in_use(self) -> bool:
         """Whether any sandbox has, or may have, something of this network."""
         return bool(self._records)
@@ -333,12 +338,13 @@ class CniNetwork:
             return _View(None, Condition(False, "CniPluginFailed", error.message), True)
 
     async def _ask_status(self) -> None:
-        self._status = Condition(True)
+        status = Condition(True)
         if self._view.configuration is not None:
             try:
                 await self._chain.status(self._view.configuration)
             except PodkeelError as error:
-                self._status = Condition(False, "CniPluginNotReady", error.message)
+                status = Condition(False, "CniPluginNotReady", error.message)
+        self._status = status  # not before: what was said last holds while plugins are asked
 
     async def _collect_garbage(self, configuration: Configuration) -> None:
         async with self._gate.closed():

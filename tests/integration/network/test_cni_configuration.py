@@ -92,6 +92,24 @@ def _plugins(node: CniNode) -> list[str]:
     return [plugin.type for plugin in configuration.plugins] if configuration else []
 
 
+async def test_plugins_in_the_folder_of_the_network_come_and_go(node: CniNode) -> None:
+    node.configure(node.script("first"), version="1.1.0")
+    await node.start()
+    assert _plugins(node) == ["first"]
+    folder = node.configurations / "testnet"
+    node.script("last", ADD=result("10.206.9.9/24"))
+    folder.mkdir()
+    (folder / "10-last.conf").write_text('{"type": "last"}')
+    await asyncio.to_thread(wait_until, lambda: _plugins(node) == ["first", "last"])
+    assert (await node.pod("one")).ip == "10.206.9.9"
+    (folder / "10-last.conf").write_text("{")
+    await _becomes(node, "CniConfigurationInvalid")
+    (folder / "10-last.conf").unlink()
+    await asyncio.to_thread(wait_until, lambda: _plugins(node) == ["first"])
+    await node.network.detach("one")
+    assert [call.plugin for call in node.called("DEL")] == ["last", "first"]
+
+
 async def test_a_missing_plugin_is_told_and_noticed_when_it_comes(
     node: CniNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,51 @@ def test_the_best_allowed_version_comes_first() -> None:
     assert not _parse(cniVersion="0.3.1").speaks("0.4.0")
 
 
+def test_the_one_version_counts_beside_the_list() -> None:
+    assert _parse(cniVersion="1.1.0", cniVersions=["0.4.0", "1.0.0"]).versions == ("1.1.0", "1.0.0", "0.4.0")
+    assert _parse(cniVersion="9.0.0", cniVersions=["0.4.0"]).versions == ("0.4.0",)
+
+
+def _with_folder(tmp_path: Path, files: dict[str, str], **fields: Any) -> Configuration:
+    folder = tmp_path / "net"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    content = {"cniVersion": "1.1.0", "name": "net", **fields}
+    return parse(json.dumps(content).encode(), tmp_path / "10-net.conflist")
+
+
+_TWO_FILES = {"20-b.conf": '{"type": "b"}', "10-a.conf": '{"type": "a", "own": 1}', "notes.json": "{"}
+
+
+def test_plugins_from_the_folder_of_the_network_follow_those_of_the_file(tmp_path: Path) -> None:
+    found = _with_folder(tmp_path, _TWO_FILES, plugins=[{"type": "bridge"}])
+    assert [plugin.type for plugin in found.plugins] == ["bridge", "a", "b"]
+    assert found.plugins[1].settings == {"type": "a", "own": 1}
+    assert found.plugin_folder == tmp_path / "net"
+
+
+def test_all_plugins_may_come_from_the_folder(tmp_path: Path) -> None:
+    assert [plugin.type for plugin in _with_folder(tmp_path, _TWO_FILES).plugins] == ["a", "b"]
+
+
+def test_the_folder_is_left_alone_where_the_file_says_so(tmp_path: Path) -> None:
+    found = _with_folder(tmp_path, _TWO_FILES, plugins=[{"type": "bridge"}], loadOnlyInlinedPlugins=True)
+    assert [plugin.type for plugin in found.plugins] == ["bridge"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "x"}', '{"type": "../x"}'])
+def test_a_wrong_plugin_in_the_folder_makes_the_network_wrong(tmp_path: Path, content: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"its plugin .*/net/10-a\.conf"):
+        _with_folder(tmp_path, {"10-a.conf": content}, plugins=[{"type": "bridge"}])
+
+
+@pytest.mark.parametrize("only_inlined", [True, False])
+def test_no_plugin_at_all_is_wrong(tmp_path: Path, only_inlined: bool) -> None:
+    with pytest.raises(InvalidArgumentError, match="at least one plugin"):
+        _with_folder(tmp_path, {}, loadOnlyInlinedPlugins=only_inlined)
+
+
 @pytest.mark.parametrize("value", [True, "true", "True"])
 def test_flags_may_be_words(value: object) -> None:
     assert _parse(disableCheck=value, disableGC=value).disable_gc

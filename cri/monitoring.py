@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import grpc
 
+from cri import node_metrics
 from cri.options import MetricsOptions
-from cri.version import VERSION
 from host.errors import InvalidArgumentError, UnavailableError
 from host.stages import observed_by
 from metrics.agent import AgentMetrics
@@ -19,19 +18,16 @@ from metrics.catalog import CATALOG
 from metrics.routes import Entries, standard_routes
 from metrics.server import MetricsServer, Route
 from runtime.agent import Agent
-from runtime.container import Container
-from runtime.sandbox import Sandbox
 
 _log = logging.getLogger("podkeel.monitoring")
-
-Rows = list[tuple[tuple[str, ...], float]]
-
 
 class CallMetrics:
     """Observes every call for the agent's metrics."""
 
     def __init__(self, metrics: AgentMetrics) -> None:
         self._metrics = metrics
+        for code in grpc.StatusCode:  # a rise from no series at all is not seen by whoever alerts on it
+            metrics.pulls.add(code.name, amount=0.0)
 
     def began(self, method: str) -> None:
         """A call begins."""
@@ -52,7 +48,7 @@ async def monitoring(agent: Agent, options: MetricsOptions) -> AsyncIterator[Cal
     Raises InvalidArgumentError for an unusable certificate, UnavailableError when the address is taken.
     """
     metrics = AgentMetrics()
-    _compute(metrics, agent)
+    node_metrics.register(metrics, agent)
     host, _, port = options.address.rpartition(":")
     host = host.strip("[]")
     server = MetricsServer(_routes(metrics, agent), _tls(options))
@@ -92,49 +88,4 @@ def _routes(metrics: AgentMetrics, agent: Agent) -> Mapping[str, Route]:
         pods = await agent.statistics.snapshots()
         return [entry for pod in pods for entry in (pod.itself, *pod.containers.values())]
 
-    return standard_routes(metrics, CATALOG, entries, lambda: _problems(agent))
-
-
-def _problems(agent: Agent) -> list[str]:
-    """What keeps the node from taking pods."""
-    handlers, network = agent.node.handlers, agent.node.network.condition()
-    problems = [] if handlers.default is not None else ["no runtime handler works on this node"]
-    return problems if network.ready else [*problems, f"network: {network.message}"]
-
-
-def _compute(metrics: AgentMetrics, agent: Agent) -> None:
-    """Register the numbers that others keep, to be read at each scrape."""
-    node = agent.node
-
-    def gauge(name: str, text: str, read: Callable[[], float]) -> None:
-        metrics.compute(name, text, (), lambda: [((), read())])
-
-    def counter(name: str, text: str, read: Callable[[], float]) -> None:
-        metrics.compute(name, text, (), lambda: [((), read())], counter=True)
-
-    metrics.compute("podkeel_build_info", "The agent's version.", ("version",), lambda: [((VERSION,), 1.0)])
-    metrics.compute("podkeel_pods", "Pods by state.", ("state",), lambda: _states(node.sandboxes))
-    metrics.compute("podkeel_containers", "Containers by state.", ("state",), lambda: _states(node.containers))
-    gauge("podkeel_images", "Images on the node.", lambda: len(node.images.images()))
-    counter("podkeel_image_pull_bytes_total", "Bytes of layers from registries.", lambda: node.images.fetched_bytes)
-    gauge("podkeel_event_subscribers", "Clients that listen to events.", lambda: node.events.subscribers)
-    text = "Event subscribers closed because they did not read."
-    counter("podkeel_event_subscribers_dropped_total", text, lambda: node.events.dropped)
-    counter("podkeel_store_commits_total", "Commits of the store.", lambda: node.database.commits)
-    text = "What monitors and OCI runtimes failed at."
-    labels = ("program", "action")
-    metrics.compute("podkeel_program_failures_total", text, labels, node.failures.items, counter=True)
-    text = "Differences between store and node that were repaired at start."
-    findings = agent.recovery.findings
-    metrics.compute(
-        "podkeel_recovery_findings_total",
-        text,
-        ("kind",),
-        lambda: [((kind,), float(count)) for kind, count in findings.items()],
-        counter=True,
-    )
-
-
-def _states(objects: Iterable[Sandbox] | Iterable[Container]) -> Rows:
-    counted = Counter(str(item.record.state) for item in objects)
-    return [((state,), float(count)) for state, count in counted.items()]
+    return standard_routes(metrics, CATALOG, entries, lambda: list(node_metrics.problems(agent.node).values()))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from metrics.instruments import Computed, Counter, Gauge, Histogram, Instrument
 
 LAG_INTERVAL = 0.5
+PULL_BUCKETS = (0.05, 0.25, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 
 
 class AgentMetrics:
@@ -25,7 +26,7 @@ class AgentMetrics:
             "podkeel_stage_failures_total", "Stages that failed or were cancelled.", ("operation", "stage")
         )
         self.pulls = Counter("podkeel_image_pulls_total", "Image pulls, by result.", ("result",))
-        self.pull_seconds = Histogram("podkeel_image_pull_seconds", "Duration of image pulls.")
+        self.pull_seconds = Histogram("podkeel_image_pull_seconds", "Duration of image pulls.", bounds=PULL_BUCKETS)
         self.loop_lag = Histogram(
             "podkeel_event_loop_lag_seconds",
             "How late the event loop came back from a sleep.",

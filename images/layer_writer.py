@@ -13,7 +13,6 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from typing import TypeVar
 
 from images.tar_reader import (
     BLOCK_DEVICE,
@@ -29,7 +28,11 @@ from images.tar_reader import (
     TarReader,
 )
 
-T = TypeVar("T")
+TYPE_CHECKING = False  # as type checkers know it, without importing typing
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 DISK_BLOCK = 4096
 _WHITEOUT = b".wh."

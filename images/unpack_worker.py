@@ -1,32 +1,32 @@
 """The unpack worker: a short-lived process that writes one layer into a folder it cannot leave.
 
 It reads the layer as the registry has it (plain, gzip or zstd tar) from standard input, and prints one JSON object: on
-success what it unpacked, on failure ``error`` (``invalid``, ``limit``, ``space`` or ``internal``) and ``message``.
-Before it looks at a single entry it takes a mount namespace of its own whose root is the layer's folder, and gives up
-every capability that writing files does not need. Started as ``python -I -S``, so it knows nothing of the agent's
-environment.
+success what it unpacked, on failure ``error`` (``invalid``, ``limit``, ``space`` or ``internal``) and ``message``, in
+hexadecimal digits. Before it looks at a single entry it takes a mount namespace of its own whose root is the layer's
+folder, and gives up every capability that writing files does not need. Started as ``python -I -S``, so it knows nothing
+of the agent's environment.
+
+A worker is started for every layer: it imports only what cannot be done without (json, typing, contextlib and what they
+bring along would take longer than unpacking a small layer).
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
-import gzip
+import gc
 import hashlib
 import io
-import json
 import os
 import resource
 import sys
-import zlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
-from host import libc, mounts
+from host import libc
 from images.layer_writer import LayerWriter
 from images.tar_reader import LimitError, Stream, TarError, TarReader
 
+TYPE_CHECKING = False  # as type checkers know it, without importing typing
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
@@ -40,7 +40,10 @@ _NICENESS = 5
 
 # chown, dac_override, dac_read_search, fowner, fsetid, sys_admin (for trusted.overlay.opaque), mknod, setfcap
 _KEPT_CAPABILITIES = sum(1 << number for number in (0, 1, 2, 3, 4, 21, 27, 31))
+_DAMAGE = frozenset(("BadGzipFile", "IsalError", "ZstdError"))
 _PR_SET_NO_NEW_PRIVS = 38
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 32, 1 << 12, 1 << 14, 1 << 18
+_MNT_DETACH = 2
 _CAPABILITY_VERSION = 0x20080522
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
 
@@ -76,6 +79,8 @@ def decompressed(source: Input) -> Callable[[int], bytes]:
         try:
             from isal import igzip
         except ImportError:
+            import gzip
+
             return gzip.GzipFile(fileobj=buffered, mode="rb").read1
         plain: io.BufferedIOBase = igzip.IGzipFile(fileobj=buffered, mode="rb")  # type: ignore[no-untyped-call]  # isal has no types
         return plain.read1
@@ -92,24 +97,27 @@ def decompressed(source: Input) -> Callable[[int], bytes]:
 def confine(folder: str) -> None:
     """Make ``folder`` the root of this process, with nothing else of the host in sight."""
     libc.unshare(libc.CLONE_NEWNS)
-    libc.mount("", "/", "", mounts.MS_REC | mounts.MS_PRIVATE, "")
-    libc.mount(folder, folder, "", mounts.MS_BIND, "")
+    libc.mount("", "/", "", _MS_REC | _MS_PRIVATE, "")
+    libc.mount(folder, folder, "", _MS_BIND, "")
     os.chdir(folder)
-    safe = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
-    libc.mount("", ".", "", mounts.MS_REMOUNT | mounts.MS_BIND | safe, "")
+    safe = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    libc.mount("", ".", "", _MS_REMOUNT | _MS_BIND | safe, "")
     number = _SYS_PIVOT_ROOT.get(os.uname().machine)
     if number is None:
         raise OSError(errno.ENOSYS, f"no pivot_root number known for {os.uname().machine}")
     libc.syscall(number, b".", b".")
-    libc.umount(".", mounts.MNT_DETACH)
+    libc.umount(".", _MNT_DETACH)
     os.chdir("/")
 
 
 def give_way() -> None:
     """Let the agent's calls and the node's containers go first."""
     os.nice(_NICENESS)
-    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as group:  # sched(7), "autogroup feature"
-        group.write(str(_NICENESS))
+    try:
+        with open("/proc/self/autogroup", "wb", 0) as group:  # sched(7), "autogroup feature"
+            group.write(b"%d" % _NICENESS)
+    except OSError:
+        return  # a kernel without it, or one that lets nobody change it often
 
 
 def held_capabilities() -> int:
@@ -156,24 +164,44 @@ def unpack(folder: str, max_bytes: int, max_entries: int) -> dict[str, object]:
 
 def main() -> None:
     """``sys.argv``: …, the layer's folder, its limits in bytes and in entries."""
+    gc.disable()  # nothing here makes cycles, and looking for some takes time
     folder, max_bytes, max_entries = sys.argv[-3:]
     try:
         result = unpack(folder, int(max_bytes), int(max_entries))
-    except LimitError as error:
-        result = {"error": "limit", "message": str(error)}
-    except TarError as error:
-        result = {"error": "invalid", "message": str(error)}
-    except EOFError:
-        result = {"error": "invalid", "message": "its compressed stream is cut off"}
-    except OSError as error:
-        damaged = isinstance(error, gzip.BadGzipFile)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        kind = "invalid" if damaged else "space" if full else "internal"
-        result = {"error": kind, "message": f"its compressed stream is damaged: {error}" if damaged else str(error)}
     except MemoryError:
-        result = {"error": "limit", "message": f"unpacking it takes more than {MEMORY_LIMIT} bytes of memory"}
+        result = _failure("limit", f"unpacking it takes more than {MEMORY_LIMIT} bytes of memory")
     except Exception as error:
-        damaged = isinstance(error, zlib.error) or type(error).__name__ in ("IsalError", "ZstdError")
-        kind = "invalid" if damaged else "internal"
-        result = {"error": kind, "message": f"its compressed stream is damaged: {error}" if damaged else repr(error)}
-    sys.stdout.write(json.dumps(result))
+        result = _failure(*_reason(error))
+    os.write(1, _as_json(result))
+    os._exit(0)  # nothing is left to be done, so nothing needs to be taken apart first
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """What kind of failure it is, and what to say of it."""
+    if isinstance(error, LimitError):
+        return "limit", str(error)
+    if isinstance(error, TarError):
+        return "invalid", str(error)
+    if isinstance(error, EOFError):
+        return "invalid", "its compressed stream is cut off"
+    if type(error).__name__ in _DAMAGE or type(error).__module__ == "zlib":
+        return "invalid", f"its compressed stream is damaged: {error}"
+    if isinstance(error, OSError):
+        return "space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "internal", str(error)
+    return "internal", repr(error)
+
+
+def _failure(kind: str, message: str) -> dict[str, object]:
+    return {"error": kind, "message": message.encode("utf-8", "backslashreplace").hex()}
+
+
+def _as_json(result: Mapping[str, object]) -> bytes:
+    """The object, whose strings need no escapes."""
+    fields = []
+    for name, value in result.items():
+        if isinstance(value, list):
+            text = "[" + ",".join([f'"{item}"' for item in value]) + "]"
+        else:
+            text = f'"{value}"' if isinstance(value, str) else str(value).lower()
+        fields.append(f'"{name}":{text}')
+    return f"{{{','.join(fields)}}}".encode()

@@ -220,16 +220,17 @@ def _decode(completed: processes.Completed, subject: str) -> _Report:
         raise PodkeelError(
             f"{subject} could not be unpacked: the worker ended with status {completed.status}: {output}"
         )
+    message = bytes.fromhex(report.message).decode()
     match report.error:
         case "":
             return report
         case "invalid":
-            raise InvalidArgumentError(f"{subject} is broken: {report.message}")
+            raise InvalidArgumentError(f"{subject} is broken: {message}")
         case "limit":
-            raise LimitError(f"{subject} is over the limits: {report.message}")
+            raise LimitError(f"{subject} is over the limits: {message}")
         case "space":
-            raise LimitError(f"{subject} could not be unpacked, the disk is full: {report.message}")
-    raise PodkeelError(f"{subject} could not be unpacked: {report.message}")
+            raise LimitError(f"{subject} could not be unpacked, the disk is full: {message}")
+    raise PodkeelError(f"{subject} could not be unpacked: {message}")
 
 
 def _module_paths() -> tuple[str, str]:

@@ -84,8 +84,15 @@ def compare_elements(
     for attachment in attachments:
         group = allowed if attachment.sandbox_id in unfinished else wanted
         group.update((element.set_name, str(element)) for element in elements_of(attachment))
-    missing = [Finding("nftables element", f"{name}: {key}", "missing") for name, key in sorted(wanted - present)]
+    return compare_sets(wanted, allowed, present)
+
+
+def compare_sets(
+    wanted: set[tuple[str, str]], allowed: set[tuple[str, str]], present: set[tuple[str, str]]
+) -> list[Finding]:
+    """Elements, as (set, text), that are missing, and those that are neither wanted nor allowed."""
+    kind = "nftables element"
+    missing = [Finding(kind, f"{name}: {key}", "missing") for name, key in sorted(wanted - present)]
     return missing + [
-        Finding("nftables element", f"{name}: {key}", "belongs to no sandbox")
-        for name, key in sorted(present - wanted - allowed)
+        Finding(kind, f"{name}: {key}", "belongs to no sandbox") for name, key in sorted(present - wanted - allowed)
     ]

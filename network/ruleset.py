@@ -1,19 +1,19 @@
 """The nftables tables of a bridge, one for its ports and one for routed traffic; loaded whole, in one transaction.
 
 A packet from a pod enters at the bridge, where ``pods4`` and ``pods6`` say which MAC and addresses its port may use.
-A packet to a host port gets the pod's address from ``ports`` (one address of the node) or ``any_ports`` (all of them).
-A packet that leaves the pod ranges gets the node's address. No rule names a pod.
+A packet to a host port gets the pod's address (``network/host_port_rules.py``), one that leaves the pod ranges the node's.
+No rule names a pod.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
-from itertools import groupby
 
 import msgspec
 
 from host import processes
+from network import host_port_rules
 from network.attachment import interface_prefix
 from network.elements import BRIDGE, INET, Element
 
@@ -43,40 +43,19 @@ table bridge {table} {{
 """
 
 # The filter on 127.0.0.0/8 comes before address translation: with route_localnet the bridge would let it through.
-# IPv6 has no route_localnet: what the node sends to ::1 stays there and is refused rather than lost.
 # The redirects dropped are those the node sends when a packet leaves on the bridge it came from.
-_INET_TABLE = """
+_INET_TABLE = (
+    """
 table inet {table} {{
-  set ranges4 {{ type ipv4_addr; flags interval; auto-merge; {ranges4} }}
-  set ranges6 {{ type ipv6_addr; flags interval; auto-merge; {ranges6} }}
   set unmasked4 {{ type ipv4_addr; flags interval; auto-merge; {unmasked4} }}
   set unmasked6 {{ type ipv6_addr; flags interval; auto-merge; {unmasked6} }}
-  map ports4 {{ type inet_proto . ipv4_addr . inet_service : ipv4_addr . inet_service; {ports4} }}
-  map ports6 {{ type inet_proto . ipv6_addr . inet_service : ipv6_addr . inet_service; {ports6} }}
-  map any_ports4 {{ type inet_proto . inet_service : ipv4_addr . inet_service; {any_ports4} }}
-  map any_ports6 {{ type inet_proto . inet_service : ipv6_addr . inet_service; {any_ports6} }}
-  set itself4 {{ type ipv4_addr . ipv4_addr; {itself4} }}
-  set itself6 {{ type ipv6_addr . ipv6_addr; {itself6} }}
   chain guard {{
     type filter hook prerouting priority -300; policy accept;
     iifname "{bridge}" ip daddr 127.0.0.0/8 drop
   }}
-  chain host_ports {{
-    dnat ip to meta l4proto . ip daddr . th dport map @ports4
-    dnat ip to meta l4proto . th dport map @any_ports4
-    dnat ip6 to meta l4proto . ip6 daddr . th dport map @ports6
-    dnat ip6 to meta l4proto . th dport map @any_ports6
-  }}
-  chain from_network {{
-    type nat hook prerouting priority dstnat; policy accept;
-    iifname != "lo" ip daddr 127.0.0.0/8 accept
-    meta l4proto {{ tcp, udp, sctp }} fib daddr type local jump host_ports
-  }}
-  chain from_node {{
-    type nat hook output priority -100; policy accept;
-    ip6 daddr ::1 accept
-    meta l4proto {{ tcp, udp, sctp }} fib daddr type local jump host_ports
-  }}
+"""
+    + host_port_rules.RULES
+    + """
   chain redirects {{
     type filter hook output priority filter; policy accept;
     oifname "{bridge}" icmp type redirect drop
@@ -96,6 +75,9 @@ table inet {table} {{
   }}
 }}
 """
+)
+
+_SETS = ("pods4", "pods6", "targets6", "unmasked4", "unmasked6", *host_port_rules.SETS)
 
 _MASQUERADE = """oifname != { "lo", "%s" } ip saddr @ranges4 ip daddr != @unmasked4 masquerade
     oifname != { "lo", "%s" } ip6 saddr @ranges6 ip6 daddr != @unmasked6 masquerade"""
@@ -115,33 +97,21 @@ def table_script(
     elements: Iterable[Element],
 ) -> str:
     """The commands that replace both tables by new ones that hold ``elements``."""
-    fields = {f"{name}{version}": "" for name in _PER_FAMILY_SETS for version in (4, 6)}
-    for set_name, group in groupby(sorted(elements, key=_set_name), key=_set_name):
-        fields[set_name] = _elements(str(element) for element in group)
+    held: dict[str, list[str]] = {}
+    for element in elements:
+        held.setdefault(element.set_name, []).append(str(element))
     unmasked = [*ranges, *cluster_ranges, *(_network(text) for text in _NEVER_MASQUERADED)]
     for version in (4, 6):
-        fields[f"ranges{version}"] = _elements(_collapsed(ranges, version))
-        fields[f"unmasked{version}"] = _elements(_collapsed(unmasked, version))
+        held[f"ranges{version}"] = _collapsed(ranges, version)
+        held[f"unmasked{version}"] = _collapsed(unmasked, version)
     tables = (_BRIDGE_TABLE + _INET_TABLE).format(
         table=bridge,
         bridge=bridge,
         prefix=interface_prefix(bridge),
         masquerade=_MASQUERADE % (bridge, bridge) if masquerade else "",
-        **fields,
+        **host_port_rules.declarations(_SETS, held),
     )
     return remove_script(bridge) + tables
-
-
-_PER_FAMILY_SETS = ("pods", "targets", "ranges", "unmasked", "ports", "any_ports", "itself")
-
-
-def _set_name(element: Element) -> str:
-    return element.set_name
-
-
-def _elements(texts: Iterable[str]) -> str:
-    joined = ", ".join(texts)
-    return f"elements = {{ {joined} }};" if joined else ""
 
 
 def _collapsed(networks: Iterable[IPNetwork], version: int) -> list[str]:

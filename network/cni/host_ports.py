@@ -10,43 +10,24 @@ from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address
 
 from host import threads
-from network import conntrack, links, ruleset, sysctl
+from network import conntrack, host_port_rules, links, ruleset, sysctl
 from network.attachment import Attachment, PortMapping
-from network.audit import Finding
+from network.audit import Finding, compare_sets
 from network.cni.record import CniRecord, CniState
 from network.elements import host_port_elements
 from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket
 
 # Pods of one network may reach each other without this node's routing: answers would then miss the way back.
-_TABLE = """
+_TABLE = (
+    """
 table inet {table} {{
-  map ports4 {{ type inet_proto . ipv4_addr . inet_service : ipv4_addr . inet_service; {ports4} }}
-  map ports6 {{ type inet_proto . ipv6_addr . inet_service : ipv6_addr . inet_service; {ports6} }}
-  map any_ports4 {{ type inet_proto . inet_service : ipv4_addr . inet_service; {any_ports4} }}
-  map any_ports6 {{ type inet_proto . inet_service : ipv6_addr . inet_service; {any_ports6} }}
-  set itself4 {{ type ipv4_addr . ipv4_addr; {itself4} }}
-  set itself6 {{ type ipv6_addr . ipv6_addr; {itself6} }}
-  set ranges4 {{ type ipv4_addr; flags interval; auto-merge; {ranges4} }}
-  set ranges6 {{ type ipv6_addr; flags interval; auto-merge; {ranges6} }}
   chain guard {{
     type filter hook prerouting priority -300; policy accept;
     iifname != "lo" ip daddr 127.0.0.0/8 drop
   }}
-  chain host_ports {{
-    dnat ip to meta l4proto . ip daddr . th dport map @ports4
-    dnat ip to meta l4proto . th dport map @any_ports4
-    dnat ip6 to meta l4proto . ip6 daddr . th dport map @ports6
-    dnat ip6 to meta l4proto . th dport map @any_ports6
-  }}
-  chain from_network {{
-    type nat hook prerouting priority dstnat; policy accept;
-    meta l4proto {{ tcp, udp, sctp }} fib daddr type local jump host_ports
-  }}
-  chain from_node {{
-    type nat hook output priority -100; policy accept;
-    ip6 daddr ::1 accept
-    meta l4proto {{ tcp, udp, sctp }} fib daddr type local jump host_ports
-  }}
+"""
+    + host_port_rules.RULES
+    + """
   chain leaving {{
     type nat hook postrouting priority srcnat; policy accept;
     ct status dnat ip saddr 127.0.0.0/8 ip daddr . ip daddr @itself4 masquerade
@@ -55,8 +36,7 @@ table inet {table} {{
   }}
 }}
 """
-
-_SETS = ("ports", "any_ports", "itself", "ranges")
+)
 
 
 class HostPortTable:
@@ -80,27 +60,16 @@ class HostPortTable:
         listing = await ruleset.listing(self.name, families=("inet",))
         if listing is None:
             return [Finding("nftables table", self.name, "missing")] if wanted else []
-        present = ruleset.listed_elements(listing)
-        return [
-            *(Finding("nftables element", f"{name}: {key}", "missing") for name, key in sorted(wanted - present)),
-            *(
-                Finding("nftables element", f"{name}: {key}", "belongs to no sandbox")
-                for name, key in sorted(present - wanted)
-            ),
-        ]
+        return compare_sets(wanted, set(), ruleset.listed_elements(listing))
 
     def _script(self, forwarding: Sequence[tuple[CniRecord, Attachment]]) -> str:
-        held: dict[str, list[str]] = {f"{name}{version}": [] for name in _SETS for version in (4, 6)}
+        held: dict[str, list[str]] = {}
         for record, attachment in forwarding:
             for network in record.networks:
-                held["ranges6" if ":" in network else "ranges4"].append(network)
+                held.setdefault("ranges6" if ":" in network else "ranges4", []).append(network)
             for element in host_port_elements(attachment):
-                held[element.set_name].append(str(element))
-        fields = {
-            name: f"elements = {{ {', '.join(dict.fromkeys(texts))} }};" if texts else ""
-            for name, texts in held.items()
-        }
-        return _TABLE.format(table=self.name, **fields)
+                held.setdefault(element.set_name, []).append(str(element))
+        return _TABLE.format(table=self.name, **host_port_rules.declarations(host_port_rules.SETS, held))
 
 
 def _forwarding(records: Iterable[CniRecord]) -> list[tuple[CniRecord, Attachment]]:

@@ -47,12 +47,18 @@ def _positive(value: float) -> str:
     return "" if value > 0 else f"expected more than 0, got {value}"
 
 
+def _file_mode_mask(value: str) -> str:
+    good = 0 < len(value) <= 4 and set(value) <= set("01234567") and int(value, 8) <= 0o777
+    return "" if good else f"expected octal digits such as 0022, got {value!r}"
+
+
 # Each gives the complaint, or nothing.
 CHECKS: Mapping[tuple[str, ...], Callable[[Any], str]] = {
     ("runtime", "data_dir"): _folder,
     ("runtime", "run_dir"): _folder,
     ("runtime", "cgroup_driver"): _one_of("auto", "cgroupfs", "systemd"),
     ("runtime", "pids_limit"): _not_negative,
+    ("runtime", "umask"): _file_mode_mask,
     ("network", "cni_config_dir"): _folder,
     ("network", "cni_bin_dirs"): _folders,
     ("network", "cni_timeout_seconds"): _positive,

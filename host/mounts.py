@@ -146,3 +146,8 @@ def is_mount_point(path: str | Path) -> bool:
 
 def _unescape(field: str) -> str:
     return _OCTAL.sub(lambda match: chr(int(match[1], 8)), field) if "\\" in field else field
+
+
+def context_option(label: str) -> str:
+    """The mount option, after others, by which all files of a mount have SELinux label ``label``; empty without one."""
+    return f',context="{label}"' if label else ""

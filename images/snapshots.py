@@ -72,11 +72,18 @@ class SnapshotStore:
         return self._containers / container_id / "upper"
 
     async def prepare(
-        self, container_id: str, image: Image, *, target: Path, user_namespace: Path | None = None
+        self,
+        container_id: str,
+        image: Image,
+        *,
+        target: Path,
+        user_namespace: Path | None = None,
+        mount_label: str = "",
     ) -> Snapshot:
         """Mount a new writable root file system for the container at ``target``, which is made.
 
-        With a ``user_namespace`` (where it is pinned) its files have the owners that it maps them to. Raises
+        With a ``user_namespace`` (where it is pinned) its files have the owners that it maps them to. With a
+        ``mount_label`` all of them have that SELinux label. Raises
         NotFoundError if the image has been removed meanwhile, LimitError if it has too many layers for the kernel,
         UnsupportedError if ids cannot be mapped here. On failure nothing stays.
         """
@@ -85,7 +92,7 @@ class SnapshotStore:
             undo.push("the snapshot", lambda: self._discard(container_id, target))
             await self._hold(container_id, container_id, image)
             folder = self._containers / container_id
-            await in_thread(self._mount_writable, folder, target, lower, user_namespace)
+            await in_thread(self._mount_writable, folder, target, lower, user_namespace, mount_label)
         return Snapshot(container_id, image.id, target, folder / "upper")
 
     async def remount(self, container_id: str, image: Image, *, target: Path) -> Snapshot:
@@ -98,11 +105,17 @@ class SnapshotStore:
         return Snapshot(container_id, image.id, target, folder / "upper")
 
     async def mount_image(
-        self, container_id: str, image: Image, *, target: Path, user_namespace: Path | None = None
+        self,
+        container_id: str,
+        image: Image,
+        *,
+        target: Path,
+        user_namespace: Path | None = None,
+        mount_label: str = "",
     ) -> None:
         """Mount the image read-only at ``target``, which is made, for as long as the container.
 
-        ``user_namespace`` and errors are as for ``prepare``.
+        ``user_namespace``, ``mount_label`` and errors are as for ``prepare``.
 
         ``unmount`` with the same target takes it away; ``remove`` forgets all that a container has.
         """
@@ -111,7 +124,7 @@ class SnapshotStore:
         async with Undo(f"image {image.name} mounted for container {container_id}") as undo:
             undo.push("the mount", lambda: self.unmount(container_id, target))
             await self._hold(key, container_id, image)
-            await in_thread(self._mount_read_only, target, lower, user_namespace)
+            await in_thread(self._mount_read_only, target, lower, user_namespace, mount_label)
 
     async def unmount(self, container_id: str, target: Path) -> None:
         """Unmount what ``prepare`` or ``mount_image`` put at ``target``; success if nothing is there."""
@@ -183,7 +196,12 @@ class SnapshotStore:
         return paths or [self._layers.path(EMPTY_LAYER)]
 
     def _mount_writable(
-        self, folder: Path, target: Path, lower: Sequence[Path], user_namespace: Path | None = None
+        self,
+        folder: Path,
+        target: Path,
+        lower: Sequence[Path],
+        user_namespace: Path | None = None,
+        mount_label: str = "",
     ) -> None:
         upper, work = folder / "upper", folder / "work"
         new = not upper.exists()
@@ -199,10 +217,11 @@ class SnapshotStore:
                 root = seen[0].stat()
                 os.chown(upper, root.st_uid, root.st_gid)
                 upper.chmod(stat.S_IMODE(root.st_mode))
-            self._mount_overlay(target, seen, folder)
+            self._mount_overlay(target, seen, folder, mount_label)
 
-    def _mount_overlay(self, target: Path, lower: Sequence[Path], folder: Path) -> None:
+    def _mount_overlay(self, target: Path, lower: Sequence[Path], folder: Path, mount_label: str) -> None:
         options = f"{_lower_option(lower)},upperdir={_escaped(folder / 'upper')},workdir={_escaped(folder / 'work')}"
+        options += mounts.context_option(mount_label)
         _check_length(options + self._volatile, len(lower))
         try:
             libc.mount("overlay", str(target), "overlay", 0, options + self._volatile)
@@ -212,7 +231,9 @@ class SnapshotStore:
             self._volatile = ""  # a kernel before 5.10
             libc.mount("overlay", str(target), "overlay", 0, options)
 
-    def _mount_read_only(self, target: Path, lower: Sequence[Path], user_namespace: Path | None = None) -> None:
+    def _mount_read_only(
+        self, target: Path, lower: Sequence[Path], user_namespace: Path | None = None, mount_label: str = ""
+    ) -> None:
         target.mkdir(parents=True, exist_ok=True)
         if len(lower) == 1:
             # Overlayfs wants two when nothing is writable.
@@ -220,7 +241,7 @@ class SnapshotStore:
             second.mkdir(exist_ok=True)
             lower = (*lower, second)
         with with_mapped_ids(lower, scratch_of(target), user_namespace) as seen:
-            options = _lower_option(seen)
+            options = _lower_option(seen) + mounts.context_option(mount_label)
             _check_length(options, len(seen))
             try:
                 libc.mount("overlay", str(target), "overlay", mounts.MS_RDONLY, options)

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -92,7 +93,7 @@ class Agent:
         handlers = Handlers(options, layout, cgroups)
         network = NodeNetwork(self._network, database)
         images = ImageStore(self._images, layout.data, layout.run, database)
-        facts = await in_thread(probe_node)
+        facts = await in_thread(partial(probe_node, selinux=options.selinux))
         node = Node(
             options=options,
             layout=layout,

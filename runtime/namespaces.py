@@ -22,7 +22,8 @@ _FLAGS = {"net": libc.CLONE_NEWNET, "ipc": libc.CLONE_NEWIPC, "uts": libc.CLONE_
 class NamespacePlan:
     """What a sandbox gets of its own: ``kinds`` out of net, ipc and uts; sysctls are set inside them.
 
-    With ``mappings`` of uids and gids it gets a user namespace too, which owns the others.
+    With ``mappings`` of uids and gids it gets a user namespace too, which owns the others. ``mount_label`` is the
+    SELinux label of /dev/shm, or empty.
     """
 
     kinds: tuple[str, ...]
@@ -30,6 +31,7 @@ class NamespacePlan:
     sysctls: Mapping[str, str]
     shm_size: int
     mappings: Mappings | None = None
+    mount_label: str = ""
 
 
 def make_namespaces(folder: SandboxFolder, plan: NamespacePlan) -> None:
@@ -51,7 +53,7 @@ def make_namespaces(folder: SandboxFolder, plan: NamespacePlan) -> None:
         folder.shm.mkdir(mode=0o1777)
         flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
         uid, gid = root_of(plan.mappings) if plan.mappings is not None else (0, 0)
-        options = f"mode=1777,size={plan.shm_size},uid={uid},gid={gid}"
+        options = f"mode=1777,size={plan.shm_size},uid={uid},gid={gid}{mounts.context_option(plan.mount_label)}"
         libc.mount("shm", str(folder.shm), "tmpfs", flags, options)
 
 

@@ -43,7 +43,8 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``cgroup_parent`` is where pods without a parent of their own go. ``pids_limit`` is the number of processes and
     threads of a container, 0 for no limit. ``container_start_parallelism`` bounds OCI runtimes at work at one time, 0
     for one per core. ``seccomp_profile`` is a file that replaces the RuntimeDefault profile. ``shm_size`` is that of a
-    pod's /dev/shm, in bytes.
+    pod's /dev/shm, in bytes. ``selinux`` says whether containers get labels where the node has SELinux. ``umask``
+    is that of containers, in octal digits.
     """
 
     data_dir: str = "/var/lib/podkeel"
@@ -58,4 +59,6 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default_sysctls: dict[str, str] = msgspec.field(default_factory=lambda: dict(DEFAULT_SYSCTLS))
     seccomp_profile: str = ""
     container_start_parallelism: int = 0
+    selinux: bool = True
+    umask: str = "0022"
     shm_size: int = 64 * 1024 * 1024

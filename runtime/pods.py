@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from dataclasses import replace
 from functools import partial
 
 from host.errors import AlreadyExistsError, InvalidArgumentError, UnsupportedError
@@ -24,7 +25,9 @@ from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
 from runtime.pid_namespace import end_holder
 from runtime.sandbox import Sandbox, SandboxRecord, SandboxState
+from runtime.selinux import free_level
 from runtime.spec.namespaces import user_mappings
+from runtime.spec.selinux import selinux_labels
 from runtime.spec.sysctls import pod_sysctls
 from runtime.user_namespace import root_of
 
@@ -91,6 +94,7 @@ class PodManager:
         async with Undo(sandbox.title) as undo:
             undo.push("the sandbox", partial(self._discard, sandbox))
             async with operation.stage("reserve"):
+                plan = replace(plan, mount_label=self._label(sandbox))
                 node.add_sandbox(sandbox)
                 await node.store.add_sandbox(sandbox)
             async with operation.stage("namespaces"):
@@ -145,6 +149,14 @@ class PodManager:
             shm_size=self._node.options.shm_size,
             mappings=user_mappings(sandbox.namespace_options),
         )
+
+    def _label(self, sandbox: Sandbox) -> str:
+        """Choose the sandbox's SELinux level, which it has as long as the node knows it; the label of its files."""
+        options = sandbox.config.linux.security_context.selinux_options
+        if self._node.facts.selinux_enabled:
+            used = {other.record.selinux_level for other in self._node.sandboxes}
+            sandbox.record.selinux_level = options.level or free_level(used)
+        return selinux_labels(options, self._node.facts, level=sandbox.record.selinux_level).mount
 
     async def _attach(self, sandbox: Sandbox) -> None:
         if sandbox.host_network:

@@ -11,17 +11,29 @@ from proto.runtime.v1 import cri_pb2
 from runtime.container import Container
 from runtime.mapped_volumes import release
 from runtime.node import Node
+from runtime.spec.selinux import container_labels
 
 
 async def mount_root(node: Node, container: Container, image: Image) -> None:
     """Mount the container's writable root file system."""
     target = node.layout.container(container.id).rootfs
-    await node.snapshots.prepare(container.id, image, target=target, user_namespace=_user_namespace(node, container))
+    await node.snapshots.prepare(
+        container.id,
+        image,
+        target=target,
+        user_namespace=_user_namespace(node, container),
+        mount_label=_mount_label(node, container),
+    )
 
 
 def _user_namespace(node: Node, container: Container) -> Path | None:
     sandbox = container.sandbox
     return node.layout.sandbox(sandbox.id).pin("user") if sandbox.user_namespace else None
+
+
+def _mount_label(node: Node, container: Container) -> str:
+    sandbox = container.sandbox
+    return container_labels(container.config, sandbox.config, node.facts, level=sandbox.record.selinux_level).mount
 
 
 async def mount_image_volumes(node: Node, container: Container) -> dict[int, Path]:
@@ -42,7 +54,11 @@ async def mount_image_volumes(node: Node, container: Container) -> dict[int, Pat
         target = node.layout.container(container.id).image_volume(index)
         try:
             await node.snapshots.mount_image(
-                container.id, image, target=target, user_namespace=_user_namespace(node, container)
+                container.id,
+                image,
+                target=target,
+                user_namespace=_user_namespace(node, container),
+                mount_label=_mount_label(node, container),
             )
         except PodkeelError as error:
             raise KubeletReasonError("ImageVolumeMountFailed", f"{container.title}: {error.message}") from error

@@ -33,7 +33,7 @@ class SandboxRecord(msgspec.Struct):
 
     ``handler`` is the runtime handler in use, ``requested_handler`` the name the client gave (empty for the default).
     ``torn_down`` says that network and namespaces were given back. ``oom_kills`` are those in its cgroup that ended
-    containers, or times before it, account for.
+    containers, or times before it, account for. ``selinux_level`` is the pod's own where the node has SELinux.
     """
 
     state: SandboxState
@@ -49,6 +49,7 @@ class SandboxRecord(msgspec.Struct):
     resources: bytes = b""
     overhead: bytes = b""
     oom_kills: int = 0
+    selinux_level: str = ""
 
 
 @dataclass(slots=True)

@@ -58,6 +58,8 @@ def spec_request(
         pids_limit=node.options.pids_limit,
         seccomp_default=Path(runtime.options.seccomp_profile or node.options.seccomp_profile or DEFAULT_PROFILE),
         apparmor_default=node.apparmor_default,
+        selinux_level=sandbox.record.selinux_level,
+        umask=int(node.options.umask, 8),
     )
 
 

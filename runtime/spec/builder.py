@@ -21,10 +21,12 @@ from runtime.spec.mounts import configured_mounts, container_path, in_order, roo
 from runtime.spec.namespaces import NamespacePaths, namespaces, user_mappings
 from runtime.spec.node import NodeFacts
 from runtime.spec.process import ImageConfig, command_line, environment, working_directory
+from runtime.spec.relabel import relabel_all
 from runtime.spec.resources import oom_score_adj, resources
 from runtime.spec.rlimits import rlimits
 from runtime.spec.seccomp import DEFAULT_PROFILE, Filter, seccomp
-from runtime.spec.security import apparmor_profile, masked_and_readonly_paths, selinux_labels
+from runtime.spec.security import apparmor_profile, masked_and_readonly_paths
+from runtime.spec.selinux import Relabel, SelinuxLabels, container_labels, volumes_to_relabel
 from runtime.spec.signals import StopSignal, stop_signal
 from runtime.spec.volumes import Volume, image_volumes, volume_mounts
 
@@ -40,7 +42,7 @@ class SpecRequest:
     and group are read. ``container_folder`` holds the container's durable files, among them its volumes.
     ``image_mounts`` maps the index of an image mount in ``config.mounts`` to the folder where that image is prepared.
     ``pids_limit`` 0 or less means none. ``selinux_level`` is the pod's own level. ``apparmor_default`` is the name of
-    the node's loaded profile.
+    the node's loaded profile. ``umask`` is what processes begin with.
     """
 
     container_id: str
@@ -62,7 +64,8 @@ class SpecRequest:
     cdi_folders: Sequence[Path] = cdi.FOLDERS
     seccomp_default: Path = DEFAULT_PROFILE
     apparmor_default: str = ""
-    selinux_level: str = "s0"
+    selinux_level: str = ""
+    umask: int = 0o022
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +73,7 @@ class ContainerSpec:
     """A built spec, and what of it the container's status and its stop need.
 
     ``volumes`` are still to be made, with ``volumes.make_volumes``, and ``mapped_volumes`` to be bound. ``mounts`` are
-    the configuration's, as status shows them.
+    the configuration's, as status shows them. ``relabels`` are done.
     """
 
     spec: oci.Spec
@@ -80,6 +83,7 @@ class ContainerSpec:
     stop_signal: StopSignal
     volumes: tuple[Volume, ...]
     mapped_volumes: Sequence[MappedVolume]
+    relabels: Sequence[Relabel]
 
 
 def build(request: SpecRequest) -> ContainerSpec:
@@ -87,12 +91,13 @@ def build(request: SpecRequest) -> ContainerSpec:
 
     Raises InvalidArgumentError (UnsupportedError where the node or the handler lacks something, KubeletReasonError for
     the reasons kubelet knows) naming the container, the field and the remedy, before anything is made. The only things
-    made are missing host paths of mounts, as folders.
+    made are missing host paths of mounts, as folders; where SELinux is on, volumes and the pod's files are relabelled.
     """
     host_paths = HostPaths()
     try:
         built = _build(request, host_paths)
         host_paths.make()
+        relabel_all(built.relabels)
     except KubeletReasonError as error:
         raise KubeletReasonError(error.reason, f"{_subject(request)}: {error.args[0]}") from error
     except (InvalidArgumentError, UnsupportedError) as error:
@@ -111,10 +116,11 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
     refuse_linked_targets(request.rootfs)
     identity = identify(config.linux.security_context, request.image.user, request.rootfs)
     taken = frozenset(container_path(mount.container_path, "mounts: container_path") for mount in config.mounts)
-    volumes = tuple(image_volumes(request.image.volumes or (), request.container_folder, taken))
-    process, permitted = _process(request, identity)
+    labels = container_labels(config, request.sandbox, request.node, level=request.selinux_level)
+    volumes = tuple(image_volumes(request.image.volumes or (), request.container_folder, taken, labels.mount))
+    process, permitted = _process(request, identity, labels)
     filtered = seccomp(config.linux.security_context, permitted, request.node, default_profile=request.seccomp_default)
-    linux = _linux(request, filtered)
+    linux = _linux(request, filtered, labels)
     linux.rootfs_propagation = root_propagation(config.mounts)
     configured, mapped_volumes = configured_mounts(
         config.mounts,
@@ -149,7 +155,13 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
         stop_signal=stop_signal(config, request.image.stop_signal),
         volumes=volumes,
         mapped_volumes=mapped_volumes,
+        relabels=(*volumes_to_relabel(config.mounts, host_paths, labels.mount), *_pod_files(request, labels)),
     )
+
+
+def _pod_files(request: SpecRequest, labels: SelinuxLabels) -> list[Relabel]:
+    files = (request.files.resolv_conf, request.files.hosts, request.files.hostname)
+    return [Relabel(str(file), labels.mount) for file in files if file is not None and labels.mount]
 
 
 def _add_described(edits: Sequence[cdi.Edits], process: oci.Process, linux: oci.Linux) -> None:
@@ -174,14 +186,18 @@ def _refuse_impossible(request: SpecRequest) -> None:
         )
 
 
-def _process(request: SpecRequest, identity: Identity) -> tuple[oci.Process, frozenset[str]]:
+def _process(request: SpecRequest, identity: Identity, labels: SelinuxLabels) -> tuple[oci.Process, frozenset[str]]:
     config, node = request.config, request.node
     context = config.linux.security_context
     capabilities, permitted = capability_sets(context, node.capabilities)
-    labels = selinux_labels(context.selinux_options, node, privileged=context.privileged, level=request.selinux_level)
     process = oci.Process(
         terminal=config.tty,
-        user=oci.User(uid=identity.uid, gid=identity.gid, additional_gids=list(identity.supplemental_groups)),
+        user=oci.User(
+            uid=identity.uid,
+            gid=identity.gid,
+            umask=request.umask,
+            additional_gids=list(identity.supplemental_groups),
+        ),
         args=command_line(config, request.image),
         env=environment(config, request.image, hostname=request.sandbox.hostname or node.hostname, home=identity.home),
         cwd=working_directory(config, request.image),
@@ -195,7 +211,7 @@ def _process(request: SpecRequest, identity: Identity) -> tuple[oci.Process, fro
     return process, permitted
 
 
-def _linux(request: SpecRequest, filtered: Filter | None) -> oci.Linux:
+def _linux(request: SpecRequest, filtered: Filter | None, labels: SelinuxLabels) -> oci.Linux:
     config, node, paths = request.config, request.node, request.namespaces
     context = config.linux.security_context
     all_devices = context.privileged and not request.handler.privileged_without_host_devices
@@ -204,7 +220,6 @@ def _linux(request: SpecRequest, filtered: Filter | None) -> oci.Linux:
     limits.devices = rules
     masked, readonly = masked_and_readonly_paths(config)
     mappings = user_mappings(request.sandbox.linux.security_context.namespace_options) if paths.user else None
-    labels = selinux_labels(context.selinux_options, node, privileged=context.privileged, level=request.selinux_level)
     return oci.Linux(
         namespaces=namespaces(
             paths,

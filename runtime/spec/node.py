@@ -51,8 +51,11 @@ class NodeFacts:
         return bool(self.hugepage_sizes)
 
 
-def probe_node() -> NodeFacts:
-    """Ask the kernel; reads a dozen small files, so call it in a thread. What is missing is logged once, here."""
+def probe_node(*, selinux: bool = True) -> NodeFacts:
+    """Ask the kernel; reads a dozen small files, so call it in a thread. What is missing is logged once, here.
+
+    Without ``selinux`` the node is taken for one that has none.
+    """
     version = 2 if Path("/sys/fs/cgroup/cgroup.controllers").exists() else 1
     capabilities = _capabilities()
     lowest = -1000 if _SYSTEM_RESOURCE in capabilities else int(_read("/proc/self/oom_score_adj") or "0")
@@ -70,7 +73,7 @@ def probe_node() -> NodeFacts:
         min_oom_score_adj=lowest,
         max_open_files=open_files,
         apparmor_enabled=_read("/sys/module/apparmor/parameters/enabled").startswith("Y"),
-        selinux_enabled=_selinux_enabled(),
+        selinux_enabled=selinux and _selinux_enabled(),
         swap_accounting=_swap_accounting(version),
         hugepage_sizes=_hugepage_sizes(version),
         kernel=kernel_version(platform.release()),

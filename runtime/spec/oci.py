@@ -27,6 +27,7 @@ class User(_Struct):
 
     uid: int
     gid: int
+    umask: int | None = None
     additional_gids: list[int] = []
 
 

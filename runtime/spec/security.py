@@ -1,10 +1,7 @@
-"""Masked and read-only paths, AppArmor and SELinux."""
+"""Masked and read-only paths, and AppArmor profiles."""
 
 from __future__ import annotations
 
-import os
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from host.errors import InvalidArgumentError
@@ -29,9 +26,6 @@ MASKED_PATHS = (
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
 _APPARMOR_LOADED = "/sys/kernel/security/apparmor/profiles"
-_SELINUX_CHECK = "/sys/fs/selinux/context"
-_LABEL_WORD = re.compile(r"[A-Za-z0-9_.]+")
-_LEVEL = re.compile(r"s\d+(-s\d+)?(:c\d+([.,]c\d+)*)?(-s\d+(:c\d+([.,]c\d+)*)?)?")
 
 
 def masked_and_readonly_paths(config: cri_pb2.ContainerConfig) -> tuple[list[str], list[str]]:
@@ -103,48 +97,3 @@ def _apparmor_loaded(name: str) -> bool:
             return any(line.rpartition(" (")[0] == name for line in profiles)
     except OSError:
         return False
-
-
-@dataclass(frozen=True, slots=True)
-class SelinuxLabels:
-    """Labels of the process and of its files; both empty where SELinux does not apply."""
-
-    process: str = ""
-    mount: str = ""
-
-
-def selinux_labels(
-    options: cri_pb2.SELinuxOption, node: NodeFacts, *, privileged: bool = False, level: str = "s0"
-) -> SelinuxLabels:
-    """The labels for ``options``, each part left out completed; ``level`` is the pod's own.
-
-    The parts are checked wherever they are given; the kernel is asked about the whole where it has a policy. Without
-    SELinux on the node, or for privileged containers, there are no labels.
-    """
-    for field, word in (("user", options.user), ("role", options.role), ("type", options.type)):
-        if word and not _LABEL_WORD.fullmatch(word):
-            raise InvalidArgumentError(f"selinux_options: {field} {word!r} is not a part of an SELinux label")
-    if options.level and not _LEVEL.fullmatch(options.level):
-        raise InvalidArgumentError(f"selinux_options: level {options.level!r} is not of the form s0:c1,c2")
-    if privileged or not node.selinux_enabled:
-        return SelinuxLabels()
-    user, role, kind = options.user or "system_u", options.role or "system_r", options.type or "container_t"
-    process = f"{user}:{role}:{kind}:{options.level or level}"
-    mount = f"{user}:object_r:container_file_t:{options.level or level}"
-    for label in (process, mount):
-        _check_label(label)
-    return SelinuxLabels(process, mount)
-
-
-def _check_label(label: str) -> None:
-    if not Path(_SELINUX_CHECK).exists():
-        return
-    descriptor = os.open(_SELINUX_CHECK, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, label.encode() + b"\0")
-    except OSError as error:
-        raise InvalidArgumentError(
-            f"selinux_options: the node's policy does not know the label {label}: {error.strerror}"
-        ) from error
-    finally:
-        os.close(descriptor)

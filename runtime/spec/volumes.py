@@ -12,21 +12,24 @@ from pathlib import Path
 
 from runtime.spec import oci, rooted
 from runtime.spec.mounts import container_path
+from runtime.spec.relabel import relabel_all
+from runtime.spec.selinux import Relabel
 
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A folder of the host's to make before the container is created, and where the container sees it."""
+    """A folder of the host's to make before the container is, where the container sees it, and its SELinux label."""
 
     folder: Path
     container_path: str
+    label: str = ""
 
 
-def image_volumes(paths: Iterable[str], container_folder: Path, taken: frozenset[str]) -> list[Volume]:
+def image_volumes(paths: Iterable[str], container_folder: Path, taken: frozenset[str], label: str = "") -> list[Volume]:
     """One volume per path of the image's that nothing else is mounted on."""
     wanted = {container_path("/" + path.lstrip("/"), "VOLUME of the image:") for path in paths}
     return [
-        Volume(container_folder / "volumes" / hashlib.sha256(path.encode()).hexdigest()[:32], path)
+        Volume(container_folder / "volumes" / hashlib.sha256(path.encode()).hexdigest()[:32], path, label)
         for path in sorted(wanted - taken)
     ]
 
@@ -58,7 +61,9 @@ def make_volumes(volumes: Iterable[Volume], rootfs: Path) -> None:
                 if stat.S_ISDIR(os.fstat(descriptor).st_mode):
                     _copy_folder(source, str(volume.folder))
         except (FileNotFoundError, NotADirectoryError):
-            continue
+            pass
+        if volume.label:
+            relabel_all([Relabel(str(volume.folder), volume.label)])
 
 
 def _copy_folder(source: str, target: str) -> None:

@@ -61,7 +61,7 @@ def test_document(tmp_path: Path) -> None:
     assert document["ociVersion"] == "1.0.2"
     assert document["root"] == {"path": str(tmp_path / "rootfs")}
     process = document["process"]
-    assert process["user"] == {"uid": 1000, "gid": 1000, "additionalGids": [1000, 29, 50]}
+    assert process["user"] == {"uid": 1000, "gid": 1000, "umask": 0o022, "additionalGids": [1000, 29, 50]}
     assert process["args"] == ["sh", "-c", "sleep 1000"]
     assert process["oomScoreAdj"] == 999
     assert process["rlimits"] == [{"type": "RLIMIT_NOFILE", "hard": 20000, "soft": 20000}]

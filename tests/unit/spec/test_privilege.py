@@ -1,4 +1,4 @@
-"""Capabilities, masked paths, AppArmor, SELinux and seccomp."""
+"""Capabilities, masked paths, AppArmor and seccomp."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from runtime.spec.seccomp_bpf import compile_bpf
 from runtime.spec.security import (
     MASKED_PATHS,
     READONLY_PATHS,
-    SelinuxLabels,
     apparmor_profile,
     masked_and_readonly_paths,
-    selinux_labels,
 )
 from tests.unit.spec.requests import NODE, container, secured
 
@@ -114,16 +112,6 @@ def test_apparmor_profile_that_is_not_loaded() -> None:
     wanted = Context(apparmor={"profile_type": "Localhost", "localhost_ref": "no-such-profile"})
     with pytest.raises(InvalidArgumentError, match="'no-such-profile' is not loaded"):
         apparmor_profile(wanted, replace(NODE, apparmor_enabled=True), default="own")
-
-
-def test_selinux() -> None:
-    node = replace(NODE, selinux_enabled=True)
-    options = cri_pb2.SELinuxOption(level="s0:c1,c2")
-    assert selinux_labels(options, NODE) == SelinuxLabels()
-    assert selinux_labels(options, node, privileged=True) == SelinuxLabels()
-    for field, value in (("type", "a b"), ("user", "a:b"), ("level", "c1")):
-        with pytest.raises(InvalidArgumentError, match=field):
-            selinux_labels(cri_pb2.SELinuxOption(**{field: value}), NODE)
 
 
 def _filter(caps: frozenset[str], machine: str = "x86_64", kernel: tuple[int, int] = (6, 1)) -> Profile:

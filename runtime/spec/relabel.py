@@ -1,0 +1,68 @@
+"""Giving files the SELinux label of the container that is to use them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterable
+
+from host.errors import InvalidArgumentError
+from runtime.spec.selinux import Relabel
+
+ATTRIBUTE = "security.selinux"
+
+
+def relabel_all(relabels: Iterable[Relabel], attribute: str = ATTRIBUTE) -> int:
+    """Give files their labels, following no link; blocks as long as the trees are large. Returns how many changed.
+
+    What has its label already is left alone, what goes away meanwhile is passed over, and a file system that keeps no
+    labels (as NFS) has one for all its files, given when it is mounted. Raises InvalidArgumentError for what cannot be
+    labelled otherwise.
+    """
+    changed = 0
+    for wanted in relabels:
+        try:
+            changed += _relabel(wanted.path, wanted.label.encode(), attribute)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise InvalidArgumentError(
+                    f"{wanted.path} cannot be given the SELinux label {wanted.label}: {error.strerror}"
+                ) from error
+        except RecursionError as error:
+            raise InvalidArgumentError(f"{wanted.path} holds folders too deep to be relabelled") from error
+    return changed
+
+
+def _relabel(root: str, label: bytes, attribute: str) -> int:
+    # Containers may change the tree meanwhile: each file is reached from an open folder and by its own name alone.
+    descriptor = os.open(root, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        own = f"/proc/self/fd/{descriptor}"
+        changed = int(_set_label(own, label, attribute, follow_symlinks=True))
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            return changed
+        for _, folders, files, folder in os.fwalk(f"{own}/.", onerror=_pass_over_vanished):
+            for name in (*folders, *files):
+                with contextlib.suppress(FileNotFoundError):
+                    changed += _set_label(f"/proc/self/fd/{folder}/{name}", label, attribute, follow_symlinks=False)
+    finally:
+        os.close(descriptor)
+    return changed
+
+
+def _set_label(path: str, label: bytes, attribute: str, *, follow_symlinks: bool) -> bool:
+    try:
+        if os.getxattr(path, attribute, follow_symlinks=follow_symlinks).rstrip(b"\0") == label:
+            return False
+    except OSError as error:
+        if error.errno != errno.ENODATA:
+            raise
+    os.setxattr(path, attribute, label, follow_symlinks=follow_symlinks)
+    return True
+
+
+def _pass_over_vanished(error: OSError) -> None:
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+        raise error

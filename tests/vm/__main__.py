@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.vm.image import Image, MissingError, make_source_disk, prepare
-from tests.vm.suites import SUITES
+from tests.vm.suites import CHOSEN, SUITES
 
 PROJECT = Path(__file__).parents[2]
+SUITE_HELP = "suites to run, or paths and names of tests as pytest takes them; else all suites:"
 MASKED = ("apparmor.service", "docker-registry.service", "apt-daily.timer", "apt-daily-upgrade.timer")
 
 # The first line that virtme-ng runs as root once systemd is up; the shared folder is mounted at /mnt.
@@ -36,7 +37,7 @@ mkdir -p /run/sources/tmp
 chmod 1777 /run/sources/tmp
 mount --bind /run/sources/tmp /tmp
 cd {project}
-exec .venv/bin/python -m tests.vm.guest /mnt {seconds} {suites}
+exec .venv/bin/python -m tests.vm.guest /mnt {seconds} {patience} {options} {suites}
 """
 
 
@@ -57,24 +58,35 @@ def main() -> int:
         print(f"test-vm cannot run here: {error}", file=sys.stderr)
         return 2
     seconds = options.minutes * 60 - (time.monotonic() - begin) - 30
-    _boot(image, disk, results, seconds, options.suites)
+    _boot(image, disk, results, seconds, options)
     return _report(results)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.vm", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("suites", nargs="*", help=f"those to run, else all of {', '.join(s.name for s in SUITES)}")
+    parser.add_argument("suites", nargs="*", help=f"{SUITE_HELP} {', '.join(s.name for s in SUITES)}")
     parser.add_argument("--minutes", type=float, default=29, help="stop after that long (29)")
+    parser.add_argument("--patience", type=float, default=5, help="how many times longer than usual tests wait (5)")
+    parser.add_argument("--options", default="", help="lines for the [runtime] table of the agents of chosen tests")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "podkeel-vm"
     parser.add_argument("--cache", type=Path, default=cache, help=f"where kernel and disks are kept ({cache})")
     return parser
 
 
-def _boot(image: Image, disk: Path, results: Path, seconds: float, suites: list[str]) -> None:
+def _boot(image: Image, disk: Path, results: Path, seconds: float, options: argparse.Namespace) -> None:
     """Run the machine until it ends by itself, or for that long."""
     python = sys.base_prefix if sys.base_prefix != "/usr" else "/run/sources"
     script = results / "guest.sh"
-    script.write_text(GUEST.format(project=PROJECT, python=python, seconds=int(seconds) - 60, suites=" ".join(suites)))
+    script.write_text(
+        GUEST.format(
+            project=PROJECT,
+            python=python,
+            seconds=int(seconds) - 60,
+            patience=options.patience,
+            options=shlex.quote(options.options),
+            suites=shlex.join(options.suites),
+        )
+    )
     script.chmod(0o755)
     root = disk.with_name("root.ext4")
     subprocess.run(["cp", "--sparse=always", image.root_disk, root], check=True)
@@ -143,7 +155,7 @@ def _report(results: Path) -> int:
         return 1
     machine = result["machine"]
     print(f"kernel {machine['kernel']}, init {machine['init']}, lsm {machine['lsm']}")
-    about = {suite.name: suite.about for suite in SUITES}
+    about = {suite.name: suite.about for suite in SUITES} | {CHOSEN: "chosen tests"}
     good = True
     for suite in result["suites"]:
         state = "out of time" if suite["timed_out"] else "failed" if suite["failed"] else "passed"

@@ -11,15 +11,14 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tests.vm.suites import DESELECTED, SUITES, Suite
-
-PATIENCE = "5"
+from tests.vm.suites import DESELECTED, Suite, chosen
 
 
 def main() -> int:
-    """``python -m tests.vm.guest FOLDER SECONDS SUITE…``: results go to the folder, in at most that time."""
-    folder, deadline, wanted = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2]), sys.argv[3:]
-    outcomes = [_run(suite, folder, deadline) for suite in SUITES if not wanted or suite.name in wanted]
+    """``python -m tests.vm.guest FOLDER SECONDS PATIENCE OPTIONS SUITE…``: results go to the folder, in that time."""
+    folder, deadline = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2])
+    patience, options, wanted = sys.argv[3], sys.argv[4], sys.argv[5:]
+    outcomes = [_run(suite, folder, deadline, patience) for suite in chosen(wanted, options)]
     machine = {"kernel": platform.release(), "init": Path("/proc/1/comm").read_text().strip()}
     machine["lsm"] = Path("/sys/kernel/security/lsm").read_text()
     machine["controllers"] = Path("/sys/fs/cgroup/cgroup.controllers").read_text().strip()
@@ -27,13 +26,13 @@ def main() -> int:
     return 0
 
 
-def _run(suite: Suite, folder: Path, deadline: float) -> dict[str, object]:
+def _run(suite: Suite, folder: Path, deadline: float, patience: str) -> dict[str, object]:
     log, report = folder / f"{suite.name}.log", folder / f"{suite.name}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-s", "--no-summary", "--tb=short", "-p", "tests.vm.progress"]
     command += [f"--junit-xml={report}", "-k", " and ".join(f"not {name}" for name in DESELECTED), *suite.tests]
     environment = {
         **os.environ,
-        "PODKEEL_TEST_PATIENCE": PATIENCE,
+        "PODKEEL_TEST_PATIENCE": patience,
         "PODKEEL_TEST_RUNTIME_OPTIONS": suite.options,
     }
     begin = time.monotonic()

@@ -53,3 +53,13 @@ SUITES = (
         ),
     ),
 )
+
+CHOSEN = "chosen"
+"""The suite of tests that were named one by one."""
+
+
+def chosen(wanted: list[str], options: str) -> list[Suite]:
+    """The suites of those names, or all; what is no suite's name is a test, and these are a suite with ``options``."""
+    suites = [suite for suite in SUITES if not wanted or suite.name in wanted]
+    tests = tuple(name for name in wanted if name not in {suite.name for suite in SUITES})
+    return [*suites, Suite(CHOSEN, "chosen tests", tests, options)] if tests else suites

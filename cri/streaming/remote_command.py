@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from cri.streaming.attach_socket import INPUT_PACKET_SIZE, PACKET_SIZE, STDERR, STDOUT, AttachSocket
 from cri.streaming.backend import ExecProcess, StreamBackend, TerminalSize
+from cri.streaming.backlog import LIMIT, PATIENCE_SECONDS, Backlog
 from cri.streaming.channel import Channel, ChannelResetError
 from cri.streaming.cleanup import left_fully
 from cri.streaming.descriptors import OutputReader, write_all
 from cri.streaming.process_io import ProcessIO
 from cri.streaming.status import CommandStatus
 from cri.streaming.tokens import AttachRequest, ExecRequest
-from host.errors import PodkeelError
+from host.errors import LimitError, PodkeelError
 
 # Clients tell the size right after opening the channel for it; a program that draws at once wants it from its start.
 _FIRST_SIZE_SECONDS = 0.1
@@ -116,29 +117,54 @@ class RemoteCommand:
     async def _attach(self, request: AttachRequest) -> CommandStatus:
         async with left_fully(self._backend.attach(request)) as console:
             async with asyncio.TaskGroup() as group:
-                inputs = [group.create_task(self._sizes.apply(console.resize))]
+                backlog = Backlog()
+                tasks = [
+                    group.create_task(self._sizes.apply(console.resize)),
+                    group.create_task(self._send_backlog(backlog)),
+                ]
                 if self._channels.stdin is not None:
                     sink = console.socket.fileno()
                     relay = _relay_input(self._channels.stdin, sink, console.end_input, step=INPUT_PACKET_SIZE)
-                    inputs.append(group.create_task(relay))
-                await self._relay_packets(console)
-                for task in inputs:
+                    tasks.append(group.create_task(relay))
+                keeps_up = await _fill(backlog, console)
+                if keeps_up:
+                    await tasks[1]
+                for task in tasks:
                     task.cancel()
+        if not keeps_up:
+            raise LimitError(
+                f"the client did not take what the container printed: {LIMIT >> 20} MiB waited for it for "
+                f"{PATIENCE_SECONDS:g} s; the container goes on without it: attach again, or see its log"
+            )
         return CommandStatus()
 
-    async def _relay_packets(self, console: AttachSocket) -> None:
-        reader = OutputReader(console.socket.fileno(), PACKET_SIZE)
+    async def _send_backlog(self, backlog: Backlog) -> None:
         channels = {STDOUT: self._channels.stdout, STDERR: self._channels.stderr}
-        while packet := await reader.read():
-            channel = channels.get(packet[0])
+        while piece := await backlog.take():
+            stream, data = piece
+            channel = channels.get(stream)
             if channel is None:
                 continue
             try:
-                await channel.send(memoryview(packet)[1:])
+                await channel.send(memoryview(data))
             except ChannelResetError:
-                channels[packet[0]] = None
+                channels[stream] = None
             except ConnectionResetError:
-                return
+                return  # the whole session is about to be cancelled
+
+
+async def _fill(backlog: Backlog, console: AttachSocket) -> bool:
+    """Read the console to its end; False when the client is too far behind.
+
+    conmon writes to all that are attached, and to the log, in turn: who did not read would stop the container.
+    """
+    reader = OutputReader(console.socket.fileno(), PACKET_SIZE)
+    while packet := await reader.read():
+        backlog.add(packet[0], memoryview(packet)[1:])
+        if not await backlog.room():
+            return False
+    backlog.end()
+    return True
 
 
 async def _relay_output(reader: OutputReader, channel: Channel, streams: ProcessIO, descriptor: int) -> None:

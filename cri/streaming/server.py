@@ -23,6 +23,7 @@ _PATHS: dict[type[StreamRequest], str] = {
     AttachRequest: "attach",
     PortForwardRequest: "portforward",
 }
+_REACHABLE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _STOPPING = "the node agent is stopping"
 # Seconds that a stopping agent waits for clients to take the last bytes and leave.
 _STOP_PATIENCE = 1.0
@@ -92,9 +93,11 @@ class StreamingServer:
     def _url(self, request: StreamRequest) -> str:
         if self._server is None:
             raise UnavailableError("the streaming server is not running; try again once the agent is up")
-        host = f"[{self._limits.host}]" if ":" in self._limits.host else self._limits.host
+        # Clients are on this node; "any address" is none to connect to.
+        host = _REACHABLE.get(self._limits.host, self._limits.host)
+        shown = f"[{host}]" if ":" in host else host
         scheme = "https" if self._limits.uses_tls else "http"
-        return f"{scheme}://{host}:{self._port}/{_PATHS[type(request)]}/{self._tokens.issue(request)}"
+        return f"{scheme}://{shown}:{self._port}/{_PATHS[type(request)]}/{self._tokens.issue(request)}"
 
     def _on_connection(self, connection: StreamConnection) -> None:
         visit = _Visit(connection, self._backend, self._limits, self._tokens)

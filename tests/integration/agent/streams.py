@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -102,6 +103,12 @@ async def until(condition: Callable[[], object], what: str = "it") -> None:
             return
         await asyncio.sleep(0.01)
     raise AssertionError(f"{what} did not happen")
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory of a process."""
+    with open(f"/proc/{pid}/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 async def arrives(client: SpdyClient, stream_id: int, text: bytes) -> None:

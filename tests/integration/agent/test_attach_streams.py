@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from tests.integration.agent.streams import Running, arrives, resize, run, spdy, until
+from tests.integration.agent.streams import Running, arrives, resident, resize, run, spdy, until
 from tests.integration.streaming.websocket_client import WebSocketClient
 from tests.support.agent import AgentProcess
 from tests.support.pods import log_lines, wait_for_log
@@ -92,6 +92,97 @@ async def test_terminal_with_resize(agent: AgentProcess, handler: str) -> None:
         await client.send(ids["stdin"], b"word\n")
         await arrives(client, ids["stdout"], b"got word\r\n")
     assert agent.client.status(container.id).state == cri_pb2.CONTAINER_RUNNING
+
+
+# ---- clients that read slowly, or not at all
+
+MIB = 1 << 20
+# Waits for a line of input, so that all are attached by then; a line of the log is 1000 characters.
+FLOOD = "read go; yes $(printf %0999d 7) | head -c {size}; echo over"
+
+
+def flooding(agent: AgentProcess, size: int, **options: bool) -> Running:
+    return run(agent, "sh", "-c", FLOOD.format(size=size), stdin=True, **options)
+
+
+def flood_lines(path: Path) -> int:
+    """How many lines of the flood a log holds, all of them whole and alike, and then the last one."""
+    count, text = 0, b""
+    with path.open("rb") as log:
+        for line in log:
+            _, _, tag, part = line.rstrip(b"\n").split(b" ", 3)
+            text += part
+            if tag == b"P":
+                continue
+            if text == b"over":
+                return count
+            assert text == b"0" * 998 + b"7"
+            count, text = count + 1, b""
+    raise AssertionError("the last line is missing")
+
+
+@pytest.mark.parametrize("transport", ["spdy", "websocket"])
+async def test_a_client_that_does_not_read_stops_neither_container_nor_log_nor_others(
+    agent: AgentProcess, transport: str
+) -> None:
+    size = 100_000_000
+    container = flooding(agent, size)
+    before = resident(agent.pid())
+    async with (
+        spdy(container.attach_url("stdin stdout"), "stdin", "stdout") as (reader, ids),
+        spdy(container.attach_url("stdout"), "stdout") as (lazy, lazy_ids),
+    ):
+        web = await WebSocketClient.connect(container.attach_url("stdout"), "v5.channel.k8s.io")
+        reader.streams[ids["stdout"]].keep = False
+        if transport == "spdy":
+            lazy.reading.clear()
+        else:
+            web.task.cancel()  # who reads its socket
+        await reader.send(ids["stdin"], b"go\n")
+        await until(lambda: agent.client.status(container.id).state == cri_pb2.CONTAINER_EXITED)
+        assert await reader.status(ids["error"]) == {"status": "Success"}
+        assert reader.streams[ids["stdout"]].size == size + len("over\n")
+        assert flood_lines(log_path(container)) == size // 1000
+        assert resident(agent.pid()) - before < 32 * MIB
+        if transport == "spdy":
+            lazy.reading.set()
+            message = (await lazy.status(lazy_ids["error"]))["message"]
+            assert message.startswith("Internal error occurred: error attaching: the client did not take what ")
+            assert lazy.streams[lazy_ids["stdout"]].size < size
+            await asyncio.wait_for(lazy.went_away.wait(), 5)
+        await web.close()
+
+
+async def test_a_slow_client_gets_all(agent: AgentProcess) -> None:
+    size = 24_000_000
+    container = flooding(agent, size)
+    async with spdy(container.attach_url("stdin stdout"), "stdin", "stdout", keeps_windows=True) as (client, ids):
+        stdout = client.streams[ids["stdout"]]
+        await client.send(ids["stdin"], b"go\n")
+        while not stdout.ended.is_set():
+            # A window at a time: 64 KiB each 5 ms are 13 MB/s, far less than the container can write.
+            await asyncio.sleep(0.005)
+            client.reading.set()
+            await asyncio.sleep(0)
+            client.reading.clear()
+        client.reading.set()
+        assert await client.status(ids["error"]) == {"status": "Success"}
+        assert stdout.size == size + len("over\n")
+
+
+async def test_input_that_the_container_does_not_read_stops_nobody(agent: AgentProcess) -> None:
+    container = run(agent, *TICKS, stdin=True)
+    async with (
+        spdy(container.attach_url("stdin stdout"), "stdin", "stdout") as (writer, ids),
+        spdy(container.attach_url("stdout"), "stdout") as (other, other_ids),
+    ):
+        sending = asyncio.create_task(writer.send(ids["stdin"], bytes(64 * MIB)))
+        await arrives(writer, ids["stdout"], b"tick\n" * 10)
+        await arrives(other, other_ids["stdout"], b"tick\n" * 10)
+        assert not sending.done()
+        sending.cancel()
+    lines = len(log_lines(log_path(container)))
+    await until(lambda: len(log_lines(log_path(container))) > lines + 4)
 
 
 async def test_an_agent_that_stops_says_so_and_the_container_goes_on(own_agent: AgentProcess) -> None:

@@ -1,8 +1,8 @@
 """The nftables tables of a bridge, one for its ports and one for routed traffic; loaded whole, in one transaction.
 
 A packet from a pod enters at the bridge, where ``pods4`` and ``pods6`` say which MAC and addresses its port may use.
-A packet to a host port gets the pod's address (``network/host_port_rules.py``), one that leaves the pod ranges the node's.
-No rule names a pod.
+A packet to a host port gets the pod's address (``network/host_port_rules.py``), one that leaves the pod ranges gets the
+node's. No rule names a pod.
 """
 
 from __future__ import annotations

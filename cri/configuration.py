@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from cri.options import LogOptions, MetricsOptions, ServerOptions, StreamingOptions
+from cri.options import LogOptions, MetricsOptions, ServerOptions, StreamingOptions, TracingOptions
 from cri.toml_lines import key_lines
 from cri.value_checks import CHECKS
 from host.errors import InvalidArgumentError
@@ -54,6 +54,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     images: ImageOptions = ImageOptions()
     streaming: StreamingOptions = StreamingOptions()
     metrics: MetricsOptions = MetricsOptions()
+    tracing: TracingOptions = TracingOptions()
     log: LogOptions = LogOptions()
 
 

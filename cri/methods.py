@@ -6,7 +6,9 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
@@ -26,17 +28,36 @@ _NOTHING = object()
 _QUIET = re.compile(r"^(Version|Status|RuntimeConfig|ImageFsInfo|List.*|Stream.*|.*Status|.*Stats|ExecSync)$")
 
 
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call; ``response`` (of a unary one), ``code`` and ``details`` are known at its end, ``seconds`` after it."""
+
+    service: str
+    method: str
+    request: Any
+    context: grpc.aio.ServicerContext[Any, Any]
+    response: Any = None
+    code: grpc.StatusCode = grpc.StatusCode.CANCELLED
+    details: str = ""
+    begin: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken up to now."""
+        return time.perf_counter() - self.begin
+
+
 class CallObserver(Protocol):
     """Is told of every call."""
 
-    def began(self, method: str) -> None:
-        """A call begins."""
-
-    def ended(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
-        """A call ends."""
+    def observe(self, call: Call) -> AbstractContextManager[None]:
+        """Surrounds the call; when the block ends, ``call`` says how it went."""
 
 
-def service_handlers(file: FileDescriptor, services: dict[str, object], observer: CallObserver) -> list[Any]:
+Begin = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Call]
+
+
+def service_handlers(file: FileDescriptor, services: dict[str, object], observers: Sequence[CallObserver]) -> list[Any]:
     """gRPC handlers for every call of every service of ``file``.
 
     A call ``RunPodSandbox`` is the method ``run_pod_sandbox`` of the object in ``services``; one the object does not
@@ -45,9 +66,9 @@ def service_handlers(file: FileDescriptor, services: dict[str, object], observer
     """
     handlers = []
     for name, service in services.items():
-        methods = file.services_by_name[name].methods
-        table = {method.name: _handler(method, service, observer) for method in methods}
-        handlers.append(grpc.method_handlers_generic_handler(f"{file.package}.{name}", table))
+        descriptor = file.services_by_name[name]
+        table = {method.name: _handler(method, service, observers) for method in descriptor.methods}
+        handlers.append(grpc.method_handlers_generic_handler(descriptor.full_name, table))
     return handlers
 
 
@@ -56,13 +77,17 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-def _handler(method: MethodDescriptor, service: object, observer: CallObserver) -> Any:
+def _handler(method: MethodDescriptor, service: object, observers: Sequence[CallObserver]) -> Any:
     request_class = GetMessageClass(method.input_type)
     call = getattr(service, snake_case(method.name), None)
+
+    def begin(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Call:
+        return Call(method.containing_service.full_name, method.name, request, context)
+
     if method.server_streaming:
-        stream = _streaming(method.name, call or _absent_stream(method.name), observer)
+        stream = _streaming(begin, call or _absent_stream(method.name), observers)
         return grpc.unary_stream_rpc_method_handler(stream, request_class.FromString, _serialize)
-    unary = _unary(method.name, call or _absent(method.name), observer)
+    unary = _unary(begin, call or _absent(method.name), observers)
     return grpc.unary_unary_rpc_method_handler(unary, request_class.FromString, _serialize)
 
 
@@ -70,41 +95,43 @@ def _serialize(response: Message | bytes) -> bytes:
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
-def _unary(name: str, call: Callable[[Any], Awaitable[Any]], observer: CallObserver) -> Any:
+def _unary(begin: Begin, method: Callable[[Any], Awaitable[Any]], observers: Sequence[CallObserver]) -> Any:
     async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        observer.began(name)
-        begin = time.perf_counter()
-        code = grpc.StatusCode.CANCELLED
-        try:
-            response = await call(request)
-            code = grpc.StatusCode.OK
-        except Exception as error:
-            code, message = _report(name, error)
-            await context.abort(code, message)
-        else:
-            return response
-        finally:
-            observer.ended(name, code, time.perf_counter() - begin)
+        call = begin(request, context)
+        with _observed(call, observers):
+            try:
+                call.response = await method(request)
+                call.code = grpc.StatusCode.OK
+            except Exception as error:
+                _fail(call, error)
+        if call.code is not grpc.StatusCode.OK:
+            await context.abort(call.code, call.details)
+        return call.response
 
     return handle
 
 
-def _streaming(name: str, call: Callable[[Any], AsyncIterator[Any]], observer: CallObserver) -> Any:
+def _streaming(begin: Begin, method: Callable[[Any], AsyncIterator[Any]], observers: Sequence[CallObserver]) -> Any:
     async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        observer.began(name)
-        begin = time.perf_counter()
-        code = grpc.StatusCode.CANCELLED
-        try:
-            async for response in _announced(call(request), context):
-                yield response
-            code = grpc.StatusCode.OK
-        except Exception as error:
-            code, message = _report(name, error)
-            await context.abort(code, message)
-        finally:
-            observer.ended(name, code, time.perf_counter() - begin)
+        call = begin(request, context)
+        with _observed(call, observers):
+            try:
+                async for response in _announced(method(request), context):
+                    yield response
+                call.code = grpc.StatusCode.OK
+            except Exception as error:
+                _fail(call, error)
+        if call.code is not grpc.StatusCode.OK:
+            await context.abort(call.code, call.details)
 
     return handle
+
+
+def _observed(call: Call, observers: Sequence[CallObserver]) -> ExitStack:
+    stack = ExitStack()
+    for observer in observers:
+        stack.enter_context(observer.observe(call))
+    return stack
 
 
 async def _announced(responses: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
@@ -121,15 +148,15 @@ async def _announced(responses: AsyncIterator[Any], context: grpc.aio.ServicerCo
         response = await anext(responses, _NOTHING)
 
 
-def _report(name: str, error: Exception) -> tuple[grpc.StatusCode, str]:
-    code, message = status_of(error)
+def _fail(call: Call, error: Exception) -> None:
+    name = call.method
+    code, message = call.code, call.details = status_of(error)
     if not isinstance(error, PodkeelError):
         _log.error("%s: %s", name, error, exc_info=error)
     elif not _QUIET.match(name):
         _log.warning("%s: %s: %s", name, code.name, message)
     else:
         _log.debug("%s: %s: %s", name, code.name, message)
-    return code, message
 
 
 def _absent(name: str) -> Callable[[Any], Awaitable[Any]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 
 import grpc
 
 from cri import node_metrics
+from cri.methods import Call
 from cri.options import MetricsOptions
 from host.errors import InvalidArgumentError, UnavailableError
 from host.stages import observed_by
@@ -21,6 +22,7 @@ from runtime.agent import Agent
 
 _log = logging.getLogger("podkeel.monitoring")
 
+
 class CallMetrics:
     """Observes every call for the agent's metrics."""
 
@@ -29,16 +31,19 @@ class CallMetrics:
         for code in grpc.StatusCode:  # a rise from no series at all is not seen by whoever alerts on it
             metrics.pulls.add(code.name, amount=0.0)
 
-    def began(self, method: str) -> None:
-        """A call begins."""
-        self._metrics.call_began(method)
-
-    def ended(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
-        """A call ends."""
-        self._metrics.call_ended(method, code.name, seconds)
-        if method == "PullImage":
-            self._metrics.pulls.add(code.name)
-            self._metrics.pull_seconds.observe(seconds)
+    @contextmanager
+    def observe(self, call: Call) -> Iterator[None]:
+        """Counts and times a call."""
+        metrics, method = self._metrics, call.method
+        metrics.call_began(method)
+        try:
+            yield
+        finally:
+            code, seconds = call.code.name, call.seconds
+            metrics.call_ended(method, code, seconds)
+            if method == "PullImage":
+                metrics.pulls.add(code)
+                metrics.pull_seconds.observe(seconds)
 
 
 @asynccontextmanager

@@ -62,6 +62,22 @@ class MetricsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tls_key: str = ""
 
 
+class TracingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where traces of calls are sent, by OTLP over gRPC; an empty endpoint traces nothing.
+
+    A call whose client says whether it is traced follows it; of the others ``sampling_rate_per_million`` are. With
+    ``tls`` the collector must show a certificate, which ``tls_ca`` (PEM; empty: the host's) vouches for, and gets
+    ``tls_certificate`` shown if there is one.
+    """
+
+    endpoint: OptionalListenAddress = ""
+    sampling_rate_per_million: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    tls: bool = False
+    tls_ca: str = ""
+    tls_certificate: str = ""
+    tls_key: str = ""
+
+
 class LogOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the agent writes to standard error: from which level on, as text for people or JSON for collectors."""
 

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -36,16 +37,6 @@ SWITCH_SECONDS = 0.0005  # how long a thread busy with Python keeps the loop wai
 _HEAP_ARENAS = 2
 
 _log = logging.getLogger("podkeel.server")
-
-
-class NoObserver:
-    """Watches no calls."""
-
-    def began(self, method: str) -> None:
-        """Nothing."""
-
-    def ended(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
-        """Nothing."""
 
 
 def serve(configuration: Configuration) -> None:
@@ -78,14 +69,10 @@ async def _serve(configuration: Configuration) -> None:
         await stack.enter_async_context(agent)
         os.chdir(agent.node.layout.run)  # conmon leaves a note of each out-of-memory kill where it was started
         await asyncio.to_thread(_prepare_socket, path)
-        observer: CallObserver = NoObserver()
-        if configuration.metrics.address:
-            from cri.monitoring import monitoring
-
-            observer = await stack.enter_async_context(monitoring(agent, configuration.metrics))
+        observers = [observer async for observer in _observers(configuration, agent, stack)]
         streams = StreamingServer(NodeBackend(agent), _stream_limits(configuration.streaming))
         await streams.start()
-        server = _grpc_server(agent, streams, observer)
+        server = _grpc_server(agent, streams, observers)
         server.add_insecure_port(f"unix:{path}")
         await server.start()
         path.chmod(0o660)
@@ -101,7 +88,19 @@ async def _serve(configuration: Configuration) -> None:
             path.unlink(missing_ok=True)
 
 
-def _grpc_server(agent: Agent, streams: StreamingServer, observer: CallObserver) -> grpc.aio.Server:
+async def _observers(configuration: Configuration, agent: Agent, stack: AsyncExitStack) -> AsyncIterator[CallObserver]:
+    """Those of metrics and traces, if they are configured; only then what they need is imported."""
+    if configuration.metrics.address:
+        from cri.monitoring import monitoring
+
+        yield await stack.enter_async_context(monitoring(agent, configuration.metrics))
+    if configuration.tracing.endpoint:
+        from cri.tracing import tracing
+
+        yield await stack.enter_async_context(tracing(agent.node, configuration.tracing))
+
+
+def _grpc_server(agent: Agent, streams: StreamingServer, observers: Sequence[CallObserver]) -> grpc.aio.Server:
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),
@@ -110,8 +109,8 @@ def _grpc_server(agent: Agent, streams: StreamingServer, observer: CallObserver)
         ]
     )
     services = {"RuntimeService": RuntimeService(agent, streams), "ImageService": ImageService(agent)}
-    handlers = service_handlers(cri_pb2.DESCRIPTOR, services, observer)
-    handlers += service_handlers(agent_pb2.DESCRIPTOR, {"Agent": AgentService(agent)}, observer)
+    handlers = service_handlers(cri_pb2.DESCRIPTOR, services, observers)
+    handlers += service_handlers(agent_pb2.DESCRIPTOR, {"Agent": AgentService(agent)}, observers)
     server.add_generic_rpc_handlers(tuple(handlers))
     return server
 

@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +49,11 @@ class Operation:
     subject: str = ""
     started: int = field(default_factory=time.time_ns)
     stages: list[Stage] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        gathering = _gathering.get()
+        if gathering is not None and gathering.operations is not None:
+            gathering.operations.append(self)
 
     @asynccontextmanager
     async def stage(self, name: str) -> AsyncIterator[None]:
@@ -92,6 +98,28 @@ def observed_by(observer: StageObserver) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observer)
+
+
+@dataclass(slots=True)
+class _Gathering:
+    """``operations`` is None after its block: tasks that outlive the block add nothing any more."""
+
+    operations: list[Operation] | None
+
+
+_gathering: ContextVar[_Gathering | None] = ContextVar("gathering", default=None)
+
+
+@contextmanager
+def gathered_operations() -> Iterator[list[Operation]]:
+    """The operations that begin during the block in this task, and in the tasks that it starts."""
+    operations: list[Operation] = []
+    gathering = _Gathering(operations)
+    _gathering.set(gathering)
+    try:
+        yield operations
+    finally:
+        gathering.operations = None
 
 
 def _parse_faults(text: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -36,9 +36,11 @@ class CriClient:
                         method.server_streaming,
                     )
 
-    def call(self, name: str, request: Message, timeout: float = CALL_SECONDS) -> Any:
+    def call(
+        self, name: str, request: Message, timeout: float = CALL_SECONDS, metadata: Sequence[tuple[str, str]] = ()
+    ) -> Any:
         """One unary call."""
-        return self._calls[name][0](request, timeout=timeout)
+        return self._calls[name][0](request, timeout=timeout, metadata=metadata)
 
     def future(self, name: str, request: Message, timeout: float = CALL_SECONDS) -> Any:
         """A unary call in flight, to be cancelled or waited for."""

@@ -173,6 +173,7 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser.add_argument(
         "ports", metavar="[LOCAL:]REMOTE", nargs="+", help="8080:80, or 80 for both, or :80 for a free local port"
     )
+    _add_tls_options(parser)
     parser = commands.add("stats", "cli.stats:stats", "show what containers use of CPU, memory and disk")
     parser.add_argument("containers", metavar="CONTAINER", nargs="*", help=f"{_CONTAINER} (default: all that run)")
 
@@ -180,6 +181,20 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
 def _add_stream_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stdin", "-i", action="store_true", help="pass our standard input on")
     parser.add_argument("--tty", "-t", action="store_true", help="on a terminal, which is ours")
+    parser.add_argument(
+        "--detach-keys",
+        metavar="KEYS",
+        default="ctrl-p,ctrl-q",
+        help='keys that leave when typed with -it, such as ctrl-],q; "" for none (default: ctrl-p,ctrl-q)',
+    )
+    _add_tls_options(parser)
+
+
+def _add_tls_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("TLS", "PEM files for an agent whose streams are served over HTTPS.")
+    group.add_argument("--tls-ca", metavar="FILE", help="who vouches for the agent (default: the host's authorities)")
+    group.add_argument("--tls-cert", metavar="FILE", help="our certificate, if the agent asks for one")
+    group.add_argument("--tls-key", metavar="FILE", help="its key (default: in the same file)")
 
 
 def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

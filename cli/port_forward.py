@@ -14,6 +14,7 @@ from typing import NamedTuple
 from cli.connect import connect
 from cli.lookup import find_pod
 from cli.stream_client import PORT_FORWARD_PROTOCOLS, StreamClient, run
+from cli.stream_tls import TlsFiles
 from cli.text import note
 from cri.streaming.channel import Channel, ChannelResetError
 from host.errors import InvalidArgumentError, PodkeelError
@@ -38,7 +39,7 @@ def port_forward(options: argparse.Namespace) -> None:
             pod_sandbox_id=pod.id, port=sorted({forward.remote for forward in forwards})
         )
         url = client.call(request, cri_pb2.PortForwardResponse, "forward ports").url
-    run(lambda: _forward(url, forwards, options.address))
+    run(lambda: _forward(url, forwards, options.address, TlsFiles.of(options)))
 
 
 def parse_forward(text: str) -> Forward:
@@ -52,8 +53,8 @@ def parse_forward(text: str) -> Forward:
     return Forward(int(local), int(remote))
 
 
-async def _forward(url: str, forwards: list[Forward], address: str) -> None:
-    client = await StreamClient.connect(url, PORT_FORWARD_PROTOCOLS)
+async def _forward(url: str, forwards: list[Forward], address: str, tls: TlsFiles) -> None:
+    client = await StreamClient.connect(url, PORT_FORWARD_PROTOCOLS, tls)
     numbers = itertools.count()
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(client.close)

@@ -7,10 +7,13 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from cli import terminal
+from cli.detach_keys import DetachKeys
 from cli.stream_client import COMMAND_PROTOCOLS, StreamClient
+from cli.stream_tls import TlsFiles
 from cri.streaming.channel import Channel, ChannelResetError
 from cri.streaming.descriptors import write_all
 from host.errors import PodkeelError
@@ -18,22 +21,24 @@ from host.errors import PodkeelError
 _READ_SIZE = 64 * 1024
 
 
-async def remote_command(url: str, *, stdin: bool, tty: bool) -> int:
+async def remote_command(url: str, tls: TlsFiles, *, stdin: bool, tty: bool, detach_keys: bytes = b"") -> int | None:
     """Join them until the other side ends; its exit code, or 128 + n when signal n ended us.
 
-    Raises PodkeelError when the command could not be run, or the connection was lost.
+    None when ``detach_keys`` were typed on a terminal of ours. Raises PodkeelError when the command could not be run,
+    or the connection was lost.
     """
-    client = await StreamClient.connect(url, COMMAND_PROTOCOLS)
+    client = await StreamClient.connect(url, COMMAND_PROTOCOLS, tls)
+    keys = DetachKeys(detach_keys if stdin and tty else b"")
     try:
         with terminal.endings_caught():
-            return await _join(client, stdin=stdin, tty=tty)
+            return await _join(client, keys, stdin=stdin, tty=tty)
     except terminal.EndedBySignalError as error:
         return 128 + error.number
     finally:
         await client.close()
 
 
-async def _join(client: StreamClient, *, stdin: bool, tty: bool) -> int:
+async def _join(client: StreamClient, keys: DetachKeys, *, stdin: bool, tty: bool) -> int | None:
     error = client.open({"streamtype": "error"})
     sink = client.open({"streamtype": "stdin"}) if stdin else None
     outputs = [(client.open({"streamtype": "stdout"}), 1)]
@@ -46,13 +51,25 @@ async def _join(client: StreamClient, *, stdin: bool, tty: bool) -> int:
             if sink is not None:
                 stack.enter_context(terminal.raw(0, tell_size))
         showing = [asyncio.ensure_future(_show(channel, descriptor)) for channel, descriptor in outputs]
-        sending = [asyncio.ensure_future(_send_input(sink))] if sink is not None else []
+        sending = [asyncio.ensure_future(_send_input(sink, keys))] if sink is not None else []
         try:
-            await asyncio.gather(*showing)
-            return _exit_code(await _all_of(error))
+            if await _until_shown(asyncio.gather(*showing), sending):
+                return _exit_code(await _all_of(error))
+            return None
         finally:
             for task in (*showing, *sending):
                 task.cancel()
+
+
+async def _until_shown(shown: asyncio.Future[list[None]], sending: Sequence[asyncio.Future[bool]]) -> bool:
+    """Wait for the end of the other side's output; False when we are to leave before."""
+    waiting: set[asyncio.Future[Any]] = {shown, *sending}
+    while not shown.done():
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if any(task.result() for task in done - {shown}):
+            return False
+    await shown
+    return True
 
 
 def _size_teller(channel: Channel) -> Callable[[], None]:
@@ -73,12 +90,19 @@ async def _send_size(channel: Channel, size: os.terminal_size) -> None:
         await channel.send(json.dumps({"Width": size.columns, "Height": size.lines}).encode() + b"\n")
 
 
-async def _send_input(channel: Channel) -> None:
-    """Send our standard input to its end. What the other side does not take any more is left alone."""
+async def _send_input(channel: Channel, keys: DetachKeys) -> bool:
+    """Send our standard input to its end; True once ``keys`` were typed.
+
+    What the other side does not take any more is left alone.
+    """
     with contextlib.suppress(ChannelResetError, ConnectionResetError, OSError):
         while data := await _read(0):
-            await channel.send(data)
+            passed_on, detach = keys.feed(data)
+            if detach:
+                return True
+            await channel.send(passed_on)
         channel.finish()
+    return False
 
 
 async def _read(descriptor: int) -> bytes:

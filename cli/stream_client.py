@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 # The SPDY machine is the server's own, the other way round. These modules load nothing of the server.
+from cli.stream_tls import TlsFiles, refusal
 from cri.streaming.connection import StreamConnection
 from cri.streaming.spdy_link import SpdyChannel, SpdyLink
 from host.errors import PodkeelError, UnavailableError
+
+if TYPE_CHECKING:
+    import ssl
 
 T = TypeVar("T")
 
@@ -34,24 +38,39 @@ class StreamClient:
         self._link: SpdyLink | None = None
 
     @classmethod
-    async def connect(cls, url: str, protocols: Sequence[str]) -> StreamClient:
-        """Connect and upgrade. Raises UnavailableError when nobody listens, PodkeelError when the server refuses."""
+    async def connect(cls, url: str, protocols: Sequence[str], tls: TlsFiles) -> StreamClient:
+        """Connect and upgrade.
+
+        Raises UnavailableError when nobody listens or is trusted, PodkeelError when the server refuses.
+        """
         client = cls()
         parts = urlsplit(url)
-        if parts.scheme != "http" or parts.hostname is None or parts.port is None:
-            raise PodkeelError(f"streams at {url.rpartition('/')[0]} need another client: this one speaks plain http")
-        loop = asyncio.get_running_loop()
+        if parts.scheme not in ("http", "https") or parts.hostname is None or parts.port is None:
+            raise PodkeelError(f"streams at {url.rpartition('/')[0]} need another client: this one speaks HTTP")
+        context = tls.context() if parts.scheme == "https" else None
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
-                await loop.create_connection(lambda: StreamConnection(client._on_made), parts.hostname, parts.port)
+                await client._open(parts.hostname, parts.port, context)
                 client._write(_request(parts.path, parts.netloc, protocols))
                 head = await client._answered
-        except (OSError, TimeoutError) as error:
-            reason = str(error) or "no answer"
-            raise UnavailableError(f"cannot reach the agent's streams at {parts.netloc}: {reason}") from error
+        except TimeoutError as error:
+            raise UnavailableError(f"cannot reach the agent's streams at {parts.netloc}: no answer") from error
+        except OSError as error:
+            if context is not None and hasattr(error, "reason"):
+                raise refusal(parts.netloc, error) from error
+            raise UnavailableError(f"cannot reach the agent's streams at {parts.netloc}: {error}") from error
+        if not head and context is not None and tls.certificate is None:
+            raise UnavailableError(
+                f"the agent's streams at {parts.netloc} ended the connection: if they ask clients for a certificate, "
+                "give --tls-cert and --tls-key"
+            )
         _check_answer(head)
         client.link.grant(_STREAM_WINDOW, _SESSION_WINDOW)
         return client
+
+    async def _open(self, host: str, port: int, context: ssl.SSLContext | None) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(lambda: StreamConnection(self._on_made), host, port, ssl=context)
 
     @property
     def link(self) -> SpdyLink:

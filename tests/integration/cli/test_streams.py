@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
-import termios
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from subprocess import PIPE
 
@@ -19,6 +16,7 @@ import pytest
 
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.streams import Running, run
+from tests.integration.cli.terminals import Start, Terminal
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import sandbox_config
 
@@ -26,93 +24,11 @@ if os.geteuid() != 0:
     pytest.skip("needs root", allow_module_level=True)
 
 SHELL = ("sh", "-c")
-Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
 @pytest.fixture
 def container(agent: AgentProcess) -> Running:
     return run(agent)
-
-
-@pytest.fixture
-def start(agent: AgentProcess) -> Iterator[Start]:
-    """Starts a command; what still runs after the test is killed."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def run_it(*words: str, prefix: tuple[str, ...] = (), **streams: object) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "PODKEEL_SOCKET": agent.address}
-        command = [*prefix, *agent.command(*words)]
-        started.append(subprocess.Popen(command, env=environment, **streams))  # type: ignore[call-overload]
-        return started[-1]
-
-    yield run_it
-    for process in started:
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
-
-
-class Terminal:
-    """A terminal with a program in its foreground; we are the person."""
-
-    def __init__(self, start: Start, *words: str, lines: int = 24, columns: int = 80) -> None:
-        self._master, self.slave = os.openpty()
-        self.resize(lines, columns)
-        self.before = termios.tcgetattr(self.slave)
-        streams = {"stdin": self.slave, "stdout": self.slave, "stderr": self.slave}
-        self.process = start(*words, prefix=("setsid", "--ctty", "--wait"), **streams)
-        self.shown = b""
-
-    def resize(self, lines: int, columns: int) -> None:
-        termios.tcsetwinsize(self._master, (lines, columns))
-
-    def type(self, text: bytes) -> None:
-        os.write(self._master, text)
-
-    def wait_for(self, text: bytes, seconds: float = 15) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.shown:
-            ready, _, _ = select.select([self._master], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"{text!r} did not come, only {self.shown!r}"
-            self.shown += os.read(self._master, 65536)
-
-    def pid(self) -> int:
-        """Of podkeel itself, which setsid started."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(children[0]) if children else self.process.pid
-
-    @property
-    def is_raw(self) -> bool:
-        return not termios.tcgetattr(self.slave)[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
-
-    def ended(self) -> int:
-        """The exit status; the terminal must be as it was."""
-        deadline = time.monotonic() + 15
-        while self.process.poll() is None:
-            assert time.monotonic() < deadline, f"it did not end: {self.shown!r}"
-            ready, _, _ = select.select([self._master], [], [], 0.05)
-            if ready:
-                self.shown += os.read(self._master, 65536)
-        assert termios.tcgetattr(self.slave) == self.before
-        return int(self.process.returncode)
-
-    def close(self) -> None:
-        os.close(self._master)
-        os.close(self.slave)
-
-
-@pytest.fixture
-def terminal(start: Start) -> Iterator[Callable[..., Terminal]]:
-    with contextlib.ExitStack() as stack:
-
-        def make(*words: str, **size: int) -> Terminal:
-            made = Terminal(start, *words, **size)
-            stack.callback(made.close)
-            return made
-
-        yield make
 
 
 # ---- exec with pipes and files
@@ -264,6 +180,53 @@ def test_attach_to_a_terminal_until_the_container_ends(agent: AgentProcess, term
     screen.wait_for(b"40 90")
     screen.type(b"exit 0\n")
     assert screen.ended() == 0
+
+
+def test_keys_leave_a_terminal_and_its_container(agent: AgentProcess, terminal: Callable[..., Terminal]) -> None:
+    container = run(agent, "sh", stdin=True, tty=True)
+    screen = terminal("attach", "-it", container.id)
+    screen.type(b"echo $((6 * 7))\n")
+    screen.wait_for(b"42")
+    # The first of the keys alone goes to the container, with what follows.
+    screen.type(b"echo $((100 * 11))")
+    screen.type(b"\x10")
+    screen.type(b"\n")
+    screen.wait_for(b"42", after=b"echo $((100 * 11))")
+    screen.type(b"\x10")
+    screen.type(b"\x11")
+    assert screen.ended() == 0
+    screen.wait_for(b"it goes on")
+    again = terminal("attach", "-it", "--detach-keys", "ctrl-],q", container.id)
+    again.type(b"echo $((43 + 1))\n")
+    again.wait_for(b"44")
+    again.type(b"\x1dq")
+    assert again.ended() == 0
+    assert agent.client.status(container.id).state == cri_pb2.CONTAINER_RUNNING
+
+
+def test_keys_leave_a_command_which_ends(container: Running, terminal: Callable[..., Terminal]) -> None:
+    screen = terminal("exec", "-it", container.id, *SHELL, "trap '' INT; echo ready; while :; do sleep 1; done")
+    screen.wait_for(b"ready")
+    screen.type(b"\x03\x10\x11")
+    assert screen.ended() == 137
+    screen.wait_for(b"left main: sh is ended")
+    wait_for(lambda: list(container.processes().values()) == ["sleep 1000"])
+
+
+def test_without_keys_all_that_is_typed_is_passed_on(container: Running, terminal: Callable[..., Terminal]) -> None:
+    screen = terminal(
+        "exec", "--detach-keys", "", "-it", container.id, *SHELL, "stty raw -echo; echo on; od -An -tx1 -N3"
+    )
+    screen.wait_for(b"on")
+    screen.type(b"\x10\x11x")
+    screen.wait_for(b"10 11 78")
+    assert screen.ended() == 0
+
+
+def test_keys_that_nobody_has(container: Running, start: Start) -> None:
+    process = start("attach", "--detach-keys", "ctrl-p,F1", container.id, stderr=PIPE)
+    assert b"'F1' is no key to detach by" in process.communicate(timeout=10)[1]
+    assert process.returncode == 1
 
 
 # ---- port-forward

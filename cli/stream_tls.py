@@ -1,0 +1,48 @@
+"""What a client of streams over HTTPS shows and believes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, NamedTuple
+
+from host.errors import InvalidArgumentError, UnavailableError
+
+if TYPE_CHECKING:
+    import ssl
+
+
+class TlsFiles(NamedTuple):
+    """PEM files; without ``ca`` the host's own authorities are believed."""
+
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> TlsFiles:
+        """Those named on the command line."""
+        return cls(options.tls_ca, options.tls_cert, options.tls_key)
+
+    def context(self) -> ssl.SSLContext:
+        """For connections to the agent. Raises InvalidArgumentError when a file cannot be used."""
+        import ssl  # costs more than most commands take to start
+
+        if self.key is not None and self.certificate is None:
+            raise InvalidArgumentError("--tls-key is of no use without its certificate: give --tls-cert too")
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            files = ", ".join(file for file in self if file is not None)
+            reason = getattr(error, "reason", None) or error.strerror or error
+            raise InvalidArgumentError(f"{files}: not to be used for TLS: {reason}; PEM files are needed") from error
+        return context
+
+
+def refusal(where: str, error: OSError) -> UnavailableError:
+    """The error for a TLS handshake that failed on our side."""
+    reason = getattr(error, "verify_message", None) or getattr(error, "reason", None) or str(error)
+    return UnavailableError(
+        f"the agent's streams at {where} are not to be trusted: {reason}; name who vouches for them with --tls-ca"
+    )

@@ -22,8 +22,10 @@ from cri.configuration import Configuration
 from host import mounts, processes
 from host.errors import PodkeelError
 from host.threads import in_fresh_thread, in_thread
+from network.addresses import parse_ranges
 from network.cni.configuration import find_configuration
 from network.cni.plugin import PluginRunner
+from network.firewalls import find_obstacles
 from network.options import NetworkOptions
 from runtime.cgroups import CgroupTree
 from runtime.handlers import Handlers
@@ -190,6 +192,7 @@ async def _network(configuration: Configuration) -> list[Check]:
         else Check("bridge and veth", "fail", links_error, "modprobe bridge veth"),
         await _nftables(),
         _pod_network(configuration.network),
+        *await _firewalls(configuration.network),
     ]
     forwarding = Path("/proc/sys/net/ipv4/ip_forward").read_text().strip() == "1"
     detail = "on" if forwarding else "off: the agent switches it on when it makes its bridge"
@@ -211,6 +214,19 @@ def _pod_network(options: NetworkOptions) -> Check:
     except PodkeelError as error:
         return Check("pod network", "fail", _sentence(error), "see docs/networking.md")
     return Check("pod network", "ok", f"CNI network {found.name} from {found.path}")
+
+
+async def _firewalls(options: NetworkOptions) -> list[Check]:
+    """Whether firewalls of others let the packets of pods on the bridge pass."""
+    if _pod_network(options).detail.startswith("CNI"):
+        return []  # its plugins see to that
+    try:
+        found = await find_obstacles(options.bridge, parse_ranges(options.pod_cidrs))
+    except PodkeelError as error:
+        return [Check("other firewalls", "warn", f"cannot be read: {_sentence(error)}")]
+    if not found:
+        return [Check("other firewalls", "ok", "none that drops what pods send")]
+    return [Check("other firewalls", "fail" if item.certain else "warn", item.problem, item.remedy) for item in found]
 
 
 async def _nftables() -> Check:

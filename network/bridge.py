@@ -24,6 +24,7 @@ from network.attachment import Attachment, AttachRequest, PortMapping, interface
 from network.audit import Finding, compare_bridge, compare_elements, compare_links, compare_store
 from network.condition import Condition
 from network.elements import elements_of
+from network.firewalls import FirewallWatch
 from network.gate import Gate
 from network.kernel import IPInterface, KernelBridge, TableMissingError
 from network.options import NetworkOptions
@@ -66,6 +67,7 @@ class BuiltInNetwork:
         self._mtu = options.mtu
         self._failure = "the network has not been started"
         self._kernel: KernelBridge | None = None
+        self._firewalls = FirewallWatch(options.bridge)
 
     async def start(self) -> None:
         """Read the store, make the bridge and load the tables; after a stop, a crash or a reboot.
@@ -83,11 +85,13 @@ class BuiltInNetwork:
             self._failure = error.message if isinstance(error, PodkeelError) else str(error)
             raise
         self._failure = ""
+        self._firewalls.look_soon(self._book.current)
 
     async def stop(self) -> None:
         """Close the netlink sockets; pods keep their network."""
         kernel, self._kernel = self._kernel, None
         self._failure = "the network has been stopped"
+        await self._firewalls.close()
         if kernel is not None:
             kernel.close()
 
@@ -97,7 +101,9 @@ class BuiltInNetwork:
             return Condition(False, "NetworkNotStarted", self._failure)
         if self._kernel is None or self._kernel.index() is None:
             return Condition(False, "BridgeMissing", f"bridge {self.options.bridge} is gone: restart Podkeel")
-        return Condition(True)
+        self._firewalls.look_soon(self._book.current)
+        obstacle = self._firewalls.obstacle()
+        return Condition(True) if obstacle is None else Condition(False, "ForwardingBlocked", obstacle.message)
 
     def attachment(self, sandbox_id: str) -> Attachment | None:
         """The sandbox's connection; None if it has none."""

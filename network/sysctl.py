@@ -34,9 +34,14 @@ def forward_ipv6() -> None:
     _write("ipv6/conf/all/forwarding", "1")
 
 
+def uplink() -> str:
+    """The interface of the IPv4 default route, else of the IPv6 one; empty if there is none."""
+    return _ipv4_uplink() or _ipv6_uplink() or ""
+
+
 def uplink_mtu() -> int:
-    """The MTU of the interface of the IPv4 default route, else of the IPv6 one, else 1500."""
-    interface = _ipv4_uplink() or _ipv6_uplink()
+    """The MTU of the uplink; 1500 if there is none."""
+    interface = uplink()
     try:
         return int(Path(f"/sys/class/net/{interface}/mtu").read_text()) if interface else 1500
     except OSError:

@@ -56,8 +56,8 @@ def test_the_one_version_counts_beside_the_list() -> None:
 def _with_folder(tmp_path: Path, files: dict[str, str], **fields: Any) -> Configuration:
     folder = tmp_path / "net"
     folder.mkdir()
-    for name, content in files.items():
-        (folder / name).write_text(content)
+    for name, text in files.items():
+        (folder / name).write_text(text)
     content = {"cniVersion": "1.1.0", "name": "net", **fields}
     return parse(json.dumps(content).encode(), tmp_path / "10-net.conflist")
 

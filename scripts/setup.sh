@@ -15,6 +15,7 @@ readonly PACKAGES=(
     nftables         # packet rules of the built-in network
     busybox-static   # the image of the sample pod and of tests
     docker-registry  # tests pull from it; no service of it is needed
+    prometheus       # tests have it check the rules and scrape an agent; no service of it is needed
     containernetworking-plugins iptables  # tests connect pods by them
     skopeo umoci     # tests hold images against what these make of them
     iproute2 kmod    # tests look at links; modules are loaded where the kernel has them apart

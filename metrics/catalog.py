@@ -174,10 +174,11 @@ def _filesystem() -> Iterator[Metric]:
         yield Metric(f"container_fs_{name}", text, _GAUGE, "filesystem", ("device",), of_layer(of_file))
     for name, text, of_io in transfers:
         yield Metric(f"container_fs_{name}", text, _COUNTER, "io", ("device",), per_device(of_io))
-    # The kernel keeps these times per device, not per cgroup: they are described, and have no samples.
+    # The kernel keeps these times per device, not per cgroup: they are 0 for every container, as cAdvisor has them.
     for name in ("io_time", "read", "write"):
-        text = f"Time of {name.removesuffix('_time')} operations, where the kernel keeps it per cgroup."
-        yield Metric(f"container_fs_{name}_seconds_total", text, _COUNTER, "io", ("device",), lambda _: ())
+        text = f"Time of {name.removesuffix('_time')} operations: 0, the kernel does not keep it per cgroup."
+        full_name = f"container_fs_{name}_seconds_total"
+        yield Metric(full_name, text, _COUNTER, "filesystem", ("device",), of_layer(lambda _: 0))
 
     def usage(snapshot: Snapshot) -> Iterable[Sample]:
         for io in _io(snapshot.reading):

@@ -51,8 +51,8 @@ class MemoryEvents(msgspec.Struct, frozen=True, gc=False):
     max_usage: int | None
     failures: int
     oom_kills: int
-    high_events: int | None
-    max_events: int | None
+    high_events: int
+    max_events: int
 
 
 class IoReading(msgspec.Struct, frozen=True, gc=False):

@@ -75,7 +75,7 @@ def memory(folder: Folder) -> MemoryReading | None:
 
 
 def memory_events(folder: Folder) -> MemoryEvents | None:
-    """Limit hits, OOM kills, the peak and kernel memory; v1 has no counters of high and max events."""
+    """Limit hits, OOM kills, the peak and kernel memory; v1 has no high limit, and its hits are what v2 calls max."""
     failures = folder.number("memory.failcnt")
     if failures is None:
         return None
@@ -84,8 +84,8 @@ def memory_events(folder: Folder) -> MemoryEvents | None:
         max_usage=folder.number("memory.max_usage_in_bytes"),
         failures=failures,
         oom_kills=oom_kills(folder) or 0,
-        high_events=None,
-        max_events=None,
+        high_events=0,
+        max_events=failures,
     )
 
 

@@ -27,6 +27,8 @@ from runtime.sandbox import Sandbox, SandboxState
 # often at most, and then rests a hundred times as long as it took.
 _CONNECTIONS_SECONDS = 30.0
 _CONNECTIONS_REST = 100
+# Pods not counted yet are counted at once when they are so few: what is described is also there in their first metrics.
+_NEW_PODS = 8
 
 # Cgroups that are never a pod's own, whoever named them its parent.
 _EVERYBODYS = ("", "/")
@@ -109,16 +111,22 @@ class Statistics:
         if self._connections_due <= time.monotonic() and (self._counting is None or self._counting.done()):
             self._counting = asyncio.create_task(self._count_connections(pods), name="connections")
         networks = await self.networks(pods)
+        new = [pod for pod in pods if pod.sandbox.id in networks and pod.sandbox.id not in self._connections]
+        if len(new) <= _NEW_PODS:
+            self._connections |= await self._connections_of(new)
         for sandbox_id, reading in networks.items():
             counted = self._connections.get(sandbox_id)
             if counted is not None:
                 networks[sandbox_id] = msgspec.structs.replace(reading, connections=counted)
         return await in_thread(self._snapshots, pods, networks)
 
+    async def _connections_of(self, pods: Sequence[Pod]) -> dict[str, ConnectionsReading]:
+        readings = await self.networks(pods, connections=True) if pods else {}
+        return {pod: reading.connections for pod, reading in readings.items() if reading.connections}
+
     async def _count_connections(self, pods: Sequence[Pod]) -> None:
         begin = time.monotonic()
-        readings = await self.networks(pods, connections=True)
-        self._connections = {pod: reading.connections for pod, reading in readings.items() if reading.connections}
+        self._connections = await self._connections_of(pods)
         now = time.monotonic()
         self._connections_due = now + max(_CONNECTIONS_SECONDS, (now - begin) * _CONNECTIONS_REST)
 

@@ -138,7 +138,7 @@ def test_totals_are_counters_and_the_rest_are_gauges() -> None:
         ("fs_inodes_total", {("/dev/sda1",): 40}),
         ("fs_reads_bytes_total", {("9999:1",): 4096}),
         ("fs_writes_total", {("9999:1",): 2}),
-        ("fs_io_time_seconds_total", {}),
+        ("fs_io_time_seconds_total", {("/dev/sda1",): 0}),
         (
             "blkio_device_usage_total",
             {("9999:1", "9999", "1", "Read"): 4096, ("9999:1", "9999", "1", "Write"): 8192},

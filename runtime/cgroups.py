@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from host import mounts
-from host.errors import InvalidArgumentError
+from host.errors import InvalidArgumentError, UnsupportedError
 from host.threads import in_thread
-from runtime.slices import slice_name, slice_path, stop_slice, with_outer_slices
+from runtime.slices import set_io_weight, slice_name, slice_path, stop_slice, with_outer_slices
 from runtime.spec.oci import SCOPE_SUBGROUP
 
 _ID = re.compile(r"[0-9a-f]{64}")
+# Proportional shares come from the scheduler BFQ or, with version 2, from the controller's own cost model.
+_IO_WEIGHTS = {1: ("blkio.bfq.weight", "blkio.weight"), 2: ("io.bfq.weight", "io.weight")}
 _V1_NEEDED = ("memory", "pids", "cpu", "freezer", "devices")
 
 
@@ -107,6 +109,32 @@ class CgroupTree:
     def parent_path(self, parent: str) -> str:
         """The pod's cgroup below each hierarchy's mount."""
         return slice_path(slice_name(parent)) if self.driver == "systemd" else parent
+
+    async def set_io_weight(self, parent: str, weight: int) -> None:
+        """Give a pod's cgroup, which is made if it is missing, its weight among those that share a disk.
+
+        Raises UnsupportedError where the kernel has no weights, CommandError, or OSError.
+        """
+        if self.driver == "systemd":
+            await set_io_weight(slice_name(parent), weight)
+        else:
+            await in_thread(self._write_io_weight, parent, weight)
+
+    def _write_io_weight(self, path: str, weight: int) -> None:
+        root = self.mounts.get("unified" if self.version == 2 else "blkio")
+        if root is None:
+            raise UnsupportedError("the blkio cgroup controller is not mounted")
+        folder = root / path.lstrip("/")
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.version == 2:
+            for above in reversed(folder.relative_to(root).parents):
+                with contextlib.suppress(OSError):
+                    (root / above / "cgroup.subtree_control").write_text("+io")
+        files = [folder / name for name in _IO_WEIGHTS[self.version] if (folder / name).exists()]
+        if not files:
+            raise UnsupportedError(f"{folder} has none of {', '.join(_IO_WEIGHTS[self.version])}")
+        for file in files:
+            file.write_text(str(weight))
 
     async def end_parent(self, parent: str) -> None:
         """Have systemd end a pod's own slice, in which nothing runs any more, so that ``remove`` may follow."""

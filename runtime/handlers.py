@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 
 from host.errors import InvalidArgumentError, NotFoundError, PodkeelError
 from runtime.cgroups import CgroupTree
@@ -47,6 +49,8 @@ class Handlers:
                     raise PodkeelError(f"runtime handler {name!r} does not work here: {error.message}") from error
                 _log.warning("runtime handler %s does not work here: %s", name, error.message)
                 continue
+            if not runtime.features.is_crun:
+                runtime.exec_prefix = with_umask(options.umask)
             self._working[name] = runtime
             _log.info("runtime handler %s works: %s", name, runtime.features.version)
         named = options.default_runtime
@@ -71,3 +75,14 @@ class Handlers:
     def working(self) -> list[OciRuntime]:
         """All that work."""
         return list(self._working.values())
+
+
+def with_umask(umask: str) -> list[str]:
+    """What goes before a command so that it runs with ``umask``; nothing where that is the agent's own.
+
+    runc gives it to the first process of a container; those executed later have the one that it was started with.
+    """
+    own = re.search(r"^Umask:\s+([0-7]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if own is not None and int(own[1], 8) == int(umask, 8):
+        return []
+    return ["/bin/sh", "-c", 'umask "$0" && exec "$@"', umask]

@@ -39,7 +39,10 @@ class RuntimeFeatures(msgspec.Struct, frozen=True):
 
 
 class OciRuntime:
-    """One configured runtime handler."""
+    """One configured runtime handler.
+
+    ``exec_prefix`` goes before the command line of an ``exec``.
+    """
 
     def __init__(self, name: str, options: HandlerOptions, root: Path, *, systemd_cgroup: bool) -> None:
         self.name = name
@@ -47,6 +50,7 @@ class OciRuntime:
         self.root = Path(options.root) if options.root else root
         self.systemd_cgroup = systemd_cgroup
         self.features = RuntimeFeatures()
+        self.exec_prefix: list[str] = []
         self._program: str | None = None
 
     @property

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+
+Weight = Annotated[int, msgspec.Meta(ge=0, le=1000)]
 
 
 class HandlerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -14,7 +16,8 @@ class HandlerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is by the commands that runc and crun share. ``root`` is the folder of its own state (default: one per handler in
     the run folder); ``arguments`` are put before its subcommand. ``allowed_annotations`` are shell patterns of the
     annotations of pods that it gets to see; those by which crun itself is told what to do (``run.oci.*``) never are
-    among them. ``seccomp_profile`` is a file that stands for RuntimeDefault in its containers.
+    among them. ``seccomp_profile`` is a file that stands for RuntimeDefault in its containers, ``io_weight``
+    that of its pods.
     """
 
     path: str
@@ -24,6 +27,7 @@ class HandlerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allowed_annotations: tuple[str, ...] = ()
     privileged_without_host_devices: bool = False
     seccomp_profile: str = ""
+    io_weight: Weight = 0
 
 
 DEFAULT_HANDLERS = {"crun": HandlerOptions(path="crun"), "runc": HandlerOptions(path="runc")}
@@ -44,7 +48,8 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads of a container, 0 for no limit. ``container_start_parallelism`` bounds OCI runtimes at work at one time, 0
     for one per core. ``seccomp_profile`` is a file that replaces the RuntimeDefault profile. ``shm_size`` is that of a
     pod's /dev/shm, in bytes. ``selinux`` says whether containers get labels where the node has SELinux. ``umask``
-    is that of containers, in octal digits.
+    is that of containers, in octal digits. ``io_weight`` is what a pod counts for, from 1 to 1000, where pods
+    compete for a disk: twice the weight, twice the share; 0 leaves the kernel's default, which is 100.
     """
 
     data_dir: str = "/var/lib/podkeel"
@@ -61,4 +66,5 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     container_start_parallelism: int = 0
     selinux: bool = True
     umask: str = "0022"
+    io_weight: Weight = 0
     shm_size: int = 64 * 1024 * 1024

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
-from host.errors import AlreadyExistsError, InvalidArgumentError, UnsupportedError
+from host.errors import AlreadyExistsError, InvalidArgumentError, PodkeelError, UnsupportedError
 from host.stages import Operation
 from host.threads import in_fresh_thread, in_thread, wait_out
 from host.undo import Undo
@@ -47,6 +47,7 @@ class PodManager:
         self._containers = containers
         self._making: Joining[_Identity, Sandbox] = Joining()
         self._by_identity: dict[_Identity, Sandbox] = {}
+        self._io_weights = True
 
     def adopt(self, sandbox: Sandbox) -> None:
         """Take over a sandbox found in the store."""
@@ -103,6 +104,9 @@ class PodManager:
                 await self._attach(sandbox)
             async with operation.stage("files"):
                 await in_thread(self._write_files, sandbox)
+            if weight := runtime.options.io_weight or node.options.io_weight:
+                async with operation.stage("io_weight"):
+                    await self._weigh(sandbox, weight)
             async with operation.stage("commit"):
                 sandbox.record.state = SandboxState.READY
                 await node.store.save_sandbox(sandbox)
@@ -177,6 +181,15 @@ class PodManager:
         if mappings is not None:
             for file in (folder.resolv_conf, folder.hostname, folder.hosts):
                 os.chown(file, *root_of(mappings))
+
+    async def _weigh(self, sandbox: Sandbox, weight: int) -> None:
+        """A node whose kernel has no weights runs its pods without, and says so once."""
+        try:
+            await self._node.cgroups.set_io_weight(sandbox.record.cgroup_parent, weight)
+        except (PodkeelError, OSError) as error:
+            if self._io_weights:
+                _log.warning("io_weight cannot be set here, pods run without: %s", error)
+            self._io_weights = False
 
     async def stop(self, sandbox_id: str) -> None:
         """Kill what runs in a sandbox and give back its network and namespaces. Repeatable; unknown ids are fine."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from host import processes
 
 _STOP_SECONDS = 30.0
+_PROPERTY_SECONDS = 10.0
+_RUNTIME_PROPERTIES = Path("/run/systemd/system.control")
 
 
 def slice_name(parent: str) -> str:
@@ -28,3 +32,11 @@ def with_outer_slices(name: str) -> list[str]:
 async def stop_slice(name: str) -> None:
     """Have systemd end a slice: it keeps each one that was ever used until it is told. One it does not know is fine."""
     await processes.run(["systemctl", "stop", "--", name], timeout=_STOP_SECONDS, check=False)
+    if (_RUNTIME_PROPERTIES / f"{name}.d").exists():
+        await processes.run(["systemctl", "revert", "--", name], timeout=_PROPERTY_SECONDS, check=False)
+
+
+async def set_io_weight(name: str, weight: int) -> None:
+    """Have systemd give a slice, begun or not, its weight (systemd.resource-control(5)). Raises CommandError."""
+    command = ["systemctl", "set-property", "--runtime", "--", name, f"IOWeight={weight}"]
+    await processes.run(command, timeout=_PROPERTY_SECONDS)

@@ -53,7 +53,7 @@ def main() -> int:
         shutil.rmtree(results, ignore_errors=True)
         results.mkdir(parents=True)
         disk = cache / "sources.ext4"
-        make_source_disk(disk, PROJECT, cache)
+        make_source_disk(disk, PROJECT, cache, committed=options.committed)
     except MissingError as error:
         print(f"test-vm cannot run here: {error}", file=sys.stderr)
         return 2
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("suites", nargs="*", help=f"{SUITE_HELP} {', '.join(s.name for s in SUITES)}")
     parser.add_argument("--minutes", type=float, default=29, help="stop after that long (29)")
     parser.add_argument("--patience", type=float, default=5, help="how many times longer than usual tests wait (5)")
+    parser.add_argument("--committed", action="store_true", help="test the last commit and not the files on disk")
     parser.add_argument("--options", default="", help="lines for the [runtime] table of the agents of chosen tests")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "podkeel-vm"
     parser.add_argument("--cache", type=Path, default=cache, help=f"where kernel and disks are kept ({cache})")

@@ -96,11 +96,21 @@ def _make_root(folder: Path) -> None:
     shutil.rmtree(tree)
 
 
-def make_source_disk(disk: Path, project: Path, scratch: Path) -> None:
-    """A disk with the project as it is now in ``project``, its .venv and the Python of that; and room for tests."""
+def make_source_disk(disk: Path, project: Path, scratch: Path, *, committed: bool) -> None:
+    """A disk with the project in ``project``, its .venv and the Python of that; and room for tests.
+
+    The project is as it is now on disk or, if only what is ``committed`` is wanted, as its last commit is.
+    """
     tree = scratch / "tree"
     shutil.rmtree(tree, ignore_errors=True)
-    _copy(project, tree / "project", _NOT_COPIED)
+    if committed:
+        _run(["git", "clone", "--quiet", "--shared", project, tree / "project"])
+        shutil.rmtree(tree / "project/.git")
+        _copy(project / ".venv", tree / "project/.venv", ())
+        for stub in (project / "proto").rglob("*_pb2*"):
+            shutil.copy(stub, tree / "project" / stub.relative_to(project))
+    else:
+        _copy(project, tree / "project", _NOT_COPIED)
     if (base := Path(sys.base_prefix)) != Path("/usr"):
         _copy(base, tree / "python", ("test", "idlelib", "*.a"))
     _make_disk(disk, tree, "8G")

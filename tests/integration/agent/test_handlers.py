@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import grpc
 import pytest
 
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups import CgroupTree
+from tests.integration.agent.hardening import init_pid
 from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.pods import container_config, log_lines, remove_all_pods, sandbox_config
 
+WEIGHTS = ("blkio.weight", "blkio.bfq.weight", "io.weight", "io.bfq.weight")
 RUNTIME_DEFAULT = cri_pb2.SecurityProfile.RuntimeDefault
 
 
@@ -39,6 +43,9 @@ def agent_with_handlers(
     (folder / "broken").write_text("#!/bin/sh\necho this one is broken >&2\nexit 1\n")
     (folder / "broken").chmod(0o755)
     options = f"""
+umask = "0027"
+io_weight = 50
+
 [runtime.handlers.wrapped]
 path = "{wrapper}"
 root = "{folder}/state"
@@ -46,6 +53,7 @@ arguments = ["--only-ours"]
 allowed_annotations = ["vendor.io/*", "run.oci.*"]
 seccomp_profile = "{folder}/profile.json"
 privileged_without_host_devices = true
+io_weight = 300
 
 [runtime.handlers.broken]
 path = "{folder}/broken"
@@ -79,6 +87,11 @@ def information(agent: AgentProcess, container_id: str) -> dict[str, Any]:
     request = cri_pb2.ContainerStatusRequest(container_id=container_id, verbose=True)
     answer: dict[str, Any] = json.loads(agent.client.call("ContainerStatus", request).info["info"])
     return answer
+
+
+def driver_of(agent: AgentProcess) -> str:
+    answer = agent.client.call("RuntimeConfig", cri_pb2.RuntimeConfigRequest())
+    return "systemd" if answer.linux.cgroup_driver == cri_pb2.SYSTEMD else "cgroupfs"
 
 
 def working(agent: AgentProcess) -> list[str]:
@@ -156,6 +169,46 @@ def test_only_allowed_annotations_reach_the_runtime(agent: AgentProcess) -> None
         annotations = information(agent, container_id)["runtimeSpec"]["annotations"]
         assert {key: value for key, value in annotations.items() if key in given} == expected
         assert dict(agent.client.sandbox_status(sandbox_id).annotations) == given
+
+
+def test_the_configured_umask_holds_for_every_process(agent: AgentProcess) -> None:
+    for handler in (name for name in ("crun", "runc") if name in working(agent)):
+        _, container_id = start(agent, handler, "sh", "-c", "umask; touch /first; exec sleep 1000")
+        path = agent.client.status(container_id).log_path
+        wait_for(lambda path=path: log_lines(path), what="the container's word")
+        assert log_lines(path) == ["0027"]
+        look = "umask; mkdir /second; stat -c %a /first /second"
+        assert agent.client.output(container_id, "sh", "-c", look).split() == ["0027", "640", "750"]
+
+
+def test_pods_count_for_disks_what_their_handler_says(agent: AgentProcess) -> None:
+    """The weight is the pod's, which holds against other pods; one by a parent of its own has it too."""
+    tree = CgroupTree.of_host(driver_of(agent))
+    for handler, expected in (("wrapped", "300"), ("runc", "50")):
+        sandbox_id, container_id = start(agent, handler)
+        parent = json.loads(
+            agent.client.call(
+                "PodSandboxStatus", cri_pb2.PodSandboxStatusRequest(pod_sandbox_id=sandbox_id, verbose=True)
+            ).info["info"]
+        )["cgroupParent"]
+        if tree.driver == "systemd":
+            told = subprocess.run(
+                ["systemctl", "show", "--property=IOWeight", "--value", parent.rpartition("/")[2]],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            assert told.stdout.strip() == expected
+        root = tree.mounts["unified" if tree.version == 2 else "blkio"]
+        folder = root / tree.parent_path(parent).lstrip("/")
+        assert str(init_pid(agent, container_id)) in "".join(file.read_text() for file in folder.rglob("cgroup.procs"))
+        weights = {name: (folder / name).read_text().split()[-1] for name in WEIGHTS if (folder / name).exists()}
+        if not weights:
+            assert "io_weight cannot be set here" in agent.log.read_text()
+        elif tree.driver == "cgroupfs":  # systemd has a scale of its own for BFQ
+            assert set(weights.values()) == {expected}
+        agent.client.stop_sandbox(sandbox_id)
+        assert not folder.exists()
 
 
 def test_pods_of_a_handler_that_is_no_more_can_be_removed(tmp_path: Path, busybox: Path) -> None:

@@ -12,6 +12,7 @@ from tests.unit.spec.requests import Image, container
 
 LOOK = """
 echo @id; id
+echo @umask; umask
 echo @status; cat /proc/self/status
 echo @env; env
 echo @pwd; pwd
@@ -43,6 +44,7 @@ def test_default_container_from_inside(run: Run, node: NodeFacts) -> None:
     seen = result.sections()
     assert "end" in seen, result.output
     assert seen["id"].startswith("uid=0(root) gid=0(root)")
+    assert seen["umask"] == "0022"
     masks = _masks(seen["status"])
     expected = sum(1 << bit for bit, name in enumerate(NAMES) if name in DEFAULT & node.capabilities)
     assert masks == {"CapInh": 0, "CapPrm": expected, "CapEff": expected, "CapBnd": expected, "CapAmb": 0}

@@ -76,12 +76,12 @@ async def unmount_all(node: Node, container: Container) -> None:
 
 
 def status_mounts(node: Node, mounts: list[cri_pb2.Mount]) -> list[bytes]:
-    """The mounts as the status shows them, encoded: images with the digest they stand for."""
+    """The mounts as the status shows them, encoded: images with the id they stand for, as PullImage answers it."""
     shown = []
     for given in mounts:
         mount = cri_pb2.Mount()
         mount.CopyFrom(given)
         if mount.image.image and (image := node.images.find(mount.image.image)) is not None:
-            mount.image.image_ref = image.repo_digests[0] if image.repo_digests else image.id
+            mount.image.image_ref = image.id
         shown.append(mount.SerializeToString())
     return shown

@@ -59,7 +59,8 @@ class AttachRequest(msgspec.Struct, frozen=True):
 class Attachment(msgspec.Struct, frozen=True):
     """A sandbox's connection to the network; addresses and gateways have no prefix, the primary family comes first.
 
-    ``limiter`` is the link that what the pod sends goes through where its rate is limited. Of a CNI network's pods
+    ``limiter`` is the link that what the pod sends goes through where its rate is limited. ``netns_path`` is where its
+    namespace is pinned; empty in what older versions wrote. Of a CNI network's pods
     ``host_interface`` and ``mac`` may be empty, and ``mtu`` 0, where the plugins did not say.
     """
 
@@ -73,6 +74,7 @@ class Attachment(msgspec.Struct, frozen=True):
     interface: str = POD_INTERFACE
     bandwidth: Bandwidth = Bandwidth()
     limiter: str = ""
+    netns_path: str = ""
 
     @property
     def links(self) -> tuple[str, ...]:

@@ -40,8 +40,8 @@ def compare_store(store: NetworkStore, attachments: Collection[Attachment]) -> l
 def compare_links(
     kernel: KernelBridge, attachments: Collection[Attachment], live: Collection[str], unfinished: Collection[str]
 ) -> list[Finding]:
-    """Attachments without a sandbox or without a link, and links without an attachment."""
-    present = kernel.ports()
+    """Attachments without a sandbox or without a link on the bridge, and links without an attachment."""
+    present, attached = kernel.ports(), kernel.attached()
     findings: list[Finding] = []
     for attachment in attachments:
         if attachment.sandbox_id in unfinished:
@@ -55,6 +55,9 @@ def compare_links(
         elif attachment.limiter and attachment.limiter not in present:
             problem = f"missing, sandbox {attachment.sandbox_id} can send nothing"
             findings.append(Finding("link", attachment.limiter, problem))
+        elif attachment.host_interface not in attached:
+            problem = f"no port of bridge {kernel.name}, sandbox {attachment.sandbox_id} has no network"
+            findings.append(Finding("link", attachment.host_interface, problem))
     known = {name for attachment in attachments for name in attachment.links}
     return findings + [Finding("link", name, "belongs to no sandbox") for name in sorted(present - known)]
 

@@ -34,6 +34,7 @@ from network.store import NetworkStore
 _log = logging.getLogger("podkeel.network")
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,14}")
+_REMEDY = "`podkeel check --repair` or a restart of the agent makes it again"
 _SMALLEST_MTU = {4: 576, 6: 1280}
 
 
@@ -100,7 +101,7 @@ class BuiltInNetwork:
         if self._failure:
             return Condition(False, "NetworkNotStarted", self._failure)
         if self._kernel is None or self._kernel.index() is None:
-            return Condition(False, "BridgeMissing", f"bridge {self.options.bridge} is gone: restart Podkeel")
+            return Condition(False, "BridgeMissing", f"bridge {self.options.bridge} is gone: {_REMEDY}")
         self._firewalls.look_soon(self._book.current)
         obstacle = self._firewalls.obstacle()
         return Condition(True) if obstacle is None else Condition(False, "ForwardingBlocked", obstacle.message)
@@ -138,7 +139,7 @@ class BuiltInNetwork:
             undo.push("rows", lambda: self.store.remove(sandbox_id, rest=False))
             await self.store.add(attachment, reservation.addresses, reservation.ports, self.options.quarantine_seconds)
             undo.push("interface", lambda: threads.in_thread(kernel.disconnect, attachment, delete_link=True))
-            await self._connect(kernel, attachment, request.netns_path)
+            await self._connect(kernel, attachment)
             self._unfinished.discard(sandbox_id)
         return attachment
 
@@ -191,6 +192,7 @@ class BuiltInNetwork:
             await self._detach(sandbox_id, delete_link=True)
         await self._ensure()
         async with self._gate.closed():
+            await self._connect_again(kernel, live)
             known = {name for reservation in self._reservations.values() for name in reservation.attachment.links}
             await threads.in_thread(lambda: kernel.delete_links(sorted(kernel.ports() - known)))
         return findings
@@ -251,6 +253,9 @@ class BuiltInNetwork:
             await threads.in_thread(kernel.ensure, self._bridge_addresses(), self._mtu)
             # Pods that are not connected yet add their elements themselves once the gate is open.
             attachments = [r.attachment for id_, r in self._reservations.items() if id_ not in self._unfinished]
+            lost = await threads.in_thread(kernel.attach_again, [item.host_interface for item in attachments])
+            if lost:
+                _log.warning("%d links were no ports of bridge %s any more: they are again", len(lost), kernel.name)
             script = await threads.in_thread(self._script, self._book.in_use(), attachments)
             await ruleset.load(script)
 
@@ -283,6 +288,7 @@ class BuiltInNetwork:
             host_ports=wanted,
             bandwidth=request.bandwidth,
             limiter=limiter_name(self.options.bridge, sandbox_id) if request.bandwidth.egress else "",
+            netns_path=request.netns_path,
         )
         reservation = _Reservation(attachment, chosen, taken)
         self._reservations[sandbox_id] = reservation
@@ -294,15 +300,32 @@ class BuiltInNetwork:
         self._ports.release(reservation.ports)
         self._book.give_back(reservation.addresses)
 
-    async def _connect(self, kernel: KernelBridge, attachment: Attachment, netns_path: str) -> None:
+    async def _connect(self, kernel: KernelBridge, attachment: Attachment) -> None:
         try:
             async with self._gate.passing():
-                await threads.in_fresh_thread(kernel.connect, attachment, netns_path)
+                await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
         except TableMissingError:
             _log.warning("nftables tables %s were removed by somebody: they are made again", self.options.bridge)
             await self._ensure()
             async with self._gate.passing():
-                await threads.in_fresh_thread(kernel.connect, attachment, netns_path)
+                await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
+
+    async def _connect_again(self, kernel: KernelBridge, live: Collection[str]) -> None:
+        """Make the interfaces of live sandboxes anew whose links somebody deleted; nobody may pass the gate meanwhile.
+
+        Their addresses stay the same, and so do their connections.
+        """
+        present = await threads.in_thread(kernel.ports)
+        for sandbox_id, reservation in self._reservations.items():
+            attachment = reservation.attachment
+            if sandbox_id not in live or sandbox_id in self._unfinished or present.issuperset(attachment.links):
+                continue
+            try:
+                await threads.in_thread(kernel.delete_links, attachment.links)
+                await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
+                _log.warning("the interface of sandbox %s was lost: it is made again", sandbox_id)
+            except (PodkeelError, TableMissingError) as error:
+                _log.error("the interface of sandbox %s was lost and cannot be made again: %s", sandbox_id, error)
 
     async def _detach(self, sandbox_id: str, *, delete_link: bool) -> None:
         reservation = self._reservations.get(sandbox_id)

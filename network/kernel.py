@@ -92,6 +92,27 @@ class KernelBridge:
         prefix = interface_prefix(self.name)
         return {name for _, name in socket.if_nameindex() if name.startswith(prefix)}
 
+    def attached(self) -> set[str]:
+        """The names of the bridge's ports; empty where there is no bridge."""
+        index = self.index()
+        if index is None:
+            return set()
+        names = (links.port_name(body, index) for body in self._route.answers(links.get_ports(index)))
+        return {name for name in names if name is not None}
+
+    def attach_again(self, names: Iterable[str]) -> list[str]:
+        """Make these links ports of the bridge again where they are not any more; returns those that were not.
+
+        A bridge that was deleted let go of its ports; the links stayed.
+        """
+        index = self.index()
+        if index is None:
+            return []
+        lost = sorted(self.ports().intersection(names) - self.attached())
+        for name in lost:
+            self._route.request([links.attach_port(name, index), links.make_hairpin(name), links.set_up(name)])
+        return lost
+
     def connect(self, attachment: Attachment, namespace_path: str) -> None:
         """Make the pod's interface in its namespace, with everything the pod may use; moves the calling thread there.
 
@@ -106,7 +127,7 @@ class KernelBridge:
         with pin:
             bridge_index = self.index()
             if bridge_index is None:
-                raise UnavailableError(f"{what}: the bridge is gone; restart Podkeel to make it again")
+                raise UnavailableError(f"{what}: the bridge is gone: `podkeel check --repair` makes it again")
             try:
                 add_elements(self._netfilter, self.name, elements)
             except OSError as error:

@@ -109,6 +109,24 @@ def add_pair(name: str, bridge_index: int, mtu: int, *, namespace: int, peer: st
     return Message(_RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, head + kind)
 
 
+def attach_port(name: str, bridge_index: int) -> Message:
+    """Make a link that exists a port of the bridge."""
+    return Message(_RTM_SETLINK, 0, _interface() + text(_IFLA_IFNAME, name) + number32(_IFLA_MASTER, bridge_index))
+
+
+def get_ports(bridge_index: int) -> Message:
+    """Ask for the ports of a bridge; ``port_name`` reads each answer."""
+    return Message(_RTM_GETLINK, NLM_F_DUMP, _interface() + number32(_IFLA_MASTER, bridge_index))
+
+
+def port_name(body: bytes, bridge_index: int) -> str | None:
+    """The name of the link in an answer to ``get_ports``; None for another's, since kernels may answer with all."""
+    found = attributes(body[16:])
+    if found.get(_IFLA_MASTER) != struct.pack("=I", bridge_index):
+        return None
+    return found[_IFLA_IFNAME].rstrip(b"\0").decode()
+
+
 def make_hairpin(name: str) -> Message:
     """Let a bridge port send a frame back out where it came from: a pod may reach itself through a host port."""
     slave = nested(

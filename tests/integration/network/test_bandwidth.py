@@ -92,7 +92,7 @@ async def test_a_limiter_left_by_a_killed_attempt_is_taken_over(node: Node) -> N
     assert measured_rate(pod.namespace, other.namespace, other.ip) == pytest.approx(5_000_000, rel=0.1)
 
 
-async def test_a_lost_limiter_is_found_and_a_stray_one_removed(node: Node) -> None:
+async def test_a_lost_limiter_is_made_again_and_a_stray_one_removed(node: Node) -> None:
     pod = await _limited(node, "slow", Bandwidth(egress=5_000_000))
     stray = limiter_name(node.bridge, "stray")
     command("ip", "link", "delete", pod.attachment.limiter)
@@ -100,6 +100,9 @@ async def test_a_lost_limiter_is_found_and_a_stray_one_removed(node: Node) -> No
     findings = {(finding.kind, finding.object) for finding in await node.network.repair(["slow"])}
     assert findings == {("link", pod.attachment.limiter), ("link", stray)}
     assert links_with(stray) == []
+    assert await node.network.audit(["slow"]) == []
+    other = await node.pod("other")
+    assert measured_rate(pod.namespace, other.namespace, other.ip) == pytest.approx(5_000_000, rel=0.1)
 
 
 async def test_a_failure_leaves_no_limiter(node: Node) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from host.errors import NotFoundError, PodkeelError
 from network.attachment import PortMapping, interface_name
 from tests.integration.network.conftest import Node, spare_subnet
-from tests.integration.network.namespaces import command, listen, request, start, talk
+from tests.integration.network.namespaces import command, listen, request, start, talk, wait_until
 
 _ATTACH_FOREVER = """
 import asyncio, sys
@@ -164,9 +165,71 @@ async def test_a_flushed_ruleset_is_made_again_with_the_next_pod(node: Node) -> 
         talk(None, server, ("127.0.0.1", 20080))
 
 
-async def test_a_lost_link_is_reported(node: Node) -> None:
+@pytest.mark.parametrize("by", ["restart", "repair"])
+async def test_a_bridge_deleted_by_hand_is_made_again_with_its_pods(dual: Node, by: str) -> None:
+    one, two = await dual.pod("one", PortMapping("tcp", 80, 20080)), await dual.pod("two")
+    live = ["one", "two"]
+    command("ip", "link", "delete", dual.bridge)
+    problems = {(finding.kind, finding.object) for finding in await dual.network.audit(live)}
+    assert ("bridge", dual.bridge) in problems
+    assert {("link", name) for name in dual.links()} < problems
+    if by == "restart":
+        await dual.restart()
+    else:
+        await dual.network.repair(live)
+    assert await dual.network.audit(live) == []
+    with listen(one.namespace, 80) as server:
+        assert talk(two.namespace, server, (one.ip, 80)) == two.ip
+        talk(None, server, ("127.0.0.1", 20080))
+        talk(one.namespace, server, (one.attachment.gateways[0], 20080))  # its own port: needs the port's hairpin mode
+    with listen(one.namespace, 80, socket.AF_INET6) as server:
+        assert talk(two.namespace, server, (one.address(6), 80)) == two.address(6)
+
+
+async def test_a_link_taken_off_the_bridge_comes_back(node: Node) -> None:
     pod = await node.pod("one")
-    pod.namespace.command("ip", "link", "delete", "eth0")
-    assert [(f.kind, f.object) for f in await node.network.audit(["one"])] == [("link", pod.attachment.host_interface)]
+    command("ip", "link", "set", pod.attachment.host_interface, "nomaster")
+    (finding,) = await node.network.repair(["one"])
+    assert (finding.object, "no port of bridge" in finding.problem) == (pod.attachment.host_interface, True)
+    with listen(pod.namespace, 80) as server:
+        assert talk(None, server, (pod.ip, 80))
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+async def test_a_lost_link_of_a_live_pod_is_made_again(dual: Node, where: str) -> None:
+    pod, other = await dual.pod("one", PortMapping("tcp", 80, 20080)), await dual.pod("two")
+    with listen(pod.namespace, 80) as server:
+        if where == "inside":
+            pod.namespace.command("ip", "link", "delete", "eth0")
+        else:
+            command("ip", "link", "delete", pod.attachment.host_interface)
+        (finding,) = await dual.network.repair(["one", "two"])
+        assert (finding.kind, finding.object) == ("link", pod.attachment.host_interface)
+        assert await dual.network.audit(["one", "two"]) == []
+        assert talk(other.namespace, server, (pod.ip, 80)) == other.ip
+        talk(None, server, ("127.0.0.1", 20080))
+    with listen(other.namespace, 80, socket.AF_INET6) as server:
+        assert talk(pod.namespace, server, (other.address(6), 80)) == pod.address(6)
+
+
+async def test_a_connection_outlives_the_loss_of_its_link(node: Node) -> None:
+    pod = await node.pod("one")
+    with listen(pod.namespace, 80) as server, socket.create_connection((pod.ip, 80), timeout=2) as client:
+        connection, _ = server.accept()
+        with connection:
+            connection.settimeout(5)
+            command("ip", "link", "delete", pod.attachment.host_interface)
+            await node.network.repair(["one"])
+            client.sendall(b"still there?")
+            assert connection.recv(64) == b"still there?"
+
+
+async def test_a_lost_link_without_a_namespace_is_reported(node: Node) -> None:
+    pod = await node.pod("one")
+    pod.namespace.close()
+    await asyncio.to_thread(wait_until, lambda: node.links() == [])
+    for _ in range(2):
+        found = await node.network.repair(["one"])
+        assert [(finding.kind, finding.object) for finding in found] == [("link", pod.attachment.host_interface)]
     await node.network.detach("one")
     await node.assert_empty()

@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tests.vm.suites import DESELECTED, Suite, chosen
+from tests.vm.suites import DESELECTED, Suite, read_suites
 
 
 def main() -> int:
-    """``python -m tests.vm.guest FOLDER SECONDS PATIENCE OPTIONS SUITE…``: results go to the folder, in that time."""
-    folder, deadline = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2])
-    patience, options, wanted = sys.argv[3], sys.argv[4], sys.argv[5:]
-    outcomes = [_run(suite, folder, deadline, patience) for suite in chosen(wanted, options)]
+    """``python -m tests.vm.guest FOLDER SECONDS PATIENCE``: runs the suites that the folder names; results go there."""
+    folder, deadline, patience = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2]), sys.argv[3]
+    outcomes = [_run(suite, folder, deadline, patience) for suite in read_suites(folder / "suites.json")]
     machine = {"kernel": platform.release(), "init": Path("/proc/1/comm").read_text().strip()}
     machine["lsm"] = Path("/sys/kernel/security/lsm").read_text()
     machine["controllers"] = Path("/sys/fs/cgroup/cgroup.controllers").read_text().strip()
@@ -49,7 +48,8 @@ def _run(suite: Suite, folder: Path, deadline: float, patience: str) -> dict[str
             )
         except subprocess.TimeoutExpired:
             timed_out = True
-    outcome: dict[str, object] = {"name": suite.name, "seconds": time.monotonic() - begin, "timed_out": timed_out}
+    outcome: dict[str, object] = {"name": suite.name, "about": suite.about}
+    outcome |= {"seconds": time.monotonic() - begin, "timed_out": timed_out}
     return outcome | _counts(report)
 
 

@@ -15,8 +15,9 @@ VIRTME = "virtme-ng==1.42"
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "udev", "kmod", "procps", "linux-image-amd64", "apparmor"),
     *("crun", "runc", "conmon", "catatonit", "nftables", "iproute2", "busybox-static", "ca-certificates"),
-    *("docker-registry", "python3", "util-linux", "libcap2-bin"),
+    *("docker-registry", "python3", "util-linux", "libcap2-bin", "selinux-policy-default", "policycoreutils"),
 )
+POLICY = Path(__file__).with_name("selinux.cil")
 # What this needs of the host: a program of each package.
 HOST_PACKAGES = {
     "qemu-system-x86_64": "qemu-system-x86",
@@ -46,7 +47,7 @@ class Image:
 def prepare(cache: Path) -> Image:
     """Make what is not in ``cache`` yet, which takes one to two minutes. Raises MissingError."""
     _need_programs()
-    key = hashlib.sha256(repr((SUITE, PACKAGES)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((SUITE, PACKAGES, POLICY.read_text())).encode()).hexdigest()[:12]
     folder = cache / key
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -84,6 +85,8 @@ def _make_root(folder: Path) -> None:
     print(f"making a Debian {SUITE} root file system in {folder}", flush=True)
     tree = folder / "tree"
     _run(["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, tree])
+    shutil.copy(POLICY, tree / "podkeel.cil")
+    _run(["chroot", tree, "semodule", "--install", "/podkeel.cil"])
     modules = next((tree / "usr/lib/modules").iterdir())
     kernel = folder / "kernel/lib/modules" / modules.name  # where virtme-ng looks for modules
     kernel.parent.mkdir(parents=True)

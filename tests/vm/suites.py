@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Suite:
-    """One run of pytest; ``options`` are lines for the [runtime] table of each agent it starts."""
+    """One run of pytest; ``options`` are lines for the [runtime] table of each agent it starts.
+
+    ``security`` is the kernel's security module that the machine is booted with: apparmor or selinux.
+    """
 
     name: str
     about: str
     tests: tuple[str, ...]
     options: str = ""
+    security: str = "apparmor"
 
 
 # These measure the machine's speed, which is a tenth of a real one's and uneven.
@@ -52,14 +59,25 @@ SUITES = (
             "tests/faults/test_life_without_agent.py",
         ),
     ),
+    Suite("selinux", "SELinux without enforcement, systemd driver", ("tests/vm/test_selinux.py",), security="selinux"),
 )
 
 CHOSEN = "chosen"
 """The suite of tests that were named one by one."""
 
 
-def chosen(wanted: list[str], options: str) -> list[Suite]:
-    """The suites of those names, or all; what is no suite's name is a test, and these are a suite with ``options``."""
+def chosen(wanted: Sequence[str], options: str, security: str) -> list[Suite]:
+    """The suites of those names, or all; what is no suite's name is a test, and those make a suite of their own."""
     suites = [suite for suite in SUITES if not wanted or suite.name in wanted]
     tests = tuple(name for name in wanted if name not in {suite.name for suite in SUITES})
-    return [*suites, Suite(CHOSEN, "chosen tests", tests, options)] if tests else suites
+    return [*suites, Suite(CHOSEN, "chosen tests", tests, options, security)] if tests else suites
+
+
+def write_suites(suites: Sequence[Suite], file: Path) -> None:
+    """Tell the virtual machine what to run."""
+    file.write_text(json.dumps([asdict(suite) for suite in suites]))
+
+
+def read_suites(file: Path) -> list[Suite]:
+    """What ``write_suites`` wrote."""
+    return [Suite(**{**fields, "tests": tuple(fields["tests"])}) for fields in json.loads(file.read_text())]

@@ -115,14 +115,18 @@ def test_a_privileged_container_has_a_writable_cgroup(privileged_pod: Pod) -> No
     assert (CGROUPS / folder / "own").is_dir()
 
 
+# Room enough for runc to start in: with less, the kernel turns its pages over for minutes before it kills anything.
+HOG_LIMIT = 64 * MIB
+
+
 @pytest.mark.parametrize("hog", ["exec tail /dev/zero", "tail /dev/zero; exit 137", "tail /dev/zero & wait $!"])
 def test_out_of_memory_kills_are_told(pod: Pod, hog: str) -> None:
-    status = exited(pod.agent, pod.start(limited(Limits(memory_limit_in_bytes=16 * MIB), "sh", "-c", hog)))
+    status = exited(pod.agent, pod.start(limited(Limits(memory_limit_in_bytes=HOG_LIMIT), "sh", "-c", hog)))
     assert (status.reason, status.exit_code) == ("OOMKilled", 137)
 
 
 def test_a_whole_group_is_killed_where_that_is_asked(pod: Pod) -> None:
-    limits = Limits(memory_limit_in_bytes=16 * MIB)
+    limits = Limits(memory_limit_in_bytes=HOG_LIMIT)
     limits.unified["memory.oom.group"] = "1"
     status = exited(pod.agent, pod.start(limited(limits, "sh", "-c", "tail /dev/zero; sleep 1000")))
     assert (status.reason, status.exit_code) == ("OOMKilled", 137)

@@ -1,0 +1,116 @@
+"""One virtual machine: booted, followed while it runs its suites, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.vm.image import Image
+from tests.vm.suites import Suite, write_suites
+
+_MASKED = ("apparmor.service", "docker-registry.service", "apt-daily.timer", "apt-daily-upgrade.timer")
+# What the kernel is told for each security module. Denials are not enforced with SELinux: Debian's policy knows neither
+# our tests nor the programs they start; what the kernel would decide can be asked.
+_SECURITY = {
+    "apparmor": ("apparmor=1", "security=apparmor"),
+    "selinux": ("selinux=1", "security=selinux", "enforcing=0", "audit=0"),
+}
+
+# The first line that virtme-ng runs as root once systemd is up; the shared folder is mounted at /mnt.
+_GUEST = """#!/bin/sh
+set -e
+export PATH=/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin HOME=/root
+mkdir -p /run/sources {project} {python}
+mount /dev/vdb /run/sources
+mount --bind /run/sources/project {project}
+[ ! -d /run/sources/python ] || mount --bind /run/sources/python {python}
+mkdir -p /run/sources/tmp
+chmod 1777 /run/sources/tmp
+mount --bind /run/sources/tmp /tmp
+cd {project}
+exec .venv/bin/python -m tests.vm.guest /mnt {seconds} {patience}
+"""
+
+
+def boot(
+    image: Image, disk: Path, project: Path, results: Path, suites: list[Suite], *, seconds: float, patience: float
+) -> None:
+    """Run the suites, all for one security module, in a machine until it ends by itself, or for that long.
+
+    ``disk`` holds the sources; logs, and ``result.json`` if it came to its end, are left in ``results``.
+    """
+    python = sys.base_prefix if sys.base_prefix != "/usr" else "/run/sources"
+    write_suites(suites, results / "suites.json")
+    script = results / "guest.sh"
+    script.write_text(_GUEST.format(project=project, python=python, seconds=int(seconds) - 60, patience=patience))
+    script.chmod(0o755)
+    root = disk.with_name("root.ext4")
+    subprocess.run(["cp", "--sparse=always", image.root_disk, root], check=True)
+    console = results / f"console-{suites[0].security}.typescript"
+    # virtme-ng wants a terminal, which script(1) gives it.
+    command = shlex.join(_command(image, root, disk, results, suites[0].security))
+    environment = {**os.environ, "PATH": f"{image.virtme}:{os.environ['PATH']}"}
+    machine = subprocess.Popen(
+        ["script", "--quiet", "--flush", "--command", command, str(console)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        _follow(machine, results, time.monotonic() + seconds)
+    finally:
+        _end(machine)
+        root.unlink()
+
+
+def _command(image: Image, root: Path, disk: Path, results: Path, security: str) -> list[str]:
+    command = [
+        str(image.virtme / "vng"),
+        "--run",
+        str(image.kernel),
+        "--disable-kvm",
+        "--force-9p",
+        "--systemd",
+        "--rw",
+    ]
+    command += ["--root-disk", str(root), "--root-fstype", "ext4", "--disk", str(disk), f"--rwdir=mnt={results}"]
+    command += ["--busybox", shutil.which("busybox") or "busybox", "--cpus", "2", "--memory", "4G", "--verbose"]
+    for option in (*_SECURITY[security], *(f"systemd.mask={unit}" for unit in _MASKED)):
+        command += ["--append", option]
+    return [*command, "--exec", "/mnt/guest.sh"]
+
+
+def _follow(machine: subprocess.Popen[bytes], results: Path, deadline: float) -> None:
+    """Print what fails, and which suite runs, while the machine does."""
+    seen: dict[Path, int] = {}
+    while machine.poll() is None and time.monotonic() < deadline and not (results / "result.json").exists():
+        time.sleep(2)
+        for log in sorted(results.glob("*.log"), key=lambda path: path.stat().st_mtime):
+            if log not in seen:
+                print(f"{log.stem} …", flush=True)
+            lines = log.read_text(errors="replace").splitlines()
+            for line in lines[seen.get(log, 0) :]:
+                if line.startswith("failed"):
+                    print(f"  {line}", flush=True)
+            seen[log] = len(lines)
+
+
+def _end(machine: subprocess.Popen[bytes]) -> None:
+    """Give the machine the time to power off, then kill what is left of it: the whole session is ours."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        machine.wait(timeout=20)
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(stat[1]) == machine.pid or int(stat[3]) == machine.pid:
+                    os.kill(int(entry.name), signal.SIGKILL)
+    machine.wait()

@@ -136,3 +136,25 @@ def test_image_says_what_runs(agent: AgentProcess, plain: Pod) -> None:
     """Neither command nor arguments: what the image has."""
     container_id = plain.start(_container("main", image="busybox:latest"))
     wait_for(lambda: agent.client.status(container_id).state == EXITED, what="the end of a shell without input")
+
+
+def test_user_namespace_of_the_pod_is_that_of_its_containers(agent: AgentProcess, tmp_path: Path) -> None:
+    config = _sandbox(log_directory=str(tmp_path))
+    options = config.linux.security_context.namespace_options
+    options.userns_options.mode = cri_pb2.POD
+    for mappings in (options.userns_options.uids, options.userns_options.gids):
+        mappings.add(container_id=0, host_id=1000, length=100_000)
+    pod = Pod.run(agent, config)
+    container = _container("main", "cat", "/proc/self/uid_map")
+    container.linux.security_context.namespace_options.CopyFrom(options)
+    container.log_path = "main.log"
+    assert pod.printed(container).split() == ["0", "1000", "100000"]
+
+
+def test_user_namespace_of_the_node(agent: AgentProcess, tmp_path: Path) -> None:
+    config = _sandbox(log_directory=str(tmp_path))
+    config.linux.security_context.namespace_options.userns_options.mode = cri_pb2.NODE
+    container = _container("main", "cat", "/proc/self/uid_map")
+    container.linux.security_context.namespace_options.CopyFrom(config.linux.security_context.namespace_options)
+    container.log_path = "main.log"
+    assert Pod.run(agent, config).printed(container).split() == Path("/proc/self/uid_map").read_text().split()

@@ -178,6 +178,11 @@ def test_errors(client: CriClient, registry: Registry) -> None:
     for reference in ("", "host.example/UPPER", "a b", "http://host/name", "name:bad tag"):
         with refused(grpc.StatusCode.INVALID_ARGUMENT):
             _pull(client, reference)
+    for absent in ("0" * 64, f"sha256:{'0' * 64}", "no/such:1", f"no/such@sha256:{'0' * 64}"):
+        for _ in range(2):
+            _remove(client, absent)
+        assert _status(client, absent) is None
+        assert _listed(client, absent) == []
     with refused(grpc.StatusCode.INVALID_ARGUMENT):
         _status(client, "")
     with refused(grpc.StatusCode.INVALID_ARGUMENT):

@@ -168,6 +168,14 @@ def test_propagation_needs_a_source_that_shares(privileged: Pod, host: Path) -> 
         mounts.unmount(host)
 
 
+def test_read_only_holds_for_the_mount_itself_alone(pod: Pod, shared: Path) -> None:
+    mount = {"container_path": "/m", "host_path": str(shared), "readonly": True, "selinux_relabel": True}
+    container_id = pod.start(_mounting("main", *SLEEP, **mount))
+    assert pod.agent.client.exec(container_id, "touch", "/m/file").exit_code != 0
+    pod.agent.client.output(container_id, "touch", "/m/inner/file")
+    assert (shared / "inner" / "file").exists()
+
+
 def test_recursive_read_only(pod: Pod, shared: Path) -> None:
     mount = {"container_path": "/m", "host_path": str(shared), "recursive_read_only": True}
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "readonly"):

@@ -10,7 +10,9 @@ import pytest
 
 from proto.runtime.v1 import cri_pb2
 from tests.integration.conformance.support import Pod, refused
+from tests.support.image_builder import busybox_image, entry, folder, make_tar
 from tests.support.pods import container_config
+from tests.support.registry import Registry
 
 PROFILE = cri_pb2.SecurityProfile
 CHOWN, NET_ADMIN, NET_BIND = 0, 12, 10
@@ -138,6 +140,58 @@ def test_seccomp_profile_of_the_node(pod: Pod, tmp_path: Path) -> None:
     path.unlink()
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "profile.json"):
         pod.create(_named(config, "missing"))
+
+
+def _hostname_profile(folder: Path) -> str:
+    """A profile as short as people write them: no architectures, no errno."""
+    rule = {"names": ["sethostname"], "action": "SCMP_ACT_ERRNO"}
+    path = folder / "hostname.json"
+    path.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]}))
+    return str(path)
+
+
+def test_profile_holds_whatever_the_capabilities(pod: Pod, tmp_path: Path) -> None:
+    for name, kind, expected in (("free", PROFILE.Unconfined, 0), ("held", PROFILE.Localhost, 1)):
+        config = container_config(name, "sleep", "60")
+        context = config.linux.security_context
+        context.capabilities.add_capabilities.append("SYS_ADMIN")
+        context.seccomp.profile_type = kind
+        if kind == PROFILE.Localhost:
+            context.seccomp.localhost_ref = _hostname_profile(tmp_path)
+        answer = pod.agent.client.exec(pod.start(config), "hostname", "another")
+        assert (answer.exit_code != 0) == expected, answer
+        assert not expected or b"Operation not permitted" in answer.stderr
+
+
+def test_privileged_passes_over_profiles(privileged: Pod, tmp_path: Path) -> None:
+    config = container_config("main", "sleep", "60")
+    context = config.linux.security_context
+    context.privileged = True
+    context.seccomp.profile_type = PROFILE.Localhost
+    context.seccomp.localhost_ref = _hostname_profile(tmp_path)
+    assert privileged.agent.client.output(privileged.start(config), "hostname", "another") == ""
+
+
+def test_links_of_the_pod_are_managed_with_the_capability_only(pod: Pod) -> None:
+    able = container_config("able", "sleep", "60")
+    able.linux.security_context.capabilities.add_capabilities.append("NET_ADMIN")
+    client, command = pod.agent.client, ("brctl", "addbr", "foobar")
+    assert client.exec(pod.start(container_config("unable", "sleep", "60")), *command).exit_code != 0
+    assert client.output(pod.start(able), *command) == ""
+
+
+def test_programs_with_the_set_user_id_bit_work_unless_told_otherwise(pod: Pod, registry: Registry) -> None:
+    busybox = entry("suid/su", Path("/bin/busybox").read_bytes(), mode=0o4755)
+    reference = registry.push(busybox_image({}, [make_tar([folder("suid"), busybox])]), "made/suid")
+    spec = cri_pb2.ImageSpec(image=reference)
+    pod.agent.client.call("PullImage", cri_pb2.PullImageRequest(image=spec))
+    for name, refused_it in (("raises", False), ("stays", True)):
+        config = container_config(name, "sleep", "60", image=reference)
+        config.linux.security_context.run_as_user.value = 1000
+        config.linux.security_context.no_new_privs = refused_it
+        answer = pod.agent.client.exec(pod.start(config), "/suid/su", "-c", "true")
+        assert (b"must be suid" in answer.stderr) == refused_it, answer
+    pod.agent.client.call("RemoveImage", cri_pb2.RemoveImageRequest(image=spec))
 
 
 def test_devices(pod: Pod) -> None:

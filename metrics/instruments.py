@@ -50,15 +50,19 @@ class Histogram:
         self.help = help_text
         self.labels = tuple(labels)
         self.bounds = tuple(bounds)
-        self.series: dict[tuple[str, ...], list[float]] = {}
+        self.series: dict[tuple[str, ...], list[float]] = {} if labels else {(): self._empty()}
 
     def observe(self, value: float, *labels: str) -> None:
         """Take one value in; on the event loop."""
         series = self.series.get(labels)
         if series is None:
-            series = self.series[labels] = [0.0] * (len(self.bounds) + 2)
+            series = self.series[labels] = self._empty()
         series[bisect_left(self.bounds, value)] += 1
         series[-1] += value
+
+    def _empty(self) -> list[float]:
+        """A count per bound, one for what is above them, and the sum."""
+        return [0.0] * (len(self.bounds) + 2)
 
     def buckets(self, labels: tuple[str, ...]) -> tuple[list[tuple[str, float]], float]:
         """Cumulated counts by upper bound as Prometheus writes it, and the sum."""

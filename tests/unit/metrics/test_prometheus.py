@@ -100,6 +100,14 @@ async def test_agent_page_counts_calls_and_stages() -> None:
         assert any(name == "python_info" for name, *_ in values)
 
 
+def test_what_has_no_labels_is_there_before_anything_happened() -> None:
+    """Prometheus does not see a rise from no series."""
+    agent = AgentMetrics()
+    text = AgentPage().render(gather(agent.instruments), "").body.decode()
+    assert "podkeel_image_pull_seconds_count 0.0" in text
+    assert 'podkeel_event_loop_lag_seconds_bucket{le="+Inf"} 0.0' in text
+
+
 def test_a_bound_belongs_to_its_own_bucket() -> None:
     histogram = Histogram("h", "", bounds=(1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 2.0, 9.0):

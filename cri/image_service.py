@@ -85,6 +85,7 @@ def to_message(image: Image) -> cri_pb2.Image:
         repo_tags=image.repo_tags,
         repo_digests=image.repo_digests,
         size=image.size,
+        spec=cri_pb2.ImageSpec(image=image.id),
         pinned=image.pinned,
     )
     user = image.config.user.partition(":")[0]

@@ -9,8 +9,11 @@ import msgspec
 from cri.version import VERSION
 from host.stages import Operation
 from runtime.container import Container
+from runtime.layout import SandboxFolder
 from runtime.node import Node
 from runtime.sandbox import Sandbox
+
+_OCI_NAMESPACES = {"net": "network"}
 
 
 def node_information(node: Node) -> dict[str, Any]:
@@ -44,9 +47,17 @@ def sandbox_information(node: Node, sandbox: Sandbox) -> dict[str, Any]:
         "runtimeHandler": record.handler,
         "cgroupParent": record.cgroup_parent,
         "networkNamespace": "" if sandbox.host_network else str(folder.pin("net")),
+        # Where scripts around crictl look for a pod's namespaces, as if it had a container of its own.
+        "runtimeSpec": {"linux": {"namespaces": _namespaces(folder)}},
         "addresses": list(record.addresses),
         "operations": operations(sandbox.operations),
     }
+
+
+def _namespaces(folder: SandboxFolder) -> list[dict[str, str]]:
+    """Those that are pinned, in the form and by the names of the OCI runtime specification."""
+    pins = [(_OCI_NAMESPACES.get(kind, kind), folder.pin(kind)) for kind in ("net", "ipc", "uts", "pid", "user")]
+    return [{"type": name, "path": str(pin)} for name, pin in pins if pin.exists()]
 
 
 def container_information(node: Node, container: Container) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def test_one_id_everywhere(client: CriClient, registry: Registry, built: BuiltIm
     assert (image.id, list(image.repo_tags), list(image.repo_digests)) == (built.id, [reference], [digest])
     assert (image.uid.value, image.username, image.pinned) == (1000, "", False)
     assert image.size > 300_000
+    assert image.spec.image == built.id
     forms = (reference, digest, f"{reference}@{digest_of(built.blobs()[1])}", built.id, built.id[7:], built.id[7:20])
     for form in forms:
         assert _status(client, form) == image, form

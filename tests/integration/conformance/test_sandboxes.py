@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -51,6 +52,11 @@ def test_verbose_status_is_json_and_shows_containers(pod: Pod) -> None:
     assert information["networkNamespace"].endswith("/ns/net")
     # crictl inspectp reads these.
     assert {"pid", "runtimeHandler", "cgroupParent"} <= information.keys()
+    namespaces = {entry["type"]: entry["path"] for entry in information["runtimeSpec"]["linux"]["namespaces"]}
+    assert {"network", "ipc", "uts"} <= namespaces.keys()
+    for kind, name in (("network", "net"), ("ipc", "ipc"), ("uts", "uts")):
+        shown = pod.agent.client.output(container_id, "readlink", f"/proc/self/ns/{name}").strip()
+        assert shown == f"{name}:[{Path(namespaces[kind]).stat().st_ino}]"
 
 
 def test_stop_and_remove_are_repeatable(pod: Pod) -> None:

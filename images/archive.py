@@ -140,16 +140,16 @@ class ImageArchive:
             raise InvalidArgumentError(f"image archive {self._path} is broken: {name} is cut off")
         return content
 
-    async def chunks(self, name: str) -> AsyncGenerator[bytes, None]:
-        """A member's bytes, piece by piece."""
+    async def chunks(self, name: str, begin: int) -> AsyncGenerator[bytes, None]:
+        """A member's bytes from ``begin`` on, piece by piece."""
         if self._file is None:
             descriptor, size = await in_thread(self._open_file, name)
-            offset = 0
+            start = 0
         else:
             member = self._member(name)
-            descriptor, size, offset = os.dup(self._file.fileno()), member.size, member.offset
+            descriptor, size, start = os.dup(self._file.fileno()), member.size, member.offset
         try:
-            end = offset + size
+            offset, end = start + begin, start + size
             while offset < end:
                 chunk = await in_thread(os.pread, descriptor, min(_CHUNK, end - offset), offset)
                 if not chunk:
@@ -219,7 +219,7 @@ class ImageArchive:
             config=config,
             layers=tuple(descriptors),
             names=tuple(names),
-            open_layer=lambda descriptor: self.chunks((descriptor.annotations or {})["member"]),
+            open_layer=lambda descriptor, begin: self.chunks((descriptor.annotations or {})["member"], begin),
         )
 
     def _oci_images(self, reference: str) -> list[Candidate]:
@@ -240,7 +240,7 @@ class ImageArchive:
                     config=config,
                     layers=tuple(manifest.layers),
                     names=(*names, *digest_names),
-                    open_layer=lambda descriptor: self.chunks(_blob_name(descriptor.digest)),
+                    open_layer=lambda descriptor, begin: self.chunks(_blob_name(descriptor.digest), begin),
                 )
             )
         return found

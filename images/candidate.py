@@ -15,9 +15,9 @@ from images.manifests import Descriptor
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """``names`` are the tags and digest references it gets; ``open_layer`` begins the transfer of one layer.
+    """``names`` are the tags and digest references it gets; ``open_layer`` transfers a layer from a byte of it on.
 
-    ``transferred`` tells how many bytes of layers came over the network so far.
+    ``transferred`` tells how many bytes of layers came over the network so far; ``resumable`` is as for layer sources.
     """
 
     subject: str
@@ -26,8 +26,9 @@ class Candidate:
     config: bytes
     layers: tuple[Descriptor, ...]
     names: tuple[str, ...]
-    open_layer: Callable[[Descriptor], AsyncGenerator[bytes, None]]
+    open_layer: Callable[[Descriptor, int], AsyncGenerator[bytes, None]]
     transferred: Callable[[], int] = lambda: 0
+    resumable: bool = False
 
     @property
     def id(self) -> str:
@@ -54,6 +55,7 @@ class Candidate:
                 chain[:index],
                 functools.partial(self.open_layer, descriptor),
                 f"{self.subject}: layer {index + 1} of {len(diff_ids)} ({descriptor.digest or diff_ids[index]})",
+                self.resumable,
             )
             for index, descriptor in enumerate(self.layers)
         ]

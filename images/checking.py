@@ -149,7 +149,7 @@ class ImageChecker:
         subject = f"kept layer {layer.blob_digest}"
         async with self._layers.scratch() as fresh:
             descriptor = Descriptor("", layer.blob_digest, layer.blob_bytes)
-            unpacked = await self._layers.unpack(_chunks(blob), descriptor, fresh, subject)
+            unpacked = await self._layers.fetcher.unpack(_chunks(blob), descriptor, fresh, subject)
             if unpacked.diff_id != layer.diff_id:
                 raise InvalidArgumentError(f"{subject} is broken: unpacked, its digest is {unpacked.diff_id}")
             if broken.intersection(below):

@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterable
 
 from images.layer import Layer
 from images.layer_source import LayerSource
 
+# The column ``ready`` of a layer that is being made; that is made, for a pull which may yet break off; that is in use.
+MAKING, NEW, USED = range(3)
 
-def insert(connection: sqlite3.Connection, source: LayerSource, boot_id: str) -> int:
+
+def insert(connection: sqlite3.Connection, source: LayerSource) -> int:
     """A new row for a layer that is being made; returns its number."""
     # What an attempt left that could not even delete its row, as the disk was full.
     connection.execute("DELETE FROM layers WHERE chain_id = ? AND NOT ready", (source.chain_id,))
     cursor = connection.execute(
-        "INSERT INTO layers (chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, ready, "
-        "unsynced_boot) VALUES (?, ?, '', 0, 0, 0, 0, 0, ?)",
-        (source.chain_id, source.diff_id, boot_id),
+        "INSERT INTO layers (chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, ready) "
+        "VALUES (?, ?, '', 0, 0, 0, 0, ?)",
+        (source.chain_id, source.diff_id, MAKING),
     )
     number = cursor.lastrowid
     assert number is not None
     return number
 
 
-def complete(connection: sqlite3.Connection, layer: Layer) -> None:
-    """The layer is made."""
+def complete(connection: sqlite3.Connection, layer: Layer, *, resumable: bool) -> None:
+    """The layer is made; ``resumable`` as of its source."""
     connection.execute(
-        "UPDATE layers SET blob_digest = ?, blob_bytes = ?, used_bytes = ?, used_inodes = ?, opaque = ?, ready = 1 "
+        "UPDATE layers SET blob_digest = ?, blob_bytes = ?, used_bytes = ?, used_inodes = ?, opaque = ?, ready = ? "
         "WHERE number = ?",
-        (layer.blob_digest, layer.blob_bytes, layer.used_bytes, layer.used_inodes, layer.opaque, layer.number),
+        (
+            layer.blob_digest,
+            layer.blob_bytes,
+            layer.used_bytes,
+            layer.used_inodes,
+            layer.opaque,
+            NEW if resumable else USED,
+            layer.number,
+        ),
     )
 
 
-def mark_synced(connection: sqlite3.Connection, numbers: set[int]) -> None:
-    """They are on the disk."""
-    rows = [(number,) for number in numbers]
-    connection.executemany("UPDATE layers SET unsynced_boot = '' WHERE number = ?", rows)
+def mark_used(connection: sqlite3.Connection, numbers: Iterable[int]) -> None:
+    """An image has them."""
+    rows = [(USED, number) for number in numbers]
+    connection.executemany("UPDATE layers SET ready = ? WHERE number = ?", rows)
 
 
 def delete_others(connection: sqlite3.Connection, known: set[int]) -> None:

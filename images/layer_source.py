@@ -10,11 +10,15 @@ from images.manifests import Descriptor
 
 @dataclass(frozen=True, slots=True)
 class LayerSource:
-    """Where a missing layer comes from: what it must be, and how to begin its transfer."""
+    """Where a missing layer comes from: what it must be, and how to begin its transfer, from that byte on.
+
+    What came of one that is ``resumable`` before its transfer broke off is worth keeping.
+    """
 
     descriptor: Descriptor
     diff_id: str
     chain_id: str
     below: tuple[str, ...]  # chain ids of the layers below, lowest first
-    chunks: Callable[[], AsyncGenerator[bytes, None]]
+    chunks: Callable[[int], AsyncGenerator[bytes, None]]
     subject: str
+    resumable: bool

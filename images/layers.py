@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import functools
+import errno
 import itertools
 import logging
-import os
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from host.database import Database
-from host.errors import InvalidArgumentError, PodkeelError
+from host.errors import InvalidArgumentError, LimitError, PodkeelError
 from host.threads import in_thread
 from host.undo import Undo
 from images import layer_rows
+from images.disk_sync import DiskSync
+from images.fetching import LayerFetcher
 from images.inheritance import inherit
 from images.joining import Joined
 from images.layer import Layer
 from images.layer_source import LayerSource
-from images.manifests import Descriptor
 from images.options import ImageOptions
-from images.progress import LayerProgress, Transfers
+from images.partials import PartialBlobs, publish
+from images.progress import LayerProgress
 from images.trash import Trash
-from images.unpacking import Unpacked, Unpacker
 
 _log = logging.getLogger("podkeel.images")
 
-SYNC_DELAY = 45.0  # seconds: by then the kernel has written most of it by itself, and nobody has to wait for the rest
 EMPTY_LAYER = 0  # an always empty folder, for images without layers
+
+
+@dataclass(frozen=True, slots=True)
+class _Dropped:
+    """A layer that nobody uses any more, the digest of its blob if that has no other user, and whether it was new."""
+
+    layer: Layer
+    blob: str
+    new: bool
 
 
 class LayerStore:
@@ -53,60 +60,66 @@ class LayerStore:
         self._users: Counter[int] = Counter()
         self._blob_users: Counter[str] = Counter()
         self._joined: Joined[Layer] = Joined()
-        self._transfers = Transfers()
-        self._slots = asyncio.Semaphore(options.max_parallel_downloads)
-        self._unpacker: Unpacker | None = None
-        self._unsynced: set[int] = set()
+        self._new: set[int] = set()  # made for pulls that may yet break off: their blobs are worth keeping then
         self._scratches = itertools.count()
-        self._sync_task: asyncio.Task[None] | None = None
-        self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        self.used_bytes = 0
-        self.used_inodes = 0
+        self._disk = DiskSync(self._folder)
+        self.partials = PartialBlobs(self._content / "partial", trash, options.partial_hours * 3600)
+        self.fetcher = LayerFetcher(options, self.partials, trash)
+        self._used_bytes = 0
+        self._used_inodes = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """What layers and compressed layers take on disk, partial ones included."""
+        return self._used_bytes + self.partials.used_bytes
+
+    @property
+    def used_inodes(self) -> int:
+        """The same in inodes."""
+        return self._used_inodes + self.partials.used_inodes
 
     async def start(self) -> None:
-        """Read the layers, forgetting those that a crash left half-made or unwritten to the disk."""
+        """Read the layers, forgetting those that a crash left half-made."""
         algorithms = [self._content / name for name in ("sha256", "sha512")]
         for folder in (self._folder / str(EMPTY_LAYER) / "fs", *algorithms, self._incoming):
             folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        await self.partials.start()
         rows = self._database.read(
-            "SELECT number, chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, unsynced_boot "
+            "SELECT number, chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, ready "
             "FROM layers WHERE ready"
         )
-        lost = []
+        lost = 0
         for row in rows:
-            unsynced = row[8]
             layer = Layer(row[0], row[1], row[2], row[3], row[4], row[5], row[6], bool(row[7]))
-            if (unsynced and unsynced != self._boot_id) or not self.path(layer.number).is_dir():
-                lost.append(layer.chain_id)
+            if not self.path(layer.number).is_dir():
+                lost += 1
                 continue
+            if layer.blob_digest and not self._blob_path(layer.blob_digest).is_file():
+                layer = replace(layer, blob_digest="")
             self._add(layer)
-            if unsynced:
-                self._unsynced.add(layer.number)
+            if row[8] == layer_rows.NEW:
+                self._new.add(layer.number)
         if lost:
-            _log.warning(
-                "%d layers were lost with the machine's last stop; images that had them are dropped", len(lost)
-            )
-        if self._unsynced:
-            self._sync_soon()
+            _log.warning("%d layers were lost with the machine's last stop; images that had them are dropped", lost)
 
     async def sweep(self) -> None:
-        """After the users are known: drop what nobody uses, and folders and blobs that the store does not know."""
-        unused = [number for number in self._layers if not self._users[number]]
-        for number in unused:
-            self._forget(number)
+        """After the users are known: drop what nobody uses, and folders and blobs that the store does not know.
+
+        The blobs of pulls that a crash broke off are kept as partial ones.
+        """
+        dropped = [self._forget(number) for number in tuple(self._layers) if not self._users[number]]
+        await self._throw(self._blob_path(gone.blob) for gone in dropped if gone.blob and not gone.new)
         known = set(self._layers)
         await self._database.write(lambda connection: layer_rows.delete_others(connection, known))
-        await in_thread(self._sweep_folders, known, set(self._blob_users))
+        for digest in await in_thread(self._sweep_folders, known, set(self._blob_users)):
+            await self.partials.keep(digest, self._blob_path(digest))
         self._trash.wake()
 
     async def close(self) -> None:
         """Cancel what is being unpacked; a start later undoes the rest."""
         await self._joined.close()
-        if self._sync_task is not None:
-            self._sync_task.cancel()
-            await asyncio.wait((self._sync_task,))
-        if self._unpacker is not None:
-            self._unpacker.close()
+        await self.partials.close()
+        self.fetcher.close()
 
     def path(self, number: int) -> Path:
         """The folder of a layer's files."""
@@ -134,7 +147,7 @@ class LayerStore:
 
     def progress(self, source: LayerSource) -> LayerProgress:
         """How far a layer is that somebody obtains."""
-        return self._transfers.progress(source, there=source.chain_id in self._by_chain)
+        return self.fetcher.transfers.progress(source, there=source.chain_id in self._by_chain)
 
     def retain(self, numbers: Iterable[int]) -> None:
         """Count one more user of each."""
@@ -166,44 +179,70 @@ class LayerStore:
                 self.retain((layer.number,))
                 return layer
 
+    def settle(self, numbers: Iterable[int]) -> None:
+        """An image has them now, so that no pull of theirs can break off any more."""
+        self._new.difference_update(numbers)
+
     async def _make(self, source: LayerSource) -> Layer:
         async with Undo(source.subject) as undo:
-            number = await self._database.write(lambda connection: layer_rows.insert(connection, source, self._boot_id))
+            number = await self._database.write(lambda connection: layer_rows.insert(connection, source))
             folder = self._folder / str(number)
-            incoming = self._incoming / str(number)
+            making, incoming = self._folder / f"{number}.new", self._incoming / str(number)
             undo.push("its row", lambda: self._database.execute("DELETE FROM layers WHERE number = ?", (number,)))
-            undo.push("its folder", lambda: self._take_back((folder, incoming)))
-            await in_thread((folder / "fs").mkdir, mode=0o755, parents=True)
-            async with self._slots:
-                keep = incoming if self._options.keep_blobs else None
-                with self._transfers.running(source) as chunks:
-                    unpacked = await self._worker().unpack(
-                        chunks, source.descriptor, folder / "fs", keep, source.subject
-                    )
+            undo.push("its folder", lambda: self._take_back((folder, making, incoming)))
+            try:
+                unpacked = await self.fetcher.fetch(
+                    source, making / "fs", incoming, self._blob_path(source.descriptor.digest)
+                )
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise LimitError(f"{source.subject} could not be unpacked, the disk is full: {error}") from error
             if unpacked.diff_id != source.diff_id:
                 raise InvalidArgumentError(
                     f"{source.subject} is broken: unpacked, its digest is {unpacked.diff_id}, expected {source.diff_id}"
                 )
             if unpacked.implied and source.below:
                 lower = [self.path(layer.number) for layer in await self._layers_below(source)]
-                await in_thread(inherit, folder / "fs", lower, unpacked.implied)
-            if keep is not None:
-                await in_thread(keep.rename, self._blob_path(unpacked.blob_digest))
+                await in_thread(inherit, making / "fs", lower, unpacked.implied)
             layer = Layer(
                 number,
                 source.chain_id,
                 source.diff_id,
-                unpacked.blob_digest if keep is not None else "",
+                unpacked.blob_digest if self._options.keep_blobs else "",
                 unpacked.blob_bytes,
                 unpacked.used_bytes,
                 unpacked.used_inodes,
                 unpacked.opaque,
             )
-            await self._database.write(lambda connection: layer_rows.complete(connection, layer))
+            undo.push("its blob", lambda: self._unpublish(source, layer))
+            await self._publish(source, layer, making, incoming)
             self._add(layer)
-        self._unsynced.add(number)
-        self._sync_soon()
+            if source.resumable:
+                self._new.add(number)
         return layer
+
+    async def _publish(self, source: LayerSource, layer: Layer, making: Path, incoming: Path) -> None:
+        """Let the whole layer have its names, once it is on the disk."""
+        await self._disk.flush()
+        await in_thread(making.rename, self._folder / str(layer.number))
+        if layer.blob_digest:
+            target = self._blob_path(layer.blob_digest)
+            if source.resumable:
+                await self.partials.publish(layer.blob_digest, target)
+            else:
+                await in_thread(publish, incoming, target)
+        await self._database.write(
+            lambda connection: layer_rows.complete(connection, layer, resumable=source.resumable)
+        )
+
+    async def _unpublish(self, source: LayerSource, layer: Layer) -> None:
+        if layer.blob_digest and layer.blob_digest not in self._blob_users:
+            path = self._blob_path(layer.blob_digest)
+            if source.resumable:
+                await self.partials.keep(layer.blob_digest, path)
+            else:
+                await self._throw([path])
 
     async def _layers_below(self, source: LayerSource) -> list[Layer]:
         async def missing() -> Layer:
@@ -214,49 +253,34 @@ class LayerStore:
             below.append(self._by_chain.get(chain_id) or await self._joined.run(chain_id, missing))
         return below
 
-    def _worker(self) -> Unpacker:
-        if self._unpacker is None:
-            self._unpacker = Unpacker(
-                max_bytes=self._options.max_layer_bytes,
-                max_entries=self._options.max_layer_entries,
-                parallel=self._options.max_parallel_downloads,
-            )
-        return self._unpacker
-
     def _add(self, layer: Layer) -> None:
         self._layers[layer.number] = layer
         self._by_chain[layer.chain_id] = layer
-        self.used_bytes += layer.used_bytes
-        self.used_inodes += layer.used_inodes
+        self._used_bytes += layer.used_bytes
+        self._used_inodes += layer.used_inodes
         if layer.blob_digest:
             self._blob_users[layer.blob_digest] += 1
             if self._blob_users[layer.blob_digest] == 1:
-                self.used_bytes += layer.blob_bytes
-                self.used_inodes += 1
+                self._used_bytes += layer.blob_bytes
+                self._used_inodes += 1
 
-    def _forget(self, number: int) -> tuple[Layer, str]:
-        """Take the layer out of memory; returns it, and the digest of its blob if that has no other user."""
+    def _forget(self, number: int) -> _Dropped:
+        """Take the layer out of memory."""
         layer = self._layers.pop(number)
         del self._by_chain[layer.chain_id]
-        self._unsynced.discard(number)
-        self.used_bytes -= layer.used_bytes
-        self.used_inodes -= layer.used_inodes
+        new = number in self._new
+        self._new.discard(number)
+        self._used_bytes -= layer.used_bytes
+        self._used_inodes -= layer.used_inodes
         if not layer.blob_digest:
-            return layer, ""
+            return _Dropped(layer, "", new)
         self._blob_users[layer.blob_digest] -= 1
         if self._blob_users[layer.blob_digest]:
-            return layer, ""
+            return _Dropped(layer, "", new)
         del self._blob_users[layer.blob_digest]
-        self.used_bytes -= layer.blob_bytes
-        self.used_inodes -= 1
-        return layer, layer.blob_digest
-
-    async def unpack(
-        self, chunks: AsyncGenerator[bytes, None], descriptor: Descriptor, folder: Path, subject: str
-    ) -> Unpacked:
-        """Unpack a layer to ``folder`` outside of the store; errors as ``Unpacker.unpack``."""
-        async with self._slots:
-            return await self._worker().unpack(chunks, descriptor, folder, None, subject)
+        self._used_bytes -= layer.blob_bytes
+        self._used_inodes -= 1
+        return _Dropped(layer, layer.blob_digest, new)
 
     @asynccontextmanager
     async def scratch(self) -> AsyncIterator[Path]:
@@ -286,8 +310,8 @@ class LayerStore:
         for layer in users:
             self._layers[layer.number] = self._by_chain[layer.chain_id] = replace(layer, blob_digest="")
         del self._blob_users[digest]
-        self.used_bytes -= users[0].blob_bytes
-        self.used_inodes -= 1
+        self._used_bytes -= users[0].blob_bytes
+        self._used_inodes -= 1
         await self._database.write(lambda connection: layer_rows.forget_blob(connection, digest))
         await self._throw([self._blob_path(digest)])
 
@@ -296,15 +320,31 @@ class LayerStore:
         if layer is not None and not self._users[layer.number]:
             await self._drop([self._forget(layer.number)])
 
-    async def _drop(self, dropped: list[tuple[Layer, str]]) -> None:
-        rows = [(layer.number,) for layer, _ in dropped]
+    async def _drop(self, dropped: list[_Dropped]) -> None:
+        rows = [(gone.layer.number,) for gone in dropped]
         await self._database.write(
             lambda connection: connection.executemany("DELETE FROM layers WHERE number = ?", rows) and None
         )
-        paths = [self._folder / str(layer.number) for layer, _ in dropped]
+        paths = [self._folder / str(gone.layer.number) for gone in dropped]
         # A pull may have brought the same blob again meanwhile.
-        paths += [self._blob_path(digest) for _, digest in dropped if digest and digest not in self._blob_users]
+        blobs = [gone for gone in dropped if gone.blob and gone.blob not in self._blob_users]
+        for gone in blobs:
+            if gone.new:
+                await self.partials.keep(gone.blob, self._blob_path(gone.blob))
+            else:
+                paths.append(self._blob_path(gone.blob))
         await self._throw(paths)
+
+    async def give_up(self, blobs: Iterable[str], error: PodkeelError) -> None:
+        """A pull with these blobs failed with ``error``, and would again: drop what came of them.
+
+        All partial blobs go if there was no room, and this returns when there is.
+        """
+        if isinstance(error, LimitError):
+            await self.partials.drop_all()
+            await self._trash.emptied()
+        else:
+            await self.partials.drop(blobs)
 
     async def _take_back(self, paths: Iterable[Path]) -> None:
         """Throw away and wait until it is gone: the disk may be full, and the store wants to write next."""
@@ -315,41 +355,13 @@ class LayerStore:
         await in_thread(lambda: [self._trash.throw(path) for path in paths])
         self._trash.wake()
 
-    def _sweep_folders(self, layers: set[int], blobs: set[str]) -> None:
+    def _sweep_folders(self, layers: set[int], blobs: set[str]) -> list[str]:
+        """Throw away folders that no layer has; returns the digests of such blobs."""
         keep = {str(number) for number in layers} | {str(EMPTY_LAYER)}
         for path in self._folder.iterdir():
             if path.name not in keep:
                 self._trash.throw(path)
         for path in self._incoming.iterdir():
             self._trash.throw(path)
-        for algorithm in ("sha256", "sha512"):
-            for path in (self._content / algorithm).iterdir():
-                if f"{algorithm}:{path.name}" not in blobs:
-                    self._trash.throw(path)
-
-    def _sync_soon(self) -> None:
-        if self._sync_task is None or self._sync_task.done():
-            self._sync_task = asyncio.create_task(self._sync(), name="sync layers")
-
-    async def _sync(self) -> None:
-        """Write layers to the disk behind everybody's back; until that is done, a power cut costs them."""
-        while self._unsynced:
-            await asyncio.sleep(SYNC_DELAY)
-            numbers = set(self._unsynced)
-            try:
-                await in_thread(sync_file_system, self._folder)
-            except OSError as error:
-                _log.warning("%s could not be written to the disk: %s", self._folder, error)
-                return
-            self._unsynced -= numbers
-            await self._database.write(functools.partial(layer_rows.mark_synced, numbers=numbers))
-
-
-def sync_file_system(folder: Path) -> None:
-    """Write what the file system of ``folder`` has in memory to its disk (syncfs(2)); blocks until it is done."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
-    finally:
-        os.close(descriptor)
+        found = [f"{name}:{path.name}" for name in ("sha256", "sha512") for path in (self._content / name).iterdir()]
+        return [digest for digest in found if digest not in blobs]

@@ -22,7 +22,8 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     Layers: at most ``max_parallel_downloads`` of them are fetched and unpacked at once, over all pulls. A layer that
     unpacks to more than ``max_layer_bytes`` or holds more than ``max_layer_entries`` is refused, and so is a compressed
     archive that unpacks to more than ``max_archive_bytes``. With ``keep_blobs`` the compressed layers stay on disk
-    beside the unpacked ones, which checking, repairing and exporting an image need.
+    beside the unpacked ones, which checking, repairing and exporting an image need, and what came of one whose
+    pull broke off stays for ``partial_hours``, so that another pull goes on from there.
 
     Every program in ``verifier_dir`` is asked before an image is pulled, in containerd's way, and has
     ``verifier_seconds`` to allow it; empty: none is asked. Imported archives are not verified.
@@ -45,6 +46,7 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     max_layer_entries: int = 2_000_000
     max_archive_bytes: int = 256 * GIBIBYTE
     keep_blobs: bool = True
+    partial_hours: float = 24.0
     verifier_dir: str = ""
     verifier_seconds: float = 10.0
     pinned: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from images.layer_source import LayerSource
+from images.partials import PartialBlob
 
 
 class LayerState(Enum):
@@ -55,16 +56,24 @@ class Transfers:
         self._received: dict[str, int] = {}
 
     @contextmanager
-    def running(self, source: LayerSource) -> Iterator[AsyncGenerator[bytes, None]]:
-        """The chunks of the layer, counted; it is on its way until the block ends."""
+    def running(self, source: LayerSource, partial: PartialBlob | None) -> Iterator[AsyncGenerator[bytes, None]]:
+        """The chunks of the layer, what is there of it first, counted; it is on its way until the block ends."""
         self._received[source.chain_id] = 0
         try:
-            yield self._counted(source)
+            yield self._counted(source, partial)
         finally:
             del self._received[source.chain_id]
 
-    async def _counted(self, source: LayerSource) -> AsyncGenerator[bytes, None]:
-        async with contextlib.aclosing(source.chunks()) as chunks:
+    async def _counted(self, source: LayerSource, partial: PartialBlob | None) -> AsyncGenerator[bytes, None]:
+        begin = partial.size if partial is not None else 0
+        if partial is not None:
+            async with contextlib.aclosing(partial.chunks()) as chunks:
+                async for chunk in chunks:
+                    self._received[source.chain_id] += len(chunk)
+                    yield chunk
+        if 0 < begin == source.descriptor.size:
+            return
+        async with contextlib.aclosing(source.chunks(begin)) as chunks:
             async for chunk in chunks:
                 self._received[source.chain_id] += len(chunk)
                 yield chunk

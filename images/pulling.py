@@ -83,4 +83,5 @@ async def _candidate(client: RegistryClient, name: Reference, top: FetchedManife
         names=(digest_name,) if name.digest else (name.tagged, digest_name),
         open_layer=functools.partial(RegistryClient.blob, client),
         transferred=lambda: client.transferred,
+        resumable=True,
     )

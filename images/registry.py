@@ -101,9 +101,9 @@ class RegistryClient:
         digests.verify(bytes(content), descriptor.digest, subject)
         return bytes(content)
 
-    async def blob(self, descriptor: Descriptor) -> AsyncGenerator[bytes, None]:
-        """The bytes of a blob, unverified; a broken connection is taken up again where it broke."""
-        received = 0
+    async def blob(self, descriptor: Descriptor, begin: int = 0) -> AsyncGenerator[bytes, None]:
+        """The bytes of a blob from ``begin`` on, unverified; a broken connection is taken up again where it broke."""
+        received = begin
         failures = 0
         while True:
             begin = received

@@ -41,4 +41,6 @@ MIGRATIONS: tuple[str, ...] = (
         layers TEXT NOT NULL
     ) STRICT
     """,
+    # Layers are on the disk before their rows are written, so nothing has to be known of those that are not.
+    "ALTER TABLE layers DROP COLUMN unsynced_boot",
 )

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.database import Database
-from host.errors import InvalidArgumentError, NotFoundError
+from host.errors import InvalidArgumentError, LimitError, NotFoundError
 from host.stages import Operation
 from host.threads import in_thread
+from images import layer_rows
 from images.archive import ImageArchive
 from images.candidate import Candidate
 from images.checking import ImageChecker
@@ -151,7 +152,8 @@ class ImageStore:
 
         A tag that another image had moves to this one. Raises InvalidArgumentError for a malformed reference or a
         broken image, NotFoundError, PermissionDeniedError, LimitError, UnsupportedError for an artifact, and
-        KubeletReasonError ``RegistryUnavailable``. Whatever the error, nothing of it stays.
+        KubeletReasonError ``RegistryUnavailable``. Whatever the error, nothing of it stays but partial blobs, which the
+        next pull of it goes on with.
         """
         name = parse(reference)
         begin = time.perf_counter()
@@ -257,6 +259,13 @@ class ImageStore:
 
     async def _install(self, candidate: Candidate, operation: Operation) -> Image:
         """Unpack what is missing of the image, then make it visible."""
+        try:
+            return await self._install_layers(candidate, operation)
+        except (InvalidArgumentError, LimitError) as error:
+            await self._layers.give_up([layer.digest for layer in candidate.layers], error)
+            raise
+
+    async def _install_layers(self, candidate: Candidate, operation: Operation) -> Image:
         config = candidate.parsed_config()
         layers: list[Layer] = []
         try:
@@ -290,6 +299,7 @@ class ImageStore:
         if new:
             self._records[record.id] = record
             self._layers.retain(layer.number for layer in layers)
+        self._layers.settle(layer.number for layer in layers)
         self._name(record, candidate.names)
         return self._show(record)
 
@@ -369,6 +379,7 @@ def _insert(connection: sqlite3.Connection, candidate: Candidate, layers: tuple[
         "INSERT OR IGNORE INTO image_layers (image_id, position, layer) VALUES (?, ?, ?)",
         [(candidate.id, position, layer.number) for position, layer in enumerate(layers)],
     )
+    layer_rows.mark_used(connection, [layer.number for layer in layers])
     _insert_names(connection, candidate.id, candidate.names)
 
 

@@ -16,8 +16,10 @@ import msgspec
 
 from host import processes
 from host.errors import InvalidArgumentError, LimitError, PodkeelError
+from host.threads import in_thread
 from images import digests
 from images.manifests import Descriptor
+from images.partials import PartialBlob, write_all
 
 BATCH = 1 << 20
 _SET_PIPE_SIZE = 1031
@@ -63,9 +65,14 @@ class Unpacker:
         self._threads.shutdown(wait=True)
 
     async def unpack(
-        self, chunks: AsyncGenerator[bytes, None], descriptor: Descriptor, folder: Path, keep: Path | None, subject: str
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        descriptor: Descriptor,
+        folder: Path,
+        keep: PartialBlob | None,
+        subject: str,
     ) -> Unpacked:
-        """Write the layer that ``chunks`` brings below ``folder``, and its bytes as they are to ``keep``.
+        """Write the layer that ``chunks`` brings below ``folder``, and what ``keep`` lacks of its bytes to that.
 
         Digest and size of ``descriptor`` are checked (where it has them). Raises InvalidArgumentError for a broken
         layer and LimitError for one over the limits or a full disk, naming ``subject``; what was written stays for the
@@ -116,17 +123,19 @@ class _Feed:
     """Hashes, keeps and passes on the bytes, a batch at a time on a thread while the next one arrives."""
 
     def __init__(
-        self, pipe: int, keep: Path | None, descriptor: Descriptor, subject: str, threads: ThreadPoolExecutor
+        self, pipe: int, keep: PartialBlob | None, descriptor: Descriptor, subject: str, threads: ThreadPoolExecutor
     ) -> None:
         self._pipe = pipe
         self._closed = False
-        self._file = os.open(keep, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600) if keep else -1
+        self._keep = keep
+        self._there = keep.size if keep is not None else 0
         self._descriptor = descriptor
         self._subject = subject
         self._threads = threads
         self._hash = digests.hasher(descriptor.digest)
         self._algorithm = descriptor.digest.partition(":")[0] or "sha256"
         self._busy: asyncio.Future[None] | None = None
+        self._batch: list[bytes] = []
         self.size = 0
 
     @property
@@ -136,11 +145,10 @@ class _Feed:
 
     async def send_all(self, chunks: AsyncGenerator[bytes, None]) -> None:
         """Pass on everything, then check size and digest; BrokenPipeError if the worker stops reading."""
-        batch: list[bytes] = []
         waiting = 0
         expected = self._descriptor.size
         async for chunk in chunks:
-            batch.append(chunk)
+            self._batch.append(chunk)
             waiting += len(chunk)
             self.size += len(chunk)
             if 0 <= expected < self.size:
@@ -148,9 +156,9 @@ class _Feed:
                     f"{self._subject} is broken: it is longer than the {expected} bytes it should be"
                 )
             if waiting >= BATCH:
-                await self._submit(batch)
-                batch, waiting = [], 0
-        await self._submit(batch)
+                await self._submit()
+                waiting = 0
+        await self._submit()
         await self._drain()
         if 0 <= expected != self.size:
             raise InvalidArgumentError(f"{self._subject} is broken: it has {self.size} bytes, expected {expected}")
@@ -159,8 +167,9 @@ class _Feed:
                 f"{self._subject} is broken: its digest is {self.digest}, expected {self._descriptor.digest}"
             )
 
-    async def _submit(self, batch: list[bytes]) -> None:
+    async def _submit(self) -> None:
         await self._drain()
+        batch, self._batch = self._batch, []
         self._busy = asyncio.get_running_loop().run_in_executor(self._threads, self._pass_on, batch)
 
     async def _drain(self) -> None:
@@ -169,36 +178,41 @@ class _Feed:
             self._busy = None
 
     async def settle(self) -> None:
-        """Wait for the thread, whatever comes of it; the worker must be gone so that it cannot block."""
+        """Wait for the thread, whatever comes of it, and keep what is left.
+
+        The worker must be gone, so that the thread cannot be blocked by it.
+        """
         if self._busy is not None:
             await asyncio.wait((self._busy,))
             self._busy.exception()
             self._busy = None
+        with contextlib.suppress(LimitError):
+            await in_thread(self._save, self._batch)
 
     def _pass_on(self, batch: list[bytes]) -> None:
         for chunk in batch:
             self._hash.update(chunk)
-            if self._file >= 0:
-                try:
-                    _write_fully(self._file, chunk)
-                except OSError as error:
-                    raise LimitError(f"{self._subject} could not be kept: {error.strerror}") from error
-            _write_fully(self._pipe, chunk)
+        self._save(batch)
+        write_all(self._pipe, batch)
+
+    def _save(self, batch: list[bytes]) -> None:
+        if self._keep is None:
+            return
+        while batch and self._there:  # what came first is what the partial blob held
+            self._there -= len(batch[0])
+            batch = batch[1:]
+        try:
+            self._keep.append(batch)
+        except OSError as error:
+            self._keep = None  # nothing may come after a gap
+            raise LimitError(f"{self._subject} could not be kept: {error.strerror}") from error
 
     def close(self) -> None:
-        """Close the pipe, which tells the worker that the layer ends here, and the kept file."""
+        """Close the pipe, which tells the worker that the layer ends here."""
         if self._closed:
             return
         self._closed = True
         os.close(self._pipe)
-        if self._file >= 0:
-            os.close(self._file)
-
-
-def _write_fully(descriptor: int, data: bytes) -> None:
-    written = os.write(descriptor, data)
-    while written < len(data):
-        written += os.write(descriptor, memoryview(data)[written:])
 
 
 async def _end_of(worker: asyncio.Task[processes.Completed]) -> processes.Completed:

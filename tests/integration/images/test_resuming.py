@@ -1,0 +1,232 @@
+"""What came of a layer before its pull broke off is not fetched again, and proves nothing by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from host.errors import InvalidArgumentError, KubeletReasonError
+from host.processes import open_process, reap_ended, spawn
+from tests.integration.images.conftest import Node
+from tests.integration.images.test_restart import PROGRAM
+from tests.support.image_builder import BuiltImage, digest_of, entry, make_tar
+from tests.support.registry import Registry
+from tests.support.registry_front import Front, run_front
+
+NewNode = Callable[..., Awaitable[Node]]
+
+
+@pytest.fixture(scope="module")
+def built() -> BuiltImage:
+    return BuiltImage(tuple(make_tar([entry(name, os.urandom(3_000_000))]) for name in "ab"))
+
+
+@pytest.fixture
+async def front(registry: Registry, built: BuiltImage) -> AsyncIterator[Front]:
+    registry.push(built, "resumed")
+    async with run_front(registry.host) as running:
+        yield running
+
+
+def name(front: Front) -> str:
+    return f"{front.host}/resumed:latest"
+
+
+def partials(node: Node) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in (node.data / "content/partial").iterdir()}
+
+
+def ranges(front: Front) -> list[str]:
+    """The ranges of the requests for large blobs."""
+    return [
+        headers.get("Range", "all")
+        for _, path, headers in front.seen
+        if "/blobs/" in path and f"{digest_of(b'')}" not in path and "config" not in path
+    ]
+
+
+async def broken_off(node: Node, front: Front, size: int) -> None:
+    """A pull of which ``size`` bytes of each layer come before the registry is gone."""
+    front.cut_after = size
+    front.refuse_ranges = True
+    with pytest.raises(KubeletReasonError, match="broke off"):
+        await node.store.pull(name(front))
+    front.cut_after = 0
+    front.refuse_ranges = False
+    front.seen.clear()
+
+
+async def until(good: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            if good():
+                return
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def at_once(failures: int, retry_after: str = "") -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr("images.registry.back_off", at_once)
+
+
+async def test_the_next_pull_goes_on_where_one_broke_off(node: Node, front: Front, built: BuiltImage) -> None:
+    await broken_off(node, front, 1_500_000)
+    left = partials(node)
+    assert sorted(left.values())[-1] == 1_500_000
+    assert node.store.filesystem_usage().used_bytes >= sum(left.values())
+    assert (await node.store.pull(name(front))).id == built.id
+    assert "bytes=1500000-" in ranges(front)
+    assert node.store.fetched_bytes < sum(map(len, built.layers)) + 100_000
+    assert partials(node) == {}
+    assert (await node.store.checker.check(repair=False)).findings == ()
+    await node.store.remove(built.id)
+    assert await node.leftovers() == {}
+    assert node.store.filesystem_usage().used_bytes == 0
+
+
+async def test_it_does_so_where_the_registry_knows_no_ranges(node: Node, front: Front, built: BuiltImage) -> None:
+    await broken_off(node, front, 1_500_000)
+    front.refuse_ranges = True
+    assert (await node.store.pull(name(front))).id == built.id
+    assert (await node.store.checker.check(repair=False)).findings == ()
+
+
+async def test_a_cancelled_pull_is_resumed_after_a_restart(node: Node, front: Front, built: BuiltImage) -> None:
+    gate = front.hold_after(1)
+    pulling = asyncio.create_task(node.store.pull(name(front)))
+    await until(
+        lambda: (
+            max(partials(node).values(), default=0) > 3_000_000
+            and sum(layer.received for layer in node.store.pulls()[0].layers) > 3_050_000
+        )
+    )
+    pulling.cancel()
+    await asyncio.wait((pulling,))
+    gate.set()
+    whole, part = sorted(partials(node).values(), reverse=True)
+    assert whole > 3_000_000, "the layer that was complete keeps its blob"
+    assert part >= 50_000
+    assert sorted(path.name for path in (node.data / "layers").iterdir()) == ["0"]
+    await node.restart()
+    front.seen.clear()
+    assert (await node.store.pull(name(front))).id == built.id
+    assert node.store.fetched_bytes < 3_050_000
+    assert f"bytes={part}-" in ranges(front)
+    await node.restart()
+    assert partials(node) == {}
+
+
+async def test_a_killed_pull_is_resumed(node: Node, front: Front, built: BuiltImage) -> None:
+    front.trickle = 20_000
+    await node.stop()
+    command = [sys.executable, "-c", PROGRAM, str(node.root), "pull", name(front)]
+    pid = spawn(command, environment={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path.cwd())})
+    pidfd = open_process(pid, None)
+    assert pidfd is not None
+    try:
+        await until(lambda: sum(partials(node).values()) > 1_000_000)
+    finally:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        reap_ended(pidfd)
+        os.close(pidfd)
+    left = partials(node)
+    front.trickle = 0
+    front.seen.clear()
+    await node.start()
+    assert partials(node) == left
+    assert (await node.store.pull(name(front))).id == built.id
+    for size in filter(None, left.values()):
+        assert f"bytes={size}-" in ranges(front)
+    assert node.store.fetched_bytes <= sum(map(len, built.layers)) + 100_000 - sum(left.values())
+
+
+async def test_what_was_damaged_meanwhile_is_fetched_anew(node: Node, front: Front, built: BuiltImage) -> None:
+    await broken_off(node, front, 1_500_000)
+    for path in (node.data / "content/partial").iterdir():
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert (await node.store.pull(name(front))).id == built.id
+    assert "all" in ranges(front)
+    assert (await node.store.checker.check(repair=False)).findings == ()
+    await node.store.remove(built.id)
+    assert await node.leftovers() == {}
+
+
+async def test_what_is_too_long_is_fetched_anew(node: Node, front: Front, built: BuiltImage) -> None:
+    await broken_off(node, front, 1_500_000)
+    for path in (node.data / "content/partial").iterdir():
+        path.write_bytes(bytes(4_000_000))
+    await node.restart()
+    assert (await node.store.pull(name(front))).id == built.id
+
+
+async def test_what_is_broken_in_the_registry_leaves_nothing(
+    node: Node, front: Front, built: BuiltImage, registry: Registry
+) -> None:
+    await broken_off(node, front, 1_500_000)
+    blobs, _ = built.blobs()
+    path = registry.blob_path(next(digest for digest, blob in blobs.items() if len(blob) > 1_000_000))
+    good = path.read_bytes()
+    path.write_bytes(good[:2_000_000] + bytes(len(good) - 2_000_000))
+    try:
+        with pytest.raises(InvalidArgumentError, match="broken"):
+            await node.store.pull(name(front))
+    finally:
+        path.write_bytes(good)
+    assert await node.leftovers() == {}
+
+
+async def test_two_pulls_at_once_share_what_is_there(node: Node, front: Front, built: BuiltImage) -> None:
+    await broken_off(node, front, 1_500_000)
+    other = BuiltImage((built.layers[1], built.layers[0], built.layers[1]))
+    await asyncio.gather(
+        node.store.pull(name(front)), node.store.pull(Registry.push(_registry(front), other, "resumed", "other"))
+    )
+    assert node.store.fetched_bytes < 2 * 3_050_000, "no blob came twice, though each is a layer several times"
+    assert (await node.store.checker.check(repair=False)).findings == ()
+    for image in node.store.images():
+        await node.store.remove(image.id)
+    assert await node.leftovers() == {}
+
+
+def _registry(front: Front) -> Registry:
+    return Registry(front.upstream, Path(), 0)
+
+
+async def test_they_go_when_nobody_came_for_them(new_node: NewNode, front: Front) -> None:
+    node = await new_node(partial_hours=0.4 / 3600)
+    await broken_off(node, front, 1_500_000)
+    await until(lambda: not partials(node))
+    assert await node.leftovers() == {}
+    assert node.store.filesystem_usage().used_bytes == 0
+
+
+async def test_old_ones_and_what_is_none_go_at_the_start(node: Node, front: Front) -> None:
+    await broken_off(node, front, 1_500_000)
+    folder = node.data / "content/partial"
+    old = next(path for path in folder.iterdir())
+    os.utime(old, (1, 1))
+    (folder / "sha256-what").write_text("")
+    (folder / "sub").mkdir()
+    await node.restart()
+    assert old.name not in partials(node)
+    assert set(partials(node)) <= {path for path in partials(node) if len(path) == 71}
+    assert node.store.filesystem_usage().used_bytes == sum(partials(node).values())
+
+
+async def test_nothing_is_resumed_where_blobs_are_not_kept(new_node: NewNode, front: Front, built: BuiltImage) -> None:
+    node = await new_node(keep_blobs=False)
+    await broken_off(node, front, 1_500_000)
+    assert await node.leftovers() == {}
+    assert (await node.store.pull(name(front))).id == built.id
+    assert set(ranges(front)) == {"all"}

@@ -99,6 +99,12 @@ def init_pid(agent: AgentProcess, container_id: str) -> int:
     return int(json.loads(agent.client.call("ContainerStatus", request).info["info"])["pid"])
 
 
+def confined_by_apparmor(agent: AgentProcess, container_id: str) -> bool:
+    """Whether a container runs under a profile, which keeps it from looking into processes outside of it."""
+    label = Path(f"/proc/{init_pid(agent, container_id)}/attr/current")
+    return Path("/sys/kernel/security/apparmor").exists() and "podkeel-default" in label.read_text()
+
+
 def import_image(
     agent: AgentProcess, folder: Path, name: str, entries: Sequence[Any], config: dict[str, object] | None = None
 ) -> str:

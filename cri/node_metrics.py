@@ -56,7 +56,7 @@ def _register_counts(metrics: AgentMetrics, agent: Agent) -> None:
     counter("podkeel_store_commits_total", "Commits of the store.", lambda: node.database.commits)
     text = "Clients that listen to events."
     metrics.compute("podkeel_event_subscribers", text, (), lambda: [((), node.events.subscribers)])
-    text = "What monitors and OCI runtimes failed at."
+    text = "What monitors and OCI runtimes failed at; run program: the container's cannot be executed."
     labels = ("program", "action")
     metrics.compute("podkeel_program_failures_total", text, labels, lambda: _failures(node), counter=True)
     text = "Differences between store and node that were repaired at start."
@@ -109,7 +109,7 @@ def _register_disk(metrics: AgentMetrics, node: Node) -> None:
 
 def _failures(node: Node) -> Rows:
     programs = (runtime.name for runtime in node.handlers.working())
-    known = [*itertools.product(programs, ("create", "start", "delete")), ("conmon", "monitor")]
+    known = [*itertools.product(programs, ("create", "run program", "start", "delete")), ("conmon", "monitor")]
     return [(labels, float(count)) for labels, count in (dict.fromkeys(known, 0) | node.failures).items()]
 
 

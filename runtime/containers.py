@@ -164,8 +164,9 @@ class ContainerManager:
         try:
             monitored = await self._node.monitors.create(request)
         except RuntimeRefusedError as error:
-            self._node.failures[runtime.name, "create"] += 1
-            if not cannot_run_program(error.message):
+            unrunnable = cannot_run_program(error.message)
+            self._node.failures[runtime.name, "run program" if unrunnable else "create"] += 1
+            if not unrunnable:
                 raise
             # Clients expect a program that cannot be run to fail the start, not the making.
             record.start_error = naming(program, error.message)

@@ -101,8 +101,8 @@ MIB = 1 << 20
 FLOOD = "read go; yes $(printf %0999d 7) | head -c {size}; echo over"
 
 
-def flooding(agent: AgentProcess, size: int, **options: bool) -> Running:
-    return run(agent, "sh", "-c", FLOOD.format(size=size), stdin=True, **options)
+def flooding(agent: AgentProcess, size: int) -> Running:
+    return run(agent, "sh", "-c", FLOOD.format(size=size), stdin=True)
 
 
 def flood_lines(path: Path) -> int:

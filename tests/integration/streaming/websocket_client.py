@@ -22,12 +22,16 @@ from wsproto.events import (
 
 
 class WebSocketClient:
-    """Collects what comes by channel."""
+    """Collects what comes by channel; only counts output (``size``) unless ``keep``, reads only while ``reading``."""
 
     def __init__(self, *, use_base64: bool = False) -> None:
         self.use_base64 = use_base64
         self.channels: dict[int, bytearray] = {}
         self.messages: list[tuple[int, bytes]] = []
+        self.keep = True
+        self.size = 0
+        self.reading = asyncio.Event()
+        self.reading.set()
         self.close_code: int | None = None
         self.subprotocol: str | None = None
         self.rejected: int | None = None
@@ -84,6 +88,7 @@ class WebSocketClient:
 
     async def _read(self) -> None:
         while data := await self.reader.read(65536):
+            await self.reading.wait()
             self._connection.receive_data(data)
             for event in self._connection.events():
                 self._handle(event)
@@ -113,5 +118,8 @@ class WebSocketClient:
             channel, data = message[0] - ord("0"), base64.b64decode(message[1:])
         else:
             channel, data = message[0], message[1:]
+        self.size += len(data)
+        if not self.keep and channel in (1, 2):
+            return
         self.messages.append((channel, data))
         self.channels.setdefault(channel, bytearray()).extend(data)

@@ -12,7 +12,13 @@ async def test_pieces_keep_their_order_and_those_of_one_stream_are_joined() -> N
     for stream, data in ((2, b"a"), (2, b"b"), (3, b"c"), (2, b"d")):
         backlog.add(stream, data)
     backlog.end()
-    assert [await backlog.take() for _ in range(5)] == [(2, b"ab"), (3, b"c"), (2, b"d"), None, None]
+    assert [await backlog.take() for _ in range(5)] == [
+        (2, bytearray(b"ab")),
+        (3, bytearray(b"c")),
+        (2, bytearray(b"d")),
+        None,
+        None,
+    ]
 
 
 async def test_a_piece_stays_small() -> None:
@@ -29,7 +35,7 @@ async def test_taking_waits_for_what_comes() -> None:
     taking = asyncio.create_task(backlog.take())
     await asyncio.sleep(0)
     backlog.add(3, b"x")
-    assert await taking == (3, b"x")
+    assert await taking == (3, bytearray(b"x"))
 
 
 async def test_a_full_one_has_room_again_once_half_of_it_is_taken() -> None:

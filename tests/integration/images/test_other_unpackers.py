@@ -1,4 +1,4 @@
-"""The same images unpacked by us and by umoci: trees identical in content, type, mode, owner, times, xattrs."""
+"""The same images unpacked by us, umoci and containerd: trees identical in content, type, mode, owner, xattrs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import os
 import shutil
 import stat
 import tarfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from host import mounts, processes
 from tests.integration.images.conftest import Node
+from tests.support.containerd import run_containerd
 from tests.support.image_builder import BuiltImage, busybox_layer, entry, folder, make_tar
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("umoci") is None or shutil.which("skopeo") is None, reason="needs the Debian packages skopeo and umoci"
-)
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    missing = [package for package in packages if shutil.which(package) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs the Debian packages {' and '.join(missing)}")
+
 
 Facts = dict[str, tuple[object, ...]]
 
@@ -60,7 +64,8 @@ def image() -> BuiltImage:
         entry("srv/old/file", "old"),
         entry("usr/bin/set", "s", mode=0o4755, uid=1, gid=2, mtime=5000),
         entry("usr/bin/group", "g", mode=0o2755, uid=3, gid=4, mtime=5000),
-        entry("usr/bin/hard", kind=tarfile.LNKTYPE, link="usr/bin/set"),
+        # As its target: containerd gives that what a link's own entry says, GNU tar, umoci and we do not.
+        entry("usr/bin/hard", mode=0o4755, uid=1, gid=2, mtime=5000, kind=tarfile.LNKTYPE, link="usr/bin/set"),
         entry("usr/bin/soft", kind=tarfile.SYMTYPE, link="../../etc/keep", mtime=7000),
         entry("usr/bin/away", kind=tarfile.SYMTYPE, link="/nowhere/at/all", mtime=7000),
         entry("usr/bin/able", "able", mode=0o755, pax=set_capability),
@@ -92,20 +97,46 @@ def image() -> BuiltImage:
     return BuiltImage((busybox_layer(), make_tar(base, form=tarfile.PAX_FORMAT), make_tar(upper), make_tar(top)))
 
 
-async def test_umoci_makes_the_same_tree(node: Node, tmp_path: Path) -> None:
-    archive = tmp_path / "image.tar"
-    image().write_oci(archive, "localhost/compared:1")
-    (ours,) = await node.store.import_archive(archive)
-    await node.store.snapshots.mount_image("c", ours, target=tmp_path / "ours")
+@pytest.fixture
+async def ours(node: Node, archive: Path, tmp_path: Path) -> AsyncIterator[Facts]:
+    """The tree as we unpack it."""
+    (image,) = await node.store.import_archive(archive)
+    await node.store.snapshots.mount_image("c", image, target=tmp_path / "ours")
     try:
-        environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-        copy = ("skopeo", "--insecure-policy", "copy", f"oci-archive:{archive}", f"oci:{tmp_path}/layout:1")
-        await processes.run(copy, environment=environment, timeout=60)
-        unpack = ("umoci", "unpack", "--image", f"{tmp_path}/layout:1", f"{tmp_path}/theirs")
-        await processes.run(unpack, environment=environment, timeout=60)
-        mine, theirs = facts(tmp_path / "ours"), facts(tmp_path / "theirs/rootfs")
-        assert len(mine) > 250
-        assert sorted(mine) == sorted(theirs)
-        assert {path: (mine[path], theirs[path]) for path in mine if mine[path] != theirs[path]} == {}
+        found = facts(tmp_path / "ours")
+        assert len(found) > 250
+        yield found
     finally:
         mounts.unmount(tmp_path / "ours")
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    path = tmp_path / "image.tar"
+    image().write_oci(path, "localhost/compared:1")
+    return path
+
+
+def compare(ours: Facts, theirs: Facts) -> None:
+    assert sorted(ours) == sorted(theirs)
+    assert {path: (ours[path], theirs[path]) for path in ours if ours[path] != theirs[path]} == {}
+
+
+@needs("umoci", "skopeo")
+async def test_umoci_makes_the_same_tree(ours: Facts, archive: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    copy = ("skopeo", "--insecure-policy", "copy", f"oci-archive:{archive}", f"oci:{tmp_path}/layout:1")
+    await processes.run(copy, environment=environment, timeout=60)
+    unpack = ("umoci", "unpack", "--image", f"{tmp_path}/layout:1", f"{tmp_path}/theirs")
+    await processes.run(unpack, environment=environment, timeout=60)
+    compare(ours, facts(tmp_path / "theirs/rootfs"))
+
+
+@needs("containerd")
+def test_containerd_makes_the_same_tree(ours: Facts, archive: Path, tmp_path: Path) -> None:
+    with (
+        run_containerd(tmp_path / "containerd") as containerd,
+        containerd.mounted(archive, "localhost/compared:1", tmp_path / "theirs") as theirs,
+    ):
+        compare(ours, facts(theirs))
+    assert mounts.mounts_below(tmp_path) == [str(tmp_path / "ours")]

@@ -88,6 +88,9 @@ def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         "An agent that runs here is asked to compare its store with the kernel. Exits 1 if anything fails.",
     )
     parser.add_argument("--format", choices=("table", "json"), default="table", help="output format (default: table)")
+    parser.add_argument(
+        "--repair", action="store_true", help="have the agent remove what belongs to no pod and make what is missing"
+    )
     parser = commands.add(
         "reset",
         "cli.reset:reset",
@@ -95,6 +98,7 @@ def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         "Containers, mounts, namespaces, links, addresses and its folders. The agent must not be running.",
     )
     parser.add_argument("--yes", action="store_true", help="really do it")
+    parser.add_argument("--force", action="store_true", help="give up what CNI plugins do not give back")
 
 
 def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -108,6 +112,9 @@ def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     _add_pod_dir(parser)
     parser = commands.add("rm", "cli.pods:remove", "stop and remove pods")
     parser.add_argument("pods", metavar="POD", nargs="+", help=_POD)
+    parser.add_argument(
+        "--force", "-f", action="store_true", help="also where CNI plugins cannot give back a pod's network any more"
+    )
     _add_pod_dir(parser)
     parser = commands.add("pods", "cli.pods:list_pods", "list pods")
     parser.add_argument("--quiet", "-q", action="store_true", help="full ids only")

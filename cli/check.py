@@ -22,7 +22,7 @@ _COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
 def check(options: argparse.Namespace) -> int:
     """Print the checks of this host and of the agent on it; 1 if any failed."""
     configuration = load_for(options).configuration
-    checks = [*run_check(configuration), *agent_checks(configuration.server.socket)]
+    checks = [*run_check(configuration), *agent_checks(configuration.server.socket, repair=options.repair)]
     failed = sum(item.state == "fail" for item in checks)
     if options.format == "json":
         print(json.dumps({"ok": not failed, "checks": msgspec.to_builtins(checks)}, indent=2))
@@ -31,8 +31,11 @@ def check(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def agent_checks(socket: str) -> list[Check]:
-    """What the agent on ``socket`` finds when it compares its store with the kernel; one line if none runs."""
+def agent_checks(socket: str, *, repair: bool = False) -> list[Check]:
+    """What the agent on ``socket`` finds when it compares its store with the kernel; one line if none runs.
+
+    With ``repair`` it makes the kernel what the store says.
+    """
     if not Path(socket.removeprefix("unix://")).exists():
         return [Check("agent", "ok", f"none listens on {socket}")]
     from cli.client import Client
@@ -40,7 +43,8 @@ def agent_checks(socket: str) -> list[Check]:
 
     with Client(socket) as client:
         try:
-            answer = client.call(agent_pb2.CheckRequest(), agent_pb2.CheckResponse, "compare store and kernel")
+            request = agent_pb2.CheckRequest(repair=repair)
+            answer = client.call(request, agent_pb2.CheckResponse, "compare store and kernel")
         except UnavailableError:
             remedy = "it was killed; its next start takes the socket over"
             return [Check("agent", "warn", f"{socket} is there but nobody answers", remedy)]
@@ -48,8 +52,11 @@ def agent_checks(socket: str) -> list[Check]:
             return [Check("agent", "fail", error.message)]
     if not answer.findings:
         return [Check("agent", "ok", "store and kernel agree")]
+    remedy = "restart the agent: it repairs more" if repair else "podkeel check --repair, or restart the agent"
     return [
-        Check(f"agent: {finding.kind}", "fail", f"{finding.object}: {finding.problem}", "restart the agent: it repairs")
+        Check(f"agent: {finding.kind}", "ok", f"{finding.object}: {finding.problem}; repaired")
+        if finding.repaired
+        else Check(f"agent: {finding.kind}", "fail", f"{finding.object}: {finding.problem}", remedy)
         for finding in answer.findings
     ]
 

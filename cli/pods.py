@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
@@ -14,6 +15,8 @@ from cli.connect import connect
 from cli.text import age, short, table
 from host.errors import NotFoundError
 from proto.runtime.v1 import cri_pb2
+
+_FORCE_SECONDS = 600.0  # each plugin may take its time, twice
 
 
 def list_pods(options: argparse.Namespace) -> None:
@@ -84,8 +87,18 @@ def remove(options: argparse.Namespace) -> None:
     """``podkeel rm``."""
     with connect(options) as client:
         for wanted in options.pods:
-            pod = lookup.find_pod(client, wanted)
-            remove_pod(client, pod)
+            try:
+                pod = lookup.find_pod(client, wanted)
+            except NotFoundError:
+                if not options.force:
+                    raise
+                _force_remove(client, wanted)  # `podkeel check` names ids of pods that never came to be
+                print(f"{wanted} removed")
+                continue
+            if options.force:
+                _force_remove(client, pod.id)
+            else:
+                remove_pod(client, pod)
             pod_folder.remove(options.pod_dir, pod.metadata)
             print(f"{pod.metadata.name} removed")
 
@@ -96,6 +109,17 @@ def remove_pod(client: Client, pod: cri_pb2.PodSandbox) -> None:
     stop_pod(client, pod)
     removal = cri_pb2.RemovePodSandboxRequest(pod_sandbox_id=pod.id)
     client.call(removal, cri_pb2.RemovePodSandboxResponse, f"remove pod {name}")
+
+
+def _force_remove(client: Client, pod_id: str) -> None:
+    """Have the agent remove a pod and give up what its CNI plugins do not give back, which is told."""
+    from proto.podkeel.v1 import agent_pb2
+
+    request = agent_pb2.ForceRemovePodRequest(id=pod_id)
+    what = f"remove pod {pod_id[:13]}"
+    answer = client.call(request, agent_pb2.ForceRemovePodResponse, what, timeout=_FORCE_SECONDS)
+    for sentence in answer.given_up:
+        print(f"given up: {sentence}", file=sys.stderr)
 
 
 def stop_pod(client: Client, pod: cri_pb2.PodSandbox) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from cli.config import load_for
 from host.errors import InvalidArgumentError
@@ -19,6 +20,7 @@ def reset(options: argparse.Namespace) -> int:
         raise InvalidArgumentError(f"this removes {what}; say --yes to do it")
     from cri.server import reset as reset_agent
 
-    reset_agent(loaded.configuration)
+    for sentence in reset_agent(loaded.configuration, force=options.force):
+        print(f"given up: {sentence}", file=sys.stderr)
     print(f"removed {what}")
     return 0

@@ -16,15 +16,24 @@ class AgentService(ImageCalls):
         super().__init__(agent.node.images)
         self._agent = agent
 
-    async def check(self, _request: agent_pb2.CheckRequest) -> agent_pb2.CheckResponse:
-        """Differences between store and node."""
-        found = await self._agent.check()
+    async def check(self, request: agent_pb2.CheckRequest) -> agent_pb2.CheckResponse:
+        """Differences between store and node, and which of them were repaired if that was asked for."""
+        if request.repair:
+            found, left = await self._agent.repair()
+        else:
+            found = left = await self._agent.check()
         return agent_pb2.CheckResponse(
             findings=[
-                agent_pb2.Finding(kind=finding.kind, object=finding.object, problem=finding.problem)
-                for finding in found
+                agent_pb2.Finding(
+                    kind=finding.kind, object=finding.object, problem=finding.problem, repaired=finding not in left
+                )
+                for finding in (*found, *(finding for finding in left if finding not in found))
             ]
         )
+
+    async def force_remove_pod(self, request: agent_pb2.ForceRemovePodRequest) -> agent_pb2.ForceRemovePodResponse:
+        """Remove a pod, giving up what its CNI plugins do not give back."""
+        return agent_pb2.ForceRemovePodResponse(given_up=await self._agent.pods.force_remove(request.id))
 
     async def explain(self, request: agent_pb2.ExplainRequest) -> agent_pb2.ExplainResponse:
         """The stages of a sandbox and its containers, or of one container."""

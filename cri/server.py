@@ -47,12 +47,15 @@ def serve(configuration: Configuration) -> None:
     asyncio.run(_serve(configuration))
 
 
-def reset(configuration: Configuration) -> None:
-    """Remove everything that an agent with this configuration left on the host; it must not be running."""
+def reset(configuration: Configuration, *, force: bool = False) -> list[str]:
+    """Remove everything that an agent with this configuration left on the host; it must not be running.
+
+    With ``force`` what CNI plugins do not give back is given up, which the returned sentences say.
+    """
     from runtime.reset import reset as reset_runtime
 
     configure_logging(configuration.log)
-    asyncio.run(reset_runtime(configuration.runtime, configuration.network, configuration.images))
+    return asyncio.run(reset_runtime(configuration.runtime, configuration.network, configuration.images, force=force))
 
 
 async def _serve(configuration: Configuration) -> None:

@@ -185,10 +185,14 @@ class BuiltInNetwork:
             ]
 
     async def repair(self, live: Collection[str]) -> list[Finding]:
-        """Remove what is ours and belongs to no ``live`` sandbox, make what is missing; returns what was wrong."""
+        """Remove what is ours and belongs to no ``live`` sandbox, make what is missing; returns what was wrong.
+
+        Sandboxes that are connected from now on are left alone: ``live`` cannot name them.
+        """
         kernel = self._started()
+        gone = set(self._reservations) - set(live) - self._unfinished
         findings = await self.audit(live)
-        for sandbox_id in set(self._reservations) - set(live) - self._unfinished:
+        for sandbox_id in gone:
             await self._detach(sandbox_id, delete_link=True)
         await self._ensure()
         async with self._gate.closed():

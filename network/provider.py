@@ -52,7 +52,7 @@ class Network(Protocol):
     async def repair(self, live: Collection[str]) -> list[Finding]:
         """Give back what belongs to no ``live`` sandbox and make what is missing; returns what was wrong."""
 
-    async def destroy(self) -> None:
+    async def destroy(self) -> object:
         """Take down everything."""
 
 
@@ -120,6 +120,10 @@ class NodeNetwork:
         await self.built_in.detach(sandbox_id)
         await self.cni.detach(sandbox_id)
 
+    async def give_up(self, sandbox_id: str) -> str | None:
+        """Forget what CNI plugins hold of a sandbox that ``detach`` fails for; says what, None if it holds nothing."""
+        return await self.cni.give_up(sandbox_id)
+
     async def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
         """Take over the node's ranges of pod addresses; raises InvalidArgumentError."""
         if self._built_in_runs:
@@ -133,18 +137,21 @@ class NodeNetwork:
 
     async def repair(self, live: Collection[str]) -> list[Finding]:
         """Give back what belongs to no ``live`` sandbox and make what is missing; returns what was wrong."""
+        before = self.cni.sandboxes()
         found = await self.built_in.repair(live) if self._built_in_runs else []
-        return found + await self.cni.repair(live)
+        newer = self.cni.sandboxes() - before
+        return found + await self.cni.repair(newer.union(live))
 
-    async def destroy(self) -> None:
-        """Take down both."""
-        await self.cni.destroy()
+    async def destroy(self, *, force: bool = False) -> list[str]:
+        """Take down both; with ``force`` what CNI plugins do not give back is given up and told."""
+        given_up = await self.cni.destroy(force=force)
         if not self._built_in_runs and self.options.bridge in {name for _, name in socket.if_nameindex()}:
             await self.built_in.start()
             self._built_in_runs = True
         if self._built_in_runs:
             await self.built_in.destroy()
         await self.stop()
+        return given_up
 
     def _choose(self, configured: bool) -> None:
         if self.options.mode == "auto" and configured and not self._cni_chosen:

@@ -141,6 +141,12 @@ class Agent:
         still = set(await self._differences())
         return [finding for finding in first if finding in still]
 
+    async def repair(self) -> tuple[list[Finding], list[Finding]]:
+        """Make the node what the store says, without touching what others made; returns what was and what is left."""
+        found = await self.check()
+        await self.recovery.repair()
+        return found, await self.check()
+
     async def _differences(self) -> list[Finding]:
         node, known = self.node, self.recovery.known()
         found = await in_thread(

@@ -36,6 +36,31 @@ class Known:
     live_containers: Collection[str]
 
 
+class AllBut(Collection[str]):
+    """Stands for every id there may be except some."""
+
+    def __init__(self, excepted: Collection[str]) -> None:
+        self._excepted = frozenset(excepted)
+
+    def __contains__(self, wanted: object) -> bool:
+        return wanted not in self._excepted
+
+    def __iter__(self) -> Iterator[str]:
+        raise TypeError("nobody can name every id")
+
+    def __len__(self) -> int:
+        raise TypeError("nobody can count every id")
+
+
+def strangers(layout: Layout, known: Known) -> tuple[set[str], set[str]]:
+    """Ids of sandboxes and of containers that left something in folders or processes and are not ``known``."""
+    sandboxes = {name for name in _names(layout.sandboxes) if name not in known.sandboxes}
+    holders = [*_names(layout.containers), *_names(layout.exits), *monitors_of(layout)]
+    for root in _runtime_roots(layout):
+        holders += runtime_containers(root)
+    return sandboxes, {name for name in holders if name not in known.containers}
+
+
 def find_leftovers(layout: Layout, cgroups: CgroupTree, cgroup_parent: str, known: Known) -> Iterator[Finding]:
     """Everything of this agent that belongs to nothing the store knows. Reads files and the kernel only."""
     yield from _unknown_names(layout.sandboxes, known.live_sandboxes, "folder", "belongs to no live sandbox")

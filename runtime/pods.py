@@ -261,6 +261,33 @@ class PodManager:
             # No client can see it any more, so none would ask again: it is removed even if this one goes away.
             await wait_out(asyncio.ensure_future(self.finish_removal(sandbox, operation)))
 
+    async def force_remove(self, sandbox_id: str) -> list[str]:
+        """Remove a sandbox also where its CNI network cannot be given back; returns what was given up.
+
+        One that never came to be and waits for its network is found too. Raises NotFoundError or InvalidArgumentError
+        for an id that names no sandbox.
+        """
+        sandbox = self._node.sandboxes.get(sandbox_id)
+        try:
+            await self.remove(sandbox.id)
+        except (PodkeelError, OSError) as error:
+            given_up = await self._give_up_network(sandbox, str(error))
+            if not given_up:
+                raise
+        else:
+            given_up = await self._give_up_network(sandbox, "it waits for its network")
+        if given_up:
+            await self.network_given_back(sandbox.id)
+            await self.remove(sandbox.id)
+        return given_up
+
+    async def _give_up_network(self, sandbox: Sandbox, why: str) -> list[str]:
+        sentence = await self._node.network.give_up(sandbox.id)
+        if sentence is None:
+            return []
+        _log.error("%s: %s (%s)", sandbox.title, sentence, why)
+        return [sentence]
+
     async def finish_removal(self, sandbox: Sandbox, operation: Operation | None = None) -> None:
         """Carry a removal that was written down to its end."""
         operation = operation or _begin(sandbox, "RemovePodSandbox")

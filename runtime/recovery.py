@@ -17,13 +17,15 @@ from host.threads import in_thread
 from runtime import exec_call, leftovers
 from runtime.container import Container, ContainerState
 from runtime.containers import ContainerManager
-from runtime.leftovers import Known
+from runtime.leftovers import AllBut, Known
 from runtime.lifecycle import Lifecycle
 from runtime.namespaces import pins_hold
 from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
 from runtime.pods import PodManager
 from runtime.sandbox import Sandbox, SandboxState
+
+_SETTLE_SECONDS = 1.0
 
 _log = logging.getLogger("podkeel.recovery")
 
@@ -55,7 +57,7 @@ class Recovery:
             await self._guarded(container.title, self._recover_container(container))
         for sandbox in sandboxes:
             await self._guarded(sandbox.title, self._recover_sandbox(sandbox))
-        await self._guarded("leftovers", self._drop_leftovers())
+        await self._guarded("leftovers", self._drop_leftovers(self.known()))
         await self._guarded("network", self._node.network.repair(self.known().live_sandboxes))
 
     async def _guarded(self, subject: str, work: Awaitable[object]) -> None:
@@ -158,9 +160,23 @@ class Recovery:
             live_containers={container.id for container in node.containers if container.record.state in live},
         )
 
-    async def _drop_leftovers(self) -> None:
-        node, known = self._node, self.known()
-        unknown = set(await in_thread(leftovers.monitors_of, node.layout)) - set(known.containers)
+    async def repair(self) -> None:
+        """While calls are under way: remove what belongs to nothing the store knows, and repair the network.
+
+        What is removed must have been unknown twice, some time apart: by then a call that made it would have said so.
+        """
+        layout = self._node.layout
+        sandboxes, containers = await in_thread(lambda: leftovers.strangers(layout, self.known()))
+        await asyncio.sleep(_SETTLE_SECONDS)
+        again = await in_thread(lambda: leftovers.strangers(layout, self.known()))
+        doomed_sandboxes, doomed_containers = AllBut(sandboxes & again[0]), AllBut(containers & again[1])
+        await self._drop_leftovers(Known(doomed_sandboxes, doomed_containers, doomed_sandboxes, doomed_containers))
+        await self._node.network.repair(self.known().live_sandboxes)
+
+    async def _drop_leftovers(self, known: Known) -> None:
+        node = self._node
+        monitors = await in_thread(leftovers.monitors_of, node.layout)
+        unknown = {container_id for container_id in monitors if container_id not in known.containers}
         await in_thread(leftovers.end_monitors, node.layout, unknown)
         await asyncio.gather(*(self._drop_unknown_to_store(runtime, known) for runtime in node.handlers.working()))
         await in_thread(leftovers.drop_run_folders, node.layout, known)

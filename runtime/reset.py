@@ -12,17 +12,25 @@ from runtime.layout import Layout
 from runtime.options import RuntimeOptions
 
 
-async def reset(runtime: RuntimeOptions, network: NetworkOptions, images: ImageOptions) -> None:
-    """Remove all pods, the network and both folders. Raises WrongStateError while an agent holds the folders."""
+async def reset(
+    runtime: RuntimeOptions, network: NetworkOptions, images: ImageOptions, *, force: bool = False
+) -> list[str]:
+    """Remove all pods, the network and both folders. Raises WrongStateError while an agent holds the folders.
+
+    With ``force`` what CNI plugins do not give back is given up, which the returned sentences say.
+    """
+    given_up: list[str] = []
     layout = Layout.of(runtime)
     if layout.data.exists() or layout.run.exists():
         async with Agent(runtime, network, images) as agent:
             for sandbox in list(agent.node.visible_sandboxes()):
+                given_up += await agent.pods.force_remove(sandbox.id) if force else []
                 await agent.pods.remove(sandbox.id)
-            await agent.node.network.destroy()
+            given_up += await agent.node.network.destroy(force=force)
             await agent.node.cgroups.remove_base(runtime.cgroup_parent)
     for folder in (layout.run, layout.data):
         for target in mounts.mounts_below(folder):
             mounts.unmount(target, lazy=True)
         if folder.exists():
             shutil.rmtree(folder)
+    return given_up

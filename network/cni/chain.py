@@ -58,9 +58,20 @@ class PluginChain:
         """DEL: disconnect the pod, also one that was never quite connected or whose namespace is gone."""
         namespace = await in_thread(_existing_namespace, record.netns_path)
         call = _call("DEL", record, namespace)
-        known = record.result if record.configuration.speaks("0.4.0") else None
         for plugin in reversed(record.configuration.plugins):
-            await self._runner.run(plugin.type, call, _settings(record, plugin, known))
+            await self._runner.run(plugin.type, call, _settings(record, plugin, _known_result(record)))
+
+    async def delete_what_can_be(self, record: CniRecord) -> dict[str, str]:
+        """DEL of every plugin, whatever others do; returns the errors of those that failed."""
+        namespace = await in_thread(_existing_namespace, record.netns_path)
+        errors: dict[str, str] = {}
+        for plugin in reversed(record.configuration.plugins):
+            settings = _settings(record, plugin, _known_result(record))
+            try:
+                await self._runner.run(plugin.type, _call("DEL", record, namespace), settings)
+            except PodkeelError as error:
+                errors[plugin.type] = error.message
+        return errors
 
     async def check(self, record: CniRecord) -> None:
         """CHECK: raise PodkeelError when the pod's network is not as it was made; nothing below version 0.4.0."""
@@ -97,6 +108,11 @@ class PluginChain:
 
 def _call(command: str, record: CniRecord, netns_path: str) -> Call:
     return Call(command, record.sandbox_id, netns_path, POD_INTERFACE, record.arguments)
+
+
+def _known_result(record: CniRecord) -> dict[str, Any] | None:
+    """What DEL is told of ADD's result: nothing before version 0.4.0."""
+    return record.result if record.configuration.speaks("0.4.0") else None
 
 
 def _base(configuration: Configuration, plugin: Plugin) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from host.errors import PodkeelError
+from host.errors import PodkeelError, WrongStateError
 
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
@@ -32,15 +32,33 @@ class Deletions:
     async def run(self, sandbox_id: str) -> None:
         """Make an attempt, or join the one under way; raises what it raises, and then goes on in the background.
 
-        A caller that goes away does not end the attempt.
+        A caller that goes away does not end the attempt. Raises WrongStateError when somebody else ends it.
         """
-        await asyncio.shield(self._attempt(sandbox_id))
+        attempt = self._attempt(sandbox_id)
+        try:
+            await asyncio.shield(attempt)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if attempt.cancelled() and task is not None and not task.cancelling():
+                raise WrongStateError(f"sandbox {sandbox_id}: its DEL was ended, since it is given up") from None
+            raise
 
     def schedule(self, sandbox_id: str) -> None:
         """Make an attempt in the background."""
         task = asyncio.ensure_future(self._in_background(sandbox_id))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    async def forget(self, sandbox_id: str) -> None:
+        """End what is under way for a sandbox, and make no further attempt; its last error stays known."""
+        pause = self._pauses.pop(sandbox_id, None)
+        if pause is not None:
+            pause.cancel()
+        self._failures.pop(sandbox_id, None)
+        attempt = self._attempts.get(sandbox_id)
+        if attempt is not None:
+            attempt.cancel()
+            await asyncio.gather(attempt, return_exceptions=True)
 
     async def close(self) -> None:
         """End everything; what is not deleted stays in the store for the next start."""

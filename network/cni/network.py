@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from host import libc, threads
+from host import threads
 from host.database import Database
 from host.errors import AlreadyExistsError, NotFoundError, PodkeelError, UnavailableError
 from host.undo import Undo
-from network import links, ports
+from network import ports
 from network.addresses import parse_ranges
 from network.attachment import Attachment, AttachRequest, Bandwidth
 from network.audit import Finding
@@ -23,22 +23,20 @@ from network.cni.chain import PluginChain
 from network.cni.configuration import Configuration, find_configuration
 from network.cni.deletions import Deletions
 from network.cni.host_ports import HostPortTable, forget_flows
+from network.cni.namespace import bring_up_loopback, remove_veth
 from network.cni.orphans import end_orphans
 from network.cni.plugin import PluginRunner
-from network.cni.record import CniRecord, CniState, CniStore
+from network.cni.record import FAMILIES, CniRecord, CniState, CniStore
 from network.cni.request import arguments, capabilities
-from network.cni.result import PodInterface, pod_interface
 from network.condition import Condition
 from network.gate import Gate
-from network.netlink import NETLINK_ROUTE, NetlinkSocket
 from network.options import NetworkOptions
-from network.ports import HostPort, PortRegistry
+from network.ports import PortRegistry
 from network.store import NetworkStore
 
 _PORT_MAPPINGS = "portMappings"
 _LOOK_AGAIN_SECONDS = 5.0
 _START_SECONDS = 5.0
-_FAMILIES = (4, 6)
 
 _log = logging.getLogger("podkeel.network")
 
@@ -95,6 +93,10 @@ class CniNetwork:
         """The folder of further plugins of the configuration that was read last; None if there was none."""
         return self._parsed.plugin_folder if self._parsed is not None else None
 
+    def sandboxes(self) -> set[str]:
+        """The sandboxes that have, or may have, something of this network."""
+        return set(self._records)
+
     @property
     def in_use(self) -> bool:
         """Whether any sandbox has, or may have, something of this network."""
@@ -111,7 +113,7 @@ class CniNetwork:
             self._forget(known)
         for record in records:
             self._records[record.sandbox_id] = record
-            self._ports.take(record.sandbox_id, _taken(record))
+            self._ports.take(record.sandbox_id, record.taken)
         self._pod_cidrs = tuple(await threads.in_thread(self._network_rows.pod_cidrs))
         if self.options.mode != "built-in":
             # A plugin that is slow to answer must not keep the node's agent from starting.
@@ -174,28 +176,25 @@ class CniNetwork:
         sandbox_id = record.sandbox_id
         if sandbox_id in self._records:
             raise AlreadyExistsError(f"sandbox {sandbox_id} is connected to {record.configuration.name} already")
-        self._ports.take(sandbox_id, _taken(record))
+        self._ports.take(sandbox_id, record.taken)
         self._records[sandbox_id] = record
         self._unfinished.add(sandbox_id)
         async with Undo(f"CNI network of sandbox {sandbox_id}") as undo:
             undo.push("reservation", lambda: self._abandon(sandbox_id))
-            await threads.in_thread(ports.check_free_on_node, _taken(record))
-            await threads.in_fresh_thread(_bring_up_loopback, sandbox_id, request.netns_path)
+            await threads.in_thread(ports.check_free_on_node, record.taken)
+            await threads.in_fresh_thread(bring_up_loopback, sandbox_id, request.netns_path)
             undo.push("network", lambda: self._deletions.run(sandbox_id))
             await self._rows.save(record)
             async with self._gate.passing():
                 result = await self._chain.add(record)
-            interface = pod_interface(record.configuration.name, result)
-            attachment = _attachment(record, interface)
-            self._records[sandbox_id] = record = msgspec.structs.replace(
-                record, state=CniState.ADDED, result=result, networks=interface.networks, attachment=attachment
-            )
+            self._records[sandbox_id] = record = record.connected(result)
             await self._rows.save(record)
             if record.forwards:
                 await self._load_table()
             await forget_flows(record.host_ports)
         self._unfinished.discard(sandbox_id)
-        return attachment
+        assert record.attachment is not None, "ADD is done"
+        return record.attachment
 
     async def detach(self, sandbox_id: str) -> None:
         """Have the plugins give back what the sandbox has; repeatable, also for an unknown sandbox.
@@ -211,6 +210,29 @@ class CniNetwork:
             self._deletions.schedule(sandbox_id)
             raise UnavailableError("its CNI network is given back in the background, and the rest of it then")
         await self._deletions.run(sandbox_id)
+
+    async def give_up(self, sandbox_id: str) -> str | None:
+        """Forget a sandbox whose DEL was tried and failed: its row, host ports and link go; not its namespace.
+
+        Each plugin is asked once more. Returns in a sentence what stays with those that fail; None if there is no DEL
+        that waits.
+        """
+        await self._deletions.forget(sandbox_id)
+        record = self._records.get(sandbox_id)
+        if record is None or record.state is not CniState.DELETING:
+            return None
+        errors = await self._chain.delete_what_can_be(record)
+        self._deletions.errors.pop(sandbox_id, None)
+        if record.forwards:
+            await self._load_table()
+        if record.attachment is not None and record.attachment.host_interface:
+            await threads.in_thread(remove_veth, record.attachment.host_interface)
+        await self._rows.remove(sandbox_id)
+        self._forget(record)
+        await forget_flows(record.host_ports)
+        held = ", ".join(record.attachment.addresses) if record.attachment is not None else "something"
+        left = f"{', '.join(errors)} may hold {held} for ever ({'; '.join(errors.values())})" if errors else "no error"
+        return f"CNI network {record.configuration.name} of sandbox {sandbox_id}: DEL is given up; {left}"
 
     async def audit(self, live: Collection[str]) -> list[Finding]:
         """Where the store, the plugins (CHECK) and the ``live`` sandboxes disagree."""
@@ -250,23 +272,28 @@ class CniNetwork:
             self._in_background(self._collect_garbage(self._view.configuration))
         return [Finding("CNI attachment", sandbox_id, "its sandbox is gone") for sandbox_id in sorted(stale)]
 
-    async def destroy(self) -> None:
-        """Give back everything now; raises what a plugin raised when something stays."""
+    async def destroy(self, *, force: bool = False) -> list[str]:
+        """Give back everything now; raises what a plugin raised when something stays.
+
+        With ``force`` that is given up instead, and told in the sentences that are returned.
+        """
         self._starting = False
         answers = await asyncio.gather(
             *(self._deletions.run(id_) for id_ in list(self._records)), return_exceptions=True
         )
         for answer in answers:
-            if isinstance(answer, BaseException):
+            if isinstance(answer, BaseException) and not (force and isinstance(answer, PodkeelError)):
                 raise answer
+        given_up = [await self.give_up(id_) for id_ in list(self._records)] if force else []
         await self._load_table()
         await self.stop()
+        return [sentence for sentence in given_up if sentence is not None]
 
     def _new_record(self, request: AttachRequest) -> CniRecord:
         configuration = self._view.configuration
         if configuration is None:
             raise UnavailableError(self._view.condition.message)
-        host_ports = ports.normalise(request.port_mappings, _FAMILIES)
+        host_ports = ports.normalise(request.port_mappings, FAMILIES)
         if request.bandwidth != Bandwidth() and "bandwidth" not in configuration.capabilities:
             _log.warning("CNI network %s limits no bandwidth: none of its plugins can", configuration.name)
         return CniRecord(
@@ -308,7 +335,7 @@ class CniNetwork:
 
     def _forget(self, record: CniRecord) -> None:
         if self._records.pop(record.sandbox_id, None) is not None:
-            self._ports.release(_taken(record))
+            self._ports.release(record.taken)
 
     async def _tell(self, sandbox_id: str) -> None:
         await self.when_given_back(sandbox_id)
@@ -357,30 +384,3 @@ class CniNetwork:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _taken(record: CniRecord) -> list[HostPort]:
-    return [port for mapping in record.host_ports for port in ports.host_ports(mapping, _FAMILIES)]
-
-
-def _attachment(record: CniRecord, interface: PodInterface) -> Attachment:
-    return Attachment(
-        sandbox_id=record.sandbox_id,
-        host_interface=interface.host_interface,
-        addresses=interface.addresses,
-        gateways=interface.gateways,
-        mac=interface.mac,
-        mtu=interface.mtu,
-        host_ports=record.host_ports,
-    )
-
-
-def _bring_up_loopback(sandbox_id: str, netns_path: str) -> None:
-    """Bring up ``lo`` in the namespace, which no plugin of the list does; moves the calling thread there."""
-    try:
-        with threads.inside_namespace(netns_path, libc.CLONE_NEWNET), NetlinkSocket(NETLINK_ROUTE) as inside:
-            inside.request([links.set_up("lo")])
-    except OSError as error:
-        raise NotFoundError(
-            f"sandbox {sandbox_id}: its network namespace {netns_path} is not there: {error}"
-        ) from error

@@ -11,6 +11,10 @@ import msgspec
 from host.database import Database
 from network.attachment import Attachment, PortMapping
 from network.cni.configuration import Configuration
+from network.cni.result import pod_interface
+from network.ports import HostPort, host_ports
+
+FAMILIES = (4, 6)
 
 
 class CniState(enum.StrEnum):
@@ -40,6 +44,27 @@ class CniRecord(msgspec.Struct, frozen=True):
     networks: tuple[str, ...] = ()
     result: dict[str, Any] | None = None
     attachment: Attachment | None = None
+
+    @property
+    def taken(self) -> list[HostPort]:
+        """What its host ports take of the node."""
+        return [port for mapping in self.host_ports for port in host_ports(mapping, FAMILIES)]
+
+    def connected(self, result: dict[str, Any]) -> CniRecord:
+        """The record after ADD with that result; raises PodkeelError when the result gives the pod no address."""
+        interface = pod_interface(self.configuration.name, result)
+        attachment = Attachment(
+            sandbox_id=self.sandbox_id,
+            host_interface=interface.host_interface,
+            addresses=interface.addresses,
+            gateways=interface.gateways,
+            mac=interface.mac,
+            mtu=interface.mtu,
+            host_ports=self.host_ports,
+        )
+        return msgspec.structs.replace(
+            self, state=CniState.ADDED, result=result, networks=interface.networks, attachment=attachment
+        )
 
 
 _encode = msgspec.json.Encoder().encode

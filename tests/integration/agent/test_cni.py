@@ -19,6 +19,7 @@ from tests.support.cni_plugins import PluginFolders, failure
 from tests.support.pods import container_config, sandbox_config
 
 _PLUGINS = "/usr/lib/cni"
+_PASS_ON = 'printf %s "$settings" | sed "s/.*prevResult\\":\\(.*\\)}/\\1/"'
 
 
 @dataclass
@@ -85,7 +86,7 @@ def test_pods_reach_each_other_and_give_everything_back(cni: CniAgent) -> None:
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
     cni.folders.configure(
         cni.bridge_plugin(),
-        cni.folders.script("last", ADD='printf %s "$settings" | sed "s/.*prevResult\\":\\(.*\\)}/\\1/"'),
+        cni.folders.script("last", ADD=_PASS_ON),
     )
     cni.wait_ready()
     server_config = sandbox_config(cni.agent, annotations={"kubernetes.io/ingress-bandwidth": "10M"})
@@ -141,6 +142,61 @@ def test_a_pod_is_stopped_for_good_once_its_plugin_lets_go(cni: CniAgent) -> Non
     wait_for(lambda: not pin.exists(), what="the end of the namespace")
     client.remove_sandbox(sandbox_id)
     wait_for(lambda: client.findings() == [])
+
+
+def test_a_pod_whose_plugin_is_gone_for_good_is_removed_by_force(cni: CniAgent) -> None:
+    client = cni.agent.client
+    cni.folders.configure(cni.bridge_plugin(), cni.folders.script("bad", ADD=_PASS_ON))
+    cni.wait_ready()
+    sandbox_id = client.run_sandbox(sandbox_config(cni.agent))
+    (cni.folders.programs / "bad").unlink()
+    with pytest.raises(grpc.RpcError, match="CNI plugin bad is in none of"):
+        client.stop_sandbox(sandbox_id)
+    remove = cni.agent.command("rm", "--socket", cni.agent.address, sandbox_id)
+    refused = subprocess.run(remove, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0
+    assert "CNI plugin bad is in none of" in refused.stderr
+    forced = subprocess.run([*remove, "--force"], capture_output=True, text=True, check=False)
+    assert forced.returncode == 0, forced.stderr
+    assert f"given up: CNI network testnet of sandbox {sandbox_id}: DEL is given up" in forced.stderr
+    assert list(client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items) == []
+    assert cni.leases() == []
+    assert client.findings() == []
+    assert list((cni.agent.run / "sandboxes").iterdir()) == []
+    assert "DEL is given up" in cni.agent.log.read_text()
+
+
+def test_a_pod_that_never_came_to_be_is_removed_by_force(cni: CniAgent) -> None:
+    client = cni.agent.client
+    cni.broken.touch()
+    cni.folders.configure(cni.folders.script("bad", ADD=failure(42, "no"), DEL=cni.unless_repaired()))
+    cni.wait_ready()
+    with pytest.raises(grpc.RpcError, match="failed with code 42"):
+        client.run_sandbox(sandbox_config(cni.agent))
+    (folder,) = (cni.agent.run / "sandboxes").iterdir()
+    remove = cni.agent.command("rm", "--socket", cni.agent.address, "--force", folder.name)
+    subprocess.run(remove, capture_output=True, check=True)
+    assert not folder.exists()
+    assert client.findings() == []
+
+
+def test_reset_by_force_takes_down_what_no_plugin_gives_back(cni: CniAgent) -> None:
+    client = cni.agent.client
+    cni.folders.configure(cni.bridge_plugin(), cni.folders.script("bad", ADD=_PASS_ON))
+    cni.wait_ready()
+    sandbox_id = client.run_sandbox(sandbox_config(cni.agent))
+    (cni.folders.programs / "bad").unlink()
+    cni.agent.kill()
+    reset = cni.agent.command("reset", "--yes", *cni.agent.flags)
+    refused = subprocess.run(reset, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0
+    assert "CNI plugin bad is in none of" in refused.stderr
+    assert cni.agent.data.exists()
+    forced = subprocess.run([*reset, "--force"], capture_output=True, text=True, check=False)
+    assert forced.returncode == 0, forced.stderr
+    assert f"of sandbox {sandbox_id}: DEL is given up" in forced.stderr
+    assert not cni.agent.data.exists()
+    assert not cni.agent.run.exists()
 
 
 def test_a_pod_that_cannot_be_made_or_undone_leaves_nothing_in_the_end(cni: CniAgent) -> None:

@@ -18,10 +18,11 @@ from host.errors import (
     NotFoundError,
     PodkeelError,
     UnavailableError,
+    WrongStateError,
 )
 from network.attachment import AttachRequest, Bandwidth, PodDns, PortMapping
 from tests.integration.network.cni import CniNode, cni_node
-from tests.integration.network.namespaces import descriptors, request, start, wait_until
+from tests.integration.network.namespaces import descriptors, links_with, nft_tables, request, start, wait_until
 from tests.support.cni_plugins import failure, result
 
 _ROOT = Path(__file__).parents[3]
@@ -179,6 +180,60 @@ async def test_del_is_repeated_until_it_succeeds(node: CniNode) -> None:
     assert node.rows() == 0
     assert await node.network.audit([]) == []
     await node.pod("two", PortMapping("tcp", 80, 31803))
+
+
+async def test_what_no_del_gives_back_can_be_given_up(node: CniNode) -> None:
+    node.configure(node.script("bad", DEL="sleep 30"), {**node.bridge_plugin(), "isGateway": False})
+    await node.start()
+    pod = await node.pod("one", PortMapping("tcp", 80, 31804))
+    link = pod.attachment.host_interface
+    assert links_with(link) == [link]
+    assert await node.network.give_up("one") is None  # nothing was tried yet
+    with pytest.raises(PodkeelError):
+        await node.network.detach("one")
+    (node.programs / "bad").unlink()
+    with pytest.raises(NotFoundError, match="CNI plugin bad is in none of"):
+        await node.network.detach("one")
+    told = await node.network.give_up("one")
+    assert told is not None
+    assert f"bad may hold {pod.ip} for ever (CNI plugin bad is in none of" in told
+    assert links_with(link) == node.leases == []
+    assert (node.rows(), node.network.attachment("one")) == (0, None)
+    assert await node.network.give_up("one") is None
+    assert await node.network.audit([]) == []
+    assert f"{node.bridge}b_cni" not in nft_tables()
+    node.script("bad")
+    await node.pod("two", PortMapping("tcp", 80, 31804))
+
+
+async def test_a_del_under_way_ends_when_it_is_given_up(node: CniNode) -> None:
+    pids = node.folder / "pids"
+    node.configure(node.script("slow", DEL=f"echo $$ >> {pids}; sleep 30"))
+    await node.start()
+    await node.pod("one")
+    detaching = asyncio.create_task(node.network.detach("one"))
+    await asyncio.to_thread(wait_until, lambda: pids.exists() and bool(pids.read_text()))
+    told = await node.network.give_up("one")
+    assert told is not None
+    assert "CNI plugin slow, DEL: did not finish within 0.6 s" in told
+    with pytest.raises(WrongStateError, match="given up"):
+        await detaching
+    first, second = pids.read_text().split()
+    assert not _runs(int(first))
+    assert not _runs(int(second))
+    assert node.rows() == 0
+
+
+async def test_destroy_by_force_gives_up_what_fails_alone(node: CniNode) -> None:
+    node.configure(node.script("bad", DEL="case $CNI_CONTAINERID in kept*) exit 1;; esac"))
+    await node.start()
+    await node.pod("kept")
+    await node.pod("given back")
+    with pytest.raises(PodkeelError, match="CNI plugin bad, DEL"):
+        await node.network.destroy()
+    (told,) = await node.network.destroy(force=True)
+    assert "of sandbox kept: DEL is given up" in told
+    assert node.rows() == 0
 
 
 async def test_a_del_that_waits_survives_a_restart_and_holds_up_no_start(node: CniNode) -> None:

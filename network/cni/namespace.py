@@ -1,0 +1,34 @@
+"""What is done here for the interfaces of CNI pods: the loopback before ADD, and the end of what DEL did not end."""
+
+from __future__ import annotations
+
+import errno
+
+from host import libc, threads
+from host.errors import NotFoundError
+from network import links
+from network.netlink import NETLINK_ROUTE, NetlinkSocket
+
+
+def bring_up_loopback(sandbox_id: str, netns_path: str) -> None:
+    """Bring up ``lo`` in the namespace, which no plugin of the list does; moves the calling thread there."""
+    try:
+        with threads.inside_namespace(netns_path, libc.CLONE_NEWNET), NetlinkSocket(NETLINK_ROUTE) as inside:
+            inside.request([links.set_up("lo")])
+    except OSError as error:
+        raise NotFoundError(
+            f"sandbox {sandbox_id}: its network namespace {netns_path} is not there: {error}"
+        ) from error
+
+
+def remove_veth(name: str) -> None:
+    """Delete the node's end of a pod's veth pair, if there is such a link and it is one; raises OSError."""
+    with NetlinkSocket(NETLINK_ROUTE) as route:
+        try:
+            kind, _ = links.link_kind_and_mac(route.answers(links.get_link(name))[0])
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            return
+        if kind == "veth":
+            route.request([links.delete_link(name)], tolerate=(errno.ENODEV,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import time
 import uuid
@@ -29,11 +30,11 @@ _LOG_BYTES = 65536
 _START_SECONDS = 60.0
 # How long a start goes on whose process nobody wants any more: so that its process is known and can be killed.
 _ABANDONED_SECONDS = 5.0
-# When to look for the dead that a failed start leaves: at once, or after the moment that they take to die.
+# When to look for the dead that a failed start leaves: at once, or after the moment that they take to die. There is
+# nothing to wait on: nobody knows their pids, and the one handler of SIGCHLD is that of host.orphans.
 _STRAY_SECONDS = (0.0, 0.01, 0.05, 0.2)
-# How often the processes of a session are looked up again, for those that were just being made.
-_KILL_ROUNDS = 20
-_KILL_POLL = 0.002
+# How long a session is killed that goes on making processes, or one of which the kernel holds.
+_KILL_SECONDS = 5.0
 
 
 class _LogEntry(msgspec.Struct):
@@ -252,18 +253,40 @@ def _leader(pid_file: Path) -> int | None:
 def _kill_session(leader: int, pids: Callable[[], Sequence[int]]) -> None:
     """SIGKILL to ``leader``, its session and its descendants among ``pids``, until none is left."""
     doomed = {leader}
-    for _ in range(_KILL_ROUNDS):
+    ended: set[int] = set()
+    deadline = time.monotonic() + _KILL_SECONDS
+    while time.monotonic() < deadline:
         relations = {pid: _parent_and_session(pid) for pid in pids()}
         while found := {
             pid for pid, relation in relations.items() if pid not in doomed and not doomed.isdisjoint(relation)
         }:
             doomed |= found
-        left = doomed & relations.keys()
+        left = (doomed & relations.keys()) - ended
         if not left:
             return
-        for pid in left:
-            _kill(pid)
-        time.sleep(_KILL_POLL)
+        ended |= _kill_all(left, deadline)  # and look again for what they were just making
+
+
+def _kill_all(pids: set[int], deadline: float) -> set[int]:
+    """SIGKILL to each of ``pids``; those that have ended by ``deadline``, all of them unless the kernel holds one."""
+    pidfds: dict[int, int] = {}
+    poller = select.poll()
+    try:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                pidfds[pidfd] = pid
+                poller.register(pidfd, select.POLLIN)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        waiting = set(pidfds)
+        while waiting and (ready := poller.poll(max(0.0, deadline - time.monotonic()) * 1000)):
+            for pidfd, _ in ready:
+                poller.unregister(pidfd)
+                waiting.discard(pidfd)
+        return pids - {pidfds[pidfd] for pidfd in waiting}
+    finally:
+        for pidfd in pidfds:
+            os.close(pidfd)
 
 
 def _kill(pid: int) -> None:

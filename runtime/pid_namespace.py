@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import time
@@ -17,6 +18,10 @@ from runtime.sandbox import ProcessName
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}[os.uname().machine]
 
 _START_SECONDS = 5.0
+# The first process that sh starts is the init of the namespace that unshare made for its children. sh tells its pid and
+# ends; the init closes what it inherited once it is set up: so the end of the pipe says that it runs.
+_TELLING = 3
+_LAUNCH = f'"$0" -P >/dev/null 2>&1 & echo $! >&{_TELLING}'
 
 
 def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
@@ -53,19 +58,41 @@ def start_holder_in_user_namespace(folder: SandboxFolder, catatonit: str, sandbo
     program.parent.mkdir(mode=0o711, exist_ok=True)
     shutil.copyfile(_installed(catatonit), program)
     program.chmod(0o711)
-    command = ["nsenter", f"--user={folder.pin('user')}", "unshare", "--pid", "--fork", str(program), "-P"]
-    parent = processes.spawn(command)
-    try:
-        deadline = time.monotonic() + _START_SECONDS
-        while (holder := _find(sandbox_id)) is None:
-            if time.monotonic() > deadline:
-                raise PodkeelError("the init of the pod's PID namespace did not start")
-            time.sleep(0.001)
-    finally:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(parent, signal.SIGKILL)
-            os.waitpid(parent, 0)
-    return holder.pid
+    told, telling = os.pipe2(os.O_CLOEXEC)
+    with open(told, "rb", buffering=0) as answer:
+        try:
+            command = ["nsenter", f"--user={folder.pin('user')}", "unshare", "--pid", "sh", "-c", _LAUNCH, str(program)]
+            parent = processes.spawn(command, descriptors={_TELLING: telling})
+        finally:
+            os.close(telling)
+        try:
+            return _holder_in(_read_to_end(answer.fileno(), _START_SECONDS))
+        finally:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(parent, signal.SIGKILL)
+                os.waitpid(parent, 0)
+
+
+def _read_to_end(descriptor: int, seconds: float) -> bytes:
+    """All that is written to a pipe until its last writer has closed it, or so many seconds have passed."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    deadline = time.monotonic() + seconds
+    content = b""
+    while poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        data = os.read(descriptor, 4096)
+        if not data:
+            break
+        content += data
+    return content
+
+
+def _holder_in(answer: bytes) -> int:
+    if not answer.strip().isdigit():
+        raise PodkeelError(
+            "the init of the pod's PID namespace did not start; nsenter, unshare and sh are needed for it"
+        )
+    return int(answer)
 
 
 def pin_holder(folder: SandboxFolder, pid: int) -> ProcessName:

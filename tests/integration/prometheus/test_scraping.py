@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import pytest
 from proto.runtime.v1 import cri_pb2
 from tests.integration.prometheus.manifests import (
     Query,
+    dashboard,
     dashboard_queries,
     metric_of,
     rule_queries,
@@ -130,6 +132,17 @@ def test_dashboard_shows_something(watched: Watched, query: Query) -> None:
     found = watched.prometheus.vector(query.expression)
     shown = any(not math.isnan(value) for _, value in found)
     assert shown is (query.place not in EMPTY_HERE), (query.expression, found)
+
+
+def test_variables_of_the_dashboard_have_values(watched: Watched) -> None:
+    found = {}
+    for variable in dashboard()["templating"]["list"][1:]:
+        asked = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
+        assert asked is not None, variable
+        series = watched.prometheus.vector(asked[1].replace("$instance", ".*"))
+        found[variable["name"]] = {labels[asked[2]] for labels, _ in series}
+    assert found["namespace"] == {"default"}
+    assert len(found["instance"]) == 1
 
 
 @pytest.mark.parametrize("query", list(rule_queries()), ids=lambda query: query.place)

@@ -154,7 +154,7 @@ class ContainerManager:
             container_id=container.id,
             name=f"{container.sandbox.config.metadata.name}/{config.metadata.name}",
             runtime=runtime.program,
-            runtime_arguments=runtime.arguments,
+            runtime_arguments=[*runtime.arguments, "--log", str(self._node.layout.container(container.id).runtime_log)],
             systemd_cgroup=False,
             log_path=Path(record.log_path) if record.log_path else None,
             terminal=config.tty,

@@ -75,6 +75,11 @@ class ContainerFolder:
         return self.path / "monitor.log"
 
     @property
+    def runtime_log(self) -> Path:
+        """What the OCI runtime says while it creates the container, which else would be in the container's own log."""
+        return self.path / "runtime.log"
+
+    @property
     def control(self) -> Path:
         """Conmon's control fifo."""
         return self.path / "ctl"

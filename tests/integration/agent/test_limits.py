@@ -171,3 +171,47 @@ def test_processes_are_limited_by_the_node(agent: AgentProcess, handler: str) ->
     """No limit is configured here, and none may be inherited or made up."""
     attacker = Attacker.start(agent, handler, container_config("main", "sleep", "1000"))
     assert kernel(agent, attacker.container_id, v1="pids.max", v2="pids.max") == "max"
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_containers_are_in_the_pod_s_cgroup_under_their_own_id(agent: AgentProcess, handler: str, given: bool) -> None:
+    """By the path the kernel tells; a parent that the client gave outlives the pod, one of its own does not."""
+    answer = agent.client.call("RuntimeConfig", cri_pb2.RuntimeConfigRequest())
+    tree = CgroupTree.of_host("systemd" if answer.linux.cgroup_driver == cri_pb2.SYSTEMD else "cgroupfs")
+    sandbox = sandbox_config(agent)
+    stem = agent.cgroup_parent.strip("/")
+    if given:
+        path = {"systemd": f"{stem}-client-pod1.slice", "cgroupfs": f"/{stem}/client/pod1"}
+        sandbox.linux.cgroup_parent = path[tree.driver]
+    sandbox_id = agent.client.run_sandbox(sandbox, handler)
+    container_id = agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox)
+    agent.client.start(container_id)
+    parent = sandbox.linux.cgroup_parent or tree.default_parent(agent.cgroup_parent, sandbox_id)
+    expected = tree.path(parent, container_id, uses_subgroup=handler == "crun")
+    lines = Path(f"/proc/{init_pid(agent, container_id)}/cgroup").read_text().splitlines()
+    held = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in lines}
+    assert held["" if tree.version == 2 else "memory"] == expected
+    assert container_id in expected
+    agent.client.stop_sandbox(sandbox_id)
+    agent.client.remove_sandbox(sandbox_id)
+    assert not tree.exists(expected)
+    assert tree.exists(tree.parent_path(parent)) == (given and tree.driver == "cgroupfs")
+    tree.remove(tree.parent_path(parent))
+
+
+def test_sysctls_that_a_pod_has_without_asking(agent: AgentProcess, handler: str) -> None:
+    """Users may ping and listen on any port of their pod; the node's own values stay."""
+    names = ("ping_group_range", "ip_unprivileged_port_start")
+    before = [Path(f"/proc/sys/net/ipv4/{name}").read_text().split() for name in names]
+    sandbox = sandbox_config(agent)
+    sandbox_id = agent.client.run_sandbox(sandbox, handler)
+    config = container_config("main", "sleep", "1000")
+    config.linux.security_context.run_as_user.value = 1000
+    config.linux.security_context.capabilities.drop_capabilities.append("ALL")
+    container_id = agent.client.create(sandbox_id, config, sandbox)
+    agent.client.start(container_id)
+    look = "; ".join(f"cat /proc/sys/net/ipv4/{name}" for name in names)
+    assert agent.client.output(container_id, "sh", "-c", look).split() == ["0", "2147483647", "0"]
+    listen = "nc -l -p 80 & until netstat -lnt | grep -q ':80 '; do kill -0 $! || exit 1; done; kill $!"
+    assert agent.client.exec(container_id, "sh", "-c", listen).exit_code == 0
+    assert [Path(f"/proc/sys/net/ipv4/{name}").read_text().split() for name in names] == before

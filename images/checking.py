@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from host import processes
 from host.database import Database
 from host.errors import InvalidArgumentError
 from host.threads import in_thread
@@ -23,6 +19,7 @@ from images.inheritance import inherit
 from images.layer import Layer
 from images.layers import LayerStore
 from images.manifests import Descriptor
+from images.trees import look_at
 
 if TYPE_CHECKING:
     from images.store import ImageStore
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("podkeel.images")
 
 _CHUNK = 1 << 20
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from images.tree_comparison import main; main(sys.argv[2:])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +48,11 @@ class ImageReport:
     findings: tuple[ImageFinding, ...]
 
 
-class _Trees(msgspec.Struct):
-    inodes: int
-    differences: list[str]
-
-
 class ImageChecker:
     """Checks one layer after the other, each by unpacking its kept blob once more beside it.
 
-    A layer whose blob was not kept can only be counted. Pulls and removals may go on meanwhile.
+    A layer whose blob was not kept is held against the digest that its files had when they were unpacked. Pulls and
+    removals may go on meanwhile.
     """
 
     def __init__(self, store: ImageStore, layers: LayerStore, database: Database) -> None:
@@ -156,16 +148,18 @@ class ImageChecker:
                 return await self._count(layer)  # folders that it takes over from those have nothing to be held against
             if unpacked.implied and below:
                 await in_thread(inherit, fresh, [self._layers.path(number) for number in below], unpacked.implied)
-            trees = await _look_at(fresh, self._layers.path(layer.number))
+            trees = await look_at(fresh, self._layers.path(layer.number))
         if not trees.differences:
             return ""
         more = " …" if len(trees.differences) > 3 else ""
         return f"its files differ from the layer's: {'; '.join(trees.differences[:3])}{more}"
 
     async def _count(self, layer: Layer) -> str:
-        trees = await _look_at(self._layers.path(layer.number))
+        trees = await look_at(self._layers.path(layer.number))
         if trees.inodes != layer.used_inodes:
             return f"it has {trees.inodes} files, and {layer.used_inodes} were unpacked"
+        if layer.tree_digest and trees.digest != layer.tree_digest:
+            return "its files are not as they were unpacked"
         return ""
 
 
@@ -173,12 +167,6 @@ def _below(layer: Layer, stacks: Sequence[Sequence[int]]) -> Sequence[int]:
     """The layers below, lowest first: the same in every stack that has it."""
     stack = next((stack for stack in stacks if layer.number in stack), ())
     return stack[: stack.index(layer.number)] if stack else ()
-
-
-async def _look_at(*folders: Path) -> _Trees:
-    command = (sys.executable, "-I", "-S", "-c", _START, str(Path(__file__).parent.parent), *map(str, folders))
-    done = await processes.run(command, environment={})
-    return msgspec.json.decode(done.stdout, type=_Trees)
 
 
 async def _chunks(path: Path) -> AsyncGenerator[bytes, None]:

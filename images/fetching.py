@@ -28,7 +28,7 @@ class LayerFetcher:
         self._options = options
         self._partials = partials
         self._trash = trash
-        self._slots = asyncio.Semaphore(options.max_parallel_downloads)
+        self.slots = asyncio.Semaphore(options.max_parallel_downloads)
         self._unpacker: Unpacker | None = None
         self.transfers = Transfers()
 
@@ -49,7 +49,7 @@ class LayerFetcher:
                 keep = await stack.enter_async_context(self._partials.claim(source.descriptor.digest, kept))
             elif self._options.keep_blobs:
                 keep = stack.enter_context(new_blob(incoming))
-            await stack.enter_async_context(self._slots)
+            await stack.enter_async_context(self.slots)
             if keep is not None and keep.size > source.descriptor.size >= 0:
                 await in_thread(keep.restart)
             await in_thread(folder.mkdir, mode=0o755, parents=True)
@@ -73,7 +73,7 @@ class LayerFetcher:
         self, chunks: AsyncGenerator[bytes, None], descriptor: Descriptor, folder: Path, subject: str
     ) -> Unpacked:
         """Unpack a layer to ``folder`` outside of the store; errors as ``Unpacker.unpack``."""
-        async with self._slots:
+        async with self.slots:
             return await self._worker().unpack(chunks, descriptor, folder, None, subject)
 
     def _worker(self) -> Unpacker:

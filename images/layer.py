@@ -11,7 +11,8 @@ _RETIRED = "retired:"
 class Layer:
     """An unpacked layer, verified and complete; ``used_bytes`` and ``used_inodes`` are what it takes on disk.
 
-    ``blob_digest`` names the compressed form, and is empty if that was not kept. A ``retired`` layer was found broken:
+    ``blob_digest`` names the compressed form, and is empty if that was not kept; ``tree_digest`` is
+    that of its files as they were unpacked, made instead of keeping the blob. A ``retired`` layer was found broken:
     it stays for the containers that have it, and no image gets it any more.
     """
 
@@ -23,6 +24,7 @@ class Layer:
     used_bytes: int
     used_inodes: int
     opaque: bool
+    tree_digest: str = ""
 
     @property
     def retired(self) -> bool:

@@ -29,14 +29,15 @@ def insert(connection: sqlite3.Connection, source: LayerSource) -> int:
 def complete(connection: sqlite3.Connection, layer: Layer, *, resumable: bool) -> None:
     """The layer is made; ``resumable`` as of its source."""
     connection.execute(
-        "UPDATE layers SET blob_digest = ?, blob_bytes = ?, used_bytes = ?, used_inodes = ?, opaque = ?, ready = ? "
-        "WHERE number = ?",
+        "UPDATE layers SET blob_digest = ?, blob_bytes = ?, used_bytes = ?, used_inodes = ?, opaque = ?, "
+        "tree_digest = ?, ready = ? WHERE number = ?",
         (
             layer.blob_digest,
             layer.blob_bytes,
             layer.used_bytes,
             layer.used_inodes,
             layer.opaque,
+            layer.tree_digest,
             NEW if resumable else USED,
             layer.number,
         ),

@@ -27,6 +27,7 @@ from images.options import ImageOptions
 from images.partials import PartialBlobs, publish
 from images.progress import LayerProgress
 from images.trash import Trash
+from images.trees import look_at
 
 _log = logging.getLogger("podkeel.images")
 
@@ -85,19 +86,19 @@ class LayerStore:
             folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         await self.partials.start()
         rows = self._database.read(
-            "SELECT number, chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, ready "
-            "FROM layers WHERE ready"
+            "SELECT number, chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, "
+            "tree_digest, ready FROM layers WHERE ready"
         )
         lost = 0
         for row in rows:
-            layer = Layer(row[0], row[1], row[2], row[3], row[4], row[5], row[6], bool(row[7]))
+            layer = Layer(row[0], row[1], row[2], row[3], row[4], row[5], row[6], bool(row[7]), row[8])
             if not self.path(layer.number).is_dir():
                 lost += 1
                 continue
             if layer.blob_digest and not self._blob_path(layer.blob_digest).is_file():
                 layer = replace(layer, blob_digest="")
             self._add(layer)
-            if row[8] == layer_rows.NEW:
+            if row[9] == layer_rows.NEW:
                 self._new.add(layer.number)
         if lost:
             _log.warning("%d layers were lost with the machine's last stop; images that had them are dropped", lost)
@@ -214,6 +215,7 @@ class LayerStore:
                 unpacked.used_bytes,
                 unpacked.used_inodes,
                 unpacked.opaque,
+                await self._tree_digest(making / "fs"),
             )
             undo.push("its blob", lambda: self._unpublish(source, layer))
             await self._publish(source, layer, making, incoming)
@@ -221,6 +223,13 @@ class LayerStore:
             if source.resumable:
                 self._new.add(number)
         return layer
+
+    async def _tree_digest(self, folder: Path) -> str:
+        """What takes the place of the blob when the layer is checked; empty where blobs are kept."""
+        if self._options.keep_blobs:
+            return ""
+        async with self.fetcher.slots:
+            return (await look_at(folder)).digest
 
     async def _publish(self, source: LayerSource, layer: Layer, making: Path, incoming: Path) -> None:
         """Let the whole layer have its names, once it is on the disk."""

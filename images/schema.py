@@ -43,4 +43,6 @@ MIGRATIONS: tuple[str, ...] = (
     """,
     # Layers are on the disk before their rows are written, so nothing has to be known of those that are not.
     "ALTER TABLE layers DROP COLUMN unsynced_boot",
+    # What the files were when they were unpacked, of layers without a blob to hold them against.
+    "ALTER TABLE layers ADD COLUMN tree_digest TEXT NOT NULL DEFAULT ''",
 )

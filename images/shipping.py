@@ -50,6 +50,8 @@ class Shipping:
     async def push(self, reference: str, destination: str = "", credentials: Credentials | None = None) -> Pushed:
         """Push the image that ``reference`` names, as ``destination`` (as itself, if empty).
 
+        The image is known by the digest it has in that repository from then on, and gets no tag.
+
         Raises NotFoundError, WrongStateError as ``export``, else as ``images.pushing.push``.
         """
         image = self._store.get(reference)
@@ -61,6 +63,7 @@ class Shipping:
             pushed: Pushed = await pushing.push(
                 ready, target, options=self._options, credentials=credentials, siblings=sorted(siblings)
             )
+        await self._store.add_digest(image, f"{target.repository}@{pushed.digest}")
         return pushed
 
     @asynccontextmanager

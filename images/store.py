@@ -6,7 +6,6 @@ import asyncio
 import importlib
 import logging
 import re
-import sqlite3
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from host.database import Database
 from host.errors import InvalidArgumentError, LimitError, NotFoundError
 from host.stages import Operation
 from host.threads import in_thread
-from images import layer_rows
+from images import image_rows
 from images.archive import ImageArchive
 from images.candidate import Candidate
 from images.checking import ImageChecker
@@ -227,10 +226,22 @@ class ImageStore:
         async with self._changing:
             image = self.get(reference)
             record = self._records[image.id]
-            await self._database.write(lambda connection: _insert_names(connection, record.id, [target.tagged]))
+            await self._database.write(
+                lambda connection: image_rows.insert_names(connection, record.id, [target.tagged])
+            )
             self._name(record, [target.tagged])
             self._show(record)
         return target.tagged
+
+    async def add_digest(self, image: Image, name: str) -> None:
+        """Let the image be known by a digest reference, as a registry has it under; not if it was removed meanwhile."""
+        async with self._changing:
+            record = self._records.get(image.id)
+            if record is None or name in record.names:
+                return
+            await self._database.write(lambda connection: image_rows.insert_names(connection, record.id, [name]))
+            self._name(record, [name])
+            self._show(record)
 
     async def disk_usage(self) -> DiskUsage:
         """What each image takes on disk, and what they share."""
@@ -251,7 +262,7 @@ class ImageStore:
             record = self._records[image.id]
             operation = Operation("RemoveImage")
             async with operation.stage("forget"):
-                await self._database.write(lambda connection: _delete(connection, [image.id]))
+                await self._database.write(lambda connection: image_rows.delete(connection, [image.id]))
                 self._forget(record)
             async with operation.stage("layers"):
                 await self._layers.release(image.layers)
@@ -295,7 +306,7 @@ class ImageStore:
             record = _Record(
                 candidate.id, candidate.manifest_digest, len(candidate.manifest), config, candidate.config, layers
             )
-        await self._database.write(lambda connection: _insert(connection, candidate, layers))
+        await self._database.write(lambda connection: image_rows.insert(connection, candidate, layers))
         if new:
             self._records[record.id] = record
             self._layers.retain(layer.number for layer in layers)
@@ -362,34 +373,9 @@ class ImageStore:
             self._show(record)
         if broken:
             _log.warning("images dropped because layers of theirs are missing: %s", ", ".join(broken))
-            await self._database.write(lambda connection: _delete(connection, broken))
+            await self._database.write(lambda connection: image_rows.delete(connection, broken))
 
 
 def _key(name: Reference) -> str:
     """What the store has an image under: the digest reference if there is a digest, else the tag."""
     return f"{name.repository}@{name.digest}" if name.digest else name.tagged
-
-
-def _insert(connection: sqlite3.Connection, candidate: Candidate, layers: tuple[Layer, ...]) -> None:
-    connection.execute(
-        "INSERT OR IGNORE INTO images (id, manifest_digest, config, manifest, created) VALUES (?, ?, ?, ?, ?)",
-        (candidate.id, candidate.manifest_digest, candidate.config, candidate.manifest, time.time_ns()),
-    )
-    connection.executemany(
-        "INSERT OR IGNORE INTO image_layers (image_id, position, layer) VALUES (?, ?, ?)",
-        [(candidate.id, position, layer.number) for position, layer in enumerate(layers)],
-    )
-    layer_rows.mark_used(connection, [layer.number for layer in layers])
-    _insert_names(connection, candidate.id, candidate.names)
-
-
-def _insert_names(connection: sqlite3.Connection, image_id: str, names: Iterable[str]) -> None:
-    rows = [(name, image_id) for name in names]
-    connection.executemany("INSERT OR REPLACE INTO image_references (name, image_id) VALUES (?, ?)", rows)
-
-
-def _delete(connection: sqlite3.Connection, image_ids: Sequence[str]) -> None:
-    rows = [(image_id,) for image_id in image_ids]
-    connection.executemany("DELETE FROM image_references WHERE image_id = ?", rows)
-    connection.executemany("DELETE FROM image_layers WHERE image_id = ?", rows)
-    connection.executemany("DELETE FROM images WHERE id = ?", rows)

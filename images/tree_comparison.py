@@ -1,13 +1,14 @@
-"""A short-lived process that compares two file trees, or counts the inodes of one.
+"""A short-lived process that compares two file trees, or counts the inodes of one and makes a digest of it.
 
-Started as ``python -I -S`` with one or two folders as its last arguments, it prints one JSON object: ``inodes`` of the
-only one, or ``differences`` of the second from the first, at most twenty sentences. It only reads, and follows no
-symbolic link.
+Started as ``python -I -S`` with one or two folders as its last arguments, it prints one JSON object: ``inodes`` and
+``digest`` of the only one, or ``differences`` of the second from the first, at most twenty sentences. It only reads,
+and follows no symbolic link.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import resource
@@ -25,21 +26,56 @@ class TooManyDifferencesError(Exception):
     """There is no point in looking further."""
 
 
-def count(folder: int, linked: set[int]) -> int:
-    """The inodes of an open folder and of all below it, without those in ``linked``, where hard links are noted."""
-    inodes = 1
-    for name in os.listdir(folder):
-        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        if stat.S_ISDIR(status.st_mode):
-            below = os.open(name, _FOLDER, dir_fd=folder)
-            try:
-                inodes += count(below, linked)
-            finally:
-                os.close(below)
-        elif status.st_nlink == 1 or status.st_ino not in linked:
-            linked.add(status.st_ino)
-            inodes += 1
-    return inodes
+class Summary:
+    """The ``inodes`` of an open folder and of all below it, and a digest of all that a comparison would look at."""
+
+    def __init__(self, folder: int) -> None:
+        self.inodes = 1
+        self._linked: set[int] = set()
+        self._hash = hashlib.sha256()
+        self._attributes(b"", os.fstat(folder), _xattrs(folder, "."))
+        self._walk(folder, b"")
+
+    @property
+    def digest(self) -> str:
+        """Of the whole tree."""
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def _walk(self, folder: int, path: bytes) -> None:
+        for name in sorted(os.listdir(folder)):
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            own_path = path + b"/" + os.fsencode(name)
+            self._attributes(own_path, status, _xattrs(folder, name))
+            if stat.S_ISDIR(status.st_mode):
+                below = os.open(name, _FOLDER, dir_fd=folder)
+                try:
+                    self.inodes += 1
+                    self._walk(below, own_path)
+                finally:
+                    os.close(below)
+                continue
+            if status.st_nlink == 1 or status.st_ino not in self._linked:
+                self._linked.add(status.st_ino)
+                self.inodes += 1
+            if stat.S_ISREG(status.st_mode):
+                self._content(folder, name)
+            elif stat.S_ISLNK(status.st_mode):
+                self._hash.update(os.fsencode(os.readlink(name, dir_fd=folder)))
+
+    def _attributes(self, path: bytes, status: os.stat_result, xattrs: dict[str, bytes]) -> None:
+        facts = [status.st_mode, status.st_uid, status.st_gid, status.st_rdev]
+        if not stat.S_ISDIR(status.st_mode):
+            whiteout = stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
+            facts += [status.st_size, status.st_nlink, 0 if whiteout else status.st_mtime_ns]
+        self._hash.update(repr((path, facts, sorted(xattrs.items()))).encode())
+
+    def _content(self, folder: int, name: str) -> None:
+        file = os.open(name, _FILE, dir_fd=folder)
+        try:
+            while piece := os.read(file, _PIECE):
+                self._hash.update(piece)
+        finally:
+            os.close(file)
 
 
 class Comparison:
@@ -158,10 +194,13 @@ def main(folders: list[str]) -> None:
     os.nice(10)
     opened = [os.open(folder, _FOLDER) for folder in folders]
     comparison = Comparison()
-    inodes = 0
+    summary = None
     if len(opened) == 1:
-        inodes = count(opened[0], set())
+        summary = Summary(opened[0])
     else:
         with contextlib.suppress(TooManyDifferencesError):
             comparison.compare(opened[0], opened[1])
-    sys.stdout.write(json.dumps({"inodes": inodes, "differences": comparison.differences}))
+    result: dict[str, object] = {"differences": comparison.differences}
+    if summary is not None:
+        result |= {"inodes": summary.inodes, "digest": summary.digest}
+    sys.stdout.write(json.dumps(result))

@@ -151,16 +151,34 @@ async def test_a_broken_blob_goes_alone(node: Node, registry: Registry, built: B
     assert await findings(node) == ()
 
 
-async def test_layers_without_blobs_are_counted(new_node: NewNode, registry: Registry, built: BuiltImage) -> None:
+async def test_layers_without_blobs_are_held_against_what_was_unpacked(
+    new_node: NewNode, registry: Registry, built: BuiltImage
+) -> None:
     node = await new_node(keep_blobs=False)
-    image = await node.store.pull(registry.push(built, "check/unkept"))
+    name = registry.push(built, "check/unkept")
+    image = await node.store.pull(name)
+    await node.restart()
     assert await findings(node) == ()
     path(node, image, 0, "bin/capable").unlink()
     (found,) = await findings(node)
     assert found.problem.startswith("it has ")
     shutil.rmtree(path(node, image, 0, ""))
-    (found,) = await findings(node)
+    (found,) = await findings(node, repair=True)
     assert found.problem == "its folder is missing"
+    assert (await node.store.pull(name)).id == image.id
+    assert await findings(node) == ()
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGE if name not in ("missing", "more", "deep")])
+async def test_damage_that_leaves_the_number_of_files_is_found_without_a_blob(
+    new_node: NewNode, registry: Registry, built: BuiltImage, damage: str
+) -> None:
+    node = await new_node(keep_blobs=False)
+    image = await node.store.pull(registry.push(built, "check/unkept"))
+    file, hurt, _ = DAMAGE[damage]
+    hurt(path(node, image, 0, file))
+    (found,) = await findings(node)
+    assert found.problem == "its files are not as they were unpacked"
 
 
 async def test_broken_rows(node: Node, registry: Registry, built: BuiltImage) -> None:

@@ -153,6 +153,12 @@ async def test_push_and_pull_again(node: Node, registry: Registry, built: BuiltI
     )  # fmt: skip
     mounted = await node.store.shipping.push(image.id, f"{registry.host}/push/two:2")
     assert (mounted.sent, mounted.mounted, mounted.present) == (0, 3, 0)
+    found = node.store.get(image.id)
+    assert found.repo_tags == image.repo_tags
+    digests = [f"{registry.host}/push/{name}@{image.manifest_digest}" for name in ("one", "two")]
+    assert list(found.repo_digests) == digests
+    await node.restart()
+    assert node.store.find(digests[1]) == found
     with run_registry() as other:
         sent = await node.store.shipping.push(name, f"{other.host}/copy:1")
         assert (sent.sent, sent.mounted, sent.present) == (3, 0, 0)

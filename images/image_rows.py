@@ -1,0 +1,39 @@
+"""The store's rows of images: each function is one write, run on the database's thread."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterable, Sequence
+
+from images import layer_rows
+from images.candidate import Candidate
+from images.layer import Layer
+
+
+def insert(connection: sqlite3.Connection, candidate: Candidate, layers: tuple[Layer, ...]) -> None:
+    """The image with its layers, lowest first, and its names."""
+    connection.execute(
+        "INSERT OR IGNORE INTO images (id, manifest_digest, config, manifest, created) VALUES (?, ?, ?, ?, ?)",
+        (candidate.id, candidate.manifest_digest, candidate.config, candidate.manifest, time.time_ns()),
+    )
+    connection.executemany(
+        "INSERT OR IGNORE INTO image_layers (image_id, position, layer) VALUES (?, ?, ?)",
+        [(candidate.id, position, layer.number) for position, layer in enumerate(layers)],
+    )
+    layer_rows.mark_used(connection, [layer.number for layer in layers])
+    insert_names(connection, candidate.id, candidate.names)
+
+
+def insert_names(connection: sqlite3.Connection, image_id: str, names: Iterable[str]) -> None:
+    """The names are the image's from now on, whichever had them."""
+    rows = [(name, image_id) for name in names]
+    connection.executemany("INSERT OR REPLACE INTO image_references (name, image_id) VALUES (?, ?)", rows)
+
+
+def delete(connection: sqlite3.Connection, image_ids: Sequence[str]) -> None:
+    """Forget images and their names."""
+    rows = [(image_id,) for image_id in image_ids]
+    connection.executemany("DELETE FROM image_references WHERE image_id = ?", rows)
+    connection.executemany("DELETE FROM image_layers WHERE image_id = ?", rows)
+    connection.executemany("DELETE FROM images WHERE id = ?", rows)

@@ -169,11 +169,10 @@ def test_recorded_series_have_values(watched: Watched) -> None:
 
 def test_what_happened_here_and_nothing_else_is_told(watched: Watched) -> None:
     alerts = watched.prometheus.get("alerts")["alerts"]
-    firing = {alert["labels"]["alertname"]: alert for alert in alerts}
+    firing = {alert["labels"]["alertname"]: alert for alert in alerts if alert["state"] == "firing"}
     assert set(firing) - MACHINES_OWN == {"PodkeelContainerOutOfMemory", "PodkeelRecoveryFound"}
     assert firing["PodkeelRecoveryFound"]["labels"]["kind"] == "container half made"
     killed = firing["PodkeelContainerOutOfMemory"]
-    assert killed["state"] == "firing"
     assert killed["labels"]["container"] == "hungry"
     assert (
         killed["annotations"]["summary"] == f"default/{killed['labels']['pod']}: hungry was killed for want of memory"
@@ -202,13 +201,15 @@ def test_restarts_and_ends_go_with_their_containers(watched: Watched) -> None:
         agent.client.start(container_id)
         wait_for(partial(has_ended, agent, container_id))
     restarts = f'podkeel_container_restarts_total{{pod="{pod}",container="again"}}'
-    wait_for(lambda: [value for _, value in prometheus.vector(restarts)] == [2], what="the restarts are scraped")
+    wait_for(
+        lambda: [value for _, value in prometheus.vector(restarts)] == [2], seconds=20, what="the restarts are scraped"
+    )
     ended = f'time() - podkeel_container_exited_timestamp_seconds{{pod="{pod}",reason="Error"}}'
     ((_, age),) = prometheus.vector(ended)
-    assert -1 < age < 60
+    assert -1 < age < 120
     agent.client.stop_sandbox(sandbox_id)
     agent.client.remove_sandbox(sandbox_id)
-    wait_for(lambda: not prometheus.has_series(restarts), what="the series end with their container")
+    wait_for(lambda: not prometheus.has_series(restarts), seconds=20, what="the series end with their container")
 
 
 def test_an_agent_that_goes_away_is_noticed(watched: Watched) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import grpc
 
 from proto.podkeel.v1 import agent_pb2
+from proto.runtime.v1 import cri_pb2
 from tests.support.cri import CriClient
 
 # How many times longer than usual things may take, and lines added to [runtime] of every agent: for slow machines and
@@ -134,10 +135,24 @@ class AgentProcess:
     def reset(self) -> None:
         """End it if it runs and take down all it made."""
         self._end(signal.SIGKILL)
+        if Path("/run/systemd/system").is_dir():  # slices that stood for a client's, which an agent leaves alone
+            subprocess.run(["systemctl", "stop", f"{self.cgroup_parent.strip('/')}.slice"], check=True)
         done = subprocess.run(self.command("reset", "--yes", *self.flags), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr + self.tail()
         assert not self.data.exists()
         assert not self.run.exists()
+
+    @property
+    def cgroup_driver(self) -> str:
+        """The driver it uses: cgroupfs or systemd."""
+        answer = self.client.call("RuntimeConfig", cri_pb2.RuntimeConfigRequest())
+        return "systemd" if answer.linux.cgroup_driver == cri_pb2.SYSTEMD else "cgroupfs"
+
+    def parent_for_pods(self, name: str) -> str:
+        """A cgroup parent below its own, as a client that uses the same driver gives it."""
+        if self.cgroup_driver == "systemd":
+            return f"{self.cgroup_parent.strip('/')}-{name}.slice"
+        return f"{self.cgroup_parent}/{name}"
 
     def import_busybox(self, archive: Path) -> None:
         """Give it the busybox image."""

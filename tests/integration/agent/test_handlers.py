@@ -89,11 +89,6 @@ def information(agent: AgentProcess, container_id: str) -> dict[str, Any]:
     return answer
 
 
-def driver_of(agent: AgentProcess) -> str:
-    answer = agent.client.call("RuntimeConfig", cri_pb2.RuntimeConfigRequest())
-    return "systemd" if answer.linux.cgroup_driver == cri_pb2.SYSTEMD else "cgroupfs"
-
-
 def working(agent: AgentProcess) -> list[str]:
     return [handler.name for handler in agent.client.call("Status", cri_pb2.StatusRequest()).runtime_handlers]
 
@@ -183,7 +178,7 @@ def test_the_configured_umask_holds_for_every_process(agent: AgentProcess) -> No
 
 def test_pods_count_for_disks_what_their_handler_says(agent: AgentProcess) -> None:
     """The weight is the pod's, which holds against other pods; one by a parent of its own has it too."""
-    tree = CgroupTree.of_host(driver_of(agent))
+    tree = CgroupTree.of_host(agent.cgroup_driver)
     for handler, expected in (("wrapped", "300"), ("runc", "50")):
         sandbox_id, container_id = start(agent, handler)
         parent = json.loads(

@@ -176,13 +176,10 @@ def test_processes_are_limited_by_the_node(agent: AgentProcess, handler: str) ->
 @pytest.mark.parametrize("given", [False, True])
 def test_containers_are_in_the_pod_s_cgroup_under_their_own_id(agent: AgentProcess, handler: str, given: bool) -> None:
     """By the path the kernel tells; a parent that the client gave outlives the pod, one of its own does not."""
-    answer = agent.client.call("RuntimeConfig", cri_pb2.RuntimeConfigRequest())
-    tree = CgroupTree.of_host("systemd" if answer.linux.cgroup_driver == cri_pb2.SYSTEMD else "cgroupfs")
+    tree = CgroupTree.of_host(agent.cgroup_driver)
     sandbox = sandbox_config(agent)
-    stem = agent.cgroup_parent.strip("/")
     if given:
-        path = {"systemd": f"{stem}-client-pod1.slice", "cgroupfs": f"/{stem}/client/pod1"}
-        sandbox.linux.cgroup_parent = path[tree.driver]
+        sandbox.linux.cgroup_parent = agent.parent_for_pods("pod1")
     sandbox_id = agent.client.run_sandbox(sandbox, handler)
     container_id = agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox)
     agent.client.start(container_id)
@@ -195,8 +192,9 @@ def test_containers_are_in_the_pod_s_cgroup_under_their_own_id(agent: AgentProce
     agent.client.stop_sandbox(sandbox_id)
     agent.client.remove_sandbox(sandbox_id)
     assert not tree.exists(expected)
-    assert tree.exists(tree.parent_path(parent)) == (given and tree.driver == "cgroupfs")
-    tree.remove(tree.parent_path(parent))
+    assert tree.exists(tree.parent_path(parent)) == given
+    if tree.driver == "cgroupfs":
+        tree.remove(tree.parent_path(parent))
 
 
 def test_sysctls_that_a_pod_has_without_asking(agent: AgentProcess, handler: str) -> None:

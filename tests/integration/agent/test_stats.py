@@ -185,7 +185,7 @@ def test_pods_of_every_kind_side_by_side(agent: AgentProcess) -> None:
     client = agent.client
     host = cri_pb2.NamespaceOption(network=cri_pb2.NODE, pid=cri_pb2.CONTAINER)
     security = cri_pb2.LinuxSandboxSecurityContext(namespace_options=host)
-    parents = [f"{agent.cgroup_parent}/given", f"{agent.cgroup_parent}/shared", f"{agent.cgroup_parent}/shared", ""]
+    parents = [*map(agent.parent_for_pods, ("given", "shared", "shared")), ""]
     configs = [sandbox_config(agent, linux=cri_pb2.LinuxPodSandboxConfig(cgroup_parent=name)) for name in parents]
     configs.append(sandbox_config(agent, linux=cri_pb2.LinuxPodSandboxConfig(security_context=security)))
     ids = [client.run_sandbox(config) for config in configs]

@@ -159,14 +159,14 @@ def test_stop_waits_for_no_grace_of_containers(pod: Pod) -> None:
 def test_pod_with_and_without_cgroup_parent_side_by_side(agent: AgentProcess) -> None:
     plain = Pod.run(agent, sandbox_config(agent))
     config = sandbox_config(agent)
-    config.linux.cgroup_parent = f"{agent.cgroup_parent}/kubelets/pod1"
+    config.linux.cgroup_parent = agent.parent_for_pods("pod1")
     placed = Pod.run(agent, config)
-    groups = [pod.printed(container_config("main", "cat", "/proc/self/cgroup")) for pod in (plain, placed)]
-    assert groups[0] != groups[1]
-    memory = agent.client.call(
-        "ContainerStatus", cri_pb2.ContainerStatusRequest(container_id=placed.sleeping("other"), verbose=True)
-    )
-    assert json.loads(memory.info["info"])["cgroup"].startswith(f"{agent.cgroup_parent}/kubelets/pod1/")
+    groups = []
+    for pod in (plain, placed):
+        request = cri_pb2.ContainerStatusRequest(container_id=pod.sleeping(), verbose=True)
+        groups.append(Path(json.loads(agent.client.call("ContainerStatus", request).info["info"])["cgroup"]))
+    name = Path(config.linux.cgroup_parent).name
+    assert [name in {folder.name for folder in group.parents} for group in groups] == [False, True]
 
 
 def test_resources_of_the_pod_are_recorded(pod: Pod) -> None:

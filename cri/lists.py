@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 from google.protobuf.message import Message
 
+from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
 from runtime import statuses
 from runtime.container import Container
@@ -31,6 +34,7 @@ def sandboxes(node: Node, wanted: cri_pb2.PodSandboxFilter) -> Iterator[bytes]:
 
 def containers(node: Node, wanted: cri_pb2.ContainerFilter) -> Iterator[bytes]:
     """Encoded items of the containers that match; an unknown or ambiguous id matches none."""
+    _follow_image_names(node)
     for container in node.visible_containers():
         if wanted.id and not container.id.startswith(wanted.id):
             continue
@@ -39,7 +43,7 @@ def containers(node: Node, wanted: cri_pb2.ContainerFilter) -> Iterator[bytes]:
         if wanted.HasField("state") and statuses.container_state(container) != wanted.state.state:
             continue
         if matches(wanted.label_selector, container.config.labels):
-            yield _item(container, statuses.container_item)
+            yield _item(container, partial(_container_item, node))
 
 
 def matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
@@ -67,6 +71,38 @@ def encode_item(message: Message) -> bytes:
 def encode_field(number: int, body: bytes) -> bytes:
     """An encoded message as field ``number`` (at most 15) of another one."""
     return bytes((number << 3 | 2,)) + _varint(len(body)) + body
+
+
+def _follow_image_names(node: Node) -> None:
+    """Forget the items of containers whose image has lost its name to another one, or got it back, meanwhile."""
+    if node.listed_images == node.images.revision:
+        return
+    renamed = frozenset(container.id for container in node.containers if _lost_its_name(node, container))
+    for container in node.containers:
+        if (container.id in renamed) != (container.id in node.renamed):
+            container.list_item = None
+    node.renamed = renamed
+    node.listed_images = node.images.revision
+
+
+def _lost_its_name(node: Node, container: Container) -> bool:
+    """Whether what was asked for stands for another image by now."""
+    asked = container.config.image
+    with suppress(InvalidArgumentError):  # what clients show to people need not be a reference
+        named = node.images.find(asked.user_specified_image or asked.image)
+        return named is not None and named.id != container.record.image_id
+    return False
+
+
+def _container_item(node: Node, container: Container) -> cri_pb2.Container:
+    """Its item; with the image's id where the name does not stand for it any more.
+
+    ``crictl rmi --prune`` removes every image that no container names here.
+    """
+    item = statuses.container_item(container)
+    if _lost_its_name(node, container):
+        item.image.image = item.image_id
+    return item
 
 
 def _item(subject: S, build: Callable[[S], Message]) -> bytes:

@@ -39,7 +39,8 @@ def read_boot_id() -> str:
 class Node:
     """What the pod and container managers share.
 
-    ``failures`` counts what monitors and OCI runtimes failed at, by program and action.
+    ``failures`` counts what monitors and OCI runtimes failed at, by program and action. ``renamed`` are the
+    containers whose image had lost its name to another one at revision ``listed_images`` of the images.
     """
 
     options: RuntimeOptions
@@ -62,6 +63,8 @@ class Node:
     starting: asyncio.Semaphore = field(init=False)
     meters: Meters = field(init=False)
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)
+    renamed: frozenset[str] = frozenset()
+    listed_images: int = -1
     _preparing: asyncio.Future[None] | None = None
 
     def __post_init__(self) -> None:

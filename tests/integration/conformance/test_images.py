@@ -150,6 +150,35 @@ def test_containers_outlive_their_image(pod: Pod, client: CriClient, registry: R
         pod.create(container_config("other", *SLEEP, image=reference))
 
 
+def test_image_in_use_is_listed_by_its_id_once_its_name_stands_for_another(
+    pod: Pod, client: CriClient, registry: Registry, built: BuiltImage
+) -> None:
+    """Who removes what no container in the list names must not hit the images of containers."""
+    reference = registry.push(built, "conformance/renamed")
+    _pull(client, reference)
+    config = container_config("main", *SLEEP, image=built.id)
+    config.image.user_specified_image = reference
+    container_id = pod.create(config)
+    odd = container_config("odd", *SLEEP, image=built.id)
+    odd.image.user_specified_image = "no reference at all!"
+    pod.create(odd)
+
+    def listed() -> list[str]:
+        items = client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
+        return [item.image.image for item in items]
+
+    assert listed() == [reference, "no reference at all!"]
+    other = busybox_image({"User": "34"})
+    registry.push(other, "conformance/renamed")
+    _pull(client, reference)
+    try:
+        assert listed() == [built.id, "no reference at all!"]
+        assert client.status(container_id).image.image == reference
+    finally:
+        _remove(client, other.id)
+    assert listed() == [reference, "no reference at all!"]
+
+
 def _used(client: CriClient) -> tuple[int, int]:
     answer = client.call("ImageFsInfo", cri_pb2.ImageFsInfoRequest())
     (images,), (containers,) = answer.image_filesystems, answer.container_filesystems

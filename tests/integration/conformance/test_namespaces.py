@@ -85,6 +85,23 @@ def test_host_network(agent: AgentProcess) -> None:
     assert status.linux.namespaces.options.network == cri_pb2.NODE
 
 
+def test_host_network_with_users_of_its_own(agent: AgentProcess) -> None:
+    status = agent.client.call("Status", cri_pb2.StatusRequest())
+    for handler in (item for item in status.runtime_handlers if item.features.user_namespaces):
+        config = sandbox_config(agent)
+        options = config.linux.security_context.namespace_options
+        options.network = cri_pb2.NODE
+        options.userns_options.mode = cri_pb2.POD
+        for mappings in (options.userns_options.uids, options.userns_options.gids):
+            mappings.add(container_id=0, host_id=100_000, length=65536)
+        pod = Pod(agent, config, agent.client.run_sandbox(config, handler=handler.name))
+        script = "readlink /proc/self/ns/net; cat /proc/self/uid_map; ls /sys/class/net"
+        words = pod.printed(_container(pod, "main", "sh", "-c", script)).split()
+        assert words[:4] == [_own("net"), "0", "100000", "65536"]
+        assert "lo" in words
+    assert status.features.user_namespaces_host_network
+
+
 def test_host_pid(agent: AgentProcess) -> None:
     pod = _pod(agent, pid=cri_pb2.NODE)
     container_id = pod.start(_container(pod, "main", *SLEEP))

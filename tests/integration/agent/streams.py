@@ -11,12 +11,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from host import libc
 from host.threads import in_fresh_thread, inside_namespace
 from proto.runtime.v1 import cri_pb2
 from tests.integration.streaming.spdy_client import COMMAND_PROTOCOLS, SpdyClient
+from tests.integration.streaming.websocket_client import TunnelEnd, WebSocketClient
 from tests.support.agent import AgentProcess
 from tests.support.pods import container_config, sandbox_config
 
@@ -85,6 +86,12 @@ async def spdy(url: str, *names: str, **options: Any) -> AsyncIterator[tuple[Spd
         yield client, await client.open_command(*names)
     finally:
         await client.close()
+
+
+def spdy_in_tunnel(websocket: WebSocketClient) -> SpdyClient:
+    """A port forward's SPDY client whose bytes travel in a WebSocket's messages."""
+    end = cast("Any", TunnelEnd(websocket))
+    return SpdyClient(end, end, "")
 
 
 def exit_code(status: dict[str, Any]) -> int:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from tests.integration.agent.streams import Running, listen_in_pod, run, until
+from tests.integration.agent.streams import Running, listen_in_pod, run, spdy_in_tunnel, until
 from tests.integration.streaming.player import RECORDINGS, Player, whole_input
+from tests.integration.streaming.test_port_forward import open_pair
+from tests.integration.streaming.websocket_client import WebSocketClient
 from tests.support.agent import AgentProcess
 
 if os.geteuid() != 0:
@@ -22,6 +23,14 @@ if os.geteuid() != 0:
 @pytest.fixture(params=["crun", "runc"])
 def container(request: pytest.FixtureRequest, agent: AgentProcess) -> Running:
     return run(agent, handler=request.param)
+
+
+async def say_path(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer one HTTP request."""
+    words = (await reader.readuntil(b"\r\n\r\n")).split()
+    writer.write(b"HTTP/1.0 200 OK\r\n\r\n" + words[1])
+    await writer.drain()
+    writer.close()
 
 
 async def test_001_output_on_both_streams(container: Running) -> None:
@@ -84,15 +93,9 @@ async def test_008_attach(agent: AgentProcess) -> None:
 
 
 async def test_009_port_forward_confines_an_error_to_its_pair(agent: AgentProcess) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        words = (await reader.readuntil(b"\r\n\r\n")).split()
-        writer.write(b"HTTP/1.0 200 OK\r\n\r\n" + words[1])
-        await writer.drain()
-        writer.close()
-
     container = run(agent)
     listener = await listen_in_pod(agent, container.sandbox_id, "127.0.0.1", 8080)
-    web = await asyncio.start_server(serve, sock=listener)
+    web = await asyncio.start_server(say_path, sock=listener)
     request = cri_pb2.PortForwardRequest(pod_sandbox_id=container.sandbox_id)
     player = Player("009.portforward", agent.client.call("PortForward", request).url)
     answer = await player.play(until_stream=9)
@@ -103,24 +106,43 @@ async def test_009_port_forward_confines_an_error_to_its_pair(agent: AgentProces
     assert answer.finished >= {1, 3, 5, 7, 9, 11}
 
 
-@pytest.mark.parametrize("name", ["010.exec", "011.attach", "012.portforward"])
-async def test_websocket_requests_of_todays_clients_are_served(agent: AgentProcess, name: str) -> None:
+async def test_010_exec_over_websocket(container: Running) -> None:
+    player = Player("010.exec", container.exec_url("sh", "-c", "echo hello; echo oops >&2; exit 3"))
+    client = await WebSocketClient.send_recorded(player.address, player.head)
+    assert client.subprotocol == "v5.channel.k8s.io"
+    status = await client.status()
+    assert status["details"] == {"causes": [{"reason": "ExitCode", "message": "3"}]}
+    assert (client.text(1), client.text(2), client.close_code) == ("hello\n", "oops\n", 1000)
+    await client.close()
+
+
+async def test_011_attach_over_websocket(agent: AgentProcess) -> None:
+    container = run(agent, "sh", "-c", "while :; do echo tick; echo tock >&2; sleep 0.1; done")
+    player = Player("011.attach", container.attach_url())
+    client = await WebSocketClient.send_recorded(player.address, player.head)
+    assert client.subprotocol == "v5.channel.k8s.io"
+    await client.until(lambda: b"tick" in client.channels.get(1, b"") and b"tock" in client.channels.get(2, b""))
+    await asyncio.to_thread(agent.client.stop, container.id)
+    assert (await client.status(), client.close_code) == ({"status": "Success"}, 1000)
+    await client.close()
+
+
+async def test_012_port_forward_through_a_tunnel(agent: AgentProcess) -> None:
     container = run(agent)
     request = cri_pb2.PortForwardRequest(pod_sandbox_id=container.sandbox_id)
-    url: dict[str, Callable[[], str]] = {
-        "010.exec": lambda: container.exec_url("true"),
-        "011.attach": container.attach_url,
-        "012.portforward": lambda: str(agent.client.call("PortForward", request).url),
-    }
-    player = Player(name, url[name]())
-    reader, writer = await asyncio.open_connection(*player.address)
-    writer.write(player.head)
-    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
-    writer.close()
-    offered = re.search(rb"Sec-WebSocket-Protocol: (\S+)", player.head)
-    assert offered is not None
-    assert head.startswith(b"HTTP/1.1 101 ")
-    assert b"sec-websocket-protocol: " + offered[1].lower() in head.lower()
+    player = Player("012.portforward", agent.client.call("PortForward", request).url)
+    websocket = await WebSocketClient.send_recorded(player.address, player.head)
+    assert websocket.subprotocol == "spdy/3.1+portforward.k8s.io"
+    client = spdy_in_tunnel(websocket)
+    web = await asyncio.start_server(say_path, sock=await listen_in_pod(agent, container.sandbox_id, "127.0.0.1", 8080))
+    data, error = await open_pair(client, 8080)
+    client.send_now(data, b"GET /index.html HTTP/1.1\r\n\r\n")
+    assert await client.streams[data].text() == "HTTP/1.0 200 OK\r\n\r\n/index.html"
+    client.session.reset(data)  # as kubectl leaves a connection that the pod has ended
+    client.flush()
+    assert await client.streams[error].text() == ""
+    web.close()
+    await client.close()
 
 
 def test_every_recording_is_played() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import ssl
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import grpc
 import pytest
 
 from tests.integration.agent.streams import exit_code, run, spdy
@@ -97,8 +99,11 @@ def context(folder: Path, certificate: Path | None) -> ssl.SSLContext:
     return made
 
 
-async def test_urls_are_good_for_a_minute_and_are_bounded_in_number(agent: AgentProcess) -> None:
-    container = run(agent)
-    with pytest.raises(Exception, match="1000 streams wait for their clients to connect; try again in a minute"):
-        for _ in range(1001):
-            container.exec_url("true")
+def test_urls_that_nobody_uses_are_bounded_in_number(own_agent: AgentProcess) -> None:
+    container = run(own_agent)
+    for _ in range(1000):
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/exec/[\w-]{22}", container.exec_url("true"))
+    with pytest.raises(grpc.RpcError) as refused:
+        container.exec_url("true")
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "1000 streams wait for their clients to connect; try again in a minute" in str(refused.value.details())

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from wsproto import ConnectionType, WSConnection
+from wsproto.connection import Connection
 from wsproto.events import (
     AcceptConnection,
     BytesMessage,
@@ -39,7 +40,7 @@ class WebSocketClient:
         self.raw: asyncio.Queue[bytes] = asyncio.Queue()
         self.as_tunnel = False
         self._current = b""
-        self._connection = WSConnection(ConnectionType.CLIENT)
+        self._connection: WSConnection | Connection = WSConnection(ConnectionType.CLIENT)
 
     @classmethod
     async def connect(cls, url: str, *subprotocols: str, query: str = "") -> WebSocketClient:
@@ -50,6 +51,20 @@ class WebSocketClient:
         client.writer.write(client._connection.send(request))
         client.task = asyncio.create_task(client._read())
         await client.until(lambda: client.subprotocol is not None or client.rejected is not None)
+        return client
+
+    @classmethod
+    async def send_recorded(cls, address: tuple[str, int], handshake: bytes) -> WebSocketClient:
+        """With the handshake of somebody else, as they sent it."""
+        client = cls()
+        client.reader, client.writer = await asyncio.open_connection(*address)
+        client.writer.write(handshake)
+        head = await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), 10)
+        assert head.startswith(b"HTTP/1.1 101 "), head
+        headers = dict(line.lower().split(": ", 1) for line in head.decode().splitlines()[1:] if line)
+        client.subprotocol = headers.get("sec-websocket-protocol", "")
+        client._connection = Connection(ConnectionType.CLIENT)
+        client.task = asyncio.create_task(client._read())
         return client
 
     reader: asyncio.StreamReader
@@ -66,14 +81,14 @@ class WebSocketClient:
     def send_event(self, event: Event) -> None:
         self.writer.write(self._connection.send(event))
 
-    async def until(self, condition: Any) -> None:
-        async with asyncio.timeout(15):
+    async def until(self, condition: Any, seconds: float | None = 15) -> None:
+        async with asyncio.timeout(seconds):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
 
-    async def closed(self) -> None:
-        await self.until(lambda: self.close_code is not None)
+    async def closed(self, seconds: float | None = 15) -> None:
+        await self.until(lambda: self.close_code is not None, seconds)
 
     async def status(self) -> dict[str, Any]:
         await self.closed()
@@ -123,3 +138,35 @@ class WebSocketClient:
             return
         self.messages.append((channel, data))
         self.channels.setdefault(channel, bytearray()).extend(data)
+
+
+class TunnelEnd:
+    """Reads and writes the bytes inside of a tunnel, for a SPDY client on it."""
+
+    def __init__(self, websocket: WebSocketClient) -> None:
+        self._websocket = websocket
+        websocket.as_tunnel = True
+
+    async def read(self, size: int) -> bytes:
+        """The bytes of the next message, however many; b"" once the tunnel is closed."""
+        del size
+        coming = asyncio.ensure_future(self._websocket.raw.get())
+        closed = asyncio.ensure_future(self._websocket.closed(seconds=None))
+        await asyncio.wait({coming, closed}, return_when=asyncio.FIRST_COMPLETED)
+        closed.cancel()
+        if coming.done():
+            return coming.result()
+        coming.cancel()
+        return b""
+
+    def write(self, data: bytes) -> None:
+        """In messages whose boundaries mean nothing."""
+        for start in range(0, len(data), 50_001):
+            self._websocket.send_event(BytesMessage(data=data[start : start + 50_001]))
+
+    async def drain(self) -> None:
+        await self._websocket.writer.drain()
+
+    def close(self) -> None:
+        self._websocket.task.cancel()
+        self._websocket.writer.close()

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from cri.options import StreamingOptions
 from cri.streaming.backend import TerminalSize
 from cri.streaming.cleanup import left_fully
 from cri.streaming.http_upgrade import HttpError, HttpUpgrade
@@ -59,6 +60,13 @@ def test_tokens_are_bounded_and_expiry_makes_room() -> None:
         table.issue(REQUEST)
     now[0] = 61.0
     assert table.take(table.issue(REQUEST)) is REQUEST
+
+
+def test_times_that_are_promised() -> None:
+    limits = StreamLimits()
+    assert (limits.token_lifetime, limits.idle_timeout, limits.creation_timeout) == (60, 4 * 3600, 30)
+    options = StreamingOptions()
+    assert (options.idle_seconds, options.creation_seconds) == (4 * 3600, 30)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])

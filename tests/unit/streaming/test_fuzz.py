@@ -140,4 +140,5 @@ def test_mutated_bytes(target: Callable[[random.Random, bytes], None], seeds: Ca
         except Exception as error:
             raise AssertionError(f"random seed {number + tries}, bytes {data.hex()}") from error
         tries += 1
+    print(f"{tries} inputs")  # shown by -rP
     assert tries > 10

@@ -89,14 +89,13 @@ class StatsCalls:
         return [pod for pod in self._statistics.pods() if _pod_matches(pod.sandbox, wanted)]
 
     async def _pod_items(self, pods: Sequence[Pod]) -> list[bytes]:
-        networks = await self._statistics.networks(pods)
-        return await in_thread(lambda: list(self._encode_pods(pods, networks)))
+        return await self._statistics.with_networks(pods, lambda networks: list(self._encode_pods(pods, networks)))
 
     def _encode_pods(self, pods: Iterable[Pod], networks: Mapping[str, NetworkReading]) -> Iterator[bytes]:
         for pod in pods:
             usages, encoded = [], []
             for container in pod.containers:
-                usage = self._statistics.usage(container)
+                usage = self._statistics.usage(container, tasks=not pod.own_parent)
                 if usage is not None:
                     usages.append(usage)
                     written = self._statistics.written(container)

@@ -16,6 +16,7 @@ from metrics.readings import (
     CpuUsage,
     HugetlbReading,
     IoReading,
+    LimitedMemory,
     LimitsReading,
     MemoryEvents,
     MemoryReading,
@@ -39,10 +40,10 @@ class Cgroup:
     cpu: Callable[[], CpuReading | None]
     memory: Callable[[], MemoryReading | None]
     memory_events: Callable[[], MemoryEvents | None]
-    memory_limit: Callable[[], int | None]
-    swap_limit: Callable[[], int | None]
+    limited_memory: Callable[[], LimitedMemory | None]
     oom_kills: Callable[[], int | None]
     pids: Callable[[], PidsReading | None]
+    tasks: Callable[[], int | None]
     pressure: Callable[[], PressureReading | None]
 
     def __init__(self, path: str, hierarchies: Hierarchies, budget: DescriptorBudget) -> None:
@@ -54,10 +55,10 @@ class Cgroup:
         old = hierarchies.v1.keys()
         self.memory = partial(v1.memory if "memory" in old else v2.memory, memory)
         self.memory_events = partial(v1.memory_events if "memory" in old else v2.memory_events, memory)
-        self.memory_limit = partial(v1.memory_limit if "memory" in old else v2.memory_limit, memory)
-        self.swap_limit = partial(v1.swap_limit if "memory" in old else v2.swap_limit, memory)
+        self.limited_memory = partial(v1.limited_memory if "memory" in old else v2.limited_memory, memory)
         self.oom_kills = partial(v1.oom_kills if "memory" in old else v2.oom_kills, memory)
-        self.pids = partial(v1.pids if "pids" in old else v2.pids, self._folder("pids"))
+        self.pids = partial(v2.pids, self._folder("pids"))
+        self.tasks = partial(v2.tasks, self._folder("pids"))
         accounting = self._folder("cpuacct")
         if "cpuacct" in old:
             self.cpu_usage = partial(v1.cpu_usage, accounting)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 
 
@@ -42,6 +44,22 @@ class MemoryReading(msgspec.Struct, frozen=True, gc=False):
     major_page_faults: int
     refaults_anon: int
     refaults_file: int
+
+
+def memory_reading(usage: int, swap: int, counters: tuple[int, ...]) -> MemoryReading:
+    """A reading taken now; ``counters`` are the fields from ``rss`` on, but ``swap``, in their order."""
+    rss, cache, mapped_file, active_file, inactive_file, *events = counters
+    working_set = usage - inactive_file if usage > inactive_file else 0
+    now = time.time_ns()
+    return MemoryReading(now, usage, working_set, rss, cache, mapped_file, swap, active_file, inactive_file, *events)
+
+
+class LimitedMemory(msgspec.Struct, frozen=True, gc=False):
+    """Memory in use, and the limits of it and of swap alone; None: no limit."""
+
+    reading: MemoryReading
+    limit: int | None
+    swap_limit: int | None
 
 
 class MemoryEvents(msgspec.Struct, frozen=True, gc=False):

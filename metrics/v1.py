@@ -5,8 +5,17 @@ from __future__ import annotations
 import os
 import time
 
-from metrics.files import Fields, Folder
-from metrics.readings import CpuReading, CpuUsage, HugetlbReading, IoReading, MemoryEvents, MemoryReading, PidsReading
+from metrics.files import Fields, Folder, number
+from metrics.readings import (
+    CpuReading,
+    CpuUsage,
+    HugetlbReading,
+    IoReading,
+    LimitedMemory,
+    MemoryEvents,
+    MemoryReading,
+    memory_reading,
+)
 
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 # What v1 calls "no limit" is the largest page-aligned number; nothing real comes near it.
@@ -15,18 +24,21 @@ _UNLIMITED = 1 << 62
 _CPU_TIMES = Fields("user", "system")
 _CPU_STAT = Fields("nr_periods", "nr_throttled", "throttled_time", "nr_bursts", "burst_time")
 _MEMORY_STAT = Fields(
-    "total_inactive_file",
+    "total_swap",
     "total_rss",
     "total_cache",
     "total_mapped_file",
-    "total_swap",
     "total_active_file",
+    "total_inactive_file",
     "total_pgfault",
     "total_pgmajfault",
     "total_workingset_refault_anon",
     "total_workingset_refault_file",
 )
 _OOM_CONTROL = Fields("oom_kill", "under_oom")
+_MEMORY_FILES = ("memory.usage_in_bytes", "memory.stat", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
+_EVENT_FILES = ("memory.failcnt", "memory.kmem.usage_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control")
+_LIMIT_FILES = ("memory.limit_in_bytes", "memory.soft_limit_in_bytes", "memory.memsw.limit_in_bytes")
 
 
 def cpu_usage(cpuacct: Folder) -> CpuUsage | None:
@@ -51,41 +63,36 @@ def cpu(cpuacct: Folder, cpu_folder: Folder) -> CpuReading | None:
 
 def memory(folder: Folder) -> MemoryReading | None:
     """Usage and the hierarchical counters of memory.stat."""
-    usage = folder.number("memory.usage_in_bytes")
-    stat = folder.parsed("memory.stat", _MEMORY_STAT.parse)
-    now = time.time_ns()
-    if usage is None or stat is None:
-        return None
-    inactive, rss, cache, mapped, swap, active, faults, major, anon, file = stat
-    return MemoryReading(
-        time_ns=now,
-        usage=usage,
-        working_set=max(0, usage - inactive),
-        rss=rss,
-        cache=cache,
-        mapped_file=mapped,
-        swap=swap,
-        active_file=active,
-        inactive_file=inactive,
-        page_faults=faults,
-        major_page_faults=major,
-        refaults_anon=anon,
-        refaults_file=file,
-    )
+    return _memory(folder, *folder.read_all(_MEMORY_FILES[:2]))
+
+
+def limited_memory(folder: Folder) -> LimitedMemory | None:
+    """The same with the limits; v1 keeps that of swap as one of memory and swap together."""
+    usage, stat, *limits = folder.read_all(_MEMORY_FILES)
+    reading = _memory(folder, usage, stat)
+    limit, total = (_limit(number(content)) for content in limits)
+    swap_limit = None if limit is None or total is None else max(0, total - limit)
+    return LimitedMemory(reading, limit, swap_limit) if reading is not None else None
+
+
+def _memory(folder: Folder, usage: bytes | None, stat: bytes | None) -> MemoryReading | None:
+    counters = folder.parsed_content("memory.stat", stat, _MEMORY_STAT.parse)
+    return None if usage is None or counters is None else memory_reading(int(usage), counters[0], counters[1:])
 
 
 def memory_events(folder: Folder) -> MemoryEvents | None:
     """Limit hits, OOM kills, the peak and kernel memory; v1 has no high limit, and its hits are what v2 calls max."""
-    failures = folder.number("memory.failcnt")
+    failures, kernel, most, control = folder.read_all(_EVENT_FILES)
     if failures is None:
         return None
+    hits = int(failures)
     return MemoryEvents(
-        kernel=folder.number("memory.kmem.usage_in_bytes"),
-        max_usage=folder.number("memory.max_usage_in_bytes"),
-        failures=failures,
-        oom_kills=oom_kills(folder) or 0,
+        kernel=number(kernel),
+        max_usage=number(most),
+        failures=hits,
+        oom_kills=_OOM_CONTROL.parse(control or b"")[0],
         high_events=0,
-        max_events=failures,
+        max_events=hits,
     )
 
 
@@ -95,30 +102,15 @@ def oom_kills(folder: Folder) -> int | None:
     return None if content is None else _OOM_CONTROL.parse(content)[0]
 
 
-def memory_limit(folder: Folder) -> int | None:
-    """The limit in bytes; None: none."""
-    return _limit(folder.number("memory.limit_in_bytes"))
-
-
-def swap_limit(folder: Folder) -> int | None:
-    """The limit of swap alone in bytes, which v1 keeps as one of memory and swap together; None: none."""
-    total = _limit(folder.number("memory.memsw.limit_in_bytes"))
-    limit = _limit(folder.number("memory.limit_in_bytes")) if total is not None else None
-    return None if limit is None or total is None else max(0, total - limit)
-
-
 def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None]:
     """Limit, soft limit, and limit of memory and swap together, in bytes; None: none."""
-    names = ("memory.limit_in_bytes", "memory.soft_limit_in_bytes", "memory.memsw.limit_in_bytes")
-    limit, reservation, swap = (_limit(folder.number(name)) for name in names)
+    limit, reservation, swap = map(_limit, folder.numbers(*_LIMIT_FILES))
     return limit, reservation, swap
 
 
 def cpu_limits(folder: Folder) -> tuple[int, int, int | None] | None:
     """Shares, period and quota in microseconds (None: none)."""
-    shares = folder.number("cpu.shares")
-    period = folder.number("cpu.cfs_period_us")
-    quota = folder.number("cpu.cfs_quota_us")
+    shares, period, quota = folder.numbers("cpu.shares", "cpu.cfs_period_us", "cpu.cfs_quota_us")
     if shares is None:
         return None
     return shares, period or 0, quota if quota is not None and quota >= 0 else None
@@ -150,20 +142,14 @@ def io(folder: Folder) -> tuple[IoReading, ...]:
     )
 
 
-def pids(folder: Folder) -> PidsReading | None:
-    """Tasks and their limit."""
-    current = folder.number("pids.current")
-    return None if current is None else PidsReading(current, folder.number("pids.max"))
-
-
 def hugetlb(folder: Folder, sizes: tuple[str, ...]) -> tuple[HugetlbReading, ...]:
     """Huge pages of every size."""
+    names = [f"hugetlb.{size}.{file}" for size in sizes for file in ("usage_in_bytes", "max_usage_in_bytes", "failcnt")]
+    found = folder.numbers(*names)
     readings = []
-    for size in sizes:
-        usage = folder.number(f"hugetlb.{size}.usage_in_bytes")
+    for size, usage, most, failures in zip(sizes, found[::3], found[1::3], found[2::3], strict=True):
         if usage is not None:
-            most = folder.number(f"hugetlb.{size}.max_usage_in_bytes")
-            readings.append(HugetlbReading(size, usage, most, folder.number(f"hugetlb.{size}.failcnt") or 0))
+            readings.append(HugetlbReading(size, usage, most, failures or 0))
     return tuple(readings)
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 
-from metrics.files import Fields, Folder
+from metrics.files import Fields, Folder, number
 from metrics.readings import (
     CpuReading,
     CpuUsage,
     HugetlbReading,
     IoReading,
+    LimitedMemory,
     MemoryEvents,
     MemoryReading,
     PidsReading,
     PressureReading,
     Psi,
     PsiLine,
+    memory_reading,
 )
 
 _CPU_USAGE = Fields("usage_usec", "user_usec")
@@ -30,11 +32,11 @@ _CPU_STAT = Fields(
     "burst_usec",
 )
 _MEMORY_STAT = Fields(
-    "inactive_file",
     "anon",
     "file",
     "file_mapped",
     "active_file",
+    "inactive_file",
     "pgfault",
     "pgmajfault",
     "workingset_refault_anon",
@@ -43,6 +45,8 @@ _MEMORY_STAT = Fields(
 _KERNEL = Fields("kernel", "anon")
 _MEMORY_EVENTS = Fields("high", "max", "oom", "oom_kill")
 _HUGETLB_EVENTS = Fields("max", "max")
+_MEMORY_FILES = ("memory.current", "memory.stat", "memory.swap.current", "memory.max", "memory.swap.max")
+_PRESSURE_FILES = ("cpu.pressure", "memory.pressure", "io.pressure")
 
 
 def cpu_usage(folder: Folder) -> CpuUsage | None:
@@ -72,28 +76,19 @@ def cpu(folder: Folder) -> CpuReading | None:
 
 def memory(folder: Folder) -> MemoryReading | None:
     """Usage, swap and the counters of memory.stat (hierarchical on v2)."""
-    usage = folder.number("memory.current")
-    stat = folder.parsed("memory.stat", _MEMORY_STAT.parse)
-    swap = folder.number("memory.swap.current")
-    now = time.time_ns()
-    if usage is None or stat is None:
-        return None
-    inactive, anon, file, mapped, active, faults, major, refaults_anon, refaults_file = stat
-    return MemoryReading(
-        time_ns=now,
-        usage=usage,
-        working_set=max(0, usage - inactive),
-        rss=anon,
-        cache=file,
-        mapped_file=mapped,
-        swap=swap or 0,
-        active_file=active,
-        inactive_file=inactive,
-        page_faults=faults,
-        major_page_faults=major,
-        refaults_anon=refaults_anon,
-        refaults_file=refaults_file,
-    )
+    return _memory(folder, *folder.read_all(_MEMORY_FILES[:3]))
+
+
+def limited_memory(folder: Folder) -> LimitedMemory | None:
+    """The same with the limits."""
+    usage, stat, swap, limit, swap_limit = folder.read_all(_MEMORY_FILES)
+    reading = _memory(folder, usage, stat, swap)
+    return LimitedMemory(reading, number(limit), number(swap_limit)) if reading is not None else None
+
+
+def _memory(folder: Folder, usage: bytes | None, stat: bytes | None, swap: bytes | None) -> MemoryReading | None:
+    counters = folder.parsed_content("memory.stat", stat, _MEMORY_STAT.parse)
+    return None if usage is None or counters is None else memory_reading(int(usage), number(swap) or 0, counters)
 
 
 def memory_events(folder: Folder) -> MemoryEvents | None:
@@ -118,35 +113,23 @@ def oom_kills(folder: Folder) -> int | None:
     return None if content is None else _MEMORY_EVENTS.parse(content)[3]
 
 
-def memory_limit(folder: Folder) -> int | None:
-    """The limit in bytes; None: none."""
-    return folder.number("memory.max")
-
-
-def swap_limit(folder: Folder) -> int | None:
-    """The limit of swap in bytes; None: none."""
-    return folder.number("memory.swap.max")
-
-
 def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None]:
     """Limit, protected memory (memory.low, where the OCI runtimes put a reservation), and memory with swap; None: none.
 
     CRI and cAdvisor count swap limits together with memory, as v1 does.
     """
-    limit = folder.number("memory.max")
-    swap = folder.number("memory.swap.max")
+    limit, swap, low = folder.numbers("memory.max", "memory.swap.max", "memory.low")
     total = None if limit is None or swap is None else limit + swap
-    return limit, folder.number("memory.low") or None, total
+    return limit, low or None, total
 
 
 def cpu_limits(folder: Folder) -> tuple[int, int, int | None] | None:
     """Shares (from the weight, as the OCI runtimes convert them), period and quota in microseconds (None: none)."""
-    weight = folder.number("cpu.weight")
-    maximum = folder.read("cpu.max")
+    weight, maximum = folder.read_all(("cpu.weight", "cpu.max"))
     if weight is None or maximum is None:
         return None
     quota, period = maximum.split()
-    shares = 2 + (weight - 1) * 262142 // 9999
+    shares = 2 + (int(weight) - 1) * 262142 // 9999
     return shares, int(period), None if quota == b"max" else int(quota)
 
 
@@ -165,9 +148,14 @@ def io(folder: Folder) -> tuple[IoReading, ...]:
 
 
 def pids(folder: Folder) -> PidsReading | None:
-    """Tasks and their limit."""
-    current = folder.number("pids.current")
-    return None if current is None else PidsReading(current, folder.number("pids.max"))
+    """Tasks and their limit; v1's controller has the same files."""
+    current, limit = folder.numbers("pids.current", "pids.max")
+    return None if current is None else PidsReading(current, limit)
+
+
+def tasks(folder: Folder) -> int | None:
+    """Tasks alone."""
+    return folder.number("pids.current")
 
 
 def hugetlb(folder: Folder, sizes: tuple[str, ...]) -> tuple[HugetlbReading, ...]:
@@ -183,7 +171,10 @@ def hugetlb(folder: Folder, sizes: tuple[str, ...]) -> tuple[HugetlbReading, ...
 
 def pressure(folder: Folder) -> PressureReading | None:
     """Pressure stall information; None where the kernel has it switched off."""
-    cpu, memory, io = (folder.parsed(f"{name}.pressure", parse_pressure) for name in ("cpu", "memory", "io"))
+    cpu, memory, io = (
+        folder.parsed_content(name, content, parse_pressure)
+        for name, content in zip(_PRESSURE_FILES, folder.read_all(_PRESSURE_FILES), strict=True)
+    )
     if cpu is None or memory is None or io is None:
         return None
     return PressureReading(time.time_ns(), cpu, memory, io)

@@ -75,7 +75,7 @@ class Container:
     stop_changed: asyncio.Event = field(default_factory=asyncio.Event)
     operations: list[Operation] = field(default_factory=list)
     list_item: bytes | None = None
-    attributes: bytes | None = None
+    statistics: object | None = None
 
     @property
     def identity(self) -> tuple[str, str, int]:

@@ -26,7 +26,7 @@ _YOUNG_NS = 20_000_000_000
 class Usage(msgspec.Struct, frozen=True):
     """What one cgroup, or several together, use; None where the kernel does not tell, for limits: none.
 
-    ``nano_cores`` is the rate of processor use over a window, ``tasks`` counts threads.
+    ``nano_cores`` is the rate of processor use over a window; ``tasks`` counts threads, if it was asked for.
     """
 
     cpu: CpuUsage
@@ -46,7 +46,7 @@ class Meter:
         self._window = CpuWindow(started_ns if time.time_ns() - started_ns < _YOUNG_NS else None)
         self._lock = threading.Lock()
 
-    def usage(self) -> Usage | None:
+    def usage(self, *, tasks: bool = False) -> Usage | None:
         """What statistics need; None when the cgroup is gone."""
         cgroup = self.cgroup
         cpu = cgroup.cpu_usage()
@@ -54,15 +54,15 @@ class Meter:
             return None
         with self._lock:
             nano_cores = self._window.add(cpu)
-        pids = cgroup.pids()
+        memory = cgroup.limited_memory()
         return Usage(
             cpu=cpu,
             nano_cores=nano_cores,
-            memory=cgroup.memory(),
-            memory_limit=cgroup.memory_limit(),
-            swap_limit=cgroup.swap_limit(),
+            memory=memory.reading if memory is not None else None,
+            memory_limit=memory.limit if memory is not None else None,
+            swap_limit=memory.swap_limit if memory is not None else None,
             pressure=cgroup.pressure(),
-            tasks=pids.current if pids is not None else None,
+            tasks=cgroup.tasks() if tasks else None,
         )
 
 

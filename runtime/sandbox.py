@@ -69,7 +69,7 @@ class Sandbox:
     visitors: set[asyncio.Task[object]] = field(default_factory=set)
     operations: list[Operation] = field(default_factory=list)
     list_item: bytes | None = None
-    attributes: bytes | None = None
+    statistics: object | None = None
 
     def admit_visitor(self) -> None:
         """Make the calling task one of the ``visitors`` until it ends."""

@@ -6,15 +6,17 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
 
 import msgspec
 
-from host.threads import in_thread
+from host.threads import in_fresh_thread, in_thread
 from images.writable import WritableUsage
 from metrics.devices import device_name
-from metrics.network import read_networks
+from metrics.network import visit_networks
 from metrics.processes import read_processes
 from metrics.readings import ConnectionsReading, FilesystemReading, NetworkReading
 from metrics.samples import Labels, Snapshot
@@ -22,6 +24,9 @@ from runtime.container import Container, ContainerState
 from runtime.meters import Usage, total
 from runtime.node import Node
 from runtime.sandbox import Sandbox, SandboxState
+
+T = TypeVar("T")
+Networks = dict[str, NetworkReading]  # by sandbox id
 
 # To count the sockets of one pod the kernel walks tables of the whole host, for milliseconds: that is done aside, this
 # often at most, and then rests a hundred times as long as it took.
@@ -57,6 +62,7 @@ class Statistics:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._pin = lru_cache(1024)(lambda sandbox_id: str(node.layout.sandbox(sandbox_id).pin("net")))
         self._connections: dict[str, ConnectionsReading] = {}
         self._connections_due = 0.0
         self._counting: asyncio.Task[None] | None = None
@@ -81,29 +87,42 @@ class Statistics:
             for sandbox in wanted
         ]
 
-    def usage(self, container: Container) -> Usage | None:
-        """What a container uses; None when it does not run."""
+    def usage(self, container: Container, *, tasks: bool = False) -> Usage | None:
+        """What a container uses, its tasks only if they are asked for; None when it does not run."""
         meter = self._node.meters.of_container(container)
-        return meter.usage() if meter is not None else None
+        return meter.usage(tasks=tasks) if meter is not None else None
 
     def usage_of_pod(self, pod: Pod, containers: Iterable[Usage]) -> Usage | None:
-        """What a pod uses: its parent cgroup if it is alone there, else its containers together; None if not ready."""
+        """What a pod uses: its parent cgroup if it is alone there, else its containers, with their tasks, together.
+
+        None if it is not ready.
+        """
         meter = self._node.meters.of_sandbox(pod.sandbox)
         if meter is None:
             return None
-        usage = meter.usage() if pod.own_parent else None
+        usage = meter.usage(tasks=True) if pod.own_parent else None
         return usage if usage is not None else total(containers)
 
     def written(self, container: Container) -> WritableUsage | None:
         """The container's writable layer as it was counted last."""
         return self._node.snapshots.writable.usage(container.id)
 
-    async def networks(self, pods: Sequence[Pod], *, connections: bool = False) -> dict[str, NetworkReading]:
-        """Traffic of the pods with a network of their own, by sandbox id, read in one thread."""
+    async def networks(self, pods: Sequence[Pod], *, connections: bool = False) -> Networks:
+        """Traffic of the pods with a network of their own, by sandbox id."""
+        return await self.with_networks(pods, lambda networks: networks, connections=connections)
+
+    async def with_networks(
+        self, pods: Sequence[Pod], work: Callable[[Networks], T], *, connections: bool = False
+    ) -> T:
+        """What ``work`` makes of that traffic, in the thread that reads it: changing threads takes time."""
         own = [pod.sandbox for pod in pods if not pod.sandbox.host_network]
-        pins = [str(self._node.layout.sandbox(sandbox.id).pin("net")) for sandbox in own]
-        readings = await read_networks(pins, connections=connections)
-        return {s.id: reading for s, reading in zip(own, readings, strict=True) if reading is not None}
+        pins = [self._pin(sandbox.id) for sandbox in own]
+
+        def read() -> T:
+            readings = visit_networks(pins, connections=connections)
+            return work({s.id: reading for s, reading in zip(own, readings, strict=True) if reading is not None})
+
+        return await in_fresh_thread(read)
 
     async def snapshots(self) -> list[PodSnapshot]:
         """Everything the metrics tell of all ready pods, now; counts of sockets as they were counted last."""

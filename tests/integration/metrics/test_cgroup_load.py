@@ -94,7 +94,7 @@ def test_the_oom_killer_is_counted(cgroup: OwnCgroup) -> None:
     swap = Path(f"{cgroup.hierarchies.unified}{cgroup.path}/memory.swap.max")
     if swap.exists():
         swap.write_text("0")
-    assert cgroup.reader.memory_limit() == 16 * MIB
+    assert present(cgroup.reader.limited_memory()).limit == 16 * MIB
     assert cgroup.reader.oom_kills() == 0
     load = cgroup.run(python("b = b'x' * (64 << 20); input()"))
     assert load.wait(20) == -9

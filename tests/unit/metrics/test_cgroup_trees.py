@@ -51,7 +51,10 @@ def test_readings_that_are_the_same_in_both_versions(make: Make, tmp_path: Path)
     assert events is not None
     assert (events.kernel, events.max_usage, events.failures, events.oom_kills) == (4096000, 209715200, 3, 2)
     assert cgroup.oom_kills() == 2
-    assert cgroup.memory_limit() == 268435456
+    limited = cgroup.limited_memory()
+    assert limited is not None
+    assert (limited.limit, limited.swap_limit, limited.reading.usage) == (268435456, 268435456, memory.usage)
+    assert cgroup.tasks() == 5
     assert reading.io == (IoReading(254, 0, 4096, 8192, 1, 2),)
     assert reading.limits is not None
     assert (reading.limits.cpu_period, reading.limits.cpu_quota) == (100000, 50000)

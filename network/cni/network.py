@@ -37,6 +37,7 @@ from network.store import NetworkStore
 _PORT_MAPPINGS = "portMappings"
 _LOOK_AGAIN_SECONDS = 5.0
 _START_SECONDS = 5.0
+_NAMESPACES_AT_ONCE = 2
 
 _log = logging.getLogger("podkeel.network")
 
@@ -70,6 +71,8 @@ class CniNetwork:
         self._ports = registry or PortRegistry()
         self._table = HostPortTable(f"{options.bridge}_cni")
         self._loading_table = asyncio.Lock()
+        # Starting a thread holds the loop until it runs: a burst of pods must not start one for each at once.
+        self._entering = asyncio.Semaphore(_NAMESPACES_AT_ONCE)
         self._records: dict[str, CniRecord] = {}
         self._unfinished: set[str] = set()
         self._deletions = Deletions(self._give_back, self._tell)
@@ -181,8 +184,10 @@ class CniNetwork:
         self._unfinished.add(sandbox_id)
         async with Undo(f"CNI network of sandbox {sandbox_id}") as undo:
             undo.push("reservation", lambda: self._abandon(sandbox_id))
-            await threads.in_thread(ports.check_free_on_node, record.taken)
-            await threads.in_fresh_thread(bring_up_loopback, sandbox_id, request.netns_path)
+            if record.host_ports:
+                await threads.in_thread(ports.check_free_on_node, record.taken)
+            async with self._entering:
+                await threads.in_fresh_thread(bring_up_loopback, sandbox_id, request.netns_path)
             undo.push("network", lambda: self._deletions.run(sandbox_id))
             await self._rows.save(record)
             async with self._gate.passing():

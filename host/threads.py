@@ -32,21 +32,21 @@ async def in_fresh_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwarg
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def settle(value: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
+    def succeed(value: T) -> None:
+        if not future.done():
+            future.set_result(value)
+
+    def fail(error: BaseException) -> None:
+        if not future.done():
             future.set_exception(error)
-        else:
-            future.set_result(value)  # type: ignore[arg-type]
 
     def body() -> None:
         try:
             value = work(*args, **kwargs)
         except BaseException as error:
-            loop.call_soon_threadsafe(settle, None, error)
+            loop.call_soon_threadsafe(fail, error)
         else:
-            loop.call_soon_threadsafe(settle, value, None)
+            loop.call_soon_threadsafe(succeed, value)
 
     threading.Thread(target=body, name="namespace", daemon=True).start()
     return await wait_out(future)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import urllib.request
@@ -18,7 +19,7 @@ from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.cri import CriClient
 from tests.support.pods import container_config, sandbox_config
 
-CYCLES = 300
+CYCLES = int(os.environ.get("PODKEEL_TEST_CYCLES", "300"))
 CLIENTS = 3
 KINDS = [
     cri_pb2.CONTAINER_CREATED_EVENT,

@@ -10,12 +10,13 @@ import ssl
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open_metrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
@@ -59,7 +60,8 @@ def fetch(agent: AgentProcess, path: str, accept: str = "", **how: Any) -> tuple
 
 
 def series(text: str, *, open_metrics: bool = False) -> Series:
-    families = parse_open_metrics(text) if open_metrics else parse_text(text)  # type: ignore[no-untyped-call]
+    parse: Callable[[str], Iterable[Metric]] = parse_open_metrics if open_metrics else parse_text
+    families = parse(text)
     return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,7 +79,7 @@ class OwnCgroup:
         self.end_loads()
         for folder in self.folders:
             for below, _, _ in os.walk(folder, topdown=False):
-                wait_for(lambda below=below: _removed(Path(below)))  # type: ignore[misc]  # bound at once
+                wait_for(partial(_removed, Path(below)))
 
 
 def _removed(folder: Path) -> bool:

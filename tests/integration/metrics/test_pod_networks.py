@@ -7,6 +7,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,11 @@ def pods(tmp_path: Path) -> Iterator[tuple[str, str]]:
     try:
         for pin in pins:
             pin.touch()
-            in_namespace(None, lambda pin=pin: mounts.bind("/proc/thread-self/ns/net", pin))  # type: ignore[misc]
+            in_namespace(None, partial(mounts.bind, "/proc/thread-self/ns/net", pin))
         in_namespace(str(pins[0]), lambda: ip("link", "add", "pktm0", "type", "veth", "peer", "name", "pktm1"))
         in_namespace(str(pins[0]), lambda: move_link("pktm1", pins[1]))
         for number, pin in enumerate(pins):
-            in_namespace(str(pin), lambda number=number: configure(number))  # type: ignore[misc]
+            in_namespace(str(pin), partial(configure, number))
         yield str(pins[0]), str(pins[1])
     finally:
         for pin in pins:

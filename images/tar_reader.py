@@ -7,7 +7,11 @@ seeks, keeps names as bytes, hashes the stream as it passes, and takes 15,000 sm
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from zlib import adler32
+
+TYPE_CHECKING = False  # as type checkers know it, without importing typing
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 BLOCK = 512
 CHUNK = 1 << 20
@@ -277,8 +281,9 @@ def _entry(fields: tuple[bytes, ...]) -> Entry:
 
 def _check_sum(block: bytes, field: bytes) -> None:
     digits = field.partition(b"\0")[0].strip()
-    # The sum counts its own field as eight spaces.
-    if not digits.isdigit() or sum(block) - sum(field) + 256 != _number(field):
+    # The sum counts its own field as eight spaces. Half of Adler-32 is the sum of bytes, up to 65520, and quick.
+    total = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - (adler32(field) & 0xFFFF) - 1
+    if not digits.isdigit() or total + 256 != _number(field):
         raise TarError("a header has a wrong checksum: it is not a tar archive, or it is damaged")
 
 

@@ -20,7 +20,6 @@ import io
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping
 
 from host import libc
 from images.layer_writer import LayerWriter
@@ -28,6 +27,9 @@ from images.tar_reader import LimitError, Stream, TarError, TarReader
 
 TYPE_CHECKING = False  # as type checkers know it, without importing typing
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
     from typing_extensions import Buffer
 
 MEMORY_LIMIT = 1 << 30
@@ -75,6 +77,7 @@ class Input(io.RawIOBase):
 def decompressed(source: Input) -> Callable[[int], bytes]:
     """A read function for what is inside ``source``, told by its first bytes."""
     buffered = io.BufferedReader(source, _READ)
+    plain: io.BufferedIOBase
     if source.start.startswith(_GZIP):
         try:
             from isal import igzip
@@ -82,16 +85,33 @@ def decompressed(source: Input) -> Callable[[int], bytes]:
             import gzip
 
             return gzip.GzipFile(fileobj=buffered, mode="rb").read1
-        plain: io.BufferedIOBase = igzip.IGzipFile(fileobj=buffered, mode="rb")  # type: ignore[no-untyped-call]  # isal has no types
+        plain = igzip.IGzipFile(fileobj=buffered, mode="rb")  # type: ignore[no-untyped-call]  # isal has no types
         return plain.read1
     if source.start == _ZSTD or int.from_bytes(source.start, "little") in _ZSTD_SKIPPABLE:
-        try:
-            from zstandard import ZstdDecompressor
-        except ImportError as error:
-            raise TarError("it is compressed with zstd, which needs the Python package zstandard") from error
-        decompressor = ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-        return decompressor.stream_reader(buffered, read_size=_READ, read_across_frames=True).read
+        decompressor = _zstd().ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+        plain = decompressor.stream_reader(buffered, read_size=_READ, read_across_frames=True)
+        return plain.read
     return buffered.read1
+
+
+def _zstd() -> Any:
+    """What zstandard is made of, where it can be had alone: the package itself imports much that is not needed here."""
+    from importlib.machinery import PathFinder
+
+    package = PathFinder.find_spec("zstandard")
+    places = package.submodule_search_locations if package is not None else None
+    compiled = PathFinder.find_spec("backend_c", places) if places else None
+    try:
+        if compiled is None or compiled.loader is None:
+            import zstandard
+
+            return zstandard
+        module = compiled.loader.create_module(compiled)
+        if module is not None:
+            compiled.loader.exec_module(module)
+        return module
+    except ImportError as error:
+        raise TarError("it is compressed with zstd, which needs the Python package zstandard") from error
 
 
 def confine(folder: str) -> None:

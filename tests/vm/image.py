@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 SUITE = "bookworm"
 VIRTME = "virtme-ng==1.42"
@@ -133,8 +134,8 @@ def _make_disk(disk: Path, tree: Path, size: str) -> None:
     _run(["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,lazy_journal_init=1", "-d", tree, disk])
 
 
-def _run(command: list[str | Path], stdin: object = None) -> None:
+def _run(command: list[str | Path], stdin: IO[bytes] | None = None) -> None:
     words = [str(word) for word in command]
-    done = subprocess.run(words, stdin=stdin, stderr=subprocess.PIPE, text=True, check=False)  # type: ignore[call-overload]
+    done = subprocess.run(words, stdin=stdin, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise MissingError(f"{' '.join(words[:3])} … failed: {done.stderr.strip()[-2000:]}")

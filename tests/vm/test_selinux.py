@@ -13,8 +13,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from proto.runtime.v1 import cri_pb2
 from tests.integration.conformance.support import SLEEP, Pod, refused
-from tests.support.agent import AgentProcess, running_agent
+from tests.support.agent import BUSYBOX, AgentProcess, running_agent
 from tests.support.pods import container_config, remove_all_pods, sandbox_config
 from tests.vm.cgroup_files import information
 
@@ -97,11 +98,20 @@ def test_all_that_a_container_sees_has_its_label(pod: Pod, tmp_path: Path) -> No
     config = container_config("main", *SLEEP)
     config.mounts.add(container_path="/volume", host_path=str(volume), selinux_relabel=True)
     config.mounts.add(container_path="/plain", host_path=str(plain))
+    config.mounts.add(container_path="/image", image=cri_pb2.ImageSpec(image=BUSYBOX), readonly=True)
     container_id = pod.start(config)
     expected = f"system_u:object_r:container_file_t:{level(process_label(pod, container_id))}"
     pod.agent.client.output(container_id, "touch", "/new", "/dev/shm/new", "/volume/deep/new")
     seen = ["/", "/bin", "/bin/busybox", "/new", "/dev/shm", "/dev/shm/new", "/etc/hosts", "/etc/resolv.conf"]
-    seen += ["/etc/hostname", "/volume", "/volume/deep", "/volume/deep/file", "/volume/deep/new"]
+    seen += [
+        "/image",
+        "/image/bin/busybox",
+        "/etc/hostname",
+        "/volume",
+        "/volume/deep",
+        "/volume/deep/file",
+        "/volume/deep/new",
+    ]
     assert {path: inside(pod, container_id, path) for path in seen} == dict.fromkeys(seen, expected)
     assert inside(pod, container_id, "/plain") == before
     assert file_label(volume / "deep/file") == expected

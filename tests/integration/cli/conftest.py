@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,10 @@ def start(agent: AgentProcess) -> Iterator[Start]:
     """Starts a command; what still runs after the test is killed."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def run_it(*words: str, prefix: tuple[str, ...] = (), **streams: object) -> subprocess.Popen[bytes]:
+    def run_it(*words: str, prefix: tuple[str, ...] = (), **streams: Any) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PODKEEL_SOCKET": agent.address}
         command = [*prefix, *agent.command(*words)]
-        started.append(subprocess.Popen(command, env=environment, **streams))  # type: ignore[call-overload]
+        started.append(subprocess.Popen(command, env=environment, **streams))
         return started[-1]
 
     yield run_it

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 
 from proto.runtime.v1 import cri_pb2
 from tests.integration.conformance.support import SLEEP, UNKNOWN_ID, Pod, refused
@@ -45,8 +47,9 @@ def _containers(agent: AgentProcess, **wanted: object) -> list[tuple[str, str]]:
     return [(item.pod_sandbox_id, item.metadata.name) for item in listed]
 
 
-def _items(part: object) -> Iterator[object]:
-    for field, value in part.ListFields():  # type: ignore[attr-defined]  # any message with one repeated field
+def _items(part: Message) -> Iterator[Any]:
+    """The items of any message with one repeated field."""
+    for field, value in part.ListFields():
         assert field.number == 1
         yield from value
 
@@ -151,7 +154,7 @@ def test_stream_comes_in_several_messages(agent: AgentProcess) -> None:
     pods = [Pod.run(agent, _host_pod(agent)) for _ in range(70)]
     parts = list(agent.client.stream("StreamPodSandboxes", cri_pb2.StreamPodSandboxesRequest()))
     assert len(parts) > 1
-    assert sorted(item.id for part in parts for item in _items(part)) == sorted(pod.id for pod in pods)  # type: ignore[attr-defined]
+    assert sorted(item.id for part in parts for item in _items(part)) == sorted(pod.id for pod in pods)
 
 
 def _host_pod(agent: AgentProcess) -> cri_pb2.PodSandboxConfig:

@@ -5,6 +5,7 @@ import random
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ async def test_a_taken_interface_name_leaves_nothing(node: Node) -> None:
 async def test_a_failure_after_the_pair_was_made_leaves_nothing(dual: Node) -> None:
     namespace = dual.namespace()
     for where in ("all", "default"):
-        namespace.run(lambda where=where: Path(f"/proc/sys/net/ipv6/conf/{where}/disable_ipv6").write_text("1"))  # type: ignore[misc]
+        namespace.run(partial(Path(f"/proc/sys/net/ipv6/conf/{where}/disable_ipv6").write_text, "1"))
     with pytest.raises(PodkeelError, match="sandbox one"):
         await dual.network.attach(request("one", str(namespace.path), [PortMapping("tcp", 80, 20080)]))
     await dual.assert_empty()

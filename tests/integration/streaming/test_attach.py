@@ -42,7 +42,7 @@ async def start(tmp_path: Path, backend: LocalBackend) -> AsyncIterator[Start]:
     yield run
     for name in names:
         await (await asyncio.create_subprocess_exec("runc", "delete", "--force", name)).wait()
-        await until(lambda name=name: (tmp_path / name / name).exists())  # type: ignore[misc]
+        await until((tmp_path / name / name).exists)
 
 
 def make_bundle(bundle: Path, script: str, name: str, *, terminal: bool) -> Path:

@@ -142,7 +142,9 @@ def test_control_frames_over_the_limit_are_refused_by_their_header() -> None:
 def test_data_is_handed_on_before_its_frame_is_whole() -> None:
     parser = FrameParser(100)
     assert list(parser.feed(bytes.fromhex("00000003 01ffffff") + b"abc")) == [DataChunk(3, b"abc", False)]
-    assert list(parser.feed(bytes(0xFFFFFF - 3)))[-1].fin  # type: ignore[union-attr]
+    *_, last = parser.feed(bytes(0xFFFFFF - 3))
+    assert isinstance(last, DataChunk)
+    assert last.fin
 
 
 def test_every_split_of_recorded_bytes() -> None:

@@ -50,10 +50,12 @@ SUITES = (
     ),
     Suite(
         "agent",
-        "hardening, statistics, user namespaces, life without the agent; systemd driver, crun",
+        "hardening, handlers, limits, statistics, user namespaces, life without the agent; systemd driver, both",
         (
             f"{_INTEGRATION}/agent/test_hardening.py",
             f"{_INTEGRATION}/agent/test_hardening_files.py",
+            f"{_INTEGRATION}/agent/test_handlers.py",
+            f"{_INTEGRATION}/agent/test_limits.py",
             f"{_INTEGRATION}/agent/test_stats.py",
             f"{_INTEGRATION}/agent/test_user_namespaces.py",
             "tests/faults/test_life_without_agent.py",

@@ -35,6 +35,7 @@ _log = logging.getLogger("podkeel.network")
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,14}")
 _REMEDY = "`podkeel check --repair` or a restart of the agent makes it again"
+_CONNECTING_AT_ONCE = 4
 _SMALLEST_MTU = {4: 576, 6: 1280}
 
 
@@ -64,6 +65,8 @@ class BuiltInNetwork:
         self._reservations: dict[str, _Reservation] = {}
         self._unfinished: set[str] = set()
         self._gate = Gate()
+        # Starting a thread holds the loop until it runs, and the kernel makes one link after another anyway.
+        self._connecting = asyncio.Semaphore(_CONNECTING_AT_ONCE)
         self._changing_ranges = asyncio.Lock()
         self._mtu = options.mtu
         self._failure = "the network has not been started"
@@ -306,7 +309,7 @@ class BuiltInNetwork:
 
     async def _connect(self, kernel: KernelBridge, attachment: Attachment) -> None:
         try:
-            async with self._gate.passing():
+            async with self._connecting, self._gate.passing():
                 await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
         except TableMissingError:
             _log.warning("nftables tables %s were removed by somebody: they are made again", self.options.bridge)

@@ -15,7 +15,7 @@ import msgspec
 
 from host import libc
 from scripts.build_busybox_image import busybox_image
-from tests.bench import phases, processes, pulls, report, servers, stats, streams
+from tests.bench import network, phases, processes, pulls, report, servers, stats, streams
 from tests.bench.bare import BareRuntime
 from tests.bench.cgroups import own_cgroups
 from tests.bench.client import Client
@@ -32,8 +32,9 @@ def main() -> int:
     if os.geteuid() != 0:
         print("the benchmark makes containers without an agent, cgroups and mounts: run it as root", file=sys.stderr)
         return 2
-    if options.pull:
-        return _pulls(options)
+    alone = _pulls if options.pull else _network if options.network else None
+    if alone is not None:
+        return alone(options)
     libc.set_child_subreaper()  # bare containers and the servers' monitors become ours when their parents end
     facts = {**report.machine(), "OCI runtime": options.runtime}
     bare_samples = Samples()
@@ -85,6 +86,21 @@ def _pulls(options: argparse.Namespace) -> int:
     return 1 if options.strict and not all(goal.met for goal in results) else 0
 
 
+def _network(options: argparse.Namespace) -> int:
+    """The network phase alone."""
+    cidrs = [f"10.{second}.0.0/16" for second in random.sample(range(200, 208), 2)]
+    counts = [int(count) for count in options.network_pods.split(",")]
+    parent = f"/podkeel-bench-{os.getpid()}"
+    with own_cgroups(parent), tempfile.TemporaryDirectory(prefix="podkeel-bench-") as folder:
+        costs = network.measure(Path(folder), options.runtime, cidrs, counts, options.cni_pods, cgroup_parent=parent)
+    results = network.goals(costs)
+    text = network.as_markdown(costs, results)
+    print(text, end="")
+    if options.markdown is not None:
+        options.markdown.write_text(text)
+    return 1 if options.strict and not all(goal.met for goal in results) else 0
+
+
 def _streams(
     options: argparse.Namespace, targets: Sequence[phases.Target], bare: BareRuntime | None, bare_samples: Samples
 ) -> None:
@@ -112,6 +128,9 @@ def _options() -> argparse.Namespace:
     add("--stats", type=int, default=100, metavar="N", help="pods of two containers for the statistics; 0: none (100)")
     add("--poll-seconds", type=int, default=30, metavar="N", help="how long they are polled as kubelet does (30)")
     add("--pull", action="store_true", help="measure pulls of a large image instead of calls")
+    add("--network", action="store_true", help="measure the built-in network beside CNI's bridge plugin instead")
+    add("--network-pods", default="1,200,500", metavar="N,…", help="pods that are there already (1,200,500)")
+    add("--cni-pods", type=int, default=200, metavar="N", help="the most of them on the CNI network (200)")
     add("--pulls", type=int, default=3, metavar="N", help="pulls of each form of the image (3)")
     add("--streams", type=int, default=40, metavar="N", help="commands through exec streams; 0: none (40)")
     add("--sessions", type=int, default=100, metavar="N", help="commands at once for the server's memory (100)")

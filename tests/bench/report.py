@@ -142,11 +142,16 @@ def as_markdown(facts: dict[str, str], servers: Sequence[Measured], bare: Sample
     costs = [server.stats for server in servers if server.stats is not None]
     if len(costs) == len(servers):
         lines.append(f"| busy while polled | {' | '.join(f'{cost.busy:.2%}' for cost in costs)} |")
-    lines += ["", "| goal | measured | limit | |", "|---|---|---|---|"]
+    return "\n".join([*lines, "", *goal_table(results)]) + "\n"
+
+
+def goal_table(results: Sequence[Goal]) -> list[str]:
+    """The lines of a table of goals."""
+    lines = ["| goal | measured | limit | |", "|---|---|---|---|"]
     for goal in results:
         limit = f"{'at least' if goal.at_least else 'at most'} {goal.limit:g} {goal.unit}"
         lines.append(f"| {goal.name} | {goal.value:.2f} | {limit} | {'met' if goal.met else 'missed'} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 # What a call is compared with when no agent is there.

@@ -61,13 +61,18 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 
 
 @contextlib.contextmanager
-def podkeel(folder: Path, runtime: str, cidr: str, reference: str, archive: Path) -> Iterator[Client]:
-    """A Podkeel from this tree with the image imported; reset and removed after the block."""
+def podkeel(
+    folder: Path, runtime: str, cidr: str, reference: str, archive: Path, *, settings: str = ""
+) -> Iterator[Client]:
+    """A Podkeel from this tree with the image imported; reset and removed after the block.
+
+    ``settings`` is its configuration file.
+    """
     from proto.podkeel.v1 import agent_pb2
 
     program = Path(sys.executable).with_name("podkeel")
     folder.mkdir()
-    (folder / "config.toml").write_text("")
+    (folder / "config.toml").write_text(settings)
     with _tmpfs(folder / "run") as run:
         flags = [
             *("--config", str(folder / "config.toml"), "--data-dir", str(folder / "data"), "--run-dir", str(run)),

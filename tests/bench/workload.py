@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,6 +73,13 @@ class Workload:
             raise
         with samples.timed("Stop+RemovePodSandbox"):
             self.remove_pod(pod, samples)
+
+    def run_pod(self, port_mappings: Sequence[cri_pb2.PortMapping] = ()) -> str:
+        """RunPodSandbox; the id of a pod that the caller, or in the end ``close``, removes."""
+        config = self._pod_config()
+        config.port_mappings.extend(port_mappings)
+        request = cri_pb2.RunPodSandboxRequest(config=config, runtime_handler=self._handler)
+        return str(self.client.call("RunPodSandbox", request).pod_sandbox_id)
 
     def remove_pod(self, pod: str, samples: Samples) -> None:
         """StopPodSandbox and RemovePodSandbox."""

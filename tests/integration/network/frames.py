@@ -27,6 +27,23 @@ def udp(macs: tuple[str, str], addresses: tuple[str, str], port: int, payload: b
     return _mac(macs[1]) + _mac(macs[0]) + b"\x08\x00" + head + datagram
 
 
+def crc32c(data: bytes) -> int:
+    """The checksum of SCTP (RFC 9260, appendix A)."""
+    register = 0xFFFFFFFF
+    for byte in data:
+        register ^= byte
+        for _ in range(8):
+            register = register >> 1 ^ (0x82F63B78 if register & 1 else 0)
+    return register ^ 0xFFFFFFFF
+
+
+def sctp_init(source_port: int, port: int) -> bytes:
+    """An SCTP packet that opens an association (INIT, RFC 9260), without its IP header."""
+    chunk = struct.pack(">BBHIIHHI", 1, 0, 20, 0x01020304, 65536, 1, 1, 0x05060708)
+    head = struct.pack(">HHI", source_port, port, 0)
+    return head + struct.pack("<I", crc32c(head + bytes(4) + chunk)) + chunk
+
+
 def arp_reply(macs: tuple[str, str], sender: tuple[str, str], target: tuple[str, str]) -> bytes:
     """An ARP reply that says ``sender`` (MAC, address) to ``target``."""
     body = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 2)

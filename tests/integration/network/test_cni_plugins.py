@@ -154,6 +154,39 @@ async def test_host_ports_without_a_plugin_for_them(node: CniNode, outside: Outs
     await node.pod("late", PortMapping("tcp", 80, tcp))
 
 
+async def test_ipv6_host_ports_without_a_plugin_for_them(node: CniNode, outside: Outside) -> None:
+    node_ip, ip, tcp, udp = "fd00:beee::1", "fd00:beee::2", _free_port(), _free_port(socket.SOCK_DGRAM)
+    command("ip", "address", "add", f"{node_ip}/64", "dev", outside.link, "nodad")
+    outside.namespace.command("ip", "address", "add", f"{ip}/64", "dev", "eth0", "nodad")
+    outside.namespace.command("ip", "route", "add", "default", "via", node_ip)
+    routes = [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+    node.configure(node.bridge_plugin(ipam=node.ipam(routes=routes), capabilities={"ipRanges": True}))
+    await node.start()
+    await node.network.set_pod_cidrs((f"{node.subnet}.0/25", "fd00:206:1::/64"))
+    mappings = (PortMapping("tcp", 80, tcp), PortMapping("udp", 53, udp), PortMapping("tcp", 80, tcp + 1, node_ip))
+    pod, other = await node.pod("server", *mappings), await node.pod("client")
+    second = other.attachment.address(6)
+    assert second is not None
+    gateway = "fd00:206:1::1"
+    # The plugin has the kernel look for duplicates of the gateway's address.
+    await asyncio.to_thread(wait_until, lambda: "tentative" not in command("ip", "address", "show", "dev", node.bridge))
+    with listen(pod.namespace, 80, socket.AF_INET6) as server:
+        assert talk(outside.namespace, server, (node_ip, tcp)) == ip
+        assert talk(outside.namespace, server, (node_ip, tcp + 1)) == ip
+        talk(other.namespace, server, (gateway, tcp))
+        talk(pod.namespace, server, (gateway, tcp))
+        talk(None, server, (gateway, tcp))
+        for refused in ("::1", gateway):
+            with pytest.raises(ConnectionRefusedError):
+                talk(None, server, (refused, tcp if refused == "::1" else tcp + 1))
+    with receive_on(pod.namespace, 53, socket.AF_INET6) as receiver:
+        assert exchange(outside.namespace, receiver, (node_ip, udp)) == ip
+        exchange(None, receiver, (gateway, udp))
+    with listen(pod.namespace, 80) as server:
+        talk(None, server, ("127.0.0.1", tcp))
+    assert await node.network.audit(["server", "client"]) == []
+
+
 async def test_check_tells_a_lost_interface(node: CniNode) -> None:
     node.configure(node.bridge_plugin())
     await node.start()

@@ -9,7 +9,7 @@ from host.errors import AlreadyExistsError, InvalidArgumentError
 from network.attachment import PortMapping
 from tests.integration.network import frames
 from tests.integration.network.conftest import Node, Outside
-from tests.integration.network.namespaces import exchange, listen, mac_of, receive_on, request, talk
+from tests.integration.network.namespaces import command, exchange, listen, mac_of, receive_on, request, talk
 
 
 def _free_port(kind: int = socket.SOCK_STREAM) -> int:
@@ -145,6 +145,41 @@ async def test_the_same_number_is_free_for_another_protocol_and_zero_means_none(
     await node.pod("two", PortMapping("udp", 80, port), PortMapping("sctp", 80, port), PortMapping("tcp", 81, 0))
     assert node.rows()["host_ports"] == 3
     assert await node.network.audit(["one", "two"]) == []
+
+
+@pytest.mark.parametrize("version", [4, 6])
+async def test_sctp_reaches_the_pod_at_its_own_port(dual: Node, version: int) -> None:
+    """By hand, since this kernel need not speak SCTP to forward it."""
+    port, family = 20090, socket.AF_INET if version == 4 else socket.AF_INET6
+    pod = await dual.pod("server", PortMapping("sctp", 9, port))
+    other = await dual.pod("client")
+    gateway = pod.attachment.gateways[0 if version == 4 else 1]
+
+    def open_raw() -> socket.socket:
+        return socket.socket(family, socket.SOCK_RAW, 132)
+
+    for sender in (other.namespace.run(open_raw), open_raw()):
+        with sender, pod.namespace.run(open_raw) as receiver:
+            receiver.settimeout(2)
+            sender.sendto(frames.sctp_init(40000, port), (gateway, 0))
+            packet = receiver.recv(256)
+            head = 20 if version == 4 else 0
+            assert int.from_bytes(packet[head + 2 : head + 4], "big") == 9
+
+
+async def test_ipv6_from_outside_and_on_one_address(dual: Node, outside: Outside) -> None:
+    node_ip, ip = "fd00:beef::1", "fd00:beef::2"
+    command("ip", "address", "add", f"{node_ip}/64", "dev", outside.link, "nodad")
+    outside.namespace.command("ip", "address", "add", f"{ip}/64", "dev", "eth0", "nodad")
+    port, udp = _free_port(), _free_port(socket.SOCK_DGRAM)
+    pod = await dual.pod("server", PortMapping("tcp", 80, port, node_ip), PortMapping("udp", 53, udp))
+    with listen(pod.namespace, 80, socket.AF_INET6) as server:
+        assert talk(outside.namespace, server, (node_ip, port)) == ip
+        with pytest.raises(ConnectionRefusedError):
+            talk(None, server, (pod.attachment.gateways[1], port))
+    with receive_on(pod.namespace, 53, socket.AF_INET6) as receiver:
+        assert exchange(outside.namespace, receiver, (node_ip, udp)) == ip
+        assert exchange(None, receiver, (node_ip, udp)) == node_ip
 
 
 async def test_host_ports_survive_a_restart_and_a_flushed_ruleset(node: Node) -> None:

@@ -93,6 +93,44 @@ async def test_tables_made_again_while_pods_come_and_go_lose_nothing(node: Node)
     assert len(node.links()) == 12
 
 
+async def test_the_mtu_is_that_of_the_uplink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = f"pktm{tmp_path.name[-6:]}"
+    command("ip", "link", "add", link, "mtu", "1400", "type", "veth", "peer", "name", f"{link}p")
+    try:
+        monkeypatch.setattr("network.sysctl._ipv4_uplink", lambda: link)  # the machine's own routes stay as they are
+        async with running_node(tmp_path, mtu=0) as node:
+            pod = await node.pod("one")
+            assert pod.attachment.mtu == 1400
+            assert "mtu 1400" in pod.namespace.command("ip", "link", "show", "eth0")
+            for name in (node.bridge, pod.attachment.host_interface):
+                assert "mtu 1400" in command("ip", "link", "show", name)
+    finally:
+        command("ip", "link", "delete", link)
+
+
+async def test_after_a_reboot_addresses_and_ports_are_held_until_given_back(node: Node) -> None:
+    """What a reboot takes: links, namespaces and tables. What it leaves: the store."""
+    mapping = PortMapping("tcp", 80, 20080)
+    pods = [await node.pod("stays", mapping), await node.pod("goes")]
+    await node.network.stop()
+    for pod in pods:
+        pod.namespace.close()
+    command("ip", "link", "delete", node.bridge)
+    for family in ("inet", "bridge"):
+        command("nft", "delete", "table", family, node.bridge)
+    await _links_gone(node)
+    node.network = node.make()
+    await node.network.start()
+    await node.network.repair(["stays"])
+    assert node.rows() == {"attachments": 1, "host_ports": 1, "addresses": 1}
+    assert (await node.pod("new")).ip not in {pod.ip for pod in pods}
+    with pytest.raises(AlreadyExistsError):
+        await node.pod("late", mapping)
+    await node.network.detach("stays")
+    await node.pod("late", mapping)
+    assert await node.network.audit(["new", "late"]) == []
+
+
 async def test_exhaustion_names_the_range_and_leaves_nothing(tmp_path: Path) -> None:
     subnet = spare_subnet()
     async with running_node(tmp_path, pod_cidrs=(f"{subnet}.0/29",)) as node:

@@ -48,7 +48,12 @@ class StreamingServer:
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_server(
-                lambda: StreamConnection(self._on_connection), limits.host, limits.port, ssl=context, backlog=512
+                lambda: StreamConnection(self._on_connection),
+                limits.host,
+                limits.port,
+                backlog=512,
+                ssl=context,
+                ssl_handshake_timeout=limits.creation_timeout if context is not None else None,
             )
         except OSError as error:
             where = f"{limits.host}:{limits.port}"

@@ -133,11 +133,12 @@ async def test_a_client_that_does_not_read_stops_neither_container_nor_log_nor_o
         spdy(container.attach_url("stdout"), "stdout") as (lazy, lazy_ids),
     ):
         web = await WebSocketClient.connect(container.attach_url("stdout"), "v5.channel.k8s.io")
+        web.keep = False
         reader.streams[ids["stdout"]].keep = False
         if transport == "spdy":
             lazy.reading.clear()
         else:
-            web.task.cancel()  # who reads its socket
+            web.reading.clear()
         await reader.send(ids["stdin"], b"go\n")
         await until(lambda: agent.client.status(container.id).state == cri_pb2.CONTAINER_EXITED)
         assert await reader.status(ids["error"]) == {"status": "Success"}
@@ -147,9 +148,16 @@ async def test_a_client_that_does_not_read_stops_neither_container_nor_log_nor_o
         if transport == "spdy":
             lazy.reading.set()
             message = (await lazy.status(lazy_ids["error"]))["message"]
-            assert message.startswith("Internal error occurred: error attaching: the client did not take what ")
-            assert lazy.streams[lazy_ids["stdout"]].size < size
+            got = lazy.streams[lazy_ids["stdout"]].size
             await asyncio.wait_for(lazy.went_away.wait(), 5)
+        else:
+            web.reading.set()
+            message = (await web.status())["message"]
+            got = web.size
+        assert message.startswith(
+            "Internal error occurred: error attaching: the client did not take what the container"
+        )
+        assert got < size
         await web.close()
 
 

@@ -74,6 +74,20 @@ async def test_the_pods_own_loopback_is_reached(
         assert await client.streams[error].text() == ""
 
 
+async def test_ipv4_is_tried_before_ipv6(agent: AgentProcess, pod: str, client: SpdyClient) -> None:
+    async def say(text: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(text)
+        writer.close()
+
+    async with serving(agent, pod, lambda reader, writer: say(b"four", writer)) as port:
+        listener = await listen_in_pod(agent, pod, "::1", port)
+        six = await asyncio.start_server(lambda reader, writer: say(b"six", writer), sock=listener)
+        for number in range(3):
+            data, _ = await open_pair(client, port, number)
+            assert await client.streams[data].text() == "four"
+        six.close()
+
+
 async def test_a_pod_on_the_nodes_network(agent: AgentProcess) -> None:
     config = sandbox_config(agent)
     config.linux.security_context.namespace_options.network = cri_pb2.NODE

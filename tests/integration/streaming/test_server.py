@@ -188,6 +188,19 @@ async def test_tls_with_client_certificates(backend: LocalBackend, connect: Conn
     await until(lambda: not backend.running)
 
 
+async def test_a_client_that_does_not_finish_its_handshake_is_cut_off(backend: LocalBackend, tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    certificate, key = str(tmp_path / "server.pem"), str(tmp_path / "server.key")
+    limits = StreamLimits(creation_timeout=0.2, tls_certificate=certificate, tls_key=key)
+    server = StreamingServer(backend, limits)
+    await server.start()
+    host, port = true_url(server).split("/")[2].split(":")
+    reader, writer = await asyncio.open_connection(host, port)
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    writer.close()
+    await server.close()
+
+
 def make_certificates(folder: Path) -> None:
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)

@@ -15,6 +15,7 @@ from host.errors import PodkeelError
 async def forward_port(backend: StreamBackend, sandbox_id: str, port: int, data: Channel, error: Channel) -> None:
     """Connect and move bytes until both directions are closed; what fails is told on ``error`` and ends only this pair.
 
+    ``error`` ends as soon as the pod has said all: clients wait for that before they close what they forward from.
     Raises ConnectionResetError when the client is gone.
     """
     try:
@@ -34,14 +35,15 @@ async def _forward(backend: StreamBackend, sandbox_id: str, port: int, data: Cha
         data.reset()
         return
     with connection:
-        await _relay(connection, data)
+        await _relay(connection, data, error)
     error.finish()
 
 
-async def _relay(connection: socket.socket, data: Channel) -> None:
+async def _relay(connection: socket.socket, data: Channel, error: Channel) -> None:
     inward = asyncio.create_task(_relay_inward(data, connection))
     try:
         await _relay_outward(connection, data)
+        error.finish()
         await inward
     except ChannelResetError:
         data.reset()

@@ -95,8 +95,12 @@ async def test_half_close_of_the_pod_reaches_the_client_and_the_rest_still_goes_
     async with listening(close_then_read) as port:
         data, error = await open_pair(client, port)
         assert await client.streams[data].text() == "bye"
-        client.send_now(data, b"late words", fin=True)
+        # Clients wait for the end of the errors before they end their own direction.
         assert await client.streams[error].text() == ""
+        client.send_now(data, b"late words", fin=True)
+        async with asyncio.timeout(20):
+            while not LATE:
+                await asyncio.sleep(0.01)
     assert LATE == [b"late words"]
 
 

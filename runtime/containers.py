@@ -21,7 +21,7 @@ from runtime.joining import Joining
 from runtime.lifecycle import Lifecycle, begin
 from runtime.log_fields import of_container
 from runtime.mapped_volumes import bind_all
-from runtime.monitor import MonitorRequest, RuntimeRefusedError
+from runtime.monitor import MonitorRequest, RuntimeRefusedError, StartingMonitor
 from runtime.node import Node
 from runtime.oci_runtime import OciRuntime, cannot_run_program, naming
 from runtime.root_mounts import mount_image_volumes, mount_root, status_mounts, unmount_all
@@ -86,6 +86,8 @@ class ContainerManager:
         operation = begin(container, "CreateContainer")
         async with Undo(container.title) as undo:
             undo.push("the container", partial(self._discard, container))
+            monitor = node.monitors.start(_monitor_request(node, container, runtime))
+            undo.push("its monitor", monitor.abandon)
             async with operation.stage("reserve"):
                 node.add_container(container)
                 await node.store.add_container(container)
@@ -101,7 +103,7 @@ class ContainerManager:
                 _apply_spec(container, spec, status_mounts(node, list(spec.mounts)))
             async with container.lock:  # its end, should it come now, is handled after the commit
                 async with operation.stage("runtime"), node.starting:
-                    await self._create_in_runtime(container, runtime, spec.spec.process.args[0])
+                    await self._create_in_runtime(container, monitor, runtime, spec.spec.process.args[0])
                 _require_ready(sandbox)
                 async with operation.stage("commit"):
                     container.record.state = ContainerState.CREATED
@@ -143,26 +145,14 @@ class ContainerManager:
         make_volumes(spec.volumes, request.rootfs)
         bind_all(spec.mapped_volumes, request.namespaces.user, user_mappings(container.sandbox.namespace_options))
         self._node.layout.container(container.id).spec.write_bytes(spec.config_json)
-        if container.record.log_path:
-            Path(container.record.log_path).parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-            Path(container.record.log_path).open("ab").close()
         return spec
 
-    async def _create_in_runtime(self, container: Container, runtime: OciRuntime, program: str) -> None:
-        config, record = container.config, container.record
-        request = MonitorRequest(
-            container_id=container.id,
-            name=f"{container.sandbox.config.metadata.name}/{config.metadata.name}",
-            runtime=runtime.program,
-            runtime_arguments=[*runtime.arguments, "--log", str(self._node.layout.container(container.id).runtime_log)],
-            systemd_cgroup=False,
-            log_path=Path(record.log_path) if record.log_path else None,
-            terminal=config.tty,
-            stdin=config.stdin,
-            stdin_once=config.stdin_once,
-        )
+    async def _create_in_runtime(
+        self, container: Container, monitor: StartingMonitor, runtime: OciRuntime, program: str
+    ) -> None:
+        record = container.record
         try:
-            monitored = await self._node.monitors.create(request)
+            monitored = await monitor.create()
         except RuntimeRefusedError as error:
             unrunnable = cannot_run_program(error.message)
             self._node.failures[runtime.name, "run program" if unrunnable else "create"] += 1
@@ -170,6 +160,7 @@ class ContainerManager:
                 raise
             # Clients expect a program that cannot be run to fail the start, not the making.
             record.start_error = naming(program, error.message)
+            await monitor.abandon()
             await runtime.delete(container.id)
             return
         container.monitor_descriptor = monitored.monitor_descriptor
@@ -278,6 +269,21 @@ def _same_or_conflict(existing: Container, config: cri_pb2.ContainerConfig) -> C
         return existing
     why = "is there with another configuration" if alive else "has exited"
     raise AlreadyExistsError(f"{existing.title} {why}: raise metadata.attempt, or remove it first")
+
+
+def _monitor_request(node: Node, container: Container, runtime: OciRuntime) -> MonitorRequest:
+    config, log_path = container.config, container.record.log_path
+    return MonitorRequest(
+        container_id=container.id,
+        name=f"{container.sandbox.config.metadata.name}/{config.metadata.name}",
+        runtime=runtime.executable,
+        runtime_arguments=[*runtime.arguments, "--log", str(node.layout.container(container.id).runtime_log)],
+        systemd_cgroup=False,
+        log_path=Path(log_path) if log_path else None,
+        terminal=config.tty,
+        stdin=config.stdin,
+        stdin_once=config.stdin_once,
+    )
 
 
 def _apply_spec(container: Container, spec: ContainerSpec, mounts: list[bytes]) -> None:

@@ -144,7 +144,7 @@ class ExecCall:
         words = ["exec", "--detach", "--process", process, "--pid-file", str(self._pid_file)]
         if self.console is not None:
             words += ["--console-socket", self.console.path]
-        return [*runtime.exec_prefix, runtime.program, *options, *words, self._container_id]
+        return [*runtime.exec_prefix, runtime.executable, *options, *words, self._container_id]
 
     async def launch(self, descriptors: Mapping[int, int]) -> None:
         """Start the OCI runtime; the process gets ``descriptors`` as its standard ones, silent ones for the others."""

@@ -37,7 +37,8 @@ class Handlers:
             )
         for name, handler in options.handlers.items():
             systemd = self._cgroups.driver == "systemd"
-            runtime = OciRuntime(name, handler, self._layout.runtime_root(name), systemd_cgroup=systemd)
+            root, link = self._layout.runtime_root(name), self._layout.runtime_program(name)
+            runtime = OciRuntime(name, handler, root, program_link=link, systemd_cgroup=systemd)
             parent = "system.slice" if systemd else options.cgroup_parent
             try:
                 # Named like a container's or pod's, so that what a killed agent left of it is found at the next start.

@@ -139,6 +139,10 @@ class Layout:
         """State folder of one OCI runtime."""
         return self.run / "oci" / handler
 
+    def runtime_program(self, handler: str) -> Path:
+        """Where the OCI runtime's copy in memory is found."""
+        return self.run / "programs" / handler
+
     def make(self) -> None:
         """Make the fixed folders; existing ones are fine."""
         self.data.mkdir(mode=0o711, parents=True, exist_ok=True)

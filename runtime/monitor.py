@@ -13,6 +13,7 @@ import msgspec
 
 from host import processes
 from host.errors import PodkeelError
+from host.threads import in_thread, wait_out
 from runtime.layout import ContainerFolder, Layout
 from runtime.oci_runtime import plain_message
 from runtime.sandbox import ProcessName
@@ -21,6 +22,12 @@ from runtime.sandbox import ProcessName
 _SYNC_DESCRIPTOR = 3
 _START_DESCRIPTOR = 4
 _REOPEN_LOG = b"2 0 0\n"
+_ENVIRONMENT = {
+    "_OCI_SYNCPIPE": str(_SYNC_DESCRIPTOR),
+    "_OCI_STARTPIPE": str(_START_DESCRIPTOR),
+    "TZ": "UTC",
+    "LC_ALL": "C",  # else it and the OCI runtime look for a locale's files
+}
 
 
 class RuntimeRefusedError(PodkeelError):
@@ -65,6 +72,76 @@ class ExitRecord:
     out_of_memory: bool
 
 
+class StartingMonitor:
+    """A conmon on its way, ahead of the container's bundle: its program loads while that is made."""
+
+    def __init__(self, command: Sequence[str], folder: ContainerFolder, log_path: Path | None) -> None:
+        self._command = command
+        self._folder = folder
+        self._log_path = log_path
+        self._pidfd = -1
+        self._sync_read = -1
+        self._start_write = -1
+        self._spawned = asyncio.ensure_future(in_thread(self._spawn))
+
+    def _spawn(self) -> ProcessName:
+        self._folder.path.mkdir(parents=True, exist_ok=True)
+        if self._log_path is not None:
+            self._log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        environment = {**os.environ, **_ENVIRONMENT}
+        environment.pop("NOTIFY_SOCKET", None)
+        with contextlib.ExitStack() as child_ends:
+            self._sync_read, sync_write = os.pipe2(os.O_CLOEXEC)
+            child_ends.callback(os.close, sync_write)
+            start_read, self._start_write = os.pipe2(os.O_CLOEXEC)
+            child_ends.callback(os.close, start_read)
+            complaints = os.open(self._folder.monitor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            child_ends.callback(os.close, complaints)
+            descriptors = {2: complaints, _SYNC_DESCRIPTOR: sync_write, _START_DESCRIPTOR: start_read}
+            pid = processes.spawn(self._command, environment=environment, descriptors=descriptors)
+        self._pidfd = os.pidfd_open(pid)
+        return ProcessName(pid, processes.start_time(pid) or 0)
+
+    async def create(self) -> Monitored:
+        """Have the OCI runtime create the container, whose bundle is complete now.
+
+        Raises:
+            RuntimeRefusedError: the OCI runtime failed, with its own message; ``abandon`` it then.
+        """
+        monitor = await wait_out(self._spawned)
+        with contextlib.suppress(BrokenPipeError):  # it ended early: its answer, or its complaints, say why
+            os.write(self._start_write, b"\0")
+        init_pid = await self._created()
+        pidfd, self._pidfd = self._pidfd, -1
+        self._close_pipes()
+        return Monitored(monitor, pidfd, ProcessName(init_pid, processes.start_time(init_pid) or 0))
+
+    async def _created(self) -> int:
+        answer = await _read_line(self._sync_read)
+        if not answer:
+            raise PodkeelError(f"conmon ended without a word: {_last_lines(self._folder.monitor_log)}")
+        message = msgspec.json.decode(answer, type=_SyncMessage)
+        if message.pid <= 0:
+            raise RuntimeRefusedError(plain_message(message.message.strip()) or _last_lines(self._folder.monitor_log))
+        return message.pid
+
+    async def abandon(self) -> None:
+        """End conmon, unless ``create`` has succeeded. What the OCI runtime made is for the caller to delete."""
+        with contextlib.suppress(PodkeelError, OSError):
+            monitor = await wait_out(self._spawned)
+            if self._pidfd >= 0:
+                processes.kill_group(monitor.pid)
+                _reap_when_ended(self._pidfd)
+                self._pidfd = -1
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        for descriptor in (self._sync_read, self._start_write):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._sync_read = self._start_write = -1
+
+
 class Monitors:
     """Starts conmon for containers and reads what it leaves behind."""
 
@@ -91,56 +168,13 @@ class Monitors:
                 command.append("--leave-stdin-open")
         return command
 
-    async def create(self, request: MonitorRequest) -> Monitored:
-        """Start conmon, which has the OCI runtime create the container; returns when that is done.
+    def start(self, request: MonitorRequest) -> StartingMonitor:
+        """Start conmon; ``create`` of what is returned makes the container, ``abandon`` ends conmon.
 
-        Cancelled or failed, it has ended conmon; what the OCI runtime made is for the caller to delete.
-
-        Raises:
-            RuntimeRefusedError: the OCI runtime failed, with its own message.
+        Nothing of the container's bundle needs to be there yet.
         """
         folder = self._layout.container(request.container_id)
-        with contextlib.ExitStack() as stack:
-            sync_read, sync_write = os.pipe2(os.O_CLOEXEC)
-            stack.callback(os.close, sync_read)
-            start_read, start_write = os.pipe2(os.O_CLOEXEC)
-            with contextlib.ExitStack() as child_ends:
-                child_ends.callback(os.close, sync_write)
-                child_ends.callback(os.close, start_read)
-                child_ends.callback(os.close, start_write)
-                log = os.open(folder.monitor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-                child_ends.callback(os.close, log)
-                environment = {
-                    **os.environ,
-                    "_OCI_SYNCPIPE": str(_SYNC_DESCRIPTOR),
-                    "_OCI_STARTPIPE": str(_START_DESCRIPTOR),
-                    "TZ": "UTC",
-                }
-                environment.pop("NOTIFY_SOCKET", None)
-                os.write(start_write, b"\0")
-                pid = await processes.spawn_aside(
-                    self._command(request),
-                    environment=environment,
-                    descriptors={2: log, _SYNC_DESCRIPTOR: sync_write, _START_DESCRIPTOR: start_read},
-                )
-            pidfd = os.pidfd_open(pid)
-            try:
-                started = processes.start_time(pid) or 0
-                init_pid = await self._created(sync_read, folder)
-            except BaseException:
-                processes.kill_group(pid)
-                _reap_when_ended(pidfd)
-                raise
-        return Monitored(ProcessName(pid, started), pidfd, ProcessName(init_pid, processes.start_time(init_pid) or 0))
-
-    async def _created(self, descriptor: int, folder: ContainerFolder) -> int:
-        answer = await _read_line(descriptor)
-        if not answer:
-            raise PodkeelError(f"conmon ended without a word: {_last_lines(folder.monitor_log)}")
-        message = msgspec.json.decode(answer, type=_SyncMessage)
-        if message.pid <= 0:
-            raise RuntimeRefusedError(plain_message(message.message.strip()) or _last_lines(folder.monitor_log))
-        return message.pid
+        return StartingMonitor(self._command(request), folder, request.log_path)
 
     def exit_record(self, container_id: str) -> ExitRecord | None:
         """What conmon recorded of a container's end; None if it recorded nothing."""

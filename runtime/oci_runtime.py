@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import shutil
 import uuid
@@ -14,8 +15,10 @@ from host import mounts, processes
 from host.errors import CommandError, NotFoundError, PodkeelError
 from host.threads import in_thread
 from runtime.options import HandlerOptions
+from runtime.sealed_program import SealedProgram
 
 _COMMAND_SECONDS = 60.0
+_log = logging.getLogger("podkeel.handlers")
 _CANNOT_RUN = re.compile(
     r"executable file .*not found|no such file or directory$|permission denied$|exec format error|is a directory$"
     r"|open executable|stat .*: no such file|cannot find executable|not a directory$",
@@ -44,7 +47,9 @@ class OciRuntime:
     ``exec_prefix`` goes before the command line of an ``exec``.
     """
 
-    def __init__(self, name: str, options: HandlerOptions, root: Path, *, systemd_cgroup: bool) -> None:
+    def __init__(
+        self, name: str, options: HandlerOptions, root: Path, *, program_link: Path, systemd_cgroup: bool
+    ) -> None:
         self.name = name
         self.options = options
         self.root = Path(options.root) if options.root else root
@@ -52,6 +57,8 @@ class OciRuntime:
         self.features = RuntimeFeatures()
         self.exec_prefix: list[str] = []
         self._program: str | None = None
+        self._program_link = program_link
+        self._sealed: SealedProgram | None = None
 
     @property
     def program(self) -> str:
@@ -63,6 +70,14 @@ class OciRuntime:
         return self._program
 
     @property
+    def executable(self) -> str:
+        """What to execute: the program, or the copy of it that begins its work sooner."""
+        if self._sealed is not None:
+            with contextlib.suppress(OSError):
+                return self._sealed.path()
+        return self.program
+
+    @property
     def arguments(self) -> list[str]:
         """What goes between the program and its subcommand."""
         arguments = [*self.options.arguments, "--root", str(self.root)]
@@ -70,7 +85,7 @@ class OciRuntime:
 
     def command(self, *words: str) -> list[str]:
         """A whole command line."""
-        return [self.program, *self.arguments, *words]
+        return [self.executable, *self.arguments, *words]
 
     async def start(self, container_id: str) -> None:
         """Let a created container run. Raises CommandError."""
@@ -108,6 +123,21 @@ class OciRuntime:
                 await self.delete(container_id)
             await in_thread(shutil.rmtree, bundle, True)
         self.features = await self._read_features()
+        if self.features.is_crun:
+            await self._seal()
+
+    async def _seal(self) -> None:
+        """Execute a sealed copy from now on, where the host lets memory files be executed."""
+        sealed = SealedProgram(Path(self.program), self._program_link)
+        try:
+            await processes.run([sealed.path(), "--version"], timeout=10)
+        except (OSError, PodkeelError) as error:
+            sealed.close()
+            _log.info(
+                "runtime handler %s: its program cannot be run from memory, so from its file: %s", self.name, error
+            )
+        else:
+            self._sealed = sealed
 
     async def _read_features(self) -> RuntimeFeatures:
         version = await processes.run([self.program, "--version"], check=False, timeout=10)

@@ -1,0 +1,69 @@
+"""A program's copy in sealed memory, which crun runs as it is instead of copying itself first.
+
+So that a container cannot overwrite the node's crun through /proc/self/exe, crun starts anew from a protected copy each
+time it is called, unless it finds itself in a memory file sealed against writing: see memfd_create(2), F_ADD_SEALS.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+_MFD_EXEC = 0x10  # wanted since Linux 6.3, unknown before
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+_Version = tuple[int, int, int, int]
+
+
+class SealedProgram:
+    """The copy, under the path ``link`` for as long as this process lives; made again when the original is replaced."""
+
+    def __init__(self, original: Path, link: Path) -> None:
+        self._original = original
+        self._link = link
+        self._descriptor = -1
+        self._version: _Version | None = None
+
+    def path(self) -> str:
+        """The path to execute. Raises OSError: the original is gone, or cannot be copied here."""
+        status = self._original.stat()
+        version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if version != self._version:
+            self._copy()
+            self._version = version
+        return str(self._link)
+
+    def _copy(self) -> None:
+        descriptor = _sealed_copy(self._original)
+        new = self._link.with_name(f"{self._link.name}.new")
+        new.unlink(missing_ok=True)
+        self._link.parent.mkdir(mode=0o700, exist_ok=True)
+        new.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
+        new.rename(self._link)
+        self.close()
+        self._descriptor = descriptor
+
+    def close(self) -> None:
+        """Give the memory back; what runs from it goes on."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _sealed_copy(original: Path) -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        descriptor = os.memfd_create(original.name, flags | _MFD_EXEC)
+    except OSError:
+        descriptor = os.memfd_create(original.name, flags)
+    try:
+        with original.open("rb") as source:
+            while os.sendfile(descriptor, source.fileno(), None, 1 << 24):
+                pass
+        os.fchmod(descriptor, 0o555)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -1,0 +1,68 @@
+"""crun as the agent executes it: from sealed memory, following the file when that is replaced."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from proto.runtime.v1 import cri_pb2
+from tests.support.agent import AgentProcess, running_agent
+from tests.support.pods import container_config, remove_all_pods, sandbox_config
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """A crun of the test's own."""
+    real = shutil.which("crun")
+    if real is None:
+        pytest.skip("crun is not installed")
+    return Path(shutil.copy(real, tmp_path / "own-crun"))
+
+
+@pytest.fixture
+def agent(tmp_path: Path, busybox: Path, program: Path) -> Iterator[AgentProcess]:
+    (tmp_path / "agent").mkdir()
+    options = f'[runtime.handlers.crun]\npath = "{program}"\n'
+    with running_agent(tmp_path / "agent", busybox, options=options, runtime="crun") as process:
+        yield process
+        remove_all_pods(process.client)
+        assert process.client.findings() == []
+
+
+def test_a_container_is_made_by_the_sealed_copy(agent: AgentProcess) -> None:
+    sandbox = sandbox_config(agent)
+    sandbox_id = agent.client.run_sandbox(sandbox)
+    container_id = agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox)
+    request = cri_pb2.ContainerStatusRequest(container_id=container_id, verbose=True)
+    init = json.loads(agent.client.call("ContainerStatus", request).info["info"])["pid"]
+    assert str(Path(f"/proc/{init}/exe").readlink()).startswith("/memfd:own-crun")
+    agent.client.start(container_id)
+
+
+def test_a_replaced_program_is_the_one_used_next(agent: AgentProcess, program: Path, tmp_path: Path) -> None:
+    sandbox = sandbox_config(agent)
+    sandbox_id = agent.client.run_sandbox(sandbox)
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho this one is broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    kept = program.rename(tmp_path / "kept")
+    broken.rename(program)
+    with pytest.raises(grpc.RpcError, match="this one is broken"):
+        agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox)
+    kept.rename(program)
+    agent.client.start(agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox))
+
+
+def test_a_restarted_agent_goes_on_with_a_copy_of_its_own(agent: AgentProcess) -> None:
+    sandbox = sandbox_config(agent)
+    sandbox_id = agent.client.run_sandbox(sandbox)
+    container_id = agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox)
+    agent.kill()
+    agent.start()
+    agent.client.start(container_id)
+    assert agent.client.exec(container_id, "echo", "here").stdout == b"here\n"

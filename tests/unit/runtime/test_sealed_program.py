@@ -1,0 +1,81 @@
+"""A program executed from sealed memory."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.sealed_program import SealedProgram
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    return _script(tmp_path / "program", "first")
+
+
+@pytest.fixture
+def sealed(original: Path, tmp_path: Path) -> Iterator[SealedProgram]:
+    program = SealedProgram(original, tmp_path / "programs" / "copy")
+    yield program
+    program.close()
+
+
+def _script(path: Path, word: str) -> Path:
+    new = path.with_name("new")
+    new.write_text(f"#!/bin/sh\necho {word} $1\n")
+    new.chmod(0o755)
+    new.rename(path)
+    return path
+
+
+def _descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def _output(path: str) -> str:
+    return subprocess.run([path, "word"], capture_output=True, text=True, check=True).stdout
+
+
+def test_it_runs_from_memory(sealed: SealedProgram, tmp_path: Path) -> None:
+    path = sealed.path()
+    assert path == str(tmp_path / "programs" / "copy")
+    assert os.path.realpath(path).startswith("/memfd:program")
+    assert _output(path) == "first word\n"
+
+
+def test_nobody_can_write_to_it(sealed: SealedProgram) -> None:
+    with pytest.raises(OSError, match="not permitted"), open(sealed.path(), "r+b") as copy:
+        copy.write(b"x")
+    with open(sealed.path(), "rb") as copy:
+        seals = fcntl.fcntl(copy, fcntl.F_GET_SEALS)
+    # Exactly these four are what crun looks for.
+    assert seals == fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+def test_a_replaced_original_is_copied_anew(sealed: SealedProgram, original: Path) -> None:
+    assert _output(sealed.path()) == "first word\n"
+    descriptors = _descriptors()
+    _script(original, "second")
+    assert _output(sealed.path()) == "second word\n"
+    assert _descriptors() == descriptors
+
+
+def test_a_missing_original_is_an_error(sealed: SealedProgram, original: Path) -> None:
+    sealed.path()
+    original.unlink()
+    with pytest.raises(FileNotFoundError):
+        sealed.path()
+
+
+def test_a_new_process_takes_over_the_path_of_an_old_one(original: Path, tmp_path: Path) -> None:
+    link = tmp_path / "programs" / "copy"
+    link.parent.mkdir()
+    link.symlink_to("/proc/1/fd/9999")
+    sealed = SealedProgram(original, link)
+    assert _output(sealed.path()) == "first word\n"
+    sealed.close()

@@ -63,6 +63,7 @@ class ImageChecker:
     async def check(self, *, repair: bool) -> ImageReport:
         """Look at everything; with ``repair`` drop what is broken, so that a pull brings it anew.
 
+        Partial blobs go with ``repair``, as there is nothing to hold them against.
         A broken compressed form is dropped alone; a broken layer or configuration takes the images along that have it,
         while containers that use them go on.
         """
@@ -80,6 +81,8 @@ class ImageChecker:
                 stack.push_async_callback(self._layers.release, (layer.number,))
                 found = await self._check_layer(layer, below, broken, repair=repair)
             findings += found
+        if repair:
+            await self._layers.partials.drop_all()
         for finding in findings:
             _log.warning("%s: %s%s", finding.digest, finding.problem, f" ({finding.repair})" if finding.repair else "")
         return ImageReport(len(images), len(layers), tuple(findings))

@@ -23,7 +23,7 @@ class ImageUsage:
 
 @dataclass(frozen=True, slots=True)
 class DiskUsage:
-    """All in bytes on disk; ``containers`` is what containers wrote."""
+    """All in bytes on disk; ``blobs`` include partial ones, ``containers`` is what containers wrote."""
 
     images: tuple[ImageUsage, ...]
     layers: int
@@ -41,7 +41,7 @@ def disk_usage(images: Sequence[Image], layers: LayerStore, used_by: dict[str, i
         usages.append(ImageUsage(image, sum(map(_bytes, own)), unique, used_by.get(image.id, 0)))
     blobs = {layer.blob_digest: layer.blob_bytes for layer in layers.all() if layer.blob_digest}
     unpacked = sum(layer.used_bytes for layer in layers.all())
-    return DiskUsage(tuple(usages), unpacked, sum(blobs.values()), written)
+    return DiskUsage(tuple(usages), unpacked, sum(blobs.values()) + layers.partials.used_bytes, written)
 
 
 def _bytes(layer: Layer) -> int:

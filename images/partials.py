@@ -16,6 +16,7 @@ from images.digests import is_digest
 from images.trash import Trash
 
 _CHUNK = 1 << 20
+_SHORTEST_WAIT = 1.0
 _MOST_CHUNKS = 512  # of one writev(2)
 
 
@@ -98,7 +99,7 @@ class PartialBlobs:
     @property
     def used_bytes(self) -> int:
         """What they take, without those that are being added to."""
-        return sum(self._sizes.values())
+        return sum(tuple(self._sizes.values()))  # threads add to it
 
     @property
     def used_inodes(self) -> int:
@@ -150,11 +151,13 @@ class PartialBlobs:
                 raise
             finally:
                 blob.close()
-                await self._note(digest)
+                await in_thread(self._note, digest)
 
     @asynccontextmanager
     async def _alone(self, digest: str) -> AsyncIterator[None]:
         self._users[digest] = self._users.get(digest, 0) + 1
+        if self._timer is None:
+            self._come_back(self._max_age)
         try:
             async with self._locks[digest]:
                 yield
@@ -165,14 +168,22 @@ class PartialBlobs:
 
     async def publish(self, digest: str, target: Path) -> None:
         """Give the whole blob the name ``target``."""
-        await in_thread(publish, self.path(digest), target)
-        self._sizes.pop(digest, None)
+
+        def work() -> None:
+            publish(self.path(digest), target)
+            self._sizes.pop(digest, None)
+
+        await in_thread(work)
 
     async def keep(self, digest: str, whole: Path) -> None:
         """Take the ``whole`` blob of a layer that goes, which no image came to have: it may be wanted again."""
+
+        def work() -> None:
+            _move(whole, self.path(digest))
+            self._note(digest)
+
         async with self._alone(digest):
-            await in_thread(_move, whole, self.path(digest))
-            await self._note(digest)
+            await in_thread(work)
 
     async def drop(self, digests: Iterable[str]) -> None:
         """Drop those of ``digests`` that nobody uses now; success if there are none."""
@@ -192,25 +203,23 @@ class PartialBlobs:
         ages = await in_thread(lambda: {digest: _age(self.path(digest)) for digest in tuple(self._sizes)})
         await self.drop([digest for digest, age in ages.items() if age >= self._max_age])
         left = [age for digest, age in ages.items() if digest in self._sizes]
-        if left:
-            self._come_back(self._max_age - max(left))
+        if left or self._users:
+            self._come_back(self._max_age - max(left, default=0.0))
 
     def _come_back(self, seconds: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(max(seconds, 0.0), self._wake)
+        self._timer = asyncio.get_running_loop().call_later(max(seconds, _SHORTEST_WAIT), self._wake)
 
     def _wake(self) -> None:
         self._timer = None
         self._dropping = asyncio.create_task(self.drop_old(), name="partial blobs")
 
-    async def _note(self, digest: str) -> None:
-        """Count what a transfer left; an empty one is nothing."""
-        size = await in_thread(_left, self.path(digest))
+    def _note(self, digest: str) -> None:
+        """Count what a transfer left; an empty one is nothing. Blocking, so that no cancellation comes in between."""
+        size = _left(self.path(digest))
         if size:
             self._sizes[digest] = size
-            if self._timer is None:
-                self._come_back(self._max_age)
 
 
 def _link(kept: Path, path: Path) -> bool:

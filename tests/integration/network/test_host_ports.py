@@ -105,13 +105,15 @@ async def test_ports_end_with_the_pod_and_can_be_taken_again(node: Node) -> None
         talk(None, server, ("127.0.0.1", port))
 
 
-async def test_a_running_udp_flow_moves_to_the_pod_that_takes_the_port(node: Node) -> None:
+@pytest.mark.parametrize("others", [0, 20])
+async def test_a_running_udp_flow_moves_to_the_pod_that_takes_the_port(node: Node, others: int) -> None:
     port = _free_port(socket.SOCK_DGRAM)
+    more = [PortMapping("udp", 54, 21000 + number) for number in range(others)]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.connect(("127.0.0.1", port))
         client.settimeout(1)
         for name in ("first", "second"):
-            pod = await node.pod(name, PortMapping("udp", 53, port))
+            pod = await node.pod(name, PortMapping("udp", 53, port), *more)
             with receive_on(pod.namespace, 53) as receiver:
                 client.send(name.encode())
                 assert receiver.recv(16) == name.encode()
@@ -192,8 +194,9 @@ async def test_host_ports_survive_a_restart_and_a_flushed_ruleset(node: Node) ->
             await node.pod("late", PortMapping("tcp", 80, port))
 
 
-async def test_a_thousand_ports_cost_less_than_a_millisecond_each(node: Node) -> None:
-    mappings = [PortMapping("sctp", 80, port) for port in range(20000, 21000)]
+@pytest.mark.parametrize("protocol", ["tcp", "udp", "sctp"])
+async def test_a_thousand_ports_cost_less_than_a_millisecond_each(node: Node, protocol: str) -> None:
+    mappings = [PortMapping(protocol, 80, port) for port in range(20000, 21000)]
     started = time.perf_counter()
     await node.pod("many", *mappings)
     assert time.perf_counter() - started < 1

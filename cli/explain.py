@@ -22,10 +22,14 @@ def explain(options: argparse.Namespace) -> None:
         try:
             identifier = find_pod(client, options.object).id
         except NotFoundError:
-            identifier = find_container(client, options.object).id
+            try:
+                identifier = find_container(client, options.object).id
+            except NotFoundError:
+                identifier = options.object  # what is still being made, or could not be, is in no list
         request = agent_pb2.ExplainRequest(id=identifier)
         answer = client.call(request, agent_pb2.ExplainResponse, f"explain {options.object}")
-        names = {pod.id: pod.metadata.name for pod in list_pods(client)}
+        names = {"": options.object}
+        names |= {pod.id: pod.metadata.name for pod in list_pods(client)}
         names |= {item.id: item.metadata.name for item in list_containers(client)}
     if not answer.operations:
         print(f"nothing is recorded of {options.object}")

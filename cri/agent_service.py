@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from cri.image_calls import ImageCalls
 from host.errors import NotFoundError
-from host.stages import Operation
+from host.stages import Operation, failed_operations
 from proto.podkeel.v1 import agent_pb2
 from runtime.agent import Agent
+from runtime.sandbox import Sandbox
 
 
 class AgentService(ImageCalls):
@@ -36,21 +39,39 @@ class AgentService(ImageCalls):
         return agent_pb2.ForceRemovePodResponse(given_up=await self._agent.pods.force_remove(request.id))
 
     async def explain(self, request: agent_pb2.ExplainRequest) -> agent_pb2.ExplainResponse:
-        """The stages of a sandbox and its containers, or of one container."""
+        """The stages of a sandbox and its containers, or of one container; also of what is being made, or failed."""
         node = self._agent.node
-        sandbox = node.sandboxes.find(request.id)
-        if sandbox is not None:
-            kept = [(sandbox.id, operation) for operation in sandbox.operations]
-            for member in node.containers_of(sandbox):
-                kept += [(member.id, operation) for operation in member.operations]
+        sandbox, container = node.sandboxes.find(request.id), node.containers.find(request.id)
+        if sandbox is not None or container is None:
+            wanted = _pod_name(sandbox) if sandbox is not None else request.id
+            named = (
+                (sandbox,) if sandbox is not None else (s for s in node.sandboxes if _is_named(_pod_name(s), wanted))
+            )
+            kept = [pair for found in named for pair in self._operations(found)]
+            known = {id(operation) for _, operation in kept}
+            lost = [operation for operation in failed_operations() if _is_named(operation.subject, wanted)]
+            kept += [("", operation) for operation in lost if id(operation) not in known]
             kept.sort(key=lambda pair: pair[1].started)
-            return agent_pb2.ExplainResponse(operations=[_report(*pair) for pair in kept])
-        container = node.containers.find(request.id)
-        if container is None:
+        else:
+            kept = [(container.id, operation) for operation in container.operations]
+        if not kept:
             raise NotFoundError(f"no sandbox or container {request.id!r}")
-        return agent_pb2.ExplainResponse(
-            operations=[_report(container.id, operation) for operation in container.operations]
-        )
+        return agent_pb2.ExplainResponse(operations=[_report(*pair) for pair in kept])
+
+    def _operations(self, sandbox: Sandbox) -> list[tuple[str, Operation]]:
+        kept = [(sandbox.id, operation) for operation in sandbox.operations]
+        for member in self._agent.node.containers_of(sandbox):
+            kept += [(member.id, operation) for operation in member.operations]
+        return kept
+
+
+def _pod_name(sandbox: Sandbox) -> str:
+    return f"{sandbox.config.metadata.namespace}/{sandbox.config.metadata.name}"
+
+
+def _is_named(subject: str, wanted: str) -> bool:
+    """Whether ``wanted`` is one or more whole names of those in words such as ``(default/web/main)``."""
+    return bool(wanted) and re.search(rf"(?:^|[ (/]){re.escape(wanted)}(?:[/)]|$)", subject) is not None
 
 
 def _report(object_id: str, operation: Operation) -> agent_pb2.OperationReport:

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
@@ -27,6 +28,9 @@ _log = logging.getLogger("podkeel.stages")
 # Told of every stage that ends: operation, stage, seconds, and whether it failed.
 StageObserver = Callable[[str, str, float, bool], object]
 _observers: list[StageObserver] = []
+
+_FAILURES_KEPT = 64
+_failed: deque[Operation] = deque(maxlen=_FAILURES_KEPT)
 
 _EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 
@@ -83,6 +87,8 @@ class Operation:
             raise
         finally:
             stage.seconds = time.perf_counter() - begin
+            if stage.failed and not any(known is self for known in _failed):
+                _failed.append(self)
             for observer in _observers:
                 observer(self.name, name, stage.seconds, stage.failed)
 
@@ -120,6 +126,11 @@ def gathered_operations() -> Iterator[list[Operation]]:
         yield operations
     finally:
         gathering.operations = None
+
+
+def failed_operations() -> list[Operation]:
+    """The last operations of which a stage failed or was cancelled, oldest first: their objects may be gone."""
+    return list(_failed)
 
 
 def _parse_faults(text: str) -> dict[str, str]:

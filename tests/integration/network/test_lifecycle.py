@@ -253,6 +253,9 @@ async def test_destroy_leaves_nothing(node: Node) -> None:
 
 async def test_no_descriptor_stays_open(node: Node) -> None:
     await node.pod("warm")
+    looking = node.network._firewalls._looking  # in the background, with pipes
+    assert looking is not None
+    await looking
     before = descriptors()
     for number in range(5):
         pod = await node.pod(f"pod{number}", PortMapping("udp", 80, 20080))

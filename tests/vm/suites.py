@@ -29,12 +29,18 @@ _INTEGRATION = "tests/integration"
 _CONFORMANCE = f"{_INTEGRATION}/conformance"
 
 SUITES = (
-    Suite("own", "cgroup v2, AppArmor and slices, systemd driver, crun", ("tests/vm",)),
     Suite(
-        "spec", "specs with crun and runc directly, cgroup readers", (f"{_INTEGRATION}/spec", f"{_INTEGRATION}/metrics")
-    ),
-    Suite(
-        "conformance", "the CRI, systemd driver, crun", (_CONFORMANCE, f"{_INTEGRATION}/agent/test_pod_lifecycle.py")
+        "agent",
+        "hardening, handlers, limits, statistics, user namespaces, life without the agent; systemd driver, both",
+        (
+            f"{_INTEGRATION}/agent/test_hardening.py",
+            f"{_INTEGRATION}/agent/test_hardening_files.py",
+            f"{_INTEGRATION}/agent/test_handlers.py",
+            f"{_INTEGRATION}/agent/test_limits.py",
+            f"{_INTEGRATION}/agent/test_stats.py",
+            f"{_INTEGRATION}/agent/test_user_namespaces.py",
+            "tests/faults/test_life_without_agent.py",
+        ),
     ),
     Suite(
         "runc",
@@ -48,18 +54,12 @@ SUITES = (
         ("tests/vm/test_cgroup_v2.py", f"{_CONFORMANCE}/test_resources.py", f"{_CONFORMANCE}/test_sandboxes.py"),
         'cgroup_driver = "cgroupfs"',
     ),
+    Suite("own", "cgroup v2, AppArmor and slices, systemd driver, crun", ("tests/vm",)),
     Suite(
-        "agent",
-        "hardening, handlers, limits, statistics, user namespaces, life without the agent; systemd driver, both",
-        (
-            f"{_INTEGRATION}/agent/test_hardening.py",
-            f"{_INTEGRATION}/agent/test_hardening_files.py",
-            f"{_INTEGRATION}/agent/test_handlers.py",
-            f"{_INTEGRATION}/agent/test_limits.py",
-            f"{_INTEGRATION}/agent/test_stats.py",
-            f"{_INTEGRATION}/agent/test_user_namespaces.py",
-            "tests/faults/test_life_without_agent.py",
-        ),
+        "spec", "specs with crun and runc directly, cgroup readers", (f"{_INTEGRATION}/spec", f"{_INTEGRATION}/metrics")
+    ),
+    Suite(
+        "conformance", "the CRI, systemd driver, crun", (_CONFORMANCE, f"{_INTEGRATION}/agent/test_pod_lifecycle.py")
     ),
     Suite("selinux", "SELinux without enforcement, systemd driver", ("tests/vm/test_selinux.py",), security="selinux"),
 )

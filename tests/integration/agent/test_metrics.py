@@ -218,10 +218,18 @@ def test_log_level_changes_while_the_agent_runs(agent: AgentProcess) -> None:
     os.kill(agent.pid(), signal.SIGUSR1)
     wait_for(lambda: has("debug", "from level debug on"))
     miss("2")
+    secret = "secret-in-everything"
+    run_container(agent, "echo", secret, envs=[cri_pb2.KeyValue(key="KEY", value=secret.encode())])
+    pull = cri_pb2.PullImageRequest(
+        image=cri_pb2.ImageSpec(image="127.0.0.1:1/none:1"), auth=cri_pb2.AuthConfig(username="me", password=secret)
+    )
+    with pytest.raises(grpc.RpcError):
+        agent.client.call("PullImage", pull)
     os.kill(agent.pid(), signal.SIGUSR2)
     wait_for(lambda: has("info", "from level info on"))
     miss("3")
     assert [has("debug", number * 64) for number in "123"] == [False, True, False]
+    assert secret not in agent.log.read_text()
 
 
 def test_https_and_repairs_at_start(tmp_path: Path, busybox: Path) -> None:

@@ -135,6 +135,23 @@ def test_traffic_of_a_pod(agent: AgentProcess) -> None:
         assert 3 * 1000 < moved < 3 * 1500
 
 
+def test_a_bulk_transfer_is_seen_whole_on_both_sides(agent: AgentProcess) -> None:
+    size = 64 * MIB
+    # At the end of its input nc would close the connection: a pipe that it may write to itself has none.
+    receiver, sink = run_container(agent, "sh", "-c", "mkfifo /p; echo ready; nc -l -p 5001 <>/p >/dev/null")
+    wait_for_log(agent.client, sink)
+    address = agent.client.sandbox_status(receiver).network.ip
+    sender, source = run_container(agent, *SLEEP)
+    before = [pod_stats(agent, pod).linux.network.default_interface for pod in (sender, receiver)]
+    agent.client.output(source, "sh", "-c", f"head -c {size} /dev/zero | nc {address} 5001")
+    wait_for(lambda: agent.client.status(sink).state == cri_pb2.CONTAINER_EXITED, what="the end of the transfer")
+    after = [pod_stats(agent, pod).linux.network.default_interface for pod in (sender, receiver)]
+    assert size < after[0].tx_bytes.value - before[0].tx_bytes.value < 1.1 * size
+    assert size < after[1].rx_bytes.value - before[1].rx_bytes.value < 1.1 * size
+    assert after[0].rx_bytes.value - before[0].rx_bytes.value < 0.1 * size
+    assert after[0].tx_errors.value == after[1].rx_errors.value == 0
+
+
 def test_lists_cover_what_runs_and_obey_filters(agent: AgentProcess) -> None:
     client = agent.client
     sandbox, other = (sandbox_config(agent, labels={"tier": tier}) for tier in ("front", "back"))

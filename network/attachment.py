@@ -81,6 +81,11 @@ class Attachment(msgspec.Struct, frozen=True):
         """The node's links that are this pod's alone."""
         return (self.host_interface, self.limiter) if self.limiter else (self.host_interface,)
 
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The IP versions of its addresses."""
+        return tuple(dict.fromkeys(ip_address(text).version for text in self.addresses))
+
     def address(self, version: int) -> str | None:
         """The pod's address of that IP version."""
         return next((text for text in self.addresses if ip_address(text).version == version), None)

@@ -24,20 +24,23 @@ _FILTER_ORIG_FLAGS = 1
 _FLAG_PROTO_NUM = 1 << 3
 _FLAG_DST_PORT = 1 << 5
 _UDP = 17
-_FAMILIES = (2, 10)
+_FAMILIES = {4: 2, 6: 10}
 _ASKED_ONE_BY_ONE = 2
 
 
-def forget_udp(netfilter: NetlinkSocket, mappings: Iterable[PortMapping]) -> None:
-    """Delete the flows whose first packet went to one of the UDP host ports; a kernel that cannot is only logged."""
+def forget_udp(netfilter: NetlinkSocket, mappings: Iterable[PortMapping], versions: Iterable[int] = (4, 6)) -> None:
+    """Delete the flows whose first packet went to one of the UDP host ports; a kernel that cannot is only logged.
+
+    ``versions`` are the IP versions in which the pod has an address.
+    """
     ports = sorted({mapping.host_port for mapping in mappings if mapping.protocol == "udp"})
     # Each question has the kernel walk all its flows, so many ports are asked for together and told apart here.
     questions: list[int | None] = [*ports] if len(ports) <= _ASKED_ONE_BY_ONE else [None]
     wanted = {struct.pack(">H", port) for port in ports}
     try:
         for port in questions:
-            for family in _FAMILIES:
-                _forget(netfilter, family, port, wanted)
+            for version in versions:
+                _forget(netfilter, _FAMILIES[version], port, wanted)
     except OSError as error:
         _log.warning("flows to UDP host ports %s could not be forgotten: %s", ports, error.strerror or error)
 

@@ -145,7 +145,7 @@ class KernelBridge:
                     _await_carrier(self._route, name)
             except OSError as error:
                 _fail(what, error)
-        conntrack.forget_udp(self._netfilter, attachment.host_ports)
+        conntrack.forget_udp(self._netfilter, attachment.host_ports, attachment.versions)
 
     def disconnect(self, attachment: Attachment, *, delete_link: bool) -> None:
         """Take from the pod what it may use; with ``delete_link`` its interface too.
@@ -159,7 +159,7 @@ class KernelBridge:
             self.delete_links([*doomed, attachment.limiter] if attachment.limiter else doomed)
         except OSError as error:
             _fail(f"sandbox {attachment.sandbox_id} could not be disconnected from {self.name}", error)
-        conntrack.forget_udp(self._netfilter, attachment.host_ports)
+        conntrack.forget_udp(self._netfilter, attachment.host_ports, attachment.versions)
 
     def delete_links(self, names: Sequence[str]) -> None:
         """Delete links; those that are not there are no error."""

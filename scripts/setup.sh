@@ -17,6 +17,7 @@ readonly PACKAGES=(
     docker-registry  # tests pull from it; no service of it is needed
     prometheus       # tests have it check the rules and scrape an agent; no service of it is needed
     containernetworking-plugins iptables  # tests connect pods by them
+    iperf3           # tests measure limited pods with it
     skopeo umoci containerd  # tests hold images against what these make of them; containerd's service is not needed
     buildah          # tests take in what it builds
     iproute2 kmod    # tests look at links; modules are loaded where the kernel has them apart

@@ -8,7 +8,7 @@ import msgspec
 
 from cri.version import VERSION
 from host.stages import Operation
-from runtime.container import Container
+from runtime.container import Container, ContainerState
 from runtime.layout import SandboxFolder
 from runtime.node import Node
 from runtime.sandbox import Sandbox
@@ -42,7 +42,7 @@ def sandbox_information(node: Node, sandbox: Sandbox) -> dict[str, Any]:
     record = sandbox.record
     folder = node.layout.sandbox(sandbox.id)
     return {
-        "pid": record.pid_holder.pid if record.pid_holder else 0,
+        "pid": _a_pid_in(node, sandbox),
         "state": str(record.state),
         "runtimeHandler": record.handler,
         "cgroupParent": record.cgroup_parent,
@@ -52,6 +52,12 @@ def sandbox_information(node: Node, sandbox: Sandbox) -> dict[str, Any]:
         "addresses": list(record.addresses),
         "operations": operations(sandbox.operations),
     }
+
+
+def _a_pid_in(node: Node, sandbox: Sandbox) -> int:
+    """A process to enter the pod by (``nsenter --target``): that of its oldest running container; 0 if none runs."""
+    running = (c for c in node.containers_of(sandbox) if c.record.state is ContainerState.RUNNING)
+    return next((container.record.init.pid for container in running if container.record.init), 0)
 
 
 def _namespaces(folder: SandboxFolder) -> list[dict[str, str]]:

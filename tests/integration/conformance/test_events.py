@@ -114,6 +114,13 @@ def test_events_carry_the_statuses_of_their_moment(agent: AgentProcess, watchers
     ended = stopped.containers_statuses[1]
     assert (ended.state, ended.exit_code, ended.reason) == (cri_pb2.CONTAINER_EXITED, 3, "Error")
     assert sandbox_stopped.containers_statuses[0].exit_code == 137
+    agent.client.remove(second)
+    watcher.wait(DELETED, second)
+    assert [status.id for status in watcher.of(second)[-1].containers_statuses] == [first]
+    agent.client.remove_sandbox(pod.id)
+    watcher.wait(DELETED, pod.id)
+    assert not watcher.of(pod.id)[-1].containers_statuses
+    assert watcher.of(pod.id)[-1].pod_sandbox_status.metadata == pod.config.metadata
 
 
 def test_failed_start_is_an_end(agent: AgentProcess, watchers: list[Watcher]) -> None:

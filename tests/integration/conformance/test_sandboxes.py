@@ -6,6 +6,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -42,6 +43,11 @@ def test_status_gives_back_what_was_given(agent: AgentProcess) -> None:
     assert (dict(item.labels), dict(item.annotations)) == (dict(status.labels), dict(status.annotations))
 
 
+def _container_information(pod: Pod, container_id: str) -> Any:
+    request = cri_pb2.ContainerStatusRequest(container_id=container_id, verbose=True)
+    return json.loads(pod.agent.client.call("ContainerStatus", request).info["info"])
+
+
 def test_verbose_status_is_json_and_shows_containers(pod: Pod) -> None:
     container_id = pod.sleeping()
     request = cri_pb2.PodSandboxStatusRequest(pod_sandbox_id=pod.id, verbose=True)
@@ -51,7 +57,9 @@ def test_verbose_status_is_json_and_shows_containers(pod: Pod) -> None:
     information = json.loads(answer.info["info"])
     assert information["networkNamespace"].endswith("/ns/net")
     # crictl inspectp reads these.
-    assert {"pid", "runtimeHandler", "cgroupParent"} <= information.keys()
+    assert {"runtimeHandler", "cgroupParent"} <= information.keys()
+    own = _container_information(pod, container_id)
+    assert information["pid"] == own["pid"] > 1
     namespaces = {entry["type"]: entry["path"] for entry in information["runtimeSpec"]["linux"]["namespaces"]}
     assert {"network", "ipc", "uts"} <= namespaces.keys()
     for kind, name in (("network", "net"), ("ipc", "ipc"), ("uts", "uts")):

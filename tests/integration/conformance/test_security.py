@@ -181,7 +181,7 @@ def test_links_of_the_pod_are_managed_with_the_capability_only(pod: Pod) -> None
 
 
 def test_programs_with_the_set_user_id_bit_work_unless_told_otherwise(pod: Pod, registry: Registry) -> None:
-    busybox = entry("suid/su", Path("/bin/busybox").read_bytes(), mode=0o4755)
+    busybox = entry("suid/passwd", Path("/bin/busybox").read_bytes(), mode=0o4755)
     reference = registry.push(busybox_image({}, [make_tar([folder("suid"), busybox])]), "made/suid")
     spec = cri_pb2.ImageSpec(image=reference)
     pod.agent.client.call("PullImage", cri_pb2.PullImageRequest(image=spec))
@@ -189,7 +189,7 @@ def test_programs_with_the_set_user_id_bit_work_unless_told_otherwise(pod: Pod, 
         config = container_config(name, "sleep", "60", image=reference)
         config.linux.security_context.run_as_user.value = 1000
         config.linux.security_context.no_new_privs = refused_it
-        answer = pod.agent.client.exec(pod.start(config), "/suid/su", "-c", "true")
+        answer = pod.agent.client.exec(pod.start(config), "/suid/passwd")
         assert (b"must be suid" in answer.stderr) == refused_it, answer
     pod.agent.client.call("RemoveImage", cri_pb2.RemoveImageRequest(image=spec))
 

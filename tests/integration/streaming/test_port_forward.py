@@ -16,6 +16,7 @@ import pytest
 from cri.streaming import spdy_frames as frames
 from cri.streaming.server import StreamingServer
 from host.errors import UnavailableError
+from tests.integration.agent.streams import until
 from tests.integration.streaming.conftest import Connect
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.spdy_client import SpdyClient
@@ -98,9 +99,7 @@ async def test_half_close_of_the_pod_reaches_the_client_and_the_rest_still_goes_
         # Clients wait for the end of the errors before they end their own direction.
         assert await client.streams[error].text() == ""
         client.send_now(data, b"late words", fin=True)
-        async with asyncio.timeout(20):
-            while not LATE:
-                await asyncio.sleep(0.01)
+        await until(lambda: LATE)
     assert LATE == [b"late words"]
 
 

@@ -32,7 +32,7 @@ def _repair(agent: AgentProcess, *more: str) -> tuple[dict[str, str], int]:
 
 
 def _reaches(client: CriClient, container: str, address: str) -> bool:
-    return client.exec(container, "wget", "-T", "2", "-qO-", f"http://{address}/passwd").exit_code == 0
+    return client.exec(container, "timeout", "2", "wget", "-qO-", f"http://{address}/hostname").exit_code == 0
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import msgspec
 
@@ -46,7 +47,7 @@ class MemoryReading(msgspec.Struct, frozen=True, gc=False):
     refaults_file: int
 
 
-def memory_reading(usage: int, swap: int, counters: tuple[int, ...]) -> MemoryReading:
+def memory_reading(usage: int, swap: int, counters: Sequence[int]) -> MemoryReading:
     """A reading taken now; ``counters`` are the fields from ``rss`` on, but ``swap``, in their order."""
     rss, cache, mapped_file, active_file, inactive_file, *events = counters
     working_set = usage - inactive_file if usage > inactive_file else 0

@@ -24,6 +24,7 @@ _UNLIMITED = 1 << 62
 _CPU_TIMES = Fields("user", "system")
 _CPU_STAT = Fields("nr_periods", "nr_throttled", "throttled_time", "nr_bursts", "burst_time")
 _MEMORY_STAT = Fields(
+    "hierarchical_memory_limit",
     "total_swap",
     "total_rss",
     "total_cache",
@@ -36,7 +37,6 @@ _MEMORY_STAT = Fields(
     "total_workingset_refault_file",
 )
 _OOM_CONTROL = Fields("oom_kill", "under_oom")
-_MEMORY_FILES = ("memory.usage_in_bytes", "memory.stat", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
 _EVENT_FILES = ("memory.failcnt", "memory.kmem.usage_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control")
 _LIMIT_FILES = ("memory.limit_in_bytes", "memory.soft_limit_in_bytes", "memory.memsw.limit_in_bytes")
 
@@ -63,21 +63,30 @@ def cpu(cpuacct: Folder, cpu_folder: Folder) -> CpuReading | None:
 
 def memory(folder: Folder) -> MemoryReading | None:
     """Usage and the hierarchical counters of memory.stat."""
-    return _memory(folder, *folder.read_all(_MEMORY_FILES[:2]))
+    found = _memory(folder)
+    return found[0] if found is not None else None
 
 
 def limited_memory(folder: Folder) -> LimitedMemory | None:
     """The same with the limits; v1 keeps that of swap as one of memory and swap together."""
-    usage, stat, *limits = folder.read_all(_MEMORY_FILES)
-    reading = _memory(folder, usage, stat)
-    limit, total = (_limit(number(content)) for content in limits)
-    swap_limit = None if limit is None or total is None else max(0, total - limit)
-    return LimitedMemory(reading, limit, swap_limit) if reading is not None else None
+    found = _memory(folder)
+    if found is None:
+        return None
+    reading, smallest = found
+    if smallest >= _UNLIMITED:
+        return LimitedMemory(reading, None, None)
+    limit, total = map(_limit, folder.numbers("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"))
+    return LimitedMemory(reading, limit, None if limit is None or total is None else max(0, total - limit))
 
 
-def _memory(folder: Folder, usage: bytes | None, stat: bytes | None) -> MemoryReading | None:
+def _memory(folder: Folder) -> tuple[MemoryReading, int] | None:
+    """A reading, and the smallest limit of the cgroup and those above it: where that is none, it has none itself."""
+    usage, stat = folder.read_all(("memory.usage_in_bytes", "memory.stat"))
     counters = folder.parsed_content("memory.stat", stat, _MEMORY_STAT.parse)
-    return None if usage is None or counters is None else memory_reading(int(usage), counters[0], counters[1:])
+    if usage is None or counters is None:
+        return None
+    smallest, swap, *others = counters
+    return memory_reading(int(usage), swap, others), smallest
 
 
 def memory_events(folder: Folder) -> MemoryEvents | None:

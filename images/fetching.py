@@ -66,8 +66,8 @@ class LayerFetcher:
             return await self._fetch(source, folder, keep)
 
     async def _fetch(self, source: LayerSource, folder: Path, keep: PartialBlob | None) -> Unpacked:
-        with self.transfers.running(source, keep) as chunks:
-            return await self._worker().unpack(chunks, source.descriptor, folder, keep, source.subject)
+        chunks = self.transfers.chunks(source, keep)
+        return await self._worker().unpack(chunks, source.descriptor, folder, keep, source.subject)
 
     async def unpack(
         self, chunks: AsyncGenerator[bytes, None], descriptor: Descriptor, folder: Path, subject: str

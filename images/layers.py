@@ -185,6 +185,10 @@ class LayerStore:
         self._new.difference_update(numbers)
 
     async def _make(self, source: LayerSource) -> Layer:
+        with self.fetcher.transfers.making(source):
+            return await self._make_whole(source)
+
+    async def _make_whole(self, source: LayerSource) -> Layer:
         async with Undo(source.subject) as undo:
             number = await self._database.write(lambda connection: layer_rows.insert(connection, source))
             folder = self._folder / str(number)

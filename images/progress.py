@@ -56,13 +56,17 @@ class Transfers:
         self._received: dict[str, int] = {}
 
     @contextmanager
-    def running(self, source: LayerSource, partial: PartialBlob | None) -> Iterator[AsyncGenerator[bytes, None]]:
-        """The chunks of the layer, what is there of it first, counted; it is on its way until the block ends."""
-        self._received[source.chain_id] = 0
+    def making(self, source: LayerSource) -> Iterator[None]:
+        """The layer is on its way, once its chunks are asked for, until the block ends."""
         try:
-            yield self._counted(source, partial)
+            yield
         finally:
-            del self._received[source.chain_id]
+            self._received.pop(source.chain_id, None)
+
+    def chunks(self, source: LayerSource, partial: PartialBlob | None) -> AsyncGenerator[bytes, None]:
+        """The chunks of the layer, what is there of it first, counted."""
+        self._received[source.chain_id] = 0
+        return self._counted(source, partial)
 
     async def _counted(self, source: LayerSource, partial: PartialBlob | None) -> AsyncGenerator[bytes, None]:
         begin = partial.size if partial is not None else 0

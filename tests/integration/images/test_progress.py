@@ -66,12 +66,12 @@ async def test_layers_and_bytes_are_visible_while_a_pull_runs(
         node, lambda pull: any(layer.received > 0 for layer in pull.layers if layer.received < layer.size)
     )
     assert progress.reference == f"{name}:latest"
-    assert sorted(layer.state.name for layer in progress.layers).count("RUNNING") == 1
-    held = next(layer for layer in progress.layers if layer.state is LayerState.RUNNING)
-    assert 0 < held.received < held.size
+    (held,) = (layer for layer in progress.layers if 0 < layer.received < layer.size)
+    assert held.state is LayerState.RUNNING
     for layer in progress.layers:
         assert layer.size > 300_000
-        assert layer.received == {LayerState.WAITING: 0, LayerState.DONE: layer.size}.get(layer.state, held.received)
+        if layer is not held:  # a layer that waits for those below it is fetched, and not done
+            assert layer.received == (0 if layer.state is LayerState.WAITING else layer.size)
     gate.set()
     assert (await pulling).id == built.id
     assert node.store.pulls() == []

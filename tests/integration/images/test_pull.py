@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import gzip
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -206,6 +207,25 @@ async def test_docker_schema_2_zstd_and_plain_layers(node: Node, registry: Regis
         text = (node.data / "layers" / str(image.layers[1]) / "fs/etc/text").read_text()
         assert image.id == built.id
         assert text in ("zstd", "plain")
+
+
+async def test_estargz_is_an_ordinary_layer(node: Node, registry: Registry) -> None:
+    """Its gzip stream has a member per file, then one with a table of contents, and an empty one that leads there."""
+
+    def members(data: bytes) -> bytes:
+        step = 1500
+        parts = [gzip.compress(data[begin : begin + step]) for begin in range(0, len(data), step)]
+        return b"".join((*parts, gzip.compress(b"")))
+
+    contents = [
+        entry("etc/text", "stargz " * 1000),
+        entry(".no.prefetch.landmark", "\x0f"),
+        entry("stargz.index.json", "{}"),
+    ]
+    built = BuiltImage((make_tar(contents),), compress=members)
+    image = await node.store.pull(registry.push(built, "estargz"))
+    assert image.id == built.id
+    assert (node.data / "layers" / str(image.layers[0]) / "fs/etc/text").read_text() == "stargz " * 1000
 
 
 async def test_the_last_waiter_that_leaves_ends_the_pull(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from host import libc, mounts
 from host.database import Database
 from host.errors import LimitError, NotFoundError, PodkeelError
-from host.threads import in_thread
+from host.threads import in_thread, wait_out
 from host.undo import Undo
 from images.image import Image
 from images.layers import EMPTY_LAYER, LayerStore
@@ -90,9 +91,13 @@ class SnapshotStore:
         lower = self._lower(image)
         async with Undo(f"snapshot of container {container_id}") as undo:
             undo.push("the snapshot", lambda: self._discard(container_id, target))
-            await self._hold(container_id, container_id, image)
+            # Who names the container undoes the mount also without the row, so the two need not wait for each other.
+            held = asyncio.ensure_future(self._hold(container_id, container_id, image))
             folder = self._containers / container_id
-            await in_thread(self._mount_writable, folder, target, lower, user_namespace, mount_label)
+            try:
+                await in_thread(self._mount_writable, folder, target, lower, user_namespace, mount_label)
+            finally:
+                await wait_out(held)
         return Snapshot(container_id, image.id, target, folder / "upper")
 
     async def remount(self, container_id: str, image: Image, *, target: Path) -> Snapshot:

@@ -224,6 +224,13 @@ def _stream(_: Played, exchange: Exchange) -> None:
     assert re.fullmatch(rf"http://127\.0\.0\.1:\d+/{path}/[A-Za-z0-9_-]{{11,}}", exchange.answer["url"])
 
 
+def _descriptors(_: Played, exchange: Exchange) -> None:
+    found = {descriptor["name"]: descriptor for descriptor in exchange.answer["descriptors"]}
+    assert len(found) == len(exchange.answer["descriptors"])
+    assert all(descriptor["help"] for descriptor in found.values())
+    assert {"container_cpu_usage_seconds_total", "container_memory_working_set_bytes"} <= found.keys()
+
+
 def _same_answer(_: Played, exchange: Exchange) -> None:
     assert exchange.answer == exchange.expected
 
@@ -243,6 +250,9 @@ RULES: dict[str, Callable[[Played, Exchange], None]] = {
     "UpdateContainerResources": _update_container,
     "ImageStatus": _image_status,
     "PullImage": _pull,
+    "ListContainerStats": _same_answer,  # asked before there were any, as the other
+    "ListPodSandboxStats": _same_answer,
+    "ListMetricDescriptors": _descriptors,
     "ExecSync": _same_answer,
     "Exec": _stream,
     "Attach": _stream,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from host import libc, mounts
 from proto.runtime.v1 import cri_pb2
 from tests.integration.replay import recording, volumes
 from tests.integration.replay.conftest import Kubelet
-from tests.integration.replay.player import LATER, Exchange, Played
+from tests.integration.replay.player import Exchange, Played
 from tests.integration.replay.recording import Json, Names
 from tests.integration.replay.rules import check
 from tests.support.agent import AgentProcess, wait_for
@@ -23,26 +25,16 @@ CALLS = [
     for name in ("standalone", "cluster")
     for method in sorted({entry.method for entry in recording.entries(name)} - {"GetContainerEvents"})
 ]
-PARTS_LATER = {
-    "bandwidth annotations": "traffic is not shaped by the bandwidth annotations yet",
-}
 
 
 @pytest.mark.parametrize(("name", "method"), CALLS)
 def test_answers(name: str, method: str, request: pytest.FixtureRequest) -> None:
-    if method in LATER:
-        pytest.skip(LATER[method])
     played: Played = request.getfixturevalue(name)
     for exchange in played.of(method):
         try:
             check(played, exchange)
         except (AssertionError, KeyError) as error:
             raise AssertionError(f"{_told(exchange)}\n{error!r}") from error
-
-
-@pytest.mark.parametrize("part", PARTS_LATER)
-def test_parts_of_pods(part: str) -> None:
-    pytest.skip(PARTS_LATER[part])
 
 
 def _told(exchange: Exchange) -> str:
@@ -105,6 +97,12 @@ def test_logs_say_what_the_containers_saw(standalone: Played, cluster: Played) -
         assert line.fullmatch(text)
 
 
+def _token_buckets() -> Counter[str]:
+    """The rates of all token buckets on this host's links."""
+    shown = subprocess.run(["tc", "qdisc", "show"], capture_output=True, text=True, check=True).stdout
+    return Counter(re.findall(r"^qdisc tbf .* rate (\w+)", shown, re.MULTILINE))
+
+
 def test_pod_with_many_fields_runs_where_its_host_path_can_be_shared(agent: AgentProcess, kubelet: Kubelet) -> None:
     """Recorded on a host whose root mount was private, where this pod's container was refused."""
     names = Names(kubelet.names)
@@ -114,6 +112,7 @@ def test_pod_with_many_fields_runs_where_its_host_path_can_be_shared(agent: Agen
     sandbox = ParseDict(names.put(run.request["config"]), cri_pb2.PodSandboxConfig())
     config = ParseDict(names.put(make.request["config"]), cri_pb2.ContainerConfig())
     config.mounts[0].recursive_read_only = False
+    buckets = _token_buckets()
     host = Path(config.mounts[1].host_path)
     libc.mount("tmpfs", str(host), "tmpfs", 0, "size=64k")
     try:
@@ -132,6 +131,7 @@ def test_pod_with_many_fields_runs_where_its_host_path_can_be_shared(agent: Agen
         assert (user.uid, user.gid, list(user.supplemental_groups)) == (1000, 1500, [1500, 2000, 3000])
         ports = agent.client.output(container_id, "cat", "/proc/sys/net/ipv4/ip_local_port_range")
         assert ports.split() == ["20000", "30000"]
+        assert _token_buckets() - buckets == Counter(["10Mbit", "5Mbit"])
         (host / "late").mkdir()
         libc.mount("tmpfs", str(host / "late"), "tmpfs", 0, "size=64k")
         assert "/p/late" in agent.client.output(container_id, "cat", "/proc/mounts")

@@ -40,8 +40,8 @@ class LayerFetcher:
     async def fetch(self, source: LayerSource, folder: Path, incoming: Path, kept: Path) -> Unpacked:
         """Unpack the layer to ``folder``, which is made; errors as ``Unpacker.unpack``.
 
-        Its blob is a partial one then if ``source`` is resumable, else it is at ``incoming``. What is there of it comes
-        first: of the partial blob, or ``kept``, where another layer may have it; all is fetched if that is damaged.
+        Its blob is at ``incoming`` then, and besides a partial one if ``source`` is resumable. What is there of it
+        comes first: of the partial blob, or ``kept``, where another layer may have it; if damaged, all is fetched.
         """
         async with AsyncExitStack() as stack:
             keep = None
@@ -49,21 +49,28 @@ class LayerFetcher:
                 keep = await stack.enter_async_context(self._partials.claim(source.descriptor.digest, kept))
             elif self._options.keep_blobs:
                 keep = stack.enter_context(new_blob(incoming))
-            await stack.enter_async_context(self.slots)
-            if keep is not None and keep.size > source.descriptor.size >= 0:
-                await in_thread(keep.restart)
-            await in_thread(folder.mkdir, mode=0o755, parents=True)
-            try:
-                return await self._fetch(source, folder, keep)
-            except InvalidArgumentError as error:
-                if keep is None or not keep.size:
-                    raise
-                _log.warning("what was there of %s is of no use, so it is fetched anew: %s", source.subject, error)
+            async with self.slots:
+                unpacked = await self._fetch_anew_if_damaged(source, folder, keep)
+            if keep is not None and source.resumable:
+                # A name of its own: others may go on with the partial blob from now on, or drop it.
+                await in_thread(incoming.hardlink_to, keep.path)
+        return unpacked
+
+    async def _fetch_anew_if_damaged(self, source: LayerSource, folder: Path, keep: PartialBlob | None) -> Unpacked:
+        if keep is not None and keep.size > source.descriptor.size >= 0:
             await in_thread(keep.restart)
-            await in_thread(self._trash.throw, folder)
-            self._trash.wake()
-            await in_thread(folder.mkdir, mode=0o755)
+        await in_thread(folder.mkdir, mode=0o755, parents=True)
+        try:
             return await self._fetch(source, folder, keep)
+        except InvalidArgumentError as error:
+            if keep is None or not keep.size:
+                raise
+            _log.warning("what was there of %s is of no use, so it is fetched anew: %s", source.subject, error)
+        await in_thread(keep.restart)
+        await in_thread(self._trash.throw, folder)
+        self._trash.wake()
+        await in_thread(folder.mkdir, mode=0o755)
+        return await self._fetch(source, folder, keep)
 
     async def _fetch(self, source: LayerSource, folder: Path, keep: PartialBlob | None) -> Unpacked:
         chunks = self.transfers.chunks(source, keep)

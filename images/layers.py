@@ -186,7 +186,12 @@ class LayerStore:
 
     async def _make(self, source: LayerSource) -> Layer:
         with self.fetcher.transfers.making(source):
-            return await self._make_whole(source)
+            try:
+                return await self._make_whole(source)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise LimitError(f"{source.subject} could not be unpacked, the disk is full: {error}") from error
 
     async def _make_whole(self, source: LayerSource) -> Layer:
         async with Undo(source.subject) as undo:
@@ -195,14 +200,9 @@ class LayerStore:
             making, incoming = self._folder / f"{number}.new", self._incoming / str(number)
             undo.push("its row", lambda: self._database.execute("DELETE FROM layers WHERE number = ?", (number,)))
             undo.push("its folder", lambda: self._take_back((folder, making, incoming)))
-            try:
-                unpacked = await self.fetcher.fetch(
-                    source, making / "fs", incoming, self._blob_path(source.descriptor.digest)
-                )
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise LimitError(f"{source.subject} could not be unpacked, the disk is full: {error}") from error
+            unpacked = await self.fetcher.fetch(
+                source, making / "fs", incoming, self._blob_path(source.descriptor.digest)
+            )
             if unpacked.diff_id != source.diff_id:
                 raise InvalidArgumentError(
                     f"{source.subject} is broken: unpacked, its digest is {unpacked.diff_id}, expected {source.diff_id}"
@@ -226,6 +226,7 @@ class LayerStore:
             self._add(layer)
             if source.resumable:
                 self._new.add(number)
+        await self.partials.drop([layer.blob_digest])
         return layer
 
     async def _tree_digest(self, folder: Path) -> str:
@@ -240,11 +241,7 @@ class LayerStore:
         await self._disk.flush()
         await in_thread(making.rename, self._folder / str(layer.number))
         if layer.blob_digest:
-            target = self._blob_path(layer.blob_digest)
-            if source.resumable:
-                await self.partials.publish(layer.blob_digest, target)
-            else:
-                await in_thread(publish, incoming, target)
+            await in_thread(publish, incoming, self._blob_path(layer.blob_digest))
         await self._database.write(
             lambda connection: layer_rows.complete(connection, layer, resumable=source.resumable)
         )

@@ -166,15 +166,6 @@ class PartialBlobs:
             if not self._users[digest]:
                 del self._users[digest], self._locks[digest]
 
-    async def publish(self, digest: str, target: Path) -> None:
-        """Give the whole blob the name ``target``."""
-
-        def work() -> None:
-            publish(self.path(digest), target)
-            self._sizes.pop(digest, None)
-
-        await in_thread(work)
-
     async def keep(self, digest: str, whole: Path) -> None:
         """Take the ``whole`` blob of a layer that goes, which no image came to have: it may be wanted again."""
 

@@ -211,6 +211,19 @@ async def test_they_go_when_nobody_came_for_them(new_node: NewNode, front: Front
     assert node.store.filesystem_usage().used_bytes == 0
 
 
+async def test_a_layer_that_waits_for_those_below_keeps_its_blob(node: Node, front: Front, built: BuiltImage) -> None:
+    gate = front.hold_after(1)
+    pulling = asyncio.create_task(node.store.pull(name(front)))
+    await until(lambda: any(path.stat().st_size > 3_000_000 for path in (node.data / "content").glob("*/*")))
+    await until(lambda: sum(layer.received for layer in node.store.pulls()[0].layers) > 3_050_000)
+    await node.store._layers.partials.drop_all()
+    gate.set()
+    assert (await pulling).id == built.id
+    assert (await node.store.checker.check(repair=False)).findings == ()
+    await node.store.remove(built.id)
+    assert await node.leftovers() == {}
+
+
 async def test_a_repair_drops_them(node: Node, front: Front) -> None:
     await broken_off(node, front, 1_500_000)
     assert (await node.store.disk_usage()).blobs == sum(partials(node).values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -149,9 +150,7 @@ class ExecCall:
     async def launch(self, descriptors: Mapping[int, int]) -> None:
         """Start the OCI runtime; the process gets ``descriptors`` as its standard ones, silent ones for the others."""
         _strays.begin()
-        spawning = asyncio.ensure_future(
-            processes.spawn_aside(self._command, descriptors={**self._descriptors, **descriptors})
-        )
+        spawning = asyncio.ensure_future(self._spawn({**self._descriptors, **descriptors}))
         try:
             self._runtime_pid = await wait_out(spawning)
         except asyncio.CancelledError:
@@ -161,6 +160,15 @@ class ExecCall:
         except BaseException:
             _strays.end(None)
             raise
+
+    async def _spawn(self, descriptors: Mapping[int, int]) -> int:
+        try:
+            return await processes.spawn_aside(self._command, descriptors=descriptors)
+        except OSError as error:
+            if error.errno != errno.ETXTBSY:
+                raise
+            self._runtime.distrust_copy()
+        return await processes.spawn_aside(self._command, descriptors=descriptors)
 
     @asynccontextmanager
     async def process(self) -> AsyncIterator[ExecProcess]:

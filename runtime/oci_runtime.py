@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import re
 import shutil
@@ -73,9 +74,22 @@ class OciRuntime:
     def executable(self) -> str:
         """What to execute: the program, or the copy of it that begins its work sooner."""
         if self._sealed is not None:
-            with contextlib.suppress(OSError):
+            try:
                 return self._sealed.path()
+            except OSError as error:
+                if error.errno == errno.ETXTBSY:
+                    self.distrust_copy()
         return self.program
+
+    def distrust_copy(self) -> None:
+        """Execute the program itself from now on, as some container keeps its copy from being executed."""
+        if self._sealed is not None:
+            _log.warning(
+                "runtime handler %s: a container has opened the copy of %s for writing: it is used no more",
+                self.name,
+                self.program,
+            )
+            self._sealed = None  # and not closed: conmon may be about to execute it
 
     @property
     def arguments(self) -> list[str]:

@@ -6,6 +6,7 @@ time it is called, unless it finds itself in a memory file sealed against writin
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -26,13 +27,26 @@ class SealedProgram:
         self._version: _Version | None = None
 
     def path(self) -> str:
-        """The path to execute. Raises OSError: the original is gone, or cannot be copied here."""
+        """The path to execute.
+
+        Raises OSError: the original is gone, or cannot be copied here, or (ETXTBSY) somebody has the copy open for
+        writing. A container can do that with what it saw of a runtime inside of it: nothing can be written, but while
+        it is open the kernel does not execute it.
+        """
         status = self._original.stat()
         version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if version != self._version:
             self._copy()
             self._version = version
+        self._require_no_writer()
         return str(self._link)
+
+    def _require_no_writer(self) -> None:
+        try:  # a read lease is given only where nobody has the file open for writing: fcntl(2)
+            fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except BlockingIOError as error:
+            raise OSError(errno.ETXTBSY, os.strerror(errno.ETXTBSY), str(self._link)) from error
 
     def _copy(self) -> None:
         descriptor = _sealed_copy(self._original)

@@ -57,6 +57,12 @@ def test_nobody_can_write_to_it(sealed: SealedProgram) -> None:
     assert seals == fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
+def test_who_has_it_open_for_writing_keeps_it_from_being_executed_and_that_is_told(sealed: SealedProgram) -> None:
+    with open(sealed.path(), "r+b"), pytest.raises(OSError, match="Text file busy"):
+        sealed.path()
+    assert _output(sealed.path()) == "first word\n"
+
+
 def test_a_replaced_original_is_copied_anew(sealed: SealedProgram, original: Path) -> None:
     assert _output(sealed.path()) == "first word\n"
     descriptors = _descriptors()

@@ -23,7 +23,7 @@ _OPERATIONS = {
     ("runtime/execution.py", "update"): ("UpdateContainerResources",),
     ("images/pulling.py", "fetch"): ("PullImage",),
     ("images/store.py", "import_archive"): ("ImportImage",),
-    ("images/store.py", "_install"): ("PullImage", "ImportImage"),
+    ("images/store.py", "_install_layers"): ("PullImage", "ImportImage"),
     ("images/store.py", "remove"): ("RemoveImage",),
 }
 

@@ -58,8 +58,8 @@ class Container:
     """A container in memory.
 
     ``lock`` serialises what changes it; ``exited`` is set when its end is recorded; ``cleanup`` is the task that gives
-    back what the OCI runtime holds after the end. ``stops`` counts the calls that wait for its end now, and
-    ``stop_deadline`` is the earliest of theirs, on the loop's clock.
+    back what the OCI runtime holds after the end, ``unmounted`` says that its mounts are gone. ``stops`` counts the
+    calls that wait for its end now, and ``stop_deadline`` is the earliest of theirs, on the loop's clock.
     """
 
     id: str
@@ -69,6 +69,7 @@ class Container:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     cleanup: asyncio.Task[None] | None = None
+    unmounted: bool = False
     monitor_descriptor: int | None = None
     stops: int = 0
     stop_deadline: float | None = None

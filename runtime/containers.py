@@ -215,7 +215,8 @@ class ContainerManager:
         async with operation.stage("runtime"):
             await self._lifecycle.released(container)
         async with operation.stage("snapshot"):
-            await unmount_all(node, container)
+            if not container.unmounted:
+                await unmount_all(node, container)
             await node.snapshots.remove(container.id)
         async with operation.stage("files"):
             await in_thread(shutil.rmtree, node.layout.container(container.id).path, True)

@@ -182,6 +182,7 @@ class Lifecycle:
             await self.release_runtime(container)
             await self.end_monitor(container)
             await unmount_all(self._node, container)
+            container.unmounted = True
         except PodkeelError as error:
             self._node.failures[container.record.handler, "delete"] += 1
             _log.error("%s: could not be cleaned up, removing it tries again: %s", container.title, error)

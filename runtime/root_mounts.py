@@ -9,6 +9,7 @@ from host.threads import in_thread
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
 from runtime.container import Container
+from runtime.layout import ContainerFolder
 from runtime.mapped_volumes import release
 from runtime.node import Node
 from runtime.spec.selinux import container_labels
@@ -69,10 +70,15 @@ async def mount_image_volumes(node: Node, container: Container) -> dict[int, Pat
 async def unmount_all(node: Node, container: Container) -> None:
     """Unmount a container's root file system, image volumes and volumes with mapped ids. Repeatable."""
     folder = node.layout.container(container.id)
-    for target in await in_thread(folder.image_volumes_there):
+    for target in await in_thread(_release_volumes, folder):
         await node.snapshots.unmount(container.id, target)
-    await in_thread(release, folder.rootfs)
     await node.snapshots.unmount(container.id, folder.rootfs)
+
+
+def _release_volumes(folder: ContainerFolder) -> list[Path]:
+    """Unbind the volumes with mapped ids; where images are still mounted."""
+    release(folder.rootfs)
+    return folder.image_volumes_there()
 
 
 def status_mounts(node: Node, mounts: list[cri_pb2.Mount]) -> list[bytes]:

@@ -8,6 +8,8 @@ _POD = "a pod by name, namespace/name, id or unique prefix of an id"
 _IMAGE = "an image by tag, digest, id or unique prefix of an id"
 _CONTAINER = "a container by name, id or unique prefix of an id"
 
+IMAGE_COMMANDS = {name: name for name in ("import", "export", "push", "tag", "df", "pulls")} | {"rmi": "rm"}
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; each subcommand sets ``handler`` to ``module:function``, which is imported when it is run."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
 from cli.config import load_for
-from cli.text import table
+from cli.text import number, table
 from cri.host_check import Check, run_check
 from host.errors import PodkeelError, UnavailableError
 
@@ -36,8 +36,12 @@ def agent_checks(socket: str, *, repair: bool = False) -> list[Check]:
 
     With ``repair`` it makes the kernel what the store says.
     """
-    if not Path(socket.removeprefix("unix://")).exists():
-        return [Check("agent", "ok", f"none listens on {socket}")]
+    path = socket.removeprefix("unix://")
+    if not os.access(path, os.F_OK):
+        remedy = "start the agent, which repairs at start" if repair else ""
+        return [Check("agent", "fail" if repair else "ok", f"none listens on {socket}", remedy)]
+    if not os.access(path, os.W_OK):
+        return [Check("agent", "warn", f"{socket} is closed to user {os.geteuid()}", "run it as root")]
     from cli.client import Client
     from proto.podkeel.v1 import agent_pb2
 
@@ -71,6 +75,5 @@ def as_table(checks: Sequence[Check], *, coloured: bool) -> str:
         if item.state != "ok" and item.remedy:
             body.append(f"{indent}→ {item.remedy}")
     counts = {state: sum(item.state == state for item in checks) for state in _MARKS}
-    warnings = "1 warning" if counts["warn"] == 1 else f"{counts['warn']} warnings"
-    body.append(f"\n{counts['ok']} ok, {warnings}, {counts['fail']} failed")
+    body.append(f"\n{counts['ok']} ok, {number(counts['warn'], 'warning')}, {counts['fail']} failed")
     return "\n".join(body)

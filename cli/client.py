@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -32,6 +32,7 @@ from proto.runtime.v1 import cri_pb2
 R = TypeVar("R", bound=Message)
 
 CALL_SECONDS = 120.0
+_PROBE_SECONDS = 1.0
 _MESSAGE_BYTES = 64 * 1024 * 1024
 
 _KINDS: dict[grpc.StatusCode, type[PodkeelError]] = {
@@ -112,9 +113,22 @@ class Client:
 
     def _refusal(self, error: Any, what: str) -> PodkeelError:
         code, details = error.code(), " ".join((error.details() or "").split())
-        if code is grpc.StatusCode.UNAVAILABLE and not Path(self.socket.removeprefix("unix://")).exists():
-            return UnavailableError(
-                f"no agent listens on {self.socket}: start one with `podkeel serve`, or name its socket with --socket"
-            )
+        if code is grpc.StatusCode.UNAVAILABLE and (reason := _why_unreachable(self.socket)):
+            return UnavailableError(reason)
         kind = _KINDS.get(code, PodkeelError)
         return kind(f"{what}: {details or code.name}")
+
+
+def _why_unreachable(address: str) -> str:
+    """What keeps us from an agent at ``address``; empty if somebody listens there."""
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(_PROBE_SECONDS)
+            probe.connect(address.removeprefix("unix://"))
+    except TimeoutError:
+        return ""
+    except PermissionError:
+        return f"{address} is closed to user {os.geteuid()}: run this command as root"
+    except OSError:
+        return f"no agent listens on {address}: start one with `podkeel serve`, or name its socket with --socket"
+    return ""

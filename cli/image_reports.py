@@ -6,7 +6,7 @@ import argparse
 
 from cli.connect import connect
 from cli.images import credentials
-from cli.text import short, size, table
+from cli.text import number, short, size, table
 from proto.podkeel.v1 import agent_pb2
 
 
@@ -59,5 +59,6 @@ def check(options: argparse.Namespace) -> int:
     for finding in answer.findings:
         print(f"{finding.digest}  {finding.problem}")
         print(f"    of {', '.join(finding.images) or 'no image'}{f'; {finding.repair}' if finding.repair else ''}")
-    print(f"{answer.images} images, {answer.layers} layers: {len(answer.findings) or 'nothing'} broken")
+    counted = f"{number(answer.images, 'image')}, {number(answer.layers, 'layer')}"
+    print(f"{counted}: {len(answer.findings) or 'nothing'} broken")
     return 1 if any(not finding.repair for finding in answer.findings) else 0

@@ -7,13 +7,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cli.arguments import build_parser
+from cli.arguments import IMAGE_COMMANDS, build_parser
+from cli.text import note
 from host.errors import PodkeelError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Errors are one line on standard error and status 1."""
-    options = build_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] in IMAGE_COMMANDS:  # many look for them there, as tools of images have them
+        note(f"there is no command {words[0]!r}: did you mean `podkeel image {IMAGE_COMMANDS[words[0]]}`?")
+        return 2
+    options = build_parser().parse_args(words)
     module, _, function = options.handler.partition(":")
     try:
         status = getattr(importlib.import_module(module), function)(options)

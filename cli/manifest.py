@@ -53,10 +53,14 @@ class PodPlan:
 
 @dataclass(slots=True)
 class ContainerPlan:
-    """One container: its configuration and when its image is pulled (``Always``, ``IfNotPresent``, ``Never``)."""
+    """One container: its configuration and when its image is pulled (``Always``, ``IfNotPresent``, ``Never``).
+
+    A ``sidecar`` is an init container that nobody waits for.
+    """
 
     config: cri_pb2.ContainerConfig
     pull_policy: str
+    sidecar: bool = False
 
 
 def read_manifest(text: str, pod_dir: str | Path) -> PodPlan:
@@ -69,7 +73,8 @@ def read_manifest(text: str, pod_dir: str | Path) -> PodPlan:
     except yaml.YAMLError as error:
         raise InvalidArgumentError(f"the manifest is not valid YAML: {' '.join(str(error).split())}") from error
     if len(documents) != 1:
-        raise InvalidArgumentError(f"expected one Pod in the manifest, found {len(documents)} documents")
+        kinds = f" ({', '.join(map(_kind, documents))}): give each Pod a file of its own" if documents else ""
+        raise InvalidArgumentError(f"expected one Pod in the manifest, found {len(documents)} documents{kinds}")
     warnings: list[str] = []
     pod = Fields(documents[0], "", warnings)
     kind = f"{pod.text('apiVersion')} {pod.text('kind')}"
@@ -81,6 +86,10 @@ def read_manifest(text: str, pod_dir: str | Path) -> PodPlan:
     pod.finish()
     plan.warnings = warnings
     return plan
+
+
+def _kind(document: object) -> str:
+    return str(document.get("kind", "no kind")) if isinstance(document, dict) else "no mapping"
 
 
 def _metadata(metadata: Fields) -> cri_pb2.PodSandboxConfig:
@@ -130,8 +139,10 @@ def _plan(spec: Fields, config: cri_pb2.PodSandboxConfig, pod_dir: Path) -> PodP
         config.dns_config.options.append(f"{name}:{value}" if value else name)
     dns.finish()
     plan = PodPlan(config, spec.text("runtimeClassName"), volumes.read_volumes(spec, folder / "volumes"))
-    for key, target in (("initContainers", plan.init_containers), ("containers", plan.containers)):
-        target.extend(_container(fields, plan, namespaces, defaults) for fields in spec.children(key))
+    for fields in spec.children("initContainers"):
+        sidecar = _is_sidecar(fields)
+        plan.init_containers.append(replace(_container(fields, plan, namespaces, defaults), sidecar=sidecar))
+    plan.containers.extend(_container(fields, plan, namespaces, defaults) for fields in spec.children("containers"))
     spec.finish()
     if not plan.containers:
         raise InvalidArgumentError("spec.containers must name at least one container")
@@ -223,6 +234,14 @@ def _container(
     return ContainerPlan(config, policy)
 
 
+def _is_sidecar(fields: Fields) -> bool:
+    if "restartPolicy" not in fields:
+        return False
+    fields.choice("restartPolicy", ("Always",), "Always")
+    fields.warnings.append(f"{fields.at('restartPolicy')}: it runs beside what follows, but is not started again")
+    return True
+
+
 def _environment(fields: Fields) -> Mapping[str, str]:
     environment: dict[str, str] = {}
     for variable in fields.children("env"):
@@ -237,10 +256,14 @@ def _port(port: Fields) -> cri_pb2.PortMapping:
     container_port = port.whole("containerPort")
     if container_port is None:
         raise InvalidArgumentError(f"{port.at('containerPort')} must be given")
+    host_port = port.whole("hostPort") or 0
+    for key, number in (("containerPort", container_port), ("hostPort", host_port or 1)):
+        if not 0 < number < 65536:
+            raise InvalidArgumentError(f"{port.at(key)}: expected a port from 1 to 65535, got {number}")
     return cri_pb2.PortMapping(
         protocol=port.choice("protocol", ("TCP", "UDP", "SCTP"), "TCP"),
         container_port=container_port,
-        host_port=port.whole("hostPort") or 0,
+        host_port=host_port,
         host_ip=port.text("hostIP"),
     )
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from cli.config import load_for
+from cli.rights import need_root
 from host.errors import InvalidArgumentError
 
 
@@ -18,6 +19,7 @@ def reset(options: argparse.Namespace) -> int:
     )
     if not options.yes:
         raise InvalidArgumentError(f"this removes {what}; say --yes to do it")
+    need_root("reset")
     from cri.server import reset as reset_agent
 
     for sentence in reset_agent(loaded.configuration, force=options.force):

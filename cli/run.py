@@ -43,7 +43,8 @@ def run(options: argparse.Namespace) -> None:
         text = sys.stdin.read() if options.file == "-" else Path(options.file).read_text(encoding="utf-8")
         plan = read_manifest(text, options.pod_dir)
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"manifest {options.file} cannot be read: {error}") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise InvalidArgumentError(f"manifest {options.file} cannot be read: {reason}") from error
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"{options.file}: {error.message}") from error
     for warning in plan.warnings:
@@ -85,12 +86,10 @@ def run_pod(client: Client, plan: PodPlan, pod_dir: str | Path, report: Report) 
         address = f"address {', '.join(pod.addresses)}" if pod.addresses else "on the host's network"
         report(f"{'sandbox':<12} {short(made.id)} up in {elapsed}, {address}")
         for container in plan.init_containers:
-            _run_init_container(client, pod, container, plan, report)
+            run_it = _run_container if container.sidecar else _run_init_container
+            run_it(client, pod, container, plan, report)
         for container in plan.containers:
-            begin = time.perf_counter()
-            identifier = start_container(client, pod, container, plan)
-            elapsed = duration(time.perf_counter() - begin)
-            report(f"{container.config.metadata.name:<12} {short(identifier)} running after {elapsed}")
+            _run_container(client, pod, container, plan, report)
     except BaseException:
         if made is not None:
             remove_pod(client, made)
@@ -140,6 +139,13 @@ def start_container(client: Client, pod: RunningPod, container: ContainerPlan, p
     start = cri_pb2.StartContainerRequest(container_id=answer.container_id)
     client.call(start, cri_pb2.StartContainerResponse, f"start container {name}")
     return answer.container_id
+
+
+def _run_container(client: Client, pod: RunningPod, container: ContainerPlan, plan: PodPlan, report: Report) -> None:
+    begin = time.perf_counter()
+    identifier = start_container(client, pod, container, plan)
+    elapsed = duration(time.perf_counter() - begin)
+    report(f"{container.config.metadata.name:<12} {short(identifier)} running after {elapsed}")
 
 
 def _run_init_container(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 
 from cli.config import load_for
+from cli.rights import need_root
 
 
 def serve(options: argparse.Namespace) -> int:
     """Run the agent in this process until a signal ends it."""
     loaded = load_for(options)
+    need_root("serve")
     from cri.server import serve as serve_agent
 
     serve_agent(loaded.configuration)

@@ -17,12 +17,17 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def size(number: float) -> str:
-    """Bytes in the largest unit that leaves at least 1, with three digits: ``4.21 MiB``."""
+def number(count: int, noun: str) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def size(count: float) -> str:
+    """Bytes in the largest unit that leaves at least 1, with three digits or all before the point: ``4.21 MiB``."""
     for unit in _UNITS:
-        if abs(number) < 1024 or unit == _UNITS[-1]:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.3g} {unit}"
-        number /= 1024
+        if abs(count) < 1024 or unit == _UNITS[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 999.5 else f"{count:.3g} {unit}"
+        count /= 1024
     raise AssertionError("unreachable: the last unit takes every number")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import email.utils
 import random
+import re
 import time
 from collections.abc import AsyncGenerator, Iterator
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ import msgspec
 from images.hosts import is_loopback
 
 _LONGEST_WAIT = 30.0
+_TLS_OF_CONNECTION = re.compile(r" ssl:(?:<[^>]*>|\w+)(?= \[)")  # aiohttp prints a Python object there
 
 
 class _Error(msgspec.Struct):
@@ -123,7 +125,7 @@ def reason_of(error: BaseException) -> str:
     """What to say of an error of the network."""
     if isinstance(error, TimeoutError):
         return f"no answer in time {error}".strip()
-    return str(error) or type(error).__name__
+    return _TLS_OF_CONNECTION.sub("", str(error)) or type(error).__name__
 
 
 def proxy_for(url: str) -> str | None:

@@ -86,6 +86,7 @@ make_environment() {
     if [[ ! -x $VENV/bin/python ]] || ! is_usable_python "$VENV/bin/python"; then
         local python
         python=$(find_python)
+        [[ ! -e $VENV || -O $VENV ]] || fail "$VENV belongs to $(stat -c %U "$VENV"), whose Python cannot be used by $(id -un): run make as they do"
         say "making $VENV with $("$python" --version) ($python)"
         rm -rf "$VENV"
         "$python" -m venv "$VENV"

@@ -103,6 +103,16 @@ def test_the_life_of_the_sample(agent: AgentProcess, podkeel: Podkeel, tmp_path:
     assert good(podkeel("pods", "-q")) == good(podkeel("ps", "-aq")) == ""
 
 
+def test_sidecars_run_beside_what_follows(podkeel: Podkeel, tmp_path: Path) -> None:
+    path = manifest(tmp_path, "accompanied", init="exec sleep 1000")
+    path.write_text(path.read_text().replace("{name: first,", "{name: first, restartPolicy: Always,"))
+    done = podkeel("run", path, "--pod-dir", tmp_path)
+    assert done.status == 0, done.err
+    rows = [line.split() for line in good(podkeel("ps", "--pod", "accompanied")).splitlines()[1:]]
+    assert sorted((row[1], row[3]) for row in rows) == [("accompanied-main", "running"), ("first", "running")]
+    good(podkeel("rm", "accompanied", "--pod-dir", tmp_path))
+
+
 def test_a_pod_of_that_name_is_there(podkeel: Podkeel, tmp_path: Path) -> None:
     path = manifest(tmp_path, "twice")
     identifier = good(podkeel("run", "-q", path, "--pod-dir", tmp_path)).strip()

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT
 
 import msgspec
+import pytest
 
 from cri.configuration import Configuration
 from cri.host_check import Check, run_check
 from runtime.options import DEFAULT_HANDLERS, HandlerOptions, RuntimeOptions
+from tests.support.agent import AgentProcess
 
 
 def checked(folder: Path, **options: object) -> dict[str, Check]:
@@ -48,3 +53,34 @@ def test_a_default_runtime_that_does_not_work_fails(tmp_path: Path) -> None:
 
 def test_no_cgroup_driver_of_that_name(tmp_path: Path) -> None:
     assert checked(tmp_path, cgroup_driver="none")["cgroups"].state == "fail"
+
+
+def as_nobody(agent: AgentProcess, *words: str) -> tuple[int, str]:
+    """The status and output of a command that is run by nobody."""
+    prefix = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+    if subprocess.run([*prefix, *agent.command("--help")], stdout=DEVNULL, stderr=DEVNULL, check=False).returncode != 0:
+        pytest.skip("the environment of these tests is closed to nobody")
+    done = subprocess.run([*prefix, *agent.command(*words)], stdout=PIPE, stderr=STDOUT, text=True, check=False)
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("command", [("serve",), ("reset", "--yes")])
+def test_what_needs_root_says_so(agent: AgentProcess, command: tuple[str, ...]) -> None:
+    status, output = as_nobody(agent, *command)
+    assert (status, output.count("\n")) == (1, 1)
+    assert output.startswith(f"podkeel: podkeel {command[0]} needs root, and this is user ")
+
+
+def test_everyone_may_check_what_takes_no_root(agent: AgentProcess) -> None:
+    status, output = as_nobody(agent, "check", "--format", "json", "--run-dir", str(agent.run))
+    found = {check["name"]: check for check in json.loads(output)["checks"]}
+    assert status == 1
+    assert found["root"]["remedy"] == found["agent"]["remedy"] == "run it as root"
+    assert found["conmon"]["state"] == "ok"
+
+
+def test_clients_that_may_not_use_the_socket_are_told(agent: AgentProcess) -> None:
+    status, output = as_nobody(agent, "ps", "--socket", agent.address)
+    assert status == 1
+    assert output.startswith(f"podkeel: {agent.address} is closed to user ")
+    assert output.endswith(": run this command as root\n")

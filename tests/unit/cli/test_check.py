@@ -26,6 +26,8 @@ def test_the_table_shows_remedies_of_what_is_not_ok() -> None:
 def test_an_agent_that_is_not_there_or_does_not_answer(tmp_path: Path) -> None:
     (none,) = agent_checks(f"unix://{tmp_path}/none.sock")
     assert (none.state, none.detail) == ("ok", f"none listens on unix://{tmp_path}/none.sock")
+    (unrepaired,) = agent_checks(f"unix://{tmp_path}/none.sock", repair=True)
+    assert (unrepaired.state, unrepaired.remedy) == ("fail", "start the agent, which repairs at start")
     (tmp_path / "dead.sock").touch()
     (dead,) = agent_checks(f"unix://{tmp_path}/dead.sock")
     assert dead.state == "warn"

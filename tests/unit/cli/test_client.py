@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -116,13 +117,33 @@ def test_a_method_the_agent_lacks(client: Client) -> None:
 
 
 def test_no_agent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    socket = f"unix://{tmp_path}/none.sock"
-    assert main(["pods", "--socket", socket]) == 1
+    address = f"unix://{tmp_path}/none.sock"
+    assert main(["pods", "--socket", address]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == (
-        f"podkeel: no agent listens on {socket}: start one with `podkeel serve`, or name its socket with --socket\n"
+        f"podkeel: no agent listens on {address}: start one with `podkeel serve`, or name its socket with --socket\n"
     )
+
+
+def test_an_agent_that_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(f"{tmp_path}/left.sock")
+    assert main(["pods", "--socket", f"unix://{tmp_path}/left.sock"]) == 1
+    assert capsys.readouterr().err.startswith(f"podkeel: no agent listens on unix://{tmp_path}/left.sock: start one")
+
+
+@pytest.mark.parametrize("named", ["/run/podkeel.sock", "tcp://127.0.0.1:80", "unix:relative"])
+def test_a_socket_of_another_form(named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pods", "--socket", named]) == 1
+    expected = 'podkeel: --socket: expected a unix socket such as "unix:///run/podkeel/podkeel.sock", got'
+    assert capsys.readouterr().err == f'{expected} "{named}"\n'
+
+
+@pytest.mark.parametrize(("word", "meant"), [("push", "image push"), ("rmi", "image rm")])
+def test_commands_of_images_are_hinted_at(word: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word, "a"]) == 2
+    assert capsys.readouterr().err == f"podkeel: there is no command {word!r}: did you mean `podkeel {meant}`?\n"
 
 
 def test_a_refusal_is_printed_as_one_line(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,12 +197,40 @@ def test_what_has_no_effect_is_named() -> None:
     ]
 
 
+def test_sidecars_are_told_from_what_is_waited_for() -> None:
+    planned = plan(
+        pod_with(
+            "initContainers: [{name: i, image: x}, {name: s, image: x, restartPolicy: Always}],", ", restartPolicy: x"
+        )
+    )
+    assert [(item.config.metadata.name, item.sidecar) for item in planned.init_containers] == [
+        ("i", False),
+        ("s", True),
+    ]
+    assert planned.warnings == [
+        "spec.initContainers[1].restartPolicy: it runs beside what follows, but is not started again",
+        "spec.containers[0].restartPolicy is not supported and has no effect",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: [", "the manifest is not valid YAML: "),
         ("", "expected one Pod in the manifest, found 0 documents"),
-        ("a: 1\n---\nb: 2", "expected one Pod in the manifest, found 2 documents"),
+        (
+            "kind: Pod\n---\n{kind: Service}\n---\n[]",
+            "expected one Pod in the manifest, found 3 documents (Pod, Service, no mapping): give each Pod a file",
+        ),
+        (
+            pod_with("", ", ports: [{containerPort: 65536}]"),
+            "spec.containers[0].ports[0].containerPort: expected a port",
+        ),
+        (pod_with("", ", ports: [{containerPort: 1, hostPort: -1}]"), "spec.containers[0].ports[0].hostPort: expected"),
+        (
+            pod_with("initContainers: [{name: i, image: x, restartPolicy: Never}],"),
+            "spec.initContainers[0].restartPolicy: expected one of Always, got 'Never'",
+        ),
         ("[1]", "the manifest: expected a mapping, got [1]"),
         ("{apiVersion: apps/v1, kind: Deployment}", "expected apiVersion v1 and kind Pod, got apps/v1 Deployment"),
         ("{}", "expected apiVersion v1 and kind Pod, got neither"),

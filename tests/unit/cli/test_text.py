@@ -16,7 +16,15 @@ def test_table_columns_are_as_wide_as_their_cells() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (4_420_000, "4.22 MiB"), (2**62, "4.1e+03 PiB")]
+    ("number", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (1_034_000, "1010 KiB"),
+        (4_420_000, "4.22 MiB"),
+        (2**62, "4096 PiB"),
+    ],
 )
 def test_sizes(number: int, text: str) -> None:
     assert size(number) == text

@@ -5,9 +5,10 @@ from __future__ import annotations
 import email.utils
 import time
 
+import aiohttp
 import pytest
 
-from images.transfer import back_off, proxy_for
+from images.transfer import back_off, proxy_for, reason_of
 
 
 @pytest.fixture
@@ -52,3 +53,13 @@ def test_proxies_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert proxy_for("https://127.0.0.1:5000/v2/") is None
     monkeypatch.setenv("all_proxy", "http://other.example")
     assert proxy_for("http://reg.example/v2/") == "http://other.example"
+
+
+async def test_the_reason_of_a_refused_connection_shows_no_objects() -> None:
+    async with aiohttp.ClientSession() as session:
+        for address in ("http://127.0.0.1:1/v2", "https://127.0.0.1:1/v2"):
+            with pytest.raises(aiohttp.ClientConnectorError) as raised:
+                await session.get(address)
+            reason = reason_of(raised.value)
+            assert reason.startswith("Cannot connect to host 127.0.0.1:1 [")
+            assert "ssl" not in reason

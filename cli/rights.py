@@ -1,0 +1,13 @@
+"""Who may run a command."""
+
+from __future__ import annotations
+
+import os
+
+from host.errors import WrongStateError
+
+
+def need_root(command: str) -> None:
+    """Raises WrongStateError for everyone else: mounts, namespaces and cgroups are root's."""
+    if os.geteuid() != 0:
+        raise WrongStateError(f"podkeel {command} needs root, and this is user {os.geteuid()}: run it with sudo")

@@ -29,8 +29,12 @@ lint: setup ## check style and types only
 	@$(PYTHON_BIN) -m mypy
 	@$(PYTHON_BIN) -m mypy $(wildcard scripts/*.py)
 
-bench: setup ## measure every call beside the bare OCI runtime; PEER=containerd adds it; ARGS="…" are passed on
+bench: setup ## measure calls, networks and pulls; PEER=containerd adds it; ARGS="…" are passed on and name what to measure
 	@$(PYTHON_BIN) -m tests.bench $(ARGS)
+ifeq ($(ARGS),)
+	@$(PYTHON_BIN) -m tests.bench --network
+	@$(PYTHON_BIN) -m tests.bench --pull
+endif
 
 check: setup ## say what on this host works and what is missing
 	@$(PYTHON_BIN) -m cli.main check $(ARGS)

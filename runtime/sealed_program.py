@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 from pathlib import Path
 
 _MFD_EXEC = 0x10  # wanted since Linux 6.3, unknown before
@@ -42,6 +43,9 @@ class SealedProgram:
         return str(self._link)
 
     def _require_no_writer(self) -> None:
+        # Whoever opens it for writing while the lease is held makes the kernel send a signal: by default SIGIO, which
+        # would end this process. This one is ignored. The end of a lease puts the default back.
+        fcntl.fcntl(self._descriptor, fcntl.F_SETSIG, signal.SIGURG)
         try:  # a read lease is given only where nobody has the file open for writing: fcntl(2)
             fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
             fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -50,11 +54,15 @@ class SealedProgram:
 
     def _copy(self) -> None:
         descriptor = _sealed_copy(self._original)
-        new = self._link.with_name(f"{self._link.name}.new")
-        new.unlink(missing_ok=True)
-        self._link.parent.mkdir(mode=0o700, exist_ok=True)
-        new.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
-        new.rename(self._link)
+        try:
+            new = self._link.with_name(f"{self._link.name}.new")
+            new.unlink(missing_ok=True)
+            self._link.parent.mkdir(mode=0o700, exist_ok=True)
+            new.symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
+            new.rename(self._link)
+        except BaseException:
+            os.close(descriptor)
+            raise
         self.close()
         self._descriptor = descriptor
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,3 +88,41 @@ def test_a_new_process_takes_over_the_path_of_an_old_one(original: Path, tmp_pat
     sealed = SealedProgram(original, link)
     assert _output(sealed.path()) == "first word\n"
     sealed.close()
+
+
+def test_a_copy_without_a_place_for_its_path_is_given_back(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "programs").touch()
+    sealed = SealedProgram(original, tmp_path / "programs" / "copy")
+    descriptors = _descriptors()
+    for _ in range(3):
+        with pytest.raises(OSError, match="programs"):
+            sealed.path()
+    assert _descriptors() == descriptors
+
+
+_ASK_FOR_A_SECOND = """
+import sys, time
+from pathlib import Path
+from runtime.sealed_program import SealedProgram
+sealed = SealedProgram(Path(sys.argv[1]), Path(sys.argv[2]))
+print(sealed.path(), flush=True)
+end = time.monotonic() + 1
+while time.monotonic() < end:
+    try:
+        sealed.path()
+    except OSError:
+        pass
+"""
+
+
+def test_opening_it_for_writing_over_and_over_does_not_end_the_agent(original: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _ASK_FOR_A_SECOND, str(original), str(tmp_path / "programs" / "copy")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout is not None
+        copy = asking.stdout.readline().strip()
+        give_up = time.monotonic() + 30
+        while asking.poll() is None and time.monotonic() < give_up:
+            with contextlib.suppress(OSError):
+                os.close(os.open(copy, os.O_RDWR))
+        asking.kill()
+    assert asking.returncode == 0

@@ -42,15 +42,16 @@ def spawn(
     everything else is closed in the child. ``title`` is shown instead of the program's path in process lists. Raises
     NotFoundError when the program is missing, OSError otherwise.
     """
-    # Numbers the child wants may be numbers of ours that are still to be copied: all go through high copies first.
-    lifted = {child: _lift(ours) for child, ours in (descriptors or {}).items()}
-    try:
-        return posix_spawn(command, title or command[0], os.environ if environment is None else environment, lifted)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"program {command[0]!r} is not installed or not on the PATH") from error
-    finally:
-        for ours in lifted.values():
-            os.close(ours)
+    with contextlib.ExitStack() as stack:
+        # Numbers the child wants may be numbers of ours that are still to be copied: all go through high copies first.
+        lifted: dict[int, int] = {}
+        for child, ours in (descriptors or {}).items():
+            lifted[child] = _lift(ours)
+            stack.callback(os.close, lifted[child])
+        try:
+            return posix_spawn(command, title or command[0], os.environ if environment is None else environment, lifted)
+        except FileNotFoundError as error:
+            raise NotFoundError(f"program {command[0]!r} is not installed or not on the PATH") from error
 
 
 async def spawn_aside(
@@ -69,10 +70,7 @@ async def spawn_aside(
         return await wait_out(spawned)
     except asyncio.CancelledError:
         if not spawned.cancelled() and spawned.exception() is None:
-            pidfd = os.pidfd_open(spawned.result())
-            kill_group(spawned.result())
-            reap_ended(pidfd)
-            os.close(pidfd)
+            _end_child(spawned.result())
         raise
 
 
@@ -80,6 +78,22 @@ def _lift(descriptor: int) -> int:
     import fcntl
 
     return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 200)
+
+
+def open_child(pid: int) -> int:
+    """A pidfd for a child just started. Raises OSError where none is to be had; the child is killed and reaped then."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise  # somebody reaped it, and its number may be another's
+    except OSError:
+        _end_child(pid)
+        raise
+
+
+def _end_child(pid: int) -> None:
+    kill_group(pid)
+    os.waitpid(pid, 0)
 
 
 def watch_exit(pidfd: int, callback: Callable[[], None]) -> None:
@@ -137,10 +151,12 @@ def open_process(pid: int, started: int | None) -> int | None:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
-    current = start_time(pid)
-    if current is None or (started is not None and current != started):
-        os.close(pidfd)
-        return None
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, pidfd)
+        current = start_time(pid)
+        if current is None or (started is not None and current != started):
+            return None
+        stack.pop_all()
     return pidfd
 
 
@@ -232,7 +248,7 @@ async def run(
                 mapping[0] = _memory_file(stdin)
                 child_ends.callback(os.close, mapping[0])
             pid = await spawn_aside(command, environment=environment, descriptors=mapping)
-        pidfd = os.pidfd_open(pid)
+        pidfd = open_child(pid)
         stack.callback(os.close, pidfd)
         watch_exit(pidfd, lambda: None if ended.done() else ended.set_result(None))
         stack.callback(loop.remove_reader, pidfd)

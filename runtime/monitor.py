@@ -79,6 +79,7 @@ class StartingMonitor:
         self._command = command
         self._folder = folder
         self._log_path = log_path
+        self._pid = -1
         self._pidfd = -1
         self._sync_read = -1
         self._start_write = -1
@@ -99,7 +100,8 @@ class StartingMonitor:
             child_ends.callback(os.close, complaints)
             descriptors = {2: complaints, _SYNC_DESCRIPTOR: sync_write, _START_DESCRIPTOR: start_read}
             pid = processes.spawn(self._command, environment=environment, descriptors=descriptors)
-        self._pidfd = os.pidfd_open(pid)
+        self._pidfd = processes.open_child(pid)
+        self._pid = pid
         return ProcessName(pid, processes.start_time(pid) or 0)
 
     async def create(self) -> Monitored:
@@ -112,15 +114,17 @@ class StartingMonitor:
         with contextlib.suppress(BrokenPipeError):  # it ended early: its answer, or its complaints, say why
             os.write(self._start_write, b"\0")
         init_pid = await self._created()
-        pidfd, self._pidfd = self._pidfd, -1
+        monitored = Monitored(monitor, self._pidfd, ProcessName(init_pid, processes.start_time(init_pid) or 0))
+        self._pidfd = -1
         self._close_pipes()
-        return Monitored(monitor, pidfd, ProcessName(init_pid, processes.start_time(init_pid) or 0))
+        return monitored
 
     async def _created(self) -> int:
         answer = await _read_line(self._sync_read)
         if not answer:
             raise PodkeelError(f"conmon ended without a word: {_last_lines(self._folder.monitor_log)}")
-        message = msgspec.json.decode(answer, type=_SyncMessage)
+        # What it passes on of the OCI runtime's complaint it cuts anywhere, also within a character.
+        message = msgspec.json.decode(answer.decode(errors="replace"), type=_SyncMessage)
         if message.pid <= 0:
             raise RuntimeRefusedError(plain_message(message.message.strip()) or _last_lines(self._folder.monitor_log))
         return message.pid
@@ -128,11 +132,11 @@ class StartingMonitor:
     async def abandon(self) -> None:
         """End conmon, unless ``create`` has succeeded. What the OCI runtime made is for the caller to delete."""
         with contextlib.suppress(PodkeelError, OSError):
-            monitor = await wait_out(self._spawned)
-            if self._pidfd >= 0:
-                processes.kill_group(monitor.pid)
-                _reap_when_ended(self._pidfd)
-                self._pidfd = -1
+            await wait_out(self._spawned)
+        if self._pidfd >= 0:
+            processes.kill_group(self._pid)
+            _reap_when_ended(self._pidfd)
+            self._pidfd = -1
         self._close_pipes()
 
     def _close_pipes(self) -> None:

@@ -1,0 +1,146 @@
+"""Conmon on its way to a container: what is left when it fails, and what it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from host import processes
+from runtime.layout import ContainerFolder
+from runtime.monitor import RuntimeRefusedError, StartingMonitor
+
+_SLEEP = ("sleep", "1000")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    descriptors, children = _descriptors(), _children()
+    yield
+    assert _children() == children
+    assert _descriptors() == descriptors
+
+
+def _descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def _children() -> set[str]:
+    found: set[str] = set()
+    for thread in Path("/proc/self/task").iterdir():
+        found.update((thread / "children").read_text().split())
+    return found
+
+
+def _monitor(tmp_path: Path, *command: str) -> StartingMonitor:
+    return StartingMonitor(command, ContainerFolder(tmp_path / "container"), None)
+
+
+@contextlib.contextmanager
+def _free_descriptors(count: int) -> Iterator[None]:
+    """All descriptors but so many are in use during the block."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, limits[1]))
+    filling: list[int] = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                filling.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+        for _ in range(count):
+            os.close(filling.pop())
+        yield
+    finally:
+        for descriptor in filling:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+async def _abandon(monitor: StartingMonitor) -> None:
+    await monitor.abandon()
+    await _until_reaped()
+
+
+async def _until_reaped() -> None:
+    """Let the loop notice the end of what was killed."""
+    loop, reaped = asyncio.get_running_loop(), asyncio.Event()
+
+    def look() -> None:
+        if _children():
+            loop.call_later(0.01, look)
+        else:
+            reaped.set()
+
+    look()
+    await reaped.wait()
+
+
+@pytest.mark.parametrize("free", range(10))
+def test_nothing_is_left_when_descriptors_run_out(tmp_path: Path, free: int) -> None:
+    async def body() -> None:
+        with _free_descriptors(free):
+            monitor = _monitor(tmp_path, *_SLEEP)
+            with contextlib.suppress(OSError):
+                await asyncio.wait_for(monitor.create(), 0.2)
+            await monitor.abandon()
+        await _until_reaped()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("what", ["os.pidfd_open", "host.processes.start_time"])
+def test_a_conmon_that_cannot_be_named_is_ended(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_pid: int) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def body() -> None:
+        monitor = _monitor(tmp_path, *_SLEEP)
+        with pytest.raises(OSError, match="Too many"):
+            await monitor.create()
+        await _abandon(monitor)
+
+    monkeypatch.setattr(what, refuse)
+    asyncio.run(asyncio.wait_for(body(), 5))
+
+
+def test_one_that_answers_but_whose_container_cannot_be_named_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = processes.start_time
+
+    def refuse_init(pid: int) -> int | None:
+        if pid == 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return named(pid)
+
+    async def body() -> None:
+        monitor = _monitor(tmp_path, "sh", "-c", """echo '{"pid": 1}' >&3; exec sleep 1000""")
+        with pytest.raises(OSError, match="Too many"):
+            await monitor.create()
+        await _abandon(monitor)
+
+    monkeypatch.setattr(processes, "start_time", refuse_init)
+    asyncio.run(asyncio.wait_for(body(), 5))
+
+
+def test_a_complaint_cut_within_a_character_is_told(tmp_path: Path) -> None:
+    async def body() -> None:
+        monitor = _monitor(tmp_path, "sh", "-c", r"""printf '{"pid": -1, "message": "no caf\303"}\n' >&3""")
+        with pytest.raises(RuntimeRefusedError, match="no caf"):
+            await monitor.create()
+        await _abandon(monitor)
+
+    asyncio.run(asyncio.wait_for(body(), 5))
+
+
+@pytest.mark.parametrize("free", range(3))
+def test_looking_for_a_process_leaves_no_descriptor(free: int) -> None:
+    with _free_descriptors(free), contextlib.suppress(OSError):
+        pidfd = processes.open_process(os.getpid(), None)
+        assert pidfd is not None
+        os.close(pidfd)

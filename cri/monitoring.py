@@ -56,7 +56,7 @@ async def monitoring(agent: Agent, options: MetricsOptions) -> AsyncIterator[Cal
     node_metrics.register(metrics, agent)
     host, _, port = options.address.rpartition(":")
     host = host.strip("[]")
-    server = MetricsServer(_routes(metrics, agent), _tls(options))
+    server = MetricsServer(_routes(metrics, agent), server_tls(options))
     try:
         bound = await server.start(host, int(port))
     except OSError as error:
@@ -73,18 +73,32 @@ async def monitoring(agent: Agent, options: MetricsOptions) -> AsyncIterator[Cal
         await server.close()
 
 
-def _tls(options: MetricsOptions) -> ssl.SSLContext | None:
+def server_tls(options: MetricsOptions) -> ssl.SSLContext | None:
+    """What the options' TLS files make of the server; None without any. Raises InvalidArgumentError."""
     if not options.tls_certificate and not options.tls_key:
+        if options.tls_client_ca:
+            raise InvalidArgumentError(
+                "metrics: tls_client_ca is only of use with a certificate and a key: give both too"
+            )
         return None
     if not options.tls_certificate or not options.tls_key:
         raise InvalidArgumentError("metrics: tls_certificate and tls_key belong together: give both, or neither")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(options.tls_certificate, options.tls_key)
     except (OSError, ssl.SSLError) as error:
         raise InvalidArgumentError(
             f"metrics: certificate {options.tls_certificate} with key {options.tls_key} cannot be used: {error}"
         ) from error
+    if options.tls_client_ca:
+        try:
+            context.load_verify_locations(options.tls_client_ca)
+        except (OSError, ssl.SSLError) as error:
+            raise InvalidArgumentError(
+                f"metrics: tls_client_ca {options.tls_client_ca} cannot be used: {error}"
+            ) from error
+        context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 

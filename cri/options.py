@@ -54,12 +54,14 @@ class StreamingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class MetricsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where metrics and health are served over HTTP; an empty address serves neither.
 
-    With ``tls_certificate`` and ``tls_key``, PEM files, it is HTTPS.
+    With ``tls_certificate`` and ``tls_key``, PEM files, it is HTTPS; with ``tls_client_ca`` too, clients must show a
+    certificate that it vouches for.
     """
 
     address: OptionalListenAddress = ""
     tls_certificate: str = ""
     tls_key: str = ""
+    tls_client_ca: str = ""
 
 
 class TracingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,6 +13,7 @@ from metrics.prometheus import Page
 
 HEADER_LIMIT = 16 * 1024
 IDLE_SECONDS = 90.0
+TLS_HANDSHAKE_SECONDS = 10.0
 CONNECTION_LIMIT = 64
 
 _log = logging.getLogger("podkeel.metrics")
@@ -36,7 +37,10 @@ class MetricsServer:
 
     async def start(self, host: str, port: int) -> int:
         """Listen and return the port, which the system chooses if 0 is given; OSError if the address is taken."""
-        self._server = await asyncio.start_server(self._accept, host, port, ssl=self._tls, limit=HEADER_LIMIT)
+        handshake = TLS_HANDSHAKE_SECONDS if self._tls is not None else None
+        self._server = await asyncio.start_server(
+            self._accept, host, port, ssl=self._tls, ssl_handshake_timeout=handshake, limit=HEADER_LIMIT
+        )
         return int(self._server.sockets[0].getsockname()[1])
 
     async def close(self) -> None:

@@ -21,6 +21,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from proto.runtime.v1 import cri_pb2
+from tests.integration.streaming.test_server import make_certificates
 from tests.support.agent import BUSYBOX, AgentProcess, running_agent, wait_for
 from tests.support.image_builder import BuiltImage, entry, make_tar
 from tests.support.pods import remove_all_pods, run_container
@@ -259,6 +260,24 @@ def test_https_and_repairs_at_start(tmp_path: Path, busybox: Path) -> None:
         assert value(series(text), "podkeel_recovery_findings_total", kind="container ended meanwhile") == 1
         with pytest.raises(urllib.error.URLError):
             fetch(agent, "/metrics")
+
+
+def test_clients_that_must_show_a_certificate(tmp_path: Path, busybox: Path) -> None:
+    make_certificates(tmp_path)
+    trusted = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    options = f"""
+    [metrics]
+    address = "127.0.0.1:0"
+    tls_certificate = "{tmp_path}/server.pem"
+    tls_key = "{tmp_path}/server.key"
+    tls_client_ca = "{tmp_path}/ca.pem"
+    """
+    with running_agent(tmp_path, busybox, options=options) as agent:
+        for path in ("/metrics", "/healthz"):
+            with pytest.raises((urllib.error.URLError, OSError)):  # in TLS 1.3 it may come with the first read only
+                fetch(agent, path, context=trusted)
+        trusted.load_cert_chain(tmp_path / "client.pem", tmp_path / "client.key")
+        assert fetch(agent, "/metrics", context=trusted)[0] == 200
 
 
 def verbose(agent: AgentProcess, container_id: str) -> str:

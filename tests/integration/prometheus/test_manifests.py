@@ -41,9 +41,9 @@ def test_configuration_of_a_cluster(tmp_path: Path) -> None:
     for job in config["scrape_configs"]:
         assert job.pop("kubernetes_sd_configs") == [{"role": "node"}]
         job["static_configs"] = [{"targets": ["node1:10250"]}]
-        authority = tmp_path / "ca.crt"
-        authority.write_text("")
-        job["tls_config"]["ca_file"] = str(authority)
+        for key in ("ca_file", "cert_file", "key_file"):
+            (tmp_path / key).touch()
+            job["tls_config"][key] = str(tmp_path / key)
         address = next(rule for rule in job["relabel_configs"] if rule.get("target_label") == "__address__")
         assert re.fullmatch(address["regex"], "[fd00::1]:10250")
         assert address["replacement"] == "${1}:10351"

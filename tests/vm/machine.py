@@ -104,13 +104,29 @@ def _follow(machine: subprocess.Popen[bytes], results: Path, deadline: float) ->
 
 
 def _end(machine: subprocess.Popen[bytes]) -> None:
-    """Give the machine the time to power off, then kill what is left of it: the whole session is ours."""
+    """Give the machine the time to power off, then kill what is left of it: all that descends from ``machine``."""
+    processes = _descendants(machine.pid)
     with contextlib.suppress(subprocess.TimeoutExpired):
         machine.wait(timeout=20)
+    for descriptor in processes:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        os.close(descriptor)
+    machine.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """Pidfds of a process and of those below it, some of which lead sessions of their own."""
+    parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                stat = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(stat[1]) == machine.pid or int(stat[3]) == machine.pid:
-                    os.kill(int(entry.name), signal.SIGKILL)
-    machine.wait()
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found and child not in found}:
+        found |= more
+    descriptors = []
+    for each in found:
+        with contextlib.suppress(ProcessLookupError):
+            descriptors.append(os.pidfd_open(each))
+    return descriptors

@@ -127,6 +127,8 @@ def test_runtime_program_cannot_be_overwritten_nor_looked_into(
     if "SYS_PTRACE" in powers:
         return  # which is the right to look into the runtime while it is inside
     # What the agent hands to the runtime for this one call is not for the container's eyes, nor are files of the host.
+    # What is its own program, which was executed inside above, looks at itself and is open to all that see it.
+    seen = {link: by for link, by in seen.items() if not link.startswith(f"/memfd:{handler} ")}
     leaks = [link for link in seen if "memfd:" in link or "podkeel" in link or str(agent.folder) in link]
     assert not leaks, {link: seen[link] for link in leaks}
 

@@ -161,7 +161,7 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
 
 def _pod_files(request: SpecRequest, labels: SelinuxLabels) -> list[Relabel]:
     files = (request.files.resolv_conf, request.files.hosts, request.files.hostname)
-    return [Relabel(str(file), labels.mount) for file in files if file is not None and labels.mount]
+    return [Relabel(str(file.resolve()), labels.mount) for file in files if file is not None and labels.mount]
 
 
 def _add_described(edits: Sequence[cdi.Edits], process: oci.Process, linux: oci.Linux) -> None:

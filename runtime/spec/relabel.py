@@ -7,6 +7,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
+from pathlib import Path
 
 from host.errors import InvalidArgumentError
 from runtime.spec.selinux import Relabel
@@ -17,9 +18,9 @@ ATTRIBUTE = "security.selinux"
 def relabel_all(relabels: Iterable[Relabel], attribute: str = ATTRIBUTE) -> int:
     """Give files their labels, following no link; blocks as long as the trees are large. Returns how many changed.
 
-    What has its label already is left alone, what goes away meanwhile is passed over, and a file system that keeps no
-    labels (as NFS) has one for all its files, given when it is mounted. Raises InvalidArgumentError for what cannot be
-    labelled otherwise.
+    Their paths must be resolved: one with a symbolic link in it is refused. What has its label already is left alone,
+    what goes away meanwhile is passed over, and a file system that keeps no labels (as NFS) has one for all its files,
+    given when it is mounted. Raises InvalidArgumentError for what cannot be labelled otherwise.
     """
     changed = 0
     for wanted in relabels:
@@ -40,6 +41,8 @@ def _relabel(root: str, label: bytes, attribute: str) -> int:
     descriptor = os.open(root, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         own = f"/proc/self/fd/{descriptor}"
+        if str(Path(own).readlink()) != root:  # a link has come into the path since it was resolved and judged
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         changed = int(_set_label(own, label, attribute, follow_symlinks=True))
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             return changed

@@ -63,7 +63,7 @@ def make_volumes(volumes: Iterable[Volume], rootfs: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             pass
         if volume.label:
-            relabel_all([Relabel(str(volume.folder), volume.label)])
+            relabel_all([Relabel(str(volume.folder.resolve()), volume.label)])
 
 
 def _copy_folder(source: str, target: str) -> None:

@@ -193,8 +193,18 @@ def test_links_lead_nowhere(tree: Path, tmp_path: Path) -> None:
     assert _label(outside) is None
 
 
+def test_a_link_that_came_into_the_path_is_refused(tree: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (outside / "b").mkdir(parents=True)
+    (tree / "a").rename(tree / "was")
+    (tree / "a").symlink_to(outside)
+    with pytest.raises(InvalidArgumentError, match="a/b cannot be given the SELinux label one: Too many levels"):
+        relabel_all([Relabel(str(tree / "a/b"), "one")], ATTRIBUTE)
+    assert _label(outside / "b") is None
+
+
 def test_a_file_system_without_labels_is_passed_over() -> None:
-    assert relabel_all([Relabel("/proc/self/status", "one")], ATTRIBUTE) == 0
+    assert relabel_all([Relabel(f"/proc/{os.getpid()}/status", "one")], ATTRIBUTE) == 0
 
 
 def test_what_cannot_be_labelled_is_told(tree: Path) -> None:

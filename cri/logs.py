@@ -42,6 +42,11 @@ class LogLevel:
         _log.log(logging.getLogger().level, "logging from level %s on", level)
 
 
+# A message may quote what an image or a pod chose: that is to begin no line of its own, and to command no terminal.
+_CONTROLS = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160)) if chr(number) not in "\n\t"}
+_PLAIN = str.maketrans({**_CONTROLS, ord("\n"): "\n    "})
+
+
 def _timestamp(record: logging.LogRecord) -> str:
     moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -58,7 +63,9 @@ class _TextFormatter(logging.Formatter):
         seconds = getattr(record, "fields", {}).get("seconds")
         if seconds is not None:
             line += f" ({_duration(seconds)})"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        if record.exc_info:
+            line += f"\n{self.formatException(record.exc_info)}"
+        return line.translate(_PLAIN)
 
 
 class _JsonFormatter(logging.Formatter):

@@ -1,0 +1,39 @@
+"""The agent's log as text: a record is told from what it quotes."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from cri.logs import configure_logging
+from cri.options import LogOptions
+
+
+def _written(capsys: pytest.CaptureFixture[str], message: str, *, error: Exception | None = None) -> list[str]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        configure_logging(LogOptions())
+        logging.getLogger("podkeel.calls").warning(message, exc_info=error)
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    return capsys.readouterr().err.split("\n")
+
+
+def test_what_a_message_quotes_begins_no_record(capsys: pytest.CaptureFixture[str]) -> None:
+    forged = "2026-11-22T04:00:00.000Z info    server: all is well"
+    first, second, end = _written(capsys, f'CreateContainer: exec "x\n{forged}" not found')
+    assert first.endswith('warning calls: CreateContainer: exec "x')
+    assert (second, end) == (f'    {forged}" not found', "")
+
+
+def test_nor_does_what_an_error_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = _written(capsys, "failed", error=ValueError("bad\nand forged"))
+    assert lines[-3:] == ["    ValueError: bad", "    and forged", ""]
+
+
+def test_what_a_message_quotes_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    line, _ = _written(capsys, "a\x1b[2J\x07\rb\x9bc\td é")
+    assert line.endswith("a\\x1b[2J\\x07\\x0db\\x9bc\td é")

@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 
 Rule = Sequence[Mapping[str, Any]]
 _DEEPEST = 16
+# What does something in passing; other statements (quotas, limits, sets that count) go on for some packets only.
+_IN_PASSING = frozenset(
+    ("counter", "log", "mangle", "notrack", "flow", "dup", "secmark", "ct helper", "ct timeout", "ct expectation")
+)
 
 
 class Verdict(enum.Enum):
@@ -20,7 +24,10 @@ class Verdict(enum.Enum):
 
 
 class Packet(NamedTuple):
-    """A packet that is forwarded; ``answer`` to one that passed before, else the first of its flow."""
+    """A packet that is forwarded; ``answer`` to one that passed before, else the first of its flow.
+
+    A link is empty where it is not known.
+    """
 
     from_link: str
     to_link: str
@@ -32,8 +39,10 @@ class Packet(NamedTuple):
         """What it has where a rule looks; None where that is not known here."""
         protocol = "ip" if self.source.version == 4 else "ip6"
         known = {
-            ("meta", "", "iifname"): self.from_link,
-            ("meta", "", "oifname"): self.to_link,
+            ("meta", "", "iif"): self.from_link or None,
+            ("meta", "", "iifname"): self.from_link or None,
+            ("meta", "", "oif"): self.to_link or None,
+            ("meta", "", "oifname"): self.to_link or None,
             ("meta", "", "nfproto"): f"ipv{self.source.version}",
             ("ct", "", "state"): "established" if self.answer else "new",
             ("payload", protocol, "saddr"): str(self.source),
@@ -92,7 +101,7 @@ class _Journey:
                 continue
             end, dropped = self._outcome(statement, depth)
             if matches is None:  # whether it concerns the packet cannot be told
-                self.may_have_passed |= dropped is False
+                self.may_have_passed |= dropped is False or (end and dropped is None)
             elif end:
                 return dropped
         return None
@@ -118,11 +127,14 @@ class _Journey:
                 found = self._matches(content)
             elif kind == "vmap":
                 found, statement = self._look_up(content)
-            elif kind == "xt" and content.get("type") == "match":
+            elif kind == "xt" and content and content.get("type") == "match":
                 answers_only |= content.get("name") in ("conntrack", "state")
                 found = True if content.get("name") == "comment" or answers_only else None
             else:
-                found, statement = (None if kind == "limit" else True), _statement(kind, content) or statement
+                stated = _statement(kind, content)
+                # nft before 1.0.6 tells nothing of the expressions that iptables made.
+                in_passing = kind in _IN_PASSING or (kind == "xt" and content is not None)
+                found, statement = True if stated or in_passing else None, stated or statement
             if found is False:
                 return False, None
             matches = None if found is None else matches
@@ -133,15 +145,20 @@ class _Journey:
         return matches, statement
 
     def _look_up(self, content: Mapping[str, Any]) -> tuple[bool | None, tuple[str, str] | None]:
+        """The same of a verdict map; ``accept`` where it may hold one for the packet that lets it pass."""
         value = self._packet.fact(content["key"])
         table = content["data"].get("set") if isinstance(content["data"], dict) else None
-        if value is None or not isinstance(table, list):
-            return None, None
+        if not isinstance(table, list):
+            return None, ("accept", "")
+        unsure = False
         for key, verdict in table:
-            if _equal(value, key):
-                ((kind, target),) = verdict.items()
-                return True, _statement(kind, target)
-        return False, None
+            ((kind, target),) = verdict.items()
+            statement = _statement(kind, target)
+            found = None if value is None else _equal(value, key)
+            if found:
+                return True, statement
+            unsure |= found is None and statement != ("drop", "")
+        return (None, ("accept", "")) if unsure else (False, None)
 
     def _matches(self, content: Mapping[str, Any]) -> bool | None:
         value = self._packet.fact(content["left"])
@@ -163,7 +180,7 @@ def _statement(kind: str, content: Any) -> tuple[str, str] | None:
             return "drop", ""
         case "jump" | "goto":
             return kind, content["target"]
-        case "xt" if content.get("name") in ("REJECT", "DROP"):
+        case "xt" if content and content.get("name") in ("REJECT", "DROP"):
             return "drop", ""
     return None
 
@@ -180,7 +197,9 @@ def _equal(value: str, wanted: object) -> bool | None:
 
 
 def _within(value: str, wanted: Mapping[str, Any]) -> bool | None:
-    """The same for a set, a prefix or a range."""
+    """The same for a set, an element of one with a comment or counter, a prefix or a range."""
+    if isinstance(element := wanted.get("elem"), dict):
+        return _equal(value, element.get("val"))
     if isinstance(members := wanted.get("set"), list):
         answers = [_equal(value, member) for member in members]
         return True if True in answers else None if None in answers else False

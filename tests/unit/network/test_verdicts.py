@@ -30,6 +30,14 @@ def _xt(name: str, kind: str = "match") -> dict[str, Any]:
     return {"xt": {"type": kind, "name": name}}
 
 
+def _map(key: str, data: Any) -> dict[str, Any]:
+    return {"vmap": {"key": {"meta": {"key": key}}, "data": data}}
+
+
+def _commented(value: str) -> dict[str, Any]:
+    return {"elem": {"val": value, "comment": "of somebody"}}
+
+
 def _verdict(packet: Packet, *rules: list[dict[str, Any]], policy: str = "drop", **others: Any) -> Verdict:
     listing: list[dict[str, Any]] = [
         {"table": {"name": "filter"}},
@@ -69,7 +77,18 @@ def _verdict(packet: Packet, *rules: list[dict[str, Any]], policy: str = "drop",
         ([[{"log": None}, {"reject": None}]], Verdict.DROPPED),
         ([[{"vmap": {"key": {"meta": {"key": "iifname"}}, "data": {"set": [["pods0", _ACCEPT]]}}}]], Verdict.PASSED),
         ([[{"vmap": {"key": {"meta": {"key": "iifname"}}, "data": {"set": [["lo", _ACCEPT]]}}}]], Verdict.DROPPED),
-        ([[{"vmap": {"key": {"meta": {"key": "iifname"}}, "data": "@links"}}]], Verdict.DROPPED),
+        ([[_map("iifname", "@links")]], Verdict.UNSURE),
+        ([[_map("iifname", {"set": [[_commented("pods0"), _ACCEPT]]})]], Verdict.PASSED),
+        ([[_map("mark", {"set": [[1, _ACCEPT]]})]], Verdict.UNSURE),
+        ([[_map("mark", {"set": [[1, _DROP]]})], [_ACCEPT]], Verdict.PASSED),
+        ([[_meta("iifname", {"set": [_commented("pods0"), "lo"]}), _ACCEPT]], Verdict.PASSED),
+        ([[_meta("iif", "pods0"), _ACCEPT]], Verdict.PASSED),
+        ([[_meta("oif", "lo"), _ACCEPT]], Verdict.DROPPED),
+        ([[{"ct count": {"val": 1000, "inv": True}}, _DROP], [_ACCEPT]], Verdict.PASSED),
+        ([[{"quota": {"val": 100, "val_unit": "mbytes", "inv": True}}, _DROP], [_ACCEPT]], Verdict.PASSED),
+        ([[{"set": {"op": "add", "elem": "x", "set": "@s"}}, _DROP], [_ACCEPT]], Verdict.PASSED),
+        ([[{"xt": None}, _ACCEPT]], Verdict.UNSURE),
+        ([[{"xt": None}, _DROP], [_ACCEPT]], Verdict.PASSED),
     ],
 )
 def test_what_a_chain_does_with_what_a_pod_sends(rules: list[list[dict[str, Any]]], verdict: Verdict) -> None:
@@ -91,3 +110,18 @@ def test_ways_through_other_chains() -> None:
     assert _verdict(_OUT, [_xt("set"), *jump], user=[[_DROP]], policy="accept") is Verdict.PASSED
     assert _verdict(_OUT, jump, user=[jump]) is Verdict.UNSURE  # round and round
     assert _verdict(_OUT, [{"jump": {"target": "gone"}}], policy="accept") is Verdict.PASSED
+
+
+def test_where_a_rule_may_end_a_chain_before_the_packet_is_dropped() -> None:
+    perhaps = _meta("mark", 1)
+    back, away = [perhaps, {"return": None}], [perhaps, {"goto": {"target": "user"}}]
+    assert _verdict(_OUT, back, [_DROP], policy="accept") is Verdict.UNSURE
+    assert _verdict(_OUT, away, [_DROP], policy="accept", user=[[_COUNTER]]) is Verdict.UNSURE
+    assert _verdict(_OUT, away, [_DROP], policy="accept", user=[[_DROP]]) is Verdict.DROPPED
+    assert _verdict(_OUT, [{"jump": {"target": "user"}}], [_ACCEPT], user=[back, [_DROP]]) is Verdict.UNSURE
+
+
+def test_a_node_without_a_default_route() -> None:
+    nowhere = _OUT._replace(to_link="")
+    assert _verdict(nowhere, [_meta("oifname", "eth0"), _ACCEPT]) is Verdict.UNSURE
+    assert _verdict(nowhere, [_meta("oifname", "eth0"), _DROP], [_ACCEPT]) is Verdict.PASSED

@@ -1,4 +1,4 @@
-"""Where blocking work goes: a pool for short file and netlink work, fresh threads for work that changes namespaces."""
+"""Where blocking work goes: a pool for what is short, fresh threads for what changes namespaces or may hang."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
 
 
 async def in_fresh_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run ``work`` in a thread of its own that ends with it, free to unshare or enter namespaces."""
+    """Run ``work`` in a thread of its own that ends with it, free to unshare or enter namespaces, or to hang."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from host.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, WrongStateError
 from host.stages import Operation
-from host.threads import in_thread, wait_out
+from host.threads import in_fresh_thread, in_thread, wait_out
 from host.undo import Undo
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
@@ -99,7 +99,8 @@ class ContainerManager:
                     await ensure_pid_holder(node, sandbox)
             async with operation.stage("spec"):
                 request = spec_request(node, container, image, runtime, image_volumes)
-                spec = await in_thread(self._write_spec, container, request)
+                # In a thread of its own: volumes may be on a file system whose server does not answer for hours.
+                spec = await in_fresh_thread(self._write_spec, container, request)
                 _apply_spec(container, spec, status_mounts(node, list(spec.mounts)))
             async with container.lock:  # its end, should it come now, is handled after the commit
                 async with operation.stage("runtime"), node.starting:

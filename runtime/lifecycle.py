@@ -86,10 +86,11 @@ class Lifecycle:
             raise PodkeelError(record.start_error)
         try:
             await self._node.handlers.get(record.handler).start(container.id)
-        except CommandError as error:
+        except (PodkeelError, OSError) as error:  # also one that took too long may have started it
             self._node.failures[record.handler, "start"] += 1
             await self._kill_processes(container)
-            await self._fail_start(container, plain_message(error.output) or error.message)
+            output = error.output if isinstance(error, CommandError) else ""
+            await self._fail_start(container, plain_message(output) or str(error))
             raise
 
     async def _fail_start(self, container: Container, message: str) -> None:

@@ -66,3 +66,16 @@ def test_a_restarted_agent_goes_on_with_a_copy_of_its_own(agent: AgentProcess) -
     agent.start()
     agent.client.start(container_id)
     assert agent.client.exec(container_id, "echo", "here").stdout == b"here\n"
+
+
+def test_a_start_without_the_program_ends_the_container(agent: AgentProcess, program: Path, tmp_path: Path) -> None:
+    sandbox = sandbox_config(agent)
+    sandbox_id = agent.client.run_sandbox(sandbox)
+    container_id = agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox)
+    kept = program.rename(tmp_path / "kept")
+    with pytest.raises(grpc.RpcError, match="own-crun' is not installed"):
+        agent.client.start(container_id)
+    status = agent.client.status(container_id)
+    assert (status.state, status.exit_code, status.reason) == (cri_pb2.CONTAINER_EXITED, 128, "StartError")
+    kept.rename(program)
+    agent.client.remove(container_id)

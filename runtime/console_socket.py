@@ -19,8 +19,12 @@ class ConsoleSocket:
 
     def __init__(self, folder: Path, name: str) -> None:
         self._path = folder / name
-        self._folder = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            self._folder = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except BaseException:
+            self._socket.close()
+            raise
         try:
             self._socket.bind(f"/proc/self/fd/{self._folder}/{name}")
             self._socket.listen(1)

@@ -154,6 +154,9 @@ class ExecCall:
         try:
             self._runtime_pid = await wait_out(spawning)
         except asyncio.CancelledError:
+            if spawning.cancelled() or spawning.exception() is not None:
+                _strays.end(None)
+                raise
             self._runtime_pid = spawning.result()
             await wait_out(asyncio.ensure_future(self._finish(asyncio.ensure_future(self._started()))))
             raise
@@ -193,12 +196,16 @@ class ExecCall:
                 command = [self._runtime.options.path, "exec", self._container_id]
                 raise CommandError(command, status, naming(self._program, complaint))
             process = ExecProcess(leader)
+        except OSError:  # no descriptor was left to watch it by
+            if (leader := _leader(self._pid_file)) is not None:
+                _kill(leader)
+            raise
         finally:
             _strays.end(process)
         return process
 
     async def _runtime_ended(self) -> int:
-        pidfd = os.pidfd_open(self._runtime_pid)
+        pidfd = processes.open_child(self._runtime_pid)
         try:
             async with asyncio.timeout(_START_SECONDS):
                 await processes.wait_ended(pidfd)

@@ -129,9 +129,12 @@ class Database:
                 connection.execute("RELEASE one")
             connection.execute("COMMIT")
             self.commits += 1
-        except sqlite3.Error as error:
+        except (
+            BaseException
+        ) as error:  # whatever it is: who waits must be told, and who comes be served
             if connection.in_transaction:
-                connection.execute("ROLLBACK")
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
             for write in group:
                 write.error = write.error or error
         loops: dict[asyncio.AbstractEventLoop, list[_Write]] = {}

@@ -110,7 +110,9 @@ class KernelBridge:
             return []
         lost = sorted(self.ports().intersection(names) - self.attached())
         for name in lost:
-            self._route.request([links.attach_port(name, index), links.make_hairpin(name), links.set_up(name)])
+            changes = [links.attach_port(name, index), links.make_hairpin(name), links.set_up(name)]
+            # One whose pod's namespace has gone is still listed while the kernel takes it down.
+            self._route.request(changes, tolerate=(errno.ENODEV,))
         return lost
 
     def connect(self, attachment: Attachment, namespace_path: str) -> None:

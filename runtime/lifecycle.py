@@ -193,17 +193,18 @@ class Lifecycle:
         record = container.record
         if record.boot_id != self._node.boot_id:
             return
+        cgroups = self._node.cgroups
         if not record.private_pid_namespace:
-            self._node.cgroups.kill(record.cgroup)
+            await in_thread(cgroups.kill, record.cgroup)
         runtime = self._node.handlers.find(record.handler)
         if runtime is None:  # its pods must still be removable
-            self._node.cgroups.kill(record.cgroup)
+            await in_thread(cgroups.kill, record.cgroup)
             await in_thread(shutil.rmtree, self._node.layout.runtime_root(record.handler) / container.id, True)
         elif (runtime.root / container.id).exists():
             await runtime.delete(container.id)
-        if self._node.cgroups.exists(record.cgroup):
-            self._node.cgroups.kill(record.cgroup)
-            self._node.cgroups.remove(record.cgroup)
+        if cgroups.exists(record.cgroup):
+            await in_thread(cgroups.kill, record.cgroup)
+            await in_thread(cgroups.remove, record.cgroup)
 
     async def released(self, container: Container) -> None:
         """Wait until what the OCI runtime held of an ended container is given back, trying again if that failed."""
@@ -299,7 +300,7 @@ class Lifecycle:
     async def _kill_processes(self, container: Container) -> None:
         self._signal(container, signal.SIGKILL)
         if not container.record.private_pid_namespace:
-            self._node.cgroups.kill(container.record.cgroup)
+            await in_thread(self._node.cgroups.kill, container.record.cgroup)
 
     def _signal(self, container: Container, number: int) -> None:
         init = container.record.init

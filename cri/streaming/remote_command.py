@@ -243,6 +243,6 @@ def _parse_size(text: bytes) -> TerminalSize | None:
     try:
         fields = {str(name).lower(): value for name, value in json.loads(text).items()}
         width, height = int(fields["width"]), int(fields["height"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):  # the last for Infinity, which is a number in Python
         return None
     return TerminalSize(width, height) if 0 <= width <= _MAX_SIZE and 0 <= height <= _MAX_SIZE else None

@@ -166,6 +166,7 @@ def test_bad_requests(data: bytes) -> None:
         ([b'{"Width":80,"Height":24}{"Width":"x"}'], (80, 24)),
         ([b'{"Width":80000,"Height":24}'], None),
         ([bytes(5000), b'{"Width":5,"Height":6}'], (5, 6)),
+        ([b'{"Width":1e999,"Height":24}{"Width":5,"Height":6}'], (5, 6)),
         ([b"{}[]"], None),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -42,9 +43,17 @@ _log = logging.getLogger("podkeel.server")
 def serve(configuration: Configuration) -> None:
     """Serve until SIGTERM or SIGINT. Raises PodkeelError when the agent cannot start."""
     libc.limit_heap_arenas(_HEAP_ARENAS)
+    _raise_open_files()
     configure_logging(configuration.log)
     sys.setswitchinterval(SWITCH_SECONDS)
     asyncio.run(_serve(configuration))
+
+
+def _raise_open_files() -> None:
+    """Use all the descriptors that we may have: a shell's 1024 are gone with some hundred containers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def reset(configuration: Configuration, *, force: bool = False) -> list[str]:

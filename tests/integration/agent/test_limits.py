@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,21 @@ import pytest
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups import CgroupTree
 from tests.integration.agent.hardening import Attacker, init_pid
-from tests.support.agent import AgentProcess
+from tests.support.agent import AgentProcess, running_agent
 from tests.support.pods import container_config, sandbox_config
 
 Limits = cri_pb2.LinuxContainerResources
 TREE = CgroupTree.of_host("cgroupfs")
+
+
+def test_the_agent_uses_all_descriptors_that_it_may_have(tmp_path: Path, busybox: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))  # as a shell gives it
+    try:
+        with running_agent(tmp_path, busybox) as agent:
+            assert resource.prlimit(agent.pid(), resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture(params=["crun", "runc"])

@@ -223,6 +223,16 @@ class CgroupTree:
                 file = self.mounts["hugetlb"] / path.lstrip("/") / f"hugetlb.{size}.limit_in_bytes"
             file.write_text(str(limit))
 
+    def cpuset(self, path: str) -> tuple[str, str]:
+        """CPUs and memory nodes that cgroup ``path`` may use, as lists such as ``0-3``; empty where nothing tells."""
+        folder = self.mounts.get("unified" if self.version == 2 else "cpuset", Path("/nowhere")) / path.lstrip("/")
+        names = ("cpus.effective", "mems.effective") if self.version == 2 else ("cpus", "mems")
+        try:
+            cpus, mems = ((folder / f"cpuset.{name}").read_text().strip() for name in names)
+        except OSError:
+            return "", ""
+        return cpus, mems
+
     def memory_in_use(self, path: str) -> int:
         """Bytes of cgroup ``path`` that the kernel cannot reclaim: its use less the page cache."""
         root = self.mounts.get("unified") or self.mounts["memory"]

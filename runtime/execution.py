@@ -122,10 +122,11 @@ class Execution:
         if container.record.start_error:
             return
         runtime = self._node.handlers.get(container.record.handler)
+        cpuset = self._node.cgroups.cpuset(container.record.cgroup)
         try:
             await self._set(container, runtime, after)
         except BaseException as error:
-            await self._set(container, runtime, _undoing(before, after))
+            await self._set(container, runtime, _undoing(before, after, cpuset))
             if isinstance(error, CommandError) and os.strerror(errno.EBUSY) in error.output:
                 raise LimitError(
                     f"{container.title}: the kernel cannot reclaim enough of its memory for the new limit: "
@@ -182,12 +183,16 @@ class Execution:
 
 
 def _undoing(
-    before: cri_pb2.LinuxContainerResources, after: cri_pb2.LinuxContainerResources
+    before: cri_pb2.LinuxContainerResources, after: cri_pb2.LinuxContainerResources, cpuset: tuple[str, str]
 ) -> cri_pb2.LinuxContainerResources:
-    """``before``, with what only ``after`` sets put back to the kernel's default."""
+    """``before``, with what only ``after`` sets put back to the kernel's default or, of ``cpuset``, to what was in use.
+
+    systemd may have taken over a list of CPUs that the kernel then refused.
+    """
     undoing = cri_pb2.LinuxContainerResources()
     undoing.CopyFrom(before)
-    for field, default in _KERNEL_DEFAULTS.items():
+    in_use = dict(zip(("cpuset_cpus", "cpuset_mems"), cpuset, strict=True))
+    for field, default in {**_KERNEL_DEFAULTS, **in_use}.items():
         if getattr(after, field) and not getattr(before, field):
             setattr(undoing, field, default)
     return undoing

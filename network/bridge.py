@@ -323,7 +323,7 @@ class BuiltInNetwork:
         Their addresses stay the same, and so do their connections.
         """
         present = await threads.in_thread(kernel.ports)
-        for sandbox_id, reservation in self._reservations.items():
+        for sandbox_id, reservation in list(self._reservations.items()):  # pods that begin to be connected add to them
             attachment = reservation.attachment
             if sandbox_id not in live or sandbox_id in self._unfinished or present.issuperset(attachment.links):
                 continue

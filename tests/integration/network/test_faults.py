@@ -234,3 +234,18 @@ async def test_a_lost_link_without_a_namespace_is_reported(node: Node) -> None:
         assert [(finding.kind, finding.object) for finding in found] == [("link", pod.attachment.host_interface)]
     await node.network.detach("one")
     await node.assert_empty()
+
+
+async def test_pods_are_connected_while_lost_links_of_others_are_made_again(node: Node) -> None:
+    lost = [await node.pod(f"old{number}") for number in range(4)]
+    for pod in lost:
+        command("ip", "link", "delete", pod.attachment.host_interface)
+    namespaces = [node.namespace() for _ in range(20)]
+    repair = asyncio.ensure_future(node.network.repair([f"old{number}" for number in range(4)]))
+    attached = []
+    for number, namespace in enumerate(namespaces):
+        attached.append(asyncio.ensure_future(node.network.attach(request(f"new{number}", str(namespace.path), []))))
+        await asyncio.sleep(0.002)
+    await asyncio.wait_for(asyncio.gather(repair, *attached), 20)
+    live = [f"old{number}" for number in range(4)] + [f"new{number}" for number in range(20)]
+    assert await node.network.audit(live) == []

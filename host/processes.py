@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import functools
 import os
+import select
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from host.errors import CommandError, DeadlineError, NotFoundError
+from host.errors import CommandError, DeadlineError, UnavailableError
 from host.spawning import posix_spawn
 from host.threads import in_thread, wait_out
 
@@ -40,7 +42,7 @@ def spawn(
 
     ``descriptors`` maps the child's descriptor numbers to ours; of 0, 1 and 2 those not mapped are /dev/null;
     everything else is closed in the child. ``title`` is shown instead of the program's path in process lists. Raises
-    NotFoundError when the program is missing, OSError otherwise.
+    UnavailableError when the program is missing, OSError otherwise.
     """
     with contextlib.ExitStack() as stack:
         # Numbers the child wants may be numbers of ours that are still to be copied: all go through high copies first.
@@ -51,7 +53,8 @@ def spawn(
         try:
             return posix_spawn(command, title or command[0], os.environ if environment is None else environment, lifted)
         except FileNotFoundError as error:
-            raise NotFoundError(f"program {command[0]!r} is not installed or not on the PATH") from error
+            # Not a NotFoundError: who asks to remove something would take that for its being gone already.
+            raise UnavailableError(f"program {command[0]!r} is not installed or not on the PATH") from error
 
 
 async def spawn_aside(
@@ -164,6 +167,39 @@ def kill_group(pid: int) -> None:
     """SIGKILL to the process group led by ``pid``."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
+
+
+def end_group(leader: int, seconds: float = 5.0) -> None:
+    """SIGKILL to the process group led by ``leader``, and wait up to ``seconds`` until none of it runs. Blocks.
+
+    Who was killed may still be in the middle of a call that makes something.
+    """
+    kill_group(leader)
+    deadline = time.monotonic() + seconds
+    for pid in _members(leader):
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                poller = select.poll()  # select(2) takes no descriptor above 1023
+                poller.register(pidfd, select.POLLIN)
+                poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            finally:
+                os.close(pidfd)
+
+
+def _members(group: int) -> list[int]:
+    """The processes of a group that have not ended."""
+    members = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with (
+                contextlib.suppress(FileNotFoundError, ProcessLookupError),
+                open(f"/proc/{entry.name}/stat", "rb") as stat,
+            ):
+                state, _, leader = stat.read().rpartition(b")")[2].split()[:3]
+                if int(leader) == group and state not in (b"Z", b"X"):
+                    members.append(int(entry.name))
+    return members
 
 
 class Collector:

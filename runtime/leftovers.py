@@ -104,12 +104,12 @@ def monitors_of(layout: Layout) -> dict[str, int]:
 
 
 def end_monitors(layout: Layout, doomed: Collection[str]) -> None:
-    """Kill the conmons of the containers ``doomed``, with the OCI runtimes they are waiting for."""
+    """Kill the conmons of the containers ``doomed``, with the OCI runtimes they are waiting for, and see them end."""
     for container_id, pid in monitors_of(layout).items():
         if container_id in doomed:
-            processes.kill_group(pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+            processes.end_group(pid)
 
 
 def drop_run_folders(layout: Layout, known: Known) -> None:

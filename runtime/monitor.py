@@ -13,7 +13,7 @@ import msgspec
 
 from host import processes
 from host.errors import PodkeelError
-from host.threads import in_thread, wait_out
+from host.threads import in_fresh_thread, in_thread, wait_out
 from runtime.layout import ContainerFolder, Layout
 from runtime.oci_runtime import plain_message
 from runtime.sandbox import ProcessName
@@ -130,13 +130,18 @@ class StartingMonitor:
         return message.pid
 
     async def abandon(self) -> None:
-        """End conmon, unless ``create`` has succeeded. What the OCI runtime made is for the caller to delete."""
+        """End conmon, unless ``create`` has succeeded; it and the OCI runtime do nothing any more then.
+
+        What the OCI runtime has made is for the caller to delete.
+        """
         with contextlib.suppress(PodkeelError, OSError):
             await wait_out(self._spawned)
         if self._pidfd >= 0:
-            processes.kill_group(self._pid)
-            _reap_when_ended(self._pidfd)
-            self._pidfd = -1
+            pidfd, self._pidfd = self._pidfd, -1
+            try:  # also the OCI runtime that it may be waiting for: the caller is about to delete what that made
+                await in_fresh_thread(processes.end_group, self._pid)
+            finally:
+                _reap_when_ended(pidfd)
         self._close_pipes()
 
     def _close_pipes(self) -> None:

@@ -79,3 +79,23 @@ def test_a_start_without_the_program_ends_the_container(agent: AgentProcess, pro
     assert (status.state, status.exit_code, status.reason) == (cri_pb2.CONTAINER_EXITED, 128, "StartError")
     kept.rename(program)
     agent.client.remove(container_id)
+
+
+def test_a_program_that_is_gone_is_no_answer_that_the_pod_is(
+    agent: AgentProcess, program: Path, tmp_path: Path
+) -> None:
+    """Clients take NOT_FOUND for the removal's success."""
+    sandbox = sandbox_config(agent)
+    sandbox_id = agent.client.run_sandbox(sandbox)
+    container_id = agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox)
+    agent.client.start(container_id)
+    kept = program.rename(tmp_path / "kept")
+    for method, request in (
+        ("RemoveContainer", cri_pb2.RemoveContainerRequest(container_id=container_id)),
+        ("RemovePodSandbox", cri_pb2.RemovePodSandboxRequest(pod_sandbox_id=sandbox_id)),
+    ):
+        with pytest.raises(grpc.RpcError, match="own-crun' is not installed") as failed:
+            agent.client.call(method, request)
+        assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
+    kept.rename(program)
+    agent.client.remove_sandbox(sandbox_id)

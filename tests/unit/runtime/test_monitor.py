@@ -7,12 +7,14 @@ import contextlib
 import errno
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from host import processes
+from host.inotify import wait_until_exists
 from runtime.layout import ContainerFolder
 from runtime.monitor import RuntimeRefusedError, StartingMonitor
 
@@ -144,3 +146,26 @@ def test_looking_for_a_process_leaves_no_descriptor(free: int) -> None:
         pidfd = processes.open_process(os.getpid(), None)
         assert pidfd is not None
         os.close(pidfd)
+
+
+def test_an_abandoned_conmon_has_ended_with_what_it_started(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    # What has much memory takes a while to end.
+    slow = f'{sys.executable} -c \'x = bytearray(1 << 28); open("{started}", "w").close(); input()\' <&4 & wait'
+
+    async def body() -> None:
+        monitor = _monitor(tmp_path, "sh", "-c", slow)
+        creating = asyncio.ensure_future(monitor.create())
+        assert await wait_until_exists(started, 20)
+        creating.cancel()
+        children = {pid for child in _children() for pid in (int(child), *_children_of(child))}
+        await monitor.abandon()
+        assert len(children) == 2
+        assert [pid for pid in children if processes.start_time(pid) is not None] == []
+        await _until_reaped()
+
+    asyncio.run(body())
+
+
+def _children_of(pid: str) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -9,7 +9,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -175,8 +175,13 @@ def end_group(leader: int, seconds: float = 5.0) -> None:
     Who was killed may still be in the middle of a call that makes something.
     """
     kill_group(leader)
+    wait_all_ended(_members(leader), seconds)
+
+
+def wait_all_ended(pids: Iterable[int], seconds: float) -> None:
+    """Wait up to ``seconds`` until all these processes, which were killed, have ended. Blocks."""
     deadline = time.monotonic() + seconds
-    for pid in _members(leader):
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             pidfd = os.pidfd_open(pid)
             try:

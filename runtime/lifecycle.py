@@ -10,12 +10,14 @@ import shutil
 import signal
 import time
 from collections.abc import Coroutine
+from pathlib import Path
 
 from host import processes
 from host.errors import CommandError, DeadlineError, PodkeelError, WrongStateError
 from host.stages import Operation
 from host.threads import in_thread, wait_out
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups import CgroupTree
 from runtime.container import Container, ContainerState
 from runtime.log_fields import of_container
 from runtime.monitor import ExitRecord
@@ -26,6 +28,7 @@ from runtime.root_mounts import unmount_all
 from runtime.sandbox import SandboxState
 
 KILL_SECONDS = 60.0
+_CGROUP_SECONDS = 5.0
 UNKNOWN_EXIT_CODE = 255
 START_ERROR_EXIT_CODE = 128
 
@@ -203,8 +206,7 @@ class Lifecycle:
         elif (runtime.root / container.id).exists():
             await runtime.delete(container.id)
         if cgroups.exists(record.cgroup):
-            await in_thread(cgroups.kill, record.cgroup)
-            await in_thread(cgroups.remove, record.cgroup)
+            await in_thread(_clear_cgroup, cgroups, record.cgroup)
 
     async def released(self, container: Container) -> None:
         """Wait until what the OCI runtime held of an ended container is given back, trying again if that failed."""
@@ -338,3 +340,18 @@ class Lifecycle:
                 container.monitor_descriptor = None
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=10)
+
+
+def _clear_cgroup(cgroups: CgroupTree, path: str) -> None:
+    """Kill what is left in a cgroup, in whichever hierarchies it is, and remove it. Blocks until that has ended."""
+    cgroups.kill(path)
+    pids: set[int] = set()
+    for folder in cgroups.folders(path):
+        for below, _, _ in os.walk(folder):
+            with contextlib.suppress(OSError):
+                pids.update(map(int, Path(below, "cgroup.procs").read_text().split()))
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    processes.wait_all_ended(pids, _CGROUP_SECONDS)
+    cgroups.remove(path)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from host.processes import start_time
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups import CgroupTree
 from runtime.container import Container, ContainerRecord, ContainerState
@@ -41,3 +44,19 @@ def test_a_container_with_many_cgroups_does_not_hold_the_loop(tmp_path: Path) ->
     asyncio.run(body())
     assert not (tmp_path / "c").exists()
     assert turns > 2
+
+
+def test_a_cgroup_is_removed_only_when_its_processes_have_ended(tmp_path: Path) -> None:
+    (tmp_path / "freezer/c").mkdir(parents=True)  # the OCI runtime may have got no further than one hierarchy
+    (tmp_path / "pids").mkdir()
+    cgroups = CgroupTree(1, "cgroupfs", {"pids": tmp_path / "pids", "freezer": tmp_path / "freezer"})
+    runtime = SimpleNamespace(root=tmp_path / "oci")
+    node: Any = SimpleNamespace(boot_id="b", cgroups=cgroups, handlers=SimpleNamespace(find=lambda name: runtime))
+    # What has much memory takes a while to end.
+    command = [sys.executable, "-c", "x = bytearray(1 << 28); print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as member:
+        assert member.stdout is not None
+        member.stdout.readline()
+        (tmp_path / "freezer/c/cgroup.procs").write_text(f"{member.pid}\n")
+        asyncio.run(Lifecycle(node).release_runtime(_container()))
+        assert start_time(member.pid) is None

@@ -132,19 +132,25 @@ def _found_in_network(agent: AgentProcess) -> Iterator[str]:
 
 def _found_in_cgroups(agent: AgentProcess) -> Iterator[str]:
     pods = {path.name for path in (agent.run / "sandboxes").iterdir()}  # made with the first container, kept after it
+    for sandbox_id, sandbox in _pod_cgroups(agent.cgroup_parent.strip("/")):
+        if sandbox_id not in pods:
+            yield f"cgroup of sandbox {sandbox_id}"
+        for container in sandbox.iterdir():
+            if container.is_dir():
+                name = container.name.removeprefix("podkeel-").removesuffix(".scope")
+                yield f"cgroup of container {name}"
+                if any(file.read_text() for file in container.rglob("cgroup.procs")):
+                    yield f"processes of {name}"
+
+
+def _pod_cgroups(base: str) -> Iterator[tuple[str, Path]]:
+    """The folders of pods without a parent of their own, whatever the driver, in every hierarchy."""
     for hierarchy in _HIERARCHIES:
-        parent = hierarchy / agent.cgroup_parent.strip("/")
-        if not parent.is_dir():
-            continue
-        for sandbox in parent.iterdir():
-            if sandbox.is_dir():
-                if sandbox.name not in pods:
-                    yield f"cgroup of sandbox {sandbox.name}"
-                for container in sandbox.iterdir():
-                    if container.is_dir():
-                        yield f"cgroup of container {container.name}"
-                        if (container / "cgroup.procs").read_text():
-                            yield f"processes of {container.name}"
+        for folder in hierarchy.glob(f"{base}/*"):
+            if folder.is_dir():
+                yield folder.name, folder
+        for folder in hierarchy.glob(f"*.slice/*.slice/{base}.slice/{base}-*.slice"):
+            yield folder.name.removeprefix(f"{base}-").removesuffix(".slice"), folder
 
 
 def _found_processes(agent: AgentProcess) -> Iterator[str]:

@@ -136,34 +136,35 @@ def test_mapped_volume_shows_what_is_mounted_below_and_leaves_it_alone(
 ) -> None:
     client = agent.client
     sandbox_id, sandbox = user_pod(agent, handler)
-    subprocess.run(["mount", "-t", "tmpfs", "shared", tmp_path], check=True)
+    # Of a real file system: ids of a tmpfs cannot be mapped before Linux 6.3.
+    volume, below = tmp_path / "volume", tmp_path / "below"
+    for folder in (volume / "before", volume / "later", below):
+        folder.mkdir(parents=True)
+    (below / "mark").touch()
+    subprocess.run(["mount", "--bind", volume, volume], check=True)
     try:
-        subprocess.run(["mount", "--make-rshared", tmp_path], check=True)
-        for name in ("before", "later"):
-            (tmp_path / name).mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "before", tmp_path / "before"], check=True)
-        (tmp_path / "before" / "mark").touch()
+        subprocess.run(["mount", "--make-rshared", volume], check=True)
+        subprocess.run(["mount", "--bind", below, volume / "before"], check=True)
         config = user_container(sandbox)
-        add_mapped(config, "/volume", tmp_path, propagation=cri_pb2.MountPropagation.PROPAGATION_HOST_TO_CONTAINER)
+        add_mapped(config, "/volume", volume, propagation=cri_pb2.MountPropagation.PROPAGATION_HOST_TO_CONTAINER)
         container_id = client.create(sandbox_id, config, sandbox)
         client.start(container_id)
-        subprocess.run(["mount", "-t", "tmpfs", "later", tmp_path / "later"], check=True)
-        (tmp_path / "later" / "mark").touch()
+        subprocess.run(["mount", "--bind", below, volume / "later"], check=True)
         # crun (1.8) does not take along what is mounted below a volume in a user namespace.
-        folder = "/volume" if handler == "runc" else "/volume/later"
-        found = client.output(container_id, "find", folder, "-name", "mark").split()
+        where = "/volume" if handler == "runc" else "/volume/later"
+        found = client.output(container_id, "find", where, "-name", "mark").split()
         assert len(found) == (2 if handler == "runc" else 1)
         client.remove_sandbox(sandbox_id)
-        assert (tmp_path / "before" / "mark").exists()
-        assert (tmp_path / "later" / "mark").exists()
+        assert (volume / "before" / "mark").exists()
+        assert (volume / "later" / "mark").exists()
         wrong = user_container(sandbox)
-        add_mapped(wrong, "/volume", tmp_path, propagation=cri_pb2.MountPropagation.PROPAGATION_BIDIRECTIONAL)
+        add_mapped(wrong, "/volume", volume, propagation=cri_pb2.MountPropagation.PROPAGATION_BIDIRECTIONAL)
         other_id, other = user_pod(agent, handler)
         with pytest.raises(grpc.RpcError) as refused:
             client.create(other_id, wrong, other)
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     finally:
-        for target in mounts_below(tmp_path):
+        for target in mounts_below(volume):
             unmount(target)
 
 

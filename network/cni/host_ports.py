@@ -5,6 +5,7 @@ It translates addresses and lets nothing in: whether the packet then passes is f
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address
@@ -16,6 +17,8 @@ from network.audit import Finding, compare_sets
 from network.cni.record import CniRecord, CniState
 from network.elements import host_port_elements
 from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket
+
+_log = logging.getLogger("podkeel.network")
 
 # Pods of one network may reach each other without this node's routing: answers would then miss the way back.
 _TABLE = (
@@ -51,7 +54,7 @@ class HostPortTable:
         script = f"table inet {self.name}\ndelete table inet {self.name}\n"
         if forwarding:
             script += self._script(forwarding)
-            await threads.in_thread(_open_localhost, [attachment for _, attachment in forwarding])
+            await threads.in_thread(open_localhost, [attachment for _, attachment in forwarding])
         await ruleset.load(script)
 
     async def findings(self, records: Iterable[CniRecord]) -> list[Finding]:
@@ -89,11 +92,23 @@ async def forget_flows(mappings: Sequence[PortMapping]) -> None:
         await threads.in_thread(work)
 
 
-def _open_localhost(attachments: Sequence[Attachment]) -> None:
-    """Let the node reach the pods from 127.0.0.1; the table's guard keeps others from using that."""
+def open_localhost(attachments: Sequence[Attachment]) -> None:
+    """Let the node reach the pods from 127.0.0.1; the table's guard keeps others from using that.
+
+    One that the node has no way to (any more) is told in the log: the ports of the others must work all the same.
+    """
     with NetlinkSocket(NETLINK_ROUTE) as route:
         for attachment in attachments:
             address = attachment.address(4)
-            if address is not None:
+            if address is None:
+                continue
+            try:
                 index = links.route_interface(route.answers(links.get_route(IPv4Address(address)))[0])
                 sysctl.send_from_localhost(socket.if_indextoname(index))
+            except OSError as error:
+                _log.warning(
+                    "sandbox %s: its host ports do not answer on 127.0.0.1, as the node cannot reach %s: %s",
+                    attachment.sandbox_id[:13],
+                    address,
+                    error.strerror,
+                )

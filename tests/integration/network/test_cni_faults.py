@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -337,3 +338,22 @@ async def test_a_descriptor_and_a_child_are_left_by_no_failure(node: CniNode) ->
             before = descriptors()
     # One namespace descriptor more or less may be on its way between threads.
     assert descriptors() <= before + 1
+
+
+_TWO_PODS = """
+from pathlib import Path
+from network.attachment import Attachment
+from network.cni.host_ports import open_localhost
+
+lost, reached = (Attachment(name, "", (ip,), (), "", 1500) for name, ip in (("lost", "10.9.0.2"), ("one", "10.8.0.2")))
+open_localhost([lost, reached])
+print(Path("/proc/sys/net/ipv4/conf/there/route_localnet").read_text().strip())
+"""
+
+
+def test_a_pod_that_the_node_cannot_reach_keeps_no_other_from_its_host_ports() -> None:
+    links = "ip link add there type veth peer name far; ip address add 10.8.0.1/24 dev there; ip link set there up"
+    command = ["unshare", "-n", "sh", "-c", f'{links}; exec "$@"', "sh", sys.executable, "-c", _TWO_PODS]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    assert "sandbox lost: its host ports do not answer on 127.0.0.1, as the node cannot reach 10.9.0.2" in done.stderr

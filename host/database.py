@@ -129,9 +129,7 @@ class Database:
                 connection.execute("RELEASE one")
             connection.execute("COMMIT")
             self.commits += 1
-        except (
-            BaseException
-        ) as error:  # whatever it is: who waits must be told, and who comes be served
+        except BaseException as error:  # whatever it is: who waits must be told, and who comes be served
             if connection.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("ROLLBACK")

@@ -9,6 +9,7 @@ import msgspec
 
 from cri import lists
 from host.errors import InvalidArgumentError
+from host.threads import in_thread
 from images.credentials import Credentials
 from images.image import Image
 from images.usage import FilesystemUsage
@@ -71,10 +72,11 @@ class ImageService:
         return cri_pb2.RemoveImageResponse()
 
     async def image_fs_info(self, _request: cri_pb2.ImageFsInfoRequest) -> cri_pb2.ImageFsInfoResponse:
-        """What images and containers take on disk, from kept counts."""
+        """What images and containers take on disk, from kept counts and project quotas."""
+        containers = await in_thread(self._snapshots.filesystem_usage)  # quotas may have to be read from the disk
         return cri_pb2.ImageFsInfoResponse(
             image_filesystems=[_usage(self._images.filesystem_usage())],
-            container_filesystems=[_usage(self._snapshots.filesystem_usage())],
+            container_filesystems=[_usage(containers)],
         )
 
 

@@ -33,6 +33,10 @@ def node_information(node: Node) -> dict[str, Any]:
             "sandboxes": len(node.sandboxes),
             "containers": len(node.containers),
             "storeCommits": node.database.commits,
+            "writableLayers": {
+                "projectQuotas": node.snapshots.project_quotas,
+                "countedBecause": node.snapshots.writable.counted_because,
+            },
         },
     }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 GIBIBYTE = 1 << 30
+_NO_PROJECT = (1 << 32) - 1
 
 
 class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -28,6 +31,10 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     Every program in ``verifier_dir`` is asked before an image is pulled, in containerd's way, and has
     ``verifier_seconds`` to allow it; empty: none is asked. Imported archives are not verified.
 
+    Where the data folder's file system has project quotas, ``project_quotas`` says whose writable layers they count:
+    those of containers in user namespaces, which cannot leave their project, of all, or none (``off``). Each gets an
+    id of its own from the first to the last of ``project_ids``.
+
     ``pinned`` are patterns (``*`` and ``?``) of image names that garbage collection must leave alone, matched against
     the full form (``registry.k8s.io/pause:*``).
     """
@@ -49,4 +56,11 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     partial_hours: float = 24.0
     verifier_dir: str = ""
     verifier_seconds: float = 10.0
+    project_quotas: Literal["off", "user-namespaces", "all"] = "user-namespaces"
+    project_ids: tuple[int, int] = (0x60000000, 0x600FFFFF)
     pinned: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        first, last = self.project_ids
+        if not 0 < first <= last < _NO_PROJECT:
+            raise ValueError("project_ids are the first and the last of a range within 1 and 4294967294")

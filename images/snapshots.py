@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import os
 import stat
 from collections.abc import Collection, Sequence
@@ -20,9 +21,13 @@ from host.undo import Undo
 from images.image import Image
 from images.layers import EMPTY_LAYER, LayerStore
 from images.mapped_layers import clear, scratch_of, with_mapped_ids
+from images.options import ImageOptions
+from images.project_quota import ProjectQuotas
 from images.trash import Trash
 from images.usage import FilesystemUsage
 from images.writable import WritableLayers
+
+_log = logging.getLogger("podkeel.images")
 
 _MOUNT_DATA = os.sysconf("SC_PAGE_SIZE") - 1
 _OWN_INODES = 3  # the container's folder, work and what overlayfs keeps in work; upper is counted with its content
@@ -42,7 +47,9 @@ class Snapshot:
 class SnapshotStore:
     """Makes and removes snapshots. The layers of a snapshot stay as long as it, also when its image is removed."""
 
-    def __init__(self, data_dir: Path, database: Database, layers: LayerStore, trash: Trash) -> None:
+    def __init__(
+        self, options: ImageOptions, data_dir: Path, database: Database, layers: LayerStore, trash: Trash
+    ) -> None:
         self._containers = data_dir / "containers"
         self._data_dir = data_dir
         self._database = database
@@ -50,7 +57,9 @@ class SnapshotStore:
         self._trash = trash
         self._held: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._volatile = ",volatile"
-        self.writable = WritableLayers(self.upper)
+        self.project_quotas = options.project_quotas
+        quotas = ProjectQuotas(self._containers, options.project_ids) if options.project_quotas != "off" else None
+        self.writable = WritableLayers(self.upper, quotas)
 
     async def start(self) -> None:
         """Read the snapshots and hold their layers."""
@@ -59,6 +68,7 @@ class SnapshotStore:
             layers = tuple(json.loads(numbers))
             self._held[key] = (container_id, layers)
             self._layers.retain(layers)
+        await in_thread(self._start_usage)
 
     def ids(self) -> frozenset[str]:
         """The containers that have a snapshot or an image mounted, or half of one."""
@@ -147,9 +157,9 @@ class SnapshotStore:
         await self._let_go([key for key, (owner, _) in self._held.items() if owner == container_id])
 
     def filesystem_usage(self) -> FilesystemUsage:
-        """What the containers' folders take, with what the containers wrote as it was counted last."""
+        """What the containers' folders take, with what the containers wrote as far as it is known; for any thread."""
         used = inodes = 0
-        for container_id in (key for key in self._held if " " not in key):
+        for container_id in [key for key in tuple(self._held) if " " not in key]:
             used += _OWN_INODES * _DISK_BLOCK
             inodes += _OWN_INODES
             written = self.writable.usage(container_id)
@@ -161,6 +171,15 @@ class SnapshotStore:
     async def close(self) -> None:
         """Stop counting what the containers write."""
         await in_thread(self.writable.close)
+
+    def _start_usage(self) -> None:
+        reason = self.writable.open()
+        if reason:
+            _log.info("writable layers are counted in the background, not by project quota: %s", reason)
+            return
+        _log.info("writable layers are counted by project quota: images.project_quotas says whose")
+        for container_id in self.ids():
+            self.writable.find_project(container_id)
 
     async def _hold(self, key: str, container_id: str, image: Image) -> None:
         self._layers.retain(image.layers)
@@ -212,7 +231,11 @@ class SnapshotStore:
         new = not upper.exists()
         if not new:
             self._trash.throw(work)  # a volatile mount leaves a mark in it that forbids mounting it again
-        for path in (folder, upper, work):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            if user_namespace is not None or self.project_quotas == "all":
+                self._give_project(folder.name)
+        for path in (upper, work):
             with contextlib.suppress(FileExistsError):
                 path.mkdir(mode=0o700)
         target.mkdir(parents=True, exist_ok=True)
@@ -223,6 +246,13 @@ class SnapshotStore:
                 os.chown(upper, root.st_uid, root.st_gid)
                 upper.chmod(stat.S_IMODE(root.st_mode))
             self._mount_overlay(target, seen, folder, mount_label)
+        self.writable.measure_own(folder.name)
+
+    def _give_project(self, container_id: str) -> None:
+        try:
+            self.writable.give_project(container_id)
+        except (LimitError, OSError) as error:
+            _log.warning("what container %s writes is counted in the background: %s", container_id, error)
 
     def _mount_overlay(self, target: Path, lower: Sequence[Path], folder: Path, mount_label: str) -> None:
         options = f"{_lower_option(lower)},upperdir={_escaped(folder / 'upper')},workdir={_escaped(folder / 'work')}"

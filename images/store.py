@@ -76,7 +76,7 @@ class ImageStore:
         self._layers = LayerStore(options, data_dir, database, self._trash)
         self.checker = ImageChecker(self, self._layers, database)
         self.shipping = Shipping(self, options, self._layers, database)
-        self.snapshots = SnapshotStore(data_dir, database, self._layers, self._trash)
+        self.snapshots = SnapshotStore(options, data_dir, database, self._layers, self._trash)
         self._records: dict[str, _Record] = {}
         self._images: dict[str, Image] = {}
         self._names: dict[str, str] = {}

@@ -1,4 +1,7 @@
-"""What containers wrote into their root file systems, counted in the background so that no call walks a tree."""
+"""What containers wrote into their root file systems: by project quota, or counted in the background.
+
+No call walks a tree.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from images.project_quota import ProjectQuotas
 
 OLDEST_SECONDS = 10.0
 
@@ -35,16 +40,29 @@ class _Counted:
     due: float
 
 
-class WritableLayers:
-    """Counts the folders that ``upper`` gives for container ids; for any thread.
+@dataclass(frozen=True, slots=True)
+class _Project:
+    """The project of a container's folder, and what of it is not the container's: all but the folder of its files."""
 
-    An answer is what was counted last. One that is older than ten seconds, or fifty times as long as the count takes,
-    has the folder counted again, by one thread that takes a fifth of a core at most. That thread has no lower
-    priority than others: while it waited for a processor it might hold what the whole process needs to go on.
+    id: int
+    own_bytes: int = 0
+    own_inodes: int = 0
+
+
+class WritableLayers:
+    """Tells what the folders that ``upper`` gives for container ids take; for any thread.
+
+    With a project of ``quotas`` it is what the file system says now. Without, it is what was counted last: an answer
+    that is older than ten seconds, or fifty times as long as the count takes, has the folder counted again, by one
+    thread that takes a fifth of a core at most. That thread has no lower priority than others: while it waited for a
+    processor it might hold what the whole process needs to go on.
     """
 
-    def __init__(self, upper: Callable[[str], Path]) -> None:
+    def __init__(self, upper: Callable[[str], Path], quotas: ProjectQuotas | None = None) -> None:
         self._upper = upper
+        self._quotas = quotas
+        self.counted_because = "" if quotas is not None else "images.project_quotas is off"
+        self._projects: dict[str, _Project] = {}
         self._counted: dict[str, _Counted] = {}
         self._waiting: set[str] = set()
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -52,8 +70,45 @@ class WritableLayers:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def open(self) -> str:
+        """Find out whether project quotas can be used; why not, or nothing if they can."""
+        if self._quotas is not None:
+            self.counted_because = self._quotas.open()
+        if self.counted_because:
+            self._quotas = None
+        return self.counted_because
+
+    def give_project(self, container_id: str) -> None:
+        """Let the file system count for this container, whose folder is new and empty. Raises LimitError, OSError."""
+        if self._quotas is not None:
+            self._projects[container_id] = _Project(self._quotas.give(self._upper(container_id).parent))
+
+    def find_project(self, container_id: str) -> None:
+        """Go on with the project that an earlier agent gave, if it did."""
+        if self._quotas is not None:
+            with contextlib.suppress(OSError):
+                project = self._quotas.known(self._upper(container_id).parent)
+                if project:
+                    self._projects[container_id] = _Project(project)
+                    self.measure_own(container_id)
+
+    def measure_own(self, container_id: str) -> None:
+        """Leave out of what a project takes the folders that are overlayfs's, as they are now."""
+        project = self._projects.get(container_id)
+        if project is not None:
+            folder = self._upper(container_id).parent
+            own = [folder.lstat(), *_statuses(str(folder / "work"))]
+            blocks = sum(status.st_blocks for status in own)
+            self._projects[container_id] = _Project(project.id, blocks * _BLOCK, len(own))
+
     def usage(self, container_id: str) -> WritableUsage | None:
-        """What was counted last, at first the folder itself; None if there is none."""
+        """What it takes as far as that is known, at first the folder itself; None if there is none."""
+        project = self._projects.get(container_id)
+        if project is not None and self._quotas is not None:
+            with contextlib.suppress(OSError):
+                now = self._quotas.usage(project.id)
+                used, inodes = now.used_bytes - project.own_bytes, now.inodes - project.own_inodes
+                return WritableUsage(time.time_ns(), max(used, 0), max(inodes, 1))
         known = self._counted.get(container_id)
         if known is None:
             try:
@@ -70,6 +125,9 @@ class WritableLayers:
         """The container is gone."""
         with self._lock:
             self._counted.pop(container_id, None)
+        project = self._projects.pop(container_id, None)
+        if project is not None and self._quotas is not None:
+            self._quotas.take_back(project.id)
 
     def close(self) -> None:
         """Stop counting."""
@@ -77,6 +135,8 @@ class WritableLayers:
         self._queue.put(None)
         if self._thread is not None:
             self._thread.join()
+        if self._quotas is not None:
+            self._quotas.close()
 
     def _ask_for(self, container_id: str) -> None:
         with self._lock:

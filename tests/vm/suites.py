@@ -61,6 +61,7 @@ SUITES = (
     Suite(
         "conformance", "the CRI, systemd driver, crun", (_CONFORMANCE, f"{_INTEGRATION}/agent/test_pod_lifecycle.py")
     ),
+    Suite("quota", "project quotas of ext4", (f"{_INTEGRATION}/agent/test_project_quota.py",)),
     Suite("selinux", "SELinux without enforcement, systemd driver", ("tests/vm/test_selinux.py",), security="selinux"),
 )
 

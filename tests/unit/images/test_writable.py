@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from images import writable
+from images.options import ImageOptions
+from images.project_quota import ProjectQuotas
 from images.writable import WritableLayers, WritableUsage
 from tests.support.agent import wait_for
 
@@ -94,3 +97,25 @@ def test_closing_cuts_a_long_count_short(tmp_path: Path, monkeypatch: pytest.Mon
     first = layers.usage("a")
     layers.close()
     assert layers.usage("a") == first
+
+
+def test_where_there_are_no_quotas_the_reason_is_told_and_layers_are_counted() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # tmpfs has none
+        quotas = ProjectQuotas(Path(folder), (1000, 2000))
+        layers = WritableLayers(lambda container_id: Path(folder) / container_id / "upper", quotas)
+        try:
+            reason = layers.open()
+            assert reason == layers.counted_because != ""
+            assert not list(Path(folder).iterdir())
+            (Path(folder) / "a/upper").mkdir(parents=True)
+            layers.give_project("a")
+            layers.measure_own("a")
+            assert counted(layers, "a").inodes == 1
+        finally:
+            layers.close()
+
+
+@pytest.mark.parametrize("ids", [(0, 5), (7, 6), (1, 0xFFFFFFFF)])
+def test_ranges_of_projects_that_cannot_be(ids: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="project_ids"):
+        ImageOptions(project_ids=ids)

@@ -26,7 +26,7 @@ class PluginChain:
     async def choose_version(self, configuration: Configuration) -> Configuration:
         """The configuration with the best version that all its plugins speak.
 
-        Raises NotFoundError for a plugin that is missing, UnsupportedError when there is no such version.
+        Raises PluginMissingError; UnsupportedError when there is no such version.
         """
         allowed = configuration.versions
         for plugin in configuration.plugins:

@@ -13,7 +13,7 @@ import msgspec
 
 from host import threads
 from host.database import Database
-from host.errors import AlreadyExistsError, NotFoundError, PodkeelError, UnavailableError
+from host.errors import AlreadyExistsError, PodkeelError, UnavailableError
 from host.undo import Undo
 from network import ports
 from network.addresses import parse_ranges
@@ -25,7 +25,7 @@ from network.cni.deletions import Deletions
 from network.cni.host_ports import HostPortTable, forget_flows
 from network.cni.namespace import bring_up_loopback, remove_veth
 from network.cni.orphans import end_orphans
-from network.cni.plugin import PluginRunner
+from network.cni.plugin import PluginMissingError, PluginRunner
 from network.cni.record import FAMILIES, CniRecord, CniState, CniStore
 from network.cni.request import arguments, capabilities
 from network.condition import Condition
@@ -364,7 +364,7 @@ class CniNetwork:
         self._parsed = found
         try:
             return _View(await self._chain.choose_version(found), Condition(True), True)
-        except NotFoundError as error:
+        except PluginMissingError as error:
             return _View(None, Condition(False, "CniPluginMissing", error.message), True)
         except PodkeelError as error:
             return _View(None, Condition(False, "CniPluginFailed", error.message), True)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from host import processes
-from host.errors import DeadlineError, NotFoundError, PodkeelError, UnavailableError
+from host.errors import DeadlineError, PodkeelError, UnavailableError
 
 _LARGEST_OUTPUT = 1024 * 1024
 _CALLS_AT_ONCE = max(8, 4 * (os.cpu_count() or 1))
@@ -20,6 +20,10 @@ _NICENESS = 5
 _SHOWN_CHARACTERS = 200
 _TRY_AGAIN_LATER = 11
 _NOT_AVAILABLE = (50, 51)
+
+
+class PluginMissingError(UnavailableError):
+    """The program of a CNI plugin is not installed: not that the pod is not there, so no NotFoundError."""
 
 
 class Reply(msgspec.Struct, frozen=True, rename={"supported": "supportedVersions"}):
@@ -54,18 +58,18 @@ class PluginRunner:
         self._starting = asyncio.Lock()
 
     def find(self, kind: str) -> Path:
-        """The program of a plugin; raises NotFoundError."""
+        """The program of a plugin. Raises PluginMissingError."""
         for folder in self._folders:
             path = Path(folder) / kind
             if path.is_file() and os.access(path, os.X_OK):
                 return path
-        raise NotFoundError(f"CNI plugin {kind} is in none of {', '.join(self._folders)}: install it there")
+        raise PluginMissingError(f"CNI plugin {kind} is in none of {', '.join(self._folders)}: install it there")
 
     async def run(self, kind: str, call: Call, settings: Mapping[str, Any]) -> bytes:
         """Run one plugin and return what it printed.
 
         Raises:
-            NotFoundError: it is not there.
+            PluginMissingError: it is not there.
             DeadlineError: it was killed because it took too long.
             UnavailableError: it says that trying later may help.
             PodkeelError: it failed; the message holds its code and text, or how it ended.

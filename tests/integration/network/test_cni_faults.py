@@ -193,7 +193,7 @@ async def test_what_no_del_gives_back_can_be_given_up(node: CniNode) -> None:
     with pytest.raises(PodkeelError):
         await node.network.detach("one")
     (node.programs / "bad").unlink()
-    with pytest.raises(NotFoundError, match="CNI plugin bad is in none of"):
+    with pytest.raises(UnavailableError, match="CNI plugin bad is in none of"):
         await node.network.detach("one")
     told = await node.network.give_up("one")
     assert told is not None

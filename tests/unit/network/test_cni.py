@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from host.errors import InvalidArgumentError, PodkeelError
@@ -182,6 +182,7 @@ def test_a_result_of_either_form() -> None:
 @settings(max_examples=60)
 @given(st.binary())
 def test_output_that_is_no_result(output: bytes) -> None:
+    assume(not output.lstrip().startswith(b"{"))
     with pytest.raises(PodkeelError, match="CNI plugin bridge, ADD: printed"):
         decode("bridge", output)
 

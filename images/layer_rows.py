@@ -14,8 +14,8 @@ MAKING, NEW, USED = range(3)
 
 def insert(connection: sqlite3.Connection, source: LayerSource) -> int:
     """A new row for a layer that is being made; returns its number."""
-    # What an attempt left that could not even delete its row, as the disk was full.
-    connection.execute("DELETE FROM layers WHERE chain_id = ? AND NOT ready", (source.chain_id,))
+    # A layer that went, or an attempt that failed, while the disk was too full even for deleting its row.
+    connection.execute("DELETE FROM layers WHERE chain_id = ?", (source.chain_id,))
     cursor = connection.execute(
         "INSERT INTO layers (chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, ready) "
         "VALUES (?, ?, '', 0, 0, 0, 0, ?)",

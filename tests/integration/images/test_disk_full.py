@@ -70,3 +70,15 @@ async def test_other_pulls_are_unharmed(small_node: Node, registry: Registry) ->
     left = await node.leftovers()
     left.pop("mounts", None)
     assert left == {}
+
+
+async def test_a_row_that_the_full_disk_kept_is_in_nobodys_way(small_node: Node, registry: Registry) -> None:
+    node = small_node
+    name = registry.push(BuiltImage((make_tar([entry("file", b"content")]),)), "full/kept")
+    image = await node.store.pull(name)
+    row = node.database.read("SELECT * FROM layers WHERE chain_id = ?", image.chain_ids)[0]
+    await node.store.remove(image.id)
+    # As where the disk had no room for deleting it.
+    await node.database.execute(f"INSERT INTO layers VALUES ({', '.join('?' * len(row))})", row)
+    again = await node.store.pull(name)
+    assert (node.data / "layers" / str(again.layers[0]) / "fs/file").read_bytes() == b"content"

@@ -86,8 +86,10 @@ class ContainerManager:
         operation = begin(container, "CreateContainer")
         async with Undo(container.title) as undo:
             undo.push("the container", partial(self._discard, container))
-            monitor = node.monitors.start(_monitor_request(node, container, runtime))
+            monitor = node.monitors.prepare(_monitor_request(node, container, runtime))
             undo.push("its monitor", monitor.abandon)
+            if len(self._making) <= node.start_parallelism:
+                monitor.begin()  # with more under way it would wait for a processor, and others behind it
             async with operation.stage("reserve"):
                 node.add_container(container)
                 await node.store.add_container(container)

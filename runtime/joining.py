@@ -27,6 +27,10 @@ class Joining(Generic[K, T]):
     def __init__(self) -> None:
         self._running: dict[K, _Shared[T]] = {}
 
+    def __len__(self) -> int:
+        """How many are in flight."""
+        return len(self._running)
+
     async def request_of(self, key: K) -> Any | None:
         """What the operation in flight for ``key`` was asked to do; None if there is none.
 

@@ -73,7 +73,7 @@ class ExitRecord:
 
 
 class StartingMonitor:
-    """A conmon on its way, ahead of the container's bundle: its program loads while that is made."""
+    """A conmon on its way. Begun ahead of the container's bundle, its program loads while that is made."""
 
     def __init__(self, command: Sequence[str], folder: ContainerFolder, log_path: Path | None) -> None:
         self._command = command
@@ -83,7 +83,16 @@ class StartingMonitor:
         self._pidfd = -1
         self._sync_read = -1
         self._start_write = -1
-        self._spawned = asyncio.ensure_future(in_thread(self._spawn))
+        self._spawned: asyncio.Future[ProcessName] | None = None
+
+    def begin(self) -> None:
+        """Start conmon now, rather than in ``create``; nothing of the bundle needs to be there yet."""
+        self._begun()
+
+    def _begun(self) -> asyncio.Future[ProcessName]:
+        if self._spawned is None:
+            self._spawned = asyncio.ensure_future(in_thread(self._spawn))
+        return self._spawned
 
     def _spawn(self) -> ProcessName:
         self._folder.path.mkdir(parents=True, exist_ok=True)
@@ -110,7 +119,7 @@ class StartingMonitor:
         Raises:
             RuntimeRefusedError: the OCI runtime failed, with its own message; ``abandon`` it then.
         """
-        monitor = await wait_out(self._spawned)
+        monitor = await wait_out(self._begun())
         with contextlib.suppress(BrokenPipeError):  # it ended early: its answer, or its complaints, say why
             os.write(self._start_write, b"\0")
         init_pid = await self._created()
@@ -134,6 +143,8 @@ class StartingMonitor:
 
         What the OCI runtime has made is for the caller to delete.
         """
+        if self._spawned is None:
+            return
         with contextlib.suppress(PodkeelError, OSError):
             await wait_out(self._spawned)
         if self._pidfd >= 0:
@@ -177,11 +188,8 @@ class Monitors:
                 command.append("--leave-stdin-open")
         return command
 
-    def start(self, request: MonitorRequest) -> StartingMonitor:
-        """Start conmon; ``create`` of what is returned makes the container, ``abandon`` ends conmon.
-
-        Nothing of the container's bundle needs to be there yet.
-        """
+    def prepare(self, request: MonitorRequest) -> StartingMonitor:
+        """A conmon to be started; ``create`` of what is returned makes the container, ``abandon`` ends conmon."""
         folder = self._layout.container(request.container_id)
         return StartingMonitor(self._command(request), folder, request.log_path)
 

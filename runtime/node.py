@@ -60,6 +60,7 @@ class Node:
     sandboxes: Registry[Sandbox] = field(default_factory=lambda: Registry("sandbox"))
     containers: Registry[Container] = field(default_factory=lambda: Registry("container"))
     by_sandbox: dict[str, dict[str, Container]] = field(default_factory=dict)
+    start_parallelism: int = field(init=False)
     starting: asyncio.Semaphore = field(init=False)
     meters: Meters = field(init=False)
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -69,8 +70,8 @@ class Node:
 
     def __post_init__(self) -> None:
         # More at once finish no sooner, and every other call waits behind them for a processor.
-        parallel = self.options.container_start_parallelism or max(2, os.cpu_count() or 1)
-        self.starting = asyncio.Semaphore(parallel)
+        self.start_parallelism = self.options.container_start_parallelism or max(2, os.cpu_count() or 1)
+        self.starting = asyncio.Semaphore(self.start_parallelism)
         self.meters = Meters(self.cgroups)
 
     def expect_container(self) -> None:

@@ -29,6 +29,7 @@ from cri.streaming.limits import StreamLimits
 from cri.streaming.server import StreamingServer
 from host import libc
 from host.errors import WrongStateError
+from host.priority import go_first
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from runtime.agent import Agent
@@ -47,6 +48,7 @@ def serve(configuration: Configuration) -> None:
     _raise_open_files()
     configure_logging(configuration.log)
     sys.setswitchinterval(SWITCH_SECONDS)
+    go_first()
     asyncio.run(_serve(configuration))
 
 

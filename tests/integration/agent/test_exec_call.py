@@ -15,6 +15,7 @@ from runtime import exec_call
 from runtime.exec_call import ExecCall
 from runtime.oci_runtime import OciRuntime
 from runtime.options import HandlerOptions
+from tests.support.agent import wait_for
 
 # Starts a process, as an OCI runtime does that detaches from it, and leaves a copy of its pid.
 _RUNTIME = """#!/bin/sh
@@ -57,7 +58,8 @@ def test_a_process_that_cannot_be_watched_is_killed(tmp_path: Path, monkeypatch:
     pidfd_open = os.pidfd_open
     monkeypatch.setattr(os, "pidfd_open", only_one)
     asyncio.run(body())
-    assert processes.start_time(int((tmp_path / "pid").read_text())) is None
+    pid = int((tmp_path / "pid").read_text())
+    wait_for(lambda: processes.start_time(pid) is None, what="the end of the process")
 
 
 def test_a_start_that_fails_after_its_client_left_is_over(tmp_path: Path) -> None:

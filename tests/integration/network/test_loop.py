@@ -19,8 +19,8 @@ from tests.integration.network.namespaces import Namespace, request
 _PODS = 50
 _ATTEMPTS = 3
 _LONGEST_SECONDS = 0.005
-# Where the kernel schedules sessions as groups (autogroup) each plugin is a group, and a turn was seen to take 60 ms; less
-# than 5 ms where it does not.
+# Where the kernel schedules sessions as groups (autogroup) each plugin is a group, and turns were seen to take 60 ms;
+# less than 5 ms where it does not.
 _LONGEST_SECONDS_AMONG_GROUPS = 0.2
 
 

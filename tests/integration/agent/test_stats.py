@@ -267,8 +267,9 @@ def test_containers_that_vanish_never_fail_a_list(agent: AgentProcess) -> None:
     assert list_containers(agent) == [stay]
 
 
-def test_descriptors_are_not_kept_for_what_is_gone(own_agent: AgentProcess) -> None:
-    folder = Path(f"/proc/{own_agent.pid()}/fd")
+def test_neither_descriptors_nor_namespaces_are_kept_of_what_is_gone(own_agent: AgentProcess) -> None:
+    process = Path(f"/proc/{own_agent.pid()}")
+    folder = process / "fd"
 
     def kept() -> int:
         count = 0
@@ -279,8 +280,13 @@ def test_descriptors_are_not_kept_for_what_is_gone(own_agent: AgentProcess) -> N
 
     sandbox_id, container_id = run_container(own_agent, *SLEEP)
     before = kept()
-    list_pods(own_agent)
+    list_pods(own_agent)  # reads in the pod's network, and starts the thread that counts writable layers
     assert kept() > before
+    networks = set()
+    for thread in (process / "task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the visitor has just ended
+            networks.add(thread.joinpath("ns/net").readlink())
+    assert networks == {process.joinpath("ns/net").readlink()}
     own_agent.client.remove(container_id)
     own_agent.client.stop_sandbox(sandbox_id)
     assert kept() == 0

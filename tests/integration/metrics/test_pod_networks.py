@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from host import libc, mounts
-from metrics.network import read_networks
+from host.threads import in_fresh_thread
+from metrics.network import read_networks, visit_networks
 
 DATAGRAMS = 20
 SIZE = 1000
@@ -107,6 +108,20 @@ async def test_reading_leaves_the_agent_in_its_own_namespace(pods: tuple[str, st
     own = Path("/proc/thread-self/ns/net").readlink()
     await read_networks(pods)
     assert Path("/proc/thread-self/ns/net").readlink() == own
+
+
+async def test_what_a_visitor_starts_is_at_home(pods: tuple[str, str]) -> None:
+    """A thread lives in the namespace of the one that starts it, and would keep a pod's for good."""
+    found: list[Path] = []
+
+    def visit() -> None:
+        visit_networks([*pods, "/no/such/namespace"])
+        started = threading.Thread(target=lambda: found.append(Path("/proc/thread-self/ns/net").readlink()))
+        started.start()
+        started.join()
+
+    await in_fresh_thread(visit)
+    assert found == [Path("/proc/self/ns/net").readlink()]
 
 
 async def test_sockets_of_the_pod_and_not_of_the_host(pods: tuple[str, str]) -> None:

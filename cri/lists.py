@@ -17,6 +17,7 @@ from runtime.node import Node
 from runtime.sandbox import Sandbox
 
 STREAM_ITEMS = 64
+STREAM_BYTES = 1024 * 1024  # clients take no message over 16 MiB, and the annotations of one pod may be 256 KiB
 
 S = TypeVar("S", Sandbox, Container)
 
@@ -52,13 +53,16 @@ def matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
 
 
 def in_messages(items: Iterable[bytes]) -> Iterator[bytes]:
-    """Encoded items, a few in each message of a stream."""
+    """Encoded items, a few in each message of a stream; one that is larger than a message should be has its own."""
     batch: list[bytes] = []
+    size = 0
     for item in items:
-        batch.append(item)
-        if len(batch) == STREAM_ITEMS:
+        if batch and (len(batch) == STREAM_ITEMS or size + len(item) > STREAM_BYTES):
             yield b"".join(batch)
             batch.clear()
+            size = 0
+        batch.append(item)
+        size += len(item)
     if batch:
         yield b"".join(batch)
 

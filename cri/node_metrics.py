@@ -85,12 +85,12 @@ def _register_containers(metrics: AgentMetrics, node: Node) -> None:
 
 
 def _register_disk(metrics: AgentMetrics, node: Node) -> None:
-    def used() -> Rows:
+    def used() -> Rows:  # project quotas may have to be read from the disk
         images, containers = node.images.filesystem_usage(), node.snapshots.filesystem_usage()
         return [(("images",), images.used_bytes), (("containers",), containers.used_bytes)]
 
     text = "What images and containers' writable layers take on disk."
-    metrics.compute("podkeel_disk_used_bytes", text, ("kind",), used)
+    metrics.compute("podkeel_disk_used_bytes", text, ("kind",), used, blocks=True)
     metrics.compute("podkeel_images", "Images on the node.", (), lambda: [((), len(node.images.images()))])
 
     def filesystems(value: Callable[[os.statvfs_result], int]) -> Callable[[], Rows]:
@@ -104,7 +104,7 @@ def _register_disk(metrics: AgentMetrics, node: Node) -> None:
         ("files", f"Inodes of {where}; 0: it makes them as needed.", lambda s: s.f_files),
         ("files_free", f"Free inodes of {where}.", lambda s: s.f_ffree),
     ):
-        metrics.compute(f"podkeel_filesystem_{name}", text, ("folder",), filesystems(value))
+        metrics.compute(f"podkeel_filesystem_{name}", text, ("folder",), filesystems(value), blocks=True)
 
 
 def _failures(node: Node) -> Rows:

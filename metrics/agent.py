@@ -65,9 +65,10 @@ class AgentMetrics:
         read: Callable[[], Iterable[tuple[tuple[str, ...], float]]],
         *,
         counter: bool = False,
+        blocks: bool = False,
     ) -> None:
-        """Add a metric whose values ``read`` gives at each scrape: pods by state, commits of the store…"""
-        self._computed.append(Computed(name, help_text, labels, read, counter=counter))
+        """Add a metric whose values ``read`` gives at each scrape, as Computed says: pods by state, commits…"""
+        self._computed.append(Computed(name, help_text, labels, read, counter=counter, blocks=blocks))
 
     def watch_loop(self) -> None:
         """Begin to measure the running event loop, twice a second, until ``close``."""

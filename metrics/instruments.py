@@ -76,7 +76,10 @@ class Histogram:
 
 
 class Computed:
-    """Values that are asked for at each scrape, on the event loop: label values and number."""
+    """Values that are asked for at each scrape: label values and number.
+
+    ``read`` is called on the event loop, or on a thread if it ``blocks``: then it may wait for a disk and raise OSError.
+    """
 
     def __init__(
         self,
@@ -86,12 +89,14 @@ class Computed:
         read: Callable[[], Iterable[tuple[tuple[str, ...], float]]],
         *,
         counter: bool = False,
+        blocks: bool = False,
     ) -> None:
         self.name = name
         self.help = help_text
         self.labels = tuple(labels)
         self.read = read
         self.counter = counter
+        self.blocks = blocks
 
 
 Instrument = Counter | Gauge | Histogram | Computed

@@ -34,8 +34,10 @@ def wants_open_metrics(accept: str) -> bool:
     return any(part.split(";")[0].strip() == "application/openmetrics-text" for part in accept.split(","))
 
 
-# An instrument with its numbers at one moment: by label values, a number or a histogram's buckets and sum.
-Gathered = list[tuple[Instrument, list[tuple[tuple[str, ...], Any]]]]
+# By label values, a number or a histogram's buckets and sum.
+Rows = list[tuple[tuple[str, ...], Any]]
+# An instrument with its numbers at one moment; without, if they are to be had on a thread only.
+Gathered = list[tuple[Instrument, Rows | None]]
 
 
 def gather(instruments: Iterable[Instrument]) -> Gathered:
@@ -43,21 +45,32 @@ def gather(instruments: Iterable[Instrument]) -> Gathered:
     return [(instrument, _rows(instrument)) for instrument in instruments]
 
 
-def _rows(instrument: Instrument) -> list[tuple[tuple[str, ...], Any]]:
+def _rows(instrument: Instrument) -> Rows | None:
     if isinstance(instrument, Histogram):
         return [(labels, instrument.buckets(labels)) for labels in instrument.series]
-    return list(instrument.read() if isinstance(instrument, Computed) else instrument.values.items())
+    if isinstance(instrument, Computed):
+        return None if instrument.blocks else list(instrument.read())
+    return list(instrument.values.items())
+
+
+def _rows_from_disk(instrument: Instrument) -> Rows:
+    if not isinstance(instrument, Computed):
+        return []
+    try:
+        return list(instrument.read())
+    except OSError:  # a disk that fails takes its own metrics away, not those that tell what comes of it
+        return []
 
 
 class AgentPage:
-    """Writes what was gathered, with the figures of the process and of Python; from any thread.
+    """Writes what was gathered, with what has to be read from disks and the figures of the process and of Python.
 
-    prometheus-client (5 MiB) is imported at the first scrape.
+    For any thread. prometheus-client (5 MiB) is imported at the first scrape.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._gathered: Gathered = []
+        self._gathered: list[tuple[Instrument, Rows]] = []
         self._registry: CollectorRegistry | None = None
 
     def render(self, gathered: Gathered, accept: str) -> Page:
@@ -66,7 +79,7 @@ class AgentPage:
         from prometheus_client.openmetrics import exposition as openmetrics
 
         with self._lock:
-            self._gathered = gathered
+            self._gathered = [(item, _rows_from_disk(item) if rows is None else rows) for item, rows in gathered]
             registry = self._registry or self._make_registry()
             if wants_open_metrics(accept):
                 write: Callable[[CollectorRegistry], bytes] = openmetrics.generate_latest
@@ -87,7 +100,7 @@ class AgentPage:
         return registry
 
 
-def _family(instrument: Instrument, rows: list[tuple[tuple[str, ...], Any]]) -> Family:
+def _family(instrument: Instrument, rows: Rows) -> Family:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
     name, text, labels = instrument.name, instrument.help, instrument.labels

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +17,7 @@ from metrics.agent import AgentMetrics
 from metrics.catalog import CATALOG, samples
 from metrics.instruments import Histogram
 from metrics.prometheus import OPEN_METRICS, TEXT, AgentPage, containers_page, gather, wants_open_metrics
+from metrics.routes import Entries, standard_routes
 from metrics.samples import Labels
 from tests.unit.metrics.test_catalog import FULL, LABELS
 
@@ -106,6 +109,31 @@ def test_what_has_no_labels_is_there_before_anything_happened() -> None:
     text = AgentPage().render(gather(agent.instruments), "").body.decode()
     assert "podkeel_image_pull_seconds_count 0.0" in text
     assert 'podkeel_event_loop_lag_seconds_bucket{le="+Inf"} 0.0' in text
+
+
+async def test_what_waits_for_a_disk_is_read_aside_and_fails_alone() -> None:
+    readers: list[str] = []
+
+    def read() -> list[tuple[tuple[str, ...], float]]:
+        readers.append(threading.current_thread().name)
+        return [((), 7.0)]
+
+    def fail() -> list[tuple[tuple[str, ...], float]]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    agent = AgentMetrics()
+    agent.compute("podkeel_good_bytes", "", (), read, blocks=True)
+    agent.compute("podkeel_bad_bytes", "", (), fail, blocks=True)
+    routes = standard_routes(agent, CATALOG, no_entries, list)
+    body = (await routes["/metrics"]("")).body.decode()
+    assert "podkeel_good_bytes 7.0" in body
+    assert "\npodkeel_bad_bytes" not in body
+    assert len(readers) == 1
+    assert readers[0] != threading.current_thread().name
+
+
+async def no_entries() -> Entries:
+    return []
 
 
 def test_a_bound_belongs_to_its_own_bucket() -> None:

@@ -78,7 +78,7 @@ class Histogram:
 class Computed:
     """Values that are asked for at each scrape: label values and number.
 
-    ``read`` is called on the event loop, or on a thread if it ``blocks``: then it may wait for a disk and raise OSError.
+    ``read`` is called on the event loop, or on a thread if it ``blocks``: it may wait for disks and raise OSError.
     """
 
     def __init__(

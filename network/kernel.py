@@ -65,7 +65,7 @@ class KernelBridge:
                 )
             # A generated link-local address would be probed for a second, in which the node finds no IPv6 neighbour.
             quiet = [links.keep_without_generated_address(self.name)] if self._ipv6 else []
-            self._route.request([*quiet, links.set_up(self.name, mtu)])
+            self._route.request([links.configure_bridge(self.name), *quiet, links.set_up(self.name, mtu)])
             index = socket.if_nametoindex(self.name)
             present = set(self.addresses())
             changes = [links.add_address(index, address) for address in addresses]

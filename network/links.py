@@ -51,6 +51,8 @@ _VETH_INFO_PEER = 1
 _IFLA_BR_FORWARD_DELAY = 1
 _IFLA_BR_STP_STATE = 5
 _IFLA_BR_MCAST_SNOOPING = 23
+_IFLA_BR_MULTI_BOOLOPT = 46
+_BR_NO_LINK_LOCAL_LEARNING = 1
 _IFLA_BRPORT_MODE = 4
 _IFLA_INET6_ADDR_GEN_MODE = 8
 _IN6_ADDR_GEN_MODE_NONE = 1
@@ -71,16 +73,27 @@ _RTN_LOCAL = 2
 
 
 def add_bridge(name: str, mac: bytes, mtu: int) -> Message:
-    """Make a bridge that forwards at once (no spanning tree) and floods multicast, as a switch without a querier."""
+    """Make a bridge; ``configure_bridge`` says how it works."""
+    kind = nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "bridge"))
+    body = _interface() + text(_IFLA_IFNAME, name) + attribute(_IFLA_ADDRESS, mac) + number32(_IFLA_MTU, mtu) + kind
+    return Message(_RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
+
+
+def configure_bridge(name: str) -> Message:
+    """Have a bridge forward at once (no spanning tree) and flood multicast, as a switch without a querier.
+
+    It learns nothing from frames to 01:80:c2:00:00:0x, which pass no packet filter before the bridge learns from them:
+    a pod could say in one that another's MAC is its own.
+    """
     data = nested(
         _IFLA_INFO_DATA,
         number32(_IFLA_BR_FORWARD_DELAY, 0),
         number32(_IFLA_BR_STP_STATE, 0),
         attribute(_IFLA_BR_MCAST_SNOOPING, b"\0"),
+        attribute(_IFLA_BR_MULTI_BOOLOPT, struct.pack("=II", _BR_NO_LINK_LOCAL_LEARNING, _BR_NO_LINK_LOCAL_LEARNING)),
     )
     kind = nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "bridge"), data)
-    body = _interface() + text(_IFLA_IFNAME, name) + attribute(_IFLA_ADDRESS, mac) + number32(_IFLA_MTU, mtu) + kind
-    return Message(_RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
+    return Message(_RTM_NEWLINK, 0, _interface() + text(_IFLA_IFNAME, name) + kind)
 
 
 def set_up(name: str, mtu: int | None = None) -> Message:

@@ -43,6 +43,7 @@ table bridge {table} {{
 """
 
 # The filter on 127.0.0.0/8 comes before address translation: with route_localnet the bridge would let it through.
+# Frames to 01:80:c2:00:00:0x go up from a pod's link itself, past the bridge and its filter: nothing of pods comes so.
 # The redirects dropped are those the node sends when a packet leaves on the bridge it came from.
 _INET_TABLE = (
     """
@@ -51,6 +52,7 @@ table inet {table} {{
   set unmasked6 {{ type ipv6_addr; flags interval; auto-merge; {unmasked6} }}
   chain guard {{
     type filter hook prerouting priority -300; policy accept;
+    iifname "{prefix}*" drop
     iifname "{bridge}" ip daddr 127.0.0.0/8 drop
   }}
 """

@@ -27,6 +27,11 @@ def udp(macs: tuple[str, str], addresses: tuple[str, str], port: int, payload: b
     return _mac(macs[1]) + _mac(macs[0]) + b"\x08\x00" + head + datagram
 
 
+def lldp(source: str) -> bytes:
+    """An empty frame of the link layer discovery protocol."""
+    return _mac("01:80:c2:00:00:0e") + _mac(source) + b"\x88\xcc" + bytes(46)
+
+
 def crc32c(data: bytes) -> int:
     """The checksum of SCTP (RFC 9260, appendix A)."""
     register = 0xFFFFFFFF

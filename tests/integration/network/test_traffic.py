@@ -11,6 +11,9 @@ from tests.integration.network import frames
 from tests.integration.network.conftest import Node, Outside, running_node
 from tests.integration.network.namespaces import command, exchange, listen, receive_on, talk
 
+# The address of LLDP: a bridge hands such frames to the node as they come.
+PAST_THE_BRIDGE = "01:80:c2:00:00:0e"
+
 
 @pytest.mark.parametrize("version", [4, 6])
 async def test_pods_and_node_reach_each_other_with_their_own_addresses(dual: Node, version: int) -> None:
@@ -62,15 +65,31 @@ async def test_a_pod_cannot_use_what_is_not_its_own(node: Node) -> None:
             b"victim's mac": ((other, bridge), (liar.ip, gateway)),
             b"both of the victim": ((other, bridge), (victim.ip, gateway)),
             b"an address of nobody": ((own, bridge), (f"{node.subnet}.99", gateway)),
+            b"past the bridge": ((own, PAST_THE_BRIDGE), (victim.ip, gateway)),
+            b"past the bridge, as itself": ((own, PAST_THE_BRIDGE), (liar.ip, gateway)),
         }
         for payload, (macs, addresses) in lies.items():
             wire.send(frames.udp(macs, addresses, port, payload))
         wire.send(frames.udp((own, bridge), (liar.ip, gateway), port, b"truth"))
         assert server.recv(64) == b"truth"
-        await load(remove_script(node.bridge))  # the control: without the rules the same lie arrives
-        macs, addresses = lies[b"victim's address"]
-        wire.send(frames.udp(macs, addresses, port, b"victim's address"))
-        assert server.recv(64) == b"victim's address"
+        await load(remove_script(node.bridge))  # the control: without the rules the same lies arrive
+        for payload in (b"victim's address", b"past the bridge"):
+            wire.send(frames.udp(*lies[payload], port, payload))
+            assert server.recv(64) == payload
+
+
+async def test_a_pod_cannot_take_anothers_place_on_the_bridge(node: Node) -> None:
+    liar, victim = await node.pod("liar"), await node.pod("victim")
+    with listen(victim.namespace, 80) as server, liar.namespace.packet_socket() as wire:
+        talk(None, server, (victim.ip, 80))
+        wire.send(frames.lldp(victim.attachment.mac))
+        talk(None, server, (victim.ip, 80))
+        command("ip", "link", "set", node.bridge, "type", "bridge", "no_linklocal_learn", "0")
+        wire.send(frames.lldp(victim.attachment.mac))  # the control: now the bridge believes it
+        with pytest.raises(TimeoutError):
+            talk(None, server, (victim.ip, 80))
+        await node.restart()
+        talk(victim.namespace, server, (victim.ip, 80))
 
 
 async def test_a_pod_cannot_announce_anothers_address(dual: Node) -> None:

@@ -15,11 +15,14 @@ from types import TracebackType
 from typing import Self
 
 from host.errors import CommandError, DeadlineError, UnavailableError
+from host.reaping import reap
 from host.spawning import posix_spawn
 from host.threads import in_thread, wait_out
 
 OUTPUT_LIMIT = 16 * 1024 * 1024
 _CHUNK = 256 * 1024
+# How long the end of a process is waited for that was killed.
+_HELD_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,22 +123,26 @@ async def wait_ended(pidfd: int) -> None:
         asyncio.get_running_loop().remove_reader(pidfd)
 
 
-def reap(pidfd: int) -> int | None:
-    """Collect an ended child's status (minus the signal, if one killed it); None if it runs or is not our child."""
-    try:
-        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-    except ChildProcessError:
-        return None
-    if result is None:
-        return None
-    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+async def end_child(pid: int, pidfd: int) -> int | None:
+    """SIGKILL to a child and its process group; waits for its end, also when the caller is cancelled meanwhile.
+
+    Closes ``pidfd``. Returns how it ended, as ``reap`` does; None if the kernel held it for seconds: it is collected
+    when it ends.
+    """
+    kill_group(pid)
+    return await wait_out(asyncio.ensure_future(_collect_killed(pidfd)))
 
 
-def reap_ended(pidfd: int) -> int:
-    """The same for a child that has ended or was sent SIGKILL, so that waiting for it takes no time."""
-    result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    assert result is not None
-    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+async def _collect_killed(pidfd: int) -> int | None:
+    ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+
+    def collect() -> None:
+        ended.set_result(reap(pidfd))
+        os.close(pidfd)
+
+    watch_exit(pidfd, collect)
+    await asyncio.wait({ended}, timeout=_HELD_SECONDS)
+    return ended.result() if ended.done() else None
 
 
 def start_time(pid: int) -> int | None:
@@ -290,21 +297,20 @@ async def run(
                 child_ends.callback(os.close, mapping[0])
             pid = await spawn_aside(command, environment=environment, descriptors=mapping)
         pidfd = open_child(pid)
-        stack.callback(os.close, pidfd)
         watch_exit(pidfd, lambda: None if ended.done() else ended.set_result(None))
-        stack.callback(loop.remove_reader, pidfd)
         try:
             if on_start is not None:
                 on_start(pid)
             async with asyncio.timeout(timeout):
                 await ended
         except BaseException as error:
-            kill_group(pid)
-            reap_ended(pidfd)
+            loop.remove_reader(pidfd)
+            await end_child(pid, pidfd)
             if isinstance(error, TimeoutError):
                 raise DeadlineError(f"{command[0]} did not finish within {timeout:g} s") from error
             raise
         status = reap(pidfd)
+        os.close(pidfd)
         stdout.drain()
         stderr.drain()
     completed = Completed(status if status is not None else 255, bytes(stdout.data), bytes(stderr.data))

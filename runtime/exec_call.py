@@ -21,6 +21,7 @@ import msgspec
 from host import processes
 from host.errors import CommandError, DeadlineError
 from host.null_device import open_private_null
+from host.reaping import reap
 from host.threads import in_thread, wait_out
 from runtime.console_socket import ConsoleSocket
 from runtime.oci_runtime import OciRuntime, naming
@@ -53,7 +54,7 @@ class ExecProcess:
         processes.watch_exit(self._pidfd, self._on_end)
 
     def _on_end(self) -> None:
-        status = processes.reap(self._pidfd)
+        status = reap(self._pidfd)
         os.close(self._pidfd)
         _strays.awaited.discard(self.pid)
         self.ended.set_result(255 if status is None else status if status >= 0 else 128 - status)
@@ -210,17 +211,16 @@ class ExecCall:
             async with asyncio.timeout(_START_SECONDS):
                 await processes.wait_ended(pidfd)
         except BaseException as error:
-            processes.kill_group(self._runtime_pid)
+            await processes.end_child(self._runtime_pid, pidfd)
             if (leader := _leader(self._pid_file)) is not None:
                 _kill(leader)
             if isinstance(error, TimeoutError):
                 program = self._runtime.options.path
                 raise DeadlineError(f"{program} did not start {self._program!r} in {_START_SECONDS:g} s") from error
             raise
-        finally:
-            status = processes.reap_ended(pidfd)
-            os.close(pidfd)
-        return status
+        status = reap(pidfd)
+        os.close(pidfd)
+        return 255 if status is None else status
 
     async def _finish(self, starting: asyncio.Future[ExecProcess]) -> None:
         if not starting.done():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from host import processes
 from host.errors import CommandError, DeadlineError, PodkeelError, WrongStateError
+from host.reaping import reap
 from host.stages import Operation
 from host.threads import in_thread, wait_out
 from proto.runtime.v1 import cri_pb2
@@ -315,7 +316,7 @@ class Lifecycle:
 
     def _close_monitor(self, container: Container) -> None:
         if container.monitor_descriptor is not None:
-            processes.reap(container.monitor_descriptor)
+            reap(container.monitor_descriptor)
             os.close(container.monitor_descriptor)
             container.monitor_descriptor = None
 

@@ -13,6 +13,7 @@ import msgspec
 
 from host import processes
 from host.errors import PodkeelError
+from host.reaping import reap
 from host.threads import in_fresh_thread, in_thread, wait_out
 from runtime.layout import ContainerFolder, Layout
 from runtime.oci_runtime import plain_message
@@ -218,7 +219,7 @@ class Monitors:
 
 def _reap_when_ended(pidfd: int) -> None:
     def ended() -> None:
-        processes.reap(pidfd)
+        reap(pidfd)
         os.close(pidfd)
 
     processes.watch_exit(pidfd, ended)

@@ -10,6 +10,7 @@ import asyncio, os
 from pathlib import Path
 from host import processes
 from host.orphans import Orphans
+from host.reaping import reap
 
 async def main():
     orphans = Orphans(patience=0.05)
@@ -22,7 +23,7 @@ async def main():
     ended = asyncio.Event()
     processes.watch_exit(pidfd, ended.set)
     await ended.wait()
-    assert processes.reap(pidfd) == 7
+    assert reap(pidfd) == 7
     async with asyncio.timeout(10):
         while Path(f"/proc/{orphan}").exists():
             await asyncio.sleep(0.02)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from host.errors import InvalidArgumentError, KubeletReasonError
-from host.processes import open_process, reap_ended, spawn
+from host.processes import end_child, open_process, spawn
 from tests.integration.images.conftest import Node
 from tests.integration.images.test_restart import PROGRAM
 from tests.support.image_builder import BuiltImage, digest_of, entry, make_tar
@@ -135,9 +134,7 @@ async def test_a_killed_pull_is_resumed(node: Node, front: Front, built: BuiltIm
     try:
         await until(lambda: sum(partials(node).values()) > 1_000_000)
     finally:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        reap_ended(pidfd)
-        os.close(pidfd)
+        await end_child(pid, pidfd)
     left = partials(node)
     front.trickle = 0
     front.seen.clear()

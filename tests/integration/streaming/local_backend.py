@@ -17,6 +17,7 @@ from cri.streaming.process_io import ProcessIO, open_pipes
 from cri.streaming.tokens import AttachRequest, ExecRequest
 from host import processes
 from host.errors import CommandError, NotFoundError, PodkeelError, WrongStateError
+from host.reaping import reap
 
 
 class LocalProcess:
@@ -31,7 +32,7 @@ class LocalProcess:
         processes.watch_exit(self._pidfd, self._ended)
 
     def _ended(self) -> None:
-        status = processes.reap(self._pidfd)
+        status = reap(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
         self._code.set_result(255 if status is None else status if status >= 0 else 128 - status)

@@ -1,0 +1,53 @@
+"""Collecting ended children: how one ended is known at once, what the kernel keeps of it is given back by a thread.
+
+Before waitid(2) returns, the kernel takes the process's entries out of its cache of /proc. That was seen to take 60 ms
+for a program with threads while others ended too, and a program in a container can make it long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import queue
+import threading
+
+
+def reap(pidfd: int) -> int | None:
+    """How an ended child ended: its exit status, or minus the signal that killed it; it is collected in the background.
+
+    None if it still runs, or is not our child. The descriptor stays the caller's.
+    """
+    try:
+        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    if ended is None:
+        return None
+    try:
+        own = os.dup(pidfd)
+    except OSError:  # no descriptor is left
+        _collect(pidfd)
+    else:
+        _collected_by_thread().put(own)
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+
+@functools.cache
+def _collected_by_thread() -> queue.SimpleQueue[int]:
+    """What a thread, started with the first use, takes pidfds of ended children from, which it closes."""
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def collect_all() -> None:
+        while True:
+            pidfd = ended.get()
+            _collect(pidfd)
+            os.close(pidfd)
+
+    threading.Thread(target=collect_all, name="reaper", daemon=True).start()
+    return ended
+
+
+def _collect(pidfd: int) -> None:
+    with contextlib.suppress(ChildProcessError):  # somebody else has
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)

@@ -16,7 +16,15 @@ VIRTME = "virtme-ng==1.42"
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "udev", "kmod", "procps", "linux-image-amd64", "apparmor"),
     *("crun", "runc", "conmon", "catatonit", "nftables", "iproute2", "busybox-static", "ca-certificates"),
-    *("docker-registry", "python3", "util-linux", "libcap2-bin", "selinux-policy-default", "policycoreutils"),
+    *(
+        "docker-registry",
+        "python3",
+        "util-linux",
+        "libcap2-bin",
+        "selinux-policy-default",
+        "policycoreutils",
+        "xfsprogs",
+    ),
 )
 POLICY = Path(__file__).with_name("selinux.cil")
 # What this needs of the host: a program of each package.

@@ -43,7 +43,7 @@ table inet {table} {{
 
 
 class HostPortTable:
-    """The table ``name``; it exists while a pod needs it."""
+    """The table ``name``; there from the first pod that needs it on, as its guard must stay: see ``open_localhost``."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -51,11 +51,13 @@ class HostPortTable:
     async def load(self, records: Iterable[CniRecord]) -> None:
         """Make the table hold the host ports of the records that need it; raises CommandError with nft's complaint."""
         forwarding = _forwarding(records)
-        script = f"table inet {self.name}\ndelete table inet {self.name}\n"
-        if forwarding:
-            script += self._script(forwarding)
+        if forwarding or await ruleset.listing(self.name, families=("inet",)) is not None:
+            await ruleset.load(self._removal + self._script(forwarding))
             await threads.in_thread(open_localhost, [attachment for _, attachment in forwarding])
-        await ruleset.load(script)
+
+    async def remove(self) -> None:
+        """Remove the table, where there is one."""
+        await ruleset.load(self._removal)
 
     async def findings(self, records: Iterable[CniRecord]) -> list[Finding]:
         """Where the table differs from what the records need."""
@@ -64,6 +66,10 @@ class HostPortTable:
         if listing is None:
             return [Finding("nftables table", self.name, "missing")] if wanted else []
         return compare_sets(wanted, set(), ruleset.listed_elements(listing))
+
+    @property
+    def _removal(self) -> str:
+        return f"table inet {self.name}\ndelete table inet {self.name}\n"
 
     def _script(self, forwarding: Sequence[tuple[CniRecord, Attachment]]) -> str:
         held: dict[str, list[str]] = {}
@@ -93,7 +99,10 @@ async def forget_flows(mappings: Sequence[PortMapping]) -> None:
 
 
 def open_localhost(attachments: Sequence[Attachment]) -> None:
-    """Let the node reach the pods from 127.0.0.1; the table's guard keeps others from using that.
+    """Let the node reach the pods from 127.0.0.1; the table's guard keeps others from using that, then and afterwards.
+
+    The links may be those of other pods too, which could then reach the node's 127.0.0.1; so could the network around
+    it. They are not closed again, as others may rely on them by then.
 
     One that the node has no way to (any more) is told in the log: the ports of the others must work all the same.
     """

@@ -290,7 +290,8 @@ class CniNetwork:
             if isinstance(answer, BaseException) and not (force and isinstance(answer, PodkeelError)):
                 raise answer
         given_up = [await self.give_up(id_) for id_ in list(self._records)] if force else []
-        await self._load_table()
+        async with self._loading_table:
+            await self._table.remove()
         await self.stop()
         return [sentence for sentence in given_up if sentence is not None]
 

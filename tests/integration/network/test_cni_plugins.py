@@ -12,6 +12,7 @@ import pytest
 
 from host.errors import AlreadyExistsError
 from network.attachment import Bandwidth, PortMapping
+from tests.integration.network import frames
 from tests.integration.network.cni import CniNode, clean_iptables, cni_node, iptables_rules
 from tests.integration.network.conftest import Outside
 from tests.integration.network.namespaces import (
@@ -150,8 +151,33 @@ async def test_host_ports_without_a_plugin_for_them(node: CniNode, outside: Outs
     with listen(pod.namespace, 80) as server:
         talk(None, server, ("127.0.0.1", tcp))
     await node.network.detach("server")
-    assert table not in nft_tables()
+    with pytest.raises(ConnectionRefusedError):
+        talk(None, server, ("127.0.0.1", tcp))
     await node.pod("late", PortMapping("tcp", 80, tcp))
+    await node.network.destroy()
+    assert table not in nft_tables()
+
+
+async def test_the_nodes_loopback_stays_closed_to_pods_after_the_last_host_port(node: CniNode) -> None:
+    node.configure(node.bridge_plugin())
+    await node.start()
+    pod, _ = await node.pod("one"), await node.pod("server", PortMapping("tcp", 80, _free_port()))
+    await node.network.detach("server")
+    await node.restart("one")
+    gateway, bridge = f"{node.subnet}.1", mac_of(node.bridge)
+    own = pod.attachment.mac
+    with receive_on(None, 0, host="127.0.0.1") as private, receive_on(None, 0, host=gateway) as public:
+        with pod.namespace.packet_socket() as wire:
+            for server in (private, public):
+                address, port = server.getsockname()
+                wire.send(frames.udp((own, bridge), (pod.ip, address), port, b"from a pod"))
+            assert public.recv(64) == b"from a pod"
+            private.settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                private.recv(64)
+            command("nft", "delete", "table", "inet", f"{node.bridge}b_cni")
+            wire.send(frames.udp((own, bridge), (pod.ip, "127.0.0.1"), private.getsockname()[1], b"from a pod"))
+            assert private.recv(64) == b"from a pod"  # the control: it is the table that keeps it closed
 
 
 async def test_ipv6_host_ports_without_a_plugin_for_them(node: CniNode, outside: Outside) -> None:

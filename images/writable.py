@@ -6,28 +6,37 @@ No call walks a tree.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import queue
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from images.project_quota import ProjectQuotas
 
 OLDEST_SECONDS = 10.0
+TRUSTED_SECONDS = 600.0  # files may also change by a hand from outside the container
 
 _BLOCK = 512  # the unit of st_blocks, whatever the file system's own (stat(2))
 _BATCH = 256  # entries between two looks at the time
-_DUTY = 0.2  # the part of one core that counting takes at most
-_REST = 50  # a tree that takes a second to count is counted again after this many
+_DUTY = 0.2  # the part of one core that counting takes while it goes on
+_SMALL_SECONDS = 0.0002  # of processor time: not quite a hundred files
+_SHARE = 0.01  # the part of one core that all trees that are not small take together
+
+# Something that changes when a container may have written; None: nobody knows. It must not raise.
+Activity = Callable[[str], int | None]
 
 
 @dataclass(frozen=True, slots=True)
 class WritableUsage:
-    """What one container wrote takes on disk, its folder included, and when (nanoseconds since the epoch) that was."""
+    """What one container wrote takes on disk, its folder included, and when (nanoseconds since the epoch) that was.
+
+    That is in its root file system, and in the folders of its image's VOLUMEs.
+    """
 
     time_ns: int
     used_bytes: int
@@ -36,8 +45,12 @@ class WritableUsage:
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
+    """What was counted after the container's ``activity`` was that; times on the monotonic clock."""
+
     usage: WritableUsage
     due: float
+    trusted_until: float = 0.0
+    activity: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +63,23 @@ class _Project:
 
 
 class WritableLayers:
-    """Tells what the folders that ``upper`` gives for container ids take; for any thread.
+    """Tells what the folders that ``upper`` gives for container ids, and ``volumes`` beside them, take; for any thread.
 
-    With a project of ``quotas`` it is what the file system says now. Without, it is what was counted last: an answer
-    that is older than ten seconds, or fifty times as long as the count takes, has the folder counted again, by one
-    thread that takes a fifth of a core at most. That thread has no lower priority than others: while it waited for a
-    processor it might hold what the whole process needs to go on.
+    With a project of ``quotas`` it is what the file system says now. Without, it is what was counted last. Where that
+    is older than ten seconds, one thread looks whether the container has been active since, and counts anew if so:
+    what did not run did not write. Small trees are counted as often as that, others as often as a hundredth of one core
+    allows for all of them. The thread has no lower priority than others: while it waited for a processor it might hold
+    what the whole process needs to go on.
     """
 
     def __init__(self, upper: Callable[[str], Path], quotas: ProjectQuotas | None = None) -> None:
+        self.activity: Activity = lambda _: None
         self._upper = upper
         self._quotas = quotas
         self.counted_because = "" if quotas is not None else "images.project_quotas is off"
         self._projects: dict[str, _Project] = {}
         self._counted: dict[str, _Counted] = {}
+        self._costs: dict[str, float] = {}  # seconds of processor time that trees took to count, without small ones
         self._waiting: set[str] = set()
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -125,6 +141,7 @@ class WritableLayers:
         """The container is gone."""
         with self._lock:
             self._counted.pop(container_id, None)
+            self._costs.pop(container_id, None)
         project = self._projects.pop(container_id, None)
         if project is not None and self._quotas is not None:
             self._quotas.take_back(project.id)
@@ -150,21 +167,40 @@ class WritableLayers:
 
     def _serve(self) -> None:
         while (container_id := self._queue.get()) is not None and not self._closing.is_set():
-            begin = time.monotonic()
-            counted = self._count(self._upper(container_id))
-            now = time.monotonic()
+            renewed = self._renewed(container_id, self._counted.get(container_id))
             with self._lock:
                 self._waiting.discard(container_id)
-                if counted is not None and container_id in self._counted:
-                    due = now + max(OLDEST_SECONDS, (now - begin) * _REST)
-                    self._counted[container_id] = _Counted(counted, due)
+                if renewed is not None and container_id in self._counted:
+                    self._counted[container_id] = renewed
 
-    def _count(self, folder: Path) -> WritableUsage | None:
-        """None when it is cut short by the end, or when the folder is gone."""
+    def _renewed(self, container_id: str, known: _Counted | None) -> _Counted | None:
+        """None when the count is cut short by the end, or the folder is gone."""
+        activity, now = self.activity(container_id), time.monotonic()
+        if known is not None and activity is not None and activity == known.activity and now < known.trusted_until:
+            usage = replace(known.usage, time_ns=time.time_ns())
+            return replace(known, usage=usage, due=now + OLDEST_SECONDS)
+        before = time.thread_time()
+        counted = self._count(self._upper(container_id))
+        if counted is None:
+            return None
+        pause, now = self._pause(container_id, time.thread_time() - before), time.monotonic()
+        return _Counted(counted, now + pause, now + max(pause, TRUSTED_SECONDS), activity)
+
+    def _pause(self, container_id: str, cost: float) -> float:
+        """For how long a tree is not counted again, by the processor time that it took."""
+        with self._lock:
+            if cost > _SMALL_SECONDS and container_id in self._counted:
+                self._costs[container_id] = cost
+                return max(OLDEST_SECONDS, sum(self._costs.values()) / _SHARE)
+            self._costs.pop(container_id, None)
+            return OLDEST_SECONDS
+
+    def _count(self, upper: Path) -> WritableUsage | None:
         blocks = inodes = 0
         linked: set[int] = set()
         begin = time.monotonic()
-        for number, status in enumerate(_statuses(str(folder)), start=1):
+        statuses = itertools.chain(_statuses(str(upper)), _statuses(str(upper.with_name("volumes"))))
+        for number, status in enumerate(statuses, start=1):
             if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
                 if status.st_ino in linked:
                     continue

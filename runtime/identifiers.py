@@ -44,9 +44,13 @@ class Registry(Generic[T]):
         if self._objects.pop(item_id, None) is not None:
             del self._sorted[bisect.bisect_left(self._sorted, item_id)]
 
+    def exact(self, item_id: str) -> T | None:
+        """The object of this very id, if there is one; for any thread."""
+        return self._objects.get(item_id)
+
     def find(self, item_id: str) -> T | None:
         """The object of an id or unique prefix; None if there is none. Raises InvalidArgumentError if ambiguous."""
-        exact = self._objects.get(item_id)
+        exact = self.exact(item_id)
         if exact is not None or not item_id:
             return exact
         first = bisect.bisect_left(self._sorted, item_id)

@@ -21,6 +21,7 @@ from runtime.sandbox import Sandbox, SandboxState
 
 # A rate since the start tells something about now only while the start is not long ago.
 _YOUNG_NS = 20_000_000_000
+_ENDED = -1
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -106,6 +107,17 @@ class Meters:
         if container.exited.is_set():  # it was forgotten while we made this
             self.forget(container.id)
         return meter
+
+    def processor_time(self, container: Container) -> int | None:
+        """Nanoseconds that a container has used, which stand still while nothing in it runs; -1 when it does not run.
+
+        None where they do not tell whether its files change: whoever sees its processes may reach them too.
+        """
+        meter = self.of_container(container)
+        if meter is None:
+            return _ENDED
+        usage = meter.cgroup.cpu_usage() if container.record.private_pid_namespace else None
+        return usage.usage_ns if usage is not None else None
 
     def of_sandbox(self, sandbox: Sandbox) -> Meter | None:
         """The meter of a sandbox's parent cgroup; None when it is not ready."""

@@ -73,11 +73,16 @@ class Node:
         self.start_parallelism = self.options.container_start_parallelism or max(2, os.cpu_count() or 1)
         self.starting = asyncio.Semaphore(self.start_parallelism)
         self.meters = Meters(self.cgroups)
+        self.snapshots.writable.activity = self._activity
 
     def expect_container(self) -> None:
         """A container is about to be made: let the kernel prepare for it in the background."""
         if self._preparing is None or self._preparing.done():
             self._preparing = asyncio.get_running_loop().run_in_executor(None, self.cgroups.prepare_for_moves)
+
+    def _activity(self, container_id: str) -> int | None:
+        container = self.containers.exact(container_id)
+        return self.meters.processor_time(container) if container is not None else None
 
     def containers_of(self, sandbox: Sandbox) -> list[Container]:
         """Containers of a sandbox, oldest first, also those being made."""

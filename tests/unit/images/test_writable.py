@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,91 @@ def test_old_counts_are_renewed_when_asked_for(
         return usage.inodes if usage is not None else 0
 
     wait_for(lambda: inodes() == 3, what="a new count")
+
+
+def count_again(layers: WritableLayers, container_id: str) -> WritableUsage:
+    """The first answer that is newer than the one there is."""
+    known = layers.usage(container_id)
+    assert known is not None
+
+    def newer() -> bool:
+        usage = layers.usage(container_id)
+        return usage is not None and usage.time_ns > known.time_ns
+
+    wait_for(newer, what="a newer answer")
+    usage = layers.usage(container_id)
+    assert usage is not None
+    return usage
+
+
+def test_what_did_not_run_is_not_walked(
+    layers: WritableLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writable, "OLDEST_SECONDS", 0.05)
+    activity: dict[str, int | None] = {"a": 7}
+    layers.activity = activity.get
+    (tmp_path / "a").mkdir()
+    assert counted(layers, "a").inodes == 1
+    (tmp_path / "a" / "one").mkdir()
+    assert count_again(layers, "a").inodes == 1
+    activity["a"] = 8
+    wait_for(lambda: count_again(layers, "a").inodes == 2, what="a count after it ran")
+    (tmp_path / "a" / "two").mkdir()
+    assert count_again(layers, "a").inodes == 2
+    activity["a"] = None  # nobody knows
+    wait_for(lambda: count_again(layers, "a").inodes == 3, what="a count")
+
+
+def test_no_count_is_trusted_for_good(layers: WritableLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writable, "OLDEST_SECONDS", 0.02)
+    monkeypatch.setattr(writable, "TRUSTED_SECONDS", 0.2)
+    layers.activity = lambda _: 7
+    (tmp_path / "a").mkdir()
+    assert counted(layers, "a").inodes == 1
+    (tmp_path / "a" / "one").mkdir()
+    wait_for(lambda: count_again(layers, "a").inodes == 2, what="a count though nothing ran")
+
+
+def test_large_trees_share_a_small_part_of_a_core(
+    layers: WritableLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writable, "OLDEST_SECONDS", 0.0)
+    monkeypatch.setattr(writable, "_SHARE", 0.02)
+    names = ["a", "b", "c"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        for number in range(600):
+            (tmp_path / name / str(number)).touch()
+        assert counted(layers, name).inodes == 601
+    assert layers._thread is not None
+    assert layers._thread.ident is not None
+    clock = time.pthread_getcpuclockid(layers._thread.ident)
+    for name in names:
+        count_again(layers, name)  # each pause is as long as all three ask for by now
+    begin, used = time.monotonic(), time.clock_gettime(clock)
+    rounds = 0
+    while time.monotonic() < begin + 1.0:
+        for name in names:
+            layers.usage(name)
+        rounds += 1
+        time.sleep(0.001)
+    share = (time.clock_gettime(clock) - used) / (time.monotonic() - begin)
+    assert rounds > 20
+    assert share < 0.06  # 0.02, and one count may fall in more than belongs to that second
+
+
+def test_folders_of_image_volumes_are_counted(tmp_path: Path) -> None:
+    layers = WritableLayers(lambda container_id: tmp_path / container_id / "upper")
+    try:
+        (tmp_path / "a" / "upper").mkdir(parents=True)
+        (tmp_path / "a" / "work" / "work").mkdir(parents=True)
+        (tmp_path / "a" / "volumes" / "data").mkdir(parents=True)
+        (tmp_path / "a" / "volumes" / "data" / "file").write_bytes(os.urandom(100_000))
+        usage = counted(layers, "a")
+        assert usage.inodes == 4
+        assert usage.used_bytes >= 100_000
+    finally:
+        layers.close()
 
 
 def test_what_is_forgotten_stays_forgotten(layers: WritableLayers, tmp_path: Path) -> None:

@@ -38,10 +38,8 @@ class Cgroup:
 
     cpu_usage: Callable[[], CpuUsage | None]
     cpu: Callable[[], CpuReading | None]
-    memory: Callable[[], MemoryReading | None]
-    memory_events: Callable[[], MemoryEvents | None]
+    memory: Callable[[], tuple[MemoryReading | None, MemoryEvents | None]]
     limited_memory: Callable[[], LimitedMemory | None]
-    oom_kills: Callable[[], int | None]
     pids: Callable[[], PidsReading | None]
     tasks: Callable[[], int | None]
     pressure: Callable[[], PressureReading | None]
@@ -54,9 +52,7 @@ class Cgroup:
         memory = self._folder("memory")
         old = hierarchies.v1.keys()
         self.memory = partial(v1.memory if "memory" in old else v2.memory, memory)
-        self.memory_events = partial(v1.memory_events if "memory" in old else v2.memory_events, memory)
         self.limited_memory = partial(v1.limited_memory if "memory" in old else v2.limited_memory, memory)
-        self.oom_kills = partial(v1.oom_kills if "memory" in old else v2.oom_kills, memory)
         self.pids = partial(v2.pids, self._folder("pids"))
         self.tasks = partial(v2.tasks, self._folder("pids"))
         accounting = self._folder("cpuacct")
@@ -92,10 +88,11 @@ class Cgroup:
 
     def read(self) -> Reading:
         """Everything."""
+        memory, events = self.memory()
         return Reading(
             cpu=self.cpu(),
-            memory=self.memory(),
-            memory_events=self.memory_events(),
+            memory=memory,
+            memory_events=events,
             io=self.io(),
             pids=self.pids(),
             hugetlb=self.hugetlb(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -113,7 +114,9 @@ class Folder:
             content = read_rest(descriptor, 0)
             keep = self._budget.take()
             return content
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:  # pressure, on a kernel that is not asked to keep it
+                self._missing.add(name)
             return None
         finally:
             if keep:

@@ -61,14 +61,21 @@ def cpu(cpuacct: Folder, cpu_folder: Folder) -> CpuReading | None:
     )
 
 
-def memory(folder: Folder) -> MemoryReading | None:
-    """Usage and the hierarchical counters of memory.stat."""
+def memory(folder: Folder) -> tuple[MemoryReading | None, MemoryEvents | None]:
+    """Usage and the hierarchical counters of memory.stat; limit hits, OOM kills, the peak and kernel memory.
+
+    v1 has no high limit, and its hits are what v2 calls max. OOM kills are those in this cgroup, not below it.
+    """
     found = _memory(folder)
-    return found[0] if found is not None else None
+    failures, kernel, most, control = folder.read_all(_EVENT_FILES)
+    if found is None or failures is None:
+        return found and found[0], None
+    hits, killed = int(failures), _OOM_CONTROL.parse(control or b"")[0]
+    return found[0], MemoryEvents(number(kernel), number(most), hits, killed, 0, hits)
 
 
 def limited_memory(folder: Folder) -> LimitedMemory | None:
-    """The same with the limits; v1 keeps that of swap as one of memory and swap together."""
+    """The usage with the limits; v1 keeps that of swap as one of memory and swap together."""
     found = _memory(folder)
     if found is None:
         return None
@@ -87,28 +94,6 @@ def _memory(folder: Folder) -> tuple[MemoryReading, int] | None:
         return None
     smallest, swap, *others = counters
     return memory_reading(int(usage), swap, others), smallest
-
-
-def memory_events(folder: Folder) -> MemoryEvents | None:
-    """Limit hits, OOM kills, the peak and kernel memory; v1 has no high limit, and its hits are what v2 calls max."""
-    failures, kernel, most, control = folder.read_all(_EVENT_FILES)
-    if failures is None:
-        return None
-    hits = int(failures)
-    return MemoryEvents(
-        kernel=number(kernel),
-        max_usage=number(most),
-        failures=hits,
-        oom_kills=_OOM_CONTROL.parse(control or b"")[0],
-        high_events=0,
-        max_events=hits,
-    )
-
-
-def oom_kills(folder: Folder) -> int | None:
-    """Processes that the OOM killer took from this cgroup (not from those below it)."""
-    content = folder.read("memory.oom_control")
-    return None if content is None else _OOM_CONTROL.parse(content)[0]
 
 
 def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None]:

@@ -32,6 +32,7 @@ _CPU_STAT = Fields(
     "burst_usec",
 )
 _MEMORY_STAT = Fields(
+    "kernel",
     "anon",
     "file",
     "file_mapped",
@@ -42,10 +43,11 @@ _MEMORY_STAT = Fields(
     "workingset_refault_anon",
     "workingset_refault_file",
 )
-_KERNEL = Fields("kernel", "anon")
 _MEMORY_EVENTS = Fields("high", "max", "oom", "oom_kill")
 _HUGETLB_EVENTS = Fields("max", "max")
-_MEMORY_FILES = ("memory.current", "memory.stat", "memory.swap.current", "memory.max", "memory.swap.max")
+_MEMORY_FILES = ("memory.current", "memory.stat", "memory.swap.current")
+_LIMITED_FILES = (*_MEMORY_FILES, "memory.max", "memory.swap.max")
+_EVENT_FILES = (*_MEMORY_FILES, "memory.events", "memory.peak")
 _PRESSURE_FILES = ("cpu.pressure", "memory.pressure", "io.pressure")
 
 
@@ -74,43 +76,36 @@ def cpu(folder: Folder) -> CpuReading | None:
     )
 
 
-def memory(folder: Folder) -> MemoryReading | None:
-    """Usage, swap and the counters of memory.stat (hierarchical on v2)."""
-    return _memory(folder, *folder.read_all(_MEMORY_FILES[:3]))
+def memory(folder: Folder) -> tuple[MemoryReading | None, MemoryEvents | None]:
+    """Usage, swap and the counters of memory.stat (hierarchical on v2).
+
+    With limit hits, OOM kills, the peak (kernel 5.19 and later) and kernel memory (5.18 and later).
+    """
+    *files, events, peak = folder.read_all(_EVENT_FILES)
+    found = _memory(folder, *files)
+    if found is None or events is None:
+        return found and found[0], None
+    reading, kernel = found
+    high, most, _, killed = _MEMORY_EVENTS.parse(events)
+    return reading, MemoryEvents(kernel, number(peak), most, killed, high, most)
 
 
 def limited_memory(folder: Folder) -> LimitedMemory | None:
-    """The same with the limits."""
-    usage, stat, swap, limit, swap_limit = folder.read_all(_MEMORY_FILES)
-    reading = _memory(folder, usage, stat, swap)
-    return LimitedMemory(reading, number(limit), number(swap_limit)) if reading is not None else None
+    """The usage with the limits."""
+    *files, limit, swap_limit = folder.read_all(_LIMITED_FILES)
+    found = _memory(folder, *files)
+    return LimitedMemory(found[0], number(limit), number(swap_limit)) if found is not None else None
 
 
-def _memory(folder: Folder, usage: bytes | None, stat: bytes | None, swap: bytes | None) -> MemoryReading | None:
+def _memory(
+    folder: Folder, usage: bytes | None, stat: bytes | None, swap: bytes | None
+) -> tuple[MemoryReading, int] | None:
+    """A reading, and kernel memory."""
     counters = folder.parsed_content("memory.stat", stat, _MEMORY_STAT.parse)
-    return None if usage is None or counters is None else memory_reading(int(usage), number(swap) or 0, counters)
-
-
-def memory_events(folder: Folder) -> MemoryEvents | None:
-    """Limit hits, OOM kills, the peak (kernel 5.19 and later) and kernel memory (5.18 and later)."""
-    content = folder.read("memory.events")
-    if content is None:
+    if usage is None or counters is None:
         return None
-    high, most, _, killed = _MEMORY_EVENTS.parse(content)
-    return MemoryEvents(
-        kernel=_KERNEL.parse(folder.read("memory.stat") or b"")[0],
-        max_usage=folder.number("memory.peak"),
-        failures=most,
-        oom_kills=killed,
-        high_events=high,
-        max_events=most,
-    )
-
-
-def oom_kills(folder: Folder) -> int | None:
-    """Processes that the OOM killer took from this cgroup and those below it."""
-    content = folder.read("memory.events")
-    return None if content is None else _MEMORY_EVENTS.parse(content)[3]
+    kernel, *others = counters
+    return memory_reading(int(usage), number(swap) or 0, others), kernel
 
 
 def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None]:
@@ -138,10 +133,12 @@ def io(folder: Folder) -> tuple[IoReading, ...]:
     content = folder.read("io.stat") or b""
     readings = []
     for line in content.decode().splitlines():
-        device, *pairs = line.split()
+        words = line.split()
+        # Linux 5.14 to 5.17 put devices without transfers on the next one's line.
+        device = next((word for word in reversed(words) if "=" not in word), "")
+        values = dict(word.split("=", 1) for word in words if "=" in word)
         major, colon, minor = device.partition(":")
-        if colon and pairs:
-            values = dict(pair.split("=", 1) for pair in pairs)
+        if colon and values:
             read, written, reads, writes = (int(values.get(key, 0)) for key in ("rbytes", "wbytes", "rios", "wios"))
             readings.append(IoReading(int(major), int(minor), read, written, reads, writes))
     return tuple(readings)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
-from host.errors import InvalidArgumentError, LimitError
+from host.errors import InvalidArgumentError, LimitError, WrongStateError
 
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
@@ -69,18 +69,32 @@ class AddressPool:
             self._newest = allocated_at
             self._next = value + 1
 
-    def allocate(self) -> IPAddress | None:
-        """The next address nobody holds and that has rested long enough; None if there is none."""
+    def allocate(self, beside: Collection[AddressPool] = ()) -> IPAddress | None:
+        """The next address nobody holds and that has rested long enough; None if there is none.
+
+        What the pools ``beside`` this one, whose ranges overlap it, hold is left alone.
+        """
         self.forget_rested()
         size = self._last - self._first + 1
-        if len(self._taken) + len(self._resting) >= size:
+        if self._held >= size:
             return None
         value = self._next if self._first <= self._next <= self._last else self._first
-        while value in self._taken or value in self._resting:
+        pools = (self, *beside)
+        for _ in range(min(size, 1 + sum(pool._held + 1 for pool in pools))):
+            if not any(pool.holds(value) for pool in pools):
+                self._taken.add(value)
+                self._next = value + 1
+                return type(self.network.network_address)(value)
             value = value + 1 if value < self._last else self._first
-        self._taken.add(value)
-        self._next = value + 1
-        return type(self.network.network_address)(value)
+        return None
+
+    def holds(self, value: int) -> bool:
+        """Whether an address is in use or rests, or is the gateway's."""
+        return value in self._taken or value in self._resting or value == self._first - 1
+
+    @property
+    def _held(self) -> int:
+        return len(self._taken) + len(self._resting)
 
     def give_back(self, address: IPAddress) -> None:
         """Take back an address that no pod ever used; it needs no rest."""
@@ -101,6 +115,10 @@ class AddressPool:
                 return
             del self._resting[value]
 
+    def is_taken(self, address: IPAddress) -> bool:
+        """Whether a pod holds an address."""
+        return int(address) in self._taken
+
     @property
     def taken(self) -> int:
         """How many addresses pods hold."""
@@ -120,9 +138,20 @@ class AddressBook:
         self.use(ranges)
 
     def use(self, ranges: Iterable[IPNetwork]) -> None:
-        """Give out addresses of these ranges from now on."""
-        self.current = tuple(ranges)
-        for network in self.current:
+        """Give out addresses of these ranges from now on; raises WrongStateError where a pod has a gateway's address.
+
+        They may overlap those before: what pods hold of them is not given out twice.
+        """
+        ranges = tuple(ranges)
+        for network in ranges:
+            for pool in self._overlapping(network):
+                if pool.is_taken(gateway_of(network)):
+                    raise WrongStateError(
+                        f"pod CIDR {network}: its gateway's address {gateway_of(network)} is that of a pod, given out "
+                        f"from {pool.network}: remove this pod first"
+                    )
+        self.current = ranges
+        for network in ranges:
             self._pool(network)
 
     def restore(
@@ -139,7 +168,7 @@ class AddressBook:
         for version in dict.fromkeys(network.version for network in self.current):
             pools = [self._pools[network] for network in self.current if network.version == version]
             for pool in pools:
-                if (address := pool.allocate()) is not None:
+                if (address := pool.allocate(self._overlapping(pool.network))) is not None:
                     chosen.append((pool.network, address))
                     break
             else:
@@ -162,6 +191,11 @@ class AddressBook:
     def in_use(self) -> tuple[IPNetwork, ...]:
         """The ranges for new pods and those that pods still hold addresses of."""
         return tuple(n for n, pool in self._pools.items() if n in self.current or pool.taken)
+
+    def _overlapping(self, network: IPNetwork) -> list[AddressPool]:
+        """The pools of other ranges that share addresses with this one."""
+        others = (pool for other, pool in self._pools.items() if other != network and other.version == network.version)
+        return [pool for pool in others if pool.network.overlaps(network)]
 
     def _pool(self, network: IPNetwork) -> AddressPool:
         if network not in self._pools:

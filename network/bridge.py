@@ -249,7 +249,10 @@ class BuiltInNetwork:
             self._reservations[key] = _Reservation(attachment, held.get(key, []), taken.get(key, []))
 
     def _bridge_addresses(self) -> list[IPInterface]:
-        return [ip_interface(f"{gateway_of(network)}/{network.prefixlen}") for network in self._book.in_use()]
+        """The gateways; one that ranges share, since they overlap, has the prefix of the largest."""
+        largest_last = sorted(self._book.in_use(), key=lambda network: network.prefixlen, reverse=True)
+        prefixes = {gateway_of(network): network.prefixlen for network in largest_last}
+        return [ip_interface(f"{gateway}/{prefix}") for gateway, prefix in prefixes.items()]
 
     async def _ensure(self) -> None:
         """Bring bridge and tables to what memory says; the tables are replaced in one transaction."""

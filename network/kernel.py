@@ -68,11 +68,12 @@ class KernelBridge:
             self._route.request([links.configure_bridge(self.name), *quiet, links.set_up(self.name, mtu)])
             index = socket.if_nametoindex(self.name)
             present = set(self.addresses())
-            changes = [links.add_address(index, address) for address in addresses]
+            # Deleted first: an IPv6 address is there once, so one with another prefix keeps it from being added.
+            changes = [links.delete_address(index, address) for address in present.difference(addresses)]
+            changes += [links.add_address(index, address) for address in addresses]
             if any(address.version == 6 for address in addresses):
                 own = link_local(bridge_mac(self.name).hex(":"))
                 changes.append(links.add_address(index, ip_interface(f"{own}/64")))
-            changes += [links.delete_address(index, address) for address in present.difference(addresses)]
             self._route.request(changes, tolerate=(errno.EEXIST, errno.EADDRNOTAVAIL))
             _await_addresses(self._route, (address.ip for address in addresses))
             sysctl.forward_ipv4(self.name)

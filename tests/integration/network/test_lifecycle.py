@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,26 @@ async def test_pod_cidrs_from_the_kubelet_are_used_and_remembered(node: Node) ->
     await _links_gone(node, old.attachment.host_interface)
     await node.restart()
     assert await node.network.audit(["new", "newer"]) == []
+
+
+async def test_pod_cidrs_may_overlap_those_before(dual: Node) -> None:
+    old = await dual.pod("old")
+    assert (old.address(4)[-2:], old.address(6)[-3:]) == (".2", "::2")
+    await dual.network.set_pod_cidrs([f"{old.address(4)[:-2]}.0/28", f"{old.address(6)[:-3]}::/120"])
+    new = await dual.pod("new")
+    assert new.attachment.addresses == (f"{old.address(4)[:-2]}.3", f"{old.address(6)[:-3]}::3")
+    for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+        with listen(old.namespace, 80, family) as server:
+            assert talk(new.namespace, server, (old.address(version), 80)) == new.address(version)
+            talk(None, server, (old.address(version), 80))
+    assert await dual.network.audit(["old", "new"]) == []
+    await dual.network.detach("old")
+    old.namespace.close()
+    await _links_gone(dual, old.attachment.host_interface)
+    await dual.restart()
+    assert await dual.network.audit(["new"]) == []
+    with listen(new.namespace, 80, socket.AF_INET6) as server:
+        talk(None, server, (new.address(6), 80))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from host.errors import InvalidArgumentError, LimitError
+from host.errors import InvalidArgumentError, LimitError, WrongStateError
 from network.addresses import AddressBook, AddressPool, IPAddress, gateway_of, parse_ranges
 
 
@@ -91,6 +91,35 @@ def test_families_come_in_the_order_of_the_ranges_and_all_or_nothing() -> None:
     book.use(parse_ranges(["fd00::/64"]))
     assert [str(address) for _, address in book.allocate()] == ["fd00::4"]
     assert {str(network) for network in book.in_use()} == {"fd00::/64", "10.0.0.0/30"}
+
+
+def test_ranges_that_overlap_older_ones_give_nothing_out_twice() -> None:
+    book = AddressBook(parse_ranges(["10.0.0.0/28"]), 60)
+    held = [address for _ in range(5) for _, address in book.allocate()]
+    old, resting = ip_network("10.0.0.0/28"), held.pop(1)
+    book.release(old, resting)
+    book.use(parse_ranges(["10.0.0.0/29"]))
+    with pytest.raises(LimitError):
+        book.allocate()
+    book.release(old, held.pop())
+    book.use(parse_ranges(["10.0.0.0/27"]))  # the gateway is the same: it may be
+    for _ in range(24):
+        held += [address for _, address in book.allocate()]
+    assert len(set(held)) == len(held)
+    assert resting not in held
+    assert max(held) == ip_address("10.0.0.30")
+
+
+def test_a_range_whose_gateway_is_a_pod_is_refused() -> None:
+    book = AddressBook(parse_ranges(["10.0.0.0/24"]), 0)
+    book.restore("10.0.0.0/24", "10.0.0.9", 1.0, None)
+    before = book.current
+    with pytest.raises(WrongStateError, match=r"10\.0\.0\.9 is that of a pod, given out from 10\.0\.0\.0/24"):
+        book.use(parse_ranges(["10.0.0.8/29"]))
+    assert book.current == before
+    book.release(before[0], ip_address("10.0.0.9"))
+    book.use(parse_ranges(["10.0.0.8/29"]))
+    assert [str(address) for _, address in book.allocate()] == ["10.0.0.10"]
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def _wanted(context: cri_pb2.LinuxContainerSecurityContext, image_user: str) -> 
 
 
 def _is_number(text: str) -> bool:
-    return text.lstrip("-").isdecimal() and text.isascii()
+    return text.removeprefix("-").isdecimal() and text.isascii()
 
 
 def _identifier(text: str, what: str) -> int:

@@ -12,7 +12,7 @@ from proto.runtime.v1 import cri_pb2
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-_DESCRIPTOR_FOLDER = re.compile(r"/proc/(self|thread-self|\d+)(/task/\d+)?/(fd|cwd|root)(/|$)")
+_DESCRIPTOR_FOLDER = re.compile(r"/(dev/fd|proc/(self|thread-self|\d+)(/task/\d+)?/(fd|cwd|root))(/|$)")
 
 
 class ImageConfig(Protocol):

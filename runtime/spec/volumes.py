@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from host.errors import InvalidArgumentError
 from runtime.spec import oci, rooted
 from runtime.spec.mounts import container_path
 from runtime.spec.relabel import relabel_all
@@ -26,11 +27,17 @@ class Volume:
 
 
 def image_volumes(paths: Iterable[str], container_folder: Path, taken: frozenset[str], label: str = "") -> list[Volume]:
-    """One volume per path of the image's that nothing else is mounted on."""
-    wanted = {container_path("/" + path.lstrip("/"), "VOLUME of the image:") for path in paths}
+    """One volume per path of the image's that nothing else is mounted on.
+
+    Raises InvalidArgumentError for one over /proc: OCI runtimes write there what confines the container's process.
+    """
+    wanted = {container_path("/" + path.lstrip("/"), "VOLUME of the image:") for path in paths} - taken
+    for path in wanted:
+        if path.startswith("/proc/") or path == "/proc":
+            raise InvalidArgumentError(f"VOLUME of the image: {path} is the kernel's: use an image without it")
     return [
         Volume(container_folder / "volumes" / hashlib.sha256(path.encode()).hexdigest()[:32], path, label)
-        for path in sorted(wanted - taken)
+        for path in sorted(wanted)
     ]
 
 

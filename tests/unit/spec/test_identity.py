@@ -68,6 +68,8 @@ def test_identify(rootfs: Path, image_user: str, fields: dict[str, Any], expecte
         ("4294967296", {}, "user 4294967296 is not an id"),
         ("4294967295:1", {}, "user 4294967295 is not an id"),
         ("-1", {}, "user -1 is not an id"),
+        ("--1", {}, "'--1' is not in"),
+        ("app:--1", {}, "'--1' is not in"),
         ("99999999999999999999999", {}, "is not an id"),
         ("broken", {}, "'broken' is not in"),
         ("huge", {}, "out of range"),

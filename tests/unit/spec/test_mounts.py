@@ -232,7 +232,7 @@ def test_pod_files_and_volumes(tmp_path: Path) -> None:
     assert not volume.folder.exists()
 
 
-@pytest.mark.parametrize("path", ["/", "/../etc"])
+@pytest.mark.parametrize("path", ["/", "/../etc", "proc", "//proc/self/attr"])
 def test_image_volumes_refused(tmp_path: Path, path: str) -> None:
     with pytest.raises(InvalidArgumentError, match="VOLUME"):
         build(request(tmp_path, image=Image(volumes=[path])))

@@ -81,7 +81,8 @@ def test_working_directory(given: str, image: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["relative", "/proc/self/fd/7", "/x/../proc/self/fd/7/../8", "/proc/1/cwd", "//proc/thread-self/fd/8"]
+    "given",
+    ["relative", "/proc/self/fd/7", "/x/../proc/self/fd/7/../8", "/proc/1/cwd", "//proc/thread-self/fd/8", "/dev/fd/7"],
 )
 def test_working_directory_refused(given: str) -> None:
     with pytest.raises(InvalidArgumentError, match="working_dir"):

@@ -21,8 +21,8 @@ IPNetwork = IPv4Network | IPv6Network
 
 _COMMAND_SECONDS = 20
 
-# Kept on the node whatever the pod ranges: multicast, broadcast, link-local.
-_NEVER_MASQUERADED = ("224.0.0.0/4", "255.255.255.255/32", "169.254.0.0/16", "ff00::/8", "fe80::/10")
+# Not for one receiver. What is link-local is masqueraded: clouds serve names and credentials at 169.254.169.254.
+_NEVER_MASQUERADED = ("224.0.0.0/4", "255.255.255.255/32", "ff00::/8")
 
 _BRIDGE_TABLE = """
 table bridge {table} {{

@@ -40,6 +40,14 @@ async def test_what_leaves_the_pod_ranges_has_the_nodes_address(node: Node, outs
         assert talk(pod.namespace, server, (outside.ip, 80)) == outside.node_ip
 
 
+async def test_what_a_cloud_serves_at_a_link_local_address_is_in_reach(node: Node, outside: Outside) -> None:
+    pod, service = await node.pod("one"), "169.254.169.254"
+    outside.namespace.command("ip", "address", "add", f"{service}/32", "dev", "eth0")
+    command("ip", "route", "add", service, "via", outside.ip)
+    with listen(outside.namespace, 80) as server:
+        assert talk(pod.namespace, server, (service, 80)) == outside.node_ip
+
+
 async def test_what_goes_to_the_cluster_ranges_keeps_the_pods_address(tmp_path: Path, outside: Outside) -> None:
     async with running_node(tmp_path, cluster_cidrs=(_block(outside.ip),)) as node:
         pod = await node.pod("one")

@@ -8,7 +8,7 @@ from network.bandwidth import bandwidth_of
 from proto.runtime.v1 import cri_pb2
 from runtime.sandbox import Sandbox
 
-_PROTOCOLS = {cri_pb2.TCP: "tcp", cri_pb2.UDP: "udp", cri_pb2.SCTP: "sctp"}
+_PROTOCOLS: dict[int, str] = {cri_pb2.TCP: "tcp", cri_pb2.UDP: "udp", cri_pb2.SCTP: "sctp"}
 
 
 def attach_request(sandbox: Sandbox, netns_path: str) -> AttachRequest:
@@ -26,7 +26,7 @@ def attach_request(sandbox: Sandbox, netns_path: str) -> AttachRequest:
         sandbox_id=sandbox.id,
         netns_path=netns_path,
         port_mappings=tuple(
-            PortMapping(_PROTOCOLS[mapping.protocol], mapping.container_port, mapping.host_port, mapping.host_ip)
+            PortMapping(_protocol(mapping.protocol), mapping.container_port, mapping.host_port, mapping.host_ip)
             for mapping in sandbox.config.port_mappings
             if mapping.host_port
         ),
@@ -36,3 +36,8 @@ def attach_request(sandbox: Sandbox, netns_path: str) -> AttachRequest:
         uid=metadata.uid,
         dns=PodDns(tuple(dns.servers), tuple(dns.searches), tuple(dns.options)),
     )
+
+
+def _protocol(number: int) -> str:
+    """Its name; of one that the CRI does not have (yet) the number, which is refused where the port is."""
+    return _PROTOCOLS.get(number, str(number))

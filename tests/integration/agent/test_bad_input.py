@@ -70,6 +70,11 @@ _BAD_SANDBOXES: dict[str, tuple[Callable[[Sandbox], object], str, tuple[str, ...
         "INVALID_ARGUMENT",
         ("70000",),
     ),
+    "port protocol": (
+        lambda c: c.port_mappings.add(host_port=28090, container_port=80, protocol=7),
+        "INVALID_ARGUMENT",
+        ("28090", "protocol '7'"),
+    ),
     "port address": (
         lambda c: c.port_mappings.add(host_port=28090, container_port=80, host_ip="nowhere"),
         "INVALID_ARGUMENT",

@@ -132,9 +132,10 @@ class Cgroup:
 
 
 def _tree(folder: str) -> Iterator[str]:
-    yield folder
-    with contextlib.suppress(OSError):
-        if Path(folder).stat().st_nlink > 2:  # two of its own and one per cgroup below
-            for entry in os.scandir(folder):
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _tree(entry.path)
+    folders = [folder]
+    while folders:
+        current = folders.pop()
+        yield current
+        with contextlib.suppress(OSError):
+            if Path(current).stat().st_nlink > 2:  # two of its own and one per cgroup below
+                folders += [entry.path for entry in os.scandir(current) if entry.is_dir(follow_symlinks=False)]

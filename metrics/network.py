@@ -11,14 +11,21 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 
 from host import libc
 from host.threads import in_fresh_thread
 from metrics.files import read_rest
 from metrics.readings import ConnectionsReading, InterfaceReading, NetworkReading
 
+_TABLES = "/proc/thread-self/net"
+_READ_BYTES = 16 * 1024
 _HOME = "/proc/self/ns/net"  # that of the first thread, which never leaves it
+
+# Whoever may make links in a pod would otherwise decide how long every answer about the node is.
+INTERFACE_LIMIT = 256
 
 _TCP_STATES = {
     b"01": "established",
@@ -69,14 +76,18 @@ def _enter(path: str) -> None:
 
 def read_current_network(*, connections: bool = False) -> NetworkReading:
     """The network namespace of the calling thread."""
-    interfaces = parse_interfaces(_content("dev"))
-    return NetworkReading(time.time_ns(), interfaces, _connections() if connections else None)
+    device_table = os.open(f"{_TABLES}/dev", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        content = read_rest(device_table)
+    finally:
+        os.close(device_table)
+    return NetworkReading(time.time_ns(), parse_interfaces(content), _connections() if connections else None)
 
 
 def parse_interfaces(content: bytes) -> tuple[InterfaceReading, ...]:
-    """The lines of /proc/net/dev (proc_pid_net(5)) but the loopback's."""
+    """The first ``INTERFACE_LIMIT`` of /proc/net/dev (proc_pid_net(5)) but the loopback."""
     interfaces = []
-    for line in content.splitlines()[2:]:
+    for line in content.splitlines()[2 : 2 + INTERFACE_LIMIT]:
         name, _, numbers = line.partition(b":")
         name = name.lstrip()
         if name != b"lo":
@@ -87,24 +98,20 @@ def parse_interfaces(content: bytes) -> tuple[InterfaceReading, ...]:
 
 
 def _connections() -> ConnectionsReading:
-    return ConnectionsReading(
-        tcp=count_tcp(_content("tcp")),
-        tcp6=count_tcp(_content("tcp6")),
-        udp=count_udp(_content("udp")),
-        udp6=count_udp(_content("udp6")),
-    )
+    with _table("tcp") as tcp, _table("tcp6") as tcp6, _table("udp") as udp, _table("udp6") as udp6:
+        return ConnectionsReading(count_tcp(tcp), count_tcp(tcp6), count_udp(udp), count_udp(udp6))
 
 
-def count_tcp(content: bytes) -> dict[str, int]:
+def count_tcp(lines: Iterable[bytes]) -> dict[str, int]:
     """Sockets by state in a table like /proc/net/tcp; every state is there."""
-    counted = Counter(line.split(None, 4)[3] for line in content.splitlines()[1:])
+    counted = Counter(line.split(None, 4)[3] for line in islice(lines, 1, None))
     return {name: counted[code] for code, name in _TCP_STATES.items()}
 
 
-def count_udp(content: bytes) -> dict[str, int]:
+def count_udp(lines: Iterable[bytes]) -> dict[str, int]:
     """Sockets, bytes queued each way, and drops in a table like /proc/net/udp, by cAdvisor's names."""
     totals = {"listen": 0, "dropped": 0, "rxqueued": 0, "txqueued": 0}
-    for line in content.splitlines()[1:]:
+    for line in islice(lines, 1, None):
         words = line.split()
         sent, _, received = words[4].partition(b":")
         totals["listen"] += 1
@@ -114,12 +121,9 @@ def count_udp(content: bytes) -> dict[str, int]:
     return totals
 
 
-def _content(name: str) -> bytes:
+def _table(name: str) -> AbstractContextManager[Iterable[bytes]]:
+    """Its lines, never all of them in memory: a pod may have as many sockets as it can pay for."""
     try:
-        table = os.open(f"/proc/thread-self/net/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        return open(f"{_TABLES}/{name}", "rb", buffering=_READ_BYTES)
     except FileNotFoundError:  # a kernel without IPv6 has no such tables
-        return b""
-    try:
-        return read_rest(table)
-    finally:
-        os.close(table)
+        return nullcontext(())

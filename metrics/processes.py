@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable
+from itertools import islice
 
 from metrics.readings import ProcessesReading
+
+# One process can have a million files open for a few megabytes: that is not to make everybody's metrics late.
+DESCRIPTORS_SEEN = 50_000
 
 _STATES = {"S": "sleeping", "I": "sleeping", "R": "running", "T": "stopped", "t": "stopped", "D": "uninterruptible"}
 
@@ -14,7 +18,8 @@ _STATES = {"S": "sleeping", "I": "sleeping", "R": "running", "T": "stopped", "t"
 def read_processes(pids: Iterable[int], init: int | None) -> ProcessesReading:
     """Sums over ``pids``; the open files limit is that of ``init``, the container's first process.
 
-    Costs some ten microseconds per process and one or two per open file. Processes that end meanwhile are left out.
+    Costs some ten microseconds per process and one or two per open file; sockets are told among the first
+    ``DESCRIPTORS_SEEN`` files. Processes that end meanwhile are left out.
     """
     processes = descriptors = sockets = 0
     states = dict.fromkeys(_STATES.values(), 0)
@@ -29,7 +34,7 @@ def read_processes(pids: Iterable[int], init: int | None) -> ProcessesReading:
                 state = _state(f"{thread.path}/stat")
                 if state is not None:
                     states[state] += 1
-        opened, connected = _count_descriptors(f"/proc/{pid}/fd")
+        opened, connected = _count_descriptors(f"/proc/{pid}/fd", max(DESCRIPTORS_SEEN - descriptors, 0))
         descriptors += opened
         sockets += connected
     return ProcessesReading(processes, descriptors, sockets, open_files_soft_limit(init) if init else None, states)
@@ -53,11 +58,14 @@ def _state(path: str) -> str | None:
         return None
 
 
-def _count_descriptors(folder: str) -> tuple[int, int]:
+def _count_descriptors(folder: str, seen: int) -> tuple[int, int]:
+    """Open files, and how many of the first ``seen`` are sockets; before Linux 6.2 only those are counted."""
     opened = connected = 0
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
+        for entry in islice(entries, seen):
             opened += 1
             with contextlib.suppress(OSError):
                 connected += os.readlink(entry.path).startswith("socket:")  # noqa: PTH115 - a Path per open file is slow
+        if opened == seen:
+            opened = max(opened, os.stat(folder).st_size)  # noqa: PTH116 - as above
     return opened, connected

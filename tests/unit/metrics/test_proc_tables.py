@@ -6,6 +6,9 @@ import os
 import resource
 import socket
 import threading
+from pathlib import Path
+
+import pytest
 
 from metrics.network import count_tcp, count_udp, parse_interfaces, read_current_network
 from metrics.processes import read_processes
@@ -44,12 +47,17 @@ def test_interfaces_but_the_loopback() -> None:
     )
 
 
+def test_a_pod_does_not_decide_how_long_answers_are() -> None:
+    many = _DEV_HEAD + b"".join(b"d%d: 1 1 0 0 0 0 0 0 5 6 7 8 0 0 0 0\n" % number for number in range(1000))
+    assert [interface.name for interface in parse_interfaces(many)] == [f"d{number}" for number in range(256)]
+
+
 def test_sockets_by_state() -> None:
-    counted = count_tcp(TCP)
+    counted = count_tcp(TCP.splitlines())
     assert (counted["listen"], counted["established"], counted["timewait"]) == (1, 2, 0)
     assert len(counted) == 11
-    assert sum(count_tcp(b"").values()) == 0
-    assert count_udp(UDP) == {"listen": 2, "dropped": 7, "rxqueued": 0x101, "txqueued": 0x10}
+    assert sum(count_tcp([]).values()) == 0
+    assert count_udp(UDP.splitlines()) == {"listen": 2, "dropped": 7, "rxqueued": 0x101, "txqueued": 0x10}
 
 
 def test_own_network_shows_a_listening_socket() -> None:
@@ -59,6 +67,21 @@ def test_own_network_shows_a_listening_socket() -> None:
     assert before is not None
     assert after is not None
     assert after.tcp["listen"] == before.tcp["listen"] + 1
+
+
+def test_a_million_open_files_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metrics.processes.DESCRIPTORS_SEEN", 20)
+    pid = os.getpid()
+    pairs = [socket.socketpair() for _ in range(20)]
+    try:
+        found = read_processes([pid, pid], None)
+        known_to_linux = Path("/proc/self/fd").stat().st_size
+    finally:
+        for end in (end for pair in pairs for end in pair):
+            end.close()
+    assert 0 < found.sockets <= 20
+    assert found.descriptors >= 20
+    assert abs(found.descriptors - 2 * known_to_linux) <= 2 or known_to_linux == 0
 
 
 def test_own_process() -> None:

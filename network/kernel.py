@@ -72,6 +72,7 @@ class KernelBridge:
             changes = [links.delete_address(index, address) for address in present.difference(addresses)]
             changes += [links.add_address(index, address) for address in addresses]
             if any(address.version == 6 for address in addresses):
+                sysctl.enable_ipv6(self.name)
                 own = link_local(bridge_mac(self.name).hex(":"))
                 changes.append(links.add_address(index, ip_interface(f"{own}/64")))
             self._route.request(changes, tolerate=(errno.EEXIST, errno.EADDRNOTAVAIL))
@@ -140,6 +141,8 @@ class KernelBridge:
             try:
                 self._make_pair(attachment, bridge_index, pin.fileno())
                 libc.setns(pin.fileno(), libc.CLONE_NEWNET)
+                if 6 in attachment.versions:
+                    sysctl.enable_ipv6(attachment.interface)
                 with NetlinkSocket(NETLINK_ROUTE) as inside:
                     inside.request(self._configuration(attachment))
                     _await_carrier(inside, attachment.interface)

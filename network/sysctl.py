@@ -34,6 +34,11 @@ def forward_ipv6() -> None:
     _write("ipv6/conf/all/forwarding", "1")
 
 
+def enable_ipv6(interface: str) -> None:
+    """Let an interface of the calling thread's namespace have IPv6 addresses, whatever the default there is."""
+    _write(f"ipv6/conf/{interface}/disable_ipv6", "0")
+
+
 def uplink() -> str:
     """The interface of the IPv4 default route, else of the IPv6 one; empty if there is none."""
     return _ipv4_uplink() or _ipv6_uplink() or ""

@@ -8,8 +8,8 @@ import pytest
 from network.attachment import bridge_mac, link_local
 from network.ruleset import load, remove_script
 from tests.integration.network import frames
-from tests.integration.network.conftest import Node, Outside, running_node
-from tests.integration.network.namespaces import command, exchange, listen, receive_on, talk
+from tests.integration.network.conftest import Node, Outside, Pod, running_node
+from tests.integration.network.namespaces import command, exchange, listen, receive_on, request, talk
 
 # The address of LLDP: a bridge hands such frames to the node as they come.
 PAST_THE_BRIDGE = "01:80:c2:00:00:0e"
@@ -25,6 +25,17 @@ async def test_pods_and_node_reach_each_other_with_their_own_addresses(dual: Nod
         assert talk(None, server, (two.address(version), 80)) == gateway
     with listen(None, 0, family, gateway) as server:
         assert talk(one.namespace, server, server.getsockname()[:2]) == one.address(version)
+
+
+async def test_ipv6_works_where_it_was_switched_off(tmp_path: Path) -> None:
+    async with running_node(tmp_path, pod_cidrs=("fd00:206:6::/64",)) as node:
+        Path(f"/proc/sys/net/ipv6/conf/{node.bridge}/disable_ipv6").write_text("1")
+        await node.restart()
+        namespace = node.namespace()
+        namespace.run(lambda: Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").write_text("1"))
+        pod = Pod(namespace, await node.network.attach(request("one", namespace.path)))
+        with listen(pod.namespace, 80, socket.AF_INET6) as server:
+            talk(None, server, (pod.ip, 80))
 
 
 async def test_a_pod_has_loopback_and_no_address_it_was_not_given(node: Node) -> None:

@@ -56,6 +56,11 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 
+def _encodable(text: str) -> str:
+    """The text with escapes for what is no UTF-8 in the name of a file."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         name = record.name.removeprefix("podkeel.")
@@ -65,7 +70,7 @@ class _TextFormatter(logging.Formatter):
             line += f" ({_duration(seconds)})"
         if record.exc_info:
             line += f"\n{self.formatException(record.exc_info)}"
-        return line.translate(_PLAIN)
+        return _encodable(line.translate(_PLAIN))
 
 
 class _JsonFormatter(logging.Formatter):
@@ -74,9 +79,9 @@ class _JsonFormatter(logging.Formatter):
             "time": _timestamp(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _encodable(record.getMessage()),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
+            entry["exception"] = _encodable(self.formatException(record.exc_info))
         return msgspec.json.encode(entry).decode()

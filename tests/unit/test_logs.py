@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from typing import Literal
 
 import pytest
 
@@ -10,11 +12,17 @@ from cri.logs import configure_logging
 from cri.options import LogOptions
 
 
-def _written(capsys: pytest.CaptureFixture[str], message: str, *, error: Exception | None = None) -> list[str]:
+def _written(
+    capsys: pytest.CaptureFixture[str],
+    message: str,
+    *,
+    error: Exception | None = None,
+    style: Literal["text", "json"] = "text",
+) -> list[str]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
-        configure_logging(LogOptions())
+        configure_logging(LogOptions(format=style))
         logging.getLogger("podkeel.calls").warning(message, exc_info=error)
     finally:
         root.handlers[:] = handlers
@@ -37,3 +45,13 @@ def test_nor_does_what_an_error_quotes(capsys: pytest.CaptureFixture[str]) -> No
 def test_what_a_message_quotes_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     line, _ = _written(capsys, "a\x1b[2J\x07\rb\x9bc\td é")
     assert line.endswith("a\\x1b[2J\\x07\\x0db\\x9bc\td é")
+
+
+def test_a_file_s_name_that_is_no_utf8_loses_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    name = b"\xff.txt".decode(errors="surrogateescape")
+    line, _ = _written(capsys, f"layer: {name}", error=OSError(5, "Input/output error", name), style="json")
+    entry = json.loads(line)
+    assert entry["message"] == r"layer: \udcff.txt"
+    assert "Input/output error" in entry["exception"]
+    line, *_ = _written(capsys, f"layer: {name}")
+    assert line.endswith(r"layer: \udcff.txt")

@@ -25,7 +25,7 @@ class CpuWindow:
 
     def add(self, usage: CpuUsage) -> int | None:
         """The rate up to this reading; None as long as there is no window of at least 0.2 seconds."""
-        if self._older is None or self._newer is None or usage.usage_ns < self._newer.usage_ns:
+        if self._older is None or self._newer is None or _goes_back(self._newer, usage):
             self._older = self._newer = usage
             self._last = None
             return None
@@ -35,3 +35,8 @@ class CpuWindow:
         if elapsed >= SHORTEST_NS:
             self._last = (usage.usage_ns - self._older.usage_ns) * 1_000_000_000 // elapsed
         return self._last
+
+
+def _goes_back(before: CpuUsage, after: CpuUsage) -> bool:
+    """Whether the counter, or the clock, was set back; not whether two threads got ahead of each other."""
+    return after.usage_ns < before.usage_ns or after.time_ns < before.time_ns - SHORTEST_NS

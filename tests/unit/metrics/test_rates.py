@@ -50,3 +50,11 @@ def test_a_counter_that_went_back_starts_anew() -> None:
     assert window.add(usage(1, 101)) == SECOND
     assert window.add(usage(2, 0)) is None
     assert window.add(usage(3, 0.25)) == SECOND // 4
+
+
+def test_a_clock_that_was_set_back_starts_anew() -> None:
+    window = CpuWindow()
+    window.add(usage(10_000, 100))
+    assert window.add(usage(10_001, 101)) == SECOND
+    assert window.add(usage(6_402, 102)) is None
+    assert window.add(usage(6_403, 102.25)) == SECOND // 4

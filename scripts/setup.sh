@@ -7,7 +7,7 @@ export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 
 readonly VENV=.venv
 readonly STAMPS=$VENV/stamps
-readonly PACKAGES=(
+PACKAGES=(
     python3-venv     # .venv
     crun runc        # OCI runtimes: each is a runtime handler, and tests use both
     conmon           # stays beside each container
@@ -23,6 +23,9 @@ readonly PACKAGES=(
     iproute2 kmod    # tests look at links; modules are loaded where the kernel has them apart
     ca-certificates  # registries over https
 )
+
+# Tests have kubectl use the streams; another one than Debian's is as good, and in its way.
+command -v kubectl >/dev/null || PACKAGES+=(kubernetes-client)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() {

@@ -56,18 +56,19 @@ def compare_links(
             problem = f"missing, sandbox {attachment.sandbox_id} can send nothing"
             findings.append(Finding("link", attachment.limiter, problem))
         elif attachment.host_interface not in attached:
-            problem = f"no port of bridge {kernel.name}, sandbox {attachment.sandbox_id} has no network"
+            problem = f"no port of bridge {kernel.name}, or down: sandbox {attachment.sandbox_id} has no network"
             findings.append(Finding("link", attachment.host_interface, problem))
     known = {name for attachment in attachments for name in attachment.links}
     return findings + [Finding("link", name, "belongs to no sandbox") for name in sorted(present - known)]
 
 
 def compare_bridge(kernel: KernelBridge, wanted: Sequence[IPInterface]) -> list[Finding]:
-    """A bridge that is missing or has other addresses than the gateways of the ranges in use."""
+    """A bridge that is missing, is down or has other addresses than the gateways of the ranges in use."""
     if kernel.index() is None:
         return [Finding("bridge", kernel.name, "missing")]
     present = set(kernel.addresses())
-    findings = [Finding("bridge", kernel.name, f"address {a} missing") for a in wanted if a not in present]
+    findings = [] if kernel.is_up() else [Finding("bridge", kernel.name, "down")]
+    findings += [Finding("bridge", kernel.name, f"address {a} missing") for a in wanted if a not in present]
     extra = present.difference(wanted)
     return findings + [Finding("bridge", kernel.name, f"address {address} is not its own") for address in extra]
 

@@ -265,7 +265,9 @@ class BuiltInNetwork:
             attachments = [r.attachment for id_, r in self._reservations.items() if id_ not in self._unfinished]
             lost = await threads.in_thread(kernel.attach_again, [item.host_interface for item in attachments])
             if lost:
-                _log.warning("%d links were no ports of bridge %s any more: they are again", len(lost), kernel.name)
+                _log.warning(
+                    "%d links were no ports of bridge %s any more, or down: they are again", len(lost), kernel.name
+                )
             script = await threads.in_thread(self._script, self._book.in_use(), attachments)
             await ruleset.load(script)
 

@@ -51,6 +51,10 @@ class KernelBridge:
         """The bridge's interface index; None if it does not exist."""
         return _index(self.name)
 
+    def is_up(self) -> bool:
+        """Whether the bridge, which exists, is up."""
+        return links.link_is_up(self._route.answers(links.get_link(self.name))[0])
+
     def ensure(self, addresses: Sequence[IPInterface], mtu: int) -> None:
         """Make the bridge, or bring the one that exists to these addresses and this MTU, and let the node route.
 
@@ -95,7 +99,7 @@ class KernelBridge:
         return {name for _, name in socket.if_nameindex() if name.startswith(prefix)}
 
     def attached(self) -> set[str]:
-        """The names of the bridge's ports; empty where there is no bridge."""
+        """The names of the bridge's ports that are up; empty where there is no bridge."""
         index = self.index()
         if index is None:
             return set()
@@ -103,7 +107,7 @@ class KernelBridge:
         return {name for name in names if name is not None}
 
     def attach_again(self, names: Iterable[str]) -> list[str]:
-        """Make these links ports of the bridge again where they are not any more; returns those that were not.
+        """Make these links ports of the bridge again that are not any more, or are down; returns which were.
 
         A bridge that was deleted let go of its ports; the links stayed.
         """

@@ -133,9 +133,12 @@ def get_ports(bridge_index: int) -> Message:
 
 
 def port_name(body: bytes, bridge_index: int) -> str | None:
-    """The name of the link in an answer to ``get_ports``; None for another's, since kernels may answer with all."""
+    """The name of the link in an answer to ``get_ports``; None for one that is down, and for another bridge's.
+
+    Kernels may answer with all links.
+    """
     found = attributes(body[16:])
-    if found.get(_IFLA_MASTER) != struct.pack("=I", bridge_index):
+    if found.get(_IFLA_MASTER) != struct.pack("=I", bridge_index) or not link_is_up(body):
         return None
     return found[_IFLA_IFNAME].rstrip(b"\0").decode()
 
@@ -207,6 +210,11 @@ def link_kind_and_mac(body: bytes) -> tuple[str, bytes]:
     found = attributes(body[16:])
     kind = attributes(found.get(_IFLA_LINKINFO, b"")).get(_IFLA_INFO_KIND, b"")
     return kind.rstrip(b"\0").decode(), found.get(_IFLA_ADDRESS, b"")
+
+
+def link_is_up(body: bytes) -> bool:
+    """Whether the link an answer to ``get_link`` describes was brought up."""
+    return bool(struct.unpack_from("=BxHiI", body)[3] & _IFF_UP)
 
 
 def link_passes_frames(body: bytes) -> bool:

@@ -5,13 +5,14 @@ import random
 import signal
 import socket
 import sys
-from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
 from host.errors import NotFoundError, PodkeelError
 from network.attachment import PortMapping, interface_name
+from network.links import add_default_route
 from tests.integration.network.conftest import Node, spare_subnet
 from tests.integration.network.namespaces import command, listen, request, start, talk, wait_until
 
@@ -68,11 +69,11 @@ async def test_a_taken_interface_name_leaves_nothing(node: Node) -> None:
     await node.assert_empty()
 
 
-async def test_a_failure_after_the_pair_was_made_leaves_nothing(dual: Node) -> None:
+async def test_a_failure_after_the_pair_was_made_leaves_nothing(dual: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace = dual.namespace()
-    for where in ("all", "default"):
-        namespace.run(partial(Path(f"/proc/sys/net/ipv6/conf/{where}/disable_ipv6").write_text, "1"))
-    with pytest.raises(PodkeelError, match="sandbox one"):
+    elsewhere = ip_address("192.0.2.1")
+    monkeypatch.setattr("network.kernel.links.add_default_route", lambda index, _: add_default_route(index, elsewhere))
+    with pytest.raises(PodkeelError, match=r"sandbox one .* unreachable"):
         await dual.network.attach(request("one", str(namespace.path), [PortMapping("tcp", 80, 20080)]))
     await dual.assert_empty()
 
@@ -187,13 +188,24 @@ async def test_a_bridge_deleted_by_hand_is_made_again_with_its_pods(dual: Node, 
         assert talk(two.namespace, server, (one.address(6), 80)) == two.address(6)
 
 
-async def test_a_link_taken_off_the_bridge_comes_back(node: Node) -> None:
+@pytest.mark.parametrize("change", ["nomaster", "down"])
+async def test_a_link_taken_off_the_bridge_or_down_comes_back(node: Node, change: str) -> None:
     pod = await node.pod("one")
-    command("ip", "link", "set", pod.attachment.host_interface, "nomaster")
+    command("ip", "link", "set", pod.attachment.host_interface, change)
     (finding,) = await node.network.repair(["one"])
     assert (finding.object, "no port of bridge" in finding.problem) == (pod.attachment.host_interface, True)
     with listen(pod.namespace, 80) as server:
         assert talk(None, server, (pod.ip, 80))
+
+
+async def test_a_bridge_that_is_down_comes_up(dual: Node) -> None:
+    pod = await dual.pod("one")
+    command("ip", "link", "set", dual.bridge, "down")
+    assert "down" in [finding.problem for finding in await dual.network.repair(["one"])]
+    assert await dual.network.audit(["one"]) == []
+    for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+        with listen(pod.namespace, 80, family) as server:
+            talk(None, server, (pod.address(version), 80))
 
 
 @pytest.mark.parametrize("where", ["inside", "outside"])

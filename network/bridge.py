@@ -71,7 +71,7 @@ class BuiltInNetwork:
         self._mtu = options.mtu
         self._failure = "the network has not been started"
         self._kernel: KernelBridge | None = None
-        self._firewalls = FirewallWatch(options.bridge)
+        self._firewalls = FirewallWatch(options.bridge, self._restore_tables)
 
     async def start(self) -> None:
         """Read the store, make the bridge and load the tables; after a stop, a crash or a reboot.
@@ -93,9 +93,9 @@ class BuiltInNetwork:
 
     async def stop(self) -> None:
         """Close the netlink sockets; pods keep their network."""
-        kernel, self._kernel = self._kernel, None
         self._failure = "the network has been stopped"
         await self._firewalls.close()
+        kernel, self._kernel = self._kernel, None
         if kernel is not None:
             kernel.close()
 
@@ -207,6 +207,7 @@ class BuiltInNetwork:
     async def destroy(self) -> None:
         """Remove the bridge, every pod's interface, the tables and all rows: nothing of this network stays."""
         kernel = self._started()
+        await self._firewalls.close()
         async with self._gate.closed():
             await ruleset.load(ruleset.remove_script(self.options.bridge))
             await threads.in_thread(lambda: kernel.delete_links([*sorted(kernel.ports()), kernel.name]))
@@ -271,6 +272,10 @@ class BuiltInNetwork:
             script = await threads.in_thread(self._script, self._book.in_use(), attachments)
             await ruleset.load(script)
 
+    async def _restore_tables(self) -> None:
+        _log.warning("nftables tables %s were removed by somebody: they are made again", self.options.bridge)
+        await self._ensure()
+
     def _script(self, ranges: Sequence[IPNetwork], attachments: Sequence[Attachment]) -> str:
         elements = [element for attachment in attachments for element in elements_of(attachment)]
         return ruleset.table_script(
@@ -317,8 +322,7 @@ class BuiltInNetwork:
             async with self._connecting, self._gate.passing():
                 await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
         except TableMissingError:
-            _log.warning("nftables tables %s were removed by somebody: they are made again", self.options.bridge)
-            await self._ensure()
+            await self._restore_tables()
             async with self._gate.passing():
                 await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from host.errors import PodkeelError
 from host.threads import in_thread
 from network import sysctl
 from network.addresses import IPAddress, IPNetwork
+from network.elements import BRIDGE, INET
 from network.verdicts import Chains, Packet, Verdict
 
 _log = logging.getLogger("podkeel.network")
@@ -52,10 +53,15 @@ class Obstacle(msgspec.Struct, frozen=True):
 
 
 class FirewallWatch:
-    """What other firewalls do to the pods of a bridge, as it was when they were looked at last."""
+    """What other firewalls do to the pods of a bridge, as it was when they were looked at last.
 
-    def __init__(self, bridge: str) -> None:
+    Programs that load the node's rules often take away all there are first: where the bridge's tables are gone,
+    ``restore`` is called to make them again. Without them pods reach the node's loopback, and nothing else.
+    """
+
+    def __init__(self, bridge: str, restore: Callable[[], Awaitable[None]]) -> None:
         self._bridge = bridge
+        self._restore = restore
         self._looked_at = 0.0
         self._looking: asyncio.Task[None] | None = None
         self._obstacles: tuple[Obstacle, ...] = ()
@@ -75,9 +81,11 @@ class FirewallWatch:
         """Look now, and tell in the log what is in the way for the first time, or not any more."""
         self._looked_at = time.monotonic()
         try:
+            if not await _has_own_tables(self._bridge):
+                await self._restore()
             found = tuple(await find_obstacles(self._bridge, ranges))
-        except PodkeelError as error:
-            _log.warning("whether other firewalls drop pods' packets cannot be told: %s", error)
+        except (PodkeelError, OSError) as error:
+            _log.warning("bridge %s: the node's firewalls cannot be looked after: %s", self._bridge, error)
             return
         before, self._obstacles = self._obstacles, found
         for obstacle in found:
@@ -133,9 +141,15 @@ async def _hooked_tables(bridge: str) -> set[tuple[str, str]]:
     }
 
 
+async def _has_own_tables(bridge: str) -> bool:
+    listed = await _list("tables") or []
+    tables = {(entry["table"]["family"], entry["table"]["name"]) for entry in listed if "table" in entry}
+    return {(BRIDGE, bridge), (INET, bridge)} <= tables
+
+
 async def _list(*what: str) -> list[dict[str, Any]] | None:
-    """What nft lists, or None where it is not there any more."""
-    completed = await processes.run(["nft", "-j", "list", *what], timeout=_COMMAND_SECONDS, check=what == ("chains",))
+    """What nft lists, or None where the one thing asked for is not there any more."""
+    completed = await processes.run(["nft", "-j", "list", *what], timeout=_COMMAND_SECONDS, check=len(what) == 1)
     if completed.status != 0:
         return None
     listed: list[dict[str, Any]] = (await in_thread(msgspec.json.decode, completed.stdout))["nftables"]

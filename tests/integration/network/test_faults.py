@@ -167,6 +167,23 @@ async def test_a_flushed_ruleset_is_made_again_with_the_next_pod(node: Node) -> 
         talk(None, server, ("127.0.0.1", 20080))
 
 
+@pytest.mark.parametrize("family", ["inet", "bridge"])
+async def test_a_flushed_ruleset_is_made_again_without_another_pod(
+    node: Node, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    pod = await node.pod("one", PortMapping("tcp", 80, 20080))
+    watch = node.network._firewalls
+    assert watch._looking is not None
+    await watch._looking
+    monkeypatch.setattr("network.firewalls._LOOK_AGAIN_SECONDS", 0)
+    command("nft", "delete", "table", family, node.bridge)
+    assert node.network.condition().ready  # as kubelet asks every few seconds
+    await watch._looking
+    assert await node.network.audit(["one"]) == []
+    with listen(pod.namespace, 80) as server:
+        talk(None, server, ("127.0.0.1", 20080))
+
+
 @pytest.mark.parametrize("by", ["restart", "repair"])
 async def test_a_bridge_deleted_by_hand_is_made_again_with_its_pods(dual: Node, by: str) -> None:
     one, two = await dual.pod("one", PortMapping("tcp", 80, 20080)), await dual.pod("two")

@@ -24,7 +24,7 @@ from network.addresses import parse_ranges
 from network.options import NetworkOptions
 from network.schema import MIGRATIONS
 
-firewalls._LOOK_AGAIN_SOON_SECONDS = 0
+firewalls._LOOK_AGAIN_SOON_SECONDS = 60
 
 async def main(folder, remedy):
     ranges = ("10.88.0.0/16", "fd00:88::/64")
@@ -34,8 +34,8 @@ async def main(folder, remedy):
     await network.start()
 
     async def condition():
-        network.condition()
         await network._firewalls._looking
+        await network._firewalls.look(parse_ranges(ranges))
         condition = network.condition()
         return [condition.ready, condition.reason, condition.message]
 

@@ -73,8 +73,13 @@ def encode_item(message: Message) -> bytes:
 
 
 def encode_field(number: int, body: bytes) -> bytes:
-    """An encoded message as field ``number`` (at most 15) of another one."""
-    return bytes((number << 3 | 2,)) + _varint(len(body)) + body
+    """An encoded message, or a text, as field ``number`` (at most 15) of another one."""
+    return _BYTES[number << 3 | 2] + _varint(len(body)) + body
+
+
+def encode_number(number: int, value: int) -> bytes:
+    """A number that is not negative as field ``number`` (at most 15) of a message; nothing for 0."""
+    return _BYTES[number << 3] + _varint(value) if value else b""
 
 
 def _follow_image_names(node: Node) -> None:
@@ -115,7 +120,14 @@ def _item(subject: S, build: Callable[[S], Message]) -> bytes:
     return subject.list_item
 
 
+_BYTES = [bytes((number,)) for number in range(128)]
+
+
 def _varint(value: int) -> bytes:
+    if value < 1 << 7:
+        return _BYTES[value]
+    if value < 1 << 14:
+        return bytes((value & 0x7F | 0x80, value >> 7))
     encoded = bytearray()
     while value > 0x7F:
         encoded.append(value & 0x7F | 0x80)

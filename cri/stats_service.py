@@ -106,7 +106,7 @@ class StatsCalls:
 
     async def _metrics_items(self) -> list[bytes]:
         pods = await self._statistics.snapshots()
-        return await in_thread(lambda: [lists.encode_item(metrics_messages.pod_metrics(pod)) for pod in pods])
+        return await in_thread(lambda: [lists.encode_field(1, metrics_messages.pod_metrics(pod)) for pod in pods])
 
 
 def _matches(container: Container, wanted: cri_pb2.ContainerStatsFilter) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -130,7 +131,7 @@ def containers_page(metrics: Sequence[Metric], entries: Sequence[tuple[Labels, S
         begin = len(lines)
         for base, snapshot in prepared:
             for own, value in metric.samples(snapshot):
-                more = f",{_label_text(keys, own)}" if own else ""
+                more = f",{_own_label_text(keys, own)}" if own else ""
                 lines.append(f"{name}{{{base}{more}}} {value!r}\n")
         if len(lines) > begin:
             lines.insert(begin, _header(metric, open_metrics))
@@ -149,6 +150,9 @@ def _header(metric: Metric, open_metrics: bool) -> str:
 
 def _label_text(keys: Sequence[str], values: Sequence[str]) -> str:
     return ",".join([f'{key}="{_escaped(value)}"' for key, value in zip(keys, values, strict=True)])
+
+
+_own_label_text = lru_cache(1024)(_label_text)  # devices, interfaces, states: few, and again and again
 
 
 def _escaped(value: str) -> str:

@@ -79,11 +79,11 @@ class Cgroup:
         """The limits in force; None when the cgroup is gone."""
         read_cpu = v1.cpu_limits if "cpu" in self._hierarchies.v1 else v2.cpu_limits
         read_memory = v1.memory_limits if "memory" in self._hierarchies.v1 else v2.memory_limits
-        cpu = read_cpu(self._folder("cpu"))
-        if cpu is None:
+        cpu, memory = read_cpu(self._folder("cpu")), read_memory(self._folder("memory"))
+        if cpu is None and memory is None:
             return None
-        shares, period, quota = cpu
-        limit, reservation, swap = read_memory(self._folder("memory"))
+        shares, period, quota = cpu or (None, None, None)
+        limit, reservation, swap = memory or (None, None, None)
         return LimitsReading(shares, period, quota, limit, reservation, swap)
 
     def read(self) -> Reading:

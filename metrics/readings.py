@@ -127,10 +127,13 @@ class PressureReading(msgspec.Struct, frozen=True, gc=False):
 
 
 class LimitsReading(msgspec.Struct, frozen=True, gc=False):
-    """The limits in force; None: no limit. CPU shares are v1's (v2's weight is converted back), times microseconds."""
+    """The limits in force; None: no limit. CPU shares are v1's (v2's weight is converted back), times microseconds.
 
-    cpu_shares: int
-    cpu_period: int
+    Shares and period are None where the cgroup has no cpu controller.
+    """
+
+    cpu_shares: int | None
+    cpu_period: int | None
     cpu_quota: int | None
     memory_limit: int | None
     memory_reservation: int | None

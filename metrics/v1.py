@@ -96,9 +96,12 @@ def _memory(folder: Folder) -> tuple[MemoryReading, int] | None:
     return memory_reading(int(usage), swap, others), smallest
 
 
-def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None]:
-    """Limit, soft limit, and limit of memory and swap together, in bytes; None: none."""
-    limit, reservation, swap = map(_limit, folder.numbers(*_LIMIT_FILES))
+def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None] | None:
+    """Limit, soft limit, and limit of memory and swap together, in bytes; None: none. None for all of it: not there."""
+    numbers = folder.numbers(*_LIMIT_FILES)
+    if numbers[0] is None:
+        return None
+    limit, reservation, swap = map(_limit, numbers)
     return limit, reservation, swap
 
 

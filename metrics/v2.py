@@ -108,14 +108,16 @@ def _memory(
     return memory_reading(int(usage), number(swap) or 0, others), kernel
 
 
-def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None]:
+def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None] | None:
     """Limit, protected memory (memory.low, where the OCI runtimes put a reservation), and memory with swap; None: none.
 
-    CRI and cAdvisor count swap limits together with memory, as v1 does.
+    CRI and cAdvisor count swap limits together with memory, as v1 does. None for all of it: no such controller here.
     """
-    limit, swap, low = folder.numbers("memory.max", "memory.swap.max", "memory.low")
-    total = None if limit is None or swap is None else limit + swap
-    return limit, low or None, total
+    limit, swap, low = folder.read_all(("memory.max", "memory.swap.max", "memory.low"))
+    if limit is None:
+        return None
+    memory, more = number(limit), number(swap)
+    return memory, number(low) or None, None if memory is None or more is None else memory + more
 
 
 def cpu_limits(folder: Folder) -> tuple[int, int, int | None] | None:
@@ -124,7 +126,7 @@ def cpu_limits(folder: Folder) -> tuple[int, int, int | None] | None:
     if weight is None or maximum is None:
         return None
     quota, period = maximum.split()
-    shares = 2 + (int(weight) - 1) * 262142 // 9999
+    shares = 2 + (max(int(weight), 1) - 1) * 262142 // 9999  # the weight of an idle group reads as 0
     return shares, int(period), None if quota == b"max" else int(quota)
 
 

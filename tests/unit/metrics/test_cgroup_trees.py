@@ -166,6 +166,19 @@ def test_a_v2_cgroup_without_controllers_has_processor_time_only(tmp_path: Path)
     assert (reading.memory, reading.pids, reading.io, reading.limits) == (None, None, (), None)
 
 
+def test_limits_are_those_of_the_controllers_that_are_there(tmp_path: Path) -> None:
+    """systemd gives a scope without processor limits no cpu controller."""
+    hierarchies = trees.make_v2(tmp_path, PATH)
+    folder = tmp_path / PATH.lstrip("/")
+    (folder / "cpu.weight").write_text("0\n")  # what an idle group has
+    limits = Cgroup(PATH, hierarchies, DescriptorBudget(100)).limits()
+    assert limits == LimitsReading(2, 100000, 50000, 268435456, None, 536870912)
+    for name in ("cpu.weight", "cpu.max"):
+        (folder / name).unlink()
+    limits = Cgroup(PATH, hierarchies, DescriptorBudget(100)).limits()
+    assert limits == LimitsReading(None, None, None, 268435456, None, 536870912)
+
+
 def test_descriptors_are_kept_up_to_the_budget_and_given_back(tmp_path: Path) -> None:
     budget = DescriptorBudget(3)
     hierarchies = trees.make_v2(tmp_path, PATH)

@@ -143,6 +143,9 @@ class KernelBridge:
                     raise TableMissingError from error
                 _fail(f"{what}: nftables refused its elements", error)
             try:
+                # An address that a pod of another MAC had would be sent to that for up to a minute.
+                former = [links.forget_neighbour(bridge_index, ip_address(text)) for text in attachment.addresses]
+                self._route.request(former, tolerate=(errno.ENOENT,))
                 self._make_pair(attachment, bridge_index, pin.fileno())
                 libc.setns(pin.fileno(), libc.CLONE_NEWNET)
                 if 6 in attachment.versions:

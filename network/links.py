@@ -33,6 +33,7 @@ _RTM_DELADDR = 21
 _RTM_GETADDR = 22
 _RTM_NEWROUTE = 24
 _RTM_GETROUTE = 26
+_RTM_DELNEIGH = 29
 
 _IFF_UP = 1
 _IFLA_ADDRESS = 1
@@ -63,6 +64,7 @@ _IFA_F_NODAD = 0x02
 _SCOPE_UNIVERSE = 0
 _SCOPE_LINK = 253
 
+_NDA_DST = 1
 _RTA_DST = 1
 _RTA_OIF = 4
 _RTA_GATEWAY = 5
@@ -181,6 +183,12 @@ def add_default_route(index: int, gateway: IPAddress) -> Message:
     """Send everything else to ``gateway``."""
     body = _route(gateway.version, 0, _SCOPE_UNIVERSE) + attribute(_RTA_GATEWAY, gateway.packed)
     return Message(_RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body + number32(_RTA_OIF, index))
+
+
+def forget_neighbour(index: int, neighbour: IPAddress) -> Message:
+    """Have the kernel ask anew which MAC ``neighbour`` has on the link."""
+    head = struct.pack("=BxxxiHBB", _family(neighbour.version), index, 0, 0, 0)
+    return Message(_RTM_DELNEIGH, 0, head + attribute(_NDA_DST, neighbour.packed))
 
 
 def get_route(destination: IPAddress) -> Message:

@@ -169,6 +169,20 @@ async def test_addresses_are_given_out_in_rotation_also_after_a_restart(node: No
     assert seen == [f"{node.subnet}.{number}" for number in (2, 3, 4, 5)]
 
 
+async def test_an_address_is_found_at_once_at_the_mac_of_its_next_pod(tmp_path: Path) -> None:
+    ranges = (f"{spare_subnet()}.0/24", "fd00:207:1::/126")
+    async with running_node(tmp_path, pod_cidrs=ranges, quarantine_seconds=0.0) as node:
+        pods = []
+        for name in ("first", "other", "next"):
+            pods.append(pod := await node.pod(name))
+            with listen(pod.namespace, 80, socket.AF_INET6) as server:
+                talk(None, server, (pod.address(6), 80))
+            await node.network.detach(name)
+        first, _, last = pods
+        assert first.address(6) == last.address(6)
+        assert first.attachment.mac != last.attachment.mac
+
+
 async def test_pod_cidrs_from_the_kubelet_are_used_and_remembered(node: Node) -> None:
     old, subnet = await node.pod("old"), spare_subnet()
     announced = (f"{subnet}.0/28", "fd00:207::/64")

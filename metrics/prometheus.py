@@ -5,7 +5,6 @@ Containers are many: 200 of them have 15,000 samples, which prometheus-client wo
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -66,11 +65,10 @@ def _rows_from_disk(instrument: Instrument) -> Rows:
 class AgentPage:
     """Writes what was gathered, with what has to be read from disks and the figures of the process and of Python.
 
-    For any thread. prometheus-client (5 MiB) is imported at the first scrape.
+    For one thread at a time. prometheus-client (5 MiB) is imported at the first scrape.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._gathered: list[tuple[Instrument, Rows]] = []
         self._registry: CollectorRegistry | None = None
 
@@ -79,13 +77,12 @@ class AgentPage:
         from prometheus_client.exposition import generate_latest
         from prometheus_client.openmetrics import exposition as openmetrics
 
-        with self._lock:
-            self._gathered = [(item, _rows_from_disk(item) if rows is None else rows) for item, rows in gathered]
-            registry = self._registry or self._make_registry()
-            if wants_open_metrics(accept):
-                write: Callable[[CollectorRegistry], bytes] = openmetrics.generate_latest
-                return Page(OPEN_METRICS, write(registry))
-            return Page(TEXT, generate_latest(registry))
+        self._gathered = [(item, _rows_from_disk(item) if rows is None else rows) for item, rows in gathered]
+        registry = self._registry or self._make_registry()
+        if wants_open_metrics(accept):
+            write: Callable[[CollectorRegistry], bytes] = openmetrics.generate_latest
+            return Page(OPEN_METRICS, write(registry))
+        return Page(TEXT, generate_latest(registry))
 
     def collect(self) -> Iterable[Family]:
         """What prometheus-client calls at a scrape."""

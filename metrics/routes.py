@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from host.threads import in_thread
@@ -25,13 +26,17 @@ def standard_routes(
     (empty when it is ready). Text is made in a thread, so that calls are answered meanwhile.
     """
     page = AgentPage()
+    # One of each at a time: however many ask, and however long a disk takes, calls find threads.
+    making_own, making_containers = asyncio.Lock(), asyncio.Lock()
 
     async def own(accept: str) -> Page:
-        return await in_thread(page.render, gather(agent.instruments), accept)
+        async with making_own:
+            return await in_thread(page.render, gather(agent.instruments), accept)
 
     async def containers(accept: str) -> Page:
-        entries = await snapshots()
-        return await in_thread(containers_page, metrics, entries, accept)
+        async with making_containers:
+            entries = await snapshots()
+            return await in_thread(containers_page, metrics, entries, accept)
 
     async def healthy(accept: str) -> Page:
         return Page("text/plain; charset=utf-8", b"ok\n")

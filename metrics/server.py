@@ -34,6 +34,7 @@ class MetricsServer:
         self._tls = tls
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._idle: dict[asyncio.Task[None], None] = {}  # those that wait for a request, longest first
 
     async def start(self, host: str, port: int) -> int:
         """Listen and return the port, which the system chooses if 0 is given; OSError if the address is taken."""
@@ -55,12 +56,12 @@ class MetricsServer:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
-        if task is None or len(self._connections) >= CONNECTION_LIMIT:
+        if task is None or not self._has_room():
             writer.close()
             return
         self._connections.add(task)
         try:
-            while await self._serve_one(reader, writer):
+            while await self._serve_one(task, reader, writer):
                 pass
         except (ConnectionError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass  # the client went away, was silent, or speaks something else
@@ -70,10 +71,28 @@ class MetricsServer:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    def _has_room(self) -> bool:
+        """Make room for one more: who is silent for longest goes, so that silence keeps no scraper out."""
+        if len(self._connections) < CONNECTION_LIMIT:
+            return True
+        longest = next(iter(self._idle), None)
+        if longest is None:
+            return False
+        del self._idle[longest]
+        self._connections.discard(longest)
+        longest.cancel()
+        return True
+
+    async def _serve_one(
+        self, task: asyncio.Task[None], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
         """Answer one request; False when the connection is to be closed."""
-        async with asyncio.timeout(IDLE_SECONDS):
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        self._idle[task] = None
+        try:
+            async with asyncio.timeout(IDLE_SECONDS):
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        finally:
+            self._idle.pop(task, None)
         request, *lines = head.split("\r\n")
         headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         words = request.split()

@@ -10,7 +10,7 @@ from metrics.agent import AgentMetrics
 from metrics.catalog import CATALOG
 from metrics.prometheus import Page
 from metrics.routes import Entries, standard_routes
-from metrics.server import HEADER_LIMIT, MetricsServer, Route
+from metrics.server import CONNECTION_LIMIT, HEADER_LIMIT, MetricsServer, Route
 from tests.unit.metrics.test_catalog import FULL, LABELS
 
 CLOSE = "Connection: close\r\n"
@@ -104,6 +104,35 @@ async def test_what_is_not_served() -> None:
         assert (await exchange(port, "rubbish\r\n\r\n"))[0] == "HTTP/1.1 400 Bad Request"
         assert (await exchange(port, "GET /broken HTTP/1.0\r\n\r\n"))[1]["connection"] == "close"
         assert (await exchange(port, "x" * (HEADER_LIMIT * 2))) == ("", {}, b"")
+
+
+async def test_the_silent_keep_nobody_out() -> None:
+    async with serving({"/echo": echo}) as port:
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CONNECTION_LIMIT)]
+        assert (await exchange(port, get("/echo")))[0] == "HTTP/1.1 200 OK"
+        assert await asyncio.wait_for(silent[0][0].read(), 10) == b""  # the one that was silent for longest
+        reader, writer = silent[-1]
+        writer.write(get("/echo").encode())
+        assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 200 OK")
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_one_page_of_a_kind_is_made_at_a_time() -> None:
+    now = most = 0
+
+    async def snapshots() -> Entries:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.01)
+        now -= 1
+        return [(LABELS, FULL)]
+
+    routes = standard_routes(AgentMetrics(), CATALOG, snapshots, list)
+    pages = await asyncio.gather(*(routes["/metrics/cadvisor"]("") for _ in range(5)))
+    assert most == 1
+    assert len({page.body for page in pages}) == 1
 
 
 async def test_closing_ends_open_connections() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -53,6 +54,46 @@ def test_everything_is_counted_once(layers: WritableLayers, tmp_path: Path) -> N
     parts = [folder, folder / "deep", folder / "deep/er", folder / "file", folder / "sparse", folder / "deep/link"]
     assert usage.used_bytes == sum(map(taken, parts))
     assert 100_000 < usage.used_bytes < 200_000
+
+
+def test_a_link_that_took_a_folder_s_place_leads_nowhere(
+    layers: WritableLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may put one there at any moment; the agent must not count the node's files, or hang in them."""
+    (tmp_path / "host" / "one" / "two").mkdir(parents=True)
+    (tmp_path / "a" / "folder" / "below").mkdir(parents=True)
+    real = os.open
+
+    def swap_and_open(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if path == "folder" and dir_fd is not None:
+            (tmp_path / "a" / "folder").rename(tmp_path / "taken")
+            (tmp_path / "a" / "folder").symlink_to(tmp_path / "host")
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", swap_and_open)
+    assert counted(layers, "a").inodes == 2
+    assert (tmp_path / "a" / "folder").is_symlink()
+
+
+def test_trees_deeper_than_paths_are_long_are_counted(layers: WritableLayers, tmp_path: Path) -> None:
+    depth, name = 1500, "ten_signs_"
+    (tmp_path / "a").mkdir()
+    before = open_descriptors()
+    folder = os.open(tmp_path / "a", os.O_RDONLY)
+    try:
+        for _ in range(depth):
+            os.mkdir(name, dir_fd=folder)
+            folder, above = os.open(name, os.O_RDONLY, dir_fd=folder), folder
+            os.close(above)
+        os.close(folder)
+        assert counted(layers, "a").inodes == depth + 1
+        assert open_descriptors() == before
+    finally:
+        subprocess.run(["rm", "-rf", str(tmp_path / "a")], check=True)
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_first_answer_is_the_folder_itself(layers: WritableLayers, tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ _SECURITY = {
     "selinux": ("selinux=1", "security=selinux", "enforcing=0", "audit=0"),
 }
 
+# Nobody attacks this machine; for the same reason its disk need not keep anything.
+_FASTER = ("mitigations=off",)
+
 # The first line that virtme-ng runs as root once systemd is up; the shared folder is mounted at /mnt.
 _GUEST = """#!/bin/sh
 set -e
@@ -81,9 +84,10 @@ def _command(image: Image, root: Path, disk: Path, results: Path, security: str)
         "--systemd",
         "--rw",
     ]
-    command += ["--root-disk", str(root), "--root-fstype", "ext4", "--disk", str(disk), f"--rwdir=mnt={results}"]
+    command += ["--root-disk", str(root), "--root-fstype", "ext4", f"--rwdir=mnt={results}"]
+    command += [f"--qemu-opts=-drive if=virtio,file={disk},format=raw,cache=unsafe"]
     command += ["--busybox", shutil.which("busybox") or "busybox", "--cpus", "2", "--memory", "4G", "--verbose"]
-    for option in (*_SECURITY[security], *(f"systemd.mask={unit}" for unit in _MASKED)):
+    for option in (*_SECURITY[security], *_FASTER, *(f"systemd.mask={unit}" for unit in _MASKED)):
         command += ["--append", option]
     return [*command, "--exec", "/mnt/guest.sh"]
 

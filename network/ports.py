@@ -132,7 +132,8 @@ def check_free_on_node(ports: Iterable[HostPort]) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE and _has_server(port):
                 raise AlreadyExistsError(
-                    f"host port {port} is in use by a process of the node: stop it or choose another port"
+                    f"host port {port} is in use by a process of the node: stop it, choose another port, or a hostIP "
+                    "that it does not serve"
                 ) from error
             # Addresses the node does not have yet and protocols without sockets here can still be forwarded.
 

@@ -123,6 +123,9 @@ def make_source_disk(disk: Path, project: Path, scratch: Path, *, committed: boo
             shutil.copy(stub, tree / "project" / stub.relative_to(project))
     else:
         _copy(project, tree / "project", _NOT_COPIED)
+    # Python is slow there: it need not compile what each agent loads.
+    compile_all = [sys.executable, "-m", "compileall", "-q", "-x", r"/\.venv/", "-s", tree / "project", "-p", project]
+    _run([*compile_all, tree / "project"])
     if (base := Path(sys.base_prefix)) != Path("/usr"):
         _copy(base, tree / "python", ("test", "idlelib", "*.a"))
     _make_disk(disk, tree, "8G")

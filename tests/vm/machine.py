@@ -9,11 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 from tests.vm.image import Image
-from tests.vm.suites import Suite, write_suites
+from tests.vm.suites import Machine, write_suites
 
 _MASKED = ("apparmor.service", "docker-registry.service", "apt-daily.timer", "apt-daily-upgrade.timer")
 # What the kernel is told for each security module. Denials are not enforced with SELinux: Debian's policy knows neither
@@ -43,24 +44,35 @@ exec .venv/bin/python -m tests.vm.guest /mnt {seconds} {patience}
 
 
 def boot(
-    image: Image, disk: Path, project: Path, results: Path, suites: list[Suite], *, seconds: float, patience: float
+    machine: Machine,
+    *,
+    image: Image,
+    sources: Path,
+    project: Path,
+    results: Path,
+    deadline: float,
+    patience: float,
+    stop: threading.Event,
 ) -> None:
-    """Run the suites, all for one security module, in a machine until it ends by itself, or for that long.
+    """Run the machine's suites until it ends by itself, until ``deadline`` of the monotonic clock, or a ``stop``.
 
-    ``disk`` holds the sources; logs, and ``result.json`` if it came to its end, are left in ``results``.
+    ``sources`` is the disk that holds them; logs, and ``result.json`` if it came to its end, are left in ``results``.
     """
+    results.mkdir(parents=True)
     python = sys.base_prefix if sys.base_prefix != "/usr" else "/run/sources"
-    write_suites(suites, results / "suites.json")
+    write_suites(machine.suites, results / "suites.json")
+    seconds = deadline - time.monotonic()
     script = results / "guest.sh"
     script.write_text(_GUEST.format(project=project, python=python, seconds=int(seconds) - 60, patience=patience))
     script.chmod(0o755)
-    root = disk.with_name("root.ext4")
-    subprocess.run(["cp", "--sparse=always", image.root_disk, root], check=True)
-    console = results / f"console-{suites[0].security}.typescript"
+    root, disk = (sources.with_name(f"{machine.name}-{part}.ext4") for part in ("root", "sources"))
+    for source, copy in ((image.root_disk, root), (sources, disk)):
+        subprocess.run(["cp", "--sparse=always", source, copy], check=True)
+    console = results / "console.typescript"
     # virtme-ng wants a terminal, which script(1) gives it.
-    command = shlex.join(_command(image, root, disk, results, suites[0].security))
+    command = shlex.join(_command(image, root, disk, results, machine.security))
     environment = {**os.environ, "PATH": f"{image.virtme}:{os.environ['PATH']}"}
-    machine = subprocess.Popen(
+    process = subprocess.Popen(
         ["script", "--quiet", "--flush", "--command", command, str(console)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -68,10 +80,11 @@ def boot(
         start_new_session=True,
     )
     try:
-        _follow(machine, results, time.monotonic() + seconds)
+        _follow(process, results, deadline, stop)
     finally:
-        _end(machine)
+        _end(process)
         root.unlink()
+        disk.unlink()
 
 
 def _command(image: Image, root: Path, disk: Path, results: Path, security: str) -> list[str]:
@@ -92,11 +105,12 @@ def _command(image: Image, root: Path, disk: Path, results: Path, security: str)
     return [*command, "--exec", "/mnt/guest.sh"]
 
 
-def _follow(machine: subprocess.Popen[bytes], results: Path, deadline: float) -> None:
+def _follow(machine: subprocess.Popen[bytes], results: Path, deadline: float, stop: threading.Event) -> None:
     """Print what fails, and which suite runs, while the machine does."""
     seen: dict[Path, int] = {}
     while machine.poll() is None and time.monotonic() < deadline and not (results / "result.json").exists():
-        time.sleep(2)
+        if stop.wait(2):
+            return
         for log in sorted(results.glob("*.log"), key=lambda path: path.stat().st_mtime):
             if log not in seen:
                 print(f"{log.stem} …", flush=True)

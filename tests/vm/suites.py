@@ -1,4 +1,4 @@
-"""What is run in the virtual machine, in this order."""
+"""What is run in virtual machines, each of which has some of the suites."""
 
 from __future__ import annotations
 
@@ -10,16 +10,24 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Suite:
-    """One run of pytest; ``options`` are lines for the [runtime] table of each agent it starts.
-
-    ``security`` is the kernel's security module that the machine is booted with: apparmor or selinux.
-    """
+    """One run of pytest; ``options`` are lines for the [runtime] table of each agent it starts."""
 
     name: str
     about: str
     tests: tuple[str, ...]
     options: str = ""
-    security: str = "apparmor"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A virtual machine, and what is run there in this order.
+
+    ``security`` is the kernel's security module that it is booted with: apparmor or selinux.
+    """
+
+    name: str
+    security: str
+    suites: tuple[Suite, ...]
 
 
 # These measure the machine's speed, which is a tenth of a real one's and uneven.
@@ -28,14 +36,28 @@ DESELECTED = ("test_a_busy_loop_is_seen_as_processor_time", "test_a_full_reading
 _INTEGRATION = "tests/integration"
 _CONFORMANCE = f"{_INTEGRATION}/conformance"
 
-SUITES = (
+_CONFORMANCE_SUITES = (
+    Suite(
+        "conformance", "the CRI, systemd driver, crun", (_CONFORMANCE, f"{_INTEGRATION}/agent/test_pod_lifecycle.py")
+    ),
+    Suite(
+        "spec", "specs with crun and runc directly, cgroup readers", (f"{_INTEGRATION}/spec", f"{_INTEGRATION}/metrics")
+    ),
+    Suite(
+        "cgroupfs",
+        "cgroups and ends, cgroupfs driver, crun",
+        ("tests/vm/test_cgroup_v2.py", f"{_CONFORMANCE}/test_resources.py"),
+        'cgroup_driver = "cgroupfs"',
+    ),
+    Suite("quota", "project quotas of ext4 and xfs", (f"{_INTEGRATION}/agent/test_project_quota.py",)),
+)
+_AGENT_SUITES = (
+    Suite("own", "cgroup v2, AppArmor and slices, systemd driver, crun", ("tests/vm",)),
     Suite(
         "agent",
-        "hardening, handlers, limits, statistics, user namespaces, life without the agent; systemd driver, both",
+        "hardening, limits, statistics, user namespaces, life without the agent; systemd driver, both runtimes",
         (
             f"{_INTEGRATION}/agent/test_hardening.py",
-            f"{_INTEGRATION}/agent/test_hardening_files.py",
-            f"{_INTEGRATION}/agent/test_handlers.py",
             f"{_INTEGRATION}/agent/test_limits.py",
             f"{_INTEGRATION}/agent/test_stats.py",
             f"{_INTEGRATION}/agent/test_user_namespaces.py",
@@ -45,35 +67,35 @@ SUITES = (
     Suite(
         "runc",
         "cgroups and ends, systemd driver, runc",
-        ("tests/vm/test_cgroup_v2.py", f"{_CONFORMANCE}/test_resources.py", f"{_CONFORMANCE}/test_exec.py"),
+        ("tests/vm/test_cgroup_v2.py", f"{_CONFORMANCE}/test_resources.py"),
         'default_runtime = "runc"',
     ),
-    Suite(
-        "cgroupfs",
-        "cgroups and ends, cgroupfs driver, crun",
-        ("tests/vm/test_cgroup_v2.py", f"{_CONFORMANCE}/test_resources.py", f"{_CONFORMANCE}/test_sandboxes.py"),
-        'cgroup_driver = "cgroupfs"',
-    ),
-    Suite("own", "cgroup v2, AppArmor and slices, systemd driver, crun", ("tests/vm",)),
-    Suite(
-        "spec", "specs with crun and runc directly, cgroup readers", (f"{_INTEGRATION}/spec", f"{_INTEGRATION}/metrics")
-    ),
-    Suite(
-        "conformance", "the CRI, systemd driver, crun", (_CONFORMANCE, f"{_INTEGRATION}/agent/test_pod_lifecycle.py")
-    ),
-    Suite("quota", "project quotas of ext4", (f"{_INTEGRATION}/agent/test_project_quota.py",)),
-    Suite("selinux", "SELinux without enforcement, systemd driver", ("tests/vm/test_selinux.py",), security="selinux"),
 )
+_SELINUX_SUITES = (Suite("selinux", "SELinux without enforcement, systemd driver", ("tests/vm/test_selinux.py",)),)
 
+MACHINES = (
+    Machine("conformance", "apparmor", _CONFORMANCE_SUITES),
+    Machine("agent", "apparmor", _AGENT_SUITES),
+    Machine("selinux", "selinux", _SELINUX_SUITES),
+)
 CHOSEN = "chosen"
-"""The suite of tests that were named one by one."""
+"""The machine, and the suite, of tests that were named one by one."""
 
 
-def chosen(wanted: Sequence[str], options: str, security: str) -> list[Suite]:
-    """The suites of those names, or all; what is no suite's name is a test, and those make a suite of their own."""
-    suites = [suite for suite in SUITES if not wanted or suite.name in wanted]
-    tests = tuple(name for name in wanted if name not in {suite.name for suite in SUITES})
-    return [*suites, Suite(CHOSEN, "chosen tests", tests, options, security)] if tests else suites
+def suite_names() -> list[str]:
+    """All suites there are."""
+    return [suite.name for machine in MACHINES for suite in machine.suites]
+
+
+def chosen(wanted: Sequence[str], options: str, security: str) -> list[Machine]:
+    """The machines with the suites of those names, or all; what is no suite's name is a test, and those are a suite."""
+    machines = []
+    for machine in MACHINES:
+        if suites := tuple(suite for suite in machine.suites if not wanted or suite.name in wanted):
+            machines.append(Machine(machine.name, machine.security, suites))
+    tests = tuple(name for name in wanted if name not in suite_names())
+    suite = Suite(CHOSEN, "chosen tests", tests, options)
+    return [*machines, Machine(CHOSEN, security, (suite,))] if tests else machines
 
 
 def write_suites(suites: Sequence[Suite], file: Path) -> None:

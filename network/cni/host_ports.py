@@ -5,12 +5,15 @@ It translates addresses and lets nothing in: whether the packet then passes is f
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address
 
 from host import threads
+from host.errors import PodkeelError
 from network import conntrack, host_port_rules, links, ruleset, sysctl
 from network.attachment import Attachment, PortMapping
 from network.audit import Finding, compare_sets
@@ -19,6 +22,8 @@ from network.elements import host_port_elements
 from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket
 
 _log = logging.getLogger("podkeel.network")
+
+_LOOK_AGAIN_SECONDS = 60.0
 
 # Pods of one network may reach each other without this node's routing: answers would then miss the way back.
 _TABLE = (
@@ -47,25 +52,59 @@ class HostPortTable:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._changing = asyncio.Lock()
+        self._needed = False
+        self._looked_at = 0.0
+        self._looking: asyncio.Task[None] | None = None
 
     async def load(self, records: Iterable[CniRecord]) -> None:
         """Make the table hold the host ports of the records that need it; raises CommandError with nft's complaint."""
-        forwarding = _forwarding(records)
-        if forwarding or await ruleset.listing(self.name, families=("inet",)) is not None:
-            await ruleset.load(self._removal + self._script(forwarding))
-            await threads.in_thread(open_localhost, [attachment for _, attachment in forwarding])
+        async with self._changing:
+            forwarding = _forwarding(records)
+            self._needed = self._needed or bool(forwarding) or await self._listing() is not None
+            if self._needed:
+                await ruleset.load(self._removal + self._script(forwarding))
+                await threads.in_thread(open_localhost, [attachment for _, attachment in forwarding])
 
     async def remove(self) -> None:
         """Remove the table, where there is one."""
-        await ruleset.load(self._removal)
+        async with self._changing:
+            self._needed = False
+            await ruleset.load(self._removal)
+
+    def look_soon(self, records: Iterable[CniRecord]) -> None:
+        """See in the background, at most once a minute, that nobody took the table away; else load it again."""
+        idle = self._looking is None or self._looking.done()
+        if self._needed and idle and time.monotonic() > self._looked_at + _LOOK_AGAIN_SECONDS:
+            self._looked_at = time.monotonic()
+            self._looking = asyncio.create_task(self._look(records))
+
+    async def close(self) -> None:
+        """End what goes on in the background."""
+        looking, self._looking = self._looking, None
+        if looking is not None:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
 
     async def findings(self, records: Iterable[CniRecord]) -> list[Finding]:
         """Where the table differs from what the records need."""
-        wanted = {(e.set_name, str(e)) for _, pod in _forwarding(records) for e in host_port_elements(pod)}
-        listing = await ruleset.listing(self.name, families=("inet",))
+        async with self._changing:
+            wanted = {(e.set_name, str(e)) for _, pod in _forwarding(records) for e in host_port_elements(pod)}
+            listing = await self._listing()
         if listing is None:
             return [Finding("nftables table", self.name, "missing")] if wanted else []
         return compare_sets(wanted, set(), ruleset.listed_elements(listing))
+
+    async def _look(self, records: Iterable[CniRecord]) -> None:
+        try:
+            if await self._listing() is None:
+                _log.warning("nftables table %s was removed by somebody: it is made again", self.name)
+                await self.load(records)
+        except (PodkeelError, OSError) as error:
+            _log.warning("nftables table %s cannot be looked after: %s", self.name, error)
+
+    async def _listing(self) -> list[bytes] | None:
+        return await ruleset.listing(self.name, families=("inet",))
 
     @property
     def _removal(self) -> str:

@@ -70,7 +70,6 @@ class CniNetwork:
         self._network_rows = NetworkStore(database)
         self._ports = registry or PortRegistry()
         self._table = HostPortTable(f"{options.bridge}_cni")
-        self._loading_table = asyncio.Lock()
         # Starting a thread holds the loop until it runs: a burst of pods must not start one for each at once.
         self._entering = asyncio.Semaphore(_NAMESPACES_AT_ONCE)
         self._records: dict[str, CniRecord] = {}
@@ -125,6 +124,7 @@ class CniNetwork:
     async def stop(self) -> None:
         """End what goes on in the background; pods keep their network."""
         await self._deletions.close()
+        await self._table.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -152,6 +152,7 @@ class CniNetwork:
         if changeable and not self._starting and time.monotonic() > self._looked_at + _LOOK_AGAIN_SECONDS:
             self._looked_at = time.monotonic()
             self._in_background(self.reload())
+        self._table.look_soon(self._records.values())
         return condition
 
     def attachment(self, sandbox_id: str) -> Attachment | None:
@@ -195,7 +196,7 @@ class CniNetwork:
             self._records[sandbox_id] = record = record.connected(result)
             await self._rows.save(record)
             if record.forwards:
-                await self._load_table()
+                await self._table.load(self._records.values())
             await forget_flows(record.host_ports)
         self._unfinished.discard(sandbox_id)
         assert record.attachment is not None, "ADD is done"
@@ -229,7 +230,7 @@ class CniNetwork:
         errors = await self._chain.delete_what_can_be(record)
         self._deletions.errors.pop(sandbox_id, None)
         if record.forwards:
-            await self._load_table()
+            await self._table.load(self._records.values())
         if record.attachment is not None and record.attachment.host_interface:
             await threads.in_thread(remove_veth, record.attachment.host_interface)
         await self._rows.remove(sandbox_id)
@@ -259,8 +260,7 @@ class CniNetwork:
                 raise answer
         if not (self._records or self.configured):
             return findings
-        async with self._loading_table:
-            return findings + await self._table.findings(self._records.values())
+        return findings + await self._table.findings(self._records.values())
 
     async def repair(self, live: Collection[str]) -> list[Finding]:
         """Begin to give back what belongs to no ``live`` sandbox, have plugins collect garbage, load the host ports.
@@ -272,7 +272,7 @@ class CniNetwork:
         for sandbox_id in stale:
             self._deletions.schedule(sandbox_id)
         if self._records or self.configured:
-            await self._load_table()
+            await self._table.load(self._records.values())
         if self._view.configuration is not None:
             self._in_background(self._collect_garbage(self._view.configuration))
         return [Finding("CNI attachment", sandbox_id, "its sandbox is gone") for sandbox_id in sorted(stale)]
@@ -290,8 +290,7 @@ class CniNetwork:
             if isinstance(answer, BaseException) and not (force and isinstance(answer, PodkeelError)):
                 raise answer
         given_up = [await self.give_up(id_) for id_ in list(self._records)] if force else []
-        async with self._loading_table:
-            await self._table.remove()
+        await self._table.remove()
         await self.stop()
         return [sentence for sentence in given_up if sentence is not None]
 
@@ -328,7 +327,7 @@ class CniNetwork:
             record = msgspec.structs.replace(record, state=CniState.DELETING)
             await self._save(record)
         if record.forwards:
-            await self._load_table()
+            await self._table.load(self._records.values())
         async with self._gate.passing():
             await self._chain.delete(record)
         await self._rows.remove(sandbox_id)
@@ -345,10 +344,6 @@ class CniNetwork:
 
     async def _tell(self, sandbox_id: str) -> None:
         await self.when_given_back(sandbox_id)
-
-    async def _load_table(self) -> None:
-        async with self._loading_table:
-            await self._table.load(self._records.values())
 
     async def _look(self) -> _View:
         self._looked_at = time.monotonic()

@@ -158,6 +158,21 @@ async def test_host_ports_without_a_plugin_for_them(node: CniNode, outside: Outs
     assert table not in nft_tables()
 
 
+async def test_host_ports_come_back_when_the_nodes_rules_are_loaded_anew(node: CniNode) -> None:
+    node.configure(node.bridge_plugin())
+    await node.start()
+    port = _free_port()
+    pod = await node.pod("server", PortMapping("tcp", 80, port))
+    command("nft", "delete", "table", "inet", f"{node.bridge}b_cni")
+    assert node.network.condition().ready  # as kubelet asks every few seconds
+    looking = node.network.cni._table._looking
+    assert looking is not None
+    await looking
+    assert await node.network.audit(["server"]) == []
+    with listen(pod.namespace, 80) as server:
+        talk(None, server, ("127.0.0.1", port))
+
+
 async def test_the_nodes_loopback_stays_closed_to_pods_after_the_last_host_port(node: CniNode) -> None:
     node.configure(node.bridge_plugin())
     await node.start()

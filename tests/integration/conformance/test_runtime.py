@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import re
 import secrets
+from pathlib import Path
 
 import grpc
 import pytest
@@ -45,7 +47,11 @@ def test_verbose_status_is_json(agent: AgentProcess) -> None:
 
 def test_runtime_config_says_the_driver(agent: AgentProcess) -> None:
     answer = agent.client.call("RuntimeConfig", cri_pb2.RuntimeConfigRequest())
-    assert answer.linux.cgroup_driver == cri_pb2.CGROUPFS
+    chosen = re.search('cgroup_driver = "(systemd|cgroupfs)"', os.environ.get("PODKEEL_TEST_RUNTIME_OPTIONS", ""))
+    # Of its own accord the agent goes with systemd where that runs and cgroup v2 is.
+    has_systemd = Path("/run/systemd/system").is_dir() and Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    driver = chosen[1] if chosen else "systemd" if has_systemd else "cgroupfs"
+    assert answer.linux.cgroup_driver == {"systemd": cri_pb2.SYSTEMD, "cgroupfs": cri_pb2.CGROUPFS}[driver]
 
 
 def test_pod_cidrs_hold_for_new_pods_and_after_a_restart(own_agent: AgentProcess) -> None:

@@ -30,8 +30,8 @@ class Machine:
     suites: tuple[Suite, ...]
 
 
-# These measure the machine's speed, which is a tenth of a real one's and uneven; the last would take two minutes to make
-# the events that a subscriber does not read.
+# These measure the machine's speed, which is a tenth of a real one's and uneven; the last takes two minutes there to
+# make the events that a subscriber does not read.
 DESELECTED = (
     "test_a_busy_loop_is_seen_as_processor_time",
     "test_a_full_reading_is_cheap",

@@ -42,6 +42,8 @@ class Database:
     def __init__(self, path: Path, schemas: Mapping[str, Sequence[str]]) -> None:
         self.path = path
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        path.touch(mode=0o600)
+        path.chmod(0o600)  # it holds what containers are given in their environment; SQLite's other files follow it
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.executescript(
             "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA foreign_keys=ON; PRAGMA busy_timeout=5000;"

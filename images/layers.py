@@ -81,6 +81,9 @@ class LayerStore:
 
     async def start(self) -> None:
         """Read the layers, forgetting those that a crash left half-made."""
+        for folder in (self._folder, self._content):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)  # images hold set-user-id programs, which nobody else on the node may run
         algorithms = [self._content / name for name in ("sha256", "sha512")]
         for folder in (self._folder / str(EMPTY_LAYER) / "fs", *algorithms, self._incoming):
             folder.mkdir(mode=0o755, parents=True, exist_ok=True)

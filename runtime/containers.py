@@ -31,6 +31,7 @@ from runtime.spec.log_path import resolve_log_path
 from runtime.spec.namespaces import user_mappings
 from runtime.spec.volumes import make_volumes
 from runtime.spec_request import ensure_pid_holder, shares_pod_pids, spec_request
+from runtime.user_namespace import make_private, root_of
 
 NAME_LIMIT = 253
 
@@ -86,6 +87,7 @@ class ContainerManager:
         operation = begin(container, "CreateContainer")
         async with Undo(container.title) as undo:
             undo.push("the container", partial(self._discard, container))
+            make_private(node.layout.container(container.id).path, user_mappings(sandbox.namespace_options))
             monitor = node.monitors.prepare(_monitor_request(node, container, runtime))
             undo.push("its monitor", monitor.abandon)
             if len(self._making) <= node.start_parallelism:
@@ -145,8 +147,9 @@ class ContainerManager:
 
     def _write_spec(self, container: Container, request: SpecRequest) -> ContainerSpec:
         spec = build(request)
-        make_volumes(spec.volumes, request.rootfs)
-        bind_all(spec.mapped_volumes, request.namespaces.user, user_mappings(container.sandbox.namespace_options))
+        mappings = user_mappings(container.sandbox.namespace_options)
+        make_volumes(spec.volumes, request.rootfs, root_of(mappings) if mappings else (0, 0))
+        bind_all(spec.mapped_volumes, request.namespaces.user, mappings)
         self._node.layout.container(container.id).spec.write_bytes(spec.config_json)
         return spec
 

@@ -147,5 +147,7 @@ class Layout:
         """Make the fixed folders; existing ones are fine."""
         self.data.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.run.mkdir(mode=0o711, parents=True, exist_ok=True)
-        for folder in (self.sandboxes, self.containers, self.exits, self.run / "oci"):
+        for folder in (self.sandboxes, self.containers):  # the roots of user namespaces pass through
             folder.mkdir(mode=0o711, exist_ok=True)
+        for folder in (self.exits, self.run / "oci"):
+            folder.mkdir(mode=0o700, exist_ok=True)

@@ -13,7 +13,7 @@ from host import libc, mounts
 from host.errors import InvalidArgumentError
 from runtime.layout import SandboxFolder
 from runtime.spec.sysctls import sysctl_path
-from runtime.user_namespace import Mappings, make_pins, root_of
+from runtime.user_namespace import Mappings, make_pins, make_private, root_of
 
 _FLAGS = {"net": libc.CLONE_NEWNET, "ipc": libc.CLONE_NEWIPC, "uts": libc.CLONE_NEWUTS}
 
@@ -40,6 +40,7 @@ def make_namespaces(folder: SandboxFolder, plan: NamespacePlan) -> None:
     Runs in a fresh thread, which it leaves inside the new namespaces. Raises InvalidArgumentError when a sysctl is
     refused by the kernel.
     """
+    make_private(folder.path, plan.mappings)
     if plan.mappings is not None:
         make_pins(folder, plan.kinds, plan.mappings)
         _enter(folder, plan.kinds)
@@ -61,7 +62,7 @@ def _unshare_and_pin(folder: SandboxFolder, kinds: Sequence[str]) -> None:
     flags = 0
     for kind in kinds:
         flags |= _FLAGS[kind]
-    folder.namespaces.mkdir(parents=True, mode=0o711)
+    folder.namespaces.mkdir(mode=0o711)
     if flags:
         libc.unshare(flags)
     for kind in kinds:

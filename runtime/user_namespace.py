@@ -30,7 +30,7 @@ def make_pins(folder: SandboxFolder, kinds: Sequence[str], mappings: Mappings) -
     """
     wanted = ["user", *kinds]
     uids, gids = mappings
-    folder.namespaces.mkdir(parents=True, mode=0o711)
+    folder.namespaces.mkdir(mode=0o711)
     with _waiting_process([_OPTIONS[kind] for kind in wanted]) as pid:
         _write_mappings(Path(f"/proc/{pid}/uid_map"), uids)
         _write_mappings(Path(f"/proc/{pid}/gid_map"), gids)
@@ -66,6 +66,18 @@ def _waiting_process(options: Sequence[str]) -> Iterator[int]:
         finally:
             processes.kill_group(pid)
             os.waitpid(pid, 0)
+
+
+def make_private(folder: Path, mappings: Mappings | None) -> None:
+    """Make the folder of a sandbox or container in the run folder, which nobody but root may pass through.
+
+    It leads to secrets and to set-user-id programs of images. The root of the pod's user namespace, if it has one with
+    these ``mappings``, has to come through as well.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if mappings is not None:
+        os.chown(folder, -1, root_of(mappings)[1])
+        folder.chmod(0o710)
 
 
 def root_of(mappings: Mappings) -> tuple[int, int]:

@@ -54,14 +54,16 @@ def volume_mounts(volumes: Iterable[Volume]) -> list[oci.Mount]:
     ]
 
 
-def make_volumes(volumes: Iterable[Volume], rootfs: Path) -> None:
+def make_volumes(volumes: Iterable[Volume], rootfs: Path, owner: tuple[int, int] = (0, 0)) -> None:
     """Make the folders with the owner, mode and content of what the image has there; blocking, so for a thread.
 
+    ``owner`` is the uid and gid on the host of root in the container, whose a folder is that the image does not have.
     They are below the container's folder and go with it. What is in the image is reached without following links out
     of ``rootfs``, and links inside are copied as links.
     """
     for volume in volumes:
         volume.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        os.chown(volume.folder, *owner)
         try:
             with rooted.locate(rootfs, volume.container_path) as descriptor:
                 source = f"/proc/self/fd/{descriptor}"

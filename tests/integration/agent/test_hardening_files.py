@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
+import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +26,7 @@ from tests.integration.agent.hardening import (
     like_kubelets,
     with_python,
 )
+from tests.integration.agent.test_user_namespaces import with_user_namespace
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.image_builder import entry, folder
 from tests.support.pods import sandbox_config
@@ -233,6 +237,41 @@ def test_image_s_passwd_is_read_inside_the_image(
         Attacker.start(agent, "", config)
     assert words in (refused.value.details() or "")
     assert time.monotonic() - begin < 5
+
+
+def open_to_others(root: Path) -> list[str]:
+    """What users who are neither root nor in a group of it could read or list below a folder of an agent's."""
+    found = []
+    for parent, folders, files in os.walk(root):
+        modes = {name: Path(parent, name).lstat().st_mode for name in (*folders, *files)}
+        folders[:] = [name for name in folders if modes[name] & stat.S_IXOTH and not stat.S_ISLNK(modes[name])]
+        found += [f"{parent}/{name}" for name, mode in modes.items() if mode & stat.S_IROTH and not stat.S_ISLNK(mode)]
+    return found
+
+
+@pytest.mark.parametrize("users", ["the node's", "its own"])
+def test_other_users_of_the_node_reach_nothing_of_containers(agent: AgentProcess, handler: str, users: str) -> None:
+    """CVE-2021-41103: secrets in bundles and the store, and set-user-id programs in root file systems and layers."""
+    sandbox = sandbox_config(agent)
+    if users == "its own":
+        with_user_namespace(sandbox.linux.security_context.namespace_options)
+    sandbox_id = agent.client.run_sandbox(sandbox, handler)
+    config = like_kubelets("main")
+    config.envs.add(key="PASSWORD", value=b"secret")
+    config.linux.security_context.namespace_options.CopyFrom(sandbox.linux.security_context.namespace_options)
+    container_id = agent.client.create(sandbox_id, config, sandbox)
+    agent.client.start(container_id)
+    agent.client.output(container_id, "chmod", "4755", "/bin/busybox")
+    agent.client.output(container_id, "touch", "/dev/shm/shared")
+    bundle = agent.run / "containers" / container_id
+    for path in (bundle / "config.json", bundle / "rootfs/bin/busybox", agent.run / "sandboxes" / sandbox_id / "shm"):
+        assert path.exists()
+        tried = subprocess.run(
+            ["cat", path], check=False, user=65534, group=65534, extra_groups=[], capture_output=True
+        )
+        assert b"Permission denied" in tried.stderr
+    assert open_to_others(agent.run) == []
+    assert open_to_others(agent.data) == []
 
 
 def test_account_that_looks_like_a_number_is_not_root(agent: AgentProcess, handler: str, image: MakeImage) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from host.mounts import mount_table, mounts_below, unmount
 from proto.runtime.v1 import cri_pb2
+from tests.integration.agent.hardening import import_image
+from tests.support import image_builder
 from tests.support.agent import BUSYBOX, AgentProcess
 from tests.support.pods import container_config, sandbox_config
 
@@ -191,6 +193,23 @@ def test_image_as_a_volume_belongs_to_root_inside(agent: AgentProcess, handler: 
     client.start(container_id)
     assert client.output(container_id, "stat", "-c", "%u", "/image", "/image/bin/busybox").split() == ["0", "0"]
     assert client.exec(container_id, "touch", "/image/new").exit_code != 0
+
+
+def test_volumes_of_an_image_belong_to_root_inside(agent: AgentProcess, handler: str, tmp_path: Path) -> None:
+    content = [image_builder.folder("data"), image_builder.entry("data/file", "of the image")]
+    image = import_image(agent, tmp_path, "volumes", content, {"Volumes": {"/data": {}, "/new": {}}})
+    client = agent.client
+    sandbox_id, sandbox = user_pod(agent, handler)
+    config = user_container(sandbox)
+    config.image.image = image
+    container_id = client.create(sandbox_id, config, sandbox)
+    client.start(container_id)
+    assert client.output(container_id, "stat", "-c", "%u", "/data", "/data/file", "/new").split() == ["0"] * 3
+    client.output(container_id, "touch", "/data/written", "/new/written")
+    volumes = agent.data / "containers" / container_id / "volumes"
+    assert {path.stat().st_uid for path in volumes.rglob("*")} == {FIRST}
+    client.remove_sandbox(sandbox_id)
+    client.call("RemoveImage", cri_pb2.RemoveImageRequest(image=cri_pb2.ImageSpec(image=image)))
 
 
 def test_mapped_volumes_outlive_the_agent_and_go_with_the_container(own_agent: AgentProcess, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class FirewallWatch:
     """What other firewalls do to the pods of a bridge, as it was when they were looked at last.
 
     Programs that load the node's rules often take away all there are first: where the bridge's tables are gone,
-    ``restore`` is called to make them again. Without them pods reach the node's loopback, and nothing else.
+    ``restore`` is called to make them again. Without them pods reach the node's loopback, and nothing outside.
     """
 
     def __init__(self, bridge: str, restore: Callable[[], Awaitable[None]]) -> None:

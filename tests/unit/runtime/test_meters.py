@@ -1,0 +1,40 @@
+"""The processor time that says whether a container may have written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from proto.runtime.v1 import cri_pb2
+from runtime import meters
+from runtime.cgroups import CgroupTree
+from runtime.container import Container, ContainerRecord, ContainerState
+from runtime.meters import Meters
+from runtime.sandbox import Sandbox
+from tests.unit.metrics import trees
+
+
+@pytest.fixture
+def container() -> Container:
+    record = ContainerRecord(ContainerState.RUNNING, 1, "crun", "boot", "image", "image", "/pod/container")
+    return Container("c" * 64, cast(Sandbox, None), cri_pb2.ContainerConfig(), record)
+
+
+def test_processor_time_stands_for_what_may_have_changed(
+    container: Container, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hierarchies = trees.make_v2(tmp_path, container.record.cgroup)
+    monkeypatch.setattr(meters, "discover", lambda: hierarchies)
+    of_node = Meters(CgroupTree(2, "cgroupfs"))
+    assert of_node.processor_time(container) == 12_345_678_000
+    container.record.private_pid_namespace = False
+    assert of_node.processor_time(container) is None, "who sees its processes may write in its files"
+    container.record.private_pid_namespace = True
+    of_node.forget(container.id)
+    shutil.rmtree(tmp_path / "pod")
+    assert of_node.processor_time(container) is None, "nobody knows"
+    container.record.state = ContainerState.EXITED
+    assert of_node.processor_time(container) == -1

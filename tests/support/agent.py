@@ -136,7 +136,10 @@ class AgentProcess:
         """End it if it runs and take down all it made."""
         self._end(signal.SIGKILL)
         if Path("/run/systemd/system").is_dir():  # slices that stood for a client's, which an agent leaves alone
-            subprocess.run(["systemctl", "stop", f"{self.cgroup_parent.strip('/')}.slice"], check=True)
+            slice_name = f"{self.cgroup_parent.strip('/')}.slice"
+            # First processes of containers ignore SIGTERM, and systemd would wait 90 s for them to heed it.
+            subprocess.run(["systemctl", "kill", "--signal=KILL", slice_name], capture_output=True, check=False)
+            subprocess.run(["systemctl", "stop", slice_name], check=True)
         done = subprocess.run(self.command("reset", "--yes", *self.flags), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr + self.tail()
         assert not self.data.exists()

@@ -123,6 +123,22 @@ def test_writable_layer_is_counted_in_the_background(agent: AgentProcess) -> Non
     assert usage.used_bytes.value > 4 * MIB
 
 
+def test_only_layers_of_containers_that_ran_are_counted_again(agent: AgentProcess) -> None:
+    (_, idle), (_, busy), (_, ended) = (run_container(agent, *SLEEP) for _ in range(3))
+    agent.client.stop(ended)
+
+    def layers() -> list[cri_pb2.FilesystemUsage]:
+        return [container_stats(agent, container_id).writable_layer for container_id in (idle, busy, ended)]
+
+    wait_for(lambda: all(layer.inodes_used.value > 1 for layer in layers()), what="the first counts")
+    before = layers()
+    for container_id in (idle, busy, ended):  # by a hand from outside
+        (agent.data / "containers" / container_id / "upper" / "new").touch()
+    agent.client.output(busy, "true")
+    wait_for(lambda: all(b.timestamp > a.timestamp for a, b in zip(before, layers(), strict=True)), 25, "another look")
+    assert [b.inodes_used.value - a.inodes_used.value for a, b in zip(before, layers(), strict=True)] == [0, 1, 0]
+
+
 def test_traffic_of_a_pod(agent: AgentProcess) -> None:
     sandbox_id, container_id = run_container(agent, *SLEEP)
     gateway = agent.client.output(container_id, "sh", "-c", "ip route | sed -n 's/^default via \\([0-9.]*\\).*/\\1/p'")

@@ -6,7 +6,8 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from runtime.spec.oci import SCOPE_SUBGROUP
 _ID = re.compile(r"[0-9a-f]{64}")
 # Proportional shares come from the scheduler BFQ or, with version 2, from the controller's own cost model.
 _IO_WEIGHTS = {1: ("blkio.bfq.weight", "blkio.weight"), 2: ("io.bfq.weight", "io.weight")}
+_NO_LIMIT = 2**63 - 4096  # what version 1 shows and both take for none
 _V1_NEEDED = ("memory", "pids", "cpu", "freezer", "devices")
 
 
@@ -217,11 +219,45 @@ class CgroupTree:
     def limit_huge_pages(self, path: str, limits: Mapping[str, int]) -> None:
         """Limit the huge pages of cgroup ``path``: bytes by page size such as ``2MB``."""
         for size, limit in limits.items():
-            if self.version == 2:
-                file = self.mounts["unified"] / path.lstrip("/") / f"hugetlb.{size}.max"
-            else:
-                file = self.mounts["hugetlb"] / path.lstrip("/") / f"hugetlb.{size}.limit_in_bytes"
-            file.write_text(str(limit))
+            self._huge_page_limit(path, size).write_text(str(limit))
+
+    def huge_page_limits(self, path: str, sizes: Iterable[str]) -> dict[str, int]:
+        """Those limits of ``sizes`` as they are; of sizes that are not limited here there are none."""
+        limits = {}
+        for size in sizes:
+            with contextlib.suppress(OSError):
+                text = self._huge_page_limit(path, size).read_text().strip()
+                limits[size] = _NO_LIMIT if text == "max" else int(text)
+        return limits
+
+    def _huge_page_limit(self, path: str, size: str) -> Path:
+        if self.version == 2:
+            return self.mounts["unified"] / path.lstrip("/") / f"hugetlb.{size}.max"
+        return self.mounts.get("hugetlb", Path("/nowhere")) / path.lstrip("/") / f"hugetlb.{size}.limit_in_bytes"
+
+    def settings(self, path: str, names: Iterable[str]) -> dict[str, str]:
+        """What the files ``names`` of cgroup ``path`` hold, of those that can be read and written again (version 2)."""
+        found = {}
+        for name in names:
+            file = self.mounts["unified"] / path.lstrip("/") / name
+            with contextlib.suppress(OSError):
+                content = file.read_text().strip()
+                if content and file.stat().st_mode & stat.S_IWUSR:
+                    found[name] = content
+        return found
+
+    def set_oom_score_adj(self, path: str, leader: int, value: int) -> None:
+        """Give process ``leader`` of cgroup ``path`` another oom_score_adj, and those in there that have the same."""
+        pids = self.processes(path)
+        if leader not in pids:
+            return
+        files = [Path(f"/proc/{pid}/oom_score_adj") for pid in (leader, *pids)]
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            old = int(files[0].read_text())
+        for file in files if old != value else ():
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                if int(file.read_text()) == old:
+                    file.write_text(str(value))
 
     def cpuset(self, path: str) -> tuple[str, str]:
         """CPUs and memory nodes that cgroup ``path`` may use, as lists such as ``0-3``; empty where nothing tells."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from host.errors import CommandError, DeadlineError, InvalidArgumentError, Limit
 from host.inotify import wait_until_exists
 from host.threads import in_thread
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups import CgroupTree
 from runtime.container import Container, ContainerState
 from runtime.exec_call import ExecCall
 from runtime.lifecycle import begin
@@ -23,9 +25,11 @@ from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
 from runtime.spec import oci
 from runtime.spec.log_path import resolve_log_path
-from runtime.spec.resources import resources
+from runtime.spec.resources import oom_score_adj, resources
 
 REOPEN_SECONDS = 5.0
+
+_log = logging.getLogger("podkeel.containers")
 
 _KERNEL_DEFAULTS = {
     "cpu_shares": 1024,
@@ -122,11 +126,15 @@ class Execution:
         if container.record.start_error:
             return
         runtime = self._node.handlers.get(container.record.handler)
-        cpuset = self._node.cgroups.cpuset(container.record.cgroup)
+        self._decided(after)  # what it refuses is refused before anything has changed
+        undoing = await in_thread(_undoing, before, after, self._node.cgroups, container.record.cgroup)
         try:
             await self._set(container, runtime, after)
         except BaseException as error:
-            await self._set(container, runtime, _undoing(before, after, cpuset))
+            try:
+                await self._set(container, runtime, undoing)
+            except (PodkeelError, OSError) as failure:
+                _log.error("%s: limits that were changed could not be put back: %s", container.title, failure)
             if isinstance(error, CommandError) and os.strerror(errno.EBUSY) in error.output:
                 raise LimitError(
                     f"{container.title}: the kernel cannot reclaim enough of its memory for the new limit: "
@@ -135,13 +143,21 @@ class Execution:
             raise
 
     async def _set(self, container: Container, runtime: OciRuntime, limits: cri_pb2.LinuxContainerResources) -> None:
-        given = resources(limits, self._node.facts, pids_limit=self._node.options.pids_limit)
+        cgroups, path, init = self._node.cgroups, container.record.cgroup, container.record.init
+        given, score = self._decided(limits)
         await runtime.update(container.id, msgspec.json.encode(given))
         if limits.cpu_quota < 0:
-            await in_thread(self._node.cgroups.lift_cpu_quota, container.record.cgroup)
+            await in_thread(cgroups.lift_cpu_quota, path)
         if given.hugepage_limits:  # which runc (1.1) passes over
             pages = {page.page_size: page.limit for page in given.hugepage_limits}
-            await in_thread(self._node.cgroups.limit_huge_pages, container.record.cgroup, pages)
+            await in_thread(cgroups.limit_huge_pages, path, pages)
+        if init is not None:  # no OCI runtime changes that of what runs
+            await in_thread(cgroups.set_oom_score_adj, path, init.pid, score)
+
+    def _decided(self, limits: cri_pb2.LinuxContainerResources) -> tuple[oci.Resources, int]:
+        facts = self._node.facts
+        given = resources(limits, facts, pids_limit=self._node.options.pids_limit)
+        return given, oom_score_adj(limits, facts)
 
     def _refuse_below_use(self, container: Container, limit: int) -> None:
         if limit <= 0:
@@ -183,18 +199,22 @@ class Execution:
 
 
 def _undoing(
-    before: cri_pb2.LinuxContainerResources, after: cri_pb2.LinuxContainerResources, cpuset: tuple[str, str]
+    before: cri_pb2.LinuxContainerResources, after: cri_pb2.LinuxContainerResources, cgroups: CgroupTree, path: str
 ) -> cri_pb2.LinuxContainerResources:
-    """``before``, with what only ``after`` sets put back to the kernel's default or, of ``cpuset``, to what was in use.
+    """``before``, with what only ``after`` sets put back to the kernel's default or to what is in use now.
 
     systemd may have taken over a list of CPUs that the kernel then refused.
     """
     undoing = cri_pb2.LinuxContainerResources()
     undoing.CopyFrom(before)
-    in_use = dict(zip(("cpuset_cpus", "cpuset_mems"), cpuset, strict=True))
+    in_use = dict(zip(("cpuset_cpus", "cpuset_mems"), cgroups.cpuset(path), strict=True))
     for field, default in {**_KERNEL_DEFAULTS, **in_use}.items():
         if getattr(after, field) and not getattr(before, field):
             setattr(undoing, field, default)
+    sizes = {page.page_size for page in after.hugepage_limits} - {page.page_size for page in before.hugepage_limits}
+    for size, limit in cgroups.huge_page_limits(path, sizes).items():
+        undoing.hugepage_limits.add(page_size=size, limit=limit)
+    undoing.unified.update(cgroups.settings(path, after.unified.keys() - before.unified.keys()))
     return undoing
 
 

@@ -65,7 +65,9 @@ def _memory(given: cri_pb2.LinuxContainerResources, node: NodeFacts) -> oci.Memo
     if not limit and not swap:
         return None
     # Without a word about swap a limited container gets none, so that its limit means what it says.
-    return oci.Memory(limit=limit or None, swap=(swap or limit) if node.swap_accounting else None)
+    if not swap and "memory.swap.max" not in given.unified:
+        swap = limit
+    return oci.Memory(limit=limit or None, swap=swap or None if node.swap_accounting else None)
 
 
 def _hugepages(given: cri_pb2.LinuxContainerResources, node: NodeFacts) -> list[oci.HugepageLimit]:

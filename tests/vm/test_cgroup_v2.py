@@ -87,10 +87,14 @@ def test_unified_keys_that_the_kernel_refuses_change_nothing(pod: Pod) -> None:
     container_id = pod.start(limited(Limits(memory_limit_in_bytes=64 * MIB), *SLEEP))
     folder = cgroup_of(pod.agent.client, container_id)
     wrong = Limits(memory_limit_in_bytes=128 * MIB)
-    wrong.unified["memory.no_such_file"] = "1"
+    wrong.unified.update({"memory.no_such_file": "1", "memory.high": str(48 * MIB), "pids.max": "99"})
     with refused(grpc.StatusCode.INTERNAL, "memory.no_such_file"):
         update(pod, container_id, wrong)
-    assert content(folder, "memory.max") == str(64 * MIB)
+    assert [content(folder, name) for name in ("memory.max", "memory.high", "pids.max")] == [
+        str(64 * MIB),
+        "max",
+        "max",
+    ]
     assert not pod.agent.client.status(container_id).resources.linux.unified
 
 

@@ -178,6 +178,34 @@ def test_update_is_all_or_nothing(agent: AgentProcess, handler: str, start: bool
     assert kernel(agent, container_id, **files[2]) == str(128 << 20)
 
 
+def test_huge_pages_are_put_back_when_what_follows_is_refused(agent: AgentProcess, handler: str) -> None:
+    if TREE.version == 1 and not Path("/sys/fs/cgroup/hugetlb/cgroup.procs").exists():
+        pytest.skip("huge pages cannot be limited here")
+    container_id = made(agent, handler, Limits())
+    file = {"v1": "hugetlb.2MB.limit_in_bytes", "v2": "hugetlb.2MB.max"}
+    unlimited = ("max", str(2**63 - 4096), str(2**63 - (2 << 20)))  # by version, and by whether it was ever written
+    assert kernel(agent, container_id, **file) in unlimited
+    pages = [cri_pb2.HugepageLimit(page_size="2MB", limit=4 << 20)]
+    with pytest.raises(grpc.RpcError):
+        update(agent, container_id, Limits(hugepage_limits=pages, cpuset_cpus="4000"))
+    assert kernel(agent, container_id, **file) in unlimited
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["created", "running"])
+def test_oom_score_is_changed_with_the_limits_or_not_at_all(agent: AgentProcess, handler: str, start: bool) -> None:
+    container_id = made(agent, handler, Limits(oom_score_adj=500), start=start)
+    score = Path(f"/proc/{init_pid(agent, container_id)}/oom_score_adj")
+    update(agent, container_id, Limits(oom_score_adj=300, cpu_shares=700))
+    assert (int(score.read_text()), agent.client.status(container_id).resources.linux.oom_score_adj) == (300, 300)
+    update(agent, container_id, Limits(cpu_shares=800))
+    assert int(score.read_text()) == 300
+    for wrong in (Limits(oom_score_adj=900, cpuset_cpus="4000"), Limits(oom_score_adj=1001, cpu_shares=900)):
+        with pytest.raises(grpc.RpcError):
+            update(agent, container_id, wrong)
+        assert int(score.read_text()) == 300
+    assert agent.client.status(container_id).resources.linux == Limits(oom_score_adj=300, cpu_shares=800)
+
+
 def test_processes_are_limited_by_the_node(agent: AgentProcess, handler: str) -> None:
     """No limit is configured here, and none may be inherited or made up."""
     attacker = Attacker.start(agent, handler, container_config("main", "sleep", "1000"))

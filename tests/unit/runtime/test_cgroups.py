@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,34 @@ def test_processes_below_a_cgroup_belong_to_it(tmp_path: Path) -> None:
     (tmp_path / "pod/container/own/cgroup.procs").write_text("11\n12\n")
     assert tree("cgroupfs", tmp_path).processes("/pod/container") == [11, 12]
     assert tree("cgroupfs", tmp_path).processes("/pod/gone") == []
+
+
+def test_what_an_update_would_change_is_read_first(tmp_path: Path) -> None:
+    files = {"memory.high": "max", "memory.oom.group": "0", "memory.current": "12288", "hugetlb.2MB.max": "max"}
+    files |= {"cpuset.cpus": "", "hugetlb.1GB.max": "1073741824"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(f"{content}\n")
+    (tmp_path / "memory.current").chmod(0o444)
+    cgroups = tree("cgroupfs", tmp_path)
+    assert cgroups.settings("/", [*files, "memory.none"]) == {
+        name: files[name] for name in files if name not in ("memory.current", "cpuset.cpus")
+    }
+    limits = cgroups.huge_page_limits("/", ["2MB", "1GB", "64KB"])
+    assert limits == {"2MB": 2**63 - 4096, "1GB": 1 << 30}
+    assert CgroupTree(1, "cgroupfs", {}).huge_page_limits("/", ["2MB"]) == {}
+
+
+def test_processes_that_chose_their_oom_score_adj_keep_it(tmp_path: Path) -> None:
+    scores = (500, 500, 600, 500)  # of the first process, two of its children, and one that is not in the cgroup
+    with contextlib.ExitStack() as stack:
+        children = [stack.enter_context(subprocess.Popen(["sleep", "1000"])) for _ in scores]
+        for child in children:
+            stack.callback(child.kill)
+        files = [Path(f"/proc/{child.pid}/oom_score_adj") for child in children]
+        for file, score in zip(files, scores, strict=True):
+            file.write_text(str(score))
+        (tmp_path / "cgroup.procs").write_text("".join(f"{child.pid}\n" for child in children[:3]))
+        cgroups = tree("cgroupfs", tmp_path)
+        cgroups.set_oom_score_adj("/", children[3].pid, 700)
+        cgroups.set_oom_score_adj("/", children[0].pid, 700)
+        assert [int(file.read_text()) for file in files] == [700, 700, 600, 500]

@@ -57,6 +57,8 @@ def test_resources_of_the_node() -> None:
     assert resources(Resources(), NODE, pids_limit=-1).pids is None
     unified = Resources(unified={"memory.high": "100"})
     assert resources(unified, replace(NODE, cgroup_version=2)).unified == {"memory.high": "100"}
+    swap = Resources(memory_limit_in_bytes=5, unified={"memory.swap.max": "9"})  # as kubelet says it (LimitedSwap)
+    assert resources(swap, replace(NODE, cgroup_version=2)).memory == oci.Memory(limit=5)
     with pytest.raises(InvalidArgumentError, match=r"memory.high needs cgroup v2"):
         resources(unified, NODE)
 

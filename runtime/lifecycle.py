@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 
 from host import processes
-from host.errors import CommandError, DeadlineError, PodkeelError, WrongStateError
+from host.errors import CommandError, DeadlineError, InvalidArgumentError, PodkeelError, WrongStateError
 from host.reaping import reap
 from host.stages import Operation
 from host.threads import in_thread, wait_out
@@ -23,7 +23,7 @@ from runtime.container import Container, ContainerState
 from runtime.log_fields import of_container
 from runtime.monitor import ExitRecord
 from runtime.node import Node
-from runtime.oci_runtime import plain_message
+from runtime.oci_runtime import cannot_run_program, plain_message
 from runtime.out_of_memory import killed_for_memory
 from runtime.root_mounts import unmount_all
 from runtime.sandbox import SandboxState
@@ -58,6 +58,7 @@ class Lifecycle:
         Raises:
             NotFoundError: there is no such container.
             WrongStateError: it is not created, or its sandbox is not ready.
+            InvalidArgumentError: its program is not there or cannot be executed; it has exited then.
             PodkeelError: it could not be started; it has exited then.
         """
         container = self._node.get_container(container_id)
@@ -87,14 +88,18 @@ class Lifecycle:
         record = container.record
         if record.start_error:
             await self._fail_start(container, record.start_error)
-            raise PodkeelError(record.start_error)
+            raise InvalidArgumentError(record.start_error)  # the pod is wrong and not the node
         try:
             await self._node.handlers.get(record.handler).start(container.id)
         except (PodkeelError, OSError) as error:  # also one that took too long may have started it
-            self._node.failures[record.handler, "start"] += 1
             await self._kill_processes(container)
             output = error.output if isinstance(error, CommandError) else ""
-            await self._fail_start(container, plain_message(output) or str(error))
+            message = plain_message(output) or str(error)
+            await self._fail_start(container, message)
+            unrunnable = cannot_run_program(message)
+            self._node.failures[record.handler, "run program" if unrunnable else "start"] += 1
+            if unrunnable:
+                raise InvalidArgumentError(message) from error
             raise
 
     async def _fail_start(self, container: Container, message: str) -> None:

@@ -33,7 +33,7 @@ def test_a_program_that_cannot_run_fails_the_start(agent: AgentProcess, handler:
     sandbox_id = client.run_sandbox(sandbox, handler)
     container_id = client.create(sandbox_id, container_config("main", command, "argument"), sandbox)
     assert client.status(container_id).state == cri_pb2.CONTAINER_CREATED
-    refused("INTERNAL", command, call=lambda: client.start(container_id))
+    refused("INVALID_ARGUMENT", command, call=lambda: client.start(container_id))
     status = client.status(container_id)
     assert (status.state, status.exit_code) == (EXITED, 128)
     assert status.reason in ("StartError", "ContainerCannotRun")

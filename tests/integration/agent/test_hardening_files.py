@@ -270,8 +270,8 @@ def test_other_users_of_the_node_reach_nothing_of_containers(agent: AgentProcess
             ["cat", path], check=False, user=65534, group=65534, extra_groups=[], capture_output=True
         )
         assert b"Permission denied" in tried.stderr
-    assert open_to_others(agent.run) == []
-    assert open_to_others(agent.data) == []
+    for folder_of_agent in (agent.run / "containers", agent.run / "sandboxes", agent.run / "oci", agent.data):
+        assert open_to_others(folder_of_agent) == []
 
 
 def test_account_that_looks_like_a_number_is_not_root(agent: AgentProcess, handler: str, image: MakeImage) -> None:

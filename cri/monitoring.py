@@ -11,7 +11,7 @@ import grpc
 
 from cri import node_metrics
 from cri.methods import Call
-from cri.options import MetricsOptions
+from cri.options import DEFAULT_METRICS_ADDRESS, MetricsOptions
 from host.errors import InvalidArgumentError, UnavailableError
 from host.stages import observed_by
 from metrics.agent import AgentMetrics
@@ -19,6 +19,15 @@ from metrics.catalog import CATALOG
 from metrics.routes import Entries, standard_routes
 from metrics.server import MetricsServer, Route
 from runtime.agent import Agent
+
+# Those that mean the node failed, on which there is an alert; others are answers.
+NODE_ERRORS = (
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
 
 _log = logging.getLogger("podkeel.monitoring")
 
@@ -28,6 +37,7 @@ class CallMetrics:
 
     def __init__(self, metrics: AgentMetrics) -> None:
         self._metrics = metrics
+        self._methods: set[str] = set()
         for code in grpc.StatusCode:  # a rise from no series at all is not seen by whoever alerts on it
             metrics.pulls.add(code.name, amount=0.0)
 
@@ -35,6 +45,10 @@ class CallMetrics:
     def observe(self, call: Call) -> Iterator[None]:
         """Counts and times a call."""
         metrics, method = self._metrics, call.method
+        if method not in self._methods:
+            self._methods.add(method)
+            for code in NODE_ERRORS:
+                metrics.calls.add(method, code.name, amount=0.0)
         metrics.call_began(method)
         try:
             yield
@@ -50,7 +64,8 @@ class CallMetrics:
 async def monitoring(agent: Agent, options: MetricsOptions) -> AsyncIterator[CallMetrics]:
     """Measure, and serve /metrics, /metrics/cadvisor, /healthz and /readyz during the block.
 
-    Raises InvalidArgumentError for an unusable certificate, UnavailableError when the address is taken.
+    Raises InvalidArgumentError for an unusable certificate, UnavailableError when the address is taken, which of the
+    default address is only a warning.
     """
     metrics = AgentMetrics()
     node_metrics.register(metrics, agent)
@@ -60,10 +75,12 @@ async def monitoring(agent: Agent, options: MetricsOptions) -> AsyncIterator[Cal
     try:
         bound = await server.start(host, int(port))
     except OSError as error:
-        raise UnavailableError(
-            f"metrics.address {options.address}: cannot be listened on ({error.strerror}): use another one"
-        ) from error
-    _log.info("serving metrics on %s://%s:%d/metrics", "https" if options.tls_certificate else "http", host, bound)
+        problem = f"metrics.address {options.address}: cannot be listened on ({error.strerror}): use another one"
+        if options.address != DEFAULT_METRICS_ADDRESS:
+            raise UnavailableError(problem) from error
+        _log.warning("no metrics are served: %s", problem)
+    else:
+        _log.info("serving metrics on %s://%s:%d/metrics", "https" if options.tls_certificate else "http", host, bound)
     metrics.watch_loop()
     try:
         with observed_by(metrics.stage):

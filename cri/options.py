@@ -51,14 +51,18 @@ class StreamingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     creation_seconds: Annotated[float, Meta(gt=0)] = 30.0
 
 
+DEFAULT_METRICS_ADDRESS = "127.0.0.1:10351"
+
+
 class MetricsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where metrics and health are served over HTTP; an empty address serves neither.
 
+    Where the default is taken, as by another agent of the node, they are not served; any other address must be free.
     With ``tls_certificate`` and ``tls_key``, PEM files, it is HTTPS; with ``tls_client_ca`` too, clients must show a
     certificate that it vouches for.
     """
 
-    address: OptionalListenAddress = ""
+    address: OptionalListenAddress = DEFAULT_METRICS_ADDRESS
     tls_certificate: str = ""
     tls_key: str = ""
     tls_client_ca: str = ""

@@ -56,6 +56,8 @@ class AgentProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self._client: CriClient | None = None
         self._runtime = runtime
+        if "[metrics]" not in options:
+            options += '\n[metrics]\naddress = ""'  # only one of all agents could have the default address
         if "[network]" not in options:
             options += '\n[network]\nmode = "built-in"'  # whatever CNI configuration this machine has
         (folder / "config.toml").write_text(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import urllib.error
@@ -20,6 +22,7 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open_metrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from cri.options import DEFAULT_METRICS_ADDRESS
 from proto.runtime.v1 import cri_pb2
 from tests.integration.streaming.test_server import make_certificates
 from tests.support.agent import BUSYBOX, AgentProcess, running_agent, wait_for
@@ -92,6 +95,8 @@ def test_calls_stages_and_states_are_counted(agent: AgentProcess) -> None:
 
     assert rise("podkeel_calls_total", method="RunPodSandbox", code="OK") == 1
     assert rise("podkeel_calls_total", method="ContainerStatus", code="NOT_FOUND") == 1
+    none_yet = ("podkeel_calls_total", frozenset({("method", "ContainerStatus"), ("code", "INTERNAL")}))
+    assert after[none_yet] == 0, "whoever alerts on errors sees the first one"
     assert rise("podkeel_call_seconds_count", method="StartContainer") == 1
     assert 0 < rise("podkeel_call_seconds_sum", method="StartContainer") < 10
     assert value(after, "podkeel_calls_in_flight", method="RunPodSandbox") == 0
@@ -283,6 +288,27 @@ def test_clients_that_must_show_a_certificate(tmp_path: Path, busybox: Path) -> 
 def verbose(agent: AgentProcess, container_id: str) -> str:
     request = cri_pb2.ContainerStatusRequest(container_id=container_id, verbose=True)
     return str(agent.client.call("ContainerStatus", request).info["info"])
+
+
+def test_a_taken_default_address_keeps_no_agent_from_serving(tmp_path: Path, busybox: Path) -> None:
+    host, _, port = DEFAULT_METRICS_ADDRESS.rpartition(":")
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # somebody has it already, which is as good
+            stack.enter_context(socket.create_server((host, int(port))))
+        agent = stack.enter_context(running_agent(tmp_path, busybox, options="[metrics]"))
+        assert agent.client.call("Version", cri_pb2.VersionRequest()).runtime_name == "podkeel"
+        assert f"no metrics are served: metrics.address {DEFAULT_METRICS_ADDRESS}" in agent.log.read_text()
+
+
+def test_metrics_are_on_loopback_by_default(tmp_path: Path, busybox: Path) -> None:
+    host, _, port = DEFAULT_METRICS_ADDRESS.rpartition(":")
+    try:
+        socket.create_server((host, int(port))).close()
+    except OSError:
+        pytest.skip(f"{DEFAULT_METRICS_ADDRESS} is taken on this machine")
+    health = f"http://{DEFAULT_METRICS_ADDRESS}/healthz"
+    with running_agent(tmp_path, busybox, options="[metrics]"), urllib.request.urlopen(health, timeout=10) as answer:
+        assert answer.status == 200
 
 
 def test_nothing_is_served_where_no_address_is_given(shared_agent: AgentProcess) -> None:

@@ -65,9 +65,7 @@ def _configuration_options() -> argparse.ArgumentParser:
         "--default-runtime", metavar="NAME", help="handler of pods that name none (default: first to work)"
     )
     group.add_argument("--stream-address", metavar="HOST:PORT", help="exec, attach and port-forward streams")
-    group.add_argument(
-        "--metrics-address", metavar="HOST:PORT", help="of /metrics and /healthz (127.0.0.1:10351)"
-    )
+    group.add_argument("--metrics-address", metavar="HOST:PORT", help="of /metrics and /healthz (127.0.0.1:10351)")
     group.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error (default: info)")
     return parser
 

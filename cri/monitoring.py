@@ -47,8 +47,8 @@ class CallMetrics:
         metrics, method = self._metrics, call.method
         if method not in self._methods:
             self._methods.add(method)
-            for code in NODE_ERRORS:
-                metrics.calls.add(method, code.name, amount=0.0)
+            for error in NODE_ERRORS:
+                metrics.calls.add(method, error.name, amount=0.0)
         metrics.call_began(method)
         try:
             yield

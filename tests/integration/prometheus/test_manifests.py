@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cri.monitoring import NODE_ERRORS
 from tests.integration.prometheus.manifests import (
     FOLDER,
     PROMETHEUS,
@@ -114,6 +115,13 @@ def test_recorded_series_that_are_used_are_recorded() -> None:
     used = {metric_of(found) for query in queries for found in selectors(query.expression) if ":" in metric_of(found)}
     assert used <= recorded
     assert recorded - used == set(), "nobody asks for these"
+
+
+def test_errors_that_are_the_node_s_have_series_from_the_start() -> None:
+    (errors,) = (rule["expr"] for rule in rules("record") if rule["record"] == "method:podkeel_call_errors:increase10m")
+    named = re.search(r'code=~"([^"]+)"', errors)
+    assert named is not None
+    assert set(named[1].split("|")) == {code.name for code in NODE_ERRORS}
 
 
 def test_selectors_are_found_in_queries() -> None:

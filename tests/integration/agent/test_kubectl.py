@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import PIPE
@@ -19,7 +19,7 @@ import pytest
 
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.streams import Running, run
-from tests.integration.cli.terminals import Terminal
+from tests.integration.cli.terminals import Start, Terminal, starting
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.api_server import Query, api_server
 
@@ -31,7 +31,6 @@ if KUBECTL is None:
 
 SECONDS = 60.0
 _MINOR_WITH_WEBSOCKETS = 30
-Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
 class Streams:
@@ -83,23 +82,11 @@ def kubectl(request: pytest.FixtureRequest, agent: AgentProcess, tmp_path: Path)
     configuration = tmp_path / "kubeconfig"
     configuration.touch()
     environment = {**os.environ, **choice, "HOME": str(tmp_path), "KUBECONFIG": str(configuration)}
-    started: list[subprocess.Popen[bytes]] = []
     described: dict[str, dict[str, Any]] = {"main": {}, "reader": {"stdin": True}}
     pod = {name: described[name] for name in containers}
     with api_server("pod", pod, Streams(agent, containers)) as server:
-
-        def start(*words: str, prefix: tuple[str, ...] = (), **streams: Any) -> subprocess.Popen[bytes]:
-            command = [*prefix, str(KUBECTL), f"--server={server.url}", *words]
-            started.append(subprocess.Popen(command, env=environment, **streams))
-            return started[-1]
-
-        yield start
-        for process in started:
-            process.kill()
-            process.wait()
-            for stream in (process.stdin, process.stdout, process.stderr):
-                if stream is not None:
-                    stream.close()
+        with starting([str(KUBECTL), f"--server={server.url}"], environment) as start:
+            yield start
         assert {upgrade.partition("/")[0] for upgrade in server.upgrades} == {request.param}
 
 
@@ -145,7 +132,9 @@ def test_a_terminal_has_the_size_of_ours_and_follows_it(container: Running, kube
 
 
 def test_interrupting_at_a_terminal_reaches_the_command(container: Running, kubectl: Start) -> None:
-    terminal = Terminal(kubectl, "exec", "-it", "pod", "--", "sh", "-c", "trap 'echo caught; exit 4' INT; echo begun; cat")
+    terminal = Terminal(
+        kubectl, "exec", "-it", "pod", "--", "sh", "-c", "trap 'echo caught; exit 4' INT; echo begun; cat"
+    )
     try:
         terminal.wait_for(b"begun")
         terminal.type(b"\x03")

@@ -7,10 +7,32 @@ import select
 import subprocess
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@contextmanager
+def starting(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[Start]:
+    """Starts a program with further words, behind a ``prefix``; what still runs after the block is killed."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*words: str, prefix: tuple[str, ...] = (), **streams: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([*prefix, *command, *words], env=environment, **streams))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
 
 
 class Terminal:

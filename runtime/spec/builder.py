@@ -117,7 +117,9 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
     identity = identify(config.linux.security_context, request.image.user, request.rootfs)
     taken = frozenset(container_path(mount.container_path, "mounts: container_path") for mount in config.mounts)
     labels = container_labels(config, request.sandbox, request.node, level=request.selinux_level)
-    volumes = tuple(image_volumes(request.image.volumes or (), request.container_folder, taken, labels.mount))
+    volumes = tuple(
+        image_volumes(request.image.volumes or (), request.rootfs, request.container_folder, taken, labels.mount)
+    )
     process, permitted = _process(request, identity, labels)
     filtered = seccomp(config.linux.security_context, permitted, request.node, default_profile=request.seccomp_default)
     linux = _linux(request, filtered, labels)

@@ -26,15 +26,19 @@ class Volume:
     label: str = ""
 
 
-def image_volumes(paths: Iterable[str], container_folder: Path, taken: frozenset[str], label: str = "") -> list[Volume]:
+def image_volumes(
+    paths: Iterable[str], rootfs: Path, container_folder: Path, taken: frozenset[str], label: str = ""
+) -> list[Volume]:
     """One volume per path of the image's that nothing else is mounted on.
 
-    Raises InvalidArgumentError for one over /proc: OCI runtimes write there what confines the container's process.
+    Raises InvalidArgumentError for one that would cover the root or /proc, by its own name or by links of the image:
+    OCI runtimes look there for what they close, and write there what confines the process.
     """
     wanted = {container_path("/" + path.lstrip("/"), "VOLUME of the image:") for path in paths} - taken
     for path in wanted:
-        if path.startswith("/proc/") or path == "/proc":
-            raise InvalidArgumentError(f"VOLUME of the image: {path} is the kernel's: use an image without it")
+        place = rooted.followed(rootfs, path)
+        if place in ("/", "/proc") or place.startswith("/proc/"):
+            raise InvalidArgumentError(f"VOLUME of the image: {path} is {place}: use an image with a folder of its own")
     return [
         Volume(container_folder / "volumes" / hashlib.sha256(path.encode()).hexdigest()[:32], path, label)
         for path in sorted(wanted)

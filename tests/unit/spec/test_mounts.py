@@ -232,10 +232,22 @@ def test_pod_files_and_volumes(tmp_path: Path) -> None:
     assert not volume.folder.exists()
 
 
-@pytest.mark.parametrize("path", ["/", "/../etc", "proc", "//proc/self/attr"])
+@pytest.mark.parametrize(
+    "path", ["/", "/../etc", "proc", "//proc/self/attr", "top", "up", "far/attr", "chain", "round"]
+)
 def test_image_volumes_refused(tmp_path: Path, path: str) -> None:
-    with pytest.raises(InvalidArgumentError, match="VOLUME"):
-        build(request(tmp_path, image=Image(volumes=[path])))
+    wanted = request(tmp_path, image=Image(volumes=[path]))
+    links = {"top": "/", "up": "a/../../..", "far": "../proc/self", "chain": "far", "round": "round"}
+    for name, target in links.items():
+        (wanted.rootfs / name).symlink_to(target)
+    with pytest.raises(InvalidArgumentError, match=r"VOLUME|too many links"):
+        build(wanted)
+
+
+def test_image_volumes_behind_links(tmp_path: Path) -> None:
+    wanted = request(tmp_path, image=Image(volumes=["/link/data", "/processes"]))
+    (wanted.rootfs / "link").symlink_to("/srv/../proc/../var")
+    assert [volume.container_path for volume in build(wanted).volumes] == ["/link/data", "/processes"]
 
 
 def test_nothing_is_made_when_something_later_is_wrong(tmp_path: Path) -> None:

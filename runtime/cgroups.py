@@ -210,11 +210,13 @@ class CgroupTree:
         return any(folder.is_dir() for folder in self.folders(path))
 
     def lift_cpu_quota(self, path: str) -> None:
-        """Let cgroup ``path`` use the CPU without a quota."""
-        if self.version == 2:
-            (self.mounts["unified"] / path.lstrip("/") / "cpu.max").write_text("max")
-        else:
+        """Let cgroup ``path`` use the CPU without a quota; newer versions of crun set it for the scope above as well."""
+        if self.version == 1:
             (self.mounts["cpu"] / path.lstrip("/") / "cpu.cfs_quota_us").write_text("-1")
+            return
+        folder = self.mounts["unified"] / path.lstrip("/")
+        for group in (folder, folder.parent) if folder.name == SCOPE_SUBGROUP else (folder,):
+            (group / "cpu.max").write_text("max")
 
     def limit_huge_pages(self, path: str, limits: Mapping[str, int]) -> None:
         """Limit the huge pages of cgroup ``path``: bytes by page size such as ``2MB``."""

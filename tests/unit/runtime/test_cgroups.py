@@ -108,3 +108,15 @@ def test_processes_that_chose_their_oom_score_adj_keep_it(tmp_path: Path) -> Non
         cgroups.set_oom_score_adj("/", children[3].pid, 700)
         cgroups.set_oom_score_adj("/", children[0].pid, 700)
         assert [int(file.read_text()) for file in files] == [700, 700, 600, 500]
+
+
+@pytest.mark.parametrize(("driver", "lifted"), [("systemd", ("max", "max")), ("cgroupfs", ("5000 10000", "max"))])
+def test_a_quota_is_lifted_from_the_scope_too(driver: str, lifted: tuple[str, str], tmp_path: Path) -> None:
+    cgroups = tree(driver, tmp_path)
+    path = cgroups.path("kubepods.slice" if driver == "systemd" else "/kubepods", CONTAINER, uses_subgroup=True)
+    folder = tmp_path / path.lstrip("/")
+    folder.mkdir(parents=True)
+    for group in (folder.parent, folder):
+        (group / "cpu.max").write_text("5000 10000")
+    cgroups.lift_cpu_quota(path)
+    assert ((folder.parent / "cpu.max").read_text(), (folder / "cpu.max").read_text()) == lifted

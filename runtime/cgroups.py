@@ -210,7 +210,7 @@ class CgroupTree:
         return any(folder.is_dir() for folder in self.folders(path))
 
     def lift_cpu_quota(self, path: str) -> None:
-        """Let cgroup ``path`` use the CPU without a quota; newer versions of crun set it for the scope above as well."""
+        """Let cgroup ``path`` use the CPU without a quota; newer versions of crun set it for the scope above too."""
         if self.version == 1:
             (self.mounts["cpu"] / path.lstrip("/") / "cpu.cfs_quota_us").write_text("-1")
             return

@@ -63,6 +63,7 @@ _AGENT_SUITES = (
         "hardening, limits, statistics, user namespaces, life without the agent; systemd driver, both runtimes",
         (
             f"{_INTEGRATION}/agent/test_hardening.py",
+            f"{_INTEGRATION}/agent/test_hardening_files.py::test_other_users_of_the_node_reach_nothing_of_containers",
             f"{_INTEGRATION}/agent/test_limits.py",
             f"{_INTEGRATION}/agent/test_stats.py",
             f"{_INTEGRATION}/agent/test_user_namespaces.py",

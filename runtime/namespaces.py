@@ -12,7 +12,7 @@ from pathlib import Path
 from host import libc, mounts
 from host.errors import InvalidArgumentError
 from runtime.layout import SandboxFolder
-from runtime.spec.sysctls import sysctl_path
+from runtime.spec.sysctls import is_of_link, sysctl_path
 from runtime.user_namespace import Mappings, make_pins, make_private, root_of
 
 _FLAGS = {"net": libc.CLONE_NEWNET, "ipc": libc.CLONE_NEWIPC, "uts": libc.CLONE_NEWUTS}
@@ -20,7 +20,8 @@ _FLAGS = {"net": libc.CLONE_NEWNET, "ipc": libc.CLONE_NEWIPC, "uts": libc.CLONE_
 
 @dataclass(frozen=True, slots=True)
 class NamespacePlan:
-    """What a sandbox gets of its own: ``kinds`` out of net, ipc and uts; sysctls are set inside them.
+    """What a sandbox gets of its own: ``kinds`` out of net, ipc and uts; sysctls are set inside them, those of network
+    interfaces by ``set_link_sysctls`` once these are there.
 
     With ``mappings`` of uids and gids it gets a user namespace too, which owns the others. ``mount_label`` is the
     SELinux label of /dev/shm, or empty.
@@ -32,6 +33,11 @@ class NamespacePlan:
     shm_size: int
     mappings: Mappings | None = None
     mount_label: str = ""
+
+    @property
+    def link_sysctls(self) -> dict[str, str]:
+        """Those of network interfaces."""
+        return {name: value for name, value in self.sysctls.items() if is_of_link(name)}
 
 
 def make_namespaces(folder: SandboxFolder, plan: NamespacePlan) -> None:
@@ -49,13 +55,21 @@ def make_namespaces(folder: SandboxFolder, plan: NamespacePlan) -> None:
     if "uts" in plan.kinds and plan.hostname:
         libc.sethostname(plan.hostname)
     for name, value in plan.sysctls.items():
-        _set_sysctl(name, value)
+        if not is_of_link(name):
+            _set_sysctl(name, value)
     if "ipc" in plan.kinds:
         folder.shm.mkdir(mode=0o1777)
         flags = mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
         uid, gid = root_of(plan.mappings) if plan.mappings is not None else (0, 0)
         options = f"mode=1777,size={plan.shm_size},uid={uid},gid={gid}{mounts.context_option(plan.mount_label)}"
         libc.mount("shm", str(folder.shm), "tmpfs", flags, options)
+
+
+def set_link_sysctls(folder: SandboxFolder, plan: NamespacePlan) -> None:
+    """Set those of network interfaces. Runs in a fresh thread, which it leaves inside; raises InvalidArgumentError."""
+    _enter(folder, ("net",))
+    for name, value in plan.link_sysctls.items():
+        _set_sysctl(name, value)
 
 
 def _unshare_and_pin(folder: SandboxFolder, kinds: Sequence[str]) -> None:

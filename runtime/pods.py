@@ -19,7 +19,7 @@ from runtime.containers import ContainerManager
 from runtime.identifiers import new_id
 from runtime.joining import Joining
 from runtime.log_fields import of_sandbox
-from runtime.namespaces import NamespacePlan, drop_namespaces, make_namespaces
+from runtime.namespaces import NamespacePlan, drop_namespaces, make_namespaces, set_link_sysctls
 from runtime.network_request import attach_request
 from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
@@ -101,7 +101,7 @@ class PodManager:
             async with operation.stage("namespaces"):
                 await in_fresh_thread(make_namespaces, node.layout.sandbox(sandbox.id), plan)
             async with operation.stage("network"):
-                await self._attach(sandbox)
+                await self._attach(sandbox, plan)
             async with operation.stage("files"):
                 await in_thread(self._write_files, sandbox)
             if weight := runtime.options.io_weight or node.options.io_weight:
@@ -162,19 +162,20 @@ class PodManager:
             sandbox.record.selinux_level = options.level or free_level(used)
         return selinux_labels(options, self._node.facts, level=sandbox.record.selinux_level).mount
 
-    async def _attach(self, sandbox: Sandbox) -> None:
+    async def _attach(self, sandbox: Sandbox, plan: NamespacePlan) -> None:
         if sandbox.host_network:
             return
-        pin = self._node.layout.sandbox(sandbox.id).pin("net")
-        attachment = await self._node.network.attach(attach_request(sandbox, str(pin)))
-        sandbox.record.addresses = attachment.addresses
+        folder = self._node.layout.sandbox(sandbox.id)
+        request = attach_request(sandbox, str(folder.pin("net")))
+        sandbox.record.addresses = (await self._node.network.attach(request)).addresses
+        if plan.link_sysctls:
+            await in_fresh_thread(set_link_sysctls, folder, plan)
 
     def _write_files(self, sandbox: Sandbox) -> None:
         folder = self._node.layout.sandbox(sandbox.id)
         dns = sandbox.config.dns_config
         folder.resolv_conf.write_text(resolv_conf(dns.servers, dns.searches, dns.options))
-        hostname = sandbox.config.hostname if not sandbox.host_network else ""
-        hostname = hostname or os.uname().nodename
+        hostname = (not sandbox.host_network and sandbox.config.hostname) or os.uname().nodename
         folder.hostname.write_text(f"{hostname}\n")
         folder.hosts.write_text(hosts_file(hostname, sandbox.record.addresses, host_network=sandbox.host_network))
         mappings = user_mappings(sandbox.namespace_options)

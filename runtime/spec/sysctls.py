@@ -14,6 +14,7 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
 )
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+([./][A-Za-z0-9_-]+)+")
+_OF_LINK = re.compile(r"net\.\w+\.(conf|neigh)\.(?!(all|default|lo)\.)")
 _IPC_NAMES = ("kernel.shm", "kernel.msg", "fs.mqueue.")
 
 
@@ -50,6 +51,11 @@ def pod_sysctls(
             raise InvalidArgumentError(f"sysctl {name} is not allowed with {option}: it would change the whole node")
         settings[name] = value
     return settings
+
+
+def is_of_link(name: str) -> bool:
+    """Whether a dotted name is about one network interface, so that it is only there once the pod is attached."""
+    return _OF_LINK.match(name) is not None
 
 
 def sysctl_path(name: str) -> str:

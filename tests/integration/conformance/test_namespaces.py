@@ -214,6 +214,8 @@ def test_sysctls(agent: AgentProcess) -> None:
     given = {
         "net.ipv4.ip_local_port_range": "20000 30000",
         "net/ipv4/conf/all/forwarding": "1",
+        "net.ipv4.conf.eth0.rp_filter": "2",
+        "net.ipv4.neigh.eth0.gc_stale_time": "120",
         "kernel.shm_rmid_forced": "1",
         "kernel.msgmax": "4096",
         "fs.mqueue.msg_max": "32",
@@ -235,9 +237,10 @@ def test_sysctls(agent: AgentProcess) -> None:
         ("net.ipv4.ip_forward", {"network": cri_pb2.NODE}),
         ("kernel.shmmax", {"ipc": cri_pb2.NODE}),
         ("../../etc/passwd", {}),
+        ("net.ipv4.conf.eth9.rp_filter", {}),
     ],
 )
-def test_sysctls_of_the_node_are_refused(agent: AgentProcess, name: str, options: dict[str, int]) -> None:
+def test_sysctls_that_are_not_the_pod_s_are_refused(agent: AgentProcess, name: str, options: dict[str, int]) -> None:
     config = sandbox_config(agent)
     for key, value in options.items():
         setattr(config.linux.security_context.namespace_options, key, value)

@@ -124,7 +124,8 @@ def make_source_disk(disk: Path, project: Path, scratch: Path, *, committed: boo
     else:
         _copy(project, tree / "project", _NOT_COPIED)
     # Python is slow there: it need not compile what each agent loads.
-    compile_all = [sys.executable, "-m", "compileall", "-q", "-x", r"/\.venv/", "-s", tree / "project", "-p", project]
+    compile_all: list[str | Path] = [sys.executable, "-m", "compileall", "-q", "-x", r"/\.venv/"]
+    compile_all += ["-s", tree / "project", "-p", project]
     _run([*compile_all, tree / "project"])
     if (base := Path(sys.base_prefix)) != Path("/usr"):
         _copy(base, tree / "python", ("test", "idlelib", "*.a"))

@@ -127,12 +127,18 @@ def test_failures_are_errors_of_the_call_and_of_its_stage(agent: AgentProcess, c
         client.call("ContainerStatus", ask, metadata=trace.metadata)
     failed, missing = one(collector, "StartContainer"), one(collector, "ContainerStatus")
     assert failed.attributes["rpc.grpc.status_code"] == raised.value.code().value[0]
-    assert failed.span.status.code == Status.STATUS_CODE_ERROR
-    assert failed.span.status.message == raised.value.details()
+    assert failed.span.status.code == Status.STATUS_CODE_UNSET  # the pod's fault
     assert [c.span.status.code for c in children(collector, failed.span)][-1] == Status.STATUS_CODE_ERROR
     assert missing.attributes["rpc.grpc.status_code"] == grpc.StatusCode.NOT_FOUND.value[0]
     assert missing.attributes["container.id"] == "f" * 64
     assert missing.span.status.code == Status.STATUS_CODE_UNSET  # the client's fault
+    with pytest.raises(grpc.RpcError) as raised:
+        image = cri_pb2.ImageSpec(image="127.0.0.1:1/nobody/listens")
+        client.call("PullImage", cri_pb2.PullImageRequest(image=image), metadata=trace.metadata)
+    pull = one(collector, "PullImage")
+    assert pull.attributes["rpc.grpc.status_code"] == raised.value.code().value[0]
+    assert pull.span.status.code == Status.STATUS_CODE_ERROR
+    assert pull.span.status.message == raised.value.details()
 
 
 def test_the_caller_decides_what_is_traced(agent: AgentProcess, collector: Collector) -> None:

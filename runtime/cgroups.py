@@ -253,13 +253,10 @@ class CgroupTree:
         pids = self.processes(path)
         if leader not in pids:
             return
-        files = [Path(f"/proc/{pid}/oom_score_adj") for pid in (leader, *pids)]
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-            old = int(files[0].read_text())
-        for file in files if old != value else ():
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                if int(file.read_text()) == old:
-                    file.write_text(str(value))
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # the container ends
+            old = int(Path(f"/proc/{leader}/oom_score_adj").read_text())
+            for pid in (leader, *pids) if old != value else ():
+                _change_oom_score_adj(pid, old, value)
 
     def cpuset(self, path: str) -> tuple[str, str]:
         """CPUs and memory nodes that cgroup ``path`` may use, as lists such as ``0-3``; empty where nothing tells."""
@@ -292,6 +289,13 @@ class CgroupTree:
         except OSError:
             return 0
         return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
+
+
+def _change_oom_score_adj(pid: int, old: int, new: int) -> None:
+    file = Path(f"/proc/{pid}/oom_score_adj")
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        if int(file.read_text()) == old:
+            file.write_text(str(new))
 
 
 def _slice_stem(base: str) -> str:

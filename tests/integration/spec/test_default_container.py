@@ -40,7 +40,7 @@ def _masks(status: str) -> dict[str, int]:
 
 
 def test_default_container_from_inside(run: Run, node: NodeFacts) -> None:
-    result = run(LOOK, config=container(envs=[{"key": "GREETING", "value": b"hello there"}], working_dir="/work/here"))
+    result = run(LOOK, config=container(envs=[{"key": "GREETING", "value": b"hello there"}], working_dir="/srv/here"))
     seen = result.sections()
     assert "end" in seen, result.output
     assert seen["id"].startswith("uid=0(root) gid=0(root)")
@@ -52,7 +52,7 @@ def test_default_container_from_inside(run: Run, node: NodeFacts) -> None:
     assert "Seccomp:\t0" in seen["status"]
     environment = set(seen["env"].splitlines())
     assert {"GREETING=hello there", "PATH=/bin", "HOSTNAME=pod-host", "HOME=/root"} <= environment
-    assert seen["pwd"] == "/work/here"
+    assert seen["pwd"] == "/srv/here"
     assert seen["hostname"] == "pod-host"
     assert seen["hosts"].splitlines() == ["pod's hosts", "pod's resolv.conf", "pod's hostname"]
     assert seen["shm"] == "shared"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from metrics.rates import CpuWindow
 from metrics.readings import CpuUsage
 
@@ -44,17 +46,10 @@ def test_asking_often_does_not_shorten_the_window() -> None:
     assert window.add(usage(25, 1)) == SECOND // 15
 
 
-def test_a_counter_that_went_back_starts_anew() -> None:
-    window = CpuWindow()
-    window.add(usage(0, 100))
-    assert window.add(usage(1, 101)) == SECOND
-    assert window.add(usage(2, 0)) is None
-    assert window.add(usage(3, 0.25)) == SECOND // 4
-
-
-def test_a_clock_that_was_set_back_starts_anew() -> None:
+@pytest.mark.parametrize(("back", "then"), [((10_002, 0), (10_003, 0.25)), ((6_402, 102), (6_403, 102.25))])
+def test_a_counter_or_a_clock_that_went_back_starts_anew(back: tuple[float, float], then: tuple[float, float]) -> None:
     window = CpuWindow()
     window.add(usage(10_000, 100))
     assert window.add(usage(10_001, 101)) == SECOND
-    assert window.add(usage(6_402, 102)) is None
-    assert window.add(usage(6_403, 102.25)) == SECOND // 4
+    assert window.add(usage(*back)) is None
+    assert window.add(usage(*then)) == SECOND // 4

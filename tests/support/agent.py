@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -133,6 +134,13 @@ class AgentProcess:
     def tail(self) -> str:
         """The end of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+
+    def tracebacks(self, since: int = 0) -> list[str]:
+        """What its log has of errors that nobody handled, after its first ``since`` bytes."""
+        text = self.log.read_bytes()[since:].decode(errors="replace")
+        signs = ("Traceback (most recent call last)", "never retrieved", "was never awaited", "Fatal error")
+        found = [match.start() for match in re.finditer("|".join(map(re.escape, signs)), text)]
+        return [text[max(0, index - 300) : index + 1500] for index in found]
 
     def reset(self) -> None:
         """End it if it runs and take down all it made."""

@@ -1,0 +1,16 @@
+"""Pods that the other files start from are what they say."""
+
+from __future__ import annotations
+
+from tests.integration.agent.hardening import like_kubelets
+from tests.security.conftest import FIRST_ID, StartAttacker
+from tests.support.agent import AgentProcess
+
+
+def test_attackers_have_the_users_they_are_said_to_have(
+    quiet_log: AgentProcess, attacker: StartAttacker, user_namespace: bool
+) -> None:
+    ours = attacker(like_kubelets("main"))
+    first = ours.shell("cat /proc/self/uid_map").split()[1]
+    assert first == (str(FIRST_ID) if user_namespace else "0")
+    assert ours.shell("grep CapEff /proc/self/status").split()[1] != "0" * 16

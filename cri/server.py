@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -46,6 +47,7 @@ def serve(configuration: Configuration) -> None:
     """Serve until SIGTERM or SIGINT. Raises PodkeelError when the agent cannot start."""
     libc.limit_heap_arenas(_HEAP_ARENAS)
     _raise_open_files()
+    _write_no_core_dumps()
     configure_logging(configuration.log)
     sys.setswitchinterval(SWITCH_SECONDS)
     go_first()
@@ -57,6 +59,16 @@ def _raise_open_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _write_no_core_dumps() -> None:
+    """Set the agent's soft core limit to 0, as its memory holds passwords and containers' environments.
+
+    The hard limit is raised where that is permitted: containers get it as theirs, and a service has 0 for both.
+    """
+    with contextlib.suppress(ValueError, PermissionError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def reset(configuration: Configuration, *, force: bool = False) -> list[str]:

@@ -80,7 +80,7 @@ def probe_node(*, selinux: bool = True) -> NodeFacts:
         recursive_read_only=_has_mount_setattr(),
         machine=platform.machine(),
         hostname=platform.node(),
-        default_rlimits=(oci.Rlimit(type="RLIMIT_NOFILE", hard=limit, soft=limit),),
+        default_rlimits=(oci.Rlimit(type="RLIMIT_NOFILE", hard=limit, soft=limit), _core_limit()),
     )
 
 
@@ -100,6 +100,14 @@ def _capabilities() -> frozenset[str]:
 def _open_files_limit() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return hard if hard != resource.RLIM_INFINITY else MAX_OPEN_FILES
+
+
+def _core_limit() -> oci.Rlimit:
+    """The most that the agent may give: its own soft limit is 0, which containers would inherit."""
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1] % (
+        1 << 64
+    )  # RLIM_INFINITY is -1 in Python, 2^64 - 1 in the spec
+    return oci.Rlimit(type="RLIMIT_CORE", hard=hard, soft=hard)
 
 
 def _selinux_enabled() -> bool:

@@ -92,12 +92,18 @@ class AgentProcess:
     def start(self, faults: str = "") -> None:
         """Start the agent and wait until it serves; ``faults`` is its PODKEEL_FAULTS."""
         self.launch(faults)
-        self._client = CriClient(self.address)
         try:
-            self._client.wait_ready(START_SECONDS)
+            self.connect()
         except grpc.FutureTimeoutError:
             self.kill()
             raise AssertionError(f"the agent did not start:\n{self.tail()}") from None
+
+    def connect(self) -> None:
+        """Wait until the agent serves, whoever started it."""
+        if self._client is not None:
+            self._client.close()
+        self._client = CriClient(self.address)
+        self._client.wait_ready(START_SECONDS)
 
     def kill(self) -> None:
         """SIGKILL, as a crash would be."""

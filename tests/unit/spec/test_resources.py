@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,9 @@ def test_probe() -> None:
     node = probe_node()
     assert node.kernel == kernel_version(os.uname().release)
     assert node.cgroup_version in (1, 2)
-    assert all(limit.hard <= node.max_open_files for limit in node.default_rlimits)
+    limits = {limit.type: limit for limit in node.default_rlimits}
+    assert limits["RLIMIT_NOFILE"].hard <= node.max_open_files
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    assert limits["RLIMIT_CORE"].hard == (0xFFFFFFFFFFFFFFFF if hard == resource.RLIM_INFINITY else hard)
     assert kernel_version("6.18.44-x") == (6, 18)
     assert kernel_version("nonsense") == (0, 0)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from http import HTTPStatus
 
+from host.listener import Listener, PendingConnection
 from metrics.prometheus import Page
 
 HEADER_LIMIT = 16 * 1024
 IDLE_SECONDS = 90.0
-TLS_HANDSHAKE_SECONDS = 10.0
+REQUEST_SECONDS = 10.0
 CONNECTION_LIMIT = 64
+# Clients that have not taken the whole of their answer.
+SLOW_LIMIT = 16
+_END_OF_HEAD = b"\r\n\r\n"
 
 _log = logging.getLogger("podkeel.metrics")
 
@@ -27,83 +32,107 @@ class NotReady(Exception):  # noqa: N818 - a state that is answered, not a fault
 
 
 class MetricsServer:
-    """Serves ``routes`` by path at one address until closed."""
+    """Serves ``routes`` by path at one address until closed.
+
+    A client has ``REQUEST_SECONDS`` for its first request (TLS included). Of those served, whoever keeps the server
+    waiting for longest, silent or reading slowly, gives way where there are too many.
+    """
 
     def __init__(self, routes: Mapping[str, Route], tls: ssl.SSLContext | None = None) -> None:
         self._routes = routes
-        self._tls = tls
-        self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
-        self._idle: dict[asyncio.Task[None], None] = {}  # those that wait for a request, longest first
+        self._listener = Listener(
+            "metrics server", self._protocol, tls=tls, grace=REQUEST_SECONDS, pending_limit=CONNECTION_LIMIT
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._served: set[asyncio.Task[None]] = set()  # those whose first request came
+        self._silent: dict[asyncio.Task[None], None] = {}  # of these: who sends no request, longest first
+        self._slow: dict[asyncio.Task[None], None] = {}  # and who does not take its answer
 
     async def start(self, host: str, port: int) -> int:
         """Listen and return the port, which the system chooses if 0 is given; OSError if the address is taken."""
-        handshake = TLS_HANDSHAKE_SECONDS if self._tls is not None else None
-        self._server = await asyncio.start_server(
-            self._accept, host, port, ssl=self._tls, ssl_handshake_timeout=handshake, limit=HEADER_LIMIT
-        )
-        return int(self._server.sockets[0].getsockname()[1])
+        return await self._listener.start(host, port)
 
     async def close(self) -> None:
         """Stop listening and end the connections."""
-        if self._server is None:
-            return
-        self._server.close()
-        for task in self._connections:
+        self._listener.close()
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
-        await self._server.wait_closed()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _protocol(self, pending: PendingConnection) -> asyncio.Protocol:
+        reader = asyncio.StreamReader(limit=HEADER_LIMIT)
+        return asyncio.StreamReaderProtocol(reader, functools.partial(self._accept, pending))
+
+    async def _accept(
+        self, pending: PendingConnection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         task = asyncio.current_task()
-        if task is None or not self._has_room():
-            writer.close()
-            return
-        self._connections.add(task)
+        assert task is not None
+        self._tasks.add(task)
         try:
-            while await self._serve_one(task, reader, writer):
-                pass
-        except (ConnectionError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # the client went away, was silent, or speaks something else
+            head = await reader.readuntil(_END_OF_HEAD)  # in the time that the listener gives
+            pending.admit()
+            while await self._answer_one(task, head, writer):
+                with self._waiting_in(self._silent, task):
+                    async with asyncio.timeout(IDLE_SECONDS):
+                        head = await reader.readuntil(_END_OF_HEAD)
+        except asyncio.LimitOverrunError:
+            with contextlib.suppress(OSError):
+                too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+                await _answer(writer, too_large, _text(f"more than {HEADER_LIMIT} bytes of headers\n"), keep=False)
+        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+            pass  # the client went away or was silent
         finally:
-            self._connections.discard(task)
+            self._tasks.discard(task)
+            self._served.discard(task)
+            pending.forget()
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    def _has_room(self) -> bool:
-        """Make room for one more: who is silent for longest goes, so that silence keeps no scraper out."""
-        if len(self._connections) < CONNECTION_LIMIT:
-            return True
-        longest = next(iter(self._idle), None)
-        if longest is None:
-            return False
-        del self._idle[longest]
-        self._connections.discard(longest)
-        longest.cancel()
+    def _has_room(self, task: asyncio.Task[None]) -> bool:
+        """Make room for one more client."""
+        if task not in self._served and len(self._served) >= CONNECTION_LIMIT:
+            longest = next(iter(self._silent), None) or next(iter(self._slow), None)
+            if longest is None:
+                return False
+            self._end(longest)
+        self._served.add(task)
         return True
 
-    async def _serve_one(
-        self, task: asyncio.Task[None], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bool:
-        """Answer one request; False when the connection is to be closed."""
-        self._idle[task] = None
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._served.discard(task)
+        self._silent.pop(task, None)
+        self._slow.pop(task, None)
+        task.cancel()
+
+    @contextlib.contextmanager
+    def _waiting_in(self, those: dict[asyncio.Task[None], None], task: asyncio.Task[None]) -> Iterator[None]:
+        those[task] = None
         try:
-            async with asyncio.timeout(IDLE_SECONDS):
-                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            yield
         finally:
-            self._idle.pop(task, None)
-        request, *lines = head.split("\r\n")
+            those.pop(task, None)
+
+    async def _answer_one(self, task: asyncio.Task[None], head: bytes, writer: asyncio.StreamWriter) -> bool:
+        """Answer one request; False when the connection is to be closed."""
+        request, *lines = head.decode("latin-1").split("\r\n")
         headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         words = request.split()
         if len(words) != 3 or not words[2].startswith("HTTP/1."):
             await _answer(writer, HTTPStatus.BAD_REQUEST, _text("not an HTTP/1 request\n"), keep=False)
             return False
+        if not self._has_room(task):
+            await _answer(writer, HTTPStatus.SERVICE_UNAVAILABLE, _text("too many connections\n"), keep=False)
+            return False
         method, target, version = words
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close" and not has_body
         status, page = await self._page(method, target.partition("?")[0], headers.get("accept", ""))
-        await _answer(writer, status, page, keep=keep, with_body=method != "HEAD")
+        while len(self._slow) >= SLOW_LIMIT:  # each has its page in memory
+            self._end(next(iter(self._slow)))
+        with self._waiting_in(self._slow, task):
+            await _answer(writer, status, page, keep=keep, with_body=method != "HEAD")
         return keep
 
     async def _page(self, method: str, path: str, accept: str) -> tuple[HTTPStatus, Page]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import Callable
 from typing import Protocol, cast
 
@@ -87,7 +89,7 @@ class StreamConnection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Queue bytes; nothing once the peer is gone."""
-        if self.alive and self._transport is not None:
+        if self.alive and self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
     async def drain(self) -> None:
@@ -115,7 +117,7 @@ class StreamConnection(asyncio.Protocol):
         self.last_data = self._loop.time()
 
     async def close(self, patience: float) -> None:
-        """Send what is queued, then wait up to ``patience`` seconds for the client to close as well.
+        """Send what is queued, then wait up to ``patience`` seconds for the client to close as well; raises nothing.
 
         A client may read slowly what is its own until the end. Closing a socket that unread bytes are in, or come to,
         would make the kernel take back what the client has not read, so these are taken and dropped until it closes.
@@ -128,14 +130,25 @@ class StreamConnection(asyncio.Protocol):
         for holder in list(self._holders):
             self.release(holder)
         try:
-            if self.alive:
-                if transport.can_write_eof():
-                    transport.write_eof()  # once all is written
-                else:
-                    transport.close()
-                await asyncio.wait([self._closed], timeout=patience)
+            async with asyncio.timeout(patience):
+                if self.alive and not transport.is_closing():
+                    await self._half_close(transport)
+                    await asyncio.wait([self._closed])
+        except TimeoutError:
+            pass
         finally:
             transport.abort()
+
+    async def _half_close(self, transport: asyncio.Transport) -> None:
+        """Tell the client that nothing more comes, once it has all that is queued."""
+        if not transport.can_write_eof():  # TLS
+            transport.close()
+            return
+        transport.set_write_buffer_limits(high=0)  # from now on "writable" means that all is written
+        await self._writable.wait()
+        # The transport's own write_eof does this later, in a callback, and fails there where the client has gone.
+        with contextlib.suppress(OSError):
+            transport.get_extra_info("socket").shutdown(socket.SHUT_WR)
 
     def _lose(self) -> None:
         if not self.alive:

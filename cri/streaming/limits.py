@@ -14,7 +14,9 @@ class StreamLimits:
 
     ``port`` 0 takes a free one. A stream without data in either direction for ``idle_timeout`` is ended (0: never).
     ``close_patience`` is how long a client may take for the last bytes of an ended stream.
-    ``creation_timeout`` is how long a connection may take for its request, and for the streams that belong together.
+    ``creation_timeout`` is how long a client may take for the streams that belong together. Its request, which shows a
+    token, must come within ``request_timeout``, and of more than ``max_pending`` connections that have shown none the
+    oldest is closed. ``max_connections`` is how many may be served at a time.
     The TLS paths are PEM files; all three are needed to listen anywhere but on loopback.
     """
 
@@ -22,6 +24,8 @@ class StreamLimits:
     port: int = 0
     idle_timeout: float = 4 * 3600.0
     creation_timeout: float = 30.0
+    request_timeout: float = 10.0
+    max_pending: int = 256
     close_patience: float = 600.0
     token_lifetime: float = 60.0
     max_tokens: int = 1000

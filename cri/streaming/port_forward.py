@@ -34,8 +34,15 @@ async def _forward(backend: StreamBackend, sandbox_id: str, port: int, data: Cha
         error.send_last(f"error forwarding port {port} to pod {sandbox_id}: {failure.message}".encode())
         data.reset()
         return
-    with connection:
-        await _relay(connection, data, error)
+    try:
+        with connection:
+            await _relay(connection, data, error)
+    except ConnectionResetError:
+        raise
+    except OSError as failure:  # such as ETIMEDOUT, for a program that was frozen
+        reason = failure.strerror or failure
+        error.send_last(f"the connection to port {port} of pod {sandbox_id} was lost: {reason}".encode())
+        data.reset()
     error.finish()
 
 
@@ -72,5 +79,6 @@ async def _relay_inward(data: Channel, connection: socket.socket) -> None:
             pass
     if data.was_reset:
         # Nobody wants the pod's answer either.
-        connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # the pod's side has left as well
+            connection.shutdown(socket.SHUT_RDWR)
         raise ChannelResetError("the client reset the connection")

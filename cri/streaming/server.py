@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cri.streaming.backend import StreamBackend
 from cri.streaming.connection import StreamConnection
@@ -15,6 +15,7 @@ from cri.streaming.limits import StreamLimits
 from cri.streaming.session import Session, Surroundings
 from cri.streaming.tokens import AttachRequest, ExecRequest, PortForwardRequest, StreamRequest, TokenTable
 from host.errors import InvalidArgumentError, UnavailableError
+from host.listener import Listener, PendingConnection
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class StreamingServer:
         self._backend = backend
         self._limits = limits or StreamLimits()
         self._tokens = TokenTable(self._limits.token_lifetime, self._limits.max_tokens)
-        self._server: asyncio.Server | None = None
+        self._listener: Listener | None = None
         self._port = 0
         self._visits: set[_Visit] = set()
 
@@ -45,31 +46,30 @@ class StreamingServer:
         limits = self._limits
         limits.check()
         context = _tls_context(limits) if limits.uses_tls else None
-        loop = asyncio.get_running_loop()
+        listener = Listener(
+            "streaming server",
+            lambda pending: StreamConnection(lambda connection: self._on_connection(connection, pending)),
+            tls=context,
+            grace=limits.request_timeout,
+            pending_limit=limits.max_pending,
+        )
         try:
-            self._server = await loop.create_server(
-                lambda: StreamConnection(self._on_connection),
-                limits.host,
-                limits.port,
-                backlog=512,
-                ssl=context,
-                ssl_handshake_timeout=limits.creation_timeout if context is not None else None,
-            )
+            self._port = await listener.start(limits.host, limits.port)
         except OSError as error:
             where = f"{limits.host}:{limits.port}"
             raise InvalidArgumentError(f"cannot listen for streams on {where}: {error.strerror or error}") from error
-        self._port = int(self._server.sockets[0].getsockname()[1])
+        self._listener = listener
 
     async def close(self) -> None:
         """Take no more clients, tell those that are there why their streams end, and wait for them."""
-        if self._server is None:
+        if self._listener is None:
             return
-        self._server.close()
+        self._listener.close()
         visits = list(self._visits)
         for visit in visits:
             visit.cancel(_STOPPING)
         await asyncio.gather(*(visit.task for visit in visits), return_exceptions=True)
-        self._server = None
+        self._listener = None
 
     def exec_url(
         self, container_id: str, command: Sequence[str], *, tty: bool, stdin: bool, stdout: bool, stderr: bool
@@ -96,7 +96,7 @@ class StreamingServer:
         return self._url(PortForwardRequest(sandbox_id, tuple(ports)))
 
     def _url(self, request: StreamRequest) -> str:
-        if self._server is None:
+        if self._listener is None:
             raise UnavailableError("the streaming server is not running; try again once the agent is up")
         # Clients are on this node; "any address" is none to connect to.
         host = _REACHABLE.get(self._limits.host, self._limits.host)
@@ -104,29 +104,46 @@ class StreamingServer:
         scheme = "https" if self._limits.uses_tls else "http"
         return f"{scheme}://{shown}:{self._port}/{_PATHS[type(request)]}/{self._tokens.issue(request)}"
 
-    def _on_connection(self, connection: StreamConnection) -> None:
-        visit = _Visit(connection, self._backend, self._limits, self._tokens)
-        if self._server is None or len(self._visits) >= self._limits.max_connections:
-            visit.refuse(HttpError(503, "too many streaming connections; try again later"))
+    def _on_connection(self, connection: StreamConnection, pending: PendingConnection) -> None:
+        visit = _Visit(connection, pending, self._backend, self._limits, tokens=self._tokens, admit=self._admit)
         self._visits.add(visit)
         visit.task.add_done_callback(lambda _: self._visits.discard(visit))
+
+    def _admit(self, kind: str, token: str) -> StreamRequest:
+        """What a token stands for, for one more client. Raises HttpError."""
+        promised = self._tokens.peek(token)
+        if promised is None or _PATHS[type(promised)] != kind:
+            raise HttpError(404, "no such stream, or its URL was used already or is older than a minute")
+        if sum(visit.is_admitted for visit in self._visits) >= self._limits.max_connections:
+            raise HttpError(503, "too many streaming connections; try again later")
+        return promised
 
 
 class _Visit:
     """One client from its connection to its end."""
 
     def __init__(
-        self, connection: StreamConnection, backend: StreamBackend, limits: StreamLimits, tokens: TokenTable
+        self,
+        connection: StreamConnection,
+        pending: PendingConnection,
+        backend: StreamBackend,
+        limits: StreamLimits,
+        *,
+        tokens: TokenTable,
+        admit: Callable[[str, str], StreamRequest],
     ) -> None:
         self._connection = connection
+        self._pending = pending
         self._surroundings = Surroundings(backend, limits, self.cancel)
         self._limits = limits
         self._tokens = tokens
+        self._admit = admit
         self._loop = asyncio.get_running_loop()
         self._upgrade = HttpUpgrade()
         self._session: asyncio.Future[Session] = self._loop.create_future()
         self._idle_timer: asyncio.TimerHandle | None = None
         self._reason = ""
+        self.is_admitted = False
         connection.receiver = self._on_request_bytes
         connection.on_lost = lambda: self.cancel("the client is gone")
         self.task = self._loop.create_task(self._run())
@@ -158,21 +175,20 @@ class _Visit:
 
     def _accept(self, request: UpgradeRequest) -> Session:
         kind, _, token = request.path.removeprefix("/").partition("/")
-        promised = self._tokens.peek(token)
-        if promised is None or _PATHS[type(promised)] != kind:
-            raise HttpError(404, "no such stream, or its URL was used already or is older than a minute")
+        promised = self._admit(kind, token)
         session = accept(request, promised, self._connection, self._upgrade, self._surroundings)
         self._tokens.take(token)
+        self._pending.admit()
+        self.is_admitted = True
         return session
 
     async def _run(self) -> None:
         session: Session | None = None
         try:
-            async with asyncio.timeout(self._limits.creation_timeout):
-                session = await self._session
+            session = await self._session
             self._check_idleness()
             await session.run()
-        except (HttpError, TimeoutError, ConnectionResetError):
+        except (HttpError, ConnectionResetError):
             pass
         except asyncio.CancelledError:
             if session is not None:
@@ -185,7 +201,11 @@ class _Visit:
             self._idle_timer.cancel()
         if session is not None:
             session.end()
-        await self._connection.close(_STOP_PATIENCE if self._reason == _STOPPING else self._limits.close_patience)
+        # Who was not admitted is cut off by the listener if it does not leave.
+        try:
+            await self._connection.close(_STOP_PATIENCE if self._reason == _STOPPING else self._limits.close_patience)
+        finally:
+            self._pending.forget()
 
     def _check_idleness(self) -> None:
         if not self._limits.idle_timeout:

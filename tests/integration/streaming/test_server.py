@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import subprocess
 from pathlib import Path
@@ -74,7 +75,7 @@ async def test_a_client_that_opens_no_streams_is_told_so(backend: LocalBackend, 
 
 
 async def test_a_client_that_sends_no_request_is_cut_off(backend: LocalBackend) -> None:
-    server = StreamingServer(backend, StreamLimits(creation_timeout=0.1))
+    server = StreamingServer(backend, StreamLimits(request_timeout=0.1))
     await server.start()
     host, port = true_url(server).split("/")[2].split(":")
     reader, writer = await asyncio.open_connection(host, port)
@@ -82,6 +83,46 @@ async def test_a_client_that_sends_no_request_is_cut_off(backend: LocalBackend) 
     assert await asyncio.wait_for(reader.read(), 5) == b""
     writer.close()
     await server.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /exec/x HTTP/1.1\r\n\r\n", b"nonsense\r\n\r\n"])
+async def test_who_shows_no_token_has_seconds(backend: LocalBackend, sent: bytes) -> None:
+    server = StreamingServer(backend, StreamLimits(request_timeout=0.3))
+    await server.start()
+    host, port = true_url(server).split("/")[2].split(":")
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(sent)
+    with contextlib.suppress(ConnectionResetError):
+        await asyncio.wait_for(reader.read(), 5)  # an answer, and the end of it
+    await until(lambda: not established(int(port)))  # though this client does not close
+    writer.close()
+    await server.close()
+
+
+async def test_the_oldest_without_a_token_gives_way(backend: LocalBackend, connect: Connect) -> None:
+    server = StreamingServer(backend, StreamLimits(max_pending=8))
+    await server.start()
+    first = true_url(server)
+    client = await connect(first)
+    host, port = first.split("/")[2].split(":")
+    silent = [await asyncio.open_connection(host, port) for _ in range(30)]
+    for reader, _ in silent[:22]:
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+    assert not any(reader.at_eof() for reader, _ in silent[22:])
+    ids = await (second := await connect(true_url(server))).open_command("stdout")
+    assert (await second.status(ids["error"]))["status"] == "Success"
+    ids = await client.open_command("stdout")  # who has shown a token stays
+    assert (await client.status(ids["error"]))["status"] == "Success"
+    for _, writer in silent:
+        writer.close()
+    await server.close()
+
+
+def established(port: int) -> list[str]:
+    """The connections at a port of 127.0.0.1 that have an open descriptor: lines of /proc/net/tcp."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    ours = [words for words in lines if words[1] == f"0100007F:{port:04X}" and words[3] != "0A"]
+    return [" ".join(words) for words in ours if words[9] != "0"]
 
 
 async def test_idle_streams_end_and_pings_do_not_keep_them(backend: LocalBackend, connect: Connect) -> None:
@@ -117,9 +158,7 @@ async def test_too_many_connections(backend: LocalBackend, connect: Connect) -> 
     await server.start()
     first, second = true_url(server), true_url(server)
     client = await connect(first)
-    _, writer, head = await request(second, b"")
-    assert head.startswith("HTTP/1.1 503 ")
-    writer.close()
+    assert (await answer(second, spdy_request(second, COMMAND_PROTOCOLS))).startswith("HTTP/1.1 503 ")
     await client.close()
     await server.close()
 
@@ -191,7 +230,7 @@ async def test_tls_with_client_certificates(backend: LocalBackend, connect: Conn
 async def test_a_client_that_does_not_finish_its_handshake_is_cut_off(backend: LocalBackend, tmp_path: Path) -> None:
     make_certificates(tmp_path)
     certificate, key = str(tmp_path / "server.pem"), str(tmp_path / "server.key")
-    limits = StreamLimits(creation_timeout=0.2, tls_certificate=certificate, tls_key=key)
+    limits = StreamLimits(request_timeout=0.2, tls_certificate=certificate, tls_key=key)
     server = StreamingServer(backend, limits)
     await server.start()
     host, port = true_url(server).split("/")[2].split(":")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+
+import pytest
 
 from metrics.agent import AgentMetrics
 from metrics.catalog import CATALOG
 from metrics.prometheus import Page
 from metrics.routes import Entries, standard_routes
-from metrics.server import CONNECTION_LIMIT, HEADER_LIMIT, MetricsServer, Route
+from metrics.server import CONNECTION_LIMIT, HEADER_LIMIT, SLOW_LIMIT, MetricsServer, Route
+from tests.integration.streaming.test_server import resident
 from tests.unit.metrics.test_catalog import FULL, LABELS
 
 CLOSE = "Connection: close\r\n"
@@ -103,7 +107,8 @@ async def test_what_is_not_served() -> None:
         assert (await exchange(port, post))[0] == "HTTP/1.1 405 Method Not Allowed"
         assert (await exchange(port, "rubbish\r\n\r\n"))[0] == "HTTP/1.1 400 Bad Request"
         assert (await exchange(port, "GET /broken HTTP/1.0\r\n\r\n"))[1]["connection"] == "close"
-        assert (await exchange(port, "x" * (HEADER_LIMIT * 2))) == ("", {}, b"")
+        status, _, _ = await exchange(port, "x" * (HEADER_LIMIT * 2))
+        assert status == "HTTP/1.1 431 Request Header Fields Too Large"
 
 
 async def test_the_silent_keep_nobody_out() -> None:
@@ -116,6 +121,43 @@ async def test_the_silent_keep_nobody_out() -> None:
         assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 200 OK")
         for _, writer in silent:
             writer.close()
+
+
+async def test_those_who_do_not_take_their_answers_keep_nobody_out_and_no_memory() -> None:
+    made = 0
+    all_made = asyncio.Event()
+
+    async def large(accept: str) -> Page:
+        nonlocal made
+        made += 1
+        if made == CONNECTION_LIMIT:
+            all_made.set()
+        return Page("text/plain", bytes(8 << 20))
+
+    async with serving({"/large": large, "/echo": echo}) as port:
+        before = resident()
+        slow = [await asyncio.open_connection("127.0.0.1", port, limit=1024) for _ in range(CONNECTION_LIMIT)]
+        for _, writer in slow:
+            writer.write(get("/large").encode())
+        await asyncio.wait_for(all_made.wait(), 10)
+        assert (await exchange(port, get("/echo")))[0] == "HTTP/1.1 200 OK"
+        assert resident() - before < (SLOW_LIMIT + 8) * 2 * (8 << 20)
+        for _, writer in slow:
+            writer.transport.abort()
+
+
+async def test_a_first_request_that_comes_in_drops_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metrics.server.REQUEST_SECONDS", 0.3)
+    async with serving({"/echo": echo}) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        start = asyncio.get_running_loop().time()
+        with contextlib.suppress(ConnectionError):
+            while not reader.at_eof():
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        assert 0.2 < asyncio.get_running_loop().time() - start < 5
+        writer.close()
 
 
 async def test_one_page_of_a_kind_is_made_at_a_time() -> None:

@@ -11,7 +11,7 @@ from cri import lists
 from host.errors import InvalidArgumentError
 from host.threads import in_thread
 from images.credentials import Credentials
-from images.image import Image
+from images.image import Image, numeric_user
 from images.usage import FilesystemUsage
 from proto.runtime.v1 import cri_pb2
 from runtime.agent import Agent
@@ -54,8 +54,7 @@ class ImageService:
             return cri_pb2.ImageStatusResponse()
         response = cri_pb2.ImageStatusResponse(image=to_message(image))
         if request.verbose:
-            information = {"chainIDs": image.chain_ids, "imageSpec": msgspec.Raw(image.config_bytes)}
-            response.info["info"] = msgspec.json.encode(information).decode()
+            response.info["info"] = await in_thread(_information, image)
         return response
 
     async def pull_image(self, request: cri_pb2.PullImageRequest) -> cri_pb2.PullImageResponse:
@@ -91,11 +90,17 @@ def to_message(image: Image) -> cri_pb2.Image:
         pinned=image.pinned,
     )
     user = image.config.user.partition(":")[0]
-    if user.isascii() and user.isdigit():
-        message.uid.value = int(user)
-    else:
+    number = numeric_user(user)
+    if number is None:
         message.username = user
+    else:
+        message.uid.value = number
     return message
+
+
+def _information(image: Image) -> str:
+    information = {"chainIDs": image.chain_ids, "imageSpec": msgspec.Raw(image.config_bytes)}
+    return msgspec.json.encode(information).decode(errors="replace")
 
 
 def _require_name(image: cri_pb2.ImageSpec) -> None:

@@ -19,16 +19,9 @@ from host.errors import InvalidArgumentError, LimitError, NotFoundError
 from host.threads import in_thread
 from images import digests
 from images.candidate import Candidate
-from images.manifests import (
-    LARGEST_CONFIG,
-    LARGEST_MANIFEST,
-    Descriptor,
-    Manifest,
-    check_is_image,
-    choose,
-    decode_json,
-    parse_manifest,
-)
+from images.image import ConfigFile, read_config
+from images.manifest_search import Document, FoundImage, Wanted, advance, find_image
+from images.manifests import LARGEST_CONFIG, LARGEST_MANIFEST, Descriptor, decode_json, parse_manifest
 from images.platforms import this_machine
 from images.reference import Reference, parse
 
@@ -196,7 +189,7 @@ class ImageArchive:
     def _docker_images(self, reference: str) -> list[Candidate]:
         subject = f"image archive {self._path}: manifest.json"
         entries: list[_DockerImage] = decode_json(
-            self.read("manifest.json", LARGEST_MANIFEST), list[_DockerImage], subject
+            self.read("manifest.json", LARGEST_MANIFEST), list[_DockerImage], subject, LARGEST_MANIFEST
         )
         found = []
         for entry in entries:
@@ -204,16 +197,17 @@ class ImageArchive:
             members = {f"#{index}": posixpath.normpath(name) for index, name in enumerate(entry.layers)}
             for name in members.values():
                 self._member(name) if self._file else None
-            config = self.read(posixpath.normpath(entry.config), LARGEST_CONFIG)
+            content = self.read(posixpath.normpath(entry.config), LARGEST_CONFIG)
+            config = read_config(content, f"image {names[0] if names else entry.config} in {self._path}")
             found.append(self._docker_candidate(config, list(members.values()), names))
         return found
 
-    def _docker_candidate(self, config: bytes, layers: list[str], names: list[str]) -> Candidate:
+    def _docker_candidate(self, config: ConfigFile, layers: list[str], names: list[str]) -> Candidate:
         # The members have no digests of their own; the config's diff ids are what they are held against.
         descriptors = [Descriptor(annotations={"member": name}) for name in layers]
         manifest = msgspec.json.encode(descriptors)
         return Candidate(
-            subject=f"image {names[0] if names else digests.digest_of(config)} in {self._path}",
+            subject=f"image {names[0] if names else config.digest} in {self._path}",
             manifest=manifest,
             manifest_digest="",
             config=config,
@@ -227,33 +221,29 @@ class ImageArchive:
         found = []
         for descriptor in index.manifests or ():
             names = self._names(descriptor, reference, alone=len(index.manifests or ()) == 1)
-            subject = f"image {names[0] if names else descriptor.digest} in {self._path}"
-            content, manifest, digest = self._image_manifest(descriptor, subject)
-            config_descriptor = check_is_image(manifest, subject)
-            config = self._blob(config_descriptor, LARGEST_CONFIG, subject)
+            image = self._search(descriptor, f"image {names[0] if names else descriptor.digest} in {self._path}")
             digest_names = [f"{parse(name).repository}@{descriptor.digest}" for name in names]
             found.append(
                 Candidate(
-                    subject=subject,
-                    manifest=content,
-                    manifest_digest=digest,
-                    config=config,
-                    layers=tuple(manifest.layers),
+                    subject=f"image {names[0] if names else descriptor.digest} in {self._path}",
+                    manifest=image.content,
+                    manifest_digest=image.digest,
+                    config=image.config,
+                    layers=tuple(image.manifest.layers),
                     names=(*names, *digest_names),
                     open_layer=lambda descriptor, begin: self.chunks(_blob_name(descriptor.digest), begin),
                 )
             )
         return found
 
-    def _image_manifest(self, descriptor: Descriptor, subject: str) -> tuple[bytes, Manifest, str]:
-        """Follow indexes to the manifest for this machine."""
-        for _ in range(_NESTING):
-            content = self._blob(descriptor, LARGEST_MANIFEST, subject)
-            manifest = parse_manifest(content, subject, descriptor.media_type)
-            if not manifest.is_index:
-                return content, manifest, descriptor.digest
-            descriptor = choose(manifest, this_machine(), subject)
-        raise InvalidArgumentError(f"{subject} is broken: indexes within indexes within indexes")
+    def _search(self, descriptor: Descriptor, subject: str) -> FoundImage:
+        """The image for this machine that an entry of the layout leads to."""
+        top = Document(self._blob(descriptor, LARGEST_MANIFEST, subject), descriptor.media_type)
+        search = find_image(top, descriptor.digest, this_machine(), subject)
+        found = advance(search, None)
+        while isinstance(found, Wanted):
+            found = advance(search, Document(self._blob(found.descriptor, found.limit, subject)))
+        return found
 
     def _blob(self, descriptor: Descriptor, limit: int, subject: str) -> bytes:
         content = self.read(_blob_name(digests.check_digest(descriptor.digest, subject)), limit)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from host.errors import InvalidArgumentError
 from images import digests
-from images.image import ImageConfig, parse_config
+from images.image import ConfigFile, ImageConfig, check_linux
 from images.layer_source import LayerSource
 from images.manifests import Descriptor
 
@@ -23,7 +23,7 @@ class Candidate:
     subject: str
     manifest: bytes
     manifest_digest: str
-    config: bytes
+    config: ConfigFile
     layers: tuple[Descriptor, ...]
     names: tuple[str, ...]
     open_layer: Callable[[Descriptor, int], AsyncGenerator[bytes, None]]
@@ -33,15 +33,16 @@ class Candidate:
     @property
     def id(self) -> str:
         """The digest of its configuration."""
-        return digests.digest_of(self.config)
+        return self.config.digest
 
-    def parsed_config(self) -> ImageConfig:
-        """Its configuration; InvalidArgumentError if that is malformed or is for another system."""
-        return parse_config(self.config, self.subject)[0]
+    def checked_config(self) -> ImageConfig:
+        """Its configuration; InvalidArgumentError if that is for another system."""
+        check_linux(self.config, self.subject)
+        return self.config.config
 
     def layer_sources(self) -> list[LayerSource]:
         """One per layer, lowest first; InvalidArgumentError if manifest and configuration disagree on their number."""
-        _, diff_ids = parse_config(self.config, self.subject)
+        diff_ids = self.config.diff_ids
         if len(diff_ids) != len(self.layers):
             raise InvalidArgumentError(
                 f"{self.subject} is broken: its manifest has {len(self.layers)} layers, its config {len(diff_ids)}"

@@ -14,7 +14,7 @@ from host.database import Database
 from host.errors import InvalidArgumentError
 from host.threads import in_thread
 from images import digests
-from images.image import Image, parse_config
+from images.image import Image, read_config
 from images.inheritance import inherit
 from images.layer import Layer
 from images.layers import LayerStore
@@ -96,7 +96,7 @@ class ImageChecker:
                 continue
             if digests.digest_of(config) != image_id:
                 problem = "its configuration has another digest"
-            elif digests.chain_ids(parse_config(config, image.name)[1]) != image.chain_ids:
+            elif digests.chain_ids(read_config(config, image.name).diff_ids) != image.chain_ids:
                 problem = "it has other layers than its configuration says"
             elif manifest_digest and digests.digest_of(manifest, manifest_digest) != manifest_digest:
                 problem = "its manifest has another digest"

@@ -7,29 +7,36 @@ from dataclasses import dataclass
 import msgspec
 
 from host.errors import InvalidArgumentError
-from images.digests import check_digest
+from images.digests import check_digest, digest_of
+from images.layer_limit import MOST_LAYERS
 from images.manifests import decode_json
+from images.platforms import Platform
+
+_LONGEST_NUMBER = 19  # digits of 2^63
+_LONGEST_USER = 4096
+_LARGEST_KEPT = 16 << 20  # older versions took larger configs than LARGEST_CONFIG
 
 
 class _RawConfig(msgspec.Struct, rename="pascal"):
     user: str | None = None
-    env: list[str] | None = None
-    entrypoint: list[str] | None = None
-    cmd: list[str] | None = None
+    env: list[str | None] | None = None
+    entrypoint: list[str | None] | None = None
+    cmd: list[str | None] | None = None
     working_dir: str | None = None
-    volumes: dict[str, object] | None = None
-    labels: dict[str, str] | None = None
-    exposed_ports: dict[str, object] | None = None
+    volumes: dict[str, msgspec.Raw] | None = None
+    labels: dict[str, str | None] | None = None
+    exposed_ports: dict[str, msgspec.Raw] | None = None
     stop_signal: str | None = None
 
 
 class _RawRootFilesystem(msgspec.Struct):
-    diff_ids: list[str] | None = None
+    diff_ids: list[str | None] | None = None
 
 
 class _RawImage(msgspec.Struct):
-    architecture: str = ""
-    os: str = ""
+    architecture: str | None = None
+    os: str | None = None
+    variant: str | None = None
     config: _RawConfig | None = None
     rootfs: _RawRootFilesystem | None = None
 
@@ -73,24 +80,58 @@ class Image:
         return next(iter((*self.repo_tags, *self.repo_digests)), self.id)
 
 
-def parse_config(content: bytes, subject: str) -> tuple[ImageConfig, tuple[str, ...]]:
-    """The configuration and the diff ids of an image config file."""
-    raw: _RawImage = decode_json(content, _RawImage, f"{subject}: its config")
-    if raw.os and raw.os != "linux":
-        raise InvalidArgumentError(f"{subject} is an image for {raw.os}, not for linux")
-    diff_ids = tuple((raw.rootfs.diff_ids if raw.rootfs else None) or ())
-    for diff_id in diff_ids:
-        check_digest(diff_id, f"{subject}: its config")
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """An image's config file: its bytes, their digest (which is the image's id) and what it says.
+
+    ``platform`` has empty members where the file does not say them.
+    """
+
+    content: bytes
+    digest: str
+    config: ImageConfig
+    diff_ids: tuple[str, ...]
+    platform: Platform
+
+
+def read_config(content: bytes, subject: str) -> ConfigFile:
+    """The config file in ``content``. Members that are null count as absent, as containerd takes them.
+
+    Raises InvalidArgumentError for one that is malformed or has more layers than this node can mount. A file of
+    megabytes blocks for tens of milliseconds.
+    """
+    raw = decode_json(content, _RawImage, f"{subject}: its config", _LARGEST_KEPT)
+    given = (raw.rootfs.diff_ids if raw.rootfs else None) or []
+    if len(given) > MOST_LAYERS:
+        raise InvalidArgumentError(f"{subject} has {len(given)} layers: this node can mount at most {MOST_LAYERS}")
+    diff_ids = tuple(check_digest(diff_id or "", f"{subject}: its config") for diff_id in given)
     fields = raw.config or _RawConfig()
+    if len(fields.user or "") > _LONGEST_USER:
+        raise InvalidArgumentError(f"{subject}: its config names a user of more than {_LONGEST_USER} characters")
     config = ImageConfig(
         user=fields.user or "",
-        env=tuple(fields.env or ()),
-        entrypoint=tuple(fields.entrypoint or ()),
-        cmd=tuple(fields.cmd or ()),
+        env=tuple(item for item in fields.env or () if item),
+        entrypoint=tuple(item or "" for item in fields.entrypoint or ()),
+        cmd=tuple(item or "" for item in fields.cmd or ()),
         working_dir=fields.working_dir or "",
         volumes=tuple(fields.volumes or ()),
-        labels=fields.labels or {},
+        labels={key: value or "" for key, value in (fields.labels or {}).items()},
         exposed_ports=tuple(fields.exposed_ports or ()),
         stop_signal=fields.stop_signal or "",
     )
-    return config, diff_ids
+    platform = Platform(raw.os or "", raw.architecture or "", raw.variant or "")
+    return ConfigFile(content, digest_of(content), config, diff_ids, platform)
+
+
+def numeric_user(user: str) -> int | None:
+    """The number that a USER's first half is, or None for a name, as which containerd takes numbers from 2^63 on."""
+    if not (user.isascii() and user.isdigit()) or len(user.lstrip("0")) > _LONGEST_NUMBER:
+        return None
+    number = int(user)
+    return number if number < 1 << 63 else None
+
+
+def check_linux(file: ConfigFile, subject: str) -> None:
+    """InvalidArgumentError if the image is for another operating system than this one."""
+    if file.platform.os.lower() not in ("", "linux"):
+        raise InvalidArgumentError(f"{subject} is an image for {file.platform.os}, not for linux")

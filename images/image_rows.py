@@ -15,7 +15,7 @@ def insert(connection: sqlite3.Connection, candidate: Candidate, layers: tuple[L
     """The image with its layers, lowest first, and its names."""
     connection.execute(
         "INSERT OR IGNORE INTO images (id, manifest_digest, config, manifest, created) VALUES (?, ?, ?, ?, ?)",
-        (candidate.id, candidate.manifest_digest, candidate.config, candidate.manifest, time.time_ns()),
+        (candidate.id, candidate.manifest_digest, candidate.config.content, candidate.manifest, time.time_ns()),
     )
     connection.executemany(
         "INSERT OR IGNORE INTO image_layers (image_id, position, layer) VALUES (?, ?, ?)",

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 _ARCHITECTURES = {
     "x86_64": ("amd64", ""),
+    "x86-64": ("amd64", ""),
     "aarch64": ("arm64", "v8"),
     "armv8l": ("arm", "v8"),
     "armv7l": ("arm", "v7"),
+    "armhf": ("arm", "v7"),
     "armv6l": ("arm", "v6"),
+    "armel": ("arm", "v6"),
     "i686": ("386", ""),
     "i386": ("386", ""),
     "ppc64le": ("ppc64le", ""),
@@ -31,6 +34,17 @@ class Platform:
     def __str__(self) -> str:
         return "/".join(filter(None, (self.os, self.architecture, self.variant)))
 
+    def normalized(self) -> Platform:
+        """The same platform as Go names it: ``x86_64`` is amd64, whose variant v1 is its only one without a number."""
+        name = self.architecture.lower()
+        architecture, variant = _ARCHITECTURES.get(name, (name, ""))
+        variant = self.variant.lower() or variant
+        if variant.isascii() and variant.isdigit():
+            variant = f"v{variant}"
+        if (architecture, variant) == ("amd64", "v1"):
+            variant = ""
+        return Platform(self.os.lower(), architecture, variant)
+
 
 def this_machine() -> Platform:
     """The platform this program runs on."""
@@ -41,6 +55,7 @@ def this_machine() -> Platform:
 
 def suitability(offered: Platform, machine: Platform) -> int:
     """How well an image for ``offered`` runs on ``machine``; 0 if it does not, more is better."""
+    offered = offered.normalized()
     if offered.os != machine.os or offered.architecture != machine.architecture:
         return 0
     if offered.variant == machine.variant:
@@ -56,4 +71,4 @@ def suitability(offered: Platform, machine: Platform) -> int:
 
 def _number(variant: str) -> int:
     digits = variant.removeprefix("v")
-    return int(digits) if digits.isdigit() else 0
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 4 else 0

@@ -8,17 +8,18 @@ from contextlib import asynccontextmanager
 
 from host.errors import InvalidArgumentError, KubeletReasonError
 from host.stages import Operation
-from images import digests
+from host.threads import in_thread
 from images.candidate import Candidate
 from images.credentials import Credentials
-from images.manifests import LARGEST_CONFIG, Descriptor, check_is_image, choose, parse_manifest
+from images.manifest_search import Document, FoundImage, Search, Wanted, advance, find_image
+from images.manifests import Descriptor
 from images.options import ImageOptions
 from images.platforms import this_machine
 from images.reference import Reference
 from images.registry import FetchedManifest, RegistryClient
 from images.verifiers import verify
 
-_NESTING = 4
+_LARGE = 32 << 10  # bytes of a document that is read in a thread
 
 
 @asynccontextmanager
@@ -57,31 +58,39 @@ async def _unchanged(client: RegistryClient, name: Reference, known_digests: Seq
 
 async def _candidate(client: RegistryClient, name: Reference, top: FetchedManifest) -> Candidate:
     subject = f"image {name}"
-    fetched = top
-    manifest = parse_manifest(fetched.content, subject, fetched.media_type)
-    for _ in range(_NESTING):
-        if not manifest.is_index:
-            break
-        chosen = choose(manifest, this_machine(), subject)
-        fetched = await client.manifest(chosen.digest)
-        if len(fetched.content) != chosen.size:
-            size = len(fetched.content)
-            raise InvalidArgumentError(
-                f"{subject} is broken: manifest {chosen.digest} has {size} bytes, expected {chosen.size}"
-            )
-        manifest = parse_manifest(fetched.content, subject, fetched.media_type)
-    else:
-        raise InvalidArgumentError(f"{subject} is broken: indexes within indexes within indexes")
-    config = await client.small_blob(check_is_image(manifest, subject), LARGEST_CONFIG)
+    search = find_image(Document(top.content, top.media_type), top.digest, this_machine(), subject)
+    found = await _advance(search, None, len(top.content))
+    while isinstance(found, Wanted):
+        document = await _document(client, found, subject)
+        found = await _advance(search, document, len(document.content))
     digest_name = f"{name.repository}@{top.digest}"
     return Candidate(
         subject=subject,
-        manifest=fetched.content,
-        manifest_digest=digests.check_digest(fetched.digest, subject),
-        config=config,
-        layers=tuple(manifest.layers),
+        manifest=found.content,
+        manifest_digest=found.digest,
+        config=found.config,
+        layers=tuple(found.manifest.layers),
         names=(digest_name,) if name.digest else (name.tagged, digest_name),
         open_layer=functools.partial(RegistryClient.blob, client),
         transferred=lambda: client.transferred,
         resumable=True,
     )
+
+
+async def _advance(search: Search, document: Document | None, size: int) -> Wanted | FoundImage:
+    if size <= _LARGE:
+        return advance(search, document)
+    return await in_thread(advance, search, document)
+
+
+async def _document(client: RegistryClient, wanted: Wanted, subject: str) -> Document:
+    descriptor = wanted.descriptor
+    if not wanted.is_manifest:
+        return Document(await client.small_blob(descriptor, wanted.limit))
+    fetched = await client.manifest(descriptor.digest)
+    if len(fetched.content) != descriptor.size:
+        raise InvalidArgumentError(
+            f"{subject} is broken: manifest {descriptor.digest} has {len(fetched.content)} bytes, "
+            f"expected {descriptor.size}"
+        )
+    return Document(fetched.content, fetched.media_type)

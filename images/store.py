@@ -23,7 +23,7 @@ from images.candidate import Candidate
 from images.checking import ImageChecker
 from images.credentials import Credentials
 from images.disk_usage import DiskUsage, disk_usage
-from images.image import Image, ImageConfig, parse_config
+from images.image import Image, ImageConfig, read_config
 from images.joining import Joined
 from images.layer import Layer
 from images.layer_source import LayerSource
@@ -277,7 +277,7 @@ class ImageStore:
             raise
 
     async def _install_layers(self, candidate: Candidate, operation: Operation) -> Image:
-        config = candidate.parsed_config()
+        config = candidate.checked_config()
         layers: list[Layer] = []
         try:
             async with operation.stage("layers"):
@@ -304,7 +304,12 @@ class ImageStore:
         new = record is None
         if record is None:
             record = _Record(
-                candidate.id, candidate.manifest_digest, len(candidate.manifest), config, candidate.config, layers
+                candidate.id,
+                candidate.manifest_digest,
+                len(candidate.manifest),
+                config,
+                candidate.config.content,
+                layers,
             )
         await self._database.write(lambda connection: image_rows.insert(connection, candidate, layers))
         if new:
@@ -363,7 +368,7 @@ class ImageStore:
             if len(present) < len(layers):
                 broken.append(image_id)
                 continue
-            config, _ = parse_config(content, image_id)
+            config = read_config(content, image_id).config
             record = _Record(
                 image_id, manifest_digest, manifest_bytes, config, content, present, names.get(image_id, set())
             )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host.errors import InvalidArgumentError
+from images.image import numeric_user
 from proto.runtime.v1 import cri_pb2
 from runtime.spec import rooted
 
@@ -80,11 +81,11 @@ def _wanted(context: cri_pb2.LinuxContainerSecurityContext, image_user: str) -> 
 
 
 def _is_number(text: str) -> bool:
-    return text.removeprefix("-").isdecimal() and text.isascii()
+    return numeric_user(text.removeprefix("-")) is not None
 
 
 def _identifier(text: str, what: str) -> int:
-    number = int(text) if len(text) < 20 else -1
+    number = int(text)
     if not 0 <= number <= MAX_ID:
         raise InvalidArgumentError(f"{what} {text} is not an id: use a number from 0 to {MAX_ID}")
     return number

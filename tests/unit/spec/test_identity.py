@@ -70,7 +70,7 @@ def test_identify(rootfs: Path, image_user: str, fields: dict[str, Any], expecte
         ("-1", {}, "user -1 is not an id"),
         ("--1", {}, "'--1' is not in"),
         ("app:--1", {}, "'--1' is not in"),
-        ("99999999999999999999999", {}, "is not an id"),
+        ("99999999999999999999", {}, "'99999999999999999999' is not in the image's /etc/passwd"),
         ("broken", {}, "'broken' is not in"),
         ("huge", {}, "out of range"),
     ],

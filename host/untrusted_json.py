@@ -1,0 +1,100 @@
+"""JSON that others wrote (registries, images, plugins, OCI runtimes), decoded within limits of size, depth and number.
+
+A decoder that recurses can be made to fail anywhere by nesting, and one of many small values takes fifty times the
+memory of its text. So the text is looked over before it is decoded, in pieces, so that other threads go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from host.threads import in_thread
+
+T = TypeVar("T")
+
+MOST_BYTES = 1 << 20
+MOST_VALUES = 50_000
+DEEPEST = 64
+
+_LARGE = 32 << 10  # bytes that are decoded within a millisecond
+_PIECE = 16 << 10
+_OPENING = b"[{"
+_OTHERS = bytes(set(range(256)) - set(b"[]{},"))
+
+
+class JsonError(ValueError):
+    """The text is not JSON, or not of the form that was asked for, or exceeds a limit."""
+
+
+def decode(content: bytes, kind: type[T], *, most_bytes: int = MOST_BYTES, most_values: int = MOST_VALUES) -> T:
+    """``content`` as ``kind``, in msgspec's sense; JsonError for anything else.
+
+    Refused are more than ``most_bytes``, more than about ``most_values`` members and items, and more than DEEPEST
+    objects and lists within each other. Large content blocks: use ``decode_async`` on the event loop.
+    """
+    if len(content) > most_bytes:
+        raise JsonError(f"it is larger than {most_bytes} bytes")
+    _check_shape(content, most_values)
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise JsonError(str(error)) from error
+
+
+async def decode_async(
+    content: bytes, kind: type[T], *, most_bytes: int = MOST_BYTES, most_values: int = MOST_VALUES
+) -> T:
+    """Like ``decode``, in a thread if ``content`` is large."""
+    if len(content) <= _LARGE:
+        return decode(content, kind, most_bytes=most_bytes, most_values=most_values)
+    return await in_thread(decode, content, kind, most_bytes=most_bytes, most_values=most_values)
+
+
+def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of a regular file, also through links; OSError, or JsonError if it is larger or no such file.
+
+    A FIFO or a device is refused without waiting for it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise JsonError("it is not a regular file")
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise JsonError(f"it is larger than {most_bytes} bytes")
+    return content
+
+
+def _check_shape(content: bytes, most_values: int) -> None:
+    openings = content.count(b"[") + content.count(b"{")
+    if openings <= DEEPEST and openings + content.count(b",") <= most_values:
+        return  # nothing can exceed the limits, whatever lies in strings
+    values = depth = begin = 0
+    inside = False  # a string
+    while begin < len(content):
+        piece = content[begin : begin + _PIECE]
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # cut in an escape
+            piece = content[begin : begin + _PIECE + 1]
+        begin += len(piece)
+        if b"\\" in piece:
+            piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
+        parts = piece.split(b'"')
+        marks = b"".join(parts[inside::2]).translate(None, _OTHERS)
+        inside ^= len(parts) % 2 == 0
+        brackets = marks.translate(None, b",")
+        values += len(marks) - len(brackets)
+        for bracket in brackets:
+            opens = bracket in _OPENING
+            values += opens
+            depth += 1 if opens else -1
+            if depth > DEEPEST:
+                raise JsonError(f"it nests more than {DEEPEST} objects and lists within each other")
+            if depth < 0:
+                return  # it is no JSON, which the decoder tells better
+        if values > most_values:
+            raise JsonError(f"it holds more than {most_values} values")

@@ -1,0 +1,155 @@
+"""A registry that answers exactly what a test tells it to, from threads, so that real agents can pull from it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import ssl
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+from tests.support.image_builder import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, descriptor, digest_of, entry, make_tar
+
+
+@dataclass
+class Request:
+    """One request as it came."""
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def path(self) -> str:
+        """The path without the query."""
+        return urlsplit(self.target).path
+
+
+@dataclass
+class Answer:
+    """What to answer. A body of several pieces is sent without Content-Length, for as long as the client takes it."""
+
+    body: bytes | Iterable[bytes] = b""
+    content_type: str = ""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+Script = Callable[[Request], Answer]
+
+
+@dataclass
+class ScriptedRegistry:
+    """``answers`` are by path; ``seen`` are the requests so far; ``sent`` counts the bytes of bodies by path."""
+
+    host: str = ""
+    scheme: str = "http"
+    answers: dict[str, Answer | Script] = field(default_factory=dict)
+    seen: list[Request] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        """Where it is, with the scheme."""
+        return f"{self.scheme}://{self.host}"
+
+    def offer(self, repository: str, manifest: bytes, content_type: str, *blobs: bytes, tag: str = "latest") -> str:
+        """Have a manifest or index under a tag and its digest, and blobs; returns the image's reference."""
+        answer = Answer(manifest, content_type, headers={"Docker-Content-Digest": digest_of(manifest)})
+        self.answers[f"/v2/{repository}/manifests/{tag}"] = answer
+        self.answers[f"/v2/{repository}/manifests/{digest_of(manifest)}"] = answer
+        for blob in blobs:
+            self.answers[f"/v2/{repository}/blobs/{digest_of(blob)}"] = Answer(blob, "application/octet-stream")
+        return f"{self.host}/{repository}:{tag}"
+
+    def offer_image(self, repository: str, config: object = None, **manifest: object) -> str:
+        """Have an image of one small layer with that config file, and members added to its manifest."""
+        content, kind, blobs = small_image(config, **manifest)
+        return self.offer(repository, content, kind, *blobs)
+
+    def requests(self, part: str) -> list[Request]:
+        """Those with ``part`` in their target."""
+        return [request for request in self.seen if part in request.target]
+
+
+def small_image(config: object = None, **manifest: object) -> tuple[bytes, str, tuple[bytes, ...]]:
+    """Manifest, its type and the blobs of an image of one small layer; ``config`` adds to its config file."""
+    layer = make_tar([entry("etc/name", "small")])
+    file = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": [digest_of(layer)]}}
+    file.update(config if isinstance(config, dict) else {})
+    encoded = json.dumps(file).encode()
+    document = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": descriptor(OCI_CONFIG, encoded),
+        "layers": [descriptor(OCI_LAYER, layer)],
+        **manifest,
+    }
+    return json.dumps(document).encode(), OCI_MANIFEST, (encoded, layer)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    registry: ScriptedRegistry
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that leave are no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def _answer(self) -> None:
+        registry = self.server.registry
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        request = Request(self.command, self.path, dict(self.headers.items()), body)
+        registry.seen.append(request)
+        found = registry.answers.get(request.path, Answer(status=404))
+        answer = found(request) if callable(found) else found
+        self.send_response(answer.status)
+        if answer.content_type:
+            self.send_header("Content-Type", answer.content_type)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        if isinstance(answer.body, bytes):
+            self.send_header("Content-Length", str(len(answer.body)))
+            pieces: Iterable[bytes] = (answer.body,)
+        else:
+            self.send_header("Connection", "close")
+            pieces = answer.body
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        for piece in pieces:
+            self.wfile.write(piece)
+            registry.sent[request.path] = registry.sent.get(request.path, 0) + len(piece)
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        if name.startswith("do_"):
+            return self._answer
+        raise AttributeError(name)
+
+    def log_request(self, *_: object) -> None:
+        """Nothing on the terminal."""
+
+
+@contextlib.contextmanager
+def run_scripted_registry(*, tls: ssl.SSLContext | None = None) -> Iterator[ScriptedRegistry]:
+    """A scripted registry on a free loopback port."""
+    server = _Server(("127.0.0.1", 0), _Handler)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    server.registry = ScriptedRegistry(f"127.0.0.1:{server.server_address[1]}", "https" if tls else "http")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server.registry
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

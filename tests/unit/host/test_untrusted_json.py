@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from host.untrusted_json import DEEPEST, JsonError, decode, decode_async, read_file
+
+
+def nested(depth: int, opening: str = "[", closing: str = "]") -> bytes:
+    return (opening * depth + closing * depth).encode()
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}"), ('{"a":[', "]}")])
+def test_depth(opening: str, closing: str) -> None:
+    each = opening.count("[") + opening.count("{")
+    inner = "1" if opening.endswith(":") else ""
+    content = (opening * (DEEPEST // each) + inner + closing * (DEEPEST // each)).encode()
+    assert decode(content, Any)
+    for depth in (DEEPEST // each + 1, 3000, 100_000):
+        with pytest.raises(JsonError, match="nests"):
+            decode((opening * depth + inner + closing * depth).encode(), Any)
+
+
+def test_brackets_and_commas_in_strings_do_not_count() -> None:
+    for text in ("[" * 40_000, '\\"[{' * 20_000, "\\" * 16_383 + '"[,' * 9_000, "," * 200_000, '"' * 70_000):
+        content = json.dumps({"a": text}).encode()
+        assert decode(content, dict[str, str], most_values=10) == {"a": text}
+
+
+def test_pieces_are_cut_anywhere() -> None:
+    for length in range(16_370, 16_400):
+        text = "x" * length + '\\\\"' + "[" * 100
+        assert decode(json.dumps([text, "y"]).encode(), list[str], most_values=5) == [text, "y"]
+        with pytest.raises(JsonError, match="nests"):
+            decode(json.dumps([text, json.loads(nested(DEEPEST))]).encode(), Any)
+
+
+def test_values() -> None:
+    assert len(decode(json.dumps(list(range(1000))).encode(), list[int], most_values=1000)) == 1000
+    for content in (
+        json.dumps(list(range(1002))),
+        json.dumps([{}] * 600),
+        json.dumps({str(n): n for n in range(1002)}),
+    ):
+        with pytest.raises(JsonError, match="more than 1000 values"):
+            decode(content.encode(), Any, most_values=1000)
+
+
+def test_size_and_form() -> None:
+    with pytest.raises(JsonError, match="larger than 10 bytes"):
+        decode(b"[" + b" " * 10 + b"]", Any, most_bytes=10)
+    for wrong in (b"", b"]" * 100, b"\xff", b'"\\ud800"', b"{} {}", b"[" * 10, b'{"a":"' + b"[" * 100):
+        with pytest.raises(JsonError):
+            decode(wrong, Any)
+    with pytest.raises(JsonError, match="Expected `int`"):
+        decode(b'"x"', int)
+
+
+def test_large_content_is_decoded_beside_the_loop() -> None:
+    content = json.dumps(["x" * 100_000]).encode()
+    assert asyncio.run(decode_async(content, list[str])) == ["x" * 100_000]
+    with pytest.raises(JsonError, match="nests"):
+        asyncio.run(decode_async(nested(50_000), Any))
+
+
+def test_files(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"{}")
+    (tmp_path / "link").symlink_to(file)
+    assert read_file(tmp_path / "link") == b"{}"
+    with pytest.raises(JsonError, match="larger than 1 bytes"):
+        read_file(file, 1)
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "."):
+        with pytest.raises((JsonError, IsADirectoryError)):
+            read_file(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        read_file(tmp_path / "absent")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 TYPE_CHECKING = False  # as type checkers know it: a worker that has to start quickly imports this, and typing is slow
 if TYPE_CHECKING:
@@ -80,6 +81,21 @@ def set_child_subreaper() -> None:
 def syscall(number: int, *arguments: Any) -> int:
     """Any system call by number (syscall(2))."""
     return _check(_libc.syscall(ctypes.c_long(number), *arguments), f"system call {number}")
+
+
+_STATFS_TYPE_BYTES = 4 if os.uname().machine == "s390x" else ctypes.sizeof(ctypes.c_long)
+_PROC_SUPER_MAGIC = 0x9FA0
+_SYSFS_MAGIC = 0x62656572
+
+
+def is_kernel_filesystem(descriptor: int) -> bool:
+    """Whether a descriptor, of any kind, is of a proc(5) or sysfs(5) file system (fstatfs(2)); False for a negative."""
+    if descriptor < 0:
+        return False
+    buffer = ctypes.create_string_buffer(256)  # struct statfs, which is smaller and begins with f_type
+    _check(_libc.fstatfs(descriptor, buffer), f"descriptor {descriptor}")
+    kind = int.from_bytes(buffer.raw[:_STATFS_TYPE_BYTES], sys.byteorder)
+    return kind in (_PROC_SUPER_MAGIC, _SYSFS_MAGIC)
 
 
 class _MountAttributes(ctypes.Structure):

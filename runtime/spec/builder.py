@@ -12,15 +12,16 @@ from proto.runtime.v1 import cri_pb2
 from runtime.spec import cdi, oci
 from runtime.spec.capabilities import capability_sets
 from runtime.spec.default_mounts import kernel_mounts, pod_mounts, refuse_linked_targets
+from runtime.spec.destinations import MountGroups, settle
 from runtime.spec.devices import described_devices, devices
 from runtime.spec.facts import HandlerFacts, SandboxFiles
 from runtime.spec.host_paths import HostPaths
 from runtime.spec.identity import Identity, identify
 from runtime.spec.mapped_volumes import MappedVolume, mapped_folder
-from runtime.spec.mounts import configured_mounts, container_path, in_order, root_propagation
+from runtime.spec.mounts import configured_mounts, root_propagation
 from runtime.spec.namespaces import NamespacePaths, namespaces, user_mappings
 from runtime.spec.node import NodeFacts
-from runtime.spec.process import ImageConfig, command_line, environment, working_directory
+from runtime.spec.process import ImageConfig, command_line, environment, settled_directory, working_directory
 from runtime.spec.relabel import relabel_all
 from runtime.spec.resources import oom_score_adj, resources
 from runtime.spec.rlimits import rlimits
@@ -28,7 +29,7 @@ from runtime.spec.seccomp import DEFAULT_PROFILE, Filter, seccomp
 from runtime.spec.security import apparmor_profile, masked_and_readonly_paths
 from runtime.spec.selinux import Relabel, SelinuxLabels, container_labels, volumes_to_relabel
 from runtime.spec.signals import StopSignal, stop_signal
-from runtime.spec.volumes import Volume, image_volumes, volume_mounts
+from runtime.spec.volumes import Volume, image_volumes
 
 # Annotations that are orders to crun (of files of the host among them), and what only the agent says: not for users.
 _RESERVED_ANNOTATIONS = ("run.oci.", "io.kubernetes.cri.")
@@ -115,11 +116,7 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
     _refuse_impossible(request)
     refuse_linked_targets(request.rootfs)
     identity = identify(config.linux.security_context, request.image.user, request.rootfs)
-    taken = frozenset(container_path(mount.container_path, "mounts: container_path") for mount in config.mounts)
     labels = container_labels(config, request.sandbox, request.node, level=request.selinux_level)
-    volumes = tuple(
-        image_volumes(request.image.volumes or (), request.rootfs, request.container_folder, taken, labels.mount)
-    )
     process, permitted = _process(request, identity, labels)
     filtered = seccomp(config.linux.security_context, permitted, request.node, default_profile=request.seccomp_default)
     linux = _linux(request, filtered, labels)
@@ -132,17 +129,26 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
         request.node,
         mapped_folder=mapped_folder(request.rootfs),
     )
-    mounts = in_order(_default_mounts(request, linux.gid_mappings), [*volume_mounts(volumes), *configured])
     edits = cdi.edits_for(cdi.requested(config), request.cdi_folders)
     if edits:
-        mounts = in_order(mounts, cdi.mounts(edits))
         _add_described(edits, process, linux)
+    groups = MountGroups(
+        defaults=_default_mounts(request, linux.gid_mappings),
+        volumes=image_volumes(request.image.volumes or (), request.rootfs, request.container_folder, labels.mount),
+        configured=configured,
+        described=cdi.mounts(edits),
+        folders={str(volume.target): volume.source for volume in mapped_volumes},
+    )
+    settled = settle(request.rootfs, groups)
+    for node in linux.devices:
+        settled.paths.destination(node.path, "devices: container_path")
+    process.cwd = settled_directory(process.cwd, settled.paths)
     readonly_root = config.linux.security_context.readonly_rootfs
     spec = oci.Spec(
         oci_version=oci.VERSION,
         process=process,
         root=oci.Root(path=str(request.rootfs), readonly=readonly_root),
-        mounts=mounts,
+        mounts=settled.mounts,
         linux=linux,
         annotations=_annotations(request, filtered),
         hooks=cdi.hooks(edits) if edits else None,
@@ -155,7 +161,7 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
         ),
         mounts=config.mounts,
         stop_signal=stop_signal(config, request.image.stop_signal),
-        volumes=volumes,
+        volumes=settled.volumes,
         mapped_volumes=mapped_volumes,
         relabels=(*volumes_to_relabel(config.mounts, host_paths, labels.mount), *_pod_files(request, labels)),
     )

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
+from runtime.spec.container_paths import ContainerPaths
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -103,6 +104,21 @@ def working_directory(config: cri_pb2.ContainerConfig, image: ImageConfig) -> st
     if _DESCRIPTOR_FOLDER.match(folder):
         raise InvalidArgumentError(f"working_dir {folder!r} leads through a process's descriptors: give a plain folder")
     return folder
+
+
+def settled_directory(folder: str, paths: ContainerPaths) -> str:
+    """``folder`` as it is, as links may change while the container runs; where they lead if that is still to be made.
+
+    Raises InvalidArgumentError when a link leads it into the kernel's file systems, where links of processes lead
+    anywhere, naming the link.
+    """
+    place = paths.resolve(folder)
+    if place.link and place.of_kernel:
+        raise InvalidArgumentError(
+            f"working_dir {folder!r}: the link {place.link} leads to {place.path}: use an image without this link, "
+            "or another working directory"
+        )
+    return folder if place.exists else place.path
 
 
 def _refuse_nul(text: str, field: str) -> None:

@@ -15,7 +15,6 @@ from host.errors import InvalidArgumentError
 FILE_LIMIT = 1024 * 1024
 
 _ATTEMPTS = 64
-_MOST_STEPS = 1000
 _OPENAT2 = 437
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_IN_ROOT = 0x10
@@ -47,30 +46,6 @@ def _open_in_root(folder: int, name: bytes) -> int:
         with suppress(BlockingIOError):
             return libc.syscall(_OPENAT2, ctypes.c_int(folder), name, ctypes.byref(how), size)
     return libc.syscall(_OPENAT2, ctypes.c_int(folder), name, ctypes.byref(how), size)
-
-
-def followed(root: Path, inside: str) -> str:
-    """Where ``inside`` leads with ``root`` taken as ``/`` for ``..`` and links; what is not there is taken as written.
-
-    For what nobody changes meanwhile. Raises InvalidArgumentError for links that lead to each other.
-    """
-    path: list[str] = []
-    left = inside.split("/")[::-1]
-    for _ in range(_MOST_STEPS):
-        if not left:
-            return "/" + "/".join(path)
-        name = left.pop()
-        if name == "..":
-            del path[-1:]
-        elif name not in ("", "."):
-            try:
-                target = str(root.joinpath(*path, name).readlink())
-            except OSError:
-                path.append(name)
-            else:
-                path = [] if target.startswith("/") else path
-                left += target.split("/")[::-1]
-    raise InvalidArgumentError(f"{inside} of the image leads through too many links: use an image without them")
 
 
 def read_file(root: Path, inside: str) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from host.errors import InvalidArgumentError
 from runtime.spec import oci, rooted
+from runtime.spec.container_paths import ContainerPaths
 from runtime.spec.mounts import container_path
 from runtime.spec.relabel import relabel_all
 from runtime.spec.selinux import Relabel
@@ -26,18 +27,18 @@ class Volume:
     label: str = ""
 
 
-def image_volumes(
-    paths: Iterable[str], rootfs: Path, container_folder: Path, taken: frozenset[str], label: str = ""
-) -> list[Volume]:
-    """One volume per path of the image's that nothing else is mounted on.
+def image_volumes(paths: Iterable[str], rootfs: Path, container_folder: Path, label: str = "") -> list[Volume]:
+    """One volume per path.
 
-    Raises InvalidArgumentError for one that would cover the root or /proc, by its own name or by links of the image:
-    OCI runtimes look there for what they close, and write there what confines the process.
+    Raises InvalidArgumentError for one that would cover the root, /dev, /sys or /proc, or what is in /proc, and for one
+    that a link of the image leads into /sys: OCI runtimes look there for what they close, and write there what confines
+    the process.
     """
-    wanted = {container_path("/" + path.lstrip("/"), "VOLUME of the image:") for path in paths} - taken
+    wanted = {container_path("/" + path.lstrip("/"), "VOLUME of the image:") for path in paths}
+    image = ContainerPaths(rootfs)
     for path in wanted:
-        place = rooted.followed(rootfs, path)
-        if place in ("/", "/proc") or place.startswith("/proc/"):
+        place = image.destination(path, "VOLUME of the image:").path
+        if place in ("/", "/dev", "/proc", "/sys") or place.startswith("/proc/"):
             raise InvalidArgumentError(f"VOLUME of the image: {path} is {place}: use an image with a folder of its own")
     return [
         Volume(container_folder / "volumes" / hashlib.sha256(path.encode()).hexdigest()[:32], path, label)

@@ -1,0 +1,166 @@
+"""Where paths of a container lead before it exists: through links of its image and of the volumes mounted so far."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from host import libc
+from host.errors import InvalidArgumentError
+
+# What is mounted there hides what an image has, and is the kernel's or the OCI runtime's: it holds no links of others.
+_KERNEL_FOLDERS = ("/proc", "/sys")
+_HIDDEN_FOLDERS = (*_KERNEL_FOLDERS, "/dev")
+_MOST_TURNS = 128
+_MOST_BYTES = 4096  # PATH_MAX
+_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a path leads.
+
+    ``path`` is free of links. ``link`` is the last one that was followed, empty if there was none. ``of_kernel``: it
+    is in /proc or /sys, or in such a file system elsewhere. ``in_volume``: it is below something that is mounted, which
+    others may change at any time. ``exists`` tells whether something is there already.
+    """
+
+    path: str
+    link: str
+    of_kernel: bool
+    in_volume: bool
+    exists: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """The names to go along instead, and the link that leads there, if it is one."""
+
+    names: list[str]
+    link: str = ""
+
+
+@dataclass(slots=True)
+class ContainerPaths:
+    """The files of a container to be: its root file system, and what is mounted in it so far.
+
+    Every step is taken by a descriptor and follows no link by itself, so no link leads out of ``rootfs``, also not
+    where a volume changes meanwhile: then the answer is what it was at some moment.
+    """
+
+    rootfs: Path
+    _sources: dict[str, str] = field(default_factory=dict)
+
+    def add(self, destination: str, source: str) -> None:
+        """``source``, a path of the host, is mounted at ``destination``, which is free of links."""
+        self._sources[destination] = source
+
+    def resolve(self, path: str) -> Place:
+        """Where ``path`` leads; what is missing is taken as written.
+
+        Raises InvalidArgumentError for links that lead to each other, and to names that no file can have.
+        """
+        names, link = path.split("/"), ""
+        for _ in range(_MOST_TURNS):
+            step = self._walk(names)
+            if isinstance(step, Place):
+                return replace(step, link=step.link or link)
+            names, link = step.names, step.link or link
+            if sum(len(name) + 1 for name in names) > _MOST_BYTES:
+                break
+        raise InvalidArgumentError(f"{path} leads through too many links: use an image without them")
+
+    def _walk(self, names: list[str]) -> Place | _Turn:
+        """Go along ``names`` from the root to their end, or to the first that has to be replaced.
+
+        A folder's own .. may lead elsewhere, where something is mounted on it: so the way begins again at the root.
+        """
+        path, entered, in_volume = "", False, False
+        names = [name for name in names if name not in ("", ".")]
+        folder = self._root(names[0] if names else "")
+        try:
+            for index, name in enumerate(names):
+                rest = names[index + 1 :]
+                if name == "..":
+                    return _Turn(names[: max(index - 1, 0)] + rest)
+                path, in_volume = f"{path}/{name}", entered
+                if path in self._sources:
+                    folder, entered = _replace(folder, _open(self._sources[path])), True
+                elif path in _HIDDEN_FOLDERS:
+                    folder = _replace(folder, -1)
+                else:
+                    child = _open(name, folder)
+                    if (target := _target(child)) is not None:
+                        os.close(child)
+                        if libc.is_kernel_filesystem(folder):
+                            return Place(path, path, True, in_volume, True)  # it may lead anywhere, whatever it says
+                        above = [] if target.startswith("/") else names[:index]
+                        return _Turn([*above, *target.split("/"), *rest], path)
+                    folder = _replace(folder, child)
+            return Place(path or "/", "", _is_of_kernel(path, folder), in_volume, folder >= 0)
+        finally:
+            _replace(folder, -1)
+
+    def _root(self, first: str) -> int:
+        if f"/{first}" in _HIDDEN_FOLDERS:
+            return -1  # nothing of it is of interest
+        return os.open(self.rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def destination(self, path: str, what: str) -> Place:
+        """Where a mount or device at ``path`` really goes.
+
+        Raises InvalidArgumentError when links lead it to the root or over what the kernel's file systems show: there
+        OCI runtimes look for what they close, and write what confines the process (CVE-2019-16884). ``what`` names it.
+        """
+        place = self.resolve(path)
+        if place.link and (place.of_kernel or place.path in ("/", "/dev")):
+            raise InvalidArgumentError(
+                f"{what} {path}: the link {place.link} leads to {place.path}: use an image without this link, "
+                "or another path"
+            )
+        if not _is_text(place.path):
+            raise InvalidArgumentError(
+                f"{what} {path}: a link leads to a name that is not UTF-8: use an image without it"
+            )
+        return place
+
+
+def _replace(old: int, new: int) -> int:
+    if old >= 0:
+        os.close(old)
+    return new
+
+
+def _open(name: str, folder: int | None = None) -> int:
+    """A descriptor of what is there; -1 where nothing is, or where it cannot be looked at."""
+    if folder is not None and folder < 0:
+        return -1
+    try:
+        return os.open(name, _LOOK, dir_fd=folder)
+    except OSError:
+        return -1
+
+
+def _target(descriptor: int) -> str | None:
+    """Where a symbolic link leads, empty where that cannot be read; None for everything else, also where nothing is."""
+    if descriptor < 0 or not stat.S_ISLNK(os.fstat(descriptor).st_mode):
+        return None
+    try:
+        return os.readlink("", dir_fd=descriptor)
+    except OSError:
+        return ""  # of a process that nobody may look into
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_of_kernel(path: str, descriptor: int) -> bool:
+    below = tuple(folder + "/" for folder in _KERNEL_FOLDERS)
+    return path in _KERNEL_FOLDERS or path.startswith(below) or libc.is_kernel_filesystem(descriptor)

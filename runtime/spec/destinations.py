@@ -1,0 +1,102 @@
+"""Where the mounts of a container go: the OCI runtime gets destinations without links of the image on their way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+from pathlib import Path
+
+import msgspec
+
+from host.errors import InvalidArgumentError
+from runtime.spec import oci
+from runtime.spec.container_paths import ContainerPaths
+from runtime.spec.mounts import in_order
+from runtime.spec.volumes import Volume, volume_mounts
+
+_ROUNDS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountGroups:
+    """The mounts of a container by who asks for them, with destinations that may lead through links.
+
+    ``described`` are those of CDI devices. ``folders`` maps the source of a mount that is still to be bound to where
+    its content is now.
+    """
+
+    defaults: Sequence[oci.Mount]
+    volumes: Sequence[Volume]
+    configured: Sequence[oci.Mount]
+    described: Sequence[oci.Mount] = ()
+    folders: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SettledMounts:
+    """All mounts in order, with destinations free of links, and the paths of a container that has them.
+
+    ``volumes`` are those that nothing else is mounted on. ``through_volumes``: a destination lies in another volume,
+    which others may change before the OCI runtime mounts there.
+    """
+
+    mounts: list[oci.Mount]
+    volumes: tuple[Volume, ...]
+    paths: ContainerPaths
+    through_volumes: bool
+
+
+def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
+    """Resolve every destination below ``rootfs``.
+
+    Raises InvalidArgumentError for one that a link leads over /proc, /sys, /dev or the root, naming the link.
+    """
+    wanted = [_Planned(mount, "the agent's mount at", _folder(mount, groups.folders)) for mount in groups.defaults]
+    wanted += [_Planned(mount, "VOLUME of the image:") for mount in volume_mounts(groups.volumes)]
+    wanted += [_Planned(mount, "mounts: container_path", _folder(mount, groups.folders)) for mount in groups.configured]
+    wanted += [_Planned(mount, "CDI: mount", _folder(mount, groups.folders)) for mount in groups.described]
+    destinations, paths, through_volumes = _resolved(rootfs, wanted)
+    mounts = [
+        msgspec.structs.replace(plan.mount, destination=destination)
+        for plan, destination in zip(wanted, destinations, strict=True)
+    ]
+    first, configured = len(groups.defaults), len(groups.defaults) + len(groups.volumes)
+    described = configured + len(groups.configured)
+    taken = {mount.destination for mount in mounts[configured:described]}
+    kept = [mount.destination not in taken for mount in mounts[first:configured]]
+    ordered = in_order(mounts[:first], [*compress(mounts[first:configured], kept), *mounts[configured:described]])
+    if groups.described:
+        ordered = in_order(ordered, mounts[described:])
+    return SettledMounts(ordered, tuple(compress(groups.volumes, kept)), paths, through_volumes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A mount, what names it in errors, and where its content is; empty where that is the image's or the kernel's."""
+
+    mount: oci.Mount
+    what: str
+    folder: str = ""
+
+
+def _folder(mount: oci.Mount, folders: Mapping[str, str]) -> str:
+    return folders.get(mount.source, mount.source) if mount.type == "bind" else ""
+
+
+def _resolved(rootfs: Path, wanted: Sequence[_Planned]) -> tuple[list[str], ContainerPaths, bool]:
+    """The destinations, parents resolved first: what is mounted there may hold links to where others go."""
+    destinations = [plan.mount.destination for plan in wanted]
+    for _ in range(_ROUNDS):
+        paths, through_volumes = ContainerPaths(rootfs), False
+        found = list(destinations)
+        for index in sorted(range(len(wanted)), key=lambda index: destinations[index].count("/")):
+            place = paths.destination(destinations[index], wanted[index].what)
+            found[index] = place.path
+            through_volumes = through_volumes or place.in_volume
+            if wanted[index].folder:
+                paths.add(place.path, wanted[index].folder)
+        if found == destinations:
+            return destinations, paths, through_volumes
+        destinations = found
+    raise InvalidArgumentError("mounts: links in volumes lead to each other's mount points: mount at plain folders")

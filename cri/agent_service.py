@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from cri.image_calls import ImageCalls
-from host.errors import NotFoundError
+from host.errors import NotFoundError, printable
 from host.stages import Operation, failed_operations
 from proto.podkeel.v1 import agent_pb2
 from runtime.agent import Agent
@@ -28,7 +28,10 @@ class AgentService(ImageCalls):
         return agent_pb2.CheckResponse(
             findings=[
                 agent_pb2.Finding(
-                    kind=finding.kind, object=finding.object, problem=finding.problem, repaired=finding not in left
+                    kind=finding.kind,
+                    object=printable(finding.object),
+                    problem=printable(finding.problem),
+                    repaired=finding not in left,
                 )
                 for finding in (*found, *(finding for finding in left if finding not in found))
             ]

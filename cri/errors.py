@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from host import errors
+from host.errors import printable
 
 MESSAGE_LIMIT = 4096
 
@@ -27,5 +28,5 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     if not isinstance(error, errors.PodkeelError):
         return grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}): the agent's log has the details"
     code = next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
-    message = error.message.encode(errors="backslashreplace").decode()  # it may name a file whose name is no UTF-8
+    message = printable(error.message)
     return code, message if len(message) <= MESSAGE_LIMIT else message[: MESSAGE_LIMIT - 1] + "…"

@@ -8,6 +8,7 @@ import logging
 import msgspec
 
 from cri.options import LogOptions
+from host.errors import printable
 
 _log = logging.getLogger("podkeel.log")
 
@@ -56,11 +57,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 
-def _encodable(text: str) -> str:
-    """The text with escapes for what is no UTF-8 in the name of a file."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         name = record.name.removeprefix("podkeel.")
@@ -70,7 +66,7 @@ class _TextFormatter(logging.Formatter):
             line += f" ({_duration(seconds)})"
         if record.exc_info:
             line += f"\n{self.formatException(record.exc_info)}"
-        return _encodable(line.translate(_PLAIN))
+        return printable(line.translate(_PLAIN))
 
 
 class _JsonFormatter(logging.Formatter):
@@ -79,9 +75,9 @@ class _JsonFormatter(logging.Formatter):
             "time": _timestamp(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": _encodable(record.getMessage()),
+            "message": printable(record.getMessage()),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            entry["exception"] = _encodable(self.formatException(record.exc_info))
+            entry["exception"] = printable(self.formatException(record.exc_info))
         return msgspec.json.encode(entry).decode()

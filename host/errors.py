@@ -22,6 +22,11 @@ class PodkeelError(Exception):
         self.args = (f"{context}: {self.args[0]}" if self.args else context,)
 
 
+def printable(text: str) -> str:
+    """The text with escapes for what is no UTF-8 in the names of files that it quotes (os.fsdecode)."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 class NotFoundError(PodkeelError):
     """The object named by the request does not exist."""
 

@@ -40,12 +40,13 @@ def _check(result: int, *names: object) -> int:
 
 def mount(source: str, target: str, filesystem: str, flags: int, data: str) -> None:
     """mount(2)."""
-    _check(_libc.mount(source.encode(), target.encode(), filesystem.encode(), flags, data.encode()), target)
+    encoded = [os.fsencode(text) for text in (source, target, filesystem, data)]
+    _check(_libc.mount(*encoded[:3], flags, encoded[3]), target)
 
 
 def umount(target: str, flags: int) -> None:
     """umount2(2)."""
-    _check(_libc.umount2(target.encode(), flags), target)
+    _check(_libc.umount2(os.fsencode(target), flags), target)
 
 
 def setns(descriptor: int, kind: int) -> None:
@@ -60,7 +61,7 @@ def unshare(flags: int) -> None:
 
 def sethostname(name: str) -> None:
     """Set the host name in the calling thread's UTS namespace."""
-    encoded = name.encode()
+    encoded = os.fsencode(name)
     _check(_libc.sethostname(encoded, len(encoded)), name)
 
 

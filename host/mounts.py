@@ -25,7 +25,7 @@ MS_SHARED = 1 << 20
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
-_OCTAL = re.compile(r"\\([0-7]{3})")
+_OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +55,39 @@ class MountEntry:
 
 def mount_table(path: str = "/proc/self/mountinfo") -> Iterator[MountEntry]:
     """Every mount of this process's mount namespace, in the kernel's order."""
-    with open(path, encoding="utf-8", errors="surrogateescape") as table:
-        for line in table:
-            fields = line.split()
-            dash = fields.index("-", 6)
-            yield MountEntry(
-                int(fields[0]),
-                int(fields[1]),
-                _unescape(fields[3]),
-                _unescape(fields[4]),
-                frozenset(fields[5].split(",")),
-                tuple(fields[6:dash]),
-                fields[dash + 1],
-                _unescape(fields[dash + 2]),
-                fields[dash + 3] if len(fields) > dash + 3 else "",
-            )
+    with open(path, "rb") as table:
+        return parse_mount_table(table.read())
+
+
+def parse_mount_table(content: bytes) -> Iterator[MountEntry]:
+    """The entries of a mountinfo table (proc_pid_mountinfo(5)); a line that is none is passed over.
+
+    Paths are decoded as names of files are: bytes that are no UTF-8 become surrogates (os.fsdecode). The kernel escapes
+    space, tab, newline and backslash only, so that fields are what stands between single spaces, one of them may be
+    empty, and every other byte belongs to a name.
+    """
+    for line in content.split(b"\n"):
+        entry = _entry(line.split(b" "))
+        if entry is not None:
+            yield entry
+
+
+def _entry(fields: list[bytes]) -> MountEntry | None:
+    try:
+        dash = fields.index(b"-", 6)
+        return MountEntry(
+            int(fields[0]),
+            int(fields[1]),
+            _unescape(fields[3]),
+            _unescape(fields[4]),
+            frozenset(os.fsdecode(fields[5]).split(",")),
+            tuple(os.fsdecode(field) for field in fields[6:dash]),
+            _unescape(fields[dash + 1]),
+            _unescape(fields[dash + 2]),
+            os.fsdecode(fields[dash + 3]) if len(fields) > dash + 3 else "",
+        )
+    except (ValueError, IndexError):
+        return None
 
 
 def mounts_below(folder: str | Path) -> list[str]:
@@ -144,8 +162,10 @@ def is_mount_point(path: str | Path) -> bool:
     return any(entry.target == wanted for entry in mount_table())
 
 
-def _unescape(field: str) -> str:
-    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), field) if "\\" in field else field
+def _unescape(field: bytes) -> str:
+    if b"\\" in field:
+        field = _OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field)
+    return os.fsdecode(field)
 
 
 def context_option(label: str) -> str:

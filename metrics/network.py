@@ -87,7 +87,7 @@ def read_current_network(*, connections: bool = False) -> NetworkReading:
 def parse_interfaces(content: bytes) -> tuple[InterfaceReading, ...]:
     """The first ``INTERFACE_LIMIT`` of /proc/net/dev (proc_pid_net(5)) but the loopback."""
     interfaces = []
-    for line in content.splitlines()[2 : 2 + INTERFACE_LIMIT]:
+    for line in content.removesuffix(b"\n").split(b"\n")[2 : 2 + INTERFACE_LIMIT]:
         name, _, numbers = line.partition(b":")
         name = name.lstrip()
         if name != b"lo":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address
@@ -195,7 +196,7 @@ async def _old_obstacles(version: int, bridge: str) -> list[Obstacle]:
         completed = await processes.run([program, "-S"], timeout=_COMMAND_SECONDS)
     except PodkeelError:
         return []  # the program that made them is not to be found: they cannot be read
-    lines = completed.stdout.decode(errors="replace").splitlines()
+    lines = os.fsdecode(completed.stdout).split("\n")
     passes = all(any(f"{flag} {bridge} -j ACCEPT" in line for line in lines) for flag in ("-i", "-o"))
     if "-P FORWARD DROP" not in lines or passes:
         return []
@@ -206,6 +207,6 @@ async def _old_obstacles(version: int, bridge: str) -> list[Obstacle]:
 
 def _has_filter(names: Path) -> bool:
     try:
-        return "filter" in names.read_text().split()
+        return b"filter" in names.read_bytes().split()
     except OSError:  # the kernel has no such tables
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_interface
@@ -142,7 +143,7 @@ def port_name(body: bytes, bridge_index: int) -> str | None:
     found = attributes(body[16:])
     if found.get(_IFLA_MASTER) != struct.pack("=I", bridge_index) or not link_is_up(body):
         return None
-    return found[_IFLA_IFNAME].rstrip(b"\0").decode()
+    return os.fsdecode(found[_IFLA_IFNAME].rstrip(b"\0"))
 
 
 def make_hairpin(name: str) -> Message:
@@ -217,7 +218,7 @@ def link_kind_and_mac(body: bytes) -> tuple[str, bytes]:
     """What kind of link the answer to ``get_link`` describes, such as ``bridge``, and its MAC."""
     found = attributes(body[16:])
     kind = attributes(found.get(_IFLA_LINKINFO, b"")).get(_IFLA_INFO_KIND, b"")
-    return kind.rstrip(b"\0").decode(), found.get(_IFLA_ADDRESS, b"")
+    return os.fsdecode(kind.rstrip(b"\0")), found.get(_IFLA_ADDRESS, b"")
 
 
 def link_is_up(body: bytes) -> bool:

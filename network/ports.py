@@ -6,7 +6,6 @@ import errno
 import socket
 from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
-from pathlib import Path
 from typing import NamedTuple
 
 from host.errors import AlreadyExistsError, InvalidArgumentError, UnsupportedError
@@ -20,7 +19,7 @@ _SOCKETS = {
     "sctp": (socket.SOCK_STREAM, 132),
 }
 
-_WAITING = {"tcp": "0A", "udp": "07"}  # states in /proc/net: listening; not connected
+_WAITING = {"tcp": b"0A", "udp": b"07"}  # states in /proc/net: listening; not connected
 
 
 class HostPort(NamedTuple):
@@ -143,12 +142,14 @@ def _has_server(port: HostPort) -> bool:
     waiting = _WAITING.get(port.protocol)
     if waiting is None:
         return True
-    wanted = f":{port.port:04X}"
+    wanted = b":%04X" % port.port
     for name in (port.protocol, f"{port.protocol}6"):  # an IPv6 socket may serve IPv4 too
         try:
-            lines = Path(f"/proc/thread-self/net/{name}").read_text().splitlines()[1:]
+            # Line by line: a node may have as many sockets as its processes can pay for.
+            with open(f"/proc/thread-self/net/{name}", "rb") as table:
+                sockets = (line.split(None, 4) for line in table)
+                if any(fields[1].endswith(wanted) and fields[3] == waiting for fields in sockets):
+                    return True
         except FileNotFoundError:  # a node without IPv6
             continue
-        if any(fields[1].endswith(wanted) and fields[3] == waiting for fields in map(str.split, lines)):
-            return True
     return False

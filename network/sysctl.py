@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
+
+from host.procfs import table_lines
 
 _NET = Path("/proc/sys/net")
 
@@ -49,27 +53,44 @@ def uplink_mtu() -> int:
     interface = uplink()
     try:
         return int(Path(f"/sys/class/net/{interface}/mtu").read_text()) if interface else 1500
-    except OSError:
+    except (OSError, ValueError):
         return 1500
 
 
 def _ipv4_uplink() -> str | None:
-    routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()[1:]]
-    defaults = [(int(fields[6]), fields[0]) for fields in routes if fields[1] == fields[7] == "00000000"]
+    try:
+        return ipv4_default_link(table_lines("/proc/net/route")[1:])
+    except OSError:
+        return None
+
+
+def ipv4_default_link(lines: Iterable[bytes]) -> str | None:
+    """The link of the best default route among the lines of /proc/net/route, whose names may hold odd bytes."""
+    routes = [line.split(b"\t") for line in lines]
+    defaults = [
+        (int(fields[6]), os.fsdecode(fields[0]))
+        for fields in routes
+        if len(fields) > 7 and fields[1] == fields[7] == b"00000000"
+    ]
     return min(defaults)[1] if defaults else None
 
 
 def _ipv6_uplink() -> str | None:
     try:
-        routes = [line.split() for line in Path("/proc/net/ipv6_route").read_text().splitlines()]
+        return ipv6_default_link(table_lines("/proc/net/ipv6_route"))
     except OSError:
         return None
+
+
+def ipv6_default_link(lines: Iterable[bytes]) -> str | None:
+    """The same for the lines of /proc/net/ipv6_route."""
+    routes = [line.split(maxsplit=9) for line in lines]
     defaults = [
-        (int(fields[5], 16), fields[9])
+        (int(fields[5], 16), os.fsdecode(fields[9].strip(b" ")))
         for fields in routes
-        if fields[0] == "0" * 32 and fields[1] == "00" and fields[4] != "0" * 32 and fields[9] != "lo"
+        if len(fields) > 9 and fields[0] == b"0" * 32 and fields[1] == b"00" and fields[4] != b"0" * 32
     ]
-    return min(defaults)[1] if defaults else None
+    return min((route for route in defaults if route[1] != "lo"), default=(0, None))[1]
 
 
 def _read(name: str) -> str:

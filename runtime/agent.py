@@ -150,7 +150,7 @@ class Agent:
     async def _differences(self) -> list[Finding]:
         node, known = self.node, self.recovery.known()
         found = await in_thread(
-            lambda: list(find_leftovers(node.layout, node.cgroups, node.options.cgroup_parent, known))
+            lambda: list(find_leftovers(node.layout, node.monitors, node.cgroups, node.options.cgroup_parent, known))
         )
         for finding in await node.network.audit(known.live_sandboxes):
             found.append(Finding(finding.kind, finding.object, finding.problem))
@@ -171,7 +171,7 @@ def hold_folder(folder: Path) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(descriptor, 32, 0).decode().strip()
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
         os.close(descriptor)
         raise WrongStateError(
             f"folder {folder} is in use by another agent (pid {holder or 'unknown'}): stop it, or use other folders"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from host import mounts
 from host.errors import InvalidArgumentError, UnsupportedError
+from host.procfs import table_lines
 from host.threads import in_thread
 from runtime.slices import set_io_weight, slice_name, slice_path, stop_slice, with_outer_slices
 from runtime.spec.oci import SCOPE_SUBGROUP
@@ -167,11 +168,11 @@ class CgroupTree:
         thread, and do not wait for it.
         """
         controller = "unified" if self.version == 2 else "pids"
-        wanted = "" if self.version == 2 else "pids"
-        with contextlib.suppress(OSError, StopIteration):
-            lines = (line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines())
-            own = next(path for _, names, path in lines if wanted in names.split(","))
-            (self.mounts[controller] / own.lstrip("/") / "cgroup.procs").write_text(str(os.getpid()))
+        wanted = b"" if self.version == 2 else b"pids"
+        with contextlib.suppress(OSError, StopIteration, ValueError):
+            lines = (line.split(b":", 2) for line in table_lines("/proc/self/cgroup"))
+            own = next(path for _, names, path in lines if wanted in names.split(b","))
+            (self.mounts[controller] / os.fsdecode(own.lstrip(b"/")) / "cgroup.procs").write_text(str(os.getpid()))
 
     def folders(self, path: str) -> list[Path]:
         """The folders of cgroup ``path`` in every hierarchy."""

@@ -83,7 +83,7 @@ def with_umask(umask: str) -> list[str]:
 
     runc gives it to the first process of a container; those executed later have the one that it was started with.
     """
-    own = re.search(r"^Umask:\s+([0-7]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    own = re.search(rb"^Umask:\s+([0-7]+)$", Path("/proc/self/status").read_bytes(), re.MULTILINE)
     if own is not None and int(own[1], 8) == int(umask, 8):
         return []
     return ["/bin/sh", "-c", 'umask "$0" && exec "$@"', umask]

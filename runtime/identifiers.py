@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import re
 import secrets
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
 from host.errors import InvalidArgumentError, NotFoundError
+
+_ID = re.compile(r"[0-9a-f]{64}")
 
 
 class Identified(Protocol):
@@ -24,6 +27,11 @@ T = TypeVar("T", bound=Identified)
 def new_id() -> str:
     """64 hexadecimal characters."""
     return secrets.token_hex(32)
+
+
+def is_id(text: str) -> bool:
+    """Whether ``text`` has the form of an id."""
+    return _ID.fullmatch(text) is not None
 
 
 class Registry(Generic[T]):

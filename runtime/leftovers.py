@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import shutil
 import signal
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from host import mounts, processes
 from runtime import mapped_volumes
 from runtime.cgroups import CgroupTree
 from runtime.layout import Layout
-from runtime.namespaces import drop_namespaces
+from runtime.monitor import Monitors
+from runtime.namespaces import drop_namespaces, remove_whatever
+
+_log = logging.getLogger("podkeel.recovery")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +55,18 @@ class AllBut(Collection[str]):
         raise TypeError("nobody can count every id")
 
 
-def strangers(layout: Layout, known: Known) -> tuple[set[str], set[str]]:
+def strangers(layout: Layout, monitors: Monitors, known: Known) -> tuple[set[str], set[str]]:
     """Ids of sandboxes and of containers that left something in folders or processes and are not ``known``."""
     sandboxes = {name for name in _names(layout.sandboxes) if name not in known.sandboxes}
-    holders = [*_names(layout.containers), *_names(layout.exits), *monitors_of(layout)]
+    holders = [*_names(layout.containers), *_names(layout.exits), *monitors.running()]
     for root in _runtime_roots(layout):
         holders += runtime_containers(root)
     return sandboxes, {name for name in holders if name not in known.containers}
 
 
-def find_leftovers(layout: Layout, cgroups: CgroupTree, cgroup_parent: str, known: Known) -> Iterator[Finding]:
+def find_leftovers(
+    layout: Layout, monitors: Monitors, cgroups: CgroupTree, cgroup_parent: str, known: Known
+) -> Iterator[Finding]:
     """Everything of this agent that belongs to nothing the store knows. Reads files and the kernel only."""
     yield from _unknown_names(layout.sandboxes, known.live_sandboxes, "folder", "belongs to no live sandbox")
     yield from _unknown_names(layout.containers, known.containers, "folder", "belongs to no container")
@@ -72,7 +77,7 @@ def find_leftovers(layout: Layout, cgroups: CgroupTree, cgroup_parent: str, know
         owner = _owner(layout, target)
         if owner is not None and owner not in known.live_sandboxes and owner not in known.containers:
             yield Finding("mount", target, "belongs to nothing in the store")
-    for container_id, pid in monitors_of(layout).items():
+    for container_id, pid in monitors.running().items():
         if container_id not in known.live_containers:
             yield Finding("process", f"conmon {pid}", f"monitors {container_id[:13]}, which is not alive in the store")
     for sandbox_id, parent in cgroups.default_parents(cgroup_parent).items():
@@ -86,45 +91,54 @@ def _unknown_names(folder: Path, known: Collection[str], kind: str, problem: str
             yield Finding(kind, str(folder / name), problem)
 
 
-def monitors_of(layout: Layout) -> dict[str, int]:
-    """Pids of the conmon processes of this agent, by container id."""
-    found: dict[str, int] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if "conmon" in arguments[0] and "-b" in arguments:
-            bundle = Path(arguments[arguments.index("-b") + 1])
-            if bundle.parent == layout.containers:
-                found[bundle.name] = int(entry.name)
-    return found
-
-
-def end_monitors(layout: Layout, doomed: Collection[str]) -> None:
+def end_monitors(monitors: Monitors, doomed: Collection[str]) -> None:
     """Kill the conmons of the containers ``doomed``, with the OCI runtimes they are waiting for, and see them end."""
-    for container_id, pid in monitors_of(layout).items():
+    for container_id, pid in monitors.running().items():
         if container_id in doomed:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             processes.end_group(pid)
 
 
-def drop_run_folders(layout: Layout, known: Known) -> None:
-    """Unmount and delete run folders of sandboxes and containers that the store does not know."""
-    for name in _names(layout.sandboxes):
-        if name not in known.live_sandboxes:
-            drop_namespaces(layout.sandbox(name))
-    for name in _names(layout.containers):
-        if name not in known.containers:
-            mapped_volumes.release(layout.container(name).rootfs)
-            mounts.unmount(layout.container(name).rootfs, lazy=True)
-            shutil.rmtree(layout.container(name).path)
-    for name in _names(layout.exits):
-        if name not in known.containers:
-            (layout.exits / name).unlink()
+def drop_run_folders(layout: Layout, known: Known) -> int:
+    """Unmount and delete run folders of sandboxes and containers that the store does not know.
+
+    One that cannot be removed is told and stays; returns how many did.
+    """
+    failed = 0
+    for names, wanted, drop in (
+        (_names(layout.sandboxes), known.live_sandboxes, _drop_sandbox),
+        (_names(layout.containers), known.containers, _drop_container),
+        (_names(layout.exits), known.containers, _drop_exit),
+    ):
+        for name in names:
+            if name not in wanted:
+                try:
+                    drop(layout, name)
+                except OSError as error:
+                    failed += 1
+                    _log.error("leftover %s: cannot be removed and stays: %s", name, error)
+    return failed
+
+
+def _drop_sandbox(layout: Layout, name: str) -> None:
+    _unmount_below(layout.sandbox(name).path)
+    drop_namespaces(layout.sandbox(name))
+
+
+def _drop_container(layout: Layout, name: str) -> None:
+    mapped_volumes.release(layout.container(name).rootfs)
+    _unmount_below(layout.container(name).path)
+    remove_whatever(layout.container(name).path)
+
+
+def _drop_exit(layout: Layout, name: str) -> None:
+    remove_whatever(layout.exits / name)
+
+
+def _unmount_below(folder: Path) -> None:
+    for target in mounts.mounts_below(folder):
+        mounts.unmount(target, lazy=True)
 
 
 def runtime_containers(root: Path) -> list[str]:

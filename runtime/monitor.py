@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
 
-from host import processes
+from host import processes, procfs
 from host.errors import PodkeelError
 from host.reaping import reap
 from host.threads import in_fresh_thread, in_thread, wait_out
+from runtime.identifiers import is_id
 from runtime.layout import ContainerFolder, Layout
 from runtime.oci_runtime import plain_message
 from runtime.sandbox import ProcessName
@@ -193,6 +196,23 @@ class Monitors:
         """A conmon to be started; ``create`` of what is returned makes the container, ``abandon`` ends conmon."""
         folder = self._layout.container(request.container_id)
         return StartingMonitor(self._command(request), folder, request.log_path)
+
+    def running(self) -> dict[str, int]:
+        """Pids of the conmon processes of this agent, by container id; also of one whose pid was never written down.
+
+        Others may call themselves anything: what counts is the program that a process executes, as root.
+        """
+        program = shutil.which(self._conmon) or self._conmon
+        bundles = os.fsencode(self._layout.containers) + b"/"
+        found: dict[str, int] = {}
+        for pid in procfs.all_pids():
+            if procfs.runs_program(pid, program):
+                words = procfs.command_line(pid)
+                bundle = next((after for word, after in pairwise(words) if word == b"-b"), b"")
+                container_id = os.fsdecode(bundle.removeprefix(bundles))
+                if bundle.startswith(bundles) and is_id(container_id):
+                    found[container_id] = pid
+        return found
 
     def exit_record(self, container_id: str) -> ExitRecord | None:
         """What conmon recorded of a container's end; None if it recorded nothing."""

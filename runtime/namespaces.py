@@ -96,7 +96,7 @@ def drop_namespaces(folder: SandboxFolder) -> None:
     for kind in ("net", "ipc", "uts", "pid", "user"):
         mounts.unmount(folder.pin(kind), lazy=True)
     mounts.unmount(folder.shm, lazy=True)
-    _delete_tree(folder.path)
+    remove_whatever(folder.path)
 
 
 def pins_hold(folder: SandboxFolder, kinds: tuple[str, ...]) -> bool:
@@ -122,6 +122,9 @@ def _set_sysctl(name: str, value: str) -> None:
         raise InvalidArgumentError(f"sysctl {name}={value}: {reason}") from error
 
 
-def _delete_tree(path: Path) -> None:
-    if path.exists():
+def remove_whatever(path: Path) -> None:
+    """Delete a folder with all in it, or a file, whatever is there; nothing there is fine. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

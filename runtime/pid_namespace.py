@@ -8,9 +8,8 @@ import select
 import shutil
 import signal
 import time
-from pathlib import Path
 
-from host import libc, mounts, processes
+from host import libc, mounts, processes, procfs
 from host.errors import PodkeelError
 from runtime.layout import SandboxFolder
 from runtime.sandbox import ProcessName
@@ -18,6 +17,7 @@ from runtime.sandbox import ProcessName
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}[os.uname().machine]
 
 _START_SECONDS = 5.0
+_TITLE_BYTES = 4096
 # The first process that sh starts is the init of the namespace that unshare made for its children. sh tells its pid and
 # ends; the init closes what it inherited once it is set up: so the end of the pipe says that it runs.
 _TELLING = 3
@@ -132,13 +132,11 @@ def _installed(catatonit: str) -> str:
 
 def _find(sandbox_id: str) -> ProcessName | None:
     wanted = _title(sandbox_id).encode()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if (entry / "cmdline").read_bytes().split(b"\0")[0].rpartition(b"/")[2] == wanted:
-                    pid = int(entry.name)
-                    started = processes.start_time(pid)
-                    return ProcessName(pid, started) if started is not None else None
+    for pid in procfs.all_pids():
+        if procfs.command_line(pid, _TITLE_BYTES)[0].rpartition(b"/")[2] == wanted:
+            started = processes.start_time(pid)
+            if started is not None:
+                return ProcessName(pid, started)
     return None
 
 

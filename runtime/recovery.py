@@ -52,7 +52,7 @@ class Recovery:
         for container in containers:
             self._containers.adopt(container)
         half_made = [container.id for container in containers if container.record.state is ContainerState.MAKING]
-        await in_thread(leftovers.end_monitors, self._node.layout, set(half_made))
+        await in_thread(leftovers.end_monitors, self._node.monitors, set(half_made))
         for container in containers:
             await self._guarded(container.title, self._recover_container(container))
         for sandbox in sandboxes:
@@ -165,32 +165,33 @@ class Recovery:
 
         What is removed must have been unknown twice, some time apart: by then a call that made it would have said so.
         """
-        layout = self._node.layout
-        sandboxes, containers = await in_thread(lambda: leftovers.strangers(layout, self.known()))
+        layout, monitors = self._node.layout, self._node.monitors
+        sandboxes, containers = await in_thread(lambda: leftovers.strangers(layout, monitors, self.known()))
         await asyncio.sleep(_SETTLE_SECONDS)
-        again = await in_thread(lambda: leftovers.strangers(layout, self.known()))
+        again = await in_thread(lambda: leftovers.strangers(layout, monitors, self.known()))
         doomed_sandboxes, doomed_containers = AllBut(sandboxes & again[0]), AllBut(containers & again[1])
         await self._drop_leftovers(Known(doomed_sandboxes, doomed_containers, doomed_sandboxes, doomed_containers))
         await self._node.network.repair(self.known().live_sandboxes)
 
     async def _drop_leftovers(self, known: Known) -> None:
+        """Remove what belongs to nothing that is ``known``; what cannot be removed keeps nothing else from it."""
         node = self._node
-        monitors = await in_thread(leftovers.monitors_of, node.layout)
+        monitors = await in_thread(node.monitors.running)
         unknown = {container_id for container_id in monitors if container_id not in known.containers}
-        await in_thread(leftovers.end_monitors, node.layout, unknown)
+        await in_thread(leftovers.end_monitors, node.monitors, unknown)
         await asyncio.gather(*(self._drop_unknown_to_store(runtime, known) for runtime in node.handlers.working()))
-        await in_thread(leftovers.drop_run_folders, node.layout, known)
+        self.findings["unrecovered"] += await in_thread(leftovers.drop_run_folders, node.layout, known)
         for container_id in node.snapshots.ids():
             if container_id not in known.containers:
                 self.findings["snapshot of no container"] += 1
-                await node.snapshots.remove(container_id)
+                await self._guarded(f"snapshot {container_id[:13]}", node.snapshots.remove(container_id))
         parents = await in_thread(node.cgroups.default_parents, node.options.cgroup_parent)
         for sandbox_id, parent in parents.items():
             if sandbox_id not in known.live_sandboxes:
-                await node.cgroups.remove_parent(parent)
+                await self._guarded(f"cgroup {parent}", node.cgroups.remove_parent(parent))
 
     async def _drop_unknown_to_store(self, runtime: OciRuntime, known: Known) -> None:
-        for container_id in leftovers.runtime_containers(runtime.root):
+        for container_id in await in_thread(leftovers.runtime_containers, runtime.root):
             if container_id not in known.live_containers:
                 self.findings["container known to the OCI runtime only"] += 1
-                await runtime.delete(container_id)
+                await self._guarded(f"{runtime.name} container {container_id[:13]}", runtime.delete(container_id))

@@ -7,9 +7,11 @@ import os
 import select
 import signal
 from collections.abc import Collection
-from pathlib import Path
+
+from host import procfs
 
 _WAIT_SECONDS = 2.0
+_ENVIRONMENT_BYTES = 256 * 1024  # a process can say that its own is as large as its memory
 
 
 def end_orphans(sandbox_ids: Collection[str]) -> int:
@@ -21,16 +23,14 @@ def end_orphans(sandbox_ids: Collection[str]) -> int:
     if not wanted:
         return 0
     ended = 0
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+    for pid in procfs.all_pids():
+        if pid == os.getpid() or wanted.isdisjoint(_environment(pid)):
             continue
         with contextlib.suppress(OSError):
-            if wanted.isdisjoint((entry / "environ").read_bytes().split(b"\0")):
-                continue
-            pidfd = os.pidfd_open(int(entry.name))
+            pidfd = os.pidfd_open(pid)
             try:
                 # The process may have ended and its pid been taken since: look again now that it cannot change.
-                if wanted.isdisjoint((entry / "environ").read_bytes().split(b"\0")):
+                if wanted.isdisjoint(_environment(pid)):
                     continue
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 poll = select.poll()
@@ -40,3 +40,7 @@ def end_orphans(sandbox_ids: Collection[str]) -> int:
             finally:
                 os.close(pidfd)
     return ended
+
+
+def _environment(pid: int) -> list[bytes]:
+    return procfs.read_bounded(f"/proc/{pid}/environ", _ENVIRONMENT_BYTES).split(b"\0")

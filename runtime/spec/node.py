@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
+import os
 import platform
 import re
 import resource
@@ -121,7 +122,7 @@ def _swap_accounting(version: int) -> bool:
         return Path("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes").exists()
     # The root has no limits, and not every cgroup below it has the memory controller: the first that has it tells.
     root = Path("/sys/fs/cgroup")
-    own = root / _read("/proc/self/cgroup").strip().rpartition(":")[2].strip("/")
+    own = root / _read("/proc/self/cgroup").rstrip("\n").rpartition("\n")[2].partition("::")[2].strip("/")
     for folder in (own, *(entry for entry in root.iterdir() if entry.is_dir())):
         if (folder / "memory.max").exists():
             return (folder / "memory.swap.max").exists()
@@ -156,6 +157,6 @@ def _has_mount_setattr() -> bool:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text()
+        return os.fsdecode(Path(path).read_bytes())
     except OSError:
         return ""

@@ -1,0 +1,71 @@
+"""Other processes and the kernel's tables in /proc (proc(5)): read bounded, and as bytes.
+
+Any process may give itself any name and any command line, also one of many megabytes, and choose the bytes of paths and
+interfaces that the kernel's tables show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_COMMAND_LINE_BYTES = 64 * 1024
+_STATUS_BYTES = 8 * 1024
+
+
+def all_pids() -> Iterator[int]:
+    """The processes that /proc shows."""
+    with os.scandir("/proc") as entries:
+        for entry in entries:
+            if entry.name.isdigit():
+                yield int(entry.name)
+
+
+def read_bounded(path: str, limit: int) -> bytes:
+    """The first ``limit`` bytes of a file in /proc; empty if it, or its process, is gone or may not be read."""
+    parts: list[bytes] = []
+    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+        while limit > 0 and (part := file.read(limit)):
+            parts.append(part)
+            limit -= len(part)
+    return b"".join(parts)
+
+
+def command_line(pid: int, limit: int = _COMMAND_LINE_BYTES) -> list[bytes]:
+    """The words of a process's command line within its first ``limit`` bytes; what it says is its own choice."""
+    return read_bounded(f"/proc/{pid}/cmdline", limit).split(b"\0")
+
+
+def user_of(pid: int) -> int | None:
+    """The real user id of a process; None if it is gone."""
+    for line in read_bounded(f"/proc/{pid}/status", _STATUS_BYTES).split(b"\n"):
+        if line.startswith(b"Uid:"):
+            return int(line.split()[1])
+    return None
+
+
+def runs_program(pid: int, program: str) -> bool:
+    """Whether process ``pid`` of user 0 executes the file ``program``, an absolute path; also one replaced since.
+
+    What was replaced is told by its name only, so this holds only for processes that see the files that we see.
+    """
+    process, wanted = Path(f"/proc/{pid}"), Path(os.path.realpath(program))
+    try:
+        # Asked first, since it costs least and most processes are something else.
+        if Path(str((process / "exe").readlink()).removesuffix(" (deleted)")).name != wanted.name:
+            return False
+        if user_of(pid) != 0:
+            return False
+        if (process / "ns/mnt").samefile("/proc/self/ns/mnt"):
+            return True
+        return (process / "exe").samefile(wanted)
+    except OSError:
+        return False
+
+
+def table_lines(path: str) -> list[bytes]:
+    """The lines of a table of the kernel's, whatever bytes their names hold. Raises OSError."""
+    with open(path, "rb") as table:
+        return table.read().removesuffix(b"\n").split(b"\n")

@@ -1,0 +1,112 @@
+"""Bytes that pods and their volumes bring into the kernel's tables stop nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from host import libc, mounts
+from host.mounts import parse_mount_table
+from host.procfs import table_lines
+from network.sysctl import ipv4_default_link, ipv6_default_link
+from proto.runtime.v1 import cri_pb2
+from tests.support.agent import AgentProcess
+from tests.support.pods import container_config, sandbox_config
+
+# What splits lines or words for Python's text, or is no UTF-8, and what the kernel escapes.
+NAMES = (
+    b"\r",
+    b"a\x0bb",
+    b"\x0c",
+    b"\x1c\x1d\x1e\x1f",
+    b"\x85",
+    "a\u2028b\u2029\u0085c".encode(),
+    b"\xff\xfe",
+    b" two  spaces ",
+    b"line\nbreak\n\n",
+    b"tab\t\\134\\",
+    b"- - ext4 x rw",
+)
+
+
+@pytest.fixture
+def odd_mounts(tmp_path: Path) -> Iterator[list[Path]]:
+    """Mounts whose roots and targets have such names, as those of subPath volumes do."""
+    made: list[Path] = []
+    try:
+        for name in NAMES:
+            source, target = tmp_path / "volume" / os.fsdecode(name), tmp_path / "pods" / os.fsdecode(name)
+            source.mkdir(parents=True)
+            target.mkdir(parents=True)
+            mounts.bind(source, target)
+            made.append(target)
+        yield made
+    finally:
+        for path in reversed(made):
+            libc.umount(str(path), mounts.MNT_DETACH)
+
+
+def test_no_name_of_a_volume_stops_a_start(own_agent: AgentProcess, odd_mounts: list[Path]) -> None:
+    volume = cri_pb2.Mount(host_path=str(own_agent.folder / "volume"), container_path="/volume")
+    volume.propagation = cri_pb2.PROPAGATION_HOST_TO_CONTAINER
+    own_agent.restart()
+    sandbox = sandbox_config(own_agent)
+    sandbox_id = own_agent.client.run_sandbox(sandbox)
+    mount_all = container_config("main", "sleep", "1000", mounts=[volume])
+    if not mounts.mount_holding(os.path.realpath(own_agent.folder)).shared:
+        del mount_all.mounts[:]
+    own_agent.client.start(own_agent.client.create(sandbox_id, mount_all, sandbox))
+    assert own_agent.client.findings() == []
+    own_agent.restart()
+    states = [c.state for c in own_agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers]
+    assert states == [cri_pb2.CONTAINER_RUNNING]
+
+
+def test_the_mount_table_shows_every_name_as_it_is(odd_mounts: list[Path]) -> None:
+    seen = {entry.target: entry for entry in mounts.mount_table()}
+    for path in odd_mounts:
+        assert seen[str(path)].root.endswith(f"/{path.name}")
+
+
+def test_a_leftover_mount_of_any_name_is_told_and_removed(own_agent: AgentProcess) -> None:
+    target = own_agent.run / "sandboxes" / ("f" * 64) / os.fsdecode(b"\xff\r\n x")
+    target.mkdir(parents=True)
+    mounts.bind("/proc", target)
+    told = [finding for finding in own_agent.client.findings() if finding.startswith("mount")]
+    assert len(told) == 1
+    assert "\\udcff" in told[0]
+    own_agent.restart()
+    assert own_agent.client.findings() == []
+    assert not target.parent.exists()
+
+
+def test_a_line_that_is_no_mount_is_passed_over() -> None:
+    good = b"36 35 98:0 /a /mnt\\040x rw,noatime master:1 shared:2 - ext3  rw,errors=continue"
+    odd = (b"", b"x", b"36 35 98:0 / /mnt rw - ext3", b"1 2 3 4 5 6 7 8 9", b"a b 98:0 / /x rw - t s o")
+    (entry,) = parse_mount_table(b"\n".join((*odd, good, *odd)))
+    assert (entry.target, entry.source, entry.super_options) == ("/mnt x", "", "rw,errors=continue")
+    assert (entry.shared, entry.slave, entry.filesystem) == (True, True, "ext3")
+
+
+def test_links_of_any_name_may_have_routes() -> None:
+    best = b"\x85 \xff".replace(b" ", b"\x1c")
+    lines = [
+        b"x\x1cy\t0000A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0   ",
+        best + b"\t00000000\t0100A8C0\t0003\t0\t0\t100\t00000000\t0\t0\t0   ",
+        b"eth\t00000000\t0100A8C0\t0003\t0\t0\t200\t00000000\t0\t0\t0   ",
+        b"short",
+    ]
+    assert ipv4_default_link(lines) == os.fsdecode(best)
+    zeros, router = b"0" * 32, b"fe8" + b"0" * 28 + b"1"
+    tail = b" 00000064 00000001 00000000 00000003    "
+    lines = [b" ".join((zeros, b"00", zeros, b"00", router)) + tail + best, b"short"]
+    assert ipv6_default_link(lines) == os.fsdecode(best)
+
+
+def test_a_table_has_lines_by_newlines_alone(tmp_path: Path) -> None:
+    table = tmp_path / "table"
+    table.write_bytes(b"a\rb\x85\n\xe2\x80\xa8c\n")
+    assert table_lines(str(table)) == [b"a\rb\x85", b"\xe2\x80\xa8c"]

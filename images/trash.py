@@ -12,7 +12,7 @@ from pathlib import Path
 
 from host import processes
 from host.errors import PodkeelError
-from host.threads import in_thread
+from host.threads import in_long_thread
 
 _log = logging.getLogger("podkeel.images")
 
@@ -68,7 +68,7 @@ class Trash:
             await self._wake.wait()
             self._wake.clear()
             try:
-                while large := await in_thread(_remove_small, self._folder):
+                while large := await in_long_thread(_remove_small, self._folder):
                     await processes.run(["rm", "-rf", "--one-file-system", "--", *large])
             except (PodkeelError, OSError) as error:
                 _log.error("%s could not be emptied: %s", self._folder, error)

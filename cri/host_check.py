@@ -27,6 +27,7 @@ from network.cni.configuration import find_configuration
 from network.cni.plugin import PluginRunner
 from network.firewalls import find_obstacles
 from network.options import NetworkOptions
+from runtime.agent_id import new_agent_id
 from runtime.cgroups import CgroupTree
 from runtime.handlers import Handlers
 from runtime.layout import Layout
@@ -126,7 +127,7 @@ async def _handlers(configuration: Configuration) -> list[Check]:
     try:
         layout = Layout.of(options)
         layout.run.joinpath("oci").mkdir()
-        handlers = Handlers(options, layout, tree)
+        handlers = Handlers(options, layout, tree, new_agent_id())
         await handlers.probe()
     except (PodkeelError, OSError) as error:
         return [Check("runtimes", "fail", _sentence(error))]

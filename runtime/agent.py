@@ -24,6 +24,7 @@ from images.store import ImageStore
 from network.options import NetworkOptions
 from network.provider import NodeNetwork
 from network.schema import MIGRATIONS as NETWORK_MIGRATIONS
+from runtime.agent_id import agent_id
 from runtime.apparmor import load_default_profile
 from runtime.cgroups import CgroupTree
 from runtime.containers import ContainerManager
@@ -90,12 +91,14 @@ class Agent:
         database = Database(layout.database, SCHEMAS)
         stack.callback(database.close)
         cgroups = await in_thread(CgroupTree.of_host, options.cgroup_driver)
-        handlers = Handlers(options, layout, cgroups)
+        own_id = await in_thread(agent_id, layout)
+        handlers = Handlers(options, layout, cgroups, own_id)
         network = NodeNetwork(self._network, database)
         images = ImageStore(self._images, layout.data, layout.run, database)
         facts = await in_thread(partial(probe_node, selinux=options.selinux))
         node = Node(
             options=options,
+            agent_id=own_id,
             layout=layout,
             database=database,
             store=Store(database),
@@ -150,7 +153,7 @@ class Agent:
     async def _differences(self) -> list[Finding]:
         node, known = self.node, self.recovery.known()
         found = await in_thread(
-            lambda: list(find_leftovers(node.layout, node.monitors, node.cgroups, node.options.cgroup_parent, known))
+            lambda: list(find_leftovers(node.layout, node.monitors, self.recovery.own_parents(), known))
         )
         for finding in await node.network.audit(known.live_sandboxes):
             found.append(Finding(finding.kind, finding.object, finding.problem))

@@ -152,7 +152,7 @@ class CgroupTree:
     async def remove_base(self, base: str) -> None:
         """Remove the cgroup below which pods without a parent of their own were, if nothing is left in it."""
         if self.driver != "systemd":
-            await in_thread(self.remove, base)
+            await in_thread(self._remove_alone, base)
             return
         for name in with_outer_slices(f"{_slice_stem(base)}.slice"):
             folders = [folder for folder in self.folders(slice_path(name)) if folder.is_dir()]
@@ -205,6 +205,12 @@ class CgroupTree:
                 for below, _, _ in os.walk(folder, topdown=False):
                     with contextlib.suppress(OSError):
                         Path(below).rmdir()
+
+    def _remove_alone(self, path: str) -> None:
+        """Remove cgroup ``path``; one that holds others, which may be another agent's, stays."""
+        for folder in self.folders(path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def exists(self, path: str) -> bool:
         """Whether cgroup ``path`` exists in any hierarchy."""

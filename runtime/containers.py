@@ -130,7 +130,7 @@ class ContainerManager:
     def _new_container(
         self, sandbox: Sandbox, config: cri_pb2.ContainerConfig, image: Image, runtime: OciRuntime
     ) -> Container:
-        container_id = new_id()
+        container_id = new_id(self._node.agent_id)
         log_path = resolve_log_path(sandbox.config.log_directory, config.log_path)
         record = ContainerRecord(
             state=ContainerState.MAKING,

@@ -19,10 +19,11 @@ _log = logging.getLogger("podkeel.handlers")
 class Handlers:
     """Every configured handler that works on this host."""
 
-    def __init__(self, options: RuntimeOptions, layout: Layout, cgroups: CgroupTree) -> None:
+    def __init__(self, options: RuntimeOptions, layout: Layout, cgroups: CgroupTree, agent_id: str) -> None:
         self._options = options
         self._layout = layout
         self._cgroups = cgroups
+        self._agent_id = agent_id
         self._working: dict[str, OciRuntime] = {}
         self.failures: dict[str, str] = {}
         self.default: OciRuntime | None = None
@@ -42,7 +43,7 @@ class Handlers:
             parent = "system.slice" if systemd else options.cgroup_parent
             try:
                 # Named like a container's or pod's, so that what a killed agent left of it is found at the next start.
-                cgroup = self._cgroups.runtime_path(parent, new_id())
+                cgroup = self._cgroups.runtime_path(parent, new_id(self._agent_id))
                 await runtime.probe(options.catatonit_path, cgroup, self._layout.run)
             except PodkeelError as error:
                 self.failures[name] = error.message

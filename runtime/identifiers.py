@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 from host.errors import InvalidArgumentError, NotFoundError
 
+_BYTES = 32
 _ID = re.compile(r"[0-9a-f]{64}")
 
 
@@ -24,9 +25,14 @@ class Identified(Protocol):
 T = TypeVar("T", bound=Identified)
 
 
-def new_id() -> str:
-    """64 hexadecimal characters."""
-    return secrets.token_hex(32)
+def new_id(agent_id: str) -> str:
+    """64 hexadecimal characters, the last of which say which agent gave it."""
+    return secrets.token_hex(_BYTES)[: 2 * _BYTES - len(agent_id)] + agent_id
+
+
+def is_of(agent_id: str, item_id: str) -> bool:
+    """Whether this agent gave the id; older versions gave ids that do not say whose they are."""
+    return is_id(item_id) and item_id.endswith(agent_id)
 
 
 def is_id(text: str) -> bool:

@@ -6,13 +6,12 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from host import mounts, processes
 from runtime import mapped_volumes
-from runtime.cgroups import CgroupTree
 from runtime.layout import Layout
 from runtime.monitor import Monitors
 from runtime.namespaces import drop_namespaces, remove_whatever
@@ -55,19 +54,25 @@ class AllBut(Collection[str]):
         raise TypeError("nobody can count every id")
 
 
-def strangers(layout: Layout, monitors: Monitors, known: Known) -> tuple[set[str], set[str]]:
-    """Ids of sandboxes and of containers that left something in folders or processes and are not ``known``."""
-    sandboxes = {name for name in _names(layout.sandboxes) if name not in known.sandboxes}
+def strangers(
+    layout: Layout, monitors: Monitors, parents: Mapping[str, str], known: Known
+) -> tuple[set[str], set[str]]:
+    """Ids of sandboxes and of containers that left something in folders, cgroups or processes and are not ``known``.
+
+    ``parents`` are the cgroups of this agent's pods by sandbox id.
+    """
+    sandboxes = {name for name in (*_names(layout.sandboxes), *parents) if name not in known.sandboxes}
     holders = [*_names(layout.containers), *_names(layout.exits), *monitors.running()]
     for root in _runtime_roots(layout):
         holders += runtime_containers(root)
     return sandboxes, {name for name in holders if name not in known.containers}
 
 
-def find_leftovers(
-    layout: Layout, monitors: Monitors, cgroups: CgroupTree, cgroup_parent: str, known: Known
-) -> Iterator[Finding]:
-    """Everything of this agent that belongs to nothing the store knows. Reads files and the kernel only."""
+def find_leftovers(layout: Layout, monitors: Monitors, parents: Mapping[str, str], known: Known) -> Iterator[Finding]:
+    """Everything of this agent that belongs to nothing the store knows. Reads files and the kernel only.
+
+    ``parents`` are the cgroups of this agent's pods by sandbox id.
+    """
     yield from _unknown_names(layout.sandboxes, known.live_sandboxes, "folder", "belongs to no live sandbox")
     yield from _unknown_names(layout.containers, known.containers, "folder", "belongs to no container")
     yield from _unknown_names(layout.exits, known.containers, "file", "belongs to no container")
@@ -80,7 +85,7 @@ def find_leftovers(
     for container_id, pid in monitors.running().items():
         if container_id not in known.live_containers:
             yield Finding("process", f"conmon {pid}", f"monitors {container_id[:13]}, which is not alive in the store")
-    for sandbox_id, parent in cgroups.default_parents(cgroup_parent).items():
+    for sandbox_id, parent in parents.items():
         if sandbox_id not in known.live_sandboxes:
             yield Finding("cgroup", parent, "belongs to no live sandbox")
 

@@ -44,6 +44,7 @@ class Node:
     """
 
     options: RuntimeOptions
+    agent_id: str
     layout: Layout
     database: Database
     store: Store

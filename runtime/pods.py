@@ -118,7 +118,7 @@ class PodManager:
         return sandbox
 
     def _new_sandbox(self, config: cri_pb2.PodSandboxConfig, handler: str, runtime: OciRuntime) -> Sandbox:
-        sandbox_id = new_id()
+        sandbox_id = new_id(self._node.agent_id)
         parent, own = config.linux.cgroup_parent, False
         if parent:
             self._node.cgroups.validate_parent(parent)

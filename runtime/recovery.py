@@ -17,6 +17,7 @@ from host.threads import in_thread
 from runtime import exec_call, leftovers
 from runtime.container import Container, ContainerState
 from runtime.containers import ContainerManager
+from runtime.identifiers import is_of
 from runtime.leftovers import AllBut, Known
 from runtime.lifecycle import Lifecycle
 from runtime.namespaces import pins_hold
@@ -160,15 +161,24 @@ class Recovery:
             live_containers={container.id for container in node.containers if container.record.state in live},
         )
 
+    def own_parents(self) -> dict[str, str]:
+        """The cgroups of this agent's pods that brought none, by sandbox id; those of other agents lie beside them."""
+        node = self._node
+        parents = node.cgroups.default_parents(node.options.cgroup_parent)
+        known = {sandbox.id for sandbox in node.sandboxes}  # also those that an older version made
+        return {id_: path for id_, path in parents.items() if id_ in known or is_of(node.agent_id, id_)}
+
     async def repair(self) -> None:
         """While calls are under way: remove what belongs to nothing the store knows, and repair the network.
 
         What is removed must have been unknown twice, some time apart: by then a call that made it would have said so.
         """
         layout, monitors = self._node.layout, self._node.monitors
-        sandboxes, containers = await in_thread(lambda: leftovers.strangers(layout, monitors, self.known()))
+        sandboxes, containers = await in_thread(
+            lambda: leftovers.strangers(layout, monitors, self.own_parents(), self.known())
+        )
         await asyncio.sleep(_SETTLE_SECONDS)
-        again = await in_thread(lambda: leftovers.strangers(layout, monitors, self.known()))
+        again = await in_thread(lambda: leftovers.strangers(layout, monitors, self.own_parents(), self.known()))
         doomed_sandboxes, doomed_containers = AllBut(sandboxes & again[0]), AllBut(containers & again[1])
         await self._drop_leftovers(Known(doomed_sandboxes, doomed_containers, doomed_sandboxes, doomed_containers))
         await self._node.network.repair(self.known().live_sandboxes)
@@ -185,8 +195,7 @@ class Recovery:
             if container_id not in known.containers:
                 self.findings["snapshot of no container"] += 1
                 await self._guarded(f"snapshot {container_id[:13]}", node.snapshots.remove(container_id))
-        parents = await in_thread(node.cgroups.default_parents, node.options.cgroup_parent)
-        for sandbox_id, parent in parents.items():
+        for sandbox_id, parent in (await in_thread(self.own_parents)).items():
             if sandbox_id not in known.live_sandboxes:
                 await self._guarded(f"cgroup {parent}", node.cgroups.remove_parent(parent))
 

@@ -100,7 +100,8 @@ def test_a_pod_without_a_parent_has_a_slice_of_its_own_and_takes_it_along(system
 
 
 def test_slices_that_a_killed_agent_left_are_found_and_ended(systemd_agent: AgentProcess) -> None:
-    name = f"{systemd_agent.cgroup_parent.strip('/')}-{'e' * 64}.slice"
+    own_id = (systemd_agent.data / "agent-id").read_text().strip()
+    name = f"{systemd_agent.cgroup_parent.strip('/')}-{'e' * 52}{own_id}.slice"
     subprocess.run(["systemctl", "start", name], check=True)
     assert systemd_agent.client.findings() == [f"cgroup {name} belongs to no live sandbox"]
     systemd_agent.restart()

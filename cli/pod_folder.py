@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from host.errors import PodkeelError
+from host.removal import remove_tree
 from proto.runtime.v1 import cri_pb2
 
 
@@ -19,7 +19,5 @@ def remove(parent: str | Path, metadata: cri_pb2.PodSandboxMetadata) -> None:
     folder = path(parent, metadata)
     if not folder.is_symlink() and not folder.is_dir():
         return
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise PodkeelError(f"pod folder {folder} could not be removed: {error}") from error
+    if told := remove_tree(folder):
+        raise PodkeelError(f"pod folder {folder} could not be removed: {told[0]}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from cri import kernel_check
 from cri.configuration import Configuration
 from host import mounts, processes
 from host.errors import PodkeelError
+from host.removal import remove_tree
 from host.threads import in_fresh_thread, in_thread
 from network.addresses import parse_ranges
 from network.cni.configuration import find_configuration
@@ -156,7 +156,7 @@ def _handler_checks(options: RuntimeOptions, handlers: Handlers) -> list[Check]:
 def _remove_folder(folder: Path) -> None:
     for target in mounts.mounts_below(folder):
         mounts.unmount(target)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_tree(folder)
 
 
 async def _kernel(configuration: Configuration) -> list[Check]:

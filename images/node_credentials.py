@@ -18,7 +18,7 @@ import msgspec
 
 from host import processes
 from host.errors import InvalidArgumentError, PodkeelError
-from host.threads import in_image_thread
+from host.threads import in_thread
 from images.credentials import Credentials
 from images.options import ImageOptions
 
@@ -68,7 +68,7 @@ async def find_credentials(options: ImageOptions, addresses: Sequence[str], path
     cannot be understood.
     """
     file = Path(options.credentials_file)
-    content = await in_image_thread(_read, file) if options.credentials_file else None
+    content = await in_thread(_read, file) if options.credentials_file else None
     if content is None:
         return FoundCredentials(None, "none are configured")
     helper = _best(content.cred_helpers, addresses, path)

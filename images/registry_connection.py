@@ -13,7 +13,7 @@ import aiohttp
 import yarl
 
 from host.errors import NotFoundError, PermissionDeniedError
-from host.threads import in_image_thread
+from host.threads import in_thread
 from images import authorization
 from images.credentials import Credentials
 from images.hosts import RegistryHost, hosts_for
@@ -62,8 +62,8 @@ class RegistryConnection:
         self.hosts: list[ConnectedHost] = []
 
     async def __aenter__(self) -> Self:
-        for config in await in_image_thread(hosts_for, self._reference.domain, self._options):
-            tls = await in_image_thread(config.tls) if config.base.startswith("https:") else True
+        for config in await in_thread(hosts_for, self._reference.domain, self._options):
+            tls = await in_thread(config.tls) if config.base.startswith("https:") else True
             self.hosts.append(ConnectedHost(config, tls))
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, limit_per_host=0),

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
-import shutil
+import sys
 from pathlib import Path
+
+import msgspec
 
 from host import processes
 from host.errors import PodkeelError
-from host.threads import in_long_thread
+from host.removal import MOST_TOLD, WORKER, WORKER_FOLDER, OutOfBudgetError, Removal
+from host.threads import in_thread
 
 _log = logging.getLogger("podkeel.images")
 
-_FEW = 64  # entries that are cheaper to remove on a thread than by starting rm
+_FEW = 64  # entries that are cheaper to remove on a thread than by starting a process
+_WORKER = (sys.executable, "-I", "-S", "-c", WORKER, str(Path(__file__).parent.parent))
+
+
+class _Left(msgspec.Struct):
+    """What stays in the folder: how many things could not be removed, the first of them, and whether there are more."""
+
+    failures: int = 0
+    told: list[str] = msgspec.field(default_factory=list)
+    more: bool = False
 
 
 class Trash:
@@ -29,6 +40,8 @@ class Trash:
         self._task: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
+        self._told: frozenset[str] = frozenset()
+        self._failures = 0
 
     def start(self) -> None:
         """Begin to empty the folder."""
@@ -68,39 +81,48 @@ class Trash:
             await self._wake.wait()
             self._wake.clear()
             try:
-                while large := await in_long_thread(_remove_small, self._folder):
-                    await processes.run(["rm", "-rf", "--one-file-system", "--", *large])
+                small = await in_thread(_remove_small, self._folder)
+                self._tell(await self._remove_large() if small.more else small)
             except (PodkeelError, OSError) as error:
-                _log.error("%s could not be emptied: %s", self._folder, error)
+                _log.error("trash: %s could not be emptied: %s", self._folder, error)
             if not self._wake.is_set():
                 self._idle.set()
 
+    async def _remove_large(self) -> _Left:
+        folder = await in_thread(os.open, self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            done = await processes.run(_WORKER, descriptors={WORKER_FOLDER: folder}, environment={})
+        finally:
+            os.close(folder)
+        return msgspec.json.decode(done.stdout, type=_Left)
 
-def _remove_small(folder: Path) -> list[str]:
-    """Remove what has few entries; returns the rest, at most a command line's worth."""
-    large = []
-    for path in folder.iterdir():
-        if _count(path) <= _FEW:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        else:
-            large.append(str(path))
-    return large[:500]
+    def _tell(self, left: _Left) -> None:
+        """Log what could not be removed, each thing once."""
+        for sentence in left.told:
+            if sentence not in self._told:
+                _log.error("trash: %s/%s: it stays, and the next removal or start tries again", self._folder, sentence)
+        if left.failures > len(left.told) and self._failures != left.failures:
+            _log.error("trash: %s: %d things could not be removed", self._folder, left.failures)
+        self._told, self._failures = frozenset(left.told), left.failures
 
 
-def _count(path: Path) -> int:
-    total = 0
-    pending = [path]
-    while pending and total <= _FEW:
-        current = pending.pop()
-        if current.is_symlink() or not current.is_dir():
-            total += 1
-            continue
-        with os.scandir(current) as listing:
-            for entry in listing:
-                total += 1
-                if total > _FEW:
-                    break
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(Path(entry.path))
-    return total
+def _remove_small(path: Path) -> _Left:
+    """Remove what has few entries; ``more`` says that there is something that has many."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return _remove_small_in(folder)
+    finally:
+        os.close(folder)
+
+
+def _remove_small_in(folder: int) -> _Left:
+    left = _Left()
+    for name in os.listdir(folder):
+        removal = Removal(_FEW)
+        try:
+            removal.remove(folder, name)
+        except OutOfBudgetError:
+            left.more = True
+        left.failures += removal.failures
+        left.told += removal.told[: MOST_TOLD - len(left.told)]
+    return left

@@ -11,13 +11,13 @@ import contextlib
 import hashlib
 import json
 import os
-import resource
 import stat
 import sys
 
+from host.file_tree import FolderStack
+
 MOST = 20
 _PIECE = 1 << 20
-_DEEPEST = 100_000
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -34,33 +34,47 @@ class Summary:
         self._linked: set[int] = set()
         self._hash = hashlib.sha256()
         self._attributes(b"", os.fstat(folder), _xattrs(folder, "."))
-        self._walk(folder, b"")
+        with FolderStack(folder) as stack:
+            self._walk(stack)
 
     @property
     def digest(self) -> str:
         """Of the whole tree."""
         return f"sha256:{self._hash.hexdigest()}"
 
-    def _walk(self, folder: int, path: bytes) -> None:
-        for name in sorted(os.listdir(folder)):
-            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            own_path = path + b"/" + os.fsencode(name)
-            self._attributes(own_path, status, _xattrs(folder, name))
-            if stat.S_ISDIR(status.st_mode):
-                below = os.open(name, _FOLDER, dir_fd=folder)
-                try:
-                    self.inodes += 1
-                    self._walk(below, own_path)
-                finally:
-                    os.close(below)
-                continue
-            if status.st_nlink == 1 or status.st_ino not in self._linked:
-                self._linked.add(status.st_ino)
-                self.inodes += 1
-            if stat.S_ISREG(status.st_mode):
-                self._content(folder, name)
-            elif stat.S_ISLNK(status.st_mode):
-                self._hash.update(os.fsencode(os.readlink(name, dir_fd=folder)))
+    def _walk(self, stack: FolderStack) -> None:
+        path = b""
+        waiting = [_names_last_first(stack.descriptor)]
+        while True:
+            if waiting[-1]:
+                name = waiting[-1].pop()
+                own_path = path + b"/" + os.fsencode(name)
+                if self._is_folder(stack.descriptor, name, own_path):
+                    stack.enter(name)
+                    path = own_path
+                    waiting.append(_names_last_first(stack.descriptor))
+            elif stack.depth == 0:
+                return
+            else:
+                _leave(stack)
+                waiting.pop()
+                path = path.rpartition(b"/")[0]
+
+    def _is_folder(self, folder: int, name: str, path: bytes) -> bool:
+        """Take in what one entry is; whether there is more below it."""
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        self._attributes(path, status, _xattrs(folder, name))
+        if stat.S_ISDIR(status.st_mode):
+            self.inodes += 1
+            return True
+        if status.st_nlink == 1 or status.st_ino not in self._linked:
+            self._linked.add(status.st_ino)
+            self.inodes += 1
+        if stat.S_ISREG(status.st_mode):
+            self._content(folder, name)
+        elif stat.S_ISLNK(status.st_mode):
+            self._hash.update(os.fsencode(os.readlink(name, dir_fd=folder)))
+        return False
 
     def _attributes(self, path: bytes, status: os.stat_result, xattrs: dict[str, bytes]) -> None:
         facts = [status.st_mode, status.st_uid, status.st_gid, status.st_rdev]
@@ -87,44 +101,52 @@ class Comparison:
     def __init__(self) -> None:
         self.differences: list[str] = []
 
-    def compare(self, wanted: int, found: int, path: str = "/") -> None:
+    def compare(self, wanted: int, found: int) -> None:
         """Compare two open folders. Raises TooManyDifferencesError when ``differences`` is full."""
-        self._attributes(os.fstat(wanted), os.fstat(found), path.rstrip("/") or "/")
-        self._xattrs(wanted, found, ".", path.rstrip("/") or "/")
-        names, others = set(os.listdir(wanted)), set(os.listdir(found))
-        for name in sorted(names | others):
-            if name not in others:
-                self._differs(path + name, "is missing")
-            elif name not in names:
-                self._differs(path + name, "should not be there")
-            else:
-                self._entry(wanted, found, name, path + name)
+        with FolderStack(wanted) as ones, FolderStack(found) as others:
+            path = ""
+            waiting = [self._folder(ones.descriptor, others.descriptor, path)]
+            while True:
+                if waiting[-1]:
+                    name = waiting[-1].pop()
+                    if self._is_folder(ones.descriptor, others.descriptor, name, f"{path}/{name}"):
+                        ones.enter(name)
+                        others.enter(name)
+                        path = f"{path}/{name}"
+                        waiting.append(self._folder(ones.descriptor, others.descriptor, path))
+                elif ones.depth == 0:
+                    return
+                else:
+                    _leave(ones)
+                    _leave(others)
+                    waiting.pop()
+                    path = path.rpartition("/")[0]
 
-    def _entry(self, wanted: int, found: int, name: str, path: str) -> None:
+    def _folder(self, wanted: int, found: int, path: str) -> list[str]:
+        """Compare what two folders are and the names in them; returns the names that both have, the last first."""
+        self._attributes(os.fstat(wanted), os.fstat(found), path or "/")
+        self._xattrs(wanted, found, ".", path or "/")
+        names, others = set(os.listdir(wanted)), set(os.listdir(found))
+        for name in sorted(names ^ others):
+            self._differs(f"{path}/{name}", "should not be there" if name in others else "is missing")
+        return sorted(names & others, reverse=True)
+
+    def _is_folder(self, wanted: int, found: int, name: str, path: str) -> bool:
+        """Compare what both have under one name; whether there is more to compare below it."""
         one = os.stat(name, dir_fd=wanted, follow_symlinks=False)
         other = os.stat(name, dir_fd=found, follow_symlinks=False)
         if stat.S_IFMT(one.st_mode) != stat.S_IFMT(other.st_mode):
             self._differs(path, "is of another type")
-        elif stat.S_ISDIR(one.st_mode):
-            self._below(wanted, found, name, path)
-        else:
-            self._attributes(one, other, path)
-            self._xattrs(wanted, found, name, path)
-            if stat.S_ISREG(one.st_mode):
-                self._content(wanted, found, name, path)
-            elif stat.S_ISLNK(one.st_mode) and os.readlink(name, dir_fd=wanted) != os.readlink(name, dir_fd=found):
-                self._differs(path, "points somewhere else")
-
-    def _below(self, wanted: int, found: int, name: str, path: str) -> None:
-        one = os.open(name, _FOLDER, dir_fd=wanted)
-        try:
-            other = os.open(name, _FOLDER, dir_fd=found)
-            try:
-                self.compare(one, other, path + "/")
-            finally:
-                os.close(other)
-        finally:
-            os.close(one)
+            return False
+        if stat.S_ISDIR(one.st_mode):
+            return True
+        self._attributes(one, other, path)
+        self._xattrs(wanted, found, name, path)
+        if stat.S_ISREG(one.st_mode):
+            self._content(wanted, found, name, path)
+        elif stat.S_ISLNK(one.st_mode) and os.readlink(name, dir_fd=wanted) != os.readlink(name, dir_fd=found):
+            self._differs(path, "points somewhere else")
+        return False
 
     def _attributes(self, one: os.stat_result, other: os.stat_result, path: str) -> None:
         if stat.S_IMODE(one.st_mode) != stat.S_IMODE(other.st_mode):
@@ -165,6 +187,15 @@ class Comparison:
             raise TooManyDifferencesError
 
 
+def _names_last_first(folder: int) -> list[str]:
+    return sorted(os.listdir(folder), reverse=True)
+
+
+def _leave(stack: FolderStack) -> None:
+    if not stack.leave():
+        raise RuntimeError("a folder was moved while it was looked at")
+
+
 def _same(one: int, other: int) -> bool:
     if os.fstat(one).st_size != os.fstat(other).st_size:
         return False
@@ -188,9 +219,6 @@ def _xattrs(folder: int, name: str) -> dict[str, bytes]:
 
 def main(folders: list[str]) -> None:
     """Compare the second folder with the first, or count the only one."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each level of a tree holds two of them
-    sys.setrecursionlimit(_DEEPEST)
     os.nice(10)
     opened = [os.open(folder, _FOLDER) for folder in folders]
     comparison = Comparison()

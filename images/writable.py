@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from host.file_tree import Walk
 from images.project_quota import ProjectQuotas
 
 OLDEST_SECONDS = 10.0
@@ -25,7 +26,6 @@ _BLOCK = 512  # the unit of st_blocks, whatever the file system's own (stat(2))
 _BATCH = 256  # entries between two looks at the time
 _DUTY = 0.2  # the part of one core that counting takes while it goes on
 _SMALL_SECONDS = 0.0002  # of processor time: not quite a hundred files
-_MOST_OPEN = 1000  # folders that have more than one below them, one in the other; what lies deeper is not counted
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SHARE = 0.01  # the part of one core that all trees that are not small take together
 
@@ -62,18 +62,6 @@ class _Project:
     id: int
     own_bytes: int = 0
     own_inodes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Folder:
-    """An open folder, and those in it that are still to be looked at."""
-
-    descriptor: int | None
-    names: list[str]
-
-    def close(self) -> None:
-        if self.descriptor is not None:
-            os.close(self.descriptor)
 
 
 class WritableLayers:
@@ -127,7 +115,7 @@ class WritableLayers:
         project = self._projects.get(container_id)
         if project is not None:
             folder = self._upper(container_id).parent
-            own = [folder.lstat(), *_statuses(str(folder / "work"))]
+            own = [folder.lstat(), *_statuses(folder / "work")]
             blocks = sum(status.st_blocks for status in own)
             self._projects[container_id] = _Project(project.id, blocks * _BLOCK, len(own))
 
@@ -213,7 +201,7 @@ class WritableLayers:
         blocks = inodes = 0
         linked: set[int] = set()
         begin = time.monotonic()
-        statuses = itertools.chain(_statuses(str(upper)), _statuses(str(upper.with_name("volumes"))))
+        statuses = itertools.chain(_statuses(upper), _statuses(upper.with_name("volumes")))
         for number, status in enumerate(statuses, start=1):
             if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
                 if status.st_ino in linked:
@@ -228,38 +216,20 @@ class WritableLayers:
         return WritableUsage(time.time_ns(), blocks * _BLOCK, inodes) if inodes else None
 
 
-def _statuses(folder: str) -> Iterator[os.stat_result]:
+def _statuses(folder: Path) -> Iterator[os.stat_result]:
     """Of ``folder`` and everything below it; what goes away meanwhile is left out.
 
-    Its owner may put a link where a folder was: each is opened from the one above, following none.
+    Its owner may put a link where a folder was: none is followed, and no mount is crossed.
     """
-    with contextlib.suppress(OSError):
-        yield os.lstat(folder)
-    waiting = [_Folder(None, [folder])]
     try:
-        while waiting:
-            above = waiting[-1]
-            descriptor = _open_below(above)
-            if not above.names:
-                waiting.pop().close()
-            if descriptor is None:
-                continue
-            current = _Folder(descriptor, [])
-            waiting.append(current)
-            with contextlib.suppress(OSError), os.scandir(descriptor) as entries:
-                for entry in entries:
-                    with contextlib.suppress(OSError):
-                        yield entry.stat(follow_symlinks=False)
-                        if entry.is_dir(follow_symlinks=False):
-                            current.names.append(entry.name)
-            if len(waiting) > _MOST_OPEN:
-                current.names.clear()
+        root = os.open(folder, _FOLDER)
+    except OSError:
+        return
+    try:
+        yield os.fstat(root)
+        for step in Walk(root):
+            if step.entry is not None:
+                with contextlib.suppress(OSError):
+                    yield step.entry.stat(follow_symlinks=False)
     finally:
-        for left in waiting:
-            left.close()
-
-
-def _open_below(folder: _Folder) -> int | None:
-    with contextlib.suppress(IndexError, OSError):
-        return os.open(folder.names.pop(), _FOLDER, dir_fd=folder.descriptor)
-    return None
+        os.close(root)

@@ -7,12 +7,13 @@ import os
 import re
 import signal
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from host import mounts
 from host.errors import InvalidArgumentError, UnsupportedError
+from host.file_tree import Walk
 from host.procfs import table_lines
 from host.threads import in_thread
 from runtime.slices import set_io_weight, slice_name, slice_path, stop_slice, with_outer_slices
@@ -182,10 +183,13 @@ class CgroupTree:
         """Pids in cgroup ``path`` and in those that a container made below it."""
         root = self.mounts.get("unified") or self.mounts.get("pids") or self.mounts["memory"]
         found: list[int] = []
-        for folder, _, _ in os.walk(root / path.lstrip("/")):
-            with contextlib.suppress(OSError):
-                found += map(int, Path(folder, "cgroup.procs").read_text().split())
+        for pids in _processes_below(root / path.lstrip("/")):
+            found += pids
         return found
+
+    def all_processes(self, path: str) -> set[int]:
+        """The same in any hierarchy."""
+        return {pid for folder in self.folders(path) for pids in _processes_below(folder) for pid in pids}
 
     def kill(self, path: str) -> int:
         """SIGKILL to every process in cgroup ``path``; returns how many there were."""
@@ -201,10 +205,9 @@ class CgroupTree:
     def remove(self, path: str) -> None:
         """Remove cgroup ``path`` and the empty ones below it, in every hierarchy; what is busy or gone stays so."""
         for folder in self.folders(path):
-            if folder.is_dir():
-                for below, _, _ in os.walk(folder, topdown=False):
-                    with contextlib.suppress(OSError):
-                        Path(below).rmdir()
+            _remove_below(folder)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def _remove_alone(self, path: str) -> None:
         """Remove cgroup ``path``; one that holds others, which may be another agent's, stays."""
@@ -307,3 +310,45 @@ def _change_oom_score_adj(pid: int, old: int, new: int) -> None:
 
 def _slice_stem(base: str) -> str:
     return base.strip("/").removesuffix(".slice").replace("/", "-")
+
+
+def _open_folder(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def _processes_below(path: Path) -> Iterator[list[int]]:
+    """The processes of a cgroup and of each one below it. A container may have made these as deep as it liked."""
+    root = _open_folder(path)
+    if root is None:
+        return
+    try:
+        yield _processes_in(root, "cgroup.procs")
+        for step in Walk(root):
+            if step.entry is not None and step.entry.is_dir(follow_symlinks=False):
+                yield _processes_in(step.folder, f"{step.name}/cgroup.procs")
+    finally:
+        os.close(root)
+
+
+def _processes_in(folder: int, file: str) -> list[int]:
+    try:
+        with open(os.open(file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), "rb") as pids:
+            return [int(pid) for pid in pids.read().split()]
+    except OSError:
+        return []
+
+
+def _remove_below(path: Path) -> None:
+    root = _open_folder(path)
+    if root is None:
+        return
+    try:
+        for step in Walk(root):
+            if step.entry is None:
+                with contextlib.suppress(OSError):
+                    os.rmdir(step.name, dir_fd=step.folder)
+    finally:
+        os.close(root)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
 from functools import partial
 from pathlib import Path
 
 from host.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, WrongStateError
+from host.removal import remove_tree
 from host.stages import Operation
-from host.tasks import SingleFlight, wait_out
-from host.threads import in_fresh_thread, in_thread
+from host.threads import in_fresh_thread, in_thread, wait_out
 from host.undo import Undo
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
 from runtime.container import Container, ContainerRecord, ContainerState
 from runtime.identifiers import new_id
+from runtime.joining import Joining
 from runtime.lifecycle import Lifecycle, begin
 from runtime.log_fields import of_container
 from runtime.mapped_volumes import bind_all
@@ -45,9 +45,7 @@ class ContainerManager:
     def __init__(self, node: Node, lifecycle: Lifecycle) -> None:
         self._node = node
         self._lifecycle = lifecycle
-        self._making: SingleFlight[_Identity, Container] = SingleFlight(
-            "its making was ended: its pod or the agent is stopping"
-        )
+        self._making: Joining[_Identity, Container] = Joining()
         self._by_identity: dict[_Identity, Container] = {}
 
     def adopt(self, container: Container) -> None:
@@ -78,7 +76,7 @@ class ContainerManager:
                 f"container {config.metadata.name!r} attempt {config.metadata.attempt} of {sandbox.title} "
                 "is being made with another configuration: raise the attempt"
             )
-        return await self._making.run(identity, lambda: self._make(sandbox, config), config)
+        return await self._making.run(identity, config, lambda: self._make(sandbox, config))
 
     async def _make(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Container:
         node = self._node
@@ -184,7 +182,7 @@ class ContainerManager:
         folder = node.layout.container(container.id)
         await unmount_all(node, container)
         await node.snapshots.remove(container.id)
-        await in_thread(shutil.rmtree, folder.path, True)
+        await in_thread(remove_tree, folder.path)
         node.monitors.forget(container.id)
         await node.store.delete_container(container.id)
         self._forget(container)
@@ -227,7 +225,7 @@ class ContainerManager:
                 await unmount_all(node, container)
             await node.snapshots.remove(container.id)
         async with operation.stage("files"):
-            await in_thread(shutil.rmtree, node.layout.container(container.id).path, True)
+            await in_thread(remove_tree, node.layout.container(container.id).path)
             node.monitors.forget(container.id)
         async with operation.stage("forget"):
             await node.store.delete_container(container.id)
@@ -251,7 +249,7 @@ class ContainerManager:
 
     async def close(self) -> None:
         """Undo what is in the making; for the agent's end."""
-        await self._making.close()
+        await self._making.drain()
 
 
 def validate_container(config: cri_pb2.ContainerConfig) -> None:

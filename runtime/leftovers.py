@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host import mounts, processes
+from host.errors import PodkeelError
 from runtime import mapped_volumes
 from runtime.layout import Layout
 from runtime.monitor import Monitors
@@ -120,7 +121,7 @@ def drop_run_folders(layout: Layout, known: Known) -> int:
             if name not in wanted:
                 try:
                     drop(layout, name)
-                except OSError as error:
+                except (PodkeelError, OSError) as error:
                     failed += 1
                     _log.error("leftover %s: cannot be removed and stays: %s", name, error)
     return failed

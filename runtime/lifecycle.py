@@ -6,18 +6,16 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import time
 from collections.abc import Coroutine
-from pathlib import Path
 
 from host import processes
 from host.errors import CommandError, DeadlineError, InvalidArgumentError, PodkeelError, WrongStateError
 from host.reaping import reap
+from host.removal import remove_tree
 from host.stages import Operation
-from host.tasks import wait_out
-from host.threads import in_thread
+from host.threads import in_thread, wait_out
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups import CgroupTree
 from runtime.container import Container, ContainerState
@@ -209,7 +207,7 @@ class Lifecycle:
         runtime = self._node.handlers.find(record.handler)
         if runtime is None:  # its pods must still be removable
             await in_thread(cgroups.kill, record.cgroup)
-            await in_thread(shutil.rmtree, self._node.layout.runtime_root(record.handler) / container.id, True)
+            await in_thread(remove_tree, self._node.layout.runtime_root(record.handler) / container.id)
         elif (runtime.root / container.id).exists():
             await runtime.delete(container.id)
         if cgroups.exists(record.cgroup):
@@ -352,11 +350,7 @@ class Lifecycle:
 def _clear_cgroup(cgroups: CgroupTree, path: str) -> None:
     """Kill what is left in a cgroup, in whichever hierarchies it is, and remove it. Blocks until that has ended."""
     cgroups.kill(path)
-    pids: set[int] = set()
-    for folder in cgroups.folders(path):
-        for below, _, _ in os.walk(folder):
-            with contextlib.suppress(OSError):
-                pids.update(map(int, Path(below, "cgroup.procs").read_text().split()))
+    pids = cgroups.all_processes(path)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

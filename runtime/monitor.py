@@ -16,8 +16,7 @@ import msgspec
 from host import processes, procfs
 from host.errors import PodkeelError
 from host.reaping import reap
-from host.tasks import wait_out
-from host.threads import in_fresh_thread, in_thread
+from host.threads import in_fresh_thread, in_thread, wait_out
 from runtime.identifiers import is_id
 from runtime.layout import ContainerFolder, Layout
 from runtime.oci_runtime import plain_message

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from host import libc, mounts
-from host.errors import InvalidArgumentError
+from host.errors import InvalidArgumentError, PodkeelError
+from host.removal import remove_tree
 from runtime.layout import SandboxFolder
 from runtime.spec.sysctls import is_of_link, sysctl_path
 from runtime.user_namespace import Mappings, make_pins, make_private, root_of
@@ -92,7 +92,7 @@ def _enter(folder: SandboxFolder, kinds: Sequence[str]) -> None:
 
 
 def drop_namespaces(folder: SandboxFolder) -> None:
-    """Unmount everything below a sandbox's folder and delete it; what is gone already is fine."""
+    """Unmount everything below a sandbox's folder and delete it; gone already is fine. PodkeelError if it stays."""
     for kind in ("net", "ipc", "uts", "pid", "user"):
         mounts.unmount(folder.pin(kind), lazy=True)
     mounts.unmount(folder.shm, lazy=True)
@@ -123,8 +123,6 @@ def _set_sysctl(name: str, value: str) -> None:
 
 
 def remove_whatever(path: Path) -> None:
-    """Delete a folder with all in it, or a file, whatever is there; nothing there is fine. Raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Delete a folder with all in it, or a file, whatever is there; nothing there is fine. Raises PodkeelError."""
+    if told := remove_tree(path):
+        raise PodkeelError(told[0])

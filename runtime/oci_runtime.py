@@ -14,6 +14,7 @@ import msgspec
 
 from host import mounts, processes
 from host.errors import CommandError, NotFoundError, PodkeelError
+from host.removal import remove_tree
 from host.threads import in_thread
 from runtime.options import HandlerOptions
 from runtime.sealed_program import SealedProgram
@@ -135,7 +136,7 @@ class OciRuntime:
             mounts.unmount(bundle / "rootfs" / "init")
             with contextlib.suppress(PodkeelError):
                 await self.delete(container_id)
-            await in_thread(shutil.rmtree, bundle, True)
+            await in_thread(remove_tree, bundle)
         self.features = await self._read_features()
         if self.features.is_crun:
             await self._seal()

@@ -11,13 +11,13 @@ from functools import partial
 
 from host.errors import AlreadyExistsError, InvalidArgumentError, PodkeelError, UnsupportedError
 from host.stages import Operation
-from host.tasks import SingleFlight, wait_out
-from host.threads import in_fresh_thread, in_thread
+from host.threads import in_fresh_thread, in_thread, wait_out
 from host.undo import Undo
 from network.files import hosts_file, resolv_conf
 from proto.runtime.v1 import cri_pb2
 from runtime.containers import ContainerManager
 from runtime.identifiers import new_id
+from runtime.joining import Joining
 from runtime.log_fields import of_sandbox
 from runtime.namespaces import NamespacePlan, drop_namespaces, make_namespaces, set_link_sysctls
 from runtime.network_request import attach_request
@@ -45,7 +45,7 @@ class PodManager:
     def __init__(self, node: Node, containers: ContainerManager) -> None:
         self._node = node
         self._containers = containers
-        self._making: SingleFlight[_Identity, Sandbox] = SingleFlight("its making was ended: the agent is stopping")
+        self._making: Joining[_Identity, Sandbox] = Joining()
         self._by_identity: dict[_Identity, Sandbox] = {}
         self._io_weights = True
 
@@ -83,7 +83,7 @@ class PodManager:
                 f"sandbox {config.metadata.namespace}/{config.metadata.name} attempt {config.metadata.attempt} "
                 "is being made with another configuration: raise the attempt"
             )
-        return await self._making.run(identity, lambda: self._make(config, handler, runtime), request)
+        return await self._making.run(identity, request, lambda: self._make(config, handler, runtime))
 
     async def _make(self, config: cri_pb2.PodSandboxConfig, handler: str, runtime: OciRuntime) -> Sandbox:
         node = self._node
@@ -349,7 +349,7 @@ class PodManager:
 
     async def close(self) -> None:
         """Undo what is in the making; for the agent's end."""
-        await self._making.close()
+        await self._making.drain()
 
 
 def validate_sandbox(config: cri_pb2.PodSandboxConfig) -> None:

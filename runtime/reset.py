@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-
 from host import mounts
+from host.removal import remove_tree
 from images.options import ImageOptions
 from network.options import NetworkOptions
 from runtime.agent import Agent
@@ -17,7 +16,8 @@ async def reset(
 ) -> list[str]:
     """Remove all pods, the network and both folders. Raises WrongStateError while an agent holds the folders.
 
-    With ``force`` what CNI plugins do not give back is given up, which the returned sentences say.
+    With ``force`` what CNI plugins do not give back is given up. The returned sentences say so, and which files could
+    not be removed.
     """
     given_up: list[str] = []
     layout = Layout.of(runtime)
@@ -32,5 +32,5 @@ async def reset(
         for target in mounts.mounts_below(folder):
             mounts.unmount(target, lazy=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            given_up += [f"could not be removed: {sentence}" for sentence in remove_tree(folder)]
     return given_up

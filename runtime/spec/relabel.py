@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from host.errors import InvalidArgumentError
+from host.file_tree import Walk
 from runtime.spec.selinux import Relabel
 
 ATTRIBUTE = "security.selinux"
@@ -31,8 +32,6 @@ def relabel_all(relabels: Iterable[Relabel], attribute: str = ATTRIBUTE) -> int:
                 raise InvalidArgumentError(
                     f"{wanted.path} cannot be given the SELinux label {wanted.label}: {error.strerror}"
                 ) from error
-        except RecursionError as error:
-            raise InvalidArgumentError(f"{wanted.path} holds folders too deep to be relabelled") from error
     return changed
 
 
@@ -46,12 +45,23 @@ def _relabel(root: str, label: bytes, attribute: str) -> int:
         changed = int(_set_label(own, label, attribute, follow_symlinks=True))
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             return changed
-        for _, folders, files, folder in os.fwalk(f"{own}/.", onerror=_pass_over_vanished):
-            for name in (*folders, *files):
-                with contextlib.suppress(FileNotFoundError):
-                    changed += _set_label(f"/proc/self/fd/{folder}/{name}", label, attribute, follow_symlinks=False)
+        folder = os.open(f"{own}/.", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     finally:
         os.close(descriptor)
+    try:
+        walk = Walk(folder, on_error=_pass_over_vanished, into_mounts=True)
+        for step in walk:
+            if step.entry is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    changed += _set_label(
+                        f"/proc/self/fd/{step.folder}/{step.name}", label, attribute, follow_symlinks=False
+                    )
+    finally:
+        os.close(folder)
+    if walk.left_out:
+        raise InvalidArgumentError(
+            f"{root} could not be relabelled as a whole: it holds too many folders, or they were moved"
+        )
     return changed
 
 
@@ -66,6 +76,6 @@ def _set_label(path: str, label: bytes, attribute: str, *, follow_symlinks: bool
     return True
 
 
-def _pass_over_vanished(error: OSError) -> None:
-    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+def _pass_over_vanished(_: str, error: OSError) -> None:
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
         raise error

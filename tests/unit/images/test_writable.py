@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from host import file_tree
 from images import writable
 from images.options import ImageOptions
 from images.project_quota import ProjectQuotas
@@ -62,15 +63,15 @@ def test_a_link_that_took_a_folder_s_place_leads_nowhere(
     """A container may put one there at any moment; the agent must not count the node's files, or hang in them."""
     (tmp_path / "host" / "one" / "two").mkdir(parents=True)
     (tmp_path / "a" / "folder" / "below").mkdir(parents=True)
-    real = os.open
+    real = file_tree.open_below
 
-    def swap_and_open(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
-        if path == "folder" and dir_fd is not None:
+    def swap_and_open(folder: int, name: str, flags: int, resolve: int) -> int:
+        if name == "folder":
             (tmp_path / "a" / "folder").rename(tmp_path / "taken")
             (tmp_path / "a" / "folder").symlink_to(tmp_path / "host")
-        return real(path, flags, mode, dir_fd=dir_fd)
+        return real(folder, name, flags, resolve)
 
-    monkeypatch.setattr(os, "open", swap_and_open)
+    monkeypatch.setattr(file_tree, "open_below", swap_and_open)
     assert counted(layers, "a").inodes == 2
     assert (tmp_path / "a" / "folder").is_symlink()
 

@@ -1,0 +1,225 @@
+"""Walking file trees that containers and images made: by open folders, at any depth, whatever the names.
+
+No path is ever put together, so PATH_MAX does not matter. A walk holds a bounded number of descriptors and of names. It
+follows no link, and crosses no mount unless it is told to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from host import libc
+
+TYPE_CHECKING = False  # a worker that has to start quickly imports this, and typing is slow
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Self
+
+MOST_OPEN = 32  # folders of one path that are open at once, the root not counted
+MOST_WAITING = 200_000  # names of folders that a walk keeps until it gets to them
+
+_OPENAT2 = 437  # the same on every architecture
+_RESOLVE_NO_XDEV = 0x01
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_NO_SYMLINKS = 0x04
+_RESOLVE_BENEATH = 0x08
+_BELOW = _RESOLVE_NO_XDEV | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
+_ATTEMPTS = 64
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_LONGEST_SHOWN = 200
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def open_below(folder: int, name: str | bytes, flags: int, resolve: int = _BELOW) -> int:
+    """Open ``name`` in the open ``folder``; raises OSError for a link, a mount point and all that leads elsewhere."""
+    how = _OpenHow(flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0, resolve)
+    size = ctypes.c_size_t(ctypes.sizeof(how))
+    for attempt in range(_ATTEMPTS):
+        try:
+            return libc.syscall(_OPENAT2, ctypes.c_int(folder), os.fsencode(name), ctypes.byref(how), size)
+        except BlockingIOError:  # something was renamed or mounted meanwhile; openat2(2) says to try again
+            if attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+class _Level:
+    """One folder of a path: its descriptor (-1 while it is closed), and what it must be when it is opened again."""
+
+    __slots__ = ("descriptor", "identity")
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        status = os.fstat(descriptor)
+        self.identity = (status.st_dev, status.st_ino)
+
+
+class FolderStack:
+    """The folders from a root down to the current one, of which only the lowest and the root are kept open.
+
+    A folder that is left for the one above it is how that one is opened again (``..``), if it was closed.
+    """
+
+    def __init__(self, root: int, *, into_mounts: bool = False) -> None:
+        self._levels = [_Level(os.dup(root))]
+        self._resolve = _BELOW & ~_RESOLVE_NO_XDEV if into_mounts else _BELOW
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for level in self._levels:
+            if level.descriptor >= 0:
+                os.close(level.descriptor)
+        self._levels.clear()
+
+    @property
+    def descriptor(self) -> int:
+        """The current folder."""
+        return self._levels[-1].descriptor
+
+    @property
+    def depth(self) -> int:
+        """How many folders the current one is below the root."""
+        return len(self._levels) - 1
+
+    def enter(self, name: str | bytes) -> None:
+        """Go down into the folder ``name``; raises OSError if it is none, may not be entered, or cannot be opened."""
+        self._levels.append(_Level(open_below(self.descriptor, name, _FOLDER, self._resolve)))
+        too_high = len(self._levels) - 1 - MOST_OPEN
+        if too_high > 0 and self._levels[too_high].descriptor >= 0:
+            os.close(self._levels[too_high].descriptor)
+            self._levels[too_high].descriptor = -1
+
+    def leave(self) -> bool:
+        """Go up one folder.
+
+        False if the folder was moved elsewhere meanwhile, so that the one above it cannot be found from it: then the
+        current one is the next that is still open, which is the root at the latest. ``depth`` tells.
+        """
+        left = self._levels.pop()
+        above = self._levels[-1]
+        try:
+            if above.descriptor >= 0:
+                return True
+            found = _Level(os.open("..", _FOLDER, dir_fd=left.descriptor))
+            if found.identity == above.identity:
+                above.descriptor = found.descriptor
+                return True
+            os.close(found.descriptor)
+        except OSError:
+            pass
+        finally:
+            os.close(left.descriptor)
+        while self._levels[-1].descriptor < 0:
+            self._levels.pop()
+        return False
+
+
+class Step:
+    """One thing that a walk came to: ``name`` in the open ``folder``.
+
+    ``entry`` is what the listing of the folder says of it; None for a folder that is left, after all that is in it.
+    """
+
+    __slots__ = ("entry", "folder", "name")
+
+    def __init__(self, folder: int, name: str, entry: os.DirEntry[str] | None) -> None:
+        self.folder = folder
+        self.name = name
+        self.entry = entry
+
+
+class Walk:
+    """Iterates over all that is below the open folder ``root``: files, and folders before and after their content.
+
+    A step is good until the next one. What cannot be opened or listed goes to ``on_error`` with its place, and the walk
+    goes on. ``left_out`` tells afterwards whether more was left out: because more folders than ``most_waiting`` waited
+    for their turn, or because a folder was moved meanwhile. With ``into_mounts`` it enters what is mounted below the
+    root.
+    """
+
+    def __init__(
+        self,
+        root: int,
+        *,
+        on_error: Callable[[str, OSError], None] | None = None,
+        most_waiting: int = MOST_WAITING,
+        into_mounts: bool = False,
+    ) -> None:
+        self._root = root
+        self._into_mounts = into_mounts
+        self._on_error = on_error
+        self._room = most_waiting
+        self._names: list[str] = []
+        self.left_out = False
+
+    def place(self, name: str = "") -> str:
+        """Where the walk is now, relative to the root, or where ``name`` in the current folder is; for messages."""
+        return shown("/".join([*self._names, name] if name else self._names) or ".")
+
+    def __iter__(self) -> Iterator[Step]:
+        folders: list[list[str]] = [[]]  # for each folder from the root down those in it that are still to be entered
+        with FolderStack(self._root, into_mounts=self._into_mounts) as stack:
+            yield from self._list(stack.descriptor, folders[0])
+            while True:
+                if folders[-1]:
+                    if self._enter(stack, folders):
+                        yield from self._list(stack.descriptor, folders[-1])
+                elif stack.depth == 0:
+                    return
+                else:
+                    name = self._names[-1]
+                    if self._leave(stack, folders):
+                        yield Step(stack.descriptor, name, None)
+
+    def _list(self, folder: int, below: list[str]) -> Iterator[Step]:
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    yield Step(folder, entry.name, entry)
+                    if entry.is_dir(follow_symlinks=False):
+                        if self._room > 0:
+                            self._room -= 1
+                            below.append(entry.name)
+                        else:
+                            self.left_out = True
+        except OSError as error:
+            self._failed(self.place(), error)
+
+    def _enter(self, stack: FolderStack, folders: list[list[str]]) -> bool:
+        name = folders[-1].pop()
+        self._room += 1
+        try:
+            stack.enter(name)
+        except OSError as error:
+            self._failed(self.place(name), error)
+            return False
+        self._names.append(name)
+        folders.append([])
+        return True
+
+    def _leave(self, stack: FolderStack, folders: list[list[str]]) -> bool:
+        followed = stack.leave()
+        for lost in folders[stack.depth + 1 :]:
+            self._room += len(lost)
+            self.left_out |= bool(lost)
+        del folders[stack.depth + 1 :], self._names[stack.depth :]
+        self.left_out |= not followed
+        return followed
+
+    def _failed(self, place: str, error: OSError) -> None:
+        if self._on_error is not None:
+            self._on_error(place, error)
+
+
+def shown(path: str) -> str:
+    """A path as messages show it: names that are not UTF-8 escaped, a long one cut in its middle."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    half = _LONGEST_SHOWN // 2
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:half]}…{text[-half:]}"

@@ -36,6 +36,9 @@ from proto.runtime.v1 import cri_pb2
 from runtime.agent import Agent
 
 MESSAGE_LIMIT = 16 * 1024 * 1024
+CONNECTION_LIMIT = 1000  # of the socket; fewer where the agent may have few descriptors
+HANDSHAKE_SECONDS = 5.0
+IDLE_SECONDS = 600.0  # of a connection without calls: its client is told to connect again
 STOP_SECONDS = 5.0
 SWITCH_SECONDS = 0.0005  # how long a thread busy with Python keeps the loop waiting; Python's own 5 ms add up in calls
 _HEAP_ARENAS = 2
@@ -134,6 +137,10 @@ def _grpc_server(agent: Agent, streams: StreamingServer, observers: Sequence[Cal
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_concurrent_streams", 1000),
+            # A client that says nothing at first, or nothing for long, keeps none of these connections from others.
+            ("grpc.max_allowed_incoming_connections", _connection_limit()),
+            ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
+            ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1000)),
         ]
     )
     services = {"RuntimeService": RuntimeService(agent, streams), "ImageService": ImageService(agent)}
@@ -141,6 +148,10 @@ def _grpc_server(agent: Agent, streams: StreamingServer, observers: Sequence[Cal
     handlers += service_handlers(agent_pb2.DESCRIPTOR, {"Agent": AgentService(agent)}, observers)
     server.add_generic_rpc_handlers(tuple(handlers))
     return server
+
+
+def _connection_limit() -> int:
+    return max(16, min(CONNECTION_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
 
 
 def _stream_limits(options: StreamingOptions) -> StreamLimits:

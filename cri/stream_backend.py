@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ from cri.streaming.backend import TerminalSize
 from cri.streaming.pod_socket import connect_to_pod
 from cri.streaming.process_io import ProcessIO, open_pipes
 from cri.streaming.tokens import AttachRequest, ExecRequest
-from host.errors import WrongStateError
+from host.errors import LimitError, WrongStateError
 from runtime.agent import Agent
 from runtime.exec_call import ExecCall, ExecProcess
 from runtime.sandbox import SandboxState
 from runtime.spec.oci import ConsoleSize
+
+# Clients attached to one container: its conmon needs a descriptor for each, and others for its own work.
+ATTACH_LIMIT = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class NodeBackend:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._node = agent.node
+        self._attached: Counter[str] = Counter()
 
     @asynccontextmanager
     async def exec(self, request: ExecRequest, size: TerminalSize | None) -> AsyncIterator[ContainerProcess]:
@@ -60,11 +65,19 @@ class NodeBackend:
         """Connect to the running container's console, from now on."""
         container = self._agent.execution.running(request.container_id)
         folder = self._node.layout.container(container.id).path
-        console = AttachSocket.connect(folder)
+        if self._attached[container.id] >= ATTACH_LIMIT:
+            raise LimitError(f"{container.title} has {ATTACH_LIMIT} clients attached already: end one of them")
+        self._attached[container.id] += 1
         try:
-            yield console
+            console = AttachSocket.connect(folder)
+            try:
+                yield console
+            finally:
+                console.close()
         finally:
-            console.close()
+            self._attached[container.id] -= 1
+            if not self._attached[container.id]:
+                del self._attached[container.id]
 
     async def connect(self, sandbox_id: str, port: int) -> socket.socket:
         """A connected, non-blocking TCP socket to the port on the pod's loopback.

@@ -37,17 +37,22 @@ class ConsoleSocket:
     def terminal(self) -> int:
         """The master's descriptor, now the caller's, once the OCI runtime has done its work.
 
-        Raises PodkeelError when it handed over none.
+        Raises PodkeelError when it handed over none, or something else.
         """
         try:
             connection, _ = self._socket.accept()
             with connection:
+                # runc sends it from inside the container, where others may have got hold of the socket.
+                connection.setblocking(False)
                 _, descriptors, _, _ = socket.recv_fds(connection, 4096, 1)
-        except BlockingIOError:
+        except OSError:
             descriptors = []
         if not descriptors:
             raise PodkeelError("the OCI runtime handed over no terminal")
         os.set_inheritable(descriptors[0], False)
+        if not os.isatty(descriptors[0]):
+            os.close(descriptors[0])
+            raise PodkeelError("the OCI runtime handed over something else than a terminal")
         return descriptors[0]
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 from host.errors import LimitError
 
+SUBSCRIBER_LIMIT = 100
 QUEUE_LIMIT = 1024
 QUEUE_BYTES = 8 * 1024 * 1024
 
@@ -78,7 +79,9 @@ class EventBus:
                 self.unsubscribe(subscription)
 
     def subscribe(self) -> Subscription:
-        """Begin to receive; end it with ``unsubscribe``."""
+        """Begin to receive; end it with ``unsubscribe``. Raises LimitError where too many do."""
+        if len(self._subscriptions) >= SUBSCRIBER_LIMIT:
+            raise LimitError(f"container events: {SUBSCRIBER_LIMIT} clients receive them already: end one of them")
         subscription = Subscription()
         self._subscriptions.add(subscription)
         return subscription

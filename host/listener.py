@@ -168,7 +168,8 @@ class Listener:
 
 
 def _listening(family: int, address: tuple[object, ...]) -> socket.socket:
-    listening = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    # asyncio sets TCP_NODELAY only where the protocol is named.
+    listening = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:

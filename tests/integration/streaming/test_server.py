@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 import subprocess
 from pathlib import Path
@@ -116,6 +117,14 @@ async def test_the_oldest_without_a_token_gives_way(backend: LocalBackend, conne
     for _, writer in silent:
         writer.close()
     await server.close()
+
+
+async def test_small_messages_are_sent_at_once(server: StreamingServer, connect: Connect) -> None:
+    await connect(true_url(server))
+    (visit,) = server._visits
+    transport = visit._connection._transport
+    assert transport is not None
+    assert transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def established(port: int) -> list[str]:

@@ -130,6 +130,7 @@ class Agent:
         stack.callback(node.events.close)
         stack.push_async_callback(self.statistics.close)
         await self.recovery.run()
+        node.events.serve()
 
     async def check(self) -> list[Finding]:
         """Compare the store with kernel and folders; changes nothing.

@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from host.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, WrongStateError
+from host.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PodkeelError, WrongStateError
 from host.removal import remove_tree
 from host.stages import Operation
 from host.threads import in_fresh_thread, in_thread, wait_out
@@ -51,7 +51,8 @@ class ContainerManager:
     def adopt(self, container: Container) -> None:
         """Take over a container found in the store."""
         self._node.add_container(container)
-        self._by_identity[container.identity] = container
+        if container.visible:
+            self._by_identity[container.identity] = container
 
     async def create(self, sandbox_id: str, config: cri_pb2.ContainerConfig) -> Container:
         """Make a container in a ready sandbox and return it created; joins or returns an identical one.
@@ -68,7 +69,7 @@ class ContainerManager:
         pending = await self._making.request_of(identity)
         if pending is None:
             existing = self._by_identity.get(identity)
-            if existing is not None:
+            if existing is not None and existing.visible:  # what clients cannot see, they could not remove either
                 return _same_or_conflict(existing, config)
             _require_ready(sandbox)
         elif pending != config:
@@ -206,17 +207,27 @@ class ContainerManager:
         async with container.lock:
             if container.id not in self._node.containers:
                 return  # another call was faster
-            operation = begin(container, "RemoveContainer")
-            if container.record.state is not ContainerState.REMOVING:  # else an earlier call failed half-way
+            # Once it is written down no client sees it, so none would ask again: it is carried on without this one.
+            await wait_out(asyncio.ensure_future(self.finish_removal(container)))
+
+    async def finish_removal(self, container: Container) -> None:
+        """Write a removal down, if it is not yet, and carry it to its end.
+
+        A container for which that fails is listed as it was, so that its client tries again.
+        """
+        operation, before = begin(container, "RemoveContainer"), container.record.state
+        try:
+            if before is not ContainerState.REMOVING:
                 async with operation.stage("intent"):
                     container.record.state = ContainerState.REMOVING
                     await self._node.store.save_container(container)
-            # No client can see it any more, so none would ask again: it is removed even if this one goes away.
-            await wait_out(asyncio.ensure_future(self.finish_removal(container, operation)))
+            await self._finish_removal(container, operation)
+        except (PodkeelError, OSError):
+            container.record.state = ContainerState.EXITED if before is ContainerState.REMOVING else before
+            container.changed()
+            raise
 
-    async def finish_removal(self, container: Container, operation: Operation | None = None) -> None:
-        """Carry a removal that was written down to its end."""
-        operation = operation or begin(container, "RemoveContainer")
+    async def _finish_removal(self, container: Container, operation: Operation) -> None:
         node = self._node
         async with operation.stage("runtime"):
             await self._lifecycle.released(container)
@@ -244,8 +255,12 @@ class ContainerManager:
         await asyncio.gather(*(self._lifecycle.released(container) for container in containers))
 
     async def remove_all(self, sandbox: Sandbox) -> None:
-        """Remove every container of a sandbox."""
-        await asyncio.gather(*(self.remove(container.id) for container in self._node.containers_of(sandbox)))
+        """Remove every container of a sandbox, also those whose making failed and could not be undone then."""
+        removals = [
+            self._discard(container) if container.record.state is ContainerState.MAKING else self.remove(container.id)
+            for container in self._node.containers_of(sandbox)
+        ]
+        await asyncio.gather(*removals)
 
     async def close(self) -> None:
         """Undo what is in the making; for the agent's end."""

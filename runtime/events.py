@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from host.errors import LimitError
 
 SUBSCRIBER_LIMIT = 100
 QUEUE_LIMIT = 1024
+MISSED_SECONDS = 90.0
 QUEUE_BYTES = 8 * 1024 * 1024
 
 
 class Subscription:
     """One subscriber's queue of encoded events, bounded in number and in bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, missed: Iterable[Callable[[], bytes]] = ()) -> None:
+        self._missed = deque(missed)
         self._queue: deque[bytes] = deque()
         self._bytes = 0
         self._ready = asyncio.Event()
@@ -41,7 +43,12 @@ class Subscription:
         self._ready.set()
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The events as they come. Raises LimitError when this subscriber fell too far behind."""
+        """What happened while no agent ran, then the events as they come.
+
+        Raises LimitError when this subscriber fell too far behind.
+        """
+        while self._missed:
+            yield self._missed.popleft()()
         while True:
             while self._queue:
                 event = self._queue.popleft()
@@ -59,11 +66,25 @@ class Subscription:
 
 
 class EventBus:
-    """Hands every event to all who are subscribed at that moment; ``dropped`` counts those who did not read."""
+    """Hands every event to all who are subscribed at that moment; ``dropped`` counts those who did not read.
+
+    Until ``serve`` nobody can subscribe: what the start finds out is kept for those who do within the first minute.
+    """
 
     def __init__(self) -> None:
         self._subscriptions: set[Subscription] = set()
+        self._missed: list[Callable[[], bytes]] = []
+        self.serving = False
         self.dropped = 0
+
+    def serve(self) -> None:
+        """From now on there may be subscribers; those of the next ``MISSED_SECONDS`` get what is kept."""
+        self.serving = True
+        asyncio.get_running_loop().call_later(MISSED_SECONDS, self._missed.clear)
+
+    def keep(self, build: Callable[[], bytes]) -> None:
+        """Keep what happened while no agent ran; ``build`` makes the event for each subscriber."""
+        self._missed.append(build)
 
     @property
     def subscribers(self) -> int:
@@ -82,7 +103,7 @@ class EventBus:
         """Begin to receive; end it with ``unsubscribe``. Raises LimitError where too many do."""
         if len(self._subscriptions) >= SUBSCRIBER_LIMIT:
             raise LimitError(f"container events: {SUBSCRIBER_LIMIT} clients receive them already: end one of them")
-        subscription = Subscription()
+        subscription = Subscription(self._missed)
         self._subscriptions.add(subscription)
         return subscription
 

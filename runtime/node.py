@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from host.database import Database
@@ -135,7 +136,11 @@ class Node:
 
     def publish(self, kind: cri_pb2.ContainerEventType, subject: Sandbox | Container) -> None:
         """Tell the subscribers, if there are any, what just happened to ``subject``."""
-        if self.events.subscribers:
-            sandbox = subject if isinstance(subject, Sandbox) else subject.sandbox
-            event = statuses.event(kind, subject.id, sandbox, self.containers_of(sandbox))
-            self.events.publish(event.SerializeToString())
+        if not self.events.serving:
+            self.events.keep(partial(self._event, kind, subject))
+        elif self.events.subscribers:
+            self.events.publish(self._event(kind, subject))
+
+    def _event(self, kind: cri_pb2.ContainerEventType, subject: Sandbox | Container) -> bytes:
+        sandbox = subject if isinstance(subject, Sandbox) else subject.sandbox
+        return statuses.event(kind, subject.id, sandbox, self.containers_of(sandbox)).SerializeToString()

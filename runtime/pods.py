@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
-from host.errors import AlreadyExistsError, InvalidArgumentError, PodkeelError, UnsupportedError
+from host.errors import AlreadyExistsError, PodkeelError, UnsupportedError
 from host.stages import Operation
 from host.threads import in_fresh_thread, in_thread, wait_out
 from host.undo import Undo
@@ -25,14 +25,13 @@ from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
 from runtime.pid_namespace import end_holder
 from runtime.sandbox import Sandbox, SandboxRecord, SandboxState
+from runtime.sandbox_checks import validate_sandbox
 from runtime.selinux import free_level
 from runtime.spec.namespaces import user_mappings
 from runtime.spec.selinux import selinux_labels
 from runtime.spec.sysctls import pod_sysctls
 from runtime.user_namespace import root_of
 
-NAME_LIMIT = 253
-HOSTNAME_LIMIT = 64
 _OPERATIONS_KEPT = 8
 
 _Identity = tuple[str, str, str, int]
@@ -52,7 +51,8 @@ class PodManager:
     def adopt(self, sandbox: Sandbox) -> None:
         """Take over a sandbox found in the store."""
         self._node.add_sandbox(sandbox)
-        self._by_identity[sandbox.identity] = sandbox
+        if sandbox.visible:
+            self._by_identity[sandbox.identity] = sandbox
 
     async def run(self, config: cri_pb2.PodSandboxConfig, handler: str) -> Sandbox:
         """Make a sandbox and return it ready.
@@ -76,7 +76,7 @@ class PodManager:
         pending = await self._making.request_of(identity)
         if pending is None:
             existing = self._by_identity.get(identity)
-            if existing is not None:
+            if existing is not None and existing.visible:  # what clients cannot see, they could not remove either
                 return _same_or_conflict(existing, config, handler)
         elif pending != request:
             raise AlreadyExistsError(
@@ -255,11 +255,7 @@ class PodManager:
             operation = _begin(sandbox, "RemovePodSandbox")
             async with operation.stage("containers"):
                 await self._containers.remove_all(sandbox)
-            if sandbox.record.state is not SandboxState.REMOVING:  # else an earlier call failed half-way
-                async with operation.stage("intent"):
-                    sandbox.record.state = SandboxState.REMOVING
-                    await self._node.store.save_sandbox(sandbox)
-            # No client can see it any more, so none would ask again: it is removed even if this one goes away.
+            # Once it is written down no client sees it, so none would ask again: it is carried on without this one.
             await wait_out(asyncio.ensure_future(self.finish_removal(sandbox, operation)))
 
     async def force_remove(self, sandbox_id: str) -> list[str]:
@@ -290,12 +286,24 @@ class PodManager:
         return [sentence]
 
     async def finish_removal(self, sandbox: Sandbox, operation: Operation | None = None) -> None:
-        """Carry a removal that was written down to its end."""
+        """Write a removal down, if it is not yet, and carry it to its end.
+
+        A sandbox for which that fails is listed as stopped, so that its client tries again.
+        """
         operation = operation or _begin(sandbox, "RemovePodSandbox")
-        if not sandbox.record.torn_down:
-            await self._tear_down(sandbox, operation)
-        async with operation.stage("forget"):
-            await self._node.store.delete_sandbox(sandbox.id)
+        try:
+            if sandbox.record.state is not SandboxState.REMOVING:
+                async with operation.stage("intent"):
+                    sandbox.record.state = SandboxState.REMOVING
+                    await self._node.store.save_sandbox(sandbox)
+            if not sandbox.record.torn_down:
+                await self._tear_down(sandbox, operation)
+            async with operation.stage("forget"):
+                await self._node.store.delete_sandbox(sandbox.id)
+        except (PodkeelError, OSError):
+            sandbox.record.state = SandboxState.NOT_READY
+            sandbox.changed()
+            raise
         self._node.publish(cri_pb2.CONTAINER_DELETED_EVENT, sandbox)
         self._forget(sandbox)
         _log.info("%s is removed", sandbox.title, extra=of_sandbox(sandbox, operation))
@@ -350,33 +358,6 @@ class PodManager:
     async def close(self) -> None:
         """Undo what is in the making; for the agent's end."""
         await self._making.drain()
-
-
-def validate_sandbox(config: cri_pb2.PodSandboxConfig) -> None:
-    """Raise InvalidArgumentError or UnsupportedError for a configuration that can never work."""
-    metadata = config.metadata
-    if not metadata.name:
-        raise InvalidArgumentError("the sandbox configuration has no metadata with a name: give metadata.name")
-    title = f"sandbox {metadata.namespace}/{metadata.name}"
-    for field, value in (("name", metadata.name), ("namespace", metadata.namespace), ("uid", metadata.uid)):
-        if len(value) > NAME_LIMIT:
-            raise InvalidArgumentError(f"{title[:80]}…: metadata.{field} is over {NAME_LIMIT} characters: shorten it")
-        if "\0" in value or "/" in value:
-            raise InvalidArgumentError(f"{title}: metadata.{field} {value!r} holds a slash or NUL: remove it")
-    if len(config.hostname) > HOSTNAME_LIMIT:
-        raise InvalidArgumentError(f"{title}: hostname {config.hostname!r} is over {HOSTNAME_LIMIT} characters")
-    if any(character in config.hostname for character in "\0\n/ "):
-        raise InvalidArgumentError(f"{title}: hostname {config.hostname!r} holds a character no host name has")
-    if config.log_directory and not config.log_directory.startswith("/"):
-        raise InvalidArgumentError(f"{title}: log_directory {config.log_directory!r} must be an absolute path")
-    options = config.linux.security_context.namespace_options
-    if options.network not in (cri_pb2.POD, cri_pb2.NODE):
-        raise InvalidArgumentError(f"{title}: the network namespace mode must be POD or NODE")
-    if options.ipc not in (cri_pb2.POD, cri_pb2.NODE):
-        raise InvalidArgumentError(f"{title}: the ipc namespace mode must be POD or NODE")
-    if options.pid == cri_pb2.TARGET:
-        raise InvalidArgumentError(f"{title}: pid mode TARGET is for containers only: use POD, CONTAINER or NODE")
-    user_mappings(options)
 
 
 def _identity(config: cri_pb2.PodSandboxConfig) -> _Identity:

@@ -173,15 +173,16 @@ class Recovery:
 
         What is removed must have been unknown twice, some time apart: by then a call that made it would have said so.
         """
-        layout, monitors = self._node.layout, self._node.monitors
-        sandboxes, containers = await in_thread(
-            lambda: leftovers.strangers(layout, monitors, self.own_parents(), self.known())
-        )
+        sandboxes, containers = await in_thread(self._strangers)
         await asyncio.sleep(_SETTLE_SECONDS)
-        again = await in_thread(lambda: leftovers.strangers(layout, monitors, self.own_parents(), self.known()))
+        again = await in_thread(self._strangers)
         doomed_sandboxes, doomed_containers = AllBut(sandboxes & again[0]), AllBut(containers & again[1])
         await self._drop_leftovers(Known(doomed_sandboxes, doomed_containers, doomed_sandboxes, doomed_containers))
         await self._node.network.repair(self.known().live_sandboxes)
+
+    def _strangers(self) -> tuple[set[str], set[str]]:
+        node = self._node
+        return leftovers.strangers(node.layout, node.monitors, self.own_parents(), self.known())
 
     async def _drop_leftovers(self, known: Known) -> None:
         """Remove what belongs to nothing that is ``known``; what cannot be removed keeps nothing else from it."""

@@ -311,12 +311,23 @@ class CniNetwork:
             forwards=bool(host_ports) and _PORT_MAPPINGS not in configuration.capabilities,
         )
 
-    def _abandon(self, sandbox_id: str) -> None:
-        """Forget a sandbox no plugin was called for; what plugins were called for is forgotten when DEL succeeds."""
+    async def _abandon(self, sandbox_id: str) -> None:
+        """Forget a sandbox no plugin was called for; what plugins were called for is forgotten when DEL succeeds.
+
+        Its host ports are free at once: the pod never was, and its next attempt asks for the same ones.
+        """
         self._unfinished.discard(sandbox_id)
         record = self._records.get(sandbox_id)
         if record is not None and record.state is CniState.ADDING:
             self._forget(record)
+        elif record is not None:
+            await self._release_ports(record)
+
+    async def _release_ports(self, record: CniRecord) -> None:
+        """Let others have the host ports of a pod that is not there; DEL is still told of them."""
+        if record.host_ports:
+            self._ports.release(record.taken)
+            await self._save(msgspec.structs.replace(record, host_ports=(), forwards=False))
 
     async def _give_back(self, sandbox_id: str) -> None:
         """One attempt at DEL, after which nothing of the sandbox is left here."""

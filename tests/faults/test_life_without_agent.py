@@ -117,3 +117,20 @@ def test_a_container_without_conmon_can_be_stopped(stage: Stage) -> None:
     stage.agent.client.stop(container_id, timeout=20)
     assert stage.agent.client.status(container_id).state == cri_pb2.CONTAINER_EXITED
     stage.assert_whole()
+
+
+def test_subscribers_of_the_first_minute_are_told_of_ends_while_no_agent_ran(stage: Stage) -> None:
+    _, container_id = run_container(stage.agent, *POLITE)
+    wait_for_log(stage.agent.client, container_id)
+    pid = _information(stage, container_id)["pid"]
+    stage.agent.kill()
+    os.kill(pid, signal.SIGTERM)
+    wait_for((stage.agent.run / "exits" / container_id).exists)
+    stage.agent.start()
+    for _ in range(2):  # one subscriber takes nothing from the next
+        stream = stage.agent.client.stream("GetContainerEvents", cri_pb2.GetEventsRequest(), timeout=20)
+        event = next(event for event in stream if event.container_id == container_id)
+        stream.cancel()  # type: ignore[attr-defined]  # the iterator is the call
+        assert event.container_event_type == cri_pb2.CONTAINER_STOPPED_EVENT
+        (status,) = event.containers_statuses
+        assert (status.id, status.state, status.exit_code) == (container_id, cri_pb2.CONTAINER_EXITED, 3)

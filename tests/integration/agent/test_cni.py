@@ -15,7 +15,7 @@ import pytest
 
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, running_agent, wait_for
-from tests.support.cni_plugins import PluginFolders, failure
+from tests.support.cni_plugins import PluginFolders, failure, result
 from tests.support.pods import container_config, sandbox_config
 
 _PLUGINS = "/usr/lib/cni"
@@ -237,3 +237,33 @@ def test_bandwidth_annotations_that_are_no_rates_are_refused(cni: CniAgent) -> N
         cni.agent.client.run_sandbox(config)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert cni.agent.client.findings() == []
+
+
+def test_a_pod_whose_undo_waits_for_its_plugins_keeps_neither_its_name_nor_its_ports(cni: CniAgent) -> None:
+    """The same with another attempt to undo after a restart: DEL goes on in the background until it succeeds."""
+    client = cni.agent.client
+    fails = cni.unless_repaired()
+    cni.folders.configure(cni.folders.script("only", ADD=f"{fails}\n{result()}", DEL=fails))
+    cni.wait_ready()
+    config = sandbox_config(cni.agent)
+    config.port_mappings.add(container_port=80, host_port=31873)
+    cni.broken.touch()
+    for _ in range(2):
+        with pytest.raises(grpc.RpcError, match="out of order"):
+            client.run_sandbox(config)
+        assert any("waits to be given back" in finding for finding in client.findings())
+        cni.agent.restart()
+        client = cni.agent.client
+        cni.wait_ready()
+    failed = {call.settings["name"] for call in cni.folders.called("DEL")}
+    assert failed == {"testnet"}
+    cni.folders.script("only", DEL=fails)  # ADD works, DEL does not yet
+    sandbox_id = client.run_sandbox(config)
+    assert client.run_sandbox(config) == sandbox_id
+    cni.broken.unlink()
+    wait_for(lambda: client.findings() == [], seconds=30, what="every DEL")
+    subprocess.run(["nft", "list", "ruleset"], check=True, capture_output=True)
+    assert client.sandbox_status(sandbox_id).state == cri_pb2.SANDBOX_READY
+    client.stop_sandbox(sandbox_id)
+    client.remove_sandbox(sandbox_id)
+    assert client.findings() == []

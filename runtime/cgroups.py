@@ -153,7 +153,7 @@ class CgroupTree:
     async def remove_base(self, base: str) -> None:
         """Remove the cgroup below which pods without a parent of their own were, if nothing is left in it."""
         if self.driver != "systemd":
-            await in_thread(self._remove_alone, base)
+            await in_thread(self._remove_base, base)
             return
         for name in with_outer_slices(f"{_slice_stem(base)}.slice"):
             folders = [folder for folder in self.folders(slice_path(name)) if folder.is_dir()]
@@ -209,10 +209,13 @@ class CgroupTree:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
-    def _remove_alone(self, path: str) -> None:
-        """Remove cgroup ``path``; one that holds others, which may be another agent's, stays."""
+    def _remove_base(self, path: str) -> None:
+        """Remove cgroup ``path`` and the empty ones below it but for pods' own, which are another agent's."""
         for folder in self.folders(path):
             with contextlib.suppress(OSError):
+                for entry in os.scandir(folder):
+                    if entry.is_dir() and not _ID.fullmatch(entry.name):
+                        self.remove(f"{path.rstrip('/')}/{entry.name}")
                 folder.rmdir()
 
     def exists(self, path: str) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,12 +116,18 @@ def bind(source: str | Path, target: str | Path, *, recursive: bool = False) -> 
 
 
 def bind_with_ids(
-    source: str | Path, target: str | Path, user_namespace: str | Path, *, slave_tree: bool | None = None
+    source: str | Path,
+    target: str | Path,
+    user_namespace: str | Path,
+    *,
+    slave_tree: bool | None = None,
+    step: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Bind ``source`` onto the existing ``target`` with its owners shown as the user namespace pinned there maps them.
 
     ``slave_tree`` None binds ``source`` alone; otherwise what is mounted below it comes too, with its own owners, and
-    mounts made there later do if it is true. In neither case does unmounting ``target`` do anything at ``source``.
+    mounts made there later do if it is true. In neither case does unmounting ``target`` do anything
+    at ``source``. The mount is attached within a ``step``.
     Raises UnsupportedError where the file system or the kernel has no idmapped mounts.
     """
     with open(user_namespace, "rb") as pin:
@@ -128,7 +135,8 @@ def bind_with_ids(
         try:
             libc.set_propagation(descriptor, MS_SLAVE if slave_tree else MS_PRIVATE, str(source))
             libc.map_ids(descriptor, pin.fileno(), str(source))
-            libc.attach_mount(descriptor, str(target))
+            with step():
+                libc.attach_mount(descriptor, str(target))
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise UnsupportedError(

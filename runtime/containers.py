@@ -8,10 +8,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+from host.abandonable import AbandonableThreads, Permission
 from host.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PodkeelError, WrongStateError
 from host.removal import remove_tree
 from host.stages import Operation
-from host.threads import in_fresh_thread, in_thread, wait_out
+from host.threads import in_thread, wait_out
 from host.undo import Undo
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
@@ -29,11 +30,13 @@ from runtime.sandbox import Sandbox, SandboxState
 from runtime.spec.builder import ContainerSpec, SpecRequest, build
 from runtime.spec.log_path import resolve_log_path
 from runtime.spec.namespaces import user_mappings
+from runtime.spec.volume_content import CopyLimits
 from runtime.spec.volumes import make_volumes
 from runtime.spec_request import ensure_pid_holder, shares_pod_pids, spec_request
 from runtime.user_namespace import make_private, root_of
 
 NAME_LIMIT = 253
+_MOST_HANGING = 256  # threads that wait for volumes of containers that were given up
 
 _Identity = tuple[str, str, int]
 _log = logging.getLogger("podkeel.containers")
@@ -46,6 +49,7 @@ class ContainerManager:
         self._node = node
         self._lifecycle = lifecycle
         self._making: Joining[_Identity, Container] = Joining()
+        self._threads = AbandonableThreads(_MOST_HANGING)
         self._by_identity: dict[_Identity, Container] = {}
 
     def adopt(self, container: Container) -> None:
@@ -105,7 +109,7 @@ class ContainerManager:
             async with operation.stage("spec"):
                 request = spec_request(node, container, image, runtime, image_volumes)
                 # In a thread of its own: volumes may be on a file system whose server does not answer for hours.
-                spec = await in_fresh_thread(self._write_spec, container, request)
+                spec = await self._threads.run(container.title, partial(self._write_spec, container, request))
                 _apply_spec(container, spec, status_mounts(node, list(spec.mounts)))
             async with container.lock:  # its end, should it come now, is handled after the commit
                 async with operation.stage("runtime"), node.starting:
@@ -146,12 +150,17 @@ class ContainerManager:
         )
         return Container(container_id, sandbox, config, record)
 
-    def _write_spec(self, container: Container, request: SpecRequest) -> ContainerSpec:
-        spec = build(request)
+    def _write_spec(self, container: Container, request: SpecRequest, permission: Permission) -> ContainerSpec:
+        spec = build(request, permission.check)
         mappings = user_mappings(container.sandbox.namespace_options)
-        make_volumes(spec.volumes, request.rootfs, root_of(mappings) if mappings else (0, 0))
-        bind_all(spec.mapped_volumes, request.namespaces.user, mappings)
-        self._node.layout.container(container.id).spec.write_bytes(spec.config_json)
+        options = self._node.options
+        limits = CopyLimits(options.max_volume_copy_bytes, options.max_volume_copy_entries)
+        owner = root_of(mappings) if mappings else (0, 0)
+        with permission.step():
+            make_volumes(spec.volumes, request.rootfs, owner, limits=limits, check=permission.check)
+        bind_all(spec.mapped_volumes, request.namespaces.user, mappings, permission.step)
+        with permission.step():
+            self._node.layout.container(container.id).spec.write_bytes(spec.config_json)
         return spec
 
     async def _create_in_runtime(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from host import mounts
@@ -11,24 +12,32 @@ from runtime.spec.mapped_volumes import MappedVolume, mapped_folder
 from runtime.user_namespace import Mappings, user_namespace
 
 
-def bind_all(volumes: Iterable[MappedVolume], pod_namespace: str | None, pod_mappings: Mappings | None) -> None:
+def bind_all(
+    volumes: Iterable[MappedVolume],
+    pod_namespace: str | None,
+    pod_mappings: Mappings | None,
+    step: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> None:
     """Bind each volume at its target; blocks. What was bound when it fails is for ``release``.
 
+    Each thing that is made is made within a ``step``; looking at the volume, which may hang, is not.
     ``pod_namespace`` is where the pod's user namespace is pinned. Raises UnsupportedError where the volume's file
     system has no mapped mounts.
     """
     for volume in volumes:
-        volume.target.parent.mkdir(mode=0o711, exist_ok=True)
-        if Path(volume.source).is_dir():
-            volume.target.mkdir()
-        else:
-            volume.target.touch()
+        is_folder = Path(volume.source).is_dir()
+        with step():
+            volume.target.parent.mkdir(mode=0o711, exist_ok=True)
+            if is_folder:
+                volume.target.mkdir()
+            else:
+                volume.target.touch()
         with contextlib.ExitStack() as stack:
             if pod_namespace is not None and pod_mappings == (volume.uids, volume.gids):
                 namespace = pod_namespace
             else:
                 namespace = stack.enter_context(user_namespace((volume.uids, volume.gids)))
-            mounts.bind_with_ids(volume.source, volume.target, namespace, slave_tree=volume.follows_host)
+            mounts.bind_with_ids(volume.source, volume.target, namespace, slave_tree=volume.follows_host, step=step)
 
 
 def release(rootfs: Path) -> None:

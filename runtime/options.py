@@ -50,6 +50,8 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pod's /dev/shm, in bytes. ``selinux`` says whether containers get labels where the node has SELinux. ``umask``
     is that of containers, in octal digits. ``io_weight`` is what a pod counts for, from 1 to 1000, where pods
     compete for a disk: twice the weight, twice the share; 0 leaves the kernel's default, which is 100.
+    What an image has at its VOLUMEs is copied for each container: ``max_volume_copy_bytes`` of data (holes of sparse
+    files are none) and ``max_volume_copy_entries`` files at most, all VOLUMEs of a container together.
     """
 
     data_dir: str = "/var/lib/podkeel"
@@ -68,3 +70,5 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     umask: str = "0022"
     io_weight: Weight = 0
     shm_size: int = 64 * 1024 * 1024
+    max_volume_copy_bytes: int = 16 << 30
+    max_volume_copy_entries: int = 1_000_000

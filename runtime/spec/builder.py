@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -87,18 +87,20 @@ class ContainerSpec:
     relabels: Sequence[Relabel]
 
 
-def build(request: SpecRequest) -> ContainerSpec:
+def build(request: SpecRequest, check: Callable[[], None] = lambda: None) -> ContainerSpec:
     """Check the whole configuration and build its spec; reads files, so call it in a thread.
 
     Raises InvalidArgumentError (UnsupportedError where the node or the handler lacks something, KubeletReasonError for
     the reasons kubelet knows) naming the container, the field and the remedy, before anything is made. The only things
     made are missing host paths of mounts, as folders; where SELinux is on, volumes and the pod's files are relabelled.
+    ``check`` is called before that, and may raise.
     """
     host_paths = HostPaths()
     try:
         built = _build(request, host_paths)
+        check()
         host_paths.make()
-        relabel_all(built.relabels)
+        relabel_all(built.relabels, check=check)
     except KubeletReasonError as error:
         raise KubeletReasonError(error.reason, f"{_subject(request)}: {error.args[0]}") from error
     except (InvalidArgumentError, UnsupportedError) as error:

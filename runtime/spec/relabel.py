@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from host.errors import InvalidArgumentError
@@ -16,17 +16,20 @@ from runtime.spec.selinux import Relabel
 ATTRIBUTE = "security.selinux"
 
 
-def relabel_all(relabels: Iterable[Relabel], attribute: str = ATTRIBUTE) -> int:
+def relabel_all(
+    relabels: Iterable[Relabel], attribute: str = ATTRIBUTE, check: Callable[[], None] = lambda: None
+) -> int:
     """Give files their labels, following no link; blocks as long as the trees are large. Returns how many changed.
 
     Their paths must be resolved: one with a symbolic link in it is refused. What has its label already is left alone,
     what goes away meanwhile is passed over, and a file system that keeps no labels (as NFS) has one for all its files,
-    given when it is mounted. Raises InvalidArgumentError for what cannot be labelled otherwise.
+    given when it is mounted. ``check`` is called before each file and may raise.
+    Raises InvalidArgumentError for what cannot be labelled otherwise.
     """
     changed = 0
     for wanted in relabels:
         try:
-            changed += _relabel(wanted.path, wanted.label.encode(), attribute)
+            changed += _relabel(wanted.path, wanted.label.encode(), attribute, check)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise InvalidArgumentError(
@@ -35,7 +38,7 @@ def relabel_all(relabels: Iterable[Relabel], attribute: str = ATTRIBUTE) -> int:
     return changed
 
 
-def _relabel(root: str, label: bytes, attribute: str) -> int:
+def _relabel(root: str, label: bytes, attribute: str, check: Callable[[], None]) -> int:
     # Containers may change the tree meanwhile: each file is reached from an open folder and by its own name alone.
     descriptor = os.open(root, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -51,6 +54,7 @@ def _relabel(root: str, label: bytes, attribute: str) -> int:
     try:
         walk = Walk(folder, on_error=_pass_over_vanished, into_mounts=True)
         for step in walk:
+            check()
             if step.entry is not None:
                 with contextlib.suppress(FileNotFoundError):
                     changed += _set_label(

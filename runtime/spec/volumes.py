@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,9 @@ from runtime.spec.container_paths import ContainerPaths
 from runtime.spec.mounts import container_path
 from runtime.spec.relabel import relabel_all
 from runtime.spec.selinux import Relabel
+from runtime.spec.volume_content import CopyLimits, VolumeCopier
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,48 +61,43 @@ def volume_mounts(volumes: Iterable[Volume]) -> list[oci.Mount]:
     ]
 
 
-def make_volumes(volumes: Iterable[Volume], rootfs: Path, owner: tuple[int, int] = (0, 0)) -> None:
+def make_volumes(
+    volumes: Iterable[Volume],
+    rootfs: Path,
+    owner: tuple[int, int] = (0, 0),
+    *,
+    limits: CopyLimits,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Make the folders with the owner, mode and content of what the image has there; blocking, so for a thread.
 
     ``owner`` is the uid and gid on the host of root in the container, whose a folder is that the image does not have.
     They are below the container's folder and go with it. What is in the image is reached without following links out
-    of ``rootfs``, and links inside are copied as links.
+    of ``rootfs``, and links inside are copied as links. ``check`` is called all the while and may raise. Raises
+    LimitError if the image has more there than ``limits`` allow.
     """
+    copier = VolumeCopier(limits, check)
     for volume in volumes:
+        check()
         volume.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         os.chown(volume.folder, *owner)
         try:
             with rooted.locate(rootfs, volume.container_path) as descriptor:
-                source = f"/proc/self/fd/{descriptor}"
                 if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-                    _copy_folder(source, str(volume.folder))
+                    _copy(copier, descriptor, volume)
         except (FileNotFoundError, NotADirectoryError):
             pass
         if volume.label:
             relabel_all([Relabel(str(volume.folder.resolve()), volume.label)])
 
 
-def _copy_folder(source: str, target: str) -> None:
-    with os.scandir(source + "/.") as entries:
-        for entry in entries:
-            to = f"{target}/{entry.name}"
-            status = entry.stat(follow_symlinks=False)
-            if stat.S_ISDIR(status.st_mode):
-                Path(to).mkdir()
-                _copy_folder(f"{source}/{entry.name}", to)
-            elif stat.S_ISLNK(status.st_mode):
-                Path(to).symlink_to(Path(entry.path).readlink())
-                os.chown(to, status.st_uid, status.st_gid, follow_symlinks=False)
-            elif stat.S_ISREG(status.st_mode):
-                shutil.copyfile(f"{source}/{entry.name}", to, follow_symlinks=False)
-                _copy_attributes(f"{source}/{entry.name}", to)
-            elif stat.S_ISFIFO(status.st_mode):
-                os.mkfifo(to)
-                _copy_attributes(f"{source}/{entry.name}", to)
-    _copy_attributes(source + "/.", target)
-
-
-def _copy_attributes(source: str, target: str) -> None:
-    status = Path(source).stat()
-    os.chown(target, status.st_uid, status.st_gid)
-    shutil.copystat(source, target)  # after chown, which takes set-id bits and file capabilities away
+def _copy(copier: VolumeCopier, place: int, volume: Volume) -> None:
+    source = os.open(".", _FOLDER, dir_fd=place)
+    try:
+        target = os.open(volume.folder, _FOLDER)
+        try:
+            copier.copy(source, target, f"VOLUME {volume.container_path} of the image")
+        finally:
+            os.close(target)
+    finally:
+        os.close(source)

@@ -6,42 +6,117 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from host import libc, mounts
 from proto.runtime.v1 import cri_pb2
-from tests.support.agent import AgentProcess
+from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import container_config, run_container, sandbox_config
 
 # More than the agent has threads for short work.
 _CONTAINERS = 16
 
 
+class Silent:
+    """A folder that hangs whoever looks at it, until ``end``: a FUSE file system that nobody serves."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        self._server = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        libc.mount("silent", str(path), "fuse", 0, f"fd={self._server},rootmode=40000,user_id=0,group_id=0")
+
+    def end(self) -> None:
+        """Who hangs there gets an error now. Repeatable."""
+        if self._server >= 0:
+            os.close(self._server)
+            self._server = -1
+            mounts.unmount(self.path, lazy=True)
+
+
 @pytest.fixture
-def silent(tmp_path: Path) -> Iterator[Path]:
-    """A folder that hangs whoever looks at it, until the test is over: a FUSE file system that nobody serves."""
-    folder = tmp_path / "silent"
-    folder.mkdir()
-    try:
-        server = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
+def silent(tmp_path: Path) -> Iterator[Silent]:
+    if not Path("/dev/fuse").exists():
         pytest.skip("this kernel has no FUSE")
+    folder = Silent(tmp_path / "silent")
+    yield folder
+    folder.end()
+
+
+def waiting_creation(agent: AgentProcess, silent: Silent, sandbox_id: str, sandbox: cri_pb2.PodSandboxConfig) -> Any:
+    """A CreateContainer that hangs on its volume."""
+    config = container_config("hangs", "sleep", "1000")
+    config.mounts.add(container_path="/data", host_path=str(silent.path))
+    request = cri_pb2.CreateContainerRequest(pod_sandbox_id=sandbox_id, config=config, sandbox_config=sandbox)
+    before = threads(agent)
+    future = agent.client.future("CreateContainer", request)
+    wait_for(lambda: threads(agent) - before, what="a thread that hangs")
+    return future
+
+
+def threads(agent: AgentProcess) -> set[str]:
+    """The agent's threads that wait for an answer of the file system without a server."""
+    return {task.name for task in Path(f"/proc/{agent.pid()}/task").iterdir() if b"fuse" in stack_of(task)}
+
+
+def stack_of(task: Path) -> bytes:
     try:
-        libc.mount("silent", str(folder), "fuse", 0, f"fd={server},rootmode=40000,user_id=0,group_id=0")
-        yield folder
-    finally:
-        os.close(server)  # who hangs there gets an error now
-        mounts.unmount(folder, lazy=True)
+        return (task / "stack").read_bytes()
+    except OSError:
+        return b""
 
 
-def test_containers_that_wait_for_their_volumes_keep_no_others_waiting(agent: AgentProcess, silent: Path) -> None:
+def test_a_pod_is_given_up_while_its_container_hangs(agent: AgentProcess, silent: Silent) -> None:
+    sandbox = sandbox_config(agent)
+    sandbox_id = agent.client.run_sandbox(sandbox)
+    future = waiting_creation(agent, silent, sandbox_id, sandbox)
+    begin = time.monotonic()
+    agent.client.stop_sandbox(sandbox_id)
+    agent.client.remove_sandbox(sandbox_id)
+    assert time.monotonic() - begin < 8
+    with pytest.raises(grpc.RpcError) as caught:
+        future.result()
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert list((agent.run / "containers").iterdir()) == []
+    assert agent.client.findings() == []
+    assert "hangs on a volume that does not answer and is left behind" in agent.log.read_text()
+
+
+def test_a_container_that_was_given_up_changes_nothing_when_its_volume_answers(
+    agent: AgentProcess, silent: Silent
+) -> None:
+    """kubelet's deadline ends the call; a container of the same name may then be made at once."""
+    sandbox = sandbox_config(agent)
+    sandbox_id = agent.client.run_sandbox(sandbox)
+    future = waiting_creation(agent, silent, sandbox_id, sandbox)
+    future.cancel()
+    container_id = agent.client.create(sandbox_id, container_config("hangs", "sleep", "1000"), sandbox)
+    agent.client.start(container_id)
+    silent.end()
+    wait_for(lambda: not threads(agent), what="the end of the thread")
+    assert [path.name for path in (agent.run / "containers").iterdir()] == [container_id]
+    assert agent.client.findings() == []
+
+
+def test_an_agent_stops_while_a_container_hangs(own_agent: AgentProcess, silent: Silent) -> None:
+    sandbox = sandbox_config(own_agent)
+    sandbox_id = own_agent.client.run_sandbox(sandbox)
+    waiting_creation(own_agent, silent, sandbox_id, sandbox)
+    own_agent.stop()
+    own_agent.start()
+    own_agent.client.remove_sandbox(sandbox_id)
+
+
+def test_containers_that_wait_for_their_volumes_keep_no_others_waiting(agent: AgentProcess, silent: Silent) -> None:
     sandbox = sandbox_config(agent)
     sandbox_id = agent.client.run_sandbox(sandbox)
     waiting = []
     for number in range(_CONTAINERS):
         config = container_config(f"c{number}", "sleep", "1000")
-        config.mounts.add(container_path="/data", host_path=str(silent))
+        config.mounts.add(container_path="/data", host_path=str(silent.path))
         request = cri_pb2.CreateContainerRequest(pod_sandbox_id=sandbox_id, config=config, sandbox_config=sandbox)
         waiting.append(agent.client.future("CreateContainer", request))
     time.sleep(2)  # by then they hang, which nothing tells

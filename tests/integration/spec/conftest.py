@@ -18,6 +18,7 @@ from runtime.spec.builder import ContainerSpec, build
 from runtime.spec.facts import HandlerFacts, SandboxFiles
 from runtime.spec.namespaces import NamespacePaths
 from runtime.spec.node import NodeFacts, probe_node
+from runtime.spec.volume_content import CopyLimits
 from runtime.spec.volumes import make_volumes
 from tests.unit.spec.requests import Image, container, request, write_accounts
 
@@ -136,7 +137,7 @@ def run(runtime: str, rootfs: Path, tmp_path: Path, node: NodeFacts, pod_namespa
         fields.setdefault("handler", HandlerFacts(runtime, recursive_read_only=True))
         cgroup = f"/podkeel-test-spec/{identifier}"
         built = build(request(tmp_path, rootfs=rootfs, cgroups_path=cgroup, **fields))
-        make_volumes(built.volumes, rootfs)
+        make_volumes(built.volumes, rootfs, limits=CopyLimits(1 << 30, 10_000))
         namespaces = fields["namespaces"]
         bind_all(built.mapped_volumes, namespaces.user, (built.spec.linux.uid_mappings, built.spec.linux.gid_mappings))
         bundle = tmp_path / "bundle"

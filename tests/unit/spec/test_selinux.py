@@ -97,7 +97,7 @@ def test_levels_are_of_two_categories_and_never_one_in_use() -> None:
 
 def test_labels_are_in_the_spec_and_on_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Relabel] = []
-    monkeypatch.setattr("runtime.spec.builder.relabel_all", done.extend)
+    monkeypatch.setattr("runtime.spec.builder.relabel_all", lambda relabels, check: done.extend(relabels))
     volume = tmp_path / "volume"
     config = container()
     config.mounts.add(container_path="/volume", host_path=str(volume), selinux_relabel=True)

@@ -8,10 +8,14 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import msgspec
 
+from host import untrusted_json
 from host.errors import PermissionDeniedError
+from host.untrusted_json import JsonError
 from images.credentials import Credentials
+from images.redirects import address
 
 CLIENT_ID = "podkeel"
+_LONGEST_TOKEN = 256 << 10
 _SCHEME = re.compile(r"\s*([A-Za-z0-9._~+/-]+)\s+")
 _PARAMETER = re.compile(r'\s*,?\s*([A-Za-z0-9_-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')
 
@@ -51,11 +55,12 @@ class _TokenAnswer(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """What to ask the token server: a GET, or with ``form`` a POST."""
+    """What to ask the token server: a GET, or with ``form`` a POST; ``instead`` where it takes no GET."""
 
     url: str
     headers: dict[str, str]
     form: dict[str, str] | None
+    instead: TokenRequest | None = None
 
 
 def answer_directly(challenges: list[Challenge], credentials: Credentials | None) -> str | None:
@@ -63,7 +68,7 @@ def answer_directly(challenges: list[Challenge], credentials: Credentials | None
     if credentials is None:
         return None
     if credentials.registry_token:
-        return f"Bearer {credentials.registry_token}"
+        return _bearer(credentials.registry_token, "the registry token that was given")
     schemes = [challenge.scheme for challenge in challenges]
     return credentials.basic() if "basic" in schemes and "bearer" not in schemes else None
 
@@ -80,39 +85,40 @@ def token_request(
     if bearer is None or not bearer.parameters.get("realm"):
         schemes = ", ".join(sorted({challenge.scheme for challenge in challenges})) or "no scheme it names"
         raise PermissionDeniedError(f"it asks for authentication ({schemes}) and no credentials for it were given")
-    realm = bearer.parameters["realm"]
-    url = urlsplit(realm)
-    if url.scheme not in ("http", "https") or not url.netloc:
-        raise PermissionDeniedError(f"it names a token server that is no address: {realm!r}")
+    try:
+        realm = address(bearer.parameters["realm"])
+    except ValueError:
+        named = bearer.parameters["realm"][:200]
+        raise PermissionDeniedError(f"it names a token server that is no address: {named!r}") from None
+    url = urlsplit(realm)._replace(fragment="")
     if secure and url.scheme != "https" and credentials is not None:
         raise PermissionDeniedError(f"it wants the credentials sent unencrypted to {url.netloc}, which is refused")
-    query = dict(parse_qsl(url.query))
-    service = bearer.parameters.get("service", "")
-    scope = bearer.parameters.get("scope") or scope
+    about = {"scope": bearer.parameters.get("scope") or scope, "service": bearer.parameters.get("service", "")}
     if credentials is not None and credentials.identity_token:
-        form = {
-            "grant_type": "refresh_token",
-            "refresh_token": credentials.identity_token,
-            "service": service,
-            "scope": scope,
-            "client_id": CLIENT_ID,
-        }
-        return TokenRequest(realm, {}, form)
-    query["scope"] = scope
-    if service:
-        query["service"] = service
-    basic = credentials.basic() if credentials is not None else None
-    headers = {"Authorization": basic} if basic is not None else {}
-    return TokenRequest(urlunsplit(url._replace(query=urlencode(query))), headers, None)
+        form = {"grant_type": "refresh_token", "refresh_token": credentials.identity_token, **about}
+        return TokenRequest(realm, {}, {**form, "client_id": CLIENT_ID})
+    query = dict(parse_qsl(url.query)) | {name: value for name, value in about.items() if value}
+    asked = urlunsplit(url._replace(query=urlencode(query, errors="surrogateescape")))
+    pair = credentials.user_and_password() if credentials is not None else None
+    if credentials is None or pair is None:
+        return TokenRequest(asked, {}, None)
+    form = {"grant_type": "password", "username": pair[0], "password": pair[1], **about, "client_id": CLIENT_ID}
+    return TokenRequest(asked, {"Authorization": credentials.basic() or ""}, None, TokenRequest(realm, {}, form))
 
 
 def read_token(content: bytes) -> str:
     """The Authorization header for a token server's answer; PermissionDeniedError if it holds no token."""
     try:
-        answer = msgspec.json.decode(content, type=_TokenAnswer)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        answer = untrusted_json.decode(content, _TokenAnswer)
+    except JsonError as error:
         raise PermissionDeniedError(f"the token server's answer is not understood: {error}") from error
     token = answer.token or answer.access_token
     if not token:
         raise PermissionDeniedError("the token server's answer holds no token")
+    return _bearer(token, "the token server's token")
+
+
+def _bearer(token: str, what: str) -> str:
+    if not token.isascii() or not token.isprintable() or len(token) > _LONGEST_TOKEN:
+        raise PermissionDeniedError(f"{what} is longer than {_LONGEST_TOKEN} bytes or holds what no header may have")
     return f"Bearer {token}"

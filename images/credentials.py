@@ -9,6 +9,8 @@ import msgspec
 
 from host.errors import InvalidArgumentError
 
+_SHOWN = 100  # characters of a name
+
 
 class Credentials(msgspec.Struct, frozen=True):
     """User and password, the same in ``auth`` (base64 of ``user:password``), or a token of one of two kinds.
@@ -31,27 +33,37 @@ class Credentials(msgspec.Struct, frozen=True):
         """What they are, without anything secret."""
         pair = self.user_and_password() if not self.registry_token else None
         if pair is not None:
-            return f"user {pair[0]}"
+            name = pair[0][:_SHOWN].encode(errors="surrogateescape").decode(errors="replace")
+            return f"user {''.join(character if character.isprintable() else '?' for character in name)}"
         return "a registry token" if self.registry_token else "an identity token"
 
     def user_and_password(self) -> tuple[str, str] | None:
-        """Both, from wherever they were given; None if there are none. A malformed ``auth`` is InvalidArgumentError."""
+        """Both, from wherever they were given; None if there are none. A malformed ``auth`` is InvalidArgumentError.
+
+        Bytes that are no UTF-8 are surrogates.
+        """
         if self.username:
             return self.username, self.password
         if not self.auth:
             return None
         try:
-            user, colon, password = base64.b64decode(self.auth, validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError) as error:
+            # As docker and containerd read it: lines may be broken, and the bytes go to the registry as they are.
+            decoded = base64.b64decode("".join(self.auth.split()), validate=True)
+        except (binascii.Error, ValueError) as error:
             raise InvalidArgumentError("registry credentials: auth is not base64 of user:password") from error
+        user, colon, password = decoded.decode(errors="surrogateescape").partition(":")
         if not colon:
             raise InvalidArgumentError("registry credentials: auth is not base64 of user:password")
-        return user, password.rstrip("\0")
+        return user, password.strip("\0")
 
     def basic(self) -> str | None:
         """The value of an Authorization header for basic authentication; None without user and password."""
         pair = self.user_and_password()
-        return None if pair is None else "Basic " + base64.b64encode(f"{pair[0]}:{pair[1]}".encode()).decode()
+        return (
+            None
+            if pair is None
+            else "Basic " + base64.b64encode(":".join(pair).encode(errors="surrogateescape")).decode()
+        )
 
     def server_host(self) -> str:
         """``server_address`` as ``host`` or ``host:port``; empty if not given."""

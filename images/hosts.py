@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 import ssl
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from host import untrusted_json
 from host.errors import InvalidArgumentError
 from images.options import ImageOptions
 from images.reference import DEFAULT_DOMAIN
@@ -21,6 +22,7 @@ from images.reference import DEFAULT_DOMAIN
 DOCKER_HUB = "registry-1.docker.io"
 _ALL = frozenset(("pull", "resolve", "push"))
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -43,8 +45,11 @@ class RegistryHost:
         """``host`` or ``host:port``."""
         return urlsplit(self.base).netloc
 
-    def tls(self) -> ssl.SSLContext:
-        """The TLS settings for it; blocking, as it reads files. InvalidArgumentError for a file that is no use."""
+    def tls(self, *, with_client: bool = True) -> ssl.SSLContext:
+        """The TLS settings for it, with its client certificate or without; blocking, as it reads files.
+
+        Raises InvalidArgumentError for a file that cannot be used.
+        """
         context = ssl.create_default_context()
         if self.skip_verify:
             context.check_hostname = False
@@ -56,7 +61,7 @@ class RegistryHost:
                 raise InvalidArgumentError(
                     f"registry host {self.address}: ca {path} cannot be used: {error}"
                 ) from error
-        for certificate, key in self.client:
+        for certificate, key in self.client if with_client else ():
             try:
                 context.load_cert_chain(certificate, key)
             except OSError as error:
@@ -92,22 +97,25 @@ def hosts_for(domain: str, options: ImageOptions) -> list[RegistryHost]:
         return [default]
     file = folder / "hosts.toml"
     try:
-        content = tomllib.loads(file.read_text())
+        content = tomllib.loads(untrusted_json.read_file(file).decode())
     except FileNotFoundError:
         return [_with_certificates(default, folder)]
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InvalidArgumentError(f"registry configuration {file}: {error}") from error
     place = _Place(file)
-    hosts = []
     tables = content.get("host", {})
     if not isinstance(tables, dict):
         raise place.wrong("host is not a table")
-    for address, table in tables.items():
-        hosts.append(_host(address, table, place, mirror=True))
     server = content.get("server", default.base)
     if not isinstance(server, str):
         raise place.wrong("server is not a string")
     own = _host(server, {key: value for key, value in content.items() if key != "host"}, place, mirror=False)
+    hosts = []
+    for address, table in tables.items():
+        host = _host(address, table, place, mirror=True)
+        # The registry may be among its own hosts, to give it settings; it is no mirror of itself then.
+        itself = host.address in (domain, default.address) or host.base == own.base
+        hosts.append(replace(host, mirror=not itself))
     return hosts if any(host.base == own.base for host in hosts) else [*hosts, own]
 
 
@@ -148,8 +156,12 @@ def _with_certificates(host: RegistryHost, folder: Path) -> RegistryHost:
 def _host(address: str, table: Any, place: _Place, *, mirror: bool) -> RegistryHost:
     if not isinstance(table, dict):
         raise place.wrong(f'host."{address}" is not a table')
-    url = urlsplit(address if "://" in address else f"https://{address}")
-    if url.scheme not in ("http", "https") or not url.netloc:
+    try:
+        url = urlsplit(address if "://" in address else f"https://{address}")
+        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
         raise place.wrong(f"{address!r} is not an http or https address")
     path = url.path.rstrip("/")
     if not table.get("override_path", False) and not path.endswith("/v2"):
@@ -158,8 +170,16 @@ def _host(address: str, table: Any, place: _Place, *, mirror: bool) -> RegistryH
     if not capabilities <= _ALL:
         raise place.wrong(f"unknown capabilities {', '.join(sorted(capabilities - _ALL))}")
     headers = []
-    for name, value in table.get("header", {}).items():
-        headers += [(name, item) for item in _strings(value, place, f"header {name}")]
+    given = table.get("header", {})
+    if not isinstance(given, dict):
+        raise place.wrong("header is not a table")
+    for name, value in given.items():
+        if not _HEADER_NAME.fullmatch(name):
+            raise place.wrong(f"{name!r} is not the name of a header")
+        items = _strings(value, place, f"header {name}")
+        if not all(item.isprintable() for item in items):
+            raise place.wrong(f"header {name} holds characters that no header may have")
+        headers += [(name, item) for item in items]
     return RegistryHost(
         f"{url.scheme}://{url.netloc}{path}",
         capabilities,
@@ -174,7 +194,8 @@ def _host(address: str, table: Any, place: _Place, *, mirror: bool) -> RegistryH
 
 
 def _client(value: Any, place: _Place) -> tuple[tuple[Path, Path | None], ...]:
-    if isinstance(value, str):
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list | tuple):
         value = [value]
     pairs: list[tuple[Path, Path | None]] = []
     for item in value:

@@ -16,9 +16,10 @@ from typing import TypeVar
 
 import msgspec
 
-from host import processes
+from host import processes, untrusted_json
 from host.errors import InvalidArgumentError, PodkeelError
 from host.threads import in_thread
+from host.untrusted_json import JsonError
 from images.credentials import Credentials
 from images.options import ImageOptions
 
@@ -31,20 +32,31 @@ _log = logging.getLogger("podkeel.images")
 _DOCKER_HUB_KEY = "https://index.docker.io/v1/"
 _HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ANSWER_LIMIT = 1 << 20
+_LARGEST_FILE = 4 << 20
 
 
 class _Entry(msgspec.Struct):
-    auth: str = ""
-    username: str = ""
-    password: str = ""
-    identitytoken: str = ""
-    registrytoken: str = ""
+    auth: str | None = None
+    username: str | None = None
+    password: str | None = None
+    identitytoken: str | None = None
+    registrytoken: str | None = None
+
+    def credentials(self) -> Credentials:
+        """The same as credentials."""
+        return Credentials(
+            self.username or "",
+            self.password or "",
+            self.auth or "",
+            self.identitytoken or "",
+            self.registrytoken or "",
+        )
 
 
 class _File(msgspec.Struct, rename="camel"):
-    auths: dict[str, _Entry] = {}
-    cred_helpers: dict[str, str] = {}
-    creds_store: str = ""
+    auths: dict[str, _Entry | None] | None = None
+    cred_helpers: dict[str, str | None] | None = None
+    creds_store: str | None = None
 
 
 class _HelperAnswer(msgspec.Struct, rename="pascal"):
@@ -71,15 +83,15 @@ async def find_credentials(options: ImageOptions, addresses: Sequence[str], path
     content = await in_thread(_read, file) if options.credentials_file else None
     if content is None:
         return FoundCredentials(None, "none are configured")
-    helper = _best(content.cred_helpers, addresses, path)
+    helpers = {key: name for key, name in (content.cred_helpers or {}).items() if name}
+    helper = _best(helpers, addresses, path)
     if helper is not None:
         return await _ask(helper[1], helper[0], options.credential_helper_seconds)
-    usable = {key: entry for key, entry in content.auths.items() if entry != _Entry()}
+    entries = {key: entry.credentials() for key, entry in (content.auths or {}).items() if entry is not None}
+    usable = {key: credentials for key, credentials in entries.items() if credentials != Credentials()}
     entry = _best(usable, addresses, path)
     if entry is not None:
-        key, found = entry
-        credentials = Credentials(found.username, found.password, found.auth, found.identitytoken, found.registrytoken)
-        return FoundCredentials(credentials, f"{file}, entry {key}")
+        return FoundCredentials(entry[1], f"{file}, entry {entry[0]}")
     if content.creds_store:
         key = _DOCKER_HUB_KEY if addresses[0] in DOCKER_HUB_NAMES else addresses[0]
         return await _ask(content.creds_store, key, options.credential_helper_seconds)
@@ -88,10 +100,10 @@ async def find_credentials(options: ImageOptions, addresses: Sequence[str], path
 
 def _read(file: Path) -> _File | None:
     try:
-        return msgspec.json.decode(file.read_bytes(), type=_File)
+        return untrusted_json.decode(untrusted_json.read_file(file, _LARGEST_FILE), _File, most_bytes=_LARGEST_FILE)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+    except (JsonError, OSError) as error:
         raise InvalidArgumentError(f"registry credentials {file} cannot be used: {error}") from error
 
 
@@ -142,8 +154,8 @@ async def _ask(helper: str, server: str, seconds: float) -> FoundCredentials:
 
 def _answered(program: str, output: bytes) -> FoundCredentials:
     try:
-        answer = msgspec.json.decode(output, type=_HelperAnswer)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+        answer = untrusted_json.decode(output, _HelperAnswer)
+    except JsonError:
         return _without(program, "its answer is not understood")  # which may hold a secret, so it is not quoted
     if answer.username == "<token>":
         return FoundCredentials(Credentials(identity_token=answer.secret), program)

@@ -7,7 +7,9 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, urljoin
+from urllib.parse import quote
+
+import aiohttp
 
 from host.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from host.threads import in_thread
@@ -15,6 +17,7 @@ from images.credentials import Credentials
 from images.manifests import Descriptor
 from images.options import ImageOptions
 from images.outgoing import OutgoingImage
+from images.redirects import target_of
 from images.reference import Reference
 from images.registry_connection import ConnectedHost, RegistryConnection, UnreachableError
 
@@ -117,14 +120,18 @@ class _Sender:
             self.present += 1
             return
         location = await self._begin(digest)
-        if not location:
+        if location is None:
             self.mounted += 1
             return
+        try:
+            upload = target_of(f"{self._host.config.base}/", location)
+        except aiohttp.ClientPayloadError as error:
+            raise UnreachableError(f"it names no place to upload to: {error}") from error
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(descriptor.size)}
         response = await self._connection.request(
             self._host,
             "PUT",
-            urljoin(f"{self._host.config.base}/", location),
+            upload,
             headers,
             query=f"digest={digest}",
             body=lambda: _pieces(content),
@@ -133,18 +140,18 @@ class _Sender:
         response.release()
         self.sent += 1
 
-    async def _begin(self, digest: str) -> str:
-        """Where to upload the blob; empty if the registry could take it from a sibling."""
+    async def _begin(self, digest: str) -> str | None:
+        """Where to upload the blob; None if the registry could take it from a sibling."""
         for sibling in self._siblings[:1]:
             query = f"mount={digest}&from={quote(sibling)}"
             response = await self._connection.request(
                 self._host, "POST", "/blobs/uploads/", {}, query=query, good=(201, 202)
             )
             response.release()
-            return "" if response.status == 201 else response.headers.get("Location", "")
+            return None if response.status == 201 else response.headers.get("Location", "")
         response = await self._connection.request(self._host, "POST", "/blobs/uploads/", {}, good=(202,))
         response.release()
-        return response.headers["Location"]
+        return response.headers.get("Location", "")
 
 
 async def _pieces(content: bytes | Path) -> AsyncIterator[bytes]:

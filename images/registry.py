@@ -18,7 +18,9 @@ from host.errors import (
     PermissionDeniedError,
     PodkeelError,
 )
+from host.threads import in_thread
 from images import digests
+from images.bodies import BodyError, collect, decoded, encoding_of
 from images.credentials import Credentials
 from images.manifests import LARGEST_MANIFEST, MANIFEST_TYPES, Descriptor
 from images.options import ImageOptions
@@ -42,6 +44,17 @@ class FetchedManifest:
     digest: str
     media_type: str
     size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """What is asked for whole: with at most ``limit`` bytes, and with that digest unless it is empty."""
+
+    subject: str
+    path: str
+    headers: dict[str, str]
+    limit: int
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +104,12 @@ class RegistryClient:
         subject = f"blob {descriptor.digest} of {self._reference}"
         if descriptor.size > limit:
             raise InvalidArgumentError(f"{subject} is larger than {limit} bytes")
-        content = bytearray()
-        async for chunk in self.blob(descriptor):
-            content += chunk
-            if len(content) > descriptor.size:
-                break
+        wanted = _Document(subject, f"/blobs/{descriptor.digest}", {}, limit, descriptor.digest)
+        content, _ = await self._first("pull", lambda host: self._whole(host, wanted))
         if len(content) != descriptor.size:
             raise InvalidArgumentError(f"{subject} is broken: its size is not {descriptor.size}")
-        digests.verify(bytes(content), descriptor.digest, subject)
-        return bytes(content)
+        self.transferred += len(content)
+        return content
 
     async def blob(self, descriptor: Descriptor, begin: int = 0) -> AsyncGenerator[bytes, None]:
         """The bytes of a blob from ``begin`` on, unverified; a broken connection is taken up again where it broke."""
@@ -190,23 +200,57 @@ class RegistryClient:
     async def _get_manifest(self, host: ConnectedHost, digest: str) -> FetchedManifest:
         name = digest or self._reference.tag
         subject = f"manifest {name} of {self._reference.repository}"
-        response = await self._connection.request(host, "GET", f"/manifests/{name}", _ACCEPT)
-        try:
-            content = await response.content.read(LARGEST_MANIFEST + 1)
-            while len(content) <= LARGEST_MANIFEST and (more := await response.content.read(LARGEST_MANIFEST)):
-                content += more
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise UnreachableError(reason_of(error)) from error
-        finally:
-            response.close()
-        if len(content) > LARGEST_MANIFEST:
-            raise InvalidArgumentError(f"{subject} is larger than {LARGEST_MANIFEST} bytes")
-        said = response.headers.get("Docker-Content-Digest", "")
-        expected = digest or (said if digests.is_digest(said) else "")
-        if expected:
-            digests.verify(content, expected, subject)
-        return FetchedManifest(content, expected or digests.digest_of(content), response.content_type, len(content))
+        wanted = _Document(subject, f"/manifests/{name}", _ACCEPT, LARGEST_MANIFEST, digest)
+        content, response = await self._whole(host, wanted)
+        found = digest or digests.digest_of(content, _said_digest(response))
+        return FetchedManifest(content, found, response.content_type, len(content))
+
+    async def _whole(self, host: ConnectedHost, wanted: _Document) -> tuple[bytes, aiohttp.ClientResponse]:
+        """A document, and the answer that it came with; asked for again if its transfer breaks off.
+
+        Raises InvalidArgumentError if it has more than its limit of bytes or another digest.
+        """
+        failures = 0
+        while True:
+            response = await self._connection.request(host, "GET", wanted.path, wanted.headers)
+            try:
+                content = await collect(response, self._watched(response), wanted.limit)
+                digest = wanted.digest or _said_digest(response)
+                return await _unencoded(content, encoding_of(response), digest, wanted), response
+            except BodyError as error:
+                raise InvalidArgumentError(f"{wanted.subject} is {error}") from error
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                failures += 1
+                if failures >= self._options.attempts:
+                    raise UnreachableError(f"{wanted.subject} broke off: {reason_of(error)}") from error
+                _log.warning("%s broke off: %s", wanted.subject, reason_of(error))
+            await back_off(failures)
+
+    async def _watched(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+        async with contextlib.aclosing(self._rate.watched(after(response, 0))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+                if slow := self._rate.too_slow():
+                    raise UnreachableError(f"it is too slow: {slow} (images.slowest_bytes_per_second)")
 
     async def _open_blob(self, host: ConnectedHost, descriptor: Descriptor, offset: int) -> aiohttp.ClientResponse:
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         return await self._connection.request(host, "GET", f"/blobs/{descriptor.digest}", headers)
+
+
+def _said_digest(response: aiohttp.ClientResponse) -> str:
+    """The digest that the registry says the content has; empty if it says none."""
+    said = response.headers.get("Docker-Content-Digest", "")
+    return said if digests.is_digest(said) else ""
+
+
+async def _unencoded(content: bytes, encoding: str, digest: str, wanted: _Document) -> bytes:
+    """The content with that digest: as it came, or with its Content-Encoding undone.
+
+    Files that are compressed by themselves are sometimes said to be encoded and are not.
+    """
+    if encoding and not (digest and await in_thread(digests.digest_of, content, digest) == digest):
+        content = await decoded(content, encoding, wanted.limit)
+    if digest:
+        await in_thread(digests.verify, content, digest, wanted.subject)
+    return content

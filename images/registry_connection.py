@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Self
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import aiohttp
 import yarl
@@ -15,19 +16,18 @@ import yarl
 from host.errors import NotFoundError, PermissionDeniedError
 from host.threads import in_thread
 from images import authorization
+from images.bodies import LARGEST_TOKEN, BodyError, decoded, encoding_of, error_text, read_body
 from images.credentials import Credentials
 from images.hosts import RegistryHost, hosts_for
 from images.node_credentials import DOCKER_HUB_NAMES, FoundCredentials, find_credentials
 from images.options import ImageOptions
+from images.redirects import Body, Origin, Sending, follow, origin_of
 from images.reference import DEFAULT_DOMAIN, Reference
-from images.transfer import back_off, error_text, proxy_for, reason_of
+from images.transfer import back_off, proxy_for, reason_of
 
 _CHUNK = 256 << 10
-_REDIRECTS = 5
 _TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
-_REDIRECT = frozenset((301, 302, 303, 307, 308))
-
-Body = Callable[[], AsyncIterator[bytes]]
+_NO_GET = frozenset((404, 405, 501))  # of token servers that only take POST
 
 
 class UnreachableError(Exception):
@@ -36,10 +36,16 @@ class UnreachableError(Exception):
 
 @dataclass(slots=True)
 class ConnectedHost:
-    """One of the hosts, with what was learned about it; ``found`` is None until it asked for credentials."""
+    """One of the hosts, with what was learned about it; ``found`` is None until it asked for credentials.
+
+    ``tls_elsewhere`` is for where it redirects and for its token server: its authorities hold there too, while its
+    client certificate is for itself alone.
+    """
 
     config: RegistryHost
+    origin: Origin
     tls: ssl.SSLContext | bool = True
+    tls_elsewhere: ssl.SSLContext | bool = True
     found: FoundCredentials | None = None
     authorization: str = ""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -64,12 +70,14 @@ class RegistryConnection:
     async def __aenter__(self) -> Self:
         for config in await in_thread(hosts_for, self._reference.domain, self._options):
             tls = await in_thread(config.tls) if config.base.startswith("https:") else True
-            self.hosts.append(ConnectedHost(config, tls))
+            special = config.ca or config.skip_verify
+            elsewhere = await in_thread(config.tls, with_client=False) if special else True
+            self.hosts.append(ConnectedHost(config, origin_of(config.base), tls, elsewhere))
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, limit_per_host=0),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            headers={"User-Agent": "podkeel"},
+            headers={"User-Agent": "podkeel", "Accept-Encoding": "identity"},
             read_bufsize=_CHUNK,
         )
         return self
@@ -113,7 +121,7 @@ class RegistryConnection:
             if response.status in good:
                 return response
             status = response.status
-            text = await error_text(response)
+            text = await error_text(response, self._options.stall_seconds)
             # What a host redirects to must not be able to ask for that host's credentials.
             if status == 401 and not asked and at_home:
                 asked = await self._authorize(host, response)
@@ -137,55 +145,41 @@ class RegistryConnection:
     async def _send(
         self, host: ConnectedHost, method: str, url: str, headers: dict[str, str], body: Body | None
     ) -> tuple[aiohttp.ClientResponse, bool]:
-        """One request, redirects followed, and whether the host itself answered it.
-
-        What was meant for the host is not sent to where it redirects.
-        """
-        origin = urlsplit(host.config.base)[:2]
-        for _ in range(_REDIRECTS):
-            at_home = urlsplit(url)[:2] == origin
-            sent = dict(headers)
-            if at_home:
-                sent.update(host.config.headers)
-                if host.authorization:
-                    sent["Authorization"] = host.authorization
-            tls = host.tls if at_home else True
-            data = body() if body is not None else None
-            response = await self._open(method, url, sent, tls=tls, host=host, data=data)
-            if response.status not in _REDIRECT:
-                return response, at_home
-            response.release()
-            target = urljoin(url, response.headers.get("Location", ""))
-            if urlsplit(target).scheme not in ("http", "https"):
-                raise aiohttp.ClientPayloadError(f"redirected to {target!r}, which is no http address")
-            url = target
-        raise aiohttp.ClientPayloadError(f"more than {_REDIRECTS} redirects")
+        """One request, redirects followed, and whether the host itself answered it."""
+        private = dict(host.config.headers)
+        if host.authorization:
+            private["Authorization"] = host.authorization
+        sending = Sending(method, url, headers, private, body)
+        return await follow(sending, host.origin, functools.partial(self._open, host))
 
     async def _open(
         self,
+        host: ConnectedHost,
         method: str,
         url: str,
-        headers: dict[str, str],
-        *,
-        tls: ssl.SSLContext | bool,
-        host: ConnectedHost,
-        data: dict[str, str] | AsyncIterator[bytes] | None,
+        headers: Mapping[str, str],
+        body: AsyncIterator[bytes] | bytes | None,
     ) -> aiohttp.ClientResponse:
         assert self._session is not None
         seconds = host.config.connect_seconds or self._options.connect_seconds
         timeout = aiohttp.ClientTimeout(
             total=None, connect=None, sock_connect=seconds, sock_read=self._options.stall_seconds
         )
-        return await self._session.request(
-            method,
-            yarl.URL(url, encoded=True),
-            headers=headers,
-            data=data,
-            ssl=tls,
-            timeout=timeout,
-            allow_redirects=False,
-            proxy=proxy_for(url),
-        )
+        try:
+            return await self._session.request(
+                method,
+                yarl.URL(url, encoded=True),
+                headers=headers,
+                data=body,
+                ssl=host.tls if origin_of(url) == host.origin else host.tls_elsewhere,
+                timeout=timeout,
+                allow_redirects=False,
+                proxy=proxy_for(url),
+            )
+        except aiohttp.ClientError:
+            raise
+        except ValueError as error:  # a host's name that IDNA refuses, a header that holds a line break
+            raise aiohttp.ClientPayloadError(f"{urlsplit(url).netloc} cannot be asked: {error}") from error
 
     async def _authorize(self, host: ConnectedHost, refused: aiohttp.ClientResponse) -> bool:
         """Find an Authorization header that answers the challenge; several transfers of one pull share it.
@@ -227,29 +221,41 @@ class RegistryConnection:
         return await find_credentials(self._options, addresses, self._reference.path)
 
     async def _fetch_token(self, host: ConnectedHost, request: authorization.TokenRequest) -> str:
-        method = "GET" if request.form is None else "POST"
         server = urlsplit(request.url).netloc
-        tls = host.tls if server == host.config.address or host.config.skip_verify else True
-        if host.config.ca:
-            tls = host.tls  # a private registry's token server has a certificate of the same authority
         failures = 0
         while True:
             try:
-                response = await self._open(method, request.url, request.headers, tls=tls, host=host, data=request.form)
-                content = await response.read()
-                transient = response.status in _TRANSIENT
-                reason = f"status {response.status}"
+                status, content = await self._ask_for_token(host, request)
+                reason = f"status {status}"
+            except BodyError as error:
+                raise PermissionDeniedError(f"the token server's answer is not understood: it is {error}") from error
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                transient, reason = True, reason_of(error)
-            else:
-                if response.status == 200:
-                    return authorization.read_token(content)
-            if not transient:
+                status, reason = 0, reason_of(error)
+            if status == 200:
+                return authorization.read_token(content)
+            if status in _NO_GET and request.instead is not None:
+                request = request.instead
+                continue
+            if status and status not in _TRANSIENT:
                 raise PermissionDeniedError(f"the token server {server} refused access ({reason})")
             failures += 1
             if failures >= self._options.attempts:
                 raise UnreachableError(f"token server {server}: {reason}")
             await back_off(failures)
+
+    async def _ask_for_token(self, host: ConnectedHost, request: authorization.TokenRequest) -> tuple[int, bytes]:
+        """Status and body; the credentials reach no other host than the one that the registry named."""
+        send = functools.partial(self._open, host)
+        if request.form is None:
+            sending = Sending("GET", request.url, {}, request.headers)
+        else:
+            body = urlencode(request.form, errors="surrogateescape").encode()
+            kind = {"Content-Type": "application/x-www-form-urlencoded"}
+            sending = Sending("POST", request.url, kind, {}, body, secret=True)
+        response, _ = await follow(sending, origin_of(request.url), send)
+        status, encoding = response.status, encoding_of(response)
+        content = await read_body(response, LARGEST_TOKEN, self._options.stall_seconds)
+        return status, await decoded(content, encoding, LARGEST_TOKEN)
 
 
 def who(host: ConnectedHost) -> str:

@@ -1,4 +1,4 @@
-"""The small steps of talking HTTP to a registry: waiting, proxies, bodies and the words of an error."""
+"""The small steps of talking HTTP to a registry: waiting, rates, proxies and the words of an error."""
 
 from __future__ import annotations
 
@@ -13,21 +13,11 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 import aiohttp
-import msgspec
 
 from images.hosts import is_loopback
 
 _LONGEST_WAIT = 30.0
 _TLS_OF_CONNECTION = re.compile(r" ssl:(?:<[^>]*>|\w+)(?= \[)")  # aiohttp prints a Python object there
-
-
-class _Error(msgspec.Struct):
-    code: str = ""
-    message: str = ""
-
-
-class _Errors(msgspec.Struct):
-    errors: list[_Error]
 
 
 class RateWatch:
@@ -95,29 +85,14 @@ async def after(response: aiohttp.ClientResponse, offset: int) -> AsyncGenerator
         response.close()
 
 
-async def error_text(response: aiohttp.ClientResponse) -> str:
-    """A short form of a registry's error body (OCI distribution specification, "Error Codes")."""
-    try:
-        content = await response.content.read(4096)
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        content = b""
-    finally:
-        response.close()
-    try:
-        errors = msgspec.json.decode(content, type=_Errors).errors
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        errors = []
-    words = [" ".join(filter(None, (error.code, error.message))) for error in errors[:3]]
-    return "; ".join(words)[:300] or f"{response.status} {response.reason}"
-
-
 async def back_off(failures: int, retry_after: str = "") -> None:
     """Wait before the next try: what the registry asks for, else longer each time."""
     seconds = random.uniform(0.5, 1.0) * 0.2 * 2**failures
-    if retry_after.isdigit():
-        seconds = float(retry_after)
-    elif retry_after and (date := email.utils.parsedate_tz(retry_after)):
-        seconds = email.utils.mktime_tz(date) - time.time()
+    with contextlib.suppress(ValueError, OverflowError):  # a date that never was
+        if retry_after.isascii() and retry_after.isdigit():
+            seconds = float(retry_after)
+        elif retry_after and (date := email.utils.parsedate_tz(retry_after)):
+            seconds = email.utils.mktime_tz(date) - time.time()
     await asyncio.sleep(max(0.0, min(seconds, _LONGEST_WAIT)))
 
 

@@ -30,8 +30,9 @@ def scripted() -> Iterator[ScriptedRegistry]:
         yield running
 
 
-def pull(agent: AgentProcess, name: str) -> str:
-    request = cri_pb2.PullImageRequest(image=cri_pb2.ImageSpec(image=name))
+def pull(agent: AgentProcess, name: str, user: str = "", password: str = "") -> str:
+    auth = cri_pb2.AuthConfig(username=user, password=password)
+    request = cri_pb2.PullImageRequest(image=cri_pb2.ImageSpec(image=name), auth=auth)
     return str(agent.client.call("PullImage", request).image_ref)
 
 

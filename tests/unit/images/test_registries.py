@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
+import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from host.errors import InvalidArgumentError, PermissionDeniedError
-from images.authorization import answer_directly, parse_challenges, read_token, token_request
+from images.authorization import Challenge, answer_directly, parse_challenges, read_token, token_request
 from images.credentials import Credentials
 from images.hosts import hosts_for, is_loopback
 from images.options import ImageOptions
+from images.redirects import origin_of, target_of
 
 
 def options(folder: Path, *insecure: str) -> ImageOptions:
@@ -116,6 +118,15 @@ def test_certificates_in_docker_s_form(tmp_path: Path) -> None:
         'capabilities = ["fly"]',
         "dial_timeout = 5",
         "ca = 1",
+        "client = 1",
+        "header = 1",
+        'header = {"a b" = "x"}',
+        'header = {a = "x\\r\\nHost: y"}',
+        'server = "http://[::1"',
+        'server = "http://a:99999"',
+        'server = "http://:5000"',
+        "x = " + "[" * 3000 + "]" * 3000,
+        "# " + "x" * (1 << 20),
     ],
 )
 def test_mistakes_name_the_file(tmp_path: Path, text: str) -> None:
@@ -172,9 +183,62 @@ def test_credentials_are_not_sent_in_the_clear_where_the_registry_is_not() -> No
 def test_token_answers() -> None:
     assert read_token(b'{"token": "t"}') == "Bearer t"
     assert read_token(b'{"access_token": "a", "expires_in": 5}') == "Bearer a"
-    for content in (b"{}", b"no json", b'{"token": ""}'):
+    nested = b'{"a": ' + b"[" * 3000 + b"]" * 3000 + b"}"
+    injected = (b'{"token": "a\\r\\nX: y"}', b'{"token": "\\u00fc"}', b'{"token": "%s"}' % (b"x" * 300_000))
+    for content in (b"{}", b"no json", b'{"token": ""}', b'{"token": null}', b"\xff", nested, *injected):
         with pytest.raises(PermissionDeniedError, match="token server"):
             read_token(content)
+
+
+def test_auth_is_read_as_docker_and_containerd_read_it() -> None:
+    pair = base64.b64encode(b"user:" + b"p" * 100).decode()
+    for broken in (pair + "\n", "\n".join((pair[:76], pair[76:])), "\r\n".join((pair[:40], pair[40:]))):
+        assert Credentials(auth=broken).user_and_password() == ("user", "p" * 100)
+    for content in (b"j\xfcrgen:gr\xfc\xdfe", b"\xff\xfe:x", "j\u00fcrgen:p".encode()):
+        credentials = Credentials(auth=base64.b64encode(content).decode())
+        assert credentials.basic() == "Basic " + base64.b64encode(content).decode(), "the bytes are sent as they are"
+        credentials.described().encode()
+    assert Credentials(auth=base64.b64encode(b"\0u:p\0\0").decode()).user_and_password() == ("\0u", "p")
+    assert Credentials(username="a\nb").described() == "user a?b"
+
+
+def test_addresses_of_redirects() -> None:
+    base = "https://reg.example/v2/a?b"
+    assert target_of(base, "/c?x=%7E%2f&y=a+b") == "https://reg.example/c?x=%7E%2f&y=a+b"
+    assert target_of(base, "https://b.example/\u00fc x") == "https://b.example/%C3%BC%20x"
+    assert target_of(base, "//c.example") == "https://c.example"
+    wrong = (
+        "",
+        "ftp://x",
+        "file:///etc/passwd",
+        "http://",
+        "http://[::1",
+        "http://a:99999/",
+        "https://a/" + "b" * 20_000,
+    )
+    for location in wrong:
+        with pytest.raises(aiohttp.ClientPayloadError, match="no http address"):
+            target_of(base, location)
+    assert origin_of("https://a.example/x") == origin_of("https://A.example:443/y") != origin_of("http://a.example/x")
+
+
+@pytest.mark.parametrize("realm", ["ftp://x", "http://[::1", "https://a:99999", "https://", "x", "https://[\udcff]"])
+def test_token_servers_that_are_no_address_are_refused(realm: str) -> None:
+    challenges = [Challenge("bearer", {"realm": realm})]
+    with pytest.raises(PermissionDeniedError):
+        token_request(challenges, Credentials(username="u"), "repository:a:pull", secure=False)
+
+
+def test_the_registry_among_its_own_hosts_is_no_mirror(tmp_path: Path) -> None:
+    write(tmp_path, "reg.example", '[host."https://mirror.example"]\n[host."https://reg.example"]\nskip_verify = true')
+    mirror, own = hosts_for("reg.example", options(tmp_path))
+    assert (mirror.mirror, own.mirror, own.skip_verify) == (True, False, True)
+    write(tmp_path, "docker.io", '[host."https://registry-1.docker.io"]\n[host."http://docker.io"]')
+    assert [host.mirror for host in hosts_for("docker.io", options(tmp_path))] == [False, False]
+    write(
+        tmp_path, "b.example", 'server = "https://up.example"\n[host."https://up.example"]\n[host."http://b.example"]'
+    )
+    assert [host.mirror for host in hosts_for("b.example", options(tmp_path))] == [False, False]
 
 
 def test_credentials_in_all_forms() -> None:
@@ -185,6 +249,6 @@ def test_credentials_in_all_forms() -> None:
     assert Credentials(server_address="https://reg.example:5000/v1/").server_host() == "reg.example:5000"
     assert Credentials(server_address="reg.example").server_host() == "reg.example"
     assert "secret" not in repr(Credentials(username="u", password="secret", registry_token="secret"))
-    for auth in ("%%%", base64.b64encode(b"no colon").decode(), base64.b64encode(b"\xff\xfe:x").decode()):
+    for auth in ("%%%", "\u00fc", base64.b64encode(b"no colon").decode()):
         with pytest.raises(InvalidArgumentError, match="base64"):
             Credentials(auth=auth).user_and_password()

@@ -32,7 +32,7 @@ async def test_a_registry_is_asked_again_when_it_says_so(waits: list[float]) -> 
     assert waits[2:] == [30, 0]
 
 
-@pytest.mark.parametrize("said", ["", "soon"])
+@pytest.mark.parametrize("said", ["", "soon", "\u00b2", "\u0661", "Fri, 31 Feb 99999 25:61:61 GMT", "-1"])
 async def test_otherwise_later_each_time(waits: list[float], said: str) -> None:
     for failures in range(1, 6):
         await back_off(failures, said)

@@ -1,0 +1,91 @@
+"""Following redirects (RFC 9110, section 15.4), so that what is meant for one host alone goes to no other."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+from urllib.parse import quote, urljoin, urlsplit
+
+import aiohttp
+
+from host.errors import PermissionDeniedError
+
+MOST_REDIRECTS = 10
+LONGEST_ADDRESS = 16 << 10
+
+_REDIRECT = frozenset((301, 302, 303, 307, 308))
+_TO_GET = frozenset((301, 302, 303))  # what was sent is not sent again
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_KEPT = string.punctuation  # besides letters and digits, all that an address may hold, escapes included
+
+Origin: TypeAlias = tuple[str, str, int]
+Body: TypeAlias = Callable[[], AsyncIterator[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """One request; ``private`` are headers for its own origin alone, and so is the body if it is ``secret``."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    private: Mapping[str, str] = field(default_factory=dict)
+    body: Body | bytes | None = None
+    secret: bool = False
+
+
+# Sends method, address, headers and body once.
+Open: TypeAlias = Callable[
+    [str, str, Mapping[str, str], AsyncIterator[bytes] | bytes | None], Awaitable[aiohttp.ClientResponse]
+]
+
+
+async def follow(sending: Sending, home: Origin, send: Open) -> tuple[aiohttp.ClientResponse, bool]:
+    """The answer after all redirects, and whether ``home`` gave it.
+
+    Raises aiohttp.ClientPayloadError for a redirect to what is no address and for too many; PermissionDeniedError where
+    a secret body would have to be sent to another origin.
+    """
+    method, url, body = sending.method, sending.url, sending.body
+    for _ in range(MOST_REDIRECTS + 1):
+        at_home = origin_of(url) == home
+        if body is not None and sending.secret and not at_home:
+            raise PermissionDeniedError(f"it redirects to {urlsplit(url).netloc}, which is not sent the credentials")
+        headers = {**sending.headers, **(sending.private if at_home else {})}
+        response = await send(method, url, headers, body() if callable(body) else body)
+        if response.status not in _REDIRECT:
+            return response, at_home
+        response.close()
+        url = target_of(url, response.headers.get("Location", ""))
+        if response.status in _TO_GET and method not in ("GET", "HEAD"):
+            method, body = "GET", None
+    raise aiohttp.ClientPayloadError(f"more than {MOST_REDIRECTS} redirects")
+
+
+def target_of(base: str, location: str) -> str:
+    """The address that a Location header names; aiohttp.ClientPayloadError if that is none."""
+    try:
+        if location:
+            return address(urljoin(base, location))
+    except ValueError:
+        pass
+    raise aiohttp.ClientPayloadError(f"redirected to {location[:200]!r}, which is no http address")
+
+
+def address(text: str) -> str:
+    """``text`` as an http or https address of ASCII characters; ValueError if it is none."""
+    quoted = quote(text, safe=_KEPT, errors="surrogateescape")
+    if len(quoted) > LONGEST_ADDRESS:
+        raise ValueError(f"an address of {len(quoted)} bytes")
+    origin_of(quoted)
+    return quoted
+
+
+def origin_of(url: str) -> Origin:
+    """Scheme, host and port; ValueError for what is no http or https address."""
+    parts = urlsplit(url)
+    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
+        raise ValueError(f"{url[:200]!r} is no http or https address")
+    return parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS[parts.scheme]

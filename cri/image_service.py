@@ -9,7 +9,7 @@ import msgspec
 
 from cri import lists
 from host.errors import InvalidArgumentError
-from host.threads import in_thread
+from host.threads import in_stats_thread
 from images.credentials import Credentials
 from images.image import Image, numeric_user
 from images.usage import FilesystemUsage
@@ -54,7 +54,7 @@ class ImageService:
             return cri_pb2.ImageStatusResponse()
         response = cri_pb2.ImageStatusResponse(image=to_message(image))
         if request.verbose:
-            response.info["info"] = await in_thread(_information, image)
+            response.info["info"] = await in_stats_thread(_information, image)
         return response
 
     async def pull_image(self, request: cri_pb2.PullImageRequest) -> cri_pb2.PullImageResponse:
@@ -72,7 +72,7 @@ class ImageService:
 
     async def image_fs_info(self, _request: cri_pb2.ImageFsInfoRequest) -> cri_pb2.ImageFsInfoResponse:
         """What images and containers take on disk, from kept counts and project quotas."""
-        containers = await in_thread(self._snapshots.filesystem_usage)  # quotas may have to be read from the disk
+        containers = await in_stats_thread(self._snapshots.filesystem_usage)  # quotas may have to be read from the disk
         return cri_pb2.ImageFsInfoResponse(
             image_filesystems=[_usage(self._images.filesystem_usage())],
             container_filesystems=[_usage(containers)],

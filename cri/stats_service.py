@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 
 from cri import lists, metrics_messages, stats_messages
-from host.threads import in_thread
+from host.threads import in_stats_thread
 from metrics.readings import NetworkReading
 from proto.runtime.v1 import cri_pb2
 from runtime.agent import Agent
@@ -25,7 +25,7 @@ class StatsCalls:
     async def container_stats(self, request: cri_pb2.ContainerStatsRequest) -> bytes:
         """What one container uses; of one that does not run only what it wrote."""
         container = self._node.get_container(request.container_id)
-        return lists.encode_field(1, await in_thread(self._encoded, container))
+        return lists.encode_field(1, await in_stats_thread(self._encoded, container))
 
     async def list_container_stats(self, request: cri_pb2.ListContainerStatsRequest) -> bytes:
         """What the running containers that match use."""
@@ -69,7 +69,7 @@ class StatsCalls:
 
     async def _container_items(self, wanted: cri_pb2.ContainerStatsFilter) -> list[bytes]:
         containers = [container for container in self._statistics.running() if _matches(container, wanted)]
-        return await in_thread(self._encode_running, containers)
+        return await in_stats_thread(self._encode_running, containers)
 
     def _encode_running(self, containers: Sequence[Container]) -> list[bytes]:
         items = []
@@ -106,7 +106,7 @@ class StatsCalls:
 
     async def _metrics_items(self) -> list[bytes]:
         pods = await self._statistics.snapshots()
-        return await in_thread(lambda: [lists.encode_field(1, metrics_messages.pod_metrics(pod)) for pod in pods])
+        return await in_stats_thread(lambda: [lists.encode_field(1, metrics_messages.pod_metrics(pod)) for pod in pods])
 
 
 def _matches(container: Container, wanted: cri_pb2.ContainerStatsFilter) -> bool:

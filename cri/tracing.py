@@ -23,7 +23,7 @@ from cri.traced_objects import attributes_of
 from cri.version import VERSION
 from host.errors import InvalidArgumentError
 from host.stages import Operation, Stage, gathered_operations
-from host.threads import in_thread
+from host.threads import in_stats_thread
 from runtime.node import Node
 
 try:
@@ -136,7 +136,7 @@ async def tracing(node: Node, options: TracingOptions) -> AsyncIterator[CallTrac
     complaints = logging.getLogger("opentelemetry")
     complaints.handlers[:] = [_Complaints(options.endpoint)]
     complaints.propagate = False
-    exporter = await in_thread(
+    exporter = await in_stats_thread(
         OTLPSpanExporter,
         endpoint=options.endpoint,
         insecure=not options.tls,
@@ -171,7 +171,7 @@ async def _send_the_rest(processor: BatchSpanProcessor, exporter: OTLPSpanExport
         async with asyncio.timeout(LAST_EXPORT_SECONDS):
             await sent.wait()
     except TimeoutError:
-        await in_thread(exporter.shutdown)  # which ends what waits for the collector
+        await in_stats_thread(exporter.shutdown)  # which ends what waits for the collector
         await sent.wait()
 
 

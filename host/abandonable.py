@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from host.errors import PodkeelError, UnavailableError
-from host.threads import wait_out
+from host.tasks import wait_out
 
 T = TypeVar("T")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from host.errors import LimitError, PodkeelError, WrongStateError
+from host.tasks import wait_out
 
 T = TypeVar("T")
 
@@ -67,18 +68,7 @@ class Database:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._queue.put(_Write(work, future, loop))
-        cancelled = False
-        while not future.done():
-            try:
-                await asyncio.shield(future)
-            except asyncio.CancelledError:
-                cancelled = True
-            except BaseException:
-                break
-        if cancelled:
-            future.exception()
-            raise asyncio.CancelledError
-        return future.result()
+        return await wait_out(future)
 
     async def execute(self, statement: str, parameters: Sequence[object] = ()) -> None:
         """Write one statement."""

@@ -17,7 +17,8 @@ from typing import Self
 from host.errors import CommandError, DeadlineError, UnavailableError
 from host.reaping import reap
 from host.spawning import posix_spawn
-from host.threads import in_thread, wait_out
+from host.tasks import wait_out
+from host.threads import in_thread
 
 OUTPUT_LIMIT = 16 * 1024 * 1024
 _CHUNK = 256 * 1024

@@ -1,4 +1,4 @@
-"""Where blocking work goes: a pool for what is short, fresh threads for what changes namespaces or may hang."""
+"""Where blocking work goes: a pool for each purpose, fresh threads for what changes namespaces or may hang."""
 
 from __future__ import annotations
 
@@ -10,21 +10,34 @@ from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 from host import libc
+from host.tasks import wait_out
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_pool = ThreadPoolExecutor(max_workers=12, thread_name_prefix="blocking")
+
+class _Pool:
+    """Threads for one purpose, made when first needed, so that work of another purpose never waits for them."""
+
+    def __init__(self, purpose: str, most: int) -> None:
+        self._threads = ThreadPoolExecutor(max_workers=most, thread_name_prefix=purpose)
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run blocking ``work`` on a thread of the pool and wait for it.
+
+        Work that has begun cannot be interrupted: a cancelled caller still waits for its end, so that undoing it
+        afterwards never races with it; then the cancellation goes on.
+        """
+        future = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
+        return await wait_out(future)
 
 
-async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run blocking ``work`` on the pool and wait for it.
-
-    Work that has begun cannot be interrupted: a cancelled caller still waits for its end, so that undoing it afterwards
-    never races with it; then the cancellation goes on.
-    """
-    future = asyncio.get_running_loop().run_in_executor(_pool, lambda: work(*args, **kwargs))
-    return await wait_out(future)
+# One pool for each purpose. What may take seconds (walks, archives, syncs) has no part in a pool that calls wait for.
+in_thread = _Pool("containers", 12).run  # making, starting, stopping pods and containers; commands in them
+in_network_thread = _Pool("network", 6).run  # netlink, nftables, files of CNI
+in_stats_thread = _Pool("stats", 4).run  # lists, statistics, metrics, traces
+in_image_thread = _Pool("images", 8).run  # short steps of pulls, archives and exports: files, rows, pieces of blobs
+in_long_thread = _Pool("images-long", 32).run  # long ones: walks over trees and archives, syncs, what is removed
 
 
 async def in_fresh_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -58,21 +71,3 @@ def inside_namespace(path: str, kind: int) -> Iterator[None]:
     with open(path, "rb") as pin:
         libc.setns(pin.fileno(), kind)
     yield
-
-
-async def wait_out(future: asyncio.Future[T]) -> T:
-    """Wait for the end of ``future`` also when the caller is cancelled meanwhile; then the cancellation goes on."""
-    cancelled: asyncio.CancelledError | None = None
-    while not future.done():
-        try:
-            await asyncio.shield(future)
-        except asyncio.CancelledError as error:
-            if future.cancelled():
-                raise
-            cancelled = error
-        except BaseException:
-            break
-    if cancelled is not None:
-        future.exception()  # retrieved here, so that it is not reported as lost
-        raise cancelled
-    return future.result()

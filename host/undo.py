@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
+from host.tasks import wait_out
+
 STEP_SECONDS = 30.0
 
 _log = logging.getLogger("podkeel.undo")
@@ -31,15 +33,7 @@ class Undo:
 
     async def run(self) -> None:
         """Take everything back now, newest first; returns when all steps ran, also if the caller is cancelled."""
-        task = asyncio.create_task(self._run_steps())
-        cancelled = False
-        while not task.done():
-            try:
-                await asyncio.shield(task)
-            except asyncio.CancelledError:
-                cancelled = True
-        if cancelled:
-            raise asyncio.CancelledError
+        await wait_out(asyncio.create_task(self._run_steps()))
 
     async def _run_steps(self) -> None:
         while self._steps:

@@ -16,7 +16,7 @@ from typing import IO
 import msgspec
 
 from host.errors import InvalidArgumentError, LimitError, NotFoundError
-from host.threads import in_thread
+from host.threads import in_image_thread
 from images import digests
 from images.candidate import Candidate
 from images.image import ConfigFile, read_config
@@ -136,7 +136,7 @@ class ImageArchive:
     async def chunks(self, name: str, begin: int) -> AsyncGenerator[bytes, None]:
         """A member's bytes from ``begin`` on, piece by piece."""
         if self._file is None:
-            descriptor, size = await in_thread(self._open_file, name)
+            descriptor, size = await in_image_thread(self._open_file, name)
             start = 0
         else:
             member = self._member(name)
@@ -144,7 +144,7 @@ class ImageArchive:
         try:
             offset, end = start + begin, start + size
             while offset < end:
-                chunk = await in_thread(os.pread, descriptor, min(_CHUNK, end - offset), offset)
+                chunk = await in_image_thread(os.pread, descriptor, min(_CHUNK, end - offset), offset)
                 if not chunk:
                     raise InvalidArgumentError(f"image archive {self._path} is broken: {name} is cut off")
                 offset += len(chunk)

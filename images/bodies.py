@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 
 from host import untrusted_json
-from host.threads import in_thread
+from host.threads import in_image_thread
 from host.untrusted_json import JsonError
 
 LARGEST_ERROR = 64 << 10
@@ -70,7 +70,7 @@ async def decoded(content: bytes, encoding: str, limit: int) -> bytes:
         raise BodyError(f"encoded as {encoding[:50]!r}, which was not asked for")
     if len(content) <= _LARGE and limit <= LARGEST_TOKEN:
         return _decompress(content, limit)
-    return await in_thread(_decompress, content, limit)
+    return await in_image_thread(_decompress, content, limit)
 
 
 def _decompress(content: bytes, limit: int) -> bytes:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from host.database import Database
 from host.errors import InvalidArgumentError
-from host.threads import in_thread
+from host.threads import in_image_thread, in_long_thread
 from images import digests
 from images.image import Image, read_config
 from images.inheritance import inherit
@@ -88,7 +88,7 @@ class ImageChecker:
         return ImageReport(len(images), len(layers), tuple(findings))
 
     async def _check_images(self, *, repair: bool) -> list[ImageFinding]:
-        rows = await in_thread(self._database.read, "SELECT id, manifest_digest, manifest, config FROM images")
+        rows = await in_long_thread(self._database.read, "SELECT id, manifest_digest, manifest, config FROM images")
         findings = []
         for image_id, manifest_digest, manifest, config in rows:
             image = self._store.find(image_id)
@@ -111,7 +111,7 @@ class ImageChecker:
         images = [image for image in self._store.images() if layer.number in image.layers]
         findings = []
         blob = self._layers.blob(layer.blob_digest)
-        problem = "" if await in_thread(self._layers.path(layer.number).is_dir) else "its folder is missing"
+        problem = "" if await in_image_thread(self._layers.path(layer.number).is_dir) else "its folder is missing"
         if blob is not None and not problem:
             try:
                 problem = await self._compare(layer, blob, below, broken)
@@ -150,7 +150,7 @@ class ImageChecker:
             if broken.intersection(below):
                 return await self._count(layer)  # folders that it takes over from those have nothing to be held against
             if unpacked.implied and below:
-                await in_thread(inherit, fresh, [self._layers.path(number) for number in below], unpacked.implied)
+                await in_long_thread(inherit, fresh, [self._layers.path(number) for number in below], unpacked.implied)
             trees = await look_at(fresh, self._layers.path(layer.number))
         if not trees.differences:
             return ""
@@ -173,9 +173,9 @@ def _below(layer: Layer, stacks: Sequence[Sequence[int]]) -> Sequence[int]:
 
 
 async def _chunks(path: Path) -> AsyncGenerator[bytes, None]:
-    descriptor = await in_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = await in_image_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        while chunk := await in_thread(os.read, descriptor, _CHUNK):
+        while chunk := await in_image_thread(os.read, descriptor, _CHUNK):
             yield chunk
     finally:
         os.close(descriptor)

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from host.errors import LimitError, PodkeelError
-from host.threads import in_thread
+from host.threads import in_long_thread
 
 
 class DiskSync:
@@ -32,7 +32,7 @@ class DiskSync:
                 return  # one that began after the call has ended well meanwhile
             self._begun += 1
             try:
-                await in_thread(sync_file_system, self._folder)
+                await in_long_thread(sync_file_system, self._folder)
             except OSError as error:
                 kind = LimitError if error.errno in (errno.ENOSPC, errno.EDQUOT) else PodkeelError
                 raise kind(f"{self._folder} could not be written to the disk: {error.strerror}") from error

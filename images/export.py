@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from host.errors import InvalidArgumentError, LimitError, NotFoundError, PodkeelError
-from host.threads import in_thread
+from host.threads import in_image_thread, in_long_thread
 from images.manifests import OCI_INDEX, Descriptor
 from images.outgoing import OutgoingImage
 from images.reference import parse
@@ -63,28 +63,30 @@ class _Archive:
 
     async def add_bytes(self, name: str, content: bytes) -> None:
         if self._begins(name):
-            await in_thread(self._write, _header(name, len(content)) + content + _padding(len(content)))
+            await in_image_thread(self._write, _header(name, len(content)) + content + _padding(len(content)))
 
     async def add_file(self, name: str, path: Path) -> None:
         if not self._begins(name):
             return
-        source = await in_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        source = await in_image_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(source).st_size
-            await in_thread(self._write, _header(name, size))
+            await in_image_thread(self._write, _header(name, size))
             position = 0
             while position < size:
-                copied = await in_thread(os.sendfile, self._descriptor, source, position, min(_PIECE, size - position))
+                copied = await in_image_thread(
+                    os.sendfile, self._descriptor, source, position, min(_PIECE, size - position)
+                )
                 if not copied:
                     raise PodkeelError(f"{path} became shorter while it was copied")
                 position += copied
             self._size += size
-            await in_thread(self._write, _padding(size))
+            await in_image_thread(self._write, _padding(size))
         finally:
             os.close(source)
 
     async def end(self) -> int:
-        await in_thread(self._write, bytes(2 * tarfile.BLOCKSIZE))
+        await in_image_thread(self._write, bytes(2 * tarfile.BLOCKSIZE))
         return self._size
 
     def _begins(self, name: str) -> bool:
@@ -116,10 +118,10 @@ async def _new_file(path: Path) -> AsyncIterator[int]:
     try:
         if path.is_dir():
             raise InvalidArgumentError(f"image archive {path}: a folder is there")
-        descriptor = await in_thread(os.open, partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        descriptor = await in_image_thread(os.open, partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             yield descriptor
-            await in_thread(os.fsync, descriptor)
+            await in_long_thread(os.fsync, descriptor)
             partial.replace(path)
         finally:
             os.close(descriptor)

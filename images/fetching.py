@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from host.errors import InvalidArgumentError
-from host.threads import in_thread
+from host.threads import in_image_thread
 from images.layer_source import LayerSource
 from images.manifests import Descriptor
 from images.options import ImageOptions
@@ -53,23 +53,23 @@ class LayerFetcher:
                 unpacked = await self._fetch_anew_if_damaged(source, folder, keep)
             if keep is not None and source.resumable:
                 # A name of its own: others may go on with the partial blob from now on, or drop it.
-                await in_thread(incoming.hardlink_to, keep.path)
+                await in_image_thread(incoming.hardlink_to, keep.path)
         return unpacked
 
     async def _fetch_anew_if_damaged(self, source: LayerSource, folder: Path, keep: PartialBlob | None) -> Unpacked:
         if keep is not None and keep.size > source.descriptor.size >= 0:
-            await in_thread(keep.restart)
-        await in_thread(folder.mkdir, mode=0o755, parents=True)
+            await in_image_thread(keep.restart)
+        await in_image_thread(folder.mkdir, mode=0o755, parents=True)
         try:
             return await self._fetch(source, folder, keep)
         except InvalidArgumentError as error:
             if keep is None or not keep.size:
                 raise
             _log.warning("what was there of %s is of no use, so it is fetched anew: %s", source.subject, error)
-        await in_thread(keep.restart)
-        await in_thread(self._trash.throw, folder)
+        await in_image_thread(keep.restart)
+        await in_image_thread(self._trash.throw, folder)
         self._trash.wake()
-        await in_thread(folder.mkdir, mode=0o755)
+        await in_image_thread(folder.mkdir, mode=0o755)
         return await self._fetch(source, folder, keep)
 
     async def _fetch(self, source: LayerSource, folder: Path, keep: PartialBlob | None) -> Unpacked:

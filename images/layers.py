@@ -14,7 +14,7 @@ from pathlib import Path
 
 from host.database import Database
 from host.errors import InvalidArgumentError, LimitError, PodkeelError
-from host.threads import in_thread
+from host.threads import in_image_thread, in_long_thread
 from host.undo import Undo
 from images import layer_rows
 from images.disk_sync import DiskSync
@@ -115,7 +115,7 @@ class LayerStore:
         await self._throw(self._blob_path(gone.blob) for gone in dropped if gone.blob and not gone.new)
         known = set(self._layers)
         await self._database.write(lambda connection: layer_rows.delete_others(connection, known))
-        for digest in await in_thread(self._sweep_folders, known, set(self._blob_users)):
+        for digest in await in_long_thread(self._sweep_folders, known, set(self._blob_users)):
             await self.partials.keep(digest, self._blob_path(digest))
         self._trash.wake()
 
@@ -212,7 +212,7 @@ class LayerStore:
                 )
             if unpacked.implied and source.below:
                 lower = [self.path(layer.number) for layer in await self._layers_below(source)]
-                await in_thread(inherit, making / "fs", lower, unpacked.implied)
+                await in_long_thread(inherit, making / "fs", lower, unpacked.implied)
             layer = Layer(
                 number,
                 source.chain_id,
@@ -242,9 +242,9 @@ class LayerStore:
     async def _publish(self, source: LayerSource, layer: Layer, making: Path, incoming: Path) -> None:
         """Let the whole layer have its names, once it is on the disk."""
         await self._disk.flush()
-        await in_thread(making.rename, self._folder / str(layer.number))
+        await in_image_thread(making.rename, self._folder / str(layer.number))
         if layer.blob_digest:
-            await in_thread(publish, incoming, self._blob_path(layer.blob_digest))
+            await in_image_thread(publish, incoming, self._blob_path(layer.blob_digest))
         await self._database.write(
             lambda connection: layer_rows.complete(connection, layer, resumable=source.resumable)
         )
@@ -299,7 +299,7 @@ class LayerStore:
     async def scratch(self) -> AsyncIterator[Path]:
         """An empty folder on the layers' file system that goes when the block ends, or at the next start."""
         folder = self._incoming / f"check-{next(self._scratches)}"
-        await in_thread((folder / "fs").mkdir, mode=0o755, parents=True)
+        await in_image_thread((folder / "fs").mkdir, mode=0o755, parents=True)
         try:
             yield folder / "fs"
         finally:
@@ -368,7 +368,7 @@ class LayerStore:
         await self._trash.emptied()
 
     async def _throw(self, paths: Iterable[Path]) -> None:
-        await in_thread(lambda: [self._trash.throw(path) for path in paths])
+        await in_image_thread(lambda: [self._trash.throw(path) for path in paths])
         self._trash.wake()
 
     def _sweep_folders(self, layers: set[int], blobs: set[str]) -> list[str]:

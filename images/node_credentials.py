@@ -18,7 +18,7 @@ import msgspec
 
 from host import processes, untrusted_json
 from host.errors import InvalidArgumentError, PodkeelError
-from host.threads import in_thread
+from host.threads import in_image_thread
 from host.untrusted_json import JsonError
 from images.credentials import Credentials
 from images.options import ImageOptions
@@ -80,7 +80,7 @@ async def find_credentials(options: ImageOptions, addresses: Sequence[str], path
     cannot be understood.
     """
     file = Path(options.credentials_file)
-    content = await in_thread(_read, file) if options.credentials_file else None
+    content = await in_image_thread(_read, file) if options.credentials_file else None
     if content is None:
         return FoundCredentials(None, "none are configured")
     helpers = {key: name for key, name in (content.cred_helpers or {}).items() if name}

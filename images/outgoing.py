@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from host.errors import WrongStateError
-from host.threads import in_thread
+from host.threads import in_image_thread
 from images import digests
 from images.image import Image
 from images.layers import LayerStore
@@ -46,7 +46,7 @@ async def outgoing(image: Image, manifest: bytes, layers: LayerStore) -> AsyncIt
     """
     layers.retain(image.layers)
     try:
-        yield await in_thread(_prepare, image, manifest, layers)
+        yield await in_image_thread(_prepare, image, manifest, layers)
     finally:
         await layers.release(image.layers)
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, S
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-from host.threads import in_thread
+from host.threads import in_image_thread, in_long_thread
 from images.digests import is_digest
 from images.trash import Trash
 
@@ -43,7 +43,7 @@ class PartialBlob:
         """What was there, piece by piece."""
         position = 0
         while position < self.size:
-            chunk = await in_thread(os.pread, self._descriptor, min(_CHUNK, self.size - position), position)
+            chunk = await in_image_thread(os.pread, self._descriptor, min(_CHUNK, self.size - position), position)
             position += len(chunk)
             yield chunk
 
@@ -112,7 +112,7 @@ class PartialBlobs:
 
     async def start(self) -> None:
         """Look at what is there; drop what is too old, and what is none."""
-        self._sizes = await in_thread(self._look)
+        self._sizes = await in_long_thread(self._look)
         await self.drop_old()
 
     async def close(self) -> None:
@@ -140,18 +140,18 @@ class PartialBlobs:
         Where there is none, what is at ``kept`` is taken for it: the whole blob, if another layer of this node has it.
         """
         async with self._alone(digest):
-            linked = await in_thread(_link, kept, self.path(digest))
-            blob = await in_thread(PartialBlob, self.path(digest))
+            linked = await in_image_thread(_link, kept, self.path(digest))
+            blob = await in_image_thread(PartialBlob, self.path(digest))
             self._sizes.pop(digest, None)
             try:
                 yield blob
             except BaseException:
                 if linked:
-                    await in_thread(self.path(digest).unlink, missing_ok=True)
+                    await in_image_thread(self.path(digest).unlink, missing_ok=True)
                 raise
             finally:
                 blob.close()
-                await in_thread(self._note, digest)
+                await in_image_thread(self._note, digest)
 
     @asynccontextmanager
     async def _alone(self, digest: str) -> AsyncIterator[None]:
@@ -174,7 +174,7 @@ class PartialBlobs:
             self._note(digest)
 
         async with self._alone(digest):
-            await in_thread(work)
+            await in_image_thread(work)
 
     async def drop(self, digests: Iterable[str]) -> None:
         """Drop those of ``digests`` that nobody uses now; success if there are none."""
@@ -182,7 +182,7 @@ class PartialBlobs:
             if digest in self._sizes and digest not in self._users:
                 async with self._alone(digest):
                     del self._sizes[digest]
-                    await in_thread(self._trash.throw, self.path(digest))
+                    await in_image_thread(self._trash.throw, self.path(digest))
                 self._trash.wake()
 
     async def drop_all(self) -> None:
@@ -191,7 +191,7 @@ class PartialBlobs:
 
     async def drop_old(self) -> None:
         """Drop those that nobody has added to for too long, and come back when the next one is as old."""
-        ages = await in_thread(lambda: {digest: _age(self.path(digest)) for digest in tuple(self._sizes)})
+        ages = await in_image_thread(lambda: {digest: _age(self.path(digest)) for digest in tuple(self._sizes)})
         await self.drop([digest for digest, age in ages.items() if age >= self._max_age])
         left = [age for digest, age in ages.items() if digest in self._sizes]
         if left or self._users:

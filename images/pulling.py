@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from host.errors import InvalidArgumentError, KubeletReasonError
 from host.stages import Operation
-from host.threads import in_thread
+from host.threads import in_image_thread
 from images.candidate import Candidate
 from images.credentials import Credentials
 from images.manifest_search import Document, FoundImage, Search, Wanted, advance, find_image
@@ -80,7 +80,7 @@ async def _candidate(client: RegistryClient, name: Reference, top: FetchedManife
 async def _advance(search: Search, document: Document | None, size: int) -> Wanted | FoundImage:
     if size <= _LARGE:
         return advance(search, document)
-    return await in_thread(advance, search, document)
+    return await in_image_thread(advance, search, document)
 
 
 async def _document(client: RegistryClient, wanted: Wanted, subject: str) -> Document:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import aiohttp
 
 from host.errors import InvalidArgumentError, NotFoundError, UnavailableError
-from host.threads import in_thread
+from host.threads import in_image_thread
 from images.credentials import Credentials
 from images.manifests import Descriptor
 from images.options import ImageOptions
@@ -158,9 +158,9 @@ async def _pieces(content: bytes | Path) -> AsyncIterator[bytes]:
     if isinstance(content, bytes):
         yield content
         return
-    descriptor = await in_thread(os.open, content, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = await in_image_thread(os.open, content, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        while piece := await in_thread(os.read, descriptor, _PIECE):
+        while piece := await in_image_thread(os.read, descriptor, _PIECE):
             yield piece
     finally:
         os.close(descriptor)

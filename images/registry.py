@@ -18,7 +18,7 @@ from host.errors import (
     PermissionDeniedError,
     PodkeelError,
 )
-from host.threads import in_thread
+from host.threads import in_image_thread
 from images import digests
 from images.bodies import BodyError, collect, decoded, encoding_of
 from images.credentials import Credentials
@@ -249,8 +249,8 @@ async def _unencoded(content: bytes, encoding: str, digest: str, wanted: _Docume
 
     Files that are compressed by themselves are sometimes said to be encoded and are not.
     """
-    if encoding and not (digest and await in_thread(digests.digest_of, content, digest) == digest):
+    if encoding and not (digest and await in_image_thread(digests.digest_of, content, digest) == digest):
         content = await decoded(content, encoding, wanted.limit)
     if digest:
-        await in_thread(digests.verify, content, digest, wanted.subject)
+        await in_image_thread(digests.verify, content, digest, wanted.subject)
     return content

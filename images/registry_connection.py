@@ -14,7 +14,7 @@ import aiohttp
 import yarl
 
 from host.errors import NotFoundError, PermissionDeniedError
-from host.threads import in_thread
+from host.threads import in_image_thread
 from images import authorization
 from images.bodies import LARGEST_TOKEN, BodyError, decoded, encoding_of, error_text, read_body
 from images.credentials import Credentials
@@ -68,10 +68,10 @@ class RegistryConnection:
         self.hosts: list[ConnectedHost] = []
 
     async def __aenter__(self) -> Self:
-        for config in await in_thread(hosts_for, self._reference.domain, self._options):
-            tls = await in_thread(config.tls) if config.base.startswith("https:") else True
+        for config in await in_image_thread(hosts_for, self._reference.domain, self._options):
+            tls = await in_image_thread(config.tls) if config.base.startswith("https:") else True
             special = config.ca or config.skip_verify
-            elsewhere = await in_thread(config.tls, with_client=False) if special else True
+            elsewhere = await in_image_thread(config.tls, with_client=False) if special else True
             self.hosts.append(ConnectedHost(config, origin_of(config.base), tls, elsewhere))
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, limit_per_host=0),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from host.database import Database
 from host.errors import InvalidArgumentError, NotFoundError
-from host.threads import in_thread
+from host.threads import in_image_thread
 from images.credentials import Credentials
 from images.export import export
 from images.image import Image
@@ -58,7 +58,7 @@ class Shipping:
         target = parse(destination or reference)
         names = map(parse, (*image.repo_digests, *image.repo_tags))
         siblings = {name.path for name in names if name.domain == target.domain} - {target.path}
-        pushing = await in_thread(importlib.import_module, "images.pushing")
+        pushing = await in_image_thread(importlib.import_module, "images.pushing")
         async with self._outgoing(image) as ready:
             pushed: Pushed = await pushing.push(
                 ready, target, options=self._options, credentials=credentials, siblings=sorted(siblings)
@@ -68,7 +68,7 @@ class Shipping:
 
     @asynccontextmanager
     async def _outgoing(self, image: Image) -> AsyncIterator[OutgoingImage]:
-        rows = await in_thread(self._database.read, "SELECT manifest FROM images WHERE id = ?", (image.id,))
+        rows = await in_image_thread(self._database.read, "SELECT manifest FROM images WHERE id = ?", (image.id,))
         if not rows:
             raise NotFoundError(f"image {image.name} was removed meanwhile")
         async with outgoing(image, rows[0][0], self._layers) as ready:

@@ -16,7 +16,8 @@ from pathlib import Path
 from host import libc, mounts
 from host.database import Database
 from host.errors import LimitError, NotFoundError, PodkeelError
-from host.threads import in_thread, wait_out
+from host.tasks import wait_out
+from host.threads import in_long_thread, in_thread
 from host.undo import Undo
 from images.image import Image
 from images.layers import EMPTY_LAYER, LayerStore
@@ -68,7 +69,7 @@ class SnapshotStore:
             layers = tuple(json.loads(numbers))
             self._held[key] = (container_id, layers)
             self._layers.retain(layers)
-        await in_thread(self._start_usage)
+        await in_long_thread(self._start_usage)
 
     def ids(self) -> frozenset[str]:
         """The containers that have a snapshot or an image mounted, or half of one."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from host.database import Database
 from host.errors import InvalidArgumentError, LimitError, NotFoundError
 from host.stages import Operation
-from host.threads import in_thread
+from host.threads import in_image_thread, in_long_thread, in_stats_thread
 from images import image_rows
 from images.archive import ImageArchive
 from images.candidate import Candidate
@@ -163,7 +163,7 @@ class ImageStore:
 
     async def _pull(self, name: Reference, credentials: Credentials | None) -> Image:
         # The HTTP client takes 20 MiB and a fifth of a second: an agent that never pulls never has it.
-        pulling = await in_thread(importlib.import_module, "images.pulling")
+        pulling = await in_image_thread(importlib.import_module, "images.pulling")
         operation = Operation("PullImage")
         known = self._names.get(_key(name))
         known_digests = self._images[known].repo_digests if known else ()
@@ -195,7 +195,7 @@ class ImageStore:
     ) -> tuple[Reference, list[HostAnswer]]:
         """The reference in full, and what each host that a pull tries answers to it; nothing is pulled."""
         name = parse(reference)
-        registry = await in_thread(importlib.import_module, "images.registry")
+        registry = await in_image_thread(importlib.import_module, "images.registry")
         async with registry.RegistryClient(self._options, name, credentials) as client:
             return name, await client.explain()
 
@@ -209,8 +209,8 @@ class ImageStore:
         archive = ImageArchive(path, self._data_dir, self._options.max_archive_bytes)
         try:
             async with operation.stage("manifest"):
-                await in_thread(archive.open)
-                candidates = await in_thread(archive.candidates, reference)
+                await in_long_thread(archive.open)
+                candidates = await in_long_thread(archive.candidates, reference)
             return [await self._install(candidate, operation) for candidate in candidates]
         finally:
             archive.close()
@@ -245,7 +245,7 @@ class ImageStore:
 
     async def disk_usage(self) -> DiskUsage:
         """What each image takes on disk, and what they share."""
-        rows = await in_thread(
+        rows = await in_stats_thread(
             self._database.read, "SELECT image_id, count(DISTINCT container_id) FROM snapshots GROUP BY image_id"
         )
         return disk_usage(self.images(), self._layers, dict(rows), self.snapshots.filesystem_usage().used_bytes)

@@ -14,7 +14,7 @@ import msgspec
 from host import processes
 from host.errors import PodkeelError
 from host.removal import MOST_TOLD, WORKER, WORKER_FOLDER, OutOfBudgetError, Removal
-from host.threads import in_thread
+from host.threads import in_long_thread
 
 _log = logging.getLogger("podkeel.images")
 
@@ -81,7 +81,7 @@ class Trash:
             await self._wake.wait()
             self._wake.clear()
             try:
-                small = await in_thread(_remove_small, self._folder)
+                small = await in_long_thread(_remove_small, self._folder)
                 self._tell(await self._remove_large() if small.more else small)
             except (PodkeelError, OSError) as error:
                 _log.error("trash: %s could not be emptied: %s", self._folder, error)
@@ -89,7 +89,7 @@ class Trash:
                 self._idle.set()
 
     async def _remove_large(self) -> _Left:
-        folder = await in_thread(os.open, self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        folder = await in_long_thread(os.open, self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             done = await processes.run(_WORKER, descriptors={WORKER_FOLDER: folder}, environment={})
         finally:

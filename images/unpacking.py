@@ -16,7 +16,7 @@ import msgspec
 
 from host import processes
 from host.errors import InvalidArgumentError, LimitError, PodkeelError
-from host.threads import in_thread
+from host.threads import in_image_thread
 from images import digests
 from images.manifests import Descriptor
 from images.partials import PartialBlob, write_all
@@ -187,7 +187,7 @@ class _Feed:
             self._busy.exception()
             self._busy = None
         with contextlib.suppress(LimitError):
-            await in_thread(self._save, self._batch)
+            await in_image_thread(self._save, self._batch)
 
     def _pass_on(self, batch: list[bytes]) -> None:
         for chunk in batch:

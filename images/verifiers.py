@@ -11,7 +11,7 @@ import msgspec
 
 from host import processes
 from host.errors import KubeletReasonError, PodkeelError
-from host.threads import in_thread
+from host.threads import in_image_thread
 from images.manifests import Descriptor
 from images.options import ImageOptions
 from images.reference import Reference
@@ -32,7 +32,7 @@ async def verify(options: ImageOptions, name: Reference, descriptor: Descriptor)
         return
     subject = f"image {name} ({descriptor.digest})"
     try:
-        programs = await in_thread(_programs, Path(options.verifier_dir))
+        programs = await in_image_thread(_programs, Path(options.verifier_dir))
     except OSError as error:
         raise _failed(f"{subject}: verifiers in {options.verifier_dir} cannot be read: {error.strerror}") from error
     for program in programs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from host.threads import in_thread
+from host.threads import in_stats_thread
 from metrics.agent import AgentMetrics
 from metrics.prometheus import AgentPage, Page, containers_page, gather
 from metrics.samples import Labels, Metric, Snapshot
@@ -31,12 +31,12 @@ def standard_routes(
 
     async def own(accept: str) -> Page:
         async with making_own:
-            return await in_thread(page.render, gather(agent.instruments), accept)
+            return await in_stats_thread(page.render, gather(agent.instruments), accept)
 
     async def containers(accept: str) -> Page:
         async with making_containers:
             entries = await snapshots()
-            return await in_thread(containers_page, metrics, entries, accept)
+            return await in_stats_thread(containers_page, metrics, entries, accept)
 
     async def healthy(accept: str) -> Page:
         return Page("text/plain; charset=utf-8", b"ok\n")

@@ -79,11 +79,11 @@ class BuiltInNetwork:
         It may be called again while no other call is under way.
         """
         try:
-            await threads.in_thread(self._restore)
-            self._mtu = self.options.mtu or await threads.in_thread(sysctl.uplink_mtu)
+            await threads.in_network_thread(self._restore)
+            self._mtu = self.options.mtu or await threads.in_network_thread(sysctl.uplink_mtu)
             self._check_mtu()
             if self._kernel is None:
-                self._kernel = await threads.in_thread(KernelBridge, self.options.bridge)
+                self._kernel = await threads.in_network_thread(KernelBridge, self.options.bridge)
             await self._ensure()
         except (PodkeelError, OSError) as error:
             self._failure = error.message if isinstance(error, PodkeelError) else str(error)
@@ -137,11 +137,11 @@ class BuiltInNetwork:
             self._unfinished.add(sandbox_id)
             undo.push("reservation", lambda: self._cancel(reservation))
             if reservation.ports:
-                await threads.in_thread(ports.check_free_on_node, reservation.ports)
+                await threads.in_network_thread(ports.check_free_on_node, reservation.ports)
             attachment = reservation.attachment
             undo.push("rows", lambda: self.store.remove(sandbox_id, rest=False))
             await self.store.add(attachment, reservation.addresses, reservation.ports, self.options.quarantine_seconds)
-            undo.push("interface", lambda: threads.in_thread(kernel.disconnect, attachment, delete_link=True))
+            undo.push("interface", lambda: threads.in_network_thread(kernel.disconnect, attachment, delete_link=True))
             await self._connect(kernel, attachment)
             self._unfinished.discard(sandbox_id)
         return attachment
@@ -181,10 +181,12 @@ class BuiltInNetwork:
             listing = await ruleset.listing(self.options.bridge)
             attachments = [reservation.attachment for reservation in self._reservations.values()]
             return [
-                *await threads.in_thread(compare_store, self.store, attachments),
-                *await threads.in_thread(compare_links, kernel, attachments, live, unfinished),
-                *await threads.in_thread(compare_bridge, kernel, self._bridge_addresses()),
-                *await threads.in_thread(compare_elements, self.options.bridge, attachments, unfinished, listing),
+                *await threads.in_network_thread(compare_store, self.store, attachments),
+                *await threads.in_network_thread(compare_links, kernel, attachments, live, unfinished),
+                *await threads.in_network_thread(compare_bridge, kernel, self._bridge_addresses()),
+                *await threads.in_network_thread(
+                    compare_elements, self.options.bridge, attachments, unfinished, listing
+                ),
             ]
 
     async def repair(self, live: Collection[str]) -> list[Finding]:
@@ -201,7 +203,7 @@ class BuiltInNetwork:
         async with self._gate.closed():
             await self._connect_again(kernel, live)
             known = {name for reservation in self._reservations.values() for name in reservation.attachment.links}
-            await threads.in_thread(lambda: kernel.delete_links(sorted(kernel.ports() - known)))
+            await threads.in_network_thread(lambda: kernel.delete_links(sorted(kernel.ports() - known)))
         return findings
 
     async def destroy(self) -> None:
@@ -210,7 +212,7 @@ class BuiltInNetwork:
         await self._firewalls.close()
         async with self._gate.closed():
             await ruleset.load(ruleset.remove_script(self.options.bridge))
-            await threads.in_thread(lambda: kernel.delete_links([*sorted(kernel.ports()), kernel.name]))
+            await threads.in_network_thread(lambda: kernel.delete_links([*sorted(kernel.ports()), kernel.name]))
             await self.store.clear()
             self._forget()
         await self.stop()
@@ -261,15 +263,15 @@ class BuiltInNetwork:
         if kernel is None:
             raise UnavailableError(f"network {self.options.bridge} has been stopped")
         async with self._gate.closed():
-            await threads.in_thread(kernel.ensure, self._bridge_addresses(), self._mtu)
+            await threads.in_network_thread(kernel.ensure, self._bridge_addresses(), self._mtu)
             # Pods that are not connected yet add their elements themselves once the gate is open.
             attachments = [r.attachment for id_, r in self._reservations.items() if id_ not in self._unfinished]
-            lost = await threads.in_thread(kernel.attach_again, [item.host_interface for item in attachments])
+            lost = await threads.in_network_thread(kernel.attach_again, [item.host_interface for item in attachments])
             if lost:
                 _log.warning(
                     "%d links were no ports of bridge %s any more, or down: they are again", len(lost), kernel.name
                 )
-            script = await threads.in_thread(self._script, self._book.in_use(), attachments)
+            script = await threads.in_network_thread(self._script, self._book.in_use(), attachments)
             await ruleset.load(script)
 
     async def _restore_tables(self) -> None:
@@ -331,13 +333,13 @@ class BuiltInNetwork:
 
         Their addresses stay the same, and so do their connections.
         """
-        present = await threads.in_thread(kernel.ports)
+        present = await threads.in_network_thread(kernel.ports)
         for sandbox_id, reservation in list(self._reservations.items()):  # pods that begin to be connected add to them
             attachment = reservation.attachment
             if sandbox_id not in live or sandbox_id in self._unfinished or present.issuperset(attachment.links):
                 continue
             try:
-                await threads.in_thread(kernel.delete_links, attachment.links)
+                await threads.in_network_thread(kernel.delete_links, attachment.links)
                 await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
                 _log.warning("the interface of sandbox %s was lost: it is made again", sandbox_id)
             except (PodkeelError, TableMissingError) as error:
@@ -349,7 +351,7 @@ class BuiltInNetwork:
             return
         kernel = self._started()
         async with self._gate.passing():
-            await threads.in_thread(kernel.disconnect, reservation.attachment, delete_link=delete_link)
+            await threads.in_network_thread(kernel.disconnect, reservation.attachment, delete_link=delete_link)
             await self.store.remove(sandbox_id, rest=True)
             if self._reservations.get(sandbox_id) is not reservation:
                 return  # another call was faster

@@ -18,7 +18,7 @@ import msgspec
 
 from host import processes
 from host.errors import PodkeelError
-from host.threads import in_thread
+from host.threads import in_network_thread
 from network import sysctl
 from network.addresses import IPAddress, IPNetwork
 from network.elements import BRIDGE, INET
@@ -108,14 +108,14 @@ async def find_obstacles(bridge: str, ranges: Sequence[IPNetwork]) -> list[Obsta
 
     Raises CommandError, NotFoundError or DeadlineError when nft cannot be asked.
     """
-    uplink = await in_thread(sysctl.uplink)
+    uplink = await in_network_thread(sysctl.uplink)
     packets = [packet for network in _one_of_each(ranges) for packet in _packets(bridge, uplink, network)]
     found: list[Obstacle] = []
     for family, table in sorted(await _hooked_tables(bridge)):
         concerned = [packet for packet in packets if packet.source.version in _FAMILIES[family]]
         listing = await _list("table", family, table)
         if concerned and listing is not None:
-            found += await in_thread(_judge, family, table, listing, concerned, bridge)
+            found += await in_network_thread(_judge, family, table, listing, concerned, bridge)
     for version in sorted({packet.source.version for packet in packets}):
         found += await _old_obstacles(version, bridge)
     return found
@@ -153,7 +153,7 @@ async def _list(*what: str) -> list[dict[str, Any]] | None:
     completed = await processes.run(["nft", "-j", "list", *what], timeout=_COMMAND_SECONDS, check=len(what) == 1)
     if completed.status != 0:
         return None
-    listed: list[dict[str, Any]] = (await in_thread(msgspec.json.decode, completed.stdout))["nftables"]
+    listed: list[dict[str, Any]] = (await in_network_thread(msgspec.json.decode, completed.stdout))["nftables"]
     return listed
 
 
@@ -190,7 +190,7 @@ def _iptables(program: str, chain: str, bridge: str) -> str:
 async def _old_obstacles(version: int, bridge: str) -> list[Obstacle]:
     """The same of the tables from before nftables, of which only the policy and rules on the bridge are read."""
     tables, program = _OLD_TABLES[version]
-    if not await in_thread(_has_filter, Path("/proc/self/net") / tables):
+    if not await in_network_thread(_has_filter, Path("/proc/self/net") / tables):
         return []
     try:
         completed = await processes.run([program, "-S"], timeout=_COMMAND_SECONDS)

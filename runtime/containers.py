@@ -12,13 +12,13 @@ from host.abandonable import AbandonableThreads, Permission
 from host.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PodkeelError, WrongStateError
 from host.removal import remove_tree
 from host.stages import Operation
-from host.threads import in_thread, wait_out
+from host.tasks import SingleFlight, wait_out
+from host.threads import in_thread
 from host.undo import Undo
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
 from runtime.container import Container, ContainerRecord, ContainerState
 from runtime.identifiers import new_id
-from runtime.joining import Joining
 from runtime.lifecycle import Lifecycle, begin
 from runtime.log_fields import of_container
 from runtime.mapped_volumes import bind_all
@@ -48,7 +48,9 @@ class ContainerManager:
     def __init__(self, node: Node, lifecycle: Lifecycle) -> None:
         self._node = node
         self._lifecycle = lifecycle
-        self._making: Joining[_Identity, Container] = Joining()
+        self._making: SingleFlight[_Identity, Container] = SingleFlight(
+            "its making was ended: its pod or the agent is stopping"
+        )
         self._threads = AbandonableThreads(_MOST_HANGING)
         self._by_identity: dict[_Identity, Container] = {}
 
@@ -81,7 +83,7 @@ class ContainerManager:
                 f"container {config.metadata.name!r} attempt {config.metadata.attempt} of {sandbox.title} "
                 "is being made with another configuration: raise the attempt"
             )
-        return await self._making.run(identity, config, lambda: self._make(sandbox, config))
+        return await self._making.run(identity, lambda: self._make(sandbox, config), config)
 
     async def _make(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Container:
         node = self._node
@@ -273,7 +275,7 @@ class ContainerManager:
 
     async def close(self) -> None:
         """Undo what is in the making; for the agent's end."""
-        await self._making.drain()
+        await self._making.close()
 
 
 def validate_container(config: cri_pb2.ContainerConfig) -> None:

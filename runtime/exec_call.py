@@ -22,7 +22,8 @@ from host import processes
 from host.errors import CommandError, DeadlineError
 from host.null_device import open_private_null
 from host.reaping import reap
-from host.threads import in_thread, wait_out
+from host.tasks import wait_out
+from host.threads import in_thread
 from runtime.console_socket import ConsoleSocket
 from runtime.oci_runtime import OciRuntime, naming
 

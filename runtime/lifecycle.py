@@ -15,7 +15,8 @@ from host.errors import CommandError, DeadlineError, InvalidArgumentError, Podke
 from host.reaping import reap
 from host.removal import remove_tree
 from host.stages import Operation
-from host.threads import in_thread, wait_out
+from host.tasks import wait_out
+from host.threads import in_thread
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups import CgroupTree
 from runtime.container import Container, ContainerState

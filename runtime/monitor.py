@@ -16,7 +16,8 @@ import msgspec
 from host import processes, procfs
 from host.errors import PodkeelError
 from host.reaping import reap
-from host.threads import in_fresh_thread, in_thread, wait_out
+from host.tasks import wait_out
+from host.threads import in_fresh_thread, in_thread
 from runtime.identifiers import is_id
 from runtime.layout import ContainerFolder, Layout
 from runtime.oci_runtime import plain_message

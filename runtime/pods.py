@@ -11,13 +11,13 @@ from functools import partial
 
 from host.errors import AlreadyExistsError, PodkeelError, UnsupportedError
 from host.stages import Operation
-from host.threads import in_fresh_thread, in_thread, wait_out
+from host.tasks import SingleFlight, wait_out
+from host.threads import in_fresh_thread, in_thread
 from host.undo import Undo
 from network.files import hosts_file, resolv_conf
 from proto.runtime.v1 import cri_pb2
 from runtime.containers import ContainerManager
 from runtime.identifiers import new_id
-from runtime.joining import Joining
 from runtime.log_fields import of_sandbox
 from runtime.namespaces import NamespacePlan, drop_namespaces, make_namespaces, set_link_sysctls
 from runtime.network_request import attach_request
@@ -44,7 +44,7 @@ class PodManager:
     def __init__(self, node: Node, containers: ContainerManager) -> None:
         self._node = node
         self._containers = containers
-        self._making: Joining[_Identity, Sandbox] = Joining()
+        self._making: SingleFlight[_Identity, Sandbox] = SingleFlight("its making was ended: the agent is stopping")
         self._by_identity: dict[_Identity, Sandbox] = {}
         self._io_weights = True
 
@@ -83,7 +83,7 @@ class PodManager:
                 f"sandbox {config.metadata.namespace}/{config.metadata.name} attempt {config.metadata.attempt} "
                 "is being made with another configuration: raise the attempt"
             )
-        return await self._making.run(identity, request, lambda: self._make(config, handler, runtime))
+        return await self._making.run(identity, lambda: self._make(config, handler, runtime), request)
 
     async def _make(self, config: cri_pb2.PodSandboxConfig, handler: str, runtime: OciRuntime) -> Sandbox:
         node = self._node
@@ -357,7 +357,7 @@ class PodManager:
 
     async def close(self) -> None:
         """Undo what is in the making; for the agent's end."""
-        await self._making.drain()
+        await self._making.close()
 
 
 def _identity(config: cri_pb2.PodSandboxConfig) -> _Identity:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
-from host.threads import in_fresh_thread, in_thread
+from host.threads import in_fresh_thread, in_stats_thread
 from images.writable import WritableUsage
 from metrics.devices import device_name
 from metrics.network import visit_networks
@@ -137,7 +137,7 @@ class Statistics:
             counted = self._connections.get(sandbox_id)
             if counted is not None:
                 networks[sandbox_id] = msgspec.structs.replace(reading, connections=counted)
-        return await in_thread(self._snapshots, pods, networks)
+        return await in_stats_thread(self._snapshots, pods, networks)
 
     async def _connections_of(self, pods: Sequence[Pod]) -> dict[str, ConnectionsReading]:
         readings = await self.networks(pods, connections=True) if pods else {}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from host.tasks import wait_out
 
 T = TypeVar("T")
 
@@ -18,20 +20,7 @@ async def left_fully(context: AbstractAsyncContextManager[T]) -> AsyncIterator[T
     try:
         yield value
     except BaseException:
-        if not await _wait_out(context.__aexit__(*sys.exc_info())):
+        if not await wait_out(asyncio.ensure_future(context.__aexit__(*sys.exc_info()))):
             raise
     else:
-        await _wait_out(context.__aexit__(None, None, None))
-
-
-async def _wait_out(work: Coroutine[Any, Any, bool | None]) -> bool | None:
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None and not task.cancelled() and task.exception() is None:
-        raise cancelled
-    return task.result()
+        await wait_out(asyncio.ensure_future(context.__aexit__(None, None, None)))

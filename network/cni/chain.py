@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from host.errors import PodkeelError, UnsupportedError
-from host.threads import in_thread
+from host.threads import in_network_thread
 from network.attachment import POD_INTERFACE
 from network.cni import result as results
 from network.cni.configuration import Configuration, Plugin
@@ -56,14 +56,14 @@ class PluginChain:
 
     async def delete(self, record: CniRecord) -> None:
         """DEL: disconnect the pod, also one that was never quite connected or whose namespace is gone."""
-        namespace = await in_thread(_existing_namespace, record.netns_path)
+        namespace = await in_network_thread(_existing_namespace, record.netns_path)
         call = _call("DEL", record, namespace)
         for plugin in reversed(record.configuration.plugins):
             await self._runner.run(plugin.type, call, _settings(record, plugin, _known_result(record)))
 
     async def delete_what_can_be(self, record: CniRecord) -> dict[str, str]:
         """DEL of every plugin, whatever others do; returns the errors of those that failed."""
-        namespace = await in_thread(_existing_namespace, record.netns_path)
+        namespace = await in_network_thread(_existing_namespace, record.netns_path)
         errors: dict[str, str] = {}
         for plugin in reversed(record.configuration.plugins):
             settings = _settings(record, plugin, _known_result(record))

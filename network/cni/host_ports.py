@@ -64,7 +64,7 @@ class HostPortTable:
             self._needed = self._needed or bool(forwarding) or await self._listing() is not None
             if self._needed:
                 await ruleset.load(self._removal + self._script(forwarding))
-                await threads.in_thread(open_localhost, [attachment for _, attachment in forwarding])
+                await threads.in_network_thread(open_localhost, [attachment for _, attachment in forwarding])
 
     async def remove(self) -> None:
         """Remove the table, where there is one."""
@@ -134,7 +134,7 @@ async def forget_flows(mappings: Sequence[PortMapping]) -> None:
             conntrack.forget_udp(netfilter, mappings)
 
     if any(mapping.protocol == "udp" for mapping in mappings):
-        await threads.in_thread(work)
+        await threads.in_network_thread(work)
 
 
 def open_localhost(attachments: Sequence[Attachment]) -> None:

@@ -106,9 +106,9 @@ class CniNetwork:
 
     async def start(self) -> None:
         """Read the store, end plugins that a former agent left running, and look at the folder."""
-        records = await threads.in_thread(self._rows.records)
+        records = await threads.in_network_thread(self._rows.records)
         busy = [record.sandbox_id for record in records if record.state is not CniState.ADDED]
-        ended = await threads.in_thread(end_orphans, busy)
+        ended = await threads.in_network_thread(end_orphans, busy)
         if ended:
             _log.warning("%d processes of CNI plugins that a former agent had called were ended", ended)
         for known in list(self._records.values()):
@@ -116,7 +116,7 @@ class CniNetwork:
         for record in records:
             self._records[record.sandbox_id] = record
             self._ports.take(record.sandbox_id, record.taken)
-        self._pod_cidrs = tuple(await threads.in_thread(self._network_rows.pod_cidrs))
+        self._pod_cidrs = tuple(await threads.in_network_thread(self._network_rows.pod_cidrs))
         if self.options.mode != "built-in":
             # A plugin that is slow to answer must not keep the node's agent from starting.
             await asyncio.wait([self._in_background(self.reload())], timeout=_START_SECONDS)
@@ -186,7 +186,7 @@ class CniNetwork:
         async with Undo(f"CNI network of sandbox {sandbox_id}") as undo:
             undo.push("reservation", lambda: self._abandon(sandbox_id))
             if record.host_ports:
-                await threads.in_thread(ports.check_free_on_node, record.taken)
+                await threads.in_network_thread(ports.check_free_on_node, record.taken)
             async with self._entering:
                 await threads.in_fresh_thread(bring_up_loopback, sandbox_id, request.netns_path)
             undo.push("network", lambda: self._deletions.run(sandbox_id))
@@ -232,7 +232,7 @@ class CniNetwork:
         if record.forwards:
             await self._table.load(self._records.values())
         if record.attachment is not None and record.attachment.host_interface:
-            await threads.in_thread(remove_veth, record.attachment.host_interface)
+            await threads.in_network_thread(remove_veth, record.attachment.host_interface)
         await self._rows.remove(sandbox_id)
         self._forget(record)
         await forget_flows(record.host_ports)
@@ -359,7 +359,7 @@ class CniNetwork:
     async def _look(self) -> _View:
         self._looked_at = time.monotonic()
         try:
-            found = await threads.in_thread(find_configuration, self._folder)
+            found = await threads.in_network_thread(find_configuration, self._folder)
             if found is None:
                 message = f"no CNI configuration in {self._folder}: install the cluster's network plugin"
                 return _View(None, Condition(False, "CniNotConfigured", message), False)

@@ -84,6 +84,22 @@ def test_stream_commands_take_no_more_of_the_server_than_its_spdy_machine(path: 
     assert {name for name in names if name.split(".")[0] == "cri"} <= STREAM_MODULES
 
 
+# Containers' root file systems are mounted for calls about containers; all other work of these rooms has its own pools.
+CONTAINERS_POOL_OF_IMAGES = {"images/snapshots.py"}
+
+
+@pytest.mark.parametrize("room", ["images", "metrics", "network"])
+def test_work_of_a_room_takes_no_threads_from_calls_about_containers(room: str) -> None:
+    using = {
+        str(path.relative_to(ROOT))
+        for path in modules(room)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Name | ast.Attribute | ast.alias)
+        and {getattr(node, part, "") for part in ("id", "attr", "name")} & {"in_thread", "to_thread"}
+    }
+    assert using - CONTAINERS_POOL_OF_IMAGES == set(), "use the pool of host/threads.py that is for this purpose"
+
+
 def test_modules_are_short_enough_to_read() -> None:
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text().splitlines())

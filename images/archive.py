@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import posixpath
+import stat
 import tarfile
 import zlib
 from collections.abc import AsyncGenerator
@@ -15,9 +17,10 @@ from typing import IO
 
 import msgspec
 
-from host.errors import InvalidArgumentError, LimitError, NotFoundError
+from host.errors import InvalidArgumentError, LimitError
 from host.threads import in_image_thread
 from images import digests
+from images.archive_files import BoundedTarInfo, open_archive, open_member
 from images.candidate import Candidate
 from images.image import ConfigFile, read_config
 from images.manifest_search import Document, FoundImage, Wanted, advance, find_image
@@ -27,6 +30,7 @@ from images.reference import Reference, parse
 
 _CHUNK = 1 << 20
 _MOST_MEMBERS = 100_000
+_LONGEST_NAMES = 8192
 _NESTING = 4
 _NAME = "org.opencontainers.image.ref.name"
 _FULL_NAME = "io.containerd.image.name"
@@ -54,21 +58,20 @@ class ImageArchive:
         self._max_bytes = max_bytes
         self._stack = ExitStack()
         self._file: IO[bytes] | None = None
+        self._folder = -1
         self._members: dict[str, _Member] = {}
 
     def open(self) -> None:
         """Open and index it; blocking. Raises NotFoundError, or InvalidArgumentError if it cannot be read."""
-        if self._path.is_dir():
-            return
+        descriptor = open_archive(self._path)
         with ExitStack() as stack:
-            try:
-                self._file = stack.enter_context(self._path.open("rb"))
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise NotFoundError(f"image archive {self._path} does not exist") from error
-            except OSError as error:
-                raise InvalidArgumentError(f"image archive {self._path} cannot be read: {error.strerror}") from error
-            self._decompress(stack)
-            self._index()
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                self._folder = descriptor
+                stack.callback(os.close, descriptor)
+            else:
+                self._file = stack.enter_context(os.fdopen(descriptor, "rb"))
+                self._decompress(stack)
+                self._index()
             self._stack = stack.pop_all()
 
     def close(self) -> None:
@@ -101,8 +104,11 @@ class ImageArchive:
 
     def _index(self) -> None:
         try:
-            with tarfile.open(fileobj=self._file, mode="r:") as archive:
+            with tarfile.open(fileobj=self._file, mode="r:", tarinfo=BoundedTarInfo) as archive:
                 for member in archive:
+                    member.pax_headers = {}  # may be large, and tarfile keeps all members
+                    if len(member.name) + len(member.linkname) > _LONGEST_NAMES:
+                        raise tarfile.ReadError(f"a name is longer than {_LONGEST_NAMES} bytes")
                     if len(self._members) >= _MOST_MEMBERS:
                         raise LimitError(f"image archive {self._path} has more than {_MOST_MEMBERS} members")
                     name = posixpath.normpath(member.name)
@@ -117,7 +123,13 @@ class ImageArchive:
 
     def has(self, name: str) -> bool:
         """Whether there is such a member."""
-        return name in self._members if self._file else (self._path / name).is_file()
+        if self._file is not None:
+            return name in self._members
+        try:
+            os.close(open_member(self._folder, name)[0])
+        except (OSError, ValueError):
+            return False
+        return True
 
     def read(self, name: str, limit: int) -> bytes:
         """A whole member; InvalidArgumentError if it is missing, cut off or larger than ``limit``."""
@@ -154,10 +166,13 @@ class ImageArchive:
 
     def _open_file(self, name: str) -> tuple[int, int]:
         try:
-            descriptor = os.open(self._path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            return open_member(self._folder, name)
         except OSError as error:
-            raise InvalidArgumentError(f"image archive {self._path} is broken: {name}: {error.strerror}") from error
-        return descriptor, os.fstat(descriptor).st_size
+            outside = error.errno == errno.EXDEV
+            reason = "leads out of the archive's folder" if outside else error.strerror
+            raise InvalidArgumentError(f"image archive {self._path} is broken: {name}: {reason}") from error
+        except ValueError as error:
+            raise InvalidArgumentError(f"image archive {self._path} is broken: {name}: {error}") from error
 
     def _member(self, name: str) -> _Member:
         for _ in range(_NESTING):

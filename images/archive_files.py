@@ -1,0 +1,82 @@
+"""Opening what an image archive is made of: regular files only, and never one outside of the archive's folder."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import tarfile
+from pathlib import Path
+
+from host import libc
+from host.errors import InvalidArgumentError, NotFoundError
+
+LARGEST_HEADER = 1 << 20  # of the records that tell of one member
+
+_OPENAT2 = 437  # the same on every architecture
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_BENEATH = 0x08
+_ATTEMPTS = 64
+_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+def open_archive(path: Path) -> int:
+    """A descriptor of the archive's file or folder, never waiting for another process.
+
+    Raises NotFoundError, and InvalidArgumentError if it cannot be read or is neither.
+    """
+    try:
+        descriptor = os.open(path, _FILE)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFoundError(f"image archive {path} does not exist") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InvalidArgumentError(f"image archive {path} cannot be read: {reason}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        os.close(descriptor)
+        raise InvalidArgumentError(f"image archive {path} is neither a file nor a folder")
+    return descriptor
+
+
+def open_member(folder: int, name: str) -> tuple[int, int]:
+    """A descriptor and the size of the regular file ``name`` below the open ``folder``.
+
+    Links and ``..`` may lead through the folder, not out of it. Raises OSError, ValueError for a name that none can be.
+    """
+    how = (ctypes.c_uint64 * 3)(_FILE, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
+    encoded = os.fsencode(name)
+    if b"\0" in encoded:
+        raise ValueError("holds a NUL")
+    for attempt in range(_ATTEMPTS):
+        try:
+            size = ctypes.c_size_t(ctypes.sizeof(how))
+            descriptor = libc.syscall(_OPENAT2, ctypes.c_int(folder), encoded, how, size)
+            break
+        except BlockingIOError:  # something was renamed meanwhile; openat2(2) says to try again
+            if attempt == _ATTEMPTS - 1:
+                raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ValueError("is no regular file")
+    return descriptor, status.st_size
+
+
+_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+
+class BoundedTarInfo(tarfile.TarInfo):
+    """Refuses headers by which an archive would fill the memory: long records, and maps of sparse files."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in (*_EXTENDED, *_LONG) and self.size > LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header is larger than {LARGEST_HEADER} bytes")
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError(f"{self.name!r} is a sparse file: make the archive without --sparse")
+        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]  # tarfile's own hook
+        return member
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        raise tarfile.ReadError(f"{self.name!r} is a sparse file: make the archive without --sparse")

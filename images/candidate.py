@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from host.errors import InvalidArgumentError
 from images import digests
 from images.image import ConfigFile, ImageConfig, check_linux
 from images.layer_source import LayerSource
 from images.manifests import Descriptor
+from images.slots import Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Candidate:
     open_layer: Callable[[Descriptor, int], AsyncGenerator[bytes, None]]
     transferred: Callable[[], int] = lambda: 0
     resumable: bool = False
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def id(self) -> str:
@@ -53,10 +55,10 @@ class Candidate:
                 descriptor,
                 diff_ids[index],
                 chain[index],
-                chain[:index],
                 functools.partial(self.open_layer, descriptor),
                 f"{self.subject}: layer {index + 1} of {len(diff_ids)} ({descriptor.digest or diff_ids[index]})",
                 self.resumable,
+                self.origin,
             )
             for index, descriptor in enumerate(self.layers)
         ]

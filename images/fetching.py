@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
@@ -10,11 +9,11 @@ from pathlib import Path
 
 from host.errors import InvalidArgumentError
 from host.threads import in_image_thread
-from images.layer_source import LayerSource
 from images.manifests import Descriptor
 from images.options import ImageOptions
 from images.partials import PartialBlob, PartialBlobs, new_blob
-from images.progress import Transfers
+from images.progress import Transfer, Transfers
+from images.slots import Origin, Slot, Slots
 from images.trash import Trash
 from images.unpacking import Unpacked, Unpacker
 
@@ -22,13 +21,13 @@ _log = logging.getLogger("podkeel.images")
 
 
 class LayerFetcher:
-    """Fetches and unpacks ``max_parallel_downloads`` layers at a time, whoever wants them."""
+    """Fetches and unpacks layers, as many at a time as ``slots`` lets it."""
 
     def __init__(self, options: ImageOptions, partials: PartialBlobs, trash: Trash) -> None:
         self._options = options
         self._partials = partials
         self._trash = trash
-        self.slots = asyncio.Semaphore(options.max_parallel_downloads)
+        self.slots = Slots(options.max_parallel_downloads)
         self._unpacker: Unpacker | None = None
         self.transfers = Transfers()
 
@@ -37,31 +36,40 @@ class LayerFetcher:
         if self._unpacker is not None:
             self._unpacker.close()
 
-    async def fetch(self, source: LayerSource, folder: Path, incoming: Path, kept: Path) -> Unpacked:
-        """Unpack the layer to ``folder``, which is made; errors as ``Unpacker.unpack``.
+    async def fetch(self, transfer: Transfer, folder: Path, incoming: Path, kept: Path) -> Unpacked:
+        """Unpack the layer to ``folder``, which is made; errors as ``Unpacker.unpack`` and ``Slots.slot``.
 
-        Its blob is at ``incoming`` then, and besides a partial one if ``source`` is resumable. What is there of it
+        Its blob is at ``incoming`` then, and besides a partial one if the source is resumable. What is there of it
         comes first: of the partial blob, or ``kept``, where another layer may have it; if damaged, all is fetched.
+        Nothing is opened before the layer has its slot.
         """
+        source = transfer.source
         async with AsyncExitStack() as stack:
-            keep = None
+            alone = False
             if self._options.keep_blobs and source.resumable:
-                keep = await stack.enter_async_context(self._partials.claim(source.descriptor.digest, kept))
+                turn = self._partials.turn(source.descriptor.digest, source.origin.registry)
+                alone = await stack.enter_async_context(turn)
+            slot = await stack.enter_async_context(self.slots.slot(source.origin, source.subject))
+            keep = None
+            if alone:
+                keep = await stack.enter_async_context(self._partials.opened(source.descriptor.digest, kept))
             elif self._options.keep_blobs:
                 keep = stack.enter_context(new_blob(incoming))
-            async with self.slots:
-                unpacked = await self._fetch_anew_if_damaged(source, folder, keep)
-            if keep is not None and source.resumable:
+            unpacked = await self._fetch_again_if_damaged(transfer, slot, folder, keep)
+            if keep is not None and alone:
                 # A name of its own: others may go on with the partial blob from now on, or drop it.
                 await in_image_thread(incoming.hardlink_to, keep.path)
         return unpacked
 
-    async def _fetch_anew_if_damaged(self, source: LayerSource, folder: Path, keep: PartialBlob | None) -> Unpacked:
+    async def _fetch_again_if_damaged(
+        self, transfer: Transfer, slot: Slot, folder: Path, keep: PartialBlob | None
+    ) -> Unpacked:
+        source = transfer.source
         if keep is not None and keep.size > source.descriptor.size >= 0:
             await in_image_thread(keep.restart)
         await in_image_thread(folder.mkdir, mode=0o755, parents=True)
         try:
-            return await self._fetch(source, folder, keep)
+            return await self._fetch(transfer, slot, folder, keep)
         except InvalidArgumentError as error:
             if keep is None or not keep.size:
                 raise
@@ -70,17 +78,17 @@ class LayerFetcher:
         await in_image_thread(self._trash.throw, folder)
         self._trash.wake()
         await in_image_thread(folder.mkdir, mode=0o755)
-        return await self._fetch(source, folder, keep)
+        return await self._fetch(transfer, slot, folder, keep)
 
-    async def _fetch(self, source: LayerSource, folder: Path, keep: PartialBlob | None) -> Unpacked:
-        chunks = self.transfers.chunks(source, keep)
+    async def _fetch(self, transfer: Transfer, slot: Slot, folder: Path, keep: PartialBlob | None) -> Unpacked:
+        source, chunks = transfer.source, transfer.chunks(keep, slot)
         return await self._worker().unpack(chunks, source.descriptor, folder, keep, source.subject)
 
     async def unpack(
         self, chunks: AsyncGenerator[bytes, None], descriptor: Descriptor, folder: Path, subject: str
     ) -> Unpacked:
         """Unpack a layer to ``folder`` outside of the store; errors as ``Unpacker.unpack``."""
-        async with self.slots:
+        async with self.slots.slot(Origin(), subject):
             return await self._worker().unpack(chunks, descriptor, folder, None, subject)
 
     def _worker(self) -> Unpacker:
@@ -88,6 +96,6 @@ class LayerFetcher:
             self._unpacker = Unpacker(
                 max_bytes=self._options.max_layer_bytes,
                 max_entries=self._options.max_layer_entries,
-                parallel=self._options.max_parallel_downloads,
+                parallel=self.slots.most,
             )
         return self._unpacker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sqlite3
 from collections.abc import Iterable
 
@@ -13,13 +14,14 @@ MAKING, NEW, USED = range(3)
 
 
 def insert(connection: sqlite3.Connection, source: LayerSource) -> int:
-    """A new row for a layer that is being made; returns its number."""
-    # A layer that went, or an attempt that failed, while the disk was too full even for deleting its row.
-    connection.execute("DELETE FROM layers WHERE chain_id = ?", (source.chain_id,))
+    """A new row for a layer that is being made; returns its number. It gets its chain id when it is complete.
+
+    Others may be making the same layer.
+    """
     cursor = connection.execute(
         "INSERT INTO layers (chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, ready) "
         "VALUES (?, ?, '', 0, 0, 0, 0, ?)",
-        (source.chain_id, source.diff_id, MAKING),
+        (f"making {secrets.token_hex(16)}", source.diff_id, MAKING),
     )
     number = cursor.lastrowid
     assert number is not None
@@ -28,10 +30,13 @@ def insert(connection: sqlite3.Connection, source: LayerSource) -> int:
 
 def complete(connection: sqlite3.Connection, layer: Layer, *, resumable: bool) -> None:
     """The layer is made; ``resumable`` as of its source."""
+    # A layer that went while the disk was too full even for deleting its row.
+    connection.execute("DELETE FROM layers WHERE chain_id = ? AND number != ?", (layer.chain_id, layer.number))
     connection.execute(
-        "UPDATE layers SET blob_digest = ?, blob_bytes = ?, used_bytes = ?, used_inodes = ?, opaque = ?, "
+        "UPDATE layers SET chain_id = ?, blob_digest = ?, blob_bytes = ?, used_bytes = ?, used_inodes = ?, opaque = ?, "
         "tree_digest = ?, ready = ? WHERE number = ?",
         (
+            layer.chain_id,
             layer.blob_digest,
             layer.blob_bytes,
             layer.used_bytes,

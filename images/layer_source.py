@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from images.manifests import Descriptor
+from images.slots import Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,12 @@ class LayerSource:
     descriptor: Descriptor
     diff_id: str
     chain_id: str
-    below: tuple[str, ...]  # chain ids of the layers below, lowest first
     chunks: Callable[[int], AsyncGenerator[bytes, None]]
     subject: str
     resumable: bool
+    origin: Origin = field(default_factory=Origin)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What others who want it from the same registry have too."""
+        return self.chain_id, self.origin.registry

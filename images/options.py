@@ -22,7 +22,8 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     Credentials that come with a pull are used first. ``credentials_file`` holds the node's own, in the form of docker's
     ``config.json``; a credential helper it names gets ``credential_helper_seconds`` to answer.
 
-    Layers: at most ``max_parallel_downloads`` of them are fetched and unpacked at once, over all pulls. A layer that
+    Layers: at most ``max_parallel_downloads`` of them are fetched and unpacked at once, over all pulls; beyond them a
+    pull that has none gets one, up to 16 in all. A layer that
     unpacks to more than ``max_layer_bytes`` or holds more than ``max_layer_entries`` is refused, and so is a compressed
     archive that unpacks to more than ``max_archive_bytes``. With ``keep_blobs`` the compressed layers stay on disk
     beside the unpacked ones, which checking, repairing and exporting an image need, and what came of one whose

@@ -17,6 +17,7 @@ from images.trash import Trash
 
 _CHUNK = 1 << 20
 _SHORTEST_WAIT = 1.0
+_PATIENCE = 5.0  # seconds of waiting for a transfer from another registry
 _MOST_CHUNKS = 512  # of one writev(2)
 
 
@@ -93,6 +94,7 @@ class PartialBlobs:
         self._sizes: dict[str, int] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._users: dict[str, int] = {}
+        self._registries: dict[str, str] = {}  # where those come from that are being added to
         self._timer: asyncio.TimerHandle | None = None
         self._dropping: asyncio.Task[None] | None = None
 
@@ -134,40 +136,71 @@ class PartialBlobs:
         return found
 
     @asynccontextmanager
-    async def claim(self, digest: str, kept: Path) -> AsyncIterator[PartialBlob]:
-        """The partial blob, an empty one if there is none, for the block alone; others wait for its end.
+    async def turn(self, digest: str, registry: str) -> AsyncIterator[bool]:
+        """Whether the partial blob is for the block alone; others wait for its end.
+
+        Nobody waits for more than some seconds for a transfer from another registry, which may be slow: the answer is
+        no then.
+        """
+        with self._user(digest):
+            lock = self._locks[digest]
+            while not await _acquired(lock):
+                if self._registries.get(digest, registry) != registry:
+                    yield False
+                    return
+            self._registries[digest] = registry
+            try:
+                yield True
+            finally:
+                del self._registries[digest]
+                lock.release()
+
+    @asynccontextmanager
+    async def opened(self, digest: str, kept: Path) -> AsyncIterator[PartialBlob]:
+        """The partial blob, an empty one if there is none, for whoever has the turn.
 
         Where there is none, what is at ``kept`` is taken for it: the whole blob, if another layer of this node has it.
         """
-        async with self._alone(digest):
-            linked = await in_image_thread(_link, kept, self.path(digest))
-            blob = await in_image_thread(PartialBlob, self.path(digest))
-            self._sizes.pop(digest, None)
-            try:
-                yield blob
-            except BaseException:
-                if linked:
-                    await in_image_thread(self.path(digest).unlink, missing_ok=True)
-                raise
-            finally:
-                blob.close()
-                await in_image_thread(self._note, digest)
+        linked = await in_image_thread(_link, kept, self.path(digest))
+        blob = await in_image_thread(PartialBlob, self.path(digest))
+        self._sizes.pop(digest, None)
+        try:
+            yield blob
+        except BaseException:
+            if linked:
+                await in_image_thread(self.path(digest).unlink, missing_ok=True)
+            raise
+        finally:
+            blob.close()
+            await in_image_thread(self._note, digest)
 
     @asynccontextmanager
     async def _alone(self, digest: str) -> AsyncIterator[None]:
+        with self._user(digest):
+            async with self._locks[digest]:
+                yield
+
+    @contextmanager
+    def _user(self, digest: str) -> Iterator[None]:
         self._users[digest] = self._users.get(digest, 0) + 1
         if self._timer is None:
             self._come_back(self._max_age)
         try:
-            async with self._locks[digest]:
-                yield
+            yield
         finally:
             self._users[digest] -= 1
             if not self._users[digest]:
                 del self._users[digest], self._locks[digest]
 
     async def keep(self, digest: str, whole: Path) -> None:
-        """Take the ``whole`` blob of a layer that goes, which no image came to have: it may be wanted again."""
+        """Take the ``whole`` blob of a layer that goes, which no image came to have: it may be wanted again.
+
+        It is thrown away if somebody adds to the partial blob: that may take long, and nobody waits for it.
+        """
+        if digest in self._users:
+            await in_image_thread(self._trash.throw, whole)
+            self._trash.wake()
+            return
 
         def work() -> None:
             _move(whole, self.path(digest))
@@ -211,6 +244,13 @@ class PartialBlobs:
         size = _left(self.path(digest))
         if size:
             self._sizes[digest] = size
+
+
+async def _acquired(lock: asyncio.Lock) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_PATIENCE):
+            return await lock.acquire()
+    return False
 
 
 def _link(kept: Path, path: Path) -> bool:

@@ -11,6 +11,7 @@ from enum import Enum
 
 from images.layer_source import LayerSource
 from images.partials import PartialBlob
+from images.slots import Slot
 
 
 class LayerState(Enum):
@@ -49,43 +50,51 @@ class RunningPull:
     sources: Sequence[LayerSource] = ()
 
 
-class Transfers:
-    """The layers on their way to the node, by chain id, with the bytes that came."""
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """A layer that somebody makes; ``received`` is None until its chunks are asked for."""
 
-    def __init__(self) -> None:
-        self._received: dict[str, int] = {}
+    source: LayerSource
+    received: int | None = None
 
-    @contextmanager
-    def making(self, source: LayerSource) -> Iterator[None]:
-        """The layer is on its way, once its chunks are asked for, until the block ends."""
-        try:
-            yield
-        finally:
-            self._received.pop(source.chain_id, None)
-
-    def chunks(self, source: LayerSource, partial: PartialBlob | None) -> AsyncGenerator[bytes, None]:
-        """The chunks of the layer, what is there of it first, counted."""
-        self._received[source.chain_id] = 0
-        return self._counted(source, partial)
-
-    async def _counted(self, source: LayerSource, partial: PartialBlob | None) -> AsyncGenerator[bytes, None]:
+    async def chunks(self, partial: PartialBlob | None, slot: Slot) -> AsyncGenerator[bytes, None]:
+        """The chunks of the layer, what is there of it first, counted; ``slot`` watches how fast the others come."""
+        self.received = 0
         begin = partial.size if partial is not None else 0
         if partial is not None:
             async with contextlib.aclosing(partial.chunks()) as chunks:
                 async for chunk in chunks:
-                    self._received[source.chain_id] += len(chunk)
+                    self.received += len(chunk)
                     yield chunk
-        if 0 < begin == source.descriptor.size:
+        if 0 < begin == self.source.descriptor.size:
             return
-        async with contextlib.aclosing(source.chunks(begin)) as chunks:
+        async with contextlib.aclosing(slot.watched(self.source.chunks(begin))) as chunks:
             async for chunk in chunks:
-                self._received[source.chain_id] += len(chunk)
+                self.received += len(chunk)
                 yield chunk
+
+
+class Transfers:
+    """The layers on their way to the node, by chain id and registry."""
+
+    def __init__(self) -> None:
+        self._transfers: dict[tuple[str, str], Transfer] = {}
+
+    @contextmanager
+    def making(self, source: LayerSource) -> Iterator[Transfer]:
+        """The layer is on its way until the block ends."""
+        transfer = self._transfers[source.key] = Transfer(source)
+        try:
+            yield transfer
+        finally:
+            if self._transfers.get(source.key) is transfer:  # else another one has taken over
+                del self._transfers[source.key]
 
     def progress(self, source: LayerSource, *, there: bool) -> LayerProgress:
         """How far the layer is, which ``there`` says is unpacked."""
         size = source.descriptor.size
-        received = self._received.get(source.chain_id)
+        transfer = self._transfers.get(source.key)
+        received = transfer.received if transfer is not None else None
         if there:
             return LayerProgress(source.descriptor.digest, LayerState.DONE, size, size)
         state = LayerState.WAITING if received is None else LayerState.RUNNING

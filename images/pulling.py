@@ -17,6 +17,7 @@ from images.options import ImageOptions
 from images.platforms import this_machine
 from images.reference import Reference
 from images.registry import FetchedManifest, RegistryClient
+from images.slots import Origin
 from images.verifiers import verify
 
 _LARGE = 32 << 10  # bytes of a document that is read in a thread
@@ -74,6 +75,7 @@ async def _candidate(client: RegistryClient, name: Reference, top: FetchedManife
         open_layer=functools.partial(RegistryClient.blob, client),
         transferred=lambda: client.transferred,
         resumable=True,
+        origin=Origin(name.domain),
     )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from host.database import Database
 from host.errors import InvalidArgumentError, LimitError, NotFoundError
 from host.stages import Operation
+from host.tasks import SingleFlight
 from host.threads import in_image_thread, in_long_thread, in_stats_thread
 from images import image_rows
 from images.archive import ImageArchive
@@ -24,7 +25,6 @@ from images.checking import ImageChecker
 from images.credentials import Credentials
 from images.disk_usage import DiskUsage, disk_usage
 from images.image import Image, ImageConfig, read_config
-from images.joining import Joined
 from images.layer import Layer
 from images.layer_source import LayerSource
 from images.layers import LayerStore
@@ -81,7 +81,9 @@ class ImageStore:
         self._images: dict[str, Image] = {}
         self._names: dict[str, str] = {}
         self._changing = asyncio.Lock()
-        self._pulls: Joined[Image] = Joined()
+        self._pulls: SingleFlight[tuple[str, Credentials | None], Image] = SingleFlight(
+            "the pull was ended: the agent is stopping"
+        )
         self._running_pulls: list[RunningPull] = []
         self.revision = 0
         self.fetched_bytes = 0
@@ -288,7 +290,9 @@ class ImageStore:
             await self._layers.release([layer.number for layer in layers])
 
     async def _obtain(self, sources: Iterable[LayerSource]) -> list[Layer]:
-        tasks = [asyncio.create_task(self._layers.obtain(source)) for source in sources]
+        tasks: list[asyncio.Task[Layer]] = []
+        for source in sources:
+            tasks.append(asyncio.create_task(self._layers.obtain(source, tuple(tasks))))
         try:
             return list(await asyncio.gather(*tasks))
         except BaseException:

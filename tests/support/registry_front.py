@@ -6,7 +6,7 @@ import asyncio
 import base64
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -32,6 +32,11 @@ class Front:
     redirect_blobs_to: str = ""
     refuse_ranges: bool = False
     trickle: int = 0  # bytes of each blob answer sent at a time, a hundredth of a second apart
+    drip: dict[str, int] = field(default_factory=dict)  # bytes sent a tenth of a second apart, by part of the path
+    hold: dict[str, asyncio.Event] = field(default_factory=dict)  # to be set before an answer, by part of the path
+    range_answer: Callable[[int, bytes], web.Response] | None = None  # the answer to a range from that byte of a blob
+    head_status: int = 0  # what HEAD of a manifest is answered with
+    cut_manifests: int = 0  # how many answers with a manifest break off in the middle
     stalled: asyncio.Event = field(default_factory=asyncio.Event)
     left: asyncio.Event = field(default_factory=asyncio.Event)  # a client that was being held went away
     seen: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
@@ -51,6 +56,9 @@ class Front:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """One request."""
         self.seen.append((request.method, request.path_qs, dict(request.headers)))
+        for part, event in self.hold.items():
+            if part in request.path:
+                await event.wait()
         for part, statuses in self.failures.items():
             if part in request.path and statuses:
                 headers = {"Retry-After": self.retry_after} if self.retry_after else {}
@@ -71,33 +79,48 @@ class Front:
         return web.json_response({"token": TOKEN})
 
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:
+        if request.method == "HEAD" and self.head_status and "/manifests/" in request.path:
+            return web.Response(status=self.head_status)
         passed = ("Accept", "Range", "Content-Type")
         headers = {name: value for name, value in request.headers.items() if name in passed}
-        if self.refuse_ranges:
+        asked = headers.get("Range", "")
+        if self.refuse_ranges or self.range_answer:
             headers.pop("Range", None)
         async with aiohttp.ClientSession(auto_decompress=False) as session:
             url = f"http://{self.upstream}{request.path_qs}"
             async with session.request(request.method, url, headers=headers, data=await request.read()) as upstream:
                 wanted = ("Location", "Content-Type", "Content-Length", "Docker-Content-Digest", "Content-Range")
                 kept = {name: value for name, value in upstream.headers.items() if name in wanted}
+                if self.range_answer and asked and "/blobs/" in request.path:
+                    return self.range_answer(int(asked.removeprefix("bytes=").rstrip("-")), await upstream.read())
                 response = web.StreamResponse(status=upstream.status, headers=kept)
                 await response.prepare(request)
                 if request.method == "HEAD":
                     return response
-                content = await upstream.read()
-                if "/blobs/" in request.path and (self.stall or 0 < self.cut_after < len(content)):
-                    await response.write(content[: self.cut_after or 10])
-                    if self.stall:
-                        self.stalled.set()
-                        await asyncio.Event().wait()
-                    assert request.transport is not None
-                    request.transport.close()
-                    return response
-                if "/blobs/" in request.path and len(content) > _LARGE:
-                    await self._slowly(response, content)
-                else:
-                    await response.write(content)
+                await self._send(request, response, await upstream.read())
                 return response
+
+    async def _send(self, request: web.Request, response: web.StreamResponse, content: bytes) -> None:
+        assert request.transport is not None
+        slow = next((size for part, size in self.drip.items() if part in request.path), 0)
+        if slow:
+            for begin in range(0, len(content), slow):
+                await response.write(content[begin : begin + slow])
+                await asyncio.sleep(0.1)
+        elif "/manifests/" in request.path and self.cut_manifests:
+            self.cut_manifests -= 1
+            await response.write(content[:20])
+            request.transport.close()
+        elif "/blobs/" in request.path and (self.stall or 0 < self.cut_after < len(content)):
+            await response.write(content[: self.cut_after or 10])
+            if self.stall:
+                self.stalled.set()
+                await asyncio.Event().wait()
+            request.transport.close()
+        elif "/blobs/" in request.path and len(content) > _LARGE:
+            await self._slowly(response, content)
+        else:
+            await response.write(content)
 
     async def _slowly(self, response: web.StreamResponse, content: bytes) -> None:
         self._whole -= 1

@@ -236,8 +236,8 @@ async def test_the_last_waiter_that_leaves_ends_the_pull(
     stages = asyncio.Event()
     original = node.store._layers.obtain
 
-    async def obtain(source: object) -> object:
-        layer = await original(source)  # type: ignore[arg-type]  # passed through
+    async def obtain(*args: object) -> object:
+        layer = await original(*args)  # type: ignore[arg-type]  # passed through
         stages.set()
         return layer
 

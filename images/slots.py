@@ -1,0 +1,148 @@
+"""Who may fetch and unpack a layer now: fair between pulls and registries, and with a slot for every pull."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from host.errors import KubeletReasonError
+
+MOST = 16  # each has a process, some descriptors and a thread
+_WINDOW = 30.0  # seconds of waiting for the network over which a transfer is judged
+_SLOW = 64 << 10  # bytes a second
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Origin:
+    """Where the layers of one pull come from; every pull has one of its own. ``registry`` is empty for an archive."""
+
+    registry: str = ""
+
+
+class Slot:
+    """A layer that is being fetched or unpacked, with how fast its bytes come."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.timeout = asyncio.Timeout(None)
+        self._received = 0
+        self._waited = 0.0
+        self._waits_since = 0.0
+        self._rate = float("inf")
+
+    async def watched(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """The same chunks, their rate watched."""
+        async with contextlib.aclosing(chunks):
+            while True:
+                self._waits_since = time.monotonic()
+                chunk = await anext(chunks, b"")
+                self._waited += time.monotonic() - self._waits_since
+                self._waits_since = 0.0
+                if not chunk:
+                    return
+                self._received += len(chunk)
+                self._judge(self._waited)
+                yield chunk
+
+    def rate(self) -> float:
+        """Bytes a second of waiting for the network, in the last window; infinite before the end of the first one."""
+        self._judge(self._waited + (time.monotonic() - self._waits_since if self._waits_since else 0.0))
+        return self._rate
+
+    def _judge(self, waited: float) -> None:
+        if waited < _WINDOW:
+            return
+        self._rate = self._received / waited
+        self._received, self._waited = 0, 0.0
+        if self._waits_since:
+            self._waits_since = time.monotonic()
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    origin: Origin
+    granted: asyncio.Future[Slot] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Slots:
+    """``usual`` slots for all layers of all pulls; beyond them, up to ``most``, one for each pull that has none.
+
+    A free slot goes to the pull that has the fewest, then to the registry that has the fewest. When all are taken and a
+    pull has none, the slowest transfer with less than 64 KiB/s over half a minute is broken off to make room.
+    """
+
+    def __init__(self, usual: int, most: int = MOST) -> None:
+        self._usual = usual
+        self.most = max(usual, most)
+        self._running: list[Slot] = []
+        self._waiting: list[_Waiting] = []
+        self._watching: asyncio.TimerHandle | None = None
+
+    @asynccontextmanager
+    async def slot(self, origin: Origin, subject: str) -> AsyncIterator[Slot]:
+        """A slot for the block, waited for.
+
+        Raises KubeletReasonError ``RegistryUnavailable``, naming ``subject``, if the transfer is broken off.
+        """
+        slot = await self._granted(origin)
+        try:
+            async with slot.timeout:
+                yield slot
+        except TimeoutError as error:
+            if not slot.timeout.expired():
+                raise
+            raise KubeletReasonError(
+                "RegistryUnavailable",
+                f"{subject}: its registry sends less than {_SLOW >> 10} KiB a second, and other pulls wait for a slot: "
+                "pull again when the registry is faster",
+            ) from error
+        finally:
+            self._release(slot)
+
+    async def _granted(self, origin: Origin) -> Slot:
+        waiting = _Waiting(origin)
+        self._waiting.append(waiting)
+        self._grant()
+        try:
+            return await waiting.granted
+        except asyncio.CancelledError:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+            else:
+                self._release(waiting.granted.result())
+            raise
+
+    def _release(self, slot: Slot) -> None:
+        self._running.remove(slot)
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._waiting:
+            pulls = Counter(slot.origin for slot in self._running)
+            registries = Counter(slot.origin.registry for slot in self._running)
+            first = min(self._waiting, key=lambda waiting: (pulls[waiting.origin], registries[waiting.origin.registry]))
+            if len(self._running) >= (self._usual if pulls[first.origin] else self.most):
+                break
+            self._waiting.remove(first)
+            slot = Slot(first.origin)
+            self._running.append(slot)
+            first.granted.set_result(slot)
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._watching is None and self._waiting and len(self._running) >= self.most:
+            self._watching = asyncio.get_running_loop().call_later(1.0, self._make_room)
+
+    def _make_room(self) -> None:
+        self._watching = None
+        having = {slot.origin for slot in self._running}
+        if any(waiting.origin not in having for waiting in self._waiting) and len(self._running) >= self.most:
+            slowest = min(self._running, key=Slot.rate)
+            if slowest.rate() < _SLOW and not any(slot.timeout.expired() for slot in self._running):
+                slowest.timeout.reschedule(asyncio.get_running_loop().time())
+        self._watch()

@@ -31,6 +31,7 @@ from runtime.agent_id import new_agent_id
 from runtime.cgroups import CgroupTree
 from runtime.handlers import Handlers
 from runtime.layout import Layout
+from runtime.oci_runtime import OciRuntime
 from runtime.options import RuntimeOptions
 
 State = Literal["ok", "warn", "fail"]
@@ -40,6 +41,11 @@ _SCARCE_BYTES = 5 << 30
 _TOO_FEW_BYTES = 512 << 20
 _SCARCE_INODES = 100_000
 _USUAL_OPEN_FILES = 65_536
+# Those that look by themselves.
+_LOOKING = (
+    "install crun 1.14.1 (Debian 13 has it), runc 1.1.12 (Debian 12: 1.1.5+ds1-1+deb12u1, Debian 13), or newer ones, "
+    "and name it as runtime.default_runtime"
+)
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -144,13 +150,25 @@ def _handler_checks(options: RuntimeOptions, handlers: Handlers) -> list[Check]:
     for name in options.handlers:
         remark = ", the default" if name == default else ""
         if name not in handlers.failures:
-            checks.append(Check(f"runtime {name}", "ok", f"{handlers.get(name).features.version}{remark}"))
+            checks.append(_working_handler(handlers.get(name), remark))
             continue
         needed = name == named or handlers.default is None
         remedy = f"apt-get install {name}" if "not installed" in handlers.failures[name] else ""
         detail = " ".join(handlers.failures[name].split())
         checks.append(Check(f"runtime {name}", "fail" if needed else "warn", detail + remark, remedy))
     return checks
+
+
+def _working_handler(runtime: OciRuntime, remark: str) -> Check:
+    """What a handler does where a link leads a working directory out of a container (CVE-2024-21626 and its kin)."""
+    name, detail = f"runtime {runtime.name}", f"{runtime.features.version}{remark}"
+    if runtime.directories.refuses_outside:
+        return Check(name, "ok", detail)
+    detail += "; it does not look where links lead a working directory"
+    if runtime.directories.enters_descriptors:
+        return Check(name, "warn", f"{detail}: the agent does so for it, before commands and before starts", _LOOKING)
+    state: State = "fail" if remark else "warn"
+    return Check(name, state, f"{detail}, nor takes one from the agent: containers could leave by it", _LOOKING)
 
 
 def _remove_folder(folder: Path) -> None:

@@ -65,6 +65,14 @@ def sethostname(name: str) -> None:
     _check(_libc.sethostname(encoded, len(encoded)), name)
 
 
+def set_file_user(uid: int, gid: int) -> None:
+    """Give the calling thread, and no other, a user's rights on files (setfsuid(2), setfsgid(2))."""
+    _libc.setfsgid(gid)
+    _libc.setfsuid(uid)  # last, as it takes the capabilities away that override permissions
+    if _libc.setfsuid(-1) != uid or _libc.setfsgid(-1) != gid:
+        raise PermissionError(f"the thread cannot work as user {uid} and group {gid}")
+
+
 def limit_heap_arenas(count: int) -> None:
     """Have all threads allocate from ``count`` heaps (mallopt(3)), where the C library is glibc.
 

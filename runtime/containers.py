@@ -17,6 +17,7 @@ from host.threads import in_thread
 from host.undo import Undo
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
+from runtime.confinement import needs_verifying, verify
 from runtime.container import Container, ContainerRecord, ContainerState
 from runtime.identifiers import new_id
 from runtime.lifecycle import Lifecycle, begin
@@ -115,7 +116,8 @@ class ContainerManager:
                 _apply_spec(container, spec, status_mounts(node, list(spec.mounts)))
             async with container.lock:  # its end, should it come now, is handled after the commit
                 async with operation.stage("runtime"), node.starting:
-                    await self._create_in_runtime(container, monitor, runtime, spec.spec.process.args[0])
+                    await self._create_in_runtime(container, monitor, runtime, spec)
+                await self._verify(container, runtime, spec)
                 _require_ready(sandbox)
                 async with operation.stage("commit"):
                     container.record.state = ContainerState.CREATED
@@ -166,7 +168,7 @@ class ContainerManager:
         return spec
 
     async def _create_in_runtime(
-        self, container: Container, monitor: StartingMonitor, runtime: OciRuntime, program: str
+        self, container: Container, monitor: StartingMonitor, runtime: OciRuntime, spec: ContainerSpec
     ) -> None:
         record = container.record
         try:
@@ -177,7 +179,7 @@ class ContainerManager:
             if not unrunnable:
                 raise
             # Clients expect a program that cannot be run to fail the start, not the making.
-            record.start_error = naming(program, error.message)
+            record.start_error = naming(spec.spec.process.args[0], error.message)
             await monitor.abandon()
             await runtime.delete(container.id)
             return
@@ -185,6 +187,11 @@ class ContainerManager:
         record.monitor = monitored.monitor
         record.init = monitored.init
         self._lifecycle.watch(container)
+
+    async def _verify(self, container: Container, runtime: OciRuntime, spec: ContainerSpec) -> None:
+        init = container.record.init
+        if init is not None and needs_verifying(spec, refuses_outside=runtime.directories.refuses_outside):
+            await self._threads.run(container.title, lambda _: verify(init, spec))
 
     async def _discard(self, container: Container) -> None:
         """Undo everything of a container that did not come to be."""

@@ -25,7 +25,9 @@ from host.reaping import reap
 from host.tasks import wait_out
 from host.threads import in_thread
 from runtime.console_socket import ConsoleSocket
+from runtime.directory_probe import DIRECTORY_BY_DESCRIPTOR, DIRECTORY_DESCRIPTOR
 from runtime.oci_runtime import OciRuntime, naming
+from runtime.working_directory import WorkingDirectory
 
 _PROCESS_DESCRIPTOR = 3
 _LOG_DESCRIPTOR = 4
@@ -103,7 +105,8 @@ class ExecCall:
     The OCI runtime detaches from the process, which is ours then as host.orphans has it: so no runtime stays beside it,
     its descriptors are those it was given, and on a terminal (``terminal``) its master comes by ``console``.
     ``program`` is what the process executes, for errors. ``folder`` is the container's bundle; ``pids`` lists the
-    processes of the container's cgroup.
+    processes of the container's cgroup. ``directory`` is opened when the call is launched, for a ``process`` whose
+    working directory is DIRECTORY_BY_DESCRIPTOR.
     """
 
     def __init__(
@@ -116,8 +119,10 @@ class ExecCall:
         process: bytes,
         pids: Callable[[], Sequence[int]],
         terminal: bool = False,
+        directory: WorkingDirectory | None = None,
     ) -> None:
         self._runtime = runtime
+        self._directory = directory
         self._program = program
         self._container_id = container_id
         self._pids = pids
@@ -151,6 +156,10 @@ class ExecCall:
 
     async def launch(self, descriptors: Mapping[int, int]) -> None:
         """Start the OCI runtime; the process gets ``descriptors`` as its standard ones, silent ones for the others."""
+        if self._directory is not None:
+            opened = await self._directory.open(_START_SECONDS)
+            self._stack.callback(os.close, opened)
+            self._descriptors[DIRECTORY_DESCRIPTOR] = opened
         _strays.begin()
         spawning = asyncio.ensure_future(self._spawn({**self._descriptors, **descriptors}))
         try:
@@ -195,6 +204,8 @@ class ExecCall:
             leader = _leader(self._pid_file)
             if status != 0 or leader is None:
                 complaint = _errors_in(os.pread(self._log_file, _LOG_BYTES, 0))
+                if self._directory is not None:
+                    complaint = complaint.replace(DIRECTORY_BY_DESCRIPTOR, self._directory.path)
                 command = [self._runtime.options.path, "exec", self._container_id]
                 raise CommandError(command, status, naming(self._program, complaint))
             process = ExecProcess(leader)

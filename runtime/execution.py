@@ -13,12 +13,22 @@ from pathlib import Path
 import msgspec
 
 from host import processes
-from host.errors import CommandError, DeadlineError, InvalidArgumentError, LimitError, PodkeelError, WrongStateError
+from host.abandonable import AbandonableThreads
+from host.errors import (
+    CommandError,
+    DeadlineError,
+    InvalidArgumentError,
+    LimitError,
+    PermissionDeniedError,
+    PodkeelError,
+    WrongStateError,
+)
 from host.inotify import wait_until_exists
 from host.threads import in_thread
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups import CgroupTree
 from runtime.container import Container, ContainerState
+from runtime.directory_probe import DIRECTORY_BY_DESCRIPTOR
 from runtime.exec_call import ExecCall
 from runtime.lifecycle import begin
 from runtime.node import Node
@@ -26,8 +36,10 @@ from runtime.oci_runtime import OciRuntime
 from runtime.spec import oci
 from runtime.spec.log_path import resolve_log_path
 from runtime.spec.resources import oom_score_adj, resources
+from runtime.working_directory import WorkingDirectory, working_directory
 
 REOPEN_SECONDS = 5.0
+_MOST_HANGING = 64  # threads that wait for working directories on volumes, of commands that were given up
 
 _log = logging.getLogger("podkeel.containers")
 
@@ -52,6 +64,7 @@ class Execution:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._threads = AbandonableThreads(_MOST_HANGING)
 
     async def exec_sync(self, container_id: str, command: Sequence[str], timeout: float) -> processes.Completed:
         """Run a command to its end and return its output, cut at 16 MiB a stream; ``timeout`` 0 means none.
@@ -79,25 +92,59 @@ class Execution:
     ) -> ExecCall:
         """The OCI runtime's exec of ``command`` in a container that runs, on a terminal of that size if wanted."""
         node = self._node
+        runtime = node.handlers.get(container.record.handler)
+        process = self._process(container, command)
+        process.terminal = terminal
+        process.console_size = size
+        directory = self._checked_directory(container, runtime, process)
+        if directory is not None:
+            process.cwd = DIRECTORY_BY_DESCRIPTOR
         return ExecCall(
-            runtime=node.handlers.get(container.record.handler),
+            runtime=runtime,
             container_id=container.id,
             folder=node.layout.container(container.id).path,
             program=command[0],
-            process=self._process_json(container, command, terminal=terminal, size=size),
+            process=msgspec.json.encode(process),
             pids=partial(node.cgroups.processes, container.record.cgroup),
             terminal=terminal,
+            directory=directory,
         )
 
-    def _process_json(
-        self, container: Container, command: Sequence[str], *, terminal: bool, size: oci.ConsoleSize | None
-    ) -> bytes:
+    def _process(self, container: Container, command: Sequence[str]) -> oci.Process:
         """The OCI ``process`` object of a further command in a container: like its first one, but for the arguments."""
         process = _decode_spec(self._node.layout.container(container.id).spec.read_bytes()).process
         process.args = list(command)
-        process.terminal = terminal
-        process.console_size = size
-        return msgspec.json.encode(process)
+        return process
+
+    def _checked_directory(
+        self, container: Container, runtime: OciRuntime, process: oci.Process
+    ) -> WorkingDirectory | None:
+        """What the agent has to open of the working directory, as the OCI runtime does not look where it leads.
+
+        Raises PermissionDeniedError for a container that sees processes of others, where the OCI runtime takes no
+        descriptor either: through such a process a link leads out of the container.
+        """
+        record, behaviour = container.record, runtime.directories
+        if behaviour.refuses_outside or process.cwd == "/" or record.init is None:
+            return None
+        if behaviour.enters_descriptors:
+            process.args[0] = _found_from(process.cwd, process.args[0])
+            return working_directory(container, record.init, process, self._threads)
+        if self._sees_others(container):
+            raise PermissionDeniedError(
+                f"{container.title}: it sees processes of others, and its runtime handler {runtime.name!r} "
+                f"({runtime.features.version}) could be led out of it by links on the way of its working directory "
+                f"{process.cwd}: install crun 1.14.1, runc 1.1.12 or newer ones, or make / its working directory"
+            )
+        return None
+
+    def _sees_others(self, container: Container) -> bool:
+        if not container.record.private_pid_namespace:
+            return True
+        targets = (
+            c.config.linux.security_context.namespace_options for c in self._node.containers_of(container.sandbox)
+        )
+        return any(options.pid == cri_pb2.TARGET for options in targets)
 
     async def update(self, container_id: str, given: cri_pb2.LinuxContainerResources) -> None:
         """Change a container's limits, all of them or none; fields left at 0 stay as they are.
@@ -196,6 +243,12 @@ class Execution:
         if container.record.state is not ContainerState.RUNNING:
             raise WrongStateError(f"{container.title} is {container.record.state}, not running")
         return container
+
+
+def _found_from(directory: str, program: str) -> str:
+    """``program`` as it is found from ``directory``; a script's interpreter opens it by this path later."""
+    relative = program.startswith(".") or ("/" in program and not program.startswith("/"))
+    return f"{directory}/{program}" if relative else program
 
 
 def _undoing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from runtime.cgroups import CgroupTree
 from runtime.identifiers import new_id
 from runtime.layout import Layout
 from runtime.oci_runtime import OciRuntime
-from runtime.options import RuntimeOptions
+from runtime.options import HandlerOptions, RuntimeOptions
 
 _log = logging.getLogger("podkeel.handlers")
 
@@ -36,27 +37,36 @@ class Handlers:
             raise InvalidArgumentError(
                 f"default_runtime {options.default_runtime!r} is not among the handlers: {', '.join(options.handlers)}"
             )
-        for name, handler in options.handlers.items():
-            systemd = self._cgroups.driver == "systemd"
-            root, link = self._layout.runtime_root(name), self._layout.runtime_program(name)
-            runtime = OciRuntime(name, handler, root, program_link=link, systemd_cgroup=systemd)
-            parent = "system.slice" if systemd else options.cgroup_parent
-            try:
-                # Named like a container's or pod's, so that what a killed agent left of it is found at the next start.
-                cgroup = self._cgroups.runtime_path(parent, new_id(self._agent_id))
-                await runtime.probe(options.catatonit_path, cgroup, self._layout.run)
-            except PodkeelError as error:
-                self.failures[name] = error.message
+        tried = await asyncio.gather(*(self._try(name, handler) for name, handler in options.handlers.items()))
+        for name, outcome in zip(options.handlers, tried, strict=True):
+            if isinstance(outcome, PodkeelError):
+                self.failures[name] = outcome.message
                 if name == options.default_runtime:
-                    raise PodkeelError(f"runtime handler {name!r} does not work here: {error.message}") from error
-                _log.warning("runtime handler %s does not work here: %s", name, error.message)
+                    raise PodkeelError(f"runtime handler {name!r} does not work here: {outcome.message}") from outcome
+                _log.warning("runtime handler %s does not work here: %s", name, outcome.message)
                 continue
-            if not runtime.features.is_crun:
-                runtime.exec_prefix = with_umask(options.umask)
-            self._working[name] = runtime
-            _log.info("runtime handler %s works: %s", name, runtime.features.version)
+            self._working[name] = outcome
+            _log.info("runtime handler %s works: %s", name, outcome.features.version)
+            if not (outcome.directories.refuses_outside or outcome.directories.enters_descriptors):
+                _log.warning("runtime handler %s: links can lead it out of containers: see podkeel check", name)
         named = options.default_runtime
         self.default = self._working[named] if named else next(iter(self._working.values()), None)
+
+    async def _try(self, name: str, handler: HandlerOptions) -> OciRuntime | PodkeelError:
+        options = self._options
+        systemd = self._cgroups.driver == "systemd"
+        root, link = self._layout.runtime_root(name), self._layout.runtime_program(name)
+        runtime = OciRuntime(name, handler, root, program_link=link, systemd_cgroup=systemd)
+        parent = "system.slice" if systemd else options.cgroup_parent
+        try:
+            # Named like a container's or pod's, so that what a killed agent left of it is found at the next start.
+            cgroup = self._cgroups.runtime_path(parent, new_id(self._agent_id))
+            await runtime.probe(options.catatonit_path, cgroup, self._layout.run)
+        except PodkeelError as error:
+            return error
+        if not runtime.features.is_crun:
+            runtime.exec_prefix = with_umask(options.umask)
+        return runtime
 
     def get(self, name: str) -> OciRuntime:
         """The handler of that name; the default for an empty one. Raises NotFoundError."""

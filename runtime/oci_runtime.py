@@ -8,6 +8,8 @@ import logging
 import re
 import shutil
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -16,6 +18,7 @@ from host import mounts, processes
 from host.errors import CommandError, NotFoundError, PodkeelError
 from host.removal import remove_tree
 from host.threads import in_thread
+from runtime.directory_probe import DirectoryBehaviour, probe_directories
 from runtime.options import HandlerOptions
 from runtime.sealed_program import SealedProgram
 
@@ -58,6 +61,7 @@ class OciRuntime:
         self.systemd_cgroup = systemd_cgroup
         self.features = RuntimeFeatures()
         self.exec_prefix: list[str] = []
+        self.directories = DirectoryBehaviour()
         self._program: str | None = None
         self._program_link = program_link
         self._sealed: SealedProgram | None = None
@@ -127,19 +131,32 @@ class OciRuntime:
         source = shutil.which(init_program)
         if source is None:
             raise NotFoundError(f"{init_program!r} is not installed")
-        container_id = f"podkeel-probe-{uuid.uuid4().hex[:12]}"
-        bundle = scratch / container_id
-        try:
-            await in_thread(_make_probe_bundle, bundle, source, cgroup)
+        async with self._probe_container(source, cgroup, scratch, "--version") as (bundle, container_id):
             await processes.run(self.command("run", "--bundle", str(bundle), container_id), timeout=30)
-        finally:
-            mounts.unmount(bundle / "rootfs" / "init")
-            with contextlib.suppress(PodkeelError):
-                await self.delete(container_id)
-            await in_thread(remove_tree, bundle)
         self.features = await self._read_features()
         if self.features.is_crun:
             await self._seal()
+        async with self._probe_container(source, cgroup, scratch, "-P") as (bundle, container_id):
+            try:
+                self.directories = await probe_directories(self, bundle, container_id)
+            except (PodkeelError, OSError) as error:
+                _log.warning("runtime handler %s: working directories could not be tried: %s", self.name, error)
+
+    @asynccontextmanager
+    async def _probe_container(
+        self, init_program: str, cgroup: str, scratch: Path, argument: str
+    ) -> AsyncIterator[tuple[Path, str]]:
+        """A bundle whose container runs ``init_program`` with an argument, and its id; both are removed in the end."""
+        container_id = f"podkeel-probe-{uuid.uuid4().hex[:12]}"
+        bundle = scratch / container_id
+        try:
+            await in_thread(_make_probe_bundle, bundle, init_program, cgroup, argument)
+            yield bundle, container_id
+        finally:
+            with contextlib.suppress(PodkeelError):
+                await self.delete(container_id)
+            mounts.unmount(bundle / "rootfs" / "init")
+            await in_thread(remove_tree, bundle)
 
     async def _seal(self) -> None:
         """Execute a sealed copy from now on, where the host lets memory files be executed."""
@@ -195,9 +212,9 @@ def cannot_run_program(message: str) -> bool:
     return any(_CANNOT_RUN.search(line.strip()) for line in message.splitlines()) and not _ABOUT_MOUNT.search(message)
 
 
-def _make_probe_bundle(bundle: Path, program: str, cgroup: str) -> None:
+def _make_probe_bundle(bundle: Path, program: str, cgroup: str, argument: str) -> None:
     rootfs = bundle / "rootfs"
-    for name in ("proc", "dev"):
+    for name in ("proc", "dev", "host"):
         (rootfs / name).mkdir(parents=True)
     (rootfs / "init").touch(mode=0o755)
     mounts.bind(program, rootfs / "init")
@@ -205,8 +222,11 @@ def _make_probe_bundle(bundle: Path, program: str, cgroup: str) -> None:
     spec = {
         "ociVersion": "1.0.2",
         "root": {"path": "rootfs", "readonly": True},
-        "process": {"args": ["/init", "--version"], "cwd": "/", "user": {"uid": 0, "gid": 0}, "noNewPrivileges": True},
-        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "process": {"args": ["/init", argument], "cwd": "/", "user": {"uid": 0, "gid": 0}, "noNewPrivileges": True},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/host", "type": "bind", "source": "/proc", "options": ["rbind", "ro"]},
+        ],
         "linux": {"namespaces": [{"type": kind} for kind in kinds], "cgroupsPath": cgroup},
     }
     (bundle / "config.json").write_bytes(msgspec.json.encode(spec))

@@ -74,7 +74,8 @@ class ContainerSpec:
     """A built spec, and what of it the container's status and its stop need.
 
     ``volumes`` are still to be made, with ``volumes.make_volumes``, and ``mapped_volumes`` to be bound. ``mounts`` are
-    the configuration's, as status shows them. ``relabels`` are done.
+    the configuration's, as status shows them. ``relabels`` are done. ``mounts_in_volumes`` and ``directory_in_volume``:
+    the way of a mount or of the working directory leads through a volume, which others may change at any time.
     """
 
     spec: oci.Spec
@@ -85,6 +86,8 @@ class ContainerSpec:
     volumes: tuple[Volume, ...]
     mapped_volumes: Sequence[MappedVolume]
     relabels: Sequence[Relabel]
+    mounts_in_volumes: bool
+    directory_in_volume: bool
 
 
 def build(request: SpecRequest, check: Callable[[], None] = lambda: None) -> ContainerSpec:
@@ -144,7 +147,7 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
     settled = settle(request.rootfs, groups)
     for node in linux.devices:
         settled.paths.destination(node.path, "devices: container_path")
-    process.cwd = settled_directory(process.cwd, settled.paths)
+    process.cwd, directory_in_volume = settled_directory(process.cwd, settled.paths)
     readonly_root = config.linux.security_context.readonly_rootfs
     spec = oci.Spec(
         oci_version=oci.VERSION,
@@ -166,6 +169,8 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
         volumes=settled.volumes,
         mapped_volumes=mapped_volumes,
         relabels=(*volumes_to_relabel(config.mounts, host_paths, labels.mount), *_pod_files(request, labels)),
+        mounts_in_volumes=settled.through_volumes,
+        directory_in_volume=directory_in_volume,
     )
 
 

@@ -106,8 +106,10 @@ def working_directory(config: cri_pb2.ContainerConfig, image: ImageConfig) -> st
     return folder
 
 
-def settled_directory(folder: str, paths: ContainerPaths) -> str:
+def settled_directory(folder: str, paths: ContainerPaths) -> tuple[str, bool]:
     """``folder`` as it is, as links may change while the container runs; where they lead if that is still to be made.
+
+    And whether it lies in a volume, or among the kernel's files, where it may lead elsewhere a moment later.
 
     Raises InvalidArgumentError when a link leads it into the kernel's file systems, where links of processes lead
     anywhere, naming the link.
@@ -118,7 +120,7 @@ def settled_directory(folder: str, paths: ContainerPaths) -> str:
             f"working_dir {folder!r}: the link {place.link} leads to {place.path}: use an image without this link, "
             "or another working directory"
         )
-    return folder if place.exists else place.path
+    return folder if place.exists else place.path, place.in_volume or place.of_kernel
 
 
 def _refuse_nul(text: str, field: str) -> None:

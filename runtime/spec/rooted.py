@@ -17,6 +17,7 @@ FILE_LIMIT = 1024 * 1024
 _ATTEMPTS = 64
 _OPENAT2 = 437
 _RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_NO_SYMLINKS = 0x04
 _RESOLVE_IN_ROOT = 0x10
 
 
@@ -29,7 +30,7 @@ def locate(root: Path, inside: str) -> Iterator[int]:
     """An O_PATH descriptor of ``inside`` with ``root`` taken as ``/`` for ``..`` and every link; OSError if missing."""
     folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        descriptor = _open_in_root(folder, os.fsencode(inside.lstrip("/") or "."))
+        descriptor = open_in_root(folder, inside)
     finally:
         os.close(folder)
     try:
@@ -38,9 +39,15 @@ def locate(root: Path, inside: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _open_in_root(folder: int, name: bytes) -> int:
-    how = _OpenHow(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
-    size = ctypes.c_size_t(ctypes.sizeof(how))
+def open_in_root(folder: int, inside: str, *, flags: int = 0, follow_links: bool = True) -> int:
+    """The same below a descriptor ``folder``, for the caller to close, with more of open(2)'s ``flags``.
+
+    Links of processes in /proc, which lead anywhere, are followed by none. Raises OSError, ELOOP for these links and
+    for all where ``follow_links`` is off.
+    """
+    links = _RESOLVE_NO_MAGICLINKS if follow_links else _RESOLVE_NO_SYMLINKS
+    how = _OpenHow(os.O_PATH | os.O_CLOEXEC | flags, 0, _RESOLVE_IN_ROOT | links)
+    name, size = os.fsencode(inside.lstrip("/") or "."), ctypes.c_size_t(ctypes.sizeof(how))
     for _ in range(_ATTEMPTS):
         # EAGAIN: something was renamed or mounted meanwhile, anywhere on the node; openat2(2) says to try again.
         with suppress(BlockingIOError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 _IN_CLOSE_WRITE = 0x8
@@ -23,6 +24,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 async def wait_until_exists(path: Path, timeout: float) -> bool:
     """Wait until ``path`` exists, at most ``timeout`` seconds; its folder exists. Returns whether it does."""
+    return await wait_for_entries(path.parent, path.exists, timeout)
+
+
+async def wait_for_entries(folder: Path, condition: Callable[[], bool], timeout: float) -> bool:
+    """Wait until ``condition`` holds, which is asked again when entries of ``folder`` come or are renamed.
+
+    At most ``timeout`` seconds; returns whether it holds.
+    """
     descriptor = _open()
     loop = asyncio.get_running_loop()
     changed = asyncio.Event()
@@ -32,14 +41,14 @@ async def wait_until_exists(path: Path, timeout: float) -> bool:
         changed.set()
 
     try:
-        _watch(descriptor, path.parent, _IN_CREATE | _IN_MOVED_TO)
+        _watch(descriptor, folder, _IN_CREATE | _IN_MOVED_TO)
         loop.add_reader(descriptor, ready)
         async with asyncio.timeout(timeout):
-            while not path.exists():
+            while not condition():
                 changed.clear()
                 await changed.wait()
     except TimeoutError:
-        return path.exists()
+        return condition()
     finally:
         loop.remove_reader(descriptor)
         os.close(descriptor)

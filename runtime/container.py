@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
+from runtime.logs import LogFile
 from runtime.sandbox import ProcessName, Sandbox
 
 
@@ -59,7 +62,8 @@ class Container:
 
     ``lock`` serialises what changes it; ``exited`` is set when its end is recorded; ``cleanup`` is the task that gives
     back what the OCI runtime holds after the end, ``unmounted`` says that its mounts are gone. ``stops`` counts the
-    calls that wait for its end now, and ``stop_deadline`` is the earliest of theirs, on the loop's clock.
+    calls that wait for its end now, and ``stop_deadline`` is the earliest of theirs, on the loop's clock. ``log_lock``
+    serialises openings of its log; ``late_log`` is the descriptor of a new log that conmon did not open in time.
     """
 
     id: str
@@ -67,6 +71,8 @@ class Container:
     config: cri_pb2.ContainerConfig
     record: ContainerRecord
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    log_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    late_log: int | None = None
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     cleanup: asyncio.Task[None] | None = None
     unmounted: bool = False
@@ -90,9 +96,22 @@ class Container:
         return f"container {self.id[:13]} ({pod.namespace}/{pod.name}/{self.config.metadata.name})"
 
     @property
+    def log(self) -> LogFile | None:
+        """Where its output goes; None for one without a log."""
+        if not self.record.log_path:
+            return None
+        return LogFile(Path(os.path.normpath(self.sandbox.config.log_directory)), Path(self.record.log_path))
+
+    @property
     def visible(self) -> bool:
         """Whether clients may see it."""
         return self.record.state in (ContainerState.CREATED, ContainerState.RUNNING, ContainerState.EXITED)
+
+    def keep_late_log(self, descriptor: int | None) -> None:
+        """Keep the descriptor of a new log open until conmon opens it; None once it has, or never will."""
+        if self.late_log is not None:
+            os.close(self.late_log)
+        self.late_log = descriptor
 
     def changed(self) -> None:
         """Forget what was derived from the record."""

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from functools import partial
-from pathlib import Path
 
 from host.abandonable import AbandonableThreads, Permission
 from host.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PodkeelError, WrongStateError
@@ -312,14 +311,14 @@ def _same_or_conflict(existing: Container, config: cri_pb2.ContainerConfig) -> C
 
 
 def _monitor_request(node: Node, container: Container, runtime: OciRuntime) -> MonitorRequest:
-    config, log_path = container.config, container.record.log_path
+    config = container.config
     return MonitorRequest(
         container_id=container.id,
         name=f"{container.sandbox.config.metadata.name}/{config.metadata.name}",
         runtime=runtime.executable,
         runtime_arguments=[*runtime.arguments, "--log", str(node.layout.container(container.id).runtime_log)],
         systemd_cgroup=False,
-        log_path=Path(log_path) if log_path else None,
+        log=container.log,
         terminal=config.tty,
         stdin=config.stdin,
         stdin_once=config.stdin_once,

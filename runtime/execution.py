@@ -23,18 +23,19 @@ from host.errors import (
     PodkeelError,
     WrongStateError,
 )
-from host.inotify import wait_until_exists
-from host.threads import in_thread
+from host.inotify import wait_for_entries
+from host.threads import in_fresh_thread, in_thread
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups import CgroupTree
 from runtime.container import Container, ContainerState
 from runtime.directory_probe import DIRECTORY_BY_DESCRIPTOR
 from runtime.exec_call import ExecCall
 from runtime.lifecycle import begin
+from runtime.logs import LogFile, LogLink, append_from_now_on, has_open
 from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
+from runtime.sandbox import ProcessName
 from runtime.spec import oci
-from runtime.spec.log_path import resolve_log_path
 from runtime.spec.resources import oom_score_adj, resources
 from runtime.working_directory import WorkingDirectory, working_directory
 
@@ -217,25 +218,67 @@ class Execution:
             )
 
     async def reopen_log(self, container_id: str) -> None:
-        """Have the log written to a new file after the old one was renamed.
+        """Have the log written to a new file after the old one was renamed; nothing if it was not.
+
+        Whatever fails leaves the old log going.
 
         Raises:
-            WrongStateError: the container does not run, or has no log.
-            InvalidArgumentError: a link now leads from its place out of the pod's log folder.
+            WrongStateError: the container does not run, has no log, or another file with content took the log's place.
+            InvalidArgumentError: the log's place is taken, or a link leads from it out of the pod's log folder.
+            LimitError: the file system is full.
         """
         container = self.running(container_id)
-        if not container.record.log_path:
+        if container.log is None:
             raise WrongStateError(f"{container.title} has no log: its log_path is empty")
-        path = Path(container.record.log_path)
-        resolve_log_path(container.sandbox.config.log_directory, container.config.log_path)
-        if not path.parent.is_dir():
-            raise PodkeelError(f"{container.title}: the log folder {path.parent} is gone: make it again")
+        async with container.log_lock:
+            descriptor = await in_fresh_thread(container.log.open)
+            try:
+                await self._write_log_to(container, descriptor)
+            finally:
+                os.close(descriptor)
+
+    async def _write_log_to(self, container: Container, descriptor: int) -> None:
+        monitor, log = container.record.monitor, container.log
+        assert log is not None
+        if monitor is None:
+            raise WrongStateError(f"{container.title}: its conmon was killed: nothing writes its log any more")
+        if await in_fresh_thread(has_open, monitor, descriptor):
+            return
+        size = os.fstat(descriptor).st_size
+        if size:
+            raise WrongStateError(f"log {log.path} is another file by now, with {size} bytes: rename it first")
         try:
-            await in_thread(self._node.monitors.reopen_log, container.id)
+            opened = await self._open_next(container, monitor, log, descriptor)
         except OSError as error:
+            log.path.unlink(missing_ok=True)
             raise PodkeelError(f"{container.title}: its conmon does not listen: {error.strerror}") from error
-        if not await wait_until_exists(path, REOPEN_SECONDS):
-            raise PodkeelError(f"{container.title}: its conmon did not open {path} within {REOPEN_SECONDS:g} s")
+        if not opened:
+            raise PodkeelError(f"{container.title}: its conmon did not open {log.path} within {REOPEN_SECONDS:g} s")
+        container.keep_late_log(None)
+
+    async def _open_next(self, container: Container, monitor: ProcessName, log: LogFile, descriptor: int) -> bool:
+        """Have conmon open the new, empty file of ``descriptor``; whether it does so in time."""
+        reopen = self._node.monitors.reopen_log
+        link = LogLink(self._node.layout.container(container.id).path)
+        if not link.is_used:  # its conmon was started by an older version: it knows the path itself
+            descriptor = await in_fresh_thread(LogFile(log.folder, Path(f"{log.path}.tmp")).open)
+            try:
+                reopen(container.id)
+                opened = await wait_for_entries(log.path.parent, lambda: has_open(monitor, descriptor), REOPEN_SECONDS)
+                await in_fresh_thread(append_from_now_on, monitor, descriptor)
+            finally:
+                os.close(descriptor)
+            return opened
+        link.lead_next_to(descriptor)
+        reopen(container.id)
+        opened = await wait_for_entries(link.path.parent, lambda: link.leads_to(descriptor), REOPEN_SECONDS)
+        if opened:
+            await in_fresh_thread(append_from_now_on, monitor, descriptor)
+        else:  # it may yet do so: the file must be there then, else it ends
+            kept = os.dup(descriptor)
+            container.keep_late_log(kept)
+            link.lead_next_to(kept)
+        return opened
 
     def running(self, container_id: str) -> Container:
         """The container, which runs. Raises NotFoundError or WrongStateError."""

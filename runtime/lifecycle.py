@@ -16,7 +16,7 @@ from host.reaping import reap
 from host.removal import remove_tree
 from host.stages import Operation
 from host.tasks import wait_out
-from host.threads import in_thread
+from host.threads import in_fresh_thread, in_thread
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups import CgroupTree
 from runtime.container import Container, ContainerState
@@ -33,6 +33,7 @@ _CGROUP_SECONDS = 5.0
 UNKNOWN_EXIT_CODE = 255
 START_ERROR_EXIT_CODE = 128
 
+_LOG_SECONDS = 1.0
 _OPERATIONS_KEPT = 8
 _log = logging.getLogger("podkeel.containers")
 
@@ -163,6 +164,7 @@ class Lifecycle:
             record.reason = "OOMKilled" if kills else "Error"
         if exit_record is None:
             record.message = "its end was not recorded: its monitor was killed or the node restarted"
+        await _end_log(container)
         # What the runtime holds is given back meanwhile: should we die before the commit, conmon's record is there.
         container.cleanup = self._spawn(self.clean_up(container))
         await self._save_end(container, sandbox_too=counted)
@@ -181,6 +183,7 @@ class Lifecycle:
 
     def _ended(self, container: Container) -> None:
         container.exited.set()
+        container.keep_late_log(None)
         self._node.meters.forget(container.id)
         self._node.publish(cri_pb2.CONTAINER_STOPPED_EVENT, container)
         if container.cleanup is None:
@@ -346,6 +349,15 @@ class Lifecycle:
                 container.monitor_descriptor = None
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=10)
+
+
+async def _end_log(container: Container) -> None:
+    """Mark the last lines of an ended container's log as such; nobody waits for a log folder that does not answer."""
+    if container.log is None:
+        return
+    work = asyncio.ensure_future(in_fresh_thread(container.log.end_last_lines))
+    await asyncio.wait({work}, timeout=_LOG_SECONDS)
+    work.add_done_callback(lambda done: done.cancelled() or done.exception())  # a log that is gone has no last line
 
 
 def _clear_cgroup(cgroups: CgroupTree, path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from host.tasks import wait_out
 from host.threads import in_fresh_thread, in_thread
 from runtime.identifiers import is_id
 from runtime.layout import ContainerFolder, Layout
+from runtime.logs import LogFile, LogLink
 from runtime.oci_runtime import plain_message
 from runtime.sandbox import ProcessName
 
@@ -53,7 +55,7 @@ class MonitorRequest:
     runtime: str
     runtime_arguments: Sequence[str]
     systemd_cgroup: bool
-    log_path: Path | None
+    log: LogFile | None
     terminal: bool
     stdin: bool
     stdin_once: bool
@@ -80,10 +82,11 @@ class ExitRecord:
 class StartingMonitor:
     """A conmon on its way. Begun ahead of the container's bundle, its program loads while that is made."""
 
-    def __init__(self, command: Sequence[str], folder: ContainerFolder, log_path: Path | None) -> None:
+    def __init__(self, command: Sequence[str], folder: ContainerFolder, log: LogFile | None) -> None:
         self._command = command
         self._folder = folder
-        self._log_path = log_path
+        self._log = log
+        self._log_descriptor = -1
         self._pid = -1
         self._pidfd = -1
         self._sync_read = -1
@@ -96,14 +99,19 @@ class StartingMonitor:
 
     def _begun(self) -> asyncio.Future[ProcessName]:
         if self._spawned is None:
-            self._spawned = asyncio.ensure_future(in_thread(self._spawn))
+            # The log folder may be on a file system whose server does not answer.
+            work = in_thread(self._spawn) if self._log is None else in_fresh_thread(self._spawn)
+            self._spawned = asyncio.ensure_future(work)
         return self._spawned
 
     def _spawn(self) -> ProcessName:
         self._folder.path.mkdir(parents=True, exist_ok=True)
-        if self._log_path is not None:
-            self._log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        if self._log is not None:
+            self._log_descriptor = self._log.open()
+            LogLink(self._folder.path).lead_to(self._log_descriptor)
         environment = {**os.environ, **_ENVIRONMENT}
+        if not all(word.isascii() for word in self._command):
+            environment["LC_ALL"] = "C.UTF-8"  # else it refuses its command line
         environment.pop("NOTIFY_SOCKET", None)
         with contextlib.ExitStack() as child_ends:
             self._sync_read, sync_write = os.pipe2(os.O_CLOEXEC)
@@ -161,10 +169,10 @@ class StartingMonitor:
         self._close_pipes()
 
     def _close_pipes(self) -> None:
-        for descriptor in (self._sync_read, self._start_write):
+        for descriptor in (self._sync_read, self._start_write, self._log_descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._sync_read = self._start_write = -1
+        self._sync_read = self._start_write = self._log_descriptor = -1
 
 
 class Monitors:
@@ -177,10 +185,19 @@ class Monitors:
     def _command(self, request: MonitorRequest) -> list[str]:
         folder = self._layout.container(request.container_id).path
         command = [self._conmon, "-c", request.container_id, "-u", request.container_id]
-        command += ["-n", request.name, "-r", request.runtime, "-b", str(folder), "-p", str(folder / "init.pid")]
+        command += [
+            "-n",
+            _plain(request.name),
+            "-r",
+            request.runtime,
+            "-b",
+            str(folder),
+            "-p",
+            str(folder / "init.pid"),
+        ]
         command += ["--exit-dir", str(self._layout.exits), "--persist-dir", str(folder)]
         command += ["--sync", "--no-sync-log", "--full-attach"]
-        command += ["-l", f"k8s-file:{request.log_path}" if request.log_path else "none"]
+        command += ["-l", f"k8s-file:{LogLink(folder).path}" if request.log else "none"]
         for argument in request.runtime_arguments:
             command += ["--runtime-arg", argument]
         if request.systemd_cgroup:
@@ -196,7 +213,7 @@ class Monitors:
     def prepare(self, request: MonitorRequest) -> StartingMonitor:
         """A conmon to be started; ``create`` of what is returned makes the container, ``abandon`` ends conmon."""
         folder = self._layout.container(request.container_id)
-        return StartingMonitor(self._command(request), folder, request.log_path)
+        return StartingMonitor(self._command(request), folder, request.log)
 
     def running(self) -> dict[str, int]:
         """Pids of the conmon processes of this agent, by container id; also of one whose pid was never written down.
@@ -236,6 +253,11 @@ class Monitors:
             os.write(control, _REOPEN_LOG)
         finally:
             os.close(control)
+
+
+def _plain(name: str) -> str:
+    """A name for people who look at the list of processes, without what conmon or a terminal could misread."""
+    return re.sub(r"[^A-Za-z0-9._/-]", "_", name)
 
 
 def _reap_when_ended(pidfd: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from datetime import datetime
 from pathlib import Path
 
 import grpc
+import pytest
 
 from proto.runtime.v1 import cri_pb2
 from tests.integration.conformance.support import SLEEP, Pod, log_text, refused
@@ -68,6 +71,109 @@ def test_reopen_after_a_rename(pod: Pod) -> None:
     assert numbers == list(range(1, len(numbers) + 1))
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "exited"):
         reopen(pod, container_id)
+
+
+COUNT = ("sh", "-c", "i=0; while :; do echo $((i=i+1)); sleep 0.01; done")
+
+
+def numbers_in(*paths: Path) -> list[int]:
+    return [int(word) for path in paths for word in log_text(str(path)).split()]
+
+
+def test_reopening_twice_or_without_a_rename_loses_nothing(pod: Pod) -> None:
+    client = pod.agent.client
+    container_id = pod.start(container_config("main", *COUNT))
+    path = Path(client.status(container_id).log_path)
+    rotated = path.with_suffix(".1")
+    for renamed in (False, False, True, False, False):
+        wait_for(lambda: path.stat().st_size > 300, what="some lines")
+        if renamed:
+            path.rename(rotated)
+        reopen(pod, container_id)
+        reopen(pod, container_id)
+    wait_for(lambda: path.stat().st_size > 300, what="some lines")
+    client.stop(container_id)
+    numbers = numbers_in(rotated, path)
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert sorted(file.name for file in path.parent.iterdir()) == ["0.1", "0.log"]
+
+
+def test_a_log_cut_off_by_others_goes_on_at_its_new_end(pod: Pod) -> None:
+    client = pod.agent.client
+    container_id = pod.start(container_config("main", *COUNT))
+    path = Path(client.status(container_id).log_path)
+    wait_for(lambda: path.stat().st_size > 0, what="a line")
+    path.rename(path.with_suffix(".1"))
+    reopen(pod, container_id)
+    wait_for(lambda: path.stat().st_size > 500, what="some lines")
+    os.truncate(path, 0)  # logrotate's copytruncate
+    wait_for(lambda: path.stat().st_size > 0, what="a line")
+    client.stop(container_id)
+    assert b"\0" not in path.read_bytes()
+
+
+def test_another_file_in_the_place_of_the_log_is_not_overwritten(pod: Pod) -> None:
+    client = pod.agent.client
+    container_id = pod.start(container_config("main", *COUNT))
+    path = Path(client.status(container_id).log_path)
+    wait_for(lambda: path.stat().st_size > 0, what="a line")
+    rotated = path.rename(path.with_suffix(".1"))
+    path.write_text("not ours\n")
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, "another file by now, with 9 bytes"):
+        reopen(pod, container_id)
+    size = rotated.stat().st_size
+    wait_for(lambda: rotated.stat().st_size > size, what="further lines in the old log")
+    assert path.read_text() == "not ours\n"
+    path.unlink()
+    reopen(pod, container_id)
+    wait_for(lambda: path.stat().st_size > 0, what="a line in the new file")
+
+
+@pytest.mark.parametrize("obstacle", ["folder", "fifo", "no inode", "link"])
+def test_a_log_that_cannot_be_reopened_goes_on_in_the_old_file(pod: Pod, tmp_path: Path, obstacle: str) -> None:
+    client = pod.agent.client
+    container_id = pod.start(container_config("main", *COUNT))
+    path = Path(client.status(container_id).log_path)
+    wait_for(lambda: path.stat().st_size > 0, what="a line")
+    rotated = path.rename(path.with_suffix(".1"))
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    if obstacle == "folder":
+        path.mkdir()
+    elif obstacle == "fifo":
+        os.mkfifo(path)
+    elif obstacle == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        moved = rotated.rename(tmp_path / "moved")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=1", "tmpfs", path.parent], check=True)
+        rotated, code = moved, grpc.StatusCode.RESOURCE_EXHAUSTED
+    try:
+        with refused(code, str(path)):
+            reopen(pod, container_id)
+    finally:
+        if obstacle == "no inode":
+            subprocess.run(["umount", path.parent], check=True)
+    size = rotated.stat().st_size
+    wait_for(lambda: rotated.stat().st_size > size, what="further lines in the old log")
+    if obstacle == "folder":
+        path.rmdir()
+    elif obstacle != "no inode":
+        path.unlink()
+    reopen(pod, container_id)
+    wait_for(lambda: path.stat().st_size > 0, what="a line in the new file")
+    client.stop(container_id)
+    numbers = numbers_in(rotated, path)
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert client.status(container_id).exit_code == 137
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_last_line_of_each_stream_is_ended(pod: Pod) -> None:
+    script = "echo one; printf two >&2; sleep 0.1; printf thr; sleep 0.1; printf ee"
+    status = pod.finished(container_config("main", "sh", "-c", script))
+    records = [line.split(" ", 3)[1:] for line in Path(status.log_path).read_text().splitlines()]
+    assert [record for record in records if record[0] == "stderr"] == [["stderr", "F", "two"]]
+    assert [record[1:] for record in records if record[0] == "stdout"] == [["F", "one"], ["P", "thr"], ["F", "ee"]]
 
 
 def test_reopen_that_fails_makes_no_file(pod: Pod) -> None:

@@ -36,7 +36,8 @@ def _descriptors() -> int:
 def _children() -> set[str]:
     found: set[str] = set()
     for thread in Path("/proc/self/task").iterdir():
-        found.update((thread / "children").read_text().split())
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            found.update((thread / "children").read_text().split())
     return found
 
 

@@ -1,0 +1,193 @@
+"""The log of a container: its file in the pod's log folder, and the link by which conmon finds it.
+
+conmon is told a path in the bundle that it cannot misread, whatever the name of the log: a link to a descriptor of the
+agent's, which is open on exactly the file that was checked. To reopen its log conmon (2.0 to 2.2) closes the file,
+opens ``<path>.tmp`` with O_TRUNC, without O_APPEND, and renames that to its path; where any of this fails it ends. So
+``<path>.tmp`` is a link to a new, empty file by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from host import libc, processes
+from host.errors import InvalidArgumentError, LimitError, PodkeelError
+from host.file_tree import open_below
+from runtime.sandbox import ProcessName
+
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_BENEATH = 0x08
+_PIDFD_GETFD = 438
+# What the end of a log is looked for in: conmon's records are smaller than 9 KiB.
+_TAIL = 256 * 1024
+_OF_THE_PATH = (
+    errno.EXDEV,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENXIO,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.EEXIST,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LogFile:
+    """The log at ``path``, which is in the pod's log folder ``folder``."""
+
+    folder: Path
+    path: Path
+
+    def open(self) -> int:
+        """A descriptor of the file, which is made if it is not there, to append to it.
+
+        Raises:
+            InvalidArgumentError: the path leads out of the folder, or is taken by something that is no regular file.
+            LimitError: the file system is full.
+        """
+        return self._open(os.O_WRONLY | os.O_APPEND | os.O_CREAT, make_folders=True)
+
+    def end_last_lines(self) -> None:
+        """Have the last line of each stream end in a record ``F``, where its program wrote no newline; OSError.
+
+        conmon cannot know that it is the last, and leaves a record ``P``: the part of a line that goes on.
+        """
+        descriptor = self._open(os.O_RDWR, make_folders=False)
+        try:
+            start = max(0, os.fstat(descriptor).st_size - _TAIL)
+            tail = os.pread(descriptor, _TAIL, start)
+            for position in _unfinished(tail, whole=start == 0):
+                os.pwrite(descriptor, b"F", start + position)
+        finally:
+            os.close(descriptor)
+
+    def _open(self, flags: int, *, make_folders: bool) -> int:
+        try:
+            if make_folders:
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+            with _opened(os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+                descriptor = self._open_in(folder, flags, make_folders=make_folders)
+        except OSError as error:
+            raise self._told(error) from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise InvalidArgumentError(f"log {self.path} is there and is no regular file: remove it")
+        os.set_blocking(descriptor, True)
+        return descriptor
+
+    def _open_in(self, folder: int, flags: int, *, make_folders: bool) -> int:
+        *parents, name = self.path.relative_to(self.folder).parts
+        for depth in range(1, len(parents) + 1) if make_folders else ():
+            with _opened(_inside(folder, parents[: depth - 1])) as parent, contextlib.suppress(FileExistsError):
+                os.mkdir(parents[depth - 1], 0o755, dir_fd=parent)
+        with _opened(_inside(folder, parents)) as parent:
+            # O_NONBLOCK: a fifo is refused instead of waited for.
+            return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=parent)
+
+    def _told(self, error: OSError) -> PodkeelError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE):
+            return LimitError(f"log {self.path} cannot be made: {error.strerror}")
+        if error.errno in _OF_THE_PATH:
+            return InvalidArgumentError(f"log {self.path} cannot be opened, or only by a link: {error.strerror}")
+        return PodkeelError(f"log {self.path} cannot be opened: {error.strerror}")
+
+
+class LogLink:
+    """The path ``log`` in a container's bundle ``folder``, which conmon is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "log"
+        self._next = folder / "log.tmp"
+
+    @property
+    def is_used(self) -> bool:
+        """Whether this container's conmon was told it."""
+        return self.path.is_symlink()
+
+    def lead_to(self, descriptor: int) -> None:
+        """Have conmon open the file of ``descriptor`` at its start; it stays open until conmon has."""
+        _link(self.path, descriptor)
+
+    def lead_next_to(self, descriptor: int) -> None:
+        """Have conmon open the file of ``descriptor`` when it is told to open its log again."""
+        _link(self._next, descriptor)
+
+    def leads_to(self, descriptor: int) -> bool:
+        """Whether conmon has opened the file that ``lead_next_to`` was told."""
+        with contextlib.suppress(OSError):
+            return os.readlink(self.path) == _own(descriptor)  # noqa: PTH115 - the text matters
+        return False
+
+
+def has_open(monitor: ProcessName, descriptor: int) -> bool:
+    """Whether conmon writes to the file of ``descriptor``."""
+    return _number_in(monitor, descriptor) is not None
+
+
+def append_from_now_on(monitor: ProcessName, descriptor: int) -> None:
+    """Have conmon, which has the file of ``descriptor`` open, append to it, wherever others write or cut it off."""
+    number = _number_in(monitor, descriptor)
+    pidfd = processes.open_process(monitor.pid, monitor.started)
+    if pidfd is None or number is None:
+        return
+    with _opened(pidfd), contextlib.suppress(OSError):
+        with _opened(libc.syscall(_PIDFD_GETFD, ctypes.c_int(pidfd), ctypes.c_int(number), ctypes.c_uint(0))) as theirs:
+            fcntl.fcntl(theirs, fcntl.F_SETFL, fcntl.fcntl(theirs, fcntl.F_GETFL) | os.O_APPEND)
+
+
+def _number_in(monitor: ProcessName, descriptor: int) -> int | None:
+    wanted = os.fstat(descriptor)
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(f"/proc/{monitor.pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(entry.stat(), wanted) and processes.start_time(monitor.pid) == monitor.started:
+                    return int(entry.name)
+    return None
+
+
+def _inside(folder: int, parts: list[str]) -> int:
+    """The folder ``parts`` below ``folder``; a link may lead to another place below it."""
+    flags = os.O_PATH | os.O_DIRECTORY
+    return open_below(folder, "/".join([*parts, "."]), flags, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
+
+
+def _own(descriptor: int) -> str:
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def _link(path: Path, descriptor: int) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(_own(descriptor))
+
+
+def _unfinished(tail: bytes, *, whole: bool) -> Iterator[int]:
+    """Where the tags of the last records of each stream are, if they say that the line goes on."""
+    streams = {b"stdout", b"stderr"}
+    end = len(tail)
+    while streams and end > 0:
+        begin = tail.rfind(b"\n", 0, end - 1) + 1
+        if begin == 0 and not whole:
+            return  # it may be the end of a record
+        words = tail[begin:end].split(b" ", 3)
+        if len(words) == 4 and words[1] in streams:
+            streams.discard(words[1])
+            if words[2] == b"P":
+                yield begin + len(words[0]) + len(words[1]) + 2
+        end = begin
+
+
+@contextlib.contextmanager
+def _opened(descriptor: int) -> Iterator[int]:
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -6,20 +6,33 @@ import functools
 import os
 import stat
 import threading
-from pathlib import Path
+import uuid
 
 from host import libc, mounts
 
 _NULL = os.makedev(1, 3)
 
 
-@functools.cache
 def open_private_null() -> int:
-    """A descriptor of a null device that is nobody else's inode; opened once, it stays open. Blocks for a millisecond.
+    """A descriptor of a null device with an inode of its own, for the caller to close. The first call blocks briefly.
 
-    Root in a container owns what it is handed: by the node's /dev/null as its standard input it could change the mode
-    of that file for the whole node.
+    Root in a container owns what it is handed, and OCI runtimes give the standard streams to the container's user. By
+    the node's /dev/null it could change the mode of that file for the whole node, by a shared one for other containers.
     """
+    folder = _folder()
+    name = uuid.uuid4().hex
+    os.mknod(name, stat.S_IFCHR | 0o600, _NULL, dir_fd=folder)
+    try:
+        descriptor = os.open(name, os.O_RDWR | os.O_CLOEXEC, dir_fd=folder)
+    finally:
+        os.unlink(name, dir_fd=folder)
+    os.fchmod(descriptor, 0o666)
+    return descriptor
+
+
+@functools.cache
+def _folder() -> int:
+    """A descriptor of an empty folder on a tmpfs that is mounted nowhere; opened once, it stays open."""
     opened: list[int | OSError] = []
 
     def open_it() -> None:
@@ -38,11 +51,8 @@ def open_private_null() -> int:
 
 
 def _open_in_own_mount_namespace() -> int:
-    """The mount namespace goes with the calling thread, and with it all but the open device."""
+    """The mount namespace goes with the calling thread, and with it all but the open folder."""
     libc.unshare(libc.CLONE_NEWNS)
     libc.mount("", "/", "", mounts.MS_REC | mounts.MS_PRIVATE, "")
-    libc.mount("null", "/dev", "tmpfs", mounts.MS_NOSUID | mounts.MS_NOEXEC, "mode=0755,size=4k,nr_inodes=4")
-    device = Path("/dev/null")
-    os.mknod(device, stat.S_IFCHR | 0o600, _NULL)
-    device.chmod(0o666)
-    return os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    libc.mount("null", "/dev", "tmpfs", mounts.MS_NOSUID | mounts.MS_NOEXEC, "mode=0700,size=4k")
+    return os.open("/dev", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

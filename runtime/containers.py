@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import posixpath
 import time
 from functools import partial
 
@@ -16,6 +17,7 @@ from host.threads import in_thread
 from host.undo import Undo
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
+from runtime import private_devices
 from runtime.confinement import needs_verifying, verify
 from runtime.container import Container, ContainerRecord, ContainerState
 from runtime.identifiers import new_id
@@ -162,6 +164,9 @@ class ContainerManager:
         with permission.step():
             make_volumes(spec.volumes, request.rootfs, owner, limits=limits, check=permission.check)
         bind_all(spec.mapped_volumes, request.namespaces.user, mappings, permission.step)
+        if spec.private_devices is not None:
+            with permission.step():
+                private_devices.make(spec.private_devices)
         with permission.step():
             self._node.layout.container(container.id).spec.write_bytes(spec.config_json)
         return spec
@@ -322,6 +327,7 @@ def _monitor_request(node: Node, container: Container, runtime: OciRuntime) -> M
         terminal=config.tty,
         stdin=config.stdin,
         stdin_once=config.stdin_once,
+        node_devices=any(posixpath.normpath(mount.container_path) == "/dev" for mount in config.mounts),
     )
 
 

@@ -137,7 +137,9 @@ class ExecCall:
             self._log_file = os.memfd_create("log")
             stack.callback(os.close, self._log_file)
             self._descriptors = {_PROCESS_DESCRIPTOR: process_file, _LOG_DESCRIPTOR: self._log_file}
-            self._descriptors |= dict.fromkeys((0, 1, 2), open_private_null())
+            silent = open_private_null()
+            stack.callback(os.close, silent)
+            self._descriptors |= dict.fromkeys((0, 1, 2), silent)
             if terminal:
                 self.console = stack.enter_context(ConsoleSocket(folder, f"{name}.tty"))
                 self._descriptors |= self.console.descriptors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import msgspec
 
 from host import processes, procfs
 from host.errors import PodkeelError
+from host.null_device import open_private_null
 from host.reaping import reap
 from host.tasks import wait_out
 from host.threads import in_fresh_thread, in_thread
@@ -28,6 +30,12 @@ from runtime.sandbox import ProcessName
 # The descriptors on which conmon reports the OCI runtime's result and waits for the go-ahead.
 _SYNC_DESCRIPTOR = 3
 _START_DESCRIPTOR = 4
+# conmon gives the OCI runtime the node's /dev/null for the standard streams that the container has not. The runtime may
+# change its owner, and its descriptors can be seen in the container, so a shell puts these descriptors in its place.
+_SILENT_DESCRIPTOR = 5
+_SHELL = "/bin/sh"
+_SILENCE_INPUT = f'exec <&{_SILENT_DESCRIPTOR} {_SILENT_DESCRIPTOR}<&-; exec "$0" "$@"'
+_SILENCE_BOTH = f'exec <&{_SILENT_DESCRIPTOR} >&0 {_SILENT_DESCRIPTOR}<&-; exec "$0" "$@"'
 _REOPEN_LOG = b"2 0 0\n"
 _ENVIRONMENT = {
     "_OCI_SYNCPIPE": str(_SYNC_DESCRIPTOR),
@@ -48,7 +56,11 @@ class _SyncMessage(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class MonitorRequest:
-    """What conmon is to do: which runtime makes which container, and where its output goes."""
+    """What conmon is to do: which runtime makes which container, and where its output goes.
+
+    ``node_devices`` says that the container's /dev is the node's. OCI runtimes replace a null device among the standard
+    streams by the /dev/null of the container and give that to its user, so it gets an empty file as standard input.
+    """
 
     container_id: str
     name: str
@@ -59,6 +71,14 @@ class MonitorRequest:
     terminal: bool
     stdin: bool
     stdin_once: bool
+    node_devices: bool = False
+
+    @property
+    def silence(self) -> str:
+        """The shell's script before the OCI runtime; empty where conmon connects all standard streams itself."""
+        if self.terminal:
+            return _SILENCE_BOTH
+        return "" if self.stdin else _SILENCE_INPUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +102,14 @@ class ExitRecord:
 class StartingMonitor:
     """A conmon on its way. Begun ahead of the container's bundle, its program loads while that is made."""
 
-    def __init__(self, command: Sequence[str], folder: ContainerFolder, log: LogFile | None) -> None:
+    def __init__(
+        self, command: Sequence[str], folder: ContainerFolder, log: LogFile | None, *, node_devices: bool = False
+    ) -> None:
         self._command = command
         self._folder = folder
         self._log = log
         self._log_descriptor = -1
+        self._node_devices = node_devices
         self._pid = -1
         self._pidfd = -1
         self._sync_read = -1
@@ -120,7 +143,10 @@ class StartingMonitor:
             child_ends.callback(os.close, start_read)
             complaints = os.open(self._folder.monitor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             child_ends.callback(os.close, complaints)
-            descriptors = {2: complaints, _SYNC_DESCRIPTOR: sync_write, _START_DESCRIPTOR: start_read}
+            silent = _open_empty_file() if self._node_devices else open_private_null()
+            child_ends.callback(os.close, silent)
+            descriptors = {0: silent, 1: silent, 2: complaints, _SILENT_DESCRIPTOR: silent}
+            descriptors |= {_SYNC_DESCRIPTOR: sync_write, _START_DESCRIPTOR: start_read}
             pid = processes.spawn(self._command, environment=environment, descriptors=descriptors)
         self._pidfd = processes.open_child(pid)
         self._pid = pid
@@ -189,7 +215,7 @@ class Monitors:
             "-n",
             _plain(request.name),
             "-r",
-            request.runtime,
+            _SHELL if request.silence else request.runtime,
             "-b",
             str(folder),
             "-p",
@@ -198,7 +224,8 @@ class Monitors:
         command += ["--exit-dir", str(self._layout.exits), "--persist-dir", str(folder)]
         command += ["--sync", "--no-sync-log", "--full-attach"]
         command += ["-l", f"k8s-file:{LogLink(folder).path}" if request.log else "none"]
-        for argument in request.runtime_arguments:
+        silenced = ["-c", request.silence, request.runtime] if request.silence else []
+        for argument in (*silenced, *request.runtime_arguments):
             command += ["--runtime-arg", argument]
         if request.systemd_cgroup:
             command.append("--systemd-cgroup")
@@ -213,7 +240,7 @@ class Monitors:
     def prepare(self, request: MonitorRequest) -> StartingMonitor:
         """A conmon to be started; ``create`` of what is returned makes the container, ``abandon`` ends conmon."""
         folder = self._layout.container(request.container_id)
-        return StartingMonitor(self._command(request), folder, request.log)
+        return StartingMonitor(self._command(request), folder, request.log, node_devices=request.node_devices)
 
     def running(self) -> dict[str, int]:
         """Pids of the conmon processes of this agent, by container id; also of one whose pid was never written down.
@@ -289,6 +316,13 @@ async def _read_line(descriptor: int) -> bytes:
         return await done
     finally:
         loop.remove_reader(descriptor)
+
+
+def _open_empty_file() -> int:
+    """A descriptor of an empty file that nobody can write to; only its descriptors lead to it."""
+    descriptor = os.memfd_create("empty", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+    return descriptor
 
 
 def _last_lines(path: Path) -> str:

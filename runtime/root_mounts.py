@@ -8,6 +8,7 @@ from host.errors import KubeletReasonError, PodkeelError
 from host.threads import in_thread
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
+from runtime import private_devices
 from runtime.container import Container
 from runtime.layout import ContainerFolder
 from runtime.mapped_volumes import release
@@ -68,7 +69,7 @@ async def mount_image_volumes(node: Node, container: Container) -> dict[int, Pat
 
 
 async def unmount_all(node: Node, container: Container) -> None:
-    """Unmount a container's root file system, image volumes and volumes with mapped ids. Repeatable."""
+    """Unmount a container's root file system, image volumes, volumes with mapped ids and devices. Repeatable."""
     folder = node.layout.container(container.id)
     for target in await in_thread(_release_volumes, folder):
         await node.snapshots.unmount(container.id, target)
@@ -76,8 +77,9 @@ async def unmount_all(node: Node, container: Container) -> None:
 
 
 def _release_volumes(folder: ContainerFolder) -> list[Path]:
-    """Unbind the volumes with mapped ids; where images are still mounted."""
+    """Unbind the volumes with mapped ids and unmount the devices; where images are still mounted."""
     release(folder.rootfs)
+    private_devices.release(folder.rootfs)
     return folder.image_volumes_there()
 
 

@@ -11,16 +11,18 @@ from host.errors import InvalidArgumentError, KubeletReasonError, UnsupportedErr
 from proto.runtime.v1 import cri_pb2
 from runtime.spec import cdi, oci
 from runtime.spec.capabilities import capability_sets
-from runtime.spec.default_mounts import kernel_mounts, pod_mounts, refuse_linked_targets
+from runtime.spec.default_mounts import DEFAULT_DEV, kernel_mounts, pod_mounts, refuse_linked_targets
 from runtime.spec.destinations import MountGroups, settle
 from runtime.spec.devices import described_devices, devices
 from runtime.spec.facts import HandlerFacts, SandboxFiles
 from runtime.spec.host_paths import HostPaths
 from runtime.spec.identity import Identity, identify
+from runtime.spec.kernel_places import refuse_imitations
 from runtime.spec.mapped_volumes import MappedVolume, mapped_folder
-from runtime.spec.mounts import configured_mounts, root_propagation
+from runtime.spec.mounts import configured_mounts, in_order, root_propagation
 from runtime.spec.namespaces import NamespacePaths, namespaces, user_mappings
 from runtime.spec.node import NodeFacts
+from runtime.spec.private_devices import PrivateDevices, private_devices
 from runtime.spec.process import ImageConfig, command_line, environment, settled_directory, working_directory
 from runtime.spec.relabel import relabel_all
 from runtime.spec.resources import oom_score_adj, resources
@@ -73,9 +75,10 @@ class SpecRequest:
 class ContainerSpec:
     """A built spec, and what of it the container's status and its stop need.
 
-    ``volumes`` are still to be made, with ``volumes.make_volumes``, and ``mapped_volumes`` to be bound. ``mounts`` are
-    the configuration's, as status shows them. ``relabels`` are done. ``mounts_in_volumes`` and ``directory_in_volume``:
-    the way of a mount or of the working directory leads through a volume, which others may change at any time.
+    ``volumes`` are still to be made, with ``volumes.make_volumes``, ``private_devices`` too, and ``mapped_volumes`` to
+    be bound. ``mounts`` are the configuration's, as status shows them. ``relabels`` are done. ``mounts_in_volumes`` and
+    ``directory_in_volume``: the way of a mount or of the working directory leads through a volume, which others may
+    change at any time.
     """
 
     spec: oci.Spec
@@ -88,6 +91,7 @@ class ContainerSpec:
     relabels: Sequence[Relabel]
     mounts_in_volumes: bool
     directory_in_volume: bool
+    private_devices: PrivateDevices | None = None
 
 
 def build(request: SpecRequest, check: Callable[[], None] = lambda: None) -> ContainerSpec:
@@ -135,8 +139,9 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
         mapped_folder=mapped_folder(request.rootfs),
     )
     edits = cdi.edits_for(cdi.requested(config), request.cdi_folders)
+    described: list[oci.Device] = []
     if edits:
-        _add_described(edits, process, linux)
+        described = _add_described(edits, process, linux)
     groups = MountGroups(
         defaults=_default_mounts(request, linux.gid_mappings),
         volumes=image_volumes(request.image.volumes or (), request.rootfs, request.container_folder, labels.mount),
@@ -145,15 +150,17 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
         folders={str(volume.target): volume.source for volume in mapped_volumes},
     )
     settled = settle(request.rootfs, groups)
+    refuse_imitations(settled.mounts, groups.folders)
     for node in linux.devices:
-        settled.paths.destination(node.path, "devices: container_path")
+        node.path = settled.paths.destination(node.path, "devices: container_path").path
+    own_devices, mounts = _own_devices(request, linux, settled.mounts, described, labels)
     process.cwd, directory_in_volume = settled_directory(process.cwd, settled.paths)
     readonly_root = config.linux.security_context.readonly_rootfs
     spec = oci.Spec(
         oci_version=oci.VERSION,
         process=process,
         root=oci.Root(path=str(request.rootfs), readonly=readonly_root),
-        mounts=settled.mounts,
+        mounts=mounts,
         linux=linux,
         annotations=_annotations(request, filtered),
         hooks=cdi.hooks(edits) if edits else None,
@@ -168,6 +175,7 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
         stop_signal=stop_signal(config, request.image.stop_signal),
         volumes=settled.volumes,
         mapped_volumes=mapped_volumes,
+        private_devices=own_devices,
         relabels=(*volumes_to_relabel(config.mounts, host_paths, labels.mount), *_pod_files(request, labels)),
         mounts_in_volumes=settled.through_volumes,
         directory_in_volume=directory_in_volume,
@@ -179,8 +187,8 @@ def _pod_files(request: SpecRequest, labels: SelinuxLabels) -> list[Relabel]:
     return [Relabel(str(file.resolve()), labels.mount) for file in files if file is not None and labels.mount]
 
 
-def _add_described(edits: Sequence[cdi.Edits], process: oci.Process, linux: oci.Linux) -> None:
-    """Environment, groups and device nodes of the CDI devices; the mounts and hooks are the caller's."""
+def _add_described(edits: Sequence[cdi.Edits], process: oci.Process, linux: oci.Linux) -> list[oci.Device]:
+    """Environment, groups and device nodes of the CDI devices; mounts and hooks are the caller's. Returns the nodes."""
     variables = cdi.environment(edits)
     process.env = [entry for entry in process.env if entry.partition("=")[0] not in variables]
     process.env += [f"{name}={value}" for name, value in variables.items()]
@@ -192,6 +200,23 @@ def _add_described(edits: Sequence[cdi.Edits], process: oci.Process, linux: oci.
     linux.devices = [node for node in linux.devices if node.path not in paths] + nodes
     if linux.resources is not None:
         linux.resources.devices += rules
+    return nodes
+
+
+def _own_devices(
+    request: SpecRequest,
+    linux: oci.Linux,
+    mounts: list[oci.Mount],
+    described: Sequence[oci.Device],
+    labels: SelinuxLabels,
+) -> tuple[PrivateDevices | None, list[oci.Mount]]:
+    """The /dev to prepare, and all mounts with it; none without a user namespace, or where /dev is the node's."""
+    if not linux.uid_mappings or DEFAULT_DEV not in mounts:
+        return None, mounts
+    mappings = (linux.uid_mappings, linux.gid_mappings)
+    prepared, (dev, *others) = private_devices(request.rootfs, linux.devices, described, mappings, labels.mount)
+    linux.devices = []
+    return prepared, in_order([dev if mount == DEFAULT_DEV else mount for mount in mounts], others)
 
 
 def _refuse_impossible(request: SpecRequest) -> None:

@@ -5,6 +5,7 @@ Follows the CDI specification up to 1.0; network devices and Intel RDT settings 
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -203,6 +204,8 @@ def mounts(edits: Iterable[Edits]) -> list[oci.Mount]:
                     f"CDI: mount {mount.container_path!r} is not an absolute path without '..': correct the description"
                 )
             kind = mount.type or "bind"
+            if posixpath.normpath("/" + mount.container_path.lstrip("/")) == "/dev":
+                raise InvalidArgumentError("CDI: a mount at /dev hides the container's devices: list deviceNodes")
             options = mount.options
             if kind == "bind" and not {"bind", "rbind"} & set(options):
                 options = ["rbind", *options]

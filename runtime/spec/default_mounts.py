@@ -11,6 +11,11 @@ from runtime.spec.namespaces import NamespacePaths
 
 TTY_GROUP = 5
 
+DEFAULT_DEV = oci.Mount(
+    destination="/dev", type="tmpfs", source="tmpfs", options=["nosuid", "strictatime", "mode=755", "size=65536k"]
+)
+"""The /dev that OCI runtimes fill, where the container has no user namespace."""
+
 
 def refuse_linked_targets(rootfs: Path) -> None:
     """Raise InvalidArgumentError when the image has a symbolic link where the kernel's file systems go.
@@ -38,12 +43,7 @@ def kernel_mounts(paths: NamespacePaths, *, privileged: bool, gid_mappings: list
         oci.Mount(destination="/proc", type="bind", source="/proc", options=bind)
         if foreign and paths.host_pid
         else oci.Mount(destination="/proc", type="proc", source="proc", options=plain),
-        oci.Mount(
-            destination="/dev",
-            type="tmpfs",
-            source="tmpfs",
-            options=["nosuid", "strictatime", "mode=755", "size=65536k"],
-        ),
+        DEFAULT_DEV,
         oci.Mount(destination="/dev/pts", type="devpts", source="devpts", options=terminals),
         oci.Mount(destination="/dev/mqueue", type="bind", source="/dev/mqueue", options=bind)
         if foreign and paths.ipc is None

@@ -32,15 +32,15 @@ class Volume:
 def image_volumes(paths: Iterable[str], rootfs: Path, container_folder: Path, label: str = "") -> list[Volume]:
     """One volume per path.
 
-    Raises InvalidArgumentError for one that would cover the root, /dev, /sys or /proc, or what is in /proc, and for one
-    that a link of the image leads into /sys: OCI runtimes look there for what they close, and write there what confines
-    the process.
+    Raises InvalidArgumentError for one that would cover the root, /dev, its null device, /sys, /proc or what is in
+    /proc, and for one that a link of the image leads into /sys: OCI runtimes look there for what they close, and write
+    there what confines the process.
     """
     wanted = {container_path("/" + path.lstrip("/"), "VOLUME of the image:") for path in paths}
     image = ContainerPaths(rootfs)
     for path in wanted:
         place = image.destination(path, "VOLUME of the image:").path
-        if place in ("/", "/dev", "/proc", "/sys") or place.startswith("/proc/"):
+        if place in ("/", "/dev", "/dev/null", "/proc", "/sys") or place.startswith("/proc/"):
             raise InvalidArgumentError(f"VOLUME of the image: {path} is {place}: use an image with a folder of its own")
     return [
         Volume(container_folder / "volumes" / hashlib.sha256(path.encode()).hexdigest()[:32], path, label)

@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import subprocess
 from pathlib import Path
 
 from host import mounts
 
 _NAMES = ("podkeel", "pkt")
+_DEVICES = (
+    "null",
+    "zero",
+    "full",
+    "random",
+    "urandom",
+    "tty",
+    "ptmx",
+    "console",
+    "kmsg",
+    "fuse",
+    "net/tun",
+    "shm",
+    "pts",
+)
 
 
 def traces() -> set[str]:
-    """Mounts, links, nftables tables, cgroups, run folders and processes that carry a name of ours."""
+    """Mounts, links, nftables tables, cgroups, run folders and processes that carry a name of ours.
+
+    And owner and mode of the node's devices: a changed one is a difference as well.
+    """
     found = {f"mount {entry.target}" for entry in mounts.mount_table() if _ours(entry.target)}
     found |= {f"link {link.name}" for link in Path("/sys/class/net").iterdir() if link.name.startswith("pk")}
     tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=False).stdout
     found |= {f"nftables {line}" for line in tables.splitlines() if _ours(line)}
     found |= {f"folder {path}" for path in Path("/run").glob("podkeel*")}
     found |= {f"cgroup {path}" for path in _cgroups()}
-    return found | _processes()
+    return found | _processes() | _devices()
+
+
+def _devices() -> set[str]:
+    found = set()
+    for name in _DEVICES:
+        with contextlib.suppress(FileNotFoundError):
+            status = Path("/dev", name).stat()
+            owner = f"{status.st_uid}:{status.st_gid}"
+            kind = f"{stat.filemode(status.st_mode)} {os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+            found.add(f"device /dev/{name} is {kind} of {owner}, which it was not before")
+    return found
 
 
 def _ours(text: str) -> bool:

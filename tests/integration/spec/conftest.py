@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import uuid
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 
 from host.mounts import is_mount_point, mounts_below, unmount
+from host.null_device import open_private_null
+from runtime import private_devices
 from runtime.mapped_volumes import bind_all
 from runtime.spec.builder import ContainerSpec, build
 from runtime.spec.facts import HandlerFacts, SandboxFiles
@@ -140,13 +143,19 @@ def run(runtime: str, rootfs: Path, tmp_path: Path, node: NodeFacts, pod_namespa
         make_volumes(built.volumes, rootfs, limits=CopyLimits(1 << 30, 10_000))
         namespaces = fields["namespaces"]
         bind_all(built.mapped_volumes, namespaces.user, (built.spec.linux.uid_mappings, built.spec.linux.gid_mappings))
+        if built.private_devices is not None:
+            private_devices.make(built.private_devices)
         bundle = tmp_path / "bundle"
         bundle.mkdir(exist_ok=True)
         (bundle / "config.json").write_bytes(built.config_json)
         command = [runtime, "--root", str(state), "run", "--bundle", str(bundle), identifier]
-        ended = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False
-        )
+        null = open_private_null()  # the OCI runtime gives it to the container's user
+        try:
+            ended = subprocess.run(
+                command, stdin=null, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False
+            )
+        finally:
+            os.close(null)
         return Result(ended.returncode, ended.stdout.decode(errors="replace"), built)
 
     try:

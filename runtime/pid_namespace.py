@@ -8,69 +8,86 @@ import select
 import shutil
 import signal
 import time
+from typing import BinaryIO
 
 from host import libc, mounts, processes, procfs
 from host.errors import PodkeelError
+from runtime.init_root import INIT_ROOT, PROGRAM, become_root_of
 from runtime.layout import SandboxFolder
 from runtime.sandbox import ProcessName
 
-_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}[os.uname().machine]
-
 _START_SECONDS = 5.0
 _TITLE_BYTES = 4096
-# The first process that sh starts is the init of the namespace that unshare made for its children. sh tells its pid and
-# ends; the init closes what it inherited once it is set up: so the end of the pipe says that it runs.
+# The first process that sh starts is the init of the namespace that unshare made for its children. sh waits until the
+# agent has given it another root, starts the init and ends; the init closes what it inherited once it is set up: so the
+# end of the pipe says that it runs.
 _TELLING = 3
-_LAUNCH = f'"$0" -P >/dev/null 2>&1 & echo $! >&{_TELLING}'
+_WAITING = 4
+_LAUNCH = f"""echo >&{_TELLING}; read go <&{_WAITING} || exit
+"$0" -P >/dev/null 2>&1 {_WAITING}<&- &
+echo $! >&{_TELLING}"""
 
 
 def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
     """Start catatonit as init of a new PID namespace and return its pid; ``pin_holder`` is then due.
 
-    Runs in a fresh thread, which it leaves in another mount namespace. Containers of the pod can reach the init's root
-    through /proc/1/root, so it gets an empty one with nothing of the host in it.
+    Runs in a fresh thread, which it leaves in another mount namespace, that of the init.
     """
     program = _installed(catatonit)
-    root = folder.path / "init"
-    root.mkdir(mode=0o711, exist_ok=True)
-    libc.unshare(libc.CLONE_NEWPID | libc.CLONE_NEWNS)
-    libc.mount("", "/", "", mounts.MS_REC | mounts.MS_PRIVATE, "")
-    libc.mount("init", str(root), "tmpfs", mounts.MS_NOSUID | mounts.MS_NODEV, "mode=0711,size=64k,nr_inodes=8")
-    (root / "catatonit").touch()
-    (root / "dev").mkdir()
-    (root / "dev" / "null").touch()
-    mounts.bind(program, root / "catatonit")
-    mounts.bind("/dev/null", root / "dev" / "null")
-    os.chdir(root)
-    # pivot_root(".", ".") puts the old root on top of the new one, from where it is let go (pivot_root(2)).
-    libc.syscall(_SYS_PIVOT_ROOT, b".", b".")
-    libc.umount(".", mounts.MNT_DETACH)
-    return processes.spawn(["/catatonit", "-P"], environment={}, title=_title(sandbox_id))
+    (folder.path / "init").mkdir(mode=0o700, exist_ok=True)
+    INIT_ROOT.enter(program)
+    libc.unshare(libc.CLONE_NEWPID)
+    return processes.spawn([PROGRAM, "-P"], environment={}, title=_title(sandbox_id))
 
 
 def start_holder_in_user_namespace(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
     """The same for a pod with a user namespace, which then owns the PID namespace.
 
-    A process with threads cannot enter a user namespace, so util-linux does it. The init's program is a copy that may
-    be executed but not read: the kernel then lets nobody inside look through its /proc/1/root. Blocks.
+    A process with threads cannot enter a user namespace, so util-linux does it. Runs in a fresh thread, which it leaves
+    in another mount namespace. Blocks.
     """
-    program = folder.path / "init" / _title(sandbox_id)
-    program.parent.mkdir(mode=0o711, exist_ok=True)
-    shutil.copyfile(_installed(catatonit), program)
-    program.chmod(0o711)
-    told, telling = os.pipe2(os.O_CLOEXEC)
-    with open(told, "rb", buffering=0) as answer:
+    program = _installed(catatonit)
+    (folder.path / "init").mkdir(mode=0o700, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        answer, telling = _pipe(stack)
+        waiting, go = _pipe(stack)
+        command = ["nsenter", f"--user={folder.pin('user')}", "unshare", "--mount", "--pid", "sh", "-c", _LAUNCH]
+        descriptors = {_TELLING: telling.fileno(), _WAITING: waiting.fileno()}
+        parent = processes.spawn([*command, f"/{_title(sandbox_id)}"], descriptors=descriptors)
+        telling.close()
         try:
-            command = ["nsenter", f"--user={folder.pin('user')}", "unshare", "--pid", "sh", "-c", _LAUNCH, str(program)]
-            parent = processes.spawn(command, descriptors={_TELLING: telling})
-        finally:
-            os.close(telling)
-        try:
+            if _read_some(answer.fileno(), _START_SECONDS) == b"\n":
+                _give_root(parent, program, _title(sandbox_id))
+                go.write(b"go\n")
             return _holder_in(_read_to_end(answer.fileno(), _START_SECONDS))
         finally:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(parent, signal.SIGKILL)
                 os.waitpid(parent, 0)
+
+
+def _pipe(stack: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO]:
+    """Its reading and its writing end, unbuffered, both closed with ``stack`` at the latest."""
+    ends = os.pipe2(os.O_CLOEXEC)
+    reading, writing = os.fdopen(ends[0], "rb", buffering=0), os.fdopen(ends[1], "wb", buffering=0)
+    return stack.enter_context(reading), stack.enter_context(writing)
+
+
+def _give_root(parent: int, program: str, name: str) -> None:
+    """Give the shell that will start the init, and is alone in its mount namespace, the init's root."""
+    with contextlib.ExitStack() as stack:
+        namespace = os.open(f"/proc/{parent}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, namespace)
+        copy = INIT_ROOT.clone(program)
+        stack.callback(os.close, copy)
+        become_root_of(namespace, copy, name)
+
+
+def _read_some(descriptor: int, seconds: float) -> bytes:
+    """What is first written to a pipe; nothing at its end or when so many seconds have passed."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    return os.read(descriptor, 4096) if poller.poll(seconds * 1000) else b""
 
 
 def _read_to_end(descriptor: int, seconds: float) -> bytes:

@@ -1,0 +1,161 @@
+"""The init of a shared PID namespace: nobody in the pod can change its program, its root or what it has open."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import grpc
+import pytest
+
+from proto.runtime.v1 import cri_pb2
+from tests.integration.agent.hardening import PRELUDE, PYTHON, Attacker, import_image, like_kubelets, with_python
+from tests.security.conftest import pod_config
+from tests.support.agent import AgentProcess, wait_for
+from tests.support.pods import log_lines, shared_pids
+
+# Tries to change all that it can reach of the init, through each of the kernel's links to it.
+CHANGES = """
+import stat
+ROOT = %r
+def all_below(folder, depth=3):
+    names = attempt(os.listdir, folder)
+    if isinstance(names, list):
+        for name in names:
+            path = f"{folder}/{name}"
+            yield path
+            if depth and attempt(os.path.islink, path) is False and os.path.isdir(path):
+                yield from all_below(path, depth - 1)
+def write(path):
+    with open(path, "r+b", buffering=0) as file:
+        file.write(b"#")
+    return "written"
+def changes(path):
+    mode = attempt(os.stat, path)
+    yield "chmod", attempt(os.chmod, path, 0o4755)
+    yield "chown", attempt(os.chown, path, 1000, 1000)
+    yield "touch", attempt(os.utime, path, (1, 1))
+    yield "xattr", attempt(os.setxattr, path, "user.mark", b"1")
+    if isinstance(mode, os.stat_result) and not stat.S_ISCHR(mode.st_mode):
+        yield "write", attempt(write, path)
+        yield "rename", attempt(os.rename, path, path + ".moved")
+        yield "make", attempt(os.mkdir, path + ".made")
+        yield "link", attempt(os.symlink, "/bin/sh", path + "/new")
+paths = [ROOT, *all_below(ROOT)]
+if ROOT == "/proc/1/root":
+    paths += ["/proc/1/exe", "/proc/1/cwd", *all_below("/proc/1/fd", 0), *all_below("/proc/1/cwd")]
+found = [(path, what, result) for path in paths for what, result in changes(path)]
+answer({"paths": paths, "changed": [entry for entry in found if not str(entry[2]).startswith("E")], "found": found})
+"""
+
+POWERS = {
+    "no capabilities": (),
+    "all kept": ("SYS_PTRACE", "DAC_READ_SEARCH", "LINUX_IMMUTABLE"),
+}
+
+
+@pytest.fixture
+def catatonit() -> bytes:
+    return Path("/usr/bin/catatonit").read_bytes()
+
+
+def init_of(agent: AgentProcess, sandbox_id: str) -> int:
+    """The pid on the node of a pod's init."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and sandbox_id.encode() in (entry / "cmdline").read_bytes().split(b"\0")[0]:
+            return int(entry.name)
+    raise AssertionError("the pod has no init")
+
+
+def start(agent: AgentProcess, handler: str, config: cri_pb2.ContainerConfig, *, user_namespace: bool) -> Attacker:
+    sandbox = pod_config(agent, user_namespace=user_namespace)
+    shared_pids(sandbox)
+    config.linux.security_context.namespace_options.CopyFrom(sandbox.linux.security_context.namespace_options)
+    sandbox_id = agent.client.run_sandbox(sandbox, handler)
+    container_id = agent.client.create(sandbox_id, config, sandbox)
+    agent.client.start(container_id)
+    return Attacker(agent, sandbox, sandbox_id, container_id)
+
+
+@pytest.mark.parametrize("powers", POWERS)
+def test_nothing_of_the_init_can_be_changed(
+    quiet_log: AgentProcess, handler: str, user_namespace: bool, powers: str, catatonit: bytes
+) -> None:
+    config = with_python(like_kubelets("main"))
+    if powers == "no capabilities":
+        config.linux.security_context.capabilities.drop_capabilities.append("ALL")
+        config.linux.security_context.no_new_privs = True
+    config.linux.security_context.capabilities.add_capabilities.extend(POWERS[powers])
+    attacker = start(quiet_log, handler, config, user_namespace=user_namespace)
+    found = attacker.python(CHANGES % "/proc/1/root")
+    assert found["changed"] == []
+    assert "/proc/1/exe" in found["paths"]
+    if powers == "all kept" and not user_namespace:  # it came in: the tries were real ones
+        assert "/proc/1/root/catatonit" in found["paths"]
+        assert {result for path, _, result in found["found"] if path == "/proc/1/root/catatonit"} <= {
+            "EROFS",
+            "ENOTDIR",
+        }
+        of_root = {result for path, what, result in found["found"] if path == "/proc/1/root" and what != "rename"}
+        assert of_root <= {"EROFS", "EISDIR", "ENOENT"}
+    assert Path("/usr/bin/catatonit").read_bytes() == catatonit
+
+
+def test_working_directory_in_the_root_of_the_init_changes_nothing(
+    quiet_log: AgentProcess, handler: str, user_namespace: bool, catatonit: bytes, tmp_path: Path
+) -> None:
+    """The image's working directory is a link to /proc/1/root; OCI runtimes enter it before they drop anything."""
+    link = tarfile.TarInfo("w")
+    link.type, link.linkname = tarfile.SYMTYPE, "/proc/1/root"
+    image = import_image(quiet_log, tmp_path, "linked-init", [(link, b"")], {"WorkingDir": "/w"})
+    program = PRELUDE + CHANGES % "."
+    config = with_python(
+        like_kubelets("main", PYTHON, "-I", "-c", f"{program}\ntime.sleep(900)", image=image, seccomp=True)
+    )
+    config.linux.security_context.capabilities.drop_capabilities.append("ALL")
+    config.linux.security_context.no_new_privs = True
+    sandbox = pod_config(quiet_log, user_namespace=user_namespace)
+    shared_pids(sandbox)
+    config.linux.security_context.namespace_options.CopyFrom(sandbox.linux.security_context.namespace_options)
+    sandbox_id = quiet_log.client.run_sandbox(sandbox, handler)
+    try:
+        container_id = quiet_log.client.create(sandbox_id, config, sandbox)
+        quiet_log.client.start(container_id)
+    except grpc.RpcError as error:  # refused, which is as good
+        assert error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+    else:
+        log = Path(quiet_log.client.status(container_id).log_path)
+        wait_for(lambda: log_lines(log), what="the attacker's word")
+        assert json.loads(log_lines(log)[0])["changed"] == []
+    assert Path("/usr/bin/catatonit").read_bytes() == catatonit
+    assert Path("/usr/bin/catatonit").stat().st_mode & 0o7777 == 0o755
+
+
+def test_root_of_the_init_holds_nothing_of_the_node_s(
+    quiet_log: AgentProcess, handler: str, user_namespace: bool
+) -> None:
+    attacker = start(quiet_log, handler, like_kubelets("main"), user_namespace=user_namespace)
+    init = Path(f"/proc/{init_of(quiet_log, attacker.sandbox_id)}")
+    inside = [init / "exe", *(init / "fd").iterdir(), init / "root", *(init / "root").rglob("*")]
+    node = {
+        (status.st_dev, status.st_ino) for status in (Path(p).stat() for p in ("/", "/dev/null", "/usr/bin/catatonit"))
+    }
+    assert not node & {(status.st_dev, status.st_ino) for status in (path.stat() for path in inside)}
+    devices = {path.stat().st_dev for path in (init / "exe", init / "root")}
+    mounted = {Path(p).stat().st_dev for p in ("/", "/dev", "/run", "/usr", "/tmp")}
+    assert not devices & mounted
+    names = {path.name for path in (init / "root").iterdir()}
+    assert names <= {"dev", "catatonit", f"podkeel-pod-init-{attacker.sandbox_id}"}
+    mounts = (init / "mountinfo").read_text().splitlines()
+    assert all(" ro" in line.rpartition(" - ")[2] or "/dev" not in line for line in mounts), mounts
+    assert len(mounts) <= 2, mounts
+
+
+def test_pods_share_their_processes_and_the_init_reaps(
+    quiet_log: AgentProcess, handler: str, user_namespace: bool
+) -> None:
+    attacker = start(quiet_log, handler, like_kubelets("main"), user_namespace=user_namespace)
+    assert "sleep" in attacker.shell("cat /proc/[0-9]*/comm")
+    attacker.shell("(sh -c 'sleep 0.1 &' &) ; sleep 0.4")
+    assert " Z " not in attacker.shell("cat /proc/[0-9]*/stat")

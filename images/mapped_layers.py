@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from host import mounts
+from host import libc, mounts
 
 
 @contextlib.contextmanager
@@ -22,11 +22,16 @@ def with_mapped_ids(folders: Sequence[Path], scratch: Path, user_namespace: Path
     if user_namespace is None:
         yield list(folders)
         return
+    clear(scratch)
+    scratch.mkdir()
     try:
+        # On a file system of their own they go with one unmount, and it tells no other mount namespace of them.
+        libc.mount("layers", str(scratch), "tmpfs", mounts.MS_NOSUID | mounts.MS_NODEV, "mode=700")
+        libc.mount("", str(scratch), "", mounts.MS_PRIVATE, "")
         mapped = []
         for number, folder in enumerate(folders):
             target = scratch / str(number)
-            target.mkdir(parents=True)
+            target.mkdir()
             mounts.bind_with_ids(folder, target, user_namespace)
             mapped.append(target)
         yield mapped
@@ -41,8 +46,9 @@ def scratch_of(target: Path) -> Path:
 
 def clear(scratch: Path) -> None:
     """Unmount and remove what is in ``scratch``; nothing there is fine."""
+    mounts.unmount(scratch, lazy=True)
     with contextlib.suppress(FileNotFoundError):
-        for target in scratch.iterdir():
+        for target in scratch.iterdir():  # of an agent that mounted each on its own
             mounts.unmount(target, lazy=True)
             target.rmdir()
         scratch.rmdir()

@@ -13,9 +13,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from host import libc, mounts
+from host import mounts
 from host.database import Database
 from host.errors import LimitError, NotFoundError, PodkeelError
+from host.removal import remove_tree
 from host.tasks import wait_out
 from host.threads import in_long_thread, in_thread
 from host.undo import Undo
@@ -23,6 +24,7 @@ from images.image import Image
 from images.layers import EMPTY_LAYER, LayerStore
 from images.mapped_layers import clear, scratch_of, with_mapped_ids
 from images.options import ImageOptions
+from images.overlay import mount_overlay, names_of
 from images.project_quota import ProjectQuotas
 from images.trash import Trash
 from images.usage import FilesystemUsage
@@ -30,7 +32,6 @@ from images.writable import WritableLayers
 
 _log = logging.getLogger("podkeel.images")
 
-_MOUNT_DATA = os.sysconf("SC_PAGE_SIZE") - 1
 _OWN_INODES = 3  # the container's folder, work and what overlayfs keeps in work; upper is counted with its content
 _DISK_BLOCK = 4096
 
@@ -256,16 +257,15 @@ class SnapshotStore:
             _log.warning("what container %s writes is counted in the background: %s", container_id, error)
 
     def _mount_overlay(self, target: Path, lower: Sequence[Path], folder: Path, mount_label: str) -> None:
-        options = f"{_lower_option(lower)},upperdir={_escaped(folder / 'upper')},workdir={_escaped(folder / 'work')}"
-        options += mounts.context_option(mount_label)
-        _check_length(options + self._volatile, len(lower))
+        options = mounts.context_option(mount_label)
+        writable = (folder / "upper", folder / "work")
         try:
-            libc.mount("overlay", str(target), "overlay", 0, options + self._volatile)
+            mount_overlay(target, lower, writable, options + self._volatile)
         except OSError as error:
             if error.errno != errno.EINVAL or not self._volatile:
                 raise PodkeelError(f"overlay at {target} could not be mounted: {error.strerror}") from error
             self._volatile = ""  # a kernel before 5.10
-            libc.mount("overlay", str(target), "overlay", 0, options)
+            mount_overlay(target, lower, writable, options)
 
     def _mount_read_only(
         self, target: Path, lower: Sequence[Path], user_namespace: Path | None = None, mount_label: str = ""
@@ -277,10 +277,8 @@ class SnapshotStore:
             second.mkdir(exist_ok=True)
             lower = (*lower, second)
         with with_mapped_ids(lower, scratch_of(target), user_namespace) as seen:
-            options = _lower_option(seen) + mounts.context_option(mount_label)
-            _check_length(options, len(seen))
             try:
-                libc.mount("overlay", str(target), "overlay", mounts.MS_RDONLY, options)
+                mount_overlay(target, seen, None, mounts.context_option(mount_label), mounts.MS_RDONLY)
             except OSError as error:
                 raise PodkeelError(f"overlay at {target} could not be mounted: {error.strerror}") from error
 
@@ -291,22 +289,6 @@ class SnapshotStore:
 def _unmount(target: Path) -> None:
     mounts.unmount(target)
     clear(scratch_of(target))
+    remove_tree(names_of(target))
     with contextlib.suppress(OSError):
         target.rmdir()
-
-
-def _lower_option(lower: Sequence[Path]) -> str:
-    return "lowerdir=" + ":".join(_escaped(path) for path in lower)
-
-
-def _escaped(path: Path) -> str:
-    """A path as overlayfs's options take it: colons and commas stand for themselves only after a backslash."""
-    return str(path).replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
-
-
-def _check_length(options: str, layers: int) -> None:
-    if len(options.encode()) > _MOUNT_DATA:
-        raise LimitError(
-            f"an image of {layers} layers makes mount options of {len(options)} bytes, and the kernel takes "
-            f"{_MOUNT_DATA}: use a shorter data folder, or an image with fewer layers"
-        )

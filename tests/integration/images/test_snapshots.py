@@ -8,6 +8,7 @@ import pytest
 from host import mounts
 from host.errors import LimitError, NotFoundError
 from images.image import Image
+from images.overlay import mount_overlay
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, busybox_layer, entry, make_tar
 
@@ -112,14 +113,40 @@ async def test_an_image_without_layers(node: Node, tmp_path: Path) -> None:
     assert list(volume.iterdir()) == []
 
 
-async def test_more_layers_than_the_kernel_takes(node: Node, tmp_path: Path) -> None:
+async def test_more_layers_than_a_page_of_options_holds(node: Node, tmp_path: Path) -> None:
     archive = tmp_path / "deep.tar"
-    layers = tuple(make_tar([entry(f"f{number}", "")]) for number in range(60))
+    layers = tuple(make_tar([entry(f"f{number}", str(number)), entry("same", str(number))]) for number in range(60))
     BuiltImage(layers).write_docker(archive, "deep:1")
     (image,) = await node.store.import_archive(archive)
-    with pytest.raises(LimitError, match="60 layers"):
-        await node.store.snapshots.prepare("c1", image, target=node.target("c1"))
-    assert node.store.snapshots.ids() == frozenset()
+    assert sum(len(str(node.store.snapshots._layers.path(number))) for number in image.layers) > 4096
+    snapshot = await node.store.snapshots.prepare("c1", image, target=node.target("c1"))
+    await node.store.snapshots.mount_image("c1", image, target=node.run / "volume")
+    for root in (snapshot.target, node.run / "volume"):
+        assert [(root / f"f{number}").read_text() for number in range(60)] == [str(number) for number in range(60)]
+        assert (root / "same").read_text() == "59"
+    (snapshot.target / "written").touch()
+    assert (snapshot.upper / "written").exists()
+    assert Path.cwd() != snapshot.target.parent  # it is changed for one thread only
+    await node.store.snapshots.unmount("c1", node.run / "volume")
+    await node.store.snapshots.unmount("c1", node.target("c1"))
+    await node.store.snapshots.remove("c1")
+    assert [path.name for path in node.run.rglob("*")] == ["containers", "c1"]
+    await node.store.remove(image.id)
+    assert await node.leftovers() == {}
+
+
+def test_more_layers_than_the_kernel_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LimitError, match="501 layers is over the kernel's limit of 500"):
+        mount_overlay(tmp_path, [tmp_path] * 501, None, "")
+    lower = [tmp_path / str(number) for number in range(501)]
+    for folder in lower:
+        folder.mkdir()
+    (tmp_path / "target").mkdir()
+    mount_overlay(tmp_path / "target", lower[:500], None, "", mounts.MS_RDONLY)
+    mounts.unmount(tmp_path / "target")
+    monkeypatch.setattr("images.overlay.MOST_LAYERS", 501)
+    with pytest.raises(OSError, match="Invalid argument"):
+        mount_overlay(tmp_path / "target", lower, None, "", mounts.MS_RDONLY)
 
 
 async def test_many_containers_at_once(node: Node, image: Image) -> None:

@@ -87,6 +87,37 @@ def set_child_subreaper() -> None:
     _check(_libc.prctl(36, 1, 0, 0, 0), "child subreaper")
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends (prctl PR_SET_PDEATHSIG)."""
+    _check(_libc.prctl(1, 9, 0, 0, 0), "parent death signal")
+
+
+def forbid_new_privileges() -> None:
+    """No program that this process executes gets more rights than it has (prctl PR_SET_NO_NEW_PRIVS)."""
+    _check(_libc.prctl(38, 1, 0, 0, 0), "no_new_privs")
+
+
+def install_seccomp_filter(compiled: bytes) -> None:
+    """Put this process, which has no_new_privs, under a filter of host/seccomp.py for good."""
+    code = ctypes.create_string_buffer(compiled, len(compiled))
+    program = _FilterProgram(len(compiled) // 8, ctypes.addressof(code))
+    _check(_libc.prctl(22, 2, ctypes.addressof(program), 0, 0), "seccomp filter")
+
+
+class _FilterProgram(ctypes.Structure):
+    """struct sock_fprog of seccomp(2)."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_void_p))
+
+
+def set_capabilities(kept: int) -> None:
+    """Make ``kept`` this process's effective and permitted capabilities; none is inheritable (capset(2))."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    low, high = kept & 0xFFFFFFFF, kept >> 32
+    data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
+    _check(_libc.capset(header, data), f"capabilities {kept:#x}")
+
+
 def syscall(number: int, *arguments: Any) -> int:
     """Any system call by number (syscall(2))."""
     return _check(_libc.syscall(ctypes.c_long(number), *arguments), f"system call {number}")
@@ -105,6 +136,18 @@ def is_kernel_filesystem(descriptor: int) -> bool:
     _check(_libc.fstatfs(descriptor, buffer), f"descriptor {descriptor}")
     kind = int.from_bytes(buffer.raw[:_STATFS_TYPE_BYTES], sys.byteorder)
     return kind in (_PROC_SUPER_MAGIC, _SYSFS_MAGIC)
+
+
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+_SYS_OPENAT2 = 437  # the same on every architecture
+
+
+def openat2(folder: int, path: bytes, flags: int, resolve: int) -> int:
+    """A descriptor of ``path``, which starts at the open ``folder``, found as ``resolve`` says (openat2(2))."""
+    how = (ctypes.c_uint64 * 3)(flags | os.O_CLOEXEC, 0, resolve)
+    size = ctypes.c_size_t(ctypes.sizeof(how))
+    return _check(_libc.syscall(ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(folder), path, how, size), path)
 
 
 class _MountAttributes(ctypes.Structure):

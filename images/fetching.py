@@ -15,7 +15,8 @@ from images.partials import PartialBlob, PartialBlobs, new_blob
 from images.progress import Transfer, Transfers
 from images.slots import Origin, Slot, Slots
 from images.trash import Trash
-from images.unpacking import Unpacked, Unpacker
+from images.unpacking import Unpacker
+from images.worker_report import Unpacked
 
 _log = logging.getLogger("podkeel.images")
 
@@ -96,6 +97,7 @@ class LayerFetcher:
             self._unpacker = Unpacker(
                 max_bytes=self._options.max_layer_bytes,
                 max_entries=self._options.max_layer_entries,
+                max_seconds=self._options.max_layer_seconds,
                 parallel=self.slots.most,
             )
         return self._unpacker

@@ -1,20 +1,19 @@
-"""Folders that a layer contains without describing them take owner, mode and time from the layers below."""
+"""Folders that a layer contains without describing them take owner, mode, time and attributes from the layers below."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from host import libc
+from images.beneath import opened_beneath
 
-_SYS_OPENAT2 = 437  # the same on every architecture
-_RESOLVE_NO_SYMLINKS = 0x04
-_RESOLVE_BENEATH = 0x08
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_OPAQUE = "trusted.overlay.opaque"
+_KEPT_XATTRS = ("security.capability", "system.posix_acl_access", "system.posix_acl_default")
 
 
 def inherit(layer: Path, lower: Sequence[Path], folders: Sequence[bytes]) -> None:
@@ -23,65 +22,80 @@ def inherit(layer: Path, lower: Sequence[Path], folders: Sequence[bytes]) -> Non
     Blocking. A folder that those layers do not show, or show as something else, stays as it is. Names come from images,
     so no symbolic link is followed and nothing above the layers is reached.
     """
+    below = [_Lower(path) for path in reversed(lower)]
     for name in folders:
-        for below in reversed(lower):
-            found, go_on = _look(below, name)
-            if found is not None:
-                _copy(layer, name, found)
-            if found is not None or not go_on:
+        for one in below:
+            seen = one.look(name)
+            if seen.folder:
+                _copy(layer, name, one.path)
+            if seen.folder or not seen.go_on:
                 break
 
 
-def _look(layer: Path, name: bytes) -> tuple[os.stat_result | None, bool]:
-    """The folder's status in this layer, and whether a layer further down could show it instead."""
-    hidden_below = False
-    path = b"."
-    for part in (b"", *filter(None, name.split(b"/"))):
-        path = path + b"/" + part if part else path
-        with _open(layer, path) as descriptor:
-            if descriptor < 0:
-                return None, not hidden_below
-            status = os.fstat(descriptor)
-            if not stat.S_ISDIR(status.st_mode):
-                return None, False
-            hidden_below = hidden_below or _is_opaque(descriptor)
-    return status, False
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Whether a layer has the folder; if not, whether layers further down may show it."""
+
+    folder: bool
+    go_on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Lower:
+    """A layer below, with what was found out about its folders: each is looked at once."""
+
+    path: Path
+    seen: dict[bytes, _Seen] = field(default_factory=dict)
+
+    def look(self, name: bytes) -> _Seen:
+        """What this layer says of the folder ``name``."""
+        path = b""
+        seen = self._at(path, hidden=False)
+        for part in filter(None, name.split(b"/")):
+            if not seen.folder:
+                return seen
+            path = path + b"/" + part if path else part
+            seen = self._at(path, hidden=not seen.go_on)
+        return seen
+
+    def _at(self, path: bytes, *, hidden: bool) -> _Seen:
+        if path not in self.seen:
+            self.seen[path] = self._look_at(path, hidden=hidden)
+        return self.seen[path]
+
+    def _look_at(self, path: bytes, *, hidden: bool) -> _Seen:
+        """``hidden``: a folder on the way hides what layers further down have there."""
+        try:
+            with opened_beneath(self.path, path, os.O_PATH) as descriptor:
+                if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                    return _Seen(folder=False, go_on=False)
+                return _Seen(folder=True, go_on=not hidden and not _is_opaque(descriptor))
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise
+            return _Seen(folder=False, go_on=not hidden)
 
 
 def _is_opaque(descriptor: int) -> bool:
     try:
-        return os.getxattr(f"/proc/self/fd/{descriptor}", "trusted.overlay.opaque") == b"y"
+        return os.getxattr(f"/proc/self/fd/{descriptor}", _OPAQUE) == b"y"
     except OSError as error:
         if error.errno in (errno.ENODATA, errno.ENOTSUP):
             return False
         raise
 
 
-def _copy(layer: Path, name: bytes, status: os.stat_result) -> None:
-    with _open(layer, name or b".", os.O_RDONLY | os.O_DIRECTORY) as descriptor:
-        if descriptor < 0:
-            return
-        os.fchown(descriptor, status.st_uid, status.st_gid)
-        os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
-        os.utime(descriptor, ns=(status.st_mtime_ns, status.st_mtime_ns))
-
-
-@contextlib.contextmanager
-def _open(folder: Path, name: bytes, flags: int = os.O_PATH) -> Iterator[int]:
-    """A descriptor of ``name`` below ``folder``, or -1 if it is missing or behind a symbolic link."""
-    root = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+def _copy(layer: Path, name: bytes, below: Path) -> None:
+    flags = os.O_RDONLY | os.O_DIRECTORY
     try:
-        how = (ctypes.c_uint64 * 3)(flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0, _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH)
-        try:
-            descriptor = libc.syscall(_SYS_OPENAT2, root, name, how, ctypes.c_size_t(ctypes.sizeof(how)))
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                raise
-            descriptor = -1
-    finally:
-        os.close(root)
-    try:
-        yield descriptor
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
+        with opened_beneath(below, name, flags) as source, opened_beneath(layer, name, flags) as target:
+            status = os.fstat(source)
+            os.fchown(target, status.st_uid, status.st_gid)
+            os.fchmod(target, stat.S_IMODE(status.st_mode))
+            for xattr in os.listxattr(source):
+                if xattr in _KEPT_XATTRS or (xattr.startswith("user.") and not xattr.startswith("user.overlay.")):
+                    os.setxattr(target, xattr, os.getxattr(source, xattr))
+            os.utime(target, ns=(status.st_mtime_ns, status.st_mtime_ns))
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise

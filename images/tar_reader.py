@@ -1,4 +1,4 @@
-"""Reading a tar stream entry by entry: ustar, GNU and pax forms (POSIX pax; GNU tar's manual, "Basic Tar Format").
+"""Reading a tar stream entry by entry (``images/tar_headers.py`` says which forms).
 
 Runs in the unpack worker, so it imports next to nothing. It differs from ``tarfile`` in what layers need: it never
 seeks, keeps names as bytes, hashes the stream as it passes, and takes 15,000 small files in well under a second.
@@ -6,73 +6,38 @@ seeks, keeps names as bytes, hashes the stream as it passes, and takes 15,000 sm
 
 from __future__ import annotations
 
-import struct
-from zlib import adler32
+from images.tar_headers import (
+    BLOCK,
+    GNU_SPARSE,
+    HEADER,
+    REGULAR,
+    Entry,
+    LimitError,
+    Records,
+    TarError,
+    apply_records,
+    check_ranges,
+    check_sum,
+    decimal,
+    fill_in,
+    header_name,
+    merged_records,
+    number_in,
+    old_regions,
+    parse_records,
+    shown,
+)
 
 TYPE_CHECKING = False  # as type checkers know it, without importing typing
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-BLOCK = 512
 CHUNK = 1 << 20
 LONGEST_HEADER = 1 << 20
-
-REGULAR = b"0"
-HARD_LINK = b"1"
-SYMBOLIC_LINK = b"2"
-CHARACTER_DEVICE = b"3"
-BLOCK_DEVICE = b"4"
-FOLDER = b"5"
-FIFO = b"6"
-_CONTIGUOUS = b"7"
-_GNU_SPARSE = b"S"
-_HEADER_ONLY = frozenset((HARD_LINK, SYMBOLIC_LINK, CHARACTER_DEVICE, BLOCK_DEVICE, FOLDER, FIFO))
-_KNOWN = _HEADER_ONLY | {REGULAR, b"\0", _CONTIGUOUS, _GNU_SPARSE}
-
-_HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
+# Extended headers of a whole archive may take so many bytes, and so many more for each entry.
+HEADERS_AT_ONCE = 64 << 20
+HEADERS_PER_ENTRY = 8 << 10
 _EMPTY = bytes(BLOCK)
-_XATTR = b"SCHILY.xattr."
-
-
-class TarError(Exception):
-    """The stream is not a sound tar archive; the text says what is wrong and at which entry."""
-
-
-class LimitError(Exception):
-    """The stream holds more than its limits allow."""
-
-
-class Entry:
-    """One entry: names as bytes, ``mtime`` in nanoseconds, ``regions`` of a sparse file as (offset, size) pairs."""
-
-    __slots__ = (
-        "device",
-        "gid",
-        "kind",
-        "link",
-        "mode",
-        "mtime",
-        "name",
-        "real_size",
-        "regions",
-        "size",
-        "uid",
-        "xattrs",
-    )
-
-    def __init__(self, kind: bytes, name: bytes, link: bytes, size: int) -> None:
-        self.kind = kind
-        self.name = name
-        self.link = link
-        self.size = size
-        self.real_size = size
-        self.mode = 0
-        self.uid = 0
-        self.gid = 0
-        self.mtime = 0
-        self.device = (0, 0)
-        self.xattrs: dict[bytes, bytes] | None = None
-        self.regions: list[tuple[int, int]] | None = None
 
 
 class Stream:
@@ -132,6 +97,10 @@ class Stream:
         for _ in self.pieces(size):
             pass
 
+    def skip_padding(self, size: int) -> bool:
+        """Pass over ``size`` bytes (few); False if the stream ends before."""
+        return len(self.take(size)) == size
+
     def drain(self) -> None:
         """Pass over all that is left."""
         self._position = len(self._buffer)
@@ -144,7 +113,12 @@ class TarReader:
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self._left = 0  # bytes of the current entry's data and padding that nobody has read
+        self._left = 0  # bytes of the current entry's data that nobody has read
+        self._padding = 0
+        self._header_bytes = HEADERS_AT_ONCE
+        self._last_header = b""
+        self._last_records = self._defaults = Records()
+        self._merged = (self._defaults, self._defaults, self._defaults)
 
     def data(self, size: int) -> Iterator[memoryview]:
         """The next ``size`` bytes of the current entry's data."""
@@ -152,42 +126,62 @@ class TarReader:
         return self.stream.pieces(size)
 
     def __iter__(self) -> Iterator[Entry]:
-        defaults: dict[bytes, bytes] = {}
-        records: dict[bytes, bytes] | None = None
-        sparse_list: list[tuple[int, int]] = []
+        records: Records | None = None
         long_name = long_link = None
         while (block := self._next_block()) is not None:
-            fields = _HEADER.unpack(block)
-            _check_sum(block, fields[6])
+            fields = HEADER.unpack(block)
+            check_sum(block, fields[6])
             kind = fields[7]
             if kind in b"xXgLKV":
-                size = _number(fields[4])
+                size = number_in(fields[4])
                 if kind in b"xX":
-                    records, sparse_list = _parse_records(self._header_data(size))
+                    records = self._records(size)
                 elif kind == b"g":
-                    defaults.update(_parse_records(self._header_data(size))[0])
+                    self._defaults = merged_records(self._defaults, self._records(size))
+                    self._defaults.sparse = False
                 elif kind == b"L":
                     long_name = self._header_data(size).partition(b"\0")[0]
                 elif kind == b"K":
                     long_link = self._header_data(size).partition(b"\0")[0]
+                else:
+                    self._left, self._padding = size, -size % BLOCK
                 continue
-            entry = _entry(fields)
-            if long_name is not None:
-                entry.name = long_name
-            if long_link is not None:
-                entry.link = long_link
-            if defaults or records:
-                _apply_records(entry, {**defaults, **records} if records else defaults)
-            self._left = entry.size + (-entry.size % BLOCK)
-            if kind == _GNU_SPARSE or (records and any(key.startswith(b"GNU.sparse.") for key in records)):
-                self._sparse(entry, block, records or {}, sparse_list)
+            self._header_bytes += HEADERS_PER_ENTRY
+            yield self._entry(fields, block, self._with_defaults(records), long_name, long_link)
             records = long_name = long_link = None
-            sparse_list = []
-            yield entry
+
+    def _entry(
+        self,
+        fields: tuple[bytes, ...],
+        block: bytes,
+        records: Records,
+        long_name: bytes | None,
+        long_link: bytes | None,
+    ) -> Entry:
+        entry = Entry(fields[7], header_name(fields), fields[8].partition(b"\0")[0], 0)
+        entry.name = records.values.get(b"path", entry.name)
+        entry.link = records.values.get(b"linkpath", entry.link)
+        if long_name is not None:
+            entry.name = long_name
+        if long_link is not None:
+            entry.link = long_link
+        try:
+            fill_in(entry, fields)
+            apply_records(entry, records)
+            check_ranges(entry)
+            self._left, self._padding = entry.size, -entry.size % BLOCK
+            if fields[7] == GNU_SPARSE or records.sparse:
+                self._sparse(entry, block, records)
+        except TarError as error:
+            raise TarError(f"{shown(entry.name)}: {error}") from error
+        return entry
 
     def _next_block(self) -> bytes | None:
         self.stream.skip(self._left)
         self._left = 0
+        if self._padding and not self.stream.skip_padding(self._padding):
+            return None  # some writers leave out what would fill up the last block
+        self._padding = 0
         block = self.stream.take(BLOCK)
         if not block:
             return None
@@ -203,42 +197,64 @@ class TarReader:
     def _header_data(self, size: int) -> bytes:
         if size > LONGEST_HEADER:
             raise LimitError(f"an extended header has {size} bytes, more than {LONGEST_HEADER}")
+        self._header_bytes -= size
+        if self._header_bytes < 0:
+            raise LimitError(
+                f"its extended headers have more than {HEADERS_AT_ONCE} bytes and {HEADERS_PER_ENTRY} for each entry"
+            )
         data = self.stream.take(size)
         if len(data) < size:
             raise TarError("it is cut off in the middle of an extended header")
-        self.stream.skip(-size % BLOCK)
+        self._padding = -size % BLOCK
         return data
 
-    def _sparse(
-        self, entry: Entry, block: bytes, records: dict[bytes, bytes], sparse_list: list[tuple[int, int]]
-    ) -> None:
+    def _records(self, size: int) -> Records:
+        """Those of an extended header; one that is repeated is looked at once."""
+        data = self._header_data(size)
+        if data != self._last_header:
+            self._last_records = parse_records(data)
+            self._last_header = data
+        return self._last_records
+
+    def _with_defaults(self, records: Records | None) -> Records:
+        """What holds for an entry that has ``records`` before it."""
+        if records is None:
+            return self._defaults
+        defaults, last, merged = self._merged
+        if defaults is not self._defaults or last is not records:
+            merged = merged_records(self._defaults, records)
+            self._merged = (self._defaults, records, merged)
+        return merged
+
+    def _sparse(self, entry: Entry, block: bytes, records: Records) -> None:
         """Fill in ``regions`` and ``real_size`` (GNU tar's manual, "Storing Sparse Files")."""
-        if entry.kind == _GNU_SPARSE:
-            regions = _old_regions(block[386:482], 4)
-            extended, entry.real_size = block[482], _number(block[483:495])
+        values = records.values
+        if entry.kind == GNU_SPARSE:
+            regions = old_regions(block[386:482], 4)
+            extended, entry.real_size = block[482], number_in(block[483:495])
             while extended:
                 more = self.stream.take(BLOCK)
                 if len(more) < BLOCK:
                     raise TarError("it is cut off in the middle of a sparse file's map")
-                regions += _old_regions(more, 21)
+                regions += old_regions(more, 21)
                 extended = more[504]
             entry.kind = REGULAR
-        elif records.get(b"GNU.sparse.major") == b"1":
+        elif values.get(b"GNU.sparse.major") == b"1":
             regions = self._map_in_data(entry)
-            entry.real_size = _decimal(records.get(b"GNU.sparse.realsize", b"0"))
+            entry.real_size = decimal(values.get(b"GNU.sparse.realsize", b"0"))
         else:
-            numbers = [_decimal(item) for item in records.get(b"GNU.sparse.map", b"").split(b",") if item]
-            regions = list(zip(numbers[::2], numbers[1::2], strict=False)) or sparse_list
-            entry.real_size = _decimal(records.get(b"GNU.sparse.size", records.get(b"GNU.sparse.realsize", b"0")))
-        entry.name = records.get(b"GNU.sparse.name", entry.name)
+            numbers = [decimal(item) for item in values.get(b"GNU.sparse.map", b"").split(b",") if item]
+            regions = list(zip(numbers[::2], numbers[1::2], strict=False)) or records.regions
+            entry.real_size = decimal(values.get(b"GNU.sparse.size", values.get(b"GNU.sparse.realsize", b"0")))
+        entry.name = values.get(b"GNU.sparse.name", entry.name)
         entry.regions = [region for region in regions if region[1]]
         end = 0
         for offset, size in entry.regions:
             if offset < end or offset + size > entry.real_size:
-                raise TarError(f"{entry.name!r} has an unsound sparse map")
+                raise TarError("its sparse map is unsound")
             end = offset + size
         if sum(size for _, size in entry.regions) != entry.size:
-            raise TarError(f"{entry.name!r} has a sparse map that does not match its size")
+            raise TarError("its sparse map does not match its size")
 
     def _map_in_data(self, entry: Entry) -> list[tuple[int, int]]:
         text = b""
@@ -248,121 +264,13 @@ class TarReader:
             newline = text.find(b"\n")
             if newline < 0:
                 if entry.size < BLOCK or len(text) > 32:
-                    raise TarError(f"{entry.name!r} has an unsound sparse map")
+                    raise TarError("its sparse map is unsound")
                 text += self.stream.take(BLOCK)
                 entry.size -= BLOCK
                 self._left -= BLOCK
                 continue
-            numbers.append(_decimal(text[:newline]))
+            numbers.append(decimal(text[:newline]))
             text = text[newline + 1 :]
             if len(numbers) == 1:
                 wanted = 1 + 2 * numbers[0]
         return list(zip(numbers[1::2], numbers[2::2], strict=True))
-
-
-def _entry(fields: tuple[bytes, ...]) -> Entry:
-    name, mode, uid, gid, size_field, mtime, _, kind, link, magic, _, _, major, minor, prefix = fields
-    if kind not in _KNOWN:
-        raise TarError(f"{name!r} is of an unknown kind {kind!r}")
-    name = name.partition(b"\0")[0]
-    if magic == b"ustar\x0000" and prefix[0]:
-        name = prefix.partition(b"\0")[0] + b"/" + name
-    if kind in (b"\0", REGULAR, _CONTIGUOUS):
-        kind = FOLDER if name.endswith(b"/") else REGULAR
-    entry = Entry(kind, name, link.partition(b"\0")[0], 0 if kind in _HEADER_ONLY else _number(size_field))
-    entry.mode = _number(mode) & 0o7777
-    entry.uid = _number(uid)
-    entry.gid = _number(gid)
-    entry.mtime = _number(mtime, signed=True) * 1_000_000_000
-    if kind in (CHARACTER_DEVICE, BLOCK_DEVICE):
-        entry.device = (_number(major), _number(minor))
-    return entry
-
-
-def _check_sum(block: bytes, field: bytes) -> None:
-    digits = field.partition(b"\0")[0].strip()
-    # The sum counts its own field as eight spaces. Half of Adler-32 is the sum of bytes, up to 65520, and quick.
-    total = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - (adler32(field) & 0xFFFF) - 1
-    if not digits.isdigit() or total + 256 != _number(field):
-        raise TarError("a header has a wrong checksum: it is not a tar archive, or it is damaged")
-
-
-def _number(field: bytes, *, signed: bool = False) -> int:
-    if field[0] & 0x80:  # base 256
-        value = int.from_bytes(field, "big", signed=field[0] == 0xFF)
-        if field[0] != 0xFF:
-            value &= (1 << (8 * len(field) - 1)) - 1
-    else:
-        digits = field.partition(b"\0")[0].strip()
-        try:
-            value = int(digits, 8) if digits else 0
-        except ValueError as error:
-            raise TarError(f"a header holds {bytes(field)!r} where a number belongs") from error
-    if value < 0 and not signed:
-        raise TarError("a header holds a negative number")
-    return value
-
-
-def _decimal(text: bytes) -> int:
-    if not text.isdigit() or len(text) > 20:
-        raise TarError(f"an extended header holds {text[:40]!r} where a number belongs")
-    return int(text)
-
-
-def _parse_records(data: bytes) -> tuple[dict[bytes, bytes], list[tuple[int, int]]]:
-    records: dict[bytes, bytes] = {}
-    offsets: list[int] = []
-    regions: list[tuple[int, int]] = []
-    position = 0
-    while position < len(data):
-        space = data.find(b" ", position, position + 20)
-        if space < 0:
-            if not data[position:].strip(b"\0"):
-                break
-            raise TarError("an extended header is damaged")
-        end = position + _decimal(data[position:space])
-        key, equals, value = data[space + 1 : end - 1].partition(b"=")
-        if end > len(data) or end <= space or not equals or data[end - 1 : end] != b"\n":
-            raise TarError("an extended header is damaged")
-        position = end
-        if key == b"GNU.sparse.offset":
-            offsets.append(_decimal(value))
-        elif key == b"GNU.sparse.numbytes" and offsets:
-            regions.append((offsets[-1], _decimal(value)))
-        records[key] = value
-    return records, regions
-
-
-def _apply_records(entry: Entry, records: dict[bytes, bytes]) -> None:
-    entry.name = records.get(b"path", entry.name)
-    entry.link = records.get(b"linkpath", entry.link)
-    if b"size" in records and entry.kind not in _HEADER_ONLY:
-        entry.size = entry.real_size = _decimal(records[b"size"])
-    if b"uid" in records:
-        entry.uid = _decimal(records[b"uid"])
-    if b"gid" in records:
-        entry.gid = _decimal(records[b"gid"])
-    if b"mtime" in records:
-        entry.mtime = _time(records[b"mtime"])
-    for key, value in records.items():
-        if key.startswith(_XATTR):
-            if entry.xattrs is None:
-                entry.xattrs = {}
-            entry.xattrs[key[len(_XATTR) :]] = value
-
-
-def _time(text: bytes) -> int:
-    whole, _, fraction = text.partition(b".")
-    sign = -1 if whole.startswith(b"-") else 1
-    nanoseconds = _decimal((fraction + b"000000000")[:9])
-    return sign * (_decimal(whole.lstrip(b"-")) * 1_000_000_000 + nanoseconds)
-
-
-def _old_regions(table: bytes, count: int) -> list[tuple[int, int]]:
-    regions = []
-    for index in range(count):
-        offset, size = table[index * 24 : index * 24 + 12], table[index * 24 + 12 : index * 24 + 24]
-        if not offset[0]:
-            break
-        regions.append((_number(offset), _number(size)))
-    return regions

@@ -2,9 +2,8 @@
 
 It reads the layer as the registry has it (plain, gzip or zstd tar) from standard input, and prints one JSON object: on
 success what it unpacked, on failure ``error`` (``invalid``, ``limit``, ``space`` or ``internal``) and ``message``, in
-hexadecimal digits. Before it looks at a single entry it takes a mount namespace of its own whose root is the layer's
-folder, and gives up every capability that writing files does not need. Started as ``python -I -S``, so it knows nothing
-of the agent's environment.
+hexadecimal digits. A confined child looks at the layer (``images/confinement.py``). Started as ``python -I -S``, so it
+knows nothing of the agent's environment.
 
 A worker is started for every layer: it imports only what cannot be done without (json, typing, contextlib and what they
 bring along would take longer than unpacking a small layer).
@@ -12,18 +11,18 @@ bring along would take longer than unpacking a small layer).
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
 import hashlib
 import io
 import os
-import resource
+import stat
 import sys
 
-from host import libc
-from images.layer_writer import LayerWriter
-from images.tar_reader import LimitError, Stream, TarError, TarReader
+from images.confinement import Limits, run_confined
+from images.layer_writer import Device, LayerWriter
+from images.tar_headers import LimitError, TarError
+from images.tar_reader import Stream, TarReader
 
 TYPE_CHECKING = False  # as type checkers know it, without importing typing
 if TYPE_CHECKING:
@@ -32,22 +31,19 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-MEMORY_LIMIT = 1 << 30
+_SIGKILL = 9  # the module signal takes longer to import than a small layer to unpack
 _READ = 1 << 20
+_GZIP_READ = 512 << 10
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)
-_ZSTD_WINDOW = 128 << 20
-_NICENESS = 5
-
-# chown, dac_override, dac_read_search, fowner, fsetid, sys_admin (for trusted.overlay.opaque), mknod, setfcap
-_KEPT_CAPABILITIES = sum(1 << number for number in (0, 1, 2, 3, 4, 21, 27, 31))
 _DAMAGE = frozenset(("BadGzipFile", "IsalError", "ZstdError"))
-_PR_SET_NO_NEW_PRIVS = 38
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 32, 1 << 12, 1 << 14, 1 << 18
-_MNT_DETACH = 2
-_CAPABILITY_VERSION = 0x20080522
-_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
+
+MEMORY_LIMIT = 1 << 30
+ZSTD_WINDOW = 1 << 31  # what zstd --long=31 takes; only frames that ask for so much need the memory
+# Bytes of names in a report, with so many for what surrounds each.
+MOST_REPORTED = 8 << 20
+_ITEM_BYTES = 64
 
 
 class Input(io.RawIOBase):
@@ -75,23 +71,50 @@ class Input(io.RawIOBase):
 
 
 def decompressed(source: Input) -> Callable[[int], bytes]:
-    """A read function for what is inside ``source``, told by its first bytes."""
+    """A read function for what is inside ``source``, told by its first bytes. It raises TarError for damage."""
     buffered = io.BufferedReader(source, _READ)
     plain: io.BufferedIOBase
     if source.start.startswith(_GZIP):
-        try:
-            from isal import igzip
+        try:  # what isal.igzip is made of, which itself imports much that is not needed here
+            from isal.isal_zlib import _GzipReader
         except ImportError:
             import gzip
 
-            return gzip.GzipFile(fileobj=buffered, mode="rb").read1
-        plain = igzip.IGzipFile(fileobj=buffered, mode="rb")  # type: ignore[no-untyped-call]  # isal has no types
-        return plain.read1
-    if source.start == _ZSTD or int.from_bytes(source.start, "little") in _ZSTD_SKIPPABLE:
-        decompressor = _zstd().ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+            return _sound(gzip.GzipFile(fileobj=buffered, mode="rb").read1)
+        reader: Any = _GzipReader(buffered, _GZIP_READ)
+        return _sound(io.BufferedReader(reader).read1)
+    if is_zstd(source.start):
+        decompressor = _zstd().ZstdDecompressor(max_window_size=ZSTD_WINDOW)
         plain = decompressor.stream_reader(buffered, read_size=_READ, read_across_frames=True)
-        return plain.read
+        return _sound(plain.read)
     return buffered.read1
+
+
+def is_zstd(start: bytes) -> bool:
+    """Whether these first bytes are those of a zstd frame, or of one to be skipped."""
+    return start == _ZSTD or int.from_bytes(start, "little") in _ZSTD_SKIPPABLE
+
+
+def _sound(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
+    """``read`` with the errors of decompressors told from those of files, which some of them are kinds of."""
+
+    def checked(size: int) -> bytes:
+        try:
+            return read(size)
+        except EOFError as error:
+            raise TarError("its compressed stream is cut off") from error
+        except Exception as error:
+            if "too much memory" in str(error) or "Allocation error" in str(error):  # zstd, of a frame's window
+                raise LimitError(
+                    f"its zstd frames ask for a window of more than {ZSTD_WINDOW} bytes (zstd --long=31)"
+                ) from error
+            if isinstance(error, ImportError):  # isal looks for the kind of its error where nothing is to be found
+                raise TarError("its compressed stream is damaged") from error
+            if type(error).__name__ in _DAMAGE or type(error).__module__ == "zlib":
+                raise TarError(f"its compressed stream is damaged: {error}") from error
+            raise
+
+    return checked
 
 
 def _zstd() -> Any:
@@ -114,64 +137,19 @@ def _zstd() -> Any:
         raise TarError("it is compressed with zstd, which needs the Python package zstandard") from error
 
 
-def confine(folder: str) -> None:
-    """Make ``folder`` the root of this process, with nothing else of the host in sight."""
-    libc.unshare(libc.CLONE_NEWNS)
-    libc.mount("", "/", "", _MS_REC | _MS_PRIVATE, "")
-    libc.mount(folder, folder, "", _MS_BIND, "")
-    os.chdir(folder)
-    safe = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
-    libc.mount("", ".", "", _MS_REMOUNT | _MS_BIND | safe, "")
-    number = _SYS_PIVOT_ROOT.get(os.uname().machine)
-    if number is None:
-        raise OSError(errno.ENOSYS, f"no pivot_root number known for {os.uname().machine}")
-    libc.syscall(number, b".", b".")
-    libc.umount(".", _MNT_DETACH)
-    os.chdir("/")
-
-
-def give_way() -> None:
-    """Let the agent's calls and the node's containers go first."""
-    os.nice(_NICENESS)
-    try:
-        with open("/proc/self/autogroup", "wb", 0) as group:  # sched(7), "autogroup feature"
-            group.write(b"%d" % _NICENESS)
-    except OSError:
-        return  # a kernel without it, or one that lets nobody change it often
-
-
-def held_capabilities() -> int:
-    """The permitted set of this process."""
-    with open("/proc/self/status", "rb") as status:
-        return next(int(line.split()[1], 16) for line in status if line.startswith(b"CapPrm:"))
-
-
-def give_up_privileges(held: int) -> None:
-    """Keep of the ``held`` capabilities only those that writing a layer needs, and bound memory."""
-    libc_handle = ctypes.CDLL(None, use_errno=True)
-    kept = held & _KEPT_CAPABILITIES
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
-    low, high = kept & 0xFFFFFFFF, kept >> 32
-    data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
-    if libc_handle.capset(header, data) or libc_handle.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "capabilities could not be given up")
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def unpack(folder: str, max_bytes: int, max_entries: int) -> dict[str, object]:
-    """Confine the process to ``folder`` and unpack standard input there."""
-    give_way()
-    read = decompressed(Input())
-    held = held_capabilities()
-    confine(folder)
-    give_up_privileges(held)
-    os.umask(0)
+def unpack(read: Callable[[int], bytes], max_bytes: int, max_entries: int) -> dict[str, object]:
+    """Unpack the tar that ``read`` gives to the working folder; what came of it and what is left for the agent."""
     digest = hashlib.sha256()
     stream = Stream(read, digest.update, max_bytes)
     writer = LayerWriter(TarReader(stream), max_entries)
     writer.write_all()
     stream.drain()
+    names = [*writer.implied, *writer.opaque_folders, *(path for device in writer.devices for path in device.paths)]
+    if sum(map(len, names)) + _ITEM_BYTES * len(names) > MOST_REPORTED:
+        raise LimitError(
+            "folders without an entry of their own, opaque folders and device nodes have names of more than "
+            f"{MOST_REPORTED} bytes"
+        )
     return {
         "diff_id": f"sha256:{digest.hexdigest()}",
         "used_bytes": writer.used_bytes,
@@ -179,21 +157,55 @@ def unpack(folder: str, max_bytes: int, max_entries: int) -> dict[str, object]:
         "entries": writer.entries,
         "opaque": writer.opaque,
         "implied": [path.hex() for path in writer.implied],
+        "opaque_folders": [path.hex() for path in writer.opaque_folders],
+        "devices": [_numbers(device) for device in writer.devices],
     }
 
 
-def main() -> None:
-    """``sys.argv``: …, the layer's folder, its limits in bytes and in entries."""
+def _numbers(device: Device) -> list[object]:
+    """The device as ``images/special_files.py`` takes it."""
+    block = stat.S_ISBLK(device.mode)
+    names = [path.hex() for path in device.paths]
+    return [block, stat.S_IMODE(device.mode), *device.device, device.uid, device.gid, device.mtime, names]
+
+
+def main(work: Callable[[Callable[[int], bytes], int, int], dict[str, object]] = unpack) -> None:
+    """``sys.argv``: …, the layer's folder, its limits in bytes, entries and seconds, the filter in hexadecimal."""
     gc.disable()  # nothing here makes cycles, and looking for some takes time
-    folder, max_bytes, max_entries = sys.argv[-3:]
+    folder, max_bytes, max_entries, seconds, seccomp_filter = sys.argv[-5:]
+
+    def confined() -> None:
+        try:
+            result = work(read, int(max_bytes), int(max_entries))
+        except MemoryError:
+            result = _failure("limit", f"unpacking it takes more than {limits.memory_bytes} bytes of memory")
+        except Exception as error:
+            result = _failure(*_reason(error))
+        _write(_as_json(result))
+
     try:
-        result = unpack(folder, int(max_bytes), int(max_entries))
-    except MemoryError:
-        result = _failure("limit", f"unpacking it takes more than {MEMORY_LIMIT} bytes of memory")
+        source = Input()
+        read = decompressed(source)
+        memory = MEMORY_LIMIT + (ZSTD_WINDOW if is_zstd(source.start) else 0)
+        limits = Limits(memory, int(seconds), int(max_bytes))
+        ended = run_confined(folder, bytes.fromhex(seccomp_filter), limits, confined)
     except Exception as error:
-        result = _failure(*_reason(error))
-    os.write(1, _as_json(result))
+        _write(_as_json(_failure(*_reason(error))))
+    else:
+        if ended.status == -_SIGKILL:
+            message = "the process that unpacks it was killed: the node may be short of memory"
+            if ended.seconds >= limits.seconds - 1:  # the kernel and wait4(2) do not count alike
+                message = f"unpacking it takes more than {seconds} s of processor time (images.max_layer_seconds)"
+            _write(_as_json(_failure("limit", message)))
+        elif ended.status:
+            sys.exit(f"the confined process ended with status {ended.status}")
     os._exit(0)  # nothing is left to be done, so nothing needs to be taken apart first
+
+
+def _write(data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(1, view) :]
 
 
 def _reason(error: Exception) -> tuple[str, str]:
@@ -202,10 +214,6 @@ def _reason(error: Exception) -> tuple[str, str]:
         return "limit", str(error)
     if isinstance(error, TarError):
         return "invalid", str(error)
-    if isinstance(error, EOFError):
-        return "invalid", "its compressed stream is cut off"
-    if type(error).__name__ in _DAMAGE or type(error).__module__ == "zlib":
-        return "invalid", f"its compressed stream is damaged: {error}"
     if isinstance(error, OSError):
         return "space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "internal", str(error)
     return "internal", repr(error)
@@ -219,9 +227,11 @@ def _as_json(result: Mapping[str, object]) -> bytes:
     """The object, whose strings need no escapes."""
     fields = []
     for name, value in result.items():
-        if isinstance(value, list):
-            text = "[" + ",".join([f'"{item}"' for item in value]) + "]"
-        else:
-            text = f'"{value}"' if isinstance(value, str) else str(value).lower()
-        fields.append(f'"{name}":{text}')
+        fields.append(f'"{name}":{_value(value)}')
     return f"{{{','.join(fields)}}}".encode()
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_value, value))}]"
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()

@@ -227,21 +227,6 @@ async def test_absolute_names_and_links_stay_inside(node: Node, tmp_path: Path) 
             entry("rel", kind=tarfile.SYMTYPE, link=climb + str(outside).lstrip("/")),
             entry("rel/through", "2"),
             entry("hard", kind=tarfile.LNKTYPE, link="/etc/passwd"),
-            folder(str(outside)),
-            entry("abs/through", "1"),
-        ]
-    )
-    message = await refused(node, layer)
-    assert "abs/through" in message  # the link leads nowhere inside the layer
-    layer = make_tar(
-        [
-            entry("/etc/passwd", "inside"),
-            folder(str(outside)),
-            entry("abs", kind=tarfile.SYMTYPE, link=str(outside)),
-            entry("abs/through", "1"),
-            entry("rel", kind=tarfile.SYMTYPE, link=climb + str(outside).lstrip("/")),
-            entry("rel/through", "2"),
-            entry("hard", kind=tarfile.LNKTYPE, link="/etc/passwd"),
         ]
     )
     root = await unpacked(node, layer)

@@ -1,0 +1,37 @@
+"""Opening what lies in a layer by its path, without following links or leaving the layer; paths may have any length."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from host import libc
+
+_AT_ONCE = 4000  # PATH_MAX is 4096
+_RESOLVE = libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_BENEATH
+
+
+@contextmanager
+def opened_beneath(root: Path | int, name: bytes, flags: int) -> Iterator[int]:
+    """A descriptor of ``name`` (empty: the root itself) below the folder ``root``, for the time of the block.
+
+    Raises OSError: what open(2) raises, ELOOP behind a symbolic link, EXDEV for a name that leads out.
+    """
+    folder = os.dup(root) if isinstance(root, int) else os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        while len(name) > _AT_ONCE:
+            cut = name.rfind(b"/", 0, _AT_ONCE)
+            if cut <= 0:
+                break  # a part that is too long: let the kernel say so
+            folder, old = libc.openat2(folder, name[:cut], os.O_PATH | os.O_DIRECTORY, _RESOLVE), folder
+            os.close(old)
+            name = name[cut + 1 :]
+        descriptor = libc.openat2(folder, name or b".", flags | os.O_NOFOLLOW, _RESOLVE)
+    finally:
+        os.close(folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

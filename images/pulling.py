@@ -6,7 +6,7 @@ import functools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from host.errors import InvalidArgumentError, KubeletReasonError
+from host.errors import InvalidArgumentError, KubeletReasonError, NotFoundError, PermissionDeniedError
 from host.stages import Operation
 from host.threads import in_image_thread
 from images.candidate import Candidate
@@ -52,8 +52,8 @@ async def fetch(
 async def _unchanged(client: RegistryClient, name: Reference, known_digests: Sequence[str]) -> FetchedManifest | None:
     try:
         head = await client.head()
-    except KubeletReasonError:
-        return None  # some registries know no HEAD; if it is out of reach, the GET says so
+    except (KubeletReasonError, NotFoundError, PermissionDeniedError):
+        return None  # some registries know no HEAD, or refuse it; where the GET fails too, its error says why
     return head if f"{name.repository}@{head.digest}" in known_digests else None
 
 

@@ -26,11 +26,13 @@ from images.manifests import LARGEST_MANIFEST, MANIFEST_TYPES, Descriptor
 from images.options import ImageOptions
 from images.reference import Reference
 from images.registry_connection import ConnectedHost, RegistryConnection, UnreachableError, who
-from images.transfer import RateWatch, after, back_off, reason_of
+from images.transfer import RateWatch, after, back_off, body_of, first_byte, reason_of
 
 _log = logging.getLogger("podkeel.images")
 
 _PROGRESS = 1 << 20  # bytes between two breaks that make a transfer worth going on with
+# What hosts say to a request with Range: statuses of their own troubles and of refused access are left out.
+_ANSWERS_TO_RANGES = (200, 206, 400, 403, 405, 406, 411, 412, 413, 416, 417, 422, 500, 501, 505)
 _ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}
 
 T = TypeVar("T")
@@ -120,8 +122,9 @@ class RegistryClient:
             try:
                 open_here = functools.partial(self._open_blob, descriptor=descriptor, offset=received)
                 with self._rate.waiting():
-                    response = await self._first("pull", open_here)
-                async with contextlib.aclosing(self._rate.watched(after(response, received))) as chunks:
+                    response, first = await self._first("pull", open_here)
+                watched = self._rate.watched(body_of(response))
+                async with contextlib.aclosing(after(watched, received - first)) as chunks:
                     async for chunk in chunks:
                         received += len(chunk)
                         self.transferred += len(chunk)
@@ -160,7 +163,7 @@ class RegistryClient:
                 answer = f"not asked: it is configured to {', '.join(sorted(host.config.capabilities))} only"
             else:
                 try:
-                    found = await self._head(host)
+                    found = await self._head_or_get(host)
                     answered, answer = True, found.digest or "it has the image, and does not tell its digest"
                 except UnreachableError as error:
                     answer = f"unreachable: {error}"
@@ -189,6 +192,12 @@ class RegistryClient:
         if unreachable:
             raise KubeletReasonError("RegistryUnavailable", f"{self._reference}: {'; '.join(unreachable)}")
         raise InvalidArgumentError(f"{self._reference}: no configured registry host may {capability} images")
+
+    async def _head_or_get(self, host: ConnectedHost) -> FetchedManifest:
+        try:
+            return await self._head(host)
+        except (NotFoundError, PermissionDeniedError):  # some hosts know no HEAD, or refuse it
+            return await self._get_manifest(host, self._reference.digest)
 
     async def _head(self, host: ConnectedHost) -> FetchedManifest:
         name = self._reference.digest or self._reference.tag
@@ -227,15 +236,37 @@ class RegistryClient:
             await back_off(failures)
 
     async def _watched(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
-        async with contextlib.aclosing(self._rate.watched(after(response, 0))) as chunks:
+        async with contextlib.aclosing(self._rate.watched(body_of(response))) as chunks:
             async for chunk in chunks:
                 yield chunk
                 if slow := self._rate.too_slow():
                     raise UnreachableError(f"it is too slow: {slow} (images.slowest_bytes_per_second)")
 
-    async def _open_blob(self, host: ConnectedHost, descriptor: Descriptor, offset: int) -> aiohttp.ClientResponse:
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
-        return await self._connection.request(host, "GET", f"/blobs/{descriptor.digest}", headers)
+    async def _open_blob(
+        self, host: ConnectedHost, descriptor: Descriptor, offset: int
+    ) -> tuple[aiohttp.ClientResponse, int]:
+        """The blob, and which byte of it the answer begins with: ``offset`` at most.
+
+        A host that does not give the rest alone, or something else than what was asked for, is asked for the whole.
+        """
+        path = f"/blobs/{descriptor.digest}"
+        if offset:
+            headers = {"Range": f"bytes={offset}-"}
+            response = await self._connection.request(host, "GET", path, headers, good=_ANSWERS_TO_RANGES)
+            first = first_byte(response)
+            if response.status in (200, 206) and first is not None and first <= offset:
+                return response, first
+            said = response.headers.get("Content-Range", "no Content-Range")
+            response.close()
+            _log.info(
+                "blob %s: %s answers a request for bytes from %d on with status %d (%s): it is asked for the whole",
+                *(descriptor.digest, host.config.address, offset, response.status, said[:100]),
+            )
+        response = await self._connection.request(host, "GET", path, {})
+        if first_byte(response) != 0:
+            response.close()
+            raise UnreachableError(f"blob {descriptor.digest} was asked for as a whole, and a part of it came")
+        return response, 0
 
 
 def _said_digest(response: aiohttp.ClientResponse) -> str:

@@ -17,6 +17,7 @@ import aiohttp
 from images.hosts import is_loopback
 
 _LONGEST_WAIT = 30.0
+_CONTENT_RANGE = re.compile(r"\s*bytes\s+([0-9]{1,18})-", re.IGNORECASE)
 _TLS_OF_CONNECTION = re.compile(r" ssl:(?:<[^>]*>|\w+)(?= \[)")  # aiohttp prints a Python object there
 
 
@@ -71,18 +72,32 @@ class RateWatch:
         return self._slow
 
 
-async def after(response: aiohttp.ClientResponse, offset: int) -> AsyncGenerator[bytes, None]:
-    """The body, without its first ``offset`` bytes if the registry does not know how to begin there."""
-    skip = offset if response.status == 200 else 0
+async def body_of(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+    """The body, piece by piece; closes the response."""
     try:
         async for chunk in response.content.iter_any():
+            yield chunk
+    finally:
+        response.close()
+
+
+async def after(chunks: AsyncGenerator[bytes, None], skip: int) -> AsyncGenerator[bytes, None]:
+    """The chunks without their first ``skip`` bytes."""
+    async with contextlib.aclosing(chunks):
+        async for chunk in chunks:
             if skip >= len(chunk):
                 skip -= len(chunk)
                 continue
             yield chunk[skip:] if skip else chunk
             skip = 0
-    finally:
-        response.close()
+
+
+def first_byte(response: aiohttp.ClientResponse) -> int | None:
+    """Which byte of the whole the body begins with (RFC 9110, section 14.4); None if the answer does not tell."""
+    if response.status != 206:
+        return 0
+    said = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+    return int(said[1]) if said is not None else None
 
 
 async def back_off(failures: int, retry_after: str = "") -> None:

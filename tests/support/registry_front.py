@@ -26,6 +26,7 @@ class Front:
     scheme: str = "http"
     token_user: str = ""  # user:password that gets a token; "" asks for none, "*" gives one to anybody
     cut_after: int = 0  # bytes of each blob answer before the connection breaks
+    cuts: int = 1 << 30  # how many of them break
     failures: dict[str, list[int]] = field(default_factory=dict)  # statuses to answer first, by part of the path
     retry_after: str = ""
     stall: bool = False
@@ -111,7 +112,8 @@ class Front:
             self.cut_manifests -= 1
             await response.write(content[:20])
             request.transport.close()
-        elif "/blobs/" in request.path and (self.stall or 0 < self.cut_after < len(content)):
+        elif "/blobs/" in request.path and (self.stall or 0 < self.cut_after < len(content)) and self.cuts:
+            self.cuts -= 1
             await response.write(content[: self.cut_after or 10])
             if self.stall:
                 self.stalled.set()

@@ -177,3 +177,21 @@ async def test_tls_with_an_authority_of_its_own(
         (folder / "hosts.toml").write_text("capabilities = 5")
         with pytest.raises(InvalidArgumentError, match=r"hosts\.toml"):
             await pull(node, front)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 501])
+async def test_a_registry_that_refuses_head_is_asked_again_by_get(
+    node: Node, front: Front, built: BuiltImage, status: int
+) -> None:
+    front.head_status = status
+    assert [await pull(node, front) for _ in range(2)] == [built.id] * 2
+    assert tuple(method for method, path, _ in front.seen if "/manifests/" in path)[-2:] == ("HEAD", "GET")
+
+
+async def test_a_manifest_that_breaks_off_once_is_fetched_again(
+    node: Node, front: Front, built: BuiltImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("images.registry.back_off", no_wait)
+    front.cut_manifests = 1
+    assert await pull(node, front) == built.id
+    assert front.cut_manifests == 0

@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
-from host.errors import InvalidArgumentError, KubeletReasonError
+from host.errors import InvalidArgumentError, KubeletReasonError, PermissionDeniedError
 from host.processes import end_child, open_process, spawn
 from tests.integration.images.conftest import Node
 from tests.integration.images.test_restart import PROGRAM
@@ -257,3 +258,54 @@ async def test_nothing_is_resumed_where_blobs_are_not_kept(new_node: NewNode, fr
     assert await node.leftovers() == {}
     assert (await node.store.pull(name(front))).id == built.id
     assert set(ranges(front)) == {"all"}
+
+
+def part(status: int, content: bytes, says: str) -> web.Response:
+    return web.Response(status=status, body=content, headers={"Content-Range": says} if says else {})
+
+
+RANGE_ANSWERS: dict[str, Callable[[int, bytes], web.Response]] = {
+    "416": lambda begin, whole: part(416, b"no", f"bytes */{len(whole)}"),
+    "400": lambda begin, whole: part(400, b"no", ""),
+    "403": lambda begin, whole: part(403, b"no", ""),
+    "500": lambda begin, whole: part(500, b"no", ""),
+    "501": lambda begin, whole: part(501, b"no", ""),
+    "from an earlier byte": lambda begin, whole: part(206, whole[1000:], f"bytes 1000-{len(whole) - 1}/{len(whole)}"),
+    "from a later byte": lambda begin, whole: part(
+        206, whole[begin + 7 :], f"bytes {begin + 7}-{len(whole) - 1}/{len(whole)}"
+    ),
+    "from the first byte": lambda begin, whole: part(206, whole, f"bytes 0-{len(whole) - 1}/{len(whole)}"),
+    "from nobody knows where": lambda begin, whole: part(206, whole, ""),
+    "in another unit": lambda begin, whole: part(206, whole, f"pages 0-{len(whole) - 1}/{len(whole)}"),
+    "as a whole": lambda begin, whole: part(200, whole, ""),
+}
+
+
+@pytest.mark.parametrize("answer", RANGE_ANSWERS)
+async def test_a_registry_that_does_not_give_the_rest_is_asked_for_the_whole(
+    node: Node, front: Front, built: BuiltImage, answer: str
+) -> None:
+    await broken_off(node, front, 1_500_000)
+    front.range_answer = RANGE_ANSWERS[answer]
+    assert (await node.store.pull(name(front))).id == built.id
+    assert "bytes=1500000-" in ranges(front)
+    assert (await node.store.checker.check(repair=False)).findings == ()
+    assert partials(node) == {}
+
+
+@pytest.mark.parametrize("answer", ["416", "from a later byte"])
+async def test_so_is_one_whose_answer_breaks_off_in_the_middle(
+    node: Node, front: Front, built: BuiltImage, answer: str
+) -> None:
+    front.range_answer = RANGE_ANSWERS[answer]
+    front.cut_after = 1_500_000
+    front.cuts = 1
+    assert (await node.store.pull(name(front))).id == built.id
+    assert "bytes=1500000-" in ranges(front)
+
+
+async def test_access_that_is_refused_stays_refused(node: Node, front: Front, built: BuiltImage) -> None:
+    await broken_off(node, front, 1_500_000)
+    front.failures["/blobs/"] = [403] * 20
+    with pytest.raises(PermissionDeniedError, match="refused access"):
+        await node.store.pull(name(front))

@@ -17,6 +17,7 @@ from google.protobuf.descriptor import FileDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from cri.enums import require_known
 from cri.errors import status_of
 from host.errors import PodkeelError, UnsupportedError
 
@@ -100,6 +101,7 @@ def _unary(begin: Begin, method: Callable[[Any], Awaitable[Any]], observers: Seq
         call = begin(request, context)
         with _observed(call, observers):
             try:
+                require_known(request)
                 call.response = await method(request)
                 call.code = grpc.StatusCode.OK
             except Exception as error:
@@ -116,6 +118,7 @@ def _streaming(begin: Begin, method: Callable[[Any], AsyncIterator[Any]], observ
         call = begin(request, context)
         with _observed(call, observers):
             try:
+                require_known(request)
                 async for response in _announced(method(request), context):
                     yield response
                 call.code = grpc.StatusCode.OK

@@ -13,6 +13,8 @@ from host.errors import InvalidArgumentError
 # What is mounted there hides what an image has, and is the kernel's or the OCI runtime's: it holds no links of others.
 _KERNEL_FOLDERS = ("/proc", "/sys")
 _HIDDEN_FOLDERS = (*_KERNEL_FOLDERS, "/dev")
+_BELOW_KERNEL = tuple(f"{folder}/" for folder in _KERNEL_FOLDERS)
+_BELOW_HIDDEN = tuple(f"{folder}/" for folder in _HIDDEN_FOLDERS)
 _MOST_TURNS = 128
 _MOST_BYTES = 4096  # PATH_MAX
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -62,15 +64,21 @@ class ContainerPaths:
 
         Raises InvalidArgumentError for links that lead to each other, and to names that no file can have.
         """
+        hidden = path in _HIDDEN_FOLDERS or path.startswith(_BELOW_HIDDEN)
+        if hidden and "/." not in path and not self._is_in_volume(path):  # as most are
+            return Place(path, "", path in _KERNEL_FOLDERS or path.startswith(_BELOW_KERNEL), False, False)
         names, link = path.split("/"), ""
         for _ in range(_MOST_TURNS):
             step = self._walk(names)
             if isinstance(step, Place):
-                return replace(step, link=step.link or link)
+                return replace(step, link=step.link or link) if link else step
             names, link = step.names, step.link or link
             if sum(len(name) + 1 for name in names) > _MOST_BYTES:
                 break
         raise InvalidArgumentError(f"{path} leads through too many links: use an image without them")
+
+    def _is_in_volume(self, path: str) -> bool:
+        return any(path.startswith(place) for place in self._sources)
 
     def _walk(self, names: list[str]) -> Place | _Turn:
         """Go along ``names`` from the root to their end, or to the first that has to be replaced.
@@ -162,5 +170,4 @@ def _is_text(path: str) -> bool:
 
 
 def _is_of_kernel(path: str, descriptor: int) -> bool:
-    below = tuple(folder + "/" for folder in _KERNEL_FOLDERS)
-    return path in _KERNEL_FOLDERS or path.startswith(below) or libc.is_kernel_filesystem(descriptor)
+    return path in _KERNEL_FOLDERS or path.startswith(_BELOW_KERNEL) or libc.is_kernel_filesystem(descriptor)

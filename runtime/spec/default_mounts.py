@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from host.errors import InvalidArgumentError
@@ -23,7 +24,7 @@ def refuse_linked_targets(rootfs: Path) -> None:
     No image needs one, and runc (1.1) follows it out of the container when it makes the links of /dev.
     """
     for name in ("proc", "sys", "dev"):
-        if (rootfs / name).is_symlink():
+        if os.path.islink(f"{rootfs}/{name}"):  # noqa: PTH114 - a tenth of what pathlib takes
             raise InvalidArgumentError(f"/{name} of the image is a symbolic link: use an image with a folder there")
 
 

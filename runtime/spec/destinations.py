@@ -58,7 +58,9 @@ def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
     wanted += [_Planned(mount, "CDI: mount", _folder(mount, groups.folders)) for mount in groups.described]
     destinations, paths, through_volumes = _resolved(rootfs, wanted)
     mounts = [
-        msgspec.structs.replace(plan.mount, destination=destination)
+        plan.mount
+        if plan.mount.destination == destination
+        else msgspec.structs.replace(plan.mount, destination=destination)
         for plan, destination in zip(wanted, destinations, strict=True)
     ]
     first, configured = len(groups.defaults), len(groups.defaults) + len(groups.volumes)

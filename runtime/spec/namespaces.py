@@ -46,7 +46,8 @@ def user_mappings(options: cri_pb2.NamespaceOption) -> tuple[list[oci.IDMapping]
         return None
     wanted = options.userns_options
     if wanted.mode != cri_pb2.NamespaceMode.POD:
-        mode = cri_pb2.NamespaceMode.Name(wanted.mode)
+        known = cri_pb2.NamespaceMode.DESCRIPTOR.values_by_number.get(wanted.mode)
+        mode = known.name if known is not None else wanted.mode
         raise InvalidArgumentError(f"userns_options: mode {mode} is not possible for a user namespace: use POD or NODE")
     uids, gids = id_mappings(wanted.uids, "userns_options.uids"), id_mappings(wanted.gids, "userns_options.gids")
     for field, mappings in (("uids", uids), ("gids", gids)):

@@ -7,6 +7,7 @@ import re
 import signal
 from dataclasses import dataclass
 
+from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
 
 _log = logging.getLogger("podkeel.spec")
@@ -31,9 +32,11 @@ def stop_signal(config: cri_pb2.ContainerConfig, image_signal: str) -> StopSigna
     A name in the image that is no signal is logged and passed over: an image must not make its container unstoppable.
     """
     if config.stop_signal != cri_pb2.Signal.SIGNAL_RUNTIME_DEFAULT:
-        found = parse_signal(cri_pb2.Signal.Name(config.stop_signal).removeprefix("SIGNAL_"))
-        if found is not None:
-            return found
+        known = cri_pb2.Signal.DESCRIPTOR.values_by_number.get(config.stop_signal)
+        found = parse_signal(known.name.removeprefix("SIGNAL_")) if known is not None else None
+        if found is None:
+            raise InvalidArgumentError(f"stop_signal: {config.stop_signal} is not a Signal of this node: use another")
+        return found
     if not image_signal:
         return TERMINATE
     found = parse_signal(image_signal)

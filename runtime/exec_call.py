@@ -21,6 +21,7 @@ import msgspec
 from host import processes
 from host.errors import CommandError, DeadlineError
 from host.null_device import open_private_null
+from host.priority import run_before_children
 from host.reaping import reap
 from host.tasks import wait_out
 from host.threads import in_thread
@@ -166,6 +167,9 @@ class ExecCall:
         spawning = asyncio.ensure_future(self._spawn({**self._descriptors, **descriptors}))
         try:
             self._runtime_pid = await wait_out(spawning)
+            if self.console is not None:
+                # crun lets the program go and then sets the size of its terminal: it is to do so at once.
+                run_before_children(self._runtime_pid)
         except asyncio.CancelledError:
             if spawning.cancelled() or spawning.exception() is not None:
                 _strays.end(None)

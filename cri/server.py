@@ -42,12 +42,14 @@ IDLE_SECONDS = 600.0  # of a connection without calls: its client is told to con
 STOP_SECONDS = 5.0
 SWITCH_SECONDS = 0.0005  # how long a thread busy with Python keeps the loop waiting; Python's own 5 ms add up in calls
 _HEAP_ARENAS = 2
+_UMASK = 0o022  # whatever the agent was started with: what containers see is readable, what is private says so
 
 _log = logging.getLogger("podkeel.server")
 
 
 def serve(configuration: Configuration) -> None:
     """Serve until SIGTERM or SIGINT. Raises PodkeelError when the agent cannot start."""
+    os.umask(_UMASK)
     libc.limit_heap_arenas(_HEAP_ARENAS)
     _raise_open_files()
     _write_no_core_dumps()

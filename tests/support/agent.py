@@ -54,6 +54,7 @@ class AgentProcess:
         self.cgroup_parent = f"/podkeel-test-{token}"
         self.address = f"unix://{self.run}/podkeel.sock"
         self.log = folder / "agent.log"
+        self.umask = -1  # that of the tests
         self.process: subprocess.Popen[bytes] | None = None
         self._client: CriClient | None = None
         self._runtime = runtime
@@ -87,7 +88,9 @@ class AgentProcess:
         environment = {**os.environ, "PODKEEL_FAULTS": faults}
         with self.log.open("ab") as log:
             command = self.command("serve", *self.flags)
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True, umask=self.umask
+            )
 
     def start(self, faults: str = "") -> None:
         """Start the agent and wait until it serves; ``faults`` is its PODKEEL_FAULTS."""

@@ -156,6 +156,15 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
+def state(pid: int) -> bytes:
+    """The state of a process as proc(5) has it, such as ``T`` for one that was stopped; empty if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 def open_process(pid: int, started: int | None) -> int | None:
     """A pidfd for the live process of that pid and start time (any, if None); None if it is gone or another one."""
     try:

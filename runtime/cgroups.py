@@ -16,6 +16,7 @@ from host.errors import InvalidArgumentError, UnsupportedError
 from host.file_tree import Walk
 from host.procfs import table_lines
 from host.threads import in_thread
+from runtime import freezer
 from runtime.slices import set_io_weight, slice_name, slice_path, stop_slice, with_outer_slices
 from runtime.spec.oci import SCOPE_SUBGROUP
 
@@ -191,8 +192,32 @@ class CgroupTree:
         """The same in any hierarchy."""
         return {pid for folder in self.folders(path) for pids in _processes_below(folder) for pid in pids}
 
+    def _freezers(self, path: str) -> list[Path]:
+        """The folders by which cgroup ``path`` may be frozen; the container's own scope is one of them."""
+        inner = path.removesuffix(f"/{SCOPE_SUBGROUP}") if self.version == 2 else path
+        roots = (self.mounts.get(name) for name in ("unified", "freezer", "hybrid"))
+        return [root / inner.lstrip("/") for root in roots if root is not None]
+
+    def is_frozen(self, path: str) -> bool:
+        """Whether the processes of cgroup ``path`` are frozen, by it or by one above it."""
+        return any(freezer.is_frozen(folder) for folder in self._freezers(path))
+
+    def thaw(self, path: str) -> None:
+        """Thaw cgroup ``path`` and those below it."""
+        for folder in self._freezers(path):
+            freezer.thaw(folder)
+
+    def holding_frozen(self, path: str) -> str | None:
+        """The cgroup that keeps killed processes of ``path`` from dying, as a folder; None if none does."""
+        if self.version == 2:
+            return None  # there SIGKILL ends what is frozen
+        for folder, root in zip(self._freezers(path), self._freezers("/"), strict=True):
+            if (folder / "freezer.state").exists() and (holder := freezer.frozen_by(folder, root)) is not None:
+                return str(holder)
+        return None
+
     def kill(self, path: str) -> int:
-        """SIGKILL to every process in cgroup ``path``; returns how many there were."""
+        """SIGKILL to every process in cgroup ``path``, which is thawed then; returns how many there were."""
         if self.version == 2:
             with contextlib.suppress(OSError):
                 (self.mounts["unified"] / path.lstrip("/") / "cgroup.kill").write_text("1")
@@ -200,6 +225,7 @@ class CgroupTree:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        self.thaw(path)
         return len(pids)
 
     def remove(self, path: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import posixpath
 import time
+from collections.abc import Sequence
 from functools import partial
 
 from host.abandonable import AbandonableThreads, Permission
@@ -273,8 +274,21 @@ class ContainerManager:
     async def stop_all(self, sandbox: Sandbox) -> None:
         """Kill every container of a sandbox that runs."""
         containers = [c for c in self._node.containers_of(sandbox) if c.visible]
+        await in_thread(self._thaw_dying, sandbox, containers)
         await asyncio.gather(*(self._lifecycle.kill(container) for container in containers))
         await asyncio.gather(*(self._lifecycle.released(container) for container in containers))
+
+    def _thaw_dying(self, sandbox: Sandbox, containers: Sequence[Container]) -> None:
+        """Thaw the pod's own cgroup if it is frozen, once all in there were killed."""
+        cgroups, parent = self._node.cgroups, sandbox.record.cgroup_parent
+        path = cgroups.parent_path(parent)
+        if sandbox.record.boot_id != self._node.boot_id or not cgroups.is_frozen(path):
+            return
+        for container in containers:
+            cgroups.kill(container.record.cgroup)
+        others = (other.record for other in self._node.sandboxes if other is not sandbox)
+        if not any(record.cgroup_parent == parent and not record.torn_down for record in others):
+            cgroups.thaw(path)
 
     async def remove_all(self, sandbox: Sandbox) -> None:
         """Remove every container of a sandbox, also those whose making failed and could not be undone then."""

@@ -249,7 +249,7 @@ class ExecCall:
             process = starting.result()
             if not process.ended.done():
                 await in_thread(_kill_session, process.pid, self._pids)
-                await asyncio.wait({process.ended})
+                await asyncio.wait({process.ended}, timeout=_KILL_SECONDS)  # a frozen one dies when it is thawed
 
     def __enter__(self) -> Self:
         return self

@@ -91,8 +91,13 @@ class Execution:
         terminal: bool = False,
         size: oci.ConsoleSize | None = None,
     ) -> ExecCall:
-        """The OCI runtime's exec of ``command`` in a container that runs, on a terminal of that size if wanted."""
+        """The OCI runtime's exec of ``command`` in a container that runs, on a terminal of that size if wanted.
+
+        Raises WrongStateError for a frozen container, in which the OCI runtime would stand still too.
+        """
         node = self._node
+        if node.cgroups.is_frozen(container.record.cgroup):
+            raise WrongStateError(f"{container.title} is frozen: thaw its cgroup before anything is executed in it")
         runtime = node.handlers.get(container.record.handler)
         process = self._process(container, command)
         process.terminal = terminal

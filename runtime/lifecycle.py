@@ -11,7 +11,7 @@ import time
 from collections.abc import Coroutine
 
 from host import processes
-from host.errors import CommandError, DeadlineError, InvalidArgumentError, PodkeelError, WrongStateError
+from host.errors import CommandError, InvalidArgumentError, PodkeelError, WrongStateError
 from host.reaping import reap
 from host.removal import remove_tree
 from host.stages import Operation
@@ -19,7 +19,8 @@ from host.tasks import wait_out
 from host.threads import in_fresh_thread, in_thread
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups import CgroupTree
-from runtime.container import Container, ContainerState
+from runtime.container import Container, ContainerRecord, ContainerState
+from runtime.last_wait import wait_for_end
 from runtime.log_fields import of_container
 from runtime.monitor import ExitRecord
 from runtime.node import Node
@@ -28,7 +29,6 @@ from runtime.out_of_memory import killed_for_memory
 from runtime.root_mounts import unmount_all
 from runtime.sandbox import SandboxState
 
-KILL_SECONDS = 60.0
 _CGROUP_SECONDS = 5.0
 UNKNOWN_EXIT_CODE = 255
 START_ERROR_EXIT_CODE = 128
@@ -206,8 +206,7 @@ class Lifecycle:
         if record.boot_id != self._node.boot_id:
             return
         cgroups = self._node.cgroups
-        if not record.private_pid_namespace:
-            await in_thread(cgroups.kill, record.cgroup)
+        await in_thread(_kill_group, cgroups, record)
         runtime = self._node.handlers.find(record.handler)
         if runtime is None:  # its pods must still be removable
             await in_thread(cgroups.kill, record.cgroup)
@@ -241,8 +240,9 @@ class Lifecycle:
     async def stop(self, container_id: str, grace: float) -> None:
         """Stop a container: its stop signal, then after ``grace`` seconds SIGKILL. Unknown or ended ones are fine.
 
-        While one call waits, another with a shorter grace shortens the wait of both. Raises DeadlineError when even
-        SIGKILL does not end it.
+        While one call waits, another with a shorter grace shortens the wait of both. A frozen one is killed at once and
+        then thawed. Raises DeadlineError when even SIGKILL does not end it, WrongStateError when a frozen cgroup above
+        it keeps it from that.
         """
         container = self._node.containers.find(container_id) if container_id else None
         if container is None or not container.visible or container.record.state is ContainerState.EXITED:
@@ -250,7 +250,8 @@ class Lifecycle:
         operation = begin(container, "StopContainer")
         async with operation.stage("signal"):
             if container.record.state is ContainerState.RUNNING:
-                await self._stop_politely(container, max(grace, 0.0))
+                frozen = await in_thread(self._node.cgroups.is_frozen, container.record.cgroup)
+                await self._stop_politely(container, 0.0 if frozen else max(grace, 0.0))  # it could not heed a signal
         async with operation.stage("kill"):
             if not container.exited.is_set():
                 await self._kill_and_wait(container)
@@ -301,17 +302,14 @@ class Lifecycle:
                 if not container.exited.is_set():
                     await self.record_exit(container, self._node.monitors.exit_record(container.id))
             return
-        try:
-            await asyncio.wait_for(container.exited.wait(), KILL_SECONDS)
-        except TimeoutError:
-            raise DeadlineError(
-                f"{container.title} did not end within {KILL_SECONDS:g} s of SIGKILL: its processes hang in the kernel"
-            ) from None
+        if not await wait_for_end(self._node, container):
+            async with container.lock:
+                if not container.exited.is_set():
+                    await self.record_exit(container, None)
 
     async def _kill_processes(self, container: Container) -> None:
         self._signal(container, signal.SIGKILL)
-        if not container.record.private_pid_namespace:
-            await in_thread(self._node.cgroups.kill, container.record.cgroup)
+        await in_thread(_kill_group, self._node.cgroups, container.record)
 
     def _signal(self, container: Container, number: int) -> None:
         init = container.record.init
@@ -358,6 +356,12 @@ async def _end_log(container: Container) -> None:
     work = asyncio.ensure_future(in_fresh_thread(container.log.end_last_lines))
     await asyncio.wait({work}, timeout=_LOG_SECONDS)
     work.add_done_callback(lambda done: done.cancelled() or done.exception())  # a log that is gone has no last line
+
+
+def _kill_group(cgroups: CgroupTree, record: ContainerRecord) -> None:
+    """Kill what may outlive a container's first process, and what cannot die as it is frozen."""
+    if not record.private_pid_namespace or cgroups.is_frozen(record.cgroup):
+        cgroups.kill(record.cgroup)
 
 
 def _clear_cgroup(cgroups: CgroupTree, path: str) -> None:

@@ -80,7 +80,10 @@ def _client_options() -> argparse.ArgumentParser:
 
 def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     commands = _Commands(subparsers, _configuration_options())
-    commands.add("serve", "cli.serve:serve", "run the agent until SIGTERM or Ctrl-C", "Containers outlive it.")
+    parser = commands.add("serve", "cli.serve:serve", "run the agent until SIGTERM or Ctrl-C", "Containers outlive it.")
+    parser.add_argument(
+        "--adopt", action="store_true", help="if the store is missing, empty or damaged, go on from the copy of it"
+    )
     parser = commands.add("config", "cli.config:config", "print every value in force and where it came from")
     parser.add_argument("--format", choices=("toml", "json"), default="toml", help="output format (default: toml)")
     parser = commands.add(

@@ -14,5 +14,5 @@ def serve(options: argparse.Namespace) -> int:
     need_root("serve")
     from cri.server import serve as serve_agent
 
-    serve_agent(loaded.configuration)
+    serve_agent(loaded.configuration, adopt=options.adopt)
     return 0

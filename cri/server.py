@@ -34,6 +34,7 @@ from host.priority import go_first
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from runtime.agent import Agent
+from runtime.lost_store import LostStore
 
 MESSAGE_LIMIT = 16 * 1024 * 1024
 CONNECTION_LIMIT = 1000  # of the socket; fewer where the agent may have few descriptors
@@ -47,8 +48,11 @@ _UMASK = 0o022  # whatever the agent was started with: what containers see is re
 _log = logging.getLogger("podkeel.server")
 
 
-def serve(configuration: Configuration) -> None:
-    """Serve until SIGTERM or SIGINT. Raises PodkeelError when the agent cannot start."""
+def serve(configuration: Configuration, *, adopt: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT; with ``adopt`` a store that is lost is replaced by its copy.
+
+    Raises PodkeelError when the agent cannot start.
+    """
     os.umask(_UMASK)
     libc.limit_heap_arenas(_HEAP_ARENAS)
     _raise_open_files()
@@ -56,7 +60,7 @@ def serve(configuration: Configuration) -> None:
     configure_logging(configuration.log)
     sys.setswitchinterval(SWITCH_SECONDS)
     go_first()
-    asyncio.run(_serve(configuration))
+    asyncio.run(_serve(configuration, LostStore.ADOPT if adopt else LostStore.REFUSE))
 
 
 def _raise_open_files() -> None:
@@ -87,7 +91,7 @@ def reset(configuration: Configuration, *, force: bool = False) -> list[str]:
     return asyncio.run(reset_runtime(configuration.runtime, configuration.network, configuration.images, force=force))
 
 
-async def _serve(configuration: Configuration) -> None:
+async def _serve(configuration: Configuration, lost_store: LostStore) -> None:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -97,7 +101,7 @@ async def _serve(configuration: Configuration) -> None:
     loop.add_signal_handler(signal.SIGUSR1, log_level.show_everything)
     loop.add_signal_handler(signal.SIGUSR2, log_level.show_configured)
     async with AsyncExitStack() as stack:
-        agent = Agent(configuration.runtime, configuration.network, configuration.images)
+        agent = Agent(configuration.runtime, configuration.network, configuration.images, lost_store)
         await stack.enter_async_context(agent)
         os.chdir(agent.node.layout.run)  # conmon leaves a note of each out-of-memory kill where it was started
         await asyncio.to_thread(_prepare_socket, path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import sqlite3
 import threading
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from host import set_aside
 from host.errors import LimitError, PodkeelError, WrongStateError
+from host.set_aside import SetAside, UnreadableRow
 from host.tasks import wait_out
 
 T = TypeVar("T")
@@ -46,15 +49,18 @@ class Database:
         path.touch(mode=0o600)
         path.chmod(0o600)  # it holds what containers are given in their environment; SQLite's other files follow it
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._connection.executescript(
-            "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA foreign_keys=ON; PRAGMA busy_timeout=5000;"
-        )
         try:
+            self._connection.executescript(
+                "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA foreign_keys=ON; PRAGMA busy_timeout=5000;"
+            )
             _migrate(self._connection, schemas, path)
-        except BaseException:
+        except BaseException as error:
             self._connection.close()
+            if isinstance(error, sqlite3.DatabaseError):
+                raise _described(path, error) from error
             raise
         self.commits = 0
+        self.changed = asyncio.Event()
         self._thread = threading.Thread(target=self._serve, name="database", daemon=True)
         self._thread.start()
 
@@ -68,16 +74,52 @@ class Database:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._queue.put(_Write(work, future, loop))
-        return await wait_out(future)
+        try:
+            return await wait_out(future)
+        finally:
+            self.changed.set()
 
     async def execute(self, statement: str, parameters: Sequence[object] = ()) -> None:
         """Write one statement."""
         await self.write(lambda connection: connection.execute(statement, parameters) and None)
 
     def read(self, statement: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        """All rows of a query, on a connection of its own; for start-up and checks, never inside a call."""
+        """All rows of a query, on a connection of its own; for start-up and checks, never inside a call.
+
+        Text that is no UTF-8 has surrogates in it, as names of files do. Raises WrongStateError for a damaged store.
+        """
+        try:
+            with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
+                connection.text_factory = os.fsdecode
+                return connection.execute(statement, parameters).fetchall()
+        except sqlite3.OperationalError as error:
+            raise _described(self.path, error) from error
+        except sqlite3.DatabaseError as error:
+            raise WrongStateError(f"store {self.path} is damaged: {error}") from error
+
+    def take_out(self, rows: Sequence[UnreadableRow], *places: tuple[str, str]) -> None:
+        """Set rows aside and delete them from ``places``, tables with the column of their key; those that refer first.
+
+        Blocks, and is for the start only.
+        """
+        if not rows:
+            return
         with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
-            return connection.execute(statement, parameters).fetchall()
+            connection.executescript("PRAGMA foreign_keys=ON; PRAGMA busy_timeout=5000; BEGIN IMMEDIATE;")
+            set_aside.keep(connection, rows)
+            for table, column in places:
+                for row in rows:
+                    condition, values = set_aside.key_is(column, row.key)
+                    connection.execute(f"DELETE FROM {table} WHERE {condition}", values)
+            connection.execute("COMMIT")
+
+    def set_asides(self) -> list[SetAside]:
+        """The rows that were taken out of their tables because they could not be read."""
+        return [SetAside(*row) for row in self.read("SELECT kind, object, reason FROM set_aside ORDER BY at")]
+
+    async def forget_set_asides(self) -> None:
+        """Delete what was kept of them."""
+        await self.execute("DELETE FROM set_aside")
 
     def close(self) -> None:
         """Finish the writes that wait, then close the file."""
@@ -129,7 +171,7 @@ class Database:
                 write.error = write.error or error
         loops: dict[asyncio.AbstractEventLoop, list[_Write]] = {}
         for write in group:
-            if isinstance(write.error, sqlite3.OperationalError):
+            if isinstance(write.error, sqlite3.DatabaseError):
                 failed = _described(self.path, write.error)
                 failed.__cause__ = write.error
                 write.error = failed
@@ -139,10 +181,10 @@ class Database:
                 loop.call_soon_threadsafe(_settle, writes)
 
 
-def _described(path: Path, error: sqlite3.OperationalError) -> PodkeelError:
-    if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+def _described(path: Path, error: sqlite3.DatabaseError) -> PodkeelError:
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
         return LimitError(f"store {path} could not be written: no space is left on its file system, free some")
-    return PodkeelError(f"store {path} could not be written: {error}")
+    return PodkeelError(f"store {path} could not be read or written: {error}")
 
 
 def _settle(writes: list[_Write]) -> None:
@@ -156,6 +198,7 @@ def _settle(writes: list[_Write]) -> None:
 
 
 def _migrate(connection: sqlite3.Connection, schemas: Mapping[str, Sequence[str]], path: Path) -> None:
+    connection.execute(set_aside.TABLE)
     connection.execute("CREATE TABLE IF NOT EXISTS schema_versions (room TEXT PRIMARY KEY, version INTEGER NOT NULL)")
     known: dict[str, int] = dict(connection.execute("SELECT room, version FROM schema_versions").fetchall())
     for room, version in known.items():

@@ -6,9 +6,27 @@ import sqlite3
 import time
 from collections.abc import Iterable, Sequence
 
+from host.database import Database
+from host.errors import PodkeelError
+from host.set_aside import UnreadableRow
 from images import layer_rows
 from images.candidate import Candidate
+from images.image import ImageConfig, read_config
 from images.layer import Layer
+
+
+def readable(database: Database) -> list[tuple[str, str, int, bytes, ImageConfig]]:
+    """Id, digest and length of the manifest, and configuration of each image; rows that mean nothing are set aside."""
+    found: list[tuple[str, str, int, bytes, ImageConfig]] = []
+    unreadable: list[UnreadableRow] = []
+    columns = "id, manifest_digest, length(manifest), config"
+    for row in database.read(f"SELECT {columns} FROM images ORDER BY created"):
+        try:
+            found.append((*row, read_config(row[3], row[0]).config))
+        except (PodkeelError, ValueError, TypeError) as error:
+            unreadable.append(UnreadableRow("image", row[0], str(error), row))
+    database.take_out(unreadable, ("image_references", "image_id"), ("image_layers", "image_id"), ("images", "id"))
+    return found
 
 
 def insert(connection: sqlite3.Connection, candidate: Candidate, layers: tuple[Layer, ...]) -> None:

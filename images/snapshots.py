@@ -13,6 +13,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from host import mounts
 from host.database import Database
 from host.errors import LimitError, NotFoundError, PodkeelError
@@ -66,11 +68,31 @@ class SnapshotStore:
     async def start(self) -> None:
         """Read the snapshots and hold their layers."""
         self._containers.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for key, container_id, numbers in self._database.read("SELECT id, container_id, layers FROM snapshots"):
-            layers = tuple(json.loads(numbers))
+        found, repaired = await in_thread(self._read)
+        if repaired:
+            repair = "UPDATE snapshots SET layers = ? WHERE id = ?"
+            await self._database.write(lambda connection: connection.executemany(repair, repaired) and None)
+        for key, container_id, layers in found:
             self._held[key] = (container_id, layers)
             self._layers.retain(layers)
         await in_long_thread(self._start_usage)
+
+    def _read(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[tuple[str, str]]]:
+        """The snapshots with their layers; of one that does not tell them, those of its image, to be written down."""
+        found: list[tuple[str, str, tuple[int, ...]]] = []
+        repaired: list[tuple[str, str]] = []
+        of_image = "SELECT layer FROM image_layers WHERE image_id = ? ORDER BY position"
+        for key, container_id, image_id, text in self._database.read(
+            "SELECT id, container_id, image_id, layers FROM snapshots"
+        ):
+            try:
+                layers = tuple(msgspec.json.decode(text, type=list[int]))
+            except (msgspec.MsgspecError, ValueError, TypeError) as error:
+                layers = tuple(number for (number,) in self._database.read(of_image, (image_id,)))
+                _log.error("snapshot of container %s: cannot be read, its image's is taken: %s", container_id, error)
+                repaired.append((json.dumps(layers), key))
+            found.append((key, container_id, layers))
+        return found, repaired
 
     def ids(self) -> frozenset[str]:
         """The containers that have a snapshot or an image mounted, or half of one."""

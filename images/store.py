@@ -17,14 +17,14 @@ from host.database import Database
 from host.errors import InvalidArgumentError, LimitError, NotFoundError
 from host.stages import Operation
 from host.tasks import SingleFlight
-from host.threads import in_image_thread, in_long_thread, in_stats_thread
+from host.threads import in_image_thread, in_long_thread, in_stats_thread, in_thread
 from images import image_rows
 from images.archive import ImageArchive
 from images.candidate import Candidate
 from images.checking import ImageChecker
 from images.credentials import Credentials
 from images.disk_usage import DiskUsage, disk_usage
-from images.image import Image, ImageConfig, read_config
+from images.image import Image, ImageConfig
 from images.layer import Layer
 from images.layer_source import LayerSource
 from images.layers import LayerStore
@@ -92,8 +92,8 @@ class ImageStore:
         """Read the store; undo pulls and finish removals that a crash cut off."""
         self._trash.start()
         await self._layers.start()
+        await self.snapshots.start()  # before images, of whose rows it may have to learn layers
         await self._load()
-        await self.snapshots.start()
         await self._layers.sweep()
 
     async def close(self) -> None:
@@ -365,14 +365,13 @@ class ImageStore:
         for image_id, number in self._database.read("SELECT image_id, layer FROM image_layers ORDER BY position"):
             numbers.setdefault(image_id, []).append(number)
         broken = []
-        rows = self._database.read("SELECT id, manifest_digest, length(manifest), config FROM images ORDER BY created")
-        for image_id, manifest_digest, manifest_bytes, content in rows:
+        rows = await in_thread(image_rows.readable, self._database)
+        for image_id, manifest_digest, manifest_bytes, content, config in rows:
             layers = [self._layers.get(number) for number in numbers.get(image_id, ())]
             present = tuple(layer for layer in layers if layer is not None)
             if len(present) < len(layers):
                 broken.append(image_id)
                 continue
-            config = read_config(content, image_id).config
             record = _Record(
                 image_id, manifest_digest, manifest_bytes, config, content, present, names.get(image_id, set())
             )

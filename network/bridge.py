@@ -27,6 +27,7 @@ from network.elements import elements_of
 from network.firewalls import FirewallWatch
 from network.gate import Gate
 from network.kernel import IPInterface, KernelBridge, TableMissingError
+from network.lost_attachments import lost_rows
 from network.options import NetworkOptions
 from network.ports import HostPort, PortRegistry
 from network.store import NetworkStore
@@ -199,6 +200,7 @@ class BuiltInNetwork:
         findings = await self.audit(live)
         for sandbox_id in gone:
             await self._detach(sandbox_id, delete_link=True)
+        await self._release_lost()
         await self._ensure()
         async with self._gate.closed():
             await self._connect_again(kernel, live)
@@ -297,21 +299,48 @@ class BuiltInNetwork:
         except AlreadyExistsError:
             self._book.give_back(chosen)
             raise
-        attachment = Attachment(
-            sandbox_id=sandbox_id,
-            host_interface=interface_name(self.options.bridge, sandbox_id),
+        reservation = _Reservation(self._attachment(request, wanted, chosen), chosen, taken)
+        self._reservations[sandbox_id] = reservation
+        return reservation
+
+    def _attachment(
+        self, request: AttachRequest, wanted: tuple[PortMapping, ...], chosen: list[tuple[IPNetwork, IPAddress]]
+    ) -> Attachment:
+        return Attachment(
+            sandbox_id=request.sandbox_id,
+            host_interface=interface_name(self.options.bridge, request.sandbox_id),
             addresses=tuple(str(address) for _, address in chosen),
             gateways=tuple(str(gateway_of(network)) for network, _ in chosen),
             mac=pod_mac(chosen[0][1]),
             mtu=self._mtu,
             host_ports=wanted,
             bandwidth=request.bandwidth,
-            limiter=limiter_name(self.options.bridge, sandbox_id) if request.bandwidth.egress else "",
+            limiter=limiter_name(self.options.bridge, request.sandbox_id) if request.bandwidth.egress else "",
             netns_path=request.netns_path,
         )
-        reservation = _Reservation(attachment, chosen, taken)
-        self._reservations[sandbox_id] = reservation
-        return reservation
+
+    async def restore_lost(self, requests: Sequence[AttachRequest]) -> None:
+        """Know the connections again of sandboxes that hold addresses but whose attachment the store has lost."""
+        lost = await threads.in_thread(lost_rows, self.store, set(self._reservations))
+        for request in requests:
+            if chosen := lost.addresses.get(request.sandbox_id):
+                versions = tuple(dict.fromkeys(network.version for network, _ in chosen))
+                wanted = ports.normalise(request.port_mappings, versions)
+                attachment = self._attachment(request, wanted, chosen)
+                held = lost.ports.get(request.sandbox_id, [])
+                self._reservations[request.sandbox_id] = _Reservation(attachment, chosen, held)
+                await self.store.add_attachment(attachment)
+                _log.warning("sandbox %s: its attachment was lost, it is made again", request.sandbox_id[:13])
+
+    async def _release_lost(self) -> None:
+        """Let addresses rest that nothing known holds any more, and free such host ports."""
+        lost = await threads.in_thread(lost_rows, self.store, set(self._reservations))
+        for sandbox_id in lost.sandboxes:
+            await self.store.remove(sandbox_id, rest=True)
+            self._ports.release(lost.ports.get(sandbox_id, ()))
+            for network, address in lost.addresses.get(sandbox_id, ()):
+                self._book.release(network, address)
+            _log.warning("sandbox %s: held addresses or host ports without an attachment: released", sandbox_id[:13])
 
     def _cancel(self, reservation: _Reservation) -> None:
         self._reservations.pop(reservation.attachment.sandbox_id, None)

@@ -142,6 +142,11 @@ class NodeNetwork:
         newer = self.cni.sandboxes() - before
         return found + await self.cni.repair(newer.union(live))
 
+    async def restore_lost(self, requests: Sequence[AttachRequest]) -> None:
+        """Know the connections again of sandboxes whose attachment the store has lost, where addresses tell them."""
+        if self._built_in_runs:
+            await self.built_in.restore_lost(requests)
+
     async def destroy(self, *, force: bool = False) -> list[str]:
         """Take down both; with ``force`` what CNI plugins do not give back is given up and told."""
         given_up = await self.cni.destroy(force=force)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Sequence
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import NamedTuple
 
 import msgspec
 
 from host.database import Database
+from host.errors import PodkeelError
+from host.set_aside import UnreadableRow
+from network.addresses import parse_ranges
 from network.attachment import Attachment
-from network.ports import HostPort
+from network.ports import PROTOCOLS, HostPort
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Attachment).decode
@@ -35,23 +38,63 @@ class NetworkStore:
         self._database = database
 
     def attachments(self) -> list[Attachment]:
-        """All attachments."""
-        return [_decode(blob) for (blob,) in self._database.read("SELECT attachment FROM network_attachments")]
+        """All attachments. Rows that cannot be read are set aside, here and below."""
+        found: list[Attachment] = []
+        unreadable: list[UnreadableRow] = []
+        for row in self._database.read("SELECT sandbox_id, attachment FROM network_attachments"):
+            try:
+                attachment = _decode(row[1])
+                if attachment.sandbox_id != row[0]:
+                    raise ValueError("it is another sandbox's")
+                found.append(attachment)
+            except (msgspec.MsgspecError, ValueError, TypeError) as error:
+                unreadable.append(UnreadableRow("attachment", row[0], str(error), row))
+        self._database.take_out(unreadable, ("network_attachments", "sandbox_id"))
+        return found
 
     def addresses(self) -> list[AddressRow]:
         """All addresses, those that rest in the order in which they were released."""
         columns = ", ".join(AddressRow._fields)
         rows = self._database.read(f"SELECT {columns} FROM network_addresses ORDER BY released_at")
-        return [AddressRow(*row) for row in rows]
+        found: list[AddressRow] = []
+        unreadable: list[UnreadableRow] = []
+        for row in rows:
+            try:
+                if ip_address(row[0]) not in ip_network(row[1]):
+                    raise ValueError(f"it is not in the range {row[1]}")
+                found.append(AddressRow(row[0], row[1], str(row[2]), float(row[3]), row[4] and float(row[4])))
+            except (ValueError, TypeError) as error:
+                unreadable.append(UnreadableRow("address", row[0], str(error), row))
+        self._database.take_out(unreadable, ("network_addresses", "address"))
+        return found
 
     def host_ports(self) -> list[tuple[str, HostPort]]:
         """All host ports with the sandbox that holds each."""
         rows = self._database.read("SELECT sandbox_id, protocol, host_ip, host_port FROM network_host_ports")
-        return [(sandbox_id, HostPort(*port)) for sandbox_id, *port in rows]
+        found: list[tuple[str, HostPort]] = []
+        unreadable: list[UnreadableRow] = []
+        for row in rows:
+            try:
+                ip_address(row[2])
+                if row[1] not in PROTOCOLS or not 0 < row[3] < 65536:
+                    raise ValueError(f"{row[1]} {row[3]} is no port")
+                found.append((str(row[0]), HostPort(row[1], row[2], row[3])))
+            except (ValueError, TypeError) as error:
+                unreadable.append(UnreadableRow("host port", row[3], str(error), row))
+        self._database.take_out(unreadable, ("network_host_ports", "host_port"))
+        return found
 
     def pod_cidrs(self) -> list[str]:
         """The ranges the kubelet announced last; empty if it never did."""
-        return [cidr for (cidr,) in self._database.read("SELECT cidr FROM network_pod_cidrs ORDER BY position")]
+        rows = self._database.read("SELECT cidr, position FROM network_pod_cidrs ORDER BY position")
+        try:
+            if rows:
+                parse_ranges([cidr for cidr, _ in rows])
+        except (PodkeelError, ValueError, TypeError, AttributeError) as error:
+            lost = [UnreadableRow("pod CIDR", row[0], str(error), row) for row in rows]
+            self._database.take_out(lost, ("network_pod_cidrs", "cidr"))
+            return []
+        return [cidr for cidr, _ in rows]
 
     async def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
         """Remember the ranges the kubelet announced."""
@@ -89,6 +132,11 @@ class NetworkStore:
             connection.execute("INSERT INTO network_attachments VALUES (?, ?)", (sandbox_id, _encode(attachment)))
 
         await self._database.write(work)
+
+    async def add_attachment(self, attachment: Attachment) -> None:
+        """Record an attachment again whose row was lost."""
+        row = (attachment.sandbox_id, _encode(attachment))
+        await self._database.execute("INSERT OR REPLACE INTO network_attachments VALUES (?, ?)", row)
 
     async def remove(self, sandbox_id: str, *, rest: bool) -> None:
         """Forget an attachment and its host ports; its addresses ``rest``, or are forgotten if they were never used."""

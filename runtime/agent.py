@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from host.database import Database
+from host.database_copy import DatabaseCopy
 from host.errors import WrongStateError
 from host.keyring import leave_session_keyring
 from host.orphans import Orphans
@@ -33,6 +34,7 @@ from runtime.handlers import Handlers
 from runtime.layout import Layout
 from runtime.leftovers import Finding, find_leftovers
 from runtime.lifecycle import Lifecycle
+from runtime.lost_store import LostStore, settle_store
 from runtime.monitor import Monitors
 from runtime.node import Node
 from runtime.options import RuntimeOptions
@@ -54,7 +56,8 @@ _log = logging.getLogger("podkeel.agent")
 class Agent:
     """Everything behind the gRPC services, for ``async with``.
 
-    Raises WrongStateError when another agent holds the same folders or the data folder is from a newer version.
+    Raises WrongStateError when another agent holds the same folders, the data folder is from a newer version, or the
+    store is lost and ``lost_store`` does not say what to do then.
     """
 
     node: Node
@@ -65,7 +68,14 @@ class Agent:
     statistics: Statistics
     recovery: Recovery
 
-    def __init__(self, runtime: RuntimeOptions, network: NetworkOptions, images: ImageOptions) -> None:
+    def __init__(
+        self,
+        runtime: RuntimeOptions,
+        network: NetworkOptions,
+        images: ImageOptions,
+        lost_store: LostStore = LostStore.REFUSE,
+    ) -> None:
+        self._lost_store = lost_store
         self._runtime = runtime
         self._network = network
         self._images = images
@@ -88,8 +98,12 @@ class Agent:
         layout.make()
         for folder in (layout.data, layout.run):
             stack.callback(os.close, hold_folder(folder))
+        monitors = Monitors(options.conmon_path, layout)
+        await in_thread(settle_store, layout, monitors, self._lost_store)
         database = Database(layout.database, SCHEMAS)
         stack.callback(database.close)
+        copy = DatabaseCopy(database, layout.database_copy)
+        stack.push_async_callback(copy.close)
         cgroups = await in_thread(CgroupTree.of_host, options.cgroup_driver)
         own_id = await in_thread(agent_id, layout)
         handlers = Handlers(options, layout, cgroups, own_id)
@@ -106,7 +120,7 @@ class Agent:
             facts=facts,
             apparmor_default=await load_default_profile(facts),
             handlers=handlers,
-            monitors=Monitors(options.conmon_path, layout),
+            monitors=monitors,
             network=network,
             images=images,
             snapshots=images.snapshots,
@@ -130,6 +144,7 @@ class Agent:
         stack.callback(node.events.close)
         stack.push_async_callback(self.statistics.close)
         await self.recovery.run()
+        copy.start()
         node.events.serve()
 
     async def check(self) -> list[Finding]:
@@ -149,6 +164,8 @@ class Agent:
         """Make the node what the store says, without touching what others made; returns what was and what is left."""
         found = await self.check()
         await self.recovery.repair()
+        if any(finding.kind.endswith(" row") for finding in found):
+            await self.node.database.forget_set_asides()
         return found, await self.check()
 
     async def _differences(self) -> list[Finding]:
@@ -156,6 +173,9 @@ class Agent:
         found = await in_thread(
             lambda: list(find_leftovers(node.layout, node.monitors, self.recovery.own_parents(), known))
         )
+        for row in await in_thread(node.database.set_asides):
+            problem = f"cannot be read and was set aside (table set_aside of the store): {row.reason}"
+            found.append(Finding(f"{row.kind} row", row.object, problem))
         for finding in await node.network.audit(known.live_sandboxes):
             found.append(Finding(finding.kind, finding.object, finding.problem))
         return found

@@ -113,6 +113,11 @@ class Layout:
         return self.data / "podkeel.db"
 
     @property
+    def database_copy(self) -> Path:
+        """The copy of the store that is kept for the day on which it is lost."""
+        return self.data / "podkeel-copy.db"
+
+    @property
     def sandboxes(self) -> Path:
         """Folder of sandbox folders."""
         return self.run / "sandboxes"

@@ -21,6 +21,7 @@ from runtime.identifiers import is_of
 from runtime.leftovers import AllBut, Known
 from runtime.lifecycle import Lifecycle
 from runtime.namespaces import pins_hold
+from runtime.network_request import attach_request
 from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
 from runtime.pods import PodManager
@@ -48,16 +49,19 @@ class Recovery:
     async def run(self) -> None:
         """Load everything, undo what was half made, finish what was half removed, take up what runs."""
         sandboxes, containers = await in_thread(self._node.store.load)
+        self.findings["row set aside"] += len(await in_thread(self._node.database.set_asides))
         for sandbox in sandboxes:
             self._pods.adopt(sandbox)
         for container in containers:
             self._containers.adopt(container)
         half_made = [container.id for container in containers if container.record.state is ContainerState.MAKING]
-        await in_thread(leftovers.end_monitors, self._node.monitors, set(half_made))
+        ending = in_thread(leftovers.end_monitors, self._node.monitors, set(half_made))
+        await self._guarded("monitors of half made containers", ending)
         for container in containers:
             await self._guarded(container.title, self._recover_container(container))
         for sandbox in sandboxes:
             await self._guarded(sandbox.title, self._recover_sandbox(sandbox))
+        await self._guarded("lost networks", self._restore_networks())
         await self._guarded("leftovers", self._drop_leftovers(self.known()))
         await self._guarded("network", self._node.network.repair(self.known().live_sandboxes))
 
@@ -70,6 +74,9 @@ class Recovery:
         except (PodkeelError, OSError) as error:
             self.findings["unrecovered"] += 1
             _log.error("%s could not be recovered and is left as it is: %s", subject, error)
+        except Exception as error:
+            self.findings["unrecovered"] += 1
+            _log.error("%s could not be recovered and is left as it is: %s", subject, error, exc_info=error)
 
     async def _recover_container(self, container: Container) -> None:
         state = container.record.state
@@ -143,6 +150,24 @@ class Recovery:
             await self._pods.stop(sandbox.id)
         elif record.state is SandboxState.NOT_READY and not record.torn_down:
             await self._pods.finish_stop(sandbox)
+
+    async def _restore_networks(self) -> None:
+        """Give ready pods the connection back that the store has lost; those for which that fails are stopped."""
+        node = self._node
+
+        def without() -> list[Sandbox]:
+            ready = (s for s in node.sandboxes if s.record.state is SandboxState.READY and not s.host_network)
+            return [sandbox for sandbox in ready if node.network.attachment(sandbox.id) is None]
+
+        lost = without()
+        if not lost:
+            return
+        pins = {sandbox.id: str(node.layout.sandbox(sandbox.id).pin("net")) for sandbox in lost}
+        await node.network.restore_lost([attach_request(sandbox, pins[sandbox.id]) for sandbox in lost])
+        self.findings["sandbox without network"] += len(lost)
+        for sandbox in without():
+            _log.warning("%s lost its network: it is not ready any more", sandbox.title)
+            await self._guarded(sandbox.title, self._pods.stop(sandbox.id))
 
     def _still_there(self, sandbox: Sandbox) -> bool:
         if sandbox.record.boot_id != self._node.boot_id:

@@ -8,6 +8,7 @@ from images.options import ImageOptions
 from network.options import NetworkOptions
 from runtime.agent import Agent
 from runtime.layout import Layout
+from runtime.lost_store import LostStore
 from runtime.options import RuntimeOptions
 
 
@@ -22,7 +23,7 @@ async def reset(
     given_up: list[str] = []
     layout = Layout.of(runtime)
     if layout.data.exists() or layout.run.exists():
-        async with Agent(runtime, network, images) as agent:
+        async with Agent(runtime, network, images, LostStore.START_OVER) as agent:
             for sandbox in list(agent.node.visible_sandboxes()):
                 given_up += await agent.pods.force_remove(sandbox.id) if force else []
                 await agent.pods.remove(sandbox.id)

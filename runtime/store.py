@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
+from google.protobuf.message import DecodeError, EncodeError
 
 from host.database import Database
+from host.errors import PodkeelError
+from host.set_aside import UnreadableRow
 from proto.runtime.v1 import cri_pb2
+from runtime import statuses
 from runtime.container import Container, ContainerRecord
+from runtime.identifiers import is_id
 from runtime.sandbox import Sandbox, SandboxRecord
+from runtime.spec.namespaces import user_mappings
+
+_UNREADABLE = (DecodeError, EncodeError, msgspec.MsgspecError, PodkeelError, ValueError, TypeError, LookupError)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_sandbox = msgspec.msgpack.Decoder(SandboxRecord).decode
@@ -63,22 +73,62 @@ class Store:
         await self._database.execute("DELETE FROM containers WHERE id = ?", (container_id,))
 
     def load(self) -> tuple[list[Sandbox], list[Container]]:
-        """Everything the store knows, oldest first; for the start."""
-        sandboxes = {
-            sandbox_id: Sandbox(sandbox_id, cri_pb2.PodSandboxConfig.FromString(config), _decode_sandbox(record))
-            for sandbox_id, config, record in self._database.read(
-                "SELECT id, config, record FROM sandboxes ORDER BY created_at"
-            )
-        }
-        containers = [
-            Container(
-                container_id,
-                sandboxes[sandbox_id],
-                cri_pb2.ContainerConfig.FromString(config),
-                _decode_container(record),
-            )
-            for container_id, sandbox_id, config, record in self._database.read(
-                "SELECT id, sandbox_id, config, record FROM containers ORDER BY created_at"
-            )
-        ]
+        """Everything the store knows, oldest first; for the start. Rows that cannot be read are set aside."""
+        sandboxes: dict[str, Sandbox] = {}
+        unreadable: list[UnreadableRow] = []
+        for row in self._database.read("SELECT id, created_at, config, record FROM sandboxes ORDER BY created_at"):
+            try:
+                sandboxes[row[0]] = _read_sandbox(row[0], row[2], row[3])
+            except _UNREADABLE as error:
+                unreadable.append(UnreadableRow("sandbox", row[0], f"{type(error).__name__}: {error}", row))
+        containers, lost = self._load_containers(sandboxes)
+        self._database.take_out(lost, ("containers", "id"))
+        self._database.take_out(unreadable, ("sandboxes", "id"))
         return list(sandboxes.values()), containers
+
+    def _load_containers(self, sandboxes: Mapping[str, Sandbox]) -> tuple[list[Container], list[UnreadableRow]]:
+        containers: list[Container] = []
+        unreadable: list[UnreadableRow] = []
+        columns = "id, sandbox_id, created_at, config, record"
+        for row in self._database.read(f"SELECT {columns} FROM containers ORDER BY created_at"):
+            try:
+                if row[1] not in sandboxes:
+                    raise ValueError("its sandbox cannot be read, or is not there")
+                containers.append(_read_container(sandboxes[row[1]], row[0], row[3], row[4]))
+            except _UNREADABLE as error:
+                unreadable.append(UnreadableRow("container", row[0], f"{type(error).__name__}: {error}", row))
+        return containers, unreadable
+
+
+def _read_sandbox(sandbox_id: object, config: object, record: object) -> Sandbox:
+    if not (isinstance(sandbox_id, str) and is_id(sandbox_id)):
+        raise ValueError("its id is none")
+    if not (isinstance(config, bytes) and isinstance(record, bytes)):
+        raise ValueError("its configuration or its record is none")
+    sandbox = Sandbox(sandbox_id, cri_pb2.PodSandboxConfig.FromString(config), _decode_sandbox(record))
+    if not sandbox.config.metadata.name:
+        raise ValueError("its configuration has no name")
+    user_mappings(sandbox.namespace_options)
+    if sandbox.record.owns_cgroup_parent and sandbox_id not in sandbox.record.cgroup_parent:
+        raise ValueError(f"its cgroup {sandbox.record.cgroup_parent!r} is not its own")
+    # Whatever a list or a status would fail at is found now.
+    statuses.sandbox_status(sandbox).SerializeToString()
+    statuses.sandbox_item(sandbox).SerializeToString()
+    for resources in (sandbox.record.resources, sandbox.record.overhead):
+        cri_pb2.LinuxContainerResources.FromString(resources)
+    return sandbox
+
+
+def _read_container(sandbox: Sandbox, container_id: object, config: object, record: object) -> Container:
+    if not (isinstance(container_id, str) and is_id(container_id)):
+        raise ValueError("its id is none")
+    if not (isinstance(config, bytes) and isinstance(record, bytes)):
+        raise ValueError("its configuration or its record is none")
+    container = Container(container_id, sandbox, cri_pb2.ContainerConfig.FromString(config), _decode_container(record))
+    if not container.config.metadata.name:
+        raise ValueError("its configuration has no name")
+    if container_id not in container.record.cgroup:  # all processes in there are killed when it ends
+        raise ValueError(f"its cgroup {container.record.cgroup!r} is not its own")
+    statuses.container_status(container).SerializeToString()
+    statuses.container_item(container).SerializeToString()
+    return container

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from host.database import Database
+from host.set_aside import UnreadableRow
 from network.attachment import Attachment, PortMapping
 from network.cni.configuration import Configuration
 from network.cni.result import pod_interface
@@ -78,8 +79,19 @@ class CniStore:
         self._database = database
 
     def records(self) -> list[CniRecord]:
-        """All of them."""
-        return [_decode(blob) for (blob,) in self._database.read("SELECT record FROM network_cni_attachments")]
+        """All of them; rows that cannot be read are set aside."""
+        found: list[CniRecord] = []
+        unreadable: list[UnreadableRow] = []
+        for row in self._database.read("SELECT sandbox_id, record FROM network_cni_attachments"):
+            try:
+                record = _decode(row[1])
+                if record.sandbox_id != row[0]:
+                    raise ValueError("it is another sandbox's")
+                found.append(record)
+            except (msgspec.MsgspecError, ValueError, TypeError) as error:
+                unreadable.append(UnreadableRow("CNI attachment", row[0], str(error), row))
+        self._database.take_out(unreadable, ("network_cni_attachments", "sandbox_id"))
+        return found
 
     async def save(self, record: CniRecord) -> None:
         """Write one, new or changed."""

@@ -1,0 +1,115 @@
+"""The copy of the store that is kept beside it, for the day on which the store is lost or damaged."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sqlite3
+import time
+from pathlib import Path
+
+from host.database import Database
+from host.threads import in_thread
+
+# A copy follows the first change at once; while changes go on, this much is written at most.
+_BYTES_PER_SECOND = 1_000_000
+_SHORTEST_SECONDS = 0.2
+# Errors that say nothing of a file's content; who opens it next is told.
+_TELL_NOTHING = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN)
+
+_log = logging.getLogger("podkeel.store")
+
+
+class DatabaseCopy:
+    """Keeps ``path`` the same as ``database``, but for the changes of the last seconds."""
+
+    def __init__(self, database: Database, path: Path) -> None:
+        self._database = database
+        self._path = path
+        self._task: asyncio.Task[None] | None = None
+        self._failed = False
+
+    def start(self) -> None:
+        """Begin; the first copy is made now."""
+        self._database.changed.set()
+        self._task = asyncio.create_task(self._follow())
+
+    async def close(self) -> None:
+        """Copy what changed last, and stop."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        if self._database.changed.is_set():
+            await self._copy()
+
+    async def _follow(self) -> None:
+        while True:
+            await self._database.changed.wait()
+            size = await self._copy()
+            await asyncio.sleep(max(_SHORTEST_SECONDS, size / _BYTES_PER_SECOND))
+
+    async def _copy(self) -> int:
+        self._database.changed.clear()
+        try:
+            size = await in_thread(copy_database, self._database.path, self._path)
+        except (OSError, sqlite3.Error) as error:
+            if not self._failed:
+                _log.warning("store copy %s: cannot be written: %s", self._path, error)
+            self._failed = True
+            return 0
+        self._failed = False
+        return size
+
+
+def copy_database(source: Path, target: Path) -> int:
+    """Make ``target`` a copy of the database ``source`` as of now, whole or not at all; returns its bytes.
+
+    Readers and writers of ``source`` go on meanwhile. Blocks. Raises OSError or sqlite3.Error.
+    """
+    made = target.with_name(f"{target.name}.new")
+    made.unlink(missing_ok=True)
+    try:
+        os.close(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        with (
+            contextlib.closing(sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True)) as here,
+            contextlib.closing(sqlite3.connect(made)) as there,
+        ):
+            there.execute("PRAGMA synchronous=OFF")
+            here.backup(there)
+        made.replace(target)
+    except BaseException:
+        made.unlink(missing_ok=True)
+        raise
+    return target.stat().st_size
+
+
+def problem_of(path: Path) -> str:
+    """What is wrong with a database file: ``missing``, ``empty``, or what SQLite says of it; empty if it is sound."""
+    if not path.exists():
+        return "missing"
+    if path.stat().st_size == 0:
+        return "empty"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True)) as connection:
+            (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        unknown = getattr(error, "sqlite_errorcode", None) in _TELL_NOTHING
+        return "" if unknown else f"damaged ({error})"
+    if answer != "ok":
+        return f"damaged ({' '.join(str(answer).split())})"
+    return "" if tables else "empty"
+
+
+def set_file_aside(path: Path) -> Path | None:
+    """Rename a database, with the files that belong to it, to a name that says when; None if there is none."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    aside = path.with_name(f"{path.name}.{stamp}")
+    for ending in ("-wal", "-shm", ""):
+        file = path.with_name(f"{path.name}{ending}")
+        if file.exists():
+            file.rename(aside.with_name(f"{aside.name}{ending}"))
+    return aside if aside.exists() else None

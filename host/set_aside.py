@@ -1,0 +1,70 @@
+"""Rows of the store that cannot be read: taken out of their tables and kept, so that everything else goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from host.errors import printable
+
+TABLE = """
+CREATE TABLE IF NOT EXISTS set_aside (
+    kind TEXT NOT NULL,
+    object TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    at INTEGER NOT NULL,                -- seconds since the epoch
+    columns TEXT NOT NULL               -- what the row held, as a JSON list; bytes in hexadecimal
+)
+"""
+
+_log = logging.getLogger("podkeel.store")
+
+
+class UnreadableRow(NamedTuple):
+    """A row that means nothing: ``kind`` of object, its key as the database has it, why, and all that the row holds."""
+
+    kind: str
+    key: object
+    reason: str
+    columns: Sequence[object]
+
+    @property
+    def object(self) -> str:
+        """The key in words."""
+        key = os.fsdecode(self.key) if isinstance(self.key, bytes) else str(self.key)
+        return printable(key)
+
+
+class SetAside(NamedTuple):
+    """What is told of such a row afterwards."""
+
+    kind: str
+    object: str
+    reason: str
+
+
+def keep(connection: sqlite3.Connection, rows: Sequence[UnreadableRow]) -> None:
+    """Write down what was taken out; the caller deletes it from its table in the same transaction."""
+    for row in rows:
+        columns = json.dumps([_plain(value) for value in row.columns])
+        values = (row.kind, row.object, printable(row.reason), int(time.time()), columns)
+        connection.execute("INSERT INTO set_aside VALUES (?, ?, ?, ?, ?)", values)
+        _log.error("%s %s: set aside, its row in the store cannot be read: %s", row.kind, row.object, row.reason)
+
+
+def key_is(column: str, key: object) -> tuple[str, tuple[object]]:
+    """A condition that finds the row of exactly this key, whatever its type and bytes."""
+    if isinstance(key, str):
+        return f"{column} = CAST(? AS TEXT)", (os.fsencode(key),)
+    return f"{column} IS ?", (key,)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        return value.hex()
+    return printable(value) if isinstance(value, str) else value

@@ -1,0 +1,226 @@
+"""A store with rows that mean nothing, and one that is missing, empty or damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from proto.runtime.v1 import cri_pb2
+from tests.support.agent import BUSYBOX, AgentProcess, wait_for
+from tests.support.pods import container_config, run_container, sandbox_config
+
+_HALF = "substr({column}, 1, length({column}) / 2)"
+_DAMAGES = {
+    "empty": "x''",
+    "half": _HALF,
+    "NULs": "zeroblob(64)",
+    "text": "'nonsense'",
+    "null bytes in the middle": "CAST(substr({column}, 1, 3) || x'00000000' || substr({column}, 4) AS BLOB)",
+}
+
+
+@contextlib.contextmanager
+def _store(agent: AgentProcess) -> Iterator[sqlite3.Connection]:
+    connection = sqlite3.connect(agent.data / "podkeel.db", isolation_level=None)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def _states(agent: AgentProcess) -> dict[str, int]:
+    containers = agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
+    return {container.id: container.state for container in containers}
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def _init_pid(agent: AgentProcess, container_id: str) -> int:
+    return int((agent.run / "containers" / container_id / "init.pid").read_text())
+
+
+@pytest.mark.parametrize("damage", list(_DAMAGES.values()), ids=list(_DAMAGES))
+def test_rows_that_cannot_be_read_are_set_aside_and_the_rest_goes_on(own_agent: AgentProcess, damage: str) -> None:
+    places = {
+        "container": ("containers", "record", 1),
+        "container ": ("containers", "config", 1),
+        "sandbox": ("sandboxes", "record", 0),
+        "sandbox ": ("sandboxes", "config", 0),
+    }
+    pods = {kind: run_container(own_agent, "sleep", "1000") for kind in places}
+    good = run_container(own_agent, "sleep", "1000")
+    pids = [_init_pid(own_agent, container_id) for _, container_id in pods.values()]
+    own_agent.kill()
+    with _store(own_agent) as store:
+        for kind, (table, column, which) in places.items():
+            value = damage.format(column=column)
+            store.execute(f"UPDATE {table} SET {column} = {value} WHERE id = ?", (pods[kind][which],))
+    own_agent.start()
+    readable = {pods["container "][1]} & set(_states(own_agent))  # a cut configuration may still be one
+    assert set(_states(own_agent)) == {good[1], *readable}
+    assert own_agent.client.exec(good[1], "true").exit_code == 0
+    told = own_agent.client.findings()
+    for kind in ("container", "sandbox"):
+        assert any(f"{kind} row {pods[kind][kind == 'container']}" in finding for finding in told), told
+    assert not [pid for pid, pod in zip(pids, pods.values(), strict=True) if _alive(pid) and pod[1] not in readable]
+    command = own_agent.command("check", "--repair", *own_agent.flags)
+    assert "set aside" in subprocess.run(command, check=False, capture_output=True, text=True).stdout
+    assert own_agent.client.findings() == []
+    run_container(own_agent, "true")
+
+
+@pytest.mark.parametrize("damage", ["x''", _HALF, "zeroblob(64)"], ids=["empty", "half", "NULs"])
+def test_an_image_that_cannot_be_read_is_set_aside(own_agent: AgentProcess, damage: str) -> None:
+    _, container_id = run_container(own_agent, "sleep", "1000")
+    own_agent.kill()
+    with _store(own_agent) as store:
+        store.execute(f"UPDATE images SET config = {damage.format(column='config')}")
+        store.execute("UPDATE snapshots SET layers = '[1,'")
+    own_agent.start()
+    assert own_agent.client.call("ListImages", cri_pb2.ListImagesRequest()).images == []
+    assert [finding.split()[0] for finding in own_agent.client.findings()] == ["image"]
+    assert own_agent.client.exec(container_id, "true").exit_code == 0
+
+
+@pytest.mark.parametrize("damage", ["gone", "x''", _HALF], ids=["gone", "empty", "half"])
+def test_an_attachment_that_is_lost_is_made_again(own_agent: AgentProcess, damage: str) -> None:
+    sandbox_id, container_id = run_container(own_agent, "sleep", "1000")
+    address = own_agent.client.sandbox_status(sandbox_id).network.ip
+    gone, _ = run_container(own_agent, "sleep", "1000")
+    own_agent.kill()
+    with _store(own_agent) as store:
+        if damage == "gone":
+            store.execute("DELETE FROM network_attachments")
+        else:
+            store.execute(f"UPDATE network_attachments SET attachment = {damage.format(column='attachment')}")
+        store.execute("DELETE FROM containers WHERE sandbox_id = ?", (gone,))
+        store.execute("DELETE FROM sandboxes WHERE id = ?", (gone,))
+    own_agent.start()
+    assert own_agent.client.sandbox_status(sandbox_id).network.ip == address
+    assert address in own_agent.client.output(container_id, "ip", "-4", "addr", "show", "eth0")
+    assert not [finding for finding in own_agent.client.findings() if not finding.startswith("attachment row")]
+    with _store(own_agent) as store:
+        held = "SELECT sandbox_id FROM network_addresses WHERE released_at IS NULL"
+        assert store.execute(held).fetchall() == [(sandbox_id,)]
+    own_agent.client.stop_sandbox(sandbox_id)
+    own_agent.client.remove_sandbox(sandbox_id)
+    with _store(own_agent) as store:
+        assert store.execute(held).fetchall() == []
+
+
+def _delete(path: Path) -> None:
+    for ending in ("", "-wal", "-shm"):
+        path.with_name(f"{path.name}{ending}").unlink(missing_ok=True)
+
+
+def _empty(path: Path) -> None:
+    _delete(path)
+    path.touch()
+
+
+def _truncate_tables(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as store:
+        store.executescript("DELETE FROM containers; DELETE FROM sandboxes;")
+
+
+def _garble(path: Path) -> None:
+    _delete(path)
+    path.write_bytes(b"nonsense" * 1000)
+
+
+def _cut(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as store:
+        store.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = path.read_bytes()
+    _delete(path)
+    path.write_bytes(content[:4096] + b"\xff" * 8192 + content[12288:])
+
+
+def _refusal(agent: AgentProcess) -> str:
+    done = subprocess.run(agent.command("serve", *agent.flags), capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("lose", [_delete, _empty, _truncate_tables, _garble, _cut])
+def test_a_lost_store_ends_no_container_and_its_copy_is_taken(
+    own_agent: AgentProcess, lose: Callable[[Path], None]
+) -> None:
+    sandbox_id, container_id = run_container(own_agent, "sleep", "1000")
+    copy = own_agent.data / "podkeel-copy.db"
+
+    def copied() -> bool:
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(copy)) as store:
+            return bool(store.execute("SELECT 1 FROM containers WHERE id = ?", (container_id,)).fetchall())
+        return False
+
+    wait_for(copied, seconds=5, what="a copy that knows the container")
+    assert copy.stat().st_mode & 0o777 == 0o600
+    pid = _init_pid(own_agent, container_id)
+    own_agent.kill()
+    lose(own_agent.data / "podkeel.db")
+    for _ in range(2):
+        said = _refusal(own_agent)
+        assert str(copy) in said
+        assert "--adopt" in said
+        assert "podkeel reset" in said
+        assert container_id[:13] in said
+    assert _alive(pid)
+    adopting = subprocess.Popen(own_agent.command("serve", "--adopt", *own_agent.flags), stderr=subprocess.PIPE)
+    try:
+        assert adopting.stderr is not None
+        for line in adopting.stderr:
+            if b"serving the CRI" in line:
+                break
+    finally:
+        adopting.terminate()
+        adopting.communicate(timeout=20)
+    own_agent.start()
+    assert _states(own_agent)[container_id] == cri_pb2.CONTAINER_RUNNING
+    assert own_agent.client.exec(container_id, "true").exit_code == 0
+    assert own_agent.client.call(
+        "ImageStatus", cri_pb2.ImageStatusRequest(image=cri_pb2.ImageSpec(image=BUSYBOX))
+    ).image.id
+    assert own_agent.client.findings() == []
+    own_agent.client.stop_sandbox(sandbox_id)
+    own_agent.client.remove_sandbox(sandbox_id)
+
+
+def test_a_lost_store_without_a_copy_is_told_and_reset_starts_over(own_agent: AgentProcess) -> None:
+    _, container_id = run_container(own_agent, "sleep", "1000")
+    pid = _init_pid(own_agent, container_id)
+    own_agent.kill()
+    _delete(own_agent.data / "podkeel.db")
+    _delete(own_agent.data / "podkeel-copy.db")
+    assert "there is no copy" in _refusal(own_agent)
+    assert _alive(pid)
+    own_agent.reset()
+    assert not _alive(pid)
+
+
+def test_a_lost_store_is_begun_again_where_nothing_runs_and_the_copy_stays(own_agent: AgentProcess) -> None:
+    config = sandbox_config(own_agent)
+    own_agent.client.run_sandbox(config)
+    own_agent.stop()
+    _delete(own_agent.data / "podkeel.db")
+    own_agent.start()
+    assert own_agent.client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items == []
+    assert own_agent.client.findings() == []
+    (kept,) = own_agent.data.glob("podkeel-copy.db.*")
+    with contextlib.closing(sqlite3.connect(kept)) as store:
+        assert store.execute("SELECT count(*) FROM sandboxes").fetchall() == [(1,)]
+    with pytest.raises(grpc.RpcError, match="not on this node"):
+        sandbox_id = own_agent.client.run_sandbox(config)
+        own_agent.client.create(sandbox_id, container_config("main", "true"), config)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from host.database import Database
-from host.threads import in_thread
+from host.threads import in_long_thread
 
 # A copy follows the first change at once; while changes go on, this much is written at most.
 _BYTES_PER_SECOND = 1_000_000
@@ -54,7 +54,7 @@ class DatabaseCopy:
     async def _copy(self) -> int:
         self._database.changed.clear()
         try:
-            size = await in_thread(copy_database, self._database.path, self._path)
+            size = await in_long_thread(copy_database, self._database.path, self._path)
         except (OSError, sqlite3.Error) as error:
             if not self._failed:
                 _log.warning("store copy %s: cannot be written: %s", self._path, error)

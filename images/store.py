@@ -17,7 +17,7 @@ from host.database import Database
 from host.errors import InvalidArgumentError, LimitError, NotFoundError
 from host.stages import Operation
 from host.tasks import SingleFlight
-from host.threads import in_image_thread, in_long_thread, in_stats_thread, in_thread
+from host.threads import in_image_thread, in_long_thread, in_stats_thread
 from images import image_rows
 from images.archive import ImageArchive
 from images.candidate import Candidate
@@ -365,7 +365,7 @@ class ImageStore:
         for image_id, number in self._database.read("SELECT image_id, layer FROM image_layers ORDER BY position"):
             numbers.setdefault(image_id, []).append(number)
         broken = []
-        rows = await in_thread(image_rows.readable, self._database)
+        rows = await in_image_thread(image_rows.readable, self._database)
         for image_id, manifest_digest, manifest_bytes, content, config in rows:
             layers = [self._layers.get(number) for number in numbers.get(image_id, ())]
             present = tuple(layer for layer in layers if layer is not None)

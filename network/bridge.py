@@ -321,7 +321,7 @@ class BuiltInNetwork:
 
     async def restore_lost(self, requests: Sequence[AttachRequest]) -> None:
         """Know the connections again of sandboxes that hold addresses but whose attachment the store has lost."""
-        lost = await threads.in_thread(lost_rows, self.store, set(self._reservations))
+        lost = await threads.in_network_thread(lost_rows, self.store, set(self._reservations))
         for request in requests:
             if chosen := lost.addresses.get(request.sandbox_id):
                 versions = tuple(dict.fromkeys(network.version for network, _ in chosen))
@@ -334,7 +334,7 @@ class BuiltInNetwork:
 
     async def _release_lost(self) -> None:
         """Let addresses rest that nothing known holds any more, and free such host ports."""
-        lost = await threads.in_thread(lost_rows, self.store, set(self._reservations))
+        lost = await threads.in_network_thread(lost_rows, self.store, set(self._reservations))
         for sandbox_id in lost.sandboxes:
             await self.store.remove(sandbox_id, rest=True)
             self._ports.release(lost.ports.get(sandbox_id, ()))

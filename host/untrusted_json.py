@@ -13,15 +13,12 @@ from typing import TypeVar
 
 import msgspec
 
-from host.threads import in_thread
-
 T = TypeVar("T")
 
 MOST_BYTES = 1 << 20
 MOST_VALUES = 50_000
 DEEPEST = 64
 
-_LARGE = 32 << 10  # bytes that are decoded within a millisecond
 _PIECE = 16 << 10
 _OPENING = b"[{"
 _OTHERS = bytes(set(range(256)) - set(b"[]{},"))
@@ -35,7 +32,7 @@ def decode(content: bytes, kind: type[T], *, most_bytes: int = MOST_BYTES, most_
     """``content`` as ``kind``, in msgspec's sense; JsonError for anything else.
 
     Refused are more than ``most_bytes``, more than about ``most_values`` members and items, and more than DEEPEST
-    objects and lists within each other. Large content blocks: use ``decode_async`` on the event loop.
+    objects and lists within each other. More than some 32 KiB block the event loop: decode them in a thread.
     """
     if len(content) > most_bytes:
         raise JsonError(f"it is larger than {most_bytes} bytes")
@@ -44,15 +41,6 @@ def decode(content: bytes, kind: type[T], *, most_bytes: int = MOST_BYTES, most_
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise JsonError(str(error)) from error
-
-
-async def decode_async(
-    content: bytes, kind: type[T], *, most_bytes: int = MOST_BYTES, most_values: int = MOST_VALUES
-) -> T:
-    """Like ``decode``, in a thread if ``content`` is large."""
-    if len(content) <= _LARGE:
-        return decode(content, kind, most_bytes=most_bytes, most_values=most_values)
-    return await in_thread(decode, content, kind, most_bytes=most_bytes, most_values=most_values)
 
 
 def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:

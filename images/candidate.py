@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from host.errors import InvalidArgumentError
 from images import digests
-from images.image import ConfigFile, ImageConfig, check_linux
+from images.image import ConfigFile
 from images.layer_source import LayerSource
 from images.manifests import Descriptor
 from images.slots import Origin
@@ -36,11 +36,6 @@ class Candidate:
     def id(self) -> str:
         """The digest of its configuration."""
         return self.config.digest
-
-    def checked_config(self) -> ImageConfig:
-        """Its configuration; InvalidArgumentError if that is for another system."""
-        check_linux(self.config, self.subject)
-        return self.config.config
 
     def layer_sources(self) -> list[LayerSource]:
         """One per layer, lowest first; InvalidArgumentError if manifest and configuration disagree on their number."""

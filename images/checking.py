@@ -88,21 +88,16 @@ class ImageChecker:
         return ImageReport(len(images), len(layers), tuple(findings))
 
     async def _check_images(self, *, repair: bool) -> list[ImageFinding]:
-        rows = await in_long_thread(self._database.read, "SELECT id, manifest_digest, manifest, config FROM images")
         findings = []
-        for image_id, manifest_digest, manifest, config in rows:
-            image = self._store.find(image_id)
-            if image is None:
-                continue
-            if digests.digest_of(config) != image_id:
-                problem = "its configuration has another digest"
-            elif digests.chain_ids(read_config(config, image.name).diff_ids) != image.chain_ids:
-                problem = "it has other layers than its configuration says"
-            elif manifest_digest and digests.digest_of(manifest, manifest_digest) != manifest_digest:
-                problem = "its manifest has another digest"
-            else:
-                continue
-            findings.append(await self._found(image_id, problem, [image], repair=repair))
+        for image in self._store.images():
+            rows = await in_long_thread(
+                self._database.read,
+                "SELECT CAST(manifest_digest AS BLOB), manifest, config FROM images WHERE id = ?",
+                (image.id,),
+            )
+            problem = await in_long_thread(_problem, image, *rows[0]) if rows else ""
+            if problem:
+                findings.append(await self._found(image.id, problem, [image], repair=repair))
         return findings
 
     async def _check_layer(
@@ -164,6 +159,18 @@ class ImageChecker:
         if layer.tree_digest and trees.digest != layer.tree_digest:
             return "its files are not as they were unpacked"
         return ""
+
+
+def _problem(image: Image, manifest_digest: bytes, manifest: bytes, config: bytes) -> str:
+    """What is wrong with the rows of an image, which was whole when the store was opened."""
+    if digests.digest_of(config) != image.id:
+        return "its configuration has another digest"
+    if digests.chain_ids(read_config(config, image.name).diff_ids) != image.chain_ids:
+        return "it has other layers than its configuration says"
+    digest = manifest_digest.decode(errors="replace")
+    if digest and not (digests.is_digest(digest) and digests.digest_of(manifest, digest) == digest):
+        return "its manifest has another digest"
+    return ""
 
 
 def _below(layer: Layer, stacks: Sequence[Sequence[int]]) -> Sequence[int]:

@@ -24,7 +24,7 @@ from images.candidate import Candidate
 from images.checking import ImageChecker
 from images.credentials import Credentials
 from images.disk_usage import DiskUsage, disk_usage
-from images.image import Image, ImageConfig
+from images.image import Image, ImageConfig, check_linux
 from images.layer import Layer
 from images.layer_source import LayerSource
 from images.layers import LayerStore
@@ -279,7 +279,8 @@ class ImageStore:
             raise
 
     async def _install_layers(self, candidate: Candidate, operation: Operation) -> Image:
-        config = candidate.checked_config()
+        config = candidate.config.config
+        check_linux(candidate.config, candidate.subject)
         layers: list[Layer] = []
         try:
             async with operation.stage("layers"):

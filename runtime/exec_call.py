@@ -18,13 +18,14 @@ from typing import Self
 
 import msgspec
 
-from host import processes
+from host import processes, untrusted_json
 from host.errors import CommandError, DeadlineError
 from host.null_device import open_private_null
 from host.priority import run_before_children
 from host.reaping import reap
 from host.tasks import wait_out
 from host.threads import in_thread
+from host.untrusted_json import JsonError
 from runtime.console_socket import ConsoleSocket
 from runtime.directory_probe import DIRECTORY_BY_DESCRIPTOR, DIRECTORY_DESCRIPTOR
 from runtime.oci_runtime import OciRuntime, naming
@@ -338,8 +339,8 @@ def _errors_in(log: bytes) -> str:
     """The error messages of an OCI runtime's log in JSON lines."""
     messages = []
     for line in log.splitlines():
-        with contextlib.suppress(msgspec.DecodeError):
-            entry = msgspec.json.decode(line, type=_LogEntry)
+        with contextlib.suppress(JsonError):
+            entry = untrusted_json.decode(line, _LogEntry)
             if entry.level in ("error", "fatal"):
                 messages.append(entry.msg)
     return "\n".join(messages)

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import msgspec
 
-from host import processes, procfs
+from host import processes, procfs, untrusted_json
 from host.errors import PodkeelError
 from host.null_device import open_private_null
 from host.reaping import reap
 from host.tasks import wait_out
 from host.threads import in_fresh_thread, in_thread
+from host.untrusted_json import JsonError
 from runtime.identifiers import is_id
 from runtime.layout import ContainerFolder, Layout
 from runtime.logs import LogFile, LogLink
@@ -36,6 +37,7 @@ _SILENT_DESCRIPTOR = 5
 _SHELL = "/bin/sh"
 _SILENCE_INPUT = f'exec <&{_SILENT_DESCRIPTOR} {_SILENT_DESCRIPTOR}<&-; exec "$0" "$@"'
 _SILENCE_BOTH = f'exec <&{_SILENT_DESCRIPTOR} >&0 {_SILENT_DESCRIPTOR}<&-; exec "$0" "$@"'
+_SHOWN_BYTES = 200
 _REOPEN_LOG = b"2 0 0\n"
 _ENVIRONMENT = {
     "_OCI_SYNCPIPE": str(_SYNC_DESCRIPTOR),
@@ -172,7 +174,11 @@ class StartingMonitor:
         if not answer:
             raise PodkeelError(f"conmon ended without a word: {_last_lines(self._folder.monitor_log)}")
         # What it passes on of the OCI runtime's complaint it cuts anywhere, also within a character.
-        message = msgspec.json.decode(answer.decode(errors="replace"), type=_SyncMessage)
+        try:
+            message = untrusted_json.decode(answer.decode(errors="replace").encode(), _SyncMessage)
+        except JsonError as error:
+            shown = answer[:_SHOWN_BYTES].decode(errors="replace")
+            raise PodkeelError(f"conmon answered {shown!r}, which is not understood: {error}") from error
         if message.pid <= 0:
             raise RuntimeRefusedError(plain_message(message.message.strip()) or _last_lines(self._folder.monitor_log))
         return message.pid

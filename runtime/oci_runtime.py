@@ -14,24 +14,35 @@ from pathlib import Path
 
 import msgspec
 
-from host import mounts, processes
+from host import mounts, processes, untrusted_json
 from host.errors import CommandError, NotFoundError, PodkeelError
 from host.removal import remove_tree
 from host.threads import in_thread
+from host.untrusted_json import JsonError
 from runtime.directory_probe import DirectoryBehaviour, probe_directories
 from runtime.options import HandlerOptions
 from runtime.sealed_program import SealedProgram
 
 _COMMAND_SECONDS = 60.0
 _log = logging.getLogger("podkeel.handlers")
-# What crun, runc and youki say of a program that is not there, or not one. Anything else, a mount that fails say, ends
-# with the same words, so that these alone tell nothing.
 _CANNOT_RUN = re.compile(
-    r"executable file .*not found|open executable|cannot find executable|failed to find executable|exec format error"
-    r"|^exec container process |(^|: )exec: \"|(^|: )exec /\S+: ",
-    re.IGNORECASE | re.MULTILINE,
+    r"executable file .*not found|no such file or directory$|permission denied$|exec format error|is a directory$"
+    r"|open executable|stat .*: no such file|cannot find executable|not a directory$",
+    re.IGNORECASE,
 )
+_ABOUT_MOUNT = re.compile(r"""\bmount(ing)? [`'"]""")
 _LOGFMT_ERROR = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')
+
+
+class _LinuxFeatures(msgspec.Struct):
+    namespaces: list[str] | None = None
+
+
+class _Features(msgspec.Struct, rename="camel"):
+    """What a runtime's ``features`` command prints, so far as it is needed (OCI runtime specification, "Features")."""
+
+    mount_options: list[str] | None = None
+    linux: _LinuxFeatures | None = None
 
 
 class RuntimeFeatures(msgspec.Struct, frozen=True):
@@ -177,15 +188,14 @@ class OciRuntime:
         line = version.stdout.decode(errors="replace").partition("\n")[0].strip()
         features = await processes.run([self.program, "features"], check=False, timeout=10)
         try:
-            answer = msgspec.json.decode(features.stdout) if features.status == 0 else {}
-        except msgspec.DecodeError:
-            answer = {}
-        if not answer:
+            answer = untrusted_json.decode(features.stdout, _Features) if features.status == 0 else None
+        except JsonError:
+            answer = None
+        if answer is None or answer == _Features():
             return _features_by_version(line)
-        linux = answer.get("linux") or {}
         return RuntimeFeatures(
-            recursive_read_only_mounts="rro" in (answer.get("mountOptions") or []),
-            user_namespaces="user" in (linux.get("namespaces") or []),
+            recursive_read_only_mounts="rro" in (answer.mount_options or ()),
+            user_namespaces=answer.linux is not None and "user" in (answer.linux.namespaces or ()),
             version=line,
         )
 
@@ -210,7 +220,7 @@ def plain_message(output: str) -> str:
 
 def cannot_run_program(message: str) -> bool:
     """Whether an OCI runtime's message says that the container's program cannot be executed."""
-    return _CANNOT_RUN.search(message) is not None
+    return any(_CANNOT_RUN.search(line.strip()) for line in message.splitlines()) and not _ABOUT_MOUNT.search(message)
 
 
 def _make_probe_bundle(bundle: Path, program: str, cgroup: str, argument: str) -> None:

@@ -11,9 +11,10 @@ from functools import partial
 
 import msgspec
 
-from host import processes
+from host import processes, untrusted_json
 from host.errors import PodkeelError, UnavailableError
 from host.threads import in_thread
+from host.untrusted_json import JsonError
 from runtime import exec_call, leftovers
 from runtime.container import Container, ContainerState
 from runtime.containers import ContainerManager
@@ -132,7 +133,11 @@ class Recovery:
         result = await processes.run(runtime.command("state", container.id), check=False, timeout=30)
         if result.status != 0:
             return False
-        return msgspec.json.decode(result.stdout, type=_RuntimeState).status == "running"
+        try:
+            return untrusted_json.decode(result.stdout, _RuntimeState).status == "running"
+        except JsonError as error:
+            _log.warning("%s: its OCI runtime tells no state that is understood: %s", container.title, error)
+            return False
 
     async def _recover_sandbox(self, sandbox: Sandbox) -> None:
         record = sandbox.record

@@ -16,7 +16,6 @@ from host import mounts, processes
 from host.errors import PodkeelError
 from runtime.layout import SandboxFolder
 from runtime.spec import oci
-from runtime.spec.namespaces import map_file
 
 _OPTIONS = {"user": "--user", "net": "--net", "ipc": "--ipc", "uts": "--uts"}
 _READY = b"."
@@ -92,4 +91,6 @@ def _host_id(mappings: Sequence[oci.IDMapping]) -> int:
 
 
 def _write_mappings(path: Path, mappings: Sequence[oci.IDMapping]) -> None:
-    path.write_text(map_file(mappings))
+    lines = (f"{mapping.container_id} {mapping.host_id} {mapping.size}\n" for mapping in mappings)
+    with path.open("w") as file:
+        file.write("".join(lines))

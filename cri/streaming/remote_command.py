@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from cri.streaming.attach_socket import INPUT_PACKET_SIZE, PACKET_SIZE, STDERR, STDOUT, AttachSocket
 from cri.streaming.backend import ExecProcess, StreamBackend, TerminalSize
@@ -17,6 +17,7 @@ from cri.streaming.descriptors import OutputReader, write_all
 from cri.streaming.process_io import ProcessIO
 from cri.streaming.status import CommandStatus
 from cri.streaming.tokens import AttachRequest, ExecRequest
+from host import untrusted_json
 from host.errors import LimitError, PodkeelError
 
 # Clients tell the size right after opening the channel for it; a program that draws at once wants it from its start.
@@ -241,8 +242,9 @@ class SizeReader:
 
 def _parse_size(text: bytes) -> TerminalSize | None:
     try:
-        fields = {str(name).lower(): value for name, value in json.loads(text).items()}
+        given = untrusted_json.decode(text, dict[str, Any], most_bytes=_SIZE_TEXT_LIMIT)
+        fields = {name.lower(): value for name, value in given.items()}
         width, height = int(fields["width"]), int(fields["height"])
-    except (ValueError, KeyError, TypeError, OverflowError):  # the last for Infinity, which is a number in Python
+    except (ValueError, KeyError, TypeError, OverflowError):  # the last for a number too large
         return None
     return TerminalSize(width, height) if 0 <= width <= _MAX_SIZE and 0 <= height <= _MAX_SIZE else None

@@ -8,8 +8,10 @@ from typing import Any
 
 import msgspec
 
-from host.errors import PodkeelError, UnsupportedError
+from host import untrusted_json
+from host.errors import InvalidArgumentError, PodkeelError, UnsupportedError
 from host.threads import in_network_thread
+from host.untrusted_json import JsonError
 from network.attachment import POD_INTERFACE
 from network.cni import result as results
 from network.cni.configuration import Configuration, Plugin
@@ -33,9 +35,9 @@ class PluginChain:
             call = Call("VERSION")
             output = await self._runner.run(plugin.type, call, {"cniVersion": configuration.version})
             try:
-                spoken = msgspec.json.decode(output, type=Reply).supported
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise PodkeelError(f"CNI plugin {plugin.type}, VERSION: printed no answer: {error}") from error
+                spoken = untrusted_json.decode(output, Reply).supported
+            except JsonError as error:
+                raise InvalidArgumentError(f"CNI plugin {plugin.type}, VERSION: printed no answer: {error}") from error
             allowed = tuple(version for version in allowed if version in spoken)
             if not allowed:
                 raise UnsupportedError(

@@ -13,7 +13,9 @@ from typing import Any
 
 import msgspec
 
+from host import untrusted_json
 from host.errors import InvalidArgumentError
+from host.untrusted_json import JsonError
 
 VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 SUFFIXES = (".conflist", ".conf", ".json")
@@ -90,8 +92,8 @@ def parse(content: bytes, path: Path) -> Configuration:
     Raises InvalidArgumentError naming the file and what is wrong.
     """
     try:
-        return _configuration(msgspec.json.decode(content, type=dict[str, Any]), path)
-    except (msgspec.DecodeError, RecursionError) as error:
+        return _configuration(untrusted_json.decode(content, dict[str, Any], most_bytes=_LARGEST_FILE), path)
+    except JsonError as error:
         raise InvalidArgumentError(f"CNI configuration {path} is no JSON object: {error}") from error
     except ValueError as error:
         raise InvalidArgumentError(f"CNI configuration {path}: {error}") from error
@@ -137,8 +139,9 @@ def _plugins_in(folder: Path) -> list[Plugin]:
     plugins: list[Plugin] = []
     for path in paths:
         try:
-            plugins.append(_plugin(msgspec.json.decode(path.read_bytes()[:_LARGEST_FILE])))
-        except (OSError, ValueError, RecursionError) as error:
+            content = untrusted_json.read_file(path, _LARGEST_FILE)
+            plugins.append(_plugin(untrusted_json.decode(content, object, most_bytes=_LARGEST_FILE)))
+        except (OSError, ValueError) as error:
             raise ValueError(f"its plugin {path}: {error}") from error
     return plugins
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
-from host import processes
+from host import processes, untrusted_json
 from host.errors import DeadlineError, PodkeelError, UnavailableError
+from host.untrusted_json import JsonError
 
 _LARGEST_OUTPUT = 1024 * 1024
 _CALLS_AT_ONCE = max(8, 4 * (os.cpu_count() or 1))
@@ -127,8 +128,8 @@ def _step_back(pid: int) -> None:
 
 def _failure(what: str, completed: processes.Completed) -> PodkeelError:
     try:
-        told = msgspec.json.decode(completed.stdout, type=_Failure)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        told = untrusted_json.decode(completed.stdout, _Failure)
+    except JsonError:
         return PodkeelError(f"{what}: {_ending(completed)}")
     text = f"{told.msg} ({told.details})" if told.details else told.msg
     kind = UnavailableError if told.code in (_TRY_AGAIN_LATER, *_NOT_AVAILABLE) else PodkeelError

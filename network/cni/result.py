@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from ipaddress import ip_address, ip_interface
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
-from host.errors import PodkeelError
+from host import untrusted_json
+from host.errors import InvalidArgumentError, PodkeelError
+from host.untrusted_json import JsonError
 from network.attachment import POD_INTERFACE
 
 _SHOWN_CHARACTERS = 200
@@ -17,7 +19,7 @@ class _Interface(msgspec.Struct, frozen=True):
     name: str = ""
     mac: str = ""
     sandbox: str = ""
-    mtu: int = 0
+    mtu: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] = 0
 
 
 class _Address(msgspec.Struct, frozen=True):
@@ -43,12 +45,14 @@ class PodInterface(NamedTuple):
 
 
 def decode(kind: str, output: bytes) -> dict[str, Any]:
-    """The result a plugin printed; raises PodkeelError when it is none."""
+    """The result a plugin printed; raises InvalidArgumentError when it is none."""
     try:
-        return msgspec.json.decode(output, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return untrusted_json.decode(output, dict[str, Any])
+    except JsonError as error:
         shown = output.decode(errors="replace").strip()[:_SHOWN_CHARACTERS] or "nothing"
-        raise PodkeelError(f"CNI plugin {kind}, ADD: printed {shown!r} where its result should be: {error}") from error
+        raise InvalidArgumentError(
+            f"CNI plugin {kind}, ADD: printed {shown!r} where its result should be: {error}"
+        ) from error
 
 
 def pod_interface(network: str, result: dict[str, Any]) -> PodInterface:

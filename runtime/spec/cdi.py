@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from host import untrusted_json
 from host.errors import InvalidArgumentError, UnsupportedError
 from proto.runtime.v1 import cri_pb2
 from runtime.spec import oci
@@ -23,7 +24,11 @@ FOLDERS = (Path("/etc/cdi"), Path("/var/run/cdi"))
 
 ANNOTATION_PREFIX = "cdi.k8s.io/"
 
+_LARGEST_FILE = 1 << 20
 _NAME = re.compile(r"([a-zA-Z0-9][\w.-]*/[a-zA-Z][\w.-]*)=([a-zA-Z0-9]([\w.:-]*[a-zA-Z0-9])?)", re.ASCII)
+
+
+Unsigned = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class _Struct(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
@@ -36,12 +41,12 @@ class DeviceNode(_Struct, frozen=True):
     path: str
     host_path: str = ""
     type: Literal["", "b", "c", "u", "p"] = ""
-    major: int | None = None
-    minor: int | None = None
-    file_mode: int | None = None
+    major: Unsigned | None = None
+    minor: Unsigned | None = None
+    file_mode: Unsigned | None = None
     permissions: str = ""
-    uid: int | None = None
-    gid: int | None = None
+    uid: Unsigned | None = None
+    gid: Unsigned | None = None
 
 
 class BindMount(_Struct, frozen=True):
@@ -60,7 +65,7 @@ class EditHook(_Struct, frozen=True):
     path: str
     args: list[str] = []
     env: list[str] = []
-    timeout: int | None = None
+    timeout: Annotated[int, msgspec.Meta(lt=1 << 31)] | None = None
 
 
 class Edits(_Struct, frozen=True):
@@ -70,7 +75,7 @@ class Edits(_Struct, frozen=True):
     device_nodes: list[DeviceNode] = []
     mounts: list[BindMount] = []
     hooks: list[EditHook] = []
-    additional_gids: list[int] = msgspec.field(name="additionalGids", default=[])
+    additional_gids: list[Unsigned] = msgspec.field(name="additionalGids", default=[])
     intel_rdt: Any = None
     net_devices: Any = None
 
@@ -160,16 +165,36 @@ def _known_devices(folders: Iterable[Path]) -> tuple[_Known, list[str]]:
 
 @lru_cache(maxsize=64)
 def _read(path: Path, _changed: int, _size: int) -> Description:
-    """Raises OSError and ValueError (which msgspec's errors and YAML's, turned here, are)."""
-    content = path.read_bytes()
+    """Raises OSError and ValueError (which JsonError, msgspec's errors and YAML's, turned here, are)."""
+    content = untrusted_json.read_file(path, _LARGEST_FILE)
     if path.suffix == ".json":
-        return msgspec.json.decode(content, type=Description)
+        return untrusted_json.decode(content, Description, most_bytes=_LARGEST_FILE)
     import yaml
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the latter is a hundred times slower
     try:
-        return msgspec.convert(yaml.safe_load(content), type=Description)
+        _check_shape(yaml.parse(content, Loader=loader))
+        return msgspec.convert(yaml.load(content, Loader=loader), type=Description)
     except yaml.YAMLError as error:
         raise ValueError(f"not YAML: {error}") from error
+
+
+def _check_shape(events: Iterable[Any]) -> None:
+    """Limits as those of JSON. Aliases are refused: a few of them can stand for more than there is memory."""
+    depth = 0
+    for values, event in enumerate(events):
+        match type(event).__name__:
+            case "AliasEvent":
+                raise ValueError("YAML with aliases (*) is not read: write out what they stand for")
+            case "MappingStartEvent" | "SequenceStartEvent":
+                depth += 1
+            case "MappingEndEvent" | "SequenceEndEvent":
+                depth -= 1
+        if depth > untrusted_json.DEEPEST or values > untrusted_json.MOST_VALUES:
+            raise ValueError(
+                f"it holds more than {untrusted_json.MOST_VALUES} values or nests more than "
+                f"{untrusted_json.DEEPEST} within each other"
+            )
 
 
 def hooks(edits: Iterable[Edits]) -> oci.Hooks | None:

@@ -12,11 +12,13 @@ import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
+from host import untrusted_json
 from host.errors import InvalidArgumentError
+from host.untrusted_json import JsonError
 from proto.runtime.v1 import cri_pb2
 from runtime.spec.node import NodeFacts, kernel_version
 from runtime.spec.seccomp_bpf import compile_bpf
@@ -56,6 +58,9 @@ _MACHINES = {
 }
 
 
+ErrorNumber = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+
+
 class _Struct(msgspec.Struct, omit_defaults=True, rename="camel"):
     """What every struct here has in common: camelCase names, nothing written that is at its default."""
 
@@ -63,10 +68,14 @@ class _Struct(msgspec.Struct, omit_defaults=True, rename="camel"):
 class Argument(_Struct):
     """A condition on one argument of a system call."""
 
-    index: int
-    value: int
+    index: Annotated[int, msgspec.Meta(ge=0, le=5)]
+    value: Annotated[int, msgspec.Meta(ge=0)]
     op: Operator
-    value_two: int = 0
+    value_two: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        if max(self.value, self.value_two) >= 1 << 64:
+            raise ValueError("an argument's value has at most 64 bits")
 
 
 class Condition(_Struct):
@@ -85,7 +94,7 @@ class Rule(_Struct):
 
     names: list[str]
     action: Action
-    errno_ret: int | None = None
+    errno_ret: ErrorNumber | None = None
     args: list[Argument] | None = None
     comment: str = ""
     includes: Condition | None = None
@@ -103,7 +112,7 @@ class Profile(_Struct):
     """A whole profile as it is stored."""
 
     default_action: Action
-    default_errno_ret: int | None = None
+    default_errno_ret: ErrorNumber | None = None
     architectures: list[str] | None = None
     arch_map: list[Architecture] | None = None
     flags: list[str] | None = None
@@ -188,10 +197,10 @@ def _compiled(
             content = file.read(PROFILE_LIMIT + 1)
         if len(content) > PROFILE_LIMIT:
             raise InvalidArgumentError(f"seccomp: profile {path} is larger than {PROFILE_LIMIT} bytes: shorten it")
-        profile = msgspec.json.decode(content, type=Profile)
+        profile = untrusted_json.decode(content, Profile, most_bytes=PROFILE_LIMIT)
     except OSError as error:
         raise InvalidArgumentError(f"seccomp: profile {path} cannot be read: {error.strerror}; repair it") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except JsonError as error:
         raise InvalidArgumentError(f"seccomp: {path} is not a seccomp profile: {error}; correct it") from error
     decided = compile_profile(profile, permitted, machine, kernel)
     return Filter(decided, msgspec.Raw(msgspec.json.encode(decided)))

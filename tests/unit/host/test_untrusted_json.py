@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from host.untrusted_json import DEEPEST, JsonError, decode, decode_async, read_file
+from host.untrusted_json import DEEPEST, JsonError, decode, read_file
 
 
 def nested(depth: int, opening: str = "[", closing: str = "]") -> bytes:
@@ -59,13 +58,6 @@ def test_size_and_form() -> None:
             decode(wrong, Any)
     with pytest.raises(JsonError, match="Expected `int`"):
         decode(b'"x"', int)
-
-
-def test_large_content_is_decoded_beside_the_loop() -> None:
-    content = json.dumps(["x" * 100_000]).encode()
-    assert asyncio.run(decode_async(content, list[str])) == ["x" * 100_000]
-    with pytest.raises(JsonError, match="nests"):
-        asyncio.run(decode_async(nested(50_000), Any))
 
 
 def test_files(tmp_path: Path) -> None:

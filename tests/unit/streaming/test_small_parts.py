@@ -168,6 +168,8 @@ def test_bad_requests(data: bytes) -> None:
         ([bytes(5000), b'{"Width":5,"Height":6}'], (5, 6)),
         ([b'{"Width":1e999,"Height":24}{"Width":5,"Height":6}'], (5, 6)),
         ([b"{}[]"], None),
+        ([b'{"Width":' + b"[" * 60_000 + b"]" * 60_000 + b'}{"Width":5,"Height":6}'], (5, 6)),
+        ([b'{"Width":null,"Height":24}{"Width":5.0,"Height":6,"Type":"resize"}'], (5, 6)),
     ],
 )
 def test_terminal_sizes(pieces: list[bytes], size: tuple[int, int] | None) -> None:

@@ -50,6 +50,7 @@ def spec_request(
             name=runtime.name,
             recursive_read_only=runtime.features.recursive_read_only_mounts,
             compiled_seccomp=runtime.features.is_crun,
+            makes_folders_inside=runtime.features.is_crun,
             privileged_without_host_devices=runtime.options.privileged_without_host_devices,
             allowed_annotations=runtime.options.allowed_annotations,
         ),

@@ -11,6 +11,7 @@ from host.errors import InvalidArgumentError, KubeletReasonError, UnsupportedErr
 from proto.runtime.v1 import cri_pb2
 from runtime.spec import cdi, oci
 from runtime.spec.capabilities import capability_sets
+from runtime.spec.container_paths import Place
 from runtime.spec.default_mounts import DEFAULT_DEV, kernel_mounts, pod_mounts, refuse_linked_targets
 from runtime.spec.destinations import MountGroups, settle
 from runtime.spec.devices import described_devices, devices
@@ -154,7 +155,10 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
     for node in linux.devices:
         node.path = settled.paths.destination(node.path, "devices: container_path").path
     own_devices, mounts = _own_devices(request, linux, settled.mounts, described, labels)
-    process.cwd, directory_in_volume = settled_directory(process.cwd, settled.paths)
+    directory = settled_directory(process.cwd, settled.paths)
+    _refuse_swappable(request, process.cwd, directory)
+    if not directory.exists:  # else its links stay, as they may change while the container runs
+        process.cwd = directory.path
     readonly_root = config.linux.security_context.readonly_rootfs
     spec = oci.Spec(
         oci_version=oci.VERSION,
@@ -178,7 +182,7 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
         private_devices=own_devices,
         relabels=(*volumes_to_relabel(config.mounts, host_paths, labels.mount), *_pod_files(request, labels)),
         mounts_in_volumes=settled.through_volumes,
-        directory_in_volume=directory_in_volume,
+        directory_in_volume=directory.in_volume or directory.of_kernel,
     )
 
 
@@ -223,6 +227,16 @@ def _refuse_impossible(request: SpecRequest) -> None:
     if request.config.linux.security_context.privileged and not request.sandbox.linux.security_context.privileged:
         raise InvalidArgumentError(
             "a privileged container cannot run in a pod that is not privileged: make the pod sandbox privileged"
+        )
+
+
+def _refuse_swappable(request: SpecRequest, given: str, directory: Place) -> None:
+    """Not every OCI runtime makes a missing working directory without following links; with host PID they lead out."""
+    if directory.in_volume and request.namespaces.host_pid and not request.handler.makes_folders_inside:
+        raise InvalidArgumentError(
+            f"working_dir {given!r} lies in a volume, and the container sees the node's processes: runtime handler "
+            f"{request.handler.name!r} could be led out of it when it makes the folder: use the volume's own folder, "
+            "one outside of it, or crun as handler"
         )
 
 

@@ -11,13 +11,15 @@ class HandlerFacts:
     """A runtime handler as far as its specs differ.
 
     ``allowed_annotations`` are shell patterns of those passed on. ``compiled_seccomp`` says that it takes a filter that
-    is compiled already, as crun does.
+    is compiled already, as crun does. ``makes_folders_inside``: it makes a missing working directory without following
+    links out of the container's root.
     """
 
     name: str
     recursive_read_only: bool = False
     privileged_without_host_devices: bool = False
     compiled_seccomp: bool = False
+    makes_folders_inside: bool = False
     allowed_annotations: tuple[str, ...] = ()
 
 

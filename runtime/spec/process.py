@@ -9,7 +9,7 @@ from typing import Protocol
 
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
-from runtime.spec.container_paths import ContainerPaths
+from runtime.spec.container_paths import ContainerPaths, Place
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -106,10 +106,8 @@ def working_directory(config: cri_pb2.ContainerConfig, image: ImageConfig) -> st
     return folder
 
 
-def settled_directory(folder: str, paths: ContainerPaths) -> tuple[str, bool]:
-    """``folder`` as it is, as links may change while the container runs; where they lead if that is still to be made.
-
-    And whether it lies in a volume, or among the kernel's files, where it may lead elsewhere a moment later.
+def settled_directory(folder: str, paths: ContainerPaths) -> Place:
+    """Where ``folder`` leads now.
 
     Raises InvalidArgumentError when a link leads it into the kernel's file systems, where links of processes lead
     anywhere, naming the link.
@@ -120,7 +118,7 @@ def settled_directory(folder: str, paths: ContainerPaths) -> tuple[str, bool]:
             f"working_dir {folder!r}: the link {place.link} leads to {place.path}: use an image without this link, "
             "or another working directory"
         )
-    return folder if place.exists else place.path, place.in_volume or place.of_kernel
+    return place
 
 
 def _refuse_nul(text: str, field: str) -> None:

@@ -147,7 +147,7 @@ def test_no_container_begins_outside_while_another_swaps_a_folder_of_its_volume(
             container_id = quiet_log.client.create(attacker.sandbox_id, victim, attacker.sandbox)
         except grpc.RpcError as error:
             outcomes.add("refused")
-            assert handler == "runc" or error.code() is grpc.StatusCode.INVALID_ARGUMENT, error.details()
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, error.details()
         else:
             outcomes.add("made")
             pid = init_pid(quiet_log, container_id)
@@ -278,3 +278,20 @@ def test_a_directory_that_root_may_not_enter_is_opened_with_the_user_s_rights(tm
     assert found == {"owner": "[]", "member": "[]", "other": "refused"}
     assert list(folder.iterdir()) == []
     assert 54321 not in os.getgroups()
+
+
+@pytest.mark.parametrize("work", ["/volume", "/volume/inner", "/made"])
+def test_no_working_directory_is_made_by_name_below_a_volume_where_links_lead_out(
+    quiet_log: AgentProcess, handler: str, tmp_path: Path, work: str
+) -> None:
+    config = with_host_pids(like_kubelets("main", working_dir=work))
+    config.mounts.add(container_path="/volume", host_path=str(tmp_path))
+    if handler == "crun" or work != "/volume/inner":
+        attacker = start(quiet_log, handler, config)
+        assert quiet_log.client.output(attacker.container_id, "pwd") == f"{work}\n"
+        return
+    with pytest.raises(grpc.RpcError) as refused:
+        start(quiet_log, handler, config)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "working_dir '/volume/inner' lies in a volume" in (refused.value.details() or "")
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import grpc
 
 from host import errors
@@ -25,6 +27,10 @@ _CODES: tuple[tuple[type[errors.PodkeelError], grpc.StatusCode], ...] = (
 
 def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     """The code and message a client gets for ``error``; never a traceback."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, (
+            "no file descriptor is left: end streams and commands, or raise LimitNOFILE= of the systemd unit"
+        )
     if not isinstance(error, errors.PodkeelError):
         return grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}): the agent's log has the details"
     code = next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)

@@ -8,6 +8,7 @@ import logging
 import msgspec
 
 from cri.options import LogOptions
+from cri.repeated_lines import RepeatedLines
 from host.errors import printable
 
 _log = logging.getLogger("podkeel.log")
@@ -17,6 +18,7 @@ def configure_logging(options: LogOptions) -> None:
     """Send everything from ``options.level`` on to standard error in ``options.format``."""
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonFormatter() if options.format == "json" else _TextFormatter())
+    handler.addFilter(RepeatedLines(handler))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(options.level.upper())

@@ -19,6 +19,8 @@ from google.protobuf.message_factory import GetMessageClass
 
 from cri.enums import require_known
 from cri.errors import status_of
+from host import descriptors
+from host.descriptors import Use
 from host.errors import PodkeelError, UnsupportedError
 
 _log = logging.getLogger("podkeel.calls")
@@ -54,6 +56,14 @@ class CallObserver(Protocol):
     def observe(self, call: Call) -> AbstractContextManager[None]:
         """Surrounds the call; when the block ends, ``call`` says how it went."""
 
+
+# Calls that hold descriptors for long, or make what does: with few left they give way to stops.
+_NEEDS = {
+    **dict.fromkeys(("RunPodSandbox", "CreateContainer", "StartContainer"), Use.MAKING),
+    **dict.fromkeys(("ExecSync", "Exec", "Attach", "PortForward"), Use.STREAMS_AND_IMAGES),
+    **dict.fromkeys(("PullImage", "Pull", "ImportImage", "ExportImages", "PushImage"), Use.STREAMS_AND_IMAGES),
+    "CheckImages": Use.STREAMS_AND_IMAGES,
+}
 
 Begin = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Call]
 
@@ -101,7 +111,7 @@ def _unary(begin: Begin, method: Callable[[Any], Awaitable[Any]], observers: Seq
         call = begin(request, context)
         with _observed(call, observers):
             try:
-                require_known(request)
+                _admit(call)
                 call.response = await method(request)
                 call.code = grpc.StatusCode.OK
             except Exception as error:
@@ -118,7 +128,7 @@ def _streaming(begin: Begin, method: Callable[[Any], AsyncIterator[Any]], observ
         call = begin(request, context)
         with _observed(call, observers):
             try:
-                require_known(request)
+                _admit(call)
                 async for response in _announced(method(request), context):
                     yield response
                 call.code = grpc.StatusCode.OK
@@ -128,6 +138,14 @@ def _streaming(begin: Begin, method: Callable[[Any], AsyncIterator[Any]], observ
             await context.abort(call.code, call.details)
 
     return handle
+
+
+def _admit(call: Call) -> None:
+    """Raise InvalidArgumentError for a request that nobody can understand, LimitError where descriptors are short."""
+    require_known(call.request)
+    need = _NEEDS.get(call.method)
+    if need is not None:
+        descriptors.require(call.method, need)
 
 
 def _observed(call: Call, observers: Sequence[CallObserver]) -> ExitStack:
@@ -154,7 +172,7 @@ async def _announced(responses: AsyncIterator[Any], context: grpc.aio.ServicerCo
 def _fail(call: Call, error: Exception) -> None:
     name = call.method
     code, message = call.code, call.details = status_of(error)
-    if not isinstance(error, PodkeelError):
+    if code is grpc.StatusCode.INTERNAL and not isinstance(error, PodkeelError):
         _log.error("%s: %s", name, error, exc_info=error)
     elif not _QUIET.match(name):
         _log.warning("%s: %s: %s", name, code.name, message)

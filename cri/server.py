@@ -28,7 +28,7 @@ from cri.runtime_service import RuntimeService
 from cri.stream_backend import NodeBackend
 from cri.streaming.limits import StreamLimits
 from cri.streaming.server import StreamingServer
-from host import libc
+from host import descriptors, libc
 from host.errors import WrongStateError
 from host.priority import go_first
 from proto.podkeel.v1 import agent_pb2
@@ -55,19 +55,12 @@ def serve(configuration: Configuration, *, adopt: bool = False) -> None:
     """
     os.umask(_UMASK)
     libc.limit_heap_arenas(_HEAP_ARENAS)
-    _raise_open_files()
+    descriptors.raise_limit()
     _write_no_core_dumps()
     configure_logging(configuration.log)
     sys.setswitchinterval(SWITCH_SECONDS)
     go_first()
     asyncio.run(_serve(configuration, LostStore.ADOPT if adopt else LostStore.REFUSE))
-
-
-def _raise_open_files() -> None:
-    """Use all the descriptors that we may have: a shell's 1024 are gone with some hundred containers."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _write_no_core_dumps() -> None:

@@ -15,6 +15,7 @@ from cri.streaming.backend import TerminalSize
 from cri.streaming.pod_socket import connect_to_pod
 from cri.streaming.process_io import ProcessIO, open_pipes
 from cri.streaming.tokens import AttachRequest, ExecRequest
+from host import descriptors
 from host.errors import LimitError, WrongStateError
 from runtime.agent import Agent
 from runtime.exec_call import ExecCall, ExecProcess
@@ -49,6 +50,7 @@ class NodeBackend:
     async def exec(self, request: ExecRequest, size: TerminalSize | None) -> AsyncIterator[ContainerProcess]:
         """Start the command with the streams asked for."""
         container = self._agent.execution.running(request.container_id)
+        descriptors.require(f"exec in {container.title}")
         console_size = ConsoleSize(height=size.height, width=size.width) if size is not None else None
         with self._agent.execution.call(container, request.command, terminal=request.tty, size=console_size) as call:
             streams = await _launch(call, request)
@@ -64,6 +66,7 @@ class NodeBackend:
     async def attach(self, request: AttachRequest) -> AsyncIterator[AttachSocket]:
         """Connect to the running container's console, from now on."""
         container = self._agent.execution.running(request.container_id)
+        descriptors.require(f"attach to {container.title}")
         folder = self._node.layout.container(container.id).path
         if self._attached[container.id] >= ATTACH_LIMIT:
             raise LimitError(f"{container.title} has {ATTACH_LIMIT} clients attached already: end one of them")
@@ -87,6 +90,7 @@ class NodeBackend:
         sandbox = self._node.get_sandbox(sandbox_id)
         if sandbox.record.state is not SandboxState.READY:
             raise WrongStateError(f"{sandbox.title} is not ready: nothing listens in it")
+        descriptors.require(f"port-forward to {sandbox.title}")
         sandbox.admit_visitor()
         namespace: Path | None = None if sandbox.host_network else self._node.layout.sandbox(sandbox.id).pin("net")
         return await connect_to_pod(sandbox.id, port, namespace)

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from host import descriptors
 from host.errors import KubeletReasonError
 
 MOST = 16  # each has a process, some descriptors and a thread
@@ -72,8 +73,9 @@ class _Waiting:
 class Slots:
     """``usual`` slots for all layers of all pulls; beyond them, up to ``most``, one for each pull that has none.
 
-    A free slot goes to the pull that has the fewest, then to the registry that has the fewest. When all are taken and a
-    pull has none, the slowest transfer with less than 64 KiB/s over half a minute is broken off to make room.
+    With few file descriptors left, each pull has one. A free slot goes to the pull that has the fewest, then to the
+    registry that has the fewest. When all are taken and a pull has none, the slowest transfer with less than 64 KiB/s
+    over half a minute is broken off to make room.
     """
 
     def __init__(self, usual: int, most: int = MOST) -> None:
@@ -126,7 +128,8 @@ class Slots:
             pulls = Counter(slot.origin for slot in self._running)
             registries = Counter(slot.origin.registry for slot in self._running)
             first = min(self._waiting, key=lambda waiting: (pulls[waiting.origin], registries[waiting.origin.registry]))
-            if len(self._running) >= (self._usual if pulls[first.origin] else self.most):
+            most = self.most if not pulls[first.origin] else 0 if descriptors.scarce() else self._usual
+            if len(self._running) >= most:
                 break
             self._waiting.remove(first)
             slot = Slot(first.origin)

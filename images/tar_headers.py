@@ -31,7 +31,6 @@ _XATTR = b"SCHILY.xattr."
 
 _SPARSE = b"GNU.sparse."
 _KEPT_RECORDS = frozenset((b"path", b"linkpath", b"size", b"uid", b"gid", b"mtime"))
-_NAME_RECORDS = frozenset((b"path", b"linkpath", b"GNU.sparse.name"))
 _NO_ID = (1 << 32) - 1  # chown(2) takes it for "leave it"
 _MAJORS, _MINORS = 1 << 12, 1 << 20
 _SECONDS = 1 << 63
@@ -123,8 +122,6 @@ def fill_in(entry: Entry, fields: tuple[bytes, ...]) -> None:
 
 def check_ranges(entry: Entry) -> None:
     """TarError for what no file of this system can have."""
-    if b"\0" in entry.name or b"\0" in entry.link:
-        raise TarError("a name in it holds a NUL byte")
     for what, number in (("user", entry.uid), ("group", entry.gid)):
         if number >= _NO_ID:
             raise TarError(f"its {what} {number} is out of range, the last is {_NO_ID - 1}")
@@ -205,8 +202,6 @@ def parse_records(data: bytes) -> Records:
             found.regions.append((offsets[-1], decimal(value)))
             found.sparse = True
         elif key in _KEPT_RECORDS or key.startswith(_SPARSE):
-            if key in _NAME_RECORDS and b"\0" in value:
-                raise TarError(f"an extended header holds the name {shown(value)}, which has a NUL byte")
             found.values[key] = value
             found.sparse = found.sparse or key.startswith(_SPARSE)
     return found

@@ -135,9 +135,9 @@ class TarReader:
             if kind in b"xXgLKV":
                 size = number_in(fields[4])
                 if kind in b"xX":
-                    records = self._records(size)
+                    records = self._records(size, fields)
                 elif kind == b"g":
-                    self._defaults = merged_records(self._defaults, self._records(size))
+                    self._defaults = merged_records(self._defaults, self._records(size, fields))
                     self._defaults.sparse = False
                 elif kind == b"L":
                     long_name = self._header_data(size).partition(b"\0")[0]
@@ -172,6 +172,8 @@ class TarReader:
             self._left, self._padding = entry.size, -entry.size % BLOCK
             if fields[7] == GNU_SPARSE or records.sparse:
                 self._sparse(entry, block, records)
+            if b"\0" in entry.name or b"\0" in entry.link:
+                raise TarError("its name, or what it links to, has a NUL byte")
         except TarError as error:
             raise TarError(f"{shown(entry.name)}: {error}") from error
         return entry
@@ -208,11 +210,14 @@ class TarReader:
         self._padding = -size % BLOCK
         return data
 
-    def _records(self, size: int) -> Records:
+    def _records(self, size: int, fields: tuple[bytes, ...]) -> Records:
         """Those of an extended header; one that is repeated is looked at once."""
         data = self._header_data(size)
         if data != self._last_header:
-            self._last_records = parse_records(data)
+            try:
+                self._last_records = parse_records(data)
+            except TarError as error:
+                raise TarError(f"{shown(header_name(fields))}: {error}") from error
             self._last_header = data
         return self._last_records
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, TypeVar
 
+from host import descriptors
+
 T = TypeVar("T")
 
 _SIZE = 16 * 1024
@@ -26,7 +28,7 @@ class DescriptorBudget:
     def take(self) -> bool:
         """Whether one more may be kept."""
         with self._lock:
-            if self.kept >= self.limit:
+            if self.kept >= self.limit or descriptors.scarce():
                 return False
             self.kept += 1
             return True

@@ -61,9 +61,10 @@ class Container:
     """A container in memory.
 
     ``lock`` serialises what changes it; ``exited`` is set when its end is recorded; ``cleanup`` is the task that gives
-    back what the OCI runtime holds after the end, ``unmounted`` says that its mounts are gone. ``stops`` counts the
-    calls that wait for its end now, and ``stop_deadline`` is the earliest of theirs, on the loop's clock. ``log_lock``
-    serialises openings of its log; ``late_log`` is the descriptor of a new log that conmon did not open in time.
+    back what the OCI runtime holds after the end, ``unmounted`` says that its mounts are gone. ``killed`` says that the
+    agent sent SIGKILL to its first process while that ran. ``stops`` counts the calls that wait for its end now, and
+    ``stop_deadline`` is the earliest of theirs, on the loop's clock. ``log_lock`` serialises openings of its log;
+    ``late_log`` is the descriptor of a new log that conmon did not open in time.
     """
 
     id: str
@@ -76,6 +77,7 @@ class Container:
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     cleanup: asyncio.Task[None] | None = None
     unmounted: bool = False
+    killed: bool = False
     monitor_descriptor: int | None = None
     stops: int = 0
     stop_deadline: float | None = None

@@ -25,7 +25,7 @@ from runtime.log_fields import of_container
 from runtime.monitor import ExitRecord
 from runtime.node import Node
 from runtime.oci_runtime import cannot_run_program, plain_message
-from runtime.out_of_memory import killed_for_memory
+from runtime.out_of_memory import ended_by_the_kernel, killed_for_memory
 from runtime.root_mounts import unmount_all
 from runtime.sandbox import SandboxState
 
@@ -161,7 +161,7 @@ class Lifecycle:
         if record.exit_code == 0:
             record.reason = "Completed"
         else:
-            record.reason = "OOMKilled" if kills else "Error"
+            record.reason = "OOMKilled" if kills and ended_by_the_kernel(container, exit_record) else "Error"
         if exit_record is None:
             record.message = "its end was not recorded: its monitor was killed or the node restarted"
         await _end_log(container)
@@ -308,17 +308,22 @@ class Lifecycle:
                     await self.record_exit(container, None)
 
     async def _kill_processes(self, container: Container) -> None:
-        self._signal(container, signal.SIGKILL)
+        container.killed = self._signal(container, signal.SIGKILL) or container.killed
         await in_thread(_kill_group, self._node.cgroups, container.record)
 
-    def _signal(self, container: Container, number: int) -> None:
+    def _signal(self, container: Container, number: int) -> bool:
+        """Send a signal to the first process; False if it has ended."""
         init = container.record.init
         pidfd = processes.open_process(init.pid, init.started) if init is not None else None
         if pidfd is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
+            return False
+        try:
             signal.pidfd_send_signal(pidfd, number)
-        os.close(pidfd)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(pidfd)
+        return True
 
     def _close_monitor(self, container: Container) -> None:
         if container.monitor_descriptor is not None:

@@ -25,12 +25,13 @@ from runtime.sealed_program import SealedProgram
 
 _COMMAND_SECONDS = 60.0
 _log = logging.getLogger("podkeel.handlers")
+# What crun, runc and youki say of a program that is not there, or not one. Anything else, a mount that fails say, ends
+# with the same words, so that these alone tell nothing.
 _CANNOT_RUN = re.compile(
-    r"executable file .*not found|no such file or directory$|permission denied$|exec format error|is a directory$"
-    r"|open executable|stat .*: no such file|cannot find executable|not a directory$",
-    re.IGNORECASE,
+    r"executable file .*not found|open executable|cannot find executable|failed to find executable|exec format error"
+    r"|^exec container process |(^|: )exec: \"|(^|: )exec /\S+: ",
+    re.IGNORECASE | re.MULTILINE,
 )
-_ABOUT_MOUNT = re.compile(r"""\bmount(ing)? [`'"]""")
 _LOGFMT_ERROR = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')
 
 
@@ -220,7 +221,7 @@ def plain_message(output: str) -> str:
 
 def cannot_run_program(message: str) -> bool:
     """Whether an OCI runtime's message says that the container's program cannot be executed."""
-    return any(_CANNOT_RUN.search(line.strip()) for line in message.splitlines()) and not _ABOUT_MOUNT.search(message)
+    return _CANNOT_RUN.search(message) is not None
 
 
 def _make_probe_bundle(bundle: Path, program: str, cgroup: str, argument: str) -> None:

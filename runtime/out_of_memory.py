@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from runtime.container import Container, ContainerState
+from runtime.monitor import ExitRecord
 from runtime.node import Node
+
+KILLED_EXIT_CODE = 137  # 128 + SIGKILL
 
 
 def killed_for_memory(node: Node, container: Container) -> bool:
@@ -27,6 +30,16 @@ def killed_for_memory(node: Node, container: Container) -> bool:
         return False
     sandbox.record.oom_kills = ended
     return True
+
+
+def ended_by_the_kernel(container: Container, exit_record: ExitRecord | None) -> bool:
+    """Whether the kernel's kill of a process of the container may be why it ended.
+
+    It is where the first process was the one killed, or ended with the same code when it lost a child to it, as shells
+    do. It is not where the program ended in its own way later, nor where the agent killed it. An end that was not
+    recorded may have been one.
+    """
+    return not container.killed and (exit_record is None or exit_record.code == KILLED_EXIT_CODE)
 
 
 def _shares_its_parent(node: Node, container: Container) -> bool:

@@ -16,6 +16,7 @@ from host import mounts, processes
 from host.errors import PodkeelError
 from runtime.layout import SandboxFolder
 from runtime.spec import oci
+from runtime.spec.namespaces import map_file
 
 _OPTIONS = {"user": "--user", "net": "--net", "ipc": "--ipc", "uts": "--uts"}
 _READY = b"."
@@ -91,6 +92,4 @@ def _host_id(mappings: Sequence[oci.IDMapping]) -> int:
 
 
 def _write_mappings(path: Path, mappings: Sequence[oci.IDMapping]) -> None:
-    lines = (f"{mapping.container_id} {mapping.host_id} {mapping.size}\n" for mapping in mappings)
-    with path.open("w") as file:
-        file.write("".join(lines))
+    path.write_text(map_file(mappings))

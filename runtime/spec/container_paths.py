@@ -26,7 +26,8 @@ class Place:
 
     ``path`` is free of links. ``link`` is the last one that was followed, empty if there was none. ``of_kernel``: it
     is in /proc or /sys, or in such a file system elsewhere. ``in_volume``: it is below something that is mounted, which
-    others may change at any time. ``exists`` tells whether something is there already.
+    others may change at any time. ``exists`` and ``is_folder`` tell what is there already, and ``blocked_by`` names a
+    file on the way, below which nothing can be.
     """
 
     path: str
@@ -34,6 +35,8 @@ class Place:
     of_kernel: bool
     in_volume: bool
     exists: bool
+    is_folder: bool = False
+    blocked_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ class ContainerPaths:
 
         A folder's own .. may lead elsewhere, where something is mounted on it: so the way begins again at the root.
         """
-        path, entered, in_volume = "", False, False
+        path, blocked_by, entered, in_volume = "", "", False, False
         names = [name for name in names if name not in ("", ".")]
         folder = self._root(names[0] if names else "")
         try:
@@ -106,8 +109,11 @@ class ContainerPaths:
                             return Place(path, path, True, in_volume, True)  # it may lead anywhere, whatever it says
                         above = [] if target.startswith("/") else names[:index]
                         return _Turn([*above, *target.split("/"), *rest], path)
+                    if child < 0 <= folder and not _is_folder(folder):
+                        blocked_by = path.rpartition("/")[0]
                     folder = _replace(folder, child)
-            return Place(path or "/", "", _is_of_kernel(path, folder), in_volume, folder >= 0)
+            of_kernel = _is_of_kernel(path, folder)
+            return Place(path or "/", "", of_kernel, in_volume, folder >= 0, _is_folder(folder), blocked_by)
         finally:
             _replace(folder, -1)
 
@@ -159,6 +165,10 @@ def _target(descriptor: int) -> str | None:
         return os.readlink("", dir_fd=descriptor)
     except OSError:
         return ""  # of a process that nobody may look into
+
+
+def _is_folder(descriptor: int) -> bool:
+    return descriptor >= 0 and stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
 
 def _is_text(path: str) -> bool:

@@ -11,7 +11,7 @@ import msgspec
 
 from host.errors import InvalidArgumentError
 from runtime.spec import oci
-from runtime.spec.container_paths import ContainerPaths
+from runtime.spec.container_paths import ContainerPaths, Place
 from runtime.spec.mounts import in_order
 from runtime.spec.volumes import Volume, volume_mounts
 
@@ -86,6 +86,24 @@ def _folder(mount: oci.Mount, folders: Mapping[str, str]) -> str:
     return folders.get(mount.source, mount.source) if mount.type == "bind" else ""
 
 
+def _require_same_kind(plan: _Planned, place: Place) -> None:
+    """A folder is mounted on a folder, and a file on a file: refused here, where the mount still has a name."""
+    if place.blocked_by:
+        raise InvalidArgumentError(
+            f"{plan.what} {plan.mount.destination}: {place.blocked_by} is a file: mount at another path"
+        )
+    if not place.exists or plan.mount.type != "bind":
+        return
+    # What is still missing, as the folder of a VOLUME, will be made as a folder.
+    folder = not plan.folder or not Path(plan.folder).exists() or Path(plan.folder).is_dir()
+    if folder is not place.is_folder:
+        kinds = ("a file", "a folder")
+        raise InvalidArgumentError(
+            f"{plan.what} {plan.mount.destination}: {place.path} is {kinds[place.is_folder]} in the container, and "
+            f"{plan.folder or 'a volume'} is {kinds[folder]}: mount at another path"
+        )
+
+
 def _resolved(rootfs: Path, wanted: Sequence[_Planned]) -> tuple[list[str], ContainerPaths, bool]:
     """The destinations, parents resolved first: what is mounted there may hold links to where others go."""
     destinations = [plan.mount.destination for plan in wanted]
@@ -94,6 +112,7 @@ def _resolved(rootfs: Path, wanted: Sequence[_Planned]) -> tuple[list[str], Cont
         found = list(destinations)
         for index in sorted(range(len(wanted)), key=lambda index: destinations[index].count("/")):
             place = paths.destination(destinations[index], wanted[index].what)
+            _require_same_kind(wanted[index], place)
             found[index] = place.path
             through_volumes = through_volumes or place.in_volume
             if wanted[index].folder:

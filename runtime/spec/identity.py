@@ -76,7 +76,10 @@ def _wanted(context: cri_pb2.LinuxContainerSecurityContext, image_user: str) -> 
                 f"run_as_group {group} is given without a user: set run_as_user or run_as_username as well"
             )
     if not user:
-        user, _, group = image_user.strip().partition(":")
+        user, _, group = image_user.partition(":")
+        if user != user.strip() or group != group.strip():
+            # Else it would be root for one that trims it, and a name for who asks whether it is root.
+            raise InvalidArgumentError(f"USER {image_user!r} of the image has spaces around a name: set run_as_user")
     return user or "0", group
 
 
@@ -86,7 +89,7 @@ def _is_number(text: str) -> bool:
 
 def _identifier(text: str, what: str) -> int:
     number = int(text)
-    if not 0 <= number <= MAX_ID:
+    if text.startswith("-") or number > MAX_ID:
         raise InvalidArgumentError(f"{what} {text} is not an id: use a number from 0 to {MAX_ID}")
     return number
 

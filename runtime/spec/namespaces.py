@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,6 +10,8 @@ from itertools import pairwise
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
 from runtime.spec import oci
+
+_MOST_RANGES = 340
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +70,24 @@ def id_mappings(given: Iterable[cri_pb2.IDMapping], field: str) -> list[oci.IDMa
                 "give a length of at least 1 that stays below 2^32"
             )
         mappings.append(oci.IDMapping(container_id=mapping.container_id, host_id=mapping.host_id, size=mapping.length))
+    _refuse_too_many(mappings, field)
     _refuse_overlap([(mapping.container_id, mapping.size) for mapping in mappings], f"{field}: container ids")
     _refuse_overlap([(mapping.host_id, mapping.size) for mapping in mappings], f"{field}: host ids")
     return mappings
+
+
+def map_file(mappings: Iterable[oci.IDMapping]) -> str:
+    """What is written to the kernel's uid_map or gid_map (user_namespaces(7))."""
+    return "".join(f"{mapping.container_id} {mapping.host_id} {mapping.size}\n" for mapping in mappings)
+
+
+def _refuse_too_many(mappings: Sequence[oci.IDMapping], field: str) -> None:
+    size, most = len(map_file(mappings)), os.sysconf("SC_PAGE_SIZE") - 1
+    if len(mappings) > _MOST_RANGES or size > most:
+        raise InvalidArgumentError(
+            f"{field}: {len(mappings)} ranges in {size} bytes are more than the {_MOST_RANGES} in {most} that "
+            "the kernel takes: join ranges that follow each other"
+        )
 
 
 def _refuse_overlap(ranges: Sequence[tuple[int, int]], what: str) -> None:

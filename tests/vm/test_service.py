@@ -33,15 +33,15 @@ def service(tmp_path: Path, busybox: Path) -> Iterator[AgentProcess]:
     shutil.copy(MANIFEST, UNITS / UNIT)
     dropin.mkdir()
     command = shlex.join(agent.command("serve", *agent.flags))
-    (dropin / "command.conf").write_text(f"[Service]\nExecStart=\nExecStart={command}\n")
+    (dropin / "command.conf").write_text(f"[Service]\nTimeoutStartSec=1200\nExecStart=\nExecStart={command}\n")
     subprocess.run(["systemctl", "daemon-reload"], check=True)
     try:
         subprocess.run(["systemctl", "start", UNIT], check=True)
         agent.connect()
         agent.import_busybox(busybox)
         yield agent
-    finally:
         remove_all_pods(agent.client)
+    finally:
         subprocess.run(["systemctl", "stop", UNIT], check=True)
         (UNITS / UNIT).unlink()
         shutil.rmtree(dropin)

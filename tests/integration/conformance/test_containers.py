@@ -191,6 +191,31 @@ def test_out_of_memory_is_told_exactly(pod: Pod) -> None:
         assert (status.exit_code, status.reason, status.message) == (137, "OOMKilled", "")
 
 
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("kill -TERM $$; exit 143", 143), ("exit 143", 143), ("exit 1", 1), ("exec sh -c 'exit 3'", 3)],
+)
+def test_own_end_after_a_child_was_killed_for_memory_is_an_error(pod: Pod, ending: str, code: int) -> None:
+    """The kernel's kill of a child is not why the container ended."""
+    config = container_config("main", "sh", "-c", f"sh -c 'exec tail /dev/zero'; echo $?; {ending}")
+    config.linux.resources.memory_limit_in_bytes = 16 << 20
+    status = pod.finished(config)
+    assert "137" in log_text(status.log_path)
+    assert (status.exit_code, status.reason) == (code, "Error")
+
+
+def test_stop_after_a_child_was_killed_for_memory_is_an_error(pod: Pod) -> None:
+    script = "trap '' TERM; sh -c 'exec tail /dev/zero'; echo child $?; while :; do sleep 0.1; done"
+    config = container_config("main", "sh", "-c", script)
+    config.linux.resources.memory_limit_in_bytes = 16 << 20
+    container_id = pod.start(config)
+    path = pod.agent.client.status(container_id).log_path
+    wait_for(lambda: "child 137" in log_text(path), what="the child's end")
+    pod.agent.client.stop(container_id, timeout=0)
+    status = pod.agent.client.status(container_id)
+    assert (status.exit_code, status.reason) == (137, "Error")
+
+
 def test_other_containers_are_not_told_out_of_memory(pod: Pod) -> None:
     config = container_config("main", "sh", "-c", "kill -9 $$; sh -c 'kill -9 $$'; exit 137")
     config.linux.resources.memory_limit_in_bytes = 16 << 20

@@ -1,0 +1,58 @@
+"""How many file descriptors this process may still open, and who gives way when few are left.
+
+Stopping and listing never ask. Making pods and containers leaves them a reserve, and what images and clients of streams
+may begin in any number leaves twice as much, so that pods can be made beside them.
+"""
+
+from __future__ import annotations
+
+import resource
+from enum import Enum
+from pathlib import Path
+
+from host.errors import LimitError
+
+_MOST = 256  # descriptors in reserve
+_FOLDER = Path("/proc/self/fd")
+
+
+class Use(Enum):
+    """What a descriptor is wanted for, with how many reserves it must leave free."""
+
+    MAKING = 1
+    STREAMS_AND_IMAGES = 2
+
+
+def raise_limit() -> None:
+    """Use all the descriptors that we may have: a shell's 1024 are gone with some hundred containers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def limit() -> int:
+    """How many there may be."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def left() -> int:
+    """How many more can be opened."""
+    try:
+        opened = _FOLDER.stat().st_size or len(tuple(_FOLDER.iterdir()))  # the size is their number from Linux 6.2 on
+    except OSError:  # not even one for looking
+        return 0
+    return max(0, limit() - opened)
+
+
+def scarce(use: Use = Use.STREAMS_AND_IMAGES) -> bool:
+    """Whether there are too few for ``use``."""
+    return left() < use.value * min(_MOST, limit() // 8)
+
+
+def require(what: str, use: Use = Use.STREAMS_AND_IMAGES) -> None:
+    """Raise LimitError, naming ``what`` is refused, if there are too few for ``use``."""
+    if scarce(use):
+        raise LimitError(
+            f"{what} is refused: {left()} of the agent's {limit()} file descriptors are left, and they are kept for "
+            "stopping containers. End streams and commands, or raise the limit (LimitNOFILE= of the systemd unit)"
+        )

@@ -1,0 +1,127 @@
+"""Slots are fair: no pull keeps others from beginning, whatever its registry does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
+
+import pytest
+
+from host.errors import KubeletReasonError
+from images import slots
+from images.slots import Origin, Slot, Slots
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+class Pull:
+    """Layers of one pull that hold their slots until they are told to end."""
+
+    def __init__(self, of: Slots, registry: str, layers: int) -> None:
+        self.origin = Origin(registry)
+        self.begun: list[Slot] = []
+        self.end = asyncio.Event()
+        self.tasks = [asyncio.create_task(self._layer(of)) for _ in range(layers)]
+
+    async def _layer(self, of: Slots) -> None:
+        async with of.slot(self.origin, "layer") as slot:
+            self.begun.append(slot)
+            await self.end.wait()
+
+    async def finish(self) -> None:
+        self.end.set()
+        await asyncio.gather(*self.tasks)
+
+
+async def test_layers_of_one_pull_get_the_usual_number_of_slots() -> None:
+    of = Slots(4)
+    pull = Pull(of, "slow", 10)
+    await settle()
+    assert len(pull.begun) == 4
+    await pull.finish()
+    assert len(pull.begun) == 10
+
+
+async def test_each_pull_has_a_slot_of_its_own_up_to_the_most() -> None:
+    of = Slots(4, 8)
+    first = Pull(of, "slow", 10)
+    await settle()
+    others = [Pull(of, "slow", 3) for _ in range(6)]
+    await settle()
+    assert [len(pull.begun) for pull in (first, *others)] == [4, 1, 1, 1, 1, 0, 0]
+    await first.finish()
+    for pull in others:
+        await pull.finish()
+
+
+async def test_a_free_slot_goes_to_the_pull_and_then_to_the_registry_that_has_the_fewest() -> None:
+    of = Slots(2, 2)
+    busy = [Pull(of, "busy", 1), Pull(of, "busy", 1)]
+    await settle()
+    same, other = Pull(of, "busy", 1), Pull(of, "other", 1)
+    await settle()
+    await busy[0].finish()
+    await settle()
+    assert (len(same.begun), len(other.begun)) == (0, 1)
+    for pull in (busy[1], same, other):
+        await pull.finish()
+
+
+async def test_a_pull_that_is_cancelled_while_it_waits_leaves_no_slot_taken() -> None:
+    of = Slots(1, 1)
+    first, second, third = Pull(of, "a", 1), Pull(of, "b", 1), Pull(of, "c", 1)
+    await settle()
+    second.tasks[0].cancel()
+    await first.finish()
+    third.end.set()
+    await asyncio.gather(*third.tasks)
+    # Also at the very moment when it is granted.
+    fourth, fifth = Pull(of, "a", 1), Pull(of, "b", 1)
+    await settle()
+    fourth.end.set()
+    await asyncio.wait(fourth.tasks)
+    fifth.tasks[0].cancel()
+    await settle()
+    await asyncio.wait_for(Pull(of, "c", 1).finish(), 5)
+
+
+async def test_with_few_descriptors_left_each_pull_has_one_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("host.descriptors.left", lambda: 5)
+    of = Slots(4)
+    pulls = [Pull(of, "a", 3), Pull(of, "b", 3)]
+    await settle()
+    assert [len(pull.begun) for pull in pulls] == [1, 1]
+    for pull in pulls:
+        await pull.finish()
+        assert len(pull.begun) == 3
+
+
+async def chunks(size: int, pause: float) -> AsyncGenerator[bytes, None]:
+    while True:
+        await asyncio.sleep(pause)
+        yield bytes(size)
+
+
+async def test_the_slowest_transfer_makes_room_when_a_pull_has_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_WINDOW", 0.2)
+    of = Slots(2, 2)
+
+    async def transfer(size: int) -> None:
+        async with of.slot(Origin(f"registry of {size}"), f"layer of {size}") as slot:
+            async for _ in slot.watched(chunks(size, 0.01)):
+                pass
+
+    quick, slow = (asyncio.create_task(transfer(size)) for size in (100_000, 10))
+    await asyncio.sleep(0.5)
+    assert not slow.done(), "nobody waits: it may be as slow as it is"
+    async with AsyncExitStack() as stack:
+        await asyncio.wait_for(stack.enter_async_context(of.slot(Origin("new"), "new")), 20)
+        with pytest.raises(KubeletReasonError, match="layer of 10: its registry sends less than"):
+            await slow
+        assert not quick.done()
+    quick.cancel()
+    await asyncio.wait((quick,))

@@ -19,11 +19,11 @@ import msgspec
 from cri import kernel_check
 from cri.configuration import Configuration
 from host import mounts, processes
-from host.errors import PodkeelError
+from host.errors import InvalidArgumentError, PodkeelError
 from host.removal import remove_tree
 from host.threads import in_fresh_thread, in_thread
 from network.addresses import parse_ranges
-from network.cni.configuration import find_configuration
+from network.cni.configuration import search_folder
 from network.cni.plugin import PluginRunner
 from network.firewalls import find_obstacles
 from network.options import NetworkOptions
@@ -218,7 +218,10 @@ async def _network(configuration: Configuration) -> list[Check]:
 def _pod_network(options: NetworkOptions) -> Check:
     """Which network pods would be connected to, and whether its plugins are there."""
     try:
-        found = None if options.mode == "built-in" else find_configuration(Path(options.cni_config_dir))
+        folder = Path(options.cni_config_dir)
+        found, broken = (None, ()) if options.mode == "built-in" else search_folder(folder)
+        if found is None and broken:
+            raise InvalidArgumentError(broken[0])
         if found is None:
             if options.mode == "cni":
                 problem = f"{options.cni_config_dir} holds no CNI configuration: pods wait until it does"
@@ -229,6 +232,9 @@ def _pod_network(options: NetworkOptions) -> Check:
             runner.find(plugin.type)
     except PodkeelError as error:
         return Check("pod network", "fail", _sentence(error), "see docs/networking.md")
+    if broken:
+        problem = f"CNI network {found.name} from {found.path}; passed over: {'; '.join(broken)}"
+        return Check("pod network", "warn", " ".join(problem.split()), "correct or remove what is passed over")
     return Check("pod network", "ok", f"CNI network {found.name} from {found.path}")
 
 

@@ -247,7 +247,11 @@ class BuiltInNetwork:
                 held.setdefault(row.sandbox_id, []).append((network, address))
         taken: dict[str, list[HostPort]] = {}
         for sandbox_id, port in self.store.host_ports():
-            self._ports.take(sandbox_id, [port])
+            try:
+                self._ports.take(sandbox_id, [port])
+            except AlreadyExistsError as error:  # by a row that should not be: neither may keep the node down
+                _log.error("sandbox %s: %s", sandbox_id[:13], error)
+                continue
             taken.setdefault(sandbox_id, []).append(port)
         for attachment in self.store.attachments():
             key = attachment.sandbox_id

@@ -89,12 +89,16 @@ class PluginChain:
             for plugin in configuration.plugins:
                 await self._runner.run(plugin.type, Call("STATUS"), _base(configuration, plugin))
 
+    def collects(self, configuration: Configuration) -> bool:
+        """Whether ``collect_garbage`` asks the plugins of this configuration."""
+        return not configuration.disable_gc and configuration.speaks("1.1.0")
+
     async def collect_garbage(self, configuration: Configuration, sandbox_ids: Collection[str]) -> list[PodkeelError]:
         """GC: have the plugins give back what belongs to none of ``sandbox_ids``; nothing below version 1.1.0.
 
         Every plugin is asked; the errors are returned.
         """
-        if configuration.disable_gc or not configuration.speaks("1.1.0"):
+        if not self.collects(configuration):
             return []
         valid = [{"containerID": sandbox_id, "ifname": POD_INTERFACE} for sandbox_id in sorted(sandbox_ids)]
         errors: list[PodkeelError] = []
@@ -132,10 +136,14 @@ def _settings(record: CniRecord, plugin: Plugin, previous: Mapping[str, Any] | N
     return settings
 
 
+def namespace_exists(path: str) -> bool:
+    """Whether a network namespace is pinned there."""
+    try:
+        return Path(path).stat().st_dev == Path("/proc/self/ns/net").stat().st_dev
+    except OSError:
+        return False
+
+
 def _existing_namespace(path: str) -> str:
     """The path if a namespace is pinned there; else nothing, which tells plugins that it is gone."""
-    try:
-        pinned = Path(path).stat().st_dev == Path("/proc/self/ns/net").stat().st_dev
-    except OSError:
-        pinned = False
-    return path if pinned else ""
+    return path if namespace_exists(path) else ""

@@ -68,22 +68,39 @@ class Configuration(msgspec.Struct, frozen=True):
 
 
 def find_configuration(folder: Path) -> Configuration | None:
-    """The configuration in the first file by name that is one by its suffix and not empty; None if there is no such.
+    """The configuration that ``search_folder`` finds; None if there is no file that could be one.
 
-    A file that is empty is about to be written. Raises InvalidArgumentError for a first file that is wrong: taking
-    another one instead would put pods on another network.
+    Raises InvalidArgumentError, which names a file and what is wrong with it, if no file is good.
     """
+    found, broken = search_folder(folder)
+    if found is None and broken:
+        raise InvalidArgumentError(broken[0])
+    return found
+
+
+def search_folder(folder: Path) -> tuple[Configuration | None, tuple[str, ...]]:
+    """The configuration in the first good file by name, and what is wrong with those before it, which are passed over.
+
+    A file that is empty is about to be written.
+    """
+    broken: list[str] = []
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return None, ()
+    except OSError as error:
+        return None, (f"CNI configuration folder {folder} cannot be read: {error.strerror}",)
     for path in paths:
         try:
-            if path.is_file() and (content := path.read_bytes()[:_LARGEST_FILE]).strip():
-                return parse(content, path)
+            if path.is_file() and (content := untrusted_json.read_file(path, _LARGEST_FILE)).strip():
+                return parse(content, path), tuple(broken)
         except OSError as error:
-            raise InvalidArgumentError(f"CNI configuration {path} cannot be read: {error}") from error
-    return None
+            broken.append(f"CNI configuration {path} cannot be read: {error.strerror}")
+        except JsonError as error:
+            broken.append(f"CNI configuration {path}: {error}")
+        except InvalidArgumentError as error:
+            broken.append(error.message)
+    return None, tuple(broken)
 
 
 def parse(content: bytes, path: Path) -> Configuration:

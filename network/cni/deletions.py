@@ -85,13 +85,15 @@ class Deletions:
         try:
             await self._delete(sandbox_id)
         except (PodkeelError, OSError) as error:
+            known = self.errors.get(sandbox_id) == str(error)
             self.errors[sandbox_id] = str(error)
             failures = self._failures.get(sandbox_id, 0)
             self._failures[sandbox_id] = failures + 1
             seconds = min(FIRST_PAUSE_SECONDS * 2**failures, LONGEST_PAUSE_SECONDS)
             loop = asyncio.get_running_loop()
             self._pauses[sandbox_id] = loop.call_later(seconds, self._retry, sandbox_id)
-            _log.warning("sandbox %s: %s; DEL is tried again in %g s", sandbox_id[:13], error, seconds)
+            level = logging.DEBUG if known else logging.WARNING  # the same trouble is told once
+            _log.log(level, "sandbox %s: %s; DEL is tried again in %g s", sandbox_id[:13], error, seconds)
             raise
         else:
             self.errors.pop(sandbox_id, None)

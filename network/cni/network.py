@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -19,13 +18,15 @@ from network import ports
 from network.addresses import parse_ranges
 from network.attachment import Attachment, AttachRequest, Bandwidth
 from network.audit import Finding
-from network.cni.chain import PluginChain
-from network.cni.configuration import Configuration, find_configuration
+from network.cni.audit import broken_files, compare, without_namespace
+from network.cni.chain import PluginChain, namespace_exists
+from network.cni.configuration import Configuration
 from network.cni.deletions import Deletions
+from network.cni.folder import ConfigurationFolder, View
 from network.cni.host_ports import HostPortTable, forget_flows
 from network.cni.namespace import bring_up_loopback, remove_veth
 from network.cni.orphans import end_orphans
-from network.cni.plugin import PluginMissingError, PluginRunner
+from network.cni.plugin import PluginRunner
 from network.cni.record import FAMILIES, CniRecord, CniState, CniStore
 from network.cni.request import arguments, capabilities
 from network.condition import Condition
@@ -42,14 +43,6 @@ _NAMESPACES_AT_ONCE = 2
 _log = logging.getLogger("podkeel.network")
 
 
-class _View(NamedTuple):
-    """What the folder held when it was looked at last: a usable configuration, or what is wrong."""
-
-    configuration: Configuration | None
-    condition: Condition
-    present: bool
-
-
 async def _nobody(_sandbox_id: str) -> None:
     """Stands for whoever wants to know what was given back, until somebody does."""
 
@@ -64,8 +57,8 @@ class CniNetwork:
     def __init__(self, options: NetworkOptions, database: Database, registry: PortRegistry | None = None) -> None:
         self.options = options
         self.when_given_back: Callable[[str], Awaitable[None]] = _nobody
-        self._folder = Path(options.cni_config_dir)
         self._chain = PluginChain(PluginRunner(options.cni_bin_dirs, options.cni_timeout_seconds))
+        self._files = ConfigurationFolder(Path(options.cni_config_dir), self._chain)
         self._rows = CniStore(database)
         self._network_rows = NetworkStore(database)
         self._ports = registry or PortRegistry()
@@ -77,10 +70,8 @@ class CniNetwork:
         self._deletions = Deletions(self._give_back, self._tell)
         self._gate = Gate()
         self._reading = asyncio.Lock()
-        self._view = _View(None, Condition(False, "NetworkNotStarted", "the network has not been started"), False)
-        self._parsed: Configuration | None = None
+        self._view = View(None, Condition(False, "NetworkNotStarted", "the network has not been started"), False)
         self._status = Condition(True)
-        self._looked_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._pod_cidrs: tuple[str, ...] = ()
         self._starting = True
@@ -88,12 +79,12 @@ class CniNetwork:
     @property
     def configured(self) -> bool:
         """Whether the folder held a configuration, good or bad, when it was looked at last."""
-        return self._view.present
+        return self._view.present or self._files.asking
 
     @property
     def plugin_folder(self) -> Path | None:
         """The folder of further plugins of the configuration that was read last; None if there was none."""
-        return self._parsed.plugin_folder if self._parsed is not None else None
+        return self._files.parsed.plugin_folder if self._files.parsed is not None else None
 
     def sandboxes(self) -> set[str]:
         """The sandboxes that have, or may have, something of this network."""
@@ -115,7 +106,10 @@ class CniNetwork:
             self._forget(known)
         for record in records:
             self._records[record.sandbox_id] = record
-            self._ports.take(record.sandbox_id, record.taken)
+            try:
+                self._ports.take(record.sandbox_id, record.taken)
+            except AlreadyExistsError as error:  # by a row that should not be: neither may keep the node down
+                _log.error("sandbox %s: %s", record.sandbox_id[:13], error)
         self._pod_cidrs = tuple(await threads.in_network_thread(self._network_rows.pod_cidrs))
         if self.options.mode != "built-in":
             # A plugin that is slow to answer must not keep the node's agent from starting.
@@ -133,7 +127,7 @@ class CniNetwork:
         """Look at the folder again and use what it holds for pods made from now on."""
         async with self._reading:
             before = self._view
-            self._view = await self._look()
+            self._view = await self._files.look(self._view)
             await self._ask_status()
         if self._view.condition != before.condition or self._view.configuration != before.configuration:
             configuration, condition = self._view.configuration, self._view.condition
@@ -149,8 +143,8 @@ class CniNetwork:
         condition = self._view.condition if not self._view.condition.ready else self._status
         configuration = self._view.configuration
         changeable = not condition.ready or (configuration is not None and configuration.speaks("1.1.0"))
-        if changeable and not self._starting and time.monotonic() > self._looked_at + _LOOK_AGAIN_SECONDS:
-            self._looked_at = time.monotonic()
+        if changeable and not self._starting and time.monotonic() > self._files.looked_at + _LOOK_AGAIN_SECONDS:
+            self._files.looked_at = time.monotonic()
             self._in_background(self.reload())
         self._table.look_soon(self._records.values())
         return condition
@@ -215,7 +209,15 @@ class CniNetwork:
             await self._save(msgspec.structs.replace(record, state=CniState.DELETING))
             self._deletions.schedule(sandbox_id)
             raise UnavailableError("its CNI network is given back in the background, and the rest of it then")
-        await self._deletions.run(sandbox_id)
+        try:
+            await self._deletions.run(sandbox_id)
+        except PodkeelError as error:
+            if await threads.in_network_thread(namespace_exists, record.netns_path):
+                raise
+            # As after a reboot: there is nothing that could be taken apart wrongly, and its pod must not stay for ever.
+            _log.error("sandbox %s: goes without its DEL, its namespace is gone: %s", sandbox_id[:13], error)
+            await self._release_ports(self._records.get(sandbox_id, record))
+            self._collect_soon()
 
     async def give_up(self, sandbox_id: str) -> str | None:
         """Forget a sandbox whose DEL was tried and failed: its row, host ports and link go; not its namespace.
@@ -242,22 +244,9 @@ class CniNetwork:
 
     async def audit(self, live: Collection[str]) -> list[Finding]:
         """Where the store, the plugins (CHECK) and the ``live`` sandboxes disagree."""
-        kind = "CNI attachment"
         settled = [record for id_, record in self._records.items() if id_ not in self._unfinished]
-        findings: list[Finding] = []
-        for record in settled:
-            if record.state is CniState.DELETING:
-                reason = self._deletions.errors.get(record.sandbox_id, "it is under way")
-                findings.append(Finding(kind, record.sandbox_id, f"waits to be given back: {reason}"))
-            elif record.sandbox_id not in live:
-                findings.append(Finding(kind, record.sandbox_id, "its sandbox is gone"))
-        checked = [record for record in settled if record.state is CniState.ADDED and record.sandbox_id in live]
-        answers = await asyncio.gather(*(self._chain.check(r) for r in checked), return_exceptions=True)
-        for record, answer in zip(checked, answers, strict=True):
-            if isinstance(answer, PodkeelError):
-                findings.append(Finding(kind, record.sandbox_id, answer.message))
-            elif isinstance(answer, BaseException):
-                raise answer
+        findings = await compare(settled, self._chain, live, self._deletions.errors)
+        findings += broken_files(self._files.path, self._files.broken)
         if not (self._records or self.configured):
             return findings
         return findings + await self._table.findings(self._records.values())
@@ -273,8 +262,7 @@ class CniNetwork:
             self._deletions.schedule(sandbox_id)
         if self._records or self.configured:
             await self._table.load(self._records.values())
-        if self._view.configuration is not None:
-            self._in_background(self._collect_garbage(self._view.configuration))
+        self._collect_soon()
         return [Finding("CNI attachment", sandbox_id, "its sandbox is gone") for sandbox_id in sorted(stale)]
 
     async def destroy(self, *, force: bool = False) -> list[str]:
@@ -356,26 +344,6 @@ class CniNetwork:
     async def _tell(self, sandbox_id: str) -> None:
         await self.when_given_back(sandbox_id)
 
-    async def _look(self) -> _View:
-        self._looked_at = time.monotonic()
-        try:
-            found = await threads.in_network_thread(find_configuration, self._folder)
-            if found is None:
-                message = f"no CNI configuration in {self._folder}: install the cluster's network plugin"
-                return _View(None, Condition(False, "CniNotConfigured", message), False)
-        except PodkeelError as error:
-            return _View(None, Condition(False, "CniConfigurationInvalid", error.message), True)
-        if self._view.configuration is not None and found == self._parsed:
-            return self._view
-        self._view = self._view._replace(present=True)
-        self._parsed = found
-        try:
-            return _View(await self._chain.choose_version(found), Condition(True), True)
-        except PluginMissingError as error:
-            return _View(None, Condition(False, "CniPluginMissing", error.message), True)
-        except PodkeelError as error:
-            return _View(None, Condition(False, "CniPluginFailed", error.message), True)
-
     async def _ask_status(self) -> None:
         status = Condition(True)
         if self._view.configuration is not None:
@@ -388,8 +356,26 @@ class CniNetwork:
     async def _collect_garbage(self, configuration: Configuration) -> None:
         async with self._gate.closed():
             kept = [id_ for id_, record in self._records.items() if record.state is not CniState.DELETING]
-            for error in await self._chain.collect_garbage(configuration, kept):
-                _log.warning("%s", error)
+            errors = await self._chain.collect_garbage(configuration, kept)
+        for error in errors:
+            _log.warning("%s", error)
+        if self._chain.collects(configuration) and not errors:
+            await self._forget_collected(configuration.name)
+
+    async def _forget_collected(self, network: str) -> None:
+        """What DEL was refused for, GC has given back, where nothing but the plugins' own notes was left of it."""
+        records = list(self._records.values())
+        for record in await threads.in_network_thread(without_namespace, records, set(self._deletions.errors)):
+            if record.configuration.name == network and self._records.get(record.sandbox_id) is record:
+                await self._deletions.forget(record.sandbox_id)
+                self._deletions.errors.pop(record.sandbox_id, None)
+                await self._rows.remove(record.sandbox_id)
+                self._forget(record)
+                await self._tell(record.sandbox_id)
+
+    def _collect_soon(self) -> None:
+        if self._view.configuration is not None:
+            self._in_background(self._collect_garbage(self._view.configuration))
 
     def _in_background(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

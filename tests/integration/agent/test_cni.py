@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from host import mounts
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.cni_plugins import PluginFolders, failure, result
@@ -267,3 +268,40 @@ def test_a_pod_whose_undo_waits_for_its_plugins_keeps_neither_its_name_nor_its_p
     client.stop_sandbox(sandbox_id)
     client.remove_sandbox(sandbox_id)
     assert client.findings() == []
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
+def test_a_pod_without_namespaces_goes_where_its_plugin_refuses_that(cni: CniAgent, version: str) -> None:
+    """As after a reboot. What DEL is refused for, GC gives back, where the plugins' version has it."""
+    client = cni.agent.client
+    needs = f'if [ -z "$CNI_NETNS" ]; then {failure(4, "CNI_NETNS is required")}; fi'
+    collect = cni.unless_repaired()
+    cni.broken.touch()
+    cni.folders.configure(cni.folders.script("only", DEL=needs, GC=collect), version=version)
+    cni.wait_ready()
+    config = sandbox_config(cni.agent)
+    config.port_mappings.add(container_port=80, host_port=31874)
+    sandbox_id = client.run_sandbox(config)
+    cni.agent.kill()
+    for target in mounts.mounts_below(cni.agent.run / "sandboxes" / sandbox_id):
+        mounts.unmount(target, lazy=True)
+    cni.agent.start()
+    client = cni.agent.client
+    cni.wait_ready()
+    for _ in range(2):
+        client.stop_sandbox(sandbox_id)
+    client.remove_sandbox(sandbox_id)
+    assert client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items == []
+    assert any("CNI_NETNS is required" in finding for finding in client.findings())
+    again = client.run_sandbox(config)  # its host port is free
+    client.stop_sandbox(again)
+    client.remove_sandbox(again)
+    cni.broken.unlink()
+    cni.agent.restart()
+    client = cni.agent.client
+    if version == "1.1.0":
+        wait_for(lambda: client.findings() == [], seconds=20, what="the end of what GC gave back")
+    else:
+        assert any("CNI_NETNS is required" in finding for finding in client.findings())
+        cni.folders.script("only")
+        wait_for(lambda: client.findings() == [], seconds=30, what="DEL")

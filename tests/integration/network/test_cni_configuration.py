@@ -61,7 +61,7 @@ async def test_a_folder_that_does_not_exist_yet_is_waited_for(node: CniNode) -> 
     assert (await _becomes(node, "")).ready
 
 
-async def test_the_first_file_by_name_counts_even_if_it_is_wrong(node: CniNode) -> None:
+async def test_the_first_good_file_by_name_counts_and_broken_ones_are_told(node: CniNode) -> None:
     node.configure(node.script("one"), name="20-second.conf")
     (node.configurations / "00-readme.txt").write_text("{")
     (node.configurations / "05-empty.conf").touch()
@@ -69,10 +69,17 @@ async def test_the_first_file_by_name_counts_even_if_it_is_wrong(node: CniNode) 
     assert node.network.condition().ready
     wrong = node.configurations / "10-first.json"
     wrong.write_text("{")
+    await node.network.cni.reload()
+    assert node.network.condition().ready
+    (finding,) = await node.network.audit(())
+    assert str(wrong) in finding.problem
+    assert (await node.pod("one")).ip
+    await node.network.detach("one")
+    (node.configurations / "20-second.conf").unlink()
     condition = await _becomes(node, "CniConfigurationInvalid")
     assert str(wrong) in condition.message
     wrong.unlink()
-    await _becomes(node, "")
+    await _becomes(node, "CniNotConfigured")
 
 
 async def test_new_pods_use_the_new_configuration_and_old_ones_their_own(node: CniNode) -> None:

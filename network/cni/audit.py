@@ -1,0 +1,46 @@
+"""Where the store, the plugins and the sandboxes that live disagree."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from host.errors import PodkeelError
+from network.audit import Finding
+from network.cni.chain import PluginChain, namespace_exists
+from network.cni.record import CniRecord, CniState
+
+_KIND = "CNI attachment"
+
+
+async def compare(
+    records: Sequence[CniRecord], chain: PluginChain, live: Collection[str], errors: Mapping[str, str]
+) -> list[Finding]:
+    """What CHECK says of pods that live, those that are gone, and those whose DEL failed with one of ``errors``."""
+    findings: list[Finding] = []
+    for record in records:
+        if record.state is CniState.DELETING:
+            reason = errors.get(record.sandbox_id, "it is under way")
+            findings.append(Finding(_KIND, record.sandbox_id, f"waits to be given back: {reason}"))
+        elif record.sandbox_id not in live:
+            findings.append(Finding(_KIND, record.sandbox_id, "its sandbox is gone"))
+    checked = [record for record in records if record.state is CniState.ADDED and record.sandbox_id in live]
+    answers = await asyncio.gather(*(chain.check(record) for record in checked), return_exceptions=True)
+    for record, answer in zip(checked, answers, strict=True):
+        if isinstance(answer, PodkeelError):
+            findings.append(Finding(_KIND, record.sandbox_id, answer.message))
+        elif isinstance(answer, BaseException):
+            raise answer
+    return findings
+
+
+def broken_files(folder: Path, broken: Sequence[str]) -> list[Finding]:
+    """Files of the configuration folder that are passed over."""
+    return [Finding("CNI configuration", str(folder), f"passed over: {sentence}") for sentence in broken]
+
+
+def without_namespace(records: Sequence[CniRecord], errors: Collection[str]) -> list[CniRecord]:
+    """Those whose DEL failed, as ``errors`` by sandbox say, and whose network namespace is gone. Blocks."""
+    deleting = (record for record in records if record.state is CniState.DELETING and record.sandbox_id in errors)
+    return [record for record in deleting if not namespace_exists(record.netns_path)]

@@ -1,0 +1,73 @@
+"""What the folder of CNI configurations holds: one that can be used, or what is wrong."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from host import threads
+from host.errors import InvalidArgumentError, PodkeelError
+from network.cni.chain import PluginChain
+from network.cni.configuration import Configuration, search_folder
+from network.cni.plugin import PluginMissingError
+from network.condition import Condition
+
+_log = logging.getLogger("podkeel.network")
+
+
+class View(NamedTuple):
+    """What the folder held when it was looked at last; ``present`` says that it held anything, good or bad."""
+
+    configuration: Configuration | None
+    condition: Condition
+    present: bool
+
+
+class ConfigurationFolder:
+    """Looks at a folder, at the time ``looked_at``.
+
+    ``parsed`` is the configuration that was read last, in its files' own versions; ``asking`` says that its plugins are
+    being asked for theirs, and ``broken`` which files were passed over.
+    """
+
+    def __init__(self, path: Path, chain: PluginChain) -> None:
+        self.path = path
+        self.parsed: Configuration | None = None
+        self.broken: tuple[str, ...] = ()
+        self.looked_at = 0.0
+        self.asking = False
+        self._chain = chain
+
+    async def look(self, before: View) -> View:
+        """What it holds now. Plugins are asked for their versions only if it holds something new."""
+        self.looked_at = time.monotonic()
+        try:
+            found = await self._search()
+        except PodkeelError as error:
+            return View(None, Condition(False, "CniConfigurationInvalid", error.message), True)
+        if found is None:
+            message = f"no CNI configuration in {self.path}: install the cluster's network plugin"
+            return View(None, Condition(False, "CniNotConfigured", message), False)
+        if before.configuration is not None and found == self.parsed:
+            return before
+        self.parsed = found
+        self.asking = True
+        try:
+            return View(await self._chain.choose_version(found), Condition(True), True)
+        except PluginMissingError as error:
+            return View(None, Condition(False, "CniPluginMissing", error.message), True)
+        except PodkeelError as error:
+            return View(None, Condition(False, "CniPluginFailed", error.message), True)
+        finally:
+            self.asking = False
+
+    async def _search(self) -> Configuration | None:
+        found, broken = await threads.in_network_thread(search_folder, self.path)
+        for sentence in broken if broken != self.broken else ():
+            _log.warning("passed over: %s", sentence)
+        self.broken = broken
+        if found is None and broken:
+            raise InvalidArgumentError(broken[0])
+        return found

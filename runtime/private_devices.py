@@ -1,4 +1,4 @@
-"""Making the /dev of a container with a user namespace, and taking it away with the container."""
+"""Making the device nodes of a container's own, and taking them away with the container."""
 
 from __future__ import annotations
 
@@ -30,16 +30,8 @@ def make(devices: PrivateDevices) -> None:
     options = f"mode=0711,size=65536k{mounts.context_option(devices.label)}"
     libc.mount("devices", str(devices.folder), "tmpfs", mounts.MS_NOSUID, options)
     (devices.folder / "others").mkdir(mode=0o711)
-    _make_folder(devices.dev, devices.root)
-    for name in _FOLDERS:
-        _make_folder(devices.dev / name, devices.root)
-    for name, target in _LINKS:
-        link = devices.dev / name
-        link.symlink_to(target)
-        os.chown(link, *devices.root, follow_symlinks=False)
-    console = devices.dev / "console"  # over which OCI runtimes mount a terminal
-    console.touch(mode=0o600)
-    os.chown(console, *devices.root)
+    if devices.root is not None:
+        _make_dev(devices.dev, devices.root)
     for node in devices.nodes:
         try:
             _make_node(devices, node)
@@ -49,11 +41,24 @@ def make(devices: PrivateDevices) -> None:
             ) from error
 
 
+def _make_dev(dev: Path, root: tuple[int, int]) -> None:
+    _make_folder(dev, root)
+    for name in _FOLDERS:
+        _make_folder(dev / name, root)
+    for name, target in _LINKS:
+        link = dev / name
+        link.symlink_to(target)
+        os.chown(link, *root, follow_symlinks=False)
+    console = dev / "console"  # over which OCI runtimes mount a terminal
+    console.touch(mode=0o600)
+    os.chown(console, *root)
+
+
 def _make_node(devices: PrivateDevices, node: PrivateNode) -> None:
     path = devices.folder / node.place
     for parent in reversed(path.relative_to(devices.folder).parents[:-1]):
         if not (devices.folder / parent).exists():
-            _make_folder(devices.folder / parent, devices.root)
+            _make_folder(devices.folder / parent, devices.root or (0, 0))
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     os.mknod(path, node.mode & ~0o7777 | 0o600, node.device)

@@ -12,7 +12,7 @@ from proto.runtime.v1 import cri_pb2
 from runtime.spec import cdi, oci
 from runtime.spec.capabilities import capability_sets
 from runtime.spec.container_paths import Place
-from runtime.spec.default_mounts import DEFAULT_DEV, kernel_mounts, pod_mounts, refuse_linked_targets
+from runtime.spec.default_mounts import kernel_mounts, pod_mounts, refuse_linked_targets
 from runtime.spec.destinations import MountGroups, settle
 from runtime.spec.devices import described_devices, devices
 from runtime.spec.facts import HandlerFacts, SandboxFiles
@@ -20,10 +20,10 @@ from runtime.spec.host_paths import HostPaths
 from runtime.spec.identity import Identity, identify
 from runtime.spec.kernel_places import refuse_imitations
 from runtime.spec.mapped_volumes import MappedVolume, mapped_folder
-from runtime.spec.mounts import configured_mounts, in_order, root_propagation
+from runtime.spec.mounts import configured_mounts, root_propagation
 from runtime.spec.namespaces import NamespacePaths, namespaces, user_mappings
 from runtime.spec.node import NodeFacts
-from runtime.spec.private_devices import PrivateDevices, private_devices
+from runtime.spec.private_devices import PrivateDevices, prepare
 from runtime.spec.process import ImageConfig, command_line, environment, settled_directory, working_directory
 from runtime.spec.relabel import relabel_all
 from runtime.spec.resources import oom_score_adj, resources
@@ -154,7 +154,9 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
     refuse_imitations(settled.mounts, groups.folders)
     for node in linux.devices:
         node.path = settled.paths.destination(node.path, "devices: container_path").path
-    own_devices, mounts = _own_devices(request, linux, settled.mounts, described, labels)
+    own_devices, mounts = prepare(
+        request.rootfs, linux, settled.mounts, described=described, folders=groups.folders, label=labels.mount
+    )
     directory = settled_directory(process.cwd, settled.paths)
     _refuse_swappable(request, process.cwd, directory)
     if not directory.exists:  # else its links stay, as they may change while the container runs
@@ -178,7 +180,7 @@ def _build(request: SpecRequest, host_paths: HostPaths) -> ContainerSpec:
         mounts=config.mounts,
         stop_signal=stop_signal(config, request.image.stop_signal),
         volumes=settled.volumes,
-        mapped_volumes=mapped_volumes,
+        mapped_volumes=[volume for volume in mapped_volumes if any(str(volume.target) == m.source for m in mounts)],
         private_devices=own_devices,
         relabels=(*volumes_to_relabel(config.mounts, host_paths, labels.mount), *_pod_files(request, labels)),
         mounts_in_volumes=settled.through_volumes,
@@ -205,22 +207,6 @@ def _add_described(edits: Sequence[cdi.Edits], process: oci.Process, linux: oci.
     if linux.resources is not None:
         linux.resources.devices += rules
     return nodes
-
-
-def _own_devices(
-    request: SpecRequest,
-    linux: oci.Linux,
-    mounts: list[oci.Mount],
-    described: Sequence[oci.Device],
-    labels: SelinuxLabels,
-) -> tuple[PrivateDevices | None, list[oci.Mount]]:
-    """The /dev to prepare, and all mounts with it; none without a user namespace, or where /dev is the node's."""
-    if not linux.uid_mappings or DEFAULT_DEV not in mounts:
-        return None, mounts
-    mappings = (linux.uid_mappings, linux.gid_mappings)
-    prepared, (dev, *others) = private_devices(request.rootfs, linux.devices, described, mappings, labels.mount)
-    linux.devices = []
-    return prepared, in_order([dev if mount == DEFAULT_DEV else mount for mount in mounts], others)
 
 
 def _refuse_impossible(request: SpecRequest) -> None:

@@ -213,6 +213,44 @@ def test_node_s_own_dev_at_dev_stays_untouched(
         assert ours.shell("cat /proc/1/fd/0; echo end").strip() == "end"
 
 
+@pytest.mark.parametrize("uid", [0, 1000])
+@pytest.mark.parametrize("place", ["/dev/null", "/etc/hidden", "/dev/random"])
+def test_device_that_a_volume_brings_is_the_container_s_own(
+    quiet_log: AgentProcess, handler: str, user_namespace: bool, uid: int, place: str
+) -> None:
+    """The node's /dev/null over a file hides it; OCI runtimes give what is at /dev/null to the container's user."""
+    config = like_kubelets("main")
+    source = "/dev/urandom" if place == "/dev/random" else "/dev/null"
+    config.mounts.add(container_path=place, host_path=source)
+    if user_namespace:  # as kubelet asks for every volume
+        config.mounts[0].uidMappings.add(host_id=FIRST_ID, container_id=0, length=65536)
+        config.mounts[0].gidMappings.add(host_id=FIRST_ID, container_id=0, length=65536)
+    config.linux.security_context.run_as_user.value = uid
+    ours = start(quiet_log, handler, config, user_namespace=user_namespace)
+    process = Path(f"/proc/{init_pid(quiet_log, ours.container_id)}")
+    wait_for(lambda: (process / "comm").read_text() == "sleep\n", what="the runtime's last step")
+    node = {identity(status) for status in of_node().values()}
+    inside = process / "root" / place.lstrip("/")
+    assert inside.stat().st_rdev == Path(source).stat().st_rdev
+    assert not node & {identity(path.stat()) for path in (inside, *(process / "fd").iterdir())}
+    ours.shell(f"chmod 640 {place}; chown 7 {place}; echo x > /dev/null")
+    size = 0 if source == "/dev/null" else 3
+    assert uid or user_namespace or ours.shell(f"head -c 3 {place} | wc -c").strip() == str(size)
+
+
+def test_privileged_pod_with_a_user_namespace_has_the_node_s_devices_as_its_own(
+    quiet_log: AgentProcess, handler: str
+) -> None:
+    ours = start(quiet_log, handler, like_kubelets("main"), user_namespace=True, privileged=True)
+    root = Path(f"/proc/{init_pid(quiet_log, ours.container_id)}/root")
+    names = [entry.name for entry in Path("/dev").iterdir() if entry.is_block_device()]
+    assert names
+    for name in names:
+        assert (root / "dev" / name).stat().st_rdev == Path("/dev", name).stat().st_rdev
+        assert identity((root / "dev" / name).stat()) != identity(Path("/dev", name).stat())
+    assert "denied" in ours.shell(f"head -c 1 /dev/{names[0]}")
+
+
 def test_node_s_own_sys_at_sys(quiet_log: AgentProcess, handler: str) -> None:
     config = like_kubelets("main")
     config.mounts.add(container_path="/sys", host_path="/sys", readonly=True)

@@ -1,7 +1,8 @@
 """Removing file trees, whatever they hold: what cannot be removed is told and holds nothing else up.
 
 As ``python -I -S -c WORKER ROOT_OF_THE_PROJECT`` this is a process of its own that empties the folder it was given as
-descriptor 3, and prints what stays.
+descriptor 3, and prints what stays. Over the pipe of descriptor 4 it is told to pause and to go on; its end is that of
+the agent, and of the process.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from host.file_tree import Walk, open_below, shown
 
 TYPE_CHECKING = False  # a worker that has to start quickly imports this, and typing is slow
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 MOST_TOLD = 20
-WORKER_FOLDER = 3
+WORKER_FOLDER, WORKER_CONTROL = 3, 4
+PAUSE, GO_ON = b"p", b"c"
 WORKER = "import sys; sys.path.insert(0, sys.argv[1]); from host.removal import main; main()"
 
+_BATCH = 32  # things that are removed between two looks at the pipe
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS of ioctl_iflags(2)
 _FLAGS = struct.Struct("=l4x")
@@ -38,15 +42,17 @@ class Removal:
     """Removes trees and keeps what it has to tell.
 
     ``told`` are the first sentences about what stays, ``failures`` counts all of that. Raises OutOfBudgetError as soon
-    as more than ``budget`` things would be removed; None is no limit. Files and folders that carry the immutable or the
-    append-only flag lose it. Nothing behind a mount is touched.
+    as more than ``budget`` things would be removed; None is no limit. ``pace`` is called before each batch. Files and
+    folders that carry the immutable or the append-only flag lose it. Nothing behind a mount is touched.
     """
 
-    def __init__(self, budget: int | None = None) -> None:
+    def __init__(self, budget: int | None = None, pace: Callable[[], None] | None = None) -> None:
         self.told: list[str] = []
         self.failures = 0
         self._budget = budget
         self._removed = 0
+        self._pace = pace
+        self._steps = 0
 
     def remove(self, folder: int, name: str) -> bool:
         """Remove ``name`` in the open ``folder`` with all that is in it; whether nothing stays. Missing is fine."""
@@ -112,6 +118,10 @@ class Removal:
         self._removed += 1
 
     def _spend(self) -> None:
+        if self._pace is not None:
+            if self._steps % _BATCH == 0:
+                self._pace()
+            self._steps += 1
         if self._budget is not None:
             if self._budget <= 0:
                 raise OutOfBudgetError
@@ -161,10 +171,25 @@ def remove_tree(path: Path) -> list[str]:
     return [f"{path.parent}/{sentence}" for sentence in removal.told]
 
 
+def _obey() -> None:
+    """Pause if the last order on the pipe was to, until there is another."""
+    try:
+        orders = os.read(WORKER_CONTROL, 4096)
+    except BlockingIOError:
+        return
+    while orders.endswith(PAUSE):
+        os.set_blocking(WORKER_CONTROL, True)
+        orders = os.read(WORKER_CONTROL, 4096)
+        os.set_blocking(WORKER_CONTROL, False)
+    if not orders:
+        sys.exit("the agent has ended")
+
+
 def main() -> None:
     """Empty the folder that is descriptor 3, and print what stays as JSON."""
     os.nice(10)
-    removal = Removal()
+    os.set_blocking(WORKER_CONTROL, False)
+    removal = Removal(pace=_obey)
     with os.scandir(WORKER_FOLDER) as entries:
         names = [entry.name for entry in entries]
     for name in names:

@@ -195,7 +195,7 @@ class LayerStore:
         made = self._by_chain.get(source.chain_id)
         if made is not None:  # by another registry's pull, before this one's turn came
             return made
-        with self.fetcher.transfers.making(source) as transfer:
+        with self.fetcher.transfers.making(source) as transfer, self._trash.held():
             try:
                 return await self._maker.make(transfer, below)
             except OSError as error:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from host import processes
 from host.errors import PodkeelError
-from host.removal import MOST_TOLD, WORKER, WORKER_FOLDER, OutOfBudgetError, Removal
+from host.removal import GO_ON, MOST_TOLD, PAUSE, WORKER, WORKER_CONTROL, WORKER_FOLDER, OutOfBudgetError, Removal
 from host.threads import in_long_thread
 
 _log = logging.getLogger("podkeel.images")
 
+HELD_SECONDS = 120.0
+_LOOK_SECONDS = 5.0
+_ROOM = 0.2  # the part of the disk that is to be free, or what is thrown away makes room at once
 _FEW = 64  # entries that are cheaper to remove on a thread than by starting a process
 _WORKER = (sys.executable, "-I", "-S", "-c", WORKER, str(Path(__file__).parent.parent))
 
@@ -42,6 +48,12 @@ class Trash:
         self._idle.set()
         self._told: frozenset[str] = frozenset()
         self._failures = 0
+        self._holders = 0
+        self._waiting = 0
+        self._held_until = 0.0
+        self._next_look: asyncio.TimerHandle | None = None
+        self._control = -1
+        self._paused = False
 
     def start(self) -> None:
         """Begin to empty the folder."""
@@ -56,8 +68,50 @@ class Trash:
             await asyncio.wait((self._task,))
 
     async def emptied(self) -> None:
-        """Wait until all that was thrown in is gone."""
-        await self._idle.wait()
+        """Wait until all that was thrown in is gone; ``held`` does not count meanwhile."""
+        self._waiting += 1
+        self._tell_worker()
+        try:
+            await self._idle.wait()
+        finally:
+            self._waiting -= 1
+            self._tell_worker()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Leave the disk to others: large trees are not removed until the block ends.
+
+        This counts for two minutes, and not while the disk is short of room.
+        """
+        self._holders += 1
+        if self._holders == 1:
+            self._held_until = time.monotonic() + HELD_SECONDS
+            self._look()
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            if self._holders == 0 and self._next_look is not None:
+                self._next_look.cancel()
+            self._tell_worker()
+
+    def _look(self) -> None:
+        self._tell_worker()
+        self._next_look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look)
+
+    def _tell_worker(self) -> None:
+        """Let the process that removes large trees pause or go on."""
+        if self._control < 0:
+            return
+        pause = self._holders > 0 and not self._waiting and time.monotonic() < self._held_until and self._has_room()
+        if pause != self._paused:
+            self._paused = pause
+            with contextlib.suppress(BrokenPipeError):  # it has ended
+                os.write(self._control, PAUSE if pause else GO_ON)
+
+    def _has_room(self) -> bool:
+        status = os.statvfs(self._folder)
+        return status.f_bavail > _ROOM * status.f_blocks and status.f_favail >= _ROOM * status.f_files
 
     def throw(self, path: Path) -> bool:
         """Move ``path`` into the folder (one rename; call it on a thread, then ``wake``); False if it is not there."""
@@ -89,12 +143,21 @@ class Trash:
                 self._idle.set()
 
     async def _remove_large(self) -> _Left:
-        folder = await in_long_thread(os.open, self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            done = await processes.run(_WORKER, descriptors={WORKER_FOLDER: folder}, environment={})
-        finally:
-            os.close(folder)
+        with contextlib.ExitStack() as stack:
+            folder = await in_long_thread(os.open, self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, folder)
+            orders, self._control = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            stack.callback(os.close, orders)
+            stack.callback(self._end_control)
+            self._paused = False
+            self._tell_worker()
+            descriptors = {WORKER_FOLDER: folder, WORKER_CONTROL: orders}
+            done = await processes.run(_WORKER, descriptors=descriptors, environment={})
         return msgspec.json.decode(done.stdout, type=_Left)
+
+    def _end_control(self) -> None:
+        os.close(self._control)
+        self._control = -1
 
     def _tell(self, left: _Left) -> None:
         """Log what could not be removed, each thing once."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from host import set_aside
-from host.errors import LimitError, PodkeelError, WrongStateError
+from host.errors import NoSpaceError, PodkeelError, WrongStateError
 from host.set_aside import SetAside, UnreadableRow
 from host.tasks import wait_out
 
@@ -68,8 +68,8 @@ class Database:
         """Run ``work`` on the writer thread; returns its result once it is committed.
 
         A caller that is cancelled still waits for the commit (well under a millisecond), so that what follows knows
-        where it stands. Raises what ``work`` raises, LimitError when the disk is full, and PodkeelError when it refuses
-        the commit otherwise.
+        where it stands. Raises what ``work`` raises, NoSpaceError when the disk is full, and PodkeelError when it
+        refuses the commit otherwise.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -183,7 +183,7 @@ class Database:
 
 def _described(path: Path, error: sqlite3.DatabaseError) -> PodkeelError:
     if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-        return LimitError(f"store {path} could not be written: no space is left on its file system, free some")
+        return NoSpaceError(f"store {path} could not be written: no space is left on its file system, free some")
     return PodkeelError(f"store {path} could not be read or written: {error}")
 
 

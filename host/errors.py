@@ -47,6 +47,10 @@ class LimitError(PodkeelError):
     """A limit of the node or of the configuration is reached."""
 
 
+class NoSpaceError(LimitError):
+    """A disk is full, or a quota of it."""
+
+
 class DeadlineError(PodkeelError):
     """The work did not finish in its time."""
 

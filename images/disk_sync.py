@@ -8,7 +8,7 @@ import errno
 import os
 from pathlib import Path
 
-from host.errors import LimitError, PodkeelError
+from host.errors import NoSpaceError, PodkeelError
 from host.threads import in_long_thread
 
 
@@ -24,7 +24,7 @@ class DiskSync:
     async def flush(self) -> None:
         """Return once all that was written before the call is on the disk.
 
-        Raises LimitError if there is no room for it, PodkeelError if it cannot be written.
+        Raises NoSpaceError if there is no room for it, PodkeelError if it cannot be written.
         """
         before = self._begun
         async with self._lock:
@@ -34,7 +34,7 @@ class DiskSync:
             try:
                 await in_long_thread(sync_file_system, self._folder)
             except OSError as error:
-                kind = LimitError if error.errno in (errno.ENOSPC, errno.EDQUOT) else PodkeelError
+                kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else PodkeelError
                 raise kind(f"{self._folder} could not be written to the disk: {error.strerror}") from error
             self._last_good = self._begun
 

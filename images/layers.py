@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from host.database import Database
-from host.errors import LimitError, PodkeelError
+from host.errors import LimitError, NoSpaceError, PodkeelError
 from host.tasks import SingleFlight
 from host.threads import in_image_thread, in_long_thread
 from images import layer_rows
@@ -47,6 +47,7 @@ class LayerStore:
     """
 
     def __init__(self, options: ImageOptions, data_dir: Path, database: Database, trash: Trash) -> None:
+        self._options = options
         self._folders = LayerFolders(data_dir)
         self._database = database
         self._trash = trash
@@ -187,6 +188,39 @@ class LayerStore:
                 self.retain((layer.number,))
                 return layer
 
+    async def obtain_all(self, sources: Sequence[LayerSource], subject: str) -> list[Layer]:
+        """The layers of the image ``subject``, lowest first, each as ``obtain`` gives it.
+
+        Raises LimitError as soon as they take more than ``images.max_image_bytes``.
+        """
+        most = self._options.max_image_bytes
+        used = sum(max(0, source.descriptor.size) for source in sources)
+        if used > most:
+            raise LimitError(f"{subject} is over the limits: its compressed layers have {used} bytes, {_limit(most)}")
+        used = 0
+
+        async def counted(source: LayerSource, below: Sequence[asyncio.Future[Layer]]) -> Layer:
+            nonlocal used
+            layer = await self.obtain(source, below)
+            used += layer.used_bytes
+            if used > most:
+                await self.release((layer.number,))
+                raise LimitError(f"{subject} is over the limits: its layers take {used} bytes and more, {_limit(most)}")
+            return layer
+
+        tasks: list[asyncio.Task[Layer]] = []
+        for source in sources:
+            tasks.append(asyncio.create_task(counted(source, tuple(tasks))))
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            done = [task.result() for task in tasks if not task.cancelled() and task.exception() is None]
+            await self.release([layer.number for layer in done])
+            raise
+
     def settle(self, numbers: Iterable[int]) -> None:
         """An image has them now, so that no pull of theirs can break off any more."""
         self._new.difference_update(numbers)
@@ -201,7 +235,7 @@ class LayerStore:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                raise LimitError(f"{source.subject} could not be unpacked, the disk is full: {error}") from error
+                raise NoSpaceError(f"{source.subject} could not be unpacked, the disk is full: {error}") from error
 
     def add(self, layer: Layer, *, new: bool) -> None:
         """There is one more; ``new`` if a pull made it that may yet break off."""
@@ -297,7 +331,7 @@ class LayerStore:
 
         All partial blobs go if there was no room, and this returns when there is.
         """
-        if isinstance(error, LimitError):
+        if isinstance(error, NoSpaceError):
             await self.partials.drop_all()
             await self._trash.emptied()
         else:
@@ -315,3 +349,7 @@ class LayerStore:
             f"{name}:{path.name}" for name in ("sha256", "sha512") for path in (self._folders.content / name).iterdir()
         ]
         return [digest for digest in found if digest not in blobs]
+
+
+def _limit(most: int) -> str:
+    return f"and the limit is {most} (images.max_image_bytes)"

@@ -25,10 +25,10 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     Layers: at most ``max_parallel_downloads`` of them are fetched and unpacked at once, over all pulls; beyond them a
     pull that has none gets one, up to 16 in all. A layer that unpacks to more than ``max_layer_bytes``, holds more than
     ``max_layer_entries`` or takes more than ``max_layer_seconds`` of processor time is refused (or twice as many in
-    which its bytes wait for being written), and so is a compressed archive that unpacks to more than
-    ``max_archive_bytes``. With ``keep_blobs`` the compressed layers stay on disk beside the unpacked ones, which
-    checking, repairing and exporting an image need, and what came of one whose pull broke off stays for
-    ``partial_hours``, so that another pull goes on from there.
+    which its bytes wait for being written). So are an image whose layers take more than ``max_image_bytes``, compressed
+    or unpacked, and a compressed archive that unpacks to more than ``max_archive_bytes``. With ``keep_blobs`` the
+    compressed layers stay on disk beside the unpacked ones, which checking, repairing and exporting an image need, and
+    what came of one whose pull broke off stays for ``partial_hours``, so that another pull goes on from there.
 
     Every program in ``verifier_dir`` is asked before an image is pulled, in containerd's way, and has
     ``verifier_seconds`` to allow it; empty: none is asked. Imported archives are not verified.
@@ -54,6 +54,7 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     max_layer_bytes: int = 64 * GIBIBYTE
     max_layer_entries: int = 2_000_000
     max_layer_seconds: int = 1800
+    max_image_bytes: int = 256 * GIBIBYTE
     max_archive_bytes: int = 256 * GIBIBYTE
     keep_blobs: bool = True
     partial_hours: float = 24.0

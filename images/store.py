@@ -26,7 +26,6 @@ from images.credentials import Credentials
 from images.disk_usage import DiskUsage, disk_usage
 from images.image import Image, ImageConfig, check_linux
 from images.layer import Layer
-from images.layer_source import LayerSource
 from images.layers import LayerStore
 from images.options import ImageOptions
 from images.progress import PullProgress, RunningPull
@@ -284,25 +283,11 @@ class ImageStore:
         layers: list[Layer] = []
         try:
             async with operation.stage("layers"):
-                layers = await self._obtain(candidate.layer_sources())
+                layers = await self._layers.obtain_all(candidate.layer_sources(), candidate.subject)
             async with operation.stage("commit"), self._changing:
                 return await self._commit(candidate, config, tuple(layers))
         finally:
             await self._layers.release([layer.number for layer in layers])
-
-    async def _obtain(self, sources: Iterable[LayerSource]) -> list[Layer]:
-        tasks: list[asyncio.Task[Layer]] = []
-        for source in sources:
-            tasks.append(asyncio.create_task(self._layers.obtain(source, tuple(tasks))))
-        try:
-            return list(await asyncio.gather(*tasks))
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            done = [task.result() for task in tasks if not task.cancelled() and task.exception() is None]
-            await self._layers.release([layer.number for layer in done])
-            raise
 
     async def _commit(self, candidate: Candidate, config: ImageConfig, layers: tuple[Layer, ...]) -> Image:
         record = self._records.get(candidate.id)

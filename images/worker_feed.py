@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import select
@@ -11,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from host.errors import InvalidArgumentError, LimitError
+from host.errors import InvalidArgumentError, LimitError, NoSpaceError, PodkeelError
 from host.threads import in_image_thread
 from images import digests
 from images.manifests import Descriptor
@@ -119,7 +120,7 @@ class WorkerFeed:
             await asyncio.wait((self._busy,))
             self._busy.exception()
             self._busy = None
-        with contextlib.suppress(LimitError):
+        with contextlib.suppress(PodkeelError):
             await in_image_thread(self._save, self._batch)
 
     def _pass_on(self, batch: list[bytes]) -> None:
@@ -153,7 +154,8 @@ class WorkerFeed:
             self._keep.append(batch)
         except OSError as error:
             self._keep = None  # nothing may come after a gap
-            raise LimitError(f"{self._subject} could not be kept: {error.strerror}") from error
+            kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else PodkeelError
+            raise kind(f"{self._subject} could not be kept: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the pipe, which tells the worker that the layer ends here."""

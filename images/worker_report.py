@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from host import processes
-from host.errors import InvalidArgumentError, LimitError, PodkeelError
+from host.errors import InvalidArgumentError, LimitError, NoSpaceError, PodkeelError
 from images.layer_root import LONGEST_NAME, MOST_PARTS
 from images.special_files import DeviceNode
 
@@ -76,7 +76,7 @@ def decode_report(completed: processes.Completed, subject: str) -> WorkerReport:
         case "limit":
             raise LimitError(f"{subject} is over the limits: {message}")
         case "space":
-            raise LimitError(f"{subject} could not be unpacked, the disk is full: {message}")
+            raise NoSpaceError(f"{subject} could not be unpacked, the disk is full: {message}")
     raise PodkeelError(f"{subject} could not be unpacked: {message}")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from host.errors import InvalidArgumentError, KubeletReasonError, PermissionDeniedError
+from host.errors import InvalidArgumentError, KubeletReasonError, LimitError, PermissionDeniedError
 from host.processes import end_child, open_process, spawn
 from tests.integration.images.conftest import Node
 from tests.integration.images.test_restart import PROGRAM
@@ -309,3 +309,33 @@ async def test_access_that_is_refused_stays_refused(node: Node, front: Front, bu
     front.failures["/blobs/"] = [403] * 20
     with pytest.raises(PermissionDeniedError, match="refused access"):
         await node.store.pull(name(front))
+
+
+async def test_an_image_over_the_limits_takes_nothing_from_others(
+    new_node: NewNode, front: Front, registry: Registry, built: BuiltImage
+) -> None:
+    node = await new_node(max_layer_entries=10)
+    await broken_off(node, front, 1_500_000)
+    left = partials(node)
+    many = BuiltImage((make_tar([entry(f"file{number}", "") for number in range(20)]),))
+    with pytest.raises(LimitError, match="max_layer_entries"):
+        await node.store.pull(registry.push(many, "resumed/many"))
+    assert partials(node) == left
+    assert (await node.store.pull(name(front))).id == built.id
+
+
+async def test_an_image_has_a_limit_as_a_whole(
+    new_node: NewNode, front: Front, registry: Registry, built: BuiltImage
+) -> None:
+    node = await new_node(max_image_bytes=2_000_000)
+    with pytest.raises(LimitError, match=r"compressed layers have 60.*max_image_bytes"):
+        await node.store.pull(name(front))
+    large = [digest for digest, blob in built.blobs()[0].items() if len(blob) > 1_000_000]
+    assert not any(digest in path for digest in large for _, path, _ in front.seen)
+    zeros = BuiltImage(tuple(make_tar([entry(f"zeros{number}", bytes(900_000))]) for number in range(4)))
+    with pytest.raises(LimitError, match=r"layers take .* and more.*max_image_bytes"):
+        await node.store.pull(registry.push(zeros, "resumed/zeros"))
+    await node.forget_partials()
+    assert await node.leftovers() == {}
+    two = BuiltImage(zeros.layers[:2])
+    assert (await node.store.pull(registry.push(two, "resumed/two"))).id == two.id

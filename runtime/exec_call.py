@@ -50,10 +50,14 @@ class _LogEntry(msgspec.Struct):
 
 
 class ExecProcess:
-    """A process in a container that is a child of ours; ``ended`` becomes its exit code, 128 + n after signal n."""
+    """A process in a container that is a child of ours; ``ended`` becomes its exit code, 128 + n after signal n.
 
-    def __init__(self, pid: int) -> None:
+    ``session`` is its session, also if it has just ended: without a terminal it is that of the OCI runtime's call.
+    """
+
+    def __init__(self, pid: int, session: int) -> None:
         self.pid = pid
+        self.session = session
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._pidfd = os.pidfd_open(pid)
         processes.watch_exit(self._pidfd, self._on_end)
@@ -215,7 +219,7 @@ class ExecCall:
                     complaint = complaint.replace(DIRECTORY_BY_DESCRIPTOR, self._directory.path)
                 command = [self._runtime.options.path, "exec", self._container_id]
                 raise CommandError(command, status, naming(self._program, complaint))
-            process = ExecProcess(leader)
+            process = ExecProcess(leader, _parent_and_session(leader)[1] or self._runtime_pid)
         except OSError:  # no descriptor was left to watch it by
             if (leader := _leader(self._pid_file)) is not None:
                 _kill(leader)
@@ -249,7 +253,7 @@ class ExecCall:
         if not starting.cancelled() and starting.exception() is None:
             process = starting.result()
             if not process.ended.done():
-                await in_thread(_kill_session, process.pid, self._pids)
+                await in_thread(_kill_session, process.pid, process.session, self._pids)
                 await asyncio.wait({process.ended}, timeout=_KILL_SECONDS)  # a frozen one dies when it is thawed
 
     def __enter__(self) -> Self:
@@ -269,7 +273,7 @@ def end_abandoned(folder: Path, pids: Callable[[], Sequence[int]]) -> int:
     abandoned = list(folder.glob("exec-*.pid"))
     for pid_file in abandoned:
         if (leader := _leader(pid_file)) is not None:
-            _kill_session(leader, pids)
+            _kill_session(leader, _parent_and_session(leader)[1] if leader in pids() else leader, pids)
         pid_file.unlink()
     for console in folder.glob("exec-*.tty"):
         console.unlink()
@@ -284,9 +288,12 @@ def _leader(pid_file: Path) -> int | None:
         return None
 
 
-def _kill_session(leader: int, pids: Callable[[], Sequence[int]]) -> None:
-    """SIGKILL to ``leader``, its session and its descendants among ``pids``, until none is left."""
-    doomed = {leader}
+def _kill_session(leader: int, session: int, pids: Callable[[], Sequence[int]]) -> None:
+    """SIGKILL to ``leader``, its ``session`` and its descendants among ``pids``, until none is left.
+
+    What it was making while it was killed is nobody's child any more, but of its session.
+    """
+    doomed = {leader, session} - {0}
     ended: set[int] = set()
     deadline = time.monotonic() + _KILL_SECONDS
     while time.monotonic() < deadline:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,19 @@ def test_a_start_that_fails_after_its_client_left_is_over(tmp_path: Path) -> Non
     before = exec_call._strays._starting
     asyncio.run(body())
     assert exec_call._strays._starting == before
+
+
+def test_what_a_command_makes_while_it_is_killed_is_killed_too() -> None:
+    """Its parent is another process by then; the session is that of the OCI runtime's call, whose leader has ended."""
+    inner = "sleep 998 & echo $! $$; exec sleep 999"
+    script = f"sh -c '{inner}' & exec sleep 1000"
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, start_new_session=True) as runtime:
+        assert runtime.stdout is not None
+        orphan, leader = map(int, runtime.stdout.readline().split())
+        try:
+            os.kill(leader, signal.SIGKILL)
+            wait_for(lambda: processes.start_time(leader) is None, what="the end of the command")
+            exec_call._kill_session(leader, runtime.pid, lambda: [orphan])
+            wait_for(lambda: processes.start_time(orphan) is None, what="the end of what it made")
+        finally:
+            processes.kill_group(runtime.pid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import grpc
 
@@ -23,6 +24,7 @@ _CODES: tuple[tuple[type[errors.PodkeelError], grpc.StatusCode], ...] = (
     (errors.PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
     (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
 )
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
@@ -31,6 +33,10 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
         return grpc.StatusCode.RESOURCE_EXHAUSTED, (
             "no file descriptor is left: end streams and commands, or raise LimitNOFILE= of the systemd unit"
         )
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        message = f"{where}{error.strerror}: free some space, or inodes, of that file system"
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, printable(message)
     if not isinstance(error, errors.PodkeelError):
         return grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}): the agent's log has the details"
     code = next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)

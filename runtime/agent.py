@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -40,6 +41,7 @@ from runtime.node import Node
 from runtime.options import RuntimeOptions
 from runtime.pods import PodManager
 from runtime.recovery import Recovery
+from runtime.reserve import Reserve, require_room
 from runtime.schema import MIGRATIONS as RUNTIME_MIGRATIONS
 from runtime.spec.node import probe_node
 from runtime.statistics import Statistics
@@ -98,6 +100,9 @@ class Agent:
         layout.make()
         for folder in (layout.data, layout.run):
             stack.callback(os.close, hold_folder(folder))
+        reserve = Reserve(layout.run / "reserve")
+        await in_thread(reserve.release)
+        await in_thread(require_room, layout.run)
         monitors = Monitors(options.conmon_path, layout)
         await in_thread(settle_store, layout, monitors, self._lost_store)
         database = Database(layout.database, SCHEMAS)
@@ -145,6 +150,7 @@ class Agent:
         stack.push_async_callback(self.statistics.close)
         await self.recovery.run()
         copy.start()
+        await in_thread(reserve.keep)
         node.events.serve()
 
     async def check(self) -> list[Finding]:
@@ -200,6 +206,6 @@ def hold_folder(folder: Path) -> int:
         raise WrongStateError(
             f"folder {folder} is in use by another agent (pid {holder or 'unknown'}): stop it, or use other folders"
         ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # the lock holds without it, also on a full disk
+        os.pwrite(descriptor, f"{os.getpid():<10}\n".encode(), 0)
     return descriptor

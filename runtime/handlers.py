@@ -64,6 +64,8 @@ class Handlers:
             await runtime.probe(options.catatonit_path, cgroup, self._layout.run)
         except PodkeelError as error:
             return error
+        except OSError as error:
+            return PodkeelError(f"it cannot be tried: {error}")
         if not runtime.features.is_crun:
             runtime.exec_prefix = with_umask(options.umask)
         return runtime

@@ -163,7 +163,7 @@ class Lifecycle:
         else:
             record.reason = "OOMKilled" if kills and ended_by_the_kernel(container, exit_record) else "Error"
         if exit_record is None:
-            record.message = "its end was not recorded: its monitor was killed or the node restarted"
+            record.message = self._node.monitors.why_no_exit_record()
         await _end_log(container)
         # What the runtime holds is given back meanwhile: should we die before the commit, conmon's record is there.
         container.cleanup = self._spawn(self.clean_up(container))

@@ -38,6 +38,7 @@ _SHELL = "/bin/sh"
 _SILENCE_INPUT = f'exec <&{_SILENT_DESCRIPTOR} {_SILENT_DESCRIPTOR}<&-; exec "$0" "$@"'
 _SILENCE_BOTH = f'exec <&{_SILENT_DESCRIPTOR} >&0 {_SILENT_DESCRIPTOR}<&-; exec "$0" "$@"'
 _SHOWN_BYTES = 200
+_EXIT_BYTES = 8192  # what conmon needs to write an exit code
 _REOPEN_LOG = b"2 0 0\n"
 _ENVIRONMENT = {
     "_OCI_SYNCPIPE": str(_SYNC_DESCRIPTOR),
@@ -274,6 +275,13 @@ class Monitors:
         except (FileNotFoundError, ValueError):
             return None
         return ExitRecord(code, finished_at, self._layout.container(container_id).out_of_memory.exists())
+
+    def why_no_exit_record(self) -> str:
+        """What a client is told of an end that conmon did not write down."""
+        room = os.statvfs(self._layout.exits)
+        if room.f_bavail * room.f_frsize < _EXIT_BYTES or (room.f_files and not room.f_favail):
+            return f"its end was not recorded: no space is left in {self._layout.exits}, free some"
+        return "its end was not recorded: its monitor was killed or the node restarted"
 
     def forget(self, container_id: str) -> None:
         """Delete a container's exit record; gone already is fine."""

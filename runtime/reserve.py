@@ -1,0 +1,55 @@
+"""Space of the run folder that is kept for the next start, which has to work also when the folder is full."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+
+from host.errors import LimitError
+from runtime.namespaces import remove_whatever
+
+_FILES = 64  # as many inodes are kept
+_FILE_BYTES = 16 * 1024
+
+_log = logging.getLogger("podkeel.agent")
+
+
+class Reserve:
+    """Files in ``folder`` that stand for the space: released when a start begins, kept again once it is over."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def release(self) -> None:
+        """Let the space be used. Blocks."""
+        with contextlib.suppress(OSError):
+            remove_whatever(self._folder)
+
+    def keep(self) -> None:
+        """Take the space; a folder that is too full for it is told. Blocks."""
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            for number in range(_FILES):
+                file = os.open(self._folder / str(number), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    os.posix_fallocate(file, 0, _FILE_BYTES)
+                finally:
+                    os.close(file)
+        except OSError as error:
+            _log.warning("run folder %s: is nearly full, free some space: %s", self._folder.parent, error.strerror)
+
+
+def require_room(folder: Path) -> None:
+    """Raise LimitError if nothing can be written to the file system of ``folder``. Blocks."""
+    probe = folder / f".room-{os.getpid()}"
+    try:
+        probe.write_bytes(b"x" * 4096)
+    except OSError as error:
+        raise LimitError(
+            f"folder {folder}: nothing can be written there ({error.strerror}): free some space and start again"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)

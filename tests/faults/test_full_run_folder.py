@@ -1,0 +1,90 @@
+"""A run folder without space: calls say so, the agent can be restarted, and what is there can be removed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from host import libc, mounts
+from proto.runtime.v1 import cri_pb2
+from tests.support.agent import AgentProcess
+from tests.support.pods import run_container, sandbox_config
+
+_BYTES = 6 << 20
+
+
+class _Filling:
+    """Takes all space, or all inodes, of a file system until it is given back."""
+
+    def __init__(self, folder: Path, *, inodes: bool) -> None:
+        self._folder = folder / "filling"
+        self._inodes = inodes
+
+    def fill(self) -> None:
+        self._folder.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):
+            for number in range(100_000):
+                file = self._folder / str(number)
+                if self._inodes:
+                    file.touch()
+                elif number:
+                    with (self._folder / "0").open("ab", buffering=0) as grown:
+                        while grown.write(bytes(4096)) == 4096:
+                            pass
+
+    def give_back(self) -> None:
+        for file in self._folder.iterdir():
+            file.unlink()
+        self._folder.rmdir()
+
+
+@pytest.fixture(params=["space", "inodes"])
+def small(request: pytest.FixtureRequest, tmp_path: Path, busybox: Path) -> Iterator[tuple[AgentProcess, _Filling]]:
+    agent = AgentProcess(tmp_path)
+    agent.run.mkdir()
+    libc.mount("small", str(agent.run), "tmpfs", mounts.MS_NOSUID, f"mode=0711,size={_BYTES},nr_inodes=400")
+    filling = _Filling(agent.run, inodes=request.param == "inodes")
+    try:
+        agent.start()
+        agent.import_busybox(busybox)
+        yield agent, filling
+    finally:
+        agent.kill()
+        with contextlib.suppress(FileNotFoundError):
+            filling.give_back()
+        agent.reset()
+
+
+def test_an_agent_with_a_full_run_folder(small: tuple[AgentProcess, _Filling]) -> None:
+    agent, filling = small
+    _, container_id = run_container(agent, "sleep", "1000")
+    filling.fill()
+    with pytest.raises(grpc.RpcError) as refused:
+        for _ in range(20):
+            agent.client.run_sandbox(sandbox_config(agent))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, refused.value.details()
+    assert "No space left" in refused.value.details() or "no space" in refused.value.details()
+    before = agent.log.stat().st_size
+    agent.restart()
+    filling.fill()
+    assert agent.client.status(container_id).state == cri_pb2.CONTAINER_RUNNING
+    handlers = agent.client.call("Status", cri_pb2.StatusRequest()).runtime_handlers
+    assert {handler.name for handler in handlers} >= {"", "crun"}
+    assert "Traceback" not in agent.log.read_text()[before:]
+    agent.client.stop(container_id, 0)
+    agent.client.remove(container_id)
+    containers = agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
+    assert container_id not in [container.id for container in containers]
+    for pod in agent.client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items:
+        agent.client.stop_sandbox(pod.id)
+        agent.client.remove_sandbox(pod.id)
+    filling.give_back()
+    agent.restart()
+    run_container(agent, "true")
+    assert agent.client.findings() == []
+    assert os.statvfs(agent.run).f_bavail * os.statvfs(agent.run).f_frsize < _BYTES - (1 << 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -16,6 +17,8 @@ from images.usage import FilesystemUsage
 from proto.runtime.v1 import cri_pb2
 from runtime.agent import Agent
 
+_log = logging.getLogger("podkeel.images")
+
 
 class ImageService:
     """Images of the node. Errors are mapped by ``cri.methods``."""
@@ -28,7 +31,7 @@ class ImageService:
 
     def _matching(self, wanted: cri_pb2.ImageFilter) -> Iterator[bytes]:
         if self._encoded_revision != self._images.revision:
-            self._encoded = {image.id: lists.encode_item(to_message(image)) for image in self._images.images()}
+            self._encoded = {image.id: _item(image) for image in self._images.images()}
             self._encoded_revision = self._images.revision
         if not wanted.image.image:
             yield from self._encoded.values()
@@ -96,6 +99,15 @@ def to_message(image: Image) -> cri_pb2.Image:
     else:
         message.uid.value = number
     return message
+
+
+def _item(image: Image) -> bytes:
+    """The image as an item of a list; nothing, which leaves it out, if the CRI cannot say what it is."""
+    try:
+        return lists.encode_item(to_message(image))
+    except (ValueError, TypeError) as error:
+        _log.error("image %s: left out of lists: it cannot be told in the CRI's messages: %s", image.id, error)
+        return b""
 
 
 def _information(image: Image) -> str:

@@ -17,6 +17,7 @@ _BELOW_KERNEL = tuple(f"{folder}/" for folder in _KERNEL_FOLDERS)
 _BELOW_HIDDEN = tuple(f"{folder}/" for folder in _HIDDEN_FOLDERS)
 _MOST_TURNS = 128
 _MOST_BYTES = 4096  # PATH_MAX
+_LONGEST_NAME = 255  # NAME_MAX
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -137,6 +138,12 @@ class ContainerPaths:
         if not _is_text(place.path):
             raise InvalidArgumentError(
                 f"{what} {path}: a link leads to a name that is not UTF-8: use an image without it"
+            )
+        names = place.path.encode().split(b"/")
+        if len(place.path.encode()) >= _MOST_BYTES or max(map(len, names)) > _LONGEST_NAME:
+            raise InvalidArgumentError(
+                f"{what} {path[:200]!r} is longer than {_MOST_BYTES - 1} bytes, or a name in it than {_LONGEST_NAME}: "
+                "use a shorter path"
             )
         return place
 

@@ -17,6 +17,7 @@ from runtime.spec.relabel import relabel_all
 from runtime.spec.selinux import Relabel
 from runtime.spec.volume_content import CopyLimits, VolumeCopier
 
+_MOST_VOLUMES = 500
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -32,10 +33,13 @@ class Volume:
 def image_volumes(paths: Iterable[str], rootfs: Path, container_folder: Path, label: str = "") -> list[Volume]:
     """One volume per path.
 
-    Raises InvalidArgumentError for one that would cover the root, /dev, its null device, /sys, /proc or what is in
-    /proc, and for one that a link of the image leads into /sys: OCI runtimes look there for what they close, and write
-    there what confines the process.
+    Raises InvalidArgumentError for too many, each of which is a mount, for one that would cover the root, /dev, its
+    null device, /sys, /proc or what is in /proc, and for one that a link of the image leads into /sys: OCI runtimes
+    look there for what they close, and write there what confines the process.
     """
+    paths = tuple(paths)
+    if len(paths) > _MOST_VOLUMES:
+        raise InvalidArgumentError(f"the image has {len(paths)} VOLUMEs: use one with at most {_MOST_VOLUMES}")
     wanted = {container_path("/" + path.lstrip("/"), "VOLUME of the image:") for path in paths}
     image = ContainerPaths(rootfs)
     for path in wanted:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import grpc
 import pytest
 
 from host.untrusted_json import DEEPEST
@@ -207,3 +208,41 @@ def test_documents_have_limits(quiet_log: AgentProcess, scripted: ScriptedRegist
     manifest = {**json.loads(image), "config": descriptor(OCI_CONFIG, config)}
     name = scripted.offer("large", json.dumps(manifest).encode(), kind, config)
     refused("INVALID_ARGUMENT", "larger than 8388608", call=lambda: pull(quiet_log, name))
+
+
+ODD_CONFIGS: dict[str, dict[str, object]] = {
+    "NUL in a variable": {"Env": ["A=\x00"]},
+    "NUL in a command": {"Entrypoint": ["sh\x00", "-c", "true"]},
+    "NUL in a working directory": {"WorkingDir": "/a\x00b"},
+    "NUL in a user": {"User": "a\x00b"},
+    "NUL in a volume": {"Volumes": {"/a\x00b": {}}},
+    "no such signal": {"StopSignal": "SIGFOO"},
+    "signal beyond numbers": {"StopSignal": "99999999999999999999"},
+    "NUL in a signal": {"StopSignal": "SIG\x00TERM"},
+    "group beyond numbers": {"User": "0:99999999999999999999"},
+    "long working directory": {"WorkingDir": "/" + "a/" * 5000},
+    "long volume": {"Volumes": {"/" + "a" * 300: {}}},
+    "many volumes": {"Volumes": {f"/v{number}": {} for number in range(20_000)}},
+    "long variable": {"Env": ["A=" + "x" * 300_000]},
+}
+
+
+@pytest.mark.parametrize("name", ODD_CONFIGS)
+def test_what_a_config_asks_for_is_no_internal_error(
+    quiet_log: AgentProcess, scripted: ScriptedRegistry, name: str
+) -> None:
+    agent = quiet_log
+    reference = scripted.offer_image("odd", {"config": {"Cmd": ["/bin/true"], **ODD_CONFIGS[name]}})
+    pull(agent, reference)
+    try:
+        status(agent, reference)
+        sandbox = sandbox_config(agent)
+        sandbox_id = agent.client.run_sandbox(sandbox)
+        config = container_config("main", image=reference)
+        try:
+            container_id = agent.client.create(sandbox_id, config, sandbox)
+            agent.client.start(container_id)
+        except grpc.RpcError as error:
+            assert error.code().name in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"), error.details()
+    finally:
+        remove(agent, reference)

@@ -38,15 +38,28 @@ def limit() -> int:
 def left() -> int:
     """How many more can be opened."""
     try:
-        opened = _FOLDER.stat().st_size or len(tuple(_FOLDER.iterdir()))  # the size is their number from Linux 6.2 on
+        opened = _FOLDER.stat().st_size or _count()  # the size is their number from Linux 6.2 on
     except OSError:  # not even one for looking
         return 0
     return max(0, limit() - opened)
 
 
+def _count() -> int:
+    """How many are open. Where many are left, the size of the kernel's table will do, which is no less."""
+    with open("/proc/self/status", "rb") as status:
+        table = next((int(line.split()[1]) for line in status if line.startswith(b"FDSize:")), 0)
+    if table and limit() - table >= max(Use, key=lambda use: use.value).value * _reserve():
+        return table
+    return len(tuple(_FOLDER.iterdir()))
+
+
+def _reserve() -> int:
+    return min(_MOST, limit() // 8)
+
+
 def scarce(use: Use = Use.STREAMS_AND_IMAGES) -> bool:
     """Whether there are too few for ``use``."""
-    return left() < use.value * min(_MOST, limit() // 8)
+    return left() < use.value * _reserve()
 
 
 def require(what: str, use: Use = Use.STREAMS_AND_IMAGES) -> None:

@@ -65,6 +65,7 @@ class BuiltInNetwork:
         self._ports = registry or PortRegistry()
         self._reservations: dict[str, _Reservation] = {}
         self._unfinished: set[str] = set()
+        self._ranges_in_kernel: set[IPNetwork] = set()
         self._gate = Gate()
         # Starting a thread holds the loop until it runs, and the kernel makes one link after another anyway.
         self._connecting = asyncio.Semaphore(_CONNECTING_AT_ONCE)
@@ -177,6 +178,8 @@ class BuiltInNetwork:
         ``live`` must name every sandbox that may have a network, those that are being made too.
         """
         kernel = self._started()
+        if set(self._book.in_use()) != self._ranges_in_kernel:
+            await self._ensure()  # the last pod of a former range has ended
         async with self._gate.closed():
             unfinished = set(self._unfinished)
             listing = await ruleset.listing(self.options.bridge)
@@ -277,8 +280,10 @@ class BuiltInNetwork:
                 _log.warning(
                     "%d links were no ports of bridge %s any more, or down: they are again", len(lost), kernel.name
                 )
-            script = await threads.in_network_thread(self._script, self._book.in_use(), attachments)
+            ranges = self._book.in_use()
+            script = await threads.in_network_thread(self._script, ranges, attachments)
             await ruleset.load(script)
+            self._ranges_in_kernel = set(ranges)
 
     async def _restore_tables(self) -> None:
         _log.warning("nftables tables %s were removed by somebody: they are made again", self.options.bridge)

@@ -19,7 +19,7 @@ from typing import Self
 import msgspec
 
 from host import processes, untrusted_json
-from host.errors import CommandError, DeadlineError
+from host.errors import CommandError, DeadlineError, InvalidArgumentError
 from host.null_device import open_private_null
 from host.priority import run_before_children
 from host.reaping import reap
@@ -28,7 +28,7 @@ from host.threads import in_thread
 from host.untrusted_json import JsonError
 from runtime.console_socket import ConsoleSocket
 from runtime.directory_probe import DIRECTORY_BY_DESCRIPTOR, DIRECTORY_DESCRIPTOR
-from runtime.oci_runtime import OciRuntime, naming
+from runtime.oci_runtime import OciRuntime, cannot_run_program, naming, plain_message
 from runtime.working_directory import WorkingDirectory
 
 _PROCESS_DESCRIPTOR = 3
@@ -217,6 +217,8 @@ class ExecCall:
                 complaint = _errors_in(os.pread(self._log_file, _LOG_BYTES, 0))
                 if self._directory is not None:
                     complaint = complaint.replace(DIRECTORY_BY_DESCRIPTOR, self._directory.path)
+                if cannot_run_program(complaint):
+                    raise InvalidArgumentError(naming(self._program, plain_message(complaint)))
                 command = [self._runtime.options.path, "exec", self._container_id]
                 raise CommandError(command, status, naming(self._program, complaint))
             process = ExecProcess(leader, _parent_and_session(leader)[1] or self._runtime_pid)

@@ -33,7 +33,7 @@ from runtime.exec_call import ExecCall
 from runtime.lifecycle import begin
 from runtime.logs import LogFile, LogLink, append_from_now_on, has_open
 from runtime.node import Node
-from runtime.oci_runtime import OciRuntime
+from runtime.oci_runtime import OciRuntime, plain_message, refused_limit
 from runtime.sandbox import ProcessName
 from runtime.spec import oci
 from runtime.spec.resources import oom_score_adj, resources
@@ -192,6 +192,10 @@ class Execution:
                 raise LimitError(
                     f"{container.title}: the kernel cannot reclaim enough of its memory for the new limit: "
                     "raise the limit or restart the container"
+                ) from error
+            if isinstance(error, CommandError) and refused_limit(error.output):
+                raise InvalidArgumentError(
+                    f"the kernel refuses one of these limits: {plain_message(error.output)}"
                 ) from error
             raise
 

@@ -32,6 +32,12 @@ _CANNOT_RUN = re.compile(
     r"|^exec container process |(^|: )exec: \"|(^|: )exec /\S+: ",
     re.IGNORECASE | re.MULTILINE,
 )
+# What the kernel says of a cgroup's file where a limit makes no sense, and the runtimes of one that ends them at once.
+_REFUSED_LIMIT = re.compile(
+    r"""writ\w+ .*(cpu|cpuset|memory|pids|hugetlb|blkio|io)\.[\w.]+.*: (invalid argument|.* result out of range)"""
+    r"""|memory limit (could be )?too low""",
+    re.IGNORECASE | re.DOTALL,
+)
 _LOGFMT_ERROR = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')
 
 
@@ -206,6 +212,11 @@ def _features_by_version(line: str) -> RuntimeFeatures:
     match = re.match(r"crun version (\d+)\.(\d+)", line)
     able = match is not None and (int(match[1]), int(match[2])) >= (1, 8)
     return RuntimeFeatures(recursive_read_only_mounts=able, user_namespaces=able, version=line)
+
+
+def refused_limit(complaint: str) -> bool:
+    """Whether an OCI runtime complains of a limit that the kernel refuses, or that leaves it no memory to begin."""
+    return _REFUSED_LIMIT.search(complaint) is not None
 
 
 def naming(program: str, complaint: str) -> str:

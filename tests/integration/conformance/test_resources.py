@@ -86,7 +86,7 @@ def test_update_that_fails_halfway_changes_nothing(pod: Pod) -> None:
     change = Limits(cpu_period=100000, cpu_quota=30000, cpu_shares=256, cpuset_cpus="9999")
     change.memory_limit_in_bytes = 64 << 20
     before = _kernel(pod, container_id)
-    with refused(grpc.StatusCode.INTERNAL, "cpuset"):
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "cpuset"):
         _update(pod, container_id, change)
     assert _kernel(pod, container_id) == before
     assert not pod.agent.client.status(container_id).resources.linux.ListFields()

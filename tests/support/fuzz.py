@@ -7,6 +7,8 @@ import random
 import time
 from collections.abc import Iterator
 
+_INTERESTING = (0, 1, 7, 8, 0x7F, 0x80, 0xFE, 0xFF)
+
 
 def seconds(usually: float) -> float:
     """The seconds of one target, which ``usually`` takes so many."""
@@ -19,3 +21,22 @@ def rounds(duration: float) -> Iterator[int]:
     yield random.SystemRandom().randrange(1 << 48)
     while time.monotonic() < end:
         yield random.SystemRandom().randrange(1 << 48)
+
+
+def changed(generator: random.Random, data: bytes) -> bytes:
+    """Some bytes changed, cut out, doubled or put in."""
+    mutated = bytearray(data)
+    for _ in range(generator.randrange(1, 8)):
+        position = generator.randrange(len(mutated) + 1)
+        change = generator.randrange(5)
+        if change == 0 and position < len(mutated):
+            mutated[position] = generator.choice(_INTERESTING)
+        elif change == 1 and position < len(mutated):
+            mutated[position] ^= 1 << generator.randrange(8)
+        elif change == 2:
+            del mutated[position : position + generator.randrange(1, 20)]
+        elif change == 3:
+            mutated[position:position] = mutated[position : position + generator.randrange(1, 60)]
+        else:
+            mutated[position:position] = generator.randbytes(generator.randrange(1, 12))
+    return bytes(mutated)

@@ -5,7 +5,6 @@ The seconds of ``PODKEEL_FUZZ_SECONDS`` (default 2) are shared by the targets.
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable
@@ -18,30 +17,11 @@ from cri.streaming.http_upgrade import HttpError, HttpUpgrade
 from cri.streaming.spdy_events import SessionFailed
 from cri.streaming.spdy_session import SpdyLimits, SpdySession
 from cri.streaming.websocket_link import ChannelSocket
+from tests.support.fuzz import changed, seconds
 from tests.unit.streaming.test_websocket import VERSION, MemoryLink, request
 
 RECORDINGS = Path(__file__).parents[2] / "data" / "streams"
-SECONDS = float(os.environ.get("PODKEEL_FUZZ_SECONDS", "2"))
-INTERESTING = (0, 1, 7, 8, 0x7F, 0x80, 0xFE, 0xFF)
-
-
-def mutate(generator: random.Random, data: bytes) -> bytes:
-    """Some bytes changed, cut out, doubled or put in."""
-    mutated = bytearray(data)
-    for _ in range(generator.randrange(1, 8)):
-        position = generator.randrange(len(mutated) + 1)
-        change = generator.randrange(5)
-        if change == 0 and position < len(mutated):
-            mutated[position] = generator.choice(INTERESTING)
-        elif change == 1 and position < len(mutated):
-            mutated[position] ^= 1 << generator.randrange(8)
-        elif change == 2:
-            del mutated[position : position + generator.randrange(1, 20)]
-        elif change == 3:
-            mutated[position:position] = mutated[position : position + generator.randrange(1, 60)]
-        else:
-            mutated[position:position] = generator.randbytes(generator.randrange(1, 12))
-    return bytes(mutated)
+SECONDS = seconds(2)
 
 
 def in_pieces(generator: random.Random, data: bytes) -> list[bytes]:
@@ -134,7 +114,7 @@ def test_mutated_bytes(target: Callable[[random.Random, bytes], None], seeds: Ca
     tries = 0
     while time.monotonic() < end:
         generator = random.Random(number + tries)
-        data = mutate(generator, generator.choice(corpus))
+        data = changed(generator, generator.choice(corpus))
         try:
             target(generator, data)
         except Exception as error:

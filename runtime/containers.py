@@ -27,7 +27,7 @@ from runtime.log_fields import of_container
 from runtime.mapped_volumes import bind_all
 from runtime.monitor import MonitorRequest, RuntimeRefusedError, StartingMonitor
 from runtime.node import Node
-from runtime.oci_runtime import OciRuntime, cannot_run_program, naming, refused_limit
+from runtime.oci_runtime import OciRuntime, cannot_run_program, naming, refused_request
 from runtime.root_mounts import mount_image_volumes, mount_root, status_mounts, unmount_all
 from runtime.sandbox import Sandbox, SandboxState
 from runtime.spec.builder import ContainerSpec, SpecRequest, build
@@ -181,8 +181,8 @@ class ContainerManager:
         except RuntimeRefusedError as error:
             unrunnable = cannot_run_program(error.message)
             self._node.failures[runtime.name, "run program" if unrunnable else "create"] += 1
-            if not unrunnable and refused_limit(error.message):
-                raise InvalidArgumentError(f"limits of {container.title}: {error.message}") from error
+            if not unrunnable and refused_request(error.message):
+                raise InvalidArgumentError(f"{runtime.options.path} refuses the container: {error.message}") from error
             if not unrunnable:
                 raise
             # Clients expect a program that cannot be run to fail the start, not the making.

@@ -28,8 +28,8 @@ _log = logging.getLogger("podkeel.handlers")
 # What crun, runc and youki say of a program that is not there, or not one. Anything else, a mount that fails say, ends
 # with the same words, so that these alone tell nothing.
 _CANNOT_RUN = re.compile(
-    r"executable file .*not found|open executable|cannot find executable|failed to find executable|exec format error"
-    r"|^exec container process |(^|: )exec: \"|(^|: )exec /\S+: ",
+    r"executable file [\s\S]*not found|open executable|cannot find executable|failed to find executable"
+    r"|exec format error|^exec container process |(^|: )exec: \"|(^|: )exec /\S+: ",
     re.IGNORECASE | re.MULTILINE,
 )
 # What the kernel says of a cgroup's file where a limit makes no sense, and the runtimes of one that ends them at once.
@@ -37,6 +37,12 @@ _REFUSED_LIMIT = re.compile(
     r"""writ\w+ .*(cpu|cpuset|memory|pids|hugetlb|blkio|io)\.[\w.]+.*: (invalid argument|.* result out of range)"""
     r"""|memory limit (could be )?too low""",
     re.IGNORECASE | re.DOTALL,
+)
+# Errors that what was asked for has: a path through a file, say. Nothing of the node makes a runtime say so.
+_REFUSED_REQUEST = re.compile(
+    r"(not a directory|is a directory|file name too long|too many levels of symbolic links|invalid argument|file exists"
+    r"|result out of range|argument list too long)\W*$|\bchdir (to cwd|`)",
+    re.IGNORECASE | re.MULTILINE,
 )
 _LOGFMT_ERROR = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')
 
@@ -217,6 +223,11 @@ def _features_by_version(line: str) -> RuntimeFeatures:
 def refused_limit(complaint: str) -> bool:
     """Whether an OCI runtime complains of a limit that the kernel refuses, or that leaves it no memory to begin."""
     return _REFUSED_LIMIT.search(complaint) is not None
+
+
+def refused_request(complaint: str) -> bool:
+    """Whether what an OCI runtime complains of lies in the request and not in the node."""
+    return refused_limit(complaint) or _REFUSED_REQUEST.search(complaint) is not None
 
 
 def naming(program: str, complaint: str) -> str:

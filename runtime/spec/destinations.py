@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
@@ -95,13 +97,20 @@ def _require_same_kind(plan: _Planned, place: Place) -> None:
     if not place.exists or plan.mount.type != "bind":
         return
     # What is still missing, as the folder of a VOLUME, will be made as a folder.
-    folder = not plan.folder or not Path(plan.folder).exists() or Path(plan.folder).is_dir()
+    folder = not plan.folder or _is_or_will_be_folder(plan.folder)
     if folder is not place.is_folder:
         kinds = ("a file", "a folder")
         raise InvalidArgumentError(
             f"{plan.what} {plan.mount.destination}: {place.path} is {kinds[place.is_folder]} in the container, and "
             f"{plan.folder or 'a volume'} is {kinds[folder]}: mount at another path"
         )
+
+
+def _is_or_will_be_folder(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)  # noqa: PTH116 - a third of what pathlib takes
+    except OSError:
+        return True
 
 
 def _resolved(rootfs: Path, wanted: Sequence[_Planned]) -> tuple[list[str], ContainerPaths, bool]:

@@ -62,10 +62,11 @@ def read_file(root: Path, inside: str) -> bytes:
     """
     try:
         with locate(root, inside) as descriptor:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
                 return b""
             with open(f"/proc/self/fd/{descriptor}", "rb", buffering=0) as file:
-                content = file.read(FILE_LIMIT + 1)
+                content = file.read(min(status.st_size, FILE_LIMIT) + 1)  # no more, as so much is allocated
     except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError as error:

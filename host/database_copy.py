@@ -13,9 +13,10 @@ from pathlib import Path
 from host.database import Database
 from host.threads import in_long_thread
 
-# A copy follows the first change at once; while changes go on, this much is written at most.
+# A copy follows a change after this time, when what was being made is likely done; while changes go on, this much is
+# written at most.
+_DELAY_SECONDS = 0.3
 _BYTES_PER_SECOND = 1_000_000
-_SHORTEST_SECONDS = 0.2
 # Errors that say nothing of a file's content; who opens it next is told.
 _TELL_NOTHING = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN)
 
@@ -48,8 +49,8 @@ class DatabaseCopy:
     async def _follow(self) -> None:
         while True:
             await self._database.changed.wait()
-            size = await self._copy()
-            await asyncio.sleep(max(_SHORTEST_SECONDS, size / _BYTES_PER_SECOND))
+            await asyncio.sleep(_DELAY_SECONDS)
+            await asyncio.sleep(await self._copy() / _BYTES_PER_SECOND)
 
     async def _copy(self) -> int:
         self._database.changed.clear()

@@ -119,6 +119,7 @@ class Agent:
             options=options,
             agent_id=own_id,
             layout=layout,
+            reserve=reserve,
             database=database,
             store=Store(database),
             cgroups=cgroups,

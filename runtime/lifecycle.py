@@ -248,6 +248,7 @@ class Lifecycle:
         if container is None or not container.visible or container.record.state is ContainerState.EXITED:
             return
         operation = begin(container, "StopContainer")
+        self._node.reserve.release_if_short()
         async with operation.stage("signal"):
             if container.record.state is ContainerState.RUNNING:
                 frozen = await in_thread(self._node.cgroups.is_frozen, container.record.cgroup)

@@ -26,6 +26,7 @@ from runtime.layout import Layout
 from runtime.meters import Meters
 from runtime.monitor import Monitors
 from runtime.options import RuntimeOptions
+from runtime.reserve import Reserve
 from runtime.sandbox import Sandbox
 from runtime.spec.node import NodeFacts
 from runtime.store import Store
@@ -47,6 +48,7 @@ class Node:
     options: RuntimeOptions
     agent_id: str
     layout: Layout
+    reserve: Reserve
     database: Database
     store: Store
     cgroups: CgroupTree

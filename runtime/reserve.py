@@ -12,12 +12,17 @@ from runtime.namespaces import remove_whatever
 
 _FILES = 64  # as many inodes are kept
 _FILE_BYTES = 16 * 1024
+_SHORT_BYTES = 64 * 1024
+_SHORT_FILES = 16
 
 _log = logging.getLogger("podkeel.agent")
 
 
 class Reserve:
-    """Files in ``folder`` that stand for the space: released when a start begins, kept again once it is over."""
+    """Files in ``folder`` that stand for the space: released when a start begins, kept again once it is over.
+
+    They are also released for containers that are stopped while the folder is full.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -26,6 +31,14 @@ class Reserve:
         """Let the space be used. Blocks."""
         with contextlib.suppress(OSError):
             remove_whatever(self._folder)
+
+    def release_if_short(self) -> None:
+        """Let the space be used if there is hardly another: conmon is about to write down how a container ended."""
+        with contextlib.suppress(OSError):
+            room = os.statvfs(self._folder)
+            if room.f_bavail * room.f_frsize < _SHORT_BYTES or (room.f_files and room.f_favail < _SHORT_FILES):
+                _log.warning("run folder %s: is full, free some space", self._folder.parent)
+                self.release()
 
     def keep(self) -> None:
         """Take the space; a folder that is too full for it is told. Blocks."""

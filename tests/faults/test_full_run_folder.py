@@ -77,6 +77,8 @@ def test_an_agent_with_a_full_run_folder(small: tuple[AgentProcess, _Filling]) -
     assert {handler.name for handler in handlers} >= {"", "crun"}
     assert "Traceback" not in agent.log.read_text()[before:]
     agent.client.stop(container_id, 0)
+    status = agent.client.status(container_id)
+    assert (status.exit_code, status.message) == (137, "")
     agent.client.remove(container_id)
     containers = agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
     assert container_id not in [container.id for container in containers]

@@ -343,7 +343,7 @@ def _monitor_request(node: Node, container: Container, runtime: OciRuntime) -> M
         terminal=config.tty,
         stdin=config.stdin,
         stdin_once=config.stdin_once,
-        node_devices=any(posixpath.normpath(mount.container_path) == "/dev" for mount in config.mounts),
+        node_devices=any(posixpath.normpath("/" + m.container_path.lstrip("/")) == "/dev" for m in config.mounts),
     )
 
 

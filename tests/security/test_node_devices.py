@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import stat
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -179,6 +180,20 @@ def test_volume_in_the_place_of_kernel_files_is_refused(
         start(quiet_log, handler, config, user_namespace=False)
 
 
+def test_volume_that_a_link_leads_to_the_null_device_is_refused(
+    quiet_log: AgentProcess, handler: str, tmp_path: Path
+) -> None:
+    """OCI runtimes hide files behind it (CVE-2025-31133)."""
+    link = tarfile.TarInfo("hidden")
+    link.type, link.linkname = tarfile.SYMTYPE, "/dev/null"
+    image = import_image(quiet_log, tmp_path, "linked-null", [(link, b"")])
+    (tmp_path / "file").write_text("shown instead of what is hidden")
+    config = like_kubelets("main", image=image)
+    config.mounts.add(container_path="/hidden", host_path=str(tmp_path / "file"))
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "/dev/null can only be a null device"):
+        start(quiet_log, handler, config, user_namespace=False)
+
+
 @pytest.mark.parametrize("place", ["/dev", "/sys", "/proc", "/dev/null"])
 def test_volume_of_an_image_in_the_place_of_kernel_files_is_refused(
     quiet_log: AgentProcess, tmp_path: Path, place: str
@@ -200,7 +215,7 @@ def test_node_s_own_dev_at_dev_stays_untouched(
     if streams == "terminal" and not Path("/dev/console").exists():
         pytest.skip("the node has no /dev/console, over which OCI runtimes mount the terminal")
     config = like_kubelets("main", tty=streams == "terminal")
-    config.mounts.add(container_path="/dev", host_path="/dev")
+    config.mounts.add(container_path="/dev" if privileged else "//dev/.", host_path="/dev")
     config.linux.security_context.run_as_user.value = uid
     ours = start(quiet_log, handler, config, user_namespace=False, privileged=privileged)
     process = Path(f"/proc/{init_pid(quiet_log, ours.container_id)}")

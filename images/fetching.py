@@ -50,7 +50,7 @@ class LayerFetcher:
             if self._options.keep_blobs and source.resumable:
                 turn = self._partials.turn(source.descriptor.digest, source.origin.registry)
                 alone = await stack.enter_async_context(turn)
-            slot = await stack.enter_async_context(self.slots.slot(source.origin, source.subject))
+            slot = await stack.enter_async_context(self.slots.slot(source.origin, source.subject, source.wanted))
             keep = None
             if alone:
                 keep = await stack.enter_async_context(self._partials.opened(source.descriptor.digest, kept))

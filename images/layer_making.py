@@ -145,7 +145,7 @@ class LayerMaker:
         if any(layer.cancelled() or layer.exception() is not None for layer in below):
             raise PodkeelError(f"{source.subject}: a layer below it could not be unpacked")
         lower = [self._folders.files(layer.result().number) for layer in below]
-        async with self._fetcher.slots.slot(source.origin, source.subject):
+        async with self._fetcher.slots.slot(source.origin, source.subject, source.wanted):
             for begin in range(0, len(implied), _BATCH):
                 await in_long_thread(inherit, files, lower, implied[begin : begin + _BATCH])
 
@@ -153,7 +153,7 @@ class LayerMaker:
         """What takes the place of the blob when the layer is checked; empty where blobs are kept."""
         if self._options.keep_blobs:
             return ""
-        async with self._fetcher.slots.slot(source.origin, source.subject):
+        async with self._fetcher.slots.slot(source.origin, source.subject, source.wanted):
             return (await look_at(files)).digest
 
     async def _publish(self, source: LayerSource, layer: Layer, making: Path, incoming: Path) -> None:

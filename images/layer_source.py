@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Hashable
 from dataclasses import dataclass, field
 
 from images.manifests import Descriptor
@@ -28,3 +28,8 @@ class LayerSource:
     def key(self) -> tuple[str, str]:
         """What others who want it from the same registry have too."""
         return self.chain_id, self.origin.registry
+
+    @property
+    def wanted(self) -> tuple[Hashable, ...]:
+        """What pulls that need this layer wait for: the layer itself, and its blob."""
+        return (self.key, *filter(None, (self.descriptor.digest,)))

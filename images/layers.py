@@ -180,7 +180,8 @@ class LayerStore:
             layer = self._by_chain.get(source.chain_id)
             if layer is None:
                 try:
-                    layer = await self._making.by_turns(source.key, lambda: self._make(source, below))
+                    with self.fetcher.slots.want(source.wanted, source.origin):
+                        layer = await self._making.by_turns(source.key, lambda: self._make(source, below))
                 except asyncio.CancelledError:
                     await self._drop_if_unused(source.chain_id)
                     raise

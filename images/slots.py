@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Hashable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -67,6 +67,7 @@ class Slot:
 @dataclass(slots=True, eq=False)
 class _Waiting:
     origin: Origin
+    wanted: tuple[Hashable, ...]
     granted: asyncio.Future[Slot] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -76,6 +77,9 @@ class Slots:
     With few file descriptors left, each pull has one. A free slot goes to the pull that has the fewest, then to the
     registry that has the fewest. When all are taken and a pull has none, the slowest transfer with less than 64 KiB/s
     over half a minute is broken off to make room.
+
+    Pulls may wait for what another pull fetches. They ``want`` it meanwhile, so that it gets a slot also when only they
+    would get one.
     """
 
     def __init__(self, usual: int, most: int = MOST) -> None:
@@ -83,15 +87,31 @@ class Slots:
         self.most = max(usual, most)
         self._running: list[Slot] = []
         self._waiting: list[_Waiting] = []
+        self._wanting: defaultdict[Hashable, Counter[Origin]] = defaultdict(Counter)
         self._watching: asyncio.TimerHandle | None = None
 
+    @contextlib.contextmanager
+    def want(self, wanted: Iterable[Hashable], origin: Origin) -> Iterator[None]:
+        """During the block the pull of ``origin`` wants each of ``wanted``, whoever fetches it."""
+        wanted = tuple(wanted)
+        for one in wanted:
+            self._wanting[one][origin] += 1
+        self._grant()
+        try:
+            yield
+        finally:
+            for one in wanted:
+                self._wanting[one] -= Counter((origin,))
+                if not self._wanting[one]:
+                    del self._wanting[one]
+
     @asynccontextmanager
-    async def slot(self, origin: Origin, subject: str) -> AsyncIterator[Slot]:
-        """A slot for the block, waited for.
+    async def slot(self, origin: Origin, subject: str, wanted: Iterable[Hashable] = ()) -> AsyncIterator[Slot]:
+        """A slot for the block, waited for; it may be that of another pull that wants one of ``wanted``.
 
         Raises KubeletReasonError ``RegistryUnavailable``, naming ``subject``, if the transfer is broken off.
         """
-        slot = await self._granted(origin)
+        slot = await self._granted(_Waiting(origin, tuple(wanted)))
         try:
             async with slot.timeout:
                 yield slot
@@ -106,8 +126,7 @@ class Slots:
         finally:
             self._release(slot)
 
-    async def _granted(self, origin: Origin) -> Slot:
-        waiting = _Waiting(origin)
+    async def _granted(self, waiting: _Waiting) -> Slot:
         self._waiting.append(waiting)
         self._grant()
         try:
@@ -127,15 +146,25 @@ class Slots:
         while self._waiting:
             pulls = Counter(slot.origin for slot in self._running)
             registries = Counter(slot.origin.registry for slot in self._running)
-            first = min(self._waiting, key=lambda waiting: (pulls[waiting.origin], registries[waiting.origin.registry]))
-            most = self.most if not pulls[first.origin] else 0 if descriptors.scarce() else self._usual
+            having = {origin: (pulls[origin], registries[origin.registry]) for origin in self._origins()}
+            first, origin = min(
+                ((waiting, min(self._claimants(waiting), key=having.__getitem__)) for waiting in self._waiting),
+                key=lambda one: having[one[1]],
+            )
+            most = self.most if not pulls[origin] else 0 if descriptors.scarce() else self._usual
             if len(self._running) >= most:
                 break
             self._waiting.remove(first)
-            slot = Slot(first.origin)
+            slot = Slot(origin)
             self._running.append(slot)
             first.granted.set_result(slot)
         self._watch()
+
+    def _claimants(self, waiting: _Waiting) -> set[Origin]:
+        return {waiting.origin}.union(*(self._wanting[one] for one in waiting.wanted if one in self._wanting))
+
+    def _origins(self) -> set[Origin]:
+        return set[Origin]().union(*map(self._claimants, self._waiting))
 
     def _watch(self) -> None:
         if self._watching is None and self._waiting and len(self._running) >= self.most:
@@ -144,7 +173,7 @@ class Slots:
     def _make_room(self) -> None:
         self._watching = None
         having = {slot.origin for slot in self._running}
-        if any(waiting.origin not in having for waiting in self._waiting) and len(self._running) >= self.most:
+        if self._origins() - having and len(self._running) >= self.most:
             slowest = min(self._running, key=Slot.rate)
             if slowest.rate() < _SLOW and not any(slot.timeout.expired() for slot in self._running):
                 slowest.timeout.reschedule(asyncio.get_running_loop().time())

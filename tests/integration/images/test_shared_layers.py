@@ -178,6 +178,26 @@ async def test_nobody_waits_for_another_registry_that_sends_the_layer_slowly(
     assert await node.leftovers() == {}
 
 
+async def test_a_shared_blob_waits_for_no_slot_behind_slow_layers_of_another_pull(
+    node: Node, registry: Registry
+) -> None:
+    slow_layers = [make_tar([entry(f"slow{number}", os.urandom(100_000))]) for number in range(4)]
+    slow = BuiltImage((*slow_layers, SHARED))
+    registry.push(slow, "shared/slow")
+    registry.push(B, "shared/b")
+    async with run_front(registry.host) as front:
+        gate = asyncio.Event()
+        for layer in range(4):
+            front.hold[blob_of(slow, layer)] = gate
+        first = pull(node, front, "slow")
+        await until(lambda: sum("/blobs/" in path for _, path, _ in front.seen) >= 5)  # and the shared one is next
+        async with asyncio.timeout(SOON):
+            assert (await node.store.pull(f"{front.host}/shared/b")).id == B.id
+        assert not first.done()
+        gate.set()
+        assert (await asyncio.wait_for(first, SOON)).id == slow.id
+
+
 async def test_two_registries_that_send_the_same_layer_at_once_make_one(
     node: Node, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,26 @@ async def test_a_free_slot_goes_to_the_pull_and_then_to_the_registry_that_has_th
         await pull.finish()
 
 
+async def test_what_a_pull_wants_that_another_one_fetches_gets_the_slot_of_either() -> None:
+    of = Slots(4, 8)
+    slow = Pull(of, "slow", 4)
+    await settle()
+    begun = asyncio.Event()
+
+    async def shared() -> None:
+        async with of.slot(slow.origin, "shared", ["shared"]) as slot:
+            assert slot.origin is not slow.origin
+            begun.set()
+
+    fetching = asyncio.create_task(shared())
+    await settle()
+    assert not begun.is_set(), "the slow pull has all the slots it may have"
+    with of.want(["shared", "more"], Origin("quick")):
+        await asyncio.wait_for(fetching, 5)
+    assert not of._wanting
+    await slow.finish()
+
+
 async def test_a_pull_that_is_cancelled_while_it_waits_leaves_no_slot_taken() -> None:
     of = Slots(1, 1)
     first, second, third = Pull(of, "a", 1), Pull(of, "b", 1), Pull(of, "c", 1)

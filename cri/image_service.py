@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 import msgspec
 
 from cri import lists
-from host.errors import InvalidArgumentError
+from host.errors import InvalidArgumentError, NotFoundError
 from host.threads import in_stats_thread
 from images.credentials import Credentials
 from images.image import Image, numeric_user
@@ -57,7 +57,11 @@ class ImageService:
             return cri_pb2.ImageStatusResponse()
         response = cri_pb2.ImageStatusResponse(image=to_message(image))
         if request.verbose:
-            response.info["info"] = await in_stats_thread(_information, image)
+            try:
+                config = await self._images.config_file(image)
+            except NotFoundError:
+                return cri_pb2.ImageStatusResponse()
+            response.info["info"] = await in_stats_thread(_information, image, config)
         return response
 
     async def pull_image(self, request: cri_pb2.PullImageRequest) -> cri_pb2.PullImageResponse:
@@ -110,8 +114,8 @@ def _item(image: Image) -> bytes:
         return b""
 
 
-def _information(image: Image) -> str:
-    information = {"chainIDs": image.chain_ids, "imageSpec": msgspec.Raw(image.config_bytes)}
+def _information(image: Image, config: bytes) -> str:
+    information = {"chainIDs": image.chain_ids, "imageSpec": msgspec.Raw(config)}
     return msgspec.json.encode(information).decode(errors="replace")
 
 

@@ -38,7 +38,7 @@ async def export(images: Sequence[tuple[OutgoingImage, Sequence[str]]], path: Pa
         await archive.add_bytes("index.json", msgspec.json.encode(content))
         for image, _ in images:
             await archive.add_bytes(_blob_name(image.digest), image.manifest)
-            await archive.add_bytes(_blob_name(image.config.digest), image.image.config_bytes)
+            await archive.add_bytes(_blob_name(image.config.digest), image.config_bytes)
             for layer, blob in image.layers:
                 await archive.add_file(_blob_name(layer.digest), blob)
         return await archive.end()

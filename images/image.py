@@ -50,8 +50,6 @@ class ImageConfig(msgspec.Struct, frozen=True):
     cmd: tuple[str, ...] = ()
     working_dir: str = ""
     volumes: tuple[str, ...] = ()
-    labels: dict[str, str] = {}
-    exposed_ports: tuple[str, ...] = ()
     stop_signal: str = ""
 
 
@@ -69,7 +67,6 @@ class Image:
     repo_digests: tuple[str, ...]
     size: int
     config: ImageConfig
-    config_bytes: bytes
     layers: tuple[int, ...]
     chain_ids: tuple[str, ...]
     pinned: bool
@@ -115,8 +112,6 @@ def read_config(content: bytes, subject: str) -> ConfigFile:
         cmd=tuple(item or "" for item in fields.cmd or ()),
         working_dir=fields.working_dir or "",
         volumes=tuple(fields.volumes or ()),
-        labels={key: value or "" for key, value in (fields.labels or {}).items()},
-        exposed_ports=tuple(fields.exposed_ports or ()),
         stop_signal=fields.stop_signal or "",
     )
     platform = Platform(raw.os or "", raw.architecture or "", raw.variant or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from host.errors import WrongStateError
+from host.errors import InvalidArgumentError, WrongStateError
 from host.threads import in_image_thread
 from images import digests
 from images.image import Image
@@ -28,6 +29,7 @@ class OutgoingImage:
     manifest: bytes
     manifest_type: str
     config: Descriptor
+    config_bytes: bytes
     layers: tuple[tuple[Descriptor, Path], ...]
 
     @property
@@ -37,7 +39,7 @@ class OutgoingImage:
 
 
 @asynccontextmanager
-async def outgoing(image: Image, manifest: bytes, layers: LayerStore) -> AsyncIterator[OutgoingImage]:
+async def outgoing(image: Image, manifest: bytes, config: bytes, layers: LayerStore) -> AsyncIterator[OutgoingImage]:
     """The image, whose blobs stay on the node during the block also if it is removed meanwhile.
 
     Its manifest is the one it came with where the blobs that this names are kept; otherwise one is written for those
@@ -46,22 +48,26 @@ async def outgoing(image: Image, manifest: bytes, layers: LayerStore) -> AsyncIt
     """
     layers.retain(image.layers)
     try:
-        yield await in_image_thread(_prepare, image, manifest, layers)
+        yield await in_image_thread(_prepare, image, manifest, config, layers)
     finally:
         await layers.release(image.layers)
 
 
-def _prepare(image: Image, content: bytes, layers: LayerStore) -> OutgoingImage:
-    manifest = parse_manifest(content, f"image {image.name}") if image.manifest_digest else None
+def _prepare(image: Image, content: bytes, config_bytes: bytes, layers: LayerStore) -> OutgoingImage:
+    manifest = None
+    if image.manifest_digest:
+        with contextlib.suppress(InvalidArgumentError):  # older versions took what is refused today
+            manifest = parse_manifest(content, f"image {image.name}")
     if manifest is not None and manifest.config is not None:
         found = [(layer, layers.blob(layer.digest)) for layer in manifest.layers]
         kept = tuple((layer, path) for layer, path in found if path is not None)
         if len(kept) == len(found):
-            return OutgoingImage(image, content, manifest.media_type or OCI_MANIFEST, manifest.config, kept)
+            kind = manifest.media_type or OCI_MANIFEST
+            return OutgoingImage(image, content, kind, manifest.config, config_bytes, kept)
     kept = tuple(_kept_layer(image, number, layers) for number in image.layers)
-    config = Descriptor(OCI_CONFIG, image.id, len(image.config_bytes))
+    config = Descriptor(OCI_CONFIG, image.id, len(config_bytes))
     written = Manifest(2, OCI_MANIFEST, config, [descriptor for descriptor, _ in kept])
-    return OutgoingImage(image, _encoded(written), OCI_MANIFEST, config, kept)
+    return OutgoingImage(image, _encoded(written), OCI_MANIFEST, config, config_bytes, kept)
 
 
 def _encoded(manifest: Manifest) -> bytes:

@@ -77,9 +77,7 @@ class _Sender:
 
     async def send_all(self, image: OutgoingImage, tag: str) -> None:
         """The blobs, several at once, then the manifest that makes them an image."""
-        blobs: dict[str, tuple[Descriptor, bytes | Path]] = {
-            image.config.digest: (image.config, image.image.config_bytes)
-        }
+        blobs: dict[str, tuple[Descriptor, bytes | Path]] = {image.config.digest: (image.config, image.config_bytes)}
         blobs |= {layer.digest: (layer, path) for layer, path in image.layers}
         tasks = [asyncio.create_task(self._send(*blob)) for blob in blobs.values()]
         try:

@@ -68,10 +68,12 @@ class Shipping:
 
     @asynccontextmanager
     async def _outgoing(self, image: Image) -> AsyncIterator[OutgoingImage]:
-        rows = await in_image_thread(self._database.read, "SELECT manifest FROM images WHERE id = ?", (image.id,))
+        statement = "SELECT manifest, config FROM images WHERE id = ?"
+        rows = await in_image_thread(self._database.read, statement, (image.id,))
         if not rows:
             raise NotFoundError(f"image {image.name} was removed meanwhile")
-        async with outgoing(image, rows[0][0], self._layers) as ready:
+        manifest, config = rows[0]
+        async with outgoing(image, manifest, config, self._layers) as ready:
             yield ready
 
 

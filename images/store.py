@@ -52,7 +52,7 @@ class _Record:
     manifest_digest: str
     manifest_bytes: int
     config: ImageConfig
-    config_bytes: bytes
+    config_size: int
     layers: tuple[Layer, ...]
     names: set[str] = field(default_factory=set)
 
@@ -244,6 +244,14 @@ class ImageStore:
             self._name(record, [name])
             self._show(record)
 
+    async def config_file(self, image: Image) -> bytes:
+        """The image's configuration as it came; NotFoundError if it was removed meanwhile. It is not kept in memory."""
+        rows = await in_stats_thread(self._database.read, "SELECT config FROM images WHERE id = ?", (image.id,))
+        if not rows:
+            raise NotFoundError(f"image {image.name} was removed meanwhile")
+        content: bytes = rows[0][0]
+        return content
+
     async def disk_usage(self) -> DiskUsage:
         """What each image takes on disk, and what they share."""
         rows = await in_stats_thread(
@@ -298,7 +306,7 @@ class ImageStore:
                 candidate.manifest_digest,
                 len(candidate.manifest),
                 config,
-                candidate.config.content,
+                len(candidate.config.content),
                 layers,
             )
         await self._database.write(lambda connection: image_rows.insert(connection, candidate, layers))
@@ -326,9 +334,8 @@ class ImageStore:
             manifest_digest=record.manifest_digest,
             repo_tags=tuple(name for name in names if "@" not in name),
             repo_digests=tuple(name for name in names if "@" in name),
-            size=sum(layer.used_bytes for layer in record.layers) + len(record.config_bytes) + record.manifest_bytes,
+            size=sum(layer.used_bytes for layer in record.layers) + record.config_size + record.manifest_bytes,
             config=record.config,
-            config_bytes=record.config_bytes,
             layers=tuple(layer.number for layer in record.layers),
             chain_ids=tuple(layer.chain_id for layer in record.layers),
             pinned=any(fnmatchcase(name, pattern) for name in names for pattern in self._options.pinned),
@@ -359,7 +366,7 @@ class ImageStore:
                 broken.append(image_id)
                 continue
             record = _Record(
-                image_id, manifest_digest, manifest_bytes, config, content, present, names.get(image_id, set())
+                image_id, manifest_digest, manifest_bytes, config, len(content), present, names.get(image_id, set())
             )
             self._records[image_id] = record
             self._names.update(dict.fromkeys(record.names, image_id))

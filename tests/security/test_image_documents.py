@@ -246,3 +246,30 @@ def test_what_a_config_asks_for_is_no_internal_error(
             assert error.code().name in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"), error.details()
     finally:
         remove(agent, reference)
+
+
+def test_large_configs_are_not_kept_in_memory(quiet_log: AgentProcess, scripted: ScriptedRegistry) -> None:
+    agent = quiet_log
+    assert agent.process is not None
+    status_file = Path(f"/proc/{agent.process.pid}/status")
+    names = []
+    try:
+        for number in range(6):
+            text = f"{number}" * (7 << 20)
+            names.append(scripted.offer_image(f"large{number}", {"config": {"Labels": {"text": text}}, "comment": "x"}))
+            pull(agent, names[-1])
+            if number == 0:
+                forget_peak(agent)
+                before = memory(status_file)
+        assert memory(status_file) - before < 32 << 20
+        info = json.loads(status(agent, names[3]).info["info"])
+        assert info["imageSpec"]["config"]["Labels"]["text"] == "3" * (7 << 20)
+    finally:
+        for name in names:
+            remove(agent, name)
+
+
+def memory(status_file: Path) -> int:
+    """Bytes that the process of /proc/<pid>/status has now."""
+    lines = status_file.read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) << 10

@@ -20,7 +20,7 @@ from proto.runtime.v1 import cri_pb2
 
 def image(content: bytes = b"{}") -> Image:
     file = read_config(content, "it")
-    return Image(file.digest, "", ("a.example/b:1",), (), 1, file.config, content, (), (), pinned=False)
+    return Image(file.digest, "", ("a.example/b:1",), (), 1, file.config, (), (), pinned=False)
 
 
 async def test_an_image_that_cannot_be_told_is_left_out() -> None:

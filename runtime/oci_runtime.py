@@ -35,7 +35,7 @@ _CANNOT_RUN = re.compile(
 # What the kernel says of a cgroup's file where a limit makes no sense, and the runtimes of one that ends them at once.
 _REFUSED_LIMIT = re.compile(
     r"""writ\w+ .*(cpu|cpuset|memory|pids|hugetlb|blkio|io)\.[\w.]+.*: (invalid argument|.* result out of range)"""
-    r"""|memory limit (could be )?too low""",
+    r"""|memory limit (could be )?too low|unable to set memory limit""",
     re.IGNORECASE | re.DOTALL,
 )
 # Errors that what was asked for has: a path through a file, say. Nothing of the node makes a runtime say so.

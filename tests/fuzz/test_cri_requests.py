@@ -59,7 +59,7 @@ class Client:
         (self.folder / "there").mkdir(parents=True, exist_ok=True)
         (self.folder / "file").touch()
         self.sandbox = sandbox_config(agent)
-        self.sandbox_id = agent.client.run_sandbox(self.sandbox)
+        self.sandbox_id = agent.client.run_sandbox(self.sandbox, self.random.choice(("crun", "runc")))
         config = container_config("main", "sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done")
         self.container_id = agent.client.create(self.sandbox_id, config, self.sandbox)
         agent.client.start(self.container_id)
@@ -158,9 +158,16 @@ class Client:
         return request
 
     def send(self, name: str) -> None:
-        """One call of that method; fails the test for an answer that no client deserves."""
+        """One call of that method; half of what is created is started as well."""
+        made = self._call(name, self.request(METHODS[name]))
+        if made:
+            self.ids.append(made)
+        if made and name == "CreateContainer" and self.random.random() < 0.5:
+            self._call("StartContainer", cri_pb2.StartContainerRequest(container_id=made))
+
+    def _call(self, name: str, request: Message) -> str:
+        """The id of what the call made, if anything; fails the test for an answer that no client deserves."""
         method = METHODS[name]
-        request = self.request(method)
         code, details, response = grpc.StatusCode.OK, "", None
         try:
             if name == "GetContainerEvents":
@@ -181,9 +188,7 @@ class Client:
         assert code is grpc.StatusCode.OK or details, told
         assert "Traceback" not in details, told
         self.codes[code.name] = self.codes.get(code.name, 0) + 1
-        made = getattr(response, "container_id", "") or getattr(response, "pod_sandbox_id", "")
-        if made:
-            self.ids.append(made)
+        return getattr(response, "container_id", "") or getattr(response, "pod_sandbox_id", "")
 
 
 def test_no_request_is_a_fault_of_the_agent(fuzzed: AgentProcess) -> None:

@@ -56,6 +56,8 @@ def _read(file: Path) -> str:
 def _write(file: Path, known: str) -> None:
     made = file.with_name(f"{file.name}.new")
     try:
+        made.unlink(missing_ok=True)
+        made.touch(mode=0o600)
         made.write_text(f"{known}\n", encoding="ascii")
         made.replace(file)
     except OSError as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from host.procfs import table_lines
 
 _NET = Path("/proc/sys/net")
+_METRIC = re.compile(rb"[0-9a-f]{8}")
 
 
 def ipv6_available() -> bool:
@@ -70,7 +72,7 @@ def ipv4_default_link(lines: Iterable[bytes]) -> str | None:
     defaults = [
         (int(fields[6]), os.fsdecode(fields[0]))
         for fields in routes
-        if len(fields) > 7 and fields[1] == fields[7] == b"00000000"
+        if len(fields) > 7 and fields[1] == fields[7] == b"00000000" and fields[6].isdigit()
     ]
     return min(defaults)[1] if defaults else None
 
@@ -88,7 +90,11 @@ def ipv6_default_link(lines: Iterable[bytes]) -> str | None:
     defaults = [
         (int(fields[5], 16), os.fsdecode(fields[9].strip(b" ")))
         for fields in routes
-        if len(fields) > 9 and fields[0] == b"0" * 32 and fields[1] == b"00" and fields[4] != b"0" * 32
+        if len(fields) > 9
+        and fields[0] == b"0" * 32
+        and fields[1] == b"00"
+        and fields[4] != b"0" * 32
+        and _METRIC.fullmatch(fields[5])
     ]
     return min((route for route in defaults if route[1] != "lo"), default=(0, None))[1]
 

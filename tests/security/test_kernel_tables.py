@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from host import libc, mounts
 from host.mounts import parse_mount_table
@@ -110,3 +113,32 @@ def test_a_table_has_lines_by_newlines_alone(tmp_path: Path) -> None:
     table = tmp_path / "table"
     table.write_bytes(b"a\rb\x85\n\xe2\x80\xa8c\n")
     assert table_lines(str(table)) == [b"a\rb\x85", b"\xe2\x80\xa8c"]
+
+
+_names = st.binary(min_size=1, max_size=60).map(lambda name: name.replace(b"\0", b"").replace(b"/", b"")).filter(bool)
+
+
+def _escaped(name: bytes) -> bytes:
+    """As the kernel shows it (seq_path)."""
+    return re.sub(rb"[ \t\n\\]", lambda found: b"\\%03o" % found[0][0], name)
+
+
+@given(_names, _names, st.lists(st.binary(max_size=40), max_size=3))
+def test_every_name_comes_back_as_it_is_between_lines_of_anything(root: bytes, target: bytes, odd: list[bytes]) -> None:
+    line = b"36 35 98:0 /%s /%s rw - ext4 /dev/x rw" % (_escaped(root), _escaped(target))
+    found = list(parse_mount_table(b"\n".join((*odd, line, *odd))))
+    wanted = (os.fsdecode(b"/" + root), os.fsdecode(b"/" + target))
+    assert wanted in [(entry.root, entry.target) for entry in found]
+
+
+@given(st.binary(max_size=400))
+def test_no_table_of_mounts_or_routes_raises(content: bytes) -> None:
+    list(parse_mount_table(content))
+    ipv4_default_link(content.split(b"\n"))
+    ipv6_default_link(content.split(b"\n"))
+
+
+@given(st.binary(max_size=40), st.binary(max_size=12), st.binary(max_size=40))
+def test_no_default_route_raises(name: bytes, metric: bytes, more: bytes) -> None:
+    ipv4_default_link([b"\t".join((name, b"0" * 8, b"1", b"3", b"0", b"0", metric, b"0" * 8, more))])
+    ipv6_default_link([b" ".join((b"0" * 32, b"00", b"0" * 32, b"00", b"f" * 32, metric, b"1", b"0", b"3", name))])

@@ -15,6 +15,7 @@ from host import mounts, processes
 from tests.integration.images.conftest import Node
 from tests.support.containerd import run_containerd
 from tests.support.image_builder import BuiltImage, busybox_layer, entry, folder, make_tar
+from tests.support.raw_tar import Header, archive, base256, file, pax, record
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:
@@ -98,9 +99,9 @@ def image() -> BuiltImage:
 
 
 @pytest.fixture
-async def ours(node: Node, archive: Path, tmp_path: Path) -> AsyncIterator[Facts]:
+async def ours(node: Node, image_archive: Path, tmp_path: Path) -> AsyncIterator[Facts]:
     """The tree as we unpack it."""
-    (image,) = await node.store.import_archive(archive)
+    (image,) = await node.store.import_archive(image_archive)
     await node.store.snapshots.mount_image("c", image, target=tmp_path / "ours")
     try:
         found = facts(tmp_path / "ours")
@@ -111,7 +112,7 @@ async def ours(node: Node, archive: Path, tmp_path: Path) -> AsyncIterator[Facts
 
 
 @pytest.fixture
-def archive(tmp_path: Path) -> Path:
+def image_archive(tmp_path: Path) -> Path:
     path = tmp_path / "image.tar"
     image().write_oci(path, "localhost/compared:1")
     return path
@@ -123,20 +124,65 @@ def compare(ours: Facts, theirs: Facts) -> None:
 
 
 @needs("umoci", "skopeo")
-async def test_umoci_makes_the_same_tree(ours: Facts, archive: Path, tmp_path: Path) -> None:
+async def test_umoci_makes_the_same_tree(ours: Facts, image_archive: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    copy = ("skopeo", "--insecure-policy", "copy", f"oci-archive:{archive}", f"oci:{tmp_path}/layout:1")
+    copy = ("skopeo", "--insecure-policy", "copy", f"oci-archive:{image_archive}", f"oci:{tmp_path}/layout:1")
     await processes.run(copy, environment=environment, timeout=60)
     unpack = ("umoci", "unpack", "--image", f"{tmp_path}/layout:1", f"{tmp_path}/theirs")
     await processes.run(unpack, environment=environment, timeout=60)
     compare(ours, facts(tmp_path / "theirs/rootfs"))
 
 
+def odd_image() -> BuiltImage:
+    """Layers that test_odd_layers.py has one by one, where both engines take them."""
+    long = "nix/store/" + "a" * 89 + "/bin/"
+    capable = pax(record(b"SCHILY.xattr.user.note", b"kept\0\xff"), record(b"SCHILY.xattr.user.more", b""))
+    base = archive(
+        capable,
+        Header(b"noted", b"5", mode=b"0000750\0", uid=b"0000007\0").encode(),
+        Header(b"b", b"5", mode=b"0000711\0").encode(),
+        pax(record(b"path", b""), record(b"uid", b"")),
+        file(b"own", b"x", uid=b"0000007\0", mtime=b"00000000011\0"),
+        file(b"name", b"1", magic=b"ustar\0\0\0", prefix=b"some/where"),
+        Header(b"signed \xe9", signed=True).encode(),
+        file(b"x/../y", b"1"),
+        file(b"a/b/../../c/./d", b"2"),
+        file(b"slash/", b"content"),
+        file(b"old/", kind=b"\0", mode=b"0000755\0"),
+        pax(record(b"mtime", b"99999999999.5")) + file(b"far"),
+        file(b"base", uid=base256(3_000_000_000, 8), mtime=base256(1 << 33, 12)),
+    )
+    links = make_tar(
+        [
+            *[entry("link", kind=tarfile.SYMTYPE, link="b"), entry("link/f", "1")],
+            *[entry("lost", kind=tarfile.SYMTYPE, link="/d/e"), entry("lost/deep/f", "2")],
+            *[entry("hidden", kind=tarfile.SYMTYPE, link="hiding"), entry("hidden/.wh..wh..opq"), entry("noted/f", "")],
+        ]
+    )
+    names = [make_tar([entry(long + "1", "x"), entry(long + "2", "")], form=form) for form in (1, 2)]
+    return BuiltImage((busybox_layer(), base, links, *names, make_tar([entry("last", "x" * 700)])[: 512 + 700]))
+
+
 @needs("containerd")
-def test_containerd_makes_the_same_tree(ours: Facts, archive: Path, tmp_path: Path) -> None:
+async def test_containerd_makes_the_same_of_odd_layers(node: Node, tmp_path: Path) -> None:
+    odd_image().write_oci(tmp_path / "odd.tar", "localhost/odd:1")
+    (taken,) = await node.store.import_archive(tmp_path / "odd.tar")
+    await node.store.snapshots.mount_image("c", taken, target=tmp_path / "ours")
+    try:
+        with (
+            run_containerd(tmp_path / "containerd") as containerd,
+            containerd.mounted(tmp_path / "odd.tar", "localhost/odd:1", tmp_path / "theirs") as theirs,
+        ):
+            compare(facts(tmp_path / "ours"), facts(theirs))
+    finally:
+        mounts.unmount(tmp_path / "ours")
+
+
+@needs("containerd")
+def test_containerd_makes_the_same_tree(ours: Facts, image_archive: Path, tmp_path: Path) -> None:
     with (
         run_containerd(tmp_path / "containerd") as containerd,
-        containerd.mounted(archive, "localhost/compared:1", tmp_path / "theirs") as theirs,
+        containerd.mounted(image_archive, "localhost/compared:1", tmp_path / "theirs") as theirs,
     ):
         compare(ours, facts(theirs))
     assert mounts.mounts_below(tmp_path) == [str(tmp_path / "ours")]

@@ -22,6 +22,7 @@ from host import mounts, processes
 from host.errors import InvalidArgumentError, PodkeelError
 from host.removal import remove_tree
 from host.threads import in_fresh_thread, in_thread
+from images.worker_syscalls import worker_filter
 from network.addresses import parse_ranges
 from network.cni.configuration import search_folder
 from network.cni.plugin import PluginRunner
@@ -79,7 +80,18 @@ async def _programs(configuration: Configuration) -> list[Check]:
             "catatonit", runtime.catatonit_path, "init of shared PID namespaces", "apt-get install catatonit"
         ),
         await _program("nft", "nft", "it loads the packet rules", "apt-get install nftables"),
+        _libseccomp(),
     ]
+
+
+def _libseccomp() -> Check:
+    try:
+        worker_filter()
+    except PodkeelError as error:
+        return Check(
+            "libseccomp", "fail", f"no layer can be unpacked; {_sentence(error)}", "apt-get install libseccomp2"
+        )
+    return Check("libseccomp", "ok", "filter of the process that unpacks layers")
 
 
 async def _program(name: str, path: str, purpose: str, remedy: str) -> Check:

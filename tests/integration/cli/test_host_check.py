@@ -24,7 +24,17 @@ def checked(folder: Path, **options: object) -> dict[str, Check]:
 
 def test_what_works_here(tmp_path: Path) -> None:
     found = checked(tmp_path)
-    for name in ("conmon", "catatonit", "nft", "cgroups", "overlay", "bridge and veth", "nftables", "kernel"):
+    for name in (
+        "conmon",
+        "catatonit",
+        "nft",
+        "libseccomp",
+        "cgroups",
+        "overlay",
+        "bridge and veth",
+        "nftables",
+        "kernel",
+    ):
         assert found[name].state == "ok", found[name]
     working = [name for name in ("crun", "runc") if found[f"runtime {name}"].state == "ok"]
     assert working

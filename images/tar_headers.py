@@ -33,7 +33,7 @@ _SPARSE = b"GNU.sparse."
 _KEPT_RECORDS = frozenset((b"path", b"linkpath", b"size", b"uid", b"gid", b"mtime"))
 _NO_ID = (1 << 32) - 1  # chown(2) takes it for "leave it"
 _MAJORS, _MINORS = 1 << 12, 1 << 20
-_SECONDS = 1 << 63
+_NANOSECONDS = (1 << 63) * 1_000_000_000
 
 
 class TarError(Exception):
@@ -122,10 +122,10 @@ def fill_in(entry: Entry, fields: tuple[bytes, ...]) -> None:
 
 def check_ranges(entry: Entry) -> None:
     """TarError for what no file of this system can have."""
-    for what, number in (("user", entry.uid), ("group", entry.gid)):
-        if number >= _NO_ID:
-            raise TarError(f"its {what} {number} is out of range, the last is {_NO_ID - 1}")
-    if not -_SECONDS <= entry.mtime // 1_000_000_000 < _SECONDS:
+    if entry.uid >= _NO_ID or entry.gid >= _NO_ID:
+        what, number = ("user", entry.uid) if entry.uid >= _NO_ID else ("group", entry.gid)
+        raise TarError(f"its {what} {number} is out of range, the last is {_NO_ID - 1}")
+    if not -_NANOSECONDS <= entry.mtime < _NANOSECONDS:
         raise TarError(f"its time of {entry.mtime // 1_000_000_000} seconds is out of range")
     major, minor = entry.device
     if major >= _MAJORS or minor >= _MINORS:
@@ -157,7 +157,9 @@ def number_in(field: bytes, *, signed: bool = False) -> int:
         if field[0] & 0x40:
             value -= half
     else:
-        digits = field.strip(b" \0").partition(b"\0")[0].strip()
+        digits = field.strip(b" \0")
+        if not digits.isdigit():
+            digits = digits.partition(b"\0")[0].strip()
         try:
             value = int(digits, 8) if digits else 0
         except ValueError:
@@ -222,6 +224,9 @@ def merged_records(first: Records, second: Records) -> Records:
 def apply_records(entry: Entry, records: Records) -> None:
     """Have size, owner, time and extended attributes say what the extended header says. Raises TarError."""
     values = records.values
+    entry.xattrs = records.xattrs
+    if not values:
+        return
     if b"size" in values and entry.kind not in _HEADER_ONLY:
         entry.size = entry.real_size = decimal(values[b"size"])
     if b"uid" in values:
@@ -230,7 +235,6 @@ def apply_records(entry: Entry, records: Records) -> None:
         entry.gid = decimal(values[b"gid"])
     if b"mtime" in values:
         entry.mtime = _time(values[b"mtime"])
-    entry.xattrs = records.xattrs
 
 
 def _time(text: bytes) -> int:

@@ -159,8 +159,9 @@ class TarReader:
         long_link: bytes | None,
     ) -> Entry:
         entry = Entry(fields[7], header_name(fields), fields[8].partition(b"\0")[0], 0)
-        entry.name = records.values.get(b"path", entry.name)
-        entry.link = records.values.get(b"linkpath", entry.link)
+        if records.values:
+            entry.name = records.values.get(b"path", entry.name)
+            entry.link = records.values.get(b"linkpath", entry.link)
         if long_name is not None:
             entry.name = long_name
         if long_link is not None:

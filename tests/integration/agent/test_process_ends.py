@@ -49,7 +49,7 @@ def test_a_command_that_cannot_run_fails_the_exec(agent: AgentProcess, handler: 
     sandbox_id = client.run_sandbox(sandbox, handler)
     container_id = client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox)
     client.start(container_id)
-    refused("INTERNAL", "/absent", call=lambda: client.exec(container_id, "/absent"))
+    refused("INVALID_ARGUMENT", "/absent", call=lambda: client.exec(container_id, "/absent"))
     refused("INVALID_ARGUMENT", "no command", call=lambda: client.exec(container_id))
     assert client.output(container_id, "echo", "works") == "works\n"
 

@@ -73,7 +73,7 @@ _BAD_SANDBOXES: dict[str, tuple[Callable[[Sandbox], object], str, tuple[str, ...
     "port protocol": (
         lambda c: c.port_mappings.add(host_port=28090, container_port=80, protocol=7),
         "INVALID_ARGUMENT",
-        ("28090", "protocol '7'"),
+        ("port_mappings[0].protocol", "7", "SCTP"),
     ),
     "port address": (
         lambda c: c.port_mappings.add(host_port=28090, container_port=80, host_ip="nowhere"),

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +117,10 @@ def test_exec_in_a_frozen_container_says_so(agent: AgentProcess, handler: str) -
         began = time.monotonic()
         with refused(grpc.StatusCode.FAILED_PRECONDITION, "is frozen"):
             agent.client.exec(container_id, "true")
+        command = agent.command("exec", "--socket", agent.address, container_id, "true")
+        streamed = subprocess.run(command, capture_output=True, text=True, timeout=20 * PATIENCE, check=False)
+        assert streamed.returncode != 0
+        assert "is frozen" in streamed.stderr
         assert time.monotonic() - began < PROMPTLY
     assert agent.client.exec(container_id, "true").exit_code == 0
 

@@ -36,9 +36,11 @@ def test_what_works_here(tmp_path: Path) -> None:
         "kernel",
     ):
         assert found[name].state == "ok", found[name]
-    working = [name for name in ("crun", "runc") if found[f"runtime {name}"].state == "ok"]
+    runtimes = [found[f"runtime {name}"] for name in ("crun", "runc")]
+    # Older ones work too, with the agent looking after working directories for them.
+    working = [one for one in runtimes if one.state == "ok" or "the agent does so for it" in one.detail]
     assert working
-    assert found[f"runtime {working[0]}"].detail.endswith(", the default")
+    assert ", the default" in working[0].detail
 
 
 def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path) -> None:

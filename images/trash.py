@@ -110,7 +110,10 @@ class Trash:
                 os.write(self._control, PAUSE if pause else GO_ON)
 
     def _has_room(self) -> bool:
-        status = os.statvfs(self._folder)
+        try:
+            status = os.statvfs(self._folder)
+        except OSError:
+            return False  # then nothing is to wait either
         return status.f_bavail > _ROOM * status.f_blocks and status.f_favail >= _ROOM * status.f_files
 
     def throw(self, path: Path) -> bool:

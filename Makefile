@@ -5,7 +5,7 @@ SHELL := /bin/bash
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 PYTHON_BIN := .venv/bin/python
-SOURCES := host metrics network images runtime cri cli tests scripts hatch_build.py
+SOURCES := host metrics network images runtime cri cli tests scripts manifests hatch_build.py
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,7 +27,7 @@ lint: setup ## check style and types only
 	@$(PYTHON_BIN) -m ruff check $(wildcard $(SOURCES))
 	@$(PYTHON_BIN) -m ruff format --check $(wildcard $(SOURCES))
 	@$(PYTHON_BIN) -m mypy
-	@$(PYTHON_BIN) -m mypy $(wildcard scripts/*.py)
+	@$(PYTHON_BIN) -m mypy $(wildcard scripts/*.py manifests/nri/*.py)
 
 bench: setup ## measure calls, networks and pulls; PEER=containerd adds it; ARGS="…" are passed on and name what to measure
 	@$(PYTHON_BIN) -m tests.bench $(ARGS)

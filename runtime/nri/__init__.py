@@ -1,0 +1,1 @@
+"""The Node Resource Interface: plugins on the node that see and shape containers."""

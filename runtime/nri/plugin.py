@@ -1,0 +1,194 @@
+"""One plugin: its connection, its registration, and calls to it within their time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from host.errors import InvalidArgumentError, PodkeelError, UnavailableError
+from proto.nri.v1alpha1 import nri_pb2
+from runtime.nri import ttrpc
+from runtime.nri.trunk import Trunk
+
+PLUGIN_SERVICE, RUNTIME_SERVICE = 1, 2
+"""The trunk's connections: the plugin serves the first, the agent the second."""
+
+ALL_EVENTS = (1 << (nri_pb2.LAST - 1)) - 1
+_NAME_LIMIT = 128
+_PACKAGE = nri_pb2.DESCRIPTOR.package
+_INDEX = re.compile(r"[0-9]{2}")
+_log = logging.getLogger("podkeel.nri")
+
+Answer = TypeVar("Answer", bound=Message)
+UpdateContainers = Callable[["Plugin", nri_pb2.UpdateContainersRequest], Awaitable[nri_pb2.UpdateContainersResponse]]
+
+
+class PluginLostError(PodkeelError):
+    """A plugin was closed, as it took too long or its connection ended; the operation goes on without it."""
+
+
+@dataclass(slots=True)
+class Calls:
+    """What was asked of a plugin: how often by event, seconds, errors, and the last error."""
+
+    count: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    last_error: str = ""
+
+
+class Plugin:
+    """A plugin at the other end of a trunk.
+
+    ``updates`` is called for its own UpdateContainers, ``ended`` once when it is gone. ``events`` is the mask of the
+    events that it wants.
+    """
+
+    def __init__(self, trunk: Trunk, updates: UpdateContainers, *, name: str = "", index: str = "") -> None:
+        self.name = name
+        self.index = index
+        self.started_by_agent = bool(name)
+        self.events = 0
+        self.calls = Calls()
+        self.closed = ""
+        self._trunk = trunk
+        self._updates = updates
+        self._registered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._without: set[int] = set()
+        self._client = ttrpc.Client(trunk, PLUGIN_SERVICE, f"{_PACKAGE}.Plugin")
+        handlers = {"RegisterPlugin": self._register, "UpdateContainers": self._update_containers}
+        self._server = ttrpc.Server(trunk, RUNTIME_SERVICE, f"{_PACKAGE}.Runtime", handlers)
+
+    @property
+    def title(self) -> str:
+        """How messages, owners of fields and metrics name it: index and name."""
+        return f"{self.index}-{self.name}"
+
+    def wants(self, event: int) -> bool:
+        """Whether it asked for an event."""
+        return bool(self.events >> (event - 1) & 1)
+
+    async def registered(self, seconds: float) -> None:
+        """Wait until it has registered. Raises PluginLostError when it does not within ``seconds``, or goes away."""
+        try:
+            async with asyncio.timeout(seconds):
+                await asyncio.shield(self._registered)
+        except TimeoutError:
+            self.close(f"it did not register within {seconds:g} s")
+            raise PluginLostError(self.closed) from None
+        if self.closed:
+            raise PluginLostError(self.closed)
+
+    async def _register(self, payload: bytes) -> bytes:
+        request = nri_pb2.RegisterPluginRequest.FromString(payload)
+        if self._registered.done():
+            raise InvalidArgumentError("the plugin has registered already")
+        name, index = (self.name, self.index) if self.started_by_agent else (request.plugin_name, request.plugin_idx)
+        if not name or len(name) > _NAME_LIMIT or not name.isprintable():
+            raise InvalidArgumentError(
+                f"plugin_name {name[:_NAME_LIMIT]!r} is empty, has control characters or is longer than {_NAME_LIMIT}"
+            )
+        if not _INDEX.fullmatch(index):
+            raise InvalidArgumentError(f"plugin_idx {index[:8]!r} of plugin {name!r} is not two digits, as in 10")
+        self.name, self.index = name, index
+        self._registered.set_result(None)
+        return nri_pb2.Empty().SerializeToString()
+
+    async def _update_containers(self, payload: bytes) -> bytes:
+        if not self.events:
+            raise InvalidArgumentError("the plugin is not configured yet: wait for Configure and Synchronize")
+        response = await self._updates(self, nri_pb2.UpdateContainersRequest.FromString(payload))
+        return response.SerializeToString()
+
+    async def configure(self, request: nri_pb2.ConfigureRequest, seconds: float) -> None:
+        """Tell it its configuration and learn which events it wants. Raises PodkeelError; it is closed then."""
+        try:
+            answer = await self.call("Configure", request, nri_pb2.ConfigureResponse, seconds)
+            if answer.events & ~ALL_EVENTS:
+                raise InvalidArgumentError(f"it asks for events that do not exist: mask {answer.events:#x}")
+        except PodkeelError as error:
+            self.close(f"Configure failed: {error}")
+            raise
+        self.events = answer.events or ALL_EVENTS
+
+    async def notify(
+        self, event: int, method: str, request: Message, answer: type[Answer], seconds: float
+    ) -> Answer | None:
+        """Tell it an event by the event's own call, or by StateChange if it has no such call.
+
+        Returns None where it has no answer. Raises PluginLostError when it is closed over it, and PodkeelError with
+        its words for an error that it answers.
+        """
+        if event not in self._without:
+            try:
+                return await self.call(method, request, answer, seconds)
+            except ttrpc.CallError as error:
+                if error.code != ttrpc.UNIMPLEMENTED:
+                    raise PodkeelError(f"plugin {self.title}: {method}: {error}") from error
+                self._without.add(event)
+        change = nri_pb2.StateChangeEvent(event=event)  # type: ignore[arg-type]  # numbers are what enums are
+        for name in ("pod", "container"):
+            if name in request.DESCRIPTOR.fields_by_name and request.HasField(name):
+                getattr(change, name).CopyFrom(getattr(request, name))
+        try:
+            await self.call("StateChange", change, nri_pb2.Empty, seconds)
+        except ttrpc.CallError as error:
+            if error.code != ttrpc.UNIMPLEMENTED:
+                raise PodkeelError(f"plugin {self.title}: StateChange for {method}: {error}") from error
+            self.events &= ~(1 << (event - 1))  # it has neither call: it is not asked again
+        return None
+
+    async def call(self, method: str, request: Message, answer: type[Answer], seconds: float) -> Answer:
+        """One call; what it took is counted. Raises CallError, and PluginLostError when it is closed over it."""
+        if self.closed:
+            raise PluginLostError(self.closed)
+        begin = time.monotonic()
+        try:
+            payload = await self._client.call(method, request.SerializeToString(), seconds)
+            return answer.FromString(payload)
+        except ttrpc.CallError as error:
+            if error.code != ttrpc.UNIMPLEMENTED:
+                self._failed(method, str(error))
+            raise
+        except TimeoutError:
+            raise self._lost(method, f"{method} took longer than {seconds:g} s") from None
+        except UnavailableError as error:
+            raise self._lost(method, str(error)) from None
+        except DecodeError:
+            raise self._lost(method, f"its answer to {method} is no message of NRI") from None
+        finally:
+            self.calls.count[method] += 1
+            self.calls.seconds[method] += time.monotonic() - begin  # type: ignore[assignment]  # a Counter of floats
+
+    def _failed(self, method: str, why: str) -> None:
+        self.calls.errors[method] += 1
+        self.calls.last_error = f"{method}: {why}"
+
+    def _lost(self, method: str, why: str) -> PluginLostError:
+        self._failed(method, why)
+        self.close(why)
+        return PluginLostError(f"plugin {self.title}: {why}")
+
+    def close(self, why: str) -> None:
+        """End the connection; what is under way fails."""
+        if self.closed:
+            return
+        self.closed = why
+        self._server.close()
+        self._client.close(why)
+        self._trunk.close(why)
+        if not self._registered.done():
+            self._registered.set_result(None)
+
+
+def titles(plugins: Iterable[Plugin]) -> str:
+    """Plugins named in a sentence."""
+    return ", ".join(plugin.title for plugin in plugins) or "none"

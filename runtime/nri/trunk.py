@@ -1,0 +1,116 @@
+"""The trunk to a plugin: one stream socket that carries several connections, cut into frames.
+
+A frame is a connection id and a length (4 bytes each, big-endian), then the payload. Opening a connection exchanges
+nothing. Nothing is kept here: each connection is given its bytes as they come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable
+from typing import cast
+
+from host.errors import UnavailableError
+
+PAYLOAD_LIMIT = 10 + (4 << 20)
+"""The largest payload of a frame in bytes: one ttrpc message with its header."""
+
+_HEADER = struct.Struct(">II")
+_WRITE_BUFFER = 1 << 20
+
+Receive = Callable[[bytes], None]
+
+
+class Trunk(asyncio.Protocol):
+    """The agent's end of a trunk, for ``loop.create_unix_server`` and its relatives.
+
+    ``connected`` is called once the socket is there, and ``ended`` once with the reason when it is gone. While the
+    plugin does not read what was sent, nothing is read from it: it cannot make the agent keep more than one buffer.
+    """
+
+    def __init__(self, connected: Callable[[Trunk], None], ended: Callable[[str], None]) -> None:
+        self._connected = connected
+        self._ended = ended
+        self._transport: asyncio.Transport | None = None
+        self._receivers: dict[int, Receive] = {}
+        self._header = bytearray()
+        self._receiver: Receive | None = None
+        self._left = 0
+        self._why = "the plugin closed the connection"
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self.closed = False
+
+    def receive_by(self, connection: int, receive: Receive) -> None:
+        """Give what comes for ``connection`` to ``receive``; other connections' bytes are dropped."""
+        self._receivers[connection] = receive
+
+    async def send(self, connection: int, payload: bytes) -> None:
+        """Send ``payload`` and wait until the socket has room for more. Raises UnavailableError when it is gone."""
+        if self.closed or self._transport is None:
+            raise UnavailableError(self._why)
+        for start in range(0, len(payload), PAYLOAD_LIMIT):
+            part = payload[start : start + PAYLOAD_LIMIT]
+            self._transport.writelines((_HEADER.pack(connection, len(part)), part))
+        await self._writable.wait()
+
+    def close(self, why: str) -> None:
+        """End the trunk at once; what waits for it fails with ``why``."""
+        if not self.closed:
+            self.closed = True
+            self._why = why
+            if self._transport is not None:
+                self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio: the socket is there."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(_WRITE_BUFFER)
+        self._connected(self)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio: bytes have come."""
+        at = 0
+        while at < len(data) and not self.closed:
+            if self._left:
+                part = data[at : at + self._left]
+                at += len(part)
+                self._left -= len(part)
+                if self._receiver is not None:
+                    self._receiver(part)
+                continue
+            part = data[at : at + _HEADER.size - len(self._header)]
+            at += len(part)
+            self._header += part
+            if len(self._header) == _HEADER.size and not self._begin_frame():
+                return
+
+    def _begin_frame(self) -> bool:
+        connection, length = _HEADER.unpack(self._header)
+        self._header.clear()
+        if length > PAYLOAD_LIMIT:
+            self.close(f"it sent a frame of {length} bytes; {PAYLOAD_LIMIT} are the most")
+            return False
+        self._receiver, self._left = self._receivers.get(connection), length
+        return True
+
+    def pause_writing(self) -> None:
+        """asyncio: the plugin does not read what was sent."""
+        self._writable.clear()
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """asyncio: the plugin reads again."""
+        self._writable.set()
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """asyncio: the socket is gone."""
+        if error is not None and not self.closed:
+            self._why = f"the connection broke: {error}"
+        self.closed = True
+        self._writable.set()
+        self._ended(self._why)

@@ -1,0 +1,225 @@
+"""ttrpc over one connection of a trunk: unary calls to the other side, and its calls to us.
+
+A message is a header of 10 bytes (length of the body, stream id, type, flags; big-endian), then the body. A client's
+streams have odd ids that rise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple
+
+from google.protobuf.message import DecodeError
+
+from host.errors import PodkeelError, UnavailableError
+from proto.ttrpc.v1 import ttrpc_pb2
+from runtime.nri.trunk import Trunk
+
+BODY_LIMIT = 4 << 20
+MOST_CALLS_AT_ONCE = 8
+
+OK, UNKNOWN, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED = 0, 2, 3, 8, 12
+"""Codes of a status, which are gRPC's."""
+
+_REQUEST, _RESPONSE = 1, 2
+_HEADER = struct.Struct(">IIBB")
+_log = logging.getLogger("podkeel.nri")
+
+Handler = Callable[[bytes], Awaitable[bytes]]
+
+
+class CallError(PodkeelError):
+    """The other side answered a call with an error; ``code`` is gRPC's."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Message(NamedTuple):
+    """One message; the body is None where it was over the limit and was dropped."""
+
+    stream: int
+    kind: int
+    flags: int
+    body: bytes | None
+
+
+class MessageReader:
+    """Cuts bytes into messages and gives each to ``received``; keeps at most one body of at most 4 MiB."""
+
+    def __init__(self, received: Callable[[Message], None]) -> None:
+        self._received = received
+        self._buffer = bytearray()
+        self._header: tuple[int, int, int] | None = None
+        self._wanted = 0
+        self._dropped = 0
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the connection."""
+        at = 0
+        while True:
+            if self._header is None:
+                at = self._fill(data, at, _HEADER.size)
+                if len(self._buffer) < _HEADER.size:
+                    return
+                length, *header = _HEADER.unpack(self._buffer)
+                self._header = (header[0], header[1], header[2])
+                self._buffer.clear()
+                self._wanted, self._dropped = (length, 0) if length <= BODY_LIMIT else (0, length)
+            if self._dropped:
+                taken = min(self._dropped, len(data) - at)
+                at += taken
+                self._dropped -= taken
+                if self._dropped:
+                    return
+                self._finish(None)
+            else:
+                at = self._fill(data, at, self._wanted)
+                if len(self._buffer) < self._wanted:
+                    return
+                self._finish(bytes(self._buffer))
+
+    def _fill(self, data: bytes, at: int, wanted: int) -> int:
+        part = data[at : at + wanted - len(self._buffer)]
+        self._buffer += part
+        return at + len(part)
+
+    def _finish(self, body: bytes | None) -> None:
+        assert self._header is not None
+        message = Message(*self._header, body)
+        self._header = None
+        self._buffer.clear()
+        self._received(message)
+
+
+class Client:
+    """Calls the service that the other side has on ``connection``."""
+
+    def __init__(self, trunk: Trunk, connection: int, service: str) -> None:
+        self._trunk = trunk
+        self._connection = connection
+        self._service = service
+        self._next = 1
+        self._pending: dict[int, asyncio.Future[bytes]] = {}
+        trunk.receive_by(connection, MessageReader(self._received).feed)
+
+    async def call(self, method: str, payload: bytes, seconds: float) -> bytes:
+        """Call ``method`` and return the payload of its answer.
+
+        Raises CallError for an error that was answered, UnavailableError when the trunk ends, TimeoutError.
+        """
+        request = ttrpc_pb2.Request(
+            service=self._service, method=method, payload=payload, timeout_nano=int(seconds * 1_000_000_000)
+        )
+        stream, self._next = self._next, (self._next + 2) % (1 << 32)
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._pending[stream] = answer
+        try:
+            async with asyncio.timeout(seconds):
+                await self._trunk.send(self._connection, encode(stream, _REQUEST, request.SerializeToString()))
+                return await answer
+        finally:
+            self._pending.pop(stream, None)
+            answer.cancel()
+
+    def close(self, why: str) -> None:
+        """Fail what is under way."""
+        for answer in self._pending.values():
+            if not answer.done():
+                answer.set_exception(UnavailableError(why))
+
+    def _received(self, message: Message) -> None:
+        answer = self._pending.get(message.stream)
+        if answer is None or answer.done() or message.kind != _RESPONSE:
+            return  # too late, or never asked for
+        if message.body is None:
+            answer.set_exception(CallError(RESOURCE_EXHAUSTED, f"the answer is larger than {BODY_LIMIT} bytes"))
+            return
+        try:
+            response = ttrpc_pb2.Response.FromString(message.body)
+        except DecodeError:
+            self._trunk.close("it sent an answer that is no ttrpc message")
+            return
+        if response.status.code != OK:
+            answer.set_exception(CallError(response.status.code, response.status.message))
+        else:
+            answer.set_result(response.payload)
+
+
+class Server:
+    """Answers the calls that come on ``connection`` for ``service``.
+
+    At most eight are under way at once; more, and messages that are too large, are answered RESOURCE_EXHAUSTED. What a
+    handler raises is the answer's message.
+    """
+
+    def __init__(self, trunk: Trunk, connection: int, service: str, handlers: Mapping[str, Handler]) -> None:
+        self._trunk = trunk
+        self._connection = connection
+        self._service = service
+        self._handlers = handlers
+        self._calls: set[asyncio.Task[None]] = set()
+        trunk.receive_by(connection, MessageReader(self._received).feed)
+
+    def close(self) -> None:
+        """Cancel what is under way."""
+        for call in self._calls:
+            call.cancel()
+
+    def _received(self, message: Message) -> None:
+        if message.kind != _REQUEST:
+            return
+        if len(self._calls) >= 2 * MOST_CALLS_AT_ONCE:
+            self._trunk.close(f"it has more than {2 * MOST_CALLS_AT_ONCE} calls under way")
+            return
+        call = asyncio.get_running_loop().create_task(
+            self._answer(message, full=len(self._calls) >= MOST_CALLS_AT_ONCE)
+        )
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+
+    async def _answer(self, message: Message, *, full: bool) -> None:
+        response = ttrpc_pb2.Response()
+        try:
+            response.payload = await self._call(message, full=full)
+        except CallError as error:
+            response.status.code, response.status.message = error.code, str(error)
+        except PodkeelError as error:
+            response.status.code, response.status.message = UNKNOWN, str(error)
+        except Exception:
+            _log.exception("nri: a call of a plugin failed")
+            response.status.code, response.status.message = UNKNOWN, "internal error: the agent's log has more"
+        try:
+            await self._trunk.send(self._connection, encode(message.stream, _RESPONSE, response.SerializeToString()))
+        except UnavailableError:
+            return  # nobody waits for the answer any more
+
+    async def _call(self, message: Message, *, full: bool) -> bytes:
+        if message.body is None:
+            raise CallError(RESOURCE_EXHAUSTED, f"the message is larger than {BODY_LIMIT} bytes")
+        if full:
+            raise CallError(RESOURCE_EXHAUSTED, f"{MOST_CALLS_AT_ONCE} calls are under way already")
+        try:
+            request = ttrpc_pb2.Request.FromString(message.body)
+        except DecodeError:
+            raise CallError(INVALID_ARGUMENT, "the message is no ttrpc request") from None
+        handler = self._handlers.get(request.method) if request.service == self._service else None
+        if handler is None:
+            raise CallError(UNIMPLEMENTED, f"there is no {request.service}/{request.method}")
+        if message.flags:
+            raise CallError(UNIMPLEMENTED, f"{request.method} is unary, and streams are not supported")
+        try:
+            return await handler(request.payload)
+        except DecodeError:
+            raise CallError(INVALID_ARGUMENT, f"the payload is no request of {request.method}") from None
+
+
+def encode(stream: int, kind: int, body: bytes) -> bytes:
+    """A message with its header. Raises CallError when the body is over the limit."""
+    if len(body) > BODY_LIMIT:
+        raise CallError(RESOURCE_EXHAUSTED, f"a message of {len(body)} bytes is over the limit of {BODY_LIMIT}")
+    return _HEADER.pack(len(body), stream, kind, 0) + body

@@ -1,0 +1,181 @@
+"""Pods and containers as plugins see them."""
+
+from __future__ import annotations
+
+from proto.nri.v1alpha1 import nri_pb2
+from proto.runtime.v1 import cri_pb2
+from runtime.container import Container, ContainerState
+from runtime.layout import SandboxFolder
+from runtime.sandbox import Sandbox
+from runtime.spec import oci
+
+_STATES = {
+    ContainerState.CREATED: nri_pb2.CONTAINER_CREATED,
+    ContainerState.RUNNING: nri_pb2.CONTAINER_RUNNING,
+    ContainerState.EXITED: nri_pb2.CONTAINER_STOPPED,
+    ContainerState.REMOVING: nri_pb2.CONTAINER_STOPPED,
+}
+_PROFILES = {
+    cri_pb2.SecurityProfile.RuntimeDefault: nri_pb2.SecurityProfile.RUNTIME_DEFAULT,
+    cri_pb2.SecurityProfile.Unconfined: nri_pb2.SecurityProfile.UNCONFINED,
+    cri_pb2.SecurityProfile.Localhost: nri_pb2.SecurityProfile.LOCALHOST,
+}
+_NAMESPACES = {"net": "network", "uts": "uts", "ipc": "ipc", "user": "user", "pid": "pid"}
+
+
+def pod(sandbox: Sandbox, folder: SandboxFolder, cgroup: str) -> nri_pb2.PodSandbox:
+    """A pod; ``cgroup`` is the path of its cgroup below each hierarchy's mount."""
+    config, record = sandbox.config, sandbox.record
+    message = nri_pb2.PodSandbox(
+        id=sandbox.id,
+        name=config.metadata.name,
+        uid=config.metadata.uid,
+        namespace=config.metadata.namespace,
+        labels=config.labels,
+        annotations=config.annotations,
+        runtime_handler=record.requested_handler,
+        ips=record.addresses,
+    )
+    linux = message.linux
+    linux.cgroup_parent = record.cgroup_parent
+    linux.cgroups_path = cgroup
+    for kind in sandbox.own_namespaces:
+        linux.namespaces.add(type=_NAMESPACES[kind], path=str(folder.pin(kind)))
+    if sandbox.user_namespace:
+        linux.namespaces.add(type="user", path=str(folder.pin("user")))
+    if record.pid_holder is not None:
+        message.pid = record.pid_holder.pid
+        linux.namespaces.add(type="pid", path=str(folder.pin("pid")))
+    for stored, target in ((record.overhead, linux.pod_overhead), (record.resources, linux.pod_resources)):
+        target.CopyFrom(resources(cri_pb2.LinuxContainerResources.FromString(stored)))
+    return message
+
+
+def container(of: Container, spec: oci.Spec | None) -> nri_pb2.Container:
+    """A container; ``spec`` is its OCI configuration, None where that is gone."""
+    config, record = of.config, of.record
+    message = nri_pb2.Container(
+        id=of.id,
+        pod_sandbox_id=of.sandbox.id,
+        name=config.metadata.name,
+        state=_STATES.get(record.state, nri_pb2.CONTAINER_UNKNOWN),
+        labels=config.labels,
+        annotations=config.annotations,
+        created_at=record.created_at,
+        started_at=record.started_at,
+        finished_at=record.finished_at,
+        exit_code=record.exit_code,
+        status_reason=record.reason,
+        status_message=record.message,
+        image=nri_pb2.Image(name=config.image.image, digest=record.image_ref, config_digest=record.image_id),
+    )
+    if record.state is ContainerState.RUNNING and record.init is not None:
+        message.pid = record.init.pid
+    for device in config.CDI_devices:
+        message.CDI_devices.add(name=device.name)
+    if spec is not None:
+        _add_process(message, spec)
+        _add_linux(message, config, spec.linux)
+        message.mounts.extend(
+            nri_pb2.Mount(destination=m.destination, type=m.type, source=m.source, options=m.options)
+            for m in spec.mounts
+        )
+        if spec.hooks is not None:
+            message.hooks.CopyFrom(_hooks(spec.hooks))
+    return message
+
+
+def _add_process(message: nri_pb2.Container, spec: oci.Spec) -> None:
+    process = spec.process
+    message.args[:] = process.args
+    message.env[:] = process.env
+    user = process.user
+    message.user.CopyFrom(nri_pb2.User(uid=user.uid, gid=user.gid, additional_gids=user.additional_gids))
+    for limit in process.rlimits:
+        message.rlimits.add(type=limit.type, hard=limit.hard, soft=limit.soft)
+
+
+def _add_linux(message: nri_pb2.Container, config: cri_pb2.ContainerConfig, linux: oci.Linux) -> None:
+    target = message.linux
+    for namespace in linux.namespaces:
+        target.namespaces.add(type=namespace.type, path=namespace.path)
+    target.devices.extend(_device(device) for device in linux.devices)
+    target.cgroups_path = linux.cgroups_path
+    target.resources.CopyFrom(resources(config.linux.resources))
+    if linux.resources is not None:
+        for rule in linux.resources.devices:
+            target.resources.devices.append(_rule(rule))
+        if linux.resources.pids is not None:
+            target.resources.pids.limit = linux.resources.pids.limit
+    target.oom_score_adj.value = config.linux.resources.oom_score_adj
+    seccomp = config.linux.security_context.seccomp
+    if config.linux.security_context.HasField("seccomp"):
+        target.seccomp_profile.profile_type = _PROFILES.get(seccomp.profile_type, nri_pb2.SecurityProfile.UNCONFINED)
+        target.seccomp_profile.localhost_ref = seccomp.localhost_ref
+
+
+def _device(device: oci.Device) -> nri_pb2.LinuxDevice:
+    message = nri_pb2.LinuxDevice(path=device.path, type=device.type, major=device.major or 0, minor=device.minor or 0)
+    if device.file_mode is not None:
+        message.file_mode.value = device.file_mode
+    if device.uid is not None:
+        message.uid.value = device.uid
+    if device.gid is not None:
+        message.gid.value = device.gid
+    return message
+
+
+def _rule(rule: oci.DeviceRule) -> nri_pb2.LinuxDeviceCgroup:
+    message = nri_pb2.LinuxDeviceCgroup(allow=rule.allow, type=rule.type, access=rule.access)
+    if rule.major is not None:
+        message.major.value = rule.major
+    if rule.minor is not None:
+        message.minor.value = rule.minor
+    return message
+
+
+def _hooks(hooks: oci.Hooks) -> nri_pb2.Hooks:
+    message = nri_pb2.Hooks()
+    for stage in ("prestart", "create_runtime", "create_container", "start_container", "poststart", "poststop"):
+        for hook in getattr(hooks, stage):
+            added = getattr(message, stage).add(path=hook.path, args=hook.args, env=hook.env)
+            if hook.timeout is not None:
+                added.timeout.value = hook.timeout
+    return message
+
+
+def resources(given: cri_pb2.LinuxContainerResources) -> nri_pb2.LinuxResources:
+    """The CRI's resources as plugins see them: what is 0 there is not set."""
+    message = nri_pb2.LinuxResources()
+    for value, field in (
+        (given.memory_limit_in_bytes, message.memory.limit),
+        (given.memory_swap_limit_in_bytes, message.memory.swap),
+        (given.cpu_shares, message.cpu.shares),
+        (given.cpu_quota, message.cpu.quota),
+        (given.cpu_period, message.cpu.period),
+    ):
+        if value:
+            field.value = value
+    message.cpu.cpus, message.cpu.mems = given.cpuset_cpus, given.cpuset_mems
+    for page in given.hugepage_limits:
+        message.hugepage_limits.add(page_size=page.page_size, limit=page.limit)
+    message.unified.update(given.unified)
+    return message
+
+
+def cri_resources(given: nri_pb2.LinuxResources) -> cri_pb2.LinuxContainerResources:
+    """The part of a plugin's update that the CRI has words for."""
+    memory, cpu = given.memory, given.cpu
+    message = cri_pb2.LinuxContainerResources(
+        memory_limit_in_bytes=memory.limit.value,
+        memory_swap_limit_in_bytes=memory.swap.value,
+        cpu_shares=min(cpu.shares.value, 2**63 - 1),
+        cpu_quota=cpu.quota.value,
+        cpu_period=min(cpu.period.value, 2**63 - 1),
+        cpuset_cpus=cpu.cpus,
+        cpuset_mems=cpu.mems,
+        unified=given.unified,
+    )
+    for page in given.hugepage_limits:
+        message.hugepage_limits.add(page_size=page.page_size, limit=page.limit)
+    return message

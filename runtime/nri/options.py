@@ -1,0 +1,47 @@
+"""What can be configured of the Node Resource Interface."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=600)]
+
+
+class ValidatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The agent's own validator of what plugins change; it does nothing unless ``enabled``.
+
+    ``reject_*`` refuse a container for which a plugin adds OCI hooks, changes the seccomp policy (by the kind of
+    profile that the container would have otherwise), sets a namespace or a sysctl. ``required_plugins`` must have seen
+    every container; the annotation ``required-plugins.noderesource.dev`` asks for more. Containers with the annotation
+    ``tolerate_missing_annotation`` (empty: none) set to ``true`` do without.
+    """
+
+    enabled: bool = False
+    reject_oci_hooks: bool = False
+    reject_runtime_default_seccomp: bool = False
+    reject_unconfined_seccomp: bool = False
+    reject_custom_seccomp: bool = False
+    reject_namespaces: bool = False
+    reject_sysctls: bool = False
+    required_plugins: tuple[str, ...] = ()
+    tolerate_missing_annotation: str = ""
+
+
+class NriOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The Node Resource Interface: plugins on the node that see and shape containers.
+
+    ``socket`` is where plugins connect, if ``external_connections`` lets them. Executables ``NN-name`` in
+    ``plugin_dir`` are started by the agent, with the text of ``NN-name.conf`` or ``name.conf`` in ``config_dir``.
+    ``registration_seconds`` and ``request_seconds`` are what plugins have to register and for each answer.
+    """
+
+    enabled: bool = True
+    socket: str = "/var/run/nri/nri.sock"
+    external_connections: bool = True
+    plugin_dir: str = "/opt/nri/plugins"
+    config_dir: str = "/etc/nri/conf.d"
+    registration_seconds: Seconds = 5.0
+    request_seconds: Seconds = 2.0
+    default_validator: ValidatorOptions = ValidatorOptions()

@@ -1,0 +1,119 @@
+"""Pods and containers as plugins see them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from proto.nri.v1alpha1 import nri_pb2
+from proto.runtime.v1 import cri_pb2
+from runtime.container import Container, ContainerRecord, ContainerState
+from runtime.layout import SandboxFolder
+from runtime.nri import messages
+from runtime.sandbox import ProcessName, Sandbox, SandboxRecord, SandboxState
+from runtime.spec import oci
+
+LIMITS = cri_pb2.LinuxContainerResources(memory_limit_in_bytes=64 << 20, cpu_shares=512, cpuset_cpus="0-1")
+
+
+@pytest.fixture
+def sandbox() -> Sandbox:
+    config = cri_pb2.PodSandboxConfig(labels={"app": "web"}, annotations={"a": "b"})
+    config.metadata.CopyFrom(cri_pb2.PodSandboxMetadata(name="web", namespace="shop", uid="u1"))
+    record = SandboxRecord(
+        state=SandboxState.READY,
+        created_at=1,
+        handler="crun",
+        requested_handler="",
+        boot_id="b",
+        cgroup_parent="/kubepods/pod1",
+        addresses=("10.0.0.2", "fd00::2"),
+        overhead=LIMITS.SerializeToString(),
+    )
+    return Sandbox("s1", config, record)
+
+
+@pytest.fixture
+def container(sandbox: Sandbox) -> Container:
+    config = cri_pb2.ContainerConfig(labels={"l": "1"}, image=cri_pb2.ImageSpec(image="nginx:1"))
+    config.metadata.name = "main"
+    config.linux.resources.CopyFrom(LIMITS)
+    config.linux.security_context.seccomp.profile_type = cri_pb2.SecurityProfile.Localhost
+    config.linux.security_context.seccomp.localhost_ref = "/profile.json"
+    record = ContainerRecord(
+        state=ContainerState.RUNNING,
+        created_at=1,
+        started_at=2,
+        handler="crun",
+        boot_id="b",
+        image_id="sha256:1",
+        image_ref="nginx@sha256:2",
+        cgroup="/kubepods/pod1/c1",
+        init=ProcessName(4711, 1),
+    )
+    return Container("c1", sandbox, config, record)
+
+
+def test_a_pod_is_told_with_its_namespaces_addresses_and_overhead(sandbox: Sandbox) -> None:
+    told = messages.pod(sandbox, SandboxFolder(Path("/run/s1")), "/kubepods/pod1")
+    assert (told.id, told.name, told.namespace, told.uid, told.pid) == ("s1", "web", "shop", "u1", 0)
+    assert (dict(told.labels), dict(told.annotations)) == ({"app": "web"}, {"a": "b"})
+    assert list(told.ips) == ["10.0.0.2", "fd00::2"]
+    assert {space.type: space.path for space in told.linux.namespaces} == {
+        "network": "/run/s1/ns/net",
+        "uts": "/run/s1/ns/uts",
+        "ipc": "/run/s1/ns/ipc",
+    }
+    assert told.linux.pod_overhead.memory.limit.value == 64 << 20
+    assert not told.linux.pod_resources.memory.HasField("limit")
+
+
+def test_a_container_is_told_with_what_peers_leave_out(container: Container) -> None:
+    process = oci.Process(
+        cwd="/",
+        user=oci.User(uid=7, gid=8, additional_gids=[9]),
+        args=["serve"],
+        env=["A=1"],
+        rlimits=[oci.Rlimit(type="RLIMIT_CORE", hard=2, soft=1)],
+    )
+    linux = oci.Linux(
+        namespaces=[oci.Namespace(type="pid")],
+        devices=[oci.Device(path="/dev/fuse", type="c", major=10, minor=229, file_mode=0o666)],
+        cgroups_path="/kubepods/pod1/c1",
+        resources=oci.Resources(devices=[oci.DeviceRule(allow=False, access="rwm")], pids=oci.Pids(limit=5)),
+    )
+    mounts = [oci.Mount(destination="/data", type="bind", source="/host", options=["ro"])]
+    hooks = oci.Hooks(poststop=[oci.Hook(path="/bin/x", args=["x"], timeout=3)])
+    spec = oci.Spec(
+        oci_version=oci.VERSION, process=process, root=oci.Root(path="/r"), mounts=mounts, linux=linux, hooks=hooks
+    )
+    told = messages.container(container, spec)
+    assert (told.id, told.pod_sandbox_id, told.name, told.pid) == ("c1", "s1", "main", 4711)
+    assert told.state == nri_pb2.CONTAINER_RUNNING
+    assert (list(told.args), list(told.env)) == (["serve"], ["A=1"])
+    assert (told.user.uid, told.user.gid, list(told.user.additional_gids)) == (7, 8, [9])
+    assert [(limit.type, limit.soft, limit.hard) for limit in told.rlimits] == [("RLIMIT_CORE", 1, 2)]
+    assert [(mount.destination, list(mount.options)) for mount in told.mounts] == [("/data", ["ro"])]
+    assert told.hooks.poststop[0].timeout.value == 3
+    assert told.linux.devices[0].file_mode.value == 0o666
+    assert (told.linux.resources.memory.limit.value, told.linux.resources.pids.limit) == (64 << 20, 5)
+    assert told.linux.resources.devices[0].access == "rwm"
+    assert told.linux.seccomp_profile.profile_type == nri_pb2.SecurityProfile.LOCALHOST
+    assert told.linux.seccomp_profile.localhost_ref == "/profile.json"
+    assert (told.image.name, told.image.digest, told.image.config_digest) == ("nginx:1", "nginx@sha256:2", "sha256:1")
+
+
+def test_a_container_whose_bundle_is_gone_is_told_without_it(container: Container) -> None:
+    container.record.state = ContainerState.EXITED
+    container.record.exit_code = 137
+    told = messages.container(container, None)
+    assert (told.state, told.exit_code, told.pid) == (nri_pb2.CONTAINER_STOPPED, 137, 0)
+    assert not told.args
+
+
+def test_resources_come_back_as_they_went() -> None:
+    given = cri_pb2.LinuxContainerResources(cpu_quota=-1, cpu_period=100, unified={"memory.high": "1"})
+    given.MergeFrom(LIMITS)
+    given.hugepage_limits.add(page_size="2MB", limit=4 << 20)
+    assert messages.cri_resources(messages.resources(given)) == given

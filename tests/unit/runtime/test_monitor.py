@@ -26,10 +26,11 @@ _SLEEP = ("sleep", "1000")
 
 
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
+def others() -> Iterator[set[str]]:
+    """The children that this process has before the test, such as agents of other tests; nothing else is left after."""
     os.close(open_private_null())  # the folder that the first one opens stays open
     descriptors, children = _descriptors(), _children()
-    yield
+    yield children
     assert _children() == children
     assert _descriptors() == descriptors
 
@@ -69,17 +70,17 @@ def _free_descriptors(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-async def _abandon(monitor: StartingMonitor) -> None:
+async def _abandon(monitor: StartingMonitor, others: set[str]) -> None:
     await monitor.abandon()
-    await _until_reaped()
+    await _until_reaped(others)
 
 
-async def _until_reaped() -> None:
-    """Let the loop notice the end of what was killed."""
+async def _until_reaped(others: set[str]) -> None:
+    """Let the loop notice the end of what was killed: of all children but the ``others``."""
     loop, reaped = asyncio.get_running_loop(), asyncio.Event()
 
     def look() -> None:
-        if _children():
+        if _children() - others:
             loop.call_later(0.01, look)
         else:
             reaped.set()
@@ -89,20 +90,22 @@ async def _until_reaped() -> None:
 
 
 @pytest.mark.parametrize("free", range(10))
-def test_nothing_is_left_when_descriptors_run_out(tmp_path: Path, free: int) -> None:
+def test_nothing_is_left_when_descriptors_run_out(tmp_path: Path, free: int, others: set[str]) -> None:
     async def body() -> None:
         with _free_descriptors(free):
             monitor = _monitor(tmp_path, *_SLEEP)
             with contextlib.suppress(OSError):
                 await asyncio.wait_for(monitor.create(), 0.2)
             await monitor.abandon()
-        await _until_reaped()
+        await _until_reaped(others)
 
     asyncio.run(body())
 
 
 @pytest.mark.parametrize("what", ["os.pidfd_open", "host.processes.start_time"])
-def test_a_conmon_that_cannot_be_named_is_ended(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conmon_that_cannot_be_named_is_ended(
+    tmp_path: Path, what: str, others: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(_pid: int) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
@@ -110,14 +113,14 @@ def test_a_conmon_that_cannot_be_named_is_ended(tmp_path: Path, what: str, monke
         monitor = _monitor(tmp_path, *_SLEEP)
         with pytest.raises(OSError, match="Too many"):
             await monitor.create()
-        await _abandon(monitor)
+        await _abandon(monitor, others)
 
     monkeypatch.setattr(what, refuse)
     asyncio.run(asyncio.wait_for(body(), 5))
 
 
 def test_one_that_answers_but_whose_container_cannot_be_named_is_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, others: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = processes.start_time
 
@@ -130,18 +133,18 @@ def test_one_that_answers_but_whose_container_cannot_be_named_is_ended(
         monitor = _monitor(tmp_path, "sh", "-c", """echo '{"pid": 1}' >&3; exec sleep 1000""")
         with pytest.raises(OSError, match="Too many"):
             await monitor.create()
-        await _abandon(monitor)
+        await _abandon(monitor, others)
 
     monkeypatch.setattr(processes, "start_time", refuse_init)
     asyncio.run(asyncio.wait_for(body(), 5))
 
 
-def test_a_complaint_cut_within_a_character_is_told(tmp_path: Path) -> None:
+def test_a_complaint_cut_within_a_character_is_told(tmp_path: Path, others: set[str]) -> None:
     async def body() -> None:
         monitor = _monitor(tmp_path, "sh", "-c", r"""printf '{"pid": -1, "message": "no caf\303"}\n' >&3""")
         with pytest.raises(RuntimeRefusedError, match="no caf"):
             await monitor.create()
-        await _abandon(monitor)
+        await _abandon(monitor, others)
 
     asyncio.run(asyncio.wait_for(body(), 5))
 
@@ -154,7 +157,7 @@ def test_looking_for_a_process_leaves_no_descriptor(free: int) -> None:
         os.close(pidfd)
 
 
-def test_an_abandoned_conmon_has_ended_with_what_it_started(tmp_path: Path) -> None:
+def test_an_abandoned_conmon_has_ended_with_what_it_started(tmp_path: Path, others: set[str]) -> None:
     started = tmp_path / "started"
     # What has much memory takes a while to end.
     slow = f'{sys.executable} -c \'x = bytearray(1 << 28); open("{started}", "w").close(); input()\' <&4 & wait'
@@ -164,11 +167,11 @@ def test_an_abandoned_conmon_has_ended_with_what_it_started(tmp_path: Path) -> N
         creating = asyncio.ensure_future(monitor.create())
         assert await wait_until_exists(started, 20)
         creating.cancel()
-        children = {pid for child in _children() for pid in (int(child), *_children_of(child))}
+        children = {pid for child in _children() - others for pid in (int(child), *_children_of(child))}
         await monitor.abandon()
         assert len(children) == 2
         assert [pid for pid in children if processes.start_time(pid) is not None] == []
-        await _until_reaped()
+        await _until_reaped(others)
 
     asyncio.run(body())
 

@@ -115,6 +115,7 @@ def _mount(size: int) -> None:
 def _become_root() -> None:
     null = Path(_PLACE, "dev", "null")
     null.parent.mkdir()
+    null.parent.chmod(0o711)  # whatever the agent's umask: the init is no user that owns it
     os.mknod(null, stat.S_IFCHR | 0o600, _NULL)
     null.chmod(0o666)
     # The whole file system, not only this mount of it: that cannot be undone where it is mounted anew.

@@ -7,11 +7,14 @@ import os
 import select
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Callable
 from typing import BinaryIO
 
 from host import libc, mounts, processes, procfs
 from host.errors import PodkeelError
+from runtime.init_rights import give_up_rights, init_filter, join_pod
 from runtime.init_root import INIT_ROOT, PROGRAM, become_root_of
 from runtime.layout import SandboxFolder
 from runtime.sandbox import ProcessName
@@ -29,25 +32,49 @@ echo $! >&{_TELLING}"""
 
 
 def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
-    """Start catatonit as init of a new PID namespace and return its pid; ``pin_holder`` is then due.
-
-    Runs in a fresh thread, which it leaves in another mount namespace, that of the init.
-    """
+    """Start catatonit as init of a new PID namespace and return its pid; ``pin_holder`` is then due. Blocks."""
     program = _installed(catatonit)
     (folder.path / "init").mkdir(mode=0o700, exist_ok=True)
-    INIT_ROOT.enter(program)
-    libc.unshare(libc.CLONE_NEWPID)
-    return processes.spawn([PROGRAM, "-P"], environment={}, title=_title(sandbox_id))
+    init_filter()  # compiled now, as it takes files of the node
+
+    def start() -> int:
+        join_pod(folder)
+        INIT_ROOT.enter(program)
+        libc.unshare(libc.CLONE_NEWPID)
+        give_up_rights()
+        return processes.spawn([PROGRAM, "-P"], environment={}, title=_title(sandbox_id))
+
+    return _in_thread_of_its_own(start)
+
+
+def _in_thread_of_its_own(work: Callable[[], int]) -> int:
+    """What ``work`` returns or raises, done in a thread that ends with it and does nothing else."""
+    done: list[int | Exception] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except Exception as error:
+            done.append(error)
+
+    thread = threading.Thread(target=run, name="pod-init")
+    thread.start()
+    thread.join()
+    result = done[0]
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def start_holder_in_user_namespace(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
     """The same for a pod with a user namespace, which then owns the PID namespace.
 
-    A process with threads cannot enter a user namespace, so util-linux does it. Runs in a fresh thread, which it leaves
-    in another mount namespace. Blocks.
+    A process with threads cannot enter a user namespace, so util-linux does it. Nobody inside can look into the init,
+    which has rights in that user namespace only. Runs in a fresh thread, which it leaves in other namespaces. Blocks.
     """
     program = _installed(catatonit)
     (folder.path / "init").mkdir(mode=0o700, exist_ok=True)
+    join_pod(folder)
     with contextlib.ExitStack() as stack:
         answer, telling = _pipe(stack)
         waiting, go = _pipe(stack)

@@ -1,8 +1,12 @@
-"""The init of a shared PID namespace: nobody in the pod can change its program, its root or what it has open."""
+"""The init of a shared PID namespace: nobody in the pod can change its program, its root or what it has open.
+
+Nor does it have anything that who traces it has not: no right, and no namespace of the node's but those of the pod.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import pytest
 
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.hardening import PRELUDE, PYTHON, Attacker, import_image, like_kubelets, with_python
-from tests.security.conftest import pod_config
+from tests.security.conftest import FIRST_ID, pod_config
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import log_lines, shared_pids
 
@@ -53,6 +57,43 @@ POWERS = {
     "no capabilities": (),
     "all kept": ("SYS_PTRACE", "DAC_READ_SEARCH", "LINUX_IMMUTABLE"),
 }
+
+
+# Takes the init over with ptrace(2) and has it make system calls: it stands in one, so its program counter is behind a
+# "syscall" instruction. Calls: socket(AF_UNIX), socket(AF_INET), unshare(CLONE_NEWUSER), mount, ptrace(TRACEME).
+TRACE = """
+SEIZE, INTERRUPT, GETREGS, SETREGS, STEP, DETACH = 0x4206, 0x4207, 12, 13, 9, 17
+def ptrace(request, address=0, data=0):
+    return call(101, ctypes.c_long(request), ctypes.c_long(1), ctypes.c_void_p(address), data)
+def stopped():
+    return os.waitpid(1, 0x40000000)
+Registers = ctypes.c_ulong * 27
+R10, R9, R8, RAX, RDX, RSI, RDI, ORIG_RAX, RIP = 7, 8, 9, 10, 12, 13, 14, 15, 16
+def make(before, number, *arguments):
+    registers = Registers(*before)
+    registers[RAX], registers[ORIG_RAX], registers[RIP] = number, 2**64 - 1, before[RIP] - 2
+    for place, value in zip((RDI, RSI, RDX, R10, R8), arguments):
+        registers[place] = value
+    assert ptrace(SETREGS, 0, ctypes.byref(registers)) == "done"
+    assert ptrace(STEP) == "done"
+    stopped()
+    assert ptrace(GETREGS, 0, ctypes.byref(registers)) == "done"
+    result = ctypes.c_long(registers[RAX]).value
+    return result if result >= 0 else errno.errorcode[-result]
+seized = ptrace(SEIZE)
+results = []
+if seized == "done":
+    assert ptrace(INTERRUPT) == "done"
+    stopped()
+    before = Registers()
+    assert ptrace(GETREGS, 0, ctypes.byref(before)) == "done"
+    calls = (41, 1, 1, 0), (41, 2, 1, 0), (272, 0x10000000), (165, 0, 0, 0, 0, 0), (101, 0, 0, 0, 0)
+    results = [make(before, *one) for one in calls]
+    before[RIP], before[RAX], before[ORIG_RAX] = before[RIP] - 2, before[ORIG_RAX], 2**64 - 1
+    assert ptrace(SETREGS, 0, ctypes.byref(before)) == "done"
+    assert ptrace(DETACH) == "done"
+answer([seized, results])
+"""
 
 
 @pytest.fixture
@@ -159,3 +200,40 @@ def test_pods_share_their_processes_and_the_init_reaps(
     assert "sleep" in attacker.shell("cat /proc/[0-9]*/comm")
     attacker.shell("(sh -c 'sleep 0.1 &' &) ; sleep 0.4")
     assert " Z " not in attacker.shell("cat /proc/[0-9]*/stat")
+
+
+def test_init_has_no_right_and_none_of_the_node_s_namespaces(
+    quiet_log: AgentProcess, handler: str, user_namespace: bool
+) -> None:
+    """It is the only process of the pod that the node starts: containers read of the network that it is in."""
+    attacker = start(quiet_log, handler, like_kubelets("main"), user_namespace=user_namespace)
+    init, agent = Path(f"/proc/{init_of(quiet_log, attacker.sandbox_id)}"), Path("/proc/self")
+    for kind in ("net", "ipc", "uts", "mnt", "pid"):
+        assert (init / "ns" / kind).readlink() != (agent / "ns" / kind).readlink(), kind
+    fields = dict(line.split(":\t", 1) for line in (init / "status").read_text().splitlines() if ":\t" in line)
+    if user_namespace:
+        assert (init / "ns/user").readlink() != (agent / "ns/user").readlink()
+        assert fields["Uid"].split() == [str(FIRST_ID)] * 4
+    else:
+        assert (int(fields["CapPrm"], 16), int(fields["CapEff"], 16), int(fields["CapAmb"], 16)) == (0, 0, 0)
+        assert "0" not in fields["Uid"].split() + fields["Gid"].split()
+        assert (fields["NoNewPrivs"], fields["Seccomp"], fields["Groups"].strip()) == ("1", "2", "")
+    assert attacker.shell("cat /proc/1/net/dev | wc -l") == attacker.shell("cat /proc/self/net/dev | wc -l")
+    assert attacker.shell("wc -l < /proc/1/net/unix").strip() == "1"  # its heading
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the attack is written for x86-64")
+@pytest.mark.parametrize("powers", POWERS)
+def test_who_traces_the_init_can_do_nothing_with_it(
+    quiet_log: AgentProcess, handler: str, user_namespace: bool, powers: str
+) -> None:
+    config = with_python(like_kubelets("main"))
+    config.linux.security_context.capabilities.add_capabilities.extend(POWERS[powers])
+    attacker = start(quiet_log, handler, config, user_namespace=user_namespace)
+    seized, results = attacker.python(TRACE)
+    if user_namespace or powers != "all kept":
+        assert seized == "EPERM"
+    else:
+        assert (seized, set(results)) == ("done", {"EPERM"}), results
+    assert init_of(quiet_log, attacker.sandbox_id)
+    assert "sleep" in attacker.shell("cat /proc/[0-9]*/comm")

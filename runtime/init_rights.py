@@ -1,0 +1,89 @@
+"""What the init of a shared PID namespace gives up before it begins: containers of the pod may trace it.
+
+It is in the pod's namespaces and not in the node's, no user that has files, without capabilities, and under a filter
+of system calls: it opens no connection, takes no descriptor from others, and mounts, traces and signals nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from functools import lru_cache
+
+from host import libc
+from host.seccomp import ALLOW, EQUAL, ERRNO, MASKED_EQUAL, Comparison, Rule, compile_filter
+from runtime.layout import SandboxFolder
+
+# That of the pause containers of other agents.
+_USER = 65535
+_NUMBERS = {  # of setgroups, setresgid and setresuid, which the C library makes for all threads of a process
+    "x86_64": (116, 119, 117),
+    "aarch64": (159, 149, 147),
+    "riscv64": (159, 149, 147),
+    "ppc64le": (81, 169, 164),
+    "s390x": (206, 210, 208),
+}
+_KINDS = {"net": libc.CLONE_NEWNET, "ipc": libc.CLONE_NEWIPC, "uts": libc.CLONE_NEWUTS}
+# CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET: all that make a namespace.
+_NEW_NAMESPACES = 0x7E020080
+_PR_SET_CHILD_SUBREAPER = 36
+_CLONE_FLAGS = 1 if os.uname().machine == "s390x" else 0  # the argument's index
+
+_OF_THREADS_AND_MEMORY = (
+    *("brk", "mmap", "munmap", "mremap", "mprotect", "madvise", "futex", "rseq", "set_robust_list", "set_tid_address"),
+    *("arch_prctl", "getrandom", "sched_yield", "exit", "exit_group", "gettid", "getpid", "clock_gettime", "uname"),
+    *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall", "getrlimit", "ugetrlimit"),
+)
+_OF_STARTING_A_PROGRAM = (
+    *("vfork", "execve", "setsid", "open", "openat", "close", "close_range", "dup2", "dup3", "fcntl"),
+    *("read", "write", "writev", "readlink", "readlinkat", "fstat", "newfstatat", "statx"),
+)
+# catatonit reads signals from a descriptor and collects the dead; those of another version may wait in another way.
+_OF_AN_INIT = (
+    *("signalfd", "signalfd4", "rt_sigtimedwait", "rt_sigsuspend", "pause", "poll", "ppoll", "wait4", "waitid"),
+    *("getppid", "getpgid", "getpgrp", "getsid", "getuid", "geteuid", "getgid", "getegid", "setpgid", "nanosleep"),
+    *("clock_nanosleep", "epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "kill"),
+)
+
+
+def join_pod(folder: SandboxFolder) -> None:
+    """Move the calling thread, a fresh one, into those of the pod's network, IPC and UTS namespaces that are its own.
+
+    From the init's folder in /proc, containers read the addresses and sockets of the network it is in.
+    """
+    for kind, flag in _KINDS.items():
+        pin = folder.pin(kind)
+        if pin.exists():
+            with pin.open("rb") as namespace:
+                libc.setns(namespace.fileno(), flag)
+
+
+def give_up_rights() -> None:
+    """Leave the calling thread, and so the init it starts, only what starting it and being it takes.
+
+    The thread can do nothing else any more, such as wake the event loop. Raises OSError.
+    """
+    compiled = init_filter()
+    setgroups, setresgid, setresuid = _NUMBERS[os.uname().machine]
+    libc.syscall(setgroups, ctypes.c_size_t(0), None)
+    libc.syscall(setresgid, *[ctypes.c_uint32(_USER)] * 3)
+    libc.syscall(setresuid, *[ctypes.c_uint32(_USER)] * 3)
+    libc.forbid_new_privileges()
+    libc.install_seccomp_filter(compiled)
+
+
+@lru_cache(maxsize=1)
+def init_filter() -> bytes:
+    """The compiled filter. Raises UnavailableError where the node has no libseccomp."""
+    return compile_filter(
+        ERRNO | errno.EPERM,
+        (
+            Rule((*_OF_THREADS_AND_MEMORY, *_OF_STARTING_A_PROGRAM, *_OF_AN_INIT), ALLOW),
+            Rule(("clone",), ALLOW, (Comparison(_CLONE_FLAGS, MASKED_EQUAL, _NEW_NAMESPACES, 0),)),
+            Rule(("clone3",), ERRNO | errno.ENOSYS),  # its flags are in memory; the C library takes clone then
+            # Reading limits, of the process itself: the second argument is where new ones are.
+            Rule(("prctl",), ALLOW, (Comparison(0, EQUAL, _PR_SET_CHILD_SUBREAPER, 0),)),
+            Rule(("prlimit64",), ALLOW, (Comparison(0, MASKED_EQUAL, 0xFFFFFFFF, 0),)),
+        ),
+    )

@@ -252,6 +252,9 @@ class Execution:
         if monitor is None:
             raise WrongStateError(f"{container.title}: its conmon was killed: nothing writes its log any more")
         if await in_fresh_thread(has_open, monitor, descriptor):
+            if container.late_log is not None and os.path.sameopenfile(container.late_log, descriptor):
+                await in_fresh_thread(append_from_now_on, monitor, descriptor)
+                container.keep_late_log(None)
             return
         size = os.fstat(descriptor).st_size
         if size:
@@ -278,8 +281,13 @@ class Execution:
             finally:
                 os.close(descriptor)
             return opened
+        late = container.late_log
         link.lead_next_to(descriptor)
-        reopen(container.id)
+        if late is None:
+            reopen(container.id)
+        elif await in_fresh_thread(has_open, monitor, late):  # else it is yet to read what it was told then
+            link.lead_next_to(descriptor)
+            reopen(container.id)
         opened = await wait_for_entries(link.path.parent, lambda: link.leads_to(descriptor), REOPEN_SECONDS)
         if opened:
             await in_fresh_thread(append_from_now_on, monitor, descriptor)

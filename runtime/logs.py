@@ -122,9 +122,13 @@ class LogLink:
         _link(self._next, descriptor)
 
     def leads_to(self, descriptor: int) -> bool:
-        """Whether conmon has opened the file that ``lead_next_to`` was told."""
+        """Whether conmon has opened the file that ``lead_next_to`` was told.
+
+        An earlier log may have had the same descriptor: the link that conmon renames must be gone as well.
+        """
         with contextlib.suppress(OSError):
-            return os.readlink(self.path) == _own(descriptor)  # noqa: PTH115 - the text matters
+            taken = not self._next.is_symlink()
+            return taken and os.readlink(self.path) == _own(descriptor)  # noqa: PTH115 - the text matters
         return False
 
 
@@ -165,8 +169,11 @@ def _own(descriptor: int) -> str:
 
 
 def _link(path: Path, descriptor: int) -> None:
-    path.unlink(missing_ok=True)
-    path.symlink_to(_own(descriptor))
+    """Make or replace a link in one step: conmon, which may come at any time, makes a file where there is none."""
+    made = path.with_name(f"{path.name}.new")
+    made.unlink(missing_ok=True)
+    made.symlink_to(_own(descriptor))
+    made.rename(path)
 
 
 def _unfinished(tail: bytes, *, whole: bool) -> Iterator[int]:

@@ -18,7 +18,7 @@ from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.hardening import init_pid
 from tests.integration.conformance.support import refused
 from tests.support.agent import PATIENCE, AgentProcess, wait_for
-from tests.support.pods import container_config, sandbox_config, shared_pids
+from tests.support.pods import container_config, log_lines, sandbox_config, shared_pids
 
 PROMPTLY = 6 * PATIENCE
 
@@ -166,3 +166,33 @@ def test_stopped_conmon_does_not_keep_its_container(agent: AgentProcess, handler
     assert (status.state, status.exit_code) == (cri_pb2.CONTAINER_EXITED, 137)
     client.remove_sandbox(sandbox_id)
     assert client.findings() == []
+
+
+def test_log_that_a_stopped_conmon_is_told_to_reopen_goes_on_with_it(agent: AgentProcess) -> None:
+    client = agent.client
+    sandbox = sandbox_config(agent)
+    sandbox_id = client.run_sandbox(sandbox)
+    config = container_config("main", "sh", "-c", "i=0; while :; do echo $((i=i+1)); sleep 0.01; done")
+    container_id = client.create(sandbox_id, config, sandbox)
+    client.start(container_id)
+    path = Path(client.status(container_id).log_path)
+    wait_for(lambda: path.stat().st_size > 0, what="a line")
+    monitor = monitor_pid(agent, container_id)
+    os.kill(monitor, signal.SIGSTOP)
+    rotated = path.rename(path.with_suffix(".1"))
+    request = cri_pb2.ReopenContainerLogRequest(container_id=container_id)
+    for _ in range(2):  # it is told once, whatever is asked meanwhile
+        with refused(grpc.StatusCode.INTERNAL, "did not open"):
+            client.call("ReopenContainerLog", request)
+    os.kill(monitor, signal.SIGCONT)
+    wait_for(lambda: path.stat().st_size > 100, what="lines in the new log")
+    client.call("ReopenContainerLog", request)
+    again = path.rename(path.with_suffix(".2"))
+    client.call("ReopenContainerLog", request)
+    wait_for(lambda: path.stat().st_size > 100, what="lines in the newest log")
+    assert monitor_pid(agent, container_id) == monitor
+    client.stop(container_id)
+    numbers = [int(line) for log in (rotated, again, path) for line in log_lines(log)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert client.status(container_id).exit_code == 137
+    client.remove_sandbox(sandbox_id)

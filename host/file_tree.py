@@ -6,7 +6,6 @@ follows no link, and crosses no mount unless it is told to.
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 from host import libc
@@ -19,32 +18,14 @@ if TYPE_CHECKING:
 MOST_OPEN = 32  # folders of one path that are open at once, the root not counted
 MOST_WAITING = 200_000  # names of folders that a walk keeps until it gets to them
 
-_OPENAT2 = 437  # the same on every architecture
-_RESOLVE_NO_XDEV = 0x01
-_RESOLVE_NO_MAGICLINKS = 0x02
-_RESOLVE_NO_SYMLINKS = 0x04
-_RESOLVE_BENEATH = 0x08
-_BELOW = _RESOLVE_NO_XDEV | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
-_ATTEMPTS = 64
+_BELOW = libc.RESOLVE_NO_XDEV | libc.RESOLVE_NO_MAGICLINKS | libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_BENEATH
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LONGEST_SHOWN = 200
 
 
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
-
-
 def open_below(folder: int, name: str | bytes, flags: int, resolve: int = _BELOW) -> int:
     """Open ``name`` in the open ``folder``; raises OSError for a link, a mount point and all that leads elsewhere."""
-    how = _OpenHow(flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0, resolve)
-    size = ctypes.c_size_t(ctypes.sizeof(how))
-    for attempt in range(_ATTEMPTS):
-        try:
-            return libc.syscall(_OPENAT2, ctypes.c_int(folder), os.fsencode(name), ctypes.byref(how), size)
-        except BlockingIOError:  # something was renamed or mounted meanwhile; openat2(2) says to try again
-            if attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError("unreachable")
+    return libc.openat2(folder, os.fsencode(name), flags | os.O_NOFOLLOW, resolve)
 
 
 class _Level:
@@ -66,7 +47,7 @@ class FolderStack:
 
     def __init__(self, root: int, *, into_mounts: bool = False) -> None:
         self._levels = [_Level(os.dup(root))]
-        self._resolve = _BELOW & ~_RESOLVE_NO_XDEV if into_mounts else _BELOW
+        self._resolve = _BELOW & ~libc.RESOLVE_NO_XDEV if into_mounts else _BELOW
 
     def __enter__(self) -> Self:
         return self

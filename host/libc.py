@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys
 
@@ -138,16 +139,28 @@ def is_kernel_filesystem(descriptor: int) -> bool:
     return kind in (_PROC_SUPER_MAGIC, _SYSFS_MAGIC)
 
 
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
 _SYS_OPENAT2 = 437  # the same on every architecture
+_OPENAT2_ATTEMPTS = 64
 
 
 def openat2(folder: int, path: bytes, flags: int, resolve: int) -> int:
-    """A descriptor of ``path``, which starts at the open ``folder``, found as ``resolve`` says (openat2(2))."""
+    """A descriptor of ``path``, which starts at the open ``folder``, found as ``resolve`` says (openat2(2)).
+
+    Raises OSError. EAGAIN says that something was renamed or mounted meanwhile, anywhere on the node: it tries again.
+    """
     how = (ctypes.c_uint64 * 3)(flags | os.O_CLOEXEC, 0, resolve)
     size = ctypes.c_size_t(ctypes.sizeof(how))
-    return _check(_libc.syscall(ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(folder), path, how, size), path)
+    number = ctypes.c_long(_SYS_OPENAT2)
+    for _ in range(_OPENAT2_ATTEMPTS - 1):
+        descriptor = int(_libc.syscall(number, ctypes.c_int(folder), path, how, size))
+        if descriptor >= 0 or ctypes.get_errno() != errno.EAGAIN:
+            return _check(descriptor, path)
+    return _check(_libc.syscall(number, ctypes.c_int(folder), path, how, size), path)
 
 
 class _MountAttributes(ctypes.Structure):

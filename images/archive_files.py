@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import stat
 import tarfile
@@ -13,10 +12,6 @@ from host.errors import InvalidArgumentError, NotFoundError
 
 LARGEST_HEADER = 1 << 20  # of the records that tell of one member
 
-_OPENAT2 = 437  # the same on every architecture
-_RESOLVE_NO_MAGICLINKS = 0x02
-_RESOLVE_BENEATH = 0x08
-_ATTEMPTS = 64
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -44,18 +39,10 @@ def open_member(folder: int, name: str) -> tuple[int, int]:
 
     Links and ``..`` may lead through the folder, not out of it. Raises OSError, ValueError for a name that none can be.
     """
-    how = (ctypes.c_uint64 * 3)(_FILE, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
     encoded = os.fsencode(name)
     if b"\0" in encoded:
         raise ValueError("holds a NUL")
-    for attempt in range(_ATTEMPTS):
-        try:
-            size = ctypes.c_size_t(ctypes.sizeof(how))
-            descriptor = libc.syscall(_OPENAT2, ctypes.c_int(folder), encoded, how, size)
-            break
-        except BlockingIOError:  # something was renamed meanwhile; openat2(2) says to try again
-            if attempt == _ATTEMPTS - 1:
-                raise
+    descriptor = libc.openat2(folder, encoded, _FILE, libc.RESOLVE_BENEATH | libc.RESOLVE_NO_MAGICLINKS)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

@@ -23,8 +23,6 @@ from host.errors import InvalidArgumentError, LimitError, PodkeelError
 from host.file_tree import open_below
 from runtime.sandbox import ProcessName
 
-_RESOLVE_NO_MAGICLINKS = 0x02
-_RESOLVE_BENEATH = 0x08
 _PIDFD_GETFD = 438
 # What the end of a log is looked for in: conmon's records are smaller than 9 KiB.
 _TAIL = 256 * 1024
@@ -161,7 +159,7 @@ def _number_in(monitor: ProcessName, descriptor: int) -> int | None:
 def _inside(folder: int, parts: list[str]) -> int:
     """The folder ``parts`` below ``folder``; a link may lead to another place below it."""
     flags = os.O_PATH | os.O_DIRECTORY
-    return open_below(folder, "/".join([*parts, "."]), flags, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
+    return open_below(folder, "/".join([*parts, "."]), flags, libc.RESOLVE_BENEATH | libc.RESOLVE_NO_MAGICLINKS)
 
 
 def _own(descriptor: int) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, build_busybox, running_agent
 from tests.support.leaks import traces
 
@@ -52,3 +53,12 @@ def own_agent(tmp_path: Path, busybox: Path) -> Iterator[AgentProcess]:
     """An agent of the test's own, which may be killed and restarted."""
     with running_agent(tmp_path, busybox) as agent:
         yield agent
+
+
+@pytest.fixture(params=["crun", "runc"])
+def handler(request: pytest.FixtureRequest, agent: AgentProcess) -> str:
+    """Each OCI runtime in turn, as the name of a runtime handler of the shared agent."""
+    handlers = agent.client.call("Status", cri_pb2.StatusRequest()).runtime_handlers
+    if request.param not in [handler.name for handler in handlers]:
+        pytest.skip(f"{request.param} does not work here")
+    return str(request.param)

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from host import libc
 from host.errors import InvalidArgumentError
 
 FILE_LIMIT = 1024 * 1024
-
-_ATTEMPTS = 64
-_OPENAT2 = 437
-_RESOLVE_NO_MAGICLINKS = 0x02
-_RESOLVE_NO_SYMLINKS = 0x04
-_RESOLVE_IN_ROOT = 0x10
-
-
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
 @contextmanager
@@ -45,14 +34,9 @@ def open_in_root(folder: int, inside: str, *, flags: int = 0, follow_links: bool
     Links of processes in /proc, which lead anywhere, are followed by none. Raises OSError, ELOOP for these links and
     for all where ``follow_links`` is off.
     """
-    links = _RESOLVE_NO_MAGICLINKS if follow_links else _RESOLVE_NO_SYMLINKS
-    how = _OpenHow(os.O_PATH | os.O_CLOEXEC | flags, 0, _RESOLVE_IN_ROOT | links)
-    name, size = os.fsencode(inside.lstrip("/") or "."), ctypes.c_size_t(ctypes.sizeof(how))
-    for _ in range(_ATTEMPTS):
-        # EAGAIN: something was renamed or mounted meanwhile, anywhere on the node; openat2(2) says to try again.
-        with suppress(BlockingIOError):
-            return libc.syscall(_OPENAT2, ctypes.c_int(folder), name, ctypes.byref(how), size)
-    return libc.syscall(_OPENAT2, ctypes.c_int(folder), name, ctypes.byref(how), size)
+    links = libc.RESOLVE_NO_MAGICLINKS if follow_links else libc.RESOLVE_NO_SYMLINKS
+    name = os.fsencode(inside.lstrip("/") or ".")
+    return libc.openat2(folder, name, os.O_PATH | flags, libc.RESOLVE_IN_ROOT | links)
 
 
 def read_file(root: Path, inside: str) -> bytes:

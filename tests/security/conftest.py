@@ -36,15 +36,6 @@ def quiet_log(agent: AgentProcess) -> Iterator[AgentProcess]:
     assert agent.tracebacks(before) == []
 
 
-@pytest.fixture(params=["crun", "runc"])
-def handler(request: pytest.FixtureRequest, agent: AgentProcess) -> str:
-    """Each OCI runtime in turn, as the name of a runtime handler."""
-    handlers = agent.client.call("Status", cri_pb2.StatusRequest()).runtime_handlers
-    if request.param not in [handler.name for handler in handlers]:
-        pytest.skip(f"{request.param} does not work here")
-    return str(request.param)
-
-
 @pytest.fixture(params=["node's users", "user namespace"])
 def user_namespace(request: pytest.FixtureRequest, agent: AgentProcess, handler: str) -> bool:
     """Whether the test's pods have a user namespace: each test runs with and without one."""

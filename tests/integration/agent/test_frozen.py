@@ -23,14 +23,6 @@ from tests.support.pods import container_config, log_lines, sandbox_config, shar
 PROMPTLY = 6 * PATIENCE
 
 
-@pytest.fixture(params=["crun", "runc"])
-def handler(request: pytest.FixtureRequest, agent: AgentProcess) -> str:
-    status = agent.client.call("Status", cri_pb2.StatusRequest())
-    if request.param not in [handler.name for handler in status.runtime_handlers]:
-        pytest.skip(f"{request.param} does not work here")
-    return str(request.param)
-
-
 def start(agent: AgentProcess, handler: str, *, shared: bool = False) -> tuple[str, str]:
     """A pod with a container that heeds no signal; their ids."""
     sandbox = sandbox_config(agent)

@@ -50,14 +50,6 @@ def numbers() -> dict[str, int]:
     return dict(zip(words[::2], map(int, words[1::2]), strict=True))
 
 
-@pytest.fixture(params=["crun", "runc"])
-def handler(request: pytest.FixtureRequest, agent: AgentProcess) -> str:
-    status = agent.client.call("Status", cri_pb2.StatusRequest())
-    if request.param not in [handler.name for handler in status.runtime_handlers]:
-        pytest.skip(f"{request.param} does not work here")
-    return str(request.param)
-
-
 @pytest.fixture
 def attacker(agent: AgentProcess, handler: str) -> Attacker:
     return Attacker.start(agent, handler, with_python(like_kubelets("main")))

@@ -34,14 +34,6 @@ from tests.support.pods import sandbox_config
 MakeImage = Callable[..., str]
 
 
-@pytest.fixture(params=["crun", "runc"])
-def handler(request: pytest.FixtureRequest, agent: AgentProcess) -> str:
-    status = agent.client.call("Status", cri_pb2.StatusRequest())
-    if request.param not in [handler.name for handler in status.runtime_handlers]:
-        pytest.skip(f"{request.param} does not work here")
-    return str(request.param)
-
-
 @pytest.fixture
 def image(agent: AgentProcess, tmp_path: Path) -> Iterator[MakeImage]:
     """Imports an image of busybox with more entries; removed after the test."""

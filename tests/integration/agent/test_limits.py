@@ -30,14 +30,6 @@ def test_the_agent_uses_all_descriptors_that_it_may_have(tmp_path: Path, busybox
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.fixture(params=["crun", "runc"])
-def handler(request: pytest.FixtureRequest, agent: AgentProcess) -> str:
-    status = agent.client.call("Status", cri_pb2.StatusRequest())
-    if request.param not in [handler.name for handler in status.runtime_handlers]:
-        pytest.skip(f"{request.param} does not work here")
-    return str(request.param)
-
-
 def made(agent: AgentProcess, handler: str, limits: Limits, *, start: bool = True) -> str:
     """A container with these limits; its id."""
     sandbox = sandbox_config(agent)

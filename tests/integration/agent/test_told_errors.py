@@ -13,14 +13,6 @@ from tests.support.agent import AgentProcess
 from tests.support.pods import container_config, sandbox_config
 
 
-@pytest.fixture(params=["crun", "runc"])
-def handler(request: pytest.FixtureRequest, agent: AgentProcess) -> str:
-    status = agent.client.call("Status", cri_pb2.StatusRequest())
-    if request.param not in [handler.name for handler in status.runtime_handlers]:
-        pytest.skip(f"{request.param} does not work here")
-    return str(request.param)
-
-
 def refused(agent: AgentProcess, handler: str, config: cri_pb2.ContainerConfig) -> grpc.RpcError:
     """How CreateContainer refuses a container."""
     sandbox = sandbox_config(agent)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import queue
 import stat
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from host.errors import PodkeelError
 from host.file_tree import Walk
 from images.project_quota import ProjectQuotas
 
@@ -28,6 +30,8 @@ _DUTY = 0.2  # the part of one core that counting takes while it goes on
 _SMALL_SECONDS = 0.0002  # of processor time: not quite a hundred files
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SHARE = 0.01  # the part of one core that all trees that are not small take together
+
+_log = logging.getLogger("podkeel.images")
 
 # Something that changes when a container may have written; None: nobody knows. It must not raise.
 Activity = Callable[[str], int | None]
@@ -169,7 +173,11 @@ class WritableLayers:
 
     def _serve(self) -> None:
         while (container_id := self._queue.get()) is not None and not self._closing.is_set():
-            renewed = self._renewed(container_id, self._counted.get(container_id))
+            try:
+                renewed = self._renewed(container_id, self._counted.get(container_id))
+            except (OSError, PodkeelError) as error:  # such as no descriptor left: it is asked for again
+                _log.warning("files of containers could not be counted, the last count stays: %s", error)
+                renewed = None
             with self._lock:
                 self._waiting.discard(container_id)
                 if renewed is not None and container_id in self._counted:

@@ -19,6 +19,9 @@ REQUEST_SECONDS = 10.0
 CONNECTION_LIMIT = 64
 # Clients that have not taken the whole of their answer.
 SLOW_LIMIT = 16
+# How long a client may take for the end of a connection that is being closed, and how many may do so.
+CLOSE_SECONDS = 5.0
+CLOSING_LIMIT = 32
 _END_OF_HEAD = b"\r\n\r\n"
 
 _log = logging.getLogger("podkeel.metrics")
@@ -47,6 +50,7 @@ class MetricsServer:
         self._served: set[asyncio.Task[None]] = set()  # those whose first request came
         self._silent: dict[asyncio.Task[None], None] = {}  # of these: who sends no request, longest first
         self._slow: dict[asyncio.Task[None], None] = {}  # and who does not take its answer
+        self._closing: dict[asyncio.Task[None], None] = {}
 
     async def start(self, host: str, port: int) -> int:
         """Listen and return the port, which the system chooses if 0 is given; OSError if the address is taken."""
@@ -81,14 +85,31 @@ class MetricsServer:
                 too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
                 await _answer(writer, too_large, _text(f"more than {HEADER_LIMIT} bytes of headers\n"), keep=False)
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
-            pass  # the client went away or was silent
+            writer.transport.abort()  # the client went away, was silent or took no answer
+        except asyncio.CancelledError:
+            writer.transport.abort()
+            raise
         finally:
-            self._tasks.discard(task)
             self._served.discard(task)
             pending.forget()
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+            try:
+                await self._close(task, writer)
+            finally:
+                self._tasks.discard(task)
+
+    async def _close(self, task: asyncio.Task[None], writer: asyncio.StreamWriter) -> None:
+        """Close a connection once its client has taken what it was sent, which it need not ever do, nor end TLS."""
+        while len(self._closing) >= CLOSING_LIMIT:
+            self._end(next(iter(self._closing)))
+        try:
+            with self._waiting_in(self._closing, task):
+                writer.close()
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await writer.wait_closed()
+        except (OSError, TimeoutError):
+            pass
+        finally:
+            writer.transport.abort()
 
     def _has_room(self, task: asyncio.Task[None]) -> bool:
         """Make room for one more client."""
@@ -104,6 +125,7 @@ class MetricsServer:
         self._served.discard(task)
         self._silent.pop(task, None)
         self._slow.pop(task, None)
+        self._closing.pop(task, None)
         task.cancel()
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import tempfile
 import time
@@ -247,3 +248,20 @@ def test_where_there_are_no_quotas_the_reason_is_told_and_layers_are_counted() -
 def test_ranges_of_projects_that_cannot_be(ids: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="project_ids"):
         ImageOptions(project_ids=ids)
+
+
+def test_counting_goes_on_after_there_was_no_descriptor_left(
+    layers: WritableLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(writable, "OLDEST_SECONDS", 0.05)
+    (tmp_path / "a" / "one").mkdir(parents=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, hard))  # one for the folder, none to walk it
+    try:
+        layers.usage("a")
+        wait_for(lambda: "could not be counted" in caplog.text, what="a failed count")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert counted(layers, "a").inodes == 2

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -13,16 +17,17 @@ from metrics.agent import AgentMetrics
 from metrics.catalog import CATALOG
 from metrics.prometheus import Page
 from metrics.routes import Entries, standard_routes
-from metrics.server import CONNECTION_LIMIT, HEADER_LIMIT, SLOW_LIMIT, MetricsServer, Route
-from tests.integration.streaming.test_server import resident
+from metrics.server import CLOSING_LIMIT, CONNECTION_LIMIT, HEADER_LIMIT, SLOW_LIMIT, MetricsServer, Route
+from tests.integration.agent.streams import until
+from tests.integration.streaming.test_server import make_certificates, resident
 from tests.unit.metrics.test_catalog import FULL, LABELS
 
 CLOSE = "Connection: close\r\n"
 
 
 @asynccontextmanager
-async def serving(routes: dict[str, Route]) -> AsyncIterator[int]:
-    server = MetricsServer(routes)
+async def serving(routes: dict[str, Route], tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
+    server = MetricsServer(routes, tls)
     try:
         yield await server.start("127.0.0.1", 0)
     finally:
@@ -186,3 +191,51 @@ async def test_closing_ends_open_connections() -> None:
     await asyncio.wait_for(server.close(), 10)
     assert await asyncio.wait_for(reader.read(), 10) == b""
     writer.close()
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - less to hold
+
+
+def tls_of(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Those of a server and of a client."""
+    make_certificates(folder)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(folder / "server.pem", folder / "server.key")
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_mode = ssl.CERT_NONE
+    return server, client
+
+
+async def test_clients_that_do_not_end_tls_hold_few_descriptors(tmp_path: Path) -> None:
+    server, client = tls_of(tmp_path)
+
+    def ask_badly(port: int) -> socket.socket:
+        connected = client.wrap_socket(socket.create_connection(("127.0.0.1", port)))
+        connected.sendall(b"nonsense\r\n\r\n")
+        assert connected.recv(100)
+        return connected
+
+    async with serving({"/echo": echo}, server) as port:
+        before = descriptors()
+        with contextlib.ExitStack() as stack:
+            for _ in range(100):
+                stack.enter_context(await asyncio.to_thread(ask_badly, port))
+            assert descriptors() - before - 100 <= CLOSING_LIMIT + 4
+
+
+async def test_clients_that_do_not_take_their_answers_are_gone_once_others_took_their_place() -> None:
+    async def large(accept: str) -> Page:
+        return Page("text/plain", bytes(8 << 20))
+
+    async with serving({"/large": large}) as port:
+        before = descriptors()
+        slow = [await asyncio.open_connection("127.0.0.1", port, limit=1024) for _ in range(100)]
+        try:
+            for _, writer in slow:
+                writer.write(get("/large").encode())
+            await until(lambda: descriptors() - before - 100 <= SLOW_LIMIT + 4, "the end of most of them")
+        finally:
+            for _, writer in slow:
+                writer.transport.abort()

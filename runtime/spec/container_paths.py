@@ -15,6 +15,9 @@ _KERNEL_FOLDERS = ("/proc", "/sys")
 _HIDDEN_FOLDERS = (*_KERNEL_FOLDERS, "/dev")
 _BELOW_KERNEL = tuple(f"{folder}/" for folder in _KERNEL_FOLDERS)
 _BELOW_HIDDEN = tuple(f"{folder}/" for folder in _HIDDEN_FOLDERS)
+# Links that every /dev has, into /proc.
+_LINKS_OF_DEV = ("/dev/fd", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/core")
+_BELOW_LINKS_OF_DEV = tuple(f"{link}/" for link in _LINKS_OF_DEV)
 _MOST_TURNS = 128
 _MOST_BYTES = 4096  # PATH_MAX
 _LONGEST_NAME = 255  # NAME_MAX
@@ -26,9 +29,9 @@ class Place:
     """Where a path leads.
 
     ``path`` is free of links. ``link`` is the last one that was followed, empty if there was none. ``of_kernel``: it
-    is in /proc or /sys, or in such a file system elsewhere. ``in_volume``: it is below something that is mounted, which
-    others may change at any time. ``exists`` and ``is_folder`` tell what is there already, and ``blocked_by`` names a
-    file on the way, below which nothing can be.
+    is in /proc or /sys, behind a link of /dev that leads there, or in such a file system elsewhere. ``in_volume``: it
+    is below something that is mounted, which others may change at any time. ``exists`` and ``is_folder`` tell what is
+    there already, and ``blocked_by`` names a file on the way, below which nothing can be.
     """
 
     path: str
@@ -70,7 +73,7 @@ class ContainerPaths:
         """
         hidden = path in _HIDDEN_FOLDERS or path.startswith(_BELOW_HIDDEN)
         if hidden and "/." not in path and not self._is_in_volume(path):  # as most are
-            return Place(path, "", path in _KERNEL_FOLDERS or path.startswith(_BELOW_KERNEL), False, False)
+            return Place(path, "", _is_of_kernel(path, -1), False, False)
         names, link = path.split("/"), ""
         for _ in range(_MOST_TURNS):
             step = self._walk(names)
@@ -187,4 +190,10 @@ def _is_text(path: str) -> bool:
 
 
 def _is_of_kernel(path: str, descriptor: int) -> bool:
-    return path in _KERNEL_FOLDERS or path.startswith(_BELOW_KERNEL) or libc.is_kernel_filesystem(descriptor)
+    named = path in _KERNEL_FOLDERS or path.startswith(_BELOW_KERNEL) or is_link_of_dev(path)
+    return named or libc.is_kernel_filesystem(descriptor)
+
+
+def is_link_of_dev(path: str) -> bool:
+    """Whether ``path`` leads into /proc by one of the links that a container's /dev has, such as /dev/fd."""
+    return path in _LINKS_OF_DEV or path.startswith(_BELOW_LINKS_OF_DEV)

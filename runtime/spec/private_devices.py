@@ -18,7 +18,7 @@ from runtime.spec import oci
 from runtime.spec.default_mounts import DEFAULT_DEV
 from runtime.spec.mounts import in_order
 
-_DEFAULT_NODES = {
+DEFAULT_NODES = {
     os.makedev(1, 3): "null",
     os.makedev(1, 5): "zero",
     os.makedev(1, 7): "full",
@@ -26,6 +26,8 @@ _DEFAULT_NODES = {
     os.makedev(1, 9): "urandom",
     os.makedev(5, 0): "tty",
 }
+"""Those of every container by their numbers."""
+
 _KINDS = {"b": stat.S_IFBLK, "c": stat.S_IFCHR, "u": stat.S_IFCHR, "p": stat.S_IFIFO}
 _OPTIONS = ("bind", "nosuid")
 
@@ -85,7 +87,7 @@ def prepare(
         mappings = (linux.uid_mappings, linux.gid_mappings)
         root = (_on_host(0, mappings[0]), _on_host(0, mappings[1]))
         dev = oci.Mount(destination="/dev", type="bind", source=str(folder / "dev"), options=[*_OPTIONS, "rw"])
-        nodes += [_default_node(f"dev/{name}", f"/dev/{name}", device) for device, name in _DEFAULT_NODES.items()]
+        nodes += [_default_node(f"dev/{name}", f"/dev/{name}", device) for device, name in DEFAULT_NODES.items()]
         others = [_add_node(device, device in described, mappings, folder, nodes) for device in linux.devices]
         shown = in_order([dev if mount == DEFAULT_DEV else mount for mount in shown], [m for m in others if m])
         linux.devices = []
@@ -100,7 +102,7 @@ def _with_own_source(mount: oci.Mount, source: str, folder: Path, nodes: list[Pr
         status = Path(source).stat()
     except OSError:
         return mount
-    if not stat.S_ISCHR(status.st_mode) or status.st_rdev not in _DEFAULT_NODES:
+    if not stat.S_ISCHR(status.st_mode) or status.st_rdev not in DEFAULT_NODES:
         return mount
     place = f"others/{len(nodes)}"
     nodes.append(_default_node(place, mount.destination, status.st_rdev))

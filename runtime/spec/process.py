@@ -13,7 +13,9 @@ from runtime.spec.container_paths import ContainerPaths, Place
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-_DESCRIPTOR_FOLDER = re.compile(r"/(dev/fd|proc/(self|thread-self|\d+)(/task/\d+)?/(fd|cwd|root))(/|$)")
+_DESCRIPTOR_FOLDER = re.compile(
+    r"/(dev/(fd|stdin|stdout|stderr)|proc/(self|thread-self|\d+)(/task/\d+)?/(fd|cwd|root))(/|$)"
+)
 
 
 class ImageConfig(Protocol):

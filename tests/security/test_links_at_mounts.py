@@ -12,7 +12,8 @@ import pytest
 
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.hardening import Attacker, import_image, like_kubelets
-from tests.security.conftest import StartAttacker
+from tests.integration.conformance.support import refused
+from tests.security.conftest import StartAttacker, pod_config
 from tests.support.agent import AgentProcess
 from tests.support.image_builder import entry, folder
 
@@ -36,10 +37,10 @@ def image(agent: AgentProcess, tmp_path: Path) -> Iterator[MakeImage]:
 
 def refusal(attacker: StartAttacker, config: cri_pb2.ContainerConfig) -> str:
     """Why CreateContainer refuses a container."""
-    with pytest.raises(grpc.RpcError) as refused:
+    with pytest.raises(grpc.RpcError) as raised:
         attacker(config)
-    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT, refused.value.details()
-    return refused.value.details() or ""
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT, raised.value.details()
+    return raised.value.details() or ""
 
 
 @pytest.mark.usefixtures("quiet_log")
@@ -50,6 +51,7 @@ def refusal(attacker: StartAttacker, config: cri_pb2.ContainerConfig) -> str:
         ("data -> proc/sys", "/proc/sys"),
         ("data -> /etc/../sys", "/sys"),
         ("data -> /dev", "/dev"),
+        ("data -> /dev/fd", "/dev/fd"),
         ("data -> /", "/"),
         ("etc/resolv.conf -> /proc/self/attr/exec", "/proc/self/attr/exec"),
     ],
@@ -63,6 +65,51 @@ def test_no_volume_is_mounted_through_a_link_over_what_the_kernel_shows(
     if link == "data":
         config.mounts.add(container_path="/data", host_path=str(tmp_path))
     assert f"the link /{link} leads to {place}: use an image without" in refusal(attacker, config)
+
+
+def test_no_volume_is_mounted_on_what_the_kernel_shows_of_processes(
+    quiet_log: AgentProcess, handler: str, user_namespace: bool, tmp_path: Path
+) -> None:
+    """crun writes there what confines the container, and looks there for what it closes (CVE-2019-16884)."""
+    sandbox = pod_config(quiet_log, user_namespace=user_namespace)
+    sandbox_id = quiet_log.client.run_sandbox(sandbox, handler)
+    config = like_kubelets("main")
+    config.linux.security_context.namespace_options.CopyFrom(sandbox.linux.security_context.namespace_options)
+    config.mounts.add(host_path=str(tmp_path))
+    for place in (
+        *("/proc/self", "/proc/self/attr", "/proc/thread-self/attr", "/proc/1/fd", "/proc/sys", "/proc/sys/kernel"),
+        *("/proc/bus", "/dev/fd", "/dev/fd/3", "/dev/stdin", "/dev/zero"),
+    ):
+        config.mounts[0].container_path = place
+        with refused(grpc.StatusCode.INVALID_ARGUMENT, f"mounts: .*{place}"):
+            quiet_log.client.create(sandbox_id, config, sandbox)
+
+
+def test_files_of_proc_that_tools_replace(quiet_log: AgentProcess, attacker: StartAttacker, tmp_path: Path) -> None:
+    """As lxcfs does, so that programs see their limits and not the node's memory."""
+    for folder_above in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
+        folder_above.chmod(0o755)
+    shown = tmp_path / "meminfo"
+    shown.write_text("MemTotal: 1 kB\n")
+    config = like_kubelets("main")
+    config.mounts.add(container_path="/proc/meminfo", host_path=str(shown))
+    assert attacker(config).shell("cat /proc/meminfo") == "MemTotal: 1 kB\n"
+
+
+@pytest.mark.parametrize("through", ["/dev/pts", "/terminals"])
+def test_no_terminal_is_opened_through_a_volume(
+    quiet_log: AgentProcess, attacker: StartAttacker, image: MakeImage, tmp_path: Path, through: str
+) -> None:
+    """What it has in the terminal's place, OCI runtimes open for writing, chown and mount at /dev/console.
+
+    That is the shape of CVE-2025-52565.
+    """
+    (tmp_path / "ptmx").symlink_to("/proc/self/root/dev/pts/ptmx")
+    for number in range(64):
+        (tmp_path / str(number)).symlink_to("/proc/sys/kernel/core_pattern")
+    config = like_kubelets("main", image=image({"terminals": "/dev/pts"}), tty=True)
+    config.mounts.add(container_path=through, host_path=str(tmp_path))
+    assert "mounts: /dev/pts can only be the node's own /dev/pts" in refusal(attacker, config)
 
 
 def test_no_mount_goes_through_a_link_of_a_volume_over_what_the_kernel_shows(
@@ -86,7 +133,9 @@ def test_no_volume_of_an_image_covers_what_the_kernel_shows(
     assert f"VOLUME of the image: {path}" in refusal(attacker, config)
 
 
-@pytest.mark.parametrize("target", ["/proc/1/root", "/proc/self/fd/5", "/data/../sys/class", "proc"])
+@pytest.mark.parametrize(
+    "target", ["/proc/1/root", "/proc/self/fd/5", "/data/../sys/class", "proc", "/dev/fd/3", "dev/../dev/stdin"]
+)
 def test_no_working_directory_is_reached_through_a_link_into_the_kernel_s(
     quiet_log: AgentProcess, attacker: StartAttacker, image: MakeImage, target: str
 ) -> None:

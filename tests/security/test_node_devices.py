@@ -168,7 +168,9 @@ def test_described_devices_of_a_user_namespace_are_its_own(
     assert ours.shell("chmod 640 /vendor/full; head -c 2 /dev/own/zero | wc -c").strip() == "2"
 
 
-@pytest.mark.parametrize("place", ["/dev", "/dev/", "/proc", "/sys", "/dev/null"])
+@pytest.mark.parametrize(
+    "place", ["/dev", "/dev/", "/proc", "/sys", "/dev/null", "/dev/pts", "/dev/ptmx", "//dev/console"]
+)
 def test_volume_in_the_place_of_kernel_files_is_refused(
     quiet_log: AgentProcess, handler: str, tmp_path: Path, place: str
 ) -> None:
@@ -176,7 +178,8 @@ def test_volume_in_the_place_of_kernel_files_is_refused(
     (tmp_path / "null").symlink_to("/proc/1/root/etc/shadow")
     config = like_kubelets("main")
     config.mounts.add(container_path=place, host_path=str(tmp_path))
-    with refused(grpc.StatusCode.INVALID_ARGUMENT, f"mounts: {place.rstrip('/')} can only be .*{tmp_path}"):
+    cleaned = "/" + place.strip("/")
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, f"mounts: {cleaned} can only be .*{tmp_path}"):
         start(quiet_log, handler, config, user_namespace=False)
 
 

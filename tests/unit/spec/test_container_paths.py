@@ -12,6 +12,7 @@ from runtime.spec.container_paths import ContainerPaths
 
 LINKS = {
     "data": "/proc",
+    "descriptors": "/dev/fd",
     "up": "../../../../etc",
     "kernel": "a/../sys/fs",
     "chain": "data/self",
@@ -69,6 +70,8 @@ def test_links_lead_inside_the_root(paths: ContainerPaths, path: str, place: str
         ("/data/../etc/../sys", "/sys", "/data"),
         ("/kernel/cgroup", "/sys/fs/cgroup", "/kernel"),
         ("/chain/attr", "/proc/self/attr", "/data"),
+        ("/dev/stdin", "/dev/stdin", ""),
+        ("/descriptors/7", "/dev/fd/7", "/descriptors"),
     ],
 )
 def test_what_is_of_the_kernel(paths: ContainerPaths, path: str, place: str, link: str) -> None:

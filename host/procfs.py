@@ -46,6 +46,17 @@ def user_of(pid: int) -> int | None:
     return None
 
 
+def parent_of(pid: int) -> int | None:
+    """The pid of a process's parent; None if it is gone."""
+    fields = read_bounded(f"/proc/{pid}/stat", _STATUS_BYTES).rpartition(b")")[2].split()
+    return int(fields[1]) if len(fields) > 1 else None
+
+
+def has_in_environment(pid: int, entry: bytes) -> bool:
+    """Whether ``entry`` (``NAME=value``) is among the first words of the environment that a process was given."""
+    return entry in read_bounded(f"/proc/{pid}/environ", _COMMAND_LINE_BYTES).split(b"\0")
+
+
 def runs_program(pid: int, program: str) -> bool:
     """Whether process ``pid`` of user 0 executes the file ``program``, an absolute path; also one replaced since.
 

@@ -17,6 +17,7 @@ from host.errors import LimitError, NoSpaceError, PodkeelError
 from host.tasks import SingleFlight
 from host.threads import in_image_thread, in_long_thread
 from images import layer_rows
+from images.digests import is_digest
 from images.fetching import LayerFetcher
 from images.layer import Layer
 from images.layer_making import LayerFolders, LayerMaker
@@ -88,7 +89,7 @@ class LayerStore:
         await self.partials.start()
         rows = self._database.read(
             "SELECT number, chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, "
-            "tree_digest, ready FROM layers WHERE ready"
+            "tree_digest, ready FROM layers WHERE ready AND number > 0"
         )
         lost = 0
         for row in rows:
@@ -96,7 +97,9 @@ class LayerStore:
             if not self.path(layer.number).is_dir():
                 lost += 1
                 continue
-            if layer.blob_digest and not self._folders.blob(layer.blob_digest).is_file():
+            if layer.blob_digest and not (
+                is_digest(layer.blob_digest) and self._folders.blob(layer.blob_digest).is_file()
+            ):
                 layer = replace(layer, blob_digest="")
             self.add(layer, new=row[9] == layer_rows.NEW)
         if lost:

@@ -19,6 +19,7 @@ from host import mounts
 from host.database import Database
 from host.errors import LimitError, NotFoundError, PodkeelError
 from host.removal import remove_tree
+from host.set_aside import UnreadableRow
 from host.tasks import wait_out
 from host.threads import in_long_thread, in_thread
 from host.undo import Undo
@@ -81,10 +82,13 @@ class SnapshotStore:
         """The snapshots with their layers; of one that does not tell them, those of its image, to be written down."""
         found: list[tuple[str, str, tuple[int, ...]]] = []
         repaired: list[tuple[str, str]] = []
+        unreadable: list[UnreadableRow] = []
         of_image = "SELECT layer FROM image_layers WHERE image_id = ? ORDER BY position"
-        for key, container_id, image_id, text in self._database.read(
-            "SELECT id, container_id, image_id, layers FROM snapshots"
-        ):
+        for row in self._database.read("SELECT id, container_id, image_id, layers FROM snapshots"):
+            key, container_id, image_id, text = row
+            if not _is_name(container_id) or key.partition(" ")[0] != container_id:
+                unreadable.append(UnreadableRow("snapshot", key, "its container's id is none", row))
+                continue
             try:
                 layers = tuple(msgspec.json.decode(text, type=list[int]))
             except (msgspec.MsgspecError, ValueError, TypeError) as error:
@@ -92,6 +96,7 @@ class SnapshotStore:
                 _log.error("snapshot of container %s: cannot be read, its image's is taken: %s", container_id, error)
                 repaired.append((json.dumps(layers), key))
             found.append((key, container_id, layers))
+        self._database.take_out(unreadable, ("snapshots", "id"))
         return found, repaired
 
     def ids(self) -> frozenset[str]:
@@ -306,6 +311,11 @@ class SnapshotStore:
 
     def _throw_away(self, container_id: str) -> None:
         self._trash.throw(self._containers / container_id)
+
+
+def _is_name(text: str) -> bool:
+    """Whether a folder of that name lies where it is looked for."""
+    return text not in ("", ".", "..") and "/" not in text and "\0" not in text
 
 
 def _unmount(target: Path) -> None:

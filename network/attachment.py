@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import msgspec
 
 INTERFACE_PREFIX_LENGTH = 6
 POD_INTERFACE = "eth0"
+
+_LINK = re.compile(r"pk[0-9a-f]{13}")
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_LARGEST_MTU = 65535
 
 
 class PortMapping(msgspec.Struct, frozen=True):
@@ -89,6 +94,23 @@ class Attachment(msgspec.Struct, frozen=True):
     def address(self, version: int) -> str | None:
         """The pod's address of that IP version."""
         return next((text for text in self.addresses if ip_address(text).version == version), None)
+
+
+def check_attachment(attachment: Attachment) -> None:
+    """Raise ValueError where what was recorded of the built-in network cannot be: links of this name are deleted."""
+    for text in (*attachment.addresses, *attachment.gateways):
+        ip_address(text)
+    if not attachment.addresses:
+        raise ValueError("it has no address")
+    for name in attachment.links:
+        if not _LINK.fullmatch(name):
+            raise ValueError(f"its link {name!r} is not named as those of pods are")
+    if not _MAC.fullmatch(attachment.mac):
+        raise ValueError(f"its MAC {attachment.mac!r} is none")
+    if attachment.interface != POD_INTERFACE:
+        raise ValueError(f"its interface {attachment.interface!r} is not {POD_INTERFACE}")
+    if not 0 <= attachment.mtu <= _LARGEST_MTU:
+        raise ValueError(f"its MTU {attachment.mtu} is none")
 
 
 def interface_prefix(bridge: str) -> str:

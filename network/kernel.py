@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +34,7 @@ class KernelBridge:
     def __init__(self, name: str) -> None:
         self.name = name
         self._ipv6 = sysctl.ipv6_available()
+        self._own_namespace = open("/proc/thread-self/ns/net", "rb")  # noqa: SIM115 - closed with the sockets
         self._route = NetlinkSocket(NETLINK_ROUTE)
         try:
             self._netfilter = NetlinkSocket(NETLINK_NETFILTER)
@@ -43,6 +45,7 @@ class KernelBridge:
 
     def close(self) -> None:
         """Close the netlink sockets; the bridge and what is connected to it stay."""
+        self._own_namespace.close()
         self._route.close()
         if hasattr(self, "_netfilter"):
             self._netfilter.close()
@@ -133,6 +136,8 @@ class KernelBridge:
         except OSError as error:
             raise NotFoundError(f"{what}: its network namespace is not there: {error}") from error
         with pin:
+            if os.path.sameopenfile(pin.fileno(), self._own_namespace.fileno()):
+                raise NotFoundError(f"{what}: {namespace_path} is the node's own network namespace")
             bridge_index = self.index()
             if bridge_index is None:
                 raise UnavailableError(f"{what}: the bridge is gone: `podkeel check --repair` makes it again")

@@ -14,7 +14,7 @@ from host.database import Database
 from host.errors import PodkeelError
 from host.set_aside import UnreadableRow
 from network.addresses import parse_ranges
-from network.attachment import Attachment
+from network.attachment import Attachment, check_attachment
 from network.ports import PROTOCOLS, HostPort
 
 _encode = msgspec.json.Encoder().encode
@@ -46,6 +46,7 @@ class NetworkStore:
                 attachment = _decode(row[1])
                 if attachment.sandbox_id != row[0]:
                     raise ValueError("it is another sandbox's")
+                check_attachment(attachment)
                 found.append(attachment)
             except (msgspec.MsgspecError, ValueError, TypeError) as error:
                 unreadable.append(UnreadableRow("attachment", row[0], str(error), row))

@@ -16,6 +16,7 @@ from runtime import mapped_volumes
 from runtime.layout import Layout
 from runtime.monitor import Monitors
 from runtime.namespaces import drop_namespaces, remove_whatever
+from runtime.pid_namespace import end_holder
 
 _log = logging.getLogger("podkeel.recovery")
 
@@ -128,6 +129,7 @@ def drop_run_folders(layout: Layout, known: Known) -> int:
 
 
 def _drop_sandbox(layout: Layout, name: str) -> None:
+    end_holder(None, layout.sandbox(name), name)
     _unmount_below(layout.sandbox(name).path)
     drop_namespaces(layout.sandbox(name))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import BinaryIO
 
 from host import libc, mounts, processes, procfs
@@ -21,6 +23,8 @@ from runtime.sandbox import ProcessName
 
 _START_SECONDS = 5.0
 _TITLE_BYTES = 4096
+_MARK = "PODKEEL_POD_INIT"
+_MARK_BYTES = 32
 # The first process that sh starts is the init of the namespace that unshare made for its children. sh waits until the
 # agent has given it another root, starts the init and ends; the init closes what it inherited once it is set up: so the
 # end of the pipe says that it runs.
@@ -34,7 +38,7 @@ echo $! >&{_TELLING}"""
 def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
     """Start catatonit as init of a new PID namespace and return its pid; ``pin_holder`` is then due. Blocks."""
     program = _installed(catatonit)
-    (folder.path / "init").mkdir(mode=0o700, exist_ok=True)
+    mark = _new_mark(folder)
     init_filter()  # compiled now, as it takes files of the node
 
     def start() -> int:
@@ -42,7 +46,7 @@ def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
         INIT_ROOT.enter(program)
         libc.unshare(libc.CLONE_NEWPID)
         give_up_rights()
-        return processes.spawn([PROGRAM, "-P"], environment={}, title=_title(sandbox_id))
+        return processes.spawn([PROGRAM, "-P"], environment={_MARK: mark}, title=_title(sandbox_id))
 
     return _in_thread_of_its_own(start)
 
@@ -73,14 +77,15 @@ def start_holder_in_user_namespace(folder: SandboxFolder, catatonit: str, sandbo
     which has rights in that user namespace only. Runs in a fresh thread, which it leaves in other namespaces. Blocks.
     """
     program = _installed(catatonit)
-    (folder.path / "init").mkdir(mode=0o700, exist_ok=True)
+    environment = {**os.environ, _MARK: _new_mark(folder)}
     join_pod(folder)
     with contextlib.ExitStack() as stack:
         answer, telling = _pipe(stack)
         waiting, go = _pipe(stack)
         command = ["nsenter", f"--user={folder.pin('user')}", "unshare", "--mount", "--pid", "sh", "-c", _LAUNCH]
         descriptors = {_TELLING: telling.fileno(), _WAITING: waiting.fileno()}
-        parent = processes.spawn([*command, f"/{_title(sandbox_id)}"], descriptors=descriptors)
+        arguments = [*command, f"/{_title(sandbox_id)}"]
+        parent = processes.spawn(arguments, environment=environment, descriptors=descriptors)
         telling.close()
         try:
             if _read_some(answer.fileno(), _START_SECONDS) == b"\n":
@@ -153,18 +158,70 @@ def pin_holder(folder: SandboxFolder, pid: int) -> ProcessName:
 def end_holder(holder: ProcessName | None, folder: SandboxFolder, sandbox_id: str) -> None:
     """Kill the init of a pod's PID namespace, and with it all that is left in there. Gone already is fine.
 
-    One that was started just before the agent died, and so never written down, is found by its title.
+    One that was never written down, since the agent died just before, or whose record is lost, is found in the pinned
+    namespace or, where that is not pinned yet, by the mark in its environment. What a process calls itself is not
+    enough: others could be killed in place of the init.
     """
-    if holder is None and folder.pin("pid").parent.exists() and (folder.path / "init").exists():
-        holder = _find(sandbox_id)
-    pidfd = processes.open_process(holder.pid, holder.started) if holder is not None else None
+    named = _open_own(holder, folder, sandbox_id) if holder is not None else None
+    if named is not None:
+        _kill([named])
+    elif _mark_file(folder).parent.exists():
+        found = (processes.open_process(pid, None) for pid in _found(folder, sandbox_id))
+        _kill([pidfd for pidfd in found if pidfd is not None])
+
+
+def _kill(pidfds: list[int]) -> None:
+    for pidfd in pidfds:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    for pidfd in pidfds:
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+
+
+def _open_own(holder: ProcessName, folder: SandboxFolder, sandbox_id: str) -> int | None:
+    """A pidfd of the recorded init; None if it has ended, or the record names a process that is not this pod's init."""
+    pidfd = processes.open_process(holder.pid, holder.started)
     if pidfd is None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        return None
+    if _in_pinned(holder.pid, folder) or _marked(holder.pid, folder, sandbox_id):
+        return pidfd
     os.close(pidfd)
+    return None
+
+
+def _found(folder: SandboxFolder, sandbox_id: str) -> list[int]:
+    return [pid for pid in procfs.all_pids() if _in_pinned(pid, folder) or _marked(pid, folder, sandbox_id)]
+
+
+def _in_pinned(pid: int, folder: SandboxFolder) -> bool:
+    try:
+        return folder.pin("pid").samefile(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return False
+
+
+def _marked(pid: int, folder: SandboxFolder, sandbox_id: str) -> bool:
+    """Whether a process bears the pod's mark, which only root can read. Asked last, as most have another name."""
+    name = procfs.command_line(pid, _TITLE_BYTES)[0].rpartition(b"/")[2]
+    if name != _title(sandbox_id).encode():
+        return False
+    mark = procfs.read_bounded(str(_mark_file(folder)), _MARK_BYTES)
+    return len(mark) == _MARK_BYTES and procfs.has_in_environment(pid, _MARK.encode() + b"=" + mark)
+
+
+def _mark_file(folder: SandboxFolder) -> Path:
+    return folder.path / "init" / "mark"
+
+
+def _new_mark(folder: SandboxFolder) -> str:
+    """Write down what the init will have in its environment, before it is started."""
+    file = _mark_file(folder)
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    mark = secrets.token_hex(_MARK_BYTES // 2)
+    file.write_text(mark, encoding="ascii")
+    return mark
 
 
 def _installed(catatonit: str) -> str:
@@ -172,16 +229,6 @@ def _installed(catatonit: str) -> str:
     if program is None:
         raise PodkeelError(f"a shared PID namespace needs {catatonit!r}, which is not installed")
     return program
-
-
-def _find(sandbox_id: str) -> ProcessName | None:
-    wanted = _title(sandbox_id).encode()
-    for pid in procfs.all_pids():
-        if procfs.command_line(pid, _TITLE_BYTES)[0].rpartition(b"/")[2] == wanted:
-            started = processes.start_time(pid)
-            if started is not None:
-                return ProcessName(pid, started)
-    return None
 
 
 def _title(sandbox_id: str) -> str:

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable
-from functools import partial
+from collections.abc import Awaitable, Sequence
+from functools import cache, partial
 
 import msgspec
 
@@ -15,7 +15,7 @@ from host import processes, untrusted_json
 from host.errors import PodkeelError, UnavailableError
 from host.threads import in_thread
 from host.untrusted_json import JsonError
-from runtime import exec_call, leftovers
+from runtime import exec_call, leftovers, recorded_processes
 from runtime.container import Container, ContainerState
 from runtime.containers import ContainerManager
 from runtime.identifiers import is_of
@@ -55,6 +55,7 @@ class Recovery:
             self._pods.adopt(sandbox)
         for container in containers:
             self._containers.adopt(container)
+        await in_thread(self._correct_processes, containers)
         half_made = [container.id for container in containers if container.record.state is ContainerState.MAKING]
         ending = in_thread(leftovers.end_monitors, self._node.monitors, set(half_made))
         await self._guarded("monitors of half made containers", ending)
@@ -65,6 +66,15 @@ class Recovery:
         await self._guarded("lost networks", self._restore_networks())
         await self._guarded("leftovers", self._drop_leftovers(self.known()))
         await self._guarded("network", self._node.network.repair(self.known().live_sandboxes))
+
+    def _correct_processes(self, containers: Sequence[Container]) -> None:
+        """Have no record name a process that is not its container's: it would be signalled and waited for."""
+        running = cache(self._node.monitors.running)
+        for container in containers:
+            same_boot = container.record.boot_id == self._node.boot_id
+            if same_boot and not recorded_processes.correct(container, self._node.layout, running):
+                self.findings["process of others in a record"] += 1
+                _log.error("%s: its row named a process that is not its own: it is left alone", container.title)
 
     async def _guarded(self, subject: str, work: Awaitable[object]) -> None:
         """One object that cannot be repaired must not keep the agent from serving the others."""

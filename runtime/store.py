@@ -14,6 +14,7 @@ from proto.runtime.v1 import cri_pb2
 from runtime import statuses
 from runtime.container import Container, ContainerRecord
 from runtime.identifiers import is_id
+from runtime.record_checks import check_container, check_sandbox
 from runtime.sandbox import Sandbox, SandboxRecord
 from runtime.spec.namespaces import user_mappings
 
@@ -109,8 +110,7 @@ def _read_sandbox(sandbox_id: object, config: object, record: object) -> Sandbox
     if not sandbox.config.metadata.name:
         raise ValueError("its configuration has no name")
     user_mappings(sandbox.namespace_options)
-    if sandbox.record.owns_cgroup_parent and sandbox_id not in sandbox.record.cgroup_parent:
-        raise ValueError(f"its cgroup {sandbox.record.cgroup_parent!r} is not its own")
+    check_sandbox(sandbox)
     # Whatever a list or a status would fail at is found now.
     statuses.sandbox_status(sandbox).SerializeToString()
     statuses.sandbox_item(sandbox).SerializeToString()
@@ -127,8 +127,7 @@ def _read_container(sandbox: Sandbox, container_id: object, config: object, reco
     container = Container(container_id, sandbox, cri_pb2.ContainerConfig.FromString(config), _decode_container(record))
     if not container.config.metadata.name:
         raise ValueError("its configuration has no name")
-    if container_id not in container.record.cgroup:  # all processes in there are killed when it ends
-        raise ValueError(f"its cgroup {container.record.cgroup!r} is not its own")
+    check_container(container)
     statuses.container_status(container).SerializeToString()
     statuses.container_item(container).SerializeToString()
     return container

@@ -137,9 +137,10 @@ def _settings(record: CniRecord, plugin: Plugin, previous: Mapping[str, Any] | N
 
 
 def namespace_exists(path: str) -> bool:
-    """Whether a network namespace is pinned there."""
+    """Whether a network namespace is pinned there, other than the node's own, which is no pod's."""
     try:
-        return Path(path).stat().st_dev == Path("/proc/self/ns/net").stat().st_dev
+        there, own = Path(path).stat(), Path("/proc/self/ns/net").stat()
+        return there.st_dev == own.st_dev and there.st_ino != own.st_ino
     except OSError:
         return False
 

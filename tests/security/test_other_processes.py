@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
+from host.processes import start_time
 from host.procfs import command_line, runs_program
+from host.threads import in_fresh_thread
+from runtime.layout import SandboxFolder
+from runtime.pid_namespace import end_holder, start_holder
+from runtime.sandbox import ProcessName
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import run_container
 
@@ -74,6 +84,23 @@ def test_no_command_line_stops_a_start(own_agent: AgentProcess) -> None:
         assert own_agent.client.findings() == []
         assert Path(f"/proc/{impostor}").exists()
         assert own_agent.client.exec(container_id, "true").exit_code == 0
+
+
+@pytest.mark.skipif(shutil.which("catatonit") is None, reason="needs catatonit")
+def test_nobody_is_killed_in_place_of_the_init_of_a_pod(tmp_path: Path) -> None:
+    """The agent died before it wrote the init down: it is found by what only root can read, not by its name."""
+    folder, sandbox_id = SandboxFolder(tmp_path), "a" * 64
+    with contextlib.ExitStack() as stack:
+        title = f"/x/podkeel-pod-init-{sandbox_id}"
+        impostors = [stack.enter_context(_process(_named(title, "1000"))) for _ in range(3)]
+        pid = asyncio.run(in_fresh_thread(start_holder, folder, "catatonit", sandbox_id))
+        impostors.append(stack.enter_context(_process(_named(title, "1000"))))
+        assert command_line(pid)[0].decode().endswith(sandbox_id)
+        end_holder(None, SandboxFolder(tmp_path / "another"), sandbox_id)
+        assert start_time(pid) is not None
+        end_holder(ProcessName(impostors[0], start_time(impostors[0]) or 0), folder, sandbox_id)
+        assert start_time(pid) is None
+        assert None not in map(start_time, impostors)
 
 
 def test_a_command_line_of_many_megabytes_is_not_read(own_agent: AgentProcess) -> None:

@@ -85,9 +85,9 @@ class MetricsServer:
                 too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
                 await _answer(writer, too_large, _text(f"more than {HEADER_LIMIT} bytes of headers\n"), keep=False)
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
-            writer.transport.abort()  # the client went away, was silent or took no answer
+            _cut_off(writer)  # the client went away, was silent or took no answer
         except asyncio.CancelledError:
-            writer.transport.abort()
+            _cut_off(writer)
             raise
         finally:
             self._served.discard(task)
@@ -109,7 +109,7 @@ class MetricsServer:
         except (OSError, TimeoutError):
             pass
         finally:
-            writer.transport.abort()
+            _cut_off(writer)
 
     def _has_room(self, task: asyncio.Task[None]) -> bool:
         """Make room for one more client."""
@@ -170,6 +170,11 @@ class MetricsServer:
         except Exception:
             _log.exception("request for %s failed", path)
             return HTTPStatus.INTERNAL_SERVER_ERROR, _text("failed; the agent's log says why\n")
+
+
+def _cut_off(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(AttributeError):  # of Python 3.11, for a TLS connection that was closed already
+        writer.transport.abort()
 
 
 def _text(text: str) -> Page:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import logging
 import os
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -239,3 +242,29 @@ async def test_clients_that_do_not_take_their_answers_are_gone_once_others_took_
         finally:
             for _, writer in slow:
                 writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"nonsense\r\n\r\n", b"GET /ec", get("/echo", "").encode(), get("/echo").encode()]
+)
+async def test_clients_over_tls_that_leave_in_any_way_are_no_errors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sent: bytes
+) -> None:
+    server, client = tls_of(tmp_path)
+
+    def leave(port: int, way: int) -> None:
+        connected = client.wrap_socket(socket.create_connection(("127.0.0.1", port)))
+        connected.sendall(sent)
+        if way == 0:
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        elif way == 1:
+            connected.shutdown(socket.SHUT_WR)
+        connected.close()
+
+    async with serving({"/echo": echo}, server) as port:
+        before = descriptors()
+        for turn in range(12):
+            await asyncio.to_thread(leave, port, turn % 3)
+        await until(lambda: descriptors() <= before, "the end of all connections")
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []

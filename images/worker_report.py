@@ -11,7 +11,9 @@ from host.errors import InvalidArgumentError, LimitError, NoSpaceError, PodkeelE
 from images.layer_root import LONGEST_NAME, MOST_PARTS
 from images.special_files import DeviceNode
 
-_MOST_BYTES = (1 << 63) - 1
+# More than any layer takes, and far from what numbers of all layers together can be (uint64).
+_MOST_BYTES = 1 << 50
+_MOST_INODES = 1 << 32
 
 
 class Unpacked(msgspec.Struct, frozen=True):
@@ -81,7 +83,7 @@ def decode_report(completed: processes.Completed, subject: str) -> WorkerReport:
 
 
 def _is_sound(report: WorkerReport) -> bool:
-    if not (0 <= report.used_bytes <= _MOST_BYTES and 0 <= report.used_inodes <= _MOST_BYTES):
+    if not (0 <= report.used_bytes <= _MOST_BYTES and 0 <= report.used_inodes <= _MOST_INODES):
         return False
     return all(device.names for device in report.devices) and all(map(_is_path, report.names()))
 

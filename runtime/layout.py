@@ -29,19 +29,27 @@ class SandboxFolder:
         return self.path / "shm"
 
     @property
+    def files(self) -> Path:
+        """Where the file system of the three files below is mounted; older versions had them in the folder itself."""
+        return self.path / "files"
+
+    @property
     def resolv_conf(self) -> Path:
         """The pod's resolver configuration."""
-        return self.path / "resolv.conf"
+        return self._file("resolv.conf")
 
     @property
     def hosts(self) -> Path:
         """The hosts file for containers that bring none."""
-        return self.path / "hosts"
+        return self._file("hosts")
 
     @property
     def hostname(self) -> Path:
         """The pod's /etc/hostname."""
-        return self.path / "hostname"
+        return self._file("hostname")
+
+    def _file(self, name: str) -> Path:
+        return (self.files if self.files.exists() else self.path) / name
 
 
 @dataclass(frozen=True, slots=True)

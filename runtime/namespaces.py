@@ -96,6 +96,7 @@ def drop_namespaces(folder: SandboxFolder) -> None:
     for kind in ("net", "ipc", "uts", "pid", "user"):
         mounts.unmount(folder.pin(kind), lazy=True)
     mounts.unmount(folder.shm, lazy=True)
+    mounts.unmount(folder.files, lazy=True)
     remove_whatever(folder.path)
 
 

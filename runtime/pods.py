@@ -14,7 +14,6 @@ from host.stages import Operation
 from host.tasks import SingleFlight, wait_out
 from host.threads import in_fresh_thread, in_thread
 from host.undo import Undo
-from network.files import hosts_file, resolv_conf
 from proto.runtime.v1 import cri_pb2
 from runtime.containers import ContainerManager
 from runtime.identifiers import new_id
@@ -24,13 +23,13 @@ from runtime.network_request import attach_request
 from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
 from runtime.pid_namespace import end_holder
+from runtime.pod_files import write_pod_files
 from runtime.sandbox import Sandbox, SandboxRecord, SandboxState
 from runtime.sandbox_checks import validate_sandbox
 from runtime.selinux import free_level
 from runtime.spec.namespaces import user_mappings
 from runtime.spec.selinux import selinux_labels
 from runtime.spec.sysctls import pod_sysctls
-from runtime.user_namespace import root_of
 
 _OPERATIONS_KEPT = 8
 
@@ -103,7 +102,7 @@ class PodManager:
             async with operation.stage("network"):
                 await self._attach(sandbox, plan)
             async with operation.stage("files"):
-                await in_thread(self._write_files, sandbox)
+                await in_thread(write_pod_files, sandbox, node.layout.sandbox(sandbox.id))
             if weight := runtime.options.io_weight or node.options.io_weight:
                 async with operation.stage("io_weight"):
                     await self._weigh(sandbox, weight)
@@ -170,18 +169,6 @@ class PodManager:
         sandbox.record.addresses = (await self._node.network.attach(request)).addresses
         if plan.link_sysctls:
             await in_fresh_thread(set_link_sysctls, folder, plan)
-
-    def _write_files(self, sandbox: Sandbox) -> None:
-        folder = self._node.layout.sandbox(sandbox.id)
-        dns = sandbox.config.dns_config
-        folder.resolv_conf.write_text(resolv_conf(dns.servers, dns.searches, dns.options))
-        hostname = (not sandbox.host_network and sandbox.config.hostname) or os.uname().nodename
-        folder.hostname.write_text(f"{hostname}\n")
-        folder.hosts.write_text(hosts_file(hostname, sandbox.record.addresses, host_network=sandbox.host_network))
-        mappings = user_mappings(sandbox.namespace_options)
-        if mappings is not None:
-            for file in (folder.resolv_conf, folder.hostname, folder.hosts):
-                os.chown(file, *root_of(mappings))
 
     async def _weigh(self, sandbox: Sandbox, weight: int) -> None:
         """A node whose kernel has no weights runs its pods without, and says so once."""

@@ -60,7 +60,7 @@ def pod_mounts(files: SandboxFiles, *, own_ipc: bool, readonly_root: bool) -> li
     """The pod's shared memory, and its hosts, resolv.conf and hostname; the files are as writable as the root is.
 
     A container in the node's IPC namespace shares the node's memory, where the pod has none of its own.
-    The flags of the shared memory are said again, because crun takes those that are not said away from what it binds.
+    The flags of what is bound are said again, because crun takes those that are not said away from it.
     """
     mounts = []
     shm = files.shm if own_ipc or files.shm is not None else Path("/dev/shm")
@@ -73,6 +73,6 @@ def pod_mounts(files: SandboxFiles, *, own_ipc: bool, readonly_root: bool) -> li
         ("/etc/hostname", files.hostname),
     ):
         if source is not None:
-            options = ["bind", "ro"] if readonly_root else ["bind"]
+            options = ["bind", "nosuid", "nodev", "noexec", *(["ro"] if readonly_root else [])]
             mounts.append(oci.Mount(destination=destination, type="bind", source=str(source), options=options))
     return mounts

@@ -40,6 +40,8 @@ __all__ = ["layer", "program", "unpacker"]
         {"devices": [[True, 0o666, 1, 3, 0, 0, 0, ["."]]]},
         {"used_bytes": -5},
         {"used_bytes": 1 << 80},
+        {"used_bytes": (1 << 63) - 1},  # three such layers are more than ImageFsInfo can say
+        {"used_inodes": (1 << 63) - 1},
         {"implied": ["\0"]},
     ],
     ids=lambda report: str(report)[:60],

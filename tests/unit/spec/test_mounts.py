@@ -223,7 +223,7 @@ def test_pod_files_and_volumes(tmp_path: Path) -> None:
     built = build(request(tmp_path, config=config, files=files, image=image))
     by_path = {mount.destination: mount for mount in built.spec.mounts}
     assert by_path["/etc/hosts"].source == str(tmp_path / "hosts")
-    assert by_path["/etc/resolv.conf"].options == ["bind", "ro"]
+    assert by_path["/etc/resolv.conf"].options == ["bind", "nosuid", "nodev", "noexec", "ro"]
     assert by_path["/dev/shm"].options == ["bind", "nosuid", "nodev", "noexec"]
     assert by_path["/data"].source == str(tmp_path)
     [volume] = built.volumes

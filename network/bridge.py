@@ -11,17 +11,13 @@ from typing import NamedTuple
 
 from host import threads
 from host.database import Database
-from host.errors import (
-    AlreadyExistsError,
-    InvalidArgumentError,
-    PodkeelError,
-    UnavailableError,
-)
+from host.errors import AlreadyExistsError, InvalidArgumentError, PodkeelError, UnavailableError
 from host.undo import Undo
 from network import ports, ruleset, sysctl
 from network.addresses import AddressBook, IPAddress, IPNetwork, gateway_of, parse_ranges
 from network.attachment import Attachment, AttachRequest, PortMapping, interface_name, limiter_name, pod_mac
 from network.audit import Finding, compare_bridge, compare_elements, compare_links, compare_store
+from network.bridge_owner import BridgeOwner
 from network.condition import Condition
 from network.elements import elements_of
 from network.firewalls import FirewallWatch
@@ -51,6 +47,7 @@ class BuiltInNetwork:
 
     Raises InvalidArgumentError when the options make no sense. The store is the truth: ``start`` brings the kernel to
     what it says, whatever happened before. ``registry`` holds the host ports of the node's other network too.
+    Set before the start, ``owner`` keeps the agent from a bridge and from ranges that are another one's.
     """
 
     def __init__(self, options: NetworkOptions, database: Database, registry: PortRegistry | None = None) -> None:
@@ -59,6 +56,7 @@ class BuiltInNetwork:
                 f"network.bridge {options.bridge!r} is no interface name of at most 15 characters"
             )
         self.options = options
+        self.owner: BridgeOwner | None = None
         self.store = NetworkStore(database)
         self._cluster_ranges = parse_ranges(options.cluster_cidrs) if options.cluster_cidrs else ()
         self._book = AddressBook(parse_ranges(options.pod_cidrs), options.quarantine_seconds)
@@ -85,7 +83,7 @@ class BuiltInNetwork:
             self._mtu = self.options.mtu or await threads.in_network_thread(sysctl.uplink_mtu)
             self._check_mtu()
             if self._kernel is None:
-                self._kernel = await threads.in_network_thread(KernelBridge, self.options.bridge)
+                self._kernel = await threads.in_network_thread(KernelBridge, self.options.bridge, self.owner)
             await self._ensure()
         except (PodkeelError, OSError) as error:
             self._failure = error.message if isinstance(error, PodkeelError) else str(error)

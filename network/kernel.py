@@ -14,6 +14,7 @@ from host import libc
 from host.errors import NotFoundError, PodkeelError, UnavailableError, WrongStateError
 from network import bandwidth, conntrack, links, sysctl
 from network.attachment import Attachment, bridge_mac, interface_prefix, link_local
+from network.bridge_owner import BridgeOwner, claim
 from network.elements import add_elements, elements_of, remove_elements
 from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, NetlinkSocket
 
@@ -29,10 +30,11 @@ class TableMissingError(Exception):
 
 
 class KernelBridge:
-    """The bridge ``name`` in the network namespace of the thread that makes this object."""
+    """The bridge ``name`` in the network namespace of the thread that makes this object; ``owner`` is its agent."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, owner: BridgeOwner | None = None) -> None:
         self.name = name
+        self._owner = owner
         self._ipv6 = sysctl.ipv6_available()
         self._own_namespace = open("/proc/thread-self/ns/net", "rb")  # noqa: SIM115 - closed with the sockets
         self._route = NetlinkSocket(NETLINK_ROUTE)
@@ -61,15 +63,21 @@ class KernelBridge:
     def ensure(self, addresses: Sequence[IPInterface], mtu: int) -> None:
         """Make the bridge, or bring the one that exists to these addresses and this MTU, and let the node route.
 
-        Raises WrongStateError when a link of that name exists that this program did not make.
+        Raises WrongStateError when a link of that name exists that this program did not make, or another agent has it
+        or a bridge with such addresses.
         """
         try:
-            self._route.request([links.add_bridge(self.name, bridge_mac(self.name), mtu)], tolerate=(errno.EEXIST,))
+            refusals = self._route.exchange([links.add_bridge(self.name, bridge_mac(self.name), mtu)])
+            for refusal in refusals:
+                if refusal.number != errno.EEXIST:
+                    raise refusal.error()
             kind, mac = links.link_kind_and_mac(self._route.answers(links.get_link(self.name))[0])
             if (kind, mac) != ("bridge", bridge_mac(self.name)):
                 raise WrongStateError(
                     f"link {self.name} exists and was not made by Podkeel: remove it or choose another network.bridge"
                 )
+            if self._owner is not None:
+                claim(self._route, self.name, self._owner, addresses, made=not refusals)
             # A generated link-local address would be probed for a second, in which the node finds no IPv6 neighbour.
             quiet = [links.keep_without_generated_address(self.name)] if self._ipv6 else []
             self._route.request([links.configure_bridge(self.name), *quiet, links.set_up(self.name, mtu)])

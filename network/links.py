@@ -42,6 +42,7 @@ _IFLA_IFNAME = 3
 _IFLA_MTU = 4
 _IFLA_MASTER = 10
 _IFLA_OPERSTATE = 16
+_IFLA_IFALIAS = 20
 _IFLA_LINKINFO = 18
 _IFLA_AF_SPEC = 26
 _IFLA_NET_NS_FD = 28
@@ -212,6 +213,37 @@ def route_interface(body: bytes) -> int:
 def get_link(name: str) -> Message:
     """Ask for one link; ``link_kind_and_mac`` reads the answer."""
     return Message(_RTM_GETLINK, 0, _interface() + text(_IFLA_IFNAME, name))
+
+
+def get_links() -> Message:
+    """Ask for all links."""
+    return Message(_RTM_GETLINK, NLM_F_DUMP, _interface())
+
+
+def set_alias(name: str, alias: str) -> Message:
+    """Give a link a text for people and programs that look at it, of at most 255 bytes."""
+    return Message(_RTM_SETLINK, 0, _interface() + text(_IFLA_IFNAME, name) + attribute(_IFLA_IFALIAS, alias.encode()))
+
+
+def link_alias(body: bytes) -> str:
+    """The alias of the link that an answer describes; empty if it has none."""
+    return os.fsdecode(attributes(body[16:]).get(_IFLA_IFALIAS, b"").rstrip(b"\0"))
+
+
+def link_name(body: bytes) -> str:
+    """The name of the link that an answer describes."""
+    return os.fsdecode(attributes(body[16:])[_IFLA_IFNAME].rstrip(b"\0"))
+
+
+def link_index(body: bytes) -> int:
+    """The index of the link that an answer describes."""
+    return int(struct.unpack_from("=BxHiI", body)[2])
+
+
+def link_master(body: bytes) -> int:
+    """The index of the bridge that the link an answer describes is a port of; 0 if it is none."""
+    master = attributes(body[16:]).get(_IFLA_MASTER, b"")
+    return int(struct.unpack("=I", master)[0]) if len(master) == 4 else 0
 
 
 def link_kind_and_mac(body: bytes) -> tuple[str, bytes]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 from host.database import Database
+from host.errors import WrongStateError
 from network.attachment import Attachment, AttachRequest
 from network.audit import Finding
 from network.bridge import BuiltInNetwork
+from network.bridge_owner import BridgeOwner
 from network.cni.network import CniNetwork
 from network.cni.watch import ConfigurationWatch
 from network.condition import Condition
@@ -64,10 +66,11 @@ class NodeNetwork:
     pods elsewhere. A later start without one, when none of its pods is left, does.
     """
 
-    def __init__(self, options: NetworkOptions, database: Database) -> None:
+    def __init__(self, options: NetworkOptions, database: Database, owner: BridgeOwner | None = None) -> None:
         registry = PortRegistry()
         self.options = options
         self.built_in = BuiltInNetwork(options, database, registry)
+        self.built_in.owner = owner
         self.cni = CniNetwork(options, database, registry)
         self._folder = Path(options.cni_config_dir)
         self._built_in_runs = False
@@ -151,8 +154,11 @@ class NodeNetwork:
         """Take down both; with ``force`` what CNI plugins do not give back is given up and told."""
         given_up = await self.cni.destroy(force=force)
         if not self._built_in_runs and self.options.bridge in {name for _, name in socket.if_nameindex()}:
-            await self.built_in.start()
-            self._built_in_runs = True
+            try:
+                await self.built_in.start()
+                self._built_in_runs = True
+            except WrongStateError as error:  # it is another agent's, or was not made by one
+                _log.info("bridge %s stays: %s", self.options.bridge, error)
         if self._built_in_runs:
             await self.built_in.destroy()
         await self.stop()

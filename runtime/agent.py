@@ -23,6 +23,7 @@ from host.threads import in_thread
 from images.options import ImageOptions
 from images.schema import MIGRATIONS as IMAGE_MIGRATIONS
 from images.store import ImageStore
+from network.bridge_owner import BridgeOwner
 from network.options import NetworkOptions
 from network.provider import NodeNetwork
 from network.schema import MIGRATIONS as NETWORK_MIGRATIONS
@@ -112,7 +113,7 @@ class Agent:
         cgroups = await in_thread(CgroupTree.of_host, options.cgroup_driver)
         own_id = await in_thread(agent_id, layout)
         handlers = Handlers(options, layout, cgroups, own_id)
-        network = NodeNetwork(self._network, database)
+        network = NodeNetwork(self._network, database, BridgeOwner(own_id, str(layout.data)))
         images = ImageStore(self._images, layout.data, layout.run, database)
         facts = await in_thread(partial(probe_node, selinux=options.selinux))
         node = Node(

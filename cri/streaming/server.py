@@ -57,7 +57,10 @@ class StreamingServer:
             self._port = await listener.start(limits.host, limits.port)
         except OSError as error:
             where = f"{limits.host}:{limits.port}"
-            raise InvalidArgumentError(f"cannot listen for streams on {where}: {error.strerror or error}") from error
+            reason = error.strerror or str(error)
+            raise InvalidArgumentError(
+                f"cannot listen for streams on {where}: {reason}: give this agent another streaming.address"
+            ) from error
         self._listener = listener
 
     async def close(self) -> None:

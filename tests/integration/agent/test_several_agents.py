@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +13,9 @@ import pytest
 
 from host import mounts
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups import CgroupTree
 from tests.support.agent import AgentProcess
-from tests.support.pods import container_config, sandbox_config
+from tests.support.pods import container_config, run_container, sandbox_config
 
 if os.geteuid() != 0:
     pytest.skip("needs root", allow_module_level=True)
@@ -121,3 +125,90 @@ def test_the_pods_of_a_version_that_gave_no_agent_ids_go_on(own_agent: AgentProc
     assert own_agent.client.findings() == []
     parent = own_agent.cgroup_parent.strip("/")
     assert not list(Path("/sys/fs/cgroup").glob(f"*/{parent}/{sandbox_id}"))
+
+
+def _refusal(agent: AgentProcess, *more: str) -> str:
+    """What a start says that must not succeed."""
+    command = agent.command("serve", *agent.flags, *more)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def _network_of(sandbox: AgentProcess, pod: str) -> set[str]:
+    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
+    rules = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
+    address = sandbox.client.sandbox_status(pod).network.ip
+    assert address in rules
+    return {line.split(": ")[1] for line in links.splitlines()}
+
+
+def test_a_second_agent_never_takes_what_is_the_first_ones(own_agent: AgentProcess, tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    second = AgentProcess(tmp_path / "second")
+    bridge, subnet, address = second.bridge, second.subnet, second.address
+    sandbox_id, container_id = run_container(own_agent, "sleep", "1000")
+    before = _network_of(own_agent, sandbox_id)
+    try:
+        for _ in range(2):  # while the first agent runs, and while it does not
+            second.bridge = own_agent.bridge
+            said = _refusal(second)
+            for part in (f"bridge {own_agent.bridge}", str(own_agent.data), "network.bridge", "podkeel reset"):
+                assert part in said, said
+            second.bridge, second.subnet = bridge, own_agent.subnet
+            said = _refusal(second)
+            for part in (own_agent.subnet, own_agent.bridge, str(own_agent.data), "network.pod_cidrs", "podkeel reset"):
+                assert part in said, said
+            second.subnet = subnet
+            if own_agent.process is not None:
+                second.address = own_agent.address
+                said = _refusal(second)
+                assert "is served by" in said
+                assert "another socket" in said
+                second.address = address
+                own_agent.kill()
+        own_agent.start()
+        assert _network_of(own_agent, sandbox_id) >= before
+        assert own_agent.client.exec(container_id, "ping", "-c", "1", _gateway(own_agent)).exit_code == 0
+        assert own_agent.client.findings() == []
+        second.start()
+        second.stop()
+    finally:
+        second.reset()
+
+
+def _gateway(agent: AgentProcess) -> str:
+    return agent.subnet.removesuffix("0/20") + "1"
+
+
+def test_a_bridge_whose_agent_is_gone_changes_hands(tmp_path: Path) -> None:
+    for name in ("gone", "new"):
+        (tmp_path / name).mkdir()
+    gone, new = AgentProcess(tmp_path / "gone"), AgentProcess(tmp_path / "new")
+    gone.start()
+    gone.kill()
+    shutil.rmtree(gone.data)
+    shutil.rmtree(gone.run)
+    new.bridge, new.subnet = gone.bridge, gone.subnet
+    try:
+        new.start()
+        assert new.client.findings() == []
+    finally:
+        new.reset()
+        CgroupTree.of_host("auto").remove(gone.cgroup_parent)
+
+
+@pytest.mark.parametrize("table", ["streaming", "metrics"])
+def test_an_address_that_another_agent_listens_on_is_told(own_agent: AgentProcess, tmp_path: Path, table: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        (tmp_path / "second").mkdir()
+        second = AgentProcess(tmp_path / "second", options=f'[{table}]\naddress = "127.0.0.1:{port}"')
+        try:
+            said = _refusal(second)
+        finally:
+            second.reset()
+    assert f"127.0.0.1:{port}" in said
+    assert f"{table}.address" in said
+    assert own_agent.client.findings() == []

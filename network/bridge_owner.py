@@ -1,0 +1,114 @@
+"""Whose a bridge is: its alias (``ip -d link``) names the agent that made it, so that two never work on one bridge."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Sequence
+from ipaddress import IPv4Interface, IPv6Interface
+from pathlib import Path
+from typing import NamedTuple
+
+from host.errors import WrongStateError
+from network import links
+from network.netlink import NetlinkSocket
+
+IPInterface = IPv4Interface | IPv6Interface
+
+_ALIAS_BYTES = 255
+_FIRST_WORD = "podkeel-agent"
+# An agent that has just made a bridge names itself at once.
+_NAMING_SECONDS = 0.1
+
+
+class BridgeOwner(NamedTuple):
+    """An agent: its id, and its data folder, which is empty where the alias has no room for it."""
+
+    agent_id: str
+    data_dir: str
+
+    @property
+    def alias(self) -> str:
+        """What a bridge of this agent bears."""
+        alias = f"{_FIRST_WORD} {self.agent_id} {self.data_dir}"
+        return alias if len(alias.encode()) <= _ALIAS_BYTES else f"{_FIRST_WORD} {self.agent_id} "
+
+    @property
+    def place(self) -> str:
+        """How people find it."""
+        return f"of another agent (id {self.agent_id}, data folder {self.data_dir or 'unknown'})"
+
+    def is_there(self) -> bool:
+        """Whether its data folder still says that it is this agent's; one that cannot be looked at may be."""
+        if not self.data_dir:
+            return True
+        try:
+            return (Path(self.data_dir) / "agent-id").read_text(encoding="ascii").strip() == self.agent_id
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except (OSError, UnicodeDecodeError):
+            return True
+
+
+def claim(route: NetlinkSocket, name: str, owner: BridgeOwner, addresses: Sequence[IPInterface], *, made: bool) -> None:
+    """Name ``owner`` as whose bridge ``name``, which exists, is; ``made`` says that it was made just now. Blocks.
+
+    Raises WrongStateError where another agent has the bridge, or one with addresses of the same ranges. A bridge whose
+    agent is gone, and to which no pod is connected, changes hands.
+    """
+    others = {bridge: found for bridge, found in _owners(route).items() if found.agent_id != owner.agent_id}
+    if not made and name not in others and not links.link_alias(route.answers(links.get_link(name))[0]):
+        time.sleep(_NAMING_SECONDS)
+        others.update((key, found) for key, found in _owners(route).items() if found.agent_id != owner.agent_id)
+    if name in others:
+        _refuse_unless_left(route, name, owner, others.pop(name))
+    for bridge, other in others.items():
+        _refuse_overlap(route, bridge, other, addresses)
+    route.request([links.set_alias(name, owner.alias)])
+
+
+def _owners(route: NetlinkSocket) -> dict[str, BridgeOwner]:
+    found: dict[str, BridgeOwner] = {}
+    for body in route.answers(links.get_links()):
+        words = links.link_alias(body).split(" ", 2)
+        if len(words) == 3 and words[0] == _FIRST_WORD:
+            found[links.link_name(body)] = BridgeOwner(words[1], words[2])
+    return found
+
+
+def _refuse_unless_left(route: NetlinkSocket, name: str, owner: BridgeOwner, other: BridgeOwner) -> None:
+    if other.data_dir and other.data_dir == owner.data_dir:
+        return  # the same agent, which has lost its id
+    ports = _ports(route, name)
+    if other.is_there() or ports:
+        raise WrongStateError(
+            f"bridge {name} is {other.place}, {len(ports)} pods are connected to it: give this one another "
+            f"network.bridge and other network.pod_cidrs, or `podkeel reset` the other one; "
+            f"if that is gone for good, `ip link delete {name}`"
+        )
+
+
+def _ports(route: NetlinkSocket, name: str) -> list[bytes]:
+    index = links.link_index(route.answers(links.get_link(name))[0])
+    return [body for body in route.answers(links.get_ports(index)) if links.link_master(body) == index]
+
+
+def _refuse_overlap(route: NetlinkSocket, bridge: str, other: BridgeOwner, addresses: Sequence[IPInterface]) -> None:
+    try:
+        index = links.link_index(route.answers(links.get_link(bridge))[0])
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return
+        raise
+    for owner, theirs in (links.address_of(body) for body in route.answers(links.get_addresses())):
+        for ours in addresses:
+            if owner == index and ours.version == theirs.version and _overlap(ours, theirs):
+                raise WrongStateError(
+                    f"range {ours.network} of network.pod_cidrs overlaps {theirs.network} on bridge {bridge}, which is "
+                    f"{other.place}: give this one other network.pod_cidrs, or `podkeel reset` the other one; "
+                    f"if that is gone for good, `ip link delete {bridge}`"
+                )
+
+
+def _overlap(ours: IPInterface, theirs: IPInterface) -> bool:
+    return ours.ip in theirs.network or theirs.ip in ours.network

@@ -39,7 +39,7 @@ from runtime.lost_store import LostStore
 MESSAGE_LIMIT = 16 * 1024 * 1024
 CONNECTION_LIMIT = 1000  # of the socket; fewer where the agent may have few descriptors
 HANDSHAKE_SECONDS = 5.0
-IDLE_SECONDS = 600.0  # of a connection without calls: its client is told to connect again
+IDLE_SECONDS = 60.0  # of a connection without calls: its client is told to connect again
 STOP_SECONDS = 5.0
 SWITCH_SECONDS = 0.0005  # how long a thread busy with Python keeps the loop waiting; Python's own 5 ms add up in calls
 _HEAP_ARENAS = 2

@@ -23,9 +23,11 @@ def go_first() -> None:
 
 
 def run_before_children(pid: int) -> None:
-    """Prefer a process to those that it starts from now on, which are as usual; nothing without the right to."""
+    """Prefer a process to those that it starts from now on, which are as usual; nothing without the right to.
+
+    Not by a real-time policy: what it reads may be as large as a client or an image makes it, and while it does so the
+    rest of the node must get its share.
+    """
     with contextlib.suppress(PermissionError, ProcessLookupError):
         os.sched_setscheduler(pid, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
         os.setpriority(os.PRIO_PROCESS, pid, _LEAST_NICE)
-    with contextlib.suppress(OSError):  # refused in cgroups without a share of real time
-        os.sched_setscheduler(pid, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))

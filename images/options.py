@@ -16,8 +16,9 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     Registries: ``registry_config_dir`` holds one folder per registry host with a ``hosts.toml`` in containerd's form,
     read on each pull; ``insecure_registries`` are hosts (``host`` or ``host:port``) spoken to in plain http, as
     loopback addresses always are. ``connect_seconds`` bounds one connection attempt, ``stall_seconds`` the silence of
-    a running transfer, ``attempts`` the tries of one request that fails for a passing reason. A pull that gets less
-    than ``slowest_bytes_per_second`` over ``slow_seconds`` of waiting for the network fails; 0 lets it take its time.
+    a running transfer, both together the wait for an answer and its headers, ``attempts`` the tries of one request that
+    fails for a passing reason. A pull that gets less than ``slowest_bytes_per_second`` over ``slow_seconds`` of waiting
+    for the network fails; 0 lets it take its time.
 
     Credentials that come with a pull are used first. ``credentials_file`` holds the node's own, in the form of docker's
     ``config.json``; a credential helper it names gets ``credential_helper_seconds`` to answer.

@@ -123,7 +123,7 @@ class RegistryClient:
                 open_here = functools.partial(self._open_blob, descriptor=descriptor, offset=received)
                 with self._rate.waiting():
                     response, first = await self._first("pull", open_here)
-                watched = self._rate.watched(body_of(response))
+                watched = self._rate.watched(body_of(response, self._options.stall_seconds))
                 async with contextlib.aclosing(after(watched, received - first)) as chunks:
                     async for chunk in chunks:
                         received += len(chunk)
@@ -236,7 +236,8 @@ class RegistryClient:
             await back_off(failures)
 
     async def _watched(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
-        async with contextlib.aclosing(self._rate.watched(body_of(response))) as chunks:
+        body = body_of(response, self._options.stall_seconds)
+        async with contextlib.aclosing(self._rate.watched(body)) as chunks:
             async for chunk in chunks:
                 yield chunk
                 if slow := self._rate.too_slow():

@@ -23,7 +23,7 @@ from images.node_credentials import DOCKER_HUB_NAMES, FoundCredentials, find_cre
 from images.options import ImageOptions
 from images.redirects import Body, Origin, Sending, follow, origin_of
 from images.reference import DEFAULT_DOMAIN, Reference
-from images.transfer import back_off, proxy_for, reason_of
+from images.transfer import answer_within, back_off, proxy_for, reason_of
 
 _CHUNK = 256 << 10
 _TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
@@ -162,20 +162,21 @@ class RegistryConnection:
     ) -> aiohttp.ClientResponse:
         assert self._session is not None
         seconds = host.config.connect_seconds or self._options.connect_seconds
-        timeout = aiohttp.ClientTimeout(
-            total=None, connect=None, sock_connect=seconds, sock_read=self._options.stall_seconds
-        )
+        stall = self._options.stall_seconds
+        timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=seconds, sock_read=stall)
         try:
-            return await self._session.request(
-                method,
-                yarl.URL(url, encoded=True),
-                headers=headers,
-                data=body,
-                ssl=host.tls if origin_of(url) == host.origin else host.tls_elsewhere,
-                timeout=timeout,
-                allow_redirects=False,
-                proxy=proxy_for(url),
-            )
+            # Headers that come byte by byte, or interim answers (1xx) without an end, would pass for progress.
+            async with answer_within(seconds + stall, body) as sent:
+                return await self._session.request(
+                    method,
+                    yarl.URL(url, encoded=True),
+                    headers=headers,
+                    data=sent,
+                    ssl=host.tls if origin_of(url) == host.origin else host.tls_elsewhere,
+                    timeout=timeout,
+                    allow_redirects=False,
+                    proxy=proxy_for(url),
+                )
         except aiohttp.ClientError:
             raise
         except ValueError as error:  # a host's name that IDNA refuses, a header that holds a line break

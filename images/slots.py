@@ -16,6 +16,7 @@ from host.errors import KubeletReasonError
 MOST = 16  # each has a process, some descriptors and a thread
 _WINDOW = 30.0  # seconds of waiting for the network over which a transfer is judged
 _SLOW = 64 << 10  # bytes a second
+_KEPT = 4  # one in so many slots is kept for registries that have none
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,9 +75,10 @@ class _Waiting:
 class Slots:
     """``usual`` slots for all layers of all pulls; beyond them, up to ``most``, one for each pull that has none.
 
-    With few file descriptors left, each pull has one. A free slot goes to the pull that has the fewest, then to the
-    registry that has the fewest. When all are taken and a pull has none, the slowest transfer with less than 64 KiB/s
-    over half a minute is broken off to make room.
+    A quarter of them are only for registries that have none, so that one registry never takes all. With few file
+    descriptors left, each pull has one. A free slot goes to the pull that has the fewest, then to the registry that has
+    the fewest. When none is free for a pull without one, the slowest transfer with less than 64 KiB/s over half a
+    minute is broken off to make room: one of the same registry, unless all slots are taken.
 
     Pulls may wait for what another pull fetches. They ``want`` it meanwhile, so that it gets a slot also when only they
     would get one.
@@ -84,7 +86,8 @@ class Slots:
 
     def __init__(self, usual: int, most: int = MOST) -> None:
         self._usual = usual
-        self.most = max(usual, most)
+        self._shared = max(usual, most - most // _KEPT)
+        self.most = max(most, self._shared + most // _KEPT)
         self._running: list[Slot] = []
         self._waiting: list[_Waiting] = []
         self._wanting: defaultdict[Hashable, Counter[Origin]] = defaultdict(Counter)
@@ -134,7 +137,7 @@ class Slots:
         except asyncio.CancelledError:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
-            else:
+            elif not waiting.granted.cancelled():
                 self._release(waiting.granted.result())
             raise
 
@@ -143,6 +146,8 @@ class Slots:
         self._grant()
 
     def _grant(self) -> None:
+        # Those that were cancelled in this turn of the loop have not yet left by themselves.
+        self._waiting = [waiting for waiting in self._waiting if not waiting.granted.cancelled()]
         while self._waiting:
             pulls = Counter(slot.origin for slot in self._running)
             registries = Counter(slot.origin.registry for slot in self._running)
@@ -151,14 +156,19 @@ class Slots:
                 ((waiting, min(self._claimants(waiting), key=having.__getitem__)) for waiting in self._waiting),
                 key=lambda one: having[one[1]],
             )
-            most = self.most if not pulls[origin] else 0 if descriptors.scarce() else self._usual
-            if len(self._running) >= most:
+            if len(self._running) >= self._most_for(pulls[origin], registries[origin.registry]):
                 break
             self._waiting.remove(first)
             slot = Slot(origin)
             self._running.append(slot)
             first.granted.set_result(slot)
         self._watch()
+
+    def _most_for(self, of_pull: int, of_registry: int) -> int:
+        """How many slots may be taken before one more for a pull that has so many, of a registry that has so many."""
+        if of_pull:
+            return 0 if descriptors.scarce() else self._usual
+        return self._shared if of_registry else self.most
 
     def _claimants(self, waiting: _Waiting) -> set[Origin]:
         return {waiting.origin}.union(*(self._wanting[one] for one in waiting.wanted if one in self._wanting))
@@ -167,14 +177,20 @@ class Slots:
         return set[Origin]().union(*map(self._claimants, self._waiting))
 
     def _watch(self) -> None:
-        if self._watching is None and self._waiting and len(self._running) >= self.most:
+        if self._watching is None and self._without():
             self._watching = asyncio.get_running_loop().call_later(1.0, self._make_room)
 
     def _make_room(self) -> None:
         self._watching = None
-        having = {slot.origin for slot in self._running}
-        if self._origins() - having and len(self._running) >= self.most:
-            slowest = min(self._running, key=Slot.rate)
-            if slowest.rate() < _SLOW and not any(slot.timeout.expired() for slot in self._running):
+        registries = {origin.registry for origin in self._without()}
+        full = len(self._running) >= self.most
+        in_the_way = [slot for slot in self._running if full or slot.origin.registry in registries]
+        if registries and in_the_way and not any(slot.timeout.expired() for slot in self._running):
+            slowest = min(in_the_way, key=Slot.rate)
+            if slowest.rate() < _SLOW:
                 slowest.timeout.reschedule(asyncio.get_running_loop().time())
         self._watch()
+
+    def _without(self) -> set[Origin]:
+        """The pulls that wait and have no slot; only called when what is free was granted."""
+        return self._origins() - {slot.origin for slot in self._running}

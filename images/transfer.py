@@ -8,7 +8,7 @@ import email.utils
 import random
 import re
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
@@ -72,13 +72,38 @@ class RateWatch:
         return self._slow
 
 
-async def body_of(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
-    """The body, piece by piece; closes the response."""
+async def body_of(response: aiohttp.ClientResponse, stall_seconds: float) -> AsyncGenerator[bytes, None]:
+    """The body, piece by piece; closes the response. TimeoutError if nothing of it comes for ``stall_seconds``.
+
+    The client's own limit does not do: bytes between the pieces (of chunked encoding, of trailers) pass for progress.
+    """
     try:
-        async for chunk in response.content.iter_any():
+        while True:
+            async with asyncio.timeout(stall_seconds):
+                chunk = await response.content.readany()
+            if not chunk:
+                return
             yield chunk
     finally:
         response.close()
+
+
+@contextlib.asynccontextmanager
+async def answer_within(
+    seconds: float, body: AsyncIterator[bytes] | bytes | None
+) -> AsyncIterator[AsyncIterator[bytes] | bytes | None]:
+    """The block ends ``seconds`` after all of ``body`` was sent at the latest, by TimeoutError; gives what to send."""
+    loop = asyncio.get_running_loop()
+
+    async def pieces(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for piece in body:
+            yield piece
+        with contextlib.suppress(RuntimeError):  # the answer came before
+            limit.reschedule(loop.time() + seconds)
+
+    streamed = None if body is None or isinstance(body, bytes) else body
+    async with asyncio.timeout(seconds if streamed is None else None) as limit:
+        yield body if streamed is None else pieces(streamed)
 
 
 async def after(chunks: AsyncGenerator[bytes, None], skip: int) -> AsyncGenerator[bytes, None]:

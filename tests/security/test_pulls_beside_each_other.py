@@ -97,6 +97,32 @@ async def test_slow_layers_of_one_registry_hold_up_no_other_pull_and_no_command(
     await remove(agent, other.id)
 
 
+async def test_many_pulls_of_one_registry_never_take_all_slots(
+    agent: AgentProcess, registry: Registry, slow: Front
+) -> None:
+    images = [BuiltImage((make_tar([entry(f"held{number}", os.urandom(3000))]),)) for number in range(18)]
+    gate = asyncio.Event()
+    for number, image in enumerate(images):
+        registry.push(image, f"beside/held{number}")
+        slow.hold[blob_of(image, 0)] = gate
+    other = BuiltImage((make_tar([entry("other", os.urandom(60_000))]), make_tar([entry("more", os.urandom(100))])))
+    _, container = await asyncio.to_thread(run_container, agent, "sleep", "1000")
+    held = [pull(agent, f"{slow.host}/beside/held{number}") for number in range(18)]
+    try:
+        asked = [blob_of(image, 0) for image in images]
+        await until(lambda: sum(any(blob in path for blob in asked) for _, path, _ in slow.seen) >= 12)
+        assert await pulled(agent, registry.push(other, "beside/one-of-another")) == other.id
+        slowest = await slowest_answers(agent, container, until_done=lambda: True)
+        assert max(slowest.values()) < 5 * PATIENCE, slowest
+        assert not any(one.done() for one in held)
+    finally:
+        for one in held:
+            one.cancel()
+        gate.set()
+    await asyncio.to_thread(agent.client.stop, container)
+    await remove(agent, other.id)
+
+
 def blob_of(image: BuiltImage, layer: int) -> str:
     assert image.compress is not None
     return digest_of(image.compress(image.layers[layer]))

@@ -52,10 +52,32 @@ async def test_each_pull_has_a_slot_of_its_own_up_to_the_most() -> None:
     await settle()
     others = [Pull(of, "slow", 3) for _ in range(6)]
     await settle()
-    assert [len(pull.begun) for pull in (first, *others)] == [4, 1, 1, 1, 1, 0, 0]
+    assert [len(pull.begun) for pull in (first, *others)] == [4, 1, 1, 0, 0, 0, 0]
     await first.finish()
     for pull in others:
         await pull.finish()
+
+
+async def test_one_registry_never_takes_all_slots() -> None:
+    of = Slots(4, 8)
+    slow = [Pull(of, "slow", 3) for _ in range(10)]
+    await settle()
+    assert sum(len(pull.begun) for pull in slow) == 6
+    others = [Pull(of, f"other{number}", 3) for number in range(3)]
+    await settle()
+    assert [len(pull.begun) for pull in others] == [1, 1, 0]
+    for pull in (*slow, *others):
+        await pull.finish()
+
+
+@pytest.mark.parametrize("usual", [1, 4, 16, 40])
+async def test_one_pull_gets_as_many_slots_as_are_configured_and_others_one_more(usual: int) -> None:
+    of = Slots(usual)
+    pull, other = Pull(of, "slow", 50), Pull(of, "other", 5)
+    await settle()
+    assert (len(pull.begun), len(other.begun)) == (usual, 1)
+    await pull.finish()
+    await other.finish()
 
 
 async def test_a_free_slot_goes_to_the_pull_and_then_to_the_registry_that_has_the_fewest() -> None:
@@ -109,6 +131,16 @@ async def test_a_pull_that_is_cancelled_while_it_waits_leaves_no_slot_taken() ->
     await asyncio.wait_for(Pull(of, "c", 1).finish(), 5)
 
 
+async def test_a_slot_that_is_free_in_the_moment_of_a_cancellation_goes_to_the_next() -> None:
+    of = Slots(1, 1)
+    first, second, third = Pull(of, "a", 1), Pull(of, "b", 1), Pull(of, "c", 1)
+    await settle()
+    first.end.set()
+    second.tasks[0].cancel()  # the task of the first one runs before that of the second
+    await asyncio.wait_for(asyncio.gather(*first.tasks, third.finish()), 5)
+    await asyncio.wait_for(Pull(of, "d", 1).finish(), 5)
+
+
 async def test_with_few_descriptors_left_each_pull_has_one_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("host.descriptors.left", lambda: 5)
     of = Slots(4)
@@ -124,6 +156,28 @@ async def chunks(size: int, pause: float) -> AsyncGenerator[bytes, None]:
     while True:
         await asyncio.sleep(pause)
         yield bytes(size)
+
+
+async def test_a_slow_transfer_makes_room_for_a_pull_of_its_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_WINDOW", 0.2)
+    of = Slots(1, 8)
+    async with AsyncExitStack() as stack:
+
+        async def transfer(registry: str, size: int) -> None:
+            async with of.slot(Origin(registry), f"layer of {registry}") as slot:
+                async for _ in slot.watched(chunks(size, 0.01)):
+                    pass
+
+        kinds = [("same", 10), *[("same", 100_000)] * 4, ("other", 1)]
+        tasks = [asyncio.create_task(transfer(*kind)) for kind in kinds]
+        await settle()
+        await asyncio.wait_for(stack.enter_async_context(of.slot(Origin("same"), "new")), 20)
+        with pytest.raises(KubeletReasonError, match="layer of same: its registry sends less than"):
+            await tasks[0]
+        assert not any(task.done() for task in tasks[1:])
+    for task in tasks[1:]:
+        task.cancel()
+    await asyncio.wait(tasks)
 
 
 async def test_the_slowest_transfer_makes_room_when_a_pull_has_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,15 +7,21 @@ what is found here stays as it is until then.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from host.errors import InvalidArgumentError
 from host.mounts import MountEntry, mount_table
 from runtime.sandbox import ProcessName
 from runtime.spec import oci
 from runtime.spec.builder import ContainerSpec
+from runtime.spec.private_devices import DEFAULT_NODES
 from runtime.working_directory import mount_id
 
+_OPENED = frozenset(
+    ("/", "/dev", "/dev/pts", "/dev/ptmx", "/dev/console", *(f"/dev/{name}" for name in DEFAULT_NODES.values()))
+)
 _KERNEL_FILESYSTEMS = {"/proc": "proc", "/sys": "sysfs"}
 # What the node itself mounts in /sys and /proc, for containers that have the node's bound in.
 _OF_THE_NODE = frozenset(
@@ -47,6 +53,7 @@ def verify(init: ProcessName, spec: ContainerSpec) -> None:
         return  # it has ended, and cannot be started
     if spec.mounts_in_volumes:
         _verify_mounts(spec.spec, table)
+        _verify_devices(spec.spec, table)
 
 
 def _verify_directory(init: ProcessName, directory: str, table: Iterable[MountEntry]) -> None:
@@ -72,7 +79,35 @@ def _verify_mounts(spec: oci.Spec, table: Iterable[MountEntry]) -> None:
             continue
         expected = {_KERNEL_FILESYSTEMS[folder]} if entry.target == folder else _OF_THE_NODE
         if entry.filesystem not in expected:
-            raise InvalidArgumentError(
-                f"mounts: a volume was mounted on {entry.target} through a link that was put into another volume: "
-                "mount it outside of volumes that others change"
-            )
+            raise _led_to(entry.target)
+
+
+def _verify_devices(spec: oci.Spec, table: Iterable[MountEntry]) -> None:
+    """At the root, at /dev and at the devices that OCI runtimes open is mounted what was asked for there, each once.
+
+    Other mounts below /dev may be those of an OCI runtime that adds devices. The node's /dev brings its own along.
+    """
+    if any(mount.destination == "/dev" and _is_the_node_s_dev(mount.source) for mount in spec.mounts):
+        return
+    left = Counter(mount.destination for mount in spec.mounts)
+    left["/"] += 1
+    left["/dev/console"] += spec.process.terminal
+    for entry in table:
+        if entry.target in _OPENED:
+            left[entry.target] -= 1
+            if left[entry.target] < 0:
+                raise _led_to(entry.target)
+
+
+def _is_the_node_s_dev(source: str) -> bool:
+    try:
+        return Path(source).samefile("/dev")
+    except OSError:
+        return False
+
+
+def _led_to(target: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"mounts: a volume was mounted on {target} through a link that was put into another volume: "
+        "mount it outside of volumes that others change"
+    )

@@ -1,0 +1,78 @@
+"""A container that swaps a folder of a volume never has another one's volume mounted over its devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+import pytest
+
+from host.mounts import mount_table
+from tests.integration.agent.hardening import PRELUDE, PYTHON, init_pid, like_kubelets, with_python
+from tests.security.conftest import pod_config
+from tests.support.agent import PATIENCE, AgentProcess, wait_for
+
+# Swaps a mount point in the volume with a link to the devices, as often as it can.
+SWAP = """
+os.mkdir("/volume/inner")
+os.symlink("{target}", "/volume/link")
+end = time.monotonic() + {seconds}
+while time.monotonic() < end:
+    libc.renameat2(-100, b"/volume/inner", -100, b"/volume/link", 2)
+"""
+
+
+@pytest.mark.parametrize("target", ["/dev", "/"])
+def test_no_volume_is_mounted_over_devices_while_another_container_swaps_its_place(
+    quiet_log: AgentProcess, handler: str, tmp_path: Path, target: str
+) -> None:
+    """OCI runtimes would open its null and its terminals, for the container that then begins, with root's rights."""
+    volume, other = tmp_path / "volume", tmp_path / "other"
+    for folder in (volume, other):
+        folder.mkdir()
+    (other / "null").symlink_to("/proc/sys/kernel/core_pattern")
+    code = PRELUDE + SWAP.format(target=target, seconds=10 * PATIENCE)
+    swapper = with_python(like_kubelets("swapper", PYTHON, "-I", "-c", code))
+    sandbox = pod_config(quiet_log)
+    sandbox_id = quiet_log.client.run_sandbox(sandbox, handler)
+    swapper.mounts.add(container_path="/volume", host_path=str(volume))
+    quiet_log.client.start(quiet_log.client.create(sandbox_id, swapper, sandbox))
+    wait_for(lambda: (volume / "inner").is_symlink() or (volume / "link").is_symlink(), what="the first swap")
+    outcomes = set()
+    for number in range(20):
+        victim = like_kubelets(f"victim{number}")
+        victim.mounts.add(container_path="/volume", host_path=str(volume))
+        victim.mounts.add(container_path="/volume/inner", host_path=str(other))
+        try:
+            container_id = quiet_log.client.create(sandbox_id, victim, sandbox)
+        except grpc.RpcError:
+            outcomes.add("refused")
+            continue
+        table = list(mount_table(f"/proc/{init_pid(quiet_log, container_id)}/mountinfo"))
+        places = {entry.target for entry in table if entry.root.endswith("/other")}
+        assert places
+        assert places <= {"/volume/inner", "/volume/link"}  # it goes along when the folder is renamed
+        quiet_log.client.remove(container_id)
+    assert "refused" in outcomes, "the swaps were never seen"
+
+
+def test_what_volumes_bring_along_is_not_taken_for_swapped(
+    quiet_log: AgentProcess, handler: str, tmp_path: Path
+) -> None:
+    """A volume in another one, beside a terminal, a volume in /dev and one with a mount in it."""
+    volume, other = tmp_path / "volume", tmp_path / "other"
+    for folder in (volume / "inner", other):
+        folder.mkdir(parents=True)
+    config = like_kubelets("main", tty=True)
+    for place, source in (
+        ("/volume", volume),
+        ("/volume/inner", other),
+        ("/dev/volume", volume),
+        ("/dev/mqueue", other),
+    ):
+        config.mounts.add(container_path=place, host_path=str(source))
+    config.mounts.add(container_path="/dev/hugepages", host_path="/dev", readonly=True)
+    sandbox = pod_config(quiet_log)
+    container_id = quiet_log.client.create(quiet_log.client.run_sandbox(sandbox, handler), config, sandbox)
+    quiet_log.client.start(container_id)
+    assert quiet_log.client.output(container_id, "ls", "/volume", "/dev/volume").split().count("inner") == 2

@@ -21,6 +21,7 @@ from cri.configuration import Configuration
 from host import mounts, processes
 from host.errors import InvalidArgumentError, PodkeelError
 from host.removal import remove_tree
+from host.systemd import ServiceManager
 from host.threads import in_fresh_thread, in_thread
 from images.worker_syscalls import worker_filter
 from network.addresses import parse_ranges
@@ -321,4 +322,5 @@ async def _limits(_configuration: Configuration) -> list[Check]:
 
 def run_check(configuration: Configuration) -> list[Check]:
     """``check_host`` for a program without a loop."""
+    ServiceManager.of_environment()
     return asyncio.run(check_host(configuration))

@@ -31,6 +31,7 @@ from cri.streaming.server import StreamingServer
 from host import descriptors, libc
 from host.errors import WrongStateError
 from host.priority import go_first
+from host.systemd import ServiceManager
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from runtime.agent import Agent
@@ -54,13 +55,14 @@ def serve(configuration: Configuration, *, adopt: bool = False) -> None:
     Raises PodkeelError when the agent cannot start.
     """
     os.umask(_UMASK)
+    manager = ServiceManager.of_environment()
     libc.limit_heap_arenas(_HEAP_ARENAS)
     descriptors.raise_limit()
     _write_no_core_dumps()
     configure_logging(configuration.log)
     sys.setswitchinterval(SWITCH_SECONDS)
     go_first()
-    asyncio.run(_serve(configuration, LostStore.ADOPT if adopt else LostStore.REFUSE))
+    asyncio.run(_serve(configuration, LostStore.ADOPT if adopt else LostStore.REFUSE, manager))
 
 
 def _write_no_core_dumps() -> None:
@@ -80,11 +82,12 @@ def reset(configuration: Configuration, *, force: bool = False) -> list[str]:
     """
     from runtime.reset import reset as reset_runtime
 
+    ServiceManager.of_environment()
     configure_logging(configuration.log)
     return asyncio.run(reset_runtime(configuration.runtime, configuration.network, configuration.images, force=force))
 
 
-async def _serve(configuration: Configuration, lost_store: LostStore) -> None:
+async def _serve(configuration: Configuration, lost_store: LostStore, manager: ServiceManager) -> None:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -107,7 +110,7 @@ async def _serve(configuration: Configuration, lost_store: LostStore) -> None:
         await server.start()
         path.chmod(0o660)
         _log.info("serving the CRI on unix://%s", path)
-        _notify_ready()
+        manager.ready()
         try:
             await ended.wait()
         finally:
@@ -188,12 +191,3 @@ def _set_garbage_aside() -> None:
     """Keep Python's search for garbage away from what is loaded by now: it stops the loop for 25 ms, and finds none."""
     gc.collect()
     gc.freeze()
-
-
-def _notify_ready() -> None:
-    """Tell systemd that the agent serves (sd_notify(3)), if it started us."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)

@@ -138,7 +138,6 @@ class StartingMonitor:
         environment = {**os.environ, **_ENVIRONMENT}
         if not all(word.isascii() for word in self._command):
             environment["LC_ALL"] = "C.UTF-8"  # else it refuses its command line
-        environment.pop("NOTIFY_SOCKET", None)
         with contextlib.ExitStack() as child_ends:
             self._sync_read, sync_write = os.pipe2(os.O_CLOEXEC)
             child_ends.callback(os.close, sync_write)

@@ -1,0 +1,31 @@
+"""What systemd tells a service by its environment, and what the service tells systemd (sd_notify(3))."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import MutableMapping
+
+# For the agent alone. crun and runc take NOTIFY_SOCKET for an order to pass a socket on to the container: they fail, or
+# wait for what the container never says.
+_FOR_THIS_PROCESS = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+
+
+class ServiceManager:
+    """systemd, if it started this process; else nobody, and what is told is lost."""
+
+    def __init__(self, address: str) -> None:
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+
+    @classmethod
+    def of_environment(cls, environment: MutableMapping[str, str] = os.environ) -> ServiceManager:
+        """The one that ``environment`` names; its variables are taken out, as child processes must not get them."""
+        taken = {name: environment.pop(name, "") for name in _FOR_THIS_PROCESS}
+        return cls(taken["NOTIFY_SOCKET"])
+
+    def ready(self) -> None:
+        """Tell it that this service serves now. Raises OSError."""
+        if not self._address:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(b"READY=1", self._address)

@@ -10,7 +10,8 @@ import grpc
 from host import errors
 from host.errors import printable
 
-MESSAGE_LIMIT = 4096
+MESSAGE_LIMIT = 4096  # bytes
+_ELLIPSIS = "…"
 
 _CODES: tuple[tuple[type[errors.PodkeelError], grpc.StatusCode], ...] = (
     (errors.KubeletReasonError, grpc.StatusCode.UNKNOWN),
@@ -40,5 +41,17 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     if not isinstance(error, errors.PodkeelError):
         return grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}): the agent's log has the details"
     code = next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
-    message = printable(error.message)
-    return code, message if len(message) <= MESSAGE_LIMIT else message[: MESSAGE_LIMIT - 1] + "…"
+    return code, _shortened(printable(error.message))
+
+
+def _shortened(message: str) -> str:
+    """``message`` within MESSAGE_LIMIT as it is sent: clients answer RESOURCE_EXHAUSTED to more than 8 KiB of headers.
+
+    gRPC percent-encodes each byte that is not printable ASCII (gRPC over HTTP2, "Responses").
+    """
+    sent = len(_ELLIPSIS.encode()) * 3
+    for index, character in enumerate(message[: MESSAGE_LIMIT + 1]):
+        sent += 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode("utf-8", "replace"))
+        if sent > MESSAGE_LIMIT:
+            return message[:index] + _ELLIPSIS
+    return message

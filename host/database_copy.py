@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import sqlite3
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from host.threads import in_long_thread
 _DELAY_SECONDS = 0.3
 _BYTES_PER_SECOND = 1_000_000
 # Errors that say nothing of a file's content; who opens it next is told.
+_PRIMARY_CODE = 0xFF
 _TELL_NOTHING = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN)
 
 _log = logging.getLogger("podkeel.store")
@@ -94,15 +96,41 @@ def problem_of(path: Path) -> str:
     if path.stat().st_size == 0:
         return "empty"
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True)) as connection:
+        with contextlib.closing(opened_to_read(path)) as connection:
             (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     except sqlite3.DatabaseError as error:
-        unknown = getattr(error, "sqlite_errorcode", None) in _TELL_NOTHING
+        unknown = getattr(error, "sqlite_errorcode", 0) & _PRIMARY_CODE in _TELL_NOTHING
         return "" if unknown else f"damaged ({error})"
     if answer != "ok":
         return f"damaged ({' '.join(str(answer).split())})"
     return "" if tables else "empty"
+
+
+def opened_to_read(path: Path) -> sqlite3.Connection:
+    """A connection that changes nothing. A database without a log of its own is read on a full disk too.
+
+    SQLite makes files beside a database whose header says that it has such a log, as that of a copy does.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    alone = not (log.exists() and log.stat().st_size)
+    return sqlite3.connect(f"{path.as_uri()}?mode={'ro&immutable=1' if alone else 'rw'}", uri=True)
+
+
+def put_in_place(copy: Path, path: Path) -> Path | None:
+    """Make ``path`` a copy of the database ``copy``; what was there is renamed, and its new name returned.
+
+    Blocks. On a failure everything is as before. Raises OSError.
+    """
+    made = path.with_name(f"{path.name}.new")
+    try:
+        shutil.copyfile(copy, made)
+        made.chmod(0o600)
+        aside = set_file_aside(path)
+        made.replace(path)
+    finally:
+        made.unlink(missing_ok=True)
+    return aside
 
 
 def set_file_aside(path: Path) -> Path | None:

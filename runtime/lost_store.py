@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-import shutil
+import os
 import sqlite3
 import time
+from pathlib import Path
 
-from host.database_copy import problem_of, set_file_aside
-from host.errors import WrongStateError
+from host.database_copy import opened_to_read, problem_of, put_in_place, set_file_aside
+from host.errors import LimitError, WrongStateError
 from runtime.layout import Layout
 from runtime.monitor import Monitors
 
 _NAMED = 5
-_TABLES = ("sandboxes", "containers")
 
 _log = logging.getLogger("podkeel.store")
 
@@ -31,26 +31,32 @@ class LostStore(enum.Enum):
 def settle_store(layout: Layout, monitors: Monitors, wish: LostStore) -> None:
     """Have a database to open in the data folder, before it is opened. Blocks.
 
-    Raises WrongStateError, which says what there is to do: for a damaged store, and for one that is missing or empty
-    while containers of this agent run, unless ``wish`` says otherwise.
+    Raises WrongStateError, which says what there is to do: for a damaged store, and for one that is missing, empty or
+    without containers that run while containers of this agent run, unless ``wish`` says otherwise.
     """
     path, copy = layout.database, layout.database_copy
     problem = problem_of(path)
     running = sorted(monitors.running())
-    if not problem and running and _knows_nothing(layout):
-        problem = "empty"
+    if not problem and running:
+        known = _containers_in(path)
+        if known is not None and not known:
+            problem = "empty"
+        elif known is not None and (lost := _containers_in(copy) or frozenset()) and (lost := lost - known):
+            # Its log (-wal) was damaged or deleted: SQLite takes what is left for the whole.
+            running = sorted(lost.intersection(running))
+            problem = "incomplete" if running else ""
     if not problem:
         return
     if wish is LostStore.START_OVER:
-        set_file_aside(path)
+        if problem != "incomplete":
+            set_file_aside(path)
     elif wish is LostStore.ADOPT:
         _adopt(layout, problem)
-    elif problem not in ("missing", "empty"):
+    elif problem not in ("missing", "empty", "incomplete"):
         raise WrongStateError(f"store {path} is {problem}{_so_many(running)}: {_remedy(layout)}")
     elif running:
-        raise WrongStateError(
-            f"store {path} is {problem}{_so_many(running)}: a new one would end them. {_remedy(layout)}"
-        )
+        ending = "it does not know them and would" if problem == "incomplete" else "a new one would"
+        raise WrongStateError(f"store {path} is {problem}{_so_many(running)}: {ending} end them. {_remedy(layout)}")
     elif copy.exists():
         _log.warning(
             "store %s: %s, no container runs: a new one is begun; the copy of the former one stays as %s, stop the "
@@ -65,21 +71,26 @@ def _adopt(layout: Layout, problem: str) -> None:
     path, copy = layout.database, layout.database_copy
     if wrong := problem_of(copy):
         raise WrongStateError(f"store {path} is {problem}, and its copy {copy}, to be adopted, is {wrong}")
-    aside = set_file_aside(path)
-    made = path.with_name(f"{path.name}.new")
-    shutil.copyfile(copy, made)
-    made.replace(path)
-    kept = f"; what was there is {aside}" if aside else ""
-    _log.warning("store %s: %s: the copy of %s is taken in its place%s", path, problem, _made_at(layout), kept)
-
-
-def _knows_nothing(layout: Layout) -> bool:
+    made_at = _made_at(layout)
     try:
-        with contextlib.closing(sqlite3.connect(f"{layout.database.as_uri()}?mode=rw", uri=True)) as connection:
-            counts = [connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in _TABLES]
+        aside = put_in_place(copy, path)
+    except OSError as error:
+        raise LimitError(
+            f"store {path} is {problem}, and its copy {copy} cannot be put in its place ({error.strerror}): "
+            "nothing was changed; free some space and start again with --adopt"
+        ) from error
+    kept = f"; what was there is {aside}" if aside else ""
+    _log.warning("store %s: %s: the copy of %s is taken in its place%s", path, problem, made_at, kept)
+
+
+def _containers_in(path: Path) -> frozenset[str] | None:
+    """The ids of containers that a database knows; None for one that does not tell: who opens it says why."""
+    try:
+        with contextlib.closing(opened_to_read(path)) as connection:
+            connection.text_factory = os.fsdecode
+            return frozenset(str(row[0]) for row in connection.execute("SELECT id FROM containers"))
     except sqlite3.Error:
-        return False  # tables that are not there, or a file that cannot be opened: who opens it says so
-    return not any(counts)
+        return None
 
 
 def _so_many(running: list[str]) -> str:
@@ -92,8 +103,8 @@ def _so_many(running: list[str]) -> str:
 
 def _remedy(layout: Layout) -> str:
     over = "`podkeel reset --yes` with the same flags ends all its containers and starts over"
-    if problem_of(layout.database_copy):
-        return f"put it back; there is no copy of it. {over}"
+    if wrong := problem_of(layout.database_copy):
+        return f"put it back; its copy {layout.database_copy} is {wrong}. {over}"
     adopt = f"put it back, or start once with `podkeel serve --adopt` to go on from the copy of {_made_at(layout)}"
     return f"{adopt} ({layout.database_copy}). {over}"
 

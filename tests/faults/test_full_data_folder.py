@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from host import libc, mounts
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess
-from tests.support.pods import container_config, sandbox_config
+from tests.support.pods import container_config, run_container, sandbox_config
 
 _BYTES = 24 << 20
 
@@ -66,3 +67,30 @@ def test_what_a_full_disk_keeps_from_being_removed_is_listed(small: AgentProcess
     client.stop_sandbox(sandbox_id)
     client.remove_sandbox(sandbox_id)
     assert client.findings() == []
+
+
+def test_a_copy_of_the_store_that_a_full_disk_keeps_from_being_adopted_stays_whole(small: AgentProcess) -> None:
+    _, container_id = run_container(small, "sleep", "1000")
+    small.stop()
+    for file in small.data.glob("podkeel.db*"):
+        file.unlink()
+    _fill(small)
+    for more, parts in (
+        ((), ["--adopt", "podkeel-copy.db"]),
+        (("--adopt",), ["free some space", "nothing was changed"]),
+    ):
+        command = small.command("serve", *more, *small.flags)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert [part for part in parts if part not in done.stderr] == [], done.stderr
+        assert "damaged" not in done.stderr
+    (small.data / "filling").unlink()
+    adopting = subprocess.Popen(small.command("serve", "--adopt", *small.flags), stderr=subprocess.DEVNULL)
+    try:
+        small.connect()
+        assert small.client.status(container_id).state == cri_pb2.CONTAINER_RUNNING
+        assert small.client.findings() == []
+    finally:
+        adopting.terminate()
+        adopting.wait(timeout=30)

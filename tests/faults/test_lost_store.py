@@ -98,14 +98,13 @@ def test_an_image_that_cannot_be_read_is_set_aside(own_agent: AgentProcess, dama
 def test_an_attachment_that_is_lost_is_made_again(own_agent: AgentProcess, damage: str) -> None:
     sandbox_id, container_id = run_container(own_agent, "sleep", "1000")
     address = own_agent.client.sandbox_status(sandbox_id).network.ip
-    gone, _ = run_container(own_agent, "sleep", "1000")
+    gone = own_agent.client.run_sandbox(sandbox_config(own_agent))
     own_agent.kill()
     with _store(own_agent) as store:
         if damage == "gone":
             store.execute("DELETE FROM network_attachments")
         else:
             store.execute(f"UPDATE network_attachments SET attachment = {damage.format(column='attachment')}")
-        store.execute("DELETE FROM containers WHERE sandbox_id = ?", (gone,))
         store.execute("DELETE FROM sandboxes WHERE id = ?", (gone,))
     own_agent.start()
     assert own_agent.client.sandbox_status(sandbox_id).network.ip == address
@@ -148,17 +147,40 @@ def _cut(path: Path) -> None:
     path.write_bytes(content[:4096] + b"\xff" * 8192 + content[12288:])
 
 
-def _refusal(agent: AgentProcess) -> str:
-    done = subprocess.run(agent.command("serve", *agent.flags), capture_output=True, text=True, check=False, timeout=60)
+def _forget_the_newest(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as store, store:
+        store.execute("DELETE FROM containers WHERE created_at = (SELECT max(created_at) FROM containers)")
+
+
+def _lose_the_log(path: Path) -> None:
+    for ending in ("-wal", "-shm"):
+        path.with_name(f"{path.name}{ending}").unlink()
+
+
+def _damage_the_log(path: Path) -> None:
+    log = path.with_name(f"{path.name}-wal")
+    log.write_bytes(bytes(byte ^ 0xFF for byte in log.read_bytes()))
+
+
+_LOSSES = [
+    *(_delete, _empty, _truncate_tables, _garble, _cut),
+    *(_forget_the_newest, _lose_the_log, _damage_the_log),
+]
+
+
+def _refusal(agent: AgentProcess, *more: str) -> str:
+    command = agent.command("serve", *more, *agent.flags)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     return done.stderr
 
 
-@pytest.mark.parametrize("lose", [_delete, _empty, _truncate_tables, _garble, _cut])
+@pytest.mark.parametrize("lose", _LOSSES)
 def test_a_lost_store_ends_no_container_and_its_copy_is_taken(
     own_agent: AgentProcess, lose: Callable[[Path], None]
 ) -> None:
+    run_container(own_agent, "sleep", "1000")
     sandbox_id, container_id = run_container(own_agent, "sleep", "1000")
     copy = own_agent.data / "podkeel-copy.db"
 
@@ -205,7 +227,9 @@ def test_a_lost_store_without_a_copy_is_told_and_reset_starts_over(own_agent: Ag
     own_agent.kill()
     _delete(own_agent.data / "podkeel.db")
     _delete(own_agent.data / "podkeel-copy.db")
-    assert "there is no copy" in _refusal(own_agent)
+    assert "its copy" in (said := _refusal(own_agent))
+    assert "podkeel-copy.db is missing" in said
+    assert "is missing" in _refusal(own_agent, "--adopt")
     assert _alive(pid)
     own_agent.reset()
     assert not _alive(pid)

@@ -8,6 +8,7 @@ import posixpath
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from host.abandonable import AbandonableThreads, Permission
 from host.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PodkeelError, WrongStateError
@@ -90,9 +91,10 @@ class ContainerManager:
 
     async def _make(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Container:
         node = self._node
+        log_path = await self._log_path(sandbox, config)
         image = self._image(config)
         runtime = node.handlers.get(sandbox.record.handler)
-        container = self._new_container(sandbox, config, image, runtime)
+        container = self._new_container(sandbox, config, image, runtime, log_path)
         node.expect_container()
         operation = begin(container, "CreateContainer")
         async with Undo(container.title) as undo:
@@ -130,6 +132,13 @@ class ContainerManager:
         _log.info("%s is created from %s", container.title, config.image.image, extra=extra)
         return container
 
+    async def _log_path(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Path | None:
+        """In a thread of its own: the log folder may be on a file system whose server does not answer for hours."""
+        if not config.log_path:
+            return None
+        work = partial(resolve_log_path, sandbox.config.log_directory, config.log_path)
+        return await self._threads.run(f"container {config.metadata.name!r} of {sandbox.title}", lambda _: work())
+
     def _image(self, config: cri_pb2.ContainerConfig) -> Image:
         image = self._node.images.find(config.image.image)
         if image is None:
@@ -137,10 +146,14 @@ class ContainerManager:
         return image
 
     def _new_container(
-        self, sandbox: Sandbox, config: cri_pb2.ContainerConfig, image: Image, runtime: OciRuntime
+        self,
+        sandbox: Sandbox,
+        config: cri_pb2.ContainerConfig,
+        image: Image,
+        runtime: OciRuntime,
+        log_path: Path | None,
     ) -> Container:
         container_id = new_id(self._node.agent_id)
-        log_path = resolve_log_path(sandbox.config.log_directory, config.log_path)
         record = ContainerRecord(
             state=ContainerState.MAKING,
             created_at=time.time_ns(),

@@ -126,3 +126,23 @@ def test_containers_that_wait_for_their_volumes_keep_no_others_waiting(agent: Ag
     assert not any(future.done() for future in waiting)
     for future in waiting:
         future.cancel()
+
+
+def test_a_log_folder_that_does_not_answer_keeps_nobody_else_waiting(agent: AgentProcess, silent: Silent) -> None:
+    sandbox = sandbox_config(agent)
+    sandbox.log_directory = str(silent.path / "pod")
+    sandbox_id = agent.client.run_sandbox(sandbox)
+    before = threads(agent)
+    config = container_config("hangs", "sleep", "1000")
+    request = cri_pb2.CreateContainerRequest(pod_sandbox_id=sandbox_id, config=config, sandbox_config=sandbox)
+    future = agent.client.future("CreateContainer", request)
+    wait_for(lambda: threads(agent) - before, what="a thread that hangs")
+    begin = time.monotonic()
+    agent.client.call("Version", cri_pb2.VersionRequest(), timeout=10)
+    _, other = run_container(agent, "sleep", "1000", name="other")
+    assert agent.client.exec(other, "true").exit_code == 0
+    agent.client.remove_sandbox(sandbox_id)
+    assert time.monotonic() - begin < 8
+    with pytest.raises(grpc.RpcError):
+        future.result()
+    assert agent.client.findings() == []

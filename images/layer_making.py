@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,9 @@ class LayerFolders:
         return self.content / algorithm / name
 
 
+_log = logging.getLogger("podkeel.images")
+
+
 class LayerIndex(Protocol):
     """The layers that there are."""
 
@@ -94,6 +98,7 @@ class LayerMaker:
         self._index = index
         self._disk = DiskSync(folders.layers)
         self._publishing = asyncio.Lock()
+        self._left_rows: set[int] = set()  # of layers that are not made, whose deletion found no room on the disk
 
     async def make(self, transfer: Transfer, below: Sequence[asyncio.Future[Layer]]) -> Layer:
         """Make the layer of ``transfer``, or take the one that a pull from another registry has made meanwhile.
@@ -176,17 +181,26 @@ class LayerMaker:
     async def _take_back(self, number: int, paths: Iterable[Path]) -> None:
         """Throw away the files and the row of a layer that is not made.
 
-        If there is no room for writing to the store, this waits until the files have left the disk.
+        If there is no room for writing to the store, this waits until the files have left the disk. If there is none
+        then, the row goes with those of the next layers, or at the next start: nobody looks at it.
         """
         await self.throw(paths)
-        for last in (False, True):
-            try:
-                await self._database.execute("DELETE FROM layers WHERE number = ?", (number,))
-                return
-            except LimitError:
-                if last:
-                    raise
-                await self._trash.emptied()
+        try:
+            await self._database.execute("DELETE FROM layers WHERE number = ?", (number,))
+        except LimitError:
+            await self._trash.emptied()
+            await self.delete_rows([number])
+
+    async def delete_rows(self, numbers: Iterable[int]) -> None:
+        """Delete rows of layers, and those that a full disk kept before. They stay for now if it still is full."""
+        self._left_rows.update(numbers)
+        doomed = sorted(self._left_rows)
+        try:
+            await self._database.write(lambda connection: layer_rows.delete(connection, doomed))
+        except LimitError as error:  # the files make room
+            _log.warning("layers: rows of %d layers stay for now: %s", len(doomed), error)
+        else:
+            self._left_rows.difference_update(doomed)
 
     async def throw(self, paths: Iterable[Path]) -> None:
         """Let the files go; nothing there is fine."""

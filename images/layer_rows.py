@@ -55,10 +55,15 @@ def mark_used(connection: sqlite3.Connection, numbers: Iterable[int]) -> None:
     connection.executemany("UPDATE layers SET ready = ? WHERE number = ?", rows)
 
 
+def delete(connection: sqlite3.Connection, numbers: Iterable[int]) -> None:
+    """Forget these; gone already is fine."""
+    connection.executemany("DELETE FROM layers WHERE number = ?", [(number,) for number in numbers])
+
+
 def delete_others(connection: sqlite3.Connection, known: set[int]) -> None:
     """Forget all but the known ones."""
-    numbers = [row for row in connection.execute("SELECT number FROM layers").fetchall() if row[0] not in known]
-    connection.executemany("DELETE FROM layers WHERE number = ?", numbers)
+    numbers = [row[0] for row in connection.execute("SELECT number FROM layers").fetchall()]
+    delete(connection, [number for number in numbers if number not in known])
 
 
 def retire(connection: sqlite3.Connection, layer: Layer) -> None:

@@ -313,13 +313,7 @@ class LayerStore:
             await self._drop([self._forget(layer.number)])
 
     async def _drop(self, dropped: list[_Dropped]) -> None:
-        rows = [(gone.layer.number,) for gone in dropped]
-        try:
-            await self._database.write(
-                lambda connection: connection.executemany("DELETE FROM layers WHERE number = ?", rows) and None
-            )
-        except LimitError as error:  # the files make room; the next start, or the layer's next pull, finds the rows
-            _log.warning("rows of %d layers stay for now: %s", len(rows), error)
+        await self._maker.delete_rows(gone.layer.number for gone in dropped)
         paths = [self._folders.layers / str(gone.layer.number) for gone in dropped]
         # A pull may have brought the same blob again meanwhile.
         blobs = [gone for gone in dropped if gone.blob and gone.blob not in self._blob_users]

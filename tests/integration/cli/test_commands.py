@@ -210,7 +210,8 @@ def test_check_asks_the_agent(agent: AgentProcess, podkeel: Podkeel) -> None:
     done = podkeel("check", "--format", "json", *agent.flags)
     answer = json.loads(done.out)
     states = {check["name"]: check["state"] for check in answer["checks"]}
-    assert states["agent"] == states["runtime crun"] == states["nftables"] == states["overlay"] == "ok"
+    assert states["agent"] == states["nftables"] == states["overlay"] == "ok"
+    assert states["runtime crun"] in ("ok", "warn")  # it warns of a crun that does not look at working directories
     assert answer["ok"] == (done.status == 0) == ("fail" not in states.values())
 
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from host import libc, mounts, processes, procfs
 from host.errors import PodkeelError
-from runtime.init_rights import give_up_rights, init_filter, join_pod
+from runtime.init_rights import give_up_rights, init_filter, join_pod, limit
 from runtime.init_root import INIT_ROOT, PROGRAM, become_root_of
 from runtime.layout import SandboxFolder
 from runtime.sandbox import ProcessName
@@ -46,7 +46,9 @@ def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
         INIT_ROOT.enter(program)
         libc.unshare(libc.CLONE_NEWPID)
         give_up_rights()
-        return processes.spawn([PROGRAM, "-P"], environment={_MARK: mark}, title=_title(sandbox_id))
+        pid = processes.spawn([PROGRAM, "-P"], environment={_MARK: mark}, title=_title(sandbox_id))
+        limit(pid)
+        return pid
 
     return _in_thread_of_its_own(start)
 

@@ -84,6 +84,7 @@ def _expected_of_sandbox(agent: AgentProcess, status: cri_pb2.PodSandboxStatus) 
         yield f"attachment {status.id}"
         yield f"nftables {status.network.ip}"
         yield f"link with {status.network.ip}"
+    yield f"mount sandboxes/{status.id}/files"
     if options.ipc != cri_pb2.NODE:
         yield f"mount sandboxes/{status.id}/ns/ipc"
         yield f"mount sandboxes/{status.id}/shm"

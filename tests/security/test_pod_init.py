@@ -217,6 +217,8 @@ def test_init_has_no_right_and_none_of_the_node_s_namespaces(
     else:
         assert (int(fields["CapPrm"], 16), int(fields["CapEff"], 16), int(fields["CapAmb"], 16)) == (0, 0, 0)
         assert "0" not in fields["Uid"].split() + fields["Gid"].split()
+        limits = {line[:25].strip(): line[25:].split()[0] for line in (init / "limits").read_text().splitlines()[1:]}
+        assert (limits["Max address space"], limits["Max processes"]) == (str(64 << 20), "1")
         assert (fields["NoNewPrivs"], fields["Seccomp"], fields["Groups"].strip()) == ("1", "2", "")
     assert attacker.shell("cat /proc/1/net/dev | wc -l") == attacker.shell("cat /proc/self/net/dev | wc -l")
     assert attacker.shell("wc -l < /proc/1/net/unix").strip() == "1"  # its heading

@@ -19,6 +19,7 @@ from images import authorization
 from images.bodies import LARGEST_TOKEN, BodyError, decoded, encoding_of, error_text, read_body
 from images.credentials import Credentials
 from images.hosts import RegistryHost, hosts_for
+from images.name_lookup import NameLookup
 from images.node_credentials import DOCKER_HUB_NAMES, FoundCredentials, find_credentials
 from images.options import ImageOptions
 from images.redirects import Body, Origin, Sending, follow, origin_of
@@ -74,7 +75,7 @@ class RegistryConnection:
             elsewhere = await in_image_thread(config.tls, with_client=False) if special else True
             self.hosts.append(ConnectedHost(config, origin_of(config.base), tls, elsewhere))
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, limit_per_host=0),
+            connector=aiohttp.TCPConnector(limit=0, limit_per_host=0, resolver=NameLookup()),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             headers={"User-Agent": "podkeel", "Accept-Encoding": "identity"},

@@ -1,0 +1,59 @@
+"""Names of registries whose name servers do not answer hold up no pull from another registry."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from host.errors import KubeletReasonError
+from tests.integration.images.conftest import Node
+from tests.support.image_builder import BuiltImage, entry, make_tar
+from tests.support.registry import Registry
+
+NewNode = Callable[..., Awaitable[Node]]
+
+SILENT = [f"registry{number}.silent.test:80" for number in range(40)]
+QUICK = "quick.test"
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Name servers that say nothing of names in silent.test, and that QUICK is this machine."""
+    given_up = threading.Event()
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *arguments: Any, **options: Any) -> Any:
+        if str(host).endswith(".silent.test"):
+            given_up.wait(60)
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return real("127.0.0.1" if host == QUICK else host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    yield
+    given_up.set()
+
+
+async def test_names_without_an_answer_hold_up_no_other_registry(
+    new_node: NewNode, registry: Registry, names: None
+) -> None:
+    image = BuiltImage((make_tar([entry("file", "content")]),))
+    registry.push(image, "names/quick")
+    quick = f"{QUICK}:{registry.host.rpartition(':')[2]}"
+    node = await new_node(connect_seconds=2.0, stall_seconds=1.0, attempts=1, insecure_registries=(*SILENT, quick))
+    silent = [asyncio.create_task(node.store.pull(f"{host}/image")) for host in SILENT]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(20):
+        assert (await node.store.pull(f"{quick}/names/quick")).id == image.id
+        for task in silent[::2]:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, KubeletReasonError):
+                await task
+        for task in silent[1::2]:
+            with pytest.raises(KubeletReasonError, match="no answer in time"):
+                await task

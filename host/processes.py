@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import select
 import signal
@@ -66,12 +65,22 @@ async def spawn_aside(
     *,
     environment: Mapping[str, str] | None = None,
     descriptors: Mapping[int, int] | None = None,
+    oom_score_adj: int | None = None,
 ) -> int:
     """Like ``spawn``, from a thread, so that the loop need not wait for the child to begin its program.
 
-    When the caller is cancelled meanwhile, the child is killed and reaped.
+    The child gets ``oom_score_adj`` before it can have started others. When the caller is cancelled meanwhile, the
+    child is killed and reaped.
     """
-    work = functools.partial(spawn, command, environment=environment, descriptors=descriptors)
+
+    def work() -> int:
+        pid = spawn(command, environment=environment, descriptors=descriptors)
+        if oom_score_adj is not None:
+            # It may have ended, and who lacks CAP_SYS_RESOURCE may not lower the value.
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "wb", 0) as file:
+                file.write(b"%d" % oom_score_adj)
+        return pid
+
     spawned = asyncio.ensure_future(in_thread(work))
     try:
         return await wait_out(spawned)

@@ -112,7 +112,7 @@ class ExecCall:
     its descriptors are those it was given, and on a terminal (``terminal``) its master comes by ``console``.
     ``program`` is what the process executes, for errors. ``folder`` is the container's bundle; ``pids`` lists the
     processes of the container's cgroup. ``directory`` is opened when the call is launched, for a ``process`` whose
-    working directory is DIRECTORY_BY_DESCRIPTOR.
+    working directory is DIRECTORY_BY_DESCRIPTOR. ``oom_score_adj`` is that of the process; None for the agent's own.
     """
 
     def __init__(
@@ -126,8 +126,10 @@ class ExecCall:
         pids: Callable[[], Sequence[int]],
         terminal: bool = False,
         directory: WorkingDirectory | None = None,
+        oom_score_adj: int | None = None,
     ) -> None:
         self._runtime = runtime
+        self._oom_score_adj = oom_score_adj
         self._directory = directory
         self._program = program
         self._container_id = container_id
@@ -187,13 +189,15 @@ class ExecCall:
             raise
 
     async def _spawn(self, descriptors: Mapping[int, int]) -> int:
+        # crun leaves oom_score_adj as it is where 0 is asked for, and the agent's is one that the kernel kills last.
+        score = self._oom_score_adj
         try:
-            return await processes.spawn_aside(self._command, descriptors=descriptors)
+            return await processes.spawn_aside(self._command, descriptors=descriptors, oom_score_adj=score)
         except OSError as error:
             if error.errno != errno.ETXTBSY:
                 raise
             self._runtime.distrust_copy()
-        return await processes.spawn_aside(self._command, descriptors=descriptors)
+        return await processes.spawn_aside(self._command, descriptors=descriptors, oom_score_adj=score)
 
     @asynccontextmanager
     async def process(self) -> AsyncIterator[ExecProcess]:

@@ -102,6 +102,7 @@ class Execution:
         process = self._process(container, command)
         process.terminal = terminal
         process.console_size = size
+        process.oom_score_adj = self._decided_score(container)
         directory = self._checked_directory(container, runtime, process)
         if directory is not None:
             process.cwd = DIRECTORY_BY_DESCRIPTOR
@@ -114,7 +115,13 @@ class Execution:
             pids=partial(node.cgroups.processes, container.record.cgroup),
             terminal=terminal,
             directory=directory,
+            oom_score_adj=process.oom_score_adj,
         )
+
+    def _decided_score(self, container: Container) -> int:
+        """The oom_score_adj of what runs in a container, as it was last configured."""
+        limits = cri_pb2.LinuxContainerResources.FromString(container.record.resources)
+        return oom_score_adj(limits, self._node.facts)
 
     def _process(self, container: Container, command: Sequence[str]) -> oci.Process:
         """The OCI ``process`` object of a further command in a container: like its first one, but for the arguments."""

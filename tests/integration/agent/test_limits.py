@@ -14,7 +14,7 @@ from proto.runtime.v1 import cri_pb2
 from runtime.cgroups import CgroupTree
 from tests.integration.agent.hardening import Attacker, init_pid
 from tests.support.agent import AgentProcess, running_agent
-from tests.support.pods import container_config, sandbox_config
+from tests.support.pods import container_config, run_container, sandbox_config
 
 Limits = cri_pb2.LinuxContainerResources
 TREE = CgroupTree.of_host("cgroupfs")
@@ -50,6 +50,23 @@ def kernel(agent: AgentProcess, container_id: str, **names: str) -> str:
     path = next(line.split(":", 2)[2] for line in lines if controller in line.split(":", 2)[1].split(","))
     root = TREE.mounts[controller or "unified"]
     return (root / path.lstrip("/") / name).read_text().strip()
+
+
+def test_commands_have_the_oom_score_adj_of_their_container(agent: AgentProcess, handler: str) -> None:
+    container_id = made(agent, handler, Limits(oom_score_adj=500))
+    look = ("sh", "-c", "cat /proc/self/oom_score_adj; sh -c 'cat /proc/self/oom_score_adj'")
+    assert agent.client.output(container_id, *look).split() == ["500", "500"]
+    update(agent, container_id, Limits(oom_score_adj=700))
+    later = "700" if handler == "crun" else "500"  # runc 1.1 gives commands what the container began with
+    assert agent.client.output(container_id, *look).split() == [later, later]
+
+
+def test_commands_do_not_have_the_oom_score_adj_of_the_agent(tmp_path: Path, busybox: Path) -> None:
+    with running_agent(tmp_path, busybox) as agent:
+        _, container_id = run_container(agent, "sleep", "1000")
+        # As under systemd, though the other way round: only who has CAP_SYS_RESOURCE can have less than it began with.
+        Path(f"/proc/{agent.pid()}/oom_score_adj").write_text("300")
+        assert agent.client.output(container_id, "cat", "/proc/self/oom_score_adj").strip() == "0"
 
 
 def update(agent: AgentProcess, container_id: str, limits: Limits) -> None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from host.errors import PodkeelError, UnavailableError
 from host.tasks import wait_out
+from host.thread_starting import start_aside
 
 T = TypeVar("T")
 
@@ -94,7 +95,11 @@ class AbandonableThreads:
             with suppress(RuntimeError):  # the loop is closed: the agent ended meanwhile
                 loop.call_soon_threadsafe(outcome.settle, future)
 
-        threading.Thread(target=body, name="abandonable", daemon=True).start()
+        def failed(error: RuntimeError) -> None:
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(_Outcome(None, error).settle, future)
+
+        start_aside(body, name="abandonable", failed=failed)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:

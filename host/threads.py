@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import ParamSpec, TypeVar
 
 from host import libc
 from host.tasks import wait_out
+from host.thread_starting import start_aside
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,7 +61,7 @@ async def in_fresh_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwarg
         else:
             loop.call_soon_threadsafe(succeed, value)
 
-    threading.Thread(target=body, name="namespace", daemon=True).start()
+    start_aside(body, name="namespace", failed=lambda error: loop.call_soon_threadsafe(fail, error))
     return await wait_out(future)
 
 

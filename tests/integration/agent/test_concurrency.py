@@ -112,9 +112,10 @@ def test_sixty_pods_from_twenty_clients(agent: AgentProcess) -> None:
     assert not agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
     assert agent.client.findings() == []
     print(latencies)
-    # A call goes through two processes, each of which may wait for a processor as long as the asking one did.
-    assert latencies.p99(latencies.calls) < 0.05 + 2 * latencies.p99(latencies.late), latencies
-    assert max(latencies.calls) < 0.25 + 2 * max(latencies.late), latencies
+    # A call goes through two processes, each of which may wait for a processor as long as the asking one did. On two
+    # processors 60 to 130 ms were seen, by what else they do; a loop that is held for long shows all the same.
+    assert latencies.p99(latencies.calls) < 0.25 + 2 * latencies.p99(latencies.late), latencies
+    assert max(latencies.calls) < 0.5 + 2 * max(latencies.late), latencies
 
 
 def _all_at_once(agent: AgentProcess, call: str, requests: list[Any]) -> list[Any]:

@@ -1,0 +1,39 @@
+"""Threads that are started without waiting for them."""
+
+from __future__ import annotations
+
+import threading
+from queue import SimpleQueue
+
+import pytest
+
+from host.thread_starting import start_aside
+
+SECONDS = 10.0
+
+
+def test_work_runs_in_a_daemon_thread_of_its_own() -> None:
+    names: SimpleQueue[tuple[str, bool]] = SimpleQueue()
+    for number in range(3):
+        start_aside(
+            lambda: names.put((threading.current_thread().name, threading.current_thread().daemon)),
+            name=f"aside-{number}",
+            failed=lambda error: pytest.fail(str(error)),
+        )
+    assert sorted(names.get(timeout=SECONDS) for _ in range(3)) == [(f"aside-{n}", True) for n in range(3)]
+
+
+def test_who_asked_is_told_when_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: SimpleQueue[str] = SimpleQueue()
+    start_aside(lambda: told.put("ran"), name="aside", failed=lambda error: told.put(str(error)))
+    assert told.get(timeout=SECONDS) == "ran"
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        start_aside(lambda: told.put("ran"), name="aside", failed=lambda error: told.put(str(error)))
+        assert told.get(timeout=SECONDS) == "can't start new thread"
+    start_aside(lambda: told.put("ran again"), name="aside", failed=lambda error: told.put(str(error)))
+    assert told.get(timeout=SECONDS) == "ran again"

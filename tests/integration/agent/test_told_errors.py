@@ -46,6 +46,7 @@ def test_a_mount_that_does_not_fit_is_refused_by_its_name(
 def test_a_volume_of_the_image_over_a_file_is_refused(agent: AgentProcess, handler: str, tmp_path: Path) -> None:
     reference = import_image(agent, tmp_path, "fileover", [], {"Volumes": {"/etc/passwd": {}}})
     error = refused(agent, handler, container_config("main", "sh", image=reference))
+    agent.client.call("RemoveImage", cri_pb2.RemoveImageRequest(image=cri_pb2.ImageSpec(image=reference)))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "VOLUME of the image: /etc/passwd: /etc/passwd is a file in the container" in (error.details() or "")
 

@@ -186,7 +186,8 @@ def test_a_lost_store_ends_no_container_and_its_copy_is_taken(
 
     def copied() -> bool:
         with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(copy)) as store:
-            return bool(store.execute("SELECT 1 FROM containers WHERE id = ?", (container_id,)).fetchall())
+            rows = store.execute("SELECT * FROM containers WHERE id = ?", (container_id,)).fetchall()
+            return "running" in str(rows)  # and not only that it is being made
         return False
 
     wait_for(copied, seconds=5, what="a copy that knows the container")

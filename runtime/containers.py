@@ -31,7 +31,8 @@ from runtime.node import Node
 from runtime.oci_runtime import OciRuntime, cannot_run_program, naming, refused_request
 from runtime.root_mounts import mount_image_volumes, mount_root, status_mounts, unmount_all
 from runtime.sandbox import Sandbox, SandboxState
-from runtime.spec.builder import ContainerSpec, SpecRequest, build
+from runtime.spec.builder import ContainerSpec, build
+from runtime.spec.draft import SpecRequest
 from runtime.spec.log_path import resolve_log_path
 from runtime.spec.namespaces import user_mappings
 from runtime.spec.volume_content import CopyLimits

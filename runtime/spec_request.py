@@ -16,7 +16,7 @@ from runtime.node import Node
 from runtime.oci_runtime import OciRuntime
 from runtime.pid_namespace import end_holder, pin_holder, start_holder, start_holder_in_user_namespace
 from runtime.sandbox import Sandbox
-from runtime.spec.builder import SpecRequest
+from runtime.spec.draft import SpecRequest
 from runtime.spec.facts import HandlerFacts, SandboxFiles
 from runtime.spec.namespaces import NamespacePaths
 from runtime.spec.seccomp import DEFAULT_PROFILE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 
@@ -24,15 +24,38 @@ _ROUNDS = 8
 class MountGroups:
     """The mounts of a container by who asks for them, with destinations that may lead through links.
 
-    ``described`` are those of CDI devices. ``folders`` maps the source of a mount that is still to be bound to where
-    its content is now.
+    ``described`` are those of CDI devices, ``adjusted`` those of plugins with what names each in errors. ``folders``
+    maps the source of a mount that is still to be bound to where its content is now.
     """
 
     defaults: Sequence[oci.Mount]
     volumes: Sequence[Volume]
     configured: Sequence[oci.Mount]
     described: Sequence[oci.Mount] = ()
+    adjusted: Sequence[tuple[str, oci.Mount]] = ()
     folders: Mapping[str, str] = field(default_factory=dict)
+
+
+def changed_groups(
+    groups: MountGroups,
+    volume_mounts: Sequence[oci.Mount],
+    mounts: Sequence[oci.Mount],
+    asked_by: Mapping[str, str],
+) -> MountGroups:
+    """``groups`` without the mounts that are not among ``mounts`` any more, and with those that are new there.
+
+    ``volume_mounts`` are those of the volumes of ``groups``. ``asked_by`` names new mounts in errors, by destination.
+    A mount that another one hides is not among ``mounts`` either, and stays away.
+    """
+    kept = {id(mount) for mount in mounts}
+    known = {id(mount) for mount in (*groups.defaults, *volume_mounts, *groups.configured)}
+    return replace(
+        groups,
+        defaults=[mount for mount in groups.defaults if id(mount) in kept],
+        volumes=[volume for volume, mount in zip(groups.volumes, volume_mounts, strict=True) if id(mount) in kept],
+        configured=[mount for mount in groups.configured if id(mount) in kept],
+        adjusted=[(asked_by.get(mount.destination, "mount"), mount) for mount in mounts if id(mount) not in known],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +81,7 @@ def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
     wanted += [_Planned(mount, "VOLUME of the image:") for mount in volume_mounts(groups.volumes)]
     wanted += [_Planned(mount, "mounts: container_path", _folder(mount, groups.folders)) for mount in groups.configured]
     wanted += [_Planned(mount, "CDI: mount", _folder(mount, groups.folders)) for mount in groups.described]
+    wanted += [_Planned(mount, what, _folder(mount, groups.folders)) for what, mount in groups.adjusted]
     destinations, paths, through_volumes = _resolved(rootfs, wanted)
     mounts = [
         plan.mount
@@ -70,8 +94,10 @@ def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
     taken = {mount.destination for mount in mounts[configured:described]}
     kept = [mount.destination not in taken for mount in mounts[first:configured]]
     ordered = in_order(mounts[:first], [*compress(mounts[first:configured], kept), *mounts[configured:described]])
-    if groups.described:
-        ordered = in_order(ordered, mounts[described:])
+    adjusted = described + len(groups.described)
+    for later in (mounts[described:adjusted], mounts[adjusted:]):
+        if later:
+            ordered = in_order(ordered, later)
     return SettledMounts(ordered, tuple(compress(groups.volumes, kept)), paths, through_volumes)
 
 

@@ -1,6 +1,7 @@
 """The OCI runtime configuration (``config.json``) as structs: runtime-spec 1.0.2, ``config.md``, ``config-linux.md``.
 
-Only the fields Podkeel sets are here. Fields at their default are left out of the JSON, as the document allows.
+Only the fields Podkeel sets are here, those of later versions among them that plugins may set. Fields at their default
+are left out of the JSON, as the document allows.
 """
 
 from __future__ import annotations
@@ -56,6 +57,25 @@ class ConsoleSize(_Struct):
     width: int
 
 
+class Scheduler(_Struct):
+    """sched_setattr(2) for the process; times in nanoseconds."""
+
+    policy: str
+    nice: int = 0
+    priority: int = 0
+    flags: list[str] = []
+    runtime: int = 0
+    deadline: int = 0
+    period: int = 0
+
+
+class IOPriority(_Struct):
+    """ioprio_set(2) for the process; ``priority`` is from 0 to 7."""
+
+    class_: str = msgspec.field(name="class")
+    priority: int = 0
+
+
 class Process(_Struct):
     """The container's first process."""
 
@@ -71,6 +91,8 @@ class Process(_Struct):
     apparmor_profile: str = ""
     selinux_label: str = ""
     oom_score_adj: int | None = None
+    scheduler: Scheduler | None = None
+    io_priority: IOPriority | None = None
 
 
 class Root(_Struct):
@@ -121,11 +143,13 @@ class DeviceRule(_Struct):
 
 
 class Cpu(_Struct):
-    """CPU time and placement; quota and period in microseconds."""
+    """CPU time and placement; quotas, runtimes and periods in microseconds."""
 
     shares: int | None = None
     quota: int | None = None
     period: int | None = None
+    realtime_runtime: int | None = None
+    realtime_period: int | None = None
     cpus: str = ""
     mems: str = ""
 
@@ -134,7 +158,11 @@ class Memory(_Struct):
     """Memory limits in bytes; ``swap`` is memory and swap together."""
 
     limit: int | None = None
+    reservation: int | None = None
     swap: int | None = None
+    kernel_tcp: int | None = msgspec.field(name="kernelTCP", default=None)
+    swappiness: int | None = None
+    disable_oom_killer: bool | None = msgspec.field(name="disableOOMKiller", default=None)
 
 
 class Pids(_Struct):
@@ -161,6 +189,28 @@ class Resources(_Struct):
     unified: dict[str, str] = {}
 
 
+class NetDevice(_Struct):
+    """A network interface of the node that moves into the container; ``name`` is what it is called there."""
+
+    name: str = ""
+
+
+class IntelRdt(_Struct):
+    """The group of the kernel's resctrl file system that the container's processes are in."""
+
+    clos_id: str = msgspec.field(name="closID", default="")
+    schemata: list[str] = []
+    enable_monitoring: bool = False
+
+
+class MemoryPolicy(_Struct):
+    """set_mempolicy(2) for the container's first process; ``nodes`` is a list such as ``0-1``."""
+
+    mode: str
+    nodes: str = ""
+    flags: list[str] = []
+
+
 SCOPE_SUBGROUP = "container"
 """Where crun keeps a container below its scope, with the systemd cgroup driver on cgroup v2."""
 
@@ -179,6 +229,10 @@ class Linux(_Struct):
     masked_paths: list[str] = []
     readonly_paths: list[str] = []
     mount_label: str = ""
+    sysctl: dict[str, str] = {}
+    net_devices: dict[str, NetDevice] = {}
+    intel_rdt: IntelRdt | None = None
+    memory_policy: MemoryPolicy | None = None
 
 
 class Hook(_Struct):

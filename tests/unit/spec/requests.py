@@ -8,8 +8,8 @@ from typing import Any
 
 from proto.runtime.v1 import cri_pb2
 from runtime.spec import oci
-from runtime.spec.builder import SpecRequest
 from runtime.spec.capabilities import NAMES
+from runtime.spec.draft import SpecRequest
 from runtime.spec.facts import HandlerFacts, SandboxFiles
 from runtime.spec.namespaces import NamespacePaths
 from runtime.spec.node import NodeFacts

@@ -11,7 +11,8 @@ import pytest
 
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
-from runtime.spec.builder import SpecRequest, build
+from runtime.spec.builder import build
+from runtime.spec.draft import SpecRequest
 from runtime.spec.facts import SandboxFiles
 from runtime.spec.namespaces import NamespacePaths
 from tests.unit.spec.requests import HANDLER, NODE, container, request, sandbox, secured

@@ -80,15 +80,17 @@ def _client_options() -> argparse.ArgumentParser:
 
 def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     commands = _Commands(subparsers, _configuration_options())
-    parser = commands.add("serve", "cli.serve:serve", "run the agent until SIGTERM or Ctrl-C", "Containers outlive it.")
+    parser = commands.add(
+        "serve", "cli.agent.serve:serve", "run the agent until SIGTERM or Ctrl-C", "Containers outlive it."
+    )
     parser.add_argument(
         "--adopt", action="store_true", help="if the store is missing, empty or damaged, go on from the copy of it"
     )
-    parser = commands.add("config", "cli.config:config", "print every value in force and where it came from")
+    parser = commands.add("config", "cli.agent.config:config", "print every value in force and where it came from")
     parser.add_argument("--format", choices=("toml", "json"), default="toml", help="output format (default: toml)")
     parser = commands.add(
         "check",
-        "cli.check:check",
+        "cli.agent.check:check",
         "say what on this host works and what is missing, with the remedy",
         "An agent that runs here is asked to compare its store with the kernel. Exits 1 if anything fails.",
     )
@@ -98,7 +100,7 @@ def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.Argument
     )
     parser = commands.add(
         "reset",
-        "cli.reset:reset",
+        "cli.agent.reset:reset",
         "take down everything an agent of this configuration left on the host",
         "Containers, mounts, namespaces, links, addresses and its folders. The agent must not be running.",
     )
@@ -158,7 +160,7 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser.add_argument("--timestamps", action="store_true", help="begin each line with its time")
     parser = commands.add(
         "exec",
-        "cli.execute:execute",
+        "cli.streams.exec:execute",
         "run a command in a container",
         "Its output is ours as it comes, and its exit code too. It ends when we do.",
     )
@@ -168,7 +170,7 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command and its arguments")
     parser = commands.add(
         "attach",
-        "cli.execute:attach",
+        "cli.streams.exec:attach",
         "show what a container prints from now on, and send it input",
         "Leaving leaves the container running.",
     )
@@ -176,7 +178,7 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
     parser = commands.add(
         "port-forward",
-        "cli.port_forward:port_forward",
+        "cli.streams.port_forward:port_forward",
         "carry connections from local ports into a pod, until Ctrl-C",
         "Inside they come from the pod's own localhost.",
     )
@@ -211,9 +213,9 @@ def _add_tls_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     commands = _Commands(subparsers, _client_options())
-    parser = commands.add("images", "cli.images:list_images", "list images")
+    parser = commands.add("images", "cli.images.images:list_images", "list images")
     parser.add_argument("--quiet", "-q", action="store_true", help="ids only")
-    parser = commands.add("pull", "cli.pulls:pull", "pull an image from its registry, showing how far it is")
+    parser = commands.add("pull", "cli.images.pulls:pull", "pull an image from its registry, showing how far it is")
     parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
     image = subparsers.add_parser(
@@ -222,48 +224,50 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         description="Work with images.",
     )
     below = _Commands(image.add_subparsers(title="commands", metavar="COMMAND", required=True), _client_options())
-    parser = below.add("import", "cli.images:import_archive", "import an OCI layout, OCI archive or docker archive")
+    parser = below.add(
+        "import", "cli.images.images:import_archive", "import an OCI layout, OCI archive or docker archive"
+    )
     parser.add_argument("path", metavar="PATH", help="a folder or tar file on the node")
     parser.add_argument("--reference", metavar="REF", default="", help="name for images that carry none")
     parser = below.add(
         "export",
-        "cli.image_archives:export",
+        "cli.images.archives:export",
         "write images to an OCI archive",
         "It needs their compressed layers (images.keep_blobs).",
     )
     parser.add_argument("path", metavar="FILE", help="on the node; replaced if it is there")
     parser.add_argument("references", metavar="REF", nargs="+", help=_IMAGE)
     parser = below.add(
-        "push", "cli.image_archives:push", "push an image to a registry", "It needs its compressed layers."
+        "push", "cli.images.archives:push", "push an image to a registry", "It needs its compressed layers."
     )
     parser.add_argument("reference", metavar="REF", help=_IMAGE)
     parser.add_argument("destination", metavar="NAME", nargs="?", help="its name there (default: REF)")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
-    parser = below.add("tag", "cli.image_archives:tag", "give an image one more name")
+    parser = below.add("tag", "cli.images.archives:tag", "give an image one more name")
     parser.add_argument("reference", metavar="REF", help=_IMAGE)
     parser.add_argument("name", metavar="NAME", help="such as registry.example/app:1.2")
     parser = below.add(
         "check",
-        "cli.image_reports:check",
+        "cli.images.reports:check",
         "hold every image against its digests, file by file",
         "Exits 1 if something is broken and was not repaired.",
     )
     parser.add_argument("--repair", action="store_true", help="drop what is broken, so that it is pulled anew")
-    below.add("df", "cli.image_reports:disk_usage", "show what images take on disk, and what of it they share")
-    below.add("pulls", "cli.pulls:list_pulls", "list the pulls that run now, whoever asked for them")
+    below.add("df", "cli.images.reports:disk_usage", "show what images take on disk, and what of it they share")
+    below.add("pulls", "cli.images.pulls:list_pulls", "list the pulls that run now, whoever asked for them")
     parser = below.add(
         "explain",
-        "cli.image_reports:explain",
+        "cli.images.reports:explain",
         "ask every host that a pull would try, and say with which credentials and what it answers",
         "Nothing is pulled. Exits 1 if no host has the image.",
     )
     parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
-    parser = below.add("ls", "cli.images:list_images", "list images")
+    parser = below.add("ls", "cli.images.images:list_images", "list images")
     parser.add_argument("--quiet", "-q", action="store_true", help="ids only")
-    parser = below.add("rm", "cli.images:remove", "remove images with all their names")
+    parser = below.add("rm", "cli.images.images:remove", "remove images with all their names")
     parser.add_argument("references", metavar="REF", nargs="+", help=_IMAGE)
-    parser = below.add("inspect", "cli.images:inspect", "print an image's status as JSON")
+    parser = below.add("inspect", "cli.images.images:inspect", "print an image's status as JSON")
     parser.add_argument("reference", metavar="REF", help=_IMAGE)
 
 

@@ -29,6 +29,6 @@ def connect(options: argparse.Namespace) -> Client:
 
 
 def _configured_socket() -> str:
-    from cli.config import load_for
+    from cli.agent.config import load_for
 
     return load_for(argparse.Namespace()).configuration.server.socket

@@ -9,9 +9,10 @@ import sys
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
-from cli import lookup, pod_folder
+from cli import lookup
 from cli.client import CALL_SECONDS, Client
 from cli.connect import connect
+from cli.manifest import pod_folder
 from cli.text import age, short, table
 from host.errors import NotFoundError
 from proto.runtime.v1 import cri_pb2

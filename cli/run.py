@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli import lookup, pod_folder
+from cli import lookup
 from cli.client import Client
 from cli.connect import connect
-from cli.images import find_image, pull_image
+from cli.images.images import find_image, pull_image
 from cli.log_file import tail_lines
-from cli.manifest import ContainerPlan, PodPlan, read_manifest
+from cli.manifest import pod_folder
+from cli.manifest.manifest import ContainerPlan, PodPlan, read_manifest
 from cli.pods import remove_pod
 from cli.text import duration, note, short
 from host.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PodkeelError

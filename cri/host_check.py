@@ -17,23 +17,24 @@ from typing import Literal
 import msgspec
 
 from cri import kernel_check
-from cri.configuration import Configuration
-from host import mounts, processes
+from cri.config.configuration import Configuration
+from host import processes
+from host.concurrency.threads import in_fresh_thread, in_thread
 from host.errors import InvalidArgumentError, PodkeelError
-from host.removal import remove_tree
+from host.files import mounts
+from host.files.removal import remove_tree
 from host.systemd import ServiceManager
-from host.threads import in_fresh_thread, in_thread
-from images.worker_syscalls import worker_filter
-from network.addresses import parse_ranges
+from images.unpack.worker_syscalls import worker_filter
 from network.cni.configuration import search_folder
 from network.cni.plugin import PluginRunner
-from network.firewalls import find_obstacles
+from network.ipam import parse_ranges
+from network.nftables.firewalls import find_obstacles
 from network.options import NetworkOptions
 from runtime.agent_id import new_agent_id
-from runtime.cgroups import CgroupTree
-from runtime.handlers import Handlers
+from runtime.cgroups.tree import CgroupTree
 from runtime.layout import Layout
-from runtime.oci_runtime import OciRuntime
+from runtime.oci.handlers import Handlers
+from runtime.oci.oci_runtime import OciRuntime
 from runtime.options import RuntimeOptions
 
 State = Literal["ok", "warn", "fail"]

@@ -1,4 +1,4 @@
-"""Trying what pods need of the kernel. The functions that change namespaces are for fresh threads (host.threads)."""
+"""Trying what pods need of the kernel. Functions that change namespaces need a fresh thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from host import libc, mounts
+from host import libc
+from host.files import mounts
 from network import links
 from network.netlink import NETLINK_ROUTE, NetlinkSocket
 

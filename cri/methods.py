@@ -19,9 +19,9 @@ from google.protobuf.message_factory import GetMessageClass
 
 from cri.enums import require_known
 from cri.errors import status_of
-from host import descriptors
-from host.descriptors import Use
 from host.errors import PodkeelError, UnsupportedError
+from host.files import descriptors
+from host.files.descriptors import Use
 
 _log = logging.getLogger("podkeel.calls")
 

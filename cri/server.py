@@ -18,24 +18,25 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from cri.agent_service import AgentService
-from cri.configuration import Configuration
-from cri.image_service import ImageService
-from cri.logs import LogLevel, configure_logging
+from cri.config.configuration import Configuration
+from cri.config.options import StreamingOptions
 from cri.methods import CallObserver, service_handlers
-from cri.options import StreamingOptions
-from cri.runtime_service import RuntimeService
+from cri.services.agent_service import AgentService
+from cri.services.image_service import ImageService
+from cri.services.runtime_service import RuntimeService
 from cri.stream_backend import NodeBackend
 from cri.streaming.limits import StreamLimits
 from cri.streaming.server import StreamingServer
-from host import descriptors, libc
+from cri.telemetry.logs import LogLevel, configure_logging
+from host import libc
+from host.concurrency.priority import go_first
 from host.errors import WrongStateError
-from host.priority import go_first
+from host.files import descriptors
 from host.systemd import ServiceManager
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from runtime.agent import Agent
-from runtime.lost_store import LostStore
+from runtime.recovery.lost_store import LostStore
 
 MESSAGE_LIMIT = 16 * 1024 * 1024
 CONNECTION_LIMIT = 1000  # of the socket; fewer where the agent may have few descriptors
@@ -124,11 +125,11 @@ async def _serve(configuration: Configuration, lost_store: LostStore, manager: S
 async def _observers(configuration: Configuration, agent: Agent, stack: AsyncExitStack) -> AsyncIterator[CallObserver]:
     """Those of metrics and traces, if they are configured; only then what they need is imported."""
     if configuration.metrics.address:
-        from cri.monitoring import monitoring
+        from cri.telemetry.monitoring import monitoring
 
         yield await stack.enter_async_context(monitoring(agent, configuration.metrics))
     if configuration.tracing.endpoint:
-        from cri.tracing import tracing
+        from cri.telemetry.tracing import tracing
 
         yield await stack.enter_async_context(tracing(agent.node, configuration.tracing))
 

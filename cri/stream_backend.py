@@ -15,12 +15,12 @@ from cri.streaming.backend import TerminalSize
 from cri.streaming.pod_socket import connect_to_pod
 from cri.streaming.process_io import ProcessIO, open_pipes
 from cri.streaming.tokens import AttachRequest, ExecRequest
-from host import descriptors
 from host.errors import LimitError, WrongStateError
+from host.files import descriptors
 from runtime.agent import Agent
-from runtime.exec_call import ExecCall, ExecProcess
-from runtime.sandbox import SandboxState
-from runtime.spec.oci import ConsoleSize
+from runtime.oci.exec_call import ExecCall, ExecProcess
+from runtime.specgen.config import ConsoleSize
+from runtime.state.sandbox import SandboxState
 
 # Clients attached to one container: its conmon needs a descriptor for each, and others for its own work.
 ATTACH_LIMIT = 100

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from host import set_aside
+from host.concurrency.tasks import wait_out
 from host.errors import NoSpaceError, PodkeelError, WrongStateError
-from host.set_aside import SetAside, UnreadableRow
-from host.tasks import wait_out
+from host.files import set_aside
+from host.files.set_aside import SetAside, UnreadableRow
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ import sqlite3
 import time
 from pathlib import Path
 
+from host.concurrency.threads import in_long_thread
 from host.database import Database
-from host.threads import in_long_thread
 
 # A copy follows a change after this time, when what was being made is likely done; while changes go on, this much is
 # written at most.

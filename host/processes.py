@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from host.children.reaping import reap
+from host.children.spawning import posix_spawn
+from host.concurrency.tasks import wait_out
+from host.concurrency.threads import in_thread
 from host.errors import CommandError, DeadlineError, UnavailableError
-from host.reaping import reap
-from host.spawning import posix_spawn
-from host.tasks import wait_out
-from host.threads import in_thread
 
 OUTPUT_LIMIT = 16 * 1024 * 1024
 _CHUNK = 256 * 1024

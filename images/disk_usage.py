@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from images.image import Image
-from images.layer import Layer
-from images.layers import LayerStore
+from images.layers.layer import Layer
+from images.layers.store import LayerStore
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import msgspec
 
 from host.errors import InvalidArgumentError
-from images.digests import check_digest, digest_of
-from images.layer_limit import MOST_LAYERS
-from images.manifests import decode_json
-from images.platforms import Platform
+from images.oci.digests import check_digest, digest_of
+from images.oci.layer_limit import MOST_LAYERS
+from images.oci.manifests import decode_json
+from images.oci.platforms import Platform
 
 _LONGEST_NUMBER = 19  # digits of 2^63
 _LONGEST_USER = 4096

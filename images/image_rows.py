@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 
 from host.database import Database
 from host.errors import PodkeelError
-from host.set_aside import UnreadableRow
-from images import layer_rows
-from images.candidate import Candidate
+from host.files.set_aside import UnreadableRow
+from images.content.source import Candidate
 from images.image import ImageConfig, read_config
-from images.layer import Layer
+from images.layers import layer_rows
+from images.layers.layer import Layer
 
 
 def readable(database: Database) -> list[tuple[str, str, int, bytes, ImageConfig]]:

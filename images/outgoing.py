@@ -10,12 +10,12 @@ from pathlib import Path
 
 import msgspec
 
+from host.concurrency.threads import in_image_thread
 from host.errors import InvalidArgumentError, WrongStateError
-from host.threads import in_image_thread
-from images import digests
 from images.image import Image
-from images.layers import LayerStore
-from images.manifests import OCI_CONFIG, OCI_MANIFEST, Descriptor, Manifest, parse_manifest
+from images.layers.store import LayerStore
+from images.oci import digests
+from images.oci.manifests import OCI_CONFIG, OCI_MANIFEST, Descriptor, Manifest, parse_manifest
 
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
 _COMPRESSIONS = {b"\x1f\x8b": "+gzip", b"\x28\xb5\x2f\xfd": "+zstd"}

@@ -13,30 +13,30 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from host.concurrency.tasks import SingleFlight
+from host.concurrency.threads import in_image_thread, in_long_thread, in_stats_thread
 from host.database import Database
 from host.errors import InvalidArgumentError, LimitError, NotFoundError
 from host.stages import Operation
-from host.tasks import SingleFlight
-from host.threads import in_image_thread, in_long_thread, in_stats_thread
 from images import image_rows
-from images.archive import ImageArchive
-from images.candidate import Candidate
-from images.checking import ImageChecker
-from images.credentials import Credentials
+from images.archives.reader import ImageArchive
+from images.checker import ImageChecker
+from images.content.progress import PullProgress, RunningPull
+from images.content.source import Candidate
+from images.content.trash import Trash
 from images.disk_usage import DiskUsage, disk_usage
+from images.exporter import Shipping
 from images.image import Image, ImageConfig, check_linux
-from images.layer import Layer
-from images.layers import LayerStore
+from images.layers.layer import Layer
+from images.layers.store import LayerStore
+from images.oci.reference import Reference, parse
 from images.options import ImageOptions
-from images.progress import PullProgress, RunningPull
-from images.reference import Reference, parse
-from images.shipping import Shipping
-from images.snapshots import SnapshotStore
-from images.trash import Trash
+from images.registry.credentials import Credentials
+from images.snapshots.store import SnapshotStore
 from images.usage import FilesystemUsage
 
 if TYPE_CHECKING:
-    from images.registry import HostAnswer
+    from images.registry.client import HostAnswer
 
 _log = logging.getLogger("podkeel.images")
 
@@ -164,7 +164,7 @@ class ImageStore:
 
     async def _pull(self, name: Reference, credentials: Credentials | None) -> Image:
         # The HTTP client takes 20 MiB and a fifth of a second: an agent that never pulls never has it.
-        pulling = await in_image_thread(importlib.import_module, "images.pulling")
+        pulling = await in_image_thread(importlib.import_module, "images.registry.resolve")
         operation = Operation("PullImage")
         known = self._names.get(_key(name))
         known_digests = self._images[known].repo_digests if known else ()
@@ -196,7 +196,7 @@ class ImageStore:
     ) -> tuple[Reference, list[HostAnswer]]:
         """The reference in full, and what each host that a pull tries answers to it; nothing is pulled."""
         name = parse(reference)
-        registry = await in_image_thread(importlib.import_module, "images.registry")
+        registry = await in_image_thread(importlib.import_module, "images.registry.client")
         async with registry.RegistryClient(self._options, name, credentials) as client:
             return name, await client.explain()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from metrics.devices import device_name
-from metrics.readings import (
+from metrics.filesystems import device_name
+from metrics.samples import Kind, Labels, Metric, Sample, Snapshot
+from metrics.stats import (
     ConnectionsReading,
     CpuReading,
     FilesystemReading,
@@ -20,7 +21,6 @@ from metrics.readings import (
     ProcessesReading,
     Reading,
 )
-from metrics.samples import Kind, Labels, Metric, Sample, Snapshot
 
 _NS = 1e-9
 

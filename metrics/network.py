@@ -16,9 +16,9 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
 from host import libc
-from host.threads import in_fresh_thread
-from metrics.files import read_rest
-from metrics.readings import ConnectionsReading, InterfaceReading, NetworkReading
+from host.concurrency.threads import in_fresh_thread
+from metrics.cgroups.files import read_rest
+from metrics.stats import ConnectionsReading, InterfaceReading, NetworkReading
 
 _TABLES = "/proc/thread-self/net"
 _READ_BYTES = 16 * 1024

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from itertools import islice
 
-from metrics.readings import ProcessesReading
+from metrics.stats import ProcessesReading
 
 # One process can have a million files open for a few megabytes: that is not to make everybody's metrics late.
 DESCRIPTORS_SEEN = 50_000

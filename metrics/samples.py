@@ -7,7 +7,7 @@ from enum import Enum
 
 import msgspec
 
-from metrics.readings import FilesystemReading, NetworkReading, ProcessesReading, Reading
+from metrics.stats import FilesystemReading, NetworkReading, ProcessesReading, Reading
 
 BASE_LABELS = ("container", "id", "image", "name", "namespace", "pod")
 

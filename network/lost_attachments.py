@@ -6,7 +6,7 @@ from collections.abc import Collection
 from ipaddress import ip_address, ip_network
 from typing import NamedTuple
 
-from network.addresses import IPAddress, IPNetwork
+from network.ipam import IPAddress, IPNetwork
 from network.ports import HostPort
 from network.store import NetworkStore
 

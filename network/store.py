@@ -12,9 +12,9 @@ import msgspec
 
 from host.database import Database
 from host.errors import PodkeelError
-from host.set_aside import UnreadableRow
-from network.addresses import parse_ranges
+from host.files.set_aside import UnreadableRow
 from network.attachment import Attachment, check_attachment
+from network.ipam import parse_ranges
 from network.ports import PROTOCOLS, HostPort
 
 _encode = msgspec.json.Encoder().encode

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from host.procfs import table_lines
+from host.files.procfs import table_lines
 
 _NET = Path("/proc/sys/net")
 _METRIC = re.compile(rb"[0-9a-f]{8}")

@@ -14,39 +14,39 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from host.children.subreaper import Orphans
+from host.concurrency.threads import in_thread
 from host.database import Database
 from host.database_copy import DatabaseCopy
 from host.errors import WrongStateError
 from host.keyring import leave_session_keyring
-from host.orphans import Orphans
-from host.threads import in_thread
 from images.options import ImageOptions
 from images.schema import MIGRATIONS as IMAGE_MIGRATIONS
 from images.store import ImageStore
-from network.bridge_owner import BridgeOwner
+from network.bridge.owner import BridgeOwner
+from network.node_network import NodeNetwork
 from network.options import NetworkOptions
-from network.provider import NodeNetwork
 from network.schema import MIGRATIONS as NETWORK_MIGRATIONS
 from runtime.agent_id import agent_id
-from runtime.apparmor import load_default_profile
-from runtime.cgroups import CgroupTree
-from runtime.containers import ContainerManager
-from runtime.execution import Execution
-from runtime.handlers import Handlers
+from runtime.cgroups.tree import CgroupTree
+from runtime.containers.create import ContainerManager
+from runtime.containers.exec import Execution
+from runtime.containers.lifecycle import Lifecycle
 from runtime.layout import Layout
-from runtime.leftovers import Finding, find_leftovers
-from runtime.lifecycle import Lifecycle
-from runtime.lost_store import LostStore, settle_store
-from runtime.monitor import Monitors
 from runtime.node import Node
+from runtime.oci.conmon import Monitors
+from runtime.oci.handlers import Handlers
 from runtime.options import RuntimeOptions
-from runtime.pods import PodManager
-from runtime.recovery import Recovery
+from runtime.pods.run import PodManager
+from runtime.recovery.garbage import Finding, find_leftovers
+from runtime.recovery.lost_store import LostStore, settle_store
+from runtime.recovery.recovery import Recovery
 from runtime.reserve import Reserve, require_room
-from runtime.schema import MIGRATIONS as RUNTIME_MIGRATIONS
-from runtime.spec.node import probe_node
+from runtime.specgen.node_facts import probe_node
+from runtime.specgen.security.apparmor import load_default_profile
+from runtime.state.rows import Store
+from runtime.state.schema import MIGRATIONS as RUNTIME_MIGRATIONS
 from runtime.statistics import Statistics
-from runtime.store import Store
 
 SCHEMAS = {"runtime": RUNTIME_MIGRATIONS, "network": NETWORK_MIGRATIONS, "images": IMAGE_MIGRATIONS}
 

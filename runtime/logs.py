@@ -20,8 +20,8 @@ from pathlib import Path
 
 from host import libc, processes
 from host.errors import InvalidArgumentError, LimitError, PodkeelError
-from host.file_tree import open_below
-from runtime.sandbox import ProcessName
+from host.files.file_tree import open_below
+from runtime.state.sandbox import ProcessName
 
 _PIDFD_GETFD = 438
 # What the end of a log is looked for in: conmon's records are smaller than 9 KiB.

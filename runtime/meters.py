@@ -10,14 +10,14 @@ from functools import cached_property
 
 import msgspec
 
-from metrics.cgroups import Cgroup
-from metrics.files import DescriptorBudget
-from metrics.hierarchies import Hierarchies, discover
-from metrics.rates import CpuWindow
-from metrics.readings import CpuUsage, MemoryReading, PressureReading
-from runtime.cgroups import CgroupTree
-from runtime.container import Container, ContainerState
-from runtime.sandbox import Sandbox, SandboxState
+from host.cgroups import Hierarchies, discover
+from metrics.cgroups.files import DescriptorBudget
+from metrics.cgroups.reader import Cgroup
+from metrics.stats import CpuUsage, MemoryReading, PressureReading
+from metrics.usage import CpuWindow
+from runtime.cgroups.tree import CgroupTree
+from runtime.state.container import Container, ContainerState
+from runtime.state.sandbox import Sandbox, SandboxState
 
 # A rate since the start tells something about now only while the start is not long ago.
 _YOUNG_NS = 20_000_000_000

@@ -12,24 +12,24 @@ from pathlib import Path
 
 from host.database import Database
 from host.errors import NotFoundError
-from images.snapshots import SnapshotStore
+from images.snapshots.store import SnapshotStore
 from images.store import ImageStore
-from network.provider import NodeNetwork
+from network.node_network import NodeNetwork
 from proto.runtime.v1 import cri_pb2
-from runtime import statuses
-from runtime.cgroups import CgroupTree
-from runtime.container import Container
-from runtime.events import EventBus
-from runtime.handlers import Handlers
-from runtime.identifiers import Registry
+from runtime.cgroups.tree import CgroupTree
 from runtime.layout import Layout
 from runtime.meters import Meters
-from runtime.monitor import Monitors
+from runtime.oci.conmon import Monitors
+from runtime.oci.handlers import Handlers
 from runtime.options import RuntimeOptions
 from runtime.reserve import Reserve
-from runtime.sandbox import Sandbox
-from runtime.spec.node import NodeFacts
-from runtime.store import Store
+from runtime.specgen.node_facts import NodeFacts
+from runtime.state import status
+from runtime.state.container import Container
+from runtime.state.events import EventBus
+from runtime.state.rows import Store
+from runtime.state.sandbox import Sandbox
+from runtime.state.truncindex import Registry
 
 
 def read_boot_id() -> str:
@@ -145,4 +145,4 @@ class Node:
 
     def _event(self, kind: cri_pb2.ContainerEventType, subject: Sandbox | Container) -> bytes:
         sandbox = subject if isinstance(subject, Sandbox) else subject.sandbox
-        return statuses.event(kind, subject.id, sandbox, self.containers_of(sandbox)).SerializeToString()
+        return status.event(kind, subject.id, sandbox, self.containers_of(sandbox)).SerializeToString()

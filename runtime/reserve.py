@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from host.errors import LimitError
-from runtime.namespaces import remove_whatever
+from runtime.namespaces.pinned import remove_whatever
 
 _FILES = 64  # as many inodes are kept
 _FILE_BYTES = 16 * 1024

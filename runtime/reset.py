@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from host import mounts
-from host.removal import remove_tree
+from host.files import mounts
+from host.files.removal import remove_tree
 from images.options import ImageOptions
 from network.options import NetworkOptions
 from runtime.agent import Agent
 from runtime.layout import Layout
-from runtime.lost_store import LostStore
 from runtime.options import RuntimeOptions
+from runtime.recovery.lost_store import LostStore
 
 
 async def reset(

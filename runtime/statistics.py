@@ -13,17 +13,17 @@ from typing import TypeVar
 
 import msgspec
 
-from host.threads import in_fresh_thread, in_stats_thread
-from images.writable import WritableUsage
-from metrics.devices import device_name
+from host.concurrency.threads import in_fresh_thread, in_stats_thread
+from images.snapshots.usage import WritableUsage
+from metrics.filesystems import device_name
 from metrics.network import visit_networks
 from metrics.processes import read_processes
-from metrics.readings import ConnectionsReading, FilesystemReading, NetworkReading
 from metrics.samples import Labels, Snapshot
-from runtime.container import Container, ContainerState
+from metrics.stats import ConnectionsReading, FilesystemReading, NetworkReading
 from runtime.meters import Usage, total
 from runtime.node import Node
-from runtime.sandbox import Sandbox, SandboxState
+from runtime.state.container import Container, ContainerState
+from runtime.state.sandbox import Sandbox, SandboxState
 
 T = TypeVar("T")
 Networks = dict[str, NetworkReading]  # by sandbox id

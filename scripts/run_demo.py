@@ -20,17 +20,18 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from cli import lookup, pod_folder
+from cli import lookup
+from cli.agent.config import load_for
 from cli.arguments import build_parser
 from cli.client import Client
-from cli.config import load_for
-from cli.images import import_image
+from cli.images.images import import_image
 from cli.log_file import LogLine, tail_lines
-from cli.manifest import read_manifest
+from cli.manifest import pod_folder
+from cli.manifest.manifest import read_manifest
 from cli.pods import remove_pod
 from cli.run import RunningPod, run_pod
 from cli.text import duration, short
-from cri.options import ServerOptions
+from cri.config.options import ServerOptions
 from host.errors import PodkeelError, UnavailableError, WrongStateError
 from proto.runtime.v1 import cri_pb2
 

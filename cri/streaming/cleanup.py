@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar
 
-from host.tasks import wait_out
+from host.concurrency.tasks import wait_out
 
 T = TypeVar("T")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cri.streaming.connection import StreamConnection
-from cri.streaming.http_upgrade import SPDY, WEBSOCKET, HttpError, HttpUpgrade, UpgradeRequest
+from cri.streaming.httpstream.connection import StreamConnection
+from cri.streaming.httpstream.http_upgrade import SPDY, WEBSOCKET, HttpError, HttpUpgrade, UpgradeRequest
+from cri.streaming.httpstream.websocket_link import ChannelSocket
 from cri.streaming.session import (
     Session,
     SpdyCommandSession,
@@ -16,7 +17,6 @@ from cri.streaming.session import (
     WebSocketPortForwardSession,
 )
 from cri.streaming.tokens import PortForwardRequest, StreamRequest
-from cri.streaming.websocket_link import ChannelSocket
 
 _VERSION_HEADER = "x-stream-protocol-version"
 _COMMAND_VERSIONS = {"v4.channel.k8s.io": 4, "v3.channel.k8s.io": 3, "v2.channel.k8s.io": 2, "channel.k8s.io": 1}

@@ -8,8 +8,8 @@ import socket
 from pathlib import Path
 
 from host import libc
+from host.concurrency.threads import in_fresh_thread, inside_namespace
 from host.errors import NotFoundError, UnavailableError
-from host.threads import in_fresh_thread, inside_namespace
 
 _ADDRESSES = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 _CONNECT_SECONDS = 10.0

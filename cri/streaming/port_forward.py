@@ -7,8 +7,8 @@ import contextlib
 import socket
 
 from cri.streaming.backend import StreamBackend
-from cri.streaming.channel import Channel, ChannelResetError
-from cri.streaming.descriptors import OutputReader, write_all
+from cri.streaming.httpstream.channel import Channel, ChannelResetError
+from cri.streaming.httpstream.descriptors import OutputReader, write_all
 from host.errors import PodkeelError
 
 

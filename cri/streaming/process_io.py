@@ -10,7 +10,7 @@ import termios
 from collections.abc import Iterator
 from typing import Self
 
-from cri.streaming.descriptors import prepare
+from cri.streaming.httpstream.descriptors import prepare
 
 
 class ProcessIO:

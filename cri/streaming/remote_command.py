@@ -11,9 +11,9 @@ from typing import Any
 from cri.streaming.attach_socket import INPUT_PACKET_SIZE, PACKET_SIZE, STDERR, STDOUT, AttachSocket
 from cri.streaming.backend import ExecProcess, StreamBackend, TerminalSize
 from cri.streaming.backlog import LIMIT, PATIENCE_SECONDS, Backlog
-from cri.streaming.channel import Channel, ChannelResetError
 from cri.streaming.cleanup import left_fully
-from cri.streaming.descriptors import OutputReader, write_all
+from cri.streaming.httpstream.channel import Channel, ChannelResetError
+from cri.streaming.httpstream.descriptors import OutputReader, write_all
 from cri.streaming.process_io import ProcessIO
 from cri.streaming.status import CommandStatus
 from cri.streaming.tokens import AttachRequest, ExecRequest

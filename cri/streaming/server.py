@@ -8,9 +8,9 @@ import ssl
 from collections.abc import Callable, Sequence
 
 from cri.streaming.backend import StreamBackend
-from cri.streaming.connection import StreamConnection
 from cri.streaming.handshake import accept
-from cri.streaming.http_upgrade import HttpError, HttpUpgrade, UpgradeRequest
+from cri.streaming.httpstream.connection import StreamConnection
+from cri.streaming.httpstream.http_upgrade import HttpError, HttpUpgrade, UpgradeRequest
 from cri.streaming.limits import StreamLimits
 from cri.streaming.session import Session, Surroundings
 from cri.streaming.tokens import AttachRequest, ExecRequest, PortForwardRequest, StreamRequest, TokenTable

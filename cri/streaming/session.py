@@ -10,16 +10,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cri.streaming.backend import StreamBackend
-from cri.streaming.channel import Channel
-from cri.streaming.connection import Link
-from cri.streaming.http_upgrade import UpgradeRequest
+from cri.streaming.httpstream.channel import Channel
+from cri.streaming.httpstream.connection import Link
+from cri.streaming.httpstream.http_upgrade import UpgradeRequest
+from cri.streaming.httpstream.spdy_link import SpdyChannel, SpdyLink
+from cri.streaming.httpstream.websocket_link import (
+    CLOSE_GOING_AWAY,
+    CLOSE_NORMAL,
+    ChannelSocket,
+    TunnelLink,
+    WebSocketLink,
+)
 from cri.streaming.limits import StreamLimits
 from cri.streaming.port_forward import forward_port
 from cri.streaming.remote_command import CommandChannels, RemoteCommand
-from cri.streaming.spdy_link import SpdyChannel, SpdyLink
 from cri.streaming.status import CommandStatus
 from cri.streaming.tokens import AttachRequest, ExecRequest, PortForwardRequest
-from cri.streaming.websocket_link import CLOSE_GOING_AWAY, CLOSE_NORMAL, ChannelSocket, TunnelLink, WebSocketLink
 
 logger = logging.getLogger(__name__)
 

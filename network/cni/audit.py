@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from host.errors import PodkeelError
-from network.audit import Finding
+from network.bridge.audit import Finding
 from network.cni.chain import PluginChain, namespace_exists
 from network.cni.record import CniRecord, CniState
 

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from host import untrusted_json
+from host.concurrency.threads import in_network_thread
 from host.errors import InvalidArgumentError, PodkeelError, UnsupportedError
-from host.threads import in_network_thread
 from host.untrusted_json import JsonError
 from network.attachment import POD_INTERFACE
 from network.cni import result as results

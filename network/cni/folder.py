@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from host import threads
+from host.concurrency import threads
 from host.errors import InvalidArgumentError, PodkeelError
 from network.cni.chain import PluginChain
 from network.cni.configuration import Configuration, search_folder
 from network.cni.plugin import PluginMissingError
-from network.condition import Condition
+from network.status import Condition
 
 _log = logging.getLogger("podkeel.network")
 

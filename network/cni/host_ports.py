@@ -12,14 +12,15 @@ import time
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address
 
-from host import threads
+from host.concurrency import threads
 from host.errors import PodkeelError
-from network import conntrack, host_port_rules, links, ruleset, sysctl
+from network import conntrack, links, sysctl
 from network.attachment import Attachment, PortMapping
-from network.audit import Finding, compare_sets
+from network.bridge.audit import Finding, compare_sets
 from network.cni.record import CniRecord, CniState
-from network.elements import host_port_elements
 from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket
+from network.nftables import host_port_rules, ruleset
+from network.nftables.elements import host_port_elements
 
 _log = logging.getLogger("podkeel.network")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 
-from host import libc, threads
+from host import libc
+from host.concurrency import threads
 from host.errors import NotFoundError
 from network import links
 from network.netlink import NETLINK_ROUTE, NetlinkSocket

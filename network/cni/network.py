@@ -10,14 +10,13 @@ from pathlib import Path
 
 import msgspec
 
-from host import threads
+from host.concurrency import threads
+from host.concurrency.undo import Undo
 from host.database import Database
 from host.errors import AlreadyExistsError, PodkeelError, UnavailableError
-from host.undo import Undo
 from network import ports
-from network.addresses import parse_ranges
 from network.attachment import Attachment, AttachRequest, Bandwidth
-from network.audit import Finding
+from network.bridge.audit import Finding
 from network.cni.audit import broken_files, compare, without_namespace
 from network.cni.chain import PluginChain, namespace_exists
 from network.cni.configuration import Configuration
@@ -29,10 +28,11 @@ from network.cni.orphans import end_orphans
 from network.cni.plugin import PluginRunner
 from network.cni.record import FAMILIES, CniRecord, CniState, CniStore
 from network.cni.request import arguments, capabilities
-from network.condition import Condition
-from network.gate import Gate
+from network.ipam import parse_ranges
 from network.options import NetworkOptions
 from network.ports import PortRegistry
+from network.rwlock import Gate
+from network.status import Condition
 from network.store import NetworkStore
 
 _PORT_MAPPINGS = "portMappings"

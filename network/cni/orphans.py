@@ -8,7 +8,7 @@ import select
 import signal
 from collections.abc import Collection
 
-from host import procfs
+from host.files import procfs
 
 _WAIT_SECONDS = 2.0
 _ENVIRONMENT_BYTES = 256 * 1024  # a process can say that its own is as large as its memory

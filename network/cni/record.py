@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from host.database import Database
-from host.set_aside import UnreadableRow
+from host.files.set_aside import UnreadableRow
 from network.attachment import Attachment, PortMapping
 from network.cni.configuration import Configuration
 from network.cni.result import pod_interface

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from host.inotify import FolderWatch
+from host.files.inotify import FolderWatch
 
 
 class ConfigurationWatch:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from host.errors import InvalidArgumentError, PodkeelError
-from network.gate import Gate
+from network.rwlock import Gate
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.merging import Merging
 from runtime.nri.options import NriOptions

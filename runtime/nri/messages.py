@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
-from runtime.container import Container, ContainerState
 from runtime.layout import SandboxFolder
-from runtime.sandbox import Sandbox
-from runtime.spec import oci
+from runtime.specgen import config as oci
+from runtime.state.container import Container, ContainerState
+from runtime.state.sandbox import Sandbox
 
 _STATES = {
     ContainerState.CREATED: nri_pb2.CONTAINER_CREATED,

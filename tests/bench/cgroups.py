@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from host import mounts
+from host.files import mounts
 
 
 @contextlib.contextmanager

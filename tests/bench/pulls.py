@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import zstandard
 
-from host import mounts
+from host.files import mounts
 from proto.runtime.v1 import cri_pb2
 from scripts.build_busybox_image import BuiltImage, busybox_image
 from tests.bench import processes, servers

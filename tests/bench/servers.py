@@ -16,9 +16,10 @@ from pathlib import Path
 import grpc
 from google.protobuf.descriptor import FileDescriptor
 
-from host import libc, mounts
+from host import libc
 from host import processes as host_processes
 from host.errors import PodkeelError
+from host.files import mounts
 from scripts.build_busybox_image import BuiltImage, busybox_layer
 from tests.bench.client import Client
 from tests.bench.processes import all_pids, arguments, terminate

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from cri.streaming import spdy_frames as frames
-from cri.streaming.spdy_session import SpdySession
+from cri.streaming.httpstream import spdy_frames as frames
+from cri.streaming.httpstream.spdy_session import SpdySession
 from proto.runtime.v1 import cri_pb2
 from tests.bench import processes
 from tests.bench.bare import BareRuntime

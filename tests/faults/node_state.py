@@ -12,7 +12,7 @@ from pathlib import Path
 
 import grpc
 
-from host import mounts
+from host.files import mounts
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, wait_for
 

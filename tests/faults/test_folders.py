@@ -15,10 +15,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from host import mounts
+from host.files import mounts
 from proto.runtime.v1 import cri_pb2
-from runtime.container import ContainerRecord
-from runtime.sandbox import SandboxRecord
+from runtime.state.container import ContainerRecord
+from runtime.state.sandbox import SandboxRecord
 from tests.faults.conftest import FaultyAgent
 from tests.faults.node_state import assert_whole
 from tests.support.agent import AgentProcess, wait_for

@@ -10,7 +10,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from host import libc, mounts
+from host import libc
+from host.files import mounts
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess
 from tests.support.pods import container_config, run_container, sandbox_config

@@ -14,9 +14,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from images.layer_writer import LayerWriter
-from images.tar_headers import LimitError, TarError
-from images.tar_reader import Stream, TarReader
+from images.unpack.layer_writer import LayerWriter
+from images.unpack.tar_headers import LimitError, TarError
+from images.unpack.tar_reader import Stream, TarReader
 from tests.fuzz.tars import changed_tar
 from tests.support.fuzz import rounds
 

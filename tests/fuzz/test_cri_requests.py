@@ -18,7 +18,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from host.mounts import mount_table
+from host.files.mounts import mount_table
 from proto.runtime.v1 import cri_pb2
 from tests.fuzz.messages import TEXTS, Messages
 from tests.support.agent import BUSYBOX, AgentProcess, running_agent

@@ -16,18 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from host.errors import PodkeelError
-from host.mounts import parse_mount_table
-from images.authorization import parse_challenges, read_token
-from images.hosts import hosts_for
+from host.files.mounts import parse_mount_table
 from images.image import read_config
-from images.manifests import check_is_image, parse_manifest
+from images.oci.manifests import check_is_image, parse_manifest
+from images.oci.reference import parse as parse_reference
 from images.options import ImageOptions
-from images.reference import parse as parse_reference
-from images.tar_headers import LimitError, TarError
-from images.tar_reader import Stream, TarReader
+from images.registry.hosts import hosts_for
+from images.registry.tokens import parse_challenges, read_token
+from images.unpack.tar_headers import LimitError, TarError
+from images.unpack.tar_reader import Stream, TarReader
 from network.cni import configuration, result
 from runtime.layout import Layout
-from runtime.monitor import Monitors
+from runtime.oci.conmon import Monitors
 from tests.fuzz.tars import changed_tar
 from tests.support.fuzz import changed, rounds, seconds
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from host import mounts
+from host.files import mounts
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.hardening import like_kubelets, with_python

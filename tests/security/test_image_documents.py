@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from host.untrusted_json import DEEPEST
-from images.layer_limit import MOST_LAYERS
+from images.oci.layer_limit import MOST_LAYERS
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.refusals import refused
 from tests.support.agent import PATIENCE, AgentProcess

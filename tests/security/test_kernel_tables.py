@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from host import libc, mounts
-from host.mounts import parse_mount_table
-from host.procfs import table_lines
+from host import libc
+from host.files import mounts
+from host.files.mounts import parse_mount_table
+from host.files.procfs import table_lines
 from network.sysctl import ipv4_default_link, ipv6_default_link
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess

@@ -17,7 +17,7 @@ from host.processes import start_time
 from network.links import delete_link
 from network.netlink import NETLINK_ROUTE, NetlinkSocket
 from proto.runtime.v1 import cri_pb2
-from runtime.cgroups import CgroupTree
+from runtime.cgroups.tree import CgroupTree
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import container_config, run_container, sandbox_config, shared_pids
 

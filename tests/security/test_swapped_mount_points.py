@@ -7,7 +7,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from host.mounts import mount_table
+from host.files.mounts import mount_table
 from tests.integration.agent.hardening import PRELUDE, PYTHON, init_pid, like_kubelets, with_python
 from tests.security.conftest import pod_config
 from tests.support.agent import PATIENCE, AgentProcess, wait_for

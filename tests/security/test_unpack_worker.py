@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from host.errors import LimitError, PodkeelError
-from images import unpacking
-from images.unpacking import Unpacker
+from images.unpack import unpacker as unpacking
+from images.unpack.unpacker import Unpacker
 from tests.security.worker_attack import ANY, Program, layer, program, quiet, unpacker
 from tests.support.image_builder import entry, make_tar
 
@@ -189,7 +189,7 @@ async def confined_processes() -> AsyncIterator[Path]:
             if path.name.isdigit():
                 try:
                     status = (path / "status").read_text()
-                    if "Seccomp:\t2" in status and b"images.unpack_worker" in (path / "cmdline").read_bytes():
+                    if "Seccomp:\t2" in status and b"images.unpack.worker" in (path / "cmdline").read_bytes():
                         yield path
                 except (FileNotFoundError, ProcessLookupError):
                     continue

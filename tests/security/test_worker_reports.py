@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from host.errors import InvalidArgumentError, PodkeelError
-from images.unpacking import Unpacker
+from images.unpack.unpacker import Unpacker
 from tests.security.worker_attack import ANY, Program, layer, program, quiet, unpacker
 from tests.support.image_builder import entry, make_tar
 

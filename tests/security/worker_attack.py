@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from images import unpacking
-from images.manifests import Descriptor
-from images.unpacking import Unpacker
+from images.oci.manifests import Descriptor
+from images.unpack import unpacker as unpacking
+from images.unpack.unpacker import Unpacker
 from tests.support.image_builder import entry, folder, make_tar
 
 Program = Callable[[str], None]
@@ -61,7 +61,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Program:
     def replace(source: str) -> None:
         start = "import sys; sys.path[:0] = sys.argv[1:2]; sys.path += sys.argv[2:3]\n"
         monkeypatch.setattr(
-            unpacking, "_START", f"{start}{PRELUDE}{source}\nfrom images.unpack_worker import main\nmain(work)\n"
+            unpacking, "_START", f"{start}{PRELUDE}{source}\nfrom images.unpack.worker import main\nmain(work)\n"
         )
 
     return replace

@@ -8,7 +8,7 @@ import stat
 import subprocess
 from pathlib import Path
 
-from host import mounts
+from host.files import mounts
 
 _NAMES = ("podkeel", "pkt")
 _DEVICES = (

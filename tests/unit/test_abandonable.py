@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from host.abandonable import AbandonableThreads, GivenUpError, Permission
+from host.concurrency.abandonable import AbandonableThreads, GivenUpError, Permission
 from host.errors import UnavailableError
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from host import mounts
-from host.file_tree import MOST_OPEN, FolderStack, Walk, shown
-from host.removal import OutOfBudgetError, Removal, remove_tree
+from host.files import mounts
+from host.files.file_tree import MOST_OPEN, FolderStack, Walk, shown
+from host.files.removal import OutOfBudgetError, Removal, remove_tree
 
 _LONG = "n" * 250
 

@@ -11,10 +11,10 @@ from typing import Any, cast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cri.image_service import ImageService, to_message
+from cri.services.image_service import ImageService, to_message
 from host.errors import PodkeelError
 from images.image import Image, read_config
-from images.manifests import parse_manifest
+from images.oci.manifests import parse_manifest
 from proto.runtime.v1 import cri_pb2
 
 

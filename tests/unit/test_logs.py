@@ -8,8 +8,8 @@ from typing import Literal
 
 import pytest
 
-from cri.logs import configure_logging
-from cri.options import LogOptions
+from cri.config.options import LogOptions
+from cri.telemetry.logs import configure_logging
 
 
 def _written(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from cri.metrics_messages import descriptors, pod_metrics
+from cri.services.metrics_messages import descriptors, pod_metrics
 from metrics.catalog import CATALOG, samples
 from metrics.samples import Kind, Labels, Snapshot
 from proto.runtime.v1 import cri_pb2

@@ -9,8 +9,8 @@ PROGRAM = """
 import asyncio, os
 from pathlib import Path
 from host import processes
-from host.orphans import Orphans
-from host.reaping import reap
+from host.children.subreaper import Orphans
+from host.children.reaping import reap
 
 async def main():
     orphans = Orphans(patience=0.05)

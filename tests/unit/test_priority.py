@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from host.priority import run_before_children
+from host.concurrency.priority import run_before_children
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to raise priorities")

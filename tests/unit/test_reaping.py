@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from host.children.reaping import reap
 from host.errors import DeadlineError
 from host.processes import end_child, run, spawn, start_time, wait_ended
-from host.reaping import reap
 
 
 async def _until(condition: Callable[[], bool]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from cri.repeated_lines import RepeatedLines
+from cri.telemetry.repeated_lines import RepeatedLines
 
 Lines = Callable[[], list[str]]
 
@@ -16,7 +16,7 @@ Lines = Callable[[], list[str]]
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr("cri.repeated_lines.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("cri.telemetry.repeated_lines.time.monotonic", lambda: now[0])
     return now
 
 

@@ -25,11 +25,11 @@ ARROWS = {
     "cli": {"host", "proto", "cri"},
 }
 # The commands that are the agent, or are about its host: the others are clients and never load the server.
-AGENT_COMMANDS = {"cli/serve.py", "cli/config.py", "cli/check.py", "cli/reset.py"}
+AGENT_COMMANDS = {"cli/agent/serve.py", "cli/agent/config.py", "cli/agent/check.py", "cli/agent/reset.py"}
 # The commands that open streams speak SPDY with the machine of the streaming server, which loads nothing of the agent.
-STREAM_COMMANDS = {"cli/stream_client.py", "cli/remote_command.py", "cli/port_forward.py"}
-STREAM_MODULES = {f"cri.streaming.{name}" for name in ("channel", "connection", "descriptors", "spdy_link")}
-SPDY_MODULES = {f"cri.streaming.spdy_{name}" for name in ("events", "frames", "session")}
+STREAM_COMMANDS = {"cli/streams/client.py", "cli/streams/remote_command.py", "cli/streams/port_forward.py"}
+STREAM_MODULES = {f"cri.streaming.httpstream.{name}" for name in ("channel", "connection", "descriptors", "spdy_link")}
+SPDY_MODULES = {f"cri.streaming.httpstream.spdy_{name}" for name in ("events", "frames", "session")}
 ROOMS_WITH_GRPC = {"cri", "cli"}
 PROJECT_FOLDERS = {*ARROWS, "tests", "scripts"}
 
@@ -74,7 +74,7 @@ def test_client_commands_do_not_load_the_server() -> None:
     script = f"import sys, {', '.join(sorted(STREAM_MODULES))}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     ours = {name for name in loaded.stdout.split() if name.split(".")[0] in PROJECT_FOLDERS}
-    assert ours == STREAM_MODULES | {"cri", "cri.streaming", *SPDY_MODULES}
+    assert ours == STREAM_MODULES | {"cri", "cri.streaming", "cri.streaming.httpstream", *SPDY_MODULES}
 
 
 @pytest.mark.parametrize("path", sorted(STREAM_COMMANDS))
@@ -85,7 +85,7 @@ def test_stream_commands_take_no_more_of_the_server_than_its_spdy_machine(path: 
 
 
 # Containers' root file systems are mounted for calls about containers; all other work of these rooms has its own pools.
-CONTAINERS_POOL_OF_IMAGES = {"images/snapshots.py"}
+CONTAINERS_POOL_OF_IMAGES = {"images/snapshots/store.py"}
 
 
 @pytest.mark.parametrize("room", ["images", "metrics", "network"])
@@ -97,7 +97,9 @@ def test_work_of_a_room_takes_no_threads_from_calls_about_containers(room: str) 
         if isinstance(node, ast.Name | ast.Attribute | ast.alias)
         and {getattr(node, part, "") for part in ("id", "attr", "name")} & {"in_thread", "to_thread"}
     }
-    assert using - CONTAINERS_POOL_OF_IMAGES == set(), "use the pool of host/threads.py that is for this purpose"
+    assert using - CONTAINERS_POOL_OF_IMAGES == set(), (
+        "use the pool of host/concurrency/threads.py that is for this purpose"
+    )
 
 
 def test_modules_are_short_enough_to_read() -> None:

@@ -8,13 +8,13 @@ from typing import Any, cast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cri.stats_messages import container_stats, sandbox_stats
-from images.writable import WritableUsage
-from metrics.readings import CpuUsage, InterfaceReading, MemoryReading, NetworkReading, PressureReading, Psi, PsiLine
+from cri.services.stats_messages import container_stats, sandbox_stats
+from images.snapshots.usage import WritableUsage
+from metrics.stats import CpuUsage, InterfaceReading, MemoryReading, NetworkReading, PressureReading, Psi, PsiLine
 from proto.runtime.v1 import cri_pb2
-from runtime.container import Container
 from runtime.meters import Usage
-from runtime.sandbox import Sandbox
+from runtime.state.container import Container
+from runtime.state.sandbox import Sandbox
 
 numbers = st.integers(0, 2**40)
 # Few values, so that the same ones come again.

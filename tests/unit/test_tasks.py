@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from host.concurrency.tasks import SingleFlight, wait_out
 from host.errors import WrongStateError
-from host.tasks import SingleFlight, wait_out
 
 
 def flights() -> SingleFlight[str, Any]:

@@ -7,7 +7,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from host.thread_starting import start_aside
+from host.concurrency.thread_starting import start_aside
 
 SECONDS = 10.0
 

@@ -12,7 +12,7 @@ def run_python(program: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_agent_s_modules_do_not_import_it() -> None:
     done = run_python(
-        "import sys, cli.main, cri.server, cri.monitoring, runtime.agent\n"
+        "import sys, cli.main, cri.server, cri.telemetry.monitoring, runtime.agent\n"
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     assert done.stdout == "[]\n", done.stderr
@@ -23,7 +23,7 @@ def test_an_endpoint_without_the_extra_says_what_to_install() -> None:
         "import sys\n"
         "sys.modules['opentelemetry'] = None\n"
         "from host.errors import InvalidArgumentError\n"
-        "try:\n    import cri.tracing\n"
+        "try:\n    import cri.telemetry.tracing\n"
         "except InvalidArgumentError as error:\n    print(error.message)"
     )
     assert "pip install 'podkeel[otel]'" in done.stdout, done.stderr

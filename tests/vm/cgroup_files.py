@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from proto.runtime.v1 import cri_pb2
-from runtime.slices import slice_name, slice_path
+from runtime.cgroups.slices import slice_name, slice_path
 from tests.support.cri import CriClient
 
 CGROUPS = Path("/sys/fs/cgroup")

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from runtime.apparmor import DEFAULT_NAME
+from runtime.specgen.security.apparmor import DEFAULT_NAME
 from tests.integration.conformance.support import SLEEP, Pod, refused
 from tests.support.pods import container_config
 

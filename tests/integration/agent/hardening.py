@@ -12,7 +12,7 @@ from typing import Any
 
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
-from runtime.spec.security import MASKED_PATHS, READONLY_PATHS
+from runtime.specgen.security.masked_paths import MASKED_PATHS, READONLY_PATHS
 from tests.support.agent import AgentProcess
 from tests.support.image_builder import busybox_image, make_tar
 from tests.support.pods import container_config, sandbox_config

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from host import libc
-from host.threads import in_fresh_thread, inside_namespace
+from host.concurrency.threads import in_fresh_thread, inside_namespace
 from proto.runtime.v1 import cri_pb2
 from tests.integration.streaming.spdy_client import COMMAND_PROTOCOLS, SpdyClient
 from tests.integration.streaming.websocket_client import TunnelEnd, WebSocketClient

@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from host import mounts
+from host.files import mounts
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.cni_plugins import PluginFolders, failure, result

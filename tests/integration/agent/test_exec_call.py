@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from host import processes
-from host.threads import in_thread
-from runtime import exec_call
-from runtime.exec_call import ExecCall
-from runtime.oci_runtime import OciRuntime
+from host.concurrency.threads import in_thread
+from runtime.oci import exec_call
+from runtime.oci.exec_call import ExecCall
+from runtime.oci.oci_runtime import OciRuntime
 from runtime.options import HandlerOptions
 from tests.support.agent import wait_for
 

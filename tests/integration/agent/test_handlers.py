@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from runtime.cgroups import CgroupTree
+from runtime.cgroups.tree import CgroupTree
 from tests.integration.agent.hardening import init_pid
 from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.pods import container_config, log_lines, remove_all_pods, sandbox_config

@@ -11,7 +11,8 @@ from typing import Any
 import grpc
 import pytest
 
-from host import libc, mounts
+from host import libc
+from host.files import mounts
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import container_config, run_container, sandbox_config

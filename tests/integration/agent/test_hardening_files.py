@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
-from host.mounts import mount_table
+from host.files.mounts import mount_table
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.hardening import (
     PRELUDE,

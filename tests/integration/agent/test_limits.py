@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from runtime.cgroups import CgroupTree
+from runtime.cgroups.tree import CgroupTree
 from tests.integration.agent.hardening import Attacker, init_pid
 from tests.support.agent import AgentProcess, running_agent
 from tests.support.pods import container_config, run_container, sandbox_config

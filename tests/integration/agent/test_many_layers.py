@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from images.layer_limit import MOST_LAYERS
+from images.oci.layer_limit import MOST_LAYERS
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess

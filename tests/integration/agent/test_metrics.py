@@ -22,7 +22,7 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open_metrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from cri.options import DEFAULT_METRICS_ADDRESS
+from cri.config.options import DEFAULT_METRICS_ADDRESS
 from proto.runtime.v1 import cri_pb2
 from tests.integration.streaming.test_server import make_certificates
 from tests.support.agent import BUSYBOX, AgentProcess, running_agent, wait_for

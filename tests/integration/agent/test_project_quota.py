@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from images.project_quota import ProjectQuotas, ProjectUsage
+from images.snapshots.project_quota import ProjectQuotas, ProjectUsage
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.pods import container_config, remove_all_pods, run_container, sandbox_config, wait_for_log

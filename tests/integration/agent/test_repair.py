@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from host import mounts
+from host.files import mounts
 from network.attachment import interface_name
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, wait_for

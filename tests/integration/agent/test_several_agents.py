@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from host import mounts
+from host.files import mounts
 from proto.runtime.v1 import cri_pb2
-from runtime.cgroups import CgroupTree
+from runtime.cgroups.tree import CgroupTree
 from tests.support.agent import AgentProcess
 from tests.support.pods import container_config, run_container, sandbox_config
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from host.mounts import mount_table, mounts_below, unmount
+from host.files.mounts import mount_table, mounts_below, unmount
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.hardening import import_image
 from tests.support import image_builder

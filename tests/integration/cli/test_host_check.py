@@ -8,7 +8,7 @@ from subprocess import DEVNULL, PIPE, STDOUT
 import msgspec
 import pytest
 
-from cri.configuration import Configuration
+from cri.config.configuration import Configuration
 from cri.host_check import Check, run_check
 from runtime.options import DEFAULT_HANDLERS, HandlerOptions, RuntimeOptions
 from tests.support.agent import AgentProcess

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from runtime.events import QUEUE_LIMIT
+from runtime.state.events import QUEUE_LIMIT
 from tests.integration.conformance.support import Pod, exited
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import container_config, sandbox_config

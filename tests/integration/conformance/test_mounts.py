@@ -9,7 +9,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from host import libc, mounts
+from host import libc
+from host.files import mounts
 from proto.runtime.v1 import cri_pb2
 from tests.integration.conformance.support import SLEEP, Pod, refused
 from tests.support.agent import AgentProcess

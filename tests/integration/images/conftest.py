@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from host import mounts
 from host.database import Database
+from host.files import mounts
 from images.options import ImageOptions
 from images.schema import MIGRATIONS
 from images.store import ImageStore

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from images.checking import ImageFinding
+from images.checker import ImageFinding
 from images.image import Image
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, entry, folder, make_tar

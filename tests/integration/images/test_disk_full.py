@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from host import libc, mounts
+from host import libc
 from host.errors import LimitError
+from host.files import mounts
 from images.options import ImageOptions
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, entry, make_tar

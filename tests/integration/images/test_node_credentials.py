@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from host.errors import InvalidArgumentError, PermissionDeniedError
-from images.credentials import Credentials
+from images.registry.credentials import Credentials
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, entry, make_tar
 from tests.support.registry import Registry

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from host import mounts, processes
+from host import processes
+from host.files import mounts
 from tests.integration.images.conftest import Node
 from tests.support.containerd import run_containerd
 from tests.support.image_builder import BuiltImage, busybox_layer, entry, folder, make_tar

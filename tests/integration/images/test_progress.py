@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from host.errors import KubeletReasonError
-from images.progress import LayerState, PullProgress
+from images.content.progress import LayerState, PullProgress
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, entry, make_tar
 from tests.support.registry import Registry

@@ -19,7 +19,7 @@ from host.errors import (
     PodkeelError,
     UnsupportedError,
 )
-from images.credentials import Credentials
+from images.registry.credentials import Credentials
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import (
     OCI_CONFIG,

@@ -12,7 +12,7 @@ import pytest
 
 from host.errors import InvalidArgumentError, KubeletReasonError, NotFoundError, PermissionDeniedError
 from host.processes import run
-from images.credentials import Credentials
+from images.registry.credentials import Credentials
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, entry, make_tar
 from tests.support.registry import Registry
@@ -73,7 +73,7 @@ async def test_redirects_do_not_carry_credentials(
 async def test_a_cut_transfer_goes_on_where_it_broke(
     node: Node, front: Front, built: BuiltImage, refuse_ranges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("images.registry.back_off", no_wait)
+    monkeypatch.setattr("images.registry.client.back_off", no_wait)
     front.refuse_ranges = refuse_ranges
     front.cut_after = 120_000
     if refuse_ranges:
@@ -191,7 +191,7 @@ async def test_a_registry_that_refuses_head_is_asked_again_by_get(
 async def test_a_manifest_that_breaks_off_once_is_fetched_again(
     node: Node, front: Front, built: BuiltImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("images.registry.back_off", no_wait)
+    monkeypatch.setattr("images.registry.client.back_off", no_wait)
     front.cut_manifests = 1
     assert await pull(node, front) == built.id
     assert front.cut_manifests == 0

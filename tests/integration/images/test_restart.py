@@ -13,7 +13,7 @@ import pytest
 
 from host.errors import PodkeelError
 from host.processes import run
-from images.disk_sync import sync_file_system
+from images.content.disk_sync import sync_file_system
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, entry, make_tar
 from tests.support.registry import Registry
@@ -121,7 +121,7 @@ async def test_layers_are_on_the_disk_before_they_have_their_names(
         seen.append((names, blobs, ready[0]))
         sync_file_system(folder)
 
-    monkeypatch.setattr("images.disk_sync.sync_file_system", watched)
+    monkeypatch.setattr("images.content.disk_sync.sync_file_system", watched)
     image = await node.store.pull(registry.push(built, "synced"))
     assert seen[0] == (["0", *(f"{number}.new" for number in image.layers)], [], 0)
     for names, blobs, ready in seen:
@@ -137,7 +137,7 @@ async def test_a_disk_that_cannot_be_written_to_fails_the_pull(
 
     name = registry.push(built, "unsynced")
     with monkeypatch.context() as patch:
-        patch.setattr("images.disk_sync.sync_file_system", broken)
+        patch.setattr("images.content.disk_sync.sync_file_system", broken)
         with pytest.raises(PodkeelError, match="could not be written to the disk"):
             await node.store.pull(name)
     await node.forget_partials()

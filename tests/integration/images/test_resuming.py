@@ -85,7 +85,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     async def at_once(failures: int, retry_after: str = "") -> None:
         await asyncio.sleep(0)
 
-    monkeypatch.setattr("images.registry.back_off", at_once)
+    monkeypatch.setattr("images.registry.client.back_off", at_once)
 
 
 async def test_the_next_pull_goes_on_where_one_broke_off(node: Node, front: Front, built: BuiltImage) -> None:

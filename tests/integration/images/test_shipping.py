@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from host import libc, mounts, processes
+from host import libc, processes
 from host.errors import (
     InvalidArgumentError,
     LimitError,
@@ -24,7 +24,8 @@ from host.errors import (
     UnavailableError,
     WrongStateError,
 )
-from images.credentials import Credentials
+from host.files import mounts
+from images.registry.credentials import Credentials
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, digest_of, entry, make_tar
 from tests.support.registry import Registry, run_registry
@@ -268,7 +269,7 @@ async def test_a_cancelled_export_leaves_nothing(
         copying.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("images.export._Archive.add_file", never)
+    monkeypatch.setattr("images.archives.writer._Archive.add_file", never)
     task = asyncio.create_task(node.store.shipping.export([name], tmp_path / "out.tar"))
     await copying.wait()
     removing = asyncio.create_task(node.store.remove(name))

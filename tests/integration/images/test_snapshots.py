@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from host import mounts
 from host.errors import LimitError, NotFoundError
+from host.files import mounts
 from images.image import Image
-from images.overlay import mount_overlay
+from images.snapshots.overlay import mount_overlay
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, busybox_layer, entry, make_tar
 
@@ -144,7 +144,7 @@ def test_more_layers_than_the_kernel_takes(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "target").mkdir()
     mount_overlay(tmp_path / "target", lower[:500], None, "", mounts.MS_RDONLY)
     mounts.unmount(tmp_path / "target")
-    monkeypatch.setattr("images.overlay.MOST_LAYERS", 501)
+    monkeypatch.setattr("images.snapshots.overlay.MOST_LAYERS", 501)
     with pytest.raises(OSError, match="Invalid argument"):
         mount_overlay(tmp_path / "target", lower, None, "", mounts.MS_RDONLY)
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from host.errors import KubeletReasonError
-from images.credentials import Credentials
+from images.registry.credentials import Credentials
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import digest_of
 from tests.support.scripted_registry import small_image

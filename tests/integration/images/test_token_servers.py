@@ -19,7 +19,7 @@ from urllib.parse import parse_qs
 import pytest
 
 from host.errors import InvalidArgumentError, KubeletReasonError, PermissionDeniedError, PodkeelError, UnavailableError
-from images.credentials import Credentials
+from images.registry.credentials import Credentials
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import OCI_MANIFEST, digest_of
 from tests.support.scripted_registry import Answer, Request, ScriptedRegistry, run_scripted_registry, small_image

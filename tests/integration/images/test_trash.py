@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from images import trash
-from images.trash import Trash
+from images.content import trash
+from images.content.trash import Trash
 from tests.support.agent import PATIENCE, wait_for
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from host import libc, mounts
+from host import libc
 from host.errors import InvalidArgumentError, LimitError
+from host.files import mounts
 from host.processes import run
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, entry, folder, make_tar

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from metrics.hierarchies import discover
+from host.cgroups import discover
 from tests.integration.metrics.own_cgroup import OwnCgroup
 
 

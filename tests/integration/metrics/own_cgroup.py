@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import pytest
 
-from metrics.cgroups import Cgroup
-from metrics.files import DescriptorBudget
-from metrics.hierarchies import Hierarchies
+from host.cgroups import Hierarchies
+from metrics.cgroups.files import DescriptorBudget
+from metrics.cgroups.reader import Cgroup
 
 T = TypeVar("T")
 BUDGET = DescriptorBudget(1000)

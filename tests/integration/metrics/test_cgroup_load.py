@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from metrics.rates import CpuWindow
+from metrics.usage import CpuWindow
 from tests.integration.metrics.own_cgroup import BUDGET, OwnCgroup, present, wait_for
 
 BUSY = ("/bin/sh", "-c", "while :; do :; done")

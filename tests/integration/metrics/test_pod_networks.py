@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from host import libc, mounts
-from host.threads import in_fresh_thread
+from host import libc
+from host.concurrency.threads import in_fresh_thread
+from host.files import mounts
 from metrics.network import read_networks, visit_networks
 
 DATAGRAMS = 20

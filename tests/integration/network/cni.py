@@ -17,8 +17,8 @@ import pytest
 from host.database import Database
 from host.errors import PodkeelError
 from network.attachment import Attachment, Bandwidth, PortMapping
+from network.node_network import NodeNetwork
 from network.options import NetworkOptions
-from network.provider import NodeNetwork
 from network.schema import MIGRATIONS
 from tests.integration.network.namespaces import Namespace, command, links_with, nft_tables, request
 from tests.support.cni_plugins import PluginFolders

@@ -14,7 +14,7 @@ import pytest
 from host.database import Database
 from host.errors import PodkeelError
 from network.attachment import Attachment, PortMapping, interface_prefix
-from network.bridge import BuiltInNetwork
+from network.bridge.network import BuiltInNetwork
 from network.options import NetworkOptions
 from network.schema import MIGRATIONS
 from tests.integration.network.namespaces import Namespace, command, links_with, nft_tables, request

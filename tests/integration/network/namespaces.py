@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from host import libc, mounts
+from host import libc
+from host.files import mounts
 from network.attachment import AttachRequest, Bandwidth, PortMapping
 
 T = TypeVar("T")

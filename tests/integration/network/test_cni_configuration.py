@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from host.errors import UnavailableError
-from network.condition import Condition
+from network.status import Condition
 from tests.integration.network.cni import CniNode, cni_node
 from tests.integration.network.namespaces import links_with, wait_until
 from tests.support.cni_plugins import failure, result

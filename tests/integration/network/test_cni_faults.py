@@ -281,7 +281,7 @@ from pathlib import Path
 from host.database import Database
 from network.attachment import AttachRequest
 from network.options import NetworkOptions
-from network.provider import NodeNetwork
+from network.node_network import NodeNetwork
 from network.schema import MIGRATIONS
 
 async def main(store, bridge, configurations, programs, namespace):

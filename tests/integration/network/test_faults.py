@@ -21,7 +21,7 @@ import asyncio, sys
 from pathlib import Path
 from host.database import Database
 from network.attachment import AttachRequest, PortMapping, interface_name
-from network.bridge import BuiltInNetwork
+from network.bridge.network import BuiltInNetwork
 from network.links import delete_link
 from network.netlink import NETLINK_ROUTE, NetlinkSocket
 from network.options import NetworkOptions
@@ -72,7 +72,9 @@ async def test_a_taken_interface_name_leaves_nothing(node: Node) -> None:
 async def test_a_failure_after_the_pair_was_made_leaves_nothing(dual: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace = dual.namespace()
     elsewhere = ip_address("192.0.2.1")
-    monkeypatch.setattr("network.kernel.links.add_default_route", lambda index, _: add_default_route(index, elsewhere))
+    monkeypatch.setattr(
+        "network.bridge.links.links.add_default_route", lambda index, _: add_default_route(index, elsewhere)
+    )
     with pytest.raises(PodkeelError, match=r"sandbox one .* unreachable"):
         await dual.network.attach(request("one", str(namespace.path), [PortMapping("tcp", 80, 20080)]))
     await dual.assert_empty()
@@ -175,7 +177,7 @@ async def test_a_flushed_ruleset_is_made_again_without_another_pod(
     watch = node.network._firewalls
     assert watch._looking is not None
     await watch._looking
-    monkeypatch.setattr("network.firewalls._LOOK_AGAIN_SECONDS", 0)
+    monkeypatch.setattr("network.nftables.firewalls._LOOK_AGAIN_SECONDS", 0)
     command("nft", "delete", "table", family, node.bridge)
     assert node.network.condition().ready  # as kubelet asks every few seconds
     await watch._looking

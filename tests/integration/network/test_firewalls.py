@@ -18,9 +18,9 @@ import asyncio, json, sys
 from pathlib import Path
 from host.database import Database
 from network import firewalls
-from network.bridge import BuiltInNetwork
-from network.firewalls import find_obstacles
-from network.addresses import parse_ranges
+from network.bridge.network import BuiltInNetwork
+from network.nftables.firewalls import find_obstacles
+from network.ipam import parse_ranges
 from network.options import NetworkOptions
 from network.schema import MIGRATIONS
 

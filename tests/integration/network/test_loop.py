@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from network.attachment import Attachment
-from network.bridge import BuiltInNetwork
-from network.provider import NodeNetwork
+from network.bridge.network import BuiltInNetwork
+from network.node_network import NodeNetwork
 from tests.integration.network.cni import cni_node
 from tests.integration.network.conftest import Node
 from tests.integration.network.namespaces import Namespace, request

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from network.attachment import bridge_mac, link_local
-from network.ruleset import load, remove_script
+from network.nftables.ruleset import load, remove_script
 from tests.integration.network import frames
 from tests.integration.network.conftest import Node, Outside, Pod, running_node
 from tests.integration.network.namespaces import command, exchange, listen, receive_on, request, talk

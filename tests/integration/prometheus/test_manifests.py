@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cri.monitoring import NODE_ERRORS
+from cri.telemetry.monitoring import NODE_ERRORS
 from tests.integration.prometheus.manifests import (
     FOLDER,
     PROMETHEUS,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from runtime.cgroups import CgroupTree
+from runtime.cgroups.tree import CgroupTree
 from tests.integration.replay import recording
 from tests.integration.replay.player import Played, Player
 from tests.integration.replay.recording import Names

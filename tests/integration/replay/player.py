@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.message_factory import GetMessageClass
 
-from host.mounts import mount_table
+from host.files.mounts import mount_table
 from proto.runtime.v1 import cri_pb2
 from tests.integration.replay import recording, volumes
 from tests.integration.replay.recording import Entry, Json, Names

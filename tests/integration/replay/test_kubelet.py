@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from google.protobuf.json_format import ParseDict
 
-from host import libc, mounts
+from host import libc
+from host.files import mounts
 from proto.runtime.v1 import cri_pb2
 from tests.integration.replay import recording, volumes
 from tests.integration.replay.conftest import Kubelet

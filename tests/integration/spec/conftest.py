@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from host.mounts import is_mount_point, mounts_below, unmount
-from host.null_device import open_private_null
-from runtime import private_devices
-from runtime.mapped_volumes import bind_all
-from runtime.spec.builder import ContainerSpec, build
-from runtime.spec.facts import HandlerFacts, SandboxFiles
-from runtime.spec.namespaces import NamespacePaths
-from runtime.spec.node import NodeFacts, probe_node
-from runtime.spec.volume_content import CopyLimits
-from runtime.spec.volumes import make_volumes
+from host.files.mounts import is_mount_point, mounts_below, unmount
+from runtime.containers.idmapped_mounts import bind_all
+from runtime.oci import private_devices
+from runtime.oci.null_device import open_private_null
+from runtime.specgen.builder import ContainerSpec, build
+from runtime.specgen.facts import HandlerFacts, SandboxFiles
+from runtime.specgen.mounts.image_volumes import make_volumes
+from runtime.specgen.mounts.volume_content import CopyLimits
+from runtime.specgen.namespaces import NamespacePaths
+from runtime.specgen.node_facts import NodeFacts, probe_node
 from tests.unit.spec.requests import Image, container, request, write_accounts
 
 BUSYBOX = Path("/bin/busybox")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.spec.capabilities import DEFAULT, NAMES
-from runtime.spec.node import NodeFacts
-from runtime.spec.security import MASKED_PATHS
+from runtime.specgen.capabilities import DEFAULT, NAMES
+from runtime.specgen.node_facts import NodeFacts
+from runtime.specgen.security.masked_paths import MASKED_PATHS
 from tests.integration.spec.conftest import Run
 from tests.unit.spec.requests import Image, container
 

@@ -13,7 +13,7 @@ import pytest
 
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
-from runtime.spec.namespaces import NamespacePaths
+from runtime.specgen.namespaces import NamespacePaths
 from tests.integration.spec.conftest import Run
 from tests.unit.spec.requests import Image, container, secured
 

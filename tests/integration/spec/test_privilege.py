@@ -10,9 +10,9 @@ import pytest
 
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
-from runtime.spec.capabilities import NAMES
-from runtime.spec.facts import HandlerFacts
-from runtime.spec.node import NodeFacts
+from runtime.specgen.capabilities import NAMES
+from runtime.specgen.facts import HandlerFacts
+from runtime.specgen.node_facts import NodeFacts
 from tests.integration.spec.conftest import Run
 from tests.unit.spec.requests import Image, container, privileged_sandbox, secured
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from runtime.spec.facts import SandboxFiles
-from runtime.spec.namespaces import NamespacePaths
+from runtime.specgen.facts import SandboxFiles
+from runtime.specgen.namespaces import NamespacePaths
 from tests.integration.spec.conftest import Run
 from tests.unit.spec.requests import container, sandbox
 

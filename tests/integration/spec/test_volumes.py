@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from host.abandonable import AbandonableThreads, Permission
+from host.concurrency.abandonable import AbandonableThreads, Permission
 from host.errors import LimitError
-from runtime.spec.volume_content import CopyLimits
-from runtime.spec.volumes import Volume, make_volumes
+from runtime.specgen.mounts.image_volumes import Volume, make_volumes
+from runtime.specgen.mounts.volume_content import CopyLimits
 from tests.support.agent import wait_for
 
 LIMITS = CopyLimits(1 << 20, 1000)

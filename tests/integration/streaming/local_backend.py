@@ -16,8 +16,8 @@ from cri.streaming.pod_socket import connect_to_pod
 from cri.streaming.process_io import ProcessIO, open_pipes
 from cri.streaming.tokens import AttachRequest, ExecRequest
 from host import processes
+from host.children.reaping import reap
 from host.errors import CommandError, NotFoundError, PodkeelError, WrongStateError
-from host.reaping import reap
 
 
 class LocalProcess:

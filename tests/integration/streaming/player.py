@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cri.streaming import spdy_frames as frames
+from cri.streaming.httpstream import spdy_frames as frames
 
 RECORDINGS = Path(__file__).parents[2] / "data" / "streams"
 

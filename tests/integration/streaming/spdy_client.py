@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from cri.streaming import spdy_frames as frames
-from cri.streaming.spdy_events import DataReceived, StreamReplied, StreamReset, WentAway
-from cri.streaming.spdy_session import SpdySession
+from cri.streaming.httpstream import spdy_frames as frames
+from cri.streaming.httpstream.spdy_events import DataReceived, StreamReplied, StreamReset, WentAway
+from cri.streaming.httpstream.spdy_session import SpdySession
 
 COMMAND_PROTOCOLS = (
     "v5.channel.k8s.io",

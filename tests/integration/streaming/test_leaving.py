@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from cri.streaming.connection import StreamConnection
+from cri.streaming.httpstream.connection import StreamConnection
 from cri.streaming.limits import StreamLimits
 from cri.streaming.server import StreamingServer
 from tests.integration.streaming.conftest import until

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cri.streaming import spdy_frames as frames
+from cri.streaming.httpstream import spdy_frames as frames
 from cri.streaming.server import StreamingServer
 from host.errors import UnavailableError
 from tests.integration.agent.streams import until

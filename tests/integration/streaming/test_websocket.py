@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from wsproto.events import BytesMessage, CloseConnection
 
-from cri.streaming import spdy_frames as frames
+from cri.streaming.httpstream import spdy_frames as frames
+from cri.streaming.httpstream.spdy_events import DataReceived, Event
+from cri.streaming.httpstream.spdy_session import SpdySession
 from cri.streaming.server import StreamingServer
-from cri.streaming.spdy_events import DataReceived, Event
-from cri.streaming.spdy_session import SpdySession
 from tests.integration.streaming.conftest import until
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.test_port_forward import close_then_read, echo, listening

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cli.check import agent_checks, as_table
+from cli.agent.check import agent_checks, as_table
 from cri.host_check import Check
 
 

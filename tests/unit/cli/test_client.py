@@ -154,7 +154,7 @@ def test_a_refusal_is_printed_as_one_line(server: Server, capsys: pytest.Capture
 
 def test_where_the_socket_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('[server]\nsocket = "unix:///from/file"\n')
-    monkeypatch.setattr("cri.configuration.DEFAULT_FILE", tmp_path / "config.toml")
+    monkeypatch.setattr("cri.config.configuration.DEFAULT_FILE", tmp_path / "config.toml")
     monkeypatch.delenv("PODKEEL_SOCKET", raising=False)
     unset, given = argparse.Namespace(socket=None), argparse.Namespace(socket="unix:///from/flag")
     assert connect(unset).socket == "unix:///from/file"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cli.detach_keys import DetachKeys, parse
+from cli.streams.detach_keys import DetachKeys, parse
 from host.errors import InvalidArgumentError
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cli.expansion import expand
+from cli.manifest.expansion import expand
 
 
 @pytest.mark.parametrize(

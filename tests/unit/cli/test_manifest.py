@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.manifest import MASKED_PATHS, PodPlan, read_manifest
+from cli.manifest.manifest import MASKED_PATHS, PodPlan, read_manifest
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cli.port_forward import Forward, parse_forward
+from cli.streams.port_forward import Forward, parse_forward
 from host.errors import InvalidArgumentError
 
 

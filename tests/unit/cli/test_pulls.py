@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from cli.bars import bar
-from cli.image_reports import explanation
-from cli.pulls import Rates, lines_of
+from cli.images.pulls import Rates, lines_of
+from cli.images.reports import explanation
 from proto.podkeel.v1 import agent_pb2
 
 WAITING, RUNNING, DONE = (agent_pb2.LayerProgress.State.Value(name) for name in ("WAITING", "RUNNING", "DONE"))

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from cli.quantities import cpu_quota, cpu_shares, quantity, whole
+from cli.manifest.quantities import cpu_quota, cpu_shares, quantity, whole
 
 
 @pytest.mark.parametrize(

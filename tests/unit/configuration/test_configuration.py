@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from cli.main import main
-from cri.configuration import Configuration, load
+from cri.config.configuration import Configuration, load
 from host.errors import InvalidArgumentError
 
 
@@ -20,7 +20,7 @@ def write(folder: Path, text: str, name: str = "config.toml") -> Path:
 
 
 def test_defaults_where_there_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cri.configuration.DEFAULT_FILE", tmp_path / "config.toml")
+    monkeypatch.setattr("cri.config.configuration.DEFAULT_FILE", tmp_path / "config.toml")
     loaded = load()
     assert loaded.configuration == Configuration()
     assert set(loaded.origins.values()) == {"default"}

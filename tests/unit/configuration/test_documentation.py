@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cli.config import toml_value
-from cri.configuration import FLAGS, load
+from cli.agent.config import toml_value
+from cri.config.configuration import FLAGS, load
 
 DOCUMENT = Path(__file__).parents[3] / "docs/configuration.md"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cri.monitoring import server_tls
-from cri.options import MetricsOptions
+from cri.config.options import MetricsOptions
+from cri.telemetry.monitoring import server_tls
 from host.errors import InvalidArgumentError
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cri.toml_lines import KeyPath, key_lines
+from cri.config.toml_lines import KeyPath, key_lines
 
 EXAMPLES: list[tuple[str, dict[KeyPath, int]]] = [
     ("", {}),

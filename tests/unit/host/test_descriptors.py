@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from host import descriptors
-from host.descriptors import Use
 from host.errors import LimitError
+from host.files import descriptors
+from host.files.descriptors import Use
 
 
 @contextmanager
@@ -33,13 +33,13 @@ class OlderFolder:
 @pytest.fixture(params=["told by the kernel", "counted"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "counted":  # as before Linux 6.2
-        monkeypatch.setattr("host.descriptors._FOLDER", OlderFolder())
+        monkeypatch.setattr("host.files.descriptors._FOLDER", OlderFolder())
     elif not Path("/proc/self/fd").stat().st_size:
         pytest.skip("this kernel does not tell the number of descriptors (Linux 6.2)")
 
 
 def set_limit(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr("host.descriptors.resource.getrlimit", lambda _: (limit, limit))
+    monkeypatch.setattr("host.files.descriptors.resource.getrlimit", lambda _: (limit, limit))
 
 
 @pytest.mark.usefixtures("way")

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import pytest
 
 from host.errors import InvalidArgumentError, UnsupportedError
-from images.digests import digest_of
-from images.manifest_search import Document, Wanted, advance, find_image
-from images.manifests import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
-from images.platforms import Platform, suitability, this_machine
+from images.content.manifest_search import Document, Wanted, advance, find_image
+from images.oci.digests import digest_of
+from images.oci.manifests import DOCKER_LIST, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST
+from images.oci.platforms import Platform, suitability, this_machine
 
 AMD64 = Platform("linux", "amd64")
 V7 = Platform("linux", "arm", "v7")

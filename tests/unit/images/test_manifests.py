@@ -5,10 +5,10 @@ import json
 import pytest
 
 from host.errors import InvalidArgumentError, PodkeelError, UnsupportedError
-from images.digests import chain_ids, digest_of, verify
 from images.image import check_linux, numeric_user, read_config
-from images.layer_limit import MOST_LAYERS
-from images.manifests import (
+from images.oci.digests import chain_ids, digest_of, verify
+from images.oci.layer_limit import MOST_LAYERS
+from images.oci.manifests import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
     OCI_INDEX,

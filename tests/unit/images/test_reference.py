@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from host.errors import InvalidArgumentError
-from images.reference import Reference, parse
+from images.oci.reference import Reference, parse
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from host.errors import InvalidArgumentError, PermissionDeniedError
-from images.authorization import Challenge, answer_directly, parse_challenges, read_token, token_request
-from images.credentials import Credentials
-from images.hosts import hosts_for, is_loopback
 from images.options import ImageOptions
-from images.redirects import origin_of, target_of
+from images.registry.credentials import Credentials
+from images.registry.hosts import hosts_for, is_loopback
+from images.registry.redirects import origin_of, target_of
+from images.registry.tokens import Challenge, answer_directly, parse_challenges, read_token, token_request
 
 
 def options(folder: Path, *insecure: str) -> ImageOptions:

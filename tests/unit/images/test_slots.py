@@ -9,8 +9,8 @@ from contextlib import AsyncExitStack
 import pytest
 
 from host.errors import KubeletReasonError
-from images import slots
-from images.slots import Origin, Slot, Slots
+from images.content import slots
+from images.content.slots import Origin, Slot, Slots
 
 
 async def settle() -> None:
@@ -142,7 +142,7 @@ async def test_a_slot_that_is_free_in_the_moment_of_a_cancellation_goes_to_the_n
 
 
 async def test_with_few_descriptors_left_each_pull_has_one_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("host.descriptors.left", lambda: 5)
+    monkeypatch.setattr("host.files.descriptors.left", lambda: 5)
     of = Slots(4)
     pulls = [Pull(of, "a", 3), Pull(of, "b", 3)]
     await settle()

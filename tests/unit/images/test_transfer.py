@@ -8,7 +8,7 @@ import time
 import aiohttp
 import pytest
 
-from images.transfer import back_off, proxy_for, reason_of
+from images.registry.http import back_off, proxy_for, reason_of
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def sleep(seconds: float) -> None:
         found.append(seconds)
 
-    monkeypatch.setattr("images.transfer.asyncio.sleep", sleep)
+    monkeypatch.setattr("images.registry.http.asyncio.sleep", sleep)
     return found
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from host import file_tree
-from images import writable
+from host.files import file_tree
 from images.options import ImageOptions
-from images.project_quota import ProjectQuotas
-from images.writable import WritableLayers, WritableUsage
+from images.snapshots import usage as writable
+from images.snapshots.project_quota import ProjectQuotas
+from images.snapshots.usage import WritableLayers, WritableUsage
 from tests.support.agent import wait_for
 
 

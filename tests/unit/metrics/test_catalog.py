@@ -8,7 +8,8 @@ import re
 import pytest
 
 from metrics.catalog import CATALOG, GROUPS, samples, select
-from metrics.readings import (
+from metrics.samples import Kind, Labels, Snapshot
+from metrics.stats import (
     ConnectionsReading,
     CpuReading,
     FilesystemReading,
@@ -26,7 +27,6 @@ from metrics.readings import (
     PsiLine,
     Reading,
 )
-from metrics.samples import Kind, Labels, Snapshot
 
 NAMES = """
 cpu_{user,system,usage}_seconds_total cpu_cfs_{periods,throttled_periods,throttled_seconds}_total

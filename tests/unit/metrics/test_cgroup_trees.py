@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metrics import cgroups, files
-from metrics.cgroups import Cgroup
-from metrics.files import DescriptorBudget, Fields, Folder
-from metrics.hierarchies import Hierarchies, discover
-from metrics.readings import HugetlbReading, IoReading, LimitsReading, PidsReading, PsiLine
+from host.cgroups import Hierarchies, discover
+from metrics.cgroups import files, reader
+from metrics.cgroups.files import DescriptorBudget, Fields, Folder
+from metrics.cgroups.reader import Cgroup
+from metrics.stats import HugetlbReading, IoReading, LimitsReading, PidsReading, PsiLine
 from tests.unit.metrics import trees
 
 PATH = "/kubepods/pod1/c1"
@@ -26,7 +26,7 @@ ALL = pytest.mark.parametrize("make", [trees.make_v1, trees.make_v2, trees.make_
 
 @pytest.fixture(autouse=True)
 def huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cgroups, "_PAGE_SIZES", ("2MB", "1GB"))
+    monkeypatch.setattr(reader, "_PAGE_SIZES", ("2MB", "1GB"))
 
 
 def open_descriptors() -> int:

@@ -12,7 +12,7 @@ import pytest
 
 from metrics.network import count_tcp, count_udp, parse_interfaces, read_current_network
 from metrics.processes import read_processes
-from metrics.readings import InterfaceReading
+from metrics.stats import InterfaceReading
 
 _DEV_HEAD = (
     b"Inter-|   Receive                                                |  Transmit\n"

@@ -15,9 +15,9 @@ from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from metrics.agent import AgentMetrics
 from metrics.catalog import CATALOG, samples
+from metrics.exposition.prometheus import OPEN_METRICS, TEXT, AgentPage, containers_page, gather, wants_open_metrics
+from metrics.exposition.routes import Entries, standard_routes
 from metrics.instruments import Histogram
-from metrics.prometheus import OPEN_METRICS, TEXT, AgentPage, containers_page, gather, wants_open_metrics
-from metrics.routes import Entries, standard_routes
 from metrics.samples import Labels
 from tests.unit.metrics.test_catalog import FULL, LABELS
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from metrics.rates import CpuWindow
-from metrics.readings import CpuUsage
+from metrics.stats import CpuUsage
+from metrics.usage import CpuWindow
 
 SECOND = 1_000_000_000
 

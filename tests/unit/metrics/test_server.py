@@ -18,9 +18,9 @@ import pytest
 
 from metrics.agent import AgentMetrics
 from metrics.catalog import CATALOG
-from metrics.prometheus import Page
-from metrics.routes import Entries, standard_routes
-from metrics.server import CLOSING_LIMIT, CONNECTION_LIMIT, HEADER_LIMIT, SLOW_LIMIT, MetricsServer, Route
+from metrics.exposition.prometheus import Page
+from metrics.exposition.routes import Entries, standard_routes
+from metrics.exposition.server import CLOSING_LIMIT, CONNECTION_LIMIT, HEADER_LIMIT, SLOW_LIMIT, MetricsServer, Route
 from tests.integration.agent.streams import until
 from tests.integration.streaming.test_server import make_certificates, resident
 from tests.unit.metrics.test_catalog import FULL, LABELS
@@ -155,7 +155,7 @@ async def test_those_who_do_not_take_their_answers_keep_nobody_out_and_no_memory
 
 
 async def test_a_first_request_that_comes_in_drops_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metrics.server.REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr("metrics.exposition.server.REQUEST_SECONDS", 0.3)
     async with serving({"/echo": echo}) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         start = asyncio.get_running_loop().time()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metrics.hierarchies import Hierarchies
+from host.cgroups import Hierarchies
 
 V1 = {
     "cpuacct": {"cpuacct.usage": "12345678901\n", "cpuacct.stat": "user 1000\nsystem 234\n"},

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from host.errors import InvalidArgumentError, LimitError, WrongStateError
-from network.addresses import AddressBook, AddressPool, IPAddress, gateway_of, parse_ranges
+from network.ipam import AddressBook, AddressPool, IPAddress, gateway_of, parse_ranges
 
 
 def _pool(cidr: str, quarantine: float = 60) -> AddressPool:

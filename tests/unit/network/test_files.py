@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from host.errors import InvalidArgumentError
-from network.files import hostname_file, hosts_file, resolv_conf
+from runtime.pods.etc_files import hostname_file, hosts_file, resolv_conf
 
 
 def test_resolv_conf_has_what_was_given() -> None:

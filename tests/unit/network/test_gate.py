@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from network.gate import Gate
+from network.rwlock import Gate
 
 
 async def test_many_pass_while_it_is_open_and_none_while_it_is_closed() -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from network import links
 from network.attachment import Attachment, PortMapping, interface_name, interface_prefix, link_local, pod_mac
-from network.elements import elements_of
 from network.netlink import NETLINK_ROUTE, NetlinkSocket, attribute, attributes, nested
+from network.nftables.elements import elements_of
 
 
 @given(st.dictionaries(st.integers(1, 0x3FFF), st.binary(max_size=60), max_size=8))

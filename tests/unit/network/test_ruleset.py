@@ -6,9 +6,9 @@ from ipaddress import ip_network
 import pytest
 
 from host.errors import InvalidArgumentError
-from network.bridge import BuiltInNetwork
+from network.bridge.network import BuiltInNetwork
+from network.nftables.ruleset import listed_elements, remove_script, table_script
 from network.options import NetworkOptions
-from network.ruleset import listed_elements, remove_script, table_script
 
 
 def test_tables_are_replaced_and_ranges_are_merged() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from network.verdicts import Chains, Packet, Verdict
+from network.nftables.verdicts import Chains, Packet, Verdict
 
 _ACCEPT: dict[str, Any] = {"accept": None}
 _DROP: dict[str, Any] = {"drop": None}

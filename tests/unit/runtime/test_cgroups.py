@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from host.errors import InvalidArgumentError
-from runtime.cgroups import CgroupTree
-from runtime.slices import slice_path
+from runtime.cgroups.slices import slice_path
+from runtime.cgroups.tree import CgroupTree
 
 SANDBOX, CONTAINER = "a" * 64, "b" * 64
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from host.errors import PodkeelError
-from runtime.console_socket import ConsoleSocket
+from runtime.oci.console_socket import ConsoleSocket
 
 
 @pytest.fixture

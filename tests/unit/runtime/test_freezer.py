@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cgroups import CgroupTree
+from runtime.cgroups.tree import CgroupTree
 
 
 def group(root: Path, path: str, **files: str) -> Path:

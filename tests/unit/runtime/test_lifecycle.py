@@ -11,10 +11,10 @@ from typing import Any
 
 from host.processes import start_time
 from proto.runtime.v1 import cri_pb2
-from runtime.cgroups import CgroupTree
-from runtime.container import Container, ContainerRecord, ContainerState
-from runtime.lifecycle import Lifecycle
-from runtime.sandbox import Sandbox, SandboxRecord, SandboxState
+from runtime.cgroups.tree import CgroupTree
+from runtime.containers.lifecycle import Lifecycle
+from runtime.state.container import Container, ContainerRecord, ContainerState
+from runtime.state.sandbox import Sandbox, SandboxRecord, SandboxState
 
 
 def _container() -> Container:

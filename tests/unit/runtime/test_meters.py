@@ -10,10 +10,10 @@ import pytest
 
 from proto.runtime.v1 import cri_pb2
 from runtime import meters
-from runtime.cgroups import CgroupTree
-from runtime.container import Container, ContainerRecord, ContainerState
+from runtime.cgroups.tree import CgroupTree
 from runtime.meters import Meters
-from runtime.sandbox import Sandbox
+from runtime.state.container import Container, ContainerRecord, ContainerState
+from runtime.state.sandbox import Sandbox
 from tests.unit.metrics import trees
 
 

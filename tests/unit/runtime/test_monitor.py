@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from host import processes
-from host.inotify import wait_until_exists
-from host.null_device import open_private_null
+from host.files.inotify import wait_until_exists
 from runtime.layout import ContainerFolder
-from runtime.monitor import RuntimeRefusedError, StartingMonitor
+from runtime.oci.conmon import RuntimeRefusedError, StartingMonitor
+from runtime.oci.null_device import open_private_null
 
 if os.geteuid() != 0:
     pytest.skip("needs root: a null device is made", allow_module_level=True)

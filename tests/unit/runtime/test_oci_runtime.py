@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.oci_runtime import cannot_run_program
+from runtime.oci.oci_runtime import cannot_run_program
 
 PROGRAM = [
     "executable file `nothing` not found in $PATH: No such file or directory",

@@ -8,10 +8,10 @@ from typing import cast
 
 import pytest
 
-from runtime.cgroups import CgroupTree
-from runtime.container import Container, ContainerState
+from runtime.cgroups.tree import CgroupTree
+from runtime.containers.out_of_memory import killed_for_memory
 from runtime.node import Node
-from runtime.out_of_memory import killed_for_memory
+from runtime.state.container import Container, ContainerState
 
 
 class Pod:

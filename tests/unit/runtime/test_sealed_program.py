@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.sealed_program import SealedProgram
+from runtime.oci.sealed_program import SealedProgram
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_copy_without_a_place_for_its_path_is_given_back(original: Path, tmp_p
 _ASK_FOR_A_SECOND = """
 import sys, time
 from pathlib import Path
-from runtime.sealed_program import SealedProgram
+from runtime.oci.sealed_program import SealedProgram
 sealed = SealedProgram(Path(sys.argv[1]), Path(sys.argv[2]))
 print(sealed.path(), flush=True)
 end = time.monotonic() + 1

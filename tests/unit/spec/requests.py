@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from proto.runtime.v1 import cri_pb2
-from runtime.spec import oci
-from runtime.spec.capabilities import NAMES
-from runtime.spec.draft import SpecRequest
-from runtime.spec.facts import HandlerFacts, SandboxFiles
-from runtime.spec.namespaces import NamespacePaths
-from runtime.spec.node import NodeFacts
+from runtime.specgen import config
+from runtime.specgen.capabilities import NAMES
+from runtime.specgen.draft import SpecRequest
+from runtime.specgen.facts import HandlerFacts, SandboxFiles
+from runtime.specgen.namespaces import NamespacePaths
+from runtime.specgen.node_facts import NodeFacts
 
 NODE = NodeFacts(
     cgroup_version=1,
@@ -27,7 +27,7 @@ NODE = NodeFacts(
     recursive_read_only=True,
     machine="x86_64",
     hostname="node-a",
-    default_rlimits=(oci.Rlimit(type="RLIMIT_NOFILE", hard=20000, soft=20000),),
+    default_rlimits=(config.Rlimit(type="RLIMIT_NOFILE", hard=20000, soft=20000),),
 )
 
 HANDLER = HandlerFacts("runc", recursive_read_only=True)

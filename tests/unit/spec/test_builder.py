@@ -11,10 +11,10 @@ import pytest
 
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
-from runtime.spec.builder import build
-from runtime.spec.draft import SpecRequest
-from runtime.spec.facts import SandboxFiles
-from runtime.spec.namespaces import NamespacePaths
+from runtime.specgen.builder import build
+from runtime.specgen.draft import SpecRequest
+from runtime.specgen.facts import SandboxFiles
+from runtime.specgen.namespaces import NamespacePaths
 from tests.unit.spec.requests import HANDLER, NODE, container, request, sandbox, secured
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from host.errors import InvalidArgumentError, UnsupportedError
 from proto.runtime.v1 import cri_pb2
-from runtime.spec.builder import ContainerSpec, build
+from runtime.specgen.builder import ContainerSpec, build
 from tests.unit.spec.requests import container, request
 
 YAML = """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from host.errors import InvalidArgumentError
-from runtime.spec.container_paths import ContainerPaths
+from runtime.specgen.mounts.container_paths import ContainerPaths
 
 LINKS = {
     "data": "/proc",

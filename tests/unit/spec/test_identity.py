@@ -10,8 +10,8 @@ import pytest
 
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
-from runtime.spec.identity import Identity, identify
-from runtime.spec.rooted import FILE_LIMIT, read_file
+from runtime.specgen.identity import Identity, identify
+from runtime.specgen.mounts.openat2 import FILE_LIMIT, read_file
 from tests.unit.spec.requests import write_accounts
 
 

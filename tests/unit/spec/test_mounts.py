@@ -9,14 +9,14 @@ import pytest
 
 from host.errors import InvalidArgumentError, KubeletReasonError
 from proto.runtime.v1 import cri_pb2
-from runtime.spec import oci
-from runtime.spec.builder import build
-from runtime.spec.default_mounts import kernel_mounts
-from runtime.spec.facts import HandlerFacts, SandboxFiles
-from runtime.spec.host_paths import HostPaths
-from runtime.spec.mapped_volumes import mapped_volume
-from runtime.spec.mounts import configured_mounts, container_path, in_order, root_propagation
-from runtime.spec.namespaces import NamespacePaths
+from runtime.specgen import config as oci
+from runtime.specgen.builder import build
+from runtime.specgen.facts import HandlerFacts, SandboxFiles
+from runtime.specgen.mounts.configured import configured_mounts, container_path, in_order, root_propagation
+from runtime.specgen.mounts.defaults import kernel_mounts
+from runtime.specgen.mounts.host_paths import HostPaths
+from runtime.specgen.mounts.idmapped import mapped_volume
+from runtime.specgen.namespaces import NamespacePaths
 from tests.unit.spec.requests import HANDLER, NODE, Image, container, privileged_sandbox, request, secured
 
 _MAPPING = [cri_pb2.IDMapping(host_id=65536, container_id=0, length=65536)]

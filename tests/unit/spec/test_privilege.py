@@ -17,15 +17,15 @@ import pytest
 
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
-from runtime.spec.capabilities import DEFAULT, NAMES, capability_sets
-from runtime.spec.seccomp import DEFAULT_PROFILE, Profile, Rule, compile_profile, seccomp
-from runtime.spec.seccomp_bpf import compile_bpf
-from runtime.spec.security import (
+from runtime.specgen.capabilities import DEFAULT, NAMES, capability_sets
+from runtime.specgen.security.masked_paths import (
     MASKED_PATHS,
     READONLY_PATHS,
     apparmor_profile,
     masked_and_readonly_paths,
 )
+from runtime.specgen.security.seccomp import DEFAULT_PROFILE, Profile, Rule, compile_profile, seccomp
+from runtime.specgen.security.seccomp_bpf import compile_bpf
 from tests.unit.spec.requests import NODE, container, secured
 
 Context = cri_pb2.LinuxContainerSecurityContext

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from host.errors import InvalidArgumentError
-from runtime.spec.process import DEFAULT_PATH, command_line, environment, working_directory
-from runtime.spec.signals import parse_signal, stop_signal
+from runtime.specgen.process import DEFAULT_PATH, command_line, environment, working_directory
+from runtime.specgen.signals import parse_signal, stop_signal
 from tests.unit.spec.requests import Image, container
 
 

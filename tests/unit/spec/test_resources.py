@@ -12,14 +12,14 @@ import pytest
 
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
-from runtime.spec import oci
-from runtime.spec.devices import devices
-from runtime.spec.log_path import resolve_log_path
-from runtime.spec.namespaces import NamespacePaths, namespaces, user_mappings
-from runtime.spec.node import kernel_version, probe_node
-from runtime.spec.resources import oom_score_adj, resources
-from runtime.spec.rlimits import rlimits
-from runtime.spec.sysctls import DEFAULTS, pod_sysctls, sysctl_path
+from runtime.containers.log_path import resolve_log_path
+from runtime.specgen import config as oci
+from runtime.specgen.devices import devices
+from runtime.specgen.namespaces import NamespacePaths, namespaces, user_mappings
+from runtime.specgen.node_facts import kernel_version, probe_node
+from runtime.specgen.resources import oom_score_adj, resources
+from runtime.specgen.rlimits import rlimits
+from runtime.specgen.sysctls import DEFAULTS, pod_sysctls, sysctl_path
 from tests.unit.spec.requests import NODE, sandbox
 
 Resources = cri_pb2.LinuxContainerResources

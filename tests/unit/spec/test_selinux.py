@@ -12,12 +12,12 @@ import pytest
 
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
-from runtime.selinux import CATEGORIES, free_level
-from runtime.spec import relabel, selinux
-from runtime.spec.builder import build
-from runtime.spec.facts import SandboxFiles
-from runtime.spec.relabel import relabel_all
-from runtime.spec.selinux import Relabel, SelinuxLabels, container_labels, selinux_labels
+from runtime.specgen.builder import build
+from runtime.specgen.facts import SandboxFiles
+from runtime.specgen.security import relabel, selinux
+from runtime.specgen.security.node_selinux import CATEGORIES, free_level
+from runtime.specgen.security.relabel import relabel_all
+from runtime.specgen.security.selinux import Relabel, SelinuxLabels, container_labels, selinux_labels
 from tests.unit.spec.requests import NODE, Image, container, request, sandbox, secured
 
 Options = cri_pb2.SELinuxOption
@@ -97,7 +97,7 @@ def test_levels_are_of_two_categories_and_never_one_in_use() -> None:
 
 def test_labels_are_in_the_spec_and_on_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Relabel] = []
-    monkeypatch.setattr("runtime.spec.builder.relabel_all", lambda relabels, check: done.extend(relabels))
+    monkeypatch.setattr("runtime.specgen.builder.relabel_all", lambda relabels, check: done.extend(relabels))
     volume = tmp_path / "volume"
     config = container()
     config.mounts.add(container_path="/volume", host_path=str(volume), selinux_relabel=True)

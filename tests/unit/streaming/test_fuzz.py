@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from cri.streaming import spdy_frames as frames
-from cri.streaming.http_upgrade import HttpError, HttpUpgrade
-from cri.streaming.spdy_events import SessionFailed
-from cri.streaming.spdy_session import SpdyLimits, SpdySession
-from cri.streaming.websocket_link import ChannelSocket
+from cri.streaming.httpstream import spdy_frames as frames
+from cri.streaming.httpstream.http_upgrade import HttpError, HttpUpgrade
+from cri.streaming.httpstream.spdy_events import SessionFailed
+from cri.streaming.httpstream.spdy_session import SpdyLimits, SpdySession
+from cri.streaming.httpstream.websocket_link import ChannelSocket
 from tests.support.fuzz import changed, seconds
 from tests.unit.streaming.test_websocket import VERSION, MemoryLink, request
 

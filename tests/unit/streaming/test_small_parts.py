@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from cri.options import StreamingOptions
+from cri.config.options import StreamingOptions
 from cri.streaming.backend import TerminalSize
 from cri.streaming.cleanup import left_fully
-from cri.streaming.http_upgrade import HttpError, HttpUpgrade
+from cri.streaming.httpstream.http_upgrade import HttpError, HttpUpgrade
 from cri.streaming.limits import StreamLimits
 from cri.streaming.remote_command import SizeReader
 from cri.streaming.server import StreamingServer

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cri.streaming import spdy_frames as frames
-from cri.streaming.spdy_frames import ControlFrame, DataChunk, FrameParser, SpdyError
+from cri.streaming.httpstream import spdy_frames as frames
+from cri.streaming.httpstream.spdy_frames import ControlFrame, DataChunk, FrameParser, SpdyError
 
 RECORDINGS = Path(__file__).parents[2] / "data" / "streams"
 

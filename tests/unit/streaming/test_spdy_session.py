@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cri.streaming import spdy_frames as frames
-from cri.streaming.spdy_events import (
+from cri.streaming.httpstream import spdy_frames as frames
+from cri.streaming.httpstream.spdy_events import (
     DataReceived,
     Event,
     PingAnswered,
@@ -18,7 +18,7 @@ from cri.streaming.spdy_events import (
     WentAway,
     WindowGrown,
 )
-from cri.streaming.spdy_session import DEFAULT_WINDOW, SpdyLimits, SpdySession
+from cri.streaming.httpstream.spdy_session import DEFAULT_WINDOW, SpdyLimits, SpdySession
 
 
 class Server:

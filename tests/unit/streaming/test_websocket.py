@@ -10,8 +10,8 @@ import pytest
 from wsproto.connection import CLIENT, Connection
 from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessage
 
-from cri.streaming.http_upgrade import HttpError, UpgradeRequest
-from cri.streaming.websocket_link import ChannelSocket, TunnelLink, WebSocketLink
+from cri.streaming.httpstream.http_upgrade import HttpError, UpgradeRequest
+from cri.streaming.httpstream.websocket_link import ChannelSocket, TunnelLink, WebSocketLink
 
 # The example of RFC 6455, section 1.3.
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="

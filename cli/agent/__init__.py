@@ -1,0 +1,1 @@
+"""Commands that are the agent or look at its host."""

@@ -1,0 +1,79 @@
+"""``podkeel check``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from cli.agent.config import load_for
+from cli.text import number, table
+from cri.host_check import Check, run_check
+from host.errors import PodkeelError, UnavailableError
+
+_MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}
+_COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print the checks of this host and of the agent on it; 1 if any failed."""
+    configuration = load_for(options).configuration
+    checks = [*run_check(configuration), *agent_checks(configuration.server.socket, repair=options.repair)]
+    failed = sum(item.state == "fail" for item in checks)
+    if options.format == "json":
+        print(json.dumps({"ok": not failed, "checks": msgspec.to_builtins(checks)}, indent=2))
+    else:
+        print(as_table(checks, coloured=sys.stdout.isatty()))
+    return 1 if failed else 0
+
+
+def agent_checks(socket: str, *, repair: bool = False) -> list[Check]:
+    """What the agent on ``socket`` finds when it compares its store with the kernel; one line if none runs.
+
+    With ``repair`` it makes the kernel what the store says.
+    """
+    path = socket.removeprefix("unix://")
+    if not os.access(path, os.F_OK):
+        remedy = "start the agent, which repairs at start" if repair else ""
+        return [Check("agent", "fail" if repair else "ok", f"none listens on {socket}", remedy)]
+    if not os.access(path, os.W_OK):
+        return [Check("agent", "warn", f"{socket} is closed to user {os.geteuid()}", "run it as root")]
+    from cli.client import Client
+    from proto.podkeel.v1 import agent_pb2
+
+    with Client(socket) as client:
+        try:
+            request = agent_pb2.CheckRequest(repair=repair)
+            answer = client.call(request, agent_pb2.CheckResponse, "compare store and kernel")
+        except UnavailableError:
+            remedy = "it was killed; its next start takes the socket over"
+            return [Check("agent", "warn", f"{socket} is there but nobody answers", remedy)]
+        except PodkeelError as error:
+            return [Check("agent", "fail", error.message)]
+    if not answer.findings:
+        return [Check("agent", "ok", "store and kernel agree")]
+    remedy = "restart the agent: it repairs more" if repair else "podkeel check --repair, or restart the agent"
+    return [
+        Check(f"agent: {finding.kind}", "ok", f"{finding.object}: {finding.problem}; repaired")
+        if finding.repaired
+        else Check(f"agent: {finding.kind}", "fail", f"{finding.object}: {finding.problem}", remedy)
+        for finding in answer.findings
+    ]
+
+
+def as_table(checks: Sequence[Check], *, coloured: bool) -> str:
+    """A line for each check, its remedy below it, and what it comes to."""
+    lines = table(("", "", ""), [(_MARKS[item.state], item.name, item.detail) for item in checks]).splitlines()[1:]
+    indent = " " * (5 + max(len(item.name) for item in checks))
+    body: list[str] = []
+    for item, line in zip(checks, lines, strict=True):
+        body.append(f"\x1b[{_COLOURS[item.state]}m{line[0]}\x1b[0m{line[1:]}" if coloured else line)
+        if item.state != "ok" and item.remedy:
+            body.append(f"{indent}→ {item.remedy}")
+    counts = {state: sum(item.state == state for item in checks) for state in _MARKS}
+    body.append(f"\n{counts['ok']} ok, {number(counts['warn'], 'warning')}, {counts['fail']} failed")
+    return "\n".join(body)

@@ -1,0 +1,18 @@
+"""``podkeel serve``."""
+
+from __future__ import annotations
+
+import argparse
+
+from cli.agent.config import load_for
+from cli.agent.rights import need_root
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Run the agent in this process until a signal ends it."""
+    loaded = load_for(options)
+    need_root("serve")
+    from cri.server import serve as serve_agent
+
+    serve_agent(loaded.configuration, adopt=options.adopt)
+    return 0

@@ -1,0 +1,1 @@
+"""Pod manifests for people, as the CRI's messages."""

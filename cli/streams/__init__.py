@@ -1,0 +1,1 @@
+"""Commands with streams: exec, attach, port-forward."""

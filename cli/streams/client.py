@@ -1,0 +1,139 @@
+"""Exec, attach and port-forward connections as a client: SPDY/3.1 over an upgraded HTTP connection."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+# The SPDY machine is the server's own, the other way round. These modules load nothing of the server.
+from cli.streams.tls import TlsFiles, refusal
+from cri.streaming.httpstream.connection import StreamConnection
+from cri.streaming.httpstream.spdy_link import SpdyChannel, SpdyLink
+from host.errors import PodkeelError, UnavailableError
+
+if TYPE_CHECKING:
+    import ssl
+
+T = TypeVar("T")
+
+COMMAND_PROTOCOLS = ("v4.channel.k8s.io",)
+PORT_FORWARD_PROTOCOLS = ("portforward.k8s.io",)
+_CONNECT_SECONDS = 10.0
+_STREAM_WINDOW = 256 * 1024
+_SESSION_WINDOW = 16 * 1024 * 1024
+_MAX_ANSWER = 64 * 1024
+_SWITCHING = b"HTTP/1.1 101 "
+
+
+class StreamClient:
+    """One connection to a streaming URL."""
+
+    def __init__(self) -> None:
+        self._connection: StreamConnection | None = None
+        self._head = b""
+        self._answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._link: SpdyLink | None = None
+
+    @classmethod
+    async def connect(cls, url: str, protocols: Sequence[str], tls: TlsFiles) -> StreamClient:
+        """Connect and upgrade.
+
+        Raises UnavailableError when nobody listens or is trusted, PodkeelError when the server refuses.
+        """
+        client = cls()
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or parts.hostname is None or parts.port is None:
+            raise PodkeelError(f"streams at {url.rpartition('/')[0]} need another client: this one speaks HTTP")
+        context = tls.context() if parts.scheme == "https" else None
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                await client._open(parts.hostname, parts.port, context)
+                client._write(_request(parts.path, parts.netloc, protocols))
+                head = await client._answered
+        except TimeoutError as error:
+            raise UnavailableError(f"cannot reach the agent's streams at {parts.netloc}: no answer") from error
+        except OSError as error:
+            if context is not None and hasattr(error, "reason"):
+                raise refusal(parts.netloc, error) from error
+            raise UnavailableError(f"cannot reach the agent's streams at {parts.netloc}: {error}") from error
+        if not head and context is not None and tls.certificate is None:
+            raise UnavailableError(
+                f"the agent's streams at {parts.netloc} ended the connection: if they ask clients for a certificate, "
+                "give --tls-cert and --tls-key"
+            )
+        _check_answer(head)
+        client.link.grant(_STREAM_WINDOW, _SESSION_WINDOW)
+        return client
+
+    async def _open(self, host: str, port: int, context: ssl.SSLContext | None) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(lambda: StreamConnection(self._on_made), host, port, ssl=context)
+
+    @property
+    def link(self) -> SpdyLink:
+        """The SPDY session."""
+        assert self._link is not None, "not connected"
+        return self._link
+
+    def open(self, headers: Mapping[str, str]) -> SpdyChannel:
+        """Open a stream."""
+        return self.link.open(headers)
+
+    async def close(self) -> None:
+        """Say goodbye and leave."""
+        if self._link is not None:
+            self._link.go_away()
+        if self._connection is not None:
+            await self._connection.close(0)
+
+    def _on_made(self, connection: StreamConnection) -> None:
+        self._connection = connection
+        self._link = SpdyLink(connection, lambda channel: False, lambda reason: self._lose(), 100_000, client=True)
+        connection.receiver = self._on_head
+        connection.on_lost = self._lose
+
+    def _on_head(self, data: bytes) -> None:
+        """An answer of 101 ends with its head; any other with the connection."""
+        self._head += data
+        head, end, rest = self._head.partition(b"\r\n\r\n")
+        if end and head.startswith(_SWITCHING):
+            assert self._connection is not None
+            self._connection.receiver = self.link.receive
+            self._answered.set_result(head)
+            self.link.receive(rest)
+        elif len(self._head) > _MAX_ANSWER:
+            self._lose()
+
+    def _lose(self) -> None:
+        if not self._answered.done():
+            self._answered.set_result(self._head)
+        self.link.lose()
+
+    def _write(self, data: bytes) -> None:
+        assert self._connection is not None
+        self._connection.write(data)
+
+
+def _request(path: str, host: str, protocols: Sequence[str]) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", f"Host: {host}", "User-Agent: podkeel", "Content-Length: 0"]
+    lines += ["Connection: Upgrade", "Upgrade: SPDY/3.1"]
+    lines += [f"X-Stream-Protocol-Version: {protocol}" for protocol in protocols]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def _check_answer(answer: bytes) -> None:
+    if answer.startswith(_SWITCHING):
+        return
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status = head.partition(b"\r\n")[0].decode("latin-1").removeprefix("HTTP/1.1 ")
+    reason = body.decode(errors="replace").strip() or status or "no answer"
+    raise PodkeelError(f"the agent refused the stream: {reason}")
+
+
+def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run ``main`` on a loop that can wait for regular files too, as standard input may be one."""
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.PollSelector())) as runner:
+        return runner.run(main())

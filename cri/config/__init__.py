@@ -1,0 +1,1 @@
+"""The configuration: options, TOML, checks of values."""

@@ -1,0 +1,1 @@
+"""The services behind the CRI's calls and the agent's own."""

@@ -1,0 +1,94 @@
+"""Podkeel's own service beside the CRI (proto/podkeel/v1/agent.proto)."""
+
+from __future__ import annotations
+
+import re
+
+from cri.services.agent_images import ImageCalls
+from host.errors import NotFoundError, printable
+from host.stages import Operation, failed_operations
+from proto.podkeel.v1 import agent_pb2
+from runtime.agent import Agent
+from runtime.state.sandbox import Sandbox
+
+
+class AgentService(ImageCalls):
+    """The calls on images, the check of store against node, and the way of a pod."""
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__(agent.node.images)
+        self._agent = agent
+
+    async def check(self, request: agent_pb2.CheckRequest) -> agent_pb2.CheckResponse:
+        """Differences between store and node, and which of them were repaired if that was asked for."""
+        if request.repair:
+            found, left = await self._agent.repair()
+        else:
+            found = left = await self._agent.check()
+        return agent_pb2.CheckResponse(
+            findings=[
+                agent_pb2.Finding(
+                    kind=finding.kind,
+                    object=printable(finding.object),
+                    problem=printable(finding.problem),
+                    repaired=finding not in left,
+                )
+                for finding in (*found, *(finding for finding in left if finding not in found))
+            ]
+        )
+
+    async def force_remove_pod(self, request: agent_pb2.ForceRemovePodRequest) -> agent_pb2.ForceRemovePodResponse:
+        """Remove a pod, giving up what its CNI plugins do not give back."""
+        return agent_pb2.ForceRemovePodResponse(given_up=await self._agent.pods.force_remove(request.id))
+
+    async def explain(self, request: agent_pb2.ExplainRequest) -> agent_pb2.ExplainResponse:
+        """The stages of a sandbox and its containers, or of one container; also of what is being made, or failed."""
+        node = self._agent.node
+        sandbox, container = node.sandboxes.find(request.id), node.containers.find(request.id)
+        if sandbox is not None or container is None:
+            wanted = _pod_name(sandbox) if sandbox is not None else request.id
+            named = (
+                (sandbox,) if sandbox is not None else (s for s in node.sandboxes if _is_named(_pod_name(s), wanted))
+            )
+            kept = [pair for found in named for pair in self._operations(found)]
+            known = {id(operation) for _, operation in kept}
+            lost = [operation for operation in failed_operations() if _is_named(operation.subject, wanted)]
+            kept += [("", operation) for operation in lost if id(operation) not in known]
+            kept.sort(key=lambda pair: pair[1].started)
+        else:
+            kept = [(container.id, operation) for operation in container.operations]
+        if not kept:
+            raise NotFoundError(f"no sandbox or container {request.id!r}")
+        return agent_pb2.ExplainResponse(operations=[_report(*pair) for pair in kept])
+
+    def _operations(self, sandbox: Sandbox) -> list[tuple[str, Operation]]:
+        kept = [(sandbox.id, operation) for operation in sandbox.operations]
+        for member in self._agent.node.containers_of(sandbox):
+            kept += [(member.id, operation) for operation in member.operations]
+        return kept
+
+
+def _pod_name(sandbox: Sandbox) -> str:
+    return f"{sandbox.config.metadata.namespace}/{sandbox.config.metadata.name}"
+
+
+def _is_named(subject: str, wanted: str) -> bool:
+    """Whether ``wanted`` is one or more whole names of those in words such as ``(default/web/main)``."""
+    return bool(wanted) and re.search(rf"(?:^|[ (/]){re.escape(wanted)}(?:[/)]|$)", subject) is not None
+
+
+def _report(object_id: str, operation: Operation) -> agent_pb2.OperationReport:
+    return agent_pb2.OperationReport(
+        object_id=object_id,
+        name=operation.name,
+        started=operation.started,
+        stages=[
+            agent_pb2.StageReport(
+                name=stage.name,
+                started=stage.started,
+                seconds=-1.0 if stage.seconds is None else stage.seconds,
+                failed=stage.failed,
+            )
+            for stage in operation.stages
+        ],
+    )

@@ -1,0 +1,136 @@
+"""Lists answered from memory: each item's bytes are made once and joined for every answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from host.errors import InvalidArgumentError
+from proto.runtime.v1 import cri_pb2
+from runtime.node import Node
+from runtime.state import status
+from runtime.state.container import Container
+from runtime.state.sandbox import Sandbox
+
+STREAM_ITEMS = 64
+STREAM_BYTES = 1024 * 1024  # clients take no message over 16 MiB, and the annotations of one pod may be 256 KiB
+
+S = TypeVar("S", Sandbox, Container)
+
+
+def sandboxes(node: Node, wanted: cri_pb2.PodSandboxFilter) -> Iterator[bytes]:
+    """Encoded items of the sandboxes that match; an unknown or ambiguous id matches none."""
+    for sandbox in node.visible_sandboxes():
+        if wanted.id and not sandbox.id.startswith(wanted.id):
+            continue
+        if wanted.HasField("state") and status.sandbox_state(sandbox) != wanted.state.state:
+            continue
+        if matches(wanted.label_selector, sandbox.config.labels):
+            yield _item(sandbox, status.sandbox_item)
+
+
+def containers(node: Node, wanted: cri_pb2.ContainerFilter) -> Iterator[bytes]:
+    """Encoded items of the containers that match; an unknown or ambiguous id matches none."""
+    _follow_image_names(node)
+    for container in node.visible_containers():
+        if wanted.id and not container.id.startswith(wanted.id):
+            continue
+        if wanted.pod_sandbox_id and not container.sandbox.id.startswith(wanted.pod_sandbox_id):
+            continue
+        if wanted.HasField("state") and status.container_state(container) != wanted.state.state:
+            continue
+        if matches(wanted.label_selector, container.config.labels):
+            yield _item(container, partial(_container_item, node))
+
+
+def matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Whether ``labels`` hold every pair of ``selector``."""
+    return all(labels.get(key) == value for key, value in selector.items())
+
+
+def in_messages(items: Iterable[bytes]) -> Iterator[bytes]:
+    """Encoded items, a few in each message of a stream; one that is larger than a message should be has its own."""
+    batch: list[bytes] = []
+    size = 0
+    for item in items:
+        if batch and (len(batch) == STREAM_ITEMS or size + len(item) > STREAM_BYTES):
+            yield b"".join(batch)
+            batch.clear()
+            size = 0
+        batch.append(item)
+        size += len(item)
+    if batch:
+        yield b"".join(batch)
+
+
+def encode_item(message: Message) -> bytes:
+    """``message`` as an element of a repeated field number 1, which every list's is."""
+    return encode_field(1, message.SerializeToString())
+
+
+def encode_field(number: int, body: bytes) -> bytes:
+    """An encoded message, or a text, as field ``number`` (at most 15) of another one."""
+    return _BYTES[number << 3 | 2] + _varint(len(body)) + body
+
+
+def encode_number(number: int, value: int) -> bytes:
+    """A number that is not negative as field ``number`` (at most 15) of a message; nothing for 0."""
+    return _BYTES[number << 3] + _varint(value) if value else b""
+
+
+def _follow_image_names(node: Node) -> None:
+    """Forget the items of containers whose image has lost its name to another one, or got it back, meanwhile."""
+    if node.listed_images == node.images.revision:
+        return
+    renamed = frozenset(container.id for container in node.containers if _lost_its_name(node, container))
+    for container in node.containers:
+        if (container.id in renamed) != (container.id in node.renamed):
+            container.list_item = None
+    node.renamed = renamed
+    node.listed_images = node.images.revision
+
+
+def _lost_its_name(node: Node, container: Container) -> bool:
+    """Whether what was asked for stands for another image by now."""
+    asked = container.config.image
+    with suppress(InvalidArgumentError):  # what clients show to people need not be a reference
+        named = node.images.find(asked.user_specified_image or asked.image)
+        return named is not None and named.id != container.record.image_id
+    return False
+
+
+def _container_item(node: Node, container: Container) -> cri_pb2.Container:
+    """Its item; with the image's id where the name does not stand for it any more.
+
+    ``crictl rmi --prune`` removes every image that no container names here.
+    """
+    item = status.container_item(container)
+    if _lost_its_name(node, container):
+        item.image.image = item.image_id
+    return item
+
+
+def _item(subject: S, build: Callable[[S], Message]) -> bytes:
+    if subject.list_item is None:
+        subject.list_item = encode_item(build(subject))
+    return subject.list_item
+
+
+_BYTES = [bytes((number,)) for number in range(128)]
+
+
+def _varint(value: int) -> bytes:
+    if value < 1 << 7:
+        return _BYTES[value]
+    if value < 1 << 14:
+        return bytes((value & 0x7F | 0x80, value >> 7))
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

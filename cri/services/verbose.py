@@ -1,0 +1,107 @@
+"""What verbose answers say beyond the CRI's fields: plain values, ready to become JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from cri.version import VERSION
+from host.stages import Operation
+from runtime.layout import SandboxFolder
+from runtime.node import Node
+from runtime.state.container import Container, ContainerState
+from runtime.state.sandbox import Sandbox
+
+_OCI_NAMESPACES = {"net": "network"}
+
+
+def node_information(node: Node) -> dict[str, Any]:
+    """For Status: what the agent works with."""
+    handlers = {
+        handler.name: {"program": handler.program, "features": msgspec.structs.asdict(handler.features)}
+        for handler in node.handlers.working()
+    }
+    return {
+        "config": {"runtime": msgspec.structs.asdict(node.options)},
+        "podkeel": {
+            "version": VERSION,
+            "cgroupVersion": node.cgroups.version,
+            "cgroupDriver": node.cgroups.driver,
+            "handlers": handlers,
+            "failedHandlers": node.handlers.failures,
+            "sandboxes": len(node.sandboxes),
+            "containers": len(node.containers),
+            "storeCommits": node.database.commits,
+            "writableLayers": {
+                "projectQuotas": node.snapshots.project_quotas,
+                "countedBecause": node.snapshots.writable.counted_because,
+            },
+        },
+    }
+
+
+def sandbox_information(node: Node, sandbox: Sandbox) -> dict[str, Any]:
+    """For PodSandboxStatus."""
+    record = sandbox.record
+    folder = node.layout.sandbox(sandbox.id)
+    return {
+        "pid": _a_pid_in(node, sandbox),
+        "state": str(record.state),
+        "runtimeHandler": record.handler,
+        "cgroupParent": record.cgroup_parent,
+        "networkNamespace": "" if sandbox.host_network else str(folder.pin("net")),
+        # Where scripts around crictl look for a pod's namespaces, as if it had a container of its own.
+        "runtimeSpec": {"linux": {"namespaces": _namespaces(folder)}},
+        "addresses": list(record.addresses),
+        "operations": operations(sandbox.operations),
+    }
+
+
+def _a_pid_in(node: Node, sandbox: Sandbox) -> int:
+    """A process to enter the pod by (``nsenter --target``): that of its oldest running container; 0 if none runs."""
+    running = (c for c in node.containers_of(sandbox) if c.record.state is ContainerState.RUNNING)
+    return next((container.record.init.pid for container in running if container.record.init), 0)
+
+
+def _namespaces(folder: SandboxFolder) -> list[dict[str, str]]:
+    """Those that are pinned, in the form and by the names of the OCI runtime specification."""
+    pins = [(_OCI_NAMESPACES.get(kind, kind), folder.pin(kind)) for kind in ("net", "ipc", "uts", "pid", "user")]
+    return [{"type": name, "path": str(pin)} for name, pin in pins if pin.exists()]
+
+
+def container_information(node: Node, container: Container) -> dict[str, Any]:
+    """For ContainerStatus."""
+    record = container.record
+    folder = node.layout.container(container.id)
+    try:
+        spec: Any = msgspec.json.decode(folder.spec.read_bytes())
+    except OSError:
+        spec = None
+    return {
+        "sandboxID": container.sandbox.id,
+        "pid": record.init.pid if record.init and not container.exited.is_set() else 0,
+        "conmonPid": record.monitor.pid if record.monitor and not container.exited.is_set() else 0,
+        "state": str(record.state),
+        "runtimeHandler": record.handler,
+        "cgroup": record.cgroup,
+        "bundle": str(folder.path),
+        "rootfs": str(folder.rootfs),
+        "runtimeSpec": spec,
+        "operations": operations(container.operations),
+    }
+
+
+def operations(kept: list[Operation]) -> list[dict[str, Any]]:
+    """Stages with start (nanoseconds since the epoch) and seconds, None while one runs."""
+    return [
+        {
+            "name": operation.name,
+            "started": operation.started,
+            "stages": [
+                {"name": stage.name, "started": stage.started, "seconds": stage.seconds, "failed": stage.failed}
+                for stage in operation.stages
+            ],
+        }
+        for operation in kept
+    ]

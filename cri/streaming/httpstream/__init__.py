@@ -1,0 +1,1 @@
+"""SPDY and WebSocket connections; everything that the command line shares with the streaming server."""

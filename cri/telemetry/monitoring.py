@@ -1,0 +1,127 @@
+"""What the agent tells of itself and its pods over HTTP (imported only where an address for that is configured)."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+
+import grpc
+
+from cri.config.options import DEFAULT_METRICS_ADDRESS, MetricsOptions
+from cri.methods import Call
+from cri.telemetry import node_metrics
+from host.errors import InvalidArgumentError, UnavailableError
+from host.stages import observed_by
+from metrics.agent import AgentMetrics
+from metrics.catalog import CATALOG
+from metrics.exposition.routes import Entries, standard_routes
+from metrics.exposition.server import MetricsServer, Route
+from runtime.agent import Agent
+
+# Those that mean the node failed, on which there is an alert; others are answers.
+NODE_ERRORS = (
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+
+_log = logging.getLogger("podkeel.monitoring")
+
+
+class CallMetrics:
+    """Observes every call for the agent's metrics."""
+
+    def __init__(self, metrics: AgentMetrics) -> None:
+        self._metrics = metrics
+        self._methods: set[str] = set()
+        for code in grpc.StatusCode:  # a rise from no series at all is not seen by whoever alerts on it
+            metrics.pulls.add(code.name, amount=0.0)
+
+    @contextmanager
+    def observe(self, call: Call) -> Iterator[None]:
+        """Counts and times a call."""
+        metrics, method = self._metrics, call.method
+        if method not in self._methods:
+            self._methods.add(method)
+            for error in NODE_ERRORS:
+                metrics.calls.add(method, error.name, amount=0.0)
+        metrics.call_began(method)
+        try:
+            yield
+        finally:
+            code, seconds = call.code.name, call.seconds
+            metrics.call_ended(method, code, seconds)
+            if method == "PullImage":
+                metrics.pulls.add(code)
+                metrics.pull_seconds.observe(seconds)
+
+
+@asynccontextmanager
+async def monitoring(agent: Agent, options: MetricsOptions) -> AsyncIterator[CallMetrics]:
+    """Measure, and serve /metrics, /metrics/cadvisor, /healthz and /readyz during the block.
+
+    Raises InvalidArgumentError for an unusable certificate, UnavailableError when the address is taken, which of the
+    default address is only a warning.
+    """
+    metrics = AgentMetrics()
+    node_metrics.register(metrics, agent)
+    host, _, port = options.address.rpartition(":")
+    host = host.strip("[]")
+    server = MetricsServer(_routes(metrics, agent), server_tls(options))
+    try:
+        bound = await server.start(host, int(port))
+    except OSError as error:
+        problem = f"metrics.address {options.address}: cannot be listened on ({error.strerror}): use another one"
+        if options.address != DEFAULT_METRICS_ADDRESS:
+            raise UnavailableError(problem) from error
+        _log.warning("no metrics are served: %s", problem)
+    else:
+        _log.info("serving metrics on %s://%s:%d/metrics", "https" if options.tls_certificate else "http", host, bound)
+    metrics.watch_loop()
+    try:
+        with observed_by(metrics.stage):
+            yield CallMetrics(metrics)
+    finally:
+        await metrics.close()
+        await server.close()
+
+
+def server_tls(options: MetricsOptions) -> ssl.SSLContext | None:
+    """What the options' TLS files make of the server; None without any. Raises InvalidArgumentError."""
+    if not options.tls_certificate and not options.tls_key:
+        if options.tls_client_ca:
+            raise InvalidArgumentError(
+                "metrics: tls_client_ca is only of use with a certificate and a key: give both too"
+            )
+        return None
+    if not options.tls_certificate or not options.tls_key:
+        raise InvalidArgumentError("metrics: tls_certificate and tls_key belong together: give both, or neither")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(options.tls_certificate, options.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidArgumentError(
+            f"metrics: certificate {options.tls_certificate} with key {options.tls_key} cannot be used: {error}"
+        ) from error
+    if options.tls_client_ca:
+        try:
+            context.load_verify_locations(options.tls_client_ca)
+        except (OSError, ssl.SSLError) as error:
+            raise InvalidArgumentError(
+                f"metrics: tls_client_ca {options.tls_client_ca} cannot be used: {error}"
+            ) from error
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def _routes(metrics: AgentMetrics, agent: Agent) -> Mapping[str, Route]:
+    async def entries() -> Entries:
+        pods = await agent.statistics.snapshots()
+        return [entry for pod in pods for entry in (pod.itself, *pod.containers.values())]
+
+    return standard_routes(metrics, CATALOG, entries, lambda: list(node_metrics.problems(agent.node).values()))

@@ -1,0 +1,141 @@
+"""The metrics whose numbers the other rooms keep: they are read at each scrape."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from cri.version import VERSION
+from metrics.agent import AgentMetrics
+from runtime.agent import Agent
+from runtime.node import Node
+from runtime.state.container import Container, ContainerState
+from runtime.state.sandbox import Sandbox, SandboxState
+
+Rows = list[tuple[tuple[str, ...], float]]
+
+_NS = 1e-9
+_CONTAINER_LABELS = ("namespace", "pod", "container")
+
+
+def register(metrics: AgentMetrics, agent: Agent) -> None:
+    """Add them all to ``metrics``. What may be counted has its series from the start: a rise from none is not seen."""
+    node = agent.node
+    metrics.compute("podkeel_build_info", "The agent's version.", ("version",), lambda: [((VERSION,), 1.0)])
+    text = "1 where this condition of the node holds, 0 where it keeps pods from starting."
+    metrics.compute("podkeel_ready", text, ("condition",), lambda: _conditions(node))
+    _register_counts(metrics, agent)
+    _register_containers(metrics, node)
+    _register_disk(metrics, node)
+
+
+def problems(node: Node) -> dict[str, str]:
+    """What keeps the node from taking pods, a sentence by condition: ``runtime``, ``network``."""
+    found = {} if node.handlers.default is not None else {"runtime": "no runtime handler works on this node"}
+    network = node.network.condition()
+    return found if network.ready else {**found, "network": f"network: {network.message}"}
+
+
+def _conditions(node: Node) -> Rows:
+    wrong = problems(node)
+    return [((condition,), float(condition not in wrong)) for condition in ("runtime", "network")]
+
+
+def _register_counts(metrics: AgentMetrics, agent: Agent) -> None:
+    node = agent.node
+
+    def counter(name: str, text: str, read: Callable[[], float]) -> None:
+        metrics.compute(name, text, (), lambda: [((), read())], counter=True)
+
+    counter("podkeel_image_pull_bytes_total", "Bytes of layers from registries.", lambda: node.images.fetched_bytes)
+    text = "Event subscribers closed because they did not read."
+    counter("podkeel_event_subscribers_dropped_total", text, lambda: node.events.dropped)
+    counter("podkeel_store_commits_total", "Commits of the store.", lambda: node.database.commits)
+    text = "Clients that listen to events."
+    metrics.compute("podkeel_event_subscribers", text, (), lambda: [((), node.events.subscribers)])
+    text = "What monitors and OCI runtimes failed at; run program: the container's cannot be executed."
+    labels = ("program", "action")
+    metrics.compute("podkeel_program_failures_total", text, labels, lambda: _failures(node), counter=True)
+    text = "Differences between store and node that were repaired at start."
+    findings = agent.recovery.findings
+    metrics.compute(
+        "podkeel_recovery_findings_total",
+        text,
+        ("kind",),
+        lambda: [((kind,), float(count)) for kind, count in findings.items()],
+        counter=True,
+    )
+
+
+def _register_containers(metrics: AgentMetrics, node: Node) -> None:
+    text = "Pods by state."
+    metrics.compute("podkeel_pods", text, ("state",), lambda: _states(SandboxState, node.sandboxes))
+    text = "Containers by state."
+    metrics.compute("podkeel_containers", text, ("state",), lambda: _states(ContainerState, node.containers))
+    text = "How often clients made a container anew: the attempt of its latest one, until that is removed."
+    metrics.compute(
+        "podkeel_container_restarts_total", text, _CONTAINER_LABELS, lambda: _restarts(node.containers), counter=True
+    )
+    text = "When a container last ended for this reason, in seconds since the epoch, until it is removed."
+    labels = (*_CONTAINER_LABELS, "reason")
+    metrics.compute("podkeel_container_exited_timestamp_seconds", text, labels, lambda: _exits(node.containers))
+
+
+def _register_disk(metrics: AgentMetrics, node: Node) -> None:
+    def used() -> Rows:  # project quotas may have to be read from the disk
+        images, containers = node.images.filesystem_usage(), node.snapshots.filesystem_usage()
+        return [(("images",), images.used_bytes), (("containers",), containers.used_bytes)]
+
+    text = "What images and containers' writable layers take on disk."
+    metrics.compute("podkeel_disk_used_bytes", text, ("kind",), used, blocks=True)
+    metrics.compute("podkeel_images", "Images on the node.", (), lambda: [((), len(node.images.images()))])
+
+    def filesystems(value: Callable[[os.statvfs_result], int]) -> Callable[[], Rows]:
+        folders: dict[str, Path] = {"data": node.layout.data, "run": node.layout.run}
+        return lambda: [((name,), value(os.statvfs(folder))) for name, folder in folders.items()]
+
+    where = "the file system that this folder of the agent lies on"
+    for name, text, value in (
+        ("size_bytes", f"Size of {where}.", lambda s: s.f_blocks * s.f_frsize),
+        ("available_bytes", f"What is left to use of {where}.", lambda s: s.f_bavail * s.f_frsize),
+        ("files", f"Inodes of {where}; 0: it makes them as needed.", lambda s: s.f_files),
+        ("files_free", f"Free inodes of {where}.", lambda s: s.f_ffree),
+    ):
+        metrics.compute(f"podkeel_filesystem_{name}", text, ("folder",), filesystems(value), blocks=True)
+
+
+def _failures(node: Node) -> Rows:
+    programs = (runtime.name for runtime in node.handlers.working())
+    known = [*itertools.product(programs, ("create", "run program", "start", "delete")), ("conmon", "monitor")]
+    return [(labels, float(count)) for labels, count in (dict.fromkeys(known, 0) | node.failures).items()]
+
+
+def _states(kinds: type[SandboxState] | type[ContainerState], objects: Iterable[Sandbox] | Iterable[Container]) -> Rows:
+    counted = Counter(item.record.state for item in objects)
+    return [((str(state),), float(counted[state])) for state in kinds]
+
+
+def _restarts(containers: Iterable[Container]) -> Rows:
+    attempts: dict[tuple[str, ...], float] = {}
+    for container in containers:
+        labels = _container_labels(container)
+        attempts[labels] = max(attempts.get(labels, 0.0), container.config.metadata.attempt)
+    return list(attempts.items())
+
+
+def _exits(containers: Iterable[Container]) -> Rows:
+    latest: dict[tuple[str, ...], float] = {}
+    for container in containers:
+        record = container.record
+        if record.state is ContainerState.EXITED:
+            labels = (*_container_labels(container), record.reason)
+            latest[labels] = max(latest.get(labels, 0.0), record.finished_at * _NS)
+    return list(latest.items())
+
+
+def _container_labels(container: Container) -> tuple[str, str, str]:
+    pod = container.sandbox.config.metadata
+    return (pod.namespace, pod.name, container.config.metadata.name)

@@ -1,0 +1,1 @@
+"""Threads, tasks and undo steps that outlast a cancelled request."""

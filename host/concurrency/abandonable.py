@@ -1,0 +1,140 @@
+"""Threads that can be left behind, for work that may hang in the kernel, as on a volume whose server is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+from host.concurrency.tasks import wait_out
+from host.concurrency.thread_starting import start_aside
+from host.errors import PodkeelError, UnavailableError
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 1.0
+
+_log = logging.getLogger("podkeel.threads")
+
+
+class GivenUpError(PodkeelError):
+    """Nobody waits for this work any more."""
+
+
+class Permission:
+    """What the work asks before it goes on; for any thread."""
+
+    def __init__(self, on_step_end: Callable[[], object]) -> None:
+        self._lock = threading.Lock()
+        self._on_step_end = on_step_end
+        self._given_up = False
+        self._stepping = False
+
+    def check(self) -> None:
+        """Raise GivenUpError if nobody waits any more."""
+        if self._given_up:
+            raise GivenUpError("the call was given up")
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around all that changes something: it does not begin once the work is given up, and its end is waited for.
+
+        In a step nothing may hang, and what takes long asks ``check`` in between.
+        """
+        with self._lock:
+            self.check()
+            self._stepping = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._stepping = False
+                given_up = self._given_up
+            if given_up:
+                self._on_step_end()
+
+    def withdraw(self) -> bool:
+        """Let no further step begin; whether one is under way."""
+        with self._lock:
+            self._given_up = True
+            return self._stepping
+
+
+class AbandonableThreads:
+    """Runs each piece of work in a thread of its own. At most ``most`` hang in the kernel after they were given up."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._hanging = 0
+
+    async def run(self, subject: str, work: Callable[[Permission], T]) -> T:
+        """Run ``work`` and wait for it.
+
+        A cancelled caller waits for the end of a step that has begun, and at most a second for the rest: then the
+        thread is left behind, does no further step when it comes back, and its result is dropped. Raises
+        UnavailableError when too many threads hang.
+        """
+        if self._hanging >= self._most:
+            raise UnavailableError(
+                f"{subject}: {self._hanging} earlier calls still hang on volumes that do not answer: "
+                "bring their servers back, or unmount the volumes"
+            )
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        step_ended = asyncio.Event()
+        permission = Permission(lambda: loop.call_soon_threadsafe(step_ended.set))
+
+        def body() -> None:
+            try:
+                outcome = _Outcome(work(permission))
+            except BaseException as error:
+                outcome = _Outcome(None, error)
+            with suppress(RuntimeError):  # the loop is closed: the agent ended meanwhile
+                loop.call_soon_threadsafe(outcome.settle, future)
+
+        def failed(error: RuntimeError) -> None:
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(_Outcome(None, error).settle, future)
+
+        start_aside(body, name="abandonable", failed=failed)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await wait_out(asyncio.ensure_future(self._give_up(subject, future, permission, step_ended)))
+            raise
+
+    async def _give_up(
+        self, subject: str, future: asyncio.Future[T], permission: Permission, step_ended: asyncio.Event
+    ) -> None:
+        if permission.withdraw():
+            await step_ended.wait()
+        await asyncio.wait({future}, timeout=PATIENCE_SECONDS)
+        if future.done():
+            future.exception()  # retrieved here, so that it is not reported as lost
+            return
+        self._hanging += 1
+        _log.warning("%s: a thread hangs on a volume that does not answer and is left behind", subject)
+        future.add_done_callback(self._came_back)
+
+    def _came_back(self, future: asyncio.Future[T]) -> None:
+        self._hanging -= 1
+        future.exception()
+
+
+class _Outcome:
+    """What work returned or raised."""
+
+    def __init__(self, value: object, error: BaseException | None = None) -> None:
+        self._value = value
+        self._error = error
+
+    def settle(self, future: asyncio.Future[T]) -> None:
+        if future.done():
+            return
+        if self._error is not None:
+            future.set_exception(self._error)
+        else:
+            future.set_result(self._value)  # type: ignore[arg-type]  # it is the T that the work returned

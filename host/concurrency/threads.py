@@ -1,0 +1,73 @@
+"""Where blocking work goes: a pool for each purpose, fresh threads for what changes namespaces or may hang."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+from host import libc
+from host.concurrency.tasks import wait_out
+from host.concurrency.thread_starting import start_aside
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Pool:
+    """Threads for one purpose, made when first needed, so that work of another purpose never waits for them."""
+
+    def __init__(self, purpose: str, most: int) -> None:
+        self._threads = ThreadPoolExecutor(max_workers=most, thread_name_prefix=purpose)
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run blocking ``work`` on a thread of the pool and wait for it.
+
+        Work that has begun cannot be interrupted: a cancelled caller still waits for its end, so that undoing it
+        afterwards never races with it; then the cancellation goes on.
+        """
+        future = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
+        return await wait_out(future)
+
+
+# One pool for each purpose. What may take seconds (walks, archives, syncs) has no part in a pool that calls wait for.
+in_thread = _Pool("containers", 12).run  # making, starting, stopping pods and containers; commands in them
+in_network_thread = _Pool("network", 6).run  # netlink, nftables, files of CNI
+in_stats_thread = _Pool("stats", 4).run  # lists, statistics, metrics, traces
+in_image_thread = _Pool("images", 8).run  # short steps of pulls, archives and exports: files, rows, pieces of blobs
+in_long_thread = _Pool("images-long", 32).run  # long ones: walks over trees and archives, syncs, what is removed
+
+
+async def in_fresh_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run ``work`` in a thread of its own that ends with it, free to unshare or enter namespaces, or to hang."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def succeed(value: T) -> None:
+        if not future.done():
+            future.set_result(value)
+
+    def fail(error: BaseException) -> None:
+        if not future.done():
+            future.set_exception(error)
+
+    def body() -> None:
+        try:
+            value = work(*args, **kwargs)
+        except BaseException as error:
+            loop.call_soon_threadsafe(fail, error)
+        else:
+            loop.call_soon_threadsafe(succeed, value)
+
+    start_aside(body, name="namespace", failed=lambda error: loop.call_soon_threadsafe(fail, error))
+    return await wait_out(future)
+
+
+@contextmanager
+def inside_namespace(path: str, kind: int) -> Iterator[None]:
+    """Enter the namespace pinned at ``path`` for good; only for use in a fresh thread."""
+    with open(path, "rb") as pin:
+        libc.setns(pin.fileno(), kind)
+    yield

@@ -1,0 +1,57 @@
+"""Undo: what was done is taken back in reverse order unless the whole succeeded."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Self
+
+from host.concurrency.tasks import wait_out
+
+STEP_SECONDS = 30.0
+
+_log = logging.getLogger("podkeel.undo")
+
+
+class Undo:
+    """A stack of undo steps for ``async with``; they run when the block fails or is cancelled, not when it ends well.
+
+    Each step has a deadline of its own, runs even while the caller is being cancelled, and must be idempotent: a step
+    that fails is logged and left for the next start's recovery.
+    """
+
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
+        self._steps: list[tuple[str, Callable[[], Awaitable[None] | None]]] = []
+
+    def push(self, what: str, step: Callable[[], Awaitable[None] | None]) -> None:
+        """Remember how to take back ``what``; call it before the thing is made, so that a half-made one is covered."""
+        self._steps.append((what, step))
+
+    async def run(self) -> None:
+        """Take everything back now, newest first; returns when all steps ran, also if the caller is cancelled."""
+        await wait_out(asyncio.create_task(self._run_steps()))
+
+    async def _run_steps(self) -> None:
+        while self._steps:
+            what, step = self._steps.pop()
+            try:
+                async with asyncio.timeout(STEP_SECONDS):
+                    result = step()
+                    if inspect.isawaitable(result):
+                        await result
+            except Exception as error:
+                _log.error("%s: could not undo %s: %s", self._subject, what, error)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            await self.run()
+        self._steps.clear()

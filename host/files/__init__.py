@@ -1,0 +1,1 @@
+"""Files, folders, mounts and /proc, opened by descriptors and read within limits."""

@@ -1,0 +1,1 @@
+"""Images as files: docker archives and OCI layouts, read and written."""

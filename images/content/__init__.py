@@ -1,0 +1,1 @@
+"""Blobs on their way into the store: sources, partial downloads, progress, slots, removal."""

@@ -1,0 +1,35 @@
+"""A layer that an image needs: what it must be, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Hashable
+from dataclasses import dataclass, field
+
+from images.content.slots import Origin
+from images.oci.manifests import Descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSource:
+    """Where a missing layer comes from: what it must be, and how to begin its transfer, from that byte on.
+
+    What came of one that is ``resumable`` before its transfer broke off is worth keeping.
+    """
+
+    descriptor: Descriptor
+    diff_id: str
+    chain_id: str
+    chunks: Callable[[int], AsyncGenerator[bytes, None]]
+    subject: str
+    resumable: bool
+    origin: Origin = field(default_factory=Origin)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What others who want it from the same registry have too."""
+        return self.chain_id, self.origin.registry
+
+    @property
+    def wanted(self) -> tuple[Hashable, ...]:
+        """What pulls that need this layer wait for: the layer itself, and its blob."""
+        return (self.key, *filter(None, (self.descriptor.digest,)))

@@ -1,0 +1,101 @@
+"""How far pulls are, as it can be asked for while they run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+
+from images.content.ingest import PartialBlob
+from images.content.layer_source import LayerSource
+from images.content.slots import Slot
+
+
+class LayerState(Enum):
+    """``WAITING`` for its turn, ``RUNNING`` while it is fetched and unpacked, ``DONE`` once it is on the node."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProgress:
+    """One layer of a pull; ``size`` and ``received`` are compressed bytes."""
+
+    digest: str
+    state: LayerState
+    size: int
+    received: int
+
+
+@dataclass(frozen=True, slots=True)
+class PullProgress:
+    """One running pull; ``started`` in nanoseconds since the epoch, ``layers`` empty until the manifest is there."""
+
+    reference: str
+    started: int
+    layers: tuple[LayerProgress, ...]
+
+
+@dataclass(slots=True)
+class RunningPull:
+    """A pull as the store follows it; ``sources`` are known once its manifest is."""
+
+    reference: str
+    started: int = field(default_factory=time.time_ns)
+    sources: Sequence[LayerSource] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """A layer that somebody makes; ``received`` is None until its chunks are asked for."""
+
+    source: LayerSource
+    received: int | None = None
+
+    async def chunks(self, partial: PartialBlob | None, slot: Slot) -> AsyncGenerator[bytes, None]:
+        """The chunks of the layer, what is there of it first, counted; ``slot`` watches how fast the others come."""
+        self.received = 0
+        begin = partial.size if partial is not None else 0
+        if partial is not None:
+            async with contextlib.aclosing(partial.chunks()) as chunks:
+                async for chunk in chunks:
+                    self.received += len(chunk)
+                    yield chunk
+        if 0 < begin == self.source.descriptor.size:
+            return
+        async with contextlib.aclosing(slot.watched(self.source.chunks(begin))) as chunks:
+            async for chunk in chunks:
+                self.received += len(chunk)
+                yield chunk
+
+
+class Transfers:
+    """The layers on their way to the node, by chain id and registry."""
+
+    def __init__(self) -> None:
+        self._transfers: dict[tuple[str, str], Transfer] = {}
+
+    @contextmanager
+    def making(self, source: LayerSource) -> Iterator[Transfer]:
+        """The layer is on its way until the block ends."""
+        transfer = self._transfers[source.key] = Transfer(source)
+        try:
+            yield transfer
+        finally:
+            if self._transfers.get(source.key) is transfer:  # else another one has taken over
+                del self._transfers[source.key]
+
+    def progress(self, source: LayerSource, *, there: bool) -> LayerProgress:
+        """How far the layer is, which ``there`` says is unpacked."""
+        size = source.descriptor.size
+        transfer = self._transfers.get(source.key)
+        received = transfer.received if transfer is not None else None
+        if there:
+            return LayerProgress(source.descriptor.digest, LayerState.DONE, size, size)
+        state = LayerState.WAITING if received is None else LayerState.RUNNING
+        return LayerProgress(source.descriptor.digest, state, size, received or 0)

@@ -1,0 +1,59 @@
+"""An image about to be installed: what a registry or an archive offers, layers not yet read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+
+from host.errors import InvalidArgumentError
+from images.content.layer_source import LayerSource
+from images.content.slots import Origin
+from images.image import ConfigFile
+from images.oci import digests
+from images.oci.manifests import Descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """``names`` are the tags and digest references it gets; ``open_layer`` transfers a layer from a byte of it on.
+
+    ``transferred`` tells how many bytes of layers came over the network so far; ``resumable`` is as for layer sources.
+    """
+
+    subject: str
+    manifest: bytes
+    manifest_digest: str
+    config: ConfigFile
+    layers: tuple[Descriptor, ...]
+    names: tuple[str, ...]
+    open_layer: Callable[[Descriptor, int], AsyncGenerator[bytes, None]]
+    transferred: Callable[[], int] = lambda: 0
+    resumable: bool = False
+    origin: Origin = field(default_factory=Origin)
+
+    @property
+    def id(self) -> str:
+        """The digest of its configuration."""
+        return self.config.digest
+
+    def layer_sources(self) -> list[LayerSource]:
+        """One per layer, lowest first; InvalidArgumentError if manifest and configuration disagree on their number."""
+        diff_ids = self.config.diff_ids
+        if len(diff_ids) != len(self.layers):
+            raise InvalidArgumentError(
+                f"{self.subject} is broken: its manifest has {len(self.layers)} layers, its config {len(diff_ids)}"
+            )
+        chain = digests.chain_ids(diff_ids)
+        return [
+            LayerSource(
+                descriptor,
+                diff_ids[index],
+                chain[index],
+                functools.partial(self.open_layer, descriptor),
+                f"{self.subject}: layer {index + 1} of {len(diff_ids)} ({descriptor.digest or diff_ids[index]})",
+                self.resumable,
+                self.origin,
+            )
+            for index, descriptor in enumerate(self.layers)
+        ]

@@ -1,0 +1,1 @@
+"""Unpacked layers: fetched, made and kept."""

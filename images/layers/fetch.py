@@ -1,0 +1,103 @@
+"""Bringing one layer to the node: fetched, or taken up where it broke off, and unpacked while it arrives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from host.concurrency.threads import in_image_thread
+from host.errors import InvalidArgumentError
+from images.content.ingest import PartialBlob, PartialBlobs, new_blob
+from images.content.progress import Transfer, Transfers
+from images.content.slots import Origin, Slot, Slots
+from images.content.trash import Trash
+from images.oci.manifests import Descriptor
+from images.options import ImageOptions
+from images.unpack.unpacker import Unpacker
+from images.unpack.worker_report import Unpacked
+
+_log = logging.getLogger("podkeel.images")
+
+
+class LayerFetcher:
+    """Fetches and unpacks layers, as many at a time as ``slots`` lets it."""
+
+    def __init__(self, options: ImageOptions, partials: PartialBlobs, trash: Trash) -> None:
+        self._options = options
+        self._partials = partials
+        self._trash = trash
+        self.slots = Slots(options.max_parallel_downloads)
+        self._unpacker: Unpacker | None = None
+        self.transfers = Transfers()
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._unpacker is not None:
+            self._unpacker.close()
+
+    async def fetch(self, transfer: Transfer, folder: Path, incoming: Path, kept: Path) -> Unpacked:
+        """Unpack the layer to ``folder``, which is made; errors as ``Unpacker.unpack`` and ``Slots.slot``.
+
+        Its blob is at ``incoming`` then, and besides a partial one if the source is resumable. What is there of it
+        comes first: of the partial blob, or ``kept``, where another layer may have it; if damaged, all is fetched.
+        Nothing is opened before the layer has its slot.
+        """
+        source = transfer.source
+        async with AsyncExitStack() as stack:
+            alone = False
+            if self._options.keep_blobs and source.resumable:
+                turn = self._partials.turn(source.descriptor.digest, source.origin.registry)
+                alone = await stack.enter_async_context(turn)
+            slot = await stack.enter_async_context(self.slots.slot(source.origin, source.subject, source.wanted))
+            keep = None
+            if alone:
+                keep = await stack.enter_async_context(self._partials.opened(source.descriptor.digest, kept))
+            elif self._options.keep_blobs:
+                keep = stack.enter_context(new_blob(incoming))
+            unpacked = await self._fetch_again_if_damaged(transfer, slot, folder, keep)
+            if keep is not None and alone:
+                # A name of its own: others may go on with the partial blob from now on, or drop it.
+                await in_image_thread(incoming.hardlink_to, keep.path)
+        return unpacked
+
+    async def _fetch_again_if_damaged(
+        self, transfer: Transfer, slot: Slot, folder: Path, keep: PartialBlob | None
+    ) -> Unpacked:
+        source = transfer.source
+        if keep is not None and keep.size > source.descriptor.size >= 0:
+            await in_image_thread(keep.restart)
+        await in_image_thread(folder.mkdir, mode=0o755, parents=True)
+        try:
+            return await self._fetch(transfer, slot, folder, keep)
+        except InvalidArgumentError as error:
+            if keep is None or not keep.size:
+                raise
+            _log.warning("what was there of %s is of no use, so it is fetched anew: %s", source.subject, error)
+        await in_image_thread(keep.restart)
+        await in_image_thread(self._trash.throw, folder)
+        self._trash.wake()
+        await in_image_thread(folder.mkdir, mode=0o755)
+        return await self._fetch(transfer, slot, folder, keep)
+
+    async def _fetch(self, transfer: Transfer, slot: Slot, folder: Path, keep: PartialBlob | None) -> Unpacked:
+        source, chunks = transfer.source, transfer.chunks(keep, slot)
+        return await self._worker().unpack(chunks, source.descriptor, folder, keep, source.subject)
+
+    async def unpack(
+        self, chunks: AsyncGenerator[bytes, None], descriptor: Descriptor, folder: Path, subject: str
+    ) -> Unpacked:
+        """Unpack a layer to ``folder`` outside of the store; errors as ``Unpacker.unpack``."""
+        async with self.slots.slot(Origin(), subject):
+            return await self._worker().unpack(chunks, descriptor, folder, None, subject)
+
+    def _worker(self) -> Unpacker:
+        if self._unpacker is None:
+            self._unpacker = Unpacker(
+                max_bytes=self._options.max_layer_bytes,
+                max_entries=self._options.max_layer_entries,
+                max_seconds=self._options.max_layer_seconds,
+                parallel=self.slots.most,
+            )
+        return self._unpacker

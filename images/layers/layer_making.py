@@ -1,0 +1,208 @@
+"""Making one layer: fetched, unpacked, given what it takes over from the layers below, and published."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from host.concurrency.threads import in_image_thread, in_long_thread
+from host.concurrency.undo import Undo
+from host.database import Database
+from host.errors import InvalidArgumentError, LimitError, PodkeelError
+from images.content.disk_sync import DiskSync
+from images.content.ingest import PartialBlobs, publish
+from images.content.layer_source import LayerSource
+from images.content.progress import Transfer
+from images.content.trash import Trash
+from images.layers import layer_rows
+from images.layers.fetch import LayerFetcher
+from images.layers.layer import Layer
+from images.options import ImageOptions
+from images.unpack.inheritance import inherit
+from images.unpack.trees import look_at
+
+_BATCH = 2000  # folders between two looks at whether the pull was cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFolders:
+    """Where layers and their blobs are in the data folder."""
+
+    data: Path
+
+    @property
+    def layers(self) -> Path:
+        """A folder for each layer, by its number."""
+        return self.data / "layers"
+
+    @property
+    def content(self) -> Path:
+        """Blobs, in a folder for each algorithm of digests."""
+        return self.data / "content"
+
+    @property
+    def incoming(self) -> Path:
+        """Blobs of layers that are being made, by their numbers."""
+        return self.content / "incoming"
+
+    def files(self, number: int) -> Path:
+        """The files of a layer."""
+        return self.layers / str(number) / "fs"
+
+    def blob(self, digest: str) -> Path:
+        """The blob of that digest."""
+        algorithm, _, name = digest.partition(":")
+        return self.content / algorithm / name
+
+
+_log = logging.getLogger("podkeel.images")
+
+
+class LayerIndex(Protocol):
+    """The layers that there are."""
+
+    def by_chain(self, chain_id: str) -> Layer | None:
+        """The layer with that chain id."""
+
+    def uses_blob(self, digest: str) -> bool:
+        """Whether a layer has that blob."""
+
+    def add(self, layer: Layer, *, new: bool) -> None:
+        """There is one more; ``new`` if a pull made it that may yet break off."""
+
+
+class LayerMaker:
+    """Makes layers for the ``index``. What was begun for one that fails is thrown away."""
+
+    def __init__(
+        self,
+        options: ImageOptions,
+        folders: LayerFolders,
+        database: Database,
+        *,
+        trash: Trash,
+        partials: PartialBlobs,
+        fetcher: LayerFetcher,
+        index: LayerIndex,
+    ) -> None:
+        self._options = options
+        self._folders = folders
+        self._database = database
+        self._trash = trash
+        self._partials = partials
+        self._fetcher = fetcher
+        self._index = index
+        self._disk = DiskSync(folders.layers)
+        self._publishing = asyncio.Lock()
+        self._left_rows: set[int] = set()  # of layers that are not made, whose deletion found no room on the disk
+
+    async def make(self, transfer: Transfer, below: Sequence[asyncio.Future[Layer]]) -> Layer:
+        """Make the layer of ``transfer``, or take the one that a pull from another registry has made meanwhile.
+
+        ``below`` are the layers below, lowest first, which the same pull obtains. Errors as ``LayerFetcher.fetch``.
+        """
+        source = transfer.source
+        async with Undo(source.subject) as undo:
+            number = await self._database.write(lambda connection: layer_rows.insert(connection, source))
+            making, incoming = self._folders.layers / f"{number}.new", self._folders.incoming / str(number)
+            whole = self._folders.layers / str(number)
+            undo.push("it", lambda: self._take_back(number, (whole, making, incoming)))
+            kept = self._folders.blob(source.descriptor.digest)
+            unpacked = await self._fetcher.fetch(transfer, making / "fs", incoming, kept)
+            if unpacked.diff_id != source.diff_id:
+                raise InvalidArgumentError(
+                    f"{source.subject} is broken: unpacked, its digest is {unpacked.diff_id}, expected {source.diff_id}"
+                )
+            if unpacked.implied and below:
+                await self._inherit(source, making / "fs", below, unpacked.implied)
+            layer = Layer(
+                number,
+                source.chain_id,
+                source.diff_id,
+                unpacked.blob_digest if self._options.keep_blobs else "",
+                unpacked.blob_bytes,
+                unpacked.used_bytes,
+                unpacked.used_inodes,
+                unpacked.opaque,
+                await self._tree_digest(source, making / "fs"),
+            )
+            await self._disk.flush()
+            async with self._publishing:
+                made = self._index.by_chain(source.chain_id)
+                if made is None:
+                    undo.push("its blob", lambda: self._unpublish(source, layer))
+                    await self._publish(source, layer, making, incoming)
+                    self._index.add(layer, new=source.resumable)
+            if made is not None:
+                await undo.run()
+        await self._partials.drop([layer.blob_digest])
+        return made or layer
+
+    async def _inherit(
+        self, source: LayerSource, files: Path, below: Sequence[asyncio.Future[Layer]], implied: Sequence[bytes]
+    ) -> None:
+        """Wait for the layers below, holding no slot meanwhile: they may need one."""
+        await asyncio.wait(below)
+        if any(layer.cancelled() or layer.exception() is not None for layer in below):
+            raise PodkeelError(f"{source.subject}: a layer below it could not be unpacked")
+        lower = [self._folders.files(layer.result().number) for layer in below]
+        async with self._fetcher.slots.slot(source.origin, source.subject, source.wanted):
+            for begin in range(0, len(implied), _BATCH):
+                await in_long_thread(inherit, files, lower, implied[begin : begin + _BATCH])
+
+    async def _tree_digest(self, source: LayerSource, files: Path) -> str:
+        """What takes the place of the blob when the layer is checked; empty where blobs are kept."""
+        if self._options.keep_blobs:
+            return ""
+        async with self._fetcher.slots.slot(source.origin, source.subject, source.wanted):
+            return (await look_at(files)).digest
+
+    async def _publish(self, source: LayerSource, layer: Layer, making: Path, incoming: Path) -> None:
+        """Let the whole layer have its names, once it is on the disk."""
+        await in_image_thread(making.rename, self._folders.layers / str(layer.number))
+        if layer.blob_digest:
+            await in_image_thread(publish, incoming, self._folders.blob(layer.blob_digest))
+        await self._database.write(
+            lambda connection: layer_rows.complete(connection, layer, resumable=source.resumable)
+        )
+
+    async def _unpublish(self, source: LayerSource, layer: Layer) -> None:
+        if layer.blob_digest and not self._index.uses_blob(layer.blob_digest):
+            path = self._folders.blob(layer.blob_digest)
+            if source.resumable:
+                await self._partials.keep(layer.blob_digest, path)
+            else:
+                await self.throw([path])
+
+    async def _take_back(self, number: int, paths: Iterable[Path]) -> None:
+        """Throw away the files and the row of a layer that is not made.
+
+        If there is no room for writing to the store, this waits until the files have left the disk. If there is none
+        then, the row goes with those of the next layers, or at the next start: nobody looks at it.
+        """
+        await self.throw(paths)
+        try:
+            await self._database.execute("DELETE FROM layers WHERE number = ?", (number,))
+        except LimitError:
+            await self._trash.emptied()
+            await self.delete_rows([number])
+
+    async def delete_rows(self, numbers: Iterable[int]) -> None:
+        """Delete rows of layers, and those that a full disk kept before. They stay for now if it still is full."""
+        self._left_rows.update(numbers)
+        doomed = sorted(self._left_rows)
+        try:
+            await self._database.write(lambda connection: layer_rows.delete(connection, doomed))
+        except LimitError as error:  # the files make room
+            _log.warning("layers: rows of %d layers stay for now: %s", len(doomed), error)
+        else:
+            self._left_rows.difference_update(doomed)
+
+    async def throw(self, paths: Iterable[Path]) -> None:
+        """Let the files go; nothing there is fine."""
+        await in_image_thread(lambda: [self._trash.throw(path) for path in paths])
+        self._trash.wake()

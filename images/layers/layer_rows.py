@@ -1,0 +1,76 @@
+"""The store's rows of layers: each function is one write, run on the database's thread."""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+from collections.abc import Iterable
+
+from images.content.layer_source import LayerSource
+from images.layers.layer import Layer
+
+# The column ``ready`` of a layer that is being made; that is made, for a pull which may yet break off; that is in use.
+MAKING, NEW, USED = range(3)
+
+
+def insert(connection: sqlite3.Connection, source: LayerSource) -> int:
+    """A new row for a layer that is being made; returns its number. It gets its chain id when it is complete.
+
+    Others may be making the same layer.
+    """
+    cursor = connection.execute(
+        "INSERT INTO layers (chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, ready) "
+        "VALUES (?, ?, '', 0, 0, 0, 0, ?)",
+        (f"making {secrets.token_hex(16)}", source.diff_id, MAKING),
+    )
+    number = cursor.lastrowid
+    assert number is not None
+    return number
+
+
+def complete(connection: sqlite3.Connection, layer: Layer, *, resumable: bool) -> None:
+    """The layer is made; ``resumable`` as of its source."""
+    # A layer that went while the disk was too full even for deleting its row.
+    connection.execute("DELETE FROM layers WHERE chain_id = ? AND number != ?", (layer.chain_id, layer.number))
+    connection.execute(
+        "UPDATE layers SET chain_id = ?, blob_digest = ?, blob_bytes = ?, used_bytes = ?, used_inodes = ?, opaque = ?, "
+        "tree_digest = ?, ready = ? WHERE number = ?",
+        (
+            layer.chain_id,
+            layer.blob_digest,
+            layer.blob_bytes,
+            layer.used_bytes,
+            layer.used_inodes,
+            layer.opaque,
+            layer.tree_digest,
+            NEW if resumable else USED,
+            layer.number,
+        ),
+    )
+
+
+def mark_used(connection: sqlite3.Connection, numbers: Iterable[int]) -> None:
+    """An image has them."""
+    rows = [(USED, number) for number in numbers]
+    connection.executemany("UPDATE layers SET ready = ? WHERE number = ?", rows)
+
+
+def delete(connection: sqlite3.Connection, numbers: Iterable[int]) -> None:
+    """Forget these; gone already is fine."""
+    connection.executemany("DELETE FROM layers WHERE number = ?", [(number,) for number in numbers])
+
+
+def delete_others(connection: sqlite3.Connection, known: set[int]) -> None:
+    """Forget all but the known ones."""
+    numbers = [row[0] for row in connection.execute("SELECT number FROM layers").fetchall()]
+    delete(connection, [number for number in numbers if number not in known])
+
+
+def retire(connection: sqlite3.Connection, layer: Layer) -> None:
+    """The layer has another chain id from now on."""
+    connection.execute("UPDATE layers SET chain_id = ? WHERE number = ?", (layer.chain_id, layer.number))
+
+
+def forget_blob(connection: sqlite3.Connection, digest: str) -> None:
+    """The compressed form is not kept any more."""
+    connection.execute("UPDATE layers SET blob_digest = '' WHERE blob_digest = ?", (digest,))

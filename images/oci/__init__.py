@@ -1,0 +1,1 @@
+"""Documents of the OCI image specification: digests, manifests, platforms, references."""

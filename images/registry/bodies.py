@@ -1,0 +1,104 @@
+"""Bodies of answers that are read into memory: each with a limit of size and of time, its encoding undone."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator
+
+import aiohttp
+import msgspec
+
+from host import untrusted_json
+from host.concurrency.threads import in_image_thread
+from host.untrusted_json import JsonError
+
+LARGEST_ERROR = 64 << 10
+LARGEST_TOKEN = 1 << 20
+
+_ENCODINGS = ("gzip", "x-gzip", "deflate")  # RFC 9110, section 8.4.1
+_WINDOW_BITS = 47  # gzip or zlib, told apart by their headers
+_LARGE = 32 << 10
+_SHOWN = 300
+
+
+class _Error(msgspec.Struct):
+    code: str | None = None
+    message: str | None = None
+
+
+class _Errors(msgspec.Struct):
+    errors: list[_Error]
+
+
+class BodyError(Exception):
+    """The body is larger than allowed, or encoded in a way that is not understood."""
+
+
+async def read_body(response: aiohttp.ClientResponse, limit: int, seconds: float) -> bytes:
+    """The body as it came, closing the answer. BodyError above ``limit`` bytes, TimeoutError after ``seconds``."""
+    async with asyncio.timeout(seconds):
+        return await collect(response, response.content.iter_any(), limit)
+
+
+async def collect(response: aiohttp.ClientResponse, chunks: AsyncIterator[bytes], limit: int) -> bytes:
+    """``chunks`` of the answer's body joined, closing the answer. BodyError above ``limit`` bytes."""
+    try:
+        if (response.content_length or 0) > limit:
+            raise BodyError(f"larger than {limit} bytes")
+        content = bytearray()
+        async for chunk in chunks:
+            content += chunk
+            if len(content) > limit:
+                raise BodyError(f"larger than {limit} bytes")
+        return bytes(content)
+    finally:
+        response.close()
+
+
+def encoding_of(response: aiohttp.ClientResponse) -> str:
+    """How the body is encoded; empty for as it is. None is asked for, but some servers do it all the same."""
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    return "" if encoding == "identity" else encoding
+
+
+async def decoded(content: bytes, encoding: str, limit: int) -> bytes:
+    """``content`` with its Content-Encoding undone. BodyError if that is unknown, broken or gives more than limit."""
+    if not encoding:
+        return content
+    if encoding not in _ENCODINGS:
+        raise BodyError(f"encoded as {encoding[:50]!r}, which was not asked for")
+    if len(content) <= _LARGE and limit <= LARGEST_TOKEN:
+        return _decompress(content, limit)
+    return await in_image_thread(_decompress, content, limit)
+
+
+def _decompress(content: bytes, limit: int) -> bytes:
+    for bits in (_WINDOW_BITS, -zlib.MAX_WBITS):  # some servers send deflate without zlib's header
+        machine = zlib.decompressobj(bits)
+        try:
+            plain = machine.decompress(content, limit + 1)
+        except zlib.error:
+            continue
+        if len(plain) > limit:
+            raise BodyError(f"larger than {limit} bytes")
+        if machine.eof:
+            return plain
+    raise BodyError("broken: its Content-Encoding does not fit it")
+
+
+async def error_text(response: aiohttp.ClientResponse, seconds: float) -> str:
+    """A short form of a registry's error body (OCI distribution specification, "Error Codes")."""
+    status = f"{response.status} {response.reason}"
+    try:
+        content = await decoded(await read_body(response, LARGEST_ERROR, seconds), encoding_of(response), LARGEST_ERROR)
+        errors = untrusted_json.decode(content, _Errors).errors
+    except (BodyError, JsonError, aiohttp.ClientError, TimeoutError, OSError):
+        errors = []
+    words = [" ".join(filter(None, (error.code, error.message))) for error in errors[:3]]
+    return plain_text("; ".join(words)[:_SHOWN] or status)
+
+
+def plain_text(text: str) -> str:
+    """``text`` of another's without what would move a terminal's cursor or could not be sent on."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)

@@ -1,0 +1,288 @@
+"""A client of the OCI distribution API: resolves a reference, fetches manifests and blobs, from mirrors where set."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import aiohttp
+
+from host.concurrency.threads import in_image_thread
+from host.errors import (
+    InvalidArgumentError,
+    KubeletReasonError,
+    NotFoundError,
+    PermissionDeniedError,
+    PodkeelError,
+)
+from images.oci import digests
+from images.oci.manifests import LARGEST_MANIFEST, MANIFEST_TYPES, Descriptor
+from images.oci.reference import Reference
+from images.options import ImageOptions
+from images.registry.bodies import BodyError, collect, decoded, encoding_of
+from images.registry.connection import ConnectedHost, RegistryConnection, UnreachableError, who
+from images.registry.credentials import Credentials
+from images.registry.http import RateWatch, after, back_off, body_of, first_byte, reason_of
+
+_log = logging.getLogger("podkeel.images")
+
+_PROGRESS = 1 << 20  # bytes between two breaks that make a transfer worth going on with
+# What hosts say to a request with Range: statuses of their own troubles and of refused access are left out.
+_ANSWERS_TO_RANGES = (200, 206, 400, 403, 405, 406, 411, 412, 413, 416, 417, 422, 500, 501, 505)
+_ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedManifest:
+    """A manifest or index as the registry has it, its digest verified; only its size if just that was asked for."""
+
+    content: bytes
+    digest: str
+    media_type: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """What is asked for whole: with at most ``limit`` bytes, and with that digest unless it is empty."""
+
+    subject: str
+    path: str
+    headers: dict[str, str]
+    limit: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostAnswer:
+    """What one host says of a reference; ``answered`` if it has it. ``credentials`` holds no secret."""
+
+    address: str
+    configured_in: str
+    mirror: bool
+    credentials: str
+    answered: bool
+    answer: str
+
+
+class RegistryClient:
+    """Fetches one image; for ``async with``. Each host gets only the credentials meant for it.
+
+    Raises KubeletReasonError ``RegistryUnavailable`` when no host can be reached or the transfer is too slow,
+    NotFoundError when none has what is asked, PermissionDeniedError when access is refused.
+    """
+
+    def __init__(self, options: ImageOptions, reference: Reference, credentials: Credentials | None) -> None:
+        self._options = options
+        self._reference = reference
+        self._connection = RegistryConnection(options, reference, credentials)
+        self.transferred = 0
+        self._rate = RateWatch(options.slowest_bytes_per_second, options.slow_seconds)
+
+    async def __aenter__(self) -> Self:
+        await self._connection.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._connection.__aexit__()
+
+    async def head(self) -> FetchedManifest:
+        """What the reference names now, without its content; the digest is empty if the registry does not say it."""
+        return await self._first("resolve", self._head)
+
+    async def manifest(self, digest: str = "") -> FetchedManifest:
+        """The manifest of that digest, or the one that the reference names."""
+        wanted = digest or self._reference.digest
+        return await self._first("pull" if digest else "resolve", lambda host: self._get_manifest(host, wanted))
+
+    async def small_blob(self, descriptor: Descriptor, limit: int) -> bytes:
+        """A whole blob in memory, verified; InvalidArgumentError if it is larger than ``limit`` or broken."""
+        subject = f"blob {descriptor.digest} of {self._reference}"
+        if descriptor.size > limit:
+            raise InvalidArgumentError(f"{subject} is larger than {limit} bytes")
+        wanted = _Document(subject, f"/blobs/{descriptor.digest}", {}, limit, descriptor.digest)
+        content, _ = await self._first("pull", lambda host: self._whole(host, wanted))
+        if len(content) != descriptor.size:
+            raise InvalidArgumentError(f"{subject} is broken: its size is not {descriptor.size}")
+        self.transferred += len(content)
+        return content
+
+    async def blob(self, descriptor: Descriptor, begin: int = 0) -> AsyncGenerator[bytes, None]:
+        """The bytes of a blob from ``begin`` on, unverified; a broken connection is taken up again where it broke."""
+        received = begin
+        failures = 0
+        while True:
+            begin = received
+            try:
+                open_here = functools.partial(self._open_blob, descriptor=descriptor, offset=received)
+                with self._rate.waiting():
+                    response, first = await self._first("pull", open_here)
+                watched = self._rate.watched(body_of(response, self._options.stall_seconds))
+                async with contextlib.aclosing(after(watched, received - first)) as chunks:
+                    async for chunk in chunks:
+                        received += len(chunk)
+                        self.transferred += len(chunk)
+                        yield chunk
+                        self._check_rate(descriptor, response)
+                if received >= descriptor.size:
+                    return
+                raise aiohttp.ClientPayloadError(f"{received} of {descriptor.size} bytes came")
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                failures = 1 if received - begin >= _PROGRESS else failures + 1
+                if failures >= self._options.attempts:
+                    raise KubeletReasonError(
+                        "RegistryUnavailable",
+                        f"blob {descriptor.digest} of {self._reference}: transfer broke off at byte {received}: "
+                        f"{reason_of(error)}",
+                    ) from error
+                _log.warning("blob %s broke off at byte %d: %s", descriptor.digest, received, reason_of(error))
+                with self._rate.waiting():
+                    await back_off(failures)
+
+    def _check_rate(self, descriptor: Descriptor, response: aiohttp.ClientResponse) -> None:
+        slow = self._rate.too_slow()
+        if slow:
+            raise KubeletReasonError(
+                "RegistryUnavailable",
+                f"blob {descriptor.digest} of {self._reference}: {response.url.authority} is too slow: {slow} "
+                "(images.slowest_bytes_per_second)",
+            )
+
+    async def explain(self) -> list[HostAnswer]:
+        """Ask every host that may resolve, in the order they are tried; what each of them says."""
+        answers = []
+        for host in self._connection.hosts:
+            answered = False
+            if "resolve" not in host.config.capabilities:
+                answer = f"not asked: it is configured to {', '.join(sorted(host.config.capabilities))} only"
+            else:
+                try:
+                    found = await self._head_or_get(host)
+                    answered, answer = True, found.digest or "it has the image, and does not tell its digest"
+                except UnreachableError as error:
+                    answer = f"unreachable: {error}"
+                except (NotFoundError, PermissionDeniedError) as error:
+                    answer = error.message
+            origin = host.config.origin or "the default"
+            answers.append(HostAnswer(host.config.base, origin, host.config.mirror, who(host), answered, answer))
+        return answers
+
+    async def _first(self, capability: str, ask: Callable[[ConnectedHost], Coroutine[None, None, T]]) -> T:
+        """The answer of the first host that has one; otherwise the error of the registry itself, or what all said."""
+        refusal: PodkeelError | None = None
+        unreachable: list[str] = []
+        for host in self._connection.hosts:
+            if capability not in host.config.capabilities:
+                continue
+            try:
+                return await ask(host)
+            except UnreachableError as error:
+                unreachable.append(f"{host.config.base}: {error}")
+                refusal = None  # what a mirror lacks, the registry behind it may have
+            except (NotFoundError, PermissionDeniedError) as error:
+                refusal = error
+        if refusal is not None:
+            raise refusal
+        if unreachable:
+            raise KubeletReasonError("RegistryUnavailable", f"{self._reference}: {'; '.join(unreachable)}")
+        raise InvalidArgumentError(f"{self._reference}: no configured registry host may {capability} images")
+
+    async def _head_or_get(self, host: ConnectedHost) -> FetchedManifest:
+        try:
+            return await self._head(host)
+        except (NotFoundError, PermissionDeniedError):  # some hosts know no HEAD, or refuse it
+            return await self._get_manifest(host, self._reference.digest)
+
+    async def _head(self, host: ConnectedHost) -> FetchedManifest:
+        name = self._reference.digest or self._reference.tag
+        response = await self._connection.request(host, "HEAD", f"/manifests/{name}", _ACCEPT)
+        response.release()
+        digest = response.headers.get("Docker-Content-Digest", "")
+        return FetchedManifest(b"", digest, response.content_type, response.content_length or 0)
+
+    async def _get_manifest(self, host: ConnectedHost, digest: str) -> FetchedManifest:
+        name = digest or self._reference.tag
+        subject = f"manifest {name} of {self._reference.repository}"
+        wanted = _Document(subject, f"/manifests/{name}", _ACCEPT, LARGEST_MANIFEST, digest)
+        content, response = await self._whole(host, wanted)
+        found = digest or digests.digest_of(content, _said_digest(response))
+        return FetchedManifest(content, found, response.content_type, len(content))
+
+    async def _whole(self, host: ConnectedHost, wanted: _Document) -> tuple[bytes, aiohttp.ClientResponse]:
+        """A document, and the answer that it came with; asked for again if its transfer breaks off.
+
+        Raises InvalidArgumentError if it has more than its limit of bytes or another digest.
+        """
+        failures = 0
+        while True:
+            response = await self._connection.request(host, "GET", wanted.path, wanted.headers)
+            try:
+                content = await collect(response, self._watched(response), wanted.limit)
+                digest = wanted.digest or _said_digest(response)
+                return await _unencoded(content, encoding_of(response), digest, wanted), response
+            except BodyError as error:
+                raise InvalidArgumentError(f"{wanted.subject} is {error}") from error
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                failures += 1
+                if failures >= self._options.attempts:
+                    raise UnreachableError(f"{wanted.subject} broke off: {reason_of(error)}") from error
+                _log.warning("%s broke off: %s", wanted.subject, reason_of(error))
+            await back_off(failures)
+
+    async def _watched(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+        body = body_of(response, self._options.stall_seconds)
+        async with contextlib.aclosing(self._rate.watched(body)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+                if slow := self._rate.too_slow():
+                    raise UnreachableError(f"it is too slow: {slow} (images.slowest_bytes_per_second)")
+
+    async def _open_blob(
+        self, host: ConnectedHost, descriptor: Descriptor, offset: int
+    ) -> tuple[aiohttp.ClientResponse, int]:
+        """The blob, and which byte of it the answer begins with: ``offset`` at most.
+
+        A host that does not give the rest alone, or something else than what was asked for, is asked for the whole.
+        """
+        path = f"/blobs/{descriptor.digest}"
+        if offset:
+            headers = {"Range": f"bytes={offset}-"}
+            response = await self._connection.request(host, "GET", path, headers, good=_ANSWERS_TO_RANGES)
+            first = first_byte(response)
+            if response.status in (200, 206) and first is not None and first <= offset:
+                return response, first
+            said = response.headers.get("Content-Range", "no Content-Range")
+            response.close()
+            _log.info(
+                "blob %s: %s answers a request for bytes from %d on with status %d (%s): it is asked for the whole",
+                *(descriptor.digest, host.config.address, offset, response.status, said[:100]),
+            )
+        response = await self._connection.request(host, "GET", path, {})
+        if first_byte(response) != 0:
+            response.close()
+            raise UnreachableError(f"blob {descriptor.digest} was asked for as a whole, and a part of it came")
+        return response, 0
+
+
+def _said_digest(response: aiohttp.ClientResponse) -> str:
+    """The digest that the registry says the content has; empty if it says none."""
+    said = response.headers.get("Docker-Content-Digest", "")
+    return said if digests.is_digest(said) else ""
+
+
+async def _unencoded(content: bytes, encoding: str, digest: str, wanted: _Document) -> bytes:
+    """The content with that digest: as it came, or with its Content-Encoding undone.
+
+    Files that are compressed by themselves are sometimes said to be encoded and are not.
+    """
+    if encoding and not (digest and await in_image_thread(digests.digest_of, content, digest) == digest):
+        content = await decoded(content, encoding, wanted.limit)
+    if digest:
+        await in_image_thread(digests.verify, content, digest, wanted.subject)
+    return content

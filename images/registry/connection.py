@@ -1,0 +1,269 @@
+"""Requests to the hosts of one registry: with retries, redirects, and the authorization each of them asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Self
+from urllib.parse import urlencode, urlsplit
+
+import aiohttp
+import yarl
+
+from host.concurrency.threads import in_image_thread
+from host.errors import NotFoundError, PermissionDeniedError
+from images.oci.reference import DEFAULT_DOMAIN, Reference
+from images.options import ImageOptions
+from images.registry import tokens
+from images.registry.auth_file import DOCKER_HUB_NAMES, FoundCredentials, find_credentials
+from images.registry.bodies import LARGEST_TOKEN, BodyError, decoded, encoding_of, error_text, read_body
+from images.registry.credentials import Credentials
+from images.registry.hosts import RegistryHost, hosts_for
+from images.registry.http import answer_within, back_off, proxy_for, reason_of
+from images.registry.name_lookup import NameLookup
+from images.registry.redirects import Body, Origin, Sending, follow, origin_of
+
+_CHUNK = 256 << 10
+_TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
+_NO_GET = frozenset((404, 405, 501))  # of token servers that only take POST
+
+
+class UnreachableError(Exception):
+    """This host cannot serve now; another one might."""
+
+
+@dataclass(slots=True)
+class ConnectedHost:
+    """One of the hosts, with what was learned about it; ``found`` is None until it asked for credentials.
+
+    ``tls_elsewhere`` is for where it redirects and for its token server: its authorities hold there too, while its
+    client certificate is for itself alone.
+    """
+
+    config: RegistryHost
+    origin: Origin
+    tls: ssl.SSLContext | bool = True
+    tls_elsewhere: ssl.SSLContext | bool = True
+    found: FoundCredentials | None = None
+    authorization: str = ""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class RegistryConnection:
+    """The hosts for one reference; for ``async with``.
+
+    Each host gets only the credentials meant for it, when it asks for some: those of the request, else the node's own.
+    """
+
+    def __init__(
+        self, options: ImageOptions, reference: Reference, credentials: Credentials | None, *, actions: str = "pull"
+    ) -> None:
+        self._options = options
+        self._reference = reference
+        self._credentials = credentials if credentials != Credentials() else None
+        self._actions = actions
+        self._session: aiohttp.ClientSession | None = None
+        self.hosts: list[ConnectedHost] = []
+
+    async def __aenter__(self) -> Self:
+        for config in await in_image_thread(hosts_for, self._reference.domain, self._options):
+            tls = await in_image_thread(config.tls) if config.base.startswith("https:") else True
+            special = config.ca or config.skip_verify
+            elsewhere = await in_image_thread(config.tls, with_client=False) if special else True
+            self.hosts.append(ConnectedHost(config, origin_of(config.base), tls, elsewhere))
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, limit_per_host=0, resolver=NameLookup()),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            headers={"User-Agent": "podkeel", "Accept-Encoding": "identity"},
+            read_bufsize=_CHUNK,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def request(
+        self,
+        host: ConnectedHost,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        *,
+        query: str = "",
+        body: Body | None = None,
+        good: tuple[int, ...] = (200, 206),
+    ) -> aiohttp.ClientResponse:
+        """Send one request about the repository, with retries; the answer has one of the ``good`` statuses.
+
+        ``path`` may also be a whole address, where the registry named one. Raises UnreachableError, NotFoundError or
+        PermissionDeniedError.
+        """
+        url = path if "://" in path else f"{host.config.base}/{self._reference.path}{path}"
+        queries = [f"ns={self._reference.domain}"] if host.config.mirror else []
+        queries += [query] if query else []
+        if queries:
+            url += ("&" if "?" in url else "?") + "&".join(queries)
+        failures = 0
+        asked = False
+        while True:
+            try:
+                response, at_home = await self._send(host, method, url, headers, body)
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                failures += 1
+                if failures >= self._options.attempts or isinstance(error, aiohttp.ClientConnectorError):
+                    raise UnreachableError(reason_of(error)) from error
+                await back_off(failures)
+                continue
+            if response.status in good:
+                return response
+            status = response.status
+            text = await error_text(response, self._options.stall_seconds)
+            # What a host redirects to must not be able to ask for that host's credentials.
+            if status == 401 and not asked and at_home:
+                asked = await self._authorize(host, response)
+            elif status in (401, 403):
+                raise PermissionDeniedError(
+                    f"{self._reference}: {host.config.address} refused access ({text}): check the image's name and the "
+                    f"credentials ({who(host)})"
+                )
+            elif status == 404:
+                raise NotFoundError(
+                    f"{self._reference}: {host.config.address} does not have {path.lstrip('/')} ({text})"
+                )
+            elif status in _TRANSIENT:
+                failures += 1
+                if failures >= self._options.attempts:
+                    raise UnreachableError(f"status {status}: {text}")
+                await back_off(failures, response.headers.get("Retry-After", ""))
+            else:
+                raise UnreachableError(f"unexpected status {status}: {text}")
+
+    async def _send(
+        self, host: ConnectedHost, method: str, url: str, headers: dict[str, str], body: Body | None
+    ) -> tuple[aiohttp.ClientResponse, bool]:
+        """One request, redirects followed, and whether the host itself answered it."""
+        private = dict(host.config.headers)
+        if host.authorization:
+            private["Authorization"] = host.authorization
+        sending = Sending(method, url, headers, private, body)
+        return await follow(sending, host.origin, functools.partial(self._open, host))
+
+    async def _open(
+        self,
+        host: ConnectedHost,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: AsyncIterator[bytes] | bytes | None,
+    ) -> aiohttp.ClientResponse:
+        assert self._session is not None
+        seconds = host.config.connect_seconds or self._options.connect_seconds
+        stall = self._options.stall_seconds
+        timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=seconds, sock_read=stall)
+        try:
+            # Headers that come byte by byte, or interim answers (1xx) without an end, would pass for progress.
+            async with answer_within(seconds + stall, body) as sent:
+                return await self._session.request(
+                    method,
+                    yarl.URL(url, encoded=True),
+                    headers=headers,
+                    data=sent,
+                    ssl=host.tls if origin_of(url) == host.origin else host.tls_elsewhere,
+                    timeout=timeout,
+                    allow_redirects=False,
+                    proxy=proxy_for(url),
+                )
+        except aiohttp.ClientError:
+            raise
+        except ValueError as error:  # a host's name that IDNA refuses, a header that holds a line break
+            raise aiohttp.ClientPayloadError(f"{urlsplit(url).netloc} cannot be asked: {error}") from error
+
+    async def _authorize(self, host: ConnectedHost, refused: aiohttp.ClientResponse) -> bool:
+        """Find an Authorization header that answers the challenge; several transfers of one pull share it.
+
+        False if another transfer had found a new one meanwhile, which has yet to be tried.
+        """
+        challenges = tokens.parse_challenges(refused.headers.getall("WWW-Authenticate", []))
+        tried = refused.request_info.headers.get("Authorization", "")
+        async with host.lock:
+            if host.authorization and host.authorization != tried:
+                return False
+            if host.found is None:
+                host.found = await self._find_credentials(host.config)
+            credentials = host.found.credentials
+            try:
+                direct = tokens.answer_directly(challenges, credentials)
+                if direct is None:
+                    secure = host.config.base.startswith("https:")
+                    request = tokens.token_request(
+                        challenges, credentials, f"repository:{self._reference.path}:{self._actions}", secure=secure
+                    )
+                    direct = await self._fetch_token(host, request)
+            except PermissionDeniedError as error:
+                raise PermissionDeniedError(
+                    f"{self._reference}: {host.config.address}: {error.message} (credentials: {who(host)})"
+                ) from error
+            host.authorization = direct
+        return True
+
+    async def _find_credentials(self, config: RegistryHost) -> FoundCredentials:
+        addresses = [config.address]
+        if not config.mirror:
+            addresses += [self._reference.domain]
+            addresses += DOCKER_HUB_NAMES if self._reference.domain == DEFAULT_DOMAIN else ()
+        if self._credentials is not None:
+            meant_for = self._credentials.server_host()
+            if meant_for in addresses or (not meant_for and not config.mirror):
+                return FoundCredentials(self._credentials, "the request")
+        return await find_credentials(self._options, addresses, self._reference.path)
+
+    async def _fetch_token(self, host: ConnectedHost, request: tokens.TokenRequest) -> str:
+        server = urlsplit(request.url).netloc
+        failures = 0
+        while True:
+            try:
+                status, content = await self._ask_for_token(host, request)
+                reason = f"status {status}"
+            except BodyError as error:
+                raise PermissionDeniedError(f"the token server's answer is not understood: it is {error}") from error
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                status, reason = 0, reason_of(error)
+            if status == 200:
+                return tokens.read_token(content)
+            if status in _NO_GET and request.instead is not None:
+                request = request.instead
+                continue
+            if status and status not in _TRANSIENT:
+                raise PermissionDeniedError(f"the token server {server} refused access ({reason})")
+            failures += 1
+            if failures >= self._options.attempts:
+                raise UnreachableError(f"token server {server}: {reason}")
+            await back_off(failures)
+
+    async def _ask_for_token(self, host: ConnectedHost, request: tokens.TokenRequest) -> tuple[int, bytes]:
+        """Status and body; the credentials reach no other host than the one that the registry named."""
+        send = functools.partial(self._open, host)
+        if request.form is None:
+            sending = Sending("GET", request.url, {}, request.headers)
+        else:
+            body = urlencode(request.form, errors="surrogateescape").encode()
+            kind = {"Content-Type": "application/x-www-form-urlencoded"}
+            sending = Sending("POST", request.url, kind, {}, body, secret=True)
+        response, _ = await follow(sending, origin_of(request.url), send)
+        status, encoding = response.status, encoding_of(response)
+        content = await read_body(response, LARGEST_TOKEN, self._options.stall_seconds)
+        return status, await decoded(content, encoding, LARGEST_TOKEN)
+
+
+def who(host: ConnectedHost) -> str:
+    """With which credentials the host is asked, without their secrets."""
+    if host.found is None:
+        return "none were asked for"
+    if host.found.credentials is None:
+        return f"none: {host.found.origin}"
+    return f"{host.found.credentials.described()}, from {host.found.origin}"

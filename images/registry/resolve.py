@@ -1,0 +1,98 @@
+"""Fetching what a reference names from its registry, up to the layers (imported by the first pull)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from host.concurrency.threads import in_image_thread
+from host.errors import InvalidArgumentError, KubeletReasonError, NotFoundError, PermissionDeniedError
+from host.stages import Operation
+from images.content.manifest_search import Document, FoundImage, Search, Wanted, advance, find_image
+from images.content.slots import Origin
+from images.content.source import Candidate
+from images.oci.manifests import Descriptor
+from images.oci.platforms import this_machine
+from images.oci.reference import Reference
+from images.options import ImageOptions
+from images.registry.client import FetchedManifest, RegistryClient
+from images.registry.credentials import Credentials
+from images.signatures.verifiers import verify
+
+_LARGE = 32 << 10  # bytes of a document that is read in a thread
+
+
+@asynccontextmanager
+async def fetch(
+    options: ImageOptions,
+    name: Reference,
+    credentials: Credentials | None,
+    known_digests: Sequence[str],
+    operation: Operation,
+) -> AsyncIterator[Candidate | None]:
+    """Resolve ``name`` and give what there is to install, or None if one of ``known_digests`` is what it names now.
+
+    The layers can be read until the block ends. Errors as ``ImageStore.pull`` says.
+    """
+    async with RegistryClient(options, name, credentials) as client:
+        async with operation.stage("resolve"):
+            head = await _unchanged(client, name, known_digests) if known_digests else None
+            top = head or await client.manifest()
+        async with operation.stage("verify"):
+            await verify(options, name, Descriptor(top.media_type, top.digest, top.size))
+        if top is head:
+            yield None
+            return
+        async with operation.stage("manifest"):
+            candidate = await _candidate(client, name, top)
+        yield candidate
+
+
+async def _unchanged(client: RegistryClient, name: Reference, known_digests: Sequence[str]) -> FetchedManifest | None:
+    try:
+        head = await client.head()
+    except (KubeletReasonError, NotFoundError, PermissionDeniedError):
+        return None  # some registries know no HEAD, or refuse it; where the GET fails too, its error says why
+    return head if f"{name.repository}@{head.digest}" in known_digests else None
+
+
+async def _candidate(client: RegistryClient, name: Reference, top: FetchedManifest) -> Candidate:
+    subject = f"image {name}"
+    search = find_image(Document(top.content, top.media_type), top.digest, this_machine(), subject)
+    found = await _advance(search, None, len(top.content))
+    while isinstance(found, Wanted):
+        document = await _document(client, found, subject)
+        found = await _advance(search, document, len(document.content))
+    digest_name = f"{name.repository}@{top.digest}"
+    return Candidate(
+        subject=subject,
+        manifest=found.content,
+        manifest_digest=found.digest,
+        config=found.config,
+        layers=tuple(found.manifest.layers),
+        names=(digest_name,) if name.digest else (name.tagged, digest_name),
+        open_layer=functools.partial(RegistryClient.blob, client),
+        transferred=lambda: client.transferred,
+        resumable=True,
+        origin=Origin(name.domain),
+    )
+
+
+async def _advance(search: Search, document: Document | None, size: int) -> Wanted | FoundImage:
+    if size <= _LARGE:
+        return advance(search, document)
+    return await in_image_thread(advance, search, document)
+
+
+async def _document(client: RegistryClient, wanted: Wanted, subject: str) -> Document:
+    descriptor = wanted.descriptor
+    if not wanted.is_manifest:
+        return Document(await client.small_blob(descriptor, wanted.limit))
+    fetched = await client.manifest(descriptor.digest)
+    if len(fetched.content) != descriptor.size:
+        raise InvalidArgumentError(
+            f"{subject} is broken: manifest {descriptor.digest} has {len(fetched.content)} bytes, "
+            f"expected {descriptor.size}"
+        )
+    return Document(fetched.content, fetched.media_type)

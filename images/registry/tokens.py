@@ -1,0 +1,124 @@
+"""Getting in at a registry: basic authentication, and tokens (distribution's "Token Authentication Specification")."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import msgspec
+
+from host import untrusted_json
+from host.errors import PermissionDeniedError
+from host.untrusted_json import JsonError
+from images.registry.credentials import Credentials
+from images.registry.redirects import address
+
+CLIENT_ID = "podkeel"
+_LONGEST_TOKEN = 256 << 10
+_SCHEME = re.compile(r"\s*([A-Za-z0-9._~+/-]+)\s+")
+_PARAMETER = re.compile(r'\s*,?\s*([A-Za-z0-9_-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """One demand of a WWW-Authenticate header: its scheme in lower case and its parameters."""
+
+    scheme: str
+    parameters: dict[str, str]
+
+
+def parse_challenges(headers: list[str]) -> list[Challenge]:
+    """The challenges of all WWW-Authenticate headers of an answer (RFC 9110, section 11.6.1)."""
+    challenges: list[Challenge] = []
+    for header in headers:
+        position = 0
+        while (scheme := _SCHEME.match(header + " ", position)) is not None:
+            position = scheme.end()
+            parameters: dict[str, str] = {}
+            while (match := _PARAMETER.match(header, position)) is not None:
+                quoted, plain = match[2], match[3]
+                parameters[match[1].lower()] = re.sub(r"\\(.)", r"\1", quoted) if plain is None else plain
+                position = match.end()
+            challenges.append(Challenge(scheme[1].lower(), parameters))
+            comma = header.find(",", position)
+            if comma < 0:
+                break
+            position = comma + 1
+    return challenges
+
+
+class _TokenAnswer(msgspec.Struct):
+    token: str | None = None
+    access_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """What to ask the token server: a GET, or with ``form`` a POST; ``instead`` where it takes no GET."""
+
+    url: str
+    headers: dict[str, str]
+    form: dict[str, str] | None
+    instead: TokenRequest | None = None
+
+
+def answer_directly(challenges: list[Challenge], credentials: Credentials | None) -> str | None:
+    """An Authorization header made of the credentials alone; None if a token has to be fetched or nothing fits."""
+    if credentials is None:
+        return None
+    if credentials.registry_token:
+        return _bearer(credentials.registry_token, "the registry token that was given")
+    schemes = [challenge.scheme for challenge in challenges]
+    return credentials.basic() if "basic" in schemes and "bearer" not in schemes else None
+
+
+def token_request(
+    challenges: list[Challenge], credentials: Credentials | None, scope: str, *, secure: bool
+) -> TokenRequest:
+    """The request for an access token that the challenges ask for, with ``scope`` where they name none.
+
+    Raises PermissionDeniedError if no challenge asks for a token, or if credentials that came for a registry spoken to
+    over TLS (``secure``) would have to be sent in the clear.
+    """
+    bearer = next((challenge for challenge in challenges if challenge.scheme == "bearer"), None)
+    if bearer is None or not bearer.parameters.get("realm"):
+        schemes = ", ".join(sorted({challenge.scheme for challenge in challenges})) or "no scheme it names"
+        raise PermissionDeniedError(f"it asks for authentication ({schemes}) and no credentials for it were given")
+    try:
+        realm = address(bearer.parameters["realm"])
+    except ValueError:
+        named = bearer.parameters["realm"][:200]
+        raise PermissionDeniedError(f"it names a token server that is no address: {named!r}") from None
+    url = urlsplit(realm)._replace(fragment="")
+    if secure and url.scheme != "https" and credentials is not None:
+        raise PermissionDeniedError(f"it wants the credentials sent unencrypted to {url.netloc}, which is refused")
+    about = {"scope": bearer.parameters.get("scope") or scope, "service": bearer.parameters.get("service", "")}
+    if credentials is not None and credentials.identity_token:
+        form = {"grant_type": "refresh_token", "refresh_token": credentials.identity_token, **about}
+        return TokenRequest(realm, {}, {**form, "client_id": CLIENT_ID})
+    query = dict(parse_qsl(url.query)) | {name: value for name, value in about.items() if value}
+    asked = urlunsplit(url._replace(query=urlencode(query, errors="surrogateescape")))
+    pair = credentials.user_and_password() if credentials is not None else None
+    if credentials is None or pair is None:
+        return TokenRequest(asked, {}, None)
+    form = {"grant_type": "password", "username": pair[0], "password": pair[1], **about, "client_id": CLIENT_ID}
+    return TokenRequest(asked, {"Authorization": credentials.basic() or ""}, None, TokenRequest(realm, {}, form))
+
+
+def read_token(content: bytes) -> str:
+    """The Authorization header for a token server's answer; PermissionDeniedError if it holds no token."""
+    try:
+        answer = untrusted_json.decode(content, _TokenAnswer)
+    except JsonError as error:
+        raise PermissionDeniedError(f"the token server's answer is not understood: {error}") from error
+    token = answer.token or answer.access_token
+    if not token:
+        raise PermissionDeniedError("the token server's answer holds no token")
+    return _bearer(token, "the token server's token")
+
+
+def _bearer(token: str, what: str) -> str:
+    if not token.isascii() or not token.isprintable() or len(token) > _LONGEST_TOKEN:
+        raise PermissionDeniedError(f"{what} is longer than {_LONGEST_TOKEN} bytes or holds what no header may have")
+    return f"Bearer {token}"

@@ -1,0 +1,1 @@
+"""Who may say that an image is trusted."""

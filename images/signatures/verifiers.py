@@ -1,0 +1,60 @@
+"""Asking programs of the node's owner whether an image may be pulled, for instance by its signature.
+
+Document: containerd's docs/image-verification.md ("Image Verifier Binary API"), so that its verifiers work here too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from host import processes
+from host.concurrency.threads import in_image_thread
+from host.errors import KubeletReasonError, PodkeelError
+from images.oci.manifests import Descriptor
+from images.oci.reference import Reference
+from images.options import ImageOptions
+
+_STDIN_TYPE = "application/vnd.oci.descriptor.v1+json"
+_OUTPUT_LIMIT = 16 << 10
+_REASON_LIMIT = 500
+
+
+async def verify(options: ImageOptions, name: Reference, descriptor: Descriptor) -> None:
+    """Run every program of the configured folder; each must end with status 0 in its time.
+
+    A program gets the name that is pulled and the digest it stands for as arguments, the descriptor of its manifest on
+    standard input, and says on standard output why. Raises KubeletReasonError ``SignatureValidationFailed`` if one
+    refuses, fails or is too slow, and if the folder cannot be read: an empty folder refuses nothing.
+    """
+    if not options.verifier_dir:
+        return
+    subject = f"image {name} ({descriptor.digest})"
+    try:
+        programs = await in_image_thread(_programs, Path(options.verifier_dir))
+    except OSError as error:
+        raise _failed(f"{subject}: verifiers in {options.verifier_dir} cannot be read: {error.strerror}") from error
+    for program in programs:
+        command = (str(program), "-name", str(name), "-digest", descriptor.digest, "-stdin-media-type", _STDIN_TYPE)
+        try:
+            done = await processes.run(
+                command,
+                stdin=msgspec.json.encode(descriptor),
+                timeout=options.verifier_seconds,
+                check=False,
+                limit=_OUTPUT_LIMIT,
+            )
+        except (PodkeelError, OSError) as error:
+            raise _failed(f"{subject}: verifier {program.name} failed: {error}") from error
+        if done.status != 0:
+            reason = " ".join(done.stdout.decode(errors="replace").split())[:_REASON_LIMIT]
+            raise _failed(f"{subject}: verifier {program.name} refused it: {reason or f'status {done.status}'}")
+
+
+def _programs(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.is_dir())
+
+
+def _failed(message: str) -> KubeletReasonError:
+    return KubeletReasonError("SignatureValidationFailed", message)

@@ -1,0 +1,326 @@
+"""Containers' root file systems: an overlay of an image's shared layers below a writable folder of the container's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import os
+import stat
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from host.concurrency.tasks import wait_out
+from host.concurrency.threads import in_long_thread, in_thread
+from host.concurrency.undo import Undo
+from host.database import Database
+from host.errors import LimitError, NotFoundError, PodkeelError
+from host.files import mounts
+from host.files.removal import remove_tree
+from host.files.set_aside import UnreadableRow
+from images.content.trash import Trash
+from images.image import Image
+from images.layers.store import EMPTY_LAYER, LayerStore
+from images.options import ImageOptions
+from images.snapshots.idmapped_layers import clear, scratch_of, with_mapped_ids
+from images.snapshots.overlay import mount_overlay, names_of
+from images.snapshots.project_quota import ProjectQuotas
+from images.snapshots.usage import WritableLayers
+from images.usage import FilesystemUsage
+
+_log = logging.getLogger("podkeel.images")
+
+_OWN_INODES = 3  # the container's folder, work and what overlayfs keeps in work; upper is counted with its content
+_DISK_BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A mounted root file system: ``target`` is where, ``upper`` holds what the container writes."""
+
+    container_id: str
+    image_id: str
+    target: Path
+    upper: Path
+
+
+class SnapshotStore:
+    """Makes and removes snapshots. The layers of a snapshot stay as long as it, also when its image is removed."""
+
+    def __init__(
+        self, options: ImageOptions, data_dir: Path, database: Database, layers: LayerStore, trash: Trash
+    ) -> None:
+        self._containers = data_dir / "containers"
+        self._data_dir = data_dir
+        self._database = database
+        self._layers = layers
+        self._trash = trash
+        self._held: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._volatile = ",volatile"
+        self.project_quotas = options.project_quotas
+        quotas = ProjectQuotas(self._containers, options.project_ids) if options.project_quotas != "off" else None
+        self.writable = WritableLayers(self.upper, quotas)
+
+    async def start(self) -> None:
+        """Read the snapshots and hold their layers."""
+        self._containers.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found, repaired = await in_thread(self._read)
+        if repaired:
+            repair = "UPDATE snapshots SET layers = ? WHERE id = ?"
+            await self._database.write(lambda connection: connection.executemany(repair, repaired) and None)
+        for key, container_id, layers in found:
+            self._held[key] = (container_id, layers)
+            self._layers.retain(layers)
+        await in_long_thread(self._start_usage)
+
+    def _read(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[tuple[str, str]]]:
+        """The snapshots with their layers; of one that does not tell them, those of its image, to be written down."""
+        found: list[tuple[str, str, tuple[int, ...]]] = []
+        repaired: list[tuple[str, str]] = []
+        unreadable: list[UnreadableRow] = []
+        of_image = "SELECT layer FROM image_layers WHERE image_id = ? ORDER BY position"
+        for row in self._database.read("SELECT id, container_id, image_id, layers FROM snapshots"):
+            key, container_id, image_id, text = row
+            if not _is_name(container_id) or key.partition(" ")[0] != container_id:
+                unreadable.append(UnreadableRow("snapshot", key, "its container's id is none", row))
+                continue
+            try:
+                layers = tuple(msgspec.json.decode(text, type=list[int]))
+            except (msgspec.MsgspecError, ValueError, TypeError) as error:
+                layers = tuple(number for (number,) in self._database.read(of_image, (image_id,)))
+                _log.error("snapshot of container %s: cannot be read, its image's is taken: %s", container_id, error)
+                repaired.append((json.dumps(layers), key))
+            found.append((key, container_id, layers))
+        self._database.take_out(unreadable, ("snapshots", "id"))
+        return found, repaired
+
+    def ids(self) -> frozenset[str]:
+        """The containers that have a snapshot or an image mounted, or half of one."""
+        return frozenset(container_id for container_id, _ in self._held.values())
+
+    def stacks(self) -> Collection[tuple[int, ...]]:
+        """The layers of each snapshot, lowest first."""
+        return [layers for _, layers in self._held.values()]
+
+    def upper(self, container_id: str) -> Path:
+        """The folder of what the container writes."""
+        return self._containers / container_id / "upper"
+
+    async def prepare(
+        self,
+        container_id: str,
+        image: Image,
+        *,
+        target: Path,
+        user_namespace: Path | None = None,
+        mount_label: str = "",
+    ) -> Snapshot:
+        """Mount a new writable root file system for the container at ``target``, which is made.
+
+        With a ``user_namespace`` (where it is pinned) its files have the owners that it maps them to. With a
+        ``mount_label`` all of them have that SELinux label. Raises
+        NotFoundError if the image has been removed meanwhile, LimitError if it has too many layers for the kernel,
+        UnsupportedError if ids cannot be mapped here. On failure nothing stays.
+        """
+        lower = self._lower(image)
+        async with Undo(f"snapshot of container {container_id}") as undo:
+            undo.push("the snapshot", lambda: self._discard(container_id, target))
+            # Who names the container undoes the mount also without the row, so the two need not wait for each other.
+            held = asyncio.ensure_future(self._hold(container_id, container_id, image))
+            folder = self._containers / container_id
+            try:
+                await in_thread(self._mount_writable, folder, target, lower, user_namespace, mount_label)
+            finally:
+                await wait_out(held)
+        return Snapshot(container_id, image.id, target, folder / "upper")
+
+    async def remount(self, container_id: str, image: Image, *, target: Path) -> Snapshot:
+        """Mount an existing snapshot again, for instance after a reboot; NotFoundError if there is none."""
+        if container_id not in self._held:
+            raise NotFoundError(f"container {container_id} has no snapshot")
+        _, layers = self._held[container_id]
+        folder = self._containers / container_id
+        await in_thread(self._mount_writable, folder, target, self._paths(layers))
+        return Snapshot(container_id, image.id, target, folder / "upper")
+
+    async def mount_image(
+        self,
+        container_id: str,
+        image: Image,
+        *,
+        target: Path,
+        user_namespace: Path | None = None,
+        mount_label: str = "",
+    ) -> None:
+        """Mount the image read-only at ``target``, which is made, for as long as the container.
+
+        ``user_namespace``, ``mount_label`` and errors are as for ``prepare``.
+
+        ``unmount`` with the same target takes it away; ``remove`` forgets all that a container has.
+        """
+        lower = self._lower(image)
+        key = f"{container_id} {target}"
+        async with Undo(f"image {image.name} mounted for container {container_id}") as undo:
+            undo.push("the mount", lambda: self.unmount(container_id, target))
+            await self._hold(key, container_id, image)
+            await in_thread(self._mount_read_only, target, lower, user_namespace, mount_label)
+
+    async def unmount(self, container_id: str, target: Path) -> None:
+        """Unmount what ``prepare`` or ``mount_image`` put at ``target``; success if nothing is there."""
+        await in_thread(_unmount, target)
+        await self._let_go([f"{container_id} {target}"])
+
+    async def remove(self, container_id: str) -> None:
+        """Remove the container's folder with all in it and let go of its layers; success if there is none.
+
+        What is mounted has to be unmounted before.
+        """
+        await in_thread(self._throw_away, container_id)
+        self.writable.forget(container_id)
+        self._trash.wake()
+        await self._let_go([key for key, (owner, _) in self._held.items() if owner == container_id])
+
+    def filesystem_usage(self) -> FilesystemUsage:
+        """What the containers' folders take, with what the containers wrote as far as it is known; for any thread."""
+        used = inodes = 0
+        for container_id in [key for key in tuple(self._held) if " " not in key]:
+            used += _OWN_INODES * _DISK_BLOCK
+            inodes += _OWN_INODES
+            written = self.writable.usage(container_id)
+            if written is not None:
+                used += written.used_bytes
+                inodes += written.inodes
+        return FilesystemUsage(str(self._data_dir), used, inodes)
+
+    async def close(self) -> None:
+        """Stop counting what the containers write."""
+        await in_thread(self.writable.close)
+
+    def _start_usage(self) -> None:
+        reason = self.writable.open()
+        if reason:
+            _log.info("writable layers are counted in the background, not by project quota: %s", reason)
+            return
+        _log.info("writable layers are counted by project quota: images.project_quotas says whose")
+        for container_id in self.ids():
+            self.writable.find_project(container_id)
+
+    async def _hold(self, key: str, container_id: str, image: Image) -> None:
+        self._layers.retain(image.layers)
+        self._held[key] = (container_id, image.layers)
+        await self._database.execute(
+            "INSERT OR REPLACE INTO snapshots (id, container_id, image_id, layers) VALUES (?, ?, ?, ?)",
+            (key, container_id, image.id, json.dumps(image.layers)),
+        )
+
+    async def _let_go(self, keys: Sequence[str]) -> None:
+        held = [(key, self._held.pop(key)[1]) for key in keys if key in self._held]
+        if not held:
+            return
+        rows = [(key,) for key, _ in held]
+        await self._database.write(
+            lambda connection: connection.executemany("DELETE FROM snapshots WHERE id = ?", rows) and None
+        )
+        for _, layers in held:
+            await self._layers.release(layers)
+
+    async def _discard(self, container_id: str, target: Path) -> None:
+        await in_thread(_unmount, target)
+        await self.remove(container_id)
+
+    def _lower(self, image: Image) -> list[Path]:
+        if not self._layers.has(image.layers):
+            raise NotFoundError(f"image {image.name} was removed: pull it again")
+        return self._paths(image.layers)
+
+    def _paths(self, numbers: Sequence[int]) -> list[Path]:
+        """The folders to overlay, topmost first; nothing below a layer that hides everything."""
+        paths = []
+        for number in reversed(numbers):
+            paths.append(self._layers.path(number))
+            layer = self._layers.get(number)
+            if layer is not None and layer.opaque:
+                break
+        return paths or [self._layers.path(EMPTY_LAYER)]
+
+    def _mount_writable(
+        self,
+        folder: Path,
+        target: Path,
+        lower: Sequence[Path],
+        user_namespace: Path | None = None,
+        mount_label: str = "",
+    ) -> None:
+        upper, work = folder / "upper", folder / "work"
+        new = not upper.exists()
+        if not new:
+            self._trash.throw(work)  # a volatile mount leaves a mark in it that forbids mounting it again
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            if user_namespace is not None or self.project_quotas == "all":
+                self._give_project(folder.name)
+        for path in (upper, work):
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(mode=0o700)
+        target.mkdir(parents=True, exist_ok=True)
+        # What is written gets the ids it is written with, so only what lies below needs its ids mapped.
+        with with_mapped_ids(lower, scratch_of(target), user_namespace) as seen:
+            if new:  # the root folder itself looks as the image's does
+                root = seen[0].stat()
+                os.chown(upper, root.st_uid, root.st_gid)
+                upper.chmod(stat.S_IMODE(root.st_mode))
+            self._mount_overlay(target, seen, folder, mount_label)
+        self.writable.measure_own(folder.name)
+
+    def _give_project(self, container_id: str) -> None:
+        try:
+            self.writable.give_project(container_id)
+        except (LimitError, OSError) as error:
+            _log.warning("what container %s writes is counted in the background: %s", container_id, error)
+
+    def _mount_overlay(self, target: Path, lower: Sequence[Path], folder: Path, mount_label: str) -> None:
+        options = mounts.context_option(mount_label)
+        writable = (folder / "upper", folder / "work")
+        try:
+            mount_overlay(target, lower, writable, options + self._volatile)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._volatile:
+                raise PodkeelError(f"overlay at {target} could not be mounted: {error.strerror}") from error
+            self._volatile = ""  # a kernel before 5.10
+            mount_overlay(target, lower, writable, options)
+
+    def _mount_read_only(
+        self, target: Path, lower: Sequence[Path], user_namespace: Path | None = None, mount_label: str = ""
+    ) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        if len(lower) == 1:
+            # Overlayfs wants two when nothing is writable.
+            second = self._layers.path(EMPTY_LAYER).with_name("below")
+            second.mkdir(exist_ok=True)
+            lower = (*lower, second)
+        with with_mapped_ids(lower, scratch_of(target), user_namespace) as seen:
+            try:
+                mount_overlay(target, seen, None, mounts.context_option(mount_label), mounts.MS_RDONLY)
+            except OSError as error:
+                raise PodkeelError(f"overlay at {target} could not be mounted: {error.strerror}") from error
+
+    def _throw_away(self, container_id: str) -> None:
+        self._trash.throw(self._containers / container_id)
+
+
+def _is_name(text: str) -> bool:
+    """Whether a folder of that name lies where it is looked for."""
+    return text not in ("", ".", "..") and "/" not in text and "\0" not in text
+
+
+def _unmount(target: Path) -> None:
+    mounts.unmount(target)
+    clear(scratch_of(target))
+    remove_tree(names_of(target))
+    with contextlib.suppress(OSError):
+        target.rmdir()

@@ -1,0 +1,243 @@
+"""What containers wrote into their root file systems: by project quota, or counted in the background.
+
+No call walks a tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from host.errors import PodkeelError
+from host.files.file_tree import Walk
+from images.snapshots.project_quota import ProjectQuotas
+
+OLDEST_SECONDS = 10.0
+TRUSTED_SECONDS = 600.0  # files may also change by a hand from outside the container
+
+_BLOCK = 512  # the unit of st_blocks, whatever the file system's own (stat(2))
+_BATCH = 256  # entries between two looks at the time
+_DUTY = 0.2  # the part of one core that counting takes while it goes on
+_SMALL_SECONDS = 0.0002  # of processor time: not quite a hundred files
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_SHARE = 0.01  # the part of one core that all trees that are not small take together
+
+_log = logging.getLogger("podkeel.images")
+
+# Something that changes when a container may have written; None: nobody knows. It must not raise.
+Activity = Callable[[str], int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class WritableUsage:
+    """What one container wrote takes on disk, its folder included, and when (nanoseconds since the epoch) that was.
+
+    That is in its root file system, and in the folders of its image's VOLUMEs.
+    """
+
+    time_ns: int
+    used_bytes: int
+    inodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """What was counted after the container's ``activity`` was that; times on the monotonic clock."""
+
+    usage: WritableUsage
+    due: float
+    trusted_until: float = 0.0
+    activity: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Project:
+    """The project of a container's folder, and what of it is not the container's: all but the folder of its files."""
+
+    id: int
+    own_bytes: int = 0
+    own_inodes: int = 0
+
+
+class WritableLayers:
+    """Tells what the folders that ``upper`` gives for container ids, and ``volumes`` beside them, take; for any thread.
+
+    With a project of ``quotas`` it is what the file system says now. Without, it is what was counted last. Where that
+    is older than ten seconds, one thread looks whether the container has been active since, and counts anew if so:
+    what did not run did not write. Small trees are counted as often as that, others as often as a hundredth of one core
+    allows for all of them. The thread has no lower priority than others: while it waited for a processor it might hold
+    what the whole process needs to go on.
+    """
+
+    def __init__(self, upper: Callable[[str], Path], quotas: ProjectQuotas | None = None) -> None:
+        self.activity: Activity = lambda _: None
+        self._upper = upper
+        self._quotas = quotas
+        self.counted_because = "" if quotas is not None else "images.project_quotas is off"
+        self._projects: dict[str, _Project] = {}
+        self._counted: dict[str, _Counted] = {}
+        self._costs: dict[str, float] = {}  # seconds of processor time that trees took to count, without small ones
+        self._waiting: set[str] = set()
+        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> str:
+        """Find out whether project quotas can be used; why not, or nothing if they can."""
+        if self._quotas is not None:
+            self.counted_because = self._quotas.open()
+        if self.counted_because:
+            self._quotas = None
+        return self.counted_because
+
+    def give_project(self, container_id: str) -> None:
+        """Let the file system count for this container, whose folder is new and empty. Raises LimitError, OSError."""
+        if self._quotas is not None:
+            self._projects[container_id] = _Project(self._quotas.give(self._upper(container_id).parent))
+
+    def find_project(self, container_id: str) -> None:
+        """Go on with the project that an earlier agent gave, if it did."""
+        if self._quotas is not None:
+            with contextlib.suppress(OSError):
+                project = self._quotas.known(self._upper(container_id).parent)
+                if project:
+                    self._projects[container_id] = _Project(project)
+                    self.measure_own(container_id)
+
+    def measure_own(self, container_id: str) -> None:
+        """Leave out of what a project takes the folders that are overlayfs's, as they are now."""
+        project = self._projects.get(container_id)
+        if project is not None:
+            folder = self._upper(container_id).parent
+            own = [folder.lstat(), *_statuses(folder / "work")]
+            blocks = sum(status.st_blocks for status in own)
+            self._projects[container_id] = _Project(project.id, blocks * _BLOCK, len(own))
+
+    def usage(self, container_id: str) -> WritableUsage | None:
+        """What it takes as far as that is known, at first the folder itself; None if there is none."""
+        project = self._projects.get(container_id)
+        if project is not None and self._quotas is not None:
+            with contextlib.suppress(OSError):
+                now = self._quotas.usage(project.id)
+                used, inodes = now.used_bytes - project.own_bytes, now.inodes - project.own_inodes
+                return WritableUsage(time.time_ns(), max(used, 0), max(inodes, 1))
+        known = self._counted.get(container_id)
+        if known is None:
+            try:
+                status = self._upper(container_id).lstat()
+            except OSError:
+                return None
+            known = _Counted(WritableUsage(time.time_ns(), status.st_blocks * _BLOCK, 1), 0.0)
+            self._counted[container_id] = known
+        if known.due <= time.monotonic():
+            self._ask_for(container_id)
+        return known.usage
+
+    def forget(self, container_id: str) -> None:
+        """The container is gone."""
+        with self._lock:
+            self._counted.pop(container_id, None)
+            self._costs.pop(container_id, None)
+        project = self._projects.pop(container_id, None)
+        if project is not None and self._quotas is not None:
+            self._quotas.take_back(project.id)
+
+    def close(self) -> None:
+        """Stop counting."""
+        self._closing.set()
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join()
+        if self._quotas is not None:
+            self._quotas.close()
+
+    def _ask_for(self, container_id: str) -> None:
+        with self._lock:
+            if container_id in self._waiting or self._closing.is_set():
+                return
+            self._waiting.add(container_id)
+            self._queue.put(container_id)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="writable-layers", daemon=True)
+                self._thread.start()
+
+    def _serve(self) -> None:
+        while (container_id := self._queue.get()) is not None and not self._closing.is_set():
+            try:
+                renewed = self._renewed(container_id, self._counted.get(container_id))
+            except (OSError, PodkeelError) as error:  # such as no descriptor left: it is asked for again
+                _log.warning("files of containers could not be counted, the last count stays: %s", error)
+                renewed = None
+            with self._lock:
+                self._waiting.discard(container_id)
+                if renewed is not None and container_id in self._counted:
+                    self._counted[container_id] = renewed
+
+    def _renewed(self, container_id: str, known: _Counted | None) -> _Counted | None:
+        """None when the count is cut short by the end, or the folder is gone."""
+        activity, now = self.activity(container_id), time.monotonic()
+        if known is not None and activity is not None and activity == known.activity and now < known.trusted_until:
+            usage = replace(known.usage, time_ns=time.time_ns())
+            return replace(known, usage=usage, due=now + OLDEST_SECONDS)
+        before = time.thread_time()
+        counted = self._count(self._upper(container_id))
+        if counted is None:
+            return None
+        pause, now = self._pause(container_id, time.thread_time() - before), time.monotonic()
+        return _Counted(counted, now + pause, now + max(pause, TRUSTED_SECONDS), activity)
+
+    def _pause(self, container_id: str, cost: float) -> float:
+        """For how long a tree is not counted again, by the processor time that it took."""
+        with self._lock:
+            if cost > _SMALL_SECONDS and container_id in self._counted:
+                self._costs[container_id] = cost
+                return max(OLDEST_SECONDS, sum(self._costs.values()) / _SHARE)
+            self._costs.pop(container_id, None)
+            return OLDEST_SECONDS
+
+    def _count(self, upper: Path) -> WritableUsage | None:
+        blocks = inodes = 0
+        linked: set[int] = set()
+        begin = time.monotonic()
+        statuses = itertools.chain(_statuses(upper), _statuses(upper.with_name("volumes")))
+        for number, status in enumerate(statuses, start=1):
+            if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+                if status.st_ino in linked:
+                    continue
+                linked.add(status.st_ino)
+            blocks += status.st_blocks
+            inodes += 1
+            if number % _BATCH == 0:
+                if self._closing.wait((time.monotonic() - begin) * (1 / _DUTY - 1)):
+                    return None
+                begin = time.monotonic()
+        return WritableUsage(time.time_ns(), blocks * _BLOCK, inodes) if inodes else None
+
+
+def _statuses(folder: Path) -> Iterator[os.stat_result]:
+    """Of ``folder`` and everything below it; what goes away meanwhile is left out.
+
+    Its owner may put a link where a folder was: none is followed, and no mount is crossed.
+    """
+    try:
+        root = os.open(folder, _FOLDER)
+    except OSError:
+        return
+    try:
+        yield os.fstat(root)
+        for step in Walk(root):
+            if step.entry is not None:
+                with contextlib.suppress(OSError):
+                    yield step.entry.stat(follow_symlinks=False)
+    finally:
+        os.close(root)

@@ -1,0 +1,130 @@
+"""Paths inside the folder that a layer is written to, which is the root and the working folder of the process.
+
+Runs in the unpack worker. No path leads out, as nothing else is mounted; this is about paths that are longer than the
+kernel takes at once, and about links that lead to what is not there yet.
+"""
+
+# Names are bytes, which pathlib does not take.
+# ruff: noqa: PTH115
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from images.unpack.tar_headers import TarError, shown
+
+LONGEST_NAME = 32 << 10
+MOST_PARTS = 1024
+_AT_ONCE = 4000  # PATH_MAX is 4096
+_MOST_LINKS = 255
+
+
+def clean(name: bytes) -> bytes:
+    """``name`` relative to the root, without empty, ``.`` and ``..`` parts; TarError for one that climbs out."""
+    if not name:
+        raise TarError("an entry has no name")
+    if len(name) > LONGEST_NAME:
+        raise TarError(f"{shown(name)} has a name of {len(name)} bytes, the longest may have {LONGEST_NAME}")
+    name = name.removeprefix(b"./")
+    if (
+        b"/." not in name
+        and b"//" not in name
+        and name[:1] not in b"./"
+        and name[-1:] != b"/"
+        and len(name) < MOST_PARTS
+    ):
+        return name  # as nearly all are
+    parts: list[bytes] = []
+    for part in name.split(b"/"):
+        if part == b"..":
+            if not parts:
+                raise TarError(f"{shown(name)} climbs out of its folder with '..'")
+            parts.pop()
+        elif part not in (b"", b"."):
+            parts.append(part)
+    if len(parts) > MOST_PARTS:
+        raise TarError(f"{shown(name)} lies {len(parts)} folders deep, the most are {MOST_PARTS}")
+    return b"/".join(parts)
+
+
+class LayerRoot:
+    """Takes calls to paths of any length, by going to the folder from which the rest of the path is short enough."""
+
+    def __init__(self) -> None:
+        self._away = False
+
+    def near(self, path: bytes) -> bytes:
+        """What to call ``path`` (relative to the root) until the next call of this; ``.`` for the root.
+
+        Raises OSError if it is too long and a folder on the way is missing.
+        """
+        if self._away:
+            os.chdir("/")
+            self._away = False
+        while len(path) > _AT_ONCE:
+            cut = path.rfind(b"/", 0, _AT_ONCE)
+            if cut <= 0:
+                break  # a part that is too long: let the kernel say so
+            os.chdir(path[:cut])
+            self._away = True
+            path = path[cut + 1 :]
+        return path or b"."
+
+    def link(self, target: bytes, path: bytes) -> None:
+        """Make ``path`` a hard link to ``target``. Raises OSError."""
+        if len(target) <= _AT_ONCE and len(path) <= _AT_ONCE:
+            self.near(b"")
+            os.link(target, path, follow_symlinks=False)
+            return
+        folder, _, base = target.rpartition(b"/")
+        descriptor = os.open(self.near(folder), os.O_PATH | os.O_DIRECTORY)
+        try:
+            os.link(base, self.near(path), src_dir_fd=descriptor, follow_symlinks=False)
+        finally:
+            os.close(descriptor)
+
+    def kind(self, path: bytes) -> int:
+        """The file type bits of what is at ``path``, 0 if nothing is."""
+        try:
+            return stat.S_IFMT(os.lstat(self.near(path)).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
+
+    def resolve(self, path: bytes) -> tuple[bytes, int]:
+        """``path`` with every link in it followed, and how many of its parts are there.
+
+        What a link leads to need not be there. Raises TarError for links that lead in circles.
+        """
+        done: list[bytes] = []
+        there: int | None = None
+        pending = path.split(b"/")[::-1]
+        links = 0
+        while pending:
+            part = pending.pop()
+            if part == b"..":
+                if done:
+                    done.pop()
+                if there is not None and len(done) <= there:
+                    there = None
+                continue
+            if part in (b"", b"."):
+                continue
+            done.append(part)
+            if there is not None:
+                continue
+            try:
+                target = os.readlink(self.near(b"/".join(done)))
+            except (FileNotFoundError, NotADirectoryError):
+                there = len(done) - 1
+                continue
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # what it is for anything but a link
+                    raise
+                continue
+            links += 1
+            if links > _MOST_LINKS:
+                raise TarError(f"{shown(path)} lies behind links that lead in circles")
+            done = [] if target.startswith(b"/") else done[:-1]
+            pending += target.split(b"/")[::-1]
+        return b"/".join(done), len(done) if there is None else there

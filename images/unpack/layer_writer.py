@@ -1,0 +1,379 @@
+"""Writing a layer's entries below the working folder, with whiteouts turned into overlayfs's form.
+
+Runs in the unpack worker after it made the layer's folder its root, so that symbolic links, ``..`` and absolute names
+cannot lead anywhere else. Device nodes and the marks of opaque folders take rights that the worker does not have: it
+lists them, and the agent makes them (``images/unpack/special_files.py``).
+
+References: OCI image specification, "Image Layer Filesystem Changeset"; the kernel's
+Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories".
+"""
+
+# Names are bytes, which pathlib does not take.
+# ruff: noqa: PTH101, PTH102, PTH106, PTH108, PTH208, PTH211
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from images.unpack.layer_root import LayerRoot, clean
+from images.unpack.tar_headers import (
+    BLOCK_DEVICE,
+    CHARACTER_DEVICE,
+    FIFO,
+    FOLDER,
+    HARD_LINK,
+    REGULAR,
+    SYMBOLIC_LINK,
+    Entry,
+    LimitError,
+    TarError,
+    shown,
+)
+
+TYPE_CHECKING = False  # as type checkers know it, without importing typing
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    from images.unpack.tar_reader import TarReader
+
+    T = TypeVar("T")
+
+DISK_BLOCK = 4096
+_WHITEOUT = b".wh."
+_OPAQUE = b".wh..wh..opq"
+_AUFS = b".wh..wh."
+_SET_IDS = stat.S_ISUID | stat.S_ISGID
+_DEVICE_KINDS = {CHARACTER_DEVICE: stat.S_IFCHR, BLOCK_DEVICE: stat.S_IFBLK}
+_WHITED_OUT = stat.S_IFCHR  # the only device nodes that a worker makes
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_XATTRS = (b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default")
+_LAST_NANOSECOND = (1 << 63) - 1
+
+
+class Device:
+    """A device node that the agent is to make: its type and mode, number, owner and time, and its names."""
+
+    __slots__ = ("device", "gid", "mode", "mtime", "paths", "uid")
+
+    def __init__(self, entry: Entry) -> None:
+        self.mode = _DEVICE_KINDS[entry.kind] | entry.mode
+        self.device = entry.device
+        self.uid = entry.uid
+        self.gid = entry.gid
+        self.mtime = _time(entry)
+        self.paths: list[bytes] = []
+
+
+class LayerWriter:
+    """Applies entries in order; a later entry of the same name replaces the earlier one.
+
+    ``used_bytes`` (in blocks, as ``du`` counts) and ``used_inodes`` say what was made; ``implied`` are folders that no
+    entry described, which take after those of the layers below; ``opaque`` is true if the layer hides everything below.
+    ``opaque_folders`` and ``devices`` are for the agent to make.
+    """
+
+    def __init__(self, reader: TarReader, max_entries: int) -> None:
+        self._reader = reader
+        self._max_entries = max_entries
+        self._root = LayerRoot()
+        self._times: dict[bytes, int] = {}
+        self._groups_inherited = False
+        # A device node's place is taken by a file, which says which one it is.
+        self._placeholder = b"podkeel device %s " % os.urandom(16).hex().encode()
+        self._placed: list[Device] = []
+        self._placed_at: dict[bytes, None] = {}
+        self.devices: list[Device] = []
+        self.entries = 0
+        self.used_bytes = DISK_BLOCK
+        self.used_inodes = 1
+        self.opaque = False
+        self.opaque_folders: dict[bytes, None] = {}
+        self.implied: dict[bytes, None] = {b"": None}
+
+    def write_all(self) -> None:
+        """Write every entry of the reader, then the times of the folders."""
+        for entry in self._reader:
+            self.entries += 1
+            if self.entries > self._max_entries:
+                raise LimitError(f"it holds more than {self._max_entries} entries (images.max_layer_entries)")
+            try:
+                self._write(entry)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM):
+                    raise
+                if error.errno == errno.EFBIG:
+                    raise LimitError(f"{shown(entry.name)} is larger than images.max_layer_bytes") from error
+                reason = error.strerror or str(error)
+                raise TarError(f"{shown(entry.name)} could not be made: {reason}") from error
+            except (ValueError, OverflowError) as error:
+                raise TarError(f"{shown(entry.name)} could not be made: {error}") from error
+        self._take_placeholders()
+        opaque = [path for path in self.opaque_folders if self._root.kind(path) == stat.S_IFDIR]
+        self.opaque_folders = dict.fromkeys(self._root.resolve(path)[0] for path in opaque)
+        for path, mtime in self._times.items():
+            os.utime(self._root.near(path), ns=(mtime, mtime), follow_symlinks=False)
+
+    def _write(self, entry: Entry) -> None:
+        path = clean(entry.name)
+        base = path.rpartition(b"/")[2]
+        if b".wh." in path:
+            if _AUFS in path and not path.endswith(_OPAQUE):
+                return  # AUFS's own book-keeping, which means nothing elsewhere
+            if any(part.startswith(_WHITEOUT) for part in path.split(b"/")[:-1]):
+                raise TarError(f"{shown(entry.name)} lies below a whiteout")
+            if base.startswith(_WHITEOUT):
+                self._whiteout(entry, path, base)
+                return
+        if entry.kind == FOLDER:
+            self._folder(entry, path)
+            return
+        if not path:
+            raise TarError(f"{shown(entry.name)} names the layer's root but is not a folder")
+        if entry.kind == REGULAR:
+            self._file(entry, path)
+        elif entry.kind == HARD_LINK:
+            self._hard_link(entry, path)
+        elif entry.kind == SYMBOLIC_LINK:
+            self._make(path, lambda name: os.symlink(entry.link, name))
+            self._describe(entry, self._root.near(path))
+        elif entry.kind == FIFO:
+            self._make(path, lambda name: os.mkfifo(name, entry.mode))
+            self._describe(entry, self._root.near(path))
+        else:
+            self._device(entry, path)
+
+    def _describe(self, entry: Entry, name: bytes) -> None:
+        """Give what is neither a file nor a folder its owner, mode and time, and count it."""
+        self._set_owner(entry, name)
+        if entry.kind != SYMBOLIC_LINK and entry.mode & _SET_IDS:
+            os.chmod(name, entry.mode)
+        self._set_xattrs(entry, name)
+        mtime = _time(entry)
+        os.utime(name, ns=(mtime, mtime), follow_symlinks=False)
+        self._count(0)
+
+    def _file(self, entry: Entry, path: bytes) -> None:
+        try:
+            descriptor = os.open(self._root.near(path), _NEW_FILE, entry.mode)
+        except (FileNotFoundError, FileExistsError, NotADirectoryError):
+            descriptor = self._make(path, lambda name: os.open(name, _NEW_FILE, entry.mode))
+        try:
+            for offset, size in ((0, entry.size),) if entry.regions is None else entry.regions:
+                if offset:
+                    os.lseek(descriptor, offset, os.SEEK_SET)
+                for piece in self._reader.data(size):
+                    written = os.write(descriptor, piece)
+                    while written < len(piece):
+                        written += os.write(descriptor, piece[written:])
+            if entry.regions is not None:
+                os.truncate(descriptor, entry.real_size)
+            if entry.uid or entry.gid or self._groups_inherited:
+                os.fchown(descriptor, entry.uid, entry.gid)
+                if entry.mode & _SET_IDS:
+                    os.fchmod(descriptor, entry.mode)
+            if entry.xattrs:
+                self._set_xattrs(entry, descriptor)
+            mtime = _time(entry)
+            os.utime(descriptor, ns=(mtime, mtime))
+        finally:
+            os.close(descriptor)
+        self._count(entry.size)
+
+    def _folder(self, entry: Entry, path: bytes) -> None:
+        made = False
+        if path:
+            made = self._make_folder(path, entry.mode)
+        target = self._root.near(path)
+        self._set_owner(entry, target)
+        os.chmod(target, entry.mode)
+        self._set_xattrs(entry, target)
+        self._times[path] = _time(entry)
+        self.implied.pop(path, None)
+        if entry.mode & stat.S_ISGID:
+            self._groups_inherited = True
+        if made:
+            self._count(DISK_BLOCK)
+
+    def _make_folder(self, path: bytes, mode: int) -> bool:
+        """Make the folder unless there is one; whatever else is there goes. A whited-out one hides what is below."""
+        try:
+            os.mkdir(self._root.near(path), mode)
+            return True
+        except (FileNotFoundError, NotADirectoryError):
+            self._make_parents(path)
+        except FileExistsError:
+            if self._root.kind(path) == stat.S_IFDIR:
+                return False
+            hidden = self._root.kind(path) == _WHITED_OUT
+            self._clear(path)
+            os.mkdir(self._root.near(path), mode)
+            if hidden:
+                self.opaque_folders[path] = None
+            return True
+        os.mkdir(self._root.near(path), mode)
+        return True
+
+    def _hard_link(self, entry: Entry, path: bytes) -> None:
+        target = clean(entry.link)
+        if target == path:
+            return
+        try:
+            self._make(path, lambda name: self._root.link(target, path))
+        except FileNotFoundError as error:
+            raise TarError(
+                f"{shown(entry.name)} is a hard link to {shown(entry.link)}, which is not in this layer"
+            ) from error
+        if self._placed:
+            self._placed_at[path] = None
+
+    def _device(self, entry: Entry, path: bytes) -> None:
+        descriptor = self._make(path, lambda name: os.open(name, _NEW_FILE, 0))
+        try:
+            os.write(descriptor, self._placeholder + b"%d" % len(self._placed))
+        finally:
+            os.close(descriptor)
+        self._placed.append(Device(entry))
+        self._placed_at[path] = None
+        self._count(0)
+
+    def _take_placeholders(self) -> None:
+        """Remove those that are still there, and list their device nodes with all the names they have."""
+        for path in self._placed_at:
+            device = self._device_at(path)
+            if device is not None:
+                os.unlink(self._root.near(path))
+                if not device.paths:
+                    self.devices.append(device)
+                folder, _, base = path.rpartition(b"/")
+                device.paths.append(clean(self._root.resolve(folder)[0] + b"/" + base))
+
+    def _device_at(self, path: bytes) -> Device | None:
+        if self._root.kind(path) != stat.S_IFREG:
+            return None
+        descriptor = os.open(self._root.near(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            content = os.read(descriptor, 100)
+        finally:
+            os.close(descriptor)
+        place = content.removeprefix(self._placeholder)
+        return self._placed[int(place)] if place != content else None
+
+    def _whiteout(self, entry: Entry, path: bytes, base: bytes) -> None:
+        folder = self._root.resolve(path[: -len(base)])[0]
+        if base == _OPAQUE:
+            self._hide_below(entry, folder)
+            return
+        hidden = base[len(_WHITEOUT) :]
+        if hidden in (b"", b".", b".."):
+            raise TarError(f"{shown(entry.name)} is a whiteout of {shown(hidden)}")
+        name = folder + b"/" + hidden if folder else hidden
+        try:
+            os.mknod(self._root.near(name), stat.S_IFCHR, 0)
+        except (FileNotFoundError, NotADirectoryError):
+            self._make_parents(name)
+            os.mknod(self._root.near(name), stat.S_IFCHR, 0)
+        except FileExistsError:
+            # What this layer itself holds under the name stays; only what is below it is hidden.
+            if self._root.kind(name) == stat.S_IFDIR:
+                self.opaque_folders[name] = None
+            return
+        self._count(0)
+
+    def _hide_below(self, entry: Entry, folder: bytes) -> None:
+        """Make an opaque folder, unless there is one to be made opaque."""
+        if not folder:
+            self.opaque = True  # overlayfs reads no such mark on a layer's root: the layers below are left out
+            return
+        kind = self._root.kind(folder)
+        if kind != stat.S_IFDIR:
+            if kind not in (0, _WHITED_OUT):
+                raise TarError(f"{shown(entry.name)} lies below {shown(folder)}, which is not a folder")
+            self._make_folder(folder, 0o755)
+            self.implied[folder] = None
+            self._count(DISK_BLOCK)
+        self.opaque_folders[folder] = None
+
+    def _make(self, path: bytes, make: Callable[[bytes], T]) -> T:
+        """Call ``make``; if a folder is missing or something is in the way, see to that and call it again."""
+        try:
+            return make(self._root.near(path))
+        except (FileNotFoundError, NotADirectoryError):
+            if b"/" not in path:
+                raise
+            self._make_parents(path)
+        except FileExistsError:
+            self._clear(path)
+        return make(self._root.near(path))
+
+    def _make_parents(self, path: bytes) -> None:
+        """Make the missing folders on the way to ``path``, as no entry describes them (yet), also behind links."""
+        folder, there = self._root.resolve(path.rpartition(b"/")[0])
+        parts = folder.split(b"/")
+        # A whiteout on the way gives room: the folder that replaces it hides what is below.
+        first = there - 1 if there and self._root.kind(b"/".join(parts[:there])) == _WHITED_OUT else there
+        for count in range(first + 1, len(parts) + 1):
+            parent = b"/".join(parts[:count])
+            if parent and self._make_folder(parent, 0o755):
+                self.implied[parent] = None
+                self._count(DISK_BLOCK)
+
+    def _clear(self, path: bytes) -> None:
+        """Remove whatever is at ``path``."""
+        pending = [path]
+        while pending:
+            current = pending[-1]
+            name = self._root.near(current)
+            status = os.lstat(name)
+            if stat.S_ISDIR(status.st_mode):
+                children = os.listdir(name)
+                if children:
+                    pending.extend([current + b"/" + child for child in children])
+                    continue
+                os.rmdir(name)
+                self._times.pop(current, None)
+                self.implied.pop(current, None)
+                self.opaque_folders.pop(current, None)
+                self._uncount(DISK_BLOCK)
+            else:
+                counted = stat.S_ISREG(status.st_mode) and not (self._placed and self._device_at(current))
+                os.unlink(self._root.near(current))
+                if status.st_nlink == 1:
+                    self._uncount(status.st_size if counted else 0)
+            pending.pop()
+
+    def _set_owner(self, entry: Entry, name: bytes) -> None:
+        if entry.uid or entry.gid or self._groups_inherited:
+            os.chown(name, entry.uid, entry.gid, follow_symlinks=False)
+
+    def _set_xattrs(self, entry: Entry, target: bytes | int) -> None:
+        for name, value in (entry.xattrs or {}).items():
+            if name not in _XATTRS and (not name.startswith(b"user.") or name.startswith(b"user.overlay.")):
+                continue  # trusted.* and the like are the host's own: overlayfs would obey them
+            try:
+                os.setxattr(target, name, value, follow_symlinks=isinstance(target, int))
+            except OSError as error:
+                if error.errno == errno.ENOSPC and os.statvfs("/").f_bavail:
+                    raise TarError(
+                        f"{shown(entry.name)} has more extended attributes than the file system takes"
+                    ) from error
+                if error.errno not in (errno.ENOTSUP, errno.EPERM):
+                    raise
+
+    def _count(self, size: int) -> None:
+        self.used_inodes += 1
+        self.used_bytes += _blocks(size)
+
+    def _uncount(self, size: int) -> None:
+        self.used_inodes -= 1
+        self.used_bytes -= _blocks(size)
+
+
+def _blocks(size: int) -> int:
+    return -(-size // DISK_BLOCK) * DISK_BLOCK
+
+
+def _time(entry: Entry) -> int:
+    """When the entry was changed, in nanoseconds; 1970 for times that do not fit, as in containerd."""
+    return entry.mtime if -_LAST_NANOSECOND <= entry.mtime <= _LAST_NANOSECOND else 0

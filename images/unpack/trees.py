@@ -1,0 +1,29 @@
+"""Comparing file trees, and telling what one is, in a process of its own (``images/unpack/tree_comparison.py``)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+
+from host import processes
+
+_START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from images.unpack.tree_comparison import main; main(sys.argv[2:])"
+)
+
+
+class Trees(msgspec.Struct):
+    """``differences`` of the second tree from the first, or ``inodes`` and ``digest`` of the only one."""
+
+    differences: list[str]
+    inodes: int = 0
+    digest: str = ""
+
+
+async def look_at(*folders: Path) -> Trees:
+    """What there is to say of one tree or of two."""
+    command = (sys.executable, "-I", "-S", "-c", _START, str(Path(__file__).parents[2]), *map(str, folders))
+    done = await processes.run(command, environment={})
+    return msgspec.json.decode(done.stdout, type=Trees)

@@ -1,0 +1,146 @@
+"""The agent's side of unpacking: a layer's bytes go to a confined worker while they arrive, hashed on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import select
+import sys
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from host import processes
+from host.concurrency.tasks import wait_out
+from host.concurrency.threads import in_image_thread
+from images.content.ingest import PartialBlob
+from images.oci.manifests import Descriptor
+from images.unpack.special_files import make_special_files
+from images.unpack.worker_feed import Patience, WorkerFeed
+from images.unpack.worker_report import Unpacked, WorkerReport, decode_report
+from images.unpack.worker_syscalls import worker_filter
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_START = (
+    "import sys; sys.path[:0] = sys.argv[1:2]; sys.path += sys.argv[2:3]; from images.unpack.worker import main; main()"
+)
+# The descriptor that the worker's processes have open as long as one of them lives.
+_LIFELINE = 3
+_SECONDS_TO_DIE = 10.0
+_WALL_TIME = 2  # times the processor time that a worker may take
+_DECODED_AT_ONCE = 64 << 10
+
+
+class Unpacker:
+    """Unpacks layers, each in a worker process of its own; ``close`` ends its threads."""
+
+    def __init__(self, *, max_bytes: int, max_entries: int, max_seconds: int, parallel: int) -> None:
+        self._limits = (str(max_bytes), str(max_entries), str(max_seconds))
+        self._seconds = max_seconds
+        self._threads = ThreadPoolExecutor(max_workers=parallel, thread_name_prefix="layer")
+
+    def close(self) -> None:
+        """End the threads; none is busy once the pulls are cancelled."""
+        self._threads.shutdown(wait=True)
+
+    async def unpack(
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        descriptor: Descriptor,
+        folder: Path,
+        keep: PartialBlob | None,
+        subject: str,
+    ) -> Unpacked:
+        """Write the layer that ``chunks`` brings below ``folder``, and what ``keep`` lacks of its bytes to that.
+
+        Digest and size of ``descriptor`` are checked (where it has them). Raises InvalidArgumentError for a broken
+        layer and LimitError for one over the limits or a full disk, naming ``subject``; what was written stays for the
+        caller to remove, and the worker has ended. UnavailableError where the node has no libseccomp.
+        """
+        patience = Patience(_WALL_TIME * self._seconds, subject)
+        with contextlib.ExitStack() as stack:
+            read_end, write_end = os.pipe2(os.O_CLOEXEC)
+            alive, lifeline = os.pipe2(os.O_CLOEXEC)
+            stack.callback(os.close, alive)
+            child_ends = contextlib.ExitStack()
+            child_ends.callback(os.close, read_end)
+            child_ends.callback(os.close, lifeline)
+            stack.enter_context(child_ends)
+            feed = WorkerFeed(write_end, keep, descriptor, self._threads, patience)
+            stack.callback(feed.close)
+            compiled = await self._in_thread(worker_filter)
+            arguments = (*_module_paths(), str(folder), *self._limits, compiled.hex())
+            run = processes.run(
+                (sys.executable, "-I", "-S", "-c", _START, *arguments),
+                descriptors={0: read_end, _LIFELINE: lifeline},
+                environment={},
+                check=False,
+                on_start=lambda pid: child_ends.close(),
+            )
+            worker = asyncio.create_task(run)
+            worker.add_done_callback(lambda ended: child_ends.close())
+            try:
+                try:
+                    async with contextlib.aclosing(chunks):
+                        await feed.send_all(chunks)
+                except BrokenPipeError:
+                    pass  # the worker ended early and says why below
+                feed.close()
+                completed = await _end_of(worker, patience)
+            except BaseException:
+                worker.cancel()
+                await asyncio.wait((worker,))
+                await in_image_thread(_wait_closed, alive)
+                await feed.settle()
+                raise
+        if len(completed.stdout) > _DECODED_AT_ONCE:
+            report = await self._in_thread(decode_report, completed, subject)
+        else:
+            report = decode_report(completed, subject)
+        return await self._finish(report, feed, folder, subject)
+
+    async def _finish(self, report: WorkerReport, feed: WorkerFeed, folder: Path, subject: str) -> Unpacked:
+        if report.devices or report.opaque_folders:
+            opaque = [bytes.fromhex(name) for name in report.opaque_folders]
+            await self._in_thread(make_special_files, folder, report.devices, opaque, subject)
+        return Unpacked(
+            report.diff_id,
+            feed.digest,
+            feed.size,
+            report.used_bytes,
+            report.used_inodes,
+            report.opaque,
+            tuple(bytes.fromhex(name) for name in report.implied),
+        )
+
+    async def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        future = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
+        return await wait_out(future)
+
+
+async def _end_of(worker: asyncio.Task[processes.Completed], patience: Patience) -> processes.Completed:
+    """How the worker ended. Raises LimitError if that takes longer than it may; it goes on then."""
+    done, _ = await asyncio.wait((worker,), timeout=max(0.0, patience.left))
+    if not done:
+        raise patience.error
+    return worker.result()
+
+
+def _wait_closed(lifeline: int) -> None:
+    """Wait until no process of a worker that was killed is left, as none writes to the layer's folder then. Blocks."""
+    poller = select.poll()
+    poller.register(lifeline, select.POLLIN)
+    while poller.poll(_SECONDS_TO_DIE * 1000) and os.read(lifeline, 1 << 16):
+        pass
+
+
+def _module_paths() -> tuple[str, str]:
+    """Where the worker finds this program, and the decompressors."""
+    spec = importlib.util.find_spec("isal") or importlib.util.find_spec("zstandard")
+    packages = Path(spec.origin).parent.parent if spec is not None and spec.origin else Path()
+    return str(Path(__file__).parents[2]), str(packages)

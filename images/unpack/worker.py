@@ -1,0 +1,237 @@
+"""The unpack worker: a short-lived process that writes one layer into a folder it cannot leave.
+
+It reads the layer as the registry has it (plain, gzip or zstd tar) from standard input, and prints one JSON object: on
+success what it unpacked, on failure ``error`` (``invalid``, ``limit``, ``space`` or ``internal``) and ``message``, in
+hexadecimal digits. A confined child looks at the layer (``images/unpack/confinement.py``). Started as ``python -I -S``,
+so it knows nothing of the agent's environment.
+
+A worker is started for every layer: it imports only what cannot be done without (json, typing, contextlib and what they
+bring along would take longer than unpacking a small layer).
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import io
+import os
+import stat
+import sys
+
+from images.unpack.confinement import Limits, run_confined
+from images.unpack.layer_writer import Device, LayerWriter
+from images.unpack.tar_headers import LimitError, TarError
+from images.unpack.tar_reader import Stream, TarReader
+
+TYPE_CHECKING = False  # as type checkers know it, without importing typing
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from typing_extensions import Buffer
+
+_SIGKILL = 9  # the module signal takes longer to import than a small layer to unpack
+_READ = 1 << 20
+_GZIP_READ = 512 << 10
+_GZIP = b"\x1f\x8b"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)
+_DAMAGE = frozenset(("BadGzipFile", "IsalError", "ZstdError"))
+
+MEMORY_LIMIT = 1 << 30
+ZSTD_WINDOW = 1 << 31  # what zstd --long=31 takes; only frames that ask for so much need the memory
+# Bytes of names in a report, with so many for what surrounds each.
+MOST_REPORTED = 8 << 20
+_ITEM_BYTES = 64
+
+
+class Input(io.RawIOBase):
+    """Standard input with its first bytes looked at and put back; a pipe's short reads are filled up."""
+
+    def __init__(self) -> None:
+        self._head = b""
+        while len(self._head) < 4 and (chunk := os.read(0, _READ)):
+            self._head += chunk
+        self.start = self._head[:4]
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        """Read up to the size of ``buffer``."""
+        view = memoryview(buffer).cast("B")
+        if self._head:
+            size = min(len(view), len(self._head))
+            view[:size] = self._head[:size]
+            self._head = self._head[size:]
+            return size
+        return os.readv(0, [view])
+
+
+def decompressed(source: Input) -> Callable[[int], bytes]:
+    """A read function for what is inside ``source``, told by its first bytes. It raises TarError for damage."""
+    buffered = io.BufferedReader(source, _READ)
+    plain: io.BufferedIOBase
+    if source.start.startswith(_GZIP):
+        try:  # what isal.igzip is made of, which itself imports much that is not needed here
+            from isal.isal_zlib import _GzipReader
+        except ImportError:
+            import gzip
+
+            return _sound(gzip.GzipFile(fileobj=buffered, mode="rb").read1)
+        reader: Any = _GzipReader(buffered, _GZIP_READ)
+        return _sound(io.BufferedReader(reader).read1)
+    if is_zstd(source.start):
+        decompressor = _zstd().ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+        plain = decompressor.stream_reader(buffered, read_size=_READ, read_across_frames=True)
+        return _sound(plain.read)
+    return buffered.read1
+
+
+def is_zstd(start: bytes) -> bool:
+    """Whether these first bytes are those of a zstd frame, or of one to be skipped."""
+    return start == _ZSTD or int.from_bytes(start, "little") in _ZSTD_SKIPPABLE
+
+
+def _sound(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
+    """``read`` with the errors of decompressors told from those of files, which some of them are kinds of."""
+
+    def checked(size: int) -> bytes:
+        try:
+            return read(size)
+        except EOFError as error:
+            raise TarError("its compressed stream is cut off") from error
+        except Exception as error:
+            if "too much memory" in str(error) or "Allocation error" in str(error):  # zstd, of a frame's window
+                raise LimitError(
+                    f"its zstd frames ask for a window of more than {ZSTD_WINDOW} bytes (zstd --long=31)"
+                ) from error
+            if isinstance(error, ImportError):  # isal looks for the kind of its error where nothing is to be found
+                raise TarError("its compressed stream is damaged") from error
+            if type(error).__name__ in _DAMAGE or type(error).__module__ == "zlib":
+                raise TarError(f"its compressed stream is damaged: {error}") from error
+            raise
+
+    return checked
+
+
+def _zstd() -> Any:
+    """What zstandard is made of, where it can be had alone: the package itself imports much that is not needed here."""
+    from importlib.machinery import PathFinder
+
+    package = PathFinder.find_spec("zstandard")
+    places = package.submodule_search_locations if package is not None else None
+    compiled = PathFinder.find_spec("backend_c", places) if places else None
+    try:
+        if compiled is None or compiled.loader is None:
+            import zstandard
+
+            return zstandard
+        module = compiled.loader.create_module(compiled)
+        if module is not None:
+            compiled.loader.exec_module(module)
+        return module
+    except ImportError as error:
+        raise TarError("it is compressed with zstd, which needs the Python package zstandard") from error
+
+
+def unpack(read: Callable[[int], bytes], max_bytes: int, max_entries: int) -> dict[str, object]:
+    """Unpack the tar that ``read`` gives to the working folder; what came of it and what is left for the agent."""
+    digest = hashlib.sha256()
+    stream = Stream(read, digest.update, max_bytes)
+    writer = LayerWriter(TarReader(stream), max_entries)
+    writer.write_all()
+    stream.drain()
+    names = [*writer.implied, *writer.opaque_folders, *(path for device in writer.devices for path in device.paths)]
+    if sum(map(len, names)) + _ITEM_BYTES * len(names) > MOST_REPORTED:
+        raise LimitError(
+            "folders without an entry of their own, opaque folders and device nodes have names of more than "
+            f"{MOST_REPORTED} bytes"
+        )
+    return {
+        "diff_id": f"sha256:{digest.hexdigest()}",
+        "used_bytes": writer.used_bytes,
+        "used_inodes": writer.used_inodes,
+        "entries": writer.entries,
+        "opaque": writer.opaque,
+        "implied": [path.hex() for path in writer.implied],
+        "opaque_folders": [path.hex() for path in writer.opaque_folders],
+        "devices": [_numbers(device) for device in writer.devices],
+    }
+
+
+def _numbers(device: Device) -> list[object]:
+    """The device as ``images/unpack/special_files.py`` takes it."""
+    block = stat.S_ISBLK(device.mode)
+    names = [path.hex() for path in device.paths]
+    return [block, stat.S_IMODE(device.mode), *device.device, device.uid, device.gid, device.mtime, names]
+
+
+def main(work: Callable[[Callable[[int], bytes], int, int], dict[str, object]] = unpack) -> None:
+    """``sys.argv``: …, the layer's folder, its limits in bytes, entries and seconds, the filter in hexadecimal."""
+    gc.disable()  # nothing here makes cycles, and looking for some takes time
+    folder, max_bytes, max_entries, seconds, seccomp_filter = sys.argv[-5:]
+
+    def confined() -> None:
+        try:
+            result = work(read, int(max_bytes), int(max_entries))
+        except MemoryError:
+            result = _failure("limit", f"unpacking it takes more than {limits.memory_bytes} bytes of memory")
+        except Exception as error:
+            result = _failure(*_reason(error))
+        _write(_as_json(result))
+
+    try:
+        source = Input()
+        read = decompressed(source)
+        memory = MEMORY_LIMIT + (ZSTD_WINDOW if is_zstd(source.start) else 0)
+        limits = Limits(memory, int(seconds), int(max_bytes))
+        ended = run_confined(folder, bytes.fromhex(seccomp_filter), limits, confined)
+    except Exception as error:
+        _write(_as_json(_failure(*_reason(error))))
+    else:
+        if ended.status == -_SIGKILL:
+            message = "the process that unpacks it was killed: the node may be short of memory"
+            if ended.seconds >= limits.seconds - 1:  # the kernel and wait4(2) do not count alike
+                message = f"unpacking it takes more than {seconds} s of processor time (images.max_layer_seconds)"
+            _write(_as_json(_failure("limit", message)))
+        elif ended.status:
+            sys.exit(f"the confined process ended with status {ended.status}")
+    os._exit(0)  # nothing is left to be done, so nothing needs to be taken apart first
+
+
+def _write(data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(1, view) :]
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """What kind of failure it is, and what to say of it."""
+    if isinstance(error, LimitError):
+        return "limit", str(error)
+    if isinstance(error, TarError):
+        return "invalid", str(error)
+    if isinstance(error, OSError):
+        return "space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "internal", str(error)
+    return "internal", repr(error)
+
+
+def _failure(kind: str, message: str) -> dict[str, object]:
+    return {"error": kind, "message": message.encode("utf-8", "backslashreplace").hex()}
+
+
+def _as_json(result: Mapping[str, object]) -> bytes:
+    """The object, whose strings need no escapes."""
+    fields = []
+    for name, value in result.items():
+        fields.append(f'"{name}":{_value(value)}')
+    return f"{{{','.join(fields)}}}".encode()
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_value, value))}]"
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()

@@ -1,0 +1,93 @@
+"""What an unpack worker reports, held against what it may say: the layer may have taken it over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from host import processes
+from host.errors import InvalidArgumentError, LimitError, NoSpaceError, PodkeelError
+from images.unpack.layer_root import LONGEST_NAME, MOST_PARTS
+from images.unpack.special_files import DeviceNode
+
+# More than any layer takes, and far from what numbers of all layers together can be (uint64).
+_MOST_BYTES = 1 << 50
+_MOST_INODES = 1 << 32
+
+
+class Unpacked(msgspec.Struct, frozen=True):
+    """What a layer turned out to be: digests, and what it takes on disk in bytes and inodes.
+
+    ``implied`` are the folders (relative, as bytes) that no entry described; ``opaque`` layers hide all below them.
+    """
+
+    diff_id: str
+    blob_digest: str
+    blob_bytes: int
+    used_bytes: int
+    used_inodes: int
+    opaque: bool
+    implied: tuple[bytes, ...]
+
+
+class WorkerReport(msgspec.Struct):
+    """The JSON object of ``images/unpack/worker.py``; names are hexadecimal."""
+
+    error: str = ""
+    message: str = ""
+    diff_id: str = ""
+    used_bytes: int = 0
+    used_inodes: int = 0
+    entries: int = 0
+    opaque: bool = False
+    implied: list[str] = []
+    opaque_folders: list[str] = []
+    devices: list[DeviceNode] = []
+
+    def names(self) -> Iterator[str]:
+        """Every path in it."""
+        yield from self.implied
+        yield from self.opaque_folders
+        for device in self.devices:
+            yield from device.names
+
+
+def decode_report(completed: processes.Completed, subject: str) -> WorkerReport:
+    """The report of a worker that did its work.
+
+    Raises InvalidArgumentError for a broken layer, LimitError for one over the limits or a full disk, and PodkeelError
+    where the worker failed or reports what no layer can hold.
+    """
+    try:
+        report = msgspec.json.decode(completed.stdout, type=WorkerReport)
+        message = bytes.fromhex(report.message).decode()
+        sound = _is_sound(report)
+    except (ValueError, RecursionError):
+        report, sound = WorkerReport(), False
+    if completed.status != 0 or not sound:
+        output = completed.stderr.decode(errors="replace").strip()[-500:]
+        raise PodkeelError(
+            f"{subject} could not be unpacked: the worker ended with status {completed.status}: {output or 'no report'}"
+        )
+    match report.error:
+        case "":
+            return report
+        case "invalid":
+            raise InvalidArgumentError(f"{subject} is broken: {message}")
+        case "limit":
+            raise LimitError(f"{subject} is over the limits: {message}")
+        case "space":
+            raise NoSpaceError(f"{subject} could not be unpacked, the disk is full: {message}")
+    raise PodkeelError(f"{subject} could not be unpacked: {message}")
+
+
+def _is_sound(report: WorkerReport) -> bool:
+    if not (0 <= report.used_bytes <= _MOST_BYTES and 0 <= report.used_inodes <= _MOST_INODES):
+        return False
+    return all(device.names for device in report.devices) and all(map(_is_path, report.names()))
+
+
+def _is_path(name: str) -> bool:
+    path = bytes.fromhex(name)
+    return len(path) <= LONGEST_NAME and path.count(b"/") < MOST_PARTS and b"\0" not in path

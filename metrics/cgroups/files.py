@@ -1,0 +1,179 @@
+"""Reading the same small kernel files again and again: descriptors are kept, each file is one ``pread``."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, TypeVar
+
+from host.files import descriptors
+
+T = TypeVar("T")
+
+_SIZE = 16 * 1024
+
+
+class DescriptorBudget:
+    """How many descriptors all folders together may keep open; beyond it files are opened for each reading."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.kept = 0
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        """Whether one more may be kept."""
+        with self._lock:
+            if self.kept >= self.limit or descriptors.scarce():
+                return False
+            self.kept += 1
+            return True
+
+    def give_back(self, count: int) -> None:
+        """``count`` kept ones were closed."""
+        with self._lock:
+            self.kept -= count
+
+
+class Folder:
+    """The files of one cgroup in one hierarchy; usable from several threads, one reading at a time."""
+
+    __slots__ = ("_budget", "_lock", "_missing", "_open", "_parsed", "path")
+
+    def __init__(self, path: str, budget: DescriptorBudget) -> None:
+        self.path = path
+        self._budget = budget
+        self._open: dict[str, int] = {}
+        self._missing: set[str] = set()
+        self._parsed: dict[str, tuple[bytes, Any]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> bytes | None:
+        """The file's content; None if this kernel does not have it or the cgroup is gone."""
+        return self.read_all((name,))[0]
+
+    def read_all(self, names: Sequence[str]) -> list[bytes | None]:
+        """The contents of several files, each as ``read`` gives it: quicker than one after the other."""
+        contents: list[bytes | None] = []
+        with self._lock:
+            for name in names:
+                descriptor = self._open.get(name)
+                if descriptor is None:
+                    contents.append(self._read_first(name))
+                    continue
+                try:
+                    content = os.pread(descriptor, _SIZE, 0)
+                    contents.append(content if len(content) < _SIZE else content + read_rest(descriptor, _SIZE))
+                except OSError:  # ENODEV once the cgroup is removed; there may be a new one of that name
+                    self._close()
+                    contents.append(None)
+        return contents
+
+    def parsed(self, name: str, parse: Callable[[bytes], T]) -> T | None:
+        """What ``parse`` makes of the file, made anew only when that changed: most cgroups idle. None as ``read``."""
+        return self.parsed_content(name, self.read(name), parse)
+
+    def parsed_content(self, name: str, content: bytes | None, parse: Callable[[bytes], T]) -> T | None:
+        """The same of a file that was read already."""
+        if content is None:
+            return None
+        known = self._parsed.get(name)
+        if known is None or known[0] != content:
+            known = self._parsed[name] = (content, parse(content))
+        value: T = known[1]
+        return value
+
+    def number(self, name: str) -> int | None:
+        """The file's number; None also for ``max``."""
+        return number(self.read(name))
+
+    def numbers(self, *names: str) -> list[int | None]:
+        """The numbers of several files."""
+        return list(map(number, self.read_all(names)))
+
+    def close(self) -> None:
+        """Close the kept descriptors; a later reading opens them anew."""
+        with self._lock:
+            self._close()
+
+    def _read_first(self, name: str) -> bytes | None:
+        if name in self._missing:
+            return None
+        try:
+            descriptor = os.open(f"{self.path}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if os.access(self.path, os.F_OK):
+                self._missing.add(name)
+            return None
+        except OSError:
+            return None
+        keep = False
+        try:
+            content = read_rest(descriptor, 0)
+            keep = self._budget.take()
+            return content
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:  # pressure, on a kernel that is not asked to keep it
+                self._missing.add(name)
+            return None
+        finally:
+            if keep:
+                self._open[name] = descriptor
+            else:
+                os.close(descriptor)
+
+    def _close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._budget.give_back(len(self._open))
+        self._open.clear()
+        self._missing.clear()
+        self._parsed.clear()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self._close()
+
+
+def number(content: bytes | None) -> int | None:
+    """The number that is all of a file; None for ``max`` and for a file that is not there."""
+    return None if content is None or content.startswith(b"max") else int(content)
+
+
+class Fields:
+    """Picks wanted fields out of a file of ``key value`` lines; quick where they stand as they stood last time."""
+
+    def __init__(self, *keys: str) -> None:
+        if len(keys) < 2:
+            raise ValueError("at least two keys")
+        self._keys = tuple(key.encode() for key in keys)
+        self._layouts: dict[int, _Layout] = {}
+
+    def parse(self, content: bytes) -> tuple[int, ...]:
+        """The values in the order of the keys; 0 for a key that is not there."""
+        words: list[bytes] = content.split()
+        words.append(b"0")
+        layout = self._layouts.get(len(words))
+        if layout is None or words[:-1:2] != layout.names:
+            layout = self._layouts[len(words)] = _Layout(self._keys, words)
+        return tuple(map(int, layout.values(words)))
+
+
+class _Layout:
+    def __init__(self, keys: Sequence[bytes], words: list[bytes]) -> None:
+        self.names = words[:-1:2]
+        places = {name: 2 * position + 1 for position, name in enumerate(self.names)}
+        self.values = itemgetter(*(places.get(key, -1) for key in keys))  # the last word is the zero of absent keys
+
+
+def read_rest(descriptor: int, offset: int = 0) -> bytes:
+    """All from ``offset`` on; for files that can be read anywhere."""
+    parts = []
+    while chunk := os.pread(descriptor, _SIZE, offset):
+        parts.append(chunk)
+        offset += len(chunk)
+    return b"".join(parts)

@@ -1,0 +1,1 @@
+"""The metrics page: its routes, its text and its HTTP server."""

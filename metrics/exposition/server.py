@@ -1,0 +1,195 @@
+"""A small HTTP/1.1 server on the event loop for scrapers and probes: GET and HEAD of a few fixed paths."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import ssl
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from http import HTTPStatus
+
+from host.listener import Listener, PendingConnection
+from metrics.exposition.prometheus import Page
+
+HEADER_LIMIT = 16 * 1024
+IDLE_SECONDS = 90.0
+REQUEST_SECONDS = 10.0
+CONNECTION_LIMIT = 64
+# Clients that have not taken the whole of their answer.
+SLOW_LIMIT = 16
+# How long a client may take for the end of a connection that is being closed, and how many may do so.
+CLOSE_SECONDS = 5.0
+CLOSING_LIMIT = 32
+_END_OF_HEAD = b"\r\n\r\n"
+
+_log = logging.getLogger("podkeel.metrics")
+
+# Gets the Accept header; raises NotReady to answer 503.
+Route = Callable[[str], Awaitable[Page]]
+
+
+class NotReady(Exception):  # noqa: N818 - a state that is answered, not a fault
+    """The answer is 503 with this text."""
+
+
+class MetricsServer:
+    """Serves ``routes`` by path at one address until closed.
+
+    A client has ``REQUEST_SECONDS`` for its first request (TLS included). Of those served, whoever keeps the server
+    waiting for longest, silent or reading slowly, gives way where there are too many.
+    """
+
+    def __init__(self, routes: Mapping[str, Route], tls: ssl.SSLContext | None = None) -> None:
+        self._routes = routes
+        self._listener = Listener(
+            "metrics server", self._protocol, tls=tls, grace=REQUEST_SECONDS, pending_limit=CONNECTION_LIMIT
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._served: set[asyncio.Task[None]] = set()  # those whose first request came
+        self._silent: dict[asyncio.Task[None], None] = {}  # of these: who sends no request, longest first
+        self._slow: dict[asyncio.Task[None], None] = {}  # and who does not take its answer
+        self._closing: dict[asyncio.Task[None], None] = {}
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen and return the port, which the system chooses if 0 is given; OSError if the address is taken."""
+        return await self._listener.start(host, port)
+
+    async def close(self) -> None:
+        """Stop listening and end the connections."""
+        self._listener.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _protocol(self, pending: PendingConnection) -> asyncio.Protocol:
+        reader = asyncio.StreamReader(limit=HEADER_LIMIT)
+        return asyncio.StreamReaderProtocol(reader, functools.partial(self._accept, pending))
+
+    async def _accept(
+        self, pending: PendingConnection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            head = await reader.readuntil(_END_OF_HEAD)  # in the time that the listener gives
+            pending.admit()
+            while await self._answer_one(task, head, writer):
+                with self._waiting_in(self._silent, task):
+                    async with asyncio.timeout(IDLE_SECONDS):
+                        head = await reader.readuntil(_END_OF_HEAD)
+        except asyncio.LimitOverrunError:
+            with contextlib.suppress(OSError):
+                too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+                await _answer(writer, too_large, _text(f"more than {HEADER_LIMIT} bytes of headers\n"), keep=False)
+        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+            _cut_off(writer)  # the client went away, was silent or took no answer
+        except asyncio.CancelledError:
+            _cut_off(writer)
+            raise
+        finally:
+            self._served.discard(task)
+            pending.forget()
+            try:
+                await self._close(task, writer)
+            finally:
+                self._tasks.discard(task)
+
+    async def _close(self, task: asyncio.Task[None], writer: asyncio.StreamWriter) -> None:
+        """Close a connection once its client has taken what it was sent, which it need not ever do, nor end TLS."""
+        while len(self._closing) >= CLOSING_LIMIT:
+            self._end(next(iter(self._closing)))
+        try:
+            with self._waiting_in(self._closing, task):
+                writer.close()
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await writer.wait_closed()
+        except (OSError, TimeoutError):
+            pass
+        finally:
+            _cut_off(writer)
+
+    def _has_room(self, task: asyncio.Task[None]) -> bool:
+        """Make room for one more client."""
+        if task not in self._served and len(self._served) >= CONNECTION_LIMIT:
+            longest = next(iter(self._silent), None) or next(iter(self._slow), None)
+            if longest is None:
+                return False
+            self._end(longest)
+        self._served.add(task)
+        return True
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._served.discard(task)
+        self._silent.pop(task, None)
+        self._slow.pop(task, None)
+        self._closing.pop(task, None)
+        task.cancel()
+
+    @contextlib.contextmanager
+    def _waiting_in(self, those: dict[asyncio.Task[None], None], task: asyncio.Task[None]) -> Iterator[None]:
+        those[task] = None
+        try:
+            yield
+        finally:
+            those.pop(task, None)
+
+    async def _answer_one(self, task: asyncio.Task[None], head: bytes, writer: asyncio.StreamWriter) -> bool:
+        """Answer one request; False when the connection is to be closed."""
+        request, *lines = head.decode("latin-1").split("\r\n")
+        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        words = request.split()
+        if len(words) != 3 or not words[2].startswith("HTTP/1."):
+            await _answer(writer, HTTPStatus.BAD_REQUEST, _text("not an HTTP/1 request\n"), keep=False)
+            return False
+        if not self._has_room(task):
+            await _answer(writer, HTTPStatus.SERVICE_UNAVAILABLE, _text("too many connections\n"), keep=False)
+            return False
+        method, target, version = words
+        has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close" and not has_body
+        status, page = await self._page(method, target.partition("?")[0], headers.get("accept", ""))
+        while len(self._slow) >= SLOW_LIMIT:  # each has its page in memory
+            self._end(next(iter(self._slow)))
+        with self._waiting_in(self._slow, task):
+            await _answer(writer, status, page, keep=keep, with_body=method != "HEAD")
+        return keep
+
+    async def _page(self, method: str, path: str, accept: str) -> tuple[HTTPStatus, Page]:
+        if method not in ("GET", "HEAD"):
+            return HTTPStatus.METHOD_NOT_ALLOWED, _text("only GET and HEAD\n")
+        route = self._routes.get(path)
+        if route is None:
+            return HTTPStatus.NOT_FOUND, _text(f"there is {', '.join(self._routes)}\n")
+        try:
+            return HTTPStatus.OK, await route(accept)
+        except NotReady as state:
+            return HTTPStatus.SERVICE_UNAVAILABLE, _text(f"{state}\n")
+        except Exception:
+            _log.exception("request for %s failed", path)
+            return HTTPStatus.INTERNAL_SERVER_ERROR, _text("failed; the agent's log says why\n")
+
+
+def _cut_off(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(AttributeError):  # of Python 3.11, for a TLS connection that was closed already
+        writer.transport.abort()
+
+
+def _text(text: str) -> Page:
+    return Page("text/plain; charset=utf-8", text.encode())
+
+
+async def _answer(
+    writer: asyncio.StreamWriter, status: HTTPStatus, page: Page, *, keep: bool, with_body: bool = True
+) -> None:
+    head = (
+        f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {page.content_type}\r\n"
+        f"Content-Length: {len(page.body)}\r\nConnection: {'keep-alive' if keep else 'close'}\r\n\r\n"
+    )
+    writer.write(head.encode())
+    if with_body:
+        writer.write(page.body)
+    async with asyncio.timeout(IDLE_SECONDS):
+        await writer.drain()

@@ -1,0 +1,259 @@
+"""The bridge and the veth pairs of pods in the kernel. Everything here blocks; call it from a thread."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_address, ip_interface
+from typing import NoReturn
+
+from host import libc
+from host.errors import NotFoundError, PodkeelError, UnavailableError, WrongStateError
+from network import bandwidth, conntrack, links, sysctl
+from network.attachment import Attachment, bridge_mac, interface_prefix, link_local
+from network.bridge.owner import BridgeOwner, claim
+from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, NetlinkSocket
+from network.nftables.elements import add_elements, elements_of, remove_elements
+
+IPAddress = IPv4Address | IPv6Address
+IPInterface = IPv4Interface | IPv6Interface
+
+_READY_SECONDS = 1.5
+_READY_POLL_SECONDS = 0.0005
+
+
+class TableMissingError(Exception):
+    """The nftables tables or their sets are gone: somebody flushed the ruleset."""
+
+
+class KernelBridge:
+    """The bridge ``name`` in the network namespace of the thread that makes this object; ``owner`` is its agent."""
+
+    def __init__(self, name: str, owner: BridgeOwner | None = None) -> None:
+        self.name = name
+        self._owner = owner
+        self._ipv6 = sysctl.ipv6_available()
+        self._own_namespace = open("/proc/thread-self/ns/net", "rb")  # noqa: SIM115 - closed with the sockets
+        self._route = NetlinkSocket(NETLINK_ROUTE)
+        try:
+            self._netfilter = NetlinkSocket(NETLINK_NETFILTER)
+            self._netfilter.allow_large_batches()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the netlink sockets; the bridge and what is connected to it stay."""
+        self._own_namespace.close()
+        self._route.close()
+        if hasattr(self, "_netfilter"):
+            self._netfilter.close()
+
+    def index(self) -> int | None:
+        """The bridge's interface index; None if it does not exist."""
+        return _index(self.name)
+
+    def is_up(self) -> bool:
+        """Whether the bridge, which exists, is up."""
+        return links.link_is_up(self._route.answers(links.get_link(self.name))[0])
+
+    def ensure(self, addresses: Sequence[IPInterface], mtu: int) -> None:
+        """Make the bridge, or bring the one that exists to these addresses and this MTU, and let the node route.
+
+        Raises WrongStateError when a link of that name exists that this program did not make, or another agent has it
+        or a bridge with such addresses.
+        """
+        try:
+            refusals = self._route.exchange([links.add_bridge(self.name, bridge_mac(self.name), mtu)])
+            for refusal in refusals:
+                if refusal.number != errno.EEXIST:
+                    raise refusal.error()
+            kind, mac = links.link_kind_and_mac(self._route.answers(links.get_link(self.name))[0])
+            if (kind, mac) != ("bridge", bridge_mac(self.name)):
+                raise WrongStateError(
+                    f"link {self.name} exists and was not made by Podkeel: remove it or choose another network.bridge"
+                )
+            if self._owner is not None:
+                claim(self._route, self.name, self._owner, addresses, made=not refusals)
+            # A generated link-local address would be probed for a second, in which the node finds no IPv6 neighbour.
+            quiet = [links.keep_without_generated_address(self.name)] if self._ipv6 else []
+            self._route.request([links.configure_bridge(self.name), *quiet, links.set_up(self.name, mtu)])
+            index = socket.if_nametoindex(self.name)
+            present = set(self.addresses())
+            # Deleted first: an IPv6 address is there once, so one with another prefix keeps it from being added.
+            changes = [links.delete_address(index, address) for address in present.difference(addresses)]
+            changes += [links.add_address(index, address) for address in addresses]
+            if any(address.version == 6 for address in addresses):
+                sysctl.enable_ipv6(self.name)
+                own = link_local(bridge_mac(self.name).hex(":"))
+                changes.append(links.add_address(index, ip_interface(f"{own}/64")))
+            self._route.request(changes, tolerate=(errno.EEXIST, errno.EADDRNOTAVAIL))
+            _await_addresses(self._route, (address.ip for address in addresses))
+            sysctl.forward_ipv4(self.name)
+            if any(address.version == 6 for address in addresses):
+                sysctl.forward_ipv6()
+        except OSError as error:
+            raise PodkeelError(f"bridge {self.name} could not be set up: {error.strerror or error}") from error
+
+    def addresses(self) -> list[IPInterface]:
+        """The bridge's addresses, without link-local ones."""
+        index = self.index()
+        found = [links.address_of(body) for body in self._route.answers(links.get_addresses())]
+        return [address for owner, address in found if owner == index and not address.is_link_local]
+
+    def ports(self) -> set[str]:
+        """The names of all links that carry this bridge's prefix: host-side ends of pods' veth pairs, and limiters."""
+        prefix = interface_prefix(self.name)
+        return {name for _, name in socket.if_nameindex() if name.startswith(prefix)}
+
+    def attached(self) -> set[str]:
+        """The names of the bridge's ports that are up; empty where there is no bridge."""
+        index = self.index()
+        if index is None:
+            return set()
+        names = (links.port_name(body, index) for body in self._route.answers(links.get_ports(index)))
+        return {name for name in names if name is not None}
+
+    def attach_again(self, names: Iterable[str]) -> list[str]:
+        """Make these links ports of the bridge again that are not any more, or are down; returns which were.
+
+        A bridge that was deleted let go of its ports; the links stayed.
+        """
+        index = self.index()
+        if index is None:
+            return []
+        lost = sorted(self.ports().intersection(names) - self.attached())
+        for name in lost:
+            changes = [links.attach_port(name, index), links.make_hairpin(name), links.set_up(name)]
+            # One whose pod's namespace has gone is still listed while the kernel takes it down.
+            self._route.request(changes, tolerate=(errno.ENODEV,))
+        return lost
+
+    def connect(self, attachment: Attachment, namespace_path: str) -> None:
+        """Make the pod's interface in its namespace, with everything the pod may use; moves the calling thread there.
+
+        Raises TableMissingError before anything is made when the nftables tables are gone.
+        """
+        what = f"sandbox {attachment.sandbox_id} could not be connected to {self.name}"
+        elements = elements_of(attachment)
+        try:
+            pin = open(namespace_path, "rb")  # noqa: SIM115 - the errors of opening and of using it differ
+        except OSError as error:
+            raise NotFoundError(f"{what}: its network namespace is not there: {error}") from error
+        with pin:
+            if os.path.sameopenfile(pin.fileno(), self._own_namespace.fileno()):
+                raise NotFoundError(f"{what}: {namespace_path} is the node's own network namespace")
+            bridge_index = self.index()
+            if bridge_index is None:
+                raise UnavailableError(f"{what}: the bridge is gone: `podkeel check --repair` makes it again")
+            try:
+                add_elements(self._netfilter, self.name, elements)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    raise TableMissingError from error
+                _fail(f"{what}: nftables refused its elements", error)
+            try:
+                # An address that a pod of another MAC had would be sent to that for up to a minute.
+                former = [links.forget_neighbour(bridge_index, ip_address(text)) for text in attachment.addresses]
+                self._route.request(former, tolerate=(errno.ENOENT,))
+                self._make_pair(attachment, bridge_index, pin.fileno())
+                libc.setns(pin.fileno(), libc.CLONE_NEWNET)
+                if 6 in attachment.versions:
+                    sysctl.enable_ipv6(attachment.interface)
+                with NetlinkSocket(NETLINK_ROUTE) as inside:
+                    inside.request(self._configuration(attachment))
+                    _await_carrier(inside, attachment.interface)
+                    _await_addresses(inside, map(ip_address, attachment.addresses))
+                for name in (attachment.host_interface, self.name):  # the first port gives the bridge its carrier
+                    _await_carrier(self._route, name)
+            except OSError as error:
+                _fail(what, error)
+        conntrack.forget_udp(self._netfilter, attachment.host_ports, attachment.versions)
+
+    def disconnect(self, attachment: Attachment, *, delete_link: bool) -> None:
+        """Take from the pod what it may use; with ``delete_link`` its interface too.
+
+        Deleting a link waits for grace periods of the kernel (some 20 ms); one whose namespace ends goes by itself, but
+        not its limiter.
+        """
+        try:
+            remove_elements(self._netfilter, self.name, elements_of(attachment))
+            doomed = [attachment.host_interface] if delete_link else []
+            self.delete_links([*doomed, attachment.limiter] if attachment.limiter else doomed)
+        except OSError as error:
+            _fail(f"sandbox {attachment.sandbox_id} could not be disconnected from {self.name}", error)
+        conntrack.forget_udp(self._netfilter, attachment.host_ports, attachment.versions)
+
+    def delete_links(self, names: Sequence[str]) -> None:
+        """Delete links; those that are not there are no error."""
+        for name in names:
+            self._route.request([links.delete_link(name)], tolerate=(errno.ENODEV,))
+
+    def _make_pair(self, attachment: Attachment, bridge_index: int, namespace: int) -> None:
+        name = attachment.host_interface
+        mac = bytes.fromhex(attachment.mac.replace(":", ""))
+        messages = [
+            links.add_pair(
+                name, bridge_index, attachment.mtu, namespace=namespace, peer=attachment.interface, peer_mac=mac
+            ),
+            *([links.keep_without_generated_address(name)] if self._ipv6 else []),
+            links.make_hairpin(name),
+            links.set_up(name),
+        ]
+        refusals = self._route.exchange(messages)
+        if refusals and (refusals[0].position, refusals[0].number) == (0, errno.EEXIST) and _index(name) is not None:
+            # Left from an attempt that was killed: the name is this sandbox's alone.
+            self.delete_links([name])
+            refusals = self._route.exchange(messages)
+        for refusal in refusals:
+            raise refusal.error()
+        bandwidth.limit(self._route, attachment)
+
+    def _configuration(self, attachment: Attachment) -> list[Message]:
+        index = socket.if_nametoindex(attachment.interface)
+        addresses = [ip_address(text) for text in attachment.addresses]
+        generated = ip_interface(f"{link_local(attachment.mac)}/64")
+        return [
+            links.set_up("lo"),
+            *([links.keep_without_generated_address(attachment.interface)] if self._ipv6 else []),
+            links.set_up(attachment.interface),
+            *([links.add_address(index, generated)] if any(a.version == 6 for a in addresses) else []),
+            *(links.add_address(index, ip_interface(address)) for address in addresses),
+            *(links.add_neighbour_route(index, ip_address(gateway)) for gateway in attachment.gateways),
+            *(links.add_default_route(index, ip_address(gateway)) for gateway in attachment.gateways),
+        ]
+
+
+def _await_carrier(route: NetlinkSocket, name: str) -> None:
+    """Wait until the kernel acts on the link's carrier; until then packets are lost and the bridge's port is closed.
+
+    It does so in the background, which can take a second on a busy node. Kernels since 6.8 do it when asked for the
+    link, older ones have to be waited for. A link that stays down is no error: its peer may go up later.
+    """
+    _poll(lambda: links.link_passes_frames(route.answers(links.get_link(name))[0]))
+
+
+def _await_addresses(route: NetlinkSocket, addresses: Iterable[IPAddress]) -> None:
+    """Wait until IPv6 addresses receive packets: the kernel finishes adding them in the background."""
+    questions = [links.get_route(address) for address in addresses if address.version == 6]
+    _poll(lambda: all(links.route_is_local(route.answers(question)[0]) for question in questions))
+
+
+def _poll(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _READY_SECONDS
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(_READY_POLL_SECONDS)
+
+
+def _index(name: str) -> int | None:
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return None
+
+
+def _fail(what: str, error: OSError) -> NoReturn:
+    raise PodkeelError(f"{what}: {error.strerror or error}") from error

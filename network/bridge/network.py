@@ -1,0 +1,398 @@
+"""The built-in network: a bridge, addresses from the pod ranges, and host ports, for pods without CNI."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Collection, Sequence
+from ipaddress import ip_interface
+from typing import NamedTuple
+
+from host.concurrency import threads
+from host.concurrency.undo import Undo
+from host.database import Database
+from host.errors import AlreadyExistsError, InvalidArgumentError, PodkeelError, UnavailableError
+from network import ports, sysctl
+from network.attachment import Attachment, AttachRequest, PortMapping, interface_name, limiter_name, pod_mac
+from network.bridge.audit import Finding, compare_bridge, compare_elements, compare_links, compare_store
+from network.bridge.links import IPInterface, KernelBridge, TableMissingError
+from network.bridge.owner import BridgeOwner
+from network.ipam import AddressBook, IPAddress, IPNetwork, gateway_of, parse_ranges
+from network.lost_attachments import lost_rows
+from network.nftables import ruleset
+from network.nftables.elements import elements_of
+from network.nftables.firewalls import FirewallWatch
+from network.options import NetworkOptions
+from network.ports import HostPort, PortRegistry
+from network.rwlock import Gate
+from network.status import Condition
+from network.store import NetworkStore
+
+_log = logging.getLogger("podkeel.network")
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,14}")
+_REMEDY = "`podkeel check --repair` or a restart of the agent makes it again"
+_CONNECTING_AT_ONCE = 4
+_SMALLEST_MTU = {4: 576, 6: 1280}
+
+
+class _Reservation(NamedTuple):
+    attachment: Attachment
+    addresses: list[tuple[IPNetwork, IPAddress]]
+    ports: list[HostPort]
+
+
+class BuiltInNetwork:
+    """Connects sandboxes to the node's bridge; safe for any number of calls at a time.
+
+    Raises InvalidArgumentError when the options make no sense. The store is the truth: ``start`` brings the kernel to
+    what it says, whatever happened before. ``registry`` holds the host ports of the node's other network too.
+    Set before the start, ``owner`` keeps the agent from a bridge and from ranges that are another one's.
+    """
+
+    def __init__(self, options: NetworkOptions, database: Database, registry: PortRegistry | None = None) -> None:
+        if not _NAME.fullmatch(options.bridge):
+            raise InvalidArgumentError(
+                f"network.bridge {options.bridge!r} is no interface name of at most 15 characters"
+            )
+        self.options = options
+        self.owner: BridgeOwner | None = None
+        self.store = NetworkStore(database)
+        self._cluster_ranges = parse_ranges(options.cluster_cidrs) if options.cluster_cidrs else ()
+        self._book = AddressBook(parse_ranges(options.pod_cidrs), options.quarantine_seconds)
+        self._ports = registry or PortRegistry()
+        self._reservations: dict[str, _Reservation] = {}
+        self._unfinished: set[str] = set()
+        self._ranges_in_kernel: set[IPNetwork] = set()
+        self._gate = Gate()
+        # Starting a thread holds the loop until it runs, and the kernel makes one link after another anyway.
+        self._connecting = asyncio.Semaphore(_CONNECTING_AT_ONCE)
+        self._changing_ranges = asyncio.Lock()
+        self._mtu = options.mtu
+        self._failure = "the network has not been started"
+        self._kernel: KernelBridge | None = None
+        self._firewalls = FirewallWatch(options.bridge, self._restore_tables)
+
+    async def start(self) -> None:
+        """Read the store, make the bridge and load the tables; after a stop, a crash or a reboot.
+
+        It may be called again while no other call is under way.
+        """
+        try:
+            await threads.in_network_thread(self._restore)
+            self._mtu = self.options.mtu or await threads.in_network_thread(sysctl.uplink_mtu)
+            self._check_mtu()
+            if self._kernel is None:
+                self._kernel = await threads.in_network_thread(KernelBridge, self.options.bridge, self.owner)
+            await self._ensure()
+        except (PodkeelError, OSError) as error:
+            self._failure = error.message if isinstance(error, PodkeelError) else str(error)
+            raise
+        self._failure = ""
+        self._firewalls.look_soon(self._book.current)
+
+    async def stop(self) -> None:
+        """Close the netlink sockets; pods keep their network."""
+        self._failure = "the network has been stopped"
+        await self._firewalls.close()
+        kernel, self._kernel = self._kernel, None
+        if kernel is not None:
+            kernel.close()
+
+    def condition(self) -> Condition:
+        """Whether pods can be connected now."""
+        if self._failure:
+            return Condition(False, "NetworkNotStarted", self._failure)
+        if self._kernel is None or self._kernel.index() is None:
+            return Condition(False, "BridgeMissing", f"bridge {self.options.bridge} is gone: {_REMEDY}")
+        self._firewalls.look_soon(self._book.current)
+        obstacle = self._firewalls.obstacle()
+        return Condition(True) if obstacle is None else Condition(False, "ForwardingBlocked", obstacle.message)
+
+    def attachment(self, sandbox_id: str) -> Attachment | None:
+        """The sandbox's connection; None if it has none."""
+        reservation = self._reservations.get(sandbox_id)
+        return reservation.attachment if reservation else None
+
+    @property
+    def pod_cidrs(self) -> tuple[str, ...]:
+        """The ranges that pods made from now on get their addresses from."""
+        return tuple(str(network) for network in self._book.current)
+
+    async def attach(self, request: AttachRequest) -> Attachment:
+        """Connect a sandbox's network namespace; all of it, or on failure nothing.
+
+        Raises:
+            InvalidArgumentError: a port mapping makes no sense.
+            AlreadyExistsError: a host port is taken, or the sandbox is connected already.
+            LimitError: no address is free.
+            NotFoundError: the namespace is not there.
+        """
+        kernel = self._started()
+        versions = tuple(dict.fromkeys(network.version for network in self._book.current))
+        wanted = ports.normalise(request.port_mappings, versions)
+        sandbox_id = request.sandbox_id
+        async with Undo(f"network of sandbox {sandbox_id}") as undo:
+            reservation = self._reserve(request, wanted)
+            self._unfinished.add(sandbox_id)
+            undo.push("reservation", lambda: self._cancel(reservation))
+            if reservation.ports:
+                await threads.in_network_thread(ports.check_free_on_node, reservation.ports)
+            attachment = reservation.attachment
+            undo.push("rows", lambda: self.store.remove(sandbox_id, rest=False))
+            await self.store.add(attachment, reservation.addresses, reservation.ports, self.options.quarantine_seconds)
+            undo.push("interface", lambda: threads.in_network_thread(kernel.disconnect, attachment, delete_link=True))
+            await self._connect(kernel, attachment)
+            self._unfinished.discard(sandbox_id)
+        return attachment
+
+    async def detach(self, sandbox_id: str) -> None:
+        """Release the sandbox's host ports and addresses; repeatable, also for an unknown sandbox.
+
+        The interface stays until its namespace ends, which the caller brings about next; it can send nothing any more.
+        """
+        await self._detach(sandbox_id, delete_link=False)
+
+    async def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
+        """Use these ranges for pods made from now on, and remember them; raises InvalidArgumentError for bad ones."""
+        ranges = parse_ranges(cidrs)
+        async with self._changing_ranges:
+            if ranges == self._book.current:
+                return
+            self._started()
+            before = self._book.current
+            self._book.use(ranges)
+            try:
+                self._check_mtu()
+                await self._ensure()
+                await self.store.set_pod_cidrs([str(network) for network in ranges])
+            except BaseException:
+                self._book.use(before)
+                raise
+
+    async def audit(self, live: Collection[str]) -> list[Finding]:
+        """Where the store, the kernel and the ``live`` sandboxes disagree.
+
+        ``live`` must name every sandbox that may have a network, those that are being made too.
+        """
+        kernel = self._started()
+        if set(self._book.in_use()) != self._ranges_in_kernel:
+            await self._ensure()  # the last pod of a former range has ended
+        async with self._gate.closed():
+            unfinished = set(self._unfinished)
+            listing = await ruleset.listing(self.options.bridge)
+            attachments = [reservation.attachment for reservation in self._reservations.values()]
+            return [
+                *await threads.in_network_thread(compare_store, self.store, attachments),
+                *await threads.in_network_thread(compare_links, kernel, attachments, live, unfinished),
+                *await threads.in_network_thread(compare_bridge, kernel, self._bridge_addresses()),
+                *await threads.in_network_thread(
+                    compare_elements, self.options.bridge, attachments, unfinished, listing
+                ),
+            ]
+
+    async def repair(self, live: Collection[str]) -> list[Finding]:
+        """Remove what is ours and belongs to no ``live`` sandbox, make what is missing; returns what was wrong.
+
+        Sandboxes that are connected from now on are left alone: ``live`` cannot name them.
+        """
+        kernel = self._started()
+        gone = set(self._reservations) - set(live) - self._unfinished
+        findings = await self.audit(live)
+        for sandbox_id in gone:
+            await self._detach(sandbox_id, delete_link=True)
+        await self._release_lost()
+        await self._ensure()
+        async with self._gate.closed():
+            await self._connect_again(kernel, live)
+            known = {name for reservation in self._reservations.values() for name in reservation.attachment.links}
+            await threads.in_network_thread(lambda: kernel.delete_links(sorted(kernel.ports() - known)))
+        return findings
+
+    async def destroy(self) -> None:
+        """Remove the bridge, every pod's interface, the tables and all rows: nothing of this network stays."""
+        kernel = self._started()
+        await self._firewalls.close()
+        async with self._gate.closed():
+            await ruleset.load(ruleset.remove_script(self.options.bridge))
+            await threads.in_network_thread(lambda: kernel.delete_links([*sorted(kernel.ports()), kernel.name]))
+            await self.store.clear()
+            self._forget()
+        await self.stop()
+
+    def _started(self) -> KernelBridge:
+        if self._kernel is None or self._failure:
+            raise UnavailableError(f"network {self.options.bridge} is not ready: {self._failure}")
+        return self._kernel
+
+    def _check_mtu(self) -> None:
+        smallest = max(_SMALLEST_MTU[network.version] for network in self._book.current)
+        if not smallest <= self._mtu <= 65535:
+            raise InvalidArgumentError(f"network.mtu {self._mtu} is not between {smallest} and 65535")
+
+    def _forget(self) -> None:
+        for reservation in self._reservations.values():
+            self._ports.release(reservation.ports)
+        self._reservations.clear()
+        self._book = AddressBook(parse_ranges(self.options.pod_cidrs), self.options.quarantine_seconds)
+
+    def _restore(self) -> None:
+        self._forget()
+        announced = self.store.pod_cidrs()
+        if announced:
+            self._book.use(parse_ranges(announced))
+        held: dict[str, list[tuple[IPNetwork, IPAddress]]] = {}
+        for row in self.store.addresses():
+            network, address = self._book.restore(row.pool, row.address, row.allocated_at, row.released_at)
+            if row.released_at is None:
+                held.setdefault(row.sandbox_id, []).append((network, address))
+        taken: dict[str, list[HostPort]] = {}
+        for sandbox_id, port in self.store.host_ports():
+            try:
+                self._ports.take(sandbox_id, [port])
+            except AlreadyExistsError as error:  # by a row that should not be: neither may keep the node down
+                _log.error("sandbox %s: %s", sandbox_id[:13], error)
+                continue
+            taken.setdefault(sandbox_id, []).append(port)
+        for attachment in self.store.attachments():
+            key = attachment.sandbox_id
+            self._reservations[key] = _Reservation(attachment, held.get(key, []), taken.get(key, []))
+
+    def _bridge_addresses(self) -> list[IPInterface]:
+        """The gateways; one that ranges share, since they overlap, has the prefix of the largest."""
+        largest_last = sorted(self._book.in_use(), key=lambda network: network.prefixlen, reverse=True)
+        prefixes = {gateway_of(network): network.prefixlen for network in largest_last}
+        return [ip_interface(f"{gateway}/{prefix}") for gateway, prefix in prefixes.items()]
+
+    async def _ensure(self) -> None:
+        """Bring bridge and tables to what memory says; the tables are replaced in one transaction."""
+        kernel = self._kernel
+        if kernel is None:
+            raise UnavailableError(f"network {self.options.bridge} has been stopped")
+        async with self._gate.closed():
+            await threads.in_network_thread(kernel.ensure, self._bridge_addresses(), self._mtu)
+            # Pods that are not connected yet add their elements themselves once the gate is open.
+            attachments = [r.attachment for id_, r in self._reservations.items() if id_ not in self._unfinished]
+            lost = await threads.in_network_thread(kernel.attach_again, [item.host_interface for item in attachments])
+            if lost:
+                _log.warning(
+                    "%d links were no ports of bridge %s any more, or down: they are again", len(lost), kernel.name
+                )
+            ranges = self._book.in_use()
+            script = await threads.in_network_thread(self._script, ranges, attachments)
+            await ruleset.load(script)
+            self._ranges_in_kernel = set(ranges)
+
+    async def _restore_tables(self) -> None:
+        _log.warning("nftables tables %s were removed by somebody: they are made again", self.options.bridge)
+        await self._ensure()
+
+    def _script(self, ranges: Sequence[IPNetwork], attachments: Sequence[Attachment]) -> str:
+        elements = [element for attachment in attachments for element in elements_of(attachment)]
+        return ruleset.table_script(
+            self.options.bridge, ranges, self._cluster_ranges, masquerade=self.options.masquerade, elements=elements
+        )
+
+    def _reserve(self, request: AttachRequest, wanted: tuple[PortMapping, ...]) -> _Reservation:
+        """Take addresses and host ports in memory, all or none."""
+        sandbox_id = request.sandbox_id
+        if sandbox_id in self._reservations:
+            raise AlreadyExistsError(f"sandbox {sandbox_id} is connected to {self.options.bridge} already")
+        chosen = self._book.allocate()
+        versions = [address.version for _, address in chosen]
+        taken = [port for mapping in wanted for port in ports.host_ports(mapping, versions)]
+        try:
+            self._ports.take(sandbox_id, taken)
+        except AlreadyExistsError:
+            self._book.give_back(chosen)
+            raise
+        reservation = _Reservation(self._attachment(request, wanted, chosen), chosen, taken)
+        self._reservations[sandbox_id] = reservation
+        return reservation
+
+    def _attachment(
+        self, request: AttachRequest, wanted: tuple[PortMapping, ...], chosen: list[tuple[IPNetwork, IPAddress]]
+    ) -> Attachment:
+        return Attachment(
+            sandbox_id=request.sandbox_id,
+            host_interface=interface_name(self.options.bridge, request.sandbox_id),
+            addresses=tuple(str(address) for _, address in chosen),
+            gateways=tuple(str(gateway_of(network)) for network, _ in chosen),
+            mac=pod_mac(chosen[0][1]),
+            mtu=self._mtu,
+            host_ports=wanted,
+            bandwidth=request.bandwidth,
+            limiter=limiter_name(self.options.bridge, request.sandbox_id) if request.bandwidth.egress else "",
+            netns_path=request.netns_path,
+        )
+
+    async def restore_lost(self, requests: Sequence[AttachRequest]) -> None:
+        """Know the connections again of sandboxes that hold addresses but whose attachment the store has lost."""
+        lost = await threads.in_network_thread(lost_rows, self.store, set(self._reservations))
+        for request in requests:
+            if chosen := lost.addresses.get(request.sandbox_id):
+                versions = tuple(dict.fromkeys(network.version for network, _ in chosen))
+                wanted = ports.normalise(request.port_mappings, versions)
+                attachment = self._attachment(request, wanted, chosen)
+                held = lost.ports.get(request.sandbox_id, [])
+                self._reservations[request.sandbox_id] = _Reservation(attachment, chosen, held)
+                await self.store.add_attachment(attachment)
+                _log.warning("sandbox %s: its attachment was lost, it is made again", request.sandbox_id[:13])
+
+    async def _release_lost(self) -> None:
+        """Let addresses rest that nothing known holds any more, and free such host ports."""
+        lost = await threads.in_network_thread(lost_rows, self.store, set(self._reservations))
+        for sandbox_id in lost.sandboxes:
+            await self.store.remove(sandbox_id, rest=True)
+            self._ports.release(lost.ports.get(sandbox_id, ()))
+            for network, address in lost.addresses.get(sandbox_id, ()):
+                self._book.release(network, address)
+            _log.warning("sandbox %s: held addresses or host ports without an attachment: released", sandbox_id[:13])
+
+    def _cancel(self, reservation: _Reservation) -> None:
+        self._reservations.pop(reservation.attachment.sandbox_id, None)
+        self._unfinished.discard(reservation.attachment.sandbox_id)
+        self._ports.release(reservation.ports)
+        self._book.give_back(reservation.addresses)
+
+    async def _connect(self, kernel: KernelBridge, attachment: Attachment) -> None:
+        try:
+            async with self._connecting, self._gate.passing():
+                await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
+        except TableMissingError:
+            await self._restore_tables()
+            async with self._gate.passing():
+                await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
+
+    async def _connect_again(self, kernel: KernelBridge, live: Collection[str]) -> None:
+        """Make the interfaces of live sandboxes anew whose links somebody deleted; nobody may pass the gate meanwhile.
+
+        Their addresses stay the same, and so do their connections.
+        """
+        present = await threads.in_network_thread(kernel.ports)
+        for sandbox_id, reservation in list(self._reservations.items()):  # pods that begin to be connected add to them
+            attachment = reservation.attachment
+            if sandbox_id not in live or sandbox_id in self._unfinished or present.issuperset(attachment.links):
+                continue
+            try:
+                await threads.in_network_thread(kernel.delete_links, attachment.links)
+                await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
+                _log.warning("the interface of sandbox %s was lost: it is made again", sandbox_id)
+            except (PodkeelError, TableMissingError) as error:
+                _log.error("the interface of sandbox %s was lost and cannot be made again: %s", sandbox_id, error)
+
+    async def _detach(self, sandbox_id: str, *, delete_link: bool) -> None:
+        reservation = self._reservations.get(sandbox_id)
+        if reservation is None:
+            return
+        kernel = self._started()
+        async with self._gate.passing():
+            await threads.in_network_thread(kernel.disconnect, reservation.attachment, delete_link=delete_link)
+            await self.store.remove(sandbox_id, rest=True)
+            if self._reservations.get(sandbox_id) is not reservation:
+                return  # another call was faster
+            del self._reservations[sandbox_id]
+            self._ports.release(reservation.ports)
+            for network, address in reservation.addresses:
+                self._book.release(network, address)

@@ -1,0 +1,1 @@
+"""The nftables tables: elements, rule sets and how other firewalls treat pods."""

@@ -1,0 +1,163 @@
+"""What a pod has in the nftables sets and maps, and the one transaction that adds or removes it.
+
+The rules are written once for all pods (``network/nftables/ruleset.py``); a pod is a few elements. Those are sent as
+nfnetlink messages, which takes a tenth of a millisecond and does not depend on what else is in the node's ruleset.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Sequence
+from ipaddress import ip_address
+from itertools import groupby
+from typing import NamedTuple
+
+from network.attachment import Attachment, link_local
+from network.netlink import NLM_F_CREATE, Message, NetlinkSocket, attribute, nested, text
+from network.ports import HostPort, host_ports
+
+BRIDGE = "bridge"
+INET = "inet"
+
+_FAMILIES = {INET: 1, BRIDGE: 7}
+_PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17, "sctp": 132}
+_SUBSYSTEM_NFTABLES = 10
+_NEW_ELEMENT = _SUBSYSTEM_NFTABLES << 8 | 12
+_DELETE_ELEMENT = _SUBSYSTEM_NFTABLES << 8 | 14
+_BATCH_BEGIN = 16
+_BATCH_END = 17
+_LIST_TABLE = 1
+_LIST_SET = 2
+_LIST_ELEMENTS = 3
+_LIST_ELEMENT = 1
+_ELEMENT_KEY = 1
+_ELEMENT_DATA = 2
+_DATA_VALUE = 1
+_ELEMENTS_PER_MESSAGE = 200
+
+
+class Value(NamedTuple):
+    """One part of a key or of data: as nft writes it, and as the kernel keeps it."""
+
+    text: str
+    packed: bytes
+
+
+class Element(NamedTuple):
+    """An element of a set, or of a map where it has data."""
+
+    family: str
+    set_name: str
+    key: tuple[Value, ...]
+    data: tuple[Value, ...] = ()
+
+    def __str__(self) -> str:
+        key = " . ".join(value.text for value in self.key)
+        return f"{key} : {' . '.join(value.text for value in self.data)}" if self.data else key
+
+
+def elements_of(attachment: Attachment) -> list[Element]:
+    """Everything the pod has: its identity on the bridge and its host ports."""
+    return [*_identity(attachment), *host_port_elements(attachment)]
+
+
+def _identity(attachment: Attachment) -> list[Element]:
+    link = Value(attachment.host_interface, attachment.host_interface.encode().ljust(16, b"\0"))
+    mac = Value(attachment.mac, bytes.fromhex(attachment.mac.replace(":", "")))
+    found: list[Element] = []
+    for source in attachment.addresses:
+        if ":" not in source:
+            found.append(Element(BRIDGE, "pods4", (link, mac, _address(source))))
+            continue
+        for address in (source, str(link_local(attachment.mac))):
+            value = _address(address)
+            found.append(Element(BRIDGE, "pods6", (link, mac, value)))
+            # A neighbour advertisement's target is raw payload to nft, which writes it as a number.
+            found.append(Element(BRIDGE, "targets6", (link, mac, Value(f"0x{value.packed.hex()}", value.packed))))
+    return found
+
+
+def host_port_elements(attachment: Attachment) -> list[Element]:
+    """Where its host ports lead, and the pairs by which it is known to talk to itself."""
+    if not attachment.host_ports:
+        return []
+    found: list[Element] = []
+    versions = [6 if ":" in address else 4 for address in attachment.addresses]
+    for mapping in attachment.host_ports:
+        for port in host_ports(mapping, versions):
+            pod = attachment.address(port.version)
+            if pod is not None:
+                found.append(_host_port(port, pod, mapping.container_port))
+    for address, version in zip(attachment.addresses, versions, strict=True):
+        found.append(Element(INET, f"itself{version}", (_address(address), _address(address))))
+    return found
+
+
+def _host_port(port: HostPort, pod: str, container_port: int) -> Element:
+    number = _PROTOCOL_NUMBERS[port.protocol]
+    protocol = Value(str(number), bytes([number]))
+    data = (_address(pod), _port(container_port))
+    if port.everywhere:
+        return Element(INET, f"any_ports{port.version}", (protocol, _port(port.port)), data)
+    return Element(INET, f"ports{port.version}", (protocol, _address(port.host_ip), _port(port.port)), data)
+
+
+def _address(address: str) -> Value:
+    return Value(address, ip_address(address).packed)
+
+
+def _port(number: int) -> Value:
+    return Value(str(number), struct.pack(">H", number))
+
+
+def add_elements(netfilter: NetlinkSocket, table: str, elements: Sequence[Element]) -> None:
+    """Add all in one transaction; raises OSError, with none of them added, when the kernel refuses one."""
+    _transaction(netfilter, table, elements, _NEW_ELEMENT)
+
+
+def remove_elements(netfilter: NetlinkSocket, table: str, elements: Sequence[Element]) -> None:
+    """Remove all; those that are not there are no error, nor is a table that is not there."""
+    if not elements:
+        return
+    try:
+        _transaction(netfilter, table, elements, _DELETE_ELEMENT)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        for element in elements:
+            try:
+                _transaction(netfilter, table, [element], _DELETE_ELEMENT)
+            except OSError as single:
+                if single.errno != errno.ENOENT:
+                    raise
+
+
+def _transaction(netfilter: NetlinkSocket, table: str, elements: Sequence[Element], kind: int) -> None:
+    batch = struct.pack(">BBH", 0, 0, _SUBSYSTEM_NFTABLES)
+    messages = [Message(_BATCH_BEGIN, 0, batch)]
+    for (family, set_name), group in groupby(elements, key=lambda element: (element.family, element.set_name)):
+        waiting = list(group)
+        while waiting:
+            part, waiting = waiting[:_ELEMENTS_PER_MESSAGE], waiting[_ELEMENTS_PER_MESSAGE:]
+            body = (
+                struct.pack(">BBH", _FAMILIES[family], 0, 0)
+                + text(_LIST_TABLE, table)
+                + text(_LIST_SET, set_name)
+                + nested(_LIST_ELEMENTS, *(_encode(element, kind == _NEW_ELEMENT) for element in part))
+            )
+            messages.append(Message(kind, NLM_F_CREATE if kind == _NEW_ELEMENT else 0, body))
+    messages.append(Message(_BATCH_END, 0, batch))
+    for refusal in netfilter.exchange(messages, last=len(messages) - 2):
+        raise refusal.error()
+
+
+def _encode(element: Element, with_data: bool) -> bytes:
+    key = nested(_ELEMENT_KEY, attribute(_DATA_VALUE, _concatenated(element.key)))
+    if not (with_data and element.data):
+        return nested(_LIST_ELEMENT, key)
+    return nested(_LIST_ELEMENT, key, nested(_ELEMENT_DATA, attribute(_DATA_VALUE, _concatenated(element.data))))
+
+
+def _concatenated(values: Sequence[Value]) -> bytes:
+    return b"".join(value.packed + bytes(-len(value.packed) % 4) for value in values)

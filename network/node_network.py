@@ -1,0 +1,188 @@
+"""The node's network: what a network does for pods, and the choice between CNI plugins and the built-in bridge."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from host.database import Database
+from host.errors import WrongStateError
+from network.attachment import Attachment, AttachRequest
+from network.bridge.audit import Finding
+from network.bridge.network import BuiltInNetwork
+from network.bridge.owner import BridgeOwner
+from network.cni.network import CniNetwork
+from network.cni.watch import ConfigurationWatch
+from network.options import NetworkOptions
+from network.ports import PortRegistry
+from network.status import Condition
+
+_log = logging.getLogger("podkeel.network")
+
+
+class Network(Protocol):
+    """What connects pods; every method may be called any number of times at once."""
+
+    async def start(self) -> None:
+        """Take up what the store says; after a stop, a crash or a reboot."""
+
+    async def stop(self) -> None:
+        """Let go of what only the agent needs; pods keep their network."""
+
+    def condition(self) -> Condition:
+        """Whether pods can be connected now; from memory."""
+
+    def attachment(self, sandbox_id: str) -> Attachment | None:
+        """The sandbox's connection; None if it has none."""
+
+    async def attach(self, request: AttachRequest) -> Attachment:
+        """Connect a sandbox; all of it or nothing."""
+
+    async def detach(self, sandbox_id: str) -> None:
+        """Disconnect a sandbox; repeatable, also for an unknown one."""
+
+    async def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
+        """Take over the node's ranges of pod addresses, and remember them."""
+
+    async def audit(self, live: Collection[str]) -> list[Finding]:
+        """Where the store, the node and the ``live`` sandboxes disagree."""
+
+    async def repair(self, live: Collection[str]) -> list[Finding]:
+        """Give back what belongs to no ``live`` sandbox and make what is missing; returns what was wrong."""
+
+    async def destroy(self) -> object:
+        """Take down everything."""
+
+
+class NodeNetwork:
+    """Connects new pods to the network that options and CNI folder say, and serves the pods of both.
+
+    With mode ``auto`` the folder decides at the start, and a configuration that appears later takes over for new pods.
+    One that is taken away does not make new pods fall back on the bridge: a plugin that is being upgraded would find
+    pods elsewhere. A later start without one, when none of its pods is left, does.
+    """
+
+    def __init__(self, options: NetworkOptions, database: Database, owner: BridgeOwner | None = None) -> None:
+        registry = PortRegistry()
+        self.options = options
+        self.built_in = BuiltInNetwork(options, database, registry)
+        self.built_in.owner = owner
+        self.cni = CniNetwork(options, database, registry)
+        self._folder = Path(options.cni_config_dir)
+        self._built_in_runs = False
+        self._cni_chosen = options.mode == "cni"
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def current(self) -> Network:
+        """The network new pods are connected to."""
+        return self.cni if self._cni_chosen else self.built_in
+
+    def when_given_back(self, told: Callable[[str], Awaitable[None]]) -> None:
+        """Have ``told`` called with each sandbox whose network was given back after ``detach`` had failed."""
+        self.cni.when_given_back = told
+
+    async def start(self) -> None:
+        """Take up what the store says, choose, and watch the CNI folder."""
+        await self.cni.start()
+        self._choose(self.cni.configured or self.cni.in_use)
+        if not self._cni_chosen or self.built_in.store.attachments():
+            await self.built_in.start()
+            self._built_in_runs = True
+        if self.options.mode != "built-in" and self._watching is None:
+            self._watching = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Stop both; pods keep their network."""
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+        await self.cni.stop()
+        await self.built_in.stop()
+        self._built_in_runs = False
+
+    def condition(self) -> Condition:
+        """Whether new pods can be connected now."""
+        return self.current.condition()
+
+    def attachment(self, sandbox_id: str) -> Attachment | None:
+        """The sandbox's connection; None if it has none."""
+        return self.built_in.attachment(sandbox_id) or self.cni.attachment(sandbox_id)
+
+    async def attach(self, request: AttachRequest) -> Attachment:
+        """Connect a sandbox to the current network; see there for the errors."""
+        return await self.current.attach(request)
+
+    async def detach(self, sandbox_id: str) -> None:
+        """Disconnect a sandbox from whichever network it is on."""
+        await self.built_in.detach(sandbox_id)
+        await self.cni.detach(sandbox_id)
+
+    async def give_up(self, sandbox_id: str) -> str | None:
+        """Forget what CNI plugins hold of a sandbox that ``detach`` fails for; says what, None if it holds nothing."""
+        return await self.cni.give_up(sandbox_id)
+
+    async def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
+        """Take over the node's ranges of pod addresses; raises InvalidArgumentError."""
+        if self._built_in_runs:
+            await self.built_in.set_pod_cidrs(cidrs)
+        await self.cni.set_pod_cidrs(cidrs)
+
+    async def audit(self, live: Collection[str]) -> list[Finding]:
+        """Where the store, the node and the ``live`` sandboxes disagree."""
+        found = await self.built_in.audit(live) if self._built_in_runs else []
+        return found + await self.cni.audit(live)
+
+    async def repair(self, live: Collection[str]) -> list[Finding]:
+        """Give back what belongs to no ``live`` sandbox and make what is missing; returns what was wrong."""
+        before = self.cni.sandboxes()
+        found = await self.built_in.repair(live) if self._built_in_runs else []
+        newer = self.cni.sandboxes() - before
+        return found + await self.cni.repair(newer.union(live))
+
+    async def restore_lost(self, requests: Sequence[AttachRequest]) -> None:
+        """Know the connections again of sandboxes whose attachment the store has lost, where addresses tell them."""
+        if self._built_in_runs:
+            await self.built_in.restore_lost(requests)
+
+    async def destroy(self, *, force: bool = False) -> list[str]:
+        """Take down both; with ``force`` what CNI plugins do not give back is given up and told."""
+        given_up = await self.cni.destroy(force=force)
+        if not self._built_in_runs and self.options.bridge in {name for _, name in socket.if_nameindex()}:
+            try:
+                await self.built_in.start()
+                self._built_in_runs = True
+            except WrongStateError as error:  # it is another agent's, or was not made by one
+                _log.info("bridge %s stays: %s", self.options.bridge, error)
+        if self._built_in_runs:
+            await self.built_in.destroy()
+        await self.stop()
+        return given_up
+
+    def _choose(self, configured: bool) -> None:
+        if self.options.mode == "auto" and configured and not self._cni_chosen:
+            self._cni_chosen = True
+            _log.info("new pods are connected by CNI plugins: %s holds a configuration", self._folder)
+
+    async def _watch(self) -> None:
+        try:
+            watch = ConfigurationWatch(self._folder)
+        except OSError as error:
+            _log.warning("changes of %s will not be noticed: %s", self._folder, error)
+            return
+        try:
+            while True:
+                await self.cni.reload()
+                self._choose(self.cni.configured)
+                # What came into a folder before it was watched is seen by looking once more.
+                if not watch.follow(self.cni.plugin_folder):
+                    await watch.wait()
+        except OSError as error:
+            _log.warning("changes of %s will not be noticed any more: %s", self._folder, error)
+        finally:
+            watch.close()

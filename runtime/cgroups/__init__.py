@@ -1,0 +1,1 @@
+"""The agent's cgroups: their names, files and limits."""

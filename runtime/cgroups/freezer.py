@@ -1,0 +1,79 @@
+"""Frozen cgroups: whose processes stand still until they are thawed, and on cgroup v1 do not even die before.
+
+A cgroup is frozen by itself or by one above it: freezer.state on version 1, cgroup.freeze on version 2 (the kernel's
+cgroup-v1/freezer-subsystem.rst and cgroup-v2.rst).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from host.files.file_tree import Walk
+
+_OWN = ("freezer.self_freezing", "cgroup.freeze")
+_THAWS = (("freezer.state", b"THAWED"), ("cgroup.freeze", b"0"))
+
+
+def is_frozen(folder: Path) -> bool:
+    """Whether the cgroup ``folder`` of a hierarchy is frozen or being frozen, by itself or from above."""
+    state = _content(folder / "freezer.state")
+    if state:
+        return state != b"THAWED"
+    return b"frozen 1" in _content(folder / "cgroup.events").splitlines() or _content(folder / "cgroup.freeze") == b"1"
+
+
+def frozen_by(folder: Path, root: Path) -> Path | None:
+    """The nearest cgroup from ``folder`` up to ``root`` that is frozen itself; None if there is none."""
+    for group in (folder, *folder.parents):
+        if any(_content(group / name) == b"1" for name in _OWN):
+            return group
+        if group == root:
+            return None
+    return None
+
+
+def thaw(folder: Path) -> None:
+    """Thaw the cgroup ``folder`` and those below it, which a container may have frozen itself; gone is fine."""
+    try:
+        root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        _thaw_in(root, "")
+        for step in Walk(root):
+            if step.entry is not None and step.entry.is_dir(follow_symlinks=False):
+                _thaw_in(step.folder, f"{step.name}/")
+    finally:
+        os.close(root)
+
+
+def _thaw_in(folder: int, prefix: str) -> None:
+    for own, (name, value) in zip(_OWN, _THAWS, strict=True):
+        with contextlib.suppress(OSError):
+            if _read(folder, prefix + own) == b"1":
+                _write(folder, prefix + name, value)
+
+
+def _read(folder: int, name: str) -> bytes:
+    file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        return os.read(file, 64).strip()
+    finally:
+        os.close(file)
+
+
+def _write(folder: int, name: str, value: bytes) -> None:
+    file = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        os.write(file, value)
+    finally:
+        os.close(file)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes().strip()
+    except OSError:
+        return b""

@@ -1,0 +1,383 @@
+"""Where containers stand in the cgroup tree, and what is done to a whole cgroup. Limits are the OCI runtime's work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from host.concurrency.threads import in_thread
+from host.errors import InvalidArgumentError, UnsupportedError
+from host.files import mounts
+from host.files.file_tree import Walk
+from host.files.procfs import table_lines
+from runtime.cgroups import freezer
+from runtime.cgroups.slices import set_io_weight, slice_name, slice_path, stop_slice, with_outer_slices
+from runtime.specgen.config import SCOPE_SUBGROUP
+
+_ID = re.compile(r"[0-9a-f]{64}")
+# Proportional shares come from the scheduler BFQ or, with version 2, from the controller's own cost model.
+_IO_WEIGHTS = {1: ("blkio.bfq.weight", "blkio.weight"), 2: ("io.bfq.weight", "io.weight")}
+_NO_LIMIT = 2**63 - 4096  # what version 1 shows and both take for none
+_V1_NEEDED = ("memory", "pids", "cpu", "freezer", "devices")
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupTree:
+    """The host's cgroup hierarchies: version 2 as one mount, or version 1 as a mount per controller."""
+
+    version: int
+    driver: str
+    mounts: dict[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def of_host(cls, driver: str) -> CgroupTree:
+        """Read the mounts; ``driver`` is auto, cgroupfs or systemd."""
+        table = list(mounts.mount_table())
+        unified = [Path(entry.target) for entry in table if entry.filesystem == "cgroup2"]
+        legacy: dict[str, Path] = {}
+        for entry in table:
+            if entry.filesystem == "cgroup":
+                for option in entry.super_options.split(","):
+                    legacy.setdefault(option, Path(entry.target))
+        version = 1 if "memory" in legacy or not unified else 2
+        if driver == "auto":
+            driver = "systemd" if Path("/run/systemd/system").is_dir() and version == 2 else "cgroupfs"
+        elif driver not in ("cgroupfs", "systemd"):
+            raise InvalidArgumentError(f"cgroup driver {driver!r}: must be auto, cgroupfs or systemd")
+        if version == 2:
+            return cls(2, driver, {"unified": unified[0]})
+        if unified:
+            legacy["hybrid"] = unified[0]  # without controllers, but OCI runtimes make their groups there too
+        return cls(1, driver, legacy)
+
+    def missing_controllers(self) -> list[str]:
+        """Controllers that containers need and this host lacks."""
+        if self.version == 2:
+            have = (self.mounts["unified"] / "cgroup.controllers").read_text().split()
+            return [name for name in ("memory", "pids", "cpu") if name not in have]
+        return [name for name in _V1_NEEDED if name not in self.mounts]
+
+    def validate_parent(self, parent: str) -> None:
+        """Raise InvalidArgumentError unless ``parent`` is of the form the driver takes."""
+        if self.driver == "systemd":
+            name = slice_name(parent)
+            if not name.endswith(".slice") or parent not in (name, slice_path(name)):
+                raise InvalidArgumentError(
+                    f"cgroup parent {parent!r}: the systemd driver takes a slice such as kubepods-pod1.slice, alone or "
+                    "with its path; make the client use the same cgroup driver (it is in RuntimeConfig)"
+                )
+        elif not parent.startswith("/") or ".." in parent.split("/"):
+            raise InvalidArgumentError(f"cgroup parent {parent!r}: the cgroupfs driver takes an absolute path")
+        elif parent.endswith(".slice") and parent.count("/") == 1:
+            raise InvalidArgumentError(
+                f"cgroup parent {parent!r} is a systemd slice but the driver is cgroupfs: make both the same"
+            )
+
+    def default_parent(self, base: str, sandbox_id: str) -> str:
+        """The parent of a pod that brings none, below the configured ``base``."""
+        if self.driver == "systemd":
+            return f"{_slice_stem(base)}-{sandbox_id}.slice"
+        return f"{base.rstrip('/')}/{sandbox_id}"
+
+    def default_parents(self, base: str) -> dict[str, str]:
+        """Those of such parents that exist in any hierarchy, by the id of their sandbox."""
+        prefix, suffix = (f"{_slice_stem(base)}-", ".slice") if self.driver == "systemd" else ("", "")
+        root = slice_path(f"{_slice_stem(base)}.slice") if self.driver == "systemd" else base
+        ids = {
+            entry.name.removeprefix(prefix).removesuffix(suffix)
+            for folder in self.folders(root)
+            if folder.is_dir()
+            for entry in os.scandir(folder)
+            if entry.is_dir()
+        }
+        return {name: self.default_parent(base, name) for name in ids if _ID.fullmatch(name)}
+
+    def runtime_path(self, parent: str, container_id: str) -> str:
+        """``linux.cgroupsPath`` of the OCI spec."""
+        if self.driver == "systemd":
+            return f"{slice_name(parent)}:podkeel:{container_id}"
+        return f"{parent.rstrip('/')}/{container_id}"
+
+    def path(self, parent: str, container_id: str, *, uses_subgroup: bool) -> str:
+        """The container's cgroup below each hierarchy's mount; ``uses_subgroup`` says that its runtime is crun."""
+        if self.driver == "systemd":
+            scope = f"{slice_path(slice_name(parent))}/podkeel-{container_id}.scope"
+            return f"{scope}/{SCOPE_SUBGROUP}" if uses_subgroup and self.version == 2 else scope
+        return f"{parent.rstrip('/')}/{container_id}"
+
+    def parent_path(self, parent: str) -> str:
+        """The pod's cgroup below each hierarchy's mount."""
+        return slice_path(slice_name(parent)) if self.driver == "systemd" else parent
+
+    async def set_io_weight(self, parent: str, weight: int) -> None:
+        """Give a pod's cgroup, which is made if it is missing, its weight among those that share a disk.
+
+        Raises UnsupportedError where the kernel has no weights, CommandError, or OSError.
+        """
+        if self.driver == "systemd":
+            await set_io_weight(slice_name(parent), weight)
+        else:
+            await in_thread(self._write_io_weight, parent, weight)
+
+    def _write_io_weight(self, path: str, weight: int) -> None:
+        root = self.mounts.get("unified" if self.version == 2 else "blkio")
+        if root is None:
+            raise UnsupportedError("the blkio cgroup controller is not mounted")
+        folder = root / path.lstrip("/")
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.version == 2:
+            for above in reversed(folder.relative_to(root).parents):
+                with contextlib.suppress(OSError):
+                    (root / above / "cgroup.subtree_control").write_text("+io")
+        files = [folder / name for name in _IO_WEIGHTS[self.version] if (folder / name).exists()]
+        if not files:
+            raise UnsupportedError(f"{folder} has none of {', '.join(_IO_WEIGHTS[self.version])}")
+        for file in files:
+            file.write_text(str(weight))
+
+    async def end_parent(self, parent: str) -> None:
+        """Have systemd end a pod's own slice, in which nothing runs any more, so that ``remove`` may follow."""
+        if self.driver == "systemd":
+            await stop_slice(slice_name(parent))
+
+    async def remove_parent(self, parent: str) -> None:
+        """Remove a pod's own cgroup, in which nothing runs any more; gone already is fine."""
+        await self.end_parent(parent)
+        await in_thread(self.remove, self.parent_path(parent))
+
+    async def remove_base(self, base: str) -> None:
+        """Remove the cgroup below which pods without a parent of their own were, if nothing is left in it."""
+        if self.driver != "systemd":
+            await in_thread(self._remove_base, base)
+            return
+        for name in with_outer_slices(f"{_slice_stem(base)}.slice"):
+            folders = [folder for folder in self.folders(slice_path(name)) if folder.is_dir()]
+            if any(entry.is_dir() for folder in folders for entry in os.scandir(folder)):
+                return
+            await self.remove_parent(name)
+
+    def prepare_for_moves(self) -> None:
+        """Make the kernel ready to move processes between cgroups, which takes it 8 to 24 ms after a quiet time.
+
+        The first move has to wait for an RCU grace period; those that follow soon do not. Moving ourselves to where we
+        are begins that wait now, so that it is over when an OCI runtime moves its container. Blocks; call it in a
+        thread, and do not wait for it.
+        """
+        controller = "unified" if self.version == 2 else "pids"
+        wanted = b"" if self.version == 2 else b"pids"
+        with contextlib.suppress(OSError, StopIteration, ValueError):
+            lines = (line.split(b":", 2) for line in table_lines("/proc/self/cgroup"))
+            own = next(path for _, names, path in lines if wanted in names.split(b","))
+            (self.mounts[controller] / os.fsdecode(own.lstrip(b"/")) / "cgroup.procs").write_text(str(os.getpid()))
+
+    def folders(self, path: str) -> list[Path]:
+        """The folders of cgroup ``path`` in every hierarchy."""
+        return [root / path.lstrip("/") for root in dict.fromkeys(self.mounts.values())]
+
+    def processes(self, path: str) -> list[int]:
+        """Pids in cgroup ``path`` and in those that a container made below it."""
+        root = self.mounts.get("unified") or self.mounts.get("pids") or self.mounts["memory"]
+        found: list[int] = []
+        for pids in _processes_below(root / path.lstrip("/")):
+            found += pids
+        return found
+
+    def all_processes(self, path: str) -> set[int]:
+        """The same in any hierarchy."""
+        return {pid for folder in self.folders(path) for pids in _processes_below(folder) for pid in pids}
+
+    def _freezers(self, path: str) -> list[Path]:
+        """The folders by which cgroup ``path`` may be frozen; the container's own scope is one of them."""
+        inner = path.removesuffix(f"/{SCOPE_SUBGROUP}") if self.version == 2 else path
+        roots = (self.mounts.get(name) for name in ("unified", "freezer", "hybrid"))
+        return [root / inner.lstrip("/") for root in roots if root is not None]
+
+    def is_frozen(self, path: str) -> bool:
+        """Whether the processes of cgroup ``path`` are frozen, by it or by one above it."""
+        return any(freezer.is_frozen(folder) for folder in self._freezers(path))
+
+    def thaw(self, path: str) -> None:
+        """Thaw cgroup ``path`` and those below it."""
+        for folder in self._freezers(path):
+            freezer.thaw(folder)
+
+    def holding_frozen(self, path: str) -> str | None:
+        """The cgroup that keeps killed processes of ``path`` from dying, as a folder; None if none does."""
+        if self.version == 2:
+            return None  # there SIGKILL ends what is frozen
+        for folder, root in zip(self._freezers(path), self._freezers("/"), strict=True):
+            if (folder / "freezer.state").exists() and (holder := freezer.frozen_by(folder, root)) is not None:
+                return str(holder)
+        return None
+
+    def kill(self, path: str) -> int:
+        """SIGKILL to every process in cgroup ``path``, which is thawed then; returns how many there were."""
+        if self.version == 2:
+            with contextlib.suppress(OSError):
+                (self.mounts["unified"] / path.lstrip("/") / "cgroup.kill").write_text("1")
+        pids = self.processes(path)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.thaw(path)
+        return len(pids)
+
+    def remove(self, path: str) -> None:
+        """Remove cgroup ``path`` and the empty ones below it, in every hierarchy; what is busy or gone stays so."""
+        for folder in self.folders(path):
+            _remove_below(folder)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def _remove_base(self, path: str) -> None:
+        """Remove cgroup ``path`` and the empty ones below it but for pods' own, which are another agent's."""
+        for folder in self.folders(path):
+            with contextlib.suppress(OSError):
+                for entry in os.scandir(folder):
+                    if entry.is_dir() and not _ID.fullmatch(entry.name):
+                        self.remove(f"{path.rstrip('/')}/{entry.name}")
+                folder.rmdir()
+
+    def exists(self, path: str) -> bool:
+        """Whether cgroup ``path`` exists in any hierarchy."""
+        return any(folder.is_dir() for folder in self.folders(path))
+
+    def lift_cpu_quota(self, path: str) -> None:
+        """Let cgroup ``path`` use the CPU without a quota; newer versions of crun set it for the scope above too."""
+        if self.version == 1:
+            (self.mounts["cpu"] / path.lstrip("/") / "cpu.cfs_quota_us").write_text("-1")
+            return
+        folder = self.mounts["unified"] / path.lstrip("/")
+        for group in (folder, folder.parent) if folder.name == SCOPE_SUBGROUP else (folder,):
+            (group / "cpu.max").write_text("max")
+
+    def limit_huge_pages(self, path: str, limits: Mapping[str, int]) -> None:
+        """Limit the huge pages of cgroup ``path``: bytes by page size such as ``2MB``."""
+        for size, limit in limits.items():
+            self._huge_page_limit(path, size).write_text(str(limit))
+
+    def huge_page_limits(self, path: str, sizes: Iterable[str]) -> dict[str, int]:
+        """Those limits of ``sizes`` as they are; of sizes that are not limited here there are none."""
+        limits = {}
+        for size in sizes:
+            with contextlib.suppress(OSError):
+                text = self._huge_page_limit(path, size).read_text().strip()
+                limits[size] = _NO_LIMIT if text == "max" else int(text)
+        return limits
+
+    def _huge_page_limit(self, path: str, size: str) -> Path:
+        if self.version == 2:
+            return self.mounts["unified"] / path.lstrip("/") / f"hugetlb.{size}.max"
+        return self.mounts.get("hugetlb", Path("/nowhere")) / path.lstrip("/") / f"hugetlb.{size}.limit_in_bytes"
+
+    def settings(self, path: str, names: Iterable[str]) -> dict[str, str]:
+        """What the files ``names`` of cgroup ``path`` hold, of those that can be read and written again (version 2)."""
+        found = {}
+        for name in names:
+            file = self.mounts["unified"] / path.lstrip("/") / name
+            with contextlib.suppress(OSError):
+                content = file.read_text().strip()
+                if content and file.stat().st_mode & stat.S_IWUSR:
+                    found[name] = content
+        return found
+
+    def set_oom_score_adj(self, path: str, leader: int, value: int) -> None:
+        """Give process ``leader`` of cgroup ``path`` another oom_score_adj, and those in there that have the same."""
+        pids = self.processes(path)
+        if leader not in pids:
+            return
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # the container ends
+            old = int(Path(f"/proc/{leader}/oom_score_adj").read_text())
+            for pid in (leader, *pids) if old != value else ():
+                _change_oom_score_adj(pid, old, value)
+
+    def cpuset(self, path: str) -> tuple[str, str]:
+        """CPUs and memory nodes that cgroup ``path`` may use, as lists such as ``0-3``; empty where nothing tells."""
+        folder = self.mounts.get("unified" if self.version == 2 else "cpuset", Path("/nowhere")) / path.lstrip("/")
+        names = ("cpus.effective", "mems.effective") if self.version == 2 else ("cpus", "mems")
+        try:
+            cpus, mems = ((folder / f"cpuset.{name}").read_text().strip() for name in names)
+        except OSError:
+            return "", ""
+        return cpus, mems
+
+    def memory_in_use(self, path: str) -> int:
+        """Bytes of cgroup ``path`` that the kernel cannot reclaim: its use less the page cache."""
+        root = self.mounts.get("unified") or self.mounts["memory"]
+        folder = root / path.lstrip("/")
+        try:
+            use = int((folder / ("memory.current" if self.version == 2 else "memory.usage_in_bytes")).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except OSError:
+            return 0
+        names = ("active_file", "inactive_file", "slab_reclaimable")  # not "cache", which counts tmpfs in
+        return max(0, use - sum(int(stat.get(name, 0)) for name in names))
+
+    def out_of_memory_kills(self, path: str) -> int:
+        """Processes of cgroup ``path`` that the kernel killed for its memory limit."""
+        name = "memory.events" if self.version == 2 else "memory.oom_control"
+        root = self.mounts.get("unified") or self.mounts["memory"]
+        try:
+            text = (root / path.lstrip("/") / name).read_text()
+        except OSError:
+            return 0
+        return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
+
+
+def _change_oom_score_adj(pid: int, old: int, new: int) -> None:
+    file = Path(f"/proc/{pid}/oom_score_adj")
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        if int(file.read_text()) == old:
+            file.write_text(str(new))
+
+
+def _slice_stem(base: str) -> str:
+    return base.strip("/").removesuffix(".slice").replace("/", "-")
+
+
+def _open_folder(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def _processes_below(path: Path) -> Iterator[list[int]]:
+    """The processes of a cgroup and of each one below it. A container may have made these as deep as it liked."""
+    root = _open_folder(path)
+    if root is None:
+        return
+    try:
+        yield _processes_in(root, "cgroup.procs")
+        for step in Walk(root):
+            if step.entry is not None and step.entry.is_dir(follow_symlinks=False):
+                yield _processes_in(step.folder, f"{step.name}/cgroup.procs")
+    finally:
+        os.close(root)
+
+
+def _processes_in(folder: int, file: str) -> list[int]:
+    try:
+        with open(os.open(file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), "rb") as pids:
+            return [int(pid) for pid in pids.read().split()]
+    except OSError:
+        return []
+
+
+def _remove_below(path: Path) -> None:
+    root = _open_folder(path)
+    if root is None:
+        return
+    try:
+        for step in Walk(root):
+            if step.entry is None:
+                with contextlib.suppress(OSError):
+                    os.rmdir(step.name, dir_fd=step.folder)
+    finally:
+        os.close(root)

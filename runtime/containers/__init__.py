@@ -1,0 +1,1 @@
+"""The CRI's verbs for containers."""

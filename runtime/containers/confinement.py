@@ -1,0 +1,113 @@
+"""What is looked at once more when a container was created and does not run yet.
+
+Others may change a volume while the OCI runtime goes through it. Nothing of the container runs before its start, so
+what is found here stays as it is until then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from host.errors import InvalidArgumentError
+from host.files.mounts import MountEntry, mount_table
+from runtime.oci.working_directory import mount_id
+from runtime.specgen import config
+from runtime.specgen.builder import ContainerSpec
+from runtime.specgen.mounts.private_devices import DEFAULT_NODES
+from runtime.state.sandbox import ProcessName
+
+_OPENED = frozenset(
+    ("/", "/dev", "/dev/pts", "/dev/ptmx", "/dev/console", *(f"/dev/{name}" for name in DEFAULT_NODES.values()))
+)
+_KERNEL_FILESYSTEMS = {"/proc": "proc", "/sys": "sysfs"}
+# What the node itself mounts in /sys and /proc, for containers that have the node's bound in.
+_OF_THE_NODE = frozenset(
+    (
+        *("autofs", "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "efivarfs", "fusectl"),
+        *("hugetlbfs", "nsfs", "proc", "pstore", "resctrl", "securityfs", "selinuxfs", "sysfs", "tracefs"),
+    )
+)
+
+
+def needs_verifying(spec: ContainerSpec, *, refuses_outside: bool) -> bool:
+    """Whether something of ``spec`` lies in volumes, so that what was found before may have changed meanwhile.
+
+    ``refuses_outside``: the OCI runtime looks by itself whether it is in the container.
+    """
+    return spec.mounts_in_volumes or (spec.directory_in_volume and not refuses_outside)
+
+
+def verify(init: ProcessName, spec: ContainerSpec) -> None:
+    """Look at the working directory and the mounts of the first process of a created container. Blocks.
+
+    Raises InvalidArgumentError when a link in a volume led them out of the container, or over the kernel's file
+    systems.
+    """
+    try:
+        table = list(mount_table(f"/proc/{init.pid}/mountinfo"))
+        _verify_directory(init, spec.spec.process.cwd, table)
+    except (FileNotFoundError, ProcessLookupError):
+        return  # it has ended, and cannot be started
+    if spec.mounts_in_volumes:
+        _verify_mounts(spec.spec, table)
+        _verify_devices(spec.spec, table)
+
+
+def _verify_directory(init: ProcessName, directory: str, table: Iterable[MountEntry]) -> None:
+    descriptor = os.open(f"/proc/{init.pid}/cwd", os.O_PATH | os.O_CLOEXEC)
+    try:
+        if mount_id(descriptor) in {entry.mount_id for entry in table}:
+            return
+    finally:
+        os.close(descriptor)
+    raise InvalidArgumentError(
+        f"working_dir {directory!r} led out of the container through a link that was put into a volume: "
+        "use a working directory outside of volumes that others change"
+    )
+
+
+def _verify_mounts(spec: config.Spec, table: Iterable[MountEntry]) -> None:
+    """What is mounted in /proc and /sys must be the kernel's, or be asked for there by its own name."""
+    by_name = {mount.destination for mount in spec.mounts} | {*spec.linux.masked_paths, *spec.linux.readonly_paths}
+    by_name -= {mount.destination for mount in spec.mounts if mount.type in _KERNEL_FILESYSTEMS.values()}
+    for entry in table:
+        folder = "/" + entry.target.split("/")[1]
+        if folder not in _KERNEL_FILESYSTEMS or entry.target in by_name:
+            continue
+        expected = {_KERNEL_FILESYSTEMS[folder]} if entry.target == folder else _OF_THE_NODE
+        if entry.filesystem not in expected:
+            raise _led_to(entry.target)
+
+
+def _verify_devices(spec: config.Spec, table: Iterable[MountEntry]) -> None:
+    """At the root, at /dev and at the devices that OCI runtimes open is mounted what was asked for there, each once.
+
+    Other mounts below /dev may be those of an OCI runtime that adds devices. The node's /dev brings its own along.
+    """
+    if any(mount.destination == "/dev" and _is_the_node_s_dev(mount.source) for mount in spec.mounts):
+        return
+    left = Counter(mount.destination for mount in spec.mounts)
+    left["/"] += 1
+    left["/dev/console"] += spec.process.terminal
+    for entry in table:
+        if entry.target in _OPENED:
+            left[entry.target] -= 1
+            if left[entry.target] < 0:
+                raise _led_to(entry.target)
+
+
+def _is_the_node_s_dev(source: str) -> bool:
+    try:
+        return Path(source).samefile("/dev")
+    except OSError:
+        return False
+
+
+def _led_to(target: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"mounts: a volume was mounted on {target} through a link that was put into another volume: "
+        "mount it outside of volumes that others change"
+    )

@@ -1,0 +1,370 @@
+"""Containers: making and removing them. Starting, stopping and their ends are in ``lifecycle``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import posixpath
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from host.concurrency.abandonable import AbandonableThreads, Permission
+from host.concurrency.tasks import SingleFlight, wait_out
+from host.concurrency.threads import in_thread
+from host.concurrency.undo import Undo
+from host.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PodkeelError, WrongStateError
+from host.files.removal import remove_tree
+from host.stages import Operation
+from images.image import Image
+from proto.runtime.v1 import cri_pb2
+from runtime.containers.confinement import needs_verifying, verify
+from runtime.containers.idmapped_mounts import bind_all
+from runtime.containers.lifecycle import Lifecycle, begin
+from runtime.containers.log_path import resolve_log_path
+from runtime.containers.rootfs import mount_image_volumes, mount_root, status_mounts, unmount_all
+from runtime.containers.spec_request import ensure_pid_holder, shares_pod_pids, spec_request
+from runtime.namespaces.user import make_private, root_of
+from runtime.node import Node
+from runtime.oci import private_devices
+from runtime.oci.conmon import MonitorRequest, RuntimeRefusedError, StartingMonitor
+from runtime.oci.oci_runtime import OciRuntime, cannot_run_program, naming, refused_request
+from runtime.specgen.builder import ContainerSpec, build
+from runtime.specgen.draft import SpecRequest
+from runtime.specgen.mounts.image_volumes import make_volumes
+from runtime.specgen.mounts.volume_content import CopyLimits
+from runtime.specgen.namespaces import user_mappings
+from runtime.state.container import Container, ContainerRecord, ContainerState
+from runtime.state.sandbox import Sandbox, SandboxState
+from runtime.state.transitions import of_container
+from runtime.state.truncindex import new_id
+
+NAME_LIMIT = 253
+_MOST_HANGING = 256  # threads that wait for volumes of containers that were given up
+
+_Identity = tuple[str, str, int]
+_log = logging.getLogger("podkeel.containers")
+
+
+class ContainerManager:
+    """Makes and removes containers."""
+
+    def __init__(self, node: Node, lifecycle: Lifecycle) -> None:
+        self._node = node
+        self._lifecycle = lifecycle
+        self._making: SingleFlight[_Identity, Container] = SingleFlight(
+            "its making was ended: its pod or the agent is stopping"
+        )
+        self._threads = AbandonableThreads(_MOST_HANGING)
+        self._by_identity: dict[_Identity, Container] = {}
+
+    def adopt(self, container: Container) -> None:
+        """Take over a container found in the store."""
+        self._node.add_container(container)
+        if container.visible:
+            self._by_identity[container.identity] = container
+
+    async def create(self, sandbox_id: str, config: cri_pb2.ContainerConfig) -> Container:
+        """Make a container in a ready sandbox and return it created; joins or returns an identical one.
+
+        Raises:
+            NotFoundError: the sandbox or the image is not there.
+            WrongStateError: the sandbox is not ready.
+            InvalidArgumentError: the configuration is wrong.
+            AlreadyExistsError: name and attempt are taken by another configuration.
+        """
+        sandbox = self._node.get_sandbox(sandbox_id)
+        validate_container(config)
+        identity = (sandbox.id, config.metadata.name, config.metadata.attempt)
+        pending = await self._making.request_of(identity)
+        if pending is None:
+            existing = self._by_identity.get(identity)
+            if existing is not None and existing.visible:  # what clients cannot see, they could not remove either
+                return _same_or_conflict(existing, config)
+            _require_ready(sandbox)
+        elif pending != config:
+            raise AlreadyExistsError(
+                f"container {config.metadata.name!r} attempt {config.metadata.attempt} of {sandbox.title} "
+                "is being made with another configuration: raise the attempt"
+            )
+        return await self._making.run(identity, lambda: self._make(sandbox, config), config)
+
+    async def _make(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Container:
+        node = self._node
+        log_path = await self._log_path(sandbox, config)
+        image = self._image(config)
+        runtime = node.handlers.get(sandbox.record.handler)
+        container = self._new_container(sandbox, config, image, runtime, log_path)
+        node.expect_container()
+        operation = begin(container, "CreateContainer")
+        async with Undo(container.title) as undo:
+            undo.push("the container", partial(self._discard, container))
+            make_private(node.layout.container(container.id).path, user_mappings(sandbox.namespace_options))
+            monitor = node.monitors.prepare(_monitor_request(node, container, runtime))
+            undo.push("its monitor", monitor.abandon)
+            if len(self._making) <= node.start_parallelism:
+                monitor.begin()  # with more under way it would wait for a processor, and others behind it
+            async with operation.stage("reserve"):
+                node.add_container(container)
+                await node.store.add_container(container)
+            async with operation.stage("snapshot"):
+                await mount_root(node, container, image)
+                image_volumes = await mount_image_volumes(node, container)
+            if shares_pod_pids(container):
+                async with operation.stage("pid_namespace"):
+                    await ensure_pid_holder(node, sandbox)
+            async with operation.stage("spec"):
+                request = spec_request(node, container, image, runtime, image_volumes)
+                # In a thread of its own: volumes may be on a file system whose server does not answer for hours.
+                spec = await self._threads.run(container.title, partial(self._write_spec, container, request))
+                _apply_spec(container, spec, status_mounts(node, list(spec.mounts)))
+            async with container.lock:  # its end, should it come now, is handled after the commit
+                async with operation.stage("runtime"), node.starting:
+                    await self._create_in_runtime(container, monitor, runtime, spec)
+                await self._verify(container, runtime, spec)
+                _require_ready(sandbox)
+                async with operation.stage("commit"):
+                    container.record.state = ContainerState.CREATED
+                    await node.store.save_container(container)
+        self._by_identity[container.identity] = container
+        node.publish(cri_pb2.CONTAINER_CREATED_EVENT, container)
+        extra = of_container(container, operation)
+        _log.info("%s is created from %s", container.title, config.image.image, extra=extra)
+        return container
+
+    async def _log_path(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Path | None:
+        """In a thread of its own: the log folder may be on a file system whose server does not answer for hours."""
+        if not config.log_path:
+            return None
+        work = partial(resolve_log_path, sandbox.config.log_directory, config.log_path)
+        return await self._threads.run(f"container {config.metadata.name!r} of {sandbox.title}", lambda _: work())
+
+    def _image(self, config: cri_pb2.ContainerConfig) -> Image:
+        image = self._node.images.find(config.image.image)
+        if image is None:
+            raise NotFoundError(f"image {config.image.image!r} is not on this node: pull it first")
+        return image
+
+    def _new_container(
+        self,
+        sandbox: Sandbox,
+        config: cri_pb2.ContainerConfig,
+        image: Image,
+        runtime: OciRuntime,
+        log_path: Path | None,
+    ) -> Container:
+        container_id = new_id(self._node.agent_id)
+        record = ContainerRecord(
+            state=ContainerState.MAKING,
+            created_at=time.time_ns(),
+            handler=runtime.name,
+            boot_id=self._node.boot_id,
+            image_id=image.id,
+            image_ref=image.repo_digests[0] if image.repo_digests else image.id,
+            cgroup=self._node.cgroups.path(
+                sandbox.record.cgroup_parent, container_id, uses_subgroup=runtime.features.is_crun
+            ),
+            log_path=str(log_path) if log_path else "",
+            resources=config.linux.resources.SerializeToString(),
+        )
+        return Container(container_id, sandbox, config, record)
+
+    def _write_spec(self, container: Container, request: SpecRequest, permission: Permission) -> ContainerSpec:
+        spec = build(request, permission.check)
+        mappings = user_mappings(container.sandbox.namespace_options)
+        options = self._node.options
+        limits = CopyLimits(options.max_volume_copy_bytes, options.max_volume_copy_entries)
+        owner = root_of(mappings) if mappings else (0, 0)
+        with permission.step():
+            make_volumes(spec.volumes, request.rootfs, owner, limits=limits, check=permission.check)
+        bind_all(spec.mapped_volumes, request.namespaces.user, mappings, permission.step)
+        if spec.private_devices is not None:
+            with permission.step():
+                private_devices.make(spec.private_devices)
+        with permission.step():
+            self._node.layout.container(container.id).spec.write_bytes(spec.config_json)
+        return spec
+
+    async def _create_in_runtime(
+        self, container: Container, monitor: StartingMonitor, runtime: OciRuntime, spec: ContainerSpec
+    ) -> None:
+        record = container.record
+        try:
+            monitored = await monitor.create()
+        except RuntimeRefusedError as error:
+            unrunnable = cannot_run_program(error.message)
+            self._node.failures[runtime.name, "run program" if unrunnable else "create"] += 1
+            if not unrunnable and refused_request(error.message):
+                raise InvalidArgumentError(f"{runtime.options.path} refuses the container: {error.message}") from error
+            if not unrunnable:
+                raise
+            # Clients expect a program that cannot be run to fail the start, not the making.
+            record.start_error = naming(spec.spec.process.args[0], error.message)
+            await monitor.abandon()
+            await runtime.delete(container.id)
+            return
+        container.monitor_descriptor = monitored.monitor_descriptor
+        record.monitor = monitored.monitor
+        record.init = monitored.init
+        self._lifecycle.watch(container)
+
+    async def _verify(self, container: Container, runtime: OciRuntime, spec: ContainerSpec) -> None:
+        init = container.record.init
+        if init is not None and needs_verifying(spec, refuses_outside=runtime.directories.refuses_outside):
+            await self._threads.run(container.title, lambda _: verify(init, spec))
+
+    async def _discard(self, container: Container) -> None:
+        """Undo everything of a container that did not come to be."""
+        node = self._node
+        await self._lifecycle.release_runtime(container)
+        await self._lifecycle.end_monitor(container)
+        folder = node.layout.container(container.id)
+        await unmount_all(node, container)
+        await node.snapshots.remove(container.id)
+        await in_thread(remove_tree, folder.path)
+        node.monitors.forget(container.id)
+        await node.store.delete_container(container.id)
+        self._forget(container)
+
+    async def undo_half_made(self, container: Container) -> None:
+        """Undo a container whose making was cut short by the agent's death."""
+        await self._discard(container)
+
+    def _forget(self, container: Container) -> None:
+        if self._by_identity.get(container.identity) is container:
+            del self._by_identity[container.identity]
+        self._node.discard_container(container)
+
+    async def remove(self, container_id: str) -> None:
+        """Kill, if need be, and remove a container. Unknown ids are fine."""
+        container = self._node.containers.find(container_id) if container_id else None
+        if container is None or container.record.state is ContainerState.MAKING:
+            return
+        if container.record.state in (ContainerState.RUNNING, ContainerState.CREATED):
+            await self._lifecycle.kill(container)
+        async with container.lock:
+            if container.id not in self._node.containers:
+                return  # another call was faster
+            # Once it is written down no client sees it, so none would ask again: it is carried on without this one.
+            await wait_out(asyncio.ensure_future(self.finish_removal(container)))
+
+    async def finish_removal(self, container: Container) -> None:
+        """Write a removal down, if it is not yet, and carry it to its end.
+
+        A container for which that fails is listed as it was, so that its client tries again.
+        """
+        operation, before = begin(container, "RemoveContainer"), container.record.state
+        try:
+            if before is not ContainerState.REMOVING:
+                async with operation.stage("intent"):
+                    container.record.state = ContainerState.REMOVING
+                    await self._node.store.save_container(container)
+            await self._finish_removal(container, operation)
+        except (PodkeelError, OSError):
+            container.record.state = ContainerState.EXITED if before is ContainerState.REMOVING else before
+            container.changed()
+            raise
+
+    async def _finish_removal(self, container: Container, operation: Operation) -> None:
+        node = self._node
+        async with operation.stage("runtime"):
+            await self._lifecycle.released(container)
+        async with operation.stage("snapshot"):
+            if not container.unmounted:
+                await unmount_all(node, container)
+            await node.snapshots.remove(container.id)
+        async with operation.stage("files"):
+            await in_thread(remove_tree, node.layout.container(container.id).path)
+            node.monitors.forget(container.id)
+        async with operation.stage("forget"):
+            await node.store.delete_container(container.id)
+        self._forget(container)
+        node.publish(cri_pb2.CONTAINER_DELETED_EVENT, container)
+        _log.info("%s is removed", container.title, extra=of_container(container, operation))
+
+    async def abort_making(self, sandbox: Sandbox) -> None:
+        """Cancel and undo the containers being made in a sandbox."""
+        await self._making.cancel(lambda identity: identity[0] == sandbox.id)
+
+    async def stop_all(self, sandbox: Sandbox) -> None:
+        """Kill every container of a sandbox that runs."""
+        containers = [c for c in self._node.containers_of(sandbox) if c.visible]
+        await in_thread(self._thaw_dying, sandbox, containers)
+        await asyncio.gather(*(self._lifecycle.kill(container) for container in containers))
+        await asyncio.gather(*(self._lifecycle.released(container) for container in containers))
+
+    def _thaw_dying(self, sandbox: Sandbox, containers: Sequence[Container]) -> None:
+        """Thaw the pod's own cgroup if it is frozen, once all in there were killed."""
+        cgroups, parent = self._node.cgroups, sandbox.record.cgroup_parent
+        path = cgroups.parent_path(parent)
+        if sandbox.record.boot_id != self._node.boot_id or not cgroups.is_frozen(path):
+            return
+        for container in containers:
+            cgroups.kill(container.record.cgroup)
+        others = (other.record for other in self._node.sandboxes if other is not sandbox)
+        if not any(record.cgroup_parent == parent and not record.torn_down for record in others):
+            cgroups.thaw(path)
+
+    async def remove_all(self, sandbox: Sandbox) -> None:
+        """Remove every container of a sandbox, also those whose making failed and could not be undone then."""
+        removals = [
+            self._discard(container) if container.record.state is ContainerState.MAKING else self.remove(container.id)
+            for container in self._node.containers_of(sandbox)
+        ]
+        await asyncio.gather(*removals)
+
+    async def close(self) -> None:
+        """Undo what is in the making; for the agent's end."""
+        await self._making.close()
+
+
+def validate_container(config: cri_pb2.ContainerConfig) -> None:
+    """Raise InvalidArgumentError for what can never work, whatever the state of the node."""
+    name = config.metadata.name
+    if not name:
+        raise InvalidArgumentError("the container configuration has no metadata with a name: give metadata.name")
+    if len(name) > NAME_LIMIT or "/" in name or "\0" in name:
+        raise InvalidArgumentError(
+            f"container {name[:80]!r}: metadata.name is over {NAME_LIMIT} characters or holds a slash or NUL"
+        )
+    if not config.image.image:
+        raise InvalidArgumentError(f"container {name!r}: no image is named: give image.image")
+
+
+def _require_ready(sandbox: Sandbox) -> None:
+    if sandbox.record.state is not SandboxState.READY or sandbox.closing:
+        raise WrongStateError(f"{sandbox.title} is not ready: make a new sandbox for the container")
+
+
+def _same_or_conflict(existing: Container, config: cri_pb2.ContainerConfig) -> Container:
+    alive = existing.record.state in (ContainerState.CREATED, ContainerState.RUNNING)
+    if alive and existing.config == config:
+        return existing
+    why = "is there with another configuration" if alive else "has exited"
+    raise AlreadyExistsError(f"{existing.title} {why}: raise metadata.attempt, or remove it first")
+
+
+def _monitor_request(node: Node, container: Container, runtime: OciRuntime) -> MonitorRequest:
+    config = container.config
+    return MonitorRequest(
+        container_id=container.id,
+        name=f"{container.sandbox.config.metadata.name}/{config.metadata.name}",
+        runtime=runtime.executable,
+        runtime_arguments=[*runtime.arguments, "--log", str(node.layout.container(container.id).runtime_log)],
+        systemd_cgroup=False,
+        log=container.log,
+        terminal=config.tty,
+        stdin=config.stdin,
+        stdin_once=config.stdin_once,
+        node_devices=any(posixpath.normpath("/" + m.container_path.lstrip("/")) == "/dev" for m in config.mounts),
+    )
+
+
+def _apply_spec(container: Container, spec: ContainerSpec, mounts: list[bytes]) -> None:
+    record = container.record
+    record.user = (spec.user.uid, spec.user.gid, tuple(spec.user.supplemental_groups))
+    record.mounts = mounts
+    record.stop_signal = spec.stop_signal.number
+    kinds = {namespace.type: namespace.path for namespace in spec.spec.linux.namespaces}
+    record.private_pid_namespace = kinds.get("pid") == ""

@@ -1,0 +1,367 @@
+"""Commands run inside containers, and changes to running ones: exec, limits, log rotation."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from host import processes
+from host.concurrency.abandonable import AbandonableThreads
+from host.concurrency.threads import in_fresh_thread, in_thread
+from host.errors import (
+    CommandError,
+    DeadlineError,
+    InvalidArgumentError,
+    LimitError,
+    PermissionDeniedError,
+    PodkeelError,
+    WrongStateError,
+)
+from host.files.inotify import wait_for_entries
+from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.tree import CgroupTree
+from runtime.containers.lifecycle import begin
+from runtime.logs import LogFile, LogLink, append_from_now_on, has_open
+from runtime.node import Node
+from runtime.oci.directory_probe import DIRECTORY_BY_DESCRIPTOR
+from runtime.oci.exec_call import ExecCall
+from runtime.oci.oci_runtime import OciRuntime, plain_message, refused_limit
+from runtime.oci.working_directory import WorkingDirectory, working_directory
+from runtime.specgen import config
+from runtime.specgen.resources import oom_score_adj, resources
+from runtime.state.container import Container, ContainerState
+from runtime.state.sandbox import ProcessName
+
+REOPEN_SECONDS = 5.0
+_MOST_HANGING = 64  # threads that wait for working directories on volumes, of commands that were given up
+
+_log = logging.getLogger("podkeel.containers")
+
+_KERNEL_DEFAULTS = {
+    "cpu_shares": 1024,
+    "cpu_period": 100_000,
+    "cpu_quota": -1,
+    "memory_limit_in_bytes": -1,
+    "memory_swap_limit_in_bytes": -1,
+}
+
+
+class _SpecProcess(msgspec.Struct):
+    process: config.Process
+
+
+_decode_spec = msgspec.json.Decoder(_SpecProcess).decode
+
+
+class Execution:
+    """Acts on containers that are there already."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._threads = AbandonableThreads(_MOST_HANGING)
+
+    async def exec_sync(self, container_id: str, command: Sequence[str], timeout: float) -> processes.Completed:
+        """Run a command to its end and return its output, cut at 16 MiB a stream; ``timeout`` 0 means none.
+
+        Raises:
+            NotFoundError, WrongStateError: there is no such container, or it does not run.
+            DeadlineError: the command took too long; it and its children were killed.
+            CommandError: it could not be started.
+        """
+        container = self.running(container_id)
+        if not command:
+            raise InvalidArgumentError(f"{container.title}: no command to execute was given")
+        if timeout < 0:
+            raise InvalidArgumentError(f"{container.title}: the timeout {timeout:g} s is negative: use 0 for none")
+        with self.call(container, command) as call:
+            return await _run_to_end(call, command[0], timeout)
+
+    def call(
+        self,
+        container: Container,
+        command: Sequence[str],
+        *,
+        terminal: bool = False,
+        size: config.ConsoleSize | None = None,
+    ) -> ExecCall:
+        """The OCI runtime's exec of ``command`` in a container that runs, on a terminal of that size if wanted.
+
+        Raises WrongStateError for a frozen container, in which the OCI runtime would stand still too.
+        """
+        node = self._node
+        if node.cgroups.is_frozen(container.record.cgroup):
+            raise WrongStateError(f"{container.title} is frozen: thaw its cgroup before anything is executed in it")
+        runtime = node.handlers.get(container.record.handler)
+        process = self._process(container, command)
+        process.terminal = terminal
+        process.console_size = size
+        process.oom_score_adj = self._decided_score(container)
+        directory = self._checked_directory(container, runtime, process)
+        if directory is not None:
+            process.cwd = DIRECTORY_BY_DESCRIPTOR
+        return ExecCall(
+            runtime=runtime,
+            container_id=container.id,
+            folder=node.layout.container(container.id).path,
+            program=command[0],
+            process=msgspec.json.encode(process),
+            pids=partial(node.cgroups.processes, container.record.cgroup),
+            terminal=terminal,
+            directory=directory,
+            oom_score_adj=process.oom_score_adj,
+        )
+
+    def _decided_score(self, container: Container) -> int:
+        """The oom_score_adj of what runs in a container, as it was last configured."""
+        limits = cri_pb2.LinuxContainerResources.FromString(container.record.resources)
+        return oom_score_adj(limits, self._node.facts)
+
+    def _process(self, container: Container, command: Sequence[str]) -> config.Process:
+        """The OCI ``process`` object of a further command in a container: like its first one, but for the arguments."""
+        process = _decode_spec(self._node.layout.container(container.id).spec.read_bytes()).process
+        process.args = list(command)
+        return process
+
+    def _checked_directory(
+        self, container: Container, runtime: OciRuntime, process: config.Process
+    ) -> WorkingDirectory | None:
+        """What the agent has to open of the working directory, as the OCI runtime does not look where it leads.
+
+        Raises PermissionDeniedError for a container that sees processes of others, where the OCI runtime takes no
+        descriptor either: through such a process a link leads out of the container.
+        """
+        record, behaviour = container.record, runtime.directories
+        if behaviour.refuses_outside or process.cwd == "/" or record.init is None:
+            return None
+        if behaviour.enters_descriptors:
+            process.args[0] = _found_from(process.cwd, process.args[0])
+            return working_directory(container, record.init, process, self._threads)
+        if self._sees_others(container):
+            raise PermissionDeniedError(
+                f"{container.title}: it sees processes of others, and its runtime handler {runtime.name!r} "
+                f"({runtime.features.version}) could be led out of it by links on the way of its working directory "
+                f"{process.cwd}: install crun 1.14.1, runc 1.1.12 or newer ones, or make / its working directory"
+            )
+        return None
+
+    def _sees_others(self, container: Container) -> bool:
+        if not container.record.private_pid_namespace:
+            return True
+        targets = (
+            c.config.linux.security_context.namespace_options for c in self._node.containers_of(container.sandbox)
+        )
+        return any(options.pid == cri_pb2.TARGET for options in targets)
+
+    async def update(self, container_id: str, given: cri_pb2.LinuxContainerResources) -> None:
+        """Change a container's limits, all of them or none; fields left at 0 stay as they are.
+
+        Raises:
+            WrongStateError: the container has exited.
+            LimitError: the memory limit would be below what the container uses now.
+        """
+        container = self._node.get_container(container_id)
+        async with container.lock:
+            if container.record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
+                raise WrongStateError(f"{container.title} is {container.record.state}: its limits cannot be changed")
+            before = cri_pb2.LinuxContainerResources.FromString(container.record.resources)
+            merged = _merge(before, given)
+            self._refuse_below_use(container, given.memory_limit_in_bytes)
+            operation = begin(container, "UpdateContainerResources")
+            async with operation.stage("runtime"):
+                await self._apply(container, before, merged)
+            async with operation.stage("commit"):
+                container.record.resources = merged.SerializeToString()
+                await self._node.store.save_container(container)
+
+    async def _apply(
+        self, container: Container, before: cri_pb2.LinuxContainerResources, after: cri_pb2.LinuxContainerResources
+    ) -> None:
+        if container.record.start_error:
+            return
+        runtime = self._node.handlers.get(container.record.handler)
+        self._decided(after)  # what it refuses is refused before anything has changed
+        undoing = await in_thread(_undoing, before, after, self._node.cgroups, container.record.cgroup)
+        try:
+            await self._set(container, runtime, after)
+        except BaseException as error:
+            try:
+                await self._set(container, runtime, undoing)
+            except (PodkeelError, OSError) as failure:
+                _log.error("%s: limits that were changed could not be put back: %s", container.title, failure)
+            if isinstance(error, CommandError) and os.strerror(errno.EBUSY) in error.output:
+                raise LimitError(
+                    f"{container.title}: the kernel cannot reclaim enough of its memory for the new limit: "
+                    "raise the limit or restart the container"
+                ) from error
+            if isinstance(error, CommandError) and refused_limit(error.output):
+                raise InvalidArgumentError(
+                    f"the kernel refuses one of these limits: {plain_message(error.output)}"
+                ) from error
+            raise
+
+    async def _set(self, container: Container, runtime: OciRuntime, limits: cri_pb2.LinuxContainerResources) -> None:
+        cgroups, path, init = self._node.cgroups, container.record.cgroup, container.record.init
+        given, score = self._decided(limits)
+        await runtime.update(container.id, msgspec.json.encode(given))
+        if limits.cpu_quota < 0:
+            await in_thread(cgroups.lift_cpu_quota, path)
+        if given.hugepage_limits:  # which runc (1.1) passes over
+            pages = {page.page_size: page.limit for page in given.hugepage_limits}
+            await in_thread(cgroups.limit_huge_pages, path, pages)
+        if init is not None:  # no OCI runtime changes that of what runs
+            await in_thread(cgroups.set_oom_score_adj, path, init.pid, score)
+
+    def _decided(self, limits: cri_pb2.LinuxContainerResources) -> tuple[config.Resources, int]:
+        facts = self._node.facts
+        given = resources(limits, facts, pids_limit=self._node.options.pids_limit)
+        return given, oom_score_adj(limits, facts)
+
+    def _refuse_below_use(self, container: Container, limit: int) -> None:
+        if limit <= 0:
+            return
+        use = self._node.cgroups.memory_in_use(container.record.cgroup)
+        if use > limit:
+            raise LimitError(
+                f"{container.title} uses {use} bytes of memory that cannot be reclaimed, more than the new limit of "
+                f"{limit}: the kernel would kill it; raise the limit or restart the container"
+            )
+
+    async def reopen_log(self, container_id: str) -> None:
+        """Have the log written to a new file after the old one was renamed; nothing if it was not.
+
+        Whatever fails leaves the old log going.
+
+        Raises:
+            WrongStateError: the container does not run, has no log, or another file with content took the log's place.
+            InvalidArgumentError: the log's place is taken, or a link leads from it out of the pod's log folder.
+            LimitError: the file system is full.
+        """
+        container = self.running(container_id)
+        if container.log is None:
+            raise WrongStateError(f"{container.title} has no log: its log_path is empty")
+        async with container.log_lock:
+            descriptor = await in_fresh_thread(container.log.open)
+            try:
+                await self._write_log_to(container, descriptor)
+            finally:
+                os.close(descriptor)
+
+    async def _write_log_to(self, container: Container, descriptor: int) -> None:
+        monitor, log = container.record.monitor, container.log
+        assert log is not None
+        if monitor is None:
+            raise WrongStateError(f"{container.title}: its conmon was killed: nothing writes its log any more")
+        if await in_fresh_thread(has_open, monitor, descriptor):
+            if container.late_log is not None and os.path.sameopenfile(container.late_log, descriptor):
+                await in_fresh_thread(append_from_now_on, monitor, descriptor)
+                container.keep_late_log(None)
+            return
+        size = os.fstat(descriptor).st_size
+        if size:
+            raise WrongStateError(f"log {log.path} is another file by now, with {size} bytes: rename it first")
+        try:
+            opened = await self._open_next(container, monitor, log, descriptor)
+        except OSError as error:
+            log.path.unlink(missing_ok=True)
+            raise PodkeelError(f"{container.title}: its conmon does not listen: {error.strerror}") from error
+        if not opened:
+            raise PodkeelError(f"{container.title}: its conmon did not open {log.path} within {REOPEN_SECONDS:g} s")
+        container.keep_late_log(None)
+
+    async def _open_next(self, container: Container, monitor: ProcessName, log: LogFile, descriptor: int) -> bool:
+        """Have conmon open the new, empty file of ``descriptor``; whether it does so in time."""
+        reopen = self._node.monitors.reopen_log
+        link = LogLink(self._node.layout.container(container.id).path)
+        if not link.is_used:  # its conmon was started by an older version: it knows the path itself
+            descriptor = await in_fresh_thread(LogFile(log.folder, Path(f"{log.path}.tmp")).open)
+            try:
+                reopen(container.id)
+                opened = await wait_for_entries(log.path.parent, lambda: has_open(monitor, descriptor), REOPEN_SECONDS)
+                await in_fresh_thread(append_from_now_on, monitor, descriptor)
+            finally:
+                os.close(descriptor)
+            return opened
+        late = container.late_log
+        link.lead_next_to(descriptor)
+        if late is None:
+            reopen(container.id)
+        elif await in_fresh_thread(has_open, monitor, late):  # else it is yet to read what it was told then
+            link.lead_next_to(descriptor)
+            reopen(container.id)
+        opened = await wait_for_entries(link.path.parent, lambda: link.leads_to(descriptor), REOPEN_SECONDS)
+        if opened:
+            await in_fresh_thread(append_from_now_on, monitor, descriptor)
+        else:  # it may yet do so: the file must be there then, else it ends
+            kept = os.dup(descriptor)
+            container.keep_late_log(kept)
+            link.lead_next_to(kept)
+        return opened
+
+    def running(self, container_id: str) -> Container:
+        """The container, which runs. Raises NotFoundError or WrongStateError."""
+        container = self._node.get_container(container_id)
+        if container.record.state is not ContainerState.RUNNING:
+            raise WrongStateError(f"{container.title} is {container.record.state}, not running")
+        return container
+
+
+def _found_from(directory: str, program: str) -> str:
+    """``program`` as it is found from ``directory``; a script's interpreter opens it by this path later."""
+    relative = program.startswith(".") or ("/" in program and not program.startswith("/"))
+    return f"{directory}/{program}" if relative else program
+
+
+def _undoing(
+    before: cri_pb2.LinuxContainerResources, after: cri_pb2.LinuxContainerResources, cgroups: CgroupTree, path: str
+) -> cri_pb2.LinuxContainerResources:
+    """``before``, with what only ``after`` sets put back to the kernel's default or to what is in use now.
+
+    systemd may have taken over a list of CPUs that the kernel then refused.
+    """
+    undoing = cri_pb2.LinuxContainerResources()
+    undoing.CopyFrom(before)
+    in_use = dict(zip(("cpuset_cpus", "cpuset_mems"), cgroups.cpuset(path), strict=True))
+    for field, default in {**_KERNEL_DEFAULTS, **in_use}.items():
+        if getattr(after, field) and not getattr(before, field):
+            setattr(undoing, field, default)
+    sizes = {page.page_size for page in after.hugepage_limits} - {page.page_size for page in before.hugepage_limits}
+    for size, limit in cgroups.huge_page_limits(path, sizes).items():
+        undoing.hugepage_limits.add(page_size=size, limit=limit)
+    undoing.unified.update(cgroups.settings(path, after.unified.keys() - before.unified.keys()))
+    return undoing
+
+
+async def _run_to_end(call: ExecCall, program: str, timeout: float) -> processes.Completed:
+    """Run ``call`` and gather its output; cancelled or past ``timeout`` (0: none), all that it started is ended."""
+    with processes.Collector() as stdout, processes.Collector() as stderr:
+        await call.launch({1: stdout.write_end, 2: stderr.write_end})
+        stdout.close_write_end()
+        stderr.close_write_end()
+        try:
+            async with asyncio.timeout(timeout or None), call.process() as process:
+                code = await asyncio.shield(process.ended)
+        except TimeoutError as error:
+            raise DeadlineError(f"{program} did not finish within {timeout:g} s") from error
+        stdout.drain()
+        stderr.drain()
+        return processes.Completed(code, bytes(stdout.data), bytes(stderr.data))
+
+
+def _merge(
+    before: cri_pb2.LinuxContainerResources, given: cri_pb2.LinuxContainerResources
+) -> cri_pb2.LinuxContainerResources:
+    merged = cri_pb2.LinuxContainerResources()
+    merged.CopyFrom(before)
+    if given.hugepage_limits:
+        del merged.hugepage_limits[:]
+    merged.MergeFrom(given)
+    if given.memory_limit_in_bytes and not given.memory_swap_limit_in_bytes:
+        merged.memory_swap_limit_in_bytes = 0  # follows the new memory limit instead of staying below it
+    return merged

@@ -1,0 +1,82 @@
+"""Waiting for the end of a container whose processes were killed: what keeps it, and what is done about that."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+
+from host import processes
+from host.errors import DeadlineError, WrongStateError
+from runtime.node import Node
+from runtime.state.container import Container
+
+KILL_SECONDS = 60.0
+# How long conmon gets to write down the end of a program that is dead; then it is killed.
+_MONITOR_SECONDS = 10.0
+
+_log = logging.getLogger("podkeel.containers")
+
+
+async def wait_for_end(node: Node, container: Container) -> bool:
+    """Wait until a container that was killed has ended; False if its program has, and conmon cannot even be killed.
+
+    A conmon that was stopped goes on, one that does not write down the end is killed. Raises WrongStateError where a
+    frozen cgroup above the container's keeps its processes, DeadlineError where the kernel does.
+    """
+    holder = node.cgroups.holding_frozen(container.record.cgroup)
+    if holder is not None:
+        raise WrongStateError(
+            f"{container.title} cannot end: cgroup {holder} is frozen, in which killed processes do not die: thaw it"
+        )
+    if not await _program_ended(container):
+        raise DeadlineError(
+            f"{container.title} did not end within {KILL_SECONDS:g} s of SIGKILL: its processes hang in the kernel"
+        )
+    _let_monitor_go_on(container)
+    if await _ends_within(container, _MONITOR_SECONDS):
+        return True
+    _signal_monitor(container, signal.SIGKILL)
+    if await _ends_within(container, _MONITOR_SECONDS):
+        return True
+    _log.error("%s: its program has ended, but its conmon hangs in the kernel", container.title)
+    return False
+
+
+async def _program_ended(container: Container) -> bool:
+    init = container.record.init
+    pidfd = processes.open_process(init.pid, init.started) if init is not None else None
+    if pidfd is None:
+        return True
+    try:
+        async with asyncio.timeout(KILL_SECONDS):
+            await processes.wait_ended(pidfd)
+    except TimeoutError:
+        return container.exited.is_set()
+    finally:
+        os.close(pidfd)
+    return True
+
+
+async def _ends_within(container: Container, seconds: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(container.exited.wait(), seconds)
+    return container.exited.is_set()
+
+
+def _let_monitor_go_on(container: Container) -> None:
+    monitor = container.record.monitor
+    if monitor is not None and not container.exited.is_set() and processes.state(monitor.pid) in (b"T", b"t"):
+        _log.warning("%s: its conmon was stopped by a signal: it goes on", container.title)
+        _signal_monitor(container, signal.SIGCONT)
+
+
+def _signal_monitor(container: Container, number: int) -> None:
+    monitor = container.record.monitor
+    pidfd = processes.open_process(monitor.pid, monitor.started) if monitor is not None else None
+    if pidfd is not None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, number)
+        os.close(pidfd)

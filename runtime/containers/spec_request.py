@@ -1,0 +1,126 @@
+"""What a container's spec is built from, gathered from the node, the pod and the image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from host.concurrency.threads import in_fresh_thread, in_thread
+from host.concurrency.undo import Undo
+from host.errors import InvalidArgumentError, WrongStateError
+from images.image import Image
+from proto.runtime.v1 import cri_pb2
+from runtime.namespaces.pid import end_holder, pin_holder, start_holder, start_holder_in_user_namespace
+from runtime.node import Node
+from runtime.oci.oci_runtime import OciRuntime
+from runtime.specgen.draft import SpecRequest
+from runtime.specgen.facts import HandlerFacts, SandboxFiles
+from runtime.specgen.namespaces import NamespacePaths
+from runtime.specgen.security.seccomp import DEFAULT_PROFILE
+from runtime.state.container import Container, ContainerState
+from runtime.state.sandbox import Sandbox
+
+
+def spec_request(
+    node: Node, container: Container, image: Image, runtime: OciRuntime, image_volumes: Mapping[int, Path]
+) -> SpecRequest:
+    """The request for ``runtime.specgen.builder.build``; the pod's shared PID namespace, if used, exists already."""
+    sandbox, config = container.sandbox, container.config
+    folder = node.layout.sandbox(sandbox.id)
+    host_ipc = sandbox.namespace_options.ipc == cri_pb2.NODE
+    return SpecRequest(
+        container_id=container.id,
+        config=config,
+        sandbox=sandbox.config,
+        sandbox_id=sandbox.id,
+        image=image.config,
+        image_reference=config.image.user_specified_image or config.image.image,
+        rootfs=node.layout.container(container.id).rootfs,
+        container_folder=node.snapshots.upper(container.id).parent,
+        files=SandboxFiles(
+            resolv_conf=folder.resolv_conf,
+            hosts=folder.hosts,
+            hostname=folder.hostname,
+            shm=None if host_ipc else folder.shm,
+        ),
+        namespaces=_namespace_paths(node, container),
+        cgroups_path=node.cgroups.runtime_path(sandbox.record.cgroup_parent, container.id),
+        handler=HandlerFacts(
+            name=runtime.name,
+            recursive_read_only=runtime.features.recursive_read_only_mounts,
+            compiled_seccomp=runtime.features.is_crun,
+            makes_folders_inside=runtime.features.is_crun,
+            privileged_without_host_devices=runtime.options.privileged_without_host_devices,
+            allowed_annotations=runtime.options.allowed_annotations,
+        ),
+        node=node.facts,
+        image_mounts=image_volumes,
+        pids_limit=node.options.pids_limit,
+        seccomp_default=Path(runtime.options.seccomp_profile or node.options.seccomp_profile or DEFAULT_PROFILE),
+        apparmor_default=node.apparmor_default,
+        selinux_level=sandbox.record.selinux_level,
+        umask=int(node.options.umask, 8),
+    )
+
+
+def shares_pod_pids(container: Container) -> bool:
+    """Whether a container joins the PID namespace that its pod shares."""
+    mode = container.config.linux.security_context.namespace_options.pid
+    return mode == cri_pb2.POD and container.sandbox.namespace_options.pid != cri_pb2.NODE
+
+
+async def ensure_pid_holder(node: Node, sandbox: Sandbox) -> None:
+    """Make the PID namespace that the pod's containers share, unless it is there already."""
+    async with sandbox.holder_lock:
+        if sandbox.record.pid_holder is not None:
+            return
+        folder = node.layout.sandbox(sandbox.id)
+        async with Undo(sandbox.title) as undo:
+            undo.push("the init of its PID namespace", partial(in_thread, end_holder, None, folder, sandbox.id))
+            start = start_holder_in_user_namespace if sandbox.user_namespace else start_holder
+            pid = await in_fresh_thread(start, folder, node.options.catatonit_path, sandbox.id)
+            sandbox.record.pid_holder = await in_thread(pin_holder, folder, pid)
+            undo.push("its record", partial(setattr, sandbox.record, "pid_holder", None))
+            await node.store.save_sandbox(sandbox)
+
+
+def _namespace_paths(node: Node, container: Container) -> NamespacePaths:
+    sandbox = container.sandbox
+    folder = node.layout.sandbox(sandbox.id)
+    own_network = not sandbox.host_network
+    pid, host_pid = _pid_namespace(node, container)
+    return NamespacePaths(
+        network=str(folder.pin("net")) if own_network else None,
+        uts=str(folder.pin("uts")) if own_network else None,
+        ipc=None if sandbox.namespace_options.ipc == cri_pb2.NODE else str(folder.pin("ipc")),
+        user=str(folder.pin("user")) if sandbox.user_namespace else None,
+        pid=pid,
+        host_pid=host_pid,
+    )
+
+
+def _pid_namespace(node: Node, container: Container) -> tuple[str | None, bool]:
+    """Path of the PID namespace to join (None: a new one), and whether it is the node's."""
+    sandbox = container.sandbox
+    options = container.config.linux.security_context.namespace_options
+    if options.pid == cri_pb2.NODE:
+        return None, True
+    if options.pid == cri_pb2.CONTAINER:
+        return None, False
+    if options.pid == cri_pb2.TARGET:
+        return _target_namespace(node, container, options.target_id), False
+    if sandbox.namespace_options.pid == cri_pb2.NODE:
+        return None, True
+    return str(node.layout.sandbox(sandbox.id).pin("pid")), False
+
+
+def _target_namespace(node: Node, container: Container, target_id: str) -> str:
+    target = node.containers.find(target_id) if target_id else None
+    if target is None or target.sandbox.id != container.sandbox.id or not target.visible:
+        raise InvalidArgumentError(
+            f"{container.title}: target_id {target_id!r} is not a container of its pod: name one of them"
+        )
+    if target.record.state is not ContainerState.RUNNING or target.record.init is None:
+        raise WrongStateError(f"{container.title}: its target {target.title} does not run, so has no PID namespace")
+    return f"/proc/{target.record.init.pid}/ns/pid"

@@ -1,0 +1,1 @@
+"""Namespaces that pods share and how they are kept."""

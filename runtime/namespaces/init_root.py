@@ -1,0 +1,127 @@
+"""The root of the inits of shared PID namespaces: a read-only tmpfs with their program and a null device of its own.
+
+Containers of a pod reach it through /proc/1/root and /proc/1/exe, and OCI runtimes do so with all capabilities. As the
+file system itself is read-only, nobody can write, rename, chmod or chown anything in it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import threading
+from pathlib import Path
+
+from host import libc
+from host.files import mounts
+
+PROGRAM = "/catatonit"
+
+_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}[os.uname().machine]
+# Where it is mounted for a moment, in mount namespaces that nobody else is in. Every node has that folder.
+_PLACE = "/dev"
+_NULL = os.makedev(1, 3)
+_SPARE_BYTES = 65536
+
+_Version = tuple[int, int, int, int]
+
+
+class InitRoot:
+    """A mount namespace that holds only this root, with a copy of ``program``: made when first entered."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._version: _Version | None = None
+        self._namespace = -1
+
+    def enter(self, program: str) -> None:
+        """Move the calling thread, a fresh one, there for good: PROGRAM is ``program`` then."""
+        libc.unshare(libc.CLONE_FS)
+        libc.setns(self._made(program), libc.CLONE_NEWNS)
+
+    def clone(self, program: str) -> int:
+        """A detached mount of the copy of ``program``. The calling thread, a fresh one, is left in there."""
+        self.enter(program)
+        return libc.clone_tree(PROGRAM)
+
+    def _made(self, program: str) -> int:
+        with self._lock:
+            status = Path(program).stat()
+            version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            if version != self._version:
+                namespace = _in_new_thread(program)
+                if self._namespace >= 0:
+                    os.close(self._namespace)
+                self._namespace, self._version = namespace, version
+            return self._namespace
+
+
+INIT_ROOT = InitRoot()
+"""That of this process, for all of its pods."""
+
+
+def _in_new_thread(program: str) -> int:
+    made: list[int | OSError] = []
+
+    def make() -> None:
+        try:
+            made.append(_make(program))
+        except OSError as error:
+            made.append(error)
+
+    thread = threading.Thread(target=make, name="init-root")
+    thread.start()
+    thread.join()
+    result = made[0]
+    if isinstance(result, OSError):
+        raise result
+    return result
+
+
+def _make(program: str) -> int:
+    """A descriptor of the mount namespace, in which the calling thread is left."""
+    libc.unshare(libc.CLONE_NEWNS)
+    namespace = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        libc.mount("", "/", "", mounts.MS_REC | mounts.MS_PRIVATE, "")
+        size = Path(program).stat().st_size + _SPARE_BYTES
+        _mount(size)
+        copy = Path(_PLACE + PROGRAM)
+        shutil.copyfile(program, copy)
+        copy.chmod(0o711)  # nobody inside a user namespace can look through a program that it cannot read
+        _become_root()
+    except BaseException:
+        os.close(namespace)
+        raise
+    return namespace
+
+
+def become_root_of(namespace: int, program: int, name: str) -> None:
+    """Make the root of a pod's init the root of the mount namespace of descriptor ``namespace``, and of all in it.
+
+    ``program`` is a detached mount of its program, which is found as ``/name``. The calling thread, a fresh one that
+    shares no root with others, is left in there.
+    """
+    libc.setns(namespace, libc.CLONE_NEWNS)
+    _mount(_SPARE_BYTES)
+    (Path(_PLACE) / name).touch()
+    libc.attach_mount(program, f"{_PLACE}/{name}")
+    _become_root()
+
+
+def _mount(size: int) -> None:
+    libc.mount("init", _PLACE, "tmpfs", mounts.MS_NOSUID, f"mode=0711,size={size},nr_inodes=8")
+
+
+def _become_root() -> None:
+    null = Path(_PLACE, "dev", "null")
+    null.parent.mkdir()
+    null.parent.chmod(0o711)  # whatever the agent's umask: the init is no user that owns it
+    os.mknod(null, stat.S_IFCHR | 0o600, _NULL)
+    null.chmod(0o666)
+    # The whole file system, not only this mount of it: that cannot be undone where it is mounted anew.
+    libc.mount("", _PLACE, "", mounts.MS_REMOUNT | mounts.MS_RDONLY | mounts.MS_NOSUID, "")
+    os.chdir(_PLACE)
+    # pivot_root(".", ".") puts the old root on top of the new one, from where it is let go (pivot_root(2)).
+    libc.syscall(_SYS_PIVOT_ROOT, b".", b".")
+    libc.umount(".", mounts.MNT_DETACH)

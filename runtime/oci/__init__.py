@@ -1,0 +1,1 @@
+"""OCI runtimes and conmon: the programs that run containers."""

@@ -1,0 +1,368 @@
+"""One further process in a container: the OCI runtime's ``exec``, what it is given, and what becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import select
+import signal
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from host import processes, untrusted_json
+from host.children.reaping import reap
+from host.concurrency.priority import run_before_children
+from host.concurrency.tasks import wait_out
+from host.concurrency.threads import in_thread
+from host.errors import CommandError, DeadlineError, InvalidArgumentError
+from host.untrusted_json import JsonError
+from runtime.oci.console_socket import ConsoleSocket
+from runtime.oci.directory_probe import DIRECTORY_BY_DESCRIPTOR, DIRECTORY_DESCRIPTOR
+from runtime.oci.null_device import open_private_null
+from runtime.oci.oci_runtime import OciRuntime, cannot_run_program, naming, plain_message
+from runtime.oci.working_directory import WorkingDirectory
+
+_PROCESS_DESCRIPTOR = 3
+_LOG_DESCRIPTOR = 4
+_LOG_BYTES = 65536
+_START_SECONDS = 60.0
+# How long a start goes on whose process nobody wants any more: so that its process is known and can be killed.
+_ABANDONED_SECONDS = 5.0
+# When to look for the dead that a failed start leaves: at once, or after the moment that they take to die. There is
+# nothing to wait on: nobody knows their pids, and the one handler of SIGCHLD is that of host.children.subreaper.
+_STRAY_SECONDS = (0.0, 0.01, 0.05, 0.2)
+# How long a session is killed that goes on making processes, or one of which the kernel holds.
+_KILL_SECONDS = 5.0
+
+
+class _LogEntry(msgspec.Struct):
+    level: str = ""
+    msg: str = ""
+
+
+class ExecProcess:
+    """A process in a container that is a child of ours; ``ended`` becomes its exit code, 128 + n after signal n.
+
+    ``session`` is its session, also if it has just ended: without a terminal it is that of the OCI runtime's call.
+    """
+
+    def __init__(self, pid: int, session: int) -> None:
+        self.pid = pid
+        self.session = session
+        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._pidfd = os.pidfd_open(pid)
+        processes.watch_exit(self._pidfd, self._on_end)
+
+    def _on_end(self) -> None:
+        status = reap(self._pidfd)
+        os.close(self._pidfd)
+        _strays.awaited.discard(self.pid)
+        self.ended.set_result(255 if status is None else status if status >= 0 else 128 - status)
+
+
+class _Strays:
+    """Processes that OCI runtimes made, could not use, and left to us dead.
+
+    While such a one is not reaped the kernel does not let its container end, so they cannot wait for the subreaper.
+    """
+
+    def __init__(self) -> None:
+        self.awaited: set[int] = set()
+        self._starting = 0
+
+    def begin(self) -> None:
+        """A start begins, whose process nobody knows yet."""
+        self._starting += 1
+
+    def end(self, process: ExecProcess | None) -> None:
+        """A start is over: with this process, or failed."""
+        self._starting -= 1
+        if process is not None:
+            self.awaited.add(process.pid)
+            return
+        for delay in _STRAY_SECONDS:
+            asyncio.get_running_loop().call_later(delay, self._reap)
+
+    def _reap(self) -> None:
+        if self._starting:
+            return  # a child that nobody awaits may be what is just being started
+        with contextlib.suppress(ChildProcessError):
+            while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if dead.si_pid in self.awaited or not _is_in_inner_pid_namespace(dead.si_pid):
+                    return  # somebody collects it; what is behind it is left to host.children.subreaper
+                os.waitid(os.P_PID, dead.si_pid, os.WEXITED | os.WNOHANG)
+
+
+_strays = _Strays()
+
+
+class ExecCall:
+    """The call that runs ``process`` (an OCI ``process`` object as JSON), and the files it needs, for ``with``.
+
+    The OCI runtime detaches from the process, which the subreaper then has: so no runtime stays beside it,
+    its descriptors are those it was given, and on a terminal (``terminal``) its master comes by ``console``.
+    ``program`` is what the process executes, for errors. ``folder`` is the container's bundle; ``pids`` lists the
+    processes of the container's cgroup. ``directory`` is opened when the call is launched, for a ``process`` whose
+    working directory is DIRECTORY_BY_DESCRIPTOR. ``oom_score_adj`` is that of the process; None for the agent's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        runtime: OciRuntime,
+        container_id: str,
+        folder: Path,
+        program: str,
+        process: bytes,
+        pids: Callable[[], Sequence[int]],
+        terminal: bool = False,
+        directory: WorkingDirectory | None = None,
+        oom_score_adj: int | None = None,
+    ) -> None:
+        self._runtime = runtime
+        self._oom_score_adj = oom_score_adj
+        self._directory = directory
+        self._program = program
+        self._container_id = container_id
+        self._pids = pids
+        name = f"exec-{uuid.uuid4().hex}"
+        self._pid_file = folder / f"{name}.pid"
+        self.console: ConsoleSocket | None = None
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._pid_file.unlink, missing_ok=True)
+            process_file = os.memfd_create("process")
+            stack.callback(os.close, process_file)
+            os.write(process_file, process)
+            self._log_file = os.memfd_create("log")
+            stack.callback(os.close, self._log_file)
+            self._descriptors = {_PROCESS_DESCRIPTOR: process_file, _LOG_DESCRIPTOR: self._log_file}
+            silent = open_private_null()
+            stack.callback(os.close, silent)
+            self._descriptors |= dict.fromkeys((0, 1, 2), silent)
+            if terminal:
+                self.console = stack.enter_context(ConsoleSocket(folder, f"{name}.tty"))
+                self._descriptors |= self.console.descriptors
+            self._stack = stack.pop_all()
+
+    @property
+    def _command(self) -> list[str]:
+        # The runtime's own complaints go to its log, so that they are never taken for the process's output.
+        runtime, log = self._runtime, f"/proc/self/fd/{_LOG_DESCRIPTOR}"
+        options = [*runtime.arguments, "--log", log, "--log-format", "json"]
+        process = f"/proc/self/fd/{_PROCESS_DESCRIPTOR}"
+        words = ["exec", "--detach", "--process", process, "--pid-file", str(self._pid_file)]
+        if self.console is not None:
+            words += ["--console-socket", self.console.path]
+        return [*runtime.exec_prefix, runtime.executable, *options, *words, self._container_id]
+
+    async def launch(self, descriptors: Mapping[int, int]) -> None:
+        """Start the OCI runtime; the process gets ``descriptors`` as its standard ones, silent ones for the others."""
+        if self._directory is not None:
+            opened = await self._directory.open(_START_SECONDS)
+            self._stack.callback(os.close, opened)
+            self._descriptors[DIRECTORY_DESCRIPTOR] = opened
+        _strays.begin()
+        spawning = asyncio.ensure_future(self._spawn({**self._descriptors, **descriptors}))
+        try:
+            self._runtime_pid = await wait_out(spawning)
+            if self.console is not None:
+                # crun lets the program go and then sets the size of its terminal: it is to do so at once.
+                run_before_children(self._runtime_pid)
+        except asyncio.CancelledError:
+            if spawning.cancelled() or spawning.exception() is not None:
+                _strays.end(None)
+                raise
+            self._runtime_pid = spawning.result()
+            await wait_out(asyncio.ensure_future(self._finish(asyncio.ensure_future(self._started()))))
+            raise
+        except BaseException:
+            _strays.end(None)
+            raise
+
+    async def _spawn(self, descriptors: Mapping[int, int]) -> int:
+        # crun leaves oom_score_adj as it is where 0 is asked for, and the agent's is one that the kernel kills last.
+        score = self._oom_score_adj
+        try:
+            return await processes.spawn_aside(self._command, descriptors=descriptors, oom_score_adj=score)
+        except OSError as error:
+            if error.errno != errno.ETXTBSY:
+                raise
+            self._runtime.distrust_copy()
+        return await processes.spawn_aside(self._command, descriptors=descriptors, oom_score_adj=score)
+
+    @asynccontextmanager
+    async def process(self) -> AsyncIterator[ExecProcess]:
+        """The process once it runs, after ``launch``.
+
+        Leaving the block kills it, everything in its session and everything that descends from it, and waits for its
+        end; nothing if it ended by itself. Raises CommandError when it could not be started.
+        """
+        starting = asyncio.ensure_future(self._started())
+        try:
+            yield await asyncio.shield(starting)
+        finally:
+            await wait_out(asyncio.ensure_future(self._finish(starting)))
+
+    async def _started(self) -> ExecProcess:
+        process = None
+        try:
+            status = await self._runtime_ended()
+            leader = _leader(self._pid_file)
+            if status != 0 or leader is None:
+                complaint = _errors_in(os.pread(self._log_file, _LOG_BYTES, 0))
+                if self._directory is not None:
+                    complaint = complaint.replace(DIRECTORY_BY_DESCRIPTOR, self._directory.path)
+                if cannot_run_program(complaint):
+                    raise InvalidArgumentError(naming(self._program, plain_message(complaint)))
+                command = [self._runtime.options.path, "exec", self._container_id]
+                raise CommandError(command, status, naming(self._program, complaint))
+            process = ExecProcess(leader, _parent_and_session(leader)[1] or self._runtime_pid)
+        except OSError:  # no descriptor was left to watch it by
+            if (leader := _leader(self._pid_file)) is not None:
+                _kill(leader)
+            raise
+        finally:
+            _strays.end(process)
+        return process
+
+    async def _runtime_ended(self) -> int:
+        pidfd = processes.open_child(self._runtime_pid)
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                await processes.wait_ended(pidfd)
+        except BaseException as error:
+            await processes.end_child(self._runtime_pid, pidfd)
+            if (leader := _leader(self._pid_file)) is not None:
+                _kill(leader)
+            if isinstance(error, TimeoutError):
+                program = self._runtime.options.path
+                raise DeadlineError(f"{program} did not start {self._program!r} in {_START_SECONDS:g} s") from error
+            raise
+        status = reap(pidfd)
+        os.close(pidfd)
+        return 255 if status is None else status
+
+    async def _finish(self, starting: asyncio.Future[ExecProcess]) -> None:
+        if not starting.done():
+            await asyncio.wait({starting}, timeout=_ABANDONED_SECONDS)
+            starting.cancel()
+            await asyncio.wait({starting})
+        if not starting.cancelled() and starting.exception() is None:
+            process = starting.result()
+            if not process.ended.done():
+                await in_thread(_kill_session, process.pid, process.session, self._pids)
+                await asyncio.wait({process.ended}, timeout=_KILL_SECONDS)  # a frozen one dies when it is thawed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+def end_abandoned(folder: Path, pids: Callable[[], Sequence[int]]) -> int:
+    """Kill what an agent that died ran beside the first process of the container with bundle ``folder``.
+
+    ``pids`` lists those in the container's cgroup. Returns how many such calls there were.
+    """
+    abandoned = list(folder.glob("exec-*.pid"))
+    for pid_file in abandoned:
+        if (leader := _leader(pid_file)) is not None:
+            _kill_session(leader, _parent_and_session(leader)[1] if leader in pids() else leader, pids)
+        pid_file.unlink()
+    for console in folder.glob("exec-*.tty"):
+        console.unlink()
+    return len(abandoned)
+
+
+def _leader(pid_file: Path) -> int | None:
+    """The pid that the OCI runtime wrote down; None before it has."""
+    try:
+        return int(pid_file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _kill_session(leader: int, session: int, pids: Callable[[], Sequence[int]]) -> None:
+    """SIGKILL to ``leader``, its ``session`` and its descendants among ``pids``, until none is left.
+
+    What it was making while it was killed is nobody's child any more, but of its session.
+    """
+    doomed = {leader, session} - {0}
+    ended: set[int] = set()
+    deadline = time.monotonic() + _KILL_SECONDS
+    while time.monotonic() < deadline:
+        relations = {pid: _parent_and_session(pid) for pid in pids()}
+        while found := {
+            pid for pid, relation in relations.items() if pid not in doomed and not doomed.isdisjoint(relation)
+        }:
+            doomed |= found
+        left = (doomed & relations.keys()) - ended
+        if not left:
+            return
+        ended |= _kill_all(left, deadline)  # and look again for what they were just making
+
+
+def _kill_all(pids: set[int], deadline: float) -> set[int]:
+    """SIGKILL to each of ``pids``; those that have ended by ``deadline``, all of them unless the kernel holds one."""
+    pidfds: dict[int, int] = {}
+    poller = select.poll()
+    try:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                pidfds[pidfd] = pid
+                poller.register(pidfd, select.POLLIN)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        waiting = set(pidfds)
+        while waiting and (ready := poller.poll(max(0.0, deadline - time.monotonic()) * 1000)):
+            for pidfd, _ in ready:
+                poller.unregister(pidfd)
+                waiting.discard(pidfd)
+        return pids - {pidfds[pidfd] for pidfd in waiting}
+    finally:
+        for pidfd in pidfds:
+            os.close(pidfd)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _is_in_inner_pid_namespace(pid: int) -> bool:
+    """Whether a process is in another PID namespace than ours, below it: then it has further pids (proc(5), NSpid)."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as status:
+        return any(line.startswith(b"NSpid:") and len(line.split()) > 2 for line in status)
+    return False
+
+
+def _errors_in(log: bytes) -> str:
+    """The error messages of an OCI runtime's log in JSON lines."""
+    messages = []
+    for line in log.splitlines():
+        with contextlib.suppress(JsonError):
+            entry = untrusted_json.decode(line, _LogEntry)
+            if entry.level in ("error", "fatal"):
+                messages.append(entry.msg)
+    return "\n".join(messages)
+
+
+def _parent_and_session(pid: int) -> tuple[int, int]:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
+        return (0, 0)
+    return (int(fields[1]), int(fields[3]))

@@ -1,0 +1,102 @@
+"""The runtime handlers of the node, and which of them is the default."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from pathlib import Path
+
+from host.errors import InvalidArgumentError, NotFoundError, PodkeelError
+from runtime.cgroups.tree import CgroupTree
+from runtime.layout import Layout
+from runtime.oci.oci_runtime import OciRuntime
+from runtime.options import HandlerOptions, RuntimeOptions
+from runtime.state.truncindex import new_id
+
+_log = logging.getLogger("podkeel.handlers")
+
+
+class Handlers:
+    """Every configured handler that works on this host."""
+
+    def __init__(self, options: RuntimeOptions, layout: Layout, cgroups: CgroupTree, agent_id: str) -> None:
+        self._options = options
+        self._layout = layout
+        self._cgroups = cgroups
+        self._agent_id = agent_id
+        self._working: dict[str, OciRuntime] = {}
+        self.failures: dict[str, str] = {}
+        self.default: OciRuntime | None = None
+
+    async def probe(self) -> None:
+        """Try every handler. Raises PodkeelError if the default was named and does not work; with no working handler
+        the node goes on without (``default`` is None) and says so in its status."""
+        options = self._options
+        if options.default_runtime and options.default_runtime not in options.handlers:
+            raise InvalidArgumentError(
+                f"default_runtime {options.default_runtime!r} is not among the handlers: {', '.join(options.handlers)}"
+            )
+        tried = await asyncio.gather(*(self._try(name, handler) for name, handler in options.handlers.items()))
+        for name, outcome in zip(options.handlers, tried, strict=True):
+            if isinstance(outcome, PodkeelError):
+                self.failures[name] = outcome.message
+                if name == options.default_runtime:
+                    raise PodkeelError(f"runtime handler {name!r} does not work here: {outcome.message}") from outcome
+                _log.warning("runtime handler %s does not work here: %s", name, outcome.message)
+                continue
+            self._working[name] = outcome
+            _log.info("runtime handler %s works: %s", name, outcome.features.version)
+            if not (outcome.directories.refuses_outside or outcome.directories.enters_descriptors):
+                _log.warning("runtime handler %s: links can lead it out of containers: see podkeel check", name)
+        named = options.default_runtime
+        self.default = self._working[named] if named else next(iter(self._working.values()), None)
+
+    async def _try(self, name: str, handler: HandlerOptions) -> OciRuntime | PodkeelError:
+        options = self._options
+        systemd = self._cgroups.driver == "systemd"
+        root, link = self._layout.runtime_root(name), self._layout.runtime_program(name)
+        runtime = OciRuntime(name, handler, root, program_link=link, systemd_cgroup=systemd)
+        parent = "system.slice" if systemd else options.cgroup_parent
+        try:
+            # Named like a container's or pod's, so that what a killed agent left of it is found at the next start.
+            cgroup = self._cgroups.runtime_path(parent, new_id(self._agent_id))
+            await runtime.probe(options.catatonit_path, cgroup, self._layout.run)
+        except PodkeelError as error:
+            return error
+        except OSError as error:
+            return PodkeelError(f"it cannot be tried: {error}")
+        if not runtime.features.is_crun:
+            runtime.exec_prefix = with_umask(options.umask)
+        return runtime
+
+    def get(self, name: str) -> OciRuntime:
+        """The handler of that name; the default for an empty one. Raises NotFoundError."""
+        runtime = self._working.get(name) if name else self.default
+        if runtime is not None:
+            return runtime
+        if name in self.failures:
+            raise NotFoundError(f"runtime handler {name!r} does not work on this node: {self.failures[name]}")
+        if not name:
+            raise NotFoundError("no runtime handler works on this node: `podkeel check` says what is missing")
+        known = ", ".join(self._working) or "none"
+        raise NotFoundError(f"runtime handler {name!r} is not configured on this node (there are: {known})")
+
+    def find(self, name: str) -> OciRuntime | None:
+        """The handler of that name if it works now; None also for one of earlier that is configured no more."""
+        return self._working.get(name)
+
+    def working(self) -> list[OciRuntime]:
+        """All that work."""
+        return list(self._working.values())
+
+
+def with_umask(umask: str) -> list[str]:
+    """What goes before a command so that it runs with ``umask``; nothing where that is the agent's own.
+
+    runc gives it to the first process of a container; those executed later have the one that it was started with.
+    """
+    own = re.search(rb"^Umask:\s+([0-7]+)$", Path("/proc/self/status").read_bytes(), re.MULTILINE)
+    if own is not None and int(own[1], 8) == int(umask, 8):
+        return []
+    return ["/bin/sh", "-c", 'umask "$0" && exec "$@"', umask]

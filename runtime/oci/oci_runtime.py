@@ -1,0 +1,267 @@
+"""Driving an OCI runtime (crun, runc or one that takes the same commands); conmon calls its ``create``."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import re
+import shutil
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+
+from host import processes, untrusted_json
+from host.concurrency.threads import in_thread
+from host.errors import CommandError, NotFoundError, PodkeelError
+from host.files import mounts
+from host.files.removal import remove_tree
+from host.untrusted_json import JsonError
+from runtime.oci.directory_probe import DirectoryBehaviour, probe_directories
+from runtime.oci.sealed_program import SealedProgram
+from runtime.options import HandlerOptions
+
+_COMMAND_SECONDS = 60.0
+_log = logging.getLogger("podkeel.handlers")
+# What crun, runc and youki say of a program that is not there, or not one. Anything else, a mount that fails say, ends
+# with the same words, so that these alone tell nothing.
+_CANNOT_RUN = re.compile(
+    r"executable file [\s\S]*not found|open executable|cannot find executable|failed to find executable"
+    r"|exec format error|^exec container process |(^|: )exec: \"|(^|: )exec /\S+: ",
+    re.IGNORECASE | re.MULTILINE,
+)
+# What the kernel says of a cgroup's file where a limit makes no sense, and the runtimes of one that ends them at once.
+_REFUSED_LIMIT = re.compile(
+    r"""writ\w+ .*(cpu|cpuset|memory|pids|hugetlb|blkio|io)\.[\w.]+.*: (invalid argument|.* result out of range)"""
+    r"""|memory limit (could be )?too low|unable to set memory limit""",
+    re.IGNORECASE | re.DOTALL,
+)
+# Errors that what was asked for has: a path through a file, say. Nothing of the node makes a runtime say so.
+_REFUSED_REQUEST = re.compile(
+    r"(not a directory|is a directory|file name too long|too many levels of symbolic links|invalid argument|file exists"
+    r"|result out of range|argument list too long)\W*$|\bchdir (to cwd|`)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_LOGFMT_ERROR = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')
+
+
+class _LinuxFeatures(msgspec.Struct):
+    namespaces: list[str] | None = None
+
+
+class _Features(msgspec.Struct, rename="camel"):
+    """What a runtime's ``features`` command prints, so far as it is needed (OCI runtime specification, "Features")."""
+
+    mount_options: list[str] | None = None
+    linux: _LinuxFeatures | None = None
+
+
+class RuntimeFeatures(msgspec.Struct, frozen=True):
+    """What a runtime handler can do, for Status and for refusing what it cannot."""
+
+    recursive_read_only_mounts: bool = False
+    user_namespaces: bool = False
+    version: str = ""
+
+    @property
+    def is_crun(self) -> bool:
+        """Whether it is crun, which takes more than the OCI's specification has."""
+        return self.version.startswith("crun ")
+
+
+class OciRuntime:
+    """One configured runtime handler.
+
+    ``exec_prefix`` goes before the command line of an ``exec``.
+    """
+
+    def __init__(
+        self, name: str, options: HandlerOptions, root: Path, *, program_link: Path, systemd_cgroup: bool
+    ) -> None:
+        self.name = name
+        self.options = options
+        self.root = Path(options.root) if options.root else root
+        self.systemd_cgroup = systemd_cgroup
+        self.features = RuntimeFeatures()
+        self.exec_prefix: list[str] = []
+        self.directories = DirectoryBehaviour()
+        self._program: str | None = None
+        self._program_link = program_link
+        self._sealed: SealedProgram | None = None
+
+    @property
+    def program(self) -> str:
+        """Absolute path of the program. Raises NotFoundError when it is not installed."""
+        if self._program is None:
+            self._program = shutil.which(self.options.path)
+            if self._program is None:
+                raise NotFoundError(f"runtime handler {self.name!r}: program {self.options.path!r} is not installed")
+        return self._program
+
+    @property
+    def executable(self) -> str:
+        """What to execute: the program, or the copy of it that begins its work sooner."""
+        if self._sealed is not None:
+            try:
+                return self._sealed.path()
+            except OSError as error:
+                if error.errno == errno.ETXTBSY:
+                    self.distrust_copy()
+        return self.program
+
+    def distrust_copy(self) -> None:
+        """Execute the program itself from now on, as some container keeps its copy from being executed."""
+        if self._sealed is not None:
+            _log.warning(
+                "runtime handler %s: a container has opened the copy of %s for writing: it is used no more",
+                self.name,
+                self.program,
+            )
+            self._sealed = None  # and not closed: conmon may be about to execute it
+
+    @property
+    def arguments(self) -> list[str]:
+        """What goes between the program and its subcommand."""
+        arguments = [*self.options.arguments, "--root", str(self.root)]
+        return [*arguments, "--systemd-cgroup"] if self.systemd_cgroup else arguments
+
+    def command(self, *words: str) -> list[str]:
+        """A whole command line."""
+        return [self.executable, *self.arguments, *words]
+
+    async def start(self, container_id: str) -> None:
+        """Let a created container run. Raises CommandError."""
+        await processes.run(self.command("start", container_id), timeout=_COMMAND_SECONDS)
+
+    async def delete(self, container_id: str) -> None:
+        """Kill what still runs of a container and forget it; unknown to the runtime is fine. Raises CommandError."""
+        command = self.command("delete", "--force", container_id)
+        result = await processes.run(command, timeout=_COMMAND_SECONDS, check=False)
+        if result.status != 0 and (self.root / container_id).exists():
+            raise CommandError(command, result.status, result.stderr.decode(errors="replace"))
+
+    async def update(self, container_id: str, resources: bytes) -> None:
+        """Change limits: ``resources`` is the OCI ``linux.resources`` object as JSON. Raises CommandError."""
+        command = self.command("update", "--resources", "-", container_id)
+        await processes.run(command, stdin=resources, timeout=_COMMAND_SECONDS)
+
+    async def probe(self, init_program: str, cgroup: str, scratch: Path) -> None:
+        """Find out whether this runtime works here, by running a container, and what it can do.
+
+        ``init_program`` is a static program that prints its version when given ``--version``; ``scratch`` an existing
+        folder. Raises PodkeelError saying what it printed.
+        """
+        source = shutil.which(init_program)
+        if source is None:
+            raise NotFoundError(f"{init_program!r} is not installed")
+        async with self._probe_container(source, cgroup, scratch, "--version") as (bundle, container_id):
+            await processes.run(self.command("run", "--bundle", str(bundle), container_id), timeout=30)
+        self.features = await self._read_features()
+        if self.features.is_crun:
+            await self._seal()
+        async with self._probe_container(source, cgroup, scratch, "-P") as (bundle, container_id):
+            try:
+                self.directories = await probe_directories(self, bundle, container_id)
+            except (PodkeelError, OSError) as error:
+                _log.warning("runtime handler %s: working directories could not be tried: %s", self.name, error)
+
+    @asynccontextmanager
+    async def _probe_container(
+        self, init_program: str, cgroup: str, scratch: Path, argument: str
+    ) -> AsyncIterator[tuple[Path, str]]:
+        """A bundle whose container runs ``init_program`` with an argument, and its id; both are removed in the end."""
+        container_id = f"podkeel-probe-{uuid.uuid4().hex[:12]}"
+        bundle = scratch / container_id
+        try:
+            await in_thread(_make_probe_bundle, bundle, init_program, cgroup, argument)
+            yield bundle, container_id
+        finally:
+            with contextlib.suppress(PodkeelError):
+                await self.delete(container_id)
+            mounts.unmount(bundle / "rootfs" / "init")
+            await in_thread(remove_tree, bundle)
+
+    async def _seal(self) -> None:
+        """Execute a sealed copy from now on, where the host lets memory files be executed."""
+        sealed = SealedProgram(Path(self.program), self._program_link)
+        try:
+            await processes.run([sealed.path(), "--version"], timeout=10)
+        except (OSError, PodkeelError) as error:
+            sealed.close()
+            _log.info(
+                "runtime handler %s: its program cannot be run from memory, so from its file: %s", self.name, error
+            )
+        else:
+            self._sealed = sealed
+
+    async def _read_features(self) -> RuntimeFeatures:
+        version = await processes.run([self.program, "--version"], check=False, timeout=10)
+        line = version.stdout.decode(errors="replace").partition("\n")[0].strip()
+        features = await processes.run([self.program, "features"], check=False, timeout=10)
+        try:
+            answer = untrusted_json.decode(features.stdout, _Features) if features.status == 0 else None
+        except JsonError:
+            answer = None
+        if answer is None or answer == _Features():
+            return _features_by_version(line)
+        return RuntimeFeatures(
+            recursive_read_only_mounts="rro" in (answer.mount_options or ()),
+            user_namespaces=answer.linux is not None and "user" in (answer.linux.namespaces or ()),
+            version=line,
+        )
+
+
+def _features_by_version(line: str) -> RuntimeFeatures:
+    """For a runtime without a ``features`` command: crun got it after it had learnt the mount options, in 1.8."""
+    match = re.match(r"crun version (\d+)\.(\d+)", line)
+    able = match is not None and (int(match[1]), int(match[2])) >= (1, 8)
+    return RuntimeFeatures(recursive_read_only_mounts=able, user_namespaces=able, version=line)
+
+
+def refused_limit(complaint: str) -> bool:
+    """Whether an OCI runtime complains of a limit that the kernel refuses, or that leaves it no memory to begin."""
+    return _REFUSED_LIMIT.search(complaint) is not None
+
+
+def refused_request(complaint: str) -> bool:
+    """Whether what an OCI runtime complains of lies in the request and not in the node."""
+    return refused_limit(complaint) or _REFUSED_REQUEST.search(complaint) is not None
+
+
+def naming(program: str, complaint: str) -> str:
+    """``complaint`` of an OCI runtime with the name of the program in question, which not all of them say."""
+    return complaint if program in complaint else f'exec "{program}": {complaint}'
+
+
+def plain_message(output: str) -> str:
+    """What an OCI runtime complained about, without the dress of log lines (runc writes logfmt)."""
+    found = [re.sub(r"\\(.)", r"\1", message) for message in _LOGFMT_ERROR.findall(output)]
+    return "\n".join(found) or output
+
+
+def cannot_run_program(message: str) -> bool:
+    """Whether an OCI runtime's message says that the container's program cannot be executed."""
+    return _CANNOT_RUN.search(message) is not None
+
+
+def _make_probe_bundle(bundle: Path, program: str, cgroup: str, argument: str) -> None:
+    rootfs = bundle / "rootfs"
+    for name in ("proc", "dev", "host"):
+        (rootfs / name).mkdir(parents=True)
+    (rootfs / "init").touch(mode=0o755)
+    mounts.bind(program, rootfs / "init")
+    kinds = ("pid", "network", "ipc", "uts", "mount")
+    spec = {
+        "ociVersion": "1.0.2",
+        "root": {"path": "rootfs", "readonly": True},
+        "process": {"args": ["/init", argument], "cwd": "/", "user": {"uid": 0, "gid": 0}, "noNewPrivileges": True},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/host", "type": "bind", "source": "/proc", "options": ["rbind", "ro"]},
+        ],
+        "linux": {"namespaces": [{"type": kind} for kind in kinds], "cgroupsPath": cgroup},
+    }
+    (bundle / "config.json").write_bytes(msgspec.json.encode(spec))

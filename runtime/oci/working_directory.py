@@ -1,0 +1,196 @@
+"""The working directory of a running container, opened and checked before an OCI runtime goes there.
+
+An OCI runtime that changes to a directory by its name follows links that the container made a moment before, with
+rights that the container does not have: also into /proc/PID/root of processes outside. Some look afterwards where they
+are (crun from 1.14.1, runc from 1.1.12 and in Debian's 1.1.5+ds1-1+deb12u1). The others get a descriptor: what it leads
+to cannot be replaced any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from host import libc, processes
+from host.concurrency.abandonable import AbandonableThreads, GivenUpError, Permission
+from host.errors import DeadlineError, PermissionDeniedError, WrongStateError
+from runtime.specgen import config
+from runtime.specgen.mounts import openat2
+from runtime.specgen.namespaces import user_mappings
+from runtime.state.container import Container
+from runtime.state.sandbox import ProcessName
+
+_SYS_SETGROUPS = {"x86_64": 116, "aarch64": 159, "riscv64": 159, "ppc64le": 81, "s390x": 206}[os.uname().machine]
+_MOST_LEVELS = 4096
+_NOBODY = 65534
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkingDirectory:
+    """``path`` in the container whose first process is ``init``; ``title`` names the container in errors.
+
+    ``user`` holds the ids on the host of who works there: uid, gid and groups. ``threads`` are where it is looked at.
+    """
+
+    path: str
+    init: ProcessName
+    title: str
+    user: tuple[int, int, Sequence[int]]
+    threads: AbandonableThreads
+
+    async def open(self, seconds: float) -> int:
+        """A descriptor of the directory, the caller's to close, within ``seconds``: a volume's server may be dead.
+
+        Raises:
+            PermissionDeniedError: a link leads into the kernel's file systems, and could lead out of the container.
+            WrongStateError: it, or the container, is not there any more.
+            DeadlineError: nothing came of it in time.
+        """
+        opened: list[int] = []
+
+        def work(permission: Permission) -> None:
+            descriptor = self._open()
+            try:
+                with permission.step():
+                    opened.append(descriptor)
+            except GivenUpError:
+                os.close(descriptor)
+                raise
+
+        try:
+            async with asyncio.timeout(seconds):
+                await self.threads.run(self.title, work)
+        except BaseException as error:
+            for descriptor in opened:
+                os.close(descriptor)
+            if isinstance(error, TimeoutError):
+                raise DeadlineError(
+                    f"{self.title}: its working directory {self.path} did not answer in {seconds:g} s: "
+                    "is the server of its volume there?"
+                ) from error
+            raise
+        return opened[0]
+
+    def _open(self) -> int:
+        """In a thread that ends afterwards: it may have become the user's."""
+        with contextlib.ExitStack() as stack:
+            root = self._root()
+            stack.callback(os.close, root)
+            try:
+                return self._below(root)
+            except PermissionError:
+                # Of a file system that keeps root out, such as NFS or FUSE: what the user may enter counts.
+                become(self.user)
+                return self._below(root)
+
+    def _root(self) -> int:
+        """The root of the container's mount namespace, which is where an OCI runtime begins."""
+        pidfd = processes.open_process(self.init.pid, self.init.started)
+        if pidfd is None:
+            raise WrongStateError(f"{self.title} has just ended")
+        try:
+            root = os.open(f"/proc/{self.init.pid}/root", _FOLDER)
+            signal.pidfd_send_signal(pidfd, 0)
+        except ProcessLookupError as error:
+            raise WrongStateError(f"{self.title} has just ended") from error
+        finally:
+            os.close(pidfd)
+        return _topmost(root)
+
+    def _below(self, root: int) -> int:
+        try:
+            return openat2.open_in_root(root, self.path, flags=os.O_DIRECTORY, follow_links=False)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise self._unusable(error) from error
+        try:
+            descriptor = openat2.open_in_root(root, self.path, flags=os.O_DIRECTORY)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise self._refusal(root) from error
+            raise self._unusable(error) from error
+        if libc.is_kernel_filesystem(descriptor):
+            os.close(descriptor)
+            raise self._refusal(root)
+        return descriptor
+
+    def _unusable(self, error: OSError) -> Exception:
+        if isinstance(error, PermissionError):
+            return error
+        return WrongStateError(
+            f"{self.title}: its working directory {self.path} cannot be used ({error.strerror}): "
+            "make it a folder again, or make a new container"
+        )
+
+    def _refusal(self, root: int) -> PermissionDeniedError:
+        return PermissionDeniedError(
+            f"{self.title}: the link {self._first_link(root)} on the way of its working directory {self.path} leads "
+            "into /proc or /sys, and could lead out of the container: make it a folder again, or make a new container"
+        )
+
+    def _first_link(self, root: int) -> str:
+        names = self.path.strip("/").split("/")
+        for number in range(1, len(names)):
+            path = "/" + "/".join(names[:number])
+            try:
+                os.close(openat2.open_in_root(root, path, follow_links=False))
+            except OSError:
+                return path
+        return self.path
+
+
+def working_directory(
+    container: Container, init: ProcessName, process: config.Process, threads: AbandonableThreads
+) -> WorkingDirectory:
+    """The working directory of ``process``, which is to run in ``container``."""
+    mappings = user_mappings(container.sandbox.namespace_options)
+    uids, gids = mappings if mappings is not None else ((), ())
+    user = process.user
+    groups = [on_host(gids, group) for group in user.additional_gids]
+    ids = (on_host(uids, user.uid), on_host(gids, user.gid), groups)
+    return WorkingDirectory(path=process.cwd, init=init, title=container.title, user=ids, threads=threads)
+
+
+def on_host(mappings: Sequence[config.IDMapping], number: int) -> int:
+    """The host's id for one of a container's; the same where there are no ``mappings``, nobody's where it has none."""
+    for mapping in mappings:
+        if mapping.container_id <= number < mapping.container_id + mapping.size:
+            return mapping.host_id + number - mapping.container_id
+    return _NOBODY if mappings else number
+
+
+def _topmost(folder: int) -> int:
+    """The root of the mount namespace that ``folder``, which is closed, is in: a process may have called chroot(2)."""
+    for _ in range(_MOST_LEVELS):
+        try:
+            above = os.open("..", _FOLDER, dir_fd=folder)
+        except BaseException:
+            os.close(folder)
+            raise
+        same = os.path.sameopenfile(above, folder) and mount_id(above) == mount_id(folder)
+        os.close(folder)
+        folder = above
+        if same:
+            return folder
+    os.close(folder)
+    raise WrongStateError(f"the root of the container's first process is more than {_MOST_LEVELS} folders deep")
+
+
+def mount_id(descriptor: int) -> int:
+    """The kernel's id of the mount that an open file is on (proc(5), fdinfo)."""
+    with open(f"/proc/self/fdinfo/{descriptor}", "rb") as info:
+        return next(int(line[7:]) for line in info if line.startswith(b"mnt_id:"))
+
+
+def become(user: tuple[int, int, Sequence[int]]) -> None:
+    """Give the calling thread, and no other, the rights of a user on files (setfsuid(2))."""
+    uid, gid, groups = user
+    libc.syscall(_SYS_SETGROUPS, ctypes.c_size_t(len(groups)), (ctypes.c_uint32 * len(groups))(*groups))
+    libc.set_file_user(uid, gid)

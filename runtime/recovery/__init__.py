@@ -1,0 +1,1 @@
+"""What happens at the agent's start: records, processes and leftovers are brought together."""

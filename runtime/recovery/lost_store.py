@@ -1,0 +1,113 @@
+"""A store that is missing, empty or damaged at a start: whether the agent starts all the same, and from what."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import os
+import sqlite3
+import time
+from pathlib import Path
+
+from host.database_copy import opened_to_read, problem_of, put_in_place, set_file_aside
+from host.errors import LimitError, WrongStateError
+from runtime.layout import Layout
+from runtime.oci.conmon import Monitors
+
+_NAMED = 5
+
+_log = logging.getLogger("podkeel.store")
+
+
+class LostStore(enum.Enum):
+    """What to do about it: refuse to start if that would cost anything, take up the copy, or start over."""
+
+    REFUSE = "refuse"
+    ADOPT = "adopt"
+    START_OVER = "start over"
+
+
+def settle_store(layout: Layout, monitors: Monitors, wish: LostStore) -> None:
+    """Have a database to open in the data folder, before it is opened. Blocks.
+
+    Raises WrongStateError, which says what there is to do: for a damaged store, and for one that is missing, empty or
+    without containers that run while containers of this agent run, unless ``wish`` says otherwise.
+    """
+    path, copy = layout.database, layout.database_copy
+    problem = problem_of(path)
+    running = sorted(monitors.running())
+    if not problem and running:
+        known = _containers_in(path)
+        if known is not None and not known:
+            problem = "empty"
+        elif known is not None and (lost := _containers_in(copy) or frozenset()) and (lost := lost - known):
+            # Its log (-wal) was damaged or deleted: SQLite takes what is left for the whole.
+            running = sorted(lost.intersection(running))
+            problem = "incomplete" if running else ""
+    if not problem:
+        return
+    if wish is LostStore.START_OVER:
+        if problem != "incomplete":
+            set_file_aside(path)
+    elif wish is LostStore.ADOPT:
+        _adopt(layout, problem)
+    elif problem not in ("missing", "empty", "incomplete"):
+        raise WrongStateError(f"store {path} is {problem}{_so_many(running)}: {_remedy(layout)}")
+    elif running:
+        ending = "it does not know them and would" if problem == "incomplete" else "a new one would"
+        raise WrongStateError(f"store {path} is {problem}{_so_many(running)}: {ending} end them. {_remedy(layout)}")
+    elif copy.exists():
+        _log.warning(
+            "store %s: %s, no container runs: a new one is begun; the copy of the former one stays as %s, stop the "
+            "agent and put it in its place to go back",
+            path,
+            problem,
+            set_file_aside(copy),
+        )
+
+
+def _adopt(layout: Layout, problem: str) -> None:
+    path, copy = layout.database, layout.database_copy
+    if wrong := problem_of(copy):
+        raise WrongStateError(f"store {path} is {problem}, and its copy {copy}, to be adopted, is {wrong}")
+    made_at = _made_at(layout)
+    try:
+        aside = put_in_place(copy, path)
+    except OSError as error:
+        raise LimitError(
+            f"store {path} is {problem}, and its copy {copy} cannot be put in its place ({error.strerror}): "
+            "nothing was changed; free some space and start again with --adopt"
+        ) from error
+    kept = f"; what was there is {aside}" if aside else ""
+    _log.warning("store %s: %s: the copy of %s is taken in its place%s", path, problem, made_at, kept)
+
+
+def _containers_in(path: Path) -> frozenset[str] | None:
+    """The ids of containers that a database knows; None for one that does not tell: who opens it says why."""
+    try:
+        with contextlib.closing(opened_to_read(path)) as connection:
+            connection.text_factory = os.fsdecode
+            return frozenset(str(row[0]) for row in connection.execute("SELECT id FROM containers"))
+    except sqlite3.Error:
+        return None
+
+
+def _so_many(running: list[str]) -> str:
+    if not running:
+        return ""
+    names = ", ".join(container_id[:13] for container_id in running[:_NAMED])
+    more = ", …" if len(running) > _NAMED else ""
+    return f" while {len(running)} containers of this agent run ({names}{more})"
+
+
+def _remedy(layout: Layout) -> str:
+    over = "`podkeel reset --yes` with the same flags ends all its containers and starts over"
+    if wrong := problem_of(layout.database_copy):
+        return f"put it back; its copy {layout.database_copy} is {wrong}. {over}"
+    adopt = f"put it back, or start once with `podkeel serve --adopt` to go on from the copy of {_made_at(layout)}"
+    return f"{adopt} ({layout.database_copy}). {over}"
+
+
+def _made_at(layout: Layout) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(layout.database_copy.stat().st_mtime))

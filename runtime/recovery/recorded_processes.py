@@ -1,0 +1,73 @@
+"""The processes that a container's record names, held against the kernel: no process of others is ever taken for one.
+
+A record may be wrong: a store that was put back, edited or half restored names pids that belong to others by now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+
+from host import processes
+from host.files import procfs
+from runtime.layout import Layout
+from runtime.state.container import Container, ContainerState
+from runtime.state.sandbox import ProcessName
+
+_TABLE_BYTES = 64 * 1024
+_ALIVE = (ContainerState.CREATED, ContainerState.RUNNING)
+
+
+def correct(container: Container, layout: Layout, monitors: Callable[[], Mapping[str, int]]) -> bool:
+    """Have the record of a container of this boot name only its own processes; False if it named one of others.
+
+    Of a container that may run, those that it does not name are looked for: conmon among the running ``monitors``, the
+    first process in the file that conmon wrote. Blocks.
+    """
+    record = container.record
+    bundle = layout.container(container.id).path
+    wrong = False
+    if record.monitor is not None and _is_live(record.monitor) and not _watches(record.monitor.pid, bundle):
+        record.monitor, wrong = None, True
+    if record.init is not None and _is_live(record.init) and not _belongs(record.init.pid, container):
+        record.init, wrong = None, True
+    if record.state in _ALIVE and not record.start_error:
+        if record.monitor is None and (pid := monitors().get(container.id)) is not None:
+            record.monitor = _name(pid)
+        if record.init is None:
+            record.init = _first_process(bundle, container)
+    return not wrong
+
+
+def _is_live(name: ProcessName) -> bool:
+    return processes.start_time(name.pid) == name.started
+
+
+def _watches(pid: int, bundle: Path) -> bool:
+    """Whether a process is the conmon of this bundle, by its command line."""
+    wanted = (b"-b", str(bundle).encode())
+    return procfs.user_of(pid) == 0 and wanted in pairwise(procfs.command_line(pid))
+
+
+def _belongs(pid: int, container: Container) -> bool:
+    """Whether a process is in the container's cgroup or below it; one that left it is told by conmon, its parent."""
+    lines = procfs.read_bounded(f"/proc/{pid}/cgroup", _TABLE_BYTES).split(b"\n")
+    if any(container.id.encode() in line for line in lines):
+        return True
+    monitor = container.record.monitor
+    return monitor is not None and _is_live(monitor) and procfs.parent_of(pid) == monitor.pid
+
+
+def _first_process(bundle: Path, container: Container) -> ProcessName | None:
+    with contextlib.suppress(OSError, ValueError):
+        pid = int((bundle / "init.pid").read_bytes()[:32])
+        if _belongs(pid, container):
+            return _name(pid)
+    return None
+
+
+def _name(pid: int) -> ProcessName | None:
+    started = processes.start_time(pid)
+    return None if started is None else ProcessName(pid, started)

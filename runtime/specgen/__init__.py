@@ -1,0 +1,1 @@
+"""From the CRI's configuration to the OCI runtime's config.json."""

@@ -1,0 +1,144 @@
+"""From a draft to the OCI spec of a container: paths are resolved, then missing host folders are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from host.errors import InvalidArgumentError
+from proto.runtime.v1 import cri_pb2
+from runtime.specgen import cdi
+from runtime.specgen import config as oci
+from runtime.specgen.devices import described_devices
+from runtime.specgen.draft import Draft, SpecRequest, draft, naming_container
+from runtime.specgen.mounts.container_paths import Place
+from runtime.specgen.mounts.destinations import changed_groups, settle
+from runtime.specgen.mounts.idmapped import MappedVolume
+from runtime.specgen.mounts.image_volumes import Volume
+from runtime.specgen.mounts.kernel_places import refuse_imitations
+from runtime.specgen.mounts.private_devices import PrivateDevices, prepare
+from runtime.specgen.process import settled_directory
+from runtime.specgen.security.relabel import relabel_all
+from runtime.specgen.security.selinux import Relabel, SelinuxLabels, volumes_to_relabel
+from runtime.specgen.signals import StopSignal, stop_signal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerSpec:
+    """A built spec, and what of it the container's status and its stop need.
+
+    ``volumes`` are still to be made, with ``volumes.make_volumes``, ``private_devices`` too, and ``mapped_volumes`` to
+    be bound. ``mounts`` are the configuration's, as status shows them. ``relabels`` are done. ``mounts_in_volumes`` and
+    ``directory_in_volume``: the way of a mount or of the working directory leads through a volume, which others may
+    change at any time.
+    """
+
+    spec: oci.Spec
+    config_json: bytes
+    user: cri_pb2.LinuxContainerUser
+    mounts: Sequence[cri_pb2.Mount]
+    stop_signal: StopSignal
+    volumes: tuple[Volume, ...]
+    mapped_volumes: Sequence[MappedVolume]
+    relabels: Sequence[Relabel]
+    mounts_in_volumes: bool
+    directory_in_volume: bool
+    private_devices: PrivateDevices | None = None
+
+
+def build(request: SpecRequest, check: Callable[[], None] = lambda: None) -> ContainerSpec:
+    """Check the whole configuration and build its spec: ``draft`` and ``complete`` in one."""
+    return complete(draft(request), check)
+
+
+def complete(drafted: Draft, check: Callable[[], None] = lambda: None) -> ContainerSpec:
+    """Resolve the paths of a draft and encode its spec; raises what ``draft`` raises, and blocks.
+
+    The only things made are missing host paths of mounts, as folders; where SELinux is on, volumes and the pod's files
+    are relabelled. ``check`` is called before that, and may raise.
+    """
+    with naming_container(drafted.request):
+        built = _complete(drafted)
+        check()
+        drafted.host_paths.make()
+        relabel_all(built.relabels, check=check)
+    return built
+
+
+def _complete(drafted: Draft) -> ContainerSpec:
+    request, spec, labels = drafted.request, drafted.spec, drafted.labels
+    config, process, linux = request.config, spec.process, spec.linux
+    described = [node for node in linux.devices if not any(node is other for other in drafted.devices)]
+    edits = cdi.edits_for(list(dict.fromkeys(drafted.cdi_devices)), request.cdi_folders)
+    if edits:
+        described += _add_described(edits, process, linux)
+        spec.hooks = _joined(spec.hooks, cdi.hooks(edits))
+    groups = changed_groups(drafted.groups, drafted.volume_mounts, spec.mounts, drafted.asked_by)
+    groups = replace(groups, described=cdi.mounts(edits))
+    settled = settle(request.rootfs, groups)
+    refuse_imitations(settled.mounts, groups.folders)
+    for node in linux.devices:
+        node.path = settled.paths.destination(node.path, "devices: container_path").path
+    own_devices, mounts = prepare(
+        request.rootfs, linux, settled.mounts, described=described, folders=groups.folders, label=labels.mount
+    )
+    directory = settled_directory(process.cwd, settled.paths)
+    _refuse_swappable(request, process.cwd, directory)
+    if not directory.exists:  # else its links stay, as they may change while the container runs
+        process.cwd = directory.path
+    spec.mounts = mounts
+    identity = drafted.identity
+    used = {mount.source for mount in mounts}
+    return ContainerSpec(
+        spec=spec,
+        config_json=oci.encode(spec),
+        user=cri_pb2.LinuxContainerUser(
+            uid=identity.uid, gid=identity.gid, supplemental_groups=process.user.additional_gids
+        ),
+        mounts=config.mounts,
+        stop_signal=stop_signal(config, request.image.stop_signal),
+        volumes=settled.volumes,
+        mapped_volumes=[volume for volume in drafted.mapped_volumes if str(volume.target) in used],
+        private_devices=own_devices,
+        relabels=(*volumes_to_relabel(config.mounts, drafted.host_paths, labels.mount), *_pod_files(request, labels)),
+        mounts_in_volumes=settled.through_volumes,
+        directory_in_volume=directory.in_volume or directory.of_kernel,
+    )
+
+
+def _joined(first: oci.Hooks | None, second: oci.Hooks | None) -> oci.Hooks | None:
+    if first is None or second is None:
+        return first or second
+    stages = first.__struct_fields__
+    return oci.Hooks(**{stage: [*getattr(first, stage), *getattr(second, stage)] for stage in stages})
+
+
+def _pod_files(request: SpecRequest, labels: SelinuxLabels) -> list[Relabel]:
+    files = (request.files.resolv_conf, request.files.hosts, request.files.hostname)
+    return [Relabel(str(file.resolve()), labels.mount) for file in files if file is not None and labels.mount]
+
+
+def _add_described(edits: Sequence[cdi.Edits], process: oci.Process, linux: oci.Linux) -> list[oci.Device]:
+    """Environment, groups and device nodes of the CDI devices; mounts and hooks are the caller's. Returns the nodes."""
+    variables = cdi.environment(edits)
+    process.env = [entry for entry in process.env if entry.partition("=")[0] not in variables]
+    process.env += [f"{name}={value}" for name, value in variables.items()]
+    groups = [group for edit in edits for group in edit.additional_gids if group]
+    process.user.additional_gids = list(dict.fromkeys((*process.user.additional_gids, *groups)))
+    wanted = [node for edit in edits for node in edit.device_nodes]
+    nodes, rules = described_devices(wanted, uid=process.user.uid, gid=process.user.gid)
+    paths = {node.path for node in nodes}
+    linux.devices = [node for node in linux.devices if node.path not in paths] + nodes
+    if linux.resources is not None:
+        linux.resources.devices += rules
+    return nodes
+
+
+def _refuse_swappable(request: SpecRequest, given: str, directory: Place) -> None:
+    """Not every OCI runtime makes a missing working directory without following links; with host PID they lead out."""
+    if directory.in_volume and request.namespaces.host_pid and not request.handler.makes_folders_inside:
+        raise InvalidArgumentError(
+            f"working_dir {given!r} lies in a volume, and the container sees the node's processes: runtime handler "
+            f"{request.handler.name!r} could be led out of it when it makes the folder: use the volume's own folder, "
+            "one outside of it, or crun as handler"
+        )

@@ -1,0 +1,158 @@
+"""Where the mounts of a container go: the OCI runtime gets destinations without links of the image on their way."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import compress
+from pathlib import Path
+
+import msgspec
+
+from host.errors import InvalidArgumentError
+from runtime.specgen import config
+from runtime.specgen.mounts.configured import in_order
+from runtime.specgen.mounts.container_paths import ContainerPaths, Place
+from runtime.specgen.mounts.image_volumes import Volume, volume_mounts
+
+_ROUNDS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountGroups:
+    """The mounts of a container by who asks for them, with destinations that may lead through links.
+
+    ``described`` are those of CDI devices, ``adjusted`` those of plugins with what names each in errors. ``folders``
+    maps the source of a mount that is still to be bound to where its content is now.
+    """
+
+    defaults: Sequence[config.Mount]
+    volumes: Sequence[Volume]
+    configured: Sequence[config.Mount]
+    described: Sequence[config.Mount] = ()
+    adjusted: Sequence[tuple[str, config.Mount]] = ()
+    folders: Mapping[str, str] = field(default_factory=dict)
+
+
+def changed_groups(
+    groups: MountGroups,
+    volume_mounts: Sequence[config.Mount],
+    mounts: Sequence[config.Mount],
+    asked_by: Mapping[str, str],
+) -> MountGroups:
+    """``groups`` without the mounts that are not among ``mounts`` any more, and with those that are new there.
+
+    ``volume_mounts`` are those of the volumes of ``groups``. ``asked_by`` names new mounts in errors, by destination.
+    A mount that another one hides is not among ``mounts`` either, and stays away.
+    """
+    kept = {id(mount) for mount in mounts}
+    known = {id(mount) for mount in (*groups.defaults, *volume_mounts, *groups.configured)}
+    return replace(
+        groups,
+        defaults=[mount for mount in groups.defaults if id(mount) in kept],
+        volumes=[volume for volume, mount in zip(groups.volumes, volume_mounts, strict=True) if id(mount) in kept],
+        configured=[mount for mount in groups.configured if id(mount) in kept],
+        adjusted=[(asked_by.get(mount.destination, "mount"), mount) for mount in mounts if id(mount) not in known],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SettledMounts:
+    """All mounts in order, with destinations free of links, and the paths of a container that has them.
+
+    ``volumes`` are those that nothing else is mounted on. ``through_volumes``: a destination lies in another volume,
+    which others may change before the OCI runtime mounts there.
+    """
+
+    mounts: list[config.Mount]
+    volumes: tuple[Volume, ...]
+    paths: ContainerPaths
+    through_volumes: bool
+
+
+def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
+    """Resolve every destination below ``rootfs``.
+
+    Raises InvalidArgumentError for one that a link leads over /proc, /sys, /dev or the root, naming the link.
+    """
+    wanted = [_Planned(mount, "the agent's mount at", _folder(mount, groups.folders)) for mount in groups.defaults]
+    wanted += [_Planned(mount, "VOLUME of the image:") for mount in volume_mounts(groups.volumes)]
+    wanted += [_Planned(mount, "mounts: container_path", _folder(mount, groups.folders)) for mount in groups.configured]
+    wanted += [_Planned(mount, "CDI: mount", _folder(mount, groups.folders)) for mount in groups.described]
+    wanted += [_Planned(mount, what, _folder(mount, groups.folders)) for what, mount in groups.adjusted]
+    destinations, paths, through_volumes = _resolved(rootfs, wanted)
+    mounts = [
+        plan.mount
+        if plan.mount.destination == destination
+        else msgspec.structs.replace(plan.mount, destination=destination)
+        for plan, destination in zip(wanted, destinations, strict=True)
+    ]
+    first, configured = len(groups.defaults), len(groups.defaults) + len(groups.volumes)
+    described = configured + len(groups.configured)
+    taken = {mount.destination for mount in mounts[configured:described]}
+    kept = [mount.destination not in taken for mount in mounts[first:configured]]
+    ordered = in_order(mounts[:first], [*compress(mounts[first:configured], kept), *mounts[configured:described]])
+    adjusted = described + len(groups.described)
+    for later in (mounts[described:adjusted], mounts[adjusted:]):
+        if later:
+            ordered = in_order(ordered, later)
+    return SettledMounts(ordered, tuple(compress(groups.volumes, kept)), paths, through_volumes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A mount, what names it in errors, and where its content is; empty where that is the image's or the kernel's."""
+
+    mount: config.Mount
+    what: str
+    folder: str = ""
+
+
+def _folder(mount: config.Mount, folders: Mapping[str, str]) -> str:
+    return folders.get(mount.source, mount.source) if mount.type == "bind" else ""
+
+
+def _require_same_kind(plan: _Planned, place: Place) -> None:
+    """A folder is mounted on a folder, and a file on a file: refused here, where the mount still has a name."""
+    if place.blocked_by:
+        raise InvalidArgumentError(
+            f"{plan.what} {plan.mount.destination}: {place.blocked_by} is a file: mount at another path"
+        )
+    if not place.exists or plan.mount.type != "bind":
+        return
+    # What is still missing, as the folder of a VOLUME, will be made as a folder.
+    folder = not plan.folder or _is_or_will_be_folder(plan.folder)
+    if folder is not place.is_folder:
+        kinds = ("a file", "a folder")
+        raise InvalidArgumentError(
+            f"{plan.what} {plan.mount.destination}: {place.path} is {kinds[place.is_folder]} in the container, and "
+            f"{plan.folder or 'a volume'} is {kinds[folder]}: mount at another path"
+        )
+
+
+def _is_or_will_be_folder(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)  # noqa: PTH116 - a third of what pathlib takes
+    except OSError:
+        return True
+
+
+def _resolved(rootfs: Path, wanted: Sequence[_Planned]) -> tuple[list[str], ContainerPaths, bool]:
+    """The destinations, parents resolved first: what is mounted there may hold links to where others go."""
+    destinations = [plan.mount.destination for plan in wanted]
+    for _ in range(_ROUNDS):
+        paths, through_volumes = ContainerPaths(rootfs), False
+        found = list(destinations)
+        for index in sorted(range(len(wanted)), key=lambda index: destinations[index].count("/")):
+            place = paths.destination(destinations[index], wanted[index].what)
+            _require_same_kind(wanted[index], place)
+            found[index] = place.path
+            through_volumes = through_volumes or place.in_volume
+            if wanted[index].folder:
+                paths.add(place.path, wanted[index].folder)
+        if found == destinations:
+            return destinations, paths, through_volumes
+        destinations = found
+    raise InvalidArgumentError("mounts: links in volumes lead to each other's mount points: mount at plain folders")

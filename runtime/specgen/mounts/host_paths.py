@@ -1,0 +1,84 @@
+"""Host paths that containers are to see: resolved, checked for propagation, made where they are missing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from host.errors import InvalidArgumentError
+from host.files.mounts import MountEntry, mount_table
+
+
+@dataclass(slots=True)
+class HostPaths:
+    """Resolves the sources of one container's mounts; folders that are missing are made by ``make`` at the very end."""
+
+    missing: list[str] = field(default_factory=list)
+
+    def resolve(self, host_path: str) -> str:
+        """``host_path`` free of symbolic links; remembered as a folder to make when it does not exist."""
+        if not host_path.startswith("/") or "\0" in host_path:
+            raise InvalidArgumentError(
+                f"mounts: host_path {host_path!r} is not absolute: give the full path on the node"
+            )
+        try:
+            return os.path.realpath(host_path, strict=True)
+        except FileNotFoundError:
+            return self._missing(host_path)
+        except OSError as error:
+            raise InvalidArgumentError(f"mounts: host_path {host_path} cannot be used: {error.strerror}") from error
+
+    def _missing(self, host_path: str) -> str:
+        resolved = os.path.realpath(host_path)
+        if Path(host_path).is_symlink():
+            raise InvalidArgumentError(
+                f"mounts: host_path {host_path} is a symbolic link to {resolved}, which does not exist: make its target"
+            )
+        self.missing.append(resolved)
+        return resolved
+
+    def make(self) -> None:
+        """Make what is missing as folders; they stay, as users of every other node agent know it."""
+        for path in self.missing:
+            try:
+                Path(path).mkdir(mode=0o755, parents=True, exist_ok=True)
+            except OSError as error:
+                raise InvalidArgumentError(
+                    f"mounts: host_path {path} does not exist and cannot be made as a folder: {error.strerror}"
+                ) from error
+
+
+def require_propagation(source: str, *, shared: bool) -> None:
+    """Check that the mount ``source`` lives on passes mounts on (``shared``), or at least receives them.
+
+    A source that is still missing is judged by its nearest existing parent. Raises InvalidArgumentError.
+    """
+    existing = Path(source)
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    entry = _mount_of(existing)
+    if shared and not entry.shared:
+        raise InvalidArgumentError(
+            f"mounts: path {source} is mounted on {entry.target} but it is not a shared mount: "
+            f"run mount --make-rshared {entry.target} on the node, or use another propagation"
+        )
+    if not shared and not (entry.shared or entry.slave):
+        raise InvalidArgumentError(
+            f"mounts: path {source} is mounted on {entry.target} but it is not a shared or slave mount: "
+            f"run mount --make-rshared {entry.target} on the node, or use private propagation"
+        )
+
+
+def _mount_of(path: Path) -> MountEntry:
+    """The mount ``path`` is on, by the kernel's own mount id, which is right also where mounts hide each other."""
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        with open(f"/proc/self/fdinfo/{descriptor}") as info:
+            mount_id = next(int(line[7:]) for line in info if line.startswith("mnt_id:"))
+    finally:
+        os.close(descriptor)
+    for entry in mount_table():
+        if entry.mount_id == mount_id:
+            return entry
+    raise InvalidArgumentError(f"mounts: path {path} is on a mount this agent does not see: use another host_path")

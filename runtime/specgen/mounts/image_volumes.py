@@ -1,0 +1,108 @@
+"""Folders for an image's VOLUMEs: each container gets its own, filled with what the image has there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from host.errors import InvalidArgumentError
+from runtime.specgen import config
+from runtime.specgen.mounts import openat2
+from runtime.specgen.mounts.configured import container_path
+from runtime.specgen.mounts.container_paths import ContainerPaths
+from runtime.specgen.mounts.volume_content import CopyLimits, VolumeCopier
+from runtime.specgen.security.relabel import relabel_all
+from runtime.specgen.security.selinux import Relabel
+
+_MOST_VOLUMES = 500
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A folder of the host's to make before the container is, where the container sees it, and its SELinux label."""
+
+    folder: Path
+    container_path: str
+    label: str = ""
+
+
+def image_volumes(paths: Iterable[str], rootfs: Path, container_folder: Path, label: str = "") -> list[Volume]:
+    """One volume per path.
+
+    Raises InvalidArgumentError for too many, each of which is a mount, for one that would cover the root, /dev, its
+    null device, /sys, /proc or what is in /proc, and for one that a link of the image leads into /sys: OCI runtimes
+    look there for what they close, and write there what confines the process.
+    """
+    paths = tuple(paths)
+    if len(paths) > _MOST_VOLUMES:
+        raise InvalidArgumentError(f"the image has {len(paths)} VOLUMEs: use one with at most {_MOST_VOLUMES}")
+    wanted = {container_path("/" + path.lstrip("/"), "VOLUME of the image:") for path in paths}
+    image = ContainerPaths(rootfs)
+    for path in wanted:
+        place = image.destination(path, "VOLUME of the image:").path
+        if place in ("/", "/dev", "/dev/null", "/proc", "/sys") or place.startswith("/proc/"):
+            raise InvalidArgumentError(f"VOLUME of the image: {path} is {place}: use an image with a folder of its own")
+    return [
+        Volume(container_folder / "volumes" / hashlib.sha256(path.encode()).hexdigest()[:32], path, label)
+        for path in sorted(wanted)
+    ]
+
+
+def volume_mounts(volumes: Iterable[Volume]) -> list[config.Mount]:
+    """Their bind mounts."""
+    return [
+        config.Mount(
+            destination=volume.container_path,
+            type="bind",
+            source=str(volume.folder),
+            options=["rbind", "rprivate", "rw"],
+        )
+        for volume in volumes
+    ]
+
+
+def make_volumes(
+    volumes: Iterable[Volume],
+    rootfs: Path,
+    owner: tuple[int, int] = (0, 0),
+    *,
+    limits: CopyLimits,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Make the folders with the owner, mode and content of what the image has there; blocking, so for a thread.
+
+    ``owner`` is the uid and gid on the host of root in the container, whose a folder is that the image does not have.
+    They are below the container's folder and go with it. What is in the image is reached without following links out
+    of ``rootfs``, and links inside are copied as links. ``check`` is called all the while and may raise. Raises
+    LimitError if the image has more there than ``limits`` allow.
+    """
+    copier = VolumeCopier(limits, check)
+    for volume in volumes:
+        check()
+        volume.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        os.chown(volume.folder, *owner)
+        try:
+            with openat2.locate(rootfs, volume.container_path) as descriptor:
+                if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                    _copy(copier, descriptor, volume)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        if volume.label:
+            relabel_all([Relabel(str(volume.folder.resolve()), volume.label)])
+
+
+def _copy(copier: VolumeCopier, place: int, volume: Volume) -> None:
+    source = os.open(".", _FOLDER, dir_fd=place)
+    try:
+        target = os.open(volume.folder, _FOLDER)
+        try:
+            copier.copy(source, target, f"VOLUME {volume.container_path} of the image")
+        finally:
+            os.close(target)
+    finally:
+        os.close(source)

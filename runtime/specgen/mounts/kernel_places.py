@@ -1,0 +1,86 @@
+"""What may be mounted in a container where the kernel's own files go: nothing but those files.
+
+OCI runtimes open /dev/null and terminals of the container, give them to the container's user and hide files behind
+them, and write to /proc what confines the process: what a volume has there would be taken for it (CVE-2019-16884,
+CVE-2025-31133, CVE-2025-52565).
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from host.errors import InvalidArgumentError
+from runtime.specgen import config
+from runtime.specgen.mounts.container_paths import is_link_of_dev
+from runtime.specgen.mounts.private_devices import DEFAULT_NODES
+
+# Where a volume takes the place of what OCI runtimes open: a terminal is opened by /dev/ptmx and /dev/pts.
+_OF_THE_NODE = ("/dev", "/proc", "/sys", "/dev/pts", "/dev/ptmx", "/dev/console")
+_NULL = "/dev/null"
+_DEVICES = {f"/dev/{name}": device for device, name in DEFAULT_NODES.items()}
+# What is commonly shown otherwise than the kernel does (as by lxcfs): nobody takes orders from these files.
+_SHOWN = frozenset(
+    (
+        *("/proc/cpuinfo", "/proc/diskstats", "/proc/loadavg", "/proc/meminfo", "/proc/slabinfo", "/proc/stat"),
+        *("/proc/swaps", "/proc/uptime", "/proc/net/dev", "/proc/sys/crypto/fips_enabled"),
+    )
+)
+
+
+def refuse_imitations(mounts: Iterable[config.Mount], folders: Mapping[str, str]) -> None:
+    """Raise InvalidArgumentError for a bind mount that would stand in for files of the kernel.
+
+    At /dev, /dev/pts, /dev/ptmx, /dev/console, /proc, /sys and below /proc only the node's own may be mounted, and
+    some files of /proc that are commonly replaced; at /dev/null only a null device, at others of every container's
+    devices only such a one, at the links of /dev nothing. Destinations are free of links. ``folders`` maps a source
+    that is still to be bound to where its content is now.
+    """
+    for mount in mounts:
+        if mount.type == "bind" and mount.destination.startswith(("/dev", "/proc", "/sys")):
+            _refuse_imitation(mount.destination, folders.get(mount.source, mount.source))
+
+
+def _refuse_imitation(destination: str, source: str) -> None:
+    if is_link_of_dev(destination) or _is_of_a_process(destination):
+        raise InvalidArgumentError(f"mounts: nothing can be mounted at {destination}: mount it elsewhere")
+    below_proc = destination.startswith("/proc/") and destination not in _SHOWN
+    if (below_proc or destination in _OF_THE_NODE) and not _is_the_node_s(destination, source):
+        raise InvalidArgumentError(
+            f"mounts: {destination} can only be the node's own {destination}, not {source}: give host_path "
+            f"{destination}, or mount the volume elsewhere"
+        )
+    if destination in _DEVICES:
+        device = _device(source)
+        if destination == _NULL and device != _DEVICES[_NULL]:
+            raise InvalidArgumentError(
+                f"mounts: {destination} can only be a null device, which {source} is not: mount it elsewhere"
+            )
+        if device not in DEFAULT_NODES:
+            raise InvalidArgumentError(
+                f"mounts: {destination} can only be one of the devices that every container has, which {source} is "
+                "not: mount it elsewhere"
+            )
+
+
+def _is_of_a_process(destination: str) -> bool:
+    names = destination.split("/")
+    return len(names) > 2 and names[1] == "proc" and (names[2] in ("self", "thread-self") or names[2].isdigit())
+
+
+def _is_the_node_s(destination: str, source: str) -> bool:
+    """Whether ``source``, a path on the host, is what the host has at ``destination``."""
+    try:
+        return Path(source).samefile(destination)
+    except OSError:
+        return False
+
+
+def _device(path: str) -> int:
+    """The number of a character device; -1 for everything else."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return -1
+    return status.st_rdev if stat.S_ISCHR(status.st_mode) else -1

@@ -1,0 +1,143 @@
+"""Device nodes that the agent makes for a container, where it would get those of the node.
+
+A user namespace may not make device nodes, so OCI runtimes bind those of the node into it, and give one of them to the
+container's root where it is a standard stream. A volume can bring them too, such as /dev/null to hide a file.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from runtime.specgen import config
+from runtime.specgen.mounts.configured import in_order
+from runtime.specgen.mounts.defaults import DEFAULT_DEV
+
+DEFAULT_NODES = {
+    os.makedev(1, 3): "null",
+    os.makedev(1, 5): "zero",
+    os.makedev(1, 7): "full",
+    os.makedev(1, 8): "random",
+    os.makedev(1, 9): "urandom",
+    os.makedev(5, 0): "tty",
+}
+"""Those of every container by their numbers."""
+
+_KINDS = {"b": stat.S_IFBLK, "c": stat.S_IFCHR, "u": stat.S_IFCHR, "p": stat.S_IFIFO}
+_OPTIONS = ("bind", "nosuid")
+
+Mappings = tuple[Sequence[config.IDMapping], Sequence[config.IDMapping]]
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateNode:
+    """One node: where it is in the folder, what it is, and its uid and gid on the host; ``path`` is for errors."""
+
+    place: str
+    path: str
+    mode: int
+    device: int
+    owner: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateDevices:
+    """What is to be made in ``folder``: the nodes and, where a ``root`` (uid and gid on the host) owns it, ``dev``.
+
+    ``label`` is the SELinux label of all of it.
+    """
+
+    folder: Path
+    nodes: tuple[PrivateNode, ...]
+    root: tuple[int, int] | None
+    label: str
+
+    @property
+    def dev(self) -> Path:
+        """What is mounted at /dev."""
+        return self.folder / "dev"
+
+
+def prepare(
+    rootfs: Path,
+    linux: config.Linux,
+    mounts: Sequence[config.Mount],
+    *,
+    described: Sequence[config.Device],
+    folders: Mapping[str, str],
+    label: str,
+) -> tuple[PrivateDevices | None, list[config.Mount]]:
+    """What to make beside ``rootfs``, and the mounts with it; of ``linux`` it takes the devices that it makes.
+
+    With a user namespace that is /dev, unless the node's is mounted there, and all devices. The nodes belong to whom
+    they belong to on the host, and so to nobody inside; those ``described`` (of CDI) to the ids that their description
+    names, which are the container's. Always it is what volumes bring of the default nodes: each mount gets one of its
+    own. ``folders`` maps a source that is still to be bound to where its content is now.
+    """
+    folder = devices_folder(rootfs)
+    nodes: list[PrivateNode] = []
+    shown = [_with_own_source(mount, folders.get(mount.source, mount.source), folder, nodes) for mount in mounts]
+    root = None
+    if linux.uid_mappings and DEFAULT_DEV in shown:
+        mappings = (linux.uid_mappings, linux.gid_mappings)
+        root = (_on_host(0, mappings[0]), _on_host(0, mappings[1]))
+        dev = config.Mount(destination="/dev", type="bind", source=str(folder / "dev"), options=[*_OPTIONS, "rw"])
+        nodes += [_default_node(f"dev/{name}", f"/dev/{name}", device) for device, name in DEFAULT_NODES.items()]
+        others = [_add_node(device, device in described, mappings, folder, nodes) for device in linux.devices]
+        shown = in_order([dev if mount == DEFAULT_DEV else mount for mount in shown], [m for m in others if m])
+        linux.devices = []
+    return PrivateDevices(folder, tuple(nodes), root, label) if nodes else None, shown
+
+
+def _with_own_source(mount: config.Mount, source: str, folder: Path, nodes: list[PrivateNode]) -> config.Mount:
+    """``mount``, or the same of a node that is added where ``source`` is one of the default nodes."""
+    if mount.type != "bind":
+        return mount
+    try:
+        status = Path(source).stat()
+    except OSError:
+        return mount
+    if not stat.S_ISCHR(status.st_mode) or status.st_rdev not in DEFAULT_NODES:
+        return mount
+    place = f"others/{len(nodes)}"
+    nodes.append(_default_node(place, mount.destination, status.st_rdev))
+    return msgspec.structs.replace(mount, source=str(folder / place))
+
+
+def _default_node(place: str, path: str, device: int) -> PrivateNode:
+    return PrivateNode(place, path, stat.S_IFCHR | 0o666, device, (0, 0))
+
+
+def _add_node(
+    device: config.Device, described: bool, mappings: Mappings, folder: Path, nodes: list[PrivateNode]
+) -> config.Mount | None:
+    """Add the node of a device; the mount that shows it where that is not in /dev."""
+    inside = device.path.startswith("/dev/")
+    place = device.path.lstrip("/") if inside else f"others/{len(nodes)}"
+    owner = (device.uid or 0, device.gid or 0)
+    if described:
+        owner = (_on_host(owner[0], mappings[0]), _on_host(owner[1], mappings[1]))
+    mode = _KINDS[device.type] | (0o666 if device.file_mode is None else device.file_mode & 0o7777)
+    nodes.append(PrivateNode(place, device.path, mode, os.makedev(device.major or 0, device.minor or 0), owner))
+    if inside:
+        return None
+    options = [*_OPTIONS, "noexec", "rw"]
+    return config.Mount(destination=device.path, type="bind", source=str(folder / place), options=options)
+
+
+def devices_folder(rootfs: Path) -> Path:
+    """Where the devices of the container with root ``rootfs`` are made."""
+    return rootfs.with_name("devices")
+
+
+def _on_host(inside: int, mappings: Iterable[config.IDMapping]) -> int:
+    """The host's id of an id inside; root's, which nobody inside is, for one that is not mapped."""
+    for mapping in mappings:
+        if mapping.container_id <= inside < mapping.container_id + mapping.size:
+            return mapping.host_id + inside - mapping.container_id
+    return 0

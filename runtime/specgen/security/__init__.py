@@ -1,0 +1,1 @@
+"""Confinement in config.json: seccomp, AppArmor, SELinux, masked paths."""

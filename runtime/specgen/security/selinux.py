@@ -1,0 +1,114 @@
+"""SELinux labels of a container's processes and files, and which files are to get them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from host.errors import InvalidArgumentError
+from proto.runtime.v1 import cri_pb2
+from runtime.specgen.mounts.host_paths import HostPaths
+from runtime.specgen.node_facts import NodeFacts
+
+# Relabelling these, or all below them, would take files from the node's own services.
+_SYSTEM_TREES = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr")
+_SYSTEM_FOLDERS = frozenset(
+    (
+        *_SYSTEM_TREES,
+        *("/", "/home", "/media", "/mnt", "/opt", "/root", "/run", "/srv", "/tmp"),
+        *("/var", "/var/lib", "/var/log", "/var/run", "/var/tmp"),
+    )
+)
+
+_CHECK = "/sys/fs/selinux/context"
+_WORD = re.compile(r"[A-Za-z0-9_.]+")
+_LEVEL = re.compile(r"s\d+(-s\d+)?(:c\d+([.,]c\d+)*)?(-s\d+(:c\d+([.,]c\d+)*)?)?")
+
+
+@dataclass(frozen=True, slots=True)
+class SelinuxLabels:
+    """Labels of the process and of its files; both empty where SELinux does not apply."""
+
+    process: str = ""
+    mount: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Relabel:
+    """``path`` on the host, with all below it if it is a folder, is to get ``label`` before the container is made."""
+
+    path: str
+    label: str
+
+
+def container_labels(
+    config: cri_pb2.ContainerConfig, sandbox: cri_pb2.PodSandboxConfig, node: NodeFacts, *, level: str
+) -> SelinuxLabels:
+    """The labels of a container: by its own options or, where it has none, by the pod's; ``level`` is the pod's own.
+
+    Raises InvalidArgumentError for options that are none, whether the node has SELinux or not.
+    """
+    context = config.linux.security_context
+    own = context.HasField("selinux_options") and context.selinux_options != cri_pb2.SELinuxOption()
+    options = context.selinux_options if own else sandbox.linux.security_context.selinux_options
+    return selinux_labels(options, node, privileged=context.privileged, level=level)
+
+
+def selinux_labels(
+    options: cri_pb2.SELinuxOption, node: NodeFacts, *, privileged: bool = False, level: str = ""
+) -> SelinuxLabels:
+    """The labels for ``options``, each part left out completed; ``level`` is the pod's own.
+
+    The parts are checked wherever they are given; the kernel is asked about the whole where it has a policy. Without
+    SELinux on the node, or for privileged containers, there are no labels.
+    """
+    for field, word in (("user", options.user), ("role", options.role), ("type", options.type)):
+        if word and not _WORD.fullmatch(word):
+            raise InvalidArgumentError(f"selinux_options: {field} {word!r} is not a part of an SELinux label")
+    if options.level and not _LEVEL.fullmatch(options.level):
+        raise InvalidArgumentError(f"selinux_options: level {options.level!r} is not of the form s0:c1,c2")
+    if privileged or not node.selinux_enabled:
+        return SelinuxLabels()
+    user, role, kind = options.user or "system_u", options.role or "system_r", options.type or "container_t"
+    level = options.level or level or "s0"
+    labels = SelinuxLabels(f"{user}:{role}:{kind}:{level}", f"{user}:object_r:container_file_t:{level}")
+    for label in (labels.process, labels.mount):
+        _check(label)
+    return labels
+
+
+def _check(label: str) -> None:
+    if not Path(_CHECK).exists():
+        return
+    descriptor = os.open(_CHECK, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, label.encode() + b"\0")
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"selinux_options: the node's policy does not know the label {label}: {error.strerror}; install "
+            "container-selinux, choose another label, or set runtime.selinux = false"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def volumes_to_relabel(mounts: Iterable[cri_pb2.Mount], host_paths: HostPaths, label: str) -> Iterator[Relabel]:
+    """The volumes whose configuration asks for the container's label; none without one.
+
+    Raises InvalidArgumentError for folders of the system, which must keep theirs: also where SELinux is off, so that a
+    pod does not depend on that.
+    """
+    for mount in mounts:
+        if not mount.selinux_relabel or mount.image.image:
+            continue
+        path = host_paths.resolve(mount.host_path)
+        if path in _SYSTEM_FOLDERS or path.startswith(tuple(f"{tree}/" for tree in _SYSTEM_TREES)):
+            raise InvalidArgumentError(
+                f"mounts: {mount.container_path}: {path} belongs to the system and cannot be relabelled for a "
+                "container: mount another folder, or leave out selinux_relabel"
+            )
+        if label:
+            yield Relabel(path, label)

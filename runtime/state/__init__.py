@@ -1,0 +1,1 @@
+"""Pods and containers as the agent knows them, and their rows in the store."""

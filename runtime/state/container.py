@@ -1,0 +1,120 @@
+"""A container: what was asked, what is known of it, and where it stands."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from host.stages import Operation
+from proto.runtime.v1 import cri_pb2
+from runtime.logs import LogFile
+from runtime.state.sandbox import ProcessName, Sandbox
+
+
+class ContainerState(enum.StrEnum):
+    """``making`` and ``removing`` are not seen by clients: the next start undoes the one and finishes the other."""
+
+    MAKING = "making"
+    CREATED = "created"
+    RUNNING = "running"
+    EXITED = "exited"
+    REMOVING = "removing"
+
+
+class ContainerRecord(msgspec.Struct):
+    """What the store keeps of a container beside its configuration; times in nanoseconds since the epoch.
+
+    ``monitor`` is conmon, ``init`` the container's first process. ``start_error`` is what StartContainer will fail
+    with: the OCI runtime found at create that the program cannot be run.
+    """
+
+    state: ContainerState
+    created_at: int
+    handler: str
+    boot_id: str
+    image_id: str
+    image_ref: str
+    cgroup: str
+    started_at: int = 0
+    finished_at: int = 0
+    exit_code: int = 0
+    reason: str = ""
+    message: str = ""
+    log_path: str = ""
+    stop_signal: int = 15
+    monitor: ProcessName | None = None
+    init: ProcessName | None = None
+    start_error: str = ""
+    user: tuple[int, int, tuple[int, ...]] = (0, 0, ())
+    mounts: list[bytes] = msgspec.field(default_factory=list)
+    resources: bytes = b""
+    private_pid_namespace: bool = True
+
+
+@dataclass(slots=True)
+class Container:
+    """A container in memory.
+
+    ``lock`` serialises what changes it; ``exited`` is set when its end is recorded; ``cleanup`` is the task that gives
+    back what the OCI runtime holds after the end, ``unmounted`` says that its mounts are gone. ``killed`` says that the
+    agent sent SIGKILL to its first process while that ran. ``stops`` counts the calls that wait for its end now, and
+    ``stop_deadline`` is the earliest of theirs, on the loop's clock. ``log_lock`` serialises openings of its log;
+    ``late_log`` is the descriptor of a new log that conmon did not open in time.
+    """
+
+    id: str
+    sandbox: Sandbox
+    config: cri_pb2.ContainerConfig
+    record: ContainerRecord
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    log_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    late_log: int | None = None
+    exited: asyncio.Event = field(default_factory=asyncio.Event)
+    cleanup: asyncio.Task[None] | None = None
+    unmounted: bool = False
+    killed: bool = False
+    monitor_descriptor: int | None = None
+    stops: int = 0
+    stop_deadline: float | None = None
+    stop_changed: asyncio.Event = field(default_factory=asyncio.Event)
+    operations: list[Operation] = field(default_factory=list)
+    list_item: bytes | None = None
+    statistics: object | None = None
+
+    @property
+    def identity(self) -> tuple[str, str, int]:
+        """Sandbox id, name and attempt."""
+        return (self.sandbox.id, self.config.metadata.name, self.config.metadata.attempt)
+
+    @property
+    def title(self) -> str:
+        """How messages and logs name it."""
+        pod = self.sandbox.config.metadata
+        return f"container {self.id[:13]} ({pod.namespace}/{pod.name}/{self.config.metadata.name})"
+
+    @property
+    def log(self) -> LogFile | None:
+        """Where its output goes; None for one without a log."""
+        if not self.record.log_path:
+            return None
+        return LogFile(Path(os.path.normpath(self.sandbox.config.log_directory)), Path(self.record.log_path))
+
+    @property
+    def visible(self) -> bool:
+        """Whether clients may see it."""
+        return self.record.state in (ContainerState.CREATED, ContainerState.RUNNING, ContainerState.EXITED)
+
+    def keep_late_log(self, descriptor: int | None) -> None:
+        """Keep the descriptor of a new log open until conmon opens it; None once it has, or never will."""
+        if self.late_log is not None:
+            os.close(self.late_log)
+        self.late_log = descriptor
+
+    def changed(self) -> None:
+        """Forget what was derived from the record."""
+        self.list_item = None

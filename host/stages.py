@@ -1,33 +1,29 @@
-"""Named stages of an operation: their start and duration are kept, and a test may plant a fault at each of them.
+"""Named stages of an operation: their start and duration are kept.
 
-Faults come from the environment variable ``PODKEEL_FAULTS``, for tests only: a comma-separated list of
-``Operation.stage:when:action`` where *when* is ``before`` or ``after`` and *action* is ``kill`` (SIGKILL to this
-process), ``error`` (an internal error) or ``hang`` (wait until cancelled). ``@/path`` names a file that holds such a
-list and is read at every stage, so that one process can meet many faults. Unset, a stage costs two clock readings.
+Tests make an operation fail before or after a stage by ``faults_of``. The agent's own code never calls it, and no
+option or environment variable does: without it, a stage costs two clock readings.
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import logging
-import os
-import signal
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from host.errors import LimitError, PodkeelError
-
-_log = logging.getLogger("podkeel.stages")
 
 # Told of every stage that ends: operation, stage, seconds, and whether it failed.
 StageObserver = Callable[[str, str, float, bool], object]
 _observers: list[StageObserver] = []
+
+# Awaited before and after each stage with ``Operation.stage:before`` or ``Operation.stage:after``; what it raises fails
+# the stage.
+FaultHook = Callable[[str], Awaitable[None]]
+_fault_hook: FaultHook | None = None
 
 _FAILURES_KEPT = 64
 _failed: deque[Operation] = deque(maxlen=_FAILURES_KEPT)
@@ -69,11 +65,11 @@ class Operation:
         self.stages.append(stage)
         begin = time.perf_counter()
         try:
-            if _faults:
-                await _fault(f"{self.name}.{name}:before")
+            if _fault_hook is not None:
+                await _fault_hook(f"{self.name}.{name}:before")
             yield
-            if _faults:
-                await _fault(f"{self.name}.{name}:after")
+            if _fault_hook is not None:
+                await _fault_hook(f"{self.name}.{name}:after")
         except PodkeelError as error:
             stage.failed = True
             error.add_context(self._place(name))
@@ -106,6 +102,17 @@ def observed_by(observer: StageObserver) -> Iterator[None]:
         _observers.remove(observer)
 
 
+@contextmanager
+def faults_of(hook: FaultHook) -> Iterator[None]:
+    """Have all stages of this process meet the faults of ``hook`` during the block: for tests."""
+    global _fault_hook  # noqa: PLW0603 - one for the process, as the observers are
+    before, _fault_hook = _fault_hook, hook
+    try:
+        yield
+    finally:
+        _fault_hook = before
+
+
 @dataclass(slots=True)
 class _Gathering:
     """``operations`` is None after its block: tasks that outlive the block add nothing any more."""
@@ -131,30 +138,3 @@ def gathered_operations() -> Iterator[list[Operation]]:
 def failed_operations() -> list[Operation]:
     """The last operations of which a stage failed or was cancelled, oldest first: their objects may be gone."""
     return list(_failed)
-
-
-def _parse_faults(text: str) -> dict[str, str]:
-    faults: dict[str, str] = {}
-    for item in filter(None, text.split(",")):
-        point, _, action = item.strip().rpartition(":")
-        if action not in ("kill", "error", "hang") or not point.endswith((":before", ":after")):
-            raise PodkeelError(f"PODKEEL_FAULTS: {item!r} is not Operation.stage:before|after:kill|error|hang")
-        faults[point] = action
-    return faults
-
-
-async def _fault(point: str) -> None:
-    faults = _parse_faults(Path(_faults[1:]).read_text()) if _faults.startswith("@") else _parse_faults(_faults)
-    match faults.get(point):
-        case "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "error":
-            raise PodkeelError(f"fault planted at {point}")
-        case "hang":
-            _log.warning("hanging at %s", point)
-            await asyncio.Event().wait()
-
-
-_faults = os.environ.get("PODKEEL_FAULTS", "")
-if not _faults.startswith("@"):
-    _parse_faults(_faults)

@@ -84,16 +84,15 @@ class AgentProcess:
         return [str(Path(sys.executable).with_name("podkeel")), *words]
 
     def launch(self, faults: str = "") -> None:
-        """Start the process without waiting for it."""
-        environment = {**os.environ, "PODKEEL_FAULTS": faults}
+        """Start the process without waiting for it; it meets ``faults``, which tests/support/faults.py describes."""
+        command = self.command("serve", *self.flags)
+        if faults:
+            command[:1] = [sys.executable, "-m", "tests.support.faults", faults]
         with self.log.open("ab") as log:
-            command = self.command("serve", *self.flags)
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, start_new_session=True, umask=self.umask
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, umask=self.umask)
 
     def start(self, faults: str = "") -> None:
-        """Start the agent and wait until it serves; ``faults`` is its PODKEEL_FAULTS."""
+        """Start the agent and wait until it serves; ``faults`` are for ``launch``."""
         self.launch(faults)
         try:
             self.connect()

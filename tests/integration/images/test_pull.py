@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from host import stages
 from host.errors import (
     InvalidArgumentError,
     KubeletReasonError,
@@ -228,31 +229,26 @@ async def test_estargz_is_an_ordinary_layer(node: Node, registry: Registry) -> N
     assert (node.data / "layers" / str(image.layers[0]) / "fs/etc/text").read_text() == "stargz " * 1000
 
 
-async def test_the_last_waiter_that_leaves_ends_the_pull(
-    node: Node, registry: Registry, busybox: BuiltImage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_last_waiter_that_leaves_ends_the_pull(node: Node, registry: Registry, busybox: BuiltImage) -> None:
     name = registry.push(busybox, "abandoned")
-    monkeypatch.setattr("host.stages._faults", "PullImage.commit:before:hang")
-    stages = asyncio.Event()
-    original = node.store._layers.obtain
+    reached = asyncio.Event()
 
-    async def obtain(*args: object) -> object:
-        layer = await original(*args)  # type: ignore[arg-type]  # passed through
-        stages.set()
-        return layer
+    async def hang_at_the_commit(point: str) -> None:
+        if point == "PullImage.commit:before":
+            reached.set()
+            await asyncio.Event().wait()
 
-    monkeypatch.setattr(node.store._layers, "obtain", obtain)
-    pulls = [asyncio.create_task(node.store.pull(name)) for _ in range(2)]
-    await asyncio.wait_for(stages.wait(), 10)
-    pulls[0].cancel()
-    await asyncio.wait(pulls, timeout=0.05)
-    assert pulls[0].cancelled()
-    assert not pulls[1].done()
-    pulls[1].cancel()
-    await asyncio.wait(pulls)
+    with stages.faults_of(hang_at_the_commit):
+        pulls = [asyncio.create_task(node.store.pull(name)) for _ in range(2)]
+        await asyncio.wait_for(reached.wait(), 10)
+        pulls[0].cancel()
+        await asyncio.wait(pulls, timeout=0.05)
+        assert pulls[0].cancelled()
+        assert not pulls[1].done()
+        pulls[1].cancel()
+        await asyncio.wait(pulls)
     assert len(await node.forget_partials()) == 1
     assert await node.leftovers() == {}
-    monkeypatch.setattr("host.stages._faults", "")
     assert (await node.store.pull(name)).id == busybox.id
 
 

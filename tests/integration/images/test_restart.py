@@ -21,10 +21,13 @@ from tests.support.registry import Registry
 PROGRAM = """
 import asyncio, sys
 from pathlib import Path
+from host import stages
 from host.database import Database
 from images.options import ImageOptions
 from images.schema import MIGRATIONS
 from images.store import ImageStore
+
+from tests.support.faults import Faults
 
 async def main(root, what, argument):
     database = Database(root / "data" / "podkeel.db", {"images": MIGRATIONS})
@@ -39,15 +42,16 @@ async def main(root, what, argument):
         await getattr(store, what)(argument)
     print("done")
 
-asyncio.run(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
+with stages.faults_of(Faults(sys.argv[4])):
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
 """
 
 
 async def run_and_kill(node: Node, fault: str, what: str, argument: str) -> None:
     await node.stop()
     completed = await run(
-        [sys.executable, "-c", PROGRAM, str(node.root), what, argument],
-        environment={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path.cwd()), "PODKEEL_FAULTS": f"{fault}:kill"},
+        [sys.executable, "-c", PROGRAM, str(node.root), what, argument, f"{fault}:kill"],
+        environment={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path.cwd())},
         check=False,
     )
     await node.start()

@@ -1,0 +1,63 @@
+"""Faults that an agent of a test meets at its stages.
+
+They are a comma-separated list of ``Operation.stage:when:action`` where *when* is ``before`` or ``after`` and *action*
+is ``kill`` (SIGKILL to this process), ``error`` (an internal error) or ``hang`` (wait until cancelled). ``@/path``
+names a file that holds such a list and is read at every stage, so that one process can meet many faults.
+
+``python -m tests.support.faults FAULTS serve ...`` is the ``podkeel`` command whose process meets them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from host import stages
+from host.errors import PodkeelError
+
+_log = logging.getLogger("podkeel.stages")
+
+
+class Faults:
+    """A hook for ``stages.faults_of``. Raises ValueError for a list that does not follow the rules above."""
+
+    def __init__(self, text: str) -> None:
+        self._file = Path(text[1:]) if text.startswith("@") else None
+        self._fixed = {} if self._file is not None else _parsed(text)
+
+    async def __call__(self, point: str) -> None:
+        faults = self._fixed if self._file is None else _parsed(self._file.read_text())
+        match faults.get(point):
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "error":
+                raise PodkeelError(f"fault planted at {point}")
+            case "hang":
+                _log.warning("hanging at %s", point)
+                await asyncio.Event().wait()
+
+
+def _parsed(text: str) -> dict[str, str]:
+    faults: dict[str, str] = {}
+    for item in filter(None, text.split(",")):
+        point, _, action = item.strip().rpartition(":")
+        if action not in ("kill", "error", "hang") or not point.endswith((":before", ":after")):
+            raise ValueError(f"{item!r} is not Operation.stage:before|after:kill|error|hang")
+        faults[point] = action
+    return faults
+
+
+def main(faults: str, words: list[str]) -> int:
+    """Run one ``podkeel`` command that meets faults; returns its exit status."""
+    from cli.main import main as podkeel
+
+    with stages.faults_of(Faults(faults)):
+        return podkeel(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -65,15 +65,19 @@ _NEEDS = {
     "CheckImages": Use.STREAMS_AND_IMAGES,
 }
 
+# What the CRI has and this version has not: these calls answer UNIMPLEMENTED, and kubelet does without them.
+NOT_BUILT = frozenset({"CheckpointContainer", "CheckpointPod", "RestorePod"})
+
 Begin = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Call]
 
 
 def service_handlers(file: FileDescriptor, services: dict[str, object], observers: Sequence[CallObserver]) -> list[Any]:
     """gRPC handlers for every call of every service of ``file``.
 
-    A call ``RunPodSandbox`` is the method ``run_pod_sandbox`` of the object in ``services``; one the object does not
-    have answers UNIMPLEMENTED. Unary methods take the request and return a response message or its bytes; streaming
-    ones are async generators of the same.
+    A call ``RunPodSandbox`` is the method ``run_pod_sandbox`` of the object in ``services``. Unary methods take the
+    request and return a response message or its bytes; streaming ones are async generators of the same. Calls in
+    ``NOT_BUILT`` answer UNIMPLEMENTED. Raises TypeError for a call that has neither a method nor a place in that list,
+    or both: a misspelt method must not look like a call that is not built.
     """
     handlers = []
     for name, service in services.items():
@@ -90,7 +94,11 @@ def snake_case(name: str) -> str:
 
 def _handler(method: MethodDescriptor, service: object, observers: Sequence[CallObserver]) -> Any:
     request_class = GetMessageClass(method.input_type)
-    call = getattr(service, snake_case(method.name), None)
+    name = snake_case(method.name)
+    call = getattr(service, name, None)
+    if (call is None) is not (method.name in NOT_BUILT):
+        fault = "has no" if call is None else "is declared as not built, but has the"
+        raise TypeError(f"{method.full_name} {fault} method {name!r} in {type(service).__name__}")
 
     def begin(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Call:
         return Call(method.containing_service.full_name, method.name, request, context)

@@ -17,8 +17,7 @@ run: setup ## start an agent and run the sample pod until Ctrl-C; RUN_ONCE=1 end
 	@$(PYTHON_BIN) scripts/run_demo.py $(ARGS)
 
 test: lint ## check style and types, then run every test (as root); TESTS="…" names some
-	@# Some tests wait for real processes on machines that others use too: what fails must fail twice.
-	@$(PYTHON_BIN) -m pytest $(TESTS) || { echo 'test: once more, what failed'; $(PYTHON_BIN) -m pytest --last-failed $(TESTS); }
+	@$(PYTHON_BIN) -m pytest $(TESTS)
 
 test-vm: setup ## test on Debian's kernel with systemd, cgroup v2 and AppArmor in a virtual machine (root, 30 minutes)
 	@$(PYTHON_BIN) -m tests.vm $(ARGS)

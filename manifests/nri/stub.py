@@ -76,23 +76,25 @@ class Plugin:
 
     def run(self) -> None:
         """Register and serve until the agent closes the connection. Raises OSError where there is no agent."""
-        if not self._given():
-            self._socket.connect(self._path)
-        reader = threading.Thread(target=self._read, name="nri")
-        reader.start()
-        registration = nri_pb2.RegisterPluginRequest(
-            plugin_name=self.name, plugin_idx=self.index, NRI_version="v0.12.0"
-        )
-        self._call("RegisterPlugin", registration)
-        reader.join()
+        with self._socket:
+            if not self._given():
+                self._socket.connect(self._path)
+            reader = threading.Thread(target=self._read, name="nri")
+            reader.start()
+            registration = nri_pb2.RegisterPluginRequest(
+                plugin_name=self.name, plugin_idx=self.index, NRI_version="v0.12.0"
+            )
+            self._call("RegisterPlugin", registration)
+            reader.join()
 
     def update_containers(self, request: nri_pb2.UpdateContainersRequest) -> nri_pb2.UpdateContainersResponse:
         """Have the agent change or evict containers; the answer holds the updates that failed."""
         return nri_pb2.UpdateContainersResponse.FromString(self._call("UpdateContainers", request))
 
     def close(self) -> None:
-        """Leave the agent."""
-        self._socket.shutdown(socket.SHUT_RDWR)
+        """Leave the agent; it may have closed the connection already."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _call(self, method: str, request: Message) -> bytes:
         self._stream += 2

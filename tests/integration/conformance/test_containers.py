@@ -248,7 +248,11 @@ def test_absent_image_is_not_found(pod: Pod) -> None:
 def test_client_that_goes_away_leaves_no_container(pod: Pod) -> None:
     config = container_config("main", *SLEEP)
     request = cri_pb2.CreateContainerRequest(pod_sandbox_id=pod.id, config=config, sandbox_config=pod.config)
-    pod.agent.client.future("CreateContainer", request).cancel()
+    folder = pod.agent.run / "containers"
+    creation = pod.agent.client.future("CreateContainer", request)
+    wait_for(lambda: any(folder.iterdir()), what="a creation that is under way")
+    assert creation.cancel()
+    wait_for(lambda: not any(folder.iterdir()), what="the end of the creation")
     container_id = pod.create(config)
     (item,) = pod.agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
     assert item.id == container_id

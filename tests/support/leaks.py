@@ -63,14 +63,16 @@ def _cgroups() -> set[str]:
 
 
 def _processes() -> set[str]:
+    """Conmon in this PID namespace, which runs of tests in others do not share, and the inits of pods."""
     found = set()
+    here = Path("/proc/self/ns/pid").readlink()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                name = (entry / "comm").read_text().strip()
+                is_conmon = (entry / "comm").read_text() == "conmon\n" and (entry / "ns/pid").readlink() == here
             except OSError:
                 continue
-            if name == "conmon" or words[0].startswith(b"podkeel-pod-init"):
+            if is_conmon or words[0].startswith(b"podkeel-pod-init"):
                 found.add(f"process {entry.name} {b' '.join(words[:3]).decode(errors='replace')}")
     return found

@@ -36,6 +36,7 @@ from runtime.layout import Layout
 from runtime.node import Node
 from runtime.oci.conmon import Monitors
 from runtime.oci.handlers import Handlers
+from runtime.oci.mask_device import MaskDevice
 from runtime.options import RuntimeOptions
 from runtime.pods.run import PodManager
 from runtime.recovery.garbage import Finding, find_leftovers
@@ -133,6 +134,9 @@ class Agent:
             snapshots=images.snapshots,
         )
         await handlers.probe()
+        mask = MaskDevice(layout.mask)
+        stack.callback(mask.remove)
+        await in_thread(mask.make)
         await images.start()
         stack.push_async_callback(images.close)
         await network.start()

@@ -156,6 +156,11 @@ class Layout:
         """Where the OCI runtime's copy in memory is found."""
         return self.run / "programs" / handler
 
+    @property
+    def mask(self) -> Path:
+        """The null device behind which files of containers are hidden."""
+        return self.run / "mask" / "null"
+
     def make(self) -> None:
         """Make the fixed folders; existing ones are fine."""
         self.data.mkdir(mode=0o711, parents=True, exist_ok=True)

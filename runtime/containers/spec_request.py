@@ -51,6 +51,7 @@ def spec_request(
             recursive_read_only=runtime.features.recursive_read_only_mounts,
             compiled_seccomp=runtime.features.is_crun,
             makes_folders_inside=runtime.features.is_crun,
+            mask=node.layout.mask if runtime.features.is_crun else None,
             privileged_without_host_devices=runtime.options.privileged_without_host_devices,
             allowed_annotations=runtime.options.allowed_annotations,
         ),

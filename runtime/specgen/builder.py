@@ -16,6 +16,7 @@ from runtime.specgen.mounts.destinations import changed_groups, settle
 from runtime.specgen.mounts.idmapped import MappedVolume
 from runtime.specgen.mounts.image_volumes import Volume
 from runtime.specgen.mounts.kernel_places import refuse_imitations
+from runtime.specgen.mounts.masks import mask_files
 from runtime.specgen.mounts.private_devices import PrivateDevices, prepare
 from runtime.specgen.process import settled_directory
 from runtime.specgen.security.relabel import relabel_all
@@ -82,6 +83,8 @@ def _complete(drafted: Draft) -> ContainerSpec:
     own_devices, mounts = prepare(
         request.rootfs, linux, settled.mounts, described=described, folders=groups.folders, label=labels.mount
     )
+    if request.handler.mask is not None:
+        mounts += mask_files(linux, settled.paths, request.handler.mask)
     directory = settled_directory(process.cwd, settled.paths)
     _refuse_swappable(request, process.cwd, directory)
     if not directory.exists:  # else its links stay, as they may change while the container runs

@@ -12,7 +12,8 @@ class HandlerFacts:
 
     ``allowed_annotations`` are shell patterns of those passed on. ``compiled_seccomp`` says that it takes a filter that
     is compiled already, as crun does. ``makes_folders_inside``: it makes a missing working directory without following
-    links out of the container's root.
+    links out of the container's root. ``mask`` is the null device behind which files are hidden; None where the OCI
+    runtime takes the container's own for that.
     """
 
     name: str
@@ -20,6 +21,7 @@ class HandlerFacts:
     privileged_without_host_devices: bool = False
     compiled_seccomp: bool = False
     makes_folders_inside: bool = False
+    mask: Path | None = None
     allowed_annotations: tuple[str, ...] = ()
 
 

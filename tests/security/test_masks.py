@@ -1,14 +1,17 @@
-"""Nobody changes a device of the node's by what hides files of /proc: crun takes the node's null device for that."""
+"""What hides files of /proc from a container is no file of the node's /dev, and nobody in the container changes it."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import pytest
 
-from tests.integration.agent.hardening import like_kubelets, with_python
-from tests.security.conftest import StartAttacker
-from tests.support.agent import AgentProcess
+from host.files.mounts import mount_table
+from tests.integration.agent.hardening import Attacker, init_pid, like_kubelets, with_python
+from tests.security.conftest import StartAttacker, pod_config
+from tests.support.agent import AgentProcess, wait_for
 
 HIDDEN = "/proc/keys"
 
@@ -24,8 +27,9 @@ def changes(path):
 found = [*changes(HIDDEN)]
 for target in (HIDDEN, "/mnt"):
     call(165, HIDDEN.encode(), target.encode(), None, MS_BIND, None)
-    call(165, b"none", target.encode(), None, MS_REMOUNT | MS_BIND, None)
-    found += changes(HIDDEN)
+    for flags in %r:
+        call(165, b"none", target.encode(), None, MS_REMOUNT | flags, None)
+        found += changes(HIDDEN)
 call(166, HIDDEN.encode(), 2)
 answer(found)
 """
@@ -35,15 +39,81 @@ answer(found)
 def test_what_hides_files_cannot_be_changed(
     quiet_log: AgentProcess, attacker: StartAttacker, handler: str, user_namespace: bool, how: str
 ) -> None:
-    if how == "SYS_ADMIN" and not user_namespace:
-        pytest.skip("SYS_ADMIN without a user namespace is to be taken for root on the node")
     before = Path("/dev/null").stat()
     config = with_python(like_kubelets("main"))
     if how == "SYS_ADMIN":
         config.linux.security_context.capabilities.add_capabilities.append("SYS_ADMIN")
-    found = attacker(config).python(f"HIDDEN = {HIDDEN!r}\n" + CHANGES % (how == "unshared"))
+    # Who is to be taken for root on the node could make the file system writable for all containers.
+    remounts = (4096,) if how == "SYS_ADMIN" and not user_namespace else (4096, 0)
+    found = attacker(config).python(f"HIDDEN = {HIDDEN!r}\n" + CHANGES % (how == "unshared", remounts))
     after = Path("/dev/null").stat()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     assert after.st_mtime > 1
     if handler == "crun":  # runc takes the container's own, which its root may change
         assert set(found) <= {"EROFS", "EPERM", "EINVAL"}
+
+
+def of_the_node() -> set[tuple[int, int]]:
+    """Every file of the node's /dev, with what is mounted in it."""
+    found = set()
+    for folder, _, files in os.walk("/dev"):
+        for name in files:
+            with contextlib.suppress(OSError):
+                status = Path(folder, name).lstat()
+                found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def held_by(pid: int) -> dict[str, tuple[int, int]]:
+    """What a process has mounted and open."""
+    process = Path(f"/proc/{pid}")
+    paths = [process / f"root{entry.target}" for entry in mount_table(str(process / "mountinfo"))]
+    paths += [
+        *(process / "fd").iterdir(),
+        *(path for path in (process / "root/dev").iterdir() if not path.is_symlink()),
+    ]
+    found = {}
+    for path in paths:
+        with contextlib.suppress(OSError):  # hidden by what was mounted later
+            status = path.stat()
+            found[str(path)] = (status.st_dev, status.st_ino)
+    return found
+
+
+def test_no_container_holds_a_file_of_the_node_s_dev(
+    quiet_log: AgentProcess, attacker: StartAttacker, tmp_path: Path
+) -> None:
+    """Files of /proc, of the image and of a volume are hidden."""
+    tmp_path.chmod(0o777)
+    (tmp_path / "secret").write_text("secret")
+    config = like_kubelets("main")
+    config.mounts.add(container_path="/volume", host_path=str(tmp_path))
+    config.linux.security_context.masked_paths.extend(["/etc/passwd", "/volume/secret", "/proc/self/environ", "/none"])
+    ours = attacker(config)
+    process = init_pid(quiet_log, ours.container_id)
+    wait_for(lambda: Path(f"/proc/{process}/comm").read_text() == "sleep\n", what="the runtime's last step")
+    held = held_by(process)
+    assert f"/proc/{process}/root{HIDDEN}" in held
+    assert {path: file for path, file in held.items() if file in of_the_node()} == {}
+    hidden = f"for file in {HIDDEN} /etc/passwd /volume/secret; do wc -c < $file; echo lost > $file; done"
+    assert ours.shell(hidden).split() == ["0", "0", "0"]
+    assert (tmp_path / "secret").read_text() == "secret"
+
+
+def test_files_are_hidden_also_after_the_agent_was_killed(own_agent: AgentProcess) -> None:
+    """Containers keep what hides their files, and so do those that come later."""
+    for _ in range(2):
+        sandbox = pod_config(own_agent)
+        sandbox_id = own_agent.client.run_sandbox(sandbox, "crun")
+        config = like_kubelets("main")
+        ours = Attacker(own_agent, sandbox, sandbox_id, own_agent.client.create(sandbox_id, config, sandbox))
+        own_agent.client.start(ours.container_id)
+        assert ours.shell(f"wc -c < {HIDDEN}").strip() == "0"
+        own_agent.kill()
+        own_agent.start()
+        assert ours.shell(f"wc -c < {HIDDEN}").strip() == "0"
+    mask = [entry for entry in mount_table() if entry.target == f"{own_agent.run}/mask"]
+    assert len(mask) == 1
+    own_agent.stop()
+    assert [entry for entry in mount_table() if entry.target == f"{own_agent.run}/mask"] == []
+    own_agent.start()

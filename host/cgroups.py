@@ -15,11 +15,6 @@ class Hierarchies(msgspec.Struct, frozen=True):
     v1: dict[str, str]
     unified: str | None
 
-    @property
-    def pure_v2(self) -> bool:
-        """Whether no controller is on v1: the setup of current distributions."""
-        return self.unified is not None and not self.v1
-
 
 def discover(mountinfo: str = "/proc/self/mountinfo") -> Hierarchies:
     """Read the mount table; where a hierarchy is mounted several times, the first one counts."""

@@ -63,13 +63,12 @@ class ImageStore:
     ``fetched_bytes`` is what came from registries since the start.
 
     ``snapshots`` makes containers' root file systems out of them, ``shipping`` takes them off the node, ``checker``
-    looks for what is broken. ``run_dir`` is not needed by it yet.
+    looks for what is broken.
     """
 
-    def __init__(self, options: ImageOptions, data_dir: Path, run_dir: Path, database: Database) -> None:
+    def __init__(self, options: ImageOptions, data_dir: Path, database: Database) -> None:
         self._options = options
         self._data_dir = data_dir
-        self._run_dir = run_dir
         self._database = database
         self._trash = Trash(data_dir / "trash")
         self._layers = LayerStore(options, data_dir, database, self._trash)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from metrics.filesystems import device_name
-from metrics.samples import Kind, Labels, Metric, Sample, Snapshot
+from metrics.samples import Kind, Metric, Sample, Snapshot
 from metrics.stats import (
     ConnectionsReading,
     CpuReading,
@@ -25,20 +25,6 @@ from metrics.stats import (
 _NS = 1e-9
 
 
-def samples(metrics: Iterable[Metric], labels: Labels, snapshot: Snapshot) -> Iterator[tuple[Metric, Sample]]:
-    """The values of ``metrics`` for one container or pod, each with all label values in the descriptor's order."""
-    base = labels.values()
-    for metric in metrics:
-        for own, value in metric.samples(snapshot):
-            yield metric, (base + own, value)
-
-
-def select(groups: Iterable[str]) -> tuple[Metric, ...]:
-    """The metrics of these groups, in the catalogue's order."""
-    wanted = set(groups)
-    return tuple(metric for metric in CATALOG if metric.group in wanted)
-
-
 def _of_reading(part: str, value: Callable[..., float | None]) -> Callable[[Snapshot], Iterable[Sample]]:
     """One sample from one part of the cgroup's reading; none if the part or the value is not there."""
 
@@ -50,11 +36,9 @@ def _of_reading(part: str, value: Callable[..., float | None]) -> Callable[[Snap
     return sample
 
 
-def _group(
-    group: str, part: str, rows: Iterable[tuple[str, str, Kind, Callable[..., float | None]]]
-) -> Iterator[Metric]:
+def _of_cgroup(part: str, rows: Iterable[tuple[str, str, Kind, Callable[..., float | None]]]) -> Iterator[Metric]:
     for name, text, kind, value in rows:
-        yield Metric(f"container_{name}", text, kind, group, (), _of_reading(part, value))
+        yield Metric(f"container_{name}", text, kind, (), _of_reading(part, value))
 
 
 def _cpu() -> Iterator[Metric]:
@@ -72,8 +56,8 @@ def _cpu() -> Iterator[Metric]:
         ("cpu_cfs_burst_seconds_total", "Time used over it in bursts.", _COUNTER, lambda r: r.burst_ns * _NS),
     )
     text = "Processor time used."
-    yield Metric("container_cpu_usage_seconds_total", text, _COUNTER, "cpu", ("cpu",), usage)
-    yield from _group("cpu", "cpu", rows)
+    yield Metric("container_cpu_usage_seconds_total", text, _COUNTER, ("cpu",), usage)
+    yield from _of_cgroup("cpu", rows)
 
 
 def _memory() -> Iterator[Metric]:
@@ -105,14 +89,14 @@ def _memory() -> Iterator[Metric]:
             for scope in ("container", "hierarchy"):
                 yield (kind, scope), count
 
-    yield from _group("memory", "memory", rows)
-    yield from _group("memory", "memory_events", events)
+    yield from _of_cgroup("memory", rows)
+    yield from _of_cgroup("memory_events", events)
     text = "Page faults."
-    yield Metric("container_memory_failures_total", text, _COUNTER, "memory", ("failure_type", "scope"), failures)
+    yield Metric("container_memory_failures_total", text, _COUNTER, ("failure_type", "scope"), failures)
     out_of_memory: tuple[tuple[str, str, Kind, Callable[[MemoryEvents], float]], ...] = (
         ("oom_events_total", "Processes killed for the memory limit.", _COUNTER, lambda r: r.oom_kills),
     )
-    yield from _group("oom", "memory_events", out_of_memory)
+    yield from _of_cgroup("memory_events", out_of_memory)
 
 
 def _network() -> Iterator[Metric]:
@@ -131,7 +115,7 @@ def _network() -> Iterator[Metric]:
     )
     for name, text, value in rows:
         full_name = f"container_network_{name}_total"
-        yield Metric(full_name, text, _COUNTER, "network", ("interface",), per_interface(value))
+        yield Metric(full_name, text, _COUNTER, ("interface",), per_interface(value))
 
     def per_state(value: Callable[[ConnectionsReading], dict[str, int]]) -> Callable[[Snapshot], Iterable[Sample]]:
         def sample(snapshot: Snapshot) -> Iterable[Sample]:
@@ -148,7 +132,7 @@ def _network() -> Iterator[Metric]:
     )
     for name, label, table in tables:
         text = f"Sockets in {name} states."
-        yield Metric(f"container_network_{name}_usage_total", text, _GAUGE, "connections", (label,), per_state(table))
+        yield Metric(f"container_network_{name}_usage_total", text, _GAUGE, (label,), per_state(table))
 
 
 def _filesystem() -> Iterator[Metric]:
@@ -171,14 +155,9 @@ def _filesystem() -> Iterator[Metric]:
         ("writes_total", "Writes to the device.", lambda io: io.writes),
     )
     for name, text, of_file in layer:
-        yield Metric(f"container_fs_{name}", text, _GAUGE, "filesystem", ("device",), of_layer(of_file))
+        yield Metric(f"container_fs_{name}", text, _GAUGE, ("device",), of_layer(of_file))
     for name, text, of_io in transfers:
-        yield Metric(f"container_fs_{name}", text, _COUNTER, "io", ("device",), per_device(of_io))
-    # The kernel keeps these times per device, not per cgroup: they are 0 for every container, as cAdvisor has them.
-    for name in ("io_time", "read", "write"):
-        text = f"Time of {name.removesuffix('_time')} operations: 0, the kernel does not keep it per cgroup."
-        full_name = f"container_fs_{name}_seconds_total"
-        yield Metric(full_name, text, _COUNTER, "filesystem", ("device",), of_layer(lambda _: 0))
+        yield Metric(f"container_fs_{name}", text, _COUNTER, ("device",), per_device(of_io))
 
     def usage(snapshot: Snapshot) -> Iterable[Sample]:
         for io in _io(snapshot.reading):
@@ -188,7 +167,7 @@ def _filesystem() -> Iterator[Metric]:
 
     labels = ("device", "major", "minor", "operation")
     text = "Bytes moved to and from the device."
-    yield Metric("container_blkio_device_usage_total", text, _COUNTER, "io", labels, usage)
+    yield Metric("container_blkio_device_usage_total", text, _COUNTER, labels, usage)
 
 
 def _processes() -> Iterator[Metric]:
@@ -201,12 +180,12 @@ def _processes() -> Iterator[Metric]:
         ("sockets", "Open sockets.", lambda p: p.sockets),
     )
     for name, text, value in rows:
-        yield Metric(f"container_{name}", text, _GAUGE, "process", (), of_processes(value))
+        yield Metric(f"container_{name}", text, _GAUGE, (), of_processes(value))
     pids: tuple[tuple[str, str, Kind, Callable[[PidsReading], float]], ...] = (
         ("threads", "Threads.", _GAUGE, lambda r: r.current),
         ("threads_max", "Most threads allowed; 0: no limit.", _GAUGE, lambda r: r.limit or 0),
     )
-    yield from _group("process", "pids", pids)
+    yield from _of_cgroup("pids", pids)
 
     def soft_limits(snapshot: Snapshot) -> Iterable[Sample]:
         limit = snapshot.processes.open_files_soft_limit if snapshot.processes is not None else None
@@ -217,9 +196,9 @@ def _processes() -> Iterator[Metric]:
         return (((state,), count) for state, count in found.items())
 
     text = "Soft limits of the container's first process; -1: no limit."
-    yield Metric("container_ulimits_soft", text, _GAUGE, "process", ("ulimit",), soft_limits)
+    yield Metric("container_ulimits_soft", text, _GAUGE, ("ulimit",), soft_limits)
     text = "Threads by state."
-    yield Metric("container_tasks_state", text, _GAUGE, "process", ("state",), states)
+    yield Metric("container_tasks_state", text, _GAUGE, ("state",), states)
 
 
 def _hugetlb() -> Iterator[Metric]:
@@ -236,7 +215,7 @@ def _hugetlb() -> Iterator[Metric]:
         ("usage_bytes", "Huge pages in use.", lambda h: h.usage),
         ("max_usage_bytes", "Most huge pages in use so far.", lambda h: h.max_usage),
     ):
-        yield Metric(f"container_hugetlb_{name}", text, _GAUGE, "hugetlb", ("pagesize",), per_size(value))
+        yield Metric(f"container_hugetlb_{name}", text, _GAUGE, ("pagesize",), per_size(value))
 
 
 def _pressure() -> Iterator[Metric]:
@@ -249,7 +228,7 @@ def _pressure() -> Iterator[Metric]:
         ("io_stalled", "Time all tasks waited for transfers.", _COUNTER, lambda r: r.io.full.total_ns * _NS),
     )
     named = ((f"pressure_{name}_seconds_total", text, kind, value) for name, text, kind, value in rows)
-    return _group("pressure", "pressure", named)
+    return _of_cgroup("pressure", named)
 
 
 def _specification() -> Iterator[Metric]:
@@ -266,7 +245,7 @@ def _specification() -> Iterator[Metric]:
         ),
         ("spec_memory_swap_limit_bytes", "Limit of memory with swap; 0: none.", _GAUGE, lambda r: r.swap_limit or 0),
     )
-    return _group("spec", "limits", rows)
+    return _of_cgroup("limits", rows)
 
 
 def _times() -> Iterator[Metric]:
@@ -274,9 +253,9 @@ def _times() -> Iterator[Metric]:
         return () if snapshot.started_ns is None else (((), snapshot.started_ns * _NS),)
 
     text = "When it was started, in seconds since the epoch."
-    yield Metric("container_start_time_seconds", text, _GAUGE, "spec", (), started)
+    yield Metric("container_start_time_seconds", text, _GAUGE, (), started)
     text = "When it was last seen, in seconds since the epoch."
-    yield Metric("container_last_seen", text, _GAUGE, "spec", (), lambda s: (((), s.seen_ns // 1_000_000_000),))
+    yield Metric("container_last_seen", text, _GAUGE, (), lambda s: (((), s.seen_ns // 1_000_000_000),))
 
 
 def _io(reading: Reading | None) -> tuple[IoReading, ...]:
@@ -296,4 +275,3 @@ CATALOG: tuple[Metric, ...] = (
     *_specification(),
     *_times(),
 )
-GROUPS: tuple[str, ...] = tuple(dict.fromkeys(metric.group for metric in CATALOG))

@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
 from host import libc
-from host.concurrency.threads import in_fresh_thread
 from metrics.cgroups.files import read_rest
 from metrics.stats import ConnectionsReading, InterfaceReading, NetworkReading
 
@@ -42,16 +41,12 @@ _TCP_STATES = {
 }
 
 
-async def read_networks(namespaces: Sequence[str], *, connections: bool = False) -> list[NetworkReading | None]:
+def visit_networks(namespaces: Sequence[str], *, connections: bool = False) -> list[NetworkReading | None]:
     """Readings of the network namespaces pinned at these paths, in their order; None for one that is gone.
 
-    ``connections`` counts sockets too: half a millisecond per pod, as the kernel walks tables of the whole host.
+    ``connections`` counts sockets too: half a millisecond per pod, as the kernel walks tables of the whole host. The
+    calling thread must be a fresh one; it ends in the namespace of the process.
     """
-    return await in_fresh_thread(visit_networks, namespaces, connections=connections)
-
-
-def visit_networks(namespaces: Sequence[str], *, connections: bool = False) -> list[NetworkReading | None]:
-    """The same on the calling thread, which must be a fresh one; it ends in the namespace of the process."""
     try:
         return [_enter_and_read(path, connections) for path in namespaces]
     finally:

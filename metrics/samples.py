@@ -20,7 +20,7 @@ class Kind(Enum):
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """What is known of one container, or of one pod, at one moment; groups without a reading have no samples."""
+    """What is known of one container, or of one pod, at one moment; what has no reading has no samples."""
 
     seen_ns: int
     reading: Reading | None = None
@@ -50,12 +50,11 @@ Sample = tuple[tuple[str, ...], float]
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """One metric: its descriptor, the group it is switched by, and its samples from a snapshot."""
+    """One metric: its descriptor and its samples from a snapshot."""
 
     name: str
     help: str
     kind: Kind
-    group: str
     labels: tuple[str, ...]
     samples: Callable[[Snapshot], Iterable[Sample]]
 

@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import sys
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -51,9 +50,6 @@ from runtime.statistics import Statistics
 
 SCHEMAS = {"runtime": RUNTIME_MIGRATIONS, "network": NETWORK_MIGRATIONS, "images": IMAGE_MIGRATIONS}
 
-# Worker threads hold the GIL for at most this long while the event loop wants it; Python's default is 5 ms.
-_SWITCH_SECONDS = 0.0005
-
 _log = logging.getLogger("podkeel.agent")
 
 
@@ -86,7 +82,6 @@ class Agent:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        sys.setswitchinterval(_SWITCH_SECONDS)
         leave_session_keyring()
         async with AsyncExitStack() as stack:
             orphans = Orphans()
@@ -115,7 +110,7 @@ class Agent:
         own_id = await in_thread(agent_id, layout)
         handlers = Handlers(options, layout, cgroups, own_id)
         network = NodeNetwork(self._network, database, BridgeOwner(own_id, str(layout.data)))
-        images = ImageStore(self._images, layout.data, layout.run, database)
+        images = ImageStore(self._images, layout.data, database)
         facts = await in_thread(partial(probe_node, selinux=options.selinux))
         node = Node(
             options=options,

@@ -93,11 +93,6 @@ class ContainerFolder:
         return self.path / "ctl"
 
     @property
-    def attach_socket(self) -> Path:
-        """Conmon's attach socket."""
-        return self.path / "attach"
-
-    @property
     def out_of_memory(self) -> Path:
         """Made by conmon when the kernel killed a process of the container for its memory limit."""
         return self.path / "oom"

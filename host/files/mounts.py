@@ -161,15 +161,6 @@ def unmount(target: str | Path, *, lazy: bool = False) -> bool:
     return True
 
 
-def is_mount_point(path: str | Path) -> bool:
-    """Whether a file system begins at ``path`` (works for bind mounts of files and namespaces too)."""
-    try:
-        wanted = os.path.realpath(path)
-    except OSError:
-        return False
-    return any(entry.target == wanted for entry in mount_table())
-
-
 def _unescape(field: bytes) -> str:
     if b"\\" in field:
         field = _OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field)

@@ -139,15 +139,6 @@ class SnapshotStore:
                 await wait_out(held)
         return Snapshot(container_id, image.id, target, folder / "upper")
 
-    async def remount(self, container_id: str, image: Image, *, target: Path) -> Snapshot:
-        """Mount an existing snapshot again, for instance after a reboot; NotFoundError if there is none."""
-        if container_id not in self._held:
-            raise NotFoundError(f"container {container_id} has no snapshot")
-        _, layers = self._held[container_id]
-        folder = self._containers / container_id
-        await in_thread(self._mount_writable, folder, target, self._paths(layers))
-        return Snapshot(container_id, image.id, target, folder / "upper")
-
     async def mount_image(
         self,
         container_id: str,

@@ -73,12 +73,8 @@ class Folder:
                     contents.append(None)
         return contents
 
-    def parsed(self, name: str, parse: Callable[[bytes], T]) -> T | None:
-        """What ``parse`` makes of the file, made anew only when that changed: most cgroups idle. None as ``read``."""
-        return self.parsed_content(name, self.read(name), parse)
-
     def parsed_content(self, name: str, content: bytes | None, parse: Callable[[bytes], T]) -> T | None:
-        """The same of a file that was read already."""
+        """What ``parse`` makes of the content of file ``name``; parsed only when it changed, as most cgroups idle."""
         if content is None:
             return None
         known = self._parsed.get(name)

@@ -67,17 +67,6 @@ class Configuration(msgspec.Struct, frozen=True):
         return Path(self.path).parent / self.name
 
 
-def find_configuration(folder: Path) -> Configuration | None:
-    """The configuration that ``search_folder`` finds; None if there is no file that could be one.
-
-    Raises InvalidArgumentError, which names a file and what is wrong with it, if no file is good.
-    """
-    found, broken = search_folder(folder)
-    if found is None and broken:
-        raise InvalidArgumentError(broken[0])
-    return found
-
-
 def search_folder(folder: Path) -> tuple[Configuration | None, tuple[str, ...]]:
     """The configuration in the first good file by name, and what is wrong with those before it, which are passed over.
 

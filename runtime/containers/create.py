@@ -352,7 +352,6 @@ def _monitor_request(node: Node, container: Container, runtime: OciRuntime) -> M
         name=f"{container.sandbox.config.metadata.name}/{config.metadata.name}",
         runtime=runtime.executable,
         runtime_arguments=[*runtime.arguments, "--log", str(node.layout.container(container.id).runtime_log)],
-        systemd_cgroup=False,
         log=container.log,
         terminal=config.tty,
         stdin=config.stdin,

@@ -70,7 +70,6 @@ class MonitorRequest:
     name: str
     runtime: str
     runtime_arguments: Sequence[str]
-    systemd_cgroup: bool
     log: LogFile | None
     terminal: bool
     stdin: bool
@@ -234,8 +233,6 @@ class Monitors:
         silenced = ["-c", request.silence, request.runtime] if request.silence else []
         for argument in (*silenced, *request.runtime_arguments):
             command += ["--runtime-arg", argument]
-        if request.systemd_cgroup:
-            command.append("--systemd-cgroup")
         if request.terminal:
             command.append("--terminal")
         if request.stdin:

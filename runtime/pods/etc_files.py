@@ -1,4 +1,4 @@
-"""The contents of a pod's resolv.conf, hosts and hostname files."""
+"""The contents of a pod's resolv.conf and hosts files."""
 
 from __future__ import annotations
 
@@ -60,11 +60,6 @@ def hosts_file(
         return _text_of(host_file)
     entries = [*_LOCAL_NAMES, *((address, hostname) for address in addresses)]
     return "".join(f"{address}\t{names}\n" for address, names in entries)
-
-
-def hostname_file(hostname: str) -> str:
-    """The contents of /etc/hostname (hostname(5))."""
-    return f"{hostname}\n"
 
 
 def _check_words(what: str, words: Iterable[str]) -> None:

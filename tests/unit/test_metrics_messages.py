@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 
 from cri.services.metrics_messages import descriptors, pod_metrics
-from metrics.catalog import CATALOG, samples
+from metrics.catalog import CATALOG
 from metrics.samples import Kind, Labels, Snapshot
 from proto.runtime.v1 import cri_pb2
 from runtime.statistics import PodSnapshot
-from tests.unit.metrics.test_catalog import FULL, LABELS
+from tests.unit.metrics.test_catalog import FULL, LABELS, samples
 
 ODD = Labels(container="ünicode", id="/" + "x" * 5000, name="", namespace="n", pod="p")
 LARGE = msgspec.structs.replace(FULL, seen_ns=2**63 - 1, started_ns=0)

@@ -41,7 +41,7 @@ class Node:
         self.data.mkdir(exist_ok=True, parents=True)
         self.run.mkdir(exist_ok=True)
         self.database = Database(self.data / "podkeel.db", {"images": MIGRATIONS})
-        self.store = ImageStore(self.options, self.data, self.run, self.database)
+        self.store = ImageStore(self.options, self.data, self.database)
         await self.store.start()
 
     async def stop(self) -> None:

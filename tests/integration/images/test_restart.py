@@ -31,7 +31,7 @@ from tests.support.faults import Faults
 
 async def main(root, what, argument):
     database = Database(root / "data" / "podkeel.db", {"images": MIGRATIONS})
-    store = ImageStore(ImageOptions(registry_config_dir=str(root)), root / "data", root / "run", database)
+    store = ImageStore(ImageOptions(registry_config_dir=str(root)), root / "data", database)
     await store.start()
     if what == "import":
         await store.import_archive(Path(argument))

@@ -77,16 +77,6 @@ async def test_a_failed_mount_leaves_nothing(node: Node, image: Image) -> None:
     assert await node.leftovers() == {}
 
 
-async def test_a_snapshot_is_mounted_again_with_what_was_written(node: Node, image: Image) -> None:
-    snapshot = await node.store.snapshots.prepare("c1", image, target=node.target("c1"))
-    (snapshot.target / "kept").write_text("k")
-    mounts.unmount(snapshot.target)  # as a reboot does
-    again = await node.store.snapshots.remount("c1", image, target=node.target("c1"))
-    assert (again.target / "kept").read_text() == "k"
-    with pytest.raises(NotFoundError):
-        await node.store.snapshots.remount("c2", image, target=node.target("c2"))
-
-
 async def test_an_image_is_mounted_read_only_as_a_volume(node: Node, image: Image) -> None:
     target = node.run / "containers/c1/volumes/0"
     await node.store.snapshots.mount_image("c1", image, target=target)

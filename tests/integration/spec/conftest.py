@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from host.files.mounts import is_mount_point, mounts_below, unmount
+from host.files.mounts import mounts_below, unmount
 from runtime.containers.idmapped_mounts import bind_all
 from runtime.oci import private_devices
 from runtime.oci.null_device import open_private_null
@@ -60,7 +60,7 @@ def runtime(request: pytest.FixtureRequest) -> str:
     if name == "crun" and _cgroup2_holds_hugetlb():
         folder = CGROUPS / "hugetlb"
         folder.mkdir(exist_ok=True)
-        if not is_mount_point(folder):
+        if not os.path.ismount(folder):
             subprocess.run(["mount", "-t", "cgroup", "-o", "hugetlb", "hugetlb", str(folder)], check=True)
     return name
 

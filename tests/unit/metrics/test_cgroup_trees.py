@@ -258,6 +258,5 @@ def test_discovers_v1_hybrid_and_v2_mounts(tmp_path: Path) -> None:
     assert discover(str(file)) == Hierarchies(v1, "/sys/fs/cgroup/unified")
     file.write_text(MOUNT.format(target="/sys/fs/cgroup", kind="cgroup2", options=""))
     assert discover(str(file)) == Hierarchies({}, "/sys/fs/cgroup")
-    assert discover(str(file)).pure_v2
     file.write_text("")
     assert discover(str(file)) == Hierarchies({}, None)

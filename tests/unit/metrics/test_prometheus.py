@@ -14,12 +14,12 @@ from prometheus_client import parser as text_parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from metrics.agent import AgentMetrics
-from metrics.catalog import CATALOG, samples
+from metrics.catalog import CATALOG
 from metrics.exposition.prometheus import OPEN_METRICS, TEXT, AgentPage, containers_page, gather, wants_open_metrics
 from metrics.exposition.routes import Entries, standard_routes
 from metrics.instruments import Histogram
 from metrics.samples import Labels
-from tests.unit.metrics.test_catalog import FULL, LABELS
+from tests.unit.metrics.test_catalog import FULL, LABELS, samples
 
 parse_open_metrics: Callable[[str], Iterable[Any]] = openmetrics_parser.text_string_to_metric_families
 parse_text: Callable[[str], Iterable[Any]] = text_parser.text_string_to_metric_families

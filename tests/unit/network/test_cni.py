@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from host.errors import InvalidArgumentError, PodkeelError
-from network.cni.configuration import Configuration, find_configuration, parse
+from network.cni.configuration import Configuration, parse, search_folder
 from network.cni.record import CniRecord, CniState
 from network.cni.result import decode, pod_interface
 from network.options import NetworkOptions
@@ -149,14 +149,15 @@ def test_nothing_but_a_clear_refusal_comes_of_odd_values(content: dict[str, Any]
 
 
 def test_the_first_usable_name_in_a_folder(tmp_path: Path) -> None:
-    assert find_configuration(tmp_path / "absent") is None
-    assert find_configuration(tmp_path) is None
+    assert search_folder(tmp_path / "absent") == (None, ())
+    assert search_folder(tmp_path) == (None, ())
     (tmp_path / "30-a.conflist").write_text('{"cniVersion": "1.0.0", "name": "last", "type": "x"}')
     (tmp_path / "20-b.json").write_text('{"cniVersion": "1.0.0", "name": "first", "type": "x"}')
     (tmp_path / "10-c.conflist.bak").write_text("{")
     (tmp_path / "11-empty.conf").write_text("\n")
     (tmp_path / "12-folder.conf").mkdir()
-    found = find_configuration(tmp_path)
+    found, broken = search_folder(tmp_path)
+    assert broken == ()
     assert found is not None
     assert found.name == "first"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from host.errors import InvalidArgumentError
-from runtime.pods.etc_files import hostname_file, hosts_file, resolv_conf
+from runtime.pods.etc_files import hosts_file, resolv_conf
 
 
 def test_resolv_conf_has_what_was_given() -> None:
@@ -53,7 +53,3 @@ def test_hosts_has_localhost_and_the_pod(tmp_path: Path) -> None:
     own = tmp_path / "hosts"
     own.write_text("127.0.0.1 node\n")
     assert hosts_file("node", [], host_network=True, host_file=own) == "127.0.0.1 node\n"
-
-
-def test_hostname_is_one_line() -> None:
-    assert hostname_file("web-0") == "web-0\n"

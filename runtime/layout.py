@@ -97,6 +97,11 @@ class ContainerFolder:
         """Made by conmon when the kernel killed a process of the container for its memory limit."""
         return self.path / "oom"
 
+    @property
+    def survived_kills(self) -> Path:
+        """Which kills for memory the first process has survived, as runtime.containers.kill_watch keeps it."""
+        return self.path / "survived-kills"
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
+_IN_MODIFY = 0x2
 _IN_CLOSE_WRITE = 0x8
 _IN_MOVED_FROM = 0x40
 _IN_MOVED_TO = 0x80
@@ -18,6 +20,9 @@ _IN_MOVE_SELF = 0x800
 _ANY_CHANGE = (
     _IN_CLOSE_WRITE | _IN_MOVED_FROM | _IN_MOVED_TO | _IN_CREATE | _IN_DELETE | _IN_DELETE_SELF | _IN_MOVE_SELF
 )
+
+_IN_IGNORED = 0x8000
+_EVENT = struct.Struct("iIII")  # watch, mask, cookie, bytes of the name that follows
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -105,6 +110,52 @@ class FolderWatch:
 
     def _next_towards(self, ancestor: Path) -> Path:
         return ancestor / self._folder.relative_to(ancestor).parts[0]
+
+
+class CreatedFiles:
+    """Calls back when a file of a certain name is made in one of many folders, or when one of many files is written.
+
+    One descriptor serves all of them. A watch ends by itself when what is watched is deleted.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor = _open()
+        self._callbacks: dict[int, tuple[bytes, Callable[[], None]]] = {}
+        asyncio.get_running_loop().add_reader(self._descriptor, self._ready)
+
+    def watch_folder(self, folder: Path, name: str, callback: Callable[[], None]) -> int:
+        """Call ``callback`` when ``name`` is made in ``folder``; returns a number for ``forget``. Raises OSError."""
+        number = _watch(self._descriptor, folder, _IN_CREATE | _IN_MOVED_TO)
+        self._callbacks[number] = os.fsencode(name), callback
+        return number
+
+    def watch_file(self, file: Path, callback: Callable[[], None]) -> int:
+        """Call ``callback`` when ``file`` is written; returns a number for ``forget``. Raises OSError."""
+        number = _watch(self._descriptor, file, _IN_MODIFY)
+        self._callbacks[number] = b"", callback
+        return number
+
+    def forget(self, number: int) -> None:
+        """End a watch; one that ended by itself is fine."""
+        if self._callbacks.pop(number, None) is not None:
+            _libc.inotify_rm_watch(self._descriptor, number)
+
+    def close(self) -> None:
+        """End all watches."""
+        asyncio.get_running_loop().remove_reader(self._descriptor)
+        os.close(self._descriptor)
+
+    def _ready(self) -> None:
+        events, offset = os.read(self._descriptor, 65536), 0
+        while offset < len(events):
+            number, mask, _, length = _EVENT.unpack_from(events, offset)
+            offset += _EVENT.size
+            name = events[offset : offset + length].rstrip(b"\0")
+            offset += length
+            if mask & _IN_IGNORED:
+                self._callbacks.pop(number, None)
+            elif number in self._callbacks and self._callbacks[number][0] == name:
+                self._callbacks[number][1]()
 
 
 def _open() -> int:

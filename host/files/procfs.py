@@ -13,6 +13,10 @@ from pathlib import Path
 
 _COMMAND_LINE_BYTES = 64 * 1024
 _STATUS_BYTES = 8 * 1024
+_STAT_FLAGS = 6  # of what follows the name in /proc/PID/stat
+_PF_EXITING = 0x4
+_PF_SIGNALED = 0x400
+_SIGKILL_BIT = 1 << 8
 
 
 def all_pids() -> Iterator[int]:
@@ -50,6 +54,18 @@ def parent_of(pid: int) -> int | None:
     """The pid of a process's parent; None if it is gone."""
     fields = read_bounded(f"/proc/{pid}/stat", _STATUS_BYTES).rpartition(b")")[2].split()
     return int(fields[1]) if len(fields) > 1 else None
+
+
+def is_being_killed(pid: int) -> bool:
+    """Whether a process has got SIGKILL, or ends for another reason, but has not ended yet."""
+    fields = read_bounded(f"/proc/{pid}/stat", _STATUS_BYTES).rpartition(b")")[2].split()
+    if len(fields) <= _STAT_FLAGS or fields[0] in (b"Z", b"X"):
+        return False
+    if int(fields[_STAT_FLAGS]) & (_PF_EXITING | _PF_SIGNALED):
+        return True
+    status = read_bounded(f"/proc/{pid}/status", _STATUS_BYTES).split(b"\n")
+    pending = (line.split()[1] for line in status if line.startswith((b"SigPnd:", b"ShdPnd:")))
+    return any(int(mask, 16) & _SIGKILL_BIT for mask in pending)
 
 
 def has_in_environment(pid: int, entry: bytes) -> bool:

@@ -319,12 +319,16 @@ class CgroupTree:
         names = ("active_file", "inactive_file", "slab_reclaimable")  # not "cache", which counts tmpfs in
         return max(0, use - sum(int(stat.get(name, 0)) for name in names))
 
-    def out_of_memory_kills(self, path: str) -> int:
-        """Processes of cgroup ``path`` that the kernel killed for its memory limit."""
+    def memory_events_file(self, path: str) -> Path:
+        """The file with the count of kills for memory; on version 2 it can be watched with inotify."""
         name = "memory.events" if self.version == 2 else "memory.oom_control"
         root = self.mounts.get("unified") or self.mounts["memory"]
+        return root / path.lstrip("/") / name
+
+    def out_of_memory_kills(self, path: str) -> int:
+        """Processes of cgroup ``path`` that the kernel killed for its memory limit."""
         try:
-            text = (root / path.lstrip("/") / name).read_text()
+            text = self.memory_events_file(path).read_text()
         except OSError:
             return 0
         return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)

@@ -19,6 +19,7 @@ from host.files.removal import remove_tree
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
+from runtime.containers.kill_watch import KillWatch
 from runtime.containers.last_wait import wait_for_end
 from runtime.containers.out_of_memory import ended_by_the_kernel, killed_for_memory
 from runtime.containers.rootfs import unmount_all
@@ -51,6 +52,7 @@ class Lifecycle:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._kills = KillWatch(node.layout, node.cgroups)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, container_id: str) -> None:
@@ -116,9 +118,10 @@ class Lifecycle:
         self._ended(container)
 
     def watch(self, container: Container) -> None:
-        """Notice the end of a container's monitor; for one whose program cannot run there is none."""
+        """Notice kills in a container, and the end of its monitor; for one whose program cannot run there is none."""
         descriptor = container.monitor_descriptor
         if descriptor is not None:
+            self._kills.watch(container)
             processes.watch_exit(descriptor, lambda: self._on_monitor_end(container))
 
     def _on_monitor_end(self, container: Container) -> None:
@@ -128,6 +131,7 @@ class Lifecycle:
         self._close_monitor(container)
         async with container.lock:
             if container.record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
+                self._kills.forget(container.id)
                 return
             exit_record = self._node.monitors.exit_record(container.id)
             if exit_record is None and await self.survives_its_monitor(container):
@@ -152,7 +156,8 @@ class Lifecycle:
         """Write down how a container ended; the caller holds its lock."""
         record = container.record
         counted = killed_for_memory(self._node, container)
-        kills = counted or (exit_record is not None and exit_record.out_of_memory)
+        history = self._kills.history(container)
+        kills = counted or history.more
         record.state = ContainerState.EXITED
         record.exit_code = exit_record.code if exit_record else UNKNOWN_EXIT_CODE
         record.started_at = record.started_at or record.created_at
@@ -161,7 +166,7 @@ class Lifecycle:
         if record.exit_code == 0:
             record.reason = "Completed"
         else:
-            record.reason = "OOMKilled" if kills and ended_by_the_kernel(container, exit_record) else "Error"
+            record.reason = "OOMKilled" if kills and ended_by_the_kernel(container, exit_record, history) else "Error"
         if exit_record is None:
             record.message = self._node.monitors.why_no_exit_record()
         await _end_log(container)
@@ -184,6 +189,7 @@ class Lifecycle:
     def _ended(self, container: Container) -> None:
         container.exited.set()
         container.keep_late_log(None)
+        self._kills.forget(container.id)
         self._node.meters.forget(container.id)
         self._node.publish(cri_pb2.CONTAINER_STOPPED_EVENT, container)
         if container.cleanup is None:
@@ -345,6 +351,7 @@ class Lifecycle:
 
     async def close(self) -> None:
         """Let go of the monitors, which live on, and wait for what is being cleaned up."""
+        self._kills.close()
         loop = asyncio.get_running_loop()
         for container in self._node.containers:
             if container.monitor_descriptor is not None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import time
+
+from runtime.containers.kill_watch import KillHistory
 from runtime.node import Node
 from runtime.oci.conmon import ExitRecord
 from runtime.state.container import Container, ContainerState
 
 KILLED_EXIT_CODE = 137  # 128 + SIGKILL
+# A program that survived a kill and ends with the code of the one killed within this time passes it on, as shells do.
+_NEAR = 800_000_000
+# The same where nobody saw that the first process lived on: after the kill it may have taken its time to die.
+_NEAR_UNSEEN = 2_000_000_000
 
 
 def killed_for_memory(node: Node, container: Container) -> bool:
@@ -32,14 +39,25 @@ def killed_for_memory(node: Node, container: Container) -> bool:
     return True
 
 
-def ended_by_the_kernel(container: Container, exit_record: ExitRecord | None) -> bool:
-    """Whether the kernel's kill of a process of the container may be why it ended.
+def ended_by_the_kernel(container: Container, exit_record: ExitRecord | None, history: KillHistory) -> bool:
+    """Whether a kill for memory is why a container ended that had such kills.
 
     It is where the first process was the one killed, or ended with the same code when it lost a child to it, as shells
-    do. It is not where the program ended in its own way later, nor where the agent killed it. An end that was not
-    recorded may have been one.
+    do. It is not where the program ended in its own way, or later, nor where somebody else killed it. An end that was
+    not recorded may have been one.
     """
-    return not container.killed and (exit_record is None or exit_record.code == KILLED_EXIT_CODE)
+    if container.killed or (exit_record is not None and exit_record.code != KILLED_EXIT_CODE):
+        return False
+    if history.more:
+        near = _NEAR_UNSEEN
+        if history.at is None or exit_record is None:
+            return True
+    else:
+        near = _NEAR
+        if history.ended_by or history.at is None:
+            return False
+    finished = exit_record.finished_at if exit_record is not None else time.time_ns()
+    return finished - history.at <= near
 
 
 def _shares_its_parent(node: Node, container: Container) -> bool:

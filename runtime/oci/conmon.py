@@ -99,7 +99,6 @@ class ExitRecord:
 
     code: int
     finished_at: int
-    out_of_memory: bool
 
 
 class StartingMonitor:
@@ -271,7 +270,7 @@ class Monitors:
                 finished_at = os.fstat(file.fileno()).st_mtime_ns
         except (FileNotFoundError, ValueError):
             return None
-        return ExitRecord(code, finished_at, self._layout.container(container_id).out_of_memory.exists())
+        return ExitRecord(code, finished_at)
 
     def why_no_exit_record(self) -> str:
         """What a client is told of an end that conmon did not write down."""

@@ -64,6 +64,46 @@ def test_out_of_memory_while_no_agent_ran(stage: Stage) -> None:
     assert (status.state, status.exit_code, status.reason) == (cri_pb2.CONTAINER_EXITED, 137, "OOMKilled")
 
 
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [("sleep 2.2; exit 137", "Error"), ("exec tail /dev/zero", "OOMKilled"), ("tail /dev/zero; exit $?", "OOMKilled")],
+)
+@pytest.mark.parametrize("seen", [True, False], ids=["child lost before", "child lost meanwhile"])
+def test_own_end_without_an_agent_after_a_child_was_killed_for_memory(
+    stage: Stage, ending: str, reason: str, seen: bool
+) -> None:
+    limits = cri_pb2.LinuxContainerConfig(resources=cri_pb2.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
+    wait, lose = "while [ ! -e /go ]; do sleep 0.02; done", "sh -c 'exec tail /dev/zero'; echo child $?"
+    script = f"{lose}; {wait}; {ending}" if seen else f"{wait}; {lose}; {ending}"
+    _, container_id = run_container(stage.agent, "sh", "-c", script, linux=limits)
+    information = _information(stage, container_id)
+    if seen:
+        wait_for((stage.agent.run / "containers" / container_id / "survived-kills").exists)
+    stage.agent.kill()
+    Path(information["rootfs"], "go").touch()
+    wait_for((stage.agent.run / "exits" / container_id).exists)
+    stage.agent.start()
+    status = stage.agent.client.status(container_id)
+    assert (status.state, status.exit_code, status.reason) == (cri_pb2.CONTAINER_EXITED, 137, reason)
+
+
+def test_a_child_lost_before_a_restart_is_not_why_a_later_end_came(stage: Stage) -> None:
+    limits = cri_pb2.LinuxContainerConfig(resources=cri_pb2.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
+    script = "while [ ! -e /go ]; do sleep 0.02; done; sh -c 'exec tail /dev/zero'; echo child $?; sleep 1000; true"
+    _, container_id = run_container(stage.agent, "sh", "-c", script, linux=limits)
+    information = _information(stage, container_id)
+    stage.agent.kill()
+    Path(information["rootfs"], "go").touch()
+    folder = stage.agent.run / "containers" / container_id
+    wait_for((folder / "oom").exists)
+    stage.agent.start()
+    wait_for((folder / "survived-kills").exists, what="that it was seen alive")
+    os.kill(information["pid"], signal.SIGKILL)
+    client = stage.agent.client
+    wait_for(lambda: client.status(container_id).state == cri_pb2.CONTAINER_EXITED)
+    assert (client.status(container_id).exit_code, client.status(container_id).reason) == (137, "Error")
+
+
 def test_commands_executed_by_an_agent_that_died_end(stage: Stage) -> None:
     client = stage.agent.client
     _, container_id = run_container(stage.agent, "sleep", "1000")

@@ -1,0 +1,26 @@
+"""How a process ended that is not our child, by a pidfd that was opened while it lived (ioctl PIDFD_GET_INFO)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+
+_PIDFD_GET_INFO = 0xC040FF0B
+_INFO_EXIT = 1 << 3
+_INFO = struct.Struct("=QQ11Ii")  # struct pidfd_info as it first was: mask, cgroup id, 11 ids, exit code
+
+
+def ended_by_signal(pidfd: int) -> int | None:
+    """The signal that ended the process of ``pidfd``, which its parent has collected; 0 if it ended by itself.
+
+    None where the kernel does not tell (before Linux 6.15), or the process has not ended.
+    """
+    try:
+        answer = fcntl.ioctl(pidfd, _PIDFD_GET_INFO, _INFO.pack(_INFO_EXIT, *[0] * 13))
+    except OSError:
+        return None
+    mask, *_, status = _INFO.unpack(answer)
+    if not mask & _INFO_EXIT:
+        return None
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0

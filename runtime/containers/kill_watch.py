@@ -1,0 +1,216 @@
+"""When the kernel last killed a process of a container for memory, and whether the container lived on after it.
+
+The kernel counts such kills, but says neither when they were nor whom they hit. Conmon makes a file when a memory limit
+is reached. The agent deletes that file, waits until whoever was killed has ended, and writes down how many kills the
+first process has survived. What happens while no agent runs is dated by conmon's file alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from host import processes
+from host.children.pidfd_exit import ended_by_signal
+from host.concurrency.threads import in_thread
+from host.files import procfs
+from host.files.inotify import CreatedFiles
+from runtime.cgroups.tree import CgroupTree
+from runtime.layout import Layout
+from runtime.state.container import Container, ContainerState
+
+# Longer than the kernel takes from the counting of a kill to its signal.
+_SETTLE_SECONDS = 0.1
+# A look may take this share of a processor's time at most, and sees this many processes: a container can have itself
+# killed all the time.
+_LOOK_SHARE = 0.05
+_MOST_PROCESSES = 256
+
+_log = logging.getLogger("podkeel.containers")
+
+
+class SurvivedKills(msgspec.Struct):
+    """How many kills a container's first process has lived through; the end of the last victim, ns since the epoch."""
+
+    kills: int = 0
+    at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KillHistory:
+    """What is known of kills for memory when a container has ended.
+
+    ``survived`` counts those that its first process lived through; ``more`` says that there was one after these. ``at``
+    is the time of the last one in nanoseconds since the epoch, None if unknown. ``ended_by`` is the signal that ended
+    its first process, 0 for none, None if unknown.
+    """
+
+    survived: int
+    more: bool
+    at: int | None
+    ended_by: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    kills: int
+    at: int
+    dying: bool
+
+
+@dataclass(slots=True)
+class _Watched:
+    container: Container
+    numbers: list[int] = field(default_factory=list)
+    task: asyncio.Task[None] | None = None
+    at: int = 0
+    again: bool = False
+    init: int | None = None  # a pidfd
+
+
+class KillWatch:
+    """Looks at each running container when a process in it is killed for memory. Used on the loop."""
+
+    def __init__(self, layout: Layout, cgroups: CgroupTree) -> None:
+        self._layout = layout
+        self._cgroups = cgroups
+        self._files: CreatedFiles | None = None
+        self._watched: dict[str, _Watched] = {}
+        self._looking = asyncio.Lock()
+
+    def watch(self, container: Container) -> None:
+        """Begin with a container whose first process lives; again is fine."""
+        if container.id in self._watched:
+            return
+        watched = self._watched[container.id] = _Watched(container)
+        occurred = partial(self._occurred, watched)
+        folder = self._layout.container(container.id)
+        try:
+            if self._files is None:
+                self._files = CreatedFiles()
+            watched.numbers.append(self._files.watch_folder(folder.path, folder.out_of_memory.name, occurred))
+            if self._cgroups.version == 2:  # conmon is silent of kills for a limit of the pod or node
+                events = self._cgroups.memory_events_file(container.record.cgroup)
+                watched.numbers.append(self._files.watch_file(events, occurred))
+        except OSError as error:
+            _log.warning("%s: kills for memory are not dated: %s", container.title, error)
+        if container.record.state is ContainerState.RUNNING and self._is_news(container):
+            self._occurred(watched)
+
+    def _is_news(self, container: Container) -> bool:
+        folder = self._layout.container(container.id)
+        kills = self._cgroups.out_of_memory_kills(container.record.cgroup)
+        return folder.out_of_memory.exists() or kills > _read(folder.survived_kills).kills
+
+    def history(self, container: Container) -> KillHistory:
+        """What is known of a container that has ended, whose cgroup was not removed yet."""
+        folder, cgroup = self._layout.container(container.id), container.record.cgroup
+        survived = _read(folder.survived_kills)
+        watched = self._watched.get(container.id)
+        noticed = max(_time_of(folder.out_of_memory), watched.at if watched is not None else 0)
+        ended_by = ended_by_signal(watched.init) if watched is not None and watched.init is not None else None
+        more, at = noticed > survived.at, noticed or None
+        if self._cgroups.exists(cgroup):  # else systemd has removed its counters with it
+            count = self._cgroups.out_of_memory_kills(cgroup) - survived.kills
+            more = count > 0
+            if not noticed > survived.at or (count > 1 and watched is None):
+                at = None  # conmon's file has the time of the first one that no agent saw
+        return KillHistory(survived.kills, more, at if more else survived.at, ended_by)
+
+    def forget(self, container_id: str) -> None:
+        """End the watch of a container; one that is not watched is fine."""
+        watched = self._watched.pop(container_id, None)
+        if watched is None:
+            return
+        if watched.task is not None:
+            watched.task.cancel()
+        if watched.init is not None:
+            os.close(watched.init)
+        if self._files is not None:
+            for number in watched.numbers:
+                self._files.forget(number)
+
+    def close(self) -> None:
+        """End all watches."""
+        for container_id in list(self._watched):
+            self.forget(container_id)
+        if self._files is not None:
+            self._files.close()
+            self._files = None
+
+    def _occurred(self, watched: _Watched) -> None:
+        watched.again = True
+        if watched.task is None:
+            watched.task = asyncio.ensure_future(self._follow(watched))
+            watched.task.add_done_callback(partial(self._followed, watched))
+
+    def _followed(self, watched: _Watched, task: asyncio.Task[None]) -> None:
+        watched.task = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.warning("%s: kills for memory are not dated: %s", watched.container.title, error)
+
+    async def _follow(self, watched: _Watched) -> None:
+        """Look until nobody in the container is dying and no further kill is counted."""
+        before = -1
+        while True:
+            watched.again = False
+            async with self._looking:
+                begun = time.monotonic()
+                look = await in_thread(self._look, watched.container)
+                took = time.monotonic() - begun
+                watched.at = max(watched.at, look.at)
+                if not watched.again and not look.dying and look.kills == before:
+                    self._has_survived(watched, look.kills)
+                    return
+                before = look.kills
+                await asyncio.sleep(took / _LOOK_SHARE)
+            await asyncio.sleep(_SETTLE_SECONDS)
+
+    def _look(self, container: Container) -> _Look:
+        file = self._layout.container(container.id).out_of_memory
+        at = _time_of(file)
+        file.unlink(missing_ok=True)  # before the count is read: what comes later makes a new one
+        kills = self._cgroups.out_of_memory_kills(container.record.cgroup)
+        pids = self._cgroups.processes(container.record.cgroup)[:_MOST_PROCESSES]
+        dying = any(map(procfs.is_being_killed, pids))
+        return _Look(kills, time.time_ns() if dying else at, dying)
+
+    def _has_survived(self, watched: _Watched, kills: int) -> None:
+        """Write down that the first process lives after so many kills, if it does."""
+        container = watched.container
+        file = self._layout.container(container.id).survived_kills
+        init, before = container.record.init, _read(file)
+        pidfd = processes.open_process(init.pid, init.started) if init is not None else None
+        if pidfd is None or init is None:
+            return
+        if watched.init is not None or procfs.is_being_killed(init.pid):
+            os.close(pidfd)
+        else:
+            watched.init = pidfd
+        if watched.init is None or kills == before.kills or procfs.is_being_killed(init.pid):
+            return  # also where only another container of its pod has reached a limit
+        with contextlib.suppress(OSError):  # nothing worse than a time that is not known
+            file.write_bytes(msgspec.json.encode(SurvivedKills(kills, watched.at)))
+
+
+def _read(file: Path) -> SurvivedKills:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=SurvivedKills)
+    except (OSError, msgspec.MsgspecError):
+        return SurvivedKills()
+
+
+def _time_of(file: Path) -> int:
+    """When a file was made, 0 if it is not there."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0

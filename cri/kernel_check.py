@@ -9,7 +9,7 @@ from pathlib import Path
 
 from host import libc
 from host.files import mounts
-from network import links
+from network import rtnetlink
 from network.netlink import NETLINK_ROUTE, NetlinkSocket
 
 RULESET = b"""
@@ -55,9 +55,9 @@ def links_error() -> str:
     try:
         libc.unshare(libc.CLONE_NEWNET)
         with NetlinkSocket(NETLINK_ROUTE) as route, open("/proc/thread-self/ns/net", "rb") as here:
-            route.request([links.add_bridge("check0", bytes.fromhex("020000000001"), 1500)])
+            route.request([rtnetlink.add_bridge("check0", bytes.fromhex("020000000001"), 1500)])
             index = socket.if_nametoindex("check0")
-            pair = links.add_pair(
+            pair = rtnetlink.add_pair(
                 "check1", index, 1500, namespace=here.fileno(), peer="check2", peer_mac=bytes.fromhex("020000000002")
             )
             route.request([pair])

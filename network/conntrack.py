@@ -53,12 +53,16 @@ def _forget(netfilter: NetlinkSocket, family: int, port: int | None, wanted: Col
         protocol, flags = protocol + attribute(_PROTO_DST_PORT, struct.pack(">H", port)), flags | _FLAG_DST_PORT
     limits = nested(_FILTER, attribute(_FILTER_ORIG_FLAGS, struct.pack("=I", flags)))
     question = head + nested(_TUPLE_ORIG, nested(_TUPLE_PROTO, protocol)) + limits
-    for body in netfilter.answers(Message(_GET, NLM_F_DUMP, question)):
+
+    def deletion(body: bytes) -> Message | None:
         found = attributes(body[4:])
         flow = attributes(attributes(found[_TUPLE_ORIG])[_TUPLE_PROTO])
         # Kernels before 5.8 ignore the filter and answer with every flow.
         if flow.get(_PROTO_NUM) != bytes([_UDP]) or flow.get(_PROTO_DST_PORT) not in wanted:
-            continue
+            return None
         zone = attribute(_ZONE, found[_ZONE]) if _ZONE in found else b""
-        for refusal in netfilter.exchange([Message(_DELETE, 0, head + nested(_TUPLE_ORIG, found[_TUPLE_ORIG]) + zone)]):
+        return Message(_DELETE, 0, head + nested(_TUPLE_ORIG, found[_TUPLE_ORIG]) + zone)
+
+    for message in netfilter.ask(Message(_GET, NLM_F_DUMP, question), deletion):
+        for refusal in netfilter.exchange([message]):
             _log.debug("a flow to a UDP port ended by itself: %s", refusal.reason)

@@ -7,8 +7,8 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple, Self
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple, Self, TypeVar
 
 NETLINK_ROUTE = 0
 NETLINK_NETFILTER = 12
@@ -37,6 +37,8 @@ _REPLY_SECONDS = 10
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _ERROR = struct.Struct("=i")
+
+_Answer = TypeVar("_Answer")
 
 
 class Message(NamedTuple):
@@ -154,14 +156,17 @@ class NetlinkSocket:
             if refusal.number not in tolerate:
                 raise refusal.error()
 
-    def answers(self, message: Message) -> list[bytes]:
-        """The bodies of all answers to a question (NLM_F_DUMP: about all objects); raises OSError when refused."""
+    def ask(self, question: Message, read: Callable[[bytes], _Answer | None]) -> list[_Answer]:
+        """What ``read`` makes of each answer, less None, as they arrive; raises OSError when the kernel refuses.
+
+        ``question`` is about one object, or with NLM_F_DUMP about all. ``read`` gets what follows the header.
+        """
         with self._lock:
             self._sequence += 1
             sequence = self._sequence
-            flags = message.flags | NLM_F_REQUEST | NLM_F_ACK
-            self._socket.send(_HEADER.pack(16 + len(message.body), message.kind, flags, sequence, 0) + message.body)
-            bodies: list[bytes] = []
+            flags = question.flags | NLM_F_REQUEST | NLM_F_ACK
+            self._socket.send(_HEADER.pack(16 + len(question.body), question.kind, flags, sequence, 0) + question.body)
+            found: list[_Answer] = []
             while True:
                 for kind, _, answered, body in self._receive():
                     if answered != sequence:
@@ -170,8 +175,10 @@ class NetlinkSocket:
                         number = -_ERROR.unpack_from(body)[0] if len(body) >= 4 else 0
                         if number > 0:
                             raise OSError(number, os.strerror(number))
-                        return bodies
-                    bodies.append(body)
+                        return found
+                    answer = read(body)
+                    if answer is not None:
+                        found.append(answer)
 
     def _collect(self, first: int, last: int) -> list[Refusal]:
         refusals: list[Refusal] = []

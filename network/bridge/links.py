@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from host import libc
 from host.errors import NotFoundError, PodkeelError, UnavailableError, WrongStateError
-from network import bandwidth, conntrack, links, sysctl
+from network import bandwidth, conntrack, rtnetlink, sysctl
 from network.attachment import Attachment, bridge_mac, interface_prefix, link_local
 from network.bridge.owner import BridgeOwner, claim
 from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, NetlinkSocket
@@ -58,7 +58,7 @@ class KernelBridge:
 
     def is_up(self) -> bool:
         """Whether the bridge, which exists, is up."""
-        return links.link_is_up(self._route.answers(links.get_link(self.name))[0])
+        return rtnetlink.find_link(self._route, self.name).up
 
     def ensure(self, addresses: Sequence[IPInterface], mtu: int) -> None:
         """Make the bridge, or bring the one that exists to these addresses and this MTU, and let the node route.
@@ -67,29 +67,29 @@ class KernelBridge:
         or a bridge with such addresses.
         """
         try:
-            refusals = self._route.exchange([links.add_bridge(self.name, bridge_mac(self.name), mtu)])
+            refusals = self._route.exchange([rtnetlink.add_bridge(self.name, bridge_mac(self.name), mtu)])
             for refusal in refusals:
                 if refusal.number != errno.EEXIST:
                     raise refusal.error()
-            kind, mac = links.link_kind_and_mac(self._route.answers(links.get_link(self.name))[0])
-            if (kind, mac) != ("bridge", bridge_mac(self.name)):
+            link = rtnetlink.find_link(self._route, self.name)
+            if (link.kind, link.mac) != ("bridge", bridge_mac(self.name)):
                 raise WrongStateError(
                     f"link {self.name} exists and was not made by Podkeel: remove it or choose another network.bridge"
                 )
             if self._owner is not None:
                 claim(self._route, self.name, self._owner, addresses, made=not refusals)
             # A generated link-local address would be probed for a second, in which the node finds no IPv6 neighbour.
-            quiet = [links.keep_without_generated_address(self.name)] if self._ipv6 else []
-            self._route.request([links.configure_bridge(self.name), *quiet, links.set_up(self.name, mtu)])
+            quiet = [rtnetlink.keep_without_generated_address(self.name)] if self._ipv6 else []
+            self._route.request([rtnetlink.configure_bridge(self.name), *quiet, rtnetlink.set_up(self.name, mtu)])
             index = socket.if_nametoindex(self.name)
             present = set(self.addresses())
             # Deleted first: an IPv6 address is there once, so one with another prefix keeps it from being added.
-            changes = [links.delete_address(index, address) for address in present.difference(addresses)]
-            changes += [links.add_address(index, address) for address in addresses]
+            changes = [rtnetlink.delete_address(index, address) for address in present.difference(addresses)]
+            changes += [rtnetlink.add_address(index, address) for address in addresses]
             if any(address.version == 6 for address in addresses):
                 sysctl.enable_ipv6(self.name)
                 own = link_local(bridge_mac(self.name).hex(":"))
-                changes.append(links.add_address(index, ip_interface(f"{own}/64")))
+                changes.append(rtnetlink.add_address(index, ip_interface(f"{own}/64")))
             self._route.request(changes, tolerate=(errno.EEXIST, errno.EADDRNOTAVAIL))
             _await_addresses(self._route, (address.ip for address in addresses))
             sysctl.forward_ipv4(self.name)
@@ -101,7 +101,7 @@ class KernelBridge:
     def addresses(self) -> list[IPInterface]:
         """The bridge's addresses, without link-local ones."""
         index = self.index()
-        found = [links.address_of(body) for body in self._route.answers(links.get_addresses())]
+        found = rtnetlink.list_addresses(self._route)
         return [address for owner, address in found if owner == index and not address.is_link_local]
 
     def ports(self) -> set[str]:
@@ -114,8 +114,7 @@ class KernelBridge:
         index = self.index()
         if index is None:
             return set()
-        names = (links.port_name(body, index) for body in self._route.answers(links.get_ports(index)))
-        return {name for name in names if name is not None}
+        return {port.name for port in rtnetlink.list_ports(self._route, index) if port.up}
 
     def attach_again(self, names: Iterable[str]) -> list[str]:
         """Make these links ports of the bridge again that are not any more, or are down; returns which were.
@@ -127,7 +126,7 @@ class KernelBridge:
             return []
         lost = sorted(self.ports().intersection(names) - self.attached())
         for name in lost:
-            changes = [links.attach_port(name, index), links.make_hairpin(name), links.set_up(name)]
+            changes = [rtnetlink.attach_port(name, index), rtnetlink.make_hairpin(name), rtnetlink.set_up(name)]
             # One whose pod's namespace has gone is still listed while the kernel takes it down.
             self._route.request(changes, tolerate=(errno.ENODEV,))
         return lost
@@ -157,7 +156,7 @@ class KernelBridge:
                 _fail(f"{what}: nftables refused its elements", error)
             try:
                 # An address that a pod of another MAC had would be sent to that for up to a minute.
-                former = [links.forget_neighbour(bridge_index, ip_address(text)) for text in attachment.addresses]
+                former = [rtnetlink.forget_neighbour(bridge_index, ip_address(text)) for text in attachment.addresses]
                 self._route.request(former, tolerate=(errno.ENOENT,))
                 self._make_pair(attachment, bridge_index, pin.fileno())
                 libc.setns(pin.fileno(), libc.CLONE_NEWNET)
@@ -190,18 +189,18 @@ class KernelBridge:
     def delete_links(self, names: Sequence[str]) -> None:
         """Delete links; those that are not there are no error."""
         for name in names:
-            self._route.request([links.delete_link(name)], tolerate=(errno.ENODEV,))
+            self._route.request([rtnetlink.delete_link(name)], tolerate=(errno.ENODEV,))
 
     def _make_pair(self, attachment: Attachment, bridge_index: int, namespace: int) -> None:
         name = attachment.host_interface
         mac = bytes.fromhex(attachment.mac.replace(":", ""))
         messages = [
-            links.add_pair(
+            rtnetlink.add_pair(
                 name, bridge_index, attachment.mtu, namespace=namespace, peer=attachment.interface, peer_mac=mac
             ),
-            *([links.keep_without_generated_address(name)] if self._ipv6 else []),
-            links.make_hairpin(name),
-            links.set_up(name),
+            *([rtnetlink.keep_without_generated_address(name)] if self._ipv6 else []),
+            rtnetlink.make_hairpin(name),
+            rtnetlink.set_up(name),
         ]
         refusals = self._route.exchange(messages)
         if refusals and (refusals[0].position, refusals[0].number) == (0, errno.EEXIST) and _index(name) is not None:
@@ -217,13 +216,13 @@ class KernelBridge:
         addresses = [ip_address(text) for text in attachment.addresses]
         generated = ip_interface(f"{link_local(attachment.mac)}/64")
         return [
-            links.set_up("lo"),
-            *([links.keep_without_generated_address(attachment.interface)] if self._ipv6 else []),
-            links.set_up(attachment.interface),
-            *([links.add_address(index, generated)] if any(a.version == 6 for a in addresses) else []),
-            *(links.add_address(index, ip_interface(address)) for address in addresses),
-            *(links.add_neighbour_route(index, ip_address(gateway)) for gateway in attachment.gateways),
-            *(links.add_default_route(index, ip_address(gateway)) for gateway in attachment.gateways),
+            rtnetlink.set_up("lo"),
+            *([rtnetlink.keep_without_generated_address(attachment.interface)] if self._ipv6 else []),
+            rtnetlink.set_up(attachment.interface),
+            *([rtnetlink.add_address(index, generated)] if any(a.version == 6 for a in addresses) else []),
+            *(rtnetlink.add_address(index, ip_interface(address)) for address in addresses),
+            *(rtnetlink.add_neighbour_route(index, ip_address(gateway)) for gateway in attachment.gateways),
+            *(rtnetlink.add_default_route(index, ip_address(gateway)) for gateway in attachment.gateways),
         ]
 
 
@@ -233,13 +232,13 @@ def _await_carrier(route: NetlinkSocket, name: str) -> None:
     It does so in the background, which can take a second on a busy node. Kernels since 6.8 do it when asked for the
     link, older ones have to be waited for. A link that stays down is no error: its peer may go up later.
     """
-    _poll(lambda: links.link_passes_frames(route.answers(links.get_link(name))[0]))
+    _poll(lambda: rtnetlink.passes_frames(route, name))
 
 
 def _await_addresses(route: NetlinkSocket, addresses: Iterable[IPAddress]) -> None:
     """Wait until IPv6 addresses receive packets: the kernel finishes adding them in the background."""
-    questions = [links.get_route(address) for address in addresses if address.version == 6]
-    _poll(lambda: all(links.route_is_local(route.answers(question)[0]) for question in questions))
+    waited = [address for address in addresses if address.version == 6]
+    _poll(lambda: all(rtnetlink.is_local(route, address) for address in waited))
 
 
 def _poll(happened: Callable[[], bool]) -> None:

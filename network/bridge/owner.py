@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from host.errors import WrongStateError
-from network import links
+from network import rtnetlink
 from network.netlink import NetlinkSocket
 
 IPInterface = IPv4Interface | IPv6Interface
@@ -57,29 +57,29 @@ def claim(route: NetlinkSocket, name: str, owner: BridgeOwner, addresses: Sequen
     agent is gone, and to which no pod is connected, changes hands.
     """
     others = {bridge: found for bridge, found in _owners(route).items() if found.agent_id != owner.agent_id}
-    if not made and name not in others and not links.link_alias(route.answers(links.get_link(name))[0]):
+    if not made and name not in others and not rtnetlink.find_link(route, name).alias:
         time.sleep(_NAMING_SECONDS)
         others.update((key, found) for key, found in _owners(route).items() if found.agent_id != owner.agent_id)
     if name in others:
         _refuse_unless_left(route, name, owner, others.pop(name))
     for bridge, other in others.items():
         _refuse_overlap(route, bridge, other, addresses)
-    route.request([links.set_alias(name, owner.alias)])
+    route.request([rtnetlink.set_alias(name, owner.alias)])
 
 
 def _owners(route: NetlinkSocket) -> dict[str, BridgeOwner]:
     found: dict[str, BridgeOwner] = {}
-    for body in route.answers(links.get_links()):
-        words = links.link_alias(body).split(" ", 2)
+    for link in rtnetlink.list_links(route):
+        words = link.alias.split(" ", 2)
         if len(words) == 3 and words[0] == _FIRST_WORD:
-            found[links.link_name(body)] = BridgeOwner(words[1], words[2])
+            found[link.name] = BridgeOwner(words[1], words[2])
     return found
 
 
 def _refuse_unless_left(route: NetlinkSocket, name: str, owner: BridgeOwner, other: BridgeOwner) -> None:
     if other.data_dir and other.data_dir == owner.data_dir:
         return  # the same agent, which has lost its id
-    ports = _ports(route, name)
+    ports = rtnetlink.list_ports(route, rtnetlink.find_link(route, name).index)
     if other.is_there() or ports:
         raise WrongStateError(
             f"bridge {name} is {other.place}, {len(ports)} pods are connected to it: give this one another "
@@ -88,19 +88,14 @@ def _refuse_unless_left(route: NetlinkSocket, name: str, owner: BridgeOwner, oth
         )
 
 
-def _ports(route: NetlinkSocket, name: str) -> list[bytes]:
-    index = links.link_index(route.answers(links.get_link(name))[0])
-    return [body for body in route.answers(links.get_ports(index)) if links.link_master(body) == index]
-
-
 def _refuse_overlap(route: NetlinkSocket, bridge: str, other: BridgeOwner, addresses: Sequence[IPInterface]) -> None:
     try:
-        index = links.link_index(route.answers(links.get_link(bridge))[0])
+        index = rtnetlink.find_link(route, bridge).index
     except OSError as error:
         if error.errno == errno.ENODEV:
             return
         raise
-    for owner, theirs in (links.address_of(body) for body in route.answers(links.get_addresses())):
+    for owner, theirs in rtnetlink.list_addresses(route):
         for ours in addresses:
             if owner == index and ours.version == theirs.version and _overlap(ours, theirs):
                 raise WrongStateError(

@@ -14,7 +14,7 @@ from ipaddress import IPv4Address
 
 from host.concurrency import threads
 from host.errors import PodkeelError
-from network import conntrack, links, sysctl
+from network import conntrack, rtnetlink, sysctl
 from network.attachment import Attachment, PortMapping
 from network.bridge.audit import Finding, compare_sets
 from network.cni.record import CniRecord, CniState
@@ -152,7 +152,7 @@ def open_localhost(attachments: Sequence[Attachment]) -> None:
             if address is None:
                 continue
             try:
-                index = links.route_interface(route.answers(links.get_route(IPv4Address(address)))[0])
+                index = rtnetlink.outgoing_interface(route, IPv4Address(address))
                 sysctl.send_from_localhost(socket.if_indextoname(index))
             except OSError as error:
                 _log.warning(

@@ -7,7 +7,7 @@ import errno
 from host import libc
 from host.concurrency import threads
 from host.errors import NotFoundError
-from network import links
+from network import rtnetlink
 from network.netlink import NETLINK_ROUTE, NetlinkSocket
 
 
@@ -15,7 +15,7 @@ def bring_up_loopback(sandbox_id: str, netns_path: str) -> None:
     """Bring up ``lo`` in the namespace, which no plugin of the list does; moves the calling thread there."""
     try:
         with threads.inside_namespace(netns_path, libc.CLONE_NEWNET), NetlinkSocket(NETLINK_ROUTE) as inside:
-            inside.request([links.set_up("lo")])
+            inside.request([rtnetlink.set_up("lo")])
     except OSError as error:
         raise NotFoundError(
             f"sandbox {sandbox_id}: its network namespace {netns_path} is not there: {error}"
@@ -26,10 +26,10 @@ def remove_veth(name: str) -> None:
     """Delete the node's end of a pod's veth pair, if there is such a link and it is one; raises OSError."""
     with NetlinkSocket(NETLINK_ROUTE) as route:
         try:
-            kind, _ = links.link_kind_and_mac(route.answers(links.get_link(name))[0])
+            kind = rtnetlink.find_link(route, name).kind
         except OSError as error:
             if error.errno != errno.ENODEV:
                 raise
             return
         if kind == "veth":
-            route.request([links.delete_link(name)], tolerate=(errno.ENODEV,))
+            route.request([rtnetlink.delete_link(name)], tolerate=(errno.ENODEV,))

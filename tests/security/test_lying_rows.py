@@ -14,8 +14,8 @@ import msgspec
 import pytest
 
 from host.processes import start_time
-from network.links import delete_link
 from network.netlink import NETLINK_ROUTE, NetlinkSocket
+from network.rtnetlink import delete_link
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
 from tests.support.agent import AgentProcess, wait_for

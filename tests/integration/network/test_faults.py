@@ -12,7 +12,7 @@ import pytest
 
 from host.errors import NotFoundError, PodkeelError
 from network.attachment import PortMapping, interface_name
-from network.links import add_default_route
+from network.rtnetlink import add_default_route
 from tests.integration.network.conftest import Node, spare_subnet
 from tests.integration.network.namespaces import command, listen, request, start, talk, wait_until
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from host.database import Database
 from network.attachment import AttachRequest, PortMapping, interface_name
 from network.bridge.network import BuiltInNetwork
-from network.links import delete_link
+from network.rtnetlink import delete_link
 from network.netlink import NETLINK_ROUTE, NetlinkSocket
 from network.options import NetworkOptions
 from network.schema import MIGRATIONS
@@ -73,7 +73,7 @@ async def test_a_failure_after_the_pair_was_made_leaves_nothing(dual: Node, monk
     namespace = dual.namespace()
     elsewhere = ip_address("192.0.2.1")
     monkeypatch.setattr(
-        "network.bridge.links.links.add_default_route", lambda index, _: add_default_route(index, elsewhere)
+        "network.bridge.links.rtnetlink.add_default_route", lambda index, _: add_default_route(index, elsewhere)
     )
     with pytest.raises(PodkeelError, match=r"sandbox one .* unreachable"):
         await dual.network.attach(request("one", str(namespace.path), [PortMapping("tcp", 80, 20080)]))

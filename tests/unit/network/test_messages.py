@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import errno
 import socket
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_interface
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from network import links
+from network import rtnetlink
 from network.attachment import Attachment, PortMapping, interface_name, interface_prefix, link_local, pod_mac
 from network.netlink import NETLINK_ROUTE, NetlinkSocket, attribute, attributes, nested
 from network.nftables.elements import elements_of
@@ -31,13 +31,14 @@ def test_nested_attributes() -> None:
 
 def test_the_kernel_answers_and_refuses_by_position() -> None:
     with NetlinkSocket(NETLINK_ROUTE) as route:
-        _, mac = links.link_kind_and_mac(route.answers(links.get_link("lo"))[0])
-        assert mac == bytes(6)
-        found = [links.address_of(body) for body in route.answers(links.get_addresses())]
-        assert any(str(address) == "127.0.0.1/8" for _, address in found)
+        loopback = rtnetlink.find_link(route, "lo")
+        assert (loopback.index, loopback.name, loopback.mac, loopback.master) == (1, "lo", bytes(6), 0)
+        assert loopback in rtnetlink.list_links(route)
+        assert (1, ip_interface("127.0.0.1/8")) in rtnetlink.list_addresses(route)
+        assert rtnetlink.is_local(route, ip_address("127.0.0.1"))
         with pytest.raises(OSError, match="No such device"):
-            route.answers(links.get_link("pktnowhere"))
-        [refusal] = route.exchange([links.set_up("pktnowhere")])
+            rtnetlink.find_link(route, "pktnowhere")
+        [refusal] = route.exchange([rtnetlink.set_up("pktnowhere")])
         assert refusal.position == 0
         assert refusal.number in (errno.ENODEV, errno.EPERM)
 
@@ -47,7 +48,7 @@ def test_a_closed_socket_is_an_error_not_a_hang() -> None:
     route.close()
     route.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
-        route.answers(links.get_link("lo"))
+        rtnetlink.find_link(route, "lo")
 
 
 def test_interface_names_fit_and_differ_between_bridges() -> None:

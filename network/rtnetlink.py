@@ -1,10 +1,15 @@
-"""The rtnetlink requests (rtnetlink(7)) that make the bridge, a pod's veth pair, its addresses and its routes."""
+"""The rtnetlink requests (rtnetlink(7)) for the bridge, a pod's veth pair, its addresses and its routes.
+
+The functions that return a message change something: many of them are sent at once (``NetlinkSocket.request``). The
+functions that take a socket ask the kernel and block.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 import struct
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_interface
 
 from network.netlink import (
@@ -13,6 +18,7 @@ from network.netlink import (
     NLM_F_EXCL,
     NLM_F_REPLACE,
     Message,
+    NetlinkSocket,
     attribute,
     attributes,
     nested,
@@ -131,22 +137,6 @@ def attach_port(name: str, bridge_index: int) -> Message:
     return Message(_RTM_SETLINK, 0, _interface() + text(_IFLA_IFNAME, name) + number32(_IFLA_MASTER, bridge_index))
 
 
-def get_ports(bridge_index: int) -> Message:
-    """Ask for the ports of a bridge; ``port_name`` reads each answer."""
-    return Message(_RTM_GETLINK, NLM_F_DUMP, _interface() + number32(_IFLA_MASTER, bridge_index))
-
-
-def port_name(body: bytes, bridge_index: int) -> str | None:
-    """The name of the link in an answer to ``get_ports``; None for one that is down, and for another bridge's.
-
-    Kernels may answer with all links.
-    """
-    found = attributes(body[16:])
-    if found.get(_IFLA_MASTER) != struct.pack("=I", bridge_index) or not link_is_up(body):
-        return None
-    return os.fsdecode(found[_IFLA_IFNAME].rstrip(b"\0"))
-
-
 def make_hairpin(name: str) -> Message:
     """Let a bridge port send a frame back out where it came from: a pod may reach itself through a host port."""
     slave = nested(
@@ -193,86 +183,98 @@ def forget_neighbour(index: int, neighbour: IPAddress) -> Message:
     return Message(_RTM_DELNEIGH, 0, head + attribute(_NDA_DST, neighbour.packed))
 
 
-def get_route(destination: IPAddress) -> Message:
-    """Ask which route a packet to ``destination`` takes; ``route_is_local`` reads the answer."""
-    length = destination.max_prefixlen
-    head = struct.pack("=BBBBBBBBI", _family(destination.version), length, 0, 0, 0, 0, 0, 0, 0)
-    return Message(_RTM_GETROUTE, 0, head + attribute(_RTA_DST, destination.packed))
-
-
-def route_is_local(body: bytes) -> bool:
-    """Whether packets that take the route an answer to ``get_route`` describes are received here."""
-    return body[7] == _RTN_LOCAL
-
-
-def route_interface(body: bytes) -> int:
-    """The index of the link that packets leave by on the route an answer to ``get_route`` describes."""
-    return int(struct.unpack("=I", attributes(body[12:])[_RTA_OIF])[0])
-
-
-def get_link(name: str) -> Message:
-    """Ask for one link; ``link_kind_and_mac`` reads the answer."""
-    return Message(_RTM_GETLINK, 0, _interface() + text(_IFLA_IFNAME, name))
-
-
-def get_links() -> Message:
-    """Ask for all links."""
-    return Message(_RTM_GETLINK, NLM_F_DUMP, _interface())
-
-
 def set_alias(name: str, alias: str) -> Message:
     """Give a link a text for people and programs that look at it, of at most 255 bytes."""
     return Message(_RTM_SETLINK, 0, _interface() + text(_IFLA_IFNAME, name) + attribute(_IFLA_IFALIAS, alias.encode()))
 
 
-def link_alias(body: bytes) -> str:
-    """The alias of the link that an answer describes; empty if it has none."""
-    return os.fsdecode(attributes(body[16:]).get(_IFLA_IFALIAS, b"").rstrip(b"\0"))
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What the kernel says of a link. ``kind`` is such as ``bridge``; ``master`` is 0 for a link that is no port."""
+
+    index: int
+    name: str
+    kind: str
+    mac: bytes
+    alias: str
+    master: int
+    up: bool
 
 
-def link_name(body: bytes) -> str:
-    """The name of the link that an answer describes."""
-    return os.fsdecode(attributes(body[16:])[_IFLA_IFNAME].rstrip(b"\0"))
+def find_link(route: NetlinkSocket, name: str) -> Link:
+    """The link of that name; raises OSError (ENODEV) if there is none."""
+    return route.ask(Message(_RTM_GETLINK, 0, _interface() + text(_IFLA_IFNAME, name)), _link)[0]
 
 
-def link_index(body: bytes) -> int:
-    """The index of the link that an answer describes."""
-    return int(struct.unpack_from("=BxHiI", body)[2])
+def list_links(route: NetlinkSocket) -> list[Link]:
+    """All links of the namespace."""
+    return route.ask(Message(_RTM_GETLINK, NLM_F_DUMP, _interface()), _link)
 
 
-def link_master(body: bytes) -> int:
-    """The index of the bridge that the link an answer describes is a port of; 0 if it is none."""
-    master = attributes(body[16:]).get(_IFLA_MASTER, b"")
-    return int(struct.unpack("=I", master)[0]) if len(master) == 4 else 0
+def list_ports(route: NetlinkSocket, bridge_index: int) -> list[Link]:
+    """The ports of a bridge."""
+    question = Message(_RTM_GETLINK, NLM_F_DUMP, _interface() + number32(_IFLA_MASTER, bridge_index))
+    # Kernels may answer with all links.
+    return [link for link in route.ask(question, _link) if link.master == bridge_index]
 
 
-def link_kind_and_mac(body: bytes) -> tuple[str, bytes]:
-    """What kind of link the answer to ``get_link`` describes, such as ``bridge``, and its MAC."""
+def passes_frames(route: NetlinkSocket, name: str) -> bool:
+    """Whether the link has a carrier that the kernel acts on already; raises OSError (ENODEV) if there is no link."""
+    question = Message(_RTM_GETLINK, 0, _interface() + text(_IFLA_IFNAME, name))
+    return route.ask(question, lambda body: attributes(body[16:]).get(_IFLA_OPERSTATE) == bytes([_IF_OPER_UP]))[0]
+
+
+def list_addresses(route: NetlinkSocket) -> list[tuple[int, IPInterface]]:
+    """The IP addresses of all links, each with its link's index."""
+    return route.ask(Message(_RTM_GETADDR, NLM_F_DUMP, struct.pack("=BBBBI", socket.AF_UNSPEC, 0, 0, 0, 0)), _owned)
+
+
+def is_local(route: NetlinkSocket, destination: IPAddress) -> bool:
+    """Whether packets to ``destination`` are received here; raises OSError if there is no route."""
+    return route.ask(_get_route(destination), lambda body: body[7] == _RTN_LOCAL)[0]
+
+
+def outgoing_interface(route: NetlinkSocket, destination: IPAddress) -> int:
+    """The index of the link by which packets to ``destination`` leave; raises OSError if there is no route."""
+    return route.ask(_get_route(destination), lambda body: _number(attributes(body[12:]).get(_RTA_OIF)))[0]
+
+
+def _get_route(destination: IPAddress) -> Message:
+    length = destination.max_prefixlen
+    head = struct.pack("=BBBBBBBBI", _family(destination.version), length, 0, 0, 0, 0, 0, 0, 0)
+    return Message(_RTM_GETROUTE, 0, head + attribute(_RTA_DST, destination.packed))
+
+
+def _link(body: bytes) -> Link:
+    _, _, index, flags = struct.unpack_from("=BxHiI", body)
     found = attributes(body[16:])
-    kind = attributes(found.get(_IFLA_LINKINFO, b"")).get(_IFLA_INFO_KIND, b"")
-    return os.fsdecode(kind.rstrip(b"\0")), found.get(_IFLA_ADDRESS, b"")
+    kind = attributes(found.get(_IFLA_LINKINFO, b"")).get(_IFLA_INFO_KIND)
+    return Link(
+        index=index,
+        name=_text(found.get(_IFLA_IFNAME)),
+        kind=_text(kind),
+        mac=found.get(_IFLA_ADDRESS, b""),
+        alias=_text(found.get(_IFLA_IFALIAS)),
+        master=_number(found.get(_IFLA_MASTER)),
+        up=bool(flags & _IFF_UP),
+    )
 
 
-def link_is_up(body: bytes) -> bool:
-    """Whether the link an answer to ``get_link`` describes was brought up."""
-    return bool(struct.unpack_from("=BxHiI", body)[3] & _IFF_UP)
-
-
-def link_passes_frames(body: bytes) -> bool:
-    """Whether the link an answer to ``get_link`` describes has a carrier that the kernel acts on already."""
-    return attributes(body[16:]).get(_IFLA_OPERSTATE) == bytes([_IF_OPER_UP])
-
-
-def get_addresses() -> Message:
-    """Ask for the addresses of all links; ``address_of`` reads each answer."""
-    return Message(_RTM_GETADDR, NLM_F_DUMP, struct.pack("=BBBBI", socket.AF_UNSPEC, 0, 0, 0, 0))
-
-
-def address_of(body: bytes) -> tuple[int, IPInterface]:
-    """The link's index and its address with prefix in an answer to ``get_addresses``."""
-    _, prefix, _, _, index = struct.unpack_from("=BBBBI", body)
+def _owned(body: bytes) -> tuple[int, IPInterface] | None:
+    family, prefix, _, _, index = struct.unpack_from("=BBBBI", body)
     found = attributes(body[8:])
-    return index, ip_interface((found.get(_IFA_LOCAL, found[_IFA_ADDRESS]), prefix))
+    address = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
+    if family not in (socket.AF_INET, socket.AF_INET6) or address is None:
+        return None
+    return index, ip_interface((address, prefix))
+
+
+def _text(value: bytes | None) -> str:
+    return os.fsdecode((value or b"").rstrip(b"\0"))
+
+
+def _number(value: bytes | None) -> int:
+    return int(struct.unpack("=I", value)[0]) if value is not None and len(value) == 4 else 0
 
 
 def _interface(*, up: bool = False) -> bytes:

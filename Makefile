@@ -3,6 +3,8 @@
 .PHONY: help setup test test-vm lint run bench check clean
 SHELL := /bin/bash
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+# Bytecode is kept: without it each process that a test starts compiles the whole agent.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON_BIN := .venv/bin/python
 SOURCES := host metrics network images runtime cri cli tests scripts manifests hatch_build.py

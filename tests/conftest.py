@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,10 @@ import pytest
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, build_busybox, running_agent
 from tests.support.leaks import traces
+
+# Without bytecode on disk each agent that a test starts would compile all of its modules.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A run in the background of a shell ignores SIGINT, and all that it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,19 +9,18 @@ from google.protobuf.message import Message
 
 from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
-from runtime.nri.owners import Owners
+from runtime.nri.owners import REMOVAL, Owners
 from runtime.nri.resource_merging import merge_resources
 
 Field = nri_pb2.Field
 Messages = Any  # a repeated field of protobuf, whose stubs have no type for it
 
-_REMOVAL = "-"
 _HOOK_STAGES = ("prestart", "create_runtime", "create_container", "start_container", "poststart", "poststop")
 
 
 def removed_name(name: str) -> str | None:
     """What a name with a leading ``-`` removes; None for a name that is set."""
-    return name[1:] if name.startswith(_REMOVAL) else None
+    return name[1:] if name.startswith(REMOVAL) else None
 
 
 class Merging:
@@ -60,7 +59,7 @@ class Merging:
         current = dict(entry.split("=", 1) for entry in self.container.env if "=" in entry)
         changed = {entry.key: entry.value for entry in self.adjustment.env}
         for entry in adjust.env:
-            if not entry.key.removeprefix(_REMOVAL) or "=" in entry.key or "\0" in entry.key + entry.value:
+            if not entry.key.removeprefix(REMOVAL) or "=" in entry.key or "\0" in entry.key + entry.value:
                 raise InvalidArgumentError(f"NRI plugin {plugin}: {entry.key!r} is not the name of a variable")
         self._merge_map(Field.Env, plugin, {entry.key: entry.value for entry in adjust.env}, current, changed)
         self.container.env[:] = [f"{name}={value}" for name, value in current.items()]
@@ -73,7 +72,7 @@ class Merging:
             return
         if args[0] == "":  # replace whatever came before
             args = args[1:]
-            self.owners.clear(Field.Args)
+            self.owners.clear(Field.Args, plugin)
         if not args or not args[0]:
             raise InvalidArgumentError(f"NRI plugin {plugin} leaves nothing to run: args must not be empty")
         self.owners.claim(Field.Args, plugin)
@@ -118,7 +117,7 @@ class Merging:
         now, changed = self.container.linux.net_devices, self.adjustment.linux.net_devices
         for name in linux.net_devices:
             if (removed := removed_name(name)) is not None:
-                self.owners.clear_key(Field.LinuxNetDevices, removed)
+                self.owners.clear_key(Field.LinuxNetDevices, removed, plugin)
                 now.pop(removed, None)
                 changed.pop(removed, None)
                 changed[name].CopyFrom(nri_pb2.LinuxNetDevice())
@@ -136,7 +135,7 @@ class Merging:
         )
         if rdt.remove:
             for _, number in fields:
-                self.owners.clear(number)
+                self.owners.clear(number, plugin)
             self.container.linux.ClearField("rdt")
             self.adjustment.linux.ClearField("rdt")
             self.adjustment.linux.rdt.remove = True
@@ -156,7 +155,7 @@ class Merging:
     ) -> None:
         for name in given:
             if (removed := removed_name(name)) is not None:
-                self.owners.clear_key(number, removed)
+                self.owners.clear_key(number, removed, plugin)
                 current.pop(removed, None)
                 changed.pop(removed, None)
                 changed[name] = ""
@@ -179,10 +178,10 @@ class Merging:
         """The same for messages of a list, which are told apart by their field ``key``."""
         messages = {str(getattr(message, key)): message for message in given}
         for name, message in messages.items():
-            if not name.removeprefix(_REMOVAL):
+            if not name.removeprefix(REMOVAL):
                 raise InvalidArgumentError(f"NRI plugin {plugin}: {Field.Name(number)}: {key} is empty")
             if (removed := removed_name(name)) is not None:
-                self.owners.clear_key(number, removed)
+                self.owners.clear_key(number, removed, plugin)
                 _drop(current, key, removed)
                 _drop(changed, key, removed)
                 changed.extend([message])

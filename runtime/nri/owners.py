@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
 
 Field = nri_pb2.Field
+REMOVAL = "-"
+"""What begins the name of a thing that is removed, or the name of the plugin that removed it."""
 
 
 class ConflictError(InvalidArgumentError):
@@ -16,7 +19,10 @@ class ConflictError(InvalidArgumentError):
 
 @dataclass(slots=True)
 class Owners:
-    """The owner of each field of one container; compound fields have one for each key."""
+    """The owner of each field of one container; compound fields have one for each key.
+
+    A plugin that removed what was there is the owner with a leading ``-``: the next one may set it.
+    """
 
     subject: str
     simple: dict[int, str] = field(default_factory=dict)
@@ -24,35 +30,46 @@ class Owners:
 
     def claim(self, number: Field, plugin: str) -> None:
         """Make ``plugin`` the owner of a field. Raises ConflictError when another plugin is."""
-        owner = self.simple.setdefault(number, plugin)
-        if owner != plugin:
-            raise ConflictError(f"{self.subject}: NRI plugins {owner} and {plugin} both set {Field.Name(number)}")
+        self._claim(self.simple, number, plugin, Field.Name(number))
 
     def claim_key(self, number: Field, key: str, plugin: str) -> None:
         """The same for one key of a compound field."""
-        owner = self.compound.setdefault(number, {}).setdefault(key, plugin)
-        if owner != plugin:
-            raise ConflictError(
-                f"{self.subject}: NRI plugins {owner} and {plugin} both set {Field.Name(number)} {key!r}"
-            )
+        self._claim(self.compound.setdefault(number, {}), key, plugin, f"{Field.Name(number)} {key!r}")
+
+    def _claim(self, owners: dict[Any, str], key: object, plugin: str, what: str) -> None:
+        owner = owners.get(key, plugin)
+        if owner != plugin and not owner.startswith(REMOVAL):
+            raise ConflictError(f"{self.subject}: NRI plugins {owner} and {plugin} both set {what}")
+        owners[key] = plugin
 
     def add(self, number: Field, plugin: str) -> None:
         """Make ``plugin`` one of the owners of a field that several may add to."""
         names = self.simple[number].split(",") if number in self.simple else []
         self.simple[number] = ",".join(dict.fromkeys((*names, plugin)))
 
-    def clear(self, number: Field) -> None:
-        """Let the next plugin own a field: this one removed what was set."""
-        self.simple.pop(number, None)
+    def clear(self, number: Field, plugin: str) -> None:
+        """Let the next plugin own a field: ``plugin`` removed what was set."""
+        self.simple[number] = REMOVAL + plugin
 
-    def clear_key(self, number: Field, key: str) -> None:
+    def clear_key(self, number: Field, key: str, plugin: str) -> None:
         """The same for one key of a compound field."""
-        self.compound.get(number, {}).pop(key, None)
+        self.compound.setdefault(number, {})[key] = REMOVAL + plugin
 
     def message(self) -> nri_pb2.FieldOwners:
-        """The owners as plugins and the store know them."""
+        """The owners as plugins know them."""
         message = nri_pb2.FieldOwners(simple=self.simple)
         for number, owners in self.compound.items():
             if owners:
                 message.compound[number].owners.update(owners)
         return message
+
+    def changes(self) -> dict[str, str]:
+        """Plugins by what they changed, as people read it: ``Env NAME``, ``-Env NAME`` for what was removed."""
+        found: dict[str, str] = {}
+        named = [(Field.Name(cast(Field, number)), owner) for number, owner in self.simple.items()]
+        for number, owners in self.compound.items():
+            named += [(f"{Field.Name(cast(Field, number))} {key}", owner) for key, owner in owners.items()]
+        for name, owner in named:
+            removed = owner.startswith(REMOVAL)
+            found[REMOVAL + name if removed else name] = owner.removeprefix(REMOVAL)
+        return found

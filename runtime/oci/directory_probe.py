@@ -1,17 +1,21 @@
-"""What an OCI runtime does with working directories outside of a container, found out by trying."""
+"""What an OCI runtime does with scheduling and with working directories outside of a container, found out by trying."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import msgspec
 
 from host import processes
+from host.scheduling import io_priority
 
 _SECONDS = 30.0
+_IDLE = 3  # IOPRIO_CLASS_IDLE
 # By which number the descriptor of a directory is handed to an OCI runtime, also for real.
 DIRECTORY_DESCRIPTOR = 6
 DIRECTORY_BY_DESCRIPTOR = f"/proc/self/fd/{DIRECTORY_DESCRIPTOR}"
@@ -33,7 +37,20 @@ class DirectoryBehaviour(msgspec.Struct, frozen=True):
     enters_descriptors: bool = False
 
 
-async def probe_directories(runtime: Runtime, bundle: Path, container_id: str) -> DirectoryBehaviour:
+class Scheduling(msgspec.Struct, frozen=True):
+    """Whether it gives a container's first process a policy of the CPU scheduler and a priority of its I/O."""
+
+    scheduler: bool = False
+    io_priority: bool = False
+
+
+TRIED_SCHEDULING: Mapping[str, Mapping[str, str | int]] = MappingProxyType(
+    {"scheduler": {"policy": "SCHED_BATCH"}, "ioPriority": {"class": "IOPRIO_CLASS_IDLE", "priority": 0}}
+)
+"""What ``process`` of the container that is tried holds. No agent runs with it, and no right is needed for it."""
+
+
+async def probe_behaviour(runtime: Runtime, bundle: Path, container_id: str) -> tuple[DirectoryBehaviour, Scheduling]:
     """Run the container of ``bundle`` and commands in it; the caller removes it.
 
     Its ``/init`` waits for its end when it is its first process, and otherwise ends; its ``/host`` is the node's /proc.
@@ -42,7 +59,15 @@ async def probe_directories(runtime: Runtime, bundle: Path, container_id: str) -
     pid_file = bundle / "pid"
     words = ("run", "--detach", "--bundle", str(bundle), "--pid-file", str(pid_file), container_id)
     await processes.run(runtime.command(*words), timeout=_SECONDS)
-    root = os.open(f"/proc/{int(pid_file.read_text())}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    pid = int(pid_file.read_text())
+    scheduling = Scheduling(
+        scheduler=os.sched_getscheduler(pid) == os.SCHED_BATCH, io_priority=io_priority(pid) == (_IDLE, 0)
+    )
+    return await _probe_directories(runtime, pid, container_id), scheduling
+
+
+async def _probe_directories(runtime: Runtime, pid: int, container_id: str) -> DirectoryBehaviour:
+    root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         descriptors = {DIRECTORY_DESCRIPTOR: root}
         inside, outside, by_descriptor = await asyncio.gather(

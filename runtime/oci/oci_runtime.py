@@ -20,7 +20,7 @@ from host.errors import CommandError, NotFoundError, PodkeelError
 from host.files import mounts
 from host.files.removal import remove_tree
 from host.untrusted_json import JsonError
-from runtime.oci.directory_probe import DirectoryBehaviour, probe_directories
+from runtime.oci.directory_probe import TRIED_SCHEDULING, DirectoryBehaviour, probe_behaviour
 from runtime.oci.sealed_program import SealedProgram
 from runtime.options import HandlerOptions
 
@@ -48,8 +48,24 @@ _REFUSED_REQUEST = re.compile(
 _LOGFMT_ERROR = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')
 
 
-class _LinuxFeatures(msgspec.Struct):
+class _Enabled(msgspec.Struct):
+    enabled: bool | None = None
+
+
+class _MemoryPolicy(msgspec.Struct):
+    modes: list[str] | None = None
+
+
+class _IntelRdt(msgspec.Struct):
+    schemata: bool | None = None
+    monitoring: bool | None = None
+
+
+class _LinuxFeatures(msgspec.Struct, rename="camel"):
     namespaces: list[str] | None = None
+    net_devices: _Enabled | None = None
+    memory_policy: _MemoryPolicy | None = None
+    intel_rdt: _IntelRdt | None = None
 
 
 class _Features(msgspec.Struct, rename="camel"):
@@ -59,12 +75,25 @@ class _Features(msgspec.Struct, rename="camel"):
     linux: _LinuxFeatures | None = None
 
 
+_NAMESPACES = ("cgroup", "ipc", "mount", "network", "pid", "user", "uts")
+
+
 class RuntimeFeatures(msgspec.Struct, frozen=True):
-    """What a runtime handler can do, for Status and for refusing what it cannot."""
+    """What a runtime handler can do, for Status and for refusing what it cannot.
+
+    ``scheduler`` and ``io_priority`` were tried; ``memory_policies`` are modes of set_mempolicy(2).
+    """
 
     recursive_read_only_mounts: bool = False
     user_namespaces: bool = False
     version: str = ""
+    namespaces: tuple[str, ...] = _NAMESPACES
+    scheduler: bool = False
+    io_priority: bool = False
+    net_devices: bool = False
+    memory_policies: tuple[str, ...] = ()
+    rdt_schemata: bool = False
+    rdt_monitoring: bool = False
 
     @property
     def is_crun(self) -> bool:
@@ -164,7 +193,10 @@ class OciRuntime:
             await self._seal()
         async with self._probe_container(source, cgroup, scratch, "-P") as (bundle, container_id):
             try:
-                self.directories = await probe_directories(self, bundle, container_id)
+                self.directories, scheduling = await probe_behaviour(self, bundle, container_id)
+                self.features = msgspec.structs.replace(
+                    self.features, scheduler=scheduling.scheduler, io_priority=scheduling.io_priority
+                )
             except (PodkeelError, OSError) as error:
                 _log.warning("runtime handler %s: working directories could not be tried: %s", self.name, error)
 
@@ -207,10 +239,17 @@ class OciRuntime:
             answer = None
         if answer is None or answer == _Features():
             return _features_by_version(line)
+        linux = answer.linux or _LinuxFeatures()
+        rdt = linux.intel_rdt or _IntelRdt()
         return RuntimeFeatures(
             recursive_read_only_mounts="rro" in (answer.mount_options or ()),
-            user_namespaces=answer.linux is not None and "user" in (answer.linux.namespaces or ()),
+            user_namespaces="user" in (linux.namespaces or ()),
             version=line,
+            namespaces=tuple(linux.namespaces or _NAMESPACES),
+            net_devices=linux.net_devices is not None and linux.net_devices.enabled is True,
+            memory_policies=tuple(linux.memory_policy.modes or ()) if linux.memory_policy is not None else (),
+            rdt_schemata=rdt.schemata is True,
+            rdt_monitoring=rdt.monitoring is True,
         )
 
 
@@ -257,7 +296,13 @@ def _make_probe_bundle(bundle: Path, program: str, cgroup: str, argument: str) -
     spec = {
         "ociVersion": "1.0.2",
         "root": {"path": "rootfs", "readonly": True},
-        "process": {"args": ["/init", argument], "cwd": "/", "user": {"uid": 0, "gid": 0}, "noNewPrivileges": True},
+        "process": {
+            "args": ["/init", argument],
+            "cwd": "/",
+            "user": {"uid": 0, "gid": 0},
+            "noNewPrivileges": True,
+            **TRIED_SCHEDULING,
+        },
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
             {"destination": "/host", "type": "bind", "source": "/proc", "options": ["rbind", "ro"]},

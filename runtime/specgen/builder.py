@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
@@ -12,7 +13,8 @@ from runtime.specgen import config as oci
 from runtime.specgen.devices import described_devices
 from runtime.specgen.draft import Draft, SpecRequest, draft, naming_container
 from runtime.specgen.mounts.container_paths import Place
-from runtime.specgen.mounts.destinations import changed_groups, settle
+from runtime.specgen.mounts.destinations import MountGroups, changed_groups, settle
+from runtime.specgen.mounts.host_paths import require_propagation
 from runtime.specgen.mounts.idmapped import MappedVolume
 from runtime.specgen.mounts.image_volumes import Volume
 from runtime.specgen.mounts.kernel_places import refuse_imitations
@@ -76,6 +78,7 @@ def _complete(drafted: Draft) -> ContainerSpec:
         spec.hooks = _joined(spec.hooks, cdi.hooks(edits))
     groups = changed_groups(drafted.groups, drafted.volume_mounts, spec.mounts, drafted.asked_by)
     groups = replace(groups, described=cdi.mounts(edits))
+    _require_sources(groups)
     settled = settle(request.rootfs, groups)
     refuse_imitations(settled.mounts, groups.folders)
     for node in linux.devices:
@@ -86,7 +89,8 @@ def _complete(drafted: Draft) -> ContainerSpec:
     if request.handler.mask is not None:
         mounts += mask_files(linux, settled.paths, request.handler.mask)
     directory = settled_directory(process.cwd, settled.paths)
-    _refuse_swappable(request, process.cwd, directory)
+    host_pid = request.namespaces.host_pid or all(namespace.type != "pid" for namespace in linux.namespaces)
+    _refuse_swappable(request, process.cwd, directory, host_pid=host_pid)
     if not directory.exists:  # else its links stay, as they may change while the container runs
         process.cwd = directory.path
     spec.mounts = mounts
@@ -107,6 +111,25 @@ def _complete(drafted: Draft) -> ContainerSpec:
         mounts_in_volumes=settled.through_volumes,
         directory_in_volume=directory.in_volume or directory.of_kernel,
     )
+
+
+def _require_sources(groups: MountGroups) -> None:
+    """Refuse what plugins bind that is not there, or that does not pass mounts on as they want it."""
+    for what, mount in groups.adjusted:
+        if mount.type != "bind":
+            continue
+        try:
+            Path(mount.source).stat()
+            if {"shared", "rshared"} & set(mount.options):
+                require_propagation(mount.source, shared=True)
+            elif {"slave", "rslave"} & set(mount.options):
+                require_propagation(mount.source, shared=False)
+        except OSError as error:
+            raise InvalidArgumentError(
+                f"{what} {mount.destination}: its source {mount.source}: {error.strerror}"
+            ) from error
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"{what} {mount.destination}: {error.message}") from error
 
 
 def _joined(first: oci.Hooks | None, second: oci.Hooks | None) -> oci.Hooks | None:
@@ -137,9 +160,9 @@ def _add_described(edits: Sequence[cdi.Edits], process: oci.Process, linux: oci.
     return nodes
 
 
-def _refuse_swappable(request: SpecRequest, given: str, directory: Place) -> None:
+def _refuse_swappable(request: SpecRequest, given: str, directory: Place, *, host_pid: bool) -> None:
     """Not every OCI runtime makes a missing working directory without following links; with host PID they lead out."""
-    if directory.in_volume and request.namespaces.host_pid and not request.handler.makes_folders_inside:
+    if directory.in_volume and host_pid and not request.handler.makes_folders_inside:
         raise InvalidArgumentError(
             f"working_dir {given!r} lies in a volume, and the container sees the node's processes: runtime handler "
             f"{request.handler.name!r} could be led out of it when it makes the folder: use the volume's own folder, "

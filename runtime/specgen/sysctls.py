@@ -38,9 +38,9 @@ def pod_sysctls(
         name = _dotted(given)
         if "\n" in value or "\0" in value:
             raise InvalidArgumentError(f"sysctl {name}: the value holds a line break or NUL byte: remove it")
-        if name.startswith("net."):
+        if is_of_network(name):
             own, option = not host_network, "host network"
-        elif name.startswith(_IPC_NAMES) or name == "kernel.sem":
+        elif is_of_ipc(name):
             own, option = not host_ipc, "host IPC"
         else:
             raise InvalidArgumentError(
@@ -51,6 +51,16 @@ def pod_sysctls(
             raise InvalidArgumentError(f"sysctl {name} is not allowed with {option}: it would change the whole node")
         settings[name] = value
     return settings
+
+
+def is_of_network(name: str) -> bool:
+    """Whether a dotted name belongs to the network namespace."""
+    return name.startswith("net.") and _NAME.fullmatch(name) is not None
+
+
+def is_of_ipc(name: str) -> bool:
+    """Whether a dotted name belongs to the IPC namespace."""
+    return (name.startswith(_IPC_NAMES) or name == "kernel.sem") and _NAME.fullmatch(name) is not None
 
 
 def is_of_link(name: str) -> bool:

@@ -14,10 +14,17 @@ from typing import Any
 import pytest
 
 from host.files.mounts import mounts_below, unmount
+from proto.nri.v1alpha1 import nri_pb2
 from runtime.containers.idmapped_mounts import bind_all
+from runtime.nri.abilities import RuntimeAbilities
+from runtime.nri.adjustment import adjust
+from runtime.nri.merging import Merging
+from runtime.nri.owners import Owners
 from runtime.oci import private_devices
 from runtime.oci.null_device import open_private_null
-from runtime.specgen.builder import ContainerSpec, build
+from runtime.oci.oci_runtime import RuntimeFeatures
+from runtime.specgen.builder import ContainerSpec, complete
+from runtime.specgen.draft import draft
 from runtime.specgen.facts import HandlerFacts, SandboxFiles
 from runtime.specgen.mounts.image_volumes import make_volumes
 from runtime.specgen.mounts.volume_content import CopyLimits
@@ -118,7 +125,10 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(runtime: str, rootfs: Path, tmp_path: Path, node: NodeFacts, pod_namespaces: NamespacePaths) -> Iterator[Run]:
-    """``run(script, config=…, …)`` runs a shell script in a container built from that request."""
+    """``run(script, config=…, …)`` runs a shell script in a container built from that request.
+
+    ``adjustment`` is what a plugin of the node changes of it.
+    """
     identifier = f"podkeel-test-spec-{uuid.uuid4().hex[:12]}"
     state = tmp_path / "state"
     pod = tmp_path / "pod"
@@ -139,7 +149,14 @@ def run(runtime: str, rootfs: Path, tmp_path: Path, node: NodeFacts, pod_namespa
         fields.setdefault("node", node)
         fields.setdefault("handler", HandlerFacts(runtime, recursive_read_only=True))
         cgroup = f"/podkeel-test-spec/{identifier}"
-        built = build(request(tmp_path, rootfs=rootfs, cgroups_path=cgroup, **fields))
+        adjustment = fields.pop("adjustment", None)
+        drafted = draft(request(tmp_path, rootfs=rootfs, cgroups_path=cgroup, **fields))
+        if adjustment is not None:
+            merging = Merging(nri_pb2.Container(), Owners("container c1"))
+            merging.add("10-test", adjustment)
+            abilities = RuntimeAbilities(runtime, RuntimeFeatures(), node)
+            adjust(drafted, merging.adjustment, merging.owners.message(), abilities)
+        built = complete(drafted)
         make_volumes(built.volumes, rootfs, limits=CopyLimits(1 << 30, 10_000))
         namespaces = fields["namespaces"]
         bind_all(built.mapped_volumes, namespaces.user, (built.spec.linux.uid_mappings, built.spec.linux.gid_mappings))

@@ -121,7 +121,8 @@ def test_a_removal_frees_what_another_plugin_set(merging: Merging) -> None:
     assert (dict(now.annotations), list(now.env)) == ({"k": "2"}, ["PATH=/bin", "MODE=newer"])
     assert (list(now.mounts), dict(now.linux.sysctl), list(now.linux.devices)) == ([], {}, [])
     owners = merging.owners.message()
-    assert dict(owners.compound[Field.Annotations].owners) == {"k": "20-second"}
+    assert dict(owners.compound[Field.Annotations].owners) == {"k": "20-second", "a": "-20-second"}
+    assert merging.owners.changes()["-Mounts /data"] == "20-second"
     changed = merging.adjustment
     assert dict(changed.annotations) == {"-k": "", "k": "2", "-a": ""}
     assert [mount.destination for mount in changed.mounts] == ["-/data"]

@@ -1,0 +1,57 @@
+"""What a runtime handler and its node can do of what plugins ask for, and who asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from host.errors import InvalidArgumentError, UnsupportedError
+from proto.nri.v1alpha1 import nri_pb2
+from runtime.nri.owners import REMOVAL
+from runtime.oci.oci_runtime import RuntimeFeatures
+from runtime.specgen.node_facts import NodeFacts
+
+Field = nri_pb2.Field
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeAbilities:
+    """A runtime handler, what was found out about its OCI runtime when it was probed, and the node it runs on."""
+
+    handler: str
+    features: RuntimeFeatures
+    node: NodeFacts
+    systemd_cgroups: bool = False
+
+    @property
+    def title(self) -> str:
+        """How errors name the OCI runtime."""
+        return f"runtime handler {self.handler!r} ({self.features.version or 'of unknown version'})"
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """Which plugin asks for which change; makes the errors that name both."""
+
+    owners: nri_pb2.FieldOwners
+
+    def plugin(self, number: int, key: str = "") -> str:
+        """The names of the plugins that own a field, or one key of it."""
+        keys = self.owners.compound[number].owners if number in self.owners.compound else {}
+        if number in self.owners.simple:
+            names = [self.owners.simple[number]]
+        else:
+            names = [keys[name] for name in (key, key.removeprefix(REMOVAL)) if name in keys][:1] or list(keys.values())
+        return ",".join(dict.fromkeys(name.removeprefix(REMOVAL) for name in names)) or "(unknown)"
+
+    def subject(self, number: Field, key: str = "") -> str:
+        """``NRI plugin NAME: FIELD key``, which begins every error."""
+        named = f" {key}" if key else ""
+        return f"NRI plugin {self.plugin(number, key)}: {Field.Name(number)}{named}"
+
+    def wrong(self, number: Field, what: str, key: str = "") -> InvalidArgumentError:
+        """The error for a value that cannot be."""
+        return InvalidArgumentError(f"{self.subject(number, key)}: {what}")
+
+    def unsupported(self, number: Field, what: str, key: str = "") -> UnsupportedError:
+        """The error for what this node, its OCI runtime or this agent cannot do."""
+        return UnsupportedError(f"{self.subject(number, key)}: {what}")

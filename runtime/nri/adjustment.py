@@ -1,0 +1,168 @@
+"""What plugins of the node change of a container, put into its OCI spec."""
+
+from __future__ import annotations
+
+import posixpath
+import resource
+from collections.abc import Iterable
+
+from proto.nri.v1alpha1 import nri_pb2
+from runtime.nri.abilities import Asking, Field, RuntimeAbilities
+from runtime.nri.linux_adjustment import adjust_linux
+from runtime.nri.merging import removed_name
+from runtime.specgen import config
+from runtime.specgen.draft import Draft
+
+# Orders to crun that are the agent's own: which compiled seccomp filter, and which group below a scope.
+_AGENT_ANNOTATIONS = ("run.oci.seccomp_bpf_data", "run.oci.systemd.subgroup")
+_STAGES = ("prestart", "create_runtime", "create_container", "start_container", "poststart", "poststop")
+_PROPAGATION = {"shared": "shared", "rshared": "shared", "slave": "rslave", "rslave": "rslave"}
+# OCI runtimes write to files there what confines the process: what an image has in their place would be taken for them.
+_NEEDED_MOUNTS = ("/proc", "/dev")
+_KERNEL_TYPES = {"/proc": ("proc", "bind"), "/sys": ("sysfs", "bind"), "/dev": ("tmpfs", "devtmpfs", "bind")}
+
+
+def adjust(
+    draft: Draft, adjustment: nri_pb2.ContainerAdjustment, owners: nri_pb2.FieldOwners, abilities: RuntimeAbilities
+) -> None:
+    """Put a merged adjustment into the draft of a container, with its CDI devices. Raises what ``apply`` does."""
+    apply(adjustment, draft.spec, abilities, owners)
+    asking = Asking(owners)
+    for device in adjustment.CDI_devices:
+        removed = removed_name(device.name)
+        draft.cdi_devices = [name for name in draft.cdi_devices if name not in (removed, device.name)]
+        if removed is None:
+            draft.cdi_devices.append(device.name)
+    for mount in adjustment.mounts:
+        draft.asked_by[_cleaned(mount.destination)] = (
+            f"NRI plugin {asking.plugin(Field.Mounts, mount.destination)}: mount"
+        )
+
+
+def apply(
+    adjustment: nri_pb2.ContainerAdjustment,
+    spec: config.Spec,
+    abilities: RuntimeAbilities,
+    owners: nri_pb2.FieldOwners,
+) -> None:
+    """Put what plugins changed of a container into ``spec``, whose paths are not resolved yet; touches no file.
+
+    A name with a leading ``-`` removes what the container had; what is set replaces what was there. CDI devices are not
+    of the spec: ``adjust`` takes them. Mounts and devices that stay are the same objects as before.
+
+    Raises InvalidArgumentError for a value that cannot be, UnsupportedError for what the node, the OCI runtime of the
+    handler or this agent cannot do; both name the plugin and the field.
+    """
+    asking = Asking(owners)
+    _annotations(adjustment, spec, asking)
+    _environment(adjustment, spec.process)
+    if adjustment.args:
+        spec.process.args = list(adjustment.args)
+    _mounts(adjustment.mounts, spec, asking)
+    _hooks(adjustment.hooks, spec, asking)
+    _rlimits(adjustment.rlimits, spec.process, abilities, asking)
+    if adjustment.HasField("linux"):
+        adjust_linux(adjustment.linux, spec, abilities, asking)
+
+
+def _annotations(adjustment: nri_pb2.ContainerAdjustment, spec: config.Spec, asking: Asking) -> None:
+    for key, value in adjustment.annotations.items():
+        removed = removed_name(key)
+        if (removed or key) in _AGENT_ANNOTATIONS:
+            raise asking.wrong(Field.Annotations, "is the agent's own: leave it as it is", key)
+        if removed is None:
+            spec.annotations[key] = value
+        else:
+            spec.annotations.pop(removed, None)
+
+
+def _environment(adjustment: nri_pb2.ContainerAdjustment, process: config.Process) -> None:
+    changed = {removed_name(entry.key) or entry.key for entry in adjustment.env}
+    if changed:
+        kept = [entry for entry in process.env if entry.partition("=")[0] not in changed]
+        added = [f"{entry.key}={entry.value}" for entry in adjustment.env if removed_name(entry.key) is None]
+        process.env = kept + added
+
+
+def _cleaned(path: str) -> str:
+    return posixpath.normpath("/" + path.lstrip("/"))
+
+
+def _mounts(mounts: Iterable[nri_pb2.Mount], spec: config.Spec, asking: Asking) -> None:
+    wanted: dict[str, config.Mount | None] = {}
+    for mount in mounts:
+        removed = removed_name(mount.destination)
+        given = mount.destination if removed is None else removed
+        if not given.startswith("/") or ".." in given.split("/") or "\0" in given or _cleaned(given) == "/":
+            raise asking.wrong(Field.Mounts, "is not an absolute path below the root without '..'", given)
+        destination = _cleaned(given)
+        if removed is not None:
+            wanted.setdefault(destination, None)
+            continue
+        wanted[destination] = _mount(mount, destination, asking)
+        wanted_propagation = {_PROPAGATION[option] for option in mount.options if option in _PROPAGATION}
+        if "shared" in wanted_propagation:
+            spec.linux.rootfs_propagation = "shared"
+        elif wanted_propagation and not spec.linux.rootfs_propagation:
+            spec.linux.rootfs_propagation = "rslave"
+    if not wanted:
+        return
+    for destination in _NEEDED_MOUNTS:
+        if destination in wanted and wanted[destination] is None:
+            raise asking.wrong(Field.Mounts, "no container runs without it: replace it, or leave it", f"-{destination}")
+    kept = [mount for mount in spec.mounts if mount.destination not in wanted]
+    added = [mount for mount in wanted.values() if mount is not None]
+    spec.mounts = sorted((*kept, *added), key=lambda mount: mount.destination.count("/"))
+
+
+def _mount(mount: nri_pb2.Mount, destination: str, asking: Asking) -> config.Mount:
+    options = list(mount.options)
+    kind = mount.type or "bind"
+    if kind == "bind" or {"bind", "rbind"} & set(options):
+        kind = "bind"
+        if not mount.source.startswith("/") or "\0" in mount.source:
+            raise asking.wrong(Field.Mounts, f"its source {mount.source!r} is not an absolute path", destination)
+        if not {"bind", "rbind"} & set(options):
+            options = ["rbind", *options]
+    allowed = _KERNEL_TYPES.get(destination)
+    if allowed is not None and kind not in allowed:
+        raise asking.wrong(Field.Mounts, f"only {' or '.join(allowed)} can be mounted there, not {kind}", destination)
+    if kind != "bind" and destination.startswith("/proc/"):
+        raise asking.wrong(Field.Mounts, "only files of the node can be bound below /proc", destination)
+    return config.Mount(destination=destination, type=kind, source=mount.source, options=options)
+
+
+def _hooks(hooks: nri_pb2.Hooks, spec: config.Spec, asking: Asking) -> None:
+    for stage in _STAGES:
+        for hook in getattr(hooks, stage):
+            if not hook.path.startswith("/") or "\0" in hook.path:
+                raise asking.wrong(Field.OciHooks, f"the hook's path {hook.path!r} is not absolute")
+            timeout = hook.timeout.value if hook.HasField("timeout") else None
+            if timeout is not None and not 0 < timeout < 1 << 31:
+                raise asking.wrong(Field.OciHooks, f"the timeout of {hook.path}, {timeout}, is not above 0 seconds")
+            if spec.hooks is None:
+                spec.hooks = config.Hooks()
+            made = config.Hook(path=hook.path, args=list(hook.args), env=list(hook.env), timeout=timeout)
+            getattr(spec.hooks, stage).append(made)
+
+
+def _rlimits(
+    limits: Iterable[nri_pb2.POSIXRlimit], process: config.Process, abilities: RuntimeAbilities, asking: Asking
+) -> None:
+    unlimited = "CAP_SYS_RESOURCE" in abilities.node.capabilities
+    changed = {limit.type: limit for limit in process.rlimits}
+    for limit in limits:
+        removed = removed_name(limit.type)
+        if removed is not None:
+            changed.pop(removed, None)
+            continue
+        if not limit.type.startswith("RLIMIT_") or not hasattr(resource, limit.type):
+            raise asking.wrong(Field.Rlimits, "is not the name of a limit of setrlimit(2)", limit.type)
+        if limit.soft > limit.hard:
+            raise asking.wrong(Field.Rlimits, f"soft {limit.soft} is above hard {limit.hard}", limit.type)
+        most = resource.getrlimit(getattr(resource, limit.type))[1] % (1 << 64)
+        if limit.hard > most and not unlimited:
+            what = f"{limit.hard} is above {most}, the most that this agent may give without CAP_SYS_RESOURCE"
+            raise asking.unsupported(Field.Rlimits, what, limit.type)
+        changed[limit.type] = config.Rlimit(type=limit.type, hard=limit.hard, soft=limit.soft)
+    process.rlimits = list(changed.values())

@@ -1,0 +1,36 @@
+"""Limits of a container that the CRI has no field for, as plugins of the node set them."""
+
+from __future__ import annotations
+
+import msgspec
+
+from runtime.specgen import config
+
+
+class ExtraLimits(msgspec.Struct, omit_defaults=True):
+    """Limits by the names of the OCI spec: bytes, microseconds; None is not set, ``pids`` -1 is no limit."""
+
+    reservation: int | None = None
+    kernel_tcp: int | None = None
+    swappiness: int | None = None
+    disable_oom_killer: bool | None = None
+    realtime_runtime: int | None = None
+    realtime_period: int | None = None
+    pids: int | None = None
+
+    def merged(self, later: ExtraLimits) -> ExtraLimits:
+        """These, with what ``later`` sets in their place."""
+        changes = {name: getattr(later, name) for name in self.__struct_fields__ if getattr(later, name) is not None}
+        return msgspec.structs.replace(self, **changes)
+
+    def put_into(self, resources: config.Resources) -> None:
+        """Set them in the resources of a spec."""
+        for part, kind, names in (
+            ("memory", config.Memory, ("reservation", "kernel_tcp", "swappiness", "disable_oom_killer")),
+            ("cpu", config.Cpu, ("realtime_runtime", "realtime_period")),
+        ):
+            changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+            if changes:
+                setattr(resources, part, msgspec.structs.replace(getattr(resources, part) or kind(), **changes))
+        if self.pids is not None:
+            resources.pids = config.Pids(limit=self.pids) if self.pids > 0 else None  # crun (1.8) fails on -1

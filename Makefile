@@ -1,6 +1,6 @@
 # Podkeel: `make run` shows a pod running, `make test` runs every test; both set up what they need.
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-vm lint run bench check clean
+.PHONY: help install setup test test-vm lint run bench check clean
 SHELL := /bin/bash
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 # Bytecode is kept: without it each process that a test starts compiles the whole agent.
@@ -12,10 +12,13 @@ SOURCES := host metrics network images runtime cri cli tests scripts manifests h
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## install Debian packages, make .venv, generate the protocol stubs
+install: ## install what it takes to run Podkeel: Debian packages, .venv, the protocol stubs
+	@scripts/setup.sh run
+
+setup: ## install what it takes to build, test and measure Podkeel as well
 	@scripts/setup.sh
 
-run: setup ## start an agent and run the sample pod until Ctrl-C; RUN_ONCE=1 ends and cleans up; ARGS="…" go to the agent
+run: install ## start an agent and run the sample pod until Ctrl-C; RUN_ONCE=1 ends and cleans up; ARGS="…" go to the agent
 	@$(PYTHON_BIN) scripts/run_demo.py $(ARGS)
 
 test: lint ## check style and types, then run every test (as root); TESTS="…" names some
@@ -37,7 +40,7 @@ ifeq ($(ARGS),)
 	@$(PYTHON_BIN) -m tests.bench --pull
 endif
 
-check: setup ## say what on this host works and what is missing
+check: install ## say what on this host works and what is missing
 	@$(PYTHON_BIN) -m cli.main check $(ARGS)
 
 clean: ## remove what was built here; the packages stay

@@ -1,31 +1,37 @@
 #!/usr/bin/env bash
-# Prepares a Debian machine to build, test and run Podkeel: packages, .venv, generated stubs.
+# Prepares a Debian machine for Podkeel: packages, .venv, generated stubs. `setup.sh run` installs what it takes to run
+# Podkeel, `setup.sh` also what building, testing and measuring it takes.
 # Does nothing, quickly, when all of it is there; says what is missing when it cannot go on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 
+readonly PURPOSE=${1:-test}
 readonly VENV=.venv
 readonly STAMPS=$VENV/stamps
 PACKAGES=(
     python3-venv     # .venv
-    crun runc        # OCI runtimes: each is a runtime handler, and tests use both
+    crun runc        # OCI runtimes: each is a runtime handler
     conmon           # stays beside each container
     catatonit        # init of pods that share their PID namespace
     nftables         # packet rules of the built-in network
+    iproute2         # people look at links by it
     busybox-static   # the image of the sample pod and of tests
-    docker-registry  # tests pull from it; no service of it is needed
-    prometheus       # tests have it check the rules and scrape an agent; no service of it is needed
-    containernetworking-plugins iptables  # tests connect pods by them
-    iperf3           # tests measure limited pods with it
-    skopeo umoci containerd  # tests hold images against what these make of them; containerd's service is not needed
-    buildah          # tests take in what it builds
-    iproute2 kmod    # tests look at links; modules are loaded where the kernel has them apart
     ca-certificates  # registries over https
 )
-
-# Tests have kubectl use the streams; another one than Debian's is as good, and in its way.
-command -v kubectl >/dev/null || PACKAGES+=(kubernetes-client)
+if [[ $PURPOSE == test ]]; then
+    PACKAGES+=(
+        docker-registry  # tests pull from it; no service of it is needed
+        prometheus       # tests have it check the rules and scrape an agent; no service of it is needed
+        containernetworking-plugins iptables  # tests connect pods by them
+        iperf3           # tests measure limited pods with it
+        skopeo umoci containerd  # tests hold images against what these make of them; containerd's service is not needed
+        buildah          # tests take in what it builds
+        kmod             # tests load modules where the kernel has them apart
+    )
+    # Tests have kubectl use the streams; another one than Debian's is as good, and in its way.
+    command -v kubectl >/dev/null || PACKAGES+=(kubernetes-client)
+fi
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() {
@@ -95,15 +101,25 @@ make_environment() {
         "$python" -m venv "$VENV"
     fi
     mkdir -p "$STAMPS"
-    local wanted
+    local wanted stamp
     wanted=$({ cat pyproject.toml hatch_build.py; pwd; } | sha256sum)
-    if [[ $(cat "$STAMPS/installed" 2>/dev/null) != "$wanted" ]]; then
-        say "installing Podkeel and what it needs into $VENV"
-        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]' ||
-            fail "pip could not install; is the Python package index reachable?"
-        printf '%s\n' "$wanted" >"$STAMPS/installed"
-        rm -f "$STAMPS/stubs"
+    for stamp in installed $([[ $PURPOSE == test ]] || echo installed-to-run); do
+        [[ $(cat "$STAMPS/$stamp" 2>/dev/null) != "$wanted" ]] || return 0
+    done
+    if [[ $PURPOSE == test ]]; then
+        install_podkeel '.[dev]'
+    else
+        install_podkeel .
     fi
+    printf '%s\n' "$wanted" >"$STAMPS/$stamp"
+    rm -f "$STAMPS/stubs"
+}
+
+# Generates the stubs as well: pyproject.toml has a build hook for it.
+install_podkeel() {
+    say "installing Podkeel and what it needs into $VENV"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$1" ||
+        fail "pip could not install; is the Python package index reachable?"
 }
 
 make_stubs() {
@@ -113,13 +129,16 @@ make_stubs() {
     for source in "${sources[@]}"; do
         [[ -e ${source%.proto}_pb2.py && -e ${source%.proto}_pb2.pyi ]] || complete=no
     done
-    if [[ $complete == no || $(cat "$STAMPS/stubs" 2>/dev/null) != "$wanted" ]]; then
+    [[ $complete == no || $(cat "$STAMPS/stubs" 2>/dev/null) != "$wanted" ]] || return 0
+    if ! "$VENV/bin/python" -c 'import grpc_tools' 2>/dev/null; then
+        install_podkeel .
+    else
         say "generating stubs from ${sources[*]}"
         "$VENV/bin/python" -m grpc_tools.protoc -I. --python_out=. --pyi_out=. "${sources[@]}"
         # An enum of NRI has a value None, which no Python file can declare.
         sed -i '/^ *None: /d' proto/nri/v1alpha1/nri_pb2.pyi
-        printf '%s\n' "$wanted" >"$STAMPS/stubs"
     fi
+    printf '%s\n' "$wanted" >"$STAMPS/stubs"
 }
 
 # Python writes bytecode itself, unless PYTHONDONTWRITEBYTECODE is set, as it is in many images of build services, or the

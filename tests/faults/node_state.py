@@ -48,6 +48,7 @@ def rows(agent: AgentProcess, query: str) -> list[tuple[object, ...]]:
 
 def _expected(agent: AgentProcess) -> Iterator[str]:
     client = agent.client
+    yield "mount mask"
     for (sandbox_id,) in rows(agent, "SELECT id FROM sandboxes"):
         try:
             status = client.sandbox_status(str(sandbox_id))

@@ -17,7 +17,7 @@ from runtime.specgen.mounts.destinations import MountGroups, changed_groups, set
 from runtime.specgen.mounts.host_paths import require_propagation
 from runtime.specgen.mounts.idmapped import MappedVolume
 from runtime.specgen.mounts.image_volumes import Volume
-from runtime.specgen.mounts.kernel_places import refuse_imitations
+from runtime.specgen.mounts.kernel_places import kernel_folders_last, refuse_imitations, refuse_nested
 from runtime.specgen.mounts.masks import mask_files
 from runtime.specgen.mounts.private_devices import PrivateDevices, prepare
 from runtime.specgen.process import settled_directory
@@ -81,11 +81,15 @@ def _complete(drafted: Draft) -> ContainerSpec:
     _require_sources(groups)
     settled = settle(request.rootfs, groups)
     refuse_imitations(settled.mounts, groups.folders)
+    sees_others = request.namespaces.host_pid or bool(request.namespaces.pid)
+    refuse_nested(settled.nested, settled.mounts, sees_others=sees_others)
     for node in linux.devices:
         node.path = settled.paths.destination(node.path, "devices: container_path").path
     own_devices, mounts = prepare(
         request.rootfs, linux, settled.mounts, described=described, folders=groups.folders, label=labels.mount
     )
+    if settled.nested:
+        mounts = kernel_folders_last(mounts)
     if request.handler.mask is not None:
         mounts += mask_files(linux, settled.paths, request.handler.mask)
     directory = settled_directory(process.cwd, settled.paths)
@@ -108,7 +112,7 @@ def _complete(drafted: Draft) -> ContainerSpec:
         mapped_volumes=[volume for volume in drafted.mapped_volumes if str(volume.target) in used],
         private_devices=own_devices,
         relabels=(*volumes_to_relabel(config.mounts, drafted.host_paths, labels.mount), *_pod_files(request, labels)),
-        mounts_in_volumes=settled.through_volumes,
+        mounts_in_volumes=bool(settled.nested),
         directory_in_volume=directory.in_volume or directory.of_kernel,
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import grpc
 import pytest
 
 from host.files.mounts import mount_table
+from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.hardening import PRELUDE, PYTHON, init_pid, like_kubelets, with_python
 from tests.security.conftest import pod_config
 from tests.support.agent import PATIENCE, AgentProcess, wait_for
@@ -76,3 +78,44 @@ def test_what_volumes_bring_along_is_not_taken_for_swapped(
     container_id = quiet_log.client.create(quiet_log.client.run_sandbox(sandbox, handler), config, sandbox)
     quiet_log.client.start(container_id)
     assert quiet_log.client.output(container_id, "ls", "/volume", "/dev/volume").split().count("inner") == 2
+
+
+@pytest.mark.parametrize("target", ["/dev", "/etc"])
+def test_no_file_of_the_node_changes_its_owner_by_a_swapped_mount_point(
+    quiet_log: AgentProcess, handler: str, tmp_path: Path, target: str
+) -> None:
+    """With host PID a null of the volume's can lead to any file of the node, which the OCI runtime would chown."""
+    volume, other, secret = tmp_path / "volume", tmp_path / "other", tmp_path / "secret"
+    for folder in (volume, other):
+        folder.mkdir()
+    secret.touch(mode=0o600)
+    (other / "null").symlink_to(f"/proc/{os.getpid()}/root{secret}")
+    (other / "inner").symlink_to("/dev/null")
+    sandbox = pod_config(quiet_log)
+    sandbox.linux.security_context.namespace_options.pid = cri_pb2.NODE
+    sandbox_id = quiet_log.client.run_sandbox(sandbox, handler)
+    code = PRELUDE + SWAP.format(target=target, seconds=30 * PATIENCE)
+    swapper = with_python(like_kubelets("swapper", PYTHON, "-I", "-c", code))
+    swapper.linux.security_context.namespace_options.CopyFrom(sandbox.linux.security_context.namespace_options)
+    swapper.mounts.add(container_path="/volume", host_path=str(volume))
+    swapping = quiet_log.client.create(sandbox_id, swapper, sandbox)
+    quiet_log.client.start(swapping)
+    wait_for(lambda: (volume / "inner").is_symlink() or (volume / "link").is_symlink(), what="the first swap")
+    outcomes = set()
+    for number in range(15):
+        victim = like_kubelets(f"victim{number}")
+        victim.linux.security_context.run_as_user.value = 1000
+        victim.linux.security_context.namespace_options.CopyFrom(sandbox.linux.security_context.namespace_options)
+        victim.mounts.add(container_path="/volume", host_path=str(volume))
+        victim.mounts.add(container_path="/volume/inner", host_path=str(other))
+        if target == "/etc":  # and by a second volume, in what was led astray
+            victim.mounts.add(container_path="/etc/inner", host_path=str(secret))
+        try:
+            quiet_log.client.remove(quiet_log.client.create(sandbox_id, victim, sandbox))
+            outcomes.add("created")
+        except grpc.RpcError:
+            outcomes.add("refused")
+        assert secret.stat().st_uid == 0, f"the node's file has another owner after {number} tries"
+        assert secret.stat().st_mode & 0o777 == 0o600
+    assert ("refused" in outcomes) or target == "/etc", "the swaps were never seen"
+    quiet_log.client.remove(swapping)

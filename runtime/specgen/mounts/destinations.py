@@ -62,14 +62,14 @@ def changed_groups(
 class SettledMounts:
     """All mounts in order, with destinations free of links, and the paths of a container that has them.
 
-    ``volumes`` are those that nothing else is mounted on. ``through_volumes``: a destination lies in another volume,
+    ``volumes`` are those that nothing else is mounted on. ``nested`` are destinations that lie in another volume,
     which others may change before the OCI runtime mounts there.
     """
 
     mounts: list[config.Mount]
     volumes: tuple[Volume, ...]
     paths: ContainerPaths
-    through_volumes: bool
+    nested: tuple[str, ...]
 
 
 def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
@@ -82,7 +82,7 @@ def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
     wanted += [_Planned(mount, "mounts: container_path", _folder(mount, groups.folders)) for mount in groups.configured]
     wanted += [_Planned(mount, "CDI: mount", _folder(mount, groups.folders)) for mount in groups.described]
     wanted += [_Planned(mount, what, _folder(mount, groups.folders)) for what, mount in groups.adjusted]
-    destinations, paths, through_volumes = _resolved(rootfs, wanted)
+    destinations, paths, nested = _resolved(rootfs, wanted)
     mounts = [
         plan.mount
         if plan.mount.destination == destination
@@ -98,7 +98,7 @@ def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
     for later in (mounts[described:adjusted], mounts[adjusted:]):
         if later:
             ordered = in_order(ordered, later)
-    return SettledMounts(ordered, tuple(compress(groups.volumes, kept)), paths, through_volumes)
+    return SettledMounts(ordered, tuple(compress(groups.volumes, kept)), paths, nested)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,20 +139,24 @@ def _is_or_will_be_folder(path: str) -> bool:
         return True
 
 
-def _resolved(rootfs: Path, wanted: Sequence[_Planned]) -> tuple[list[str], ContainerPaths, bool]:
-    """The destinations, parents resolved first: what is mounted there may hold links to where others go."""
+def _resolved(rootfs: Path, wanted: Sequence[_Planned]) -> tuple[list[str], ContainerPaths, tuple[str, ...]]:
+    """The destinations, parents resolved first: what is mounted there may hold links to where others go.
+
+    The last are those that lie in another volume.
+    """
     destinations = [plan.mount.destination for plan in wanted]
     for _ in range(_ROUNDS):
-        paths, through_volumes = ContainerPaths(rootfs), False
+        paths, nested = ContainerPaths(rootfs), list[str]()
         found = list(destinations)
         for index in sorted(range(len(wanted)), key=lambda index: destinations[index].count("/")):
             place = paths.destination(destinations[index], wanted[index].what)
             _require_same_kind(wanted[index], place)
             found[index] = place.path
-            through_volumes = through_volumes or place.in_volume
+            if place.in_volume:
+                nested.append(place.path)
             if wanted[index].folder:
                 paths.add(place.path, wanted[index].folder)
         if found == destinations:
-            return destinations, paths, through_volumes
+            return destinations, paths, tuple(nested)
         destinations = found
     raise InvalidArgumentError("mounts: links in volumes lead to each other's mount points: mount at plain folders")

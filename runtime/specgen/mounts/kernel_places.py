@@ -8,7 +8,7 @@ CVE-2025-31133, CVE-2025-52565).
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from host.errors import InvalidArgumentError
@@ -18,6 +18,7 @@ from runtime.specgen.mounts.private_devices import DEFAULT_NODES
 
 # Where a volume takes the place of what OCI runtimes open: a terminal is opened by /dev/ptmx and /dev/pts.
 _OF_THE_NODE = ("/dev", "/proc", "/sys", "/dev/pts", "/dev/ptmx", "/dev/console")
+_KERNEL_FOLDERS = ("/dev", "/proc", "/sys")
 _NULL = "/dev/null"
 _DEVICES = {f"/dev/{name}": device for device, name in DEFAULT_NODES.items()}
 # What is commonly shown otherwise than the kernel does (as by lxcfs): nobody takes orders from these files.
@@ -40,6 +41,44 @@ def refuse_imitations(mounts: Iterable[config.Mount], folders: Mapping[str, str]
     for mount in mounts:
         if mount.type == "bind" and mount.destination.startswith(("/dev", "/proc", "/sys")):
             _refuse_imitation(mount.destination, folders.get(mount.source, mount.source))
+
+
+def kernel_folders_last(mounts: Iterable[config.Mount]) -> list[config.Mount]:
+    """``mounts`` with those of the kernel's folders behind all others, else in their order.
+
+    A link that others put into a volume can lead a mount that belongs there to any place in the container, just before
+    the OCI runtime mounts it. What is at /dev, /proc or /sys by then is hidden by what is mounted there afterwards, and
+    no link leads to processes yet.
+    """
+    return sorted(mounts, key=lambda mount: _is_of_kernel(mount.destination))
+
+
+def refuse_nested(nested: Iterable[str], mounts: Sequence[config.Mount], *, sees_others: bool) -> None:
+    """Raise InvalidArgumentError for a volume in a volume that a link could lead where ``kernel_folders_last`` fails.
+
+    ``nested`` are the destinations that lie in volumes. One that brings a whole system would take the root's place with
+    the node's devices. One that is itself in a folder of the kernel's comes after the devices: it is refused where the
+    container ``sees_others``, as their files could take the devices' place. The node's own /dev, /proc and /sys are no
+    volumes that others write.
+    """
+    volumes = {mount.destination: mount.source for mount in mounts if mount.type == "bind"}
+    for destination in nested:
+        if destination in volumes and _device(volumes[destination] + _NULL) >= 0:
+            raise InvalidArgumentError(
+                f"mounts: {volumes[destination]} has devices and would be mounted inside another volume, at "
+                f"{destination}, where links may lead it anywhere: mount it outside of volumes"
+            )
+        for outer, source in volumes.items():
+            inside = destination.startswith(f"{outer}/") and _is_of_kernel(outer)
+            if sees_others and inside and not _is_the_node_s(outer, source):
+                raise InvalidArgumentError(
+                    f"mounts: {destination} lies in the volume at {outer}, and the container sees processes of others: "
+                    "mount it elsewhere"
+                )
+
+
+def _is_of_kernel(destination: str) -> bool:
+    return "/" + destination.split("/")[1] in _KERNEL_FOLDERS
 
 
 def _refuse_imitation(destination: str, source: str) -> None:

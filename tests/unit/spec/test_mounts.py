@@ -16,6 +16,7 @@ from runtime.specgen.mounts.configured import configured_mounts, container_path,
 from runtime.specgen.mounts.defaults import kernel_mounts
 from runtime.specgen.mounts.host_paths import HostPaths
 from runtime.specgen.mounts.idmapped import mapped_volume
+from runtime.specgen.mounts.kernel_places import refuse_nested
 from runtime.specgen.namespaces import NamespacePaths
 from tests.unit.spec.requests import HANDLER, NODE, Image, container, privileged_sandbox, request, secured
 
@@ -276,3 +277,35 @@ def test_reasons_for_kubelet_name_the_container(tmp_path: Path) -> None:
     with pytest.raises(KubeletReasonError) as failed:
         build(request(tmp_path, config=container(mounts=[mount]), handler=HandlerFacts("plain")))
     assert failed.value.message.startswith("RROUnsupported: container 'app' of pod default/pod: mount /v ")
+
+
+def bound(destination: str, source: Path | str) -> oci.Mount:
+    return oci.Mount(destination=destination, type="bind", source=str(source))
+
+
+def test_kernel_folders_come_last_where_a_volume_lies_in_another_one(tmp_path: Path) -> None:
+    (tmp_path / "rootfs").mkdir()
+    volumes = [
+        cri_pb2.Mount(container_path=path, host_path=str(tmp_path))
+        for path in ("/volume/inner", "/dev/termination-log", "/volume", "/device")
+    ]
+    (tmp_path / "inner").mkdir()
+    plain = build(request(tmp_path, config=container(mounts=volumes[1:])))
+    assert [mount.destination for mount in plain.spec.mounts][:2] == ["/proc", "/dev"]
+    built = build(request(tmp_path, config=container(mounts=volumes)))
+    destinations = [mount.destination for mount in built.spec.mounts]
+    assert destinations[:2] == ["/volume", "/device"]
+    assert destinations.index("/volume/inner") < destinations.index("/proc")
+    assert destinations.index("/proc") < destinations.index("/dev") < destinations.index("/dev/termination-log")
+    assert sorted(destinations) == sorted([*(mount.destination for mount in plain.spec.mounts), "/volume/inner"])
+
+
+def test_volumes_in_volumes_that_no_order_makes_safe_are_refused(tmp_path: Path) -> None:
+    shm = [bound("/dev/shm", tmp_path), bound("/dev/shm/inner", tmp_path)]
+    refuse_nested(["/dev/shm/inner"], shm, sees_others=False)
+    with pytest.raises(InvalidArgumentError, match="/dev/shm/inner lies in the volume at /dev/shm"):
+        refuse_nested(["/dev/shm/inner"], shm, sees_others=True)
+    refuse_nested(["/dev/shm"], [bound("/dev", "/dev"), bound("/dev/shm", tmp_path)], sees_others=True)
+    with pytest.raises(InvalidArgumentError, match="/ has devices and would be mounted inside another volume, at /a/b"):
+        refuse_nested(["/a/b"], [bound("/a", tmp_path), bound("/a/b", "/")], sees_others=False)
+    refuse_nested(["/a/b"], [bound("/a", tmp_path), bound("/a/b", tmp_path)], sees_others=True)

@@ -88,6 +88,7 @@ def container_information(node: Node, container: Container) -> dict[str, Any]:
         "bundle": str(folder.path),
         "rootfs": str(folder.rootfs),
         "runtimeSpec": spec,
+        "changedBy": record.changed_by,
         "operations": operations(container.operations),
     }
 

@@ -106,10 +106,15 @@ class CgroupTree:
 
     def path(self, parent: str, container_id: str, *, uses_subgroup: bool) -> str:
         """The container's cgroup below each hierarchy's mount; ``uses_subgroup`` says that its runtime is crun."""
-        if self.driver == "systemd":
-            scope = f"{slice_path(slice_name(parent))}/podkeel-{container_id}.scope"
-            return f"{scope}/{SCOPE_SUBGROUP}" if uses_subgroup and self.version == 2 else scope
-        return f"{parent.rstrip('/')}/{container_id}"
+        return self.path_of(self.runtime_path(parent, container_id), uses_subgroup=uses_subgroup)
+
+    def path_of(self, runtime_path: str, *, uses_subgroup: bool) -> str:
+        """The cgroup that an OCI runtime makes for a ``linux.cgroupsPath``."""
+        if self.driver != "systemd":
+            return runtime_path
+        slice_of, prefix, name = runtime_path.split(":")
+        scope = f"{slice_path(slice_of)}/{prefix}-{name}.scope"
+        return f"{scope}/{SCOPE_SUBGROUP}" if uses_subgroup and self.version == 2 else scope
 
     def parent_path(self, parent: str) -> str:
         """The pod's cgroup below each hierarchy's mount."""

@@ -19,6 +19,7 @@ from host.files.removal import remove_tree
 from host.stages import Operation
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.extra_files import write_extra_limits
 from runtime.containers.confinement import needs_verifying, verify
 from runtime.containers.idmapped_mounts import bind_all
 from runtime.containers.lifecycle import Lifecycle, begin
@@ -32,6 +33,7 @@ from runtime.oci.conmon import MonitorRequest, RuntimeRefusedError, StartingMoni
 from runtime.oci.oci_runtime import OciRuntime, cannot_run_program, naming, refused_request
 from runtime.specgen.builder import ContainerSpec, build
 from runtime.specgen.draft import SpecRequest
+from runtime.specgen.extra_limits import ExtraLimits
 from runtime.specgen.mounts.image_volumes import make_volumes
 from runtime.specgen.mounts.volume_content import CopyLimits
 from runtime.specgen.namespaces import user_mappings
@@ -208,6 +210,8 @@ class ContainerManager:
         record.monitor = monitored.monitor
         record.init = monitored.init
         self._lifecycle.watch(container)
+        if record.extra_limits != ExtraLimits():  # each OCI runtime passes over others of them
+            await in_thread(write_extra_limits, self._node.cgroups, record.cgroup, record.extra_limits)
 
     async def _verify(self, container: Container, runtime: OciRuntime, spec: ContainerSpec) -> None:
         init = container.record.init

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 from collections.abc import Sequence
@@ -14,28 +13,27 @@ import msgspec
 
 from host import processes
 from host.concurrency.abandonable import AbandonableThreads
-from host.concurrency.threads import in_fresh_thread, in_thread
+from host.concurrency.threads import in_fresh_thread
 from host.errors import (
-    CommandError,
     DeadlineError,
     InvalidArgumentError,
-    LimitError,
     PermissionDeniedError,
     PodkeelError,
     WrongStateError,
 )
 from host.files.inotify import wait_for_entries
 from proto.runtime.v1 import cri_pb2
-from runtime.cgroups.tree import CgroupTree
 from runtime.containers.lifecycle import begin
+from runtime.containers.limits import Limits
 from runtime.logs import LogFile, LogLink, append_from_now_on, has_open
 from runtime.node import Node
 from runtime.oci.directory_probe import DIRECTORY_BY_DESCRIPTOR
 from runtime.oci.exec_call import ExecCall
-from runtime.oci.oci_runtime import OciRuntime, plain_message, refused_limit
+from runtime.oci.oci_runtime import OciRuntime
 from runtime.oci.working_directory import WorkingDirectory, working_directory
 from runtime.specgen import config
-from runtime.specgen.resources import oom_score_adj, resources
+from runtime.specgen.extra_limits import LimitChange
+from runtime.specgen.resources import oom_score_adj
 from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import ProcessName
 
@@ -43,14 +41,6 @@ REOPEN_SECONDS = 5.0
 _MOST_HANGING = 64  # threads that wait for working directories on volumes, of commands that were given up
 
 _log = logging.getLogger("podkeel.containers")
-
-_KERNEL_DEFAULTS = {
-    "cpu_shares": 1024,
-    "cpu_period": 100_000,
-    "cpu_quota": -1,
-    "memory_limit_in_bytes": -1,
-    "memory_swap_limit_in_bytes": -1,
-}
 
 
 class _SpecProcess(msgspec.Struct):
@@ -66,6 +56,7 @@ class Execution:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._threads = AbandonableThreads(_MOST_HANGING)
+        self.limits = Limits(node)
 
     async def exec_sync(self, container_id: str, command: Sequence[str], timeout: float) -> processes.Completed:
         """Run a command to its end and return its output, cut at 16 MiB a stream; ``timeout`` 0 means none.
@@ -168,70 +159,7 @@ class Execution:
         """
         container = self._node.get_container(container_id)
         async with container.lock:
-            if container.record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
-                raise WrongStateError(f"{container.title} is {container.record.state}: its limits cannot be changed")
-            before = cri_pb2.LinuxContainerResources.FromString(container.record.resources)
-            merged = _merge(before, given)
-            self._refuse_below_use(container, given.memory_limit_in_bytes)
-            operation = begin(container, "UpdateContainerResources")
-            async with operation.stage("runtime"):
-                await self._apply(container, before, merged)
-            async with operation.stage("commit"):
-                container.record.resources = merged.SerializeToString()
-                await self._node.store.save_container(container)
-
-    async def _apply(
-        self, container: Container, before: cri_pb2.LinuxContainerResources, after: cri_pb2.LinuxContainerResources
-    ) -> None:
-        if container.record.start_error:
-            return
-        runtime = self._node.handlers.get(container.record.handler)
-        self._decided(after)  # what it refuses is refused before anything has changed
-        undoing = await in_thread(_undoing, before, after, self._node.cgroups, container.record.cgroup)
-        try:
-            await self._set(container, runtime, after)
-        except BaseException as error:
-            try:
-                await self._set(container, runtime, undoing)
-            except (PodkeelError, OSError) as failure:
-                _log.error("%s: limits that were changed could not be put back: %s", container.title, failure)
-            if isinstance(error, CommandError) and os.strerror(errno.EBUSY) in error.output:
-                raise LimitError(
-                    f"{container.title}: the kernel cannot reclaim enough of its memory for the new limit: "
-                    "raise the limit or restart the container"
-                ) from error
-            if isinstance(error, CommandError) and refused_limit(error.output):
-                raise InvalidArgumentError(
-                    f"the kernel refuses one of these limits: {plain_message(error.output)}"
-                ) from error
-            raise
-
-    async def _set(self, container: Container, runtime: OciRuntime, limits: cri_pb2.LinuxContainerResources) -> None:
-        cgroups, path, init = self._node.cgroups, container.record.cgroup, container.record.init
-        given, score = self._decided(limits)
-        await runtime.update(container.id, msgspec.json.encode(given))
-        if limits.cpu_quota < 0:
-            await in_thread(cgroups.lift_cpu_quota, path)
-        if given.hugepage_limits:  # which runc (1.1) passes over
-            pages = {page.page_size: page.limit for page in given.hugepage_limits}
-            await in_thread(cgroups.limit_huge_pages, path, pages)
-        if init is not None:  # no OCI runtime changes that of what runs
-            await in_thread(cgroups.set_oom_score_adj, path, init.pid, score)
-
-    def _decided(self, limits: cri_pb2.LinuxContainerResources) -> tuple[config.Resources, int]:
-        facts = self._node.facts
-        given = resources(limits, facts, pids_limit=self._node.options.pids_limit)
-        return given, oom_score_adj(limits, facts)
-
-    def _refuse_below_use(self, container: Container, limit: int) -> None:
-        if limit <= 0:
-            return
-        use = self._node.cgroups.memory_in_use(container.record.cgroup)
-        if use > limit:
-            raise LimitError(
-                f"{container.title} uses {use} bytes of memory that cannot be reclaimed, more than the new limit of "
-                f"{limit}: the kernel would kill it; raise the limit or restart the container"
-            )
+            await self.limits.change(container, LimitChange(given), begin(container, "UpdateContainerResources"))
 
     async def reopen_log(self, container_id: str) -> None:
         """Have the log written to a new file after the old one was renamed; nothing if it was not.
@@ -318,26 +246,6 @@ def _found_from(directory: str, program: str) -> str:
     return f"{directory}/{program}" if relative else program
 
 
-def _undoing(
-    before: cri_pb2.LinuxContainerResources, after: cri_pb2.LinuxContainerResources, cgroups: CgroupTree, path: str
-) -> cri_pb2.LinuxContainerResources:
-    """``before``, with what only ``after`` sets put back to the kernel's default or to what is in use now.
-
-    systemd may have taken over a list of CPUs that the kernel then refused.
-    """
-    undoing = cri_pb2.LinuxContainerResources()
-    undoing.CopyFrom(before)
-    in_use = dict(zip(("cpuset_cpus", "cpuset_mems"), cgroups.cpuset(path), strict=True))
-    for field, default in {**_KERNEL_DEFAULTS, **in_use}.items():
-        if getattr(after, field) and not getattr(before, field):
-            setattr(undoing, field, default)
-    sizes = {page.page_size for page in after.hugepage_limits} - {page.page_size for page in before.hugepage_limits}
-    for size, limit in cgroups.huge_page_limits(path, sizes).items():
-        undoing.hugepage_limits.add(page_size=size, limit=limit)
-    undoing.unified.update(cgroups.settings(path, after.unified.keys() - before.unified.keys()))
-    return undoing
-
-
 async def _run_to_end(call: ExecCall, program: str, timeout: float) -> processes.Completed:
     """Run ``call`` and gather its output; cancelled or past ``timeout`` (0: none), all that it started is ended."""
     with processes.Collector() as stdout, processes.Collector() as stderr:
@@ -352,16 +260,3 @@ async def _run_to_end(call: ExecCall, program: str, timeout: float) -> processes
         stdout.drain()
         stderr.drain()
         return processes.Completed(code, bytes(stdout.data), bytes(stderr.data))
-
-
-def _merge(
-    before: cri_pb2.LinuxContainerResources, given: cri_pb2.LinuxContainerResources
-) -> cri_pb2.LinuxContainerResources:
-    merged = cri_pb2.LinuxContainerResources()
-    merged.CopyFrom(before)
-    if given.hugepage_limits:
-        del merged.hugepage_limits[:]
-    merged.MergeFrom(given)
-    if given.memory_limit_in_bytes and not given.memory_swap_limit_in_bytes:
-        merged.memory_swap_limit_in_bytes = 0  # follows the new memory limit instead of staying below it
-    return merged

@@ -38,7 +38,7 @@ def adjust_linux(
     if linux.HasField("resources"):
         adjust_resources(linux.resources, spec, abilities, asking)
     if linux.cgroups_path:
-        spec.linux.cgroups_path = _cgroups_path(linux.cgroups_path, abilities, asking)
+        spec.linux.cgroups_path = _cgroups_path(linux.cgroups_path, spec.linux.cgroups_path, abilities, asking)
     if linux.HasField("oom_score_adj"):
         spec.process.oom_score_adj = _oom_score_adj(linux.oom_score_adj.value, abilities, asking)
     if linux.HasField("io_priority"):
@@ -148,17 +148,17 @@ def _forget_rule(node: config.Device, linux: config.Linux) -> None:
         ]
 
 
-def _cgroups_path(path: str, abilities: RuntimeAbilities, asking: Asking) -> str:
+def _cgroups_path(path: str, before: str, abilities: RuntimeAbilities, asking: Asking) -> str:
+    own = re.split("[/:]", before)[-1]
+    parts = path.split(":") if abilities.systemd_cgroups else path.split("/")
     if abilities.systemd_cgroups:
-        parts = path.split(":")
         if len(parts) != 3 or not parts[0].endswith(".slice") or not all(map(_NAME.fullmatch, parts)):
-            raise asking.wrong(
-                Field.CgroupsPath, f"{path!r} is not of the form name.slice:prefix:name, as systemd has it"
-            )
-        return path
-    names = path.split("/")
-    if not path.startswith("/") or {"", ".", ".."} & set(names[1:]) or "\0" in path or ":" in path:
+            raise asking.wrong(Field.CgroupsPath, f"{path!r} is not of systemd's form name.slice:prefix:name")
+    elif not path.startswith("/") or {"", ".", ".."} & set(parts[1:]) or "\0" in path or ":" in path:
         raise asking.wrong(Field.CgroupsPath, f"{path!r} is not an absolute path below the root without '..'")
+    if own not in parts[-1]:
+        what = f"{path!r} must end with the id of the container, by which the agent knows its cgroups"
+        raise asking.unsupported(Field.CgroupsPath, what)
     return path
 
 

@@ -64,12 +64,16 @@ class Owners:
         return message
 
     def changes(self) -> dict[str, str]:
-        """Plugins by what they changed, as people read it: ``Env NAME``, ``-Env NAME`` for what was removed."""
-        found: dict[str, str] = {}
-        named = [(Field.Name(cast(Field, number)), owner) for number, owner in self.simple.items()]
-        for number, owners in self.compound.items():
-            named += [(f"{Field.Name(cast(Field, number))} {key}", owner) for key, owner in owners.items()]
-        for name, owner in named:
-            removed = owner.startswith(REMOVAL)
-            found[REMOVAL + name if removed else name] = owner.removeprefix(REMOVAL)
-        return found
+        """See ``changes``."""
+        return changes(self.message())
+
+
+def changes(owners: nri_pb2.FieldOwners) -> dict[str, str]:
+    """Plugins by what they changed, as people read it: ``Env NAME``, ``-Env NAME`` for what was removed."""
+    named = [(Field.Name(cast(Field, number)), owner) for number, owner in owners.simple.items()]
+    for number, keys in owners.compound.items():
+        named += [(f"{Field.Name(cast(Field, number))} {key}", owner) for key, owner in keys.owners.items()]
+    return {
+        REMOVAL + name if owner.startswith(REMOVAL) else name: owner.removeprefix(REMOVAL)
+        for name, owner in sorted(named)
+    }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import msgspec
 
+from proto.runtime.v1 import cri_pb2
 from runtime.specgen import config
 
 
-class ExtraLimits(msgspec.Struct, omit_defaults=True):
+class ExtraLimits(msgspec.Struct, omit_defaults=True, frozen=True):
     """Limits by the names of the OCI spec: bytes, microseconds; None is not set, ``pids`` -1 is no limit."""
 
     reservation: int | None = None
@@ -34,3 +38,29 @@ class ExtraLimits(msgspec.Struct, omit_defaults=True):
                 setattr(resources, part, msgspec.structs.replace(getattr(resources, part) or kind(), **changes))
         if self.pids is not None:
             resources.pids = config.Pids(limit=self.pids) if self.pids > 0 else None  # crun (1.8) fails on -1
+
+
+@dataclass(frozen=True, slots=True)
+class LimitChange:
+    """Limits that are to change: those the CRI has fields for, where 0 is not set, and the others.
+
+    ``changed_by`` are the plugins that ask for it, by the names of what they change.
+    """
+
+    given: cri_pb2.LinuxContainerResources
+    extra: ExtraLimits = field(default_factory=ExtraLimits)
+    changed_by: Mapping[str, str] = field(default_factory=dict)
+
+
+def merged(
+    before: cri_pb2.LinuxContainerResources, given: cri_pb2.LinuxContainerResources
+) -> cri_pb2.LinuxContainerResources:
+    """Limits as they are after a change: fields left at 0 stay as they were, page sizes are replaced as a whole."""
+    result = cri_pb2.LinuxContainerResources()
+    result.CopyFrom(before)
+    if given.hugepage_limits:
+        del result.hugepage_limits[:]
+    result.MergeFrom(given)
+    if given.memory_limit_in_bytes and not given.memory_swap_limit_in_bytes:
+        result.memory_swap_limit_in_bytes = 0  # follows the new memory limit instead of staying below it
+    return result

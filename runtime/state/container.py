@@ -13,6 +13,7 @@ import msgspec
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 from runtime.logs import LogFile
+from runtime.specgen.extra_limits import ExtraLimits
 from runtime.state.sandbox import ProcessName, Sandbox
 
 
@@ -30,7 +31,8 @@ class ContainerRecord(msgspec.Struct):
     """What the store keeps of a container beside its configuration; times in nanoseconds since the epoch.
 
     ``monitor`` is conmon, ``init`` the container's first process. ``start_error`` is what StartContainer will fail
-    with: the OCI runtime found at create that the program cannot be run.
+    with: the OCI runtime found at create that the program cannot be run. ``extra_limits`` are those of plugins of the
+    node, and ``changed_by`` names the plugin that changed a thing of the container last.
     """
 
     state: ContainerState
@@ -54,6 +56,8 @@ class ContainerRecord(msgspec.Struct):
     mounts: list[bytes] = msgspec.field(default_factory=list)
     resources: bytes = b""
     private_pid_namespace: bool = True
+    extra_limits: ExtraLimits = ExtraLimits()
+    changed_by: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -131,6 +131,7 @@ UNSUPPORTED: list[tuple[str, Adjustment]] = [
     ("MemKernelLimit", limits(memory=nri_pb2.LinuxMemory(kernel=optional(1 << 20)))),
     ("MemUseHierarchy", limits(memory=nri_pb2.LinuxMemory(use_hierarchy=nri_pb2.OptionalBool(value=False)))),
     ("OomScoreAdj", linux(oom_score_adj=nri_pb2.OptionalInt(value=-999))),
+    ("CgroupsPath", linux(cgroups_path="/of/another")),
     ("Rlimits RLIMIT_NOFILE", Adjustment(rlimits=[nri_pb2.POSIXRlimit(type="RLIMIT_NOFILE", hard=1 << 60, soft=1)])),
 ]
 

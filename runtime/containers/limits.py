@@ -1,0 +1,156 @@
+"""Changes of the limits of a container that is there: all of them or none."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+
+import msgspec
+
+from host.concurrency.threads import in_thread
+from host.errors import CommandError, InvalidArgumentError, LimitError, PodkeelError, WrongStateError
+from host.stages import Operation
+from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.extra_files import read_extra_limits, write_extra_limits
+from runtime.cgroups.tree import CgroupTree
+from runtime.node import Node
+from runtime.oci.oci_runtime import OciRuntime, plain_message, refused_limit
+from runtime.specgen import config
+from runtime.specgen.extra_limits import ExtraLimits, LimitChange, merged
+from runtime.specgen.resources import oom_score_adj, resources
+from runtime.state.container import Container, ContainerState
+
+_log = logging.getLogger("podkeel.containers")
+
+_KERNEL_DEFAULTS = {
+    "cpu_shares": 1024,
+    "cpu_period": 100_000,
+    "cpu_quota": -1,
+    "memory_limit_in_bytes": -1,
+    "memory_swap_limit_in_bytes": -1,
+}
+# What plugins own by other names: a client that sets one is the last who did.
+_OWNED = {
+    "memory_limit_in_bytes": "MemLimit",
+    "memory_swap_limit_in_bytes": "MemSwapLimit",
+    "cpu_shares": "CPUShares",
+    "cpu_quota": "CPUQuota",
+    "cpu_period": "CPUPeriod",
+    "cpuset_cpus": "CPUSetCPUs",
+    "cpuset_mems": "CPUSetMems",
+    "oom_score_adj": "OomScoreAdj",
+}
+
+_Both = tuple[cri_pb2.LinuxContainerResources, ExtraLimits]
+
+
+class Limits:
+    """Sets limits of containers, in their cgroups and in the store."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def change(self, container: Container, change: LimitChange, operation: Operation) -> None:
+        """Change limits of a container whose lock is held; what is not given stays as it is.
+
+        Raises:
+            WrongStateError: the container has exited.
+            LimitError: the memory limit would be below what the container uses now.
+        """
+        record = container.record
+        if record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
+            raise WrongStateError(f"{container.title} is {record.state}: its limits cannot be changed")
+        before = cri_pb2.LinuxContainerResources.FromString(record.resources)
+        after = merged(before, change.given)
+        extra = record.extra_limits.merged(change.extra)
+        self._refuse_below_use(container, change.given.memory_limit_in_bytes)
+        async with operation.stage("runtime"):
+            await self._apply(container, (before, record.extra_limits), (after, extra), change.extra)
+        async with operation.stage("commit"):
+            record.resources = after.SerializeToString()
+            record.extra_limits = extra
+            taken = {name for field, name in _OWNED.items() if getattr(change.given, field)}
+            kept = {name: plugin for name, plugin in record.changed_by.items() if name not in taken}
+            record.changed_by = {**kept, **change.changed_by}
+            await self._node.store.save_container(container)
+
+    async def _apply(self, container: Container, before: _Both, after: _Both, changed: ExtraLimits) -> None:
+        if container.record.start_error:
+            return
+        cgroups, path = self._node.cgroups, container.record.cgroup
+        runtime = self._node.handlers.get(container.record.handler)
+        self._decided(*after)  # what it refuses is refused before anything has changed
+        undoing = await in_thread(_undoing, before[0], after[0], cgroups, path)
+        extra = before[1]
+        if changed != ExtraLimits():
+            extra = (await in_thread(read_extra_limits, cgroups, path, changed)).merged(extra)
+        try:
+            await self._set(container, runtime, *after)
+        except BaseException as error:
+            try:
+                await self._set(container, runtime, undoing, extra)
+            except (PodkeelError, OSError) as failure:
+                _log.error("%s: limits that were changed could not be put back: %s", container.title, failure)
+            if isinstance(error, CommandError) and os.strerror(errno.EBUSY) in error.output:
+                raise LimitError(
+                    f"{container.title}: the kernel cannot reclaim enough of its memory for the new limit: "
+                    "raise the limit or restart the container"
+                ) from error
+            if isinstance(error, CommandError) and refused_limit(error.output):
+                raise InvalidArgumentError(
+                    f"the kernel refuses one of these limits: {plain_message(error.output)}"
+                ) from error
+            raise
+
+    async def _set(
+        self, container: Container, runtime: OciRuntime, limits: cri_pb2.LinuxContainerResources, extra: ExtraLimits
+    ) -> None:
+        cgroups, path, init = self._node.cgroups, container.record.cgroup, container.record.init
+        given, score = self._decided(limits, extra)
+        await runtime.update(container.id, msgspec.json.encode(given))
+        if limits.cpu_quota < 0:
+            await in_thread(cgroups.lift_cpu_quota, path)
+        if given.hugepage_limits:  # which runc (1.1) passes over
+            pages = {page.page_size: page.limit for page in given.hugepage_limits}
+            await in_thread(cgroups.limit_huge_pages, path, pages)
+        if extra != ExtraLimits():  # each OCI runtime passes over others of them
+            await in_thread(write_extra_limits, cgroups, path, extra)
+        if init is not None:  # no OCI runtime changes that of what runs
+            await in_thread(cgroups.set_oom_score_adj, path, init.pid, score)
+
+    def _decided(self, limits: cri_pb2.LinuxContainerResources, extra: ExtraLimits) -> tuple[config.Resources, int]:
+        facts = self._node.facts
+        given = resources(limits, facts, pids_limit=self._node.options.pids_limit)
+        extra.put_into(given)
+        return given, oom_score_adj(limits, facts)
+
+    def _refuse_below_use(self, container: Container, limit: int) -> None:
+        if limit <= 0:
+            return
+        use = self._node.cgroups.memory_in_use(container.record.cgroup)
+        if use > limit:
+            raise LimitError(
+                f"{container.title} uses {use} bytes of memory that cannot be reclaimed, more than the new limit of "
+                f"{limit}: the kernel would kill it; raise the limit or restart the container"
+            )
+
+
+def _undoing(
+    before: cri_pb2.LinuxContainerResources, after: cri_pb2.LinuxContainerResources, cgroups: CgroupTree, path: str
+) -> cri_pb2.LinuxContainerResources:
+    """``before``, with what only ``after`` sets put back to the kernel's default or to what is in use now.
+
+    systemd may have taken over a list of CPUs that the kernel then refused.
+    """
+    undoing = cri_pb2.LinuxContainerResources()
+    undoing.CopyFrom(before)
+    in_use = dict(zip(("cpuset_cpus", "cpuset_mems"), cgroups.cpuset(path), strict=True))
+    for field, default in {**_KERNEL_DEFAULTS, **in_use}.items():
+        if getattr(after, field) and not getattr(before, field):
+            setattr(undoing, field, default)
+    sizes = {page.page_size for page in after.hugepage_limits} - {page.page_size for page in before.hugepage_limits}
+    for size, limit in cgroups.huge_page_limits(path, sizes).items():
+        undoing.hugepage_limits.add(page_size=size, limit=limit)
+    undoing.unified.update(cgroups.settings(path, after.unified.keys() - before.unified.keys()))
+    return undoing

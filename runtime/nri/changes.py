@@ -1,0 +1,65 @@
+"""What plugins change of a container, in its draft, its record and its limits."""
+
+from __future__ import annotations
+
+from host.errors import InvalidArgumentError
+from proto.nri.v1alpha1 import nri_pb2
+from proto.runtime.v1 import cri_pb2
+from runtime.node import Node
+from runtime.nri.abilities import Asking, Field, RuntimeAbilities
+from runtime.nri.adjustment import adjust
+from runtime.nri.messages import cri_resources
+from runtime.nri.owners import Owners, changes
+from runtime.nri.resource_adjustment import extra_limits
+from runtime.nri.resource_merging import merge_resources
+from runtime.specgen.draft import Draft
+from runtime.specgen.extra_limits import LimitChange, merged
+from runtime.specgen.node_facts import NodeFacts
+from runtime.state.container import Container
+
+
+def adjust_container(
+    node: Node,
+    container: Container,
+    draft: Draft,
+    adjustment: nri_pb2.ContainerAdjustment,
+    owners: nri_pb2.FieldOwners,
+) -> None:
+    """Put what plugins changed of a container that is being made into its draft and its record.
+
+    Raises what ``adjustment.apply`` does, and InvalidArgumentError for a cgroup that is another's.
+    """
+    runtime = node.handlers.get(container.record.handler)
+    systemd = node.cgroups.driver == "systemd"
+    adjust(draft, adjustment, owners, RuntimeAbilities(runtime.name, runtime.features, node.facts, systemd))
+    record, linux = container.record, adjustment.linux
+    if linux.cgroups_path:
+        cgroup = node.cgroups.path_of(linux.cgroups_path, uses_subgroup=runtime.features.is_crun)
+        if cgroup != record.cgroup and node.cgroups.exists(cgroup):
+            raise Asking(owners).wrong(Field.CgroupsPath, f"{cgroup} is there already, so another's")
+        record.cgroup = cgroup
+    resources = merged(cri_pb2.LinuxContainerResources.FromString(record.resources), cri_resources(linux.resources))
+    if linux.HasField("oom_score_adj"):
+        resources.oom_score_adj = linux.oom_score_adj.value
+    record.resources = resources.SerializeToString()
+    record.extra_limits = extra_limits(linux.resources, node.facts, Asking(owners))
+    record.changed_by = changes(owners)
+
+
+def limit_change(given: nri_pb2.LinuxResources, plugins: str, facts: NodeFacts) -> LimitChange:
+    """The change of limits that ``plugins`` ask for of a container that is there.
+
+    Raises UnsupportedError and InvalidArgumentError, which name the plugins and the field, for what cannot be changed.
+    """
+    owners = Owners("")
+    merge_resources(given, (nri_pb2.LinuxResources(),), owners, plugins)
+    asking = Asking(owners.message())
+    for number, is_set in (
+        (Field.RdtClass, given.HasField("rdt_class")),
+        (Field.BlockioClass, given.HasField("blockio_class")),
+    ):
+        if is_set:
+            raise asking.unsupported(number, "it cannot be changed once the container is there")
+    if given.devices:
+        raise InvalidArgumentError(f"NRI plugin {plugins}: devices of a container that is there cannot be changed")
+    return LimitChange(cri_resources(given), extra_limits(given, facts, asking), owners.changes())

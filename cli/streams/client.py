@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 # The SPDY machine is the server's own, the other way round. These modules load nothing of the server.
 from cli.streams.tls import TlsFiles, refusal
+from cli.streams.upgrade import Upgrade
 from cri.streaming.httpstream.connection import StreamConnection
 from cri.streaming.httpstream.spdy_link import SpdyChannel, SpdyLink
 from host.errors import PodkeelError, UnavailableError
@@ -24,8 +25,6 @@ PORT_FORWARD_PROTOCOLS = ("portforward.k8s.io",)
 _CONNECT_SECONDS = 10.0
 _STREAM_WINDOW = 256 * 1024
 _SESSION_WINDOW = 16 * 1024 * 1024
-_MAX_ANSWER = 64 * 1024
-_SWITCHING = b"HTTP/1.1 101 "
 
 
 class StreamClient:
@@ -33,8 +32,8 @@ class StreamClient:
 
     def __init__(self) -> None:
         self._connection: StreamConnection | None = None
-        self._head = b""
-        self._answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._upgrade = Upgrade()
+        self._answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._link: SpdyLink | None = None
 
     @classmethod
@@ -51,20 +50,21 @@ class StreamClient:
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 await client._open(parts.hostname, parts.port, context)
-                client._write(_request(parts.path, parts.netloc, protocols))
-                head = await client._answered
+                client._write(client._upgrade.request(parts.path, parts.netloc, protocols))
+                await client._answered
         except TimeoutError as error:
             raise UnavailableError(f"cannot reach the agent's streams at {parts.netloc}: no answer") from error
         except OSError as error:
             if context is not None and hasattr(error, "reason"):
                 raise refusal(parts.netloc, error) from error
             raise UnavailableError(f"cannot reach the agent's streams at {parts.netloc}: {error}") from error
-        if not head and context is not None and tls.certificate is None:
+        except PodkeelError:
+            if client._upgrade.answered or context is None or tls.certificate is not None:
+                raise
             raise UnavailableError(
                 f"the agent's streams at {parts.netloc} ended the connection: if they ask clients for a certificate, "
                 "give --tls-cert and --tls-key"
-            )
-        _check_answer(head)
+            ) from None
         client.link.grant(_STREAM_WINDOW, _SESSION_WINDOW)
         return client
 
@@ -92,45 +92,31 @@ class StreamClient:
     def _on_made(self, connection: StreamConnection) -> None:
         self._connection = connection
         self._link = SpdyLink(connection, lambda channel: False, lambda reason: self._lose(), 100_000, client=True)
-        connection.receiver = self._on_head
+        connection.receiver = self._on_answer
         connection.on_lost = self._lose
 
-    def _on_head(self, data: bytes) -> None:
-        """An answer of 101 ends with its head; any other with the connection."""
-        self._head += data
-        head, end, rest = self._head.partition(b"\r\n\r\n")
-        if end and head.startswith(_SWITCHING):
+    def _on_answer(self, data: bytes) -> None:
+        """Take bytes of the answer; no bytes are its end."""
+        if self._answered.done():
+            return
+        try:
+            rest = self._upgrade.receive(data)
+        except PodkeelError as error:
+            self._answered.set_exception(error)
+            return
+        if rest is not None:
             assert self._connection is not None
             self._connection.receiver = self.link.receive
-            self._answered.set_result(head)
+            self._answered.set_result(None)
             self.link.receive(rest)
-        elif len(self._head) > _MAX_ANSWER:
-            self._lose()
 
     def _lose(self) -> None:
-        if not self._answered.done():
-            self._answered.set_result(self._head)
+        self._on_answer(b"")
         self.link.lose()
 
     def _write(self, data: bytes) -> None:
         assert self._connection is not None
         self._connection.write(data)
-
-
-def _request(path: str, host: str, protocols: Sequence[str]) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", f"Host: {host}", "User-Agent: podkeel", "Content-Length: 0"]
-    lines += ["Connection: Upgrade", "Upgrade: SPDY/3.1"]
-    lines += [f"X-Stream-Protocol-Version: {protocol}" for protocol in protocols]
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-def _check_answer(answer: bytes) -> None:
-    if answer.startswith(_SWITCHING):
-        return
-    head, _, body = answer.partition(b"\r\n\r\n")
-    status = head.partition(b"\r\n")[0].decode("latin-1").removeprefix("HTTP/1.1 ")
-    reason = body.decode(errors="replace").strip() or status or "no answer"
-    raise PodkeelError(f"the agent refused the stream: {reason}")
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:

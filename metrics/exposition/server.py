@@ -10,6 +10,8 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from http import HTTPStatus
 
+import h11
+
 from host.listener import Listener, PendingConnection
 from metrics.exposition.prometheus import Page
 
@@ -22,7 +24,7 @@ SLOW_LIMIT = 16
 # How long a client may take for the end of a connection that is being closed, and how many may do so.
 CLOSE_SECONDS = 5.0
 CLOSING_LIMIT = 32
-_END_OF_HEAD = b"\r\n\r\n"
+_READ_BYTES = 4096
 
 _log = logging.getLogger("podkeel.metrics")
 
@@ -73,18 +75,18 @@ class MetricsServer:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEADER_LIMIT)
         try:
-            head = await reader.readuntil(_END_OF_HEAD)  # in the time that the listener gives
+            request = await _next_request(http, reader)  # in the time that the listener gives
             pending.admit()
-            while await self._answer_one(task, head, writer):
+            while await self._answer_one(task, http, request, writer):
                 with self._waiting_in(self._silent, task):
                     async with asyncio.timeout(IDLE_SECONDS):
-                        head = await reader.readuntil(_END_OF_HEAD)
-        except asyncio.LimitOverrunError:
+                        request = await _next_request(http, reader)
+        except h11.RemoteProtocolError as error:
             with contextlib.suppress(OSError):
-                too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-                await _answer(writer, too_large, _text(f"more than {HEADER_LIMIT} bytes of headers\n"), keep=False)
-        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+                await _answer(http, writer, HTTPStatus(error.error_status_hint), _text(f"{error}\n"), keep=False)
+        except (OSError, TimeoutError, EOFError):
             _cut_off(writer)  # the client went away, was silent or took no answer
         except asyncio.CancelledError:
             _cut_off(writer)
@@ -136,26 +138,20 @@ class MetricsServer:
         finally:
             those.pop(task, None)
 
-    async def _answer_one(self, task: asyncio.Task[None], head: bytes, writer: asyncio.StreamWriter) -> bool:
+    async def _answer_one(
+        self, task: asyncio.Task[None], http: h11.Connection, request: h11.Request, writer: asyncio.StreamWriter
+    ) -> bool:
         """Answer one request; False when the connection is to be closed."""
-        request, *lines = head.decode("latin-1").split("\r\n")
-        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        words = request.split()
-        if len(words) != 3 or not words[2].startswith("HTTP/1."):
-            await _answer(writer, HTTPStatus.BAD_REQUEST, _text("not an HTTP/1 request\n"), keep=False)
-            return False
         if not self._has_room(task):
-            await _answer(writer, HTTPStatus.SERVICE_UNAVAILABLE, _text("too many connections\n"), keep=False)
-            return False
-        method, target, version = words
-        has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close" and not has_body
-        status, page = await self._page(method, target.partition("?")[0], headers.get("accept", ""))
+            busy = HTTPStatus.SERVICE_UNAVAILABLE
+            return await _answer(http, writer, busy, _text("too many connections\n"), keep=False)
+        method, target = request.method.decode(), request.target.decode()
+        accept = next((value.decode("latin-1") for name, value in request.headers if name == b"accept"), "")
+        status, page = await self._page(method, target.partition("?")[0], accept)
         while len(self._slow) >= SLOW_LIMIT:  # each has its page in memory
             self._end(next(iter(self._slow)))
         with self._waiting_in(self._slow, task):
-            await _answer(writer, status, page, keep=keep, with_body=method != "HEAD")
-        return keep
+            return await _answer(http, writer, status, page, with_body=method != "HEAD")
 
     async def _page(self, method: str, path: str, accept: str) -> tuple[HTTPStatus, Page]:
         if method not in ("GET", "HEAD"):
@@ -181,15 +177,41 @@ def _text(text: str) -> Page:
     return Page("text/plain; charset=utf-8", text.encode())
 
 
+async def _next_request(http: h11.Connection, reader: asyncio.StreamReader) -> h11.Request:
+    """The head of a request. Raises EOFError when the client has left, RemoteProtocolError for what is no request."""
+    while True:
+        event = http.next_event()
+        if event is h11.NEED_DATA:
+            http.receive_data(await reader.read(_READ_BYTES))
+        elif isinstance(event, h11.Request):
+            return event
+        elif isinstance(event, h11.ConnectionClosed):
+            raise EOFError
+
+
 async def _answer(
-    writer: asyncio.StreamWriter, status: HTTPStatus, page: Page, *, keep: bool, with_body: bool = True
-) -> None:
-    head = (
-        f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {page.content_type}\r\n"
-        f"Content-Length: {len(page.body)}\r\nConnection: {'keep-alive' if keep else 'close'}\r\n\r\n"
-    )
-    writer.write(head.encode())
+    http: h11.Connection,
+    writer: asyncio.StreamWriter,
+    status: HTTPStatus,
+    page: Page,
+    *,
+    keep: bool = True,
+    with_body: bool = True,
+) -> bool:
+    """Send an answer; whether the connection can serve another request: not after one that had a body."""
+    headers = [("Content-Type", page.content_type), ("Content-Length", str(len(page.body)))]
+    keep = keep and isinstance(http.next_event(), h11.EndOfMessage)
+    if not keep:
+        headers.append(("Connection", "close"))
+    head = http.send(h11.Response(status_code=status.value, reason=status.phrase.encode(), headers=headers))
+    writer.write(head or b"")
     if with_body:
+        http.send_with_data_passthrough(h11.Data(data=page.body))
         writer.write(page.body)
+    http.send(h11.EndOfMessage())
     async with asyncio.timeout(IDLE_SECONDS):
         await writer.drain()
+    if http.our_state is not h11.DONE:
+        return False
+    http.start_next_cycle()
+    return True

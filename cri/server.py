@@ -116,7 +116,7 @@ async def _serve(configuration: Configuration, lost_store: LostStore, manager: S
             await ended.wait()
         finally:
             _log.info("ending; pods stay as they are")
-            agent.node.events.close()
+            agent.node.state.events.close()
             await streams.close()
             await server.stop(STOP_SECONDS)
             path.unlink(missing_ok=True)

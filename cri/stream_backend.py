@@ -87,7 +87,7 @@ class NodeBackend:
 
         The calling task is cancelled when the pod stops.
         """
-        sandbox = self._node.get_sandbox(sandbox_id)
+        sandbox = self._node.state.get_sandbox(sandbox_id)
         if sandbox.record.state is not SandboxState.READY:
             raise WrongStateError(f"{sandbox.title} is not ready: nothing listens in it")
         descriptors.require(f"port-forward to {sandbox.title}")

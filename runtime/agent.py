@@ -46,6 +46,7 @@ from runtime.specgen.node_facts import probe_node
 from runtime.specgen.security.apparmor import load_default_profile
 from runtime.state.rows import Store
 from runtime.state.schema import MIGRATIONS as RUNTIME_MIGRATIONS
+from runtime.state.state import State
 from runtime.statistics import Statistics
 
 SCHEMAS = {"runtime": RUNTIME_MIGRATIONS, "network": NETWORK_MIGRATIONS, "images": IMAGE_MIGRATIONS}
@@ -118,7 +119,7 @@ class Agent:
             layout=layout,
             reserve=reserve,
             database=database,
-            store=Store(database),
+            state=State(Store(database)),
             cgroups=cgroups,
             facts=facts,
             apparmor_default=await load_default_profile(facts),
@@ -147,12 +148,12 @@ class Agent:
         stack.push_async_callback(self.lifecycle.close)
         stack.push_async_callback(self.containers.close)
         stack.push_async_callback(self.pods.close)
-        stack.callback(node.events.close)
+        stack.callback(node.state.events.close)
         stack.push_async_callback(self.statistics.close)
         await self.recovery.run()
         copy.start()
         await in_thread(reserve.keep)
-        node.events.serve()
+        node.state.events.serve()
 
     async def check(self) -> list[Finding]:
         """Compare the store with kernel and folders; changes nothing.

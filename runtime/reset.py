@@ -24,7 +24,7 @@ async def reset(
     layout = Layout.of(runtime)
     if layout.data.exists() or layout.run.exists():
         async with Agent(runtime, network, images, LostStore.START_OVER) as agent:
-            for sandbox in list(agent.node.visible_sandboxes()):
+            for sandbox in list(agent.node.state.visible_sandboxes()):
                 given_up += await agent.pods.force_remove(sandbox.id) if force else []
                 await agent.pods.remove(sandbox.id)
             given_up += await agent.node.network.destroy(force=force)

@@ -62,6 +62,7 @@ class Statistics:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._state = node.state
         self._pin = lru_cache(1024)(lambda sandbox_id: str(node.layout.sandbox(sandbox_id).pin("net")))
         self._connections: dict[str, ConnectionsReading] = {}
         self._connections_due = 0.0
@@ -69,18 +70,18 @@ class Statistics:
 
     def running(self) -> list[Container]:
         """The containers that run."""
-        return [container for container in self._node.containers if container.record.state is ContainerState.RUNNING]
+        return [container for container in self._state.containers if container.record.state is ContainerState.RUNNING]
 
     def pods(self, wanted: Iterable[Sandbox] | None = None) -> list[Pod]:
         """The sandboxes ``wanted``, or all that are ready, with their running containers."""
-        live = [sandbox for sandbox in self._node.sandboxes if not sandbox.record.torn_down]
+        live = [sandbox for sandbox in self._state.sandboxes if not sandbox.record.torn_down]
         users = Counter(sandbox.record.cgroup_parent.rstrip("/") for sandbox in live)
         if wanted is None:
             wanted = (sandbox for sandbox in live if sandbox.record.state is SandboxState.READY)
         return [
             Pod(
                 sandbox,
-                [c for c in self._node.containers_of(sandbox) if c.record.state is ContainerState.RUNNING],
+                [c for c in self._state.containers_of(sandbox) if c.record.state is ContainerState.RUNNING],
                 sandbox.record.cgroup_parent not in _EVERYBODYS
                 and users[sandbox.record.cgroup_parent.rstrip("/")] == 1,
             )

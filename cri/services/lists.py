@@ -24,7 +24,7 @@ S = TypeVar("S", Sandbox, Container)
 
 def sandboxes(node: Node, wanted: cri_pb2.PodSandboxFilter) -> Iterator[bytes]:
     """Encoded items of the sandboxes that match; an unknown or ambiguous id matches none."""
-    for sandbox in node.visible_sandboxes():
+    for sandbox in node.state.visible_sandboxes():
         if wanted.id and not sandbox.id.startswith(wanted.id):
             continue
         if wanted.HasField("state") and status.sandbox_state(sandbox) != wanted.state.state:
@@ -36,7 +36,7 @@ def sandboxes(node: Node, wanted: cri_pb2.PodSandboxFilter) -> Iterator[bytes]:
 def containers(node: Node, wanted: cri_pb2.ContainerFilter) -> Iterator[bytes]:
     """Encoded items of the containers that match; an unknown or ambiguous id matches none."""
     _follow_image_names(node)
-    for container in node.visible_containers():
+    for container in node.state.visible_containers():
         if wanted.id and not container.id.startswith(wanted.id):
             continue
         if wanted.pod_sandbox_id and not container.sandbox.id.startswith(wanted.pod_sandbox_id):
@@ -86,8 +86,8 @@ def _follow_image_names(node: Node) -> None:
     """Forget the items of containers whose image has lost its name to another one, or got it back, meanwhile."""
     if node.listed_images == node.images.revision:
         return
-    renamed = frozenset(container.id for container in node.containers if _lost_its_name(node, container))
-    for container in node.containers:
+    renamed = frozenset(container.id for container in node.state.containers if _lost_its_name(node, container))
+    for container in node.state.containers:
         if (container.id in renamed) != (container.id in node.renamed):
             container.list_item = None
     node.renamed = renamed

@@ -104,8 +104,8 @@ class RuntimeService(StatsCalls):
 
     async def pod_sandbox_status(self, request: cri_pb2.PodSandboxStatusRequest) -> cri_pb2.PodSandboxStatusResponse:
         """A sandbox's status, with those of its containers."""
-        sandbox = self._node.get_sandbox(request.pod_sandbox_id)
-        containers = [c for c in self._node.containers_of(sandbox) if c.visible]
+        sandbox = self._node.state.get_sandbox(request.pod_sandbox_id)
+        containers = [c for c in self._node.state.containers_of(sandbox) if c.visible]
         response = cri_pb2.PodSandboxStatusResponse(
             status=status.sandbox_status(sandbox),
             containers_statuses=[status.container_status(container) for container in containers],
@@ -157,7 +157,7 @@ class RuntimeService(StatsCalls):
 
     async def container_status(self, request: cri_pb2.ContainerStatusRequest) -> cri_pb2.ContainerStatusResponse:
         """A container's status."""
-        container = self._node.get_container(request.container_id)
+        container = self._node.state.get_container(request.container_id)
         response = cri_pb2.ContainerStatusResponse(status=status.container_status(container))
         if request.verbose:
             response.info["info"] = msgspec.json.encode(container_information(self._node, container)).decode()
@@ -218,16 +218,16 @@ class RuntimeService(StatsCalls):
 
     async def port_forward(self, request: cri_pb2.PortForwardRequest) -> cri_pb2.PortForwardResponse:
         """Where a client may connect to reach ports of a pod."""
-        sandbox = self._node.get_sandbox(request.pod_sandbox_id)
+        sandbox = self._node.state.get_sandbox(request.pod_sandbox_id)
         if status.sandbox_state(sandbox) != cri_pb2.SANDBOX_READY:
             raise WrongStateError(f"{sandbox.title} is not ready: nothing listens in it")
         return cri_pb2.PortForwardResponse(url=self._streams.port_forward_url(sandbox.id, request.port))
 
     async def get_container_events(self, _request: cri_pb2.GetEventsRequest) -> AsyncIterator[bytes]:
         """Events from now on."""
-        subscription = self._node.events.subscribe()
+        subscription = self._node.state.events.subscribe()
         try:
             async for event in subscription.events():
                 yield event
         finally:
-            self._node.events.unsubscribe(subscription)
+            self._node.state.events.unsubscribe(subscription)

@@ -30,8 +30,8 @@ def node_information(node: Node) -> dict[str, Any]:
             "cgroupDriver": node.cgroups.driver,
             "handlers": handlers,
             "failedHandlers": node.handlers.failures,
-            "sandboxes": len(node.sandboxes),
-            "containers": len(node.containers),
+            "sandboxes": len(node.state.sandboxes),
+            "containers": len(node.state.containers),
             "storeCommits": node.database.commits,
             "writableLayers": {
                 "projectQuotas": node.snapshots.project_quotas,
@@ -60,7 +60,7 @@ def sandbox_information(node: Node, sandbox: Sandbox) -> dict[str, Any]:
 
 def _a_pid_in(node: Node, sandbox: Sandbox) -> int:
     """A process to enter the pod by (``nsenter --target``): that of its oldest running container; 0 if none runs."""
-    running = (c for c in node.containers_of(sandbox) if c.record.state is ContainerState.RUNNING)
+    running = (c for c in node.state.containers_of(sandbox) if c.record.state is ContainerState.RUNNING)
     return next((container.record.init.pid for container in running if container.record.init), 0)
 
 

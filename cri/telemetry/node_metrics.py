@@ -52,10 +52,10 @@ def _register_counts(metrics: AgentMetrics, agent: Agent) -> None:
 
     counter("podkeel_image_pull_bytes_total", "Bytes of layers from registries.", lambda: node.images.fetched_bytes)
     text = "Event subscribers closed because they did not read."
-    counter("podkeel_event_subscribers_dropped_total", text, lambda: node.events.dropped)
+    counter("podkeel_event_subscribers_dropped_total", text, lambda: node.state.events.dropped)
     counter("podkeel_store_commits_total", "Commits of the store.", lambda: node.database.commits)
     text = "Clients that listen to events."
-    metrics.compute("podkeel_event_subscribers", text, (), lambda: [((), node.events.subscribers)])
+    metrics.compute("podkeel_event_subscribers", text, (), lambda: [((), node.state.events.subscribers)])
     text = "What monitors and OCI runtimes failed at; run program: the container's cannot be executed."
     labels = ("program", "action")
     metrics.compute("podkeel_program_failures_total", text, labels, lambda: _failures(node), counter=True)
@@ -72,16 +72,20 @@ def _register_counts(metrics: AgentMetrics, agent: Agent) -> None:
 
 def _register_containers(metrics: AgentMetrics, node: Node) -> None:
     text = "Pods by state."
-    metrics.compute("podkeel_pods", text, ("state",), lambda: _states(SandboxState, node.sandboxes))
+    metrics.compute("podkeel_pods", text, ("state",), lambda: _states(SandboxState, node.state.sandboxes))
     text = "Containers by state."
-    metrics.compute("podkeel_containers", text, ("state",), lambda: _states(ContainerState, node.containers))
+    metrics.compute("podkeel_containers", text, ("state",), lambda: _states(ContainerState, node.state.containers))
     text = "How often clients made a container anew: the attempt of its latest one, until that is removed."
     metrics.compute(
-        "podkeel_container_restarts_total", text, _CONTAINER_LABELS, lambda: _restarts(node.containers), counter=True
+        "podkeel_container_restarts_total",
+        text,
+        _CONTAINER_LABELS,
+        lambda: _restarts(node.state.containers),
+        counter=True,
     )
     text = "When a container last ended for this reason, in seconds since the epoch, until it is removed."
     labels = (*_CONTAINER_LABELS, "reason")
-    metrics.compute("podkeel_container_exited_timestamp_seconds", text, labels, lambda: _exits(node.containers))
+    metrics.compute("podkeel_container_exited_timestamp_seconds", text, labels, lambda: _exits(node.state.containers))
 
 
 def _register_disk(metrics: AgentMetrics, node: Node) -> None:

@@ -31,9 +31,9 @@ def attributes_of(node: Node, call: Call) -> dict[str, str]:
     for message in (request, call.response):
         sandbox_id, container_id = _part(message, "pod_sandbox_id"), _part(message, "container_id")
         if sandbox_id:
-            found |= _sandbox(_found(node.sandboxes, sandbox_id), sandbox_id)
+            found |= _sandbox(_found(node.state.sandboxes, sandbox_id), sandbox_id)
         if container_id:
-            found |= _container(_found(node.containers, container_id), container_id)
+            found |= _container(_found(node.state.containers, container_id), container_id)
     return {key: value for key, value in found.items() if value}
 
 

@@ -54,6 +54,7 @@ class ContainerManager:
 
     def __init__(self, node: Node, lifecycle: Lifecycle) -> None:
         self._node = node
+        self._state = node.state
         self._lifecycle = lifecycle
         self._making: SingleFlight[_Identity, Container] = SingleFlight(
             "its making was ended: its pod or the agent is stopping"
@@ -63,7 +64,6 @@ class ContainerManager:
 
     def adopt(self, container: Container) -> None:
         """Take over a container found in the store."""
-        self._node.add_container(container)
         if container.visible:
             self._by_identity[container.identity] = container
 
@@ -76,7 +76,7 @@ class ContainerManager:
             InvalidArgumentError: the configuration is wrong.
             AlreadyExistsError: name and attempt are taken by another configuration.
         """
-        sandbox = self._node.get_sandbox(sandbox_id)
+        sandbox = self._state.get_sandbox(sandbox_id)
         validate_container(config)
         identity = (sandbox.id, config.metadata.name, config.metadata.attempt)
         pending = await self._making.request_of(identity)
@@ -108,8 +108,7 @@ class ContainerManager:
             if len(self._making) <= node.start_parallelism:
                 monitor.begin()  # with more under way it would wait for a processor, and others behind it
             async with operation.stage("reserve"):
-                node.add_container(container)
-                await node.store.add_container(container)
+                await self._state.add(container)
             async with operation.stage("snapshot"):
                 await mount_root(node, container, image)
                 image_volumes = await mount_image_volumes(node, container)
@@ -127,10 +126,9 @@ class ContainerManager:
                 await self._verify(container, runtime, spec)
                 _require_ready(sandbox)
                 async with operation.stage("commit"):
-                    container.record.state = ContainerState.CREATED
-                    await node.store.save_container(container)
+                    await self._state.move(container, ContainerState.CREATED)
         self._by_identity[container.identity] = container
-        node.publish(cri_pb2.CONTAINER_CREATED_EVENT, container)
+        self._state.publish(cri_pb2.CONTAINER_CREATED_EVENT, container)
         extra = of_container(container, operation)
         _log.info("%s is created from %s", container.title, config.image.image, extra=extra)
         return container
@@ -161,7 +159,7 @@ class ContainerManager:
             state=ContainerState.MAKING,
             created_at=time.time_ns(),
             handler=runtime.name,
-            boot_id=self._node.boot_id,
+            boot_id=self._state.boot_id,
             image_id=image.id,
             image_ref=image.repo_digests[0] if image.repo_digests else image.id,
             cgroup=self._node.cgroups.path(
@@ -228,7 +226,7 @@ class ContainerManager:
         await node.snapshots.remove(container.id)
         await in_thread(remove_tree, folder.path)
         node.monitors.forget(container.id)
-        await node.store.delete_container(container.id)
+        await self._state.delete(container)
         self._forget(container)
 
     async def undo_half_made(self, container: Container) -> None:
@@ -238,17 +236,18 @@ class ContainerManager:
     def _forget(self, container: Container) -> None:
         if self._by_identity.get(container.identity) is container:
             del self._by_identity[container.identity]
-        self._node.discard_container(container)
+        self._state.forget(container)
+        self._node.meters.forget(container.id)
 
     async def remove(self, container_id: str) -> None:
         """Kill, if need be, and remove a container. Unknown ids are fine."""
-        container = self._node.containers.find(container_id) if container_id else None
+        container = self._state.containers.find(container_id) if container_id else None
         if container is None or container.record.state is ContainerState.MAKING:
             return
         if container.record.state in (ContainerState.RUNNING, ContainerState.CREATED):
             await self._lifecycle.kill(container)
         async with container.lock:
-            if container.id not in self._node.containers:
+            if container.id not in self._state.containers:
                 return  # another call was faster
             # Once it is written down no client sees it, so none would ask again: it is carried on without this one.
             await wait_out(asyncio.ensure_future(self.finish_removal(container)))
@@ -256,18 +255,16 @@ class ContainerManager:
     async def finish_removal(self, container: Container) -> None:
         """Write a removal down, if it is not yet, and carry it to its end.
 
-        A container for which that fails is listed as it was, so that its client tries again.
+        A container for which that fails is listed as exited, so that its client tries again.
         """
-        operation, before = begin(container, "RemoveContainer"), container.record.state
+        operation = begin(container, "RemoveContainer")
         try:
-            if before is not ContainerState.REMOVING:
+            if container.record.state is not ContainerState.REMOVING:
                 async with operation.stage("intent"):
-                    container.record.state = ContainerState.REMOVING
-                    await self._node.store.save_container(container)
+                    await self._state.move(container, ContainerState.REMOVING)
             await self._finish_removal(container, operation)
         except (PodkeelError, OSError):
-            container.record.state = ContainerState.EXITED if before is ContainerState.REMOVING else before
-            container.changed()
+            self._state.take_back(container)
             raise
 
     async def _finish_removal(self, container: Container, operation: Operation) -> None:
@@ -282,9 +279,9 @@ class ContainerManager:
             await in_thread(remove_tree, node.layout.container(container.id).path)
             node.monitors.forget(container.id)
         async with operation.stage("forget"):
-            await node.store.delete_container(container.id)
+            await self._state.delete(container)
         self._forget(container)
-        node.publish(cri_pb2.CONTAINER_DELETED_EVENT, container)
+        self._state.publish(cri_pb2.CONTAINER_DELETED_EVENT, container)
         _log.info("%s is removed", container.title, extra=of_container(container, operation))
 
     async def abort_making(self, sandbox: Sandbox) -> None:
@@ -293,7 +290,7 @@ class ContainerManager:
 
     async def stop_all(self, sandbox: Sandbox) -> None:
         """Kill every container of a sandbox that runs."""
-        containers = [c for c in self._node.containers_of(sandbox) if c.visible]
+        containers = [c for c in self._state.containers_of(sandbox) if c.visible]
         await in_thread(self._thaw_dying, sandbox, containers)
         await asyncio.gather(*(self._lifecycle.kill(container) for container in containers))
         await asyncio.gather(*(self._lifecycle.released(container) for container in containers))
@@ -302,11 +299,11 @@ class ContainerManager:
         """Thaw the pod's own cgroup if it is frozen, once all in there were killed."""
         cgroups, parent = self._node.cgroups, sandbox.record.cgroup_parent
         path = cgroups.parent_path(parent)
-        if sandbox.record.boot_id != self._node.boot_id or not cgroups.is_frozen(path):
+        if sandbox.record.boot_id != self._state.boot_id or not cgroups.is_frozen(path):
             return
         for container in containers:
             cgroups.kill(container.record.cgroup)
-        others = (other.record for other in self._node.sandboxes if other is not sandbox)
+        others = (other.record for other in self._state.sandboxes if other is not sandbox)
         if not any(record.cgroup_parent == parent and not record.torn_down for record in others):
             cgroups.thaw(path)
 
@@ -314,7 +311,7 @@ class ContainerManager:
         """Remove every container of a sandbox, also those whose making failed and could not be undone then."""
         removals = [
             self._discard(container) if container.record.state is ContainerState.MAKING else self.remove(container.id)
-            for container in self._node.containers_of(sandbox)
+            for container in self._state.containers_of(sandbox)
         ]
         await asyncio.gather(*removals)
 

@@ -55,6 +55,7 @@ class Execution:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._state = node.state
         self._threads = AbandonableThreads(_MOST_HANGING)
         self.limits = Limits(node)
 
@@ -146,7 +147,7 @@ class Execution:
         if not container.record.private_pid_namespace:
             return True
         targets = (
-            c.config.linux.security_context.namespace_options for c in self._node.containers_of(container.sandbox)
+            c.config.linux.security_context.namespace_options for c in self._state.containers_of(container.sandbox)
         )
         return any(options.pid == cri_pb2.TARGET for options in targets)
 
@@ -157,7 +158,7 @@ class Execution:
             WrongStateError: the container has exited.
             LimitError: the memory limit would be below what the container uses now.
         """
-        container = self._node.get_container(container_id)
+        container = self._state.get_container(container_id)
         async with container.lock:
             await self.limits.change(container, LimitChange(given), begin(container, "UpdateContainerResources"))
 
@@ -234,7 +235,7 @@ class Execution:
 
     def running(self, container_id: str) -> Container:
         """The container, which runs. Raises NotFoundError or WrongStateError."""
-        container = self._node.get_container(container_id)
+        container = self._state.get_container(container_id)
         if container.record.state is not ContainerState.RUNNING:
             raise WrongStateError(f"{container.title} is {container.record.state}, not running")
         return container

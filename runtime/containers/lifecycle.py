@@ -52,6 +52,7 @@ class Lifecycle:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._state = node.state
         self._kills = KillWatch(node.layout, node.cgroups)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -64,7 +65,7 @@ class Lifecycle:
             InvalidArgumentError: its program is not there or cannot be executed; it has exited then.
             PodkeelError: it could not be started; it has exited then.
         """
-        container = self._node.get_container(container_id)
+        container = self._state.get_container(container_id)
         async with container.lock:
             record = container.record
             if record.state is not ContainerState.CREATED:
@@ -75,16 +76,14 @@ class Lifecycle:
             await wait_out(asyncio.ensure_future(self._start(container)))
 
     async def _start(self, container: Container) -> None:
-        record = container.record
         operation = begin(container, "StartContainer")
         async with operation.stage("runtime"), self._node.starting:
             started_at = time.time_ns()
             await self._start_in_runtime(container)
         async with operation.stage("commit"):
-            record.state = ContainerState.RUNNING
-            record.started_at = started_at
-            await self._node.store.save_container(container)
-        self._node.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
+            container.record.started_at = started_at
+            await self._state.move(container, ContainerState.RUNNING)
+        self._state.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
         _log.info("%s runs", container.title, extra=of_container(container, operation))
 
     async def _start_in_runtime(self, container: Container) -> None:
@@ -108,7 +107,6 @@ class Lifecycle:
     async def _fail_start(self, container: Container, message: str) -> None:
         now = time.time_ns()
         record = container.record
-        record.state = ContainerState.EXITED
         record.started_at = record.started_at or now
         record.finished_at = now
         record.exit_code = START_ERROR_EXIT_CODE
@@ -148,17 +146,17 @@ class Lifecycle:
         _log.error("%s: its conmon was killed; it runs on, without log and exit code", container.title)
         container.monitor_descriptor = pidfd
         container.record.monitor = None
-        await self._node.store.save_container(container)
+        await self._state.save(container)
         self.watch(container)
         return True
 
     async def record_exit(self, container: Container, exit_record: ExitRecord | None) -> None:
         """Write down how a container ended; the caller holds its lock."""
+        await _end_log(container)  # from here to the commit nothing else runs: others count the kills of who is alive
         record = container.record
         counted = killed_for_memory(self._node, container)
         history = self._kills.history(container)
         kills = counted or history.more
-        record.state = ContainerState.EXITED
         record.exit_code = exit_record.code if exit_record else UNKNOWN_EXIT_CODE
         record.started_at = record.started_at or record.created_at
         # The record's time is that of a file, which the kernel takes from a coarse clock.
@@ -169,7 +167,6 @@ class Lifecycle:
             record.reason = "OOMKilled" if kills and ended_by_the_kernel(container, exit_record, history) else "Error"
         if exit_record is None:
             record.message = self._node.monitors.why_no_exit_record()
-        await _end_log(container)
         # What the runtime holds is given back meanwhile: should we die before the commit, conmon's record is there.
         container.cleanup = self._spawn(self.clean_up(container))
         await self._save_end(container, sandbox_too=counted)
@@ -180,9 +177,9 @@ class Lifecycle:
     async def _save_end(self, container: Container, *, sandbox_too: bool = False) -> None:
         """Write down an end; when that fails the container has ended all the same, and the next start sees it again."""
         try:
-            await self._node.store.save_container(container)
+            await self._state.move(container, ContainerState.EXITED)
             if sandbox_too:
-                await self._node.store.save_sandbox(container.sandbox)
+                await self._state.save(container.sandbox)
         except PodkeelError as error:
             _log.error("%s: its end could not be written down: %s", container.title, error)
 
@@ -191,7 +188,7 @@ class Lifecycle:
         container.keep_late_log(None)
         self._kills.forget(container.id)
         self._node.meters.forget(container.id)
-        self._node.publish(cri_pb2.CONTAINER_STOPPED_EVENT, container)
+        self._state.publish(cri_pb2.CONTAINER_STOPPED_EVENT, container)
         if container.cleanup is None:
             container.cleanup = self._spawn(self.clean_up(container))
 
@@ -209,7 +206,7 @@ class Lifecycle:
     async def release_runtime(self, container: Container) -> None:
         """Kill what is left of a container and have the OCI runtime forget it. Repeatable."""
         record = container.record
-        if record.boot_id != self._node.boot_id:
+        if record.boot_id != self._state.boot_id:
             return
         cgroups = self._node.cgroups
         await in_thread(_kill_group, cgroups, record)
@@ -231,7 +228,7 @@ class Lifecycle:
     async def end_monitor(self, container: Container) -> None:
         """Kill conmon if it is still there though its container is not, and wait until it writes no more."""
         monitor = container.record.monitor
-        if monitor is None or container.record.boot_id != self._node.boot_id:
+        if monitor is None or container.record.boot_id != self._state.boot_id:
             return
         pidfd = processes.open_process(monitor.pid, monitor.started)
         if pidfd is None:
@@ -250,7 +247,7 @@ class Lifecycle:
         then thawed. Raises DeadlineError when even SIGKILL does not end it, WrongStateError when a frozen cgroup above
         it keeps it from that.
         """
-        container = self._node.containers.find(container_id) if container_id else None
+        container = self._state.containers.find(container_id) if container_id else None
         if container is None or not container.visible or container.record.state is ContainerState.EXITED:
             return
         operation = begin(container, "StopContainer")
@@ -353,7 +350,7 @@ class Lifecycle:
         """Let go of the monitors, which live on, and wait for what is being cleaned up."""
         self._kills.close()
         loop = asyncio.get_running_loop()
-        for container in self._node.containers:
+        for container in self._state.containers:
             if container.monitor_descriptor is not None:
                 loop.remove_reader(container.monitor_descriptor)
                 os.close(container.monitor_descriptor)

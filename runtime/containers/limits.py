@@ -73,7 +73,7 @@ class Limits:
             taken = {name for field, name in _OWNED.items() if getattr(change.given, field)}
             kept = {name: plugin for name, plugin in record.changed_by.items() if name not in taken}
             record.changed_by = {**kept, **change.changed_by}
-            await self._node.store.save_container(container)
+            await self._node.state.save(container)
 
     async def _apply(self, container: Container, before: _Both, after: _Both, changed: ExtraLimits) -> None:
         if container.record.start_error:

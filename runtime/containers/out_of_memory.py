@@ -28,7 +28,7 @@ def killed_for_memory(node: Node, container: Container) -> bool:
         return cgroups.out_of_memory_kills(container.record.cgroup) > 0
     alive = (
         other.record.cgroup
-        for other in node.containers_of(sandbox)
+        for other in node.state.containers_of(sandbox)
         if other is not container and other.record.state in (ContainerState.CREATED, ContainerState.RUNNING)
     )
     parent = cgroups.parent_path(sandbox.record.cgroup_parent)
@@ -62,5 +62,5 @@ def ended_by_the_kernel(container: Container, exit_record: ExitRecord | None, hi
 
 def _shares_its_parent(node: Node, container: Container) -> bool:
     parent = container.sandbox.record.cgroup_parent
-    others = (other.record for other in node.sandboxes if other is not container.sandbox)
+    others = (other.record for other in node.state.sandboxes if other is not container.sandbox)
     return any(record.cgroup_parent == parent and not record.torn_down for record in others)

@@ -83,7 +83,7 @@ async def ensure_pid_holder(node: Node, sandbox: Sandbox) -> None:
             pid = await in_fresh_thread(start, folder, node.options.catatonit_path, sandbox.id)
             sandbox.record.pid_holder = await in_thread(pin_holder, folder, pid)
             undo.push("its record", partial(setattr, sandbox.record, "pid_holder", None))
-            await node.store.save_sandbox(sandbox)
+            await node.state.save(sandbox)
 
 
 def _namespace_paths(node: Node, container: Container) -> NamespacePaths:
@@ -117,7 +117,7 @@ def _pid_namespace(node: Node, container: Container) -> tuple[str | None, bool]:
 
 
 def _target_namespace(node: Node, container: Container, target_id: str) -> str:
-    target = node.containers.find(target_id) if target_id else None
+    target = node.state.containers.find(target_id) if target_id else None
     if target is None or target.sandbox.id != container.sandbox.id or not target.visible:
         raise InvalidArgumentError(
             f"{container.title}: target_id {target_id!r} is not a container of its pod: name one of them"

@@ -42,6 +42,7 @@ class PodManager:
 
     def __init__(self, node: Node, containers: ContainerManager) -> None:
         self._node = node
+        self._state = node.state
         self._containers = containers
         self._making: SingleFlight[_Identity, Sandbox] = SingleFlight("its making was ended: the agent is stopping")
         self._by_identity: dict[_Identity, Sandbox] = {}
@@ -49,7 +50,6 @@ class PodManager:
 
     def adopt(self, sandbox: Sandbox) -> None:
         """Take over a sandbox found in the store."""
-        self._node.add_sandbox(sandbox)
         if sandbox.visible:
             self._by_identity[sandbox.identity] = sandbox
 
@@ -95,8 +95,7 @@ class PodManager:
             undo.push("the sandbox", partial(self._discard, sandbox))
             async with operation.stage("reserve"):
                 plan = replace(plan, mount_label=self._label(sandbox))
-                node.add_sandbox(sandbox)
-                await node.store.add_sandbox(sandbox)
+                await self._state.add(sandbox)
             async with operation.stage("namespaces"):
                 await in_fresh_thread(make_namespaces, node.layout.sandbox(sandbox.id), plan)
             async with operation.stage("network"):
@@ -107,11 +106,10 @@ class PodManager:
                 async with operation.stage("io_weight"):
                     await self._weigh(sandbox, weight)
             async with operation.stage("commit"):
-                sandbox.record.state = SandboxState.READY
-                await node.store.save_sandbox(sandbox)
+                await self._state.move(sandbox, SandboxState.READY)
         self._by_identity[sandbox.identity] = sandbox
-        node.publish(cri_pb2.CONTAINER_CREATED_EVENT, sandbox)
-        node.publish(cri_pb2.CONTAINER_STARTED_EVENT, sandbox)
+        self._state.publish(cri_pb2.CONTAINER_CREATED_EVENT, sandbox)
+        self._state.publish(cri_pb2.CONTAINER_STARTED_EVENT, sandbox)
         addresses = ", ".join(sandbox.record.addresses) or "of the node"
         _log.info("%s is ready, addresses %s", sandbox.title, addresses, extra=of_sandbox(sandbox, operation))
         return sandbox
@@ -128,7 +126,7 @@ class PodManager:
             created_at=time.time_ns(),
             handler=runtime.name,
             requested_handler=handler,
-            boot_id=self._node.boot_id,
+            boot_id=self._state.boot_id,
             cgroup_parent=parent,
             owns_cgroup_parent=own,
             resources=config.linux.resources.SerializeToString(),
@@ -157,7 +155,7 @@ class PodManager:
         """Choose the sandbox's SELinux level, which it has as long as the node knows it; the label of its files."""
         options = sandbox.config.linux.security_context.selinux_options
         if self._node.facts.selinux_enabled:
-            used = {other.record.selinux_level for other in self._node.sandboxes}
+            used = {other.record.selinux_level for other in self._state.sandboxes}
             sandbox.record.selinux_level = options.level or free_level(used)
         return selinux_labels(options, self._node.facts, level=sandbox.record.selinux_level).mount
 
@@ -181,7 +179,7 @@ class PodManager:
 
     async def stop(self, sandbox_id: str) -> None:
         """Kill what runs in a sandbox and give back its network and namespaces. Repeatable; unknown ids are fine."""
-        sandbox = self._node.sandboxes.find(sandbox_id) if sandbox_id else None
+        sandbox = self._state.sandboxes.find(sandbox_id) if sandbox_id else None
         if sandbox is None or not sandbox.visible:
             return
         sandbox.closing = True
@@ -193,10 +191,9 @@ class PodManager:
             async with operation.stage("containers"):
                 await self._containers.stop_all(sandbox)
             async with operation.stage("commit"):
-                sandbox.record.state = SandboxState.NOT_READY
-                await self._node.store.save_sandbox(sandbox)
+                await self._state.move(sandbox, SandboxState.NOT_READY)
             await self._tear_down(sandbox, operation)
-        self._node.publish(cri_pb2.CONTAINER_STOPPED_EVENT, sandbox)
+        self._state.publish(cri_pb2.CONTAINER_STOPPED_EVENT, sandbox)
         _log.info("%s is stopped", sandbox.title, extra=of_sandbox(sandbox, operation))
 
     async def finish_stop(self, sandbox: Sandbox) -> None:
@@ -215,7 +212,7 @@ class PodManager:
             await self._drop(sandbox)
         async with operation.stage("torn_down"):
             sandbox.record.torn_down = True
-            await self._node.store.save_sandbox(sandbox)
+            await self._state.save(sandbox)
 
     async def _drop(self, sandbox: Sandbox) -> None:
         if sandbox.record.owns_cgroup_parent:
@@ -224,7 +221,7 @@ class PodManager:
 
     def _drop_files(self, sandbox: Sandbox) -> None:
         folder = self._node.layout.sandbox(sandbox.id)
-        if sandbox.record.boot_id == self._node.boot_id:
+        if sandbox.record.boot_id == self._state.boot_id:
             end_holder(sandbox.record.pid_holder, folder, sandbox.id)
         drop_namespaces(folder)
         if sandbox.record.owns_cgroup_parent:
@@ -232,12 +229,12 @@ class PodManager:
 
     async def remove(self, sandbox_id: str) -> None:
         """Stop and remove a sandbox with all its containers. Unknown ids are fine."""
-        sandbox = self._node.sandboxes.find(sandbox_id) if sandbox_id else None
+        sandbox = self._state.sandboxes.find(sandbox_id) if sandbox_id else None
         if sandbox is None or sandbox.record.state is SandboxState.MAKING:
             return
         await self.stop(sandbox.id)
         async with sandbox.lock:
-            if sandbox.id not in self._node.sandboxes:
+            if sandbox.id not in self._state.sandboxes:
                 return  # another call was faster
             operation = _begin(sandbox, "RemovePodSandbox")
             async with operation.stage("containers"):
@@ -251,7 +248,7 @@ class PodManager:
         One that never came to be and waits for its network is found too. Raises NotFoundError or InvalidArgumentError
         for an id that names no sandbox.
         """
-        sandbox = self._node.sandboxes.get(sandbox_id)
+        sandbox = self._state.sandboxes.get(sandbox_id)
         try:
             await self.remove(sandbox.id)
         except (PodkeelError, OSError) as error:
@@ -281,42 +278,40 @@ class PodManager:
         try:
             if sandbox.record.state is not SandboxState.REMOVING:
                 async with operation.stage("intent"):
-                    sandbox.record.state = SandboxState.REMOVING
-                    await self._node.store.save_sandbox(sandbox)
+                    await self._state.move(sandbox, SandboxState.REMOVING)
             if not sandbox.record.torn_down:
                 await self._tear_down(sandbox, operation)
             async with operation.stage("forget"):
-                await self._node.store.delete_sandbox(sandbox.id)
+                await self._state.delete(sandbox)
         except (PodkeelError, OSError):
-            sandbox.record.state = SandboxState.NOT_READY
-            sandbox.changed()
+            self._state.take_back(sandbox)
             raise
-        self._node.publish(cri_pb2.CONTAINER_DELETED_EVENT, sandbox)
+        self._state.publish(cri_pb2.CONTAINER_DELETED_EVENT, sandbox)
         self._forget(sandbox)
         _log.info("%s is removed", sandbox.title, extra=of_sandbox(sandbox, operation))
 
     async def _discard(self, sandbox: Sandbox) -> None:
         """Undo everything of a sandbox that did not come to be."""
         async with sandbox.lock:
-            if sandbox.id not in self._node.sandboxes:
+            if sandbox.id not in self._state.sandboxes:
                 return
             await self._node.network.detach(sandbox.id)
             await self._drop(sandbox)
-            await self._node.store.delete_sandbox(sandbox.id)
+            await self._state.delete(sandbox)
             self._forget(sandbox)
 
     async def network_given_back(self, sandbox_id: str) -> None:
         """Carry on with a sandbox whose network could not be given back when it was stopped or undone."""
-        if sandbox_id not in self._node.sandboxes:
+        if sandbox_id not in self._state.sandboxes:
             return
-        sandbox = self._node.sandboxes.get(sandbox_id)
+        sandbox = self._state.sandboxes.get(sandbox_id)
         if sandbox.record.state is SandboxState.MAKING:
             await self._discard(sandbox)
             return
         async with sandbox.lock:
             if sandbox.record.state is SandboxState.NOT_READY and not sandbox.record.torn_down:
                 await self.finish_stop(sandbox)
-                self._node.publish(cri_pb2.CONTAINER_STOPPED_EVENT, sandbox)
+                self._state.publish(cri_pb2.CONTAINER_STOPPED_EVENT, sandbox)
 
     async def undo_half_made(self, sandbox: Sandbox) -> None:
         """Undo a sandbox whose making was cut short by the agent's death."""
@@ -325,7 +320,8 @@ class PodManager:
     def _forget(self, sandbox: Sandbox) -> None:
         if self._by_identity.get(sandbox.identity) is sandbox:
             del self._by_identity[sandbox.identity]
-        self._node.discard_sandbox(sandbox.id)
+        self._state.forget(sandbox)
+        self._node.meters.forget(sandbox.id)
 
     async def update_resources(
         self,
@@ -334,13 +330,13 @@ class PodManager:
         overhead: cri_pb2.LinuxContainerResources | None,
     ) -> None:
         """Record what the pod as a whole may use (KEP-1287); its cgroup is the client's. Raises NotFoundError."""
-        sandbox = self._node.get_sandbox(sandbox_id)
+        sandbox = self._state.get_sandbox(sandbox_id)
         async with sandbox.lock:
             if resources is not None:
                 sandbox.record.resources = resources.SerializeToString()
             if overhead is not None:
                 sandbox.record.overhead = overhead.SerializeToString()
-            await self._node.store.save_sandbox(sandbox)
+            await self._state.save(sandbox)
 
     async def close(self) -> None:
         """Undo what is in the making; for the agent's end."""

@@ -43,6 +43,7 @@ class Recovery:
 
     def __init__(self, node: Node, pods: PodManager, containers: ContainerManager, lifecycle: Lifecycle) -> None:
         self._node = node
+        self._state = node.state
         self._pods = pods
         self._containers = containers
         self._lifecycle = lifecycle
@@ -50,7 +51,7 @@ class Recovery:
 
     async def run(self) -> None:
         """Load everything, undo what was half made, finish what was half removed, take up what runs."""
-        sandboxes, containers = await in_thread(self._node.store.load)
+        sandboxes, containers = await self._state.load()
         self.findings["row set aside"] += len(await in_thread(self._node.database.set_asides))
         for sandbox in sandboxes:
             self._pods.adopt(sandbox)
@@ -72,7 +73,7 @@ class Recovery:
         """Have no record name a process that is not its container's: it would be signalled and waited for."""
         running = cache(self._node.monitors.running)
         for container in containers:
-            same_boot = container.record.boot_id == self._node.boot_id
+            same_boot = container.record.boot_id == self._state.boot_id
             if same_boot and not recorded_processes.correct(container, self._node.layout, running):
                 self.findings["process of others in a record"] += 1
                 _log.error("%s: its row named a process that is not its own: it is left alone", container.title)
@@ -109,7 +110,7 @@ class Recovery:
     async def _resume(self, container: Container) -> None:
         """Take up a container that was created or running when the agent went away."""
         node, record = self._node, container.record
-        same_boot = record.boot_id == node.boot_id
+        same_boot = record.boot_id == self._state.boot_id
         if record.start_error and same_boot:
             return
         monitor = record.monitor if same_boot else None
@@ -126,9 +127,8 @@ class Recovery:
                     return
             await in_thread(self._end_abandoned_calls, container)
             if record.state is ContainerState.CREATED and await self._was_started(container):
-                record.state = ContainerState.RUNNING
                 record.started_at = time.time_ns()
-                await node.store.save_container(container)
+                await self._state.move(container, ContainerState.RUNNING)
 
     def _end_abandoned_calls(self, container: Container) -> None:
         """Nobody can get the output of what the former agent executed in the container any more."""
@@ -172,7 +172,7 @@ class Recovery:
         node = self._node
 
         def without() -> list[Sandbox]:
-            ready = (s for s in node.sandboxes if s.record.state is SandboxState.READY and not s.host_network)
+            ready = (s for s in self._state.sandboxes if s.record.state is SandboxState.READY and not s.host_network)
             return [sandbox for sandbox in ready if node.network.attachment(sandbox.id) is None]
 
         lost = without()
@@ -186,27 +186,26 @@ class Recovery:
             await self._guarded(sandbox.title, self._pods.stop(sandbox.id))
 
     def _still_there(self, sandbox: Sandbox) -> bool:
-        if sandbox.record.boot_id != self._node.boot_id:
+        if sandbox.record.boot_id != self._state.boot_id:
             return False
         kinds = sandbox.own_namespaces + (("user",) if sandbox.user_namespace else ())
         return pins_hold(self._node.layout.sandbox(sandbox.id), kinds)
 
     def known(self) -> Known:
         """What the store knows now."""
-        node = self._node
         live = (ContainerState.CREATED, ContainerState.RUNNING)
         return Known(
-            sandboxes={sandbox.id for sandbox in node.sandboxes},
-            containers={container.id for container in node.containers},
-            live_sandboxes={sandbox.id for sandbox in node.sandboxes if not sandbox.record.torn_down},
-            live_containers={container.id for container in node.containers if container.record.state in live},
+            sandboxes={sandbox.id for sandbox in self._state.sandboxes},
+            containers={container.id for container in self._state.containers},
+            live_sandboxes={sandbox.id for sandbox in self._state.sandboxes if not sandbox.record.torn_down},
+            live_containers={container.id for container in self._state.containers if container.record.state in live},
         )
 
     def own_parents(self) -> dict[str, str]:
         """The cgroups of this agent's pods that brought none, by sandbox id; those of other agents lie beside them."""
         node = self._node
         parents = node.cgroups.default_parents(node.options.cgroup_parent)
-        known = {sandbox.id for sandbox in node.sandboxes}  # also those that an older version made
+        known = {sandbox.id for sandbox in self._state.sandboxes}  # also those that an older version made
         return {id_: path for id_, path in parents.items() if id_ in known or is_of(node.agent_id, id_)}
 
     async def repair(self) -> None:

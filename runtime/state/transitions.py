@@ -1,13 +1,44 @@
-"""What the line of a state change carries beside its text: ids, names and duration, for collectors to search by."""
+"""Which states a sandbox or container may go to from which, and what the log line of a change carries in its fields."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
+from host.errors import WrongStateError
 from host.stages import Operation
-from runtime.state.container import Container
-from runtime.state.sandbox import Sandbox
+from runtime.state.container import Container, ContainerState
+from runtime.state.sandbox import Sandbox, SandboxState
+
+# A stop that failed in the middle is repeated: it writes the same state again. A removal that failed goes back, so that
+# clients see the object and can try again. A sandbox or container that is being made and fails has no next state: its
+# row is deleted.
+_SANDBOX: Mapping[SandboxState, frozenset[SandboxState]] = {
+    SandboxState.MAKING: frozenset({SandboxState.READY}),
+    SandboxState.READY: frozenset({SandboxState.NOT_READY, SandboxState.REMOVING}),
+    SandboxState.NOT_READY: frozenset({SandboxState.NOT_READY, SandboxState.REMOVING}),
+    SandboxState.REMOVING: frozenset({SandboxState.NOT_READY}),
+}
+_CONTAINER: Mapping[ContainerState, frozenset[ContainerState]] = {
+    ContainerState.MAKING: frozenset({ContainerState.CREATED}),
+    ContainerState.CREATED: frozenset({ContainerState.RUNNING, ContainerState.EXITED}),
+    ContainerState.RUNNING: frozenset({ContainerState.EXITED}),
+    ContainerState.EXITED: frozenset({ContainerState.REMOVING}),
+    ContainerState.REMOVING: frozenset({ContainerState.EXITED}),
+}
+
+
+def check_sandbox_move(sandbox: Sandbox, to: SandboxState) -> None:
+    """Raise WrongStateError if a sandbox cannot go to the state ``to`` from the one it has."""
+    if to not in _SANDBOX[sandbox.record.state]:
+        raise WrongStateError(f"{sandbox.title} is {sandbox.record.state}: it cannot become {to}")
+
+
+def check_container_move(container: Container, to: ContainerState) -> None:
+    """Raise WrongStateError if a container cannot go to the state ``to`` from the one it has."""
+    if to not in _CONTAINER[container.record.state]:
+        raise WrongStateError(f"{container.title} is {container.record.state}: it cannot become {to}")
 
 
 def of_sandbox(sandbox: Sandbox, operation: Operation) -> dict[str, Any]:

@@ -84,6 +84,20 @@ def test_stream_commands_take_no_more_of_the_server_than_its_spdy_machine(path: 
     assert {name for name in names if name.split(".")[0] == "cri"} <= STREAM_MODULES
 
 
+@pytest.mark.parametrize("room", ["runtime", "cri"])
+def test_only_the_state_sets_states(room: str) -> None:
+    """``State.move`` looks into the table of transitions; who sets a record's state elsewhere goes past it."""
+    setting = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in modules(room)
+        if path.parent != ROOT / "runtime" / "state"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Attribute) and node.attr == "state" and isinstance(node.ctx, ast.Store | ast.Del))
+        or (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr" and "'state'" in ast.unparse(node))
+    ]
+    assert setting == []
+
+
 # Containers' root file systems are mounted for calls about containers; all other work of these rooms has its own pools.
 CONTAINERS_POOL_OF_IMAGES = {"images/snapshots/store.py"}
 

@@ -25,8 +25,7 @@ class Pod:
         self.count("/pod", 0)
         node = SimpleNamespace(
             cgroups=CgroupTree(2, "cgroupfs", {"unified": root}),
-            sandboxes=self.sandboxes,
-            containers_of=lambda sandbox: self.containers,
+            state=SimpleNamespace(sandboxes=self.sandboxes, containers_of=lambda sandbox: self.containers),
         )
         self.node = cast(Node, node)
 

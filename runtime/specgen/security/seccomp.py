@@ -12,7 +12,6 @@ import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
 
 import msgspec
 
@@ -22,32 +21,12 @@ from host.untrusted_json import JsonError
 from proto.runtime.v1 import cri_pb2
 from runtime.specgen.node_facts import NodeFacts, kernel_version
 from runtime.specgen.security.seccomp_bpf import compile_bpf
+from runtime.specgen.security.seccomp_profile import ALWAYS, Profile, Rule
 
 DEFAULT_PROFILE = Path(__file__).with_name("seccomp_default.json")
 """Podkeel's own RuntimeDefault."""
 
 PROFILE_LIMIT = 4 * 1024 * 1024
-
-Action = Literal[
-    "SCMP_ACT_KILL",
-    "SCMP_ACT_KILL_PROCESS",
-    "SCMP_ACT_KILL_THREAD",
-    "SCMP_ACT_TRAP",
-    "SCMP_ACT_ERRNO",
-    "SCMP_ACT_TRACE",
-    "SCMP_ACT_ALLOW",
-    "SCMP_ACT_LOG",
-    "SCMP_ACT_NOTIFY",
-]
-Operator = Literal[
-    "SCMP_CMP_NE",
-    "SCMP_CMP_LT",
-    "SCMP_CMP_LE",
-    "SCMP_CMP_EQ",
-    "SCMP_CMP_GE",
-    "SCMP_CMP_GT",
-    "SCMP_CMP_MASKED_EQ",
-]
 
 _MACHINES = {
     "x86_64": ("SCMP_ARCH_X86_64", "amd64"),
@@ -56,69 +35,6 @@ _MACHINES = {
     "s390x": ("SCMP_ARCH_S390X", "s390x"),
     "riscv64": ("SCMP_ARCH_RISCV64", "riscv64"),
 }
-
-
-ErrorNumber = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-
-
-class _Struct(msgspec.Struct, omit_defaults=True, rename="camel"):
-    """What every struct here has in common: camelCase names, nothing written that is at its default."""
-
-
-class Argument(_Struct):
-    """A condition on one argument of a system call."""
-
-    index: Annotated[int, msgspec.Meta(ge=0, le=5)]
-    value: Annotated[int, msgspec.Meta(ge=0)]
-    op: Operator
-    value_two: Annotated[int, msgspec.Meta(ge=0)] = 0
-
-    def __post_init__(self) -> None:
-        if max(self.value, self.value_two) >= 1 << 64:
-            raise ValueError("an argument's value has at most 64 bits")
-
-
-class Condition(_Struct):
-    """When a rule applies (``includes``) or does not (``excludes``)."""
-
-    caps: list[str] = []
-    arches: list[str] = []
-    min_kernel: str = ""
-
-
-_ALWAYS = Condition()
-
-
-class Rule(_Struct):
-    """What happens on some system calls; ``comment`` says why."""
-
-    names: list[str]
-    action: Action
-    errno_ret: ErrorNumber | None = None
-    args: list[Argument] | None = None
-    comment: str = ""
-    includes: Condition | None = None
-    excludes: Condition | None = None
-
-
-class Architecture(_Struct):
-    """An architecture and those whose system calls its kernel also takes."""
-
-    architecture: str
-    sub_architectures: list[str] | None = None
-
-
-class Profile(_Struct):
-    """A whole profile as it is stored."""
-
-    default_action: Action
-    default_errno_ret: ErrorNumber | None = None
-    architectures: list[str] | None = None
-    arch_map: list[Architecture] | None = None
-    flags: list[str] | None = None
-    listener_path: str = ""
-    listener_metadata: str = ""
-    syscalls: list[Rule] | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +141,7 @@ def compile_profile(profile: Profile, permitted: frozenset[str], machine: str, k
 
 
 def _applies(rule: Rule, permitted: frozenset[str], short: str, kernel: tuple[int, int]) -> bool:
-    needs, avoids = rule.includes or _ALWAYS, rule.excludes or _ALWAYS
+    needs, avoids = rule.includes or ALWAYS, rule.excludes or ALWAYS
     if needs.arches and short not in needs.arches:
         return False
     if short in avoids.arches or any(name in permitted for name in avoids.caps):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from host.errors import PodkeelError
 from host.seccomp import (
@@ -24,9 +23,7 @@ from host.seccomp import (
     compile_filter,
 )
 from host.seccomp import Rule as FilterRule
-
-if TYPE_CHECKING:
-    from runtime.specgen.security.seccomp import Argument, Profile
+from runtime.specgen.security.seccomp_profile import Argument, Profile
 
 _ACTIONS = {
     "SCMP_ACT_KILL": 0x00000000,

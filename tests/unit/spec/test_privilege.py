@@ -24,8 +24,9 @@ from runtime.specgen.security.masked_paths import (
     apparmor_profile,
     masked_and_readonly_paths,
 )
-from runtime.specgen.security.seccomp import DEFAULT_PROFILE, Profile, Rule, compile_profile, seccomp
+from runtime.specgen.security.seccomp import DEFAULT_PROFILE, compile_profile, seccomp
 from runtime.specgen.security.seccomp_bpf import compile_bpf
+from runtime.specgen.security.seccomp_profile import Profile, Rule
 from tests.unit.spec.requests import NODE, container, secured
 
 Context = cri_pb2.LinuxContainerSecurityContext

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from host.concurrency.threads import in_image_thread, in_long_thread
 from host.database import Database
@@ -18,11 +17,10 @@ from images.layers.layer import Layer
 from images.layers.store import LayerStore
 from images.oci import digests
 from images.oci.manifests import Descriptor
+from images.snapshots.store import SnapshotStore
+from images.store import ImageStore
 from images.unpack.inheritance import inherit
 from images.unpack.trees import look_at
-
-if TYPE_CHECKING:
-    from images.store import ImageStore
 
 _log = logging.getLogger("podkeel.images")
 
@@ -55,8 +53,9 @@ class ImageChecker:
     removals may go on meanwhile.
     """
 
-    def __init__(self, store: ImageStore, layers: LayerStore, database: Database) -> None:
+    def __init__(self, store: ImageStore, snapshots: SnapshotStore, layers: LayerStore, database: Database) -> None:
         self._store = store
+        self._snapshots = snapshots
         self._layers = layers
         self._database = database
 
@@ -69,7 +68,7 @@ class ImageChecker:
         """
         findings = await self._check_images(repair=repair)
         images = self._store.images()
-        stacks = [*(image.layers for image in images), *self._store.snapshots.stacks()]
+        stacks = [*(image.layers for image in images), *self._snapshots.stacks()]
         layers = [(layer, _below(layer, stacks)) for layer in self._layers.all() if not layer.retired]
         layers.sort(key=lambda pair: len(pair[1]))
         broken: set[int] = set()

@@ -18,13 +18,13 @@ from images.oci.reference import parse
 from images.options import ImageOptions
 from images.outgoing import OutgoingImage, outgoing
 from images.registry.credentials import Credentials
+from images.store import ImageStore
 
 if TYPE_CHECKING:
     from images.registry.push import Pushed
-    from images.store import ImageStore
 
 
-class Shipping:
+class Exporter:
     """Exports and pushes images of ``store``; what it ships stays on the node until it is through."""
 
     def __init__(self, store: ImageStore, options: ImageOptions, layers: LayerStore, database: Database) -> None:

@@ -1,42 +1,31 @@
-"""The images of this node: found by any form of reference, pulled, imported, removed."""
+"""The images of this node: found by any form of reference, named, removed."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import re
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from host.concurrency.tasks import SingleFlight
-from host.concurrency.threads import in_image_thread, in_long_thread, in_stats_thread
+from host.concurrency.threads import in_image_thread, in_stats_thread
 from host.database import Database
-from host.errors import InvalidArgumentError, LimitError, NotFoundError
+from host.errors import InvalidArgumentError, NotFoundError
 from host.stages import Operation
 from images import image_rows
-from images.archives.reader import ImageArchive
-from images.checker import ImageChecker
-from images.content.progress import PullProgress, RunningPull
 from images.content.source import Candidate
-from images.content.trash import Trash
-from images.disk_usage import DiskUsage, disk_usage
-from images.exporter import Shipping
-from images.image import Image, ImageConfig, check_linux
+from images.image import Image, ImageConfig
 from images.layers.layer import Layer
 from images.layers.store import LayerStore
 from images.oci.reference import Reference, parse
 from images.options import ImageOptions
-from images.registry.credentials import Credentials
-from images.snapshots.store import SnapshotStore
 from images.usage import FilesystemUsage
 
 if TYPE_CHECKING:
-    from images.registry.client import HostAnswer
+    pass
 
 _log = logging.getLogger("podkeel.images")
 
@@ -58,52 +47,18 @@ class _Record:
 
 
 class ImageStore:
-    """Everything about images. Lookups read memory only; ``revision`` rises with each change.
+    """Which images there are, under which names. Lookups read memory only; ``revision`` rises with each change."""
 
-    ``fetched_bytes`` is what came from registries since the start.
-
-    ``snapshots`` makes containers' root file systems out of them, ``shipping`` takes them off the node, ``checker``
-    looks for what is broken.
-    """
-
-    def __init__(self, options: ImageOptions, data_dir: Path, database: Database) -> None:
+    def __init__(self, options: ImageOptions, data_dir: Path, database: Database, layers: LayerStore) -> None:
         self._options = options
         self._data_dir = data_dir
         self._database = database
-        self._trash = Trash(data_dir / "trash")
-        self._layers = LayerStore(options, data_dir, database, self._trash)
-        self.checker = ImageChecker(self, self._layers, database)
-        self.shipping = Shipping(self, options, self._layers, database)
-        self.snapshots = SnapshotStore(options, data_dir, database, self._layers, self._trash)
+        self._layers = layers
         self._records: dict[str, _Record] = {}
         self._images: dict[str, Image] = {}
         self._names: dict[str, str] = {}
         self._changing = asyncio.Lock()
-        self._pulls: SingleFlight[tuple[str, Credentials | None], Image] = SingleFlight(
-            "the pull was ended: the agent is stopping"
-        )
-        self._running_pulls: list[RunningPull] = []
         self.revision = 0
-        self.fetched_bytes = 0
-
-    async def start(self) -> None:
-        """Read the store; undo pulls and finish removals that a crash cut off."""
-        self._trash.start()
-        await self._layers.start()
-        await self.snapshots.start()  # before images, of whose rows it may have to learn layers
-        await self._load()
-        await self._layers.sweep()
-
-    async def close(self) -> None:
-        """Cancel running pulls with their clean-up, and stop background work."""
-        await self._pulls.close()
-        await self.snapshots.close()
-        await self._layers.close()
-        await self._trash.close()
-
-    async def emptied(self) -> None:
-        """Wait until what was removed has left the disk."""
-        await self._trash.emptied()
 
     def images(self) -> Sequence[Image]:
         """All images."""
@@ -124,10 +79,15 @@ class ImageStore:
             if prefix is None:
                 raise
         else:
-            image_id = self._names.get(_key(name))
-            if image_id is not None:
-                return self._images[image_id]
+            image = self.named(name)
+            if image is not None:
+                return image
         return self._find_by_prefix(prefix[1]) if prefix is not None else None
+
+    def named(self, name: Reference) -> Image | None:
+        """The image that has exactly this name."""
+        image_id = self._names.get(_key(name))
+        return self._images[image_id] if image_id is not None else None
 
     def get(self, reference: str) -> Image:
         """Like ``find``; NotFoundError if there is none."""
@@ -145,75 +105,6 @@ class ImageStore:
     def filesystem_usage(self) -> FilesystemUsage:
         """What layers, kept blobs included, take on disk; from kept counts."""
         return FilesystemUsage(str(self._data_dir), self._layers.used_bytes, self._layers.used_inodes)
-
-    async def pull(self, reference: str, credentials: Credentials | None = None) -> Image:
-        """Fetch the image and return it once it is complete; identical pulls at the same time are one.
-
-        A tag that another image had moves to this one. Raises InvalidArgumentError for a malformed reference or a
-        broken image, NotFoundError, PermissionDeniedError, LimitError, UnsupportedError for an artifact, and
-        KubeletReasonError ``RegistryUnavailable``. Whatever the error, nothing of it stays but partial blobs, which the
-        next pull of it goes on with.
-        """
-        name = parse(reference)
-        begin = time.perf_counter()
-        image = await self._pulls.run((str(name), credentials), lambda: self._pull(name, credentials))
-        fields = {"image": str(name), "image_id": image.id, "seconds": round(time.perf_counter() - begin, 6)}
-        _log.info("image %s is %s", name, image.id, extra={"fields": fields})
-        return image
-
-    async def _pull(self, name: Reference, credentials: Credentials | None) -> Image:
-        # The HTTP client takes 20 MiB and a fifth of a second: an agent that never pulls never has it.
-        pulling = await in_image_thread(importlib.import_module, "images.registry.resolve")
-        operation = Operation("PullImage")
-        known = self._names.get(_key(name))
-        known_digests = self._images[known].repo_digests if known else ()
-        running = RunningPull(str(name))
-        self._running_pulls.append(running)
-        try:
-            async with pulling.fetch(self._options, name, credentials, known_digests, operation) as candidate:
-                if candidate is not None:
-                    running.sources = candidate.layer_sources()
-                    try:
-                        return await self._install(candidate, operation)
-                    finally:
-                        self.fetched_bytes += candidate.transferred()
-        finally:
-            self._running_pulls.remove(running)
-        if known in self._images:
-            return self._images[known]
-        return await self._pull(name, credentials)  # it was removed while the registry was asked
-
-    def pulls(self) -> list[PullProgress]:
-        """How far each running pull is, oldest first."""
-        return [
-            PullProgress(pull.reference, pull.started, tuple(map(self._layers.progress, pull.sources)))
-            for pull in self._running_pulls
-        ]
-
-    async def explain(
-        self, reference: str, credentials: Credentials | None = None
-    ) -> tuple[Reference, list[HostAnswer]]:
-        """The reference in full, and what each host that a pull tries answers to it; nothing is pulled."""
-        name = parse(reference)
-        registry = await in_image_thread(importlib.import_module, "images.registry.client")
-        async with registry.RegistryClient(self._options, name, credentials) as client:
-            return name, await client.explain()
-
-    async def import_archive(self, path: Path, reference: str = "") -> list[Image]:
-        """Take in the images of an OCI layout folder, an OCI archive or a docker archive (gzipped ones too).
-
-        An image without a name of its own gets ``reference``, or none. Raises NotFoundError if there is no such file,
-        InvalidArgumentError if it is broken, LimitError, UnsupportedError.
-        """
-        operation = Operation("ImportImage")
-        archive = ImageArchive(path, self._data_dir, self._options.max_archive_bytes)
-        try:
-            async with operation.stage("manifest"):
-                await in_long_thread(archive.open)
-                candidates = await in_long_thread(archive.candidates, reference)
-            return [await self._install(candidate, operation) for candidate in candidates]
-        finally:
-            archive.close()
 
     async def tag(self, reference: str, name: str) -> str:
         """Give the image that ``reference`` names one more name, taken from whichever had it; returns it in full.
@@ -251,13 +142,6 @@ class ImageStore:
         content: bytes = rows[0][0]
         return content
 
-    async def disk_usage(self) -> DiskUsage:
-        """What each image takes on disk, and what they share."""
-        rows = await in_stats_thread(
-            self._database.read, "SELECT image_id, count(DISTINCT container_id) FROM snapshots GROUP BY image_id"
-        )
-        return disk_usage(self.images(), self._layers, dict(rows), self.snapshots.filesystem_usage().used_bytes)
-
     async def remove(self, reference: str) -> None:
         """Remove the image that ``reference`` names, with all its names; success if there is none.
 
@@ -276,25 +160,10 @@ class ImageStore:
                 await self._layers.release(image.layers)
             _log.info("image %s is removed", image.id, extra={"fields": {"image_id": image.id}})
 
-    async def _install(self, candidate: Candidate, operation: Operation) -> Image:
-        """Unpack what is missing of the image, then make it visible."""
-        try:
-            return await self._install_layers(candidate, operation)
-        except (InvalidArgumentError, LimitError) as error:
-            await self._layers.give_up([layer.digest for layer in candidate.layers], error)
-            raise
-
-    async def _install_layers(self, candidate: Candidate, operation: Operation) -> Image:
-        config = candidate.config.config
-        check_linux(candidate.config, candidate.subject)
-        layers: list[Layer] = []
-        try:
-            async with operation.stage("layers"):
-                layers = await self._layers.obtain_all(candidate.layer_sources(), candidate.subject)
-            async with operation.stage("commit"), self._changing:
-                return await self._commit(candidate, config, tuple(layers))
-        finally:
-            await self._layers.release([layer.number for layer in layers])
+    async def commit(self, candidate: Candidate, layers: tuple[Layer, ...]) -> Image:
+        """Keep an image whose layers are all there, with its names; it is visible from then on."""
+        async with self._changing:
+            return await self._commit(candidate, candidate.config.config, layers)
 
     async def _commit(self, candidate: Candidate, config: ImageConfig, layers: tuple[Layer, ...]) -> Image:
         record = self._records.get(candidate.id)
@@ -349,7 +218,8 @@ class ImageStore:
             del self._names[name]
         self.revision += 1
 
-    async def _load(self) -> None:
+    async def load(self) -> None:
+        """Read the images from the database; those whose layers are missing are dropped."""
         names: dict[str, set[str]] = {}
         for name, image_id in self._database.read("SELECT name, image_id FROM image_references"):
             names.setdefault(image_id, set()).add(name)

@@ -19,9 +19,9 @@ from host.database import Database
 from host.database_copy import DatabaseCopy
 from host.errors import WrongStateError
 from host.keyring import leave_session_keyring
+from images.images import Images
 from images.options import ImageOptions
 from images.schema import MIGRATIONS as IMAGE_MIGRATIONS
-from images.store import ImageStore
 from network.bridge.owner import BridgeOwner
 from network.node_network import NodeNetwork
 from network.options import NetworkOptions
@@ -111,7 +111,7 @@ class Agent:
         own_id = await in_thread(agent_id, layout)
         handlers = Handlers(options, layout, cgroups, own_id)
         network = NodeNetwork(self._network, database, BridgeOwner(own_id, str(layout.data)))
-        images = ImageStore(self._images, layout.data, database)
+        images = Images(self._images, layout.data, database)
         facts = await in_thread(partial(probe_node, selinux=options.selinux))
         node = Node(
             options=options,
@@ -126,7 +126,7 @@ class Agent:
             handlers=handlers,
             monitors=monitors,
             network=network,
-            images=images,
+            images=images.store,
             snapshots=images.snapshots,
         )
         await handlers.probe()
@@ -138,6 +138,7 @@ class Agent:
         await network.start()
         stack.push_async_callback(network.stop)
         self.node = node
+        self.images = images
         self.lifecycle = Lifecycle(node)
         self.containers = ContainerManager(node, self.lifecycle)
         self.pods = PodManager(node, self.containers)

@@ -9,8 +9,8 @@ from pathlib import Path
 from cri.services.image_service import credentials_of
 from host.errors import InvalidArgumentError
 from images.content.progress import LayerState, PullProgress
+from images.images import Images
 from images.oci.reference import parse
-from images.store import ImageStore
 from proto.podkeel.v1 import agent_pb2
 
 _PROGRESS_SECONDS = 0.2
@@ -24,12 +24,12 @@ _STATES = {
 class ImageCalls:
     """What the CRI has no call for: archives, and what a pull would do."""
 
-    def __init__(self, images: ImageStore) -> None:
+    def __init__(self, images: Images) -> None:
         self._images = images
 
     async def import_image(self, request: agent_pb2.ImportImageRequest) -> agent_pb2.ImportImageResponse:
         """Import an archive that lies on the node."""
-        images = await self._images.import_archive(_node_path(request.path), request.reference)
+        images = await self._images.puller.import_archive(_node_path(request.path), request.reference)
         return agent_pb2.ImportImageResponse(
             images=[agent_pb2.ImportedImage(id=image.id, references=image.repo_tags) for image in images]
         )
@@ -39,10 +39,10 @@ class ImageCalls:
         credentials = credentials_of(request.auth) if request.HasField("auth") else None
         reference = str(parse(request.reference))
         told = agent_pb2.PullProgress()
-        pulling = asyncio.create_task(self._images.pull(request.reference, credentials))
+        pulling = asyncio.create_task(self._images.puller.pull(request.reference, credentials))
         try:
             while not (await asyncio.wait((pulling,), timeout=_PROGRESS_SECONDS))[0]:
-                now = next((pull for pull in self._images.pulls() if pull.reference == reference), None)
+                now = next((pull for pull in self._images.puller.pulls() if pull.reference == reference), None)
                 if now is not None and (message := _progress(now)) != told:
                     told = message
                     yield told
@@ -59,19 +59,19 @@ class ImageCalls:
 
     async def list_pulls(self, _request: agent_pb2.ListPullsRequest) -> agent_pb2.ListPullsResponse:
         """The pulls that run now."""
-        return agent_pb2.ListPullsResponse(pulls=[_progress(pull) for pull in self._images.pulls()])
+        return agent_pb2.ListPullsResponse(pulls=[_progress(pull) for pull in self._images.puller.pulls()])
 
     async def export_images(self, request: agent_pb2.ExportImagesRequest) -> agent_pb2.ExportImagesResponse:
         """Write images to an OCI archive on the node."""
         if not request.references:
             raise InvalidArgumentError("no image is named: give references")
-        size = await self._images.shipping.export(request.references, _node_path(request.path))
+        size = await self._images.exporter.export(request.references, _node_path(request.path))
         return agent_pb2.ExportImagesResponse(bytes=size)
 
     async def push_image(self, request: agent_pb2.PushImageRequest) -> agent_pb2.PushImageResponse:
         """Push an image to a registry."""
         credentials = credentials_of(request.auth) if request.HasField("auth") else None
-        pushed = await self._images.shipping.push(request.reference, request.destination, credentials)
+        pushed = await self._images.exporter.push(request.reference, request.destination, credentials)
         return agent_pb2.PushImageResponse(
             reference=pushed.reference,
             digest=pushed.digest,
@@ -82,7 +82,7 @@ class ImageCalls:
 
     async def tag_image(self, request: agent_pb2.TagImageRequest) -> agent_pb2.TagImageResponse:
         """Give an image one more name."""
-        return agent_pb2.TagImageResponse(name=await self._images.tag(request.reference, request.name))
+        return agent_pb2.TagImageResponse(name=await self._images.store.tag(request.reference, request.name))
 
     async def check_images(self, request: agent_pb2.CheckImagesRequest) -> agent_pb2.CheckImagesResponse:
         """Compare every image with its digests, and drop what is broken if that is asked for."""
@@ -113,7 +113,7 @@ class ImageCalls:
     async def explain_image(self, request: agent_pb2.ExplainImageRequest) -> agent_pb2.ExplainImageResponse:
         """Ask every host that a pull would try."""
         credentials = credentials_of(request.auth) if request.HasField("auth") else None
-        name, answers = await self._images.explain(request.reference, credentials)
+        name, answers = await self._images.puller.explain(request.reference, credentials)
         return agent_pb2.ExplainImageResponse(
             reference=str(name),
             hosts=[

@@ -16,7 +16,7 @@ class AgentService(ImageCalls):
     """The calls on images, the check of store against node, and the way of a pod."""
 
     def __init__(self, agent: Agent) -> None:
-        super().__init__(agent.node.images)
+        super().__init__(agent.images)
         self._agent = agent
 
     async def check(self, request: agent_pb2.CheckRequest) -> agent_pb2.CheckResponse:

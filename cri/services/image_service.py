@@ -24,8 +24,9 @@ class ImageService:
     """Images of the node. Errors are mapped by ``cri.methods``."""
 
     def __init__(self, agent: Agent) -> None:
-        self._images = agent.node.images
-        self._snapshots = agent.node.snapshots
+        self._images = agent.images.store
+        self._snapshots = agent.images.snapshots
+        self._puller = agent.images.puller
         self._encoded: dict[str, bytes] = {}
         self._encoded_revision = -1
 
@@ -68,7 +69,7 @@ class ImageService:
         """Pull an image; answers its id."""
         _require_name(request.image)
         credentials = credentials_of(request.auth) if request.HasField("auth") else None
-        image = await self._images.pull(request.image.image, credentials)
+        image = await self._puller.pull(request.image.image, credentials)
         return cri_pb2.PullImageResponse(image_ref=image.id)
 
     async def remove_image(self, request: cri_pb2.RemoveImageRequest) -> cri_pb2.RemoveImageResponse:

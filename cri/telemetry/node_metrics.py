@@ -50,7 +50,8 @@ def _register_counts(metrics: AgentMetrics, agent: Agent) -> None:
     def counter(name: str, text: str, read: Callable[[], float]) -> None:
         metrics.compute(name, text, (), lambda: [((), read())], counter=True)
 
-    counter("podkeel_image_pull_bytes_total", "Bytes of layers from registries.", lambda: node.images.fetched_bytes)
+    puller = agent.images.puller
+    counter("podkeel_image_pull_bytes_total", "Bytes of layers from registries.", lambda: puller.fetched_bytes)
     text = "Event subscribers closed because they did not read."
     counter("podkeel_event_subscribers_dropped_total", text, lambda: node.state.events.dropped)
     counter("podkeel_store_commits_total", "Commits of the store.", lambda: node.database.commits)

@@ -22,8 +22,8 @@ _OPERATIONS = {
     ("runtime/containers/lifecycle.py", "stop"): ("StopContainer",),
     ("runtime/containers/exec.py", "update"): ("UpdateContainerResources",),
     ("images/registry/resolve.py", "fetch"): ("PullImage",),
-    ("images/store.py", "import_archive"): ("ImportImage",),
-    ("images/store.py", "_install_layers"): ("PullImage", "ImportImage"),
+    ("images/puller.py", "import_archive"): ("ImportImage",),
+    ("images/puller.py", "_install_layers"): ("PullImage", "ImportImage"),
     ("images/store.py", "remove"): ("RemoveImage",),
 }
 

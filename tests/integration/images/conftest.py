@@ -10,8 +10,13 @@ import pytest
 
 from host.database import Database
 from host.files import mounts
+from images.checker import ImageChecker
+from images.exporter import Exporter
+from images.images import Images
 from images.options import ImageOptions
+from images.puller import ImagePuller
 from images.schema import MIGRATIONS
+from images.snapshots.store import SnapshotStore
 from images.store import ImageStore
 from tests.support.image_builder import BuiltImage, busybox_layer
 from tests.support.registry import Registry, run_registry
@@ -27,7 +32,27 @@ class Node:
     root: Path
     options: ImageOptions = field(default_factory=ImageOptions)
     database: Database = field(init=False)
-    store: ImageStore = field(init=False)
+    images: Images = field(init=False)
+
+    @property
+    def store(self) -> ImageStore:
+        return self.images.store
+
+    @property
+    def puller(self) -> ImagePuller:
+        return self.images.puller
+
+    @property
+    def exporter(self) -> Exporter:
+        return self.images.exporter
+
+    @property
+    def checker(self) -> ImageChecker:
+        return self.images.checker
+
+    @property
+    def snapshots(self) -> SnapshotStore:
+        return self.images.snapshots
 
     @property
     def data(self) -> Path:
@@ -41,11 +66,11 @@ class Node:
         self.data.mkdir(exist_ok=True, parents=True)
         self.run.mkdir(exist_ok=True)
         self.database = Database(self.data / "podkeel.db", {"images": MIGRATIONS})
-        self.store = ImageStore(self.options, self.data, self.database)
-        await self.store.start()
+        self.images = Images(self.options, self.data, self.database)
+        await self.images.start()
 
     async def stop(self) -> None:
-        await self.store.close()
+        await self.images.close()
         self.database.close()
 
     async def restart(self) -> None:
@@ -57,7 +82,7 @@ class Node:
 
     async def leftovers(self) -> dict[str, list[str]]:
         """What lies on the disk of layers and blobs, and what the store's tables hold."""
-        await self.store.emptied()
+        await self.images.emptied()
         found = {
             name: sorted(path.name for path in (self.data / name).iterdir())
             for name in ("layers", "content/incoming", "content/partial", "content/sha256", "trash", "containers")
@@ -70,7 +95,7 @@ class Node:
     async def forget_partials(self) -> list[str]:
         """Drop the partial blobs, which a pull that broke off may leave; returns their names."""
         names = sorted(path.name for path in (self.data / "content/partial").iterdir())
-        await self.store._layers.partials.drop_all()
+        await self.images.layers.partials.drop_all()
         return names
 
 

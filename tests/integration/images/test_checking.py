@@ -42,18 +42,18 @@ def path(node: Node, image: Image, layer: int, name: str) -> Path:
 
 
 async def findings(node: Node, *, repair: bool = False) -> tuple[ImageFinding, ...]:
-    return (await node.store.checker.check(repair=repair)).findings
+    return (await node.checker.check(repair=repair)).findings
 
 
 async def test_what_is_whole_is_found_whole(node: Node, registry: Registry, built: BuiltImage, tmp_path: Path) -> None:
-    await node.store.pull(registry.push(built, "check/whole"))
+    await node.puller.pull(registry.push(built, "check/whole"))
     built.write_docker(tmp_path / "docker.tar", "localhost/other:1")
-    await node.store.import_archive(tmp_path / "docker.tar")
+    await node.puller.import_archive(tmp_path / "docker.tar")
     shared = dataclasses.replace(built, layers=(built.layers[0], make_tar([entry("x", "x")])))
-    await node.store.pull(registry.push(shared, "check/shared"))
-    report = await node.store.checker.check(repair=True)
+    await node.puller.pull(registry.push(shared, "check/shared"))
+    report = await node.checker.check(repair=True)
     assert (report.images, report.layers, report.findings) == (2, 3, ())
-    await node.store.emptied()
+    await node.images.emptied()
     assert list((node.data / "content/incoming").iterdir()) == []
 
 
@@ -99,9 +99,9 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("damage", DAMAGE)
 async def test_broken_layers(node: Node, registry: Registry, built: BuiltImage, damage: str) -> None:
     name = registry.push(built, "check/broken")
-    other = await node.store.pull(registry.push(BuiltImage((make_tar([entry("o", "other")]),)), "check/other"))
-    image = await node.store.pull(name)
-    await node.store.snapshots.prepare("running", image, target=node.target("running"))
+    other = await node.puller.pull(registry.push(BuiltImage((make_tar([entry("o", "other")]),)), "check/other"))
+    image = await node.puller.pull(name)
+    await node.snapshots.prepare("running", image, target=node.target("running"))
     file, hurt, words = DAMAGE[damage]
     hurt(path(node, image, 0, file))
     (found,) = await findings(node)
@@ -113,14 +113,14 @@ async def test_broken_layers(node: Node, registry: Registry, built: BuiltImage, 
     assert repaired.repair == "dropped with its images: pull them again"
     assert node.store.images() == (other,)
     assert (node.target("running") / "etc/more").stat().st_size == 3 << 20, "containers go on"
-    again = await node.store.pull(name)
+    again = await node.puller.pull(name)
     assert again.layers[0] != image.layers[0]
     assert again.layers[1] == image.layers[1], "what is whole is not fetched again"
     assert await findings(node) == ()
     await node.restart()
     assert await findings(node) == ()
-    await node.store.snapshots.unmount("running", node.target("running"))
-    await node.store.snapshots.remove("running")
+    await node.snapshots.unmount("running", node.target("running"))
+    await node.snapshots.remove("running")
     await node.store.remove(name)
     await node.store.remove(other.id)
     assert await node.leftovers() == {}
@@ -129,7 +129,7 @@ async def test_broken_layers(node: Node, registry: Registry, built: BuiltImage, 
 
 async def test_a_broken_blob_goes_alone(node: Node, registry: Registry, built: BuiltImage, tmp_path: Path) -> None:
     name = registry.push(built, "check/blob")
-    image = await node.store.pull(name)
+    image = await node.puller.pull(name)
     blobs = sorted((node.data / "content/sha256").iterdir(), key=lambda file: file.stat().st_size)
     content = bytearray(blobs[1].read_bytes())
     content[len(content) // 2] ^= 1
@@ -147,7 +147,7 @@ async def test_a_broken_blob_goes_alone(node: Node, registry: Registry, built: B
     path(node, image, 1, "etc/more").unlink()
     (counted,) = await findings(node, repair=True)
     assert "files, and" in counted.problem
-    assert (await node.store.pull(name)).id == image.id
+    assert (await node.puller.pull(name)).id == image.id
     assert await findings(node) == ()
 
 
@@ -156,7 +156,7 @@ async def test_layers_without_blobs_are_held_against_what_was_unpacked(
 ) -> None:
     node = await new_node(keep_blobs=False)
     name = registry.push(built, "check/unkept")
-    image = await node.store.pull(name)
+    image = await node.puller.pull(name)
     await node.restart()
     assert await findings(node) == ()
     path(node, image, 0, "bin/capable").unlink()
@@ -165,7 +165,7 @@ async def test_layers_without_blobs_are_held_against_what_was_unpacked(
     shutil.rmtree(path(node, image, 0, ""))
     (found,) = await findings(node, repair=True)
     assert found.problem == "its folder is missing"
-    assert (await node.store.pull(name)).id == image.id
+    assert (await node.puller.pull(name)).id == image.id
     assert await findings(node) == ()
 
 
@@ -174,7 +174,7 @@ async def test_damage_that_leaves_the_number_of_files_is_found_without_a_blob(
     new_node: NewNode, registry: Registry, built: BuiltImage, damage: str
 ) -> None:
     node = await new_node(keep_blobs=False)
-    image = await node.store.pull(registry.push(built, "check/unkept"))
+    image = await node.puller.pull(registry.push(built, "check/unkept"))
     file, hurt, _ = DAMAGE[damage]
     hurt(path(node, image, 0, file))
     (found,) = await findings(node)
@@ -183,7 +183,7 @@ async def test_damage_that_leaves_the_number_of_files_is_found_without_a_blob(
 
 async def test_broken_rows(node: Node, registry: Registry, built: BuiltImage) -> None:
     name = registry.push(built, "check/rows")
-    image = await node.store.pull(name)
+    image = await node.puller.pull(name)
     await node.database.execute("UPDATE images SET manifest = CAST('{}' AS BLOB)")
     (found,) = await findings(node)
     assert (found.digest, found.problem) == (image.id, "its manifest has another digest")
@@ -193,4 +193,4 @@ async def test_broken_rows(node: Node, registry: Registry, built: BuiltImage) ->
     (found,) = await findings(node, repair=True)
     assert found.problem == "its configuration has another digest"
     assert node.store.images() == ()
-    assert (await node.store.pull(name)).id == image.id
+    assert (await node.puller.pull(name)).id == image.id

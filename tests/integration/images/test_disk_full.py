@@ -47,26 +47,26 @@ async def test_other_pulls_are_unharmed(small_node: Node, registry: Registry) ->
     name = registry.push(big, "full/big")
     names = [registry.push(built, f"full/other{number}") for number, built in enumerate(others)]
     before = free(node)
-    pulling = asyncio.create_task(node.store.pull(name))
+    pulling = asyncio.create_task(node.puller.pull(name))
     started = asyncio.Event()
     asyncio.get_running_loop().call_later(0.02, started.set)
     await started.wait()
     # A pull that meets the full disk itself may fail too, but is whole when it is tried again.
-    results = await asyncio.gather(*map(node.store.pull, names), return_exceptions=True)
+    results = await asyncio.gather(*map(node.puller.pull, names), return_exceptions=True)
     failed = [result for result in results if isinstance(result, BaseException)]
     assert [error for error in failed if not isinstance(error, LimitError)] == []
     with pytest.raises(LimitError, match=r"disk is full|No space left") as caught:
         await pulling
     assert "full/big" in caught.value.message
-    await node.store.emptied()
+    await node.images.emptied()
     for built, again in zip(others, names, strict=True):
-        image = await node.store.pull(again)
+        image = await node.puller.pull(again)
         assert image.id == built.id
         assert (node.data / "layers" / str(image.layers[0]) / "fs/base").stat().st_size == 200_000
-    assert (await node.store.checker.check(repair=False)).findings == ()
+    assert (await node.checker.check(repair=False)).findings == ()
     for built in others:
         await node.store.remove(built.id)
-    await node.store.emptied()
+    await node.images.emptied()
     assert before - free(node) < 1 << 20, "all that the failed pull took is free again"
     left = await node.leftovers()
     left.pop("mounts", None)
@@ -76,10 +76,10 @@ async def test_other_pulls_are_unharmed(small_node: Node, registry: Registry) ->
 async def test_a_row_that_the_full_disk_kept_is_in_nobodys_way(small_node: Node, registry: Registry) -> None:
     node = small_node
     name = registry.push(BuiltImage((make_tar([entry("file", b"content")]),)), "full/kept")
-    image = await node.store.pull(name)
+    image = await node.puller.pull(name)
     row = node.database.read("SELECT * FROM layers WHERE chain_id = ?", image.chain_ids)[0]
     await node.store.remove(image.id)
     # As where the disk had no room for deleting it.
     await node.database.execute(f"INSERT INTO layers VALUES ({', '.join('?' * len(row))})", row)
-    again = await node.store.pull(name)
+    again = await node.puller.pull(name)
     assert (node.data / "layers" / str(again.layers[0]) / "fs/file").read_bytes() == b"content"

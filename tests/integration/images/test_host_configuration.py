@@ -41,7 +41,7 @@ async def test_headers_are_sent_to_their_host_alone(
     async with run_front(registry.host) as elsewhere:
         front.redirect_blobs_to = f"http://{elsewhere.host}"
         configure(node, "reg.example", f'server = "http://{front.host}"\n[header]\nX-Team = "blue"\n')
-        assert (await node.store.pull("reg.example/configured")).id == built.id
+        assert (await node.puller.pull("reg.example/configured")).id == built.id
         assert {headers.get("X-Team") for _, _, headers in front.seen} == {"blue"}
         assert {headers.get("X-Team") for _, _, headers in elsewhere.seen} == {None}
 
@@ -49,9 +49,9 @@ async def test_headers_are_sent_to_their_host_alone(
 async def test_the_files_are_read_on_each_pull(node: Node, front: Front, built: BuiltImage) -> None:
     configure(node, "_default", 'server = "http://127.0.0.1:9"\n')
     with pytest.raises(KubeletReasonError):
-        await node.store.pull("reg.example/configured")
+        await node.puller.pull("reg.example/configured")
     configure(node, "_default", f'server = "http://{front.host}"\n')
-    assert (await node.store.pull("reg.example/configured")).id == built.id
+    assert (await node.puller.pull("reg.example/configured")).id == built.id
 
 
 async def test_a_host_that_may_only_resolve_serves_no_blobs(
@@ -60,7 +60,7 @@ async def test_a_host_that_may_only_resolve_serves_no_blobs(
     async with run_front(registry.host) as mirror:
         only = f'[host."http://{mirror.host}"]\ncapabilities = ["resolve"]\n'
         configure(node, "reg.example", f'server = "http://{front.host}"\n{only}')
-        assert (await node.store.pull("reg.example/configured")).id == built.id
+        assert (await node.puller.pull("reg.example/configured")).id == built.id
         assert any("/manifests/latest" in path for _, path, _ in mirror.seen)
         assert not any("/blobs/" in path for _, path, _ in mirror.seen)
         assert any("/blobs/" in path for _, path, _ in front.seen)
@@ -73,13 +73,13 @@ async def test_a_proxy_is_asked_for_what_it_is_meant_for(
     monkeypatch.setenv("http_proxy", f"http://{front.host}")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    assert (await node.store.pull("reg.example/configured")).id == built.id
+    assert (await node.puller.pull("reg.example/configured")).id == built.id
     assert {headers["Host"] for _, _, headers in front.seen} == {"reg.example"}
     await node.store.remove(built.id)
     monkeypatch.setenv("no_proxy", "reg.example")
     front.seen.clear()
     with pytest.raises(KubeletReasonError, match=r"reg\.example"):
-        await node.store.pull("reg.example/configured")
+        await node.puller.pull("reg.example/configured")
     assert front.seen == []
 
 
@@ -99,7 +99,7 @@ async def test_client_certificates(node: Node, registry: Registry, built: BuiltI
         server = f'server = "https://{front.host}"\nca = "{made["server"][1]}"\n'
         configure(node, front.host, server)
         with pytest.raises(KubeletReasonError, match=front.host):
-            await node.store.pull(f"{front.host}/configured")
+            await node.puller.pull(f"{front.host}/configured")
         assert front.seen == []
         configure(node, front.host, f'{server}client = [["{made["client"][1]}", "{made["client"][0]}"]]\n')
-        assert (await node.store.pull(f"{front.host}/configured")).id == built.id
+        assert (await node.puller.pull(f"{front.host}/configured")).id == built.id

@@ -37,20 +37,20 @@ async def test_busybox_archives(node: Node, tmp_path: Path, form: str, packed: b
     built = build_busybox_archive(archive, "busybox:1.35", form=form, config={"User": "user"})
     if packed:
         archive.write_bytes(gzip.compress(archive.read_bytes(), 1))
-    (image,) = await node.store.import_archive(archive)
+    (image,) = await node.puller.import_archive(archive)
     assert image.id == built.id
     assert image.repo_tags == ("docker.io/library/busybox:1.35",)
     assert image.config.user == "user"
     assert node.store.find("busybox:1.35") == image
     assert node.store.find("busybox") is None
-    assert (await node.store.import_archive(archive)) == [image]
+    assert (await node.puller.import_archive(archive)) == [image]
     await node.store.remove("busybox:1.35")
     assert await node.leftovers() == {}
 
 
 async def test_the_configuration_is_read_whole(node: Node, tmp_path: Path, built: BuiltImage) -> None:
     built.write_oci(tmp_path / "image.tar", "named:1")
-    (image,) = await node.store.import_archive(tmp_path / "image.tar")
+    (image,) = await node.puller.import_archive(tmp_path / "image.tar")
     assert image.config.env == ("A=1",)
     assert image.config.volumes == ("/v",)
     assert json.loads(await node.store.config_file(image))["config"]["Labels"] == {"l": "x"}
@@ -64,23 +64,23 @@ async def test_an_oci_layout_folder(node: Node, tmp_path: Path, built: BuiltImag
     layout = tmp_path / "layout"
     with tarfile.open(tmp_path / "image.tar") as archive:
         archive.extractall(layout)
-    (image,) = await node.store.import_archive(layout, "registry.example:5000/app:v2")
+    (image,) = await node.puller.import_archive(layout, "registry.example:5000/app:v2")
     assert image.repo_tags == ("registry.example:5000/app:v2",)
     assert image.repo_digests == (f"registry.example:5000/app@{digest_of(built.blobs()[1])}",)
     blob = next(path for path in (layout / "blobs/sha256").iterdir() if path.name == image.id[7:])
     blob.unlink()
     blob.symlink_to("/etc/passwd")
     with pytest.raises(InvalidArgumentError, match="broken"):
-        await node.store.import_archive(layout)
+        await node.puller.import_archive(layout)
 
 
 async def test_an_image_without_a_name_is_known_by_its_id(node: Node, tmp_path: Path, built: BuiltImage) -> None:
     for write, name in ((built.write_oci, "oci.tar"), (built.write_docker, "docker.tar")):
         write(tmp_path / name)
-        (image,) = await node.store.import_archive(tmp_path / name)
+        (image,) = await node.puller.import_archive(tmp_path / name)
         assert image.repo_tags == ()
         assert node.store.find(image.id[7:19]) == image
-        (image,) = await node.store.import_archive(tmp_path / name, "given")
+        (image,) = await node.puller.import_archive(tmp_path / name, "given")
         assert image.repo_tags == ("docker.io/library/given:latest",)
         await node.store.remove("given")
 
@@ -97,7 +97,7 @@ async def test_a_layout_of_several_images_and_tags(node: Node, tmp_path: Path, b
     index = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}).encode()
     members = [entry(f"blobs/sha256/{digest[7:]}", blob) for digest, blob in blobs.items()]
     (tmp_path / "image.tar").write_bytes(make_tar([*members, entry("index.json", index)]))
-    await node.store.import_archive(tmp_path / "image.tar", "registry.example/app")
+    await node.puller.import_archive(tmp_path / "image.tar", "registry.example/app")
     tags = sorted(tag for image in node.store.images() for tag in image.repo_tags)
     assert tags == ["registry.example/app:v1", "registry.example/app:v2", "registry.example/other:x"]
     assert len(node.store.images()) == 2
@@ -117,7 +117,7 @@ async def test_docker_archives_with_linked_layers_and_several_tags(node: Node, t
         entry("manifest.json", json.dumps(manifest)),
     ]
     (tmp_path / "image.tar").write_bytes(make_tar(members))
-    (image,) = await node.store.import_archive(tmp_path / "image.tar")
+    (image,) = await node.puller.import_archive(tmp_path / "image.tar")
     assert image.repo_tags == ("b.example/c:2", "docker.io/library/a:1")
     await node.store.remove("a:1")
     assert await node.leftovers() == {}
@@ -148,15 +148,15 @@ async def test_broken_archives(
         path = tmp_path / f"broken{index}.tar"
         path.write_bytes(content)
         with pytest.raises(InvalidArgumentError, match=words) as caught:
-            await node.store.import_archive(path)
+            await node.puller.import_archive(path)
         assert str(path) in caught.value.message, caught.value.message
         assert await node.leftovers() == {}
     with pytest.raises(NotFoundError, match="absent"):
-        await node.store.import_archive(tmp_path / "absent.tar")
+        await node.puller.import_archive(tmp_path / "absent.tar")
     tight = await new_node(max_archive_bytes=10_000)
     (tmp_path / "bomb.tar.gz").write_bytes(gzip.compress(bytes(1 << 20)))
     with pytest.raises(LimitError, match="max_archive_bytes"):
-        await tight.store.import_archive(tmp_path / "bomb.tar.gz")
+        await tight.puller.import_archive(tmp_path / "bomb.tar.gz")
 
 
 async def test_every_truncation_of_an_archive_is_refused(node: Node, tmp_path: Path, built: BuiltImage) -> None:
@@ -168,16 +168,16 @@ async def test_every_truncation_of_an_archive_is_refused(node: Node, tmp_path: P
         path = tmp_path / "cut.tar"
         path.write_bytes(whole[:length])
         with pytest.raises(PodkeelError):
-            await node.store.import_archive(path)
+            await node.puller.import_archive(path)
     assert await node.leftovers() == {}
 
 
 async def test_an_imported_archive_may_go(node: Node, tmp_path: Path, built: BuiltImage) -> None:
     built.write_oci(tmp_path / "image.tar", "x:1")
-    await node.store.import_archive(tmp_path / "image.tar")
+    await node.puller.import_archive(tmp_path / "image.tar")
     (tmp_path / "image.tar").unlink()
     await node.restart()
     image = node.store.find("x:1")
     assert image is not None
-    await node.store.snapshots.prepare("c1", image, target=node.target("c1"))
+    await node.snapshots.prepare("c1", image, target=node.target("c1"))
     assert (node.target("c1") / "b").read_text() == "2"

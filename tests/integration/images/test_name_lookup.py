@@ -46,10 +46,10 @@ async def test_names_without_an_answer_hold_up_no_other_registry(
     registry.push(image, "names/quick")
     quick = f"{QUICK}:{registry.host.rpartition(':')[2]}"
     node = await new_node(connect_seconds=2.0, stall_seconds=1.0, attempts=1, insecure_registries=(*SILENT, quick))
-    silent = [asyncio.create_task(node.store.pull(f"{host}/image")) for host in SILENT]
+    silent = [asyncio.create_task(node.puller.pull(f"{host}/image")) for host in SILENT]
     await asyncio.sleep(0)
     async with asyncio.timeout(20):
-        assert (await node.store.pull(f"{quick}/names/quick")).id == image.id
+        assert (await node.puller.pull(f"{quick}/names/quick")).id == image.id
         for task in silent[::2]:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, KubeletReasonError):

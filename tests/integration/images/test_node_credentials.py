@@ -69,11 +69,11 @@ def sent(front: Front) -> set[str]:
 async def test_entries_of_the_file(node: Node, fronts: tuple[Front, Front], built: BuiltImage, key: str) -> None:
     front, other = fronts
     write(node, auths={key.format(host=front.host): {"auth": BASIC}, f"{front.host}/other": {"auth": "bm90OmhlcmU="}})
-    assert (await node.store.pull(f"{front.host}/team/app")).id == built.id
+    assert (await node.puller.pull(f"{front.host}/team/app")).id == built.id
     assert sent(front) == {f"Basic {BASIC}", f"Bearer {TOKEN}"}
     await node.store.remove(built.id)
     with pytest.raises(PermissionDeniedError, match="has none for"):
-        await node.store.pull(f"{other.host}/team/app")
+        await node.puller.pull(f"{other.host}/team/app")
     assert sent(other) == set()
 
 
@@ -81,12 +81,12 @@ async def test_credentials_of_the_request_come_first(node: Node, fronts: tuple[F
     front, _ = fronts
     write(node, auths={front.host: {"auth": BASIC}})
     with pytest.raises(PermissionDeniedError, match="user other, from the request"):
-        await node.store.pull(f"{front.host}/team/app", Credentials(username="other", password="wrong"))
+        await node.puller.pull(f"{front.host}/team/app", Credentials(username="other", password="wrong"))
     assert f"Basic {BASIC}" not in sent(front)
     elsewhere = Credentials(username="other", password="wrong", server_address="https://elsewhere.example")
-    await node.store.pull(f"{front.host}/team/app", elsewhere)
+    await node.puller.pull(f"{front.host}/team/app", elsewhere)
     await node.store.remove(f"{front.host}/team/app")
-    await node.store.pull(f"{front.host}/team/app", Credentials())
+    await node.puller.pull(f"{front.host}/team/app", Credentials())
 
 
 async def test_redirects_and_mirrors_do_not_get_them(
@@ -96,25 +96,25 @@ async def test_redirects_and_mirrors_do_not_get_them(
     other.token_user = ""
     front.redirect_blobs_to = f"http://{other.host}"
     write(node, auths={front.host: {"auth": BASIC}})
-    assert (await node.store.pull(f"{front.host}/team/app")).id == built.id
+    assert (await node.puller.pull(f"{front.host}/team/app")).id == built.id
     assert other.seen
     assert sent(other) == set()
     await node.store.remove(built.id)
     other.token_user = "user:secret"
     with pytest.raises(PermissionDeniedError):  # the redirect's target may not ask for them either
-        await node.store.pull(f"{front.host}/team/app")
+        await node.puller.pull(f"{front.host}/team/app")
     assert sent(other) == set()
     front.redirect_blobs_to = ""
     # A mirror that asks gets its own credentials, never those of the registry it stands for.
     folder = Path(node.options.registry_config_dir) / front.host
     folder.mkdir(parents=True)
     (folder / "hosts.toml").write_text(f'server = "http://{front.host}"\n[host."http://{other.host}"]\n')
-    assert (await node.store.pull(f"{front.host}/team/app")).id == built.id
+    assert (await node.puller.pull(f"{front.host}/team/app")).id == built.id
     assert sent(other) == set()
     await node.store.remove(built.id)
     front.seen.clear()
     write(node, auths={other.host: {"username": "user", "password": "secret"}})
-    assert (await node.store.pull(f"{front.host}/team/app")).id == built.id
+    assert (await node.puller.pull(f"{front.host}/team/app")).id == built.id
     assert sent(front) == set()
     assert f"Bearer {TOKEN}" in sent(other)
 
@@ -128,11 +128,11 @@ async def test_helpers(
     helper("good", f"cat >> {asked}; echo >> {asked}; test $1 = get; echo '{answer}'")
     helper("none", "echo credentials not found in native keychain; exit 1")
     write(node, credHelpers={front.host: "good"}, auths={front.host: {"auth": "d3Jvbmc6d3Jvbmc="}}, credsStore="none")
-    assert (await node.store.pull(f"{front.host}/team/app")).id == built.id
+    assert (await node.puller.pull(f"{front.host}/team/app")).id == built.id
     with pytest.raises(PermissionDeniedError, match="docker-credential-none has none"):
-        await node.store.pull(f"{other.host}/team/app")
+        await node.puller.pull(f"{other.host}/team/app")
     write(node, credsStore="good", auths={other.host: {}})
-    assert (await node.store.pull(f"{other.host}/team/app")).id == built.id
+    assert (await node.puller.pull(f"{other.host}/team/app")).id == built.id
     assert asked.read_text().split() == [front.host, other.host]
 
 
@@ -151,22 +151,22 @@ async def test_helpers_that_fail_leave_public_images_alone(
     helper("bad", script)
     write(node, credsStore="bad")
     with pytest.raises(PermissionDeniedError, match=words):
-        await node.store.pull(f"{front.host}/team/app")
+        await node.puller.pull(f"{front.host}/team/app")
     other.token_user = "*"
-    await node.store.pull(f"{other.host}/team/app")
+    await node.puller.pull(f"{other.host}/team/app")
 
 
 async def test_what_is_wrong_is_named(node: Node, fronts: tuple[Front, Front]) -> None:
     front, _ = fronts
     write(node, credHelpers={front.host: "../../bin/sh"})
     with pytest.raises(PermissionDeniedError, match="not the name of a helper"):
-        await node.store.pull(f"{front.host}/team/app")
+        await node.puller.pull(f"{front.host}/team/app")
     write(node, credHelpers={front.host: "absent"})
     with pytest.raises(PermissionDeniedError, match="docker-credential-absent' is not installed"):
-        await node.store.pull(f"{front.host}/team/app")
+        await node.puller.pull(f"{front.host}/team/app")
     Path(node.options.credentials_file).write_text("{")
     with pytest.raises(InvalidArgumentError, match=r"credentials\.json cannot be used"):
-        await node.store.pull(f"{front.host}/team/app")
+        await node.puller.pull(f"{front.host}/team/app")
 
 
 async def test_explain_shows_every_host(node: Node, fronts: tuple[Front, Front], built: BuiltImage) -> None:
@@ -179,7 +179,7 @@ async def test_explain_shows_every_host(node: Node, fronts: tuple[Front, Front],
     )
     (folder / "hosts.toml").write_text(f'server = "http://{front.host}"\n{hosts}')
     write(node, auths={front.host: {"auth": BASIC}})
-    name, answers = await node.store.explain("registry.example/team/app")
+    name, answers = await node.puller.explain("registry.example/team/app")
     assert str(name) == "registry.example/team/app:latest"
     assert [answer.address for answer in answers] == [
         f"http://{host}/v2" for host in (mirror.host, "127.0.0.1:9", "127.0.0.1:8", front.host)

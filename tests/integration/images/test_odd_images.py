@@ -50,18 +50,18 @@ def attestation(scripted: ScriptedRegistry, repository: str) -> dict[str, object
 async def test_an_index_without_platforms(node: Node, scripted: ScriptedRegistry) -> None:
     arm, amd = (image_for(scripted, "plain", name) for name in ("arm64", "amd64"))
     for entries in ((arm, amd), (attestation(scripted, "plain"), arm, amd)):
-        image = await node.store.pull(index_of(scripted, "plain", *entries))
+        image = await node.puller.pull(index_of(scripted, "plain", *entries))
         assert image.config.cmd == ("amd64",)
         await node.store.remove(image.id)
     with pytest.raises(InvalidArgumentError, match=r"no image for linux/amd64; it has linux/arm64"):
-        await node.store.pull(index_of(scripted, "plain", arm))
+        await node.puller.pull(index_of(scripted, "plain", arm))
 
 
 async def test_an_attestation_comes_first(node: Node, scripted: ScriptedRegistry) -> None:
     amd = {**image_for(scripted, "attested", "amd64"), "platform": {"os": "linux", "architecture": "amd64"}}
     bare = attestation(scripted, "attested")
     for first in (bare, {**bare, "annotations": ATTESTATION}, {**bare, "platform": {"os": None, "variant": None}}):
-        image = await node.store.pull(index_of(scripted, "attested", first, amd))
+        image = await node.puller.pull(index_of(scripted, "attested", first, amd))
         assert image.config.cmd == ("amd64",)
         await node.store.remove(image.id)
 
@@ -69,7 +69,7 @@ async def test_an_attestation_comes_first(node: Node, scripted: ScriptedRegistry
 async def test_the_first_variant_of_amd64_is_amd64(node: Node, scripted: ScriptedRegistry) -> None:
     entry = image_for(scripted, "variant", "amd64")
     platform = {"os": "linux", "architecture": "amd64", "variant": "v1"}
-    image = await node.store.pull(index_of(scripted, "variant", {**entry, "platform": platform}))
+    image = await node.puller.pull(index_of(scripted, "variant", {**entry, "platform": platform}))
     assert image.config.cmd == ("amd64",)
 
 
@@ -84,14 +84,14 @@ async def test_null_members(node: Node, scripted: ScriptedRegistry) -> None:
     manifest, kind, blobs = small_image(config, mediaType=None, annotations={"a": None}, subject=None)
     document = json.loads(manifest)
     document["layers"][0].update({"annotations": {"a": None}, "urls": None, "platform": None, "mediaType": None})
-    image = await node.store.pull(scripted.offer("null", json.dumps(document).encode(), kind, *blobs))
+    image = await node.puller.pull(scripted.offer("null", json.dumps(document).encode(), kind, *blobs))
     assert (image.config.env, image.config.user) == (("A=1",), "")
     await node.restart()
     assert node.store.images() == (image,)
     await node.store.remove(image.id)
     empty = json.dumps({"rootfs": None, "config": None}).encode()
     manifest = json.dumps({"schemaVersion": 2, "config": descriptor(OCI_CONFIG, empty), "layers": None}).encode()
-    image = await node.store.pull(scripted.offer("null", manifest, OCI_MANIFEST, empty))
+    image = await node.puller.pull(scripted.offer("null", manifest, OCI_MANIFEST, empty))
     assert (image.id, image.layers) == (digest_of(empty), ())
 
 
@@ -113,17 +113,17 @@ async def test_layouts_hold_such_images_too(node: Node, scripted: ScriptedRegist
     index = put(json.dumps({"schemaVersion": 2, "manifests": entries, "layers": None}).encode(), OCI_INDEX)
     top = {"schemaVersion": 2, "mediaType": None, "manifests": [{**index, "annotations": None}]}
     (folder / "index.json").write_text(json.dumps(top))
-    (image,) = await node.store.import_archive(folder, "localhost/odd:1")
+    (image,) = await node.puller.import_archive(folder, "localhost/odd:1")
     assert json.loads(await node.store.config_file(image))["architecture"] == "amd64"
     for wrong in ({**top, "layers": []}, {**top, "manifests": [{**index, "mediaType": OCI_MANIFEST}]}):
         (folder / "index.json").write_text(json.dumps(wrong))
         with pytest.raises(InvalidArgumentError, match="ambiguous"):
-            await node.store.import_archive(folder, "localhost/odd:2")
+            await node.puller.import_archive(folder, "localhost/odd:2")
     for nested in ("[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000):
         (folder / "index.json").write_text(f'{{"schemaVersion": 2, "manifests": {nested}}}')
         with pytest.raises(InvalidArgumentError, match="nests"):
-            await node.store.import_archive(folder, "localhost/odd:2")
+            await node.puller.import_archive(folder, "localhost/odd:2")
         (folder / "manifest.json").write_text(nested)
         with pytest.raises(InvalidArgumentError, match="nests"):
-            await node.store.import_archive(folder, "localhost/odd:2")
+            await node.puller.import_archive(folder, "localhost/odd:2")
         (folder / "manifest.json").unlink()

@@ -101,7 +101,7 @@ async def as_compressed(node: Node, layer: bytes, compress: Callable[[bytes], by
     """The folder of a layer that came in a form and with a media type of its own."""
     archive = node.root / "compressed.tar"
     BuiltImage((layer,), compress=compress, suffix=suffix).write_oci(archive, "test:latest")
-    await node.store.import_archive(archive)
+    await node.puller.import_archive(archive)
     return node.data / "layers/1/fs"
 
 
@@ -161,8 +161,8 @@ async def test_an_opaque_mark_behind_a_link_is_of_what_the_link_names(node: Node
         assert os.getxattr(root / "b", "trusted.overlay.opaque") == b"y"
         assert (root / "b/own").exists() == (len(entries) > 1)
         await node.store.remove("test:latest")
-        await node.store.snapshots.unmount("c1", node.target("c1"))
-        await node.store.snapshots.remove("c1")
+        await node.snapshots.unmount("c1", node.target("c1"))
+        await node.snapshots.remove("c1")
 
 
 async def test_an_opaque_mark_below_a_file_is_refused(node: Node) -> None:
@@ -335,11 +335,11 @@ async def test_names_longer_than_the_kernel_takes_at_once(node: Node, parts: int
         assert os.getxattr(at / "noted", "user.note") == b"y"
     finally:
         os.close(folder_there)
-    report = await node.store.checker.check(repair=False)
+    report = await node.checker.check(repair=False)
     assert report.findings == ()
     await node.store.remove("test:latest")
-    await node.store.snapshots.unmount("c1", node.target("c1"))
-    await node.store.snapshots.remove("c1")
+    await node.snapshots.unmount("c1", node.target("c1"))
+    await node.snapshots.remove("c1")
     assert await node.leftovers() == {}
 
 

@@ -102,8 +102,8 @@ def image() -> BuiltImage:
 @pytest.fixture
 async def ours(node: Node, image_archive: Path, tmp_path: Path) -> AsyncIterator[Facts]:
     """The tree as we unpack it."""
-    (image,) = await node.store.import_archive(image_archive)
-    await node.store.snapshots.mount_image("c", image, target=tmp_path / "ours")
+    (image,) = await node.puller.import_archive(image_archive)
+    await node.snapshots.mount_image("c", image, target=tmp_path / "ours")
     try:
         found = facts(tmp_path / "ours")
         assert len(found) > 250
@@ -167,8 +167,8 @@ def odd_image() -> BuiltImage:
 @needs("containerd")
 async def test_containerd_makes_the_same_of_odd_layers(node: Node, tmp_path: Path) -> None:
     odd_image().write_oci(tmp_path / "odd.tar", "localhost/odd:1")
-    (taken,) = await node.store.import_archive(tmp_path / "odd.tar")
-    await node.store.snapshots.mount_image("c", taken, target=tmp_path / "ours")
+    (taken,) = await node.puller.import_archive(tmp_path / "odd.tar")
+    await node.snapshots.mount_image("c", taken, target=tmp_path / "ours")
     try:
         with (
             run_containerd(tmp_path / "containerd") as containerd,

@@ -35,7 +35,7 @@ async def seen(node: Node, good: Callable[[PullProgress], bool]) -> PullProgress
     """The only running pull, once it is as wanted."""
     async with asyncio.timeout(10):
         while True:
-            pulls = node.store.pulls()
+            pulls = node.puller.pulls()
             if len(pulls) == 1 and good(pulls[0]):
                 return pulls[0]
             await asyncio.sleep(0.005)
@@ -61,7 +61,7 @@ async def test_layers_and_bytes_are_visible_while_a_pull_runs(
     node = await new_node(max_parallel_downloads=1)
     name = f"{front.host}/progress"
     gate = front.hold_after(2)
-    pulling = asyncio.create_task(node.store.pull(name))
+    pulling = asyncio.create_task(node.puller.pull(name))
     progress = await seen(
         node, lambda pull: any(layer.received > 0 for layer in pull.layers if layer.received < layer.size)
     )
@@ -74,14 +74,14 @@ async def test_layers_and_bytes_are_visible_while_a_pull_runs(
             assert layer.received == (0 if layer.state is LayerState.WAITING else layer.size)
     gate.set()
     assert (await pulling).id == built.id
-    assert node.store.pulls() == []
+    assert node.puller.pulls() == []
 
 
 async def test_a_slow_registry_is_given_up_by_name(new_node: NewNode, front: Front) -> None:
     node = await new_node(slowest_bytes_per_second=1_000_000, slow_seconds=0.4)
     front.trickle = 2_000
     with pytest.raises(KubeletReasonError, match=rf"{front.host} is too slow: \d+ bytes came in 0\.\d+ s") as caught:
-        await node.store.pull(f"{front.host}/progress")
+        await node.puller.pull(f"{front.host}/progress")
     assert caught.value.message.startswith("RegistryUnavailable: ")
     await node.forget_partials()
     assert await node.leftovers() == {}
@@ -90,15 +90,15 @@ async def test_a_slow_registry_is_given_up_by_name(new_node: NewNode, front: Fro
 async def test_a_slow_registry_that_is_quick_enough_is_not(new_node: NewNode, front: Front, built: BuiltImage) -> None:
     node = await new_node(slowest_bytes_per_second=1_000, slow_seconds=0.1)
     front.trickle = 30_000
-    assert (await node.store.pull(f"{front.host}/progress")).id == built.id
+    assert (await node.puller.pull(f"{front.host}/progress")).id == built.id
     await node.store.remove(built.id)
     node = await new_node(slowest_bytes_per_second=0, slow_seconds=0.0)
-    assert (await node.store.pull(f"{front.host}/progress")).id == built.id
+    assert (await node.puller.pull(f"{front.host}/progress")).id == built.id
 
 
 async def test_a_cancelled_pull_leaves_no_work_behind(node: Node, front: Front) -> None:
     gate = front.hold_after(0)
-    pulling = asyncio.create_task(node.store.pull(f"{front.host}/progress"))
+    pulling = asyncio.create_task(node.puller.pull(f"{front.host}/progress"))
     await seen(node, lambda pull: sum(layer.received > 0 for layer in pull.layers) == 3)
     assert len(workers()) == 3
     begin = asyncio.get_running_loop().time()
@@ -106,7 +106,7 @@ async def test_a_cancelled_pull_leaves_no_work_behind(node: Node, front: Front) 
     await asyncio.wait((pulling,))
     assert asyncio.get_running_loop().time() - begin < 2
     assert workers() == []
-    assert node.store.pulls() == []
+    assert node.puller.pulls() == []
     async with asyncio.timeout(5):
         await front.left.wait()
     assert not gate.is_set()

@@ -45,7 +45,7 @@ async def test_a_pulled_image_is_found_by_every_form_of_reference(
     node: Node, registry: Registry, busybox: BuiltImage
 ) -> None:
     name = registry.push(busybox, "forms/busybox", "1.35")
-    image = await node.store.pull(name)
+    image = await node.puller.pull(name)
     assert image.id == busybox.id
     assert image.config.cmd == ("sh",)
     assert image.config.user == "1000"
@@ -63,7 +63,7 @@ async def test_a_pulled_image_is_found_by_every_form_of_reference(
 
 
 async def test_a_pull_survives_a_restart_and_a_removal_leaves_nothing(node: Node, registry: Registry) -> None:
-    image = await node.store.pull(registry.push(small("one"), "restart/one"))
+    image = await node.puller.pull(registry.push(small("one"), "restart/one"))
     usage = node.store.filesystem_usage()
     await node.restart()
     assert node.store.images() == (image,)
@@ -78,7 +78,7 @@ async def test_a_pull_survives_a_restart_and_a_removal_leaves_nothing(node: Node
 
 
 async def test_counts_are_what_is_on_the_disk(node: Node, registry: Registry, busybox: BuiltImage) -> None:
-    await node.store.pull(registry.push(busybox, "counts/busybox"))
+    await node.puller.pull(registry.push(busybox, "counts/busybox"))
     (layer,) = [path for path in (node.data / "layers").iterdir() if path.name != "0"]
     found = [path.lstat() for path in (layer / "fs", *(layer / "fs").rglob("*"))]
     blobs = list((node.data / "content" / "sha256").iterdir())
@@ -88,9 +88,9 @@ async def test_counts_are_what_is_on_the_disk(node: Node, registry: Registry, bu
 
 
 async def test_layers_are_shared_and_fetched_once(node: Node, registry: Registry) -> None:
-    first = await node.store.pull(registry.push(small("one"), "shared/one"))
+    first = await node.puller.pull(registry.push(small("one"), "shared/one"))
     used = node.store.filesystem_usage().used_bytes
-    second = await node.store.pull(registry.push(small("two"), "shared/two"))
+    second = await node.puller.pull(registry.push(small("two"), "shared/two"))
     assert first.layers[0] == second.layers[0]
     assert first.layers[1] != second.layers[1]
     assert node.store.filesystem_usage().used_bytes < 2 * used
@@ -100,7 +100,7 @@ async def test_layers_are_shared_and_fetched_once(node: Node, registry: Registry
 
 async def test_blobs_need_not_be_kept(new_node: NewNode, registry: Registry) -> None:
     node = await new_node(keep_blobs=False)
-    image = await node.store.pull(registry.push(small("unkept"), "unkept"))
+    image = await node.puller.pull(registry.push(small("unkept"), "unkept"))
     assert list((node.data / "content/sha256").iterdir()) == []
     assert list((node.data / "content/incoming").iterdir()) == []
     await node.store.remove(image.id)
@@ -111,18 +111,18 @@ async def test_a_pull_by_digest_keeps_no_tag(node: Node, registry: Registry) -> 
     built = small("by digest")
     name = registry.push(built, "digest/only", "v1")
     digest = digest_of(built.blobs()[1])
-    image = await node.store.pull(f"{name}@{digest}")
+    image = await node.puller.pull(f"{name}@{digest}")
     assert image.repo_tags == ()
     assert image.repo_digests == (f"{registry.host}/digest/only@{digest}",)
-    assert await node.store.pull(image.repo_digests[0]) == image
+    assert await node.puller.pull(image.repo_digests[0]) == image
 
 
 async def test_a_tag_that_moves_leaves_the_old_image_without_it(node: Node, registry: Registry) -> None:
     name = registry.push(small("old"), "moving")
-    old = await node.store.pull(name)
-    assert await node.store.pull(name) == old
+    old = await node.puller.pull(name)
+    assert await node.puller.pull(name) == old
     registry.push(small("new"), "moving")
-    new = await node.store.pull(name)
+    new = await node.puller.pull(name)
     assert new.id != old.id
     assert new.repo_tags == (name,)
     left = node.store.find(old.id)
@@ -142,7 +142,7 @@ async def test_removing_by_one_tag_removes_all_tags(node: Node, registry: Regist
         registry.push(built, "names/b"),
     ]
     for name in names:
-        await node.store.pull(name)
+        await node.puller.pull(name)
     (image,) = node.store.images()
     assert sorted(image.repo_tags) == sorted(names)
     assert len(image.repo_digests) == 2
@@ -153,13 +153,13 @@ async def test_removing_by_one_tag_removes_all_tags(node: Node, registry: Regist
 
 async def test_identical_pulls_are_one(node: Node, registry: Registry, busybox: BuiltImage) -> None:
     name = registry.push(busybox, "joined")
-    images = await asyncio.gather(*(node.store.pull(name) for _ in range(8)))
+    images = await asyncio.gather(*(node.puller.pull(name) for _ in range(8)))
     assert len(set(map(id, images))) == 1
 
 
 async def test_different_images_with_the_same_layers_pulled_at_once_share_them(node: Node, registry: Registry) -> None:
     names = [registry.push(small(f"together {n}"), f"together/{n}") for n in range(6)]
-    images = await asyncio.gather(*map(node.store.pull, names))
+    images = await asyncio.gather(*map(node.puller.pull, names))
     assert len({image.layers[0] for image in images}) == 1
     for image in images:
         await node.store.remove(image.id)
@@ -179,13 +179,13 @@ async def test_an_index_gives_the_image_of_this_machine(node: Node, registry: Re
         )
     index = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).encode()
     registry.push_manifest("indexed", "latest", index, OCI_INDEX)
-    image = await node.store.pull(f"{registry.host}/indexed")
+    image = await node.puller.pull(f"{registry.host}/indexed")
     assert image.id == mine.id
     assert image.repo_digests == (f"{registry.host}/indexed@{digest_of(index)}",)
     only_others = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries[:1]}).encode()
     registry.push_manifest("indexed", "others", only_others, OCI_INDEX)
     with pytest.raises(InvalidArgumentError, match=r"no image for linux/.* it has linux/s390x"):
-        await node.store.pull(f"{registry.host}/indexed:others")
+        await node.puller.pull(f"{registry.host}/indexed:others")
 
 
 async def test_docker_schema_2_zstd_and_plain_layers(node: Node, registry: Registry) -> None:
@@ -197,14 +197,14 @@ async def test_docker_schema_2_zstd_and_plain_layers(node: Node, registry: Regis
     for digest, blob in blobs.items():
         registry.push_blob("docker", digest, blob)
     registry.push_manifest("docker", "latest", docker, "application/vnd.docker.distribution.manifest.v2+json")
-    image = await node.store.pull(f"{registry.host}/docker")
+    image = await node.puller.pull(f"{registry.host}/docker")
     assert image.id == built.id
     frames = zstandard.ZstdCompressor(3)
     skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # as zstd:chunked has for its table of contents
     zstd = dataclasses.replace(small("zstd"), compress=lambda data: frames.compress(data) + skippable, suffix="+zstd")
     plain = dataclasses.replace(small("plain"), compress=None)
     for built in (zstd, plain):
-        image = await node.store.pull(registry.push(built, "formats"))
+        image = await node.puller.pull(registry.push(built, "formats"))
         text = (node.data / "layers" / str(image.layers[1]) / "fs/etc/text").read_text()
         assert image.id == built.id
         assert text in ("zstd", "plain")
@@ -224,7 +224,7 @@ async def test_estargz_is_an_ordinary_layer(node: Node, registry: Registry) -> N
         entry("stargz.index.json", "{}"),
     ]
     built = BuiltImage((make_tar(contents),), compress=members)
-    image = await node.store.pull(registry.push(built, "estargz"))
+    image = await node.puller.pull(registry.push(built, "estargz"))
     assert image.id == built.id
     assert (node.data / "layers" / str(image.layers[0]) / "fs/etc/text").read_text() == "stargz " * 1000
 
@@ -239,7 +239,7 @@ async def test_the_last_waiter_that_leaves_ends_the_pull(node: Node, registry: R
             await asyncio.Event().wait()
 
     with stages.faults_of(hang_at_the_commit):
-        pulls = [asyncio.create_task(node.store.pull(name)) for _ in range(2)]
+        pulls = [asyncio.create_task(node.puller.pull(name)) for _ in range(2)]
         await asyncio.wait_for(reached.wait(), 10)
         pulls[0].cancel()
         await asyncio.wait(pulls, timeout=0.05)
@@ -249,20 +249,20 @@ async def test_the_last_waiter_that_leaves_ends_the_pull(node: Node, registry: R
         await asyncio.wait(pulls)
     assert len(await node.forget_partials()) == 1
     assert await node.leftovers() == {}
-    assert (await node.store.pull(name)).id == busybox.id
+    assert (await node.puller.pull(name)).id == busybox.id
 
 
 async def test_what_is_not_there_or_cannot_be_reached(node: Node, registry: Registry) -> None:
     registry.push(small("there"), "there")
     with pytest.raises(NotFoundError, match="there:nope"):
-        await node.store.pull(f"{registry.host}/there:nope")
+        await node.puller.pull(f"{registry.host}/there:nope")
     with pytest.raises(NotFoundError):
-        await node.store.pull(f"{registry.host}/absent")
+        await node.puller.pull(f"{registry.host}/absent")
     with pytest.raises(KubeletReasonError, match=r"127\.0\.0\.1:9/nothing:latest") as caught:
-        await node.store.pull("127.0.0.1:9/nothing")
+        await node.puller.pull("127.0.0.1:9/nothing")
     assert caught.value.message.startswith("RegistryUnavailable: ")
     with pytest.raises(InvalidArgumentError, match="lower case"):
-        await node.store.pull("Upper")
+        await node.puller.pull("Upper")
     assert await node.leftovers() == {}
 
 
@@ -274,14 +274,14 @@ async def test_basic_authentication(node: Node, tmp_path: Path) -> None:
     with run_registry(auth=auth, authorization=f"Basic {basic}") as registry:
         name = registry.push(small("secret"), "secret")
         with pytest.raises(PermissionDeniedError, match="no credentials"):
-            await node.store.pull(name)
+            await node.puller.pull(name)
         with pytest.raises(PermissionDeniedError, match="refused access"):
-            await node.store.pull(name, Credentials(username="keeper", password="wrong"))
+            await node.puller.pull(name, Credentials(username="keeper", password="wrong"))
         with pytest.raises(PermissionDeniedError):
-            await node.store.pull(name, Credentials(auth=basic, server_address="https://elsewhere.example"))
-        assert (await node.store.pull(name, Credentials(auth=basic))).repo_tags == (name,)
+            await node.puller.pull(name, Credentials(auth=basic, server_address="https://elsewhere.example"))
+        assert (await node.puller.pull(name, Credentials(auth=basic))).repo_tags == (name,)
         await node.store.remove(name)
-        await node.store.pull(
+        await node.puller.pull(
             name, Credentials(username="keeper", password="open sesame", server_address=registry.host)
         )
 
@@ -298,7 +298,7 @@ async def test_broken_blobs_leave_nothing(new_node: NewNode, registry: Registry,
     for damage, words in ((whole[:-20], "bytes"), (b"\x1f\x8b" + bytes(len(whole) - 2), "broken")):
         path.write_bytes(damage)
         with pytest.raises(PodkeelError) as caught:
-            await node.store.pull(name)
+            await node.puller.pull(name)
         assert words in caught.value.message
         assert layer in caught.value.message
         if words == "bytes":  # which may be the network's fault
@@ -308,7 +308,7 @@ async def test_broken_blobs_leave_nothing(new_node: NewNode, registry: Registry,
     config = registry.blob_path(built.id)
     config.write_bytes(config.read_bytes().replace(b"linux", b"Linux"))
     with pytest.raises(InvalidArgumentError, match="digest"):
-        await node.store.pull(name)
+        await node.puller.pull(name)
     assert await node.leftovers() == {}
 
 
@@ -321,7 +321,7 @@ async def test_a_wrong_diff_id_is_refused(node: Node, registry: Registry) -> Non
         registry.push_blob("diff", digest_of(blob), blob)
     registry.push_manifest("diff", "latest", other, OCI_MANIFEST)
     with pytest.raises(InvalidArgumentError, match=r"layer 2 of 2 .* unpacked, its digest is"):
-        await node.store.pull(f"{registry.host}/diff")
+        await node.puller.pull(f"{registry.host}/diff")
     assert await node.leftovers() == {}
 
 
@@ -332,11 +332,11 @@ async def test_what_is_no_image_is_refused_by_its_name(node: Node, registry: Reg
     changed = manifest.replace(OCI_CONFIG.encode(), b"application/vnd.example.chart+json")
     registry.push_manifest("artifact", "latest", changed, OCI_MANIFEST)
     with pytest.raises(UnsupportedError, match=r"artifact of type application/vnd\.example\.chart"):
-        await node.store.pull(f"{registry.host}/artifact")
+        await node.puller.pull(f"{registry.host}/artifact")
     encrypted = manifest.replace(b"tar+gzip", b"tar+gzip+encrypted")
     registry.push_manifest("artifact", "encrypted", encrypted, OCI_MANIFEST)
     with pytest.raises(UnsupportedError, match="encrypted"):
-        await node.store.pull(f"{registry.host}/artifact:encrypted")
+        await node.puller.pull(f"{registry.host}/artifact:encrypted")
 
 
 async def test_an_ambiguous_prefix_is_refused(node: Node, registry: Registry) -> None:
@@ -347,7 +347,7 @@ async def test_an_ambiguous_prefix_is_refused(node: Node, registry: Registry) ->
         images.setdefault(built.id[7:9], []).append(built)
         number += 1
     for index, built in enumerate(images[twice[0]]):
-        await node.store.pull(registry.push(built, f"ambiguous/{index}"))
+        await node.puller.pull(registry.push(built, f"ambiguous/{index}"))
     node.store._images = {f"{key[:7]}abcd{key[11:]}": image for key, image in node.store._images.items()}
     with pytest.raises(InvalidArgumentError, match="ambiguous"):
         node.store.find("abcd")
@@ -355,5 +355,5 @@ async def test_an_ambiguous_prefix_is_refused(node: Node, registry: Registry) ->
 
 async def test_pinned_images_by_pattern(new_node: NewNode, registry: Registry) -> None:
     node = await new_node(pinned=("*/pinned/*",))
-    assert (await node.store.pull(registry.push(small("pin"), "pinned/pin"))).pinned
-    assert not (await node.store.pull(registry.push(small("free"), "free/pin"))).pinned
+    assert (await node.puller.pull(registry.push(small("pin"), "pinned/pin"))).pinned
+    assert not (await node.puller.pull(registry.push(small("free"), "free/pin"))).pinned

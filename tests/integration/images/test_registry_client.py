@@ -34,7 +34,7 @@ async def front(registry: Registry, built: BuiltImage) -> AsyncIterator[Front]:
 
 
 async def pull(node: Node, front: Front, credentials: Credentials | None = None) -> str:
-    return (await node.store.pull(f"{front.host}/fronted", credentials)).id
+    return (await node.puller.pull(f"{front.host}/fronted", credentials)).id
 
 
 def sent_with(front: Front, part: str) -> set[str]:
@@ -132,21 +132,21 @@ async def test_mirrors(node: Node, front: Front, registry: Registry, built: Buil
         (folder / "hosts.toml").write_text(f'server = "http://{front.host}"\n{hosts}')
         front.token_user = "user:secret"
         secret = Credentials(username="user", password="secret")
-        image = await node.store.pull("registry.example/fronted", secret)
+        image = await node.puller.pull("registry.example/fronted", secret)
         assert image.repo_tags == ("registry.example/fronted:latest",)
         assert any("?ns=registry.example" in path for _, path, _ in mirror.seen)
         assert any("/blobs/" in path for _, path, _ in mirror.seen)
         assert sent_with(mirror, "") == {""}, "a mirror gets nothing that is meant for the registry"
         await node.store.remove(image.id)
         mirror.failures = {"/": [404] * 100}
-        assert (await node.store.pull("registry.example/fronted", secret)).id == built.id
+        assert (await node.puller.pull("registry.example/fronted", secret)).id == built.id
         await node.store.remove(built.id)
         (folder / "hosts.toml").write_text(f'server = "http://127.0.0.1:9"\n[host."http://{mirror.host}"]\n')
         with pytest.raises(KubeletReasonError):  # the mirror's "not found" is not the registry's
-            await node.store.pull("registry.example/fronted", secret)
+            await node.puller.pull("registry.example/fronted", secret)
         (folder / "hosts.toml").write_text(f'server = "http://{mirror.host}"\n[host."http://127.0.0.1:9"]\n')
         with pytest.raises(NotFoundError):
-            await node.store.pull("registry.example/fronted", secret)
+            await node.puller.pull("registry.example/fronted", secret)
 
 
 async def test_tls_with_an_authority_of_its_own(

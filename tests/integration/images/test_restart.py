@@ -25,21 +25,21 @@ from host import stages
 from host.database import Database
 from images.options import ImageOptions
 from images.schema import MIGRATIONS
-from images.store import ImageStore
+from images.images import Images
 
 from tests.support.faults import Faults
 
 async def main(root, what, argument):
     database = Database(root / "data" / "podkeel.db", {"images": MIGRATIONS})
-    store = ImageStore(ImageOptions(registry_config_dir=str(root)), root / "data", database)
-    await store.start()
+    images = Images(ImageOptions(registry_config_dir=str(root)), root / "data", database)
+    await images.start()
     if what == "import":
-        await store.import_archive(Path(argument))
+        await images.puller.import_archive(Path(argument))
     elif what == "prepare":
-        image = store.find(argument)
-        await store.snapshots.prepare("c1", image, target=root / "run/containers/c1/rootfs")
+        image = images.store.find(argument)
+        await images.snapshots.prepare("c1", image, target=root / "run/containers/c1/rootfs")
     else:
-        await getattr(store, what)(argument)
+        await getattr(images.puller if what == "pull" else images.store, what)(argument)
     print("done")
 
 with stages.faults_of(Faults(sys.argv[4])):
@@ -78,13 +78,13 @@ async def test_a_killed_pull_leaves_partial_blobs_or_the_image(
     assert len(await node.forget_partials()) == (2 if fetched else 0)
     assert await node.leftovers() == {}
     assert node.store.filesystem_usage().used_bytes == 0
-    assert (await node.store.pull(name)).id == built.id
+    assert (await node.puller.pull(name)).id == built.id
 
 
 async def test_a_layer_that_another_image_has_survives_a_killed_pull(
     node: Node, registry: Registry, built: BuiltImage
 ) -> None:
-    first = await node.store.pull(registry.push(built, "kept"))
+    first = await node.puller.pull(registry.push(built, "kept"))
     more = BuiltImage((*built.layers, make_tar([entry("more", "m")])))
     await run_and_kill(node, "PullImage.commit:before", "pull", registry.push(more, "more"))
     assert node.store.images() == (first,)
@@ -96,7 +96,7 @@ async def test_a_layer_that_another_image_has_survives_a_killed_pull(
 async def test_a_killed_removal_is_whole_or_never_was(
     node: Node, registry: Registry, built: BuiltImage, fault: str
 ) -> None:
-    image = await node.store.pull(registry.push(built, "removed"))
+    image = await node.puller.pull(registry.push(built, "removed"))
     await run_and_kill(node, f"RemoveImage.{fault}", "remove", image.id)
     if fault == "forget:before":
         assert node.store.images() == (image,)
@@ -126,7 +126,7 @@ async def test_layers_are_on_the_disk_before_they_have_their_names(
         sync_file_system(folder)
 
     monkeypatch.setattr("images.content.disk_sync.sync_file_system", watched)
-    image = await node.store.pull(registry.push(built, "synced"))
+    image = await node.puller.pull(registry.push(built, "synced"))
     assert seen[0] == (["0", *(f"{number}.new" for number in image.layers)], [], 0)
     for names, blobs, ready in seen:
         assert sum(name.isdigit() for name in names) - 1 == len(blobs) == ready
@@ -143,24 +143,24 @@ async def test_a_disk_that_cannot_be_written_to_fails_the_pull(
     with monkeypatch.context() as patch:
         patch.setattr("images.content.disk_sync.sync_file_system", broken)
         with pytest.raises(PodkeelError, match="could not be written to the disk"):
-            await node.store.pull(name)
+            await node.puller.pull(name)
     await node.forget_partials()
     assert await node.leftovers() == {}
-    assert (await node.store.pull(name)).id == built.id
+    assert (await node.puller.pull(name)).id == built.id
 
 
 async def test_a_layer_folder_that_vanished_costs_the_image_not_the_start(
     node: Node, registry: Registry, built: BuiltImage
 ) -> None:
     name = registry.push(built, "vanished")
-    image = await node.store.pull(name)
+    image = await node.puller.pull(name)
     await node.stop()
     await run(["rm", "-rf", str(node.data / "layers" / str(image.layers[1]))])
     await node.start()
     assert node.store.images() == ()
-    again = await node.store.pull(name)
+    again = await node.puller.pull(name)
     assert again.id == image.id
-    assert node.store.fetched_bytes < 10_000, "its blob was still there"
+    assert node.puller.fetched_bytes < 10_000, "its blob was still there"
     assert not set(again.layers) & set(image.layers)
 
 
@@ -170,7 +170,7 @@ NewNode = Callable[..., Awaitable[Node]]
 async def test_several_nodes_side_by_side(new_node: NewNode, registry: Registry, built: BuiltImage) -> None:
     name = registry.push(built, "side-by-side")
     first, second = await new_node(), await new_node()
-    await first.store.pull(name)
-    await second.store.pull(name)
+    await first.puller.pull(name)
+    await second.puller.pull(name)
     await first.store.remove(name)
     assert second.store.find(name) is not None

@@ -66,7 +66,7 @@ async def broken_off(node: Node, front: Front, size: int) -> None:
     front.cut_after = size
     front.refuse_ranges = True
     with pytest.raises(KubeletReasonError, match="broke off"):
-        await node.store.pull(name(front))
+        await node.puller.pull(name(front))
     front.cut_after = 0
     front.refuse_ranges = False
     front.seen.clear()
@@ -93,12 +93,12 @@ async def test_the_next_pull_goes_on_where_one_broke_off(node: Node, front: Fron
     left = partials(node)
     assert sorted(left.values())[-1] == 1_500_000
     assert node.store.filesystem_usage().used_bytes >= sum(left.values())
-    assert (await node.store.pull(name(front))).id == built.id
+    assert (await node.puller.pull(name(front))).id == built.id
     assert "bytes=1500000-" in ranges(front)
     # What was under way when the other layer broke off may have come in vain; without resuming it were 3 MB more.
-    assert node.store.fetched_bytes < sum(map(len, built.layers)) + 1_000_000
+    assert node.puller.fetched_bytes < sum(map(len, built.layers)) + 1_000_000
     assert partials(node) == {}
-    assert (await node.store.checker.check(repair=False)).findings == ()
+    assert (await node.checker.check(repair=False)).findings == ()
     await node.store.remove(built.id)
     assert await node.leftovers() == {}
     assert node.store.filesystem_usage().used_bytes == 0
@@ -107,15 +107,15 @@ async def test_the_next_pull_goes_on_where_one_broke_off(node: Node, front: Fron
 async def test_it_does_so_where_the_registry_knows_no_ranges(node: Node, front: Front, built: BuiltImage) -> None:
     await broken_off(node, front, 1_500_000)
     front.refuse_ranges = True
-    assert (await node.store.pull(name(front))).id == built.id
-    assert (await node.store.checker.check(repair=False)).findings == ()
+    assert (await node.puller.pull(name(front))).id == built.id
+    assert (await node.checker.check(repair=False)).findings == ()
 
 
 async def test_a_cancelled_pull_is_resumed_after_a_restart(node: Node, front: Front, built: BuiltImage) -> None:
     gate = front.hold_after(1)
-    pulling = asyncio.create_task(node.store.pull(name(front)))
+    pulling = asyncio.create_task(node.puller.pull(name(front)))
     await until(lambda: has_whole_blob(node))
-    await until(lambda: sum(layer.received for layer in node.store.pulls()[0].layers) > 3_050_000)
+    await until(lambda: sum(layer.received for layer in node.puller.pulls()[0].layers) > 3_050_000)
     pulling.cancel()
     await asyncio.wait((pulling,))
     gate.set()
@@ -125,8 +125,8 @@ async def test_a_cancelled_pull_is_resumed_after_a_restart(node: Node, front: Fr
     assert sorted(path.name for path in (node.data / "layers").iterdir()) == ["0"]
     await node.restart()
     front.seen.clear()
-    assert (await node.store.pull(name(front))).id == built.id
-    assert node.store.fetched_bytes < 3_050_000
+    assert (await node.puller.pull(name(front))).id == built.id
+    assert node.puller.fetched_bytes < 3_050_000
     assert f"bytes={part}-" in ranges(front)
     await node.restart()
     assert partials(node) == {}
@@ -148,10 +148,10 @@ async def test_a_killed_pull_is_resumed(node: Node, front: Front, built: BuiltIm
     front.seen.clear()
     await node.start()
     assert partials(node) == left
-    assert (await node.store.pull(name(front))).id == built.id
+    assert (await node.puller.pull(name(front))).id == built.id
     for size in filter(None, left.values()):
         assert f"bytes={size}-" in ranges(front)
-    assert node.store.fetched_bytes <= sum(map(len, built.layers)) + 100_000 - sum(left.values())
+    assert node.puller.fetched_bytes <= sum(map(len, built.layers)) + 100_000 - sum(left.values())
 
 
 async def test_what_was_damaged_meanwhile_is_fetched_anew(node: Node, front: Front, built: BuiltImage) -> None:
@@ -160,9 +160,9 @@ async def test_what_was_damaged_meanwhile_is_fetched_anew(node: Node, front: Fro
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    assert (await node.store.pull(name(front))).id == built.id
+    assert (await node.puller.pull(name(front))).id == built.id
     assert "all" in ranges(front)
-    assert (await node.store.checker.check(repair=False)).findings == ()
+    assert (await node.checker.check(repair=False)).findings == ()
     await node.store.remove(built.id)
     assert await node.leftovers() == {}
 
@@ -172,7 +172,7 @@ async def test_what_is_too_long_is_fetched_anew(node: Node, front: Front, built:
     for path in (node.data / "content/partial").iterdir():
         path.write_bytes(bytes(4_000_000))
     await node.restart()
-    assert (await node.store.pull(name(front))).id == built.id
+    assert (await node.puller.pull(name(front))).id == built.id
 
 
 async def test_what_is_broken_in_the_registry_leaves_nothing(
@@ -185,7 +185,7 @@ async def test_what_is_broken_in_the_registry_leaves_nothing(
     path.write_bytes(good[:2_000_000] + bytes(len(good) - 2_000_000))
     try:
         with pytest.raises(InvalidArgumentError, match="broken"):
-            await node.store.pull(name(front))
+            await node.puller.pull(name(front))
     finally:
         path.write_bytes(good)
     assert await node.leftovers() == {}
@@ -195,11 +195,11 @@ async def test_two_pulls_at_once_share_what_is_there(node: Node, front: Front, b
     await broken_off(node, front, 1_500_000)
     other = BuiltImage((built.layers[1], built.layers[0], built.layers[1]))
     await asyncio.gather(
-        node.store.pull(name(front)), node.store.pull(Registry.push(_registry(front), other, "resumed", "other"))
+        node.puller.pull(name(front)), node.puller.pull(Registry.push(_registry(front), other, "resumed", "other"))
     )
     # What was under way when the other layer broke off may have come in vain; a blob that came twice were 1.5 MB more.
-    assert node.store.fetched_bytes < 7_000_000, "no blob came twice, though each is a layer several times"
-    assert (await node.store.checker.check(repair=False)).findings == ()
+    assert node.puller.fetched_bytes < 7_000_000, "no blob came twice, though each is a layer several times"
+    assert (await node.checker.check(repair=False)).findings == ()
     for image in node.store.images():
         await node.store.remove(image.id)
     assert await node.leftovers() == {}
@@ -219,23 +219,23 @@ async def test_they_go_when_nobody_came_for_them(new_node: NewNode, front: Front
 
 async def test_a_layer_that_waits_for_those_below_keeps_its_blob(node: Node, front: Front, built: BuiltImage) -> None:
     gate = front.hold_after(1)
-    pulling = asyncio.create_task(node.store.pull(name(front)))
+    pulling = asyncio.create_task(node.puller.pull(name(front)))
     await until(lambda: has_whole_blob(node))
-    await until(lambda: sum(layer.received for layer in node.store.pulls()[0].layers) > 3_050_000)
-    await node.store._layers.partials.drop_all()
+    await until(lambda: sum(layer.received for layer in node.puller.pulls()[0].layers) > 3_050_000)
+    await node.images.layers.partials.drop_all()
     gate.set()
     assert (await pulling).id == built.id
-    assert (await node.store.checker.check(repair=False)).findings == ()
+    assert (await node.checker.check(repair=False)).findings == ()
     await node.store.remove(built.id)
     assert await node.leftovers() == {}
 
 
 async def test_a_repair_drops_them(node: Node, front: Front) -> None:
     await broken_off(node, front, 1_500_000)
-    assert (await node.store.disk_usage()).blobs == sum(partials(node).values())
-    assert (await node.store.checker.check(repair=False)).findings == ()
+    assert (await node.images.disk_usage()).blobs == sum(partials(node).values())
+    assert (await node.checker.check(repair=False)).findings == ()
     assert partials(node)
-    assert (await node.store.checker.check(repair=True)).findings == ()
+    assert (await node.checker.check(repair=True)).findings == ()
     assert await node.leftovers() == {}
 
 
@@ -256,7 +256,7 @@ async def test_nothing_is_resumed_where_blobs_are_not_kept(new_node: NewNode, fr
     node = await new_node(keep_blobs=False)
     await broken_off(node, front, 1_500_000)
     assert await node.leftovers() == {}
-    assert (await node.store.pull(name(front))).id == built.id
+    assert (await node.puller.pull(name(front))).id == built.id
     assert set(ranges(front)) == {"all"}
 
 
@@ -287,9 +287,9 @@ async def test_a_registry_that_does_not_give_the_rest_is_asked_for_the_whole(
 ) -> None:
     await broken_off(node, front, 1_500_000)
     front.range_answer = RANGE_ANSWERS[answer]
-    assert (await node.store.pull(name(front))).id == built.id
+    assert (await node.puller.pull(name(front))).id == built.id
     assert "bytes=1500000-" in ranges(front)
-    assert (await node.store.checker.check(repair=False)).findings == ()
+    assert (await node.checker.check(repair=False)).findings == ()
     assert partials(node) == {}
 
 
@@ -300,7 +300,7 @@ async def test_so_is_one_whose_answer_breaks_off_in_the_middle(
     front.range_answer = RANGE_ANSWERS[answer]
     front.cut_after = 1_500_000
     front.cuts = 1
-    assert (await node.store.pull(name(front))).id == built.id
+    assert (await node.puller.pull(name(front))).id == built.id
     assert "bytes=1500000-" in ranges(front)
 
 
@@ -308,7 +308,7 @@ async def test_access_that_is_refused_stays_refused(node: Node, front: Front, bu
     await broken_off(node, front, 1_500_000)
     front.failures["/blobs/"] = [403] * 20
     with pytest.raises(PermissionDeniedError, match="refused access"):
-        await node.store.pull(name(front))
+        await node.puller.pull(name(front))
 
 
 async def test_an_image_over_the_limits_takes_nothing_from_others(
@@ -319,9 +319,9 @@ async def test_an_image_over_the_limits_takes_nothing_from_others(
     left = partials(node)
     many = BuiltImage((make_tar([entry(f"file{number}", "") for number in range(20)]),))
     with pytest.raises(LimitError, match="max_layer_entries"):
-        await node.store.pull(registry.push(many, "resumed/many"))
+        await node.puller.pull(registry.push(many, "resumed/many"))
     assert partials(node) == left
-    assert (await node.store.pull(name(front))).id == built.id
+    assert (await node.puller.pull(name(front))).id == built.id
 
 
 async def test_an_image_has_a_limit_as_a_whole(
@@ -329,13 +329,13 @@ async def test_an_image_has_a_limit_as_a_whole(
 ) -> None:
     node = await new_node(max_image_bytes=2_000_000)
     with pytest.raises(LimitError, match=r"compressed layers have 60.*max_image_bytes"):
-        await node.store.pull(name(front))
+        await node.puller.pull(name(front))
     large = [digest for digest, blob in built.blobs()[0].items() if len(blob) > 1_000_000]
     assert not any(digest in path for digest in large for _, path, _ in front.seen)
     zeros = BuiltImage(tuple(make_tar([entry(f"zeros{number}", bytes(900_000))]) for number in range(4)))
     with pytest.raises(LimitError, match=r"layers take .* and more.*max_image_bytes"):
-        await node.store.pull(registry.push(zeros, "resumed/zeros"))
+        await node.puller.pull(registry.push(zeros, "resumed/zeros"))
     await node.forget_partials()
     assert await node.leftovers() == {}
     two = BuiltImage(zeros.layers[:2])
-    assert (await node.store.pull(registry.push(two, "resumed/two"))).id == two.id
+    assert (await node.puller.pull(registry.push(two, "resumed/two"))).id == two.id

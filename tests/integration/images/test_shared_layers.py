@@ -41,7 +41,7 @@ def blob_of(image: BuiltImage, layer: int) -> str:
 
 
 def pull(node: Node, front: Front, image: str, credentials: Credentials | None = None) -> asyncio.Task[Image]:
-    return asyncio.create_task(node.store.pull(f"{front.host}/shared/{image}", credentials))
+    return asyncio.create_task(node.puller.pull(f"{front.host}/shared/{image}", credentials))
 
 
 async def until(good: Callable[[], object]) -> None:
@@ -58,9 +58,9 @@ async def a_has_begun_and_b_waits(
     """A pull that is in the middle of the shared layer, and another one that wants it too."""
     front.hold_after(0)
     first = pull(node, front, "a", *credentials[:1])
-    await until(lambda: node.store.pulls() and any(layer.received for layer in node.store.pulls()[0].layers))
+    await until(lambda: node.puller.pulls() and any(layer.received for layer in node.puller.pulls()[0].layers))
     other = pull(node, front, second, *credentials[1:])
-    await until(lambda: len(node.store.pulls()) == 2 and node.store.pulls()[1].layers)
+    await until(lambda: len(node.puller.pulls()) == 2 and node.puller.pulls()[1].layers)
     await asyncio.sleep(0)
     front.hold_after(99)  # what is asked for from now on comes
     return first, other
@@ -74,8 +74,8 @@ async def test_b_goes_on_at_once_when_a_is_cancelled(node: Node, front: Front) -
     async with asyncio.timeout(SOON):
         assert (await other).id == B.id
     await asyncio.wait((first,))
-    assert (await asyncio.wait_for(node.store.pull(f"{front.host}/shared/a"), SOON)).id == A.id
-    assert (await node.store.checker.check(repair=False)).findings == ()
+    assert (await asyncio.wait_for(node.puller.pull(f"{front.host}/shared/a"), SOON)).id == A.id
+    assert (await node.checker.check(repair=False)).findings == ()
 
 
 async def test_b_goes_on_at_once_when_a_fails_by_itself(node: Node, front: Front) -> None:
@@ -89,7 +89,7 @@ async def test_b_goes_on_at_once_when_a_fails_by_itself(node: Node, front: Front
             await first
         assert (await other).id == B.id
     front.failures.clear()
-    assert (await asyncio.wait_for(node.store.pull(f"{front.host}/shared/a"), SOON)).id == A.id
+    assert (await asyncio.wait_for(node.puller.pull(f"{front.host}/shared/a"), SOON)).id == A.id
 
 
 async def test_one_reference_with_two_forms_of_credentials(node: Node, front: Front) -> None:
@@ -105,7 +105,7 @@ async def test_one_reference_with_two_forms_of_credentials(node: Node, front: Fr
 async def test_all_waiters_but_one_leave_and_a_new_one_comes_in_between(node: Node, front: Front) -> None:
     first, other = await a_has_begun_and_b_waits(node, front)
     third = pull(node, front, "b", ALICE)
-    await until(lambda: len(node.store.pulls()) == 3 and node.store.pulls()[2].layers)
+    await until(lambda: len(node.puller.pulls()) == 3 and node.puller.pulls()[2].layers)
     first.cancel()
     other.cancel()
     newcomer = pull(node, front, "a", ALICE)
@@ -121,17 +121,17 @@ async def test_bad_credentials_get_nothing_from_a_pull_with_good_ones(node: Node
     front.token_user = "alice:secret"
     front.hold_after(0)
     first = pull(node, front, "a", ALICE)
-    await until(lambda: node.store.pulls() and any(layer.received for layer in node.store.pulls()[0].layers))
+    await until(lambda: node.puller.pulls() and any(layer.received for layer in node.puller.pulls()[0].layers))
     for bad in (Credentials(username="mallory", password="guess"), None):
         with pytest.raises(PermissionDeniedError) as refused:
-            await asyncio.wait_for(node.store.pull(f"{front.host}/shared/a", bad), SOON)
+            await asyncio.wait_for(node.puller.pull(f"{front.host}/shared/a", bad), SOON)
         assert "alice" not in str(refused.value)
     front._gate.set()  # type: ignore[union-attr]  # hold_after made it
     async with asyncio.timeout(SOON):
         assert (await first).id == A.id
     # Nor does what is there now by the right to it help: the registry is asked each time.
     with pytest.raises(PermissionDeniedError):
-        await node.store.pull(f"{front.host}/shared/a", Credentials(username="mallory", password="guess"))
+        await node.puller.pull(f"{front.host}/shared/a", Credentials(username="mallory", password="guess"))
 
 
 async def test_an_error_that_concerns_credentials_reaches_their_own_pull_alone(node: Node, front: Front) -> None:
@@ -142,7 +142,7 @@ async def test_an_error_that_concerns_credentials_reaches_their_own_pull_alone(n
     pulls = []
     for count, (image, user) in enumerate((("a", "alice"), ("b", "bob"), ("b", "carol")), start=1):
         pulls.append(pull(node, front, image, Credentials(username=user, password="secret")))
-        await until(lambda: len(node.store.pulls()) == count and node.store.pulls()[-1].layers)  # noqa: B023  # at once
+        await until(lambda: len(node.puller.pulls()) == count and node.puller.pulls()[-1].layers)  # noqa: B023  # at once
     await until(lambda: any(shared in path for _, path, _ in front.seen))
     front.hold.pop(shared).set()
     async with asyncio.timeout(SOON):
@@ -163,15 +163,15 @@ async def test_nobody_waits_for_another_registry_that_sends_the_layer_slowly(
     async with run_front(registry.host) as slow:
         slow.drip["/blobs/" + blob_of(A, 0)] = 130
         first = pull(node, slow, "a")
-        await until(lambda: node.store.pulls() and any(layer.received for layer in node.store.pulls()[0].layers))
+        await until(lambda: node.puller.pulls() and any(layer.received for layer in node.puller.pulls()[0].layers))
         async with asyncio.timeout(SOON):
-            assert (await node.store.pull(f"{front.host}/shared/b")).id == B.id
-            assert (await node.store.pull(f"{front.host}/shared/a")).id == A.id
+            assert (await node.puller.pull(f"{front.host}/shared/b")).id == B.id
+            assert (await node.puller.pull(f"{front.host}/shared/a")).id == A.id
         assert not first.done()
         slow.drip.clear()
         first.cancel()
         await asyncio.wait((first,))
-    assert (await node.store.checker.check(repair=False)).findings == ()
+    assert (await node.checker.check(repair=False)).findings == ()
     for image in (A, B):
         await node.store.remove(image.id)
     assert await node.forget_partials() is not None
@@ -192,7 +192,7 @@ async def test_a_shared_blob_waits_for_no_slot_behind_slow_layers_of_another_pul
         first = pull(node, front, "slow")
         await until(lambda: sum("/blobs/" in path for _, path, _ in front.seen) >= 5)  # and the shared one is next
         async with asyncio.timeout(SOON):
-            assert (await node.store.pull(f"{front.host}/shared/b")).id == B.id
+            assert (await node.puller.pull(f"{front.host}/shared/b")).id == B.id
         assert not first.done()
         gate.set()
         assert (await asyncio.wait_for(first, SOON)).id == slow.id
@@ -213,7 +213,7 @@ async def test_two_registries_that_send_the_same_layer_at_once_make_one(
         async with asyncio.timeout(SOON):
             images = await asyncio.gather(*pulls)
     assert images[0].layers[0] == images[1].layers[0]
-    assert (await node.store.checker.check(repair=False)).findings == ()
+    assert (await node.checker.check(repair=False)).findings == ()
     for image in images:
         await node.store.remove(image.id)
     assert await node.leftovers() == {}
@@ -227,7 +227,7 @@ async def test_a_layer_opens_nothing_before_it_has_its_slot(node: Node, registry
         for layer in range(60):
             front.hold[blob_of(many, layer)] = gate
         pulling = pull(node, front, "many")
-        await until(lambda: node.store.pulls() and node.store.pulls()[0].layers)
+        await until(lambda: node.puller.pulls() and node.puller.pulls()[0].layers)
         await until(lambda: sum("/blobs/" in path for _, path, _ in front.seen) >= 5)
         await asyncio.sleep(0.2)  # all that goes on without a slot
         assert len(opened_below(node.data)) <= 4 * 2, "max_parallel_downloads layers have files open"

@@ -51,11 +51,11 @@ async def test_an_export_comes_back_as_it_was(
     node: Node, registry: Registry, built: BuiltImage, tmp_path: Path
 ) -> None:
     name = registry.push(built, "shipping/app", "1")
-    image = await node.store.pull(name)
+    image = await node.puller.pull(name)
     await node.store.tag(name, "other.example/app:2")
     archive = tmp_path / "app.tar"
     archive.write_text("an older one")
-    assert await node.store.shipping.export([name], archive) == archive.stat().st_size
+    assert await node.exporter.export([name], archive) == archive.stat().st_size
     with tarfile.open(archive) as members:
         names = members.getnames()
         assert json.load(members.extractfile("oci-layout") or pytest.fail("no layout")) == {
@@ -68,7 +68,7 @@ async def test_an_export_comes_back_as_it_was(
                 assert digest_of(content.read()) == f"sha256:{member.name.rpartition('/')[2]}"
     assert len(names) == len(set(names)) == 6
     await node.store.remove(name)
-    (again,) = await node.store.import_archive(archive)
+    (again,) = await node.puller.import_archive(archive)
     assert (again.id, again.manifest_digest, again.repo_tags) == (image.id, image.manifest_digest, (name,))
     assert again.repo_digests == image.repo_digests
     assert sorted(path.name for path in tmp_path.glob("*app*")) == ["app.tar"]
@@ -77,12 +77,12 @@ async def test_an_export_comes_back_as_it_was(
 async def test_several_images_in_one_archive(node: Node, registry: Registry, built: BuiltImage, tmp_path: Path) -> None:
     other = dataclasses.replace(built, layers=(built.layers[0], make_tar([entry("c", "3")])))
     names = [registry.push(built, "several/one"), registry.push(other, "several/two")]
-    images = [await node.store.pull(name) for name in names]
+    images = [await node.puller.pull(name) for name in names]
     await node.store.tag(names[1], "localhost/two:x")
-    await node.store.shipping.export([names[0], images[1].id], tmp_path / "both.tar")
+    await node.exporter.export([names[0], images[1].id], tmp_path / "both.tar")
     for image in images:
         await node.store.remove(image.id)
-    imported = await node.store.import_archive(tmp_path / "both.tar")
+    imported = await node.puller.import_archive(tmp_path / "both.tar")
     assert {image.id for image in imported} == {built.id, other.id}
     found = node.store.find(other.id)
     assert found is not None
@@ -94,8 +94,8 @@ async def test_several_images_in_one_archive(node: Node, registry: Registry, bui
 async def test_skopeo_reads_what_is_exported(node: Node, built: BuiltImage, tmp_path: Path, form: str) -> None:
     write = built.write_oci if form == "oci" else built.write_docker
     write(tmp_path / "in.tar", "registry.example/app:1")
-    await node.store.import_archive(tmp_path / "in.tar")
-    await node.store.shipping.export(["registry.example/app:1"], tmp_path / "out.tar")
+    await node.puller.import_archive(tmp_path / "in.tar")
+    await node.exporter.export(["registry.example/app:1"], tmp_path / "out.tar")
     source = f"oci-archive:{tmp_path}/out.tar"
     inspected = json.loads(await skopeo(tmp_path, "inspect", "--raw", source))
     assert inspected["config"]["digest"] == built.id
@@ -112,7 +112,7 @@ async def test_what_skopeo_writes_is_imported(
     source = registry.push(built, "skopeo/app", "1")
     target = f"{transport}:{tmp_path}/image:{'registry.example/app:1' if transport != 'oci' else '1'}"
     await skopeo(tmp_path, "copy", "--src-tls-verify=false", f"docker://{source}", target)
-    (image,) = await node.store.import_archive(tmp_path / "image", "registry.example/app:1")
+    (image,) = await node.puller.import_archive(tmp_path / "image", "registry.example/app:1")
     assert image.repo_tags == ("registry.example/app:1",)
     assert image.config.cmd == ("run",)
     assert (node.data / "layers" / str(image.layers[1]) / "fs/b").read_text() == "2"
@@ -132,27 +132,27 @@ async def test_what_buildah_builds_runs_and_goes_back(node: Node, registry: Regi
     await buildah("copy", container, str(tmp_path / "hello"), "/srv/hello")
     await buildah("config", "--cmd", "/srv/hello", container)
     await buildah("commit", container, f"oci-archive:{tmp_path}/built.tar:localhost/built:1")
-    (image,) = await node.store.import_archive(tmp_path / "built.tar")
+    (image,) = await node.puller.import_archive(tmp_path / "built.tar")
     assert image.repo_tags == ("localhost/built:1",)
-    snapshot = await node.store.snapshots.prepare("c", image, target=node.target("c"))
+    snapshot = await node.snapshots.prepare("c", image, target=node.target("c"))
     assert (snapshot.target / "srv/hello").read_text() == "built by another"
-    await node.store.shipping.export([image.id], tmp_path / "back.tar")
+    await node.exporter.export([image.id], tmp_path / "back.tar")
     assert await buildah("pull", f"oci-archive:{tmp_path}/back.tar") == image.id[7:]
-    pushed = await node.store.shipping.push(image.id, f"{registry.host}/from/buildah:1")
+    pushed = await node.exporter.push(image.id, f"{registry.host}/from/buildah:1")
     assert pushed.sent == 2
     await node.store.remove(image.id)
-    assert (await node.store.pull(pushed.reference)).id == image.id
+    assert (await node.puller.pull(pushed.reference)).id == image.id
 
 
 @needs_skopeo
 async def test_push_and_pull_again(node: Node, registry: Registry, built: BuiltImage, tmp_path: Path) -> None:
     name = registry.push(built, "push/one", "1")
-    image = await node.store.pull(name)
-    again = await node.store.shipping.push(name)
+    image = await node.puller.pull(name)
+    again = await node.exporter.push(name)
     assert (again.reference, again.digest, again.sent, again.mounted, again.present) == (
         name, image.manifest_digest, 0, 0, 3,
     )  # fmt: skip
-    mounted = await node.store.shipping.push(image.id, f"{registry.host}/push/two:2")
+    mounted = await node.exporter.push(image.id, f"{registry.host}/push/two:2")
     assert (mounted.sent, mounted.mounted, mounted.present) == (0, 3, 0)
     found = node.store.get(image.id)
     assert found.repo_tags == image.repo_tags
@@ -161,10 +161,10 @@ async def test_push_and_pull_again(node: Node, registry: Registry, built: BuiltI
     await node.restart()
     assert node.store.find(digests[1]) == found
     with run_registry() as other:
-        sent = await node.store.shipping.push(name, f"{other.host}/copy:1")
+        sent = await node.exporter.push(name, f"{other.host}/copy:1")
         assert (sent.sent, sent.mounted, sent.present) == (3, 0, 0)
         await node.store.remove(name)
-        copied = await node.store.pull(sent.reference)
+        copied = await node.puller.pull(sent.reference)
         assert (copied.id, copied.manifest_digest) == (image.id, image.manifest_digest)
         inspected = await skopeo(tmp_path, "inspect", "--tls-verify=false", f"docker://{sent.reference}")
         assert json.loads(inspected)["Digest"] == sent.digest
@@ -174,15 +174,15 @@ async def test_pushes_ask_for_a_token_that_may_push(
     node: Node, registry: Registry, built: BuiltImage, tmp_path: Path
 ) -> None:
     built.write_docker(tmp_path / "image.tar", "localhost/app:1")
-    (image,) = await node.store.import_archive(tmp_path / "image.tar")
+    (image,) = await node.puller.import_archive(tmp_path / "image.tar")
     async with run_front(registry.host) as front:
         front.token_user = "user:secret"
         target = f"{front.host}/tokens/app:1"
         with pytest.raises(PermissionDeniedError):
-            await node.store.shipping.push("localhost/app:1", target)
+            await node.exporter.push("localhost/app:1", target)
         front.seen.clear()
         secret = Credentials(username="user", password="secret")
-        pushed = await node.store.shipping.push("localhost/app:1", target, secret)
+        pushed = await node.exporter.push("localhost/app:1", target, secret)
         assert pushed.sent == 3
         asked = {path for _, path, _ in front.seen if path.startswith("/token")}
         assert all("repository%3Atokens%2Fapp%3Apull%2Cpush" in path for path in asked)
@@ -190,7 +190,7 @@ async def test_pushes_ask_for_a_token_that_may_push(
         assert {headers.get("Authorization") for headers in uploads} <= {None, f"Bearer {TOKEN}"}
         await node.store.remove(image.id)
         # Its layers were never compressed: the manifest is ours, the configuration the same.
-        assert (await node.store.pull(target, secret)).id == built.id
+        assert (await node.puller.pull(target, secret)).id == built.id
 
 
 async def test_pushes_with_a_password(node: Node, built: BuiltImage, tmp_path: Path) -> None:
@@ -199,11 +199,11 @@ async def test_pushes_with_a_password(node: Node, built: BuiltImage, tmp_path: P
     auth = f"auth:\n  htpasswd: {{realm: test, path: {tmp_path / 'htpasswd'}}}\n"
     basic = base64.b64encode(b"keeper:open sesame").decode()
     built.write_oci(tmp_path / "image.tar", "localhost/app:1")
-    await node.store.import_archive(tmp_path / "image.tar")
+    await node.puller.import_archive(tmp_path / "image.tar")
     with run_registry(auth=auth) as registry:
         with pytest.raises(PermissionDeniedError):
-            await node.store.shipping.push("localhost/app:1", f"{registry.host}/app:1")
-        pushed = await node.store.shipping.push("localhost/app:1", f"{registry.host}/app:1", Credentials(auth=basic))
+            await node.exporter.push("localhost/app:1", f"{registry.host}/app:1")
+        pushed = await node.exporter.push("localhost/app:1", f"{registry.host}/app:1", Credentials(auth=basic))
         assert pushed.sent == 3
 
 
@@ -211,15 +211,15 @@ async def test_pushes_never_go_to_mirrors_or_where_they_may_not(
     node: Node, registry: Registry, built: BuiltImage, tmp_path: Path
 ) -> None:
     built.write_oci(tmp_path / "image.tar", "registry.example/app:1")
-    await node.store.import_archive(tmp_path / "image.tar")
+    await node.puller.import_archive(tmp_path / "image.tar")
     folder = Path(node.options.registry_config_dir) / "registry.example"
     folder.mkdir(parents=True)
     (folder / "hosts.toml").write_text(f'server = "http://127.0.0.1:9"\n[host."http://{registry.host}"]\n')
     with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9"):
-        await node.store.shipping.push("registry.example/app:1")
+        await node.exporter.push("registry.example/app:1")
     (folder / "hosts.toml").write_text(f'server = "http://{registry.host}"\ncapabilities = ["pull", "resolve"]\n')
     with pytest.raises(InvalidArgumentError, match="not to be pushed to"):
-        await node.store.shipping.push("registry.example/app:1")
+        await node.exporter.push("registry.example/app:1")
 
 
 async def test_what_cannot_leave_says_why(
@@ -227,32 +227,32 @@ async def test_what_cannot_leave_says_why(
 ) -> None:
     name = registry.push(built, "unkept/app")
     unkept = await new_node(keep_blobs=False)
-    await unkept.store.pull(name)
+    await unkept.puller.pull(name)
     with pytest.raises(WrongStateError, match=r"images\.keep_blobs"):
-        await unkept.store.shipping.export([name], tmp_path / "out.tar")
+        await unkept.exporter.export([name], tmp_path / "out.tar")
     with pytest.raises(WrongStateError, match=r"images\.keep_blobs"):
-        await unkept.store.shipping.push(name)
+        await unkept.exporter.push(name)
     with pytest.raises(NotFoundError, match="absent"):
-        await node.store.shipping.export(["absent"], tmp_path / "out.tar")
-    image = await node.store.pull(name)
+        await node.exporter.export(["absent"], tmp_path / "out.tar")
+    image = await node.puller.pull(name)
     with pytest.raises(NotFoundError, match="no/such/folder does not exist"):
-        await node.store.shipping.export([name], tmp_path / "no/such/folder/out.tar")
+        await node.exporter.export([name], tmp_path / "no/such/folder/out.tar")
     with pytest.raises(InvalidArgumentError, match="a folder is there"):
-        await node.store.shipping.export([name], tmp_path)
+        await node.exporter.export([name], tmp_path)
     with pytest.raises(InvalidArgumentError, match="give it a tag"):
-        await node.store.shipping.push(image.repo_digests[0])
+        await node.exporter.push(image.repo_digests[0])
     assert not list(tmp_path.glob("*out*"))
 
 
 async def test_a_full_disk_ends_an_export(node: Node, registry: Registry, built: BuiltImage, tmp_path: Path) -> None:
     name = registry.push(built, "full/app")
-    await node.store.pull(name)
+    await node.puller.pull(name)
     small = tmp_path / "small"
     small.mkdir()
     libc.mount("tmpfs", str(small), "tmpfs", 0, "size=8k")
     try:
         with pytest.raises(LimitError, match="No space left"):
-            await node.store.shipping.export([name], small / "out.tar")
+            await node.exporter.export([name], small / "out.tar")
         assert list(small.iterdir()) == []
     finally:
         mounts.unmount(small)
@@ -262,7 +262,7 @@ async def test_a_cancelled_export_leaves_nothing(
     node: Node, registry: Registry, built: BuiltImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = registry.push(built, "cancelled/export")
-    await node.store.pull(name)
+    await node.puller.pull(name)
     copying = asyncio.Event()
 
     async def never(*_: object) -> None:
@@ -270,7 +270,7 @@ async def test_a_cancelled_export_leaves_nothing(
         await asyncio.Event().wait()
 
     monkeypatch.setattr("images.archives.writer._Archive.add_file", never)
-    task = asyncio.create_task(node.store.shipping.export([name], tmp_path / "out.tar"))
+    task = asyncio.create_task(node.exporter.export([name], tmp_path / "out.tar"))
     await copying.wait()
     removing = asyncio.create_task(node.store.remove(name))
     await removing
@@ -284,17 +284,17 @@ async def test_a_cancelled_export_leaves_nothing(
 async def test_layers_shared_in_another_compression_are_exported(
     node: Node, registry: Registry, built: BuiltImage, tmp_path: Path
 ) -> None:
-    await node.store.pull(registry.push(built, "compression/gzip"))
+    await node.puller.pull(registry.push(built, "compression/gzip"))
     zstd = dataclasses.replace(
         built, config={"Cmd": ["zstd"]}, compress=zstandard.ZstdCompressor(3).compress, suffix="+zstd"
     )
-    image = await node.store.pull(registry.push(zstd, "compression/zstd"))
-    await node.store.shipping.export([image.id], tmp_path / "out.tar")
+    image = await node.puller.pull(registry.push(zstd, "compression/zstd"))
+    await node.exporter.export([image.id], tmp_path / "out.tar")
     fresh = dataclasses.replace(node, root=tmp_path / "fresh")
     fresh.root.mkdir()
     await fresh.start()
     try:
-        (imported,) = await fresh.store.import_archive(tmp_path / "out.tar")
+        (imported,) = await fresh.puller.import_archive(tmp_path / "out.tar")
         assert imported.id == image.id == zstd.id
         assert imported.manifest_digest != image.manifest_digest
     finally:
@@ -303,14 +303,14 @@ async def test_layers_shared_in_another_compression_are_exported(
 
 async def test_tags(node: Node, registry: Registry, built: BuiltImage) -> None:
     name = registry.push(built, "tags/app", "1")
-    image = await node.store.pull(name)
+    image = await node.puller.pull(name)
     assert await node.store.tag(image.id[7:19], "busybox") == "docker.io/library/busybox:latest"
     await node.restart()
     found = node.store.find("busybox")
     assert found is not None
     assert (found.id, set(found.repo_tags)) == (image.id, {name, "docker.io/library/busybox:latest"})
     other = registry.push(dataclasses.replace(built, config={"Cmd": ["other"]}), "tags/other", "1")
-    await node.store.pull(other)
+    await node.puller.pull(other)
     await node.store.tag(other, "busybox")
     moved = node.store.find("busybox")
     assert moved is not None
@@ -324,10 +324,10 @@ async def test_tags(node: Node, registry: Registry, built: BuiltImage) -> None:
 
 async def test_disk_usage(node: Node, registry: Registry, built: BuiltImage) -> None:
     other = dataclasses.replace(built, layers=(built.layers[0], make_tar([entry("c", os.urandom(100_000))])))
-    first = await node.store.pull(registry.push(built, "usage/one"))
-    second = await node.store.pull(registry.push(other, "usage/two"))
-    await node.store.snapshots.prepare("c1", first, target=node.target("c1"))
-    usage = await node.store.disk_usage()
+    first = await node.puller.pull(registry.push(built, "usage/one"))
+    second = await node.puller.pull(registry.push(other, "usage/two"))
+    await node.snapshots.prepare("c1", first, target=node.target("c1"))
+    usage = await node.images.disk_usage()
     by_id = {item.image.id: item for item in usage.images}
     assert (by_id[first.id].containers, by_id[second.id].containers) == (1, 0)
     assert by_id[second.id].unique_bytes > 100_000

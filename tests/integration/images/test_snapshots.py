@@ -18,44 +18,44 @@ async def image(node: Node, tmp_path: Path) -> Image:
     archive = tmp_path / "image.tar"
     built = BuiltImage((busybox_layer(), make_tar([entry("etc/motd", "hello")])), {"Volumes": {"/data": {}}})
     built.write_docker(archive, "shell:1")
-    (imported,) = await node.store.import_archive(archive)
+    (imported,) = await node.puller.import_archive(archive)
     return imported
 
 
 async def test_containers_share_layers_and_write_apart(node: Node, image: Image) -> None:
-    first, second = [await node.store.snapshots.prepare(name, image, target=node.target(name)) for name in ("c1", "c2")]
+    first, second = [await node.snapshots.prepare(name, image, target=node.target(name)) for name in ("c1", "c2")]
     (first.target / "etc/motd").write_text("changed")
     (first.target / "new").write_text("n")
     assert (second.target / "etc/motd").read_text() == "hello"
     assert not (second.target / "new").exists()
     assert sorted(path.name for path in first.upper.iterdir()) == ["etc", "new"]
     assert (second.target / "bin/sh").readlink() == Path("busybox")
-    assert node.store.snapshots.ids() == {"c1", "c2"}
-    assert node.store.snapshots.filesystem_usage().inodes_used > 0
+    assert node.snapshots.ids() == {"c1", "c2"}
+    assert node.snapshots.filesystem_usage().inodes_used > 0
 
 
 async def test_removal_is_whole_and_repeatable(node: Node, image: Image) -> None:
     for _ in range(2):
-        await node.store.snapshots.prepare("c1", image, target=node.target("c1"))
+        await node.snapshots.prepare("c1", image, target=node.target("c1"))
         for _ in range(2):
-            await node.store.snapshots.unmount("c1", node.target("c1"))
-            await node.store.snapshots.remove("c1")
+            await node.snapshots.unmount("c1", node.target("c1"))
+            await node.snapshots.remove("c1")
         assert not node.target("c1").exists()
-        assert node.store.snapshots.ids() == frozenset()
+        assert node.snapshots.ids() == frozenset()
     await node.store.remove("shell:1")
     assert await node.leftovers() == {}
-    assert node.store.snapshots.filesystem_usage().used_bytes == 0
+    assert node.snapshots.filesystem_usage().used_bytes == 0
 
 
 async def test_an_image_removed_while_in_use_goes_with_its_last_container(node: Node, image: Image) -> None:
-    await node.store.snapshots.prepare("c1", image, target=node.target("c1"))
+    await node.snapshots.prepare("c1", image, target=node.target("c1"))
     await node.store.remove(image.id)
     assert node.store.images() == ()
     assert node.store.filesystem_usage().used_bytes > 0
     await node.restart()
     assert (node.target("c1") / "etc/motd").read_text() == "hello"
-    await node.store.snapshots.unmount("c1", node.target("c1"))
-    await node.store.snapshots.remove("c1")
+    await node.snapshots.unmount("c1", node.target("c1"))
+    await node.snapshots.remove("c1")
     assert node.store.filesystem_usage().used_bytes == 0
     assert await node.leftovers() == {}
 
@@ -63,7 +63,7 @@ async def test_an_image_removed_while_in_use_goes_with_its_last_container(node: 
 async def test_a_removed_image_gives_no_snapshot(node: Node, image: Image) -> None:
     await node.store.remove(image.id)
     with pytest.raises(NotFoundError, match="was removed"):
-        await node.store.snapshots.prepare("c1", image, target=node.target("c1"))
+        await node.snapshots.prepare("c1", image, target=node.target("c1"))
     assert await node.leftovers() == {}
 
 
@@ -71,35 +71,35 @@ async def test_a_failed_mount_leaves_nothing(node: Node, image: Image) -> None:
     node.target("c1").parent.mkdir(parents=True)
     node.target("c1").write_text("in the way")
     with pytest.raises(OSError, match="File exists"):
-        await node.store.snapshots.prepare("c1", image, target=node.target("c1"))
-    assert node.store.snapshots.ids() == frozenset()
+        await node.snapshots.prepare("c1", image, target=node.target("c1"))
+    assert node.snapshots.ids() == frozenset()
     await node.store.remove(image.id)
     assert await node.leftovers() == {}
 
 
 async def test_an_image_is_mounted_read_only_as_a_volume(node: Node, image: Image) -> None:
     target = node.run / "containers/c1/volumes/0"
-    await node.store.snapshots.mount_image("c1", image, target=target)
+    await node.snapshots.mount_image("c1", image, target=target)
     assert (target / "etc/motd").read_text() == "hello"
     with pytest.raises(OSError, match="Read-only"):
         (target / "x").write_text("")
     await node.store.remove(image.id)
     await node.restart()
-    assert node.store.snapshots.ids() == {"c1"}
-    await node.store.snapshots.unmount("c1", target)
-    assert node.store.snapshots.ids() == frozenset()
+    assert node.snapshots.ids() == {"c1"}
+    await node.snapshots.unmount("c1", target)
+    assert node.snapshots.ids() == frozenset()
     assert await node.leftovers() == {}
 
 
 async def test_an_image_without_layers(node: Node, tmp_path: Path) -> None:
     archive = tmp_path / "empty.tar"
     BuiltImage(()).write_docker(archive, "empty:1")
-    (image,) = await node.store.import_archive(archive)
-    snapshot = await node.store.snapshots.prepare("c1", image, target=node.target("c1"))
+    (image,) = await node.puller.import_archive(archive)
+    snapshot = await node.snapshots.prepare("c1", image, target=node.target("c1"))
     assert list(snapshot.target.iterdir()) == []
     (snapshot.target / "x").write_text("")
     volume = node.run / "volume"
-    await node.store.snapshots.mount_image("c1", image, target=volume)
+    await node.snapshots.mount_image("c1", image, target=volume)
     assert list(volume.iterdir()) == []
 
 
@@ -107,19 +107,19 @@ async def test_more_layers_than_a_page_of_options_holds(node: Node, tmp_path: Pa
     archive = tmp_path / "deep.tar"
     layers = tuple(make_tar([entry(f"f{number}", str(number)), entry("same", str(number))]) for number in range(60))
     BuiltImage(layers).write_docker(archive, "deep:1")
-    (image,) = await node.store.import_archive(archive)
-    assert sum(len(str(node.store.snapshots._layers.path(number))) for number in image.layers) > 4096
-    snapshot = await node.store.snapshots.prepare("c1", image, target=node.target("c1"))
-    await node.store.snapshots.mount_image("c1", image, target=node.run / "volume")
+    (image,) = await node.puller.import_archive(archive)
+    assert sum(len(str(node.snapshots._layers.path(number))) for number in image.layers) > 4096
+    snapshot = await node.snapshots.prepare("c1", image, target=node.target("c1"))
+    await node.snapshots.mount_image("c1", image, target=node.run / "volume")
     for root in (snapshot.target, node.run / "volume"):
         assert [(root / f"f{number}").read_text() for number in range(60)] == [str(number) for number in range(60)]
         assert (root / "same").read_text() == "59"
     (snapshot.target / "written").touch()
     assert (snapshot.upper / "written").exists()
     assert Path.cwd() != snapshot.target.parent  # it is changed for one thread only
-    await node.store.snapshots.unmount("c1", node.run / "volume")
-    await node.store.snapshots.unmount("c1", node.target("c1"))
-    await node.store.snapshots.remove("c1")
+    await node.snapshots.unmount("c1", node.run / "volume")
+    await node.snapshots.unmount("c1", node.target("c1"))
+    await node.snapshots.remove("c1")
     assert [path.name for path in node.run.rglob("*")] == ["containers", "c1"]
     await node.store.remove(image.id)
     assert await node.leftovers() == {}
@@ -141,9 +141,9 @@ def test_more_layers_than_the_kernel_takes(tmp_path: Path, monkeypatch: pytest.M
 
 async def test_many_containers_at_once(node: Node, image: Image) -> None:
     names = [f"c{number}" for number in range(40)]
-    prepare = node.store.snapshots.prepare
+    prepare = node.snapshots.prepare
     await asyncio.gather(*(prepare(name, image, target=node.target(name)) for name in names))
     assert len(mounts.mounts_below(node.run)) == 40
-    await asyncio.gather(*(node.store.snapshots.unmount(name, node.target(name)) for name in names))
-    await asyncio.gather(*(node.store.snapshots.remove(name) for name in names), node.store.remove(image.id))
+    await asyncio.gather(*(node.snapshots.unmount(name, node.target(name)) for name in names))
+    await asyncio.gather(*(node.snapshots.remove(name) for name in names), node.store.remove(image.id))
     assert await node.leftovers() == {}

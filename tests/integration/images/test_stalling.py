@@ -92,7 +92,7 @@ async def test_an_answer_without_an_end_fails_its_pull(new_node: NewNode, part: 
     async def pull(kind: str) -> str:
         async with stalling(part, ENDLESS[kind]) as host:
             try:
-                await node.store.pull(f"{host}/{kind.replace(' ', '-')}", Credentials(username="u", password="p"))
+                await node.puller.pull(f"{host}/{kind.replace(' ', '-')}", Credentials(username="u", password="p"))
             except Exception as error:
                 return type(error).__name__
         return "pulled"

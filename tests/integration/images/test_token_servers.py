@@ -86,7 +86,7 @@ async def test_a_token_server_that_redirects(node: Node, scripted: ScriptedRegis
     name = private_image(scripted)
     scripted.answers["/token"] = redirect("/there", status)
     scripted.answers["/there"] = token_for(BASIC)
-    await node.store.pull(name, SECRET)
+    await node.puller.pull(name, SECRET)
 
 
 async def test_a_token_server_that_redirects_elsewhere_gets_no_credentials_there(
@@ -97,13 +97,13 @@ async def test_a_token_server_that_redirects_elsewhere_gets_no_credentials_there
         scripted.answers["/token"] = redirect(f"{other.address}/token", status)
         other.answers["/token"] = Answer(status=401)
         with pytest.raises(PermissionDeniedError, match="refused access"):
-            await node.store.pull(name, SECRET)
+            await node.puller.pull(name, SECRET)
         assert secrets_seen(scripted)
         other.answers["/token"] = token_for("")
-        image = await node.store.pull(name, SECRET)
+        image = await node.puller.pull(name, SECRET)
         await node.store.remove(image.id)
         with pytest.raises(PermissionDeniedError, match="not sent the credentials") if status == 307 else nullcontext():
-            await node.store.pull(name, Credentials(identity_token="secret"))
+            await node.puller.pull(name, Credentials(identity_token="secret"))
         await node.store.remove(name)
     assert secrets_seen(other) == []
 
@@ -119,16 +119,16 @@ async def test_a_token_server_that_takes_post_alone(node: Node, scripted: Script
         return Answer(json.dumps({"access_token": TOKEN}).encode()) if good else Answer(status=401)
 
     scripted.answers["/token"] = post_only
-    await node.store.pull(name, SECRET)
+    await node.puller.pull(name, SECRET)
     (form,) = forms(scripted, "/token")
     assert form["username"] == ["user"]
     assert form["scope"] == ["repository:private:pull"]
     assert form["service"] == ["reg"]
     await node.store.remove(name)
     with pytest.raises(PermissionDeniedError, match="status 401"):
-        await node.store.pull(name, Credentials(username="user", password="wrong"))
+        await node.puller.pull(name, Credentials(username="user", password="wrong"))
     with pytest.raises(PermissionDeniedError, match="status 405"):
-        await node.store.pull(name)
+        await node.puller.pull(name)
 
 
 async def test_ten_redirects_are_followed(node: Node, scripted: ScriptedRegistry, other: ScriptedRegistry) -> None:
@@ -140,12 +140,12 @@ async def test_ten_redirects_are_followed(node: Node, scripted: ScriptedRegistry
     for number in range(1, 10):
         other.answers[f"/{number}"] = redirect(f"/{number + 1}")
     other.answers["/10"] = Answer(content)
-    await node.store.pull(name, SECRET)
+    await node.puller.pull(name, SECRET)
     assert all("Authorization" not in request.headers for request in other.seen)
     await node.store.remove(name)
     other.answers["/10"] = redirect("/1")
     with pytest.raises(KubeletReasonError, match="more than 10 redirects"):
-        await node.store.pull(name, SECRET)
+        await node.puller.pull(name, SECRET)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ async def test_redirects_that_lead_nowhere(node: Node, scripted: ScriptedRegistr
     name = scripted.offer_image("lost")
     scripted.answers["/v2/lost/manifests/latest"] = redirect(location)
     with pytest.raises(PodkeelError) as failed:
-        await node.store.pull(name)
+        await node.puller.pull(name)
     assert isinstance(failed.value, KubeletReasonError | PermissionDeniedError) or "not have" in failed.value.message
 
 
@@ -166,10 +166,10 @@ async def test_headers_that_are_no_use(node: Node, scripted: ScriptedRegistry) -
         headers = {"WWW-Authenticate": challenge}
         scripted.answers["/v2/odd/manifests/latest"] = Answer(status=401, headers=headers)
         with pytest.raises(PermissionDeniedError):
-            await node.store.pull(name, SECRET)
+            await node.puller.pull(name, SECRET)
     tries = iter([Answer(status=503, headers={"Retry-After": "\xb2"}), plain])
     scripted.answers["/v2/odd/manifests/latest"] = lambda _: next(tries)  # type: ignore[assignment,return-value]
-    await node.store.pull(name)
+    await node.puller.pull(name)
 
 
 async def test_the_registry_among_its_own_hosts_gets_the_pull_secret(node: Node, scripted: ScriptedRegistry) -> None:
@@ -178,30 +178,30 @@ async def test_the_registry_among_its_own_hosts_gets_the_pull_secret(node: Node,
     folder = Path(node.options.registry_config_dir) / scripted.host
     folder.mkdir(parents=True)
     (folder / "hosts.toml").write_text(f'[host."{scripted.address}"]\ncapabilities = ["pull", "resolve"]\n')
-    await node.store.pull(name, SECRET)
+    await node.puller.pull(name, SECRET)
     assert not scripted.requests("ns=")
-    found = await node.store.explain(name, SECRET)
+    found = await node.puller.explain(name, SECRET)
     assert [answer.mirror for answer in found[1]] == [False]
 
 
 async def test_a_registry_among_its_own_hosts_can_be_pushed_to(node: Node, scripted: ScriptedRegistry) -> None:
     name = scripted.offer_image("pushed")
-    await node.store.pull(name)
+    await node.puller.pull(name)
     folder = Path(node.options.registry_config_dir) / scripted.host
     folder.mkdir(parents=True)
     (folder / "hosts.toml").write_text(f'[host."{scripted.address}"]\n')
     scripted.answers["/v2/pushed/manifests/new"] = Answer(status=201)
-    await node.store.shipping.push(name, f"{scripted.host}/pushed:new")
+    await node.exporter.push(name, f"{scripted.host}/pushed:new")
     assert [request.method for request in scripted.requests("/manifests/new")] == ["PUT"]
 
 
 async def test_a_registry_that_names_no_place_to_upload_to(node: Node, scripted: ScriptedRegistry) -> None:
     name = scripted.offer_image("source")
-    await node.store.pull(name)
+    await node.puller.pull(name)
     for headers in ({}, {"Location": "http://[::1"}, {"Location": "file:///etc/passwd"}):
         scripted.answers["/v2/target/blobs/uploads/"] = Answer(status=202, headers=headers)
         with pytest.raises(UnavailableError, match="no place to upload to"):
-            await node.store.shipping.push(name, f"{scripted.host}/target:new")
+            await node.exporter.push(name, f"{scripted.host}/target:new")
 
 
 def authority(folder: Path, name: str) -> tuple[Path, ssl.SSLContext]:
@@ -228,12 +228,12 @@ async def test_a_host_s_authority_holds_where_it_redirects(node: Node, tmp_path:
         folder.mkdir(parents=True)
         line = f'ca = "{certificate}"' if setting == "ca" else "skip_verify = true"
         (folder / "hosts.toml").write_text(f'server = "{registry.address}"\n{line}\n')
-        await node.store.pull(name, SECRET)
+        await node.puller.pull(name, SECRET)
         assert storage.requests("/blobs/")
         await node.store.remove(name)
         (folder / "hosts.toml").write_text(f'server = "{registry.address}"\n')
         with pytest.raises(KubeletReasonError, match="certificate"):
-            await node.store.pull(name, SECRET)
+            await node.puller.pull(name, SECRET)
 
 
 def deflate(content: bytes) -> bytes:
@@ -255,24 +255,24 @@ async def test_encoded_answers(
         scripted.answers[path] = Answer(content, OCI_MANIFEST, headers=headers)
     layer = next(path for path in scripted.answers if path.endswith(digest_of(small_image()[2][1])))
     scripted.answers["/token"] = Answer(encode(json.dumps({"token": TOKEN}).encode()), headers=headers)
-    await node.store.pull(name)
+    await node.puller.pull(name)
     assert {request.headers.get("Accept-Encoding") for request in scripted.seen} == {"identity"}
     assert scripted.requests(layer)
     await node.store.remove(name)
     scripted.answers["/v2/private/manifests/latest"] = Answer(b"\x1f\x8b broken", headers=headers)
     with pytest.raises(InvalidArgumentError, match="Content-Encoding does not fit"):
-        await node.store.pull(name)
+        await node.puller.pull(name)
     bomb = encode(b" " * (64 << 20))
     scripted.answers["/v2/private/manifests/latest"] = Answer(bomb, headers=headers)
     with pytest.raises(InvalidArgumentError, match="larger than 4194304 bytes"):
-        await node.store.pull(name)
+        await node.puller.pull(name)
     scripted.answers["/v2/private/manifests/latest"] = Answer(manifest, headers={"Content-Encoding": "br"})
     with pytest.raises(InvalidArgumentError, match="'br'"):
-        await node.store.pull(name)
+        await node.puller.pull(name)
     private_image(scripted)
     scripted.answers["/token"] = Answer(bomb, headers=headers)
     with pytest.raises(PermissionDeniedError, match="larger than 1048576 bytes"):
-        await node.store.pull(name)
+        await node.puller.pull(name)
 
 
 async def test_what_is_said_to_be_encoded_and_is_not(node: Node, scripted: ScriptedRegistry) -> None:
@@ -281,7 +281,7 @@ async def test_what_is_said_to_be_encoded_and_is_not(node: Node, scripted: Scrip
     for answer in scripted.answers.values():
         assert isinstance(answer, Answer)
         answer.headers["Content-Encoding"] = "gzip"
-    await node.store.pull(f"{name.rpartition(':')[0]}@{digest_of(manifest)}")
+    await node.puller.pull(f"{name.rpartition(':')[0]}@{digest_of(manifest)}")
 
 
 @pytest.mark.parametrize("content", [b"user:secret", b"j\xfcrgen:gr\xfc\xdfe", b"\xff\xfe:\x80"])
@@ -291,11 +291,11 @@ async def test_auth_goes_to_the_token_server_byte_by_byte(
     name = private_image(scripted)
     encoded = base64.b64encode(content).decode()
     scripted.answers["/token"] = token_for(f"Basic {encoded}")
-    image = await node.store.pull(name, Credentials(auth=f"{encoded[:4]}\r\n{encoded[4:]}\n"))
+    image = await node.puller.pull(name, Credentials(auth=f"{encoded[:4]}\r\n{encoded[4:]}\n"))
     await node.store.remove(image.id)
     scripted.answers["/token"] = lambda request: Answer(status=405 if request.method == "GET" else 401)
     with pytest.raises(PermissionDeniedError) as failed:
-        await node.store.pull(name, Credentials(auth=encoded))
+        await node.puller.pull(name, Credentials(auth=encoded))
     failed.value.message.encode()
     user, _, password = content.partition(b":")
     (request,) = [request for request in scripted.requests("/token") if request.method == "POST"]
@@ -310,7 +310,7 @@ async def test_a_manifest_that_breaks_off_is_asked_for_again(node: Node, scripte
     headers = {"Content-Length": str(len(manifest))}
     tries = iter([Answer([manifest[:20]], kind, headers=headers), Answer(manifest, kind)])
     scripted.answers["/v2/cut/manifests/latest"] = lambda _: next(tries)
-    await node.store.pull(name)
+    await node.puller.pull(name)
 
 
 async def test_answers_that_come_byte_by_byte_have_an_end(new_node: NewNode, scripted: ScriptedRegistry) -> None:
@@ -326,10 +326,10 @@ async def test_answers_that_come_byte_by_byte_have_an_end(new_node: NewNode, scr
 
     scripted.answers["/token"] = trickle
     with pytest.raises(KubeletReasonError, match="no answer in time"):
-        await asyncio.wait_for(node.store.pull(name), 10)
+        await asyncio.wait_for(node.puller.pull(name), 10)
     scripted.answers["/v2/private/manifests/latest"] = trickle
     with pytest.raises(KubeletReasonError, match="too slow"):
-        await asyncio.wait_for(node.store.pull(name), 10)
+        await asyncio.wait_for(node.puller.pull(name), 10)
     scripted.answers["/v2/private/manifests/latest"] = lambda request: dataclasses.replace(trickle(request), status=403)
     with pytest.raises(PermissionDeniedError, match="403"):
-        await asyncio.wait_for(node.store.pull(name), 10)
+        await asyncio.wait_for(node.puller.pull(name), 10)

@@ -25,8 +25,8 @@ async def install(node: Node, *layers: bytes) -> Path:
     """Import an image of these layers and mount it; returns the mounted root."""
     archive = node.root / "archive.tar"
     BuiltImage(layers).write_docker(archive, "test:latest")
-    (image,) = await node.store.import_archive(archive)
-    await node.store.snapshots.prepare("c1", image, target=node.target("c1"))
+    (image,) = await node.puller.import_archive(archive)
+    await node.snapshots.prepare("c1", image, target=node.target("c1"))
     return node.target("c1")
 
 
@@ -165,8 +165,8 @@ async def test_a_whiteout_of_everything_leaves_only_what_is_above(node: Node) ->
 
 
 async def install_again(node: Node, *layers: bytes) -> Path:
-    await node.store.snapshots.unmount("c1", node.target("c1"))
-    await node.store.snapshots.remove("c1")
+    await node.snapshots.unmount("c1", node.target("c1"))
+    await node.snapshots.remove("c1")
     return await install(node, *layers)
 
 
@@ -343,10 +343,10 @@ async def test_a_full_disk_is_said_and_nothing_stays(node: Node, tmp_path: Path)
         archive = tmp_path / "big.tar"
         BuiltImage((make_tar([entry("big", os.urandom(8 << 20))]),)).write_docker(archive, "big:latest")
         with pytest.raises(LimitError, match=r"No space left|disk is full"):
-            await full.store.import_archive(archive)
+            await full.puller.import_archive(archive)
         assert await full.leftovers() == {"mounts": [str(small)]} or await full.leftovers() == {}
         BuiltImage((make_tar([entry("small", "fits")]),)).write_docker(archive, "small:latest")
-        (image,) = await full.store.import_archive(archive)
+        (image,) = await full.puller.import_archive(archive)
         assert full.store.find("small") == image
     finally:
         await full.stop()

@@ -42,7 +42,7 @@ async def test_each_program_is_told_what_is_pulled(
         verifier(
             node, f"number-{number}", f'echo "$@" > {tmp_path}/arguments-{number}; cat > {tmp_path}/stdin-{number}'
         )
-    assert (await node.store.pull(name)).id == built.id
+    assert (await node.puller.pull(name)).id == built.id
     manifest = built.blobs()[1]
     media_type = "application/vnd.oci.descriptor.v1+json"
     for number in (1, 2):
@@ -53,7 +53,7 @@ async def test_each_program_is_told_what_is_pulled(
         }  # fmt: skip
     # An image that has not changed is asked about again.
     (tmp_path / "stdin-1").unlink()
-    await node.store.pull(name)
+    await node.puller.pull(name)
     assert json.loads((tmp_path / "stdin-1").read_text())["size"] == len(manifest)
 
 
@@ -74,23 +74,23 @@ async def test_one_that_denies_is_enough(node: Node, registry: Registry, script:
         verifier(node, other, "exit 0")
     verifier(node, "b", script, mode)
     with pytest.raises(KubeletReasonError, match=words) as caught:
-        await node.store.pull(name)
+        await node.puller.pull(name)
     assert caught.value.message.startswith("SignatureValidationFailed: ")
     assert f"{name} ({digest_of(built.blobs()[1])})" in caught.value.message
     assert await node.leftovers() == {}
     # What is on the node already is not let through either, and stays as it is.
     verifier(node, "b", "exit 0")
-    image = await node.store.pull(name)
+    image = await node.puller.pull(name)
     verifier(node, "b", script, mode)
     with pytest.raises(KubeletReasonError, match=words):
-        await node.store.pull(name)
+        await node.puller.pull(name)
     assert node.store.images() == (image,)
 
 
 async def test_folders(new_node: NewNode, node: Node, registry: Registry, built: BuiltImage, tmp_path: Path) -> None:
     name = registry.push(built, "verify/folders")
-    assert (await node.store.pull(name)).id == built.id, "an empty folder refuses nothing"
+    assert (await node.puller.pull(name)).id == built.id, "an empty folder refuses nothing"
     missing = await new_node(verifier_dir=str(tmp_path / "missing"))
     with pytest.raises(KubeletReasonError, match="missing cannot be read") as caught:
-        await missing.store.pull(name)
+        await missing.puller.pull(name)
     assert caught.value.message.startswith("SignatureValidationFailed: ")

@@ -1,0 +1,136 @@
+"""Images on their way onto the node: pulled from registries, imported from archives."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from host.concurrency.tasks import SingleFlight
+from host.concurrency.threads import in_image_thread, in_long_thread
+from host.errors import InvalidArgumentError, LimitError
+from host.stages import Operation
+from images.archives.reader import ImageArchive
+from images.content.progress import PullProgress, RunningPull
+from images.content.source import Candidate
+from images.image import Image, check_linux
+from images.layers.layer import Layer
+from images.layers.store import LayerStore
+from images.oci.reference import Reference, parse
+from images.options import ImageOptions
+from images.registry.credentials import Credentials
+from images.store import ImageStore
+
+if TYPE_CHECKING:
+    from images.registry.client import HostAnswer
+
+_log = logging.getLogger("podkeel.images")
+
+
+class ImagePuller:
+    """Brings images into ``store``. ``fetched_bytes`` is what came from registries since the start."""
+
+    def __init__(self, store: ImageStore, options: ImageOptions, data_dir: Path, layers: LayerStore) -> None:
+        self._store = store
+        self._options = options
+        self._data_dir = data_dir
+        self._layers = layers
+        self._pulls: SingleFlight[tuple[str, Credentials | None], Image] = SingleFlight(
+            "the pull was ended: the agent is stopping"
+        )
+        self._running_pulls: list[RunningPull] = []
+        self.fetched_bytes = 0
+
+    async def close(self) -> None:
+        """Cancel running pulls with their clean-up."""
+        await self._pulls.close()
+
+    async def pull(self, reference: str, credentials: Credentials | None = None) -> Image:
+        """Fetch the image and return it once it is complete; identical pulls at the same time are one.
+
+        A tag that another image had moves to this one. Raises InvalidArgumentError for a malformed reference or a
+        broken image, NotFoundError, PermissionDeniedError, LimitError, UnsupportedError for an artifact, and
+        KubeletReasonError ``RegistryUnavailable``. Whatever the error, nothing of it stays but partial blobs, which the
+        next pull of it goes on with.
+        """
+        name = parse(reference)
+        begin = time.perf_counter()
+        image = await self._pulls.run((str(name), credentials), lambda: self._pull(name, credentials))
+        fields = {"image": str(name), "image_id": image.id, "seconds": round(time.perf_counter() - begin, 6)}
+        _log.info("image %s is %s", name, image.id, extra={"fields": fields})
+        return image
+
+    async def _pull(self, name: Reference, credentials: Credentials | None) -> Image:
+        # The HTTP client takes 20 MiB and a fifth of a second: an agent that never pulls never has it.
+        pulling = await in_image_thread(importlib.import_module, "images.registry.resolve")
+        operation = Operation("PullImage")
+        known = self._store.named(name)
+        known_digests = known.repo_digests if known is not None else ()
+        running = RunningPull(str(name))
+        self._running_pulls.append(running)
+        try:
+            async with pulling.fetch(self._options, name, credentials, known_digests, operation) as candidate:
+                if candidate is not None:
+                    running.sources = candidate.layer_sources()
+                    try:
+                        return await self._install(candidate, operation)
+                    finally:
+                        self.fetched_bytes += candidate.transferred()
+        finally:
+            self._running_pulls.remove(running)
+        if known is not None and (present := self._store.find(known.id)) is not None:
+            return present
+        return await self._pull(name, credentials)  # it was removed while the registry was asked
+
+    def pulls(self) -> list[PullProgress]:
+        """How far each running pull is, oldest first."""
+        return [
+            PullProgress(pull.reference, pull.started, tuple(map(self._layers.progress, pull.sources)))
+            for pull in self._running_pulls
+        ]
+
+    async def explain(
+        self, reference: str, credentials: Credentials | None = None
+    ) -> tuple[Reference, list[HostAnswer]]:
+        """The reference in full, and what each host that a pull tries answers to it; nothing is pulled."""
+        name = parse(reference)
+        registry = await in_image_thread(importlib.import_module, "images.registry.client")
+        async with registry.RegistryClient(self._options, name, credentials) as client:
+            return name, await client.explain()
+
+    async def import_archive(self, path: Path, reference: str = "") -> list[Image]:
+        """Take in the images of an OCI layout folder, an OCI archive or a docker archive (gzipped ones too).
+
+        An image without a name of its own gets ``reference``, or none. Raises NotFoundError if there is no such file,
+        InvalidArgumentError if it is broken, LimitError, UnsupportedError.
+        """
+        operation = Operation("ImportImage")
+        archive = ImageArchive(path, self._data_dir, self._options.max_archive_bytes)
+        try:
+            async with operation.stage("manifest"):
+                await in_long_thread(archive.open)
+                candidates = await in_long_thread(archive.candidates, reference)
+            return [await self._install(candidate, operation) for candidate in candidates]
+        finally:
+            archive.close()
+
+    async def _install(self, candidate: Candidate, operation: Operation) -> Image:
+        """Unpack what is missing of the image, then make it visible."""
+        try:
+            return await self._install_layers(candidate, operation)
+        except (InvalidArgumentError, LimitError) as error:
+            await self._layers.give_up([layer.digest for layer in candidate.layers], error)
+            raise
+
+    async def _install_layers(self, candidate: Candidate, operation: Operation) -> Image:
+        check_linux(candidate.config, candidate.subject)
+        layers: list[Layer] = []
+        try:
+            async with operation.stage("layers"):
+                layers = await self._layers.obtain_all(candidate.layer_sources(), candidate.subject)
+            async with operation.stage("commit"):
+                return await self._store.commit(candidate, tuple(layers))
+        finally:
+            await self._layers.release([layer.number for layer in layers])

@@ -50,7 +50,7 @@ def workers() -> list[int]:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes()
             except OSError:
                 continue
-            if b"unpack_worker" in words:
+            if b"unpack.worker" in words:
                 found.append(int(pid))
     return found
 

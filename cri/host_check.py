@@ -10,7 +10,7 @@ import asyncio
 import os
 import re
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,7 @@ from runtime.layout import Layout
 from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime
 from runtime.options import RuntimeOptions
+from runtime.specgen.hooks_dir import HooksDir
 
 State = Literal["ok", "warn", "fail"]
 
@@ -278,7 +279,17 @@ async def _nftables() -> Check:
 
 async def _folders(configuration: Configuration) -> list[Check]:
     runtime = configuration.runtime
-    return [_run_folder(Path(runtime.run_dir)), _data_folder(Path(runtime.data_dir))]
+    hooks = await in_fresh_thread(_hooks, runtime.hooks_dirs)
+    return [_run_folder(Path(runtime.run_dir)), _data_folder(Path(runtime.data_dir)), *hooks]
+
+
+def _hooks(folders: Sequence[str]) -> list[Check]:
+    """OCI hooks of the node; nothing where there are none."""
+    hooks = HooksDir(folders)
+    good = len(hooks.read())
+    remedy = "correct the file (oci-hooks(5) has the format) or remove it"
+    wrong = [Check("OCI hook", "warn", f"{path} is left out: {why}", remedy) for path, why in hooks.problems.items()]
+    return [*wrong, *([Check("OCI hooks", "ok", f"{good} in {', '.join(folders)}")] if good else [])]
 
 
 def _run_folder(folder: Path) -> Check:

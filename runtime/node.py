@@ -18,6 +18,7 @@ from runtime.oci.conmon import Monitors
 from runtime.oci.handlers import Handlers
 from runtime.options import RuntimeOptions
 from runtime.reserve import Reserve
+from runtime.specgen.hooks_dir import HooksDir
 from runtime.specgen.node_facts import NodeFacts
 from runtime.state.state import State
 
@@ -46,6 +47,7 @@ class Node:
     snapshots: SnapshotStore
     start_parallelism: int = field(init=False)
     starting: asyncio.Semaphore = field(init=False)
+    hooks_dir: HooksDir = field(init=False)
     meters: Meters = field(init=False)
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)
     renamed: frozenset[str] = frozenset()
@@ -57,6 +59,7 @@ class Node:
         self.start_parallelism = self.options.container_start_parallelism or max(2, os.cpu_count() or 1)
         self.starting = asyncio.Semaphore(self.start_parallelism)
         self.meters = Meters(self.cgroups)
+        self.hooks_dir = HooksDir(self.options.hooks_dirs)
         self.snapshots.writable.activity = self._activity
 
     def expect_container(self) -> None:

@@ -32,6 +32,8 @@ class HandlerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 DEFAULT_HANDLERS = {"crun": HandlerOptions(path="crun"), "runc": HandlerOptions(path="runc")}
 
+DEFAULT_HOOKS_DIRS = ("/usr/share/containers/oci/hooks.d", "/etc/containers/oci/hooks.d")
+
 DEFAULT_SYSCTLS = {
     "net.ipv4.ping_group_range": "0 2147483647",
     "net.ipv4.ip_unprivileged_port_start": "0",
@@ -50,6 +52,7 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pod's /dev/shm, in bytes. ``selinux`` says whether containers get labels where the node has SELinux. ``umask``
     is that of containers, in octal digits. ``io_weight`` is what a pod counts for, from 1 to 1000, where pods
     compete for a disk: twice the weight, twice the share; 0 leaves the kernel's default, which is 100.
+    ``hooks_dirs`` are folders of OCI hooks (oci-hooks(5)), of which a later one goes before an earlier one.
     What an image has at its VOLUMEs is copied for each container: ``max_volume_copy_bytes`` of data (holes of sparse
     files are none) and ``max_volume_copy_entries`` files at most, all VOLUMEs of a container together.
     """
@@ -70,5 +73,6 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     umask: str = "0022"
     io_weight: Weight = 0
     shm_size: int = 64 * 1024 * 1024
+    hooks_dirs: tuple[str, ...] = DEFAULT_HOOKS_DIRS
     max_volume_copy_bytes: int = 16 << 30
     max_volume_copy_entries: int = 1_000_000

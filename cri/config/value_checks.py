@@ -59,6 +59,7 @@ CHECKS: Mapping[tuple[str, ...], Callable[[Any], str]] = {
     ("runtime", "cgroup_driver"): _one_of("auto", "cgroupfs", "systemd"),
     ("runtime", "pids_limit"): _not_negative,
     ("runtime", "umask"): _file_mode_mask,
+    ("runtime", "hooks_dirs"): _folders,
     ("network", "cni_config_dir"): _folder,
     ("network", "cni_bin_dirs"): _folders,
     ("network", "cni_timeout_seconds"): _positive,

@@ -30,6 +30,7 @@ def node_information(node: Node) -> dict[str, Any]:
             "cgroupDriver": node.cgroups.driver,
             "handlers": handlers,
             "failedHandlers": node.handlers.failures,
+            "failedHooks": node.hooks_dir.problems,
             "sandboxes": len(node.state.sandboxes),
             "containers": len(node.state.containers),
             "storeCommits": node.database.commits,

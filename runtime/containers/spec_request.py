@@ -62,6 +62,7 @@ def spec_request(
         apparmor_default=node.apparmor_default,
         selinux_level=sandbox.record.selinux_level,
         umask=int(node.options.umask, 8),
+        hooks=node.hooks_dir,
     )
 
 

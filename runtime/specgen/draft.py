@@ -15,6 +15,7 @@ from runtime.specgen import config as oci
 from runtime.specgen.capabilities import capability_sets
 from runtime.specgen.devices import devices
 from runtime.specgen.facts import HandlerFacts, SandboxFiles
+from runtime.specgen.hooks_dir import HookedContainer, HooksDir
 from runtime.specgen.identity import Identity, identify
 from runtime.specgen.mounts.configured import configured_mounts, in_order, root_propagation
 from runtime.specgen.mounts.defaults import kernel_mounts, pod_mounts, refuse_linked_targets
@@ -43,7 +44,7 @@ class SpecRequest:
     and group are read. ``container_folder`` holds the container's durable files, among them its volumes.
     ``image_mounts`` maps the index of an image mount in ``config.mounts`` to the folder where that image is prepared.
     ``pids_limit`` 0 or less means none. ``selinux_level`` is the pod's own level. ``apparmor_default`` is the name of
-    the node's loaded profile. ``umask`` is what processes begin with.
+    the node's loaded profile. ``umask`` is what processes begin with. ``hooks`` are the node's own.
     """
 
     container_id: str
@@ -67,6 +68,7 @@ class SpecRequest:
     apparmor_default: str = ""
     selinux_level: str = ""
     umask: int = 0o022
+    hooks: HooksDir | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -148,6 +150,10 @@ def _draft(request: SpecRequest) -> Draft:
         linux=linux,
         annotations=_annotations(request, filtered),
     )
+    if request.hooks is not None:
+        annotations = {**config.annotations, **request.sandbox.annotations}
+        command = next(iter(process.args), "")
+        request.hooks.add_to(spec, HookedContainer(annotations, command, bool(config.mounts)))
     return Draft(
         request=request,
         spec=spec,

@@ -1,0 +1,194 @@
+"""Hooks that the node gives containers: files in folders, each with a hook and the containers it is for.
+
+Follows oci-hooks(5), version 1.0.0. A file of a later folder takes the place of one with its name in an earlier one. A
+file that is wrong is left out, and so is the one it replaces.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from host import untrusted_json
+from runtime.specgen import config
+
+MOST_FILES = 1024  # of one folder
+
+_LARGEST_FILE = 256 << 10
+_STAGES = {
+    "prestart": "prestart",
+    "createRuntime": "create_runtime",
+    "createContainer": "create_container",
+    "startContainer": "start_container",
+    "poststart": "poststart",
+    "poststop": "poststop",
+}
+_log = logging.getLogger("podkeel.hooks")
+
+
+class _Hook(msgspec.Struct, frozen=True):
+    path: str
+    args: list[str] = []
+    env: list[str] = []
+    timeout: Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)] | None = None
+
+
+class _When(msgspec.Struct, rename="camel", frozen=True, forbid_unknown_fields=True):
+    always: bool | None = None
+    annotations: dict[str, str] = {}
+    commands: list[str] = []
+    has_bind_mounts: bool | None = None
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: Literal["1.0.0"]
+    hook: _Hook
+    when: _When
+    stages: list[Literal["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"]]
+
+
+@dataclass(frozen=True, slots=True)
+class HookedContainer:
+    """What conditions look at: annotations of container and pod, the first argument, whether anything is mounted."""
+
+    annotations: Mapping[str, str]
+    command: str
+    has_bind_mounts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """One file that is right, with its patterns compiled."""
+
+    hook: config.Hook
+    stages: Sequence[str]
+    when: _When
+    annotations: Sequence[tuple[re.Pattern[str], re.Pattern[str]]]
+    commands: Sequence[re.Pattern[str]]
+
+    @property
+    def on_the_node(self) -> bool:
+        """Whether its program is one of the node's: startContainer takes one of the container's."""
+        return any(stage != "startContainer" for stage in self.stages)
+
+    def matches(self, container: HookedContainer) -> bool:
+        """Whether each condition that the file names is met."""
+        when = self.when
+        met = [
+            any(key.search(name) and value.search(text) for name, text in container.annotations.items())
+            for key, value in self.annotations
+        ]
+        if when.always is not None:
+            met.append(when.always)
+        if when.has_bind_mounts is not None:
+            met.append(when.has_bind_mounts and container.has_bind_mounts)
+        if self.commands:
+            met.append(any(pattern.search(container.command) for pattern in self.commands))
+        return bool(met) and all(met)
+
+
+@dataclass(slots=True)
+class HooksDir:
+    """The hooks of ``folders``, read again where a file has changed; safe to use in several threads.
+
+    ``problems`` says of each file that is wrong why it was left out, as of the last reading.
+    """
+
+    folders: Sequence[str]
+    problems: dict[str, str] = field(default_factory=dict)
+    _known: dict[str, tuple[tuple[int, ...], _Rule | str]] = field(default_factory=dict)
+
+    def add_to(self, spec: config.Spec, container: HookedContainer) -> None:
+        """Add the hooks that are for ``container`` to its spec, in the order of their files' names. Blocks."""
+        for rule in self.read():
+            if rule.matches(container):
+                if spec.hooks is None:
+                    spec.hooks = config.Hooks()
+                for stage in dict.fromkeys(rule.stages):
+                    getattr(spec.hooks, _STAGES[stage]).append(rule.hook)
+
+    def read(self) -> list[_Rule]:
+        """Every hook there is, sorted by the names of their files. Blocks."""
+        problems: dict[str, str] = {}
+        files: dict[str, str] = {}
+        for folder in self.folders:
+            files |= _files_of(folder, problems)
+        known: dict[str, tuple[tuple[int, ...], _Rule | str]] = {}
+        rules = []
+        for _, path in sorted(files.items()):
+            known[path] = self._rule(path)
+            rule = known[path][1]
+            if isinstance(rule, str):
+                problems[path] = rule
+            elif rule.on_the_node and not os.access(rule.hook.path, os.X_OK):
+                problems[path] = f"its program {rule.hook.path} is not there, or is none"
+            else:
+                rules.append(rule)
+        for path, why in problems.items():
+            if self.problems.get(path) != why:
+                _log.warning("OCI hook %s: left out: %s", path, why)
+        self._known, self.problems = known, problems
+        return rules
+
+    def _rule(self, path: str) -> tuple[tuple[int, ...], _Rule | str]:
+        """What a file says, or why it is wrong, and what tells whether it has changed."""
+        try:
+            status = os.stat(path)  # noqa: PTH116 - a third of what pathlib takes
+            version = (status.st_ino, status.st_dev, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+            known = self._known.get(path)
+            if known is not None and known[0] == version:
+                return known
+            return version, _read(Path(path))
+        except (OSError, ValueError) as error:  # JsonError and those of patterns are ValueErrors
+            return (), str(error)
+
+
+def _files_of(folder: str, problems: dict[str, str]) -> dict[str, str]:
+    """Paths by name. A folder that is not there has no hooks."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.name.endswith(".json"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        problems[folder] = str(error)
+        return {}
+    if len(names) > MOST_FILES:
+        problems[folder] = f"it holds {len(names)} files: those after the first {MOST_FILES} are left out"
+    return {name: f"{folder}/{name}" for name in names[:MOST_FILES]}
+
+
+def _read(path: Path) -> _Rule:
+    file = untrusted_json.decode(untrusted_json.read_file(path, _LARGEST_FILE), _File)
+    hook, when = file.hook, file.when
+    if not hook.path.startswith("/") or "\0" in hook.path:
+        raise ValueError(f"hook.path {hook.path!r} is not absolute")
+    if not file.stages:
+        raise ValueError("stages is empty")
+    if when == _When():
+        raise ValueError("when has no condition: use always, annotations, commands or hasBindMounts")
+    return _Rule(
+        hook=config.Hook(path=hook.path, args=hook.args, env=hook.env, timeout=hook.timeout),
+        stages=file.stages,
+        when=when,
+        annotations=[(_pattern(key), _pattern(value)) for key, value in when.annotations.items()],
+        commands=_patterns(when.commands),
+    )
+
+
+def _patterns(patterns: Iterable[str]) -> list[re.Pattern[str]]:
+    return [_pattern(pattern) for pattern in patterns]
+
+
+def _pattern(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error

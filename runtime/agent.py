@@ -44,6 +44,7 @@ from runtime.recovery.recovery import Recovery
 from runtime.reserve import Reserve, require_room
 from runtime.specgen.node_facts import probe_node
 from runtime.specgen.security.apparmor import load_default_profile
+from runtime.state.registrar import container_registrar, pod_registrar
 from runtime.state.rows import Store
 from runtime.state.schema import MIGRATIONS as RUNTIME_MIGRATIONS
 from runtime.state.state import State
@@ -140,8 +141,8 @@ class Agent:
         self.node = node
         self.images = images
         self.lifecycle = Lifecycle(node)
-        self.containers = ContainerManager(node, self.lifecycle)
-        self.pods = PodManager(node, self.containers)
+        self.containers = ContainerManager(node, container_registrar(), self.lifecycle)
+        self.pods = PodManager(node, pod_registrar(), self.containers)
         network.when_given_back(self.pods.network_given_back)
         self.execution = Execution(node)
         self.statistics = Statistics(node)

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from host.concurrency.abandonable import AbandonableThreads, Permission
-from host.concurrency.tasks import SingleFlight, wait_out
+from host.concurrency.tasks import wait_out
 from host.concurrency.threads import in_thread
 from host.concurrency.undo import Undo
-from host.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, PodkeelError, WrongStateError
+from host.errors import InvalidArgumentError, NotFoundError, PodkeelError, WrongStateError
 from host.files.removal import remove_tree
 from host.stages import Operation
 from images.image import Image
@@ -38,6 +38,7 @@ from runtime.specgen.mounts.image_volumes import make_volumes
 from runtime.specgen.mounts.volume_content import CopyLimits
 from runtime.specgen.namespaces import user_mappings
 from runtime.state.container import Container, ContainerRecord, ContainerState
+from runtime.state.registrar import ContainerRegistrar, ContainerRequest
 from runtime.state.sandbox import Sandbox, SandboxState
 from runtime.state.transitions import of_container
 from runtime.state.truncindex import new_id
@@ -45,27 +46,22 @@ from runtime.state.truncindex import new_id
 NAME_LIMIT = 253
 _MOST_HANGING = 256  # threads that wait for volumes of containers that were given up
 
-_Identity = tuple[str, str, int]
 _log = logging.getLogger("podkeel.containers")
 
 
 class ContainerManager:
     """Makes and removes containers."""
 
-    def __init__(self, node: Node, lifecycle: Lifecycle) -> None:
+    def __init__(self, node: Node, names: ContainerRegistrar, lifecycle: Lifecycle) -> None:
         self._node = node
         self._state = node.state
+        self._names = names
         self._lifecycle = lifecycle
-        self._making: SingleFlight[_Identity, Container] = SingleFlight(
-            "its making was ended: its pod or the agent is stopping"
-        )
         self._threads = AbandonableThreads(_MOST_HANGING)
-        self._by_identity: dict[_Identity, Container] = {}
 
     def adopt(self, container: Container) -> None:
         """Take over a container found in the store."""
-        if container.visible:
-            self._by_identity[container.identity] = container
+        self._names.adopt(container)
 
     async def create(self, sandbox_id: str, config: cri_pb2.ContainerConfig) -> Container:
         """Make a container in a ready sandbox and return it created; joins or returns an identical one.
@@ -78,21 +74,10 @@ class ContainerManager:
         """
         sandbox = self._state.get_sandbox(sandbox_id)
         validate_container(config)
-        identity = (sandbox.id, config.metadata.name, config.metadata.attempt)
-        pending = await self._making.request_of(identity)
-        if pending is None:
-            existing = self._by_identity.get(identity)
-            if existing is not None and existing.visible:  # what clients cannot see, they could not remove either
-                return _same_or_conflict(existing, config)
-            _require_ready(sandbox)
-        elif pending != config:
-            raise AlreadyExistsError(
-                f"container {config.metadata.name!r} attempt {config.metadata.attempt} of {sandbox.title} "
-                "is being made with another configuration: raise the attempt"
-            )
-        return await self._making.run(identity, lambda: self._make(sandbox, config), config)
+        return await self._names.run(ContainerRequest(sandbox, config), lambda: self._make(sandbox, config))
 
     async def _make(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Container:
+        _require_ready(sandbox)
         node = self._node
         log_path = await self._log_path(sandbox, config)
         image = self._image(config)
@@ -105,7 +90,7 @@ class ContainerManager:
             make_private(node.layout.container(container.id).path, user_mappings(sandbox.namespace_options))
             monitor = node.monitors.prepare(_monitor_request(node, container, runtime))
             undo.push("its monitor", monitor.abandon)
-            if len(self._making) <= node.start_parallelism:
+            if len(self._names) <= node.start_parallelism:
                 monitor.begin()  # with more under way it would wait for a processor, and others behind it
             async with operation.stage("reserve"):
                 await self._state.add(container)
@@ -127,7 +112,6 @@ class ContainerManager:
                 _require_ready(sandbox)
                 async with operation.stage("commit"):
                     await self._state.move(container, ContainerState.CREATED)
-        self._by_identity[container.identity] = container
         self._state.publish(cri_pb2.CONTAINER_CREATED_EVENT, container)
         extra = of_container(container, operation)
         _log.info("%s is created from %s", container.title, config.image.image, extra=extra)
@@ -234,8 +218,7 @@ class ContainerManager:
         await self._discard(container)
 
     def _forget(self, container: Container) -> None:
-        if self._by_identity.get(container.identity) is container:
-            del self._by_identity[container.identity]
+        self._names.release(container)
         self._state.forget(container)
         self._node.meters.forget(container.id)
 
@@ -286,7 +269,7 @@ class ContainerManager:
 
     async def abort_making(self, sandbox: Sandbox) -> None:
         """Cancel and undo the containers being made in a sandbox."""
-        await self._making.cancel(lambda identity: identity[0] == sandbox.id)
+        await self._names.cancel(lambda identity: identity[0] == sandbox.id)
 
     async def stop_all(self, sandbox: Sandbox) -> None:
         """Kill every container of a sandbox that runs."""
@@ -317,7 +300,7 @@ class ContainerManager:
 
     async def close(self) -> None:
         """Undo what is in the making; for the agent's end."""
-        await self._making.close()
+        await self._names.drain()
 
 
 def validate_container(config: cri_pb2.ContainerConfig) -> None:
@@ -336,14 +319,6 @@ def validate_container(config: cri_pb2.ContainerConfig) -> None:
 def _require_ready(sandbox: Sandbox) -> None:
     if sandbox.record.state is not SandboxState.READY or sandbox.closing:
         raise WrongStateError(f"{sandbox.title} is not ready: make a new sandbox for the container")
-
-
-def _same_or_conflict(existing: Container, config: cri_pb2.ContainerConfig) -> Container:
-    alive = existing.record.state in (ContainerState.CREATED, ContainerState.RUNNING)
-    if alive and existing.config == config:
-        return existing
-    why = "is there with another configuration" if alive else "has exited"
-    raise AlreadyExistsError(f"{existing.title} {why}: raise metadata.attempt, or remove it first")
 
 
 def _monitor_request(node: Node, container: Container, runtime: OciRuntime) -> MonitorRequest:

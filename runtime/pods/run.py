@@ -9,10 +9,10 @@ import time
 from dataclasses import replace
 from functools import partial
 
-from host.concurrency.tasks import SingleFlight, wait_out
+from host.concurrency.tasks import wait_out
 from host.concurrency.threads import in_fresh_thread, in_thread
 from host.concurrency.undo import Undo
-from host.errors import AlreadyExistsError, PodkeelError, UnsupportedError
+from host.errors import PodkeelError, UnsupportedError
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 from runtime.containers.create import ContainerManager
@@ -26,6 +26,7 @@ from runtime.specgen.namespaces import user_mappings
 from runtime.specgen.security.node_selinux import free_level
 from runtime.specgen.security.selinux import selinux_labels
 from runtime.specgen.sysctls import pod_sysctls
+from runtime.state.registrar import PodRegistrar, PodRequest
 from runtime.state.sandbox import Sandbox, SandboxRecord, SandboxState
 from runtime.state.sandbox_checks import validate_sandbox
 from runtime.state.transitions import of_sandbox
@@ -33,25 +34,22 @@ from runtime.state.truncindex import new_id
 
 _OPERATIONS_KEPT = 8
 
-_Identity = tuple[str, str, str, int]
 _log = logging.getLogger("podkeel.pods")
 
 
 class PodManager:
     """What the CRI's sandbox calls do."""
 
-    def __init__(self, node: Node, containers: ContainerManager) -> None:
+    def __init__(self, node: Node, names: PodRegistrar, containers: ContainerManager) -> None:
         self._node = node
         self._state = node.state
+        self._names = names
         self._containers = containers
-        self._making: SingleFlight[_Identity, Sandbox] = SingleFlight("its making was ended: the agent is stopping")
-        self._by_identity: dict[_Identity, Sandbox] = {}
         self._io_weights = True
 
     def adopt(self, sandbox: Sandbox) -> None:
         """Take over a sandbox found in the store."""
-        if sandbox.visible:
-            self._by_identity[sandbox.identity] = sandbox
+        self._names.adopt(sandbox)
 
     async def run(self, config: cri_pb2.PodSandboxConfig, handler: str) -> Sandbox:
         """Make a sandbox and return it ready.
@@ -70,19 +68,7 @@ class PodManager:
                 f"runtime handler {runtime.name!r} has no user namespaces with mapped mounts: use another handler, or "
                 "userns_options mode NODE"
             )
-        identity = _identity(config)
-        request = (config, handler)
-        pending = await self._making.request_of(identity)
-        if pending is None:
-            existing = self._by_identity.get(identity)
-            if existing is not None and existing.visible:  # what clients cannot see, they could not remove either
-                return _same_or_conflict(existing, config, handler)
-        elif pending != request:
-            raise AlreadyExistsError(
-                f"sandbox {config.metadata.namespace}/{config.metadata.name} attempt {config.metadata.attempt} "
-                "is being made with another configuration: raise the attempt"
-            )
-        return await self._making.run(identity, lambda: self._make(config, handler, runtime), request)
+        return await self._names.run(PodRequest(config, handler), lambda: self._make(config, handler, runtime))
 
     async def _make(self, config: cri_pb2.PodSandboxConfig, handler: str, runtime: OciRuntime) -> Sandbox:
         node = self._node
@@ -107,7 +93,6 @@ class PodManager:
                     await self._weigh(sandbox, weight)
             async with operation.stage("commit"):
                 await self._state.move(sandbox, SandboxState.READY)
-        self._by_identity[sandbox.identity] = sandbox
         self._state.publish(cri_pb2.CONTAINER_CREATED_EVENT, sandbox)
         self._state.publish(cri_pb2.CONTAINER_STARTED_EVENT, sandbox)
         addresses = ", ".join(sandbox.record.addresses) or "of the node"
@@ -318,8 +303,7 @@ class PodManager:
         await self._discard(sandbox)
 
     def _forget(self, sandbox: Sandbox) -> None:
-        if self._by_identity.get(sandbox.identity) is sandbox:
-            del self._by_identity[sandbox.identity]
+        self._names.release(sandbox)
         self._state.forget(sandbox)
         self._node.meters.forget(sandbox.id)
 
@@ -340,20 +324,7 @@ class PodManager:
 
     async def close(self) -> None:
         """Undo what is in the making; for the agent's end."""
-        await self._making.close()
-
-
-def _identity(config: cri_pb2.PodSandboxConfig) -> _Identity:
-    metadata = config.metadata
-    return (metadata.name, metadata.namespace, metadata.uid, metadata.attempt)
-
-
-def _same_or_conflict(existing: Sandbox, config: cri_pb2.PodSandboxConfig, handler: str) -> Sandbox:
-    ready = existing.record.state is SandboxState.READY and not existing.closing
-    if ready and existing.config == config and existing.record.requested_handler == handler:
-        return existing
-    why = "is there with another configuration" if ready else "was stopped and not removed"
-    raise AlreadyExistsError(f"{existing.title} {why}: raise metadata.attempt, or remove it first")
+        await self._names.drain()
 
 
 def _begin(sandbox: Sandbox, name: str) -> Operation:

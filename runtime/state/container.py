@@ -91,11 +91,6 @@ class Container:
     statistics: object | None = None
 
     @property
-    def identity(self) -> tuple[str, str, int]:
-        """Sandbox id, name and attempt."""
-        return (self.sandbox.id, self.config.metadata.name, self.config.metadata.attempt)
-
-    @property
     def title(self) -> str:
         """How messages and logs name it."""
         pod = self.sandbox.config.metadata

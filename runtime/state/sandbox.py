@@ -86,12 +86,6 @@ class Sandbox:
             await asyncio.wait(visitors)
 
     @property
-    def identity(self) -> tuple[str, str, str, int]:
-        """Name, namespace, uid and attempt."""
-        metadata = self.config.metadata
-        return (metadata.name, metadata.namespace, metadata.uid, metadata.attempt)
-
-    @property
     def title(self) -> str:
         """How messages and logs name it."""
         return f"sandbox {self.id[:13]} ({self.config.metadata.namespace}/{self.config.metadata.name})"

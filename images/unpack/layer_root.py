@@ -20,6 +20,17 @@ _AT_ONCE = 4000  # PATH_MAX is 4096
 _MOST_LINKS = 255
 
 
+def is_clean(name: bytes) -> bool:
+    """Whether ``name`` is short, relative to the root and without parts that have no meaning, as nearly all are."""
+    return (
+        len(name) < MOST_PARTS
+        and b"/." not in name
+        and b"//" not in name
+        and name[:1] not in b"./"
+        and name[-1:] != b"/"
+    )
+
+
 def clean(name: bytes) -> bytes:
     """``name`` relative to the root, without empty, ``.`` and ``..`` parts; TarError for one that climbs out."""
     if not name:
@@ -27,14 +38,8 @@ def clean(name: bytes) -> bytes:
     if len(name) > LONGEST_NAME:
         raise TarError(f"{shown(name)} has a name of {len(name)} bytes, the longest may have {LONGEST_NAME}")
     name = name.removeprefix(b"./")
-    if (
-        b"/." not in name
-        and b"//" not in name
-        and name[:1] not in b"./"
-        and name[-1:] != b"/"
-        and len(name) < MOST_PARTS
-    ):
-        return name  # as nearly all are
+    if is_clean(name):
+        return name
     parts: list[bytes] = []
     for part in name.split(b"/"):
         if part == b"..":
@@ -52,22 +57,22 @@ class LayerRoot:
     """Takes calls to paths of any length, by going to the folder from which the rest of the path is short enough."""
 
     def __init__(self) -> None:
-        self._away = False
+        self.away = False
 
     def near(self, path: bytes) -> bytes:
         """What to call ``path`` (relative to the root) until the next call of this; ``.`` for the root.
 
         Raises OSError if it is too long and a folder on the way is missing.
         """
-        if self._away:
+        if self.away:
             os.chdir("/")
-            self._away = False
+            self.away = False
         while len(path) > _AT_ONCE:
             cut = path.rfind(b"/", 0, _AT_ONCE)
             if cut <= 0:
                 break  # a part that is too long: let the kernel say so
             os.chdir(path[:cut])
-            self._away = True
+            self.away = True
             path = path[cut + 1 :]
         return path or b"."
 

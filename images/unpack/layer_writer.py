@@ -16,10 +16,9 @@ import errno
 import os
 import stat
 
-from images.unpack.layer_root import LayerRoot, clean
+from images.unpack.device_places import Device, DevicePlaces
+from images.unpack.layer_root import LayerRoot, clean, is_clean
 from images.unpack.tar_headers import (
-    BLOCK_DEVICE,
-    CHARACTER_DEVICE,
     FIFO,
     FOLDER,
     HARD_LINK,
@@ -45,25 +44,10 @@ _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
 _AUFS = b".wh..wh."
 _SET_IDS = stat.S_ISUID | stat.S_ISGID
-_DEVICE_KINDS = {CHARACTER_DEVICE: stat.S_IFCHR, BLOCK_DEVICE: stat.S_IFBLK}
 _WHITED_OUT = stat.S_IFCHR  # the only device nodes that a worker makes
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _XATTRS = (b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default")
 _LAST_NANOSECOND = (1 << 63) - 1
-
-
-class Device:
-    """A device node that the agent is to make: its type and mode, number, owner and time, and its names."""
-
-    __slots__ = ("device", "gid", "mode", "mtime", "paths", "uid")
-
-    def __init__(self, entry: Entry) -> None:
-        self.mode = _DEVICE_KINDS[entry.kind] | entry.mode
-        self.device = entry.device
-        self.uid = entry.uid
-        self.gid = entry.gid
-        self.mtime = _time(entry)
-        self.paths: list[bytes] = []
 
 
 class LayerWriter:
@@ -80,10 +64,7 @@ class LayerWriter:
         self._root = LayerRoot()
         self._times: dict[bytes, int] = {}
         self._groups_inherited = False
-        # A device node's place is taken by a file, which says which one it is.
-        self._placeholder = b"podkeel device %s " % os.urandom(16).hex().encode()
-        self._placed: list[Device] = []
-        self._placed_at: dict[bytes, None] = {}
+        self._places = DevicePlaces(self._root)
         self.devices: list[Device] = []
         self.entries = 0
         self.used_bytes = DISK_BLOCK
@@ -99,7 +80,8 @@ class LayerWriter:
             if self.entries > self._max_entries:
                 raise LimitError(f"it holds more than {self._max_entries} entries (images.max_layer_entries)")
             try:
-                self._write(entry)
+                if entry.kind != REGULAR or not self._plain_file(entry):
+                    self._write(entry)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM):
                     raise
@@ -109,7 +91,7 @@ class LayerWriter:
                 raise TarError(f"{shown(entry.name)} could not be made: {reason}") from error
             except (ValueError, OverflowError) as error:
                 raise TarError(f"{shown(entry.name)} could not be made: {error}") from error
-        self._take_placeholders()
+        self.devices = self._places.take()
         opaque = [path for path in self.opaque_folders if self._root.kind(path) == stat.S_IFDIR]
         self.opaque_folders = dict.fromkeys(self._root.resolve(path)[0] for path in opaque)
         for path, mtime in self._times.items():
@@ -143,6 +125,35 @@ class LayerWriter:
             self._describe(entry, self._root.near(path))
         else:
             self._device(entry, path)
+
+    def _plain_file(self, entry: Entry) -> bool:
+        """Write a small new file as most are, in few steps; False for any other, of which nothing has been done."""
+        name = entry.name
+        if not is_clean(name) or b".wh." in name or entry.xattrs or entry.regions is not None or self._root.away:
+            return False
+        content = self._reader.whole(entry)
+        if content is None:
+            return False
+        try:
+            descriptor = os.open(name, _NEW_FILE, entry.mode)
+        except (FileNotFoundError, FileExistsError, NotADirectoryError):
+            descriptor = self._make(name, lambda path: os.open(path, _NEW_FILE, entry.mode))
+        try:
+            if content:
+                written = os.write(descriptor, content)
+                while written < len(content):
+                    written += os.write(descriptor, content[written:])
+            if entry.uid or entry.gid or self._groups_inherited:
+                os.fchown(descriptor, entry.uid, entry.gid)
+                if entry.mode & _SET_IDS:
+                    os.fchmod(descriptor, entry.mode)
+            mtime = _time(entry)
+            os.utime(descriptor, ns=(mtime, mtime))
+        finally:
+            os.close(descriptor)
+        self.used_inodes += 1
+        self.used_bytes += _blocks(entry.size)
+        return True
 
     def _describe(self, entry: Entry, name: bytes) -> None:
         """Give what is neither a file nor a folder its owner, mode and time, and count it."""
@@ -225,40 +236,15 @@ class LayerWriter:
             raise TarError(
                 f"{shown(entry.name)} is a hard link to {shown(entry.link)}, which is not in this layer"
             ) from error
-        if self._placed:
-            self._placed_at[path] = None
+        self._places.linked(path)
 
     def _device(self, entry: Entry, path: bytes) -> None:
         descriptor = self._make(path, lambda name: os.open(name, _NEW_FILE, 0))
         try:
-            os.write(descriptor, self._placeholder + b"%d" % len(self._placed))
+            self._places.fill(descriptor, path, Device(entry, _time(entry)))
         finally:
             os.close(descriptor)
-        self._placed.append(Device(entry))
-        self._placed_at[path] = None
         self._count(0)
-
-    def _take_placeholders(self) -> None:
-        """Remove those that are still there, and list their device nodes with all the names they have."""
-        for path in self._placed_at:
-            device = self._device_at(path)
-            if device is not None:
-                os.unlink(self._root.near(path))
-                if not device.paths:
-                    self.devices.append(device)
-                folder, _, base = path.rpartition(b"/")
-                device.paths.append(clean(self._root.resolve(folder)[0] + b"/" + base))
-
-    def _device_at(self, path: bytes) -> Device | None:
-        if self._root.kind(path) != stat.S_IFREG:
-            return None
-        descriptor = os.open(self._root.near(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            content = os.read(descriptor, 100)
-        finally:
-            os.close(descriptor)
-        place = content.removeprefix(self._placeholder)
-        return self._placed[int(place)] if place != content else None
 
     def _whiteout(self, entry: Entry, path: bytes, base: bytes) -> None:
         folder = self._root.resolve(path[: -len(base)])[0]
@@ -337,7 +323,7 @@ class LayerWriter:
                 self.opaque_folders.pop(current, None)
                 self._uncount(DISK_BLOCK)
             else:
-                counted = stat.S_ISREG(status.st_mode) and not (self._placed and self._device_at(current))
+                counted = stat.S_ISREG(status.st_mode) and self._places.at(current) is None
                 os.unlink(self._root.near(current))
                 if status.st_nlink == 1:
                     self._uncount(status.st_size if counted else 0)

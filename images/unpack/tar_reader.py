@@ -6,6 +6,7 @@ seeks, keeps names as bytes, hashes the stream as it passes, and takes 15,000 sm
 
 from __future__ import annotations
 
+from images.unpack.repeated_headers import RepeatedHeaders
 from images.unpack.tar_headers import (
     BLOCK,
     GNU_SPARSE,
@@ -48,6 +49,7 @@ class Stream:
         self._seen = seen
         self._limit = limit
         self._buffer = b""
+        self._view = memoryview(b"")
         self._position = 0
         self.total = 0
 
@@ -61,6 +63,7 @@ class Stream:
             raise LimitError(f"it unpacks to more than {self._limit} bytes (images.max_layer_bytes)")
         rest = self._buffer[self._position :] if self._position < len(self._buffer) else b""
         self._buffer = rest + chunk if rest else chunk
+        self._view = memoryview(self._buffer)
         self._position = 0
         return True
 
@@ -74,6 +77,24 @@ class Stream:
         self._position = start + len(data)
         return data
 
+    def block(self, skipped: int) -> bytes:
+        """The block after ``skipped`` bytes; empty, and nothing is passed over, unless all of it has been read."""
+        start = self._position + skipped
+        end = start + BLOCK
+        if end > len(self._buffer):
+            return b""
+        self._position = end
+        return self._buffer[start:end]
+
+    def whole(self, size: int) -> memoryview | None:
+        """The next ``size`` bytes without copying, if all of them have been read."""
+        start = self._position
+        end = start + size
+        if end > len(self._buffer):
+            return None
+        self._position = end
+        return self._view[start:end]
+
     def pieces(self, size: int) -> Iterator[memoryview]:
         """The next ``size`` bytes without copying; TarError if the stream ends before."""
         while size:
@@ -86,7 +107,7 @@ class Stream:
             start = self._position
             self._position = start + step
             size -= step
-            yield memoryview(self._buffer)[start : start + step]
+            yield self._view[start : start + step]
 
     def skip(self, size: int) -> None:
         """Pass over ``size`` bytes; TarError if the stream ends before."""
@@ -118,17 +139,32 @@ class TarReader:
         self._header_bytes = HEADERS_AT_ONCE
         self._last_header = b""
         self._last_records = self._defaults = Records()
+        self._has_defaults = False
         self._merged = (self._defaults, self._defaults, self._defaults)
+        self._repeated = RepeatedHeaders()
 
     def data(self, size: int) -> Iterator[memoryview]:
         """The next ``size`` bytes of the current entry's data."""
         self._left -= size
         return self.stream.pieces(size)
 
+    def whole(self, entry: Entry) -> memoryview | None:
+        """All data of the current entry, if it has been read: None for large files."""
+        content = self.stream.whole(entry.size)
+        if content is not None:
+            self._left = 0
+        return content
+
     def __iter__(self) -> Iterator[Entry]:
         records: Records | None = None
         long_name = long_link = None
         while (block := self._next_block()) is not None:
+            alone = records is None and not self._has_defaults and long_name is None and long_link is None
+            if alone and (repeated := self._repeated.entry(block)) is not None:
+                self._header_bytes += HEADERS_PER_ENTRY
+                self._left, self._padding = repeated.size, -repeated.size % BLOCK
+                yield repeated
+                continue
             fields = HEADER.unpack(block)
             check_sum(block, fields[6])
             kind = fields[7]
@@ -139,6 +175,7 @@ class TarReader:
                 elif kind == b"g":
                     self._defaults = merged_records(self._defaults, self._records(size, fields))
                     self._defaults.sparse = False
+                    self._has_defaults = bool(self._defaults.values or self._defaults.xattrs)
                 elif kind == b"L":
                     long_name = self._header_data(size).partition(b"\0")[0]
                 elif kind == b"K":
@@ -147,7 +184,10 @@ class TarReader:
                     self._left, self._padding = size, -size % BLOCK
                 continue
             self._header_bytes += HEADERS_PER_ENTRY
-            yield self._entry(fields, block, self._with_defaults(records), long_name, long_link)
+            entry = self._entry(fields, block, self._with_defaults(records), long_name, long_link)
+            if alone:
+                self._repeated.remember(block, entry)
+            yield entry
             records = long_name = long_link = None
 
     def _entry(
@@ -180,12 +220,16 @@ class TarReader:
         return entry
 
     def _next_block(self) -> bytes | None:
-        self.stream.skip(self._left)
-        self._left = 0
-        if self._padding and not self.stream.skip_padding(self._padding):
-            return None  # some writers leave out what would fill up the last block
-        self._padding = 0
-        block = self.stream.take(BLOCK)
+        block = self.stream.block(self._left + self._padding)
+        if block:
+            self._left = self._padding = 0
+        else:
+            self.stream.skip(self._left)
+            self._left = 0
+            if self._padding and not self.stream.skip_padding(self._padding):
+                return None  # some writers leave out what would fill up the last block
+            self._padding = 0
+            block = self.stream.take(BLOCK)
         if not block:
             return None
         if len(block) < BLOCK:
@@ -229,7 +273,8 @@ class TarReader:
         defaults, last, merged = self._merged
         if defaults is not self._defaults or last is not records:
             merged = merged_records(self._defaults, records)
-            self._merged = (self._defaults, records, merged)
+            self._has_defaults = False
+        self._merged = (self._defaults, records, merged)
         return merged
 
     def _sparse(self, entry: Entry, block: bytes, records: Records) -> None:

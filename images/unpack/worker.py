@@ -20,7 +20,8 @@ import stat
 import sys
 
 from images.unpack.confinement import Limits, run_confined
-from images.unpack.layer_writer import Device, LayerWriter
+from images.unpack.device_places import Device
+from images.unpack.layer_writer import LayerWriter
 from images.unpack.tar_headers import LimitError, TarError
 from images.unpack.tar_reader import Stream, TarReader
 

@@ -76,7 +76,12 @@ def _pulls(options: argparse.Namespace) -> int:
     own_cidr, peer_cidr = (f"10.{second}.0.0/16" for second in random.sample(range(200, 208), 2))
     with tempfile.TemporaryDirectory(prefix="podkeel-bench-") as folder:
         costs = pulls.measure(
-            Path(folder), options.runtime, (own_cidr, peer_cidr), peer=bool(options.peer), rounds=options.pulls
+            Path(folder),
+            options.runtime,
+            (own_cidr, peer_cidr),
+            peer=bool(options.peer),
+            rounds=options.pulls,
+            small_files=options.small_files,
         )
     results = pulls.goals(costs)
     text = pulls.as_markdown(costs, results)
@@ -134,6 +139,7 @@ def _options() -> argparse.Namespace:
     add("--pulls", type=int, default=3, metavar="N", help="pulls of each form of the image (3)")
     add("--streams", type=int, default=40, metavar="N", help="commands through exec streams; 0: none (40)")
     add("--sessions", type=int, default=100, metavar="N", help="commands at once for the server's memory (100)")
+    add("--small-files", type=int, default=300_000, metavar="N", help="files in one layer to pull; 0: none (300000)")
     add("--no-bare", action="store_true", help="leave out the bare OCI runtime")
     add("--json", type=Path, metavar="FILE", help="write everything there")
     add("--markdown", type=Path, metavar="FILE", help="write the tables of docs/performance.md there")

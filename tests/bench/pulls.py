@@ -28,6 +28,7 @@ from tests.support.registry import Registry, run_registry
 
 LAYERS = 10
 FILES = 1500  # in each layer
+MANY_FILES = "many files"
 _BYTES = 17_000  # of a file, uncompressed and on average
 _REFERENCE = "localhost/bench/busybox:1"
 _DISK_BYTES = 16 << 30
@@ -51,8 +52,10 @@ class PullCost(msgspec.Struct):
         return min(self.seconds, default=math.nan)
 
 
-def measure(folder: Path, runtime: str, cidrs: tuple[str, str], *, peer: bool, rounds: int) -> list[PullCost]:
-    """Each server pulls ``rounds`` images of each form, in changing order.
+def measure(
+    folder: Path, runtime: str, cidrs: tuple[str, str], *, peer: bool, rounds: int, small_files: int
+) -> list[PullCost]:
+    """Each server pulls ``rounds`` images of each form, in changing order; and one layer of ``small_files``, if any.
 
     Every image has layers of its own and none is removed, and each server has a fresh file system: ext4 looks for new
     inodes past all that were deleted a short while ago, which would be measured instead.
@@ -63,6 +66,7 @@ def measure(folder: Path, runtime: str, cidrs: tuple[str, str], *, peer: bool, r
     with contextlib.ExitStack() as stack:
         registry = stack.enter_context(run_registry())
         names = list(_push(registry, rounds))
+        names += [(MANY_FILES, _push_small_files(registry, small_files))] if small_files else []
         own_disk = stack.enter_context(_disk(folder / "own"))
         own = servers.podkeel(own_disk / "podkeel", runtime, cidrs[0], _REFERENCE, archive)
         clients = [("podkeel", stack.enter_context(own))]
@@ -82,7 +86,7 @@ def goals(costs: list[PullCost]) -> list[Goal]:
     """What is promised of pulls, with this run's values."""
     by_key = {(cost.server, cost.form): cost for cost in costs}
     found = []
-    for form in ("gzip", "zstd"):
+    for form in _forms(costs):
         own, peer = by_key["podkeel", form], by_key.get(("containerd", form))
         ratio = own.best / peer.best if peer is not None else math.nan
         found += [
@@ -102,7 +106,7 @@ def as_markdown(costs: list[PullCost], results: list[Goal]) -> str:
         cells = [value(cost) if (cost := by_key.get((name, form))) else "" for name in ("podkeel", "containerd")]
         lines.append(f"| {form}, {label} | {' | '.join(cells)} |")
 
-    for form in ("gzip", "zstd"):
+    for form in _forms(costs):
         row("seconds", form, lambda cost: " / ".join(f"{seconds:.1f}" for seconds in sorted(cost.seconds)))
         row("memory over idle", form, lambda cost: f"{cost.memory_over_idle / 2**20:.0f} MiB")
         row(
@@ -133,6 +137,23 @@ def _push(registry: Registry, rounds: int) -> Iterator[tuple[str, str]]:
             yield form, registry.push(image, f"bench/{form}", str(number))
 
 
+def _forms(costs: list[PullCost]) -> list[str]:
+    return list(dict.fromkeys(cost.form for cost in costs))
+
+
+def _push_small_files(registry: Registry, count: int) -> str:
+    """An image of one layer with so many files of a few hundred bytes, fifty in each folder; its reference."""
+    chance = random.Random(count)
+    members = []
+    for index in range(count):
+        folder = f"srv/modules/package{index // 50}"
+        if index % 50 == 0:
+            members.append(_member(folder + "/", b"", tarfile.DIRTYPE))
+        members.append(_member(f"{folder}/file{index}.js", b"line %d\n" % index * chance.randint(1, 100)))
+    tar = b"".join((*members, bytes(2 * tarfile.BLOCKSIZE)))
+    return registry.push(BuiltImage([tar], {}, compress=lambda data: gzip.compress(data, 6, mtime=0)), "bench/files")
+
+
 def _layer(number: int) -> bytes:
     """Files half of which compresses well and half not at all, in a few dozen folders."""
     chance = random.Random(number)
@@ -147,9 +168,9 @@ def _layer(number: int) -> bytes:
     return b"".join((*members, bytes(2 * tarfile.BLOCKSIZE)))
 
 
-def _member(name: str, content: bytes) -> bytes:
+def _member(name: str, content: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
     member = tarfile.TarInfo(name)
-    member.size, member.mode = len(content), 0o644
+    member.type, member.size, member.mode = kind, len(content), 0o755 if kind == tarfile.DIRTYPE else 0o644
     return member.tobuf() + content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
 

@@ -1,0 +1,76 @@
+"""Device nodes of a layer, which take rights that the unpack worker does not have: it keeps places for them.
+
+A file stands for a device node until the layer is read: later entries link to it, or replace it. What is left then is
+removed and listed for the agent (``images/unpack/special_files.py``).
+"""
+
+# Names are bytes, which pathlib does not take.
+# ruff: noqa: PTH108
+from __future__ import annotations
+
+import os
+import stat
+
+from images.unpack.layer_root import LayerRoot, clean
+from images.unpack.tar_headers import BLOCK_DEVICE, CHARACTER_DEVICE, Entry
+
+_KINDS = {CHARACTER_DEVICE: stat.S_IFCHR, BLOCK_DEVICE: stat.S_IFBLK}
+
+
+class Device:
+    """A device node that the agent is to make: its type and mode, number, owner and time, and its names."""
+
+    __slots__ = ("device", "gid", "mode", "mtime", "paths", "uid")
+
+    def __init__(self, entry: Entry, mtime: int) -> None:
+        self.mode = _KINDS[entry.kind] | entry.mode
+        self.device = entry.device
+        self.uid = entry.uid
+        self.gid = entry.gid
+        self.mtime = mtime
+        self.paths: list[bytes] = []
+
+
+class DevicePlaces:
+    """The files that stand for device nodes; each says by a secret content which one it is."""
+
+    def __init__(self, root: LayerRoot) -> None:
+        self._root = root
+        self._start = b"podkeel device %s " % os.urandom(16).hex().encode()
+        self._devices: list[Device] = []
+        self._paths: dict[bytes, None] = {}
+
+    def fill(self, descriptor: int, path: bytes, device: Device) -> None:
+        """Make the new empty file at ``path`` the place of ``device``."""
+        os.write(descriptor, self._start + b"%d" % len(self._devices))
+        self._devices.append(device)
+        self._paths[path] = None
+
+    def linked(self, path: bytes) -> None:
+        """There is a new hard link at ``path``, which may lead to a place."""
+        if self._devices:
+            self._paths[path] = None
+
+    def at(self, path: bytes) -> Device | None:
+        """The device whose place ``path`` is."""
+        if not self._devices or self._root.kind(path) != stat.S_IFREG:
+            return None
+        descriptor = os.open(self._root.near(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            content = os.read(descriptor, 100)
+        finally:
+            os.close(descriptor)
+        number = content.removeprefix(self._start)
+        return self._devices[int(number)] if number != content else None
+
+    def take(self) -> list[Device]:
+        """Remove the places that are still there; their devices, with all the names they have."""
+        found: dict[int, Device] = {}
+        for path in self._paths:
+            device = self.at(path)
+            if device is not None:
+                os.unlink(self._root.near(path))
+                found[id(device)] = device
+                folder, _, base = path.rpartition(b"/")
+                device.paths.append(clean(self._root.resolve(folder)[0] + b"/" + base))
+        return list(found.values())

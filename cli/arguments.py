@@ -84,7 +84,9 @@ def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         "serve", "cli.agent.serve:serve", "run the agent until SIGTERM or Ctrl-C", "Containers outlive it."
     )
     parser.add_argument(
-        "--adopt", action="store_true", help="if the store is missing, empty or damaged, go on from the copy of it"
+        "--adopt",
+        action="store_true",
+        help="if the store is missing, empty or damaged, go on from its copy and the run folder",
     )
     parser = commands.add("config", "cli.agent.config:config", "print every value in force and where it came from")
     parser.add_argument("--format", choices=("toml", "json"), default="toml", help="output format (default: toml)")

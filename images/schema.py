@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+from host.kept_rows import Place
+
+# What a container needs of images: its layers in any case, its image as long as that takes little room.
+_IMAGES = "SELECT image_id FROM snapshots WHERE container_id = ?1"
+_SMALL_IMAGES = f"SELECT id FROM images WHERE id IN ({_IMAGES}) AND length(config) + length(manifest) < 65536"
+_LAYERS = (
+    "SELECT value FROM snapshots, json_each(snapshots.layers) WHERE container_id = ?1 "
+    f"UNION SELECT layer FROM image_layers WHERE image_id IN ({_SMALL_IMAGES})"
+)
+ROWS_OF_CONTAINER = (
+    Place("images", f"id IN ({_SMALL_IMAGES})"),
+    Place("image_references", f"image_id IN ({_SMALL_IMAGES})"),
+    Place("layers", f"number IN ({_LAYERS})"),
+    Place("image_layers", f"image_id IN ({_SMALL_IMAGES})"),
+    Place("snapshots", "container_id = ?1"),
+)
+
 # Layer numbers are never used twice: the folder of a dropped layer may still be on its way out.
 MIGRATIONS: tuple[str, ...] = (
     """

@@ -1,5 +1,18 @@
 """The network's tables in the store."""
 
+from __future__ import annotations
+
+from host.kept_rows import Place
+
+# What the network knows of a sandbox; the ranges that were announced belong to all of them.
+ROWS_OF_SANDBOX = (
+    Place("network_attachments", "sandbox_id = ?1"),
+    Place("network_addresses", "sandbox_id = ?1"),
+    Place("network_host_ports", "sandbox_id = ?1"),
+    Place("network_cni_attachments", "sandbox_id = ?1"),
+    Place("network_pod_cidrs", "?1 IS NOT NULL"),
+)
+
 MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE network_attachments (

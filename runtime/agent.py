@@ -39,6 +39,7 @@ from runtime.oci.mask_device import MaskDevice
 from runtime.options import RuntimeOptions
 from runtime.pods.run import PodManager
 from runtime.recovery.garbage import Finding, find_leftovers
+from runtime.recovery.kept_rows import KeptRows, put_back_all
 from runtime.recovery.lost_store import LostStore, settle_store
 from runtime.recovery.recovery import Recovery
 from runtime.reserve import Reserve, require_room
@@ -103,9 +104,9 @@ class Agent:
         await in_thread(reserve.release)
         await in_thread(require_room, layout.run)
         monitors = Monitors(options.conmon_path, layout)
-        await in_thread(settle_store, layout, monitors, self._lost_store)
-        database = Database(layout.database, SCHEMAS)
-        stack.callback(database.close)
+        database = await self._open_database(stack, layout, monitors)
+        kept = KeptRows(database, layout)
+        stack.push_async_callback(kept.close)
         copy = DatabaseCopy(database, layout.database_copy)
         stack.push_async_callback(copy.close)
         cgroups = await in_thread(CgroupTree.of_host, options.cgroup_driver)
@@ -114,13 +115,14 @@ class Agent:
         network = NodeNetwork(self._network, database, BridgeOwner(own_id, str(layout.data)))
         images = Images(self._images, layout.data, database)
         facts = await in_thread(partial(probe_node, selinux=options.selinux))
+        store = Store(database)
         node = Node(
             options=options,
             agent_id=own_id,
             layout=layout,
             reserve=reserve,
             database=database,
-            state=State(Store(database)),
+            state=State(store),
             cgroups=cgroups,
             facts=facts,
             apparmor_default=await load_default_profile(facts),
@@ -154,8 +156,18 @@ class Agent:
         stack.push_async_callback(self.statistics.close)
         await self.recovery.run()
         copy.start()
+        store.when_written(kept.note)
+        kept.start((*node.state.sandboxes, *node.state.containers))
         await in_thread(reserve.keep)
         node.state.events.serve()
+
+    async def _open_database(self, stack: AsyncExitStack, layout: Layout, monitors: Monitors) -> Database:
+        adopted = await in_thread(settle_store, layout, monitors, self._lost_store)
+        database = Database(layout.database, SCHEMAS)
+        stack.callback(database.close)
+        if adopted:
+            await put_back_all(database, layout)
+        return database
 
     async def check(self) -> list[Finding]:
         """Compare the store with kernel and folders; changes nothing.

@@ -48,6 +48,11 @@ class SandboxFolder:
         """The pod's /etc/hostname."""
         return self._file("hostname")
 
+    @property
+    def kept_rows(self) -> Path:
+        """What the store knows of the sandbox, as runtime.recovery.kept_rows keeps it."""
+        return self.path / "rows"
+
     def _file(self, name: str) -> Path:
         return (self.files if self.files.exists() else self.path) / name
 
@@ -96,6 +101,11 @@ class ContainerFolder:
     def out_of_memory(self) -> Path:
         """Made by conmon when the kernel killed a process of the container for its memory limit."""
         return self.path / "oom"
+
+    @property
+    def kept_rows(self) -> Path:
+        """What the store knows of the container, as runtime.recovery.kept_rows keeps it."""
+        return self.path / "rows"
 
     @property
     def survived_kills(self) -> Path:

@@ -14,6 +14,7 @@ from host.database_copy import opened_to_read, problem_of, put_in_place, set_fil
 from host.errors import LimitError, WrongStateError
 from runtime.layout import Layout
 from runtime.oci.conmon import Monitors
+from runtime.recovery.kept_rows import kept_containers
 
 _NAMED = 5
 
@@ -28,8 +29,10 @@ class LostStore(enum.Enum):
     START_OVER = "start over"
 
 
-def settle_store(layout: Layout, monitors: Monitors, wish: LostStore) -> None:
+def settle_store(layout: Layout, monitors: Monitors, wish: LostStore) -> bool:
     """Have a database to open in the data folder, before it is opened. Blocks.
+
+    Returns whether a store that was lost is gone on from: then what is kept in the run folder belongs into it too.
 
     Raises WrongStateError, which says what there is to do: for a damaged store, and for one that is missing, empty or
     without containers that run while containers of this agent run, unless ``wish`` says otherwise.
@@ -41,17 +44,19 @@ def settle_store(layout: Layout, monitors: Monitors, wish: LostStore) -> None:
         known = _containers_in(path)
         if known is not None and not known:
             problem = "empty"
-        elif known is not None and (lost := _containers_in(copy) or frozenset()) and (lost := lost - known):
+        elif known is not None:
             # Its log (-wal) was damaged or deleted: SQLite takes what is left for the whole.
-            running = sorted(lost.intersection(running))
+            told = (_containers_in(copy) or frozenset()) | kept_containers(layout)
+            running = sorted((told - known).intersection(running))
             problem = "incomplete" if running else ""
     if not problem:
-        return
+        return False
     if wish is LostStore.START_OVER:
         if problem != "incomplete":
             set_file_aside(path)
     elif wish is LostStore.ADOPT:
-        _adopt(layout, problem)
+        _adopt(layout, problem, running)
+        return True
     elif problem not in ("missing", "empty", "incomplete"):
         raise WrongStateError(f"store {path} is {problem}{_so_many(running)}: {_remedy(layout)}")
     elif running:
@@ -65,12 +70,31 @@ def settle_store(layout: Layout, monitors: Monitors, wish: LostStore) -> None:
             problem,
             set_file_aside(copy),
         )
+    return False
 
 
-def _adopt(layout: Layout, problem: str) -> None:
+def _adopt(layout: Layout, problem: str, running: list[str]) -> None:
     path, copy = layout.database, layout.database_copy
     if wrong := problem_of(copy):
-        raise WrongStateError(f"store {path} is {problem}, and its copy {copy}, to be adopted, is {wrong}")
+        kept = kept_containers(layout)
+        if not kept:
+            raise WrongStateError(
+                f"store {path} is {problem}, its copy {copy}, to be adopted, is {wrong}, "
+                f"and {layout.run} tells of no container"
+            )
+        aside = set_file_aside(path)
+        _log.warning(
+            "store %s: %s, and its copy is %s: a new one is made of what is kept in %s, for %d of %d running "
+            "containers; the others are ended%s",
+            path,
+            problem,
+            wrong,
+            layout.run,
+            len(kept.intersection(running)),
+            len(running),
+            f"; what was there is {aside}" if aside else "",
+        )
+        return
     made_at = _made_at(layout)
     try:
         aside = put_in_place(copy, path)
@@ -79,8 +103,8 @@ def _adopt(layout: Layout, problem: str) -> None:
             f"store {path} is {problem}, and its copy {copy} cannot be put in its place ({error.strerror}): "
             "nothing was changed; free some space and start again with --adopt"
         ) from error
-    kept = f"; what was there is {aside}" if aside else ""
-    _log.warning("store %s: %s: the copy of %s is taken in its place%s", path, problem, made_at, kept)
+    former = f"; what was there is {aside}" if aside else ""
+    _log.warning("store %s: %s: the copy of %s is taken in its place%s", path, problem, made_at, former)
 
 
 def _containers_in(path: Path) -> frozenset[str] | None:
@@ -104,7 +128,11 @@ def _so_many(running: list[str]) -> str:
 def _remedy(layout: Layout) -> str:
     over = "`podkeel reset --yes` with the same flags ends all its containers and starts over"
     if wrong := problem_of(layout.database_copy):
-        return f"put it back; its copy {layout.database_copy} is {wrong}. {over}"
+        lost = f"its copy {layout.database_copy} is {wrong}"
+        if not (kept := kept_containers(layout)):
+            return f"put it back; {lost}. {over}"
+        adopt = f"to go on with the {len(kept)} containers of which {layout.run} tells"
+        return f"put it back, or start once with `podkeel serve --adopt` {adopt}; {lost}. {over}"
     adopt = f"put it back, or start once with `podkeel serve --adopt` to go on from the copy of {_made_at(layout)}"
     return f"{adopt} ({layout.database_copy}). {over}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 from google.protobuf.message import DecodeError, EncodeError
@@ -30,6 +30,15 @@ class Store:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._changed: Callable[[Sandbox | Container], None] | None = None
+
+    def when_written(self, callback: Callable[[Sandbox | Container], None]) -> None:
+        """Call ``callback`` after each commit of a sandbox's or container's record."""
+        self._changed = callback
+
+    def _written(self, subject: Sandbox | Container) -> None:
+        if self._changed is not None:
+            self._changed(subject)
 
     async def add_sandbox(self, sandbox: Sandbox) -> None:
         """Write a new sandbox."""
@@ -44,6 +53,7 @@ class Store:
         await self._database.execute(
             "UPDATE sandboxes SET record = ? WHERE id = ?", (_encode(sandbox.record), sandbox.id)
         )
+        self._written(sandbox)
 
     async def delete_sandbox(self, sandbox_id: str) -> None:
         """Delete a sandbox; it has no containers any more."""
@@ -68,6 +78,7 @@ class Store:
         await self._database.execute(
             "UPDATE containers SET record = ? WHERE id = ?", (_encode(container.record), container.id)
         )
+        self._written(container)
 
     async def delete_container(self, container_id: str) -> None:
         """Delete a container."""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from host.kept_rows import Place
+
+SANDBOX_ROWS = Place("sandboxes", "id = ?1", newer=("record",))
+CONTAINER_ROWS = Place("containers", "id = ?1", newer=("record",))
+
 MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE sandboxes (

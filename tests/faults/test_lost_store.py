@@ -222,18 +222,125 @@ def test_a_lost_store_ends_no_container_and_its_copy_is_taken(
     own_agent.client.remove_sandbox(sandbox_id)
 
 
-def test_a_lost_store_without_a_copy_is_told_and_reset_starts_over(own_agent: AgentProcess) -> None:
+def _lose_all(agent: AgentProcess) -> None:
+    agent.kill()
+    _delete(agent.data / "podkeel.db")
+    _delete(agent.data / "podkeel-copy.db")
+
+
+def _adopt(agent: AgentProcess) -> None:
+    """Start once with --adopt, and then as usual."""
+    adopting = subprocess.Popen(agent.command("serve", "--adopt", *agent.flags), stderr=subprocess.PIPE)
+    assert adopting.stderr is not None
+    try:
+        said = []
+        for line in adopting.stderr:
+            said.append(line)
+            if b"serving the CRI" in line:
+                break
+        else:
+            raise AssertionError(b"".join(said).decode())
+    finally:
+        adopting.terminate()
+        adopting.communicate(timeout=20)
+    agent.start()
+
+
+def test_without_store_and_copy_nothing_is_ended_unasked_and_reset_starts_over(own_agent: AgentProcess) -> None:
     _, container_id = run_container(own_agent, "sleep", "1000")
+    rows = own_agent.run / "containers" / container_id / "rows"
+    wait_for(rows.exists)
     pid = _init_pid(own_agent, container_id)
-    own_agent.kill()
-    _delete(own_agent.data / "podkeel.db")
-    _delete(own_agent.data / "podkeel-copy.db")
-    assert "its copy" in (said := _refusal(own_agent))
+    _lose_all(own_agent)
+    said = _refusal(own_agent)
     assert "podkeel-copy.db is missing" in said
-    assert "is missing" in _refusal(own_agent, "--adopt")
+    assert f"--adopt` to go on with the 1 containers of which {own_agent.run} tells" in said
+    rows.unlink()
+    assert "--adopt" not in _refusal(own_agent)
+    assert f"{own_agent.run} tells of no container" in _refusal(own_agent, "--adopt")
     assert _alive(pid)
     own_agent.reset()
     assert not _alive(pid)
+
+
+def _told(agent: AgentProcess) -> list[object]:
+    """What clients are told of pods, containers and images."""
+    client = agent.client
+    pods = client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items
+    containers = client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
+    images = client.call("ListImages", cri_pb2.ListImagesRequest()).images
+    statuses = [client.sandbox_status(pod.id) for pod in pods], [client.status(one.id) for one in containers]
+    return [pods, containers, *statuses, images]
+
+
+@pytest.mark.parametrize("user_namespace", [False, True], ids=["", "user namespace"])
+def test_pods_are_made_again_from_the_run_folder_when_store_and_copy_are_lost(
+    own_agent: AgentProcess, user_namespace: bool
+) -> None:
+    client = own_agent.client
+    sandbox = sandbox_config(own_agent, labels={"app": "lost"}, annotations={"note": "ü\n"})
+    sandbox.metadata.attempt = 3
+    sandbox.port_mappings.add(container_port=80, host_port=18080, protocol=cri_pb2.TCP)
+    if user_namespace:
+        mapping = cri_pb2.IDMapping(host_id=1_000_000, container_id=0, length=65536)
+        sandbox.linux.security_context.namespace_options.userns_options.CopyFrom(
+            cri_pb2.UserNamespace(mode=cri_pb2.POD, uids=[mapping], gids=[mapping])
+        )
+    sandbox_id = client.run_sandbox(sandbox)
+    containers = []
+    for name, script in (("main", "echo before; trap 'exit 7' TERM; while :; do sleep 0.05; done"), ("done", "exit 5")):
+        config = container_config(name, "sh", "-c", script, labels={"part": name}, annotations={"why": "test"})
+        config.metadata.attempt = 2
+        if user_namespace:
+            config.linux.security_context.namespace_options.CopyFrom(sandbox.linux.security_context.namespace_options)
+        containers.append(client.create(sandbox_id, config, sandbox))
+        client.start(containers[-1])
+    main, done = containers
+    wait_for(lambda: client.status(done).state == cri_pb2.CONTAINER_EXITED)
+    created = client.create(sandbox_id, container_config("created", "true", linux=config.linux), sandbox)
+    wait_for(lambda: all((own_agent.run / "containers" / one / "rows").exists() for one in (*containers, created)))
+    before = _told(own_agent)
+    address = client.sandbox_status(sandbox_id).network.ip
+    own_agent.stop()  # what was written last is kept
+    _lose_all(own_agent)
+    assert main[:13] in _refusal(own_agent)
+    _adopt(own_agent)
+    client = own_agent.client
+    assert _told(own_agent) == before
+    assert client.findings() == []
+    assert address in client.output(main, "ip", "-4", "addr", "show", "eth0")
+    assert client.run_sandbox(sandbox) == sandbox_id  # joined by its name
+    assert client.sandbox_status(client.run_sandbox(sandbox_config(own_agent))).network.ip != address
+    client.call("ReopenContainerLog", cri_pb2.ReopenContainerLogRequest(container_id=main))
+    assert "before" in Path(client.status(main).log_path).read_text()
+    client.start(created)
+    client.stop(main, timeout=20)
+    assert client.status(main).exit_code == 7
+    client.remove(main)
+    client.stop_sandbox(sandbox_id)
+    client.remove_sandbox(sandbox_id)
+    assert client.findings() == []
+    with _store(own_agent) as store:
+        held = "SELECT count(*) FROM network_addresses WHERE address = ? AND released_at IS NULL"
+        assert store.execute(held, (address,)).fetchall() == [(0,)]
+        ports = "SELECT count(*) FROM network_host_ports UNION ALL SELECT count(*) FROM snapshots"
+        assert store.execute(ports).fetchall() == [(0,), (0,)]
+    assert list((own_agent.data / "containers").iterdir()) == []
+    run_container(own_agent, "true")
+
+
+def test_a_file_of_rows_that_cannot_be_read_costs_its_own_container_only(own_agent: AgentProcess) -> None:
+    pods = [run_container(own_agent, "sleep", "1000") for _ in range(3)]
+    files = [own_agent.run / "containers" / container_id / "rows" for _, container_id in pods]
+    wait_for(lambda: all(file.exists() for file in files))
+    own_agent.stop()
+    _lose_all(own_agent)
+    files[0].write_bytes(files[0].read_bytes()[:-40])
+    files[1].write_bytes(files[1].read_bytes().replace(b"containers", b"sandboxesX"))
+    _adopt(own_agent)
+    assert list(_states(own_agent)) == [pods[2][1]]
+    assert own_agent.client.exec(pods[2][1], "true").exit_code == 0
+    assert own_agent.client.findings() == []
 
 
 def test_a_lost_store_is_begun_again_where_nothing_runs_and_the_copy_stays(own_agent: AgentProcess) -> None:

@@ -1,0 +1,107 @@
+"""Rows of the store that are kept in files too, and put back where the store was lost.
+
+Which rows belong to an object is said by ``Place``s: tables in the order in which they refer to each other.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from host.errors import PodkeelError
+
+_FILE_BYTES = 4 << 20
+
+
+class Place(NamedTuple):
+    """Rows of ``table`` for which ``condition`` holds, an SQL expression in which ``?1`` is the object's id.
+
+    Where such a row is in the store already when it is put back, the columns ``newer`` are taken from the kept one.
+    """
+
+    table: str
+    condition: str
+    newer: tuple[str, ...] = ()
+
+
+class _Rows(msgspec.Struct):
+    table: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+def keep(connection: sqlite3.Connection, places: Sequence[Place], key: str, file: Path) -> bool:
+    """Write an object's rows to ``file``, whole or not at all; False if its folder is gone.
+
+    Raises OSError, sqlite3.Error, and PodkeelError for more than fits.
+    """
+    found = []
+    for place in places:
+        cursor = connection.execute(f"SELECT * FROM {place.table} WHERE {place.condition}", (key,))
+        columns = [column[0] for column in cursor.description]
+        found.append(_Rows(place.table, columns, [list(row) for row in cursor]))
+    content = msgspec.msgpack.encode(found)
+    if len(content) > _FILE_BYTES:
+        raise PodkeelError(f"its rows take {len(content)} bytes, {_FILE_BYTES} at most are kept")
+    made = file.with_name(f"{file.name}.new")
+    try:
+        made.write_bytes(content)
+        made.chmod(0o600)
+        made.replace(file)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def put_back(connection: sqlite3.Connection, places: Sequence[Place], file: Path) -> None:
+    """Put the rows of ``file`` into a store that may have some of them; all or none.
+
+    Raises OSError, sqlite3.Error and ValueError for a file that is not what ``keep`` wrote.
+    """
+    known = {place.table: place for place in places}
+    kept = _read(file)
+    connection.execute("SAVEPOINT kept")
+    try:
+        for rows in kept:
+            _insert(connection, known, rows)
+    except BaseException:
+        connection.execute("ROLLBACK TO kept")
+        raise
+    finally:
+        connection.execute("RELEASE kept")
+
+
+def kept_value(file: Path, table: str, column: str) -> object:
+    """What the first row of a table has in a column, as ``file`` tells; None if it tells nothing."""
+    try:
+        rows = next(rows for rows in _read(file) if rows.table == table)
+        return rows.rows[0][rows.columns.index(column)]
+    except (OSError, ValueError, LookupError, StopIteration):
+        return None
+
+
+def _read(file: Path) -> list[_Rows]:
+    with file.open("rb") as opened:
+        return msgspec.msgpack.decode(opened.read(_FILE_BYTES + 1), type=list[_Rows])
+
+
+def _insert(connection: sqlite3.Connection, known: Mapping[str, Place], rows: _Rows) -> None:
+    place = known.get(rows.table)
+    if place is None:
+        raise ValueError(f"it has rows of the table {rows.table!r}")
+    there = [row[1:6] for row in connection.execute(f"PRAGMA table_info({place.table})")]
+    columns = [name for name, *_ in there if name in rows.columns]
+    taken = [rows.columns.index(name) for name in columns]
+    statement = f"INSERT OR IGNORE INTO {place.table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+    if place.newer:
+        keys = ", ".join(name for name, _, _, _, in_key in there if in_key)
+        changes = ", ".join(f"{name} = excluded.{name}" for name in place.newer)
+        statement = statement.replace(" OR IGNORE", "") + f" ON CONFLICT ({keys}) DO UPDATE SET {changes}"
+    for row in rows.rows:
+        if len(row) != len(rows.columns):
+            raise ValueError(f"a row of the table {rows.table!r} has {len(row)} values")
+        connection.execute(statement, [row[index] for index in taken])

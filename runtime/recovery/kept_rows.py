@@ -1,0 +1,132 @@
+"""What the store knows of each pod and container, kept beside its files in the run folder too.
+
+With it a store can be made again that was lost together with its copy, as long as the node runs: with the pods and
+containers, their images, layers and snapshots, attachments, addresses and host ports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from host.concurrency.threads import in_thread
+from host.database import Database
+from host.errors import PodkeelError
+from host.kept_rows import Place, keep, kept_value, put_back
+from images.schema import ROWS_OF_CONTAINER as IMAGE_ROWS
+from network.schema import ROWS_OF_SANDBOX as NETWORK_ROWS
+from runtime.layout import Layout
+from runtime.state.container import Container, ContainerState
+from runtime.state.sandbox import Sandbox, SandboxState
+from runtime.state.schema import CONTAINER_ROWS, SANDBOX_ROWS
+from runtime.state.truncindex import is_id
+
+OF_SANDBOX: tuple[Place, ...] = (SANDBOX_ROWS, *NETWORK_ROWS)
+OF_CONTAINER: tuple[Place, ...] = (*IMAGE_ROWS, CONTAINER_ROWS)
+# What is being made is not kept before it is; what changes often is written once.
+_DELAY_SECONDS = 0.2
+_PASSING = (ContainerState.MAKING, ContainerState.REMOVING, SandboxState.MAKING, SandboxState.REMOVING)
+
+_log = logging.getLogger("podkeel.store")
+
+
+class KeptRows:
+    """Follows the store's changes of pods and containers with their files, in the background. Used on the loop."""
+
+    def __init__(self, database: Database, layout: Layout) -> None:
+        self._database = database
+        self._layout = layout
+        self._changed: dict[Path, tuple[Sequence[Place], str]] = {}
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._failed = False
+
+    def note(self, changed: Sandbox | Container) -> None:
+        """A row of this pod or container was written."""
+        if changed.record.state in _PASSING:
+            return
+        if isinstance(changed, Sandbox):
+            self._changed[self._layout.sandbox(changed.id).kept_rows] = OF_SANDBOX, changed.id
+        else:
+            self._changed[self._layout.container(changed.id).kept_rows] = OF_CONTAINER, changed.id
+        self._wake.set()
+
+    def start(self, known: Iterable[Sandbox | Container]) -> None:
+        """Begin, with what is known now."""
+        for one in known:
+            self.note(one)
+        self._task = asyncio.create_task(self._follow())
+
+    async def close(self) -> None:
+        """Write what changed last, and stop."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await self._write()
+
+    async def _follow(self) -> None:
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(_DELAY_SECONDS)
+            await self._write()
+
+    async def _write(self) -> None:
+        self._wake.clear()
+        changed, self._changed = self._changed, {}
+        if not changed:
+            return
+        errors = await in_thread(self._write_files, changed)
+        if errors and not self._failed:
+            _log.warning("store: %d pods and containers cannot be kept in the run folder: %s", len(errors), errors[0])
+        self._failed = bool(errors)
+
+    def _write_files(self, changed: dict[Path, tuple[Sequence[Place], str]]) -> list[str]:
+        errors = []
+        with contextlib.closing(sqlite3.connect(self._database.path, isolation_level=None)) as connection:
+            for file, (places, key) in changed.items():
+                try:
+                    keep(connection, places, key, file)
+                except (OSError, sqlite3.Error, PodkeelError) as error:
+                    errors.append(f"{file}: {error}")
+        return errors
+
+
+def kept_containers(layout: Layout) -> frozenset[str]:
+    """The containers whose rows, and whose pods', are kept in the run folder."""
+    sandboxes = {file.parent.name for file in _files(layout.sandboxes)}
+    pods = {
+        file.parent.name: kept_value(file, CONTAINER_ROWS.table, "sandbox_id") for file in _files(layout.containers)
+    }
+    return frozenset(container_id for container_id, sandbox_id in pods.items() if sandbox_id in sandboxes)
+
+
+async def put_back_all(database: Database, layout: Layout) -> None:
+    """Put all that is kept in the run folder into the store; what cannot be is told and left out."""
+
+    def work(connection: sqlite3.Connection) -> int:
+        count = 0
+        for folder, places in ((layout.sandboxes, OF_SANDBOX), (layout.containers, OF_CONTAINER)):
+            for file in _files(folder):
+                try:
+                    put_back(connection, places, file)
+                    count += 1
+                except (OSError, sqlite3.DatabaseError, ValueError) as error:
+                    if not connection.in_transaction:  # the disk is full
+                        raise
+                    _log.error("store: %s cannot be put back: %s", file, error)
+        return count
+
+    count = await database.write(work)
+    _log.warning("store: %d pods and containers are put back as the run folder has them", count)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files of rows in the folders of pods or of containers."""
+    for one in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if is_id(one.name) and (one / "rows").is_file():
+            yield one / "rows"

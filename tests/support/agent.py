@@ -96,7 +96,7 @@ class AgentProcess:
         self.launch(faults)
         try:
             self.connect()
-        except grpc.FutureTimeoutError:
+        except (TimeoutError, grpc.RpcError):
             self.kill()
             raise AssertionError(f"the agent did not start:\n{self.tail()}") from None
 
@@ -105,7 +105,7 @@ class AgentProcess:
         if self._client is not None:
             self._client.close()
         self._client = CriClient(self.address)
-        self._client.wait_ready(START_SECONDS)
+        self._client.wait_ready(START_SECONDS, lambda: self.process is None or self.process.poll() is None)
 
     def kill(self) -> None:
         """SIGKILL, as a crash would be."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -21,6 +23,7 @@ class CriClient:
     def __init__(self, address: str) -> None:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.default_authority", "localhost")]
         options += [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+        self._path = address.removeprefix("unix://")
         self._channel = grpc.insecure_channel(address, options=options)
         self._calls: dict[str, tuple[Any, bool]] = {}
         for file in (cri_pb2.DESCRIPTOR, agent_pb2.DESCRIPTOR):
@@ -51,9 +54,25 @@ class CriClient:
         responses: Iterator[Any] = self._calls[name][0](request, timeout=timeout)
         return responses
 
-    def wait_ready(self, seconds: float) -> None:
-        """Wait until the server answers."""
-        grpc.channel_ready_future(self._channel).result(timeout=seconds)
+    def wait_ready(self, seconds: float, alive: Callable[[], bool] = lambda: True) -> None:
+        """Wait until the server answers, as long as it is ``alive``. Raises TimeoutError.
+
+        The channel is not used before: after a failed attempt it would wait a second and more for the next.
+        """
+        deadline = time.monotonic() + seconds
+        while not self._is_listened_on():
+            if time.monotonic() > deadline or not alive():
+                raise TimeoutError(f"nobody listens on {self._path}")
+            time.sleep(0.01)
+        self._calls["Version"][0](cri_pb2.VersionRequest(), timeout=seconds, wait_for_ready=True)
+
+    def _is_listened_on(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(self._path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                return False
+        return True
 
     def close(self) -> None:
         """Close the connection."""

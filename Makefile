@@ -1,6 +1,6 @@
 # Podkeel: `make run` shows a pod running, `make test` runs every test; both set up what they need.
 .DEFAULT_GOAL := help
-.PHONY: help install setup test test-vm lint run bench check clean
+.PHONY: help install setup test test-debian13 test-vm lint run bench check clean
 SHELL := /bin/bash
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 # Bytecode is kept: without it each process that a test starts compiles the whole agent.
@@ -10,7 +10,7 @@ PYTHON_BIN := .venv/bin/python
 SOURCES := host metrics network images runtime cri cli tests scripts manifests hatch_build.py
 
 help: ## list what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: ## install what it takes to run Podkeel: Debian packages, .venv, the protocol stubs
 	@scripts/setup.sh run
@@ -23,6 +23,9 @@ run: install ## start an agent and run the sample pod until Ctrl-C; RUN_ONCE=1 e
 
 test: lint ## check style and types, then run every test (as root); TESTS="…" names some
 	@$(PYTHON_BIN) -m pytest $(TESTS)
+
+test-debian13: ## test on Debian 13 (its Python, crun, runc and conmon) in a root of its own (root); TESTS="…" names some
+	@scripts/test_debian13.sh $(TESTS)
 
 test-vm: setup ## test on Debian's kernel with systemd, cgroup v2 and AppArmor in a virtual machine (root, 30 minutes)
 	@$(PYTHON_BIN) -m tests.vm $(ARGS)

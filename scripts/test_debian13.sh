@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Runs tests/unit and tests/integration, or the tests that are named, in a Debian 13 of their own on this machine's
+# kernel: a root file system by mmdebstrap, entered by pivot_root in a mount namespace. It is kept in ~/.cache.
+set -euo pipefail
+
+readonly SUITE=trixie
+readonly CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/podkeel-debian13
+readonly ROOT=$CACHE/root
+readonly PROJECT=/podkeel
+
+say() { printf 'test-debian13: %s\n' "$*" >&2; }
+fail() {
+    say "$*"
+    exit 2
+}
+
+make_root() {
+    [[ ! -e $ROOT/etc/debian_version ]] || return 0
+    if ! command -v mmdebstrap >/dev/null; then
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mmdebstrap >/dev/null ||
+            fail "Debian's package mmdebstrap is missing and could not be installed"
+    fi
+    say "making a Debian $SUITE root file system in $ROOT"
+    rm -rf --one-file-system "$ROOT.new"
+    mkdir -p "$CACHE"
+    mmdebstrap --quiet --variant=minbase --include=make,git,python3,procps,ca-certificates "$SUITE" "$ROOT.new" ||
+        fail "mmdebstrap could not make it; the lines above say why"
+    mv "$ROOT.new" "$ROOT"
+}
+
+# The project's files as they are on disk; .venv there is Debian 13's own and stays.
+copy_project() {
+    mkdir -p "$ROOT$PROJECT"
+    find "$ROOT$PROJECT" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
+    git ls-files -z --cached --others --exclude-standard |
+        tar --create --null --files-from=- --ignore-failed-read --file=- |
+        tar --extract --directory="$ROOT$PROJECT" --file=-
+    # Names and certificates are this machine's: it may reach Debian and the package index by a proxy of its own.
+    cp --dereference /etc/resolv.conf /etc/hosts "$ROOT/etc/"
+    cp /etc/ssl/certs/ca-certificates.crt "$ROOT/etc/ssl/certs/"
+}
+
+enter_root() {
+    mount --bind "$ROOT" "$ROOT"
+    mount --rbind /dev "$ROOT/dev"
+    mount --rbind /proc "$ROOT/proc"
+    mount --rbind /sys "$ROOT/sys"
+    mount -t tmpfs -o mode=755 tmpfs "$ROOT/run"
+    rm -rf "$ROOT"/tmp/*
+    mkdir -p "$ROOT/old"
+    cd "$ROOT"
+    pivot_root . old
+    umount --lazy /old
+}
+
+((EUID == 0)) || fail "needs root"
+if [[ ${1:-} != --inside ]]; then
+    cd "$(dirname "$0")/.."
+    make_root
+    copy_project
+    exec unshare --mount --propagation private "$0" --inside "$@"
+fi
+shift
+(($#)) || set -- tests/unit tests/integration
+enter_root
+cd "$PROJECT"
+make --no-print-directory setup
+HOME=/root exec .venv/bin/python -m pytest "$@"

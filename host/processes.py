@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from host.children.reaping import reap
 from host.children.spawning import posix_spawn
 from host.concurrency.tasks import wait_out
@@ -23,6 +25,13 @@ OUTPUT_LIMIT = 16 * 1024 * 1024
 _CHUNK = 256 * 1024
 # How long the end of a process is waited for that was killed.
 _HELD_SECONDS = 5.0
+
+
+class ProcessName(msgspec.Struct, frozen=True):
+    """A process named for good: pid and start time in clock ticks since boot."""
+
+    pid: int
+    started: int
 
 
 @dataclass(frozen=True, slots=True)

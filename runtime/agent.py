@@ -13,12 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from host.children.subreaper import Orphans
 from host.concurrency.threads import in_thread
 from host.database import Database
 from host.database_copy import DatabaseCopy
 from host.errors import WrongStateError
 from host.keyring import leave_session_keyring
+from host.subreaper import Orphans
 from images.images import Images
 from images.options import ImageOptions
 from images.schema import MIGRATIONS as IMAGE_MIGRATIONS

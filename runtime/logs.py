@@ -21,7 +21,7 @@ from pathlib import Path
 from host import libc, processes
 from host.errors import InvalidArgumentError, LimitError, PodkeelError
 from host.files.file_tree import open_below
-from runtime.state.sandbox import ProcessName
+from host.processes import ProcessName
 
 _PIDFD_GETFD = 438
 # What the end of a log is looked for in: conmon's records are smaller than 9 KiB.

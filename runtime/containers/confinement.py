@@ -13,11 +13,11 @@ from pathlib import Path
 
 from host.errors import InvalidArgumentError
 from host.files.mounts import MountEntry, mount_table
+from host.processes import ProcessName
 from runtime.oci.working_directory import mount_id
 from runtime.specgen import config
 from runtime.specgen.builder import ContainerSpec
 from runtime.specgen.mounts.private_devices import DEFAULT_NODES
-from runtime.state.sandbox import ProcessName
 
 _OPENED = frozenset(
     ("/", "/dev", "/dev/pts", "/dev/ptmx", "/dev/console", *(f"/dev/{name}" for name in DEFAULT_NODES.values()))

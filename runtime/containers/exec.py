@@ -22,6 +22,7 @@ from host.errors import (
     WrongStateError,
 )
 from host.files.inotify import wait_for_entries
+from host.processes import ProcessName
 from proto.runtime.v1 import cri_pb2
 from runtime.containers.lifecycle import begin
 from runtime.containers.limits import Limits
@@ -35,7 +36,6 @@ from runtime.specgen import config
 from runtime.specgen.extra_limits import LimitChange
 from runtime.specgen.resources import oom_score_adj
 from runtime.state.container import Container, ContainerState
-from runtime.state.sandbox import ProcessName
 
 REOPEN_SECONDS = 5.0
 _MOST_HANGING = 64  # threads that wait for working directories on volumes, of commands that were given up

@@ -17,10 +17,10 @@ from typing import BinaryIO
 from host import libc, processes
 from host.errors import PodkeelError
 from host.files import mounts, procfs
+from host.processes import ProcessName
 from runtime.layout import SandboxFolder
 from runtime.namespaces.init_rights import give_up_rights, init_filter, join_pod, limit
 from runtime.namespaces.init_root import INIT_ROOT, PROGRAM, become_root_of
-from runtime.state.sandbox import ProcessName
 
 _START_SECONDS = 5.0
 _TITLE_BYTES = 4096

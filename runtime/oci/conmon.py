@@ -21,12 +21,12 @@ from host.concurrency.tasks import wait_out
 from host.concurrency.threads import in_fresh_thread, in_thread
 from host.errors import PodkeelError
 from host.files import procfs
+from host.processes import ProcessName
 from host.untrusted_json import JsonError
 from runtime.layout import ContainerFolder, Layout
 from runtime.logs import LogFile, LogLink
 from runtime.oci.null_device import open_private_null
 from runtime.oci.oci_runtime import plain_message
-from runtime.state.sandbox import ProcessName
 from runtime.state.truncindex import is_id
 
 # The descriptors on which conmon reports the OCI runtime's result and waits for the go-ahead.

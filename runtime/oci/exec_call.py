@@ -38,7 +38,7 @@ _START_SECONDS = 60.0
 # How long a start goes on whose process nobody wants any more: so that its process is known and can be killed.
 _ABANDONED_SECONDS = 5.0
 # When to look for the dead that a failed start leaves: at once, or after the moment that they take to die. There is
-# nothing to wait on: nobody knows their pids, and the one handler of SIGCHLD is that of host.children.subreaper.
+# nothing to wait on: nobody knows their pids, and the one handler of SIGCHLD is that of host.subreaper.
 _STRAY_SECONDS = (0.0, 0.01, 0.05, 0.2)
 # How long a session is killed that goes on making processes, or one of which the kernel holds.
 _KILL_SECONDS = 5.0
@@ -98,7 +98,7 @@ class _Strays:
         with contextlib.suppress(ChildProcessError):
             while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 if dead.si_pid in self.awaited or not _is_in_inner_pid_namespace(dead.si_pid):
-                    return  # somebody collects it; what is behind it is left to host.children.subreaper
+                    return  # somebody collects it; what is behind it is left to host.subreaper
                 os.waitid(os.P_PID, dead.si_pid, os.WEXITED | os.WNOHANG)
 
 

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from host import libc, processes
 from host.concurrency.abandonable import AbandonableThreads, GivenUpError, Permission
 from host.errors import DeadlineError, PermissionDeniedError, WrongStateError
+from host.processes import ProcessName
 from runtime.specgen import config
 from runtime.specgen.mounts import openat2
 from runtime.specgen.namespaces import user_mappings
 from runtime.state.container import Container
-from runtime.state.sandbox import ProcessName
 
 _SYS_SETGROUPS = {"x86_64": 116, "aarch64": 159, "riscv64": 159, "ppc64le": 81, "s390x": 206}[os.uname().machine]
 _MOST_LEVELS = 4096

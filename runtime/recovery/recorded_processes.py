@@ -12,9 +12,9 @@ from pathlib import Path
 
 from host import processes
 from host.files import procfs
+from host.processes import ProcessName
 from runtime.layout import Layout
 from runtime.state.container import Container, ContainerState
-from runtime.state.sandbox import ProcessName
 
 _TABLE_BYTES = 64 * 1024
 _ALIVE = (ContainerState.CREATED, ContainerState.RUNNING)

@@ -25,9 +25,8 @@ from runtime.specgen.mounts.idmapped import MappedVolume, mapped_folder
 from runtime.specgen.mounts.image_volumes import image_volumes, volume_mounts
 from runtime.specgen.namespaces import NamespacePaths, namespaces, user_mappings
 from runtime.specgen.node_facts import NodeFacts
-from runtime.specgen.process import ImageConfig, command_line, environment, working_directory
+from runtime.specgen.process import ImageConfig, command_line, environment, rlimits, working_directory
 from runtime.specgen.resources import oom_score_adj, resources
-from runtime.specgen.rlimits import rlimits
 from runtime.specgen.security.masked_paths import apparmor_profile, masked_and_readonly_paths
 from runtime.specgen.security.seccomp import DEFAULT_PROFILE, Filter, seccomp
 from runtime.specgen.security.selinux import SelinuxLabels, container_labels

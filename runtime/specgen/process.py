@@ -1,15 +1,18 @@
-"""The container's first process: its command, environment and working directory."""
+"""The container's first process: its command, environment, working directory and limits."""
 
 from __future__ import annotations
 
 import posixpath
 import re
+import resource
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
+from runtime.specgen import config
 from runtime.specgen.mounts.container_paths import ContainerPaths, Place
+from runtime.specgen.node_facts import NodeFacts
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -126,3 +129,19 @@ def settled_directory(folder: str, paths: ContainerPaths) -> Place:
 def _refuse_nul(text: str, field: str) -> None:
     if "\0" in text:
         raise InvalidArgumentError(f"{field} holds a NUL byte, which no process can be given: remove it")
+
+
+def rlimits(configured: Sequence[config.Rlimit], node: NodeFacts) -> list[config.Rlimit]:
+    """The node's defaults with the configured ones over them; open files never above what the agent may give."""
+    limits = {limit.type: limit for limit in node.default_rlimits}
+    for limit in configured:
+        if not limit.type.startswith("RLIMIT_") or not hasattr(resource, limit.type):
+            raise InvalidArgumentError(f"{limit.type} is not a resource limit: see setrlimit(2) for the names")
+        if limit.soft > limit.hard:
+            raise InvalidArgumentError(f"{limit.type}: the soft limit {limit.soft} is above the hard one {limit.hard}")
+        limits[limit.type] = limit
+    files = limits.get("RLIMIT_NOFILE")
+    if files is not None and files.hard > node.max_open_files:
+        most = node.max_open_files
+        limits["RLIMIT_NOFILE"] = config.Rlimit(type="RLIMIT_NOFILE", hard=most, soft=min(files.soft, most))
+    return list(limits.values())

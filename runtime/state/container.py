@@ -10,11 +10,12 @@ from pathlib import Path
 
 import msgspec
 
+from host.processes import ProcessName
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 from runtime.logs import LogFile
 from runtime.specgen.extra_limits import ExtraLimits
-from runtime.state.sandbox import ProcessName, Sandbox
+from runtime.state.sandbox import Sandbox
 
 
 class ContainerState(enum.StrEnum):

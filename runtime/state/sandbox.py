@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from host.processes import ProcessName
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 
@@ -19,13 +20,6 @@ class SandboxState(enum.StrEnum):
     READY = "ready"
     NOT_READY = "not_ready"
     REMOVING = "removing"
-
-
-class ProcessName(msgspec.Struct, frozen=True):
-    """A process named for good: pid and start time in clock ticks since boot."""
-
-    pid: int
-    started: int
 
 
 class SandboxRecord(msgspec.Struct):

@@ -17,10 +17,9 @@ import pytest
 
 from host.concurrency.threads import in_fresh_thread
 from host.files.procfs import command_line, runs_program
-from host.processes import start_time
+from host.processes import ProcessName, start_time
 from runtime.layout import SandboxFolder
 from runtime.namespaces.pid import end_holder, start_holder
-from runtime.state.sandbox import ProcessName
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import run_container
 

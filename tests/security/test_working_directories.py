@@ -15,11 +15,11 @@ import pytest
 
 from host import processes
 from host.errors import InvalidArgumentError
+from host.processes import ProcessName
 from proto.runtime.v1 import cri_pb2
 from runtime.containers.confinement import verify
 from runtime.oci.working_directory import become
 from runtime.specgen.builder import build
-from runtime.state.sandbox import ProcessName
 from tests.integration.agent.hardening import PRELUDE, PYTHON, Attacker, init_pid, like_kubelets, with_python
 from tests.security.conftest import pod_config
 from tests.support.agent import PATIENCE, AgentProcess, running_agent, wait_for

@@ -9,7 +9,7 @@ PROGRAM = """
 import asyncio, os
 from pathlib import Path
 from host import processes
-from host.children.subreaper import Orphans
+from host.subreaper import Orphans
 from host.children.reaping import reap
 
 async def main():

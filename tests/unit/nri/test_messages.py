@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from host.processes import ProcessName
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
 from runtime.layout import SandboxFolder
 from runtime.nri import messages
 from runtime.specgen import config as oci
 from runtime.state.container import Container, ContainerRecord, ContainerState
-from runtime.state.sandbox import ProcessName, Sandbox, SandboxRecord, SandboxState
+from runtime.state.sandbox import Sandbox, SandboxRecord, SandboxState
 
 LIMITS = cri_pb2.LinuxContainerResources(memory_limit_in_bytes=64 << 20, cpu_shares=512, cpuset_cpus="0-1")
 

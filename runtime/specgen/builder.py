@@ -12,6 +12,7 @@ from runtime.specgen import cdi
 from runtime.specgen import config as oci
 from runtime.specgen.devices import described_devices
 from runtime.specgen.draft import Draft, SpecRequest, draft, naming_container
+from runtime.specgen.mounts.configured import volumes_to_relabel
 from runtime.specgen.mounts.container_paths import Place
 from runtime.specgen.mounts.destinations import MountGroups, changed_groups, settle
 from runtime.specgen.mounts.host_paths import require_propagation
@@ -22,7 +23,7 @@ from runtime.specgen.mounts.masks import mask_files
 from runtime.specgen.mounts.private_devices import PrivateDevices, prepare
 from runtime.specgen.process import settled_directory
 from runtime.specgen.security.relabel import relabel_all
-from runtime.specgen.security.selinux import Relabel, SelinuxLabels, volumes_to_relabel
+from runtime.specgen.security.selinux import Relabel, SelinuxLabels
 from runtime.specgen.signals import StopSignal, stop_signal
 
 

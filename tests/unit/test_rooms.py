@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+AnyFunction = ast.FunctionDef | ast.AsyncFunctionDef
 ROOT = Path(__file__).parents[2]
 LONGEST_MODULE = 400
+MOST_MODULES = 15
 
 # Each room with the rooms it may import. The arrows point down; docs/architecture.md has the picture.
 ARROWS = {
@@ -32,6 +37,73 @@ STREAM_MODULES = {f"cri.streaming.httpstream.{name}" for name in ("channel", "co
 SPDY_MODULES = {f"cri.streaming.httpstream.spdy_{name}" for name in ("events", "frames", "session")}
 ROOMS_WITH_GRPC = {"cri", "cli"}
 PROJECT_FOLDERS = {*ARROWS, "tests", "scripts"}
+
+
+# Within a room: its folders and the modules of its own folder, lowest first. What stands on a line may import its own
+# folder and the lines above it. The modules of SPLIT_FOLDERS stand each for itself.
+LEVELS = {
+    "host": (
+        "children errors libc listener systemd untrusted_json",
+        "concurrency files keyring scheduling seccomp stages",
+        "cgroups database processes",
+        "database_copy subreaper",
+    ),
+    "metrics": (
+        "filesystems instruments stats",
+        "agent cgroups processes samples usage",
+        "catalog exposition network",
+    ),
+    "network": (
+        "attachment ipam netlink options rwlock schema status sysctl",
+        "bandwidth conntrack ports rtnetlink",
+        "nftables store",
+        "lost_attachments",
+        "bridge",
+        "cni",
+        "node_network",
+    ),
+    "images": (
+        "oci options schema usage",
+        "image signatures",
+        "content",
+        "unpack",
+        "layers",
+        "disk_usage image_rows outgoing snapshots",
+        "archives registry store",
+        "checker exporter puller",
+        "images",
+    ),
+    "runtime": (
+        "logs options specgen/config specgen/facts specgen/signals specgen/sysctls",
+        "layout specgen/capabilities specgen/cdi specgen/extra_limits specgen/namespaces",
+        "agent_id cgroups namespaces specgen/node_facts state",
+        "meters reserve specgen/resources specgen/security",
+        "specgen/mounts",
+        "oci specgen/devices specgen/identity specgen/process",
+        "node specgen/draft",
+        "nri specgen/builder statistics",
+        "containers",
+        "pods",
+        "recovery",
+        "agent",
+        "reset",
+    ),
+    "cri": (
+        "config enums errors kernel_check streaming/httpstream version",
+        "host_check methods streaming",
+        "services stream_backend telemetry",
+        "server",
+    ),
+    "cli": (
+        "arguments bars client log_file manifest text",
+        "agent lookup main",
+        "connect",
+        "explain logs pods stats streams",
+        "images node",
+        "run",
+    ),
+}
+SPLIT_FOLDERS = {"runtime/specgen"}
 
 
 def modules(room: str) -> list[Path]:
@@ -123,3 +195,86 @@ def test_modules_are_short_enough_to_read() -> None:
         for path in modules(folder)
     }
     assert {name: length for name, length in lengths.items() if length > LONGEST_MODULE} == {}
+
+
+def all_modules() -> dict[str, Path]:
+    """Every module of the product by its dotted name, without generated ones and packages."""
+    found = [path for room in ARROWS for path in modules(room) if path.name != "__init__.py"]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in found}
+
+
+def imported_modules(path: Path, known: Collection[str]) -> set[str]:
+    """The modules of the product that a module imports, also inside functions and type-checking blocks."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found & set(known)
+
+
+def place(name: str) -> str:
+    """What of a room a module counts as: its folder, or itself in the room's own folder and in SPLIT_FOLDERS."""
+    folder = name.replace(".", "/").rpartition("/")[0]
+    return name.replace(".", "/") if "/" not in folder or folder in SPLIT_FOLDERS else folder
+
+
+@pytest.mark.parametrize("room", LEVELS)
+def test_modules_import_only_lower_levels_of_their_room(room: str) -> None:
+    level = {f"{room}/{name}": number for number, names in enumerate(LEVELS[room]) for name in names.split()}
+    known = all_modules()
+    own = [name for name in known if name.startswith(f"{room}.")]
+    assert {place(name) for name in own} == set(level), "LEVELS names each folder and root module of a room"
+    wrong = [
+        f"{name} imports {other}"
+        for name in own
+        for other in imported_modules(known[name], own)
+        if place(name) != place(other) and level[place(other)] >= level[place(name)]
+    ]
+    assert wrong == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    known = all_modules()
+    sorter = TopologicalSorter({name: imported_modules(path, known) for name, path in known.items()})
+    sorter.prepare()  # CycleError names the modules
+
+
+def test_folders_are_small_enough_to_look_through() -> None:
+    counts = Counter(path.parent.relative_to(ROOT) for path in all_modules().values())
+    assert {str(folder): count for folder, count in counts.items() if count > MOST_MODULES} == {}
+
+
+def test_packages_hold_a_docstring_and_nothing_else() -> None:
+    packages = [path for room in ARROWS for path in (ROOT / room).rglob("__init__.py")]
+    bodies = {str(path.relative_to(ROOT)): ast.parse(path.read_text()).body for path in packages}
+    generated = {name for name in bodies if name.startswith("proto/")}
+    wrong = [name for name, body in bodies.items() if len(body) != 1 or not isinstance(body[0], ast.Expr)]
+    assert set(wrong) - generated == set()
+
+
+def test_commands_name_functions_that_exist() -> None:
+    known = all_modules()
+    text = (ROOT / "cli/arguments.py").read_text()
+    named = {node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
+    handlers = {name for name in named if isinstance(name, str) and re.fullmatch(r"cli(\.\w+)+:\w+", name)}
+    assert handlers
+    for handler in handlers:
+        module, _, function = handler.partition(":")
+        functions = {
+            node.name for node in ast.walk(ast.parse(known[module].read_text())) if isinstance(node, AnyFunction)
+        }
+        assert function in functions, handler
+
+
+def test_modules_that_are_loaded_by_name_exist() -> None:
+    known = all_modules()
+    for path in known.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for name in re.findall(r"from ((?:host|images|runtime)(?:\.\w+)+) import", node.value):
+                    assert name in known, f"{path}: {name}"
+        for name in re.findall(r'import_module(?:\(|, )"([\w.]+)"', path.read_text()):
+            assert name in known or name.split(".")[0] not in ARROWS, f"{path}: {name}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from host.errors import InvalidArgumentError, KubeletReasonError
@@ -14,12 +14,22 @@ from runtime.specgen.mounts import openat2
 from runtime.specgen.mounts.host_paths import HostPaths, require_propagation
 from runtime.specgen.mounts.idmapped import MappedVolume, mapped_volume
 from runtime.specgen.node_facts import NodeFacts
+from runtime.specgen.security.selinux import Relabel
 
 _PROPAGATION = {
     cri_pb2.MountPropagation.PROPAGATION_PRIVATE: "rprivate",
     cri_pb2.MountPropagation.PROPAGATION_HOST_TO_CONTAINER: "rslave",
     cri_pb2.MountPropagation.PROPAGATION_BIDIRECTIONAL: "rshared",
 }
+# Relabelling these, or all below them, would take files from the node's own services.
+_SYSTEM_TREES = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr")
+_SYSTEM_FOLDERS = frozenset(
+    (
+        *_SYSTEM_TREES,
+        *("/", "/home", "/media", "/mnt", "/opt", "/root", "/run", "/srv", "/tmp"),
+        *("/var", "/var/lib", "/var/log", "/var/run", "/var/tmp"),
+    )
+)
 _EXTRA_OPTIONS = ("noexec", "nodev", "nosuid")
 
 
@@ -148,3 +158,22 @@ def _image_source(mount: cri_pb2.Mount, destination: str, prepared: Path | None)
             "ImageVolumeMountFailed",
             f"image {mount.image.image} for {destination} has no {mount.image_sub_path!r}: correct the sub path",
         ) from error
+
+
+def volumes_to_relabel(mounts: Iterable[cri_pb2.Mount], host_paths: HostPaths, label: str) -> Iterator[Relabel]:
+    """The volumes whose configuration asks for the container's label; none without one.
+
+    Raises InvalidArgumentError for folders of the system, which must keep theirs: also where SELinux is off, so that a
+    pod does not depend on that.
+    """
+    for mount in mounts:
+        if not mount.selinux_relabel or mount.image.image:
+            continue
+        path = host_paths.resolve(mount.host_path)
+        if path in _SYSTEM_FOLDERS or path.startswith(tuple(f"{tree}/" for tree in _SYSTEM_TREES)):
+            raise InvalidArgumentError(
+                f"mounts: {mount.container_path}: {path} belongs to the system and cannot be relabelled for a "
+                "container: mount another folder, or leave out selinux_relabel"
+            )
+        if label:
+            yield Relabel(path, label)

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
-from runtime.specgen.mounts.host_paths import HostPaths
 from runtime.specgen.node_facts import NodeFacts
-
-# Relabelling these, or all below them, would take files from the node's own services.
-_SYSTEM_TREES = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr")
-_SYSTEM_FOLDERS = frozenset(
-    (
-        *_SYSTEM_TREES,
-        *("/", "/home", "/media", "/mnt", "/opt", "/root", "/run", "/srv", "/tmp"),
-        *("/var", "/var/lib", "/var/log", "/var/run", "/var/tmp"),
-    )
-)
 
 _CHECK = "/sys/fs/selinux/context"
 _WORD = re.compile(r"[A-Za-z0-9_.]+")
@@ -93,22 +81,3 @@ def _check(label: str) -> None:
         ) from error
     finally:
         os.close(descriptor)
-
-
-def volumes_to_relabel(mounts: Iterable[cri_pb2.Mount], host_paths: HostPaths, label: str) -> Iterator[Relabel]:
-    """The volumes whose configuration asks for the container's label; none without one.
-
-    Raises InvalidArgumentError for folders of the system, which must keep theirs: also where SELinux is off, so that a
-    pod does not depend on that.
-    """
-    for mount in mounts:
-        if not mount.selinux_relabel or mount.image.image:
-            continue
-        path = host_paths.resolve(mount.host_path)
-        if path in _SYSTEM_FOLDERS or path.startswith(tuple(f"{tree}/" for tree in _SYSTEM_TREES)):
-            raise InvalidArgumentError(
-                f"mounts: {mount.container_path}: {path} belongs to the system and cannot be relabelled for a "
-                "container: mount another folder, or leave out selinux_relabel"
-            )
-        if label:
-            yield Relabel(path, label)

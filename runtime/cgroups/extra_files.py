@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime.cgroups.tree import CgroupTree
-from runtime.specgen.extra_limits import ExtraLimits
+from runtime.specgen.limits.extra_limits import ExtraLimits
 
 # The controller and the file of each limit, with version 1; the first are set before those that depend on them.
 _V1 = {

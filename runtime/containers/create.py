@@ -33,7 +33,7 @@ from runtime.oci.conmon import MonitorRequest, RuntimeRefusedError, StartingMoni
 from runtime.oci.oci_runtime import OciRuntime, cannot_run_program, naming, refused_request
 from runtime.specgen.builder import ContainerSpec, build
 from runtime.specgen.draft import SpecRequest
-from runtime.specgen.extra_limits import ExtraLimits
+from runtime.specgen.limits.extra_limits import ExtraLimits
 from runtime.specgen.mounts.image_volumes import make_volumes
 from runtime.specgen.mounts.volume_content import CopyLimits
 from runtime.specgen.namespaces import user_mappings

@@ -33,8 +33,8 @@ from runtime.oci.exec_call import ExecCall
 from runtime.oci.oci_runtime import OciRuntime
 from runtime.oci.working_directory import WorkingDirectory, working_directory
 from runtime.specgen import config
-from runtime.specgen.extra_limits import LimitChange
-from runtime.specgen.resources import oom_score_adj
+from runtime.specgen.limits.extra_limits import LimitChange
+from runtime.specgen.limits.resources import oom_score_adj
 from runtime.state.container import Container, ContainerState
 
 REOPEN_SECONDS = 5.0

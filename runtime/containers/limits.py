@@ -17,8 +17,8 @@ from runtime.cgroups.tree import CgroupTree
 from runtime.node import Node
 from runtime.oci.oci_runtime import OciRuntime, plain_message, refused_limit
 from runtime.specgen import config
-from runtime.specgen.extra_limits import ExtraLimits, LimitChange, merged
-from runtime.specgen.resources import oom_score_adj, resources
+from runtime.specgen.limits.extra_limits import ExtraLimits, LimitChange, merged
+from runtime.specgen.limits.resources import oom_score_adj, resources
 from runtime.state.container import Container, ContainerState
 
 _log = logging.getLogger("podkeel.containers")

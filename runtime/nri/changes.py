@@ -13,7 +13,7 @@ from runtime.nri.owners import Owners, changes
 from runtime.nri.resource_adjustment import extra_limits
 from runtime.nri.resource_merging import merge_resources
 from runtime.specgen.draft import Draft
-from runtime.specgen.extra_limits import LimitChange, merged
+from runtime.specgen.limits.extra_limits import LimitChange, merged
 from runtime.specgen.node_facts import NodeFacts
 from runtime.state.container import Container
 

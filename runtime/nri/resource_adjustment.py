@@ -8,9 +8,9 @@ from proto.runtime.v1 import cri_pb2
 from runtime.nri.abilities import Asking, Field, RuntimeAbilities
 from runtime.nri.messages import cri_resources
 from runtime.specgen import config
-from runtime.specgen.extra_limits import ExtraLimits
+from runtime.specgen.limits.extra_limits import ExtraLimits
+from runtime.specgen.limits.resources import resources
 from runtime.specgen.node_facts import NodeFacts
-from runtime.specgen.resources import resources
 
 _LARGEST = 1 << 63
 

@@ -17,6 +17,7 @@ from runtime.specgen.devices import devices
 from runtime.specgen.facts import HandlerFacts, SandboxFiles
 from runtime.specgen.hooks_dir import HookedContainer, HooksDir
 from runtime.specgen.identity import Identity, identify
+from runtime.specgen.limits.resources import oom_score_adj, resources
 from runtime.specgen.mounts.configured import configured_mounts, in_order, root_propagation
 from runtime.specgen.mounts.defaults import kernel_mounts, pod_mounts, refuse_linked_targets
 from runtime.specgen.mounts.destinations import MountGroups
@@ -26,7 +27,6 @@ from runtime.specgen.mounts.image_volumes import image_volumes, volume_mounts
 from runtime.specgen.namespaces import NamespacePaths, namespaces, user_mappings
 from runtime.specgen.node_facts import NodeFacts
 from runtime.specgen.process import ImageConfig, command_line, environment, rlimits, working_directory
-from runtime.specgen.resources import oom_score_adj, resources
 from runtime.specgen.security.masked_paths import apparmor_profile, masked_and_readonly_paths
 from runtime.specgen.security.seccomp import DEFAULT_PROFILE, Filter, seccomp
 from runtime.specgen.security.selinux import SelinuxLabels, container_labels

@@ -14,7 +14,7 @@ from host.processes import ProcessName
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 from runtime.logs import LogFile
-from runtime.specgen.extra_limits import ExtraLimits
+from runtime.specgen.limits.extra_limits import ExtraLimits
 from runtime.state.sandbox import Sandbox
 
 

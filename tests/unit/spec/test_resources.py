@@ -15,10 +15,10 @@ from proto.runtime.v1 import cri_pb2
 from runtime.containers.log_path import resolve_log_path
 from runtime.specgen import config as oci
 from runtime.specgen.devices import devices
+from runtime.specgen.limits.resources import oom_score_adj, resources
 from runtime.specgen.namespaces import NamespacePaths, namespaces, user_mappings
 from runtime.specgen.node_facts import kernel_version, probe_node
 from runtime.specgen.process import rlimits
-from runtime.specgen.resources import oom_score_adj, resources
 from runtime.specgen.sysctls import DEFAULTS, pod_sysctls, sysctl_path
 from tests.unit.spec.requests import NODE, sandbox
 

@@ -12,7 +12,7 @@ import os
 import stat
 
 from images.unpack.layer_root import LayerRoot, clean
-from images.unpack.tar_headers import BLOCK_DEVICE, CHARACTER_DEVICE, Entry
+from images.unpack.tar.headers import BLOCK_DEVICE, CHARACTER_DEVICE, Entry
 
 _KINDS = {CHARACTER_DEVICE: stat.S_IFCHR, BLOCK_DEVICE: stat.S_IFBLK}
 

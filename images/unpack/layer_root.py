@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 
-from images.unpack.tar_headers import TarError, shown
+from images.unpack.tar.headers import TarError, shown
 
 LONGEST_NAME = 32 << 10
 MOST_PARTS = 1024

@@ -18,7 +18,7 @@ import stat
 
 from images.unpack.device_places import Device, DevicePlaces
 from images.unpack.layer_root import LayerRoot, clean, is_clean
-from images.unpack.tar_headers import (
+from images.unpack.tar.headers import (
     FIFO,
     FOLDER,
     HARD_LINK,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TypeVar
 
-    from images.unpack.tar_reader import TarReader
+    from images.unpack.tar.reader import TarReader
 
     T = TypeVar("T")
 

@@ -22,8 +22,8 @@ import sys
 from images.unpack.confinement import Limits, run_confined
 from images.unpack.device_places import Device
 from images.unpack.layer_writer import LayerWriter
-from images.unpack.tar_headers import LimitError, TarError
-from images.unpack.tar_reader import Stream, TarReader
+from images.unpack.tar.headers import LimitError, TarError
+from images.unpack.tar.reader import Stream, TarReader
 
 TYPE_CHECKING = False  # as type checkers know it, without importing typing
 if TYPE_CHECKING:

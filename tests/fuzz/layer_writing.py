@@ -15,8 +15,8 @@ import traceback
 from pathlib import Path
 
 from images.unpack.layer_writer import LayerWriter
-from images.unpack.tar_headers import LimitError, TarError
-from images.unpack.tar_reader import Stream, TarReader
+from images.unpack.tar.headers import LimitError, TarError
+from images.unpack.tar.reader import Stream, TarReader
 from tests.fuzz.tars import changed_tar
 from tests.support.fuzz import rounds
 

@@ -23,8 +23,8 @@ from images.oci.reference import parse as parse_reference
 from images.options import ImageOptions
 from images.registry.hosts import hosts_for
 from images.registry.tokens import parse_challenges, read_token
-from images.unpack.tar_headers import LimitError, TarError
-from images.unpack.tar_reader import Stream, TarReader
+from images.unpack.tar.headers import LimitError, TarError
+from images.unpack.tar.reader import Stream, TarReader
 from network.cni import configuration, result
 from runtime.layout import Layout
 from runtime.oci.conmon import Monitors

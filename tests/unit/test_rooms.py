@@ -63,7 +63,7 @@ LEVELS = {
         "node_network",
     ),
     "images": (
-        "oci options schema usage",
+        "oci options schema unpack/tar usage",
         "image signatures",
         "content",
         "unpack",

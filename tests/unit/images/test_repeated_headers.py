@@ -9,8 +9,8 @@ import tarfile
 
 import pytest
 
-from images.unpack.tar_headers import Entry, TarError
-from images.unpack.tar_reader import Stream, TarReader
+from images.unpack.tar.headers import Entry, TarError
+from images.unpack.tar.reader import Stream, TarReader
 
 FIELDS = (
     "kind", "name", "link", "size", "real_size", "mode", "uid", "gid", "mtime", "device", "xattrs", "regions",

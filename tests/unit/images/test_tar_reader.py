@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from images.unpack.tar_headers import LimitError, TarError
-from images.unpack.tar_reader import Stream, TarReader
+from images.unpack.tar.headers import LimitError, TarError
+from images.unpack.tar.reader import Stream, TarReader
 
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=150).filter(
     lambda name: name.strip("/") == name

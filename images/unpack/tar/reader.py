@@ -1,4 +1,4 @@
-"""Reading a tar stream entry by entry (``images/unpack/tar_headers.py`` says which forms).
+"""Reading a tar stream entry by entry (``images/unpack/tar/headers.py`` says which forms).
 
 Runs in the unpack worker, so it imports next to nothing. It differs from ``tarfile`` in what layers need: it never
 seeks, keeps names as bytes, hashes the stream as it passes, and takes 15,000 small files in well under a second.
@@ -6,8 +6,7 @@ seeks, keeps names as bytes, hashes the stream as it passes, and takes 15,000 sm
 
 from __future__ import annotations
 
-from images.unpack.repeated_headers import RepeatedHeaders
-from images.unpack.tar_headers import (
+from images.unpack.tar.headers import (
     BLOCK,
     GNU_SPARSE,
     HEADER,
@@ -28,6 +27,7 @@ from images.unpack.tar_headers import (
     parse_records,
     shown,
 )
+from images.unpack.tar.repeated_headers import RepeatedHeaders
 
 TYPE_CHECKING = False  # as type checkers know it, without importing typing
 if TYPE_CHECKING:

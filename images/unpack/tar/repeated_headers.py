@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from zlib import adler32
 
-from images.unpack.tar_headers import FOLDER, REGULAR, Entry
+from images.unpack.tar.headers import FOLDER, REGULAR, Entry
 
 _MOST = 4096  # headers, and times, that are kept
 _CHECKSUM_SPACES = 8 * 32  # the sum counts its own field as eight spaces

@@ -44,7 +44,7 @@ PROJECT_FOLDERS = {*ARROWS, "tests", "scripts"}
 LEVELS = {
     "host": (
         "children errors libc listener systemd untrusted_json",
-        "concurrency files keyring scheduling seccomp stages",
+        "concurrency files kept_rows keyring scheduling seccomp stages",
         "cgroups database processes",
         "database_copy subreaper",
     ),

@@ -233,7 +233,7 @@ class RegistryConnection:
                 raise PermissionDeniedError(f"the token server's answer is not understood: it is {error}") from error
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 status, reason = 0, reason_of(error)
-            if status == 200:
+            if 200 <= status < 300:  # some say 201: a token was made
                 return tokens.read_token(content)
             if status in _NO_GET and request.instead is not None:
                 request = request.instead

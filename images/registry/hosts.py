@@ -106,7 +106,7 @@ def hosts_for(domain: str, options: ImageOptions) -> list[RegistryHost]:
     tables = content.get("host", {})
     if not isinstance(tables, dict):
         raise place.wrong("host is not a table")
-    server = content.get("server", default.base)
+    server = content.get("server", "") or default.base
     if not isinstance(server, str):
         raise place.wrong("server is not a string")
     own = _host(server, {key: value for key, value in content.items() if key != "host"}, place, mirror=False)
@@ -164,7 +164,7 @@ def _host(address: str, table: Any, place: _Place, *, mirror: bool) -> RegistryH
     if not usable:
         raise place.wrong(f"{address!r} is not an http or https address")
     path = url.path.rstrip("/")
-    if not table.get("override_path", False) and not path.endswith("/v2"):
+    if not _flag(table, "override_path", place) and not path.endswith("/v2"):
         path += "/v2"
     capabilities = frozenset(_strings(table.get("capabilities", sorted(_ALL)), place, "capabilities"))
     if not capabilities <= _ALL:
@@ -180,17 +180,25 @@ def _host(address: str, table: Any, place: _Place, *, mirror: bool) -> RegistryH
         if not all(item.isprintable() for item in items):
             raise place.wrong(f"header {name} holds characters that no header may have")
         headers += [(name, item) for item in items]
+    netloc = url.netloc.rpartition("@")[2]  # without a user, whose password errors and logs would show
     return RegistryHost(
-        f"{url.scheme}://{url.netloc}{path}",
+        f"{url.scheme}://{netloc}{path}",
         capabilities,
         tuple(place.folder / item for item in _strings(table.get("ca", ()), place, "ca")),
         _client(table.get("client", ()), place),
-        bool(table.get("skip_verify", False)),
+        _flag(table, "skip_verify", place),
         tuple(headers),
         _seconds(table.get("dial_timeout", "0s"), place),
         mirror,
         str(place.file),
     )
+
+
+def _flag(table: dict[str, Any], key: str, place: _Place) -> bool:
+    value = table.get(key, False)
+    if not isinstance(value, bool):  # "false" in quotes would be true
+        raise place.wrong(f"{key} is neither true nor false: {value!r}")
+    return value
 
 
 def _client(value: Any, place: _Place) -> tuple[tuple[Path, Path | None], ...]:

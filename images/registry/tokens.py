@@ -97,7 +97,9 @@ def token_request(
     if credentials is not None and credentials.identity_token:
         form = {"grant_type": "refresh_token", "refresh_token": credentials.identity_token, **about}
         return TokenRequest(realm, {}, {**form, "client_id": CLIENT_ID})
-    query = dict(parse_qsl(url.query)) | {name: value for name, value in about.items() if value}
+    query = [(name, value) for name, value in parse_qsl(url.query, keep_blank_values=True) if not about.get(name)]
+    query += [("scope", one) for one in about["scope"].split()]  # one for each, as docker and containerd ask
+    query += [("service", about["service"])] if about["service"] else []
     asked = urlunsplit(url._replace(query=urlencode(query, errors="surrogateescape")))
     pair = credentials.user_and_password() if credentials is not None else None
     if credentials is None or pair is None:

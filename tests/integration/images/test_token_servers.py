@@ -131,6 +131,12 @@ async def test_a_token_server_that_takes_post_alone(node: Node, scripted: Script
         await node.puller.pull(name)
 
 
+async def test_a_token_server_that_says_that_it_made_one(node: Node, scripted: ScriptedRegistry) -> None:
+    name = private_image(scripted)
+    scripted.answers["/token"] = Answer(json.dumps({"token": TOKEN}).encode(), status=201)
+    await node.puller.pull(name, SECRET)
+
+
 async def test_ten_redirects_are_followed(node: Node, scripted: ScriptedRegistry, other: ScriptedRegistry) -> None:
     name = private_image(scripted)
     scripted.answers["/token"] = token_for(BASIC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 import pytest
@@ -119,6 +120,9 @@ def test_certificates_in_docker_s_form(tmp_path: Path) -> None:
         "dial_timeout = 5",
         "ca = 1",
         "client = 1",
+        'skip_verify = "false"',
+        "skip_verify = 1",
+        'override_path = "false"',
         "header = 1",
         'header = {"a b" = "x"}',
         'header = {a = "x\\r\\nHost: y"}',
@@ -133,6 +137,19 @@ def test_mistakes_name_the_file(tmp_path: Path, text: str) -> None:
     write(tmp_path, "x.example", text)
     with pytest.raises(InvalidArgumentError, match=r"x\.example/hosts\.toml"):
         hosts_for("x.example", options(tmp_path))
+
+
+def test_a_server_without_an_address_is_the_default(tmp_path: Path) -> None:
+    write(tmp_path, "x.example", 'server = ""')
+    (host,) = hosts_for("x.example", options(tmp_path))
+    assert host.base == "https://x.example/v2"
+
+
+def test_users_in_addresses_are_passed_over_as_containerd_does(tmp_path: Path) -> None:
+    write(tmp_path, "x.example", '[host."https://user:secret@mirror.example:5000/v2"]\n')
+    mirror, _ = hosts_for("x.example", options(tmp_path))
+    assert mirror.base == "https://mirror.example:5000/v2"
+    assert mirror.address == "mirror.example:5000"
 
 
 def test_loopback() -> None:
@@ -171,6 +188,19 @@ def test_token_requests() -> None:
     assert answer_directly(challenges, Credentials(registry_token="rt")) == "Bearer rt"
     assert answer_directly(parse_challenges(["Basic realm=x"]), known) is not None
     assert answer_directly(challenges, known) is None
+
+
+def test_every_scope_and_what_the_realm_holds_are_asked_for() -> None:
+    realm = "https://auth.example/token?account=&group=a&group=b&scope=mine"
+    challenges = parse_challenges([f'Bearer realm="{realm}",scope="repository:a:pull repository:b:pull,push"'])
+    request = token_request(challenges, None, "repository:a:pull", secure=True)
+    assert parse_qsl(urlsplit(request.url).query, keep_blank_values=True) == [
+        ("account", ""),
+        ("group", "a"),
+        ("group", "b"),
+        ("scope", "repository:a:pull"),
+        ("scope", "repository:b:pull,push"),
+    ]
 
 
 def test_credentials_are_not_sent_in_the_clear_where_the_registry_is_not() -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from proto.runtime.v1 import cri_pb2
@@ -16,6 +17,12 @@ from tests.support.leaks import traces
 # Without bytecode on disk each agent that a test starts would compile all of its modules.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# How fast examples are made says how busy the machine is, and nothing of the code.
+hypothesis.settings.register_profile(
+    "podkeel", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("podkeel")
 
 # A run in the background of a shell ignores SIGINT, and all that it starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

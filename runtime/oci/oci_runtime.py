@@ -30,7 +30,8 @@ _log = logging.getLogger("podkeel.handlers")
 # with the same words, so that these alone tell nothing.
 _CANNOT_RUN = re.compile(
     r"executable file [\s\S]*not found|open executable|cannot find executable|failed to find executable"
-    r"|exec format error|^exec container process |(^|: )exec: \"|(^|: )exec /\S+: ",
+    r"|exec format error|^exec container process |(^|: )exec: \"|(^|: )exec /\S+: "
+    r"|^the path `[^`]*` (exists but it is not executable|is not a regular file)",
     re.IGNORECASE | re.MULTILINE,
 )
 # What the kernel says of a cgroup's file where a limit makes no sense, and the runtimes of one that ends them at once.

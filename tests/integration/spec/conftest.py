@@ -168,12 +168,12 @@ def run(runtime: str, rootfs: Path, tmp_path: Path, node: NodeFacts, pod_namespa
         command = [runtime, "--root", str(state), "run", "--bundle", str(bundle), identifier]
         null = open_private_null()  # the OCI runtime gives it to the container's user
         try:
-            ended = subprocess.run(
-                command, stdin=null, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False
-            )
+            ended = subprocess.run(command, stdin=null, capture_output=True, timeout=30, check=False)
         finally:
             os.close(null)
-        return Result(ended.returncode, ended.stdout.decode(errors="replace"), built)
+        # Both streams of the script go to the first. The second has what the runtime says, warnings too.
+        output = ended.stdout + ended.stderr if ended.returncode else ended.stdout
+        return Result(ended.returncode, output.decode(errors="replace"), built)
 
     try:
         yield start

@@ -18,6 +18,8 @@ PROGRAM = [
     'runc create failed: unable to start container process: exec: "/tmp": permission denied',
     "exec /app: exec format error",
     "exec /app: no such file or directory",
+    "the path `/etc/passwd` exists but it is not executable: Operation not permitted",
+    "the path `/etc` is not a regular file: Operation not permitted",
 ]
 OTHERS = [
     "openat2 `run`: No such file or directory",
@@ -32,6 +34,7 @@ OTHERS = [
     "denied",
     "write to `/sys/fs/cgroup/memory/x/memory.limit_in_bytes`: Permission denied",
     "sethostname: Is a directory",
+    "`/srv/data` is not a regular file",
 ]
 
 

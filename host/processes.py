@@ -198,6 +198,25 @@ def open_process(pid: int, started: int | None) -> int | None:
     return pidfd
 
 
+def open_namespace(pid: int, started: int, kind: str) -> int | None:
+    """A descriptor of the namespace of ``kind`` of the live process of that pid and start time; None if it is gone."""
+    pidfd = open_process(pid, started)
+    if pidfd is None:
+        return None
+    try:
+        descriptor = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+        try:  # it has not been another one's if the process still has its pid
+            signal.pidfd_send_signal(pidfd, 0)
+        except ProcessLookupError:
+            os.close(descriptor)
+            return None
+        return descriptor
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    finally:
+        os.close(pidfd)
+
+
 def kill_group(pid: int) -> None:
     """SIGKILL to the process group led by ``pid``."""
     with contextlib.suppress(ProcessLookupError, PermissionError):

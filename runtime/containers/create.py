@@ -7,6 +7,7 @@ import logging
 import posixpath
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,12 @@ from runtime.containers.idmapped_mounts import bind_all
 from runtime.containers.lifecycle import Lifecycle, begin
 from runtime.containers.log_path import resolve_log_path
 from runtime.containers.rootfs import mount_image_volumes, mount_root, status_mounts, unmount_all
-from runtime.containers.spec_request import ensure_pid_holder, shares_pod_pids, spec_request
+from runtime.containers.spec_request import (
+    ensure_pid_holder,
+    shares_pod_pids,
+    spec_request,
+    target_pid_namespace,
+)
 from runtime.namespaces.user import make_private, root_of
 from runtime.node import Node
 from runtime.oci import private_devices
@@ -85,7 +91,7 @@ class ContainerManager:
         container = self._new_container(sandbox, config, image, runtime, log_path)
         node.expect_container()
         operation = begin(container, "CreateContainer")
-        async with Undo(container.title) as undo:
+        async with AsyncExitStack() as held, Undo(container.title) as undo:
             undo.push("the container", partial(self._discard, container))
             make_private(node.layout.container(container.id).path, user_mappings(sandbox.namespace_options))
             monitor = node.monitors.prepare(_monitor_request(node, container, runtime))
@@ -101,7 +107,8 @@ class ContainerManager:
                 async with operation.stage("pid_namespace"):
                     await ensure_pid_holder(node, sandbox)
             async with operation.stage("spec"):
-                request = spec_request(node, container, image, runtime, image_volumes)
+                target = held.enter_context(target_pid_namespace(node, container))
+                request = spec_request(node, container, image, runtime, image_volumes, target_pids=target)
                 # In a thread of its own: volumes may be on a file system whose server does not answer for hours.
                 spec = await self._threads.run(container.title, partial(self._write_spec, container, request))
                 _apply_spec(container, spec, status_mounts(node, list(spec.mounts)))

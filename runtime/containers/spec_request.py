@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from host.concurrency.threads import in_fresh_thread, in_thread
 from host.concurrency.undo import Undo
 from host.errors import InvalidArgumentError, WrongStateError
+from host.processes import open_namespace
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
 from runtime.namespaces.pid import end_holder, pin_holder, start_holder, start_holder_in_user_namespace
@@ -23,9 +26,18 @@ from runtime.state.sandbox import Sandbox
 
 
 def spec_request(
-    node: Node, container: Container, image: Image, runtime: OciRuntime, image_volumes: Mapping[int, Path]
+    node: Node,
+    container: Container,
+    image: Image,
+    runtime: OciRuntime,
+    image_volumes: Mapping[int, Path],
+    *,
+    target_pids: str | None = None,
 ) -> SpecRequest:
-    """The request for ``runtime.specgen.builder.build``; the pod's shared PID namespace, if used, exists already."""
+    """The request for ``runtime.specgen.draft``; the pod's shared PID namespace, if used, exists already.
+
+    ``target_pids`` is the path of the target's PID namespace, for a container that has one.
+    """
     sandbox, config = container.sandbox, container.config
     folder = node.layout.sandbox(sandbox.id)
     host_ipc = sandbox.namespace_options.ipc == cri_pb2.NODE
@@ -44,7 +56,7 @@ def spec_request(
             hostname=folder.hostname,
             shm=None if host_ipc else folder.shm,
         ),
-        namespaces=_namespace_paths(node, container),
+        namespaces=_namespace_paths(node, container, target_pids),
         cgroups_path=node.cgroups.runtime_path(sandbox.record.cgroup_parent, container.id),
         handler=HandlerFacts(
             name=runtime.name,
@@ -87,11 +99,11 @@ async def ensure_pid_holder(node: Node, sandbox: Sandbox) -> None:
             await node.state.save(sandbox)
 
 
-def _namespace_paths(node: Node, container: Container) -> NamespacePaths:
+def _namespace_paths(node: Node, container: Container, target_pids: str | None) -> NamespacePaths:
     sandbox = container.sandbox
     folder = node.layout.sandbox(sandbox.id)
     own_network = not sandbox.host_network
-    pid, host_pid = _pid_namespace(node, container)
+    pid, host_pid = _pid_namespace(node, container, target_pids)
     return NamespacePaths(
         network=str(folder.pin("net")) if own_network else None,
         uts=str(folder.pin("uts")) if own_network else None,
@@ -102,27 +114,41 @@ def _namespace_paths(node: Node, container: Container) -> NamespacePaths:
     )
 
 
-def _pid_namespace(node: Node, container: Container) -> tuple[str | None, bool]:
+def _pid_namespace(node: Node, container: Container, target_pids: str | None) -> tuple[str | None, bool]:
     """Path of the PID namespace to join (None: a new one), and whether it is the node's."""
     sandbox = container.sandbox
     options = container.config.linux.security_context.namespace_options
     if options.pid == cri_pb2.NODE:
         return None, True
-    if options.pid == cri_pb2.CONTAINER:
-        return None, False
-    if options.pid == cri_pb2.TARGET:
-        return _target_namespace(node, container, options.target_id), False
+    if options.pid in (cri_pb2.CONTAINER, cri_pb2.TARGET):
+        return target_pids, False
     if sandbox.namespace_options.pid == cri_pb2.NODE:
         return None, True
     return str(node.layout.sandbox(sandbox.id).pin("pid")), False
 
 
-def _target_namespace(node: Node, container: Container, target_id: str) -> str:
-    target = node.state.containers.find(target_id) if target_id else None
+@contextmanager
+def target_pid_namespace(node: Node, container: Container) -> Iterator[str | None]:
+    """The path, good for the block, of the PID namespace of the container that ``container`` targets; None without.
+
+    It is one of a descriptor of the agent's: by a path of the target's process the OCI runtime would join the namespace
+    of whoever has that process's pid by then. Raises InvalidArgumentError for a target that is no container of the pod,
+    WrongStateError for one that does not run.
+    """
+    options = container.config.linux.security_context.namespace_options
+    if options.pid != cri_pb2.TARGET:
+        yield None
+        return
+    target = node.state.containers.find(options.target_id) if options.target_id else None
     if target is None or target.sandbox.id != container.sandbox.id or not target.visible:
         raise InvalidArgumentError(
-            f"{container.title}: target_id {target_id!r} is not a container of its pod: name one of them"
+            f"{container.title}: target_id {options.target_id!r} is not a container of its pod: name one of them"
         )
-    if target.record.state is not ContainerState.RUNNING or target.record.init is None:
+    init = target.record.init if target.record.state is ContainerState.RUNNING else None
+    descriptor = open_namespace(init.pid, init.started, "pid") if init is not None else None
+    if descriptor is None:
         raise WrongStateError(f"{container.title}: its target {target.title} does not run, so has no PID namespace")
-    return f"/proc/{target.record.init.pid}/ns/pid"
+    try:
+        yield f"/proc/{os.getpid()}/fd/{descriptor}"
+    finally:
+        os.close(descriptor)

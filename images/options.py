@@ -24,7 +24,7 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     ``config.json``; a credential helper it names gets ``credential_helper_seconds`` to answer.
 
     Layers: at most ``max_parallel_downloads`` of them are fetched and unpacked at once, over all pulls; beyond them a
-    pull that has none gets one, up to 16 in all. A layer that unpacks to more than ``max_layer_bytes``, holds more than
+    pull that has none gets one, up to 32 in all. A layer that unpacks to more than ``max_layer_bytes``, holds more than
     ``max_layer_entries`` or takes more than ``max_layer_seconds`` of processor time is refused (or twice as many in
     which its bytes wait for being written). So are an image whose layers take more than ``max_image_bytes``, compressed
     or unpacked, and a compressed archive that unpacks to more than ``max_archive_bytes``. With ``keep_blobs`` the

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from host.errors import KubeletReasonError
 from host.files import descriptors
 
-MOST = 16  # each has a process, some descriptors and a thread
+MOST = 16
+_BEYOND = 2  # times as many in all, for pulls that would wait; each has two processes, some descriptors and a thread
+_PATIENCE = 30.0  # seconds that a pull waits for a slot while its registry has its share
 _WINDOW = 30.0  # seconds of waiting for the network over which a transfer is judged
 _SLOW = 64 << 10  # bytes a second
 _KEPT = 4  # one in so many slots is kept for registries that have none
@@ -56,6 +58,11 @@ class Slot:
         self._judge(self._waited + (time.monotonic() - self._waits_since if self._waits_since else 0.0))
         return self._rate
 
+    @property
+    def judged(self) -> bool:
+        """Whether it was watched for long enough to have a rate."""
+        return self.rate() < float("inf")
+
     def _judge(self, waited: float) -> None:
         if waited < _WINDOW:
             return
@@ -69,25 +76,32 @@ class Slot:
 class _Waiting:
     origin: Origin
     wanted: tuple[Hashable, ...]
+    since: float = field(default_factory=time.monotonic)
     granted: asyncio.Future[Slot] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Slots:
     """``usual`` slots for all layers of all pulls; beyond them, up to ``most``, one for each pull that has none.
 
-    A quarter of them are only for registries that have none, so that one registry never takes all. With few file
-    descriptors left, each pull has one. A free slot goes to the pull that has the fewest, then to the registry that has
-    the fewest. When none is free for a pull without one, the slowest transfer with less than 64 KiB/s over half a
-    minute is broken off to make room: one of the same registry, unless all slots are taken.
+    A quarter of them are only for registries that have none. Beyond ``most``, up to ``limit``, a pull without a slot
+    gets one as long as its registry has less than its share of ``most``, which all registries of now have alike: so no
+    registry keeps another one waiting, however many images are pulled from it. A pull whose registry has its share gets
+    one of these after half a minute; a few are kept from such pulls. With few file descriptors left, each pull has one.
+
+    A free slot goes to the pull that has the fewest, then to the registry that has the fewest. When none is free for a
+    pull without one, a transfer is broken off to make room: the slowest with less than 64 KiB/s over half a minute, of
+    the same registry unless all slots are taken; else, for a registry without a slot, the slowest of half a minute and
+    more whose registry has more than its share.
 
     Pulls may wait for what another pull fetches. They ``want`` it meanwhile, so that it gets a slot also when only they
     would get one.
     """
 
-    def __init__(self, usual: int, most: int = MOST) -> None:
+    def __init__(self, usual: int, most: int = MOST, limit: int | None = None) -> None:
         self._usual = usual
         self._shared = max(usual, most - most // _KEPT)
-        self.most = max(most, self._shared + most // _KEPT)
+        self._most = max(most, self._shared + most // _KEPT)
+        self.limit = _BEYOND * self._most if limit is None else max(limit, self._most)
         self._running: list[Slot] = []
         self._waiting: list[_Waiting] = []
         self._wanting: defaultdict[Hashable, Counter[Origin]] = defaultdict(Counter)
@@ -148,27 +162,45 @@ class Slots:
     def _grant(self) -> None:
         # Those that were cancelled in this turn of the loop have not yet left by themselves.
         self._waiting = [waiting for waiting in self._waiting if not waiting.granted.cancelled()]
-        while self._waiting:
-            pulls = Counter(slot.origin for slot in self._running)
-            registries = Counter(slot.origin.registry for slot in self._running)
-            having = {origin: (pulls[origin], registries[origin.registry]) for origin in self._origins()}
-            first, origin = min(
-                ((waiting, min(self._claimants(waiting), key=having.__getitem__)) for waiting in self._waiting),
-                key=lambda one: having[one[1]],
-            )
-            if len(self._running) >= self._most_for(pulls[origin], registries[origin.registry]):
-                break
-            self._waiting.remove(first)
+        while (granted := self._next()) is not None:
+            waiting, origin = granted
+            self._waiting.remove(waiting)
             slot = Slot(origin)
             self._running.append(slot)
-            first.granted.set_result(slot)
+            waiting.granted.set_result(slot)
         self._watch()
 
-    def _most_for(self, of_pull: int, of_registry: int) -> int:
-        """How many slots may be taken before one more for a pull that has so many, of a registry that has so many."""
+    def _next(self) -> tuple[_Waiting, Origin] | None:
+        """Who gets a slot now, and as whose it counts; None if nobody does."""
+        pulls, registries = self._having()
+        having = {origin: (pulls[origin], registries[origin.registry]) for origin in self._origins()}
+        claims = [(waiting, min(self._claimants(waiting), key=having.__getitem__)) for waiting in self._waiting]
+        share = self._share()
+        now = time.monotonic()
+        for waiting, origin in sorted(claims, key=lambda claim: having[claim[1]]):
+            if len(self._running) < self._most_for(*having[origin], share, patient=now - waiting.since >= _PATIENCE):
+                return waiting, origin
+        return None
+
+    def _having(self) -> tuple[Counter[Origin], Counter[str]]:
+        """How many slots each pull and each registry has."""
+        return Counter(slot.origin for slot in self._running), Counter(slot.origin.registry for slot in self._running)
+
+    def _share(self) -> int:
+        """How many slots each registry of now has a right to."""
+        registries = {origin.registry for origin in self._origins()} | {slot.origin.registry for slot in self._running}
+        return max(1, self._shared // max(1, len(registries)))
+
+    def _most_for(self, of_pull: int, of_registry: int, share: int, *, patient: bool) -> int:
+        """How many slots may be taken before one more for a pull that has so many, of a registry that has so many.
+
+        ``patient``: it has waited for half a minute.
+        """
         if of_pull:
             return 0 if descriptors.scarce() else self._usual
-        return self._shared if of_registry else self.most
+        if of_registry < share:
+            return self.limit
+        return self.limit - self._most // _KEPT if patient else self._shared
 
     def _claimants(self, waiting: _Waiting) -> set[Origin]:
         return {waiting.origin}.union(*(self._wanting[one] for one in waiting.wanted if one in self._wanting))
@@ -182,14 +214,31 @@ class Slots:
 
     def _make_room(self) -> None:
         self._watching = None
-        registries = {origin.registry for origin in self._without()}
-        full = len(self._running) >= self.most
-        in_the_way = [slot for slot in self._running if full or slot.origin.registry in registries]
-        if registries and in_the_way and not any(slot.timeout.expired() for slot in self._running):
-            slowest = min(in_the_way, key=Slot.rate)
-            if slowest.rate() < _SLOW:
+        self._grant()  # to those who have waited long enough
+        without = {origin.registry for origin in self._without()}
+        if without and not any(slot.timeout.expired() for slot in self._running):
+            slowest = self._too_slow(without) or self._beyond_its_share(without)
+            if slowest is not None:
                 slowest.timeout.reschedule(asyncio.get_running_loop().time())
         self._watch()
+
+    def _full(self) -> bool:
+        return len(self._running) >= self.limit
+
+    def _too_slow(self, without: set[str]) -> Slot | None:
+        """What is in the way of pulls of the registries ``without``, if its registry sends next to nothing."""
+        in_the_way = [slot for slot in self._running if self._full() or slot.origin.registry in without]
+        slowest = min(in_the_way, key=Slot.rate, default=None)
+        return slowest if slowest is not None and slowest.rate() < _SLOW else None
+
+    def _beyond_its_share(self, without: set[str]) -> Slot | None:
+        """The slowest of those that keep one of ``without`` from its first slot, as their registries have too many."""
+        _, registries = self._having()
+        if not self._full() or not any(not registries[registry] for registry in without):
+            return None
+        share = self._share()
+        judged = [slot for slot in self._running if registries[slot.origin.registry] > share and slot.judged]
+        return min(judged, key=Slot.rate, default=None)
 
     def _without(self) -> set[Origin]:
         """The pulls that wait and have no slot; only called when what is free was granted."""

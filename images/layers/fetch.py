@@ -98,6 +98,6 @@ class LayerFetcher:
                 max_bytes=self._options.max_layer_bytes,
                 max_entries=self._options.max_layer_entries,
                 max_seconds=self._options.max_layer_seconds,
-                parallel=self.slots.most,
+                parallel=self.slots.limit,
             )
         return self._unpacker

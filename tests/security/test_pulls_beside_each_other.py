@@ -112,6 +112,11 @@ async def test_many_pulls_of_one_registry_never_take_all_slots(
         asked = [blob_of(image, 0) for image in images]
         await until(lambda: sum(any(blob in path for blob in asked) for _, path, _ in slow.seen) >= 12)
         assert await pulled(agent, registry.push(other, "beside/one-of-another")) == other.id
+        # Several pulls of the other registry have slots at once: it has the same share.
+        others = [BuiltImage((make_tar([entry(f"share{number}", os.urandom(3000))]),)) for number in range(6)]
+        names = [registry.push(image, f"beside/share{number}") for number, image in enumerate(others)]
+        assert await asyncio.gather(*(pulled(agent, name) for name in names)) == [image.id for image in others]
+        await remove(agent, *names)
         slowest = await slowest_answers(agent, container, until_done=lambda: True)
         assert max(slowest.values()) < 5 * PATIENCE, slowest
         assert not any(one.done() for one in held)

@@ -65,9 +65,46 @@ async def test_one_registry_never_takes_all_slots() -> None:
     assert sum(len(pull.begun) for pull in slow) == 6
     others = [Pull(of, f"other{number}", 3) for number in range(3)]
     await settle()
-    assert [len(pull.begun) for pull in others] == [1, 1, 0]
+    assert [len(pull.begun) for pull in others] == [1, 1, 1]
     for pull in (*slow, *others):
         await pull.finish()
+
+
+async def test_each_registry_gets_its_share_at_once_whatever_others_hold() -> None:
+    of = Slots(4)
+    first = [Pull(of, "first", 1) for _ in range(30)]
+    await settle()
+    assert sum(len(pull.begun) for pull in first) == 12
+    second = [Pull(of, "second", 1) for _ in range(30)]
+    await settle()
+    assert sum(len(pull.begun) for pull in second) == 6
+    others = [Pull(of, f"other{number}", 1) for number in range(20)]
+    await settle()
+    assert sum(len(pull.begun) for pull in others) == of.limit - 18 == 14
+    # What becomes free goes to registries without a slot, not to those that wait for longer.
+    begun = [pull for pull in first if pull.begun]
+    for pull in begun[:6]:
+        await pull.finish()
+    await settle()
+    assert [len(pull.begun) for pull in others] == [1] * 20
+    assert sum(len(pull.begun) for pull in (*first, *second)) == 18
+    await asyncio.gather(*(pull.finish() for pull in (*first, *second, *others)))
+
+
+async def test_a_pull_whose_registry_has_its_share_waits_for_half_a_minute_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slots, "_PATIENCE", 0.2)
+    of = Slots(4)
+    pulls = [Pull(of, "one", 1) for _ in range(40)]
+    await settle()
+    assert sum(len(pull.begun) for pull in pulls) == 12
+    await asyncio.sleep(2.5)
+    assert sum(len(pull.begun) for pull in pulls) == 28, "some are kept for registries that have none"
+    other = Pull(of, "other", 1)
+    await settle()
+    assert len(other.begun) == 1
+    await asyncio.gather(*(pull.finish() for pull in (*pulls, other)))
 
 
 @pytest.mark.parametrize("usual", [1, 4, 16, 40])
@@ -86,6 +123,7 @@ async def test_a_free_slot_goes_to_the_pull_and_then_to_the_registry_that_has_th
     await settle()
     same, other = Pull(of, "busy", 1), Pull(of, "other", 1)
     await settle()
+    assert (len(same.begun), len(other.begun)) == (0, 1)
     await busy[0].finish()
     await settle()
     assert (len(same.begun), len(other.begun)) == (0, 1)
@@ -182,7 +220,7 @@ async def test_a_slow_transfer_makes_room_for_a_pull_of_its_registry(monkeypatch
 
 async def test_the_slowest_transfer_makes_room_when_a_pull_has_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "_WINDOW", 0.2)
-    of = Slots(2, 2)
+    of = Slots(2, 2, 2)
 
     async def transfer(size: int) -> None:
         async with of.slot(Origin(f"registry of {size}"), f"layer of {size}") as slot:
@@ -199,3 +237,28 @@ async def test_the_slowest_transfer_makes_room_when_a_pull_has_no_slot(monkeypat
         assert not quick.done()
     quick.cancel()
     await asyncio.wait((quick,))
+
+
+async def test_who_has_more_than_its_share_makes_room_for_a_registry_without_a_slot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However quickly its bytes come: the slowest of its transfers, and only what had its time."""
+    monkeypatch.setattr(slots, "_WINDOW", 0.2)
+    of = Slots(3, 4, 4)
+
+    async def transfer(registry: str, size: int) -> None:
+        async with of.slot(Origin(registry), f"layer of {size}") as slot:
+            async for _ in slot.watched(chunks(size, 0.01)):
+                pass
+
+    kinds = [("greedy", 300_000), ("greedy", 200_000), ("greedy", 400_000), ("other", 100_000)]
+    tasks = [asyncio.create_task(transfer(*kind)) for kind in kinds]
+    await settle()
+    async with AsyncExitStack() as stack:
+        await asyncio.wait_for(stack.enter_async_context(of.slot(Origin("new"), "new")), 20)
+        with pytest.raises(KubeletReasonError, match="layer of 200000: its registry"):
+            await tasks[1]
+        assert [task.done() for task in tasks] == [False, True, False, False]
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)

@@ -100,7 +100,7 @@ async def _serve(configuration: Configuration, lost_store: LostStore, manager: S
     async with AsyncExitStack() as stack:
         agent = Agent(configuration.runtime, configuration.network, configuration.images, lost_store)
         await stack.enter_async_context(agent)
-        os.chdir(agent.node.layout.run)  # conmon leaves a note of each out-of-memory kill where it was started
+        os.chdir(agent.layout.run)  # conmon leaves a note of each out-of-memory kill where it was started
         await asyncio.to_thread(_prepare_socket, path)
         observers = [observer async for observer in _observers(configuration, agent, stack)]
         streams = StreamingServer(NodeBackend(agent), _stream_limits(configuration.streaming))
@@ -116,7 +116,7 @@ async def _serve(configuration: Configuration, lost_store: LostStore, manager: S
             await ended.wait()
         finally:
             _log.info("ending; pods stay as they are")
-            agent.node.state.events.close()
+            agent.state.events.close()
             await streams.close()
             await server.stop(STOP_SECONDS)
             path.unlink(missing_ok=True)
@@ -131,7 +131,7 @@ async def _observers(configuration: Configuration, agent: Agent, stack: AsyncExi
     if configuration.tracing.endpoint:
         from cri.telemetry.tracing import tracing
 
-        yield await stack.enter_async_context(tracing(agent.node, configuration.tracing))
+        yield await stack.enter_async_context(tracing(agent.state, configuration.tracing))
 
 
 def _grpc_server(agent: Agent, streams: StreamingServer, observers: Sequence[CallObserver]) -> grpc.aio.Server:

@@ -43,7 +43,6 @@ class NodeBackend:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self._node = agent.node
         self._attached: Counter[str] = Counter()
 
     @asynccontextmanager
@@ -67,7 +66,7 @@ class NodeBackend:
         """Connect to the running container's console, from now on."""
         container = self._agent.execution.running(request.container_id)
         descriptors.require(f"attach to {container.title}")
-        folder = self._node.layout.container(container.id).path
+        folder = self._agent.layout.container(container.id).path
         if self._attached[container.id] >= ATTACH_LIMIT:
             raise LimitError(f"{container.title} has {ATTACH_LIMIT} clients attached already: end one of them")
         self._attached[container.id] += 1
@@ -87,12 +86,12 @@ class NodeBackend:
 
         The calling task is cancelled when the pod stops.
         """
-        sandbox = self._node.state.get_sandbox(sandbox_id)
+        sandbox = self._agent.state.get_sandbox(sandbox_id)
         if sandbox.record.state is not SandboxState.READY:
             raise WrongStateError(f"{sandbox.title} is not ready: nothing listens in it")
         descriptors.require(f"port-forward to {sandbox.title}")
         sandbox.admit_visitor()
-        namespace: Path | None = None if sandbox.host_network else self._node.layout.sandbox(sandbox.id).pin("net")
+        namespace: Path | None = None if sandbox.host_network else self._agent.layout.sandbox(sandbox.id).pin("net")
         return await connect_to_pod(sandbox.id, port, namespace)
 
 

@@ -43,7 +43,8 @@ from runtime.recovery.kept_rows import KeptRows, put_back_all
 from runtime.recovery.lost_store import LostStore, settle_store
 from runtime.recovery.recovery import Recovery
 from runtime.reserve import Reserve, require_room
-from runtime.specgen.node_facts import probe_node
+from runtime.specgen.hooks_dir import HooksDir
+from runtime.specgen.node_facts import NodeFacts, probe_node
 from runtime.specgen.security.apparmor import load_default_profile
 from runtime.state.registrar import container_registrar, pod_registrar
 from runtime.state.rows import Store
@@ -63,7 +64,16 @@ class Agent:
     store is lost and ``lost_store`` does not say what to do then.
     """
 
-    node: Node
+    options: RuntimeOptions
+    layout: Layout
+    database: Database
+    state: State
+    cgroups: CgroupTree
+    facts: NodeFacts
+    handlers: Handlers
+    hooks_dir: HooksDir
+    network: NodeNetwork
+    images: Images
     pods: PodManager
     containers: ContainerManager
     lifecycle: Lifecycle
@@ -140,26 +150,32 @@ class Agent:
         stack.push_async_callback(images.close)
         await network.start()
         stack.push_async_callback(network.stop)
-        self.node = node
         self.images = images
+        self._take(node)
         self.lifecycle = Lifecycle(node)
         self.containers = ContainerManager(node, container_registrar(), self.lifecycle)
         self.pods = PodManager(node, pod_registrar(), self.containers)
         network.when_given_back(self.pods.network_given_back)
         self.execution = Execution(node)
-        self.statistics = Statistics(node)
+        self.statistics = Statistics(node.state, cgroups, node.meters, images.snapshots, layout)
         self.recovery = Recovery(node, self.pods, self.containers, self.lifecycle)
         stack.push_async_callback(self.lifecycle.close)
         stack.push_async_callback(self.containers.close)
         stack.push_async_callback(self.pods.close)
-        stack.callback(node.state.events.close)
+        stack.callback(self.state.events.close)
         stack.push_async_callback(self.statistics.close)
         await self.recovery.run()
         copy.start()
         store.when_written(kept.note)
         kept.start((*node.state.sandboxes, *node.state.containers))
         await in_thread(reserve.keep)
-        node.state.events.serve()
+        self.state.events.serve()
+
+    def _take(self, node: Node) -> None:
+        self.options, self.layout, self.database = node.options, node.layout, node.database
+        self.state, self.facts, self.hooks_dir = node.state, node.facts, node.hooks_dir
+        self.cgroups, self.handlers, self.network = node.cgroups, node.handlers, node.network
+        self._monitors = node.monitors
 
     async def _open_database(self, stack: AsyncExitStack, layout: Layout, monitors: Monitors) -> Database:
         adopted = await in_thread(settle_store, layout, monitors, self._lost_store)
@@ -187,18 +203,18 @@ class Agent:
         found = await self.check()
         await self.recovery.repair()
         if any(finding.kind.endswith(" row") for finding in found):
-            await self.node.database.forget_set_asides()
+            await self.database.forget_set_asides()
         return found, await self.check()
 
     async def _differences(self) -> list[Finding]:
-        node, known = self.node, self.recovery.known()
+        known = self.recovery.known()
         found = await in_thread(
-            lambda: list(find_leftovers(node.layout, node.monitors, self.recovery.own_parents(), known))
+            lambda: list(find_leftovers(self.layout, self._monitors, self.recovery.own_parents(), known))
         )
-        for row in await in_thread(node.database.set_asides):
+        for row in await in_thread(self.database.set_asides):
             problem = f"cannot be read and was set aside (table set_aside of the store): {row.reason}"
             found.append(Finding(f"{row.kind} row", row.object, problem))
-        for finding in await node.network.audit(known.live_sandboxes):
+        for finding in await self.network.audit(known.live_sandboxes):
             found.append(Finding(finding.kind, finding.object, finding.problem))
         return found
 

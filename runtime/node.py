@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-from collections import Counter
 from dataclasses import dataclass, field
 
 from host.database import Database
 from images.snapshots.store import SnapshotStore
 from images.store import ImageStore
 from network.node_network import NodeNetwork
+from runtime.cgroups.moves import CgroupMoves
 from runtime.cgroups.tree import CgroupTree
 from runtime.layout import Layout
 from runtime.meters import Meters
@@ -25,11 +23,7 @@ from runtime.state.state import State
 
 @dataclass(slots=True)
 class Node:
-    """What the pod and container managers share.
-
-    ``failures`` counts what monitors and OCI runtimes failed at, by program and action. ``renamed`` are the
-    containers whose image had lost its name to another one at revision ``listed_images`` of the images.
-    """
+    """What the pod and container managers share."""
 
     options: RuntimeOptions
     agent_id: str
@@ -45,27 +39,15 @@ class Node:
     network: NodeNetwork
     images: ImageStore
     snapshots: SnapshotStore
-    start_parallelism: int = field(init=False)
-    starting: asyncio.Semaphore = field(init=False)
     hooks_dir: HooksDir = field(init=False)
     meters: Meters = field(init=False)
-    failures: Counter[tuple[str, str]] = field(default_factory=Counter)
-    renamed: frozenset[str] = frozenset()
-    listed_images: int = -1
-    _preparing: asyncio.Future[None] | None = None
+    moves: CgroupMoves = field(init=False)
 
     def __post_init__(self) -> None:
-        # More at once finish no sooner, and every other call waits behind them for a processor.
-        self.start_parallelism = self.options.container_start_parallelism or max(2, os.cpu_count() or 1)
-        self.starting = asyncio.Semaphore(self.start_parallelism)
         self.meters = Meters(self.cgroups)
+        self.moves = CgroupMoves(self.cgroups)
         self.hooks_dir = HooksDir(self.options.hooks_dirs)
         self.snapshots.writable.activity = self._activity
-
-    def expect_container(self) -> None:
-        """A container is about to be made: let the kernel prepare for it in the background."""
-        if self._preparing is None or self._preparing.done():
-            self._preparing = asyncio.get_running_loop().run_in_executor(None, self.cgroups.prepare_for_moves)
 
     def _activity(self, container_id: str) -> int | None:
         container = self.state.containers.exact(container_id)

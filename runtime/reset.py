@@ -24,11 +24,11 @@ async def reset(
     layout = Layout.of(runtime)
     if layout.data.exists() or layout.run.exists():
         async with Agent(runtime, network, images, LostStore.START_OVER) as agent:
-            for sandbox in list(agent.node.state.visible_sandboxes()):
+            for sandbox in list(agent.state.visible_sandboxes()):
                 given_up += await agent.pods.force_remove(sandbox.id) if force else []
                 await agent.pods.remove(sandbox.id)
-            given_up += await agent.node.network.destroy(force=force)
-            await agent.node.cgroups.remove_base(runtime.cgroup_parent)
+            given_up += await agent.network.destroy(force=force)
+            await agent.cgroups.remove_base(runtime.cgroup_parent)
     for folder in (layout.run, layout.data):
         for target in mounts.mounts_below(folder):
             mounts.unmount(target, lazy=True)

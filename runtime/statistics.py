@@ -14,16 +14,19 @@ from typing import TypeVar
 import msgspec
 
 from host.concurrency.threads import in_fresh_thread, in_stats_thread
+from images.snapshots.store import SnapshotStore
 from images.snapshots.usage import WritableUsage
 from metrics.filesystems import device_name
 from metrics.network import visit_networks
 from metrics.processes import read_processes
 from metrics.samples import Labels, Snapshot
 from metrics.stats import ConnectionsReading, FilesystemReading, NetworkReading
-from runtime.meters import Usage, total
-from runtime.node import Node
+from runtime.cgroups.tree import CgroupTree
+from runtime.layout import Layout
+from runtime.meters import Meters, Usage, total
 from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox, SandboxState
+from runtime.state.state import State
 
 T = TypeVar("T")
 Networks = dict[str, NetworkReading]  # by sandbox id
@@ -60,10 +63,15 @@ class PodSnapshot:
 class Statistics:
     """Readings of one node. ``usage…`` and ``written`` read files: call them on a thread."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._state = node.state
-        self._pin = lru_cache(1024)(lambda sandbox_id: str(node.layout.sandbox(sandbox_id).pin("net")))
+    def __init__(
+        self, state: State, cgroups: CgroupTree, meters: Meters, snapshots: SnapshotStore, layout: Layout
+    ) -> None:
+        self._state = state
+        self._cgroups = cgroups
+        self._meters = meters
+        self._writable = snapshots.writable
+        self._data = layout.data
+        self._pin = lru_cache(1024)(lambda sandbox_id: str(layout.sandbox(sandbox_id).pin("net")))
         self._connections: dict[str, ConnectionsReading] = {}
         self._connections_due = 0.0
         self._counting: asyncio.Task[None] | None = None
@@ -90,7 +98,7 @@ class Statistics:
 
     def usage(self, container: Container, *, tasks: bool = False) -> Usage | None:
         """What a container uses, its tasks only if they are asked for; None when it does not run."""
-        meter = self._node.meters.of_container(container)
+        meter = self._meters.of_container(container)
         return meter.usage(tasks=tasks) if meter is not None else None
 
     def usage_of_pod(self, pod: Pod, containers: Iterable[Usage]) -> Usage | None:
@@ -98,7 +106,7 @@ class Statistics:
 
         None if it is not ready.
         """
-        meter = self._node.meters.of_sandbox(pod.sandbox)
+        meter = self._meters.of_sandbox(pod.sandbox)
         if meter is None:
             return None
         usage = meter.usage(tasks=True) if pod.own_parent else None
@@ -106,7 +114,7 @@ class Statistics:
 
     def written(self, container: Container) -> WritableUsage | None:
         """The container's writable layer as it was counted last."""
-        return self._node.snapshots.writable.usage(container.id)
+        return self._writable.usage(container.id)
 
     async def networks(self, pods: Sequence[Pod], *, connections: bool = False) -> Networks:
         """Traffic of the pods with a network of their own, by sandbox id."""
@@ -157,7 +165,7 @@ class Statistics:
             await asyncio.wait((self._counting,))
 
     def _snapshots(self, pods: Sequence[Pod], networks: Mapping[str, NetworkReading]) -> list[PodSnapshot]:
-        filesystem = _Filesystem(str(self._node.layout.data))
+        filesystem = _Filesystem(str(self._data))
         found = []
         for pod in pods:
             containers = {}
@@ -170,7 +178,7 @@ class Statistics:
         return found
 
     def _snapshot(self, container: Container, filesystem: _Filesystem) -> Snapshot | None:
-        meter = self._node.meters.of_container(container)
+        meter = self._meters.of_container(container)
         reading = meter.cgroup.read() if meter is not None else None
         if meter is None or reading is None or reading.cpu is None:
             return None
@@ -186,7 +194,7 @@ class Statistics:
         )
 
     def _pod_snapshot(self, pod: Pod, network: NetworkReading | None) -> Snapshot:
-        meter = self._node.meters.of_sandbox(pod.sandbox) if pod.own_parent else None
+        meter = self._meters.of_sandbox(pod.sandbox) if pod.own_parent else None
         return Snapshot(
             seen_ns=time.time_ns(),
             reading=meter.cgroup.read() if meter is not None else None,
@@ -196,7 +204,7 @@ class Statistics:
 
     def _pod_labels(self, sandbox: Sandbox) -> Labels:
         metadata = sandbox.config.metadata
-        path = self._node.cgroups.parent_path(sandbox.record.cgroup_parent)
+        path = self._cgroups.parent_path(sandbox.record.cgroup_parent)
         return Labels(id=path, namespace=metadata.namespace, pod=metadata.name)
 
 

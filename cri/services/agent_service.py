@@ -43,14 +43,12 @@ class AgentService(ImageCalls):
 
     async def explain(self, request: agent_pb2.ExplainRequest) -> agent_pb2.ExplainResponse:
         """The stages of a sandbox and its containers, or of one container; also of what is being made, or failed."""
-        node = self._agent.node
-        sandbox, container = node.state.sandboxes.find(request.id), node.state.containers.find(request.id)
+        state = self._agent.state
+        sandbox, container = state.sandboxes.find(request.id), state.containers.find(request.id)
         if sandbox is not None or container is None:
             wanted = _pod_name(sandbox) if sandbox is not None else request.id
             named = (
-                (sandbox,)
-                if sandbox is not None
-                else (s for s in node.state.sandboxes if _is_named(_pod_name(s), wanted))
+                (sandbox,) if sandbox is not None else (s for s in state.sandboxes if _is_named(_pod_name(s), wanted))
             )
             kept = [pair for found in named for pair in self._operations(found)]
             known = {id(operation) for _, operation in kept}
@@ -65,7 +63,7 @@ class AgentService(ImageCalls):
 
     def _operations(self, sandbox: Sandbox) -> list[tuple[str, Operation]]:
         kept = [(sandbox.id, operation) for operation in sandbox.operations]
-        for member in self._agent.node.state.containers_of(sandbox):
+        for member in self._agent.state.containers_of(sandbox):
             kept += [(member.id, operation) for operation in member.operations]
         return kept
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
 from typing import TypeVar
 
 from google.protobuf.message import Message
 
 from host.errors import InvalidArgumentError
+from images.store import ImageStore
 from proto.runtime.v1 import cri_pb2
-from runtime.node import Node
 from runtime.state import status
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
+from runtime.state.state import State
 
 STREAM_ITEMS = 64
 STREAM_BYTES = 1024 * 1024  # clients take no message over 16 MiB, and the annotations of one pod may be 256 KiB
@@ -22,29 +22,69 @@ STREAM_BYTES = 1024 * 1024  # clients take no message over 16 MiB, and the annot
 S = TypeVar("S", Sandbox, Container)
 
 
-def sandboxes(node: Node, wanted: cri_pb2.PodSandboxFilter) -> Iterator[bytes]:
-    """Encoded items of the sandboxes that match; an unknown or ambiguous id matches none."""
-    for sandbox in node.state.visible_sandboxes():
-        if wanted.id and not sandbox.id.startswith(wanted.id):
-            continue
-        if wanted.HasField("state") and status.sandbox_state(sandbox) != wanted.state.state:
-            continue
-        if matches(wanted.label_selector, sandbox.config.labels):
-            yield _item(sandbox, status.sandbox_item)
+class Lists:
+    """The items of ListPodSandbox and ListContainers.
 
+    ``_renamed`` are the containers whose image had lost its name to another one at ``_revision`` of the images.
+    """
 
-def containers(node: Node, wanted: cri_pb2.ContainerFilter) -> Iterator[bytes]:
-    """Encoded items of the containers that match; an unknown or ambiguous id matches none."""
-    _follow_image_names(node)
-    for container in node.state.visible_containers():
-        if wanted.id and not container.id.startswith(wanted.id):
-            continue
-        if wanted.pod_sandbox_id and not container.sandbox.id.startswith(wanted.pod_sandbox_id):
-            continue
-        if wanted.HasField("state") and status.container_state(container) != wanted.state.state:
-            continue
-        if matches(wanted.label_selector, container.config.labels):
-            yield _item(container, partial(_container_item, node))
+    def __init__(self, state: State, images: ImageStore) -> None:
+        self._state = state
+        self._images = images
+        self._renamed: frozenset[str] = frozenset()
+        self._revision = -1
+
+    def sandboxes(self, wanted: cri_pb2.PodSandboxFilter) -> Iterator[bytes]:
+        """Encoded items of the sandboxes that match; an unknown or ambiguous id matches none."""
+        for sandbox in self._state.visible_sandboxes():
+            if wanted.id and not sandbox.id.startswith(wanted.id):
+                continue
+            if wanted.HasField("state") and status.sandbox_state(sandbox) != wanted.state.state:
+                continue
+            if matches(wanted.label_selector, sandbox.config.labels):
+                yield _item(sandbox, status.sandbox_item)
+
+    def containers(self, wanted: cri_pb2.ContainerFilter) -> Iterator[bytes]:
+        """Encoded items of the containers that match; an unknown or ambiguous id matches none."""
+        self._follow_image_names()
+        for container in self._state.visible_containers():
+            if wanted.id and not container.id.startswith(wanted.id):
+                continue
+            if wanted.pod_sandbox_id and not container.sandbox.id.startswith(wanted.pod_sandbox_id):
+                continue
+            if wanted.HasField("state") and status.container_state(container) != wanted.state.state:
+                continue
+            if matches(wanted.label_selector, container.config.labels):
+                yield _item(container, self._container_item)
+
+    def _follow_image_names(self) -> None:
+        """Forget the items of containers whose image has lost its name to another one, or got it back, meanwhile."""
+        if self._revision == self._images.revision:
+            return
+        renamed = frozenset(container.id for container in self._state.containers if self._lost_its_name(container))
+        for container in self._state.containers:
+            if (container.id in renamed) != (container.id in self._renamed):
+                container.list_item = None
+        self._renamed = renamed
+        self._revision = self._images.revision
+
+    def _lost_its_name(self, container: Container) -> bool:
+        """Whether what was asked for stands for another image by now."""
+        asked = container.config.image
+        with suppress(InvalidArgumentError):  # what clients show to people need not be a reference
+            named = self._images.find(asked.user_specified_image or asked.image)
+            return named is not None and named.id != container.record.image_id
+        return False
+
+    def _container_item(self, container: Container) -> cri_pb2.Container:
+        """Its item; with the image's id where the name does not stand for it any more.
+
+        ``crictl rmi --prune`` removes every image that no container names here.
+        """
+        item = status.container_item(container)
+        if self._lost_its_name(container):
+            item.image.image = item.image_id
+        return item
 
 
 def matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
@@ -80,38 +120,6 @@ def encode_field(number: int, body: bytes) -> bytes:
 def encode_number(number: int, value: int) -> bytes:
     """A number that is not negative as field ``number`` (at most 15) of a message; nothing for 0."""
     return _BYTES[number << 3] + _varint(value) if value else b""
-
-
-def _follow_image_names(node: Node) -> None:
-    """Forget the items of containers whose image has lost its name to another one, or got it back, meanwhile."""
-    if node.listed_images == node.images.revision:
-        return
-    renamed = frozenset(container.id for container in node.state.containers if _lost_its_name(node, container))
-    for container in node.state.containers:
-        if (container.id in renamed) != (container.id in node.renamed):
-            container.list_item = None
-    node.renamed = renamed
-    node.listed_images = node.images.revision
-
-
-def _lost_its_name(node: Node, container: Container) -> bool:
-    """Whether what was asked for stands for another image by now."""
-    asked = container.config.image
-    with suppress(InvalidArgumentError):  # what clients show to people need not be a reference
-        named = node.images.find(asked.user_specified_image or asked.image)
-        return named is not None and named.id != container.record.image_id
-    return False
-
-
-def _container_item(node: Node, container: Container) -> cri_pb2.Container:
-    """Its item; with the image's id where the name does not stand for it any more.
-
-    ``crictl rmi --prune`` removes every image that no container names here.
-    """
-    item = status.container_item(container)
-    if _lost_its_name(node, container):
-        item.image.image = item.image_id
-    return item
 
 
 def _item(subject: S, build: Callable[[S], Message]) -> bytes:

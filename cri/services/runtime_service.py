@@ -29,6 +29,7 @@ class RuntimeService(StatsCalls):
         super().__init__(agent)
         self._agent = agent
         self._streams = streams
+        self._lists = lists.Lists(agent.state, agent.images.store)
 
     async def version(self, _request: cri_pb2.VersionRequest) -> cri_pb2.VersionResponse:
         """Four non-empty fields."""
@@ -41,42 +42,42 @@ class RuntimeService(StatsCalls):
 
     async def status(self, request: cri_pb2.StatusRequest) -> cri_pb2.StatusResponse:
         """Conditions, runtime handlers and features."""
-        node = self._node
+        agent = self._agent
         response = cri_pb2.StatusResponse()
         self._add_conditions(response)
-        handlers = node.handlers.working()
-        default = node.handlers.default
+        handlers = agent.handlers.working()
+        default = agent.handlers.default
         named = [(handler.name, handler) for handler in handlers]
         for name, handler in ([("", default)] if default else []) + named:
             item = response.runtime_handlers.add(name=name)
             item.features.recursive_read_only_mounts = (
-                handler.features.recursive_read_only_mounts and node.facts.recursive_read_only
+                handler.features.recursive_read_only_mounts and agent.facts.recursive_read_only
             )
-            item.features.user_namespaces = handler.features.user_namespaces and node.facts.kernel >= (5, 19)
+            item.features.user_namespaces = handler.features.user_namespaces and agent.facts.kernel >= (5, 19)
         response.features.user_namespaces_host_network = any(handler.features.user_namespaces for handler in handlers)
         response.features.supplemental_groups_policy = True
         response.features.mount_options = True
         if request.verbose:
-            await in_thread(node.hooks_dir.read)  # what is wrong with them is told
-            for key, value in node_information(node).items():
+            await in_thread(agent.hooks_dir.read)  # what is wrong with them is told
+            for key, value in node_information(agent).items():
                 response.info[key] = msgspec.json.encode(value).decode()
         return response
 
     def _add_conditions(self, response: cri_pb2.StatusResponse) -> None:
-        node = self._node
-        runtime = response.status.conditions.add(type="RuntimeReady", status=node.handlers.default is not None)
+        agent = self._agent
+        runtime = response.status.conditions.add(type="RuntimeReady", status=agent.handlers.default is not None)
         if not runtime.status:
             runtime.reason = "NoRuntimeHandler"
-            failures = "; ".join(f"{name}: {why}" for name, why in node.handlers.failures.items())
+            failures = "; ".join(f"{name}: {why}" for name, why in agent.handlers.failures.items())
             runtime.message = f"no runtime handler works on this node: {failures}"
-        condition = node.network.condition()
+        condition = agent.network.condition()
         network = response.status.conditions.add(type="NetworkReady", status=condition.ready)
         if not condition.ready:
             network.reason, network.message = condition.reason, condition.message
 
     async def runtime_config(self, _request: cri_pb2.RuntimeConfigRequest) -> cri_pb2.RuntimeConfigResponse:
         """The cgroup driver in use."""
-        driver = cri_pb2.SYSTEMD if self._node.cgroups.driver == "systemd" else cri_pb2.CGROUPFS
+        driver = cri_pb2.SYSTEMD if self._agent.cgroups.driver == "systemd" else cri_pb2.CGROUPFS
         return cri_pb2.RuntimeConfigResponse(linux=cri_pb2.LinuxRuntimeConfiguration(cgroup_driver=driver))
 
     async def update_runtime_config(
@@ -86,7 +87,7 @@ class RuntimeService(StatsCalls):
         given = request.runtime_config.network_config.pod_cidr
         cidrs = [cidr.strip() for cidr in given.split(",") if cidr.strip()]
         if cidrs:
-            await self._node.network.set_pod_cidrs(cidrs)
+            await self._agent.network.set_pod_cidrs(cidrs)
         return cri_pb2.UpdateRuntimeConfigResponse()
 
     async def run_pod_sandbox(self, request: cri_pb2.RunPodSandboxRequest) -> cri_pb2.RunPodSandboxResponse:
@@ -106,24 +107,24 @@ class RuntimeService(StatsCalls):
 
     async def pod_sandbox_status(self, request: cri_pb2.PodSandboxStatusRequest) -> cri_pb2.PodSandboxStatusResponse:
         """A sandbox's status, with those of its containers."""
-        sandbox = self._node.state.get_sandbox(request.pod_sandbox_id)
-        containers = [c for c in self._node.state.containers_of(sandbox) if c.visible]
+        sandbox = self._agent.state.get_sandbox(request.pod_sandbox_id)
+        containers = [c for c in self._agent.state.containers_of(sandbox) if c.visible]
         response = cri_pb2.PodSandboxStatusResponse(
             status=status.sandbox_status(sandbox),
             containers_statuses=[status.container_status(container) for container in containers],
             timestamp=time.time_ns(),
         )
         if request.verbose:
-            response.info["info"] = msgspec.json.encode(sandbox_information(self._node, sandbox)).decode()
+            response.info["info"] = msgspec.json.encode(sandbox_information(self._agent, sandbox)).decode()
         return response
 
     async def list_pod_sandbox(self, request: cri_pb2.ListPodSandboxRequest) -> bytes:
         """Sandboxes that match a filter."""
-        return b"".join(lists.sandboxes(self._node, request.filter))
+        return b"".join(self._lists.sandboxes(request.filter))
 
     async def stream_pod_sandboxes(self, request: cri_pb2.StreamPodSandboxesRequest) -> AsyncIterator[bytes]:
         """The same in several messages."""
-        for message in lists.in_messages(lists.sandboxes(self._node, request.filter)):
+        for message in lists.in_messages(self._lists.sandboxes(request.filter)):
             yield message
 
     async def update_pod_sandbox_resources(
@@ -159,19 +160,19 @@ class RuntimeService(StatsCalls):
 
     async def container_status(self, request: cri_pb2.ContainerStatusRequest) -> cri_pb2.ContainerStatusResponse:
         """A container's status."""
-        container = self._node.state.get_container(request.container_id)
+        container = self._agent.state.get_container(request.container_id)
         response = cri_pb2.ContainerStatusResponse(status=status.container_status(container))
         if request.verbose:
-            response.info["info"] = msgspec.json.encode(container_information(self._node, container)).decode()
+            response.info["info"] = msgspec.json.encode(container_information(self._agent, container)).decode()
         return response
 
     async def list_containers(self, request: cri_pb2.ListContainersRequest) -> bytes:
         """Containers that match a filter."""
-        return b"".join(lists.containers(self._node, request.filter))
+        return b"".join(self._lists.containers(request.filter))
 
     async def stream_containers(self, request: cri_pb2.StreamContainersRequest) -> AsyncIterator[bytes]:
         """The same in several messages."""
-        for message in lists.in_messages(lists.containers(self._node, request.filter)):
+        for message in lists.in_messages(self._lists.containers(request.filter)):
             yield message
 
     async def update_container_resources(
@@ -220,16 +221,16 @@ class RuntimeService(StatsCalls):
 
     async def port_forward(self, request: cri_pb2.PortForwardRequest) -> cri_pb2.PortForwardResponse:
         """Where a client may connect to reach ports of a pod."""
-        sandbox = self._node.state.get_sandbox(request.pod_sandbox_id)
+        sandbox = self._agent.state.get_sandbox(request.pod_sandbox_id)
         if status.sandbox_state(sandbox) != cri_pb2.SANDBOX_READY:
             raise WrongStateError(f"{sandbox.title} is not ready: nothing listens in it")
         return cri_pb2.PortForwardResponse(url=self._streams.port_forward_url(sandbox.id, request.port))
 
     async def get_container_events(self, _request: cri_pb2.GetEventsRequest) -> AsyncIterator[bytes]:
         """Events from now on."""
-        subscription = self._node.state.events.subscribe()
+        subscription = self._agent.state.events.subscribe()
         try:
             async for event in subscription.events():
                 yield event
         finally:
-            self._node.state.events.unsubscribe(subscription)
+            self._agent.state.events.unsubscribe(subscription)

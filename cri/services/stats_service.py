@@ -18,13 +18,13 @@ class StatsCalls:
     """Files are read and messages encoded on a thread, so that other calls go on meanwhile."""
 
     def __init__(self, agent: Agent) -> None:
-        self._node = agent.node
+        self._state = agent.state
         self._statistics = agent.statistics
-        self._mountpoint = str(agent.node.layout.data)
+        self._mountpoint = str(agent.layout.data)
 
     async def container_stats(self, request: cri_pb2.ContainerStatsRequest) -> bytes:
         """What one container uses; of one that does not run only what it wrote."""
-        container = self._node.state.get_container(request.container_id)
+        container = self._state.get_container(request.container_id)
         return lists.encode_field(1, await in_stats_thread(self._encoded, container))
 
     async def list_container_stats(self, request: cri_pb2.ListContainerStatsRequest) -> bytes:
@@ -38,7 +38,7 @@ class StatsCalls:
 
     async def pod_sandbox_stats(self, request: cri_pb2.PodSandboxStatsRequest) -> bytes:
         """What one pod uses; of one that is not ready nothing but who it is."""
-        sandbox = self._node.state.get_sandbox(request.pod_sandbox_id)
+        sandbox = self._state.get_sandbox(request.pod_sandbox_id)
         return b"".join(await self._pod_items(self._statistics.pods([sandbox])))
 
     async def list_pod_sandbox_stats(self, request: cri_pb2.ListPodSandboxStatsRequest) -> bytes:

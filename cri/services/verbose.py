@@ -8,46 +8,46 @@ import msgspec
 
 from cri.version import VERSION
 from host.stages import Operation
+from runtime.agent import Agent
 from runtime.layout import SandboxFolder
-from runtime.node import Node
 from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox
 
 _OCI_NAMESPACES = {"net": "network"}
 
 
-def node_information(node: Node) -> dict[str, Any]:
+def node_information(agent: Agent) -> dict[str, Any]:
     """For Status: what the agent works with."""
     handlers = {
         handler.name: {"program": handler.program, "features": msgspec.structs.asdict(handler.features)}
-        for handler in node.handlers.working()
+        for handler in agent.handlers.working()
     }
     return {
-        "config": {"runtime": msgspec.structs.asdict(node.options)},
+        "config": {"runtime": msgspec.structs.asdict(agent.options)},
         "podkeel": {
             "version": VERSION,
-            "cgroupVersion": node.cgroups.version,
-            "cgroupDriver": node.cgroups.driver,
+            "cgroupVersion": agent.cgroups.version,
+            "cgroupDriver": agent.cgroups.driver,
             "handlers": handlers,
-            "failedHandlers": node.handlers.failures,
-            "failedHooks": node.hooks_dir.problems,
-            "sandboxes": len(node.state.sandboxes),
-            "containers": len(node.state.containers),
-            "storeCommits": node.database.commits,
+            "failedHandlers": agent.handlers.failures,
+            "failedHooks": agent.hooks_dir.problems,
+            "sandboxes": len(agent.state.sandboxes),
+            "containers": len(agent.state.containers),
+            "storeCommits": agent.database.commits,
             "writableLayers": {
-                "projectQuotas": node.snapshots.project_quotas,
-                "countedBecause": node.snapshots.writable.counted_because,
+                "projectQuotas": agent.images.snapshots.project_quotas,
+                "countedBecause": agent.images.snapshots.writable.counted_because,
             },
         },
     }
 
 
-def sandbox_information(node: Node, sandbox: Sandbox) -> dict[str, Any]:
+def sandbox_information(agent: Agent, sandbox: Sandbox) -> dict[str, Any]:
     """For PodSandboxStatus."""
     record = sandbox.record
-    folder = node.layout.sandbox(sandbox.id)
+    folder = agent.layout.sandbox(sandbox.id)
     return {
-        "pid": _a_pid_in(node, sandbox),
+        "pid": _a_pid_in(agent, sandbox),
         "state": str(record.state),
         "runtimeHandler": record.handler,
         "cgroupParent": record.cgroup_parent,
@@ -59,9 +59,9 @@ def sandbox_information(node: Node, sandbox: Sandbox) -> dict[str, Any]:
     }
 
 
-def _a_pid_in(node: Node, sandbox: Sandbox) -> int:
+def _a_pid_in(agent: Agent, sandbox: Sandbox) -> int:
     """A process to enter the pod by (``nsenter --target``): that of its oldest running container; 0 if none runs."""
-    running = (c for c in node.state.containers_of(sandbox) if c.record.state is ContainerState.RUNNING)
+    running = (c for c in agent.state.containers_of(sandbox) if c.record.state is ContainerState.RUNNING)
     return next((container.record.init.pid for container in running if container.record.init), 0)
 
 
@@ -71,10 +71,10 @@ def _namespaces(folder: SandboxFolder) -> list[dict[str, str]]:
     return [{"type": name, "path": str(pin)} for name, pin in pins if pin.exists()]
 
 
-def container_information(node: Node, container: Container) -> dict[str, Any]:
+def container_information(agent: Agent, container: Container) -> dict[str, Any]:
     """For ContainerStatus."""
     record = container.record
-    folder = node.layout.container(container.id)
+    folder = agent.layout.container(container.id)
     try:
         spec: Any = msgspec.json.decode(folder.spec.read_bytes())
     except OSError:

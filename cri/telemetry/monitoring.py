@@ -124,4 +124,4 @@ def _routes(metrics: AgentMetrics, agent: Agent) -> Mapping[str, Route]:
         pods = await agent.statistics.snapshots()
         return [entry for pod in pods for entry in (pod.itself, *pod.containers.values())]
 
-    return standard_routes(metrics, CATALOG, entries, lambda: list(node_metrics.problems(agent.node).values()))
+    return standard_routes(metrics, CATALOG, entries, lambda: list(node_metrics.problems(agent).values()))

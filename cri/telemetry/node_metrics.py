@@ -11,7 +11,6 @@ from pathlib import Path
 from cri.version import VERSION
 from metrics.agent import AgentMetrics
 from runtime.agent import Agent
-from runtime.node import Node
 from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox, SandboxState
 
@@ -23,43 +22,40 @@ _CONTAINER_LABELS = ("namespace", "pod", "container")
 
 def register(metrics: AgentMetrics, agent: Agent) -> None:
     """Add them all to ``metrics``. What may be counted has its series from the start: a rise from none is not seen."""
-    node = agent.node
     metrics.compute("podkeel_build_info", "The agent's version.", ("version",), lambda: [((VERSION,), 1.0)])
     text = "1 where this condition of the node holds, 0 where it keeps pods from starting."
-    metrics.compute("podkeel_ready", text, ("condition",), lambda: _conditions(node))
+    metrics.compute("podkeel_ready", text, ("condition",), lambda: _conditions(agent))
     _register_counts(metrics, agent)
-    _register_containers(metrics, node)
-    _register_disk(metrics, node)
+    _register_containers(metrics, agent)
+    _register_disk(metrics, agent)
 
 
-def problems(node: Node) -> dict[str, str]:
+def problems(agent: Agent) -> dict[str, str]:
     """What keeps the node from taking pods, a sentence by condition: ``runtime``, ``network``."""
-    found = {} if node.handlers.default is not None else {"runtime": "no runtime handler works on this node"}
-    network = node.network.condition()
+    found = {} if agent.handlers.default is not None else {"runtime": "no runtime handler works on this node"}
+    network = agent.network.condition()
     return found if network.ready else {**found, "network": f"network: {network.message}"}
 
 
-def _conditions(node: Node) -> Rows:
-    wrong = problems(node)
+def _conditions(agent: Agent) -> Rows:
+    wrong = problems(agent)
     return [((condition,), float(condition not in wrong)) for condition in ("runtime", "network")]
 
 
 def _register_counts(metrics: AgentMetrics, agent: Agent) -> None:
-    node = agent.node
-
     def counter(name: str, text: str, read: Callable[[], float]) -> None:
         metrics.compute(name, text, (), lambda: [((), read())], counter=True)
 
     puller = agent.images.puller
     counter("podkeel_image_pull_bytes_total", "Bytes of layers from registries.", lambda: puller.fetched_bytes)
     text = "Event subscribers closed because they did not read."
-    counter("podkeel_event_subscribers_dropped_total", text, lambda: node.state.events.dropped)
-    counter("podkeel_store_commits_total", "Commits of the store.", lambda: node.database.commits)
+    counter("podkeel_event_subscribers_dropped_total", text, lambda: agent.state.events.dropped)
+    counter("podkeel_store_commits_total", "Commits of the store.", lambda: agent.database.commits)
     text = "Clients that listen to events."
-    metrics.compute("podkeel_event_subscribers", text, (), lambda: [((), node.state.events.subscribers)])
+    metrics.compute("podkeel_event_subscribers", text, (), lambda: [((), agent.state.events.subscribers)])
     text = "What monitors and OCI runtimes failed at; run program: the container's cannot be executed."
     labels = ("program", "action")
-    metrics.compute("podkeel_program_failures_total", text, labels, lambda: _failures(node), counter=True)
+    metrics.compute("podkeel_program_failures_total", text, labels, lambda: _failures(agent), counter=True)
     text = "Differences between store and node that were repaired at start."
     findings = agent.recovery.findings
     metrics.compute(
@@ -71,35 +67,35 @@ def _register_counts(metrics: AgentMetrics, agent: Agent) -> None:
     )
 
 
-def _register_containers(metrics: AgentMetrics, node: Node) -> None:
+def _register_containers(metrics: AgentMetrics, agent: Agent) -> None:
     text = "Pods by state."
-    metrics.compute("podkeel_pods", text, ("state",), lambda: _states(SandboxState, node.state.sandboxes))
+    metrics.compute("podkeel_pods", text, ("state",), lambda: _states(SandboxState, agent.state.sandboxes))
     text = "Containers by state."
-    metrics.compute("podkeel_containers", text, ("state",), lambda: _states(ContainerState, node.state.containers))
+    metrics.compute("podkeel_containers", text, ("state",), lambda: _states(ContainerState, agent.state.containers))
     text = "How often clients made a container anew: the attempt of its latest one, until that is removed."
     metrics.compute(
         "podkeel_container_restarts_total",
         text,
         _CONTAINER_LABELS,
-        lambda: _restarts(node.state.containers),
+        lambda: _restarts(agent.state.containers),
         counter=True,
     )
     text = "When a container last ended for this reason, in seconds since the epoch, until it is removed."
     labels = (*_CONTAINER_LABELS, "reason")
-    metrics.compute("podkeel_container_exited_timestamp_seconds", text, labels, lambda: _exits(node.state.containers))
+    metrics.compute("podkeel_container_exited_timestamp_seconds", text, labels, lambda: _exits(agent.state.containers))
 
 
-def _register_disk(metrics: AgentMetrics, node: Node) -> None:
+def _register_disk(metrics: AgentMetrics, agent: Agent) -> None:
     def used() -> Rows:  # project quotas may have to be read from the disk
-        images, containers = node.images.filesystem_usage(), node.snapshots.filesystem_usage()
+        images, containers = agent.images.store.filesystem_usage(), agent.images.snapshots.filesystem_usage()
         return [(("images",), images.used_bytes), (("containers",), containers.used_bytes)]
 
     text = "What images and containers' writable layers take on disk."
     metrics.compute("podkeel_disk_used_bytes", text, ("kind",), used, blocks=True)
-    metrics.compute("podkeel_images", "Images on the node.", (), lambda: [((), len(node.images.images()))])
+    metrics.compute("podkeel_images", "Images on the node.", (), lambda: [((), len(agent.images.store.images()))])
 
     def filesystems(value: Callable[[os.statvfs_result], int]) -> Callable[[], Rows]:
-        folders: dict[str, Path] = {"data": node.layout.data, "run": node.layout.run}
+        folders: dict[str, Path] = {"data": agent.layout.data, "run": agent.layout.run}
         return lambda: [((name,), value(os.statvfs(folder))) for name, folder in folders.items()]
 
     where = "the file system that this folder of the agent lies on"
@@ -112,10 +108,12 @@ def _register_disk(metrics: AgentMetrics, node: Node) -> None:
         metrics.compute(f"podkeel_filesystem_{name}", text, ("folder",), filesystems(value), blocks=True)
 
 
-def _failures(node: Node) -> Rows:
-    programs = (runtime.name for runtime in node.handlers.working())
+def _failures(agent: Agent) -> Rows:
+    programs = (runtime.name for runtime in agent.handlers.working())
     known = [*itertools.product(programs, ("create", "run program", "start", "delete")), ("conmon", "monitor")]
-    return [(labels, float(count)) for labels, count in (dict.fromkeys(known, 0) | node.failures).items()]
+    return [
+        (labels, float(count)) for labels, count in (dict.fromkeys(known, 0) | agent.handlers.failed_actions).items()
+    ]
 
 
 def _states(kinds: type[SandboxState] | type[ContainerState], objects: Iterable[Sandbox] | Iterable[Container]) -> Rows:

@@ -7,15 +7,15 @@ from typing import Any, TypeVar
 from cri.methods import Call
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
-from runtime.node import Node
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
+from runtime.state.state import State
 from runtime.state.truncindex import Registry
 
 T = TypeVar("T", Sandbox, Container)
 
 
-def attributes_of(node: Node, call: Call) -> dict[str, str]:
+def attributes_of(state: State, call: Call) -> dict[str, str]:
     """What request, response and the node tell of the objects of a call; empty for lists."""
     found: dict[str, str] = {}
     request = call.request
@@ -31,9 +31,9 @@ def attributes_of(node: Node, call: Call) -> dict[str, str]:
     for message in (request, call.response):
         sandbox_id, container_id = _part(message, "pod_sandbox_id"), _part(message, "container_id")
         if sandbox_id:
-            found |= _sandbox(_found(node.state.sandboxes, sandbox_id), sandbox_id)
+            found |= _sandbox(_found(state.sandboxes, sandbox_id), sandbox_id)
         if container_id:
-            found |= _container(_found(node.state.containers, container_id), container_id)
+            found |= _container(_found(state.containers, container_id), container_id)
     return {key: value for key, value in found.items() if value}
 
 

@@ -24,7 +24,7 @@ from cri.version import VERSION
 from host.concurrency.threads import in_stats_thread
 from host.errors import InvalidArgumentError
 from host.stages import Operation, Stage, gathered_operations
-from runtime.node import Node
+from runtime.state.state import State
 
 try:
     from opentelemetry.context import Context
@@ -65,8 +65,8 @@ _SERVER_ERRORS = frozenset(
 class CallTracing:
     """Makes the spans of every call; those of calls that are not sampled are not even gathered."""
 
-    def __init__(self, node: Node, tracer: Tracer) -> None:
-        self._node = node
+    def __init__(self, state: State, tracer: Tracer) -> None:
+        self._state = state
         self._tracer = tracer
         self._propagator = TraceContextTextMapPropagator()
 
@@ -82,13 +82,13 @@ class CallTracing:
         if not span.is_recording():
             yield
             return
-        before = attributes_of(self._node, call)
+        before = attributes_of(self._state, call)
         with gathered_operations() as operations:
             try:
                 yield
             finally:
                 # A removed object is known only before, a new one only afterwards.
-                span.set_attributes({**before, **attributes_of(self._node, call)})
+                span.set_attributes({**before, **attributes_of(self._state, call)})
                 _end(span, call)
                 if operations:  # a span takes some 50 µs, and the end of a large pod has hundreds of stages
                     asyncio.get_running_loop().run_in_executor(None, self._stages, span, operations)
@@ -127,7 +127,7 @@ def _end(span: Span, call: Call) -> None:
 
 
 @asynccontextmanager
-async def tracing(node: Node, options: TracingOptions) -> AsyncIterator[CallTracing]:
+async def tracing(state: State, options: TracingOptions) -> AsyncIterator[CallTracing]:
     """Trace the calls of the block. Raises InvalidArgumentError for certificates that cannot be used.
 
     Spans wait in a bounded queue for a thread that sends them; while the collector cannot be reached they are lost.
@@ -152,7 +152,7 @@ async def tracing(node: Node, options: TracingOptions) -> AsyncIterator[CallTrac
     provider.add_span_processor(processor)
     _log.info("sending traces to %s", options.endpoint)
     try:
-        yield CallTracing(node, provider.get_tracer("podkeel", VERSION))
+        yield CallTracing(state, provider.get_tracer("podkeel", VERSION))
     finally:
         await _send_the_rest(processor, exporter)
 

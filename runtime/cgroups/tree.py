@@ -15,7 +15,6 @@ from host.concurrency.threads import in_thread
 from host.errors import InvalidArgumentError, UnsupportedError
 from host.files import mounts
 from host.files.file_tree import Walk
-from host.files.procfs import table_lines
 from runtime.cgroups import freezer
 from runtime.cgroups.slices import set_io_weight, slice_name, slice_path, stop_slice, with_outer_slices
 from runtime.specgen.config import SCOPE_SUBGROUP
@@ -166,20 +165,6 @@ class CgroupTree:
             if any(entry.is_dir() for folder in folders for entry in os.scandir(folder)):
                 return
             await self.remove_parent(name)
-
-    def prepare_for_moves(self) -> None:
-        """Make the kernel ready to move processes between cgroups, which takes it 8 to 24 ms after a quiet time.
-
-        The first move has to wait for an RCU grace period; those that follow soon do not. Moving ourselves to where we
-        are begins that wait now, so that it is over when an OCI runtime moves its container. Blocks; call it in a
-        thread, and do not wait for it.
-        """
-        controller = "unified" if self.version == 2 else "pids"
-        wanted = b"" if self.version == 2 else b"pids"
-        with contextlib.suppress(OSError, StopIteration, ValueError):
-            lines = (line.split(b":", 2) for line in table_lines("/proc/self/cgroup"))
-            own = next(path for _, names, path in lines if wanted in names.split(b","))
-            (self.mounts[controller] / os.fsdecode(own.lstrip(b"/")) / "cgroup.procs").write_text(str(os.getpid()))
 
     def folders(self, path: str) -> list[Path]:
         """The folders of cgroup ``path`` in every hierarchy."""

@@ -89,14 +89,14 @@ class ContainerManager:
         image = self._image(config)
         runtime = node.handlers.get(sandbox.record.handler)
         container = self._new_container(sandbox, config, image, runtime, log_path)
-        node.expect_container()
+        node.moves.expect()
         operation = begin(container, "CreateContainer")
         async with AsyncExitStack() as held, Undo(container.title) as undo:
             undo.push("the container", partial(self._discard, container))
             make_private(node.layout.container(container.id).path, user_mappings(sandbox.namespace_options))
             monitor = node.monitors.prepare(_monitor_request(node, container, runtime))
             undo.push("its monitor", monitor.abandon)
-            if len(self._names) <= node.start_parallelism:
+            if len(self._names) <= node.handlers.parallelism:
                 monitor.begin()  # with more under way it would wait for a processor, and others behind it
             async with operation.stage("reserve"):
                 await self._state.add(container)
@@ -113,7 +113,7 @@ class ContainerManager:
                 spec = await self._threads.run(container.title, partial(self._write_spec, container, request))
                 _apply_spec(container, spec, status_mounts(node, list(spec.mounts)))
             async with container.lock:  # its end, should it come now, is handled after the commit
-                async with operation.stage("runtime"), node.starting:
+                async with operation.stage("runtime"), node.handlers.slots:
                     await self._create_in_runtime(container, monitor, runtime, spec)
                 await self._verify(container, runtime, spec)
                 _require_ready(sandbox)
@@ -185,7 +185,7 @@ class ContainerManager:
             monitored = await monitor.create()
         except RuntimeRefusedError as error:
             unrunnable = cannot_run_program(error.message)
-            self._node.failures[runtime.name, "run program" if unrunnable else "create"] += 1
+            self._node.handlers.failed_actions[runtime.name, "run program" if unrunnable else "create"] += 1
             if not unrunnable and refused_request(error.message):
                 raise InvalidArgumentError(f"{runtime.options.path} refuses the container: {error.message}") from error
             if not unrunnable:

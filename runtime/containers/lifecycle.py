@@ -77,7 +77,7 @@ class Lifecycle:
 
     async def _start(self, container: Container) -> None:
         operation = begin(container, "StartContainer")
-        async with operation.stage("runtime"), self._node.starting:
+        async with operation.stage("runtime"), self._node.handlers.slots:
             started_at = time.time_ns()
             await self._start_in_runtime(container)
         async with operation.stage("commit"):
@@ -99,7 +99,7 @@ class Lifecycle:
             message = plain_message(output) or str(error)
             await self._fail_start(container, message)
             unrunnable = cannot_run_program(message)
-            self._node.failures[record.handler, "run program" if unrunnable else "start"] += 1
+            self._node.handlers.failed_actions[record.handler, "run program" if unrunnable else "start"] += 1
             if unrunnable:
                 raise InvalidArgumentError(message) from error
             raise
@@ -142,7 +142,7 @@ class Lifecycle:
         pidfd = processes.open_process(init.pid, init.started) if init is not None else None
         if pidfd is None:
             return False
-        self._node.failures["conmon", "monitor"] += 1
+        self._node.handlers.failed_actions["conmon", "monitor"] += 1
         _log.error("%s: its conmon was killed; it runs on, without log and exit code", container.title)
         container.monitor_descriptor = pidfd
         container.record.monitor = None
@@ -200,7 +200,7 @@ class Lifecycle:
             await unmount_all(self._node, container)
             container.unmounted = True
         except PodkeelError as error:
-            self._node.failures[container.record.handler, "delete"] += 1
+            self._node.handlers.failed_actions[container.record.handler, "delete"] += 1
             _log.error("%s: could not be cleaned up, removing it tries again: %s", container.title, error)
 
     async def release_runtime(self, container: Container) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
+from collections import Counter
 from pathlib import Path
 
 from host.errors import InvalidArgumentError, NotFoundError, PodkeelError
@@ -18,7 +20,12 @@ _log = logging.getLogger("podkeel.handlers")
 
 
 class Handlers:
-    """Every configured handler that works on this host."""
+    """Every configured handler that works on this host, and how many of their calls may run at once.
+
+    ``slots`` are for calls that make and start containers: more than ``parallelism`` at once finish no sooner, and
+    every other call waits behind them for a processor. ``failed_actions`` counts what OCI runtimes and monitors failed
+    at, by program and action. ``failures`` says why a configured handler does not work.
+    """
 
     def __init__(self, options: RuntimeOptions, layout: Layout, cgroups: CgroupTree, agent_id: str) -> None:
         self._options = options
@@ -27,6 +34,9 @@ class Handlers:
         self._agent_id = agent_id
         self._working: dict[str, OciRuntime] = {}
         self.failures: dict[str, str] = {}
+        self.failed_actions: Counter[tuple[str, str]] = Counter()
+        self.parallelism = options.container_start_parallelism or max(2, os.cpu_count() or 1)
+        self.slots = asyncio.Semaphore(self.parallelism)
         self.default: OciRuntime | None = None
 
     async def probe(self) -> None:

@@ -73,7 +73,7 @@ class PodManager:
     async def _make(self, config: cri_pb2.PodSandboxConfig, handler: str, runtime: OciRuntime) -> Sandbox:
         node = self._node
         sandbox = self._new_sandbox(config, handler, runtime)
-        node.expect_container()
+        node.moves.expect()
         operation = Operation("RunPodSandbox", f"sandbox {config.metadata.namespace}/{config.metadata.name}")
         sandbox.operations.append(operation)
         plan = self._namespace_plan(sandbox)

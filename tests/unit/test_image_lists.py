@@ -27,7 +27,7 @@ async def test_an_image_that_cannot_be_told_is_left_out() -> None:
     good = image()
     odd = dataclasses.replace(image(b'{"os": "linux"}'), size=-1)
     store = SimpleNamespace(images=lambda: (odd, good), revision=1)
-    service = ImageService(cast(Any, SimpleNamespace(node=SimpleNamespace(images=store, snapshots=None))))
+    service = ImageService(cast(Any, SimpleNamespace(images=SimpleNamespace(store=store, snapshots=None, puller=None))))
     listed = cri_pb2.ListImagesResponse.FromString(await service.list_images(cri_pb2.ListImagesRequest()))
     assert [found.id for found in listed.images] == [good.id]
 

@@ -44,12 +44,13 @@ class DevicePlaces:
         """Make the new empty file at ``path`` the place of ``device``."""
         os.write(descriptor, self._start + b"%d" % len(self._devices))
         self._devices.append(device)
-        self._paths[path] = None
+        self.linked(path)
 
     def linked(self, path: bytes) -> None:
         """There is a new hard link at ``path``, which may lead to a place."""
-        if self._devices:
-            self._paths[path] = None
+        if self._devices:  # links on the way may be replaced before the place is looked for
+            folder, _, base = path.rpartition(b"/")
+            self._paths[clean(self._root.resolve(folder)[0] + b"/" + base)] = None
 
     def at(self, path: bytes) -> Device | None:
         """The device whose place ``path`` is."""
@@ -71,6 +72,5 @@ class DevicePlaces:
             if device is not None:
                 os.unlink(self._root.near(path))
                 found[id(device)] = device
-                folder, _, base = path.rpartition(b"/")
-                device.paths.append(clean(self._root.resolve(folder)[0] + b"/" + base))
+                device.paths.append(path)
         return list(found.values())

@@ -18,6 +18,7 @@ LONGEST_NAME = 32 << 10
 MOST_PARTS = 1024
 _AT_ONCE = 4000  # PATH_MAX is 4096
 _MOST_LINKS = 255
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # ELOOP: behind links that lead in circles
 
 
 def is_clean(name: bytes) -> bool:
@@ -93,7 +94,9 @@ class LayerRoot:
         """The file type bits of what is at ``path``, 0 if nothing is."""
         try:
             return stat.S_IFMT(os.lstat(self.near(path)).st_mode)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in NOT_THERE:
+                raise
             return 0
 
     def resolve(self, path: bytes) -> tuple[bytes, int]:

@@ -95,7 +95,8 @@ class LayerWriter:
         opaque = [path for path in self.opaque_folders if self._root.kind(path) == stat.S_IFDIR]
         self.opaque_folders = dict.fromkeys(self._root.resolve(path)[0] for path in opaque)
         for path, mtime in self._times.items():
-            os.utime(self._root.near(path), ns=(mtime, mtime), follow_symlinks=False)
+            if self._root.kind(path) == stat.S_IFDIR:  # a link on the way may have been replaced since
+                os.utime(self._root.near(path), ns=(mtime, mtime), follow_symlinks=False)
 
     def _write(self, entry: Entry) -> None:
         path = clean(entry.name)

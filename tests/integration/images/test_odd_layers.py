@@ -346,3 +346,30 @@ async def test_names_longer_than_the_kernel_takes_at_once(node: Node, parts: int
 async def test_errors_are_of_the_layer(node: Node) -> None:
     with pytest.raises((InvalidArgumentError, LimitError)):
         await install(node, archive(pax(b"damaged"), file(b"x")))
+
+
+def replaced_on_the_way(*inside: tuple[tarfile.TarInfo, bytes], to: str) -> bytes:
+    """A layer whose entries lie behind a link that leads elsewhere in the end."""
+    link = entry("way", kind=tarfile.SYMTYPE, link="real")
+    return make_tar([folder("real"), link, *inside, entry("way", kind=tarfile.SYMTYPE, link=to), entry("after", "it")])
+
+
+@pytest.mark.parametrize("to", ["way", "nothing", "after"])
+async def test_links_that_change_after_what_lies_behind_them(node: Node, to: str) -> None:
+    opaque = entry("way/opaque/.wh..wh..opq")
+    inside = (folder("way/folder", mode=0o700), entry("way/folder/file", "content"), folder("way/opaque"), opaque)
+    root = await unpacked(node, replaced_on_the_way(*inside, to=to))
+    assert (root / "real/folder/file").read_text() == "content"
+    assert stat.S_IMODE((root / "real/folder").stat().st_mode) == 0o700
+    assert (root / "way").readlink() == Path(to)
+    assert (root / "after").read_text() == "it"
+
+
+async def test_devices_behind_links_that_lead_in_circles_later(node: Node) -> None:
+    device = entry("way/null", kind=tarfile.CHRTYPE, device=(1, 3))
+    linked = entry("way/same", kind=tarfile.LNKTYPE, link="way/null")
+    root = await unpacked(node, replaced_on_the_way(device, linked, to="way"))
+    assert (root / "real/same").samefile(root / "real/null")
+    assert stat.S_ISCHR((root / "real/null").lstat().st_mode)
+    assert (root / "way").readlink() == Path("way")
+    assert (root / "after").read_text() == "it"

@@ -43,6 +43,7 @@ class PullCost(msgspec.Struct):
     server: str
     form: str
     seconds: list[float] = []
+    processor_seconds: list[float] = []
     list_milliseconds: list[float] = []
     memory_over_idle: int = 0
 
@@ -108,6 +109,7 @@ def as_markdown(costs: list[PullCost], results: list[Goal]) -> str:
 
     for form in _forms(costs):
         row("seconds", form, lambda cost: " / ".join(f"{seconds:.1f}" for seconds in sorted(cost.seconds)))
+        row("processor seconds", form, lambda cost: f"{min(cost.processor_seconds, default=math.nan):.1f}")
         row("memory over idle", form, lambda cost: f"{cost.memory_over_idle / 2**20:.0f} MiB")
         row(
             "ListContainers p50 / p99",
@@ -193,10 +195,12 @@ def _disk(folder: Path) -> Iterator[Path]:
 def _pull(client: Client, reference: str, cost: PullCost, idle: int) -> None:
     image = cri_pb2.ImageSpec(image=reference)
     os.sync()
+    busy = _processor_seconds(client)
     with _watched(client, cost, idle):
         begin = time.perf_counter()
         client.call("PullImage", cri_pb2.PullImageRequest(image=image), _PULL_SECONDS)
         cost.seconds.append(time.perf_counter() - begin)
+    cost.processor_seconds.append(_processor_seconds(client) - busy)
 
 
 @contextlib.contextmanager
@@ -223,6 +227,12 @@ def _watched(client: Client, cost: PullCost, idle: int) -> Iterator[None]:
         ended.set()
         for thread in threads:
             thread.join()
+
+
+def _processor_seconds(client: Client) -> float:
+    """What the server and its workers that have ended took."""
+    root = client.server_pid()
+    return processes.all_processor_seconds(root) if root is not None else math.nan
 
 
 def _tree_bytes(client: Client) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 from host import libc
 from host.files import mounts
 from network import rtnetlink
-from network.netlink import NETLINK_ROUTE, NetlinkSocket
+from network.netlink import NETLINK_ROUTE
+from network.netlink_socket import NetlinkSocket
 
 RULESET = b"""
 table inet podkeel_check {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import socket
-import struct
 from collections.abc import Mapping
 from decimal import Decimal
 
@@ -18,13 +17,15 @@ from network.netlink import (
     NLM_F_CREATE,
     NLM_F_EXCL,
     NLM_F_REPLACE,
+    Attribute,
+    FilterMessage,
     Message,
-    NetlinkSocket,
-    attribute,
-    nested,
-    number32,
-    text,
+    QdiscMessage,
+    message,
+    rtnl,
 )
+from network.netlink_socket import NetlinkSocket
+from network.rtnetlink import add_ifb
 
 INGRESS_ANNOTATION = "kubernetes.io/ingress-bandwidth"
 EGRESS_ANNOTATION = "kubernetes.io/egress-bandwidth"
@@ -42,34 +43,14 @@ _SMALLEST_BURST_PACKETS = 4
 _QUEUE_SECONDS = 0.05
 _ETHERNET_HEADER = 14
 _LARGEST_NUMBER = 2**32 - 1
+_ETHERNET = 1  # TC_LINKLAYER_ETHERNET, in the byte of struct tc_ratespec that pyroute2 names reserved
 
-_RTM_NEWLINK = 16
-_RTM_NEWQDISC = 36
-_RTM_NEWTFILTER = 44
-_IFF_UP = 1
-_IFLA_IFNAME = 3
-_IFLA_MTU = 4
-_IFLA_LINKINFO = 18
-_IFLA_INFO_KIND = 1
-_TCA_KIND = 1
-_TCA_OPTIONS = 2
-_TCA_TBF_PARMS = 1
-_TCA_TBF_RATE64 = 4
-_TCA_TBF_BURST = 6
-_TCA_U32_SEL = 5
-_TCA_U32_ACT = 7
-_TCA_ACT_KIND = 1
-_TCA_ACT_OPTIONS = 2
-_TCA_MIRRED_PARMS = 2
-_TC_H_ROOT = 0xFFFFFFFF
-_TC_H_INGRESS = 0xFFFFFFF1
+_TOKEN_BUCKET_HANDLE = 0x00010000
 _INGRESS_HANDLE = 0xFFFF0000
-_TBF_HANDLE = 0x00010000
-_TC_LINKLAYER_ETHERNET = 1
-_TC_U32_TERMINAL = 1
-_TC_ACT_STOLEN = 4
-_TCA_EGRESS_REDIR = 1
-_ETH_P_ALL = 3
+_ALL_PROTOCOLS = 0x0003  # ETH_P_ALL
+_FIRST_PRIORITY = 1
+_STOLEN = 4  # TC_ACT_STOLEN
+_EGRESS_REDIRECT = 1  # TCA_EGRESS_REDIR
 
 
 def bandwidth_of(annotations: Mapping[str, str]) -> Bandwidth:
@@ -109,7 +90,7 @@ def limit(route: NetlinkSocket, attachment: Attachment) -> None:
     if bandwidth.ingress:
         route.request([_token_bucket(link, bandwidth.ingress, mtu)])
     if bandwidth.egress:
-        route.request([_add_ifb(attachment.limiter, mtu)])
+        route.request([add_ifb(attachment.limiter, mtu)])
         limiter = socket.if_nametoindex(attachment.limiter)
         route.request(
             [
@@ -120,46 +101,42 @@ def limit(route: NetlinkSocket, attachment: Attachment) -> None:
         )
 
 
-def _add_ifb(name: str, mtu: int) -> Message:
-    body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, _IFF_UP, _IFF_UP)
-    kind = nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "ifb"))
-    return Message(_RTM_NEWLINK, NLM_F_CREATE, body + text(_IFLA_IFNAME, name) + number32(_IFLA_MTU, mtu) + kind)
-
-
 def _token_bucket(index: int, rate: int, mtu: int) -> Message:
     """A token bucket at the root of the link (struct tc_tbf_qopt of linux/pkt_sched.h)."""
     bytes_per_second = max(rate // 8, 1)
     burst = burst_bytes(rate, mtu)
     queue = min(burst + int(bytes_per_second * _QUEUE_SECONDS), _LARGEST_NUMBER)
-    rate_specification = struct.pack(
-        "=BBHhHI", 0, _TC_LINKLAYER_ETHERNET, 0, 0, 0, min(bytes_per_second, _LARGEST_NUMBER)
-    )
-    options = nested(
-        _TCA_OPTIONS,
-        attribute(_TCA_TBF_PARMS, rate_specification + bytes(12) + struct.pack("=III", queue, 0, 0)),
-        number32(_TCA_TBF_BURST, burst),
-        *([attribute(_TCA_TBF_RATE64, struct.pack("=Q", bytes_per_second))] if bytes_per_second > 2**32 - 1 else []),
-    )
-    body = _target(index, _TBF_HANDLE, _TC_H_ROOT) + text(_TCA_KIND, "tbf") + options
-    return Message(_RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, body)
+    parameters = {
+        "rate_cell_log": 0,
+        "rate___reserved": _ETHERNET,
+        "rate": min(bytes_per_second, _LARGEST_NUMBER),
+        "limit": queue,
+    }
+    options: list[Attribute] = [("TCA_TBF_PARMS", parameters), ("TCA_TBF_BURST", burst)]
+    if bytes_per_second > _LARGEST_NUMBER:
+        options.append(("TCA_TBF_RATE64", bytes_per_second))
+    found = [("TCA_KIND", "tbf"), ("TCA_OPTIONS", {"attrs": options})]
+    fields = {"index": index, "handle": _TOKEN_BUCKET_HANDLE, "parent": rtnl.TC_H_ROOT}
+    return message(QdiscMessage, rtnl.RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, found, fields)
 
 
 def _add_ingress(index: int) -> Message:
-    body = _target(index, _INGRESS_HANDLE, _TC_H_INGRESS) + text(_TCA_KIND, "ingress")
-    return Message(_RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, body)
+    fields = {"index": index, "handle": _INGRESS_HANDLE, "parent": rtnl.TC_H_INGRESS}
+    return message(QdiscMessage, rtnl.RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, [("TCA_KIND", "ingress")], fields)
 
 
 def _redirect_all(index: int, target: int) -> Message:
     """Lead every packet that arrives at the link to another one (filter u32, action mirred)."""
-    # One key whose mask is empty: it matches whatever is there.
-    selector = struct.pack("=BBBxHHhhI", _TC_U32_TERMINAL, 0, 1, 0, 0, 0, 0, 0) + bytes(16)
-    redirect = struct.pack("=IIiiiiI", 0, 0, _TC_ACT_STOLEN, 0, 0, _TCA_EGRESS_REDIR, target)
-    action = nested(1, text(_TCA_ACT_KIND, "mirred"), nested(_TCA_ACT_OPTIONS, attribute(_TCA_MIRRED_PARMS, redirect)))
-    options = nested(_TCA_OPTIONS, attribute(_TCA_U32_SEL, selector), nested(_TCA_U32_ACT, action))
-    priority_and_protocol = 1 << 16 | socket.htons(_ETH_P_ALL)
-    body = _target(index, 0, _INGRESS_HANDLE, priority_and_protocol) + text(_TCA_KIND, "u32") + options
-    return Message(_RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, body)
-
-
-def _target(index: int, handle: int, parent: int, information: int = 0) -> bytes:
-    return struct.pack("=BxxxiIII", socket.AF_UNSPEC, index, handle, parent, information)
+    redirect = {"action": _STOLEN, "eaction": _EGRESS_REDIRECT, "ifindex": target}
+    action = [
+        ("TCA_ACT_KIND", "mirred"),
+        ("TCA_ACT_OPTIONS", {"attrs": [("TCA_MIRRED_PARMS", redirect)]}),
+    ]
+    options = [
+        ("TCA_U32_SEL", {"keys": ["0x0/0x0+0"]}),  # the mask is empty: whatever is there matches
+        ("TCA_U32_ACT", {"attrs": [("TCA_ACT_PRIO_1", {"attrs": action})]}),
+    ]
+    found = [("TCA_KIND", "u32"), ("TCA_OPTIONS", {"attrs": options})]
+    priority_and_protocol = _FIRST_PRIORITY << 16 | socket.htons(_ALL_PROTOCOLS)
+    fields = {"index": index, "parent": _INGRESS_HANDLE, "info": priority_and_protocol}
+    return message(FilterMessage, rtnl.RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, found, fields)

@@ -1,44 +1,80 @@
-"""Netlink messages and a blocking request socket (RFC 3549, netlink(7)), small enough for the start of every pod."""
+"""The netlink messages that are sent and read here (RFC 3549, rtnetlink(7)): pyroute2's message classes.
+
+This is the only module that imports pyroute2. Its sockets are not used (``network/netlink_socket.py``): they need an
+event loop or a process for each network namespace, and a call for each message. docs/decisions/pyroute2.md has the
+measurements.
+"""
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
 import struct
-import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple, Self, TypeVar
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self
 
-NETLINK_ROUTE = 0
-NETLINK_NETFILTER = 12
+from pyroute2 import config
+from pyroute2.netlink import (
+    NETLINK_EXT_ACK,
+    NETLINK_NETFILTER,
+    NETLINK_ROUTE,
+    NLA_F_NESTED,
+    NLM_F_ACK,
+    NLM_F_ACK_TLVS,
+    NLM_F_CREATE,
+    NLM_F_DUMP,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    SOL_NETLINK,
+    NotInitialized,
+    nfnetlink,
+    nla,
+    nlmsg,
+    nlmsg_atoms,
+    nlmsgerr,
+    rtnl,
+)
+from pyroute2.netlink.nfnetlink import nfctsocket, nftsocket
+from pyroute2.netlink.rtnl.ifaddrmsg import IFA_F_NODAD, ifaddrmsg
+from pyroute2.netlink.rtnl.ifinfmsg import IFF_UP, ifinfbase
+from pyroute2.netlink.rtnl.ndmsg import ndmsg
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
+from pyroute2.netlink.rtnl.tcmsg import sched_tbf, tcmsg
 
-NLM_F_REQUEST = 0x1
-NLM_F_ACK = 0x4
-NLM_F_DUMP = 0x300
-NLM_F_REPLACE = 0x100
-NLM_F_EXCL = 0x200
-NLM_F_CREATE = 0x400
+__all__ = [
+    "IFA_F_NODAD",
+    "IFF_UP",
+    "NETLINK_EXT_ACK",
+    "NETLINK_NETFILTER",
+    "NETLINK_ROUTE",
+    "NLM_F_ACK",
+    "NLM_F_ACK_TLVS",
+    "NLM_F_CREATE",
+    "NLM_F_DUMP",
+    "NLM_F_EXCL",
+    "NLM_F_REPLACE",
+    "NLM_F_REQUEST",
+    "NLMSG_DONE",
+    "NLMSG_ERROR",
+    "SOL_NETLINK",
+    "nfctsocket",
+    "nfnetlink",
+    "nftsocket",
+    "rtnl",
+]
 
-_NLA_F_NESTED = 0x8000
+# A process that has gRPC loaded must not fork: whatever in pyroute2 would start a process fails.
+config.child_process_mode = "off"
+
 _NLA_TYPE_MASK = 0x3FFF
-_NLMSG_ERROR = 2
-_NLMSG_DONE = 3
-_NLM_F_CAPPED = 0x100
-_NLM_F_ACK_TLVS = 0x200
-_NLMSGERR_ATTR_MSG = 1
-_SOL_NETLINK = 270
-_NETLINK_CAP_ACK = 10
-_NETLINK_EXT_ACK = 11
-_SO_SNDBUFFORCE = 32
-_BUFFER_BYTES = 8 * 1024 * 1024
-_REPLY_SECONDS = 10
 
-_HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
-_ERROR = struct.Struct("=i")
 
-_Answer = TypeVar("_Answer")
+Attribute = tuple[str, Any]
+# A decoded message: fields by name as in a dict, attributes with ``get_attr``, None for one that is not there.
+Answer = Any
 
 
 class Message(NamedTuple):
@@ -49,167 +85,294 @@ class Message(NamedTuple):
     body: bytes
 
 
-class Refusal(NamedTuple):
-    """The kernel's answer to the message at ``position`` of an exchange that it did not carry out."""
+def message(
+    layout: type[nlmsg],
+    kind: int,
+    flags: int,
+    attributes: Sequence[Attribute] = (),
+    fields: Mapping[str, int] = MappingProxyType({}),
+) -> Message:
+    """A request of the class ``layout``; raises ValueError for an attribute that the class does not know.
 
-    position: int
-    number: int
-    reason: str
-
-    def error(self) -> OSError:
-        """The refusal as an exception."""
-        return OSError(self.number, self.reason)
-
-
-def attribute(kind: int, payload: bytes) -> bytes:
-    """One attribute, padded to four bytes."""
-    return _ATTRIBUTE.pack(len(payload) + 4, kind) + payload + bytes(-len(payload) % 4)
-
-
-def nested(kind: int, *attributes: bytes) -> bytes:
-    """An attribute that holds others."""
-    return attribute(kind | _NLA_F_NESTED, b"".join(attributes))
+    An attribute is its name and value; the value of a nested one is a dict whose ``attrs`` are attributes. pyroute2
+    itself leaves out unknown names without a word.
+    """
+    encoded = layout()
+    encoded.update(fields)
+    encoded["attrs"] = list(attributes)
+    _refuse_unknown(encoded)
+    encoded.encode()
+    return Message(kind, flags, bytes(encoded.data))
 
 
-def text(kind: int, value: str) -> bytes:
-    """A zero-terminated string attribute."""
-    return attribute(kind, value.encode() + b"\0")
+def _refuse_unknown(encoded: Answer) -> None:
+    for name, _ in encoded["attrs"]:
+        if not encoded.valid_nla(name):
+            raise ValueError(f"{type(encoded).__name__} has no attribute {name}")
 
 
-def number32(kind: int, value: int) -> bytes:
-    """A 32-bit attribute in host order."""
-    return attribute(kind, struct.pack("=I", value))
+class _Lean:
+    """Makes pyroute2 three times as fast: fields are packed together and looked up in the message itself alone.
+
+    pyroute2 looks for an attribute of the field's name first. The message is what follows the netlink header.
+    """
+
+    __slots__ = ()
+    header = None
+    prefix = None
+    # Or a class would have the compiled map of the class that it extends, if that was used first.
+    _nlmsg_base__compiled_nla = False
+    __getitem__ = dict.__getitem__
+    get = dict.get
+    pack_fields = struct.Struct("").pack
+    field_names: tuple[str, ...] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        fields: Sequence[tuple[str, str]] = getattr(cls, "fields", ())
+        if not any(part.startswith(("!", ">")) for _, part in fields):
+            cls.pack_fields = struct.Struct("=" + "".join(part for _, part in fields)).pack
+            cls.field_names = tuple(name for name, part in fields if not part.endswith("x"))
+
+    def __missing__(self, key: str) -> Any:
+        return NotInitialized if key == "value" else 0
+
+    def ft_encode(self: Answer, offset: int) -> tuple[int, int]:
+        if not self.field_names:
+            offset_and_padding: tuple[int, int] = nlmsg.ft_encode(self, offset)
+            return offset_and_padding
+        packed = self.pack_fields(*[self.get(name, 0) for name in self.field_names])
+        self.data += packed
+        return offset + len(packed), 0
 
 
-def attributes(data: bytes) -> dict[int, bytes]:
-    """The attributes in ``data`` by type; the last one wins."""
-    found: dict[int, bytes] = {}
-    offset = 0
-    while offset + 4 <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        if length < 4:
-            break
-        found[kind & _NLA_TYPE_MASK] = data[offset + 4 : offset + length]
-        offset += (length + 3) & ~3
-    return found
+class _Leaf(_Lean):
+    """An attribute with one value, packed at once; pyroute2 packs its header and value field by field."""
 
+    __slots__ = ()
 
-class NetlinkSocket:
-    """Requests to one netlink family, in the network namespace of the thread that opens it; safe between threads."""
+    header = nla.header
 
-    def __init__(self, family: int) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
-        try:
-            self._socket.bind((0, 0))
-            self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
-            self._socket.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@qq", _REPLY_SECONDS, 0))
-        except BaseException:
-            self._socket.close()
-            raise
-        self._lock = threading.Lock()
-        self._sequence = 0
-
-    def allow_large_batches(self) -> None:
-        """Let one exchange hold thousands of messages (needs CAP_NET_ADMIN in the initial user namespace)."""
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER_BYTES)
-
-    def close(self) -> None:
-        """Close the socket; a second call does nothing."""
-        with self._lock:
-            self._socket.close()
-
-    def __enter__(self) -> Self:
+    def setvalue(self: Answer, value: object) -> Any:
+        self.value = value
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def encode(self: Answer) -> None:
+        payload = self.pack(self.value)
+        self.length = _ATTRIBUTE.size + len(payload)
+        self.data += _ATTRIBUTE.pack(self.length, self["header"]["type"]) + payload + bytes(-len(payload) % 4)
 
-    def exchange(self, messages: Sequence[Message], last: int = -1) -> list[Refusal]:
-        """Send all in one datagram and return what was refused, once the kernel has dealt with message ``last``.
 
-        The kernel carries messages out in order and reports failures whether asked or not; success is asked for only
-        for ``last``, so that thousands of messages do not overflow the receive buffer.
-        """
-        last %= len(messages)
-        with self._lock:
-            first = self._sequence + 1
-            self._sequence += len(messages)
-            packed = [
-                _HEADER.pack(
-                    16 + len(message.body),
-                    message.kind,
-                    message.flags | NLM_F_REQUEST | (NLM_F_ACK if index == last else 0),
-                    first + index,
-                    0,
-                )
-                + message.body
-                + bytes(-len(message.body) % 4)
-                for index, message in enumerate(messages)
-            ]
-            self._socket.send(b"".join(packed))
-            return self._collect(first, first + last)
+class _Uint8(_Leaf, nlmsg_atoms.uint8):
+    __slots__ = ()
+    pack = struct.Struct("=B").pack
 
-    def request(self, messages: Sequence[Message], tolerate: Collection[int] = ()) -> None:
-        """Exchange; raises OSError for the first refusal whose number is not in ``tolerate``."""
-        for refusal in self.exchange(messages):
-            if refusal.number not in tolerate:
-                raise refusal.error()
 
-    def ask(self, question: Message, read: Callable[[bytes], _Answer | None]) -> list[_Answer]:
-        """What ``read`` makes of each answer, less None, as they arrive; raises OSError when the kernel refuses.
+class _Uint32(_Leaf, nlmsg_atoms.uint32):
+    __slots__ = ()
+    pack = struct.Struct("=I").pack
 
-        ``question`` is about one object, or with NLM_F_DUMP about all. ``read`` gets what follows the header.
-        """
-        with self._lock:
-            self._sequence += 1
-            sequence = self._sequence
-            flags = question.flags | NLM_F_REQUEST | NLM_F_ACK
-            self._socket.send(_HEADER.pack(16 + len(question.body), question.kind, flags, sequence, 0) + question.body)
-            found: list[_Answer] = []
-            while True:
-                for kind, _, answered, body in self._receive():
-                    if answered != sequence:
-                        continue
-                    if kind in (_NLMSG_DONE, _NLMSG_ERROR):
-                        number = -_ERROR.unpack_from(body)[0] if len(body) >= 4 else 0
-                        if number > 0:
-                            raise OSError(number, os.strerror(number))
-                        return found
-                    answer = read(body)
-                    if answer is not None:
-                        found.append(answer)
 
-    def _collect(self, first: int, last: int) -> list[Refusal]:
-        refusals: list[Refusal] = []
-        while True:
-            for kind, flags, answered, body in self._receive():
-                if kind != _NLMSG_ERROR or not first <= answered <= last:
-                    continue
-                number = -_ERROR.unpack_from(body)[0]
-                if number:
-                    refusals.append(Refusal(answered - first, number, _reason(number, flags, body)))
-                if answered == last:
-                    return refusals
+class _Bytes(_Leaf, nlmsg_atoms.cdata):
+    __slots__ = ()
+    pack = bytes
 
-    def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
-        try:
-            data = self._socket.recv(65536)
-        except BlockingIOError:
-            raise OSError(errno.ETIMEDOUT, f"the kernel did not answer within {_REPLY_SECONDS} s") from None
-        offset = 0
-        while offset + 16 <= len(data):
-            length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
-            yield kind, flags, sequence, data[offset + 16 : offset + length]
+
+class _Text(_Leaf, nlmsg_atoms.asciiz):
+    __slots__ = ()
+
+    @staticmethod
+    def pack(value: str) -> bytes:
+        return value.encode() + b"\0"
+
+
+class _LeanAttributes(_Lean):
+    """The kinds of attributes by the names that pyroute2's maps have for them. Addresses are bytes."""
+
+    __slots__ = ()
+    uint8, uint32, cdata, asciiz = _Uint8, _Uint32, _Bytes, _Text
+    ipaddr = target = l2addr = _Bytes
+
+
+class Reader:
+    """Decodes answers of the class ``layout``, and of their attributes only ``names``.
+
+    A link has sixty attributes, each of which pyroute2 makes into an object: all of them take ten times as long. What
+    is too short or reaches beyond the end of the answer is left out.
+    """
+
+    def __init__(self, layout: type[nlmsg], *names: str) -> None:
+        self._layout = layout
+        self._head = sum(struct.calcsize(part) for _, part in layout.fields)
+        self._wanted = frozenset(number for number, row in enumerate(layout.nla_map) if row[0] in names)
+
+    def __call__(self, body: bytes) -> Answer:
+        """The answer, from what follows its header; raises struct.error if it is too short."""
+        parts = [body[: self._head]]
+        offset = self._head
+        while offset + _ATTRIBUTE.size <= len(body):
+            length, kind = _ATTRIBUTE.unpack_from(body, offset)
+            end = offset + length
+            if length < _ATTRIBUTE.size or end > len(body):
+                break
+            if kind & _NLA_TYPE_MASK in self._wanted:
+                parts.append(body[offset:end] + bytes(-length % 4))
+                if len(parts) > len(self._wanted):
+                    break
             offset += (length + 3) & ~3
+        kept = b"".join(parts)
+        decoded = self._layout(kept, length=len(kept))
+        decoded.decode()
+        return decoded
 
 
-def _reason(number: int, flags: int, body: bytes) -> str:
-    reason = os.strerror(number)
-    if flags & _NLM_F_ACK_TLVS:
-        # After the error number comes the refused message's header, with its body unless the answer is capped.
-        skipped = 16 if flags & _NLM_F_CAPPED else (_HEADER.unpack_from(body, 4)[0] + 3) & ~3
-        detail = attributes(body[4 + skipped :]).get(_NLMSGERR_ATTR_MSG)
-        if detail:
-            reason = f"{reason} ({detail.rstrip(bytes(1)).decode(errors='replace')})"
-    return reason
+class _Nested(_LeanAttributes, nla):
+    """Attributes in an attribute. A name that is not in the map is an error, and values are not copied."""
+
+    __slots__ = ()
+    header = nla.header
+    nla_flags = NLA_F_NESTED
+
+    def setvalue(self, value: Mapping[str, Any]) -> Self:
+        self.update(value)
+        return self
+
+    def encode(self: Answer) -> None:
+        _refuse_unknown(self)
+        start = len(self.data)
+        self.data += bytes(_ATTRIBUTE.size) + self.pack_fields(*[self.get(name, 0) for name in self.field_names])
+        self.encode_nlas(len(self.data))
+        self.length = len(self.data) - start
+        _ATTRIBUTE.pack_into(self.data, start, self.length, self["header"]["type"])
+
+
+def _rows(stock: Sequence[tuple[str, str]], *names: str) -> tuple[tuple[int, str, str], ...]:
+    """The rows of these names of a map of pyroute2, with their numbers."""
+    return tuple((number, name, kind) for number, (name, kind) in enumerate(stock) if name in names)
+
+
+class _BridgeData(_Nested):
+    __slots__ = ()
+    nla_map = (
+        *_rows(
+            ifinfbase.ifinfo.bridge_data.nla_map,
+            "IFLA_BR_FORWARD_DELAY",
+            "IFLA_BR_STP_STATE",
+            "IFLA_BR_MCAST_SNOOPING",
+        ),
+        (46, "IFLA_BR_MULTI_BOOLOPT", "boolopt"),
+    )
+
+    class boolopt(nla):  # noqa: N801 - pyroute2 finds the class by this name
+        __slots__ = ()
+        fields = (("optval", "I"), ("optmask", "I"))
+
+
+class _BridgePortData(_Nested):
+    __slots__ = ()
+    nla_map = _rows(ifinfbase.ifinfo.bridge_slave_data.nla_map, "IFLA_BRPORT_MODE")
+
+
+class _FamilyData(_Nested):
+    __slots__ = ()
+    nla_map = _rows(ifinfbase.af_spec_inet.nla_map, "AF_INET6")
+
+    class inet6(_Nested):  # noqa: N801
+        __slots__ = ()
+        nla_map = _rows(ifinfbase.af_spec_inet.inet6.nla_map, "IFLA_INET6_ADDR_GEN_MODE")
+
+
+class _LinkAttributes(_LeanAttributes, ifinfbase):
+    """What a link has."""
+
+    state = _Uint8
+    netns_fd = _Uint32
+    af_spec = _FamilyData
+
+    class ifinfo(_Nested):  # noqa: N801
+        __slots__ = ()
+        nla_map = ifinfbase.ifinfo.nla_map
+
+        @staticmethod
+        def info_data(about: Answer, **_: object) -> Any:
+            kinds = {"bridge": _BridgeData, "veth": _VethData}
+            return kinds.get(about.get_attr("IFLA_INFO_KIND"), nlmsg_atoms.hex)
+
+        @staticmethod
+        def info_slave_data(about: Answer, **_: object) -> Any:
+            return _BridgePortData if about.get_attr("IFLA_INFO_SLAVE_KIND") == "bridge" else nlmsg_atoms.hex
+
+
+class LinkMessage(_LinkAttributes, nlmsg):
+    """A link (struct ifinfomsg)."""
+
+
+class _Peer(_LinkAttributes, _Nested):
+    """The other end of a veth pair: a link as an attribute."""
+
+
+class _VethData(_Nested):
+    __slots__ = ()
+    nla_map = ((1, "VETH_INFO_PEER", "peer"),)
+    peer = _Peer
+
+
+class AddressMessage(_LeanAttributes, ifaddrmsg):
+    """An address of a link (struct ifaddrmsg)."""
+
+    __slots__ = ()
+
+
+class RouteMessage(_LeanAttributes, rtmsg):
+    """A route (struct rtmsg)."""
+
+    __slots__ = ()
+
+
+class NeighbourMessage(_LeanAttributes, ndmsg):
+    """A neighbour (struct ndmsg)."""
+
+    __slots__ = ()
+
+
+class FlowMessage(_LeanAttributes, nfctsocket.nfct_msg):
+    """A tracked connection (struct nfgenmsg)."""
+
+
+class FilterMessage(_Lean, tcmsg):
+    """A filter of packets (struct tcmsg)."""
+
+
+class _TokenBucket(_Nested):
+    __slots__ = ()
+    nla_map = (
+        *_rows(sched_tbf.options.nla_map, "TCA_TBF_PARMS"),
+        (4, "TCA_TBF_RATE64", "uint64"),
+        (6, "TCA_TBF_BURST", "uint32"),
+    )
+
+    class tbf_parms(nla):  # noqa: N801
+        """Without the table of times that pyroute2 computes; the kernel has not used it since 3.8."""
+
+        __slots__ = ()
+        fields = sched_tbf.options.tbf_parms.fields
+
+
+class QdiscMessage(_LeanAttributes, nlmsg):
+    """A queueing discipline (struct tcmsg): a token bucket, or one without options."""
+
+    __slots__ = ()
+    fields = tcmsg.fields
+    nla_map = ((1, "TCA_KIND", "asciiz"), (2, "TCA_OPTIONS", "token_bucket"))
+    token_bucket = _TokenBucket
+
+
+class _Refused(_LeanAttributes, nlmsg):
+    """An NLMSG_ERROR whose copy of the request is its header alone (NETLINK_CAP_ACK)."""
+
+    __slots__ = ()
+    fields = (*nlmsgerr.fields, *((f"request_{name}", kind) for name, kind in nlmsg.header))
+    nla_map = nlmsgerr.nla_map
+
+
+read_refusal = Reader(_Refused, "NLMSGERR_ATTR_MSG")

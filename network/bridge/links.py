@@ -15,7 +15,8 @@ from host.errors import NotFoundError, PodkeelError, UnavailableError, WrongStat
 from network import bandwidth, conntrack, rtnetlink, sysctl
 from network.attachment import Attachment, bridge_mac, interface_prefix, link_local
 from network.bridge.owner import BridgeOwner, claim
-from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, NetlinkSocket
+from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message
+from network.netlink_socket import NetlinkSocket
 from network.nftables.elements import add_elements, elements_of, remove_elements
 
 IPAddress = IPv4Address | IPv6Address
@@ -126,7 +127,7 @@ class KernelBridge:
             return []
         lost = sorted(self.ports().intersection(names) - self.attached())
         for name in lost:
-            changes = [rtnetlink.attach_port(name, index), rtnetlink.make_hairpin(name), rtnetlink.set_up(name)]
+            changes = [rtnetlink.attach_port(name, index), rtnetlink.configure_port(name), rtnetlink.set_up(name)]
             # One whose pod's namespace has gone is still listed while the kernel takes it down.
             self._route.request(changes, tolerate=(errno.ENODEV,))
         return lost
@@ -198,8 +199,7 @@ class KernelBridge:
             rtnetlink.add_pair(
                 name, bridge_index, attachment.mtu, namespace=namespace, peer=attachment.interface, peer_mac=mac
             ),
-            *([rtnetlink.keep_without_generated_address(name)] if self._ipv6 else []),
-            rtnetlink.make_hairpin(name),
+            rtnetlink.configure_port(name, generate_address=not self._ipv6),
             rtnetlink.set_up(name),
         ]
         refusals = self._route.exchange(messages)

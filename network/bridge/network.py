@@ -17,9 +17,9 @@ from network import ports, sysctl
 from network.attachment import Attachment, AttachRequest, PortMapping, interface_name, limiter_name, pod_mac
 from network.bridge.audit import Finding, compare_bridge, compare_elements, compare_links, compare_store
 from network.bridge.links import IPInterface, KernelBridge, TableMissingError
+from network.bridge.lost_attachments import lost_rows
 from network.bridge.owner import BridgeOwner
 from network.ipam import AddressBook, IPAddress, IPNetwork, gateway_of, parse_ranges
-from network.lost_attachments import lost_rows
 from network.nftables import ruleset
 from network.nftables.elements import elements_of
 from network.nftables.firewalls import FirewallWatch

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from host.errors import WrongStateError
 from network import rtnetlink
-from network.netlink import NetlinkSocket
+from network.netlink_socket import NetlinkSocket
 
 IPInterface = IPv4Interface | IPv6Interface
 

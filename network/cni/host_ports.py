@@ -18,7 +18,8 @@ from network import conntrack, rtnetlink, sysctl
 from network.attachment import Attachment, PortMapping
 from network.bridge.audit import Finding, compare_sets
 from network.cni.record import CniRecord, CniState
-from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, NetlinkSocket
+from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE
+from network.netlink_socket import NetlinkSocket
 from network.nftables import host_port_rules, ruleset
 from network.nftables.elements import host_port_elements
 

@@ -8,7 +8,8 @@ from host import libc
 from host.concurrency import threads
 from host.errors import NotFoundError
 from network import rtnetlink
-from network.netlink import NETLINK_ROUTE, NetlinkSocket
+from network.netlink import NETLINK_ROUTE
+from network.netlink_socket import NetlinkSocket
 
 
 def bring_up_loopback(sandbox_id: str, netns_path: str) -> None:

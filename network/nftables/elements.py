@@ -14,17 +14,17 @@ from itertools import groupby
 from typing import NamedTuple
 
 from network.attachment import Attachment, link_local
-from network.netlink import NLM_F_CREATE, Message, NetlinkSocket, attribute, nested, text
+from network.netlink import NLM_F_CREATE, Message, nfnetlink, nftsocket
+from network.netlink_socket import NetlinkSocket
 from network.ports import HostPort, host_ports
 
 BRIDGE = "bridge"
 INET = "inet"
 
-_FAMILIES = {INET: 1, BRIDGE: 7}
+_FAMILIES = {INET: nftsocket.NFPROTO_INET, BRIDGE: nftsocket.NFPROTO_BRIDGE}
 _PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17, "sctp": 132}
-_SUBSYSTEM_NFTABLES = 10
-_NEW_ELEMENT = _SUBSYSTEM_NFTABLES << 8 | 12
-_DELETE_ELEMENT = _SUBSYSTEM_NFTABLES << 8 | 14
+_NEW_ELEMENT = nfnetlink.NFNL_SUBSYS_NFTABLES << 8 | nftsocket.NFT_MSG_NEWSETELEM
+_DELETE_ELEMENT = nfnetlink.NFNL_SUBSYS_NFTABLES << 8 | nftsocket.NFT_MSG_DELSETELEM
 _BATCH_BEGIN = 16
 _BATCH_END = 17
 _LIST_TABLE = 1
@@ -35,6 +35,7 @@ _ELEMENT_KEY = 1
 _ELEMENT_DATA = 2
 _DATA_VALUE = 1
 _ELEMENTS_PER_MESSAGE = 200
+_NESTED = 0x8000
 
 
 class Value(NamedTuple):
@@ -134,7 +135,7 @@ def remove_elements(netfilter: NetlinkSocket, table: str, elements: Sequence[Ele
 
 
 def _transaction(netfilter: NetlinkSocket, table: str, elements: Sequence[Element], kind: int) -> None:
-    batch = struct.pack(">BBH", 0, 0, _SUBSYSTEM_NFTABLES)
+    batch = struct.pack(">BBH", 0, 0, nfnetlink.NFNL_SUBSYS_NFTABLES)
     messages = [Message(_BATCH_BEGIN, 0, batch)]
     for (family, set_name), group in groupby(elements, key=lambda element: (element.family, element.set_name)):
         waiting = list(group)
@@ -142,9 +143,9 @@ def _transaction(netfilter: NetlinkSocket, table: str, elements: Sequence[Elemen
             part, waiting = waiting[:_ELEMENTS_PER_MESSAGE], waiting[_ELEMENTS_PER_MESSAGE:]
             body = (
                 struct.pack(">BBH", _FAMILIES[family], 0, 0)
-                + text(_LIST_TABLE, table)
-                + text(_LIST_SET, set_name)
-                + nested(_LIST_ELEMENTS, *(_encode(element, kind == _NEW_ELEMENT) for element in part))
+                + _text(_LIST_TABLE, table)
+                + _text(_LIST_SET, set_name)
+                + _nested(_LIST_ELEMENTS, *(_encode(element, kind == _NEW_ELEMENT) for element in part))
             )
             messages.append(Message(kind, NLM_F_CREATE if kind == _NEW_ELEMENT else 0, body))
     messages.append(Message(_BATCH_END, 0, batch))
@@ -153,11 +154,27 @@ def _transaction(netfilter: NetlinkSocket, table: str, elements: Sequence[Elemen
 
 
 def _encode(element: Element, with_data: bool) -> bytes:
-    key = nested(_ELEMENT_KEY, attribute(_DATA_VALUE, _concatenated(element.key)))
+    key = _nested(_ELEMENT_KEY, _attribute(_DATA_VALUE, _concatenated(element.key)))
     if not (with_data and element.data):
-        return nested(_LIST_ELEMENT, key)
-    return nested(_LIST_ELEMENT, key, nested(_ELEMENT_DATA, attribute(_DATA_VALUE, _concatenated(element.data))))
+        return _nested(_LIST_ELEMENT, key)
+    return _nested(_LIST_ELEMENT, key, _nested(_ELEMENT_DATA, _attribute(_DATA_VALUE, _concatenated(element.data))))
 
 
 def _concatenated(values: Sequence[Value]) -> bytes:
     return b"".join(value.packed + bytes(-len(value.packed) % 4) for value in values)
+
+
+# pyroute2 has no classes for keys of several parts, and takes fifty times as long for an element.
+def _attribute(kind: int, payload: bytes) -> bytes:
+    """One attribute, padded to four bytes."""
+    return struct.pack("=HH", len(payload) + 4, kind) + payload + bytes(-len(payload) % 4)
+
+
+def _nested(kind: int, *attributes: bytes) -> bytes:
+    """An attribute that holds others."""
+    return _attribute(kind | _NESTED, b"".join(attributes))
+
+
+def _text(kind: int, value: str) -> bytes:
+    """A zero-terminated string attribute."""
+    return _attribute(kind, value.encode() + b"\0")

@@ -14,7 +14,8 @@ import msgspec
 import pytest
 
 from host.processes import start_time
-from network.netlink import NETLINK_ROUTE, NetlinkSocket
+from network.netlink import NETLINK_ROUTE
+from network.netlink_socket import NetlinkSocket
 from network.rtnetlink import delete_link
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree

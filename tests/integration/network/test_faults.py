@@ -23,7 +23,8 @@ from host.database import Database
 from network.attachment import AttachRequest, PortMapping, interface_name
 from network.bridge.network import BuiltInNetwork
 from network.rtnetlink import delete_link
-from network.netlink import NETLINK_ROUTE, NetlinkSocket
+from network.netlink import NETLINK_ROUTE
+from network.netlink_socket import NetlinkSocket
 from network.options import NetworkOptions
 from network.schema import MIGRATIONS
 

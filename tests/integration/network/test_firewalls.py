@@ -17,7 +17,7 @@ _LOOK = """
 import asyncio, json, sys
 from pathlib import Path
 from host.database import Database
-from network import firewalls
+from network.nftables import firewalls
 from network.bridge.network import BuiltInNetwork
 from network.nftables.firewalls import find_obstacles
 from network.ipam import parse_ranges

@@ -1,32 +1,80 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import struct
 from ipaddress import ip_address, ip_interface
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyroute2.process import ChildProcess
 
 from network import rtnetlink
 from network.attachment import Attachment, PortMapping, interface_name, interface_prefix, link_local, pod_mac
-from network.netlink import NETLINK_ROUTE, NetlinkSocket, attribute, attributes, nested
+from network.netlink import NETLINK_ROUTE, LinkMessage, Reader, message
+from network.netlink_socket import NetlinkSocket
 from network.nftables.elements import elements_of
 
 
-@given(st.dictionaries(st.integers(1, 0x3FFF), st.binary(max_size=60), max_size=8))
-def test_attributes_are_read_back(found: dict[int, bytes]) -> None:
-    assert attributes(b"".join(attribute(kind, payload) for kind, payload in found.items())) == found
+@given(st.binary(max_size=200))
+def test_rubbish_from_a_kernel_is_left_out(rubbish: bytes) -> None:
+    read = Reader(LinkMessage, "IFLA_IFNAME", "IFLA_MASTER")
+    answer = read(struct.pack("=BxHiII", 0, 1, 7, 1, 0) + rubbish)
+    assert answer["index"] == 7
+    known = {"IFLA_IFNAME", "IFLA_MASTER"}
+    assert {name for name, *_ in (slot[:] for slot in answer["attrs"])} <= known
 
 
-@given(st.binary(max_size=64))
-def test_rubbish_ends(data: bytes) -> None:
-    assert all(len(value) <= len(data) for value in attributes(data).values())
+def test_an_answer_that_is_too_short_is_an_error() -> None:
+    with pytest.raises(struct.error):
+        Reader(LinkMessage, "IFLA_IFNAME")(b"\0\0")
 
 
-def test_nested_attributes() -> None:
-    inner = attributes(attributes(nested(18, attribute(1, b"veth\0"), attribute(2, b"x")))[18])
-    assert inner == {1: b"veth\0", 2: b"x"}
+def test_attributes_are_read_back_by_name() -> None:
+    sent = message(LinkMessage, 16, 0, [("IFLA_IFNAME", "one"), ("IFLA_MTU", 1400), ("IFLA_MASTER", 3)], {"index": 9})
+    answer = Reader(LinkMessage, "IFLA_IFNAME", "IFLA_MASTER")(sent.body)
+    assert (answer["index"], answer.get_attr("IFLA_IFNAME"), answer.get_attr("IFLA_MASTER")) == (9, "one", 3)
+    assert answer.get_attr("IFLA_MTU") is None
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        ("IFLA_BR_STP_STATE", 0),
+        ("IFLA_LINKINFO", {"attrs": [("IFLA_MTU", 1)]}),
+        (
+            "IFLA_LINKINFO",
+            {"attrs": [("IFLA_INFO_KIND", "bridge"), ("IFLA_INFO_DATA", {"attrs": [("IFLA_BR_MULTI_BOOL", 1)]})]},
+        ),
+    ],
+)
+def test_an_attribute_that_pyroute2_would_leave_out_is_an_error(attribute: tuple[str, object]) -> None:
+    with pytest.raises(ValueError, match="has no attribute"):
+        message(LinkMessage, 16, 0, [attribute])
+
+
+def test_nothing_of_pyroute2_can_fork() -> None:
+    with pytest.raises(TypeError, match="unsupported mode"), ChildProcess(os.getpid, []):
+        pass
+
+
+def test_what_another_process_sends_is_no_answer() -> None:
+    """A process with CAP_NET_ADMIN may send to any netlink socket of its namespace."""
+    answer = message(LinkMessage, 16, 0, [("IFLA_IFNAME", "pktlie")], {"index": 4711})
+    with NetlinkSocket(NETLINK_ROUTE) as route, socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as liar:
+        liar.bind((0, 0))
+        packed = b"".join(
+            struct.pack("=IHHII", 16 + len(answer.body), answer.kind, 0, sequence, 0) + answer.body
+            for sequence in range(1, 20)
+        )
+        try:
+            liar.sendto(packed, (route.port_id, 0))
+        except PermissionError:
+            pytest.skip("needs CAP_NET_ADMIN")
+        assert [link.name for link in rtnetlink.list_links(route) if link.index == 4711] == []
+        assert rtnetlink.find_link(route, "lo").index == 1
 
 
 def test_the_kernel_answers_and_refuses_by_position() -> None:

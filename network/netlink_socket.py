@@ -1,0 +1,173 @@
+"""A blocking netlink socket (RFC 3549, netlink(7)) that carries messages in batches.
+
+A socket belongs to the network namespace of the thread that opens it. Everything here blocks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple, Self, TypeVar
+
+from network.netlink import (
+    NETLINK_EXT_ACK,
+    NLM_F_ACK,
+    NLM_F_ACK_TLVS,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    SOL_NETLINK,
+    Message,
+    read_refusal,
+)
+
+_NETLINK_CAP_ACK = 10
+_SO_SNDBUFFORCE = 32
+_BUFFER_BYTES = 8 * 1024 * 1024
+_LARGEST_DATAGRAM = 65536
+_REPLY_SECONDS = 10
+
+_HEADER = struct.Struct("=IHHII")
+_ERROR = struct.Struct("=i")
+
+_Value = TypeVar("_Value")
+
+
+class Refusal(NamedTuple):
+    """The kernel's answer to the message at ``position`` of an exchange that it did not carry out."""
+
+    position: int
+    number: int
+    reason: str
+
+    def error(self) -> OSError:
+        """The refusal as an exception."""
+        return OSError(self.number, self.reason)
+
+
+class NetlinkSocket:
+    """Requests to one netlink family, in the network namespace of the thread that opens it; safe between threads."""
+
+    def __init__(self, family: int) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, family)
+        try:
+            self._socket.bind((0, 0))
+            self._socket.setsockopt(SOL_NETLINK, _NETLINK_CAP_ACK, 1)
+            self._socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@qq", _REPLY_SECONDS, 0))
+        except BaseException:
+            self._socket.close()
+            raise
+        self._lock = threading.Lock()
+        self._sequence = 0
+
+    @property
+    def port_id(self) -> int:
+        """The address of the socket among those of its family and namespace."""
+        return int(self._socket.getsockname()[0])
+
+    def allow_large_batches(self) -> None:
+        """Let one exchange hold thousands of messages (needs CAP_NET_ADMIN in the initial user namespace)."""
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER_BYTES)
+
+    def close(self) -> None:
+        """Close the socket; a second call does nothing."""
+        with self._lock:
+            self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def exchange(self, messages: Sequence[Message], last: int = -1) -> list[Refusal]:
+        """Send all in one datagram and return what was refused, once the kernel has dealt with message ``last``.
+
+        The kernel carries messages out in order and reports failures whether asked or not; success is asked for only
+        for ``last``, so that thousands of messages do not overflow the receive buffer.
+        """
+        last %= len(messages)
+        with self._lock:
+            first = self._sequence + 1
+            self._sequence += len(messages)
+            packed = [
+                _pack(request, NLM_F_ACK if index == last else 0, first + index)
+                for index, request in enumerate(messages)
+            ]
+            self._socket.send(b"".join(packed))
+            return self._collect(first, first + last)
+
+    def request(self, messages: Sequence[Message], tolerate: Collection[int] = ()) -> None:
+        """Exchange; raises OSError for the first refusal whose number is not in ``tolerate``."""
+        for refusal in self.exchange(messages):
+            if refusal.number not in tolerate:
+                raise refusal.error()
+
+    def ask(self, question: Message, read: Callable[[bytes], _Value | None]) -> list[_Value]:
+        """What ``read`` makes of each answer, less None, as they arrive; raises OSError when the kernel refuses.
+
+        ``question`` is about one object, or with NLM_F_DUMP about all. ``read`` gets what follows the header.
+        """
+        with self._lock:
+            self._sequence += 1
+            sequence = self._sequence
+            self._socket.send(_pack(question, NLM_F_ACK, sequence))
+            found: list[_Value] = []
+            while True:
+                for kind, _, answered, body in self._receive():
+                    if answered != sequence:
+                        continue
+                    if kind in (NLMSG_DONE, NLMSG_ERROR):
+                        number = -_ERROR.unpack_from(body)[0] if len(body) >= 4 else 0
+                        if number > 0:
+                            raise OSError(number, os.strerror(number))
+                        return found
+                    value = read(body)
+                    if value is not None:
+                        found.append(value)
+
+    def _collect(self, first: int, last: int) -> list[Refusal]:
+        refusals: list[Refusal] = []
+        while True:
+            for kind, flags, answered, body in self._receive():
+                if kind != NLMSG_ERROR or not first <= answered <= last:
+                    continue
+                number = -_ERROR.unpack_from(body)[0]
+                if number:
+                    refusals.append(Refusal(answered - first, number, _reason(number, flags, body)))
+                if answered == last:
+                    return refusals
+
+    def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
+        """Type, flags, sequence number and body of each message in the next datagram from the kernel."""
+        try:
+            data, _, flags, (sender, _) = self._socket.recvmsg(_LARGEST_DATAGRAM)
+        except BlockingIOError:
+            raise OSError(errno.ETIMEDOUT, f"the kernel did not answer within {_REPLY_SECONDS} s") from None
+        if flags & socket.MSG_TRUNC:
+            raise OSError(errno.EMSGSIZE, f"the kernel's answer is longer than {_LARGEST_DATAGRAM} bytes")
+        if sender != 0:
+            return  # a process may send to this socket too; the kernel's address is 0
+        offset = 0
+        while offset + _HEADER.size <= len(data):
+            length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
+            if not _HEADER.size <= length <= len(data) - offset:
+                raise OSError(errno.EBADMSG, f"the kernel's answer has a message of {length} bytes at {offset}")
+            yield kind, flags, sequence, data[offset + _HEADER.size : offset + length]
+            offset += (length + 3) & ~3
+
+
+def _pack(request: Message, flags: int, sequence: int) -> bytes:
+    body = request.body
+    header = _HEADER.pack(_HEADER.size + len(body), request.kind, request.flags | NLM_F_REQUEST | flags, sequence, 0)
+    return header + body + bytes(-len(body) % 4)
+
+
+def _reason(number: int, flags: int, body: bytes) -> str:
+    detail = read_refusal(body).get_attr("NLMSGERR_ATTR_MSG") if flags & NLM_F_ACK_TLVS else None
+    return f"{os.strerror(number)} ({detail})" if detail else os.strerror(number)

@@ -128,7 +128,7 @@ class AddressPool:
         return f"{self.network} ({len(self._taken)} in use, {len(self._resting)} in quarantine)"
 
 
-class AddressBook:
+class Ipam:
     """Every range of the node: those for new pods, in order of preference, and older ones that pods still hold."""
 
     def __init__(self, ranges: Iterable[IPNetwork], quarantine: float) -> None:

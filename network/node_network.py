@@ -12,14 +12,13 @@ from typing import Protocol
 from host.database import Database
 from host.errors import WrongStateError
 from network.attachment import Attachment, AttachRequest
-from network.bridge.audit import Finding
 from network.bridge.network import BuiltInNetwork
 from network.bridge.owner import BridgeOwner
 from network.cni.network import CniNetwork
 from network.cni.watch import ConfigurationWatch
 from network.options import NetworkOptions
 from network.ports import PortRegistry
-from network.status import Condition
+from network.status import Condition, Finding
 
 _log = logging.getLogger("podkeel.network")
 

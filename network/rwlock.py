@@ -1,4 +1,4 @@
-"""A gate many may pass at a time, or one may hold closed."""
+"""A lock that many readers or one writer may hold."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class Gate:
-    """Keeps what replaces a whole apart from the many that change parts of it."""
+class RWLock:
+    """Keeps what replaces a whole (a writer) apart from the many that change parts of it (readers)."""
 
     def __init__(self) -> None:
-        self._inside = 0
-        self._open = asyncio.Event()
-        self._open.set()
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self._closing = asyncio.Lock()
+        self._readers = 0
+        self._unlocked = asyncio.Event()
+        self._unlocked.set()
+        self._no_readers = asyncio.Event()
+        self._no_readers.set()
+        self._writers = asyncio.Lock()
 
     @asynccontextmanager
-    async def passing(self) -> AsyncIterator[None]:
-        """Wait until the gate is open, and keep it from closing meanwhile."""
-        while not self._open.is_set():
-            await self._open.wait()
-        self._inside += 1
-        self._empty.clear()
+    async def reading(self) -> AsyncIterator[None]:
+        """Wait until no writer holds or awaits the lock, and hold it beside other readers."""
+        while not self._unlocked.is_set():
+            await self._unlocked.wait()
+        self._readers += 1
+        self._no_readers.clear()
         try:
             yield
         finally:
-            self._inside -= 1
-            if not self._inside:
-                self._empty.set()
+            self._readers -= 1
+            if not self._readers:
+                self._no_readers.set()
 
     @asynccontextmanager
-    async def closed(self) -> AsyncIterator[None]:
-        """Let nobody in, wait until those inside have left, and be alone."""
-        async with self._closing:
-            self._open.clear()
+    async def writing(self) -> AsyncIterator[None]:
+        """Admit no more readers, wait until those that hold the lock have left, and hold it alone."""
+        async with self._writers:
+            self._unlocked.clear()
             try:
-                await self._empty.wait()
+                await self._no_readers.wait()
                 yield
             finally:
-                self._open.set()
+                self._unlocked.set()

@@ -1,4 +1,4 @@
-"""Whether pods can be connected to the network."""
+"""Whether pods can be connected to the network, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -11,3 +11,11 @@ class Condition(msgspec.Struct, frozen=True):
     ready: bool
     reason: str = ""
     message: str = ""
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One disagreement: what kind of object, which one, and what is wrong with it."""
+
+    kind: str
+    object: str
+    problem: str

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import msgspec
-
 from network.attachment import Attachment
-from network.bridge.links import IPInterface, KernelBridge
-from network.nftables.elements import elements_of
+from network.bridge.links import BridgeLinks, IPInterface
+from network.nftables.elements import compare_sets, elements_of
 from network.nftables.ruleset import listed_elements
+from network.status import Finding
 from network.store import NetworkStore
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """One disagreement: what kind of object, which one, and what is wrong with it."""
-
-    kind: str
-    object: str
-    problem: str
 
 
 def compare_store(store: NetworkStore, attachments: Collection[Attachment]) -> list[Finding]:
@@ -38,7 +29,7 @@ def compare_store(store: NetworkStore, attachments: Collection[Attachment]) -> l
 
 
 def compare_links(
-    kernel: KernelBridge, attachments: Collection[Attachment], live: Collection[str], unfinished: Collection[str]
+    kernel: BridgeLinks, attachments: Collection[Attachment], live: Collection[str], unfinished: Collection[str]
 ) -> list[Finding]:
     """Attachments without a sandbox or without a link on the bridge, and links without an attachment."""
     present, attached = kernel.ports(), kernel.attached()
@@ -62,7 +53,7 @@ def compare_links(
     return findings + [Finding("link", name, "belongs to no sandbox") for name in sorted(present - known)]
 
 
-def compare_bridge(kernel: KernelBridge, wanted: Sequence[IPInterface]) -> list[Finding]:
+def compare_bridge(kernel: BridgeLinks, wanted: Sequence[IPInterface]) -> list[Finding]:
     """A bridge that is missing, is down or has other addresses than the gateways of the ranges in use."""
     if kernel.index() is None:
         return [Finding("bridge", kernel.name, "missing")]
@@ -89,14 +80,3 @@ def compare_elements(
         group = allowed if attachment.sandbox_id in unfinished else wanted
         group.update((element.set_name, str(element)) for element in elements_of(attachment))
     return compare_sets(wanted, allowed, present)
-
-
-def compare_sets(
-    wanted: set[tuple[str, str]], allowed: set[tuple[str, str]], present: set[tuple[str, str]]
-) -> list[Finding]:
-    """Elements, as (set, text), that are missing, and those that are neither wanted nor allowed."""
-    kind = "nftables element"
-    missing = [Finding(kind, f"{name}: {key}", "missing") for name, key in sorted(wanted - present)]
-    return missing + [
-        Finding(kind, f"{name}: {key}", "belongs to no sandbox") for name, key in sorted(present - wanted - allowed)
-    ]

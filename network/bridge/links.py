@@ -30,7 +30,7 @@ class TableMissingError(Exception):
     """The nftables tables or their sets are gone: somebody flushed the ruleset."""
 
 
-class KernelBridge:
+class BridgeLinks:
     """The bridge ``name`` in the network namespace of the thread that makes this object; ``owner`` is its agent."""
 
     def __init__(self, name: str, owner: BridgeOwner | None = None) -> None:

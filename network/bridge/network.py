@@ -15,18 +15,18 @@ from host.database import Database
 from host.errors import AlreadyExistsError, InvalidArgumentError, PodkeelError, UnavailableError
 from network import ports, sysctl
 from network.attachment import Attachment, AttachRequest, PortMapping, interface_name, limiter_name, pod_mac
-from network.bridge.audit import Finding, compare_bridge, compare_elements, compare_links, compare_store
-from network.bridge.links import IPInterface, KernelBridge, TableMissingError
+from network.bridge.audit import compare_bridge, compare_elements, compare_links, compare_store
+from network.bridge.links import BridgeLinks, IPInterface, TableMissingError
 from network.bridge.lost_attachments import lost_rows
 from network.bridge.owner import BridgeOwner
-from network.ipam import AddressBook, IPAddress, IPNetwork, gateway_of, parse_ranges
+from network.ipam import IPAddress, Ipam, IPNetwork, gateway_of, parse_ranges
 from network.nftables import ruleset
 from network.nftables.elements import elements_of
 from network.nftables.firewalls import FirewallWatch
 from network.options import NetworkOptions
 from network.ports import HostPort, PortRegistry
-from network.rwlock import Gate
-from network.status import Condition
+from network.rwlock import RWLock
+from network.status import Condition, Finding
 from network.store import NetworkStore
 
 _log = logging.getLogger("podkeel.network")
@@ -60,18 +60,18 @@ class BuiltInNetwork:
         self.owner: BridgeOwner | None = None
         self.store = NetworkStore(database)
         self._cluster_ranges = parse_ranges(options.cluster_cidrs) if options.cluster_cidrs else ()
-        self._book = AddressBook(parse_ranges(options.pod_cidrs), options.quarantine_seconds)
+        self._book = Ipam(parse_ranges(options.pod_cidrs), options.quarantine_seconds)
         self._ports = registry or PortRegistry()
         self._reservations: dict[str, _Reservation] = {}
         self._unfinished: set[str] = set()
         self._ranges_in_kernel: set[IPNetwork] = set()
-        self._gate = Gate()
+        self._lock = RWLock()
         # Starting a thread holds the loop until it runs, and the kernel makes one link after another anyway.
         self._connecting = asyncio.Semaphore(_CONNECTING_AT_ONCE)
         self._changing_ranges = asyncio.Lock()
         self._mtu = options.mtu
         self._failure = "the network has not been started"
-        self._kernel: KernelBridge | None = None
+        self._kernel: BridgeLinks | None = None
         self._firewalls = FirewallWatch(options.bridge, self._restore_tables)
 
     async def start(self) -> None:
@@ -84,7 +84,7 @@ class BuiltInNetwork:
             self._mtu = self.options.mtu or await threads.in_network_thread(sysctl.uplink_mtu)
             self._check_mtu()
             if self._kernel is None:
-                self._kernel = await threads.in_network_thread(KernelBridge, self.options.bridge, self.owner)
+                self._kernel = await threads.in_network_thread(BridgeLinks, self.options.bridge, self.owner)
             await self._ensure()
         except (PodkeelError, OSError) as error:
             self._failure = error.message if isinstance(error, PodkeelError) else str(error)
@@ -179,7 +179,7 @@ class BuiltInNetwork:
         kernel = self._started()
         if set(self._book.in_use()) != self._ranges_in_kernel:
             await self._ensure()  # the last pod of a former range has ended
-        async with self._gate.closed():
+        async with self._lock.writing():
             unfinished = set(self._unfinished)
             listing = await ruleset.listing(self.options.bridge)
             attachments = [reservation.attachment for reservation in self._reservations.values()]
@@ -204,7 +204,7 @@ class BuiltInNetwork:
             await self._detach(sandbox_id, delete_link=True)
         await self._release_lost()
         await self._ensure()
-        async with self._gate.closed():
+        async with self._lock.writing():
             await self._connect_again(kernel, live)
             known = {name for reservation in self._reservations.values() for name in reservation.attachment.links}
             await threads.in_network_thread(lambda: kernel.delete_links(sorted(kernel.ports() - known)))
@@ -214,14 +214,14 @@ class BuiltInNetwork:
         """Remove the bridge, every pod's interface, the tables and all rows: nothing of this network stays."""
         kernel = self._started()
         await self._firewalls.close()
-        async with self._gate.closed():
+        async with self._lock.writing():
             await ruleset.load(ruleset.remove_script(self.options.bridge))
             await threads.in_network_thread(lambda: kernel.delete_links([*sorted(kernel.ports()), kernel.name]))
             await self.store.clear()
             self._forget()
         await self.stop()
 
-    def _started(self) -> KernelBridge:
+    def _started(self) -> BridgeLinks:
         if self._kernel is None or self._failure:
             raise UnavailableError(f"network {self.options.bridge} is not ready: {self._failure}")
         return self._kernel
@@ -235,7 +235,7 @@ class BuiltInNetwork:
         for reservation in self._reservations.values():
             self._ports.release(reservation.ports)
         self._reservations.clear()
-        self._book = AddressBook(parse_ranges(self.options.pod_cidrs), self.options.quarantine_seconds)
+        self._book = Ipam(parse_ranges(self.options.pod_cidrs), self.options.quarantine_seconds)
 
     def _restore(self) -> None:
         self._forget()
@@ -270,9 +270,9 @@ class BuiltInNetwork:
         kernel = self._kernel
         if kernel is None:
             raise UnavailableError(f"network {self.options.bridge} has been stopped")
-        async with self._gate.closed():
+        async with self._lock.writing():
             await threads.in_network_thread(kernel.ensure, self._bridge_addresses(), self._mtu)
-            # Pods that are not connected yet add their elements themselves once the gate is open.
+            # Pods that are not connected yet add their elements themselves once the lock is free.
             attachments = [r.attachment for id_, r in self._reservations.items() if id_ not in self._unfinished]
             lost = await threads.in_network_thread(kernel.attach_again, [item.host_interface for item in attachments])
             if lost:
@@ -356,17 +356,17 @@ class BuiltInNetwork:
         self._ports.release(reservation.ports)
         self._book.give_back(reservation.addresses)
 
-    async def _connect(self, kernel: KernelBridge, attachment: Attachment) -> None:
+    async def _connect(self, kernel: BridgeLinks, attachment: Attachment) -> None:
         try:
-            async with self._connecting, self._gate.passing():
+            async with self._connecting, self._lock.reading():
                 await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
         except TableMissingError:
             await self._restore_tables()
-            async with self._gate.passing():
+            async with self._lock.reading():
                 await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
 
-    async def _connect_again(self, kernel: KernelBridge, live: Collection[str]) -> None:
-        """Make the interfaces of live sandboxes anew whose links somebody deleted; nobody may pass the gate meanwhile.
+    async def _connect_again(self, kernel: BridgeLinks, live: Collection[str]) -> None:
+        """Make the interfaces of live sandboxes again whose links somebody deleted; the caller holds the lock alone.
 
         Their addresses stay the same, and so do their connections.
         """
@@ -387,7 +387,7 @@ class BuiltInNetwork:
         if reservation is None:
             return
         kernel = self._started()
-        async with self._gate.passing():
+        async with self._lock.reading():
             await threads.in_network_thread(kernel.disconnect, reservation.attachment, delete_link=delete_link)
             await self.store.remove(sandbox_id, rest=True)
             if self._reservations.get(sandbox_id) is not reservation:

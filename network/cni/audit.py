@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from host.errors import PodkeelError
-from network.bridge.audit import Finding
 from network.cni.chain import PluginChain, namespace_exists
 from network.cni.record import CniRecord, CniState
+from network.status import Finding
 
 _KIND = "CNI attachment"
 

@@ -16,12 +16,12 @@ from host.concurrency import threads
 from host.errors import PodkeelError
 from network import conntrack, rtnetlink, sysctl
 from network.attachment import Attachment, PortMapping
-from network.bridge.audit import Finding, compare_sets
 from network.cni.record import CniRecord, CniState
 from network.netlink import NETLINK_NETFILTER, NETLINK_ROUTE
 from network.netlink_socket import NetlinkSocket
 from network.nftables import host_port_rules, ruleset
-from network.nftables.elements import host_port_elements
+from network.nftables.elements import compare_sets, host_port_elements
+from network.status import Finding
 
 _log = logging.getLogger("podkeel.network")
 
@@ -129,7 +129,7 @@ def _forwarding(records: Iterable[CniRecord]) -> list[tuple[CniRecord, Attachmen
 
 
 async def forget_flows(mappings: Sequence[PortMapping]) -> None:
-    """Have the kernel decide anew where packets to these UDP ports of the node go."""
+    """Have the kernel decide again where packets to these UDP ports of the node go."""
 
     def work() -> None:
         with NetlinkSocket(NETLINK_NETFILTER) as netfilter:

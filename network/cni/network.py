@@ -16,7 +16,6 @@ from host.database import Database
 from host.errors import AlreadyExistsError, PodkeelError, UnavailableError
 from network import ports
 from network.attachment import Attachment, AttachRequest, Bandwidth
-from network.bridge.audit import Finding
 from network.cni.audit import broken_files, compare, without_namespace
 from network.cni.chain import PluginChain, namespace_exists
 from network.cni.configuration import Configuration
@@ -31,8 +30,8 @@ from network.cni.request import arguments, capabilities
 from network.ipam import parse_ranges
 from network.options import NetworkOptions
 from network.ports import PortRegistry
-from network.rwlock import Gate
-from network.status import Condition
+from network.rwlock import RWLock
+from network.status import Condition, Finding
 from network.store import NetworkStore
 
 _PORT_MAPPINGS = "portMappings"
@@ -68,7 +67,7 @@ class CniNetwork:
         self._records: dict[str, CniRecord] = {}
         self._unfinished: set[str] = set()
         self._deletions = Deletions(self._give_back, self._tell)
-        self._gate = Gate()
+        self._lock = RWLock()
         self._reading = asyncio.Lock()
         self._view = View(None, Condition(False, "NetworkNotStarted", "the network has not been started"), False)
         self._status = Condition(True)
@@ -185,7 +184,7 @@ class CniNetwork:
                 await threads.in_fresh_thread(bring_up_loopback, sandbox_id, request.netns_path)
             undo.push("network", lambda: self._deletions.run(sandbox_id))
             await self._rows.save(record)
-            async with self._gate.passing():
+            async with self._lock.reading():
                 result = await self._chain.add(record)
             self._records[sandbox_id] = record = record.connected(result)
             await self._rows.save(record)
@@ -327,7 +326,7 @@ class CniNetwork:
             await self._save(record)
         if record.forwards:
             await self._table.load(self._records.values())
-        async with self._gate.passing():
+        async with self._lock.reading():
             await self._chain.delete(record)
         await self._rows.remove(sandbox_id)
         self._forget(record)
@@ -354,7 +353,7 @@ class CniNetwork:
         self._status = status  # not before: what was said last holds while plugins are asked
 
     async def _collect_garbage(self, configuration: Configuration) -> None:
-        async with self._gate.closed():
+        async with self._lock.writing():
             kept = [id_ for id_, record in self._records.items() if record.state is not CniState.DELETING]
             errors = await self._chain.collect_garbage(configuration, kept)
         for error in errors:

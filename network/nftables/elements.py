@@ -17,6 +17,7 @@ from network.attachment import Attachment, link_local
 from network.netlink import NLM_F_CREATE, Message, nfnetlink, nftsocket
 from network.netlink_socket import NetlinkSocket
 from network.ports import HostPort, host_ports
+from network.status import Finding
 
 BRIDGE = "bridge"
 INET = "inet"
@@ -132,6 +133,17 @@ def remove_elements(netfilter: NetlinkSocket, table: str, elements: Sequence[Ele
             except OSError as single:
                 if single.errno != errno.ENOENT:
                     raise
+
+
+def compare_sets(
+    wanted: set[tuple[str, str]], allowed: set[tuple[str, str]], present: set[tuple[str, str]]
+) -> list[Finding]:
+    """Elements, as (set, text), that are missing, and those that are neither wanted nor allowed."""
+    kind = "nftables element"
+    missing = [Finding(kind, f"{name}: {key}", "missing") for name, key in sorted(wanted - present)]
+    return missing + [
+        Finding(kind, f"{name}: {key}", "belongs to no sandbox") for name, key in sorted(present - wanted - allowed)
+    ]
 
 
 def _transaction(netfilter: NetlinkSocket, table: str, elements: Sequence[Element], kind: int) -> None:

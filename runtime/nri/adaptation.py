@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from host.errors import InvalidArgumentError, PodkeelError
-from network.rwlock import Gate
+from network.rwlock import RWLock
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.merging import Merging
 from runtime.nri.options import NriOptions
@@ -70,7 +70,7 @@ class Adaptation:
         self._node = node
         self._plugins: list[Plugin] = []
         self._unregistered: set[Plugin] = set()
-        self._gate = Gate()
+        self._lock = RWLock()
         self._events = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -82,7 +82,7 @@ class Adaptation:
     @asynccontextmanager
     async def passing(self) -> AsyncIterator[None]:
         """Hold back the synchronisation of plugins meanwhile."""
-        async with self._gate.passing():
+        async with self._lock.reading():
             yield
 
     def new_trunk(self, config: str = "", *, name: str = "", index: str = "") -> Trunk:
@@ -122,7 +122,7 @@ class Adaptation:
                 NRI_version=NRI_VERSION,
             )
             await plugin.configure(request, options.registration_seconds)
-            async with self._gate.closed():
+            async with self._lock.writing():
                 updates = await self._synchronize(plugin)
                 if not plugin.closed:
                     self._plugins.append(plugin)

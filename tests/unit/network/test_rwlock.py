@@ -4,16 +4,16 @@ import asyncio
 
 import pytest
 
-from network.rwlock import Gate
+from network.rwlock import RWLock
 
 
-async def test_many_pass_while_it_is_open_and_none_while_it_is_closed() -> None:
-    gate = Gate()
+async def test_readers_share_the_lock_and_a_writer_is_alone() -> None:
+    lock = RWLock()
     inside, most, alone = 0, 0, []
 
     async def part() -> None:
         nonlocal inside, most
-        async with gate.passing():
+        async with lock.reading():
             inside += 1
             most = max(most, inside)
             await asyncio.sleep(0)
@@ -21,7 +21,7 @@ async def test_many_pass_while_it_is_open_and_none_while_it_is_closed() -> None:
             inside -= 1
 
     async def whole() -> None:
-        async with gate.closed():
+        async with lock.writing():
             alone.append(inside)
             await asyncio.sleep(0)
             alone.append(inside)
@@ -32,15 +32,15 @@ async def test_many_pass_while_it_is_open_and_none_while_it_is_closed() -> None:
     assert set(alone) == {0}
 
 
-async def test_a_cancelled_closer_opens_it_again() -> None:
-    gate = Gate()
-    async with gate.passing():
-        closer = asyncio.create_task(gate.closed().__aenter__())
+async def test_a_cancelled_writer_lets_readers_in_again() -> None:
+    lock = RWLock()
+    async with lock.reading():
+        closer = asyncio.create_task(lock.writing().__aenter__())
         await asyncio.sleep(0)
         closer.cancel()
         with pytest.raises(asyncio.CancelledError):
             await closer
-    async with asyncio.timeout(1), gate.passing():
+    async with asyncio.timeout(1), lock.reading():
         pass
-    async with asyncio.timeout(1), gate.closed():
+    async with asyncio.timeout(1), lock.writing():
         pass

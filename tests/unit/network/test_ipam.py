@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from host.errors import InvalidArgumentError, LimitError, WrongStateError
-from network.ipam import AddressBook, AddressPool, IPAddress, gateway_of, parse_ranges
+from network.ipam import AddressPool, IPAddress, Ipam, gateway_of, parse_ranges
 
 
 def _pool(cidr: str, quarantine: float = 60) -> AddressPool:
@@ -84,7 +84,7 @@ def test_no_address_is_ever_held_twice(steps: list[tuple[bool, int]]) -> None:
 
 
 def test_families_come_in_the_order_of_the_ranges_and_all_or_nothing() -> None:
-    book = AddressBook(parse_ranges(["fd00::/64", "10.0.0.0/30"]), 60)
+    book = Ipam(parse_ranges(["fd00::/64", "10.0.0.0/30"]), 60)
     assert [str(address) for _, address in book.allocate()] == ["fd00::2", "10.0.0.2"]
     with pytest.raises(LimitError, match=r"10\.0\.0\.0/30 \(1 in use, 0 in quarantine\)"):
         book.allocate()
@@ -94,7 +94,7 @@ def test_families_come_in_the_order_of_the_ranges_and_all_or_nothing() -> None:
 
 
 def test_ranges_that_overlap_older_ones_give_nothing_out_twice() -> None:
-    book = AddressBook(parse_ranges(["10.0.0.0/28"]), 60)
+    book = Ipam(parse_ranges(["10.0.0.0/28"]), 60)
     held = [address for _ in range(5) for _, address in book.allocate()]
     old, resting = ip_network("10.0.0.0/28"), held.pop(1)
     book.release(old, resting)
@@ -111,7 +111,7 @@ def test_ranges_that_overlap_older_ones_give_nothing_out_twice() -> None:
 
 
 def test_a_range_whose_gateway_is_a_pod_is_refused() -> None:
-    book = AddressBook(parse_ranges(["10.0.0.0/24"]), 0)
+    book = Ipam(parse_ranges(["10.0.0.0/24"]), 0)
     book.restore("10.0.0.0/24", "10.0.0.9", 1.0, None)
     before = book.current
     with pytest.raises(WrongStateError, match=r"10\.0\.0\.9 is that of a pod, given out from 10\.0\.0\.0/24"):

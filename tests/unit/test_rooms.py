@@ -43,10 +43,11 @@ PROJECT_FOLDERS = {*ARROWS, "tests", "scripts"}
 # folder and the lines above it. The modules of SPLIT_FOLDERS stand each for itself.
 LEVELS = {
     "host": (
-        "children errors libc listener systemd untrusted_json",
+        "errors libc listener systemd untrusted_json",
         "concurrency files kept_rows keyring scheduling seccomp stages",
-        "cgroups database processes",
-        "database_copy subreaper",
+        "cgroups children database",
+        "database_copy processes",
+        "subreaper",
     ),
     "metrics": (
         "filesystems instruments stats",

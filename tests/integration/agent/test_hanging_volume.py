@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +22,7 @@ import pytest
 from host import libc
 from host.files import mounts
 from proto.runtime.v1 import cri_pb2
-from tests.support.agent import AgentProcess, wait_for
+from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.pods import container_config, run_container, sandbox_config
 
 # More than the agent has threads for short work.
@@ -36,6 +44,37 @@ class Silent:
             os.close(self._server)
             self._server = -1
             mounts.unmount(self.path, lazy=True)
+
+
+class Mute(Silent):
+    """The same with a server that takes requests and never answers: who waits for it cannot even be killed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        length, _, unique = struct.unpack_from("=IIQ", os.read(self._server, 1 << 20))
+        assert length >= 56
+        # fuse_out_header, and fuse_init_out: version 7.31, no more than that.
+        body = struct.pack("=IIIIHHIIHHI28x", 7, 31, 65536, 0, 12, 9, 65536, 1, 1, 0, 0)
+        os.write(self._server, struct.pack("=IiQ", 16 + len(body), 0, unique) + body)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        poller = select.poll()
+        poller.register(self._server, select.POLLIN)
+        with contextlib.suppress(OSError):
+            while self._server >= 0:
+                if poller.poll(100):
+                    os.read(self._server, 1 << 20)
+
+
+@pytest.fixture
+def mute(tmp_path: Path) -> Iterator[Silent]:
+    if not Path("/dev/fuse").exists():
+        pytest.skip("this kernel has no FUSE")
+    folder = Mute(tmp_path / "mute")
+    yield folder
+    folder.end()
 
 
 @pytest.fixture
@@ -109,6 +148,38 @@ def test_an_agent_stops_while_a_container_hangs(own_agent: AgentProcess, silent:
     own_agent.stop()
     own_agent.start()
     own_agent.client.remove_sandbox(sandbox_id)
+
+
+@pytest.mark.skipif(
+    tuple(map(int, os.uname().release.split(".")[:2])) < (6, 9), reason="this kernel has no descriptors of threads"
+)
+def test_an_agent_that_was_killed_but_hangs_keeps_no_other_out(tmp_path: Path, busybox: Path, mute: Silent) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with running_agent(tmp_path, busybox, options=f'[metrics]\naddress = "127.0.0.1:{port}"') as agent:
+        sandbox = sandbox_config(agent)
+        sandbox_id = agent.client.run_sandbox(sandbox)
+        _, running = run_container(agent, "sleep", "1000")
+        waiting = waiting_creation(agent, mute, sandbox_id, sandbox)
+        killed = agent.process
+        assert killed is not None
+        killed.send_signal(signal.SIGKILL)
+        wait_for(lambda: Path(f"/proc/{killed.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        with pytest.raises(subprocess.TimeoutExpired):
+            killed.wait(0.5)
+        agent.launch()
+        with pytest.raises(grpc.RpcError) as caught:
+            waiting.result(timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE  # and not only at its deadline
+        agent.connect()
+        assert agent.client.exec(running, "true").exit_code == 0
+        assert "was killed and hangs: taken over" in agent.log.read_text()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10) as answer:
+            assert answer.status == 200
+        agent.client.remove_sandbox(sandbox_id)
+        assert agent.client.findings() == []
+        mute.end()
+        killed.wait(20)
 
 
 def test_containers_that_wait_for_their_volumes_keep_no_others_waiting(agent: AgentProcess, silent: Silent) -> None:

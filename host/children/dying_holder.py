@@ -1,0 +1,87 @@
+"""Taking what a process holds that was killed but cannot die, as a thread of it waits for a file system's server.
+
+The kernel closes its descriptors when that thread has ended, which may never be: until then its locks hold, its ports
+are taken, and its clients wait for answers. None of it runs again outside of the kernel, so nothing is lost by this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from host import libc
+from host.files import procfs
+
+_PIDFD_OPEN, _PIDFD_GETFD = 434, 438
+_PIDFD_THREAD = os.O_EXCL
+_STATUS_BYTES = 8 * 1024
+
+
+def release_what_is_held(pid: int, lock: Path) -> bool:
+    """Unlock ``lock``, a file that process ``pid`` has locked by flock(2), and shut its sockets down, if it is dying.
+
+    Returns whether that was done. Nothing is done to a process of which a thread may run again, or which has not that
+    file open. Needs Linux 6.9.
+    """
+    threads = _threads(pid)
+    if not threads or not all(map(_is_dying, threads)):
+        return False
+    there = lock.stat()
+    for thread in threads:
+        with contextlib.suppress(OSError):
+            pidfd = libc.syscall(_PIDFD_OPEN, thread, _PIDFD_THREAD)
+            try:
+                if _unlock(pidfd, thread, lock, (there.st_dev, there.st_ino)):
+                    _shut_down_sockets(pidfd, thread)
+                    return True
+            finally:
+                os.close(pidfd)
+    return False
+
+
+def _threads(pid: int) -> list[int]:
+    try:
+        return [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return []
+
+
+def _is_dying(thread: int) -> bool:
+    fields = procfs.read_bounded(f"/proc/{thread}/stat", _STATUS_BYTES).rpartition(b")")[2].split()
+    return not fields or fields[0] in (b"Z", b"X") or procfs.is_being_killed(thread)
+
+
+def _open_files(thread: int) -> list[tuple[int, str]]:
+    """Its descriptors with what the kernel calls them; the files are not looked at, which could hang."""
+    found = []
+    for link in Path(f"/proc/{thread}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append((int(link.name), str(link.readlink())))
+    return found
+
+
+def _unlock(pidfd: int, thread: int, lock: Path, identity: tuple[int, int]) -> bool:
+    for number, path in _open_files(thread):
+        if path == os.path.realpath(lock):
+            taken = libc.syscall(_PIDFD_GETFD, pidfd, number, 0)
+            try:
+                status = os.fstat(taken)
+                if (status.st_dev, status.st_ino) == identity:
+                    fcntl.flock(taken, fcntl.LOCK_UN)  # the lock is that of the open file, not of a descriptor
+                    return True
+            finally:
+                os.close(taken)
+    return False
+
+
+def _shut_down_sockets(pidfd: int, thread: int) -> None:
+    for number, path in _open_files(thread):
+        if path.startswith("socket:"):
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(fileno=libc.syscall(_PIDFD_GETFD, pidfd, number, 0)) as one,
+            ):
+                one.shutdown(socket.SHUT_RDWR)

@@ -21,7 +21,7 @@ from host import untrusted_json
 from host.errors import LimitError, PodkeelError
 
 # Clients tell the size right after opening the channel for it; a program that draws at once wants it from its start.
-_FIRST_SIZE_SECONDS = 0.1
+_FIRST_SIZE_SECONDS = 0.3
 _SIZE_TEXT_LIMIT = 1024
 _MAX_SIZE = 0xFFFF
 

@@ -98,6 +98,7 @@ class Execution:
         directory = self._checked_directory(container, runtime, process)
         if directory is not None:
             process.cwd = DIRECTORY_BY_DESCRIPTOR
+        late = size is not None and runtime.features.is_crun  # it sets the size when the command may already run
         return ExecCall(
             runtime=runtime,
             container_id=container.id,
@@ -108,6 +109,7 @@ class Execution:
             terminal=terminal,
             directory=directory,
             oom_score_adj=process.oom_score_adj,
+            held_at=container.record.init.pid if late and container.record.init is not None else None,
         )
 
     def _decided_score(self, container: Container) -> int:

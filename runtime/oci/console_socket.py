@@ -34,6 +34,10 @@ class ConsoleSocket:
         self.path = f"/proc/self/fd/{FOLDER_DESCRIPTOR}/{name}"
         self.descriptors = {FOLDER_DESCRIPTOR: self._folder}
 
+    def fileno(self) -> int:
+        """The socket's descriptor, readable once the OCI runtime hands the terminal over."""
+        return self._socket.fileno()
+
     def terminal(self) -> int:
         """The master's descriptor, now the caller's, once the OCI runtime has done its work.
 

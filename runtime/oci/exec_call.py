@@ -27,6 +27,7 @@ from host.errors import CommandError, DeadlineError, InvalidArgumentError
 from host.untrusted_json import JsonError
 from runtime.oci.console_socket import ConsoleSocket
 from runtime.oci.directory_probe import DIRECTORY_BY_DESCRIPTOR, DIRECTORY_DESCRIPTOR
+from runtime.oci.exec_gate import ExecGate
 from runtime.oci.null_device import open_private_null
 from runtime.oci.oci_runtime import OciRuntime, cannot_run_program, naming, plain_message
 from runtime.oci.working_directory import WorkingDirectory
@@ -113,6 +114,7 @@ class ExecCall:
     ``program`` is what the process executes, for errors. ``folder`` is the container's bundle; ``pids`` lists the
     processes of the container's cgroup. ``directory`` is opened when the call is launched, for a ``process`` whose
     working directory is DIRECTORY_BY_DESCRIPTOR. ``oom_score_adj`` is that of the process; None for the agent's own.
+    ``held_at`` is the first process of a container in which the process is held until its terminal has a size.
     """
 
     def __init__(
@@ -127,8 +129,11 @@ class ExecCall:
         terminal: bool = False,
         directory: WorkingDirectory | None = None,
         oom_score_adj: int | None = None,
+        held_at: int | None = None,
     ) -> None:
         self._runtime = runtime
+        self._held_at = held_at
+        self._holding: asyncio.Future[None] | None = None
         self._oom_score_adj = oom_score_adj
         self._directory = directory
         self._program = program
@@ -170,6 +175,9 @@ class ExecCall:
             opened = await self._directory.open(_START_SECONDS)
             self._stack.callback(os.close, opened)
             self._descriptors[DIRECTORY_DESCRIPTOR] = opened
+        gate = ExecGate(self._held_at) if self._held_at is not None else None
+        if gate is not None:
+            self._stack.callback(gate.close)
         _strays.begin()
         spawning = asyncio.ensure_future(self._spawn({**self._descriptors, **descriptors}))
         try:
@@ -177,6 +185,8 @@ class ExecCall:
             if self.console is not None:
                 # crun lets the program go and then sets the size of its terminal: it is to do so at once.
                 run_before_children(self._runtime_pid)
+                if gate is not None:
+                    self._holding = asyncio.ensure_future(gate.hold(self._runtime_pid, self.console.fileno()))
         except asyncio.CancelledError:
             if spawning.cancelled() or spawning.exception() is not None:
                 _strays.end(None)

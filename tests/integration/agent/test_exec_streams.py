@@ -101,6 +101,31 @@ async def test_terminal_has_the_clients_size_from_the_start_and_follows_it(conta
         assert text == "24 80\r\n\r\n50 132\r\n/dev/pts/0\r\n"
 
 
+async def test_short_commands_see_the_first_size(container: Running) -> None:
+    """crun sets it after it has let the command go, and is preempted in between now and then."""
+    seen = []
+    for _ in range(80):
+        url = container.exec_url("stty", "size", streams="stdout", tty=True)
+        async with spdy(url, "stdout", "resize") as (client, ids):
+            resize(client, ids["resize"], 80, 24)
+            await client.status(ids["error"])
+            seen.append(await client.streams[ids["stdout"]].text())
+    assert set(seen) == {"24 80\r\n"}
+
+
+async def test_what_else_is_executed_meanwhile_runs_on(crun: Running) -> None:
+    """The kernel asks about each program that is executed in the container while a terminal is being made."""
+    busy = "i=0; while [ $i -lt 300 ]; do /bin/true || exit 9; i=$((i+1)); done; echo done"
+    async with spdy(crun.exec_url(*SHELL, busy), "stdout", "stderr") as (other, its):
+        for _ in range(10):
+            url = crun.exec_url("stty", "size", streams="stdout", tty=True)
+            async with spdy(url, "stdout", "resize") as (client, ids):
+                resize(client, ids["resize"], 80, 24)
+                assert exit_code(await client.status(ids["error"])) == 0
+        assert exit_code(await other.status(its["error"])) == 0
+        assert await other.streams[its["stdout"]].text() == "done\n"
+
+
 async def test_resize_is_a_signal_to_the_program(container: Running) -> None:
     script = "trap 'stty size' WINCH; echo ready; while :; do sleep 0.05; done"
     url = container.exec_url(*SHELL, script, streams="stdin stdout", tty=True)

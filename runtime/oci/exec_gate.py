@@ -1,0 +1,108 @@
+"""Holding a command back at its execve until the OCI runtime has given its terminal a size (fanotify(7)).
+
+crun lets the command go and sets the size of its terminal next; it may be preempted in between, and the command then
+sees a terminal without a size. crun hands the terminal over after that: so the kernel asks whether a program of the
+container's root file system may be executed, and crun's child gets its answer when the terminal arrives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import struct
+import time
+from pathlib import Path
+
+from host.concurrency.threads import in_fresh_thread
+from host.files import procfs
+
+_FAN_CLOEXEC, _FAN_NONBLOCK, _FAN_CLASS_CONTENT = 0x1, 0x2, 0x4
+_FAN_MARK_ADD, _FAN_MARK_MOUNT = 0x1, 0x10
+_FAN_OPEN_EXEC_PERM = 0x40000
+_FAN_ALLOW = 1
+_AT_FDCWD = -100
+_EVENT = struct.Struct("=IBBHQii")  # length, version, reserved, length of this part, mask, descriptor, pid
+_ANSWER = struct.Struct("=iI")
+_MOST_SECONDS = 2.0
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fanotify_mark.argtypes = (ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p)
+
+
+class ExecGate:
+    """Asks about programs executed from the root file system of process ``init``, until ``hold`` is over or ``close``.
+
+    Where the kernel does not allow that nothing is held. Whoever waits when the agent dies goes on.
+    """
+
+    def __init__(self, init: int) -> None:
+        self._group = -1
+        with contextlib.suppress(OSError):
+            if not Path(f"/proc/{init}/ns/mnt").samefile("/proc/self/ns/mnt"):
+                self._group = _watch(f"/proc/{init}/root")
+
+    async def hold(self, runtime: int, socket: int) -> None:
+        """Let all but children of process ``runtime`` go, and these once ``socket`` is readable or it ended."""
+        if self._group < 0:
+            return
+        group, self._group = self._group, -1
+        # The command may wait for nothing of the loop's, and a thread answers sooner.
+        await in_fresh_thread(_answer, group, runtime, os.dup(socket))
+
+    def close(self) -> None:
+        """Let all go, unless ``hold`` sees to that. Repeatable."""
+        if self._group >= 0:
+            group, self._group = self._group, -1
+            os.close(group)
+
+
+def _watch(mount: str) -> int:
+    group = int(_libc.fanotify_init(_FAN_CLASS_CONTENT | _FAN_CLOEXEC | _FAN_NONBLOCK, os.O_RDONLY | os.O_CLOEXEC))
+    if group < 0:
+        raise OSError(ctypes.get_errno(), "fanotify_init")
+    flags = _FAN_MARK_ADD | _FAN_MARK_MOUNT
+    if _libc.fanotify_mark(group, flags, _FAN_OPEN_EXEC_PERM, _AT_FDCWD, mount.encode()) < 0:
+        os.close(group)
+        raise OSError(ctypes.get_errno(), "fanotify_mark")
+    return group
+
+
+def _answer(group: int, runtime: int, socket: int) -> None:
+    deadline = time.monotonic() + _MOST_SECONDS
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, socket)
+        stack.callback(os.close, group)  # the kernel lets all go that still wait
+        with contextlib.suppress(OSError):
+            ended = os.pidfd_open(runtime)
+            stack.callback(os.close, ended)
+            held: list[int] = []  # an answer names the descriptor, so no other event may get the same number
+            stack.callback(_close_all, held)
+            poller = select.poll()
+            for descriptor in (group, socket, ended):
+                poller.register(descriptor, select.POLLIN)
+            while (left := deadline - time.monotonic()) > 0:
+                ready = {descriptor for descriptor, _ in poller.poll(left * 1000)}
+                if ready != {group}:
+                    return
+                held += _answer_events(group, runtime)
+
+
+def _close_all(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+def _answer_events(group: int, runtime: int) -> list[int]:
+    """Let all go but children of process ``runtime``; returns the descriptors by which these can be answered."""
+    events, offset, held = os.read(group, 4096), 0, []
+    while offset < len(events):
+        length, _, _, _, _, file, pid = _EVENT.unpack_from(events, offset)
+        offset += length
+        if procfs.parent_of(pid) == runtime:
+            held.append(file)
+        else:
+            os.write(group, _ANSWER.pack(file, _FAN_ALLOW))
+            os.close(file)
+    return held

@@ -27,9 +27,9 @@ from runtime.state.truncindex import is_id
 
 OF_SANDBOX: tuple[Place, ...] = (SANDBOX_ROWS, *NETWORK_ROWS)
 OF_CONTAINER: tuple[Place, ...] = (*IMAGE_ROWS, CONTAINER_ROWS)
-# What is being made is not kept before it is; what changes often is written once.
+# What changes often is written once.
 _DELAY_SECONDS = 0.2
-_PASSING = (ContainerState.MAKING, ContainerState.REMOVING, SandboxState.MAKING, SandboxState.REMOVING)
+_KEPT = (SandboxState.READY, ContainerState.CREATED, ContainerState.RUNNING, ContainerState.EXITED)
 
 _log = logging.getLogger("podkeel.store")
 
@@ -41,19 +41,26 @@ class KeptRows:
         self._database = database
         self._layout = layout
         self._changed: dict[Path, tuple[Sequence[Place], str]] = {}
+        self._writing: dict[Path, tuple[Sequence[Place], str]] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._failed = False
 
     def note(self, changed: Sandbox | Container) -> None:
-        """A row of this pod or container was written."""
-        if changed.record.state in _PASSING:
-            return
+        """A row of this pod or container was written. One whose folder is about to be removed is left alone."""
         if isinstance(changed, Sandbox):
-            self._changed[self._layout.sandbox(changed.id).kept_rows] = OF_SANDBOX, changed.id
+            file, places = self._layout.sandbox(changed.id).kept_rows, OF_SANDBOX
         else:
-            self._changed[self._layout.container(changed.id).kept_rows] = OF_CONTAINER, changed.id
-        self._wake.set()
+            file, places = self._layout.container(changed.id).kept_rows, OF_CONTAINER
+        if changed.record.state in _KEPT:
+            self._changed[file] = places, changed.id
+            self._wake.set()
+        else:
+            self._leave(file)
+
+    def _leave(self, file: Path) -> None:
+        self._changed.pop(file, None)
+        self._writing.pop(file, None)  # by a thread, which takes one after the other out
 
     def start(self, known: Iterable[Sandbox | Container]) -> None:
         """Begin, with what is known now."""
@@ -77,18 +84,22 @@ class KeptRows:
 
     async def _write(self) -> None:
         self._wake.clear()
-        changed, self._changed = self._changed, {}
-        if not changed:
+        self._writing, self._changed = self._changed, {}
+        if not self._writing:
             return
-        errors = await in_thread(self._write_files, changed)
+        errors = await in_thread(self._write_files, self._writing)
         if errors and not self._failed:
             _log.warning("store: %d pods and containers cannot be kept in the run folder: %s", len(errors), errors[0])
         self._failed = bool(errors)
 
-    def _write_files(self, changed: dict[Path, tuple[Sequence[Place], str]]) -> list[str]:
+    def _write_files(self, writing: dict[Path, tuple[Sequence[Place], str]]) -> list[str]:
         errors = []
         with contextlib.closing(sqlite3.connect(self._database.path, isolation_level=None)) as connection:
-            for file, (places, key) in changed.items():
+            while writing:
+                try:
+                    file, (places, key) = writing.popitem()
+                except KeyError:  # the last one is being removed
+                    break
                 try:
                     keep(connection, places, key, file)
                 except (OSError, sqlite3.Error, PodkeelError) as error:

@@ -28,6 +28,8 @@ PAUSE, GO_ON = b"p", b"c"
 WORKER = "import sys; sys.path.insert(0, sys.argv[1]); from host.files.removal import main; main()"
 
 _BATCH = 32  # things that are removed between two looks at the pipe
+# A file may be written into a folder while that is removed, and renamed then: the rows of a pod or container are.
+_ATTEMPTS = 3
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS of ioctl_iflags(2)
 _FLAGS = struct.Struct("=l4x")
@@ -163,12 +165,17 @@ def remove_tree(path: Path) -> list[str]:
         folder = os.open(path.parent, _FOLDER)
     except FileNotFoundError:
         return []
+    told: list[str] = []
     try:
-        removal = Removal()
-        removal.remove(folder, path.name)
+        for _ in range(_ATTEMPTS):
+            removal = Removal()
+            removal.remove(folder, path.name)
+            told = removal.told
+            if not any(sentence.endswith(os.strerror(errno.ENOTEMPTY)) for sentence in told):
+                break
     finally:
         os.close(folder)
-    return [f"{path.parent}/{sentence}" for sentence in removal.told]
+    return [f"{path.parent}/{sentence}" for sentence in told]
 
 
 def _obey() -> None:

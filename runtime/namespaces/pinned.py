@@ -16,8 +16,6 @@ from runtime.layout import SandboxFolder
 from runtime.namespaces.user import Mappings, make_pins, make_private, root_of
 from runtime.specgen.sysctls import is_of_link, sysctl_path
 
-# The rows of a pod or container may be written into its folder while that is removed: a file, which is then renamed.
-_ATTEMPTS = 3
 _FLAGS = {"net": libc.CLONE_NEWNET, "ipc": libc.CLONE_NEWIPC, "uts": libc.CLONE_NEWUTS}
 
 
@@ -128,8 +126,5 @@ def _set_sysctl(name: str, value: str) -> None:
 
 def remove_whatever(path: Path) -> None:
     """Delete a folder with all in it, or a file, whatever is there; nothing there is fine. Raises PodkeelError."""
-    for _ in range(_ATTEMPTS):
-        told = remove_tree(path)
-        if not told:
-            return
-    raise PodkeelError(told[0])
+    if told := remove_tree(path):
+        raise PodkeelError(told[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from datetime import datetime
 
 from cli.bars import bar
@@ -31,11 +32,22 @@ def explain(options: argparse.Namespace) -> None:
         names = {"": options.object}
         names |= {pod.id: pod.metadata.name for pod in list_pods(client)}
         names |= {item.id: item.metadata.name for item in list_containers(client)}
-    if not answer.operations:
+    if not answer.operations and not answer.changes:
         print(f"nothing is recorded of {options.object}")
         return
     now = time.time_ns()
-    print("\n\n".join(waterfall(item, now, names.get(item.object_id, "")) for item in answer.operations))
+    parts = [waterfall(item, now, names.get(item.object_id, "")) for item in answer.operations]
+    containers = dict.fromkeys(change.container_id for change in answer.changes)
+    parts += [_changes(answer.changes, container, names.get(container, "")) for container in containers]
+    print("\n\n".join(parts))
+
+
+def _changes(changes: Sequence[agent_pb2.ChangeReport], container: str, name: str) -> str:
+    """What plugins changed of one container: a line for each thing."""
+    own = [change for change in changes if change.container_id == container]
+    width = max(len(change.what) for change in own)
+    lines = [f"  {change.what:<{width}}  by {change.changed_by}" for change in own]
+    return "\n".join([f"Changed by NRI plugins  {name} {short(container)}", *lines])
 
 
 def waterfall(operation: agent_pb2.OperationReport, now: int, name: str = "") -> str:

@@ -42,7 +42,10 @@ class AgentService(ImageCalls):
         return agent_pb2.ForceRemovePodResponse(given_up=await self._agent.pods.force_remove(request.id))
 
     async def explain(self, request: agent_pb2.ExplainRequest) -> agent_pb2.ExplainResponse:
-        """The stages of a sandbox and its containers, or of one container; also of what is being made, or failed."""
+        """The stages of a sandbox and its containers, or of one container; also of what is being made, or failed.
+
+        What plugins of the node changed of the containers is there too.
+        """
         state = self._agent.state
         sandbox, container = state.sandboxes.find(request.id), state.containers.find(request.id)
         if sandbox is not None or container is None:
@@ -55,11 +58,18 @@ class AgentService(ImageCalls):
             lost = [operation for operation in failed_operations() if _is_named(operation.subject, wanted)]
             kept += [("", operation) for operation in lost if id(operation) not in known]
             kept.sort(key=lambda pair: pair[1].started)
+            containers = list(state.containers_of(sandbox)) if sandbox is not None else []
         else:
             kept = [(container.id, operation) for operation in container.operations]
-        if not kept:
+            containers = [container]
+        changes = [
+            agent_pb2.ChangeReport(container_id=changed.id, what=what, changed_by=plugin)
+            for changed in containers
+            for what, plugin in sorted(changed.record.changed_by.items())
+        ]
+        if not kept and not changes:
             raise NotFoundError(f"no sandbox or container {request.id!r}")
-        return agent_pb2.ExplainResponse(operations=[_report(*pair) for pair in kept])
+        return agent_pb2.ExplainResponse(operations=[_report(*pair) for pair in kept], changes=changes)
 
     def _operations(self, sandbox: Sandbox) -> list[tuple[str, Operation]]:
         kept = [(sandbox.id, operation) for operation in sandbox.operations]

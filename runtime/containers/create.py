@@ -6,7 +6,7 @@ import asyncio
 import logging
 import posixpath
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,11 @@ from host.files.removal import remove_tree
 from host.stages import Operation
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
-from runtime.cgroups.extra_files import write_extra_limits
 from runtime.containers.confinement import needs_verifying, verify
 from runtime.containers.idmapped_mounts import bind_all
 from runtime.containers.lifecycle import Lifecycle, begin
 from runtime.containers.log_path import resolve_log_path
+from runtime.containers.plugin_settings import set_what_is_left
 from runtime.containers.rootfs import mount_image_volumes, mount_root, status_mounts, unmount_all
 from runtime.containers.spec_request import (
     ensure_pid_holder,
@@ -39,7 +39,6 @@ from runtime.oci.conmon import MonitorRequest, RuntimeRefusedError, StartingMoni
 from runtime.oci.oci_runtime import OciRuntime, cannot_run_program, naming, refused_request
 from runtime.specgen.builder import ContainerSpec, build
 from runtime.specgen.draft import SpecRequest
-from runtime.specgen.limits.extra_limits import ExtraLimits
 from runtime.specgen.mounts.image_volumes import make_volumes
 from runtime.specgen.mounts.volume_content import CopyLimits
 from runtime.specgen.namespaces import user_mappings
@@ -184,9 +183,11 @@ class ContainerManager:
         try:
             monitored = await monitor.create()
         except RuntimeRefusedError as error:
-            unrunnable = cannot_run_program(error.message)
+            unrunnable, refused = cannot_run_program(error.message), refused_request(error.message)
+            if record.changed_by and not unrunnable:
+                error.add_context(f"with changes of NRI plugins ({_named(record.changed_by)})")
             self._node.handlers.failed_actions[runtime.name, "run program" if unrunnable else "create"] += 1
-            if not unrunnable and refused_request(error.message):
+            if not unrunnable and refused:
                 raise InvalidArgumentError(f"{runtime.options.path} refuses the container: {error.message}") from error
             if not unrunnable:
                 raise
@@ -199,8 +200,7 @@ class ContainerManager:
         record.monitor = monitored.monitor
         record.init = monitored.init
         self._lifecycle.watch(container)
-        if record.extra_limits != ExtraLimits():  # each OCI runtime passes over others of them
-            await in_thread(write_extra_limits, self._node.cgroups, record.cgroup, record.extra_limits)
+        await set_what_is_left(container, runtime, spec.spec.process, self._node.cgroups)
 
     async def _verify(self, container: Container, runtime: OciRuntime, spec: ContainerSpec) -> None:
         init = container.record.init
@@ -326,6 +326,13 @@ def validate_container(config: cri_pb2.ContainerConfig) -> None:
 def _require_ready(sandbox: Sandbox) -> None:
     if sandbox.record.state is not SandboxState.READY or sandbox.closing:
         raise WrongStateError(f"{sandbox.title} is not ready: make a new sandbox for the container")
+
+
+def _named(changed_by: Mapping[str, str]) -> str:
+    """Plugins and what each changed, as the OCI runtime does not say what of it it refuses."""
+    plugins = dict.fromkeys(changed_by.values())
+    parts = (f"{plugin}: {', '.join(what for what, by in changed_by.items() if by == plugin)}" for plugin in plugins)
+    return "; ".join(parts)[:1024]
 
 
 def _monitor_request(node: Node, container: Container, runtime: OciRuntime) -> MonitorRequest:

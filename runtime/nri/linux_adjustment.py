@@ -42,9 +42,9 @@ def adjust_linux(
     if linux.HasField("oom_score_adj"):
         spec.process.oom_score_adj = _oom_score_adj(linux.oom_score_adj.value, abilities, asking)
     if linux.HasField("io_priority"):
-        spec.process.io_priority = _io_priority(linux.io_priority, abilities, asking)
+        spec.process.io_priority = _io_priority(linux.io_priority, asking)
     if linux.HasField("scheduler"):
-        spec.process.scheduler = _scheduler(linux.scheduler, abilities, asking)
+        spec.process.scheduler = _scheduler(linux.scheduler, asking)
     if linux.HasField("seccomp_policy"):
         spec.linux.seccomp = msgspec.Raw(msgspec.json.encode(_seccomp(linux.seccomp_policy, asking)))
         spec.annotations.pop("run.oci.seccomp_bpf_data", None)
@@ -173,20 +173,16 @@ def _oom_score_adj(value: int, abilities: RuntimeAbilities, asking: Asking) -> i
     return value
 
 
-def _io_priority(
-    given: nri_pb2.LinuxIOPriority, abilities: RuntimeAbilities, asking: Asking
-) -> config.IOPriority | None:
+def _io_priority(given: nri_pb2.LinuxIOPriority, asking: Asking) -> config.IOPriority | None:
     name = getattr(given, "class")
     if name == nri_pb2.IOPRIO_CLASS_NONE:
         return None
     if name not in nri_pb2.IOPrioClass.values() or not 0 <= given.priority <= 7:
         raise asking.wrong(Field.IoPriority, f"class {name} with priority {given.priority}: use priorities from 0 to 7")
-    if not abilities.features.io_priority:
-        raise asking.unsupported(Field.IoPriority, f"{abilities.title} cannot set it")
     return config.IOPriority(class_=nri_pb2.IOPrioClass.Name(name), priority=given.priority)
 
 
-def _scheduler(given: nri_pb2.LinuxScheduler, abilities: RuntimeAbilities, asking: Asking) -> config.Scheduler | None:
+def _scheduler(given: nri_pb2.LinuxScheduler, asking: Asking) -> config.Scheduler | None:
     if given.policy == nri_pb2.SCHED_NONE:
         return None
     if given.policy not in nri_pb2.LinuxSchedulerPolicy.values() or given.policy == nri_pb2.SCHED_ISO:
@@ -202,8 +198,6 @@ def _scheduler(given: nri_pb2.LinuxScheduler, abilities: RuntimeAbilities, askin
         raise asking.wrong(Field.LinuxSched, "SCHED_DEADLINE needs 0 < runtime <= deadline <= period")
     if any(flag not in nri_pb2.LinuxSchedulerFlag.values() for flag in given.flags):
         raise asking.wrong(Field.LinuxSched, f"flags {list(given.flags)} are not all known")
-    if not abilities.features.scheduler:
-        raise asking.unsupported(Field.LinuxSched, f"{abilities.title} cannot set it")
     return config.Scheduler(
         policy=policy,
         nice=given.nice,

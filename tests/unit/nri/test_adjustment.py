@@ -119,8 +119,6 @@ UNSUPPORTED: list[tuple[str, Adjustment]] = [
     ("Namespace user", linux(namespaces=[nri_pb2.LinuxNamespace(type="user", path="/x")])),
     ("Namespace mount", linux(namespaces=[nri_pb2.LinuxNamespace(type="-mount")])),
     ("Namespace time", linux(namespaces=[nri_pb2.LinuxNamespace(type="time")])),
-    ("IoPriority", linux(io_priority=PRIORITY)),
-    ("LinuxSched", linux(scheduler=BATCH)),
     ("LinuxNetDevices eth9", linux(net_devices={"eth9": nri_pb2.LinuxNetDevice(name="x")})),
     ("MemoryPolicy", linux(memory_policy=nri_pb2.LinuxMemoryPolicy(mode=nri_pb2.MPOL_BIND, nodes="0"))),
     ("RdtClass", limits(rdt_class=nri_pb2.OptionalString(value="gold"))),

@@ -20,6 +20,7 @@ import grpc.aio
 
 from cri.config.configuration import Configuration
 from cri.config.options import StreamingOptions
+from cri.connections import keep_room
 from cri.methods import CallObserver, service_handlers
 from cri.services.agent_service import AgentService
 from cri.services.image_service import ImageService
@@ -112,9 +113,11 @@ async def _serve(configuration: Configuration, lost_store: LostStore, manager: S
         path.chmod(0o660)
         _log.info("serving the CRI on unix://%s", path)
         manager.ready()
+        room = asyncio.create_task(keep_room(path, _connection_limit() * 7 // 8))
         try:
             await ended.wait()
         finally:
+            room.cancel()
             _log.info("ending; pods stay as they are")
             agent.state.events.close()
             await streams.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import resource
 import socket
 import struct
@@ -99,6 +100,28 @@ def test_silent_clients_of_the_socket_keep_nobody_out(quiet_log: AgentProcess, m
         stack.callback(client.close)
         client.wait_ready(20)
         client.call("Version", cri_pb2.VersionRequest())
+
+
+def test_clients_that_keep_their_connections_keep_nobody_out(quiet_log: AgentProcess, many_descriptors: None) -> None:
+    """They have shown that they speak HTTP/2, so that only a minute without calls would end them."""
+    path = quiet_log.address.removeprefix("unix://")
+    size = quiet_log.log.stat().st_size
+    with contextlib.ExitStack() as stack:
+        for _ in range(1050):
+            connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+            connection.settimeout(5)
+            connection.connect(path)
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+        for _ in range(3):
+            client = CriClient(quiet_log.address)
+            stack.callback(client.close)
+            client.wait_ready(20)
+            client.call("Version", cri_pb2.VersionRequest())
+        lines = quiet_log.log.read_bytes()[size:].decode()
+        assert f"process {os.getpid()} had" in lines, lines
+        assert "oldest were closed" in lines
+    quiet_log.client.wait_ready(20)
 
 
 def subscribe(agent: AgentProcess) -> Any:

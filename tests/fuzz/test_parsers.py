@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cri.services.image_service import to_message
 from host.errors import PodkeelError
 from host.files.mounts import parse_mount_table
-from images.image import read_config
+from images.image import Image, read_config
 from images.oci.manifests import check_is_image, parse_manifest
 from images.oci.reference import parse as parse_reference
 from images.options import ImageOptions
@@ -148,9 +149,12 @@ def test_manifests() -> None:
 def test_image_configs() -> None:
     def read(content: bytes) -> None:
         try:
-            read_config(content, "image x")
+            file = read_config(content, "image x")
         except PodkeelError as error:
             assert error.message
+            return
+        image = Image(file.digest, _DIGEST, (), (), 1, file.config, (), (), pinned=False)
+        assert to_message(image).SerializeToString()
 
     _fuzz(_objects(_CONFIG) | st.dictionaries(st.just("config"), _json).map(_encoded), read)
 

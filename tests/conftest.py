@@ -28,6 +28,15 @@ hypothesis.settings.load_profile("podkeel")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """An exception in a thread, a coroutine that nobody awaits and what Python is about to drop fail the test.
+
+    Transports that meet a reset after half a close are left to the collector by asyncio itself: these are shown only.
+    """
+    for line in ("error", "default::ResourceWarning"):
+        config.addinivalue_line("filterwarnings", line)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     before = traces()

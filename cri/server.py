@@ -29,6 +29,7 @@ from cri.stream_backend import NodeBackend
 from cri.streaming.limits import StreamLimits
 from cri.streaming.server import StreamingServer
 from cri.telemetry.logs import LogLevel, configure_logging
+from cri.version import VERSION
 from host import libc
 from host.concurrency.priority import go_first
 from host.errors import WrongStateError
@@ -99,7 +100,8 @@ async def _serve(configuration: Configuration, lost_store: LostStore, manager: S
     loop.add_signal_handler(signal.SIGUSR1, log_level.show_everything)
     loop.add_signal_handler(signal.SIGUSR2, log_level.show_configured)
     async with AsyncExitStack() as stack:
-        agent = Agent(configuration.runtime, configuration.network, configuration.images, lost_store)
+        options = configuration.runtime, configuration.network, configuration.images
+        agent = Agent(*options, lost_store, nri=configuration.nri, version=VERSION)
         await stack.enter_async_context(agent)
         os.chdir(agent.layout.run)  # conmon leaves a note of each out-of-memory kill where it was started
         await asyncio.to_thread(_prepare_socket, path)

@@ -10,7 +10,7 @@ import errno
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -55,12 +55,19 @@ class Operation:
         if gathering is not None and gathering.operations is not None:
             gathering.operations.append(self)
 
-    @asynccontextmanager
-    async def stage(self, name: str) -> AsyncIterator[None]:
+    def stage(self, name: str) -> AbstractAsyncContextManager[None]:
         """Run the block as stage ``name``; an error that leaves it says so, keeping its kind.
 
         A full disk is a LimitError, any other OSError a PodkeelError.
         """
+        return self._run(name, observed=True)
+
+    def foreign_stage(self, name: str) -> AbstractAsyncContextManager[None]:
+        """The same with a name that is not the agent's own: it is kept with the operation, and becomes no metric."""
+        return self._run(name, observed=False)
+
+    @asynccontextmanager
+    async def _run(self, name: str, *, observed: bool) -> AsyncIterator[None]:
         stage = Stage(name, time.time_ns())
         self.stages.append(stage)
         begin = time.perf_counter()
@@ -85,7 +92,7 @@ class Operation:
             stage.seconds = time.perf_counter() - begin
             if stage.failed and not any(known is self for known in _failed):
                 _failed.append(self)
-            for observer in _observers:
+            for observer in _observers if observed else ():
                 observer(self.name, name, stage.seconds, stage.failed)
 
     def _place(self, stage: str) -> str:

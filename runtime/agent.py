@@ -34,6 +34,7 @@ from runtime.containers.exec import Execution
 from runtime.containers.lifecycle import Lifecycle
 from runtime.layout import Layout
 from runtime.node import Node
+from runtime.nri.options import NriOptions
 from runtime.oci.conmon import Monitors
 from runtime.oci.handlers import Handlers
 from runtime.oci.mask_device import MaskDevice
@@ -60,6 +61,8 @@ _log = logging.getLogger("podkeel.agent")
 
 class Agent:
     """Everything behind the gRPC services, for ``async with``.
+
+    ``version`` is what plugins of the node are told, which are served if ``nri`` says so.
 
     Raises WrongStateError when another agent holds the same folders, the data folder is from a newer version, or the
     store is lost and ``lost_store`` does not say what to do then.
@@ -88,8 +91,13 @@ class Agent:
         network: NetworkOptions,
         images: ImageOptions,
         lost_store: LostStore = LostStore.REFUSE,
+        *,
+        nri: NriOptions | None = None,
+        version: str = "",
     ) -> None:
         self._lost_store = lost_store
+        self._nri = nri
+        self._version = version
         self._runtime = runtime
         self._network = network
         self._images = images
@@ -170,6 +178,7 @@ class Agent:
         store.when_written(kept.note)
         kept.start((*node.state.sandboxes, *node.state.containers))
         await in_thread(reserve.keep)
+        await self._serve_plugins(node, stack)
         self.state.events.serve()
 
     def _take(self, node: Node) -> None:
@@ -185,6 +194,18 @@ class Agent:
         if adopted:
             await put_back_all(database, layout)
         return database
+
+    async def _serve_plugins(self, node: Node, stack: AsyncExitStack) -> None:
+        """Let plugins of the node see and change what is made from now on; only here their code is loaded."""
+        if self._nri is None or not self._nri.enabled:
+            return
+        from runtime.nri.hooks import Changing, NriHooks
+        from runtime.nri.service import serving
+
+        changing = Changing(self.execution.apply, self.lifecycle.kill)
+        hooks = NriHooks(node, self._nri, self._version, changing)
+        node.hooks = hooks
+        await stack.enter_async_context(serving(hooks, self._nri, node.layout.run / "nri-plugins"))
 
     async def check(self) -> list[Finding]:
         """Compare the store with kernel and folders; changes nothing.

@@ -10,6 +10,7 @@ from images.store import ImageStore
 from network.node_network import NodeNetwork
 from runtime.cgroups.moves import CgroupMoves
 from runtime.cgroups.tree import CgroupTree
+from runtime.hooks import Hooks
 from runtime.layout import Layout
 from runtime.meters import Meters
 from runtime.oci.conmon import Monitors
@@ -39,6 +40,7 @@ class Node:
     network: NodeNetwork
     images: ImageStore
     snapshots: SnapshotStore
+    hooks: Hooks = field(default_factory=Hooks)
     hooks_dir: HooksDir = field(init=False)
     meters: Meters = field(init=False)
     moves: CgroupMoves = field(init=False)

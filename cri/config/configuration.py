@@ -24,6 +24,7 @@ from cri.config.value_checks import CHECKS
 from host.errors import InvalidArgumentError
 from images.options import ImageOptions
 from network.options import NetworkOptions
+from runtime.nri.options import NriOptions
 from runtime.options import RuntimeOptions
 
 DEFAULT_FILE = Path("/etc/podkeel/config.toml")
@@ -52,6 +53,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     runtime: RuntimeOptions = RuntimeOptions()
     network: NetworkOptions = NetworkOptions()
     images: ImageOptions = ImageOptions()
+    nri: NriOptions = NriOptions()
     streaming: StreamingOptions = StreamingOptions()
     metrics: MetricsOptions = MetricsOptions()
     tracing: TracingOptions = TracingOptions()

@@ -7,6 +7,7 @@ from ipaddress import ip_network
 from typing import Any
 
 _INTERFACE_NAME_BYTES = 15  # IFNAMSIZ less the final zero
+_SOCKET_PATH_BYTES = 107  # sun_path of unix(7) less the final zero
 
 
 def _networks(values: Sequence[str]) -> str:
@@ -33,6 +34,12 @@ def _one_of(*allowed: str) -> Callable[[Any], str]:
 
 def _folder(value: str) -> str:
     return "" if value.startswith("/") else f"expected an absolute path, got {value!r}"
+
+
+def _unix_socket(value: str) -> str:
+    if not value.startswith("/") or len(value.encode()) > _SOCKET_PATH_BYTES:
+        return f"expected an absolute path of at most {_SOCKET_PATH_BYTES} bytes, got {value!r}"
+    return ""
 
 
 def _folders(values: Sequence[str]) -> str:
@@ -67,4 +74,7 @@ CHECKS: Mapping[tuple[str, ...], Callable[[Any], str]] = {
     ("network", "pod_cidrs"): _networks,
     ("network", "cluster_cidrs"): _networks,
     ("network", "mtu"): _not_negative,
+    ("nri", "socket"): _unix_socket,
+    ("nri", "plugin_dir"): _folder,
+    ("nri", "config_dir"): _folder,
 }

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import posixpath
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from host.concurrency.abandonable import AbandonableThreads, Permission
 from host.concurrency.tasks import wait_out
@@ -37,8 +38,8 @@ from runtime.node import Node
 from runtime.oci import private_devices
 from runtime.oci.conmon import MonitorRequest, RuntimeRefusedError, StartingMonitor
 from runtime.oci.oci_runtime import OciRuntime, cannot_run_program, naming, refused_request
-from runtime.specgen.builder import ContainerSpec, build
-from runtime.specgen.draft import SpecRequest
+from runtime.specgen.builder import ContainerSpec, complete
+from runtime.specgen.draft import Draft, SpecRequest, draft
 from runtime.specgen.mounts.image_volumes import make_volumes
 from runtime.specgen.mounts.volume_content import CopyLimits
 from runtime.specgen.namespaces import user_mappings
@@ -50,6 +51,8 @@ from runtime.state.truncindex import new_id
 
 NAME_LIMIT = 253
 _MOST_HANGING = 256  # threads that wait for volumes of containers that were given up
+
+T = TypeVar("T")
 
 _log = logging.getLogger("podkeel.containers")
 
@@ -105,23 +108,39 @@ class ContainerManager:
             if shares_pod_pids(container):
                 async with operation.stage("pid_namespace"):
                     await ensure_pid_holder(node, sandbox)
-            async with operation.stage("spec"):
-                target = held.enter_context(target_pid_namespace(node, container))
-                request = spec_request(node, container, image, runtime, image_volumes, target_pids=target)
-                # In a thread of its own: volumes may be on a file system whose server does not answer for hours.
-                spec = await self._threads.run(container.title, partial(self._write_spec, container, request))
-                _apply_spec(container, spec, status_mounts(node, list(spec.mounts)))
+            undo.push("what plugins know of it", partial(node.hooks.undo_container, container))
+            target = held.enter_context(target_pid_namespace(node, container))
+            request = spec_request(node, container, image, runtime, image_volumes, target_pids=target)
+            spec = await self._make_spec(container, request, operation)
             async with container.lock:  # its end, should it come now, is handled after the commit
                 async with operation.stage("runtime"), node.handlers.slots:
                     await self._create_in_runtime(container, monitor, runtime, spec)
                 await self._verify(container, runtime, spec)
                 _require_ready(sandbox)
-                async with operation.stage("commit"):
-                    await self._state.move(container, ContainerState.CREATED)
+                async with node.hooks.passing():
+                    await node.hooks.created_container(container, operation)
+                    async with operation.stage("commit"):
+                        await self._state.move(container, ContainerState.CREATED)
         self._state.publish(cri_pb2.CONTAINER_CREATED_EVENT, container)
         extra = of_container(container, operation)
         _log.info("%s is created from %s", container.title, config.image.image, extra=extra)
         return container
+
+    async def _make_spec(self, container: Container, request: SpecRequest, operation: Operation) -> ContainerSpec:
+        hooks, write = self._node.hooks, partial(self._write_spec, container)
+        if await hooks.nobody_adjusts(container):
+            spec = await self._work_on_spec(operation, lambda permission: write(draft(request), permission))
+        else:
+            drafted = await self._work_on_spec(operation, lambda _: draft(request))
+            await hooks.create_container(container, drafted, operation)
+            spec = await self._work_on_spec(operation, partial(write, drafted))
+        _apply_spec(container, spec, status_mounts(self._node, list(spec.mounts)))
+        return spec
+
+    async def _work_on_spec(self, operation: Operation, work: Callable[[Permission], T]) -> T:
+        """In a thread of its own: volumes may be on a file system whose server does not answer for hours."""
+        async with operation.stage("spec"):
+            return await self._threads.run(operation.subject, work)
 
     async def _log_path(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Path | None:
         """In a thread of its own: the log folder may be on a file system whose server does not answer for hours."""
@@ -160,8 +179,8 @@ class ContainerManager:
         )
         return Container(container_id, sandbox, config, record)
 
-    def _write_spec(self, container: Container, request: SpecRequest, permission: Permission) -> ContainerSpec:
-        spec = build(request, permission.check)
+    def _write_spec(self, container: Container, drafted: Draft, permission: Permission) -> ContainerSpec:
+        spec, request = complete(drafted, permission.check), drafted.request
         mappings = user_mappings(container.sandbox.namespace_options)
         options = self._node.options
         limits = CopyLimits(options.max_volume_copy_bytes, options.max_volume_copy_entries)
@@ -227,6 +246,7 @@ class ContainerManager:
     def _forget(self, container: Container) -> None:
         self._names.release(container)
         self._state.forget(container)
+        self._node.hooks.forget(container.id)
         self._node.meters.forget(container.id)
 
     async def remove(self, container_id: str) -> None:
@@ -250,8 +270,10 @@ class ContainerManager:
         operation = begin(container, "RemoveContainer")
         try:
             if container.record.state is not ContainerState.REMOVING:
-                async with operation.stage("intent"):
-                    await self._state.move(container, ContainerState.REMOVING)
+                async with self._node.hooks.passing():
+                    await self._node.hooks.remove_container(container, operation)
+                    async with operation.stage("intent"):
+                        await self._state.move(container, ContainerState.REMOVING)
             await self._finish_removal(container, operation)
         except (PodkeelError, OSError):
             self._state.take_back(container)

@@ -25,7 +25,7 @@ from host.files.inotify import wait_for_entries
 from host.processes import ProcessName
 from proto.runtime.v1 import cri_pb2
 from runtime.containers.lifecycle import begin
-from runtime.containers.limits import Limits
+from runtime.containers.limits import Limits, require_alive
 from runtime.logs import LogFile, LogLink, append_from_now_on, has_open
 from runtime.node import Node
 from runtime.oci.directory_probe import DIRECTORY_BY_DESCRIPTOR
@@ -159,10 +159,25 @@ class Execution:
         Raises:
             WrongStateError: the container has exited.
             LimitError: the memory limit would be below what the container uses now.
+            PodkeelError: a plugin of the node refuses.
         """
-        container = self._state.get_container(container_id)
+        container, hooks = self._state.get_container(container_id), self._node.hooks
+        try:
+            async with container.lock:
+                require_alive(container)
+                operation = begin(container, "UpdateContainerResources")
+                async with hooks.passing():
+                    change = await hooks.update_container(container, given, operation)
+                await self.limits.change(container, change, operation)
+                async with hooks.passing():
+                    await hooks.updated_container(container, operation)
+        finally:
+            await hooks.carry_out(container)
+
+    async def apply(self, container: Container, change: LimitChange) -> None:
+        """The same as a plugin asks for it: no plugin is told."""
         async with container.lock:
-            await self.limits.change(container, LimitChange(given), begin(container, "UpdateContainerResources"))
+            await self.limits.change(container, change, begin(container, "UpdateContainerResources"))
 
     async def reopen_log(self, container_id: str) -> None:
         """Have the log written to a new file after the old one was renamed; nothing if it was not.

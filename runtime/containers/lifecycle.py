@@ -18,19 +18,18 @@ from host.errors import CommandError, InvalidArgumentError, PodkeelError, WrongS
 from host.files.removal import remove_tree
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
-from runtime.cgroups.tree import CgroupTree
 from runtime.containers.kill_watch import KillWatch
+from runtime.containers.killing import clear_cgroup, kill_group
 from runtime.containers.last_wait import wait_for_end
 from runtime.containers.out_of_memory import ended_by_the_kernel, killed_for_memory
 from runtime.containers.rootfs import unmount_all
 from runtime.node import Node
 from runtime.oci.conmon import ExitRecord
 from runtime.oci.oci_runtime import cannot_run_program, plain_message
-from runtime.state.container import Container, ContainerRecord, ContainerState
+from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import SandboxState
 from runtime.state.transitions import of_container
 
-_CGROUP_SECONDS = 5.0
 UNKNOWN_EXIT_CODE = 255
 START_ERROR_EXIT_CODE = 128
 
@@ -76,13 +75,18 @@ class Lifecycle:
             await wait_out(asyncio.ensure_future(self._start(container)))
 
     async def _start(self, container: Container) -> None:
+        hooks = self._node.hooks
         operation = begin(container, "StartContainer")
+        async with hooks.passing():
+            await hooks.start_container(container, operation)
         async with operation.stage("runtime"), self._node.handlers.slots:
             started_at = time.time_ns()
             await self._start_in_runtime(container)
         async with operation.stage("commit"):
             container.record.started_at = started_at
             await self._state.move(container, ContainerState.RUNNING)
+        async with hooks.passing():
+            await hooks.started_container(container, operation)
         self._state.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
         _log.info("%s runs", container.title, extra=of_container(container, operation))
 
@@ -112,7 +116,8 @@ class Lifecycle:
         record.exit_code = START_ERROR_EXIT_CODE
         record.reason = "StartError"
         record.message = message
-        await self._save_end(container)
+        async with self._node.hooks.passing():
+            await self._save_end(container)
         self._ended(container)
 
     def watch(self, container: Container) -> None:
@@ -152,7 +157,21 @@ class Lifecycle:
 
     async def record_exit(self, container: Container, exit_record: ExitRecord | None) -> None:
         """Write down how a container ended; the caller holds its lock."""
-        await _end_log(container)  # from here to the commit nothing else runs: others count the kills of who is alive
+        await _end_log(container)
+        async with self._node.hooks.passing():
+            counted = self._describe_end(container, exit_record)
+            # What the runtime holds is given back meanwhile: should we die before the commit, conmon's record is there.
+            container.cleanup = self._spawn(self.clean_up(container))
+            await self._save_end(container, sandbox_too=counted)
+        self._ended(container)
+        record, ended = container.record, of_container(container)
+        _log.info("%s ended: exit code %d, %s", container.title, record.exit_code, record.reason, extra=ended)
+
+    def _describe_end(self, container: Container, exit_record: ExitRecord | None) -> bool:
+        """Put an end into the record; whether kills of the pod were counted for it, which must be written too.
+
+        From here to the commit nothing else runs: others count the kills of who is alive.
+        """
         record = container.record
         counted = killed_for_memory(self._node, container)
         history = self._kills.history(container)
@@ -161,18 +180,13 @@ class Lifecycle:
         record.started_at = record.started_at or record.created_at
         # The record's time is that of a file, which the kernel takes from a coarse clock.
         record.finished_at = max(exit_record.finished_at, record.started_at) if exit_record else time.time_ns()
-        if record.exit_code == 0:
-            record.reason = "Completed"
-        else:
-            record.reason = "OOMKilled" if kills and ended_by_the_kernel(container, exit_record, history) else "Error"
+        failure = "OOMKilled" if kills and ended_by_the_kernel(container, exit_record, history) else "Error"
+        record.reason = failure if record.exit_code else "Completed"
         if exit_record is None:
             record.message = self._node.monitors.why_no_exit_record()
-        # What the runtime holds is given back meanwhile: should we die before the commit, conmon's record is there.
-        container.cleanup = self._spawn(self.clean_up(container))
-        await self._save_end(container, sandbox_too=counted)
-        self._ended(container)
-        ended = of_container(container)
-        _log.info("%s ended: exit code %d, %s", container.title, record.exit_code, record.reason, extra=ended)
+        if container.evicted:
+            record.reason, record.message = "Evicted", container.evicted
+        return counted
 
     async def _save_end(self, container: Container, *, sandbox_too: bool = False) -> None:
         """Write down an end; when that fails the container has ended all the same, and the next start sees it again."""
@@ -182,6 +196,7 @@ class Lifecycle:
                 await self._state.save(container.sandbox)
         except PodkeelError as error:
             _log.error("%s: its end could not be written down: %s", container.title, error)
+        await self._node.hooks.stopped_container(container)
 
     def _ended(self, container: Container) -> None:
         container.exited.set()
@@ -209,7 +224,7 @@ class Lifecycle:
         if record.boot_id != self._state.boot_id:
             return
         cgroups = self._node.cgroups
-        await in_thread(_kill_group, cgroups, record)
+        await in_thread(kill_group, cgroups, record)
         runtime = self._node.handlers.find(record.handler)
         if runtime is None:  # its pods must still be removable
             await in_thread(cgroups.kill, record.cgroup)
@@ -217,7 +232,7 @@ class Lifecycle:
         elif (runtime.root / container.id).exists():
             await runtime.delete(container.id)
         if cgroups.exists(record.cgroup):
-            await in_thread(_clear_cgroup, cgroups, record.cgroup)
+            await in_thread(clear_cgroup, cgroups, record.cgroup)
 
     async def released(self, container: Container) -> None:
         """Wait until what the OCI runtime held of an ended container is given back, trying again if that failed."""
@@ -248,7 +263,10 @@ class Lifecycle:
         it keeps it from that.
         """
         container = self._state.containers.find(container_id) if container_id else None
-        if container is None or not container.visible or container.record.state is ContainerState.EXITED:
+        if container is None or not container.visible:
+            return
+        if container.record.state is ContainerState.EXITED:
+            await container.exited.wait()
             return
         operation = begin(container, "StopContainer")
         self._node.reserve.release_if_short()
@@ -304,16 +322,17 @@ class Lifecycle:
         if container.monitor_descriptor is None:
             async with container.lock:
                 if not container.exited.is_set():
-                    await self.record_exit(container, self._node.monitors.exit_record(container.id))
+                    exit_record = self._node.monitors.exit_record(container.id)
+                    await wait_out(asyncio.ensure_future(self.record_exit(container, exit_record)))
             return
         if not await wait_for_end(self._node, container):
             async with container.lock:
                 if not container.exited.is_set():
-                    await self.record_exit(container, None)
+                    await wait_out(asyncio.ensure_future(self.record_exit(container, None)))
 
     async def _kill_processes(self, container: Container) -> None:
         container.killed = self._signal(container, signal.SIGKILL) or container.killed
-        await in_thread(_kill_group, self._node.cgroups, container.record)
+        await in_thread(kill_group, self._node.cgroups, container.record)
 
     def _signal(self, container: Container, number: int) -> bool:
         """Send a signal to the first process; False if it has ended."""
@@ -366,20 +385,3 @@ async def _end_log(container: Container) -> None:
     work = asyncio.ensure_future(in_fresh_thread(container.log.end_last_lines))
     await asyncio.wait({work}, timeout=_LOG_SECONDS)
     work.add_done_callback(lambda done: done.cancelled() or done.exception())  # a log that is gone has no last line
-
-
-def _kill_group(cgroups: CgroupTree, record: ContainerRecord) -> None:
-    """Kill what may outlive a container's first process, and what cannot die as it is frozen."""
-    if not record.private_pid_namespace or cgroups.is_frozen(record.cgroup):
-        cgroups.kill(record.cgroup)
-
-
-def _clear_cgroup(cgroups: CgroupTree, path: str) -> None:
-    """Kill what is left in a cgroup, in whichever hierarchies it is, and remove it. Blocks until that has ended."""
-    cgroups.kill(path)
-    pids = cgroups.all_processes(path)
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    processes.wait_all_ended(pids, _CGROUP_SECONDS)
-    cgroups.remove(path)

@@ -59,8 +59,7 @@ class Limits:
             LimitError: the memory limit would be below what the container uses now.
         """
         record = container.record
-        if record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
-            raise WrongStateError(f"{container.title} is {record.state}: its limits cannot be changed")
+        require_alive(container)
         before = cri_pb2.LinuxContainerResources.FromString(record.resources)
         after = merged(before, change.given)
         extra = record.extra_limits.merged(change.extra)
@@ -134,6 +133,13 @@ class Limits:
                 f"{container.title} uses {use} bytes of memory that cannot be reclaimed, more than the new limit of "
                 f"{limit}: the kernel would kill it; raise the limit or restart the container"
             )
+
+
+def require_alive(container: Container) -> None:
+    """Raise WrongStateError for a container that has ended: its limits cannot be changed any more."""
+    state = container.record.state
+    if state not in (ContainerState.CREATED, ContainerState.RUNNING):
+        raise WrongStateError(f"{container.title} is {state}: its limits cannot be changed")
 
 
 def _undoing(

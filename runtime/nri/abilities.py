@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from host.errors import InvalidArgumentError, UnsupportedError
 from proto.nri.v1alpha1 import nri_pb2
-from runtime.nri.owners import REMOVAL
+from runtime.nri.answers.owners import REMOVAL
 from runtime.oci.oci_runtime import RuntimeFeatures
 from runtime.specgen.node_facts import NodeFacts
 

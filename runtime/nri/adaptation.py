@@ -4,58 +4,60 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from host.errors import InvalidArgumentError, PodkeelError
+from host.stages import Operation
 from network.rwlock import RWLock
 from proto.nri.v1alpha1 import nri_pb2
-from runtime.nri.merging import Merging
+from runtime.nri import validator
+from runtime.nri.answers.merging import Merging
+from runtime.nri.answers.owners import Owners
+from runtime.nri.answers.resource_merging import merge_resources
+from runtime.nri.answers.updates import Node, Updates
 from runtime.nri.options import NriOptions
-from runtime.nri.owners import Owners
-from runtime.nri.plugin import Plugin, PluginLostError, titles
-from runtime.nri.resource_merging import merge_resources
-from runtime.nri.trunk import Trunk
+from runtime.nri.plugins.calls import CallTotals
+from runtime.nri.plugins.events import CREATE_CONTAINER, UPDATE_CONTAINER, VALIDATE_CONTAINER_ADJUSTMENT, EventCall
+from runtime.nri.plugins.plugin import Plugin, PluginLostError
+from runtime.nri.plugins.trunk import Trunk
 
 NRI_VERSION = "v0.12.0"
 MOST_PLUGINS = 128
 MOST_UNREGISTERED = 32
-_MESSAGE_LIMIT = 3 << 20  # of one Synchronize; a ttrpc message may have 4 MiB
+_GATE_SECONDS = 1.0  # how long a plugin that comes keeps new calls waiting for those under way, at one time
+_GONE_KEPT = 32
 
 Answer = TypeVar("Answer", bound=Message)
-Inventory = Callable[[], Awaitable[tuple[Sequence[nri_pb2.PodSandbox], Sequence[nri_pb2.Container]]]]
-Update = Callable[[nri_pb2.ContainerUpdate], Awaitable[None]]
-Evict = Callable[[nri_pb2.ContainerEviction, str], Awaitable[None]]
-
 _log = logging.getLogger("podkeel.nri")
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """What plugins can see and do of the node.
-
-    ``inventory`` lists all pods and containers that clients may see. ``update`` changes the resources of one container,
-    ``evict`` ends one; both raise PodkeelError.
-    """
-
-    name: str
-    version: str
-    inventory: Inventory
-    update: Update
-    evict: Evict
 
 
 @dataclass(slots=True)
 class Creation:
-    """What plugins made of a container that is being created."""
+    """What plugins made of a container that is being created; ``container`` is how they have left it.
+
+    ``updates`` is what they ask for other containers, for ``carry_out``.
+    """
 
     adjustment: nri_pb2.ContainerAdjustment
     owners: nri_pb2.FieldOwners
-    updates: list[nri_pb2.ContainerUpdate] = field(default_factory=list)
+    container: nri_pb2.Container
+    updates: Updates
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A plugin that left or was closed: when (nanoseconds since the epoch) and why."""
+
+    title: str
+    at: int
+    why: str
 
 
 class Adaptation:
@@ -63,9 +65,12 @@ class Adaptation:
 
     One event at a time goes through all plugins, as they expect. ``passing`` goes around what makes, changes or removes
     a pod or container and the event of it: a plugin that is being synchronised sees it either in its list or as event.
+    Inside of ``passing`` no lock of a container is taken, so what plugins ask for others is done outside.
     """
 
     def __init__(self, options: NriOptions, node: Node) -> None:
+        self.gone: deque[Gone] = deque(maxlen=_GONE_KEPT)
+        self.totals = CallTotals()
         self._options = options
         self._node = node
         self._plugins: list[Plugin] = []
@@ -81,11 +86,15 @@ class Adaptation:
 
     @asynccontextmanager
     async def passing(self) -> AsyncIterator[None]:
-        """Hold back the synchronisation of plugins meanwhile."""
+        """Hold back the synchronisation of plugins meanwhile. Never inside itself."""
         async with self._lock.reading():
             yield
 
-    def new_trunk(self, config: str = "", *, name: str = "", index: str = "") -> Trunk:
+    def wants(self, event: EventCall[Any]) -> bool:
+        """Whether any plugin asked for an event."""
+        return any(plugin.wants(event.number) for plugin in self._plugins)
+
+    def new_trunk(self, config: str = "", name: str = "", index: str = "") -> Trunk:
         """The protocol of a socket that a plugin has connected, or of one that it was started with."""
         admitted: list[Plugin] = []
 
@@ -93,7 +102,7 @@ class Adaptation:
             if len(self._unregistered) >= MOST_UNREGISTERED or len(self._plugins) >= MOST_PLUGINS:
                 trunk.close("there are too many plugins")
                 return
-            plugin = Plugin(trunk, self._update_containers, name=name, index=index)
+            plugin = Plugin(trunk, self._update_containers, self.totals, name=name, index=index)
             admitted.append(plugin)
             self._unregistered.add(plugin)
             self._spawn(self._admit(plugin, config))
@@ -109,6 +118,11 @@ class Adaptation:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def settled(self) -> None:
+        """Wait until every plugin that is there now is admitted or refused."""
+        if self._tasks:
+            await asyncio.wait(list(self._tasks))
+
     async def _admit(self, plugin: Plugin, config: str) -> None:
         options = self._options
         try:
@@ -122,139 +136,211 @@ class Adaptation:
                 NRI_version=NRI_VERSION,
             )
             await plugin.configure(request, options.registration_seconds)
-            async with self._lock.writing():
+            async with AsyncExitStack() as stack:
+                await self._close_gate(stack)
                 updates = await self._synchronize(plugin)
                 if not plugin.closed:
                     self._plugins.append(plugin)
                     self._plugins.sort(key=lambda other: (other.index, other.name))
-            await self._apply(updates)
-            _log.info("nri: plugin %s: connected: events %#x", plugin.title, plugin.events)
+                    plugin.admitted_at = time.time_ns()
+                    _log.info("nri: plugin %s: connected: events %#x", plugin.title, plugin.events)
+            await updates.carry_out(self._node)
         except PodkeelError as error:
             plugin.close(str(error))
+            self.gone.append(Gone(plugin.title, time.time_ns(), f"not admitted: {error}"))
             _log.warning("nri: plugin %s: not admitted: %s", plugin.title, error)
         finally:
             self._unregistered.discard(plugin)
+
+    async def _close_gate(self, stack: AsyncExitStack) -> None:
+        """Wait until nothing is under way. Calls that come meanwhile are let in from time to time: one may hang."""
+        while True:
+            try:
+                async with asyncio.timeout(_GATE_SECONDS):
+                    await stack.enter_async_context(self._lock.writing())
+                return
+            except TimeoutError:
+                await asyncio.sleep(_GATE_SECONDS)
 
     def _lose(self, plugin: Plugin, why: str) -> None:
         plugin.close(why)
         if plugin in self._plugins:
             self._plugins.remove(plugin)
+            self.gone.append(Gone(plugin.title, time.time_ns(), plugin.closed))
             _log.warning("nri: plugin %s: gone: %s", plugin.title, plugin.closed)
 
-    async def _synchronize(self, plugin: Plugin) -> list[nri_pb2.ContainerUpdate]:
+    async def _synchronize(self, plugin: Plugin) -> Updates:
         """Tell a plugin all that is there; returns the updates that it asks for."""
-        pods, containers = await self._node.inventory()
-        requests = list(split(pods, containers))
-        for request in requests:
-            answer = await plugin.call(
-                "Synchronize", request, nri_pb2.SynchronizeResponse, self._options.request_seconds
-            )
+        for request in await self._node.inventory():
+            seconds = self._options.registration_seconds
+            answer = await plugin.call("Synchronize", request, nri_pb2.SynchronizeResponse, seconds)
             if request.more and (not answer.more or answer.update):
                 raise PodkeelError(
                     "it cannot be synchronised in several messages, and everything does not fit into one"
                 )
-        return self._collect(plugin, answer.update, {})
+        updates = Updates()
+        updates.add(plugin.title, answer.update)
+        return updates
 
     async def tell(
-        self, event: int, method: str, request: Message, answer: type[Answer]
+        self,
+        event: EventCall[Answer],
+        request: Message,
+        operation: Operation | None = None,
+        told: list[Plugin] | None = None,
     ) -> list[tuple[Plugin, Answer]]:
-        """Tell an event to the plugins that want it, one after the other; their answers.
+        """Ask the plugins that want an event, one after the other; their answers.
 
-        Raises PodkeelError for an error that one answers. One that is lost over it is left out.
+        Those that were asked are added to ``told``. Raises PodkeelError for an error that one answers. One that is lost
+        over it is left out.
         """
         answers = []
         async with self._events:
-            for plugin in list(self._plugins):
-                if plugin.wants(event):
-                    given = await self._ask(plugin, event, method, request, answer)
+            for plugin in self._asked(event, told):
+                given = await self._ask(plugin, event, request, operation)
+                if given is not None:
+                    answers.append((plugin, given))
+        return answers
+
+    def _asked(self, event: EventCall[Any], told: list[Plugin] | None) -> Iterable[Plugin]:
+        for plugin in [plugin for plugin in self._plugins if plugin.wants(event.number)]:
+            if not plugin.closed:
+                if told is not None:
+                    told.append(plugin)
+                yield plugin
+
+    async def notify(
+        self,
+        event: EventCall[Answer],
+        request: Message,
+        operation: Operation | None = None,
+        only: Sequence[Plugin] | None = None,
+    ) -> list[tuple[Plugin, Answer]]:
+        """Tell plugins (``only`` these, if given) of what has happened or goes on anyway; errors are only logged."""
+        answers = []
+        async with self._events:
+            for plugin in self._asked(event, None):
+                if only is not None and plugin not in only:
+                    continue
+                try:
+                    given = await self._ask(plugin, event, request, operation)
+                except PodkeelError as error:
+                    _log.warning("nri: %s, which goes on", error)
+                else:
                     if given is not None:
                         answers.append((plugin, given))
         return answers
 
     async def _ask(
-        self, plugin: Plugin, event: int, method: str, request: Message, answer: type[Answer]
+        self,
+        plugin: Plugin,
+        event: EventCall[Answer],
+        request: Message,
+        operation: Operation | None,
     ) -> Answer | None:
         try:
-            return await plugin.notify(event, method, request, answer, self._options.request_seconds)
+            async with AsyncExitStack() as stack:
+                if operation is not None:
+                    await stack.enter_async_context(operation.foreign_stage(f"nri:{plugin.title}"))
+                return await plugin.notify(event, request, self._options.request_seconds)
         except PluginLostError as error:
             self._lose(plugin, str(error))
             return None
 
-    async def create(self, request: nri_pb2.CreateContainerRequest, subject: str) -> Creation:
+    async def create(
+        self,
+        request: nri_pb2.CreateContainerRequest,
+        subject: str,
+        operation: Operation | None = None,
+        told: list[Plugin] | None = None,
+    ) -> Creation:
         """Let plugins adjust a container that is being made, and validators look at the result.
 
-        ``subject`` names the container in errors. Raises ConflictError when two plugins set the same thing, and
-        PodkeelError when one refuses.
+        ``subject`` names the container in errors. Those that were asked are added to ``told``. Raises ConflictError
+        when two plugins set the same thing, and PodkeelError when one refuses.
         """
-        merging = Merging(request.container, Owners(subject))
-        updates: dict[str, _Collected] = {}
-        evictions: list[tuple[nri_pb2.ContainerEviction, str]] = []
+        original = nri_pb2.Container()
+        original.CopyFrom(request.container)
+        asked = told if told is not None else []
+        merging, updates = Merging(request.container, Owners(subject)), Updates(making=original.id)
         async with self._events:
-            for plugin in [plugin for plugin in self._plugins if plugin.wants(nri_pb2.CREATE_CONTAINER)]:
-                response = nri_pb2.CreateContainerResponse
-                answer = await self._ask(plugin, nri_pb2.CREATE_CONTAINER, "CreateContainer", request, response)
+            for plugin in self._asked(CREATE_CONTAINER, asked):
+                answer = await self._ask(plugin, CREATE_CONTAINER, request, operation)
                 if answer is not None:
                     merging.add(plugin.title, answer.adjust)
-                    self._collect(plugin, answer.update, updates, making=request.container.id)
-                    evictions += [(eviction, plugin.title) for eviction in answer.evict]
-                    request.container.CopyFrom(merging.container)
-        changes = [collected.update for collected in updates.values()]
-        await self._apply(changes)
-        await self._evict(evictions)
-        return Creation(merging.adjustment, merging.owners.message(), changes)
+                    updates.add(plugin.title, answer.update, answer.evict)
+            owners = merging.owners.message()
+            changes = nri_pb2.ValidateContainerAdjustmentRequest(
+                pod=request.pod,
+                container=original,
+                adjust=merging.adjustment,
+                update=[update for update, _ in updates.updates()],
+                owners=nri_pb2.OwningPlugins(owners={original.id: owners}),
+                plugins=[nri_pb2.PluginInstance(name=plugin.name, index=plugin.index) for plugin in asked],
+            )
+            await self._validate(changes, subject, operation)
+        return Creation(merging.adjustment, owners, merging.container, updates)
 
-    def _collect(
+    async def _validate(
         self,
-        plugin: Plugin,
-        wanted: Iterable[nri_pb2.ContainerUpdate],
-        updates: dict[str, _Collected],
-        making: str = "",
-    ) -> list[nri_pb2.ContainerUpdate]:
-        for update in wanted:
-            if update.container_id == making:
-                raise InvalidArgumentError(
-                    f"NRI plugin {plugin.title} asks for an update of the container that is being made: adjust it"
-                )
-            collected = updates.setdefault(update.container_id, _Collected(update.container_id))
-            merge_resources(update.linux.resources, (collected.update.linux.resources,), collected.owners, plugin.title)
-            collected.update.ignore_failure = update.ignore_failure
-        return [collected.update for collected in updates.values()]
+        request: nri_pb2.ValidateContainerAdjustmentRequest,
+        subject: str,
+        operation: Operation | None,
+    ) -> None:
+        """Have the agent's own validator and then, all at once, those of plugins look at what plugins change."""
+        validators = list(self._asked(VALIDATE_CONTAINER_ADJUSTMENT, None))
+        if not validators and not self._options.default_validator.enabled:
+            return
+        validator.check(request, self._options.default_validator, subject)
+        if not validators:
+            return
+        answers = await asyncio.gather(
+            *(self._ask(plugin, VALIDATE_CONTAINER_ADJUSTMENT, request, operation) for plugin in validators)
+        )
+        for plugin, answer in zip(validators, answers, strict=True):
+            if answer is not None and answer.reject:
+                raise InvalidArgumentError(f"{subject}: NRI plugin {plugin.title} rejects it: {answer.reason}")
 
-    async def _apply(self, updates: Iterable[nri_pb2.ContainerUpdate]) -> list[nri_pb2.ContainerUpdate]:
-        """Carry out updates, each for itself; returns those that failed and must not."""
-        failed = []
-        for update in updates:
-            try:
-                await self._node.update(update)
-            except PodkeelError as error:
-                _log.warning("nri: update of container %s failed: %s", update.container_id, error)
-                if not update.ignore_failure:
-                    failed.append(update)
-        return failed
+    async def update(
+        self, request: nri_pb2.UpdateContainerRequest, subject: str, operation: Operation | None = None
+    ) -> tuple[nri_pb2.LinuxResources, str, Updates]:
+        """Let plugins change an update of a container.
 
-    async def _evict(self, evictions: Iterable[tuple[nri_pb2.ContainerEviction, str]]) -> None:
-        for eviction, plugin in evictions:
-            try:
-                await self._node.evict(eviction, plugin)
-            except PodkeelError as error:
-                _log.warning("nri: eviction of container %s failed: %s", eviction.container_id, error)
+        Returns what they set, which of them, and what they ask for other containers, for ``carry_out``. Raises
+        PodkeelError when a plugin refuses, ConflictError when two change the same value.
+        """
+        container_id, updates, owners = request.container.id, Updates(), Owners(subject)
+        own = nri_pb2.LinuxResources()
+        async with self._events:
+            for plugin in self._asked(UPDATE_CONTAINER, None):
+                answer = await self._ask(plugin, UPDATE_CONTAINER, request, operation)
+                if answer is None:
+                    continue
+                for update in answer.update:
+                    if update.container_id == container_id:
+                        merge_resources(update.linux.resources, (own, request.linux_resources), owners, plugin.title)
+                others = [update for update in answer.update if update.container_id != container_id]
+                updates.add(plugin.title, others, answer.evict)
+        return own, owners.names(), updates
+
+    async def carry_out(self, updates: Updates) -> None:
+        """Update and evict containers as plugins asked."""
+        await updates.carry_out(self._node)
 
     async def _update_containers(
         self, plugin: Plugin, request: nri_pb2.UpdateContainersRequest
     ) -> nri_pb2.UpdateContainersResponse:
-        """A plugin's own call, at any time."""
-        failed = await self._apply(self._collect(plugin, request.update, {}))
-        await self._evict((eviction, plugin.title) for eviction in request.evict)
-        return nri_pb2.UpdateContainersResponse(failed=failed)
+        """A plugin's own call, at any time once it is synchronised."""
+        if plugin not in self._plugins:
+            raise InvalidArgumentError("the plugin is not synchronised yet: answer Synchronize first")
+        updates = Updates()
+        updates.add(plugin.title, request.update, request.evict)
+        return nri_pb2.UpdateContainersResponse(failed=await updates.carry_out(self._node))
 
     async def close(self) -> None:
-        """Tell plugins that the agent ends, and let them go."""
+        """Tell plugins that the agent ends, all at once, and let them go."""
+        await asyncio.gather(*(self._shut_down(plugin) for plugin in self._plugins))
         for plugin in [*self._plugins, *self._unregistered]:
-            if plugin.events:
-                try:
-                    await plugin.call("Shutdown", nri_pb2.Empty(), nri_pb2.Empty, self._options.request_seconds)
-                except PodkeelError as error:
-                    _log.info("nri: plugin %s: Shutdown: %s", plugin.title, error)
             plugin.close("the agent ends")
         self._plugins.clear()
         for task in self._tasks:
@@ -262,34 +348,8 @@ class Adaptation:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-
-@dataclass(slots=True)
-class _Collected:
-    """The updates of several plugins for one container."""
-
-    container_id: str
-    update: nri_pb2.ContainerUpdate = field(init=False)
-    owners: Owners = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.update = nri_pb2.ContainerUpdate(container_id=self.container_id)
-        self.owners = Owners(f"update of container {self.container_id[:13]}")
-
-
-def split(
-    pods: Sequence[nri_pb2.PodSandbox], containers: Sequence[nri_pb2.Container], limit: int = _MESSAGE_LIMIT
-) -> Iterable[nri_pb2.SynchronizeRequest]:
-    """Everything in as few messages as it fits into, all but the last with ``more``."""
-    request, size = nri_pb2.SynchronizeRequest(), 0
-    for kind, items in (("pods", pods), ("containers", containers)):
-        for item in items:
-            if size and size + item.ByteSize() > limit:
-                request.more = True
-                yield request
-                request, size = nri_pb2.SynchronizeRequest(), 0
-            getattr(request, kind).append(item)
-            size += item.ByteSize() + 8
-    yield request
-
-
-__all__ = ["Adaptation", "Creation", "Node", "split", "titles"]
+    async def _shut_down(self, plugin: Plugin) -> None:
+        try:
+            await plugin.call("Shutdown", nri_pb2.Empty(), nri_pb2.Empty, self._options.request_seconds)
+        except PodkeelError as error:
+            _log.info("nri: plugin %s: Shutdown: %s", plugin.title, error)

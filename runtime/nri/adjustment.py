@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.abilities import Asking, Field, RuntimeAbilities
+from runtime.nri.answers.merging import removed_name
 from runtime.nri.linux_adjustment import adjust_linux
-from runtime.nri.merging import removed_name
 from runtime.specgen import config
 from runtime.specgen.draft import Draft
 

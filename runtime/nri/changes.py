@@ -8,10 +8,10 @@ from proto.runtime.v1 import cri_pb2
 from runtime.node import Node
 from runtime.nri.abilities import Asking, Field, RuntimeAbilities
 from runtime.nri.adjustment import adjust
+from runtime.nri.answers.owners import Owners, changes
+from runtime.nri.answers.resource_merging import merge_resources
 from runtime.nri.messages import cri_resources
-from runtime.nri.owners import Owners, changes
 from runtime.nri.resource_adjustment import extra_limits
-from runtime.nri.resource_merging import merge_resources
 from runtime.specgen.draft import Draft
 from runtime.specgen.limits.extra_limits import LimitChange, merged
 from runtime.specgen.node_facts import NodeFacts

@@ -13,7 +13,7 @@ import msgspec
 from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.abilities import Asking, Field, RuntimeAbilities
-from runtime.nri.merging import removed_name
+from runtime.nri.answers.merging import removed_name
 from runtime.nri.resource_adjustment import adjust_resources
 from runtime.specgen import config
 from runtime.specgen.mounts.configured import container_path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
 from runtime.layout import SandboxFolder
@@ -9,6 +11,7 @@ from runtime.specgen import config as oci
 from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox
 
+_MESSAGE_LIMIT = 3 << 20  # of one Synchronize; a ttrpc message may have 4 MiB
 _STATES = {
     ContainerState.CREATED: nri_pb2.CONTAINER_CREATED,
     ContainerState.RUNNING: nri_pb2.CONTAINER_RUNNING,
@@ -58,19 +61,12 @@ def container(of: Container, spec: oci.Spec | None) -> nri_pb2.Container:
         id=of.id,
         pod_sandbox_id=of.sandbox.id,
         name=config.metadata.name,
-        state=_STATES.get(record.state, nri_pb2.CONTAINER_UNKNOWN),
         labels=config.labels,
         annotations=config.annotations,
         created_at=record.created_at,
-        started_at=record.started_at,
-        finished_at=record.finished_at,
-        exit_code=record.exit_code,
-        status_reason=record.reason,
-        status_message=record.message,
         image=nri_pb2.Image(name=config.image.image, digest=record.image_ref, config_digest=record.image_id),
     )
-    if record.state is ContainerState.RUNNING and record.init is not None:
-        message.pid = record.init.pid
+    set_status(message, of)
     for device in config.CDI_devices:
         message.CDI_devices.add(name=device.name)
     if spec is not None:
@@ -83,6 +79,25 @@ def container(of: Container, spec: oci.Spec | None) -> nri_pb2.Container:
         if spec.hooks is not None:
             message.hooks.CopyFrom(_hooks(spec.hooks))
     return message
+
+
+def set_status(message: nri_pb2.Container, of: Container, state: nri_pb2.ContainerState | None = None) -> None:
+    """Put into ``message`` what changes in the life of a container, which will be in ``state`` if that is given."""
+    record = of.record
+    if state is None:
+        state = _STATES.get(record.state, nri_pb2.CONTAINER_UNKNOWN)
+    message.ClearField("state")
+    message.MergeFrom(nri_pb2.Container(state=state))
+    alive = record.state in (ContainerState.MAKING, ContainerState.CREATED, ContainerState.RUNNING)
+    message.pid = record.init.pid if alive and record.init is not None else 0
+    message.started_at, message.finished_at = record.started_at, record.finished_at
+    message.exit_code = record.exit_code
+    message.status_reason, message.status_message = record.reason, record.message
+    if record.state is not ContainerState.MAKING and message.HasField("linux"):  # else they are as plugins leave them
+        current = resources(cri_pb2.LinuxContainerResources.FromString(record.resources))
+        if current.hugepage_limits:
+            message.linux.resources.ClearField("hugepage_limits")
+        message.linux.resources.MergeFrom(current)
 
 
 def _add_process(message: nri_pb2.Container, spec: oci.Spec) -> None:
@@ -179,3 +194,19 @@ def cri_resources(given: nri_pb2.LinuxResources) -> cri_pb2.LinuxContainerResour
     for page in given.hugepage_limits:
         message.hugepage_limits.add(page_size=page.page_size, limit=page.limit)
     return message
+
+
+def split(
+    pods: Sequence[nri_pb2.PodSandbox], containers: Sequence[nri_pb2.Container], limit: int = _MESSAGE_LIMIT
+) -> Iterable[nri_pb2.SynchronizeRequest]:
+    """Everything in as few messages as it fits into, all but the last with ``more``."""
+    request, size = nri_pb2.SynchronizeRequest(), 0
+    for kind, items in (("pods", pods), ("containers", containers)):
+        for item in items:
+            if size and size + item.ByteSize() > limit:
+                request.more = True
+                yield request
+                request, size = nri_pb2.SynchronizeRequest(), 0
+            getattr(request, kind).append(item)
+            size += item.ByteSize() + 8
+    yield request

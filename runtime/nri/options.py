@@ -6,6 +6,8 @@ from typing import Annotated
 
 import msgspec
 
+DEFAULT_SOCKET = "/var/run/nri/nri.sock"
+
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=600)]
 
 
@@ -14,8 +16,8 @@ class ValidatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``reject_*`` refuse a container for which a plugin adds OCI hooks, changes the seccomp policy (by the kind of
     profile that the container would have otherwise), sets a namespace or a sysctl. ``required_plugins`` must have seen
-    every container; the annotation ``required-plugins.noderesource.dev`` asks for more. Containers with the annotation
-    ``tolerate_missing_annotation`` (empty: none) set to ``true`` do without.
+    every container; the annotation ``required-plugins.noderesource.dev`` asks for more. Pods whose annotation
+    ``tolerate_missing_annotation`` (empty: none) is ``true`` do without.
     """
 
     enabled: bool = False
@@ -34,11 +36,12 @@ class NriOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``socket`` is where plugins connect, if ``external_connections`` lets them. Executables ``NN-name`` in
     ``plugin_dir`` are started by the agent, with the text of ``NN-name.conf`` or ``name.conf`` in ``config_dir``.
-    ``registration_seconds`` and ``request_seconds`` are what plugins have to register and for each answer.
+    A plugin has ``registration_seconds`` each to register, to be configured and to be synchronised, and
+    ``request_seconds`` to answer an event.
     """
 
     enabled: bool = True
-    socket: str = "/var/run/nri/nri.sock"
+    socket: str = DEFAULT_SOCKET
     external_connections: bool = True
     plugin_dir: str = "/opt/nri/plugins"
     config_dir: str = "/etc/nri/conf.d"

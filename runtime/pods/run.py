@@ -91,8 +91,11 @@ class PodManager:
             if weight := runtime.options.io_weight or node.options.io_weight:
                 async with operation.stage("io_weight"):
                     await self._weigh(sandbox, weight)
-            async with operation.stage("commit"):
-                await self._state.move(sandbox, SandboxState.READY)
+            undo.push("what plugins know of it", partial(node.hooks.undo_sandbox, sandbox))
+            async with node.hooks.passing():
+                await node.hooks.run_sandbox(sandbox, operation)
+                async with operation.stage("commit"):
+                    await self._state.move(sandbox, SandboxState.READY)
         self._state.publish(cri_pb2.CONTAINER_CREATED_EVENT, sandbox)
         self._state.publish(cri_pb2.CONTAINER_STARTED_EVENT, sandbox)
         addresses = ", ".join(sandbox.record.addresses) or "of the node"
@@ -175,6 +178,8 @@ class PodManager:
             operation = _begin(sandbox, "StopPodSandbox")
             async with operation.stage("containers"):
                 await self._containers.stop_all(sandbox)
+            async with self._node.hooks.passing():
+                await self._node.hooks.stop_sandbox(sandbox, operation)
             async with operation.stage("commit"):
                 await self._state.move(sandbox, SandboxState.NOT_READY)
             await self._tear_down(sandbox, operation)
@@ -262,8 +267,10 @@ class PodManager:
         operation = operation or _begin(sandbox, "RemovePodSandbox")
         try:
             if sandbox.record.state is not SandboxState.REMOVING:
-                async with operation.stage("intent"):
-                    await self._state.move(sandbox, SandboxState.REMOVING)
+                async with self._node.hooks.passing():
+                    await self._node.hooks.remove_sandbox(sandbox, operation)
+                    async with operation.stage("intent"):
+                        await self._state.move(sandbox, SandboxState.REMOVING)
             if not sandbox.record.torn_down:
                 await self._tear_down(sandbox, operation)
             async with operation.stage("forget"):
@@ -305,6 +312,7 @@ class PodManager:
     def _forget(self, sandbox: Sandbox) -> None:
         self._names.release(sandbox)
         self._state.forget(sandbox)
+        self._node.hooks.forget(sandbox.id)
         self._node.meters.forget(sandbox.id)
 
     async def update_resources(
@@ -314,13 +322,15 @@ class PodManager:
         overhead: cri_pb2.LinuxContainerResources | None,
     ) -> None:
         """Record what the pod as a whole may use (KEP-1287); its cgroup is the client's. Raises NotFoundError."""
-        sandbox = self._state.get_sandbox(sandbox_id)
-        async with sandbox.lock:
+        sandbox, hooks = self._state.get_sandbox(sandbox_id), self._node.hooks
+        async with sandbox.lock, hooks.passing():
+            await hooks.update_sandbox(sandbox, overhead, resources)
             if resources is not None:
                 sandbox.record.resources = resources.SerializeToString()
             if overhead is not None:
                 sandbox.record.overhead = overhead.SerializeToString()
             await self._state.save(sandbox)
+            await hooks.updated_sandbox(sandbox)
 
     async def close(self) -> None:
         """Undo what is in the making; for the agent's end."""

@@ -67,9 +67,10 @@ class Container:
 
     ``lock`` serialises what changes it; ``exited`` is set when its end is recorded; ``cleanup`` is the task that gives
     back what the OCI runtime holds after the end, ``unmounted`` says that its mounts are gone. ``killed`` says that the
-    agent sent SIGKILL to its first process while that ran. ``stops`` counts the calls that wait for its end now, and
-    ``stop_deadline`` is the earliest of theirs, on the loop's clock. ``log_lock`` serialises openings of its log;
-    ``late_log`` is the descriptor of a new log that conmon did not open in time.
+    agent sent SIGKILL to its first process while that ran, ``evicted`` which plugin of the node had it ended, and why.
+    ``stops`` counts the calls that wait for its end now, and ``stop_deadline`` is the earliest of theirs, on the loop's
+    clock. ``log_lock`` serialises openings of its log; ``late_log`` is the descriptor of a new log that conmon did not
+    open in time.
     """
 
     id: str
@@ -83,6 +84,7 @@ class Container:
     cleanup: asyncio.Task[None] | None = None
     unmounted: bool = False
     killed: bool = False
+    evicted: str = ""
     monitor_descriptor: int | None = None
     stops: int = 0
     stop_deadline: float | None = None

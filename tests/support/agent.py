@@ -53,6 +53,7 @@ class AgentProcess:
         self.subnet = _next_subnet()
         self.cgroup_parent = f"/podkeel-test-{token}"
         self.address = f"unix://{self.run}/podkeel.sock"
+        self.nri_socket = self.run / "nri.sock"
         self.log = folder / "agent.log"
         self.umask = -1  # that of the tests
         self.process: subprocess.Popen[bytes] | None = None
@@ -60,6 +61,10 @@ class AgentProcess:
         self._runtime = runtime
         if "[metrics]" not in options:
             options += '\n[metrics]\naddress = ""'  # only one of all agents could have the default address
+        if "[nri]" not in options:  # nor the default socket
+            options += (
+                f'\n[nri]\nsocket = "{self.nri_socket}"\nplugin_dir = "{folder}/nri"\nconfig_dir = "{folder}/nri.d"'
+            )
         if "[network]" not in options:
             options += '\n[network]\nmode = "built-in"'  # whatever CNI configuration this machine has
         (folder / "config.toml").write_text(

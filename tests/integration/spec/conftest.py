@@ -18,8 +18,8 @@ from proto.nri.v1alpha1 import nri_pb2
 from runtime.containers.idmapped_mounts import bind_all
 from runtime.nri.abilities import RuntimeAbilities
 from runtime.nri.adjustment import adjust
-from runtime.nri.merging import Merging
-from runtime.nri.owners import Owners
+from runtime.nri.answers.merging import Merging
+from runtime.nri.answers.owners import Owners
 from runtime.oci import private_devices
 from runtime.oci.null_device import open_private_null
 from runtime.oci.oci_runtime import RuntimeFeatures

@@ -13,9 +13,12 @@ import pytest
 
 from host.errors import InvalidArgumentError, NotFoundError, PodkeelError
 from proto.nri.v1alpha1 import nri_pb2
-from runtime.nri.adaptation import Adaptation, Node, split
+from runtime.nri.adaptation import Adaptation
+from runtime.nri.answers.owners import ConflictError
+from runtime.nri.answers.updates import Node
+from runtime.nri.messages import split
 from runtime.nri.options import NriOptions
-from runtime.nri.owners import ConflictError
+from runtime.nri.plugins import events
 from tests.support.agent import wait_for
 from tests.unit.nri.stubs import run_in_thread, stub
 
@@ -31,10 +34,10 @@ class Runtime:
     updated: list[nri_pb2.ContainerUpdate] = field(default_factory=list)
     evicted: list[tuple[str, str]] = field(default_factory=list)
 
-    async def inventory(self) -> tuple[list[nri_pb2.PodSandbox], list[nri_pb2.Container]]:
-        return self.pods, self.containers
+    async def inventory(self) -> list[nri_pb2.SynchronizeRequest]:
+        return list(split(self.pods, self.containers))
 
-    async def update(self, update: nri_pb2.ContainerUpdate) -> None:
+    async def update(self, update: nri_pb2.ContainerUpdate, plugin: str) -> None:
         if update.container_id == "gone":
             raise NotFoundError("container 'gone' not found")
         self.updated.append(update)
@@ -95,12 +98,14 @@ def recorder() -> type[Recorder]:
 
 async def start(bench: Bench, container: str = "c1") -> None:
     request = nri_pb2.StartContainerRequest(container=nri_pb2.Container(id=container))
-    await bench.adaptation.tell(nri_pb2.START_CONTAINER, "StartContainer", request, nri_pb2.StartContainerResponse)
+    await bench.adaptation.tell(events.START_CONTAINER, request)
 
 
 async def create(bench: Bench) -> Any:
     container = nri_pb2.Container(id="new", env=["A=1"])
-    return await bench.adaptation.create(nri_pb2.CreateContainerRequest(container=container), "container new")
+    made = await bench.adaptation.create(nri_pb2.CreateContainerRequest(container=container), "container new")
+    await bench.adaptation.carry_out(made.updates)
+    return made
 
 
 async def test_plugins_are_told_in_the_order_of_their_indices(bench: Bench, recorder: type[Recorder]) -> None:

@@ -14,8 +14,8 @@ from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
 from runtime.nri.abilities import RuntimeAbilities
 from runtime.nri.adjustment import adjust, apply
-from runtime.nri.merging import Merging
-from runtime.nri.owners import Owners
+from runtime.nri.answers.merging import Merging
+from runtime.nri.answers.owners import Owners
 from runtime.oci.oci_runtime import RuntimeFeatures
 from runtime.specgen import config
 from runtime.specgen.builder import complete

@@ -8,8 +8,8 @@ import pytest
 
 from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
-from runtime.nri.merging import Merging
-from runtime.nri.owners import ConflictError, Owners
+from runtime.nri.answers.merging import Merging
+from runtime.nri.answers.owners import ConflictError, Owners
 
 Adjustment = nri_pb2.ContainerAdjustment
 Linux = nri_pb2.LinuxContainerAdjustment

@@ -14,9 +14,10 @@ import pytest
 from host.errors import InvalidArgumentError, PodkeelError
 from proto.nri.v1alpha1 import nri_pb2
 from proto.ttrpc.v1 import ttrpc_pb2
-from runtime.nri import ttrpc
-from runtime.nri.plugin import ALL_EVENTS, Plugin, PluginLostError
-from runtime.nri.trunk import PAYLOAD_LIMIT, Trunk
+from runtime.nri.plugins import events, ttrpc
+from runtime.nri.plugins.calls import CallTotals
+from runtime.nri.plugins.plugin import ALL_EVENTS, Plugin, PluginLostError
+from runtime.nri.plugins.trunk import PAYLOAD_LIMIT, Trunk
 from tests.unit.nri.stubs import run_in_thread, stub
 
 SECONDS = 5.0
@@ -43,7 +44,7 @@ async def agent() -> AsyncIterator[Agent]:
     found: list[Agent] = []
 
     def connected(trunk: Trunk) -> None:
-        found.append(Agent(Plugin(trunk, no_updates), trunk, theirs))
+        found.append(Agent(Plugin(trunk, no_updates, CallTotals()), trunk, theirs))
 
     def is_gone(why: str) -> None:
         found[0].plugin.close(why)
@@ -115,23 +116,19 @@ async def test_a_plugin_registers_is_configured_and_answers(agent: Agent) -> Non
     assert agent.plugin.wants(nri_pb2.CREATE_CONTAINER)
     assert not agent.plugin.wants(nri_pb2.RUN_POD_SANDBOX)
     created = await agent.plugin.notify(
-        nri_pb2.CREATE_CONTAINER,
-        "CreateContainer",
+        events.CREATE_CONTAINER,
         nri_pb2.CreateContainerRequest(container=nri_pb2.Container(name="web")),
-        nri_pb2.CreateContainerResponse,
         SECONDS,
     )
     assert created is not None
     assert [(entry.key, entry.value) for entry in created.adjust.env] == [("SEEN", "web")]
     with pytest.raises(PodkeelError, match="10-sample: StopContainer: not now"):
         await agent.plugin.notify(
-            nri_pb2.STOP_CONTAINER,
-            "StopContainer",
+            events.STOP_CONTAINER,
             nri_pb2.StopContainerRequest(),
-            nri_pb2.StopContainerResponse,
             SECONDS,
         )
-    assert agent.plugin.calls.errors == {"StopContainer": 1}
+    assert agent.plugin.calls.by_method["StopContainer"].errors == 1
     assert not agent.plugin.closed
 
 
@@ -146,15 +143,26 @@ async def test_a_plugin_without_a_call_of_its_own_gets_the_state_change(agent: A
     await agent.plugin.registered(SECONDS)
     for name in ("a", "b"):
         answer = await agent.plugin.notify(
-            nri_pb2.START_CONTAINER,
-            "StartContainer",
+            events.START_CONTAINER,
             nri_pb2.StartContainerRequest(container=nri_pb2.Container(name=name)),
-            nri_pb2.StartContainerResponse,
             SECONDS,
         )
         assert answer is None
     assert seen == [(nri_pb2.START_CONTAINER, "a"), (nri_pb2.START_CONTAINER, "b")]
-    assert agent.plugin.calls.count == {"StartContainer": 1, "StateChange": 2}
+    counted = agent.plugin.calls.by_method.items()
+    assert {name: count.calls for name, count in counted} == {"StartContainer": 1, "StateChange": 2}
+
+
+async def test_a_flood_of_frames_for_nobody_closes_the_trunk(agent: Agent) -> None:
+    flood = frame(77, b"") * 5000
+    await asyncio.to_thread(agent.other.sendall, flood)
+    assert "frames that are empty or for unknown connections" in await agent.ended
+
+
+async def test_a_flood_of_answers_to_no_call_closes_the_trunk(agent: Agent) -> None:
+    answer = struct.pack(">IIBB", 0, 99, 2, 0)
+    await asyncio.to_thread(agent.other.sendall, frame(1, answer) * 300)
+    assert "answers to no call" in await agent.ended
 
 
 async def test_a_plugin_that_hangs_is_closed_after_its_time(agent: Agent) -> None:
@@ -169,10 +177,8 @@ async def test_a_plugin_that_hangs_is_closed_after_its_time(agent: Agent) -> Non
     try:
         with pytest.raises(PluginLostError, match=r"StartContainer took longer than 0.2 s"):
             await agent.plugin.notify(
-                nri_pb2.START_CONTAINER,
-                "StartContainer",
+                events.START_CONTAINER,
                 nri_pb2.StartContainerRequest(),
-                nri_pb2.StartContainerResponse,
                 0.2,
             )
     finally:

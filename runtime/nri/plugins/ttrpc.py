@@ -16,10 +16,11 @@ from google.protobuf.message import DecodeError
 
 from host.errors import PodkeelError, UnavailableError
 from proto.ttrpc.v1 import ttrpc_pb2
-from runtime.nri.trunk import Trunk
+from runtime.nri.plugins.trunk import Trunk
 
 BODY_LIMIT = 4 << 20
 MOST_CALLS_AT_ONCE = 8
+_MOST_UNASKED = 256
 
 OK, UNKNOWN, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED = 0, 2, 3, 8, 12
 """Codes of a status, which are gRPC's."""
@@ -105,6 +106,7 @@ class Client:
         self._service = service
         self._next = 1
         self._pending: dict[int, asyncio.Future[bytes]] = {}
+        self._unasked = 0
         trunk.receive_by(connection, MessageReader(self._received).feed)
 
     async def call(self, method: str, payload: bytes, seconds: float) -> bytes:
@@ -135,7 +137,10 @@ class Client:
     def _received(self, message: Message) -> None:
         answer = self._pending.get(message.stream)
         if answer is None or answer.done() or message.kind != _RESPONSE:
-            return  # too late, or never asked for
+            self._unasked += 1  # too late, or never asked for
+            if self._unasked > _MOST_UNASKED:
+                self._trunk.close(f"it sent more than {_MOST_UNASKED} answers to no call")
+            return
         if message.body is None:
             answer.set_exception(CallError(RESOURCE_EXHAUSTED, f"the answer is larger than {BODY_LIMIT} bytes"))
             return

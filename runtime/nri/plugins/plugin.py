@@ -6,17 +6,17 @@ import asyncio
 import logging
 import re
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from host.errors import InvalidArgumentError, PodkeelError, UnavailableError
 from proto.nri.v1alpha1 import nri_pb2
-from runtime.nri import ttrpc
-from runtime.nri.trunk import Trunk
+from runtime.nri.plugins import ttrpc
+from runtime.nri.plugins.calls import Calls, CallTotals
+from runtime.nri.plugins.events import EventCall
+from runtime.nri.plugins.trunk import Trunk
 
 PLUGIN_SERVICE, RUNTIME_SERVICE = 1, 2
 """The trunk's connections: the plugin serves the first, the agent the second."""
@@ -35,30 +35,25 @@ class PluginLostError(PodkeelError):
     """A plugin was closed, as it took too long or its connection ended; the operation goes on without it."""
 
 
-@dataclass(slots=True)
-class Calls:
-    """What was asked of a plugin: how often by event, seconds, errors, and the last error."""
-
-    count: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
-    last_error: str = ""
-
-
 class Plugin:
     """A plugin at the other end of a trunk.
 
-    ``updates`` is called for its own UpdateContainers, ``ended`` once when it is gone. ``events`` is the mask of the
-    events that it wants.
+    ``updates`` is called for its own UpdateContainers; ``totals`` gets its calls too. ``events`` is the mask of the
+    events that it wants, ``closed`` why it is gone, ``admitted_at`` when it was synchronised, in nanoseconds since the
+    epoch.
     """
 
-    def __init__(self, trunk: Trunk, updates: UpdateContainers, *, name: str = "", index: str = "") -> None:
+    def __init__(
+        self, trunk: Trunk, updates: UpdateContainers, totals: CallTotals, *, name: str = "", index: str = ""
+    ) -> None:
         self.name = name
         self.index = index
         self.started_by_agent = bool(name)
         self.events = 0
         self.calls = Calls()
         self.closed = ""
+        self.admitted_at = 0
+        self._totals = totals
         self._trunk = trunk
         self._updates = updates
         self._registered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -119,22 +114,24 @@ class Plugin:
             raise
         self.events = answer.events or ALL_EVENTS
 
-    async def notify(
-        self, event: int, method: str, request: Message, answer: type[Answer], seconds: float
-    ) -> Answer | None:
+    async def notify(self, event: EventCall[Answer], request: Message, seconds: float) -> Answer | None:
         """Tell it an event by the event's own call, or by StateChange if it has no such call.
 
         Returns None where it has no answer. Raises PluginLostError when it is closed over it, and PodkeelError with
         its words for an error that it answers.
         """
-        if event not in self._without:
+        number, method = event.number, event.method
+        if number not in self._without:
             try:
-                return await self.call(method, request, answer, seconds)
+                return await self.call(method, request, event.answer, seconds)
             except ttrpc.CallError as error:
                 if error.code != ttrpc.UNIMPLEMENTED:
                     raise PodkeelError(f"plugin {self.title}: {method}: {error}") from error
-                self._without.add(event)
-        change = nri_pb2.StateChangeEvent(event=event)  # type: ignore[arg-type]  # numbers are what enums are
+                self._without.add(number)
+        if number == nri_pb2.VALIDATE_CONTAINER_ADJUSTMENT:  # younger than StateChange
+            self.events &= ~(1 << (number - 1))
+            return None
+        change = nri_pb2.StateChangeEvent(event=number)
         for name in ("pod", "container"):
             if name in request.DESCRIPTOR.fields_by_name and request.HasField(name):
                 getattr(change, name).CopyFrom(getattr(request, name))
@@ -143,37 +140,35 @@ class Plugin:
         except ttrpc.CallError as error:
             if error.code != ttrpc.UNIMPLEMENTED:
                 raise PodkeelError(f"plugin {self.title}: StateChange for {method}: {error}") from error
-            self.events &= ~(1 << (event - 1))  # it has neither call: it is not asked again
+            self.events &= ~(1 << (number - 1))  # it has neither call: it is not asked again
         return None
 
     async def call(self, method: str, request: Message, answer: type[Answer], seconds: float) -> Answer:
         """One call; what it took is counted. Raises CallError, and PluginLostError when it is closed over it."""
         if self.closed:
             raise PluginLostError(self.closed)
-        begin = time.monotonic()
+        begin, failure = time.monotonic(), ""
         try:
             payload = await self._client.call(method, request.SerializeToString(), seconds)
             return answer.FromString(payload)
         except ttrpc.CallError as error:
-            if error.code != ttrpc.UNIMPLEMENTED:
-                self._failed(method, str(error))
+            failure = str(error) if error.code != ttrpc.UNIMPLEMENTED else ""
             raise
         except TimeoutError:
-            raise self._lost(method, f"{method} took longer than {seconds:g} s") from None
+            failure = f"{method} took longer than {seconds:g} s"
+            raise self._lost(failure) from None
         except UnavailableError as error:
-            raise self._lost(method, str(error)) from None
+            failure = str(error)
+            raise self._lost(failure) from None
         except DecodeError:
-            raise self._lost(method, f"its answer to {method} is no message of NRI") from None
+            failure = f"its answer to {method} is no message of NRI"
+            raise self._lost(failure) from None
         finally:
-            self.calls.count[method] += 1
-            self.calls.seconds[method] += time.monotonic() - begin  # type: ignore[assignment]  # a Counter of floats
+            taken = time.monotonic() - begin
+            self.calls.add(method, taken, failure)
+            self._totals.add(self.title, method, taken, failed=bool(failure))
 
-    def _failed(self, method: str, why: str) -> None:
-        self.calls.errors[method] += 1
-        self.calls.last_error = f"{method}: {why}"
-
-    def _lost(self, method: str, why: str) -> PluginLostError:
-        self._failed(method, why)
+    def _lost(self, why: str) -> PluginLostError:
         self.close(why)
         return PluginLostError(f"plugin {self.title}: {why}")
 

@@ -55,6 +55,11 @@ class Owners:
         """The same for one key of a compound field."""
         self.compound.setdefault(number, {})[key] = REMOVAL + plugin
 
+    def names(self) -> str:
+        """All owners, for messages."""
+        keyed = (name for owners in self.compound.values() for name in owners.values())
+        return ", ".join(sorted({*self.simple.values(), *keyed}))
+
     def message(self) -> nri_pb2.FieldOwners:
         """The owners as plugins know them."""
         message = nri_pb2.FieldOwners(simple=self.simple)

@@ -18,15 +18,18 @@ PAYLOAD_LIMIT = 10 + (4 << 20)
 
 _HEADER = struct.Struct(">II")
 _WRITE_BUFFER = 1 << 20
+_READ_BUFFER = 16 << 10  # of small frames, more at once would keep the loop from others for milliseconds
+_MOST_IDLE_FRAMES = 4096  # that are empty, or for connections that do not exist
 
 Receive = Callable[[bytes], None]
 
 
-class Trunk(asyncio.Protocol):
+class Trunk(asyncio.BufferedProtocol):
     """The agent's end of a trunk, for ``loop.create_unix_server`` and its relatives.
 
     ``connected`` is called once the socket is there, and ``ended`` once with the reason when it is gone. While the
     plugin does not read what was sent, nothing is read from it: it cannot make the agent keep more than one buffer.
+    A plugin that floods it with frames that are for nobody is closed.
     """
 
     def __init__(self, connected: Callable[[Trunk], None], ended: Callable[[str], None]) -> None:
@@ -37,6 +40,8 @@ class Trunk(asyncio.Protocol):
         self._header = bytearray()
         self._receiver: Receive | None = None
         self._left = 0
+        self._idle_frames = 0
+        self._buffer = memoryview(bytearray(_READ_BUFFER))
         self._why = "the plugin closed the connection"
         self._writable = asyncio.Event()
         self._writable.set()
@@ -69,10 +74,14 @@ class Trunk(asyncio.Protocol):
         self._transport.set_write_buffer_limits(_WRITE_BUFFER)
         self._connected(self)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        """asyncio: where to put the next bytes."""
+        return self._buffer
+
+    def buffer_updated(self, count: int) -> None:
         """asyncio: bytes have come."""
-        at = 0
-        while at < len(data) and not self.closed:
+        data, at = bytes(self._buffer[:count]), 0
+        while at < count and not self.closed:
             if self._left:
                 part = data[at : at + self._left]
                 at += len(part)
@@ -93,6 +102,11 @@ class Trunk(asyncio.Protocol):
             self.close(f"it sent a frame of {length} bytes; {PAYLOAD_LIMIT} are the most")
             return False
         self._receiver, self._left = self._receivers.get(connection), length
+        if self._receiver is None or not length:
+            self._idle_frames += 1
+            if self._idle_frames > _MOST_IDLE_FRAMES:
+                self.close(f"it sent more than {_MOST_IDLE_FRAMES} frames that are empty or for unknown connections")
+                return False
         return True
 
     def pause_writing(self) -> None:

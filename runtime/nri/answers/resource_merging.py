@@ -8,7 +8,7 @@ from google.protobuf.message import Message
 
 from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
-from runtime.nri.owners import Owners
+from runtime.nri.answers.owners import Owners
 
 Field = nri_pb2.Field
 

@@ -9,8 +9,8 @@ from google.protobuf.message import Message
 
 from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
-from runtime.nri.owners import REMOVAL, Owners
-from runtime.nri.resource_merging import merge_resources
+from runtime.nri.answers.owners import REMOVAL, Owners
+from runtime.nri.answers.resource_merging import merge_resources
 
 Field = nri_pb2.Field
 Messages = Any  # a repeated field of protobuf, whose stubs have no type for it

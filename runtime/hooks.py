@@ -1,0 +1,104 @@
+"""What goes on with pods and containers, as plugins of the node are told; ``runtime.nri.hooks`` tells them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from host.stages import Operation
+from proto.runtime.v1 import cri_pb2
+from runtime.specgen.limits.extra_limits import LimitChange
+from runtime.state.container import Container
+from runtime.state.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from runtime.specgen.draft import Draft
+
+Resources = cri_pb2.LinuxContainerResources
+
+
+class Passage:
+    """Keeps plugins that come from being synchronised, for ``async with``: around a hook and what it is about.
+
+    It is taken after the locks of sandboxes and containers, and never inside another one. Inside of it there are calls
+    of plugins, which end in time, and commits, but nothing else that is waited for.
+    """
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        return
+
+
+_OPEN = Passage()
+
+
+class Hooks:
+    """What managers call at each event of a pod or container.
+
+    A hook that says so raises PodkeelError when a plugin refuses; of the others errors are logged, as what they tell of
+    has happened, or must go on. ``operation`` gets a stage for each plugin.
+    """
+
+    def passing(self) -> Passage:
+        """The passage of one event."""
+        return _OPEN
+
+    async def run_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
+        """A sandbox is whole and will be seen next. Raises PodkeelError when a plugin refuses."""
+
+    async def undo_sandbox(self, sandbox: Sandbox) -> None:
+        """It did not come to be."""
+
+    async def update_sandbox(self, sandbox: Sandbox, overhead: Resources | None, resources: Resources | None) -> None:
+        """A pod's resources will change. Raises PodkeelError when a plugin refuses."""
+
+    async def updated_sandbox(self, sandbox: Sandbox) -> None:
+        """They did."""
+
+    async def stop_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
+        """All containers of a sandbox have ended; its network goes next. Told once."""
+
+    async def remove_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
+        """A sandbox is about to be forgotten. Told once."""
+
+    async def nobody_adjusts(self, container: Container) -> bool:
+        """Whether ``create_container`` has nothing to do: no plugin wants to change the container."""
+        return True
+
+    async def create_container(self, container: Container, draft: Draft, operation: Operation) -> None:
+        """Have plugins change the draft of a container's spec. Raises PodkeelError when one refuses."""
+
+    async def created_container(self, container: Container, operation: Operation) -> None:
+        """A container is created and will be seen next."""
+
+    async def undo_container(self, container: Container) -> None:
+        """It did not come to be."""
+
+    async def start_container(self, container: Container, operation: Operation) -> None:
+        """A container will be started. Raises PodkeelError when a plugin refuses."""
+
+    async def started_container(self, container: Container, operation: Operation) -> None:
+        """It was started."""
+
+    async def update_container(self, container: Container, given: Resources, operation: Operation) -> LimitChange:
+        """A container's resources will change; returns what plugins make of ``given``.
+
+        Raises PodkeelError when one refuses.
+        """
+        return LimitChange(given)
+
+    async def updated_container(self, container: Container, operation: Operation) -> None:
+        """They did."""
+
+    async def stopped_container(self, container: Container) -> None:
+        """A container has ended. Told once."""
+
+    async def remove_container(self, container: Container, operation: Operation) -> None:
+        """A container is about to be forgotten. Told once."""
+
+    async def carry_out(self, container: Container) -> None:
+        """Change other containers as plugins asked at the last events of this one. Call it without locks."""
+
+    def forget(self, object_id: str) -> None:
+        """A sandbox or container is gone."""

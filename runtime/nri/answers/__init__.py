@@ -1,0 +1,1 @@
+"""What plugins answer, put together: each thing has one owner."""

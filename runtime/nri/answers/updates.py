@@ -1,0 +1,107 @@
+"""Updates and evictions of containers that plugins ask for, put together: each value has one owner."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from host.errors import InvalidArgumentError, PodkeelError
+from proto.nri.v1alpha1 import nri_pb2
+from runtime.nri.answers.owners import Owners
+from runtime.nri.answers.resource_merging import merge_resources
+
+MOST_UPDATES = 4096
+
+Inventory = Callable[[], Awaitable[Sequence[nri_pb2.SynchronizeRequest]]]
+Update = Callable[[nri_pb2.ContainerUpdate, str], Awaitable[None]]
+Evict = Callable[[nri_pb2.ContainerEviction, str], Awaitable[None]]
+
+_log = logging.getLogger("podkeel.nri")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What plugins can see and do of the node.
+
+    ``inventory`` lists all pods and containers that clients may see, in at least one message. ``update`` changes the
+    resources of one container, ``evict`` ends one; both get the titles of the plugins that ask for it and raise
+    PodkeelError.
+    """
+
+    name: str
+    version: str
+    inventory: Inventory
+    update: Update
+    evict: Evict
+
+
+@dataclass(slots=True)
+class _Collected:
+    """The updates of several plugins for one container."""
+
+    container_id: str
+    update: nri_pb2.ContainerUpdate = field(init=False)
+    owners: Owners = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.update = nri_pb2.ContainerUpdate(container_id=self.container_id, ignore_failure=True)
+        self.owners = Owners(f"update of container {self.container_id[:13]}")
+
+
+class Updates:
+    """Collects what plugins ask for; ``making`` is a container that is being created, which none may update."""
+
+    def __init__(self, making: str = "") -> None:
+        self.evictions: list[tuple[nri_pb2.ContainerEviction, str]] = []
+        self._making = making
+        self._collected: dict[str, _Collected] = {}
+
+    def add(
+        self,
+        plugin: str,
+        updates: Iterable[nri_pb2.ContainerUpdate],
+        evictions: Iterable[nri_pb2.ContainerEviction] = (),
+    ) -> None:
+        """Take those of ``plugin``. Raises ConflictError, or InvalidArgumentError for what makes no sense."""
+        for update in updates:
+            if update.container_id == self._making:
+                raise InvalidArgumentError(
+                    f"NRI plugin {plugin} asks for an update of the container that is being made: adjust it instead"
+                )
+            if len(self._collected) >= MOST_UPDATES:
+                raise InvalidArgumentError(f"NRI plugin {plugin} asks for more than {MOST_UPDATES} updates at once")
+            collected = self._collected.setdefault(update.container_id, _Collected(update.container_id))
+            merge_resources(update.linux.resources, (collected.update.linux.resources,), collected.owners, plugin)
+            collected.update.ignore_failure = collected.update.ignore_failure and update.ignore_failure
+        self.evictions += [(eviction, plugin) for eviction in list(evictions)[:MOST_UPDATES]]
+
+    def take(self, container_id: str) -> nri_pb2.LinuxResources | None:
+        """What was asked for one container, which is left out from now on."""
+        collected = self._collected.pop(container_id, None)
+        return collected.update.linux.resources if collected is not None else None
+
+    def updates(self) -> list[tuple[nri_pb2.ContainerUpdate, str]]:
+        """One update for each container, with the plugins it comes from."""
+        return [(collected.update, collected.owners.names()) for collected in self._collected.values()]
+
+    async def carry_out(self, node: Node) -> list[nri_pb2.ContainerUpdate]:
+        """Update and evict containers, each for itself; returns the updates that failed and must not."""
+        failed = []
+        for update, plugins in self.updates():
+            try:
+                await node.update(update, plugins)
+            except PodkeelError as error:
+                _log.warning(
+                    "nri: update of container %s by plugin %s failed: %s", update.container_id[:64], plugins, error
+                )
+                if not update.ignore_failure:
+                    failed.append(update)
+        for eviction, plugin in self.evictions:
+            try:
+                await node.evict(eviction, plugin)
+            except PodkeelError as error:
+                _log.warning(
+                    "nri: eviction of container %s by plugin %s failed: %s", eviction.container_id[:64], plugin, error
+                )
+        return failed

@@ -1,0 +1,305 @@
+"""The events of pods and containers as calls of plugins."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Self
+
+import msgspec
+
+from host.concurrency.threads import in_thread
+from host.errors import InvalidArgumentError, NotFoundError
+from host.stages import Operation
+from proto.nri.v1alpha1 import nri_pb2
+from runtime.hooks import Hooks, Passage, Resources
+from runtime.node import Node
+from runtime.nri import messages
+from runtime.nri.adaptation import Adaptation
+from runtime.nri.answers.updates import Node as PluginsView
+from runtime.nri.answers.updates import Updates
+from runtime.nri.changes import adjust_container, limit_change
+from runtime.nri.options import NriOptions
+from runtime.nri.plugins import events
+from runtime.nri.plugins.plugin import Plugin
+from runtime.specgen import config as oci
+from runtime.specgen.draft import Draft
+from runtime.specgen.limits.extra_limits import LimitChange, merged
+from runtime.state.container import Container
+from runtime.state.sandbox import Sandbox
+
+_log = logging.getLogger("podkeel.nri")
+_decode_spec = msgspec.json.Decoder(oci.Spec).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Changing:
+    """How plugins change containers: ``update`` sets resources, ``end`` kills one and waits for its end."""
+
+    update: Callable[[Container, LimitChange], Awaitable[None]]
+    end: Callable[[Container], Awaitable[None]]
+
+
+class _Passage(Passage):
+    """A passage through the gate of the adaptation."""
+
+    def __init__(self, gate: AbstractAsyncContextManager[None]) -> None:
+        self._gate = gate
+
+    async def __aenter__(self) -> Self:
+        await self._gate.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._gate.__aexit__(None, None, None)
+
+
+class NriHooks(Hooks):
+    """Tells plugins, through ``adaptation``, and does what they ask.
+
+    What plugins made of a container is kept encoded, so that an event of it need not read its spec from the disk. One
+    that is being made, after CreateContainer, is listed to plugins that come meanwhile.
+    """
+
+    def __init__(self, node: Node, options: NriOptions, version: str, changing: Changing) -> None:
+        self._node = node
+        self._changing = changing
+        view = PluginsView("podkeel", version, self._inventory, self._update, self._evict)
+        self.adaptation = Adaptation(options, view)
+        self._validates = options.default_validator.enabled
+        self._seen: dict[str, bytes] = {}
+        self._making: dict[str, Container] = {}
+        self._told: dict[str, list[Plugin]] = {}
+        self._told_once: dict[str, set[str]] = {}
+        self._wanted: dict[str, list[Updates]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def passing(self) -> Passage:
+        """The passage of one event."""
+        return _Passage(self.adaptation.passing())
+
+    async def run_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
+        """RunPodSandbox."""
+        if self.adaptation.wants(events.RUN_POD_SANDBOX):
+            told = self._told[sandbox.id] = []
+            request = nri_pb2.RunPodSandboxRequest(pod=self._pod(sandbox))
+            await self.adaptation.tell(events.RUN_POD_SANDBOX, request, operation, told)
+
+    async def undo_sandbox(self, sandbox: Sandbox) -> None:
+        """StopPodSandbox and RemovePodSandbox, to those that were told of RunPodSandbox."""
+        if told := self._told.pop(sandbox.id, []):
+            pod, notify = self._pod(sandbox), self.adaptation.notify
+            await notify(events.STOP_POD_SANDBOX, nri_pb2.StopPodSandboxRequest(pod=pod), only=told)
+            await notify(events.REMOVE_POD_SANDBOX, nri_pb2.RemovePodSandboxRequest(pod=pod), only=told)
+
+    async def update_sandbox(self, sandbox: Sandbox, overhead: Resources | None, resources: Resources | None) -> None:
+        """UpdatePodSandbox."""
+        if self.adaptation.wants(events.UPDATE_POD_SANDBOX):
+            request = nri_pb2.UpdatePodSandboxRequest(pod=self._pod(sandbox))
+            if overhead is not None:
+                request.overhead_linux_resources.CopyFrom(messages.resources(overhead))
+            if resources is not None:
+                request.linux_resources.CopyFrom(messages.resources(resources))
+            await self.adaptation.tell(events.UPDATE_POD_SANDBOX, request)
+
+    async def updated_sandbox(self, sandbox: Sandbox) -> None:
+        """PostUpdatePodSandbox."""
+        if self.adaptation.wants(events.POST_UPDATE_POD_SANDBOX):
+            request = nri_pb2.PostUpdatePodSandboxRequest(pod=self._pod(sandbox))
+            await self.adaptation.notify(events.POST_UPDATE_POD_SANDBOX, request)
+
+    async def stop_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
+        """StopPodSandbox."""
+        if self._first(sandbox.id, "stop") and self.adaptation.wants(events.STOP_POD_SANDBOX):
+            request = nri_pb2.StopPodSandboxRequest(pod=self._pod(sandbox))
+            await self.adaptation.notify(events.STOP_POD_SANDBOX, request, operation)
+
+    async def remove_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
+        """RemovePodSandbox."""
+        if self._first(sandbox.id, "remove") and self.adaptation.wants(events.REMOVE_POD_SANDBOX):
+            request = nri_pb2.RemovePodSandboxRequest(pod=self._pod(sandbox))
+            await self.adaptation.notify(events.REMOVE_POD_SANDBOX, request, operation)
+
+    async def nobody_adjusts(self, container: Container) -> bool:
+        """Whether no plugin wants CreateContainer, and the agent's own validator does not look either."""
+        async with self.passing():
+            if self._validates or self.adaptation.wants(events.CREATE_CONTAINER):
+                return False
+            self._making[container.id] = container
+            return True
+
+    async def create_container(self, container: Container, draft: Draft, operation: Operation) -> None:
+        """CreateContainer and ValidateContainerAdjustment; then what plugins ask for other containers."""
+        told = self._told[container.id] = []
+        async with self.passing():
+            request = nri_pb2.CreateContainerRequest(
+                pod=self._pod(container.sandbox), container=messages.container(container, draft.spec)
+            )
+            self._seen[container.id] = request.container.SerializeToString()
+            creation = await self.adaptation.create(request, container.title, operation, told)
+            adjust_container(self._node, container, draft, creation.adjustment, creation.owners)
+            self._seen[container.id] = creation.container.SerializeToString()
+            self._making[container.id] = container
+        await self.adaptation.carry_out(creation.updates)
+
+    async def created_container(self, container: Container, operation: Operation) -> None:
+        """PostCreateContainer."""
+        self._making.pop(container.id, None)
+        if self.adaptation.wants(events.POST_CREATE_CONTAINER):
+            pod, message = await self._both(container, nri_pb2.CONTAINER_CREATED)
+            request = nri_pb2.PostCreateContainerRequest(pod=pod, container=message)
+            await self.adaptation.notify(events.POST_CREATE_CONTAINER, request, operation)
+
+    async def undo_container(self, container: Container) -> None:
+        """StopContainer and RemoveContainer, to those that were told of it."""
+        asked, listed = self._told.pop(container.id, []), self._making.pop(container.id, None)
+        only = None if listed is not None else asked
+        if asked or (listed is not None and self.adaptation.plugins):
+            pod, message = await self._both(container, nri_pb2.CONTAINER_STOPPED)
+            stop = nri_pb2.StopContainerRequest(pod=pod, container=message)
+            await self.adaptation.notify(events.STOP_CONTAINER, stop, only=only)
+            remove = nri_pb2.RemoveContainerRequest(pod=pod, container=message)
+            await self.adaptation.notify(events.REMOVE_CONTAINER, remove, only=only)
+
+    async def start_container(self, container: Container, operation: Operation) -> None:
+        """StartContainer."""
+        if self.adaptation.wants(events.START_CONTAINER):
+            pod, message = await self._both(container)
+            request = nri_pb2.StartContainerRequest(pod=pod, container=message)
+            await self.adaptation.tell(events.START_CONTAINER, request, operation)
+
+    async def started_container(self, container: Container, operation: Operation) -> None:
+        """PostStartContainer."""
+        if self.adaptation.wants(events.POST_START_CONTAINER):
+            pod, message = await self._both(container)
+            request = nri_pb2.PostStartContainerRequest(pod=pod, container=message)
+            await self.adaptation.notify(events.POST_START_CONTAINER, request, operation)
+
+    async def update_container(self, container: Container, given: Resources, operation: Operation) -> LimitChange:
+        """UpdateContainer."""
+        if not self.adaptation.wants(events.UPDATE_CONTAINER):
+            return LimitChange(given)
+        pod, message = await self._both(container)
+        wanted = messages.resources(given)
+        request = nri_pb2.UpdateContainerRequest(pod=pod, container=message, linux_resources=wanted)
+        own, plugins, updates = await self.adaptation.update(request, container.title, operation)
+        self._wanted.setdefault(container.id, []).append(updates)
+        if not plugins:
+            return LimitChange(given)
+        change = limit_change(own, plugins, self._node.facts)
+        return LimitChange(merged(given, change.given), change.extra, change.changed_by)
+
+    async def updated_container(self, container: Container, operation: Operation) -> None:
+        """PostUpdateContainer."""
+        if self.adaptation.wants(events.POST_UPDATE_CONTAINER):
+            pod, message = await self._both(container)
+            request = nri_pb2.PostUpdateContainerRequest(pod=pod, container=message)
+            await self.adaptation.notify(events.POST_UPDATE_CONTAINER, request, operation)
+
+    async def stopped_container(self, container: Container) -> None:
+        """StopContainer; what plugins ask for other containers then is done soon."""
+        if not self._first(container.id, "stop") or not self.adaptation.wants(events.STOP_CONTAINER):
+            return
+        pod, message = await self._both(container)
+        request = nri_pb2.StopContainerRequest(pod=pod, container=message)
+        updates = Updates()
+        for plugin, answer in await self.adaptation.notify(events.STOP_CONTAINER, request):
+            try:
+                updates.add(plugin.title, answer.update)
+            except InvalidArgumentError as error:
+                _log.warning("nri: %s: StopContainer: %s", container.title, error)
+        self._wanted.setdefault(container.id, []).append(updates)
+        task = asyncio.ensure_future(self.carry_out(container))  # the caller holds the container's lock
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def remove_container(self, container: Container, operation: Operation) -> None:
+        """RemoveContainer."""
+        if self._first(container.id, "remove") and self.adaptation.wants(events.REMOVE_CONTAINER):
+            pod, message = await self._both(container)
+            request = nri_pb2.RemoveContainerRequest(pod=pod, container=message)
+            await self.adaptation.notify(events.REMOVE_CONTAINER, request, operation)
+
+    async def carry_out(self, container: Container) -> None:
+        """Do what plugins asked for other containers."""
+        for updates in self._wanted.pop(container.id, []):
+            await self.adaptation.carry_out(updates)
+
+    def forget(self, object_id: str) -> None:
+        """Keep nothing of an object that is gone."""
+        for kept in (self._seen, self._making, self._told, self._told_once):
+            kept.pop(object_id, None)
+
+    async def close(self) -> None:
+        """Tell plugins that the agent ends, and wait for what they asked for."""
+        await self.adaptation.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _first(self, object_id: str, event: str) -> bool:
+        told = self._told_once.setdefault(object_id, set())
+        if event in told:
+            return False
+        told.add(event)
+        return True
+
+    def _pod(self, sandbox: Sandbox) -> nri_pb2.PodSandbox:
+        cgroup = self._node.cgroups.parent_path(sandbox.record.cgroup_parent)
+        return messages.pod(sandbox, self._node.layout.sandbox(sandbox.id), cgroup)
+
+    async def _both(
+        self, container: Container, state: nri_pb2.ContainerState | None = None
+    ) -> tuple[nri_pb2.PodSandbox, nri_pb2.Container]:
+        """A container and its pod as they are now, or as the container will be in ``state``."""
+        if container.id not in self._seen:
+            await in_thread(self._look_at, container)
+        return self._pod(container.sandbox), self._message(container, state)
+
+    def _look_at(self, container: Container) -> None:
+        """Read what the container is from its spec. Blocks."""
+        try:
+            spec = _decode_spec(self._node.layout.container(container.id).spec.read_bytes())
+        except (OSError, msgspec.MsgspecError) as error:
+            _log.warning("nri: %s: its spec cannot be read: plugins see less of it: %s", container.title, error)
+            spec = None
+        self._seen[container.id] = messages.container(container, spec).SerializeToString()
+
+    def _message(self, container: Container, state: nri_pb2.ContainerState | None = None) -> nri_pb2.Container:
+        message = nri_pb2.Container.FromString(self._seen[container.id])
+        messages.set_status(message, container, state)
+        return message
+
+    async def _inventory(self) -> list[nri_pb2.SynchronizeRequest]:
+        """Everything that clients may see."""
+        sandboxes = list(self._node.state.visible_sandboxes())
+        containers = [*self._node.state.visible_containers(), *self._making.values()]
+
+        def build() -> list[nri_pb2.SynchronizeRequest]:
+            for container in containers:
+                if container.id not in self._seen:
+                    self._look_at(container)
+            pods = [self._pod(sandbox) for sandbox in sandboxes]
+            return list(messages.split(pods, [self._message(container) for container in containers]))
+
+        return await in_thread(build)
+
+    async def _update(self, update: nri_pb2.ContainerUpdate, plugin: str) -> None:
+        container = self._visible(update.container_id)
+        _log.info("nri: %s: plugin %s changes its resources", container.title, plugin)
+        await self._changing.update(container, limit_change(update.linux.resources, plugin, self._node.facts))
+
+    async def _evict(self, eviction: nri_pb2.ContainerEviction, plugin: str) -> None:
+        container = self._visible(eviction.container_id)
+        reason = eviction.reason[:256] or "no reason given"
+        container.evicted = f"evicted by NRI plugin {plugin}: {reason}"
+        _log.warning("nri: %s: plugin %s evicts it: %s", container.title, plugin, reason)
+        await self._changing.end(container)
+
+    def _visible(self, container_id: str) -> Container:
+        container = self._node.state.containers.exact(container_id)
+        if container is None or not container.visible:
+            raise NotFoundError(f"container {container_id[:64]!r} not found")
+        return container

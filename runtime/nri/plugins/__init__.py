@@ -1,0 +1,1 @@
+"""Plugins and what is said to them: sockets, frames, calls and events."""

@@ -1,0 +1,59 @@
+"""What plugins were asked: how often by call, how long it took, and what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+_MOST_TITLES = 256
+_OTHERS = "others"
+
+
+@dataclass(slots=True)
+class CallCount:
+    """Calls of one kind, the seconds they took together, and how many failed."""
+
+    calls: int = 0
+    seconds: float = 0.0
+    errors: int = 0
+
+    def add(self, seconds: float, *, failed: bool) -> None:
+        """Count one more call."""
+        self.calls += 1
+        self.seconds += seconds
+        self.errors += failed
+
+
+@dataclass(slots=True)
+class Calls:
+    """Those of one plugin, by method."""
+
+    by_method: dict[str, CallCount] = field(default_factory=dict)
+    last_error: str = ""
+
+    def add(self, method: str, seconds: float, error: str) -> None:
+        """Count one more call; ``error`` is empty for one that succeeded."""
+        self.by_method.setdefault(method, CallCount()).add(seconds, failed=bool(error))
+        if error:
+            self.last_error = f"{method}: {error}"
+
+
+class CallTotals:
+    """Those of all plugins since the agent's start, by title and method.
+
+    Plugins choose their names: those of more than a few hundred are counted together.
+    """
+
+    def __init__(self) -> None:
+        self._by_title: dict[str, dict[str, CallCount]] = {}
+
+    def add(self, title: str, method: str, seconds: float, *, failed: bool) -> None:
+        """Count one more call."""
+        if title not in self._by_title and len(self._by_title) >= _MOST_TITLES:
+            title = _OTHERS
+        self._by_title.setdefault(title, {}).setdefault(method, CallCount()).add(seconds, failed=failed)
+
+    def __iter__(self) -> Iterator[tuple[str, str, CallCount]]:
+        for title, methods in self._by_title.items():
+            for method, count in methods.items():
+                yield title, method, count

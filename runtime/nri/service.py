@@ -1,0 +1,33 @@
+"""The Node Resource Interface of one agent: its hooks, the plugins that it starts, and the socket for others."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from runtime.nri.hooks import NriHooks
+from runtime.nri.listener import Listener
+from runtime.nri.options import NriOptions
+from runtime.nri.started import StartedPlugins
+
+
+@asynccontextmanager
+async def serving(hooks: NriHooks, options: NriOptions, record: Path) -> AsyncIterator[None]:
+    """Start plugins, wait until they are synchronised, and let others connect during the block.
+
+    ``record`` is where the processes of started plugins are noted. Raises UnavailableError where the socket, which is
+    not the default one, cannot be listened on.
+    """
+    adaptation = hooks.adaptation
+    async with AsyncExitStack() as stack:
+        started = StartedPlugins(options, adaptation.new_trunk, record)
+        stack.push_async_callback(started.close)
+        stack.push_async_callback(hooks.close)
+        await started.start()
+        await adaptation.settled()
+        if options.external_connections:
+            listener = Listener(options.socket, adaptation.new_trunk)
+            stack.push_async_callback(listener.close)
+            await listener.open()
+        yield

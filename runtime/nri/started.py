@@ -1,0 +1,190 @@
+"""Plugins that the agent starts from a folder, and ends when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import socket
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from host import processes
+from host.children.reaping import reap
+from host.concurrency.threads import in_thread
+from host.errors import PodkeelError
+from runtime.nri.options import NriOptions
+from runtime.nri.plugins.trunk import Trunk
+
+_FILE = re.compile(r"([0-9]{2})-([A-Za-z0-9._-]{1,120})")
+_MOST = 64
+_CONFIGURATION_BYTES = 1 << 20
+_END_SECONDS = 2.0
+_SOCKET = 3  # the plugin's descriptor
+_log = logging.getLogger("podkeel.nri")
+
+NewTrunk = Callable[[str, str, str], Trunk]
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """An executable of the folder, with its configuration."""
+
+    path: Path
+    index: str
+    name: str
+    configuration: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.index}-{self.name}"
+
+
+class StartedPlugins:
+    """The plugins of ``options.plugin_dir``.
+
+    ``new_trunk`` makes the protocol of a plugin's socket from configuration, name and index. ``record`` is a file that
+    names the processes, so that the next start ends those of an agent that was killed.
+    """
+
+    def __init__(self, options: NriOptions, new_trunk: NewTrunk, record: Path) -> None:
+        self._options = options
+        self._new_trunk = new_trunk
+        self._record = record
+        self._running: dict[int, tuple[str, int]] = {}
+
+    async def start(self) -> None:
+        """Start them all; one that cannot be started is told in the log and left out."""
+        await in_thread(_end_recorded, self._record)
+        for program in await in_thread(lambda: list(_programs(self._options))):
+            try:
+                await self._start(program)
+            except (PodkeelError, OSError) as error:
+                _log.error("nri: plugin %s: cannot be started: %s: %s", program.title, program.path, error)
+
+    async def _start(self, program: _Program) -> None:
+        ours, theirs = socket.socketpair()
+        with contextlib.ExitStack() as stack:
+            stack.callback(theirs.close)
+            pid = await processes.spawn_aside(
+                [str(program.path)],
+                environment=_environment(program),
+                descriptors={2: 2, _SOCKET: theirs.fileno()},
+            )
+            stack.pop_all()
+        theirs.close()
+        pidfd = processes.open_child(pid)
+        self._running[pid] = (program.title, pidfd)
+        processes.watch_exit(pidfd, lambda: self._ended(pid))
+        await in_thread(self._write_record)
+        trunk = self._new_trunk(program.configuration, program.name, program.index)
+        await asyncio.get_running_loop().create_connection(lambda: trunk, sock=ours)
+        _log.info("nri: plugin %s: started: %s, pid %d", program.title, program.path, pid)
+
+    def _ended(self, pid: int) -> None:
+        title, pidfd = self._running.pop(pid)
+        status = reap(pidfd)
+        os.close(pidfd)
+        _log.warning("nri: plugin %s: pid %d ended with status %s; it is not started again", title, pid, status)
+
+    def _write_record(self) -> None:
+        named = ((pid, processes.start_time(pid)) for pid in list(self._running))
+        self._record.write_text("".join(f"{pid} {started}\n" for pid, started in named if started is not None))
+
+    async def close(self) -> None:
+        """End those that did not end by themselves when their connections were closed."""
+        deadline = asyncio.get_running_loop().time() + _END_SECONDS
+        for pid, (title, pidfd) in list(self._running.items()):
+            asyncio.get_running_loop().remove_reader(pidfd)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await processes.wait_ended(pidfd)
+            if processes.start_time(pid) is not None:
+                _log.warning("nri: plugin %s: pid %d did not end by itself: it is killed", title, pid)
+            del self._running[pid]
+            await processes.end_child(pid, pidfd)
+        with contextlib.suppress(FileNotFoundError):
+            self._record.unlink()
+
+
+def _environment(program: _Program) -> Mapping[str, str]:
+    return {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "NRI_PLUGIN_NAME": program.name,
+        "NRI_PLUGIN_IDX": program.index,
+        "NRI_PLUGIN_SOCKET": str(_SOCKET),
+    }
+
+
+def _programs(options: NriOptions) -> Iterator[_Program]:
+    """The executables of the folder by name; what is there but cannot be a plugin is told in the log."""
+    folder = Path(options.plugin_dir)
+    try:
+        names = sorted(file.name for file in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        _log.error("nri: nri.plugin_dir %s: cannot be read: %s", folder, error.strerror)
+        return
+    if len(names) > _MOST:
+        _log.error("nri: nri.plugin_dir %s: has %d files; only the first %d are looked at", folder, len(names), _MOST)
+    for name in names[:_MOST]:
+        match = _FILE.fullmatch(name)
+        problem = _problem(folder / name) if match else "its name is not two digits, a hyphen and a name, as 10-logger"
+        if match is None or problem:
+            _log.warning("nri: nri.plugin_dir: %s is not started: %s", folder / name, problem)
+            continue
+        try:
+            configuration = _configuration(Path(options.config_dir), name, match[2])
+        except (OSError, ValueError) as error:
+            _log.error("nri: plugin %s: is not started: its configuration cannot be read: %s", name, error)
+            continue
+        yield _Program(folder / name, match[1], match[2], configuration)
+
+
+def _problem(path: Path) -> str:
+    """Why the agent does not start this file; empty if it does. It would run as root."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return str(error.strerror)
+    if not stat.S_ISREG(status.st_mode) or not status.st_mode & 0o111:
+        return "it is no executable file"
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o002:
+        return "others than root may change it: give it to root and take the right to write from others"
+    return ""
+
+
+def _configuration(folder: Path, name: str, plain_name: str) -> str:
+    for file in (f"{name}.conf", f"{plain_name}.conf"):
+        try:
+            with (folder / file).open("rb") as opened:
+                content = opened.read(_CONFIGURATION_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if len(content) > _CONFIGURATION_BYTES:
+            raise ValueError(f"{folder / file} is larger than {_CONFIGURATION_BYTES} bytes")
+        return content.decode()
+    return ""
+
+
+def _end_recorded(record: Path) -> None:
+    """End the plugins of an agent that was killed. Blocks."""
+    try:
+        lines = record.read_text().splitlines()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return
+    for line in lines[:_MOST]:
+        numbers = line.split()
+        if len(numbers) == 2 and all(number.isdigit() for number in numbers):
+            pid, started = map(int, numbers)
+            pidfd = processes.open_process(pid, started) if 0 < pid < 1 << 22 else None
+            if pidfd is not None:
+                os.close(pidfd)
+                _log.warning("nri: pid %d: a plugin that a former agent started is ended", pid)
+                processes.end_group(pid)
+    record.unlink(missing_ok=True)

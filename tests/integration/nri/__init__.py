@@ -1,0 +1,1 @@
+"""A real agent with plugins over the sample stub."""

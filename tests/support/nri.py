@@ -1,0 +1,107 @@
+"""Plugins of the Node Resource Interface for tests, over the stub that plugin authors get."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from google.protobuf.message import Message
+
+from proto.nri.v1alpha1 import nri_pb2
+from tests.support.agent import wait_for
+
+MANIFESTS = Path(__file__).parents[2] / "manifests/nri"
+EVENTS = [method.name for method in nri_pb2.DESCRIPTOR.services_by_name["Plugin"].methods]
+EVENTS = [name for name in EVENTS if name not in ("Configure", "Synchronize", "Shutdown", "StateChange")]
+
+
+def load_stub() -> ModuleType:
+    """The module that plugin authors get."""
+    if "nri_stub" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("nri_stub", MANIFESTS / "stub.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    return sys.modules["nri_stub"]
+
+
+stub = load_stub()
+Acting = Mapping[str, Callable[[Any], Any]]
+
+
+class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
+    """Keeps the events it is told, as (event, id of the container or else of the pod) with their requests.
+
+    ``acting`` maps an event to what is done in it: it gets the request and returns the answer, or raises.
+    """
+
+    def __init__(self, path: Path, index: str = "10", name: str = "recorder", acting: Acting | None = None) -> None:
+        super().__init__(name, index, str(path))
+        self.told: list[tuple[str, str]] = []
+        self.requests: list[tuple[str, Any]] = []
+        self.pods: list[nri_pb2.PodSandbox] = []
+        self.containers: list[nri_pb2.Container] = []
+        self.synchronised = threading.Event()
+        self.ended = threading.Event()
+        self.acting = acting or {}
+
+    def Synchronize(self, request: nri_pb2.SynchronizeRequest) -> Message:
+        self.pods += request.pods
+        self.containers += request.containers
+        if "Synchronize" in self.acting:
+            self.acting["Synchronize"](request)
+        if not request.more:
+            self.synchronised.set()
+        return nri_pb2.SynchronizeResponse(more=request.more)
+
+    def take(self, event: str, request: Any) -> Message | None:
+        """Note one event, and act."""
+        has_container = "container" in request.DESCRIPTOR.fields_by_name
+        self.told.append((event, request.container.id if has_container else request.pod.id))
+        self.requests.append((event, request))
+        answer: Message | None = self.acting[event](request) if event in self.acting else None
+        return answer
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            self.ended.set()
+
+    def events_of(self, object_id: str) -> list[str]:
+        """Names of the events of one pod or container, in order."""
+        return [event for event, told in self.told if told == object_id]
+
+    def last(self, event: str) -> Any:
+        """The last request of an event."""
+        return [request for name, request in self.requests if name == event][-1]
+
+
+def _method(event: str) -> Any:
+    return lambda self, request: self.take(event, request)
+
+
+for _event in EVENTS:
+    setattr(Recorder, _event, _method(_event))
+
+
+@contextmanager
+def connected(plugin: Recorder) -> Iterator[Recorder]:
+    """Run a plugin in a thread until the end of the block; it is synchronised when the block begins."""
+    thread = threading.Thread(target=plugin.run, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: plugin.synchronised.is_set() or plugin.ended.is_set())
+        assert plugin.synchronised.is_set(), "the agent did not take the plugin"
+        yield plugin
+    finally:
+        plugin.close()
+        thread.join(10)

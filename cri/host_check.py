@@ -19,6 +19,7 @@ import msgspec
 from cri import kernel_check
 from cri.config.configuration import Configuration
 from host import processes
+from host.cgroups import discover
 from host.concurrency.threads import in_fresh_thread, in_thread
 from host.errors import InvalidArgumentError, PodkeelError
 from host.files import mounts
@@ -115,7 +116,8 @@ def _first_line(output: bytes) -> str:
 
 async def _cgroups(configuration: Configuration) -> list[Check]:
     try:
-        tree = CgroupTree.of_host(configuration.runtime.cgroup_driver)
+        hierarchies = discover()
+        tree = CgroupTree.of_host(configuration.runtime.cgroup_driver, hierarchies)
         missing = tree.missing_controllers()
     except (PodkeelError, OSError) as error:
         return [Check("cgroups", "fail", _sentence(error), "mount the cgroup file system at /sys/fs/cgroup")]
@@ -124,8 +126,8 @@ async def _cgroups(configuration: Configuration) -> list[Check]:
         remedy = "enable them on the kernel's command line (cgroup_enable=…) or mount them"
         return [Check("cgroups", "fail", f"{detail}; no {', '.join(missing)} controller", remedy)]
     checks = [Check("cgroups", "ok", detail)]
-    unified = next((Path(entry.target) for entry in mounts.mount_table() if entry.filesystem == "cgroup2"), None)
-    if tree.version == 1 and unified is not None:
+    if tree.version == 1 and hierarchies.unified is not None:
+        unified = Path(hierarchies.unified)
         held = (unified / "cgroup.controllers").read_text().split()
         if held:
             remedy = "; ".join(f"mount -t cgroup -o {name} {name} {unified.parent}/{name}" for name in held)

@@ -1,12 +1,15 @@
-"""Where cgroup hierarchies are mounted, and which huge page sizes the machine has."""
+"""Which version of cgroups the machine runs, where the hierarchies are mounted, and what they can limit."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
 
 from host.files import mounts
+
+HUGE_PAGES = "/sys/kernel/mm/hugepages"
 
 
 class Hierarchies(msgspec.Struct, frozen=True):
@@ -14,6 +17,36 @@ class Hierarchies(msgspec.Struct, frozen=True):
 
     v1: dict[str, str]
     unified: str | None
+
+    @property
+    def version(self) -> int:
+        """The version that containers are limited by: 1 where the memory controller is mounted as version 1."""
+        return 1 if "memory" in self.v1 or self.unified is None else 2
+
+    def controllers(self) -> frozenset[str]:
+        """Names of the controllers of that version. Reads a file with version 2."""
+        if self.version == 1:
+            return frozenset(self.v1)
+        return frozenset(_read(self._unified / "cgroup.controllers").split())
+
+    def counts_swap(self, own_cgroup: str = "/proc/self/cgroup") -> bool:
+        """Whether the memory controller limits swap too."""
+        if self.version == 1:
+            return "memory" in self.v1 and Path(self.v1["memory"], "memory.memsw.limit_in_bytes").exists()
+        # The root has no limits, and not every cgroup below it has the memory controller: the first that has it tells.
+        own = _read(Path(own_cgroup)).rstrip("\n").rpartition("\n")[2].partition("::")[2].strip("/")
+        for folder in (self._unified / own, *(entry for entry in self._unified.iterdir() if entry.is_dir())):
+            if (folder / "memory.max").exists():
+                return (folder / "memory.swap.max").exists()
+        return False
+
+    def huge_page_sizes(self, folder: str = HUGE_PAGES) -> frozenset[str]:
+        """Huge page sizes that can be limited, as ``huge_page_sizes`` names them; none without the controller."""
+        return frozenset(huge_page_sizes(folder)) if "hugetlb" in self.controllers() else frozenset()
+
+    @property
+    def _unified(self) -> Path:
+        return Path(self.unified or "")
 
 
 def discover(mountinfo: str = "/proc/self/mountinfo") -> Hierarchies:
@@ -33,7 +66,7 @@ def discover(mountinfo: str = "/proc/self/mountinfo") -> Hierarchies:
 _MOUNT_OPTIONS = frozenset(("rw", "ro", "xattr", "clone_children", "noprefix", "cpuset_v2_mode", "favordynmods"))
 
 
-def huge_page_sizes(folder: str = "/sys/kernel/mm/hugepages") -> tuple[str, ...]:
+def huge_page_sizes(folder: str = HUGE_PAGES) -> tuple[str, ...]:
     """Names of the huge page sizes as the hugetlb controller spells them (``64KB``, ``2MB``, ``1GB``)."""
     try:
         names = [entry.name for entry in Path(folder).iterdir()]
@@ -48,3 +81,10 @@ def _size_name(kibibytes: int) -> str:
         if kibibytes >= size:
             return f"{kibibytes // size}{unit}"
     return f"{kibibytes}KB"
+
+
+def _read(path: Path) -> str:
+    try:
+        return os.fsdecode(path.read_bytes())
+    except OSError:
+        return ""

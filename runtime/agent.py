@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from host.children.dying_holder import release_what_is_held
+from host.cgroups import discover
 from host.concurrency.threads import in_thread
 from host.database import Database
 from host.database_copy import DatabaseCopy
@@ -33,6 +34,7 @@ from runtime.containers.create import ContainerManager
 from runtime.containers.exec import Execution
 from runtime.containers.lifecycle import Lifecycle
 from runtime.layout import Layout
+from runtime.meters import Meters
 from runtime.node import Node
 from runtime.nri.options import NriOptions
 from runtime.oci.conmon import Monitors
@@ -128,12 +130,13 @@ class Agent:
         stack.push_async_callback(kept.close)
         copy = DatabaseCopy(database, layout.database_copy)
         stack.push_async_callback(copy.close)
-        cgroups = await in_thread(CgroupTree.of_host, options.cgroup_driver)
+        hierarchies = await in_thread(discover)
+        cgroups = CgroupTree.of_host(options.cgroup_driver, hierarchies)
         own_id = await in_thread(agent_id, layout)
         handlers = Handlers(options, layout, cgroups, own_id)
         network = NodeNetwork(self._network, database, BridgeOwner(own_id, str(layout.data)))
         images = Images(self._images, layout.data, database)
-        facts = await in_thread(partial(probe_node, selinux=options.selinux))
+        facts = await in_thread(partial(probe_node, hierarchies, selinux=options.selinux))
         store = Store(database)
         node = Node(
             options=options,
@@ -143,6 +146,7 @@ class Agent:
             database=database,
             state=State(store),
             cgroups=cgroups,
+            meters=Meters(cgroups, hierarchies),
             facts=facts,
             apparmor_default=await load_default_profile(facts),
             handlers=handlers,

@@ -6,11 +6,10 @@ import resource
 import threading
 import time
 from collections.abc import Iterable
-from functools import cached_property
 
 import msgspec
 
-from host.cgroups import Hierarchies, discover
+from host.cgroups import Hierarchies
 from metrics.cgroups.files import DescriptorBudget
 from metrics.cgroups.reader import Cgroup
 from metrics.stats import CpuUsage, MemoryReading, PressureReading
@@ -88,15 +87,12 @@ _SUMMED = tuple(name for name in MemoryReading.__struct_fields__ if name != "tim
 class Meters:
     """The meters of one node, made when somebody asks; ``forget`` when what they read ends. For any thread."""
 
-    def __init__(self, cgroups: CgroupTree) -> None:
+    def __init__(self, cgroups: CgroupTree, hierarchies: Hierarchies) -> None:
         self._cgroups = cgroups
+        self._hierarchies = hierarchies
         self._meters: dict[str, Meter] = {}
         # Half of what the process may open is left for everything else.
         self._budget = DescriptorBudget(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-
-    @cached_property
-    def _hierarchies(self) -> Hierarchies:
-        return discover()
 
     def of_container(self, container: Container) -> Meter | None:
         """The meter of a container; None when it does not run."""

@@ -33,6 +33,7 @@ class Node:
     database: Database
     state: State
     cgroups: CgroupTree
+    meters: Meters
     facts: NodeFacts
     apparmor_default: str
     handlers: Handlers
@@ -42,11 +43,9 @@ class Node:
     snapshots: SnapshotStore
     hooks: Hooks = field(default_factory=Hooks)
     hooks_dir: HooksDir = field(init=False)
-    meters: Meters = field(init=False)
     moves: CgroupMoves = field(init=False)
 
     def __post_init__(self) -> None:
-        self.meters = Meters(self.cgroups)
         self.moves = CgroupMoves(self.cgroups)
         self.hooks_dir = HooksDir(self.options.hooks_dirs)
         self.snapshots.writable.activity = self._activity

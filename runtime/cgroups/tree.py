@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from host.cgroups import Hierarchies, discover
 from host.concurrency.threads import in_thread
 from host.errors import InvalidArgumentError, UnsupportedError
-from host.files import mounts
 from host.files.file_tree import Walk
 from runtime.cgroups import freezer
 from runtime.cgroups.slices import set_io_weight, slice_name, slice_path, stop_slice, with_outer_slices
@@ -35,24 +35,19 @@ class CgroupTree:
     mounts: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
-    def of_host(cls, driver: str) -> CgroupTree:
-        """Read the mounts; ``driver`` is auto, cgroupfs or systemd."""
-        table = list(mounts.mount_table())
-        unified = [Path(entry.target) for entry in table if entry.filesystem == "cgroup2"]
-        legacy: dict[str, Path] = {}
-        for entry in table:
-            if entry.filesystem == "cgroup":
-                for option in entry.super_options.split(","):
-                    legacy.setdefault(option, Path(entry.target))
-        version = 1 if "memory" in legacy or not unified else 2
+    def of_host(cls, driver: str, hierarchies: Hierarchies | None = None) -> CgroupTree:
+        """The tree of the hierarchies, by default those that are mounted; ``driver`` is auto, cgroupfs or systemd."""
+        hierarchies = hierarchies or discover()
+        version, unified = hierarchies.version, hierarchies.unified
         if driver == "auto":
             driver = "systemd" if Path("/run/systemd/system").is_dir() and version == 2 else "cgroupfs"
         elif driver not in ("cgroupfs", "systemd"):
             raise InvalidArgumentError(f"cgroup driver {driver!r}: must be auto, cgroupfs or systemd")
-        if version == 2:
-            return cls(2, driver, {"unified": unified[0]})
-        if unified:
-            legacy["hybrid"] = unified[0]  # without controllers, but OCI runtimes make their groups there too
+        if version == 2 and unified is not None:
+            return cls(2, driver, {"unified": Path(unified)})
+        legacy = {controller: Path(target) for controller, target in hierarchies.v1.items()}
+        if unified is not None:
+            legacy["hybrid"] = Path(unified)  # without controllers, but OCI runtimes make their groups there too
         return cls(1, driver, legacy)
 
     def missing_controllers(self) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host import libc
+from host.cgroups import Hierarchies
 from runtime.specgen import config
 from runtime.specgen.capabilities import NAMES
 
@@ -52,12 +53,11 @@ class NodeFacts:
         return bool(self.hugepage_sizes)
 
 
-def probe_node(*, selinux: bool = True) -> NodeFacts:
+def probe_node(hierarchies: Hierarchies, *, selinux: bool = True) -> NodeFacts:
     """Ask the kernel; reads a dozen small files, so call it in a thread. What is missing is logged once, here.
 
     Without ``selinux`` the node is taken for one that has none.
     """
-    version = 2 if Path("/sys/fs/cgroup/cgroup.controllers").exists() else 1
     capabilities = _capabilities()
     lowest = -1000 if _SYSTEM_RESOURCE in capabilities else int(_read("/proc/self/oom_score_adj") or "0")
     if lowest > -1000:
@@ -69,14 +69,14 @@ def probe_node(*, selinux: bool = True) -> NodeFacts:
     open_files = _open_files_limit()
     limit = min(MAX_OPEN_FILES, open_files)
     return NodeFacts(
-        cgroup_version=version,
+        cgroup_version=hierarchies.version,
         capabilities=capabilities,
         min_oom_score_adj=lowest,
         max_open_files=open_files,
         apparmor_enabled=_read("/sys/module/apparmor/parameters/enabled").startswith("Y"),
         selinux_enabled=selinux and _selinux_enabled(),
-        swap_accounting=_swap_accounting(version),
-        hugepage_sizes=_hugepage_sizes(version),
+        swap_accounting=hierarchies.counts_swap(),
+        hugepage_sizes=hierarchies.huge_page_sizes(),
         kernel=kernel_version(platform.release()),
         recursive_read_only=_has_mount_setattr(),
         machine=platform.machine(),
@@ -115,36 +115,6 @@ def _selinux_enabled() -> bool:
     if not Path("/sys/fs/selinux/enforce").exists():
         return False
     return _read("/proc/self/attr/current").rstrip("\0\n") not in ("", "kernel")
-
-
-def _swap_accounting(version: int) -> bool:
-    if version == 1:
-        return Path("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes").exists()
-    # The root has no limits, and not every cgroup below it has the memory controller: the first that has it tells.
-    root = Path("/sys/fs/cgroup")
-    own = root / _read("/proc/self/cgroup").rstrip("\n").rpartition("\n")[2].partition("::")[2].strip("/")
-    for folder in (own, *(entry for entry in root.iterdir() if entry.is_dir())):
-        if (folder / "memory.max").exists():
-            return (folder / "memory.swap.max").exists()
-    return False
-
-
-def _hugepage_sizes(version: int) -> frozenset[str]:
-    if version == 1:
-        if not Path("/sys/fs/cgroup/hugetlb/cgroup.procs").exists():
-            return frozenset()
-    elif "hugetlb" not in _read("/sys/fs/cgroup/cgroup.controllers").split():
-        return frozenset()
-    folder = Path("/sys/kernel/mm/hugepages")
-    names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
-    return frozenset(_page_size(int(name[10:-2])) for name in names if re.fullmatch(r"hugepages-\d+kB", name))
-
-
-def _page_size(kibibytes: int) -> str:
-    for unit, size in (("GB", 1024 * 1024), ("MB", 1024)):
-        if kibibytes >= size:
-            return f"{kibibytes // size}{unit}"
-    return f"{kibibytes}KB"
 
 
 def _has_mount_setattr() -> bool:

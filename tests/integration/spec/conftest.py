@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from host.cgroups import discover
 from host.files.mounts import mounts_below, unmount
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.containers.idmapped_mounts import bind_all
@@ -38,7 +39,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 @pytest.fixture(scope="session")
 def node() -> NodeFacts:
-    return probe_node()
+    return probe_node(discover())
 
 
 @pytest.fixture(scope="session")

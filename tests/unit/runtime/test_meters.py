@@ -9,7 +9,6 @@ from typing import cast
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from runtime import meters
 from runtime.cgroups.tree import CgroupTree
 from runtime.meters import Meters
 from runtime.state.container import Container, ContainerRecord, ContainerState
@@ -23,12 +22,9 @@ def container() -> Container:
     return Container("c" * 64, cast(Sandbox, None), cri_pb2.ContainerConfig(), record)
 
 
-def test_processor_time_stands_for_what_may_have_changed(
-    container: Container, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processor_time_stands_for_what_may_have_changed(container: Container, tmp_path: Path) -> None:
     hierarchies = trees.make_v2(tmp_path, container.record.cgroup)
-    monkeypatch.setattr(meters, "discover", lambda: hierarchies)
-    of_node = Meters(CgroupTree(2, "cgroupfs"))
+    of_node = Meters(CgroupTree(2, "cgroupfs"), hierarchies)
     assert of_node.processor_time(container) == 12_345_678_000
     container.record.private_pid_namespace = False
     assert of_node.processor_time(container) is None, "who sees its processes may write in its files"

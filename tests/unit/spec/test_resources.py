@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from host.cgroups import discover
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
 from runtime.containers.log_path import resolve_log_path
@@ -277,7 +278,7 @@ def test_log_path_does_not_follow_links_out(tmp_path: Path) -> None:
 
 
 def test_probe() -> None:
-    node = probe_node()
+    node = probe_node(discover())
     assert node.kernel == kernel_version(os.uname().release)
     assert node.cgroup_version in (1, 2)
     limits = {limit.type: limit for limit in node.default_rlimits}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import logging
@@ -13,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from host.children.dying_holder import release_what_is_held
 from host.cgroups import discover
+from host.children.dying_holder import release_what_is_held
 from host.concurrency.threads import in_thread
 from host.database import Database
 from host.database_copy import DatabaseCopy
@@ -42,7 +41,7 @@ from runtime.oci.handlers import Handlers
 from runtime.oci.mask_device import MaskDevice
 from runtime.options import RuntimeOptions
 from runtime.pods.run import PodManager
-from runtime.recovery.garbage import Finding, find_leftovers
+from runtime.recovery.audit import Audit
 from runtime.recovery.kept_rows import KeptRows, put_back_all
 from runtime.recovery.lost_store import LostStore, settle_store
 from runtime.recovery.recovery import Recovery
@@ -85,6 +84,7 @@ class Agent:
     lifecycle: Lifecycle
     execution: Execution
     statistics: Statistics
+    audit: Audit
     recovery: Recovery
 
     def __init__(
@@ -165,18 +165,7 @@ class Agent:
         stack.push_async_callback(network.stop)
         self.images = images
         self._take(node)
-        self.lifecycle = Lifecycle(node)
-        self.containers = ContainerManager(node, container_registrar(), self.lifecycle)
-        self.pods = PodManager(node, pod_registrar(), self.containers)
-        network.when_given_back(self.pods.network_given_back)
-        self.execution = Execution(node)
-        self.statistics = Statistics(node.state, cgroups, node.meters, images.snapshots, layout)
-        self.recovery = Recovery(node, self.pods, self.containers, self.lifecycle)
-        stack.push_async_callback(self.lifecycle.close)
-        stack.push_async_callback(self.containers.close)
-        stack.push_async_callback(self.pods.close)
-        stack.callback(self.state.events.close)
-        stack.push_async_callback(self.statistics.close)
+        self._assemble(node, stack)
         await self.recovery.run()
         copy.start()
         store.when_written(kept.note)
@@ -189,7 +178,46 @@ class Agent:
         self.options, self.layout, self.database = node.options, node.layout, node.database
         self.state, self.facts, self.hooks_dir = node.state, node.facts, node.hooks_dir
         self.cgroups, self.handlers, self.network = node.cgroups, node.handlers, node.network
-        self._monitors = node.monitors
+
+    def _assemble(self, node: Node, stack: AsyncExitStack) -> None:
+        self.lifecycle = Lifecycle(node)
+        self.containers = ContainerManager(node, container_registrar(), self.lifecycle)
+        self.pods = PodManager(node, pod_registrar(), self.containers)
+        node.network.when_given_back(self.pods.network_given_back)
+        self.execution = Execution(node)
+        self.statistics = Statistics(node.state, node.cgroups, node.meters, node.snapshots, node.layout)
+        self._prepare_recovery(node)
+        stack.push_async_callback(self.lifecycle.close)
+        stack.push_async_callback(self.containers.close)
+        stack.push_async_callback(self.pods.close)
+        stack.callback(self.state.events.close)
+        stack.push_async_callback(self.statistics.close)
+
+    def _prepare_recovery(self, node: Node) -> None:
+        self.audit = Audit(
+            agent_id=node.agent_id,
+            state=node.state,
+            database=node.database,
+            layout=node.layout,
+            monitors=node.monitors,
+            handlers=node.handlers,
+            cgroups=node.cgroups,
+            cgroup_parent=node.options.cgroup_parent,
+            network=node.network,
+            snapshots=node.snapshots,
+        )
+        self.recovery = Recovery(
+            audit=self.audit,
+            state=node.state,
+            layout=node.layout,
+            monitors=node.monitors,
+            handlers=node.handlers,
+            cgroups=node.cgroups,
+            network=node.network,
+            pods=self.pods,
+            containers=self.containers,
+            lifecycle=self.lifecycle,
+        )
 
     async def _open_database(self, stack: AsyncExitStack, layout: Layout, monitors: Monitors) -> Database:
         adopted = await in_thread(settle_store, layout, monitors, self._lost_store)
@@ -210,39 +238,6 @@ class Agent:
         hooks = NriHooks(node, self._nri, self._version, changing)
         node.hooks = hooks
         await stack.enter_async_context(serving(hooks, self._nri, node.layout.run / "nri-plugins"))
-
-    async def check(self) -> list[Finding]:
-        """Compare the store with kernel and folders; changes nothing.
-
-        What is found must be there a second later too: calls are under way, and the kernel takes links and namespaces
-        apart in the background.
-        """
-        first = await self._differences()
-        if not first:
-            return []
-        await asyncio.sleep(1)
-        still = set(await self._differences())
-        return [finding for finding in first if finding in still]
-
-    async def repair(self) -> tuple[list[Finding], list[Finding]]:
-        """Make the node what the store says, without touching what others made; returns what was and what is left."""
-        found = await self.check()
-        await self.recovery.repair()
-        if any(finding.kind.endswith(" row") for finding in found):
-            await self.database.forget_set_asides()
-        return found, await self.check()
-
-    async def _differences(self) -> list[Finding]:
-        known = self.recovery.known()
-        found = await in_thread(
-            lambda: list(find_leftovers(self.layout, self._monitors, self.recovery.own_parents(), known))
-        )
-        for row in await in_thread(self.database.set_asides):
-            problem = f"cannot be read and was set aside (table set_aside of the store): {row.reason}"
-            found.append(Finding(f"{row.kind} row", row.object, problem))
-        for finding in await self.network.audit(known.live_sandboxes):
-            found.append(Finding(finding.kind, finding.object, finding.problem))
-        return found
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

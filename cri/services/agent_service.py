@@ -22,9 +22,9 @@ class AgentService(ImageCalls):
     async def check(self, request: agent_pb2.CheckRequest) -> agent_pb2.CheckResponse:
         """Differences between store and node, and which of them were repaired if that was asked for."""
         if request.repair:
-            found, left = await self._agent.repair()
+            found, left = await self._agent.audit.repair()
         else:
-            found = left = await self._agent.check()
+            found = left = await self._agent.audit.check()
         return agent_pb2.CheckResponse(
             findings=[
                 agent_pb2.Finding(

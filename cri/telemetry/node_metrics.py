@@ -57,7 +57,7 @@ def _register_counts(metrics: AgentMetrics, agent: Agent) -> None:
     labels = ("program", "action")
     metrics.compute("podkeel_program_failures_total", text, labels, lambda: _failures(agent), counter=True)
     text = "Differences between store and node that were repaired at start."
-    findings = agent.recovery.findings
+    findings = agent.audit.findings
     metrics.compute(
         "podkeel_recovery_findings_total",
         text,

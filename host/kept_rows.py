@@ -21,11 +21,15 @@ class Place(NamedTuple):
     """Rows of ``table`` for which ``condition`` holds, an SQL expression in which ``?1`` is the object's id.
 
     Where such a row is in the store already when it is put back, the columns ``newer`` are taken from the kept one.
+    ``stands_for`` is a column that says what a row stands for, of a table whose key is a number that the store gave it:
+    an older store may have given it another. Then the kept number counts, also in ``referring``, a table and a column.
     """
 
     table: str
     condition: str
     newer: tuple[str, ...] = ()
+    stands_for: str = ""
+    referring: tuple[str, str] = ("", "")
 
 
 class _Rows(msgspec.Struct):
@@ -104,4 +108,37 @@ def _insert(connection: sqlite3.Connection, known: Mapping[str, Place], rows: _R
     for row in rows.rows:
         if len(row) != len(rows.columns):
             raise ValueError(f"a row of the table {rows.table!r} has {len(row)} values")
+        if place.stands_for:
+            key = next(name for name, _, _, _, in_key in there if in_key)
+            if not {key, place.stands_for} <= set(rows.columns):
+                raise ValueError(f"a row of the table {rows.table!r} has no {key} or no {place.stands_for}")
+            number, value = (row[rows.columns.index(name)] for name in (key, place.stands_for))
+            _give_number(connection, place, key, number, value)
         connection.execute(statement, [row[index] for index in taken])
+
+
+def _give_number(connection: sqlite3.Connection, place: Place, key: str, number: object, value: object) -> None:
+    """Have no row of the store contradict that what ``value`` stands for has this number."""
+    table = place.table
+    select = f"SELECT {key} FROM {table} WHERE"
+    taken = connection.execute(f"{select} {key} = ? AND {place.stands_for} <> ?", (number, value)).fetchone()
+    if taken is not None:
+        (free,) = connection.execute(f"SELECT max({key}) + 1 FROM {table}").fetchone()
+        _renumber(connection, place, key, number, free)
+    other = connection.execute(f"{select} {place.stands_for} = ? AND {key} <> ?", (value, number)).fetchone()
+    if other is not None:
+        _renumber(connection, place, key, other[0], number)
+
+
+def _renumber(connection: sqlite3.Connection, place: Place, key: str, old: object, new: object) -> None:
+    """Change the key of a row; those that refer to it are out of the way meanwhile."""
+    table, column = place.referring
+    cursor = connection.execute(f"SELECT * FROM {table} WHERE {column} = ?", (old,))
+    columns = [name for name, *_ in cursor.description]
+    referring = cursor.fetchall()
+    connection.execute(f"DELETE FROM {table} WHERE {column} = ?", (old,))
+    connection.execute(f"UPDATE {place.table} SET {key} = ? WHERE {key} = ?", (new, old))
+    statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+    position = columns.index(column)
+    for row in referring:
+        connection.execute(statement, [*row[:position], new, *row[position + 1 :]])

@@ -14,9 +14,9 @@ _LAYERS = (
 ROWS_OF_CONTAINER = (
     Place("images", f"id IN ({_SMALL_IMAGES})"),
     Place("image_references", f"image_id IN ({_SMALL_IMAGES})"),
-    Place("layers", f"number IN ({_LAYERS})"),
+    Place("layers", f"number IN ({_LAYERS})", stands_for="chain_id", referring=("image_layers", "layer")),
     Place("image_layers", f"image_id IN ({_SMALL_IMAGES})"),
-    Place("snapshots", "container_id = ?1"),
+    Place("snapshots", "container_id = ?1", newer=("image_id", "layers")),
 )
 
 # Layer numbers are never used twice: the folder of a dropped layer may still be on its way out.

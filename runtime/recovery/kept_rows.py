@@ -126,7 +126,7 @@ async def put_back_all(database: Database, layout: Layout) -> None:
                 try:
                     put_back(connection, places, file)
                     count += 1
-                except (OSError, sqlite3.DatabaseError, ValueError) as error:
+                except (OSError, sqlite3.DatabaseError, ValueError, OverflowError) as error:
                     if not connection.in_transaction:  # the disk is full
                         raise
                     _log.error("store: %s cannot be put back: %s", file, error)

@@ -343,6 +343,47 @@ def test_a_file_of_rows_that_cannot_be_read_costs_its_own_container_only(own_age
     assert own_agent.client.findings() == []
 
 
+# What the store numbered otherwise when the copy was made: the image was removed and pulled again since.
+_OTHER_NUMBERS = {
+    "other number": "UPDATE layers SET number = number + 100; UPDATE image_layers SET layer = layer + 100;",
+    "number of another layer": (
+        "UPDATE layers SET chain_id = 'sha256:' || hex(zeroblob(32)), diff_id = 'sha256:' || hex(zeroblob(32));"
+        "UPDATE images SET id = 'sha256:' || lower(hex(zeroblob(32)));"
+        "UPDATE image_layers SET image_id = 'sha256:' || lower(hex(zeroblob(32)));"
+        "UPDATE image_references SET image_id = 'sha256:' || lower(hex(zeroblob(32)));"
+    ),
+}
+
+
+@pytest.mark.parametrize("others", _OTHER_NUMBERS)
+@pytest.mark.parametrize("known", [False, True], ids=["unknown to the copy", "known to it"])
+def test_layers_keep_the_numbers_that_running_containers_know(
+    own_agent: AgentProcess, others: str, known: bool
+) -> None:
+    sandbox_id, container_id = run_container(own_agent, "sleep", "1000")
+    wait_for((own_agent.run / "containers" / container_id / "rows").exists)
+    own_agent.stop()
+    store, copy = own_agent.data / "podkeel.db", own_agent.data / "podkeel-copy.db"
+    with contextlib.closing(sqlite3.connect(store)) as source, contextlib.closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
+        target.executescript(f"PRAGMA foreign_keys=OFF; {_OTHER_NUMBERS[others]}")
+        if known:
+            target.execute("UPDATE snapshots SET layers = '[101]'")
+        else:
+            target.executescript("DELETE FROM snapshots; DELETE FROM containers;")
+        target.commit()
+    _delete(store)
+    _adopt(own_agent)
+    assert _states(own_agent) == {container_id: cri_pb2.CONTAINER_RUNNING}
+    assert own_agent.client.exec(container_id, "true").exit_code == 0
+    assert own_agent.client.findings() == []
+    own_agent.client.stop_sandbox(sandbox_id)
+    own_agent.client.remove_sandbox(sandbox_id)
+    if others == "other number":  # else the copy says that the reference is another image's, which is gone
+        run_container(own_agent, "true")
+    assert own_agent.client.findings() == []
+
+
 def test_a_lost_store_is_begun_again_where_nothing_runs_and_the_copy_stays(own_agent: AgentProcess) -> None:
     config = sandbox_config(own_agent)
     own_agent.client.run_sandbox(config)

@@ -178,6 +178,7 @@ class Agent:
         self.options, self.layout, self.database = node.options, node.layout, node.database
         self.state, self.facts, self.hooks_dir = node.state, node.facts, node.hooks_dir
         self.cgroups, self.handlers, self.network = node.cgroups, node.handlers, node.network
+        self.hooks = node.hooks
 
     def _assemble(self, node: Node, stack: AsyncExitStack) -> None:
         self.lifecycle = Lifecycle(node)
@@ -236,7 +237,7 @@ class Agent:
 
         changing = Changing(self.execution.apply, self.lifecycle.kill)
         hooks = NriHooks(node, self._nri, self._version, changing)
-        node.hooks = hooks
+        node.hooks = self.hooks = hooks
         await stack.enter_async_context(serving(hooks, self._nri, node.layout.run / "nri-plugins"))
 
     async def __aexit__(

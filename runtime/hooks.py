@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Self
 
 from host.stages import Operation
@@ -43,6 +44,14 @@ class Hooks:
     def passing(self) -> Passage:
         """The passage of one event."""
         return _OPEN
+
+    def report(self) -> list[dict[str, object]]:
+        """The plugins that are connected, by index, and what they were asked; then those that are gone, and why."""
+        return []
+
+    def calls(self) -> Iterable[tuple[tuple[str, str], int, float, int]]:
+        """Plugin and method, with the number of calls since the agent's start, their seconds, and how many failed."""
+        return ()
 
     async def run_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """A sandbox is whole and will be seen next. Raises PodkeelError when a plugin refuses."""

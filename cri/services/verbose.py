@@ -8,6 +8,7 @@ import msgspec
 
 from cri.version import VERSION
 from host.stages import Operation
+from proto.runtime.v1 import cri_pb2
 from runtime.agent import Agent
 from runtime.layout import SandboxFolder
 from runtime.state.container import Container, ContainerState
@@ -31,6 +32,7 @@ def node_information(agent: Agent) -> dict[str, Any]:
             "handlers": handlers,
             "failedHandlers": agent.handlers.failures,
             "failedHooks": agent.hooks_dir.problems,
+            "nriPlugins": agent.hooks.report(),
             "sandboxes": len(agent.state.sandboxes),
             "containers": len(agent.state.containers),
             "storeCommits": agent.database.commits,
@@ -55,8 +57,17 @@ def sandbox_information(agent: Agent, sandbox: Sandbox) -> dict[str, Any]:
         # Where scripts around crictl look for a pod's namespaces, as if it had a container of its own.
         "runtimeSpec": {"linux": {"namespaces": _namespaces(folder)}},
         "addresses": list(record.addresses),
+        "resources": _resources(record.resources),
+        "overhead": _resources(record.overhead),
         "operations": operations(sandbox.operations),
     }
+
+
+def _resources(encoded: bytes) -> dict[str, Any]:
+    """What a pod may use, by the CRI's names; what is not set is left out."""
+    message = cri_pb2.LinuxContainerResources.FromString(encoded)
+    numbers = {field.name: value for field, value in message.ListFields() if isinstance(value, int | str)}
+    return {"linux": numbers}
 
 
 def _a_pid_in(agent: Agent, sandbox: Sandbox) -> int:

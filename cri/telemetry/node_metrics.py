@@ -26,6 +26,7 @@ def register(metrics: AgentMetrics, agent: Agent) -> None:
     text = "1 where this condition of the node holds, 0 where it keeps pods from starting."
     metrics.compute("podkeel_ready", text, ("condition",), lambda: _conditions(agent))
     _register_counts(metrics, agent)
+    _register_plugins(metrics, agent)
     _register_containers(metrics, agent)
     _register_disk(metrics, agent)
 
@@ -65,6 +66,20 @@ def _register_counts(metrics: AgentMetrics, agent: Agent) -> None:
         lambda: [((kind,), float(count)) for kind, count in findings.items()],
         counter=True,
     )
+
+
+def _register_plugins(metrics: AgentMetrics, agent: Agent) -> None:
+    labels = ("plugin", "event")
+
+    def counter(name: str, text: str, place: int) -> None:
+        def read() -> Rows:
+            return [(row[0], float(row[1:][place])) for row in agent.hooks.calls()]
+
+        metrics.compute(f"podkeel_nri_{name}_total", text, labels, read, counter=True)
+
+    counter("calls", "Calls of plugins of the node (NRI).", 0)
+    counter("call_seconds", "Seconds that calls of plugins of the node took.", 1)
+    counter("call_errors", "Calls of plugins of the node that failed, or that they refused.", 2)
 
 
 def _register_containers(metrics: AgentMetrics, agent: Agent) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Self
@@ -31,6 +31,7 @@ from runtime.specgen.limits.extra_limits import LimitChange, merged
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
 
+EVENT_NUMBERS = tuple(number for number in nri_pb2.Event.values() if 0 < number < nri_pb2.LAST)
 _log = logging.getLogger("podkeel.nri")
 _decode_spec = msgspec.json.Decoder(oci.Spec).decode
 
@@ -80,6 +81,26 @@ class NriHooks(Hooks):
     def passing(self) -> Passage:
         """The passage of one event."""
         return _Passage(self.adaptation.passing())
+
+    def report(self) -> list[dict[str, object]]:
+        """Name, events, calls and errors of each plugin."""
+        there = [
+            {
+                "plugin": plugin.title,
+                "startedByAgent": plugin.started_by_agent,
+                "connectedAt": plugin.admitted_at,
+                "events": [nri_pb2.Event.Name(number) for number in EVENT_NUMBERS if plugin.wants(number)],
+                "calls": {method: count.calls for method, count in plugin.calls.by_method.items()},
+                "lastError": plugin.calls.last_error,
+            }
+            for plugin in self.adaptation.plugins
+        ]
+        gone = [{"plugin": lost.title, "goneAt": lost.at, "why": lost.why} for lost in self.adaptation.gone]
+        return [*there, *gone]
+
+    def calls(self) -> Iterable[tuple[tuple[str, str], int, float, int]]:
+        """Those of all plugins since the start."""
+        return [((title, method), one.calls, one.seconds, one.errors) for title, method, one in self.adaptation.totals]
 
     async def run_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """RunPodSandbox."""

@@ -62,9 +62,8 @@ class AgentProcess:
         if "[metrics]" not in options:
             options += '\n[metrics]\naddress = ""'  # only one of all agents could have the default address
         if "[nri]" not in options:  # nor the default socket
-            options += (
-                f'\n[nri]\nsocket = "{self.nri_socket}"\nplugin_dir = "{folder}/nri"\nconfig_dir = "{folder}/nri.d"'
-            )
+            options += f'\n[nri]\nsocket = "{self.nri_socket}"'
+            options += f'\nplugin_dir = "{folder}/nri-plugins"\nconfig_dir = "{folder}/nri-conf.d"'
         if "[network]" not in options:
             options += '\n[network]\nmode = "built-in"'  # whatever CNI configuration this machine has
         (folder / "config.toml").write_text(

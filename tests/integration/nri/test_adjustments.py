@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,35 @@ def test_a_conflict_names_both_plugins_and_leaves_nothing(agent: AgentProcess) -
         wait_for(lambda: one.events_of(refused)[-1] == "RemoveContainer")
     answer = agent.client.call("ListContainers", cri_pb2.ListContainersRequest())
     assert not answer.containers
+
+
+def test_the_status_of_the_node_lists_plugins_and_their_calls(agent: AgentProcess) -> None:
+    with connected(Recorder(agent.nri_socket, "42", "listed")):
+        run_container(agent, "sleep", "1000")
+        answer = agent.client.call("Status", cri_pb2.StatusRequest(verbose=True))
+        plugins = {plugin["plugin"]: plugin for plugin in json.loads(answer.info["podkeel"])["nriPlugins"]}
+    assert plugins["42-listed"]["calls"]["CreateContainer"] == 1
+    assert "START_CONTAINER" in plugins["42-listed"]["events"]
+
+
+def test_a_pods_resources_are_shown_as_they_were_accepted(agent: AgentProcess) -> None:
+    def refuse(_request: nri_pb2.UpdatePodSandboxRequest) -> None:
+        raise ValueError("too much")
+
+    def shown() -> dict[str, int]:
+        request = cri_pb2.PodSandboxStatusRequest(pod_sandbox_id=sandbox_id, verbose=True)
+        info = json.loads(agent.client.call("PodSandboxStatus", request).info["info"])
+        linux: dict[str, int] = info["resources"]["linux"]
+        return linux
+
+    sandbox_id = agent.client.run_sandbox(sandbox_config(agent))
+    limits = cri_pb2.LinuxContainerResources(cpu_shares=512, memory_limit_in_bytes=64 << 20)
+    request = cri_pb2.UpdatePodSandboxResourcesRequest(pod_sandbox_id=sandbox_id, resources=limits)
+    with (
+        connected(Recorder(agent.nri_socket, acting={"UpdatePodSandbox": refuse})),
+        pytest.raises(grpc.RpcError, match="too much"),
+    ):
+        agent.client.call("UpdatePodSandboxResources", request)
+    assert shown() == {}
+    agent.client.call("UpdatePodSandboxResources", request)
+    assert shown() == {"cpu_shares": 512, "memory_limit_in_bytes": 64 << 20}

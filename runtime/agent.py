@@ -31,7 +31,9 @@ from runtime.agent_id import agent_id
 from runtime.cgroups.tree import CgroupTree
 from runtime.containers.create import ContainerManager
 from runtime.containers.exec import Execution
-from runtime.containers.lifecycle import Lifecycle
+from runtime.containers.exit import ContainerExit
+from runtime.containers.start import ContainerStart
+from runtime.containers.stop import ContainerStop
 from runtime.layout import Layout
 from runtime.meters import Meters
 from runtime.node import Node
@@ -81,7 +83,9 @@ class Agent:
     images: Images
     pods: PodManager
     containers: ContainerManager
-    lifecycle: Lifecycle
+    exits: ContainerExit
+    stops: ContainerStop
+    starts: ContainerStart
     execution: Execution
     statistics: Statistics
     audit: Audit
@@ -181,14 +185,16 @@ class Agent:
         self.hooks = node.hooks
 
     def _assemble(self, node: Node, stack: AsyncExitStack) -> None:
-        self.lifecycle = Lifecycle(node)
-        self.containers = ContainerManager(node, container_registrar(), self.lifecycle)
+        self.exits = ContainerExit(node)
+        self.stops = ContainerStop(node, self.exits)
+        self.starts = ContainerStart(node, self.exits, self.stops)
+        self.containers = ContainerManager(node, container_registrar(), self.exits, self.stops)
         self.pods = PodManager(node, pod_registrar(), self.containers)
         node.network.when_given_back(self.pods.network_given_back)
         self.execution = Execution(node)
         self.statistics = Statistics(node.state, node.cgroups, node.meters, node.snapshots, node.layout)
         self._prepare_recovery(node)
-        stack.push_async_callback(self.lifecycle.close)
+        stack.push_async_callback(self.exits.close)
         stack.push_async_callback(self.containers.close)
         stack.push_async_callback(self.pods.close)
         stack.callback(self.state.events.close)
@@ -217,7 +223,7 @@ class Agent:
             network=node.network,
             pods=self.pods,
             containers=self.containers,
-            lifecycle=self.lifecycle,
+            exits=self.exits,
         )
 
     async def _open_database(self, stack: AsyncExitStack, layout: Layout, monitors: Monitors) -> Database:
@@ -235,7 +241,7 @@ class Agent:
         from runtime.nri.hooks import Changing, NriHooks
         from runtime.nri.service import serving
 
-        changing = Changing(self.execution.apply, self.lifecycle.kill)
+        changing = Changing(self.execution.apply, self.stops.kill)
         hooks = NriHooks(node, self._nri, self._version, changing)
         node.hooks = self.hooks = hooks
         await stack.enter_async_context(serving(hooks, self._nri, node.layout.run / "nri-plugins"))

@@ -143,14 +143,14 @@ class RuntimeService(StatsCalls):
 
     async def start_container(self, request: cri_pb2.StartContainerRequest) -> cri_pb2.StartContainerResponse:
         """Start a created container."""
-        await self._agent.lifecycle.start(request.container_id)
+        await self._agent.starts.start(request.container_id)
         return cri_pb2.StartContainerResponse()
 
     async def stop_container(self, request: cri_pb2.StopContainerRequest) -> cri_pb2.StopContainerResponse:
         """Stop a container; idempotent."""
         if request.timeout < 0:
             raise InvalidArgumentError(f"stop of container {request.container_id!r}: the timeout is negative")
-        await self._agent.lifecycle.stop(request.container_id, request.timeout)
+        await self._agent.stops.stop(request.container_id, request.timeout)
         return cri_pb2.StopContainerResponse()
 
     async def remove_container(self, request: cri_pb2.RemoveContainerRequest) -> cri_pb2.RemoveContainerResponse:

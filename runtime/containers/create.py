@@ -1,4 +1,4 @@
-"""Containers: making and removing them. Starting, stopping and their ends are in ``lifecycle``."""
+"""Containers: making and removing them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from host.stages import Operation
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
 from runtime.containers.confinement import needs_verifying, verify
+from runtime.containers.exit import ContainerExit
 from runtime.containers.idmapped_mounts import bind_all
-from runtime.containers.lifecycle import Lifecycle, begin
 from runtime.containers.log_path import resolve_log_path
 from runtime.containers.plugin_settings import set_what_is_left
 from runtime.containers.rootfs import mount_image_volumes, mount_root, status_mounts, unmount_all
@@ -33,6 +33,7 @@ from runtime.containers.spec_request import (
     spec_request,
     target_pid_namespace,
 )
+from runtime.containers.stop import ContainerStop
 from runtime.namespaces.user import make_private, root_of
 from runtime.node import Node
 from runtime.oci import private_devices
@@ -60,11 +61,12 @@ _log = logging.getLogger("podkeel.containers")
 class ContainerManager:
     """Makes and removes containers."""
 
-    def __init__(self, node: Node, names: ContainerRegistrar, lifecycle: Lifecycle) -> None:
+    def __init__(self, node: Node, names: ContainerRegistrar, exits: ContainerExit, stops: ContainerStop) -> None:
         self._node = node
         self._state = node.state
         self._names = names
-        self._lifecycle = lifecycle
+        self._exits = exits
+        self._stops = stops
         self._threads = AbandonableThreads(_MOST_HANGING)
 
     def adopt(self, container: Container) -> None:
@@ -92,7 +94,7 @@ class ContainerManager:
         runtime = node.handlers.get(sandbox.record.handler)
         container = self._new_container(sandbox, config, image, runtime, log_path)
         node.moves.expect()
-        operation = begin(container, "CreateContainer")
+        operation = container.begin("CreateContainer")
         async with AsyncExitStack() as held, Undo(container.title) as undo:
             undo.push("the container", partial(self._discard, container))
             make_private(node.layout.container(container.id).path, user_mappings(sandbox.namespace_options))
@@ -218,7 +220,7 @@ class ContainerManager:
         container.monitor_descriptor = monitored.monitor_descriptor
         record.monitor = monitored.monitor
         record.init = monitored.init
-        self._lifecycle.watch(container)
+        self._exits.watch(container)
         await set_what_is_left(container, runtime, spec.spec.process, self._node.cgroups)
 
     async def _verify(self, container: Container, runtime: OciRuntime, spec: ContainerSpec) -> None:
@@ -229,8 +231,8 @@ class ContainerManager:
     async def _discard(self, container: Container) -> None:
         """Undo everything of a container that did not come to be."""
         node = self._node
-        await self._lifecycle.release_runtime(container)
-        await self._lifecycle.end_monitor(container)
+        await self._exits.release_runtime(container)
+        await self._exits.end_monitor(container)
         folder = node.layout.container(container.id)
         await unmount_all(node, container)
         await node.snapshots.remove(container.id)
@@ -255,7 +257,7 @@ class ContainerManager:
         if container is None or container.record.state is ContainerState.MAKING:
             return
         if container.record.state in (ContainerState.RUNNING, ContainerState.CREATED):
-            await self._lifecycle.kill(container)
+            await self._stops.kill(container)
         async with container.lock:
             if container.id not in self._state.containers:
                 return  # another call was faster
@@ -267,7 +269,7 @@ class ContainerManager:
 
         A container for which that fails is listed as exited, so that its client tries again.
         """
-        operation = begin(container, "RemoveContainer")
+        operation = container.begin("RemoveContainer")
         try:
             if container.record.state is not ContainerState.REMOVING:
                 async with self._node.hooks.passing():
@@ -282,7 +284,7 @@ class ContainerManager:
     async def _finish_removal(self, container: Container, operation: Operation) -> None:
         node = self._node
         async with operation.stage("runtime"):
-            await self._lifecycle.released(container)
+            await self._exits.released(container)
         async with operation.stage("snapshot"):
             if not container.unmounted:
                 await unmount_all(node, container)
@@ -304,8 +306,8 @@ class ContainerManager:
         """Kill every container of a sandbox that runs."""
         containers = [c for c in self._state.containers_of(sandbox) if c.visible]
         await in_thread(self._thaw_dying, sandbox, containers)
-        await asyncio.gather(*(self._lifecycle.kill(container) for container in containers))
-        await asyncio.gather(*(self._lifecycle.released(container) for container in containers))
+        await asyncio.gather(*(self._stops.kill(container) for container in containers))
+        await asyncio.gather(*(self._exits.released(container) for container in containers))
 
     def _thaw_dying(self, sandbox: Sandbox, containers: Sequence[Container]) -> None:
         """Thaw the pod's own cgroup if it is frozen, once all in there were killed."""

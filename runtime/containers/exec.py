@@ -24,7 +24,6 @@ from host.errors import (
 from host.files.inotify import wait_for_entries
 from host.processes import ProcessName
 from proto.runtime.v1 import cri_pb2
-from runtime.containers.lifecycle import begin
 from runtime.containers.limits import Limits, require_alive
 from runtime.logs import LogFile, LogLink, append_from_now_on, has_open
 from runtime.node import Node
@@ -165,7 +164,7 @@ class Execution:
         try:
             async with container.lock:
                 require_alive(container)
-                operation = begin(container, "UpdateContainerResources")
+                operation = container.begin("UpdateContainerResources")
                 async with hooks.passing():
                     change = await hooks.update_container(container, given, operation)
                 await self.limits.change(container, change, operation)
@@ -177,7 +176,7 @@ class Execution:
     async def apply(self, container: Container, change: LimitChange) -> None:
         """The same as a plugin asks for it: no plugin is told."""
         async with container.lock:
-            await self.limits.change(container, change, begin(container, "UpdateContainerResources"))
+            await self.limits.change(container, change, container.begin("UpdateContainerResources"))
 
     async def reopen_log(self, container_id: str) -> None:
         """Have the log written to a new file after the old one was renamed; nothing if it was not.

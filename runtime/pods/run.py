@@ -32,8 +32,6 @@ from runtime.state.sandbox_checks import validate_sandbox
 from runtime.state.transitions import of_sandbox
 from runtime.state.truncindex import new_id
 
-_OPERATIONS_KEPT = 8
-
 _log = logging.getLogger("podkeel.pods")
 
 
@@ -175,7 +173,7 @@ class PodManager:
         async with sandbox.lock:
             if not sandbox.visible or sandbox.record.torn_down:
                 return
-            operation = _begin(sandbox, "StopPodSandbox")
+            operation = sandbox.begin("StopPodSandbox")
             async with operation.stage("containers"):
                 await self._containers.stop_all(sandbox)
             async with self._node.hooks.passing():
@@ -189,7 +187,7 @@ class PodManager:
     async def finish_stop(self, sandbox: Sandbox) -> None:
         """Carry a stop that was written down to its end."""
         sandbox.closing = True
-        await self._tear_down(sandbox, _begin(sandbox, "StopPodSandbox"))
+        await self._tear_down(sandbox, sandbox.begin("StopPodSandbox"))
 
     async def _tear_down(self, sandbox: Sandbox, operation: Operation) -> None:
         """Give back network, then namespaces, then the cgroup; each step may be repeated after a crash."""
@@ -226,7 +224,7 @@ class PodManager:
         async with sandbox.lock:
             if sandbox.id not in self._state.sandboxes:
                 return  # another call was faster
-            operation = _begin(sandbox, "RemovePodSandbox")
+            operation = sandbox.begin("RemovePodSandbox")
             async with operation.stage("containers"):
                 await self._containers.remove_all(sandbox)
             # Once it is written down no client sees it, so none would ask again: it is carried on without this one.
@@ -264,7 +262,7 @@ class PodManager:
 
         A sandbox for which that fails is listed as stopped, so that its client tries again.
         """
-        operation = operation or _begin(sandbox, "RemovePodSandbox")
+        operation = operation or sandbox.begin("RemovePodSandbox")
         try:
             if sandbox.record.state is not SandboxState.REMOVING:
                 async with self._node.hooks.passing():
@@ -335,10 +333,3 @@ class PodManager:
     async def close(self) -> None:
         """Undo what is in the making; for the agent's end."""
         await self._names.drain()
-
-
-def _begin(sandbox: Sandbox, name: str) -> Operation:
-    operation = Operation(name, sandbox.title)
-    sandbox.operations.append(operation)
-    del sandbox.operations[:-_OPERATIONS_KEPT]
-    return operation

@@ -16,7 +16,7 @@ from host.untrusted_json import JsonError
 from network.node_network import NodeNetwork
 from runtime.cgroups.tree import CgroupTree
 from runtime.containers.create import ContainerManager
-from runtime.containers.lifecycle import Lifecycle
+from runtime.containers.exit import ContainerExit
 from runtime.layout import Layout
 from runtime.namespaces.pinned import pins_hold
 from runtime.oci import exec_call
@@ -50,7 +50,7 @@ class Recovery:
     network: NodeNetwork
     pods: PodManager
     containers: ContainerManager
-    lifecycle: Lifecycle
+    exits: ContainerExit
 
     async def run(self) -> None:
         """Load everything, undo what was half made, finish what was half removed, take up what runs."""
@@ -93,7 +93,7 @@ class Recovery:
             await self.containers.finish_removal(container)
         elif state is ContainerState.EXITED:
             container.exited.set()
-            await self.lifecycle.clean_up(container)
+            await self.exits.clean_up(container)
         else:
             await self._resume(container)
 
@@ -108,12 +108,12 @@ class Recovery:
         async with container.lock:  # its end, should it come now, is handled afterwards
             if pidfd is not None:
                 container.monitor_descriptor = pidfd
-                self.lifecycle.watch(container)
+                self.exits.watch(container)
             else:
                 exit_record = self.monitors.exit_record(container.id)
-                if not same_boot or exit_record or not await self.lifecycle.survives_its_monitor(container):
+                if not same_boot or exit_record or not await self.exits.survives_its_monitor(container):
                     self.audit.findings["container ended meanwhile"] += 1
-                    await self.lifecycle.record_exit(container, exit_record)
+                    await self.exits.record_exit(container, exit_record)
                     return
             await in_thread(self._end_abandoned_calls, container)
             if record.state is ContainerState.CREATED and await self._was_started(container):

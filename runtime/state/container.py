@@ -15,7 +15,7 @@ from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 from runtime.logs import LogFile
 from runtime.specgen.limits.extra_limits import ExtraLimits
-from runtime.state.sandbox import Sandbox
+from runtime.state.sandbox import Sandbox, keep_operation
 
 
 class ContainerState(enum.StrEnum):
@@ -116,6 +116,10 @@ class Container:
         if self.late_log is not None:
             os.close(self.late_log)
         self.late_log = descriptor
+
+    def begin(self, name: str) -> Operation:
+        """Start recording an operation; the last eight are kept."""
+        return keep_operation(self.operations, name, self.title)
 
     def changed(self) -> None:
         """Forget what was derived from the record."""

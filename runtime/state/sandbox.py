@@ -12,6 +12,8 @@ from host.processes import ProcessName
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 
+_OPERATIONS_KEPT = 8
+
 
 class SandboxState(enum.StrEnum):
     """``making`` and ``removing`` are not seen by clients: the next start undoes the one and finishes the other."""
@@ -111,6 +113,18 @@ class Sandbox:
         """Whether clients may see it."""
         return self.record.state in (SandboxState.READY, SandboxState.NOT_READY)
 
+    def begin(self, name: str) -> Operation:
+        """Start recording an operation; the last eight are kept."""
+        return keep_operation(self.operations, name, self.title)
+
     def changed(self) -> None:
         """Forget what was derived from the record."""
         self.list_item = None
+
+
+def keep_operation(kept: list[Operation], name: str, subject: str) -> Operation:
+    """Add a new operation to those that are kept of a sandbox or container."""
+    operation = Operation(name, subject)
+    kept.append(operation)
+    del kept[:-_OPERATIONS_KEPT]
+    return operation

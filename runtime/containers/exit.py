@@ -1,4 +1,4 @@
-"""Starting and stopping containers, and what happens when one ends."""
+"""What happens when a container ends: its end is written down, and what it holds of the node is given back."""
 
 from __future__ import annotations
 
@@ -12,113 +12,34 @@ from collections.abc import Coroutine
 
 from host import processes
 from host.children.reaping import reap
-from host.concurrency.tasks import wait_out
 from host.concurrency.threads import in_fresh_thread, in_thread
-from host.errors import CommandError, InvalidArgumentError, PodkeelError, WrongStateError
+from host.errors import PodkeelError
 from host.files.removal import remove_tree
-from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.tree import CgroupTree
 from runtime.containers.kill_watch import KillWatch
-from runtime.containers.killing import clear_cgroup, kill_group
-from runtime.containers.last_wait import wait_for_end
 from runtime.containers.out_of_memory import ended_by_the_kernel, killed_for_memory
 from runtime.containers.rootfs import unmount_all
 from runtime.node import Node
 from runtime.oci.conmon import ExitRecord
-from runtime.oci.oci_runtime import cannot_run_program, plain_message
-from runtime.state.container import Container, ContainerState
-from runtime.state.sandbox import SandboxState
+from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.transitions import of_container
 
 UNKNOWN_EXIT_CODE = 255
-START_ERROR_EXIT_CODE = 128
 
 _LOG_SECONDS = 1.0
-_OPERATIONS_KEPT = 8
+_CGROUP_SECONDS = 5.0
 _log = logging.getLogger("podkeel.containers")
 
 
-def begin(container: Container, name: str) -> Operation:
-    """Start recording an operation with a container."""
-    operation = Operation(name, container.title)
-    container.operations.append(operation)
-    del container.operations[:-_OPERATIONS_KEPT]
-    return operation
-
-
-class Lifecycle:
-    """Takes containers from created to exited."""
+class ContainerExit:
+    """Watches the monitors of containers, and handles their ends."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
         self._state = node.state
         self._kills = KillWatch(node.layout, node.cgroups)
         self._tasks: set[asyncio.Task[None]] = set()
-
-    async def start(self, container_id: str) -> None:
-        """Let a created container run.
-
-        Raises:
-            NotFoundError: there is no such container.
-            WrongStateError: it is not created, or its sandbox is not ready.
-            InvalidArgumentError: its program is not there or cannot be executed; it has exited then.
-            PodkeelError: it could not be started; it has exited then.
-        """
-        container = self._state.get_container(container_id)
-        async with container.lock:
-            record = container.record
-            if record.state is not ContainerState.CREATED:
-                raise WrongStateError(f"{container.title} is {record.state}, only a created one can be started")
-            if container.sandbox.record.state is not SandboxState.READY or container.sandbox.closing:
-                raise WrongStateError(f"{container.title}: its sandbox is not ready: make a new one")
-            # A start that is interrupted may have happened or not, so one whose client goes away is carried to its end.
-            await wait_out(asyncio.ensure_future(self._start(container)))
-
-    async def _start(self, container: Container) -> None:
-        hooks = self._node.hooks
-        operation = begin(container, "StartContainer")
-        async with hooks.passing():
-            await hooks.start_container(container, operation)
-        async with operation.stage("runtime"), self._node.handlers.slots:
-            started_at = time.time_ns()
-            await self._start_in_runtime(container)
-        async with operation.stage("commit"):
-            container.record.started_at = started_at
-            await self._state.move(container, ContainerState.RUNNING)
-        async with hooks.passing():
-            await hooks.started_container(container, operation)
-        self._state.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
-        _log.info("%s runs", container.title, extra=of_container(container, operation))
-
-    async def _start_in_runtime(self, container: Container) -> None:
-        record = container.record
-        if record.start_error:
-            await self._fail_start(container, record.start_error)
-            raise InvalidArgumentError(record.start_error)  # the pod is wrong and not the node
-        try:
-            await self._node.handlers.get(record.handler).start(container.id)
-        except (PodkeelError, OSError) as error:  # also one that took too long may have started it
-            await self._kill_processes(container)
-            output = error.output if isinstance(error, CommandError) else ""
-            message = plain_message(output) or str(error)
-            await self._fail_start(container, message)
-            unrunnable = cannot_run_program(message)
-            self._node.handlers.failed_actions[record.handler, "run program" if unrunnable else "start"] += 1
-            if unrunnable:
-                raise InvalidArgumentError(message) from error
-            raise
-
-    async def _fail_start(self, container: Container, message: str) -> None:
-        now = time.time_ns()
-        record = container.record
-        record.started_at = record.started_at or now
-        record.finished_at = now
-        record.exit_code = START_ERROR_EXIT_CODE
-        record.reason = "StartError"
-        record.message = message
-        async with self._node.hooks.passing():
-            await self._save_end(container)
-        self._ended(container)
 
     def watch(self, container: Container) -> None:
         """Notice kills in a container, and the end of its monitor; for one whose program cannot run there is none."""
@@ -162,8 +83,8 @@ class Lifecycle:
             counted = self._describe_end(container, exit_record)
             # What the runtime holds is given back meanwhile: should we die before the commit, conmon's record is there.
             container.cleanup = self._spawn(self.clean_up(container))
-            await self._save_end(container, sandbox_too=counted)
-        self._ended(container)
+            await self.save_end(container, sandbox_too=counted)
+        self.ended(container)
         record, ended = container.record, of_container(container)
         _log.info("%s ended: exit code %d, %s", container.title, record.exit_code, record.reason, extra=ended)
 
@@ -188,7 +109,7 @@ class Lifecycle:
             record.reason, record.message = "Evicted", container.evicted
         return counted
 
-    async def _save_end(self, container: Container, *, sandbox_too: bool = False) -> None:
+    async def save_end(self, container: Container, *, sandbox_too: bool = False) -> None:
         """Write down an end; when that fails the container has ended all the same, and the next start sees it again."""
         try:
             await self._state.move(container, ContainerState.EXITED)
@@ -198,7 +119,8 @@ class Lifecycle:
             _log.error("%s: its end could not be written down: %s", container.title, error)
         await self._node.hooks.stopped_container(container)
 
-    def _ended(self, container: Container) -> None:
+    def ended(self, container: Container) -> None:
+        """Tell those who wait for the end, and the clients, and begin to clean up."""
         container.exited.set()
         container.keep_late_log(None)
         self._kills.forget(container.id)
@@ -255,99 +177,6 @@ class Lifecycle:
         finally:
             os.close(pidfd)
 
-    async def stop(self, container_id: str, grace: float) -> None:
-        """Stop a container: its stop signal, then after ``grace`` seconds SIGKILL. Unknown or ended ones are fine.
-
-        While one call waits, another with a shorter grace shortens the wait of both. A frozen one is killed at once and
-        then thawed. Raises DeadlineError when even SIGKILL does not end it, WrongStateError when a frozen cgroup above
-        it keeps it from that.
-        """
-        container = self._state.containers.find(container_id) if container_id else None
-        if container is None or not container.visible:
-            return
-        if container.record.state is ContainerState.EXITED:
-            await container.exited.wait()
-            return
-        operation = begin(container, "StopContainer")
-        self._node.reserve.release_if_short()
-        async with operation.stage("signal"):
-            if container.record.state is ContainerState.RUNNING:
-                frozen = await in_thread(self._node.cgroups.is_frozen, container.record.cgroup)
-                await self._stop_politely(container, 0.0 if frozen else max(grace, 0.0))  # it could not heed a signal
-        async with operation.stage("kill"):
-            if not container.exited.is_set():
-                await self._kill_and_wait(container)
-        if not container.record.private_pid_namespace:  # others die with their init; these may have survived it
-            async with operation.stage("release"):
-                await self.released(container)
-
-    async def _stop_politely(self, container: Container, grace: float) -> None:
-        """Send the stop signal, unless another call did, and wait for the end or the earliest deadline of all calls."""
-        deadline = asyncio.get_running_loop().time() + grace
-        container.stop_deadline = min(deadline, container.stop_deadline or deadline)
-        container.stop_changed.set()
-        container.stops += 1
-        try:
-            if container.stops == 1 and grace > 0:
-                self._signal(container, container.record.stop_signal)
-            await self._wait_for_grace(container)
-        finally:
-            container.stops -= 1
-            if container.stops == 0:
-                container.stop_deadline = None
-
-    async def _wait_for_grace(self, container: Container) -> None:
-        loop = asyncio.get_running_loop()
-        while not container.exited.is_set():
-            remaining = (container.stop_deadline or 0.0) - loop.time()
-            if remaining <= 0:
-                return
-            container.stop_changed.clear()
-            waits = [
-                asyncio.ensure_future(container.exited.wait()),
-                asyncio.ensure_future(container.stop_changed.wait()),
-            ]
-            try:
-                await asyncio.wait(waits, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for wait in waits:
-                    wait.cancel()
-
-    async def kill(self, container: Container) -> None:
-        """SIGKILL at once, and wait for the end; what has ended is fine."""
-        await self.stop(container.id, 0)
-
-    async def _kill_and_wait(self, container: Container) -> None:
-        await self._kill_processes(container)
-        if container.monitor_descriptor is None:
-            async with container.lock:
-                if not container.exited.is_set():
-                    exit_record = self._node.monitors.exit_record(container.id)
-                    await wait_out(asyncio.ensure_future(self.record_exit(container, exit_record)))
-            return
-        if not await wait_for_end(self._node, container):
-            async with container.lock:
-                if not container.exited.is_set():
-                    await wait_out(asyncio.ensure_future(self.record_exit(container, None)))
-
-    async def _kill_processes(self, container: Container) -> None:
-        container.killed = self._signal(container, signal.SIGKILL) or container.killed
-        await in_thread(kill_group, self._node.cgroups, container.record)
-
-    def _signal(self, container: Container, number: int) -> bool:
-        """Send a signal to the first process; False if it has ended."""
-        init = container.record.init
-        pidfd = processes.open_process(init.pid, init.started) if init is not None else None
-        if pidfd is None:
-            return False
-        try:
-            signal.pidfd_send_signal(pidfd, number)
-        except ProcessLookupError:
-            return False
-        finally:
-            os.close(pidfd)
-        return True
-
     def _close_monitor(self, container: Container) -> None:
         if container.monitor_descriptor is not None:
             reap(container.monitor_descriptor)
@@ -385,3 +214,20 @@ async def _end_log(container: Container) -> None:
     work = asyncio.ensure_future(in_fresh_thread(container.log.end_last_lines))
     await asyncio.wait({work}, timeout=_LOG_SECONDS)
     work.add_done_callback(lambda done: done.cancelled() or done.exception())  # a log that is gone has no last line
+
+
+def kill_group(cgroups: CgroupTree, record: ContainerRecord) -> None:
+    """Kill what may outlive a container's first process, and what cannot die as it is frozen."""
+    if not record.private_pid_namespace or cgroups.is_frozen(record.cgroup):
+        cgroups.kill(record.cgroup)
+
+
+def clear_cgroup(cgroups: CgroupTree, path: str) -> None:
+    """Kill what is left in a cgroup, in whichever hierarchies it is, and remove it. Blocks until that has ended."""
+    cgroups.kill(path)
+    pids = cgroups.all_processes(path)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    processes.wait_all_ended(pids, _CGROUP_SECONDS)
+    cgroups.remove(path)

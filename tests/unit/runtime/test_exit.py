@@ -12,7 +12,7 @@ from typing import Any
 from host.processes import start_time
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
-from runtime.containers.lifecycle import Lifecycle
+from runtime.containers.exit import ContainerExit
 from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.sandbox import Sandbox, SandboxRecord, SandboxState
 
@@ -25,11 +25,11 @@ def _container() -> Container:
     return Container("c", Sandbox("s", cri_pb2.PodSandboxConfig(), sandbox), cri_pb2.ContainerConfig(), record)
 
 
-def _lifecycle(cgroups: CgroupTree, runtime: SimpleNamespace) -> Lifecycle:
+def _exits(cgroups: CgroupTree, runtime: SimpleNamespace) -> ContainerExit:
     handlers = SimpleNamespace(find=lambda name: runtime)
     state = SimpleNamespace(boot_id="b")
     node: Any = SimpleNamespace(state=state, cgroups=cgroups, handlers=handlers, layout=None)
-    return Lifecycle(node)
+    return ContainerExit(node)
 
 
 def test_a_container_with_many_cgroups_does_not_hold_the_loop(tmp_path: Path) -> None:
@@ -37,12 +37,12 @@ def test_a_container_with_many_cgroups_does_not_hold_the_loop(tmp_path: Path) ->
         (tmp_path / "c" / f"nested{number}").mkdir(parents=True)
     runtime = SimpleNamespace(root=tmp_path / "oci")
     cgroups = CgroupTree(1, "cgroupfs", {"pids": tmp_path})
-    lifecycle = _lifecycle(cgroups, runtime)
+    exits = _exits(cgroups, runtime)
     turns = 0
 
     async def body() -> None:
         nonlocal turns
-        releasing = asyncio.ensure_future(lifecycle.release_runtime(_container()))
+        releasing = asyncio.ensure_future(exits.release_runtime(_container()))
         while not releasing.done():
             await asyncio.sleep(0)
             turns += 1
@@ -58,12 +58,12 @@ def test_a_cgroup_is_removed_only_when_its_processes_have_ended(tmp_path: Path) 
     (tmp_path / "pids").mkdir()
     cgroups = CgroupTree(1, "cgroupfs", {"pids": tmp_path / "pids", "freezer": tmp_path / "freezer"})
     runtime = SimpleNamespace(root=tmp_path / "oci")
-    lifecycle = _lifecycle(cgroups, runtime)
+    exits = _exits(cgroups, runtime)
     # What has much memory takes a while to end.
     command = [sys.executable, "-c", "x = bytearray(1 << 28); print(flush=True); input()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as member:
         assert member.stdout is not None
         member.stdout.readline()
         (tmp_path / "freezer/c/cgroup.procs").write_text(f"{member.pid}\n")
-        asyncio.run(lifecycle.release_runtime(_container()))
+        asyncio.run(exits.release_runtime(_container()))
         assert start_time(member.pid) is None

@@ -1,0 +1,97 @@
+"""Starting containers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from host.concurrency.tasks import wait_out
+from host.errors import CommandError, InvalidArgumentError, PodkeelError, WrongStateError
+from proto.runtime.v1 import cri_pb2
+from runtime.containers.exit import ContainerExit
+from runtime.containers.stop import ContainerStop
+from runtime.node import Node
+from runtime.oci.oci_runtime import cannot_run_program, plain_message
+from runtime.state.container import Container, ContainerState
+from runtime.state.sandbox import SandboxState
+from runtime.state.transitions import of_container
+
+START_ERROR_EXIT_CODE = 128
+
+_log = logging.getLogger("podkeel.containers")
+
+
+class ContainerStart:
+    """Lets created containers run."""
+
+    def __init__(self, node: Node, exits: ContainerExit, stops: ContainerStop) -> None:
+        self._node = node
+        self._state = node.state
+        self._exits = exits
+        self._stops = stops
+
+    async def start(self, container_id: str) -> None:
+        """Let a created container run.
+
+        Raises:
+            NotFoundError: there is no such container.
+            WrongStateError: it is not created, or its sandbox is not ready.
+            InvalidArgumentError: its program is not there or cannot be executed; it has exited then.
+            PodkeelError: it could not be started; it has exited then.
+        """
+        container = self._state.get_container(container_id)
+        async with container.lock:
+            record = container.record
+            if record.state is not ContainerState.CREATED:
+                raise WrongStateError(f"{container.title} is {record.state}, only a created one can be started")
+            if container.sandbox.record.state is not SandboxState.READY or container.sandbox.closing:
+                raise WrongStateError(f"{container.title}: its sandbox is not ready: make a new one")
+            # A start that is interrupted may have happened or not, so one whose client goes away is carried to its end.
+            await wait_out(asyncio.ensure_future(self._start(container)))
+
+    async def _start(self, container: Container) -> None:
+        hooks = self._node.hooks
+        operation = container.begin("StartContainer")
+        async with hooks.passing():
+            await hooks.start_container(container, operation)
+        async with operation.stage("runtime"), self._node.handlers.slots:
+            started_at = time.time_ns()
+            await self._start_in_runtime(container)
+        async with operation.stage("commit"):
+            container.record.started_at = started_at
+            await self._state.move(container, ContainerState.RUNNING)
+        async with hooks.passing():
+            await hooks.started_container(container, operation)
+        self._state.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
+        _log.info("%s runs", container.title, extra=of_container(container, operation))
+
+    async def _start_in_runtime(self, container: Container) -> None:
+        record = container.record
+        if record.start_error:
+            await self._fail_start(container, record.start_error)
+            raise InvalidArgumentError(record.start_error)  # the pod is wrong and not the node
+        try:
+            await self._node.handlers.get(record.handler).start(container.id)
+        except (PodkeelError, OSError) as error:  # also one that took too long may have started it
+            await self._stops.kill_processes(container)
+            output = error.output if isinstance(error, CommandError) else ""
+            message = plain_message(output) or str(error)
+            await self._fail_start(container, message)
+            unrunnable = cannot_run_program(message)
+            self._node.handlers.failed_actions[record.handler, "run program" if unrunnable else "start"] += 1
+            if unrunnable:
+                raise InvalidArgumentError(message) from error
+            raise
+
+    async def _fail_start(self, container: Container, message: str) -> None:
+        now = time.time_ns()
+        record = container.record
+        record.started_at = record.started_at or now
+        record.finished_at = now
+        record.exit_code = START_ERROR_EXIT_CODE
+        record.reason = "StartError"
+        record.message = message
+        async with self._node.hooks.passing():
+            await self._exits.save_end(container)
+        self._exits.ended(container)

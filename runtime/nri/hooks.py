@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Self
+from functools import wraps
+from typing import Any, ParamSpec, Self
 
 import msgspec
 
@@ -31,6 +32,7 @@ from runtime.specgen.limits.extra_limits import LimitChange, merged
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
 
+P = ParamSpec("P")
 EVENT_NUMBERS = tuple(number for number in nri_pb2.Event.values() if 0 < number < nri_pb2.LAST)
 _log = logging.getLogger("podkeel.nri")
 _decode_spec = msgspec.json.Decoder(oci.Spec).decode
@@ -42,6 +44,19 @@ class Changing:
 
     update: Callable[[Container, LimitChange], Awaitable[None]]
     end: Callable[[Container], Awaitable[None]]
+
+
+def never_failing(method: Callable[P, Awaitable[None]]) -> Callable[P, Coroutine[Any, Any, None]]:
+    """For a hook that tells of what has happened: an unexpected error is logged, and what waits for it goes on."""
+
+    @wraps(method)
+    async def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            await method(*args, **kwargs)
+        except Exception:
+            _log.exception("nri: %s failed", getattr(method, "__name__", "a hook"))
+
+    return guarded
 
 
 class _Passage(Passage):
@@ -109,6 +124,7 @@ class NriHooks(Hooks):
             request = nri_pb2.RunPodSandboxRequest(pod=self._pod(sandbox))
             await self.adaptation.tell(events.RUN_POD_SANDBOX, request, operation, told)
 
+    @never_failing
     async def undo_sandbox(self, sandbox: Sandbox) -> None:
         """StopPodSandbox and RemovePodSandbox, to those that were told of RunPodSandbox."""
         if told := self._told.pop(sandbox.id, []):
@@ -126,18 +142,21 @@ class NriHooks(Hooks):
                 request.linux_resources.CopyFrom(messages.resources(resources))
             await self.adaptation.tell(events.UPDATE_POD_SANDBOX, request)
 
+    @never_failing
     async def updated_sandbox(self, sandbox: Sandbox) -> None:
         """PostUpdatePodSandbox."""
         if self.adaptation.wants(events.POST_UPDATE_POD_SANDBOX):
             request = nri_pb2.PostUpdatePodSandboxRequest(pod=self._pod(sandbox))
             await self.adaptation.notify(events.POST_UPDATE_POD_SANDBOX, request)
 
+    @never_failing
     async def stop_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """StopPodSandbox."""
         if self._first(sandbox.id, "stop") and self.adaptation.wants(events.STOP_POD_SANDBOX):
             request = nri_pb2.StopPodSandboxRequest(pod=self._pod(sandbox))
             await self.adaptation.notify(events.STOP_POD_SANDBOX, request, operation)
 
+    @never_failing
     async def remove_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """RemovePodSandbox."""
         if self._first(sandbox.id, "remove") and self.adaptation.wants(events.REMOVE_POD_SANDBOX):
@@ -166,6 +185,7 @@ class NriHooks(Hooks):
             self._making[container.id] = container
         await self.adaptation.carry_out(creation.updates)
 
+    @never_failing
     async def created_container(self, container: Container, operation: Operation) -> None:
         """PostCreateContainer."""
         self._making.pop(container.id, None)
@@ -174,6 +194,7 @@ class NriHooks(Hooks):
             request = nri_pb2.PostCreateContainerRequest(pod=pod, container=message)
             await self.adaptation.notify(events.POST_CREATE_CONTAINER, request, operation)
 
+    @never_failing
     async def undo_container(self, container: Container) -> None:
         """StopContainer and RemoveContainer, to those that were told of it."""
         asked, listed = self._told.pop(container.id, []), self._making.pop(container.id, None)
@@ -192,6 +213,7 @@ class NriHooks(Hooks):
             request = nri_pb2.StartContainerRequest(pod=pod, container=message)
             await self.adaptation.tell(events.START_CONTAINER, request, operation)
 
+    @never_failing
     async def started_container(self, container: Container, operation: Operation) -> None:
         """PostStartContainer."""
         if self.adaptation.wants(events.POST_START_CONTAINER):
@@ -213,6 +235,7 @@ class NriHooks(Hooks):
         change = limit_change(own, plugins, self._node.facts)
         return LimitChange(merged(given, change.given), change.extra, change.changed_by)
 
+    @never_failing
     async def updated_container(self, container: Container, operation: Operation) -> None:
         """PostUpdateContainer."""
         if self.adaptation.wants(events.POST_UPDATE_CONTAINER):
@@ -220,6 +243,7 @@ class NriHooks(Hooks):
             request = nri_pb2.PostUpdateContainerRequest(pod=pod, container=message)
             await self.adaptation.notify(events.POST_UPDATE_CONTAINER, request, operation)
 
+    @never_failing
     async def stopped_container(self, container: Container) -> None:
         """StopContainer; what plugins ask for other containers then is done soon."""
         if not self._first(container.id, "stop") or not self.adaptation.wants(events.STOP_CONTAINER):
@@ -237,6 +261,7 @@ class NriHooks(Hooks):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    @never_failing
     async def remove_container(self, container: Container, operation: Operation) -> None:
         """RemoveContainer."""
         if self._first(container.id, "remove") and self.adaptation.wants(events.REMOVE_CONTAINER):
@@ -244,6 +269,7 @@ class NriHooks(Hooks):
             request = nri_pb2.RemoveContainerRequest(pod=pod, container=message)
             await self.adaptation.notify(events.REMOVE_CONTAINER, request, operation)
 
+    @never_failing
     async def carry_out(self, container: Container) -> None:
         """Do what plugins asked for other containers."""
         for updates in self._wanted.pop(container.id, []):

@@ -113,14 +113,14 @@ async def _serve(configuration: Configuration, lost_store: LostStore, manager: S
         _set_garbage_aside()
         await server.start()
         path.chmod(0o660)
-        _log.info("serving the CRI on unix://%s", path)
+        _log.info("agent: serving the CRI on unix://%s", path)
         manager.ready()
         room = asyncio.create_task(keep_room(path, _connection_limit() * 7 // 8))
         try:
             await ended.wait()
         finally:
             room.cancel()
-            _log.info("ending; pods stay as they are")
+            _log.info("agent: stopping: pods keep running")
             agent.state.events.close()
             await streams.close()
             await server.stop(STOP_SECONDS)

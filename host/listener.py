@@ -137,7 +137,7 @@ class Listener:
                 return
             self._take(accepted)
         if self._retries.pop(listening, None) is not None:
-            _log.warning("%s: connections are taken again", self._name)
+            _log.warning("%s: connections are accepted again", self._name)
 
     def _take(self, accepted: socket.socket) -> None:
         accepted.setblocking(False)
@@ -159,7 +159,7 @@ class Listener:
         """Close who waits for longest, and look again after a moment; the trouble is logged when it begins."""
         loop = asyncio.get_running_loop()
         if listening not in self._retries:
-            _log.error("%s: no connection can be taken: %s", self._name, error.strerror)
+            _log.error("%s: connections cannot be accepted: %s", self._name, error.strerror)
         if self._pending:
             next(iter(self._pending)).drop()
         loop.remove_reader(listening)

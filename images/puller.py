@@ -59,7 +59,7 @@ class ImagePuller:
         begin = time.perf_counter()
         image = await self._pulls.run((str(name), credentials), lambda: self._pull(name, credentials))
         fields = {"image": str(name), "image_id": image.id, "seconds": round(time.perf_counter() - begin, 6)}
-        _log.info("image %s is %s", name, image.id, extra={"fields": fields})
+        _log.info("image %s: pulled: %s", name, image.id, extra={"fields": fields})
         return image
 
     async def _pull(self, name: Reference, credentials: Credentials | None) -> Image:

@@ -158,7 +158,7 @@ class ImageStore:
                 self._forget(record)
             async with operation.stage("layers"):
                 await self._layers.release(image.layers)
-            _log.info("image %s is removed", image.id, extra={"fields": {"image_id": image.id}})
+            _log.info("image %s: removed", image.id, extra={"fields": {"image_id": image.id}})
 
     async def commit(self, candidate: Candidate, layers: tuple[Layer, ...]) -> Image:
         """Keep an image whose layers are all there, with its names; it is visible from then on."""
@@ -242,7 +242,7 @@ class ImageStore:
             self._layers.retain(layer.number for layer in present)
             self._show(record)
         if broken:
-            _log.warning("images dropped because layers of theirs are missing: %s", ", ".join(broken))
+            _log.warning("images: removed because layers are missing: %s", ", ".join(broken))
             await self._database.write(lambda connection: image_rows.delete(connection, broken))
 
 

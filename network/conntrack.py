@@ -33,7 +33,7 @@ def forget_udp(netfilter: NetlinkSocket, mappings: Iterable[PortMapping], versio
             for version in versions:
                 _forget(netfilter, _FAMILIES[version], port, frozenset(ports))
     except OSError as error:
-        _log.warning("flows to UDP host ports %s could not be forgotten: %s", ports, error.strerror or error)
+        _log.warning("UDP host ports %s: conntrack entries cannot be deleted: %s", ports, error.strerror or error)
 
 
 def _forget(netfilter: NetlinkSocket, family: int, port: int | None, wanted: Collection[int]) -> None:
@@ -63,7 +63,7 @@ def _forget(netfilter: NetlinkSocket, family: int, port: int | None, wanted: Col
 
     for doomed in netfilter.ask(_request(_GET, NLM_F_DUMP, family, question), deletion):
         for refusal in netfilter.exchange([doomed]):
-            _log.debug("a flow to a UDP port ended by itself: %s", refusal.reason)
+            _log.debug("conntrack: entry of a UDP port ended by itself: %s", refusal.reason)
 
 
 def _request(kind: int, flags: int, family: int, found: list[Attribute]) -> Message:

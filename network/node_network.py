@@ -157,7 +157,7 @@ class NodeNetwork:
                 await self.built_in.start()
                 self._built_in_runs = True
             except WrongStateError as error:  # it is another agent's, or was not made by one
-                _log.info("bridge %s stays: %s", self.options.bridge, error)
+                _log.info("bridge %s: kept: %s", self.options.bridge, error)
         if self._built_in_runs:
             await self.built_in.destroy()
         await self.stop()
@@ -166,13 +166,13 @@ class NodeNetwork:
     def _choose(self, configured: bool) -> None:
         if self.options.mode == "auto" and configured and not self._cni_chosen:
             self._cni_chosen = True
-            _log.info("new pods are connected by CNI plugins: %s holds a configuration", self._folder)
+            _log.info("network: new pods use CNI: %s has a configuration", self._folder)
 
     async def _watch(self) -> None:
         try:
             watch = ConfigurationWatch(self._folder)
         except OSError as error:
-            _log.warning("changes of %s will not be noticed: %s", self._folder, error)
+            _log.warning("CNI folder %s: changes will not be noticed: %s", self._folder, error)
             return
         try:
             while True:
@@ -182,6 +182,6 @@ class NodeNetwork:
                 if not watch.follow(self.cni.plugin_folder):
                     await watch.wait()
         except OSError as error:
-            _log.warning("changes of %s will not be noticed any more: %s", self._folder, error)
+            _log.warning("CNI folder %s: changes will not be noticed any more: %s", self._folder, error)
         finally:
             watch.close()

@@ -111,7 +111,7 @@ def _item(image: Image) -> bytes:
     try:
         return lists.encode_item(to_message(image))
     except (ValueError, TypeError) as error:
-        _log.error("image %s: left out of lists: it cannot be told in the CRI's messages: %s", image.id, error)
+        _log.error("image %s: left out of lists: it cannot be encoded as a CRI message: %s", image.id, error)
         return b""
 
 

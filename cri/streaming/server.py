@@ -197,7 +197,7 @@ class _Visit:
             if session is not None:
                 session.abort(self._reason)
         except Exception:
-            logger.exception("a streaming session failed")
+            logger.exception("streaming: session failed")
             if session is not None:
                 session.abort("internal error of the node agent; see its log")
         if self._idle_timer is not None:

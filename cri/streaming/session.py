@@ -300,4 +300,4 @@ def _report(task: asyncio.Task[None]) -> None:
         return
     error = task.exception()
     if error is not None and not isinstance(error, ConnectionResetError):
-        logger.error("a forwarded connection failed", exc_info=error)
+        logger.error("streaming: forwarded connection failed", exc_info=error)

@@ -78,9 +78,9 @@ async def monitoring(agent: Agent, options: MetricsOptions) -> AsyncIterator[Cal
         problem = f"metrics.address {options.address}: cannot be listened on ({error.strerror}): use another one"
         if options.address != DEFAULT_METRICS_ADDRESS:
             raise UnavailableError(problem) from error
-        _log.warning("no metrics are served: %s", problem)
+        _log.warning("metrics: not served: %s", problem)
     else:
-        _log.info("serving metrics on %s://%s:%d/metrics", "https" if options.tls_certificate else "http", host, bound)
+        _log.info("metrics: serving on %s://%s:%d/metrics", "https" if options.tls_certificate else "http", host, bound)
     metrics.watch_loop()
     try:
         with observed_by(metrics.stage):

@@ -150,7 +150,7 @@ async def tracing(state: State, options: TracingOptions) -> AsyncIterator[CallTr
         shutdown_on_exit=False,
     )
     provider.add_span_processor(processor)
-    _log.info("sending traces to %s", options.endpoint)
+    _log.info("tracing: sending traces to %s", options.endpoint)
     try:
         yield CallTracing(state, provider.get_tracer("podkeel", VERSION))
     finally:
@@ -207,4 +207,4 @@ class _Complaints(logging.Handler):
         now = time.monotonic()
         if now >= self._quiet_until:
             self._quiet_until = now + COMPLAIN_EVERY_SECONDS
-            _log.warning("traces are lost while %s does not take them: %s", self._endpoint, record.getMessage())
+            _log.warning("tracing: %s does not accept traces, they are lost: %s", self._endpoint, record.getMessage())

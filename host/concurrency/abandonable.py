@@ -116,7 +116,7 @@ class AbandonableThreads:
             future.exception()  # retrieved here, so that it is not reported as lost
             return
         self._hanging += 1
-        _log.warning("%s: a thread hangs on a volume that does not answer and is left behind", subject)
+        _log.warning("%s: thread abandoned: a volume does not answer", subject)
         future.add_done_callback(self._came_back)
 
     def _came_back(self, future: asyncio.Future[T]) -> None:

@@ -141,7 +141,7 @@ class Trash:
                 small = await in_long_thread(_remove_small, self._folder)
                 self._tell(await self._remove_large() if small.more else small)
             except (PodkeelError, OSError) as error:
-                _log.error("trash: %s could not be emptied: %s", self._folder, error)
+                _log.error("trash: %s: cannot be emptied: %s", self._folder, error)
             if not self._wake.is_set():
                 self._idle.set()
 
@@ -166,9 +166,9 @@ class Trash:
         """Log what could not be removed, each thing once."""
         for sentence in left.told:
             if sentence not in self._told:
-                _log.error("trash: %s/%s: it stays, and the next removal or start tries again", self._folder, sentence)
+                _log.error("trash: %s/%s: the next removal or start tries again", self._folder, sentence)
         if left.failures > len(left.told) and self._failures != left.failures:
-            _log.error("trash: %s: %d things could not be removed", self._folder, left.failures)
+            _log.error("trash: %s: %d files could not be removed", self._folder, left.failures)
         self._told, self._failures = frozenset(left.told), left.failures
 
 

@@ -74,7 +74,7 @@ class LayerFetcher:
         except InvalidArgumentError as error:
             if keep is None or not keep.size:
                 raise
-            _log.warning("what was there of %s is of no use, so it is fetched anew: %s", source.subject, error)
+            _log.warning("%s: partial blob cannot be used, fetching it from the start: %s", source.subject, error)
         await in_image_thread(keep.restart)
         await in_image_thread(self._trash.throw, folder)
         self._trash.wake()

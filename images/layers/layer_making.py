@@ -198,7 +198,7 @@ class LayerMaker:
         try:
             await self._database.write(lambda connection: layer_rows.delete(connection, doomed))
         except LimitError as error:  # the files make room
-            _log.warning("layers: rows of %d layers stay for now: %s", len(doomed), error)
+            _log.warning("layers: rows of %d layers cannot be deleted yet: %s", len(doomed), error)
         else:
             self._left_rows.difference_update(doomed)
 

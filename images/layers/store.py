@@ -103,7 +103,7 @@ class LayerStore:
                 layer = replace(layer, blob_digest="")
             self.add(layer, new=row[9] == layer_rows.NEW)
         if lost:
-            _log.warning("%d layers were lost with the machine's last stop; images that had them are dropped", lost)
+            _log.warning("layers: %d lost when the machine stopped: images that use them are removed", lost)
 
     async def sweep(self) -> None:
         """After the users are known: drop what nobody uses, and folders and blobs that the store does not know.

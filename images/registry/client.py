@@ -141,7 +141,9 @@ class RegistryClient:
                         f"blob {descriptor.digest} of {self._reference}: transfer broke off at byte {received}: "
                         f"{reason_of(error)}",
                     ) from error
-                _log.warning("blob %s broke off at byte %d: %s", descriptor.digest, received, reason_of(error))
+                _log.warning(
+                    "blob %s: transfer broke off at byte %d: %s", descriptor.digest, received, reason_of(error)
+                )
                 with self._rate.waiting():
                     await back_off(failures)
 
@@ -232,7 +234,7 @@ class RegistryClient:
                 failures += 1
                 if failures >= self._options.attempts:
                     raise UnreachableError(f"{wanted.subject} broke off: {reason_of(error)}") from error
-                _log.warning("%s broke off: %s", wanted.subject, reason_of(error))
+                _log.warning("%s: transfer broke off: %s", wanted.subject, reason_of(error))
             await back_off(failures)
 
     async def _watched(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
@@ -260,7 +262,7 @@ class RegistryClient:
             said = response.headers.get("Content-Range", "no Content-Range")
             response.close()
             _log.info(
-                "blob %s: %s answers a request for bytes from %d on with status %d (%s): it is asked for the whole",
+                "blob %s: %s does not resume at byte %d: status %d (%s): requesting the whole blob",
                 *(descriptor.digest, host.config.address, offset, response.status, said[:100]),
             )
         response = await self._connection.request(host, "GET", path, {})

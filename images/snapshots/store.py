@@ -93,7 +93,11 @@ class SnapshotStore:
                 layers = tuple(msgspec.json.decode(text, type=list[int]))
             except (msgspec.MsgspecError, ValueError, TypeError) as error:
                 layers = tuple(number for (number,) in self._database.read(of_image, (image_id,)))
-                _log.error("snapshot of container %s: cannot be read, its image's is taken: %s", container_id, error)
+                _log.error(
+                    "snapshot of container %s: row cannot be read, using the layers of its image: %s",
+                    container_id,
+                    error,
+                )
                 repaired.append((json.dumps(layers), key))
             found.append((key, container_id, layers))
         self._database.take_out(unreadable, ("snapshots", "id"))
@@ -195,9 +199,9 @@ class SnapshotStore:
     def _start_usage(self) -> None:
         reason = self.writable.open()
         if reason:
-            _log.info("writable layers are counted in the background, not by project quota: %s", reason)
+            _log.info("snapshots: usage is counted in the background, not by project quota: %s", reason)
             return
-        _log.info("writable layers are counted by project quota: images.project_quotas says whose")
+        _log.info("snapshots: usage is counted by project quota (images.project_quotas)")
         for container_id in self.ids():
             self.writable.find_project(container_id)
 
@@ -272,7 +276,7 @@ class SnapshotStore:
         try:
             self.writable.give_project(container_id)
         except (LimitError, OSError) as error:
-            _log.warning("what container %s writes is counted in the background: %s", container_id, error)
+            _log.warning("snapshot of container %s: usage is counted in the background: %s", container_id, error)
 
     def _mount_overlay(self, target: Path, lower: Sequence[Path], folder: Path, mount_label: str) -> None:
         options = mounts.context_option(mount_label)

@@ -176,7 +176,7 @@ class WritableLayers:
             try:
                 renewed = self._renewed(container_id, self._counted.get(container_id))
             except (OSError, PodkeelError) as error:  # such as no descriptor left: it is asked for again
-                _log.warning("files of containers could not be counted, the last count stays: %s", error)
+                _log.warning("snapshots: files cannot be counted, the last count is kept: %s", error)
                 renewed = None
             with self._lock:
                 self._waiting.discard(container_id)

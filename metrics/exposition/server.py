@@ -164,7 +164,7 @@ class MetricsServer:
         except NotReady as state:
             return HTTPStatus.SERVICE_UNAVAILABLE, _text(f"{state}\n")
         except Exception:
-            _log.exception("request for %s failed", path)
+            _log.exception("metrics: request for %s failed", path)
             return HTTPStatus.INTERNAL_SERVER_ERROR, _text("failed; the agent's log says why\n")
 
 

@@ -276,16 +276,14 @@ class BuiltInNetwork:
             attachments = [r.attachment for id_, r in self._reservations.items() if id_ not in self._unfinished]
             lost = await threads.in_network_thread(kernel.attach_again, [item.host_interface for item in attachments])
             if lost:
-                _log.warning(
-                    "%d links were no ports of bridge %s any more, or down: they are again", len(lost), kernel.name
-                )
+                _log.warning("bridge %s: %d links were detached or down: repaired", kernel.name, len(lost))
             ranges = self._book.in_use()
             script = await threads.in_network_thread(self._script, ranges, attachments)
             await ruleset.load(script)
             self._ranges_in_kernel = set(ranges)
 
     async def _restore_tables(self) -> None:
-        _log.warning("nftables tables %s were removed by somebody: they are made again", self.options.bridge)
+        _log.warning("nftables tables %s: deleted by another program: making them again", self.options.bridge)
         await self._ensure()
 
     def _script(self, ranges: Sequence[IPNetwork], attachments: Sequence[Attachment]) -> str:
@@ -338,7 +336,7 @@ class BuiltInNetwork:
                 held = lost.ports.get(request.sandbox_id, [])
                 self._reservations[request.sandbox_id] = _Reservation(attachment, chosen, held)
                 await self.store.add_attachment(attachment)
-                _log.warning("sandbox %s: its attachment was lost, it is made again", request.sandbox_id[:13])
+                _log.warning("sandbox %s: attachment lost: made again", request.sandbox_id[:13])
 
     async def _release_lost(self) -> None:
         """Let addresses rest that nothing known holds any more, and free such host ports."""
@@ -348,7 +346,7 @@ class BuiltInNetwork:
             self._ports.release(lost.ports.get(sandbox_id, ()))
             for network, address in lost.addresses.get(sandbox_id, ()):
                 self._book.release(network, address)
-            _log.warning("sandbox %s: held addresses or host ports without an attachment: released", sandbox_id[:13])
+            _log.warning("sandbox %s: addresses or host ports without an attachment: released", sandbox_id[:13])
 
     def _cancel(self, reservation: _Reservation) -> None:
         self._reservations.pop(reservation.attachment.sandbox_id, None)
@@ -378,9 +376,9 @@ class BuiltInNetwork:
             try:
                 await threads.in_network_thread(kernel.delete_links, attachment.links)
                 await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
-                _log.warning("the interface of sandbox %s was lost: it is made again", sandbox_id)
+                _log.warning("sandbox %s: interface lost: made again", sandbox_id)
             except (PodkeelError, TableMissingError) as error:
-                _log.error("the interface of sandbox %s was lost and cannot be made again: %s", sandbox_id, error)
+                _log.error("sandbox %s: interface lost and cannot be made again: %s", sandbox_id, error)
 
     async def _detach(self, sandbox_id: str, *, delete_link: bool) -> None:
         reservation = self._reservations.get(sandbox_id)

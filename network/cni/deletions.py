@@ -110,7 +110,7 @@ class Deletions:
             await asyncio.shield(self._attempt(sandbox_id))
             await self._finished(sandbox_id)
         except (PodkeelError, OSError) as error:
-            _log.debug("sandbox %s is not given back yet: %s", sandbox_id[:13], error)
+            _log.debug("sandbox %s: network not released yet: %s", sandbox_id[:13], error)
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

@@ -66,7 +66,7 @@ class ConfigurationFolder:
     async def _search(self) -> Configuration | None:
         found, broken = await threads.in_network_thread(search_folder, self.path)
         for sentence in broken if broken != self.broken else ():
-            _log.warning("passed over: %s", sentence)
+            _log.warning("CNI configuration: skipped: %s", sentence)
         self.broken = broken
         if found is None and broken:
             raise InvalidArgumentError(broken[0])

@@ -100,10 +100,10 @@ class HostPortTable:
     async def _look(self, records: Iterable[CniRecord]) -> None:
         try:
             if await self._listing() is None:
-                _log.warning("nftables table %s was removed by somebody: it is made again", self.name)
+                _log.warning("nftables table %s: deleted by another program: making it again", self.name)
                 await self.load(records)
         except (PodkeelError, OSError) as error:
-            _log.warning("nftables table %s cannot be looked after: %s", self.name, error)
+            _log.warning("nftables table %s: cannot be checked: %s", self.name, error)
 
     async def _listing(self) -> list[bytes] | None:
         return await ruleset.listing(self.name, families=("inet",))
@@ -157,7 +157,7 @@ def open_localhost(attachments: Sequence[Attachment]) -> None:
                 sysctl.send_from_localhost(socket.if_indextoname(index))
             except OSError as error:
                 _log.warning(
-                    "sandbox %s: its host ports do not answer on 127.0.0.1, as the node cannot reach %s: %s",
+                    "sandbox %s: host ports do not work on 127.0.0.1, as the node cannot reach %s: %s",
                     attachment.sandbox_id[:13],
                     address,
                     error.strerror,

@@ -100,7 +100,7 @@ class CniNetwork:
         busy = [record.sandbox_id for record in records if record.state is not CniState.ADDED]
         ended = await threads.in_network_thread(end_orphans, busy)
         if ended:
-            _log.warning("%d processes of CNI plugins that a former agent had called were ended", ended)
+            _log.warning("CNI plugins: ended %d processes of an earlier agent", ended)
         for known in list(self._records.values()):
             self._forget(known)
         for record in records:
@@ -132,10 +132,13 @@ class CniNetwork:
             configuration, condition = self._view.configuration, self._view.condition
             if configuration is not None:
                 _log.info(
-                    "CNI network %s from %s, version %s", configuration.name, configuration.path, configuration.version
+                    "CNI network %s: using %s, version %s",
+                    configuration.name,
+                    configuration.path,
+                    configuration.version,
                 )
             elif self.options.mode == "cni" or before.present or self._view.present:
-                _log.warning("no CNI network: %s", condition.message)
+                _log.warning("CNI: no network: %s", condition.message)
 
     def condition(self) -> Condition:
         """Whether pods can be connected now; while they cannot, asking makes it look again."""
@@ -214,7 +217,7 @@ class CniNetwork:
             if await threads.in_network_thread(namespace_exists, record.netns_path):
                 raise
             # As after a reboot: there is nothing that could be taken apart wrongly, and its pod must not stay for ever.
-            _log.error("sandbox %s: goes without its DEL, its namespace is gone: %s", sandbox_id[:13], error)
+            _log.error("sandbox %s: released without DEL, its namespace is gone: %s", sandbox_id[:13], error)
             await self._release_ports(self._records.get(sandbox_id, record))
             self._collect_soon()
 
@@ -287,7 +290,9 @@ class CniNetwork:
             raise UnavailableError(self._view.condition.message)
         host_ports = ports.normalise(request.port_mappings, FAMILIES)
         if request.bandwidth != Bandwidth() and "bandwidth" not in configuration.capabilities:
-            _log.warning("CNI network %s limits no bandwidth: none of its plugins can", configuration.name)
+            _log.warning(
+                "CNI network %s: bandwidth is not limited: no plugin has the capability bandwidth", configuration.name
+            )
         return CniRecord(
             sandbox_id=request.sandbox_id,
             netns_path=request.netns_path,

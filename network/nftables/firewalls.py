@@ -86,14 +86,14 @@ class FirewallWatch:
                 await self._restore()
             found = tuple(await find_obstacles(self._bridge, ranges))
         except (PodkeelError, OSError) as error:
-            _log.warning("bridge %s: the node's firewalls cannot be looked after: %s", self._bridge, error)
+            _log.warning("bridge %s: the node's firewalls cannot be checked: %s", self._bridge, error)
             return
         before, self._obstacles = self._obstacles, found
         for obstacle in found:
             if obstacle not in before:
                 _log.warning("%s", obstacle.message)
         if before and not found:
-            _log.info("no firewall of others is in the way of pods any more")
+            _log.info("firewalls: no other program drops packets of pods any more")
 
     async def close(self) -> None:
         """End what goes on in the background."""

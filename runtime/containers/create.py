@@ -125,7 +125,7 @@ class ContainerManager:
                         await self._state.move(container, ContainerState.CREATED)
         self._state.publish(cri_pb2.CONTAINER_CREATED_EVENT, container)
         extra = of_container(container, operation)
-        _log.info("%s is created from %s", container.title, config.image.image, extra=extra)
+        _log.info("%s: created from %s", container.title, config.image.image, extra=extra)
         return container
 
     async def _make_spec(self, container: Container, request: SpecRequest, operation: Operation) -> ContainerSpec:
@@ -296,7 +296,7 @@ class ContainerManager:
             await self._state.delete(container)
         self._forget(container)
         self._state.publish(cri_pb2.CONTAINER_DELETED_EVENT, container)
-        _log.info("%s is removed", container.title, extra=of_container(container, operation))
+        _log.info("%s: removed", container.title, extra=of_container(container, operation))
 
     async def abort_making(self, sandbox: Sandbox) -> None:
         """Cancel and undo the containers being made in a sandbox."""

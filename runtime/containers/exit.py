@@ -69,7 +69,7 @@ class ContainerExit:
         if pidfd is None:
             return False
         self._node.handlers.failed_actions["conmon", "monitor"] += 1
-        _log.error("%s: its conmon was killed; it runs on, without log and exit code", container.title)
+        _log.error("%s: conmon was killed: the container runs without log and exit code", container.title)
         container.monitor_descriptor = pidfd
         container.record.monitor = None
         await self._state.save(container)
@@ -86,7 +86,7 @@ class ContainerExit:
             await self.save_end(container, sandbox_too=counted)
         self.ended(container)
         record, ended = container.record, of_container(container)
-        _log.info("%s ended: exit code %d, %s", container.title, record.exit_code, record.reason, extra=ended)
+        _log.info("%s: exited: code %d, %s", container.title, record.exit_code, record.reason, extra=ended)
 
     def _describe_end(self, container: Container, exit_record: ExitRecord | None) -> bool:
         """Put an end into the record; whether kills of the pod were counted for it, which must be written too.
@@ -116,7 +116,7 @@ class ContainerExit:
             if sandbox_too:
                 await self._state.save(container.sandbox)
         except PodkeelError as error:
-            _log.error("%s: its end could not be written down: %s", container.title, error)
+            _log.error("%s: exit could not be written to the store: %s", container.title, error)
         await self._node.hooks.stopped_container(container)
 
     def ended(self, container: Container) -> None:
@@ -138,7 +138,7 @@ class ContainerExit:
             container.unmounted = True
         except PodkeelError as error:
             self._node.handlers.failed_actions[container.record.handler, "delete"] += 1
-            _log.error("%s: could not be cleaned up, removing it tries again: %s", container.title, error)
+            _log.error("%s: clean-up failed, RemoveContainer tries again: %s", container.title, error)
 
     async def release_runtime(self, container: Container) -> None:
         """Kill what is left of a container and have the OCI runtime forget it. Repeatable."""
@@ -192,7 +192,7 @@ class ContainerExit:
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("a container's end could not be handled: %s", error, exc_info=error)
+            _log.error("container: exit could not be handled: %s", error, exc_info=error)
 
     async def close(self) -> None:
         """Let go of the monitors, which live on, and wait for what is being cleaned up."""

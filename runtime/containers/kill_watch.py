@@ -101,7 +101,7 @@ class KillWatch:
                 events = self._cgroups.memory_events_file(container.record.cgroup)
                 watched.numbers.append(self._files.watch_file(events, occurred))
         except OSError as error:
-            _log.warning("%s: kills for memory are not dated: %s", container.title, error)
+            _log.warning("%s: out-of-memory kills cannot be dated: %s", container.title, error)
         if container.record.state is ContainerState.RUNNING and self._is_news(container):
             self._occurred(watched)
 
@@ -155,7 +155,7 @@ class KillWatch:
     def _followed(self, watched: _Watched, task: asyncio.Task[None]) -> None:
         watched.task = None
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.warning("%s: kills for memory are not dated: %s", watched.container.title, error)
+            _log.warning("%s: out-of-memory kills cannot be dated: %s", watched.container.title, error)
 
     async def _follow(self, watched: _Watched) -> None:
         """Look until nobody in the container is dying and no further kill is counted."""

@@ -41,7 +41,7 @@ async def wait_for_end(node: Node, container: Container) -> bool:
     _signal_monitor(container, signal.SIGKILL)
     if await _ends_within(container, _MONITOR_SECONDS):
         return True
-    _log.error("%s: its program has ended, but its conmon hangs in the kernel", container.title)
+    _log.error("%s: the program has ended, but conmon hangs in the kernel", container.title)
     return False
 
 
@@ -69,7 +69,7 @@ async def _ends_within(container: Container, seconds: float) -> bool:
 def _let_monitor_go_on(container: Container) -> None:
     monitor = container.record.monitor
     if monitor is not None and not container.exited.is_set() and processes.state(monitor.pid) in (b"T", b"t"):
-        _log.warning("%s: its conmon was stopped by a signal: it goes on", container.title)
+        _log.warning("%s: conmon was stopped by a signal: continued", container.title)
         _signal_monitor(container, signal.SIGCONT)
 
 

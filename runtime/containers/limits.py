@@ -90,7 +90,7 @@ class Limits:
             try:
                 await self._set(container, runtime, undoing, extra)
             except (PodkeelError, OSError) as failure:
-                _log.error("%s: limits that were changed could not be put back: %s", container.title, failure)
+                _log.error("%s: changed limits could not be restored: %s", container.title, failure)
             if isinstance(error, CommandError) and os.strerror(errno.EBUSY) in error.output:
                 raise LimitError(
                     f"{container.title}: the kernel cannot reclaim enough of its memory for the new limit: "

@@ -64,7 +64,7 @@ class ContainerStart:
         async with hooks.passing():
             await hooks.started_container(container, operation)
         self._state.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
-        _log.info("%s runs", container.title, extra=of_container(container, operation))
+        _log.info("%s: started", container.title, extra=of_container(container, operation))
 
     async def _start_in_runtime(self, container: Container) -> None:
         record = container.record

@@ -53,10 +53,10 @@ class Handlers:
                 self.failures[name] = outcome.message
                 if name == options.default_runtime:
                     raise PodkeelError(f"runtime handler {name!r} does not work here: {outcome.message}") from outcome
-                _log.warning("runtime handler %s does not work here: %s", name, outcome.message)
+                _log.warning("runtime handler %s: does not work: %s", name, outcome.message)
                 continue
             self._working[name] = outcome
-            _log.info("runtime handler %s works: %s", name, outcome.features.version)
+            _log.info("runtime handler %s: works: %s", name, outcome.features.version)
             if not (outcome.directories.refuses_outside or outcome.directories.enters_descriptors):
                 _log.warning("runtime handler %s: links can lead it out of containers: see podkeel check", name)
         named = options.default_runtime

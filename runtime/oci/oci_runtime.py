@@ -146,7 +146,7 @@ class OciRuntime:
         """Execute the program itself from now on, as some container keeps its copy from being executed."""
         if self._sealed is not None:
             _log.warning(
-                "runtime handler %s: a container has opened the copy of %s for writing: it is used no more",
+                "runtime handler %s: a container opened the copy of %s for writing: using the file",
                 self.name,
                 self.program,
             )
@@ -199,7 +199,7 @@ class OciRuntime:
                     self.features, scheduler=scheduling.scheduler, io_priority=scheduling.io_priority
                 )
             except (PodkeelError, OSError) as error:
-                _log.warning("runtime handler %s: working directories could not be tried: %s", self.name, error)
+                _log.warning("runtime handler %s: working directories cannot be tested: %s", self.name, error)
 
     @asynccontextmanager
     async def _probe_container(
@@ -224,9 +224,7 @@ class OciRuntime:
             await processes.run([sealed.path(), "--version"], timeout=10)
         except (OSError, PodkeelError) as error:
             sealed.close()
-            _log.info(
-                "runtime handler %s: its program cannot be run from memory, so from its file: %s", self.name, error
-            )
+            _log.info("runtime handler %s: the program cannot run from memory, using the file: %s", self.name, error)
         else:
             self._sealed = sealed
 

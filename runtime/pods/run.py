@@ -97,7 +97,7 @@ class PodManager:
         self._state.publish(cri_pb2.CONTAINER_CREATED_EVENT, sandbox)
         self._state.publish(cri_pb2.CONTAINER_STARTED_EVENT, sandbox)
         addresses = ", ".join(sandbox.record.addresses) or "of the node"
-        _log.info("%s is ready, addresses %s", sandbox.title, addresses, extra=of_sandbox(sandbox, operation))
+        _log.info("%s: ready: addresses %s", sandbox.title, addresses, extra=of_sandbox(sandbox, operation))
         return sandbox
 
     def _new_sandbox(self, config: cri_pb2.PodSandboxConfig, handler: str, runtime: OciRuntime) -> Sandbox:
@@ -160,7 +160,7 @@ class PodManager:
             await self._node.cgroups.set_io_weight(sandbox.record.cgroup_parent, weight)
         except (PodkeelError, OSError) as error:
             if self._io_weights:
-                _log.warning("io_weight cannot be set here, pods run without: %s", error)
+                _log.warning("io_weight: cannot be set, pods run without it: %s", error)
             self._io_weights = False
 
     async def stop(self, sandbox_id: str) -> None:
@@ -182,7 +182,7 @@ class PodManager:
                 await self._state.move(sandbox, SandboxState.NOT_READY)
             await self._tear_down(sandbox, operation)
         self._state.publish(cri_pb2.CONTAINER_STOPPED_EVENT, sandbox)
-        _log.info("%s is stopped", sandbox.title, extra=of_sandbox(sandbox, operation))
+        _log.info("%s: stopped", sandbox.title, extra=of_sandbox(sandbox, operation))
 
     async def finish_stop(self, sandbox: Sandbox) -> None:
         """Carry a stop that was written down to its end."""
@@ -278,7 +278,7 @@ class PodManager:
             raise
         self._state.publish(cri_pb2.CONTAINER_DELETED_EVENT, sandbox)
         self._forget(sandbox)
-        _log.info("%s is removed", sandbox.title, extra=of_sandbox(sandbox, operation))
+        _log.info("%s: removed", sandbox.title, extra=of_sandbox(sandbox, operation))
 
     async def _discard(self, sandbox: Sandbox) -> None:
         """Undo everything of a sandbox that did not come to be."""

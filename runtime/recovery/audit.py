@@ -54,13 +54,13 @@ class Audit:
         try:
             await work
         except UnavailableError as error:
-            _log.warning("%s is not finished yet: %s", subject, error)
+            _log.warning("%s: not finished yet: %s", subject, error)
         except (PodkeelError, OSError) as error:
             self.findings["unrecovered"] += 1
-            _log.error("%s could not be recovered and is left as it is: %s", subject, error)
+            _log.error("%s: not recovered, left unchanged: %s", subject, error)
         except Exception as error:
             self.findings["unrecovered"] += 1
-            _log.error("%s could not be recovered and is left as it is: %s", subject, error, exc_info=error)
+            _log.error("%s: not recovered, left unchanged: %s", subject, error, exc_info=error)
 
     def known(self) -> Known:
         """What the store knows now."""

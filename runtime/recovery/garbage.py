@@ -125,7 +125,7 @@ def drop_run_folders(layout: Layout, known: Known) -> int:
                     drop(layout, name)
                 except (PodkeelError, OSError) as error:
                     failed += 1
-                    _log.error("leftover %s: cannot be removed and stays: %s", name, error)
+                    _log.error("garbage %s: cannot be removed: %s", name, error)
     return failed
 
 

@@ -89,7 +89,9 @@ class KeptRows:
             return
         errors = await in_thread(self._write_files, self._writing)
         if errors and not self._failed:
-            _log.warning("store: %d pods and containers cannot be kept in the run folder: %s", len(errors), errors[0])
+            _log.warning(
+                "store: rows of %d pods and containers cannot be written to the run folder: %s", len(errors), errors[0]
+            )
         self._failed = bool(errors)
 
     def _write_files(self, writing: dict[Path, tuple[Sequence[Place], str]]) -> list[str]:
@@ -129,11 +131,11 @@ async def put_back_all(database: Database, layout: Layout) -> None:
                 except (OSError, sqlite3.DatabaseError, ValueError, OverflowError) as error:
                     if not connection.in_transaction:  # the disk is full
                         raise
-                    _log.error("store: %s cannot be put back: %s", file, error)
+                    _log.error("store: %s: cannot be restored: %s", file, error)
         return count
 
     count = await database.write(work)
-    _log.warning("store: %d pods and containers are put back as the run folder has them", count)
+    _log.warning("store: restored %d pods and containers from the run folder", count)
 
 
 def _files(folder: Path) -> Iterator[Path]:

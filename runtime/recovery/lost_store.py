@@ -64,8 +64,8 @@ def settle_store(layout: Layout, monitors: Monitors, wish: LostStore) -> bool:
         raise WrongStateError(f"store {path} is {problem}{_so_many(running)}: {ending} end them. {_remedy(layout)}")
     elif copy.exists():
         _log.warning(
-            "store %s: %s, no container runs: a new one is begun; the copy of the former one stays as %s, stop the "
-            "agent and put it in its place to go back",
+            "store %s: %s, no container runs: starting with a new store; the old copy is kept as %s (to use it, stop "
+            "the agent and rename it)",
             path,
             problem,
             set_file_aside(copy),
@@ -79,12 +79,12 @@ def _adopt(layout: Layout, problem: str, running: list[str]) -> None:
         kept = kept_containers(layout)
         if not kept:
             raise WrongStateError(
-                f"store {path} is {problem}, its copy {copy}, to be adopted, is {wrong}, "
-                f"and {layout.run} tells of no container"
+                f"store {path} is {problem}, its copy {copy}, which --adopt would use, is {wrong}, "
+                f"and {layout.run} has rows of no container"
             )
         aside = set_file_aside(path)
         _log.warning(
-            "store %s: %s, and its copy is %s: a new one is made of what is kept in %s, for %d of %d running "
+            "store %s: %s, and its copy is %s: making a new store from the rows in %s, for %d of %d running "
             "containers; the others are ended%s",
             path,
             problem,
@@ -92,7 +92,7 @@ def _adopt(layout: Layout, problem: str, running: list[str]) -> None:
             layout.run,
             len(kept.intersection(running)),
             len(running),
-            f"; what was there is {aside}" if aside else "",
+            f"; the old file is {aside}" if aside else "",
         )
         return
     made_at = _made_at(layout)
@@ -103,8 +103,8 @@ def _adopt(layout: Layout, problem: str, running: list[str]) -> None:
             f"store {path} is {problem}, and its copy {copy} cannot be put in its place ({error.strerror}): "
             "nothing was changed; free some space and start again with --adopt"
         ) from error
-    former = f"; what was there is {aside}" if aside else ""
-    _log.warning("store %s: %s: the copy of %s is taken in its place%s", path, problem, made_at, former)
+    former = f"; the old file is {aside}" if aside else ""
+    _log.warning("store %s: %s: starting with the copy of %s%s", path, problem, made_at, former)
 
 
 def _containers_in(path: Path) -> frozenset[str] | None:

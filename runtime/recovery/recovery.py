@@ -79,17 +79,17 @@ class Recovery:
             same_boot = container.record.boot_id == self.state.boot_id
             if same_boot and not recorded_processes.correct(container, self.layout, running):
                 self.audit.findings["process of others in a record"] += 1
-                _log.error("%s: its row named a process that is not its own: it is left alone", container.title)
+                _log.error("%s: its row names a process of another object: ignored", container.title)
 
     async def _recover_container(self, container: Container) -> None:
         state = container.record.state
         if state is ContainerState.MAKING:
             self.audit.findings["container half made"] += 1
-            _log.info("%s was half made: undoing it", container.title)
+            _log.info("%s: creation was interrupted: undoing it", container.title)
             await self.containers.undo_half_made(container)
         elif state is ContainerState.REMOVING:
             self.audit.findings["container half removed"] += 1
-            _log.info("%s was half removed: finishing it", container.title)
+            _log.info("%s: removal was interrupted: finishing it", container.title)
             await self.containers.finish_removal(container)
         elif state is ContainerState.EXITED:
             container.exited.set()
@@ -126,7 +126,7 @@ class Recovery:
         ended = exec_call.end_abandoned(folder, partial(self.cgroups.processes, container.record.cgroup))
         if ended:
             self.audit.findings["abandoned command"] += ended
-            _log.warning("%s: %d commands that the former agent executed were ended", container.title, ended)
+            _log.warning("%s: ended %d commands of the earlier agent", container.title, ended)
 
     async def _was_started(self, container: Container) -> bool:
         """Whether the runtime started it just before the agent died, too soon for that to be written down."""
@@ -137,22 +137,22 @@ class Recovery:
         try:
             return untrusted_json.decode(result.stdout, _RuntimeState).status == "running"
         except JsonError as error:
-            _log.warning("%s: its OCI runtime tells no state that is understood: %s", container.title, error)
+            _log.warning("%s: the state from the OCI runtime cannot be read: %s", container.title, error)
             return False
 
     async def _recover_sandbox(self, sandbox: Sandbox) -> None:
         record = sandbox.record
         if record.state is SandboxState.MAKING:
             self.audit.findings["sandbox half made"] += 1
-            _log.info("%s was half made: undoing it", sandbox.title)
+            _log.info("%s: creation was interrupted: undoing it", sandbox.title)
             await self.pods.undo_half_made(sandbox)
         elif record.state is SandboxState.REMOVING:
             self.audit.findings["sandbox half removed"] += 1
-            _log.info("%s was half removed: finishing it", sandbox.title)
+            _log.info("%s: removal was interrupted: finishing it", sandbox.title)
             await self.pods.finish_removal(sandbox)
         elif record.state is SandboxState.READY and not self._still_there(sandbox):
             self.audit.findings["sandbox without namespaces"] += 1
-            _log.warning("%s lost its namespaces: it is not ready any more", sandbox.title)
+            _log.warning("%s: namespaces lost: not ready any more", sandbox.title)
             await self.pods.stop(sandbox.id)
         elif record.state is SandboxState.NOT_READY and not record.torn_down:
             await self.pods.finish_stop(sandbox)
@@ -171,7 +171,7 @@ class Recovery:
         await self.network.restore_lost([attach_request(sandbox, pins[sandbox.id]) for sandbox in lost])
         self.audit.findings["sandbox without network"] += len(lost)
         for sandbox in without():
-            _log.warning("%s lost its network: it is not ready any more", sandbox.title)
+            _log.warning("%s: network lost: not ready any more", sandbox.title)
             await self.audit.guarded(sandbox.title, self.pods.stop(sandbox.id))
 
     def _still_there(self, sandbox: Sandbox) -> bool:

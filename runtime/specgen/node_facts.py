@@ -62,7 +62,7 @@ def probe_node(hierarchies: Hierarchies, *, selinux: bool = True) -> NodeFacts:
     lowest = -1000 if _SYSTEM_RESOURCE in capabilities else int(_read("/proc/self/oom_score_adj") or "0")
     if lowest > -1000:
         _log.warning(
-            "without CAP_SYS_RESOURCE oom_score_adj below %d cannot be set: containers that ask for less get %d",
+            "oom_score_adj: values below %d need CAP_SYS_RESOURCE: containers that ask for less get %d",
             lowest,
             lowest,
         )

@@ -41,7 +41,7 @@ def stop_signal(config: cri_pb2.ContainerConfig, image_signal: str) -> StopSigna
         return TERMINATE
     found = parse_signal(image_signal)
     if found is None:
-        _log.warning("image asks for the stop signal %r, which does not exist: SIGTERM is used", image_signal)
+        _log.warning("stop signal %r of the image: does not exist: using SIGTERM", image_signal)
     return found or TERMINATE
 
 

@@ -257,7 +257,7 @@ def test_without_store_and_copy_nothing_is_ended_unasked_and_reset_starts_over(o
     assert f"--adopt` to go on with the 1 containers of which {own_agent.run} tells" in said
     rows.unlink()
     assert "--adopt" not in _refusal(own_agent)
-    assert f"{own_agent.run} tells of no container" in _refusal(own_agent, "--adopt")
+    assert f"{own_agent.run} has rows of no container" in _refusal(own_agent, "--adopt")
     assert _alive(pid)
     own_agent.reset()
     assert not _alive(pid)

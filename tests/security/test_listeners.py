@@ -79,7 +79,7 @@ async def test_few_descriptors_leave_an_agent_that_goes_on(busybox: Path, tmp_pa
         with contextlib.ExitStack() as stack:
             for _ in range(100):
                 stack.enter_context(await asyncio.to_thread(socket.create_connection, address))
-            await until(lambda: b"no connection can be taken" in agent.log.read_bytes()[size:])
+            await until(lambda: b"connections cannot be accepted" in agent.log.read_bytes()[size:])
             for _ in range(20):  # calls of who is connected are answered
                 agent.client.call("Version", cri_pb2.VersionRequest())
                 await asyncio.sleep(0.05)

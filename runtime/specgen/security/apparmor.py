@@ -37,7 +37,7 @@ async def load_default_profile(facts: NodeFacts) -> str:
             raise PodkeelError("apparmor_parser is not installed: install the package apparmor")
         await processes.run([parser, "--replace"], stdin=default_profile().encode(), timeout=_LOAD_SECONDS)
     except (PodkeelError, OSError) as error:
-        _log.error("the AppArmor profile %s cannot be loaded, containers run without it: %s", DEFAULT_NAME, error)
+        _log.error("AppArmor profile %s: cannot be loaded, containers run without it: %s", DEFAULT_NAME, error)
         return ""
     return DEFAULT_NAME
 

@@ -50,7 +50,7 @@ def agent(served: AgentProcess) -> Iterator[AgentProcess]:
 
 
 def address(agent: AgentProcess) -> str:
-    found = re.findall(r"serving metrics on (https?://127\.0\.0\.1:\d+)", agent.log.read_text())
+    found = re.findall(r"metrics: serving on (https?://127\.0\.0\.1:\d+)", agent.log.read_text())
     return str(found[-1])
 
 
@@ -201,9 +201,9 @@ def test_changes_are_logged_once_with_ids_and_duration(agent: AgentProcess) -> N
     agent.client.remove_sandbox(sandbox_id)
     mine = [line for line in lines(agent) if line.get("sandbox") == sandbox_id]
     about_container = [line for line in mine if line.get("container") == container_id]
-    kinds = [re.search(r"\) (is \w+|runs|ended)", line["message"]) for line in mine]
+    kinds = [re.search(r"\): (\w+)", line["message"]) for line in mine]
     assert [kind and kind[1] for kind in kinds] == [
-        *("is ready", "is created", "runs", "ended", "is removed", "is stopped", "is removed"),
+        *("ready", "created", "started", "exited", "removed", "stopped", "removed"),
     ]
     assert len(about_container) == 4
     for line in mine:
@@ -297,7 +297,7 @@ def test_a_taken_default_address_keeps_no_agent_from_serving(tmp_path: Path, bus
             stack.enter_context(socket.create_server((host, int(port))))
         agent = stack.enter_context(running_agent(tmp_path, busybox, options="[metrics]"))
         assert agent.client.call("Version", cri_pb2.VersionRequest()).runtime_name == "podkeel"
-        assert f"no metrics are served: metrics.address {DEFAULT_METRICS_ADDRESS}" in agent.log.read_text()
+        assert f"metrics: not served: metrics.address {DEFAULT_METRICS_ADDRESS}" in agent.log.read_text()
 
 
 def test_metrics_are_on_loopback_by_default(tmp_path: Path, busybox: Path) -> None:

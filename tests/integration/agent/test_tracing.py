@@ -176,11 +176,13 @@ def test_a_collector_that_is_away_costs_one_line(tmp_path: Path, busybox: Path) 
         options = f'[tracing]\nendpoint = "{endpoint}"\nsampling_rate_per_million = 1000000\n'
         with running_agent(tmp_path, busybox, options=options) as agent:
             for _ in range(3):
-                wait_for(lambda: f"traces are lost while {endpoint}" in agent.log.read_text(), 20, "the complaint")
+                wait_for(
+                    lambda: f"tracing: {endpoint} does not accept traces" in agent.log.read_text(), 20, "the complaint"
+                )
                 agent.client.call("Version", cri_pb2.VersionRequest())
             begin = time.monotonic()
             agent.stop()
             assert time.monotonic() - begin < 5
-            assert agent.log.read_text().count("traces are lost") == 1
+            assert agent.log.read_text().count("does not accept traces") == 1
             assert "Traceback" not in agent.log.read_text()
             agent.start()

@@ -355,4 +355,4 @@ def test_a_pod_that_the_node_cannot_reach_keeps_no_other_from_its_host_ports() -
     command = ["unshare", "-n", "sh", "-c", f'{links}; exec "$@"', "sh", sys.executable, "-c", _TWO_PODS]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
-    assert "sandbox lost: its host ports do not answer on 127.0.0.1, as the node cannot reach 10.9.0.2" in done.stderr
+    assert "sandbox lost: host ports do not work on 127.0.0.1, as the node cannot reach 10.9.0.2" in done.stderr

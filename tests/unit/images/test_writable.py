@@ -261,7 +261,7 @@ def test_counting_goes_on_after_there_was_no_descriptor_left(
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, hard))  # one for the folder, none to walk it
     try:
         layers.usage("a")
-        wait_for(lambda: "could not be counted" in caplog.text, what="a failed count")
+        wait_for(lambda: "cannot be counted" in caplog.text, what="a failed count")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert counted(layers, "a").inodes == 2

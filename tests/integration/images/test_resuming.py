@@ -135,7 +135,7 @@ async def test_a_cancelled_pull_is_resumed_after_a_restart(node: Node, front: Fr
 async def test_a_killed_pull_is_resumed(node: Node, front: Front, built: BuiltImage) -> None:
     front.trickle = 20_000
     await node.stop()
-    command = [sys.executable, "-c", PROGRAM, str(node.root), "pull", name(front)]
+    command = [sys.executable, "-c", PROGRAM, str(node.root), "pull", name(front), ""]
     pid = spawn(command, environment={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path.cwd())})
     pidfd = open_process(pid, None)
     assert pidfd is not None

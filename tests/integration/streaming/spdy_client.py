@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -125,7 +126,7 @@ class SpdyClient:
             await self.reading.wait()
             try:
                 data = await self.reader.read(256 * 1024)
-            except ConnectionError:
+            except (ConnectionError, ssl.SSLError):  # the latter when the server wrote after it had closed
                 data = b""
             if not data:
                 break

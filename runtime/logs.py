@@ -3,7 +3,8 @@
 conmon is told a path in the bundle that it cannot misread, whatever the name of the log: a link to a descriptor of the
 agent's, which is open on exactly the file that was checked. To reopen its log conmon (2.0 to 2.2) closes the file,
 opens ``<path>.tmp`` with O_TRUNC, without O_APPEND, and renames that to its path; where any of this fails it ends. So
-``<path>.tmp`` is a link to a new, empty file by then.
+``<path>.tmp`` is a link to a new, empty file by then. That one is bound into the bundle: conmon may be stopped and come
+to it when the agent that told it is dead, and a descriptor of that agent's is gone or another file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,12 +22,14 @@ from pathlib import Path
 
 from host import libc, processes
 from host.errors import InvalidArgumentError, LimitError, PodkeelError
+from host.files import mounts
 from host.files.file_tree import open_below
 from host.processes import ProcessName
 
 _PIDFD_GETFD = 438
 # What the end of a log is looked for in: conmon's records are smaller than 9 KiB.
 _TAIL = 256 * 1024
+_BOUND = "log-"
 _OF_THE_PATH = (
     errno.EXDEV,
     errno.ELOOP,
@@ -113,21 +117,50 @@ class LogLink:
 
     def lead_to(self, descriptor: int) -> None:
         """Have conmon open the file of ``descriptor`` at its start; it stays open until conmon has."""
-        _link(self.path, descriptor)
+        _link(self.path, f"/proc/{os.getpid()}/fd/{descriptor}")
 
-    def lead_next_to(self, descriptor: int) -> None:
-        """Have conmon open the file of ``descriptor`` when it is told to open its log again."""
-        _link(self._next, descriptor)
+    def bind_next(self, descriptor: int) -> Path:
+        """Bind the file of ``descriptor`` into the bundle: for ``lead_next_to``, until ``release``. Raises OSError."""
+        bound = self.path.with_name(f"{_BOUND}{secrets.token_hex(8)}")
+        bound.touch(mode=0o600, exist_ok=False)
+        try:
+            mounts.bind(f"/proc/self/fd/{descriptor}", bound)
+        except OSError:
+            bound.unlink()
+            raise
+        return bound
 
-    def leads_to(self, descriptor: int) -> bool:
-        """Whether conmon has opened the file that ``lead_next_to`` was told.
+    def lead_next_to(self, bound: Path) -> None:
+        """Have conmon open the file bound at ``bound`` when it is told to open its log again."""
+        _link(self._next, str(bound))
 
-        An earlier log may have had the same descriptor: the link that conmon renames must be gone as well.
-        """
+    def waiting(self) -> Path | None:
+        """What conmon is to open next and did not yet, also by the will of a former agent; None if there is nothing."""
         with contextlib.suppress(OSError):
-            taken = not self._next.is_symlink()
-            return taken and os.readlink(self.path) == _own(descriptor)  # noqa: PTH115 - the text matters
+            return self._next.readlink()
+        return None
+
+    def open_waiting(self) -> int | None:
+        """A descriptor of the file that is bound for conmon to open next, None if there is none."""
+        waiting = self.waiting()
+        if waiting is None or waiting.parent != self.path.parent or not waiting.name.startswith(_BOUND):
+            return None  # an older version's leads to a descriptor of a former agent
+        with contextlib.suppress(OSError):
+            return os.open(waiting, os.O_PATH | os.O_CLOEXEC)
+        return None
+
+    def leads_to(self, bound: Path) -> bool:
+        """Whether conmon has opened the file that ``lead_next_to`` was told: it renames the link then."""
+        with contextlib.suppress(OSError):
+            return self.waiting() is None and self.path.readlink() == bound
         return False
+
+    def release(self, *, but: Path | None = None) -> None:
+        """Unbind what conmon needs no more: all but ``but``. Repeatable; raises OSError."""
+        for bound in self.path.parent.glob(f"{_BOUND}*"):
+            if bound != but:
+                mounts.unmount(bound, lazy=True)
+                bound.unlink()
 
 
 def has_open(monitor: ProcessName, descriptor: int) -> bool:
@@ -162,15 +195,11 @@ def _inside(folder: int, parts: list[str]) -> int:
     return open_below(folder, "/".join([*parts, "."]), flags, libc.RESOLVE_BENEATH | libc.RESOLVE_NO_MAGICLINKS)
 
 
-def _own(descriptor: int) -> str:
-    return f"/proc/{os.getpid()}/fd/{descriptor}"
-
-
-def _link(path: Path, descriptor: int) -> None:
+def _link(path: Path, target: str) -> None:
     """Make or replace a link in one step: conmon, which may come at any time, makes a file where there is none."""
     made = path.with_name(f"{path.name}.new")
     made.unlink(missing_ok=True)
-    made.symlink_to(_own(descriptor))
+    made.symlink_to(target)
     made.rename(path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,8 @@ from runtime.specgen.limits.resources import oom_score_adj
 from runtime.state.container import Container, ContainerState
 
 REOPEN_SECONDS = 5.0
+# How long conmon takes at most, while it runs, from reading that it is to open its log to opening it.
+_TAKING_SECONDS = 0.5
 _MOST_HANGING = 64  # threads that wait for working directories on volumes, of commands that were given up
 
 _log = logging.getLogger("podkeel.containers")
@@ -204,9 +206,7 @@ class Execution:
         if monitor is None:
             raise WrongStateError(f"{container.title}: its conmon was killed: nothing writes its log any more")
         if await in_fresh_thread(has_open, monitor, descriptor):
-            if container.late_log is not None and os.path.sameopenfile(container.late_log, descriptor):
-                await in_fresh_thread(append_from_now_on, monitor, descriptor)
-                container.keep_late_log(None)
+            await in_fresh_thread(append_from_now_on, monitor, descriptor)
             return
         size = os.fstat(descriptor).st_size
         if size:
@@ -215,10 +215,9 @@ class Execution:
             opened = await self._open_next(container, monitor, log, descriptor)
         except OSError as error:
             log.path.unlink(missing_ok=True)
-            raise PodkeelError(f"{container.title}: its conmon does not listen: {error.strerror}") from error
+            raise PodkeelError(f"{container.title}: its conmon cannot be told: {error.strerror}") from error
         if not opened:
             raise PodkeelError(f"{container.title}: its conmon did not open {log.path} within {REOPEN_SECONDS:g} s")
-        container.keep_late_log(None)
 
     async def _open_next(self, container: Container, monitor: ProcessName, log: LogFile, descriptor: int) -> bool:
         """Have conmon open the new, empty file of ``descriptor``; whether it does so in time."""
@@ -233,21 +232,19 @@ class Execution:
             finally:
                 os.close(descriptor)
             return opened
-        late = container.late_log
-        link.lead_next_to(descriptor)
-        if late is None:
-            reopen(container.id)
-        elif await in_fresh_thread(has_open, monitor, late):  # else it is yet to read what it was told then
-            link.lead_next_to(descriptor)
-            reopen(container.id)
-        opened = await wait_for_entries(link.path.parent, lambda: link.leads_to(descriptor), REOPEN_SECONDS)
+        monitors, folder = self._node.monitors, link.path.parent
+        told = link.waiting() is not None and monitors.has_unread(container.id)
+        if link.waiting() is not None and not told:  # it is about to open it, or an agent died that would tell it
+            await wait_for_entries(folder, lambda: link.waiting() is None, _TAKING_SECONDS)
+            if await in_fresh_thread(has_open, monitor, descriptor):
+                await in_fresh_thread(append_from_now_on, monitor, descriptor)
+                return True
+        bound = await in_fresh_thread(_lead_next_to, link, monitor, descriptor, partial(reopen, container.id), told)
+        opened = await wait_for_entries(folder, lambda: link.leads_to(bound), REOPEN_SECONDS)
         if opened:
             await in_fresh_thread(append_from_now_on, monitor, descriptor)
-        else:  # it may yet do so: the file must be there then, else it ends
-            kept = os.dup(descriptor)
-            container.keep_late_log(kept)
-            link.lead_next_to(kept)
-        return opened
+            await in_fresh_thread(link.release)
+        return opened  # if not it may yet do so: the file must be there then, else it ends
 
     def running(self, container_id: str) -> Container:
         """The container, which runs. Raises NotFoundError or WrongStateError."""
@@ -255,6 +252,30 @@ class Execution:
         if container.record.state is not ContainerState.RUNNING:
             raise WrongStateError(f"{container.title} is {container.record.state}, not running")
         return container
+
+
+def _lead_next_to(link: LogLink, monitor: ProcessName, descriptor: int, tell: Callable[[], None], told: bool) -> Path:
+    """Have conmon open the new, empty file of ``descriptor``; returns where that is bound.
+
+    Conmon is to be told once, and is ``told`` if it is yet to read that: a second time it would find nothing to open.
+    """
+    late = link.open_waiting() if told else None
+    try:
+        waiting = link.waiting()
+        if late is not None and waiting is not None and os.path.sameopenfile(late, descriptor):
+            return waiting
+        bound = link.bind_next(descriptor)
+        link.lead_next_to(bound)
+        came = late is not None and has_open(monitor, late)  # just before, and it may have renamed the new link
+        if came:
+            link.lead_next_to(bound)
+        if came or not told:
+            tell()
+        link.release(but=bound)
+        return bound
+    finally:
+        if late is not None:
+            os.close(late)
 
 
 def _found_from(directory: str, program: str) -> str:

@@ -122,7 +122,6 @@ class ContainerExit:
     def ended(self, container: Container) -> None:
         """Tell those who wait for the end, and the clients, and begin to clean up."""
         container.exited.set()
-        container.keep_late_log(None)
         self._kills.forget(container.id)
         self._node.meters.forget(container.id)
         self._state.publish(cri_pb2.CONTAINER_STOPPED_EVENT, container)

@@ -10,6 +10,7 @@ from images.image import Image
 from proto.runtime.v1 import cri_pb2
 from runtime.containers.idmapped_mounts import release
 from runtime.layout import ContainerFolder
+from runtime.logs import LogLink
 from runtime.node import Node
 from runtime.oci import private_devices
 from runtime.specgen.security.selinux import container_labels
@@ -69,7 +70,7 @@ async def mount_image_volumes(node: Node, container: Container) -> dict[int, Pat
 
 
 async def unmount_all(node: Node, container: Container) -> None:
-    """Unmount a container's root file system, image volumes, volumes with mapped ids and devices. Repeatable."""
+    """Unmount a container's root file system, image volumes, volumes with mapped ids, devices and log. Repeatable."""
     folder = node.layout.container(container.id)
     for target in await in_thread(_release_volumes, folder):
         await node.snapshots.unmount(container.id, target)
@@ -77,8 +78,9 @@ async def unmount_all(node: Node, container: Container) -> None:
 
 
 def _release_volumes(folder: ContainerFolder) -> list[Path]:
-    """Unbind the volumes with mapped ids and unmount the devices; where images are still mounted."""
+    """Unbind the log and the volumes with mapped ids, unmount the devices; where images are still mounted."""
     release(folder.rootfs)
+    LogLink(folder.path).release()
     private_devices.release(folder.rootfs)
     return folder.image_volumes_there()
 

@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import shutil
+import termios
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -288,6 +289,14 @@ class Monitors:
         control = os.open(self._layout.container(container_id).control, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             os.write(control, _REOPEN_LOG)
+        finally:
+            os.close(control)
+
+    def has_unread(self, container_id: str) -> bool:
+        """Whether conmon is yet to read something that it was told. Raises OSError when there is no way to tell it."""
+        control = os.open(self._layout.container(container_id).control, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return fcntl.ioctl(control, termios.FIONREAD, bytes(4)) != bytes(4)
         finally:
             os.close(control)
 

@@ -69,8 +69,7 @@ class Container:
     back what the OCI runtime holds after the end, ``unmounted`` says that its mounts are gone. ``killed`` says that the
     agent sent SIGKILL to its first process while that ran, ``evicted`` which plugin of the node had it ended, and why.
     ``stops`` counts the calls that wait for its end now, and ``stop_deadline`` is the earliest of theirs, on the loop's
-    clock. ``log_lock`` serialises openings of its log; ``late_log`` is the descriptor of a new log that conmon did not
-    open in time.
+    clock. ``log_lock`` serialises openings of its log.
     """
 
     id: str
@@ -79,7 +78,6 @@ class Container:
     record: ContainerRecord
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     log_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    late_log: int | None = None
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     cleanup: asyncio.Task[None] | None = None
     unmounted: bool = False
@@ -110,12 +108,6 @@ class Container:
     def visible(self) -> bool:
         """Whether clients may see it."""
         return self.record.state in (ContainerState.CREATED, ContainerState.RUNNING, ContainerState.EXITED)
-
-    def keep_late_log(self, descriptor: int | None) -> None:
-        """Keep the descriptor of a new log open until conmon opens it; None once it has, or never will."""
-        if self.late_log is not None:
-            os.close(self.late_log)
-        self.late_log = descriptor
 
     def begin(self, name: str) -> Operation:
         """Start recording an operation; the last eight are kept."""

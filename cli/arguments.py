@@ -138,6 +138,7 @@ def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument("object", metavar="ID", help="by name, id or unique prefix of an id")
     parser = commands.add("explain", "cli.explain:explain", "show the stages a pod or container went through")
     parser.add_argument("object", metavar="POD", help="a pod or container by name, id or unique prefix of an id")
+    commands.add("nri", "cli.plugins:nri", "list the plugins of the node (NRI) with their events, calls and last error")
 
 
 def _add_pod_dir(parser: argparse.ArgumentParser) -> None:

@@ -99,7 +99,7 @@ LEVELS = {
         "arguments bars client log_file manifest text",
         "agent lookup main",
         "connect",
-        "explain logs pods stats streams",
+        "explain plugins logs pods stats streams",
         "images node",
         "run",
     ),

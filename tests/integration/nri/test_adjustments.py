@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,13 @@ def test_the_status_of_the_node_lists_plugins_and_their_calls(agent: AgentProces
     with connected(Recorder(agent.nri_socket, "42", "listed")):
         run_container(agent, "sleep", "1000")
         answer = agent.client.call("Status", cri_pb2.StatusRequest(verbose=True))
+        command = agent.command("nri", "--socket", agent.address)
+        table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         plugins = {plugin["plugin"]: plugin for plugin in json.loads(answer.info["podkeel"])["nriPlugins"]}
     assert plugins["42-listed"]["calls"]["CreateContainer"] == 1
     assert "START_CONTAINER" in plugins["42-listed"]["events"]
+    line = next(line for line in table.splitlines() if line.startswith("42-listed"))
+    assert line.split()[1:3] == ["connected", "14"]
 
 
 def test_a_pods_resources_are_shown_as_they_were_accepted(agent: AgentProcess) -> None:

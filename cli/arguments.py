@@ -255,9 +255,9 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         "hold every image against its digests, file by file",
         "Exits 1 if something is broken and was not repaired.",
     )
-    parser.add_argument("--repair", action="store_true", help="drop what is broken, so that it is pulled anew")
+    parser.add_argument("--repair", action="store_true", help="remove what is broken, so that it is pulled again")
     below.add("df", "cli.images.reports:disk_usage", "show what images take on disk, and what of it they share")
-    below.add("pulls", "cli.images.pulls:list_pulls", "list the pulls that run now, whoever asked for them")
+    below.add("pulls", "cli.images.pulls:list_pulls", "list the pulls that run now, of all clients")
     parser = below.add(
         "explain",
         "cli.images.reports:explain",

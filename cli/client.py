@@ -120,7 +120,7 @@ class Client:
 
 
 def _why_unreachable(address: str) -> str:
-    """What keeps us from an agent at ``address``; empty if somebody listens there."""
+    """What keeps us from an agent at ``address``; empty if a process listens there."""
     try:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(_PROBE_SECONDS)

@@ -250,8 +250,8 @@ def _pod_network(options: NetworkOptions) -> Check:
     except PodkeelError as error:
         return Check("pod network", "fail", _sentence(error), "see docs/networking.md")
     if broken:
-        problem = f"CNI network {found.name} from {found.path}; passed over: {'; '.join(broken)}"
-        return Check("pod network", "warn", " ".join(problem.split()), "correct or remove what is passed over")
+        problem = f"CNI network {found.name} from {found.path}; skipped: {'; '.join(broken)}"
+        return Check("pod network", "warn", " ".join(problem.split()), "correct or remove the skipped files")
     return Check("pod network", "ok", f"CNI network {found.name} from {found.path}")
 
 

@@ -27,7 +27,7 @@ _log = logging.getLogger("podkeel.calls")
 
 _NOTHING = object()
 
-# Whatever a kubelet asks over and over is logged only where somebody looks for it.
+# Calls that kubelet repeats all the time are logged at level debug only.
 _QUIET = re.compile(r"^(Version|Status|RuntimeConfig|ImageFsInfo|List.*|Stream.*|.*Status|.*Stats|ExecSync)$")
 
 
@@ -57,7 +57,7 @@ class CallObserver(Protocol):
         """Surrounds the call; when the block ends, ``call`` says how it went."""
 
 
-# Calls that hold descriptors for long, or make what does: with few left they give way to stops.
+# Calls that hold descriptors for long, or make what does: with few left they are refused, so that stops work.
 _NEEDS = {
     **dict.fromkeys(("RunPodSandbox", "CreateContainer", "StartContainer"), Use.MAKING),
     **dict.fromkeys(("ExecSync", "Exec", "Attach", "PortForward"), Use.STREAMS_AND_IMAGES),

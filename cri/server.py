@@ -180,7 +180,7 @@ def _socket_path(address: str) -> Path:
 
 
 def _prepare_socket(path: Path) -> None:
-    """Remove a socket that nobody listens on any more. Raises WrongStateError if somebody does."""
+    """Remove a socket that no process listens on. Raises WrongStateError if a process does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_socket():
         return

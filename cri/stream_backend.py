@@ -90,7 +90,7 @@ class NodeBackend:
         if sandbox.record.state is not SandboxState.READY:
             raise WrongStateError(f"{sandbox.title} is not ready: nothing listens in it")
         descriptors.require(f"port-forward to {sandbox.title}")
-        sandbox.admit_visitor()
+        sandbox.add_port_forward()
         namespace: Path | None = None if sandbox.host_network else self._agent.layout.sandbox(sandbox.id).pin("net")
         return await connect_to_pod(sandbox.id, port, namespace)
 

@@ -98,7 +98,7 @@ def forbid_new_privileges() -> None:
 
 
 def install_seccomp_filter(compiled: bytes) -> None:
-    """Put this process, which has no_new_privs, under a filter of host/seccomp.py for good."""
+    """Put this process, which has no_new_privs, permanently under a filter of host/seccomp.py."""
     code = ctypes.create_string_buffer(compiled, len(compiled))
     program = _FilterProgram(len(compiled) // 8, ctypes.addressof(code))
     _check(_libc.prctl(22, 2, ctypes.addressof(program), 0, 0), "seccomp filter")

@@ -28,7 +28,7 @@ _HELD_SECONDS = 5.0
 
 
 class ProcessName(msgspec.Struct, frozen=True):
-    """A process named for good: pid and start time in clock ticks since boot."""
+    """A process, identified also after its end: pid and start time in clock ticks since boot."""
 
     pid: int
     started: int
@@ -110,7 +110,7 @@ def open_child(pid: int) -> int:
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError:
-        raise  # somebody reaped it, and its number may be another's
+        raise  # it was reaped elsewhere, and its number may be another's
     except OSError:
         _end_child(pid)
         raise
@@ -165,7 +165,7 @@ async def _collect_killed(pidfd: int) -> int | None:
 
 
 def start_time(pid: int) -> int | None:
-    """Start time in clock ticks since boot, which with the pid names a process for good; None if gone or dead."""
+    """Start time in clock ticks since boot, which with the pid identifies a process; None if gone or dead."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             fields = stat.read().rpartition(b")")[2].split()

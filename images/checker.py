@@ -60,7 +60,7 @@ class ImageChecker:
         self._database = database
 
     async def check(self, *, repair: bool) -> ImageReport:
-        """Look at everything; with ``repair`` drop what is broken, so that a pull brings it anew.
+        """Check everything; with ``repair`` remove what is broken, so that a pull fetches it again.
 
         Partial blobs go with ``repair``, as there is nothing to hold them against.
         A broken compressed form is dropped alone; a broken layer or configuration takes the images along that have it,

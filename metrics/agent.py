@@ -13,7 +13,7 @@ PULL_BUCKETS = (0.05, 0.25, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0,
 
 
 class AgentMetrics:
-    """The agent's own instruments; whoever knows a number updates it here, or registers how to compute it."""
+    """The agent's own instruments; the owner of a number updates it here, or registers how to compute it."""
 
     def __init__(self) -> None:
         self.calls = Counter("podkeel_calls_total", "Calls ended, by method and gRPC code.", ("method", "code"))

@@ -1,7 +1,7 @@
 """Traffic of pods, read inside their network namespaces.
 
 One thread goes from namespace to namespace and reads ``/proc/thread-self/net/dev`` in each: about 7 µs per pod, less
-than the eight sysfs files of a host-side veth (27 µs), and right for every kind of interface, whoever made it, with
+than the eight sysfs files of a host-side veth (27 µs), and right for every kind of interface, also of CNI plugins, with
 receive and transmit as the pod sees them. Nothing of a pod is kept: a descriptor would keep its namespace alive, and so
 would a thread, also one that the visitor starts. So the visitor comes home before it does anything else.
 """

@@ -85,7 +85,7 @@ _SUMMED = tuple(name for name in MemoryReading.__struct_fields__ if name != "tim
 
 
 class Meters:
-    """The meters of one node, made when somebody asks; ``forget`` when what they read ends. For any thread."""
+    """The meters of one node, made when they are needed; ``forget`` when what they read ends. For any thread."""
 
     def __init__(self, cgroups: CgroupTree, hierarchies: Hierarchies) -> None:
         self._cgroups = cgroups
@@ -107,7 +107,7 @@ class Meters:
     def processor_time(self, container: Container) -> int | None:
         """Nanoseconds that a container has used, which stand still while nothing in it runs; -1 when it does not run.
 
-        None where they do not tell whether its files change: whoever sees its processes may reach them too.
+        None where they do not tell whether its files change: containers that see its processes may reach them too.
         """
         meter = self.of_container(container)
         if meter is None:

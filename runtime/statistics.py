@@ -38,7 +38,7 @@ _CONNECTIONS_REST = 100
 # Pods not counted yet are counted at once when they are so few: what is described is also there in their first metrics.
 _NEW_PODS = 8
 
-# Cgroups that are never a pod's own, whoever named them its parent.
+# Cgroups that are never a pod's own, although a pod may name them as its parent.
 _EVERYBODYS = ("", "/")
 
 

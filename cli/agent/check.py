@@ -51,7 +51,7 @@ def agent_checks(socket: str, *, repair: bool = False) -> list[Check]:
             answer = client.call(request, agent_pb2.CheckResponse, "compare store and kernel")
         except UnavailableError:
             remedy = "it was killed; its next start takes the socket over"
-            return [Check("agent", "warn", f"{socket} is there but nobody answers", remedy)]
+            return [Check("agent", "warn", f"{socket} exists, but no agent answers", remedy)]
         except PodkeelError as error:
             return [Check("agent", "fail", error.message)]
     if not answer.findings:

@@ -126,7 +126,7 @@ async def _show(channel: Channel, descriptor: int) -> None:
 def _output(descriptor: int) -> Iterator[int]:
     """The pipe or terminal behind a descriptor of ours, to be written to without blocking.
 
-    Whoever reads our output may at the same time be the one who writes our input. It is opened anew, since those whom
+    The reader of our output may also be the writer of our input. It is opened again, since those whom
     we share the descriptor with do not expect it to be non-blocking. What cannot be opened so is used as it is.
     """
     mode = os.fstat(descriptor).st_mode

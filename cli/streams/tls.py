@@ -28,7 +28,7 @@ class TlsFiles(NamedTuple):
         import ssl  # costs more than most commands take to start
 
         if self.key is not None and self.certificate is None:
-            raise InvalidArgumentError("--tls-key is of no use without its certificate: give --tls-cert too")
+            raise InvalidArgumentError("--tls-key needs its certificate: give --tls-cert too")
         try:
             context = ssl.create_default_context(cafile=self.ca)
             if self.certificate is not None:

@@ -185,7 +185,7 @@ class RuntimeService(StatsCalls):
     async def reopen_container_log(
         self, request: cri_pb2.ReopenContainerLogRequest
     ) -> cri_pb2.ReopenContainerLogResponse:
-        """Open the log anew after it was renamed."""
+        """Open the log again after it was renamed."""
         await self._agent.execution.reopen_log(request.container_id)
         return cri_pb2.ReopenContainerLogResponse()
 

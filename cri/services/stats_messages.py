@@ -24,7 +24,7 @@ M = TypeVar("M", cri_pb2.ContainerStats, cri_pb2.LinuxPodSandboxStats)
 
 
 class _Kept(Generic[M]):
-    """What is kept of one object: its attributes, encoded, and a message whose numbers are set anew for each answer.
+    """What is kept of one object: its attributes, encoded, and a message whose numbers are set for each answer.
 
     Most numbers are messages of their own in the CRI, and making those is most of the work. ``shape`` says which
     are there: where others are there than last time, it begins with an empty message.

@@ -19,7 +19,7 @@ async def connect_to_pod(sandbox_id: str, port: int, namespace: Path | None) -> 
     """A non-blocking TCP socket connected to the port on the pod's IPv4 loopback, else on its IPv6 one.
 
     ``namespace`` is where the pod's network namespace is pinned, None for a pod on the node's network. A socket belongs
-    for good to the namespace it was made in, so only its making needs a thread that enters it.
+    permanently to the namespace it was made in, so only its making needs a thread that enters it.
 
     Raises UnavailableError when nothing listens, NotFoundError when the namespace is gone.
     """

@@ -134,8 +134,8 @@ class RemoteCommand:
                     task.cancel()
         if not keeps_up:
             raise LimitError(
-                f"the client did not take what the container printed: {LIMIT >> 20} MiB waited for it for "
-                f"{PATIENCE_SECONDS:g} s; the container goes on without it: attach again, or see its log"
+                f"the client did not read the container's output: {LIMIT >> 20} MiB waited for it for "
+                f"{PATIENCE_SECONDS:g} s; the container continues: attach again, or read its log"
             )
         return CommandStatus()
 

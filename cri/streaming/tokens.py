@@ -1,4 +1,4 @@
-"""Single-use tokens: what an Exec, Attach or PortForward call promised to whoever connects with one."""
+"""Single-use tokens: what an Exec, Attach or PortForward call promised to the client that connects with one."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class CallMetrics:
     def __init__(self, metrics: AgentMetrics) -> None:
         self._metrics = metrics
         self._methods: set[str] = set()
-        for code in grpc.StatusCode:  # a rise from no series at all is not seen by whoever alerts on it
+        for code in grpc.StatusCode:  # alerts do not see a rise if there was no series before
             metrics.pulls.add(code.name, amount=0.0)
 
     @contextmanager

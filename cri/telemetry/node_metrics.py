@@ -87,7 +87,7 @@ def _register_containers(metrics: AgentMetrics, agent: Agent) -> None:
     metrics.compute("podkeel_pods", text, ("state",), lambda: _states(SandboxState, agent.state.sandboxes))
     text = "Containers by state."
     metrics.compute("podkeel_containers", text, ("state",), lambda: _states(ContainerState, agent.state.containers))
-    text = "How often clients made a container anew: the attempt of its latest one, until that is removed."
+    text = "How often clients made a container again: the attempt of its latest one, until that is removed."
     metrics.compute(
         "podkeel_container_restarts_total",
         text,

@@ -49,5 +49,5 @@ def _collected_by_thread() -> queue.SimpleQueue[int]:
 
 
 def _collect(pidfd: int) -> None:
-    with contextlib.suppress(ChildProcessError):  # somebody else has
+    with contextlib.suppress(ChildProcessError):  # already collected
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)

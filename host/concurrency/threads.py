@@ -67,7 +67,7 @@ async def in_fresh_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwarg
 
 @contextmanager
 def inside_namespace(path: str, kind: int) -> Iterator[None]:
-    """Enter the namespace pinned at ``path`` for good; only for use in a fresh thread."""
+    """Enter the namespace pinned at ``path`` permanently; only for use in a fresh thread."""
     with open(path, "rb") as pin:
         libc.setns(pin.fileno(), kind)
     yield

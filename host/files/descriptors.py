@@ -1,4 +1,4 @@
-"""How many file descriptors this process may still open, and who gives way when few are left.
+"""How many file descriptors this process may still open, and which calls are refused when few are left.
 
 Stopping and listing never ask. Making pods and containers leaves them a reserve, and what images and clients of streams
 may begin in any number leaves twice as much, so that pods can be made beside them.

@@ -61,7 +61,7 @@ def mount_table(path: str = "/proc/self/mountinfo") -> Iterator[MountEntry]:
 
 
 def parse_mount_table(content: bytes) -> Iterator[MountEntry]:
-    """The entries of a mountinfo table (proc_pid_mountinfo(5)); a line that is none is passed over.
+    """The entries of a mountinfo table (proc_pid_mountinfo(5)); a line that is none is skipped.
 
     Paths are decoded as names of files are: bytes that are no UTF-8 become surrogates (os.fsdecode). The kernel escapes
     space, tab, newline and backslash only, so that fields are what stands between single spaces, one of them may be

@@ -82,7 +82,7 @@ def publish(partial: Path, target: Path) -> None:
 
 
 class PartialBlobs:
-    """The folder of them. Nothing in it is trusted: whoever goes on with one checks the digest of the whole.
+    """The folder of them. Nothing in it is trusted: the pull that continues one checks the digest of the whole.
 
     Each goes when its layer is on the node, and ``max_age`` seconds after a transfer last added to it.
     """
@@ -157,7 +157,7 @@ class PartialBlobs:
 
     @asynccontextmanager
     async def opened(self, digest: str, kept: Path) -> AsyncIterator[PartialBlob]:
-        """The partial blob, an empty one if there is none, for whoever has the turn.
+        """The partial blob, an empty one if there is none, for the pull that has the turn.
 
         Where there is none, what is at ``kept`` is taken for it: the whole blob, if another layer of this node has it.
         """
@@ -195,7 +195,7 @@ class PartialBlobs:
     async def keep(self, digest: str, whole: Path) -> None:
         """Take the ``whole`` blob of a layer that goes, which no image came to have: it may be wanted again.
 
-        It is thrown away if somebody adds to the partial blob: that may take long, and nobody waits for it.
+        It is deleted if a pull adds to the partial blob: that may take long, and no call waits for it.
         """
         if digest in self._users:
             await in_image_thread(self._trash.throw, whole)

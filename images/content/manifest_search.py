@@ -77,7 +77,7 @@ def find_image(top: Document, digest: str, machine: Platform, subject: str) -> S
     """Search from ``top``, a manifest or index of that digest, for the image that suits ``machine`` best.
 
     Entries of an index that name no platform are told apart by their configs; attestations and other artifacts are
-    passed over. An image that no index offers is taken as it is. Raises InvalidArgumentError where there is none for
+    skipped. An image that no index offers is taken as it is. Raises InvalidArgumentError where there is none for
     this machine, naming what there is, or where a document is broken; UnsupportedError for an artifact.
     """
     return _Search(machine, subject).run(top, digest)

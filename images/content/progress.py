@@ -52,7 +52,7 @@ class RunningPull:
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """A layer that somebody makes; ``received`` is None until its chunks are asked for."""
+    """A layer that is being made; ``received`` is None until its chunks are asked for."""
 
     source: LayerSource
     received: int | None = None

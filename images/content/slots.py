@@ -109,7 +109,7 @@ class Slots:
 
     @contextlib.contextmanager
     def want(self, wanted: Iterable[Hashable], origin: Origin) -> Iterator[None]:
-        """During the block the pull of ``origin`` wants each of ``wanted``, whoever fetches it."""
+        """During the block the pull of ``origin`` wants each of ``wanted``, whichever pull fetches it."""
         wanted = tuple(wanted)
         for one in wanted:
             self._wanting[one][origin] += 1

@@ -153,7 +153,7 @@ class LayerStore:
         return all(number in self._layers or number == EMPTY_LAYER for number in numbers)
 
     def progress(self, source: LayerSource) -> LayerProgress:
-        """How far a layer is that somebody obtains."""
+        """How far a layer is that a pull obtains."""
         return self.fetcher.transfers.progress(source, there=source.chain_id in self._by_chain)
 
     def retain(self, numbers: Iterable[int]) -> None:

@@ -1,6 +1,6 @@
 """Which hosts to ask for an image, in which order and how: ``<folder>/<registry>/hosts.toml`` in containerd's form.
 
-Document: containerd's docs/hosts.md. Read anew on each pull, so that an edit needs no restart.
+Document: containerd's docs/hosts.md. Read again on each pull, so that an edit needs no restart.
 """
 
 from __future__ import annotations

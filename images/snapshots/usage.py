@@ -72,7 +72,7 @@ class WritableLayers:
     """Tells what the folders that ``upper`` gives for container ids, and ``volumes`` beside them, take; for any thread.
 
     With a project of ``quotas`` it is what the file system says now. Without, it is what was counted last. Where that
-    is older than ten seconds, one thread looks whether the container has been active since, and counts anew if so:
+    is older than ten seconds, one thread looks whether the container has been active since, and counts again if so:
     what did not run did not write. Small trees are counted as often as that, others as often as a hundredth of one core
     allows for all of them. The thread has no lower priority than others: while it waited for a processor it might hold
     what the whole process needs to go on.

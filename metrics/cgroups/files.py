@@ -92,7 +92,7 @@ class Folder:
         return list(map(number, self.read_all(names)))
 
     def close(self) -> None:
-        """Close the kept descriptors; a later reading opens them anew."""
+        """Close the kept descriptors; a later reading opens them again."""
         with self._lock:
             self._close()
 

@@ -39,8 +39,8 @@ class NotReady(Exception):  # noqa: N818 - a state that is answered, not a fault
 class MetricsServer:
     """Serves ``routes`` by path at one address until closed.
 
-    A client has ``REQUEST_SECONDS`` for its first request (TLS included). Of those served, whoever keeps the server
-    waiting for longest, silent or reading slowly, gives way where there are too many.
+    A client has ``REQUEST_SECONDS`` for its first request (TLS included). If there are too many, the server closes
+    the one that it has waited for longest.
     """
 
     def __init__(self, routes: Mapping[str, Route], tls: ssl.SSLContext | None = None) -> None:

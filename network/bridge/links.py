@@ -27,7 +27,7 @@ _READY_POLL_SECONDS = 0.0005
 
 
 class TableMissingError(Exception):
-    """The nftables tables or their sets are gone: somebody flushed the ruleset."""
+    """The nftables tables or their sets are gone: another program flushed the ruleset."""
 
 
 class BridgeLinks:

@@ -364,7 +364,7 @@ class BuiltInNetwork:
                 await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
 
     async def _connect_again(self, kernel: BridgeLinks, live: Collection[str]) -> None:
-        """Make the interfaces of live sandboxes again whose links somebody deleted; the caller holds the lock alone.
+        """Make the interfaces of live sandboxes again whose links were deleted; the caller holds the lock alone.
 
         Their addresses stay the same, and so do their connections.
         """

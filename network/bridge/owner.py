@@ -29,7 +29,7 @@ class BridgeOwner(NamedTuple):
 
     @property
     def alias(self) -> str:
-        """What a bridge of this agent bears."""
+        """The alias of a bridge of this agent."""
         alias = f"{_FIRST_WORD} {self.agent_id} {self.data_dir}"
         return alias if len(alias.encode()) <= _ALIAS_BYTES else f"{_FIRST_WORD} {self.agent_id} "
 
@@ -84,7 +84,7 @@ def _refuse_unless_left(route: NetlinkSocket, name: str, owner: BridgeOwner, oth
         raise WrongStateError(
             f"bridge {name} is {other.place}, {len(ports)} pods are connected to it: give this one another "
             f"network.bridge and other network.pod_cidrs, or `podkeel reset` the other one; "
-            f"if that is gone for good, `ip link delete {name}`"
+            f"if that agent will not come back, `ip link delete {name}`"
         )
 
 
@@ -101,7 +101,7 @@ def _refuse_overlap(route: NetlinkSocket, bridge: str, other: BridgeOwner, addre
                 raise WrongStateError(
                     f"range {ours.network} of network.pod_cidrs overlaps {theirs.network} on bridge {bridge}, which is "
                     f"{other.place}: give this one other network.pod_cidrs, or `podkeel reset` the other one; "
-                    f"if that is gone for good, `ip link delete {bridge}`"
+                    f"if that agent will not come back, `ip link delete {bridge}`"
                 )
 
 

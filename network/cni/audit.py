@@ -36,8 +36,8 @@ async def compare(
 
 
 def broken_files(folder: Path, broken: Sequence[str]) -> list[Finding]:
-    """Files of the configuration folder that are passed over."""
-    return [Finding("CNI configuration", str(folder), f"passed over: {sentence}") for sentence in broken]
+    """Files of the configuration folder that are skipped."""
+    return [Finding("CNI configuration", str(folder), f"skipped: {sentence}") for sentence in broken]
 
 
 def without_namespace(records: Sequence[CniRecord], errors: Collection[str]) -> list[CniRecord]:

@@ -68,7 +68,7 @@ class Configuration(msgspec.Struct, frozen=True):
 
 
 def search_folder(folder: Path) -> tuple[Configuration | None, tuple[str, ...]]:
-    """The configuration in the first good file by name, and what is wrong with those before it, which are passed over.
+    """The configuration in the first good file by name, and what is wrong with those before it, which are skipped.
 
     A file that is empty is about to be written.
     """

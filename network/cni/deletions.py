@@ -32,7 +32,7 @@ class Deletions:
     async def run(self, sandbox_id: str) -> None:
         """Make an attempt, or join the one under way; raises what it raises, and then goes on in the background.
 
-        A caller that goes away does not end the attempt. Raises WrongStateError when somebody else ends it.
+        A caller that goes away does not end the attempt. Raises WrongStateError when another call ends it.
         """
         attempt = self._attempt(sandbox_id)
         try:
@@ -40,7 +40,9 @@ class Deletions:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if attempt.cancelled() and task is not None and not task.cancelling():
-                raise WrongStateError(f"sandbox {sandbox_id}: its DEL was ended, since it is given up") from None
+                raise WrongStateError(
+                    f"sandbox {sandbox_id}: DEL was stopped: the network is released by force"
+                ) from None
             raise
 
     def schedule(self, sandbox_id: str) -> None:

@@ -29,7 +29,7 @@ class ConfigurationFolder:
     """Looks at a folder, at the time ``looked_at``.
 
     ``parsed`` is the configuration that was read last, in its files' own versions; ``asking`` says that its plugins are
-    being asked for theirs, and ``broken`` which files were passed over.
+    being asked for theirs, and ``broken`` which files were skipped.
     """
 
     def __init__(self, path: Path, chain: PluginChain) -> None:

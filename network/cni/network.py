@@ -43,7 +43,7 @@ _log = logging.getLogger("podkeel.network")
 
 
 async def _nobody(_sandbox_id: str) -> None:
-    """Stands for whoever wants to know what was given back, until somebody does."""
+    """Used until a callback for released networks is set."""
 
 
 class CniNetwork:

@@ -210,7 +210,7 @@ class Execution:
             return
         size = os.fstat(descriptor).st_size
         if size:
-            raise WrongStateError(f"log {log.path} is another file by now, with {size} bytes: rename it first")
+            raise WrongStateError(f"log {log.path} is another file now, with {size} bytes: rename it first")
         try:
             opened = await self._open_next(container, monitor, log, descriptor)
         except OSError as error:

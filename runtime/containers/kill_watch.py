@@ -1,7 +1,7 @@
 """When the kernel last killed a process of a container for memory, and whether the container lived on after it.
 
 The kernel counts such kills, but says neither when they were nor whom they hit. Conmon makes a file when a memory limit
-is reached. The agent deletes that file, waits until whoever was killed has ended, and writes down how many kills the
+is reached. The agent deletes that file, waits until the killed process has ended, and writes down how many kills the
 first process has survived. What happens while no agent runs is dated by conmon's file alone.
 """
 

@@ -43,7 +43,7 @@ def ended_by_the_kernel(container: Container, exit_record: ExitRecord | None, hi
     """Whether a kill for memory is why a container ended that had such kills.
 
     It is where the first process was the one killed, or ended with the same code when it lost a child to it, as shells
-    do. It is not where the program ended in its own way, or later, nor where somebody else killed it. An end that was
+    do. It is not where the program ended in its own way, or later, nor where another process killed it. An end that was
     not recorded may have been one.
     """
     if container.killed or (exit_record is not None and exit_record.code != KILLED_EXIT_CODE):

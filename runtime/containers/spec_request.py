@@ -132,7 +132,7 @@ def target_pid_namespace(node: Node, container: Container) -> Iterator[str | Non
     """The path, good for the block, of the PID namespace of the container that ``container`` targets; None without.
 
     It is one of a descriptor of the agent's: by a path of the target's process the OCI runtime would join the namespace
-    of whoever has that process's pid by then. Raises InvalidArgumentError for a target that is no container of the pod,
+    of the process that has that pid by then. Raises InvalidArgumentError for a target that is no container of the pod,
     WrongStateError for one that does not run.
     """
     options = container.config.linux.security_context.namespace_options

@@ -35,7 +35,7 @@ class InitRoot:
         self._namespace = -1
 
     def enter(self, program: str) -> None:
-        """Move the calling thread, a fresh one, there for good: PROGRAM is ``program`` then."""
+        """Move the calling thread, a fresh one, there permanently: PROGRAM is ``program`` then."""
         libc.unshare(libc.CLONE_FS)
         libc.setns(self._made(program), libc.CLONE_NEWNS)
 
@@ -119,7 +119,7 @@ def _become_root() -> None:
     null.parent.chmod(0o711)  # whatever the agent's umask: the init is no user that owns it
     os.mknod(null, stat.S_IFCHR | 0o600, _NULL)
     null.chmod(0o666)
-    # The whole file system, not only this mount of it: that cannot be undone where it is mounted anew.
+    # The whole file system, not only this mount of it: that cannot be undone where it is mounted again.
     libc.mount("", _PLACE, "", mounts.MS_REMOUNT | mounts.MS_RDONLY | mounts.MS_NOSUID, "")
     os.chdir(_PLACE)
     # pivot_root(".", ".") puts the old root on top of the new one, from where it is let go (pivot_root(2)).

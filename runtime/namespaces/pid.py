@@ -148,7 +148,7 @@ def _holder_in(answer: bytes) -> int:
 
 
 def pin_holder(folder: SandboxFolder, pid: int) -> ProcessName:
-    """Pin the PID namespace held by ``pid``, a child of ours, and name that process for good."""
+    """Pin the PID namespace held by ``pid``, a child of ours, and name that process by pid and start time."""
     started = processes.start_time(pid)
     if started is None:
         raise PodkeelError(f"the init of the pod's PID namespace (pid {pid}) ended at once")
@@ -206,7 +206,7 @@ def _in_pinned(pid: int, folder: SandboxFolder) -> bool:
 
 
 def _marked(pid: int, folder: SandboxFolder, sandbox_id: str) -> bool:
-    """Whether a process bears the pod's mark, which only root can read. Asked last, as most have another name."""
+    """Whether a process has the pod's mark, which only root can read. Asked last, as most have another name."""
     name = procfs.command_line(pid, _TITLE_BYTES)[0].rpartition(b"/")[2]
     if name != _title(sandbox_id).encode():
         return False

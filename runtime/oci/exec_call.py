@@ -99,7 +99,7 @@ class _Strays:
         with contextlib.suppress(ChildProcessError):
             while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 if dead.si_pid in self.awaited or not _is_in_inner_pid_namespace(dead.si_pid):
-                    return  # somebody collects it; what is behind it is left to host.subreaper
+                    return  # its parent collects it; what is behind it is left to host.subreaper
                 os.waitid(os.P_PID, dead.si_pid, os.WEXITED | os.WNOHANG)
 
 

@@ -1,6 +1,6 @@
 """A program's copy in sealed memory, which crun runs as it is instead of copying itself first.
 
-So that a container cannot overwrite the node's crun through /proc/self/exe, crun starts anew from a protected copy each
+So that a container cannot overwrite the node's crun through /proc/self/exe, crun restarts from a protected copy each
 time it is called, unless it finds itself in a memory file sealed against writing: see memfd_create(2), F_ADD_SEALS.
 """
 
@@ -30,7 +30,7 @@ class SealedProgram:
     def path(self) -> str:
         """The path to execute.
 
-        Raises OSError: the original is gone, or cannot be copied here, or (ETXTBSY) somebody has the copy open for
+        Raises OSError: the original is gone, or cannot be copied here, or (ETXTBSY) a process has the copy open for
         writing. A container can do that with what it saw of a runtime inside of it: nothing can be written, but while
         it is open the kernel does not execute it.
         """

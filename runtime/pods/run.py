@@ -193,7 +193,7 @@ class PodManager:
         """Give back network, then namespaces, then the cgroup; each step may be repeated after a crash."""
         self._node.meters.forget(sandbox.id)
         async with operation.stage("network"):
-            await sandbox.dismiss_visitors()
+            await sandbox.end_port_forwards()
             if not sandbox.host_network:
                 await self._node.network.detach(sandbox.id)
         async with operation.stage("namespaces"):

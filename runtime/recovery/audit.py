@@ -122,7 +122,7 @@ class Audit:
         await self.network.repair(self.known().live_sandboxes)
 
     def _unknown(self) -> tuple[set[str], set[str]]:
-        return garbage.strangers(self.layout, self.monitors, self.own_parents(), self.known())
+        return garbage.unknown_ids(self.layout, self.monitors, self.own_parents(), self.known())
 
     async def drop_leftovers(self, known: Known) -> None:
         """Remove what belongs to nothing that is ``known``; what cannot be removed keeps nothing else from it."""

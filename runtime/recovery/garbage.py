@@ -51,13 +51,13 @@ class AllBut(Collection[str]):
         return wanted not in self._excepted
 
     def __iter__(self) -> Iterator[str]:
-        raise TypeError("nobody can name every id")
+        raise TypeError("the ids cannot be listed")
 
     def __len__(self) -> int:
-        raise TypeError("nobody can count every id")
+        raise TypeError("the ids cannot be counted")
 
 
-def strangers(
+def unknown_ids(
     layout: Layout, monitors: Monitors, parents: Mapping[str, str], known: Known
 ) -> tuple[set[str], set[str]]:
     """Ids of sandboxes and of containers that left something in folders, cgroups or processes and are not ``known``.

@@ -1,6 +1,6 @@
 """Container Device Interface: devices that vendors describe in files, each with the edits of a container's spec.
 
-Follows the CDI specification up to 1.0; network devices and Intel RDT settings are refused, not passed over.
+Follows the CDI specification up to 1.0; network devices and Intel RDT settings are refused, not ignored.
 """
 
 from __future__ import annotations

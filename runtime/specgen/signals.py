@@ -29,7 +29,7 @@ TERMINATE = StopSignal("SIGTERM", signal.SIGTERM)
 def stop_signal(config: cri_pb2.ContainerConfig, image_signal: str) -> StopSignal:
     """The configuration's, else the image's, else SIGTERM.
 
-    A name in the image that is no signal is logged and passed over: an image must not make its container unstoppable.
+    A name in the image that is no signal is logged and ignored: an image must not make its container unstoppable.
     """
     if config.stop_signal != cri_pb2.Signal.SIGNAL_RUNTIME_DEFAULT:
         known = cri_pb2.Signal.DESCRIPTOR.values_by_number.get(config.stop_signal)

@@ -31,7 +31,7 @@ class Subscription:
             return
         if len(self._queue) >= QUEUE_LIMIT or self._bytes + len(event) > QUEUE_BYTES:
             self.overflowed = True
-            self._queue.clear()  # whoever lost one event lists everything anew
+            self._queue.clear()  # a subscriber that lost an event must list everything again
         else:
             self._queue.append(event)
             self._bytes += len(event)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
 
-# Below the cgroup that bears the id lies at most the one that crun makes in a scope.
+# Below the cgroup with the id there is at most the one that crun makes in a scope.
 _DEPTH = 2
 
 
@@ -26,7 +26,7 @@ def check_container(container: Container) -> None:
 
 
 def _names_own(path: str, object_id: str) -> bool:
-    """Whether a cgroup or slice bears the id in its last parts, and no part leads elsewhere."""
+    """Whether a cgroup or slice has the id in its last parts, and no part leads elsewhere."""
     parts = path.lstrip("/").split("/")
     return ".." not in parts and any(object_id in part for part in parts[-_DEPTH:])
 

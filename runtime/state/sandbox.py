@@ -52,8 +52,8 @@ class SandboxRecord(msgspec.Struct):
 class Sandbox:
     """A sandbox in memory.
 
-    ``lock`` serialises what changes it; while it is ``closing`` it takes no new containers. ``visitors`` are tasks with
-    sockets in its network, which would keep that alive: they are cancelled before it is taken down.
+    ``lock`` serialises what changes it; while it is ``closing`` it takes no new containers. ``port_forwards`` are tasks
+    with sockets in its network, which would keep that alive: they are cancelled before it is taken down.
     """
 
     id: str
@@ -62,24 +62,24 @@ class Sandbox:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     holder_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     closing: bool = False
-    visitors: set[asyncio.Task[object]] = field(default_factory=set)
+    port_forwards: set[asyncio.Task[object]] = field(default_factory=set)
     operations: list[Operation] = field(default_factory=list)
     list_item: bytes | None = None
     statistics: object | None = None
 
-    def admit_visitor(self) -> None:
-        """Make the calling task one of the ``visitors`` until it ends."""
+    def add_port_forward(self) -> None:
+        """Make the calling task one of the ``port_forwards`` until it ends."""
         task = asyncio.current_task()
         if task is not None:
-            self.visitors.add(task)
-            task.add_done_callback(self.visitors.discard)
+            self.port_forwards.add(task)
+            task.add_done_callback(self.port_forwards.discard)
 
-    async def dismiss_visitors(self) -> None:
+    async def end_port_forwards(self) -> None:
         """Cancel them and wait for their end."""
-        if visitors := list(self.visitors):
-            for task in visitors:
+        if port_forwards := list(self.port_forwards):
+            for task in port_forwards:
                 task.cancel()
-            await asyncio.wait(visitors)
+            await asyncio.wait(port_forwards)
 
     @property
     def title(self) -> str:

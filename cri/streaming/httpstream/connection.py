@@ -1,4 +1,4 @@
-"""One accepted connection: bytes to whoever speaks on it, back-pressure both ways, and its end."""
+"""One accepted connection: bytes to the protocol on it, back-pressure both ways, and its end."""
 
 from __future__ import annotations
 

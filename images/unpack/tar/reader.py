@@ -78,7 +78,7 @@ class Stream:
         return data
 
     def block(self, skipped: int) -> bytes:
-        """The block after ``skipped`` bytes; empty, and nothing is passed over, unless all of it has been read."""
+        """The block after ``skipped`` bytes; empty, and nothing is skipped, unless all of it has been read."""
         start = self._position + skipped
         end = start + BLOCK
         if end > len(self._buffer):

@@ -50,7 +50,7 @@ def masked_and_readonly_paths(config: cri_pb2.ContainerConfig) -> tuple[list[str
 def apparmor_profile(context: cri_pb2.LinuxContainerSecurityContext, node: NodeFacts, *, default: str) -> str:
     """The name of the AppArmor profile to confine the process with, or empty; the new field goes before the old string.
 
-    ``default`` is the node's own profile, used for RuntimeDefault and where nothing is said; it is passed over where
+    ``default`` is the node's own profile, used for RuntimeDefault and where nothing is said; it is skipped where
     the host has no AppArmor. Raises InvalidArgumentError for a profile of the host's that is not loaded.
     """
     if context.privileged:

@@ -22,7 +22,7 @@ def relabel_all(
     """Give files their labels, following no link; blocks as long as the trees are large. Returns how many changed.
 
     Their paths must be resolved: one with a symbolic link in it is refused. What has its label already is left alone,
-    what goes away meanwhile is passed over, and a file system that keeps no labels (as NFS) has one for all its files,
+    what goes away meanwhile is skipped, and a file system that keeps no labels (as NFS) has one for all its files,
     given when it is mounted. ``check`` is called before each file and may raise.
     Raises InvalidArgumentError for what cannot be labelled otherwise.
     """

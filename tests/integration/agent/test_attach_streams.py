@@ -154,9 +154,7 @@ async def test_a_client_that_does_not_read_stops_neither_container_nor_log_nor_o
             web.reading.set()
             message = (await web.status())["message"]
             got = web.size
-        assert message.startswith(
-            "Internal error occurred: error attaching: the client did not take what the container"
-        )
+        assert message.startswith("Internal error occurred: error attaching: the client did not read the container's")
         assert got < size
         await web.close()
 

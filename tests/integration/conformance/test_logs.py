@@ -119,7 +119,7 @@ def test_another_file_in_the_place_of_the_log_is_not_overwritten(pod: Pod) -> No
     wait_for(lambda: path.stat().st_size > 0, what="a line")
     rotated = path.rename(path.with_suffix(".1"))
     path.write_text("not ours\n")
-    with refused(grpc.StatusCode.FAILED_PRECONDITION, "another file by now, with 9 bytes"):
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, "another file now, with 9 bytes"):
         reopen(pod, container_id)
     size = rotated.stat().st_size
     wait_for(lambda: rotated.stat().st_size > size, what="further lines in the old log")

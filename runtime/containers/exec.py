@@ -110,7 +110,7 @@ class Execution:
             terminal=terminal,
             directory=directory,
             oom_score_adj=process.oom_score_adj,
-            held_at=container.record.init.pid if late and container.record.init is not None else None,
+            held_at=node.layout.container(container.id).rootfs if late else None,
         )
 
     def _decided_score(self, container: Container) -> int:

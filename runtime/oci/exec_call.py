@@ -114,7 +114,7 @@ class ExecCall:
     ``program`` is what the process executes, for errors. ``folder`` is the container's bundle; ``pids`` lists the
     processes of the container's cgroup. ``directory`` is opened when the call is launched, for a ``process`` whose
     working directory is DIRECTORY_BY_DESCRIPTOR. ``oom_score_adj`` is that of the process; None for the agent's own.
-    ``held_at`` is the first process of a container in which the process is held until its terminal has a size.
+    ``held_at`` is the root file system of a container in which the process is held until its terminal has a size.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class ExecCall:
         terminal: bool = False,
         directory: WorkingDirectory | None = None,
         oom_score_adj: int | None = None,
-        held_at: int | None = None,
+        held_at: Path | None = None,
     ) -> None:
         self._runtime = runtime
         self._held_at = held_at

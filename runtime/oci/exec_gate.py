@@ -19,10 +19,11 @@ from host.concurrency.threads import in_fresh_thread
 from host.files import procfs
 
 _FAN_CLOEXEC, _FAN_NONBLOCK, _FAN_CLASS_CONTENT = 0x1, 0x2, 0x4
-_FAN_MARK_ADD, _FAN_MARK_MOUNT = 0x1, 0x10
+_FAN_MARK_ADD, _FAN_MARK_FILESYSTEM = 0x1, 0x100
 _FAN_OPEN_EXEC_PERM = 0x40000
 _FAN_ALLOW = 1
 _AT_FDCWD = -100
+_LARGE_FILES = 0o100000  # O_LARGEFILE, which os has as 0; without it, what has 2 GiB and more is not executed
 _EVENT = struct.Struct("=IBBHQii")  # length, version, reserved, length of this part, mask, descriptor, pid
 _ANSWER = struct.Struct("=iI")
 _MOST_SECONDS = 2.0
@@ -32,16 +33,18 @@ _libc.fanotify_mark.argtypes = (ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ct
 
 
 class ExecGate:
-    """Asks about programs executed from the root file system of process ``init``, until ``hold`` is over or ``close``.
+    """Asks about programs executed from the root file system ``rootfs``, until ``hold`` is over or ``close``.
 
-    Where the kernel does not allow that nothing is held. Whoever waits when the agent dies goes on.
+    ``rootfs`` is where the agent has mounted it, not the root of a process: that may be one of the node's folders, or
+    a volume whose server does not answer. Where the kernel does not allow that nothing is held. Whoever waits when the
+    agent dies goes on.
     """
 
-    def __init__(self, init: int) -> None:
+    def __init__(self, rootfs: Path) -> None:
         self._group = -1
         with contextlib.suppress(OSError):
-            if not Path(f"/proc/{init}/ns/mnt").samefile("/proc/self/ns/mnt"):
-                self._group = _watch(f"/proc/{init}/root")
+            if rootfs.stat().st_dev != rootfs.parent.stat().st_dev:  # else nothing is mounted there
+                self._group = _watch(rootfs)
 
     async def hold(self, runtime: int, socket: int) -> None:
         """Let all but children of process ``runtime`` go, and these once ``socket`` is readable or it ended."""
@@ -58,12 +61,13 @@ class ExecGate:
             os.close(group)
 
 
-def _watch(mount: str) -> int:
-    group = int(_libc.fanotify_init(_FAN_CLASS_CONTENT | _FAN_CLOEXEC | _FAN_NONBLOCK, os.O_RDONLY | os.O_CLOEXEC))
+def _watch(rootfs: Path) -> int:
+    files = os.O_RDONLY | os.O_CLOEXEC | _LARGE_FILES
+    group = int(_libc.fanotify_init(_FAN_CLASS_CONTENT | _FAN_CLOEXEC | _FAN_NONBLOCK, files))
     if group < 0:
         raise OSError(ctypes.get_errno(), "fanotify_init")
-    flags = _FAN_MARK_ADD | _FAN_MARK_MOUNT
-    if _libc.fanotify_mark(group, flags, _FAN_OPEN_EXEC_PERM, _AT_FDCWD, mount.encode()) < 0:
+    flags = _FAN_MARK_ADD | _FAN_MARK_FILESYSTEM
+    if _libc.fanotify_mark(group, flags, _FAN_OPEN_EXEC_PERM, _AT_FDCWD, os.fsencode(rootfs)) < 0:
         os.close(group)
         raise OSError(ctypes.get_errno(), "fanotify_mark")
     return group

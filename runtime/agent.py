@@ -42,7 +42,10 @@ from runtime.oci.conmon import Monitors
 from runtime.oci.handlers import Handlers
 from runtime.oci.mask_device import MaskDevice
 from runtime.options import RuntimeOptions
+from runtime.pods.remove import PodRemove
+from runtime.pods.resources import PodResources
 from runtime.pods.run import PodManager
+from runtime.pods.stop import PodStop
 from runtime.recovery.audit import Audit
 from runtime.recovery.kept_rows import KeptRows, put_back_all
 from runtime.recovery.lost_store import LostStore, settle_store
@@ -82,6 +85,9 @@ class Agent:
     network: NodeNetwork
     images: Images
     pods: PodManager
+    pod_stops: PodStop
+    pod_removals: PodRemove
+    pod_resources: PodResources
     containers: ContainerManager
     exits: ContainerExit
     stops: ContainerStop
@@ -189,8 +195,12 @@ class Agent:
         self.stops = ContainerStop(node, self.exits)
         self.starts = ContainerStart(node, self.exits, self.stops)
         self.containers = ContainerManager(node, container_registrar(), self.exits, self.stops)
-        self.pods = PodManager(node, pod_registrar(), self.containers)
-        node.network.when_given_back(self.pods.network_given_back)
+        names = pod_registrar()
+        self.pod_stops = PodStop(node, names, self.containers)
+        self.pod_removals = PodRemove(node, self.containers, self.pod_stops)
+        self.pod_resources = PodResources(node)
+        self.pods = PodManager(node, names, self.pod_stops)
+        node.network.when_given_back(self.pod_stops.network_given_back)
         self.execution = Execution(node)
         self.statistics = Statistics(node.state, node.cgroups, node.meters, node.snapshots, node.layout)
         self._prepare_recovery(node)
@@ -222,6 +232,8 @@ class Agent:
             cgroups=node.cgroups,
             network=node.network,
             pods=self.pods,
+            pod_stops=self.pod_stops,
+            pod_removals=self.pod_removals,
             containers=self.containers,
             exits=self.exits,
         )

@@ -25,8 +25,8 @@ async def reset(
     if layout.data.exists() or layout.run.exists():
         async with Agent(runtime, network, images, LostStore.START_OVER) as agent:
             for sandbox in list(agent.state.visible_sandboxes()):
-                given_up += await agent.pods.force_remove(sandbox.id) if force else []
-                await agent.pods.remove(sandbox.id)
+                given_up += await agent.pod_removals.force_remove(sandbox.id) if force else []
+                await agent.pod_removals.remove(sandbox.id)
             given_up += await agent.network.destroy(force=force)
             await agent.cgroups.remove_base(runtime.cgroup_parent)
     for folder in (layout.run, layout.data):

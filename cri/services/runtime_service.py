@@ -97,12 +97,12 @@ class RuntimeService(StatsCalls):
 
     async def stop_pod_sandbox(self, request: cri_pb2.StopPodSandboxRequest) -> cri_pb2.StopPodSandboxResponse:
         """Stop a sandbox; idempotent."""
-        await self._agent.pods.stop(request.pod_sandbox_id)
+        await self._agent.pod_stops.stop(request.pod_sandbox_id)
         return cri_pb2.StopPodSandboxResponse()
 
     async def remove_pod_sandbox(self, request: cri_pb2.RemovePodSandboxRequest) -> cri_pb2.RemovePodSandboxResponse:
         """Remove a sandbox; idempotent."""
-        await self._agent.pods.remove(request.pod_sandbox_id)
+        await self._agent.pod_removals.remove(request.pod_sandbox_id)
         return cri_pb2.RemovePodSandboxResponse()
 
     async def pod_sandbox_status(self, request: cri_pb2.PodSandboxStatusRequest) -> cri_pb2.PodSandboxStatusResponse:
@@ -133,7 +133,7 @@ class RuntimeService(StatsCalls):
         """Record the pod's resources."""
         resources = request.resources if request.HasField("resources") else None
         overhead = request.overhead if request.HasField("overhead") else None
-        await self._agent.pods.update_resources(request.pod_sandbox_id, resources, overhead)
+        await self._agent.pod_resources.update_resources(request.pod_sandbox_id, resources, overhead)
         return cri_pb2.UpdatePodSandboxResourcesResponse()
 
     async def create_container(self, request: cri_pb2.CreateContainerRequest) -> cri_pb2.CreateContainerResponse:

@@ -1,27 +1,24 @@
-"""Pod sandboxes: making, stopping and removing them."""
+"""Making pod sandboxes."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import time
 from dataclasses import replace
 from functools import partial
 
-from host.concurrency.tasks import wait_out
 from host.concurrency.threads import in_fresh_thread, in_thread
 from host.concurrency.undo import Undo
 from host.errors import PodkeelError, UnsupportedError
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
-from runtime.containers.create import ContainerManager
-from runtime.namespaces.pid import end_holder
-from runtime.namespaces.pinned import NamespacePlan, drop_namespaces, make_namespaces, set_link_sysctls
+from runtime.namespaces.pinned import NamespacePlan, make_namespaces, set_link_sysctls
 from runtime.node import Node
 from runtime.oci.oci_runtime import OciRuntime
 from runtime.pods.network import attach_request
 from runtime.pods.pod_files import write_pod_files
+from runtime.pods.stop import PodStop
 from runtime.specgen.namespaces import user_mappings
 from runtime.specgen.security.node_selinux import free_level
 from runtime.specgen.security.selinux import selinux_labels
@@ -36,13 +33,13 @@ _log = logging.getLogger("podkeel.pods")
 
 
 class PodManager:
-    """What the CRI's sandbox calls do."""
+    """Makes sandboxes."""
 
-    def __init__(self, node: Node, names: PodRegistrar, containers: ContainerManager) -> None:
+    def __init__(self, node: Node, names: PodRegistrar, stops: PodStop) -> None:
         self._node = node
         self._state = node.state
         self._names = names
-        self._containers = containers
+        self._stops = stops
         self._io_weights = True
 
     def adopt(self, sandbox: Sandbox) -> None:
@@ -76,7 +73,7 @@ class PodManager:
         sandbox.operations.append(operation)
         plan = self._namespace_plan(sandbox)
         async with Undo(sandbox.title) as undo:
-            undo.push("the sandbox", partial(self._discard, sandbox))
+            undo.push("the sandbox", partial(self._stops.discard, sandbox))
             async with operation.stage("reserve"):
                 plan = replace(plan, mount_label=self._label(sandbox))
                 await self._state.add(sandbox)
@@ -162,173 +159,6 @@ class PodManager:
             if self._io_weights:
                 _log.warning("io_weight: cannot be set, pods run without it: %s", error)
             self._io_weights = False
-
-    async def stop(self, sandbox_id: str) -> None:
-        """Kill what runs in a sandbox and give back its network and namespaces. Repeatable; unknown ids are fine."""
-        sandbox = self._state.sandboxes.find(sandbox_id) if sandbox_id else None
-        if sandbox is None or not sandbox.visible:
-            return
-        sandbox.closing = True
-        await self._containers.abort_making(sandbox)
-        async with sandbox.lock:
-            if not sandbox.visible or sandbox.record.torn_down:
-                return
-            operation = sandbox.begin("StopPodSandbox")
-            async with operation.stage("containers"):
-                await self._containers.stop_all(sandbox)
-            async with self._node.hooks.passing():
-                await self._node.hooks.stop_sandbox(sandbox, operation)
-            async with operation.stage("commit"):
-                await self._state.move(sandbox, SandboxState.NOT_READY)
-            await self._tear_down(sandbox, operation)
-        self._state.publish(cri_pb2.CONTAINER_STOPPED_EVENT, sandbox)
-        _log.info("%s: stopped", sandbox.title, extra=of_sandbox(sandbox, operation))
-
-    async def finish_stop(self, sandbox: Sandbox) -> None:
-        """Carry a stop that was written down to its end."""
-        sandbox.closing = True
-        await self._tear_down(sandbox, sandbox.begin("StopPodSandbox"))
-
-    async def _tear_down(self, sandbox: Sandbox, operation: Operation) -> None:
-        """Give back network, then namespaces, then the cgroup; each step may be repeated after a crash."""
-        self._node.meters.forget(sandbox.id)
-        async with operation.stage("network"):
-            await sandbox.end_port_forwards()
-            if not sandbox.host_network:
-                await self._node.network.detach(sandbox.id)
-        async with operation.stage("namespaces"):
-            await self._drop(sandbox)
-        async with operation.stage("torn_down"):
-            sandbox.record.torn_down = True
-            await self._state.save(sandbox)
-
-    async def _drop(self, sandbox: Sandbox) -> None:
-        if sandbox.record.owns_cgroup_parent:
-            await self._node.cgroups.end_parent(sandbox.record.cgroup_parent)
-        await in_thread(self._drop_files, sandbox)
-
-    def _drop_files(self, sandbox: Sandbox) -> None:
-        folder = self._node.layout.sandbox(sandbox.id)
-        if sandbox.record.boot_id == self._state.boot_id:
-            end_holder(sandbox.record.pid_holder, folder, sandbox.id)
-        drop_namespaces(folder)
-        if sandbox.record.owns_cgroup_parent:
-            self._node.cgroups.remove(self._node.cgroups.parent_path(sandbox.record.cgroup_parent))
-
-    async def remove(self, sandbox_id: str) -> None:
-        """Stop and remove a sandbox with all its containers. Unknown ids are fine."""
-        sandbox = self._state.sandboxes.find(sandbox_id) if sandbox_id else None
-        if sandbox is None or sandbox.record.state is SandboxState.MAKING:
-            return
-        await self.stop(sandbox.id)
-        async with sandbox.lock:
-            if sandbox.id not in self._state.sandboxes:
-                return  # another call was faster
-            operation = sandbox.begin("RemovePodSandbox")
-            async with operation.stage("containers"):
-                await self._containers.remove_all(sandbox)
-            # Once it is written down no client sees it, so none would ask again: it is carried on without this one.
-            await wait_out(asyncio.ensure_future(self.finish_removal(sandbox, operation)))
-
-    async def force_remove(self, sandbox_id: str) -> list[str]:
-        """Remove a sandbox also where its CNI network cannot be given back; returns what was given up.
-
-        One that never came to be and waits for its network is found too. Raises NotFoundError or InvalidArgumentError
-        for an id that names no sandbox.
-        """
-        sandbox = self._state.sandboxes.get(sandbox_id)
-        try:
-            await self.remove(sandbox.id)
-        except (PodkeelError, OSError) as error:
-            given_up = await self._give_up_network(sandbox, str(error))
-            if not given_up:
-                raise
-        else:
-            given_up = await self._give_up_network(sandbox, "it waits for its network")
-        if given_up:
-            await self.network_given_back(sandbox.id)
-            await self.remove(sandbox.id)
-        return given_up
-
-    async def _give_up_network(self, sandbox: Sandbox, why: str) -> list[str]:
-        sentence = await self._node.network.give_up(sandbox.id)
-        if sentence is None:
-            return []
-        _log.error("%s: %s (%s)", sandbox.title, sentence, why)
-        return [sentence]
-
-    async def finish_removal(self, sandbox: Sandbox, operation: Operation | None = None) -> None:
-        """Write a removal down, if it is not yet, and carry it to its end.
-
-        A sandbox for which that fails is listed as stopped, so that its client tries again.
-        """
-        operation = operation or sandbox.begin("RemovePodSandbox")
-        try:
-            if sandbox.record.state is not SandboxState.REMOVING:
-                async with self._node.hooks.passing():
-                    await self._node.hooks.remove_sandbox(sandbox, operation)
-                    async with operation.stage("intent"):
-                        await self._state.move(sandbox, SandboxState.REMOVING)
-            if not sandbox.record.torn_down:
-                await self._tear_down(sandbox, operation)
-            async with operation.stage("forget"):
-                await self._state.delete(sandbox)
-        except (PodkeelError, OSError):
-            self._state.take_back(sandbox)
-            raise
-        self._state.publish(cri_pb2.CONTAINER_DELETED_EVENT, sandbox)
-        self._forget(sandbox)
-        _log.info("%s: removed", sandbox.title, extra=of_sandbox(sandbox, operation))
-
-    async def _discard(self, sandbox: Sandbox) -> None:
-        """Undo everything of a sandbox that did not come to be."""
-        async with sandbox.lock:
-            if sandbox.id not in self._state.sandboxes:
-                return
-            await self._node.network.detach(sandbox.id)
-            await self._drop(sandbox)
-            await self._state.delete(sandbox)
-            self._forget(sandbox)
-
-    async def network_given_back(self, sandbox_id: str) -> None:
-        """Carry on with a sandbox whose network could not be given back when it was stopped or undone."""
-        if sandbox_id not in self._state.sandboxes:
-            return
-        sandbox = self._state.sandboxes.get(sandbox_id)
-        if sandbox.record.state is SandboxState.MAKING:
-            await self._discard(sandbox)
-            return
-        async with sandbox.lock:
-            if sandbox.record.state is SandboxState.NOT_READY and not sandbox.record.torn_down:
-                await self.finish_stop(sandbox)
-                self._state.publish(cri_pb2.CONTAINER_STOPPED_EVENT, sandbox)
-
-    async def undo_half_made(self, sandbox: Sandbox) -> None:
-        """Undo a sandbox whose making was cut short by the agent's death."""
-        await self._discard(sandbox)
-
-    def _forget(self, sandbox: Sandbox) -> None:
-        self._names.release(sandbox)
-        self._state.forget(sandbox)
-        self._node.hooks.forget(sandbox.id)
-        self._node.meters.forget(sandbox.id)
-
-    async def update_resources(
-        self,
-        sandbox_id: str,
-        resources: cri_pb2.LinuxContainerResources | None,
-        overhead: cri_pb2.LinuxContainerResources | None,
-    ) -> None:
-        """Record what the pod as a whole may use (KEP-1287); its cgroup is the client's. Raises NotFoundError."""
-        sandbox, hooks = self._state.get_sandbox(sandbox_id), self._node.hooks
-        async with sandbox.lock, hooks.passing():
-            await hooks.update_sandbox(sandbox, overhead, resources)
-            if resources is not None:
-                sandbox.record.resources = resources.SerializeToString()
-            if overhead is not None:
-                sandbox.record.overhead = overhead.SerializeToString()
-            await self._state.save(sandbox)
-            await hooks.updated_sandbox(sandbox)
 
     async def close(self) -> None:
         """Undo what is in the making; for the agent's end."""

@@ -23,7 +23,9 @@ from runtime.oci import exec_call
 from runtime.oci.conmon import Monitors
 from runtime.oci.handlers import Handlers
 from runtime.pods.network import attach_request
+from runtime.pods.remove import PodRemove
 from runtime.pods.run import PodManager
+from runtime.pods.stop import PodStop
 from runtime.recovery import garbage, recorded_processes
 from runtime.recovery.audit import Audit
 from runtime.state.container import Container, ContainerState
@@ -49,6 +51,8 @@ class Recovery:
     cgroups: CgroupTree
     network: NodeNetwork
     pods: PodManager
+    pod_stops: PodStop
+    pod_removals: PodRemove
     containers: ContainerManager
     exits: ContainerExit
 
@@ -145,17 +149,17 @@ class Recovery:
         if record.state is SandboxState.MAKING:
             self.audit.findings["sandbox half made"] += 1
             _log.info("%s: creation was interrupted: undoing it", sandbox.title)
-            await self.pods.undo_half_made(sandbox)
+            await self.pod_stops.discard(sandbox)
         elif record.state is SandboxState.REMOVING:
             self.audit.findings["sandbox half removed"] += 1
             _log.info("%s: removal was interrupted: finishing it", sandbox.title)
-            await self.pods.finish_removal(sandbox)
+            await self.pod_removals.finish_removal(sandbox)
         elif record.state is SandboxState.READY and not self._still_there(sandbox):
             self.audit.findings["sandbox without namespaces"] += 1
             _log.warning("%s: namespaces lost: not ready any more", sandbox.title)
-            await self.pods.stop(sandbox.id)
+            await self.pod_stops.stop(sandbox.id)
         elif record.state is SandboxState.NOT_READY and not record.torn_down:
-            await self.pods.finish_stop(sandbox)
+            await self.pod_stops.finish_stop(sandbox)
 
     async def _restore_networks(self) -> None:
         """Give ready pods the connection back that the store has lost; those for which that fails are stopped."""
@@ -172,7 +176,7 @@ class Recovery:
         self.audit.findings["sandbox without network"] += len(lost)
         for sandbox in without():
             _log.warning("%s: network lost: not ready any more", sandbox.title)
-            await self.audit.guarded(sandbox.title, self.pods.stop(sandbox.id))
+            await self.audit.guarded(sandbox.title, self.pod_stops.stop(sandbox.id))
 
     def _still_there(self, sandbox: Sandbox) -> bool:
         if sandbox.record.boot_id != self.state.boot_id:

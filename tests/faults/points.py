@@ -11,10 +11,10 @@ _ROOT = Path(__file__).parents[2]
 # Which operations go through a function that has stages.
 _OPERATIONS = {
     ("runtime/pods/run.py", "_make"): ("RunPodSandbox",),
-    ("runtime/pods/run.py", "stop"): ("StopPodSandbox",),
-    ("runtime/pods/run.py", "_tear_down"): ("StopPodSandbox",),
-    ("runtime/pods/run.py", "remove"): ("RemovePodSandbox",),
-    ("runtime/pods/run.py", "finish_removal"): ("RemovePodSandbox",),
+    ("runtime/pods/stop.py", "stop"): ("StopPodSandbox",),
+    ("runtime/pods/stop.py", "tear_down"): ("StopPodSandbox",),
+    ("runtime/pods/remove.py", "remove"): ("RemovePodSandbox",),
+    ("runtime/pods/remove.py", "finish_removal"): ("RemovePodSandbox",),
     ("runtime/containers/create.py", "_make"): ("CreateContainer",),
     ("runtime/containers/create.py", "_work_on_spec"): ("CreateContainer",),
     ("runtime/containers/create.py", "finish_removal"): ("RemoveContainer",),

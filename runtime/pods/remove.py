@@ -1,0 +1,93 @@
+"""Removing pod sandboxes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from host.concurrency.tasks import wait_out
+from host.errors import PodkeelError
+from host.stages import Operation
+from proto.runtime.v1 import cri_pb2
+from runtime.containers.create import ContainerManager
+from runtime.node import Node
+from runtime.pods.stop import PodStop
+from runtime.state.sandbox import Sandbox, SandboxState
+from runtime.state.transitions import of_sandbox
+
+_log = logging.getLogger("podkeel.pods")
+
+
+class PodRemove:
+    """Removes sandboxes with their containers."""
+
+    def __init__(self, node: Node, containers: ContainerManager, stops: PodStop) -> None:
+        self._node = node
+        self._state = node.state
+        self._containers = containers
+        self._stops = stops
+
+    async def remove(self, sandbox_id: str) -> None:
+        """Stop and remove a sandbox with all its containers. Unknown ids are fine."""
+        sandbox = self._state.sandboxes.find(sandbox_id) if sandbox_id else None
+        if sandbox is None or sandbox.record.state is SandboxState.MAKING:
+            return
+        await self._stops.stop(sandbox.id)
+        async with sandbox.lock:
+            if sandbox.id not in self._state.sandboxes:
+                return  # another call was faster
+            operation = sandbox.begin("RemovePodSandbox")
+            async with operation.stage("containers"):
+                await self._containers.remove_all(sandbox)
+            # Once it is written down no client sees it, so none would ask again: it is carried on without this one.
+            await wait_out(asyncio.ensure_future(self.finish_removal(sandbox, operation)))
+
+    async def force_remove(self, sandbox_id: str) -> list[str]:
+        """Remove a sandbox also where its CNI network cannot be given back; returns what was given up.
+
+        One that never came to be and waits for its network is found too. Raises NotFoundError or InvalidArgumentError
+        for an id that names no sandbox.
+        """
+        sandbox = self._state.sandboxes.get(sandbox_id)
+        try:
+            await self.remove(sandbox.id)
+        except (PodkeelError, OSError) as error:
+            given_up = await self._give_up_network(sandbox, str(error))
+            if not given_up:
+                raise
+        else:
+            given_up = await self._give_up_network(sandbox, "it waits for its network")
+        if given_up:
+            await self._stops.network_given_back(sandbox.id)
+            await self.remove(sandbox.id)
+        return given_up
+
+    async def _give_up_network(self, sandbox: Sandbox, why: str) -> list[str]:
+        sentence = await self._node.network.give_up(sandbox.id)
+        if sentence is None:
+            return []
+        _log.error("%s: %s (%s)", sandbox.title, sentence, why)
+        return [sentence]
+
+    async def finish_removal(self, sandbox: Sandbox, operation: Operation | None = None) -> None:
+        """Write a removal down, if it is not yet, and carry it to its end.
+
+        A sandbox for which that fails is listed as stopped, so that its client tries again.
+        """
+        operation = operation or sandbox.begin("RemovePodSandbox")
+        try:
+            if sandbox.record.state is not SandboxState.REMOVING:
+                async with self._node.hooks.passing():
+                    await self._node.hooks.remove_sandbox(sandbox, operation)
+                    async with operation.stage("intent"):
+                        await self._state.move(sandbox, SandboxState.REMOVING)
+            if not sandbox.record.torn_down:
+                await self._stops.tear_down(sandbox, operation)
+            async with operation.stage("forget"):
+                await self._state.delete(sandbox)
+        except (PodkeelError, OSError):
+            self._state.take_back(sandbox)
+            raise
+        self._state.publish(cri_pb2.CONTAINER_DELETED_EVENT, sandbox)
+        self._stops.forget(sandbox)
+        _log.info("%s: removed", sandbox.title, extra=of_sandbox(sandbox, operation))

@@ -1,0 +1,31 @@
+"""What pods as a whole may use."""
+
+from __future__ import annotations
+
+from proto.runtime.v1 import cri_pb2
+from runtime.node import Node
+
+
+class PodResources:
+    """Records the resources of sandboxes."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._state = node.state
+
+    async def update_resources(
+        self,
+        sandbox_id: str,
+        resources: cri_pb2.LinuxContainerResources | None,
+        overhead: cri_pb2.LinuxContainerResources | None,
+    ) -> None:
+        """Record what the pod as a whole may use (KEP-1287); its cgroup is the client's. Raises NotFoundError."""
+        sandbox, hooks = self._state.get_sandbox(sandbox_id), self._node.hooks
+        async with sandbox.lock, hooks.passing():
+            await hooks.update_sandbox(sandbox, overhead, resources)
+            if resources is not None:
+                sandbox.record.resources = resources.SerializeToString()
+            if overhead is not None:
+                sandbox.record.overhead = overhead.SerializeToString()
+            await self._state.save(sandbox)
+            await hooks.updated_sandbox(sandbox)

@@ -1,0 +1,110 @@
+"""Stopping pod sandboxes, and undoing those that did not come to be."""
+
+from __future__ import annotations
+
+import logging
+
+from host.concurrency.threads import in_thread
+from host.stages import Operation
+from proto.runtime.v1 import cri_pb2
+from runtime.containers.create import ContainerManager
+from runtime.namespaces.pid import end_holder
+from runtime.namespaces.pinned import drop_namespaces
+from runtime.node import Node
+from runtime.state.registrar import PodRegistrar
+from runtime.state.sandbox import Sandbox, SandboxState
+from runtime.state.transitions import of_sandbox
+
+_log = logging.getLogger("podkeel.pods")
+
+
+class PodStop:
+    """Stops sandboxes and gives back what they hold of the node."""
+
+    def __init__(self, node: Node, names: PodRegistrar, containers: ContainerManager) -> None:
+        self._node = node
+        self._state = node.state
+        self._names = names
+        self._containers = containers
+
+    async def stop(self, sandbox_id: str) -> None:
+        """Kill what runs in a sandbox and give back its network and namespaces. Repeatable; unknown ids are fine."""
+        sandbox = self._state.sandboxes.find(sandbox_id) if sandbox_id else None
+        if sandbox is None or not sandbox.visible:
+            return
+        sandbox.closing = True
+        await self._containers.abort_making(sandbox)
+        async with sandbox.lock:
+            if not sandbox.visible or sandbox.record.torn_down:
+                return
+            operation = sandbox.begin("StopPodSandbox")
+            async with operation.stage("containers"):
+                await self._containers.stop_all(sandbox)
+            async with self._node.hooks.passing():
+                await self._node.hooks.stop_sandbox(sandbox, operation)
+            async with operation.stage("commit"):
+                await self._state.move(sandbox, SandboxState.NOT_READY)
+            await self.tear_down(sandbox, operation)
+        self._state.publish(cri_pb2.CONTAINER_STOPPED_EVENT, sandbox)
+        _log.info("%s: stopped", sandbox.title, extra=of_sandbox(sandbox, operation))
+
+    async def finish_stop(self, sandbox: Sandbox) -> None:
+        """Carry a stop that was written down to its end."""
+        sandbox.closing = True
+        await self.tear_down(sandbox, sandbox.begin("StopPodSandbox"))
+
+    async def tear_down(self, sandbox: Sandbox, operation: Operation) -> None:
+        """Give back network, then namespaces, then the cgroup; each step may be repeated after a crash."""
+        self._node.meters.forget(sandbox.id)
+        async with operation.stage("network"):
+            await sandbox.end_port_forwards()
+            if not sandbox.host_network:
+                await self._node.network.detach(sandbox.id)
+        async with operation.stage("namespaces"):
+            await self._drop(sandbox)
+        async with operation.stage("torn_down"):
+            sandbox.record.torn_down = True
+            await self._state.save(sandbox)
+
+    async def _drop(self, sandbox: Sandbox) -> None:
+        if sandbox.record.owns_cgroup_parent:
+            await self._node.cgroups.end_parent(sandbox.record.cgroup_parent)
+        await in_thread(self._drop_files, sandbox)
+
+    def _drop_files(self, sandbox: Sandbox) -> None:
+        folder = self._node.layout.sandbox(sandbox.id)
+        if sandbox.record.boot_id == self._state.boot_id:
+            end_holder(sandbox.record.pid_holder, folder, sandbox.id)
+        drop_namespaces(folder)
+        if sandbox.record.owns_cgroup_parent:
+            self._node.cgroups.remove(self._node.cgroups.parent_path(sandbox.record.cgroup_parent))
+
+    async def discard(self, sandbox: Sandbox) -> None:
+        """Undo everything of a sandbox that did not come to be."""
+        async with sandbox.lock:
+            if sandbox.id not in self._state.sandboxes:
+                return
+            await self._node.network.detach(sandbox.id)
+            await self._drop(sandbox)
+            await self._state.delete(sandbox)
+            self.forget(sandbox)
+
+    async def network_given_back(self, sandbox_id: str) -> None:
+        """Carry on with a sandbox whose network could not be given back when it was stopped or undone."""
+        if sandbox_id not in self._state.sandboxes:
+            return
+        sandbox = self._state.sandboxes.get(sandbox_id)
+        if sandbox.record.state is SandboxState.MAKING:
+            await self.discard(sandbox)
+            return
+        async with sandbox.lock:
+            if sandbox.record.state is SandboxState.NOT_READY and not sandbox.record.torn_down:
+                await self.finish_stop(sandbox)
+                self._state.publish(cri_pb2.CONTAINER_STOPPED_EVENT, sandbox)
+
+    def forget(self, sandbox: Sandbox) -> None:
+        """Forget a sandbox whose row is deleted, and free its name."""
+        self._names.release(sandbox)
+        self._state.forget(sandbox)
+        self._node.hooks.forget(sandbox.id)
+        self._node.meters.forget(sandbox.id)

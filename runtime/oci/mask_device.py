@@ -12,33 +12,63 @@ from host.files import mounts
 
 _NULL = os.makedev(1, 3)
 _LABEL = "security.selinux"
+_FLAGS = mounts.MS_NOSUID | mounts.MS_NOEXEC
+_LAYERS = ("lower", "lowest")  # without an upper layer it takes two
 
 
 class MaskDevice:
-    """The null device ``path``, on a tmpfs of its own that is mounted on its folder when an agent starts.
+    """The null device ``path``, in a file system of its own that is mounted on its folder when an agent starts.
 
-    The file system itself is read-only, so nobody in a container can change the owner or the mode of the device: a
-    mount of it that is made writable changes nothing. Containers have mounts of their own: they keep the device when
-    the folder is unmounted.
+    That is an overlay without an upper layer: unlike others it cannot be made writable, also not by a container that
+    may mount. So nobody in a container changes the owner or the mode of the device, which all of them share.
+    Containers have mounts of their own: they keep the device when the folder is unmounted.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._folder = path.parent
+        self._layers = self._folder.with_name(f"{self._folder.name}.layers")
 
     def make(self) -> None:
-        """Mount it, in place of one that a killed agent left. Blocks for a millisecond; raises OSError."""
+        """Mount it, in place of one that a killed agent left. Blocks for some milliseconds; raises OSError."""
         self.remove()
-        self._folder.mkdir(mode=0o711, exist_ok=True)
-        flags = mounts.MS_NOSUID | mounts.MS_NOEXEC
-        libc.mount("mask", str(self._folder), "tmpfs", flags, "mode=0711,size=4k,nr_inodes=4")
-        os.mknod(self._path, stat.S_IFCHR | 0o600, _NULL)
-        self._path.chmod(0o666)
+        for folder in (self._folder, self._layers):
+            folder.mkdir(mode=0o711, exist_ok=True)
+        try:
+            self._fill_layers()
+            self._mount_overlay()
+        finally:
+            self._remove_layers()  # the overlay keeps them
+
+    def _fill_layers(self) -> None:
+        libc.mount("mask", str(self._layers), "tmpfs", _FLAGS, "mode=0711,size=4k,nr_inodes=8")
+        for name in _LAYERS:
+            (self._layers / name).mkdir()
+            (self._layers / name).chmod(0o711)
+        device = self._layers / _LAYERS[0] / self._path.name
+        os.mknod(device, stat.S_IFCHR | 0o600, _NULL)
+        device.chmod(0o666)
         with contextlib.suppress(OSError):  # where there is no SELinux
-            os.setxattr(self._path, _LABEL, os.getxattr("/dev/null", _LABEL))
-        libc.mount("", str(self._folder), "", mounts.MS_REMOUNT | mounts.MS_RDONLY | flags, "")
+            os.setxattr(device, _LABEL, os.getxattr("/dev/null", _LABEL))
+
+    def _mount_overlay(self) -> None:
+        with contextlib.ExitStack() as stack:
+            names = []  # without that of the run folder, which may hold colons and commas
+            for name in _LAYERS:
+                opened = os.open(self._layers / name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, opened)
+                names.append(f"/proc/self/fd/{opened}")
+            options = "lowerdir=" + ":".join(names)
+            libc.mount("mask", str(self._folder), "overlay", _FLAGS | mounts.MS_RDONLY, options)
 
     def remove(self) -> None:
         """Unmount it; repeatable."""
         while mounts.unmount(self._folder, lazy=True):
             pass
+        self._remove_layers()
+
+    def _remove_layers(self) -> None:
+        while mounts.unmount(self._layers, lazy=True):
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            self._layers.rmdir()

@@ -6,6 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
+import grpc
 import pytest
 
 from host.files.mounts import mount_table
@@ -43,9 +44,7 @@ def test_what_hides_files_cannot_be_changed(
     config = with_python(like_kubelets("main"))
     if how == "SYS_ADMIN":
         config.linux.security_context.capabilities.add_capabilities.append("SYS_ADMIN")
-    # Who is to be taken for root on the node could make the file system writable for all containers.
-    remounts = (4096,) if how == "SYS_ADMIN" and not user_namespace else (4096, 0)
-    found = attacker(config).python(f"HIDDEN = {HIDDEN!r}\n" + CHANGES % (how == "unshared", remounts))
+    found = attacker(config).python(f"HIDDEN = {HIDDEN!r}\n" + CHANGES % (how == "unshared", (4096, 0)))
     after = Path("/dev/null").stat()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     assert after.st_mtime > 1
@@ -88,13 +87,17 @@ def test_no_container_holds_a_file_of_the_node_s_dev(
     (tmp_path / "secret").write_text("secret")
     config = like_kubelets("main")
     config.mounts.add(container_path="/volume", host_path=str(tmp_path))
-    config.linux.security_context.masked_paths.extend(["/etc/passwd", "/volume/secret", "/proc/self/environ", "/none"])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/secret").touch()
+    more = ["/etc/passwd", "/volume/secret", "/volume/folder", "/proc/self/environ", "/none", "/dev/zero", "/dev/shm"]
+    config.linux.security_context.masked_paths.extend(more)
     ours = attacker(config)
     process = init_pid(quiet_log, ours.container_id)
     wait_for(lambda: Path(f"/proc/{process}/comm").read_text() == "sleep\n", what="the runtime's last step")
     held = held_by(process)
     assert f"/proc/{process}/root{HIDDEN}" in held
     assert {path: file for path, file in held.items() if file in of_the_node()} == {}
+    assert ours.shell("ls /volume/folder; touch /volume/folder/file").startswith("touch: ")
     hidden = f"for file in {HIDDEN} /etc/passwd /volume/secret; do wc -c < $file; echo lost > $file; done"
     assert ours.shell(hidden).split() == ["0", "0", "0"]
     assert (tmp_path / "secret").read_text() == "secret"
@@ -117,3 +120,15 @@ def test_files_are_hidden_also_after_the_agent_was_killed(own_agent: AgentProces
     own_agent.stop()
     assert [entry for entry in mount_table() if entry.target == f"{own_agent.run}/mask"] == []
     own_agent.start()
+
+
+def test_what_only_the_pod_has_in_proc_is_hidden_by_no_file_of_the_node(agent: AgentProcess) -> None:
+    """crun would hide it behind the node's null device: the agent cannot look for it, so it is refused."""
+    sandbox = pod_config(agent)
+    config = like_kubelets("main")
+    path = "/proc/sys/net/ipv4/conf/eth0/forwarding"
+    assert not Path(path).exists()
+    config.linux.security_context.masked_paths.append(path)
+    with pytest.raises(grpc.RpcError, match=path) as refused:
+        agent.client.create(agent.client.run_sandbox(sandbox, "crun"), config, sandbox)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from pathlib import Path
 
+from host.errors import InvalidArgumentError
 from runtime.specgen import config as oci
 from runtime.specgen.mounts.container_paths import ContainerPaths, Place
 
 # No option: the file system of the null device is read-only itself, so the mount need not be made so by a second call.
 _OPTIONS = ["bind"]
+_OPTIONS_OF_FOLDERS = ["ro", "nosuid", "nodev", "noexec", "size=4k", "nr_inodes=1", "mode=755"]
+_NODES = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty"))
+# What differs between processes and networks; all else in /proc and /sys is the same on the node.
+_OF_CONTAINER = re.compile("/proc/([0-9]+|self|thread-self|net|sys/net)/|/sys/(class|devices/virtual)/net/")
 
 
 def mask_files(linux: oci.Linux, paths: ContainerPaths, null: Path) -> list[oci.Mount]:
     """Mounts of ``null`` over the files among the masked paths, which are taken from ``linux``.
 
-    They belong behind all other mounts, as they hide what these bring. Folders stay with the OCI runtime, which hides
-    them behind empty ones, and so does what does not exist, which it passes over. ``paths`` are the container's with
-    all mounts.
+    They belong behind all other mounts, as they hide what these bring. Folders of the image and of volumes get an empty
+    file system. The OCI runtime hides those of /proc, /sys and /dev, where nobody can put a file in their place, and
+    passes over what does not exist there. Elsewhere that is not shown to it: it may be a file by then. ``paths`` are
+    the container's with all mounts. Raises InvalidArgumentError for what only the container's own processes and
+    network would show.
     """
-    hidden: dict[str, None] = {}
+    hidden: dict[str, oci.Mount] = {}
     kept = []
+    nodes = {*_NODES, *(device.path for device in linux.devices)}
     for path in linux.masked_paths:
         place = paths.resolve(path)
-        if _is_file(place):
-            hidden[place.path] = None
-        else:
+        if _is_file(place) or place.path in nodes:
+            hidden[place.path] = oci.Mount(destination=place.path, type="bind", source=str(null), options=_OPTIONS)
+        elif place.of_kernel or place.path.startswith("/dev/"):
+            _require_same_on_node(place)
             kept.append(path)
+        elif place.is_folder:
+            hidden[place.path] = oci.Mount(
+                destination=place.path, type="tmpfs", source="tmpfs", options=_OPTIONS_OF_FOLDERS
+            )
     linux.masked_paths = kept
-    return [oci.Mount(destination=path, type="bind", source=str(null), options=_OPTIONS) for path in hidden]
+    return list(hidden.values())
+
+
+def _require_same_on_node(place: Place) -> None:
+    if _OF_CONTAINER.match(place.path) and not Path(place.path).is_dir():
+        raise InvalidArgumentError(
+            f"masked path {place.path}: the node has no such file, so it cannot be hidden: leave this path out"
+        )
 
 
 def _is_file(place: Place) -> bool:

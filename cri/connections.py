@@ -1,4 +1,4 @@
-"""Room for new clients of the CRI's socket: who has the most connections loses its oldest."""
+"""Room for new clients of the CRI's socket: the user and process with the most connections loses its oldest."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ _log = logging.getLogger("podkeel.server")
 class _Connection:
     descriptor: int
     inode: int  # grows with time, but for those of the same moment
+    user: int  # of its client
     pid: int  # of its client; 0 for one outside of this PID namespace
 
 
@@ -51,14 +52,16 @@ def _make_room(path: str, most: int) -> dict[int, tuple[int, int]]:
     """How many connections of each process were closed, and how many it had. Blocks for some milliseconds."""
     if len(os.listdir(_DESCRIPTORS)) <= most:  # noqa: PTH208 - once a second
         return {}
-    found = sorted(_connections(path), key=lambda connection: connection.inode, reverse=True)
+    found = sorted(_connections(path), key=lambda connection: connection.inode)
     had = Counter(connection.pid for connection in found)
+    of_users = Counter(connection.user for connection in found)  # who has many processes has one connection in each
     left, closed = had.copy(), Counter[int]()
     for _ in range(len(found) - most):
-        [(pid, _count)] = left.most_common(1)
-        oldest = max(index for index, connection in enumerate(found) if connection.pid == pid)
-        closed[pid] += _shut_down(found.pop(oldest), path)
-        left[pid] -= 1
+        given_up = max(found, key=lambda connection: (of_users[connection.user], left[connection.pid]))
+        found.remove(given_up)
+        closed[given_up.pid] += _shut_down(given_up, path)
+        of_users[given_up.user] -= 1
+        left[given_up.pid] -= 1
     return {pid: (count, had[pid]) for pid, count in closed.items() if count}
 
 
@@ -77,8 +80,9 @@ def _connection(descriptor: int, path: str) -> _Connection | None:
             return None
         if same.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return None
-        pid = _CREDENTIALS.unpack(same.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
-        return _Connection(descriptor, os.fstat(same.fileno()).st_ino, pid)
+        credentials = same.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, user, _ = _CREDENTIALS.unpack(credentials)
+        return _Connection(descriptor, os.fstat(same.fileno()).st_ino, user, pid)
 
 
 def _shut_down(connection: _Connection, path: str) -> bool:

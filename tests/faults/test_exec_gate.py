@@ -1,0 +1,47 @@
+"""A process that is killed while the kernel asks it whether programs in a container may be executed."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.integration.agent.hardening import init_pid
+from tests.support.agent import AgentProcess, wait_for
+from tests.support.pods import run_container
+
+_ASKED = (
+    "import sys, time; from runtime.oci.exec_gate import ExecGate; gate = ExecGate(int(sys.argv[1])); time.sleep(99)"
+)
+
+
+def _waiting(container_pid: int) -> list[str]:
+    """The children of the container's first process that are yet to execute their program."""
+    children = Path(f"/proc/{container_pid}/task/{container_pid}/children").read_text().split()
+    waiting = []
+    for pid in children:
+        with contextlib.suppress(OSError):  # it has ended
+            if Path(f"/proc/{pid}/syscall").read_text().startswith("59 "):
+                waiting.append(pid)
+    return waiting
+
+
+def test_programs_that_wait_for_who_was_killed_go_on(agent: AgentProcess) -> None:
+    script = "while :; do /bin/ls /proc/1/exe >/dev/null || exit 9; echo line; done"
+    _, container_id = run_container(agent, "sh", "-c", script)
+    log = Path(agent.client.status(container_id).log_path)
+    with subprocess.Popen([sys.executable, "-c", _ASKED, str(init_pid(agent, container_id))]) as asked:
+        held: list[list[str]] = []
+
+        def stands_still() -> bool:
+            held.append(_waiting(init_pid(agent, container_id)))
+            return len(held) > 20 and bool(held[-1]) and all(pids == held[-1] for pids in held[-20:])
+
+        try:
+            wait_for(stands_still, what="a program that waits for an answer")
+        finally:
+            asked.kill()
+    size = log.stat().st_size
+    wait_for(lambda: log.stat().st_size > size + 500, what="that the container goes on")
+    assert agent.client.exec(container_id, "true").exit_code == 0

@@ -263,12 +263,15 @@ class Adaptation:
         original.CopyFrom(request.container)
         asked = told if told is not None else []
         merging, updates = Merging(request.container, Owners(subject)), Updates(making=original.id)
+        saw: list[nri_pb2.PluginInstance] = []
         async with self._events:
             for plugin in self._asked(CREATE_CONTAINER, asked):
                 answer = await self._ask(plugin, CREATE_CONTAINER, request, operation)
                 if answer is not None:
                     merging.add(plugin.title, answer.adjust)
                     updates.add(plugin.title, answer.update, answer.evict)
+                if not plugin.closed:  # one that was lost over it may have done nothing
+                    saw.append(nri_pb2.PluginInstance(name=plugin.name, index=plugin.index))
             owners = merging.owners.message()
             changes = nri_pb2.ValidateContainerAdjustmentRequest(
                 pod=request.pod,
@@ -276,7 +279,7 @@ class Adaptation:
                 adjust=merging.adjustment,
                 update=[update for update, _ in updates.updates()],
                 owners=nri_pb2.OwningPlugins(owners={original.id: owners}),
-                plugins=[nri_pb2.PluginInstance(name=plugin.name, index=plugin.index) for plugin in asked],
+                plugins=saw,
             )
             await self._validate(changes, subject, operation)
         return Creation(merging.adjustment, owners, merging.container, updates)

@@ -16,6 +16,7 @@ from host.files import descriptors
 MOST = 16
 _BEYOND = 2  # times as many in all, for pulls that would wait; each has two processes, some descriptors and a thread
 _PATIENCE = 30.0  # seconds that a pull waits for a slot while its registry has its share
+_LONGEST = 300.0  # seconds that a registry without a slot waits while more registries than slots are fetched from
 _WINDOW = 30.0  # seconds of waiting for the network over which a transfer is judged
 _SLOW = 64 << 10  # bytes a second
 _KEPT = 4  # one in so many slots is kept for registries that have none
@@ -91,7 +92,7 @@ class Slots:
     A free slot goes to the pull that has the fewest, then to the registry that has the fewest. When none is free for a
     pull without one, a transfer is broken off to make room: the slowest with less than 64 KiB/s over half a minute, of
     the same registry unless all slots are taken; else, for a registry without a slot, the slowest of half a minute and
-    more whose registry has more than its share.
+    more whose registry has more than its share or, once it has waited for five minutes, of any registry.
 
     Pulls may wait for what another pull fetches. They ``want`` it meanwhile, so that it gets a slot also when only they
     would get one.
@@ -137,7 +138,8 @@ class Slots:
                 raise
             raise KubeletReasonError(
                 "RegistryUnavailable",
-                f"{subject}: its registry sends less than {_SLOW >> 10} KiB a second, and other pulls wait for a slot: "
+                f"{subject}: its registry sends less than {_SLOW >> 10} KiB a second or than others, and other pulls "
+                "wait for a slot: "
                 "pull again when the registry is faster",
             ) from error
         finally:
@@ -237,7 +239,15 @@ class Slots:
         if not self._full() or not any(not registries[registry] for registry in without):
             return None
         share = self._share()
-        judged = [slot for slot in self._running if registries[slot.origin.registry] > share and slot.judged]
+        now = time.monotonic()
+        too_long = any(
+            now - waiting.since >= _LONGEST
+            and not any(registries[origin.registry] for origin in self._claimants(waiting))
+            for waiting in self._waiting
+        )
+        judged = [
+            slot for slot in self._running if slot.judged and (too_long or registries[slot.origin.registry] > share)
+        ]
         return min(judged, key=Slot.rate, default=None)
 
     def _without(self) -> set[Origin]:

@@ -262,3 +262,25 @@ async def test_who_has_more_than_its_share_makes_room_for_a_registry_without_a_s
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
+
+
+async def test_a_registry_beyond_all_slots_waits_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the others has one slot, and sends more than what is too slow."""
+    monkeypatch.setattr(slots, "_WINDOW", 0.2)
+    monkeypatch.setattr(slots, "_LONGEST", 1.0)
+    of = Slots(1, 2, 2)
+
+    async def transfer(size: int) -> None:
+        async with of.slot(Origin(f"registry of {size}"), f"layer of {size}") as slot:
+            async for _ in slot.watched(chunks(size, 0.01)):
+                pass
+
+    tasks = [asyncio.create_task(transfer(size)) for size in (200_000, 300_000)]
+    await settle()
+    async with AsyncExitStack() as stack:
+        await asyncio.wait_for(stack.enter_async_context(of.slot(Origin("new"), "new")), 20)
+        with pytest.raises(KubeletReasonError, match="layer of 200000: its registry"):
+            await tasks[0]
+        assert not tasks[1].done()
+    tasks[1].cancel()
+    await asyncio.wait(tasks)

@@ -58,9 +58,10 @@ class Plugin:
         self._updates = updates
         self._registered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._without: set[int] = set()
-        self._client = ttrpc.Client(trunk, PLUGIN_SERVICE, f"{_PACKAGE}.Plugin")
+        limit = ttrpc.FIRST_BODY_LIMIT
+        self._client = ttrpc.Client(trunk, PLUGIN_SERVICE, f"{_PACKAGE}.Plugin", limit)
         handlers = {"RegisterPlugin": self._register, "UpdateContainers": self._update_containers}
-        self._server = ttrpc.Server(trunk, RUNTIME_SERVICE, f"{_PACKAGE}.Runtime", handlers)
+        self._server = ttrpc.Server(trunk, RUNTIME_SERVICE, f"{_PACKAGE}.Runtime", handlers, limit)
 
     @property
     def title(self) -> str:
@@ -94,6 +95,8 @@ class Plugin:
         if not _INDEX.fullmatch(index):
             raise InvalidArgumentError(f"plugin_idx {index[:8]!r} of plugin {name!r} is not two digits, as in 10")
         self.name, self.index = name, index
+        self._client.allow_large()
+        self._server.allow_large()
         self._registered.set_result(None)
         return nri_pb2.Empty().SerializeToString()
 

@@ -19,6 +19,7 @@ from proto.ttrpc.v1 import ttrpc_pb2
 from runtime.nri.plugins.trunk import Trunk
 
 BODY_LIMIT = 4 << 20
+FIRST_BODY_LIMIT = 64 << 10  # of messages of a plugin that has not registered
 MOST_CALLS_AT_ONCE = 8
 _MOST_UNASKED = 256
 
@@ -50,9 +51,10 @@ class Message(NamedTuple):
 
 
 class MessageReader:
-    """Cuts bytes into messages and gives each to ``received``; keeps at most one body of at most 4 MiB."""
+    """Cuts bytes into messages and gives each to ``received``; keeps at most one body of at most ``limit`` bytes."""
 
-    def __init__(self, received: Callable[[Message], None]) -> None:
+    def __init__(self, received: Callable[[Message], None], limit: int = BODY_LIMIT) -> None:
+        self.limit = limit
         self._received = received
         self._buffer = bytearray()
         self._header: tuple[int, int, int] | None = None
@@ -70,7 +72,7 @@ class MessageReader:
                 length, *header = _HEADER.unpack(self._buffer)
                 self._header = (header[0], header[1], header[2])
                 self._buffer.clear()
-                self._wanted, self._dropped = (length, 0) if length <= BODY_LIMIT else (0, length)
+                self._wanted, self._dropped = (length, 0) if length <= self.limit else (0, length)
             if self._dropped:
                 taken = min(self._dropped, len(data) - at)
                 at += taken
@@ -100,14 +102,19 @@ class MessageReader:
 class Client:
     """Calls the service that the other side has on ``connection``."""
 
-    def __init__(self, trunk: Trunk, connection: int, service: str) -> None:
+    def __init__(self, trunk: Trunk, connection: int, service: str, limit: int = BODY_LIMIT) -> None:
+        self._reader = MessageReader(self._received, limit)
         self._trunk = trunk
         self._connection = connection
         self._service = service
         self._next = 1
         self._pending: dict[int, asyncio.Future[bytes]] = {}
         self._unasked = 0
-        trunk.receive_by(connection, MessageReader(self._received).feed)
+        trunk.receive_by(connection, self._reader.feed)
+
+    def allow_large(self) -> None:
+        """Take messages of up to 4 MiB from now on."""
+        self._reader.limit = BODY_LIMIT
 
     async def call(self, method: str, payload: bytes, seconds: float) -> bytes:
         """Call ``method`` and return the payload of its answer.
@@ -162,13 +169,20 @@ class Server:
     handler raises is the answer's message.
     """
 
-    def __init__(self, trunk: Trunk, connection: int, service: str, handlers: Mapping[str, Handler]) -> None:
+    def __init__(
+        self, trunk: Trunk, connection: int, service: str, handlers: Mapping[str, Handler], limit: int = BODY_LIMIT
+    ) -> None:
+        self._reader = MessageReader(self._received, limit)
         self._trunk = trunk
         self._connection = connection
         self._service = service
         self._handlers = handlers
         self._calls: set[asyncio.Task[None]] = set()
-        trunk.receive_by(connection, MessageReader(self._received).feed)
+        trunk.receive_by(connection, self._reader.feed)
+
+    def allow_large(self) -> None:
+        """Take messages of up to 4 MiB from now on."""
+        self._reader.limit = BODY_LIMIT
 
     def close(self) -> None:
         """Cancel what is under way."""
@@ -205,7 +219,7 @@ class Server:
 
     async def _call(self, message: Message, *, full: bool) -> bytes:
         if message.body is None:
-            raise CallError(RESOURCE_EXHAUSTED, f"the message is larger than {BODY_LIMIT} bytes")
+            raise CallError(RESOURCE_EXHAUSTED, f"the message is larger than {self._reader.limit} bytes")
         if full:
             raise CallError(RESOURCE_EXHAUSTED, f"{MOST_CALLS_AT_ONCE} calls are under way already")
         try:

@@ -236,6 +236,21 @@ async def test_a_bad_call_is_answered_and_the_next_one_served(agent: Agent, data
     assert (await response(agent.other))[1].status.code == ttrpc.OK
 
 
+async def test_a_message_before_the_registration_has_a_lower_limit(agent: Agent) -> None:
+    sender = asyncio.create_task(asyncio.to_thread(agent.other.sendall, request(1, "Nothing" * 20_000)))
+    _, answer = await response(agent.other)
+    await sender
+    assert (answer.status.code, answer.status.message) == (
+        ttrpc.RESOURCE_EXHAUSTED,
+        "the message is larger than 65536 bytes",
+    )
+    agent.other.sendall(request(3, "RegisterPlugin", REGISTRATION))
+    assert (await response(agent.other))[1].status.code == ttrpc.OK
+    sender = asyncio.create_task(asyncio.to_thread(agent.other.sendall, request(5, "Nothing" * 20_000)))
+    assert (await response(agent.other))[1].status.code == ttrpc.UNIMPLEMENTED
+    await sender
+
+
 async def test_bytes_in_any_pieces_and_for_unknown_connections_are_taken_in_order(agent: Agent) -> None:
     data = frame(7, b"nobody's" * 100) + request(1, "RegisterPlugin", REGISTRATION) + frame(0, b"")
     for byte in data:
@@ -271,7 +286,7 @@ async def test_a_plugin_that_does_not_register_in_time_is_closed(agent: Agent) -
 
 async def test_a_plugin_that_floods_without_reading_is_not_read_any_more(agent: Agent) -> None:
     agent.other.setblocking(False)
-    data = request(1, "Nothing" * 10_000) * 20
+    data = request(1, "Nothing" * 9_000) * 20
     sent = 0
     while not agent.trunk.closed and sent < 64 << 20:
         try:

@@ -75,6 +75,13 @@ class Hooks:
         """Whether ``create_container`` has nothing to do: no plugin wants to change the container."""
         return True
 
+    def drafted(self, container: Container, draft: Draft) -> bool:
+        """The draft of a container that nobody adjusts is there; False if ``create_container`` is needed after all.
+
+        This may be called from a thread.
+        """
+        return True
+
     async def create_container(self, container: Container, draft: Draft, operation: Operation) -> None:
         """Have plugins change the draft of a container's spec. Raises PodkeelError when one refuses."""
 

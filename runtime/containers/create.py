@@ -131,11 +131,19 @@ class ContainerManager:
     async def _make_spec(self, container: Container, request: SpecRequest, operation: Operation) -> ContainerSpec:
         hooks, write = self._node.hooks, partial(self._write_spec, container)
         if await hooks.nobody_adjusts(container):
-            spec = await self._work_on_spec(operation, lambda permission: write(draft(request), permission))
+
+            def draft_and_write(permission: Permission) -> Draft | ContainerSpec:
+                drafted = draft(request)
+                return write(drafted, permission) if hooks.drafted(container, drafted) else drafted
+
+            made = await self._work_on_spec(operation, draft_and_write)
         else:
-            drafted = await self._work_on_spec(operation, lambda _: draft(request))
-            await hooks.create_container(container, drafted, operation)
-            spec = await self._work_on_spec(operation, partial(write, drafted))
+            made = await self._work_on_spec(operation, lambda _: draft(request))
+        if isinstance(made, Draft):
+            await hooks.create_container(container, made, operation)
+            spec = await self._work_on_spec(operation, partial(write, made))
+        else:
+            spec = made
         _apply_spec(container, spec, status_mounts(self._node, list(spec.mounts)))
         return spec
 

@@ -77,7 +77,10 @@ class NriHooks(Hooks):
     """Tells plugins, through ``adaptation``, and does what they ask.
 
     What plugins made of a container is kept encoded, so that an event of it need not read its spec from the disk. One
-    that is being made, after CreateContainer, is listed to plugins that come meanwhile.
+    that is being made, after CreateContainer, is listed to plugins that come meanwhile, and so is one that no plugin
+    adjusts, once it is drafted (``_drafts``). If a plugin comes before that, the container is adjusted as any other.
+    ``_starting`` has the plugins that were there at StartContainer: only these are told of PostStartContainer, and one
+    that comes between the two is told that the container runs.
     """
 
     def __init__(self, node: Node, options: NriOptions, version: str, changing: Changing) -> None:
@@ -88,6 +91,9 @@ class NriHooks(Hooks):
         self._validates = options.default_validator.enabled
         self._seen: dict[str, bytes] = {}
         self._making: dict[str, Container] = {}
+        self._undrafted: dict[str, Container] = {}
+        self._drafts: dict[str, bytes] = {}
+        self._starting: dict[str, list[Plugin]] = {}
         self._told: dict[str, list[Plugin]] = {}
         self._told_once: dict[str, set[str]] = {}
         self._wanted: dict[str, list[Updates]] = {}
@@ -168,8 +174,20 @@ class NriHooks(Hooks):
         async with self.passing():
             if self._validates or self.adaptation.wants(events.CREATE_CONTAINER):
                 return False
-            self._making[container.id] = container
+            self._undrafted[container.id] = container
             return True
+
+    def drafted(self, container: Container, draft: Draft) -> bool:
+        """Let plugins that come see the container, unless one came already.
+
+        Who takes the container out of ``_undrafted`` decides, this thread or ``_inventory``.
+        """
+        self._drafts[container.id] = oci.encode(draft.spec)
+        self._making[container.id] = container
+        if self._undrafted.pop(container.id, None) is not None:
+            return True
+        del self._making[container.id], self._drafts[container.id]
+        return False
 
     async def create_container(self, container: Container, draft: Draft, operation: Operation) -> None:
         """CreateContainer and ValidateContainerAdjustment; then what plugins ask for other containers."""
@@ -189,6 +207,7 @@ class NriHooks(Hooks):
     async def created_container(self, container: Container, operation: Operation) -> None:
         """PostCreateContainer."""
         self._making.pop(container.id, None)
+        self._drafts.pop(container.id, None)
         if self.adaptation.wants(events.POST_CREATE_CONTAINER):
             pod, message = await self._both(container, nri_pb2.CONTAINER_CREATED)
             request = nri_pb2.PostCreateContainerRequest(pod=pod, container=message)
@@ -208,18 +227,21 @@ class NriHooks(Hooks):
 
     async def start_container(self, container: Container, operation: Operation) -> None:
         """StartContainer."""
+        there = list(self.adaptation.plugins)
         if self.adaptation.wants(events.START_CONTAINER):
             pod, message = await self._both(container)
             request = nri_pb2.StartContainerRequest(pod=pod, container=message)
             await self.adaptation.tell(events.START_CONTAINER, request, operation)
+        self._starting[container.id] = there
 
     @never_failing
     async def started_container(self, container: Container, operation: Operation) -> None:
         """PostStartContainer."""
+        there = self._starting.pop(container.id, [])
         if self.adaptation.wants(events.POST_START_CONTAINER):
             pod, message = await self._both(container)
             request = nri_pb2.PostStartContainerRequest(pod=pod, container=message)
-            await self.adaptation.notify(events.POST_START_CONTAINER, request, operation)
+            await self.adaptation.notify(events.POST_START_CONTAINER, request, operation, only=there)
 
     async def update_container(self, container: Container, given: Resources, operation: Operation) -> LimitChange:
         """UpdateContainer."""
@@ -246,6 +268,7 @@ class NriHooks(Hooks):
     @never_failing
     async def stopped_container(self, container: Container) -> None:
         """StopContainer; what plugins ask for other containers then is done soon."""
+        self._starting.pop(container.id, None)
         if not self._first(container.id, "stop") or not self.adaptation.wants(events.STOP_CONTAINER):
             return
         pod, message = await self._both(container)
@@ -277,7 +300,8 @@ class NriHooks(Hooks):
 
     def forget(self, object_id: str) -> None:
         """Keep nothing of an object that is gone."""
-        for kept in (self._seen, self._making, self._told, self._told_once):
+        ids = (self._seen, self._making, self._told, self._told_once, self._undrafted, self._drafts, self._starting)
+        for kept in ids:
             kept.pop(object_id, None)
 
     async def close(self) -> None:
@@ -308,7 +332,8 @@ class NriHooks(Hooks):
     def _look_at(self, container: Container) -> None:
         """Read what the container is from its spec. Blocks."""
         try:
-            spec = _decode_spec(self._node.layout.container(container.id).spec.read_bytes())
+            written = self._node.layout.container(container.id).spec
+            spec = _decode_spec(self._drafts.get(container.id) or written.read_bytes())
         except (OSError, msgspec.MsgspecError) as error:
             _log.warning("nri: %s: its spec cannot be read: plugins see less of it: %s", container.title, error)
             spec = None
@@ -321,15 +346,19 @@ class NriHooks(Hooks):
 
     async def _inventory(self) -> list[nri_pb2.SynchronizeRequest]:
         """Everything that clients may see."""
+        late = {container_id for container_id in list(self._undrafted) if self._undrafted.pop(container_id, None)}
+        making = [container for container in list(self._making.values()) if container.id not in late]
         sandboxes = list(self._node.state.visible_sandboxes())
-        containers = [*self._node.state.visible_containers(), *self._making.values()]
+        containers = [*self._node.state.visible_containers(), *making]
+        running = dict.fromkeys(self._starting, nri_pb2.CONTAINER_RUNNING)
 
         def build() -> list[nri_pb2.SynchronizeRequest]:
             for container in containers:
                 if container.id not in self._seen:
                     self._look_at(container)
             pods = [self._pod(sandbox) for sandbox in sandboxes]
-            return list(messages.split(pods, [self._message(container) for container in containers]))
+            listed = [self._message(container, running.get(container.id)) for container in containers]
+            return list(messages.split(pods, listed))
 
         return await in_thread(build)
 

@@ -15,7 +15,8 @@ async def test_attach_and_detach_stay_fast_with_two_hundred_pods(tmp_path: Path)
             await node.pod(f"resident{number}")
         many = await _median(node, "many")
     print(f"attach and detach, p50: {few * 1000:.2f} ms alone, {many * 1000:.2f} ms beside 200 pods")
-    assert many < 0.005
+    # A pod is a few elements of sets, so the others make no difference; a busy machine may make one of half.
+    assert many < few * 1.5
 
 
 async def _median(node: Node, name: str) -> float:

@@ -45,6 +45,10 @@ class Hooks:
         """The passage of one event."""
         return _OPEN
 
+    def service(self) -> dict[str, object]:
+        """Whether plugins are served, the path of the socket where they connect, and why there is none."""
+        return {"enabled": False, "socket": "", "problem": ""}
+
     def report(self) -> list[dict[str, object]]:
         """The plugins that are connected, by index, and what they were asked; then those that are gone, and why."""
         return []

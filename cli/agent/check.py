@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -15,6 +16,10 @@ from cli.text import number, table
 from cri.host_check import Check, run_check
 from host.errors import PodkeelError, UnavailableError
 
+if TYPE_CHECKING:
+    from cli.client import Client
+
+_LEFT = "the plugin closed the connection"  # as a plugin does that ends by itself
 _MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}
 _COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
 
@@ -54,15 +59,60 @@ def agent_checks(socket: str, *, repair: bool = False) -> list[Check]:
             return [Check("agent", "warn", f"{socket} exists, but no agent answers", remedy)]
         except PodkeelError as error:
             return [Check("agent", "fail", error.message)]
+        plugins = _plugin_checks(client)
     if not answer.findings:
-        return [Check("agent", "ok", "store and kernel agree")]
+        return [Check("agent", "ok", "store and kernel agree"), *plugins]
     remedy = "restart the agent: it repairs more" if repair else "podkeel check --repair, or restart the agent"
-    return [
+    findings = [
         Check(f"agent: {finding.kind}", "ok", f"{finding.object}: {finding.problem}; repaired")
         if finding.repaired
         else Check(f"agent: {finding.kind}", "fail", f"{finding.object}: {finding.problem}", remedy)
         for finding in answer.findings
     ]
+    return [*findings, *plugins]
+
+
+def _plugin_checks(client: Client) -> list[Check]:
+    """Where plugins of the node (NRI) connect, and those that failed and did not come back."""
+    from proto.runtime.v1 import cri_pb2
+
+    try:
+        request = cri_pb2.StatusRequest(verbose=True)
+        answer = client.call(request, cri_pb2.StatusResponse, "ask for the plugins of the node")
+    except PodkeelError as error:
+        return [Check("NRI", "fail", error.message)]
+    information = json.loads(answer.info.get("podkeel", "{}"))
+    service, plugins = information.get("nri"), information.get("nriPlugins", [])
+    if service is None:
+        return []  # an older agent
+    if not service["enabled"]:
+        return [Check("NRI", "ok", "off (nri.enabled)")]
+    there = [plugin["plugin"] for plugin in plugins if "why" not in plugin]
+    detail = f"{number(len(there), 'plugin')} connected; "
+    if service["problem"]:
+        remedy = "set nri.socket to another path, or nri.external_connections to false, and restart the agent"
+        checks = [Check("NRI", "warn", detail + service["problem"], remedy)]
+    else:
+        where = f"others connect to {service['socket']}" if service["socket"] else "no socket for others"
+        checks = [Check("NRI", "ok", detail + where)]
+    gone = [(plugin["plugin"], plugin["why"]) for plugin in plugins if "why" in plugin]
+    failed: dict[str, list[str]] = {}
+    for name, why in gone:
+        if name not in there and why != _LEFT:
+            failed[name] = [*failed.get(name, []), why][-2:]  # one that ends has two: its connection, and its status
+    remedy = "see the plugin's own log, and start it again"
+    return [
+        *checks,
+        *(
+            Check("NRI plugin", "warn", f"{_shown(name)}: {'; '.join(map(_shown, whys))}", remedy)
+            for name, whys in failed.items()
+        ),
+    ]
+
+
+def _shown(text: str) -> str:
+    """What a plugin chose, safe for a terminal."""
+    return ascii(text)[1:-1]
 
 
 def as_table(checks: Sequence[Check], *, coloured: bool) -> str:

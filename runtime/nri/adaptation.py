@@ -147,7 +147,7 @@ class Adaptation:
             await updates.carry_out(self._node)
         except PodkeelError as error:
             plugin.close(str(error))
-            self.gone.append(Gone(plugin.title, time.time_ns(), f"not admitted: {error}"))
+            self.note_gone(plugin.title, f"not admitted: {error}")
             _log.warning("nri: plugin %s: not admitted: %s", plugin.title, error)
         finally:
             self._unregistered.discard(plugin)
@@ -162,11 +162,15 @@ class Adaptation:
             except TimeoutError:
                 await asyncio.sleep(_GATE_SECONDS)
 
+    def note_gone(self, title: str, why: str) -> None:
+        """Have reports show a plugin that is not there, with the reason."""
+        self.gone.append(Gone(title, time.time_ns(), why))
+
     def _lose(self, plugin: Plugin, why: str) -> None:
         plugin.close(why)
         if plugin in self._plugins:
             self._plugins.remove(plugin)
-            self.gone.append(Gone(plugin.title, time.time_ns(), plugin.closed))
+            self.note_gone(plugin.title, plugin.closed)
             _log.warning("nri: plugin %s: gone: %s", plugin.title, plugin.closed)
 
     async def _synchronize(self, plugin: Plugin) -> Updates:

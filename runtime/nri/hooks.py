@@ -88,6 +88,7 @@ class NriHooks(Hooks):
         self._changing = changing
         view = PluginsView("podkeel", version, self._inventory, self._update, self._evict)
         self.adaptation = Adaptation(options, view)
+        self.socket, self.socket_problem = "", ""
         self._validates = options.default_validator.enabled
         self._seen: dict[str, bytes] = {}
         self._making: dict[str, Container] = {}
@@ -102,6 +103,10 @@ class NriHooks(Hooks):
     def passing(self) -> Passage:
         """The passage of one event."""
         return _Passage(self.adaptation.passing())
+
+    def service(self) -> dict[str, object]:
+        """Where plugins connect, or why they cannot."""
+        return {"enabled": True, "socket": self.socket, "problem": self.socket_problem}
 
     def report(self) -> list[dict[str, object]]:
         """Name, events, calls and errors of each plugin."""

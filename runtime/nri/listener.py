@@ -32,8 +32,8 @@ class Listener:
         self._server: asyncio.Server | None = None
         self._inode = 0
 
-    async def open(self) -> None:
-        """Begin to listen.
+    async def open(self) -> str:
+        """Begin to listen; returns why it does not, else an empty text.
 
         Raises UnavailableError where that cannot be, or another process has the socket; of the default socket that is
         only a warning.
@@ -46,9 +46,10 @@ class Listener:
             if str(self._path) != DEFAULT_SOCKET:
                 raise UnavailableError(f"{problem}: {remedy}") from error
             _log.warning("nri: plugins cannot connect: %s: %s", problem, remedy)
-            return
+            return problem
         self._server = await asyncio.get_running_loop().create_unix_server(self._trunk, sock=bound, backlog=_BACKLOG)
         _log.info("nri: plugins can connect to %s", self._path)
+        return ""
 
     def _bind(self) -> socket.socket:
         """A socket that is bound; one that nobody listens on any more is replaced."""

@@ -21,7 +21,7 @@ async def serving(hooks: NriHooks, options: NriOptions, record: Path) -> AsyncIt
     """
     adaptation = hooks.adaptation
     async with AsyncExitStack() as stack:
-        started = StartedPlugins(options, adaptation.new_trunk, record)
+        started = StartedPlugins(options, adaptation.new_trunk, adaptation.note_gone, record)
         stack.push_async_callback(started.close)
         stack.push_async_callback(hooks.close)
         await started.start()
@@ -29,5 +29,6 @@ async def serving(hooks: NriHooks, options: NriOptions, record: Path) -> AsyncIt
         if options.external_connections:
             listener = Listener(options.socket, adaptation.new_trunk)
             stack.push_async_callback(listener.close)
-            await listener.open()
+            hooks.socket_problem = await listener.open()
+            hooks.socket = "" if hooks.socket_problem else options.socket
         yield

@@ -28,6 +28,7 @@ _SOCKET = 3  # the plugin's descriptor
 _log = logging.getLogger("podkeel.nri")
 
 NewTrunk = Callable[[str, str, str], Trunk]
+NoteGone = Callable[[str, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,15 @@ class _Program:
 class StartedPlugins:
     """The plugins of ``options.plugin_dir``.
 
-    ``new_trunk`` makes the protocol of a plugin's socket from configuration, name and index. ``record`` is a file that
+    ``new_trunk`` makes the protocol of a plugin's socket from configuration, name and index. ``note_gone`` is
+    called with the title of a plugin that cannot be started or ended by itself, and why. ``record`` is a file that
     names the processes, so that the next start ends those of an agent that was killed.
     """
 
-    def __init__(self, options: NriOptions, new_trunk: NewTrunk, record: Path) -> None:
+    def __init__(self, options: NriOptions, new_trunk: NewTrunk, note_gone: NoteGone, record: Path) -> None:
         self._options = options
         self._new_trunk = new_trunk
+        self._note_gone = note_gone
         self._record = record
         self._running: dict[int, tuple[str, int]] = {}
 
@@ -65,6 +68,7 @@ class StartedPlugins:
                 await self._start(program)
             except (PodkeelError, OSError) as error:
                 _log.error("nri: plugin %s: cannot be started: %s: %s", program.title, program.path, error)
+                self._note_gone(program.title, f"cannot be started: {error}")
 
     async def _start(self, program: _Program) -> None:
         ours, theirs = socket.socketpair()
@@ -89,7 +93,9 @@ class StartedPlugins:
         title, pidfd = self._running.pop(pid)
         status = reap(pidfd)
         os.close(pidfd)
-        _log.warning("nri: plugin %s: pid %d ended with status %s; it is not started again", title, pid, status)
+        why = f"pid {pid} ended with status {status}; it is not started again"
+        self._note_gone(title, why)
+        _log.warning("nri: plugin %s: %s", title, why)
 
     def _write_record(self) -> None:
         named = ((pid, processes.start_time(pid)) for pid in list(self._running))

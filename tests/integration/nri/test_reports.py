@@ -1,4 +1,4 @@
-"""What `podkeel check`, metrics and the log say about plugins and about their socket."""
+"""What `podkeel check`, metrics and the log say about plugins and their socket, and what NRI costs that is off."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from proto.nri.v1alpha1 import nri_pb2
-from tests.support.agent import AgentProcess, wait_for
+from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.nri import Recorder, connected
-from tests.support.pods import run_container
+from tests.support.pods import remove_all_pods, run_container
 
 
 @pytest.fixture
@@ -111,3 +111,23 @@ def test_a_path_of_the_socket_that_another_process_serves_refuses_the_start(tmp_
     wait_for(lambda: "another process serves it" in agent.log.read_text())
     assert "set nri.socket to another path, or nri.external_connections to false" in agent.log.read_text()
     agent.reset()
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_nri_that_is_off_loads_no_code_and_makes_no_socket(
+    tmp_path: Path, busybox: Path, monkeypatch: pytest.MonkeyPatch, enabled: bool
+) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # each module that is loaded is a line of the log
+    path = tmp_path / "nri/nri.sock"
+    folder, switch = tmp_path / "nri-plugins", str(enabled).lower()
+    options = f'[nri]\nenabled = {switch}\nsocket = "{path}"\nplugin_dir = "{folder}"\n'
+    with running_agent(tmp_path, busybox, options=options) as agent:
+        _, container_id = run_container(agent, "sleep", "1000")
+        agent.client.stop(container_id)
+        remove_all_pods(agent.client)
+        loaded = {line.rsplit("|", 1)[1].strip() for line in agent.log.read_text().splitlines() if "|" in line}
+        assert "runtime.agent" in loaded
+        plugins = {name for name in loaded if name.startswith(("runtime.nri", "proto.nri", "proto.ttrpc"))}
+        # The package and its options are those of the configuration.
+        assert (plugins <= {"runtime.nri", "runtime.nri.options"}) is not enabled
+        assert path.exists() is enabled

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from host.concurrency.threads import in_image_thread, in_long_thread
+from host.concurrency.threads import acquired, in_image_thread, in_long_thread
 from host.database import Database
 from host.errors import InvalidArgumentError
 from images.image import Image, read_config
@@ -179,7 +179,7 @@ def _below(layer: Layer, stacks: Sequence[Sequence[int]]) -> Sequence[int]:
 
 
 async def _chunks(path: Path) -> AsyncGenerator[bytes, None]:
-    descriptor = await in_image_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = await acquired(in_image_thread, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC), os.close)
     try:
         while chunk := await in_image_thread(os.read, descriptor, _CHUNK):
             yield chunk

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from functools import partial
 from pathlib import Path
 
 from host import libc
-from host.concurrency.threads import in_fresh_thread, inside_namespace
+from host.concurrency.threads import acquired, in_fresh_thread, inside_namespace
 from host.errors import NotFoundError, UnavailableError
 
 _ADDRESSES = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
@@ -41,7 +42,7 @@ async def _connect(family: int, address: str, port: int, namespace: Path | None)
     if namespace is None:
         connection = _make_socket(family)
     else:
-        connection = await in_fresh_thread(_make_socket_in, family, namespace)
+        connection = await acquired(in_fresh_thread, partial(_make_socket_in, family, namespace), socket.socket.close)
     try:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         async with asyncio.timeout(_CONNECT_SECONDS):

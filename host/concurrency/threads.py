@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -63,6 +63,27 @@ async def in_fresh_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwarg
 
     start_aside(body, name="namespace", failed=lambda error: loop.call_soon_threadsafe(fail, error))
     return await wait_out(future)
+
+
+async def acquired(
+    run: Callable[[Callable[[], T]], Awaitable[T]], work: Callable[[], T], release: Callable[[T], object]
+) -> T:
+    """Have ``run``, one of the functions above, do ``work`` that makes something, such as a descriptor or a socket.
+
+    A caller that is cancelled meanwhile never gets it: then it is given to ``release``.
+    """
+    made: list[T] = []
+
+    def make() -> T:
+        made.append(work())
+        return made[0]
+
+    try:
+        return await run(make)
+    except BaseException:
+        for thing in made:
+            release(thing)
+        raise
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import IO
 
 import msgspec
 
-from host.concurrency.threads import in_image_thread
+from host.concurrency.threads import acquired, in_image_thread
 from host.errors import InvalidArgumentError, LimitError
 from images.archives.files import BoundedTarInfo, open_archive, open_member
 from images.content.manifest_search import Document, FoundImage, Wanted, advance, find_image
@@ -148,7 +148,9 @@ class ImageArchive:
     async def chunks(self, name: str, begin: int) -> AsyncGenerator[bytes, None]:
         """A member's bytes from ``begin`` on, piece by piece."""
         if self._file is None:
-            descriptor, size = await in_image_thread(self._open_file, name)
+            descriptor, size = await acquired(
+                in_image_thread, lambda: self._open_file(name), lambda opened: os.close(opened[0])
+            )
             start = 0
         else:
             member = self._member(name)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from host.concurrency.threads import in_image_thread, in_long_thread
+from host.concurrency.threads import acquired, in_image_thread, in_long_thread
 from host.errors import InvalidArgumentError, LimitError, NotFoundError, PodkeelError
 from images.oci.manifests import OCI_INDEX, Descriptor
 from images.oci.reference import parse
@@ -68,7 +68,7 @@ class _Archive:
     async def add_file(self, name: str, path: Path) -> None:
         if not self._begins(name):
             return
-        source = await in_image_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        source = await acquired(in_image_thread, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC), os.close)
         try:
             size = os.fstat(source).st_size
             await in_image_thread(self._write, _header(name, size))
@@ -118,14 +118,17 @@ async def _new_file(path: Path) -> AsyncIterator[int]:
     try:
         if path.is_dir():
             raise InvalidArgumentError(f"image archive {path}: a folder is there")
-        descriptor = await in_image_thread(os.open, partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            yield descriptor
-            await in_long_thread(os.fsync, descriptor)
-            partial.replace(path)
+            descriptor = await acquired(in_image_thread, lambda: os.open(partial, flags, 0o644), os.close)
+            try:
+                yield descriptor
+                await in_long_thread(os.fsync, descriptor)
+                partial.replace(path)
+            finally:
+                os.close(descriptor)
         finally:
-            os.close(descriptor)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 partial.unlink()
     except FileNotFoundError as error:
         raise NotFoundError(f"image archive {path}: folder {path.parent} does not exist") from error

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, S
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-from host.concurrency.threads import in_image_thread, in_long_thread
+from host.concurrency.threads import acquired, in_image_thread, in_long_thread
 from images.content.trash import Trash
 from images.oci.digests import is_digest
 
@@ -162,7 +162,7 @@ class PartialBlobs:
         Where there is none, what is at ``kept`` is taken for it: the whole blob, if another layer of this node has it.
         """
         linked = await in_image_thread(_link, kept, self.path(digest))
-        blob = await in_image_thread(PartialBlob, self.path(digest))
+        blob = await acquired(in_image_thread, lambda: PartialBlob(self.path(digest)), PartialBlob.close)
         self._sizes.pop(digest, None)
         try:
             yield blob

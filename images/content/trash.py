@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from host import processes
-from host.concurrency.threads import in_long_thread
+from host.concurrency.threads import acquired, in_long_thread
 from host.errors import PodkeelError
 from host.files.removal import GO_ON, MOST_TOLD, PAUSE, WORKER, WORKER_CONTROL, WORKER_FOLDER, OutOfBudgetError, Removal
 
@@ -147,7 +147,8 @@ class Trash:
 
     async def _remove_large(self) -> _Left:
         with contextlib.ExitStack() as stack:
-            folder = await in_long_thread(os.open, self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            folder = await acquired(in_long_thread, lambda: os.open(self._folder, flags), os.close)
             stack.callback(os.close, folder)
             orders, self._control = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             stack.callback(os.close, orders)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from host.concurrency.threads import in_image_thread
+from host.concurrency.threads import acquired, in_image_thread
 from host.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from images.oci.manifests import Descriptor
 from images.oci.reference import Reference
@@ -156,7 +156,7 @@ async def _pieces(content: bytes | Path) -> AsyncIterator[bytes]:
     if isinstance(content, bytes):
         yield content
         return
-    descriptor = await in_image_thread(os.open, content, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = await acquired(in_image_thread, lambda: os.open(content, os.O_RDONLY | os.O_CLOEXEC), os.close)
     try:
         while piece := await in_image_thread(os.read, descriptor, _PIECE):
             yield piece

@@ -13,7 +13,7 @@ import msgspec
 
 from host import processes
 from host.concurrency.abandonable import AbandonableThreads
-from host.concurrency.threads import in_fresh_thread
+from host.concurrency.threads import acquired, in_fresh_thread
 from host.errors import (
     DeadlineError,
     InvalidArgumentError,
@@ -194,7 +194,7 @@ class Execution:
         if container.log is None:
             raise WrongStateError(f"{container.title} has no log: its log_path is empty")
         async with container.log_lock:
-            descriptor = await in_fresh_thread(container.log.open)
+            descriptor = await acquired(in_fresh_thread, container.log.open, os.close)
             try:
                 await self._write_log_to(container, descriptor)
             finally:
@@ -224,7 +224,8 @@ class Execution:
         reopen = self._node.monitors.reopen_log
         link = LogLink(self._node.layout.container(container.id).path)
         if not link.is_used:  # its conmon was started by an older version: it knows the path itself
-            descriptor = await in_fresh_thread(LogFile(log.folder, Path(f"{log.path}.tmp")).open)
+            next_log = LogFile(log.folder, Path(f"{log.path}.tmp"))
+            descriptor = await acquired(in_fresh_thread, next_log.open, os.close)
             try:
                 reopen(container.id)
                 opened = await wait_for_entries(log.path.parent, lambda: has_open(monitor, descriptor), REOPEN_SECONDS)

@@ -242,7 +242,6 @@ async def test_clients_that_leave_in_any_way_leave_no_traceback(quiet_log: Agent
     await asyncio.gather(
         *(protocol(container, leave) for protocol in (leave_spdy, leave_websocket, leave_port_forward) for _ in "123")
     )
-    # Each protocol had three connections; the agent itself opens and closes files of the container meanwhile.
-    await until(lambda: descriptors(quiet_log) <= before + 2, "the end of all connections")
+    await until(lambda: descriptors(quiet_log) <= before, "the end of all connections")
     await until(lambda: len(container.processes()) <= 2, "the end of all commands")
     await exec_works(container)

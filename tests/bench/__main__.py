@@ -15,7 +15,7 @@ import msgspec
 
 from host import libc
 from scripts.build_busybox_image import busybox_image
-from tests.bench import network, phases, processes, pulls, report, servers, stats, streams
+from tests.bench import network, nri, phases, processes, pulls, report, servers, stats, streams
 from tests.bench.bare import BareRuntime
 from tests.bench.cgroups import own_cgroups
 from tests.bench.client import Client
@@ -32,7 +32,7 @@ def main() -> int:
     if os.geteuid() != 0:
         print("the benchmark makes containers without an agent, cgroups and mounts: run it as root", file=sys.stderr)
         return 2
-    alone = _pulls if options.pull else _network if options.network else None
+    alone = _pulls if options.pull else _network if options.network else _nri if options.nri else None
     if alone is not None:
         return alone(options)
     libc.set_child_subreaper()  # bare containers and the servers' monitors become ours when their parents end
@@ -106,6 +106,20 @@ def _network(options: argparse.Namespace) -> int:
     return 1 if options.strict and not all(goal.met for goal in results) else 0
 
 
+def _nri(options: argparse.Namespace) -> int:
+    """The NRI phase alone."""
+    cidr, parent = f"10.{random.randrange(200, 208)}.0.0/16", f"/podkeel-bench-{os.getpid()}"
+    load = os.getloadavg()[0]
+    with own_cgroups(parent), tempfile.TemporaryDirectory(prefix="podkeel-bench-") as folder:
+        found = nri.measure(Path(folder), options.runtime, cidr, options.nri_rounds, cgroup_parent=parent)
+    results = nri.goals(found)
+    text = nri.as_markdown(found, results)
+    print(f"load before {load:.2f}, after {os.getloadavg()[0]:.2f}\n\n{text}", end="")
+    if options.markdown is not None:
+        options.markdown.write_text(text)
+    return 1 if options.strict and not all(goal.met for goal in results) else 0
+
+
 def _streams(
     options: argparse.Namespace, targets: Sequence[phases.Target], bare: BareRuntime | None, bare_samples: Samples
 ) -> None:
@@ -136,6 +150,8 @@ def _options() -> argparse.Namespace:
     add("--network", action="store_true", help="measure the built-in network beside CNI's bridge plugin instead")
     add("--network-pods", default="1,200,500", metavar="N,…", help="pods that are there already (1,200,500)")
     add("--cni-pods", type=int, default=200, metavar="N", help="the most of them on the CNI network (200)")
+    add("--nri", action="store_true", help="measure what plugins of the node (NRI) add to a pod's cycle instead")
+    add("--nri-rounds", type=int, default=16, metavar="N", help="rounds of five cycles with each set of plugins (16)")
     add("--pulls", type=int, default=3, metavar="N", help="pulls of each form of the image (3)")
     add("--streams", type=int, default=40, metavar="N", help="commands through exec streams; 0: none (40)")
     add("--sessions", type=int, default=100, metavar="N", help="commands at once for the server's memory (100)")

@@ -1,0 +1,54 @@
+"""Plugins of the node for the benchmark, in a process of their own: ``python -m tests.bench.nri_plugins SOCKET COUNT``.
+
+One plugin subscribes to every event and changes nothing; several subscribe to one event that the benchmark never
+causes. A line on standard output says that all are synchronised. The process ends when its standard input is closed.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+from proto.nri.v1alpha1 import nri_pb2
+from tests.support.nri import EVENTS, stub
+
+
+class Idle(stub.Plugin):  # type: ignore[name-defined, misc]
+    """Subscribes to PostUpdatePodSandbox."""
+
+    def __init__(self, name: str, index: str, path: str) -> None:
+        super().__init__(name, index, path)
+        self.synchronised = threading.Event()
+
+    def Synchronize(self, request: nri_pb2.SynchronizeRequest) -> nri_pb2.SynchronizeResponse:
+        self.synchronised.set()
+        return nri_pb2.SynchronizeResponse(more=request.more)
+
+    def PostUpdatePodSandbox(self, _request: Any) -> None:
+        return
+
+
+class Everything(Idle):
+    """Subscribes to every event."""
+
+
+for _event in EVENTS:
+    setattr(Everything, _event, lambda _self, _request: None)
+
+
+def main() -> None:
+    """Connect the plugins and wait for the end of standard input."""
+    path, count = sys.argv[1], int(sys.argv[2])
+    kind = Everything if count == 1 else Idle
+    plugins = [kind(f"bench{number}", f"{number:02}", path) for number in range(count)]
+    for plugin in plugins:  # one after the other: only 32 may be unregistered at once
+        threading.Thread(target=plugin.run, daemon=True).start()
+        if not plugin.synchronised.wait(30):
+            raise SystemExit("the agent did not take a plugin")
+    print("synchronised", flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

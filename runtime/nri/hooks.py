@@ -91,6 +91,7 @@ class NriHooks(Hooks):
         self.socket, self.socket_problem = "", ""
         self._validates = options.default_validator.enabled
         self._seen: dict[str, bytes] = {}
+        self._pods: dict[str, tuple[object, nri_pb2.PodSandbox]] = {}
         self._making: dict[str, Container] = {}
         self._undrafted: dict[str, Container] = {}
         self._drafts: dict[str, bytes] = {}
@@ -305,9 +306,10 @@ class NriHooks(Hooks):
 
     def forget(self, object_id: str) -> None:
         """Keep nothing of an object that is gone."""
-        ids = (self._seen, self._making, self._told, self._told_once, self._undrafted, self._drafts, self._starting)
-        for kept in ids:
+        for kept in (self._seen, self._making, self._told, self._told_once):
             kept.pop(object_id, None)
+        for more in (self._undrafted, self._drafts, self._starting, self._pods):
+            more.pop(object_id, None)
 
     async def close(self) -> None:
         """Tell plugins that the agent ends, and wait for what they asked for."""
@@ -323,6 +325,15 @@ class NriHooks(Hooks):
         return True
 
     def _pod(self, sandbox: Sandbox) -> nri_pb2.PodSandbox:
+        """The pod as it is now, which is not to be changed: it is kept for its next event."""
+        record = sandbox.record
+        made_of = (record.addresses, record.pid_holder, record.overhead, record.resources)
+        kept = self._pods.get(sandbox.id)
+        if kept is None or kept[0] != made_of:
+            kept = self._pods[sandbox.id] = (made_of, self._new_pod(sandbox))
+        return kept[1]
+
+    def _new_pod(self, sandbox: Sandbox) -> nri_pb2.PodSandbox:
         cgroup = self._node.cgroups.parent_path(sandbox.record.cgroup_parent)
         return messages.pod(sandbox, self._node.layout.sandbox(sandbox.id), cgroup)
 
@@ -361,7 +372,7 @@ class NriHooks(Hooks):
             for container in containers:
                 if container.id not in self._seen:
                     self._look_at(container)
-            pods = [self._pod(sandbox) for sandbox in sandboxes]
+            pods = [self._new_pod(sandbox) for sandbox in sandboxes]
             listed = [self._message(container, running.get(container.id)) for container in containers]
             return list(messages.split(pods, listed))
 

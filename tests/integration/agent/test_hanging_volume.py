@@ -56,6 +56,7 @@ class Mute(Silent):
         # fuse_out_header, and fuse_init_out: version 7.31, no more than that.
         body = struct.pack("=IIIIHHIIHHI28x", 7, 31, 65536, 0, 12, 9, 65536, 1, 1, 0, 0)
         os.write(self._server, struct.pack("=IiQ", 16 + len(body), 0, unique) + body)
+        self.taken = 0
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -66,10 +67,11 @@ class Mute(Silent):
             while self._server >= 0:
                 if poller.poll(100):
                     os.read(self._server, 1 << 20)
+                    self.taken += 1
 
 
 @pytest.fixture
-def mute(tmp_path: Path) -> Iterator[Silent]:
+def mute(tmp_path: Path) -> Iterator[Mute]:
     if not Path("/dev/fuse").exists():
         pytest.skip("this kernel has no FUSE")
     folder = Mute(tmp_path / "mute")
@@ -153,7 +155,7 @@ def test_an_agent_stops_while_a_container_hangs(own_agent: AgentProcess, silent:
 @pytest.mark.skipif(
     tuple(map(int, os.uname().release.split(".")[:2])) < (6, 9), reason="this kernel has no descriptors of threads"
 )
-def test_an_agent_that_was_killed_but_hangs_keeps_no_other_out(tmp_path: Path, busybox: Path, mute: Silent) -> None:
+def test_an_agent_that_was_killed_but_hangs_keeps_no_other_out(tmp_path: Path, busybox: Path, mute: Mute) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with running_agent(tmp_path, busybox, options=f'[metrics]\naddress = "127.0.0.1:{port}"') as agent:
@@ -161,6 +163,7 @@ def test_an_agent_that_was_killed_but_hangs_keeps_no_other_out(tmp_path: Path, b
         sandbox_id = agent.client.run_sandbox(sandbox)
         _, running = run_container(agent, "sleep", "1000")
         waiting = waiting_creation(agent, mute, sandbox_id, sandbox)
+        wait_for(lambda: mute.taken > 0)  # one that is not taken yet ends with its caller
         killed = agent.process
         assert killed is not None
         killed.send_signal(signal.SIGKILL)

@@ -189,6 +189,8 @@ def test_a_bridge_whose_agent_is_gone_changes_hands(tmp_path: Path) -> None:
     gone.start()
     gone.kill()
     shutil.rmtree(gone.data)
+    for target in mounts.mounts_below(gone.run):
+        mounts.unmount(target)
     shutil.rmtree(gone.run)
     new.bridge, new.subnet = gone.bridge, gone.subnet
     try:

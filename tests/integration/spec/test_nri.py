@@ -209,17 +209,21 @@ def test_seccomp_policy_takes_the_place_of_the_profile(run: Run) -> None:
     assert "Function not implemented" not in result.output
 
 
-def test_hooks_of_every_stage(run: Run, tmp_path: Path, rootfs: Path) -> None:
+def test_hooks_of_every_stage(run: Run, runtime: str, tmp_path: Path, rootfs: Path) -> None:
+    # crun 1.8.1 takes a hook with a time limit for hung when another of its children ends at the same moment.
+    limit = 0 if runtime == "crun" else 10
     log = tmp_path / "log"
     program = tmp_path / "hook"
-    program.write_text(f'#!/bin/sh\necho "$1 $HOOK" >> {log}\n')
+    program.write_text(f'#!/bin/sh\ncat > /dev/null\necho "$1 $HOOK" >> {log}\n')
     program.chmod(0o755)
     inside = rootfs / "bin/hook"
-    inside.write_text('#!/bin/sh\necho "$1 $HOOK" >> /tmp/log\n')
+    inside.write_text('#!/bin/sh\ncat > /dev/null\necho "$1 $HOOK" >> /tmp/log\n')
     inside.chmod(0o755)
     hooks = nri_pb2.Hooks()
     for stage in ("prestart", "create_runtime", "create_container", "poststart", "poststop"):
-        getattr(hooks, stage).add(path=str(program), args=["hook", stage], env=["HOOK=set"]).timeout.value = 10
+        hook = getattr(hooks, stage).add(path=str(program), args=["hook", stage], env=["HOOK=set"])
+        if limit:
+            hook.timeout.value = limit
     hooks.start_container.add(path="/bin/hook", args=["hook", "start_container"], env=["HOOK=set", "PATH=/bin"])
     result = run("cat /tmp/log", adjustment=adjustment(hooks=hooks))
     assert result.output.strip() == "start_container set"

@@ -92,7 +92,7 @@ class NriHooks(Hooks):
         self._validates = options.default_validator.enabled
         self._seen: dict[str, bytes] = {}
         self._pods: dict[str, tuple[object, nri_pb2.PodSandbox]] = {}
-        self._making: dict[str, Container] = {}
+        self._making: dict[str, tuple[Container, list[Plugin]]] = {}  # with the plugins that were there then
         self._undrafted: dict[str, Container] = {}
         self._drafts: dict[str, bytes] = {}
         self._starting: dict[str, list[Plugin]] = {}
@@ -189,7 +189,7 @@ class NriHooks(Hooks):
         Who takes the container out of ``_undrafted`` decides, this thread or ``_inventory``.
         """
         self._drafts[container.id] = oci.encode(draft.spec)
-        self._making[container.id] = container
+        self._making[container.id] = container, list(self.adaptation.plugins)
         if self._undrafted.pop(container.id, None) is not None:
             return True
         del self._making[container.id], self._drafts[container.id]
@@ -206,13 +206,14 @@ class NriHooks(Hooks):
             creation = await self.adaptation.create(request, container.title, operation, told)
             adjust_container(self._node, container, draft, creation.adjustment, creation.owners)
             self._seen[container.id] = creation.container.SerializeToString()
-            self._making[container.id] = container
+            self._making[container.id] = container, list(self.adaptation.plugins)
         await self.adaptation.carry_out(creation.updates)
 
     @never_failing
     async def created_container(self, container: Container, operation: Operation) -> None:
         """PostCreateContainer."""
-        self._making.pop(container.id, None)
+        known, told = self._knowing(container.id), events.POST_CREATE_CONTAINER.number
+        self._told[container.id] = [*known, *(plugin for plugin in self.adaptation.plugins if plugin.wants(told))]
         self._drafts.pop(container.id, None)
         if self.adaptation.wants(events.POST_CREATE_CONTAINER):
             pod, message = await self._both(container, nri_pb2.CONTAINER_CREATED)
@@ -222,9 +223,7 @@ class NriHooks(Hooks):
     @never_failing
     async def undo_container(self, container: Container) -> None:
         """StopContainer and RemoveContainer, to those that were told of it."""
-        asked, listed = self._told.pop(container.id, []), self._making.pop(container.id, None)
-        only = None if listed is not None else asked
-        if asked or (listed is not None and self.adaptation.plugins):
+        if only := self._knowing(container.id):
             pod, message = await self._both(container, nri_pb2.CONTAINER_STOPPED)
             stop = nri_pb2.StopContainerRequest(pod=pod, container=message)
             await self.adaptation.notify(events.STOP_CONTAINER, stop, only=only)
@@ -317,12 +316,17 @@ class NriHooks(Hooks):
         if self._tasks:
             await asyncio.wait(self._tasks)
 
+    def _knowing(self, container_id: str) -> list[Plugin]:
+        """The plugins that were told of a container that is being made, or had it in their list."""
+        plugins, told = self.adaptation.plugins, self._told.pop(container_id, [])
+        there = self._making.pop(container_id, (None, plugins))[1]
+        return [plugin for plugin in plugins if plugin in told or plugin not in there]
+
     def _first(self, object_id: str, event: str) -> bool:
         told = self._told_once.setdefault(object_id, set())
-        if event in told:
-            return False
+        first = event not in told
         told.add(event)
-        return True
+        return first
 
     def _pod(self, sandbox: Sandbox) -> nri_pb2.PodSandbox:
         """The pod as it is now, which is not to be changed: it is kept for its next event."""
@@ -363,7 +367,7 @@ class NriHooks(Hooks):
     async def _inventory(self) -> list[nri_pb2.SynchronizeRequest]:
         """Everything that clients may see."""
         late = {container_id for container_id in list(self._undrafted) if self._undrafted.pop(container_id, None)}
-        making = [container for container in list(self._making.values()) if container.id not in late]
+        making = [container for container, _ in list(self._making.values()) if container.id not in late]
         sandboxes = list(self._node.state.visible_sandboxes())
         containers = [*self._node.state.visible_containers(), *making]
         running = dict.fromkeys(self._starting, nri_pb2.CONTAINER_RUNNING)
@@ -385,9 +389,8 @@ class NriHooks(Hooks):
 
     async def _evict(self, eviction: nri_pb2.ContainerEviction, plugin: str) -> None:
         container = self._visible(eviction.container_id)
-        reason = eviction.reason[:256] or "no reason given"
-        container.evicted = f"evicted by NRI plugin {plugin}: {reason}"
-        _log.warning("nri: %s: plugin %s evicts it: %s", container.title, plugin, reason)
+        container.evicted = f"evicted by NRI plugin {plugin}: {eviction.reason[:256] or 'no reason given'}"
+        _log.warning("nri: %s: plugin %s evicts it: %s", container.title, plugin, eviction.reason[:256])
         await self._changing.end(container)
 
     def _visible(self, container_id: str) -> Container:

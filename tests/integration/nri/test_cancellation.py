@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,7 +12,7 @@ import pytest
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, wait_for
-from tests.support.nri import Recorder, connected
+from tests.support.nri import Recorder, connected, stub
 from tests.support.pods import container_config, run_container, sandbox_config
 
 
@@ -121,3 +122,54 @@ def test_an_agent_killed_in_an_event_starts_consistent_and_synchronises_true_sta
         container_id = container_id or agent.client.create(sandbox_id, config, sandbox)
         agent.client.start(container_id)
         assert agent.client.status(container_id).state == cri_pb2.CONTAINER_RUNNING
+
+
+class AfterTheFact(stub.Plugin):  # type: ignore[name-defined, misc]
+    """Knows containers from PostCreateContainer alone."""
+
+    def __init__(self, path: Path, index: str, held: Held) -> None:
+        super().__init__("after", index, str(path))
+        self.told: list[str] = []
+        self.held = held
+        self.synchronised = threading.Event()
+
+    def Synchronize(self, request: nri_pb2.SynchronizeRequest) -> nri_pb2.SynchronizeResponse:
+        self.synchronised.set()
+        return nri_pb2.SynchronizeResponse(more=request.more)
+
+    def PostCreateContainer(self, request: Any) -> None:
+        self.told.append("PostCreateContainer")
+        self.held(request)
+
+    def StopContainer(self, _request: Any) -> None:
+        self.told.append("StopContainer")
+
+    def RemoveContainer(self, _request: Any) -> None:
+        self.told.append("RemoveContainer")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_undone_container_is_told_to_the_plugins_that_know_it(agent: AgentProcess, fails: bool) -> None:
+    held, sandbox = Held(), sandbox_config(agent)
+    plugin = AfterTheFact(agent.nri_socket, "10", held)
+    thread = threading.Thread(target=plugin.run, daemon=True)
+    thread.start()
+    assert plugin.synchronised.wait(10)
+    sandbox_id = agent.client.run_sandbox(sandbox)
+    config = container_config("main", "sleep", "1000")
+    if fails:  # before any event of it
+        config.mounts.add(host_path="/missing/socket", container_path="/proc")
+    create = cri_pb2.CreateContainerRequest(pod_sandbox_id=sandbox_id, config=config, sandbox_config=sandbox)
+    call = agent.client.future("CreateContainer", create)
+    if not fails:
+        assert held.reached.wait(10)
+        call.cancel()
+        assert len(states(agent)) == 1
+        held.release.set()
+        wait_for(lambda: plugin.told == ["PostCreateContainer", "StopContainer", "RemoveContainer"])
+    else:
+        with pytest.raises(grpc.RpcError):
+            call.result(10)
+        assert plugin.told == []
+    plugin.close()
+    thread.join(10)

@@ -34,6 +34,8 @@ from google.protobuf.message_factory import GetMessageClass
 from proto.nri.v1alpha1 import nri_pb2
 from proto.ttrpc.v1 import ttrpc_pb2
 
+__all__ = ["Plugin", "nri_pb2"]
+
 SOCKET = "/var/run/nri/nri.sock"
 
 _SERVICE = nri_pb2.DESCRIPTOR.services_by_name["Plugin"]

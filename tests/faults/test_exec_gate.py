@@ -12,7 +12,8 @@ from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import run_container
 
 _ASKED = (
-    "import sys, time; from runtime.oci.exec_gate import ExecGate; gate = ExecGate(int(sys.argv[1])); time.sleep(99)"
+    "import sys, time; from pathlib import Path; from runtime.oci.exec_gate import ExecGate;"
+    " gate = ExecGate(Path(sys.argv[1])); time.sleep(99)"
 )
 
 
@@ -31,7 +32,8 @@ def test_programs_that_wait_for_who_was_killed_go_on(agent: AgentProcess) -> Non
     script = "while :; do /bin/ls /proc/1/exe >/dev/null || exit 9; echo line; done"
     _, container_id = run_container(agent, "sh", "-c", script)
     log = Path(agent.client.status(container_id).log_path)
-    with subprocess.Popen([sys.executable, "-c", _ASKED, str(init_pid(agent, container_id))]) as asked:
+    rootfs = agent.run / "containers" / container_id / "rootfs"
+    with subprocess.Popen([sys.executable, "-c", _ASKED, str(rootfs)]) as asked:
         held: list[list[str]] = []
 
         def stands_still() -> bool:

@@ -33,10 +33,15 @@ _SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 # Agents of one run never share a range: the node could not tell their pods apart.
 _subnets = itertools.count(secrets.randbelow(96))
+_subnets_in_use: set[str] = set()
 
 
 def _next_subnet() -> str:
-    block = next(_subnets) % 96
+    # An agent that serves for a whole run keeps its range while the others go round.
+    return next(subnet for number in _subnets if (subnet := _subnet(number % 96)) not in _subnets_in_use)
+
+
+def _subnet(block: int) -> str:
     return f"10.{200 + block // 16}.{block % 16 * 16}.0/20"
 
 
@@ -89,6 +94,7 @@ class AgentProcess:
 
     def launch(self, faults: str = "") -> None:
         """Start the process without waiting for it; it meets ``faults``, which tests/support/faults.py describes."""
+        _subnets_in_use.add(self.subnet)
         command = self.command("serve", *self.flags)
         if faults:
             command[:1] = [sys.executable, "-m", "tests.support.faults", faults]
@@ -157,6 +163,7 @@ class AgentProcess:
     def reset(self) -> None:
         """End it if it runs and take down all it made."""
         self._end(signal.SIGKILL)
+        _subnets_in_use.discard(self.subnet)
         if Path("/run/systemd/system").is_dir():  # slices that stood for a client's, which an agent leaves alone
             slice_name = f"{self.cgroup_parent.strip('/')}.slice"
             # First processes of containers ignore SIGTERM, and systemd would wait 90 s for them to heed it.

@@ -17,7 +17,7 @@ def with_the_node_s_root(agent: AgentProcess) -> Running:
     """A container with host PID whose first process has the node's own mount as its root."""
     sandbox = sandbox_config(agent)
     sandbox.linux.security_context.privileged = True
-    config = container_config("main", "chroot", "/proc/1/root", "sleep", "1000")
+    config = container_config("main", "chroot", f"/proc/{agent.pid()}/root", "sleep", "1000")
     config.linux.security_context.privileged = True
     for context in (sandbox.linux.security_context, config.linux.security_context):
         context.namespace_options.pid = cri_pb2.NODE

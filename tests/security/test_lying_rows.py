@@ -181,7 +181,7 @@ def test_the_init_of_a_pod_whose_row_is_lost_is_ended(own_agent: AgentProcess) -
     with _store(own_agent) as store:
         store.execute("UPDATE sandboxes SET record = x''")
     own_agent.start()
-    assert not _alive(holder)
+    wait_for(lambda: not _alive(holder), what="the end of the init")
     assert all("row" in finding for finding in own_agent.client.findings())
 
 

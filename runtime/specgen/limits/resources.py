@@ -10,7 +10,7 @@ from runtime.specgen import config
 from runtime.specgen.node_facts import NodeFacts
 
 _UNIFIED_KEY = re.compile(r"[a-z]+(\.[A-Za-z0-9_]+)+")
-_CPU_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+_CPU_LIST = re.compile(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*")  # the kernel has at most 8192 processors
 
 _MOST_SHARES = 1 << 18
 

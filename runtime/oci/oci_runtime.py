@@ -43,7 +43,8 @@ _REFUSED_LIMIT = re.compile(
 # Errors that what was asked for has: a path through a file, say. Nothing of the node makes a runtime say so.
 _REFUSED_REQUEST = re.compile(
     r"(not a directory|is a directory|file name too long|too many levels of symbolic links|invalid argument|file exists"
-    r"|mkdir /(?:proc|sys)\S*: read-only file system|result out of range|argument list too long)\W*$|\bchdir (to cwd|`)",
+    r"|mkdir /(?:proc|sys)\S*: read-only file system|result out of range|argument list too long)\W*$"
+    r"|\bchdir (to cwd|`)",
     re.IGNORECASE | re.MULTILINE,
 )
 _LOGFMT_ERROR = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 
 from host.files import mounts
+from host.files.procfs import all_pids, command_line
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, wait_for
 
@@ -159,18 +160,17 @@ def _found_processes(agent: AgentProcess) -> Iterator[str]:
     """Processes with this agent's run folder in their command line, and the inits of its pods."""
     pods = {path.name for path in (agent.run / "sandboxes").iterdir()}
     own = agent.pid()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == own:
+    for pid in all_pids():
+        if pid == own:
             continue
-        try:
-            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
+        words = [word.decode(errors="replace") for word in command_line(pid)]
         if "conmon" in words[0] and f"{agent.run}/containers" in " ".join(words):
             yield f"conmon {words[words.index('-c') + 1]}"
         elif words[0].startswith("podkeel-pod-init-") and words[0].removeprefix("podkeel-pod-init-") in pods:
             yield f"init {words[0].removeprefix('podkeel-pod-init-')}"
         elif str(agent.run) in " ".join(words[1:]) and Path(words[0]).name in ("crun", "runc"):
             with contextlib.suppress(OSError):  # it has ended by now
-                if agent.cgroup_parent not in (entry / "cgroup").read_text():  # not the init of a created container
+                if (
+                    agent.cgroup_parent not in Path(f"/proc/{pid}/cgroup").read_text()
+                ):  # not the init of a created container
                     yield f"process {' '.join(words)}"

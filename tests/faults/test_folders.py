@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from host.files import mounts
+from host.files.procfs import all_pids, command_line, read_bounded
 from proto.runtime.v1 import cri_pb2
 from runtime.state.container import ContainerRecord
 from runtime.state.sandbox import SandboxRecord
@@ -131,12 +132,11 @@ def test_a_lost_run_folder_is_a_reboot(lone_agent: FaultyAgent, rebooted: bool) 
 def _pull_the_plug(agent: AgentProcess) -> None:
     """End the agent and all it made in the kernel, and empty the run folder, as a reboot would."""
     agent.kill()
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
-            with contextlib.suppress(OSError):
-                monitored = f"{agent.run}/containers" in (process / "cmdline").read_text()
-                if monitored or agent.cgroup_parent in (process / "cgroup").read_text():
-                    os.kill(int(process.name), signal.SIGKILL)
+    for pid in all_pids():
+        monitored = f"{agent.run}/containers".encode() in b" ".join(command_line(pid))
+        if monitored or agent.cgroup_parent.encode() in read_bounded(f"/proc/{pid}/cgroup", 65536):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     for target in mounts.mounts_below(agent.run):
         mounts.unmount(target, lazy=True)
     shutil.rmtree(agent.run)

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from host.files.procfs import all_pids, command_line
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.hardening import PRELUDE, PYTHON, Attacker, import_image, like_kubelets, with_python
 from tests.security.conftest import FIRST_ID, pod_config
@@ -103,9 +104,9 @@ def catatonit() -> bytes:
 
 def init_of(agent: AgentProcess, sandbox_id: str) -> int:
     """The pid on the node of a pod's init."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and sandbox_id.encode() in (entry / "cmdline").read_bytes().split(b"\0")[0]:
-            return int(entry.name)
+    for pid in all_pids():
+        if sandbox_id.encode() in command_line(pid)[0]:
+            return pid
     raise AssertionError("the pod has no init")
 
 

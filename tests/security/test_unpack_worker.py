@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from host.errors import LimitError, PodkeelError
+from host.files.procfs import all_pids, command_line, read_bounded
 from images.unpack import unpacker as unpacking
 from images.unpack.unpacker import Unpacker
 from tests.security.worker_attack import ANY, Program, layer, program, quiet, unpacker
@@ -184,16 +185,14 @@ async def test_what_the_kernel_says_of_it(layer: Path) -> None:
 
 async def confined_processes() -> AsyncIterator[Path]:
     """The inner processes of this process's workers, waited for."""
-    while True:
-        for path in Path("/proc").iterdir():
-            if path.name.isdigit():
-                try:
-                    status = (path / "status").read_text()
-                    if "Seccomp:\t2" in status and b"images.unpack.worker" in (path / "cmdline").read_bytes():
-                        yield path
-                except (FileNotFoundError, ProcessLookupError):
-                    continue
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for pid in all_pids():
+            status = read_bounded(f"/proc/{pid}/status", 65536)
+            if b"Seccomp:\t2" in status and b"images.unpack.worker" in b" ".join(command_line(pid)):
+                yield Path(f"/proc/{pid}")
         await asyncio.sleep(0.02)
+    raise TimeoutError("no worker confined itself")
 
 
 @pytest.mark.parametrize(

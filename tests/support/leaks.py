@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 from host.files import mounts
+from host.files.procfs import all_pids, command_line, read_bounded
 
 _NAMES = ("podkeel", "pkt")
 _DEVICES = (
@@ -62,17 +63,19 @@ def _cgroups() -> set[str]:
     return {entry.path for root in roots for entry in os.scandir(root) if entry.is_dir() and "podkeel" in entry.name}
 
 
+def _pid_namespace(pid: int) -> Path | None:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/ns/pid").readlink()
+    return None
+
+
 def _processes() -> set[str]:
     """Conmon in this PID namespace, which runs of tests in others do not share, and the inits of pods."""
     found = set()
-    here = Path("/proc/self/ns/pid").readlink()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                is_conmon = (entry / "comm").read_text() == "conmon\n" and (entry / "ns/pid").readlink() == here
-            except OSError:
-                continue
-            if is_conmon or words[0].startswith(b"podkeel-pod-init"):
-                found.add(f"process {entry.name} {b' '.join(words[:3]).decode(errors='replace')}")
+    here = _pid_namespace(os.getpid())
+    for pid in all_pids():
+        words = command_line(pid)
+        is_conmon = read_bounded(f"/proc/{pid}/comm", 64) == b"conmon\n" and _pid_namespace(pid) == here
+        if is_conmon or words[0].startswith(b"podkeel-pod-init"):
+            found.add(f"process {pid} {b' '.join(words[:3]).decode(errors='replace')}")
     return found

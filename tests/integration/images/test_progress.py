@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 
 import pytest
 
 from host.errors import KubeletReasonError
+from host.files.procfs import all_pids, command_line, parent_of
 from images.content.progress import LayerState, PullProgress
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, entry, make_tar
@@ -43,16 +43,8 @@ async def seen(node: Node, good: Callable[[PullProgress], bool]) -> PullProgress
 
 def workers() -> list[int]:
     """Unpack workers that are children of this process."""
-    found = []
-    for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            try:
-                words = Path(f"/proc/{pid}/cmdline").read_bytes()
-            except OSError:
-                continue
-            if b"unpack.worker" in words:
-                found.append(int(pid))
-    return found
+    ours = (pid for pid in all_pids() if parent_of(pid) == os.getpid())
+    return [pid for pid in ours if b"unpack.worker" in b" ".join(command_line(pid))]
 
 
 async def test_layers_and_bytes_are_visible_while_a_pull_runs(

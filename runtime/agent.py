@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from host.cgroups import discover
 from host.children.dying_holder import release_what_is_held
@@ -34,6 +34,7 @@ from runtime.containers.exec import Execution
 from runtime.containers.exit import ContainerExit
 from runtime.containers.start import ContainerStart
 from runtime.containers.stop import ContainerStop
+from runtime.hooks import Hooks
 from runtime.layout import Layout
 from runtime.meters import Meters
 from runtime.node import Node
@@ -52,13 +53,18 @@ from runtime.recovery.lost_store import LostStore, settle_store
 from runtime.recovery.recovery import Recovery
 from runtime.reserve import Reserve, require_room
 from runtime.specgen.hooks_dir import HooksDir
+from runtime.specgen.limits.extra_limits import LimitChange
 from runtime.specgen.node_facts import NodeFacts, probe_node
 from runtime.specgen.security.apparmor import load_default_profile
+from runtime.state.container import Container
 from runtime.state.registrar import container_registrar, pod_registrar
 from runtime.state.rows import Store
 from runtime.state.schema import MIGRATIONS as RUNTIME_MIGRATIONS
 from runtime.state.state import State
 from runtime.statistics import Statistics
+
+if TYPE_CHECKING:
+    from runtime.nri.hooks import NriHooks
 
 SCHEMAS = {"runtime": RUNTIME_MIGRATIONS, "network": NETWORK_MIGRATIONS, "images": IMAGE_MIGRATIONS}
 
@@ -81,6 +87,7 @@ class Agent:
     cgroups: CgroupTree
     facts: NodeFacts
     handlers: Handlers
+    hooks: Hooks
     hooks_dir: HooksDir
     network: NodeNetwork
     images: Images
@@ -175,20 +182,22 @@ class Agent:
         stack.push_async_callback(network.stop)
         self.images = images
         self._take(node)
+        plugin_hooks = self._plugin_hooks(node)
+        self.hooks = node.hooks = plugin_hooks or Hooks()
         self._assemble(node, stack)
         await self.recovery.run()
         copy.start()
         store.when_written(kept.note)
         kept.start((*node.state.sandboxes, *node.state.containers))
         await in_thread(reserve.keep)
-        await self._serve_plugins(node, stack)
+        if plugin_hooks is not None:
+            await self._serve_plugins(plugin_hooks, stack)
         self.state.events.serve()
 
     def _take(self, node: Node) -> None:
         self.options, self.layout, self.database = node.options, node.layout, node.database
         self.state, self.facts, self.hooks_dir = node.state, node.facts, node.hooks_dir
         self.cgroups, self.handlers, self.network = node.cgroups, node.handlers, node.network
-        self.hooks = node.hooks
 
     def _assemble(self, node: Node, stack: AsyncExitStack) -> None:
         self.exits = ContainerExit(node)
@@ -246,17 +255,26 @@ class Agent:
             await put_back_all(database, layout)
         return database
 
-    async def _serve_plugins(self, node: Node, stack: AsyncExitStack) -> None:
-        """Let plugins of the node see and change what is made from now on; only here their code is loaded."""
+    def _plugin_hooks(self, node: Node) -> NriHooks | None:
+        """The hooks that call plugins of the node, if any are served; only then their code is loaded."""
         if self._nri is None or not self._nri.enabled:
-            return
+            return None
         from runtime.nri.hooks import Changing, NriHooks
+
+        async def update(container: Container, change: LimitChange) -> None:
+            await self.execution.apply(container, change)
+
+        async def end(container: Container) -> None:
+            await self.stops.kill(container)
+
+        return NriHooks(node, self._nri, self._version, Changing(update, end))
+
+    async def _serve_plugins(self, hooks: NriHooks, stack: AsyncExitStack) -> None:
+        """Let plugins of the node see and change what is made from now on."""
         from runtime.nri.service import serving
 
-        changing = Changing(self.execution.apply, self.stops.kill)
-        hooks = NriHooks(node, self._nri, self._version, changing)
-        node.hooks = self.hooks = hooks
-        await stack.enter_async_context(serving(hooks, self._nri, node.layout.run / "nri-plugins"))
+        assert self._nri is not None
+        await stack.enter_async_context(serving(hooks, self._nri, self.layout.run / "nri-plugins"))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

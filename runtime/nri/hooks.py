@@ -164,14 +164,14 @@ class NriHooks(Hooks):
     @never_failing
     async def stop_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """StopPodSandbox."""
-        if self._first(sandbox.id, "stop") and self.adaptation.wants(events.STOP_POD_SANDBOX):
+        if self.adaptation.wants(events.STOP_POD_SANDBOX) and self._first(sandbox.id, "stop"):
             request = nri_pb2.StopPodSandboxRequest(pod=self._pod(sandbox))
             await self.adaptation.notify(events.STOP_POD_SANDBOX, request, operation)
 
     @never_failing
     async def remove_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """RemovePodSandbox."""
-        if self._first(sandbox.id, "remove") and self.adaptation.wants(events.REMOVE_POD_SANDBOX):
+        if self.adaptation.wants(events.REMOVE_POD_SANDBOX) and self._first(sandbox.id, "remove"):
             request = nri_pb2.RemovePodSandboxRequest(pod=self._pod(sandbox))
             await self.adaptation.notify(events.REMOVE_POD_SANDBOX, request, operation)
 
@@ -274,7 +274,7 @@ class NriHooks(Hooks):
     async def stopped_container(self, container: Container) -> None:
         """StopContainer; what plugins ask for other containers then is done soon."""
         self._starting.pop(container.id, None)
-        if not self._first(container.id, "stop") or not self.adaptation.wants(events.STOP_CONTAINER):
+        if not self.adaptation.wants(events.STOP_CONTAINER) or not self._first(container.id, "stop"):
             return
         pod, message = await self._both(container)
         request = nri_pb2.StopContainerRequest(pod=pod, container=message)
@@ -292,7 +292,7 @@ class NriHooks(Hooks):
     @never_failing
     async def remove_container(self, container: Container, operation: Operation) -> None:
         """RemoveContainer."""
-        if self._first(container.id, "remove") and self.adaptation.wants(events.REMOVE_CONTAINER):
+        if self.adaptation.wants(events.REMOVE_CONTAINER) and self._first(container.id, "remove"):
             pod, message = await self._both(container)
             request = nri_pb2.RemoveContainerRequest(pod=pod, container=message)
             await self.adaptation.notify(events.REMOVE_CONTAINER, request, operation)

@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, Self
 
-import msgspec
-
-from host.concurrency.threads import in_thread
 from host.errors import InvalidArgumentError, NotFoundError
 from host.stages import Operation
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.hooks import Hooks, Passage, Resources
 from runtime.node import Node
-from runtime.nri import messages
+from runtime.nri import messages, report
 from runtime.nri.adaptation import Adaptation
 from runtime.nri.answers.updates import Node as PluginsView
 from runtime.nri.answers.updates import Updates
@@ -26,16 +23,14 @@ from runtime.nri.changes import adjust_container, limit_change
 from runtime.nri.options import NriOptions
 from runtime.nri.plugins import events
 from runtime.nri.plugins.plugin import Plugin
-from runtime.specgen import config as oci
+from runtime.nri.views import Views
 from runtime.specgen.draft import Draft
 from runtime.specgen.limits.extra_limits import LimitChange, merged
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
 
 P = ParamSpec("P")
-EVENT_NUMBERS = tuple(number for number in nri_pb2.Event.values() if 0 < number < nri_pb2.LAST)
 _log = logging.getLogger("podkeel.nri")
-_decode_spec = msgspec.json.Decoder(oci.Spec).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +71,8 @@ class _Passage(Passage):
 class NriHooks(Hooks):
     """Tells plugins, through ``adaptation``, and does what they ask.
 
-    What plugins made of a container is kept encoded, so that an event of it need not read its spec from the disk. One
-    that is being made, after CreateContainer, is listed to plugins that come meanwhile, and so is one that no plugin
-    adjusts, once it is drafted (``_drafts``). If a plugin comes before that, the container is adjusted as any other.
+    A container that is being made, after CreateContainer, is listed to plugins that come meanwhile, and so is one that
+    no plugin adjusts, once it is drafted. If a plugin comes before that, the container is adjusted as any other.
     ``_starting`` has the plugins that were there at StartContainer: only these are told of PostStartContainer, and one
     that comes between the two is told that the container runs.
     """
@@ -90,11 +84,9 @@ class NriHooks(Hooks):
         self.adaptation = Adaptation(options, view)
         self.socket, self.socket_problem = "", ""
         self._validates = options.default_validator.enabled
-        self._seen: dict[str, bytes] = {}
-        self._pods: dict[str, tuple[object, nri_pb2.PodSandbox]] = {}
+        self._views = Views(node.layout, node.cgroups)
         self._making: dict[str, tuple[Container, list[Plugin]]] = {}  # with the plugins that were there then
         self._undrafted: dict[str, Container] = {}
-        self._drafts: dict[str, bytes] = {}
         self._starting: dict[str, list[Plugin]] = {}
         self._told: dict[str, list[Plugin]] = {}
         self._told_once: dict[str, set[str]] = {}
@@ -110,44 +102,32 @@ class NriHooks(Hooks):
         return {"enabled": True, "socket": self.socket, "problem": self.socket_problem}
 
     def report(self) -> list[dict[str, object]]:
-        """Name, events, calls and errors of each plugin."""
-        there = [
-            {
-                "plugin": plugin.title,
-                "startedByAgent": plugin.started_by_agent,
-                "connectedAt": plugin.admitted_at,
-                "events": [nri_pb2.Event.Name(number) for number in EVENT_NUMBERS if plugin.wants(number)],
-                "calls": {method: count.calls for method, count in plugin.calls.by_method.items()},
-                "lastError": plugin.calls.last_error,
-            }
-            for plugin in self.adaptation.plugins
-        ]
-        gone = [{"plugin": lost.title, "goneAt": lost.at, "why": lost.why} for lost in self.adaptation.gone]
-        return [*there, *gone]
+        """Those that are there, then those that are gone."""
+        return report.plugins(self.adaptation)
 
     def calls(self) -> Iterable[tuple[tuple[str, str], int, float, int]]:
         """Those of all plugins since the start."""
-        return [((title, method), one.calls, one.seconds, one.errors) for title, method, one in self.adaptation.totals]
+        return report.calls(self.adaptation)
 
     async def run_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """RunPodSandbox."""
         if self.adaptation.wants(events.RUN_POD_SANDBOX):
             told = self._told[sandbox.id] = []
-            request = nri_pb2.RunPodSandboxRequest(pod=self._pod(sandbox))
+            request = nri_pb2.RunPodSandboxRequest(pod=self._views.pod(sandbox))
             await self.adaptation.tell(events.RUN_POD_SANDBOX, request, operation, told)
 
     @never_failing
     async def undo_sandbox(self, sandbox: Sandbox) -> None:
         """StopPodSandbox and RemovePodSandbox, to those that were told of RunPodSandbox."""
         if told := self._told.pop(sandbox.id, []):
-            pod, notify = self._pod(sandbox), self.adaptation.notify
+            pod, notify = self._views.pod(sandbox), self.adaptation.notify
             await notify(events.STOP_POD_SANDBOX, nri_pb2.StopPodSandboxRequest(pod=pod), only=told)
             await notify(events.REMOVE_POD_SANDBOX, nri_pb2.RemovePodSandboxRequest(pod=pod), only=told)
 
     async def update_sandbox(self, sandbox: Sandbox, overhead: Resources | None, resources: Resources | None) -> None:
         """UpdatePodSandbox."""
         if self.adaptation.wants(events.UPDATE_POD_SANDBOX):
-            request = nri_pb2.UpdatePodSandboxRequest(pod=self._pod(sandbox))
+            request = nri_pb2.UpdatePodSandboxRequest(pod=self._views.pod(sandbox))
             if overhead is not None:
                 request.overhead_linux_resources.CopyFrom(messages.resources(overhead))
             if resources is not None:
@@ -158,21 +138,21 @@ class NriHooks(Hooks):
     async def updated_sandbox(self, sandbox: Sandbox) -> None:
         """PostUpdatePodSandbox."""
         if self.adaptation.wants(events.POST_UPDATE_POD_SANDBOX):
-            request = nri_pb2.PostUpdatePodSandboxRequest(pod=self._pod(sandbox))
+            request = nri_pb2.PostUpdatePodSandboxRequest(pod=self._views.pod(sandbox))
             await self.adaptation.notify(events.POST_UPDATE_POD_SANDBOX, request)
 
     @never_failing
     async def stop_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """StopPodSandbox."""
         if self.adaptation.wants(events.STOP_POD_SANDBOX) and self._first(sandbox.id, "stop"):
-            request = nri_pb2.StopPodSandboxRequest(pod=self._pod(sandbox))
+            request = nri_pb2.StopPodSandboxRequest(pod=self._views.pod(sandbox))
             await self.adaptation.notify(events.STOP_POD_SANDBOX, request, operation)
 
     @never_failing
     async def remove_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """RemovePodSandbox."""
         if self.adaptation.wants(events.REMOVE_POD_SANDBOX) and self._first(sandbox.id, "remove"):
-            request = nri_pb2.RemovePodSandboxRequest(pod=self._pod(sandbox))
+            request = nri_pb2.RemovePodSandboxRequest(pod=self._views.pod(sandbox))
             await self.adaptation.notify(events.REMOVE_POD_SANDBOX, request, operation)
 
     async def nobody_adjusts(self, container: Container) -> bool:
@@ -188,11 +168,12 @@ class NriHooks(Hooks):
 
         Who takes the container out of ``_undrafted`` decides, this thread or ``_inventory``.
         """
-        self._drafts[container.id] = oci.encode(draft.spec)
+        self._views.keep_draft(container, draft)
         self._making[container.id] = container, list(self.adaptation.plugins)
         if self._undrafted.pop(container.id, None) is not None:
             return True
-        del self._making[container.id], self._drafts[container.id]
+        del self._making[container.id]
+        self._views.drop_draft(container)
         return False
 
     async def create_container(self, container: Container, draft: Draft, operation: Operation) -> None:
@@ -200,12 +181,12 @@ class NriHooks(Hooks):
         told = self._told[container.id] = []
         async with self.passing():
             request = nri_pb2.CreateContainerRequest(
-                pod=self._pod(container.sandbox), container=messages.container(container, draft.spec)
+                pod=self._views.pod(container.sandbox), container=messages.container(container, draft.spec)
             )
-            self._seen[container.id] = request.container.SerializeToString()
+            self._views.keep(request.container)
             creation = await self.adaptation.create(request, container.title, operation, told)
             adjust_container(self._node, container, draft, creation.adjustment, creation.owners)
-            self._seen[container.id] = creation.container.SerializeToString()
+            self._views.keep(creation.container)
             self._making[container.id] = container, list(self.adaptation.plugins)
         await self.adaptation.carry_out(creation.updates)
 
@@ -214,9 +195,9 @@ class NriHooks(Hooks):
         """PostCreateContainer."""
         known, told = self._knowing(container.id), events.POST_CREATE_CONTAINER.number
         self._told[container.id] = [*known, *(plugin for plugin in self.adaptation.plugins if plugin.wants(told))]
-        self._drafts.pop(container.id, None)
+        self._views.drop_draft(container)
         if self.adaptation.wants(events.POST_CREATE_CONTAINER):
-            pod, message = await self._both(container, nri_pb2.CONTAINER_CREATED)
+            pod, message = await self._views.both(container, nri_pb2.CONTAINER_CREATED)
             request = nri_pb2.PostCreateContainerRequest(pod=pod, container=message)
             await self.adaptation.notify(events.POST_CREATE_CONTAINER, request, operation)
 
@@ -224,7 +205,7 @@ class NriHooks(Hooks):
     async def undo_container(self, container: Container) -> None:
         """StopContainer and RemoveContainer, to those that were told of it."""
         if only := self._knowing(container.id):
-            pod, message = await self._both(container, nri_pb2.CONTAINER_STOPPED)
+            pod, message = await self._views.both(container, nri_pb2.CONTAINER_STOPPED)
             stop = nri_pb2.StopContainerRequest(pod=pod, container=message)
             await self.adaptation.notify(events.STOP_CONTAINER, stop, only=only)
             remove = nri_pb2.RemoveContainerRequest(pod=pod, container=message)
@@ -234,7 +215,7 @@ class NriHooks(Hooks):
         """StartContainer."""
         there = list(self.adaptation.plugins)
         if self.adaptation.wants(events.START_CONTAINER):
-            pod, message = await self._both(container)
+            pod, message = await self._views.both(container)
             request = nri_pb2.StartContainerRequest(pod=pod, container=message)
             await self.adaptation.tell(events.START_CONTAINER, request, operation)
         self._starting[container.id] = there
@@ -244,7 +225,7 @@ class NriHooks(Hooks):
         """PostStartContainer."""
         there = self._starting.pop(container.id, [])
         if self.adaptation.wants(events.POST_START_CONTAINER):
-            pod, message = await self._both(container)
+            pod, message = await self._views.both(container)
             request = nri_pb2.PostStartContainerRequest(pod=pod, container=message)
             await self.adaptation.notify(events.POST_START_CONTAINER, request, operation, only=there)
 
@@ -252,7 +233,7 @@ class NriHooks(Hooks):
         """UpdateContainer."""
         if not self.adaptation.wants(events.UPDATE_CONTAINER):
             return LimitChange(given)
-        pod, message = await self._both(container)
+        pod, message = await self._views.both(container)
         wanted = messages.resources(given)
         request = nri_pb2.UpdateContainerRequest(pod=pod, container=message, linux_resources=wanted)
         own, plugins, updates = await self.adaptation.update(request, container.title, operation)
@@ -266,7 +247,7 @@ class NriHooks(Hooks):
     async def updated_container(self, container: Container, operation: Operation) -> None:
         """PostUpdateContainer."""
         if self.adaptation.wants(events.POST_UPDATE_CONTAINER):
-            pod, message = await self._both(container)
+            pod, message = await self._views.both(container)
             request = nri_pb2.PostUpdateContainerRequest(pod=pod, container=message)
             await self.adaptation.notify(events.POST_UPDATE_CONTAINER, request, operation)
 
@@ -276,7 +257,7 @@ class NriHooks(Hooks):
         self._starting.pop(container.id, None)
         if not self.adaptation.wants(events.STOP_CONTAINER) or not self._first(container.id, "stop"):
             return
-        pod, message = await self._both(container)
+        pod, message = await self._views.both(container)
         request = nri_pb2.StopContainerRequest(pod=pod, container=message)
         updates = Updates()
         for plugin, answer in await self.adaptation.notify(events.STOP_CONTAINER, request):
@@ -293,7 +274,7 @@ class NriHooks(Hooks):
     async def remove_container(self, container: Container, operation: Operation) -> None:
         """RemoveContainer."""
         if self.adaptation.wants(events.REMOVE_CONTAINER) and self._first(container.id, "remove"):
-            pod, message = await self._both(container)
+            pod, message = await self._views.both(container)
             request = nri_pb2.RemoveContainerRequest(pod=pod, container=message)
             await self.adaptation.notify(events.REMOVE_CONTAINER, request, operation)
 
@@ -305,10 +286,9 @@ class NriHooks(Hooks):
 
     def forget(self, object_id: str) -> None:
         """Keep nothing of an object that is gone."""
-        for kept in (self._seen, self._making, self._told, self._told_once):
+        self._views.forget(object_id)
+        for kept in (self._making, self._told, self._told_once, self._undrafted, self._starting):
             kept.pop(object_id, None)
-        for more in (self._undrafted, self._drafts, self._starting, self._pods):
-            more.pop(object_id, None)
 
     async def close(self) -> None:
         """Tell plugins that the agent ends, and wait for what they asked for."""
@@ -328,42 +308,6 @@ class NriHooks(Hooks):
         told.add(event)
         return first
 
-    def _pod(self, sandbox: Sandbox) -> nri_pb2.PodSandbox:
-        """The pod as it is now, which is not to be changed: it is kept for its next event."""
-        record = sandbox.record
-        made_of = (record.addresses, record.pid_holder, record.overhead, record.resources)
-        kept = self._pods.get(sandbox.id)
-        if kept is None or kept[0] != made_of:
-            kept = self._pods[sandbox.id] = (made_of, self._new_pod(sandbox))
-        return kept[1]
-
-    def _new_pod(self, sandbox: Sandbox) -> nri_pb2.PodSandbox:
-        cgroup = self._node.cgroups.parent_path(sandbox.record.cgroup_parent)
-        return messages.pod(sandbox, self._node.layout.sandbox(sandbox.id), cgroup)
-
-    async def _both(
-        self, container: Container, state: nri_pb2.ContainerState | None = None
-    ) -> tuple[nri_pb2.PodSandbox, nri_pb2.Container]:
-        """A container and its pod as they are now, or as the container will be in ``state``."""
-        if container.id not in self._seen:
-            await in_thread(self._look_at, container)
-        return self._pod(container.sandbox), self._message(container, state)
-
-    def _look_at(self, container: Container) -> None:
-        """Read what the container is from its spec. Blocks."""
-        try:
-            written = self._node.layout.container(container.id).spec
-            spec = _decode_spec(self._drafts.get(container.id) or written.read_bytes())
-        except (OSError, msgspec.MsgspecError) as error:
-            _log.warning("nri: %s: its spec cannot be read: plugins see less of it: %s", container.title, error)
-            spec = None
-        self._seen[container.id] = messages.container(container, spec).SerializeToString()
-
-    def _message(self, container: Container, state: nri_pb2.ContainerState | None = None) -> nri_pb2.Container:
-        message = nri_pb2.Container.FromString(self._seen[container.id])
-        messages.set_status(message, container, state)
-        return message
-
     async def _inventory(self) -> list[nri_pb2.SynchronizeRequest]:
         """Everything that clients may see."""
         late = {container_id for container_id in list(self._undrafted) if self._undrafted.pop(container_id, None)}
@@ -371,16 +315,7 @@ class NriHooks(Hooks):
         sandboxes = list(self._node.state.visible_sandboxes())
         containers = [*self._node.state.visible_containers(), *making]
         running = dict.fromkeys(self._starting, nri_pb2.CONTAINER_RUNNING)
-
-        def build() -> list[nri_pb2.SynchronizeRequest]:
-            for container in containers:
-                if container.id not in self._seen:
-                    self._look_at(container)
-            pods = [self._new_pod(sandbox) for sandbox in sandboxes]
-            listed = [self._message(container, running.get(container.id)) for container in containers]
-            return list(messages.split(pods, listed))
-
-        return await in_thread(build)
+        return await self._views.inventory(sandboxes, containers, running)
 
     async def _update(self, update: nri_pb2.ContainerUpdate, plugin: str) -> None:
         container = self._visible(update.container_id)

@@ -99,7 +99,7 @@ LEVELS = {
         "arguments bars client log_file manifest text",
         "agent lookup main",
         "connect",
-        "explain plugins logs pods stats streams",
+        "explain logs plugins pods stats streams",
         "images node",
         "run",
     ),

@@ -1,0 +1,108 @@
+"""Pods and containers as plugins see them, kept for the next event of each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from host.concurrency.threads import in_thread
+from proto.nri.v1alpha1 import nri_pb2
+from runtime.cgroups.tree import CgroupTree
+from runtime.layout import Layout
+from runtime.nri import messages
+from runtime.specgen import config as oci
+from runtime.specgen.draft import Draft
+from runtime.state.container import Container
+from runtime.state.sandbox import Sandbox
+
+_log = logging.getLogger("podkeel.nri")
+_decode_spec = msgspec.json.Decoder(oci.Spec).decode
+
+
+class Views:
+    """Makes the messages of pods and containers.
+
+    What plugins made of a container is kept encoded, so that an event of it need not read its spec from the disk. The
+    draft of one that no plugin adjusts is kept until it is created (``keep_draft``), for plugins that come meanwhile.
+    """
+
+    def __init__(self, layout: Layout, cgroups: CgroupTree) -> None:
+        self._layout = layout
+        self._cgroups = cgroups
+        self._seen: dict[str, bytes] = {}
+        self._pods: dict[str, tuple[object, nri_pb2.PodSandbox]] = {}
+        self._drafts: dict[str, bytes] = {}
+
+    def pod(self, sandbox: Sandbox) -> nri_pb2.PodSandbox:
+        """The pod as it is now, which is not to be changed: it is kept for its next event."""
+        record = sandbox.record
+        made_of = (record.addresses, record.pid_holder, record.overhead, record.resources)
+        kept = self._pods.get(sandbox.id)
+        if kept is None or kept[0] != made_of:
+            kept = self._pods[sandbox.id] = (made_of, self._new_pod(sandbox))
+        return kept[1]
+
+    def _new_pod(self, sandbox: Sandbox) -> nri_pb2.PodSandbox:
+        cgroup = self._cgroups.parent_path(sandbox.record.cgroup_parent)
+        return messages.pod(sandbox, self._layout.sandbox(sandbox.id), cgroup)
+
+    def keep(self, container: nri_pb2.Container) -> None:
+        """Take over how plugins see a container that is being made."""
+        self._seen[container.id] = container.SerializeToString()
+
+    def keep_draft(self, container: Container, draft: Draft) -> None:
+        """Take over what is there of a container that no plugin adjusts. From any thread."""
+        self._drafts[container.id] = oci.encode(draft.spec)
+
+    def drop_draft(self, container: Container) -> None:
+        """The container has its spec on the disk, or will be adjusted."""
+        self._drafts.pop(container.id, None)
+
+    async def both(
+        self, container: Container, state: nri_pb2.ContainerState | None = None
+    ) -> tuple[nri_pb2.PodSandbox, nri_pb2.Container]:
+        """A container and its pod as they are now, or as the container will be in ``state``."""
+        if container.id not in self._seen:
+            await in_thread(self._look_at, container)
+        return self.pod(container.sandbox), self._message(container, state)
+
+    def _look_at(self, container: Container) -> None:
+        """Read what the container is from its spec. Blocks."""
+        try:
+            written = self._layout.container(container.id).spec
+            spec = _decode_spec(self._drafts.get(container.id) or written.read_bytes())
+        except (OSError, msgspec.MsgspecError) as error:
+            _log.warning("nri: %s: its spec cannot be read: plugins see less of it: %s", container.title, error)
+            spec = None
+        self._seen[container.id] = messages.container(container, spec).SerializeToString()
+
+    def _message(self, container: Container, state: nri_pb2.ContainerState | None = None) -> nri_pb2.Container:
+        message = nri_pb2.Container.FromString(self._seen[container.id])
+        messages.set_status(message, container, state)
+        return message
+
+    async def inventory(
+        self,
+        sandboxes: Sequence[Sandbox],
+        containers: Sequence[Container],
+        states: Mapping[str, nri_pb2.ContainerState],
+    ) -> list[nri_pb2.SynchronizeRequest]:
+        """These pods and containers, in at least one message; ``states`` has those that are not as in the record."""
+
+        def build() -> list[nri_pb2.SynchronizeRequest]:
+            for container in containers:
+                if container.id not in self._seen:
+                    self._look_at(container)
+            pods = [self._new_pod(sandbox) for sandbox in sandboxes]
+            listed = [self._message(container, states.get(container.id)) for container in containers]
+            return list(messages.split(pods, listed))
+
+        return await in_thread(build)
+
+    def forget(self, object_id: str) -> None:
+        """Keep nothing of an object that is gone."""
+        self._seen.pop(object_id, None)
+        self._pods.pop(object_id, None)
+        self._drafts.pop(object_id, None)

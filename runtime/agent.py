@@ -74,7 +74,8 @@ _log = logging.getLogger("podkeel.agent")
 class Agent:
     """Everything behind the gRPC services, for ``async with``.
 
-    ``version`` is what plugins of the node are told, which are served if ``nri`` says so.
+    ``version`` is what plugins of the node are told, which are served if ``nri`` says so. With ``only_removes`` no
+    runtime handler is tried, which takes most of a start: existing pods can be removed, and none can be made.
 
     Raises WrongStateError when another agent holds the same folders, the data folder is from a newer version, or the
     store is lost and ``lost_store`` does not say what to do then.
@@ -113,10 +114,12 @@ class Agent:
         *,
         nri: NriOptions | None = None,
         version: str = "",
+        only_removes: bool = False,
     ) -> None:
         self._lost_store = lost_store
         self._nri = nri
         self._version = version
+        self._only_removes = only_removes
         self._runtime = runtime
         self._network = network
         self._images = images
@@ -172,7 +175,7 @@ class Agent:
             images=images.store,
             snapshots=images.snapshots,
         )
-        await handlers.probe()
+        await (handlers.identify() if self._only_removes else handlers.probe())
         mask = MaskDevice(layout.mask)
         stack.callback(mask.remove)
         await in_thread(mask.make)

@@ -23,7 +23,7 @@ async def reset(
     given_up: list[str] = []
     layout = Layout.of(runtime)
     if layout.data.exists() or layout.run.exists():
-        async with Agent(runtime, network, images, LostStore.START_OVER) as agent:
+        async with Agent(runtime, network, images, LostStore.START_OVER, only_removes=True) as agent:
             for sandbox in list(agent.state.visible_sandboxes()):
                 given_up += await agent.pod_removals.force_remove(sandbox.id) if force else []
                 await agent.pod_removals.remove(sandbox.id)

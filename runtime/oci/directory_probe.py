@@ -50,16 +50,23 @@ TRIED_SCHEDULING: Mapping[str, Mapping[str, str | int]] = MappingProxyType(
 """What ``process`` of the container that is tried holds. No agent runs with it, and no right is needed for it."""
 
 
-async def probe_behaviour(runtime: Runtime, bundle: Path, container_id: str) -> tuple[DirectoryBehaviour, Scheduling]:
-    """Run the container of ``bundle`` and commands in it; the caller removes it.
+async def run_detached(runtime: Runtime, bundle: Path, container_id: str) -> int:
+    """Run the container of ``bundle``, which the caller removes, and return the pid of its first process.
 
-    Its ``/init`` waits for its end when it is its first process, and otherwise ends; its ``/host`` is the node's /proc.
-    Raises PodkeelError when it does not run at all.
+    Raises PodkeelError when it does not run.
     """
     pid_file = bundle / "pid"
     words = ("run", "--detach", "--bundle", str(bundle), "--pid-file", str(pid_file), container_id)
     await processes.run(runtime.command(*words), timeout=_SECONDS)
-    pid = int(pid_file.read_text())
+    return int(pid_file.read_text())
+
+
+async def probe_behaviour(runtime: Runtime, pid: int, container_id: str) -> tuple[DirectoryBehaviour, Scheduling]:
+    """Look at the first process ``pid`` of a container and run commands in it.
+
+    Its ``/init`` waits for its end when it is its first process, and otherwise ends; its ``/host`` is the node's /proc.
+    Raises PodkeelError when a command cannot be executed, OSError when the process is gone.
+    """
     scheduling = Scheduling(
         scheduler=os.sched_getscheduler(pid) == os.SCHED_BATCH, io_priority=io_priority(pid) == (_IDLE, 0)
     )

@@ -62,12 +62,26 @@ class Handlers:
         named = options.default_runtime
         self.default = self._working[named] if named else next(iter(self._working.values()), None)
 
+    async def identify(self) -> None:
+        """Know every handler whose program is installed, without trying it: enough to remove what one has made."""
+        for name, handler in self._options.handlers.items():
+            runtime = self._runtime(name, handler)
+            try:
+                await runtime.identify()
+            except PodkeelError as error:
+                self.failures[name] = error.message
+            else:
+                self._working[name] = runtime
+
+    def _runtime(self, name: str, handler: HandlerOptions) -> OciRuntime:
+        root, link = self._layout.runtime_root(name), self._layout.runtime_program(name)
+        systemd = self._cgroups.driver == "systemd"
+        return OciRuntime(name, handler, root, program_link=link, systemd_cgroup=systemd)
+
     async def _try(self, name: str, handler: HandlerOptions) -> OciRuntime | PodkeelError:
         options = self._options
-        systemd = self._cgroups.driver == "systemd"
-        root, link = self._layout.runtime_root(name), self._layout.runtime_program(name)
-        runtime = OciRuntime(name, handler, root, program_link=link, systemd_cgroup=systemd)
-        parent = "system.slice" if systemd else options.cgroup_parent
+        runtime = self._runtime(name, handler)
+        parent = "system.slice" if runtime.systemd_cgroup else options.cgroup_parent
         try:
             # Named like a container's or pod's, so that what a killed agent left of it is found at the next start.
             cgroup = self._cgroups.runtime_path(parent, new_id(self._agent_id))

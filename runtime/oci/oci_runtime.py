@@ -20,7 +20,7 @@ from host.errors import CommandError, NotFoundError, PodkeelError
 from host.files import mounts
 from host.files.removal import remove_tree
 from host.untrusted_json import JsonError
-from runtime.oci.directory_probe import TRIED_SCHEDULING, DirectoryBehaviour, probe_behaviour
+from runtime.oci.directory_probe import TRIED_SCHEDULING, DirectoryBehaviour, probe_behaviour, run_detached
 from runtime.oci.sealed_program import SealedProgram
 from runtime.options import HandlerOptions
 
@@ -179,23 +179,27 @@ class OciRuntime:
         command = self.command("update", "--resources", "-", container_id)
         await processes.run(command, stdin=resources, timeout=_COMMAND_SECONDS)
 
+    async def identify(self) -> None:
+        """Find out what this runtime says of itself, without running a container. Raises PodkeelError."""
+        await processes.run([self.program, "--version"], timeout=10)
+        self.features = await self._read_features()
+
     async def probe(self, init_program: str, cgroup: str, scratch: Path) -> None:
         """Find out whether this runtime works here, by running a container, and what it can do.
 
-        ``init_program`` is a static program that prints its version when given ``--version``; ``scratch`` an existing
-        folder. Raises PodkeelError saying what it printed.
+        ``init_program`` is a static program that waits for its end when it is the first process, and otherwise ends;
+        ``scratch`` is an existing folder. Raises PodkeelError saying what the runtime printed.
         """
         source = shutil.which(init_program)
         if source is None:
             raise NotFoundError(f"{init_program!r} is not installed")
-        async with self._probe_container(source, cgroup, scratch, "--version") as (bundle, container_id):
-            await processes.run(self.command("run", "--bundle", str(bundle), container_id), timeout=30)
         self.features = await self._read_features()
         if self.features.is_crun:
             await self._seal()
-        async with self._probe_container(source, cgroup, scratch, "-P") as (bundle, container_id):
+        async with self._probe_container(source, cgroup, scratch) as (bundle, container_id):
+            pid = await run_detached(self, bundle, container_id)
             try:
-                self.directories, scheduling = await probe_behaviour(self, bundle, container_id)
+                self.directories, scheduling = await probe_behaviour(self, pid, container_id)
                 self.features = msgspec.structs.replace(
                     self.features, scheduler=scheduling.scheduler, io_priority=scheduling.io_priority
                 )
@@ -203,14 +207,12 @@ class OciRuntime:
                 _log.warning("runtime handler %s: working directories cannot be tested: %s", self.name, error)
 
     @asynccontextmanager
-    async def _probe_container(
-        self, init_program: str, cgroup: str, scratch: Path, argument: str
-    ) -> AsyncIterator[tuple[Path, str]]:
-        """A bundle whose container runs ``init_program`` with an argument, and its id; both are removed in the end."""
+    async def _probe_container(self, init_program: str, cgroup: str, scratch: Path) -> AsyncIterator[tuple[Path, str]]:
+        """A bundle whose container runs ``init_program -P``, and its id; both are removed in the end."""
         container_id = f"podkeel-probe-{uuid.uuid4().hex[:12]}"
         bundle = scratch / container_id
         try:
-            await in_thread(_make_probe_bundle, bundle, init_program, cgroup, argument)
+            await in_thread(_make_probe_bundle, bundle, init_program, cgroup)
             yield bundle, container_id
         finally:
             with contextlib.suppress(PodkeelError):
@@ -286,7 +288,7 @@ def cannot_run_program(message: str) -> bool:
     return _CANNOT_RUN.search(message) is not None
 
 
-def _make_probe_bundle(bundle: Path, program: str, cgroup: str, argument: str) -> None:
+def _make_probe_bundle(bundle: Path, program: str, cgroup: str) -> None:
     rootfs = bundle / "rootfs"
     for name in ("proc", "dev", "host"):
         (rootfs / name).mkdir(parents=True)
@@ -297,7 +299,7 @@ def _make_probe_bundle(bundle: Path, program: str, cgroup: str, argument: str) -
         "ociVersion": "1.0.2",
         "root": {"path": "rootfs", "readonly": True},
         "process": {
-            "args": ["/init", argument],
+            "args": ["/init", "-P"],
             "cwd": "/",
             "user": {"uid": 0, "gid": 0},
             "noNewPrivileges": True,

@@ -22,7 +22,7 @@ run: install ## start an agent and run the sample pod until Ctrl-C; RUN_ONCE=1 e
 	@$(PYTHON_BIN) scripts/run_demo.py $(ARGS)
 
 test: lint ## check style and types, then run every test (as root); TESTS="…" names some
-	@$(PYTHON_BIN) -m pytest $(TESTS)
+	@scripts/test.sh $(TESTS)
 
 test-debian13: ## test on Debian 13 (its Python, crun, runc and conmon) in a root of its own (root); TESTS="…" names some
 	@scripts/test_debian13.sh $(TESTS)

@@ -63,19 +63,21 @@ def _cgroups() -> set[str]:
     return {entry.path for root in roots for entry in os.scandir(root) if entry.is_dir() and "podkeel" in entry.name}
 
 
-def _pid_namespace(pid: int) -> Path | None:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/ns/pid").readlink()
-    return None
+def _is_of_this_run(pid: int, namespaces: int) -> bool:
+    """Whether a process is in at most so many PID namespaces, counted from this one: other runs have one more."""
+    for line in read_bounded(f"/proc/{pid}/status", 65536).split(b"\n"):
+        if line.startswith(b"NSpid:"):
+            return len(line.split()) - 1 <= namespaces
+    return False
 
 
 def _processes() -> set[str]:
     """Conmon in this PID namespace, which runs of tests in others do not share, and the inits of pods."""
     found = set()
-    here = _pid_namespace(os.getpid())
     for pid in all_pids():
         words = command_line(pid)
-        is_conmon = read_bounded(f"/proc/{pid}/comm", 64) == b"conmon\n" and _pid_namespace(pid) == here
-        if is_conmon or words[0].startswith(b"podkeel-pod-init"):
+        is_conmon = read_bounded(f"/proc/{pid}/comm", 64) == b"conmon\n" and _is_of_this_run(pid, 1)
+        is_init = words[0].startswith(b"podkeel-pod-init") and _is_of_this_run(pid, 2)
+        if is_conmon or is_init:
             found.add(f"process {pid} {b' '.join(words[:3]).decode(errors='replace')}")
     return found

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Runs a command as root in mount, network, PID, IPC and cgroup namespaces of its own, with a private /dev and
+# /run: own_namespaces.sh COMMAND ARGUMENT…; its status is the command's. What the command leaves running is killed.
+# `own_namespaces.sh --check` only says by its status whether this host can do it: it needs the memory controller of
+# cgroup v1, since on cgroup v2 a group that holds processes cannot give controllers to groups below it.
+set -euo pipefail
+
+# Mount points of cgroup hierarchies, and what they are mounted with: "POINT TYPE OPTION", a line each.
+hierarchies() {
+    awk '$3 == "cgroup" || $3 == "cgroup2" {
+        wanted = ""
+        count = split($4, options, ",")
+        for (i = 1; i <= count; i++)
+            if (options[i] ~ /^name=/) wanted = "none," options[i]
+            else if (options[i] ~ /^(cpu|cpuacct|cpuset|memory|devices|freezer|blkio|pids|hugetlb|net_cls|net_prio|perf_event|rdma|misc)$/)
+                wanted = wanted (wanted == "" ? "" : ",") options[i]
+        print $2, $3, (wanted == "" ? "rw" : wanted)
+    }' /proc/self/mounts
+}
+
+leave_groups() {
+    local point try
+    for try in {1..50}; do
+        for point in $(hierarchies | cut -d' ' -f1); do
+            [[ ! -d $point/$GROUP ]] || find "$point/$GROUP" -depth -type d -exec rmdir {} + 2>/dev/null || true
+        done
+        compgen -G "/sys/fs/cgroup/*/$GROUP" >/dev/null || return 0
+        sleep 0.2
+    done
+    echo "own_namespaces: groups named $GROUP are left below /sys/fs/cgroup" >&2
+}
+
+enter_groups() {
+    local point
+    for point in $(hierarchies | cut -d' ' -f1); do
+        mkdir "$point/$GROUP"
+        if [[ -e $point/cpuset.cpus ]]; then
+            cat "$point/cpuset.cpus" >"$point/$GROUP/cpuset.cpus"
+            cat "$point/cpuset.mems" >"$point/$GROUP/cpuset.mems"
+        fi
+        echo "$BASHPID" >"$point/$GROUP/cgroup.procs"
+    done
+}
+
+own_cgroups() {
+    local list point kind options
+    list=$(hierarchies)
+    umount --lazy /sys/fs/cgroup
+    mount -t sysfs sysfs /sys
+    mount -t tmpfs -o mode=755 tmpfs /sys/fs/cgroup
+    while read -r point kind options; do
+        mkdir -p "$point"
+        mount -t "$kind" -o "$options" "$kind" "$point"
+    done <<<"$list"
+}
+
+own_dev() {
+    local new=/tmp/own-dev.$GROUP
+    mkdir "$new"
+    mount -t tmpfs -o mode=755 devtmpfs "$new"
+    cp -a -x /dev/. "$new/"
+    mount -t devpts -o newinstance,mode=600,ptmxmode=666 devpts "$new/pts"
+    ln -sf pts/ptmx "$new/ptmx"
+    mount -t tmpfs -o mode=1777 tmpfs "$new/shm"
+    mount --move "$new" /dev
+    rmdir "$new"
+}
+
+own_run() {
+    local copy=/tmp/own-run.$GROUP
+    mkdir "$copy"
+    # Agents that run on this host change theirs meanwhile.
+    find /run -mindepth 1 -maxdepth 1 ! -name 'podkeel*' -exec cp -a -x --target-directory="$copy" {} +
+    mount -t tmpfs -o mode=755 tmpfs /run
+    cp -a "$copy/." /run/
+    rm -rf "$copy"
+}
+
+if [[ ${1:-} == --check ]]; then
+    ((EUID == 0)) && hierarchies | grep -q ' cgroup memory$'
+    exit
+fi
+if [[ ${1:-} == --inside ]]; then
+    GROUP=$2
+    shift 2
+    ip link set lo up
+    own_cgroups
+    own_dev
+    own_run
+    exec catatonit -- "$@"
+fi
+GROUP=own-namespaces-$$
+trap leave_groups EXIT
+(
+    enter_groups
+    # The mounts of cgroups show the new root only if they are made after the cgroup namespace is.
+    exec unshare --mount --net --pid --ipc --cgroup --fork --mount-proc --kill-child=KILL \
+        "${BASH_SOURCE[0]}" --inside "$GROUP" "$@"
+) </dev/null &
+child=$!
+trap 'kill -KILL "$child"' INT TERM
+status=0
+wait "$child" || status=$?
+exit "$status"

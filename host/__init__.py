@@ -1,1 +1,1 @@
-"""The thin layer to Linux and to the disk that every other room stands on; it knows nothing of pods or images."""
+"""The thin layer to Linux and the disk, which every other room uses. It knows nothing of pods or images."""

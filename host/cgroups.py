@@ -33,7 +33,7 @@ class Hierarchies(msgspec.Struct, frozen=True):
         """Whether the memory controller limits swap too."""
         if self.version == 1:
             return "memory" in self.v1 and Path(self.v1["memory"], "memory.memsw.limit_in_bytes").exists()
-        # The root has no limits, and not every cgroup below it has the memory controller: the first that has it tells.
+        # The root has no limits, and not every cgroup below it has the memory controller: read the first that has it.
         own = _read(Path(own_cgroup)).rstrip("\n").rpartition("\n")[2].partition("::")[2].strip("/")
         for folder in (self._unified / own, *(entry for entry in self._unified.iterdir() if entry.is_dir())):
             if (folder / "memory.max").exists():

@@ -1,7 +1,7 @@
 """The one SQLite file that is the only durable truth, written by one thread.
 
-Writes that wait at the same moment share one commit; each runs in a savepoint of its own, so that one that fails takes
-nothing of the others with it.
+Writes that wait at the same moment share one commit; each runs in its own savepoint, so that one that fails does not
+undo the others.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class Database:
     async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run ``work`` on the writer thread; returns its result once it is committed.
 
-        A caller that is cancelled still waits for the commit (well under a millisecond), so that what follows knows
-        where it stands. Raises what ``work`` raises, NoSpaceError when the disk is full, and PodkeelError when it
-        refuses the commit otherwise.
+        A caller that is cancelled still waits for the commit (well under a millisecond), so that the outcome is known.
+        Raises what ``work`` raises, NoSpaceError when the disk is full, and PodkeelError when it refuses the commit
+        otherwise.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -84,9 +84,10 @@ class Database:
         await self.write(lambda connection: connection.execute(statement, parameters) and None)
 
     def read(self, statement: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        """All rows of a query, on a connection of its own; for start-up and checks, never inside a call.
+        """All rows of a query, on a separate connection.
 
-        Text that is no UTF-8 has surrogates in it, as names of files do. Raises WrongStateError for a damaged store.
+        For start-up and checks, never inside a call. Bytes that are not UTF-8 become surrogates, as in names of files.
+        Raises WrongStateError for a damaged store.
         """
         try:
             with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
@@ -98,9 +99,10 @@ class Database:
             raise WrongStateError(f"store {self.path} is damaged: {error}") from error
 
     def take_out(self, rows: Sequence[UnreadableRow], *places: tuple[str, str]) -> None:
-        """Set rows aside and delete them from ``places``, tables with the column of their key; those that refer first.
+        """Move rows to the table ``set_aside`` and delete them from ``places``: tables with the column of their key,
+        referring tables first.
 
-        Blocks, and is for the start only.
+        Blocks. For the start only.
         """
         if not rows:
             return
@@ -118,7 +120,7 @@ class Database:
         return [SetAside(*row) for row in self.read("SELECT kind, object, reason FROM set_aside ORDER BY at")]
 
     async def forget_set_asides(self) -> None:
-        """Delete what was kept of them."""
+        """Delete the rows that were set aside."""
         await self.execute("DELETE FROM set_aside")
 
     def close(self) -> None:
@@ -163,7 +165,7 @@ class Database:
                 connection.execute("RELEASE one")
             connection.execute("COMMIT")
             self.commits += 1
-        except BaseException as error:  # whatever it is: who waits must be told, and who comes be served
+        except BaseException as error:  # any error: waiting callers must get it, and later callers must be served
             if connection.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("ROLLBACK")
@@ -177,7 +179,7 @@ class Database:
                 write.error = failed
             loops.setdefault(write.loop, []).append(write)
         for loop, writes in loops.items():
-            with contextlib.suppress(RuntimeError):  # the loop ended while we wrote: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop ended during the write: no caller waits any more
                 loop.call_soon_threadsafe(_settle, writes)
 
 

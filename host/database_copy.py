@@ -14,11 +14,11 @@ from pathlib import Path
 from host.concurrency.threads import in_long_thread
 from host.database import Database
 
-# A copy follows a change after this time, when what was being made is likely done; while changes go on, this much is
-# written at most.
+# A copy is made this long after a change, when the operation that made the change has likely ended. While changes
+# continue, copies are not made more often.
 _DELAY_SECONDS = 0.3
 _BYTES_PER_SECOND = 1_000_000
-# Errors that say nothing of a file's content; who opens it next is told.
+# Errors that say nothing of a file's content. The next caller that opens the file gets them too.
 _PRIMARY_CODE = 0xFF
 _TELL_NOTHING = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN)
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("podkeel.store")
 
 
 class DatabaseCopy:
-    """Keeps ``path`` the same as ``database``, but for the changes of the last seconds."""
+    """Keeps ``path`` the same as ``database``, except for the changes of the last seconds."""
 
     def __init__(self, database: Database, path: Path) -> None:
         self._database = database
@@ -70,7 +70,7 @@ class DatabaseCopy:
 def copy_database(source: Path, target: Path) -> int:
     """Make ``target`` a copy of the database ``source`` as of now, whole or not at all; returns its bytes.
 
-    Readers and writers of ``source`` go on meanwhile. Blocks. Raises OSError or sqlite3.Error.
+    Readers and writers of ``source`` continue meanwhile. Blocks. Raises OSError or sqlite3.Error.
     """
     made = target.with_name(f"{target.name}.new")
     made.unlink(missing_ok=True)
@@ -108,9 +108,10 @@ def problem_of(path: Path) -> str:
 
 
 def opened_to_read(path: Path) -> sqlite3.Connection:
-    """A connection that changes nothing. A database without a log of its own is read on a full disk too.
+    """A connection that changes nothing.
 
-    SQLite makes files beside a database whose header says that it has such a log, as that of a copy does.
+    A database without a write-ahead log can be read on a full disk too. SQLite creates files beside a database whose
+    header says that it has such a log, and the header of a copy says so.
     """
     log = path.with_name(f"{path.name}-wal")
     alone = not (log.exists() and log.stat().st_size)

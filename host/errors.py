@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 class PodkeelError(Exception):
-    """Anything Podkeel raises on purpose; without a more exact kind it is an internal error."""
+    """Any error that Podkeel raises on purpose. Without a more exact kind it is an internal error."""
 
     @property
     def message(self) -> str:
@@ -32,7 +32,7 @@ class NotFoundError(PodkeelError):
 
 
 class InvalidArgumentError(PodkeelError):
-    """The request itself is wrong, whatever state the node is in."""
+    """The request itself is wrong, regardless of the state of the node."""
 
 
 class WrongStateError(PodkeelError):
@@ -76,7 +76,7 @@ class KubeletReasonError(PodkeelError):
 
     @property
     def message(self) -> str:
-        """The sentence for the client, which the reason begins whatever context was put before."""
+        """The sentence for the client. It always begins with the reason, even if context was added in front."""
         return f"{self.reason}: {super().message}"
 
 

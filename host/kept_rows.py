@@ -21,8 +21,9 @@ class Place(NamedTuple):
     """Rows of ``table`` for which ``condition`` holds, an SQL expression in which ``?1`` is the object's id.
 
     Where such a row is in the store already when it is put back, the columns ``newer`` are taken from the kept one.
-    ``stands_for`` is a column that says what a row stands for, of a table whose key is a number that the store gave it:
-    an older store may have given it another. Then the kept number counts, also in ``referring``, a table and a column.
+    ``stands_for`` is for a table whose key is a number that the store assigned: it names the column that identifies the
+    object. An older store may have assigned another number. Then the kept number counts, also in ``referring``, a table
+    and a column.
     """
 
     table: str
@@ -80,7 +81,7 @@ def put_back(connection: sqlite3.Connection, places: Sequence[Place], file: Path
 
 
 def kept_value(file: Path, table: str, column: str) -> object:
-    """What the first row of a table has in a column, as ``file`` tells; None if it tells nothing."""
+    """The value of a column in the first row of a table, as ``file`` has it; None if it has none."""
     try:
         rows = next(rows for rows in _read(file) if rows.table == table)
         return rows.rows[0][rows.columns.index(column)]
@@ -118,7 +119,7 @@ def _insert(connection: sqlite3.Connection, known: Mapping[str, Place], rows: _R
 
 
 def _give_number(connection: sqlite3.Connection, place: Place, key: str, number: object, value: object) -> None:
-    """Have no row of the store contradict that what ``value`` stands for has this number."""
+    """Change rows of the store so that the object of ``value`` has this number, and no other object has it."""
     table = place.table
     select = f"SELECT {key} FROM {table} WHERE"
     taken = connection.execute(f"{select} {key} = ? AND {place.stands_for} <> ?", (number, value)).fetchone()
@@ -131,7 +132,7 @@ def _give_number(connection: sqlite3.Connection, place: Place, key: str, number:
 
 
 def _renumber(connection: sqlite3.Connection, place: Place, key: str, old: object, new: object) -> None:
-    """Change the key of a row; those that refer to it are out of the way meanwhile."""
+    """Change the key of a row. The rows that refer to it are removed meanwhile."""
     table, column = place.referring
     cursor = connection.execute(f"SELECT * FROM {table} WHERE {column} = ?", (old,))
     columns = [name for name, *_ in cursor.description]

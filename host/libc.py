@@ -55,7 +55,7 @@ def setns(descriptor: int, kind: int) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Give the calling thread namespaces of its own (unshare(2))."""
+    """Give the calling thread new namespaces (unshare(2))."""
     _check(_libc.unshare(flags), f"flags {flags:#x}")
 
 
@@ -76,7 +76,7 @@ def set_file_user(uid: int, gid: int) -> None:
 def limit_heap_arenas(count: int) -> None:
     """Have all threads allocate from ``count`` heaps (mallopt(3)), where the C library is glibc.
 
-    Each thread would get a heap of its own that keeps the most it ever held.
+    Otherwise each thread gets its own heap, which keeps the most that it ever held.
     """
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_M_ARENA_MAX, count)

@@ -1,7 +1,7 @@
-"""A TCP listener for clients that nobody knows yet.
+"""A TCP listener for unknown clients.
 
-Until a connection is admitted it has some seconds, and of too many such connections the oldest is closed, so that idle
-clients keep nobody out (sshd's LoginGraceTime and MaxStartups).
+A connection must be admitted within some seconds, and if too many wait, the oldest is closed. So idle clients do not
+keep others out (sshd's LoginGraceTime and MaxStartups).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import socket
 import ssl
 from collections.abc import Callable
 
-# Connections taken in one turn of the loop: those taken before get to speak in between.
+# Connections accepted in one turn of the loop: data of earlier connections is read in between.
 _ACCEPTS_AT_ONCE = 32
-# Seconds until the next try where no descriptor is left.
+# Seconds until the next try if no descriptor is left.
 _RETRY_SECONDS = 0.2
 _BACKLOG = 512
 _log = logging.getLogger("podkeel.listener")
@@ -54,7 +54,7 @@ class PendingConnection:
             self._task.cancel()
 
     def _on_connected(self, task: asyncio.Task[asyncio.Transport]) -> None:
-        if task.cancelled() or task.exception() is not None:  # it left, or was no TLS client
+        if task.cancelled() or task.exception() is not None:  # the client left, or does not use TLS
             self._accepted.close()
             self.forget()
 
@@ -156,7 +156,7 @@ class Listener:
         return transport
 
     def _wait_for_resources(self, listening: socket.socket, error: OSError) -> None:
-        """Close who waits for longest, and look again after a moment; the trouble is logged when it begins."""
+        """Close the connection that waits longest, and try again after a moment. Log the problem when it begins."""
         loop = asyncio.get_running_loop()
         if listening not in self._retries:
             _log.error("%s: connections cannot be accepted: %s", self._name, error.strerror)

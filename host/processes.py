@@ -50,7 +50,7 @@ def spawn(
     descriptors: Mapping[int, int] | None = None,
     title: str | None = None,
 ) -> int:
-    """Start ``command`` in a session of its own and return its pid.
+    """Start ``command`` in a new session and return its pid.
 
     ``descriptors`` maps the child's descriptor numbers to ours; of 0, 1 and 2 those not mapped are /dev/null;
     everything else is closed in the child. ``title`` is shown instead of the program's path in process lists. Raises
@@ -65,7 +65,7 @@ def spawn(
         try:
             return posix_spawn(command, title or command[0], os.environ if environment is None else environment, lifted)
         except FileNotFoundError as error:
-            # Not a NotFoundError: who asks to remove something would take that for its being gone already.
+            # Not a NotFoundError: a caller that removes something would understand that it is removed already.
             raise UnavailableError(f"program {command[0]!r} is not installed or not on the PATH") from error
 
 
@@ -85,7 +85,7 @@ async def spawn_aside(
     def work() -> int:
         pid = spawn(command, environment=environment, descriptors=descriptors)
         if oom_score_adj is not None:
-            # It may have ended, and who lacks CAP_SYS_RESOURCE may not lower the value.
+            # It may have ended, and without CAP_SYS_RESOURCE the value cannot be lowered.
             with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "wb", 0) as file:
                 file.write(b"%d" % oom_score_adj)
         return pid
@@ -106,11 +106,12 @@ def _lift(descriptor: int) -> int:
 
 
 def open_child(pid: int) -> int:
-    """A pidfd for a child just started. Raises OSError where none is to be had; the child is killed and reaped then."""
+    """A pidfd for a child that was just started. Raises OSError if the kernel gives none; the child is killed and
+    reaped then."""
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError:
-        raise  # it was reaped elsewhere, and its number may be another's
+        raise  # it was reaped elsewhere, and its pid may belong to another process
     except OSError:
         _end_child(pid)
         raise
@@ -133,7 +134,7 @@ def watch_exit(pidfd: int, callback: Callable[[], None]) -> None:
 
 
 async def wait_ended(pidfd: int) -> None:
-    """Wait until the process of ``pidfd``, watched by nobody else through it, has ended."""
+    """Wait until the process of ``pidfd`` has ended. No other watcher may use this descriptor."""
     ended = asyncio.Event()
     watch_exit(pidfd, ended.set)
     try:
@@ -226,7 +227,7 @@ def kill_group(pid: int) -> None:
 def end_group(leader: int, seconds: float = 5.0) -> None:
     """SIGKILL to the process group led by ``leader``, and wait up to ``seconds`` until none of it runs. Blocks.
 
-    Who was killed may still be in the middle of a call that makes something.
+    A killed process may still be executing a system call that creates something.
     """
     kill_group(leader)
     wait_all_ended(_members(leader), seconds)
@@ -262,7 +263,7 @@ def _members(group: int) -> list[int]:
 
 
 class Collector:
-    """Gathers a pipe's bytes up to a limit; what comes after is read and dropped so that the writer never blocks.
+    """Gathers a pipe's bytes up to a limit; the rest is read and dropped, so that the writer never blocks.
 
     For ``with``; ``write_end`` is for the writer.
     """

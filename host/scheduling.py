@@ -29,7 +29,7 @@ IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3
 
 _PROCESS = 1  # IOPRIO_WHO_PROCESS
 _CLASS_SHIFT = 13
-# sched_setattr, ioprio_set and ioprio_get: some architectures have a table of their own, all others share one.
+# sched_setattr, ioprio_set and ioprio_get: some architectures have their own table, all others share one.
 _SET_SCHEDULER, _SET_IO, _GET_IO = {
     "x86_64": (314, 251, 252),
     "s390x": (345, 282, 283),
@@ -71,14 +71,14 @@ def set_scheduler(
 
 
 def set_io_priority(pid: int, io_class: int, priority: int) -> None:
-    """Give the I/O of every thread of a process a class (IOPRIO_CLASS_*) and a priority in there. Raises OSError."""
+    """Give the I/O of every thread of a process a class (IOPRIO_CLASS_*) and a priority within it. Raises OSError."""
     for thread in _threads(pid):
         value = ctypes.c_int(io_class << _CLASS_SHIFT | priority)
         libc.syscall(_SET_IO, ctypes.c_int(_PROCESS), ctypes.c_int(thread), value)
 
 
 def io_priority(pid: int) -> tuple[int, int]:
-    """The class of a process's I/O (IOPRIO_CLASS_*) and its priority in there. Raises OSError."""
+    """The class of a process's I/O (IOPRIO_CLASS_*) and its priority within it. Raises OSError."""
     value = libc.syscall(_GET_IO, ctypes.c_int(_PROCESS), ctypes.c_int(pid))
     return value >> _CLASS_SHIFT, value & ((1 << _CLASS_SHIFT) - 1)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from host.errors import LimitError, PodkeelError
 
-# Told of every stage that ends: operation, stage, seconds, and whether it failed.
+# Called for every stage that ends, with operation, stage, seconds, and whether it failed.
 StageObserver = Callable[[str, str, float, bool], object]
 _observers: list[StageObserver] = []
 
@@ -101,7 +101,7 @@ class Operation:
 
 @contextmanager
 def observed_by(observer: StageObserver) -> Iterator[None]:
-    """Tell ``observer`` of every stage of this process that ends during the block."""
+    """Call ``observer`` for every stage of this process that ends during the block."""
     _observers.append(observer)
     try:
         yield

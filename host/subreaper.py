@@ -1,4 +1,5 @@
-"""Being the parent of orphaned descendants (prctl(2), PR_SET_CHILD_SUBREAPER), and reaping those nobody waits for."""
+"""Being the parent of orphaned descendants (prctl(2), PR_SET_CHILD_SUBREAPER), and reaping those that no caller waits
+for."""
 
 from __future__ import annotations
 
@@ -12,14 +13,14 @@ from host import libc
 from host.concurrency.threads import in_thread
 from host.processes import start_time
 
-# Whoever waits for a child of ours has collected it long before.
+# A caller that waits for a child has collected it long before.
 _PATIENCE = 2.0
 
 
 class Orphans:
-    """Makes processes whose parents end children of this process; what ``patience`` seconds find dead is reaped.
+    """Makes orphaned processes children of this process, and reaps those that have been dead for ``patience`` seconds.
 
-    So the exit of a process is known that another one started for us and left behind.
+    So the agent learns the exit of a process that another one started for it.
     """
 
     def __init__(self, patience: float = _PATIENCE) -> None:

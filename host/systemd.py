@@ -1,4 +1,4 @@
-"""What systemd tells a service by its environment, and what the service tells systemd (sd_notify(3))."""
+"""What systemd passes to a service in its environment, and what the service reports to systemd (sd_notify(3))."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 import socket
 from collections.abc import MutableMapping
 
-# For the agent alone. crun and runc take NOTIFY_SOCKET for an order to pass a socket on to the container: they fail, or
-# wait for what the container never says.
+# For the agent alone. With NOTIFY_SOCKET, crun and runc pass a socket to the container: they fail, or wait for a
+# message that the container never sends.
 _FOR_THIS_PROCESS = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 class ServiceManager:
-    """systemd, if it started this process; else nobody, and what is told is lost."""
+    """systemd, if it started this process. Otherwise notifications are dropped."""
 
     def __init__(self, address: str) -> None:
         self._address = "\0" + address[1:] if address.startswith("@") else address
@@ -24,7 +24,7 @@ class ServiceManager:
         return cls(taken["NOTIFY_SOCKET"])
 
     def ready(self) -> None:
-        """Tell it that this service serves now. Raises OSError."""
+        """Report that this service is ready. Raises OSError."""
         if not self._address:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:

@@ -1,7 +1,7 @@
 """JSON that others wrote (registries, images, plugins, OCI runtimes), decoded within limits of size, depth and number.
 
-A decoder that recurses can be made to fail anywhere by nesting, and one of many small values takes fifty times the
-memory of its text. So the text is looked over before it is decoded, in pieces, so that other threads go on meanwhile.
+Deep nesting can make a recursive decoder fail anywhere, and a text of many small values takes fifty times its size in
+memory. So the text is checked before it is decoded, in pieces, so that other threads can run in between.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
 def _check_shape(content: bytes, most_values: int) -> None:
     openings = content.count(b"[") + content.count(b"{")
     if openings <= DEEPEST and openings + content.count(b",") <= most_values:
-        return  # nothing can exceed the limits, whatever lies in strings
+        return  # nothing can exceed the limits, whatever the strings contain
     values = depth = begin = 0
     inside = False  # a string
     while begin < len(content):
@@ -83,6 +83,6 @@ def _check_shape(content: bytes, most_values: int) -> None:
             if depth > DEEPEST:
                 raise JsonError(f"it nests more than {DEEPEST} objects and lists within each other")
             if depth < 0:
-                return  # it is no JSON, which the decoder tells better
+                return  # not JSON: the decoder gives the better message
         if values > most_values:
             raise JsonError(f"it holds more than {most_values} values")

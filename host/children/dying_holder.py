@@ -1,7 +1,8 @@
-"""Taking what a process holds that was killed but cannot die, as a thread of it waits for a file system's server.
+"""Taking over the locks and sockets of a killed process that cannot end, because one of its threads waits for a file
+server.
 
-The kernel closes its descriptors when that thread has ended, which may never be: until then its locks hold, its ports
-are taken, and its clients wait for answers. None of it runs again outside of the kernel, so nothing is lost by this.
+The kernel closes its descriptors when that thread has ended, which may never happen. Until then its locks and ports
+stay taken, and its clients wait for answers. The process never runs outside of the kernel again, so nothing is lost.
 """
 
 from __future__ import annotations

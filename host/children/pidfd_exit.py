@@ -14,7 +14,7 @@ _INFO = struct.Struct("=QQ11Ii")  # struct pidfd_info as it first was: mask, cgr
 def ended_by_signal(pidfd: int) -> int | None:
     """The signal that ended the process of ``pidfd``, which its parent has collected; 0 if it ended by itself.
 
-    None where the kernel does not tell (before Linux 6.15), or the process has not ended.
+    None if the kernel does not report it (before Linux 6.15), or if the process has not ended.
     """
     try:
         answer = fcntl.ioctl(pidfd, _PIDFD_GET_INFO, _INFO.pack(_INFO_EXIT, *[0] * 13))

@@ -1,6 +1,6 @@
-"""posix_spawn(3), called so that the other threads run on meanwhile: Python's own holds the GIL.
+"""posix_spawn(3), called without the GIL, which Python's own function holds, so that other threads keep running.
 
-The caller's thread stands still until the child has begun its program, which on a busy node takes many milliseconds.
+The caller's thread waits until the child has begun its program. On a busy node that takes many milliseconds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _opaque() -> ctypes.Array[ctypes.c_char]:
 def posix_spawn(
     command: Sequence[str], title: str, environment: Mapping[str, str], descriptors: Mapping[int, int]
 ) -> int:
-    """Start ``command``, looked up on the PATH, in a session of its own with ``title`` as its name; returns its pid.
+    """Start ``command``, looked up on the PATH, in a new session with ``title`` as its name; returns its pid.
 
     ``descriptors`` maps the child's numbers to ours, none of which may be a number the child wants; of 0, 1 and 2 those
     not mapped are /dev/null. Raises OSError.

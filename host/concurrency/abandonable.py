@@ -1,4 +1,4 @@
-"""Threads that can be left behind, for work that may hang in the kernel, as on a volume whose server is gone."""
+"""Threads that can be abandoned, for work that may hang in the kernel, for example on a volume whose server is down."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _log = logging.getLogger("podkeel.threads")
 
 
 class GivenUpError(PodkeelError):
-    """Nobody waits for this work any more."""
+    """No caller waits for this work any more."""
 
 
 class Permission:
-    """What the work asks before it goes on; for any thread."""
+    """What the work checks before it continues. Any thread may use it."""
 
     def __init__(self, on_step_end: Callable[[], object]) -> None:
         self._lock = threading.Lock()
@@ -34,15 +34,16 @@ class Permission:
         self._stepping = False
 
     def check(self) -> None:
-        """Raise GivenUpError if nobody waits any more."""
+        """Raise GivenUpError if no caller waits any more."""
         if self._given_up:
             raise GivenUpError("the call was given up")
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around all that changes something: it does not begin once the work is given up, and its end is waited for.
+        """A context for every change.
 
-        In a step nothing may hang, and what takes long asks ``check`` in between.
+        It does not begin once the work is given up, and its caller waits for its end. Nothing in a step may hang. A
+        long step calls ``check`` in between.
         """
         with self._lock:
             self.check()
@@ -57,14 +58,14 @@ class Permission:
                 self._on_step_end()
 
     def withdraw(self) -> bool:
-        """Let no further step begin; whether one is under way."""
+        """Allow no further step to begin. Returns whether a step is running."""
         with self._lock:
             self._given_up = True
             return self._stepping
 
 
 class AbandonableThreads:
-    """Runs each piece of work in a thread of its own. At most ``most`` hang in the kernel after they were given up."""
+    """Runs each piece of work in its own thread. At most ``most`` abandoned threads may hang in the kernel."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -74,7 +75,7 @@ class AbandonableThreads:
         """Run ``work`` and wait for it.
 
         A cancelled caller waits for the end of a step that has begun, and at most a second for the rest: then the
-        thread is left behind, does no further step when it comes back, and its result is dropped. Raises
+        thread is abandoned, takes no further step if the kernel returns to it, and its result is dropped. Raises
         UnavailableError when too many threads hang.
         """
         if self._hanging >= self._most:

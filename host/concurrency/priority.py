@@ -1,4 +1,4 @@
-"""Letting this process go before those that it starts, so that calls are answered while containers are being made."""
+"""Giving this process priority over those that it starts, so that it answers calls while containers are being made."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def go_first() -> None:
 
 
 def run_before_children(pid: int) -> None:
-    """Prefer a process to those that it starts from now on, which are as usual; nothing without the right to.
+    """Prefer a process to those that it starts from now on, which keep the usual priority.
 
-    Not by a real-time policy: what it reads may be as large as a client or an image makes it, and while it does so the
-    rest of the node must get its share.
+    Without CAP_SYS_NICE nothing happens. No real-time policy is used: a client or an image decides how much the process
+    reads, and the rest of the node must get its share meanwhile.
     """
     with contextlib.suppress(PermissionError, ProcessLookupError):
         os.sched_setscheduler(pid, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))

@@ -1,4 +1,4 @@
-"""Work that several callers ask for at once, and waiting for work that must not be cut short."""
+"""Work that several callers ask for at once, and waiting for work that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 async def wait_out(future: asyncio.Future[T]) -> T:
-    """Wait for the end of ``future`` also when the caller is cancelled meanwhile; then the cancellation goes on."""
+    """Wait for the end of ``future``, even if the caller is cancelled. Its cancellation is raised afterwards."""
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:
@@ -66,7 +66,7 @@ class _Flight(Generic[T]):
 class SingleFlight(Generic[K, T]):
     """Runs one piece of work per key for all who ask for it at the same time, as Go's singleflight.
 
-    The work is a task of its own. In ``run`` all callers share it, its result and its error: it goes on when the caller
+    The work is a separate task. In ``run`` all callers share it, its result and its error: it continues when the caller
     that started it is cancelled, and is cancelled with the last of them. In ``by_turns`` the work uses what its caller
     brought, such as a connection and credentials: it ends with this caller, and only a result is shared.
 
@@ -113,7 +113,7 @@ class SingleFlight(Generic[K, T]):
         return self._result(flight)
 
     async def by_turns(self, key: K, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """The result under ``key`` of whichever caller gets one first.
+        """The result under ``key`` of the first caller that gets one.
 
         One caller at a time runs its own ``start``. If that fails, the caller gets the error, and the next one in line
         runs its own; if the caller is cancelled, the next one does not wait for the clean-up.

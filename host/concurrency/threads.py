@@ -1,4 +1,4 @@
-"""Where blocking work goes: a pool for each purpose, fresh threads for what changes namespaces or may hang."""
+"""Threads for blocking work: a pool for each purpose, and new threads for work that changes namespaces or may hang."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Pool:
         """Run blocking ``work`` on a thread of the pool and wait for it.
 
         Work that has begun cannot be interrupted: a cancelled caller still waits for its end, so that undoing it
-        afterwards never races with it; then the cancellation goes on.
+        afterwards never races with it. The cancellation is raised after that.
         """
         future = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
         return await wait_out(future)
@@ -41,7 +41,7 @@ in_long_thread = _Pool("images-long", 32).run  # long ones: walks over trees and
 
 
 async def in_fresh_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run ``work`` in a thread of its own that ends with it, free to unshare or enter namespaces, or to hang."""
+    """Run ``work`` in a new thread that ends with it. The work may unshare or enter namespaces, or hang."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 

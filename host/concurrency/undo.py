@@ -1,4 +1,4 @@
-"""Undo: what was done is taken back in reverse order unless the whole succeeded."""
+"""Undo: steps are undone in reverse order unless the whole operation succeeded."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _log = logging.getLogger("podkeel.undo")
 class Undo:
     """A stack of undo steps for ``async with``; they run when the block fails or is cancelled, not when it ends well.
 
-    Each step has a deadline of its own, runs even while the caller is being cancelled, and must be idempotent: a step
-    that fails is logged and left for the next start's recovery.
+    Each step has its own deadline, runs even while the caller is being cancelled, and must be idempotent: a step that
+    fails is logged and left for the next start's recovery.
     """
 
     def __init__(self, subject: str) -> None:
@@ -28,11 +28,11 @@ class Undo:
         self._steps: list[tuple[str, Callable[[], Awaitable[None] | None]]] = []
 
     def push(self, what: str, step: Callable[[], Awaitable[None] | None]) -> None:
-        """Remember how to take back ``what``; call it before the thing is made, so that a half-made one is covered."""
+        """Register how to undo ``what``. Call it before the object is made, so that a partly made one is undone too."""
         self._steps.append((what, step))
 
     async def run(self) -> None:
-        """Take everything back now, newest first; returns when all steps ran, also if the caller is cancelled."""
+        """Undo everything now, newest first. Returns when all steps ran, even if the caller is cancelled."""
         await wait_out(asyncio.create_task(self._run_steps()))
 
     async def _run_steps(self) -> None:

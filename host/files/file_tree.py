@@ -1,7 +1,7 @@
-"""Walking file trees that containers and images made: by open folders, at any depth, whatever the names.
+"""Walking file trees that containers and images made: by open folders, at any depth, with any names.
 
-No path is ever put together, so PATH_MAX does not matter. A walk holds a bounded number of descriptors and of names. It
-follows no link, and crosses no mount unless it is told to.
+Paths are never joined, so PATH_MAX does not matter. A walk holds a bounded number of descriptors and of names. It
+follows no link, and crosses a mount only with ``into_mounts``.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class FolderStack:
     def leave(self) -> bool:
         """Go up one folder.
 
-        False if the folder was moved elsewhere meanwhile, so that the one above it cannot be found from it: then the
-        current one is the next that is still open, which is the root at the latest. ``depth`` tells.
+        Returns False if the folder was moved elsewhere meanwhile and its parent cannot be found from it. Then the
+        nearest ancestor that is still open becomes the current folder, at the latest the root. ``depth`` says which.
         """
         left = self._levels.pop()
         above = self._levels[-1]
@@ -102,9 +102,9 @@ class FolderStack:
 
 
 class Step:
-    """One thing that a walk came to: ``name`` in the open ``folder``.
+    """One step of a walk: ``name`` in the open ``folder``.
 
-    ``entry`` is what the listing of the folder says of it; None for a folder that is left, after all that is in it.
+    ``entry`` is the directory entry; None for a folder that the walk leaves, after everything in it.
     """
 
     __slots__ = ("entry", "folder", "name")
@@ -118,10 +118,9 @@ class Step:
 class Walk:
     """Iterates over all that is below the open folder ``root``: files, and folders before and after their content.
 
-    A step is good until the next one. What cannot be opened or listed goes to ``on_error`` with its place, and the walk
-    goes on. ``left_out`` tells afterwards whether more was left out: because more folders than ``most_waiting`` waited
-    for their turn, or because a folder was moved meanwhile. With ``into_mounts`` it enters what is mounted below the
-    root.
+    A step is good until the next one. ``on_error`` is called with the place of what cannot be opened or listed, and the
+    walk continues. ``left_out`` says afterwards whether more was left out, because more folders than ``most_waiting``
+    waited or because a folder was moved meanwhile. With ``into_mounts`` it enters what is mounted below the root.
     """
 
     def __init__(

@@ -33,9 +33,10 @@ async def wait_until_exists(path: Path, timeout: float) -> bool:
 
 
 async def wait_for_entries(folder: Path, condition: Callable[[], bool], timeout: float) -> bool:
-    """Wait until ``condition`` holds, which is asked again when entries of ``folder`` come or are renamed.
+    """Wait until ``condition`` holds.
 
-    At most ``timeout`` seconds; returns whether it holds.
+    It is called again when entries of ``folder`` are created or renamed. Waits at most ``timeout`` seconds; returns
+    whether the condition holds.
     """
     descriptor = _open()
     loop = asyncio.get_running_loop()
@@ -61,7 +62,7 @@ async def wait_for_entries(folder: Path, condition: Callable[[], bool], timeout:
 
 
 class FolderWatch:
-    """Notices that entries of a folder come, go or are written, also while the folder itself does not exist.
+    """Notices that entries of a folder are created, deleted or written, also while the folder itself does not exist.
 
     While it does not, its nearest existing ancestor is watched. Raises OSError when the kernel allows no more watches.
     """

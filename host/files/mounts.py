@@ -61,11 +61,11 @@ def mount_table(path: str = "/proc/self/mountinfo") -> Iterator[MountEntry]:
 
 
 def parse_mount_table(content: bytes) -> Iterator[MountEntry]:
-    """The entries of a mountinfo table (proc_pid_mountinfo(5)); a line that is none is skipped.
+    """The entries of a mountinfo table (proc_pid_mountinfo(5)); a malformed line is skipped.
 
-    Paths are decoded as names of files are: bytes that are no UTF-8 become surrogates (os.fsdecode). The kernel escapes
-    space, tab, newline and backslash only, so that fields are what stands between single spaces, one of them may be
-    empty, and every other byte belongs to a name.
+    Paths are decoded like names of files: bytes that are not UTF-8 become surrogates (os.fsdecode). The kernel escapes
+    only space, tab, newline and backslash. So single spaces separate the fields, a field may be empty, and every other
+    byte belongs to a name.
     """
     for line in content.split(b"\n"):
         entry = _entry(line.split(b" "))
@@ -125,10 +125,9 @@ def bind_with_ids(
 ) -> None:
     """Bind ``source`` onto the existing ``target`` with its owners shown as the user namespace pinned there maps them.
 
-    ``slave_tree`` None binds ``source`` alone; otherwise what is mounted below it comes too, with its own owners, and
-    mounts made there later do if it is true. In neither case does unmounting ``target`` do anything
-    at ``source``. The mount is attached within a ``step``.
-    Raises UnsupportedError where the file system or the kernel has no idmapped mounts.
+    ``slave_tree`` None binds ``source`` alone; otherwise mounts below it are included, with their own owners; if it is
+    true, also those made there later. Unmounting ``target`` never changes anything at ``source``. The mount is attached
+    within a ``step``. Raises UnsupportedError where the file system or the kernel has no idmapped mounts.
     """
     with open(user_namespace, "rb") as pin:
         descriptor = libc.clone_tree(str(source), recursive=slave_tree is not None)

@@ -74,9 +74,10 @@ def has_in_environment(pid: int, entry: bytes) -> bool:
 
 
 def runs_program(pid: int, program: str) -> bool:
-    """Whether process ``pid`` of user 0 executes the file ``program``, an absolute path; also one replaced since.
+    """Whether process ``pid`` of user 0 executes the file ``program``, an absolute path; also one that was replaced
+    since.
 
-    What was replaced is told by its name only, so this holds only for processes that see the files that we see.
+    A replaced program is recognized by its name only, so the process must see the same files as the agent.
     """
     process, wanted = Path(f"/proc/{pid}"), Path(os.path.realpath(program))
     try:

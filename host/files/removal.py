@@ -1,8 +1,9 @@
-"""Removing file trees, whatever they hold: what cannot be removed is told and holds nothing else up.
+"""Removing file trees with any content.
 
-As ``python -I -S -c WORKER ROOT_OF_THE_PROJECT`` this is a process of its own that empties the folder it was given as
-descriptor 3, and prints what stays. Over the pipe of descriptor 4 it is told to pause and to go on; its end is that of
-the agent, and of the process.
+What cannot be removed is reported and does not delay the rest. As ``python -I -S -c WORKER ROOT_OF_THE_PROJECT`` this
+is a separate process. It empties the folder of descriptor 3 and prints what stays. The pipe of descriptor 4 carries the
+orders to pause and to continue. The process ends when the pipe is closed, which happens at the latest when the agent
+ends.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class OutOfBudgetError(Exception):
 
 
 class Removal:
-    """Removes trees and keeps what it has to tell.
+    """Removes trees and keeps a report.
 
-    ``told`` are the first sentences about what stays, ``failures`` counts all of that. Raises OutOfBudgetError as soon
-    as more than ``budget`` things would be removed; None is no limit. ``pace`` is called before each batch. Files and
-    folders that carry the immutable or the append-only flag lose it. Nothing behind a mount is touched.
+    ``told`` has the first sentences about what stays, ``failures`` counts all of it. Raises OutOfBudgetError as soon as
+    more than ``budget`` files and folders would be removed; None means no limit. ``pace`` is called before each batch.
+    Files and folders that carry the immutable or the append-only flag lose it. Nothing behind a mount is touched.
     """
 
     def __init__(self, budget: int | None = None, pace: Callable[[], None] | None = None) -> None:
@@ -131,7 +132,7 @@ class Removal:
 
     def _tell(self, place: str, error: OSError) -> None:
         if error.errno == errno.ENOTEMPTY and self.failures:
-            return  # what it still holds was told
+            return  # what it still holds was reported
         self.failures += 1
         if len(self.told) < MOST_TOLD:
             mounted = error.errno in (errno.EXDEV, errno.EBUSY)

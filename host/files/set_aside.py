@@ -1,4 +1,4 @@
-"""Rows of the store that cannot be read: taken out of their tables and kept, so that everything else goes on."""
+"""Rows of the store that cannot be read: moved to a separate table, so that the rest of the store works."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class UnreadableRow(NamedTuple):
 
 
 class SetAside(NamedTuple):
-    """What is told of such a row afterwards."""
+    """What is reported about such a row afterwards."""
 
     kind: str
     object: str
@@ -58,7 +58,7 @@ def keep(connection: sqlite3.Connection, rows: Sequence[UnreadableRow]) -> None:
 
 
 def key_is(column: str, key: object) -> tuple[str, tuple[object]]:
-    """A condition that finds the row of exactly this key, whatever its type and bytes."""
+    """A condition that finds the row of exactly this key, with any type and bytes."""
     if isinstance(key, str):
         return f"{column} = CAST(? AS TEXT)", (os.fsencode(key),)
     return f"{column} IS ?", (key,)

@@ -29,7 +29,7 @@ class AgentMetrics:
         self.pull_seconds = Histogram("podkeel_image_pull_seconds", "Duration of image pulls.", bounds=PULL_BUCKETS)
         self.loop_lag = Histogram(
             "podkeel_event_loop_lag_seconds",
-            "How late the event loop came back from a sleep.",
+            "How late the event loop returned from a sleep.",
             bounds=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0),
         )
         self._computed: list[Computed] = []

@@ -144,7 +144,7 @@ def _filesystem() -> Iterator[Metric]:
 
     layer: tuple[tuple[str, str, Callable[[FilesystemReading], int]], ...] = (
         ("usage_bytes", "Bytes of the container's writable layer.", lambda f: f.usage),
-        ("limit_bytes", "Size of the file system it lies on.", lambda f: f.limit),
+        ("limit_bytes", "Size of its file system.", lambda f: f.limit),
         ("inodes_free", "Free inodes of that file system.", lambda f: f.inodes_free),
         ("inodes_total", "Inodes of that file system.", lambda f: f.inodes_total),
     )

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 @lru_cache(maxsize=256)
 def device_name(major: int, minor: int) -> str:
-    """``/dev/…`` as the kernel names the device (sysfs uevent), or ``major:minor`` where it does not tell."""
+    """``/dev/…`` as the kernel names the device (sysfs uevent), or ``major:minor`` where it has no name."""
     try:
         with open(f"/sys/dev/block/{major}:{minor}/uevent", encoding="utf-8") as uevent:
             for line in uevent:

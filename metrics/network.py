@@ -1,9 +1,10 @@
 """Traffic of pods, read inside their network namespaces.
 
-One thread goes from namespace to namespace and reads ``/proc/thread-self/net/dev`` in each: about 7 µs per pod, less
-than the eight sysfs files of a host-side veth (27 µs), and right for every kind of interface, also of CNI plugins, with
-receive and transmit as the pod sees them. Nothing of a pod is kept: a descriptor would keep its namespace alive, and so
-would a thread, also one that the visitor starts. So the visitor comes home before it does anything else.
+One thread enters one namespace after the other and reads ``/proc/thread-self/net/dev`` in each: about 7 µs per pod,
+less than the eight sysfs files of a host-side veth (27 µs), and right for every kind of interface, also of CNI plugins,
+with receive and transmit as the pod sees them. No descriptor of a pod is kept: it would keep its namespace alive, and
+so would a thread in it or one that such a thread starts. So the thread returns to the node's namespace before it does
+anything else.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _TABLES = "/proc/thread-self/net"
 _READ_BYTES = 16 * 1024
 _HOME = "/proc/self/ns/net"  # that of the first thread, which never leaves it
 
-# Whoever may make links in a pod would otherwise decide how long every answer about the node is.
+# Otherwise a pod that may make links would decide how long every answer about the node is.
 INTERFACE_LIMIT = 256
 
 _TCP_STATES = {

@@ -1,4 +1,4 @@
-"""What /proc tells of a container's processes: open files, sockets, limits, states."""
+"""What /proc shows of a container's processes: open files, sockets, limits, states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STATES = {"S": "sleeping", "I": "sleeping", "R": "running", "T": "stopped", "t"
 def read_processes(pids: Iterable[int], init: int | None) -> ProcessesReading:
     """Sums over ``pids``; the open files limit is that of ``init``, the container's first process.
 
-    Costs some ten microseconds per process and one or two per open file; sockets are told among the first
+    Costs some ten microseconds per process and one or two per open file; sockets are counted among the first
     ``DESCRIPTORS_SEEN`` files. Processes that end meanwhile are left out.
     """
     processes = descriptors = sockets = 0

@@ -1,4 +1,4 @@
-"""What readers return: plain numbers in base units (bytes, nanoseconds), None where the kernel does not tell."""
+"""What readers return: plain numbers in base units (bytes, nanoseconds), None where the kernel has no value."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class ProcessesReading(msgspec.Struct, frozen=True):
 
 
 class FilesystemReading(msgspec.Struct, frozen=True, gc=False):
-    """A container's writable layer, and the file system that it lies on."""
+    """A container's writable layer, and its file system."""
 
     device: str
     usage: int

@@ -19,8 +19,8 @@ _LARGEST_MTU = 65535
 class PortMapping(msgspec.Struct, frozen=True):
     """A port of the node that leads to a port of the pod.
 
-    ``protocol`` is ``tcp``, ``udp`` or ``sctp``. An empty ``host_ip`` stands for every address of the node in every
-    family the pod has; ``0.0.0.0`` and ``::`` for every address of their family. ``host_port`` 0 means no host port.
+    ``protocol`` is ``tcp``, ``udp`` or ``sctp``. An empty ``host_ip`` means every address of the node in every family
+    the pod has; ``0.0.0.0`` and ``::`` mean every address of their family. ``host_port`` 0 means no host port.
     """
 
     protocol: str
@@ -64,9 +64,9 @@ class AttachRequest(msgspec.Struct, frozen=True):
 class Attachment(msgspec.Struct, frozen=True):
     """A sandbox's connection to the network; addresses and gateways have no prefix, the primary family comes first.
 
-    ``limiter`` is the link that what the pod sends goes through where its rate is limited. ``netns_path`` is where its
-    namespace is pinned; empty in what older versions wrote. Of a CNI network's pods
-    ``host_interface`` and ``mac`` may be empty, and ``mtu`` 0, where the plugins did not say.
+    ``limiter`` is the link through which the pod sends if its rate is limited. ``netns_path`` is where its namespace is
+    pinned; it is empty in rows of older versions. For pods of a CNI network ``host_interface`` and ``mac`` may be empty
+    and ``mtu`` 0, if the plugins did not report them.
     """
 
     sandbox_id: str
@@ -136,7 +136,7 @@ def pod_mac(primary: IPv4Address | IPv6Address) -> str:
 
 
 def bridge_mac(bridge: str) -> bytes:
-    """A locally administered MAC for the bridge that never changes, whatever ports come and go."""
+    """A locally administered MAC for the bridge that never changes when ports are added or removed."""
     return b"\x0a\x5c" + hashlib.sha256(bridge.encode()).digest()[:4]
 
 

@@ -1,7 +1,8 @@
 """Limits on what a pod sends and receives: token buckets (tc-tbf(8)) on the pod's host-side link.
 
-What the pod receives leaves the node through that link and waits there. What it sends arrives through it, where nothing
-can wait: it is led to a link of its own (an ifb), whose bucket it passes before it goes on as if it had just arrived.
+What the pod receives leaves the node through that link and waits there. What it sends arrives through it, and arriving
+packets cannot be queued. So they are redirected to a second link (an ifb), pass its bucket, and are then handled like
+packets that just arrived.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def _redirect_all(index: int, target: int) -> Message:
         ("TCA_ACT_OPTIONS", {"attrs": [("TCA_MIRRED_PARMS", redirect)]}),
     ]
     options = [
-        ("TCA_U32_SEL", {"keys": ["0x0/0x0+0"]}),  # the mask is empty: whatever is there matches
+        ("TCA_U32_SEL", {"keys": ["0x0/0x0+0"]}),  # the mask is empty: every packet matches
         ("TCA_U32_ACT", {"attrs": [("TCA_ACT_PRIO_1", {"attrs": action})]}),
     ]
     found = [("TCA_KIND", "u32"), ("TCA_OPTIONS", {"attrs": options})]

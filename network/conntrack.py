@@ -26,7 +26,7 @@ def forget_udp(netfilter: NetlinkSocket, mappings: Iterable[PortMapping], versio
     ``versions`` are the IP versions in which the pod has an address.
     """
     ports = sorted({mapping.host_port for mapping in mappings if mapping.protocol == "udp"})
-    # Each question has the kernel walk all its flows, so many ports are asked for together and told apart here.
+    # For each query the kernel walks all its flows, so many ports are queried together and sorted out here.
     questions: list[int | None] = [*ports] if len(ports) <= _ASKED_ONE_BY_ONE else [None]
     try:
         for port in questions:

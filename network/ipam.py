@@ -46,7 +46,8 @@ def gateway_of(network: IPNetwork) -> IPAddress:
 
 
 class AddressPool:
-    """One range, given out in rotation; a released address rests for ``quarantine`` seconds before it returns."""
+    """One range, assigned in rotation. A released address is in quarantine for ``quarantine`` seconds before it is used
+    again."""
 
     def __init__(self, network: IPNetwork, quarantine: float) -> None:
         self.network = network
@@ -59,7 +60,7 @@ class AddressPool:
         self._resting: OrderedDict[int, float] = OrderedDict()
 
     def restore(self, address: IPAddress, allocated_at: float, released_at: float | None) -> None:
-        """Take over one row of the store; rows that rest must come in the order in which they were released."""
+        """Load one row of the store. Rows in quarantine must be given in the order of their release."""
         value = int(address)
         if released_at is None:
             self._taken.add(value)
@@ -70,9 +71,9 @@ class AddressPool:
             self._next = value + 1
 
     def allocate(self, beside: Collection[AddressPool] = ()) -> IPAddress | None:
-        """The next address nobody holds and that has rested long enough; None if there is none.
+        """The next free address whose quarantine is over; None if there is none.
 
-        What the pools ``beside`` this one, whose ranges overlap it, hold is left alone.
+        Addresses that the overlapping pools ``beside`` this one hold are skipped.
         """
         self.forget_rested()
         size = self._last - self._first + 1
@@ -89,7 +90,7 @@ class AddressPool:
         return None
 
     def holds(self, value: int) -> bool:
-        """Whether an address is in use or rests, or is the gateway's."""
+        """Whether an address is in use, in quarantine, or the gateway's."""
         return value in self._taken or value in self._resting or value == self._first - 1
 
     @property
@@ -97,11 +98,11 @@ class AddressPool:
         return len(self._taken) + len(self._resting)
 
     def give_back(self, address: IPAddress) -> None:
-        """Take back an address that no pod ever used; it needs no rest."""
+        """Free an address that no pod ever used; it needs no quarantine."""
         self._taken.discard(int(address))
 
     def release(self, address: IPAddress) -> None:
-        """Let an address rest that a pod held."""
+        """Put an address that a pod held into quarantine."""
         if int(address) in self._taken:
             self._taken.remove(int(address))
             self._resting[int(address)] = time.time()
@@ -157,7 +158,7 @@ class Ipam:
     def restore(
         self, pool: str, address: str, allocated_at: float, released_at: float | None
     ) -> tuple[IPNetwork, IPAddress]:
-        """Take over one row of the store; rows that rest must come in the order in which they were released."""
+        """Load one row of the store. Rows in quarantine must be given in the order of their release."""
         network, plain = ip_network(pool), ip_address(address)
         self._pool(network).restore(plain, allocated_at, released_at)
         return network, plain
@@ -185,7 +186,7 @@ class Ipam:
             self._pools[network].give_back(address)
 
     def release(self, network: IPNetwork, address: IPAddress) -> None:
-        """Let an address rest before it is given out again."""
+        """Put an address into quarantine before it is assigned again."""
         self._pool(network).release(address)
 
     def in_use(self) -> tuple[IPNetwork, ...]:

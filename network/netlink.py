@@ -65,7 +65,7 @@ __all__ = [
     "rtnl",
 ]
 
-# A process that has gRPC loaded must not fork: whatever in pyroute2 would start a process fails.
+# A process that has gRPC loaded must not fork: any call of pyroute2 that would start a process fails.
 config.child_process_mode = "off"
 
 _NLA_TYPE_MASK = 0x3FFF

@@ -71,7 +71,7 @@ class NetlinkSocket:
         return int(self._socket.getsockname()[0])
 
     def allow_large_batches(self) -> None:
-        """Let one exchange hold thousands of messages (needs CAP_NET_ADMIN in the initial user namespace)."""
+        """Allow one exchange to hold thousands of messages (needs CAP_NET_ADMIN in the initial user namespace)."""
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER_BYTES)
 
     def close(self) -> None:

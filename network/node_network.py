@@ -27,10 +27,10 @@ class Network(Protocol):
     """What connects pods; every method may be called any number of times at once."""
 
     async def start(self) -> None:
-        """Take up what the store says; after a stop, a crash or a reboot."""
+        """Load the state from the store; after a stop, a crash or a reboot."""
 
     async def stop(self) -> None:
-        """Let go of what only the agent needs; pods keep their network."""
+        """Release what only the agent needs; pods keep their network."""
 
     def condition(self) -> Condition:
         """Whether pods can be connected now; from memory."""
@@ -51,7 +51,7 @@ class Network(Protocol):
         """Where the store, the node and the ``live`` sandboxes disagree."""
 
     async def repair(self, live: Collection[str]) -> list[Finding]:
-        """Give back what belongs to no ``live`` sandbox and make what is missing; returns what was wrong."""
+        """Release what belongs to no ``live`` sandbox and make what is missing; returns what was wrong."""
 
     async def destroy(self) -> object:
         """Take down everything."""
@@ -61,8 +61,8 @@ class NodeNetwork:
     """Connects new pods to the network that options and CNI folder say, and serves the pods of both.
 
     With mode ``auto`` the folder decides at the start, and a configuration that appears later takes over for new pods.
-    One that is taken away does not make new pods fall back on the bridge: a plugin that is being upgraded would find
-    pods elsewhere. A later start without one, when none of its pods is left, does.
+    If it is removed, new pods do not go back to the bridge: the removal may be part of an upgrade of the plugin. Only a
+    later start without a configuration, and without pods of it, uses the bridge again.
     """
 
     def __init__(self, options: NetworkOptions, database: Database, owner: BridgeOwner | None = None) -> None:
@@ -82,11 +82,11 @@ class NodeNetwork:
         return self.cni if self._cni_chosen else self.built_in
 
     def when_given_back(self, told: Callable[[str], Awaitable[None]]) -> None:
-        """Have ``told`` called with each sandbox whose network was given back after ``detach`` had failed."""
+        """Have ``told`` called with each sandbox whose network was released after ``detach`` had failed."""
         self.cni.when_given_back = told
 
     async def start(self) -> None:
-        """Take up what the store says, choose, and watch the CNI folder."""
+        """Load the state from the store, choose the network, and watch the CNI folder."""
         await self.cni.start()
         self._choose(self.cni.configured or self.cni.in_use)
         if not self._cni_chosen or self.built_in.store.attachments():
@@ -118,7 +118,7 @@ class NodeNetwork:
         return await self.current.attach(request)
 
     async def detach(self, sandbox_id: str) -> None:
-        """Disconnect a sandbox from whichever network it is on."""
+        """Disconnect a sandbox from its network."""
         await self.built_in.detach(sandbox_id)
         await self.cni.detach(sandbox_id)
 
@@ -138,19 +138,19 @@ class NodeNetwork:
         return found + await self.cni.audit(live)
 
     async def repair(self, live: Collection[str]) -> list[Finding]:
-        """Give back what belongs to no ``live`` sandbox and make what is missing; returns what was wrong."""
+        """Release what belongs to no ``live`` sandbox and make what is missing; returns what was wrong."""
         before = self.cni.sandboxes()
         found = await self.built_in.repair(live) if self._built_in_runs else []
         newer = self.cni.sandboxes() - before
         return found + await self.cni.repair(newer.union(live))
 
     async def restore_lost(self, requests: Sequence[AttachRequest]) -> None:
-        """Know the connections again of sandboxes whose attachment the store has lost, where addresses tell them."""
+        """Restore the attachments that the store has lost, where the addresses identify the sandbox."""
         if self._built_in_runs:
             await self.built_in.restore_lost(requests)
 
     async def destroy(self, *, force: bool = False) -> list[str]:
-        """Take down both; with ``force`` what CNI plugins do not give back is given up and told."""
+        """Remove both. With ``force``, what CNI plugins do not release is given up and reported."""
         given_up = await self.cni.destroy(force=force)
         if not self._built_in_runs and self.options.bridge in {name for _, name in socket.if_nameindex()}:
             try:
@@ -178,7 +178,7 @@ class NodeNetwork:
             while True:
                 await self.cni.reload()
                 self._choose(self.cni.configured)
-                # What came into a folder before it was watched is seen by looking once more.
+                # Look once more: files may have been added before the watch began.
                 if not watch.follow(self.cni.plugin_folder):
                     await watch.wait()
         except OSError as error:

@@ -108,7 +108,8 @@ def attach_port(name: str, bridge_index: int) -> Message:
 
 
 def configure_port(name: str, *, generate_address: bool = True) -> Message:
-    """Let a bridge port send a frame back out where it came from: a pod may reach itself through a host port.
+    """Allow a bridge port to send a frame back out through the port where it arrived: a pod may reach itself through a
+    host port.
 
     ``generate_address`` is as for ``keep_without_generated_address``.
     """
@@ -148,7 +149,7 @@ def delete_address(index: int, interface: IPInterface) -> Message:
 
 @lru_cache(_KEPT_MESSAGES)
 def add_neighbour_route(index: int, neighbour: IPAddress) -> Message:
-    """Say that ``neighbour`` is on the link, whatever the link's own prefix."""
+    """Declare ``neighbour`` reachable on the link, regardless of the link's prefix."""
     return _add_route(neighbour, neighbour.max_prefixlen, "link", ("RTA_DST", neighbour.packed), ("RTA_OIF", index))
 
 

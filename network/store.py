@@ -54,7 +54,7 @@ class NetworkStore:
         return found
 
     def addresses(self) -> list[AddressRow]:
-        """All addresses, those that rest in the order in which they were released."""
+        """All addresses; those in quarantine in the order of their release."""
         columns = ", ".join(AddressRow._fields)
         rows = self._database.read(f"SELECT {columns} FROM network_addresses ORDER BY released_at")
         found: list[AddressRow] = []
@@ -140,7 +140,8 @@ class NetworkStore:
         await self._database.execute("INSERT OR REPLACE INTO network_attachments VALUES (?, ?)", row)
 
     async def remove(self, sandbox_id: str, *, rest: bool) -> None:
-        """Forget an attachment and its host ports; its addresses ``rest``, or are forgotten if they were never used."""
+        """Forget an attachment and its host ports; with ``rest`` its addresses are put into quarantine; otherwise, if
+        they were never used, they are forgotten."""
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM network_attachments WHERE sandbox_id = ?", (sandbox_id,))

@@ -19,29 +19,29 @@ def ipv6_available() -> bool:
 
 
 def forward_ipv4(bridge: str) -> None:
-    """Let the node route IPv4, and let it send from 127.0.0.1 to pods on this bridge alone."""
+    """Make the node route IPv4, and allow it to send from 127.0.0.1 to pods on this bridge alone."""
     _write("ipv4/ip_forward", "1")
     send_from_localhost(bridge)
 
 
 def send_from_localhost(interface: str) -> None:
-    """Let the node send from 127.0.0.1 through this interface."""
+    """Allow the node to send from 127.0.0.1 through this interface."""
     _write(f"ipv4/conf/{interface}/route_localnet", "1")
 
 
 def forward_ipv6() -> None:
-    """Let the node route IPv6 without losing the routes that routers announced to it."""
+    """Make the node route IPv6 without losing the routes that routers announced to it."""
     if _read("ipv6/conf/all/forwarding") == "1":
         return
     for interface in (_NET / "ipv6/conf").iterdir():
-        # A node that forwards ignores router advertisements unless it is told twice (accept_ra = 2).
+        # A node that forwards ignores router advertisements unless accept_ra is 2.
         if interface.name not in ("all", "lo") and _read(f"ipv6/conf/{interface.name}/accept_ra") == "1":
             _write(f"ipv6/conf/{interface.name}/accept_ra", "2")
     _write("ipv6/conf/all/forwarding", "1")
 
 
 def enable_ipv6(interface: str) -> None:
-    """Let an interface of the calling thread's namespace have IPv6 addresses, whatever the default there is."""
+    """Enable IPv6 on an interface of the calling thread's namespace, regardless of the default there."""
     _write(f"ipv6/conf/{interface}/disable_ipv6", "0")
 
 
@@ -67,7 +67,7 @@ def _ipv4_uplink() -> str | None:
 
 
 def ipv4_default_link(lines: Iterable[bytes]) -> str | None:
-    """The link of the best default route among the lines of /proc/net/route, whose names may hold odd bytes."""
+    """The link of the best default route among the lines of /proc/net/route, whose names may hold any bytes."""
     routes = [line.split(b"\t") for line in lines]
     defaults = [
         (int(fields[6]), os.fsdecode(fields[0]))

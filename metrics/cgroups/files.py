@@ -141,7 +141,7 @@ def number(content: bytes | None) -> int | None:
 
 
 class Fields:
-    """Picks wanted fields out of a file of ``key value`` lines; quick where they stand as they stood last time."""
+    """Picks wanted fields out of a file of ``key value`` lines; quick if their positions are those of last time."""
 
     def __init__(self, *keys: str) -> None:
         if len(keys) < 2:

@@ -1,4 +1,4 @@
-"""One cgroup, whatever version each of its controllers is on: the readings that stats and metrics are made of."""
+"""Readings of one cgroup for stats and metrics. Each of its controllers may be of version 1 or 2."""
 
 from __future__ import annotations
 
@@ -137,5 +137,5 @@ def _tree(folder: str) -> Iterator[str]:
         current = folders.pop()
         yield current
         with contextlib.suppress(OSError):
-            if Path(current).stat().st_nlink > 2:  # two of its own and one per cgroup below
+            if Path(current).stat().st_nlink > 2:  # two of the cgroup itself and one per cgroup below
                 folders += [entry.path for entry in os.scandir(current) if entry.is_dir(follow_symlinks=False)]

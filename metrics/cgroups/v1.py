@@ -18,7 +18,7 @@ from metrics.stats import (
 )
 
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
-# What v1 calls "no limit" is the largest page-aligned number; nothing real comes near it.
+# What v1 calls "no limit" is the largest page-aligned number; real limits are far below it.
 _UNLIMITED = 1 << 62
 
 _CPU_TIMES = Fields("user", "system")

@@ -1,6 +1,7 @@
-"""Text for Prometheus: the agent's own metrics through prometheus-client, the containers' by a writer of their own.
+"""Text for Prometheus: the agent's own metrics through prometheus-client, those of containers through a separate
+writer.
 
-Containers are many: 200 of them have 15,000 samples, which prometheus-client would build an object each for.
+200 containers have 15,000 samples, and prometheus-client would build an object for each.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def wants_open_metrics(accept: str) -> bool:
 
 # By label values, a number or a histogram's buckets and sum.
 Rows = list[tuple[tuple[str, ...], Any]]
-# An instrument with its numbers at one moment; without, if they are to be had on a thread only.
+# An instrument with its numbers at one moment; without them if they can be read on a thread only.
 Gathered = list[tuple[Instrument, Rows | None]]
 
 
@@ -58,7 +59,7 @@ def _rows_from_disk(instrument: Instrument) -> Rows:
         return []
     try:
         return list(instrument.read())
-    except OSError:  # a disk that fails takes its own metrics away, not those that tell what comes of it
+    except OSError:  # a failing disk removes its own metrics, not those that show its effects
         return []
 
 

@@ -49,7 +49,7 @@ class MetricsServer:
             "metrics server", self._protocol, tls=tls, grace=REQUEST_SECONDS, pending_limit=CONNECTION_LIMIT
         )
         self._tasks: set[asyncio.Task[None]] = set()
-        self._served: set[asyncio.Task[None]] = set()  # those whose first request came
+        self._served: set[asyncio.Task[None]] = set()  # those whose first request has arrived
         self._silent: dict[asyncio.Task[None], None] = {}  # of these: who sends no request, longest first
         self._slow: dict[asyncio.Task[None], None] = {}  # and who does not take its answer
         self._closing: dict[asyncio.Task[None], None] = {}

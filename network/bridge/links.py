@@ -62,7 +62,7 @@ class BridgeLinks:
         return rtnetlink.find_link(self._route, self.name).up
 
     def ensure(self, addresses: Sequence[IPInterface], mtu: int) -> None:
-        """Make the bridge, or bring the one that exists to these addresses and this MTU, and let the node route.
+        """Make the bridge, or give the existing one these addresses and this MTU, and make the node route packets.
 
         Raises WrongStateError when a link of that name exists that this program did not make, or another agent has it
         or a bridge with such addresses.
@@ -79,12 +79,13 @@ class BridgeLinks:
                 )
             if self._owner is not None:
                 claim(self._route, self.name, self._owner, addresses, made=not refusals)
-            # A generated link-local address would be probed for a second, in which the node finds no IPv6 neighbour.
+            # A generated link-local address would be probed for a second. During that time the node cannot resolve IPv6
+            # neighbours.
             quiet = [rtnetlink.keep_without_generated_address(self.name)] if self._ipv6 else []
             self._route.request([rtnetlink.configure_bridge(self.name), *quiet, rtnetlink.set_up(self.name, mtu)])
             index = socket.if_nametoindex(self.name)
             present = set(self.addresses())
-            # Deleted first: an IPv6 address is there once, so one with another prefix keeps it from being added.
+            # Deleted first: an IPv6 address exists once, so the same address with another prefix prevents the addition.
             changes = [rtnetlink.delete_address(index, address) for address in present.difference(addresses)]
             changes += [rtnetlink.add_address(index, address) for address in addresses]
             if any(address.version == 6 for address in addresses):
@@ -118,9 +119,10 @@ class BridgeLinks:
         return {port.name for port in rtnetlink.list_ports(self._route, index) if port.up}
 
     def attach_again(self, names: Iterable[str]) -> list[str]:
-        """Make these links ports of the bridge again that are not any more, or are down; returns which were.
+        """Make those of these links ports of the bridge again that are not ports any more or are down; returns which
+        they were.
 
-        A bridge that was deleted let go of its ports; the links stayed.
+        Deleting a bridge detaches its ports, but keeps the links.
         """
         index = self.index()
         if index is None:
@@ -176,8 +178,8 @@ class BridgeLinks:
     def disconnect(self, attachment: Attachment, *, delete_link: bool) -> None:
         """Take from the pod what it may use; with ``delete_link`` its interface too.
 
-        Deleting a link waits for grace periods of the kernel (some 20 ms); one whose namespace ends goes by itself, but
-        not its limiter.
+        Deleting a link waits for grace periods of the kernel (some 20 ms); a link whose namespace ends is deleted by
+        the kernel, but its limiter is not.
         """
         try:
             remove_elements(self._netfilter, self.name, elements_of(attachment))
@@ -204,7 +206,7 @@ class BridgeLinks:
         ]
         refusals = self._route.exchange(messages)
         if refusals and (refusals[0].position, refusals[0].number) == (0, errno.EEXIST) and _index(name) is not None:
-            # Left from an attempt that was killed: the name is this sandbox's alone.
+            # Left by an attempt that was killed: only this sandbox uses the name.
             self.delete_links([name])
             refusals = self._route.exchange(messages)
         for refusal in refusals:

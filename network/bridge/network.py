@@ -46,9 +46,9 @@ class _Reservation(NamedTuple):
 class BuiltInNetwork:
     """Connects sandboxes to the node's bridge; safe for any number of calls at a time.
 
-    Raises InvalidArgumentError when the options make no sense. The store is the truth: ``start`` brings the kernel to
-    what it says, whatever happened before. ``registry`` holds the host ports of the node's other network too.
-    Set before the start, ``owner`` keeps the agent from a bridge and from ranges that are another one's.
+    Raises InvalidArgumentError when the options make no sense. The store is the truth: ``start`` makes the kernel match
+    it. ``registry`` holds the host ports of the node's other network too. If ``owner`` is set before the start, the
+    agent refuses a bridge or ranges of another agent.
     """
 
     def __init__(self, options: NetworkOptions, database: Database, registry: PortRegistry | None = None) -> None:
@@ -150,7 +150,7 @@ class BuiltInNetwork:
     async def detach(self, sandbox_id: str) -> None:
         """Release the sandbox's host ports and addresses; repeatable, also for an unknown sandbox.
 
-        The interface stays until its namespace ends, which the caller brings about next; it can send nothing any more.
+        The interface stays until its namespace ends, which is the caller's next step. It cannot send any more.
         """
         await self._detach(sandbox_id, delete_link=False)
 
@@ -339,7 +339,7 @@ class BuiltInNetwork:
                 _log.warning("sandbox %s: attachment lost: made again", request.sandbox_id[:13])
 
     async def _release_lost(self) -> None:
-        """Let addresses rest that nothing known holds any more, and free such host ports."""
+        """Put addresses into quarantine that no known sandbox holds any more, and free such host ports."""
         lost = await threads.in_network_thread(lost_rows, self.store, set(self._reservations))
         for sandbox_id in lost.sandboxes:
             await self.store.remove(sandbox_id, rest=True)

@@ -26,7 +26,7 @@ class PluginChain:
         self._runner = runner
 
     async def choose_version(self, configuration: Configuration) -> Configuration:
-        """The configuration with the best version that all its plugins speak.
+        """The configuration with the highest version that all its plugins support.
 
         Raises PluginMissingError; UnsupportedError when there is no such version.
         """
@@ -42,7 +42,7 @@ class PluginChain:
             if not allowed:
                 raise UnsupportedError(
                     f"CNI configuration {configuration.path} asks for CNI {', '.join(configuration.versions)}, which "
-                    f"plugin {plugin.type} does not speak (it speaks {', '.join(spoken)}): set another cniVersion"
+                    f"plugin {plugin.type} does not support (it supports {', '.join(spoken)}): set another cniVersion"
                 )
         return msgspec.structs.replace(configuration, version=allowed[0])
 
@@ -64,7 +64,7 @@ class PluginChain:
             await self._runner.run(plugin.type, call, _settings(record, plugin, _known_result(record)))
 
     async def delete_what_can_be(self, record: CniRecord) -> dict[str, str]:
-        """DEL of every plugin, whatever others do; returns the errors of those that failed."""
+        """Call DEL of every plugin, even if others fail. Returns the errors of those that failed."""
         namespace = await in_network_thread(_existing_namespace, record.netns_path)
         errors: dict[str, str] = {}
         for plugin in reversed(record.configuration.plugins):
@@ -117,7 +117,7 @@ def _call(command: str, record: CniRecord, netns_path: str) -> Call:
 
 
 def _known_result(record: CniRecord) -> dict[str, Any] | None:
-    """What DEL is told of ADD's result: nothing before version 0.4.0."""
+    """The part of ADD's result that DEL gets: nothing before version 0.4.0."""
     return record.result if record.configuration.speaks("0.4.0") else None
 
 
@@ -146,5 +146,6 @@ def namespace_exists(path: str) -> bool:
 
 
 def _existing_namespace(path: str) -> str:
-    """The path if a namespace is pinned there; else nothing, which tells plugins that it is gone."""
+    """The path if a namespace is pinned there, otherwise an empty one: to plugins that means the namespace no longer
+    exists."""
     return path if namespace_exists(path) else ""

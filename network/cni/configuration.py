@@ -1,7 +1,7 @@
 """Network configurations of the Container Network Interface: the files of the folder, read and checked.
 
-Format: the CNI specification 1.1.0, section 1; a file that holds one plugin stands for a list of one. A list is
-completed by the plugins in the folder beside it named after the network, unless it says ``loadOnlyInlinedPlugins``.
+Format: the CNI specification 1.1.0, section 1; a file with one plugin is read as a list of one. A list is completed by
+the plugins in the folder beside it named after the network, unless it says ``loadOnlyInlinedPlugins``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Plugin(msgspec.Struct, frozen=True):
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What it wants to be told of each pod."""
+        """The capabilities of a pod that it asks for."""
         declared = self.settings.get("capabilities")
         return frozenset(name for name, wanted in declared.items() if wanted is True) if declared else frozenset()
 
@@ -41,7 +41,7 @@ class Plugin(msgspec.Struct, frozen=True):
 class Configuration(msgspec.Struct, frozen=True):
     """A list of plugins that make one network.
 
-    ``version`` is the one its plugins are spoken to in; ``versions`` are those it allows, the best first.
+    ``version`` is the one that its plugins are called with; ``versions`` are those that it allows, the highest first.
     """
 
     name: str
@@ -54,16 +54,16 @@ class Configuration(msgspec.Struct, frozen=True):
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What any of its plugins wants to be told."""
+        """The capabilities that any of its plugins asks for."""
         return frozenset().union(*(plugin.capabilities for plugin in self.plugins))
 
     def speaks(self, version: str) -> bool:
-        """Whether it is spoken to in ``version`` or a later one."""
+        """Whether its plugins are called with ``version`` or a later one."""
         return VERSIONS.index(self.version) >= VERSIONS.index(version)
 
     @property
     def plugin_folder(self) -> Path:
-        """Where further plugins of the network may lie; the folder need not exist."""
+        """The folder of further plugins of the network; it need not exist."""
         return Path(self.path).parent / self.name
 
 
@@ -164,7 +164,7 @@ def _plugin(settings: object) -> Plugin:
 
 
 def _versions(given: Mapping[str, Any]) -> tuple[str, ...]:
-    """The versions the file allows that are spoken here, the best first."""
+    """The versions that the file allows and this agent supports, the highest first."""
     listed = given.get("cniVersions") or []
     if not isinstance(listed, list):
         raise ValueError("cniVersions must be a list")

@@ -17,7 +17,8 @@ _log = logging.getLogger("podkeel.network")
 class Deletions:
     """One attempt per sandbox at a time; a failed one is repeated later by itself, or at once when asked for.
 
-    ``delete`` makes an attempt; ``finished`` is told the sandboxes whose deletion succeeded while nobody waited.
+    ``delete`` makes an attempt; ``finished`` is called with each sandbox whose deletion succeeded while no caller
+    waited.
     """
 
     def __init__(self, delete: Callable[[str], Awaitable[None]], finished: Callable[[str], Awaitable[None]]) -> None:
@@ -30,9 +31,10 @@ class Deletions:
         self.errors: dict[str, str] = {}
 
     async def run(self, sandbox_id: str) -> None:
-        """Make an attempt, or join the one under way; raises what it raises, and then goes on in the background.
+        """Make an attempt, or join the one that runs.
 
-        A caller that goes away does not end the attempt. Raises WrongStateError when another call ends it.
+        If it fails, its error is raised and attempts continue in the background. A caller that leaves does not end the
+        attempt. Raises WrongStateError when another call ends it.
         """
         attempt = self._attempt(sandbox_id)
         try:
@@ -94,7 +96,7 @@ class Deletions:
             seconds = min(FIRST_PAUSE_SECONDS * 2**failures, LONGEST_PAUSE_SECONDS)
             loop = asyncio.get_running_loop()
             self._pauses[sandbox_id] = loop.call_later(seconds, self._retry, sandbox_id)
-            level = logging.DEBUG if known else logging.WARNING  # the same trouble is told once
+            level = logging.DEBUG if known else logging.WARNING  # the same problem is logged once
             _log.log(level, "sandbox %s: %s; DEL is tried again in %g s", sandbox_id[:13], error, seconds)
             raise
         else:

@@ -1,6 +1,6 @@
 """Host ports of pods on CNI networks whose plugins forward none: an nftables table of our own, replaced as a whole.
 
-It translates addresses and lets nothing in: whether the packet then passes is for the CNI network to say.
+It translates addresses and opens nothing: whether the packet then passes is decided by the CNI network.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ class HostPortTable:
             await ruleset.load(self._removal)
 
     def look_soon(self, records: Iterable[CniRecord]) -> None:
-        """See in the background, at most once a minute, that nobody took the table away; else load it again."""
+        """Check in the background, at most once a minute, that the table still exists; otherwise load it again."""
         idle = self._looking is None or self._looking.done()
         if self._needed and idle and time.monotonic() > self._looked_at + _LOOK_AGAIN_SECONDS:
             self._looked_at = time.monotonic()
             self._looking = asyncio.create_task(self._look(records))
 
     async def close(self) -> None:
-        """End what goes on in the background."""
+        """End the background work."""
         looking, self._looking = self._looking, None
         if looking is not None:
             looking.cancel()
@@ -140,12 +140,11 @@ async def forget_flows(mappings: Sequence[PortMapping]) -> None:
 
 
 def open_localhost(attachments: Sequence[Attachment]) -> None:
-    """Let the node reach the pods from 127.0.0.1; the table's guard keeps others from using that, then and afterwards.
+    """Enable the node to reach the pods from 127.0.0.1.
 
-    The links may be those of other pods too, which could then reach the node's 127.0.0.1; so could the network around
-    it. They are not closed again, as others may rely on them by then.
-
-    One that the node has no way to (any more) is told in the log: the ports of the others must work all the same.
+    The links may also carry other pods or the network around the node, which could then reach the node's 127.0.0.1: the
+    table's guard prevents that. The setting is not taken back, as other pods may need it by then. A pod without a route
+    from the node is logged; the ports of the others must still work.
     """
     with NetlinkSocket(NETLINK_ROUTE) as route:
         for attachment in attachments:

@@ -49,8 +49,8 @@ async def _nobody(_sandbox_id: str) -> None:
 class CniNetwork:
     """Connects sandboxes through the plugins that the first configuration of the folder names.
 
-    ``registry`` holds the host ports of the node's other network too. ``when_given_back`` is told the sandboxes whose
-    network was given back after ``detach`` had failed.
+    ``registry`` holds the host ports of the node's other network too. ``when_given_back`` is called with each sandbox
+    whose network was released after ``detach`` had failed.
     """
 
     def __init__(self, options: NetworkOptions, database: Database, registry: PortRegistry | None = None) -> None:
@@ -115,7 +115,7 @@ class CniNetwork:
             await asyncio.wait([self._in_background(self.reload())], timeout=_START_SECONDS)
 
     async def stop(self) -> None:
-        """End what goes on in the background; pods keep their network."""
+        """End the background work; pods keep their network."""
         await self._deletions.close()
         await self._table.close()
         for task in self._tasks:
@@ -157,7 +157,7 @@ class CniNetwork:
         return record.attachment if record else None
 
     async def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
-        """Tell plugins with the capability ``ipRanges`` these ranges from now on; raises InvalidArgumentError."""
+        """Pass these ranges to plugins with the capability ``ipRanges`` from now on; raises InvalidArgumentError."""
         self._pod_cidrs = tuple(str(network) for network in parse_ranges(cidrs))
         await self._network_rows.set_pod_cidrs(self._pod_cidrs)
 
@@ -199,10 +199,10 @@ class CniNetwork:
         return record.attachment
 
     async def detach(self, sandbox_id: str) -> None:
-        """Have the plugins give back what the sandbox has; repeatable, also for an unknown sandbox.
+        """Have the plugins release what the sandbox has; repeatable, also for an unknown sandbox.
 
-        When a plugin fails, its error is raised and DEL is repeated in the background until it succeeds, which
-        ``when_given_back`` is told. Until the first ``repair`` nothing is waited for: plugins may need pods to run.
+        If a plugin fails, its error is raised and DEL is repeated in the background until it succeeds. Then
+        ``when_given_back`` is called. Before the first ``repair`` this does not wait: plugins may need pods to run.
         """
         record = self._records.get(sandbox_id)
         if record is None:
@@ -254,9 +254,9 @@ class CniNetwork:
         return findings + await self._table.findings(self._records.values())
 
     async def repair(self, live: Collection[str]) -> list[Finding]:
-        """Begin to give back what belongs to no ``live`` sandbox, have plugins collect garbage, load the host ports.
+        """Begin to release what belongs to no ``live`` sandbox, have plugins collect garbage, load the host ports.
 
-        What plugins do goes on in the background: they may need pods of this node, or be slow. Returns what was wrong.
+        The plugins run in the background: they may be slow or need pods of this node. Returns what was wrong.
         """
         self._starting = False
         stale = set(self._records) - set(live) - self._unfinished
@@ -268,9 +268,9 @@ class CniNetwork:
         return [Finding("CNI attachment", sandbox_id, "its sandbox is gone") for sandbox_id in sorted(stale)]
 
     async def destroy(self, *, force: bool = False) -> list[str]:
-        """Give back everything now; raises what a plugin raised when something stays.
+        """Release everything now; raises a plugin's error if something stays.
 
-        With ``force`` that is given up instead, and told in the sentences that are returned.
+        With ``force`` it is given up instead, and the returned sentences report it.
         """
         self._starting = False
         answers = await asyncio.gather(
@@ -316,7 +316,7 @@ class CniNetwork:
             await self._release_ports(record)
 
     async def _release_ports(self, record: CniRecord) -> None:
-        """Let others have the host ports of a pod that is not there; DEL is still told of them."""
+        """Free the host ports of a pod that no longer exists; DEL still gets them."""
         if record.host_ports:
             self._ports.release(record.taken)
             await self._save(msgspec.structs.replace(record, host_ports=(), forwards=False))

@@ -121,7 +121,7 @@ class PluginRunner:
 
 
 def _step_back(pid: int) -> None:
-    """Let the agent go first where processors are scarce: a burst of plugins would keep its loop waiting for one."""
+    """Give the agent priority when processors are scarce: many plugins at once would keep its loop waiting."""
     with contextlib.suppress(OSError):  # it has ended already
         os.setpriority(os.PRIO_PROCESS, pid, _NICENESS)
 
@@ -140,7 +140,7 @@ def _ending(completed: processes.Completed) -> str:
     how = (
         f"was killed by signal {-completed.status}"
         if completed.status < 0
-        else f"ended with status {completed.status} and told no error"
+        else f"ended with status {completed.status} and printed no error"
     )
     said = (completed.stderr or completed.stdout).decode(errors="replace").strip()
     if len(said) > 2 * _SHOWN_CHARACTERS:

@@ -1,4 +1,5 @@
-"""What the store keeps of a pod on a CNI network: enough to undo it after any crash, whatever became of the files."""
+"""What the store keeps of a pod on a CNI network: enough to undo it after any crash, even if the files were changed or
+deleted."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ class CniState(enum.StrEnum):
 class CniRecord(msgspec.Struct, frozen=True):
     """A sandbox on a CNI network.
 
-    ``arguments`` is the plugins' CNI_ARGS and ``capabilities`` what they are told through ``runtimeConfig``;
-    ``result`` the last plugin's. ``host_ports`` are held by the pod; ``forwards`` says that they are forwarded by
-    the node itself because no plugin does.
+    ``arguments`` is the plugins' CNI_ARGS and ``capabilities`` what they get in ``runtimeConfig``; ``result`` the last
+    plugin's. ``host_ports`` are held by the pod; ``forwards`` says that they are forwarded by the node itself because
+    no plugin does.
     """
 
     sandbox_id: str
@@ -79,7 +80,7 @@ class CniStore:
         self._database = database
 
     def records(self) -> list[CniRecord]:
-        """All of them; rows that cannot be read are set aside."""
+        """All records; rows that cannot be read are set aside."""
         found: list[CniRecord] = []
         unreadable: list[UnreadableRow] = []
         for row in self._database.read("SELECT sandbox_id, record FROM network_cni_attachments"):

@@ -1,4 +1,4 @@
-"""What plugins are told of a pod: CNI_ARGS and capabilities, as Kubernetes' runtimes give them."""
+"""What plugins get to know of a pod: CNI_ARGS and capabilities, as Kubernetes' runtimes pass them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _USUAL_MTU = 1500
 
 
 def arguments(request: AttachRequest) -> str:
-    """CNI_ARGS; raises InvalidArgumentError for a name that would be taken for further arguments."""
+    """CNI_ARGS; raises InvalidArgumentError for a name that would add further arguments."""
     given = {
         "IgnoreUnknown": "1",
         "K8S_POD_NAMESPACE": request.namespace,

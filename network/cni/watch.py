@@ -17,7 +17,8 @@ class ConfigurationWatch:
         self._plugins: FolderWatch | None = None
 
     def follow(self, folder: Path | None) -> bool:
-        """Watch that folder of plugins too, in place of the one before; whether it may hold what nobody saw come."""
+        """Watch that folder of plugins too, instead of the one before. Returns whether files may have been added
+        unnoticed."""
         if folder == self._followed:
             return False
         if self._plugins is not None:

@@ -1,6 +1,7 @@
-"""Firewalls that others made on the node and that drop what pods send or receive: found and told, never touched.
+"""Firewalls of other programs on the node that drop what pods send or receive: they are found and reported, never
+changed.
 
-A packet that the node forwards passes the chains of all tables; one that drops it is enough, whatever ours say.
+A forwarded packet passes the chains of all tables. If one chain drops it, our chains cannot change that.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _OLD_TABLES = {4: ("ip_tables_names", "iptables-legacy"), 6: ("ip6_tables_names"
 
 
 class Obstacle(msgspec.Struct, frozen=True):
-    """A chain that drops pods' packets: which one, whether for ``certain``, and the commands that let them pass."""
+    """A chain that drops pods' packets: which one, whether it is ``certain``, and the commands that open it."""
 
     chain: str
     certain: bool
@@ -79,7 +80,7 @@ class FirewallWatch:
             self._looking = asyncio.create_task(self.look(ranges))
 
     async def look(self, ranges: Sequence[IPNetwork]) -> None:
-        """Look now, and tell in the log what is in the way for the first time, or not any more."""
+        """Look now, and log each blocking chain when it is first seen and when it blocks no more."""
         self._looked_at = time.monotonic()
         try:
             if not await _has_own_tables(self._bridge):
@@ -96,7 +97,7 @@ class FirewallWatch:
             _log.info("firewalls: no other program drops packets of pods any more")
 
     async def close(self) -> None:
-        """End what goes on in the background."""
+        """End the background work."""
         looking, self._looking = self._looking, None
         if looking is not None:
             looking.cancel()

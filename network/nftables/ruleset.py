@@ -42,9 +42,9 @@ table bridge {table} {{
 }}
 """
 
-# The filter on 127.0.0.0/8 comes before address translation: with route_localnet the bridge would let it through.
-# Frames to 01:80:c2:00:00:0x go up from a pod's link itself, past the bridge and its filter: nothing of pods comes so.
-# The redirects dropped are those the node sends when a packet leaves on the bridge it came from.
+# The filter on 127.0.0.0/8 is before address translation: with route_localnet the bridge would pass such packets.
+# Frames to 01:80:c2:00:00:0x are received on a pod's link itself, past the bridge and its filter: all of them are
+# dropped. The dropped redirects are those that the node sends when a packet leaves on the bridge where it arrived.
 _INET_TABLE = (
     """
 table inet {table} {{

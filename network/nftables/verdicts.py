@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 Rule = Sequence[Mapping[str, Any]]
 _DEEPEST = 16
-# What does something in passing; other statements (quotas, limits, sets that count) go on for some packets only.
+# Statements that never stop a packet. Others (quotas, limits, sets that count) let only some packets continue.
 _IN_PASSING = frozenset(
     ("counter", "log", "mangle", "notrack", "flow", "dup", "secmark", "ct helper", "ct timeout", "ct expectation")
 )
 
 
 class Verdict(enum.Enum):
-    """What becomes of the packet; ``UNSURE`` where a rule that might let it pass comes before it is dropped."""
+    """What happens to the packet; ``UNSURE`` if a rule that might accept it precedes the one that drops it."""
 
     PASSED = "passed"
     UNSURE = "unsure"
@@ -91,7 +91,7 @@ class _Journey:
         self.may_have_passed = False
 
     def through(self, chain: str, depth: int) -> bool | None:
-        """Whether the packet is dropped (True) or passes (False); None when it comes back from the chain."""
+        """Whether the packet is dropped (True) or passes (False); None if the chain returns without a verdict."""
         if depth > _DEEPEST:
             self.may_have_passed = True
             return None
@@ -100,7 +100,7 @@ class _Journey:
             if matches is False or statement is None:
                 continue
             end, dropped = self._outcome(statement, depth)
-            if matches is None:  # whether it concerns the packet cannot be told
+            if matches is None:  # whether it matches the packet is unknown
                 self.may_have_passed |= dropped is False or (end and dropped is None)
             elif end:
                 return dropped
@@ -117,7 +117,7 @@ class _Journey:
         return True, kind == "drop"
 
     def _read(self, rule: Rule) -> tuple[bool | None, tuple[str, str] | None]:
-        """Whether the rule concerns the packet (None: cannot be told), and what it then does (None: nothing here)."""
+        """Whether the rule matches the packet (None: unknown), and what it then does (None: nothing here)."""
         matches: bool | None = True
         statement: tuple[str, str] | None = None
         answers_only = False
@@ -132,20 +132,20 @@ class _Journey:
                 found = True if content.get("name") == "comment" or answers_only else None
             else:
                 stated = _statement(kind, content)
-                # nft before 1.0.6 tells nothing of the expressions that iptables made.
+                # nft before 1.0.6 does not show the expressions that iptables made.
                 in_passing = kind in _IN_PASSING or (kind == "xt" and content is not None)
                 found, statement = True if stated or in_passing else None, stated or statement
             if found is False:
                 return False, None
             matches = None if found is None else matches
         if answers_only:
-            # Their arguments are hidden. What such rules let pass is answers; what they drop is broken.
+            # Their arguments are hidden. Such rules usually accept answers and drop invalid packets.
             accepts = statement == ("accept", "")
             matches = matches if accepts and self._packet.answer else False if accepts else None
         return matches, statement
 
     def _look_up(self, content: Mapping[str, Any]) -> tuple[bool | None, tuple[str, str] | None]:
-        """The same of a verdict map; ``accept`` where it may hold one for the packet that lets it pass."""
+        """The same of a verdict map; ``accept`` if it may have an element that accepts the packet."""
         value = self._packet.fact(content["key"])
         table = content["data"].get("set") if isinstance(content["data"], dict) else None
         if not isinstance(table, list):

@@ -146,7 +146,7 @@ async def test_versions_that_do_not_meet_are_told(node: CniNode) -> None:
     await node.start()
     condition = node.network.condition()
     assert condition.reason == "CniPluginFailed"
-    assert "asks for CNI 1.0.0, which plugin old does not speak (it speaks 0.3.0, 0.3.1)" in condition.message
+    assert "asks for CNI 1.0.0, which plugin old does not support (it supports 0.3.0, 0.3.1)" in condition.message
 
 
 async def test_status_is_asked_from_version_1_1_on(node: CniNode, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,10 +47,10 @@ class ImageReport:
 
 
 class ImageChecker:
-    """Checks one layer after the other, each by unpacking its kept blob once more beside it.
+    """Checks one layer after the other by unpacking its kept blob again and comparing the files.
 
-    A layer whose blob was not kept is held against the digest that its files had when they were unpacked. Pulls and
-    removals may go on meanwhile.
+    A layer without a kept blob is compared with the digest that its files had when they were unpacked. Pulls and
+    removals may run meanwhile.
     """
 
     def __init__(self, store: ImageStore, snapshots: SnapshotStore, layers: LayerStore, database: Database) -> None:
@@ -62,9 +62,8 @@ class ImageChecker:
     async def check(self, *, repair: bool) -> ImageReport:
         """Check everything; with ``repair`` remove what is broken, so that a pull fetches it again.
 
-        Partial blobs go with ``repair``, as there is nothing to hold them against.
-        A broken compressed form is dropped alone; a broken layer or configuration takes the images along that have it,
-        while containers that use them go on.
+        ``repair`` also removes partial blobs, as nothing can verify them. A broken blob is removed alone. With a broken
+        layer or configuration the images that have it are removed too; containers that use them keep running.
         """
         findings = await self._check_images(repair=repair)
         images = self._store.images()

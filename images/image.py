@@ -42,7 +42,7 @@ class _RawImage(msgspec.Struct):
 
 
 class ImageConfig(msgspec.Struct, frozen=True):
-    """How a container of the image runs unless told otherwise (OCI image specification, ``config``)."""
+    """How a container of the image runs by default (OCI image specification, ``config``)."""
 
     user: str = ""
     env: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from images.layers.layer import Layer
 
 
 def readable(database: Database) -> list[tuple[str, str, int, bytes, ImageConfig]]:
-    """Id, digest and length of the manifest, and configuration of each image; rows that mean nothing are set aside."""
+    """Id, digest and length of the manifest, and configuration of each image; invalid rows are set aside."""
     found: list[tuple[str, str, int, bytes, ImageConfig]] = []
     unreadable: list[UnreadableRow] = []
     columns = "id, manifest_digest, length(manifest), config"
@@ -44,7 +44,7 @@ def insert(connection: sqlite3.Connection, candidate: Candidate, layers: tuple[L
 
 
 def insert_names(connection: sqlite3.Connection, image_id: str, names: Iterable[str]) -> None:
-    """The names are the image's from now on, whichever had them."""
+    """The names belong to the image from now on, even if another image had them."""
     rows = [(name, image_id) for name in names]
     connection.executemany("INSERT OR REPLACE INTO image_references (name, image_id) VALUES (?, ?)", rows)
 

@@ -14,11 +14,11 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """How images are fetched, unpacked and kept.
 
     Registries: ``registry_config_dir`` holds one folder per registry host with a ``hosts.toml`` in containerd's form,
-    read on each pull; ``insecure_registries`` are hosts (``host`` or ``host:port``) spoken to in plain http, as
-    loopback addresses always are. ``connect_seconds`` bounds one connection attempt, ``stall_seconds`` the silence of
-    a running transfer, both together the wait for an answer and its headers, ``attempts`` the tries of one request that
-    fails for a passing reason. A pull that gets less than ``slowest_bytes_per_second`` over ``slow_seconds`` of waiting
-    for the network fails; 0 lets it take its time.
+    read on each pull; ``insecure_registries`` are hosts (``host`` or ``host:port``) asked over plain http, as loopback
+    addresses always are. ``connect_seconds`` bounds one connection attempt, ``stall_seconds`` the silence of a running
+    transfer, both together the wait for an answer and its headers, ``attempts`` the tries of one request that fails for
+    a passing reason. A pull that gets less than ``slowest_bytes_per_second`` over ``slow_seconds`` of waiting for the
+    network fails; 0 allows any rate.
 
     Credentials that come with a pull are used first. ``credentials_file`` holds the node's own, in the form of docker's
     ``config.json``; a credential helper it names gets ``credential_helper_seconds`` to answer.
@@ -29,17 +29,17 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     which its bytes wait for being written). So are an image whose layers take more than ``max_image_bytes``, compressed
     or unpacked, and a compressed archive that unpacks to more than ``max_archive_bytes``. With ``keep_blobs`` the
     compressed layers stay on disk beside the unpacked ones, which checking, repairing and exporting an image need, and
-    what came of one whose pull broke off stays for ``partial_hours``, so that another pull goes on from there.
+    the fetched bytes of an interrupted pull stay for ``partial_hours``, so that another pull continues from there.
 
     Every program in ``verifier_dir`` is asked before an image is pulled, in containerd's way, and has
     ``verifier_seconds`` to allow it; empty: none is asked. Imported archives are not verified.
 
     Where the data folder's file system has project quotas, ``project_quotas`` says whose writable layers they count:
-    those of containers in user namespaces, which cannot leave their project, of all, or none (``off``). Each gets an
-    id of its own from the first to the last of ``project_ids``.
+    those of containers in user namespaces, which cannot leave their project, of all, or none (``off``). Each gets its
+    own id from the first to the last of ``project_ids``.
 
-    ``pinned`` are patterns (``*`` and ``?``) of image names that garbage collection must leave alone, matched against
-    the full form (``registry.k8s.io/pause:*``).
+    ``pinned`` are patterns (``*`` and ``?``) of image names that garbage collection must keep, matched against the full
+    form (``registry.k8s.io/pause:*``).
     """
 
     registry_config_dir: str = "/etc/podkeel/certs.d"

@@ -23,7 +23,7 @@ _COMPRESSIONS = {b"\x1f\x8b": "+gzip", b"\x28\xb5\x2f\xfd": "+zstd"}
 
 @dataclass(frozen=True, slots=True)
 class OutgoingImage:
-    """``layers`` says where each of the manifest's layer blobs lies on the node."""
+    """``layers`` says where each of the manifest's layer blobs is on the node."""
 
     image: Image
     manifest: bytes
@@ -42,9 +42,9 @@ class OutgoingImage:
 async def outgoing(image: Image, manifest: bytes, config: bytes, layers: LayerStore) -> AsyncIterator[OutgoingImage]:
     """The image, whose blobs stay on the node during the block also if it is removed meanwhile.
 
-    Its manifest is the one it came with where the blobs that this names are kept; otherwise one is written for those
-    that are: the image came without a manifest, or shares layers that were fetched in another compression. The
-    configuration, and so the image's id, is always the same. Raises WrongStateError if blobs were not kept.
+    Its manifest is the original one if the blobs that it names are kept. Otherwise a manifest is written for the kept
+    blobs: the image had no manifest, or shares layers that were fetched in another compression. The configuration, and
+    so the image's id, is always the same. Raises WrongStateError if blobs were not kept.
     """
     layers.retain(image.layers)
     try:

@@ -30,7 +30,7 @@ _log = logging.getLogger("podkeel.images")
 
 
 class ImagePuller:
-    """Brings images into ``store``. ``fetched_bytes`` is what came from registries since the start."""
+    """Brings images into ``store``. ``fetched_bytes`` counts the bytes received from registries since the start."""
 
     def __init__(self, store: ImageStore, options: ImageOptions, data_dir: Path, layers: LayerStore) -> None:
         self._store = store
@@ -52,8 +52,8 @@ class ImagePuller:
 
         A tag that another image had moves to this one. Raises InvalidArgumentError for a malformed reference or a
         broken image, NotFoundError, PermissionDeniedError, LimitError, UnsupportedError for an artifact, and
-        KubeletReasonError ``RegistryUnavailable``. Whatever the error, nothing of it stays but partial blobs, which the
-        next pull of it goes on with.
+        KubeletReasonError ``RegistryUnavailable``. After any error only partial blobs stay; the next pull of the image
+        continues with them.
         """
         name = parse(reference)
         begin = time.perf_counter()

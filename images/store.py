@@ -107,7 +107,7 @@ class ImageStore:
         return FilesystemUsage(str(self._data_dir), self._layers.used_bytes, self._layers.used_inodes)
 
     async def tag(self, reference: str, name: str) -> str:
-        """Give the image that ``reference`` names one more name, taken from whichever had it; returns it in full.
+        """Give the image that ``reference`` names one more name, which any other image loses; returns the full name.
 
         Raises NotFoundError if there is no such image, InvalidArgumentError if ``name`` is no name with a tag.
         """
@@ -125,7 +125,7 @@ class ImageStore:
         return target.tagged
 
     async def add_digest(self, image: Image, name: str) -> None:
-        """Let the image be known by a digest reference, as a registry has it under; not if it was removed meanwhile."""
+        """Add a digest reference to the image, as a registry has it; not if the image was removed meanwhile."""
         async with self._changing:
             record = self._records.get(image.id)
             if record is None or name in record.names:
@@ -135,7 +135,10 @@ class ImageStore:
             self._show(record)
 
     async def config_file(self, image: Image) -> bytes:
-        """The image's configuration as it came; NotFoundError if it was removed meanwhile. It is not kept in memory."""
+        """The image's configuration as received; NotFoundError if it was removed meanwhile.
+
+        It is not kept in memory.
+        """
         rows = await in_stats_thread(self._database.read, "SELECT config FROM images WHERE id = ?", (image.id,))
         if not rows:
             raise NotFoundError(f"image {image.name} was removed meanwhile")
@@ -195,7 +198,7 @@ class ImageStore:
             record.names.add(name)
 
     def _show(self, record: _Record) -> Image:
-        """Let the record be seen as it is now."""
+        """Publish the record as it is now."""
         names = sorted(record.names)
         image = Image(
             id=record.id,

@@ -10,7 +10,7 @@ from pathlib import Path
 from host import libc
 from host.errors import InvalidArgumentError, NotFoundError
 
-LARGEST_HEADER = 1 << 20  # of the records that tell of one member
+LARGEST_HEADER = 1 << 20  # of the records about one member
 
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 

@@ -191,7 +191,7 @@ class ImageArchive:
             raise InvalidArgumentError(f"image archive {self._path}: {name} is larger than {limit} bytes")
 
     def candidates(self, reference: str) -> list[Candidate]:
-        """The archive's images; one without a name of its own gets ``reference``. Raises InvalidArgumentError."""
+        """The archive's images; one without a name gets ``reference``. Raises InvalidArgumentError."""
         # docker save writes both forms today; its own one has the names.
         if self.has("manifest.json"):
             found = self._docker_images(reference)
@@ -220,7 +220,7 @@ class ImageArchive:
         return found
 
     def _docker_candidate(self, config: ConfigFile, layers: list[str], names: list[str]) -> Candidate:
-        # The members have no digests of their own; the config's diff ids are what they are held against.
+        # The members have no digests; they are compared with the diff ids of the config.
         descriptors = [Descriptor(annotations={"member": name}) for name in layers]
         manifest = msgspec.json.encode(descriptors)
         return Candidate(

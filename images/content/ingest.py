@@ -1,4 +1,4 @@
-"""Compressed layers on their way to the node, kept by digest so that a later pull goes on where one broke off."""
+"""Compressed layers that are being fetched, kept by digest so that a later pull continues where one broke off."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def write_all(descriptor: int, chunks: Sequence[bytes]) -> None:
 
 @contextmanager
 def new_blob(path: Path) -> Iterator[PartialBlob]:
-    """A blob at ``path`` that nobody will go on with."""
+    """A blob at ``path`` that no pull will continue."""
     with contextlib.closing(PartialBlob(path)) as blob:
         yield blob
 
@@ -84,7 +84,7 @@ def publish(partial: Path, target: Path) -> None:
 class PartialBlobs:
     """The folder of them. Nothing in it is trusted: the pull that continues one checks the digest of the whole.
 
-    Each goes when its layer is on the node, and ``max_age`` seconds after a transfer last added to it.
+    Each is deleted when its layer is on the node, and ``max_age`` seconds after a transfer last added to it.
     """
 
     def __init__(self, folder: Path, trash: Trash, max_age: float) -> None:
@@ -94,7 +94,7 @@ class PartialBlobs:
         self._sizes: dict[str, int] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._users: dict[str, int] = {}
-        self._registries: dict[str, str] = {}  # where those come from that are being added to
+        self._registries: dict[str, str] = {}  # the registries of those that are being added to
         self._timer: asyncio.TimerHandle | None = None
         self._dropping: asyncio.Task[None] | None = None
 
@@ -139,8 +139,7 @@ class PartialBlobs:
     async def turn(self, digest: str, registry: str) -> AsyncIterator[bool]:
         """Whether the partial blob is for the block alone; others wait for its end.
 
-        Nobody waits for more than some seconds for a transfer from another registry, which may be slow: the answer is
-        no then.
+        For a transfer from another registry, which may be slow, they wait only some seconds; then the value is False.
         """
         with self._user(digest):
             lock = self._locks[digest]
@@ -159,7 +158,7 @@ class PartialBlobs:
     async def opened(self, digest: str, kept: Path) -> AsyncIterator[PartialBlob]:
         """The partial blob, an empty one if there is none, for the pull that has the turn.
 
-        Where there is none, what is at ``kept`` is taken for it: the whole blob, if another layer of this node has it.
+        If there is none, the file at ``kept`` is used: the whole blob, if another layer of this node has it.
         """
         linked = await in_image_thread(_link, kept, self.path(digest))
         blob = await acquired(in_image_thread, lambda: PartialBlob(self.path(digest)), PartialBlob.close)
@@ -193,9 +192,9 @@ class PartialBlobs:
                 del self._users[digest], self._locks[digest]
 
     async def keep(self, digest: str, whole: Path) -> None:
-        """Take the ``whole`` blob of a layer that goes, which no image came to have: it may be wanted again.
+        """Keep the ``whole`` blob of a removed layer that no image used: a pull may need it again.
 
-        It is deleted if a pull adds to the partial blob: that may take long, and no call waits for it.
+        It is deleted if a pull adds to the partial blob, as that may take long and no call may wait for it.
         """
         if digest in self._users:
             await in_image_thread(self._trash.throw, whole)
@@ -210,7 +209,7 @@ class PartialBlobs:
             await in_image_thread(work)
 
     async def drop(self, digests: Iterable[str]) -> None:
-        """Drop those of ``digests`` that nobody uses now; success if there are none."""
+        """Delete those of ``digests`` that no pull uses now; success if there are none."""
         for digest in digests:
             if digest in self._sizes and digest not in self._users:
                 async with self._alone(digest):
@@ -219,11 +218,11 @@ class PartialBlobs:
                 self._trash.wake()
 
     async def drop_all(self) -> None:
-        """Drop all that nobody uses now: their room is needed."""
+        """Delete all that no pull uses now: their disk space is needed."""
         await self.drop(tuple(self._sizes))
 
     async def drop_old(self) -> None:
-        """Drop those that nobody has added to for too long, and come back when the next one is as old."""
+        """Delete those that no pull has added to for too long, and run again when the next one is as old."""
         ages = await in_image_thread(lambda: {digest: _age(self.path(digest)) for digest in tuple(self._sizes)})
         await self.drop([digest for digest, age in ages.items() if age >= self._max_age])
         left = [age for digest, age in ages.items() if digest in self._sizes]
@@ -240,7 +239,10 @@ class PartialBlobs:
         self._dropping = asyncio.create_task(self.drop_old(), name="partial blobs")
 
     def _note(self, digest: str) -> None:
-        """Count what a transfer left; an empty one is nothing. Blocking, so that no cancellation comes in between."""
+        """Count what a transfer left; an empty file is deleted.
+
+        Blocking, so that a cancellation cannot interrupt it.
+        """
         size = _left(self.path(digest))
         if size:
             self._sizes[digest] = size
@@ -268,7 +270,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _left(path: Path) -> int:
-    """The size of the file; it goes if that is nothing."""
+    """The size of the file. An empty file is deleted."""
     with contextlib.suppress(FileNotFoundError):
         size = path.stat().st_size
         if not size:

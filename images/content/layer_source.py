@@ -1,4 +1,4 @@
-"""A layer that an image needs: what it must be, and where it comes from."""
+"""A layer that an image needs: what it must be, and its source."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from images.oci.manifests import Descriptor
 
 @dataclass(frozen=True, slots=True)
 class LayerSource:
-    """Where a missing layer comes from: what it must be, and how to begin its transfer, from that byte on.
+    """The source of a missing layer: what it must be, and how to begin its transfer at a byte.
 
-    What came of one that is ``resumable`` before its transfer broke off is worth keeping.
+    If it is ``resumable``, the bytes of a broken transfer are kept.
     """
 
     descriptor: Descriptor

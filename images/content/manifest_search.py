@@ -45,7 +45,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A manifest, index or config as it came; ``media_type`` is what its sender says it is."""
+    """A manifest, index or config as received; ``media_type`` is the type that its sender claims."""
 
     content: bytes
     media_type: str = ""
@@ -53,7 +53,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class FoundImage:
-    """An image's manifest, as it came and read, and its config."""
+    """An image's manifest, as received and decoded, and its config."""
 
     content: bytes
     digest: str
@@ -76,9 +76,9 @@ def advance(search: Search, answer: Document | None) -> Wanted | FoundImage:
 def find_image(top: Document, digest: str, machine: Platform, subject: str) -> Search:
     """Search from ``top``, a manifest or index of that digest, for the image that suits ``machine`` best.
 
-    Entries of an index that name no platform are told apart by their configs; attestations and other artifacts are
-    skipped. An image that no index offers is taken as it is. Raises InvalidArgumentError where there is none for
-    this machine, naming what there is, or where a document is broken; UnsupportedError for an artifact.
+    For entries of an index without a platform, the configs decide; attestations and other artifacts are skipped. An
+    image without an index is used as it is. Raises InvalidArgumentError where there is none for this machine, naming
+    what there is, or where a document is broken; UnsupportedError for an artifact.
     """
     return _Search(machine, subject).run(top, digest)
 

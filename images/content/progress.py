@@ -58,7 +58,8 @@ class Transfer:
     received: int | None = None
 
     async def chunks(self, partial: PartialBlob | None, slot: Slot) -> AsyncGenerator[bytes, None]:
-        """The chunks of the layer, what is there of it first, counted; ``slot`` watches how fast the others come."""
+        """The chunks of the layer, counted: first those on the disk, then those that are fetched. ``slot`` measures the
+        rate of the latter."""
         self.received = 0
         begin = partial.size if partial is not None else 0
         if partial is not None:

@@ -24,13 +24,13 @@ _KEPT = 4  # one in so many slots is kept for registries that have none
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Origin:
-    """Where the layers of one pull come from; every pull has one of its own. ``registry`` is empty for an archive."""
+    """The source of the layers of one pull; every pull has its own. ``registry`` is empty for an archive."""
 
     registry: str = ""
 
 
 class Slot:
-    """A layer that is being fetched or unpacked, with how fast its bytes come."""
+    """A layer that is being fetched or unpacked, with the rate of its bytes."""
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
@@ -85,17 +85,18 @@ class Slots:
     """``usual`` slots for all layers of all pulls; beyond them, up to ``most``, one for each pull that has none.
 
     A quarter of them are only for registries that have none. Beyond ``most``, up to ``limit``, a pull without a slot
-    gets one as long as its registry has less than its share of ``most``, which all registries of now have alike: so no
-    registry keeps another one waiting, however many images are pulled from it. A pull whose registry has its share gets
-    one of these after half a minute; a few are kept from such pulls. With few file descriptors left, each pull has one.
+    gets one if its registry has less than its share of ``most``. All registries in use have the same share. So a
+    registry does not delay another one, however many images are pulled from it. A pull whose registry has its share
+    gets one of these after half a minute; a few are kept from such pulls. With few file descriptors left, each pull has
+    one.
 
     A free slot goes to the pull that has the fewest, then to the registry that has the fewest. When none is free for a
     pull without one, a transfer is broken off to make room: the slowest with less than 64 KiB/s over half a minute, of
     the same registry unless all slots are taken; else, for a registry without a slot, the slowest of half a minute and
     more whose registry has more than its share or, once it has waited for five minutes, of any registry.
 
-    Pulls may wait for what another pull fetches. They ``want`` it meanwhile, so that it gets a slot also when only they
-    would get one.
+    Pulls may wait for what another pull fetches. Meanwhile they ``want`` it: it gets a slot also if only they would get
+    one.
     """
 
     def __init__(self, usual: int, most: int = MOST, limit: int | None = None) -> None:
@@ -110,7 +111,7 @@ class Slots:
 
     @contextlib.contextmanager
     def want(self, wanted: Iterable[Hashable], origin: Origin) -> Iterator[None]:
-        """During the block the pull of ``origin`` wants each of ``wanted``, whichever pull fetches it."""
+        """During the block the pull of ``origin`` wants each of ``wanted``, no matter which pull fetches it."""
         wanted = tuple(wanted)
         for one in wanted:
             self._wanting[one][origin] += 1
@@ -173,7 +174,7 @@ class Slots:
         self._watch()
 
     def _next(self) -> tuple[_Waiting, Origin] | None:
-        """Who gets a slot now, and as whose it counts; None if nobody does."""
+        """The next layer to get a slot, and the pull that it is counted for; None if none gets one."""
         pulls, registries = self._having()
         having = {origin: (pulls[origin], registries[origin.registry]) for origin in self._origins()}
         claims = [(waiting, min(self._claimants(waiting), key=having.__getitem__)) for waiting in self._waiting]

@@ -18,7 +18,8 @@ from images.oci.manifests import Descriptor
 class Candidate:
     """``names`` are the tags and digest references it gets; ``open_layer`` transfers a layer from a byte of it on.
 
-    ``transferred`` tells how many bytes of layers came over the network so far; ``resumable`` is as for layer sources.
+    ``transferred`` returns how many bytes of layers were received over the network so far; ``resumable`` is as for
+    layer sources.
     """
 
     subject: str

@@ -37,7 +37,7 @@ class _Left(msgspec.Struct):
 
 
 class Trash:
-    """A folder on the same file system as what is thrown into it; what a crash leaves in it goes at the next start."""
+    """A folder on the same file system as what is moved into it. The next start deletes what a crash leaves in it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -100,7 +100,7 @@ class Trash:
         self._next_look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look)
 
     def _tell_worker(self) -> None:
-        """Let the process that removes large trees pause or go on."""
+        """Make the process that removes large trees pause or continue."""
         if self._control < 0:
             return
         pause = self._holders > 0 and not self._waiting and time.monotonic() < self._held_until and self._has_room()
@@ -129,7 +129,7 @@ class Trash:
         return True
 
     def wake(self) -> None:
-        """Let the emptying begin."""
+        """Allow the emptying to begin."""
         self._idle.clear()
         self._wake.set()
 

@@ -22,7 +22,7 @@ _log = logging.getLogger("podkeel.images")
 
 
 class LayerFetcher:
-    """Fetches and unpacks layers, as many at a time as ``slots`` lets it."""
+    """Fetches and unpacks layers, as many at a time as ``slots`` allows."""
 
     def __init__(self, options: ImageOptions, partials: PartialBlobs, trash: Trash) -> None:
         self._options = options
@@ -40,9 +40,9 @@ class LayerFetcher:
     async def fetch(self, transfer: Transfer, folder: Path, incoming: Path, kept: Path) -> Unpacked:
         """Unpack the layer to ``folder``, which is made; errors as ``Unpacker.unpack`` and ``Slots.slot``.
 
-        Its blob is at ``incoming`` then, and besides a partial one if the source is resumable. What is there of it
-        comes first: of the partial blob, or ``kept``, where another layer may have it; if damaged, all is fetched.
-        Nothing is opened before the layer has its slot.
+        Afterwards its blob is at ``incoming``, and also a partial one if the source is resumable. Bytes on the disk are
+        used first: those of the partial blob, or of ``kept``, where another layer may have it. If they are damaged,
+        everything is fetched. Nothing is opened before the layer has its slot.
         """
         source = transfer.source
         async with AsyncExitStack() as stack:
@@ -58,7 +58,7 @@ class LayerFetcher:
                 keep = stack.enter_context(new_blob(incoming))
             unpacked = await self._fetch_again_if_damaged(transfer, slot, folder, keep)
             if keep is not None and alone:
-                # A name of its own: others may go on with the partial blob from now on, or drop it.
+                # A separate name: other pulls may continue or delete the partial blob from now on.
                 await in_image_thread(incoming.hardlink_to, keep.path)
         return unpacked
 

@@ -32,5 +32,5 @@ class Layer:
         return self.chain_id.startswith(_RETIRED)
 
     def retire(self) -> Layer:
-        """The same layer under a chain id that nobody asks for."""
+        """The same layer under a chain id that no pull asks for."""
         return replace(self, chain_id=f"{_RETIRED}{self.number}")

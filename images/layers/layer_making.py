@@ -162,7 +162,7 @@ class LayerMaker:
             return (await look_at(files)).digest
 
     async def _publish(self, source: LayerSource, layer: Layer, making: Path, incoming: Path) -> None:
-        """Let the whole layer have its names, once it is on the disk."""
+        """Rename the complete layer to its final names, once it is on the disk."""
         await in_image_thread(making.rename, self._folders.layers / str(layer.number))
         if layer.blob_digest:
             await in_image_thread(publish, incoming, self._folders.blob(layer.blob_digest))
@@ -179,10 +179,10 @@ class LayerMaker:
                 await self.throw([path])
 
     async def _take_back(self, number: int, paths: Iterable[Path]) -> None:
-        """Throw away the files and the row of a layer that is not made.
+        """Delete the files and the row of a layer that is not made.
 
-        If there is no room for writing to the store, this waits until the files have left the disk. If there is none
-        then, the row goes with those of the next layers, or at the next start: nobody looks at it.
+        If there is no space for writing to the store, this waits until the files are deleted. If there is still none,
+        the row is deleted with those of the next layers, or at the next start: it is not used.
         """
         await self.throw(paths)
         try:
@@ -203,6 +203,6 @@ class LayerMaker:
             self._left_rows.difference_update(doomed)
 
     async def throw(self, paths: Iterable[Path]) -> None:
-        """Let the files go; nothing there is fine."""
+        """Delete the files; missing ones are no error."""
         await in_image_thread(lambda: [self._trash.throw(path) for path in paths])
         self._trash.wake()

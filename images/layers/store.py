@@ -34,7 +34,7 @@ EMPTY_LAYER = 0  # an always empty folder, for images without layers
 
 @dataclass(frozen=True, slots=True)
 class _Dropped:
-    """A layer that nobody uses any more, the digest of its blob if that has no other user, and whether it was new."""
+    """A layer without users, the digest of its blob if that has no other user, and whether it was new."""
 
     layer: Layer
     blob: str
@@ -42,7 +42,7 @@ class _Dropped:
 
 
 class LayerStore:
-    """Keeps each layer in ``layers/<number>/fs`` of the data folder; a layer nobody uses any more is dropped.
+    """Keeps each layer in ``layers/<number>/fs`` of the data folder; a layer without users is deleted.
 
     Images and snapshots use layers for as long as they exist, pulls while they run: ``retain`` and ``release`` count.
     """
@@ -78,11 +78,11 @@ class LayerStore:
         return self._used_inodes + self.partials.used_inodes
 
     async def start(self) -> None:
-        """Read the layers, forgetting those that a crash left half-made."""
+        """Read the layers, and forget those that a crash left incomplete."""
         folders = self._folders
         for folder in (folders.layers, folders.content):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)  # images hold set-user-id programs, which nobody else on the node may run
+            folder.chmod(0o700)  # images hold set-user-id programs, which other users of the node may not run
         algorithms = [folders.content / name for name in ("sha256", "sha512")]
         for folder in (folders.files(EMPTY_LAYER), *algorithms, folders.incoming):
             folder.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class LayerStore:
             _log.warning("layers: %d lost when the machine stopped: images that use them are removed", lost)
 
     async def sweep(self) -> None:
-        """After the users are known: drop what nobody uses, and folders and blobs that the store does not know.
+        """After the users are known: delete what has no user, and folders and blobs that the store does not know.
 
         The blobs of pulls that a crash broke off are kept as partial ones.
         """
@@ -175,9 +175,9 @@ class LayerStore:
     async def obtain(self, source: LayerSource, below: Sequence[asyncio.Future[Layer]]) -> Layer:
         """The layer, retained for the caller; unpacked now, once for all who want it, if it is not there.
 
-        Those who want it from the same registry take turns: if one fails or leaves, the next one goes on at once by its
-        own connection and credentials. Nobody waits for another registry, nor gets the error of another pull. ``below``
-        are the layers below, lowest first, that the same pull obtains.
+        Pulls that need it from the same registry take turns: if one fails or leaves, the next one continues at once
+        with its own connection and credentials. No pull waits for another registry, or gets the error of another pull.
+        ``below`` are the layers below, lowest first, that the same pull gets.
         """
         while True:
             layer = self._by_chain.get(source.chain_id)
@@ -188,7 +188,9 @@ class LayerStore:
                 except asyncio.CancelledError:
                     await self._drop_if_unused(source.chain_id)
                     raise
-            if layer.number in self._layers:  # otherwise another user came and went while this one was waking up
+            if (
+                layer.number in self._layers
+            ):  # otherwise another user retained and released it while this task was scheduled
                 self.retain((layer.number,))
                 return layer
 
@@ -231,7 +233,7 @@ class LayerStore:
 
     async def _make(self, source: LayerSource, below: Sequence[asyncio.Future[Layer]]) -> Layer:
         made = self._by_chain.get(source.chain_id)
-        if made is not None:  # by another registry's pull, before this one's turn came
+        if made is not None:  # by another registry's pull, before it was this one's turn
             return made
         with self.fetcher.transfers.making(source) as transfer, self._trash.held():
             try:
@@ -275,7 +277,7 @@ class LayerStore:
 
     @asynccontextmanager
     async def scratch(self) -> AsyncIterator[Path]:
-        """An empty folder on the layers' file system that goes when the block ends, or at the next start."""
+        """An empty folder on the layers' file system. It is deleted when the block ends, or at the next start."""
         folder = self._folders.incoming / f"check-{next(self._scratches)}"
         await in_image_thread((folder / "fs").mkdir, mode=0o755, parents=True)
         try:
@@ -285,7 +287,7 @@ class LayerStore:
             await self._trash.emptied()
 
     async def retire(self, number: int) -> None:
-        """Nobody gets the layer any more that does not have it; success if it is gone."""
+        """No further user gets the layer; success if it does not exist."""
         layer = self._layers.get(number)
         if layer is None or layer.retired:
             return
@@ -325,9 +327,9 @@ class LayerStore:
         await self._maker.throw(paths)
 
     async def give_up(self, blobs: Iterable[str], error: PodkeelError) -> None:
-        """A pull with these blobs failed with ``error``, and would again: drop what came of them.
+        """A pull with these blobs failed with ``error``, and would fail again: delete their fetched bytes.
 
-        All partial blobs go if there was no room, and this returns when there is.
+        If the disk was full, delete all partial blobs, and return when they are deleted.
         """
         if isinstance(error, NoSpaceError):
             await self.partials.drop_all()

@@ -60,7 +60,7 @@ class Descriptor(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True
 
 
 class Manifest(msgspec.Struct, frozen=True, rename="camel"):
-    """An image manifest or an index, told apart by ``is_index``."""
+    """An image manifest or an index; ``is_index`` says which."""
 
     schema_version: int = 0
     media_type: str = ""
@@ -101,9 +101,9 @@ class _RawManifest(msgspec.Struct, rename="camel"):
 def parse_manifest(content: bytes, subject: str, *claimed: str) -> Manifest:
     """The manifest or index in ``content``; every descriptor has a digest and a size.
 
-    ``claimed`` are the media types that others say it has: the Content-Type, the descriptor. Raises
-    InvalidArgumentError for what is malformed, what could be taken for an image and for an index (CVE-2021-41190),
-    and for more layers than this node can mount; UnsupportedError for Docker's schema 1 and for other documents.
+    ``claimed`` are the media types from other places: the Content-Type, the descriptor. Raises InvalidArgumentError for
+    a malformed document, for one that could be read as an image and as an index (CVE-2021-41190), and for more layers
+    than this node can mount; UnsupportedError for Docker's schema 1 and for other documents.
     """
     types = [name.partition(";")[0].strip().lower() for name in claimed]
     if any(name.startswith(_SCHEMA_1) for name in types):

@@ -66,18 +66,17 @@ class _HelperAnswer(msgspec.Struct, rename="pascal"):
 
 @dataclass(frozen=True, slots=True)
 class FoundCredentials:
-    """Credentials for one host, or None; ``origin`` says where they came from, or why there are none."""
+    """Credentials for one host, or None; ``origin`` names their source, or says why there are none."""
 
     credentials: Credentials | None
     origin: str
 
 
 async def find_credentials(options: ImageOptions, addresses: Sequence[str], path: str) -> FoundCredentials:
-    """What the node has for the host called ``addresses`` (``host`` or ``host:port``) and the repository ``path``.
+    """The node's credentials for the host ``addresses`` (``host`` or ``host:port``) and the repository ``path``.
 
-    A helper for that very host comes first, then an entry of the file, then the helper for all hosts. A helper that
-    fails or is too slow counts as none, since the image may be public. Raises InvalidArgumentError for a file that
-    cannot be understood.
+    A helper for this host comes first, then an entry of the file, then the helper for all hosts. A helper that fails or
+    is too slow counts as none, since the image may be public. Raises InvalidArgumentError for a malformed file.
     """
     file = Path(options.credentials_file)
     content = await in_image_thread(_read, file) if options.credentials_file else None

@@ -17,7 +17,7 @@ LARGEST_ERROR = 64 << 10
 LARGEST_TOKEN = 1 << 20
 
 _ENCODINGS = ("gzip", "x-gzip", "deflate")  # RFC 9110, section 8.4.1
-_WINDOW_BITS = 47  # gzip or zlib, told apart by their headers
+_WINDOW_BITS = 47  # gzip or zlib, according to their headers
 _LARGE = 32 << 10
 _SHOWN = 300
 
@@ -36,7 +36,7 @@ class BodyError(Exception):
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int, seconds: float) -> bytes:
-    """The body as it came, closing the answer. BodyError above ``limit`` bytes, TimeoutError after ``seconds``."""
+    """The body as received; closes the answer. BodyError above ``limit`` bytes, TimeoutError after ``seconds``."""
     async with asyncio.timeout(seconds):
         return await collect(response, response.content.iter_any(), limit)
 

@@ -31,7 +31,7 @@ from images.registry.http import RateWatch, after, back_off, body_of, first_byte
 _log = logging.getLogger("podkeel.images")
 
 _PROGRESS = 1 << 20  # bytes between two breaks that make a transfer worth going on with
-# What hosts say to a request with Range: statuses of their own troubles and of refused access are left out.
+# What hosts may answer to a request with Range, without the statuses of server errors and of refused access.
 _ANSWERS_TO_RANGES = (200, 206, 400, 403, 405, 406, 411, 412, 413, 416, 417, 422, 500, 501, 505)
 _ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}
 
@@ -132,7 +132,7 @@ class RegistryClient:
                         self._check_rate(descriptor, response)
                 if received >= descriptor.size:
                     return
-                raise aiohttp.ClientPayloadError(f"{received} of {descriptor.size} bytes came")
+                raise aiohttp.ClientPayloadError(f"{received} of {descriptor.size} bytes were received")
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 failures = 1 if received - begin >= _PROGRESS else failures + 1
                 if failures >= self._options.attempts:
@@ -166,7 +166,7 @@ class RegistryClient:
             else:
                 try:
                     found = await self._head_or_get(host)
-                    answered, answer = True, found.digest or "it has the image, and does not tell its digest"
+                    answered, answer = True, found.digest or "it has the image, but reports no digest"
                 except UnreachableError as error:
                     answer = f"unreachable: {error}"
                 except (NotFoundError, PermissionDeniedError) as error:
@@ -217,7 +217,7 @@ class RegistryClient:
         return FetchedManifest(content, found, response.content_type, len(content))
 
     async def _whole(self, host: ConnectedHost, wanted: _Document) -> tuple[bytes, aiohttp.ClientResponse]:
-        """A document, and the answer that it came with; asked for again if its transfer breaks off.
+        """A document, and its answer; requested again if the transfer breaks off.
 
         Raises InvalidArgumentError if it has more than its limit of bytes or another digest.
         """
@@ -250,7 +250,7 @@ class RegistryClient:
     ) -> tuple[aiohttp.ClientResponse, int]:
         """The blob, and which byte of it the answer begins with: ``offset`` at most.
 
-        A host that does not give the rest alone, or something else than what was asked for, is asked for the whole.
+        If a host does not send exactly the requested rest, it is asked for the whole.
         """
         path = f"/blobs/{descriptor.digest}"
         if offset:
@@ -268,7 +268,7 @@ class RegistryClient:
         response = await self._connection.request(host, "GET", path, {})
         if first_byte(response) != 0:
             response.close()
-            raise UnreachableError(f"blob {descriptor.digest} was asked for as a whole, and a part of it came")
+            raise UnreachableError(f"blob {descriptor.digest} was requested as a whole, but a part of it was received")
         return response, 0
 
 
@@ -279,9 +279,9 @@ def _said_digest(response: aiohttp.ClientResponse) -> str:
 
 
 async def _unencoded(content: bytes, encoding: str, digest: str, wanted: _Document) -> bytes:
-    """The content with that digest: as it came, or with its Content-Encoding undone.
+    """The content with that digest: as received, or with its Content-Encoding decoded.
 
-    Files that are compressed by themselves are sometimes said to be encoded and are not.
+    Some hosts declare compressed files as encoded although they are not.
     """
     if encoding and not (digest and await in_image_thread(digests.digest_of, content, digest) == digest):
         content = await decoded(content, encoding, wanted.limit)

@@ -166,7 +166,7 @@ class RegistryConnection:
         stall = self._options.stall_seconds
         timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=seconds, sock_read=stall)
         try:
-            # Headers that come byte by byte, or interim answers (1xx) without an end, would pass for progress.
+            # Headers sent byte by byte, or interim answers (1xx) without an end, would count as progress.
             async with answer_within(seconds + stall, body) as sent:
                 return await self._session.request(
                     method,

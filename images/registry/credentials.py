@@ -1,4 +1,4 @@
-"""What a caller may give to be let in at a registry (the CRI's AuthConfig)."""
+"""What a caller may give to log in to a registry (the CRI's AuthConfig)."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ class Credentials(msgspec.Struct, frozen=True):
         return "a registry token" if self.registry_token else "an identity token"
 
     def user_and_password(self) -> tuple[str, str] | None:
-        """Both, from wherever they were given; None if there are none. A malformed ``auth`` is InvalidArgumentError.
+        """User and password, from any field that has them; None if there are none. A malformed ``auth`` is
+        InvalidArgumentError.
 
-        Bytes that are no UTF-8 are surrogates.
+        Bytes that are not UTF-8 become surrogates.
         """
         if self.username:
             return self.username, self.password

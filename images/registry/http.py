@@ -24,7 +24,7 @@ _TLS_OF_CONNECTION = re.compile(r" ssl:(?:<[^>]*>|\w+)(?= \[)")  # aiohttp print
 class RateWatch:
     """Judges the rate of all transfers of one pull, over windows of time spent waiting for the network.
 
-    Time in which every transfer waits for the disk instead does not count; ``least`` 0 lets every rate pass.
+    Time in which every transfer waits for the disk instead does not count; ``least`` 0 allows every rate.
     """
 
     def __init__(self, least: int, window: float) -> None:
@@ -61,21 +61,22 @@ class RateWatch:
                 yield chunk
 
     def too_slow(self) -> str:
-        """What came in the last window if that was too little, else nothing."""
+        """The bytes of the last window if they were too few, else None."""
         now = time.monotonic()
         waited = self._waited + (now - self._since if self._waiting else 0.0)
         if waited < self._window or self._slow or not self._least:
             return self._slow
         if self._received < self._least * waited:
-            self._slow = f"{self._received} bytes came in {waited:.3g} s, less than {self._least} a second"
+            self._slow = f"{self._received} bytes were received in {waited:.3g} s, less than {self._least} a second"
         self._since, self._waited, self._received = now, 0.0, 0
         return self._slow
 
 
 async def body_of(response: aiohttp.ClientResponse, stall_seconds: float) -> AsyncGenerator[bytes, None]:
-    """The body, piece by piece; closes the response. TimeoutError if nothing of it comes for ``stall_seconds``.
+    """The body, piece by piece; closes the response.
 
-    The client's own limit does not do: bytes between the pieces (of chunked encoding, of trailers) pass for progress.
+    TimeoutError if nothing of it arrives for ``stall_seconds``. The client's own limit is not enough: for it, bytes
+    between the pieces (of chunked encoding, of trailers) are progress.
     """
     try:
         while True:
@@ -98,7 +99,7 @@ async def answer_within(
     async def pieces(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async for piece in body:
             yield piece
-        with contextlib.suppress(RuntimeError):  # the answer came before
+        with contextlib.suppress(RuntimeError):  # the answer arrived before
             limit.reschedule(loop.time() + seconds)
 
     streamed = None if body is None or isinstance(body, bytes) else body
@@ -118,7 +119,7 @@ async def after(chunks: AsyncGenerator[bytes, None], skip: int) -> AsyncGenerato
 
 
 def first_byte(response: aiohttp.ClientResponse) -> int | None:
-    """Which byte of the whole the body begins with (RFC 9110, section 14.4); None if the answer does not tell."""
+    """Which byte of the whole the body begins with (RFC 9110, section 14.4); None if the answer does not say."""
     if response.status != 206:
         return 0
     said = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))

@@ -14,10 +14,10 @@ _NUMERIC = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
 
 
 class NameLookup(AbstractResolver):
-    """Looks up each name in a thread of its own, which is left behind when the pull is given up.
+    """Looks up each name in its own thread, which is abandoned when the pull is given up.
 
-    getaddrinfo(3) may take half a minute for a name whose server is silent and cannot be interrupted: in threads that
-    all pulls share, a few such names would keep the others from beginning, and the agent from ending.
+    getaddrinfo(3) cannot be interrupted, and may take half a minute if the name server does not answer. In threads that
+    all pulls share, a few such names would delay other pulls and the end of the agent.
     """
 
     async def resolve(

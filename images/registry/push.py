@@ -26,7 +26,8 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What a push came to: the digest the registry has the manifest under, and how many blobs went which way."""
+    """The result of a push: the digest of the manifest in the registry, and how many blobs were sent, mounted or there
+    already."""
 
     reference: str
     digest: str

@@ -1,4 +1,4 @@
-"""Following redirects (RFC 9110, section 15.4), so that what is meant for one host alone goes to no other."""
+"""Following redirects (RFC 9110, section 15.4), so that data for one host is never sent to another."""
 
 from __future__ import annotations
 

@@ -78,8 +78,8 @@ def token_request(
 ) -> TokenRequest:
     """The request for an access token that the challenges ask for, with ``scope`` where they name none.
 
-    Raises PermissionDeniedError if no challenge asks for a token, or if credentials that came for a registry spoken to
-    over TLS (``secure``) would have to be sent in the clear.
+    Raises PermissionDeniedError if no challenge asks for a token, or if credentials for a registry with TLS
+    (``secure``) would have to be sent without TLS.
     """
     bearer = next((challenge for challenge in challenges if challenge.scheme == "bearer"), None)
     if bearer is None or not bearer.parameters.get("realm"):

@@ -24,9 +24,9 @@ _REASON_LIMIT = 500
 async def verify(options: ImageOptions, name: Reference, descriptor: Descriptor) -> None:
     """Run every program of the configured folder; each must end with status 0 in its time.
 
-    A program gets the name that is pulled and the digest it stands for as arguments, the descriptor of its manifest on
-    standard input, and says on standard output why. Raises KubeletReasonError ``SignatureValidationFailed`` if one
-    refuses, fails or is too slow, and if the folder cannot be read: an empty folder refuses nothing.
+    A program gets the pulled name and its digest as arguments and the descriptor of the manifest on standard input. It
+    prints its reason on standard output. Raises KubeletReasonError ``SignatureValidationFailed`` if one refuses, fails
+    or is too slow, and if the folder cannot be read: an empty folder refuses nothing.
     """
     if not options.verifier_dir:
         return

@@ -1,7 +1,7 @@
 """Layers seen with the ids of a user namespace while an overlay is made of them.
 
-Overlayfs itself cannot be mounted with mapped ids, but what it is made of can (Linux 5.19): each layer is bound with
-mapped ids to a folder of its own just for the making, since the overlay keeps what it was given.
+Overlayfs itself cannot be mounted with mapped ids, but its layers can (Linux 5.19). Each layer is bound with mapped ids
+to its own folder while the overlay is made; the overlay keeps using these mounts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def with_mapped_ids(folders: Sequence[Path], scratch: Path, user_namespace: Path
     clear(scratch)
     scratch.mkdir()
     try:
-        # On a file system of their own they go with one unmount, and it tells no other mount namespace of them.
+        # On a separate file system one unmount removes them all, and they do not propagate to other mount namespaces.
         libc.mount("layers", str(scratch), "tmpfs", mounts.MS_NOSUID | mounts.MS_NODEV, "mode=700")
         libc.mount("", str(scratch), "", mounts.MS_PRIVATE, "")
         mapped = []

@@ -52,7 +52,7 @@ def _options(lower: Sequence[str], writable: Sequence[str]) -> str:
 
 
 def _escaped(path: Path) -> str:
-    """A path as overlayfs's options take it: colons and commas stand for themselves only after a backslash."""
+    """A path as overlayfs's options take it: colons and commas are escaped with a backslash."""
     return str(path).replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
 
 
@@ -72,7 +72,7 @@ def _short_names(paths: Sequence[Path], folder: Path) -> Iterator[list[str]]:
 def _mount_from(folder: Path, target: Path, flags: int, options: str) -> None:
     """Mount with options whose relative paths are those in ``folder``.
 
-    The working folder is changed for a thread of its own, which does not share it with the others (CLONE_FS).
+    The working folder is changed in a separate thread, which does not share it with the others (CLONE_FS).
     """
     failures: list[OSError] = []
 

@@ -1,4 +1,4 @@
-"""Project quotas of ext4 and xfs: the file system itself counts what lies below a folder that has an id of its own.
+"""Project quotas of ext4 and xfs: the file system itself counts what is below a folder with a project id.
 
 quotactl(2), quotactl_fd (Linux 5.14) and ``struct fsxattr`` of ioctl_xfs_fsgetxattr(2). Limits are never set.
 """
@@ -38,10 +38,10 @@ class ProjectUsage:
 
 
 class ProjectQuotas:
-    """Gives folders on one file system project ids of their own, and reads what those take; for any thread.
+    """Gives folders on one file system project ids, and reads the usage of those; for any thread.
 
-    ``ids`` are the first and the last id that may be given. Where in between it begins depends on ``folder``, so that
-    several agents on one file system are apart. ``open`` comes first.
+    ``ids`` are the first and the last id that may be used. The first one used depends on ``folder``, so that several
+    agents on one file system use different ids. Call ``open`` first.
     """
 
     def __init__(self, folder: Path, ids: tuple[int, int]) -> None:
@@ -78,7 +78,7 @@ class ProjectQuotas:
         return "" if counted == 1 else self._unusable("the file system does not count projects")
 
     def close(self) -> None:
-        """Let go of the file system."""
+        """Close the file system."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -151,7 +151,7 @@ _REASONS = {
     errno.EOPNOTSUPP: "the file system was made without projects (mkfs.ext4 -O project,quota)",
     errno.ENOSYS: "the file system has no quotas, or the kernel is older than Linux 5.14",
     errno.ESRCH: "the file system is mounted without prjquota",
-    errno.ENOTBLK: "the file system lies on no block device",
+    errno.ENOTBLK: "the file system is on no block device",
 }
 
 

@@ -79,7 +79,7 @@ class SnapshotStore:
         await in_long_thread(self._start_usage)
 
     def _read(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[tuple[str, str]]]:
-        """The snapshots with their layers; of one that does not tell them, those of its image, to be written down."""
+        """The snapshots with their layers. If a row has none, the layers of its image, which are then written to it."""
         found: list[tuple[str, str, tuple[int, ...]]] = []
         repaired: list[tuple[str, str]] = []
         unreadable: list[UnreadableRow] = []
@@ -171,9 +171,9 @@ class SnapshotStore:
         await self._let_go([f"{container_id} {target}"])
 
     async def remove(self, container_id: str) -> None:
-        """Remove the container's folder with all in it and let go of its layers; success if there is none.
+        """Remove the container's folder with its content and release its layers; success if there is none.
 
-        What is mounted has to be unmounted before.
+        Mounts in it must be unmounted before.
         """
         await in_thread(self._throw_away, container_id)
         self.writable.forget(container_id)
@@ -263,7 +263,7 @@ class SnapshotStore:
             with contextlib.suppress(FileExistsError):
                 path.mkdir(mode=0o700)
         target.mkdir(parents=True, exist_ok=True)
-        # What is written gets the ids it is written with, so only what lies below needs its ids mapped.
+        # Written files get the ids that they are written with, so only the layers below need mapped ids.
         with with_mapped_ids(lower, scratch_of(target), user_namespace) as seen:
             if new:  # the root folder itself looks as the image's does
                 root = seen[0].stat()
@@ -309,7 +309,7 @@ class SnapshotStore:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a folder of that name lies where it is looked for."""
+    """Whether a folder of that name exists."""
     return text not in ("", ".", "..") and "/" not in text and "\0" not in text
 
 

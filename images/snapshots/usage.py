@@ -24,16 +24,16 @@ from images.snapshots.project_quota import ProjectQuotas
 OLDEST_SECONDS = 10.0
 TRUSTED_SECONDS = 600.0  # files may also change by a hand from outside the container
 
-_BLOCK = 512  # the unit of st_blocks, whatever the file system's own (stat(2))
+_BLOCK = 512  # the unit of st_blocks on every file system (stat(2))
 _BATCH = 256  # entries between two looks at the time
-_DUTY = 0.2  # the part of one core that counting takes while it goes on
+_DUTY = 0.2  # the part of one core that a running count uses
 _SMALL_SECONDS = 0.0002  # of processor time: not quite a hundred files
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SHARE = 0.01  # the part of one core that all trees that are not small take together
 
 _log = logging.getLogger("podkeel.images")
 
-# Something that changes when a container may have written; None: nobody knows. It must not raise.
+# A value that changes when a container may have written; None: unknown. It must not raise.
 Activity = Callable[[str], int | None]
 
 
@@ -69,13 +69,14 @@ class _Project:
 
 
 class WritableLayers:
-    """Tells what the folders that ``upper`` gives for container ids, and ``volumes`` beside them, take; for any thread.
+    """Measures the size of the folders that ``upper`` gives for container ids, and of ``volumes`` beside them; for any
+    thread.
 
-    With a project of ``quotas`` it is what the file system says now. Without, it is what was counted last. Where that
-    is older than ten seconds, one thread looks whether the container has been active since, and counts again if so:
-    what did not run did not write. Small trees are counted as often as that, others as often as a hundredth of one core
-    allows for all of them. The thread has no lower priority than others: while it waited for a processor it might hold
-    what the whole process needs to go on.
+    With a project of ``quotas`` it is the file system's current value, otherwise the last count. If that is older than
+    ten seconds, a thread checks whether the container has been active since, and counts again if so: a container that
+    did not run did not write. Small trees are counted as often as that, others as often as a hundredth of one core
+    allows for all of them. The thread has the usual priority: with a lower one it might wait for a processor while it
+    holds a lock that the whole process needs.
     """
 
     def __init__(self, upper: Callable[[str], Path], quotas: ProjectQuotas | None = None) -> None:
@@ -106,7 +107,7 @@ class WritableLayers:
             self._projects[container_id] = _Project(self._quotas.give(self._upper(container_id).parent))
 
     def find_project(self, container_id: str) -> None:
-        """Go on with the project that an earlier agent gave, if it did."""
+        """Continue with the project that an earlier agent assigned, if any."""
         if self._quotas is not None:
             with contextlib.suppress(OSError):
                 project = self._quotas.known(self._upper(container_id).parent)
@@ -184,7 +185,7 @@ class WritableLayers:
                     self._counted[container_id] = renewed
 
     def _renewed(self, container_id: str, known: _Counted | None) -> _Counted | None:
-        """None when the count is cut short by the end, or the folder is gone."""
+        """None if the end interrupts the count, or the folder does not exist."""
         activity, now = self.activity(container_id), time.monotonic()
         if known is not None and activity is not None and activity == known.activity and now < known.trusted_until:
             usage = replace(known.usage, time_ns=time.time_ns())
@@ -225,7 +226,7 @@ class WritableLayers:
 
 
 def _statuses(folder: Path) -> Iterator[os.stat_result]:
-    """Of ``folder`` and everything below it; what goes away meanwhile is left out.
+    """The size of ``folder`` and everything below it; what is deleted meanwhile is left out.
 
     Its owner may put a link where a folder was: none is followed, and no mount is crossed.
     """

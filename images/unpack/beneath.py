@@ -1,4 +1,4 @@
-"""Opening what lies in a layer by its path, without following links or leaving the layer; paths may have any length."""
+"""Opening files of a layer by their path, without following links or leaving the layer; paths may have any length."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def opened_beneath(root: Path | int, name: bytes, flags: int) -> Iterator[int]:
         while len(name) > _AT_ONCE:
             cut = name.rfind(b"/", 0, _AT_ONCE)
             if cut <= 0:
-                break  # a part that is too long: let the kernel say so
+                break  # a part that is too long: the kernel raises the error
             folder, old = libc.openat2(folder, name[:cut], os.O_PATH | os.O_DIRECTORY, _RESOLVE), folder
             os.close(old)
             name = name[cut + 1 :]

@@ -1,8 +1,8 @@
-"""What the unpack worker gives up before it looks at a layer: code executed in it reaches nothing but the layer.
+"""The rights that the unpack worker drops before it reads a layer: code executed in it reaches only the layer.
 
 The worker is two processes. The outer one waits and says how the inner one ended. The inner one reads the layer: it is
-the first process of a PID namespace of its own, has empty network, IPC and mount namespaces with the layer's folder as
-its root, the capabilities that writing other users' files needs, a filter of system calls, and limits.
+the first process of a new PID namespace, has empty network, IPC and mount namespaces with the layer's folder as its
+root, the capabilities that writing other users' files needs, a filter of system calls, and limits.
 
 References: user_namespaces(7), pid_namespaces(7), capabilities(7), seccomp(2), getrlimit(2).
 """
@@ -114,13 +114,13 @@ def _enter(folder: str) -> None:
 
 
 def _give_way() -> None:
-    """Let the agent's calls and the node's containers go first, and be killed before them when memory is short."""
+    """Give the agent's calls and the node's containers priority, and be killed before them when memory is short."""
     os.nice(_NICENESS)
     for path, value in (("/proc/self/autogroup", _NICENESS), ("/proc/self/oom_score_adj", _OOM_SCORE)):
         try:
             with open(path, "wb", 0) as file:
                 file.write(b"%d" % value)
-        except OSError:  # sched(7), "autogroup feature": not every kernel has it, or lets it be changed often
+        except OSError:  # sched(7), "autogroup feature": not every kernel has it, or allows frequent changes
             continue
 
 

@@ -1,7 +1,8 @@
-"""Device nodes of a layer, which take rights that the unpack worker does not have: it keeps places for them.
+"""Device nodes of a layer.
 
-A file stands for a device node until the layer is read: later entries link to it, or replace it. What is left then is
-removed and listed for the agent (``images/unpack/special_files.py``).
+The unpack worker has no right to make them, so it makes a placeholder file for each. Later entries of the layer may
+link to it, or replace it. Afterwards the remaining placeholders are removed and listed for the agent
+(``images/unpack/special_files.py``).
 """
 
 # Names are bytes, which pathlib does not take.
@@ -32,7 +33,7 @@ class Device:
 
 
 class DevicePlaces:
-    """The files that stand for device nodes; each says by a secret content which one it is."""
+    """The placeholders of device nodes. A secret content identifies each."""
 
     def __init__(self, root: LayerRoot) -> None:
         self._root = root
@@ -48,7 +49,7 @@ class DevicePlaces:
 
     def linked(self, path: bytes) -> None:
         """There is a new hard link at ``path``, which may lead to a place."""
-        if self._devices:  # links on the way may be replaced before the place is looked for
+        if self._devices:  # links in the path may be replaced before the placeholder is looked for
             folder, _, base = path.rpartition(b"/")
             self._paths[clean(self._root.resolve(folder)[0] + b"/" + base)] = None
 

@@ -17,7 +17,8 @@ _KEPT_XATTRS = ("security.capability", "system.posix_acl_access", "system.posix_
 
 
 def inherit(layer: Path, lower: Sequence[Path], folders: Sequence[bytes]) -> None:
-    """Give each of ``folders`` (relative, in ``layer``) what the topmost of ``lower`` (lowest first) says of it.
+    """Give each of ``folders`` (relative, in ``layer``) the metadata that it has in the topmost of ``lower`` (lowest
+    first).
 
     Blocking. A folder that those layers do not show, or show as something else, stays as it is. Names come from images,
     so no symbolic link is followed and nothing above the layers is reached.
@@ -64,7 +65,7 @@ class _Lower:
         return self.seen[path]
 
     def _look_at(self, path: bytes, *, hidden: bool) -> _Seen:
-        """``hidden``: a folder on the way hides what layers further down have there."""
+        """``hidden``: a folder in the path hides what layers further down have there."""
         try:
             with opened_beneath(self.path, path, os.O_PATH) as descriptor:
                 if not stat.S_ISDIR(os.fstat(descriptor).st_mode):

@@ -50,20 +50,22 @@ def clean(name: bytes) -> bytes:
         elif part not in (b"", b"."):
             parts.append(part)
     if len(parts) > MOST_PARTS:
-        raise TarError(f"{shown(name)} lies {len(parts)} folders deep, the most are {MOST_PARTS}")
+        raise TarError(f"{shown(name)} is {len(parts)} folders deep, at most {MOST_PARTS} are allowed")
     return b"/".join(parts)
 
 
 class LayerRoot:
-    """Takes calls to paths of any length, by going to the folder from which the rest of the path is short enough."""
+    """Allows calls with paths of any length, by changing to a folder from which the rest of the path is
+    short enough.
+    """
 
     def __init__(self) -> None:
         self.away = False
 
     def near(self, path: bytes) -> bytes:
-        """What to call ``path`` (relative to the root) until the next call of this; ``.`` for the root.
+        """The path to use for ``path`` (relative to the root) until the next call of this; ``.`` for the root.
 
-        Raises OSError if it is too long and a folder on the way is missing.
+        Raises OSError if it is too long and a folder in it is missing.
         """
         if self.away:
             os.chdir("/")
@@ -71,7 +73,7 @@ class LayerRoot:
         while len(path) > _AT_ONCE:
             cut = path.rfind(b"/", 0, _AT_ONCE)
             if cut <= 0:
-                break  # a part that is too long: let the kernel say so
+                break  # a part that is too long: the kernel raises the error
             os.chdir(path[:cut])
             self.away = True
             path = path[cut + 1 :]
@@ -132,7 +134,7 @@ class LayerRoot:
                 continue
             links += 1
             if links > _MOST_LINKS:
-                raise TarError(f"{shown(path)} lies behind links that lead in circles")
+                raise TarError(f"{shown(path)} is behind links that lead in circles")
             done = [] if target.startswith(b"/") else done[:-1]
             pending += target.split(b"/")[::-1]
         return b"/".join(done), len(done) if there is None else there

@@ -95,7 +95,7 @@ class LayerWriter:
         opaque = [path for path in self.opaque_folders if self._root.kind(path) == stat.S_IFDIR]
         self.opaque_folders = dict.fromkeys(self._root.resolve(path)[0] for path in opaque)
         for path, mtime in self._times.items():
-            if self._root.kind(path) == stat.S_IFDIR:  # a link on the way may have been replaced since
+            if self._root.kind(path) == stat.S_IFDIR:  # a link in the path may have been replaced since
                 os.utime(self._root.near(path), ns=(mtime, mtime), follow_symlinks=False)
 
     def _write(self, entry: Entry) -> None:
@@ -105,7 +105,7 @@ class LayerWriter:
             if _AUFS in path and not path.endswith(_OPAQUE):
                 return  # AUFS's own book-keeping, which means nothing elsewhere
             if any(part.startswith(_WHITEOUT) for part in path.split(b"/")[:-1]):
-                raise TarError(f"{shown(entry.name)} lies below a whiteout")
+                raise TarError(f"{shown(entry.name)} is below a whiteout")
             if base.startswith(_WHITEOUT):
                 self._whiteout(entry, path, base)
                 return
@@ -209,7 +209,8 @@ class LayerWriter:
             self._count(DISK_BLOCK)
 
     def _make_folder(self, path: bytes, mode: int) -> bool:
-        """Make the folder unless there is one; whatever else is there goes. A whited-out one hides what is below."""
+        """Make the folder unless it exists; anything else at this path is removed. A whited-out one hides what is
+        below."""
         try:
             os.mkdir(self._root.near(path), mode)
             return True
@@ -276,7 +277,7 @@ class LayerWriter:
         kind = self._root.kind(folder)
         if kind != stat.S_IFDIR:
             if kind not in (0, _WHITED_OUT):
-                raise TarError(f"{shown(entry.name)} lies below {shown(folder)}, which is not a folder")
+                raise TarError(f"{shown(entry.name)} is below {shown(folder)}, which is not a folder")
             self._make_folder(folder, 0o755)
             self.implied[folder] = None
             self._count(DISK_BLOCK)
@@ -295,10 +296,10 @@ class LayerWriter:
         return make(self._root.near(path))
 
     def _make_parents(self, path: bytes) -> None:
-        """Make the missing folders on the way to ``path``, as no entry describes them (yet), also behind links."""
+        """Make the missing folders of ``path``, which no entry describes (yet), also behind links."""
         folder, there = self._root.resolve(path.rpartition(b"/")[0])
         parts = folder.split(b"/")
-        # A whiteout on the way gives room: the folder that replaces it hides what is below.
+        # A whiteout in the path is replaced by a folder that hides what is below.
         first = there - 1 if there and self._root.kind(b"/".join(parts[:there])) == _WHITED_OUT else there
         for count in range(first + 1, len(parts) + 1):
             parent = b"/".join(parts[:count])
@@ -307,7 +308,7 @@ class LayerWriter:
                 self._count(DISK_BLOCK)
 
     def _clear(self, path: bytes) -> None:
-        """Remove whatever is at ``path``."""
+        """Remove anything at ``path``."""
         pending = [path]
         while pending:
             current = pending[-1]
@@ -337,7 +338,7 @@ class LayerWriter:
     def _set_xattrs(self, entry: Entry, target: bytes | int) -> None:
         for name, value in (entry.xattrs or {}).items():
             if name not in _XATTRS and (not name.startswith(b"user.") or name.startswith(b"user.overlay.")):
-                continue  # trusted.* and the like are the host's own: overlayfs would obey them
+                continue  # trusted.* and similar ones belong to the host: overlayfs would obey them
             try:
                 os.setxattr(target, name, value, follow_symlinks=isinstance(target, int))
             except OSError as error:

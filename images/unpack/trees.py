@@ -1,4 +1,4 @@
-"""Comparing file trees, and telling what one is, in a process of its own (``images/unpack/tree_comparison.py``)."""
+"""Comparing file trees and computing their digest, in a separate process (``images/unpack/tree_comparison.py``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The agent's side of unpacking: a layer's bytes go to a confined worker while they arrive, hashed on the way."""
+"""The agent's side of unpacking: a layer's bytes are hashed and passed to a confined worker while they arrive."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _DECODED_AT_ONCE = 64 << 10
 
 
 class Unpacker:
-    """Unpacks layers, each in a worker process of its own; ``close`` ends its threads."""
+    """Unpacks layers, each in its own worker process; ``close`` ends its threads."""
 
     def __init__(self, *, max_bytes: int, max_entries: int, max_seconds: int, parallel: int) -> None:
         self._limits = (str(max_bytes), str(max_entries), str(max_seconds))
@@ -124,7 +124,7 @@ class Unpacker:
 
 
 async def _end_of(worker: asyncio.Task[processes.Completed], patience: Patience) -> processes.Completed:
-    """How the worker ended. Raises LimitError if that takes longer than it may; it goes on then."""
+    """How the worker ended. Raises LimitError if it takes longer than allowed; the worker still runs then."""
     done, _ = await asyncio.wait((worker,), timeout=max(0.0, patience.left))
     if not done:
         raise patience.error

@@ -72,7 +72,10 @@ class Input(io.RawIOBase):
 
 
 def decompressed(source: Input) -> Callable[[int], bytes]:
-    """A read function for what is inside ``source``, told by its first bytes. It raises TarError for damage."""
+    """A read function for the content of ``source``, whose first bytes show its format.
+
+    It raises TarError for damage.
+    """
     buffered = io.BufferedReader(source, _READ)
     plain: io.BufferedIOBase
     if source.start.startswith(_GZIP):
@@ -97,7 +100,8 @@ def is_zstd(start: bytes) -> bool:
 
 
 def _sound(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
-    """``read`` with the errors of decompressors told from those of files, which some of them are kinds of."""
+    """``read`` that separates errors of decompressors from errors of files, as some of the former are subclasses of the
+    latter."""
 
     def checked(size: int) -> bytes:
         try:
@@ -119,7 +123,7 @@ def _sound(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
 
 
 def _zstd() -> Any:
-    """What zstandard is made of, where it can be had alone: the package itself imports much that is not needed here."""
+    """The C module of zstandard, where it can be imported alone: the package imports much that is not needed here."""
     from importlib.machinery import PathFinder
 
     package = PathFinder.find_spec("zstandard")
@@ -139,7 +143,7 @@ def _zstd() -> Any:
 
 
 def unpack(read: Callable[[int], bytes], max_bytes: int, max_entries: int) -> dict[str, object]:
-    """Unpack the tar that ``read`` gives to the working folder; what came of it and what is left for the agent."""
+    """Unpack the tar that ``read`` gives to the working folder. Returns the result and what is left for the agent."""
     digest = hashlib.sha256()
     stream = Stream(read, digest.update, max_bytes)
     writer = LayerWriter(TarReader(stream), max_entries)
@@ -148,8 +152,7 @@ def unpack(read: Callable[[int], bytes], max_bytes: int, max_entries: int) -> di
     names = [*writer.implied, *writer.opaque_folders, *(path for device in writer.devices for path in device.paths)]
     if sum(map(len, names)) + _ITEM_BYTES * len(names) > MOST_REPORTED:
         raise LimitError(
-            "folders without an entry of their own, opaque folders and device nodes have names of more than "
-            f"{MOST_REPORTED} bytes"
+            f"folders without an entry, opaque folders and device nodes have names of more than {MOST_REPORTED} bytes"
         )
     return {
         "diff_id": f"sha256:{digest.hexdigest()}",
@@ -195,7 +198,7 @@ def main(work: Callable[[Callable[[int], bytes], int, int], dict[str, object]] =
     else:
         if ended.status == -_SIGKILL:
             message = "the process that unpacks it was killed: the node may be short of memory"
-            if ended.seconds >= limits.seconds - 1:  # the kernel and wait4(2) do not count alike
+            if ended.seconds >= limits.seconds - 1:  # the kernel and wait4(2) count differently
                 message = f"unpacking it takes more than {seconds} s of processor time (images.max_layer_seconds)"
             _write(_as_json(_failure("limit", message)))
         elif ended.status:

@@ -24,7 +24,7 @@ _SET_PIPE_SIZE = 1031
 
 
 class Patience:
-    """How many seconds are left in which the worker may let others wait."""
+    """How many seconds are left in which the worker may make others wait."""
 
     def __init__(self, seconds: float, subject: str) -> None:
         self.left = seconds
@@ -34,7 +34,7 @@ class Patience:
         )
 
     def wait_writable(self, descriptor: int) -> None:
-        """Wait until something can be written, or nobody reads any more. Blocks; raises LimitError."""
+        """Wait until something can be written, or the reader is gone. Blocks; raises LimitError."""
         began = time.monotonic()
         poller = select.poll()  # select(2) takes no descriptor above 1023
         poller.register(descriptor, select.POLLOUT)
@@ -112,7 +112,7 @@ class WorkerFeed:
             self._busy = None
 
     async def settle(self) -> None:
-        """Wait for the thread, whatever comes of it, and keep what is left.
+        """Wait for the end of the thread, and keep the rest.
 
         The worker must be gone, so that the thread cannot be blocked by it.
         """
@@ -147,18 +147,18 @@ class WorkerFeed:
     def _save(self, batch: list[bytes]) -> None:
         if self._keep is None:
             return
-        while batch and self._there:  # what came first is what the partial blob held
+        while batch and self._there:  # the first bytes are those of the partial blob
             self._there -= len(batch[0])
             batch = batch[1:]
         try:
             self._keep.append(batch)
         except OSError as error:
-            self._keep = None  # nothing may come after a gap
+            self._keep = None  # nothing may follow a gap
             kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else PodkeelError
             raise kind(f"{self._subject} could not be kept: {error.strerror}") from error
 
     def close(self) -> None:
-        """Close the pipe, which tells the worker that the layer ends here."""
+        """Close the pipe, so that the worker sees the end of the layer."""
         if self._closed:
             return
         self._closed = True

@@ -210,7 +210,7 @@ def parse_records(data: bytes) -> Records:
 
 
 def merged_records(first: Records, second: Records) -> Records:
-    """Both, of which the second counts more. A record without a value lets the header's own field hold (POSIX)."""
+    """Both; the second has precedence. A record without a value means the header's own field (POSIX)."""
     merged = Records()
     merged.values = {key: value for key, value in {**first.values, **second.values}.items() if value}
     merged.xattrs = first.xattrs or second.xattrs

@@ -134,7 +134,7 @@ class TarReader:
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self._left = 0  # bytes of the current entry's data that nobody has read
+        self._left = 0  # unread bytes of the current entry's data
         self._padding = 0
         self._header_bytes = HEADERS_AT_ONCE
         self._last_header = b""
@@ -237,7 +237,7 @@ class TarReader:
         if block == _EMPTY:
             second = self.stream.take(BLOCK)
             if second and second != _EMPTY:
-                raise TarError("an empty block stands in the middle of it")
+                raise TarError("it has an empty block in the middle")
             return None
         return block
 

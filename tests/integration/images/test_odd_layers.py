@@ -167,7 +167,7 @@ async def test_an_opaque_mark_behind_a_link_is_of_what_the_link_names(node: Node
 
 async def test_an_opaque_mark_below_a_file_is_refused(node: Node) -> None:
     message = await refused(node, make_tar([entry("a", "content"), entry("a/.wh..wh..opq")]))
-    assert "'a/.wh..wh..opq' lies below 'a', which is not a folder" in message
+    assert "'a/.wh..wh..opq' is below 'a', which is not a folder" in message
 
 
 async def test_folders_of_lower_layers_keep_their_attributes(node: Node) -> None:

@@ -72,7 +72,9 @@ async def test_layers_and_bytes_are_visible_while_a_pull_runs(
 async def test_a_slow_registry_is_given_up_by_name(new_node: NewNode, front: Front) -> None:
     node = await new_node(slowest_bytes_per_second=1_000_000, slow_seconds=0.4)
     front.trickle = 2_000
-    with pytest.raises(KubeletReasonError, match=rf"{front.host} is too slow: \d+ bytes came in 0\.\d+ s") as caught:
+    with pytest.raises(
+        KubeletReasonError, match=rf"{front.host} is too slow: \d+ bytes were received in 0\.\d+ s"
+    ) as caught:
         await node.puller.pull(f"{front.host}/progress")
     assert caught.value.message.startswith("RegistryUnavailable: ")
     await node.forget_partials()

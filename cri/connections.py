@@ -34,8 +34,8 @@ class _Connection:
 async def keep_room(path: Path, most: int) -> None:
     """Keep at most ``most`` clients connected to the socket ``path`` of this process, for as long as this runs.
 
-    At its own limit gRPC refuses newcomers, and it closes none of its connections when asked. These are descriptors of
-    this process: one that is shut down looks to gRPC as if its client had left.
+    At its own limit gRPC refuses new clients, and it cannot close a connection on request. The connections are
+    descriptors of this process: if one is shut down, gRPC sees that its client left.
     """
     while True:
         await asyncio.sleep(_SECONDS)

@@ -1,4 +1,4 @@
-"""Values of enums that a request may not hold: protobuf passes on numbers that no name stands for."""
+"""Values of enums that a request may not hold: protobuf passes numbers that have no name."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ async def _cgroups(configuration: Configuration) -> list[Check]:
 
 
 async def _handlers(configuration: Configuration) -> list[Check]:
-    """Each runtime handler runs one container, in a run folder of its own."""
+    """Each runtime handler runs one container, in its own run folder."""
     try:
         tree = CgroupTree.of_host(configuration.runtime.cgroup_driver)
     except (PodkeelError, OSError):
@@ -256,7 +256,7 @@ def _pod_network(options: NetworkOptions) -> Check:
 
 
 async def _firewalls(options: NetworkOptions) -> list[Check]:
-    """Whether firewalls of others let the packets of pods on the bridge pass."""
+    """Whether other firewalls pass the packets of pods on the bridge."""
     if _pod_network(options).detail.startswith("CNI"):
         return []  # its plugins see to that
     try:

@@ -105,7 +105,7 @@ FEATURES: tuple[tuple[str, Callable[[], bool], str, str, str], ...] = (
         "pressure (PSI)",
         Path("/proc/pressure/cpu").exists,
         "pressure in statistics",
-        "off: statistics come without pressure",
+        "off: statistics have no pressure values",
         "boot with psi=1",
     ),
 )

@@ -1,4 +1,4 @@
-"""Turns the services of the .proto files into gRPC handlers, one for every call, all instrumented alike."""
+"""Turns the services of the .proto files into gRPC handlers, one for every call, all instrumented in the same way."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Call:
 
 
 class CallObserver(Protocol):
-    """Is told of every call."""
+    """Is notified of every call."""
 
     def observe(self, call: Call) -> AbstractContextManager[None]:
         """Surrounds the call; when the block ends, ``call`` says how it went."""
@@ -65,7 +65,7 @@ _NEEDS = {
     "CheckImages": Use.STREAMS_AND_IMAGES,
 }
 
-# What the CRI has and this version has not: these calls answer UNIMPLEMENTED, and kubelet does without them.
+# The calls of the CRI that this version does not have: they return UNIMPLEMENTED, and kubelet works without them.
 NOT_BUILT = frozenset({"CheckpointContainer", "CheckpointPod", "RestorePod"})
 
 Begin = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Call]
@@ -149,7 +149,7 @@ def _streaming(begin: Begin, method: Callable[[Any], AsyncIterator[Any]], observ
 
 
 def _admit(call: Call) -> None:
-    """Raise InvalidArgumentError for a request that nobody can understand, LimitError where descriptors are short."""
+    """Raise InvalidArgumentError for a request that cannot be decoded, LimitError if descriptors are short."""
     require_known(call.request)
     need = _NEEDS.get(call.method)
     if need is not None:
@@ -164,7 +164,7 @@ def _observed(call: Call, observers: Sequence[CallObserver]) -> ExitStack:
 
 
 async def _announced(responses: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-    """The responses, after headers that tell the client before the first of them that its stream is served."""
+    """The responses, after headers that show the client that its stream is served before the first response."""
     first = asyncio.ensure_future(anext(responses, _NOTHING))
     try:
         await asyncio.sleep(0)  # the stream runs up to where it waits: a subscription is in force then

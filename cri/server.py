@@ -43,11 +43,13 @@ from runtime.recovery.lost_store import LostStore
 MESSAGE_LIMIT = 16 * 1024 * 1024
 CONNECTION_LIMIT = 1000  # of the socket; fewer where the agent may have few descriptors
 HANDSHAKE_SECONDS = 5.0
-IDLE_SECONDS = 60.0  # of a connection without calls: its client is told to connect again
+IDLE_SECONDS = 60.0  # of a connection without calls: its client is asked to connect again
 STOP_SECONDS = 5.0
 SWITCH_SECONDS = 0.0005  # how long a thread busy with Python keeps the loop waiting; Python's own 5 ms add up in calls
 _HEAP_ARENAS = 2
-_UMASK = 0o022  # whatever the agent was started with: what containers see is readable, what is private says so
+_UMASK = (
+    0o022  # independent of the agent's parent: files for containers are readable, private ones get an explicit mode
+)
 
 _log = logging.getLogger("podkeel.server")
 

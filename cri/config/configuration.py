@@ -1,6 +1,6 @@
 """The agent's configuration: ``config.toml``, then ``conf.d/*.toml`` beside it by name, then flags, each over the last.
 
-Every value remembers where it came from, so that ``podkeel config`` can say so and errors can name file, line and key.
+Every value keeps its source, so that ``podkeel config`` can print it and errors can name file, line and key.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DEFAULT_FILE = Path("/etc/podkeel/config.toml")
 
 Key = tuple[str, ...]
 
-# Each flag of ``podkeel serve`` and the key it stands for.
+# Each flag of ``podkeel serve`` and the key that it sets.
 FLAGS: Mapping[str, Key] = {
     "--socket": ("server", "socket"),
     "--data-dir": ("runtime", "data_dir"),
@@ -47,7 +47,7 @@ FLAGS: Mapping[str, Key] = {
 
 
 class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that an agent can be told; each field is the table of that name in the file."""
+    """All options of an agent; each field is the table of that name in the file."""
 
     server: ServerOptions = ServerOptions()
     runtime: RuntimeOptions = RuntimeOptions()
@@ -104,7 +104,7 @@ def load(config_file: Path | None = None, flags: Mapping[str, object] | None = N
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One source of values: their tree, and what to call the place where a key stands."""
+    """One source of values: their tree, and the name of the place of each key."""
 
     tree: dict[str, Any]
     origin: Callable[[Key], str]

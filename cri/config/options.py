@@ -57,9 +57,9 @@ DEFAULT_METRICS_ADDRESS = "127.0.0.1:10351"
 class MetricsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where metrics and health are served over HTTP; an empty address serves neither.
 
-    Where the default is taken, as by another agent of the node, they are not served; any other address must be free.
-    With ``tls_certificate`` and ``tls_key``, PEM files, it is HTTPS; with ``tls_client_ca`` too, clients must show a
-    certificate that it vouches for.
+    If the default is in use, for example by another agent of the node, they are not served; any other address must be
+    free. With ``tls_certificate`` and ``tls_key``, PEM files, it is HTTPS; with ``tls_client_ca`` too, clients need a
+    certificate that this authority signed.
     """
 
     address: OptionalListenAddress = DEFAULT_METRICS_ADDRESS
@@ -72,8 +72,8 @@ class TracingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where traces of calls are sent, by OTLP over gRPC; an empty endpoint traces nothing.
 
     A call whose client says whether it is traced follows it; of the others ``sampling_rate_per_million`` are. With
-    ``tls`` the collector must show a certificate, which ``tls_ca`` (PEM; empty: the host's) vouches for, and gets
-    ``tls_certificate`` shown if there is one.
+    ``tls`` the collector needs a certificate signed by ``tls_ca`` (PEM; empty: the host's authorities), and gets
+    ``tls_certificate`` if it is set.
     """
 
     endpoint: OptionalListenAddress = ""

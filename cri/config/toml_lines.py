@@ -1,4 +1,4 @@
-"""Where in a TOML text each key stands: tomllib gives the values, this the lines, for errors and ``podkeel config``.
+"""The line of each key in a TOML text: tomllib gives the values, this the lines, for errors and ``podkeel config``.
 
 Follows TOML 1.0 (https://toml.io/en/v1.0.0). Only for text that tomllib has accepted; it checks nothing itself.
 """
@@ -18,7 +18,7 @@ def key_lines(text: str) -> dict[KeyPath, int]:
     """The line (from 1) of each key and table header of ``text``; elements of arrays have their index in the path.
 
     A table that only appears as a part of longer keys (``a`` in ``a.b = 1`` or ``[a.b]``) gets the line of its first
-    mention; a table with a header of its own, that header's.
+    mention; a table with a header gets the line of its header.
     """
     return _Scanner(text).scan()
 
@@ -155,7 +155,7 @@ class _Scanner:
             self._at += 3
             while not self._text.startswith(quote * 3, self._at):
                 self._at += 2 if escapes and self._text[self._at] == "\\" else 1
-            while self._text.startswith(quote, self._at):  # up to two quotes may stand right before the closing three
+            while self._text.startswith(quote, self._at):  # up to two quotes may be directly before the closing three
                 self._at += 1
             return
         self._at += 1

@@ -28,7 +28,7 @@ class ImageCalls:
         self._images = images
 
     async def import_image(self, request: agent_pb2.ImportImageRequest) -> agent_pb2.ImportImageResponse:
-        """Import an archive that lies on the node."""
+        """Import an archive of the node."""
         images = await self._images.puller.import_archive(_node_path(request.path), request.reference)
         return agent_pb2.ImportImageResponse(
             images=[agent_pb2.ImportedImage(id=image.id, references=image.repo_tags) for image in images]

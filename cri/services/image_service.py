@@ -88,7 +88,7 @@ class ImageService:
 
 
 def to_message(image: Image) -> cri_pb2.Image:
-    """The CRI's Image; neither uid nor username where the image names no user, which clients take for root."""
+    """The CRI's Image. If the image names no user, neither uid nor username is set; clients read that as root."""
     message = cri_pb2.Image(
         id=image.id,
         repo_tags=image.repo_tags,

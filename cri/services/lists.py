@@ -69,7 +69,7 @@ class Lists:
         self._revision = self._images.revision
 
     def _lost_its_name(self, container: Container) -> bool:
-        """Whether what was asked for stands for another image by now."""
+        """Whether the requested name belongs to another image now."""
         asked = container.config.image
         with suppress(InvalidArgumentError):  # what clients show to people need not be a reference
             named = self._images.find(asked.user_specified_image or asked.image)
@@ -77,7 +77,7 @@ class Lists:
         return False
 
     def _container_item(self, container: Container) -> cri_pb2.Container:
-        """Its item; with the image's id where the name does not stand for it any more.
+        """Its item; with the image's id if the name belongs to another image now.
 
         ``crictl rmi --prune`` removes every image that no container names here.
         """

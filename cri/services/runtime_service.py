@@ -18,7 +18,7 @@ from proto.runtime.v1 import cri_pb2
 from runtime.agent import Agent
 from runtime.state import status
 
-# A client takes messages of up to 16 MiB: the output of both streams together must leave room for the rest.
+# Clients accept messages of up to 16 MiB: the output of both streams together must leave space for the rest.
 EXEC_OUTPUT_LIMIT = 16 * 1024 * 1024 - 4096
 
 
@@ -58,7 +58,7 @@ class RuntimeService(StatsCalls):
         response.features.supplemental_groups_policy = True
         response.features.mount_options = True
         if request.verbose:
-            await in_thread(agent.hooks_dir.read)  # what is wrong with them is told
+            await in_thread(agent.hooks_dir.read)  # the answer says what is wrong with them
             for key, value in node_information(agent).items():
                 response.info[key] = msgspec.json.encode(value).decode()
         return response

@@ -1,7 +1,7 @@
-"""The CRI's statistics messages, encoded: attributes never change and are kept, numbers are put behind them.
+"""The CRI's statistics messages, encoded: attributes never change and are kept encoded, numbers are appended.
 
-An encoded message is also what its parts, encoded one by one, come to when they are joined (protobuf's encoding
-guide, "last one wins"); so nothing that is kept is decoded again.
+Encoded parts of a message can be joined (protobuf's encoding guide, "last one wins"), so kept attributes are never
+decoded again.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ M = TypeVar("M", cri_pb2.ContainerStats, cri_pb2.LinuxPodSandboxStats)
 class _Kept(Generic[M]):
     """What is kept of one object: its attributes, encoded, and a message whose numbers are set for each answer.
 
-    Most numbers are messages of their own in the CRI, and making those is most of the work. ``shape`` says which
-    are there: where others are there than last time, it begins with an empty message.
+    Most numbers are separate messages in the CRI, and making those is most of the work. ``shape`` says which exist: if
+    it changed since the last time, the numbers are set in an empty message.
     """
 
     def __init__(self, attributes: cri_pb2.ContainerAttributes | cri_pb2.PodSandboxAttributes, empty: type[M]) -> None:
@@ -59,7 +59,7 @@ class _Kept(Generic[M]):
 
 
 def container_stats(container: Container, usage: Usage | None, written: WritableUsage | None, mountpoint: str) -> bytes:
-    """ContainerStats; without ``usage`` the container does not run, and only what it wrote is told."""
+    """ContainerStats; without ``usage`` the container does not run, and only its writable layer is reported."""
     kept = _of_container(container)
     with kept.lock:
         stats = kept.message((*_shape(usage), written is None))
@@ -170,7 +170,7 @@ def _fill_psi(message: cri_pb2.PsiStats, psi: Psi) -> None:
 
 
 def _fill_network(message: cri_pb2.NetworkUsage, network: NetworkReading) -> None:
-    """The default interface is always there: kubelet reads it without asking. The others stand beside it."""
+    """The default interface is always set: kubelet reads it without a check. The others are in a list beside it."""
     message.timestamp = network.time_ns
     default, *others = sorted(network.interfaces, key=lambda interface: interface.name != _DEFAULT_INTERFACE)
     _fill_interface(message.default_interface, default)

@@ -15,7 +15,7 @@ from runtime.statistics import Pod
 
 
 class StatsCalls:
-    """Files are read and messages encoded on a thread, so that other calls go on meanwhile."""
+    """Files are read and messages encoded on a thread, so that other calls run meanwhile."""
 
     def __init__(self, agent: Agent) -> None:
         self._state = agent.state

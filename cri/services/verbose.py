@@ -55,7 +55,7 @@ def sandbox_information(agent: Agent, sandbox: Sandbox) -> dict[str, Any]:
         "runtimeHandler": record.handler,
         "cgroupParent": record.cgroup_parent,
         "networkNamespace": "" if sandbox.host_network else str(folder.pin("net")),
-        # Where scripts around crictl look for a pod's namespaces, as if it had a container of its own.
+        # Where scripts around crictl look for a pod's namespaces, as if it had a pause container.
         "runtimeSpec": {"linux": {"namespaces": _namespaces(folder)}},
         "addresses": list(record.addresses),
         "resources": _resources(record.resources),

@@ -32,7 +32,7 @@ class AttachSocket:
     def connect(cls, directory: Path) -> AttachSocket:
         """Connect to ``attach`` in conmon's folder of the container, whose control pipe is ``ctl``.
 
-        Raises WrongStateError when nobody listens, UnavailableError when too many connect at this instant.
+        Raises WrongStateError if conmon does not listen, UnavailableError if too many clients connect at this moment.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
@@ -67,5 +67,5 @@ class AttachSocket:
             self.socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Leave; the container goes on."""
+        """Disconnect; the container keeps running."""
         self.socket.close()

@@ -1,4 +1,4 @@
-"""What the streaming server asks of the rest of the agent."""
+"""The interface of the streaming server to the rest of the agent."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class StreamBackend(Protocol):
     """Containers and pods as the streaming server sees them. Errors of host.errors go to the client as text."""
 
     def exec(self, request: ExecRequest, size: TerminalSize | None) -> AbstractAsyncContextManager[ExecProcess]:
-        """Start the command with the streams asked for (a terminal if ``tty``, of that size if the client told it).
+        """Start the command with the streams asked for (a terminal if ``tty``, of that size if the client sent one).
 
-        Leaving the block kills the process and its whole group if it runs, and closes the streams. An error before the
-        process runs (no such container, not running, no such executable) is raised on entering.
+        The end of the block kills the process and its whole group if it runs, and closes the streams. An error before
+        the process runs (no such container, not running, no such executable) is raised on entering.
         """
 
     def attach(self, request: AttachRequest) -> AbstractAsyncContextManager[AttachSocket]:

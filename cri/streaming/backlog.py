@@ -13,10 +13,10 @@ _OVERHEAD = 256
 
 
 class Backlog:
-    """Pieces of numbered streams in the order they came.
+    """Pieces of numbered streams in the order of their arrival.
 
-    Whoever fills it waits in ``room`` while it is full, which makes the container wait: so the client must have taken
-    half of it within ``patience`` seconds, or is to be given up.
+    The writer waits in ``room`` while it is full, and so the container waits too. Therefore the client must take half
+    of it within ``patience`` seconds, or is given up.
     """
 
     def __init__(self, limit: int = LIMIT, patience: float = PATIENCE_SECONDS) -> None:

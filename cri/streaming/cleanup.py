@@ -1,4 +1,4 @@
-"""Leaving a context to its end, whatever is cancelled meanwhile."""
+"""Leaving a context completely, even if the task is cancelled meanwhile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def left_fully(context: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
-    """``context``, the leaving of which is not interrupted: a cancellation during it goes on afterwards."""
+    """``context``, whose exit is not interrupted: a cancellation during it is raised afterwards."""
     value = await context.__aenter__()
     try:
         yield value

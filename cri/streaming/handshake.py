@@ -39,7 +39,7 @@ def accept(
     upgrade: HttpUpgrade,
     surroundings: Surroundings,
 ) -> Session:
-    """Answer the request with 101 and return its session; raises HttpError when it asks for nothing that is spoken."""
+    """Answer the request with 101 and return its session; raises HttpError if it asks for no supported protocol."""
     if request.protocol == SPDY and request.method in ("POST", "GET"):
         return _accept_spdy(request, promised, connection, upgrade, surroundings)
     if request.protocol == WEBSOCKET and request.method == "GET":
@@ -61,7 +61,7 @@ def _accept_spdy(
 ) -> Session:
     offered = request.listed(_VERSION_HEADER)
     spoken = [_PORT_FORWARD] if isinstance(promised, PortForwardRequest) else list(_COMMAND_VERSIONS)
-    # The best version is ours to choose, whatever order the client names them in.
+    # We choose the highest version, regardless of the client's order.
     chosen = _choose(spoken, offered) if offered else None
     answer = [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1")]
     if chosen is not None:

@@ -13,10 +13,10 @@ from host.errors import PodkeelError
 
 
 async def forward_port(backend: StreamBackend, sandbox_id: str, port: int, data: Channel, error: Channel) -> None:
-    """Connect and move bytes until both directions are closed; what fails is told on ``error`` and ends only this pair.
+    """Connect and move bytes until both directions are closed; a failure is sent on ``error`` and ends only this pair.
 
-    ``error`` ends as soon as the pod has said all: clients wait for that before they close what they forward from.
-    Raises ConnectionResetError when the client is gone.
+    ``error`` ends as soon as the pod has sent everything: clients wait for that before they close their side. Raises
+    ConnectionResetError when the client is gone.
     """
     try:
         await _forward(backend, sandbox_id, port, data, error)
@@ -74,11 +74,11 @@ async def _relay_inward(data: Channel, connection: socket.socket) -> None:
         if not data.was_reset:
             connection.shutdown(socket.SHUT_WR)
     except OSError:
-        # The pod's side takes no more; what the client still sends is dropped, what the pod sent still goes out.
+        # The pod's side accepts no more. What the client still sends is dropped, what the pod sent is still forwarded.
         while await data.receive():
             pass
     if data.was_reset:
-        # Nobody wants the pod's answer either.
+        # The client does not read the pod's answer either.
         with contextlib.suppress(OSError):  # the pod's side has left as well
             connection.shutdown(socket.SHUT_RDWR)
         raise ChannelResetError("the client reset the connection")

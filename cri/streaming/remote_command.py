@@ -20,7 +20,7 @@ from cri.streaming.tokens import AttachRequest, ExecRequest
 from host import untrusted_json
 from host.errors import LimitError, PodkeelError
 
-# Clients tell the size right after opening the channel for it; a program that draws at once wants it from its start.
+# Clients send the size right after opening the channel for it; a program that draws at once needs it from its start.
 _FIRST_SIZE_SECONDS = 0.3
 _SIZE_TEXT_LIMIT = 1024
 _MAX_SIZE = 0xFFFF
@@ -56,7 +56,7 @@ class RemoteCommand:
         self._ended = False
 
     async def run(self) -> None:
-        """Run to the end; what goes wrong on the node's side becomes the status."""
+        """Run to the end; an error on the node's side becomes the status."""
         try:
             if isinstance(self._request, ExecRequest):
                 status = await self._exec(self._request)
@@ -67,7 +67,7 @@ class RemoteCommand:
         self._end(status)
 
     def abort(self, reason: str) -> None:
-        """Tell the client at once why its streams end; nothing if they ended already."""
+        """Send the client the reason for the end of its streams at once; nothing if they ended already."""
         self._end(CommandStatus.of_error(self._what_fails(), reason))
 
     def _what_fails(self) -> str:
@@ -199,7 +199,7 @@ async def _relay_input(channel: Channel, descriptor: int, end_input: Callable[[]
 
 
 class SizeReader:
-    """Terminal sizes as JSON objects, in whatever pieces they come."""
+    """Terminal sizes as JSON objects, received in pieces of any size."""
 
     def __init__(self, channel: Channel | None) -> None:
         self._channel = channel
@@ -207,7 +207,7 @@ class SizeReader:
         self.size: TerminalSize | None = None
 
     async def first(self) -> TerminalSize | None:
-        """The size the client tells first, if it does so at once."""
+        """The first size from the client, if it is sent at once."""
         if self._channel is None:
             return None
         try:

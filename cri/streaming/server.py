@@ -64,7 +64,7 @@ class StreamingServer:
         self._listener = listener
 
     async def close(self) -> None:
-        """Take no more clients, tell those that are there why their streams end, and wait for them."""
+        """Accept no more clients, send the present ones the reason for the end, and wait for them."""
         if self._listener is None:
             return
         self._listener.close()
@@ -113,7 +113,7 @@ class StreamingServer:
         visit.task.add_done_callback(lambda _: self._visits.discard(visit))
 
     def _admit(self, kind: str, token: str) -> StreamRequest:
-        """What a token stands for, for one more client. Raises HttpError."""
+        """The request of a token, for one more client. Raises HttpError."""
         promised = self._tokens.peek(token)
         if promised is None or _PATHS[type(promised)] != kind:
             raise HttpError(404, "no such stream, or its URL was used already or is older than a minute")
@@ -152,7 +152,7 @@ class _Visit:
         self.task = self._loop.create_task(self._run())
 
     def cancel(self, reason: str) -> None:
-        """End the visit, telling the client the reason."""
+        """End the streams, and send the client the reason."""
         self._reason = self._reason or reason
         self.task.cancel()
 
@@ -224,7 +224,7 @@ def _check_streams(what: str, *, tty: bool, stdin: bool, stdout: bool, stderr: b
     if not (stdin or stdout or stderr):
         raise InvalidArgumentError(f"{what}: at least one of stdin, stdout and stderr must be asked for")
     if tty and stderr:
-        raise InvalidArgumentError(f"{what}: a terminal has no stderr of its own: ask for tty or for stderr")
+        raise InvalidArgumentError(f"{what}: a terminal has no separate stderr: ask for tty or for stderr")
 
 
 def _tls_context(limits: StreamLimits) -> ssl.SSLContext:

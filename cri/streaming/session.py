@@ -1,4 +1,4 @@
-"""What a connection does after its upgrade, in each of the protocols that clients speak."""
+"""What a connection does after its upgrade, in each of the protocols of clients."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Session(ABC):
 
     @abstractmethod
     def abort(self, reason: str) -> None:
-        """End all streams at once, telling the client why where the protocol can."""
+        """End all streams at once, and send the client the reason if the protocol can."""
 
     @abstractmethod
     def end(self) -> None:
@@ -182,7 +182,7 @@ class SpdyPortForwardSession(Session):
                 task.cancel()
 
     def abort(self, reason: str) -> None:
-        """Nothing to tell it by; the streams are reset by ``end``."""
+        """The protocol has no message for it; ``end`` resets the streams."""
 
     def end(self) -> None:
         """Reset what is open and send GOAWAY."""
@@ -252,7 +252,7 @@ class WebSocketPortForwardSession(Session):
                 task.cancel()
 
     def abort(self, reason: str) -> None:
-        """Nothing to tell it by but the code of the close message."""
+        """The protocol has only the code of the close message for it."""
         self._code = CLOSE_GOING_AWAY
 
     def end(self) -> None:

@@ -45,7 +45,7 @@ class LogLevel:
         _log.log(logging.getLogger().level, "logging from level %s on", level)
 
 
-# A message may quote what an image or a pod chose: that is to begin no line of its own, and to command no terminal.
+# A message may quote text of an image or a pod: it must not begin a new line, and must not control a terminal.
 _CONTROLS = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160)) if chr(number) not in "\n\t"}
 _PLAIN = str.maketrans({**_CONTROLS, ord("\n"): "\n    "})
 

@@ -1,4 +1,4 @@
-"""What the agent tells of itself and its pods over HTTP (imported only where an address for that is configured)."""
+"""Metrics and health of the agent and its pods over HTTP (imported only if an address for it is configured)."""
 
 from __future__ import annotations
 

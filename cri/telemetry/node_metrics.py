@@ -113,7 +113,7 @@ def _register_disk(metrics: AgentMetrics, agent: Agent) -> None:
         folders: dict[str, Path] = {"data": agent.layout.data, "run": agent.layout.run}
         return lambda: [((name,), value(os.statvfs(folder))) for name, folder in folders.items()]
 
-    where = "the file system that this folder of the agent lies on"
+    where = "the file system of this folder of the agent"
     for name, text, value in (
         ("size_bytes", f"Size of {where}.", lambda s: s.f_blocks * s.f_frsize),
         ("available_bytes", f"What is left to use of {where}.", lambda s: s.f_bavail * s.f_frsize),

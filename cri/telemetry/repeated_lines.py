@@ -1,4 +1,4 @@
-"""The same trouble is logged once a minute: lines that only repeat it are counted and left out."""
+"""The same problem is logged once a minute: lines that only repeat it are counted and left out."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RepeatedLines(logging.Filter):
     """Leaves out warnings and errors that repeat themselves; once their minute is over, says how many.
 
     Equal lines pass three times a minute, with a traceback once; those that one place in the program writes about
-    different objects 300 times. Lines of lower levels tell what happened and always pass.
+    different objects 300 times. Lines of lower levels always pass.
     """
 
     def __init__(self, handler: logging.Handler) -> None:

@@ -16,7 +16,7 @@ T = TypeVar("T", Sandbox, Container)
 
 
 def attributes_of(state: State, call: Call) -> dict[str, str]:
-    """What request, response and the node tell of the objects of a call; empty for lists."""
+    """The attributes of the objects of a call, from request, response and the node; empty for lists."""
     found: dict[str, str] = {}
     request = call.request
     for config in (_part(request, "config"), _part(request, "sandbox_config")):

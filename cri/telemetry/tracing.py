@@ -158,7 +158,7 @@ async def tracing(state: State, options: TracingOptions) -> AsyncIterator[CallTr
 
 
 async def _send_the_rest(processor: BatchSpanProcessor, exporter: OTLPSpanExporter) -> None:
-    """Give the queue's rest to the collector, which may be away: not for long."""
+    """Send the rest of the queue to the collector, but only for a short time: it may be down."""
     sent = asyncio.Event()
     loop = asyncio.get_running_loop()
 

@@ -1,4 +1,4 @@
-"""One byte stream to and from a client, whatever protocol carries it."""
+"""One byte stream to and from a client, for every protocol."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HOLD_LIMIT = 256 * 1024
 
 
 class ChannelResetError(Exception):
-    """The client ended this stream alone; the others go on."""
+    """The client ended only this stream; the others stay open."""
 
 
 class Channel(ABC):
@@ -38,7 +38,7 @@ class Channel(ABC):
         """Send a short text at once and then half-close: for statuses, which never wait."""
 
     def finish(self) -> None:
-        """Half-close: the client learns that nothing more comes."""
+        """Half-close: the client sees the end of this direction."""
         self.send_last(b"")
 
     @abstractmethod
@@ -48,7 +48,7 @@ class Channel(ABC):
     # ---- from the client
 
     async def receive(self) -> bytes:
-        """What came since the last call, as soon as there is something; b"" for ever once the client half-closed."""
+        """The bytes received since the last call, as soon as there are any; always b"" once the client half-closed."""
         while not self._received and not self._ended:
             self._waiter = get_running_loop().create_future()
             await self._waiter
@@ -78,7 +78,7 @@ class Channel(ABC):
 
     @abstractmethod
     def _on_consumed(self, count: int) -> None:
-        """Let the client send as much again."""
+        """Allow the client to send as much again."""
 
     @abstractmethod
     def _hold(self) -> None:

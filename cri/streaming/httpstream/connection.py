@@ -119,8 +119,8 @@ class StreamConnection(asyncio.Protocol):
     async def close(self, patience: float) -> None:
         """Send what is queued, then wait up to ``patience`` seconds for the client to close as well; raises nothing.
 
-        A client may read slowly what is its own until the end. Closing a socket that unread bytes are in, or come to,
-        would make the kernel take back what the client has not read, so these are taken and dropped until it closes.
+        A client may read slowly until the end. If a socket is closed with unread bytes, or gets some afterwards, the
+        kernel drops what the client has not read yet. So incoming bytes are read and dropped until the client closes.
         """
         transport = self._transport
         if transport is None:
@@ -140,7 +140,7 @@ class StreamConnection(asyncio.Protocol):
             transport.abort()
 
     async def _half_close(self, transport: asyncio.Transport) -> None:
-        """Tell the client that nothing more comes, once it has all that is queued."""
+        """Half-close the connection once everything queued is sent."""
         if not transport.can_write_eof():  # TLS
             transport.close()
             return

@@ -1,4 +1,4 @@
-"""Waiting for and moving bytes through non-blocking descriptors: pipes, terminals and sockets alike."""
+"""Waiting for and moving bytes through non-blocking descriptors: pipes, terminals and sockets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def prepare(descriptor: int) -> None:
 
 
 class OutputReader:
-    """Reads a descriptor to its end, or, once its process has ended, to where nothing more comes."""
+    """Reads a descriptor to its end, or, once its process has ended, until no more bytes arrive."""
 
     def __init__(self, descriptor: int, read_size: int = READ_SIZE) -> None:
         self._descriptor = descriptor
@@ -54,7 +54,7 @@ class OutputReader:
             silent = not await self._wait()
 
     def process_ended(self) -> None:
-        """From now on silence is an end too: a child left behind may hold the descriptor open for ever."""
+        """From now on silence is an end too: a remaining child may hold the descriptor open for ever."""
         self._process_ended = True
         self._wake()
 

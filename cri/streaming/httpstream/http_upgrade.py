@@ -90,7 +90,7 @@ class HttpUpgrade:
 
     @property
     def trailing_data(self) -> bytes:
-        """What came after the request: the first bytes of the other protocol."""
+        """The bytes after the request: the first bytes of the new protocol."""
         return self._connection.trailing_data[0]
 
 

@@ -56,7 +56,7 @@ class PingAnswered:
 
 @dataclass(frozen=True, slots=True)
 class WentAway:
-    """The peer opens and accepts no more streams; those that are open go on."""
+    """The peer opens and accepts no more streams; open ones continue."""
 
     last_stream_id: int
     status: int

@@ -88,13 +88,13 @@ class SpdyLink:
         return self._channels[stream_id]
 
     def grant(self, of_stream: int, of_all: int) -> None:
-        """Let the peer send that many bytes ahead: on each of the streams opened later, and on all together."""
+        """Allow the peer to send that many bytes ahead: on each stream opened later, and on all together."""
         self._session.send_settings({frames.SETTINGS_INITIAL_WINDOW_SIZE: of_stream})
         self._flush()
         self._link.write(frames.window_update(0, of_all))
 
     def lose(self) -> None:
-        """The peer is gone: nobody waits for it any longer."""
+        """The peer left: no caller waits for it any longer."""
         for channel in self._channels.values():
             channel.fail()
         self.over.set()
@@ -201,7 +201,7 @@ class SpdyLink:
         self._link.hold(channel)
 
     def forget(self, channel: SpdyChannel) -> None:
-        """Nobody uses the channel any more; whatever still comes for it is dropped."""
+        """The channel is not used any more; bytes that still arrive for it are dropped."""
         self._link.release(channel)
         self._channels.pop(channel.stream_id, None)
 

@@ -83,7 +83,7 @@ class SpdySession:
         self._going_away = False
         self._failed = False
 
-    # ---- what comes in
+    # ---- receiving
 
     def receive(self, data: bytes) -> list[Event]:
         """Take bytes of the peer in any pieces; returns what they mean, in order."""
@@ -250,7 +250,7 @@ class SpdySession:
                 return
         self._events.append(WindowGrown(stream_id))
 
-    # ---- what goes out
+    # ---- sending
 
     def open_stream(self, headers: Mapping[str, str], *, fin: bool = False) -> int:
         """Open a stream of ours and return its id."""
@@ -324,7 +324,7 @@ class SpdySession:
         return identifier
 
     def send_settings(self, entries: Mapping[int, int]) -> None:
-        """Tell the peer of settings by id."""
+        """Send settings to the peer, by id."""
         self._output.append(frames.settings(entries))
 
     def go_away(self, status: int = frames.GOAWAY_OK) -> None:

@@ -25,8 +25,8 @@ _CLOSE_CHANNEL = 255
 class WebSocketLink:
     """The server's end of a WebSocket.
 
-    ``on_message`` gets the bytes of messages as they come, with whether they begin and whether they end a message;
-    ``on_closed`` hears that the client closed or broke the protocol.
+    ``on_message`` gets the bytes of messages as they arrive, with whether they begin and whether they end a message.
+    ``on_closed`` is called when the client closed or violated the protocol.
     """
 
     def __init__(

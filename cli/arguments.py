@@ -86,9 +86,9 @@ def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.Argument
     parser.add_argument(
         "--adopt",
         action="store_true",
-        help="if the store is missing, empty or damaged, go on from its copy and the run folder",
+        help="if the store is missing, empty or damaged, start from its copy and the run folder",
     )
-    parser = commands.add("config", "cli.agent.config:config", "print every value in force and where it came from")
+    parser = commands.add("config", "cli.agent.config:config", "print every effective value and its source")
     parser.add_argument("--format", choices=("toml", "json"), default="toml", help="output format (default: toml)")
     parser = commands.add(
         "check",
@@ -158,14 +158,14 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser.add_argument("--pod", metavar="POD", help=f"only those of {_POD}")
     parser = commands.add("logs", "cli.logs:logs", "print a container's log")
     parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
-    parser.add_argument("--follow", "-f", action="store_true", help="go on until the container ends")
+    parser.add_argument("--follow", "-f", action="store_true", help="continue until the container ends")
     parser.add_argument("--tail", type=int, metavar="N", help="begin with the last N lines")
     parser.add_argument("--timestamps", action="store_true", help="begin each line with its time")
     parser = commands.add(
         "exec",
         "cli.streams.exec:execute",
         "run a command in a container",
-        "Its output is ours as it comes, and its exit code too. It ends when we do.",
+        "Prints its output as it arrives, and ends with its exit code. The command ends when podkeel does.",
     )
     _add_stream_options(parser)
     parser.add_argument("--timeout", type=int, default=0, metavar="S", help="end it after S seconds (default: never)")
@@ -183,7 +183,7 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
         "port-forward",
         "cli.streams.port_forward:port_forward",
         "carry connections from local ports into a pod, until Ctrl-C",
-        "Inside they come from the pod's own localhost.",
+        "Inside the pod, connections come from its own localhost.",
     )
     parser.add_argument("--address", default="localhost", metavar="HOST", help="listen there (default: localhost)")
     parser.add_argument("pod", metavar="POD", help=_POD)
@@ -209,7 +209,9 @@ def _add_stream_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_tls_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("TLS", "PEM files for an agent whose streams are served over HTTPS.")
-    group.add_argument("--tls-ca", metavar="FILE", help="who vouches for the agent (default: the host's authorities)")
+    group.add_argument(
+        "--tls-ca", metavar="FILE", help="authorities of the agent's certificate (default: those of the host)"
+    )
     group.add_argument("--tls-cert", metavar="FILE", help="our certificate, if the agent asks for one")
     group.add_argument("--tls-key", metavar="FILE", help="its key (default: in the same file)")
 

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 from google.protobuf.message import Message
 
-# Read once, when grpc is imported: its own log lines would stand between our one-line errors.
+# Read once, when grpc is imported: its log lines would mix with our one-line errors.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
@@ -87,8 +87,8 @@ class Client:
     def call(self, request: Message, response: type[R], what: str = "", *, timeout: float | None = CALL_SECONDS) -> R:
         """Send ``request`` to the method that takes it and return its answer, a ``response``.
 
-        A refusal is raised as the kind of PodkeelError that its code stands for, with ``what`` (the method's name if
-        empty) before the agent's message. ``timeout`` is in seconds.
+        A refusal is raised as the kind of PodkeelError of its code, with ``what`` (the method's name if empty) before
+        the agent's message. ``timeout`` is in seconds.
         """
         path = self._paths[request.DESCRIPTOR.full_name]
         method = self._channel.unary_unary(

@@ -52,7 +52,7 @@ class LogReader:
             for raw in self._file:
                 self._unfinished += raw
                 if not self._unfinished.endswith(b"\n"):
-                    continue  # the writer is in the middle of it
+                    continue  # the writer has not finished it
                 record, self._unfinished = self._unfinished[:-1], b""
                 line = self._join(record)
                 if line is not None:

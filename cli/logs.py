@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.1
 
 
 def logs(options: argparse.Namespace) -> None:
-    """Print a container's log; what it wrote to standard error goes to ours."""
+    """Print a container's log; its standard error is printed to ours."""
     if options.tail is not None and options.tail < 0:
         raise InvalidArgumentError("--tail takes a number of lines, 0 or more")
     with connect(options) as client:

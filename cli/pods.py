@@ -93,7 +93,7 @@ def remove(options: argparse.Namespace) -> None:
             except NotFoundError:
                 if not options.force:
                     raise
-                _force_remove(client, wanted)  # `podkeel check` names ids of pods that never came to be
+                _force_remove(client, wanted)  # `podkeel check` names ids of pods that were never completed
                 print(f"{wanted} removed")
                 continue
             if options.force:
@@ -113,7 +113,7 @@ def remove_pod(client: Client, pod: cri_pb2.PodSandbox) -> None:
 
 
 def _force_remove(client: Client, pod_id: str) -> None:
-    """Have the agent remove a pod and give up what its CNI plugins do not give back, which is told."""
+    """Have the agent remove a pod. What its CNI plugins do not release is given up and reported."""
     from proto.podkeel.v1 import agent_pb2
 
     request = agent_pb2.ForceRemovePodRequest(id=pod_id)
@@ -130,7 +130,7 @@ def stop_pod(client: Client, pod: cri_pb2.PodSandbox) -> None:
 
 
 def stop(options: argparse.Namespace) -> None:
-    """``podkeel stop``: containers by preference, since a pod may bear its container's name."""
+    """``podkeel stop``: containers are preferred, since a pod may have its container's name."""
     with connect(options) as client:
         for wanted in options.objects:
             try:

@@ -1,4 +1,4 @@
-"""``podkeel run``: what kubelet does for a pod, once and by hand."""
+"""``podkeel run``: what kubelet does for a pod, once, for a person."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _ignore(_line: str) -> None:
 def run_pod(client: Client, plan: PodPlan, pod_dir: str | Path, report: Report) -> RunningPod:
     """Make the pod of ``plan``: images, volumes, sandbox, init containers to their ends, containers.
 
-    Each step is told to ``report``. Whatever fails, the pod is removed again before the error is raised.
+    ``report`` is called for each step. If any step fails, the pod is removed before the error is raised.
     """
     metadata = plan.config.metadata
     for other in lookup.list_pods(client):

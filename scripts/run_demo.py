@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def demonstrate(options: argparse.Namespace, *, once: bool) -> None:
-    """The whole of it; what was started is stopped whatever happens."""
+    """Run the whole demo. Everything that was started is stopped in any case."""
     if os.geteuid() != 0:
         raise WrongStateError("running pods needs root: sudo make run")
     configuration = load_for(options).configuration
@@ -113,7 +113,7 @@ def show(subject: str, text: str) -> None:
 
 @contextlib.contextmanager
 def running_agent(log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """``podkeel serve`` with our arguments, in a session of its own, so that Ctrl-C reaches it only through us."""
+    """``podkeel serve`` with these arguments, in a new session, so that Ctrl-C reaches it only through this script."""
     command = [sys.executable, "-m", "cli.main", "serve", *sys.argv[1:]]
     with log.open("wb") as output:
         agent = subprocess.Popen(command, cwd=ROOT, stderr=output, stdout=output, start_new_session=True)
@@ -147,7 +147,7 @@ def answering(client: Client, agent: subprocess.Popen[bytes]) -> str | None:
         answer = client.call(cri_pb2.VersionRequest(), cri_pb2.VersionResponse, timeout=5)
     except UnavailableError:
         return None
-    # Another agent that listens there would let ours end, and answer in its place.
+    # If another agent listened there, ours would end, and the other one would answer.
     return f"{answer.runtime_name} {answer.runtime_version}" if agent.poll() is None else None
 
 
@@ -161,7 +161,7 @@ def wait_for(attempt: Callable[[], T | None], what: str, seconds: float, agent: 
         if agent.poll() is not None:
             raise WrongStateError("the agent ended by itself")
         if time.monotonic() > deadline:
-            raise WrongStateError(f"{what} did not come within {seconds:.0f} s")
+            raise WrongStateError(f"{what} did not happen within {seconds:.0f} s")
         time.sleep(_POLL_SECONDS)
 
 

@@ -73,7 +73,7 @@ def agent_checks(socket: str, *, repair: bool = False) -> list[Check]:
 
 
 def _plugin_checks(client: Client) -> list[Check]:
-    """Where plugins of the node (NRI) connect, and those that failed and did not come back."""
+    """Where plugins of the node (NRI) connect, and those that failed and did not connect again."""
     from proto.runtime.v1 import cri_pb2
 
     try:
@@ -116,7 +116,7 @@ def _shown(text: str) -> str:
 
 
 def as_table(checks: Sequence[Check], *, coloured: bool) -> str:
-    """A line for each check, its remedy below it, and what it comes to."""
+    """A line for each check with its remedy below, and a summary."""
     lines = table(("", "", ""), [(_MARKS[item.state], item.name, item.detail) for item in checks]).splitlines()[1:]
     indent = " " * (5 + max(len(item.name) for item in checks))
     body: list[str] = []

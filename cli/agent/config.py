@@ -26,7 +26,7 @@ def load_for(options: argparse.Namespace) -> LoadedConfiguration:
 
 
 def config(options: argparse.Namespace) -> None:
-    """Print every value in force and where it came from."""
+    """Print every effective value and its source."""
     loaded = load_for(options)
     print(as_json(loaded) if options.format == "json" else as_toml(loaded))
 

@@ -68,7 +68,7 @@ def import_archive(options: argparse.Namespace) -> None:
 
 
 def import_image(client: Client, path: str | Path, reference: str = "") -> list[agent_pb2.ImportedImage]:
-    """Import what lies at ``path`` on the node; ``reference`` names images that carry no name."""
+    """Import the archive or folder at ``path`` on the node; ``reference`` names images without a name."""
     request = agent_pb2.ImportImageRequest(path=str(Path(path).absolute()), reference=reference)
     answer = client.call(request, agent_pb2.ImportImageResponse, f"import {path}", timeout=None)
     return list(answer.images)

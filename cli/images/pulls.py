@@ -96,7 +96,7 @@ class Rates:
         self._samples: dict[str, list[tuple[float, int]]] = {}
 
     def take(self, message: agent_pb2.PullProgress, now: float) -> None:
-        """Remember what has come at the time ``now``, in seconds."""
+        """Record the progress at the time ``now``, in seconds."""
         for layer in message.layers:
             samples = self._samples.setdefault(layer.digest, [])
             samples.append((now, layer.received))

@@ -42,12 +42,12 @@ def disk_usage(options: argparse.Namespace) -> None:
     for item in sorted(answer.images, key=lambda item: (-item.bytes, item.id)):
         name = item.references[0] if item.references else "-"
         rows.append((name, short(item.id), size(item.bytes), size(item.unique_bytes), item.containers or ""))
-    print(table(("IMAGE", "ID", "ON DISK", "OF ITS OWN", "CONTAINERS"), rows))
+    print(table(("IMAGE", "ID", "ON DISK", "UNSHARED", "CONTAINERS"), rows))
     idle = sum(item.unique_bytes for item in answer.images if not item.containers)
     print(
         f"\nlayers {size(answer.layer_bytes)}, kept compressed {size(answer.blob_bytes)}, "
         f"written by containers {size(answer.container_bytes)}\n"
-        f"images without containers hold {size(idle)} of their own"
+        f"images without containers alone hold {size(idle)}"
     )
 
 

@@ -1,4 +1,5 @@
-"""Reading a YAML document field by field, so that wrong types are errors and what nobody read is known by its path."""
+"""Reading a YAML document field by field, so that wrong types are errors and fields that were never read are known by
+their path."""
 
 from __future__ import annotations
 
@@ -111,7 +112,7 @@ class Fields:
         self._unread -= set(keys)
 
     def finish(self) -> None:
-        """Warn of every field that nobody read."""
+        """Warn of every field that was never read."""
         self.warnings += [f"{self.at(key)} is not supported and has no effect" for key in sorted(self._unread)]
         self._unread = set()
 

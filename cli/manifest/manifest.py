@@ -55,7 +55,7 @@ class PodPlan:
 class ContainerPlan:
     """One container: its configuration and when its image is pulled (``Always``, ``IfNotPresent``, ``Never``).
 
-    A ``sidecar`` is an init container that nobody waits for.
+    A ``sidecar`` is an init container whose end is not waited for.
     """
 
     config: cri_pb2.ContainerConfig
@@ -73,7 +73,7 @@ def read_manifest(text: str, pod_dir: str | Path) -> PodPlan:
     except yaml.YAMLError as error:
         raise InvalidArgumentError(f"the manifest is not valid YAML: {' '.join(str(error).split())}") from error
     if len(documents) != 1:
-        kinds = f" ({', '.join(map(_kind, documents))}): give each Pod a file of its own" if documents else ""
+        kinds = f" ({', '.join(map(_kind, documents))}): put each Pod into its own file" if documents else ""
         raise InvalidArgumentError(f"expected one Pod in the manifest, found {len(documents)} documents{kinds}")
     warnings: list[str] = []
     pod = Fields(documents[0], "", warnings)

@@ -20,7 +20,7 @@ _MAX_SHARES = 262_144
 
 
 def quantity(text: str) -> Fraction:
-    """The exact number that ``text`` stands for. Raises ValueError if it is no quantity."""
+    """The exact number of the quantity ``text``. Raises ValueError if it is not a quantity."""
     match = _FORM.match(text)
     if match is None:
         raise ValueError(f'expected a quantity such as "250m", "1.5" or "128Mi", got "{text}"')

@@ -40,12 +40,13 @@ class StreamClient:
     async def connect(cls, url: str, protocols: Sequence[str], tls: TlsFiles) -> StreamClient:
         """Connect and upgrade.
 
-        Raises UnavailableError when nobody listens or is trusted, PodkeelError when the server refuses.
+        Raises UnavailableError if no server listens or its certificate is not trusted, PodkeelError if the server
+        refuses.
         """
         client = cls()
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or parts.hostname is None or parts.port is None:
-            raise PodkeelError(f"streams at {url.rpartition('/')[0]} need another client: this one speaks HTTP")
+            raise PodkeelError(f"streams at {url.rpartition('/')[0]} need another client: this one supports HTTP only")
         context = tls.context() if parts.scheme == "https" else None
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):

@@ -54,7 +54,7 @@ def attach(options: argparse.Namespace) -> int:
         url = client.call(request, cri_pb2.AttachResponse, "attach").url
     code = _join(url, options, keys, "", 0)
     if code is None:
-        note(f"left {container.metadata.name}: it goes on")
+        note(f"detached from {container.metadata.name}: it keeps running")
         return 0
     return code
 

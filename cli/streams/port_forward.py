@@ -127,6 +127,6 @@ async def _carry_inward(reader: asyncio.StreamReader, data: Channel) -> None:
             await data.send(chunk)
         data.finish()
     except ChannelResetError:
-        return  # told by the other direction too
+        return  # the other direction reports it too
     except ConnectionError:
         data.reset()

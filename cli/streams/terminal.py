@@ -70,7 +70,7 @@ def raw(descriptor: int, on_resize: Callable[[], None]) -> Iterator[None]:
     before = termios.tcgetattr(descriptor)
 
     def resume() -> None:
-        # Whoever stopped us, such as a shell, gave the terminal its own modes.
+        # The program that stopped us, such as a shell, has set its own terminal modes.
         tty.setraw(descriptor)
         on_resize()
 

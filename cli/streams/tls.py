@@ -44,5 +44,6 @@ def refusal(where: str, error: OSError) -> UnavailableError:
     """The error for a TLS handshake that failed on our side."""
     reason = getattr(error, "verify_message", None) or getattr(error, "reason", None) or str(error)
     return UnavailableError(
-        f"the agent's streams at {where} are not to be trusted: {reason}; name who vouches for them with --tls-ca"
+        f"the agent's streams at {where} cannot be trusted: {reason}; "
+        "name the authority that signed its certificate with --tls-ca"
     )

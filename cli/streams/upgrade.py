@@ -13,7 +13,7 @@ _MAX_REASON = 64 * 1024
 
 
 class Upgrade:
-    """One request to speak SPDY/3.1, and the answer to it (RFC 9110, section 7.8)."""
+    """One request to change to SPDY/3.1, and the answer to it (RFC 9110, section 7.8)."""
 
     def __init__(self) -> None:
         self._connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD)
@@ -32,8 +32,8 @@ class Upgrade:
     def receive(self, data: bytes) -> bytes | None:
         """Take bytes of the answer; no bytes are its end.
 
-        Returns what came of the new protocol once that is spoken, None while the answer is not complete. Raises
-        PodkeelError, with the server's reason, when it refuses.
+        Returns the first bytes of the new protocol once the answer is complete, None before. Raises PodkeelError, with
+        the server's reason, when it refuses.
         """
         self.answered = self.answered or bool(data)
         try:

@@ -195,7 +195,7 @@ def test_keys_leave_a_terminal_and_its_container(agent: AgentProcess, terminal: 
     screen.type(b"\x10")
     screen.type(b"\x11")
     assert screen.ended() == 0
-    screen.wait_for(b"it goes on")
+    screen.wait_for(b"it keeps running")
     again = terminal("attach", "-it", "--detach-keys", "ctrl-],q", container.id)
     again.type(b"echo $((43 + 1))\n")
     again.wait_for(b"44")

@@ -71,7 +71,7 @@ def test_a_forwarded_port(container: Running, certificates: Path, start: Start) 
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ((), b"; name who vouches for them with --tls-ca"),
+        ((), b"; name the authority that signed its certificate with --tls-ca"),
         (("ca",), b"if they ask clients for a certificate, give --tls-cert and --tls-key"),
         (("ca", "key"), b"give --tls-cert too"),
         (("ca", "cert"), b"client.pem: not to be used for TLS"),
@@ -98,5 +98,5 @@ def test_an_agent_that_nobody_vouched_for(container: Running, tmp_path: Path, ce
     make_certificates(tmp_path)
     words = ("--socket", container.agent.address, "--tls-ca", str(tmp_path / "ca.pem"))
     process = start("exec", *words, *tls(certificates, "cert", "key"), container.id, "true", stderr=PIPE)
-    assert b"not to be trusted" in process.communicate(timeout=10)[1]
+    assert b"cannot be trusted" in process.communicate(timeout=10)[1]
     assert process.returncode == 1

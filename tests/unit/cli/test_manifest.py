@@ -220,7 +220,7 @@ def test_sidecars_are_told_from_what_is_waited_for() -> None:
         ("", "expected one Pod in the manifest, found 0 documents"),
         (
             "kind: Pod\n---\n{kind: Service}\n---\n[]",
-            "expected one Pod in the manifest, found 3 documents (Pod, Service, no mapping): give each Pod a file",
+            "expected one Pod in the manifest, found 3 documents (Pod, Service, no mapping): put each Pod into",
         ),
         (
             pod_with("", ", ports: [{containerPort: 65536}]"),

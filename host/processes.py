@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -74,22 +75,12 @@ async def spawn_aside(
     *,
     environment: Mapping[str, str] | None = None,
     descriptors: Mapping[int, int] | None = None,
-    oom_score_adj: int | None = None,
 ) -> int:
     """Like ``spawn``, from a thread, so that the loop need not wait for the child to begin its program.
 
-    The child gets ``oom_score_adj`` before it can have started others. When the caller is cancelled meanwhile, the
-    child is killed and reaped.
+    When the caller is cancelled meanwhile, the child is killed and reaped.
     """
-
-    def work() -> int:
-        pid = spawn(command, environment=environment, descriptors=descriptors)
-        if oom_score_adj is not None:
-            # It may have ended, and without CAP_SYS_RESOURCE the value cannot be lowered.
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "wb", 0) as file:
-                file.write(b"%d" % oom_score_adj)
-        return pid
-
+    work = partial(spawn, command, environment=environment, descriptors=descriptors)
     spawned = asyncio.ensure_future(in_thread(work))
     try:
         return await wait_out(spawned)

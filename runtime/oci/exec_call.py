@@ -113,7 +113,7 @@ class ExecCall:
     its descriptors are those it was given, and on a terminal (``terminal``) its master comes by ``console``.
     ``program`` is what the process executes, for errors. ``folder`` is the container's bundle; ``pids`` lists the
     processes of the container's cgroup. ``directory`` is opened when the call is launched, for a ``process`` whose
-    working directory is DIRECTORY_BY_DESCRIPTOR. ``oom_score_adj`` is that of the process; None for the agent's own.
+    working directory is DIRECTORY_BY_DESCRIPTOR. ``oom_score_adj`` is that of the process.
     ``held_at`` is the root file system of a container in which the process is held until its terminal has a size.
     """
 
@@ -128,7 +128,7 @@ class ExecCall:
         pids: Callable[[], Sequence[int]],
         terminal: bool = False,
         directory: WorkingDirectory | None = None,
-        oom_score_adj: int | None = None,
+        oom_score_adj: int = 0,
         held_at: Path | None = None,
     ) -> None:
         self._runtime = runtime
@@ -167,7 +167,8 @@ class ExecCall:
         words = ["exec", "--detach", "--process", process, "--pid-file", str(self._pid_file)]
         if self.console is not None:
             words += ["--console-socket", self.console.path]
-        return [*runtime.exec_prefix, runtime.executable, *options, *words, self._container_id]
+        prefix = [*_with_oom_score_adj(self._oom_score_adj), *runtime.exec_prefix]
+        return [*prefix, runtime.executable, *options, *words, self._container_id]
 
     async def launch(self, descriptors: Mapping[int, int]) -> None:
         """Start the OCI runtime; the process gets ``descriptors`` as its standard ones, silent ones for the others."""
@@ -199,15 +200,13 @@ class ExecCall:
             raise
 
     async def _spawn(self, descriptors: Mapping[int, int]) -> int:
-        # crun leaves oom_score_adj as it is where 0 is asked for, and the agent's is one that the kernel kills last.
-        score = self._oom_score_adj
         try:
-            return await processes.spawn_aside(self._command, descriptors=descriptors, oom_score_adj=score)
+            return await processes.spawn_aside(self._command, descriptors=descriptors)
         except OSError as error:
             if error.errno != errno.ETXTBSY:
                 raise
             self._runtime.distrust_copy()
-        return await processes.spawn_aside(self._command, descriptors=descriptors, oom_score_adj=score)
+        return await processes.spawn_aside(self._command, descriptors=descriptors)
 
     @asynccontextmanager
     async def process(self) -> AsyncIterator[ExecProcess]:
@@ -294,6 +293,18 @@ def end_abandoned(folder: Path, pids: Callable[[], Sequence[int]]) -> int:
     for console in folder.glob("exec-*.tty"):
         console.unlink()
     return len(abandoned)
+
+
+def _with_oom_score_adj(score: int) -> list[str]:
+    """What goes before a command so that it runs with that oom_score_adj; nothing where that is the agent's own.
+
+    crun (1.8) leaves that of the process as it finds it, and the agent's is often one that the kernel kills last.
+    Written from outside, it would come too late for what the runtime has started by then.
+    """
+    if int(Path("/proc/self/oom_score_adj").read_bytes()) == score:
+        return []
+    # Only who has CAP_SYS_RESOURCE may go below the value that it began with: then the process keeps the agent's.
+    return ["/bin/sh", "-c", '{ echo "$0" >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"', str(score)]
 
 
 def _leader(pid_file: Path) -> int | None:

@@ -13,7 +13,7 @@ import pytest
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
 from tests.integration.agent.hardening import Attacker, init_pid
-from tests.support.agent import AgentProcess, running_agent
+from tests.support.agent import PATIENCE, AgentProcess, running_agent
 from tests.support.pods import container_config, run_container, sandbox_config
 
 Limits = cri_pb2.LinuxContainerResources
@@ -59,6 +59,14 @@ def test_commands_have_the_oom_score_adj_of_their_container(agent: AgentProcess,
     update(agent, container_id, Limits(oom_score_adj=700))
     later = "700" if handler == "crun" else "500"  # runc 1.1 gives commands what the container began with
     assert agent.client.output(container_id, *look).split() == [later, later]
+
+
+def test_commands_have_it_from_their_first_instruction(agent: AgentProcess, handler: str) -> None:
+    """Also on a busy machine, where the agent may be preempted behind each of its steps."""
+    container_id = made(agent, handler, Limits(oom_score_adj=500))
+    look = cri_pb2.ExecSyncRequest(container_id=container_id, cmd=["cat", "/proc/self/oom_score_adj"])
+    calls = [agent.client.future("ExecSync", look) for _ in range(100)]
+    assert {call.result(timeout=60 * PATIENCE).stdout for call in calls} == {b"500\n"}
 
 
 def test_commands_do_not_have_the_oom_score_adj_of_the_agent(tmp_path: Path, busybox: Path) -> None:

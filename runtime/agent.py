@@ -74,7 +74,7 @@ _log = logging.getLogger("podkeel.agent")
 class Agent:
     """Everything behind the gRPC services, for ``async with``.
 
-    ``version`` is what plugins of the node are told, which are served if ``nri`` says so. With ``only_removes`` no
+    ``version`` is reported to plugins of the node, which are served if ``nri`` says so. With ``only_removes`` no
     runtime handler is tried, which takes most of a start: existing pods can be removed, and none can be made.
 
     Raises WrongStateError when another agent holds the same folders, the data folder is from a newer version, or the
@@ -273,7 +273,7 @@ class Agent:
         return NriHooks(node, self._nri, self._version, Changing(update, end))
 
     async def _serve_plugins(self, hooks: NriHooks, stack: AsyncExitStack) -> None:
-        """Let plugins of the node see and change what is made from now on."""
+        """Allow plugins of the node to see and change what is made from now on."""
         from runtime.nri.service import serving
 
         assert self._nri is not None

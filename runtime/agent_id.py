@@ -1,4 +1,5 @@
-"""The agent's own id: kept in its folders, and the end of every id that it gives, which tells whose a thing is.
+"""The agent's own id. It is kept in its folders, and is the end of every id that the agent assigns, so that the owner
+of an object is known.
 
 Several agents may share a cgroup parent, and all of them see each other's slices, links and processes.
 """
@@ -27,8 +28,8 @@ def new_agent_id() -> str:
 def agent_id(layout: Layout) -> str:
     """The id of the agent with these folders, made at its first start.
 
-    It stands in the data folder, and in the run folder for the case that the data folder is lost while pods run. Where
-    neither can be written, it holds until the agent ends.
+    It is kept in the data folder, and in the run folder in case the data folder is lost while pods run. If neither can
+    be written, it is valid until the agent ends.
     """
     known = read_agent_id(layout) or new_agent_id()
     for file in _files(layout):

@@ -1,4 +1,4 @@
-"""What goes on with pods and containers, as plugins of the node are told; ``runtime.nri.hooks`` tells them."""
+"""The events of pods and containers for plugins of the node; ``runtime.nri.hooks`` sends them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Resources = cri_pb2.LinuxContainerResources
 
 
 class Passage:
-    """Keeps plugins that come from being synchronised, for ``async with``: around a hook and what it is about.
+    """Delays the synchronisation of new plugins, for ``async with``: around a hook and its operation.
 
-    It is taken after the locks of sandboxes and containers, and never inside another one. Inside of it there are calls
-    of plugins, which end in time, and commits, but nothing else that is waited for.
+    It is taken after the locks of sandboxes and containers, and never inside another one. Inside it the agent waits
+    only for calls of plugins, which have a time limit, and for commits.
     """
 
     async def __aenter__(self) -> Self:
@@ -37,8 +37,8 @@ _OPEN = Passage()
 class Hooks:
     """What managers call at each event of a pod or container.
 
-    A hook that says so raises PodkeelError when a plugin refuses; of the others errors are logged, as what they tell of
-    has happened, or must go on. ``operation`` gets a stage for each plugin.
+    A hook that says so raises PodkeelError if a plugin refuses. Errors of other hooks are logged, as their event has
+    happened or must continue. ``operation`` gets a stage for each plugin.
     """
 
     def passing(self) -> Passage:
@@ -61,7 +61,7 @@ class Hooks:
         """A sandbox is whole and will be seen next. Raises PodkeelError when a plugin refuses."""
 
     async def undo_sandbox(self, sandbox: Sandbox) -> None:
-        """It did not come to be."""
+        """It was not completed."""
 
     async def update_sandbox(self, sandbox: Sandbox, overhead: Resources | None, resources: Resources | None) -> None:
         """A pod's resources will change. Raises PodkeelError when a plugin refuses."""
@@ -70,17 +70,17 @@ class Hooks:
         """They did."""
 
     async def stop_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
-        """All containers of a sandbox have ended; its network goes next. Told once."""
+        """All containers of a sandbox have ended; its network is removed next. Called once."""
 
     async def remove_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
-        """A sandbox is about to be forgotten. Told once."""
+        """A sandbox is about to be forgotten. Called once."""
 
     async def nobody_adjusts(self, container: Container) -> bool:
         """Whether ``create_container`` has nothing to do: no plugin wants to change the container."""
         return True
 
     def drafted(self, container: Container, draft: Draft) -> bool:
-        """The draft of a container that nobody adjusts is there; False if ``create_container`` is needed after all.
+        """The draft of a container that no plugin adjusts is ready; False if ``create_container`` is needed after all.
 
         This may be called from a thread.
         """
@@ -93,7 +93,7 @@ class Hooks:
         """A container is created and will be seen next."""
 
     async def undo_container(self, container: Container) -> None:
-        """It did not come to be."""
+        """It was not completed."""
 
     async def start_container(self, container: Container, operation: Operation) -> None:
         """A container will be started. Raises PodkeelError when a plugin refuses."""
@@ -112,10 +112,10 @@ class Hooks:
         """They did."""
 
     async def stopped_container(self, container: Container) -> None:
-        """A container has ended. Told once."""
+        """A container has ended. Called once."""
 
     async def remove_container(self, container: Container, operation: Operation) -> None:
-        """A container is about to be forgotten. Told once."""
+        """A container is about to be forgotten. Called once."""
 
     async def carry_out(self, container: Container) -> None:
         """Change other containers as plugins asked at the last events of this one. Call it without locks."""

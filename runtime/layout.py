@@ -1,4 +1,4 @@
-"""Where everything of an agent lies: the run folder, gone at reboot, and the data folder."""
+"""The paths of an agent's files: the run folder, which is empty after a reboot, and the data folder."""
 
 from __future__ import annotations
 

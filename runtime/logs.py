@@ -1,10 +1,10 @@
 """The log of a container: its file in the pod's log folder, and the link by which conmon finds it.
 
-conmon is told a path in the bundle that it cannot misread, whatever the name of the log: a link to a descriptor of the
-agent's, which is open on exactly the file that was checked. To reopen its log conmon (2.0 to 2.2) closes the file,
-opens ``<path>.tmp`` with O_TRUNC, without O_APPEND, and renames that to its path; where any of this fails it ends. So
-``<path>.tmp`` is a link to a new, empty file by then. That one is bound into the bundle: conmon may be stopped and come
-to it when the agent that told it is dead, and a descriptor of that agent's is gone or another file.
+conmon gets a path in the bundle that is safe for every name of a log: a link to a descriptor of the agent, which has
+exactly the checked file open. To reopen its log conmon (2.0 to 2.2) closes the file, opens ``<path>.tmp`` with O_TRUNC,
+without O_APPEND, and renames that to its path; if any of this fails, it ends. So ``<path>.tmp`` is made a link to a
+new, empty file before. This file is bound into the bundle: a stopped conmon may continue after the death of the agent
+that asked it, when that agent's descriptors no longer exist.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class LogFile:
     def end_last_lines(self) -> None:
         """Have the last line of each stream end in a record ``F``, where its program wrote no newline; OSError.
 
-        conmon cannot know that it is the last, and leaves a record ``P``: the part of a line that goes on.
+        conmon cannot know that it is the last, and leaves a record ``P``: a part of a line that continues.
         """
         descriptor = self._open(os.O_RDWR, make_folders=False)
         try:
@@ -104,7 +104,7 @@ class LogFile:
 
 
 class LogLink:
-    """The path ``log`` in a container's bundle ``folder``, which conmon is told."""
+    """The path ``log`` in a container's bundle ``folder``, which conmon gets."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "log"
@@ -112,7 +112,7 @@ class LogLink:
 
     @property
     def is_used(self) -> bool:
-        """Whether this container's conmon was told it."""
+        """Whether this container's conmon got it."""
         return self.path.is_symlink()
 
     def lead_to(self, descriptor: int) -> None:
@@ -131,7 +131,7 @@ class LogLink:
         return bound
 
     def lead_next_to(self, bound: Path) -> None:
-        """Have conmon open the file bound at ``bound`` when it is told to open its log again."""
+        """Have conmon open the file bound at ``bound`` when it is asked to open its log again."""
         _link(self._next, str(bound))
 
     def waiting(self) -> Path | None:
@@ -150,7 +150,7 @@ class LogLink:
         return None
 
     def leads_to(self, bound: Path) -> bool:
-        """Whether conmon has opened the file that ``lead_next_to`` was told: it renames the link then."""
+        """Whether conmon has opened the file of ``lead_next_to``: it renames the link then."""
         with contextlib.suppress(OSError):
             return self.waiting() is None and self.path.readlink() == bound
         return False
@@ -169,7 +169,9 @@ def has_open(monitor: ProcessName, descriptor: int) -> bool:
 
 
 def append_from_now_on(monitor: ProcessName, descriptor: int) -> None:
-    """Have conmon, which has the file of ``descriptor`` open, append to it, wherever others write or cut it off."""
+    """Have conmon, which has the file of ``descriptor`` open, append to it, even if others write to it
+    or truncate it.
+    """
     number = _number_in(monitor, descriptor)
     pidfd = processes.open_process(monitor.pid, monitor.started)
     if pidfd is None or number is None:
@@ -196,7 +198,7 @@ def _inside(folder: int, parts: list[str]) -> int:
 
 
 def _link(path: Path, target: str) -> None:
-    """Make or replace a link in one step: conmon, which may come at any time, makes a file where there is none."""
+    """Make or replace a link in one step: conmon may open it at any time, and creates a file if there is none."""
     made = path.with_name(f"{path.name}.new")
     made.unlink(missing_ok=True)
     made.symlink_to(target)
@@ -204,7 +206,7 @@ def _link(path: Path, target: str) -> None:
 
 
 def _unfinished(tail: bytes, *, whole: bool) -> Iterator[int]:
-    """Where the tags of the last records of each stream are, if they say that the line goes on."""
+    """The positions of the tags of the last records of each stream, if they say that the line continues."""
     streams = {b"stdout", b"stderr"}
     end = len(tail)
     while streams and end > 0:

@@ -18,13 +18,13 @@ from runtime.cgroups.tree import CgroupTree
 from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox, SandboxState
 
-# A rate since the start tells something about now only while the start is not long ago.
+# A rate since the start says something about the present only shortly after the start.
 _YOUNG_NS = 20_000_000_000
 _ENDED = -1
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What one cgroup, or several together, use; None where the kernel does not tell, for limits: none.
+    """What one cgroup, or several together, use; None if the kernel has no value; for limits: no limit.
 
     ``nano_cores`` is the rate of processor use over a window; ``tasks`` counts threads, if it was asked for.
     """
@@ -39,7 +39,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Meter:
-    """Reads one cgroup from any thread; what it counts began at ``started_ns`` (0: nobody knows)."""
+    """Reads one cgroup from any thread; its counters began at ``started_ns`` (0: unknown)."""
 
     def __init__(self, cgroup: Cgroup, started_ns: int) -> None:
         self.cgroup = cgroup
@@ -67,7 +67,7 @@ class Meter:
 
 
 def total(usages: Iterable[Usage]) -> Usage:
-    """Several cgroups as one, for pods that have none of their own; of none at all: nothing is used, now."""
+    """Several cgroups as one, for pods without their own; for an empty list: no use, now."""
     parts = list(usages)
     memories = [part.memory for part in parts if part.memory is not None]
     now = time.time_ns()
@@ -105,9 +105,10 @@ class Meters:
         return meter
 
     def processor_time(self, container: Container) -> int | None:
-        """Nanoseconds that a container has used, which stand still while nothing in it runs; -1 when it does not run.
+        """Nanoseconds of processor time of a container, constant while none of its processes runs; -1 if it does not
+        run.
 
-        None where they do not tell whether its files change: containers that see its processes may reach them too.
+        None if they do not show whether its files change: other containers that see its processes may write to them.
         """
         meter = self.of_container(container)
         if meter is None:

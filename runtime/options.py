@@ -15,9 +15,8 @@ class HandlerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``path`` is the OCI runtime's program (looked up on the PATH if it has no slash); ``type`` how it is driven: ``oci``
     is by the commands that runc and crun share. ``root`` is the folder of its own state (default: one per handler in
     the run folder); ``arguments`` are put before its subcommand. ``allowed_annotations`` are shell patterns of the
-    annotations of pods that it gets to see; those by which crun itself is told what to do (``run.oci.*``) never are
-    among them. ``seccomp_profile`` is a file that stands for RuntimeDefault in its containers, ``io_weight``
-    that of its pods.
+    annotations of pods that it may see; those that control crun itself (``run.oci.*``) are never passed.
+    ``seccomp_profile`` is the file used for RuntimeDefault in its containers, ``io_weight`` that of its pods.
     """
 
     path: str
@@ -46,15 +45,15 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``data_dir`` holds what survives a reboot, ``run_dir`` (best on a tmpfs) what does not. ``default_runtime`` names
     the handler used where none is asked for; empty means the first that works on this host, in the order of
     ``handlers``. ``cgroup_driver`` is ``auto`` (systemd where it runs as init), ``cgroupfs`` or ``systemd``;
-    ``cgroup_parent`` is where pods without a parent of their own go. ``pids_limit`` is the number of processes and
-    threads of a container, 0 for no limit. ``container_start_parallelism`` bounds OCI runtimes at work at one time, 0
-    for one per core. ``seccomp_profile`` is a file that replaces the RuntimeDefault profile. ``shm_size`` is that of a
-    pod's /dev/shm, in bytes. ``selinux`` says whether containers get labels where the node has SELinux. ``umask``
-    is that of containers, in octal digits. ``io_weight`` is what a pod counts for, from 1 to 1000, where pods
-    compete for a disk: twice the weight, twice the share; 0 leaves the kernel's default, which is 100.
-    ``hooks_dirs`` are folders of OCI hooks (oci-hooks(5)), of which a later one goes before an earlier one.
-    What an image has at its VOLUMEs is copied for each container: ``max_volume_copy_bytes`` of data (holes of sparse
-    files are none) and ``max_volume_copy_entries`` files at most, all VOLUMEs of a container together.
+    ``cgroup_parent`` is the parent of pods that name none. ``pids_limit`` is the number of processes and threads of a
+    container, 0 for no limit. ``container_start_parallelism`` bounds OCI runtimes at work at one time, 0 for one per
+    core. ``seccomp_profile`` is a file that replaces the RuntimeDefault profile. ``shm_size`` is that of a pod's
+    /dev/shm, in bytes. ``selinux`` says whether containers get labels where the node has SELinux. ``umask`` is that of
+    containers, in octal digits. ``io_weight`` is the weight of a pod, from 1 to 1000, when pods compete for a disk:
+    twice the weight, twice the share; 0 leaves the kernel's default, which is 100. ``hooks_dirs`` are folders of OCI
+    hooks (oci-hooks(5)), of which a later one has precedence over an earlier one. What an image has at its VOLUMEs is
+    copied for each container: ``max_volume_copy_bytes`` of data (holes of sparse files are none) and
+    ``max_volume_copy_entries`` files at most, all VOLUMEs of a container together.
     """
 
     data_dir: str = "/var/lib/podkeel"

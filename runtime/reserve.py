@@ -19,7 +19,7 @@ _log = logging.getLogger("podkeel.agent")
 
 
 class Reserve:
-    """Files in ``folder`` that stand for the space: released when a start begins, kept again once it is over.
+    """Files in ``folder`` that reserve the space: released when a start begins, made again once it is over.
 
     They are also released for containers that are stopped while the folder is full.
     """
@@ -28,12 +28,12 @@ class Reserve:
         self._folder = folder
 
     def release(self) -> None:
-        """Let the space be used. Blocks."""
+        """Release the space. Blocks."""
         with contextlib.suppress(OSError):
             remove_whatever(self._folder)
 
     def release_if_short(self) -> None:
-        """Let the space be used if there is hardly another: conmon is about to write down how a container ended."""
+        """Release the space if there is hardly any other: conmon is about to record how a container ended."""
         with contextlib.suppress(OSError):
             room = os.statvfs(self._folder)
             if room.f_bavail * room.f_frsize < _SHORT_BYTES or (room.f_files and room.f_favail < _SHORT_FILES):
@@ -41,7 +41,7 @@ class Reserve:
                 self.release()
 
     def keep(self) -> None:
-        """Take the space; a folder that is too full for it is told. Blocks."""
+        """Reserve the space; a folder that is too full for it is logged. Blocks."""
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             for number in range(_FILES):

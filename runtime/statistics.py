@@ -31,8 +31,8 @@ from runtime.state.state import State
 T = TypeVar("T")
 Networks = dict[str, NetworkReading]  # by sandbox id
 
-# To count the sockets of one pod the kernel walks tables of the whole host, for milliseconds: that is done aside, this
-# often at most, and then rests a hundred times as long as it took.
+# To count the sockets of one pod the kernel walks tables of the whole host, which takes milliseconds. So it is done in
+# the background, at most this often, with pauses of a hundred times its duration.
 _CONNECTIONS_SECONDS = 30.0
 _CONNECTIONS_REST = 100
 # Pods not counted yet are counted at once when they are so few: what is described is also there in their first metrics.
@@ -44,7 +44,7 @@ _EVERYBODYS = ("", "/")
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """A sandbox with its running containers; ``own_parent``: its parent cgroup holds nobody else's containers."""
+    """A sandbox with its running containers; ``own_parent``: its parent cgroup holds only its containers."""
 
     sandbox: Sandbox
     containers: Sequence[Container]
@@ -53,7 +53,7 @@ class Pod:
 
 @dataclass(frozen=True, slots=True)
 class PodSnapshot:
-    """Everything the metrics tell of a pod: of itself, and of its containers by id."""
+    """All metrics of a pod: its own, and those of its containers by id."""
 
     sandbox_id: str
     itself: tuple[Labels, Snapshot]
@@ -117,7 +117,7 @@ class Statistics:
         return self._writable.usage(container.id)
 
     async def networks(self, pods: Sequence[Pod], *, connections: bool = False) -> Networks:
-        """Traffic of the pods with a network of their own, by sandbox id."""
+        """Traffic of the pods with a pod network, by sandbox id."""
         return await self.with_networks(pods, lambda networks: networks, connections=connections)
 
     async def with_networks(
@@ -134,7 +134,7 @@ class Statistics:
         return await in_fresh_thread(read)
 
     async def snapshots(self) -> list[PodSnapshot]:
-        """Everything the metrics tell of all ready pods, now; counts of sockets as they were counted last."""
+        """All metrics of all ready pods, now; with the last counts of sockets."""
         pods = self.pods()
         if self._connections_due <= time.monotonic() and (self._counting is None or self._counting.done()):
             self._counting = asyncio.create_task(self._count_connections(pods), name="connections")
@@ -209,7 +209,7 @@ class Statistics:
 
 
 class _Filesystem:
-    """The file system that writable layers lie on, looked at once for many of them."""
+    """The file system of writable layers, read once for many of them."""
 
     def __init__(self, folder: str) -> None:
         self._status = os.statvfs(folder)

@@ -1,4 +1,4 @@
-"""Frozen cgroups: whose processes stand still until they are thawed, and on cgroup v1 do not even die before.
+"""Frozen cgroups: their processes do not run until they are thawed, and on cgroup v1 not even a kill ends them before.
 
 A cgroup is frozen by itself or by one above it: freezer.state on version 1, cgroup.freeze on version 2 (the kernel's
 cgroup-v1/freezer-subsystem.rst and cgroup-v2.rst).

@@ -18,7 +18,7 @@ class CgroupMoves:
         self._preparing: asyncio.Future[None] | None = None
 
     def expect(self) -> None:
-        """A container is about to be made: let the kernel prepare for the move of its process. Nobody waits for it."""
+        """A container is about to be made: prepare the kernel for the move of its process. No caller waits for this."""
         if self._preparing is None or self._preparing.done():
             self._preparing = asyncio.get_running_loop().run_in_executor(None, self._prepare)
 

@@ -1,4 +1,4 @@
-"""Slices of systemd (systemd.slice(5)): how they are named, where they lie, and their end."""
+"""Slices of systemd (systemd.slice(5)): their names, their paths, and their end."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def slice_name(parent: str) -> str:
 
 
 def slice_path(name: str) -> str:
-    """The path of a systemd slice: ``a-b.slice`` lies in ``a.slice``."""
+    """The path of a systemd slice: ``a-b.slice`` is in ``a.slice``."""
     return "".join(f"/{outer}" for outer in reversed(with_outer_slices(name)))
 
 
 def with_outer_slices(name: str) -> list[str]:
-    """A slice and those it lies in, innermost first; the root slice is not named."""
+    """A slice and its parents, innermost first, without the root slice."""
     if name == "-.slice":
         return []
     parts = name.removesuffix(".slice").split("-")
@@ -30,7 +30,7 @@ def with_outer_slices(name: str) -> list[str]:
 
 
 async def stop_slice(name: str) -> None:
-    """Have systemd end a slice: it keeps each one that was ever used until it is told. One it does not know is fine."""
+    """Have systemd stop a slice: it keeps every slice that was ever used until then. An unknown one is no error."""
     await processes.run(["systemctl", "stop", "--", name], timeout=_STOP_SECONDS, check=False)
     if (_RUNTIME_PROPERTIES / f"{name}.d").exists():
         await processes.run(["systemctl", "revert", "--", name], timeout=_PROPERTY_SECONDS, check=False)

@@ -1,4 +1,4 @@
-"""Where containers stand in the cgroup tree, and what is done to a whole cgroup. Limits are the OCI runtime's work."""
+"""The places of containers in the cgroup tree, and operations on a whole cgroup. The OCI runtime sets limits."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from runtime.cgroups.slices import set_io_weight, slice_name, slice_path, stop_s
 from runtime.specgen.config import SCOPE_SUBGROUP
 
 _ID = re.compile(r"[0-9a-f]{64}")
-# Proportional shares come from the scheduler BFQ or, with version 2, from the controller's own cost model.
+# Proportional shares need the scheduler BFQ or, with version 2, the controller's own cost model.
 _IO_WEIGHTS = {1: ("blkio.bfq.weight", "blkio.weight"), 2: ("io.bfq.weight", "io.weight")}
-_NO_LIMIT = 2**63 - 4096  # what version 1 shows and both take for none
+_NO_LIMIT = 2**63 - 4096  # what version 1 shows, and both versions read as no limit
 _V1_NEEDED = ("memory", "pids", "cpu", "freezer", "devices")
 
 
@@ -151,7 +151,7 @@ class CgroupTree:
         await in_thread(self.remove, self.parent_path(parent))
 
     async def remove_base(self, base: str) -> None:
-        """Remove the cgroup below which pods without a parent of their own were, if nothing is left in it."""
+        """Remove the cgroup of the pods without a parent, if it is empty."""
         if self.driver != "systemd":
             await in_thread(self._remove_base, base)
             return
@@ -234,7 +234,7 @@ class CgroupTree:
         return any(folder.is_dir() for folder in self.folders(path))
 
     def lift_cpu_quota(self, path: str) -> None:
-        """Let cgroup ``path`` use the CPU without a quota; newer versions of crun set it for the scope above too."""
+        """Remove the CPU quota of cgroup ``path``; newer versions of crun set it for the scope above too."""
         if self.version == 1:
             (self.mounts["cpu"] / path.lstrip("/") / "cpu.cfs_quota_us").write_text("-1")
             return
@@ -273,7 +273,9 @@ class CgroupTree:
         return found
 
     def set_oom_score_adj(self, path: str, leader: int, value: int) -> None:
-        """Give process ``leader`` of cgroup ``path`` another oom_score_adj, and those in there that have the same."""
+        """Give process ``leader`` of cgroup ``path`` another oom_score_adj, and those in the cgroup
+        that have the same.
+        """
         pids = self.processes(path)
         if leader not in pids:
             return
@@ -283,7 +285,7 @@ class CgroupTree:
                 _change_oom_score_adj(pid, old, value)
 
     def cpuset(self, path: str) -> tuple[str, str]:
-        """CPUs and memory nodes that cgroup ``path`` may use, as lists such as ``0-3``; empty where nothing tells."""
+        """CPUs and memory nodes that cgroup ``path`` may use, as lists such as ``0-3``; empty if unknown."""
         folder = self.mounts.get("unified" if self.version == 2 else "cpuset", Path("/nowhere")) / path.lstrip("/")
         names = ("cpus.effective", "mems.effective") if self.version == 2 else ("cpus", "mems")
         try:

@@ -1,7 +1,7 @@
-"""What is looked at once more when a container was created and does not run yet.
+"""Checks of a container that is created and does not run yet.
 
-Others may change a volume while the OCI runtime goes through it. Nothing of the container runs before its start, so
-what is found here stays as it is until then.
+Others may change a volume while the OCI runtime resolves paths in it. Nothing of the container runs before its start,
+so the results stay valid until then.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _OF_THE_NODE = frozenset(
 
 
 def needs_verifying(spec: ContainerSpec, *, refuses_outside: bool) -> bool:
-    """Whether something of ``spec`` lies in volumes, so that what was found before may have changed meanwhile.
+    """Whether paths of ``spec`` are in volumes, so that earlier results may have changed meanwhile.
 
-    ``refuses_outside``: the OCI runtime looks by itself whether it is in the container.
+    ``refuses_outside``: the OCI runtime itself checks that it is in the container.
     """
     return spec.mounts_in_volumes or (spec.directory_in_volume and not refuses_outside)
 

@@ -114,7 +114,7 @@ class ContainerManager:
             target = held.enter_context(target_pid_namespace(node, container))
             request = spec_request(node, container, image, runtime, image_volumes, target_pids=target)
             spec = await self._make_spec(container, request, operation)
-            async with container.lock:  # its end, should it come now, is handled after the commit
+            async with container.lock:  # if it ends now, that is handled after the commit
                 async with operation.stage("runtime"), node.handlers.slots:
                     await self._create_in_runtime(container, monitor, runtime, spec)
                 await self._verify(container, runtime, spec)
@@ -148,12 +148,12 @@ class ContainerManager:
         return spec
 
     async def _work_on_spec(self, operation: Operation, work: Callable[[Permission], T]) -> T:
-        """In a thread of its own: volumes may be on a file system whose server does not answer for hours."""
+        """In a separate thread: volumes may be on a file system whose server does not answer for hours."""
         async with operation.stage("spec"):
             return await self._threads.run(operation.subject, work)
 
     async def _log_path(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Path | None:
-        """In a thread of its own: the log folder may be on a file system whose server does not answer for hours."""
+        """In a separate thread: the log folder may be on a file system whose server does not answer for hours."""
         if not config.log_path:
             return None
         work = partial(resolve_log_path, sandbox.config.log_directory, config.log_path)
@@ -237,7 +237,7 @@ class ContainerManager:
             await self._threads.run(container.title, lambda _: verify(init, spec))
 
     async def _discard(self, container: Container) -> None:
-        """Undo everything of a container that did not come to be."""
+        """Undo everything of a container that was not completed."""
         node = self._node
         await self._exits.release_runtime(container)
         await self._exits.end_monitor(container)
@@ -250,7 +250,7 @@ class ContainerManager:
         self._forget(container)
 
     async def undo_half_made(self, container: Container) -> None:
-        """Undo a container whose making was cut short by the agent's death."""
+        """Undo a container that was being made when the agent died."""
         await self._discard(container)
 
     def _forget(self, container: Container) -> None:
@@ -318,7 +318,7 @@ class ContainerManager:
         await asyncio.gather(*(self._exits.released(container) for container in containers))
 
     def _thaw_dying(self, sandbox: Sandbox, containers: Sequence[Container]) -> None:
-        """Thaw the pod's own cgroup if it is frozen, once all in there were killed."""
+        """Thaw the pod's own cgroup if it is frozen, once all its processes were killed."""
         cgroups, parent = self._node.cgroups, sandbox.record.cgroup_parent
         path = cgroups.parent_path(parent)
         if sandbox.record.boot_id != self._state.boot_id or not cgroups.is_frozen(path):
@@ -343,7 +343,7 @@ class ContainerManager:
 
 
 def validate_container(config: cri_pb2.ContainerConfig) -> None:
-    """Raise InvalidArgumentError for what can never work, whatever the state of the node."""
+    """Raise InvalidArgumentError for a configuration that can never work on any node."""
     name = config.metadata.name
     if not name:
         raise InvalidArgumentError("the container configuration has no metadata with a name: give metadata.name")

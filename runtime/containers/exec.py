@@ -86,7 +86,7 @@ class Execution:
     ) -> ExecCall:
         """The OCI runtime's exec of ``command`` in a container that runs, on a terminal of that size if wanted.
 
-        Raises WrongStateError for a frozen container, in which the OCI runtime would stand still too.
+        Raises WrongStateError for a frozen container, in which the OCI runtime would be frozen too.
         """
         node = self._node
         if node.cgroups.is_frozen(container.record.cgroup):
@@ -141,7 +141,7 @@ class Execution:
         if self._sees_others(container):
             raise PermissionDeniedError(
                 f"{container.title}: it sees processes of others, and its runtime handler {runtime.name!r} "
-                f"({runtime.features.version}) could be led out of it by links on the way of its working directory "
+                f"({runtime.features.version}) could be led out of it by links in its working directory "
                 f"{process.cwd}: install crun 1.14.1, runc 1.1.12 or newer ones, or make / its working directory"
             )
         return None
@@ -176,14 +176,14 @@ class Execution:
             await hooks.carry_out(container)
 
     async def apply(self, container: Container, change: LimitChange) -> None:
-        """The same as a plugin asks for it: no plugin is told."""
+        """The same for a plugin: no plugin is notified."""
         async with container.lock:
             await self.limits.change(container, change, container.begin("UpdateContainerResources"))
 
     async def reopen_log(self, container_id: str) -> None:
         """Have the log written to a new file after the old one was renamed; nothing if it was not.
 
-        Whatever fails leaves the old log going.
+        After any failure the old log is still used.
 
         Raises:
             WrongStateError: the container does not run, has no log, or another file with content took the log's place.
@@ -215,7 +215,7 @@ class Execution:
             opened = await self._open_next(container, monitor, log, descriptor)
         except OSError as error:
             log.path.unlink(missing_ok=True)
-            raise PodkeelError(f"{container.title}: its conmon cannot be told: {error.strerror}") from error
+            raise PodkeelError(f"{container.title}: its conmon cannot be reached: {error.strerror}") from error
         if not opened:
             raise PodkeelError(f"{container.title}: its conmon did not open {log.path} within {REOPEN_SECONDS:g} s")
 
@@ -235,7 +235,7 @@ class Execution:
             return opened
         monitors, folder = self._node.monitors, link.path.parent
         told = link.waiting() is not None and monitors.has_unread(container.id)
-        if link.waiting() is not None and not told:  # it is about to open it, or an agent died that would tell it
+        if link.waiting() is not None and not told:  # it is about to open it, or the agent that would ask it died
             await wait_for_entries(folder, lambda: link.waiting() is None, _TAKING_SECONDS)
             if await in_fresh_thread(has_open, monitor, descriptor):
                 await in_fresh_thread(append_from_now_on, monitor, descriptor)
@@ -258,7 +258,8 @@ class Execution:
 def _lead_next_to(link: LogLink, monitor: ProcessName, descriptor: int, tell: Callable[[], None], told: bool) -> Path:
     """Have conmon open the new, empty file of ``descriptor``; returns where that is bound.
 
-    Conmon is to be told once, and is ``told`` if it is yet to read that: a second time it would find nothing to open.
+    conmon must be asked only once, and ``told`` says that a request waits: at a second one it would find nothing to
+    open.
     """
     late = link.open_waiting() if told else None
     try:

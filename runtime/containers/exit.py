@@ -81,7 +81,8 @@ class ContainerExit:
         await _end_log(container)
         async with self._node.hooks.passing():
             counted = self._describe_end(container, exit_record)
-            # What the runtime holds is given back meanwhile: should we die before the commit, conmon's record is there.
+            # The runtime's resources are released meanwhile: if the agent dies before the commit, conmon's record
+            # exists.
             container.cleanup = self._spawn(self.clean_up(container))
             await self.save_end(container, sandbox_too=counted)
         self.ended(container)
@@ -120,7 +121,7 @@ class ContainerExit:
         await self._node.hooks.stopped_container(container)
 
     def ended(self, container: Container) -> None:
-        """Tell those who wait for the end, and the clients, and begin to clean up."""
+        """Notify waiting callers and clients of the end, and begin to clean up."""
         container.exited.set()
         self._kills.forget(container.id)
         self._node.meters.forget(container.id)
@@ -194,7 +195,7 @@ class ContainerExit:
             _log.error("container: exit could not be handled: %s", error, exc_info=error)
 
     async def close(self) -> None:
-        """Let go of the monitors, which live on, and wait for what is being cleaned up."""
+        """Close the watches of conmon processes, which keep running, and wait for the clean-up."""
         self._kills.close()
         loop = asyncio.get_running_loop()
         for container in self._state.containers:
@@ -207,7 +208,10 @@ class ContainerExit:
 
 
 async def _end_log(container: Container) -> None:
-    """Mark the last lines of an ended container's log as such; nobody waits for a log folder that does not answer."""
+    """Mark the last lines of an ended container's log as such.
+
+    No caller waits for a log folder that does not answer.
+    """
     if container.log is None:
         return
     work = asyncio.ensure_future(in_fresh_thread(container.log.end_last_lines))
@@ -216,13 +220,13 @@ async def _end_log(container: Container) -> None:
 
 
 def kill_group(cgroups: CgroupTree, record: ContainerRecord) -> None:
-    """Kill what may outlive a container's first process, and what cannot die as it is frozen."""
+    """Kill processes that may outlive a container's first process, and those that cannot end as they are frozen."""
     if not record.private_pid_namespace or cgroups.is_frozen(record.cgroup):
         cgroups.kill(record.cgroup)
 
 
 def clear_cgroup(cgroups: CgroupTree, path: str) -> None:
-    """Kill what is left in a cgroup, in whichever hierarchies it is, and remove it. Blocks until that has ended."""
+    """Kill the remaining processes of a cgroup, in all hierarchies, and remove it. Blocks until that has ended."""
     cgroups.kill(path)
     pids = cgroups.all_processes(path)
     for pid in pids:

@@ -158,7 +158,7 @@ class KillWatch:
             _log.warning("%s: out-of-memory kills cannot be dated: %s", watched.container.title, error)
 
     async def _follow(self, watched: _Watched) -> None:
-        """Look until nobody in the container is dying and no further kill is counted."""
+        """Look until no process in the container is ending and no further kill is counted."""
         before = -1
         while True:
             watched.again = False
@@ -177,7 +177,7 @@ class KillWatch:
     def _look(self, container: Container) -> _Look:
         file = self._layout.container(container.id).out_of_memory
         at = _time_of(file)
-        file.unlink(missing_ok=True)  # before the count is read: what comes later makes a new one
+        file.unlink(missing_ok=True)  # before the count is read: a later kill causes a new look
         kills = self._cgroups.out_of_memory_kills(container.record.cgroup)
         pids = self._cgroups.processes(container.record.cgroup)[:_MOST_PROCESSES]
         dying = any(map(procfs.is_being_killed, pids))

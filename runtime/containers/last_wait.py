@@ -23,13 +23,13 @@ _log = logging.getLogger("podkeel.containers")
 async def wait_for_end(node: Node, container: Container) -> bool:
     """Wait until a container that was killed has ended; False if its program has, and conmon cannot even be killed.
 
-    A conmon that was stopped goes on, one that does not write down the end is killed. Raises WrongStateError where a
-    frozen cgroup above the container's keeps its processes, DeadlineError where the kernel does.
+    A stopped conmon is continued; one that does not record the end is killed. Raises WrongStateError where a frozen
+    cgroup above the container's keeps its processes, DeadlineError where the kernel does.
     """
     holder = node.cgroups.holding_frozen(container.record.cgroup)
     if holder is not None:
         raise WrongStateError(
-            f"{container.title} cannot end: cgroup {holder} is frozen, in which killed processes do not die: thaw it"
+            f"{container.title} cannot end: cgroup {holder} is frozen, and killed processes in it do not end: thaw it"
         )
     if not await _program_ended(container):
         raise DeadlineError(

@@ -1,4 +1,4 @@
-"""Where a container's log goes."""
+"""The path of a container's log."""
 
 from __future__ import annotations
 

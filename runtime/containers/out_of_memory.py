@@ -1,4 +1,4 @@
-"""Whether the kernel killed a container for want of memory, told also after its cgroup is gone."""
+"""Whether the kernel killed a container for lack of memory, known also after its cgroup is removed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runtime.state.container import Container, ContainerState
 KILLED_EXIT_CODE = 137  # 128 + SIGKILL
 # A program that survived a kill and ends with the code of the one killed within this time passes it on, as shells do.
 _NEAR = 800_000_000
-# The same where nobody saw that the first process lived on: after the kill it may have taken its time to die.
+# The same if it was not seen that the first process survived: after the kill it may have taken some time to end.
 _NEAR_UNSEEN = 2_000_000_000
 
 

@@ -86,7 +86,7 @@ def _release_volumes(folder: ContainerFolder) -> list[Path]:
 
 
 def status_mounts(node: Node, mounts: list[cri_pb2.Mount]) -> list[bytes]:
-    """The mounts as the status shows them, encoded: images with the id they stand for, as PullImage answers it."""
+    """The mounts as the status shows them, encoded: images with their id, as PullImage returns it."""
     shown = []
     for given in mounts:
         mount = cri_pb2.Mount()

@@ -23,7 +23,7 @@ _log = logging.getLogger("podkeel.containers")
 
 
 class ContainerStart:
-    """Lets created containers run."""
+    """Starts created containers."""
 
     def __init__(self, node: Node, exits: ContainerExit, stops: ContainerStop) -> None:
         self._node = node
@@ -32,7 +32,7 @@ class ContainerStart:
         self._stops = stops
 
     async def start(self, container_id: str) -> None:
-        """Let a created container run.
+        """Start a created container.
 
         Raises:
             NotFoundError: there is no such container.
@@ -47,7 +47,7 @@ class ContainerStart:
                 raise WrongStateError(f"{container.title} is {record.state}, only a created one can be started")
             if container.sandbox.record.state is not SandboxState.READY or container.sandbox.closing:
                 raise WrongStateError(f"{container.title}: its sandbox is not ready: make a new one")
-            # A start that is interrupted may have happened or not, so one whose client goes away is carried to its end.
+            # An interrupted start may have happened or not, so a start continues to its end if its client leaves.
             await wait_out(asyncio.ensure_future(self._start(container)))
 
     async def _start(self, container: Container) -> None:

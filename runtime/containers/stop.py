@@ -45,7 +45,7 @@ class ContainerStop:
         async with operation.stage("kill"):
             if not container.exited.is_set():
                 await self._kill_and_wait(container)
-        if not container.record.private_pid_namespace:  # others die with their init; these may have survived it
+        if not container.record.private_pid_namespace:  # others end with their init; these may have survived it
             async with operation.stage("release"):
                 await self._exits.released(container)
 

@@ -76,9 +76,9 @@ def give_up_rights() -> None:
 
 
 def limit(pid: int) -> None:
-    """Let the init with that pid, started by the calling thread, take no memory to speak of and start no process.
+    """Limit the init with that pid, started by the calling thread, to very little memory and to no child process.
 
-    It is in none of the pod's cgroups, whose limits who traces it could pass by. Raises OSError.
+    It is in none of the pod's cgroups, so a process that traces it could use it to exceed their limits. Raises OSError.
     """
     resource.prlimit(pid, resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.prlimit(pid, resource.RLIMIT_NPROC, (1, 1))

@@ -1,7 +1,7 @@
-"""The root of the inits of shared PID namespaces: a read-only tmpfs with their program and a null device of its own.
+"""The root of the inits of shared PID namespaces: a read-only tmpfs with their program and a separate null device.
 
 Containers of a pod reach it through /proc/1/root and /proc/1/exe, and OCI runtimes do so with all capabilities. As the
-file system itself is read-only, nobody can write, rename, chmod or chown anything in it.
+file system itself is read-only, no process can write, rename, chmod or chown anything in it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from host.files import mounts
 PROGRAM = "/catatonit"
 
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}[os.uname().machine]
-# Where it is mounted for a moment, in mount namespaces that nobody else is in. Every node has that folder.
+# Where it is mounted for a moment, in mount namespaces without other processes. Every node has that folder.
 _PLACE = "/dev"
 _NULL = os.makedev(1, 3)
 _SPARE_BYTES = 65536
@@ -40,7 +40,7 @@ class InitRoot:
         libc.setns(self._made(program), libc.CLONE_NEWNS)
 
     def clone(self, program: str) -> int:
-        """A detached mount of the copy of ``program``. The calling thread, a fresh one, is left in there."""
+        """A detached mount of the copy of ``program``. The calling thread, a new one, stays in that namespace."""
         self.enter(program)
         return libc.clone_tree(PROGRAM)
 
@@ -88,7 +88,7 @@ def _make(program: str) -> int:
         _mount(size)
         copy = Path(_PLACE + PROGRAM)
         shutil.copyfile(program, copy)
-        copy.chmod(0o711)  # nobody inside a user namespace can look through a program that it cannot read
+        copy.chmod(0o711)  # a process inside a user namespace cannot inspect a program that it cannot read
         _become_root()
     except BaseException:
         os.close(namespace)
@@ -100,7 +100,7 @@ def become_root_of(namespace: int, program: int, name: str) -> None:
     """Make the root of a pod's init the root of the mount namespace of descriptor ``namespace``, and of all in it.
 
     ``program`` is a detached mount of its program, which is found as ``/name``. The calling thread, a fresh one that
-    shares no root with others, is left in there.
+    shares no root with others, stays in that namespace.
     """
     libc.setns(namespace, libc.CLONE_NEWNS)
     _mount(_SPARE_BYTES)
@@ -116,12 +116,12 @@ def _mount(size: int) -> None:
 def _become_root() -> None:
     null = Path(_PLACE, "dev", "null")
     null.parent.mkdir()
-    null.parent.chmod(0o711)  # whatever the agent's umask: the init is no user that owns it
+    null.parent.chmod(0o711)  # independent of the agent's umask: the init's user does not own it
     os.mknod(null, stat.S_IFCHR | 0o600, _NULL)
     null.chmod(0o666)
     # The whole file system, not only this mount of it: that cannot be undone where it is mounted again.
     libc.mount("", _PLACE, "", mounts.MS_REMOUNT | mounts.MS_RDONLY | mounts.MS_NOSUID, "")
     os.chdir(_PLACE)
-    # pivot_root(".", ".") puts the old root on top of the new one, from where it is let go (pivot_root(2)).
+    # pivot_root(".", ".") puts the old root on top of the new one, from where it is unmounted (pivot_root(2)).
     libc.syscall(_SYS_PIVOT_ROOT, b".", b".")
     libc.umount(".", mounts.MNT_DETACH)

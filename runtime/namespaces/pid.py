@@ -76,7 +76,7 @@ def _in_thread_of_its_own(work: Callable[[], int]) -> int:
 def start_holder_in_user_namespace(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
     """The same for a pod with a user namespace, which then owns the PID namespace.
 
-    A process with threads cannot enter a user namespace, so util-linux does it. Nobody inside can look into the init,
+    A process with threads cannot enter a user namespace, so util-linux does it. No process inside can inspect the init,
     which has rights in that user namespace only. Runs in a fresh thread, which it leaves in other namespaces. Blocks.
     """
     program = _installed(catatonit)
@@ -159,11 +159,11 @@ def pin_holder(folder: SandboxFolder, pid: int) -> ProcessName:
 
 
 def end_holder(holder: ProcessName | None, folder: SandboxFolder, sandbox_id: str) -> None:
-    """Kill the init of a pod's PID namespace, and with it all that is left in there. Gone already is fine.
+    """Kill the init of a pod's PID namespace, and with it all remaining processes of the namespace.
 
-    One that was never written down, since the agent died just before, or whose record is lost, is found in the pinned
-    namespace or, where that is not pinned yet, by the mark in its environment. What a process calls itself is not
-    enough: others could be killed in place of the init.
+    If it has ended already, that is no error. Its record may be missing, because the agent died before writing it or
+    because it was lost. Then it is found in the pinned namespace or, if that is not pinned yet, by the mark in its
+    environment. The name of a process is not enough: other processes could be killed instead of the init.
     """
     named = _open_own(holder, folder, sandbox_id) if holder is not None else None
     if named is not None:

@@ -21,8 +21,8 @@ _FLAGS = {"net": libc.CLONE_NEWNET, "ipc": libc.CLONE_NEWIPC, "uts": libc.CLONE_
 
 @dataclass(frozen=True, slots=True)
 class NamespacePlan:
-    """What a sandbox gets of its own: ``kinds`` out of net, ipc and uts; sysctls are set inside them, those of network
-    interfaces by ``set_link_sysctls`` once these are there.
+    """The namespaces of a sandbox: ``kinds`` out of net, ipc and uts. Sysctls are set inside them; those of network
+    interfaces by ``set_link_sysctls`` once these exist.
 
     With ``mappings`` of uids and gids it gets a user namespace too, which owns the others. ``mount_label`` is the
     SELinux label of /dev/shm, or empty.
@@ -125,6 +125,6 @@ def _set_sysctl(name: str, value: str) -> None:
 
 
 def remove_whatever(path: Path) -> None:
-    """Delete a folder with all in it, or a file, whatever is there; nothing there is fine. Raises PodkeelError."""
+    """Delete a folder with all its content, or a file; a missing one is no error. Raises PodkeelError."""
     if told := remove_tree(path):
         raise PodkeelError(told[0])

@@ -1,4 +1,4 @@
-"""Namespaces of a pod with a user namespace of its own (KEP-127).
+"""Namespaces of a pod with a user namespace (KEP-127).
 
 A process with threads cannot unshare a user namespace, so a short-lived ``unshare`` (util-linux) makes all of them
 together, which also makes the user namespace their owner; they are pinned and it ends.
@@ -71,10 +71,10 @@ def _waiting_process(options: Sequence[str]) -> Iterator[int]:
 
 
 def make_private(folder: Path, mappings: Mappings | None) -> None:
-    """Make the folder of a sandbox or container in the run folder, which nobody but root may pass through.
+    """Make the folder of a sandbox or container in the run folder, which only root may enter.
 
     It leads to secrets and to set-user-id programs of images. The root of the pod's user namespace, if it has one with
-    these ``mappings``, has to come through as well.
+    these ``mappings``, must be able to enter it too.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     if mappings is not None:

@@ -1,4 +1,4 @@
-"""All plugins of a node: who they are, and what they are told and asked, in the order of their indices."""
+"""All plugins of a node, and the events and requests that they get, in the order of their indices."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from runtime.nri.plugins.trunk import Trunk
 NRI_VERSION = "v0.12.0"
 MOST_PLUGINS = 128
 MOST_UNREGISTERED = 32
-_GATE_SECONDS = 1.0  # how long a plugin that comes keeps new calls waiting for those under way, at one time
+_GATE_SECONDS = 1.0  # how long a new plugin at most makes new calls wait for those that run
 _GONE_KEPT = 32
 
 Answer = TypeVar("Answer", bound=Message)
@@ -63,9 +63,9 @@ class Gone:
 class Adaptation:
     """Admits plugins and passes events to them.
 
-    One event at a time goes through all plugins, as they expect. ``passing`` goes around what makes, changes or removes
-    a pod or container and the event of it: a plugin that is being synchronised sees it either in its list or as event.
-    Inside of ``passing`` no lock of a container is taken, so what plugins ask for others is done outside.
+    One event at a time goes through all plugins, as they expect. ``passing`` encloses an operation on a pod or
+    container and its event: a plugin that is being synchronised sees it either in its list or as an event. Inside
+    ``passing`` no lock of a container is taken, so updates that plugins ask for other containers are done outside.
     """
 
     def __init__(self, options: NriOptions, node: Node) -> None:
@@ -153,7 +153,7 @@ class Adaptation:
             self._unregistered.discard(plugin)
 
     async def _close_gate(self, stack: AsyncExitStack) -> None:
-        """Wait until nothing is under way. Calls that come meanwhile are let in from time to time: one may hang."""
+        """Wait until no operation runs. New calls are admitted from time to time meanwhile: a running one may hang."""
         while True:
             try:
                 async with asyncio.timeout(_GATE_SECONDS):
@@ -174,7 +174,7 @@ class Adaptation:
             _log.warning("nri: plugin %s: gone: %s", plugin.title, plugin.closed)
 
     async def _synchronize(self, plugin: Plugin) -> Updates:
-        """Tell a plugin all that is there; returns the updates that it asks for."""
+        """Send a plugin all pods and containers; returns the updates that it asks for."""
         for request in await self._node.inventory():
             seconds = self._options.registration_seconds
             answer = await plugin.call("Synchronize", request, nri_pb2.SynchronizeResponse, seconds)
@@ -193,10 +193,10 @@ class Adaptation:
         operation: Operation | None = None,
         told: list[Plugin] | None = None,
     ) -> list[tuple[Plugin, Answer]]:
-        """Ask the plugins that want an event, one after the other; their answers.
+        """Ask the plugins that want an event, one after the other; returns their answers.
 
-        Those that were asked are added to ``told``. Raises PodkeelError for an error that one answers. One that is lost
-        over it is left out.
+        Those that were asked are added to ``told``. Raises PodkeelError if one answers with an error. A plugin that is
+        lost meanwhile is left out.
         """
         answers = []
         async with self._events:
@@ -220,7 +220,7 @@ class Adaptation:
         operation: Operation | None = None,
         only: Sequence[Plugin] | None = None,
     ) -> list[tuple[Plugin, Answer]]:
-        """Tell plugins (``only`` these, if given) of what has happened or goes on anyway; errors are only logged."""
+        """Notify plugins (``only`` these, if given) of an event that they cannot stop; errors are only logged."""
         answers = []
         async with self._events:
             for plugin in self._asked(event, None):
@@ -229,7 +229,7 @@ class Adaptation:
                 try:
                     given = await self._ask(plugin, event, request, operation)
                 except PodkeelError as error:
-                    _log.warning("nri: %s, which goes on", error)
+                    _log.warning("nri: %s, which continues", error)
                 else:
                     if given is not None:
                         answers.append((plugin, given))
@@ -258,7 +258,7 @@ class Adaptation:
         operation: Operation | None = None,
         told: list[Plugin] | None = None,
     ) -> Creation:
-        """Let plugins adjust a container that is being made, and validators look at the result.
+        """Allow plugins to adjust a container that is being made, and validators to check the result.
 
         ``subject`` names the container in errors. Those that were asked are added to ``told``. Raises ConflictError
         when two plugins set the same thing, and PodkeelError when one refuses.
@@ -311,9 +311,9 @@ class Adaptation:
     async def update(
         self, request: nri_pb2.UpdateContainerRequest, subject: str, operation: Operation | None = None
     ) -> tuple[nri_pb2.LinuxResources, str, Updates]:
-        """Let plugins change an update of a container.
+        """Allow plugins to change an update of a container.
 
-        Returns what they set, which of them, and what they ask for other containers, for ``carry_out``. Raises
+        Returns their values, the plugins that set them, and updates for other containers, for ``carry_out``. Raises
         PodkeelError when a plugin refuses, ConflictError when two change the same value.
         """
         container_id, updates, owners = request.container.id, Updates(), Owners(subject)
@@ -345,7 +345,7 @@ class Adaptation:
         return nri_pb2.UpdateContainersResponse(failed=await updates.carry_out(self._node))
 
     async def close(self) -> None:
-        """Tell plugins that the agent ends, all at once, and let them go."""
+        """Notify all plugins at once that the agent ends, and disconnect them."""
         await asyncio.gather(*(self._shut_down(plugin) for plugin in self._plugins))
         for plugin in [*self._plugins, *self._unregistered]:
             plugin.close("the agent ends")

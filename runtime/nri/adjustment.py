@@ -13,11 +13,11 @@ from runtime.nri.linux_adjustment import adjust_linux
 from runtime.specgen import config
 from runtime.specgen.draft import Draft
 
-# Orders to crun that are the agent's own: which compiled seccomp filter, and which group below a scope.
+# Annotations for crun that only the agent sets: which compiled seccomp filter, and which group below a scope.
 _AGENT_ANNOTATIONS = ("run.oci.seccomp_bpf_data", "run.oci.systemd.subgroup")
 _STAGES = ("prestart", "create_runtime", "create_container", "start_container", "poststart", "poststop")
 _PROPAGATION = {"shared": "shared", "rshared": "shared", "slave": "rslave", "rslave": "rslave"}
-# OCI runtimes write to files there what confines the process: what an image has in their place would be taken for them.
+# OCI runtimes confine the process by writing to files there: they would use files of an image instead.
 _NEEDED_MOUNTS = ("/proc", "/dev")
 _KERNEL_TYPES = {"/proc": ("proc", "bind"), "/sys": ("sysfs", "bind"), "/dev": ("tmpfs", "devtmpfs", "bind")}
 

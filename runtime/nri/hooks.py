@@ -42,7 +42,7 @@ class Changing:
 
 
 def never_failing(method: Callable[P, Awaitable[None]]) -> Callable[P, Coroutine[Any, Any, None]]:
-    """For a hook that tells of what has happened: an unexpected error is logged, and what waits for it goes on."""
+    """For a hook about something that has happened: an unexpected error is logged, and the operation continues."""
 
     @wraps(method)
     async def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -69,12 +69,12 @@ class _Passage(Passage):
 
 
 class NriHooks(Hooks):
-    """Tells plugins, through ``adaptation``, and does what they ask.
+    """Sends events to plugins, through ``adaptation``, and carries out what they ask for.
 
-    A container that is being made, after CreateContainer, is listed to plugins that come meanwhile, and so is one that
-    no plugin adjusts, once it is drafted. If a plugin comes before that, the container is adjusted as any other.
-    ``_starting`` has the plugins that were there at StartContainer: only these are told of PostStartContainer, and one
-    that comes between the two is told that the container runs.
+    A container that is being made, after CreateContainer, is listed to new plugins; so is one that no plugin adjusts,
+    once it is drafted. If a plugin connects before that, the container is adjusted like any other. ``_starting`` has
+    the plugins that were connected at StartContainer: only these get PostStartContainer. A plugin that connects between
+    the two gets the container as running.
     """
 
     def __init__(self, node: Node, options: NriOptions, version: str, changing: Changing) -> None:
@@ -118,7 +118,7 @@ class NriHooks(Hooks):
 
     @never_failing
     async def undo_sandbox(self, sandbox: Sandbox) -> None:
-        """StopPodSandbox and RemovePodSandbox, to those that were told of RunPodSandbox."""
+        """StopPodSandbox and RemovePodSandbox, to those that got RunPodSandbox."""
         if told := self._told.pop(sandbox.id, []):
             pod, notify = self._views.pod(sandbox), self.adaptation.notify
             await notify(events.STOP_POD_SANDBOX, nri_pb2.StopPodSandboxRequest(pod=pod), only=told)
@@ -164,9 +164,9 @@ class NriHooks(Hooks):
             return True
 
     def drafted(self, container: Container, draft: Draft) -> bool:
-        """Let plugins that come see the container, unless one came already.
+        """Show the container to new plugins, unless one has connected already.
 
-        Who takes the container out of ``_undrafted`` decides, this thread or ``_inventory``.
+        The first that takes the container out of ``_undrafted`` decides: this thread or ``_inventory``.
         """
         self._views.keep_draft(container, draft)
         self._making[container.id] = container, list(self.adaptation.plugins)
@@ -203,7 +203,7 @@ class NriHooks(Hooks):
 
     @never_failing
     async def undo_container(self, container: Container) -> None:
-        """StopContainer and RemoveContainer, to those that were told of it."""
+        """StopContainer and RemoveContainer, to those that know the container."""
         if only := self._knowing(container.id):
             pod, message = await self._views.both(container, nri_pb2.CONTAINER_STOPPED)
             stop = nri_pb2.StopContainerRequest(pod=pod, container=message)
@@ -291,13 +291,13 @@ class NriHooks(Hooks):
             kept.pop(object_id, None)
 
     async def close(self) -> None:
-        """Tell plugins that the agent ends, and wait for what they asked for."""
+        """Notify plugins that the agent ends, and wait for the updates that they asked for."""
         await self.adaptation.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
     def _knowing(self, container_id: str) -> list[Plugin]:
-        """The plugins that were told of a container that is being made, or had it in their list."""
+        """The plugins that know a container that is being made, by an event or from their list."""
         plugins, told = self.adaptation.plugins, self._told.pop(container_id, [])
         there = self._making.pop(container_id, (None, plugins))[1]
         return [plugin for plugin in plugins if plugin in told or plugin not in there]

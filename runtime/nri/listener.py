@@ -52,7 +52,7 @@ class Listener:
         return ""
 
     def _bind(self) -> socket.socket:
-        """A socket that is bound; one that nobody listens on any more is replaced."""
+        """A socket that is bound; one without a listener is replaced."""
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _alone(self._path.parent), contextlib.ExitStack() as stack:
             if self._path.is_socket():
@@ -61,7 +61,7 @@ class Listener:
                 self._path.unlink()
             bound = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
             bound.bind(str(self._path))
-            self._path.chmod(0o600)  # nobody can connect before it listens
+            self._path.chmod(0o600)  # no plugin can connect before it listens
             self._inode = self._path.stat().st_ino
             stack.pop_all()
         return bound

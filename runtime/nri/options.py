@@ -17,7 +17,7 @@ class ValidatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``reject_*`` refuse a container for which a plugin adds OCI hooks, changes the seccomp policy (by the kind of
     profile that the container would have otherwise), sets a namespace or a sysctl. ``required_plugins`` must have seen
     every container; the annotation ``required-plugins.noderesource.dev`` asks for more. Pods whose annotation
-    ``tolerate_missing_annotation`` (empty: none) is ``true`` do without.
+    ``tolerate_missing_annotation`` (empty: none) is ``true`` do not need them.
     """
 
     enabled: bool = False
@@ -34,9 +34,9 @@ class ValidatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class NriOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The Node Resource Interface: plugins on the node that see and shape containers.
 
-    ``socket`` is where plugins connect, if ``external_connections`` lets them. Executables ``NN-name`` in
-    ``plugin_dir`` are started by the agent, with the text of ``NN-name.conf`` or ``name.conf`` in ``config_dir``.
-    A plugin has ``registration_seconds`` each to register, to be configured and to be synchronised, and
+    ``socket`` is where plugins connect, if ``external_connections`` allows it. Executables ``NN-name`` in
+    ``plugin_dir`` are started by the agent, with the text of ``NN-name.conf`` or ``name.conf`` in ``config_dir``. A
+    plugin has ``registration_seconds`` each to register, to be configured and to be synchronised, and
     ``request_seconds`` to answer an event.
     """
 

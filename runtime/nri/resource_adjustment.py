@@ -123,7 +123,7 @@ def _as_cri(now: config.Resources) -> cri_pb2.LinuxContainerResources:
 
 
 def _overlay(merged: cri_pb2.LinuxContainerResources, given: nri_pb2.LinuxResources) -> None:
-    """Swap follows a new memory limit that comes without a word about it."""
+    """Swap follows a new memory limit that does not set swap."""
     changes = cri_resources(given)
     merged.MergeFrom(changes)
     if changes.memory_limit_in_bytes and not changes.memory_swap_limit_in_bytes:

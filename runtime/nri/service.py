@@ -14,7 +14,7 @@ from runtime.nri.started import StartedPlugins
 
 @asynccontextmanager
 async def serving(hooks: NriHooks, options: NriOptions, record: Path) -> AsyncIterator[None]:
-    """Start plugins, wait until they are synchronised, and let others connect during the block.
+    """Start plugins, wait until they are synchronised, and allow others to connect during the block.
 
     ``record`` is where the processes of started plugins are noted. Raises UnavailableError where the socket, which is
     not the default one, cannot be listened on.

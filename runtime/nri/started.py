@@ -61,7 +61,7 @@ class StartedPlugins:
         self._running: dict[int, tuple[str, int]] = {}
 
     async def start(self) -> None:
-        """Start them all; one that cannot be started is told in the log and left out."""
+        """Start them all; one that cannot be started is logged and left out."""
         await in_thread(_end_recorded, self._record)
         for program in await in_thread(lambda: list(_programs(self._options))):
             try:
@@ -127,7 +127,7 @@ def _environment(program: _Program) -> Mapping[str, str]:
 
 
 def _programs(options: NriOptions) -> Iterator[_Program]:
-    """The executables of the folder by name; what is there but cannot be a plugin is told in the log."""
+    """The executables of the folder by name; other files are logged."""
     folder = Path(options.plugin_dir)
     try:
         names = sorted(file.name for file in folder.iterdir())

@@ -61,7 +61,7 @@ class _SyncMessage(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class MonitorRequest:
-    """What conmon is to do: which runtime makes which container, and where its output goes.
+    """The task of conmon: which runtime makes which container, and where its output is written.
 
     ``node_devices`` says that the container's /dev is the node's. OCI runtimes replace a null device among the standard
     streams by the /dev/null of the container and give that to its user, so it gets an empty file as standard input.
@@ -274,7 +274,7 @@ class Monitors:
         return ExitRecord(code, finished_at)
 
     def why_no_exit_record(self) -> str:
-        """What a client is told of an end that conmon did not write down."""
+        """The message for a client about an end that conmon did not record."""
         room = os.statvfs(self._layout.exits)
         if room.f_bavail * room.f_frsize < _EXIT_BYTES or (room.f_files and not room.f_favail):
             return f"its end was not recorded: no space is left in {self._layout.exits}, free some"
@@ -285,7 +285,7 @@ class Monitors:
         (self._layout.exits / container_id).unlink(missing_ok=True)
 
     def reopen_log(self, container_id: str) -> None:
-        """Tell conmon to open the log path again, after it was renamed. Raises OSError when it does not listen."""
+        """Make conmon open the log path again, after the file was renamed. Raises OSError if conmon does not listen."""
         control = os.open(self._layout.container(container_id).control, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             os.write(control, _REOPEN_LOG)
@@ -293,7 +293,7 @@ class Monitors:
             os.close(control)
 
     def has_unread(self, container_id: str) -> bool:
-        """Whether conmon is yet to read something that it was told. Raises OSError when there is no way to tell it."""
+        """Whether conmon still has to read a message. Raises OSError if no message can be sent to it."""
         control = os.open(self._layout.container(container_id).control, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             return fcntl.ioctl(control, termios.FIONREAD, bytes(4)) != bytes(4)
@@ -338,7 +338,7 @@ async def _read_line(descriptor: int) -> bytes:
 
 
 def _open_empty_file() -> int:
-    """A descriptor of an empty file that nobody can write to; only its descriptors lead to it."""
+    """A descriptor of an empty file that no process can write to; it has no path."""
     descriptor = os.memfd_create("empty", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
     return descriptor

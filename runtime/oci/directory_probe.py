@@ -29,8 +29,8 @@ class Runtime(Protocol):
 
 
 class DirectoryBehaviour(msgspec.Struct, frozen=True):
-    """``refuses_outside``: it starts no command whose working directory is outside of the container's root, whatever
-    its name. ``enters_descriptors``: the name may be that of a descriptor it was handed.
+    """``refuses_outside``: it starts no command whose working directory is outside of the container's root, under any
+    name. ``enters_descriptors``: the name may be that of a descriptor it was handed.
     """
 
     refuses_outside: bool = False

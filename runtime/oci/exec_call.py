@@ -1,4 +1,4 @@
-"""One further process in a container: the OCI runtime's ``exec``, what it is given, and what becomes of it."""
+"""One further process in a container: the OCI runtime's ``exec``, its input, and its result."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _PROCESS_DESCRIPTOR = 3
 _LOG_DESCRIPTOR = 4
 _LOG_BYTES = 65536
 _START_SECONDS = 60.0
-# How long a start goes on whose process nobody wants any more: so that its process is known and can be killed.
+# How long a start may continue whose process is not wanted any more: until then its pid is known, and it can be killed.
 _ABANDONED_SECONDS = 5.0
-# When to look for the dead that a failed start leaves: at once, or after the moment that they take to die. There is
-# nothing to wait on: nobody knows their pids, and the one handler of SIGCHLD is that of host.subreaper.
+# When to look for zombies of a failed start: at once, and again after the moment that they need to end. Their pids are
+# unknown, and the only handler of SIGCHLD is that of host.subreaper, so there is nothing to wait for.
 _STRAY_SECONDS = (0.0, 0.01, 0.05, 0.2)
-# How long a session is killed that goes on making processes, or one of which the kernel holds.
+# How long the agent kills a session that keeps making processes, or one with a process that hangs in the kernel.
 _KILL_SECONDS = 5.0
 
 
@@ -71,9 +71,9 @@ class ExecProcess:
 
 
 class _Strays:
-    """Processes that OCI runtimes made, could not use, and left to us dead.
+    """Zombies that OCI runtimes made for a failed start and left to the agent.
 
-    While such a one is not reaped the kernel does not let its container end, so they cannot wait for the subreaper.
+    Until they are reaped the kernel does not end the container, so this cannot wait for the subreaper.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class _Strays:
         self._starting = 0
 
     def begin(self) -> None:
-        """A start begins, whose process nobody knows yet."""
+        """A start begins, whose process is not known yet."""
         self._starting += 1
 
     def end(self, process: ExecProcess | None) -> None:
@@ -95,7 +95,7 @@ class _Strays:
 
     def _reap(self) -> None:
         if self._starting:
-            return  # a child that nobody awaits may be what is just being started
+            return  # a child without a waiter may be the process that is just being started
         with contextlib.suppress(ChildProcessError):
             while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 if dead.si_pid in self.awaited or not _is_in_inner_pid_namespace(dead.si_pid):
@@ -109,8 +109,8 @@ _strays = _Strays()
 class ExecCall:
     """The call that runs ``process`` (an OCI ``process`` object as JSON), and the files it needs, for ``with``.
 
-    The OCI runtime detaches from the process, which the subreaper then has: so no runtime stays beside it,
-    its descriptors are those it was given, and on a terminal (``terminal``) its master comes by ``console``.
+    The OCI runtime detaches from the process, which then becomes a child of the agent. So no runtime stays beside it,
+    and it keeps the descriptors that it was given. With a terminal (``terminal``), ``console`` receives the master.
     ``program`` is what the process executes, for errors. ``folder`` is the container's bundle; ``pids`` lists the
     processes of the container's cgroup. ``directory`` is opened when the call is launched, for a ``process`` whose
     working directory is DIRECTORY_BY_DESCRIPTOR. ``oom_score_adj`` is that of the process.
@@ -160,7 +160,7 @@ class ExecCall:
 
     @property
     def _command(self) -> list[str]:
-        # The runtime's own complaints go to its log, so that they are never taken for the process's output.
+        # The runtime writes its own errors to its log, so that they never look like the process's output.
         runtime, log = self._runtime, f"/proc/self/fd/{_LOG_DESCRIPTOR}"
         options = [*runtime.arguments, "--log", log, "--log-format", "json"]
         process = f"/proc/self/fd/{_PROCESS_DESCRIPTOR}"
@@ -184,7 +184,7 @@ class ExecCall:
         try:
             self._runtime_pid = await wait_out(spawning)
             if self.console is not None:
-                # crun lets the program go and then sets the size of its terminal: it is to do so at once.
+                # crun starts the program and then sets the size of its terminal: it must do so at once.
                 run_before_children(self._runtime_pid)
                 if gate is not None:
                     self._holding = asyncio.ensure_future(gate.hold(self._runtime_pid, self.console.fileno()))
@@ -269,7 +269,7 @@ class ExecCall:
             process = starting.result()
             if not process.ended.done():
                 await in_thread(_kill_session, process.pid, process.session, self._pids)
-                await asyncio.wait({process.ended}, timeout=_KILL_SECONDS)  # a frozen one dies when it is thawed
+                await asyncio.wait({process.ended}, timeout=_KILL_SECONDS)  # a frozen one ends when it is thawed
 
     def __enter__(self) -> Self:
         return self
@@ -281,7 +281,7 @@ class ExecCall:
 
 
 def end_abandoned(folder: Path, pids: Callable[[], Sequence[int]]) -> int:
-    """Kill what an agent that died ran beside the first process of the container with bundle ``folder``.
+    """Kill the further processes that an earlier agent started in the container with bundle ``folder``.
 
     ``pids`` lists those in the container's cgroup. Returns how many such calls there were.
     """
@@ -318,7 +318,7 @@ def _leader(pid_file: Path) -> int | None:
 def _kill_session(leader: int, session: int, pids: Callable[[], Sequence[int]]) -> None:
     """SIGKILL to ``leader``, its ``session`` and its descendants among ``pids``, until none is left.
 
-    What it was making while it was killed is nobody's child any more, but of its session.
+    A process that it was just making has no parent any more, but is still in its session.
     """
     doomed = {leader, session} - {0}
     ended: set[int] = set()

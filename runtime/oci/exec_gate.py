@@ -1,8 +1,8 @@
-"""Holding a command back at its execve until the OCI runtime has given its terminal a size (fanotify(7)).
+"""Delaying a command at its execve until the OCI runtime has set the size of its terminal (fanotify(7)).
 
-crun lets the command go and sets the size of its terminal next; it may be preempted in between, and the command then
-sees a terminal without a size. crun hands the terminal over after that: so the kernel asks whether a program of the
-container's root file system may be executed, and crun's child gets its answer when the terminal arrives.
+crun starts the command and sets the size next. If crun is preempted in between, the command sees a terminal without a
+size. crun passes the terminal to the agent after that. So the kernel asks the agent whether a program of the
+container's root file system may be executed, and the agent answers for crun's child when the terminal arrives.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _libc.fanotify_mark.argtypes = (ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ct
 class ExecGate:
     """Asks about programs executed from the root file system ``rootfs``, until ``hold`` is over or ``close``.
 
-    ``rootfs`` is where the agent has mounted it, not the root of a process: that may be one of the node's folders, or
-    a volume whose server does not answer. Where the kernel does not allow that nothing is held. Whoever waits when the
-    agent dies goes on.
+    ``rootfs`` is where the agent has mounted it, not the root of a process: that may be one of the node's folders, or a
+    volume whose server does not answer. If the kernel does not support this, nothing is delayed. Processes that wait
+    when the agent dies continue.
     """
 
     def __init__(self, rootfs: Path) -> None:
@@ -47,7 +47,8 @@ class ExecGate:
                 self._group = _watch(rootfs)
 
     async def hold(self, runtime: int, socket: int) -> None:
-        """Let all but children of process ``runtime`` go, and these once ``socket`` is readable or it ended."""
+        """Allow all processes except the children of ``runtime`` to continue, and these once ``socket`` is readable or
+        ``runtime`` has ended."""
         if self._group < 0:
             return
         group, self._group = self._group, -1
@@ -55,7 +56,7 @@ class ExecGate:
         await in_fresh_thread(_answer, group, runtime, os.dup(socket))
 
     def close(self) -> None:
-        """Let all go, unless ``hold`` sees to that. Repeatable."""
+        """Allow all processes to continue, unless ``hold`` does that. Repeatable."""
         if self._group >= 0:
             group, self._group = self._group, -1
             os.close(group)
@@ -77,7 +78,7 @@ def _answer(group: int, runtime: int, socket: int) -> None:
     deadline = time.monotonic() + _MOST_SECONDS
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, socket)
-        stack.callback(os.close, group)  # the kernel lets all go that still wait
+        stack.callback(os.close, group)  # the kernel allows all waiting processes to continue
         with contextlib.suppress(OSError):
             ended = os.pidfd_open(runtime)
             stack.callback(os.close, ended)
@@ -99,7 +100,7 @@ def _close_all(files: list[int]) -> None:
 
 
 def _answer_events(group: int, runtime: int) -> list[int]:
-    """Let all go but children of process ``runtime``; returns the descriptors by which these can be answered."""
+    """Allow all processes to continue except children of ``runtime``; returns the descriptors to answer for these."""
     events, offset, held = os.read(group, 4096), 0, []
     while offset < len(events):
         length, _, _, _, _, file, pid = _EVENT.unpack_from(events, offset)

@@ -41,7 +41,7 @@ class Handlers:
 
     async def probe(self) -> None:
         """Try every handler. Raises PodkeelError if the default was named and does not work; with no working handler
-        the node goes on without (``default`` is None) and says so in its status."""
+        the node runs without one (``default`` is None) and reports that in its status."""
         options = self._options
         if options.default_runtime and options.default_runtime not in options.handlers:
             raise InvalidArgumentError(
@@ -116,9 +116,10 @@ class Handlers:
 
 
 def with_umask(umask: str) -> list[str]:
-    """What goes before a command so that it runs with ``umask``; nothing where that is the agent's own.
+    """A prefix for a command, so that it runs with ``umask``; empty if that is the agent's.
 
-    runc gives it to the first process of a container; those executed later have the one that it was started with.
+    runc sets it for the first process of a container; processes executed later have the umask that runc was started
+    with.
     """
     own = re.search(rb"^Umask:\s+([0-7]+)$", Path("/proc/self/status").read_bytes(), re.MULTILINE)
     if own is not None and int(own[1], 8) == int(umask, 8):

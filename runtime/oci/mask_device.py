@@ -17,11 +17,11 @@ _LAYERS = ("lower", "lowest")  # without an upper layer it takes two
 
 
 class MaskDevice:
-    """The null device ``path``, in a file system of its own that is mounted on its folder when an agent starts.
+    """The null device ``path``, in a separate file system that is mounted on its folder when an agent starts.
 
     That is an overlay without an upper layer: unlike others it cannot be made writable, also not by a container that
-    may mount. So nobody in a container changes the owner or the mode of the device, which all of them share.
-    Containers have mounts of their own: they keep the device when the folder is unmounted.
+    may mount. So no container can change the owner or the mode of the device, which all of them share. Containers have
+    their own mounts: they keep the device when the folder is unmounted.
     """
 
     def __init__(self, path: Path) -> None:

@@ -15,10 +15,10 @@ _NULL = os.makedev(1, 3)
 
 
 def open_private_null() -> int:
-    """A descriptor of a null device with an inode of its own, for the caller to close. The first call blocks briefly.
+    """A descriptor of a null device with a separate inode, for the caller to close. The first call blocks briefly.
 
-    Root in a container owns what it is handed, and OCI runtimes give the standard streams to the container's user. By
-    the node's /dev/null it could change the mode of that file for the whole node, by a shared one for other containers.
+    OCI runtimes give the standard streams to the container's user, who then owns them. With the node's /dev/null, a
+    container could change the mode of that file for the whole node; with a shared one, for other containers.
     """
     folder = _folder()
     name = uuid.uuid4().hex
@@ -52,7 +52,7 @@ def _folder() -> int:
 
 
 def _open_in_own_mount_namespace() -> int:
-    """The mount namespace goes with the calling thread, and with it all but the open folder."""
+    """The mount namespace ends with the calling thread; only the open folder remains."""
     libc.unshare(libc.CLONE_NEWNS)
     libc.mount("", "/", "", mounts.MS_REC | mounts.MS_PRIVATE, "")
     libc.mount("null", "/dev", "tmpfs", mounts.MS_NOSUID | mounts.MS_NOEXEC, "mode=0700,size=4k")

@@ -26,8 +26,8 @@ from runtime.options import HandlerOptions
 
 _COMMAND_SECONDS = 60.0
 _log = logging.getLogger("podkeel.handlers")
-# What crun, runc and youki say of a program that is not there, or not one. Anything else, a mount that fails say, ends
-# with the same words, so that these alone tell nothing.
+# Messages of crun, runc and youki about a missing program, or a file that is no program. Other errors, such as a failed
+# mount, end with the same words, so the end alone says nothing.
 _CANNOT_RUN = re.compile(
     r"executable file [\s\S]*not found|open executable|cannot find executable|failed to find executable"
     r"|exec format error|^exec container process |(^|: )exec: \"|(^|: )exec /\S+: "
@@ -106,7 +106,7 @@ class RuntimeFeatures(msgspec.Struct, frozen=True):
 class OciRuntime:
     """One configured runtime handler.
 
-    ``exec_prefix`` goes before the command line of an ``exec``.
+    ``exec_prefix`` is put before the command line of an ``exec``.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class OciRuntime:
 
     @property
     def arguments(self) -> list[str]:
-        """What goes between the program and its subcommand."""
+        """The arguments between the program and its subcommand."""
         arguments = [*self.options.arguments, "--root", str(self.root)]
         return [*arguments, "--systemd-cgroup"] if self.systemd_cgroup else arguments
 
@@ -164,7 +164,7 @@ class OciRuntime:
         return [self.executable, *self.arguments, *words]
 
     async def start(self, container_id: str) -> None:
-        """Let a created container run. Raises CommandError."""
+        """Start a created container. Raises CommandError."""
         await processes.run(self.command("start", container_id), timeout=_COMMAND_SECONDS)
 
     async def delete(self, container_id: str) -> None:
@@ -221,7 +221,7 @@ class OciRuntime:
             await in_thread(remove_tree, bundle)
 
     async def _seal(self) -> None:
-        """Execute a sealed copy from now on, where the host lets memory files be executed."""
+        """Execute a sealed copy from now on, if the host allows memory files to be executed."""
         sealed = SealedProgram(Path(self.program), self._program_link)
         try:
             await processes.run([sealed.path(), "--version"], timeout=10)
@@ -268,7 +268,7 @@ def refused_limit(complaint: str) -> bool:
 
 
 def refused_request(complaint: str) -> bool:
-    """Whether what an OCI runtime complains of lies in the request and not in the node."""
+    """Whether an error of an OCI runtime is caused by the request and not by the node."""
     return refused_limit(complaint) or _REFUSED_REQUEST.search(complaint) is not None
 
 
@@ -278,7 +278,7 @@ def naming(program: str, complaint: str) -> str:
 
 
 def plain_message(output: str) -> str:
-    """What an OCI runtime complained about, without the dress of log lines (runc writes logfmt)."""
+    """The error of an OCI runtime, without the format of log lines (runc writes logfmt)."""
     found = [re.sub(r"\\(.)", r"\1", message) for message in _LOGFMT_ERROR.findall(output)]
     return "\n".join(found) or output
 

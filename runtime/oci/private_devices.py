@@ -23,7 +23,7 @@ _LINKS = (
 
 
 def make(devices: PrivateDevices) -> None:
-    """Make them, on a tmpfs of their own; blocks for a millisecond. What was made when it fails is for ``release``.
+    """Make them, on a separate tmpfs; blocks for a millisecond. After a failure ``release`` removes what was made.
 
     Raises InvalidArgumentError for a device whose place is taken.
     """

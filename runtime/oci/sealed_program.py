@@ -43,10 +43,10 @@ class SealedProgram:
         return str(self._link)
 
     def _require_no_writer(self) -> None:
-        # Whoever opens it for writing while the lease is held makes the kernel send a signal: by default SIGIO, which
-        # would end this process. This one is ignored. The end of a lease puts the default back.
+        # If a process opens it for writing while the lease is held, the kernel sends a signal: by default SIGIO, which
+        # would end this process. This signal is ignored instead. The end of a lease restores the default.
         fcntl.fcntl(self._descriptor, fcntl.F_SETSIG, signal.SIGURG)
-        try:  # a read lease is given only where nobody has the file open for writing: fcntl(2)
+        try:  # the kernel gives a read lease only if no process has the file open for writing: fcntl(2)
             fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
             fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         except BlockingIOError as error:
@@ -67,7 +67,7 @@ class SealedProgram:
         self._descriptor = descriptor
 
     def close(self) -> None:
-        """Give the memory back; what runs from it goes on."""
+        """Release the memory; programs that run from it continue."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

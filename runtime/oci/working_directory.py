@@ -1,9 +1,9 @@
 """The working directory of a running container, opened and checked before an OCI runtime goes there.
 
-An OCI runtime that changes to a directory by its name follows links that the container made a moment before, with
-rights that the container does not have: also into /proc/PID/root of processes outside. Some look afterwards where they
-are (crun from 1.14.1, runc from 1.1.12 and in Debian's 1.1.5+ds1-1+deb12u1). The others get a descriptor: what it leads
-to cannot be replaced any more.
+An OCI runtime that changes to a directory by its name follows links that the container has just made, with rights that
+the container does not have: even into /proc/PID/root of processes outside. Some check afterwards where they are (crun
+from 1.14.1, runc from 1.1.12 and in Debian's 1.1.5+ds1-1+deb12u1). The others get a descriptor, whose directory cannot
+be replaced.
 """
 
 from __future__ import annotations
@@ -46,12 +46,11 @@ class WorkingDirectory:
     threads: AbandonableThreads
 
     async def open(self, seconds: float) -> int:
-        """A descriptor of the directory, the caller's to close, within ``seconds``: a volume's server may be dead.
+        """A descriptor of the directory, the caller's to close, within ``seconds``: a volume's server may be down.
 
         Raises:
             PermissionDeniedError: a link leads into the kernel's file systems, and could lead out of the container.
-            WrongStateError: it, or the container, is not there any more.
-            DeadlineError: nothing came of it in time.
+            WrongStateError: it, or the container, no longer exists. DeadlineError: it could not be opened in time.
         """
         opened: list[int] = []
 
@@ -131,7 +130,7 @@ class WorkingDirectory:
 
     def _refusal(self, root: int) -> PermissionDeniedError:
         return PermissionDeniedError(
-            f"{self.title}: the link {self._first_link(root)} on the way of its working directory {self.path} leads "
+            f"{self.title}: the link {self._first_link(root)} in its working directory {self.path} leads "
             "into /proc or /sys, and could lead out of the container: make it a folder again, or make a new container"
         )
 
@@ -159,7 +158,7 @@ def working_directory(
 
 
 def on_host(mappings: Sequence[config.IDMapping], number: int) -> int:
-    """The host's id for one of a container's; the same where there are no ``mappings``, nobody's where it has none."""
+    """The host's id of an id of the container; the same without ``mappings``, the overflow id if it is not mapped."""
     for mapping in mappings:
         if mapping.container_id <= number < mapping.container_id + mapping.size:
             return mapping.host_id + number - mapping.container_id

@@ -1,6 +1,6 @@
 """The files of a pod that its containers see and may write to: resolv.conf, hosts and hostname.
 
-They are on a small file system of their own: what containers write there takes no room from the node's run folder.
+They are on a separate small file system, so that containers cannot fill the node's run folder.
 """
 
 from __future__ import annotations

@@ -43,10 +43,10 @@ class PodRemove:
             await wait_out(asyncio.ensure_future(self.finish_removal(sandbox, operation)))
 
     async def force_remove(self, sandbox_id: str) -> list[str]:
-        """Remove a sandbox also where its CNI network cannot be given back; returns what was given up.
+        """Remove a sandbox even if its CNI network cannot be released; returns what was given up.
 
-        One that never came to be and waits for its network is found too. Raises NotFoundError or InvalidArgumentError
-        for an id that names no sandbox.
+        It also finds one that was never completed and waits for its network. Raises NotFoundError or
+        InvalidArgumentError for an id that names no sandbox.
         """
         sandbox = self._state.sandboxes.get(sandbox_id)
         try:

@@ -1,4 +1,4 @@
-"""Stopping pod sandboxes, and undoing those that did not come to be."""
+"""Stopping pod sandboxes, and undoing those that were not completed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class PodStop:
             self._node.cgroups.remove(self._node.cgroups.parent_path(sandbox.record.cgroup_parent))
 
     async def discard(self, sandbox: Sandbox) -> None:
-        """Undo everything of a sandbox that did not come to be."""
+        """Undo everything of a sandbox that was not completed."""
         async with sandbox.lock:
             if sandbox.id not in self._state.sandboxes:
                 return

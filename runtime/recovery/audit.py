@@ -33,7 +33,7 @@ _log = logging.getLogger("podkeel.recovery")
 class Audit:
     """Compares and repairs, at the start and while calls are under way.
 
-    ``cgroup_parent`` is what the cgroups of pods lie below that bring none. ``findings`` counts what was repaired or
+    ``cgroup_parent`` is the parent of the cgroups of pods that name none. ``findings`` counts what was repaired or
     could not be, by kind.
     """
 
@@ -73,7 +73,9 @@ class Audit:
         )
 
     def own_parents(self) -> dict[str, str]:
-        """The cgroups of this agent's pods that brought none, by sandbox id; those of other agents lie beside them."""
+        """The cgroups of this agent's pods that named no parent, by sandbox id; those of other agents
+        are beside them.
+        """
         parents = self.cgroups.default_parents(self.cgroup_parent)
         known = {sandbox.id for sandbox in self.state.sandboxes}  # also those that an older version made
         return {id_: path for id_, path in parents.items() if id_ in known or is_of(self.agent_id, id_)}

@@ -1,4 +1,4 @@
-"""What lies in the folders and the kernel without the store knowing it: found for a check, removed at start."""
+"""What is in the folders and the kernel but not in the store: found for a check, removed at start."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Known:
 
 
 class AllBut(Collection[str]):
-    """Stands for every id there may be except some."""
+    """A set of all possible ids except some."""
 
     def __init__(self, excepted: Collection[str]) -> None:
         self._excepted = frozenset(excepted)
@@ -111,7 +111,7 @@ def end_monitors(monitors: Monitors, doomed: Collection[str]) -> None:
 def drop_run_folders(layout: Layout, known: Known) -> int:
     """Unmount and delete run folders of sandboxes and containers that the store does not know.
 
-    One that cannot be removed is told and stays; returns how many did.
+    One that cannot be removed is logged and stays; returns how many stayed.
     """
     failed = 0
     for names, wanted, drop in (

@@ -119,7 +119,7 @@ def kept_containers(layout: Layout) -> frozenset[str]:
 
 
 async def put_back_all(database: Database, layout: Layout) -> None:
-    """Put all that is kept in the run folder into the store; what cannot be is told and left out."""
+    """Put all rows kept in the run folder into the store; those that cannot be stored are logged and left out."""
 
     def work(connection: sqlite3.Connection) -> int:
         count = 0

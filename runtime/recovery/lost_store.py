@@ -30,12 +30,11 @@ class LostStore(enum.Enum):
 
 
 def settle_store(layout: Layout, monitors: Monitors, wish: LostStore) -> bool:
-    """Have a database to open in the data folder, before it is opened. Blocks.
+    """Check or restore the database in the data folder before it is opened.
 
-    Returns whether a store that was lost is gone on from: then what is kept in the run folder belongs into it too.
-
-    Raises WrongStateError, which says what there is to do: for a damaged store, and for one that is missing, empty or
-    without containers that run while containers of this agent run, unless ``wish`` says otherwise.
+    Blocks. Returns whether a lost store was restored: then the rows kept in the run folder belong into it too. Raises
+    WrongStateError, which says what to do: for a damaged store, and for one that is missing, empty or lacks running
+    containers while containers of this agent run, unless ``wish`` says otherwise.
     """
     path, copy = layout.database, layout.database_copy
     problem = problem_of(path)
@@ -108,7 +107,8 @@ def _adopt(layout: Layout, problem: str, running: list[str]) -> None:
 
 
 def _containers_in(path: Path) -> frozenset[str] | None:
-    """The ids of containers that a database knows; None for one that does not tell: who opens it says why."""
+    """The ids of containers that a database knows; None if they cannot be read: the caller that opens it gets the
+    error."""
     try:
         with contextlib.closing(opened_to_read(path)) as connection:
             connection.text_factory = os.fsdecode
@@ -131,9 +131,9 @@ def _remedy(layout: Layout) -> str:
         lost = f"its copy {layout.database_copy} is {wrong}"
         if not (kept := kept_containers(layout)):
             return f"put it back; {lost}. {over}"
-        adopt = f"to go on with the {len(kept)} containers of which {layout.run} tells"
+        adopt = f"to continue with the {len(kept)} containers in {layout.run}"
         return f"put it back, or start once with `podkeel serve --adopt` {adopt}; {lost}. {over}"
-    adopt = f"put it back, or start once with `podkeel serve --adopt` to go on from the copy of {_made_at(layout)}"
+    adopt = f"put it back, or start once with `podkeel serve --adopt` to continue from the copy of {_made_at(layout)}"
     return f"{adopt} ({layout.database_copy}). {over}"
 
 

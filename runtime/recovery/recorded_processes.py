@@ -1,6 +1,7 @@
-"""The processes that a container's record names, held against the kernel: no process of others is ever taken for one.
+"""The processes that a container's record names, compared with the kernel: another process is never mistaken for one.
 
-A record may be wrong: a store that was put back, edited or half restored names pids that belong to others by now.
+A record may be wrong: a store that was put back, edited or partly restored names pids that belong to other processes
+now.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _watches(pid: int, bundle: Path) -> bool:
 
 
 def _belongs(pid: int, container: Container) -> bool:
-    """Whether a process is in the container's cgroup or below it; one that left it is told by conmon, its parent."""
+    """Whether a process is in the container's cgroup or below it; for one that left it, conmon is its parent."""
     lines = procfs.read_bounded(f"/proc/{pid}/cgroup", _TABLE_BYTES).split(b"\n")
     if any(container.id.encode() in line for line in lines):
         return True

@@ -109,7 +109,7 @@ class Recovery:
             return
         monitor = record.monitor if same_boot else None
         pidfd = processes.open_process(monitor.pid, monitor.started) if monitor is not None else None
-        async with container.lock:  # its end, should it come now, is handled afterwards
+        async with container.lock:  # if it ends now, that is handled afterwards
             if pidfd is not None:
                 container.monitor_descriptor = pidfd
                 self.exits.watch(container)
@@ -125,7 +125,7 @@ class Recovery:
                 await self.state.move(container, ContainerState.RUNNING)
 
     def _end_abandoned_calls(self, container: Container) -> None:
-        """Nobody can get the output of what the former agent executed in the container any more."""
+        """The output of commands that the former agent executed in the container is lost."""
         folder = self.layout.container(container.id).path
         ended = exec_call.end_abandoned(folder, partial(self.cgroups.processes, container.record.cgroup))
         if ended:
@@ -133,7 +133,7 @@ class Recovery:
             _log.warning("%s: ended %d commands of the earlier agent", container.title, ended)
 
     async def _was_started(self, container: Container) -> bool:
-        """Whether the runtime started it just before the agent died, too soon for that to be written down."""
+        """Whether the runtime started it just before the agent died, before that was recorded."""
         runtime = self.handlers.get(container.record.handler)
         result = await processes.run(runtime.command("state", container.id), check=False, timeout=30)
         if result.status != 0:

@@ -169,7 +169,7 @@ def _refuse_swappable(request: SpecRequest, given: str, directory: Place, *, hos
     """Not every OCI runtime makes a missing working directory without following links; with host PID they lead out."""
     if directory.in_volume and host_pid and not request.handler.makes_folders_inside:
         raise InvalidArgumentError(
-            f"working_dir {given!r} lies in a volume, and the container sees the node's processes: runtime handler "
+            f"working_dir {given!r} is in a volume, and the container sees the node's processes: runtime handler "
             f"{request.handler.name!r} could be led out of it when it makes the folder: use the volume's own folder, "
             "one outside of it, or crun as handler"
         )

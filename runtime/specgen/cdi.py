@@ -20,7 +20,7 @@ from proto.runtime.v1 import cri_pb2
 from runtime.specgen import config as oci
 
 FOLDERS = (Path("/etc/cdi"), Path("/var/run/cdi"))
-"""Where descriptions are; a later folder's goes before an earlier one's."""
+"""Where descriptions are; those of a later folder replace those of an earlier one."""
 
 ANNOTATION_PREFIX = "cdi.k8s.io/"
 
@@ -180,12 +180,12 @@ def _read(path: Path, _changed: int, _size: int) -> Description:
 
 
 def _check_shape(events: Iterable[Any]) -> None:
-    """Limits as those of JSON. Aliases are refused: a few of them can stand for more than there is memory."""
+    """Limits as those of JSON. Aliases are refused: a few of them can expand to more than the memory."""
     depth = 0
     for values, event in enumerate(events):
         match type(event).__name__:
             case "AliasEvent":
-                raise ValueError("YAML with aliases (*) is not read: write out what they stand for")
+                raise ValueError("YAML with aliases (*) is not read: write out their values")
             case "MappingStartEvent" | "SequenceStartEvent":
                 depth += 1
             case "MappingEndEvent" | "SequenceEndEvent":

@@ -131,7 +131,7 @@ def _in_folder(folder: str, skipped: frozenset[str]) -> Iterator[tuple[str, os.s
             elif entry.name not in skipped and not entry.is_file(follow_symlinks=False):
                 try:
                     status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:  # devices come and go
+                except FileNotFoundError:  # devices are added and removed at any time
                     continue
                 if _kind(status) in ("b", "c"):
                     yield entry.path, status

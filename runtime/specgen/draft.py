@@ -31,7 +31,7 @@ from runtime.specgen.security.masked_paths import apparmor_profile, masked_and_r
 from runtime.specgen.security.seccomp import DEFAULT_PROFILE, Filter, seccomp
 from runtime.specgen.security.selinux import SelinuxLabels, container_labels
 
-# Annotations that are orders to crun (of files of the host among them), and what only the agent says: not for users.
+# Annotations that control crun (some name files of the host), and those that only the agent sets: not for users.
 _RESERVED_ANNOTATIONS = ("run.oci.", "io.kubernetes.cri.")
 
 
@@ -74,9 +74,9 @@ class SpecRequest:
 class Draft:
     """A spec whose paths are not resolved yet, so that plugins of the node may change it before ``complete``.
 
-    ``spec`` has the mounts and devices as they were asked for, without those of CDI devices: ``cdi_devices`` are their
-    names. What is added to its mounts or devices is resolved and checked as the rest is; ``asked_by`` maps its
-    destination to what names it in errors.
+    ``spec`` has the requested mounts and devices, without those of CDI devices: ``cdi_devices`` are their names. Mounts
+    or devices that are added are resolved and checked like the others; ``asked_by`` maps their destinations to the name
+    for errors.
     """
 
     request: SpecRequest
@@ -234,7 +234,7 @@ def _default_mounts(request: SpecRequest, gid_mappings: list[oci.IDMapping]) -> 
 
 
 def _annotations(request: SpecRequest, filtered: Filter | None) -> dict[str, str]:
-    """What hooks and sandboxed runtimes read, in the names the field shares, and what the handler lets through."""
+    """Annotations for hooks and sandboxed runtimes, with the usual names, and those that the handler allows."""
     pod = request.sandbox.metadata
     annotations = {
         key: value
@@ -253,7 +253,7 @@ def _annotations(request: SpecRequest, filtered: Filter | None) -> dict[str, str
         prefix + "sandbox-namespace": pod.namespace,
         prefix + "sandbox-uid": pod.uid,
     }
-    # A crun that no longer knows this annotation goes by the profile, which is in the spec as well.
+    # A crun that no longer knows this annotation uses the profile, which is in the spec too.
     if filtered is not None and request.handler.compiled_seccomp and filtered.bpf is not None:
         annotations["run.oci.seccomp_bpf_data"] = filtered.bpf
     if ":" in request.cgroups_path and request.node.cgroup_version == 2:

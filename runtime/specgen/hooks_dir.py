@@ -138,7 +138,7 @@ class HooksDir:
         return rules
 
     def _rule(self, path: str) -> tuple[tuple[int, ...], _Rule | str]:
-        """What a file says, or why it is wrong, and what tells whether it has changed."""
+        """The content of a file, or why it is wrong, and the attributes that show a change."""
         try:
             status = os.stat(path)  # noqa: PTH116 - a third of what pathlib takes
             version = (status.st_ino, status.st_dev, status.st_mtime_ns, status.st_ctime_ns, status.st_size)

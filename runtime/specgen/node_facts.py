@@ -56,7 +56,7 @@ class NodeFacts:
 def probe_node(hierarchies: Hierarchies, *, selinux: bool = True) -> NodeFacts:
     """Ask the kernel; reads a dozen small files, so call it in a thread. What is missing is logged once, here.
 
-    Without ``selinux`` the node is taken for one that has none.
+    Without ``selinux`` the node is treated as one without SELinux.
     """
     capabilities = _capabilities()
     lowest = -1000 if _SYSTEM_RESOURCE in capabilities else int(_read("/proc/self/oom_score_adj") or "0")

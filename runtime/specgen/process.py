@@ -46,7 +46,7 @@ class ImageConfig(Protocol):
 
     @property
     def volumes(self) -> Iterable[str]:
-        """Paths that get a writable folder of their own."""
+        """Paths that get a separate writable folder."""
 
     @property
     def stop_signal(self) -> str:

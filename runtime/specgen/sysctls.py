@@ -28,7 +28,7 @@ def pod_sysctls(
 ) -> dict[str, str]:
     """Settings to write in the pod's namespaces, by dotted name; see ``sysctl_path``.
 
-    Only names that belong to a namespace of the pod's own are allowed; the rest is the node's and is refused with
+    Only names that belong to one of the pod's namespaces are allowed; the rest is the node's and is refused with
     InvalidArgumentError. In a user namespace the default ping_group_range is left out: its groups are not all mapped.
     """
     settings = {} if host_network else dict(defaults)
@@ -69,7 +69,7 @@ def is_of_link(name: str) -> bool:
 
 
 def sysctl_path(name: str) -> str:
-    """The file of a dotted name; a slash in it stands for a dot, as in ``net.ipv4.conf.eth0/100.forwarding``."""
+    """The file of a dotted name; a slash in it means a dot, as in ``net.ipv4.conf.eth0/100.forwarding``."""
     return "/proc/sys/" + name.translate(str.maketrans("./", "/."))
 
 

@@ -1,4 +1,4 @@
-"""A container: what was asked, what is known of it, and where it stands."""
+"""A container: its configuration, what is known of it, and its state."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Container:
 
     @property
     def log(self) -> LogFile | None:
-        """Where its output goes; None for one without a log."""
+        """The path of its log; None for one without a log."""
         if not self.record.log_path:
             return None
         return LogFile(Path(os.path.normpath(self.sandbox.config.log_directory)), Path(self.record.log_path))

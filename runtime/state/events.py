@@ -43,9 +43,9 @@ class Subscription:
         self._ready.set()
 
     async def events(self) -> AsyncIterator[bytes]:
-        """What happened while no agent ran, then the events as they come.
+        """The events from before the agent's start, then new ones as they happen.
 
-        Raises LimitError when this subscriber fell too far behind.
+        Raises LimitError if this subscriber reads too slowly.
         """
         while self._missed:
             yield self._missed.popleft()()
@@ -66,9 +66,10 @@ class Subscription:
 
 
 class EventBus:
-    """Hands every event to all who are subscribed at that moment; ``dropped`` counts those who did not read.
+    """Sends every event to all subscribers of that moment; ``dropped`` counts subscribers that did not read.
 
-    Until ``serve`` nobody can subscribe: what the start finds out is kept for those who do within the first minute.
+    Before ``serve`` no client can subscribe: events of the start are kept for clients that subscribe within the first
+    minute.
     """
 
     def __init__(self) -> None:
@@ -88,7 +89,7 @@ class EventBus:
 
     @property
     def subscribers(self) -> int:
-        """How many listen; for nobody an event need not be built."""
+        """How many subscribe; without subscribers an event need not be built."""
         return len(self._subscriptions)
 
     def publish(self, event: bytes) -> None:

@@ -20,7 +20,7 @@ def check_sandbox(sandbox: Sandbox) -> None:
 def check_container(container: Container) -> None:
     """Raise ValueError where a container's record names what is not the container's own."""
     record = container.record
-    if not _names_own(record.cgroup, container.id):  # all processes in there are killed when it ends
+    if not _names_own(record.cgroup, container.id):  # all processes in it are killed when the container ends
         raise ValueError(f"its cgroup {record.cgroup!r} is not its own")
     _check_handler(record.handler)
 

@@ -85,7 +85,7 @@ class Store:
         await self._database.execute("DELETE FROM containers WHERE id = ?", (container_id,))
 
     def load(self) -> tuple[list[Sandbox], list[Container]]:
-        """Everything the store knows, oldest first; for the start. Rows that cannot be read are set aside."""
+        """All pods and containers of the store, oldest first; for the start. Rows that cannot be read are set aside."""
         sandboxes: dict[str, Sandbox] = {}
         unreadable: list[UnreadableRow] = []
         for row in self._database.read("SELECT id, created_at, config, record FROM sandboxes ORDER BY created_at"):
@@ -122,7 +122,7 @@ def _read_sandbox(sandbox_id: object, config: object, record: object) -> Sandbox
         raise ValueError("its configuration has no name")
     user_mappings(sandbox.namespace_options)
     check_sandbox(sandbox)
-    # Whatever a list or a status would fail at is found now.
+    # Everything that would make a list or a status fail is found now.
     status.sandbox_status(sandbox).SerializeToString()
     status.sandbox_item(sandbox).SerializeToString()
     for resources in (sandbox.record.resources, sandbox.record.overhead):

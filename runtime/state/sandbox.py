@@ -1,4 +1,4 @@
-"""A pod sandbox: what was asked, what is known of it, and where it stands."""
+"""A pod sandbox: its configuration, what is known of it, and its state."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Sandbox:
 
     @property
     def user_namespace(self) -> bool:
-        """Whether the pod has a user namespace of its own."""
+        """Whether the pod has a user namespace."""
         options = self.namespace_options
         return options.HasField("userns_options") and options.userns_options.mode == cri_pb2.POD
 

@@ -1,4 +1,4 @@
-"""What of a sandbox's configuration can never work, whatever the state of the node."""
+"""Checks for parts of a sandbox's configuration that can never work on any node."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from runtime.state.truncindex import Registry
 
 
 def read_boot_id() -> str:
-    """An id of this boot: what lies in the run folder is from it or from before."""
+    """An id of this boot, to know whether files of the run folder are from this boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -82,7 +82,8 @@ class State:
         await self.save(subject)
 
     def take_back(self, subject: Sandbox | Container) -> None:
-        """Let clients see again what could not be removed: a sandbox as stopped, a container as exited; in memory only.
+        """Show clients an object again whose removal failed: a sandbox as stopped, a container as exited; in memory
+        only.
 
         Its row still says that it is being removed, so that the next start finishes the removal.
         """
@@ -146,7 +147,7 @@ class State:
         return (container for container in self.containers if container.visible)
 
     def publish(self, kind: cri_pb2.ContainerEventType, subject: Sandbox | Container) -> None:
-        """Tell the subscribers, if there are any, what just happened to ``subject``."""
+        """Send the subscribers, if there are any, the event that just happened to ``subject``."""
         if not self.events.serving:
             self.events.keep(partial(self._event, kind, subject))
         elif self.events.subscribers:

@@ -11,9 +11,9 @@ from host.stages import Operation
 from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox, SandboxState
 
-# A stop that failed in the middle is repeated: it writes the same state again. A removal that failed goes back, so that
-# clients see the object and can try again. A sandbox or container that is being made and fails has no next state: its
-# row is deleted.
+# A stop that failed in the middle is repeated: it writes the same state again. A removal that failed returns to the
+# former state, so that clients see the object and can try again. A sandbox or container that is being made and fails
+# has no next state: its row is deleted.
 _SANDBOX: Mapping[SandboxState, frozenset[SandboxState]] = {
     SandboxState.MAKING: frozenset({SandboxState.READY}),
     SandboxState.READY: frozenset({SandboxState.NOT_READY, SandboxState.REMOVING}),

@@ -254,7 +254,7 @@ def test_without_store_and_copy_nothing_is_ended_unasked_and_reset_starts_over(o
     _lose_all(own_agent)
     said = _refusal(own_agent)
     assert "podkeel-copy.db is missing" in said
-    assert f"--adopt` to go on with the 1 containers of which {own_agent.run} tells" in said
+    assert f"--adopt` to continue with the 1 containers in {own_agent.run}" in said
     rows.unlink()
     assert "--adopt" not in _refusal(own_agent)
     assert f"{own_agent.run} has rows of no container" in _refusal(own_agent, "--adopt")

@@ -87,7 +87,7 @@ def test_no_command_runs_in_a_directory_that_a_link_of_the_container_leads_out(
     assert SECRET not in (refused.value.details() or "")
     if handler == "crun":
         assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
-        assert "the link /work on the way of its working directory /work" in (refused.value.details() or "")
+        assert "the link /work in its working directory /work" in (refused.value.details() or "")
 
 
 # Swaps the working directory with a link out of the container, as often as it can.
@@ -293,5 +293,5 @@ def test_no_working_directory_is_made_by_name_below_a_volume_where_links_lead_ou
     with pytest.raises(grpc.RpcError) as refused:
         start(quiet_log, handler, config)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "working_dir '/volume/inner' lies in a volume" in (refused.value.details() or "")
+    assert "working_dir '/volume/inner' is in a volume" in (refused.value.details() or "")
     assert list(tmp_path.iterdir()) == []

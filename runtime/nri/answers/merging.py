@@ -26,7 +26,7 @@ def removed_name(name: str) -> str | None:
 class Merging:
     """Collects the adjustments of plugins for one container.
 
-    ``container`` is what the next plugin is told: the container as it would be made, with all changes up to now.
+    ``container`` is what the next plugin gets: the container as it would be made, with all changes up to now.
     ``adjustment`` is what was changed: names with a leading ``-`` are removed from what the container had without
     plugins.
     """
@@ -70,7 +70,7 @@ class Merging:
         args = list(adjust.args)
         if not args:
             return
-        if args[0] == "":  # replace whatever came before
+        if args[0] == "":  # replace all earlier values
             args = args[1:]
             self.owners.clear(Field.Args, plugin)
         if not args or not args[0]:
@@ -175,7 +175,7 @@ class Merging:
         *,
         key: str,
     ) -> None:
-        """The same for messages of a list, which are told apart by their field ``key``."""
+        """The same for messages of a list, which their field ``key`` identifies."""
         messages = {str(getattr(message, key)): message for message in given}
         for name, message in messages.items():
             if not name.removeprefix(REMOVAL):

@@ -48,7 +48,7 @@ class Owners:
         self.simple[number] = ",".join(dict.fromkeys((*names, plugin)))
 
     def clear(self, number: Field, plugin: str) -> None:
-        """Let the next plugin own a field: ``plugin`` removed what was set."""
+        """Allow the next plugin to own a field: ``plugin`` removed its value."""
         self.simple[number] = REMOVAL + plugin
 
     def clear_key(self, number: Field, key: str, plugin: str) -> None:

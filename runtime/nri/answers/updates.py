@@ -82,7 +82,7 @@ class Updates:
         return collected.update.linux.resources if collected is not None else None
 
     def updates(self) -> list[tuple[nri_pb2.ContainerUpdate, str]]:
-        """One update for each container, with the plugins it comes from."""
+        """One update for each container, with the plugins that asked for it."""
         return [(collected.update, collected.owners.names()) for collected in self._collected.values()]
 
     async def carry_out(self, node: Node) -> list[nri_pb2.ContainerUpdate]:

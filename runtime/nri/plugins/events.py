@@ -1,4 +1,4 @@
-"""The events of pods and containers: their numbers, the call that tells each, and its answer."""
+"""The events of pods and containers: their numbers, the call for each, and its answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Answer = TypeVar("Answer", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class EventCall(Generic[Answer]):
-    """One event: its number, the method of the Plugin service that tells it, and the type of the answer."""
+    """One event: its number, the method of the Plugin service for it, and the type of the answer."""
 
     number: nri_pb2.Event
     method: str

@@ -32,7 +32,7 @@ UpdateContainers = Callable[["Plugin", nri_pb2.UpdateContainersRequest], Awaitab
 
 
 class PluginLostError(PodkeelError):
-    """A plugin was closed, as it took too long or its connection ended; the operation goes on without it."""
+    """A plugin was closed, as it took too long or its connection ended; the operation continues without it."""
 
 
 class Plugin:
@@ -73,7 +73,7 @@ class Plugin:
         return bool(self.events >> (event - 1) & 1)
 
     async def registered(self, seconds: float) -> None:
-        """Wait until it has registered. Raises PluginLostError when it does not within ``seconds``, or goes away."""
+        """Wait until it has registered. Raises PluginLostError if it does not within ``seconds``, or disconnects."""
         try:
             async with asyncio.timeout(seconds):
                 await asyncio.shield(self._registered)
@@ -107,7 +107,7 @@ class Plugin:
         return response.SerializeToString()
 
     async def configure(self, request: nri_pb2.ConfigureRequest, seconds: float) -> None:
-        """Tell it its configuration and learn which events it wants. Raises PodkeelError; it is closed then."""
+        """Send its configuration and get the events that it wants. Raises PodkeelError; the plugin is closed then."""
         try:
             answer = await self.call("Configure", request, nri_pb2.ConfigureResponse, seconds)
             if answer.events & ~ALL_EVENTS:
@@ -118,10 +118,10 @@ class Plugin:
         self.events = answer.events or ALL_EVENTS
 
     async def notify(self, event: EventCall[Answer], request: Message, seconds: float) -> Answer | None:
-        """Tell it an event by the event's own call, or by StateChange if it has no such call.
+        """Send it an event by the event's own call, or by StateChange if there is no such call.
 
-        Returns None where it has no answer. Raises PluginLostError when it is closed over it, and PodkeelError with
-        its words for an error that it answers.
+        Returns None if the event has no answer. Raises PluginLostError if the plugin is closed meanwhile, and
+        PodkeelError with the plugin's message if it answers with an error.
         """
         number, method = event.number, event.method
         if number not in self._without:

@@ -1,7 +1,7 @@
 """The trunk to a plugin: one stream socket that carries several connections, cut into frames.
 
 A frame is a connection id and a length (4 bytes each, big-endian), then the payload. Opening a connection exchanges
-nothing. Nothing is kept here: each connection is given its bytes as they come.
+nothing. Nothing is kept here: each connection gets its bytes as they arrive.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Trunk(asyncio.BufferedProtocol):
     """The agent's end of a trunk, for ``loop.create_unix_server`` and its relatives.
 
     ``connected`` is called once the socket is there, and ``ended`` once with the reason when it is gone. While the
-    plugin does not read what was sent, nothing is read from it: it cannot make the agent keep more than one buffer.
-    A plugin that floods it with frames that are for nobody is closed.
+    plugin does not read what was sent, nothing is read from it: it cannot make the agent keep more than one buffer. A
+    plugin that sends too many frames for unknown connections is closed.
     """
 
     def __init__(self, connected: Callable[[Trunk], None], ended: Callable[[str], None]) -> None:
@@ -48,7 +48,7 @@ class Trunk(asyncio.BufferedProtocol):
         self.closed = False
 
     def receive_by(self, connection: int, receive: Receive) -> None:
-        """Give what comes for ``connection`` to ``receive``; other connections' bytes are dropped."""
+        """Give the bytes for ``connection`` to ``receive``; other connections' bytes are dropped."""
         self._receivers[connection] = receive
 
     async def send(self, connection: int, payload: bytes) -> None:
@@ -79,7 +79,7 @@ class Trunk(asyncio.BufferedProtocol):
         return self._buffer
 
     def buffer_updated(self, count: int) -> None:
-        """asyncio: bytes have come."""
+        """asyncio: bytes have arrived."""
         data, at = bytes(self._buffer[:count]), 0
         while at < count and not self.closed:
             if self._left:

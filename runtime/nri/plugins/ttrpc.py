@@ -163,10 +163,10 @@ class Client:
 
 
 class Server:
-    """Answers the calls that come on ``connection`` for ``service``.
+    """Answers the calls on ``connection`` for ``service``.
 
-    At most eight are under way at once; more, and messages that are too large, are answered RESOURCE_EXHAUSTED. What a
-    handler raises is the answer's message.
+    At most eight run at once; further ones, and messages that are too large, are answered with RESOURCE_EXHAUSTED. The
+    error of a handler is the answer's message.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class Server:
         try:
             await self._trunk.send(self._connection, encode(message.stream, _RESPONSE, response.SerializeToString()))
         except UnavailableError:
-            return  # nobody waits for the answer any more
+            return  # no caller waits for the answer any more
 
     async def _call(self, message: Message, *, full: bool) -> bytes:
         if message.body is None:

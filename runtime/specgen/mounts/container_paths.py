@@ -26,12 +26,12 @@ _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a path leads.
+    """A resolved path.
 
-    ``path`` is free of links. ``link`` is the last one that was followed, empty if there was none. ``of_kernel``: it
-    is in /proc or /sys, behind a link of /dev that leads there, or in such a file system elsewhere. ``in_volume``: it
-    is below something that is mounted, which others may change at any time. ``exists`` and ``is_folder`` tell what is
-    there already, and ``blocked_by`` names a file on the way, below which nothing can be.
+    ``path`` has no links. ``link`` is the last one that was followed, empty if there was none. ``of_kernel``: it is in
+    /proc or /sys, behind a link of /dev that leads there, or in such a file system elsewhere. ``in_volume``: it is
+    below a mount, which others may change at any time. ``exists`` and ``is_folder`` say what exists already, and
+    ``blocked_by`` names a file in the path, below which nothing can exist.
     """
 
     path: str
@@ -110,7 +110,9 @@ class ContainerPaths:
                     if (target := _target(child)) is not None:
                         os.close(child)
                         if libc.is_kernel_filesystem(folder):
-                            return Place(path, path, True, in_volume, True)  # it may lead anywhere, whatever it says
+                            return Place(
+                                path, path, True, in_volume, True
+                            )  # it may lead anywhere, regardless of its text
                         above = [] if target.startswith("/") else names[:index]
                         return _Turn([*above, *target.split("/"), *rest], path)
                     if child < 0 <= folder and not _is_folder(folder):
@@ -174,7 +176,7 @@ def _target(descriptor: int) -> str | None:
     try:
         return os.readlink("", dir_fd=descriptor)
     except OSError:
-        return ""  # of a process that nobody may look into
+        return ""  # of a process that no other may inspect
 
 
 def _is_folder(descriptor: int) -> bool:

@@ -63,8 +63,8 @@ def kernel_mounts(
 def pod_mounts(files: SandboxFiles, *, own_ipc: bool, readonly_root: bool) -> list[config.Mount]:
     """The pod's shared memory, and its hosts, resolv.conf and hostname; the files are as writable as the root is.
 
-    A container in the node's IPC namespace shares the node's memory, where the pod has none of its own.
-    The flags of what is bound are said again, because crun takes those that are not said away from it.
+    A container in the node's IPC namespace shares the node's memory if the pod has none. The flags of the bound mount
+    are repeated, because crun removes the others.
     """
     mounts = []
     shm = files.shm if own_ipc or files.shm is not None else Path("/dev/shm")

@@ -60,10 +60,10 @@ def changed_groups(
 
 @dataclass(frozen=True, slots=True)
 class SettledMounts:
-    """All mounts in order, with destinations free of links, and the paths of a container that has them.
+    """All mounts in order, with destinations without links, and the paths of a container that has them.
 
-    ``volumes`` are those that nothing else is mounted on. ``nested`` are destinations that lie in another volume,
-    which others may change before the OCI runtime mounts there.
+    ``volumes`` are those that nothing else is mounted on. ``nested`` are destinations in another volume, which others
+    may change before the OCI runtime mounts there.
     """
 
     mounts: list[config.Mount]
@@ -140,9 +140,9 @@ def _is_or_will_be_folder(path: str) -> bool:
 
 
 def _resolved(rootfs: Path, wanted: Sequence[_Planned]) -> tuple[list[str], ContainerPaths, tuple[str, ...]]:
-    """The destinations, parents resolved first: what is mounted there may hold links to where others go.
+    """The destinations, parents resolved first: a mount there may contain links to the destinations of others.
 
-    The last are those that lie in another volume.
+    The last are those in another volume.
     """
     destinations = [plan.mount.destination for plan in wanted]
     for _ in range(_ROUNDS):

@@ -46,7 +46,9 @@ def image_volumes(paths: Iterable[str], rootfs: Path, container_folder: Path, la
     for path in wanted:
         place = image.destination(path, "VOLUME of the image:").path
         if place in ("/", "/dev", "/dev/null", "/proc", "/sys") or place.startswith("/proc/"):
-            raise InvalidArgumentError(f"VOLUME of the image: {path} is {place}: use an image with a folder of its own")
+            raise InvalidArgumentError(
+                f"VOLUME of the image: {path} is {place}: use an image whose VOLUME is a separate folder"
+            )
     return [
         Volume(container_folder / "volumes" / hashlib.sha256(path.encode()).hexdigest()[:32], path, label)
         for path in sorted(wanted)

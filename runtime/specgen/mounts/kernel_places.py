@@ -1,8 +1,8 @@
-"""What may be mounted in a container where the kernel's own files go: nothing but those files.
+"""What may be mounted in a container at the places of the kernel's own files: only those files.
 
 OCI runtimes open /dev/null and terminals of the container, give them to the container's user and hide files behind
-them, and write to /proc what confines the process: what a volume has there would be taken for it (CVE-2019-16884,
-CVE-2025-31133, CVE-2025-52565).
+them, and confine the process by writing to /proc. If a volume is mounted there, they use its files instead
+(CVE-2019-16884, CVE-2025-31133, CVE-2025-52565).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _OF_THE_NODE = ("/dev", "/proc", "/sys", "/dev/pts", "/dev/ptmx", "/dev/console"
 _KERNEL_FOLDERS = ("/dev", "/proc", "/sys")
 _NULL = "/dev/null"
 _DEVICES = {f"/dev/{name}": device for device, name in DEFAULT_NODES.items()}
-# What is commonly shown otherwise than the kernel does (as by lxcfs): nobody takes orders from these files.
+# Files that are commonly replaced (for example by lxcfs): OCI runtimes do not write to them.
 _SHOWN = frozenset(
     (
         *("/proc/cpuinfo", "/proc/diskstats", "/proc/loadavg", "/proc/meminfo", "/proc/slabinfo", "/proc/stat"),
@@ -31,12 +31,12 @@ _SHOWN = frozenset(
 
 
 def refuse_imitations(mounts: Iterable[config.Mount], folders: Mapping[str, str]) -> None:
-    """Raise InvalidArgumentError for a bind mount that would stand in for files of the kernel.
+    """Raise InvalidArgumentError for a bind mount that would replace files of the kernel.
 
-    At /dev, /dev/pts, /dev/ptmx, /dev/console, /proc, /sys and below /proc only the node's own may be mounted, and
-    some files of /proc that are commonly replaced; at /dev/null only a null device, at others of every container's
-    devices only such a one, at the links of /dev nothing. Destinations are free of links. ``folders`` maps a source
-    that is still to be bound to where its content is now.
+    At /dev, /dev/pts, /dev/ptmx, /dev/console, /proc, /sys and below /proc only the node's own may be mounted, and some
+    files of /proc that are commonly replaced; at /dev/null only a null device, at others of every container's devices
+    only such a one, at the links of /dev nothing. Destinations have no links. ``folders`` maps a source that is still
+    to be bound to where its content is now.
     """
     for mount in mounts:
         if mount.type == "bind" and mount.destination.startswith(("/dev", "/proc", "/sys")):
@@ -56,10 +56,10 @@ def kernel_folders_last(mounts: Iterable[config.Mount]) -> list[config.Mount]:
 def refuse_nested(nested: Iterable[str], mounts: Sequence[config.Mount], *, sees_others: bool) -> None:
     """Raise InvalidArgumentError for a volume in a volume that a link could lead where ``kernel_folders_last`` fails.
 
-    ``nested`` are the destinations that lie in volumes. One that brings a whole system would take the root's place with
-    the node's devices. One that is itself in a folder of the kernel's comes after the devices: it is refused where the
-    container ``sees_others``, as their files could take the devices' place. The node's own /dev, /proc and /sys are no
-    volumes that others write.
+    ``nested`` are the destinations that lie in volumes. A volume with a whole system could replace the root and have
+    the node's devices. A volume in a folder of the kernel is mounted after the devices: it is refused if the container
+    ``sees_others``, as their files could replace the devices. Others cannot write to the node's own /dev, /proc and
+    /sys, so these do not count as volumes.
     """
     volumes = {mount.destination: mount.source for mount in mounts if mount.type == "bind"}
     for destination in nested:
@@ -72,7 +72,7 @@ def refuse_nested(nested: Iterable[str], mounts: Sequence[config.Mount], *, sees
             inside = destination.startswith(f"{outer}/") and _is_of_kernel(outer)
             if sees_others and inside and not _is_the_node_s(outer, source):
                 raise InvalidArgumentError(
-                    f"mounts: {destination} lies in the volume at {outer}, and the container sees processes of others: "
+                    f"mounts: {destination} is in the volume at {outer}, and the container sees processes of others: "
                     "mount it elsewhere"
                 )
 

@@ -21,11 +21,11 @@ _OF_CONTAINER = re.compile("/proc/([0-9]+|self|thread-self|net|sys/net)/|/sys/(c
 def mask_files(linux: oci.Linux, paths: ContainerPaths, null: Path) -> list[oci.Mount]:
     """Mounts of ``null`` over the files among the masked paths, which are taken from ``linux``.
 
-    They belong behind all other mounts, as they hide what these bring. Folders of the image and of volumes get an empty
-    file system. The OCI runtime hides those of /proc, /sys and /dev, where nobody can put a file in their place, and
-    passes over what does not exist there. Elsewhere that is not shown to it: it may be a file by then. ``paths`` are
-    the container's with all mounts. Raises InvalidArgumentError for what only the container's own processes and
-    network would show.
+    They belong after all other mounts, as they also hide files of these. Folders of the image and of volumes get an
+    empty file system. The OCI runtime hides those of /proc, /sys and /dev, where no file can replace them, and ignores
+    missing ones. Missing paths elsewhere are not passed to it: they may be files by then. ``paths`` are the container's
+    with all mounts. Raises InvalidArgumentError for paths that exist only through the container's own processes and
+    network.
     """
     hidden: dict[str, oci.Mount] = {}
     kept = []

@@ -74,10 +74,10 @@ def prepare(
 ) -> tuple[PrivateDevices | None, list[config.Mount]]:
     """What to make beside ``rootfs``, and the mounts with it; of ``linux`` it takes the devices that it makes.
 
-    With a user namespace that is /dev, unless the node's is mounted there, and all devices. The nodes belong to whom
-    they belong to on the host, and so to nobody inside; those ``described`` (of CDI) to the ids that their description
-    names, which are the container's. Always it is what volumes bring of the default nodes: each mount gets one of its
-    own. ``folders`` maps a source that is still to be bound to where its content is now.
+    With a user namespace that is /dev, unless the node's is mounted there, and all devices. The nodes keep their owners
+    of the host, which are not mapped inside; those ``described`` (of CDI) get the ids of their description, which are
+    the container's. Default nodes in volumes are always replaced: each mount gets a separate one. ``folders`` maps a
+    source that is still to be bound to where its content is now.
     """
     folder = devices_folder(rootfs)
     nodes: list[PrivateNode] = []
@@ -136,7 +136,9 @@ def devices_folder(rootfs: Path) -> Path:
 
 
 def _on_host(inside: int, mappings: Iterable[config.IDMapping]) -> int:
-    """The host's id of an id inside; root's, which nobody inside is, for one that is not mapped."""
+    """The host's id of an id inside; for one that is not mapped, that of the host's root, which is not
+    mapped either.
+    """
     for mapping in mappings:
         if mapping.container_id <= inside < mapping.container_id + mapping.size:
             return mapping.host_id + inside - mapping.container_id

@@ -1,4 +1,4 @@
-"""The node's own AppArmor profile, which RuntimeDefault stands for: loaded at start where the host has AppArmor."""
+"""The node's own AppArmor profile, used for RuntimeDefault: loaded at start if the host has AppArmor."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def load_default_profile(facts: NodeFacts) -> str:
 
 
 def default_profile() -> str:
-    """The profile's text for this host: signals of an agent that is itself confined are let through."""
+    """The profile's text for this host: it allows signals from an agent that is itself confined."""
     label = _own_label()
     return Template(_TEMPLATE.read_text()).substitute(
         name=DEFAULT_NAME,

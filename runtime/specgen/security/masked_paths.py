@@ -32,8 +32,8 @@ def masked_and_readonly_paths(config: cri_pb2.ContainerConfig) -> tuple[list[str
     """The paths to hide and those to make read-only.
 
     kubelet always sends the lists it wants, also none at all for an unmasked procMount, and the protocol cannot tell an
-    empty list from an absent one: a security context is taken at its word, as containerd does. Only a container without
-    any security context gets the default lists, and a privileged one never has any, whatever was sent.
+    empty list from an absent one: the lists of a security context are used as they are, as containerd does. Only a
+    container without any security context gets the default lists, and a privileged one never has any.
     """
     if not config.linux.HasField("security_context"):
         return list(MASKED_PATHS), list(READONLY_PATHS)
@@ -48,10 +48,11 @@ def masked_and_readonly_paths(config: cri_pb2.ContainerConfig) -> tuple[list[str
 
 
 def apparmor_profile(context: cri_pb2.LinuxContainerSecurityContext, node: NodeFacts, *, default: str) -> str:
-    """The name of the AppArmor profile to confine the process with, or empty; the new field goes before the old string.
+    """The name of the AppArmor profile to confine the process with, or empty. The new field has precedence over the old
+    string.
 
-    ``default`` is the node's own profile, used for RuntimeDefault and where nothing is said; it is skipped where
-    the host has no AppArmor. Raises InvalidArgumentError for a profile of the host's that is not loaded.
+    ``default`` is the node's own profile, used for RuntimeDefault and by default; it is skipped where the host has no
+    AppArmor. Raises InvalidArgumentError for a profile of the host's that is not loaded.
     """
     if context.privileged:
         return ""

@@ -1,4 +1,4 @@
-"""A level of its own for each pod, by which SELinux keeps pods apart (multi-category security)."""
+"""A different level for each pod, by which SELinux separates pods (multi-category security)."""
 
 from __future__ import annotations
 

@@ -21,10 +21,10 @@ def relabel_all(
 ) -> int:
     """Give files their labels, following no link; blocks as long as the trees are large. Returns how many changed.
 
-    Their paths must be resolved: one with a symbolic link in it is refused. What has its label already is left alone,
-    what goes away meanwhile is skipped, and a file system that keeps no labels (as NFS) has one for all its files,
-    given when it is mounted. ``check`` is called before each file and may raise.
-    Raises InvalidArgumentError for what cannot be labelled otherwise.
+    Their paths must be resolved: one with a symbolic link in it is refused. Files that have the label are not changed,
+    files that are deleted meanwhile are skipped, and a file system that keeps no labels (as NFS) has one for all its
+    files, given when it is mounted. ``check`` is called before each file and may raise. Raises InvalidArgumentError for
+    what cannot be labelled otherwise.
     """
     changed = 0
     for wanted in relabels:
@@ -43,7 +43,7 @@ def _relabel(root: str, label: bytes, attribute: str, check: Callable[[], None])
     descriptor = os.open(root, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         own = f"/proc/self/fd/{descriptor}"
-        if str(Path(own).readlink()) != root:  # a link has come into the path since it was resolved and judged
+        if str(Path(own).readlink()) != root:  # a link was put into the path after it was resolved and checked
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         changed = int(_set_label(own, label, attribute, follow_symlinks=True))
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):

@@ -50,8 +50,8 @@ def selinux_labels(
 ) -> SelinuxLabels:
     """The labels for ``options``, each part left out completed; ``level`` is the pod's own.
 
-    The parts are checked wherever they are given; the kernel is asked about the whole where it has a policy. Without
-    SELinux on the node, or for privileged containers, there are no labels.
+    The given parts are always checked; the kernel checks the whole label if it has a policy. Without SELinux on the
+    node, or for privileged containers, there are no labels.
     """
     for field, word in (("user", options.user), ("role", options.role), ("type", options.type)):
         if word and not _WORD.fullmatch(word):

@@ -303,7 +303,7 @@ def test_kernel_folders_come_last_where_a_volume_lies_in_another_one(tmp_path: P
 def test_volumes_in_volumes_that_no_order_makes_safe_are_refused(tmp_path: Path) -> None:
     shm = [bound("/dev/shm", tmp_path), bound("/dev/shm/inner", tmp_path)]
     refuse_nested(["/dev/shm/inner"], shm, sees_others=False)
-    with pytest.raises(InvalidArgumentError, match="/dev/shm/inner lies in the volume at /dev/shm"):
+    with pytest.raises(InvalidArgumentError, match="/dev/shm/inner is in the volume at /dev/shm"):
         refuse_nested(["/dev/shm/inner"], shm, sees_others=True)
     refuse_nested(["/dev/shm"], [bound("/dev", "/dev"), bound("/dev/shm", tmp_path)], sees_others=True)
     with pytest.raises(InvalidArgumentError, match="/ has devices and would be mounted inside another volume, at /a/b"):

@@ -76,6 +76,15 @@ class Plugin:
     def Shutdown(self, request: nri_pb2.Empty) -> Message | None:
         """The agent ends."""
 
+    def StateChange(self, request: nri_pb2.StateChangeEvent) -> None:
+        """Take an event as containerd 1.7 and other older agents tell it, by the method that is named as the event."""
+        for method in _SERVICE.methods:
+            if dict(nri_pb2.Event.items()).get(_event_name(method.name)) == request.event:
+                told: Any = GetMessageClass(method.input_type)(pod=request.pod)
+                if "container" in told.DESCRIPTOR.fields_by_name:
+                    told.container.CopyFrom(request.container)
+                getattr(self, method.name, lambda _: None)(told)
+
     def run(self) -> None:
         """Register and serve until the agent closes the connection. Raises OSError where there is no agent."""
         with self._socket:

@@ -153,6 +153,25 @@ async def test_a_plugin_without_a_call_of_its_own_gets_the_state_change(agent: A
     assert {name: count.calls for name, count in counted} == {"StartContainer": 1, "StateChange": 2}
 
 
+async def test_the_stub_gives_state_changes_of_older_agents_to_the_methods_of_the_events(agent: Agent) -> None:
+    seen: list[tuple[str, str, str]] = []
+
+    class Current(stub.Plugin):  # type: ignore[name-defined, misc]
+        def RunPodSandbox(self, request: nri_pb2.RunPodSandboxRequest) -> None:
+            seen.append((type(request).__name__, request.pod.name, ""))
+
+        def StartContainer(self, request: nri_pb2.StartContainerRequest) -> None:
+            seen.append((type(request).__name__, request.pod.name, request.container.name))
+
+    running(agent, Current)
+    await agent.plugin.registered(SECONDS)
+    pod, container = nri_pb2.PodSandbox(name="p"), nri_pb2.Container(name="c")
+    for event in (nri_pb2.RUN_POD_SANDBOX, nri_pb2.START_CONTAINER, nri_pb2.REMOVE_CONTAINER):
+        change = nri_pb2.StateChangeEvent(event=event, pod=pod, container=container)
+        await agent.plugin.call("StateChange", change, nri_pb2.Empty, SECONDS)
+    assert seen == [("RunPodSandboxRequest", "p", ""), ("StartContainerRequest", "p", "c")]
+
+
 async def test_a_flood_of_frames_for_nobody_closes_the_trunk(agent: Agent) -> None:
     flood = frame(77, b"") * 5000
     await asyncio.to_thread(agent.other.sendall, flood)

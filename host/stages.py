@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import TracebackType
 
 from host.errors import LimitError, PodkeelError
 
@@ -60,43 +61,64 @@ class Operation:
 
         A full disk is a LimitError, any other OSError a PodkeelError.
         """
-        return self._run(name, observed=True)
+        return _Run(self, name, observed=True)
 
     def foreign_stage(self, name: str) -> AbstractAsyncContextManager[None]:
         """The same with a name that is not the agent's own: it is kept with the operation, and becomes no metric."""
-        return self._run(name, observed=False)
+        return _Run(self, name, observed=False)
 
-    @asynccontextmanager
-    async def _run(self, name: str, *, observed: bool) -> AsyncIterator[None]:
-        stage = Stage(name, time.time_ns())
-        self.stages.append(stage)
-        begin = time.perf_counter()
-        try:
-            if _fault_hook is not None:
-                await _fault_hook(f"{self.name}.{name}:before")
-            yield
-            if _fault_hook is not None:
-                await _fault_hook(f"{self.name}.{name}:after")
-        except PodkeelError as error:
-            stage.failed = True
-            error.add_context(self._place(name))
-            raise
-        except OSError as error:
-            stage.failed = True
-            kind = LimitError if error.errno in _EXHAUSTED else PodkeelError
-            raise kind(f"{self._place(name)}: {error}") from error
-        except BaseException:
-            stage.failed = True
-            raise
-        finally:
-            stage.seconds = time.perf_counter() - begin
-            if stage.failed and not any(known is self for known in _failed):
-                _failed.append(self)
-            for observer in _observers if observed else ():
-                observer(self.name, name, stage.seconds, stage.failed)
-
-    def _place(self, stage: str) -> str:
+    def place(self, stage: str) -> str:
+        """How errors of a stage begin."""
         return f"{self.subject}, step {stage}" if self.subject else f"step {stage}"
+
+
+class _Run(AbstractAsyncContextManager[None]):
+    """One stage while it runs: a class, as a generator would cost several times as much."""
+
+    __slots__ = ("_begin", "_observed", "_operation", "_stage")
+
+    def __init__(self, operation: Operation, name: str, *, observed: bool) -> None:
+        self._operation = operation
+        self._observed = observed
+        self._stage = Stage(name, 0)
+        self._begin = 0.0
+
+    async def __aenter__(self) -> None:
+        self._stage.started = time.time_ns()
+        self._operation.stages.append(self._stage)
+        self._begin = time.perf_counter()
+        await self._meet_fault("before")
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            await self._meet_fault("after")
+        self._end(error)
+
+    async def _meet_fault(self, where: str) -> None:
+        if _fault_hook is not None:
+            try:
+                await _fault_hook(f"{self._operation.name}.{self._stage.name}:{where}")
+            except BaseException as error:
+                self._end(error)
+                raise
+
+    def _end(self, error: BaseException | None) -> None:
+        """Note the end, and where it was in ``error``; raises PodkeelError in the place of an OSError."""
+        operation, stage = self._operation, self._stage
+        stage.seconds = time.perf_counter() - self._begin
+        if error is not None:
+            stage.failed = True
+            if not any(known is operation for known in _failed):
+                _failed.append(operation)
+        for observer in _observers if self._observed else ():
+            observer(operation.name, stage.name, stage.seconds, stage.failed)
+        if isinstance(error, PodkeelError):
+            error.add_context(operation.place(stage.name))
+        elif isinstance(error, OSError):
+            kind = LimitError if error.errno in _EXHAUSTED else PodkeelError
+            raise kind(f"{operation.place(stage.name)}: {error}") from error
 
 
 @contextmanager

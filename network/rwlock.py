@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 
 class RWLock:
@@ -18,19 +18,22 @@ class RWLock:
         self._no_readers.set()
         self._writers = asyncio.Lock()
 
-    @asynccontextmanager
-    async def reading(self) -> AsyncIterator[None]:
+    def reading(self) -> AbstractAsyncContextManager[None]:
         """Wait until no writer holds or awaits the lock, and hold it beside other readers."""
+        return _Reading(self)
+
+    async def enter(self) -> None:
+        """Begin to read; ``leave`` ends it."""
         while not self._unlocked.is_set():
             await self._unlocked.wait()
         self._readers += 1
         self._no_readers.clear()
-        try:
-            yield
-        finally:
-            self._readers -= 1
-            if not self._readers:
-                self._no_readers.set()
+
+    def leave(self) -> None:
+        """End to read."""
+        self._readers -= 1
+        if not self._readers:
+            self._no_readers.set()
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[None]:
@@ -42,3 +45,18 @@ class RWLock:
                 yield
             finally:
                 self._unlocked.set()
+
+
+class _Reading(AbstractAsyncContextManager[None]):
+    """A class, as a generator would cost several times as much, and each event of a pod passes here."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self, lock: RWLock) -> None:
+        self._lock = lock
+
+    async def __aenter__(self) -> None:
+        await self._lock.enter()
+
+    async def __aexit__(self, *_error: object) -> None:
+        self._lock.leave()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Self
+from collections.abc import Awaitable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, Self
 
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
@@ -44,6 +44,16 @@ class Hooks:
     def passing(self) -> Passage:
         """The passage of one event."""
         return _OPEN
+
+    async def beside(self, work: Awaitable[None], telling: Coroutine[Any, Any, None]) -> None:
+        """Await ``work``, and ``telling``, the call of a hook that raises nothing, while it goes on or after it.
+
+        ``telling`` begins once ``work`` waits for something. Raises what ``work`` does; both are over then.
+        """
+        try:
+            await work
+        finally:
+            await telling
 
     def service(self) -> dict[str, object]:
         """Whether plugins are served, the path of the socket where they connect, and why there is none."""

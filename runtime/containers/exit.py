@@ -111,14 +111,18 @@ class ContainerExit:
         return counted
 
     async def save_end(self, container: Container, *, sandbox_too: bool = False) -> None:
-        """Write down an end; when that fails the container has ended all the same, and the next start sees it again."""
+        """Write down an end, and tell plugins of it."""
+        hooks = self._node.hooks
+        await hooks.beside(self._write_end(container, sandbox_too=sandbox_too), hooks.stopped_container(container))
+
+    async def _write_end(self, container: Container, *, sandbox_too: bool) -> None:
+        """When that fails the container has ended all the same, and the next start sees it again."""
         try:
             await self._state.move(container, ContainerState.EXITED)
             if sandbox_too:
                 await self._state.save(container.sandbox)
         except PodkeelError as error:
             _log.error("%s: exit could not be written to the store: %s", container.title, error)
-        await self._node.hooks.stopped_container(container)
 
     def ended(self, container: Container) -> None:
         """Notify waiting callers and clients of the end, and begin to clean up."""

@@ -8,6 +8,7 @@ import time
 
 from host.concurrency.tasks import wait_out
 from host.errors import CommandError, InvalidArgumentError, PodkeelError, WrongStateError
+from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 from runtime.containers.exit import ContainerExit
 from runtime.containers.stop import ContainerStop
@@ -58,13 +59,16 @@ class ContainerStart:
         async with operation.stage("runtime"), self._node.handlers.slots:
             started_at = time.time_ns()
             await self._start_in_runtime(container)
+        async with hooks.passing():
+            written = self._write_start(container, started_at, operation)
+            await hooks.beside(written, hooks.started_container(container, operation))
+        self._state.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
+        _log.info("%s: started", container.title, extra=of_container(container, operation))
+
+    async def _write_start(self, container: Container, started_at: int, operation: Operation) -> None:
         async with operation.stage("commit"):
             container.record.started_at = started_at
             await self._state.move(container, ContainerState.RUNNING)
-        async with hooks.passing():
-            await hooks.started_container(container, operation)
-        self._state.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
-        _log.info("%s: started", container.title, extra=of_container(container, operation))
 
     async def _start_in_runtime(self, container: Container) -> None:
         record = container.record

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Coroutine, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -84,11 +84,9 @@ class Adaptation:
         """Those that are synchronised, by index."""
         return self._plugins
 
-    @asynccontextmanager
-    async def passing(self) -> AsyncIterator[None]:
+    def passing(self) -> AbstractAsyncContextManager[None]:
         """Hold back the synchronisation of plugins meanwhile. Never inside itself."""
-        async with self._lock.reading():
-            yield
+        return self._lock.reading()
 
     def wants(self, event: EventCall[Any]) -> bool:
         """Whether any plugin asked for an event."""
@@ -243,9 +241,9 @@ class Adaptation:
         operation: Operation | None,
     ) -> Answer | None:
         try:
-            async with AsyncExitStack() as stack:
-                if operation is not None:
-                    await stack.enter_async_context(operation.foreign_stage(f"nri:{plugin.title}"))
+            if operation is None:
+                return await plugin.notify(event, request, self._options.request_seconds)
+            async with operation.foreign_stage(f"nri:{plugin.title}"):
                 return await plugin.notify(event, request, self._options.request_seconds)
         except PluginLostError as error:
             self._lose(plugin, str(error))
@@ -277,15 +275,16 @@ class Adaptation:
                 if not plugin.closed:  # one that was lost over it may have done nothing
                     saw.append(nri_pb2.PluginInstance(name=plugin.name, index=plugin.index))
             owners = merging.owners.message()
-            changes = nri_pb2.ValidateContainerAdjustmentRequest(
-                pod=request.pod,
-                container=original,
-                adjust=merging.adjustment,
-                update=[update for update, _ in updates.updates()],
-                owners=nri_pb2.OwningPlugins(owners={original.id: owners}),
-                plugins=saw,
-            )
-            await self._validate(changes, subject, operation)
+            if self._options.default_validator.enabled or self.wants(VALIDATE_CONTAINER_ADJUSTMENT):
+                changes = nri_pb2.ValidateContainerAdjustmentRequest(
+                    pod=request.pod,
+                    container=original,
+                    adjust=merging.adjustment,
+                    update=[update for update, _ in updates.updates()],
+                    owners=nri_pb2.OwningPlugins(owners={original.id: owners}),
+                    plugins=saw,
+                )
+                await self._validate(changes, subject, operation)
         return Creation(merging.adjustment, owners, merging.container, updates)
 
     async def _validate(
@@ -295,12 +294,8 @@ class Adaptation:
         operation: Operation | None,
     ) -> None:
         """Have the agent's own validator and then, all at once, those of plugins look at what plugins change."""
-        validators = list(self._asked(VALIDATE_CONTAINER_ADJUSTMENT, None))
-        if not validators and not self._options.default_validator.enabled:
-            return
         validator.check(request, self._options.default_validator, subject)
-        if not validators:
-            return
+        validators = list(self._asked(VALIDATE_CONTAINER_ADJUSTMENT, None))
         answers = await asyncio.gather(
             *(self._ask(plugin, VALIDATE_CONTAINER_ADJUSTMENT, request, operation) for plugin in validators)
         )

@@ -29,6 +29,8 @@ def adjust_container(
 
     Raises what ``adjustment.apply`` does, and InvalidArgumentError for a cgroup that is another's.
     """
+    if not adjustment.ByteSize():
+        return
     runtime = node.handlers.get(container.record.handler)
     systemd = node.cgroups.driver == "systemd"
     adjust(draft, adjustment, owners, RuntimeAbilities(runtime.name, runtime.features, node.facts, systemd))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, Self
 
+from host.concurrency.tasks import wait_out
 from host.errors import InvalidArgumentError, NotFoundError
 from host.stages import Operation
 from proto.nri.v1alpha1 import nri_pb2
@@ -109,6 +110,17 @@ class NriHooks(Hooks):
         """Those of all plugins since the start."""
         return report.calls(self.adaptation)
 
+    async def beside(self, work: Awaitable[None], telling: Coroutine[Any, Any, None]) -> None:
+        """At once, as the way to a plugin and back takes about as long as a commit."""
+        if not self.adaptation.plugins:
+            await super().beside(work, telling)
+            return
+        told = asyncio.ensure_future(telling)
+        try:
+            await work
+        finally:
+            await wait_out(told)
+
     async def run_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """RunPodSandbox."""
         if self.adaptation.wants(events.RUN_POD_SANDBOX):
@@ -197,26 +209,26 @@ class NriHooks(Hooks):
         self._told[container.id] = [*known, *(plugin for plugin in self.adaptation.plugins if plugin.wants(told))]
         self._views.drop_draft(container)
         if self.adaptation.wants(events.POST_CREATE_CONTAINER):
-            pod, message = await self._views.both(container, nri_pb2.CONTAINER_CREATED)
-            request = nri_pb2.PostCreateContainerRequest(pod=pod, container=message)
+            request = nri_pb2.PostCreateContainerRequest()
+            await self._views.fill(request, container, nri_pb2.CONTAINER_CREATED)
             await self.adaptation.notify(events.POST_CREATE_CONTAINER, request, operation)
 
     @never_failing
     async def undo_container(self, container: Container) -> None:
         """StopContainer and RemoveContainer, to those that know the container."""
         if only := self._knowing(container.id):
-            pod, message = await self._views.both(container, nri_pb2.CONTAINER_STOPPED)
-            stop = nri_pb2.StopContainerRequest(pod=pod, container=message)
+            stop = nri_pb2.StopContainerRequest()
+            await self._views.fill(stop, container, nri_pb2.CONTAINER_STOPPED)
             await self.adaptation.notify(events.STOP_CONTAINER, stop, only=only)
-            remove = nri_pb2.RemoveContainerRequest(pod=pod, container=message)
+            remove = nri_pb2.RemoveContainerRequest(pod=stop.pod, container=stop.container)
             await self.adaptation.notify(events.REMOVE_CONTAINER, remove, only=only)
 
     async def start_container(self, container: Container, operation: Operation) -> None:
         """StartContainer."""
         there = list(self.adaptation.plugins)
         if self.adaptation.wants(events.START_CONTAINER):
-            pod, message = await self._views.both(container)
-            request = nri_pb2.StartContainerRequest(pod=pod, container=message)
+            request = nri_pb2.StartContainerRequest()
+            await self._views.fill(request, container)
             await self.adaptation.tell(events.START_CONTAINER, request, operation)
         self._starting[container.id] = there
 
@@ -225,17 +237,16 @@ class NriHooks(Hooks):
         """PostStartContainer."""
         there = self._starting.pop(container.id, [])
         if self.adaptation.wants(events.POST_START_CONTAINER):
-            pod, message = await self._views.both(container)
-            request = nri_pb2.PostStartContainerRequest(pod=pod, container=message)
+            request = nri_pb2.PostStartContainerRequest()
+            await self._views.fill(request, container)
             await self.adaptation.notify(events.POST_START_CONTAINER, request, operation, only=there)
 
     async def update_container(self, container: Container, given: Resources, operation: Operation) -> LimitChange:
         """UpdateContainer."""
         if not self.adaptation.wants(events.UPDATE_CONTAINER):
             return LimitChange(given)
-        pod, message = await self._views.both(container)
-        wanted = messages.resources(given)
-        request = nri_pb2.UpdateContainerRequest(pod=pod, container=message, linux_resources=wanted)
+        request = nri_pb2.UpdateContainerRequest(linux_resources=messages.resources(given))
+        await self._views.fill(request, container)
         own, plugins, updates = await self.adaptation.update(request, container.title, operation)
         self._wanted.setdefault(container.id, []).append(updates)
         if not plugins:
@@ -247,8 +258,8 @@ class NriHooks(Hooks):
     async def updated_container(self, container: Container, operation: Operation) -> None:
         """PostUpdateContainer."""
         if self.adaptation.wants(events.POST_UPDATE_CONTAINER):
-            pod, message = await self._views.both(container)
-            request = nri_pb2.PostUpdateContainerRequest(pod=pod, container=message)
+            request = nri_pb2.PostUpdateContainerRequest()
+            await self._views.fill(request, container)
             await self.adaptation.notify(events.POST_UPDATE_CONTAINER, request, operation)
 
     @never_failing
@@ -257,8 +268,8 @@ class NriHooks(Hooks):
         self._starting.pop(container.id, None)
         if not self.adaptation.wants(events.STOP_CONTAINER) or not self._first(container.id, "stop"):
             return
-        pod, message = await self._views.both(container)
-        request = nri_pb2.StopContainerRequest(pod=pod, container=message)
+        request = nri_pb2.StopContainerRequest()
+        await self._views.fill(request, container)
         updates = Updates()
         for plugin, answer in await self.adaptation.notify(events.STOP_CONTAINER, request):
             try:
@@ -274,8 +285,8 @@ class NriHooks(Hooks):
     async def remove_container(self, container: Container, operation: Operation) -> None:
         """RemoveContainer."""
         if self.adaptation.wants(events.REMOVE_CONTAINER) and self._first(container.id, "remove"):
-            pod, message = await self._views.both(container)
-            request = nri_pb2.RemoveContainerRequest(pod=pod, container=message)
+            request = nri_pb2.RemoveContainerRequest()
+            await self._views.fill(request, container)
             await self.adaptation.notify(events.REMOVE_CONTAINER, request, operation)
 
     @never_failing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -19,6 +20,18 @@ from runtime.state.sandbox import Sandbox
 
 _log = logging.getLogger("podkeel.nri")
 _decode_spec = msgspec.json.Decoder(oci.Spec).decode
+
+
+class OfContainer(Protocol):
+    """The request of an event of a container."""
+
+    @property
+    def pod(self) -> nri_pb2.PodSandbox:
+        """The pod, which can be filled in."""
+
+    @property
+    def container(self) -> nri_pb2.Container:
+        """The container, which can be filled in."""
 
 
 class Views:
@@ -60,13 +73,14 @@ class Views:
         """The container has its spec on the disk, or will be adjusted."""
         self._drafts.pop(container.id, None)
 
-    async def both(
-        self, container: Container, state: nri_pb2.ContainerState | None = None
-    ) -> tuple[nri_pb2.PodSandbox, nri_pb2.Container]:
-        """A container and its pod as they are now, or as the container will be in ``state``."""
+    async def fill(
+        self, request: OfContainer, container: Container, state: nri_pb2.ContainerState | None = None
+    ) -> None:
+        """Put a container and its pod into ``request``, as they are now, or as the container will be in ``state``."""
         if container.id not in self._seen:
             await in_thread(self._look_at, container)
-        return self.pod(container.sandbox), self._message(container, state)
+        request.pod.CopyFrom(self.pod(container.sandbox))
+        self._put(container, request.container, state)
 
     def _look_at(self, container: Container) -> None:
         """Read what the container is from its spec. Blocks."""
@@ -78,8 +92,10 @@ class Views:
             spec = None
         self._seen[container.id] = messages.container(container, spec).SerializeToString()
 
-    def _message(self, container: Container, state: nri_pb2.ContainerState | None = None) -> nri_pb2.Container:
-        message = nri_pb2.Container.FromString(self._seen[container.id])
+    def _put(
+        self, container: Container, message: nri_pb2.Container, state: nri_pb2.ContainerState | None = None
+    ) -> nri_pb2.Container:
+        message.MergeFromString(self._seen[container.id])
         messages.set_status(message, container, state)
         return message
 
@@ -96,7 +112,7 @@ class Views:
                 if container.id not in self._seen:
                     self._look_at(container)
             pods = [self._new_pod(sandbox) for sandbox in sandboxes]
-            listed = [self._message(container, states.get(container.id)) for container in containers]
+            listed = [self._put(one, nri_pb2.Container(), states.get(one.id)) for one in containers]
             return list(messages.split(pods, listed))
 
         return await in_thread(build)

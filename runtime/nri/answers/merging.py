@@ -38,6 +38,8 @@ class Merging:
 
     def add(self, plugin: str, adjust: nri_pb2.ContainerAdjustment) -> None:
         """Take the answer of ``plugin``. Raises ConflictError, or InvalidArgumentError for what makes no sense."""
+        if not adjust.ByteSize():
+            return
         self._merge_map(
             Field.Annotations, plugin, adjust.annotations, self.container.annotations, self.adjustment.annotations
         )

@@ -53,12 +53,16 @@ class Trunk(asyncio.BufferedProtocol):
 
     async def send(self, connection: int, payload: bytes) -> None:
         """Send ``payload`` and wait until the socket has room for more. Raises UnavailableError when it is gone."""
+        self.write(connection, payload)
+        await self._writable.wait()
+
+    def write(self, connection: int, payload: bytes) -> None:
+        """Send ``payload``; what the plugin does not read yet is kept. Raises UnavailableError when it is gone."""
         if self.closed or self._transport is None:
             raise UnavailableError(self._why)
         for start in range(0, len(payload), PAYLOAD_LIMIT):
             part = payload[start : start + PAYLOAD_LIMIT]
-            self._transport.writelines((_HEADER.pack(connection, len(part)), part))
-        await self._writable.wait()
+            self._transport.write(_HEADER.pack(connection, len(part)) + part)
 
     def close(self, why: str) -> None:
         """End the trunk at once; what waits for it fails with ``why``."""
@@ -89,15 +93,21 @@ class Trunk(asyncio.BufferedProtocol):
                 if self._receiver is not None:
                     self._receiver(part)
                 continue
-            part = data[at : at + _HEADER.size - len(self._header)]
-            at += len(part)
-            self._header += part
-            if len(self._header) == _HEADER.size and not self._begin_frame():
+            if not self._header and count - at >= _HEADER.size:  # as nearly always
+                header = _HEADER.unpack_from(data, at)
+                at += _HEADER.size
+            else:
+                part = data[at : at + _HEADER.size - len(self._header)]
+                at += len(part)
+                self._header += part
+                if len(self._header) < _HEADER.size:
+                    return
+                header = _HEADER.unpack(self._header)
+                self._header.clear()
+            if not self._begin_frame(*header):
                 return
 
-    def _begin_frame(self) -> bool:
-        connection, length = _HEADER.unpack(self._header)
-        self._header.clear()
+    def _begin_frame(self, connection: int, length: int) -> bool:
         if length > PAYLOAD_LIMIT:
             self.close(f"it sent a frame of {length} bytes; {PAYLOAD_LIMIT} are the most")
             return False

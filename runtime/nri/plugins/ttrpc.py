@@ -65,6 +65,13 @@ class MessageReader:
         """Take the next bytes of the connection."""
         at = 0
         while True:
+            if self._header is None and not self._buffer and len(data) - at >= _HEADER.size:
+                length, stream, kind, flags = _HEADER.unpack_from(data, at)
+                end = at + _HEADER.size + length
+                if length <= self.limit and end <= len(data):  # a whole message, as nearly always
+                    self._received(Message(stream, kind, flags, data[at + _HEADER.size : end]))
+                    at = end
+                    continue
             if self._header is None:
                 at = self._fill(data, at, _HEADER.size)
                 if len(self._buffer) < _HEADER.size:
@@ -125,13 +132,15 @@ class Client:
             service=self._service, method=method, payload=payload, timeout_nano=int(seconds * 1_000_000_000)
         )
         stream, self._next = self._next, (self._next + 2) % (1 << 32)
-        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[bytes] = loop.create_future()
+        self._trunk.write(self._connection, encode(stream, _REQUEST, request.SerializeToString()))
         self._pending[stream] = answer
+        timer = loop.call_later(seconds, _expire, answer)
         try:
-            async with asyncio.timeout(seconds):
-                await self._trunk.send(self._connection, encode(stream, _REQUEST, request.SerializeToString()))
-                return await answer
+            return await answer
         finally:
+            timer.cancel()
             self._pending.pop(stream, None)
             answer.cancel()
 
@@ -160,6 +169,11 @@ class Client:
             answer.set_exception(CallError(response.status.code, response.status.message))
         else:
             answer.set_result(response.payload)
+
+
+def _expire(answer: asyncio.Future[bytes]) -> None:
+    if not answer.done():
+        answer.set_exception(TimeoutError())
 
 
 class Server:

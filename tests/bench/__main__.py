@@ -108,10 +108,17 @@ def _network(options: argparse.Namespace) -> int:
 
 def _nri(options: argparse.Namespace) -> int:
     """The NRI phase alone."""
-    cidr, parent = f"10.{random.randrange(200, 208)}.0.0/16", f"/podkeel-bench-{os.getpid()}"
-    load = os.getloadavg()[0]
+    own_cidr, peer_cidr = (f"10.{second}.0.0/16" for second in random.sample(range(200, 208), 2))
+    parent, load = f"/podkeel-bench-{os.getpid()}", os.getloadavg()[0]
     with own_cgroups(parent), tempfile.TemporaryDirectory(prefix="podkeel-bench-") as folder:
-        found = nri.measure(Path(folder), options.runtime, cidr, options.nri_rounds, cgroup_parent=parent)
+        found = nri.measure(
+            Path(folder),
+            (options.runtime, options.peer_runtime or options.runtime),
+            (own_cidr, peer_cidr),
+            options.nri_rounds,
+            cgroup_parent=parent,
+            peer=bool(options.peer),
+        )
     results = nri.goals(found)
     text = nri.as_markdown(found, results)
     print(f"load before {load:.2f}, after {os.getloadavg()[0]:.2f}\n\n{text}", end="")

@@ -30,7 +30,13 @@ class Idle(stub.Plugin):  # type: ignore[name-defined, misc]
 
 
 class Everything(Idle):
-    """Subscribes to every event."""
+    """Subscribes to every event that the server has."""
+
+    def Configure(self, request: nri_pb2.ConfigureRequest) -> nri_pb2.ConfigureResponse:
+        answer: nri_pb2.ConfigureResponse = super().Configure(request)
+        if not request.NRI_version:  # older than 0.10: it has no events of updates of pods, and no validators
+            answer.events &= (1 << nri_pb2.REMOVE_CONTAINER) - 1
+        return answer
 
 
 for _event in EVENTS:

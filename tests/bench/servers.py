@@ -59,6 +59,13 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
         Root = "{folder}/state/oci"
         SystemdCgroup = false
 """
+_CONTAINERD_NRI = """\
+[plugins."io.containerd.nri.v1.nri"]
+  disable = false
+  socket_path = "{socket}"
+  plugin_path = "{folder}/nri-plugins"
+  plugin_config_path = "{folder}/nri-conf.d"
+"""
 
 
 @contextlib.contextmanager
@@ -94,8 +101,11 @@ def podkeel(
 
 
 @contextlib.contextmanager
-def containerd(folder: Path, runtime: str, cidr: str, archive: Path) -> Iterator[Client]:
-    """Debian's containerd with CNI's bridge plugin, everything of it below ``folder``; removed after the block."""
+def containerd(folder: Path, runtime: str, cidr: str, archive: Path, *, nri: Path | None = None) -> Iterator[Client]:
+    """Debian's containerd with CNI's bridge plugin, everything of it below ``folder``; removed after the block.
+
+    ``nri`` is where plugins of the node connect: only containerd 1.7 and later have that socket.
+    """
     bridge = f"pktb{os.getpid() % 100000}"
     runtime_path = shutil.which(runtime)
     if runtime_path is None or shutil.which("containerd") is None:
@@ -104,6 +114,8 @@ def containerd(folder: Path, runtime: str, cidr: str, archive: Path) -> Iterator
     (folder / "cni").mkdir()
     (folder / "cni" / "10-bench.conflist").write_text(json.dumps(_bridge_configuration(bridge, cidr, folder)))
     configuration = _CONTAINERD_CONFIG.format(folder=folder, pause=_PAUSE, runtime=runtime_path)
+    if nri is not None:
+        configuration += _CONTAINERD_NRI.format(folder=folder, socket=nri)
     (folder / "config.toml").write_text(configuration)
     pause = BuiltImage((busybox_layer(),), {"Entrypoint": list(SLEEP_COMMAND)})
     pause.write_docker(folder / "pause.tar", _PAUSE)

@@ -107,7 +107,7 @@ def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         "Containers, mounts, namespaces, links, addresses and its folders. The agent must not be running.",
     )
     parser.add_argument("--yes", action="store_true", help="really do it")
-    parser.add_argument("--force", action="store_true", help="give up what CNI plugins do not give back")
+    parser.add_argument("--force", action="store_true", help="give up what CNI plugins do not release")
 
 
 def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -122,7 +122,7 @@ def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     parser = commands.add("rm", "cli.pods:remove", "stop and remove pods")
     parser.add_argument("pods", metavar="POD", nargs="+", help=_POD)
     parser.add_argument(
-        "--force", "-f", action="store_true", help="also where CNI plugins cannot give back a pod's network any more"
+        "--force", "-f", action="store_true", help="even if CNI plugins cannot release a pod's network any more"
     )
     _add_pod_dir(parser)
     parser = commands.add("pods", "cli.pods:list_pods", "list pods")

@@ -74,7 +74,10 @@ def _connections(path: str) -> Iterator[_Connection]:
 
 
 def _connection(descriptor: int, path: str) -> _Connection | None:
-    """What a descriptor is; None if it is no client's connection to ``path``. Raises OSError if it is closed."""
+    """The identity of a descriptor; None if it is no client's connection to ``path``.
+
+    Raises OSError if it is closed.
+    """
     with socket.socket(fileno=os.dup(descriptor)) as same:
         if same.family != socket.AF_UNIX or same.getsockname() != path:
             return None

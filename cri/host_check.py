@@ -1,7 +1,7 @@
-"""What an agent needs of this host, what of it works and what is missing, with the remedy: for ``podkeel check``.
+"""The requirements of an agent on this host, whether they are met, and the remedies: for ``podkeel check``.
 
-Nothing is taken on trust where it can be tried: containers are run, mounts and links made, in namespaces and folders
-that vanish with the check.
+Everything that can be tried is tried: the check runs containers and makes mounts and links, in namespaces and folders
+that it removes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SCARCE_BYTES = 5 << 30
 _TOO_FEW_BYTES = 512 << 20
 _SCARCE_INODES = 100_000
 _USUAL_OPEN_FILES = 65_536
-# Those that look by themselves.
+# Those that check it themselves.
 _LOOKING = (
     "install crun 1.14.1 (Debian 13 has it), runc 1.1.12 (Debian 12: 1.1.5+ds1-1+deb12u1, Debian 13), or newer ones, "
     "and name it as runtime.default_runtime"
@@ -177,7 +177,7 @@ def _handler_checks(options: RuntimeOptions, handlers: Handlers) -> list[Check]:
 
 
 def _working_handler(runtime: OciRuntime, remark: str) -> Check:
-    """What a handler does where a link leads a working directory out of a container (CVE-2024-21626 and its kin)."""
+    """What a handler does if a link leads a working directory out of a container (CVE-2024-21626 and similar ones)."""
     name, detail = f"runtime {runtime.name}", f"{runtime.features.version}{remark}"
     if runtime.directories.refuses_outside:
         return Check(name, "ok", detail)

@@ -83,7 +83,7 @@ def _write_no_core_dumps() -> None:
 def reset(configuration: Configuration, *, force: bool = False) -> list[str]:
     """Remove everything that an agent with this configuration left on the host; it must not be running.
 
-    With ``force`` what CNI plugins do not give back is given up, which the returned sentences say.
+    With ``force``, what CNI plugins do not release is given up, and the returned sentences report it.
     """
     from runtime.reset import reset as reset_runtime
 

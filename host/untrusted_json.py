@@ -61,7 +61,7 @@ def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
 def _check_shape(content: bytes, most_values: int) -> None:
     openings = content.count(b"[") + content.count(b"{")
     if openings <= DEEPEST and openings + content.count(b",") <= most_values:
-        return  # nothing can exceed the limits, whatever the strings contain
+        return  # nothing can exceed the limits, with any content of the strings
     values = depth = begin = 0
     inside = False  # a string
     while begin < len(content):

@@ -39,7 +39,7 @@ class ImageFinding:
 
 @dataclass(frozen=True, slots=True)
 class ImageReport:
-    """What was looked at and what was found."""
+    """The checked objects and the findings."""
 
     images: int
     layers: int
@@ -133,7 +133,10 @@ class ImageChecker:
         return ImageFinding(digest, problem, tuple(image.name for image in images), repaired)
 
     async def _compare(self, layer: Layer, blob: Path, below: Sequence[int], broken: set[int]) -> str:
-        """What is wrong with the layer's files, held against its blob. Raises InvalidArgumentError for a broken one."""
+        """What is wrong with the layer's files, compared with its blob.
+
+        Raises InvalidArgumentError for a broken one.
+        """
         subject = f"kept layer {layer.blob_digest}"
         async with self._layers.scratch() as fresh:
             descriptor = Descriptor("", layer.blob_digest, layer.blob_bytes)

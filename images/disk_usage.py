@@ -1,4 +1,4 @@
-"""What each image takes on disk, and what of it is its own; from kept counts."""
+"""The size of each image on disk, and its part that no other image shares; from kept counts."""
 
 from __future__ import annotations
 

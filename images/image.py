@@ -73,7 +73,7 @@ class Image:
 
     @property
     def name(self) -> str:
-        """What to call it in a message: a tag, else a digest reference, else its id."""
+        """Its name for messages: a tag, else a digest reference, else its id."""
         return next(iter((*self.repo_tags, *self.repo_digests)), self.id)
 
 

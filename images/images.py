@@ -54,7 +54,7 @@ class Images:
         await self._trash.emptied()
 
     async def disk_usage(self) -> DiskUsage:
-        """What each image takes on disk, and what they share."""
+        """The size of each image on disk, and what they share."""
         rows = await in_stats_thread(
             self._database.read, "SELECT image_id, count(DISTINCT container_id) FROM snapshots GROUP BY image_id"
         )

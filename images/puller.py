@@ -101,9 +101,9 @@ class ImagePuller:
             return name, await client.explain()
 
     async def import_archive(self, path: Path, reference: str = "") -> list[Image]:
-        """Take in the images of an OCI layout folder, an OCI archive or a docker archive (gzipped ones too).
+        """Import the images of an OCI layout folder, an OCI archive or a docker archive (gzipped ones too).
 
-        An image without a name of its own gets ``reference``, or none. Raises NotFoundError if there is no such file,
+        An image without a name gets ``reference``, or none. Raises NotFoundError if there is no such file,
         InvalidArgumentError if it is broken, LimitError, UnsupportedError.
         """
         operation = Operation("ImportImage")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from host.kept_rows import Place
 
-# What a container needs of images: its layers in any case, its image as long as that takes little room.
+# The image rows that a container needs: always its layers, and its image if that is small.
 _IMAGES = "SELECT image_id FROM snapshots WHERE container_id = ?1"
 _SMALL_IMAGES = f"SELECT id FROM images WHERE id IN ({_IMAGES}) AND length(config) + length(manifest) < 65536"
 _LAYERS = (
@@ -60,6 +60,6 @@ MIGRATIONS: tuple[str, ...] = (
     """,
     # Layers are on the disk before their rows are written, so nothing has to be known of those that are not.
     "ALTER TABLE layers DROP COLUMN unsynced_boot",
-    # What the files were when they were unpacked, of layers without a blob to hold them against.
+    # The digest of the files at the time of unpacking, for layers without a blob to compare them with.
     "ALTER TABLE layers ADD COLUMN tree_digest TEXT NOT NULL DEFAULT ''",
 )

@@ -47,7 +47,7 @@ class _Record:
 
 
 class ImageStore:
-    """Which images there are, under which names. Lookups read memory only; ``revision`` rises with each change."""
+    """The images and their names. Lookups read memory only; ``revision`` rises with each change."""
 
     def __init__(self, options: ImageOptions, data_dir: Path, database: Database, layers: LayerStore) -> None:
         self._options = options
@@ -103,7 +103,7 @@ class ImageStore:
         return found[0] if found else None
 
     def filesystem_usage(self) -> FilesystemUsage:
-        """What layers, kept blobs included, take on disk; from kept counts."""
+        """The size of layers on disk, including kept blobs; from kept counts."""
         return FilesystemUsage(str(self._data_dir), self._layers.used_bytes, self._layers.used_inodes)
 
     async def tag(self, reference: str, name: str) -> str:
@@ -250,5 +250,5 @@ class ImageStore:
 
 
 def _key(name: Reference) -> str:
-    """What the store has an image under: the digest reference if there is a digest, else the tag."""
+    """The key of an image in the store: the digest reference if there is a digest, else the tag."""
     return f"{name.repository}@{name.digest}" if name.digest else name.tagged

@@ -1,4 +1,4 @@
-"""What a part of the data folder takes on disk."""
+"""The size of a part of the data folder on disk."""
 
 from __future__ import annotations
 

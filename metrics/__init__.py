@@ -1,1 +1,1 @@
-"""What the node knows of its containers and of itself, in numbers: cgroup readers, metrics, the Prometheus endpoint."""
+"""Measurements of the node's containers and of the agent: cgroup readers, metrics, the Prometheus endpoint."""

@@ -23,7 +23,7 @@ class Counter:
 
 
 class Gauge:
-    """A number per combination of label values that goes up and down."""
+    """A number per combination of label values that increases and decreases."""
 
     def __init__(self, name: str, help_text: str, labels: Sequence[str] = ()) -> None:
         self.name = name

@@ -20,7 +20,7 @@ class Kind(Enum):
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """What is known of one container, or of one pod, at one moment; what has no reading has no samples."""
+    """The data of one container, or of one pod, at one moment; without a reading there are no samples."""
 
     seen_ns: int
     reading: Reading | None = None

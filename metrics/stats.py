@@ -64,7 +64,7 @@ class LimitedMemory(msgspec.Struct, frozen=True, gc=False):
 
 
 class MemoryEvents(msgspec.Struct, frozen=True, gc=False):
-    """What happened at the limits, the highest usage, and kernel memory."""
+    """Events at the limits, the highest usage, and kernel memory."""
 
     kernel: int | None
     max_usage: int | None

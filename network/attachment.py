@@ -45,7 +45,7 @@ class PodDns(msgspec.Struct, frozen=True):
 
 
 class AttachRequest(msgspec.Struct, frozen=True):
-    """What a sandbox asks of the network.
+    """The configuration of a sandbox's network.
 
     ``netns_path`` is where its network namespace is pinned. ``name``, ``namespace`` and ``uid`` are the pod's, as CNI
     plugins learn them.
@@ -114,7 +114,7 @@ def check_attachment(attachment: Attachment) -> None:
 
 
 def interface_prefix(bridge: str) -> str:
-    """What the names of all host-side links of a bridge begin with."""
+    """The prefix of the names of all host-side links of a bridge."""
     return "pk" + hashlib.sha256(bridge.encode()).hexdigest()[: INTERFACE_PREFIX_LENGTH - 2]
 
 

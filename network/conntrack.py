@@ -63,7 +63,7 @@ def _forget(netfilter: NetlinkSocket, family: int, port: int | None, wanted: Col
 
     for doomed in netfilter.ask(_request(_GET, NLM_F_DUMP, family, question), deletion):
         for refusal in netfilter.exchange([doomed]):
-            _log.debug("conntrack: entry of a UDP port ended by itself: %s", refusal.reason)
+            _log.debug("conntrack: entry of a UDP port had ended already: %s", refusal.reason)
 
 
 def _request(kind: int, flags: int, family: int, found: list[Attribute]) -> Message:

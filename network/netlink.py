@@ -283,7 +283,7 @@ class _FamilyData(_Nested):
 
 
 class _LinkAttributes(_LeanAttributes, ifinfbase):
-    """What a link has."""
+    """The attributes of a link."""
 
     state = _Uint8
     netns_fd = _Uint32

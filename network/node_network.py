@@ -24,7 +24,7 @@ _log = logging.getLogger("podkeel.network")
 
 
 class Network(Protocol):
-    """What connects pods; every method may be called any number of times at once."""
+    """The interface of networks. Every method may run any number of times concurrently."""
 
     async def start(self) -> None:
         """Load the state from the store; after a stop, a crash or a reboot."""
@@ -48,7 +48,7 @@ class Network(Protocol):
         """Take over the node's ranges of pod addresses, and remember them."""
 
     async def audit(self, live: Collection[str]) -> list[Finding]:
-        """Where the store, the node and the ``live`` sandboxes disagree."""
+        """Differences between the store, the node and the ``live`` sandboxes."""
 
     async def repair(self, live: Collection[str]) -> list[Finding]:
         """Release what belongs to no ``live`` sandbox and make what is missing; returns what was wrong."""
@@ -133,7 +133,7 @@ class NodeNetwork:
         await self.cni.set_pod_cidrs(cidrs)
 
     async def audit(self, live: Collection[str]) -> list[Finding]:
-        """Where the store, the node and the ``live`` sandboxes disagree."""
+        """Differences between the store, the node and the ``live`` sandboxes."""
         found = await self.built_in.audit(live) if self._built_in_runs else []
         return found + await self.cni.audit(live)
 

@@ -1,4 +1,4 @@
-"""Host ports: what a pod may ask for, and who holds which port of the node."""
+"""Host ports: which mappings a pod may have, and the holder of each port of the node."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def _with_plain_address(mapping: PortMapping, versions: Sequence[int]) -> PortMa
 
 
 def host_ports(mapping: PortMapping, versions: Iterable[int]) -> list[HostPort]:
-    """What a mapping takes of the node, one entry per family."""
+    """The ports of the node that a mapping uses, one entry per family."""
     addresses = [mapping.host_ip] if mapping.host_ip else [WILDCARDS[version] for version in versions]
     return [HostPort(mapping.protocol, address, mapping.host_port) for address in addresses]
 
 
 class PortRegistry:
-    """Who holds which host port; a port on one address and the same port on all addresses exclude each other."""
+    """The holders of host ports. A port on one address and the same port on all addresses exclude each other."""
 
     def __init__(self) -> None:
         self._holders: dict[tuple[str, int, int], dict[str, str]] = {}

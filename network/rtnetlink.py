@@ -167,7 +167,7 @@ def forget_neighbour(index: int, neighbour: IPAddress) -> Message:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What the kernel says of a link. ``kind`` is such as ``bridge``; ``master`` is 0 for a link that is no port."""
+    """The kernel's data about a link. ``kind`` is such as ``bridge``; ``master`` is 0 for a link that is no port."""
 
     index: int
     name: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from host.kept_rows import Place
 
-# What the network knows of a sandbox; the ranges that were announced belong to all of them.
+# The network's rows of a sandbox; announced ranges belong to all sandboxes.
 ROWS_OF_SANDBOX = (
     Place("network_attachments", "sandbox_id = ?1"),
     Place("network_addresses", "sandbox_id = ?1"),

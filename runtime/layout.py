@@ -50,7 +50,7 @@ class SandboxFolder:
 
     @property
     def kept_rows(self) -> Path:
-        """What the store knows of the sandbox, as runtime.recovery.kept_rows keeps it."""
+        """The store's rows of the sandbox, as runtime.recovery.kept_rows keeps them."""
         return self.path / "rows"
 
     def _file(self, name: str) -> Path:
@@ -84,12 +84,15 @@ class ContainerFolder:
 
     @property
     def monitor_log(self) -> Path:
-        """What conmon itself complains about."""
+        """The log of conmon itself."""
         return self.path / "monitor.log"
 
     @property
     def runtime_log(self) -> Path:
-        """What the OCI runtime says while it creates the container, which else would be in the container's own log."""
+        """The output of the OCI runtime while it creates the container.
+
+        Otherwise it would be in the container's log.
+        """
         return self.path / "runtime.log"
 
     @property
@@ -104,7 +107,7 @@ class ContainerFolder:
 
     @property
     def kept_rows(self) -> Path:
-        """What the store knows of the container, as runtime.recovery.kept_rows keeps it."""
+        """The store's rows of the container, as runtime.recovery.kept_rows keeps them."""
         return self.path / "rows"
 
     @property

@@ -27,7 +27,7 @@ from host.files.file_tree import open_below
 from host.processes import ProcessName
 
 _PIDFD_GETFD = 438
-# What the end of a log is looked for in: conmon's records are smaller than 9 KiB.
+# How much of the end of a log is searched: conmon's records are smaller than 9 KiB.
 _TAIL = 256 * 1024
 _BOUND = "log-"
 _OF_THE_PATH = (
@@ -135,7 +135,8 @@ class LogLink:
         _link(self._next, str(bound))
 
     def waiting(self) -> Path | None:
-        """What conmon is to open next and did not yet, also by the will of a former agent; None if there is nothing."""
+        """The file that conmon must open next and has not opened yet, also one of an earlier agent; None if there is
+        none."""
         with contextlib.suppress(OSError):
             return self._next.readlink()
         return None

@@ -47,7 +47,7 @@ class Meter:
         self._lock = threading.Lock()
 
     def usage(self, *, tasks: bool = False) -> Usage | None:
-        """What statistics need; None when the cgroup is gone."""
+        """The values for statistics; None if the cgroup does not exist."""
         cgroup = self.cgroup
         cpu = cgroup.cpu_usage()
         if cpu is None:
@@ -121,7 +121,7 @@ class Meters:
         record = sandbox.record
         if record.state is not SandboxState.READY or sandbox.closing:
             return None
-        # What a parent that was given counts may have begun long before the pod.
+        # The counters of a given parent may have begun long before the pod.
         started_ns = record.created_at if record.owns_cgroup_parent else 0
         meter = self._meter(sandbox.id, self._cgroups.parent_path(record.cgroup_parent), started_ns)
         if sandbox.closing:

@@ -17,7 +17,7 @@ async def reset(
 ) -> list[str]:
     """Remove all pods, the network and both folders. Raises WrongStateError while an agent holds the folders.
 
-    With ``force`` what CNI plugins do not give back is given up. The returned sentences say so, and which files could
+    With ``force``, what CNI plugins do not release is given up. The returned sentences say so, and which files could
     not be removed.
     """
     given_up: list[str] = []

@@ -1,4 +1,4 @@
-"""What containers and pods of this node use, for the CRI's statistics and for metrics."""
+"""The resource usage of this node's containers and pods, for the CRI's statistics and for metrics."""
 
 from __future__ import annotations
 
@@ -97,12 +97,13 @@ class Statistics:
         ]
 
     def usage(self, container: Container, *, tasks: bool = False) -> Usage | None:
-        """What a container uses, its tasks only if they are asked for; None when it does not run."""
+        """The usage of a container, its tasks only on request; None if it does not run."""
         meter = self._meters.of_container(container)
         return meter.usage(tasks=tasks) if meter is not None else None
 
     def usage_of_pod(self, pod: Pod, containers: Iterable[Usage]) -> Usage | None:
-        """What a pod uses: its parent cgroup if it is alone there, else its containers, with their tasks, together.
+        """The usage of a pod: of its parent cgroup if that has only this pod, else of its containers together, with
+        their tasks.
 
         None if it is not ready.
         """
@@ -123,7 +124,7 @@ class Statistics:
     async def with_networks(
         self, pods: Sequence[Pod], work: Callable[[Networks], T], *, connections: bool = False
     ) -> T:
-        """What ``work`` makes of that traffic, in the thread that reads it: changing threads takes time."""
+        """The result of ``work`` for that traffic, in the thread that reads it: changing threads takes time."""
         own = [pod.sandbox for pod in pods if not pod.sandbox.host_network]
         pins = [self._pin(sandbox.id) for sandbox in own]
 

@@ -95,7 +95,7 @@ def demonstrate(options: argparse.Namespace, *, once: bool) -> None:
 
 
 def serve(agent: subprocess.Popen[bytes], socket: str, pod: RunningPod) -> None:
-    """Say what may be tried, and wait until the agent ends, which it does not by itself."""
+    """Print what to try, and wait until the agent is ended."""
     print(f"\nServing on {socket} until Ctrl-C. In another terminal:")
     flag = "" if socket == ServerOptions().socket else f" --socket {socket}"
     for command in ("ps", "logs -f client", "exec web ps", "explain hello"):
@@ -103,7 +103,7 @@ def serve(agent: subprocess.Popen[bytes], socket: str, pod: RunningPod) -> None:
         print(f"  .venv/bin/podkeel {name}{flag} {rest}".rstrip())
     print(f"  curl {pod.addresses[0]}:{PORT}", flush=True)
     agent.wait()
-    raise WrongStateError("the agent ended by itself")
+    raise WrongStateError("the agent ended unexpectedly")
 
 
 def show(subject: str, text: str) -> None:
@@ -159,7 +159,7 @@ def wait_for(attempt: Callable[[], T | None], what: str, seconds: float, agent: 
         if result is not None:
             return result
         if agent.poll() is not None:
-            raise WrongStateError("the agent ended by itself")
+            raise WrongStateError("the agent ended unexpectedly")
         if time.monotonic() > deadline:
             raise WrongStateError(f"{what} did not happen within {seconds:.0f} s")
         time.sleep(_POLL_SECONDS)

@@ -19,7 +19,7 @@ from host.errors import PodkeelError, UnavailableError
 if TYPE_CHECKING:
     from cli.client import Client
 
-_LEFT = "the plugin closed the connection"  # as a plugin does that ends by itself
+_LEFT = "the plugin closed the connection"  # as after the exit of a plugin
 _MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}
 _COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
 

@@ -62,7 +62,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfiguration:
-    """What is in force, and the origin (``default``, ``FILE:LINE`` or a flag) of every value by its key."""
+    """The effective values, and the origin (``default``, ``FILE:LINE`` or a flag) of every value by its key."""
 
     configuration: Configuration
     origins: Mapping[Key, str]

@@ -85,7 +85,7 @@ class TracingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LogOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the agent writes to standard error: from which level on, as text for people or JSON for collectors."""
+    """The log on standard error: its lowest level, and its form, text for people or JSON for collectors."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"

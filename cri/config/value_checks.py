@@ -1,4 +1,4 @@
-"""What values must be beyond their types, so that a mistake is named by its line before anything is started."""
+"""Checks of values beyond their types, so that an error names its line before anything is started."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _STATES = {
 
 
 class ImageCalls:
-    """What the CRI has no call for: archives, and what a pull would do."""
+    """Image calls that the CRI does not have: archives, and what a pull would do."""
 
     def __init__(self, images: Images) -> None:
         self._images = images
@@ -95,7 +95,7 @@ class ImageCalls:
         return answer
 
     async def disk_usage(self, _request: agent_pb2.DiskUsageRequest) -> agent_pb2.DiskUsageResponse:
-        """What images take on disk."""
+        """The size of images on disk."""
         usage = await self._images.disk_usage()
         answer = agent_pb2.DiskUsageResponse(
             layer_bytes=usage.layers, blob_bytes=usage.blobs, container_bytes=usage.containers

@@ -38,7 +38,7 @@ class AgentService(ImageCalls):
         )
 
     async def force_remove_pod(self, request: agent_pb2.ForceRemovePodRequest) -> agent_pb2.ForceRemovePodResponse:
-        """Remove a pod, giving up what its CNI plugins do not give back."""
+        """Remove a pod, and give up what its CNI plugins do not release."""
         return agent_pb2.ForceRemovePodResponse(given_up=await self._agent.pod_removals.force_remove(request.id))
 
     async def explain(self, request: agent_pb2.ExplainRequest) -> agent_pb2.ExplainResponse:

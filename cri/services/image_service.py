@@ -79,7 +79,7 @@ class ImageService:
         return cri_pb2.RemoveImageResponse()
 
     async def image_fs_info(self, _request: cri_pb2.ImageFsInfoRequest) -> cri_pb2.ImageFsInfoResponse:
-        """What images and containers take on disk, from kept counts and project quotas."""
+        """The size of images and containers on disk, from kept counts and project quotas."""
         containers = await in_stats_thread(self._snapshots.filesystem_usage)  # quotas may have to be read from the disk
         return cri_pb2.ImageFsInfoResponse(
             image_filesystems=[_usage(self._images.filesystem_usage())],

@@ -14,7 +14,7 @@ class StreamLimits:
 
     ``port`` 0 means a free one. A stream without data in either direction for ``idle_timeout`` is ended (0: never).
     ``close_patience`` is how long a client may take to read the last bytes of an ended stream. ``creation_timeout`` is
-    how long a client may take for the streams that belong together. Its request, with a token, must arrive within
+    the maximum time for a client to open all its streams. Its request, with a token, must arrive within
     ``request_timeout``. If more than ``max_pending`` connections have sent none, the oldest is closed.
     ``max_connections`` is how many may be served at a time. The TLS paths are PEM files; all three are needed to listen
     anywhere but on loopback.

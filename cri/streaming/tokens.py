@@ -78,6 +78,6 @@ class TokenTable:
 
     def _expire(self) -> None:
         now = self._clock()
-        # Every token lives equally long, so the oldest are first.
+        # Every token is valid for the same time, so the oldest are first.
         while self._requests and (oldest := next(iter(self._requests.items())))[1][0] <= now:
             del self._requests[oldest[0]]

@@ -1,4 +1,4 @@
-"""How a process ended that is not our child, by a pidfd that was opened while it lived (ioctl PIDFD_GET_INFO)."""
+"""The exit of a process that is not our child, by a pidfd that was opened while it ran (ioctl PIDFD_GET_INFO)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INFO = struct.Struct("=QQ11Ii")  # struct pidfd_info as it first was: mask, cgr
 
 
 def ended_by_signal(pidfd: int) -> int | None:
-    """The signal that ended the process of ``pidfd``, which its parent has collected; 0 if it ended by itself.
+    """The signal that ended the process of ``pidfd``, which its parent has collected; 0 if no signal ended it.
 
     None if the kernel does not report it (before Linux 6.15), or if the process has not ended.
     """

@@ -1,7 +1,7 @@
-"""Collecting ended children: how one ended is known at once, what the kernel keeps of it is given back by a thread.
+"""Reaping children: the exit of a child is known at once, and a thread releases what the kernel keeps of it.
 
-Before waitid(2) returns, the kernel takes the process's entries out of its cache of /proc. That was seen to take 60 ms
-for a program with threads while others ended too, and a program in a container can make it long.
+Before waitid(2) returns, the kernel takes the process's entries out of its cache of /proc. This took up to 60 ms for a
+program with threads while others ended too, and a program in a container can prolong it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def reap(pidfd: int) -> int | None:
 
 @functools.cache
 def _collected_by_thread() -> queue.SimpleQueue[int]:
-    """What a thread, started with the first use, takes pidfds of ended children from, which it closes."""
+    """The queue of pidfds of ended children. A thread, started at the first use, reaps the children and closes the
+    pidfds."""
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def collect_all() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 _SETSIGDEF = 0x04
 _SETSIGMASK = 0x08
 _SETSID = 0x80
-# What the child must not inherit of Python's way with signals.
+# Signals that Python ignores, which the child must not inherit as ignored.
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OPAQUE_BYTES = 1024  # more than any C library's structures take
 

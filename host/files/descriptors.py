@@ -17,7 +17,7 @@ _FOLDER = Path("/proc/self/fd")
 
 
 class Use(Enum):
-    """What a descriptor is wanted for, with how many reserves it must leave free."""
+    """The purpose of a descriptor, and how many reserves it must leave free."""
 
     MAKING = 1
     STREAMS_AND_IMAGES = 2

@@ -116,7 +116,7 @@ class FolderWatch:
 class CreatedFiles:
     """Calls back when a file of a certain name is made in one of many folders, or when one of many files is written.
 
-    One descriptor serves all of them. A watch ends by itself when what is watched is deleted.
+    One descriptor serves all of them. The kernel ends a watch when the watched file or folder is deleted.
     """
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ class CreatedFiles:
         return number
 
     def forget(self, number: int) -> None:
-        """End a watch; one that ended by itself is fine."""
+        """End a watch; success if the kernel has ended it already."""
         if self._callbacks.pop(number, None) is not None:
             _libc.inotify_rm_watch(self._descriptor, number)
 

@@ -98,7 +98,7 @@ def mounts_below(folder: str | Path) -> list[str]:
 
 
 def mount_holding(path: str) -> MountEntry:
-    """The mount that ``path`` (already free of symbolic links) lives on."""
+    """The mount of ``path``, which must have no symbolic links."""
     best: MountEntry | None = None
     for entry in mount_table():
         target = entry.target.rstrip("/")

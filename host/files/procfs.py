@@ -94,6 +94,6 @@ def runs_program(pid: int, program: str) -> bool:
 
 
 def table_lines(path: str) -> list[bytes]:
-    """The lines of a table of the kernel's, whatever bytes their names hold. Raises OSError."""
+    """The lines of a table of the kernel; their names may have any bytes. Raises OSError."""
     with open(path, "rb") as table:
         return table.read().removesuffix(b"\n").split(b"\n")

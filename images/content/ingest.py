@@ -41,7 +41,7 @@ class PartialBlob:
         self.size = 0
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """What was there, piece by piece."""
+        """The bytes that exist, piece by piece."""
         position = 0
         while position < self.size:
             chunk = await in_image_thread(os.pread, self._descriptor, min(_CHUNK, self.size - position), position)
@@ -100,7 +100,7 @@ class PartialBlobs:
 
     @property
     def used_bytes(self) -> int:
-        """What they take, without those that are being added to."""
+        """Their size, without those that are being written."""
         return sum(tuple(self._sizes.values()))  # threads add to it
 
     @property

@@ -26,10 +26,10 @@ class LayerSource:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What others who want it from the same registry have too."""
+        """Equal for pulls that need the layer from the same registry."""
         return self.chain_id, self.origin.registry
 
     @property
     def wanted(self) -> tuple[Hashable, ...]:
-        """What pulls that need this layer wait for: the layer itself, and its blob."""
+        """The objects that pulls of this layer wait for: the layer itself, and its blob."""
         return (self.key, *filter(None, (self.descriptor.digest,)))

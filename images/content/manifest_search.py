@@ -65,7 +65,7 @@ Search: TypeAlias = Generator[Wanted, Document, FoundImage]
 
 
 def advance(search: Search, answer: Document | None) -> Wanted | FoundImage:
-    """What ``search`` wants after ``answer`` (None at first), or what it found. Blocking where a document is large."""
+    """The next request of ``search`` after ``answer`` (None at first), or its result. Blocks if a document is large."""
     try:
         return next(search) if answer is None else search.send(answer)
     except StopIteration as stop:

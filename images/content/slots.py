@@ -1,4 +1,4 @@
-"""Who may fetch and unpack a layer now: fair between pulls and registries, and with a slot for every pull."""
+"""Slots for fetching and unpacking layers: shared fairly between pulls and registries, with a slot for every pull."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Slots:
         self._grant()
 
     def _grant(self) -> None:
-        # Those that were cancelled in this turn of the loop have not yet left by themselves.
+        # Those that were cancelled in this turn of the loop have not left yet.
         self._waiting = [waiting for waiting in self._waiting if not waiting.granted.cancelled()]
         while (granted := self._next()) is not None:
             waiting, origin = granted
@@ -229,7 +229,7 @@ class Slots:
         return len(self._running) >= self.limit
 
     def _too_slow(self, without: set[str]) -> Slot | None:
-        """What is in the way of pulls of the registries ``without``, if its registry sends next to nothing."""
+        """A transfer to end for pulls of the registries ``without``, if its registry sends almost nothing."""
         in_the_way = [slot for slot in self._running if self._full() or slot.origin.registry in without]
         slowest = min(in_the_way, key=Slot.rate, default=None)
         return slowest if slowest is not None and slowest.rate() < _SLOW else None

@@ -29,7 +29,7 @@ _WORKER = (sys.executable, "-I", "-S", "-c", WORKER, str(Path(__file__).parents[
 
 
 class _Left(msgspec.Struct):
-    """What stays in the folder: how many things could not be removed, the first of them, and whether there are more."""
+    """The rest in the folder: how many files could not be removed, the first of them, and whether there are more."""
 
     failures: int = 0
     told: list[str] = msgspec.field(default_factory=list)

@@ -155,7 +155,7 @@ class LayerMaker:
                 await in_long_thread(inherit, files, lower, implied[begin : begin + _BATCH])
 
     async def _tree_digest(self, source: LayerSource, files: Path) -> str:
-        """What takes the place of the blob when the layer is checked; empty where blobs are kept."""
+        """The data to check the layer with instead of its blob; empty if blobs are kept."""
         if self._options.keep_blobs:
             return ""
         async with self._fetcher.slots.slot(source.origin, source.subject, source.wanted):

@@ -69,7 +69,7 @@ class LayerStore:
 
     @property
     def used_bytes(self) -> int:
-        """What layers and compressed layers take on disk, partial ones included."""
+        """The size of layers and compressed layers on disk, including partial ones."""
         return self._used_bytes + self.partials.used_bytes
 
     @property

@@ -49,7 +49,10 @@ class PlatformFields(msgspec.Struct, frozen=True):
 
 
 class Descriptor(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """What names a blob: type, digest and size in bytes. In archives without digests, digest is empty and size -1."""
+    """A descriptor of a blob: type, digest and size in bytes.
+
+    In archives without digests, digest is empty and size -1.
+    """
 
     media_type: str = ""
     digest: str = ""
@@ -142,7 +145,7 @@ def _present(member: msgspec.Raw | None) -> bool:
 
 
 def _check_unambiguous(content: bytes, raw: _RawManifest, claimed: list[str], subject: str) -> None:
-    """Raise unless every reader of this document must take it for the same thing."""
+    """Raise if different readers could read this document as different kinds."""
 
     def refuse(why: str) -> InvalidArgumentError:
         return InvalidArgumentError(f"{subject} is ambiguous, which is refused: {why}")

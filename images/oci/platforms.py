@@ -1,4 +1,4 @@
-"""Which of an index's images suits this machine."""
+"""Choosing the image of an index that suits this machine."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class FetchedManifest:
 
 @dataclass(frozen=True, slots=True)
 class _Document:
-    """What is asked for whole: with at most ``limit`` bytes, and with that digest unless it is empty."""
+    """A document to fetch as a whole: with at most ``limit`` bytes, and with that digest unless it is empty."""
 
     subject: str
     path: str
@@ -61,7 +61,7 @@ class _Document:
 
 @dataclass(frozen=True, slots=True)
 class HostAnswer:
-    """What one host says of a reference; ``answered`` if it has it. ``credentials`` holds no secret."""
+    """The answer of one host about a reference; ``answered`` if it has it. ``credentials`` holds no secret."""
 
     address: str
     configured_in: str
@@ -93,7 +93,8 @@ class RegistryClient:
         await self._connection.__aexit__()
 
     async def head(self) -> FetchedManifest:
-        """What the reference names now, without its content; the digest is empty if the registry does not say it."""
+        """The current descriptor of the reference, without the content; the digest is empty if the registry does not
+        report it."""
         return await self._first("resolve", self._head)
 
     async def manifest(self, digest: str = "") -> FetchedManifest:

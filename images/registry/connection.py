@@ -123,7 +123,7 @@ class RegistryConnection:
                 return response
             status = response.status
             text = await error_text(response, self._options.stall_seconds)
-            # What a host redirects to must not be able to ask for that host's credentials.
+            # The target of a redirect must not be able to ask for the credentials of the redirecting host.
             if status == 401 and not asked and at_home:
                 asked = await self._authorize(host, response)
             elif status in (401, 403):

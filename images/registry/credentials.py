@@ -30,7 +30,7 @@ class Credentials(msgspec.Struct, frozen=True):
         return f"Credentials({self.username or 'token'}@{self.server_address or '*'})"
 
     def described(self) -> str:
-        """What they are, without anything secret."""
+        """A description of them, without secrets."""
         pair = self.user_and_password() if not self.registry_token else None
         if pair is not None:
             name = pair[0][:_SHOWN].encode(errors="surrogateescape").decode(errors="replace")

@@ -138,7 +138,7 @@ async def back_off(failures: int, retry_after: str = "") -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """What to say of an error of the network."""
+    """The message for an error of the network."""
     if isinstance(error, TimeoutError):
         return f"no answer in time {error}".strip()
     return _TLS_OF_CONNECTION.sub("", str(error)) or type(error).__name__

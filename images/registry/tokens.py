@@ -55,7 +55,7 @@ class _TokenAnswer(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """What to ask the token server: a GET, or with ``form`` a POST; ``instead`` where it takes no GET."""
+    """The request to the token server: a GET, or with ``form`` a POST; ``instead`` if it accepts no GET."""
 
     url: str
     headers: dict[str, str]

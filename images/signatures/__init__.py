@@ -1,1 +1,1 @@
-"""Who may say that an image is trusted."""
+"""Checks whether an image is trusted."""

@@ -31,7 +31,7 @@ _DQBLK = struct.Struct("=2Q Q 2Q Q 2Q I4x")  # bytes used are the third number, 
 
 @dataclass(frozen=True, slots=True)
 class ProjectUsage:
-    """What the files of one project take."""
+    """The usage of the files of one project."""
 
     used_bytes: int
     inodes: int
@@ -117,7 +117,8 @@ class ProjectQuotas:
             self._given.discard(project)
 
     def usage(self, project: int) -> ProjectUsage:
-        """What has this id takes now, with what is not written back yet; some microseconds. Raises OSError."""
+        """The current usage of this id, including data that is not written back yet. Takes some microseconds. Raises
+        OSError."""
         buffer = ctypes.create_string_buffer(_DQBLK.size)
         try:
             libc.syscall(

@@ -134,7 +134,8 @@ class SnapshotStore:
         lower = self._lower(image)
         async with Undo(f"snapshot of container {container_id}") as undo:
             undo.push("the snapshot", lambda: self._discard(container_id, target))
-            # Who names the container undoes the mount also without the row, so the two need not wait for each other.
+            # The removal of the container also undoes the mount without the row, so the two need not wait for each
+            # other.
             held = asyncio.ensure_future(self._hold(container_id, container_id, image))
             folder = self._containers / container_id
             try:
@@ -181,7 +182,7 @@ class SnapshotStore:
         await self._let_go([key for key, (owner, _) in self._held.items() if owner == container_id])
 
     def filesystem_usage(self) -> FilesystemUsage:
-        """What the containers' folders take, with what the containers wrote as far as it is known; for any thread."""
+        """The size of the containers' folders, with the written data as far as it is known; for any thread."""
         used = inodes = 0
         for container_id in [key for key in tuple(self._held) if " " not in key]:
             used += _OWN_INODES * _DISK_BLOCK

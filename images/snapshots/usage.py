@@ -1,4 +1,4 @@
-"""What containers wrote into their root file systems: by project quota, or counted in the background.
+"""The size of what containers wrote into their root file systems: by project quota, or counted in the background.
 
 No call walks a tree.
 """
@@ -39,9 +39,10 @@ Activity = Callable[[str], int | None]
 
 @dataclass(frozen=True, slots=True)
 class WritableUsage:
-    """What one container wrote takes on disk, its folder included, and when (nanoseconds since the epoch) that was.
+    """The size of what one container wrote, its folder included, and the time of the count (nanoseconds since the
+    epoch).
 
-    That is in its root file system, and in the folders of its image's VOLUMEs.
+    This is the data in its root file system, and in the folders of its image's VOLUMEs.
     """
 
     time_ns: int
@@ -51,7 +52,7 @@ class WritableUsage:
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
-    """What was counted after the container's ``activity`` was that; times on the monotonic clock."""
+    """A count, made after the container's ``activity`` had this value; times on the monotonic clock."""
 
     usage: WritableUsage
     due: float
@@ -102,7 +103,7 @@ class WritableLayers:
         return self.counted_because
 
     def give_project(self, container_id: str) -> None:
-        """Let the file system count for this container, whose folder is new and empty. Raises LimitError, OSError."""
+        """Have the file system count for this container, whose folder is new and empty. Raises LimitError, OSError."""
         if self._quotas is not None:
             self._projects[container_id] = _Project(self._quotas.give(self._upper(container_id).parent))
 
@@ -125,7 +126,7 @@ class WritableLayers:
             self._projects[container_id] = _Project(project.id, blocks * _BLOCK, len(own))
 
     def usage(self, container_id: str) -> WritableUsage | None:
-        """What it takes as far as that is known, at first the folder itself; None if there is none."""
+        """Its size as far as it is known, at first that of the folder itself; None if there is none."""
         project = self._projects.get(container_id)
         if project is not None and self._quotas is not None:
             with contextlib.suppress(OSError):

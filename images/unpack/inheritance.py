@@ -49,7 +49,7 @@ class _Lower:
     seen: dict[bytes, _Seen] = field(default_factory=dict)
 
     def look(self, name: bytes) -> _Seen:
-        """What this layer says of the folder ``name``."""
+        """The metadata of the folder ``name`` in this layer."""
         path = b""
         seen = self._at(path, hidden=False)
         for part in filter(None, name.split(b"/")):

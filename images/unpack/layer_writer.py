@@ -263,7 +263,7 @@ class LayerWriter:
             self._make_parents(name)
             os.mknod(self._root.near(name), stat.S_IFCHR, 0)
         except FileExistsError:
-            # What this layer itself holds under the name stays; only what is below it is hidden.
+            # Entries of this layer under the name stay; only those of the layers below are hidden.
             if self._root.kind(name) == stat.S_IFDIR:
                 self.opaque_folders[name] = None
             return

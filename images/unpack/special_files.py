@@ -1,7 +1,7 @@
-"""What a layer holds that the unpack worker has no right to make: device nodes and the marks of opaque folders.
+"""Entries of a layer that the unpack worker has no right to make: device nodes and the marks of opaque folders.
 
-The worker may have been taken over by its layer. So its lists are bounded, and every path is found by
-descriptors below the layer's folder, without following links.
+A layer may have taken control of the worker. So its lists are bounded, and every path is found by descriptors below the
+layer's folder, without following links.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Trees(msgspec.Struct):
 
 
 async def look_at(*folders: Path) -> Trees:
-    """What there is to say of one tree or of two."""
+    """The result for one tree or for two."""
     command = (sys.executable, "-I", "-S", "-c", _START, str(Path(__file__).parents[2]), *map(str, folders))
     done = await processes.run(command, environment={})
     return msgspec.json.decode(done.stdout, type=Trees)

@@ -29,7 +29,7 @@ T = TypeVar("T")
 _START = (
     "import sys; sys.path[:0] = sys.argv[1:2]; sys.path += sys.argv[2:3]; from images.unpack.worker import main; main()"
 )
-# The descriptor that the worker's processes have open as long as one of them lives.
+# The descriptor that every process of the worker has open while it runs.
 _LIFELINE = 3
 _SECONDS_TO_DIE = 10.0
 _WALL_TIME = 2  # times the processor time that a worker may take

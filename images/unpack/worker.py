@@ -5,8 +5,8 @@ success what it unpacked, on failure ``error`` (``invalid``, ``limit``, ``space`
 hexadecimal digits. A confined child looks at the layer (``images/unpack/confinement.py``). Started as ``python -I -S``,
 so it knows nothing of the agent's environment.
 
-A worker is started for every layer: it imports only what cannot be done without (json, typing, contextlib and what they
-bring along would take longer than unpacking a small layer).
+A worker is started for every layer: it imports only the necessary modules (importing json, typing and contextlib would
+take longer than unpacking a small layer).
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _write(data: bytes) -> None:
 
 
 def _reason(error: Exception) -> tuple[str, str]:
-    """What kind of failure it is, and what to say of it."""
+    """The kind of failure, and its message."""
     if isinstance(error, LimitError):
         return "limit", str(error)
     if isinstance(error, TarError):

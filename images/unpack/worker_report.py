@@ -1,4 +1,4 @@
-"""What an unpack worker reports, held against what it may say: the layer may have taken it over."""
+"""Reading and checking the report of an unpack worker: a layer may have taken control of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_INODES = 1 << 32
 
 
 class Unpacked(msgspec.Struct, frozen=True):
-    """What a layer turned out to be: digests, and what it takes on disk in bytes and inodes.
+    """The result of unpacking a layer: digests, and its size on disk in bytes and inodes.
 
     ``implied`` are the folders (relative, as bytes) that no entry described; ``opaque`` layers hide all below them.
     """

@@ -74,7 +74,8 @@ class Folder:
         return contents
 
     def parsed_content(self, name: str, content: bytes | None, parse: Callable[[bytes], T]) -> T | None:
-        """What ``parse`` makes of the content of file ``name``; parsed only when it changed, as most cgroups idle."""
+        """The result of ``parse`` for the content of file ``name``; parsed only if it changed, as most cgroups are
+        idle."""
         if content is None:
             return None
         known = self._parsed.get(name)

@@ -86,7 +86,7 @@ class AgentPage:
         return Page(TEXT, generate_latest(registry))
 
     def collect(self) -> Iterable[Family]:
-        """What prometheus-client calls at a scrape."""
+        """The collector that prometheus-client calls at a scrape."""
         return [_family(instrument, rows) for instrument, rows in self._gathered]
 
     def _make_registry(self) -> CollectorRegistry:

@@ -1,4 +1,4 @@
-"""What is served where: the agent's metrics, the containers' metrics, liveness and readiness."""
+"""The paths that are served: the agent's metrics, the containers' metrics, liveness and readiness."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ REQUEST_SECONDS = 10.0
 CONNECTION_LIMIT = 64
 # Clients that have not taken the whole of their answer.
 SLOW_LIMIT = 16
-# How long a client may take for the end of a connection that is being closed, and how many may do so.
+# The maximum time of a client to close its connection, and the maximum number of such clients.
 CLOSE_SECONDS = 5.0
 CLOSING_LIMIT = 32
 _READ_BYTES = 4096

@@ -1,4 +1,4 @@
-"""Addresses and host ports that the store says are held, by sandboxes of whose attachment nothing is known any more."""
+"""Addresses and host ports that sandboxes hold according to the store, although their attachment is lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from network.store import NetworkStore
 
 
 class LostRows(NamedTuple):
-    """What is held, by the sandbox that holds it."""
+    """The held addresses and ports, by sandbox."""
 
     addresses: dict[str, list[tuple[IPNetwork, IPAddress]]]
     ports: dict[str, list[HostPort]]
@@ -24,7 +24,7 @@ class LostRows(NamedTuple):
 
 
 def lost_rows(store: NetworkStore, known: Collection[str]) -> LostRows:
-    """What sandboxes hold that are not ``known`` to have an attachment. Blocks."""
+    """The addresses and ports of sandboxes that are not ``known`` to have an attachment. Blocks."""
     lost = LostRows({}, {})
     for row in store.addresses():
         if row.released_at is None and row.sandbox_id not in known:

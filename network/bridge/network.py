@@ -172,7 +172,7 @@ class BuiltInNetwork:
                 raise
 
     async def audit(self, live: Collection[str]) -> list[Finding]:
-        """Where the store, the kernel and the ``live`` sandboxes disagree.
+        """Differences between the store, the kernel and the ``live`` sandboxes.
 
         ``live`` must name every sandbox that may have a network, those that are being made too.
         """

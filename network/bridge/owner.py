@@ -1,4 +1,5 @@
-"""Whose a bridge is: its alias (``ip -d link``) names the agent that made it, so that two never work on one bridge."""
+"""The owner of a bridge: its alias (``ip -d link``) names the agent that made it, so that two agents never use one
+bridge."""
 
 from __future__ import annotations
 

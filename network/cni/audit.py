@@ -1,4 +1,4 @@
-"""Where the store, the plugins and the sandboxes that live disagree."""
+"""Differences between the store, the plugins and the live sandboxes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ _KIND = "CNI attachment"
 async def compare(
     records: Sequence[CniRecord], chain: PluginChain, live: Collection[str], errors: Mapping[str, str]
 ) -> list[Finding]:
-    """What CHECK says of pods that live, those that are gone, and those whose DEL failed with one of ``errors``."""
+    """The results of CHECK for live pods, pods that no longer exist, and pods whose DEL failed with one
+    of ``errors``.
+    """
     findings: list[Finding] = []
     for record in records:
         if record.state is CniState.DELETING:
             reason = errors.get(record.sandbox_id, "it is under way")
-            findings.append(Finding(_KIND, record.sandbox_id, f"waits to be given back: {reason}"))
+            findings.append(Finding(_KIND, record.sandbox_id, f"waits for its release: {reason}"))
         elif record.sandbox_id not in live:
             findings.append(Finding(_KIND, record.sandbox_id, "its sandbox is gone"))
     checked = [record for record in records if record.state is CniState.ADDED and record.sandbox_id in live]

@@ -94,7 +94,7 @@ class PluginChain:
         return not configuration.disable_gc and configuration.speaks("1.1.0")
 
     async def collect_garbage(self, configuration: Configuration, sandbox_ids: Collection[str]) -> list[PodkeelError]:
-        """GC: have the plugins give back what belongs to none of ``sandbox_ids``; nothing below version 1.1.0.
+        """GC: have the plugins release what belongs to none of ``sandbox_ids``; nothing below version 1.1.0.
 
         Every plugin is asked; the errors are returned.
         """

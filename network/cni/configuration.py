@@ -172,7 +172,7 @@ def _versions(given: Mapping[str, Any]) -> tuple[str, ...]:
     spoken = tuple(version for version in reversed(VERSIONS) if version in asked)
     if not spoken:
         raise ValueError(
-            f"asks for CNI {', '.join(map(str, asked))}; spoken are {VERSIONS[0]} to {VERSIONS[-1]}: set cniVersion"
+            f"asks for CNI {', '.join(map(str, asked))}; supported are {VERSIONS[0]} to {VERSIONS[-1]}: set cniVersion"
         )
     return spoken
 

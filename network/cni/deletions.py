@@ -15,7 +15,7 @@ _log = logging.getLogger("podkeel.network")
 
 
 class Deletions:
-    """One attempt per sandbox at a time; a failed one is repeated later by itself, or at once when asked for.
+    """One attempt per sandbox at a time; a failed one is repeated later automatically, or at once on request.
 
     ``delete`` makes an attempt; ``finished`` is called with each sandbox whose deletion succeeded while no caller
     waited.

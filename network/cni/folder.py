@@ -1,4 +1,4 @@
-"""What the folder of CNI configurations holds: one that can be used, or what is wrong."""
+"""The content of the folder of CNI configurations: a usable one, or what is wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = logging.getLogger("podkeel.network")
 
 
 class View(NamedTuple):
-    """What the folder held when it was looked at last; ``present`` says that it held anything, good or bad."""
+    """The content of the folder when it was last read; ``present`` says that it had any file, valid or not."""
 
     configuration: Configuration | None
     condition: Condition
@@ -41,7 +41,7 @@ class ConfigurationFolder:
         self._chain = chain
 
     async def look(self, before: View) -> View:
-        """What it holds now. Plugins are asked for their versions only if it holds something new."""
+        """Its content now. Plugins are asked for their versions only if it has changed."""
         self.looked_at = time.monotonic()
         try:
             found = await self._search()

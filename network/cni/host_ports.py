@@ -1,4 +1,4 @@
-"""Host ports of pods on CNI networks whose plugins forward none: an nftables table of our own, replaced as a whole.
+"""Host ports of pods on CNI networks whose plugins forward none: a separate nftables table, replaced as a whole.
 
 It translates addresses and opens nothing: whether the packet then passes is decided by the CNI network.
 """

@@ -1,4 +1,4 @@
-"""What is done here for the interfaces of CNI pods: the loopback before ADD, and the end of what DEL did not end."""
+"""The agent's own work on the interfaces of CNI pods: the loopback before ADD, and the removal of what DEL left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Pods on a CNI network: connected by plugins, written down before and after, given back until that succeeds."""
+"""Pods on a CNI network: plugins connect them, the store records each before and after, and DEL is repeated until it
+succeeds."""
 
 from __future__ import annotations
 
@@ -210,7 +211,7 @@ class CniNetwork:
         if self._starting:
             await self._save(msgspec.structs.replace(record, state=CniState.DELETING))
             self._deletions.schedule(sandbox_id)
-            raise UnavailableError("its CNI network is given back in the background, and the rest of it then")
+            raise UnavailableError("its CNI network is released in the background, and then the rest of it")
         try:
             await self._deletions.run(sandbox_id)
         except PodkeelError as error:
@@ -245,7 +246,7 @@ class CniNetwork:
         return f"CNI network {record.configuration.name} of sandbox {sandbox_id}: DEL is given up; {left}"
 
     async def audit(self, live: Collection[str]) -> list[Finding]:
-        """Where the store, the plugins (CHECK) and the ``live`` sandboxes disagree."""
+        """Differences between the store, the plugins (CHECK) and the ``live`` sandboxes."""
         settled = [record for id_, record in self._records.items() if id_ not in self._unfinished]
         findings = await compare(settled, self._chain, live, self._deletions.errors)
         findings += broken_files(self._files.path, self._files.broken)
@@ -367,7 +368,8 @@ class CniNetwork:
             await self._forget_collected(configuration.name)
 
     async def _forget_collected(self, network: str) -> None:
-        """What DEL was refused for, GC has given back, where nothing but the plugins' own notes was left of it."""
+        """Drop attachments whose DEL failed but which GC has released, as only the plugins' own records of them were
+        left."""
         records = list(self._records.values())
         for record in await threads.in_network_thread(without_namespace, records, set(self._deletions.errors)):
             if record.configuration.name == network and self._records.get(record.sandbox_id) is record:

@@ -40,7 +40,7 @@ class _Failure(msgspec.Struct, frozen=True):
 
 
 class Call(msgspec.Struct, frozen=True):
-    """What is asked of plugins, and about which attachment (none, where the fields are empty)."""
+    """The operation of plugins, and its attachment (none if the fields are empty)."""
 
     command: str
     sandbox_id: str = ""

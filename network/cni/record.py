@@ -49,7 +49,7 @@ class CniRecord(msgspec.Struct, frozen=True):
 
     @property
     def taken(self) -> list[HostPort]:
-        """What its host ports take of the node."""
+        """The ports of the node that its host ports use."""
         return [port for mapping in self.host_ports for port in host_ports(mapping, FAMILIES)]
 
     def connected(self, result: dict[str, Any]) -> CniRecord:

@@ -1,7 +1,7 @@
-"""What a pod has in the nftables sets and maps, and the one transaction that adds or removes it.
+"""The elements of a pod in the nftables sets and maps, and the one transaction that adds or removes them.
 
-The rules are written once for all pods (``network/nftables/ruleset.py``); a pod is a few elements. Those are sent as
-nfnetlink messages, which takes a tenth of a millisecond and does not depend on what else is in the node's ruleset.
+The rules are written once for all pods (``network/nftables/ruleset.py``); a pod is a few elements. They are sent as
+nfnetlink messages, which takes a tenth of a millisecond, regardless of the size of the node's ruleset.
 """
 
 from __future__ import annotations

@@ -51,14 +51,14 @@ class Obstacle(msgspec.Struct, frozen=True):
     @property
     def message(self) -> str:
         """What is wrong and what to do."""
-        return f"{self.problem}: let it pass, for instance by: {self.remedy}"
+        return f"{self.problem}: allow it, for example by: {self.remedy}"
 
 
 class FirewallWatch:
-    """What other firewalls do to the pods of a bridge, as it was when they were looked at last.
+    """What other firewalls did to the pods of a bridge at the last check.
 
-    Programs that load the node's rules often take away all there are first: where the bridge's tables are gone,
-    ``restore`` is called to make them again. Without them pods reach the node's loopback, and nothing outside.
+    Programs that load the node's rules often flush all tables first: if the bridge's tables are missing, ``restore`` is
+    called to make them again. Without them pods can reach the node's loopback, but nothing outside.
     """
 
     def __init__(self, bridge: str, restore: Callable[[], Awaitable[None]]) -> None:
@@ -69,7 +69,7 @@ class FirewallWatch:
         self._obstacles: tuple[Obstacle, ...] = ()
 
     def obstacle(self) -> Obstacle | None:
-        """What surely keeps pods from the network; None if nothing is known to."""
+        """The chain that certainly blocks pods; None if none is known."""
         return next((obstacle for obstacle in self._obstacles if obstacle.certain), None)
 
     def look_soon(self, ranges: Sequence[IPNetwork]) -> None:
@@ -150,7 +150,7 @@ async def _has_own_tables(bridge: str) -> bool:
 
 
 async def _list(*what: str) -> list[dict[str, Any]] | None:
-    """What nft lists, or None where the one thing asked for is not there any more."""
+    """The output of nft, or None if the requested object does not exist any more."""
     completed = await processes.run(["nft", "-j", "list", *what], timeout=_COMMAND_SECONDS, check=len(what) == 1)
     if completed.status != 0:
         return None

@@ -144,7 +144,7 @@ async def listing(table: str, families: Sequence[str] = (BRIDGE, INET)) -> list[
 
 
 def listed_elements(outputs: Iterable[bytes]) -> set[tuple[str, str]]:
-    """What the pods' sets hold, as (set, element as nft writes it)."""
+    """The content of the pods' sets, as (set, element as nft writes it)."""
     found: set[tuple[str, str]] = set()
     for output in outputs:
         for entry in msgspec.json.decode(output)["nftables"]:

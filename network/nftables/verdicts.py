@@ -36,7 +36,7 @@ class Packet(NamedTuple):
     answer: bool
 
     def fact(self, asked: Mapping[str, Any]) -> str | None:
-        """What it has where a rule looks; None where that is not known here."""
+        """The value of the field that a rule reads; None if it is not known here."""
         protocol = "ip" if self.source.version == 4 else "ip6"
         known = {
             ("meta", "", "iif"): self.from_link or None,

@@ -262,7 +262,8 @@ class CgroupTree:
         return self.mounts.get("hugetlb", Path("/nowhere")) / path.lstrip("/") / f"hugetlb.{size}.limit_in_bytes"
 
     def settings(self, path: str, names: Iterable[str]) -> dict[str, str]:
-        """What the files ``names`` of cgroup ``path`` hold, of those that can be read and written again (version 2)."""
+        """The content of the files ``names`` of cgroup ``path``, of those that can be read and written again (version
+        2)."""
         found = {}
         for name in names:
             file = self.mounts["unified"] / path.lstrip("/") / name

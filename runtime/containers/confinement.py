@@ -23,7 +23,7 @@ _OPENED = frozenset(
     ("/", "/dev", "/dev/pts", "/dev/ptmx", "/dev/console", *(f"/dev/{name}" for name in DEFAULT_NODES.values()))
 )
 _KERNEL_FILESYSTEMS = {"/proc": "proc", "/sys": "sysfs"}
-# What the node itself mounts in /sys and /proc, for containers that have the node's bound in.
+# Mounts of the node itself in /sys and /proc, for containers that have the node's bound.
 _OF_THE_NODE = frozenset(
     (
         *("autofs", "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "efivarfs", "fusectl"),
@@ -70,7 +70,7 @@ def _verify_directory(init: ProcessName, directory: str, table: Iterable[MountEn
 
 
 def _verify_mounts(spec: config.Spec, table: Iterable[MountEntry]) -> None:
-    """What is mounted in /proc and /sys must be the kernel's, or be asked for there by its own name."""
+    """Mounts in /proc and /sys must be the kernel's, or be requested with exactly this destination."""
     by_name = {mount.destination for mount in spec.mounts} | {*spec.linux.masked_paths, *spec.linux.readonly_paths}
     by_name -= {mount.destination for mount in spec.mounts if mount.type in _KERNEL_FILESYSTEMS.values()}
     for entry in table:

@@ -127,10 +127,10 @@ class Execution:
     def _checked_directory(
         self, container: Container, runtime: OciRuntime, process: config.Process
     ) -> WorkingDirectory | None:
-        """What the agent has to open of the working directory, as the OCI runtime does not look where it leads.
+        """The working directory that the agent must open, as the OCI runtime does not check where it leads.
 
-        Raises PermissionDeniedError for a container that sees processes of others, where the OCI runtime takes no
-        descriptor either: through such a process a link leads out of the container.
+        Raises PermissionDeniedError for a container that sees processes of others, if the OCI runtime accepts no
+        descriptor: a link through such a process leads out of the container.
         """
         record, behaviour = container.record, runtime.directories
         if behaviour.refuses_outside or process.cwd == "/" or record.init is None:

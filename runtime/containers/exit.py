@@ -1,4 +1,4 @@
-"""What happens when a container ends: its end is written down, and what it holds of the node is given back."""
+"""The end of a container: it is recorded, and the container's resources are released."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class ContainerExit:
             container.cleanup = self._spawn(self.clean_up(container))
 
     async def clean_up(self, container: Container) -> None:
-        """Give back what an ended container holds of the node but its files. Repeatable; a failure is logged only."""
+        """Release the resources of an ended container, except its files. Repeatable; a failure is only logged."""
         try:
             await self.release_runtime(container)
             await self.end_monitor(container)
@@ -161,7 +161,7 @@ class ContainerExit:
             await in_thread(clear_cgroup, cgroups, record.cgroup)
 
     async def released(self, container: Container) -> None:
-        """Wait until what the OCI runtime held of an ended container is given back, trying again if that failed."""
+        """Wait until the OCI runtime's resources of an ended container are released; try again if that failed."""
         if container.cleanup is not None:
             await asyncio.shield(container.cleanup)
         await self.release_runtime(container)

@@ -1,8 +1,8 @@
-"""When the kernel last killed a process of a container for memory, and whether the container lived on after it.
+"""When the kernel last killed a process of a container for memory, and whether the container survived it.
 
-The kernel counts such kills, but says neither when they were nor whom they hit. Conmon makes a file when a memory limit
-is reached. The agent deletes that file, waits until the killed process has ended, and writes down how many kills the
-first process has survived. What happens while no agent runs is dated by conmon's file alone.
+The kernel counts such kills, but reports neither their time nor the killed process. Conmon makes a file when a memory
+limit is reached. The agent deletes that file, waits until the killed process has ended, and writes down how many kills
+the first process has survived. What happens while no agent runs is dated by conmon's file alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ _log = logging.getLogger("podkeel.containers")
 
 
 class SurvivedKills(msgspec.Struct):
-    """How many kills a container's first process has lived through; the end of the last victim, ns since the epoch."""
+    """How many kills a container's first process has survived; the end of the last killed process, ns
+    since the epoch.
+    """
 
     kills: int = 0
     at: int = 0
@@ -48,9 +50,9 @@ class SurvivedKills(msgspec.Struct):
 class KillHistory:
     """What is known of kills for memory when a container has ended.
 
-    ``survived`` counts those that its first process lived through; ``more`` says that there was one after these. ``at``
-    is the time of the last one in nanoseconds since the epoch, None if unknown. ``ended_by`` is the signal that ended
-    its first process, 0 for none, None if unknown.
+    ``survived`` counts those that its first process survived; ``more`` says that there was one after these. ``at`` is
+    the time of the last one in nanoseconds since the epoch, None if unknown. ``ended_by`` is the signal that ended its
+    first process, 0 for none, None if unknown.
     """
 
     survived: int
@@ -87,7 +89,7 @@ class KillWatch:
         self._looking = asyncio.Lock()
 
     def watch(self, container: Container) -> None:
-        """Begin with a container whose first process lives; again is fine."""
+        """Begin with a container whose first process runs; repeatable."""
         if container.id in self._watched:
             return
         watched = self._watched[container.id] = _Watched(container)
@@ -184,7 +186,7 @@ class KillWatch:
         return _Look(kills, time.time_ns() if dying else at, dying)
 
     def _has_survived(self, watched: _Watched, kills: int) -> None:
-        """Write down that the first process lives after so many kills, if it does."""
+        """Record that the first process still runs after so many kills, if it does."""
         container = watched.container
         file = self._layout.container(container.id).survived_kills
         init, before = container.record.init, _read(file)

@@ -14,7 +14,7 @@ from runtime.node import Node
 from runtime.state.container import Container
 
 KILL_SECONDS = 60.0
-# How long conmon gets to write down the end of a program that is dead; then it is killed.
+# How long conmon gets to record the end of an ended program; then it is killed.
 _MONITOR_SECONDS = 10.0
 
 _log = logging.getLogger("podkeel.containers")

@@ -30,7 +30,7 @@ _KERNEL_DEFAULTS = {
     "memory_limit_in_bytes": -1,
     "memory_swap_limit_in_bytes": -1,
 }
-# What plugins own by other names: a client that sets one is the last who did.
+# Fields that plugins own under other names: a client that sets one becomes its owner.
 _OWNED = {
     "memory_limit_in_bytes": "MemLimit",
     "memory_swap_limit_in_bytes": "MemSwapLimit",

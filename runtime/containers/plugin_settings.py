@@ -1,4 +1,4 @@
-"""What plugins of the node set of a container that its OCI runtime passes over: the agent sets it before the start."""
+"""Settings by plugins of the node that the OCI runtime ignores: the agent applies them before the start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is mounted for a container on the host: its root file system, and images used as volumes (KEP-4639)."""
+"""Mounts for a container on the host: its root file system, and images used as volumes (KEP-4639)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a container's spec is built from, gathered from the node, the pod and the image."""
+"""The facts for a container's spec, gathered from the node, the pod and the image."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the init of a shared PID namespace gives up before it begins: containers of the pod may trace it.
+"""The rights that the init of a shared PID namespace drops before it begins: containers of the pod may trace it.
 
-It is in the pod's namespaces and not in the node's, no user that has files, without capabilities, and under a filter
-of system calls: it opens no connection, takes no descriptor from others, and mounts, traces and signals nothing.
+It is in the pod's namespaces and not in the node's, and has a user without files, no capabilities, and a filter of
+system calls. It cannot open a connection, receive a descriptor, mount, trace or send a signal.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _OF_STARTING_A_PROGRAM = (
     *("vfork", "execve", "setsid", "open", "openat", "close", "close_range", "dup2", "dup3", "fcntl"),
     *("read", "write", "writev", "readlink", "readlinkat", "fstat", "newfstatat", "statx"),
 )
-# catatonit reads signals from a descriptor and collects the dead; those of another version may wait in another way.
+# catatonit reads signals from a descriptor and reaps children; other versions may wait in another way.
 _OF_AN_INIT = (
     *("signalfd", "signalfd4", "rt_sigtimedwait", "rt_sigsuspend", "pause", "poll", "ppoll", "wait4", "waitid"),
     *("getppid", "getpgid", "getpgrp", "getsid", "getuid", "geteuid", "getgid", "getegid", "setpgid", "nanosleep"),

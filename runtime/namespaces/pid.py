@@ -55,7 +55,7 @@ def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
 
 
 def _in_thread_of_its_own(work: Callable[[], int]) -> int:
-    """What ``work`` returns or raises, done in a thread that ends with it and does nothing else."""
+    """Run ``work`` in a thread that ends with it and does nothing else; returns or raises what it does."""
     done: list[int | Exception] = []
 
     def run() -> None:
@@ -119,7 +119,7 @@ def _give_root(parent: int, program: str, name: str) -> None:
 
 
 def _read_some(descriptor: int, seconds: float) -> bytes:
-    """What is first written to a pipe; nothing at its end or when so many seconds have passed."""
+    """The first bytes of a pipe; empty at its end or after so many seconds."""
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     return os.read(descriptor, 4096) if poller.poll(seconds * 1000) else b""

@@ -1,7 +1,7 @@
 """Namespaces of a pod with a user namespace (KEP-127).
 
 A process with threads cannot unshare a user namespace, so a short-lived ``unshare`` (util-linux) makes all of them
-together, which also makes the user namespace their owner; they are pinned and it ends.
+together, so that the user namespace owns the others. They are pinned, and the process ends.
 """
 
 from __future__ import annotations

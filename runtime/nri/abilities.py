@@ -1,4 +1,4 @@
-"""What a runtime handler and its node can do of what plugins ask for, and who asks."""
+"""Which changes of plugins a runtime handler and its node support, and which plugin asks for each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RuntimeAbilities:
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """Which plugin asks for which change; makes the errors that name both."""
+    """The plugin of each change; makes the errors that name both."""
 
     owners: nri_pb2.FieldOwners
 

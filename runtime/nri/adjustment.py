@@ -1,4 +1,4 @@
-"""What plugins of the node change of a container, put into its OCI spec."""
+"""Applying the changes of plugins of the node to a container's OCI spec."""
 
 from __future__ import annotations
 

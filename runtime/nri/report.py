@@ -1,4 +1,4 @@
-"""What is told of plugins to those who look after the node."""
+"""The report on plugins for operators of the node."""
 
 from __future__ import annotations
 

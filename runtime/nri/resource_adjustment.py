@@ -42,7 +42,7 @@ def adjust_resources(
 
 
 def extra_limits(given: nri_pb2.LinuxResources, node: NodeFacts, asking: Asking) -> ExtraLimits:
-    """What is given of the limits that the CRI has no field for.
+    """The given limits for which the CRI has no field.
 
     Raises InvalidArgumentError, or UnsupportedError for those that this kernel does not have or this agent cannot set.
     """

@@ -102,7 +102,7 @@ class StartedPlugins:
         self._record.write_text("".join(f"{pid} {started}\n" for pid, started in named if started is not None))
 
     async def close(self) -> None:
-        """End those that did not end by themselves when their connections were closed."""
+        """Kill those that did not end after their connections were closed."""
         deadline = asyncio.get_running_loop().time() + _END_SECONDS
         for pid, (title, pidfd) in list(self._running.items()):
             asyncio.get_running_loop().remove_reader(pidfd)
@@ -110,7 +110,7 @@ class StartedPlugins:
                 async with asyncio.timeout_at(deadline):
                     await processes.wait_ended(pidfd)
             if processes.start_time(pid) is not None:
-                _log.warning("nri: plugin %s: pid %d did not end by itself: it is killed", title, pid)
+                _log.warning("nri: plugin %s: pid %d did not end in time: it is killed", title, pid)
             del self._running[pid]
             await processes.end_child(pid, pidfd)
         with contextlib.suppress(FileNotFoundError):

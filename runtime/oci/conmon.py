@@ -173,7 +173,7 @@ class StartingMonitor:
         answer = await _read_line(self._sync_read)
         if not answer:
             raise PodkeelError(f"conmon ended without a word: {_last_lines(self._folder.monitor_log)}")
-        # What it passes on of the OCI runtime's complaint it cuts anywhere, also within a character.
+        # It truncates the OCI runtime's error anywhere, also within a character.
         try:
             message = untrusted_json.decode(answer.decode(errors="replace").encode(), _SyncMessage)
         except JsonError as error:
@@ -264,7 +264,7 @@ class Monitors:
         return found
 
     def exit_record(self, container_id: str) -> ExitRecord | None:
-        """What conmon recorded of a container's end; None if it recorded nothing."""
+        """Conmon's record of a container's end; None if there is none."""
         try:
             with open(self._layout.exits / container_id, "rb") as file:
                 code = int(file.read() or b"255")

@@ -212,8 +212,8 @@ class ExecCall:
     async def process(self) -> AsyncIterator[ExecProcess]:
         """The process once it runs, after ``launch``.
 
-        Leaving the block kills it, everything in its session and everything that descends from it, and waits for its
-        end; nothing if it ended by itself. Raises CommandError when it could not be started.
+        The end of the block kills the process, its session and its descendants, and waits for its end. Does nothing if
+        the process has ended. Raises CommandError when it could not be started.
         """
         starting = asyncio.ensure_future(self._started())
         try:
@@ -296,10 +296,10 @@ def end_abandoned(folder: Path, pids: Callable[[], Sequence[int]]) -> int:
 
 
 def _with_oom_score_adj(score: int) -> list[str]:
-    """What goes before a command so that it runs with that oom_score_adj; nothing where that is the agent's own.
+    """A prefix for a command, so that it runs with that oom_score_adj; empty if that is the agent's.
 
-    crun (1.8) leaves that of the process as it finds it, and the agent's is often one that the kernel kills last.
-    Written from outside, it would come too late for what the runtime has started by then.
+    crun (1.8) does not change the value of the process, and with the agent's value the kernel often kills it last. Set
+    from outside, it would be too late for processes that the runtime has started by then.
     """
     if int(Path("/proc/self/oom_score_adj").read_bytes()) == score:
         return []

@@ -30,7 +30,7 @@ class MaskDevice:
         self._layers = self._folder.with_name(f"{self._folder.name}.layers")
 
     def make(self) -> None:
-        """Mount it, in place of one that a killed agent left. Blocks for some milliseconds; raises OSError."""
+        """Mount it, replacing one that a killed agent left. Blocks for some milliseconds; raises OSError."""
         self.remove()
         for folder in (self._folder, self._layers):
             folder.mkdir(mode=0o711, exist_ok=True)

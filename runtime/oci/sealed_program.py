@@ -19,7 +19,7 @@ _Version = tuple[int, int, int, int]
 
 
 class SealedProgram:
-    """The copy, under the path ``link`` for as long as this process lives; made again when the original is replaced."""
+    """The copy, at the path ``link`` while this process runs; made again when the original is replaced."""
 
     def __init__(self, original: Path, link: Path) -> None:
         self._original = original

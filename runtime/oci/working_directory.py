@@ -85,7 +85,7 @@ class WorkingDirectory:
             try:
                 return self._below(root)
             except PermissionError:
-                # Of a file system that keeps root out, such as NFS or FUSE: what the user may enter counts.
+                # A file system that root cannot read, such as NFS or FUSE: the user's access decides.
                 become(self.user)
                 return self._below(root)
 

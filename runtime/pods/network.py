@@ -1,4 +1,4 @@
-"""What a sandbox's configuration asks of the network."""
+"""The network of a sandbox's configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pods as a whole may use."""
+"""Resource limits of whole pods."""
 
 from __future__ import annotations
 

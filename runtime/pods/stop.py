@@ -19,7 +19,7 @@ _log = logging.getLogger("podkeel.pods")
 
 
 class PodStop:
-    """Stops sandboxes and gives back what they hold of the node."""
+    """Stops sandboxes and releases their resources."""
 
     def __init__(self, node: Node, names: PodRegistrar, containers: ContainerManager) -> None:
         self._node = node
@@ -28,7 +28,8 @@ class PodStop:
         self._containers = containers
 
     async def stop(self, sandbox_id: str) -> None:
-        """Kill what runs in a sandbox and give back its network and namespaces. Repeatable; unknown ids are fine."""
+        """Kill the containers of a sandbox and release its network and namespaces. Repeatable; an unknown id is no
+        error."""
         sandbox = self._state.sandboxes.find(sandbox_id) if sandbox_id else None
         if sandbox is None or not sandbox.visible:
             return
@@ -54,7 +55,7 @@ class PodStop:
         await self.tear_down(sandbox, sandbox.begin("StopPodSandbox"))
 
     async def tear_down(self, sandbox: Sandbox, operation: Operation) -> None:
-        """Give back network, then namespaces, then the cgroup; each step may be repeated after a crash."""
+        """Release the network, then the namespaces, then the cgroup; each step may be repeated after a crash."""
         self._node.meters.forget(sandbox.id)
         async with operation.stage("network"):
             await sandbox.end_port_forwards()
@@ -90,7 +91,7 @@ class PodStop:
             self.forget(sandbox)
 
     async def network_given_back(self, sandbox_id: str) -> None:
-        """Carry on with a sandbox whose network could not be given back when it was stopped or undone."""
+        """Continue with a sandbox whose network could not be released when it was stopped or undone."""
         if sandbox_id not in self._state.sandboxes:
             return
         sandbox = self._state.sandboxes.get(sandbox_id)

@@ -27,7 +27,7 @@ from runtime.state.truncindex import is_id
 
 OF_SANDBOX: tuple[Place, ...] = (SANDBOX_ROWS, *NETWORK_ROWS)
 OF_CONTAINER: tuple[Place, ...] = (*IMAGE_ROWS, CONTAINER_ROWS)
-# What changes often is written once.
+# Frequent changes are written once.
 _DELAY_SECONDS = 0.2
 _KEPT = (SandboxState.READY, ContainerState.CREATED, ContainerState.RUNNING, ContainerState.EXITED)
 

@@ -22,7 +22,7 @@ _log = logging.getLogger("podkeel.store")
 
 
 class LostStore(enum.Enum):
-    """What to do about it: refuse to start if that would cost anything, take up the copy, or start over."""
+    """The decision: refuse to start if something would be lost, use the copy, or start with an empty store."""
 
     REFUSE = "refuse"
     ADOPT = "adopt"

@@ -32,7 +32,7 @@ Unsigned = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class _Struct(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen=True):
-    """What every part of a description has in common."""
+    """The base of all parts of a description."""
 
 
 class DeviceNode(_Struct, frozen=True):
@@ -69,7 +69,7 @@ class EditHook(_Struct, frozen=True):
 
 
 class Edits(_Struct, frozen=True):
-    """What a device changes in the spec of a container that gets it."""
+    """The changes by a device to the spec of a container."""
 
     env: list[str] = []
     device_nodes: list[DeviceNode] = []

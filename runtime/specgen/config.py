@@ -12,7 +12,7 @@ VERSION = "1.0.2"
 
 
 class _Struct(msgspec.Struct, omit_defaults=True, rename="camel"):
-    """What every struct here has in common: camelCase names, nothing written that is at its default."""
+    """The base of all structs here: camelCase names, and defaults are not written."""
 
 
 class IDMapping(_Struct):
@@ -24,7 +24,7 @@ class IDMapping(_Struct):
 
 
 class User(_Struct):
-    """Who the process runs as, in ids of the container's user namespace."""
+    """The user of the process, in ids of the container's user namespace."""
 
     uid: int
     gid: int

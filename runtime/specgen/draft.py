@@ -37,7 +37,7 @@ _RESERVED_ANNOTATIONS = ("run.oci.", "io.kubernetes.cri.")
 
 @dataclass(slots=True, kw_only=True)
 class SpecRequest:
-    """What a spec is made from.
+    """The input for a spec.
 
     ``sandbox`` is the configuration RunPodSandbox was given. ``rootfs`` is the mounted root filesystem, whose passwd
     and group are read. ``container_folder`` holds the container's durable files, among them its volumes.
@@ -262,10 +262,11 @@ def _annotations(request: SpecRequest, filtered: Filter | None) -> dict[str, str
 
 
 def _scope_annotations(pids_limit: int) -> dict[str, str]:
-    """What makes the scope that the OCI runtime asks systemd for hold what was configured, and nothing else.
+    """Annotations that give the systemd scope of the OCI runtime exactly the configured limits.
 
-    crun writes limits that systemd does not know: in the scope itself they would be gone after the next daemon-reload,
-    so they go to a group below it. The scope's limit of tasks is systemd's default (15% of the machine's) otherwise.
+    crun writes limits that systemd does not know: in the scope itself the next daemon-reload would remove them, so they
+    are set in a group below it. Without an annotation, the scope's limit of tasks is systemd's default (15% of the
+    machine's).
     """
     tasks = pids_limit if pids_limit > 0 else 2**64 - 1
     return {

@@ -1,4 +1,4 @@
-"""What a spec is built from besides the CRI's messages: the handler's abilities and the pod's files."""
+"""The input for a spec besides the CRI's messages: the handler's abilities and the pod's files."""
 
 from __future__ import annotations
 

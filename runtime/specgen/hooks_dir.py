@@ -56,7 +56,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class HookedContainer:
-    """What conditions look at: annotations of container and pod, the first argument, whether anything is mounted."""
+    """The values for conditions: annotations of container and pod, the first argument, whether anything is mounted."""
 
     annotations: Mapping[str, str]
     command: str

@@ -79,7 +79,7 @@ def id_mappings(given: Iterable[cri_pb2.IDMapping], field: str) -> list[config.I
 
 
 def map_file(mappings: Iterable[config.IDMapping]) -> str:
-    """What is written to the kernel's uid_map or gid_map (user_namespaces(7))."""
+    """The text for the kernel's uid_map or gid_map (user_namespaces(7))."""
     return "".join(f"{mapping.container_id} {mapping.host_id} {mapping.size}\n" for mapping in mappings)
 
 

@@ -1,4 +1,4 @@
-"""What this node can do, found out once at start."""
+"""The abilities of this node, determined once at start."""
 
 from __future__ import annotations
 

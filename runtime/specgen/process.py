@@ -34,7 +34,7 @@ class ImageConfig(Protocol):
 
     @property
     def entrypoint(self) -> Sequence[str]:
-        """What is always run."""
+        """The fixed entry point."""
 
     @property
     def cmd(self) -> Sequence[str]:

@@ -65,11 +65,11 @@ class ContainerRecord(msgspec.Struct):
 class Container:
     """A container in memory.
 
-    ``lock`` serialises what changes it; ``exited`` is set when its end is recorded; ``cleanup`` is the task that gives
-    back what the OCI runtime holds after the end, ``unmounted`` says that its mounts are gone. ``killed`` says that the
-    agent sent SIGKILL to its first process while that ran, ``evicted`` which plugin of the node had it ended, and why.
-    ``stops`` counts the calls that wait for its end now, and ``stop_deadline`` is the earliest of theirs, on the loop's
-    clock. ``log_lock`` serialises openings of its log.
+    ``lock`` serialises what changes it; ``exited`` is set when its end is recorded; ``cleanup`` is the task that
+    releases the OCI runtime's resources after the end, ``unmounted`` says that its mounts are removed. ``killed`` says
+    that the agent sent SIGKILL to its first process while that ran, ``evicted`` names the plugin of the node that ended
+    it, and the reason. ``stops`` counts the calls that wait for its end now, and ``stop_deadline`` is their earliest
+    deadline, on the loop's clock. ``log_lock`` serialises openings of its log.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""Which names of pods and containers are taken, and which calls are making one."""
+"""The names of pods and containers that are in use, and the calls that are making one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Identity = tuple[Any, ...]
 
 
 class Request(Protocol):
-    """What a client asks to be made. Equal requests ask for the same."""
+    """A client's request for an object. Equal requests ask for the same object."""
 
     @property
     def identity(self) -> Identity:

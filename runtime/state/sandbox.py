@@ -28,7 +28,7 @@ class SandboxRecord(msgspec.Struct):
     """What the store keeps of a sandbox beside its configuration; times in nanoseconds since the epoch.
 
     ``handler`` is the runtime handler in use, ``requested_handler`` the name the client gave (empty for the default).
-    ``torn_down`` says that network and namespaces were given back. ``oom_kills`` are those in its cgroup that ended
+    ``torn_down`` says that network and namespaces were released. ``oom_kills`` are those in its cgroup that ended
     containers, or times before it, account for. ``selinux_level`` is the pod's own where the node has SELinux.
     """
 

@@ -136,7 +136,7 @@ def signal_value(number: int) -> int:
 
 
 def _asked_image(image: cri_pb2.ImageSpec) -> cri_pb2.ImageSpec:
-    """What was asked for: kubelet resolves names to ids first and keeps the name beside."""
+    """The requested name: kubelet resolves names to ids first and also keeps the name."""
     answer = cri_pb2.ImageSpec()
     answer.CopyFrom(image)
     if image.user_specified_image:

@@ -1,4 +1,4 @@
-"""Which states a sandbox or container may go to from which, and what the log line of a change carries in its fields."""
+"""The allowed changes of state of sandboxes and containers, and the fields of the log line of a change."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def of_sandbox(sandbox: Sandbox, operation: Operation) -> dict[str, Any]:
 
 
 def of_container(container: Container, operation: Operation | None = None) -> dict[str, Any]:
-    """The ``extra`` of a line about a container that ``operation`` changed; without one: that ended by itself."""
+    """The ``extra`` of a line about a container that ``operation`` changed; without one, about a
+    container that ended.
+    """
     extra = of_sandbox(container.sandbox, operation or Operation(""))
     extra["fields"] |= {"container_name": container.config.metadata.name, "container": container.id}
     if operation is None:

@@ -1,4 +1,4 @@
-"""What a tar header says: ustar, GNU, pax and star forms (POSIX pax; GNU tar's manual, "Basic Tar Format").
+"""The content of a tar header: ustar, GNU, pax and star forms (POSIX pax; GNU tar's manual, "Basic Tar Format").
 
 Runs in the unpack worker, so it imports next to nothing.
 """
@@ -31,7 +31,7 @@ _XATTR = b"SCHILY.xattr."
 
 _SPARSE = b"GNU.sparse."
 _KEPT_RECORDS = frozenset((b"path", b"linkpath", b"size", b"uid", b"gid", b"mtime"))
-_NO_ID = (1 << 32) - 1  # chown(2) takes it for "leave it"
+_NO_ID = (1 << 32) - 1  # for chown(2) it means "do not change"
 _MAJORS, _MINORS = 1 << 12, 1 << 20
 _NANOSECONDS = (1 << 63) * 1_000_000_000
 
@@ -78,7 +78,9 @@ class Entry:
 
 
 class Records:
-    """What matters of an extended header: ``values`` by keyword, extended attributes, the regions of a sparse file."""
+    """The used parts of an extended header: ``values`` by keyword, extended attributes, the regions of
+    a sparse file.
+    """
 
     __slots__ = ("regions", "sparse", "values", "xattrs")
 

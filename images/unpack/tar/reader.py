@@ -267,7 +267,7 @@ class TarReader:
         return self._last_records
 
     def _with_defaults(self, records: Records | None) -> Records:
-        """What holds for an entry that has ``records`` before it."""
+        """The attributes of an entry with ``records`` before it."""
         if records is None:
             return self._defaults
         defaults, last, merged = self._merged

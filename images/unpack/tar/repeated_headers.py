@@ -14,7 +14,7 @@ _CHECKSUM_SPACES = 8 * 32  # the sum counts its own field as eight spaces
 
 
 class _Header:
-    """What the fields have in common; ``rest_sum`` is the sum of the bytes after the checksum."""
+    """The common bytes of the fields; ``rest_sum`` is the sum of the bytes after the checksum."""
 
     __slots__ = ("gid", "kind", "mode", "prefix", "rest_sum", "uid")
 

@@ -1,1 +1,1 @@
-"""What plugins answer, put together: each thing has one owner."""
+"""The answers of plugins, combined: each field has one owner."""

@@ -1,4 +1,4 @@
-"""What plugins answer to CreateContainer, one after the other, put together into one adjustment."""
+"""The answers of plugins to CreateContainer, combined into one adjustment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which plugin changed what of a container: two that change the same thing conflict."""
+"""The plugin that changed each field of a container: two that change the same field conflict."""
 
 from __future__ import annotations
 

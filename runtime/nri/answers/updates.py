@@ -77,7 +77,7 @@ class Updates:
         self.evictions += [(eviction, plugin) for eviction in list(evictions)[:MOST_UPDATES]]
 
     def take(self, container_id: str) -> nri_pb2.LinuxResources | None:
-        """What was asked for one container, which is left out from now on."""
+        """The updates for one container, which is left out from now on."""
         collected = self._collected.pop(container_id, None)
         return collected.update.linux.resources if collected is not None else None
 

@@ -1,4 +1,4 @@
-"""What plugins were asked: how often by call, how long it took, and what failed."""
+"""Calls of plugins: their number, duration and failures, by call."""
 
 from __future__ import annotations
 

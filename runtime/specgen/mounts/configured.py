@@ -76,9 +76,9 @@ def configured_mounts(
 
 
 def root_propagation(mounts: Sequence[cri_pb2.Mount]) -> str:
-    """What the container's root must be for these mounts to work; empty for the OCI runtime's default.
+    """The propagation of the container's root that these mounts need; empty for the OCI runtime's default.
 
-    ``shared`` for bidirectional ones and not ``rshared``: crun would share the container's private mounts as well.
+    It is ``shared`` for bidirectional ones and not ``rshared``: crun would share the container's private mounts too.
     """
     wanted = {mount.propagation for mount in mounts}
     if cri_pb2.MountPropagation.PROPAGATION_BIDIRECTIONAL in wanted:

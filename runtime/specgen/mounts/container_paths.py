@@ -10,7 +10,7 @@ from pathlib import Path
 from host import libc
 from host.errors import InvalidArgumentError
 
-# What is mounted there hides what an image has, and is the kernel's or the OCI runtime's: it holds no links of others.
+# Mounts there hide the image's files, and belong to the kernel or the OCI runtime: they have no links of others.
 _KERNEL_FOLDERS = ("/proc", "/sys")
 _HIDDEN_FOLDERS = (*_KERNEL_FOLDERS, "/dev")
 _BELOW_KERNEL = tuple(f"{folder}/" for folder in _KERNEL_FOLDERS)
@@ -53,10 +53,10 @@ class _Turn:
 
 @dataclass(slots=True)
 class ContainerPaths:
-    """The files of a container to be: its root file system, and what is mounted in it so far.
+    """The files of a future container: its root file system, and the mounts in it so far.
 
-    Every step is taken by a descriptor and follows no link by itself, so no link leads out of ``rootfs``, also not
-    where a volume changes meanwhile: then the answer is what it was at some moment.
+    Every step uses a descriptor and follows no link implicitly, so no link leads out of ``rootfs``. This holds even if
+    a volume changes meanwhile: then the answer is that of some moment.
     """
 
     rootfs: Path
@@ -131,8 +131,8 @@ class ContainerPaths:
     def destination(self, path: str, what: str) -> Place:
         """Where a mount or device at ``path`` really goes.
 
-        Raises InvalidArgumentError when links lead it to the root or over what the kernel's file systems show: there
-        OCI runtimes look for what they close, and write what confines the process (CVE-2019-16884). ``what`` names it.
+        Raises InvalidArgumentError if links lead it to the root or over files of the kernel's file systems: OCI
+        runtimes read and write these to confine the process (CVE-2019-16884). ``what`` names it.
         """
         place = self.resolve(path)
         if place.link and (place.of_kernel or place.path in ("/", "/dev")):

@@ -50,7 +50,7 @@ class HostPaths:
 
 
 def require_propagation(source: str, *, shared: bool) -> None:
-    """Check that the mount ``source`` lives on passes mounts on (``shared``), or at least receives them.
+    """Check that the mount of ``source`` propagates mounts (``shared``), or at least receives them.
 
     A source that is still missing is judged by its nearest existing parent. Raises InvalidArgumentError.
     """

@@ -36,7 +36,7 @@ def mapped_folder(rootfs: Path) -> Path:
 
 
 def mapped_volume(mount: cri_pb2.Mount, source: str, target: Path) -> MappedVolume | None:
-    """What is to be bound for a mount of the configuration; None where it maps no ids."""
+    """The source to bind for a mount of the configuration; None if it maps no ids."""
     if not mount.uidMappings and not mount.gidMappings:
         return None
     field = f"mounts: {mount.container_path}"

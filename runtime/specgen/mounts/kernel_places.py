@@ -56,8 +56,8 @@ def kernel_folders_last(mounts: Iterable[config.Mount]) -> list[config.Mount]:
 def refuse_nested(nested: Iterable[str], mounts: Sequence[config.Mount], *, sees_others: bool) -> None:
     """Raise InvalidArgumentError for a volume in a volume that a link could lead where ``kernel_folders_last`` fails.
 
-    ``nested`` are the destinations that lie in volumes. A volume with a whole system could replace the root and have
-    the node's devices. A volume in a folder of the kernel is mounted after the devices: it is refused if the container
+    ``nested`` are the destinations in volumes. A volume with a whole system could replace the root and have the node's
+    devices. A volume in a folder of the kernel is mounted after the devices: it is refused if the container
     ``sees_others``, as their files could replace the devices. Others cannot write to the node's own /dev, /proc and
     /sys, so these do not count as volumes.
     """

@@ -14,7 +14,7 @@ from runtime.specgen.mounts.container_paths import ContainerPaths, Place
 _OPTIONS = ["bind"]
 _OPTIONS_OF_FOLDERS = ["ro", "nosuid", "nodev", "noexec", "size=4k", "nr_inodes=1", "mode=755"]
 _NODES = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty"))
-# What differs between processes and networks; all else in /proc and /sys is the same on the node.
+# Paths that differ between processes and networks; all others in /proc and /sys are the same on the node.
 _OF_CONTAINER = re.compile("/proc/([0-9]+|self|thread-self|net|sys/net)/|/sys/(class|devices/virtual)/net/")
 
 

@@ -47,7 +47,7 @@ class PrivateNode:
 
 @dataclass(frozen=True, slots=True)
 class PrivateDevices:
-    """What is to be made in ``folder``: the nodes and, where a ``root`` (uid and gid on the host) owns it, ``dev``.
+    """The files to make in ``folder``: the nodes and, if a ``root`` (uid and gid on the host) owns it, ``dev``.
 
     ``label`` is the SELinux label of all of it.
     """
@@ -59,7 +59,7 @@ class PrivateDevices:
 
     @property
     def dev(self) -> Path:
-        """What is mounted at /dev."""
+        """The mount at /dev."""
         return self.folder / "dev"
 
 
@@ -72,7 +72,7 @@ def prepare(
     folders: Mapping[str, str],
     label: str,
 ) -> tuple[PrivateDevices | None, list[config.Mount]]:
-    """What to make beside ``rootfs``, and the mounts with it; of ``linux`` it takes the devices that it makes.
+    """The files to make beside ``rootfs``, and their mounts; their devices are removed from ``linux``.
 
     With a user namespace that is /dev, unless the node's is mounted there, and all devices. The nodes keep their owners
     of the host, which are not mapped inside; those ``described`` (of CDI) get the ids of their description, which are

@@ -13,7 +13,7 @@ from host.errors import InvalidArgumentError, LimitError
 from host.files.file_tree import FolderStack, open_below
 
 _CHUNK = 16 << 20  # bytes between two looks at whether the call was given up
-_PIECE = 1 << 20  # where the kernel cannot copy by itself
+_PIECE = 1 << 20  # where the kernel has no copy call
 _MOST_LINKS = 100_000  # files with several names that are remembered; others are copied once per name
 _LONGEST_PATH = 4000
 _NO_COPYING = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)

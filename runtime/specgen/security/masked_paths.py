@@ -31,9 +31,9 @@ _APPARMOR_LOADED = "/sys/kernel/security/apparmor/profiles"
 def masked_and_readonly_paths(config: cri_pb2.ContainerConfig) -> tuple[list[str], list[str]]:
     """The paths to hide and those to make read-only.
 
-    kubelet always sends the lists it wants, also none at all for an unmasked procMount, and the protocol cannot tell an
-    empty list from an absent one: the lists of a security context are used as they are, as containerd does. Only a
-    container without any security context gets the default lists, and a privileged one never has any.
+    kubelet always sends its lists, also empty ones for an unmasked procMount, and in the protocol an empty list looks
+    like an absent one. So the lists of a security context are used as they are, as containerd does. Only a container
+    without any security context gets the default lists, and a privileged one never has any.
     """
     if not config.linux.HasField("security_context"):
         return list(MASKED_PATHS), list(READONLY_PATHS)

@@ -31,7 +31,7 @@ ErrorNumber = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class _Struct(msgspec.Struct, omit_defaults=True, rename="camel"):
-    """What every struct here has in common: camelCase names, nothing written that is at its default."""
+    """The base of all structs here: camelCase names, and defaults are not written."""
 
 
 class Argument(_Struct):
@@ -59,7 +59,7 @@ ALWAYS = Condition()
 
 
 class Rule(_Struct):
-    """What happens on some system calls; ``comment`` says why."""
+    """The action for some system calls; ``comment`` says why."""
 
     names: list[str]
     action: Action

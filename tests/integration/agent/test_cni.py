@@ -138,7 +138,7 @@ def test_a_pod_is_stopped_for_good_once_its_plugin_lets_go(cni: CniAgent) -> Non
     cni.agent.restart()
     client = cni.agent.client
     assert client.sandbox_status(sandbox_id).state == cri_pb2.SANDBOX_NOTREADY
-    assert any("waits to be given back" in finding for finding in client.findings())
+    assert any("waits for its release" in finding for finding in client.findings())
     cni.broken.unlink()
     wait_for(lambda: not pin.exists(), what="the end of the namespace")
     client.remove_sandbox(sandbox_id)
@@ -252,7 +252,7 @@ def test_a_pod_whose_undo_waits_for_its_plugins_keeps_neither_its_name_nor_its_p
     for _ in range(2):
         with pytest.raises(grpc.RpcError, match="out of order"):
             client.run_sandbox(config)
-        assert any("waits to be given back" in finding for finding in client.findings())
+        assert any("waits for its release" in finding for finding in client.findings())
         cni.agent.restart()
         client = cni.agent.client
         cni.wait_ready()

@@ -172,7 +172,7 @@ async def test_del_is_repeated_until_it_succeeds(node: CniNode) -> None:
         with pytest.raises(PodkeelError, match="CNI plugin bad, DEL: failed with code 100: out of order"):
             await node.network.detach("one")
     (finding,) = await node.network.audit(["one"])
-    assert "waits to be given back: CNI plugin bad, DEL" in finding.problem
+    assert "waits for its release: CNI plugin bad, DEL" in finding.problem
     with pytest.raises(AlreadyExistsError, match="31803"):
         await node.pod("two", PortMapping("tcp", 80, 31803))
     assert (node.rows(), node.told) == (1, [])

@@ -115,7 +115,7 @@ def test_what_drops_pods_packets_is_told_with_a_remedy_that_works(tmp_path: Path
     told = _look(tmp_path, firewall, "do it")
     ready, reason, message = told["before"]
     assert (ready, reason) == (False, "ForwardingBlocked")
-    assert str(message).startswith(f"{chain}, which Podkeel did not make, drops what pods send or receive: let it pass")
+    assert str(message).startswith(f"{chain}, which Podkeel did not make, drops what pods send or receive: allow it")
     assert told["after"] == [True, "", ""]
 
 

@@ -109,7 +109,7 @@ def test_flags_may_be_words(value: object) -> None:
         ({"plugins": [{}]}, "plugin type None"),
         ({"plugins": [{"type": "../bridge"}]}, "plugin type '../bridge' is no program's name"),
         ({"plugins": [{"type": "bridge", "capabilities": ["dns"]}]}, "capabilities of plugin bridge"),
-        ({"cniVersion": "0.2.0"}, "asks for CNI 0.2.0; spoken are 0.3.0 to 1.1.0"),
+        ({"cniVersion": "0.2.0"}, "asks for CNI 0.2.0; supported are 0.3.0 to 1.1.0"),
         ({"cniVersion": 1}, "asks for CNI 1"),
         ({"cniVersions": "1.0.0"}, "cniVersions must be a list"),
         ({"disableCheck": "maybe"}, "disableCheck must be true or false"),

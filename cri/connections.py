@@ -26,7 +26,7 @@ _log = logging.getLogger("podkeel.server")
 @dataclass(frozen=True, slots=True)
 class _Connection:
     descriptor: int
-    inode: int  # grows with time, but for those of the same moment
+    inode: int  # grows with time, except for those of the same moment
     user: int  # of its client
     pid: int  # of its client; 0 for one outside of this PID namespace
 
@@ -41,7 +41,7 @@ async def keep_room(path: Path, most: int) -> None:
         await asyncio.sleep(_SECONDS)
         try:
             closed = await in_thread(_make_room, str(path), most)
-        except OSError as error:  # no descriptor is left to look with
+        except OSError as error:  # no descriptor is left to look at them
             _log.warning("socket %s: its connections cannot be counted: %s", path, error)
             continue
         for pid, (count, had) in closed.items():
@@ -54,7 +54,7 @@ def _make_room(path: str, most: int) -> dict[int, tuple[int, int]]:
         return {}
     found = sorted(_connections(path), key=lambda connection: connection.inode)
     had = Counter(connection.pid for connection in found)
-    of_users = Counter(connection.user for connection in found)  # who has many processes has one connection in each
+    of_users = Counter(connection.user for connection in found)  # a user with many processes has one connection in each
     left, closed = had.copy(), Counter[int]()
     for _ in range(len(found) - most):
         given_up = max(found, key=lambda connection: (of_users[connection.user], left[connection.pid]))

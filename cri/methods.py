@@ -57,7 +57,8 @@ class CallObserver(Protocol):
         """Surrounds the call; when the block ends, ``call`` says how it went."""
 
 
-# Calls that hold descriptors for long, or make what does: with few left they are refused, so that stops work.
+# Calls that hold descriptors for a long time, or create objects that do: with few left they are refused, so that stops
+# work.
 _NEEDS = {
     **dict.fromkeys(("RunPodSandbox", "CreateContainer", "StartContainer"), Use.MAKING),
     **dict.fromkeys(("ExecSync", "Exec", "Attach", "PortForward"), Use.STREAMS_AND_IMAGES),

@@ -147,7 +147,7 @@ def _grpc_server(agent: Agent, streams: StreamingServer, observers: Sequence[Cal
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_concurrent_streams", 1000),
-            # A client that says nothing at first, or nothing for long, keeps none of these connections from others.
+            # A client that sends nothing at first, or nothing for a long time, does not keep its connection.
             ("grpc.max_allowed_incoming_connections", _connection_limit()),
             ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
             ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1000)),

@@ -20,8 +20,8 @@ from images.store import ImageStore
 class Images:
     """Everything about images.
 
-    ``store`` knows which there are, ``puller`` brings them, ``exporter`` takes them off the node, ``checker`` looks for
-    what is broken, ``snapshots`` makes containers' root file systems out of them.
+    ``store`` knows which there are, ``puller`` gets them, ``exporter`` writes them to archives and registries,
+    ``checker`` looks for what is broken, ``snapshots`` makes containers' root file systems out of them.
     """
 
     def __init__(self, options: ImageOptions, data_dir: Path, database: Database) -> None:

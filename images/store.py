@@ -67,7 +67,7 @@ class ImageStore:
     def find(self, reference: str) -> Image | None:
         """The image that ``reference`` names: an id, a unique prefix of one, a tag, a digest or a short name.
 
-        Raises InvalidArgumentError for an ambiguous prefix and for what is no reference at all.
+        Raises InvalidArgumentError for an ambiguous prefix and for an invalid reference.
         """
         image = self._images.get(reference) or self._images.get(f"sha256:{reference}")
         if image is not None:

@@ -1,1 +1,1 @@
-"""The protocols Podkeel speaks, with the stubs generated from them."""
+"""The protocols of Podkeel, with the stubs generated from them."""

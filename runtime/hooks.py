@@ -46,7 +46,7 @@ class Hooks:
         return _OPEN
 
     async def beside(self, work: Awaitable[None], telling: Coroutine[Any, Any, None]) -> None:
-        """Await ``work``, and ``telling``, the call of a hook that raises nothing, while it goes on or after it.
+        """Await ``work``, and ``telling``, the call of a hook that raises nothing, while it runs or after it.
 
         ``telling`` begins once ``work`` waits for something. Raises what ``work`` does; both are over then.
         """

@@ -40,7 +40,7 @@ class SandboxFolder:
 
     @property
     def hosts(self) -> Path:
-        """The hosts file for containers that bring none."""
+        """The hosts file for containers without one."""
         return self._file("hosts")
 
     @property
@@ -175,7 +175,7 @@ class Layout:
         return self.run / "mask" / "null"
 
     def make(self) -> None:
-        """Make the fixed folders; existing ones are fine."""
+        """Make the fixed folders; existing ones are no error."""
         self.data.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.run.mkdir(mode=0o711, parents=True, exist_ok=True)
         for folder in (self.sandboxes, self.containers):  # the roots of user namespaces pass through

@@ -13,8 +13,8 @@ class HandlerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One runtime handler, as a RuntimeClass names it.
 
     ``path`` is the OCI runtime's program (looked up on the PATH if it has no slash); ``type`` how it is driven: ``oci``
-    is by the commands that runc and crun share. ``root`` is the folder of its own state (default: one per handler in
-    the run folder); ``arguments`` are put before its subcommand. ``allowed_annotations`` are shell patterns of the
+    is by the commands that runc and crun share. ``root`` is the folder of its state (default: one per handler in the
+    run folder); ``arguments`` are put before its subcommand. ``allowed_annotations`` are shell patterns of the
     annotations of pods that it may see; those that control crun itself (``run.oci.*``) are never passed.
     ``seccomp_profile`` is the file used for RuntimeDefault in its containers, ``io_weight`` that of its pods.
     """

@@ -1,4 +1,4 @@
-"""Who may run a command."""
+"""Checks whether a user may run a command."""
 
 from __future__ import annotations
 

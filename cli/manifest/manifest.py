@@ -171,7 +171,7 @@ def _namespaces(spec: Fields) -> cri_pb2.NamespaceOption:
 
 @dataclass(frozen=True, slots=True)
 class _Identity:
-    """Who processes run as and which system calls they may make."""
+    """The user of the processes, and the system calls that they may make."""
 
     user: int | None
     group: int | None

@@ -1,4 +1,4 @@
-"""The terminal that a person sits at: raw while a remote terminal is shown on it, and always put back."""
+"""The terminal that a person sits at: raw while a remote terminal is shown on it, and always restored."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class EndedBySignalError(Exception):
 
 @contextlib.contextmanager
 def endings_caught() -> Iterator[None]:
-    """Have signals that would end us cancel the current task, so that all is put in order; then EndedBySignalError."""
+    """Have signals that would end us cancel the current task, so that everything is restored; then
+    EndedBySignalError.
+    """
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
@@ -65,7 +67,7 @@ def endings_caught() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raw(descriptor: int, on_resize: Callable[[], None]) -> Iterator[None]:
-    """Pass every key on as it is until the block ends; ``on_resize`` hears that there may be a new size."""
+    """Pass every key on as it is until the block ends; ``on_resize`` is called when there may be a new size."""
     loop = asyncio.get_running_loop()
     before = termios.tcgetattr(descriptor)
 

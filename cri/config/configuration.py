@@ -262,7 +262,7 @@ def _check_default_runtime(runtime: RuntimeOptions, origins: Mapping[Key, str]) 
     if runtime.default_runtime and runtime.default_runtime not in runtime.handlers:
         raise InvalidArgumentError(
             f"{origins['runtime', 'default_runtime']}: runtime.default_runtime: no handler is named "
-            f"{runtime.default_runtime!r}; allowed: {', '.join(runtime.handlers)}, or one of your own under "
+            f"{runtime.default_runtime!r}; allowed: {', '.join(runtime.handlers)}, or your own one under "
             f"[runtime.handlers.{runtime.default_runtime}]"
         )
 

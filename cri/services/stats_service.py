@@ -37,7 +37,7 @@ class StatsCalls:
             yield message
 
     async def pod_sandbox_stats(self, request: cri_pb2.PodSandboxStatsRequest) -> bytes:
-        """What one pod uses; of one that is not ready nothing but who it is."""
+        """What one pod uses; for one that is not ready only its identity."""
         sandbox = self._state.get_sandbox(request.pod_sandbox_id)
         return b"".join(await self._pod_items(self._statistics.pods([sandbox])))
 

@@ -157,7 +157,8 @@ class RemoteCommand:
 async def _fill(backlog: Backlog, console: AttachSocket) -> bool:
     """Read the console to its end; False when the client is too far behind.
 
-    conmon writes to all that are attached, and to the log, in turn: who did not read would stop the container.
+    conmon writes to all that are attached, and to the log, in turn: a client that does not read would stop the
+    container.
     """
     reader = OutputReader(console.socket.fileno(), PACKET_SIZE)
     while packet := await reader.read():

@@ -31,7 +31,7 @@ _STOP_PATIENCE = 1.0
 
 
 class StreamingServer:
-    """Hands out URLs and serves the streams of those who connect to them."""
+    """Returns URLs and serves the streams of clients that connect to them."""
 
     def __init__(self, backend: StreamBackend, limits: StreamLimits | None = None) -> None:
         self._backend = backend
@@ -204,7 +204,7 @@ class _Visit:
             self._idle_timer.cancel()
         if session is not None:
             session.end()
-        # Who was not admitted is cut off by the listener if it does not leave.
+        # A client that was not admitted is disconnected by the listener if it does not leave.
         try:
             await self._connection.close(_STOP_PATIENCE if self._reason == _STOPPING else self._limits.close_patience)
         finally:

@@ -42,7 +42,7 @@ class LogLevel:
 
     def _set(self, level: str) -> None:
         logging.getLogger().setLevel(level.upper())
-        _log.log(logging.getLogger().level, "logging from level %s on", level)
+        _log.log(logging.getLogger().level, "log: level: %s from now on", level)
 
 
 # A message may quote text of an image or a pod: it must not begin a new line, and must not control a terminal.

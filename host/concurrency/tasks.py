@@ -64,7 +64,7 @@ class _Flight(Generic[T]):
 
 
 class SingleFlight(Generic[K, T]):
-    """Runs one piece of work per key for all who ask for it at the same time, as Go's singleflight.
+    """Runs one piece of work per key for all callers at the same time, like Go's singleflight.
 
     The work is a separate task. In ``run`` all callers share it, its result and its error: it continues when the caller
     that started it is cancelled, and is cancelled with the last of them. In ``by_turns`` the work uses what its caller

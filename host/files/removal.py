@@ -58,7 +58,8 @@ class Removal:
         self._steps = 0
 
     def remove(self, folder: int, name: str) -> bool:
-        """Remove ``name`` in the open ``folder`` with all that is in it; whether nothing stays. Missing is fine."""
+        """Remove ``name`` in the open ``folder`` with all that is in it; whether nothing stays. A missing one is no
+        error."""
         try:
             try:
                 top = open_below(folder, name, _FOLDER)

@@ -1,4 +1,4 @@
-"""Writing a file system to its disk, once for all who wait for that at the same time."""
+"""Writing a file system to its disk, once for all callers that wait for it at the same time."""
 
 from __future__ import annotations
 

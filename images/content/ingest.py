@@ -113,7 +113,7 @@ class PartialBlobs:
         return self._folder / digest.replace(":", "-")
 
     async def start(self) -> None:
-        """Look at what is there; drop what is too old, and what is none."""
+        """Read the existing files; delete those that are too old, and other files."""
         self._sizes = await in_long_thread(self._look)
         await self.drop_old()
 

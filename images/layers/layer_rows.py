@@ -56,7 +56,7 @@ def mark_used(connection: sqlite3.Connection, numbers: Iterable[int]) -> None:
 
 
 def delete(connection: sqlite3.Connection, numbers: Iterable[int]) -> None:
-    """Forget these; gone already is fine."""
+    """Forget these; missing ones are no error."""
     connection.executemany("DELETE FROM layers WHERE number = ?", [(number,) for number in numbers])
 
 

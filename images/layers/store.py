@@ -173,7 +173,7 @@ class LayerStore:
             await self._drop(unused)
 
     async def obtain(self, source: LayerSource, below: Sequence[asyncio.Future[Layer]]) -> Layer:
-        """The layer, retained for the caller; unpacked now, once for all who want it, if it is not there.
+        """The layer, retained for the caller; unpacked now, once for all callers, if it does not exist.
 
         Pulls that need it from the same registry take turns: if one fails or leaves, the next one continues at once
         with its own connection and credentials. No pull waits for another registry, or gets the error of another pull.

@@ -30,7 +30,7 @@ from images.registry.http import RateWatch, after, back_off, body_of, first_byte
 
 _log = logging.getLogger("podkeel.images")
 
-_PROGRESS = 1 << 20  # bytes between two breaks that make a transfer worth going on with
+_PROGRESS = 1 << 20  # bytes between two breaks that make it worth continuing a transfer
 # What hosts may answer to a request with Range, without the statuses of server errors and of refused access.
 _ANSWERS_TO_RANGES = (200, 206, 400, 403, 405, 406, 411, 412, 413, 416, 417, 422, 500, 501, 505)
 _ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}

@@ -46,7 +46,7 @@ def scratch_of(target: Path) -> Path:
 
 
 def clear(scratch: Path) -> None:
-    """Unmount and remove what is in ``scratch``; nothing there is fine."""
+    """Unmount and remove what is in ``scratch``; missing ones are no error."""
     mounts.unmount(scratch, lazy=True)
     with contextlib.suppress(FileNotFoundError):
         for target in scratch.iterdir():  # of an agent that mounted each on its own

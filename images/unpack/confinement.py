@@ -57,7 +57,7 @@ class Ended:
 def run_confined(folder: str, seccomp_filter: bytes, limits: Limits, work: Callable[[], None]) -> Ended:
     """Call ``work`` in a process that has ``folder`` as its root and standard input, output and error, nothing else.
 
-    Standard input of this process itself is closed, so that who writes to the pipe gets an error once the inner process
+    Standard input of this process itself is closed, so that the writer of the pipe gets an error once the inner process
     no longer reads. Raises OSError.
     """
     _give_way()

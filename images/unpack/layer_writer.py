@@ -284,7 +284,7 @@ class LayerWriter:
         self.opaque_folders[folder] = None
 
     def _make(self, path: bytes, make: Callable[[bytes], T]) -> T:
-        """Call ``make``; if a folder is missing or something is in the way, see to that and call it again."""
+        """Call ``make``; if a folder is missing or something is in the way, correct that and call it again."""
         try:
             return make(self._root.near(path))
         except (FileNotFoundError, NotADirectoryError):

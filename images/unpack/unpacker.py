@@ -56,7 +56,7 @@ class Unpacker:
         keep: PartialBlob | None,
         subject: str,
     ) -> Unpacked:
-        """Write the layer that ``chunks`` brings below ``folder``, and what ``keep`` lacks of its bytes to that.
+        """Write the layer of ``chunks`` below ``folder``, and what ``keep`` lacks of its bytes to that.
 
         Digest and size of ``descriptor`` are checked (where it has them). Raises InvalidArgumentError for a broken
         layer and LimitError for one over the limits or a full disk, naming ``subject``; what was written stays for the

@@ -16,7 +16,7 @@ class Logger(Plugin):
     """Wants every event that has a name in the interface."""
 
     def Synchronize(self, request: nri_pb2.SynchronizeRequest) -> nri_pb2.SynchronizeResponse:
-        """Say how much was there when the plugin came."""
+        """Print how many pods and containers existed when the plugin connected."""
         self.say("Synchronize", f"{len(request.pods)} pods, {len(request.containers)} containers")
         return nri_pb2.SynchronizeResponse(more=request.more)
 

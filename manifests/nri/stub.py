@@ -77,7 +77,9 @@ class Plugin:
         """The agent ends."""
 
     def StateChange(self, request: nri_pb2.StateChangeEvent) -> None:
-        """Take an event as containerd 1.7 and other older agents tell it, by the method that is named as the event."""
+        """Receive an event as containerd 1.7 and other older agents send it, by the method with the
+        name of the event.
+        """
         for method in _SERVICE.methods:
             if dict(nri_pb2.Event.items()).get(_event_name(method.name)) == request.event:
                 told: Any = GetMessageClass(method.input_type)(pod=request.pod)

@@ -35,7 +35,8 @@ def frozen_by(folder: Path, root: Path) -> Path | None:
 
 
 def thaw(folder: Path) -> None:
-    """Thaw the cgroup ``folder`` and those below it, which a container may have frozen itself; gone is fine."""
+    """Thaw the cgroup ``folder`` and those below it, which a container may have frozen itself; missing ones are no
+    error."""
     try:
         root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:

@@ -74,7 +74,7 @@ class CgroupTree:
             )
 
     def default_parent(self, base: str, sandbox_id: str) -> str:
-        """The parent of a pod that brings none, below the configured ``base``."""
+        """The parent of a pod that names none, below the configured ``base``."""
         if self.driver == "systemd":
             return f"{_slice_stem(base)}-{sandbox_id}.slice"
         return f"{base.rstrip('/')}/{sandbox_id}"
@@ -146,7 +146,7 @@ class CgroupTree:
             await stop_slice(slice_name(parent))
 
     async def remove_parent(self, parent: str) -> None:
-        """Remove a pod's own cgroup, in which nothing runs any more; gone already is fine."""
+        """Remove a pod's own cgroup, in which nothing runs any more; a missing one is no error."""
         await self.end_parent(parent)
         await in_thread(self.remove, self.parent_path(parent))
 
@@ -221,7 +221,7 @@ class CgroupTree:
                 folder.rmdir()
 
     def _remove_base(self, path: str) -> None:
-        """Remove cgroup ``path`` and the empty ones below it but for pods' own, which are another agent's."""
+        """Remove cgroup ``path`` and the empty ones below it except for pods' own, which are another agent's."""
         for folder in self.folders(path):
             with contextlib.suppress(OSError):
                 for entry in os.scandir(folder):

@@ -260,7 +260,7 @@ class ContainerManager:
         self._node.meters.forget(container.id)
 
     async def remove(self, container_id: str) -> None:
-        """Kill, if need be, and remove a container. Unknown ids are fine."""
+        """Kill a container if it runs, and remove it. Unknown ids are no error."""
         container = self._state.containers.find(container_id) if container_id else None
         if container is None or container.record.state is ContainerState.MAKING:
             return
@@ -273,7 +273,7 @@ class ContainerManager:
             await wait_out(asyncio.ensure_future(self.finish_removal(container)))
 
     async def finish_removal(self, container: Container) -> None:
-        """Write a removal down, if it is not yet, and carry it to its end.
+        """Record a removal, unless that is done, and complete it.
 
         A container for which that fails is listed as exited, so that its client tries again.
         """

@@ -119,7 +119,9 @@ class Execution:
         return oom_score_adj(limits, self._node.facts)
 
     def _process(self, container: Container, command: Sequence[str]) -> config.Process:
-        """The OCI ``process`` object of a further command in a container: like its first one, but for the arguments."""
+        """The OCI ``process`` object of a further command in a container: like its first one, except
+        for the arguments.
+        """
         process = _decode_spec(self._node.layout.container(container.id).spec.read_bytes()).process
         process.args = list(command)
         return process

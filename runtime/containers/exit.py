@@ -90,7 +90,7 @@ class ContainerExit:
         _log.info("%s: exited: code %d, %s", container.title, record.exit_code, record.reason, extra=ended)
 
     def _describe_end(self, container: Container, exit_record: ExitRecord | None) -> bool:
-        """Put an end into the record; whether kills of the pod were counted for it, which must be written too.
+        """Write an end into the record; whether kills of the pod were counted for it, which must be written too.
 
         From here to the commit nothing else runs: others count the kills of who is alive.
         """
@@ -111,7 +111,7 @@ class ContainerExit:
         return counted
 
     async def save_end(self, container: Container, *, sandbox_too: bool = False) -> None:
-        """Write down an end, and tell plugins of it."""
+        """Record an end, and notify plugins of it."""
         hooks = self._node.hooks
         await hooks.beside(self._write_end(container, sandbox_too=sandbox_too), hooks.stopped_container(container))
 

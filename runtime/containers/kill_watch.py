@@ -128,7 +128,7 @@ class KillWatch:
         return KillHistory(survived.kills, more, at if more else survived.at, ended_by)
 
     def forget(self, container_id: str) -> None:
-        """End the watch of a container; one that is not watched is fine."""
+        """End the watch of a container; one that is not watched is no error."""
         watched = self._watched.pop(container_id, None)
         if watched is None:
             return

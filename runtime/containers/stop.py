@@ -24,7 +24,7 @@ class ContainerStop:
         self._exits = exits
 
     async def stop(self, container_id: str, grace: float) -> None:
-        """Stop a container: its stop signal, then after ``grace`` seconds SIGKILL. Unknown or ended ones are fine.
+        """Stop a container: its stop signal, then after ``grace`` seconds SIGKILL. Unknown or ended ones are no error.
 
         While one call waits, another with a shorter grace shortens the wait of both. A frozen one is killed at once and
         then thawed. Raises DeadlineError when even SIGKILL does not end it, WrongStateError when a frozen cgroup above
@@ -82,7 +82,7 @@ class ContainerStop:
                     wait.cancel()
 
     async def kill(self, container: Container) -> None:
-        """SIGKILL at once, and wait for the end; what has ended is fine."""
+        """SIGKILL at once, and wait for the end; an ended one is no error."""
         await self.stop(container.id, 0)
 
     async def _kill_and_wait(self, container: Container) -> None:

@@ -93,7 +93,10 @@ def _enter(folder: SandboxFolder, kinds: Sequence[str]) -> None:
 
 
 def drop_namespaces(folder: SandboxFolder) -> None:
-    """Unmount everything below a sandbox's folder and delete it; gone already is fine. PodkeelError if it stays."""
+    """Unmount everything below a sandbox's folder and delete it; a missing one is no error.
+
+    PodkeelError if it stays.
+    """
     for kind in ("net", "ipc", "uts", "pid", "user"):
         mounts.unmount(folder.pin(kind), lazy=True)
     mounts.unmount(folder.shm, lazy=True)

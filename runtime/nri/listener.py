@@ -80,7 +80,8 @@ class Listener:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other agents from looking for a socket in ``folder`` meanwhile; who holds its lock for long is ignored."""
+    """Keep other agents from looking for a socket in ``folder`` meanwhile; an agent that holds its lock for a long time
+    is ignored."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for _ in range(20):

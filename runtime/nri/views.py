@@ -38,7 +38,8 @@ class Views:
     """Makes the messages of pods and containers.
 
     What plugins made of a container is kept encoded, so that an event of it need not read its spec from the disk. The
-    draft of one that no plugin adjusts is kept until it is created (``keep_draft``), for plugins that come meanwhile.
+    draft of one that no plugin adjusts is kept until it is created (``keep_draft``), for plugins that connect
+    meanwhile.
     """
 
     def __init__(self, layout: Layout, cgroups: CgroupTree) -> None:

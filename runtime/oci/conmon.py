@@ -281,7 +281,7 @@ class Monitors:
         return "its end was not recorded: its monitor was killed or the node restarted"
 
     def forget(self, container_id: str) -> None:
-        """Delete a container's exit record; gone already is fine."""
+        """Delete a container's exit record; a missing one is no error."""
         (self._layout.exits / container_id).unlink(missing_ok=True)
 
     def reopen_log(self, container_id: str) -> None:

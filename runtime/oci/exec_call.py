@@ -303,7 +303,7 @@ def _with_oom_score_adj(score: int) -> list[str]:
     """
     if int(Path("/proc/self/oom_score_adj").read_bytes()) == score:
         return []
-    # Only who has CAP_SYS_RESOURCE may go below the value that it began with: then the process keeps the agent's.
+    # Only a process with CAP_SYS_RESOURCE may go below its initial value: then the process keeps the agent's.
     return ["/bin/sh", "-c", '{ echo "$0" >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"', str(score)]
 
 

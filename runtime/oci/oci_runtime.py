@@ -168,7 +168,8 @@ class OciRuntime:
         await processes.run(self.command("start", container_id), timeout=_COMMAND_SECONDS)
 
     async def delete(self, container_id: str) -> None:
-        """Kill what still runs of a container and forget it; unknown to the runtime is fine. Raises CommandError."""
+        """Kill what still runs of a container and forget it; one that the runtime does not know is no error. Raises
+        CommandError."""
         command = self.command("delete", "--force", container_id)
         result = await processes.run(command, timeout=_COMMAND_SECONDS, check=False)
         if result.status != 0 and (self.root / container_id).exists():

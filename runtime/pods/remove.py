@@ -28,7 +28,7 @@ class PodRemove:
         self._stops = stops
 
     async def remove(self, sandbox_id: str) -> None:
-        """Stop and remove a sandbox with all its containers. Unknown ids are fine."""
+        """Stop and remove a sandbox with all its containers. Unknown ids are no error."""
         sandbox = self._state.sandboxes.find(sandbox_id) if sandbox_id else None
         if sandbox is None or sandbox.record.state is SandboxState.MAKING:
             return
@@ -70,7 +70,7 @@ class PodRemove:
         return [sentence]
 
     async def finish_removal(self, sandbox: Sandbox, operation: Operation | None = None) -> None:
-        """Write a removal down, if it is not yet, and carry it to its end.
+        """Record a removal, unless that is done, and complete it.
 
         A sandbox for which that fails is listed as stopped, so that its client tries again.
         """

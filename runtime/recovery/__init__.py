@@ -1,1 +1,1 @@
-"""What happens at the agent's start: records, processes and leftovers are brought together."""
+"""The start of the agent: it compares records, processes and leftovers, and repairs the differences."""

@@ -41,7 +41,7 @@ class _RuntimeState(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """Brings a node that may have lost its agent at any instant, or rebooted, back to what the store says."""
+    """Repairs a node whose agent may have ended at any instant, or rebooted, back to what the store says."""
 
     audit: Audit
     state: State
@@ -57,7 +57,7 @@ class Recovery:
     exits: ContainerExit
 
     async def run(self) -> None:
-        """Load everything, undo what was half made, finish what was half removed, take up what runs."""
+        """Load everything, undo incomplete creations, finish incomplete removals, and adopt what runs."""
         sandboxes, containers = await self.state.load()
         self.audit.findings["row set aside"] += len(await in_thread(self.audit.database.set_asides))
         for sandbox in sandboxes:
@@ -102,7 +102,7 @@ class Recovery:
             await self._resume(container)
 
     async def _resume(self, container: Container) -> None:
-        """Take up a container that was created or running when the agent went away."""
+        """Adopt a container that was created or running when the agent went away."""
         record = container.record
         same_boot = record.boot_id == self.state.boot_id
         if record.start_error and same_boot:

@@ -81,7 +81,7 @@ def capability_sets(
 ) -> tuple[config.Capabilities, frozenset[str]]:
     """The five sets for the spec, and the permitted ones as a set.
 
-    ``ALL`` means those ``available`` on this node. Inheritable stays empty but for ambient ones, so that no program in
+    ``ALL`` means those ``available`` on this node. Inheritable stays empty except ambient ones, so that no program in
     the image gains capabilities by its file attributes alone.
     """
     wanted = context.capabilities

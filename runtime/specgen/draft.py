@@ -93,7 +93,7 @@ class Draft:
 
 
 def draft(request: SpecRequest) -> Draft:
-    """Check the configuration and build its spec but for what plugins may still change; reads files, makes none.
+    """Check the configuration and build its spec except for what plugins may still change; reads files, makes none.
 
     Blocks, so call it in a thread. Raises InvalidArgumentError (UnsupportedError where the node or the handler lacks
     something, KubeletReasonError for the reasons kubelet knows) naming the container, the field and the remedy.

@@ -1,4 +1,4 @@
-"""Who a container runs as: user, group, supplemental groups and home folder, looked up in the image's own files."""
+"""The user of a container: user, group, supplemental groups and home folder, looked up in the image's own files."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _wanted(context: cri_pb2.LinuxContainerSecurityContext, image_user: str) -> 
     if not user:
         user, _, group = image_user.partition(":")
         if user != user.strip() or group != group.strip():
-            # Else it would be root for one that trims it, and a name for who asks whether it is root.
+            # Otherwise one reader would trim it and see root, and another would see a name.
             raise InvalidArgumentError(f"USER {image_user!r} of the image has spaces around a name: set run_as_user")
     return user or "0", group
 

@@ -93,7 +93,7 @@ class EventBus:
         return len(self._subscriptions)
 
     def publish(self, event: bytes) -> None:
-        """Queue an encoded event for every subscriber; those who fell behind get no more."""
+        """Queue an encoded event for every subscriber; slow ones get no more."""
         for subscription in list(self._subscriptions):
             subscription.put(event)
             if subscription.overflowed:

@@ -104,7 +104,7 @@ class Sandbox:
 
     @property
     def own_namespaces(self) -> tuple[str, ...]:
-        """The kinds of namespaces that are pinned for it from the start, but for the user namespace."""
+        """The kinds of namespaces that are pinned for it from the start, except for the user namespace."""
         kinds = () if self.host_network else ("net", "uts")
         return kinds if self.namespace_options.ipc == cri_pb2.NODE else (*kinds, "ipc")
 

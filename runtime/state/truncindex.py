@@ -54,7 +54,7 @@ class Registry(Generic[T]):
         bisect.insort(self._sorted, item.id)
 
     def discard(self, item_id: str) -> None:
-        """Forget an object; unknown ids are fine."""
+        """Forget an object; unknown ids are no error."""
         if self._objects.pop(item_id, None) is not None:
             del self._sorted[bisect.bisect_left(self._sorted, item_id)]
 

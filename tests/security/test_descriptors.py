@@ -1,4 +1,5 @@
-"""With few file descriptors left, streams, commands and images give way: stops, pods and new clients go on."""
+"""With few file descriptors left, the agent refuses streams, commands and images; stops, pods and new clients still
+work."""
 
 from __future__ import annotations
 

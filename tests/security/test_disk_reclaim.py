@@ -1,4 +1,4 @@
-"""What a container writes is removed with it, whatever that is, and never keeps other files from being removed."""
+"""What a container writes is removed with it, in any form, and never prevents the removal of other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pods that the other files start from are what they say."""
+"""The pods that the other files use have the properties that those tests rely on."""
 
 from __future__ import annotations
 

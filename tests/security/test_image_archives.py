@@ -1,4 +1,4 @@
-"""Image archives on the node: nothing outside of them is read, and nothing in them is waited for."""
+"""Image archives on the node: nothing outside of them is read, and the agent waits for nothing in them."""
 
 from __future__ import annotations
 

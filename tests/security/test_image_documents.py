@@ -1,4 +1,4 @@
-"""Images are not trusted: what their manifests and configs hold stops neither the agent nor its lists."""
+"""Images are not trusted: their manifests and configs can stop neither the agent nor its lists."""
 
 from __future__ import annotations
 

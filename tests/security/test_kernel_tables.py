@@ -1,4 +1,4 @@
-"""Bytes that pods and their volumes bring into the kernel's tables stop nothing."""
+"""Any bytes that pods and their volumes put into the kernel's tables stop nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nobody who can connect to the agent keeps others out of it, or takes its descriptors and memory."""
+"""No client that can connect to the agent keeps others out, or takes its descriptors and memory."""
 
 from __future__ import annotations
 

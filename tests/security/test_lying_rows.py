@@ -1,4 +1,4 @@
-"""Rows of the store that can be read but do not say the truth: nothing outside of the agent's own is touched."""
+"""Rows of the store that can be read but are wrong: nothing that belongs to others is touched."""
 
 from __future__ import annotations
 

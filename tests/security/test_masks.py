@@ -1,4 +1,4 @@
-"""What hides files of /proc from a container is no file of the node's /dev, and nobody in the container changes it."""
+"""The device that hides files of /proc from a container is not the node's, and no container can change it."""
 
 from __future__ import annotations
 

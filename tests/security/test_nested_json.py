@@ -1,4 +1,4 @@
-"""JSON of others that is nested a thousand times is refused, wherever it is read: no internal error, no traceback.
+"""JSON that is nested a thousand times is refused at each place that reads it: no internal error, no traceback.
 
 Manifests, configs and answers of registries are in test_image_documents.py and test_registry_answers.py.
 """

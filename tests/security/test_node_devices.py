@@ -1,4 +1,4 @@
-"""No container gets a device file of the node's own, and none is changed: neither its owner nor its mode."""
+"""No container gets a device file of the node, and none is changed: neither its owner nor its mode."""
 
 from __future__ import annotations
 

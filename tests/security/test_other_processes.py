@@ -1,4 +1,4 @@
-"""What other processes of the node and of containers call themselves stops nothing, and costs nothing."""
+"""The names of other processes on the node and in containers stop nothing, and cost nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The init of a shared PID namespace: nobody in the pod can change its program, its root or what it has open.
+"""The init of a shared PID namespace: no process of the pod can change its program, root or open files.
 
 Nor does it have anything that who traces it has not: no right, and no namespace of the node's but those of the pod.
 """

@@ -1,4 +1,4 @@
-"""What a registry or an image does to its own pull keeps no other pull, command, stop or list waiting."""
+"""A registry or an image that delays its own pull delays no other pull, command, stop or list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registries and their token servers are not trusted: whatever they answer, and however much, has limits."""
+"""Registries and their token servers are not trusted: every answer has limits of size and time."""
 
 from __future__ import annotations
 

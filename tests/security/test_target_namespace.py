@@ -1,4 +1,4 @@
-"""A container that targets another one joins that one's PID namespace, never that of who has its pid by then."""
+"""A container that targets another one joins that one's PID namespace, never that of a process that reuses its pid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command with a terminal holds back nothing but itself, whatever its container has made its root."""
+"""A command with a terminal delays nothing but itself, with any root that its container has made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pod whose making failed or was cancelled, and whose network cannot be given back, keeps nobody from its name."""
+"""A pod whose creation failed or was cancelled, and whose network cannot be released, does not block its name."""
 
 from __future__ import annotations
 

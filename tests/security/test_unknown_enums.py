@@ -1,4 +1,4 @@
-"""Numbers that no name of an enum stands for: INVALID_ARGUMENT with the field, never an internal error."""
+"""Numbers that an enum does not have: INVALID_ARGUMENT with the field, never an internal error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code that a layer gets executed in the unpack worker reaches nothing but the layer.
+"""Code of a layer that is executed in the unpack worker reaches nothing but the layer.
 
 The attacker's program takes the place of the one that reads the tar, after the real worker was started and confined.
 """

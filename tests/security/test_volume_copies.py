@@ -1,4 +1,4 @@
-"""What an image has at a VOLUME is copied without filling the node's disk."""
+"""An image's files at a VOLUME are copied without filling the node's disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an unpack worker that was taken over reports makes nothing outside of its layer."""
+"""The report of an unpack worker under control of a layer makes nothing outside of that layer."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ class ChannelResetError(Exception):
 
 
 class Channel(ABC):
-    """Half-closable in both directions, with bounded buffers: who does not receive makes the client wait."""
+    """Half-closable in both directions, with bounded buffers: a slow receiver makes the client wait."""
 
     def __init__(self) -> None:
         self._received: deque[bytes] = deque()

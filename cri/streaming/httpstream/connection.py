@@ -34,7 +34,8 @@ class Link(Protocol):
 
 
 class StreamConnection(asyncio.Protocol):
-    """The transport's side of a connection; ``receiver`` gets its bytes and ``on_lost`` hears that the peer is gone."""
+    """The transport's side of a connection; ``receiver`` gets its bytes and ``on_lost`` is called when the peer has
+    left."""
 
     def __init__(self, on_made: Callable[[StreamConnection], None]) -> None:
         self._on_made = on_made

@@ -175,7 +175,7 @@ class SpdyLink:
             self._session.stop_waiting_for_windows()
 
     def send_last(self, stream_id: int, data: bytes) -> None:
-        """Send a short text past the windows, and FIN; nothing at all where that has been done."""
+        """Send a short text past the windows, and FIN; nothing if that has been done."""
         self._flush()
         if last := self._session.data(stream_id, data, fin=True):
             self._link.write(b"".join(last))

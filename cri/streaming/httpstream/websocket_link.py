@@ -218,7 +218,7 @@ class ChannelSocket:
 
 
 class WebSocketChannel(Channel):
-    """One numbered channel. There is no half-closing towards the client: it learns of ends from the status."""
+    """One numbered channel. There is no half-closing towards the client: the status shows it the end."""
 
     def __init__(self, socket: ChannelSocket, number: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """ttrpc over one connection of a trunk: unary calls to the other side, and its calls to us.
 
 A message is a header of 10 bytes (length of the body, stream id, type, flags; big-endian), then the body. A client's
-streams have odd ids that rise.
+streams have odd ids in rising order.
 """
 
 from __future__ import annotations

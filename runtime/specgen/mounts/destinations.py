@@ -22,7 +22,7 @@ _ROUNDS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MountGroups:
-    """The mounts of a container by who asks for them, with destinations that may lead through links.
+    """The mounts of a container by their origin, with destinations that may lead through links.
 
     ``described`` are those of CDI devices, ``adjusted`` those of plugins with what names each in errors. ``folders``
     maps the source of a mount that is still to be bound to where its content is now.

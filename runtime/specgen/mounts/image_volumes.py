@@ -36,7 +36,7 @@ def image_volumes(paths: Iterable[str], rootfs: Path, container_folder: Path, la
 
     Raises InvalidArgumentError for too many, each of which is a mount, for one that would cover the root, /dev, its
     null device, /sys, /proc or what is in /proc, and for one that a link of the image leads into /sys: OCI runtimes
-    look there for what they close, and write there what confines the process.
+    read and write files there that confine the process.
     """
     paths = tuple(paths)
     if len(paths) > _MOST_VOLUMES:
@@ -79,9 +79,9 @@ def make_volumes(
     """Make the folders with the owner, mode and content of what the image has there; blocking, so for a thread.
 
     ``owner`` is the uid and gid on the host of root in the container, whose a folder is that the image does not have.
-    They are below the container's folder and go with it. What is in the image is reached without following links out
-    of ``rootfs``, and links inside are copied as links. ``check`` is called all the while and may raise. Raises
-    LimitError if the image has more there than ``limits`` allow.
+    They are below the container's folder and are removed with it. What is in the image is reached without following
+    links out of ``rootfs``, and links inside are copied as links. ``check`` is called all the while and may raise.
+    Raises LimitError if the image has more there than ``limits`` allow.
     """
     copier = VolumeCopier(limits, check)
     for volume in volumes:

@@ -1,7 +1,7 @@
 """Device nodes that the agent makes for a container, where it would get those of the node.
 
 A user namespace may not make device nodes, so OCI runtimes bind those of the node into it, and give one of them to the
-container's root where it is a standard stream. A volume can bring them too, such as /dev/null to hide a file.
+container's root where it is a standard stream. A volume can have them too, such as /dev/null to hide a file.
 """
 
 from __future__ import annotations

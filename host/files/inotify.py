@@ -21,6 +21,7 @@ _ANY_CHANGE = (
     _IN_CLOSE_WRITE | _IN_MOVED_FROM | _IN_MOVED_TO | _IN_CREATE | _IN_DELETE | _IN_DELETE_SELF | _IN_MOVE_SELF
 )
 
+_IN_Q_OVERFLOW = 0x4000
 _IN_IGNORED = 0x8000
 _EVENT = struct.Struct("iIII")  # watch, mask, cookie, bytes of the name that follows
 
@@ -116,7 +117,8 @@ class FolderWatch:
 class CreatedFiles:
     """Calls back when a file of a certain name is made in one of many folders, or when one of many files is written.
 
-    One descriptor serves all of them. The kernel ends a watch when the watched file or folder is deleted.
+    One descriptor serves all of them. The kernel ends a watch when the watched file or folder is deleted. If the
+    kernel has dropped events, as too many waited, every callback is called.
     """
 
     def __init__(self) -> None:
@@ -153,7 +155,10 @@ class CreatedFiles:
             offset += _EVENT.size
             name = events[offset : offset + length].rstrip(b"\0")
             offset += length
-            if mask & _IN_IGNORED:
+            if mask & _IN_Q_OVERFLOW:
+                for _, callback in list(self._callbacks.values()):
+                    callback()
+            elif mask & _IN_IGNORED:
                 self._callbacks.pop(number, None)
             elif number in self._callbacks and self._callbacks[number][0] == name:
                 self._callbacks[number][1]()

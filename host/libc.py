@@ -20,6 +20,8 @@ CLONE_NEWNET = 0x40000000
 CLONE_FS = 0x00000200
 
 _M_ARENA_MAX = -8
+_KEYCTL = {"x86_64": 250, "ppc64le": 271, "s390x": 280}.get(os.uname().machine, 219)
+_JOIN_SESSION_KEYRING = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
@@ -242,3 +244,15 @@ def attach_mount(mount_descriptor: int, target: str) -> None:
         ),
         target,
     )
+
+
+def leave_session_keyring() -> None:
+    """Give the calling thread, and what it starts from now on, an empty session keyring (keyrings(7)).
+
+    crun executes commands in containers with the session keyring it was started with, and in it would be the keys of
+    the session that started the agent. A kernel without keyrings is no error.
+    """
+    try:
+        syscall(_KEYCTL, ctypes.c_int(_JOIN_SESSION_KEYRING), None)
+    except OSError:
+        return

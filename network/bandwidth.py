@@ -7,12 +7,11 @@ packets that just arrived.
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Mapping
-from decimal import Decimal
 
 from host.errors import InvalidArgumentError
+from host.quantities import quantity
 from network.attachment import Attachment, Bandwidth
 from network.netlink import (
     NLM_F_CREATE,
@@ -32,11 +31,6 @@ INGRESS_ANNOTATION = "kubernetes.io/ingress-bandwidth"
 EGRESS_ANNOTATION = "kubernetes.io/egress-bandwidth"
 LOWEST_RATE = 1_000
 HIGHEST_RATE = 10**15
-
-_QUANTITY = re.compile(r"\+?([0-9]+\.?[0-9]*|\.[0-9]+)(?:([eE][+-]?[0-9]{1,3})|([numkMGTPE]|[KMGTPE]i)?)")
-_DECIMAL = {suffix: Decimal(10) ** (3 * (power - 3)) for power, suffix in enumerate(("n", "u", "m", "", *"kMGTPE"))}
-_BINARY = {f"{letter}i": Decimal(1024) ** (power + 1) for power, letter in enumerate("KMGTPE")}
-_FACTORS = {**_DECIMAL, **_BINARY}
 
 # A burst of this many seconds of the rate keeps the bucket busy over late timers, and hardly counts in the average.
 _BURST_SECONDS = 0.02
@@ -62,16 +56,17 @@ def bandwidth_of(annotations: Mapping[str, str]) -> Bandwidth:
     )
 
 
-def _rate(name: str, quantity: str) -> int:
-    if not quantity:
+def _rate(name: str, text: str) -> int:
+    if not text:
         return 0
-    found = _QUANTITY.fullmatch(quantity)
-    if found is None:
-        raise InvalidArgumentError(f"annotation {name}: {quantity!r} is no quantity such as 10M (bits per second)")
-    number, exponent, suffix = found.groups()
-    rate = Decimal(number + exponent) if exponent else Decimal(number) * _FACTORS[suffix or ""]
+    try:
+        rate = quantity(text)
+    except ValueError:
+        raise InvalidArgumentError(
+            f"annotation {name}: {text!r} is no quantity such as 10M (bits per second)"
+        ) from None
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-        raise InvalidArgumentError(f"annotation {name}: {quantity!r} is not between 1k and 1P bits per second")
+        raise InvalidArgumentError(f"annotation {name}: {text!r} is not between 1k and 1P bits per second")
     return int(rate)
 
 

@@ -18,7 +18,7 @@ from host.concurrency.threads import in_thread
 from host.database import Database
 from host.database_copy import DatabaseCopy
 from host.errors import WrongStateError
-from host.keyring import leave_session_keyring
+from host.libc import leave_session_keyring
 from host.subreaper import Orphans
 from images.images import Images
 from images.options import ImageOptions

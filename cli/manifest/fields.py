@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import TypeVar
 
-from cli.manifest.quantities import quantity
 from host.errors import InvalidArgumentError
+from host.quantities import quantity
 
 T = TypeVar("T", str, bool, int)
 

@@ -43,8 +43,8 @@ PROJECT_FOLDERS = {*ARROWS, "tests", "scripts"}
 # folder and the lines above it. The modules of SPLIT_FOLDERS stand each for itself.
 LEVELS = {
     "host": (
-        "errors libc listener systemd untrusted_json",
-        "concurrency files kept_rows keyring scheduling seccomp stages",
+        "errors libc listener quantities systemd untrusted_json",
+        "concurrency files kept_rows scheduling seccomp stages",
         "cgroups children database",
         "database_copy processes",
         "subreaper",

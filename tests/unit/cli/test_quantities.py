@@ -4,7 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from cli.manifest.quantities import cpu_quota, cpu_shares, quantity, whole
+from cli.manifest.quantities import cpu_quota, cpu_shares, whole
+from host.quantities import quantity
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,9 @@ def test_quantities(text: str, number: Fraction) -> None:
     assert quantity(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "Mi", "1 Gi", "1mi", "1K", "1.2.3", "0x10", "1e", "ten", "1Gi\n", "1e999999999"])
+@pytest.mark.parametrize(
+    "text", ["", "Mi", "1 Gi", "1mi", "1K", "1.2.3", "0x10", "1e", "ten", "1Gi\n", "1e999999999", "٣M"]
+)
 def test_what_is_no_quantity(text: str) -> None:
     with pytest.raises(ValueError, match="expected a quantity"):
         quantity(text)

@@ -29,13 +29,13 @@ def test_quantities(quantity: str, rate: int) -> None:
     assert bandwidth_of({EGRESS_ANNOTATION: quantity, "other": "x"}) == Bandwidth(egress=rate)
 
 
-@pytest.mark.parametrize("quantity", ["fast", "10 M", "-5M", "M", "1MB", "0x10", "1e", "٣M"])
+@pytest.mark.parametrize("quantity", ["fast", "10 M", "M", "1MB", "0x10", "1e", "٣M"])
 def test_what_is_no_quantity(quantity: str) -> None:
     with pytest.raises(InvalidArgumentError, match="is no quantity"):
         bandwidth_of({INGRESS_ANNOTATION: quantity})
 
 
-@pytest.mark.parametrize("quantity", ["999", "2P", "1E", "0", "1e100"])
+@pytest.mark.parametrize("quantity", ["-5M", "999", "2P", "1E", "0", "1e100"])
 def test_rates_out_of_range(quantity: str) -> None:
     with pytest.raises(InvalidArgumentError, match="between 1k and 1P"):
         bandwidth_of({EGRESS_ANNOTATION: quantity})

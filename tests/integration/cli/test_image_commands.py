@@ -62,7 +62,7 @@ async def image_id(podkeel: Command, reference: str) -> str:
     return out.partition('"id": "')[2].partition('"')[0]
 
 
-async def test_a_pull_tells_of_its_layers(podkeel: Command, front: Front) -> None:
+async def test_a_pull_shows_its_layers(podkeel: Command, front: Front) -> None:
     name = f"{front.host}/team/app:1"
     status, out, err = await podkeel.run("pull", name)
     assert (status, out.strip()) == (0, await image_id(podkeel, name))
@@ -76,8 +76,8 @@ async def test_a_pull_tells_of_its_layers(podkeel: Command, front: Front) -> Non
         drawn = await asyncio.to_thread(read_all, terminal.fileno())
     out_bytes, _ = await process.communicate()
     assert out_bytes.startswith(b"sha256:")
-    assert "\x1b[4A" in drawn, "each drawing goes over the one before"
-    assert "█" in drawn
+    assert "\x1b[1A" in drawn, "each drawing goes over the one before"
+    assert "━" in drawn
     assert "/s, " in drawn
     assert "3 of 3 layers" in drawn.splitlines()[-1]
     status, out, err = await podkeel.run("pull", f"{front.host}/team/absent")

@@ -18,6 +18,10 @@ from tests.support.pods import container_config, sandbox_config
 @pytest.fixture
 def agent(tmp_path: Path, busybox: Path) -> Iterator[AgentProcess]:
     made = AgentProcess(tmp_path)
+    configuration = tmp_path / "config.toml"
+    # A Python that starts beside many others takes longer than the five seconds that a plugin has to register.
+    text = configuration.read_text().replace("[nri]\n", "[nri]\nregistration_seconds = 60\n")
+    configuration.write_text(text)
     plugins = tmp_path / "nri-plugins"
     plugins.mkdir()
     for name, sample in (("90-logger", "logger.py"), ("10-device-injector", "device_injector.py")):
@@ -59,6 +63,7 @@ def test_started_plugins_end_with_the_agent_and_with_a_killed_one_at_the_next_st
     agent.restart()
     second = _started(agent)
     assert not set(first) & set(second)
+    assert agent.log.read_text().count(": connected: events") == 4
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in first), what="the end of the first plugins")
     os.kill(second[0], 9)
     wait_for(lambda: f"pid {second[0]} ended with status -9; it is not started again" in agent.log.read_text())

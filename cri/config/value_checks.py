@@ -77,4 +77,5 @@ CHECKS: Mapping[tuple[str, ...], Callable[[Any], str]] = {
     ("nri", "socket"): _unix_socket,
     ("nri", "plugin_dir"): _folder,
     ("nri", "config_dir"): _folder,
+    ("nri", "blockio_config_file"): lambda value: _folder(value) if value else "",
 }

@@ -15,12 +15,16 @@ Field = nri_pb2.Field
 
 @dataclass(frozen=True, slots=True)
 class RuntimeAbilities:
-    """A runtime handler, what was found out about its OCI runtime when it was probed, and the node it runs on."""
+    """A runtime handler, what was found out about its OCI runtime when it was probed, and the node it runs on.
+
+    ``block_io_file`` has the node's classes of block I/O; it is empty where there are none.
+    """
 
     handler: str
     features: RuntimeFeatures
     node: NodeFacts
     systemd_cgroups: bool = False
+    block_io_file: str = ""
 
     @property
     def title(self) -> str:

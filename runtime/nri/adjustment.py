@@ -5,13 +5,16 @@ from __future__ import annotations
 import posixpath
 import resource
 from collections.abc import Iterable
+from functools import partial
 
+from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.abilities import Asking, Field, RuntimeAbilities
 from runtime.nri.answers.merging import removed_name
 from runtime.nri.linux_adjustment import adjust_linux
 from runtime.specgen import config
 from runtime.specgen.draft import Draft
+from runtime.specgen.limits.block_io import block_io
 
 # Annotations for crun that only the agent sets: which compiled seccomp filter, and which group below a scope.
 _AGENT_ANNOTATIONS = ("run.oci.seccomp_bpf_data", "run.oci.systemd.subgroup")
@@ -33,10 +36,19 @@ def adjust(
         draft.cdi_devices = [name for name in draft.cdi_devices if name not in (removed, device.name)]
         if removed is None:
             draft.cdi_devices.append(device.name)
+    if name := adjustment.linux.resources.blockio_class.value:
+        draft.block_io = partial(_block_io, abilities.block_io_file, name, asking)
     for mount in adjustment.mounts:
         draft.asked_by[_cleaned(mount.destination)] = (
             f"NRI plugin {asking.plugin(Field.Mounts, mount.destination)}: mount"
         )
+
+
+def _block_io(file: str, name: str, asking: Asking) -> config.BlockIO:
+    try:
+        return block_io(file, name)
+    except InvalidArgumentError as error:
+        raise asking.wrong(Field.BlockioClass, error.message, name) from error
 
 
 def apply(

@@ -24,16 +24,20 @@ def adjust_container(
     draft: Draft,
     adjustment: nri_pb2.ContainerAdjustment,
     owners: nri_pb2.FieldOwners,
+    *,
+    block_io_file: str,
 ) -> None:
     """Put what plugins changed of a container that is being made into its draft and its record.
 
-    Raises what ``adjustment.apply`` does, and InvalidArgumentError for a cgroup that is another's.
+    ``block_io_file`` has the node's classes of block I/O. Raises what ``adjustment.apply`` does, and
+    InvalidArgumentError for a cgroup that is another's.
     """
     if not adjustment.ByteSize():
         return
     runtime = node.handlers.get(container.record.handler)
     systemd = node.cgroups.driver == "systemd"
-    adjust(draft, adjustment, owners, RuntimeAbilities(runtime.name, runtime.features, node.facts, systemd))
+    abilities = RuntimeAbilities(runtime.name, runtime.features, node.facts, systemd, block_io_file)
+    adjust(draft, adjustment, owners, abilities)
     record, linux = container.record, adjustment.linux
     if linux.cgroups_path:
         cgroup = node.cgroups.path_of(linux.cgroups_path, uses_subgroup=runtime.features.is_crun)

@@ -84,6 +84,7 @@ class NriHooks(Hooks):
         view = PluginsView("podkeel", version, self._inventory, self._update, self._evict)
         self.adaptation = Adaptation(options, view)
         self.socket, self.socket_problem = "", ""
+        self._block_io_file = options.blockio_config_file
         self._validates = options.default_validator.enabled
         self._views = Views(node.layout, node.cgroups)
         self._making: dict[str, tuple[Container, list[Plugin]]] = {}  # with the plugins that were there then
@@ -197,7 +198,8 @@ class NriHooks(Hooks):
             )
             self._views.keep(request.container)
             creation = await self.adaptation.create(request, container.title, operation, told)
-            adjust_container(self._node, container, draft, creation.adjustment, creation.owners)
+            adjusted = creation.adjustment, creation.owners
+            adjust_container(self._node, container, draft, *adjusted, block_io_file=self._block_io_file)
             self._views.keep(creation.container)
             self._making[container.id] = container, list(self.adaptation.plugins)
         await self.adaptation.carry_out(creation.updates)

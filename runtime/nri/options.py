@@ -37,7 +37,8 @@ class NriOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``socket`` is where plugins connect, if ``external_connections`` allows it. Executables ``NN-name`` in
     ``plugin_dir`` are started by the agent, with the text of ``NN-name.conf`` or ``name.conf`` in ``config_dir``. A
     plugin has ``registration_seconds`` each to register, to be configured and to be synchronised, and
-    ``request_seconds`` to answer an event.
+    ``request_seconds`` to answer an event. ``blockio_config_file`` has the classes of block I/O that plugins may give
+    to containers.
     """
 
     enabled: bool = True
@@ -45,6 +46,7 @@ class NriOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     external_connections: bool = True
     plugin_dir: str = "/opt/nri/plugins"
     config_dir: str = "/etc/nri/conf.d"
+    blockio_config_file: str = ""
     registration_seconds: Seconds = 5.0
     request_seconds: Seconds = 2.0
     default_validator: ValidatorOptions = ValidatorOptions()

@@ -18,7 +18,10 @@ _LARGEST = 1 << 63
 def adjust_resources(
     given: nri_pb2.LinuxResources, spec: config.Spec, abilities: RuntimeAbilities, asking: Asking
 ) -> None:
-    """Put resources into ``spec``: what is not given stays. The class of RDT is the caller's."""
+    """Put resources into ``spec``: what is not given stays. The classes of RDT and block I/O are the caller's."""
+    if given.blockio_class.value and not abilities.block_io_file:
+        what = "the node has no classes of block I/O: set nri.blockio_config_file"
+        raise asking.unsupported(Field.BlockioClass, what, given.blockio_class.value)
     if spec.linux.resources is None:
         spec.linux.resources = config.Resources()
     now = spec.linux.resources
@@ -47,7 +50,6 @@ def extra_limits(given: nri_pb2.LinuxResources, node: NodeFacts, asking: Asking)
     Raises InvalidArgumentError, or UnsupportedError for those that this kernel does not have or this agent cannot set.
     """
     memory, cpu = given.memory, given.cpu
-    _refuse_unknown_classes(given, asking)
     for number, is_set, what in (
         (Field.MemKernelLimit, memory.HasField("kernel"), "the kernel has no such limit any more: limit the memory"),
         (
@@ -87,15 +89,6 @@ def extra_limits(given: nri_pb2.LinuxResources, node: NodeFacts, asking: Asking)
         realtime_period=cpu.realtime_period.value or None,
         pids=max(given.pids.limit, 0) or -1 if given.HasField("pids") else None,
     )
-
-
-def _refuse_unknown_classes(given: nri_pb2.LinuxResources, asking: Asking) -> None:
-    if given.blockio_class.value:
-        raise asking.unsupported(
-            Field.BlockioClass,
-            "this agent has no classes of block I/O: set io.weight in unified",
-            given.blockio_class.value,
-        )
 
 
 def _subject(asking: Asking) -> str:

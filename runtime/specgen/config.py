@@ -178,6 +178,33 @@ class HugepageLimit(_Struct):
     limit: int
 
 
+class DiskWeight(_Struct):
+    """What I/O of the container on one disk counts for beside that of others, from 10 to 1000."""
+
+    major: int
+    minor: int
+    weight: int
+
+
+class Throttle(_Struct):
+    """The most bytes or operations a second on one disk."""
+
+    major: int
+    minor: int
+    rate: int
+
+
+class BlockIO(_Struct):
+    """The container's weight and limits on disks."""
+
+    weight: int | None = None
+    weight_device: list[DiskWeight] = []
+    throttle_read_bps_device: list[Throttle] = []
+    throttle_write_bps_device: list[Throttle] = []
+    throttle_read_iops_device: list[Throttle] = msgspec.field(name="throttleReadIOPSDevice", default_factory=list)
+    throttle_write_iops_device: list[Throttle] = msgspec.field(name="throttleWriteIOPSDevice", default_factory=list)
+
+
 class Resources(_Struct):
     """The container's cgroup settings."""
 
@@ -187,6 +214,7 @@ class Resources(_Struct):
     pids: Pids | None = None
     hugepage_limits: list[HugepageLimit] = []
     unified: dict[str, str] = {}
+    block_io: BlockIO | None = msgspec.field(name="blockIO", default=None)
 
 
 class NetDevice(_Struct):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -76,7 +76,8 @@ class Draft:
 
     ``spec`` has the requested mounts and devices, without those of CDI devices: ``cdi_devices`` are their names. Mounts
     or devices that are added are resolved and checked like the others; ``asked_by`` maps their destinations to the name
-    for errors.
+    for errors. ``block_io`` gives the limits of the container's class of block I/O; it reads files, and may raise what
+    ``complete`` does.
     """
 
     request: SpecRequest
@@ -90,6 +91,7 @@ class Draft:
     mapped_volumes: Sequence[MappedVolume]
     cdi_devices: list[str]
     asked_by: dict[str, str] = field(default_factory=dict)
+    block_io: Callable[[], oci.BlockIO] | None = None
 
 
 def draft(request: SpecRequest) -> Draft:

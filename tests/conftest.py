@@ -29,9 +29,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """An exception in a thread, a coroutine that nobody awaits and what Python is about to drop fail the test.
+    """An exception in a thread, a coroutine that is never awaited, and an error in a destructor fail the test.
 
-    Transports that meet a reset after half a close are left to the collector by asyncio itself: these are shown only.
+    asyncio itself leaves transports to the collector after a reset in a half-closed state: these are only shown.
     """
     for line in ("error", "default::ResourceWarning"):
         config.addinivalue_line("filterwarnings", line)

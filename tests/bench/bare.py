@@ -38,7 +38,7 @@ class BareRuntime:
         self._count = 0
 
     def cycle(self, samples: Samples) -> None:
-        """create, start, exec, kill, delete; adds each and the sums the goals speak of."""
+        """create, start, exec, kill, delete; adds each of them, and the sums for the goals."""
         name, create = self._prepare()
         try:
             with samples.timed("create+start"):
@@ -76,7 +76,7 @@ class BareRuntime:
         return name, ("create", "--bundle", str(self._bundle), "--pid-file", str(self._pid_file), name)
 
     def version(self, samples: Samples, count: int) -> None:
-        """Start the runtime ``count`` times to do nothing: what spawning it costs by itself."""
+        """Start the runtime ``count`` times to do nothing: the cost of spawning it alone."""
         for _ in range(count):
             self._run("--version", ("--version",), samples)
 

@@ -1,4 +1,4 @@
-"""The cgroup that all pods of a run live below, as kubelet would have made it, in every hierarchy."""
+"""The parent cgroup of all pods of a run, as kubelet would make it, in every hierarchy."""
 
 from __future__ import annotations
 

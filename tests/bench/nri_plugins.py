@@ -1,4 +1,4 @@
-"""Plugins of the node for the benchmark, in a process of their own: ``python -m tests.bench.nri_plugins SOCKET COUNT``.
+"""Plugins of the node for the benchmark, in a separate process: ``python -m tests.bench.nri_plugins SOCKET COUNT``.
 
 One plugin subscribes to every event and changes nothing; several subscribe to one event that the benchmark never
 causes. A line on standard output says that all are synchronised. The process ends when its standard input is closed.

@@ -1,4 +1,5 @@
-"""The phases of a run: each goes over all servers in turns, so that a drift of the machine's speed hits all alike."""
+"""The phases of a run: each goes over all servers in turns, so that a drift of the machine's speed affects all servers
+equally."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def stages(target: Target, pods: int) -> None:
 
 
 def in_parallel(targets: Sequence[Target], pods: int, clients: int, rounds: int = 3) -> None:
-    """Cycles by many clients at once; each call goes under its name with the number of clients, like ``cycle x10``."""
+    """Cycles by many clients at once; each call is recorded under its name with the number of clients, like ``cycle
+    x10``."""
     speeds: dict[str, list[float]] = {}
     for _ in range(rounds):
         for target in targets:

@@ -66,7 +66,7 @@ def children(pid: int) -> list[int]:
 
 
 def container_inits(container_ids: set[str]) -> dict[str, int]:
-    """First process of each container, found by its cgroup's name (``<id>`` or ``…-<id>.scope``), whoever made it."""
+    """First process of each container, found by its cgroup's name (``<id>`` or ``…-<id>.scope``), under any server."""
     found: dict[str, list[int]] = {}
     for pid in all_pids():
         with contextlib.suppress(*_GONE):

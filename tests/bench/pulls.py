@@ -58,8 +58,8 @@ def measure(
 ) -> list[PullCost]:
     """Each server pulls ``rounds`` images of each form, in changing order; and one layer of ``small_files``, if any.
 
-    Every image has layers of its own and none is removed, and each server has a fresh file system: ext4 looks for new
-    inodes past all that were deleted a short while ago, which would be measured instead.
+    Every image has different layers, none is removed, and each server has a new file system: ext4 looks for new inodes
+    past all that were deleted a short while ago, which would be measured instead.
     """
     archive = folder / "busybox.tar"
     busybox_image().write_docker(archive, _REFERENCE)
@@ -178,7 +178,7 @@ def _member(name: str, content: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
 
 @contextlib.contextmanager
 def _disk(folder: Path) -> Iterator[Path]:
-    """A new ext4 of its own, on a sparse file."""
+    """A new ext4 file system, on a sparse file."""
     file = folder.with_suffix(".ext4")
     with file.open("wb") as sparse:
         sparse.truncate(_DISK_BYTES)
@@ -205,7 +205,7 @@ def _pull(client: Client, reference: str, cost: PullCost, idle: int) -> None:
 
 @contextlib.contextmanager
 def _watched(client: Client, cost: PullCost, idle: int) -> Iterator[None]:
-    """List containers and look at the server's memory, each on a thread of its own, until the block ends."""
+    """List containers and look at the server's memory, each on a separate thread, until the block ends."""
     ended = threading.Event()
 
     def list_containers() -> None:

@@ -22,7 +22,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def percentile(values: Sequence[float], fraction: float) -> float:
-    """The value below which ``fraction`` of ``values`` lie, interpolated between the two nearest; nan if there is none.
+    """The value below which ``fraction`` of ``values`` are, interpolated between the two nearest; nan if there is none.
 
     With fewer than a hundred values p99 is close to the largest one.
     """

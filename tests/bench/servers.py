@@ -1,4 +1,4 @@
-"""The servers that the benchmark starts itself: a Podkeel of its own and Debian's containerd; both leave nothing."""
+"""The servers that the benchmark starts: a Podkeel and Debian's containerd. Both leave nothing behind."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def _without_new(*folders: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tmpfs(folder: Path) -> Iterator[Path]:
-    # Run folders are on tmpfs on a real node; here every server gets one of its own.
+    # Run folders are on tmpfs on a real node; here every server gets a separate one.
     folder.mkdir()
     libc.mount("tmpfs", str(folder), "tmpfs", 0, "mode=0755")
     try:

@@ -22,7 +22,7 @@ RUN_LABEL = "bench.podkeel/run"
 
 
 class Workload:
-    """Pods of one run on one server; ``close`` removes whatever is left of them."""
+    """Pods of one run on one server; ``close`` removes the rest of them."""
 
     def __init__(self, client: Client, name: str, *, image: str, handler: str, cgroup_parent: str, logs: Path) -> None:
         self.client = client
@@ -56,7 +56,7 @@ class Workload:
     def pod(self, samples: Samples, *, own_cgroup: bool = False) -> Iterator[tuple[str, cri_pb2.PodSandboxConfig]]:
         """A ready sandbox, stopped and removed after the block, also when it fails.
 
-        ``own_cgroup`` gives it a parent of its own, as kubelet does; else all pods share one.
+        ``own_cgroup`` gives it a separate parent, as kubelet does; else all pods share one.
         """
         config = self._pod_config()
         if own_cgroup:
@@ -68,7 +68,7 @@ class Workload:
         try:
             yield pod, config
         except BaseException:
-            with contextlib.suppress(grpc.RpcError):  # the first failure is the one to tell
+            with contextlib.suppress(grpc.RpcError):  # the first failure is the one to report
                 self.remove_pod(pod, Samples())
             raise
         with samples.timed("Stop+RemovePodSandbox"):
@@ -113,7 +113,7 @@ class Workload:
             self.client.call("RemoveContainer", cri_pb2.RemoveContainerRequest(container_id=container))
 
     def version(self, samples: Samples, count: int) -> None:
-        """``count`` calls that do nothing: what client, socket and server cost by themselves."""
+        """``count`` calls that do nothing: the cost of client, socket and server alone."""
         for _ in range(count):
             with samples.timed("Version"):
                 self.client.call("Version", cri_pb2.VersionRequest(version="v1"))

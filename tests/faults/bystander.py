@@ -31,7 +31,7 @@ class Bystander:
         return log_lines(self._status.log_path)
 
     def assert_undisturbed(self) -> None:
-        """The same process runs, with every line of its log, and goes on."""
+        """The same process still runs, and its log has every line."""
         client = self._agent.client
         assert client.status(self.container_id) == self._status
         assert self._read_pid() == self._pid

@@ -12,7 +12,7 @@ from tests.support.image_builder import BuiltImage, busybox_layer, entry, make_t
 from tests.support.pods import remove_all_pods
 from tests.support.registry import Registry, run_registry
 
-# With a weight, so that every pod goes through the stage that sets it, whether this kernel has weights or not.
+# With a weight, so that every pod passes the stage that sets it, even if this kernel has no weights.
 ONE_HANDLER = 'io_weight = 200\n[runtime.handlers.crun]\npath = "crun"\n'
 
 

@@ -147,7 +147,7 @@ def _found_in_cgroups(agent: AgentProcess) -> Iterator[str]:
 
 
 def _pod_cgroups(base: str) -> Iterator[tuple[str, Path]]:
-    """The folders of pods without a parent of their own, whatever the driver, in every hierarchy."""
+    """The folders of pods without a given parent, with either driver, in every hierarchy."""
     for hierarchy in _HIERARCHIES:
         for folder in hierarchy.glob(f"{base}/*"):
             if folder.is_dir():

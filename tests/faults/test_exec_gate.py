@@ -45,5 +45,5 @@ def test_programs_that_wait_for_who_was_killed_go_on(agent: AgentProcess) -> Non
         finally:
             asked.kill()
     size = log.stat().st_size
-    wait_for(lambda: log.stat().st_size > size + 500, what="that the container goes on")
+    wait_for(lambda: log.stat().st_size > size + 500, what="that the container keeps running")
     assert agent.client.exec(container_id, "true").exit_code == 0

@@ -1,4 +1,4 @@
-"""A data folder without space: what cannot be removed stays listed, and goes once there is space."""
+"""A data folder without space: what cannot be removed stays listed, and is removed once there is space."""
 
 from __future__ import annotations
 

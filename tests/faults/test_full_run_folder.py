@@ -20,7 +20,7 @@ _BYTES = 6 << 20
 
 
 class _Filling:
-    """Takes all space, or all inodes, of a file system until it is given back."""
+    """Takes all space, or all inodes, of a file system until it is released."""
 
     def __init__(self, folder: Path, *, inodes: bool) -> None:
         self._folder = folder / "filling"

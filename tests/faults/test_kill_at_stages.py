@@ -1,4 +1,4 @@
-"""SIGKILL to the agent before and after every stage of every operation, then a start: nothing half-made stays."""
+"""SIGKILL to the agent before and after every stage of every operation, then a start: nothing incomplete stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An agent that is killed while a conmon is yet to open the new log that it was told."""
+"""An agent that is killed while a conmon has not opened its new log yet."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _assert_whole(agent: AgentProcess, container_id: str, *logs: Path) -> None:
     assert agent.client.findings() == []
 
 
-@pytest.mark.parametrize("goes_on", ["without an agent", "with the next", "told again by the next", "at its end"])
+@pytest.mark.parametrize("goes_on", ["without an agent", "with the next", "asked again by the next", "at its end"])
 def test_a_conmon_that_is_told_by_an_agent_that_dies_opens_the_new_log(own_agent: AgentProcess, goes_on: str) -> None:
     container_id, path, monitor = _counting(own_agent)
     os.kill(monitor, signal.SIGSTOP)
@@ -49,7 +49,7 @@ def test_a_conmon_that_is_told_by_an_agent_that_dies_opens_the_new_log(own_agent
     own_agent.kill()
     if goes_on != "without an agent":
         own_agent.start()
-    if goes_on == "told again by the next":
+    if goes_on == "asked again by the next":
         with pytest.raises(grpc.RpcError, match="did not open"):
             _reopen(own_agent, container_id)
     if goes_on == "at its end":

@@ -264,7 +264,7 @@ def test_without_store_and_copy_nothing_is_ended_unasked_and_reset_starts_over(o
 
 
 def _told(agent: AgentProcess) -> list[object]:
-    """What clients are told of pods, containers and images."""
+    """The clients' view of pods, containers and images."""
     client = agent.client
     pods = client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items
     containers = client.call("ListContainers", cri_pb2.ListContainersRequest()).containers

@@ -1,4 +1,4 @@
-"""What could not be removed or undone is seen, and in nobody's way."""
+"""What could not be removed or undone is visible, and blocks nothing else."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_removal_that_the_next_start_cannot_finish_is_listed(stage: Stage) -> 
     stage.agent.plant("")
     client = stage.agent.client
     client.remove(container_id)
-    # Its identity was free meanwhile for nobody, and is now.
+    # Its identity was not free meanwhile, and is now.
     config = cri_pb2.PodSandboxConfig()
     request = cri_pb2.PodSandboxStatusRequest(pod_sandbox_id=sandbox_id)
     config.metadata.CopyFrom(client.call("PodSandboxStatus", request).status.metadata)

@@ -31,7 +31,7 @@ if os.geteuid() != 0:
 METHODS: dict[str, MethodDescriptor] = {
     method.name: method for service in cri_pb2.DESCRIPTOR.services_by_name.values() for method in service.methods
 }
-# Those that make something come more often than those that only tell.
+# Calls that make something are more frequent than those that only report.
 WEIGHTS = {
     "RunPodSandbox": 12,
     "CreateContainer": 30,
@@ -68,7 +68,7 @@ class Client:
         self.codes: dict[str, int] = {}
 
     def _pools(self) -> dict[str, Sequence[Any] | Callable[[random.Random], Any]]:
-        """What keeps the node whole: paths of the test's own, no registry but one where nobody listens."""
+        """Limits that protect the node: only paths of the test, and a registry without a listener."""
         agent, folder = self.agent, str(self.folder)
         paths = (
             f"{folder}/there",

@@ -59,7 +59,7 @@ def pod_config(agent: AgentProcess, *, user_namespace: bool = False) -> cri_pb2.
 
 @pytest.fixture
 def attacker(agent: AgentProcess, handler: str, user_namespace: bool) -> StartAttacker:
-    """Starts a container in a pod of its own, under each OCI runtime, with and without a user namespace."""
+    """Starts a container in a separate pod, under each OCI runtime, with and without a user namespace."""
 
     def start(config: cri_pb2.ContainerConfig) -> Attacker:
         sandbox = pod_config(agent, user_namespace=user_namespace)

@@ -72,7 +72,7 @@ def test_commands_that_take_all_descriptors_keep_nobody_from_stopping_and_starti
             refused("RESOURCE_EXHAUSTED", "file descriptors are left", call=call)
     assert few.log.stat().st_size - size < 20_000
     assert opened(few) < LIMIT - 30
-    # Whoever is not the cause of it goes on.
+    # Processes that do not cause it keep running.
     few.client.stop(victim)
     sandbox = few.client.run_sandbox(sandbox_config(few))
     few.client.stop_sandbox(sandbox)

@@ -115,7 +115,7 @@ def long_header() -> bytes:
 
 
 def sparse_map() -> bytes:
-    """A sparse file whose map goes on to the end of the archive."""
+    """A sparse file whose map continues to the end of the archive."""
     header = bytearray(tarfile.TarInfo("sparse").tobuf(tarfile.GNU_FORMAT))
     header[156:157], header[482:483] = b"S", b"\1"
     header[148:156] = b" " * 8

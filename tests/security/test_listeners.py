@@ -103,7 +103,7 @@ def test_silent_clients_of_the_socket_keep_nobody_out(quiet_log: AgentProcess, m
 
 
 def test_clients_that_keep_their_connections_keep_nobody_out(quiet_log: AgentProcess, many_descriptors: None) -> None:
-    """They have shown that they speak HTTP/2, so that only a minute without calls would end them."""
+    """They have shown that they use HTTP/2, so that only a minute without calls would end them."""
     path = quiet_log.address.removeprefix("unix://")
     size = quiet_log.log.stat().st_size
     with contextlib.ExitStack() as stack:

@@ -25,7 +25,7 @@ from tests.support.pods import container_config, run_container, sandbox_config, 
 
 @pytest.fixture
 def bystander() -> Iterator[subprocess.Popen[bytes]]:
-    """A process of the node, in cgroups of its own: what a row may name though it is nothing of the agent's."""
+    """A process of the node, in separate cgroups: a row may name it although it is not the agent's."""
     cgroups = CgroupTree.of_host("cgroupfs")
     path = f"/podkeel-bystander-{os.getpid()}"
     process = subprocess.Popen(["sleep", "1000"])

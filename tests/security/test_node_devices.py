@@ -174,7 +174,7 @@ def test_described_devices_of_a_user_namespace_are_its_own(
 def test_volume_in_the_place_of_kernel_files_is_refused(
     quiet_log: AgentProcess, handler: str, tmp_path: Path, place: str
 ) -> None:
-    """Its null would be a stream and a mask, and what it has in /proc would be taken for the kernel's."""
+    """Its null would be a stream and a mask, and its files in /proc would replace the kernel's."""
     (tmp_path / "null").symlink_to("/proc/1/root/etc/shadow")
     config = like_kubelets("main")
     config.mounts.add(container_path=place, host_path=str(tmp_path))
@@ -310,7 +310,7 @@ def test_streams_are_the_container_s_own_while_it_is_being_made(
     client.start(container_id)
     made = like_kubelets("made")
     made.linux.security_context.namespace_options.CopyFrom(options)
-    other = client.create(sandbox_id, made, sandbox)  # the runtime's process waits in there for the start
+    other = client.create(sandbox_id, made, sandbox)  # the runtime's process waits in it for the start
     process = Path(f"/proc/{init_pid(quiet_log, other)}")
     node = {identity(status) for status in of_node().values()}
     assert not node & {identity(path.stat()) for path in (process / "fd").iterdir()}

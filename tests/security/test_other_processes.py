@@ -23,7 +23,7 @@ from runtime.namespaces.pid import end_holder, start_holder
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import run_container
 
-# The first program sleeps under a name and with words of its own choice; the second one has the kernel show 64 MiB as
+# The first program sleeps under a name and with arguments that it chose; the second one has the kernel show 64 MiB as
 # its words (PR_SET_MM_MAP, which needs no privilege).
 _LONG = """
 import ctypes, mmap, os, struct, sys, time

@@ -60,7 +60,7 @@ POWERS = {
 }
 
 
-# Takes the init over with ptrace(2) and has it make system calls: it stands in one, so its program counter is behind a
+# Takes the init over with ptrace(2) and has it make system calls: it is in one, so its program counter is after a
 # "syscall" instruction. Calls: socket(AF_UNIX), socket(AF_INET), unshare(CLONE_NEWUSER), mount, ptrace(TRACEME).
 TRACE = """
 SEIZE, INTERRUPT, GETREGS, SETREGS, STEP, DETACH = 0x4206, 0x4207, 12, 13, 9, 17

@@ -83,7 +83,7 @@ async def test_slow_layers_of_one_registry_hold_up_no_other_pull_and_no_command(
     try:
         await until(lambda: sum("/blobs/" in path for _, path, _ in slow.seen) >= 5)
         assert await pulled(agent, registry.push(other, "beside/quick")) == other.id
-        # The same registry, another pull: it has a slot of its own too.
+        # The same registry, another pull: it has its own slot too.
         registry.push(other, "beside/same")
         await remove(agent, other.id)
         assert await pulled(agent, f"{slow.host}/beside/same") == other.id

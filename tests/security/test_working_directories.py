@@ -31,7 +31,7 @@ SECRET = "of the node\n"
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
-    """A file of the node's root, which nobody else may read."""
+    """A file of the node's root, which no other user may read."""
     file = tmp_path / "marker"
     file.write_text(SECRET)
     file.chmod(0o600)
@@ -158,7 +158,7 @@ def test_no_container_begins_outside_while_another_swaps_a_folder_of_its_volume(
 
 
 def test_a_created_container_whose_directory_is_outside_is_seen(tmp_path: Path) -> None:
-    """What the race above hits now and then: a process in a mount namespace of its own, its directory in another."""
+    """What the race above hits now and then: a process in a new mount namespace, its directory in another one."""
     spec = build(request(tmp_path, config=container(working_dir="/work")))
     for directory, seen in ((f"/proc/{os.getpid()}/cwd", True), ("/", False)):
         script = f"cd {directory} && echo ready && exec sleep 100"
@@ -217,7 +217,7 @@ def open_agent(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Itera
     options = f'\n[runtime.handlers.open]\npath = "{program}"\n'
     with running_agent(folder, busybox, options=options, runtime="open") as agent:
         if check(agent)["open"]["state"] == "ok":
-            pytest.skip("this crun looks by itself where it goes")
+            pytest.skip("this crun itself checks where it goes")
         yield agent
         remove_all_pods(agent.client)
 

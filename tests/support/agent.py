@@ -1,4 +1,4 @@
-"""A real agent in a process of its own, with folders, bridge, subnet and cgroup parent of its own."""
+"""A real agent in a separate process, with its own folders, bridge, subnet and cgroup parent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BUSYBOX = "docker.io/library/busybox:latest"
 _SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-# Agents of one run never share a range: the node could not tell their pods apart.
+# Agents of one run never share a range: the node could not distinguish their pods.
 _subnets = itertools.count(secrets.randbelow(96))
 _subnets_in_use: set[str] = set()
 
@@ -70,7 +70,7 @@ class AgentProcess:
             options += f'\n[nri]\nsocket = "{self.nri_socket}"'
             options += f'\nplugin_dir = "{folder}/nri-plugins"\nconfig_dir = "{folder}/nri-conf.d"'
         if "[network]" not in options:
-            options += '\n[network]\nmode = "built-in"'  # whatever CNI configuration this machine has
+            options += '\n[network]\nmode = "built-in"'  # with any CNI configuration of this machine
         (folder / "config.toml").write_text(
             f'[runtime]\ncgroup_parent = "{self.cgroup_parent}"\n{RUNTIME_OPTIONS}\n{options}\n'
         )
@@ -111,7 +111,7 @@ class AgentProcess:
             raise AssertionError(f"the agent did not start:\n{self.tail()}") from None
 
     def connect(self) -> None:
-        """Wait until the agent serves, whoever started it."""
+        """Wait until the agent serves, also if another process started it."""
         if self._client is not None:
             self._client.close()
         self._client = CriClient(self.address)
@@ -154,7 +154,7 @@ class AgentProcess:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
 
     def tracebacks(self, since: int = 0) -> list[str]:
-        """What its log has of errors that nobody handled, after its first ``since`` bytes."""
+        """The unhandled errors in its log, after its first ``since`` bytes."""
         text = self.log.read_bytes()[since:].decode(errors="replace")
         signs = ("Traceback (most recent call last)", "never retrieved", "was never awaited", "Fatal error")
         found = [match.start() for match in re.finditer("|".join(map(re.escape, signs)), text)]
@@ -164,7 +164,7 @@ class AgentProcess:
         """End it if it runs and take down all it made."""
         self._end(signal.SIGKILL)
         _subnets_in_use.discard(self.subnet)
-        if Path("/run/systemd/system").is_dir():  # slices that stood for a client's, which an agent leaves alone
+        if Path("/run/systemd/system").is_dir():  # slices in the role of a client's, which an agent does not remove
             slice_name = f"{self.cgroup_parent.strip('/')}.slice"
             # First processes of containers ignore SIGTERM, and systemd would wait 90 s for them to heed it.
             subprocess.run(["systemctl", "kill", "--signal=KILL", slice_name], capture_output=True, check=False)

@@ -1,4 +1,4 @@
-"""CNI configurations, and plugins that are scripts which do what a test tells them."""
+"""CNI configurations, and plugins that are scripts controlled by a test."""
 
 from __future__ import annotations
 

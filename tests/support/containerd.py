@@ -50,7 +50,7 @@ class Containerd:
 
 @contextlib.contextmanager
 def run_containerd(folder: Path) -> Iterator[Containerd]:
-    """Start one that knows images and snapshots only, with everything of its own in ``folder``, which is made."""
+    """Start one with images and snapshots only, with all its files in ``folder``, which is made."""
     folder.mkdir()
     config = folder / "config.toml"
     config.write_text(_CONFIG.format(folder=folder))
@@ -75,5 +75,5 @@ def run_containerd(folder: Path) -> Iterator[Containerd]:
         finally:
             process.terminate()
             for _ in log:
-                pass  # it would wait for somebody to read its log
+                pass  # it would wait for a reader of its log
             process.wait()

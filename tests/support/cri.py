@@ -62,7 +62,7 @@ class CriClient:
         deadline = time.monotonic() + seconds
         while not self._is_listened_on():
             if time.monotonic() > deadline or not alive():
-                raise TimeoutError(f"nobody listens on {self._path}")
+                raise TimeoutError(f"no agent listens on {self._path}")
             time.sleep(0.01)
         self._calls["Version"][0](cri_pb2.VersionRequest(), timeout=seconds, wait_for_ready=True)
 

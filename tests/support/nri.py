@@ -38,7 +38,7 @@ Acting = Mapping[str, Callable[[Any], Any]]
 
 
 class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
-    """Keeps the events it is told, as (event, id of the container or else of the pod) with their requests.
+    """Keeps the events that it gets, as (event, id of the container or else of the pod) with their requests.
 
     ``acting`` maps an event to what is done in it: it gets the request and returns the answer, or raises.
     """

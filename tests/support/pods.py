@@ -14,7 +14,7 @@ _numbers = itertools.count(1)
 
 
 def sandbox_config(agent: AgentProcess, name: str = "", **fields: Any) -> cri_pb2.PodSandboxConfig:
-    """A pod as kubelet makes them: a PID namespace per container, logs in a folder of its own."""
+    """A pod as kubelet makes them: a PID namespace per container, logs in a separate folder."""
     name = name or f"pod{next(_numbers)}"
     config = cri_pb2.PodSandboxConfig(
         metadata=cri_pb2.PodSandboxMetadata(name=name, namespace="default", uid=f"uid-{name}"),

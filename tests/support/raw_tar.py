@@ -9,7 +9,7 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Header:
-    """The fields of one header as they stand in it; ``signed`` sums its bytes as signed numbers."""
+    """The fields of one header as they are in it; ``signed`` sums its bytes as signed numbers."""
 
     name: bytes
     kind: bytes = b"0"

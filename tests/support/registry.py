@@ -67,7 +67,7 @@ class Registry:
 
 @contextlib.contextmanager
 def run_registry(*, auth: str = "", authorization: str = "") -> Iterator[Registry]:
-    """Start a registry with a store of its own; ``auth`` is the YAML of its ``auth`` section."""
+    """Start a registry with an empty store; ``auth`` is the YAML of its ``auth`` section."""
     folder = Path(tempfile.mkdtemp(prefix="podkeel-registry-"))
     port = _free_port()
     config = folder / "config.yml"

@@ -1,4 +1,4 @@
-"""A front for a registry that asks for tokens, cuts, stalls, redirects, limits or fails, as a test tells it to."""
+"""A front for a registry that asks for tokens, cuts, stalls, redirects, limits or fails, as a test sets it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Front:
     _whole: int = 0
 
     def hold_after(self, whole: int) -> asyncio.Event:
-        """Let that many large blobs pass; of the others comes a part until the event is set."""
+        """Send that many large blobs completely; of the others only a part until the event is set."""
         self._whole, self._gate = whole, asyncio.Event()
         return self._gate
 

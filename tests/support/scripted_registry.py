@@ -1,4 +1,4 @@
-"""A registry that answers exactly what a test tells it to, from threads, so that real agents can pull from it."""
+"""A registry that answers exactly as a test sets it, from threads, so that real agents can pull from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients get told of errors."""
+"""The errors that clients get."""
 
 from __future__ import annotations
 

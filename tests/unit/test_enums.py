@@ -1,4 +1,4 @@
-"""Every enum of every request, with a number that no name stands for."""
+"""Every enum of every request, with a number without a name."""
 
 from __future__ import annotations
 

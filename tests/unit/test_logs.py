@@ -1,4 +1,4 @@
-"""The agent's log as text: a record is told from what it quotes."""
+"""The agent's log as text: a record differs from what it quotes."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def test_a_process_goes_before_its_children() -> None:
     assert int(child[16]) == 0  # nice; proc_pid_stat(5)
     assert int(child[38]) == os.SCHED_OTHER
     assert int(parent[16]) == -20
-    assert policy == os.SCHED_OTHER | os.SCHED_RESET_ON_FORK  # never ahead of all others, whatever it is given
+    assert policy == os.SCHED_OTHER | os.SCHED_RESET_ON_FORK  # never ahead of all others, with any value
 
 
 def test_a_process_that_is_gone_is_passed_over() -> None:

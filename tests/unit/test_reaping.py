@@ -17,7 +17,7 @@ from host.processes import end_child, run, spawn, start_time, wait_ended
 
 async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - nothing tells of it
+        while not condition():  # noqa: ASYNC110 - no event shows it
             await asyncio.sleep(0.005)
 
 

@@ -1,4 +1,4 @@
-"""The same trouble fills no log: what repeats itself is counted and told once its minute is over."""
+"""The same problem fills no log: repeated lines are counted, and the count is logged after a minute."""
 
 from __future__ import annotations
 

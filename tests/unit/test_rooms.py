@@ -31,7 +31,7 @@ ARROWS = {
 }
 # The commands that are the agent, or are about its host: the others are clients and never load the server.
 AGENT_COMMANDS = {"cli/agent/serve.py", "cli/agent/config.py", "cli/agent/check.py", "cli/agent/reset.py"}
-# The commands that open streams speak SPDY with the machine of the streaming server, which loads nothing of the agent.
+# The commands that open streams use the SPDY machine of the streaming server, which loads nothing of the agent.
 STREAM_COMMANDS = {"cli/streams/client.py", "cli/streams/remote_command.py", "cli/streams/port_forward.py"}
 STREAM_MODULES = {f"cri.streaming.httpstream.{name}" for name in ("channel", "connection", "descriptors", "spdy_link")}
 SPDY_MODULES = {f"cri.streaming.httpstream.spdy_{name}" for name in ("events", "frames", "session")}
@@ -39,8 +39,8 @@ ROOMS_WITH_GRPC = {"cri", "cli"}
 PROJECT_FOLDERS = {*ARROWS, "tests", "scripts"}
 
 
-# Within a room: its folders and the modules of its own folder, lowest first. What stands on a line may import its own
-# folder and the lines above it. The modules of SPLIT_FOLDERS stand each for itself.
+# Within a room: its folders and the modules of its own folder, lowest first. A module may import its own folder and the
+# lines above its line. The modules of SPLIT_FOLDERS are listed one by one.
 LEVELS = {
     "host": (
         "errors libc listener quantities systemd untrusted_json",
@@ -177,7 +177,7 @@ def _sets_state(node: ast.AST) -> bool:
 
 @pytest.mark.parametrize("room", ["runtime", "cri"])
 def test_only_the_state_sets_states(room: str) -> None:
-    """``State.move`` looks into the table of transitions; who sets a record's state elsewhere goes past it."""
+    """``State.move`` looks into the table of transitions; code elsewhere that sets a record's state bypasses it."""
     setting = [
         f"{path.relative_to(ROOT)}: {ast.unparse(node)}"
         for path in modules(room)

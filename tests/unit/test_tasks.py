@@ -15,7 +15,8 @@ def flights() -> SingleFlight[str, Any]:
 
 
 class Step:
-    """Work that says when it has begun, and ends when it is told to, or is cancelled and cleans up until it is told."""
+    """Work that says when it has begun, and ends when the test ends it. If it is cancelled, it cleans up until the test
+    ends it."""
 
     def __init__(self, result: object = "done") -> None:
         self.result = result

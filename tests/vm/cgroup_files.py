@@ -15,7 +15,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def information(client: CriClient, container_id: str) -> dict[str, Any]:
-    """What the agent tells of a container besides its status."""
+    """What the agent reports about a container besides its status."""
     request = cri_pb2.ContainerStatusRequest(container_id=container_id, verbose=True)
     told: dict[str, Any] = json.loads(client.call("ContainerStatus", request).info["info"])
     return told

@@ -46,7 +46,7 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Image:
-    """Where the parts lie."""
+    """The paths of the parts."""
 
     root_disk: Path
     kernel: Path

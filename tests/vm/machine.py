@@ -17,14 +17,14 @@ from tests.vm.image import Image
 from tests.vm.suites import Machine, write_suites
 
 _MASKED = ("apparmor.service", "docker-registry.service", "apt-daily.timer", "apt-daily-upgrade.timer")
-# What the kernel is told for each security module. Denials are not enforced with SELinux: Debian's policy knows neither
+# The kernel's options for each security module. Denials are not enforced with SELinux: Debian's policy knows neither
 # our tests nor the programs they start; what the kernel would decide can be asked.
 _SECURITY = {
     "apparmor": ("apparmor=1", "security=apparmor"),
     "selinux": ("selinux=1", "security=selinux", "enforcing=0", "audit=0"),
 }
 
-# Nobody attacks this machine; for the same reason its disk need not keep anything.
+# This machine is not attacked; for the same reason its disk need not keep anything.
 _FASTER = ("mitigations=off",)
 
 # The first line that virtme-ng runs as root once systemd is up; the shared folder is mounted at /mnt.
@@ -54,7 +54,7 @@ def boot(
     patience: float,
     stop: threading.Event,
 ) -> None:
-    """Run the machine's suites until it ends by itself, until ``deadline`` of the monotonic clock, or a ``stop``.
+    """Run the machine's suites until they end, until ``deadline`` of the monotonic clock, or a ``stop``.
 
     ``sources`` is the disk that holds them; logs, and ``result.json`` if it came to its end, are left in ``results``.
     """
@@ -134,7 +134,7 @@ def _end(machine: subprocess.Popen[bytes]) -> None:
 
 
 def _descendants(pid: int) -> list[int]:
-    """Pidfds of a process and of those below it, some of which lead sessions of their own."""
+    """Pidfds of a process and of those below it, some of which lead separate sessions."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -105,7 +105,7 @@ def chosen(wanted: Sequence[str], options: str, security: str) -> list[Machine]:
 
 
 def write_suites(suites: Sequence[Suite], file: Path) -> None:
-    """Tell the virtual machine what to run."""
+    """Set what the virtual machine runs."""
     file.write_text(json.dumps([asdict(suite) for suite in suites]))
 
 

@@ -102,7 +102,7 @@ def test_an_own_profile_denies_what_it_names(pod: Pod, own_profile: str) -> None
     ],
 )
 def test_the_default_denies_also_those_who_may_do_more(privileged_pod: Pod, command: str) -> None:
-    """All capabilities and no masked paths, /sys writable: only the profile stands between."""
+    """All capabilities and no masked paths, /sys writable: only the profile limits it."""
     answer = _with_everything_but_the_profile(privileged_pod, DEFAULT_NAME, command)
     assert answer.exit_code != 0
     assert b"ermission denied" in answer.stderr, answer

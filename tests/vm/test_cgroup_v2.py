@@ -1,4 +1,4 @@
-"""Containers on cgroup v2: limits, namespaces, out-of-memory kills, statistics and ends, whatever the cgroup driver."""
+"""Containers on cgroup v2: limits, namespaces, out-of-memory kills, statistics and ends, with either cgroup driver."""
 
 from __future__ import annotations
 

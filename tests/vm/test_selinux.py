@@ -66,7 +66,7 @@ def inside(pod: Pod, container_id: str, path: str) -> str:
 
 
 def may_write(process: str, file: str) -> bool:
-    """Whether the kernel lets a process write such a file, by its answer to a question (class file is asked for)."""
+    """Whether the kernel allows a process to write such a file, by its answer to a query (for class file)."""
     number = int((SELINUX / "class/file/index").read_text())
     bit = int((SELINUX / "class/file/perms/write").read_text())
     descriptor = os.open(SELINUX / "access", os.O_RDWR | os.O_CLOEXEC)

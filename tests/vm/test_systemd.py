@@ -32,7 +32,7 @@ def systemd_agent(
 
 @pytest.fixture
 def kubelets_slice() -> Iterator[str]:
-    """A pod's slice as kubelet makes it, told with its path as kubelet does."""
+    """A pod's slice as kubelet makes it, named with its path as kubelet does."""
     stem = f"podkeeltest{secrets.token_hex(3)}"
     name = f"{stem}-besteffort-pod1.slice"
     subprocess.run(["systemctl", "start", name], check=True)
@@ -74,7 +74,7 @@ def test_a_container_is_a_scope_in_kubelets_slice(systemd_agent: AgentProcess, k
         cri_pb2.UpdateContainerResourcesRequest(container_id=container_id, linux=change),
     )
     assert content(folder, "memory.max") == str(96 * MIB)
-    # What systemd was not told it would take back when it writes the limits of the scope again.
+    # systemd would remove settings that it does not know when it writes the limits of the scope again.
     subprocess.run(["systemctl", "daemon-reload"], check=True)
     subprocess.run(["systemctl", "set-property", "--runtime", slice_name, "IOAccounting=yes"], check=True)
     assert (content(folder, "memory.max"), content(folder, "cpu.max")) == (str(96 * MIB), "70000 100000")

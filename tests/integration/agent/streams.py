@@ -64,7 +64,7 @@ def _wanted(streams: str) -> dict[str, bool]:
 
 
 def run(agent: AgentProcess, *command: str, handler: str = "", host_network: bool = False, **fields: Any) -> Running:
-    """A pod of its own with one started container."""
+    """A separate pod with one started container."""
     config = sandbox_config(agent)
     if host_network:
         config.linux.security_context.namespace_options.network = cri_pb2.NODE
@@ -131,7 +131,7 @@ async def arrives(client: SpdyClient, stream_id: int, text: bytes) -> None:
 
 
 def resize(client: SpdyClient, stream_id: int, width: int, height: int) -> None:
-    """Tell the terminal's size as clients do."""
+    """Send the terminal's size as clients do."""
     client.send_now(stream_id, json.dumps({"Width": width, "Height": height}).encode() + b"\n")
 
 

@@ -106,7 +106,7 @@ def flooding(agent: AgentProcess, size: int) -> Running:
 
 
 def flood_lines(path: Path) -> int:
-    """How many lines of the flood a log holds, all of them whole and alike, and then the last one."""
+    """How many lines of the flood a log has, all of them complete and equal, and then the last one."""
     count, text = 0, b""
     with path.open("rb") as log:
         for line in log:

@@ -25,7 +25,7 @@ _PASS_ON = 'printf %s "$settings" | sed "s/.*prevResult\\":\\(.*\\)}/\\1/"'
 
 @dataclass
 class CniAgent:
-    """An agent in CNI mode, with folders of its own for configurations and plugins."""
+    """An agent in CNI mode, with separate folders for configurations and plugins."""
 
     agent: AgentProcess
     folders: PluginFolders
@@ -241,7 +241,7 @@ def test_bandwidth_annotations_that_are_no_rates_are_refused(cni: CniAgent) -> N
 
 
 def test_a_pod_whose_undo_waits_for_its_plugins_keeps_neither_its_name_nor_its_ports(cni: CniAgent) -> None:
-    """The same with another attempt to undo after a restart: DEL goes on in the background until it succeeds."""
+    """The same with another attempt to undo after a restart: DEL is repeated in the background until it succeeds."""
     client = cni.agent.client
     fails = cni.unless_repaired()
     cni.folders.configure(cni.folders.script("only", ADD=f"{fails}\n{result()}", DEL=fails))
@@ -272,7 +272,7 @@ def test_a_pod_whose_undo_waits_for_its_plugins_keeps_neither_its_name_nor_its_p
 
 @pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
 def test_a_pod_without_namespaces_goes_where_its_plugin_refuses_that(cni: CniAgent, version: str) -> None:
-    """As after a reboot. What DEL is refused for, GC gives back, where the plugins' version has it."""
+    """As after a reboot. GC releases what DEL fails for, if the plugins' version has GC."""
     client = cni.agent.client
     needs = f'if [ -z "$CNI_NETNS" ]; then {failure(4, "CNI_NETNS is required")}; fi'
     collect = cni.unless_repaired()

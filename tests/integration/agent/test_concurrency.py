@@ -25,7 +25,7 @@ _PODS = 60
 _CLIENTS = 20
 _SAME = 8
 
-# A process of its own: beside twenty client threads its own waiting for the GIL would be measured too.
+# A separate process: beside twenty client threads the test would also measure waits for the GIL.
 _PROBE = """
 import json, sys, threading, time
 from proto.runtime.v1 import cri_pb2
@@ -112,8 +112,8 @@ def test_sixty_pods_from_twenty_clients(agent: AgentProcess) -> None:
     assert not agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
     assert agent.client.findings() == []
     print(latencies)
-    # A call goes through two processes, each of which may wait for a processor as long as the asking one did. On two
-    # processors 60 to 130 ms were seen, by what else they do; a loop that is held for long shows all the same.
+    # A call passes two processes, each of which may wait for a processor as long as the calling one did. On two
+    # processors this took 60 to 130 ms, depending on other work. A blocked loop still shows.
     assert latencies.p99(latencies.calls) < 0.25 + 2 * latencies.p99(latencies.late), latencies
     assert max(latencies.calls) < 0.5 + 2 * max(latencies.late), latencies
 

@@ -49,7 +49,7 @@ def metric(agent: AgentProcess, name: str) -> int:
 
 
 class Subscriber:
-    """A connection of its own that asks for events; ``read`` takes them in, in a thread, until the stream ends."""
+    """A separate connection that asks for events; ``read`` receives them, in a thread, until the stream ends."""
 
     def __init__(self, agent: AgentProcess) -> None:
         before = metric(agent, "podkeel_event_subscribers")

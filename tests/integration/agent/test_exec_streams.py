@@ -102,7 +102,7 @@ async def test_terminal_has_the_clients_size_from_the_start_and_follows_it(conta
 
 
 async def test_short_commands_see_the_first_size(container: Running) -> None:
-    """crun sets it after it has let the command go, and is preempted in between now and then."""
+    """crun sets it after it has started the command, and is preempted in between now and then."""
     seen = []
     for _ in range(80):
         url = container.exec_url("stty", "size", streams="stdout", tty=True)

@@ -1,4 +1,5 @@
-"""The way of a pod: operations that go on, that failed and whose objects are gone, in the terminal and as JSON."""
+"""The history of a pod: operations that run, that failed and whose objects no longer exist, in the terminal and as
+JSON."""
 
 from __future__ import annotations
 

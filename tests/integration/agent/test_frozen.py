@@ -1,4 +1,4 @@
-"""Containers whose processes stand still: frozen by an operator or by their own program, or left by their conmon."""
+"""Containers whose processes do not run: frozen by an operator or by their own program, or left by their conmon."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_log_that_a_stopped_conmon_is_told_to_reopen_goes_on_with_it(agent: Agen
     os.kill(monitor, signal.SIGSTOP)
     rotated = path.rename(path.with_suffix(".1"))
     request = cri_pb2.ReopenContainerLogRequest(container_id=container_id)
-    for _ in range(2):  # it is told once, whatever is asked meanwhile
+    for _ in range(2):  # it is logged once, with any requests meanwhile
         with refused(grpc.StatusCode.INTERNAL, "did not open"):
             client.call("ReopenContainerLog", request)
     os.kill(monitor, signal.SIGCONT)

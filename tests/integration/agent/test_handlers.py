@@ -1,4 +1,4 @@
-"""Runtime handlers: several side by side in one agent, one by a wrapper of its own, one that does not work."""
+"""Runtime handlers: several side by side in one agent, one with a separate wrapper, one that does not work."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_the_configured_umask_holds_for_every_process(agent: AgentProcess) -> No
 
 
 def test_pods_count_for_disks_what_their_handler_says(agent: AgentProcess) -> None:
-    """The weight is the pod's, which holds against other pods; one by a parent of its own has it too."""
+    """The weight is the pod's and counts against other pods; a pod with a given parent has it too."""
     tree = CgroupTree.of_host(agent.cgroup_driver)
     for handler, expected in (("wrapped", "300"), ("runc", "50")):
         sandbox_id, container_id = start(agent, handler)
@@ -200,7 +200,7 @@ def test_pods_count_for_disks_what_their_handler_says(agent: AgentProcess) -> No
         weights = {name: (folder / name).read_text().split()[-1] for name in WEIGHTS if (folder / name).exists()}
         if not weights:
             assert "io_weight: cannot be set" in agent.log.read_text()
-        elif tree.driver == "cgroupfs":  # systemd has a scale of its own for BFQ
+        elif tree.driver == "cgroupfs":  # systemd has a different scale for BFQ
             assert set(weights.values()) == {expected}
         agent.client.stop_sandbox(sandbox_id)
         assert not folder.exists()

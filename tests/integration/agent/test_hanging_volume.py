@@ -30,7 +30,7 @@ _CONTAINERS = 16
 
 
 class Silent:
-    """A folder that hangs whoever looks at it, until ``end``: a FUSE file system that nobody serves."""
+    """A folder on which every access hangs, until ``end``: a FUSE file system without a server."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -194,7 +194,7 @@ def test_containers_that_wait_for_their_volumes_keep_no_others_waiting(agent: Ag
         config.mounts.add(container_path="/data", host_path=str(silent.path))
         request = cri_pb2.CreateContainerRequest(pod_sandbox_id=sandbox_id, config=config, sandbox_config=sandbox)
         waiting.append(agent.client.future("CreateContainer", request))
-    time.sleep(2)  # by then they hang, which nothing tells
+    time.sleep(2)  # by then they hang, which no event shows
     _, container_id = run_container(agent, "sleep", "1000")
     assert agent.client.exec(container_id, "echo", "works").stdout == b"works\n"
     agent.client.stop(container_id)

@@ -258,7 +258,7 @@ def test_kernel_and_devices_cannot_be_reached(
     assert [name for name, result in lines if result == "DONE"] == []
 
 
-# Called without arguments, which would do nothing if it were let through.
+# Called without arguments, which would do nothing if it were allowed.
 CALLS = "answer({name: call(number, 0, 0, 0, 0, 0) for name, number in %s.items()})"
 
 
@@ -290,7 +290,7 @@ def test_keyrings_are_the_container_s_own(agent: AgentProcess, handler: str) -> 
         path = agent.client.status(attacker.container_id).log_path
         wait_for(lambda path=path: log_lines(path), what="the container's word")
         first, executed = json.loads(log_lines(path)[0]), attacker.python(look)
-        assert first[0] != first[1], "the first process has no session keyring of its own"
+        assert first[0] != first[1], "the first process has no own session keyring"
         assert executed[0] != executed[1], "an executed one has that of all who have none"
         seen.append(first[0])
     assert len(set(seen)) == 2

@@ -109,7 +109,7 @@ def test_links_at_volumes_stay_inside(agent: AgentProcess, handler: str, image: 
     assert not [entry.target for entry in mount_table() if entry.target.startswith(str(host))]
 
 
-# Swaps a folder of the volume with a link to the host's root, as often as it can, until told to end.
+# Swaps a folder of the volume with a link to the host's root, as often as it can, until it is stopped.
 SWAP = """
 os.makedirs("/volume/target", exist_ok=True)
 os.path.lexists("/volume/link") or os.symlink("/", "/volume/link")

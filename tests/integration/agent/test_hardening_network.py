@@ -18,7 +18,7 @@ from tests.integration.agent.hardening import Attacker, like_kubelets, with_pyth
 from tests.support.agent import AgentProcess
 from tests.support.pods import sandbox_config
 
-# Sends a UDP packet from the pod in a frame to the node's side of the bridge, whatever the pod's routes say.
+# Sends a UDP packet from the pod in a frame to the node's side of the bridge, regardless of the pod's routes.
 FRAME = """
 import socket, struct
 gateway, target, port = {gateway!r}, {target!r}, {port}

@@ -31,7 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def hooked(
     tmp_path_factory: pytest.TempPathFactory, busybox: Path, folders: tuple[Path, Path]
 ) -> Iterator[AgentProcess]:
-    """An agent with folders of hooks of its own."""
+    """An agent with separate folders of hooks."""
     options = f"hooks_dirs = {json.dumps([str(folder) for folder in folders])}"
     with running_agent(tmp_path_factory.mktemp("agent"), busybox, options=options) as agent:
         yield agent

@@ -1,4 +1,4 @@
-"""Ids that never were, ids cut short, and calls repeated."""
+"""Unknown ids, shortened ids, and repeated calls."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ def test_an_ambiguous_prefix_is_refused(agent: AgentProcess) -> None:
     client = agent.client
     ids: list[str] = []
     sandbox = sandbox_config(agent)
-    while len({sandbox_id[0] for sandbox_id in ids}) == len(ids):  # at most 17 sandboxes until two begin alike
+    while len({sandbox_id[0] for sandbox_id in ids}) == len(
+        ids
+    ):  # at most 17 sandboxes until two ids begin with the same character
         sandbox.metadata.attempt = len(ids)
         ids.append(client.run_sandbox(sandbox))
     prefix = ids[-1][0]

@@ -1,4 +1,4 @@
-"""kubectl itself at the streams of a real agent, over SPDY and WebSocket where its version speaks both."""
+"""kubectl itself with the streams of a real agent, over SPDY and WebSocket if its version supports both."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _minor_version() -> int:
 def kubectl(request: pytest.FixtureRequest, agent: AgentProcess, tmp_path: Path) -> Iterator[Start]:
     """Starts kubectl, for the containers of the test's other fixtures; what still runs at the end is killed."""
     if request.param == "websocket" and _minor_version() < _MINOR_WITH_WEBSOCKETS:
-        pytest.skip(f"kubectl speaks WebSocket since 1.{_MINOR_WITH_WEBSOCKETS}")
+        pytest.skip(f"kubectl supports WebSocket since 1.{_MINOR_WITH_WEBSOCKETS}")
     names = {"container": "main", "reader": "reader"}
     containers = {names[n]: request.getfixturevalue(n) for n in names if n in request.fixturenames}
     websocket = str(request.param == "websocket").lower()

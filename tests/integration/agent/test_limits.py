@@ -231,7 +231,7 @@ def test_processes_are_limited_by_the_node(agent: AgentProcess, handler: str) ->
 
 @pytest.mark.parametrize("given", [False, True])
 def test_containers_are_in_the_pod_s_cgroup_under_their_own_id(agent: AgentProcess, handler: str, given: bool) -> None:
-    """By the path the kernel tells; a parent that the client gave outlives the pod, one of its own does not."""
+    """By the path that the kernel reports. A parent that the client gave outlives the pod, the agent's own does not."""
     tree = CgroupTree.of_host(agent.cgroup_driver)
     sandbox = sandbox_config(agent)
     if given:

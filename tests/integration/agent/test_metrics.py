@@ -96,7 +96,7 @@ def test_calls_stages_and_states_are_counted(agent: AgentProcess) -> None:
     assert rise("podkeel_calls_total", method="RunPodSandbox", code="OK") == 1
     assert rise("podkeel_calls_total", method="ContainerStatus", code="NOT_FOUND") == 1
     none_yet = ("podkeel_calls_total", frozenset({("method", "ContainerStatus"), ("code", "INTERNAL")}))
-    assert after[none_yet] == 0, "whoever alerts on errors sees the first one"
+    assert after[none_yet] == 0, "an alert on errors sees the first one"
     assert rise("podkeel_call_seconds_count", method="StartContainer") == 1
     assert 0 < rise("podkeel_call_seconds_sum", method="StartContainer") < 10
     assert value(after, "podkeel_calls_in_flight", method="RunPodSandbox") == 0
@@ -293,7 +293,7 @@ def verbose(agent: AgentProcess, container_id: str) -> str:
 def test_a_taken_default_address_keeps_no_agent_from_serving(tmp_path: Path, busybox: Path) -> None:
     host, _, port = DEFAULT_METRICS_ADDRESS.rpartition(":")
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # somebody has it already, which is as good
+        with contextlib.suppress(OSError):  # another process has it already, which is as good
             stack.enter_context(socket.create_server((host, int(port))))
         agent = stack.enter_context(running_agent(tmp_path, busybox, options="[metrics]"))
         assert agent.client.call("Version", cri_pb2.VersionRequest()).runtime_name == "podkeel"

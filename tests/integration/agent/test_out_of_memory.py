@@ -15,7 +15,7 @@ from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import container_config, run_container, sandbox_config, wait_for_log
 
 LIMITS = cri_pb2.LinuxContainerConfig(resources=cri_pb2.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
-# The first child of the program is killed; the program goes on.
+# The first child of the program is killed; the program keeps running.
 LOSE_A_CHILD = "sh -c 'exec tail /dev/zero'; echo child $?"
 
 
@@ -57,7 +57,7 @@ def test_a_kill_from_outside_soon_after_a_child_was_lost_is_an_error(agent: Agen
 
 
 def test_kills_in_another_container_of_the_pod_do_not_count(agent: AgentProcess) -> None:
-    """cgroup v1 tells all containers of a pod that the limit of the pod was reached."""
+    """cgroup v1 notifies all containers of a pod that the limit of the pod was reached."""
     client = agent.client
     sandbox = sandbox_config(agent)
     sandbox_id = client.run_sandbox(sandbox)

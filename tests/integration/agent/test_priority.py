@@ -1,4 +1,4 @@
-"""The agent goes first on its processors, and nothing that it starts does."""
+"""The agent has priority on its processors, and nothing that it starts has it."""
 
 from __future__ import annotations
 

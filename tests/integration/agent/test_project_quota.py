@@ -53,7 +53,7 @@ def filesystem(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     subprocess.run([*make, str(image)], check=True)
     target.mkdir()
     if shutil.which("modprobe"):
-        for module in ("loop", "quota_v2"):  # where they are no modules, the mount tells
+        for module in ("loop", "quota_v2"):  # if they are no modules, the mount shows it
             subprocess.run(["modprobe", "--quiet", module], check=False)
     mount = ["mount", "-o", "loop,prjquota,strictatime", str(image), str(target)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
@@ -150,7 +150,7 @@ def test_what_is_written_is_told_at_once_and_exactly(agent: AgentProcess, filesy
     assert full.used_bytes.value < usage.used_bytes.value < full.used_bytes.value + MIB // 10
     subprocess.run(["sync", "--file-system", str(filesystem)], check=True)
     synced = layer_of(agent, container_id)
-    assert upper.joinpath("d").stat().st_atime_ns == read  # nobody has walked there
+    assert upper.joinpath("d").stat().st_atime_ns == read  # no thread has walked there
     assert (synced.used_bytes.value, synced.inodes_used.value) == taken(upper)
     agent.client.output(container_id, "mv", "/d", "/e")
     agent.client.output(container_id, "rm", "/e/file")

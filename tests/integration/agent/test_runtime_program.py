@@ -84,7 +84,7 @@ def test_a_start_without_the_program_ends_the_container(agent: AgentProcess, pro
 def test_a_program_that_is_gone_is_no_answer_that_the_pod_is(
     agent: AgentProcess, program: Path, tmp_path: Path
 ) -> None:
-    """Clients take NOT_FOUND for the removal's success."""
+    """For clients, NOT_FOUND means that the removal succeeded."""
     sandbox = sandbox_config(agent)
     sandbox_id = agent.client.run_sandbox(sandbox)
     container_id = agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), sandbox)

@@ -216,7 +216,7 @@ def test_unknown_id_is_not_found(agent: AgentProcess, call: Callable[[AgentProce
 
 
 def test_pods_of_every_kind_side_by_side(agent: AgentProcess) -> None:
-    """Alone in a parent of its own, sharing a parent, without one, without containers, on the node's network."""
+    """Alone in a parent, sharing a parent, without one, without containers, on the node's network."""
     client = agent.client
     host = cri_pb2.NamespaceOption(network=cri_pb2.NODE, pid=cri_pb2.CONTAINER)
     security = cri_pb2.LinuxSandboxSecurityContext(namespace_options=host)
@@ -300,7 +300,7 @@ def test_neither_descriptors_nor_namespaces_are_kept_of_what_is_gone(own_agent: 
     assert kept() > before
     networks = set()
     for thread in (process / "task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the visitor has just ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
             networks.add(thread.joinpath("ns/net").readlink())
     assert networks == {process.joinpath("ns/net").readlink()}
     own_agent.client.remove(container_id)

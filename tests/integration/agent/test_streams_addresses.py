@@ -1,4 +1,4 @@
-"""Where a real agent listens for streams, and whom it lets in there."""
+"""The addresses where a real agent listens for streams, and the clients that it accepts there."""
 
 from __future__ import annotations
 

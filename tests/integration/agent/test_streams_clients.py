@@ -1,4 +1,4 @@
-"""What kubectl does with the streams of a real agent, in every protocol that it has spoken."""
+"""kubectl's use of the streams of a real agent, in every protocol of its versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors are told as what they are: mounts that cannot be made, programs that cannot be run, ranges of ids."""
+"""Errors name their cause: mounts that cannot be made, programs that cannot be run, ranges of ids."""
 
 from __future__ import annotations
 

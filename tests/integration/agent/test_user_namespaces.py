@@ -1,4 +1,4 @@
-"""Pods with a user namespace of their own: root inside is nobody outside, and files look right from both sides."""
+"""Pods with a user namespace: root inside has no rights outside, and files look right from both sides."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def add_mapped(
     """A volume whose ids are mapped like those of the pods here."""
     mapping = [cri_pb2.IDMapping(host_id=first, container_id=0, length=65536)]
     config.mounts.append(
-        cri_pb2.Mount(container_path=path, host_path=str(source), uidMappings=mapping, gidMappings=mapping, **fields)  # type: ignore[arg-type]  # whatever fields of Mount a test gives
+        cri_pb2.Mount(container_path=path, host_path=str(source), uidMappings=mapping, gidMappings=mapping, **fields)  # type: ignore[arg-type]  # any fields of Mount that a test gives
     )
 
 
@@ -99,7 +99,7 @@ def test_volumes_with_mapped_ids_keep_their_owners_on_the_host(
     (tmp_path / "kept" / "file").write_text("kept")
     (tmp_path / "single").write_text("one file")
     os.chown(tmp_path / "single", 1000, 1000)
-    tmp_path.chmod(0o700)  # what is above a volume need not let the pod's root through
+    tmp_path.chmod(0o700)  # folders above a volume need not allow the pod's root to pass
     add_mapped(config, "/volume", tmp_path / "volume")
     add_mapped(config, "/made", tmp_path / "made")
     add_mapped(config, "/kept", tmp_path / "kept", readonly=True)

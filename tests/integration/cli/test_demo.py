@@ -1,4 +1,4 @@
-"""``make run`` as CI calls it, with folders, a bridge and a subnet of its own."""
+"""``make run`` as CI calls it, with separate folders, bridge and subnet."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ async def front(registry: Registry) -> AsyncIterator[Front]:
 
 
 class Command:
-    """A ``podkeel`` client in a process of its own; ``terminal`` gives it one for its standard error."""
+    """A ``podkeel`` client in a separate process; ``terminal`` gives it one for its standard error."""
 
     def __init__(self, agent: AgentProcess) -> None:
         self._environment = {**os.environ, "PODKEEL_SOCKET": agent.address, "COLUMNS": "100", "LINES": "30"}
@@ -76,7 +76,7 @@ async def test_a_pull_shows_its_layers(podkeel: Command, front: Front) -> None:
         drawn = await asyncio.to_thread(read_all, terminal.fileno())
     out_bytes, _ = await process.communicate()
     assert out_bytes.startswith(b"sha256:")
-    assert "\x1b[1A" in drawn, "each drawing goes over the one before"
+    assert "\x1b[1A" in drawn, "each drawing replaces the one before"
     assert "━" in drawn
     assert "/s, " in drawn
     assert "3 of 3 layers" in drawn.splitlines()[-1]

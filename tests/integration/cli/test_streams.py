@@ -187,7 +187,7 @@ def test_keys_leave_a_terminal_and_its_container(agent: AgentProcess, terminal: 
     screen = terminal("attach", "-it", container.id)
     screen.type(b"echo $((6 * 7))\n")
     screen.wait_for(b"42")
-    # The first of the keys alone goes to the container, with what follows.
+    # The first of the keys alone is sent to the container, with what follows.
     screen.type(b"echo $((100 * 11))")
     screen.type(b"\x10")
     screen.type(b"\n")

@@ -31,7 +31,7 @@ def pod(agent: AgentProcess) -> Pod:
 
 @pytest.fixture
 def image(agent: AgentProcess, registry: Registry) -> Iterator[MakeImage]:
-    """Makes a busybox image with a configuration of its own and pulls it; removed after the test."""
+    """Makes a busybox image with a given configuration and pulls it; removed after the test."""
     made: list[str] = []
 
     def make(name: str, config: Mapping[str, object]) -> str:

@@ -25,7 +25,7 @@ def host(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a shared mount, with a mount of its own inside."""
+    """A folder on a shared mount, with another mount inside."""
     folder = tmp_path / "shared"
     folder.mkdir()
     libc.mount("tmpfs", str(folder), "tmpfs", 0, "size=1m")
@@ -219,7 +219,7 @@ def test_etc_hosts_of_the_client_goes_before_ours(pod: Pod, host: Path) -> None:
 
 
 def test_subpath_of_a_volume_by_its_descriptor(pod: Pod, host: Path) -> None:
-    """kubelet gives bind mounts of its own for subPaths: the mount that was there counts, not its path later."""
+    """kubelet makes bind mounts for subPaths: the mount of that time counts, not its path later."""
     target = host / "volume-subpath"
     target.mkdir()
     source = host / "volume"

@@ -133,7 +133,7 @@ def test_shared_pid_namespace(agent: AgentProcess) -> None:
     processes = agent.client.output(first, "ps", "-o", "pid,args").splitlines()
     assert any("sleep 2222" in line for line in processes)
     assert not any(line.split()[0] == "1" and "sleep" in line for line in processes)
-    # What is left behind goes to the namespace's init, which reaps it.
+    # Orphans become children of the namespace's init, which reaps them.
     agent.client.output(first, "sh", "-c", "(true & exec setsid true) & exit 0")
     zombies = agent.client.output(first, "sh", "-c", "grep -l 'State:.Z' /proc/[0-9]*/status 2>/dev/null || true")
     wait_for(lambda: not zombies or _no_zombies(agent, first), what="the reaping")

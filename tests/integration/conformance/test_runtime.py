@@ -48,7 +48,7 @@ def test_verbose_status_is_json(agent: AgentProcess) -> None:
 def test_runtime_config_says_the_driver(agent: AgentProcess) -> None:
     answer = agent.client.call("RuntimeConfig", cri_pb2.RuntimeConfigRequest())
     chosen = re.search('cgroup_driver = "(systemd|cgroupfs)"', os.environ.get("PODKEEL_TEST_RUNTIME_OPTIONS", ""))
-    # Of its own accord the agent goes with systemd where that runs and cgroup v2 is.
+    # By default the agent uses systemd if that runs and cgroups are version 2.
     has_systemd = Path("/run/systemd/system").is_dir() and Path("/sys/fs/cgroup/cgroup.controllers").exists()
     driver = chosen[1] if chosen else "systemd" if has_systemd else "cgroupfs"
     assert answer.linux.cgroup_driver == {"systemd": cri_pb2.SYSTEMD, "cgroupfs": cri_pb2.CGROUPFS}[driver]

@@ -81,7 +81,7 @@ class Node:
         return self.run / "containers" / container_id / "rootfs"
 
     async def leftovers(self) -> dict[str, list[str]]:
-        """What lies on the disk of layers and blobs, and what the store's tables hold."""
+        """The layers and blobs on the disk, and the rows of the store's tables."""
         await self.images.emptied()
         found = {
             name: sorted(path.name for path in (self.data / name).iterdir())
@@ -101,7 +101,7 @@ class Node:
 
 @pytest.fixture
 async def new_node(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Node]]]:
-    """Makes nodes with the options given, each in a folder of its own."""
+    """Makes nodes with the options given, each in a separate folder."""
     async with AsyncExitStack() as stack:
         count = 0
 

@@ -1,4 +1,4 @@
-"""What goes wrong on a disk is found, dropped alone, and pulled anew."""
+"""Damage on a disk is found, removed alone, and pulled again."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def test_broken_layers(node: Node, registry: Registry, built: BuiltImage, 
     (repaired,) = await findings(node, repair=True)
     assert repaired.repair == "dropped with its images: pull them again"
     assert node.store.images() == (other,)
-    assert (node.target("running") / "etc/more").stat().st_size == 3 << 20, "containers go on"
+    assert (node.target("running") / "etc/more").stat().st_size == 3 << 20, "containers keep running"
     again = await node.puller.pull(name)
     assert again.layers[0] != image.layers[0]
     assert again.layers[1] == image.layers[1], "what is whole is not fetched again"

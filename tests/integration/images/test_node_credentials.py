@@ -1,4 +1,4 @@
-"""The node's own credentials: where they come from, and that they go to nobody else."""
+"""The node's own credentials: their sources, and that no other host gets them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def test_redirects_and_mirrors_do_not_get_them(
         await node.puller.pull(f"{front.host}/team/app")
     assert sent(other) == set()
     front.redirect_blobs_to = ""
-    # A mirror that asks gets its own credentials, never those of the registry it stands for.
+    # A mirror that asks gets its own credentials, never those of the registry that it mirrors.
     folder = Path(node.options.registry_config_dir) / front.host
     folder.mkdir(parents=True)
     (folder / "hosts.toml").write_text(f'server = "http://{front.host}"\n[host."http://{other.host}"]\n')

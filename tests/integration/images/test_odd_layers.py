@@ -98,7 +98,7 @@ async def test_names_may_go_up_within_the_layer(node: Node) -> None:
 
 
 async def as_compressed(node: Node, layer: bytes, compress: Callable[[bytes], bytes], suffix: str) -> Path:
-    """The folder of a layer that came in a form and with a media type of its own."""
+    """The folder of a layer with a given form and media type."""
     archive = node.root / "compressed.tar"
     BuiltImage((layer,), compress=compress, suffix=suffix).write_oci(archive, "test:latest")
     await node.puller.import_archive(archive)
@@ -349,7 +349,7 @@ async def test_errors_are_of_the_layer(node: Node) -> None:
 
 
 def replaced_on_the_way(*inside: tuple[tarfile.TarInfo, bytes], to: str) -> bytes:
-    """A layer whose entries lie behind a link that leads elsewhere in the end."""
+    """A layer whose entries are behind a link that leads elsewhere in the end."""
     link = entry("way", kind=tarfile.SYMTYPE, link="real")
     return make_tar([folder("real"), link, *inside, entry("way", kind=tarfile.SYMTYPE, link=to), entry("after", "it")])
 

@@ -28,9 +28,9 @@ Facts = dict[str, tuple[object, ...]]
 
 
 def facts(root: Path) -> Facts:
-    """What can be told of each entry of a tree, by its path.
+    """The attributes of each entry of a tree, by its path.
 
-    The times of folders are left out: umoci lets those move whose entries it adds after them.
+    The times of folders are left out: umoci changes them when it adds entries afterwards.
     """
     found: Facts = {}
     for path in sorted((root, *root.rglob("*"))):

@@ -53,7 +53,7 @@ async def test_tokens(node: Node, front: Front, built: BuiltImage) -> None:
         await pull(node, front, Credentials(username="user", password="wrong"))
     front.seen.clear()
     assert await pull(node, front, Credentials(username="user", password="secret")) == built.id
-    assert sent_with(front, "/blobs/") == {f"Bearer {TOKEN}"}, "the password goes to the token server alone"
+    assert sent_with(front, "/blobs/") == {f"Bearer {TOKEN}"}, "only the token server gets the password"
     await node.store.remove(built.id)
     assert await pull(node, front, Credentials(registry_token=TOKEN)) == built.id
 

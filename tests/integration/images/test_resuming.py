@@ -1,4 +1,4 @@
-"""What came of a layer before its pull broke off is not fetched again, and proves nothing by itself."""
+"""The fetched bytes of an interrupted pull are not fetched again, and are checked before use."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ RANGE_ANSWERS: dict[str, Callable[[int, bytes], web.Response]] = {
         206, whole[begin + 7 :], f"bytes {begin + 7}-{len(whole) - 1}/{len(whole)}"
     ),
     "from the first byte": lambda begin, whole: part(206, whole, f"bytes 0-{len(whole) - 1}/{len(whole)}"),
-    "from nobody knows where": lambda begin, whole: part(206, whole, ""),
+    "from an unknown source": lambda begin, whole: part(206, whole, ""),
     "in another unit": lambda begin, whole: part(206, whole, f"pages 0-{len(whole) - 1}/{len(whole)}"),
     "as a whole": lambda begin, whole: part(200, whole, ""),
 }

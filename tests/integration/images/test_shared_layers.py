@@ -229,7 +229,7 @@ async def test_a_layer_opens_nothing_before_it_has_its_slot(node: Node, registry
         pulling = pull(node, front, "many")
         await until(lambda: node.puller.pulls() and node.puller.pulls()[0].layers)
         await until(lambda: sum("/blobs/" in path for _, path, _ in front.seen) >= 5)
-        await asyncio.sleep(0.2)  # all that goes on without a slot
+        await asyncio.sleep(0.2)  # all that continues without a slot
         assert len(opened_below(node.data)) <= 4 * 2, "max_parallel_downloads layers have files open"
         gate.set()
         assert (await asyncio.wait_for(pulling, 60)).id == many.id

@@ -29,7 +29,7 @@ BODIES = {
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\n" % KIND.encode()
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
-# What is sent at first, and what is sent again and again then; ``%b`` stands for the body as a chunk.
+# The bytes that are sent first, and those that are then sent repeatedly; ``%b`` is the body as a chunk.
 ENDLESS = {
     "one header": (OK + b"X-Long: ", b"x"),
     "headers": (OK, b"X-More: x\r\n"),

@@ -211,7 +211,7 @@ async def test_a_registry_that_names_no_place_to_upload_to(node: Node, scripted:
 
 
 def authority(folder: Path, name: str) -> tuple[Path, ssl.SSLContext]:
-    """A certificate of its own for 127.0.0.1, and a server's settings with it."""
+    """A new certificate for 127.0.0.1, and a server's settings with it."""
     key, certificate = folder / f"{name}.key", folder / f"{name}.pem"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     command += ["-days", "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]

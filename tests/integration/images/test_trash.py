@@ -1,4 +1,4 @@
-"""Emptying the trash in the background, out of the way of pulls."""
+"""Emptying the trash in the background, without delaying pulls."""
 
 from __future__ import annotations
 

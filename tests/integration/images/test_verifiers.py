@@ -78,7 +78,7 @@ async def test_one_that_denies_is_enough(node: Node, registry: Registry, script:
     assert caught.value.message.startswith("SignatureValidationFailed: ")
     assert f"{name} ({digest_of(built.blobs()[1])})" in caught.value.message
     assert await node.leftovers() == {}
-    # What is on the node already is not let through either, and stays as it is.
+    # An image that the node has is refused too, and stays as it is.
     verifier(node, "b", "exit 0")
     image = await node.puller.pull(name)
     verifier(node, "b", script, mode)

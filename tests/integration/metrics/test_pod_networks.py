@@ -112,7 +112,7 @@ async def test_reading_leaves_the_agent_in_its_own_namespace(pods: tuple[str, st
 
 
 async def test_what_a_visitor_starts_is_at_home(pods: tuple[str, str]) -> None:
-    """A thread lives in the namespace of the one that starts it, and would keep a pod's for good."""
+    """A thread is in the namespace of the one that starts it, and would keep a pod's namespace for ever."""
     found: list[Path] = []
 
     def visit() -> None:

@@ -1,4 +1,4 @@
-"""A node whose pods are connected by CNI plugins: Debian's, or scripts that do what a test tells them."""
+"""A node whose pods are connected by CNI plugins: Debian's, or scripts that a test controls."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class CniNode(PluginFolders):
 
 @contextlib.asynccontextmanager
 async def cni_node(folder: Path, **options: object) -> AsyncIterator[CniNode]:
-    """A node that is not started yet; whatever was made in it is gone afterwards."""
+    """A node that is not started yet; everything that was made in it is removed afterwards."""
     bridge = f"pkt{_session}{next(_numbers) % 256:02x}"
     database = Database(folder / "store.db", {"network": MIGRATIONS})
     node = CniNode(folder, bridge, _subnets[next(_numbers) % len(_subnets)], database, options)

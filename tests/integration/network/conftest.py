@@ -93,7 +93,7 @@ class Node:
 
 
 def spare_subnet() -> str:
-    """The first three numbers of a range nobody else uses."""
+    """The first three numbers of an unused range."""
     return f"10.{_octet}.{next(_numbers) % 128}"
 
 
@@ -141,7 +141,7 @@ async def dual(tmp_path: Path) -> AsyncIterator[Node]:
 
 @dataclass
 class Outside:
-    """A machine next to the node: a namespace on a wire of its own."""
+    """A machine next to the node: a namespace with its own link."""
 
     namespace: Namespace
     ip: str

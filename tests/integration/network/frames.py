@@ -1,4 +1,4 @@
-"""Ethernet frames as a pod that lies would send them."""
+"""Ethernet frames as a pod with forged addresses would send them."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Namespace:
         return self.run(lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     def close(self) -> None:
-        """Let the namespace go; repeatable."""
+        """Release the namespace; repeatable."""
         mounts.unmount(self.path)
 
 

@@ -1,4 +1,4 @@
-"""Firewalls of others, in a network namespace that stands for the node."""
+"""Firewalls of others, in a network namespace that represents the node."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ asyncio.run(main(*sys.argv[1:]))
 
 
 def _look(folder: Path, firewall: str, remedy: str = "") -> dict[str, Any]:
-    """What is told of a node with that firewall, set up by a shell script; and after doing what is advised."""
+    """The report on a node with that firewall, set up by a shell script; and after following its advice."""
     links = "ip link set lo up; ip link add eth0 type veth peer name far; ip link set eth0 up; ip link set far up"
     links += "; ip route add default dev eth0"
     script = f'set -e; {links}\n{firewall}\nexec "$@"'

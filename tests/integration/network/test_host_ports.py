@@ -151,7 +151,7 @@ async def test_the_same_number_is_free_for_another_protocol_and_zero_means_none(
 
 @pytest.mark.parametrize("version", [4, 6])
 async def test_sctp_reaches_the_pod_at_its_own_port(dual: Node, version: int) -> None:
-    """By hand, since this kernel need not speak SCTP to forward it."""
+    """By hand, since this kernel need not support SCTP to forward it."""
     port, family = 20090, socket.AF_INET if version == 4 else socket.AF_INET6
     pod = await dual.pod("server", PortMapping("sctp", 9, port))
     other = await dual.pod("client")

@@ -91,7 +91,7 @@ async def test_a_pod_cannot_use_what_is_not_its_own(node: Node) -> None:
             wire.send(frames.udp(macs, addresses, port, payload))
         wire.send(frames.udp((own, bridge), (liar.ip, gateway), port, b"truth"))
         assert server.recv(64) == b"truth"
-        await load(remove_script(node.bridge))  # the control: without the rules the same lies arrive
+        await load(remove_script(node.bridge))  # the control: without the rules the same forged packets arrive
         for payload in (b"victim's address", b"past the bridge"):
             wire.send(frames.udp(*lies[payload], port, payload))
             assert server.recv(64) == payload

@@ -17,7 +17,7 @@ from tests.support.pods import container_config, run_container, sandbox_config
 
 
 class Held:
-    """What a plugin does in an event: the first time it waits until it is let go."""
+    """The action of a plugin in an event: the first time it waits until the test releases it."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
@@ -51,7 +51,7 @@ def test_a_client_that_leaves_in_an_event_leaves_nothing_and_a_retry_works(agent
         gone = plugin.told[-1][1]
         before = states(agent)
         call.cancel()
-        assert states(agent) == before  # and the agent knows that the client has left, which it was told earlier
+        assert states(agent) == before  # and the agent knows that the client has left, which it learnt earlier
         held.release.set()
         if event == "RunPodSandbox":
             made = agent.client.run_sandbox(sandbox)  # waits until the first is undone

@@ -1,4 +1,4 @@
-"""Which events plugins are told, in which order, and what clients see meanwhile."""
+"""The events that plugins get, their order, and what clients see meanwhile."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_container_whose_program_is_missing_is_stopped_once(agent: AgentProces
 
 
 class Held:
-    """What a plugin does in an event: it waits until it is let go."""
+    """The action of a plugin in an event: it waits until the test releases it."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()

@@ -71,7 +71,7 @@ def cgroup_file(agent: AgentProcess, container_id: str, file: str) -> str:
 
 
 def update(agent: AgentProcess, container_id: str, resources: Resources) -> list[nri_pb2.ContainerUpdate]:
-    """Have a plugin update a container at a time of its own; the updates that failed."""
+    """Have a plugin update a container outside of an event; returns the updates that failed."""
     request = nri_pb2.UpdateContainersRequest()
     request.update.add(container_id=container_id).linux.resources.CopyFrom(resources)
     with connected(Recorder(agent.nri_socket, "30", "updater")) as plugin:
@@ -188,7 +188,7 @@ def test_scheduling(agent: AgentProcess, sandbox_id: str) -> None:
 
 
 def test_scheduling_that_the_kernel_refuses_is_named_and_leaves_nothing(agent: AgentProcess, sandbox_id: str) -> None:
-    # The time of a task of SCHED_DEADLINE must be longer than the clock can tell.
+    # The time of a task of SCHED_DEADLINE must be longer than the clock's resolution.
     scheduler = nri_pb2.LinuxScheduler(policy=nri_pb2.SCHED_DEADLINE, runtime=1, deadline=1, period=1)
     adjust = nri_pb2.ContainerAdjustment(linux=Linux(scheduler=scheduler))
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "NRI plugin 10-recorder: LinuxSched"):

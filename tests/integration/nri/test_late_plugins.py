@@ -148,6 +148,6 @@ def test_a_plugin_that_waits_inside_an_event_for_its_own_update_costs_its_time_o
 
 
 def plugin_that_sees(agent: AgentProcess, container_id: str) -> int:
-    """The state of a container that a new plugin is told."""
+    """The state of a container that a new plugin gets."""
     with connected(Recorder(agent.nri_socket, name="other")) as plugin:
         return _state_of(plugin, container_id)

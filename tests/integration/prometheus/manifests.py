@@ -1,4 +1,4 @@
-"""What lies in manifests/prometheus and manifests/grafana, read as the tests need it."""
+"""The files of manifests/prometheus and manifests/grafana, read as the tests need them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OPERATORS = {"and", "or", "unless", "offset", "bool", "by", "without", "on", "i
 
 @dataclass(frozen=True)
 class Query:
-    """A query and where it stands."""
+    """A query and its place."""
 
     place: str
     expression: str

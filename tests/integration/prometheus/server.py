@@ -1,4 +1,4 @@
-"""Debian's Prometheus with a data folder and a loopback port of its own, for as long as a test needs it."""
+"""Debian's Prometheus with its own data folder and loopback port, for as long as a test needs it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def running_prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody has."""
+    """A free port of loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The rules and the dashboard by themselves: promtool's checks, and what people expect of such files."""
+"""The rules and the dashboard alone: promtool's checks, and what people expect of such files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_configuration_of_a_node() -> None:
 
 
 def test_configuration_of_a_cluster(tmp_path: Path) -> None:
-    """Debian builds Prometheus without the discovery of Kubernetes: another stands for it here."""
+    """Debian builds Prometheus without the discovery of Kubernetes: another one replaces it here."""
     config: dict[str, Any] = yaml.safe_load((PROMETHEUS / "prometheus-cluster.yml").read_text())
     for job in config["scrape_configs"]:
         assert job.pop("kubernetes_sd_configs") == [{"role": "node"}]
@@ -114,7 +114,7 @@ def test_recorded_series_that_are_used_are_recorded() -> None:
     queries = [*rule_queries(), *dashboard_queries()]
     used = {metric_of(found) for query in queries for found in selectors(query.expression) if ":" in metric_of(found)}
     assert used <= recorded
-    assert recorded - used == set(), "nobody asks for these"
+    assert recorded - used == set(), "no query asks for these"
 
 
 def test_errors_that_are_the_node_s_have_series_from_the_start() -> None:

@@ -58,7 +58,7 @@ class Played:
 
 
 class Player:
-    """Plays one recording; kubelet's files lie below ``kubelet``."""
+    """Plays one recording; kubelet's files are below ``kubelet``."""
 
     def __init__(self, agent: AgentProcess, name: str, names: Names, kubelet: Path) -> None:
         self._agent = agent

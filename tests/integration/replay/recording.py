@@ -1,4 +1,4 @@
-"""What a kubelet asked of another node agent, with the names of this machine put in place of the recorded ones."""
+"""The requests of a kubelet to another node agent, with the names of this machine instead of the recorded ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def entries(name: str) -> Iterator[Entry]:
 
 
 class Names:
-    """Recorded names and those that stand for them here; ids are learnt as objects are made."""
+    """Recorded names and their replacements here; ids are learnt when objects are made."""
 
     def __init__(self, names: dict[str, str]) -> None:
         self._names = dict(names)

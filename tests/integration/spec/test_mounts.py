@@ -105,7 +105,9 @@ def test_host_to_container_alone_receives_mounts_made_later(run: Run, shared: Pa
 
 @contextmanager
 def run_beside(shared: Path) -> Iterator[None]:
-    """Once the container has the mount (a second one appears), mount something below it and let the container go on."""
+    """Once the container has the mount (a second one appears), mount something below it and let the
+    container continue.
+    """
 
     def mount_later() -> None:
         deadline = time.monotonic() + 10

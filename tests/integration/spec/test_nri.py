@@ -114,7 +114,7 @@ def test_devices(run: Run, runtime: str) -> None:
 
 
 def test_a_device_needs_no_rule_of_its_own(run: Run) -> None:
-    """Nothing else lets the container open it; whether the node has that device is another thing."""
+    """Nothing else allows the container to open it. The node need not have that device."""
     result = run("mknod /x c 10 229; cat /x")
     assert "not permitted" in result.output
     device = nri_pb2.LinuxDevice(path="/dev/fuse2", type="c", major=10, minor=229)

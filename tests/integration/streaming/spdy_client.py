@@ -88,7 +88,7 @@ class SpdyClient:
         return {name: await self.open(streamtype=name) for name in ("error", *names)}
 
     def send_now(self, stream_id: int, data: bytes, *, fin: bool = False) -> None:
-        """Write data whatever the windows say."""
+        """Write data regardless of the windows."""
         self.writer.write(b"".join(self.session.data(stream_id, data, fin=fin)))
 
     async def send(self, stream_id: int, data: bytes, *, fin: bool = False) -> None:

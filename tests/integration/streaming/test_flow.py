@@ -56,7 +56,7 @@ async def test_a_slow_reader_slows_the_process(server: StreamingServer, connect:
     for _ in range(25):
         await asyncio.sleep(0.1)
         sizes.append(written.stat().st_size if written.exists() else 0)
-    assert sizes[-1] == sizes[-5], "the process goes on writing"
+    assert sizes[-1] == sizes[-5], "the process keeps writing"
     assert sizes[-1] < 30
     assert resident() - before < 16 * MIB
 

@@ -130,7 +130,7 @@ async def test_every_way_at_every_moment(
         options = {"ssl": ssl.create_default_context(cafile=str(certificates / "ca.pem"))}
     server = StreamingServer(backend, limits)
     await server.start()
-    # It ends by itself when half closed: then the server has more to say than the client reads.
+    # It ends when half closed: then the server has more data than the client reads.
     url = server.exec_url("c", ["head", "-c", "3000000", "/dev/zero"], tty=False, stdin=True, stdout=True, stderr=False)
     host, port = url.split("/")[2].split(":")
     if moment in ("before the request", "within the request"):

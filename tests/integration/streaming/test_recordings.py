@@ -128,7 +128,7 @@ async def test_websocket_requests_of_todays_clients_are_served(
 
 
 class Console:
-    """Stands where conmon does: a socket that sends each client packets of output, then ends."""
+    """Replaces conmon: a socket that sends each client packets of output, then ends."""
 
     def __init__(self, folder: Path) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -1,4 +1,4 @@
-"""Who may connect, for how long, and what the others are told."""
+"""The clients that may connect, for how long, and the answers to others."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ async def test_a_flood_of_pings_that_is_never_read_stays_bounded(server: Streami
             break
         await asyncio.sleep(0)
     await asyncio.sleep(0.5)
-    assert client.writer.transport.get_write_buffer_size() > 0, "the server goes on reading"
+    assert client.writer.transport.get_write_buffer_size() > 0, "the server keeps reading"
     assert resident() - before - client.writer.transport.get_write_buffer_size() < 64 << 20
 
 

@@ -1,4 +1,4 @@
-"""A WebSocket client for channels, and a tunnel that a SPDY client can speak through."""
+"""A WebSocket client for channels, and a tunnel for a SPDY client."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class WebSocketClient:
 
     @classmethod
     async def send_recorded(cls, address: tuple[str, int], handshake: bytes) -> WebSocketClient:
-        """With the handshake of somebody else, as they sent it."""
+        """With the recorded handshake of another client."""
         client = cls()
         client.reader, client.writer = await asyncio.open_connection(*address)
         client.writer.write(handshake)

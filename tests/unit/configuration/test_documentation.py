@@ -1,4 +1,4 @@
-"""docs/configuration.md tells every key with its default, and the flags that stand for keys."""
+"""docs/configuration.md has every key with its default, and the flags that set keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine's cgroups can do, told from the mounts, for each version and for both together."""
+"""The abilities of the machine's cgroups, read from the mounts, for each version and for both together."""
 
 from __future__ import annotations
 

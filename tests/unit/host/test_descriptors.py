@@ -30,12 +30,12 @@ class OlderFolder:
         return Path("/proc/self/fd").iterdir()
 
 
-@pytest.fixture(params=["told by the kernel", "counted"])
+@pytest.fixture(params=["reported by the kernel", "counted"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "counted":  # as before Linux 6.2
         monkeypatch.setattr("host.files.descriptors._FOLDER", OlderFolder())
     elif not Path("/proc/self/fd").stat().st_size:
-        pytest.skip("this kernel does not tell the number of descriptors (Linux 6.2)")
+        pytest.skip("this kernel does not report the number of descriptors (Linux 6.2)")
 
 
 def set_limit(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:

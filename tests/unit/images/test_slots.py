@@ -1,4 +1,4 @@
-"""Slots are fair: no pull keeps others from beginning, whatever its registry does."""
+"""Slots are fair: no pull prevents others from beginning, even with a bad registry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def settle() -> None:
 
 
 class Pull:
-    """Layers of one pull that hold their slots until they are told to end."""
+    """Layers of one pull that hold their slots until the test ends them."""
 
     def __init__(self, of: Slots, registry: str, layers: int) -> None:
         self.origin = Origin(registry)
@@ -81,7 +81,7 @@ async def test_each_registry_gets_its_share_at_once_whatever_others_hold() -> No
     others = [Pull(of, f"other{number}", 1) for number in range(20)]
     await settle()
     assert sum(len(pull.begun) for pull in others) == of.limit - 18 == 14
-    # What becomes free goes to registries without a slot, not to those that wait for longer.
+    # A free slot is given to registries without a slot, not to those that wait longer.
     begun = [pull for pull in first if pull.begun]
     for pull in begun[:6]:
         await pull.finish()
@@ -229,7 +229,7 @@ async def test_the_slowest_transfer_makes_room_when_a_pull_has_no_slot(monkeypat
 
     quick, slow = (asyncio.create_task(transfer(size)) for size in (100_000, 10))
     await asyncio.sleep(0.5)
-    assert not slow.done(), "nobody waits: it may be as slow as it is"
+    assert not slow.done(), "no pull waits: it may be slow"
     async with AsyncExitStack() as stack:
         await asyncio.wait_for(stack.enter_async_context(of.slot(Origin("new"), "new")), 20)
         with pytest.raises(KubeletReasonError, match="layer of 10: its registry sends less than"):

@@ -1,4 +1,4 @@
-"""How long a refused request waits, and which proxy it goes through."""
+"""How long a refused request waits, and which proxy it uses."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def test_what_did_not_run_is_not_walked(
     wait_for(lambda: count_again(layers, "a").inodes == 2, what="a count after it ran")
     (tmp_path / "a" / "two").mkdir()
     assert count_again(layers, "a").inodes == 2
-    activity["a"] = None  # nobody knows
+    activity["a"] = None  # unknown
     wait_for(lambda: count_again(layers, "a").inodes == 3, what="a count")
 
 
@@ -215,7 +215,7 @@ def test_what_is_forgotten_stays_forgotten(layers: WritableLayers, tmp_path: Pat
     layers.usage("a")
     layers.forget("a")
     (tmp_path / "a").rmdir()
-    counted(layers, "b")  # whatever was asked for before has been served
+    counted(layers, "b")  # every earlier request has been served
     assert layers.usage("a") is None
 
 

@@ -1,4 +1,4 @@
-"""Plugins for tests: classes over the sample stub, each run in a thread of its own."""
+"""Plugins for tests: classes over the sample stub, each run in a separate thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several plugins at one agent: admitted one by one, told in the order of their indices."""
+"""Several plugins at one agent: admitted one by one, called in the order of their indices."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 
 
 class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
-    """Keeps what it is told, all plugins of a test in one list."""
+    """Keeps what it gets, all plugins of a test in one list."""
 
     seen: list[tuple[str, str]]
 

@@ -1,4 +1,4 @@
-"""Hooks that tell of what has happened keep nobody waiting for it, whatever goes wrong in them."""
+"""Hooks about past events delay no caller, even if they fail."""
 
 from __future__ import annotations
 

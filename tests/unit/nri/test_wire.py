@@ -59,7 +59,7 @@ async def agent() -> AsyncIterator[Agent]:
 
 
 def running(agent: Agent, plugin_class: type[Any], name: str = "sample", index: str = "10") -> Any:
-    """The stub's plugin on the other end, in a thread of its own."""
+    """The stub's plugin on the other end, in a separate thread."""
     plugin = plugin_class(name, index)
     plugin._socket.close()
     plugin._socket = agent.other

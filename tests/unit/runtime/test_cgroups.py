@@ -1,4 +1,4 @@
-"""Where pods and containers stand with either cgroup driver, on a tree of plain folders."""
+"""The cgroups of pods and containers with either cgroup driver, on a tree of plain folders."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ async def _abandon(monitor: StartingMonitor, others: set[str]) -> None:
 
 
 async def _until_reaped(others: set[str]) -> None:
-    """Let the loop notice the end of what was killed: of all children but the ``others``."""
+    """Let the loop notice the end of the killed processes: of all children except the ``others``."""
     loop, reaped = asyncio.get_running_loop(), asyncio.Event()
 
     def look() -> None:

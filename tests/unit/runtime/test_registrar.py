@@ -30,7 +30,7 @@ def a_sandbox(request: PodRequest, state: SandboxState = SandboxState.READY) -> 
 
 
 class Making:
-    """A making that begins, waits to be let go, and undoes itself when it is cancelled, once that is let go too."""
+    """A creation that begins and waits for the test. When it is cancelled, its undo waits for the test too."""
 
     def __init__(self, request: PodRequest, error: Exception | None = None) -> None:
         self.sandbox = a_sandbox(request)

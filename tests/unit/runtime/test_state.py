@@ -79,7 +79,7 @@ async def written(database: Database) -> tuple[Sandbox | None, Container | None]
 
 
 def refuse_updates(database: Database) -> None:
-    """Let every change of a row fail, as a disk does that is broken."""
+    """Make every change of a row fail, as with a broken disk."""
     with sqlite3.connect(database.path) as connection:
         for table in ("sandboxes", "containers"):
             connection.execute(

@@ -36,7 +36,7 @@ def _identify(rootfs: Path, image_user: str = "", **fields: Any) -> Identity:
         ("4711", {}, Identity(4711, 0, (0,), "/")),
         ("4711:4712", {}, Identity(4711, 4712, (4712,), "/")),
         ("nohome", {}, Identity(1001, 1001, (1001,), "/")),
-        # a number is an id, whatever the image calls its root account
+        # a number is an id, regardless of the name of the image's root account
         ("1002", {}, Identity(1002, 0, (0,), "/")),
         ("root", {"run_as_user": {"value": 1002}}, Identity(1002, 0, (0,), "/")),
         ("app", {"run_as_user": {"value": 0}}, Identity(0, 0, (0, 10, 50), "/root")),

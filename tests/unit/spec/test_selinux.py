@@ -25,7 +25,7 @@ LABELLED = replace(NODE, selinux_enabled=True)
 POD_LEVEL = "s0:c3,c4"
 MOUNT = f"system_u:object_r:container_file_t:{POD_LEVEL}"
 
-# What may be kept without a policy, and by anyone, stands for what only a policy and root let us set.
+# An attribute that every process may set without a policy replaces one that needs a policy and root.
 ATTRIBUTE = "user.label"
 
 

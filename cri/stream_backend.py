@@ -66,7 +66,7 @@ class NodeBackend:
         """Connect to the running container's console, from now on."""
         container = self._agent.execution.running(request.container_id)
         descriptors.require(f"attach to {container.title}")
-        folder = self._agent.layout.container(container.id).path
+        folder = container.folder.path
         if self._attached[container.id] >= ATTACH_LIMIT:
             raise LimitError(f"{container.title} has {ATTACH_LIMIT} clients attached already: end one of them")
         self._attached[container.id] += 1
@@ -91,7 +91,7 @@ class NodeBackend:
             raise WrongStateError(f"{sandbox.title} is not ready: nothing listens in it")
         descriptors.require(f"port-forward to {sandbox.title}")
         sandbox.add_port_forward()
-        namespace: Path | None = None if sandbox.host_network else self._agent.layout.sandbox(sandbox.id).pin("net")
+        namespace: Path | None = None if sandbox.host_network else sandbox.folder.pin("net")
         return await connect_to_pod(sandbox.id, port, namespace)
 
 

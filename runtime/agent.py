@@ -146,7 +146,7 @@ class Agent:
         await in_thread(require_room, layout.run)
         monitors = Monitors(options.conmon_path, layout)
         database = await self._open_database(stack, layout, monitors)
-        kept = KeptRows(database, layout)
+        kept = KeptRows(database)
         stack.push_async_callback(kept.close)
         copy = DatabaseCopy(database, layout.database_copy)
         stack.push_async_callback(copy.close)
@@ -157,7 +157,7 @@ class Agent:
         network = NodeNetwork(self._network, database, BridgeOwner(own_id, str(layout.data)))
         images = Images(self._images, layout.data, database)
         facts = await in_thread(partial(probe_node, hierarchies, selinux=options.selinux))
-        store = Store(database)
+        store = Store(database, layout)
         node = Node(
             options=options,
             agent_id=own_id,
@@ -238,7 +238,6 @@ class Agent:
         self.recovery = Recovery(
             audit=self.audit,
             state=node.state,
-            layout=node.layout,
             monitors=node.monitors,
             handlers=node.handlers,
             cgroups=node.cgroups,

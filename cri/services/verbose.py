@@ -48,7 +48,7 @@ def node_information(agent: Agent) -> dict[str, Any]:
 def sandbox_information(agent: Agent, sandbox: Sandbox) -> dict[str, Any]:
     """For PodSandboxStatus."""
     record = sandbox.record
-    folder = agent.layout.sandbox(sandbox.id)
+    folder = sandbox.folder
     return {
         "pid": _a_pid_in(agent, sandbox),
         "state": str(record.state),
@@ -86,7 +86,7 @@ def _namespaces(folder: SandboxFolder) -> list[dict[str, str]]:
 def container_information(agent: Agent, container: Container) -> dict[str, Any]:
     """For ContainerStatus."""
     record = container.record
-    folder = agent.layout.container(container.id)
+    folder = container.folder
     try:
         spec: Any = msgspec.json.decode(folder.spec.read_bytes())
     except OSError:

@@ -97,7 +97,7 @@ class ContainerManager:
         operation = container.begin("CreateContainer")
         async with AsyncExitStack() as held, Undo(container.title) as undo:
             undo.push("the container", partial(self._discard, container))
-            make_private(node.layout.container(container.id).path, user_mappings(sandbox.namespace_options))
+            make_private(container.folder.path, user_mappings(sandbox.namespace_options))
             monitor = node.monitors.prepare(_monitor_request(node, container, runtime))
             undo.push("its monitor", monitor.abandon)
             if len(self._names) <= node.handlers.parallelism:
@@ -187,7 +187,7 @@ class ContainerManager:
             log_path=str(log_path) if log_path else "",
             resources=config.linux.resources.SerializeToString(),
         )
-        return Container(container_id, sandbox, config, record)
+        return Container(container_id, sandbox, config, record, self._node.layout.container(container_id))
 
     def _write_spec(self, container: Container, drafted: Draft, permission: Permission) -> ContainerSpec:
         spec, request = complete(drafted, permission.check), drafted.request
@@ -202,7 +202,7 @@ class ContainerManager:
             with permission.step():
                 private_devices.make(spec.private_devices)
         with permission.step():
-            self._node.layout.container(container.id).spec.write_bytes(spec.config_json)
+            container.folder.spec.write_bytes(spec.config_json)
         return spec
 
     async def _create_in_runtime(
@@ -241,10 +241,9 @@ class ContainerManager:
         node = self._node
         await self._exits.release_runtime(container)
         await self._exits.end_monitor(container)
-        folder = node.layout.container(container.id)
         await unmount_all(node, container)
         await node.snapshots.remove(container.id)
-        await in_thread(remove_tree, folder.path)
+        await in_thread(remove_tree, container.folder.path)
         node.monitors.forget(container.id)
         await self._state.delete(container)
         self._forget(container)
@@ -298,7 +297,7 @@ class ContainerManager:
                 await unmount_all(node, container)
             await node.snapshots.remove(container.id)
         async with operation.stage("files"):
-            await in_thread(remove_tree, node.layout.container(container.id).path)
+            await in_thread(remove_tree, container.folder.path)
             node.monitors.forget(container.id)
         async with operation.stage("forget"):
             await self._state.delete(container)
@@ -373,7 +372,7 @@ def _monitor_request(node: Node, container: Container, runtime: OciRuntime) -> M
         container_id=container.id,
         name=f"{container.sandbox.config.metadata.name}/{config.metadata.name}",
         runtime=runtime.executable,
-        runtime_arguments=[*runtime.arguments, "--log", str(node.layout.container(container.id).runtime_log)],
+        runtime_arguments=[*runtime.arguments, "--log", str(container.folder.runtime_log)],
         log=container.log,
         terminal=config.tty,
         stdin=config.stdin,

@@ -103,14 +103,14 @@ class Execution:
         return ExecCall(
             runtime=runtime,
             container_id=container.id,
-            folder=node.layout.container(container.id).path,
+            folder=container.folder.path,
             program=command[0],
             process=msgspec.json.encode(process),
             pids=partial(node.cgroups.processes, container.record.cgroup),
             terminal=terminal,
             directory=directory,
             oom_score_adj=process.oom_score_adj,
-            held_at=node.layout.container(container.id).rootfs if late else None,
+            held_at=container.folder.rootfs if late else None,
         )
 
     def _decided_score(self, container: Container) -> int:
@@ -122,7 +122,7 @@ class Execution:
         """The OCI ``process`` object of a further command in a container: like its first one, except
         for the arguments.
         """
-        process = _decode_spec(self._node.layout.container(container.id).spec.read_bytes()).process
+        process = _decode_spec(container.folder.spec.read_bytes()).process
         process.args = list(command)
         return process
 
@@ -224,7 +224,7 @@ class Execution:
     async def _open_next(self, container: Container, monitor: ProcessName, log: LogFile, descriptor: int) -> bool:
         """Have conmon open the new, empty file of ``descriptor``; whether it does so in time."""
         reopen = self._node.monitors.reopen_log
-        link = LogLink(self._node.layout.container(container.id).path)
+        link = LogLink(container.folder.path)
         if not link.is_used:  # its conmon was started by an older version: it knows the path itself
             next_log = LogFile(log.folder, Path(f"{log.path}.tmp"))
             descriptor = await acquired(in_fresh_thread, next_log.open, os.close)

@@ -38,7 +38,7 @@ class ContainerExit:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._state = node.state
-        self._kills = KillWatch(node.layout, node.cgroups)
+        self._kills = KillWatch(node.cgroups)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def watch(self, container: Container) -> None:

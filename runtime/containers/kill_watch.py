@@ -24,7 +24,6 @@ from host.concurrency.threads import in_thread
 from host.files import procfs
 from host.files.inotify import CreatedFiles
 from runtime.cgroups.tree import CgroupTree
-from runtime.layout import Layout
 from runtime.state.container import Container, ContainerState
 
 # Longer than the kernel takes from the counting of a kill to its signal.
@@ -81,8 +80,7 @@ class _Watched:
 class KillWatch:
     """Looks at each running container when a process in it is killed for memory. Used on the loop."""
 
-    def __init__(self, layout: Layout, cgroups: CgroupTree) -> None:
-        self._layout = layout
+    def __init__(self, cgroups: CgroupTree) -> None:
         self._cgroups = cgroups
         self._files: CreatedFiles | None = None
         self._watched: dict[str, _Watched] = {}
@@ -94,7 +92,7 @@ class KillWatch:
             return
         watched = self._watched[container.id] = _Watched(container)
         occurred = partial(self._occurred, watched)
-        folder = self._layout.container(container.id)
+        folder = container.folder
         try:
             if self._files is None:
                 self._files = CreatedFiles()
@@ -108,13 +106,13 @@ class KillWatch:
             self._occurred(watched)
 
     def _is_news(self, container: Container) -> bool:
-        folder = self._layout.container(container.id)
+        folder = container.folder
         kills = self._cgroups.out_of_memory_kills(container.record.cgroup)
         return folder.out_of_memory.exists() or kills > _read(folder.survived_kills).kills
 
     def history(self, container: Container) -> KillHistory:
         """What is known of a container that has ended, whose cgroup was not removed yet."""
-        folder, cgroup = self._layout.container(container.id), container.record.cgroup
+        folder, cgroup = container.folder, container.record.cgroup
         survived = _read(folder.survived_kills)
         watched = self._watched.get(container.id)
         noticed = max(_time_of(folder.out_of_memory), watched.at if watched is not None else 0)
@@ -177,7 +175,7 @@ class KillWatch:
             await asyncio.sleep(_SETTLE_SECONDS)
 
     def _look(self, container: Container) -> _Look:
-        file = self._layout.container(container.id).out_of_memory
+        file = container.folder.out_of_memory
         at = _time_of(file)
         file.unlink(missing_ok=True)  # before the count is read: a later kill causes a new look
         kills = self._cgroups.out_of_memory_kills(container.record.cgroup)
@@ -188,7 +186,7 @@ class KillWatch:
     def _has_survived(self, watched: _Watched, kills: int) -> None:
         """Record that the first process still runs after so many kills, if it does."""
         container = watched.container
-        file = self._layout.container(container.id).survived_kills
+        file = container.folder.survived_kills
         init, before = container.record.init, _read(file)
         pidfd = processes.open_process(init.pid, init.started) if init is not None else None
         if pidfd is None or init is None:

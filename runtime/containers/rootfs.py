@@ -19,7 +19,7 @@ from runtime.state.container import Container
 
 async def mount_root(node: Node, container: Container, image: Image) -> None:
     """Mount the container's writable root file system."""
-    target = node.layout.container(container.id).rootfs
+    target = container.folder.rootfs
     await node.snapshots.prepare(
         container.id,
         image,
@@ -31,7 +31,7 @@ async def mount_root(node: Node, container: Container, image: Image) -> None:
 
 def _user_namespace(node: Node, container: Container) -> Path | None:
     sandbox = container.sandbox
-    return node.layout.sandbox(sandbox.id).pin("user") if sandbox.user_namespace else None
+    return sandbox.folder.pin("user") if sandbox.user_namespace else None
 
 
 def _mount_label(node: Node, container: Container) -> str:
@@ -54,7 +54,7 @@ async def mount_image_volumes(node: Node, container: Container) -> dict[int, Pat
                 "ImageVolumeMountFailed",
                 f"{container.title}: image {mount.image.image!r} for {mount.container_path} is not here: pull it first",
             )
-        target = node.layout.container(container.id).image_volume(index)
+        target = container.folder.image_volume(index)
         try:
             await node.snapshots.mount_image(
                 container.id,
@@ -71,7 +71,7 @@ async def mount_image_volumes(node: Node, container: Container) -> dict[int, Pat
 
 async def unmount_all(node: Node, container: Container) -> None:
     """Unmount a container's root file system, image volumes, volumes with mapped ids, devices and log. Repeatable."""
-    folder = node.layout.container(container.id)
+    folder = container.folder
     for target in await in_thread(_release_volumes, folder):
         await node.snapshots.unmount(container.id, target)
     await node.snapshots.unmount(container.id, folder.rootfs)

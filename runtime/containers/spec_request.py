@@ -39,7 +39,7 @@ def spec_request(
     ``target_pids`` is the path of the target's PID namespace, for a container that has one.
     """
     sandbox, config = container.sandbox, container.config
-    folder = node.layout.sandbox(sandbox.id)
+    folder = sandbox.folder
     host_ipc = sandbox.namespace_options.ipc == cri_pb2.NODE
     return SpecRequest(
         container_id=container.id,
@@ -48,7 +48,7 @@ def spec_request(
         sandbox_id=sandbox.id,
         image=image.config,
         image_reference=config.image.user_specified_image or config.image.image,
-        rootfs=node.layout.container(container.id).rootfs,
+        rootfs=container.folder.rootfs,
         container_folder=node.snapshots.upper(container.id).parent,
         files=SandboxFiles(
             resolv_conf=folder.resolv_conf,
@@ -89,7 +89,7 @@ async def ensure_pid_holder(node: Node, sandbox: Sandbox) -> None:
     async with sandbox.holder_lock:
         if sandbox.record.pid_holder is not None:
             return
-        folder = node.layout.sandbox(sandbox.id)
+        folder = sandbox.folder
         async with Undo(sandbox.title) as undo:
             undo.push("the init of its PID namespace", partial(in_thread, end_holder, None, folder, sandbox.id))
             start = start_holder_in_user_namespace if sandbox.user_namespace else start_holder
@@ -101,7 +101,7 @@ async def ensure_pid_holder(node: Node, sandbox: Sandbox) -> None:
 
 def _namespace_paths(node: Node, container: Container, target_pids: str | None) -> NamespacePaths:
     sandbox = container.sandbox
-    folder = node.layout.sandbox(sandbox.id)
+    folder = sandbox.folder
     own_network = not sandbox.host_network
     pid, host_pid = _pid_namespace(node, container, target_pids)
     return NamespacePaths(
@@ -124,7 +124,7 @@ def _pid_namespace(node: Node, container: Container, target_pids: str | None) ->
         return target_pids, False
     if sandbox.namespace_options.pid == cri_pb2.NODE:
         return None, True
-    return str(node.layout.sandbox(sandbox.id).pin("pid")), False
+    return str(sandbox.folder.pin("pid")), False
 
 
 @contextmanager

@@ -86,7 +86,7 @@ class NriHooks(Hooks):
         self.socket, self.socket_problem = "", ""
         self._block_io_file = options.blockio_config_file
         self._validates = options.default_validator.enabled
-        self._views = Views(node.layout, node.cgroups)
+        self._views = Views(node.cgroups)
         self._making: dict[str, tuple[Container, list[Plugin]]] = {}  # with the plugins that were there then
         self._undrafted: dict[str, Container] = {}
         self._starting: dict[str, list[Plugin]] = {}

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
-from runtime.layout import SandboxFolder
 from runtime.specgen import config as oci
 from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox
@@ -26,9 +25,9 @@ _PROFILES = {
 _NAMESPACES = {"net": "network", "uts": "uts", "ipc": "ipc", "user": "user", "pid": "pid"}
 
 
-def pod(sandbox: Sandbox, folder: SandboxFolder, cgroup: str) -> nri_pb2.PodSandbox:
+def pod(sandbox: Sandbox, cgroup: str) -> nri_pb2.PodSandbox:
     """A pod; ``cgroup`` is the path of its cgroup below each hierarchy's mount."""
-    config, record = sandbox.config, sandbox.record
+    config, record, folder = sandbox.config, sandbox.record, sandbox.folder
     message = nri_pb2.PodSandbox(
         id=sandbox.id,
         name=config.metadata.name,

@@ -11,7 +11,6 @@ import msgspec
 from host.concurrency.threads import in_thread
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.cgroups.tree import CgroupTree
-from runtime.layout import Layout
 from runtime.nri import messages
 from runtime.specgen import config as oci
 from runtime.specgen.draft import Draft
@@ -42,8 +41,7 @@ class Views:
     meanwhile.
     """
 
-    def __init__(self, layout: Layout, cgroups: CgroupTree) -> None:
-        self._layout = layout
+    def __init__(self, cgroups: CgroupTree) -> None:
         self._cgroups = cgroups
         self._seen: dict[str, bytes] = {}
         self._pods: dict[str, tuple[object, nri_pb2.PodSandbox]] = {}
@@ -60,7 +58,7 @@ class Views:
 
     def _new_pod(self, sandbox: Sandbox) -> nri_pb2.PodSandbox:
         cgroup = self._cgroups.parent_path(sandbox.record.cgroup_parent)
-        return messages.pod(sandbox, self._layout.sandbox(sandbox.id), cgroup)
+        return messages.pod(sandbox, cgroup)
 
     def keep(self, container: nri_pb2.Container) -> None:
         """Take over how plugins see a container that is being made."""
@@ -86,7 +84,7 @@ class Views:
     def _look_at(self, container: Container) -> None:
         """Read what the container is from its spec. Blocks."""
         try:
-            written = self._layout.container(container.id).spec
+            written = container.folder.spec
             spec = _decode_spec(self._drafts.get(container.id) or written.read_bytes())
         except (OSError, msgspec.MsgspecError) as error:
             _log.warning("nri: %s: its spec cannot be read: plugins see less of it: %s", container.title, error)

@@ -9,7 +9,6 @@ import os
 
 from host import libc
 from host.files import mounts
-from runtime.layout import SandboxFolder
 from runtime.namespaces.user import root_of
 from runtime.pods.etc_files import hosts_file, resolv_conf
 from runtime.specgen.namespaces import user_mappings
@@ -20,9 +19,9 @@ _ROOM = 1 << 20
 _INODES = 8
 
 
-def write_pod_files(sandbox: Sandbox, folder: SandboxFolder) -> None:
+def write_pod_files(sandbox: Sandbox) -> None:
     """Make and write them; ``drop_namespaces`` unmounts them again. Blocks."""
-    dns = sandbox.config.dns_config
+    folder, dns = sandbox.folder, sandbox.config.dns_config
     hostname = (not sandbox.host_network and sandbox.config.hostname) or os.uname().nodename
     contents = {
         "resolv.conf": resolv_conf(dns.servers, dns.searches, dns.options),

@@ -78,11 +78,11 @@ class PodManager:
                 plan = replace(plan, mount_label=self._label(sandbox))
                 await self._state.add(sandbox)
             async with operation.stage("namespaces"):
-                await in_fresh_thread(make_namespaces, node.layout.sandbox(sandbox.id), plan)
+                await in_fresh_thread(make_namespaces, sandbox.folder, plan)
             async with operation.stage("network"):
                 await self._attach(sandbox, plan)
             async with operation.stage("files"):
-                await in_thread(write_pod_files, sandbox, node.layout.sandbox(sandbox.id))
+                await in_thread(write_pod_files, sandbox)
             if weight := runtime.options.io_weight or node.options.io_weight:
                 async with operation.stage("io_weight"):
                     await self._weigh(sandbox, weight)
@@ -116,7 +116,7 @@ class PodManager:
             overhead=config.linux.overhead.SerializeToString(),
             oom_kills=self._node.cgroups.out_of_memory_kills(self._node.cgroups.parent_path(parent)),
         )
-        return Sandbox(sandbox_id, config, record)
+        return Sandbox(sandbox_id, config, record, self._node.layout.sandbox(sandbox_id))
 
     def _namespace_plan(self, sandbox: Sandbox) -> NamespacePlan:
         hostname = "" if sandbox.host_network else sandbox.config.hostname or os.uname().nodename
@@ -145,7 +145,7 @@ class PodManager:
     async def _attach(self, sandbox: Sandbox, plan: NamespacePlan) -> None:
         if sandbox.host_network:
             return
-        folder = self._node.layout.sandbox(sandbox.id)
+        folder = sandbox.folder
         request = attach_request(sandbox, str(folder.pin("net")))
         sandbox.record.addresses = (await self._node.network.attach(request)).addresses
         if plan.link_sysctls:

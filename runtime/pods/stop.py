@@ -73,7 +73,7 @@ class PodStop:
         await in_thread(self._drop_files, sandbox)
 
     def _drop_files(self, sandbox: Sandbox) -> None:
-        folder = self._node.layout.sandbox(sandbox.id)
+        folder = sandbox.folder
         if sandbox.record.boot_id == self._state.boot_id:
             end_holder(sandbox.record.pid_holder, folder, sandbox.id)
         drop_namespaces(folder)

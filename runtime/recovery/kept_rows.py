@@ -37,9 +37,8 @@ _log = logging.getLogger("podkeel.store")
 class KeptRows:
     """Follows the store's changes of pods and containers with their files, in the background. Used on the loop."""
 
-    def __init__(self, database: Database, layout: Layout) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._layout = layout
         self._changed: dict[Path, tuple[Sequence[Place], str]] = {}
         self._writing: dict[Path, tuple[Sequence[Place], str]] = {}
         self._wake = asyncio.Event()
@@ -49,9 +48,9 @@ class KeptRows:
     def note(self, changed: Sandbox | Container) -> None:
         """A row of this pod or container was written. One whose folder is about to be removed is left alone."""
         if isinstance(changed, Sandbox):
-            file, places = self._layout.sandbox(changed.id).kept_rows, OF_SANDBOX
+            file, places = changed.folder.kept_rows, OF_SANDBOX
         else:
-            file, places = self._layout.container(changed.id).kept_rows, OF_CONTAINER
+            file, places = changed.folder.kept_rows, OF_CONTAINER
         if changed.record.state in _KEPT:
             self._changed[file] = places, changed.id
             self._wake.set()

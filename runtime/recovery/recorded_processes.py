@@ -14,21 +14,20 @@ from pathlib import Path
 from host import processes
 from host.files import procfs
 from host.processes import ProcessName
-from runtime.layout import Layout
 from runtime.state.container import Container, ContainerState
 
 _TABLE_BYTES = 64 * 1024
 _ALIVE = (ContainerState.CREATED, ContainerState.RUNNING)
 
 
-def correct(container: Container, layout: Layout, monitors: Callable[[], Mapping[str, int]]) -> bool:
+def correct(container: Container, monitors: Callable[[], Mapping[str, int]]) -> bool:
     """Have the record of a container of this boot name only its own processes; False if it named one of others.
 
     Of a container that may run, those that it does not name are looked for: conmon among the running ``monitors``, the
     first process in the file that conmon wrote. Blocks.
     """
     record = container.record
-    bundle = layout.container(container.id).path
+    bundle = container.folder.path
     wrong = False
     if record.monitor is not None and _is_live(record.monitor) and not _watches(record.monitor.pid, bundle):
         record.monitor, wrong = None, True

@@ -17,7 +17,6 @@ from network.node_network import NodeNetwork
 from runtime.cgroups.tree import CgroupTree
 from runtime.containers.create import ContainerManager
 from runtime.containers.exit import ContainerExit
-from runtime.layout import Layout
 from runtime.namespaces.pinned import pins_hold
 from runtime.oci import exec_call
 from runtime.oci.conmon import Monitors
@@ -45,7 +44,6 @@ class Recovery:
 
     audit: Audit
     state: State
-    layout: Layout
     monitors: Monitors
     handlers: Handlers
     cgroups: CgroupTree
@@ -81,7 +79,7 @@ class Recovery:
         running = cache(self.monitors.running)
         for container in containers:
             same_boot = container.record.boot_id == self.state.boot_id
-            if same_boot and not recorded_processes.correct(container, self.layout, running):
+            if same_boot and not recorded_processes.correct(container, running):
                 self.audit.findings["process of others in a record"] += 1
                 _log.error("%s: its row names a process of another object: ignored", container.title)
 
@@ -126,7 +124,7 @@ class Recovery:
 
     def _end_abandoned_calls(self, container: Container) -> None:
         """The output of commands that the former agent executed in the container is lost."""
-        folder = self.layout.container(container.id).path
+        folder = container.folder.path
         ended = exec_call.end_abandoned(folder, partial(self.cgroups.processes, container.record.cgroup))
         if ended:
             self.audit.findings["abandoned command"] += ended
@@ -171,7 +169,7 @@ class Recovery:
         lost = without()
         if not lost:
             return
-        pins = {sandbox.id: str(self.layout.sandbox(sandbox.id).pin("net")) for sandbox in lost}
+        pins = {sandbox.id: str(sandbox.folder.pin("net")) for sandbox in lost}
         await self.network.restore_lost([attach_request(sandbox, pins[sandbox.id]) for sandbox in lost])
         self.audit.findings["sandbox without network"] += len(lost)
         for sandbox in without():
@@ -182,4 +180,4 @@ class Recovery:
         if sandbox.record.boot_id != self.state.boot_id:
             return False
         kinds = sandbox.own_namespaces + (("user",) if sandbox.user_namespace else ())
-        return pins_hold(self.layout.sandbox(sandbox.id), kinds)
+        return pins_hold(sandbox.folder, kinds)

@@ -13,6 +13,7 @@ import msgspec
 from host.processes import ProcessName
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
+from runtime.layout import ContainerFolder
 from runtime.logs import LogFile
 from runtime.specgen.limits.extra_limits import ExtraLimits
 from runtime.state.sandbox import Sandbox, keep_operation
@@ -63,7 +64,7 @@ class ContainerRecord(msgspec.Struct):
 
 @dataclass(slots=True)
 class Container:
-    """A container in memory.
+    """A container in memory; ``folder`` is its bundle.
 
     ``lock`` serialises what changes it; ``exited`` is set when its end is recorded; ``cleanup`` is the task that
     releases the OCI runtime's resources after the end, ``unmounted`` says that its mounts are removed. ``killed`` says
@@ -76,6 +77,7 @@ class Container:
     sandbox: Sandbox
     config: cri_pb2.ContainerConfig
     record: ContainerRecord
+    folder: ContainerFolder
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     log_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     exited: asyncio.Event = field(default_factory=asyncio.Event)

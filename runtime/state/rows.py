@@ -11,6 +11,7 @@ from host.database import Database
 from host.errors import PodkeelError
 from host.files.set_aside import UnreadableRow
 from proto.runtime.v1 import cri_pb2
+from runtime.layout import Layout
 from runtime.specgen.namespaces import user_mappings
 from runtime.state import status
 from runtime.state.container import Container, ContainerRecord
@@ -28,8 +29,9 @@ _decode_container = msgspec.msgpack.Decoder(ContainerRecord).decode
 class Store:
     """Sandboxes and containers in the database."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, layout: Layout) -> None:
         self._database = database
+        self._layout = layout
         self._changed: Callable[[Sandbox | Container], None] | None = None
 
     def when_written(self, callback: Callable[[Sandbox | Container], None]) -> None:
@@ -90,7 +92,7 @@ class Store:
         unreadable: list[UnreadableRow] = []
         for row in self._database.read("SELECT id, created_at, config, record FROM sandboxes ORDER BY created_at"):
             try:
-                sandboxes[row[0]] = _read_sandbox(row[0], row[2], row[3])
+                sandboxes[row[0]] = self._read_sandbox(row[0], row[2], row[3])
             except _UNREADABLE as error:
                 unreadable.append(UnreadableRow("sandbox", row[0], f"{type(error).__name__}: {error}", row))
         containers, lost = self._load_containers(sandboxes)
@@ -106,39 +108,39 @@ class Store:
             try:
                 if row[1] not in sandboxes:
                     raise ValueError("its sandbox cannot be read, or is not there")
-                containers.append(_read_container(sandboxes[row[1]], row[0], row[3], row[4]))
+                containers.append(self._read_container(sandboxes[row[1]], row[0], row[3], row[4]))
             except _UNREADABLE as error:
                 unreadable.append(UnreadableRow("container", row[0], f"{type(error).__name__}: {error}", row))
         return containers, unreadable
 
+    def _read_sandbox(self, sandbox_id: object, config: object, record: object) -> Sandbox:
+        if not (isinstance(sandbox_id, str) and is_id(sandbox_id)):
+            raise ValueError("its id is none")
+        if not (isinstance(config, bytes) and isinstance(record, bytes)):
+            raise ValueError("its configuration or its record is none")
+        folder, parsed = self._layout.sandbox(sandbox_id), cri_pb2.PodSandboxConfig.FromString(config)
+        sandbox = Sandbox(sandbox_id, parsed, _decode_sandbox(record), folder)
+        if not sandbox.config.metadata.name:
+            raise ValueError("its configuration has no name")
+        user_mappings(sandbox.namespace_options)
+        check_sandbox(sandbox)
+        # Everything that would make a list or a status fail is found now.
+        status.sandbox_status(sandbox).SerializeToString()
+        status.sandbox_item(sandbox).SerializeToString()
+        for resources in (sandbox.record.resources, sandbox.record.overhead):
+            cri_pb2.LinuxContainerResources.FromString(resources)
+        return sandbox
 
-def _read_sandbox(sandbox_id: object, config: object, record: object) -> Sandbox:
-    if not (isinstance(sandbox_id, str) and is_id(sandbox_id)):
-        raise ValueError("its id is none")
-    if not (isinstance(config, bytes) and isinstance(record, bytes)):
-        raise ValueError("its configuration or its record is none")
-    sandbox = Sandbox(sandbox_id, cri_pb2.PodSandboxConfig.FromString(config), _decode_sandbox(record))
-    if not sandbox.config.metadata.name:
-        raise ValueError("its configuration has no name")
-    user_mappings(sandbox.namespace_options)
-    check_sandbox(sandbox)
-    # Everything that would make a list or a status fail is found now.
-    status.sandbox_status(sandbox).SerializeToString()
-    status.sandbox_item(sandbox).SerializeToString()
-    for resources in (sandbox.record.resources, sandbox.record.overhead):
-        cri_pb2.LinuxContainerResources.FromString(resources)
-    return sandbox
-
-
-def _read_container(sandbox: Sandbox, container_id: object, config: object, record: object) -> Container:
-    if not (isinstance(container_id, str) and is_id(container_id)):
-        raise ValueError("its id is none")
-    if not (isinstance(config, bytes) and isinstance(record, bytes)):
-        raise ValueError("its configuration or its record is none")
-    container = Container(container_id, sandbox, cri_pb2.ContainerConfig.FromString(config), _decode_container(record))
-    if not container.config.metadata.name:
-        raise ValueError("its configuration has no name")
-    check_container(container)
-    status.container_status(container).SerializeToString()
-    status.container_item(container).SerializeToString()
-    return container
+    def _read_container(self, sandbox: Sandbox, container_id: object, config: object, record: object) -> Container:
+        if not (isinstance(container_id, str) and is_id(container_id)):
+            raise ValueError("its id is none")
+        if not (isinstance(config, bytes) and isinstance(record, bytes)):
+            raise ValueError("its configuration or its record is none")
+        folder, parsed = self._layout.container(container_id), cri_pb2.ContainerConfig.FromString(config)
+        container = Container(container_id, sandbox, parsed, _decode_container(record), folder)
+        if not container.config.metadata.name:
+            raise ValueError("its configuration has no name")
+        check_container(container)
+        status.container_status(container).SerializeToString()
+        status.container_item(container).SerializeToString()
+        return container

@@ -11,6 +11,7 @@ import msgspec
 from host.processes import ProcessName
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
+from runtime.layout import SandboxFolder
 
 _OPERATIONS_KEPT = 8
 
@@ -50,7 +51,7 @@ class SandboxRecord(msgspec.Struct):
 
 @dataclass(slots=True)
 class Sandbox:
-    """A sandbox in memory.
+    """A sandbox in memory; ``folder`` has its pinned namespaces and its files.
 
     ``lock`` serialises what changes it; while it is ``closing`` it takes no new containers. ``port_forwards`` are tasks
     with sockets in its network, which would keep that alive: they are cancelled before it is taken down.
@@ -59,6 +60,7 @@ class Sandbox:
     id: str
     config: cri_pb2.PodSandboxConfig
     record: SandboxRecord
+    folder: SandboxFolder
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     holder_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     closing: bool = False

@@ -9,7 +9,7 @@ import pytest
 from host.processes import ProcessName
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
-from runtime.layout import SandboxFolder
+from runtime.layout import ContainerFolder, SandboxFolder
 from runtime.nri import messages
 from runtime.specgen import config as oci
 from runtime.state.container import Container, ContainerRecord, ContainerState
@@ -32,7 +32,7 @@ def sandbox() -> Sandbox:
         addresses=("10.0.0.2", "fd00::2"),
         overhead=LIMITS.SerializeToString(),
     )
-    return Sandbox("s1", config, record)
+    return Sandbox("s1", config, record, SandboxFolder(Path("/run/s1")))
 
 
 @pytest.fixture
@@ -53,11 +53,11 @@ def container(sandbox: Sandbox) -> Container:
         cgroup="/kubepods/pod1/c1",
         init=ProcessName(4711, 1),
     )
-    return Container("c1", sandbox, config, record)
+    return Container("c1", sandbox, config, record, ContainerFolder(Path("/run/c1")))
 
 
 def test_a_pod_is_told_with_its_namespaces_addresses_and_overhead(sandbox: Sandbox) -> None:
-    told = messages.pod(sandbox, SandboxFolder(Path("/run/s1")), "/kubepods/pod1")
+    told = messages.pod(sandbox, "/kubepods/pod1")
     assert (told.id, told.name, told.namespace, told.uid, told.pid) == ("s1", "web", "shop", "u1", 0)
     assert (dict(told.labels), dict(told.annotations)) == ({"app": "web"}, {"a": "b"})
     assert list(told.ips) == ["10.0.0.2", "fd00::2"]

@@ -13,6 +13,7 @@ from host.processes import start_time
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
 from runtime.containers.exit import ContainerExit
+from runtime.layout import ContainerFolder, SandboxFolder
 from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.sandbox import Sandbox, SandboxRecord, SandboxState
 
@@ -22,7 +23,8 @@ def _container() -> Container:
         state=ContainerState.EXITED, created_at=0, handler="crun", boot_id="b", image_id="", image_ref="", cgroup="/c"
     )
     sandbox = SandboxRecord(state=SandboxState.READY, created_at=0, handler="crun", requested_handler="", boot_id="b")
-    return Container("c", Sandbox("s", cri_pb2.PodSandboxConfig(), sandbox), cri_pb2.ContainerConfig(), record)
+    pod = Sandbox("s", cri_pb2.PodSandboxConfig(), sandbox, SandboxFolder(Path("/run/s")))
+    return Container("c", pod, cri_pb2.ContainerConfig(), record, ContainerFolder(Path("/run/c")))
 
 
 def _exits(cgroups: CgroupTree, runtime: SimpleNamespace) -> ContainerExit:

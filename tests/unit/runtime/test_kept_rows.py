@@ -27,7 +27,7 @@ SCHEMAS = {
 def _sandbox(layout: Layout, name: str, state: SandboxState) -> Sandbox:
     layout.sandbox(name).path.mkdir(parents=True)
     config = cri_pb2.PodSandboxConfig(metadata=cri_pb2.PodSandboxMetadata(name=name))
-    return Sandbox(name, config, SandboxRecord(state, 1, "crun", "", "boot"))
+    return Sandbox(name, config, SandboxRecord(state, 1, "crun", "", "boot"), layout.sandbox(name))
 
 
 def test_a_sandbox_that_is_stopped_is_not_written_any_more(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_sandbox_that_is_stopped_is_not_written_any_more(tmp_path: Path) -> No
 
     async def body() -> None:
         database = Database(tmp_path / "data" / "podkeel.db", SCHEMAS)
-        kept = KeptRows(database, layout)
+        kept = KeptRows(database)
         stays, goes, making = (
             _sandbox(layout, name, state)
             for name, state in (("s", SandboxState.READY), ("g", SandboxState.READY), ("m", SandboxState.MAKING))

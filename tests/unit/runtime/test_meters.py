@@ -10,6 +10,7 @@ import pytest
 
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
+from runtime.layout import ContainerFolder
 from runtime.meters import Meters
 from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.sandbox import Sandbox
@@ -19,7 +20,7 @@ from tests.unit.metrics import trees
 @pytest.fixture
 def container() -> Container:
     record = ContainerRecord(ContainerState.RUNNING, 1, "crun", "boot", "image", "image", "/pod/container")
-    return Container("c" * 64, cast(Sandbox, None), cri_pb2.ContainerConfig(), record)
+    return Container("c" * 64, cast(Sandbox, None), cri_pb2.ContainerConfig(), record, ContainerFolder(Path("/run/c")))
 
 
 def test_processor_time_stands_for_what_may_have_changed(container: Container, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from host.errors import AlreadyExistsError, PodkeelError, WrongStateError
 from proto.runtime.v1 import cri_pb2
+from runtime.layout import ContainerFolder, SandboxFolder
 from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.registrar import (
     ContainerRequest,
@@ -26,7 +28,7 @@ def a_request(*, hostname: str = "", attempt: int = 0, handler: str = "") -> Pod
 
 def a_sandbox(request: PodRequest, state: SandboxState = SandboxState.READY) -> Sandbox:
     record = SandboxRecord(state=state, created_at=1, handler="crun", requested_handler=request.handler, boot_id="b")
-    return Sandbox("a" * 64, request.config, record)
+    return Sandbox("a" * 64, request.config, record, SandboxFolder(Path("/run/pod")))
 
 
 class Making:
@@ -210,7 +212,8 @@ async def test_containers_have_their_names_within_their_pod() -> None:
     record = ContainerRecord(
         state=ContainerState.RUNNING, created_at=1, handler="", boot_id="", image_id="", image_ref="", cgroup=""
     )
-    container, twin = Container("c" * 64, pod, config, record), Container("d" * 64, other_pod, config, record)
+    container = Container("c" * 64, pod, config, record, ContainerFolder(Path("/run/c")))
+    twin = Container("d" * 64, other_pod, config, record, ContainerFolder(Path("/run/d")))
     names.adopt(container)
 
     async def make_twin() -> Container:

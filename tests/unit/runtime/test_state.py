@@ -11,6 +11,7 @@ import pytest
 from host.database import Database
 from host.errors import NotFoundError, PodkeelError, WrongStateError
 from proto.runtime.v1 import cri_pb2
+from runtime.layout import Layout
 from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.rows import Store
 from runtime.state.sandbox import Sandbox, SandboxRecord, SandboxState
@@ -19,6 +20,7 @@ from runtime.state.state import State
 
 POD_ID, CONTAINER_ID = "a" * 64, "c" * 64
 BOOT = "of this test"
+LAYOUT = Layout(Path("/data"), Path("/run"))
 
 SANDBOX_MOVES = {
     (SandboxState.MAKING, SandboxState.READY),
@@ -47,7 +49,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 @pytest.fixture
 def state(database: Database) -> State:
-    return State(Store(database), BOOT)
+    return State(Store(database, LAYOUT), BOOT)
 
 
 def a_sandbox(state: SandboxState) -> Sandbox:
@@ -55,7 +57,7 @@ def a_sandbox(state: SandboxState) -> Sandbox:
     record = SandboxRecord(
         state=state, created_at=1, handler="crun", requested_handler="", boot_id=BOOT, cgroup_parent="/pods/web"
     )
-    return Sandbox(POD_ID, config, record)
+    return Sandbox(POD_ID, config, record, LAYOUT.sandbox(POD_ID))
 
 
 def a_container(sandbox: Sandbox, state: ContainerState) -> Container:
@@ -69,12 +71,12 @@ def a_container(sandbox: Sandbox, state: ContainerState) -> Container:
         image_ref="r",
         cgroup=f"/pods/web/{CONTAINER_ID}",
     )
-    return Container(CONTAINER_ID, sandbox, config, record)
+    return Container(CONTAINER_ID, sandbox, config, record, LAYOUT.container(CONTAINER_ID))
 
 
 async def written(database: Database) -> tuple[Sandbox | None, Container | None]:
     """The pod and the container as an agent finds them that starts now."""
-    sandboxes, containers = await State(Store(database), BOOT).load()
+    sandboxes, containers = await State(Store(database, LAYOUT), BOOT).load()
     return next(iter(sandboxes), None), next(iter(containers), None)
 
 
@@ -143,6 +145,7 @@ async def test_a_commit_that_fails_leaves_the_new_state(state: State, database: 
     row, container_row = await written(database)
     assert row is not None
     assert container_row is not None
+    assert (container_row.folder, row.folder) == (container.folder, sandbox.folder)
     assert (container_row.record.state, row.record.state) == (ContainerState.RUNNING, SandboxState.READY)
 
 

@@ -30,8 +30,8 @@ from network.schema import MIGRATIONS as NETWORK_MIGRATIONS
 from runtime.agent_id import agent_id
 from runtime.cgroups.tree import CgroupTree
 from runtime.containers.create import ContainerManager
+from runtime.containers.endings.exit import ContainerExit
 from runtime.containers.exec import Execution
-from runtime.containers.exit import ContainerExit
 from runtime.containers.start import ContainerStart
 from runtime.containers.stop import ContainerStop
 from runtime.hooks import Hooks

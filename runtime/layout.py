@@ -112,7 +112,7 @@ class ContainerFolder:
 
     @property
     def survived_kills(self) -> Path:
-        """Which kills for memory the first process has survived, as runtime.containers.kill_watch keeps it."""
+        """Which kills for memory the first process has survived, as runtime.containers.endings.kill_watch keeps it."""
         return self.path / "survived-kills"
 
 

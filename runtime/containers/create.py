@@ -21,18 +21,18 @@ from host.files.removal import remove_tree
 from host.stages import Operation
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
-from runtime.containers.confinement import needs_verifying, verify
-from runtime.containers.exit import ContainerExit
-from runtime.containers.idmapped_mounts import bind_all
-from runtime.containers.log_path import resolve_log_path
-from runtime.containers.plugin_settings import set_what_is_left
-from runtime.containers.rootfs import mount_image_volumes, mount_root, status_mounts, unmount_all
-from runtime.containers.spec_request import (
+from runtime.containers.bundle.confinement import needs_verifying, verify
+from runtime.containers.bundle.idmapped_mounts import bind_all
+from runtime.containers.bundle.log_path import resolve_log_path
+from runtime.containers.bundle.plugin_settings import set_what_is_left
+from runtime.containers.bundle.rootfs import mount_image_volumes, mount_root, status_mounts, unmount_all
+from runtime.containers.bundle.spec_request import (
     ensure_pid_holder,
     shares_pod_pids,
     spec_request,
     target_pid_namespace,
 )
+from runtime.containers.endings.exit import ContainerExit
 from runtime.containers.stop import ContainerStop
 from runtime.namespaces.user import make_private, root_of
 from runtime.node import Node

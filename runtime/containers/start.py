@@ -10,7 +10,7 @@ from host.concurrency.tasks import wait_out
 from host.errors import CommandError, InvalidArgumentError, PodkeelError, WrongStateError
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
-from runtime.containers.exit import ContainerExit
+from runtime.containers.endings.exit import ContainerExit
 from runtime.containers.stop import ContainerStop
 from runtime.node import Node
 from runtime.oci.oci_runtime import cannot_run_program, plain_message

@@ -9,8 +9,8 @@ import signal
 from host import processes
 from host.concurrency.tasks import wait_out
 from host.concurrency.threads import in_thread
-from runtime.containers.exit import ContainerExit, kill_group
-from runtime.containers.last_wait import wait_for_end
+from runtime.containers.endings.exit import ContainerExit, kill_group
+from runtime.containers.endings.last_wait import wait_for_end
 from runtime.node import Node
 from runtime.state.container import Container, ContainerState
 

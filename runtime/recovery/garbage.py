@@ -13,7 +13,7 @@ from pathlib import Path
 from host import processes
 from host.errors import PodkeelError
 from host.files import mounts
-from runtime.containers import idmapped_mounts
+from runtime.containers.bundle import idmapped_mounts
 from runtime.layout import Layout
 from runtime.namespaces.pid import end_holder
 from runtime.namespaces.pinned import drop_namespaces, remove_whatever

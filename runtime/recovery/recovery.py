@@ -16,7 +16,7 @@ from host.untrusted_json import JsonError
 from network.node_network import NodeNetwork
 from runtime.cgroups.tree import CgroupTree
 from runtime.containers.create import ContainerManager
-from runtime.containers.exit import ContainerExit
+from runtime.containers.endings.exit import ContainerExit
 from runtime.namespaces.pinned import pins_hold
 from runtime.oci import exec_call
 from runtime.oci.conmon import Monitors

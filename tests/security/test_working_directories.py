@@ -17,7 +17,7 @@ from host import processes
 from host.errors import InvalidArgumentError
 from host.processes import ProcessName
 from proto.runtime.v1 import cri_pb2
-from runtime.containers.confinement import verify
+from runtime.containers.bundle.confinement import verify
 from runtime.oci.working_directory import become
 from runtime.specgen.builder import build
 from tests.integration.agent.hardening import PRELUDE, PYTHON, Attacker, init_pid, like_kubelets, with_python

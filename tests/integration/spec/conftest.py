@@ -16,7 +16,7 @@ import pytest
 from host.cgroups import discover
 from host.files.mounts import mounts_below, unmount
 from proto.nri.v1alpha1 import nri_pb2
-from runtime.containers.idmapped_mounts import bind_all
+from runtime.containers.bundle.idmapped_mounts import bind_all
 from runtime.nri.abilities import RuntimeAbilities
 from runtime.nri.adjustment import adjust
 from runtime.nri.answers.merging import Merging

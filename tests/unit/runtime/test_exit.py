@@ -12,7 +12,7 @@ from typing import Any
 from host.processes import start_time
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
-from runtime.containers.exit import ContainerExit
+from runtime.containers.endings.exit import ContainerExit
 from runtime.layout import ContainerFolder, SandboxFolder
 from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.sandbox import Sandbox, SandboxRecord, SandboxState

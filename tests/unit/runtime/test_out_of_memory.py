@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 
 from runtime.cgroups.tree import CgroupTree
-from runtime.containers.out_of_memory import killed_for_memory
+from runtime.containers.endings.out_of_memory import killed_for_memory
 from runtime.node import Node
 from runtime.state.container import Container, ContainerState
 

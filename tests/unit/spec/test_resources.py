@@ -13,7 +13,7 @@ import pytest
 from host.cgroups import discover
 from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
-from runtime.containers.log_path import resolve_log_path
+from runtime.containers.bundle.log_path import resolve_log_path
 from runtime.specgen import config as oci
 from runtime.specgen.devices import devices
 from runtime.specgen.limits.resources import oom_score_adj, resources

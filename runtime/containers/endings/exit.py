@@ -17,9 +17,9 @@ from host.errors import PodkeelError
 from host.files.removal import remove_tree
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
-from runtime.containers.kill_watch import KillWatch
-from runtime.containers.out_of_memory import ended_by_the_kernel, killed_for_memory
-from runtime.containers.rootfs import unmount_all
+from runtime.containers.bundle.rootfs import unmount_all
+from runtime.containers.endings.kill_watch import KillWatch
+from runtime.containers.endings.out_of_memory import ended_by_the_kernel, killed_for_memory
 from runtime.node import Node
 from runtime.oci.conmon import ExitRecord
 from runtime.state.container import Container, ContainerRecord, ContainerState

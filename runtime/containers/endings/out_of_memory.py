@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from runtime.containers.kill_watch import KillHistory
+from runtime.containers.endings.kill_watch import KillHistory
 from runtime.node import Node
 from runtime.oci.conmon import ExitRecord
 from runtime.state.container import Container, ContainerState

@@ -8,7 +8,7 @@ from host.concurrency.threads import in_thread
 from host.errors import KubeletReasonError, PodkeelError
 from images.image import Image
 from proto.runtime.v1 import cri_pb2
-from runtime.containers.idmapped_mounts import release
+from runtime.containers.bundle.idmapped_mounts import release
 from runtime.layout import ContainerFolder
 from runtime.logs import LogLink
 from runtime.node import Node

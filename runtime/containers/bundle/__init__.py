@@ -1,0 +1,1 @@
+"""What a container is made from: its mounts, its log and its spec."""

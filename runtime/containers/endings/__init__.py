@@ -1,0 +1,1 @@
+"""How a container ends: noticed, waited for, explained and recorded."""

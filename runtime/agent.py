@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import logging
 import os
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from host.cgroups import discover
-from host.children.dying_holder import release_what_is_held
 from host.concurrency.threads import in_thread
 from host.database import Database
 from host.database_copy import DatabaseCopy
-from host.errors import WrongStateError
 from host.libc import leave_session_keyring
 from host.subreaper import Orphans
 from images.images import Images
@@ -28,16 +23,20 @@ from network.node_network import NodeNetwork
 from network.options import NetworkOptions
 from network.schema import MIGRATIONS as NETWORK_MIGRATIONS
 from runtime.agent_id import agent_id
+from runtime.cgroups.moves import CgroupMoves
 from runtime.cgroups.tree import CgroupTree
-from runtime.containers.create import ContainerManager
+from runtime.containers.bundle.rootfs import Rootfs
+from runtime.containers.bundle.spec_request import SpecRequests
+from runtime.containers.create import ContainerCreate
 from runtime.containers.endings.exit import ContainerExit
-from runtime.containers.exec import Execution
+from runtime.containers.exec import ContainerExec
+from runtime.containers.remove import ContainerRemove
 from runtime.containers.start import ContainerStart
 from runtime.containers.stop import ContainerStop
+from runtime.folder_lock import hold_folder
 from runtime.hooks import Hooks
 from runtime.layout import Layout
 from runtime.meters import Meters
-from runtime.node import Node
 from runtime.nri.options import NriOptions
 from runtime.oci.conmon import Monitors
 from runtime.oci.handlers import Handlers
@@ -45,7 +44,7 @@ from runtime.oci.mask_device import MaskDevice
 from runtime.options import RuntimeOptions
 from runtime.pods.remove import PodRemove
 from runtime.pods.resources import PodResources
-from runtime.pods.run import PodManager
+from runtime.pods.run import PodRun
 from runtime.pods.stop import PodStop
 from runtime.recovery.audit import Audit
 from runtime.recovery.kept_rows import KeptRows, put_back_all
@@ -68,8 +67,6 @@ if TYPE_CHECKING:
 
 SCHEMAS = {"runtime": RUNTIME_MIGRATIONS, "network": NETWORK_MIGRATIONS, "images": IMAGE_MIGRATIONS}
 
-_log = logging.getLogger("podkeel.agent")
-
 
 class Agent:
     """Everything behind the gRPC services, for ``async with``.
@@ -82,6 +79,7 @@ class Agent:
     """
 
     options: RuntimeOptions
+    agent_id: str
     layout: Layout
     database: Database
     state: State
@@ -92,15 +90,16 @@ class Agent:
     hooks_dir: HooksDir
     network: NodeNetwork
     images: Images
-    pods: PodManager
+    pods: PodRun
     pod_stops: PodStop
     pod_removals: PodRemove
     pod_resources: PodResources
-    containers: ContainerManager
+    containers: ContainerCreate
     exits: ContainerExit
     stops: ContainerStop
     starts: ContainerStart
-    execution: Execution
+    removals: ContainerRemove
+    execution: ContainerExec
     statistics: Statistics
     audit: Audit
     recovery: Recovery
@@ -150,102 +149,169 @@ class Agent:
         stack.push_async_callback(kept.close)
         copy = DatabaseCopy(database, layout.database_copy)
         stack.push_async_callback(copy.close)
-        hierarchies = await in_thread(discover)
-        cgroups = CgroupTree.of_host(options.cgroup_driver, hierarchies)
-        own_id = await in_thread(agent_id, layout)
-        handlers = Handlers(options, layout, cgroups, own_id)
-        network = NodeNetwork(self._network, database, BridgeOwner(own_id, str(layout.data)))
-        images = Images(self._images, layout.data, database)
-        facts = await in_thread(partial(probe_node, hierarchies, selinux=options.selinux))
         store = Store(database, layout)
-        node = Node(
-            options=options,
-            agent_id=own_id,
-            layout=layout,
-            reserve=reserve,
-            database=database,
-            state=State(store),
-            cgroups=cgroups,
-            meters=Meters(cgroups, hierarchies),
-            facts=facts,
-            apparmor_default=await load_default_profile(facts),
-            handlers=handlers,
-            monitors=monitors,
-            network=network,
-            images=images.store,
-            snapshots=images.snapshots,
-        )
-        await (handlers.identify() if self._only_removes else handlers.probe())
-        mask = MaskDevice(layout.mask)
-        stack.callback(mask.remove)
-        await in_thread(mask.make)
-        await images.start()
-        stack.push_async_callback(images.close)
-        await network.start()
-        stack.push_async_callback(network.stop)
-        self.images = images
-        self._take(node)
-        plugin_hooks = self._plugin_hooks(node)
-        self.hooks = node.hooks = plugin_hooks or Hooks()
-        self._assemble(node, stack)
+        self.options, self.layout, self.database = options, layout, database
+        await self._open_parts(store, stack)
+        self._assemble_containers(monitors, reserve, stack)
+        self._assemble_pods(stack)
+        self._prepare_recovery(monitors)
         await self.recovery.run()
         copy.start()
         store.when_written(kept.note)
-        kept.start((*node.state.sandboxes, *node.state.containers))
+        kept.start((*self.state.sandboxes, *self.state.containers))
         await in_thread(reserve.keep)
-        if plugin_hooks is not None:
-            await self._serve_plugins(plugin_hooks, stack)
+        if self._plugin_hooks is not None:
+            await self._serve_plugins(self._plugin_hooks, stack)
         self.state.events.serve()
 
-    def _take(self, node: Node) -> None:
-        self.options, self.layout, self.database = node.options, node.layout, node.database
-        self.state, self.facts, self.hooks_dir = node.state, node.facts, node.hooks_dir
-        self.cgroups, self.handlers, self.network = node.cgroups, node.handlers, node.network
+    async def _open_parts(self, store: Store, stack: AsyncExitStack) -> None:
+        """What the verbs of pods and containers work with."""
+        options, layout = self.options, self.layout
+        hierarchies = await in_thread(discover)
+        self.cgroups = CgroupTree.of_host(options.cgroup_driver, hierarchies)
+        self._moves = CgroupMoves(self.cgroups)
+        self._meters = Meters(self.cgroups, hierarchies)
+        self.agent_id = await in_thread(agent_id, layout)
+        self.state = State(store, layout, self.agent_id)
+        self.handlers = Handlers(options, layout, self.cgroups, self.agent_id)
+        self.network = NodeNetwork(self._network, self.database, BridgeOwner(self.agent_id, str(layout.data)))
+        self.images = Images(self._images, layout.data, self.database)
+        self.images.snapshots.writable.activity = self._activity
+        facts = await in_thread(partial(probe_node, hierarchies, selinux=options.selinux))
+        self.facts = replace(facts, apparmor_default=await load_default_profile(facts))
+        self.hooks_dir = HooksDir(options.hooks_dirs)
+        self._plugin_hooks = self._make_plugin_hooks()
+        self.hooks = self._plugin_hooks or Hooks()
+        await (self.handlers.identify() if self._only_removes else self.handlers.probe())
+        mask = MaskDevice(layout.mask)
+        stack.callback(mask.remove)
+        await in_thread(mask.make)
+        await self.images.start()
+        stack.push_async_callback(self.images.close)
+        await self.network.start()
+        stack.push_async_callback(self.network.stop)
 
-    def _assemble(self, node: Node, stack: AsyncExitStack) -> None:
-        self.exits = ContainerExit(node)
-        self.stops = ContainerStop(node, self.exits)
-        self.starts = ContainerStart(node, self.exits, self.stops)
-        self.containers = ContainerManager(node, container_registrar(), self.exits, self.stops)
-        names = pod_registrar()
-        self.pod_stops = PodStop(node, names, self.containers)
-        self.pod_removals = PodRemove(node, self.containers, self.pod_stops)
-        self.pod_resources = PodResources(node)
-        self.pods = PodManager(node, names, self.pod_stops)
-        node.network.when_given_back(self.pod_stops.network_given_back)
-        self.execution = Execution(node)
-        self.statistics = Statistics(node.state, node.cgroups, node.meters, node.snapshots, node.layout)
-        self._prepare_recovery(node)
+    def _activity(self, container_id: str) -> int | None:
+        container = self.state.containers.exact(container_id)
+        return self._meters.processor_time(container) if container is not None else None
+
+    def _assemble_containers(self, monitors: Monitors, reserve: Reserve, stack: AsyncExitStack) -> None:
+        state, handlers, cgroups, hooks = self.state, self.handlers, self.cgroups, self.hooks
+        names = container_registrar()
+        rootfs = Rootfs(self.images.store, self.images.snapshots, self.facts)
+        self.exits = ContainerExit(
+            state=state,
+            handlers=handlers,
+            monitors=monitors,
+            cgroups=cgroups,
+            rootfs=rootfs,
+            meters=self._meters,
+            hooks=hooks,
+        )
+        self.stops = ContainerStop(state, cgroups, monitors, reserve, self.exits)
+        self.starts = ContainerStart(state, handlers, hooks, self.exits, self.stops)
+        self.removals = ContainerRemove(
+            state=state,
+            names=names,
+            rootfs=rootfs,
+            monitors=monitors,
+            meters=self._meters,
+            hooks=hooks,
+            exits=self.exits,
+            stops=self.stops,
+        )
+        self.execution = ContainerExec(
+            state=state,
+            handlers=handlers,
+            monitors=monitors,
+            cgroups=cgroups,
+            facts=self.facts,
+            pids_limit=self.options.pids_limit,
+            hooks=hooks,
+        )
+        self.containers = ContainerCreate(
+            options=self.options,
+            state=state,
+            names=names,
+            images=self.images.store,
+            rootfs=rootfs,
+            requests=SpecRequests(
+                options=self.options,
+                facts=self.facts,
+                cgroups=cgroups,
+                rootfs=rootfs,
+                hooks_dir=self.hooks_dir,
+                mask=self.layout.mask,
+            ),
+            handlers=handlers,
+            monitors=monitors,
+            cgroups=cgroups,
+            moves=self._moves,
+            hooks=hooks,
+            exits=self.exits,
+            removals=self.removals,
+        )
         stack.push_async_callback(self.exits.close)
         stack.push_async_callback(self.containers.close)
+
+    def _assemble_pods(self, stack: AsyncExitStack) -> None:
+        state, cgroups, network, hooks = self.state, self.cgroups, self.network, self.hooks
+        names = pod_registrar()
+        self.pod_stops = PodStop(
+            state=state,
+            names=names,
+            containers=self.containers,
+            container_stops=self.stops,
+            network=network,
+            cgroups=cgroups,
+            meters=self._meters,
+            hooks=hooks,
+        )
+        self.pod_removals = PodRemove(state, self.removals, network, hooks, self.pod_stops)
+        self.pod_resources = PodResources(state, hooks)
+        self.pods = PodRun(
+            options=self.options,
+            state=state,
+            names=names,
+            handlers=self.handlers,
+            network=network,
+            cgroups=cgroups,
+            moves=self._moves,
+            facts=self.facts,
+            hooks=hooks,
+            stops=self.pod_stops,
+        )
+        network.when_given_back(self.pod_stops.network_given_back)
+        self.statistics = Statistics(state, cgroups, self._meters, self.images.snapshots, self.layout)
         stack.push_async_callback(self.pods.close)
-        stack.callback(self.state.events.close)
+        stack.callback(state.events.close)
         stack.push_async_callback(self.statistics.close)
 
-    def _prepare_recovery(self, node: Node) -> None:
+    def _prepare_recovery(self, monitors: Monitors) -> None:
         self.audit = Audit(
-            agent_id=node.agent_id,
-            state=node.state,
-            database=node.database,
-            layout=node.layout,
-            monitors=node.monitors,
-            handlers=node.handlers,
-            cgroups=node.cgroups,
-            cgroup_parent=node.options.cgroup_parent,
-            network=node.network,
-            snapshots=node.snapshots,
+            agent_id=self.agent_id,
+            state=self.state,
+            database=self.database,
+            layout=self.layout,
+            monitors=monitors,
+            handlers=self.handlers,
+            cgroups=self.cgroups,
+            cgroup_parent=self.options.cgroup_parent,
+            network=self.network,
+            snapshots=self.images.snapshots,
         )
         self.recovery = Recovery(
             audit=self.audit,
-            state=node.state,
-            monitors=node.monitors,
-            handlers=node.handlers,
-            cgroups=node.cgroups,
-            network=node.network,
+            state=self.state,
+            monitors=monitors,
+            handlers=self.handlers,
+            cgroups=self.cgroups,
+            network=self.network,
             pods=self.pods,
             pod_stops=self.pod_stops,
             pod_removals=self.pod_removals,
             containers=self.containers,
+            removals=self.removals,
             exits=self.exits,
         )
 
@@ -257,11 +323,12 @@ class Agent:
             await put_back_all(database, layout)
         return database
 
-    def _plugin_hooks(self, node: Node) -> NriHooks | None:
+    def _make_plugin_hooks(self) -> NriHooks | None:
         """The hooks that call plugins of the node, if any are served; only then their code is loaded."""
         if self._nri is None or not self._nri.enabled:
             return None
-        from runtime.nri.hooks import Changing, NriHooks
+        from runtime.nri.changes import Changing
+        from runtime.nri.hooks import NriHooks
 
         async def update(container: Container, change: LimitChange) -> None:
             await self.execution.apply(container, change)
@@ -269,7 +336,16 @@ class Agent:
         async def end(container: Container) -> None:
             await self.stops.kill(container)
 
-        return NriHooks(node, self._nri, self._version, Changing(update, end))
+        changing = Changing(update, end)
+        return NriHooks(
+            state=self.state,
+            handlers=self.handlers,
+            cgroups=self.cgroups,
+            facts=self.facts,
+            options=self._nri,
+            version=self._version,
+            changing=changing,
+        )
 
     async def _serve_plugins(self, hooks: NriHooks, stack: AsyncExitStack) -> None:
         """Allow plugins of the node to see and change what is made from now on."""
@@ -282,35 +358,3 @@ class Agent:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._stack.aclose()
-
-
-def hold_folder(folder: Path) -> int:
-    """Lock ``folder`` for this process and return the descriptor that holds the lock.
-
-    Raises WrongStateError when another agent holds it. One that was killed but hangs in the kernel is no obstacle.
-    """
-    lock = folder / "lock"
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        if not _locked(descriptor):
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            if not (holder.isdecimal() and release_what_is_held(int(holder), lock) and _locked(descriptor)):
-                raise WrongStateError(
-                    f"folder {folder} is in use by another agent (pid {holder or 'unknown'}): stop it, or use other "
-                    "folders"
-                )
-            _log.warning("folder %s: the agent that held it (pid %s) was killed and hangs: taken over", folder, holder)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    with contextlib.suppress(OSError):  # the lock holds without it, also on a full disk
-        os.pwrite(descriptor, f"{os.getpid():<10}\n".encode(), 0)
-    return descriptor
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

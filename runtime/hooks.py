@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Coroutine, Iterable
-from typing import TYPE_CHECKING, Any, Self
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
@@ -17,23 +18,6 @@ if TYPE_CHECKING:
 Resources = cri_pb2.LinuxContainerResources
 
 
-class Passage:
-    """Delays the synchronisation of new plugins, for ``async with``: around a hook and its operation.
-
-    It is taken after the locks of sandboxes and containers, and never inside another one. Inside it the agent waits
-    only for calls of plugins, which have a time limit, and for commits.
-    """
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_error: object) -> None:
-        return
-
-
-_OPEN = Passage()
-
-
 class Hooks:
     """What managers call at each event of a pod or container.
 
@@ -41,9 +25,13 @@ class Hooks:
     happened or must continue. ``operation`` gets a stage for each plugin.
     """
 
-    def passing(self) -> Passage:
-        """The passage of one event."""
-        return _OPEN
+    def passing(self) -> AbstractAsyncContextManager[None]:
+        """Delays the synchronisation of new plugins, for ``async with``: around a hook and its operation.
+
+        It is taken after the locks of sandboxes and containers, and never inside another one. Inside it the agent waits
+        only for calls of plugins, which have a time limit, and for commits.
+        """
+        return nullcontext()
 
     async def beside(self, work: Awaitable[None], telling: Coroutine[Any, Any, None]) -> None:
         """Await ``work``, and ``telling``, the call of a hook that raises nothing, while it runs or after it.

@@ -155,7 +155,7 @@ class RuntimeService(StatsCalls):
 
     async def remove_container(self, request: cri_pb2.RemoveContainerRequest) -> cri_pb2.RemoveContainerResponse:
         """Remove a container; idempotent."""
-        await self._agent.containers.remove(request.container_id)
+        await self._agent.removals.remove(request.container_id)
         return cri_pb2.RemoveContainerResponse()
 
     async def container_status(self, request: cri_pb2.ContainerStatusRequest) -> cri_pb2.ContainerStatusResponse:

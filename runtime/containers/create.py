@@ -1,44 +1,45 @@
-"""Containers: making and removing them."""
+"""Making containers."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import posixpath
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from host.concurrency.abandonable import AbandonableThreads, Permission
-from host.concurrency.tasks import wait_out
-from host.concurrency.threads import in_thread
 from host.concurrency.undo import Undo
-from host.errors import InvalidArgumentError, NotFoundError, PodkeelError, WrongStateError
-from host.files.removal import remove_tree
+from host.errors import InvalidArgumentError, NotFoundError, WrongStateError
 from host.stages import Operation
 from images.image import Image
+from images.store import ImageStore
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.moves import CgroupMoves
+from runtime.cgroups.tree import CgroupTree
 from runtime.containers.bundle.confinement import needs_verifying, verify
 from runtime.containers.bundle.idmapped_mounts import bind_all
 from runtime.containers.bundle.log_path import resolve_log_path
 from runtime.containers.bundle.plugin_settings import set_what_is_left
-from runtime.containers.bundle.rootfs import mount_image_volumes, mount_root, status_mounts, unmount_all
+from runtime.containers.bundle.rootfs import Rootfs
 from runtime.containers.bundle.spec_request import (
+    SpecRequests,
     ensure_pid_holder,
     shares_pod_pids,
-    spec_request,
     target_pid_namespace,
 )
 from runtime.containers.endings.exit import ContainerExit
-from runtime.containers.stop import ContainerStop
+from runtime.containers.remove import ContainerRemove
+from runtime.hooks import Hooks
 from runtime.namespaces.user import make_private, root_of
-from runtime.node import Node
 from runtime.oci import private_devices
-from runtime.oci.conmon import MonitorRequest, RuntimeRefusedError, StartingMonitor
+from runtime.oci.conmon import MonitorRequest, Monitors, RuntimeRefusedError, StartingMonitor
+from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime, cannot_run_program, naming, refused_request
+from runtime.options import RuntimeOptions
 from runtime.specgen.builder import ContainerSpec, complete
 from runtime.specgen.draft import Draft, SpecRequest, draft
 from runtime.specgen.mounts.image_volumes import make_volumes
@@ -47,8 +48,8 @@ from runtime.specgen.namespaces import user_mappings
 from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.registrar import ContainerRegistrar, ContainerRequest
 from runtime.state.sandbox import Sandbox, SandboxState
+from runtime.state.state import State
 from runtime.state.transitions import of_container
-from runtime.state.truncindex import new_id
 
 NAME_LIMIT = 253
 _MOST_HANGING = 256  # threads that wait for volumes of containers that were given up
@@ -58,15 +59,39 @@ T = TypeVar("T")
 _log = logging.getLogger("podkeel.containers")
 
 
-class ContainerManager:
-    """Makes and removes containers."""
+class ContainerCreate:
+    """Makes containers."""
 
-    def __init__(self, node: Node, names: ContainerRegistrar, exits: ContainerExit, stops: ContainerStop) -> None:
-        self._node = node
-        self._state = node.state
+    def __init__(
+        self,
+        *,
+        options: RuntimeOptions,
+        state: State,
+        names: ContainerRegistrar,
+        images: ImageStore,
+        rootfs: Rootfs,
+        requests: SpecRequests,
+        handlers: Handlers,
+        monitors: Monitors,
+        cgroups: CgroupTree,
+        moves: CgroupMoves,
+        hooks: Hooks,
+        exits: ContainerExit,
+        removals: ContainerRemove,
+    ) -> None:
+        self._options = options
+        self._state = state
         self._names = names
+        self._images = images
+        self._rootfs = rootfs
+        self._requests = requests
+        self._handlers = handlers
+        self._monitors = monitors
+        self._cgroups = cgroups
+        self._moves = moves
+        self._hooks = hooks
         self._exits = exits
-        self._stops = stops
+        self._removals = removals
         self._threads = AbandonableThreads(_MOST_HANGING)
 
     def adopt(self, container: Container) -> None:
@@ -88,39 +113,38 @@ class ContainerManager:
 
     async def _make(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Container:
         _require_ready(sandbox)
-        node = self._node
         log_path = await self._log_path(sandbox, config)
         image = self._image(config)
-        runtime = node.handlers.get(sandbox.record.handler)
+        runtime = self._handlers.get(sandbox.record.handler)
         container = self._new_container(sandbox, config, image, runtime, log_path)
-        node.moves.expect()
+        self._moves.expect()
         operation = container.begin("CreateContainer")
         async with AsyncExitStack() as held, Undo(container.title) as undo:
-            undo.push("the container", partial(self._discard, container))
+            undo.push("the container", partial(self._removals.discard, container))
             make_private(container.folder.path, user_mappings(sandbox.namespace_options))
-            monitor = node.monitors.prepare(_monitor_request(node, container, runtime))
+            monitor = self._monitors.prepare(_monitor_request(container, runtime))
             undo.push("its monitor", monitor.abandon)
-            if len(self._names) <= node.handlers.parallelism:
+            if len(self._names) <= self._handlers.parallelism:
                 monitor.begin()  # with more under way it would wait for a processor, and others behind it
             async with operation.stage("reserve"):
                 await self._state.add(container)
             async with operation.stage("snapshot"):
-                await mount_root(node, container, image)
-                image_volumes = await mount_image_volumes(node, container)
+                await self._rootfs.mount(container, image)
+                image_volumes = await self._rootfs.mount_image_volumes(container)
             if shares_pod_pids(container):
                 async with operation.stage("pid_namespace"):
-                    await ensure_pid_holder(node, sandbox)
-            undo.push("what plugins know of it", partial(node.hooks.undo_container, container))
-            target = held.enter_context(target_pid_namespace(node, container))
-            request = spec_request(node, container, image, runtime, image_volumes, target_pids=target)
+                    await ensure_pid_holder(self._state, self._options.catatonit_path, sandbox)
+            undo.push("what plugins know of it", partial(self._hooks.undo_container, container))
+            target = held.enter_context(target_pid_namespace(self._state, container))
+            request = self._requests.make(container, image, runtime, image_volumes, target_pids=target)
             spec = await self._make_spec(container, request, operation)
             async with container.lock:  # if it ends now, that is handled after the commit
-                async with operation.stage("runtime"), node.handlers.slots:
+                async with operation.stage("runtime"), self._handlers.slots:
                     await self._create_in_runtime(container, monitor, runtime, spec)
                 await self._verify(container, runtime, spec)
                 _require_ready(sandbox)
-                async with node.hooks.passing():
-                    await node.hooks.created_container(container, operation)
+                async with self._hooks.passing():
+                    await self._hooks.created_container(container, operation)
                     async with operation.stage("commit"):
                         await self._state.move(container, ContainerState.CREATED)
         self._state.publish(cri_pb2.CONTAINER_CREATED_EVENT, container)
@@ -129,7 +153,7 @@ class ContainerManager:
         return container
 
     async def _make_spec(self, container: Container, request: SpecRequest, operation: Operation) -> ContainerSpec:
-        hooks, write = self._node.hooks, partial(self._write_spec, container)
+        hooks, write = self._hooks, partial(self._write_spec, container)
         if await hooks.nobody_adjusts(container):
 
             def draft_and_write(permission: Permission) -> Draft | ContainerSpec:
@@ -144,7 +168,7 @@ class ContainerManager:
             spec = await self._work_on_spec(operation, partial(write, made))
         else:
             spec = made
-        _apply_spec(container, spec, status_mounts(self._node, list(spec.mounts)))
+        _apply_spec(container, spec, self._rootfs.status_mounts(list(spec.mounts)))
         return spec
 
     async def _work_on_spec(self, operation: Operation, work: Callable[[Permission], T]) -> T:
@@ -160,7 +184,7 @@ class ContainerManager:
         return await self._threads.run(f"container {config.metadata.name!r} of {sandbox.title}", lambda _: work())
 
     def _image(self, config: cri_pb2.ContainerConfig) -> Image:
-        image = self._node.images.find(config.image.image)
+        image = self._images.find(config.image.image)
         if image is None:
             raise NotFoundError(f"image {config.image.image!r} is not on this node: pull it first")
         return image
@@ -173,7 +197,7 @@ class ContainerManager:
         runtime: OciRuntime,
         log_path: Path | None,
     ) -> Container:
-        container_id = new_id(self._node.agent_id)
+        container_id = self._state.new_id()
         record = ContainerRecord(
             state=ContainerState.MAKING,
             created_at=time.time_ns(),
@@ -181,18 +205,18 @@ class ContainerManager:
             boot_id=self._state.boot_id,
             image_id=image.id,
             image_ref=image.repo_digests[0] if image.repo_digests else image.id,
-            cgroup=self._node.cgroups.path(
+            cgroup=self._cgroups.path(
                 sandbox.record.cgroup_parent, container_id, uses_subgroup=runtime.features.is_crun
             ),
             log_path=str(log_path) if log_path else "",
             resources=config.linux.resources.SerializeToString(),
         )
-        return Container(container_id, sandbox, config, record, self._node.layout.container(container_id))
+        return self._state.new_container(container_id, sandbox, config, record)
 
     def _write_spec(self, container: Container, drafted: Draft, permission: Permission) -> ContainerSpec:
         spec, request = complete(drafted, permission.check), drafted.request
         mappings = user_mappings(container.sandbox.namespace_options)
-        options = self._node.options
+        options = self._options
         limits = CopyLimits(options.max_volume_copy_bytes, options.max_volume_copy_entries)
         owner = root_of(mappings) if mappings else (0, 0)
         with permission.step():
@@ -215,7 +239,7 @@ class ContainerManager:
             unrunnable, refused = cannot_run_program(error.message), refused_request(error.message)
             if record.changed_by and not unrunnable:
                 error.add_context(f"with changes of NRI plugins ({_named(record.changed_by)})")
-            self._node.handlers.failed_actions[runtime.name, "run program" if unrunnable else "create"] += 1
+            self._handlers.failed_actions[runtime.name, "run program" if unrunnable else "create"] += 1
             if not unrunnable and refused:
                 raise InvalidArgumentError(f"{runtime.options.path} refuses the container: {error.message}") from error
             if not unrunnable:
@@ -229,112 +253,16 @@ class ContainerManager:
         record.monitor = monitored.monitor
         record.init = monitored.init
         self._exits.watch(container)
-        await set_what_is_left(container, runtime, spec.spec.process, self._node.cgroups)
+        await set_what_is_left(container, runtime, spec.spec.process, self._cgroups)
 
     async def _verify(self, container: Container, runtime: OciRuntime, spec: ContainerSpec) -> None:
         init = container.record.init
         if init is not None and needs_verifying(spec, refuses_outside=runtime.directories.refuses_outside):
             await self._threads.run(container.title, lambda _: verify(init, spec))
 
-    async def _discard(self, container: Container) -> None:
-        """Undo everything of a container that was not completed."""
-        node = self._node
-        await self._exits.release_runtime(container)
-        await self._exits.end_monitor(container)
-        await unmount_all(node, container)
-        await node.snapshots.remove(container.id)
-        await in_thread(remove_tree, container.folder.path)
-        node.monitors.forget(container.id)
-        await self._state.delete(container)
-        self._forget(container)
-
-    async def undo_half_made(self, container: Container) -> None:
-        """Undo a container that was being made when the agent died."""
-        await self._discard(container)
-
-    def _forget(self, container: Container) -> None:
-        self._names.release(container)
-        self._state.forget(container)
-        self._node.hooks.forget(container.id)
-        self._node.meters.forget(container.id)
-
-    async def remove(self, container_id: str) -> None:
-        """Kill a container if it runs, and remove it. Unknown ids are no error."""
-        container = self._state.containers.find(container_id) if container_id else None
-        if container is None or container.record.state is ContainerState.MAKING:
-            return
-        if container.record.state in (ContainerState.RUNNING, ContainerState.CREATED):
-            await self._stops.kill(container)
-        async with container.lock:
-            if container.id not in self._state.containers:
-                return  # another call was faster
-            # Once it is written down no client sees it, so none would ask again: it is carried on without this one.
-            await wait_out(asyncio.ensure_future(self.finish_removal(container)))
-
-    async def finish_removal(self, container: Container) -> None:
-        """Record a removal, unless that is done, and complete it.
-
-        A container for which that fails is listed as exited, so that its client tries again.
-        """
-        operation = container.begin("RemoveContainer")
-        try:
-            if container.record.state is not ContainerState.REMOVING:
-                async with self._node.hooks.passing():
-                    await self._node.hooks.remove_container(container, operation)
-                    async with operation.stage("intent"):
-                        await self._state.move(container, ContainerState.REMOVING)
-            await self._finish_removal(container, operation)
-        except (PodkeelError, OSError):
-            self._state.take_back(container)
-            raise
-
-    async def _finish_removal(self, container: Container, operation: Operation) -> None:
-        node = self._node
-        async with operation.stage("runtime"):
-            await self._exits.released(container)
-        async with operation.stage("snapshot"):
-            if not container.unmounted:
-                await unmount_all(node, container)
-            await node.snapshots.remove(container.id)
-        async with operation.stage("files"):
-            await in_thread(remove_tree, container.folder.path)
-            node.monitors.forget(container.id)
-        async with operation.stage("forget"):
-            await self._state.delete(container)
-        self._forget(container)
-        self._state.publish(cri_pb2.CONTAINER_DELETED_EVENT, container)
-        _log.info("%s: removed", container.title, extra=of_container(container, operation))
-
     async def abort_making(self, sandbox: Sandbox) -> None:
         """Cancel and undo the containers being made in a sandbox."""
         await self._names.cancel(lambda identity: identity[0] == sandbox.id)
-
-    async def stop_all(self, sandbox: Sandbox) -> None:
-        """Kill every container of a sandbox that runs."""
-        containers = [c for c in self._state.containers_of(sandbox) if c.visible]
-        await in_thread(self._thaw_dying, sandbox, containers)
-        await asyncio.gather(*(self._stops.kill(container) for container in containers))
-        await asyncio.gather(*(self._exits.released(container) for container in containers))
-
-    def _thaw_dying(self, sandbox: Sandbox, containers: Sequence[Container]) -> None:
-        """Thaw the pod's own cgroup if it is frozen, once all its processes were killed."""
-        cgroups, parent = self._node.cgroups, sandbox.record.cgroup_parent
-        path = cgroups.parent_path(parent)
-        if sandbox.record.boot_id != self._state.boot_id or not cgroups.is_frozen(path):
-            return
-        for container in containers:
-            cgroups.kill(container.record.cgroup)
-        others = (other.record for other in self._state.sandboxes if other is not sandbox)
-        if not any(record.cgroup_parent == parent and not record.torn_down for record in others):
-            cgroups.thaw(path)
-
-    async def remove_all(self, sandbox: Sandbox) -> None:
-        """Remove every container of a sandbox, also those whose making failed and could not be undone then."""
-        removals = [
-            self._discard(container) if container.record.state is ContainerState.MAKING else self.remove(container.id)
-            for container in self._state.containers_of(sandbox)
-        ]
-        await asyncio.gather(*removals)
 
     async def close(self) -> None:
         """Undo what is in the making; for the agent's end."""
@@ -366,7 +294,7 @@ def _named(changed_by: Mapping[str, str]) -> str:
     return "; ".join(parts)[:1024]
 
 
-def _monitor_request(node: Node, container: Container, runtime: OciRuntime) -> MonitorRequest:
+def _monitor_request(container: Container, runtime: OciRuntime) -> MonitorRequest:
     config = container.config
     return MonitorRequest(
         container_id=container.id,

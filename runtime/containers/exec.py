@@ -24,17 +24,22 @@ from host.errors import (
 from host.files.inotify import wait_for_entries
 from host.processes import ProcessName
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.tree import CgroupTree
 from runtime.containers.limits import Limits, require_alive
+from runtime.hooks import Hooks
 from runtime.logs import LogFile, LogLink, append_from_now_on, has_open
-from runtime.node import Node
+from runtime.oci.conmon import Monitors
 from runtime.oci.directory_probe import DIRECTORY_BY_DESCRIPTOR
 from runtime.oci.exec_call import ExecCall
+from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime
 from runtime.oci.working_directory import WorkingDirectory, working_directory
 from runtime.specgen import config
 from runtime.specgen.limits.extra_limits import LimitChange
 from runtime.specgen.limits.resources import oom_score_adj
+from runtime.specgen.node_facts import NodeFacts
 from runtime.state.container import Container, ContainerState
+from runtime.state.state import State
 
 REOPEN_SECONDS = 5.0
 # How long conmon takes at most, while it runs, from reading that it is to open its log to opening it.
@@ -51,14 +56,28 @@ class _SpecProcess(msgspec.Struct):
 _decode_spec = msgspec.json.Decoder(_SpecProcess).decode
 
 
-class Execution:
+class ContainerExec:
     """Acts on containers that are there already."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._state = node.state
+    def __init__(
+        self,
+        *,
+        state: State,
+        handlers: Handlers,
+        monitors: Monitors,
+        cgroups: CgroupTree,
+        facts: NodeFacts,
+        pids_limit: int,
+        hooks: Hooks,
+    ) -> None:
+        self._state = state
+        self._handlers = handlers
+        self._monitors = monitors
+        self._cgroups = cgroups
+        self._facts = facts
+        self._hooks = hooks
         self._threads = AbandonableThreads(_MOST_HANGING)
-        self.limits = Limits(node)
+        self.limits = Limits(state, handlers, cgroups, facts, pids_limit)
 
     async def exec_sync(self, container_id: str, command: Sequence[str], timeout: float) -> processes.Completed:
         """Run a command to its end and return its output, cut at 16 MiB a stream; ``timeout`` 0 means none.
@@ -88,10 +107,9 @@ class Execution:
 
         Raises WrongStateError for a frozen container, in which the OCI runtime would be frozen too.
         """
-        node = self._node
-        if node.cgroups.is_frozen(container.record.cgroup):
+        if self._cgroups.is_frozen(container.record.cgroup):
             raise WrongStateError(f"{container.title} is frozen: thaw its cgroup before anything is executed in it")
-        runtime = node.handlers.get(container.record.handler)
+        runtime = self._handlers.get(container.record.handler)
         process = self._process(container, command)
         process.terminal = terminal
         process.console_size = size
@@ -106,7 +124,7 @@ class Execution:
             folder=container.folder.path,
             program=command[0],
             process=msgspec.json.encode(process),
-            pids=partial(node.cgroups.processes, container.record.cgroup),
+            pids=partial(self._cgroups.processes, container.record.cgroup),
             terminal=terminal,
             directory=directory,
             oom_score_adj=process.oom_score_adj,
@@ -116,7 +134,7 @@ class Execution:
     def _decided_score(self, container: Container) -> int:
         """The oom_score_adj of what runs in a container, as it was last configured."""
         limits = cri_pb2.LinuxContainerResources.FromString(container.record.resources)
-        return oom_score_adj(limits, self._node.facts)
+        return oom_score_adj(limits, self._facts)
 
     def _process(self, container: Container, command: Sequence[str]) -> config.Process:
         """The OCI ``process`` object of a further command in a container: like its first one, except
@@ -164,7 +182,7 @@ class Execution:
             LimitError: the memory limit would be below what the container uses now.
             PodkeelError: a plugin of the node refuses.
         """
-        container, hooks = self._state.get_container(container_id), self._node.hooks
+        container, hooks = self._state.get_container(container_id), self._hooks
         try:
             async with container.lock:
                 require_alive(container)
@@ -223,7 +241,7 @@ class Execution:
 
     async def _open_next(self, container: Container, monitor: ProcessName, log: LogFile, descriptor: int) -> bool:
         """Have conmon open the new, empty file of ``descriptor``; whether it does so in time."""
-        reopen = self._node.monitors.reopen_log
+        reopen = self._monitors.reopen_log
         link = LogLink(container.folder.path)
         if not link.is_used:  # its conmon was started by an older version: it knows the path itself
             next_log = LogFile(log.folder, Path(f"{log.path}.tmp"))
@@ -235,7 +253,7 @@ class Execution:
             finally:
                 os.close(descriptor)
             return opened
-        monitors, folder = self._node.monitors, link.path.parent
+        monitors, folder = self._monitors, link.path.parent
         told = link.waiting() is not None and monitors.has_unread(container.id)
         if link.waiting() is not None and not told:  # it is about to open it, or the agent that would ask it died
             await wait_for_entries(folder, lambda: link.waiting() is None, _TAKING_SECONDS)

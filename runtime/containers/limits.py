@@ -14,12 +14,14 @@ from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.extra_files import read_extra_limits, write_extra_limits
 from runtime.cgroups.tree import CgroupTree
-from runtime.node import Node
+from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime, plain_message, refused_limit
 from runtime.specgen import config
 from runtime.specgen.limits.extra_limits import ExtraLimits, LimitChange, merged
 from runtime.specgen.limits.resources import oom_score_adj, resources
+from runtime.specgen.node_facts import NodeFacts
 from runtime.state.container import Container, ContainerState
+from runtime.state.state import State
 
 _log = logging.getLogger("podkeel.containers")
 
@@ -48,8 +50,14 @@ _Both = tuple[cri_pb2.LinuxContainerResources, ExtraLimits]
 class Limits:
     """Sets limits of containers, in their cgroups and in the store."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(
+        self, state: State, handlers: Handlers, cgroups: CgroupTree, facts: NodeFacts, pids_limit: int
+    ) -> None:
+        self._state = state
+        self._handlers = handlers
+        self._cgroups = cgroups
+        self._facts = facts
+        self._pids_limit = pids_limit
 
     async def change(self, container: Container, change: LimitChange, operation: Operation) -> None:
         """Change limits of a container whose lock is held; what is not given stays as it is.
@@ -72,13 +80,13 @@ class Limits:
             taken = {name for field, name in _OWNED.items() if getattr(change.given, field)}
             kept = {name: plugin for name, plugin in record.changed_by.items() if name not in taken}
             record.changed_by = {**kept, **change.changed_by}
-            await self._node.state.save(container)
+            await self._state.save(container)
 
     async def _apply(self, container: Container, before: _Both, after: _Both, changed: ExtraLimits) -> None:
         if container.record.start_error:
             return
-        cgroups, path = self._node.cgroups, container.record.cgroup
-        runtime = self._node.handlers.get(container.record.handler)
+        cgroups, path = self._cgroups, container.record.cgroup
+        runtime = self._handlers.get(container.record.handler)
         self._decided(*after)  # what it refuses is refused before anything has changed
         undoing = await in_thread(_undoing, before[0], after[0], cgroups, path)
         extra = before[1]
@@ -105,7 +113,7 @@ class Limits:
     async def _set(
         self, container: Container, runtime: OciRuntime, limits: cri_pb2.LinuxContainerResources, extra: ExtraLimits
     ) -> None:
-        cgroups, path, init = self._node.cgroups, container.record.cgroup, container.record.init
+        cgroups, path, init = self._cgroups, container.record.cgroup, container.record.init
         given, score = self._decided(limits, extra)
         await runtime.update(container.id, msgspec.json.encode(given))
         if limits.cpu_quota < 0:
@@ -119,15 +127,15 @@ class Limits:
             await in_thread(cgroups.set_oom_score_adj, path, init.pid, score)
 
     def _decided(self, limits: cri_pb2.LinuxContainerResources, extra: ExtraLimits) -> tuple[config.Resources, int]:
-        facts = self._node.facts
-        given = resources(limits, facts, pids_limit=self._node.options.pids_limit)
+        facts = self._facts
+        given = resources(limits, facts, pids_limit=self._pids_limit)
         extra.put_into(given)
         return given, oom_score_adj(limits, facts)
 
     def _refuse_below_use(self, container: Container, limit: int) -> None:
         if limit <= 0:
             return
-        use = self._node.cgroups.memory_in_use(container.record.cgroup)
+        use = self._cgroups.memory_in_use(container.record.cgroup)
         if use > limit:
             raise LimitError(
                 f"{container.title} uses {use} bytes of memory that cannot be reclaimed, more than the new limit of "

@@ -12,10 +12,12 @@ from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 from runtime.containers.endings.exit import ContainerExit
 from runtime.containers.stop import ContainerStop
-from runtime.node import Node
+from runtime.hooks import Hooks
+from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import cannot_run_program, plain_message
 from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import SandboxState
+from runtime.state.state import State
 from runtime.state.transitions import of_container
 
 START_ERROR_EXIT_CODE = 128
@@ -26,9 +28,12 @@ _log = logging.getLogger("podkeel.containers")
 class ContainerStart:
     """Starts created containers."""
 
-    def __init__(self, node: Node, exits: ContainerExit, stops: ContainerStop) -> None:
-        self._node = node
-        self._state = node.state
+    def __init__(
+        self, state: State, handlers: Handlers, hooks: Hooks, exits: ContainerExit, stops: ContainerStop
+    ) -> None:
+        self._state = state
+        self._handlers = handlers
+        self._hooks = hooks
         self._exits = exits
         self._stops = stops
 
@@ -52,11 +57,11 @@ class ContainerStart:
             await wait_out(asyncio.ensure_future(self._start(container)))
 
     async def _start(self, container: Container) -> None:
-        hooks = self._node.hooks
+        hooks = self._hooks
         operation = container.begin("StartContainer")
         async with hooks.passing():
             await hooks.start_container(container, operation)
-        async with operation.stage("runtime"), self._node.handlers.slots:
+        async with operation.stage("runtime"), self._handlers.slots:
             started_at = time.time_ns()
             await self._start_in_runtime(container)
         async with hooks.passing():
@@ -76,14 +81,14 @@ class ContainerStart:
             await self._fail_start(container, record.start_error)
             raise InvalidArgumentError(record.start_error)  # the pod is wrong and not the node
         try:
-            await self._node.handlers.get(record.handler).start(container.id)
+            await self._handlers.get(record.handler).start(container.id)
         except (PodkeelError, OSError) as error:  # also one that took too long may have started it
             await self._stops.kill_processes(container)
             output = error.output if isinstance(error, CommandError) else ""
             message = plain_message(output) or str(error)
             await self._fail_start(container, message)
             unrunnable = cannot_run_program(message)
-            self._node.handlers.failed_actions[record.handler, "run program" if unrunnable else "start"] += 1
+            self._handlers.failed_actions[record.handler, "run program" if unrunnable else "start"] += 1
             if unrunnable:
                 raise InvalidArgumentError(message) from error
             raise
@@ -96,6 +101,6 @@ class ContainerStart:
         record.exit_code = START_ERROR_EXIT_CODE
         record.reason = "StartError"
         record.message = message
-        async with self._node.hooks.passing():
+        async with self._hooks.passing():
             await self._exits.save_end(container)
         self._exits.ended(container)

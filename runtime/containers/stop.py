@@ -5,22 +5,31 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 
 from host import processes
 from host.concurrency.tasks import wait_out
 from host.concurrency.threads import in_thread
+from runtime.cgroups.tree import CgroupTree
 from runtime.containers.endings.exit import ContainerExit, kill_group
 from runtime.containers.endings.last_wait import wait_for_end
-from runtime.node import Node
+from runtime.oci.conmon import Monitors
+from runtime.reserve import Reserve
 from runtime.state.container import Container, ContainerState
+from runtime.state.sandbox import Sandbox
+from runtime.state.state import State
 
 
 class ContainerStop:
     """Ends containers."""
 
-    def __init__(self, node: Node, exits: ContainerExit) -> None:
-        self._node = node
-        self._state = node.state
+    def __init__(
+        self, state: State, cgroups: CgroupTree, monitors: Monitors, reserve: Reserve, exits: ContainerExit
+    ) -> None:
+        self._state = state
+        self._cgroups = cgroups
+        self._monitors = monitors
+        self._reserve = reserve
         self._exits = exits
 
     async def stop(self, container_id: str, grace: float) -> None:
@@ -37,10 +46,10 @@ class ContainerStop:
             await container.exited.wait()
             return
         operation = container.begin("StopContainer")
-        self._node.reserve.release_if_short()
+        self._reserve.release_if_short()
         async with operation.stage("signal"):
             if container.record.state is ContainerState.RUNNING:
-                frozen = await in_thread(self._node.cgroups.is_frozen, container.record.cgroup)
+                frozen = await in_thread(self._cgroups.is_frozen, container.record.cgroup)
                 await self._stop_politely(container, 0.0 if frozen else max(grace, 0.0))  # it could not heed a signal
         async with operation.stage("kill"):
             if not container.exited.is_set():
@@ -90,10 +99,10 @@ class ContainerStop:
         if container.monitor_descriptor is None:
             async with container.lock:
                 if not container.exited.is_set():
-                    exit_record = self._node.monitors.exit_record(container.id)
+                    exit_record = self._monitors.exit_record(container.id)
                     await wait_out(asyncio.ensure_future(self._exits.record_exit(container, exit_record)))
             return
-        if not await wait_for_end(self._node, container):
+        if not await wait_for_end(self._cgroups, container):
             async with container.lock:
                 if not container.exited.is_set():
                     await wait_out(asyncio.ensure_future(self._exits.record_exit(container, None)))
@@ -101,7 +110,26 @@ class ContainerStop:
     async def kill_processes(self, container: Container) -> None:
         """SIGKILL to the first process and to those that may outlive it; waits for nothing."""
         container.killed = self._signal(container, signal.SIGKILL) or container.killed
-        await in_thread(kill_group, self._node.cgroups, container.record)
+        await in_thread(kill_group, self._cgroups, container.record)
+
+    async def stop_all(self, sandbox: Sandbox) -> None:
+        """Kill every container of a sandbox that runs."""
+        containers = [c for c in self._state.containers_of(sandbox) if c.visible]
+        await in_thread(self._thaw_dying, sandbox, containers)
+        await asyncio.gather(*(self.kill(container) for container in containers))
+        await asyncio.gather(*(self._exits.released(container) for container in containers))
+
+    def _thaw_dying(self, sandbox: Sandbox, containers: Sequence[Container]) -> None:
+        """Thaw the pod's own cgroup if it is frozen, once all its processes were killed."""
+        cgroups, parent = self._cgroups, sandbox.record.cgroup_parent
+        path = cgroups.parent_path(parent)
+        if sandbox.record.boot_id != self._state.boot_id or not cgroups.is_frozen(path):
+            return
+        for container in containers:
+            cgroups.kill(container.record.cgroup)
+        others = (other.record for other in self._state.sandboxes if other is not sandbox)
+        if not any(record.cgroup_parent == parent and not record.torn_down for record in others):
+            cgroups.thaw(path)
 
     def _signal(self, container: Container, number: int) -> bool:
         """Send a signal to the first process; False if it has ended."""

@@ -21,7 +21,7 @@ from runtime.nri import validator
 from runtime.nri.answers.merging import Merging
 from runtime.nri.answers.owners import Owners
 from runtime.nri.answers.resource_merging import merge_resources
-from runtime.nri.answers.updates import Node, Updates
+from runtime.nri.answers.updates import PluginsView, Updates
 from runtime.nri.options import NriOptions
 from runtime.nri.plugins.calls import CallTotals
 from runtime.nri.plugins.events import CREATE_CONTAINER, UPDATE_CONTAINER, VALIDATE_CONTAINER_ADJUSTMENT, EventCall
@@ -68,7 +68,7 @@ class Adaptation:
     ``passing`` no lock of a container is taken, so updates that plugins ask for other containers are done outside.
     """
 
-    def __init__(self, options: NriOptions, node: Node) -> None:
+    def __init__(self, options: NriOptions, node: PluginsView) -> None:
         self.gone: deque[Gone] = deque(maxlen=_GONE_KEPT)
         self.totals = CallTotals()
         self._options = options

@@ -2,54 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
 from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
-from runtime.node import Node
+from runtime.cgroups.tree import CgroupTree
 from runtime.nri.abilities import Asking, Field, RuntimeAbilities
 from runtime.nri.adjustment import adjust
 from runtime.nri.answers.owners import Owners, changes
 from runtime.nri.answers.resource_merging import merge_resources
 from runtime.nri.messages import cri_resources
 from runtime.nri.resource_adjustment import extra_limits
+from runtime.oci.handlers import Handlers
 from runtime.specgen.draft import Draft
 from runtime.specgen.limits.extra_limits import LimitChange, merged
 from runtime.specgen.node_facts import NodeFacts
 from runtime.state.container import Container
 
 
-def adjust_container(
-    node: Node,
-    container: Container,
-    draft: Draft,
-    adjustment: nri_pb2.ContainerAdjustment,
-    owners: nri_pb2.FieldOwners,
-    *,
-    block_io_file: str,
-) -> None:
-    """Put what plugins changed of a container that is being made into its draft and its record.
+@dataclass(frozen=True, slots=True)
+class Changing:
+    """How plugins change containers: ``update`` sets resources, ``end`` kills one and waits for its end."""
 
-    ``block_io_file`` has the node's classes of block I/O. Raises what ``adjustment.apply`` does, and
-    InvalidArgumentError for a cgroup that is another's.
+    update: Callable[[Container, LimitChange], Awaitable[None]]
+    end: Callable[[Container], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Adjuster:
+    """Puts what plugins changed of containers that are being made into their drafts and records.
+
+    ``block_io_file`` has the node's classes of block I/O.
     """
-    if not adjustment.ByteSize():
-        return
-    runtime = node.handlers.get(container.record.handler)
-    systemd = node.cgroups.driver == "systemd"
-    abilities = RuntimeAbilities(runtime.name, runtime.features, node.facts, systemd, block_io_file)
-    adjust(draft, adjustment, owners, abilities)
-    record, linux = container.record, adjustment.linux
-    if linux.cgroups_path:
-        cgroup = node.cgroups.path_of(linux.cgroups_path, uses_subgroup=runtime.features.is_crun)
-        if cgroup != record.cgroup and node.cgroups.exists(cgroup):
-            raise Asking(owners).wrong(Field.CgroupsPath, f"{cgroup} is there already, so another's")
-        record.cgroup = cgroup
-    resources = merged(cri_pb2.LinuxContainerResources.FromString(record.resources), cri_resources(linux.resources))
-    if linux.HasField("oom_score_adj"):
-        resources.oom_score_adj = linux.oom_score_adj.value
-    record.resources = resources.SerializeToString()
-    record.extra_limits = extra_limits(linux.resources, node.facts, Asking(owners))
-    record.changed_by = changes(owners)
+
+    handlers: Handlers
+    cgroups: CgroupTree
+    facts: NodeFacts
+    block_io_file: str
+
+    def adjust(
+        self,
+        container: Container,
+        draft: Draft,
+        adjustment: nri_pb2.ContainerAdjustment,
+        owners: nri_pb2.FieldOwners,
+    ) -> None:
+        """Change ``draft`` and the record of ``container``.
+
+        Raises what ``adjustment.adjust`` does, and InvalidArgumentError for a cgroup that is another's.
+        """
+        if not adjustment.ByteSize():
+            return
+        runtime, cgroups = self.handlers.get(container.record.handler), self.cgroups
+        systemd = cgroups.driver == "systemd"
+        abilities = RuntimeAbilities(runtime.name, runtime.features, self.facts, systemd, self.block_io_file)
+        adjust(draft, adjustment, owners, abilities)
+        record, linux = container.record, adjustment.linux
+        if linux.cgroups_path:
+            cgroup = cgroups.path_of(linux.cgroups_path, uses_subgroup=runtime.features.is_crun)
+            if cgroup != record.cgroup and cgroups.exists(cgroup):
+                raise Asking(owners).wrong(Field.CgroupsPath, f"{cgroup} is there already, so another's")
+            record.cgroup = cgroup
+        before = cri_pb2.LinuxContainerResources.FromString(record.resources)
+        resources = merged(before, cri_resources(linux.resources))
+        if linux.HasField("oom_score_adj"):
+            resources.oom_score_adj = linux.oom_score_adj.value
+        record.resources = resources.SerializeToString()
+        record.extra_limits = extra_limits(linux.resources, self.facts, Asking(owners))
+        record.changed_by = changes(owners)
 
 
 def limit_change(given: nri_pb2.LinuxResources, plugins: str, facts: NodeFacts) -> LimitChange:

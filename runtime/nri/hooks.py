@@ -6,40 +6,33 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ParamSpec, Self
+from typing import Any, ParamSpec
 
 from host.concurrency.tasks import wait_out
 from host.errors import InvalidArgumentError, NotFoundError
 from host.stages import Operation
 from proto.nri.v1alpha1 import nri_pb2
-from runtime.hooks import Hooks, Passage, Resources
-from runtime.node import Node
+from runtime.cgroups.tree import CgroupTree
+from runtime.hooks import Hooks, Resources
 from runtime.nri import messages, report
 from runtime.nri.adaptation import Adaptation
-from runtime.nri.answers.updates import Node as PluginsView
-from runtime.nri.answers.updates import Updates
-from runtime.nri.changes import adjust_container, limit_change
+from runtime.nri.answers.updates import PluginsView, Updates
+from runtime.nri.changes import Adjuster, Changing, limit_change
 from runtime.nri.options import NriOptions
 from runtime.nri.plugins import events
 from runtime.nri.plugins.plugin import Plugin
 from runtime.nri.views import Views
+from runtime.oci.handlers import Handlers
 from runtime.specgen.draft import Draft
 from runtime.specgen.limits.extra_limits import LimitChange, merged
+from runtime.specgen.node_facts import NodeFacts
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
+from runtime.state.state import State
 
 P = ParamSpec("P")
 _log = logging.getLogger("podkeel.nri")
-
-
-@dataclass(frozen=True, slots=True)
-class Changing:
-    """How plugins change containers: ``update`` sets resources, ``end`` kills one and waits for its end."""
-
-    update: Callable[[Container, LimitChange], Awaitable[None]]
-    end: Callable[[Container], Awaitable[None]]
 
 
 def never_failing(method: Callable[P, Awaitable[None]]) -> Callable[P, Coroutine[Any, Any, None]]:
@@ -55,20 +48,6 @@ def never_failing(method: Callable[P, Awaitable[None]]) -> Callable[P, Coroutine
     return guarded
 
 
-class _Passage(Passage):
-    """A passage through the gate of the adaptation."""
-
-    def __init__(self, gate: AbstractAsyncContextManager[None]) -> None:
-        self._gate = gate
-
-    async def __aenter__(self) -> Self:
-        await self._gate.__aenter__()
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._gate.__aexit__(None, None, None)
-
-
 class NriHooks(Hooks):
     """Sends events to plugins, through ``adaptation``, and carries out what they ask for.
 
@@ -78,15 +57,26 @@ class NriHooks(Hooks):
     the two gets the container as running.
     """
 
-    def __init__(self, node: Node, options: NriOptions, version: str, changing: Changing) -> None:
-        self._node = node
+    def __init__(
+        self,
+        *,
+        state: State,
+        handlers: Handlers,
+        cgroups: CgroupTree,
+        facts: NodeFacts,
+        options: NriOptions,
+        version: str,
+        changing: Changing,
+    ) -> None:
+        self._state = state
+        self._adjuster = Adjuster(handlers, cgroups, facts, options.blockio_config_file)
+        self._facts = facts
         self._changing = changing
         view = PluginsView("podkeel", version, self._inventory, self._update, self._evict)
         self.adaptation = Adaptation(options, view)
         self.socket, self.socket_problem = "", ""
-        self._block_io_file = options.blockio_config_file
         self._validates = options.default_validator.enabled
-        self._views = Views(node.cgroups)
+        self._views = Views(cgroups)
         self._making: dict[str, tuple[Container, list[Plugin]]] = {}  # with the plugins that were there then
         self._undrafted: dict[str, Container] = {}
         self._starting: dict[str, list[Plugin]] = {}
@@ -95,9 +85,9 @@ class NriHooks(Hooks):
         self._wanted: dict[str, list[Updates]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def passing(self) -> Passage:
+    def passing(self) -> AbstractAsyncContextManager[None]:
         """The passage of one event."""
-        return _Passage(self.adaptation.passing())
+        return self.adaptation.passing()
 
     def service(self) -> dict[str, object]:
         """Where plugins connect, or why they cannot."""
@@ -198,8 +188,7 @@ class NriHooks(Hooks):
             )
             self._views.keep(request.container)
             creation = await self.adaptation.create(request, container.title, operation, told)
-            adjusted = creation.adjustment, creation.owners
-            adjust_container(self._node, container, draft, *adjusted, block_io_file=self._block_io_file)
+            self._adjuster.adjust(container, draft, creation.adjustment, creation.owners)
             self._views.keep(creation.container)
             self._making[container.id] = container, list(self.adaptation.plugins)
         await self.adaptation.carry_out(creation.updates)
@@ -253,7 +242,7 @@ class NriHooks(Hooks):
         self._wanted.setdefault(container.id, []).append(updates)
         if not plugins:
             return LimitChange(given)
-        change = limit_change(own, plugins, self._node.facts)
+        change = limit_change(own, plugins, self._facts)
         return LimitChange(merged(given, change.given), change.extra, change.changed_by)
 
     @never_failing
@@ -325,15 +314,15 @@ class NriHooks(Hooks):
         """Everything that clients may see."""
         late = {container_id for container_id in list(self._undrafted) if self._undrafted.pop(container_id, None)}
         making = [container for container, _ in list(self._making.values()) if container.id not in late]
-        sandboxes = list(self._node.state.visible_sandboxes())
-        containers = [*self._node.state.visible_containers(), *making]
+        sandboxes = list(self._state.visible_sandboxes())
+        containers = [*self._state.visible_containers(), *making]
         running = dict.fromkeys(self._starting, nri_pb2.CONTAINER_RUNNING)
         return await self._views.inventory(sandboxes, containers, running)
 
     async def _update(self, update: nri_pb2.ContainerUpdate, plugin: str) -> None:
         container = self._visible(update.container_id)
         _log.info("nri: %s: plugin %s changes its resources", container.title, plugin)
-        await self._changing.update(container, limit_change(update.linux.resources, plugin, self._node.facts))
+        await self._changing.update(container, limit_change(update.linux.resources, plugin, self._facts))
 
     async def _evict(self, eviction: nri_pb2.ContainerEviction, plugin: str) -> None:
         container = self._visible(eviction.container_id)
@@ -342,7 +331,7 @@ class NriHooks(Hooks):
         await self._changing.end(container)
 
     def _visible(self, container_id: str) -> Container:
-        container = self._node.state.containers.exact(container_id)
+        container = self._state.containers.exact(container_id)
         if container is None or not container.visible:
             raise NotFoundError(f"container {container_id[:64]!r} not found")
         return container

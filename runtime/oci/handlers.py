@@ -106,6 +106,11 @@ class Handlers:
         known = ", ".join(self._working) or "none"
         raise NotFoundError(f"runtime handler {name!r} is not configured on this node (there are: {known})")
 
+    def state_folder(self, name: str, container_id: str) -> Path:
+        """Where an OCI runtime, maybe one that is no handler any more, keeps what it knows of a container."""
+        runtime = self._working.get(name)
+        return (runtime.root if runtime is not None else self._layout.runtime_root(name)) / container_id
+
     def find(self, name: str) -> OciRuntime | None:
         """The handler of that name if it works now; None also for one of earlier that is configured no more."""
         return self._working.get(name)

@@ -8,11 +8,13 @@ import logging
 from host.concurrency.tasks import wait_out
 from host.errors import PodkeelError
 from host.stages import Operation
+from network.node_network import NodeNetwork
 from proto.runtime.v1 import cri_pb2
-from runtime.containers.create import ContainerManager
-from runtime.node import Node
+from runtime.containers.remove import ContainerRemove
+from runtime.hooks import Hooks
 from runtime.pods.stop import PodStop
 from runtime.state.sandbox import Sandbox, SandboxState
+from runtime.state.state import State
 from runtime.state.transitions import of_sandbox
 
 _log = logging.getLogger("podkeel.pods")
@@ -21,10 +23,13 @@ _log = logging.getLogger("podkeel.pods")
 class PodRemove:
     """Removes sandboxes with their containers."""
 
-    def __init__(self, node: Node, containers: ContainerManager, stops: PodStop) -> None:
-        self._node = node
-        self._state = node.state
+    def __init__(
+        self, state: State, containers: ContainerRemove, network: NodeNetwork, hooks: Hooks, stops: PodStop
+    ) -> None:
+        self._state = state
         self._containers = containers
+        self._network = network
+        self._hooks = hooks
         self._stops = stops
 
     async def remove(self, sandbox_id: str) -> None:
@@ -63,7 +68,7 @@ class PodRemove:
         return given_up
 
     async def _give_up_network(self, sandbox: Sandbox, why: str) -> list[str]:
-        sentence = await self._node.network.give_up(sandbox.id)
+        sentence = await self._network.give_up(sandbox.id)
         if sentence is None:
             return []
         _log.error("%s: %s (%s)", sandbox.title, sentence, why)
@@ -77,8 +82,8 @@ class PodRemove:
         operation = operation or sandbox.begin("RemovePodSandbox")
         try:
             if sandbox.record.state is not SandboxState.REMOVING:
-                async with self._node.hooks.passing():
-                    await self._node.hooks.remove_sandbox(sandbox, operation)
+                async with self._hooks.passing():
+                    await self._hooks.remove_sandbox(sandbox, operation)
                     async with operation.stage("intent"):
                         await self._state.move(sandbox, SandboxState.REMOVING)
             if not sandbox.record.torn_down:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from proto.runtime.v1 import cri_pb2
-from runtime.node import Node
+from runtime.hooks import Hooks
+from runtime.state.state import State
 
 
 class PodResources:
     """Records the resources of sandboxes."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._state = node.state
+    def __init__(self, state: State, hooks: Hooks) -> None:
+        self._state = state
+        self._hooks = hooks
 
     async def update_resources(
         self,
@@ -20,7 +21,7 @@ class PodResources:
         overhead: cri_pb2.LinuxContainerResources | None,
     ) -> None:
         """Record what the pod as a whole may use (KEP-1287); its cgroup is the client's. Raises NotFoundError."""
-        sandbox, hooks = self._state.get_sandbox(sandbox_id), self._node.hooks
+        sandbox, hooks = self._state.get_sandbox(sandbox_id), self._hooks
         async with sandbox.lock, hooks.passing():
             await hooks.update_sandbox(sandbox, overhead, resources)
             if resources is not None:

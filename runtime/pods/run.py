@@ -12,33 +12,58 @@ from host.concurrency.threads import in_fresh_thread, in_thread
 from host.concurrency.undo import Undo
 from host.errors import PodkeelError, UnsupportedError
 from host.stages import Operation
+from network.node_network import NodeNetwork
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.moves import CgroupMoves
+from runtime.cgroups.tree import CgroupTree
+from runtime.hooks import Hooks
 from runtime.namespaces.pinned import NamespacePlan, make_namespaces, set_link_sysctls
-from runtime.node import Node
+from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime
+from runtime.options import RuntimeOptions
 from runtime.pods.network import attach_request
 from runtime.pods.pod_files import write_pod_files
 from runtime.pods.stop import PodStop
 from runtime.specgen.namespaces import user_mappings
+from runtime.specgen.node_facts import NodeFacts
 from runtime.specgen.security.node_selinux import free_level
 from runtime.specgen.security.selinux import selinux_labels
 from runtime.specgen.sysctls import pod_sysctls
 from runtime.state.registrar import PodRegistrar, PodRequest
 from runtime.state.sandbox import Sandbox, SandboxRecord, SandboxState
 from runtime.state.sandbox_checks import validate_sandbox
+from runtime.state.state import State
 from runtime.state.transitions import of_sandbox
-from runtime.state.truncindex import new_id
 
 _log = logging.getLogger("podkeel.pods")
 
 
-class PodManager:
+class PodRun:
     """Makes sandboxes."""
 
-    def __init__(self, node: Node, names: PodRegistrar, stops: PodStop) -> None:
-        self._node = node
-        self._state = node.state
+    def __init__(
+        self,
+        *,
+        options: RuntimeOptions,
+        state: State,
+        names: PodRegistrar,
+        handlers: Handlers,
+        network: NodeNetwork,
+        cgroups: CgroupTree,
+        moves: CgroupMoves,
+        facts: NodeFacts,
+        hooks: Hooks,
+        stops: PodStop,
+    ) -> None:
+        self._options = options
+        self._state = state
         self._names = names
+        self._handlers = handlers
+        self._network = network
+        self._cgroups = cgroups
+        self._moves = moves
+        self._facts = facts
+        self._hooks = hooks
         self._stops = stops
         self._io_weights = True
 
@@ -57,7 +82,7 @@ class PodManager:
             AlreadyExistsError: the identity is taken by another configuration, or by a sandbox that was stopped.
         """
         validate_sandbox(config)
-        runtime = self._node.handlers.get(handler)
+        runtime = self._handlers.get(handler)
         if user_mappings(config.linux.security_context.namespace_options) and not runtime.features.user_namespaces:
             raise UnsupportedError(
                 f"runtime handler {runtime.name!r} has no user namespaces with mapped mounts: use another handler, or "
@@ -66,9 +91,8 @@ class PodManager:
         return await self._names.run(PodRequest(config, handler), lambda: self._make(config, handler, runtime))
 
     async def _make(self, config: cri_pb2.PodSandboxConfig, handler: str, runtime: OciRuntime) -> Sandbox:
-        node = self._node
         sandbox = self._new_sandbox(config, handler, runtime)
-        node.moves.expect()
+        self._moves.expect()
         operation = Operation("RunPodSandbox", f"sandbox {config.metadata.namespace}/{config.metadata.name}")
         sandbox.operations.append(operation)
         plan = self._namespace_plan(sandbox)
@@ -83,12 +107,12 @@ class PodManager:
                 await self._attach(sandbox, plan)
             async with operation.stage("files"):
                 await in_thread(write_pod_files, sandbox)
-            if weight := runtime.options.io_weight or node.options.io_weight:
+            if weight := runtime.options.io_weight or self._options.io_weight:
                 async with operation.stage("io_weight"):
                     await self._weigh(sandbox, weight)
-            undo.push("what plugins know of it", partial(node.hooks.undo_sandbox, sandbox))
-            async with node.hooks.passing():
-                await node.hooks.run_sandbox(sandbox, operation)
+            undo.push("what plugins know of it", partial(self._hooks.undo_sandbox, sandbox))
+            async with self._hooks.passing():
+                await self._hooks.run_sandbox(sandbox, operation)
                 async with operation.stage("commit"):
                     await self._state.move(sandbox, SandboxState.READY)
         self._state.publish(cri_pb2.CONTAINER_CREATED_EVENT, sandbox)
@@ -98,12 +122,12 @@ class PodManager:
         return sandbox
 
     def _new_sandbox(self, config: cri_pb2.PodSandboxConfig, handler: str, runtime: OciRuntime) -> Sandbox:
-        sandbox_id = new_id(self._node.agent_id)
+        sandbox_id = self._state.new_id()
         parent, own = config.linux.cgroup_parent, False
         if parent:
-            self._node.cgroups.validate_parent(parent)
+            self._cgroups.validate_parent(parent)
         else:
-            parent, own = self._node.cgroups.default_parent(self._node.options.cgroup_parent, sandbox_id), True
+            parent, own = self._cgroups.default_parent(self._options.cgroup_parent, sandbox_id), True
         record = SandboxRecord(
             state=SandboxState.MAKING,
             created_at=time.time_ns(),
@@ -114,9 +138,9 @@ class PodManager:
             owns_cgroup_parent=own,
             resources=config.linux.resources.SerializeToString(),
             overhead=config.linux.overhead.SerializeToString(),
-            oom_kills=self._node.cgroups.out_of_memory_kills(self._node.cgroups.parent_path(parent)),
+            oom_kills=self._cgroups.out_of_memory_kills(self._cgroups.parent_path(parent)),
         )
-        return Sandbox(sandbox_id, config, record, self._node.layout.sandbox(sandbox_id))
+        return self._state.new_sandbox(sandbox_id, config, record)
 
     def _namespace_plan(self, sandbox: Sandbox) -> NamespacePlan:
         hostname = "" if sandbox.host_network else sandbox.config.hostname or os.uname().nodename
@@ -128,33 +152,33 @@ class PodManager:
                 host_network=sandbox.host_network,
                 host_ipc=sandbox.namespace_options.ipc == cri_pb2.NODE,
                 user_namespace=sandbox.user_namespace,
-                defaults=self._node.options.default_sysctls,
+                defaults=self._options.default_sysctls,
             ),
-            shm_size=self._node.options.shm_size,
+            shm_size=self._options.shm_size,
             mappings=user_mappings(sandbox.namespace_options),
         )
 
     def _label(self, sandbox: Sandbox) -> str:
         """Choose the sandbox's SELinux level, which it has as long as the node knows it; the label of its files."""
         options = sandbox.config.linux.security_context.selinux_options
-        if self._node.facts.selinux_enabled:
+        if self._facts.selinux_enabled:
             used = {other.record.selinux_level for other in self._state.sandboxes}
             sandbox.record.selinux_level = options.level or free_level(used)
-        return selinux_labels(options, self._node.facts, level=sandbox.record.selinux_level).mount
+        return selinux_labels(options, self._facts, level=sandbox.record.selinux_level).mount
 
     async def _attach(self, sandbox: Sandbox, plan: NamespacePlan) -> None:
         if sandbox.host_network:
             return
         folder = sandbox.folder
         request = attach_request(sandbox, str(folder.pin("net")))
-        sandbox.record.addresses = (await self._node.network.attach(request)).addresses
+        sandbox.record.addresses = (await self._network.attach(request)).addresses
         if plan.link_sysctls:
             await in_fresh_thread(set_link_sysctls, folder, plan)
 
     async def _weigh(self, sandbox: Sandbox, weight: int) -> None:
         """A node whose kernel has no weights runs its pods without, and says so once."""
         try:
-            await self._node.cgroups.set_io_weight(sandbox.record.cgroup_parent, weight)
+            await self._cgroups.set_io_weight(sandbox.record.cgroup_parent, weight)
         except (PodkeelError, OSError) as error:
             if self._io_weights:
                 _log.warning("io_weight: cannot be set, pods run without it: %s", error)

@@ -6,13 +6,18 @@ import logging
 
 from host.concurrency.threads import in_thread
 from host.stages import Operation
+from network.node_network import NodeNetwork
 from proto.runtime.v1 import cri_pb2
-from runtime.containers.create import ContainerManager
+from runtime.cgroups.tree import CgroupTree
+from runtime.containers.create import ContainerCreate
+from runtime.containers.stop import ContainerStop
+from runtime.hooks import Hooks
+from runtime.meters import Meters
 from runtime.namespaces.pid import end_holder
 from runtime.namespaces.pinned import drop_namespaces
-from runtime.node import Node
 from runtime.state.registrar import PodRegistrar
 from runtime.state.sandbox import Sandbox, SandboxState
+from runtime.state.state import State
 from runtime.state.transitions import of_sandbox
 
 _log = logging.getLogger("podkeel.pods")
@@ -21,11 +26,26 @@ _log = logging.getLogger("podkeel.pods")
 class PodStop:
     """Stops sandboxes and releases their resources."""
 
-    def __init__(self, node: Node, names: PodRegistrar, containers: ContainerManager) -> None:
-        self._node = node
-        self._state = node.state
+    def __init__(
+        self,
+        *,
+        state: State,
+        names: PodRegistrar,
+        containers: ContainerCreate,
+        container_stops: ContainerStop,
+        network: NodeNetwork,
+        cgroups: CgroupTree,
+        meters: Meters,
+        hooks: Hooks,
+    ) -> None:
+        self._state = state
         self._names = names
         self._containers = containers
+        self._container_stops = container_stops
+        self._network = network
+        self._cgroups = cgroups
+        self._meters = meters
+        self._hooks = hooks
 
     async def stop(self, sandbox_id: str) -> None:
         """Kill the containers of a sandbox and release its network and namespaces. Repeatable; an unknown id is no
@@ -40,9 +60,9 @@ class PodStop:
                 return
             operation = sandbox.begin("StopPodSandbox")
             async with operation.stage("containers"):
-                await self._containers.stop_all(sandbox)
-            async with self._node.hooks.passing():
-                await self._node.hooks.stop_sandbox(sandbox, operation)
+                await self._container_stops.stop_all(sandbox)
+            async with self._hooks.passing():
+                await self._hooks.stop_sandbox(sandbox, operation)
             async with operation.stage("commit"):
                 await self._state.move(sandbox, SandboxState.NOT_READY)
             await self.tear_down(sandbox, operation)
@@ -56,11 +76,11 @@ class PodStop:
 
     async def tear_down(self, sandbox: Sandbox, operation: Operation) -> None:
         """Release the network, then the namespaces, then the cgroup; each step may be repeated after a crash."""
-        self._node.meters.forget(sandbox.id)
+        self._meters.forget(sandbox.id)
         async with operation.stage("network"):
             await sandbox.end_port_forwards()
             if not sandbox.host_network:
-                await self._node.network.detach(sandbox.id)
+                await self._network.detach(sandbox.id)
         async with operation.stage("namespaces"):
             await self._drop(sandbox)
         async with operation.stage("torn_down"):
@@ -69,7 +89,7 @@ class PodStop:
 
     async def _drop(self, sandbox: Sandbox) -> None:
         if sandbox.record.owns_cgroup_parent:
-            await self._node.cgroups.end_parent(sandbox.record.cgroup_parent)
+            await self._cgroups.end_parent(sandbox.record.cgroup_parent)
         await in_thread(self._drop_files, sandbox)
 
     def _drop_files(self, sandbox: Sandbox) -> None:
@@ -78,14 +98,14 @@ class PodStop:
             end_holder(sandbox.record.pid_holder, folder, sandbox.id)
         drop_namespaces(folder)
         if sandbox.record.owns_cgroup_parent:
-            self._node.cgroups.remove(self._node.cgroups.parent_path(sandbox.record.cgroup_parent))
+            self._cgroups.remove(self._cgroups.parent_path(sandbox.record.cgroup_parent))
 
     async def discard(self, sandbox: Sandbox) -> None:
         """Undo everything of a sandbox that was not completed."""
         async with sandbox.lock:
             if sandbox.id not in self._state.sandboxes:
                 return
-            await self._node.network.detach(sandbox.id)
+            await self._network.detach(sandbox.id)
             await self._drop(sandbox)
             await self._state.delete(sandbox)
             self.forget(sandbox)
@@ -107,5 +127,5 @@ class PodStop:
         """Forget a sandbox whose row is deleted, and free its name."""
         self._names.release(sandbox)
         self._state.forget(sandbox)
-        self._node.hooks.forget(sandbox.id)
-        self._node.meters.forget(sandbox.id)
+        self._hooks.forget(sandbox.id)
+        self._meters.forget(sandbox.id)

@@ -15,15 +15,16 @@ from host.concurrency.threads import in_thread
 from host.untrusted_json import JsonError
 from network.node_network import NodeNetwork
 from runtime.cgroups.tree import CgroupTree
-from runtime.containers.create import ContainerManager
+from runtime.containers.create import ContainerCreate
 from runtime.containers.endings.exit import ContainerExit
+from runtime.containers.remove import ContainerRemove
 from runtime.namespaces.pinned import pins_hold
 from runtime.oci import exec_call
 from runtime.oci.conmon import Monitors
 from runtime.oci.handlers import Handlers
 from runtime.pods.network import attach_request
 from runtime.pods.remove import PodRemove
-from runtime.pods.run import PodManager
+from runtime.pods.run import PodRun
 from runtime.pods.stop import PodStop
 from runtime.recovery import garbage, recorded_processes
 from runtime.recovery.audit import Audit
@@ -48,10 +49,11 @@ class Recovery:
     handlers: Handlers
     cgroups: CgroupTree
     network: NodeNetwork
-    pods: PodManager
+    pods: PodRun
     pod_stops: PodStop
     pod_removals: PodRemove
-    containers: ContainerManager
+    containers: ContainerCreate
+    removals: ContainerRemove
     exits: ContainerExit
 
     async def run(self) -> None:
@@ -88,11 +90,11 @@ class Recovery:
         if state is ContainerState.MAKING:
             self.audit.findings["container half made"] += 1
             _log.info("%s: creation was interrupted: undoing it", container.title)
-            await self.containers.undo_half_made(container)
+            await self.removals.discard(container)
         elif state is ContainerState.REMOVING:
             self.audit.findings["container half removed"] += 1
             _log.info("%s: removal was interrupted: finishing it", container.title)
-            await self.containers.finish_removal(container)
+            await self.removals.finish_removal(container)
         elif state is ContainerState.EXITED:
             container.exited.set()
             await self.exits.clean_up(container)

@@ -31,6 +31,7 @@ class NodeFacts:
 
     ``capabilities`` are those the agent has and can pass on: "ALL" means these. ``min_oom_score_adj`` is the lowest
     value it may set. ``hugepage_sizes`` are in the cgroup's notation (``2MB``), empty without the hugetlb controller.
+    ``apparmor_default`` is the name of the profile that RuntimeDefault means, empty if there is none.
     """
 
     cgroup_version: int
@@ -46,6 +47,7 @@ class NodeFacts:
     machine: str
     hostname: str
     default_rlimits: tuple[config.Rlimit, ...]
+    apparmor_default: str = ""
 
     @property
     def hugetlb(self) -> bool:

@@ -10,13 +10,14 @@ from typing import overload
 from host.concurrency.threads import in_thread
 from host.errors import NotFoundError
 from proto.runtime.v1 import cri_pb2
+from runtime.layout import Layout
 from runtime.state import status
-from runtime.state.container import Container, ContainerState
+from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.events import EventBus
 from runtime.state.rows import Store
-from runtime.state.sandbox import Sandbox, SandboxState
+from runtime.state.sandbox import Sandbox, SandboxRecord, SandboxState
 from runtime.state.transitions import check_container_move, check_sandbox_move
-from runtime.state.truncindex import Registry
+from runtime.state.truncindex import Registry, new_id
 
 
 def read_boot_id() -> str:
@@ -30,8 +31,10 @@ class State:
     ``sandboxes`` and ``containers`` hold those that clients do not see too: what is being made or removed.
     """
 
-    def __init__(self, rows: Store, boot_id: str | None = None) -> None:
+    def __init__(self, rows: Store, layout: Layout, agent_id: str, boot_id: str | None = None) -> None:
         self._rows = rows
+        self._layout = layout
+        self._agent_id = agent_id
         self.boot_id = boot_id if boot_id is not None else read_boot_id()
         self.events = EventBus()
         self.sandboxes: Registry[Sandbox] = Registry("sandbox")
@@ -46,6 +49,20 @@ class State:
         for container in containers:
             self._keep_container(container)
         return sandboxes, containers
+
+    def new_id(self) -> str:
+        """An id for a sandbox or container of this agent."""
+        return new_id(self._agent_id)
+
+    def new_sandbox(self, sandbox_id: str, config: cri_pb2.PodSandboxConfig, record: SandboxRecord) -> Sandbox:
+        """A sandbox for ``add``."""
+        return Sandbox(sandbox_id, config, record, self._layout.sandbox(sandbox_id))
+
+    def new_container(
+        self, container_id: str, sandbox: Sandbox, config: cri_pb2.ContainerConfig, record: ContainerRecord
+    ) -> Container:
+        """A container for ``add``."""
+        return Container(container_id, sandbox, config, record, self._layout.container(container_id))
 
     async def add(self, subject: Sandbox | Container) -> None:
         """Keep a new sandbox or container in memory, then write its row."""

@@ -74,7 +74,7 @@ LEVELS = {
         "images",
     ),
     "runtime": (
-        "logs nri/answers nri/plugins options specgen/config specgen/facts specgen/signals specgen/sysctls",
+        "folder_lock logs nri/answers nri/plugins options specgen/config specgen/facts specgen/signals specgen/sysctls",
         "layout specgen/capabilities specgen/cdi specgen/hooks_dir specgen/namespaces",
         "agent_id namespaces specgen/node_facts",
         "reserve specgen/limits specgen/security",
@@ -82,7 +82,6 @@ LEVELS = {
         "meters oci specgen/devices specgen/identity specgen/process",
         "specgen/draft statistics",
         "hooks specgen/builder",
-        "node",
         "containers/bundle nri",
         "containers/endings",
         "containers",
@@ -188,6 +187,26 @@ def test_only_the_state_sets_states(room: str) -> None:
         if _sets_state(node)
     ]
     assert setting == []
+
+
+def _annotations(path: Path) -> Iterator[str]:
+    """The names in the annotations of a module's fields, variables and parameters."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        annotation = node.annotation if isinstance(node, ast.arg | ast.AnnAssign) else None
+        if annotation is not None:
+            yield from (name.id for name in ast.walk(annotation) if isinstance(name, ast.Name))
+
+
+def test_nobody_in_the_runtime_is_handed_everything() -> None:
+    """Each class takes the few things that it uses; ``Agent`` alone has all and puts them together."""
+    paths = modules("runtime")
+    nodes = [path for path in paths for node in ast.walk(ast.parse(path.read_text())) if _is_class(node, "Node")]
+    assert nodes == []
+    assert [str(path.relative_to(ROOT)) for path in paths if "Agent" in set(_annotations(path))] == []
+
+
+def _is_class(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.ClassDef) and node.name == name
 
 
 # Containers' root file systems are mounted for calls about containers; all other work of these rooms has its own pools.

@@ -17,12 +17,15 @@ from host.errors import PodkeelError
 from host.files.removal import remove_tree
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
-from runtime.containers.bundle.rootfs import unmount_all
+from runtime.containers.bundle.rootfs import Rootfs
 from runtime.containers.endings.kill_watch import KillWatch
 from runtime.containers.endings.out_of_memory import ended_by_the_kernel, killed_for_memory
-from runtime.node import Node
-from runtime.oci.conmon import ExitRecord
+from runtime.hooks import Hooks
+from runtime.meters import Meters
+from runtime.oci.conmon import ExitRecord, Monitors
+from runtime.oci.handlers import Handlers
 from runtime.state.container import Container, ContainerRecord, ContainerState
+from runtime.state.state import State
 from runtime.state.transitions import of_container
 
 UNKNOWN_EXIT_CODE = 255
@@ -35,10 +38,25 @@ _log = logging.getLogger("podkeel.containers")
 class ContainerExit:
     """Watches the monitors of containers, and handles their ends."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._state = node.state
-        self._kills = KillWatch(node.cgroups)
+    def __init__(
+        self,
+        *,
+        state: State,
+        handlers: Handlers,
+        monitors: Monitors,
+        cgroups: CgroupTree,
+        rootfs: Rootfs,
+        meters: Meters,
+        hooks: Hooks,
+    ) -> None:
+        self._state = state
+        self._handlers = handlers
+        self._monitors = monitors
+        self._cgroups = cgroups
+        self._rootfs = rootfs
+        self._meters = meters
+        self._hooks = hooks
+        self._kills = KillWatch(cgroups)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def watch(self, container: Container) -> None:
@@ -57,7 +75,7 @@ class ContainerExit:
             if container.record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
                 self._kills.forget(container.id)
                 return
-            exit_record = self._node.monitors.exit_record(container.id)
+            exit_record = self._monitors.exit_record(container.id)
             if exit_record is None and await self.survives_its_monitor(container):
                 return
             await self.record_exit(container, exit_record)
@@ -68,7 +86,7 @@ class ContainerExit:
         pidfd = processes.open_process(init.pid, init.started) if init is not None else None
         if pidfd is None:
             return False
-        self._node.handlers.failed_actions["conmon", "monitor"] += 1
+        self._handlers.failed_actions["conmon", "monitor"] += 1
         _log.error("%s: conmon was killed: the container runs without log and exit code", container.title)
         container.monitor_descriptor = pidfd
         container.record.monitor = None
@@ -79,7 +97,7 @@ class ContainerExit:
     async def record_exit(self, container: Container, exit_record: ExitRecord | None) -> None:
         """Write down how a container ended; the caller holds its lock."""
         await _end_log(container)
-        async with self._node.hooks.passing():
+        async with self._hooks.passing():
             counted = self._describe_end(container, exit_record)
             # The runtime's resources are released meanwhile: if the agent dies before the commit, conmon's record
             # exists.
@@ -95,7 +113,7 @@ class ContainerExit:
         From here to the commit nothing else runs: others count the kills of who is alive.
         """
         record = container.record
-        counted = killed_for_memory(self._node, container)
+        counted = killed_for_memory(self._cgroups, self._state, container)
         history = self._kills.history(container)
         kills = counted or history.more
         record.exit_code = exit_record.code if exit_record else UNKNOWN_EXIT_CODE
@@ -105,14 +123,14 @@ class ContainerExit:
         failure = "OOMKilled" if kills and ended_by_the_kernel(container, exit_record, history) else "Error"
         record.reason = failure if record.exit_code else "Completed"
         if exit_record is None:
-            record.message = self._node.monitors.why_no_exit_record()
+            record.message = self._monitors.why_no_exit_record()
         if container.evicted:
             record.reason, record.message = "Evicted", container.evicted
         return counted
 
     async def save_end(self, container: Container, *, sandbox_too: bool = False) -> None:
         """Record an end, and notify plugins of it."""
-        hooks = self._node.hooks
+        hooks = self._hooks
         await hooks.beside(self._write_end(container, sandbox_too=sandbox_too), hooks.stopped_container(container))
 
     async def _write_end(self, container: Container, *, sandbox_too: bool) -> None:
@@ -128,7 +146,7 @@ class ContainerExit:
         """Notify waiting callers and clients of the end, and begin to clean up."""
         container.exited.set()
         self._kills.forget(container.id)
-        self._node.meters.forget(container.id)
+        self._meters.forget(container.id)
         self._state.publish(cri_pb2.CONTAINER_STOPPED_EVENT, container)
         if container.cleanup is None:
             container.cleanup = self._spawn(self.clean_up(container))
@@ -138,10 +156,10 @@ class ContainerExit:
         try:
             await self.release_runtime(container)
             await self.end_monitor(container)
-            await unmount_all(self._node, container)
+            await self._rootfs.unmount(container)
             container.unmounted = True
         except PodkeelError as error:
-            self._node.handlers.failed_actions[container.record.handler, "delete"] += 1
+            self._handlers.failed_actions[container.record.handler, "delete"] += 1
             _log.error("%s: clean-up failed, RemoveContainer tries again: %s", container.title, error)
 
     async def release_runtime(self, container: Container) -> None:
@@ -149,12 +167,12 @@ class ContainerExit:
         record = container.record
         if record.boot_id != self._state.boot_id:
             return
-        cgroups = self._node.cgroups
+        cgroups = self._cgroups
         await in_thread(kill_group, cgroups, record)
-        runtime = self._node.handlers.find(record.handler)
+        runtime = self._handlers.find(record.handler)
         if runtime is None:  # its pods must still be removable
             await in_thread(cgroups.kill, record.cgroup)
-            await in_thread(remove_tree, self._node.layout.runtime_root(record.handler) / container.id)
+            await in_thread(remove_tree, self._handlers.state_folder(record.handler, container.id))
         elif (runtime.root / container.id).exists():
             await runtime.delete(container.id)
         if cgroups.exists(record.cgroup):

@@ -10,7 +10,7 @@ import signal
 
 from host import processes
 from host.errors import DeadlineError, WrongStateError
-from runtime.node import Node
+from runtime.cgroups.tree import CgroupTree
 from runtime.state.container import Container
 
 KILL_SECONDS = 60.0
@@ -20,13 +20,13 @@ _MONITOR_SECONDS = 10.0
 _log = logging.getLogger("podkeel.containers")
 
 
-async def wait_for_end(node: Node, container: Container) -> bool:
+async def wait_for_end(cgroups: CgroupTree, container: Container) -> bool:
     """Wait until a container that was killed has ended; False if its program has, and conmon cannot even be killed.
 
     A stopped conmon is continued; one that does not record the end is killed. Raises WrongStateError where a frozen
     cgroup above the container's keeps its processes, DeadlineError where the kernel does.
     """
-    holder = node.cgroups.holding_frozen(container.record.cgroup)
+    holder = cgroups.holding_frozen(container.record.cgroup)
     if holder is not None:
         raise WrongStateError(
             f"{container.title} cannot end: cgroup {holder} is frozen, and killed processes in it do not end: thaw it"

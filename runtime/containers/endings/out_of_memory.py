@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 
+from runtime.cgroups.tree import CgroupTree
 from runtime.containers.endings.kill_watch import KillHistory
-from runtime.node import Node
 from runtime.oci.conmon import ExitRecord
 from runtime.state.container import Container, ContainerState
+from runtime.state.state import State
 
 KILLED_EXIT_CODE = 137  # 128 + SIGKILL
 # A program that survived a kill and ends with the code of the one killed within this time passes it on, as shells do.
@@ -16,19 +17,19 @@ _NEAR = 800_000_000
 _NEAR_UNSEEN = 2_000_000_000
 
 
-def killed_for_memory(node: Node, container: Container) -> bool:
+def killed_for_memory(cgroups: CgroupTree, state: State, container: Container) -> bool:
     """Whether any process of a container that has ended was killed for a memory limit.
 
     systemd removes a scope the moment its last process ends, with its counters; those of the pod's cgroup remain, and
     on cgroup v2 they include what happened below. What neither the containers that live nor those that ended before
     explain was this container's. The pod's record keeps what is explained; the caller saves it if the answer is yes.
     """
-    cgroups, sandbox = node.cgroups, container.sandbox
-    if cgroups.version == 1 or _shares_its_parent(node, container):
+    sandbox = container.sandbox
+    if cgroups.version == 1 or _shares_its_parent(state, container):
         return cgroups.out_of_memory_kills(container.record.cgroup) > 0
     alive = (
         other.record.cgroup
-        for other in node.state.containers_of(sandbox)
+        for other in state.containers_of(sandbox)
         if other is not container and other.record.state in (ContainerState.CREATED, ContainerState.RUNNING)
     )
     parent = cgroups.parent_path(sandbox.record.cgroup_parent)
@@ -60,7 +61,7 @@ def ended_by_the_kernel(container: Container, exit_record: ExitRecord | None, hi
     return finished - history.at <= near
 
 
-def _shares_its_parent(node: Node, container: Container) -> bool:
+def _shares_its_parent(state: State, container: Container) -> bool:
     parent = container.sandbox.record.cgroup_parent
-    others = (other.record for other in node.state.sandboxes if other is not container.sandbox)
+    others = (other.record for other in state.sandboxes if other is not container.sandbox)
     return any(record.cgroup_parent == parent and not record.torn_down for record in others)

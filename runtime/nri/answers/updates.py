@@ -21,7 +21,7 @@ _log = logging.getLogger("podkeel.nri")
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class PluginsView:
     """What plugins can see and do of the node.
 
     ``inventory`` lists all pods and containers that clients may see, in at least one message. ``update`` changes the
@@ -85,7 +85,7 @@ class Updates:
         """One update for each container, with the plugins that asked for it."""
         return [(collected.update, collected.owners.names()) for collected in self._collected.values()]
 
-    async def carry_out(self, node: Node) -> list[nri_pb2.ContainerUpdate]:
+    async def carry_out(self, node: PluginsView) -> list[nri_pb2.ContainerUpdate]:
         """Update and evict containers, each for itself; returns the updates that failed and must not."""
         failed = []
         for update, plugins in self.updates():

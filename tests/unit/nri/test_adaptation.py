@@ -15,7 +15,7 @@ from host.errors import InvalidArgumentError, NotFoundError, PodkeelError
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.adaptation import Adaptation
 from runtime.nri.answers.owners import ConflictError
-from runtime.nri.answers.updates import Node
+from runtime.nri.answers.updates import PluginsView
 from runtime.nri.messages import split
 from runtime.nri.options import NriOptions
 from runtime.nri.plugins import events
@@ -52,7 +52,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "nri.sock"
         self.runtime = Runtime()
-        node = Node("podkeel", "1.0.0", self.runtime.inventory, self.runtime.update, self.runtime.evict)
+        node = PluginsView("podkeel", "1.0.0", self.runtime.inventory, self.runtime.update, self.runtime.evict)
         self.adaptation = Adaptation(NriOptions(request_seconds=1.0), node)
 
     async def connect(self, plugin_class: type[Any], name: str, index: str) -> Any:

@@ -1,13 +1,29 @@
-"""Hooks about past events delay no caller, even if they fail."""
+"""Plugins get each event once. Hooks about past events delay no caller, even if they fail."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from host.stages import Operation
+from proto.nri.v1alpha1 import nri_pb2
+from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.tree import CgroupTree
 from runtime.hooks import Hooks
-from runtime.nri.hooks import never_failing
+from runtime.layout import ContainerFolder, SandboxFolder
+from runtime.nri.changes import Changing
+from runtime.nri.hooks import NriHooks, never_failing
+from runtime.nri.options import NriOptions
+from runtime.state.container import Container, ContainerRecord, ContainerState
+from runtime.state.sandbox import Sandbox, SandboxRecord, SandboxState
+from tests.support.agent import wait_for
+from tests.unit.nri.stubs import run_in_thread, stub
 
 
 async def test_an_unexpected_error_is_logged_and_the_caller_goes_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -32,3 +48,63 @@ async def test_what_is_told_beside_work_that_fails_is_told_all_the_same() -> Non
     with pytest.raises(OSError, match="the disk is full"):
         await Hooks().beside(work(), tell())
     assert told == ["StopContainer"]
+
+
+class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
+    """Keeps the removals it is told of."""
+
+    removed: list[str]
+
+    def RemovePodSandbox(self, request: nri_pb2.RemovePodSandboxRequest) -> None:
+        self.removed.append(request.pod.id)
+
+    def RemoveContainer(self, request: nri_pb2.RemoveContainerRequest) -> None:
+        self.removed.append(request.container.id)
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Container:
+    record = SandboxRecord(SandboxState.NOT_READY, 1, "crun", "", "boot", cgroup_parent="/pods/web")
+    pod = Sandbox("pod", cri_pb2.PodSandboxConfig(), record, SandboxFolder(tmp_path / "pod"))
+    ended = ContainerRecord(ContainerState.EXITED, 1, "crun", "boot", "image", "image", "/pods/web/main")
+    return Container("main", pod, cri_pb2.ContainerConfig(), ended, ContainerFolder(tmp_path / "main"))
+
+
+@pytest.fixture
+async def hooks(container: Container) -> AsyncIterator[NriHooks]:
+    state: Any = SimpleNamespace(visible_sandboxes=lambda: [container.sandbox], visible_containers=lambda: [container])
+    unused: Any = None
+    made = NriHooks(
+        state=state,
+        handlers=unused,
+        cgroups=CgroupTree(2, "cgroupfs"),
+        facts=unused,
+        options=NriOptions(),
+        version="1",
+        changing=Changing(unused, unused),
+    )
+    yield made
+    await made.close()
+
+
+async def test_a_plugin_is_told_once_of_a_removal_that_was_tried_before_it_came(
+    hooks: NriHooks, container: Container, tmp_path: Path
+) -> None:
+    """Recovery tries to finish removals before plugins are served; one that fails is tried again by a client."""
+    operation = Operation("RemoveContainer", container.title)
+
+    async def remove() -> None:
+        await hooks.remove_container(container, operation)
+        await hooks.remove_sandbox(container.sandbox, operation)
+
+    await remove()
+    socket = tmp_path / "nri.sock"
+    server = await asyncio.get_running_loop().create_unix_server(hooks.adaptation.new_trunk, str(socket))
+    plugin = Recorder("recorder", "10", str(socket))
+    plugin.removed = []
+    run_in_thread(plugin)
+    await asyncio.to_thread(wait_for, lambda: len(hooks.adaptation.plugins) == 1)
+    await remove()
+    await remove()
+    assert plugin.removed == ["main", "pod"]
+    server.close()

@@ -28,10 +28,18 @@ def _container() -> Container:
 
 
 def _exits(cgroups: CgroupTree, runtime: SimpleNamespace) -> ContainerExit:
-    handlers = SimpleNamespace(find=lambda name: runtime)
-    state = SimpleNamespace(boot_id="b")
-    node: Any = SimpleNamespace(state=state, cgroups=cgroups, handlers=handlers, layout=None)
-    return ContainerExit(node)
+    handlers: Any = SimpleNamespace(find=lambda name: runtime)
+    state: Any = SimpleNamespace(boot_id="b")
+    unused: Any = None
+    return ContainerExit(
+        state=state,
+        handlers=handlers,
+        monitors=unused,
+        cgroups=cgroups,
+        rootfs=unused,
+        meters=unused,
+        hooks=unused,
+    )
 
 
 def test_a_container_with_many_cgroups_does_not_hold_the_loop(tmp_path: Path) -> None:

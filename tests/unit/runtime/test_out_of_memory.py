@@ -10,8 +10,8 @@ import pytest
 
 from runtime.cgroups.tree import CgroupTree
 from runtime.containers.endings.out_of_memory import killed_for_memory
-from runtime.node import Node
 from runtime.state.container import Container, ContainerState
+from runtime.state.state import State
 
 
 class Pod:
@@ -23,11 +23,9 @@ class Pod:
         self.containers = [self._container("first"), self._container("second")]
         self.sandboxes = [self.sandbox]
         self.count("/pod", 0)
-        node = SimpleNamespace(
-            cgroups=CgroupTree(2, "cgroupfs", {"unified": root}),
-            state=SimpleNamespace(sandboxes=self.sandboxes, containers_of=lambda sandbox: self.containers),
-        )
-        self.node = cast(Node, node)
+        self.cgroups = CgroupTree(2, "cgroupfs", {"unified": root})
+        state = SimpleNamespace(sandboxes=self.sandboxes, containers_of=lambda sandbox: self.containers)
+        self.state = cast(State, state)
 
     def _container(self, name: str) -> Container:
         self.count(f"/pod/{name}", 0)
@@ -42,7 +40,7 @@ class Pod:
     def end(self, number: int) -> bool:
         container = self.containers[number]
         (self.root / container.record.cgroup.lstrip("/") / "memory.events").unlink()
-        told = killed_for_memory(self.node, container)
+        told = killed_for_memory(self.cgroups, self.state, container)
         container.record.state = ContainerState.EXITED
         return told
 
@@ -79,6 +77,6 @@ def test_pods_that_share_a_cgroup_have_only_what_their_own_cgroups_say(pod: Pod)
     pod.count("/pod", 2)
     pod.count("/pod/second", 1)
     assert not pod.end(0)
-    assert killed_for_memory(pod.node, pod.containers[1])
+    assert killed_for_memory(pod.cgroups, pod.state, pod.containers[1])
     other.record.torn_down = True
     assert pod.end(1)

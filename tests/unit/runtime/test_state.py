@@ -20,6 +20,7 @@ from runtime.state.state import State
 
 POD_ID, CONTAINER_ID = "a" * 64, "c" * 64
 BOOT = "of this test"
+AGENT = "f" * 8
 LAYOUT = Layout(Path("/data"), Path("/run"))
 
 SANDBOX_MOVES = {
@@ -49,7 +50,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 @pytest.fixture
 def state(database: Database) -> State:
-    return State(Store(database, LAYOUT), BOOT)
+    return State(Store(database, LAYOUT), LAYOUT, AGENT, BOOT)
 
 
 def a_sandbox(state: SandboxState) -> Sandbox:
@@ -76,7 +77,7 @@ def a_container(sandbox: Sandbox, state: ContainerState) -> Container:
 
 async def written(database: Database) -> tuple[Sandbox | None, Container | None]:
     """The pod and the container as an agent finds them that starts now."""
-    sandboxes, containers = await State(Store(database, LAYOUT), BOOT).load()
+    sandboxes, containers = await State(Store(database, LAYOUT), LAYOUT, AGENT, BOOT).load()
     return next(iter(sandboxes), None), next(iter(containers), None)
 
 

@@ -1,0 +1,122 @@
+"""Removing containers, and undoing those that were not completed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from host.concurrency.tasks import wait_out
+from host.concurrency.threads import in_thread
+from host.errors import PodkeelError
+from host.files.removal import remove_tree
+from host.stages import Operation
+from proto.runtime.v1 import cri_pb2
+from runtime.containers.bundle.rootfs import Rootfs
+from runtime.containers.endings.exit import ContainerExit
+from runtime.containers.stop import ContainerStop
+from runtime.hooks import Hooks
+from runtime.meters import Meters
+from runtime.oci.conmon import Monitors
+from runtime.state.container import Container, ContainerState
+from runtime.state.registrar import ContainerRegistrar
+from runtime.state.sandbox import Sandbox
+from runtime.state.state import State
+from runtime.state.transitions import of_container
+
+_log = logging.getLogger("podkeel.containers")
+
+
+class ContainerRemove:
+    """Removes containers and all that was made for them."""
+
+    def __init__(
+        self,
+        *,
+        state: State,
+        names: ContainerRegistrar,
+        rootfs: Rootfs,
+        monitors: Monitors,
+        meters: Meters,
+        hooks: Hooks,
+        exits: ContainerExit,
+        stops: ContainerStop,
+    ) -> None:
+        self._state = state
+        self._names = names
+        self._rootfs = rootfs
+        self._monitors = monitors
+        self._meters = meters
+        self._hooks = hooks
+        self._exits = exits
+        self._stops = stops
+
+    async def remove(self, container_id: str) -> None:
+        """Kill a container if it runs, and remove it. Unknown ids are no error."""
+        container = self._state.containers.find(container_id) if container_id else None
+        if container is None or container.record.state is ContainerState.MAKING:
+            return
+        if container.record.state in (ContainerState.RUNNING, ContainerState.CREATED):
+            await self._stops.kill(container)
+        async with container.lock:
+            if container.id not in self._state.containers:
+                return  # another call was faster
+            # Once it is written down no client sees it, so none would ask again: it is carried on without this one.
+            await wait_out(asyncio.ensure_future(self.finish_removal(container)))
+
+    async def finish_removal(self, container: Container) -> None:
+        """Record a removal, unless that is done, and complete it.
+
+        A container for which that fails is listed as exited, so that its client tries again.
+        """
+        operation = container.begin("RemoveContainer")
+        try:
+            if container.record.state is not ContainerState.REMOVING:
+                async with self._hooks.passing():
+                    await self._hooks.remove_container(container, operation)
+                    async with operation.stage("intent"):
+                        await self._state.move(container, ContainerState.REMOVING)
+            await self._finish_removal(container, operation)
+        except (PodkeelError, OSError):
+            self._state.take_back(container)
+            raise
+
+    async def _finish_removal(self, container: Container, operation: Operation) -> None:
+        async with operation.stage("runtime"):
+            await self._exits.released(container)
+        async with operation.stage("snapshot"):
+            if not container.unmounted:
+                await self._rootfs.unmount(container)
+            await self._rootfs.remove(container)
+        async with operation.stage("files"):
+            await in_thread(remove_tree, container.folder.path)
+            self._monitors.forget(container.id)
+        async with operation.stage("forget"):
+            await self._state.delete(container)
+        self._forget(container)
+        self._state.publish(cri_pb2.CONTAINER_DELETED_EVENT, container)
+        _log.info("%s: removed", container.title, extra=of_container(container, operation))
+
+    async def remove_all(self, sandbox: Sandbox) -> None:
+        """Remove every container of a sandbox, also those whose making failed and could not be undone then."""
+        removals = [
+            self.discard(container) if container.record.state is ContainerState.MAKING else self.remove(container.id)
+            for container in self._state.containers_of(sandbox)
+        ]
+        await asyncio.gather(*removals)
+
+    async def discard(self, container: Container) -> None:
+        """Undo everything of a container that was not completed."""
+        await self._exits.release_runtime(container)
+        await self._exits.end_monitor(container)
+        await self._rootfs.unmount(container)
+        await self._rootfs.remove(container)
+        await in_thread(remove_tree, container.folder.path)
+        self._monitors.forget(container.id)
+        await self._state.delete(container)
+        self._forget(container)
+
+    def _forget(self, container: Container) -> None:
+        self._names.release(container)
+        self._state.forget(container)
+        self._hooks.forget(container.id)
+        self._meters.forget(container.id)

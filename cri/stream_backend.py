@@ -48,7 +48,7 @@ class NodeBackend:
     @asynccontextmanager
     async def exec(self, request: ExecRequest, size: TerminalSize | None) -> AsyncIterator[ContainerProcess]:
         """Start the command with the streams asked for."""
-        container = self._agent.execution.running(request.container_id)
+        container = self._agent.state.running_container(request.container_id)
         descriptors.require(f"exec in {container.title}")
         console_size = ConsoleSize(height=size.height, width=size.width) if size is not None else None
         with self._agent.execution.call(container, request.command, terminal=request.tty, size=console_size) as call:
@@ -64,7 +64,7 @@ class NodeBackend:
     @asynccontextmanager
     async def attach(self, request: AttachRequest) -> AsyncIterator[AttachSocket]:
         """Connect to the running container's console, from now on."""
-        container = self._agent.execution.running(request.container_id)
+        container = self._agent.state.running_container(request.container_id)
         descriptors.require(f"attach to {container.title}")
         folder = container.folder.path
         if self._attached[container.id] >= ATTACH_LIMIT:

@@ -30,7 +30,9 @@ from runtime.containers.bundle.spec_request import SpecRequests
 from runtime.containers.create import ContainerCreate
 from runtime.containers.endings.exit import ContainerExit
 from runtime.containers.exec import ContainerExec
+from runtime.containers.logs import ContainerLogs
 from runtime.containers.remove import ContainerRemove
+from runtime.containers.resources import ContainerResources
 from runtime.containers.start import ContainerStart
 from runtime.containers.stop import ContainerStop
 from runtime.folder_lock import hold_folder
@@ -100,6 +102,8 @@ class Agent:
     starts: ContainerStart
     removals: ContainerRemove
     execution: ContainerExec
+    logs: ContainerLogs
+    resources: ContainerResources
     statistics: Statistics
     audit: Audit
     recovery: Recovery
@@ -220,10 +224,11 @@ class Agent:
             exits=self.exits,
             stops=self.stops,
         )
-        self.execution = ContainerExec(
+        self.execution = ContainerExec(state, handlers, cgroups, self.facts)
+        self.logs = ContainerLogs(state, monitors)
+        self.resources = ContainerResources(
             state=state,
             handlers=handlers,
-            monitors=monitors,
             cgroups=cgroups,
             facts=self.facts,
             pids_limit=self.options.pids_limit,
@@ -331,7 +336,7 @@ class Agent:
         from runtime.nri.hooks import NriHooks
 
         async def update(container: Container, change: LimitChange) -> None:
-            await self.execution.apply(container, change)
+            await self.resources.apply(container, change)
 
         async def end(container: Container) -> None:
             await self.stops.kill(container)

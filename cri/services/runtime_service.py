@@ -179,14 +179,14 @@ class RuntimeService(StatsCalls):
         self, request: cri_pb2.UpdateContainerResourcesRequest
     ) -> cri_pb2.UpdateContainerResourcesResponse:
         """Change a container's limits."""
-        await self._agent.execution.update(request.container_id, request.linux)
+        await self._agent.resources.update(request.container_id, request.linux)
         return cri_pb2.UpdateContainerResourcesResponse()
 
     async def reopen_container_log(
         self, request: cri_pb2.ReopenContainerLogRequest
     ) -> cri_pb2.ReopenContainerLogResponse:
         """Open the log again after it was renamed."""
-        await self._agent.execution.reopen_log(request.container_id)
+        await self._agent.logs.reopen(request.container_id)
         return cri_pb2.ReopenContainerLogResponse()
 
     async def exec_sync(self, request: cri_pb2.ExecSyncRequest) -> cri_pb2.ExecSyncResponse:
@@ -199,7 +199,7 @@ class RuntimeService(StatsCalls):
 
     async def exec(self, request: cri_pb2.ExecRequest) -> cri_pb2.ExecResponse:
         """Where a client may connect, once and soon, to run a command."""
-        container = self._agent.execution.running(request.container_id)
+        container = self._agent.state.running_container(request.container_id)
         if not request.cmd:
             raise InvalidArgumentError(f"{container.title}: no command to execute was given")
         url = self._streams.exec_url(
@@ -214,7 +214,7 @@ class RuntimeService(StatsCalls):
 
     async def attach(self, request: cri_pb2.AttachRequest) -> cri_pb2.AttachResponse:
         """Where a client may connect to a container's own streams."""
-        container = self._agent.execution.running(request.container_id)
+        container = self._agent.state.running_container(request.container_id)
         wanted = {"stdin": request.stdin, "stdout": request.stdout, "stderr": request.stderr}
         url = self._streams.attach_url(container.id, tty=request.tty, **wanted)
         return cri_pb2.AttachResponse(url=url)

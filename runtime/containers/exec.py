@@ -1,52 +1,35 @@
-"""Commands run inside containers, and changes to running ones: exec, limits, log rotation."""
+"""Running commands inside containers."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import msgspec
 
 from host import processes
 from host.concurrency.abandonable import AbandonableThreads
-from host.concurrency.threads import acquired, in_fresh_thread
 from host.errors import (
     DeadlineError,
     InvalidArgumentError,
     PermissionDeniedError,
-    PodkeelError,
     WrongStateError,
 )
-from host.files.inotify import wait_for_entries
-from host.processes import ProcessName
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
-from runtime.containers.limits import Limits, require_alive
-from runtime.hooks import Hooks
-from runtime.logs import LogFile, LogLink, append_from_now_on, has_open
-from runtime.oci.conmon import Monitors
 from runtime.oci.directory_probe import DIRECTORY_BY_DESCRIPTOR
 from runtime.oci.exec_call import ExecCall
 from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime
 from runtime.oci.working_directory import WorkingDirectory, working_directory
 from runtime.specgen import config
-from runtime.specgen.limits.extra_limits import LimitChange
 from runtime.specgen.limits.resources import oom_score_adj
 from runtime.specgen.node_facts import NodeFacts
-from runtime.state.container import Container, ContainerState
+from runtime.state.container import Container
 from runtime.state.state import State
 
-REOPEN_SECONDS = 5.0
-# How long conmon takes at most, while it runs, from reading that it is to open its log to opening it.
-_TAKING_SECONDS = 0.5
 _MOST_HANGING = 64  # threads that wait for working directories on volumes, of commands that were given up
-
-_log = logging.getLogger("podkeel.containers")
 
 
 class _SpecProcess(msgspec.Struct):
@@ -57,27 +40,14 @@ _decode_spec = msgspec.json.Decoder(_SpecProcess).decode
 
 
 class ContainerExec:
-    """Acts on containers that are there already."""
+    """Runs commands in containers."""
 
-    def __init__(
-        self,
-        *,
-        state: State,
-        handlers: Handlers,
-        monitors: Monitors,
-        cgroups: CgroupTree,
-        facts: NodeFacts,
-        pids_limit: int,
-        hooks: Hooks,
-    ) -> None:
+    def __init__(self, state: State, handlers: Handlers, cgroups: CgroupTree, facts: NodeFacts) -> None:
         self._state = state
         self._handlers = handlers
-        self._monitors = monitors
         self._cgroups = cgroups
         self._facts = facts
-        self._hooks = hooks
         self._threads = AbandonableThreads(_MOST_HANGING)
-        self.limits = Limits(state, handlers, cgroups, facts, pids_limit)
 
     async def exec_sync(self, container_id: str, command: Sequence[str], timeout: float) -> processes.Completed:
         """Run a command to its end and return its output, cut at 16 MiB a stream; ``timeout`` 0 means none.
@@ -87,7 +57,7 @@ class ContainerExec:
             DeadlineError: the command took too long; it and its children were killed.
             CommandError: it could not be started.
         """
-        container = self.running(container_id)
+        container = self._state.running_container(container_id)
         if not command:
             raise InvalidArgumentError(f"{container.title}: no command to execute was given")
         if timeout < 0:
@@ -173,131 +143,6 @@ class ContainerExec:
             c.config.linux.security_context.namespace_options for c in self._state.containers_of(container.sandbox)
         )
         return any(options.pid == cri_pb2.TARGET for options in targets)
-
-    async def update(self, container_id: str, given: cri_pb2.LinuxContainerResources) -> None:
-        """Change a container's limits, all of them or none; fields left at 0 stay as they are.
-
-        Raises:
-            WrongStateError: the container has exited.
-            LimitError: the memory limit would be below what the container uses now.
-            PodkeelError: a plugin of the node refuses.
-        """
-        container, hooks = self._state.get_container(container_id), self._hooks
-        try:
-            async with container.lock:
-                require_alive(container)
-                operation = container.begin("UpdateContainerResources")
-                async with hooks.passing():
-                    change = await hooks.update_container(container, given, operation)
-                await self.limits.change(container, change, operation)
-                async with hooks.passing():
-                    await hooks.updated_container(container, operation)
-        finally:
-            await hooks.carry_out(container)
-
-    async def apply(self, container: Container, change: LimitChange) -> None:
-        """The same for a plugin: no plugin is notified."""
-        async with container.lock:
-            await self.limits.change(container, change, container.begin("UpdateContainerResources"))
-
-    async def reopen_log(self, container_id: str) -> None:
-        """Have the log written to a new file after the old one was renamed; nothing if it was not.
-
-        After any failure the old log is still used.
-
-        Raises:
-            WrongStateError: the container does not run, has no log, or another file with content took the log's place.
-            InvalidArgumentError: the log's place is taken, or a link leads from it out of the pod's log folder.
-            LimitError: the file system is full.
-        """
-        container = self.running(container_id)
-        if container.log is None:
-            raise WrongStateError(f"{container.title} has no log: its log_path is empty")
-        async with container.log_lock:
-            descriptor = await acquired(in_fresh_thread, container.log.open, os.close)
-            try:
-                await self._write_log_to(container, descriptor)
-            finally:
-                os.close(descriptor)
-
-    async def _write_log_to(self, container: Container, descriptor: int) -> None:
-        monitor, log = container.record.monitor, container.log
-        assert log is not None
-        if monitor is None:
-            raise WrongStateError(f"{container.title}: its conmon was killed: nothing writes its log any more")
-        if await in_fresh_thread(has_open, monitor, descriptor):
-            await in_fresh_thread(append_from_now_on, monitor, descriptor)
-            return
-        size = os.fstat(descriptor).st_size
-        if size:
-            raise WrongStateError(f"log {log.path} is another file now, with {size} bytes: rename it first")
-        try:
-            opened = await self._open_next(container, monitor, log, descriptor)
-        except OSError as error:
-            log.path.unlink(missing_ok=True)
-            raise PodkeelError(f"{container.title}: its conmon cannot be reached: {error.strerror}") from error
-        if not opened:
-            raise PodkeelError(f"{container.title}: its conmon did not open {log.path} within {REOPEN_SECONDS:g} s")
-
-    async def _open_next(self, container: Container, monitor: ProcessName, log: LogFile, descriptor: int) -> bool:
-        """Have conmon open the new, empty file of ``descriptor``; whether it does so in time."""
-        reopen = self._monitors.reopen_log
-        link = LogLink(container.folder.path)
-        if not link.is_used:  # its conmon was started by an older version: it knows the path itself
-            next_log = LogFile(log.folder, Path(f"{log.path}.tmp"))
-            descriptor = await acquired(in_fresh_thread, next_log.open, os.close)
-            try:
-                reopen(container.id)
-                opened = await wait_for_entries(log.path.parent, lambda: has_open(monitor, descriptor), REOPEN_SECONDS)
-                await in_fresh_thread(append_from_now_on, monitor, descriptor)
-            finally:
-                os.close(descriptor)
-            return opened
-        monitors, folder = self._monitors, link.path.parent
-        told = link.waiting() is not None and monitors.has_unread(container.id)
-        if link.waiting() is not None and not told:  # it is about to open it, or the agent that would ask it died
-            await wait_for_entries(folder, lambda: link.waiting() is None, _TAKING_SECONDS)
-            if await in_fresh_thread(has_open, monitor, descriptor):
-                await in_fresh_thread(append_from_now_on, monitor, descriptor)
-                return True
-        bound = await in_fresh_thread(_lead_next_to, link, monitor, descriptor, partial(reopen, container.id), told)
-        opened = await wait_for_entries(folder, lambda: link.leads_to(bound), REOPEN_SECONDS)
-        if opened:
-            await in_fresh_thread(append_from_now_on, monitor, descriptor)
-            await in_fresh_thread(link.release)
-        return opened  # if not it may yet do so: the file must be there then, else it ends
-
-    def running(self, container_id: str) -> Container:
-        """The container, which runs. Raises NotFoundError or WrongStateError."""
-        container = self._state.get_container(container_id)
-        if container.record.state is not ContainerState.RUNNING:
-            raise WrongStateError(f"{container.title} is {container.record.state}, not running")
-        return container
-
-
-def _lead_next_to(link: LogLink, monitor: ProcessName, descriptor: int, tell: Callable[[], None], told: bool) -> Path:
-    """Have conmon open the new, empty file of ``descriptor``; returns where that is bound.
-
-    conmon must be asked only once, and ``told`` says that a request waits: at a second one it would find nothing to
-    open.
-    """
-    late = link.open_waiting() if told else None
-    try:
-        waiting = link.waiting()
-        if late is not None and waiting is not None and os.path.sameopenfile(late, descriptor):
-            return waiting
-        bound = link.bind_next(descriptor)
-        link.lead_next_to(bound)
-        came = late is not None and has_open(monitor, late)  # just before, and it may have renamed the new link
-        if came:
-            link.lead_next_to(bound)
-        if came or not told:
-            tell()
-        link.release(but=bound)
-        return bound
-    finally:
-        if late is not None:
-            os.close(late)
 
 
 def _found_from(directory: str, program: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import overload
 
 from host.concurrency.threads import in_thread
-from host.errors import NotFoundError
+from host.errors import NotFoundError, WrongStateError
 from proto.runtime.v1 import cri_pb2
 from runtime.layout import Layout
 from runtime.state import status
@@ -153,6 +153,13 @@ class State:
         container = self.containers.get(container_id)
         if not container.visible:
             raise NotFoundError(f"container {container_id!r} not found")
+        return container
+
+    def running_container(self, container_id: str) -> Container:
+        """The container of an id or unique prefix, which runs. Raises as ``get_container``, and WrongStateError."""
+        container = self.get_container(container_id)
+        if container.record.state is not ContainerState.RUNNING:
+            raise WrongStateError(f"{container.title} is {container.record.state}, not running")
         return container
 
     def visible_sandboxes(self) -> Iterator[Sandbox]:

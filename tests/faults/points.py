@@ -21,7 +21,7 @@ _OPERATIONS = {
     ("runtime/containers/remove.py", "_finish_removal"): ("RemoveContainer",),
     ("runtime/containers/start.py", "_start"): ("StartContainer",),
     ("runtime/containers/stop.py", "stop"): ("StopContainer",),
-    ("runtime/containers/limits.py", "change"): ("UpdateContainerResources",),
+    ("runtime/containers/resources.py", "_change"): ("UpdateContainerResources",),
     ("images/registry/resolve.py", "fetch"): ("PullImage",),
     ("images/puller.py", "import_archive"): ("ImportImage",),
     ("images/puller.py", "_install_layers"): ("PullImage", "ImportImage"),

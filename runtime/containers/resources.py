@@ -14,6 +14,7 @@ from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.extra_files import read_extra_limits, write_extra_limits
 from runtime.cgroups.tree import CgroupTree
+from runtime.hooks import Hooks
 from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime, plain_message, refused_limit
 from runtime.specgen import config
@@ -47,19 +48,53 @@ _OWNED = {
 _Both = tuple[cri_pb2.LinuxContainerResources, ExtraLimits]
 
 
-class Limits:
-    """Sets limits of containers, in their cgroups and in the store."""
+class ContainerResources:
+    """Sets what containers may use, in their cgroups and in the store."""
 
     def __init__(
-        self, state: State, handlers: Handlers, cgroups: CgroupTree, facts: NodeFacts, pids_limit: int
+        self,
+        *,
+        state: State,
+        handlers: Handlers,
+        cgroups: CgroupTree,
+        facts: NodeFacts,
+        pids_limit: int,
+        hooks: Hooks,
     ) -> None:
         self._state = state
         self._handlers = handlers
         self._cgroups = cgroups
         self._facts = facts
         self._pids_limit = pids_limit
+        self._hooks = hooks
 
-    async def change(self, container: Container, change: LimitChange, operation: Operation) -> None:
+    async def update(self, container_id: str, given: cri_pb2.LinuxContainerResources) -> None:
+        """Change a container's limits, all of them or none; fields left at 0 stay as they are.
+
+        Raises:
+            WrongStateError: the container has exited.
+            LimitError: the memory limit would be below what the container uses now.
+            PodkeelError: a plugin of the node refuses.
+        """
+        container, hooks = self._state.get_container(container_id), self._hooks
+        try:
+            async with container.lock:
+                _require_alive(container)
+                operation = container.begin("UpdateContainerResources")
+                async with hooks.passing():
+                    change = await hooks.update_container(container, given, operation)
+                await self._change(container, change, operation)
+                async with hooks.passing():
+                    await hooks.updated_container(container, operation)
+        finally:
+            await hooks.carry_out(container)
+
+    async def apply(self, container: Container, change: LimitChange) -> None:
+        """The same for a plugin: no plugin is notified."""
+        async with container.lock:
+            await self._change(container, change, container.begin("UpdateContainerResources"))
+
+    async def _change(self, container: Container, change: LimitChange, operation: Operation) -> None:
         """Change limits of a container whose lock is held; what is not given stays as it is.
 
         Raises:
@@ -67,7 +102,7 @@ class Limits:
             LimitError: the memory limit would be below what the container uses now.
         """
         record = container.record
-        require_alive(container)
+        _require_alive(container)
         before = cri_pb2.LinuxContainerResources.FromString(record.resources)
         after = merged(before, change.given)
         extra = record.extra_limits.merged(change.extra)
@@ -143,7 +178,7 @@ class Limits:
             )
 
 
-def require_alive(container: Container) -> None:
+def _require_alive(container: Container) -> None:
     """Raise WrongStateError for a container that has ended: its limits cannot be changed any more."""
     state = container.record.state
     if state not in (ContainerState.CREATED, ContainerState.RUNNING):

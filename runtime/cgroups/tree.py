@@ -6,23 +6,19 @@ import contextlib
 import os
 import re
 import signal
-import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from host.cgroups import Hierarchies, discover
 from host.concurrency.threads import in_thread
-from host.errors import InvalidArgumentError, UnsupportedError
+from host.errors import InvalidArgumentError
 from host.files.file_tree import Walk
 from runtime.cgroups import freezer
-from runtime.cgroups.slices import set_io_weight, slice_name, slice_path, stop_slice, with_outer_slices
+from runtime.cgroups.slices import slice_name, slice_path, stop_slice, with_outer_slices
 from runtime.specgen.config import SCOPE_SUBGROUP
 
 _ID = re.compile(r"[0-9a-f]{64}")
-# Proportional shares need the scheduler BFQ or, with version 2, the controller's own cost model.
-_IO_WEIGHTS = {1: ("blkio.bfq.weight", "blkio.weight"), 2: ("io.bfq.weight", "io.weight")}
-_NO_LIMIT = 2**63 - 4096  # what version 1 shows, and both versions read as no limit
 _V1_NEEDED = ("memory", "pids", "cpu", "freezer", "devices")
 
 
@@ -113,32 +109,6 @@ class CgroupTree:
     def parent_path(self, parent: str) -> str:
         """The pod's cgroup below each hierarchy's mount."""
         return slice_path(slice_name(parent)) if self.driver == "systemd" else parent
-
-    async def set_io_weight(self, parent: str, weight: int) -> None:
-        """Give a pod's cgroup, which is made if it is missing, its weight among those that share a disk.
-
-        Raises UnsupportedError where the kernel has no weights, CommandError, or OSError.
-        """
-        if self.driver == "systemd":
-            await set_io_weight(slice_name(parent), weight)
-        else:
-            await in_thread(self._write_io_weight, parent, weight)
-
-    def _write_io_weight(self, path: str, weight: int) -> None:
-        root = self.mounts.get("unified" if self.version == 2 else "blkio")
-        if root is None:
-            raise UnsupportedError("the blkio cgroup controller is not mounted")
-        folder = root / path.lstrip("/")
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.version == 2:
-            for above in reversed(folder.relative_to(root).parents):
-                with contextlib.suppress(OSError):
-                    (root / above / "cgroup.subtree_control").write_text("+io")
-        files = [folder / name for name in _IO_WEIGHTS[self.version] if (folder / name).exists()]
-        if not files:
-            raise UnsupportedError(f"{folder} has none of {', '.join(_IO_WEIGHTS[self.version])}")
-        for file in files:
-            file.write_text(str(weight))
 
     async def end_parent(self, parent: str) -> None:
         """Have systemd end a pod's own slice, in which nothing runs any more, so that ``remove`` may follow."""
@@ -232,101 +202,6 @@ class CgroupTree:
     def exists(self, path: str) -> bool:
         """Whether cgroup ``path`` exists in any hierarchy."""
         return any(folder.is_dir() for folder in self.folders(path))
-
-    def lift_cpu_quota(self, path: str) -> None:
-        """Remove the CPU quota of cgroup ``path``; newer versions of crun set it for the scope above too."""
-        if self.version == 1:
-            (self.mounts["cpu"] / path.lstrip("/") / "cpu.cfs_quota_us").write_text("-1")
-            return
-        folder = self.mounts["unified"] / path.lstrip("/")
-        for group in (folder, folder.parent) if folder.name == SCOPE_SUBGROUP else (folder,):
-            (group / "cpu.max").write_text("max")
-
-    def limit_huge_pages(self, path: str, limits: Mapping[str, int]) -> None:
-        """Limit the huge pages of cgroup ``path``: bytes by page size such as ``2MB``."""
-        for size, limit in limits.items():
-            self._huge_page_limit(path, size).write_text(str(limit))
-
-    def huge_page_limits(self, path: str, sizes: Iterable[str]) -> dict[str, int]:
-        """Those limits of ``sizes`` as they are; of sizes that are not limited here there are none."""
-        limits = {}
-        for size in sizes:
-            with contextlib.suppress(OSError):
-                text = self._huge_page_limit(path, size).read_text().strip()
-                limits[size] = _NO_LIMIT if text == "max" else int(text)
-        return limits
-
-    def _huge_page_limit(self, path: str, size: str) -> Path:
-        if self.version == 2:
-            return self.mounts["unified"] / path.lstrip("/") / f"hugetlb.{size}.max"
-        return self.mounts.get("hugetlb", Path("/nowhere")) / path.lstrip("/") / f"hugetlb.{size}.limit_in_bytes"
-
-    def settings(self, path: str, names: Iterable[str]) -> dict[str, str]:
-        """The content of the files ``names`` of cgroup ``path``, of those that can be read and written again (version
-        2)."""
-        found = {}
-        for name in names:
-            file = self.mounts["unified"] / path.lstrip("/") / name
-            with contextlib.suppress(OSError):
-                content = file.read_text().strip()
-                if content and file.stat().st_mode & stat.S_IWUSR:
-                    found[name] = content
-        return found
-
-    def set_oom_score_adj(self, path: str, leader: int, value: int) -> None:
-        """Give process ``leader`` of cgroup ``path`` another oom_score_adj, and those in the cgroup
-        that have the same.
-        """
-        pids = self.processes(path)
-        if leader not in pids:
-            return
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # the container ends
-            old = int(Path(f"/proc/{leader}/oom_score_adj").read_text())
-            for pid in (leader, *pids) if old != value else ():
-                _change_oom_score_adj(pid, old, value)
-
-    def cpuset(self, path: str) -> tuple[str, str]:
-        """CPUs and memory nodes that cgroup ``path`` may use, as lists such as ``0-3``; empty if unknown."""
-        folder = self.mounts.get("unified" if self.version == 2 else "cpuset", Path("/nowhere")) / path.lstrip("/")
-        names = ("cpus.effective", "mems.effective") if self.version == 2 else ("cpus", "mems")
-        try:
-            cpus, mems = ((folder / f"cpuset.{name}").read_text().strip() for name in names)
-        except OSError:
-            return "", ""
-        return cpus, mems
-
-    def memory_in_use(self, path: str) -> int:
-        """Bytes of cgroup ``path`` that the kernel cannot reclaim: its use less the page cache."""
-        root = self.mounts.get("unified") or self.mounts["memory"]
-        folder = root / path.lstrip("/")
-        try:
-            use = int((folder / ("memory.current" if self.version == 2 else "memory.usage_in_bytes")).read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except OSError:
-            return 0
-        names = ("active_file", "inactive_file", "slab_reclaimable")  # not "cache", which counts tmpfs in
-        return max(0, use - sum(int(stat.get(name, 0)) for name in names))
-
-    def memory_events_file(self, path: str) -> Path:
-        """The file with the count of kills for memory; on version 2 it can be watched with inotify."""
-        name = "memory.events" if self.version == 2 else "memory.oom_control"
-        root = self.mounts.get("unified") or self.mounts["memory"]
-        return root / path.lstrip("/") / name
-
-    def out_of_memory_kills(self, path: str) -> int:
-        """Processes of cgroup ``path`` that the kernel killed for its memory limit."""
-        try:
-            text = self.memory_events_file(path).read_text()
-        except OSError:
-            return 0
-        return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)
-
-
-def _change_oom_score_adj(pid: int, old: int, new: int) -> None:
-    file = Path(f"/proc/{pid}/oom_score_adj")
-    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-        if int(file.read_text()) == old:
-            file.write_text(str(new))
 
 
 def _slice_stem(base: str) -> str:

@@ -12,6 +12,7 @@ from host.concurrency.threads import in_thread
 from host.errors import CommandError, InvalidArgumentError, LimitError, PodkeelError, WrongStateError
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups import limits
 from runtime.cgroups.extra_files import read_extra_limits, write_extra_limits
 from runtime.cgroups.tree import CgroupTree
 from runtime.hooks import Hooks
@@ -146,31 +147,31 @@ class ContainerResources:
             raise
 
     async def _set(
-        self, container: Container, runtime: OciRuntime, limits: cri_pb2.LinuxContainerResources, extra: ExtraLimits
+        self, container: Container, runtime: OciRuntime, wanted: cri_pb2.LinuxContainerResources, extra: ExtraLimits
     ) -> None:
         cgroups, path, init = self._cgroups, container.record.cgroup, container.record.init
-        given, score = self._decided(limits, extra)
+        given, score = self._decided(wanted, extra)
         await runtime.update(container.id, msgspec.json.encode(given))
-        if limits.cpu_quota < 0:
-            await in_thread(cgroups.lift_cpu_quota, path)
+        if wanted.cpu_quota < 0:
+            await in_thread(limits.lift_cpu_quota, cgroups, path)
         if given.hugepage_limits:  # which runc (1.1) passes over
             pages = {page.page_size: page.limit for page in given.hugepage_limits}
-            await in_thread(cgroups.limit_huge_pages, path, pages)
+            await in_thread(limits.limit_huge_pages, cgroups, path, pages)
         if extra != ExtraLimits():  # each OCI runtime passes over others of them
             await in_thread(write_extra_limits, cgroups, path, extra)
         if init is not None:  # no OCI runtime changes that of what runs
-            await in_thread(cgroups.set_oom_score_adj, path, init.pid, score)
+            await in_thread(limits.set_oom_score_adj, cgroups, path, init.pid, score)
 
-    def _decided(self, limits: cri_pb2.LinuxContainerResources, extra: ExtraLimits) -> tuple[config.Resources, int]:
+    def _decided(self, wanted: cri_pb2.LinuxContainerResources, extra: ExtraLimits) -> tuple[config.Resources, int]:
         facts = self._facts
-        given = resources(limits, facts, pids_limit=self._pids_limit)
+        given = resources(wanted, facts, pids_limit=self._pids_limit)
         extra.put_into(given)
-        return given, oom_score_adj(limits, facts)
+        return given, oom_score_adj(wanted, facts)
 
     def _refuse_below_use(self, container: Container, limit: int) -> None:
         if limit <= 0:
             return
-        use = self._cgroups.memory_in_use(container.record.cgroup)
+        use = limits.memory_in_use(self._cgroups, container.record.cgroup)
         if use > limit:
             raise LimitError(
                 f"{container.title} uses {use} bytes of memory that cannot be reclaimed, more than the new limit of "
@@ -194,12 +195,12 @@ def _undoing(
     """
     undoing = cri_pb2.LinuxContainerResources()
     undoing.CopyFrom(before)
-    in_use = dict(zip(("cpuset_cpus", "cpuset_mems"), cgroups.cpuset(path), strict=True))
+    in_use = dict(zip(("cpuset_cpus", "cpuset_mems"), limits.cpuset(cgroups, path), strict=True))
     for field, default in {**_KERNEL_DEFAULTS, **in_use}.items():
         if getattr(after, field) and not getattr(before, field):
             setattr(undoing, field, default)
     sizes = {page.page_size for page in after.hugepage_limits} - {page.page_size for page in before.hugepage_limits}
-    for size, limit in cgroups.huge_page_limits(path, sizes).items():
+    for size, limit in limits.huge_page_limits(cgroups, path, sizes).items():
         undoing.hugepage_limits.add(page_size=size, limit=limit)
-    undoing.unified.update(cgroups.settings(path, after.unified.keys() - before.unified.keys()))
+    undoing.unified.update(limits.settings(cgroups, path, after.unified.keys() - before.unified.keys()))
     return undoing

@@ -14,6 +14,7 @@ from host.errors import PodkeelError, UnsupportedError
 from host.stages import Operation
 from network.node_network import NodeNetwork
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.limits import out_of_memory_kills, set_io_weight
 from runtime.cgroups.moves import CgroupMoves
 from runtime.cgroups.tree import CgroupTree
 from runtime.hooks import Hooks
@@ -138,7 +139,7 @@ class PodRun:
             owns_cgroup_parent=own,
             resources=config.linux.resources.SerializeToString(),
             overhead=config.linux.overhead.SerializeToString(),
-            oom_kills=self._cgroups.out_of_memory_kills(self._cgroups.parent_path(parent)),
+            oom_kills=out_of_memory_kills(self._cgroups, self._cgroups.parent_path(parent)),
         )
         return self._state.new_sandbox(sandbox_id, config, record)
 
@@ -178,7 +179,7 @@ class PodRun:
     async def _weigh(self, sandbox: Sandbox, weight: int) -> None:
         """A node whose kernel has no weights runs its pods without, and says so once."""
         try:
-            await self._cgroups.set_io_weight(sandbox.record.cgroup_parent, weight)
+            await set_io_weight(self._cgroups, sandbox.record.cgroup_parent, weight)
         except (PodkeelError, OSError) as error:
             if self._io_weights:
                 _log.warning("io_weight: cannot be set, pods run without it: %s", error)

@@ -23,6 +23,7 @@ from host.children.pidfd_exit import ended_by_signal
 from host.concurrency.threads import in_thread
 from host.files import procfs
 from host.files.inotify import CreatedFiles
+from runtime.cgroups.limits import memory_events_file, out_of_memory_kills
 from runtime.cgroups.tree import CgroupTree
 from runtime.state.container import Container, ContainerState
 
@@ -98,7 +99,7 @@ class KillWatch:
                 self._files = CreatedFiles()
             watched.numbers.append(self._files.watch_folder(folder.path, folder.out_of_memory.name, occurred))
             if self._cgroups.version == 2:  # conmon is silent of kills for a limit of the pod or node
-                events = self._cgroups.memory_events_file(container.record.cgroup)
+                events = memory_events_file(self._cgroups, container.record.cgroup)
                 watched.numbers.append(self._files.watch_file(events, occurred))
         except OSError as error:
             _log.warning("%s: out-of-memory kills cannot be dated: %s", container.title, error)
@@ -107,7 +108,7 @@ class KillWatch:
 
     def _is_news(self, container: Container) -> bool:
         folder = container.folder
-        kills = self._cgroups.out_of_memory_kills(container.record.cgroup)
+        kills = out_of_memory_kills(self._cgroups, container.record.cgroup)
         return folder.out_of_memory.exists() or kills > _read(folder.survived_kills).kills
 
     def history(self, container: Container) -> KillHistory:
@@ -119,7 +120,7 @@ class KillWatch:
         ended_by = ended_by_signal(watched.init) if watched is not None and watched.init is not None else None
         more, at = noticed > survived.at, noticed or None
         if self._cgroups.exists(cgroup):  # else systemd has removed its counters with it
-            count = self._cgroups.out_of_memory_kills(cgroup) - survived.kills
+            count = out_of_memory_kills(self._cgroups, cgroup) - survived.kills
             more = count > 0
             if not noticed > survived.at or (count > 1 and watched is None):
                 at = None  # conmon's file has the time of the first one that no agent saw
@@ -178,7 +179,7 @@ class KillWatch:
         file = container.folder.out_of_memory
         at = _time_of(file)
         file.unlink(missing_ok=True)  # before the count is read: a later kill causes a new look
-        kills = self._cgroups.out_of_memory_kills(container.record.cgroup)
+        kills = out_of_memory_kills(self._cgroups, container.record.cgroup)
         pids = self._cgroups.processes(container.record.cgroup)[:_MOST_PROCESSES]
         dying = any(map(procfs.is_being_killed, pids))
         return _Look(kills, time.time_ns() if dying else at, dying)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from runtime.cgroups.limits import out_of_memory_kills
 from runtime.cgroups.tree import CgroupTree
 from runtime.containers.endings.kill_watch import KillHistory
 from runtime.oci.conmon import ExitRecord
@@ -26,14 +27,14 @@ def killed_for_memory(cgroups: CgroupTree, state: State, container: Container) -
     """
     sandbox = container.sandbox
     if cgroups.version == 1 or _shares_its_parent(state, container):
-        return cgroups.out_of_memory_kills(container.record.cgroup) > 0
+        return out_of_memory_kills(cgroups, container.record.cgroup) > 0
     alive = (
         other.record.cgroup
         for other in state.containers_of(sandbox)
         if other is not container and other.record.state in (ContainerState.CREATED, ContainerState.RUNNING)
     )
     parent = cgroups.parent_path(sandbox.record.cgroup_parent)
-    ended = cgroups.out_of_memory_kills(parent) - sum(map(cgroups.out_of_memory_kills, alive))
+    ended = out_of_memory_kills(cgroups, parent) - sum(out_of_memory_kills(cgroups, path) for path in alive)
     if ended <= sandbox.record.oom_kills:
         return False
     sandbox.record.oom_kills = ended

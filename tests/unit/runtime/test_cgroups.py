@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from host.errors import InvalidArgumentError
+from runtime.cgroups import limits
 from runtime.cgroups.slices import slice_path
 from runtime.cgroups.tree import CgroupTree
 
@@ -86,12 +87,12 @@ def test_what_an_update_would_change_is_read_first(tmp_path: Path) -> None:
         (tmp_path / name).write_text(f"{content}\n")
     (tmp_path / "memory.current").chmod(0o444)
     cgroups = tree("cgroupfs", tmp_path)
-    assert cgroups.settings("/", [*files, "memory.none"]) == {
+    assert limits.settings(cgroups, "/", [*files, "memory.none"]) == {
         name: files[name] for name in files if name not in ("memory.current", "cpuset.cpus")
     }
-    limits = cgroups.huge_page_limits("/", ["2MB", "1GB", "64KB"])
-    assert limits == {"2MB": 2**63 - 4096, "1GB": 1 << 30}
-    assert CgroupTree(1, "cgroupfs", {}).huge_page_limits("/", ["2MB"]) == {}
+    found = limits.huge_page_limits(cgroups, "/", ["2MB", "1GB", "64KB"])
+    assert found == {"2MB": 2**63 - 4096, "1GB": 1 << 30}
+    assert limits.huge_page_limits(CgroupTree(1, "cgroupfs", {}), "/", ["2MB"]) == {}
 
 
 def test_processes_that_chose_their_oom_score_adj_keep_it(tmp_path: Path) -> None:
@@ -105,8 +106,8 @@ def test_processes_that_chose_their_oom_score_adj_keep_it(tmp_path: Path) -> Non
             file.write_text(str(score))
         (tmp_path / "cgroup.procs").write_text("".join(f"{child.pid}\n" for child in children[:3]))
         cgroups = tree("cgroupfs", tmp_path)
-        cgroups.set_oom_score_adj("/", children[3].pid, 700)
-        cgroups.set_oom_score_adj("/", children[0].pid, 700)
+        limits.set_oom_score_adj(cgroups, "/", children[3].pid, 700)
+        limits.set_oom_score_adj(cgroups, "/", children[0].pid, 700)
         assert [int(file.read_text()) for file in files] == [700, 700, 600, 500]
 
 
@@ -118,5 +119,5 @@ def test_a_quota_is_lifted_from_the_scope_too(driver: str, lifted: tuple[str, st
     folder.mkdir(parents=True)
     for group in (folder.parent, folder):
         (group / "cpu.max").write_text("5000 10000")
-    cgroups.lift_cpu_quota(path)
+    limits.lift_cpu_quota(cgroups, path)
     assert ((folder.parent / "cpu.max").read_text(), (folder / "cpu.max").read_text()) == lifted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -11,6 +10,7 @@ import sqlite3
 import time
 from pathlib import Path
 
+from host.concurrency.follower import Follower
 from host.concurrency.threads import in_long_thread
 from host.database import Database
 
@@ -31,40 +31,28 @@ class DatabaseCopy:
     def __init__(self, database: Database, path: Path) -> None:
         self._database = database
         self._path = path
-        self._task: asyncio.Task[None] | None = None
+        self._follower = Follower(database.changed, _DELAY_SECONDS, self._copy)
         self._failed = False
 
     def start(self) -> None:
         """Begin; the first copy is made now."""
         self._database.changed.set()
-        self._task = asyncio.create_task(self._follow())
+        self._follower.start()
 
     async def close(self) -> None:
         """Copy what changed last, and stop."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        if self._database.changed.is_set():
-            await self._copy()
+        await self._follower.close()
 
-    async def _follow(self) -> None:
-        while True:
-            await self._database.changed.wait()
-            await asyncio.sleep(_DELAY_SECONDS)
-            await asyncio.sleep(await self._copy() / _BYTES_PER_SECOND)
-
-    async def _copy(self) -> int:
-        self._database.changed.clear()
+    async def _copy(self) -> float:
         try:
             size = await in_long_thread(copy_database, self._database.path, self._path)
         except (OSError, sqlite3.Error) as error:
             if not self._failed:
                 _log.warning("store copy %s: cannot be written: %s", self._path, error)
             self._failed = True
-            return 0
+            return 0.0
         self._failed = False
-        return size
+        return size / _BYTES_PER_SECOND
 
 
 def copy_database(source: Path, target: Path) -> int:

@@ -13,6 +13,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from host.concurrency.follower import Follower
 from host.concurrency.threads import in_thread
 from host.database import Database
 from host.errors import PodkeelError
@@ -42,7 +43,7 @@ class KeptRows:
         self._changed: dict[Path, tuple[Sequence[Place], str]] = {}
         self._writing: dict[Path, tuple[Sequence[Place], str]] = {}
         self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._follower = Follower(self._wake, _DELAY_SECONDS, self._write)
         self._failed = False
 
     def note(self, changed: Sandbox | Container) -> None:
@@ -65,33 +66,21 @@ class KeptRows:
         """Begin, with what is known now."""
         for one in known:
             self.note(one)
-        self._task = asyncio.create_task(self._follow())
+        self._follower.start()
 
     async def close(self) -> None:
         """Write what changed last, and stop."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            await self._write()
+        await self._follower.close()
 
-    async def _follow(self) -> None:
-        while True:
-            await self._wake.wait()
-            await asyncio.sleep(_DELAY_SECONDS)
-            await self._write()
-
-    async def _write(self) -> None:
-        self._wake.clear()
+    async def _write(self) -> float:
         self._writing, self._changed = self._changed, {}
-        if not self._writing:
-            return
         errors = await in_thread(self._write_files, self._writing)
         if errors and not self._failed:
             _log.warning(
                 "store: rows of %d pods and containers cannot be written to the run folder: %s", len(errors), errors[0]
             )
         self._failed = bool(errors)
+        return 0.0
 
     def _write_files(self, writing: dict[Path, tuple[Sequence[Place], str]]) -> list[str]:
         errors = []

@@ -1,0 +1,43 @@
+"""Work in the background that follows changes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+
+class Follower:
+    """Calls ``work`` some time after each change, one call at a time. Used on the loop.
+
+    A change sets ``changed``. Changes within ``delay`` seconds of the first one are one. ``work`` returns for how many
+    seconds it is not called again, and raises nothing.
+    """
+
+    def __init__(self, changed: asyncio.Event, delay: float, work: Callable[[], Awaitable[float]]) -> None:
+        self._changed = changed
+        self._delay = delay
+        self._work = work
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        self._task = asyncio.create_task(self._follow())
+
+    async def close(self) -> None:
+        """Call ``work`` for what changed last, and stop."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        if self._changed.is_set():
+            await self._catch_up()
+
+    async def _follow(self) -> None:
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(self._delay)
+            await asyncio.sleep(await self._catch_up())
+
+    async def _catch_up(self) -> float:
+        self._changed.clear()
+        return await self._work()

@@ -1,11 +1,14 @@
-"""Starting threads without waiting for them."""
+"""Starting threads without waiting for them, and threads for a single piece of work."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import TypeVar
 
+T = TypeVar("T")
 _Start = tuple[threading.Thread, Callable[[RuntimeError], object]]
 
 
@@ -43,3 +46,22 @@ def start_aside(body: Callable[[], None], *, name: str, failed: Callable[[Runtim
     ``Thread.start`` waits until the thread runs: on a busy machine that would hold the event loop for milliseconds.
     """
     _STARTER.start(threading.Thread(target=body, name=name, daemon=True), failed)
+
+
+def in_thread_of_its_own(work: Callable[[], T], *, name: str) -> T:
+    """What ``work`` returns or raises, done in a thread that ends with it and does nothing else. Blocks.
+
+    ``work`` may leave that thread in other namespaces, or with another root or working folder.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name=name)
+    thread.start()
+    thread.join()
+    return outcome.result()

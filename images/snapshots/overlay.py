@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from host import libc
+from host.concurrency.thread_starting import in_thread_of_its_own
 from host.errors import LimitError
 from host.files.removal import remove_tree
 from images.oci.layer_limit import MOST_LAYERS
@@ -74,18 +74,10 @@ def _mount_from(folder: Path, target: Path, flags: int, options: str) -> None:
 
     The working folder is changed in a separate thread, which does not share it with the others (CLONE_FS).
     """
-    failures: list[OSError] = []
 
-    def body() -> None:
-        try:
-            libc.unshare(libc.CLONE_FS)
-            os.chdir(folder)
-            libc.mount("overlay", str(target), "overlay", flags, options)
-        except OSError as error:
-            failures.append(error)
+    def mount() -> None:
+        libc.unshare(libc.CLONE_FS)
+        os.chdir(folder)
+        libc.mount("overlay", str(target), "overlay", flags, options)
 
-    thread = threading.Thread(target=body, name="overlay")
-    thread.start()
-    thread.join()
-    if failures:
-        raise failures[0]
+    in_thread_of_its_own(mount, name="overlay")

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import threading
+from functools import partial
 from pathlib import Path
 
 from host import libc
+from host.concurrency.thread_starting import in_thread_of_its_own
 from host.files import mounts
+from host.files.null_devices import make_null_device
 
 PROGRAM = "/catatonit"
 
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}[os.uname().machine]
 # Where it is mounted for a moment, in mount namespaces without other processes. Every node has that folder.
 _PLACE = "/dev"
-_NULL = os.makedev(1, 3)
 _SPARE_BYTES = 65536
 
 _Version = tuple[int, int, int, int]
@@ -49,7 +50,7 @@ class InitRoot:
             status = Path(program).stat()
             version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             if version != self._version:
-                namespace = _in_new_thread(program)
+                namespace = in_thread_of_its_own(partial(_make, program), name="init-root")
                 if self._namespace >= 0:
                     os.close(self._namespace)
                 self._namespace, self._version = namespace, version
@@ -60,30 +61,11 @@ INIT_ROOT = InitRoot()
 """That of this process, for all of its pods."""
 
 
-def _in_new_thread(program: str) -> int:
-    made: list[int | OSError] = []
-
-    def make() -> None:
-        try:
-            made.append(_make(program))
-        except OSError as error:
-            made.append(error)
-
-    thread = threading.Thread(target=make, name="init-root")
-    thread.start()
-    thread.join()
-    result = made[0]
-    if isinstance(result, OSError):
-        raise result
-    return result
-
-
 def _make(program: str) -> int:
     """A descriptor of the mount namespace, in which the calling thread is left."""
-    libc.unshare(libc.CLONE_NEWNS)
+    mounts.leave_mount_namespace()
     namespace = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        libc.mount("", "/", "", mounts.MS_REC | mounts.MS_PRIVATE, "")
         size = Path(program).stat().st_size + _SPARE_BYTES
         _mount(size)
         copy = Path(_PLACE + PROGRAM)
@@ -117,8 +99,7 @@ def _become_root() -> None:
     null = Path(_PLACE, "dev", "null")
     null.parent.mkdir()
     null.parent.chmod(0o711)  # independent of the agent's umask: the init's user does not own it
-    os.mknod(null, stat.S_IFCHR | 0o600, _NULL)
-    null.chmod(0o666)
+    make_null_device(null)
     # The whole file system, not only this mount of it: that cannot be undone where it is mounted again.
     libc.mount("", _PLACE, "", mounts.MS_REMOUNT | mounts.MS_RDONLY | mounts.MS_NOSUID, "")
     os.chdir(_PLACE)

@@ -8,13 +8,12 @@ import secrets
 import select
 import shutil
 import signal
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from host import libc, processes
+from host.concurrency.thread_starting import in_thread_of_its_own
 from host.errors import PodkeelError
 from host.files import mounts, procfs
 from host.processes import ProcessName
@@ -51,26 +50,7 @@ def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
         limit(pid)
         return pid
 
-    return _in_thread_of_its_own(start)
-
-
-def _in_thread_of_its_own(work: Callable[[], int]) -> int:
-    """Run ``work`` in a thread that ends with it and does nothing else; returns or raises what it does."""
-    done: list[int | Exception] = []
-
-    def run() -> None:
-        try:
-            done.append(work())
-        except Exception as error:
-            done.append(error)
-
-    thread = threading.Thread(target=run, name="pod-init")
-    thread.start()
-    thread.join()
-    result = done[0]
-    if isinstance(result, Exception):
-        raise result
-    return result
+    return in_thread_of_its_own(start, name="pod-init")
 
 
 def start_holder_in_user_namespace(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:

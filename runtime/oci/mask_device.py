@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from pathlib import Path
 
 from host import libc
 from host.files import mounts
+from host.files.null_devices import make_null_device
 
-_NULL = os.makedev(1, 3)
 _LABEL = "security.selinux"
 _FLAGS = mounts.MS_NOSUID | mounts.MS_NOEXEC
 _LAYERS = ("lower", "lowest")  # without an upper layer it takes two
@@ -46,8 +45,7 @@ class MaskDevice:
             (self._layers / name).mkdir()
             (self._layers / name).chmod(0o711)
         device = self._layers / _LAYERS[0] / self._path.name
-        os.mknod(device, stat.S_IFCHR | 0o600, _NULL)
-        device.chmod(0o666)
+        make_null_device(device)
         with contextlib.suppress(OSError):  # where there is no SELinux
             os.setxattr(device, _LABEL, os.getxattr("/dev/null", _LABEL))
 

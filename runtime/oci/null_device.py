@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-import stat
-import threading
 import uuid
 
 from host import libc
+from host.concurrency.thread_starting import in_thread_of_its_own
 from host.files import mounts
-
-_NULL = os.makedev(1, 3)
+from host.files.null_devices import open_new_null_device
 
 
 def open_private_null() -> int:
@@ -20,40 +18,17 @@ def open_private_null() -> int:
     OCI runtimes give the standard streams to the container's user, who then owns them. With the node's /dev/null, a
     container could change the mode of that file for the whole node; with a shared one, for other containers.
     """
-    folder = _folder()
-    name = uuid.uuid4().hex
-    os.mknod(name, stat.S_IFCHR | 0o600, _NULL, dir_fd=folder)
-    try:
-        descriptor = os.open(name, os.O_RDWR | os.O_CLOEXEC, dir_fd=folder)
-    finally:
-        os.unlink(name, dir_fd=folder)
-    os.fchmod(descriptor, 0o666)
-    return descriptor
+    return open_new_null_device(uuid.uuid4().hex, _folder())
 
 
 @functools.cache
 def _folder() -> int:
     """A descriptor of an empty folder on a tmpfs that is mounted nowhere; opened once, it stays open."""
-    opened: list[int | OSError] = []
-
-    def open_it() -> None:
-        try:
-            opened.append(_open_in_own_mount_namespace())
-        except OSError as error:
-            opened.append(error)
-
-    thread = threading.Thread(target=open_it, name="null-device")
-    thread.start()
-    thread.join()
-    result = opened[0]
-    if isinstance(result, OSError):
-        raise result
-    return result
+    return in_thread_of_its_own(_open_in_own_mount_namespace, name="null-device")
 
 
 def _open_in_own_mount_namespace() -> int:
     """The mount namespace ends with the calling thread; only the open folder remains."""
-    libc.unshare(libc.CLONE_NEWNS)
-    libc.mount("", "/", "", mounts.MS_REC | mounts.MS_PRIVATE, "")
+    mounts.leave_mount_namespace()
     libc.mount("null", "/dev", "tmpfs", mounts.MS_NOSUID | mounts.MS_NOEXEC, "mode=0700,size=4k")
     return os.open("/dev", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

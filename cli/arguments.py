@@ -191,6 +191,15 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
         "ports", metavar="[LOCAL:]REMOTE", nargs="+", help="8080:80, or 80 for both, or :80 for a free local port"
     )
     _add_tls_options(parser)
+    parser = commands.add(
+        "checkpoint",
+        "cli.checkpoints.checkpoint:checkpoint",
+        "write a running container to an archive; it runs on",
+        "The archive holds the container's memory, and so its secrets.",
+    )
+    parser.add_argument("--timeout", type=int, default=0, metavar="S", help="give up after S seconds (default: never)")
+    parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
+    parser.add_argument("archive", metavar="ARCHIVE", help="the file to write, on the agent's node")
     parser = commands.add("stats", "cli.stats:stats", "show what containers use of CPU, memory and disk")
     parser.add_argument("containers", metavar="CONTAINER", nargs="*", help=f"{_CONTAINER} (default: all that run)")
 

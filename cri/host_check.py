@@ -33,6 +33,7 @@ from network.nftables.firewalls import find_obstacles
 from network.options import NetworkOptions
 from runtime.agent_id import new_agent_id
 from runtime.cgroups.tree import CgroupTree
+from runtime.checkpoint.support import CheckpointSupport
 from runtime.layout import Layout
 from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime
@@ -157,7 +158,18 @@ async def _handlers(configuration: Configuration) -> list[Check]:
     finally:
         await in_thread(_remove_folder, folder)
         await in_thread(tree.remove, parent)
-    return _handler_checks(configuration.runtime, handlers)
+    support = CheckpointSupport(configuration.checkpoint, handlers)
+    support.begin()
+    await support.known()
+    return [*_handler_checks(configuration.runtime, handlers), _checkpoint_check(support)]
+
+
+def _checkpoint_check(support: CheckpointSupport) -> Check:
+    """Nothing else needs CRIU, so that a node without it is fine."""
+    if support.problem:
+        return Check("checkpoints", "ok", f"not possible: {support.problem}")
+    told = [f"{name}: {why}" for name, why in support.report()["handlers"].items()]
+    return Check("checkpoints", "ok", f"CRIU {support.version}; {'; '.join(told)}")
 
 
 def _handler_checks(options: RuntimeOptions, handlers: Handlers) -> list[Check]:

@@ -64,10 +64,11 @@ _NEEDS = {
     **dict.fromkeys(("ExecSync", "Exec", "Attach", "PortForward"), Use.STREAMS_AND_IMAGES),
     **dict.fromkeys(("PullImage", "Pull", "ImportImage", "ExportImages", "PushImage"), Use.STREAMS_AND_IMAGES),
     "CheckImages": Use.STREAMS_AND_IMAGES,
+    "CheckpointContainer": Use.STREAMS_AND_IMAGES,
 }
 
 # The calls of the CRI that this version does not have: they return UNIMPLEMENTED, and kubelet works without them.
-NOT_BUILT = frozenset({"CheckpointContainer", "CheckpointPod", "RestorePod"})
+NOT_BUILT = frozenset({"CheckpointPod", "RestorePod"})
 
 Begin = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Call]
 

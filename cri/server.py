@@ -103,7 +103,8 @@ async def _serve(configuration: Configuration, lost_store: LostStore, manager: S
     loop.add_signal_handler(signal.SIGUSR2, log_level.show_configured)
     async with AsyncExitStack() as stack:
         options = configuration.runtime, configuration.network, configuration.images
-        agent = Agent(*options, lost_store, nri=configuration.nri, version=VERSION)
+        plugins, checkpoint = configuration.nri, configuration.checkpoint
+        agent = Agent(*options, lost_store, nri=plugins, checkpoint=checkpoint, version=VERSION)
         await stack.enter_async_context(agent)
         os.chdir(agent.layout.run)  # conmon leaves a note of each out-of-memory kill where it was started
         await asyncio.to_thread(_prepare_socket, path)

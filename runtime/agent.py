@@ -25,6 +25,8 @@ from network.schema import MIGRATIONS as NETWORK_MIGRATIONS
 from runtime.agent_id import agent_id
 from runtime.cgroups.moves import CgroupMoves
 from runtime.cgroups.tree import CgroupTree
+from runtime.checkpoint.options import CheckpointOptions
+from runtime.checkpoint.service import CheckpointService
 from runtime.containers.bundle.rootfs import Rootfs
 from runtime.containers.bundle.spec_request import SpecRequests
 from runtime.containers.create import ContainerCreate
@@ -105,6 +107,7 @@ class Agent:
     logs: ContainerLogs
     resources: ContainerResources
     statistics: Statistics
+    checkpoints: CheckpointService
     audit: Audit
     recovery: Recovery
 
@@ -116,11 +119,13 @@ class Agent:
         lost_store: LostStore = LostStore.REFUSE,
         *,
         nri: NriOptions | None = None,
+        checkpoint: CheckpointOptions | None = None,
         version: str = "",
         only_removes: bool = False,
     ) -> None:
         self._lost_store = lost_store
         self._nri = nri
+        self._checkpoint = checkpoint or CheckpointOptions()
         self._version = version
         self._only_removes = only_removes
         self._runtime = runtime
@@ -166,6 +171,9 @@ class Agent:
         await in_thread(reserve.keep)
         if self._plugin_hooks is not None:
             await self._serve_plugins(self._plugin_hooks, stack)
+        stack.push_async_callback(self.checkpoints.support.close)
+        if not self._only_removes:
+            self.checkpoints.support.begin()
         self.state.events.serve()
 
     async def _open_parts(self, store: Store, stack: AsyncExitStack) -> None:
@@ -255,6 +263,14 @@ class Agent:
             hooks=hooks,
             exits=self.exits,
             removals=self.removals,
+        )
+        self.checkpoints = CheckpointService(
+            self._checkpoint,
+            state=state,
+            handlers=handlers,
+            layout=self.layout,
+            cgroups=cgroups,
+            snapshots=self.images.snapshots,
         )
         stack.push_async_callback(self.exits.close)
         stack.push_async_callback(self.containers.close)

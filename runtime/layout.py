@@ -139,6 +139,11 @@ class Layout:
         return self.data / "podkeel-copy.db"
 
     @property
+    def checkpoints(self) -> Path:
+        """Folder of what is written while a checkpoint is made, one of each container; empty otherwise."""
+        return self.data / "checkpoints"
+
+    @property
     def sandboxes(self) -> Path:
         """Folder of sandbox folders."""
         return self.run / "sandboxes"

@@ -23,9 +23,18 @@ make_root() {
     say "making a Debian $SUITE root file system in $ROOT"
     rm -rf --one-file-system "$ROOT.new"
     mkdir -p "$CACHE"
-    mmdebstrap --quiet --variant=minbase --include=make,git,python3,procps,ca-certificates "$SUITE" "$ROOT.new" ||
+    mmdebstrap --quiet --variant=minbase --include=make,git,python3,procps,ca-certificates,criu,libcriu2 "$SUITE" "$ROOT.new" ||
         fail "mmdebstrap could not make it; the lines above say why"
     mv "$ROOT.new" "$ROOT"
+}
+
+# One that was made before tests of checkpoints were there has no CRIU yet.
+add_criu() {
+    [[ ! -x $ROOT/usr/sbin/criu || ! -e $ROOT/usr/share/doc/libcriu2 ]] || return 0
+    cp --dereference /etc/resolv.conf /etc/hosts "$ROOT/etc/"
+    say "installing CRIU in $ROOT"
+    chroot "$ROOT" sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends criu libcriu2' >/dev/null ||
+        fail "Debian's packages criu and libcriu2 could not be installed; the lines above say why"
 }
 
 # The project's files as they are on disk; .venv there is Debian 13's own and stays.
@@ -57,6 +66,7 @@ enter_root() {
 if [[ ${1:-} != --inside ]]; then
     cd "$(dirname "$0")/.."
     make_root
+    add_criu
     copy_project
     exec unshare --mount --propagation private "$0" --inside "$@"
 fi

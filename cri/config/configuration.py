@@ -24,6 +24,7 @@ from cri.config.value_checks import CHECKS
 from host.errors import InvalidArgumentError
 from images.options import ImageOptions
 from network.options import NetworkOptions
+from runtime.checkpoint.options import CheckpointOptions
 from runtime.nri.options import NriOptions
 from runtime.options import RuntimeOptions
 
@@ -54,6 +55,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     network: NetworkOptions = NetworkOptions()
     images: ImageOptions = ImageOptions()
     nri: NriOptions = NriOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
     streaming: StreamingOptions = StreamingOptions()
     metrics: MetricsOptions = MetricsOptions()
     tracing: TracingOptions = TracingOptions()

@@ -58,6 +58,7 @@ class RuntimeService(StatsCalls):
         response.features.supplemental_groups_policy = True
         response.features.mount_options = True
         if request.verbose:
+            await agent.checkpoints.support.known()
             await in_thread(agent.hooks_dir.read)  # the answer says what is wrong with them
             for key, value in node_information(agent).items():
                 response.info[key] = msgspec.json.encode(value).decode()
@@ -225,6 +226,13 @@ class RuntimeService(StatsCalls):
         if status.sandbox_state(sandbox) != cri_pb2.SANDBOX_READY:
             raise WrongStateError(f"{sandbox.title} is not ready: nothing listens in it")
         return cri_pb2.PortForwardResponse(url=self._streams.port_forward_url(sandbox.id, request.port))
+
+    async def checkpoint_container(
+        self, request: cri_pb2.CheckpointContainerRequest
+    ) -> cri_pb2.CheckpointContainerResponse:
+        """Write a running container to an archive; it runs on."""
+        await self._agent.checkpoints.checkpoint(request.container_id, request.location, request.timeout)
+        return cri_pb2.CheckpointContainerResponse()
 
     async def get_container_events(self, _request: cri_pb2.GetEventsRequest) -> AsyncIterator[bytes]:
         """Events from now on."""

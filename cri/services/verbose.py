@@ -32,6 +32,7 @@ def node_information(agent: Agent) -> dict[str, Any]:
             "handlers": handlers,
             "failedHandlers": agent.handlers.failures,
             "failedHooks": agent.hooks_dir.problems,
+            "checkpoint": agent.checkpoints.support.report(),
             "nri": agent.hooks.service(),
             "nriPlugins": agent.hooks.report(),
             "sandboxes": len(agent.state.sandboxes),

@@ -142,6 +142,10 @@ class Walk:
         """Where the walk is now, relative to the root, or where ``name`` in the current folder is; for messages."""
         return shown("/".join([*self._names, name] if name else self._names) or ".")
 
+    def names(self) -> list[str]:
+        """The folders from the root to where the walk is now."""
+        return list(self._names)
+
     def __iter__(self) -> Iterator[Step]:
         folders: list[list[str]] = [[]]  # for each folder from the root down those in it that are still to be entered
         with FolderStack(self._root, into_mounts=self._into_mounts) as stack:

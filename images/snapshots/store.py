@@ -115,6 +115,13 @@ class SnapshotStore:
         """The folder of what the container writes."""
         return self._containers / container_id / "upper"
 
+    def lower(self, container_id: str) -> list[Path]:
+        """The folders below the writable one of a container, the topmost first. Raises NotFoundError."""
+        held = self._held.get(container_id)
+        if held is None:
+            raise NotFoundError(f"container {container_id} has no root file system any more")
+        return self._paths(held[1])
+
     async def prepare(
         self,
         container_id: str,

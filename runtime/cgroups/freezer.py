@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 from host.files.file_tree import Walk
@@ -32,6 +33,27 @@ def frozen_by(folder: Path, root: Path) -> Path | None:
         if group == root:
             return None
     return None
+
+
+def freeze(folder: Path, seconds: float) -> bool:
+    """Freeze the cgroup ``folder``, and wait until all in it stand still; False if that takes too long. Blocks."""
+    for name, value in (("freezer.state", b"FROZEN"), ("cgroup.freeze", b"1")):
+        if (folder / name).exists():
+            (folder / name).write_bytes(value)
+            break
+    deadline = time.monotonic() + seconds
+    pause = 0.0005
+    while not _stands_still(folder):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)  # the kernel tells of it on version 2 only
+        pause = min(2 * pause, 0.02)
+    return True
+
+
+def _stands_still(folder: Path) -> bool:
+    state = _content(folder / "freezer.state")
+    return state == b"FROZEN" if state else b"frozen 1" in _content(folder / "cgroup.events").splitlines()
 
 
 def thaw(folder: Path) -> None:

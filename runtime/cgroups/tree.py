@@ -157,6 +157,11 @@ class CgroupTree:
         """Whether the processes of cgroup ``path`` are frozen, by it or by one above it."""
         return any(freezer.is_frozen(folder) for folder in self._freezers(path))
 
+    def freeze(self, path: str, seconds: float) -> bool:
+        """Freeze cgroup ``path``; False if its processes do not stand still within ``seconds``. Blocks."""
+        root = self.mounts.get("unified") or self.mounts["freezer"]
+        return freezer.freeze(root / path.lstrip("/"), seconds)
+
     def thaw(self, path: str) -> None:
         """Thaw cgroup ``path`` and those below it."""
         for folder in self._freezers(path):

@@ -45,6 +45,8 @@ class ContainerStop:
         if container.record.state is ContainerState.EXITED:
             await container.exited.wait()
             return
+        if container.checkpoint is not None:
+            await _give_up(container.checkpoint)  # frozen it could not heed the signal
         operation = container.begin("StopContainer")
         self._reserve.release_if_short()
         async with operation.stage("signal"):
@@ -144,3 +146,9 @@ class ContainerStop:
         finally:
             os.close(pidfd)
         return True
+
+
+async def _give_up(work: asyncio.Future[int]) -> None:
+    """Cancel work on a container and wait for the end of its clean-up."""
+    work.cancel()
+    await asyncio.wait((work,))

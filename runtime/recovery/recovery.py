@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 
 import msgspec
 
@@ -65,6 +66,7 @@ class Recovery:
         for container in containers:
             self.containers.adopt(container)
         await in_thread(self._correct_processes, containers)
+        await self.audit.guarded("interrupted checkpoints", self._settle_checkpoints())
         half_made = [container.id for container in containers if container.record.state is ContainerState.MAKING]
         ending = in_thread(garbage.end_monitors, self.monitors, set(half_made))
         await self.audit.guarded("monitors of half made containers", ending)
@@ -75,6 +77,19 @@ class Recovery:
         await self.audit.guarded("lost networks", self._restore_networks())
         await self.audit.guarded("leftovers", self.audit.drop_leftovers(self.audit.known()))
         await self.audit.guarded("network", self.network.repair(self.audit.known().live_sandboxes))
+
+    async def _settle_checkpoints(self) -> None:
+        """Thaw what a checkpoint had frozen, and remove what was written of it."""
+        if not await in_thread(_has_entries, self.audit.layout.checkpoints):
+            return
+        from runtime.checkpoint.interrupted import settle  # only where there are any
+
+        def thaw(container_id: str) -> None:
+            container = self.state.containers.exact(container_id)
+            if container is not None:
+                self.cgroups.thaw(container.record.cgroup)
+
+        self.audit.findings["checkpoint interrupted"] += await in_thread(settle, self.audit.layout.checkpoints, thaw)
 
     def _correct_processes(self, containers: Sequence[Container]) -> None:
         """Have no record name a process that is not its container's: it would be signalled and waited for."""
@@ -183,3 +198,7 @@ class Recovery:
             return False
         kinds = sandbox.own_namespaces + (("user",) if sandbox.user_namespace else ())
         return pins_hold(sandbox.folder, kinds)
+
+
+def _has_entries(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())

@@ -22,6 +22,8 @@ _OPERATIONS = {
     ("runtime/containers/start.py", "_start"): ("StartContainer",),
     ("runtime/containers/stop.py", "stop"): ("StopContainer",),
     ("runtime/containers/resources.py", "_change"): ("UpdateContainerResources",),
+    ("runtime/checkpoint/dump.py", "_checkpoint"): ("CheckpointContainer",),
+    ("runtime/checkpoint/dump.py", "_save"): ("CheckpointContainer",),
     ("images/registry/resolve.py", "fetch"): ("PullImage",),
     ("images/puller.py", "import_archive"): ("ImportImage",),
     ("images/puller.py", "_install_layers"): ("PullImage", "ImportImage"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 import pytest
@@ -11,6 +13,7 @@ from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.faults.conftest import FaultyAgent, Stage
 from tests.faults.points import points, stages_without_operation
+from tests.support.checkpoints import abilities, checkpoint, nothing_is_left
 from tests.support.pods import POLITE, container_config, sandbox_config, shared_pids, wait_for_log
 
 
@@ -192,6 +195,21 @@ def _remove_image(stage: Stage, point: str) -> None:
     assert _images(stage) == set()
 
 
+def _checkpoint_container(stage: Stage, point: str) -> None:
+    why = abilities(stage.agent).get("crun", "it does not work here")
+    if why != "able":
+        pytest.skip(f"crun cannot make checkpoints here: {why}")
+    _, container_id = _container_of(stage, started=True)
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder, "it.tar")
+        _killed(stage.agent, point, lambda: checkpoint(stage.agent, container_id, archive))
+        assert archive.exists() == point.endswith("commit:after")
+        archive.unlink(missing_ok=True)
+        nothing_is_left(stage.agent, Path(folder))
+    assert stage.agent.client.output(container_id, "echo", "runs") == "runs\n"
+    stage.assert_whole()
+
+
 _SCENARIOS: dict[str, Callable[[Stage, str], None]] = {
     "RunPodSandbox": _run_pod_sandbox,
     "StopPodSandbox": _stop_pod_sandbox,
@@ -200,6 +218,7 @@ _SCENARIOS: dict[str, Callable[[Stage, str], None]] = {
     "StartContainer": _start_container,
     "StopContainer": _stop_container,
     "RemoveContainer": _remove_container,
+    "CheckpointContainer": _checkpoint_container,
     "UpdateContainerResources": _update_container_resources,
     "PullImage": _pull_image,
     "ImportImage": _import_image,

@@ -1,0 +1,18 @@
+"""What can be configured of checkpoints."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class CheckpointOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Checkpoints of containers, which CRIU makes.
+
+    With ``enabled = false`` every checkpoint is refused. ``criu_path`` is CRIU's program (looked up on the PATH if it
+    has no slash); the agent works without it. ``failure_log_dir`` is a folder in which CRIU's log of a checkpoint that
+    failed is kept; an empty one keeps none.
+    """
+
+    enabled: bool = True
+    criu_path: str = "criu"
+    failure_log_dir: str = ""

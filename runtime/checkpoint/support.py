@@ -1,0 +1,136 @@
+"""Whether this node can make checkpoints: CRIU, and which OCI runtimes work with it. Tried once, at the start."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from host import processes
+from host.errors import PodkeelError, UnsupportedError
+from runtime.checkpoint.options import CheckpointOptions
+from runtime.oci.handlers import Handlers
+from runtime.oci.oci_runtime import OciRuntime
+
+_SECONDS = 20.0
+_LONGEST = 300
+_OFF = "checkpoints are off (checkpoint.enabled)"
+
+_log = logging.getLogger("podkeel.checkpoint")
+
+
+class CheckpointSupport:
+    """Which runtime handlers can make checkpoints, and why the others cannot.
+
+    ``version`` is that of CRIU, empty where it is not installed. ``problem`` says why no handler can; empty if one may.
+    """
+
+    def __init__(self, options: CheckpointOptions, handlers: Handlers) -> None:
+        self._options = options
+        self._handlers = handlers
+        self._refusals: dict[str, str] = {}
+        self._probing: asyncio.Task[None] | None = None
+        self.version = ""
+        self.problem = ""
+
+    def begin(self) -> None:
+        """Begin to find out, without keeping anybody waiting."""
+        self._probing = asyncio.create_task(self._probe())
+
+    async def known(self) -> None:
+        """Wait until it is known."""
+        if self._probing is not None:
+            await asyncio.shield(self._probing)
+
+    async def close(self) -> None:
+        """Stop finding out."""
+        if self._probing is not None:
+            self._probing.cancel()
+            await asyncio.wait((self._probing,))
+
+    async def require(self, runtime: OciRuntime | None, handler: str) -> None:
+        """Raise UnsupportedError unless the handler can make checkpoints here, saying why it cannot."""
+        await self.known()
+        why = self.refusal(handler) if runtime is not None else "the handler does not work on this node any more"
+        if why:
+            raise UnsupportedError(f"runtime handler {handler!r} cannot make checkpoints on this node: {why}")
+
+    def refusal(self, handler: str) -> str:
+        """Why a handler cannot; empty if it can."""
+        return self.problem or self._refusals.get(handler, "")
+
+    def environment(self, configuration: Path) -> dict[str, str]:
+        """For an OCI runtime that calls CRIU: by it CRIU is found, and reads ``configuration`` and no other file."""
+        program = shutil.which(self._options.criu_path)
+        folder = str(Path(program).parent) if program else ""
+        path = ":".join(filter(None, (folder, os.environ.get("PATH", os.defpath))))
+        return {**os.environ, "PATH": path, "CRIU_CONFIG_FILE": str(configuration), "LC_ALL": "C"}
+
+    @property
+    def closes_connections(self) -> bool:
+        """Whether this CRIU leaves established TCP connections out of a checkpoint; older ones must save them."""
+        match = re.match(r"(\d+)\.", self.version)
+        return match is not None and int(match[1]) >= 4
+
+    def report(self) -> dict[str, Any]:
+        """For the verbose status."""
+        handlers = {runtime.name: self.refusal(runtime.name) or "able" for runtime in self._handlers.working()}
+        return {"enabled": self._options.enabled, "criu": self.version, "problem": self.problem, "handlers": handlers}
+
+    async def _probe(self) -> None:
+        try:
+            self.problem = await self._criu_problem()
+            if not self.problem:
+                runtimes = self._handlers.working()
+                refusals = await asyncio.gather(*(_refusal(runtime) for runtime in runtimes))
+                named = zip((runtime.name for runtime in runtimes), refusals, strict=True)
+                self._refusals = {name: refusal for name, refusal in named if refusal}
+        except (PodkeelError, OSError) as error:
+            self.problem = f"CRIU cannot be tried: {error}"
+        able = [runtime.name for runtime in self._handlers.working() if not self.refusal(runtime.name)]
+        if able:
+            _log.info("checkpoint: CRIU %s works with: %s", self.version, ", ".join(able))
+        else:
+            reasons = self.problem or "; ".join(f"{name}: {why}" for name, why in self._refusals.items())
+            _log.info("checkpoint: not possible on this node: %s", reasons)
+
+    async def _criu_problem(self) -> str:
+        if not self._options.enabled:
+            return _OFF
+        program = shutil.which(self._options.criu_path)
+        if program is None:
+            return f"CRIU is not installed ({self._options.criu_path}, checkpoint.criu_path): install the package criu"
+        told = await processes.run([program, "--version"], check=False, timeout=_SECONDS)
+        match = re.search(rb"^Version: (\S+)", told.stdout, re.MULTILINE)
+        if match is None:
+            return f"{program} does not tell its version: {_last_line(told)}"
+        self.version = match[1].decode(errors="replace")
+        checked = await processes.run([program, "check"], check=False, timeout=_SECONDS)
+        if checked.status != 0:
+            return f"CRIU {self.version} does not work with this kernel (criu check: {_last_line(checked)})"
+        return ""
+
+
+async def _refusal(runtime: OciRuntime) -> str:
+    """Why an OCI runtime cannot work with a CRIU that is there; empty if it can."""
+    if runtime.features.version.startswith("runc "):
+        return ""
+    told = await processes.run([runtime.program, "--version"], check=False, timeout=_SECONDS)
+    if b"+CRIU" not in told.stdout:
+        return f"{runtime.options.path} is built without CRIU"
+    cache = shutil.which("ldconfig") or "/sbin/ldconfig"
+    if Path(cache).exists():
+        libraries = await processes.run([cache, "-p"], check=False, timeout=_SECONDS)
+        if libraries.status == 0 and b"libcriu.so.2" not in libraries.stdout:
+            return f"{runtime.options.path} needs the library libcriu.so.2: install the package libcriu2"
+    return ""
+
+
+def _last_line(completed: processes.Completed) -> str:
+    text = (completed.stderr or completed.stdout).decode(errors="replace").strip()
+    lines = [line for line in text.splitlines() if "Error" in line] or text.splitlines()
+    return lines[-1][:_LONGEST] if lines else f"exit status {completed.status}"

@@ -1,0 +1,89 @@
+"""Checkpoints that tests make, and what is in their archives."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from proto.runtime.v1 import cri_pb2
+from tests.support.agent import AgentProcess, wait_for
+from tests.support.pods import container_config, log_lines, sandbox_config
+
+# Counts in memory, so that a restored one goes on where it was; and has a child process.
+COUNTER = (
+    "sh",
+    "-c",
+    "mkdir -p /made; echo new > /made/file; rm /etc/passwd; rm -r /home; mkdir /home; echo it > /home/it;"
+    " (while :; do sleep 1; done) & i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done",
+)
+
+
+def abilities(agent: AgentProcess) -> dict[str, str]:
+    """What the agent says of checkpoints, by runtime handler: able, or why not."""
+    answer = agent.client.call("Status", cri_pb2.StatusRequest(verbose=True))
+    report = json.loads(answer.info["podkeel"])["checkpoint"]
+    handlers: dict[str, str] = report["handlers"]
+    return handlers
+
+
+def run_with(agent: AgentProcess, handler: str, *command: str, **fields: Any) -> tuple[str, str]:
+    """A new pod of a runtime handler with one started container; their ids."""
+    sandbox = sandbox_config(agent)
+    request = cri_pb2.RunPodSandboxRequest(config=sandbox, runtime_handler=handler)
+    sandbox_id = agent.client.call("RunPodSandbox", request).pod_sandbox_id
+    container_id = agent.client.create(sandbox_id, container_config("main", *command, **fields), sandbox)
+    agent.client.start(container_id)
+    return sandbox_id, container_id
+
+
+def checkpoint(agent: AgentProcess, container_id: str, location: Path, timeout: int = 0) -> None:
+    """CheckpointContainer."""
+    request = cri_pb2.CheckpointContainerRequest(container_id=container_id, location=str(location), timeout=timeout)
+    agent.client.call("CheckpointContainer", request)
+
+
+def lines_of(agent: AgentProcess, container_id: str) -> list[str]:
+    """What a container has logged."""
+    path = Path(agent.client.status(container_id).log_path)
+    return log_lines(path) if path.exists() else []
+
+
+def wait_for_lines(agent: AgentProcess, container_id: str, more: int = 1) -> list[str]:
+    """Wait until a container has logged that many more lines; all that it logged."""
+    before = len(lines_of(agent, container_id))
+    wait_for(lambda: len(lines_of(agent, container_id)) >= before + more, what=f"{more} more log lines")
+    return lines_of(agent, container_id)
+
+
+def memory_of(agent: AgentProcess, container_id: str) -> int:
+    """Bytes of memory that a container uses."""
+    request = cri_pb2.ContainerStatsRequest(container_id=container_id)
+    return int(agent.client.call("ContainerStats", request).stats.memory.usage_bytes.value)
+
+
+def members(archive: Path) -> dict[str, tarfile.TarInfo]:
+    """The members of an archive by name."""
+    with tarfile.open(archive) as file:
+        return {member.name: member for member in file}
+
+
+def content(archive: Path, name: str) -> bytes:
+    """A member of an archive."""
+    with tarfile.open(archive) as file:
+        member = file.extractfile(name)
+        assert member is not None
+        return member.read()
+
+
+def document(archive: Path, name: str) -> Any:
+    """A JSON member of an archive."""
+    return json.loads(content(archive, name))
+
+
+def nothing_is_left(agent: AgentProcess, folder: Path) -> None:
+    """Assert that a checkpoint that failed left no file where it was to be, and none with the agent."""
+    assert list(folder.iterdir()) == []
+    work = agent.data / "checkpoints"
+    assert not work.exists() or list(work.iterdir()) == []

@@ -34,7 +34,7 @@ AGENT_COMMANDS = {"cli/agent/serve.py", "cli/agent/config.py", "cli/agent/check.
 # The commands that open streams use the SPDY machine of the streaming server, which loads nothing of the agent.
 STREAM_COMMANDS = {"cli/streams/client.py", "cli/streams/remote_command.py", "cli/streams/port_forward.py"}
 STREAM_MODULES = {f"cri.streaming.httpstream.{name}" for name in ("channel", "connection", "descriptors", "spdy_link")}
-SPDY_MODULES = {f"cri.streaming.httpstream.spdy_{name}" for name in ("events", "frames", "session")}
+SPDY_MODULES = {f"cri.streaming.httpstream.{name}" for name in ("spdy_events", "spdy_frames", "spdy_session", "turns")}
 ROOMS_WITH_GRPC = {"cri", "cli"}
 PROJECT_FOLDERS = {*ARROWS, "tests", "scripts"}
 

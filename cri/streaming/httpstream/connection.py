@@ -63,8 +63,6 @@ class StreamConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Part of asyncio.Protocol."""
         self.receiver(data)
-        if self._transport is not None and self._transport.get_write_buffer_size() > _ANSWERS_LIMIT:
-            self.hold(self._answers_hold)
 
     def eof_received(self) -> bool:
         """Part of asyncio.Protocol: clients close when they leave, so a half-closed connection is a client gone."""
@@ -92,6 +90,8 @@ class StreamConnection(asyncio.Protocol):
         """Queue bytes; nothing once the peer is gone."""
         if self.alive and self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
+            if self._transport.get_write_buffer_size() > _ANSWERS_LIMIT:
+                self.hold(self._answers_hold)
 
     async def drain(self) -> None:
         """Wait until the peer takes more; raises ConnectionResetError once it is gone."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -147,6 +148,34 @@ class FrameParser:
         self._data_left = second & MAX_FRAME_LENGTH
         self._fin = bool(second >> 24 & FLAG_FIN)
         return None if self._data_left else DataChunk(first, b"", self._fin)
+
+
+class FrameQueue:
+    """Bytes of a peer whose frames are taken one by one; true while any may be left."""
+
+    def __init__(self, max_control_length: int) -> None:
+        self._parser = FrameParser(max_control_length)
+        self._waiting: deque[Iterator[ControlFrame | DataChunk]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, data: bytes) -> None:
+        """Bytes behind all others."""
+        self._waiting.append(self._parser.feed(data))
+
+    def next(self) -> ControlFrame | DataChunk | None:
+        """The next frame, None if all are taken; raises SpdyError for a control frame over the limit."""
+        while self._waiting:
+            frame = next(self._waiting[0], None)
+            if frame is not None:
+                return frame
+            self._waiting.popleft()
+        return None
+
+    def clear(self) -> None:
+        """Drop what is left."""
+        self._waiting.clear()
 
 
 class HeaderCompressor:

@@ -18,8 +18,11 @@ from cri.streaming.httpstream.spdy_events import (
     WindowGrown,
 )
 from cri.streaming.httpstream.spdy_session import SpdyLimits, SpdySession
+from cri.streaming.httpstream.turns import Turns
 
 _SEND_CHUNK = 256 * 1024
+# Frames that are handled before the clock is looked at.
+_FRAMES_AT_ONCE = 32
 # How long a peer that answers no PING may keep us waiting for its first WINDOW_UPDATE.
 _WINDOW_PATIENCE = 1.0
 
@@ -71,6 +74,7 @@ class SpdyLink:
         client: bool = False,
     ) -> None:
         self._link = link
+        self._later = Turns(link)
         self._on_stream = on_stream
         self._on_failed = on_failed
         self._session = SpdySession(client=client, limits=SpdyLimits(streams=max_streams))
@@ -100,9 +104,18 @@ class SpdyLink:
         self.over.set()
 
     def receive(self, data: bytes) -> None:
-        """Bytes of the peer."""
-        for event in self._session.receive(data):
+        """Bytes of the peer. What takes longer than a turn of the loop may is left for the next ones."""
+        if self._later.waits:
+            self._session.receive(data, 0)
+            return
+        end = self._later.end_of_turn()
+        for event in self._session.receive(data, _FRAMES_AT_ONCE):
             self._handle(event)
+        while self._session.has_more:
+            if self._later.put_off(end, lambda: self.receive(b"")):
+                break
+            for event in self._session.receive(b"", _FRAMES_AT_ONCE):
+                self._handle(event)
         self._flush()
         self._notice_end()
 
@@ -206,11 +219,14 @@ class SpdyLink:
         self._channels.pop(channel.stream_id, None)
 
     def go_away(self) -> None:
-        """Reset what is open and say goodbye."""
+        """Reset what is open and say goodbye; nothing that the peer sent is handled from now on."""
+        self._later.close()
         self._session.go_away()
         self._flush()
 
     def _notice_end(self) -> None:
+        if self._session.has_more:
+            return
         if self._went_away and not self._session.open_streams:
             self.over.set()
 

@@ -65,7 +65,7 @@ class SpdySession:
     def __init__(self, *, client: bool, limits: SpdyLimits | None = None) -> None:
         self._client = client
         self._limits = limits or SpdyLimits()
-        self._parser = frames.FrameParser(self._limits.control_frame)
+        self._waiting = frames.FrameQueue(self._limits.control_frame)
         self._compressor: frames.HeaderCompressor | None = None
         self._decompressor = frames.HeaderDecompressor(self._limits.header_block)
         self._streams: dict[int, _Stream] = {}
@@ -85,22 +85,35 @@ class SpdySession:
 
     # ---- receiving
 
-    def receive(self, data: bytes) -> list[Event]:
-        """Take bytes of the peer in any pieces; returns what they mean, in order."""
+    def receive(self, data: bytes, most: int | None = None) -> list[Event]:
+        """Take bytes of the peer in any pieces; returns what their first ``most`` frames mean, in order.
+
+        ``has_more`` says whether bytes are left for the next call, which may bring no others.
+        """
         if self._failed:
             return []
+        if data:
+            self._waiting.add(data)
         try:
-            for frame in self._parser.feed(data):
+            taken = 0
+            while (most is None or taken < most) and (frame := self._waiting.next()) is not None:
+                taken += 1
                 if isinstance(frame, DataChunk):
                     self._on_data(frame)
                 else:
                     self._on_control(frame)
         except (SpdyError, struct.error) as error:
             self._failed = True
+            self._waiting.clear()
             self._output.append(frames.goaway(self._last_peer_stream_id, frames.GOAWAY_PROTOCOL_ERROR))
             self._events.append(SessionFailed(str(error)))
         events, self._events = self._events, []
         return events
+
+    @property
+    def has_more(self) -> bool:
+        """Whether bytes wait that ``receive`` took and did not look at."""
+        return bool(self._waiting)
 
     def take_output(self) -> bytes:
         """The bytes that are to be sent now."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cri.streaming.httpstream.channel import Channel, ChannelResetError
 from cri.streaming.httpstream.connection import Link
 from cri.streaming.httpstream.http_upgrade import HttpError, UpgradeRequest
+from cri.streaming.httpstream.turns import Turns
 
 if TYPE_CHECKING:
     from wsproto.connection import Connection
@@ -33,6 +34,7 @@ class WebSocketLink:
         self, link: Link, on_message: Callable[[bytes, bool, bool], None], on_closed: Callable[[str], None]
     ) -> None:
         self.link = link
+        self._later = Turns(link)
         self._on_message = on_message
         self._on_closed = on_closed
         self._connection: Connection | None = None
@@ -57,13 +59,17 @@ class WebSocketLink:
         self.link.write(answer)
 
     def receive(self, data: bytes) -> None:
-        """Bytes of the client."""
+        """Bytes of the client. What takes longer than a turn of the loop may is left for the next ones."""
+        if self._connection is None or self._client_closed:
+            return
+        self._connection.receive_data(data)
+        if not self._later.waits:
+            self._take_events(self._connection)
+
+    def _take_events(self, connection: Connection) -> None:
         from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
 
-        connection = self._connection
-        if connection is None or self._client_closed:
-            return
-        connection.receive_data(data)
+        end = self._later.end_of_turn()
         for event in connection.events():
             if isinstance(event, BytesMessage):
                 self._deliver(event.data, event.message_finished)
@@ -76,6 +82,8 @@ class WebSocketLink:
                 self._client_closed = True
                 self._close(event.response())
                 self._on_closed(f"the client closed the WebSocket with code {event.code}")
+                return
+            if self._later.put_off(end, lambda: self._take_events(connection)):
                 return
 
     def _deliver(self, data: bytes | bytearray, finished: bool) -> None:
@@ -102,7 +110,8 @@ class WebSocketLink:
             self.link.write(self._connection.send(event))
 
     def close(self, code: int) -> None:
-        """Write a close message, once."""
+        """Write a close message, once; nothing that the client sent is handled from now on."""
+        self._later.close()
         from wsproto.events import CloseConnection
 
         self._close(CloseConnection(code=code))

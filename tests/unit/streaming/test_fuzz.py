@@ -105,7 +105,7 @@ def recorded(part: int) -> list[bytes]:
     [(spdy, lambda: recorded(1)), (http, lambda: recorded(0)), (websocket, websocket_seeds)],
     ids=["spdy", "http", "websocket"],
 )
-def test_mutated_bytes(target: Callable[[random.Random, bytes], None], seeds: Callable[[], list[bytes]]) -> None:
+async def test_mutated_bytes(target: Callable[[random.Random, bytes], None], seeds: Callable[[], list[bytes]]) -> None:
     corpus = seeds()
     for seed in corpus:
         target(random.Random(1), seed)

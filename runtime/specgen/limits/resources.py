@@ -12,7 +12,7 @@ from runtime.specgen.node_facts import NodeFacts
 _UNIFIED_KEY = re.compile(r"[a-z]+(\.[A-Za-z0-9_]+)+")
 _CPU_LIST = re.compile(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*")  # the kernel has at most 8192 processors
 
-_MOST_SHARES = 1 << 18
+_LEAST_SHARES, _MOST_SHARES = 2, 1 << 18
 
 
 def resources(given: cri_pb2.LinuxContainerResources, node: NodeFacts, *, pids_limit: int = 0) -> config.Resources:
@@ -47,7 +47,7 @@ def _cpu(given: cri_pb2.LinuxContainerResources) -> config.Cpu | None:
         if cpus and not _CPU_LIST.fullmatch(cpus):
             raise InvalidArgumentError(f"{field} {cpus!r} is not a list of numbers and ranges such as 0-2,7")
     cpu = config.Cpu(
-        shares=given.cpu_shares or None,
+        shares=max(given.cpu_shares, _LEAST_SHARES) if given.cpu_shares else None,  # the kernel makes 1 into 2
         quota=given.cpu_quota if given.cpu_quota > 0 else None,  # crun fails on -1 on cgroup v1
         period=given.cpu_period or None,
         cpus=given.cpuset_cpus,

@@ -188,13 +188,13 @@ def test_an_agent_that_was_killed_but_hangs_keeps_no_other_out(tmp_path: Path, b
 def test_containers_that_wait_for_their_volumes_keep_no_others_waiting(agent: AgentProcess, silent: Silent) -> None:
     sandbox = sandbox_config(agent)
     sandbox_id = agent.client.run_sandbox(sandbox)
-    waiting = []
+    waiting, before = [], threads(agent)
     for number in range(_CONTAINERS):
         config = container_config(f"c{number}", "sleep", "1000")
         config.mounts.add(container_path="/data", host_path=str(silent.path))
         request = cri_pb2.CreateContainerRequest(pod_sandbox_id=sandbox_id, config=config, sandbox_config=sandbox)
         waiting.append(agent.client.future("CreateContainer", request))
-    time.sleep(2)  # by then they hang, which no event shows
+    wait_for(lambda: len(threads(agent) - before) == _CONTAINERS, what="threads that hang")
     _, container_id = run_container(agent, "sleep", "1000")
     assert agent.client.exec(container_id, "echo", "works").stdout == b"works\n"
     agent.client.stop(container_id)

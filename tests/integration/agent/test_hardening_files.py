@@ -313,10 +313,12 @@ def test_log_is_not_reopened_through_a_link(agent: AgentProcess, handler: str, t
     victim.write_text("of the host\n")
     attacker = Attacker.start(agent, handler, like_kubelets("main", "sh", "-c", "while echo owned; do sleep 0.1; done"))
     log = Path(agent.client.status(attacker.container_id).log_path)
-    log.rename(log.with_name("0.log.old"))
+    old = log.with_name("0.log.old")
+    log.rename(old)
     log.symlink_to(victim)
     with pytest.raises(grpc.RpcError):
         request = cri_pb2.ReopenContainerLogRequest(container_id=attacker.container_id)
         agent.client.call("ReopenContainerLog", request)
-    time.sleep(0.3)
+    size = old.stat().st_size
+    wait_for(lambda: old.stat().st_size > size, what="the next line in the log that is still open")
     assert victim.read_text() == "of the host\n"

@@ -86,6 +86,16 @@ def shares_of(agent: AgentProcess, container_id: str) -> str:
     return kernel(agent, container_id, v1="cpu.shares", v2="cpu.weight")
 
 
+def test_one_cpu_share_is_the_kernel_s_least(agent: AgentProcess, handler: str) -> None:
+    """The kernel itself takes 1 and makes it 2; OCI runtimes refuse it, or make it the most that there is."""
+    least = {1: "2", 2: "1"}[TREE.version]
+    assert shares_of(agent, made(agent, handler, Limits(cpu_shares=1))) == least
+    container_id = made(agent, handler, Limits(cpu_shares=300))
+    update(agent, container_id, Limits(cpu_shares=1))
+    assert shares_of(agent, container_id) == least
+    assert agent.client.status(container_id).resources.linux.cpu_shares == 1
+
+
 def test_processors_and_memory_nodes(agent: AgentProcess, handler: str) -> None:
     container_id = made(agent, handler, Limits(cpuset_cpus="1" if (os.cpu_count() or 1) > 1 else "0", cpuset_mems="0"))
     assert kernel(agent, container_id, v1="cpuset.cpus", v2="cpuset.cpus") in ("0", "1")

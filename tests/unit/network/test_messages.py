@@ -56,8 +56,11 @@ def test_an_attribute_that_pyroute2_would_leave_out_is_an_error(attribute: tuple
 
 
 def test_nothing_of_pyroute2_can_fork() -> None:
-    with pytest.raises(TypeError, match="unsupported mode"), ChildProcess(os.getpid, []):
-        pass
+    process = ChildProcess(os.getpid, [])
+    with pytest.raises(TypeError, match="unsupported mode"):
+        process.run()
+    process.ctrl_r.close()
+    process.ctrl_w.close()
 
 
 def test_what_another_process_sends_is_no_answer() -> None:

@@ -34,6 +34,7 @@ Resources = cri_pb2.LinuxContainerResources
             {"cpu_period": 100000, "cpu_quota": 50000, "cpu_shares": 512},
             oci.Resources(cpu=oci.Cpu(period=100000, quota=50000, shares=512)),
         ),
+        ({"cpu_shares": 1}, oci.Resources(cpu=oci.Cpu(shares=2))),
         ({"cpu_quota": -1}, oci.Resources()),
         ({"cpuset_cpus": "0-2,7", "cpuset_mems": "0"}, oci.Resources(cpu=oci.Cpu(cpus="0-2,7", mems="0"))),
         ({"memory_limit_in_bytes": 5}, oci.Resources(memory=oci.Memory(limit=5, swap=5))),
@@ -69,6 +70,7 @@ def test_resources_of_the_node() -> None:
     "fields",
     [
         {"cpu_shares": -2},
+        {"cpu_shares": (1 << 18) + 1},
         {"cpu_period": -1},
         {"cpuset_cpus": "all"},
         {"cpuset_mems": "0-"},

@@ -10,6 +10,7 @@ from network.node_network import NodeNetwork
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
 from runtime.containers.create import ContainerCreate
+from runtime.containers.endings.exit import clear_cgroup
 from runtime.containers.stop import ContainerStop
 from runtime.hooks import Hooks
 from runtime.meters import Meters
@@ -98,7 +99,10 @@ class PodStop:
             end_holder(sandbox.record.pid_holder, folder, sandbox.id)
         drop_namespaces(folder)
         if sandbox.record.owns_cgroup_parent:
-            self._cgroups.remove(self._cgroups.parent_path(sandbox.record.cgroup_parent))
+            path = self._cgroups.parent_path(sandbox.record.cgroup_parent)
+            self._cgroups.remove(path)
+            if self._cgroups.exists(path):  # killed while it was frozen, and not waited for then
+                clear_cgroup(self._cgroups, path)
 
     async def discard(self, sandbox: Sandbox) -> None:
         """Undo everything of a sandbox that was not completed."""

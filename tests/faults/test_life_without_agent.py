@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from proto.runtime.v1 import cri_pb2
 from tests.faults.conftest import Stage
+from tests.integration.agent.test_frozen import freezer_of_process, frozen
 from tests.support.agent import wait_for
-from tests.support.pods import POLITE, run_container, wait_for_log
+from tests.support.pods import POLITE, container_config, run_container, sandbox_config, wait_for_log
 
 
 def _information(stage: Stage, container_id: str) -> dict[str, Any]:
@@ -174,3 +176,28 @@ def test_subscribers_of_the_first_minute_are_told_of_ends_while_no_agent_ran(sta
         assert event.container_event_type == cri_pb2.CONTAINER_STOPPED_EVENT
         (status,) = event.containers_statuses
         assert (status.id, status.state, status.exit_code) == (container_id, cri_pb2.CONTAINER_EXITED, 3)
+
+
+@pytest.mark.parametrize("above", [False, True], ids=["container", "pod"])
+def test_a_container_that_was_half_made_and_is_frozen_keeps_no_start_waiting(stage: Stage, above: bool) -> None:
+    """What was killed does not die in it before it is thawed."""
+    agent = stage.agent
+    begin = time.monotonic()
+    agent.restart()
+    usual = time.monotonic() - begin
+    sandbox = sandbox_config(agent)
+    sandbox_id = agent.client.run_sandbox(sandbox)
+    agent.plant("CreateContainer.runtime:after:kill")
+    with pytest.raises(grpc.RpcError):
+        agent.client.create(sandbox_id, container_config("main", *POLITE), sandbox)
+    agent.wait_dead()
+    agent.plant("")
+    folders = agent.run / "oci/crun"
+    [folder] = set(folders.iterdir()) - {folders / stage.bystander.container_id}
+    group = freezer_of_process(json.loads((folder / "status").read_text())["pid"])
+    with frozen(group.parent if above else group):
+        begin = time.monotonic()
+        agent.start()
+        assert time.monotonic() - begin < usual + 3
+        agent.client.remove_sandbox(sandbox_id)
+    stage.assert_whole()

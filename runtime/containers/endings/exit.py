@@ -248,11 +248,15 @@ def kill_group(cgroups: CgroupTree, record: ContainerRecord) -> None:
 
 
 def clear_cgroup(cgroups: CgroupTree, path: str) -> None:
-    """Kill the remaining processes of a cgroup, in all hierarchies, and remove it. Blocks until that has ended."""
+    """Kill what is left in a cgroup, in whichever hierarchies it is, and remove it. Blocks until that has ended.
+
+    Below a frozen cgroup it ends when that is thawed: it is not waited for, and its cgroup is removed with the pod's.
+    """
     cgroups.kill(path)
     pids = cgroups.all_processes(path)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    processes.wait_all_ended(pids, _CGROUP_SECONDS)
+    if cgroups.holding_frozen(path) is None:
+        processes.wait_all_ended(pids, _CGROUP_SECONDS)
     cgroups.remove(path)

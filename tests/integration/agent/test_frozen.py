@@ -38,7 +38,12 @@ def start(agent: AgentProcess, handler: str, *, shared: bool = False) -> tuple[s
 
 def freezer_of(agent: AgentProcess, container_id: str) -> Path:
     """The cgroup by which the container can be frozen."""
-    for line in Path(f"/proc/{init_pid(agent, container_id)}/cgroup").read_text().splitlines():
+    return freezer_of_process(init_pid(agent, container_id))
+
+
+def freezer_of_process(pid: int) -> Path:
+    """The cgroup by which a process can be frozen."""
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "freezer":
             return Path("/sys/fs/cgroup/freezer") / path.lstrip("/")

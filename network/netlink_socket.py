@@ -5,6 +5,7 @@ A socket belongs to the network namespace of the thread that opens it. Everythin
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -17,6 +18,7 @@ from network.netlink import (
     NETLINK_EXT_ACK,
     NLM_F_ACK,
     NLM_F_ACK_TLVS,
+    NLM_F_DUMP_INTR,
     NLM_F_REQUEST,
     NLMSG_DONE,
     NLMSG_ERROR,
@@ -26,10 +28,11 @@ from network.netlink import (
 )
 
 _NETLINK_CAP_ACK = 10
-_SO_SNDBUFFORCE = 32
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _BUFFER_BYTES = 8 * 1024 * 1024
 _LARGEST_DATAGRAM = 65536
 _REPLY_SECONDS = 10
+_DUMP_TRIES = 3
 
 _HEADER = struct.Struct("=IHHII")
 _ERROR = struct.Struct("=i")
@@ -71,8 +74,12 @@ class NetlinkSocket:
         return int(self._socket.getsockname()[0])
 
     def allow_large_batches(self) -> None:
-        """Allow one exchange to hold thousands of messages (needs CAP_NET_ADMIN in the initial user namespace)."""
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER_BYTES)
+        """Allow one exchange to hold thousands of messages, each of which may be refused.
+
+        Needs CAP_NET_ADMIN in the initial user namespace.
+        """
+        for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
 
     def close(self) -> None:
         """Close the socket; a second call does nothing."""
@@ -109,27 +116,36 @@ class NetlinkSocket:
                 raise refusal.error()
 
     def ask(self, question: Message, read: Callable[[bytes], _Value | None]) -> list[_Value]:
-        """What ``read`` makes of each answer, less None, as they arrive; raises OSError when the kernel refuses.
+        """What ``read`` makes of each answer, less None; raises OSError when the kernel refuses.
 
-        ``question`` is about one object, or with NLM_F_DUMP about all. ``read`` gets what follows the header.
+        ``question`` is about one object, or with NLM_F_DUMP about all: what changes meanwhile may be told as it was,
+        or not at all, so the kernel is asked again then. ``read`` gets what follows the header.
         """
+        for _ in range(_DUMP_TRIES):
+            bodies, interrupted = self._ask(question)
+            if not interrupted:
+                break
+        return [value for value in map(read, bodies) if value is not None]
+
+    def _ask(self, question: Message) -> tuple[list[bytes], bool]:
+        """The answers, and whether something changed before the last of them."""
         with self._lock:
             self._sequence += 1
             sequence = self._sequence
             self._socket.send(_pack(question, NLM_F_ACK, sequence))
-            found: list[_Value] = []
+            found: list[bytes] = []
+            interrupted = False
             while True:
-                for kind, _, answered, body in self._receive():
+                for kind, flags, answered, body in self._receive():
                     if answered != sequence:
                         continue
+                    interrupted |= bool(flags & NLM_F_DUMP_INTR)
                     if kind in (NLMSG_DONE, NLMSG_ERROR):
                         number = -_ERROR.unpack_from(body)[0] if len(body) >= 4 else 0
                         if number > 0:
                             raise OSError(number, os.strerror(number))
-                        return found
-                    value = read(body)
-                    if value is not None:
-                        found.append(value)
+                        return found, interrupted
+                    found.append(body)
 
     def _collect(self, first: int, last: int) -> list[Refusal]:
         refusals: list[Refusal] = []
@@ -149,6 +165,10 @@ class NetlinkSocket:
             data, _, flags, (sender, _) = self._socket.recvmsg(_LARGEST_DATAGRAM)
         except BlockingIOError:
             raise OSError(errno.ETIMEDOUT, f"the kernel did not answer within {_REPLY_SECONDS} s") from None
+        except OSError as error:
+            if error.errno == errno.ENOBUFS:
+                self._drop_answers()  # until then the kernel would drop those to the next request too
+            raise
         if flags & socket.MSG_TRUNC:
             raise OSError(errno.EMSGSIZE, f"the kernel's answer is longer than {_LARGEST_DATAGRAM} bytes")
         if sender != 0:
@@ -160,6 +180,11 @@ class NetlinkSocket:
                 raise OSError(errno.EBADMSG, f"the kernel's answer has a message of {length} bytes at {offset}")
             yield kind, flags, sequence, data[offset + _HEADER.size : offset + length]
             offset += (length + 3) & ~3
+
+    def _drop_answers(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self._socket.recv(1, socket.MSG_DONTWAIT)
 
 
 def _pack(request: Message, flags: int, sequence: int) -> bytes:

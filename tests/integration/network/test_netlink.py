@@ -218,3 +218,44 @@ def test_limits_are_as_asked(bench: Bench, rate: int) -> None:
     [action] = redirect["actions"]
     assert (action["kind"], action["mirred_action"], action["direction"]) == ("mirred", "redirect", "egress")
     assert (action["to_dev"], action["control_action"]["type"]) == ("limit0", "stolen")
+
+
+class Interrupted(NetlinkSocket):
+    """Something deletes a link once the first datagram of the first answer has come."""
+
+    def __init__(self, doomed: str) -> None:
+        super().__init__(NETLINK_ROUTE)
+        self._doomed = [doomed]
+
+    def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
+        yield from list(super()._receive())
+        while self._doomed:
+            with NetlinkSocket(NETLINK_ROUTE) as other:
+                other.request([rtnetlink.delete_link(self._doomed.pop())])
+
+
+def test_a_dump_during_which_links_change_is_asked_for_again(bench: Bench) -> None:
+    """The kernel tells them in parts, and marks those between which something has changed (NLM_F_DUMP_INTR)."""
+    names = [f"d{number}" for number in range(100)]  # several datagrams
+    bench.send(bench.outer, *(rtnetlink.add_ifb(name, 1400) for name in names))
+
+    def work() -> None:
+        with Interrupted("br0") as route:
+            found = [link.name for link in rtnetlink.list_links(route)]
+        assert "br0" not in found
+        assert set(names) < set(found)
+
+    bench.outer.run(work)
+
+
+def test_more_refusals_than_fit_are_an_error_of_their_request_alone(bench: Bench) -> None:
+    def work() -> None:
+        with NetlinkSocket(NETLINK_ROUTE) as route:
+            with pytest.raises(OSError, match="No buffer space available"):
+                route.request([rtnetlink.delete_link("pktnowhere")] * 2000)
+            assert rtnetlink.find_link(route, "lo").index == 1
+
+    bench.outer.run(work)
+    with NetlinkSocket(NETLINK_ROUTE) as route:  # here we may have larger buffers
+        route.allow_large_batches()
+        assert len(route.exchange([rtnetlink.delete_link("pktnowhere")] * 2000)) == 2000

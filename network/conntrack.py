@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import logging
 import socket
+import struct
 from collections.abc import Collection, Iterable
 
 from network.attachment import PortMapping
-from network.netlink import NLM_F_DUMP, Attribute, FlowMessage, Message, Reader, message, nfctsocket, nfnetlink
+from network.netlink import (
+    ATTRIBUTE_HEADER,
+    NLM_F_DUMP,
+    Attribute,
+    FlowMessage,
+    Message,
+    attributes,
+    message,
+    nfctsocket,
+    nfnetlink,
+)
 from network.netlink_socket import NetlinkSocket
 
 _log = logging.getLogger("podkeel.network")
@@ -16,8 +27,12 @@ _GET = nfnetlink.NFNL_SUBSYS_CTNETLINK << 8 | nfctsocket.IPCTNL_MSG_CT_GET
 _DELETE = nfnetlink.NFNL_SUBSYS_CTNETLINK << 8 | nfctsocket.IPCTNL_MSG_CT_DELETE
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 _ASKED_ONE_BY_ONE = 2
-
-_read_flow = Reader(FlowMessage, "CTA_TUPLE_ORIG", "CTA_ZONE")
+# Anybody who can send packets to a port makes as many flows as the kernel keeps: so they are deleted many at a time,
+# with the attributes by which the kernel told of them.
+_DELETED_AT_ONCE = 128
+_HEAD = 4  # struct nfgenmsg
+_TUPLE, _ZONE = 1, 18  # CTA_TUPLE_ORIG, CTA_ZONE
+_TUPLE_PROTOCOL, _PROTOCOL_NUMBER, _DESTINATION_PORT = 2, 1, 3  # CTA_TUPLE_PROTO, CTA_PROTO_NUM, CTA_PROTO_DST_PORT
 
 
 def forget_udp(netfilter: NetlinkSocket, mappings: Iterable[PortMapping], versions: Iterable[int] = (4, 6)) -> None:
@@ -49,21 +64,26 @@ def _forget(netfilter: NetlinkSocket, family: int, port: int | None, wanted: Col
     ]
 
     def deletion(body: bytes) -> Message | None:
-        flow = _read_flow(body)
-        direction = flow.get_attr("CTA_TUPLE_ORIG")
-        asked = direction.get_attr("CTA_TUPLE_PROTO")
+        same = {kind: whole for kind, whole in attributes(body, _HEAD) if kind in (_TUPLE, _ZONE)}
         # Kernels before 5.8 ignore the filter and answer with every flow.
-        if asked.get_attr("CTA_PROTO_NUM") != socket.IPPROTO_UDP or asked.get_attr("CTA_PROTO_DST_PORT") not in wanted:
+        if not _is_udp_to(same.get(_TUPLE, b""), wanted):
             return None
-        same: list[Attribute] = [("CTA_TUPLE_ORIG", direction)]
-        zone = flow.get_attr("CTA_ZONE")
-        if zone is not None:
-            same.append(("CTA_ZONE", zone))
-        return _request(_DELETE, 0, family, same)
+        return Message(_DELETE, 0, struct.pack("=BBH", family, 0, 0) + b"".join(same.values()))
 
-    for doomed in netfilter.ask(_request(_GET, NLM_F_DUMP, family, question), deletion):
-        for refusal in netfilter.exchange([doomed]):
+    doomed = netfilter.ask(_request(_GET, NLM_F_DUMP, family, question), deletion)
+    for start in range(0, len(doomed), _DELETED_AT_ONCE):
+        for refusal in netfilter.exchange(doomed[start : start + _DELETED_AT_ONCE]):
             _log.debug("conntrack: entry of a UDP port had ended already: %s", refusal.reason)
+
+
+def _is_udp_to(direction: bytes, ports: Collection[int]) -> bool:
+    """Whether that tuple of addresses and ports is UDP to one of the ports."""
+    for kind, part in attributes(direction, ATTRIBUTE_HEADER):
+        if kind == _TUPLE_PROTOCOL:
+            about = {kind: whole[ATTRIBUTE_HEADER:] for kind, whole in attributes(part, ATTRIBUTE_HEADER)}
+            number, port = about.get(_PROTOCOL_NUMBER, b""), about.get(_DESTINATION_PORT, b"")
+            return number[:1] == bytes([socket.IPPROTO_UDP]) and int.from_bytes(port[:2], "big") in ports
+    return False
 
 
 def _request(kind: int, flags: int, family: int, found: list[Attribute]) -> Message:

@@ -8,7 +8,7 @@ measurements.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
@@ -73,6 +73,7 @@ config.child_process_mode = "off"
 _NLA_TYPE_MASK = 0x3FFF
 
 _ATTRIBUTE = struct.Struct("=HH")
+ATTRIBUTE_HEADER = _ATTRIBUTE.size
 
 Attribute = tuple[str, Any]
 # A decoded message: fields by name as in a dict, attributes with ``get_attr``, None for one that is not there.
@@ -196,6 +197,17 @@ class _LeanAttributes(_Lean):
     ipaddr = target = l2addr = _Bytes
 
 
+def attributes(body: bytes, start: int) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of each attribute from ``start`` on, padded and with its own header; until one is too long."""
+    while start + _ATTRIBUTE.size <= len(body):
+        length, kind = _ATTRIBUTE.unpack_from(body, start)
+        end = start + length
+        if length < _ATTRIBUTE.size or end > len(body):
+            return
+        yield kind & _NLA_TYPE_MASK, body[start:end] + bytes(-length % 4)
+        start += (length + 3) & ~3
+
+
 class Reader:
     """Decodes answers of the class ``layout``, and of their attributes only ``names``.
 
@@ -211,17 +223,11 @@ class Reader:
     def __call__(self, body: bytes) -> Answer:
         """The answer, from what follows its header; raises struct.error if it is too short."""
         parts = [body[: self._head]]
-        offset = self._head
-        while offset + _ATTRIBUTE.size <= len(body):
-            length, kind = _ATTRIBUTE.unpack_from(body, offset)
-            end = offset + length
-            if length < _ATTRIBUTE.size or end > len(body):
-                break
-            if kind & _NLA_TYPE_MASK in self._wanted:
-                parts.append(body[offset:end] + bytes(-length % 4))
+        for kind, attribute in attributes(body, self._head):
+            if kind in self._wanted:
+                parts.append(attribute)
                 if len(parts) > len(self._wanted):
                     break
-            offset += (length + 3) & ~3
         kept = b"".join(parts)
         decoded = self._layout(kept, length=len(kept))
         decoded.decode()

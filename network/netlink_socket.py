@@ -116,36 +116,40 @@ class NetlinkSocket:
                 raise refusal.error()
 
     def ask(self, question: Message, read: Callable[[bytes], _Value | None]) -> list[_Value]:
-        """What ``read`` makes of each answer, less None; raises OSError when the kernel refuses.
+        """What ``read`` makes of each answer, less None, as they arrive; raises OSError when the kernel refuses.
 
         ``question`` is about one object, or with NLM_F_DUMP about all: what changes meanwhile may be told as it was,
         or not at all, so the kernel is asked again then. ``read`` gets what follows the header.
         """
-        for _ in range(_DUMP_TRIES):
-            bodies, interrupted = self._ask(question)
-            if not interrupted:
-                break
-        return [value for value in map(read, bodies) if value is not None]
+        for _ in range(_DUMP_TRIES - 1):
+            found = self._answers(question, read, whole=False)
+            if found is not None:
+                return found
+        return self._answers(question, read, whole=True) or []
 
-    def _ask(self, question: Message) -> tuple[list[bytes], bool]:
-        """The answers, and whether something changed before the last of them."""
+    def _answers(
+        self, question: Message, read: Callable[[bytes], _Value | None], *, whole: bool
+    ) -> list[_Value] | None:
+        """None if something changed before the last answer, unless ``whole``."""
         with self._lock:
             self._sequence += 1
             sequence = self._sequence
             self._socket.send(_pack(question, NLM_F_ACK, sequence))
-            found: list[bytes] = []
+            found: list[_Value] = []
             interrupted = False
             while True:
                 for kind, flags, answered, body in self._receive():
                     if answered != sequence:
                         continue
-                    interrupted |= bool(flags & NLM_F_DUMP_INTR)
+                    interrupted |= not whole and bool(flags & NLM_F_DUMP_INTR)
                     if kind in (NLMSG_DONE, NLMSG_ERROR):
                         number = -_ERROR.unpack_from(body)[0] if len(body) >= 4 else 0
                         if number > 0:
                             raise OSError(number, os.strerror(number))
-                        return found, interrupted
-                    found.append(body)
+                        return None if interrupted else found
+                    value = None if interrupted else read(body)
+                    if value is not None:
+                        found.append(value)
 
     def _collect(self, first: int, last: int) -> list[Refusal]:
         refusals: list[Refusal] = []

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 
 import pytest
 
 from host.errors import AlreadyExistsError, InvalidArgumentError
+from network import conntrack
 from network.attachment import PortMapping
+from network.netlink import NETLINK_NETFILTER, Message
+from network.netlink_socket import NetlinkSocket, Refusal
 from tests.integration.network import frames
 from tests.integration.network.conftest import Node, Outside
 from tests.integration.network.namespaces import command, exchange, listen, mac_of, receive_on, request, talk
@@ -204,3 +208,30 @@ async def test_a_thousand_ports_cost_less_than_a_millisecond_each(node: Node, pr
     await node.network.detach("many")
     assert time.perf_counter() - started < 1
     node.namespaces[-1].close()
+
+
+async def test_flows_that_a_flood_left_are_forgotten_many_at_a_time(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody outside makes as many as the kernel keeps: one by one they kept a pod's stop beyond its deadline."""
+    port, flows = _free_port(socket.SOCK_DGRAM), 1000
+    await node.pod("server", PortMapping("udp", 53, port))
+    for _ in range(flows):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.sendto(b"x", ("127.0.0.1", port))
+    calls = []
+    exchange_all = NetlinkSocket.exchange
+
+    def counted(self: NetlinkSocket, messages: Sequence[Message], last: int = -1) -> list[Refusal]:
+        refused = exchange_all(self, messages, last)
+        calls.append((len(messages), len(refused)))
+        return refused
+
+    monkeypatch.setattr(NetlinkSocket, "exchange", counted)
+    with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
+        conntrack.forget_udp(netfilter, [PortMapping("udp", 53, port)])
+        assert sum(sent - refused for sent, refused in calls) > flows // 2  # a port may serve twice
+        assert len(calls) <= flows // 100
+        calls.clear()
+        conntrack.forget_udp(netfilter, [PortMapping("udp", 53, port)])
+        assert calls == []

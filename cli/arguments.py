@@ -257,6 +257,14 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
     parser.add_argument("reference", metavar="REF", help=_IMAGE)
     parser.add_argument("destination", metavar="NAME", nargs="?", help="its name there (default: REF)")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
+    parser = below.add(
+        "from-checkpoint",
+        "cli.checkpoints.checkpoint:make_image",
+        "make an image of a checkpoint archive",
+        "It holds the container's memory, and so its secrets.",
+    )
+    parser.add_argument("archive", metavar="ARCHIVE", help="a file of podkeel checkpoint, on the agent's node")
+    parser.add_argument("name", metavar="NAME", help="name of the image")
     parser = below.add("tag", "cli.images.archives:tag", "give an image one more name")
     parser.add_argument("reference", metavar="REF", help=_IMAGE)
     parser.add_argument("name", metavar="NAME", help="such as registry.example/app:1.2")

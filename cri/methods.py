@@ -64,6 +64,7 @@ _NEEDS = {
     **dict.fromkeys(("ExecSync", "Exec", "Attach", "PortForward"), Use.STREAMS_AND_IMAGES),
     **dict.fromkeys(("PullImage", "Pull", "ImportImage", "ExportImages", "PushImage"), Use.STREAMS_AND_IMAGES),
     "CheckImages": Use.STREAMS_AND_IMAGES,
+    "ImageFromCheckpoint": Use.STREAMS_AND_IMAGES,
     "CheckpointContainer": Use.STREAMS_AND_IMAGES,
 }
 

@@ -270,7 +270,7 @@ class Agent:
             handlers=handlers,
             layout=self.layout,
             cgroups=cgroups,
-            snapshots=self.images.snapshots,
+            images=self.images,
         )
         stack.push_async_callback(self.exits.close)
         stack.push_async_callback(self.containers.close)

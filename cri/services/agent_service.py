@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from cri.services.agent_images import ImageCalls
-from host.errors import NotFoundError, printable
+from host.errors import InvalidArgumentError, NotFoundError, printable
 from host.stages import Operation, failed_operations
+from images.oci.reference import parse
 from proto.podkeel.v1 import agent_pb2
 from runtime.agent import Agent
 from runtime.state.sandbox import Sandbox
@@ -40,6 +42,16 @@ class AgentService(ImageCalls):
     async def force_remove_pod(self, request: agent_pb2.ForceRemovePodRequest) -> agent_pb2.ForceRemovePodResponse:
         """Remove a pod, and give up what its CNI plugins do not release."""
         return agent_pb2.ForceRemovePodResponse(given_up=await self._agent.pod_removals.force_remove(request.id))
+
+    async def image_from_checkpoint(
+        self, request: agent_pb2.ImageFromCheckpointRequest
+    ) -> agent_pb2.ImageFromCheckpointResponse:
+        """Make an image of a checkpoint archive."""
+        path = Path(request.path)
+        if not path.is_absolute():
+            raise InvalidArgumentError(f"checkpoint archive {request.path!r}: give an absolute path on the node")
+        image = await self._agent.checkpoints.make_image(path, request.name)
+        return agent_pb2.ImageFromCheckpointResponse(id=image.id, name=str(parse(request.name)))
 
     async def explain(self, request: agent_pb2.ExplainRequest) -> agent_pb2.ExplainResponse:
         """The stages of a sandbox and its containers, or of one container; also of what is being made, or failed.

@@ -7,12 +7,9 @@ import logging
 import os
 import secrets
 import shutil
-import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
@@ -25,7 +22,6 @@ from host.errors import (
     InvalidArgumentError,
     NoSpaceError,
     NotFoundError,
-    PodkeelError,
     UnsupportedError,
     WrongStateError,
 )
@@ -35,6 +31,7 @@ from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
 from runtime.checkpoint import archive, criu_log, documents, interrupted
 from runtime.checkpoint.criu_run import run_to_its_end
+from runtime.checkpoint.long_work import stoppable
 from runtime.checkpoint.options import CheckpointOptions
 from runtime.checkpoint.support import CheckpointSupport
 from runtime.layout import Layout
@@ -47,8 +44,6 @@ from runtime.state.transitions import of_container
 
 FREEZE_SECONDS = 10.0
 _LARGEST_DELETED_FILE = 64 << 20  # bytes of a file that is open and has no name any more
-
-T = TypeVar("T")
 
 _log = logging.getLogger("podkeel.checkpoint")
 
@@ -143,7 +138,7 @@ class Checkpoints:
             async with operation.stage("dump"):
                 await self._dump(container, runtime, folder)
             async with operation.stage("files"):
-                await _stoppable(partial(archive.save_files, saved, folder))
+                await stoppable(partial(archive.save_files, saved, folder))
             async with operation.stage("thaw"):
                 await in_thread(self._cgroups.thaw, container.record.cgroup)
         return time.perf_counter() - begin
@@ -211,7 +206,7 @@ class Checkpoints:
             documents.BIND_MOUNTS: await in_thread(documents.bind_mounts, mounts),
         }
         log = Path(container.record.log_path) if container.record.log_path else None
-        return await _stoppable(partial(archive.write_archive, folder, written, log, partial_file))
+        return await stoppable(partial(archive.write_archive, folder, written, log, partial_file))
 
 
 class _Mounts(msgspec.Struct):
@@ -229,23 +224,6 @@ async def _sharing(work: asyncio.Task[int]) -> int:
     if work.cancelled():
         raise WrongStateError("the container is being stopped: its checkpoint was given up")
     return work.result()
-
-
-async def _stoppable(work: Callable[[Callable[[], None]], T]) -> T:
-    """Run blocking ``work`` in a thread. It gets a function to call now and then, which raises if the caller left."""
-    given_up = threading.Event()
-
-    def check() -> None:
-        if given_up.is_set():
-            raise PodkeelError("it was given up")
-
-    running = asyncio.create_task(in_long_thread(work, check))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        given_up.set()
-        await ended(running)
-        raise
 
 
 def _checked(container: Container, location: str, seconds: float) -> Path:

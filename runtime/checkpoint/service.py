@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from images.snapshots.store import SnapshotStore
+import os
+import secrets
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+
+from host.concurrency.threads import acquired, in_long_thread
+from host.stages import Operation
+from images.image import Image
+from images.images import Images
+from images.oci.reference import parse
 from runtime.cgroups.tree import CgroupTree
 from runtime.checkpoint.options import CheckpointOptions
 from runtime.checkpoint.support import CheckpointSupport
@@ -26,16 +36,40 @@ class CheckpointService:
         handlers: Handlers,
         layout: Layout,
         cgroups: CgroupTree,
-        snapshots: SnapshotStore,
+        images: Images,
     ) -> None:
         self._options = options
         self._state = state
         self._handlers = handlers
         self._layout = layout
         self._cgroups = cgroups
-        self._snapshots = snapshots
+        self._snapshots = images.snapshots
+        self._puller = images.puller
         self._checkpoints: Checkpoints | None = None
         self.support = CheckpointSupport(options, handlers)
+
+    async def make_image(self, archive: Path, name: str) -> Image:
+        """Make an image called ``name`` of a checkpoint archive on the node.
+
+        Raises NotFoundError if there is no such file, InvalidArgumentError if it is no checkpoint that could run on
+        this machine, or the name is malformed; LimitError.
+        """
+        from runtime.checkpoint import image, interrupted
+        from runtime.checkpoint.long_work import stoppable
+
+        parse(name)
+        folder = self._layout.checkpoints / f"image-{secrets.token_hex(8)}"
+        operation = Operation("ImageFromCheckpoint", f"checkpoint archive {archive}")
+        descriptor = await acquired(in_long_thread, partial(image.open_checkpoint, archive), os.close)
+        async with AsyncExitStack() as stack:
+            stack.callback(os.close, descriptor)
+            async with operation.stage("read"):
+                found = await stoppable(partial(image.look_through, descriptor, archive))
+            stack.push_async_callback(in_long_thread, interrupted.remove, folder)
+            async with operation.stage("layout"):
+                await stoppable(partial(image.write_layout, found, descriptor, folder))
+            (made,) = await self._puller.import_archive(folder, name)
+        return made
 
     async def checkpoint(self, container_id: str, location: str, seconds: float = 0) -> int:
         """Write a running container to an archive: see ``Checkpoints.checkpoint``."""

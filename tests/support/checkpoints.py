@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,36 @@ def content(archive: Path, name: str) -> bytes:
 def document(archive: Path, name: str) -> Any:
     """A JSON member of an archive."""
     return json.loads(content(archive, name))
+
+
+def made_up(folder: Path, changes: dict[str, bytes | tarfile.TarInfo | None] | None = None, machine: int = 0) -> Path:
+    """An archive as a checkpoint has it, but for CRIU's images, which no process could be restored from.
+
+    ``changes`` replace members, add them, or take them away. ``machine`` is CRIU's number, by default this machine's.
+    """
+    own = {"x86_64": 1, "aarch64": 3, "ppc64le": 4, "s390x": 5}[os.uname().machine]
+    core = b"\x19\x43\x56\x54\x47\x38\x05\x55" + (2).to_bytes(4, "little") + bytes((8, machine or own))
+    config = {"id": "0" * 64, "name": "main", "rootfsImageName": "docker.io/library/busybox:latest", "runtime": "crun"}
+    found: dict[str, bytes | tarfile.TarInfo | None] = {
+        "config.dump": json.dumps(config).encode(),
+        "spec.dump": b"{}",
+        "checkpoint/inventory.img": b"x" * 86,
+        "checkpoint/pstree.img": b"x" * 30,
+        "checkpoint/core-1.img": core,
+        "checkpoint/pages-1.img": b"x" * 8192,
+        "rootfs-diff.tar": bytes(1024),
+        **(changes or {}),
+    }
+    path = folder / "made-up.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for name, value in found.items():
+            if isinstance(value, bytes):
+                member = tarfile.TarInfo(name)
+                member.size = len(value)
+                archive.addfile(member, io.BytesIO(value))
+            elif value is not None:
+                archive.addfile(value, io.BytesIO(bytes(value.size)))
+    return path
 
 
 def nothing_is_left(agent: AgentProcess, folder: Path) -> None:

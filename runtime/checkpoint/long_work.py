@@ -1,0 +1,31 @@
+"""Long work in a thread that ends soon when its caller is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from host.concurrency.tasks import ended
+from host.concurrency.threads import in_long_thread
+from host.errors import PodkeelError
+
+T = TypeVar("T")
+
+
+async def stoppable(work: Callable[[Callable[[], None]], T]) -> T:
+    """Run blocking ``work`` in a thread. It gets a function to call now and then, which raises if the caller left."""
+    given_up = threading.Event()
+
+    def check() -> None:
+        if given_up.is_set():
+            raise PodkeelError("it was given up")
+
+    running = asyncio.create_task(in_long_thread(work, check))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        given_up.set()
+        await ended(running)
+        raise

@@ -7,7 +7,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON_BIN := .venv/bin/python
-SOURCES := host metrics network images runtime cri cli tests scripts manifests hatch_build.py
+SOURCES := proto host metrics network images runtime cri cli tests scripts manifests hatch_build.py
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Iterator
 
 import msgspec
 
-from cri.services import lists
 from host.concurrency.threads import in_stats_thread
 from host.errors import InvalidArgumentError, NotFoundError
 from images.image import Image, numeric_user
 from images.registry.credentials import Credentials
 from images.usage import FilesystemUsage
 from proto.runtime.v1 import cri_pb2
+from proto.wire import encode_item, in_messages
 from runtime.agent import Agent
 
 _log = logging.getLogger("podkeel.images")
@@ -47,7 +47,7 @@ class ImageService:
 
     async def stream_images(self, request: cri_pb2.StreamImagesRequest) -> AsyncIterator[bytes]:
         """The same in several messages."""
-        for message in lists.in_messages(self._matching(request.filter)):
+        for message in in_messages(self._matching(request.filter)):
             yield message
 
     async def image_status(self, request: cri_pb2.ImageStatusRequest) -> cri_pb2.ImageStatusResponse:
@@ -109,7 +109,7 @@ def to_message(image: Image) -> cri_pb2.Image:
 def _item(image: Image) -> bytes:
     """The image as an item of a list; nothing, which leaves it out, if the CRI cannot say what it is."""
     try:
-        return lists.encode_item(to_message(image))
+        return encode_item(to_message(image))
     except (ValueError, TypeError) as error:
         _log.error("image %s: left out of lists: it cannot be encoded as a CRI message: %s", image.id, error)
         return b""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from cri.services.lists import encode_field, encode_number
 from metrics.catalog import CATALOG
 from metrics.samples import Kind, Labels, Snapshot
 from proto.runtime.v1 import cri_pb2
+from proto.wire import encode_field, encode_number
 from runtime.statistics import PodSnapshot
 
 

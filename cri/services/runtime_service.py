@@ -15,6 +15,7 @@ from cri.version import API_VERSION, KUBELET_API_VERSION, RUNTIME_NAME, VERSION
 from host.concurrency.threads import in_thread
 from host.errors import InvalidArgumentError, WrongStateError
 from proto.runtime.v1 import cri_pb2
+from proto.wire import in_messages
 from runtime.agent import Agent
 from runtime.state import status
 
@@ -125,7 +126,7 @@ class RuntimeService(StatsCalls):
 
     async def stream_pod_sandboxes(self, request: cri_pb2.StreamPodSandboxesRequest) -> AsyncIterator[bytes]:
         """The same in several messages."""
-        for message in lists.in_messages(self._lists.sandboxes(request.filter)):
+        for message in in_messages(self._lists.sandboxes(request.filter)):
             yield message
 
     async def update_pod_sandbox_resources(
@@ -173,7 +174,7 @@ class RuntimeService(StatsCalls):
 
     async def stream_containers(self, request: cri_pb2.StreamContainersRequest) -> AsyncIterator[bytes]:
         """The same in several messages."""
-        for message in lists.in_messages(self._lists.containers(request.filter)):
+        for message in in_messages(self._lists.containers(request.filter)):
             yield message
 
     async def update_container_resources(

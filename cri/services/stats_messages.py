@@ -10,11 +10,11 @@ import threading
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-from cri.services.lists import encode_field
 from images.snapshots.usage import WritableUsage
 from metrics.stats import InterfaceReading, NetworkReading, PressureReading, Psi
-from proto.runtime.v1 import cri_pb2
 from runtime.meters import Usage
+from proto.runtime.v1 import cri_pb2
+from proto.wire import encode_field
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
 

@@ -8,6 +8,7 @@ from cri.services import lists, metrics_messages, stats_messages
 from host.concurrency.threads import in_stats_thread
 from metrics.stats import NetworkReading
 from proto.runtime.v1 import cri_pb2
+from proto.wire import encode_field, in_messages
 from runtime.agent import Agent
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
@@ -25,7 +26,7 @@ class StatsCalls:
     async def container_stats(self, request: cri_pb2.ContainerStatsRequest) -> bytes:
         """What one container uses; of one that does not run only what it wrote."""
         container = self._state.get_container(request.container_id)
-        return lists.encode_field(1, await in_stats_thread(self._encoded, container))
+        return encode_field(1, await in_stats_thread(self._encoded, container))
 
     async def list_container_stats(self, request: cri_pb2.ListContainerStatsRequest) -> bytes:
         """What the running containers that match use."""
@@ -33,7 +34,7 @@ class StatsCalls:
 
     async def stream_container_stats(self, request: cri_pb2.StreamContainerStatsRequest) -> AsyncIterator[bytes]:
         """The same in several messages."""
-        for message in lists.in_messages(await self._container_items(request.filter)):
+        for message in in_messages(await self._container_items(request.filter)):
             yield message
 
     async def pod_sandbox_stats(self, request: cri_pb2.PodSandboxStatsRequest) -> bytes:
@@ -47,7 +48,7 @@ class StatsCalls:
 
     async def stream_pod_sandbox_stats(self, request: cri_pb2.StreamPodSandboxStatsRequest) -> AsyncIterator[bytes]:
         """The same in several messages."""
-        for message in lists.in_messages(await self._pod_items(self._matching_pods(request.filter))):
+        for message in in_messages(await self._pod_items(self._matching_pods(request.filter))):
             yield message
 
     async def list_metric_descriptors(
@@ -64,7 +65,7 @@ class StatsCalls:
         self, _request: cri_pb2.StreamPodSandboxMetricsRequest
     ) -> AsyncIterator[bytes]:
         """The same in several messages."""
-        for message in lists.in_messages(await self._metrics_items()):
+        for message in in_messages(await self._metrics_items()):
             yield message
 
     async def _container_items(self, wanted: cri_pb2.ContainerStatsFilter) -> list[bytes]:
@@ -78,7 +79,7 @@ class StatsCalls:
             if usage is not None:  # else it ended meanwhile
                 written = self._statistics.written(container)
                 item = stats_messages.container_stats(container, usage, written, self._mountpoint)
-                items.append(lists.encode_field(1, item))
+                items.append(encode_field(1, item))
         return items
 
     def _encoded(self, container: Container) -> bytes:
@@ -102,11 +103,11 @@ class StatsCalls:
                     encoded.append(stats_messages.container_stats(container, usage, written, self._mountpoint))
             usage = self._statistics.usage_of_pod(pod, usages)
             item = stats_messages.sandbox_stats(pod.sandbox, usage, networks.get(pod.sandbox.id), encoded)
-            yield lists.encode_field(1, item)
+            yield encode_field(1, item)
 
     async def _metrics_items(self) -> list[bytes]:
         pods = await self._statistics.snapshots()
-        return await in_stats_thread(lambda: [lists.encode_field(1, metrics_messages.pod_metrics(pod)) for pod in pods])
+        return await in_stats_thread(lambda: [encode_field(1, metrics_messages.pod_metrics(pod)) for pod in pods])
 
 
 def _matches(container: Container, wanted: cri_pb2.ContainerStatsFilter) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cri.services.lists import STREAM_BYTES, STREAM_ITEMS, in_messages
+from proto.wire import STREAM_BYTES, STREAM_ITEMS, in_messages
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
-"""Names of block devices by number."""
+"""File systems as metrics describe them, and names of block devices by number."""
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
+from pathlib import Path
+
+from metrics.stats import FilesystemReading
 
 
 @lru_cache(maxsize=256)
@@ -16,3 +20,23 @@ def device_name(major: int, minor: int) -> str:
     except OSError:
         pass
     return f"{major}:{minor}"
+
+
+class Filesystem:
+    """The file system of ``folder``, looked at once for many readings. Raises OSError."""
+
+    def __init__(self, folder: Path) -> None:
+        self._status = os.statvfs(folder)
+        device = folder.stat().st_dev
+        self._device = device_name(os.major(device), os.minor(device))
+
+    def reading(self, used_bytes: int) -> FilesystemReading:
+        """The reading for a container that uses so many bytes of it."""
+        status = self._status
+        return FilesystemReading(
+            device=self._device,
+            usage=used_bytes,
+            limit=status.f_blocks * status.f_frsize,
+            inodes_free=status.f_ffree,
+            inodes_total=status.f_files,
+        )

@@ -1,8 +1,13 @@
-"""Rates over a real window from counters that are read at any time."""
+"""The use of cgroups as the statistics need it, and rates over a real window from counters read at any time."""
 
 from __future__ import annotations
 
-from metrics.stats import CpuUsage
+import time
+from collections.abc import Iterable
+
+import msgspec
+
+from metrics.stats import CpuUsage, MemoryReading, PressureReading
 
 WINDOW_NS = 10_000_000_000
 SHORTEST_NS = 200_000_000
@@ -40,3 +45,36 @@ class CpuWindow:
 def _goes_back(before: CpuUsage, after: CpuUsage) -> bool:
     """Whether the counter, or the clock, was set back; not whether two threads got ahead of each other."""
     return after.usage_ns < before.usage_ns or after.time_ns < before.time_ns - SHORTEST_NS
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What one cgroup, or several together, use; None if the kernel has no value; for limits: no limit.
+
+    ``nano_cores`` is the rate of processor use over a window; ``tasks`` counts threads, if it was asked for.
+    """
+
+    cpu: CpuUsage
+    nano_cores: int | None = None
+    memory: MemoryReading | None = None
+    memory_limit: int | None = None
+    swap_limit: int | None = None
+    pressure: PressureReading | None = None
+    tasks: int | None = None
+
+
+def total(usages: Iterable[Usage]) -> Usage:
+    """Several cgroups as one, for pods without their own; for an empty list: no use, now."""
+    parts = list(usages)
+    memories = [part.memory for part in parts if part.memory is not None]
+    now = time.time_ns()
+    sums = {name: sum(getattr(memory, name) for memory in memories) for name in _SUMMED}
+    rates = [part.nano_cores for part in parts if part.nano_cores is not None]
+    return Usage(
+        cpu=CpuUsage(max((part.cpu.time_ns for part in parts), default=now), sum(part.cpu.usage_ns for part in parts)),
+        nano_cores=sum(rates) if rates or not parts else None,
+        memory=MemoryReading(time_ns=max((memory.time_ns for memory in memories), default=now), **sums),
+        tasks=sum(part.tasks or 0 for part in parts),
+    )
+
+
+_SUMMED = tuple(name for name in MemoryReading.__struct_fields__ if name != "time_ns")

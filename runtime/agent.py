@@ -18,6 +18,7 @@ from host.subreaper import Orphans
 from images.images import Images
 from images.options import ImageOptions
 from images.schema import MIGRATIONS as IMAGE_MIGRATIONS
+from metrics.meters import Meters
 from network.bridge.owner import BridgeOwner
 from network.node_network import NodeNetwork
 from network.options import NetworkOptions
@@ -40,7 +41,6 @@ from runtime.containers.stop import ContainerStop
 from runtime.folder_lock import hold_folder
 from runtime.hooks import Hooks
 from runtime.layout import Layout
-from runtime.meters import Meters
 from runtime.nri.options import NriOptions
 from runtime.oci.conmon import Monitors
 from runtime.oci.handlers import Handlers
@@ -182,7 +182,7 @@ class Agent:
         hierarchies = await in_thread(discover)
         self.cgroups = CgroupTree.of_host(options.cgroup_driver, hierarchies)
         self._moves = CgroupMoves(self.cgroups)
-        self._meters = Meters(self.cgroups, hierarchies)
+        self._meters = Meters(hierarchies)
         self.agent_id = await in_thread(agent_id, layout)
         self.state = State(store, layout, self.agent_id)
         self.handlers = Handlers(options, layout, self.cgroups, self.agent_id)
@@ -205,7 +205,7 @@ class Agent:
 
     def _activity(self, container_id: str) -> int | None:
         container = self.state.containers.exact(container_id)
-        return self._meters.processor_time(container) if container is not None else None
+        return self.statistics.processor_time(container) if container is not None else None
 
     def _assemble_containers(self, monitors: Monitors, reserve: Reserve, stack: AsyncExitStack) -> None:
         state, handlers, cgroups, hooks = self.state, self.handlers, self.cgroups, self.hooks
@@ -303,7 +303,7 @@ class Agent:
             stops=self.pod_stops,
         )
         network.when_given_back(self.pod_stops.network_given_back)
-        self.statistics = Statistics(state, cgroups, self._meters, self.images.snapshots, self.layout)
+        self.statistics = Statistics(state, cgroups, self._meters, self.images.snapshots, self.layout.data)
         stack.push_async_callback(self.pods.close)
         stack.callback(state.events.close)
         stack.push_async_callback(self.statistics.close)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -16,14 +15,14 @@ import msgspec
 from host.concurrency.threads import in_fresh_thread, in_stats_thread
 from images.snapshots.store import SnapshotStore
 from images.snapshots.usage import WritableUsage
-from metrics.filesystems import device_name
+from metrics.filesystems import Filesystem
+from metrics.meters import Meter, Meters
 from metrics.network import visit_networks
 from metrics.processes import read_processes
 from metrics.samples import Labels, Snapshot
-from metrics.stats import ConnectionsReading, FilesystemReading, NetworkReading
+from metrics.stats import ConnectionsReading, NetworkReading
+from metrics.usage import Usage, total
 from runtime.cgroups.tree import CgroupTree
-from runtime.layout import Layout
-from runtime.meters import Meters, Usage, total
 from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox, SandboxState
 from runtime.state.state import State
@@ -37,6 +36,8 @@ _CONNECTIONS_SECONDS = 30.0
 _CONNECTIONS_REST = 100
 # Pods not counted yet are counted at once when they are so few: what is described is also there in their first metrics.
 _NEW_PODS = 8
+
+_ENDED = -1
 
 # Cgroups that are never a pod's own, although a pod may name them as its parent.
 _EVERYBODYS = ("", "/")
@@ -63,15 +64,12 @@ class PodSnapshot:
 class Statistics:
     """Readings of one node. ``usage…`` and ``written`` read files: call them on a thread."""
 
-    def __init__(
-        self, state: State, cgroups: CgroupTree, meters: Meters, snapshots: SnapshotStore, layout: Layout
-    ) -> None:
+    def __init__(self, state: State, cgroups: CgroupTree, meters: Meters, snapshots: SnapshotStore, data: Path) -> None:
         self._state = state
         self._cgroups = cgroups
         self._meters = meters
         self._writable = snapshots.writable
-        self._data = layout.data
-        self._pin = lru_cache(1024)(lambda sandbox_id: str(layout.sandbox(sandbox_id).pin("net")))
+        self._data = data
         self._connections: dict[str, ConnectionsReading] = {}
         self._connections_due = 0.0
         self._counting: asyncio.Task[None] | None = None
@@ -98,8 +96,20 @@ class Statistics:
 
     def usage(self, container: Container, *, tasks: bool = False) -> Usage | None:
         """The usage of a container, its tasks only on request; None if it does not run."""
-        meter = self._meters.of_container(container)
+        meter = self._meter(container)
         return meter.usage(tasks=tasks) if meter is not None else None
+
+    def processor_time(self, container: Container) -> int | None:
+        """Nanoseconds of processor time of a container, constant while none of its processes runs; -1 if it does not
+        run.
+
+        None if they do not show whether its files change: other containers that see its processes may write to them.
+        """
+        meter = self._meter(container)
+        if meter is None:
+            return _ENDED
+        usage = meter.cgroup.cpu_usage() if container.record.private_pid_namespace else None
+        return usage.usage_ns if usage is not None else None
 
     def usage_of_pod(self, pod: Pod, containers: Iterable[Usage]) -> Usage | None:
         """The usage of a pod: of its parent cgroup if that has only this pod, else of its containers together, with
@@ -107,7 +117,7 @@ class Statistics:
 
         None if it is not ready.
         """
-        meter = self._meters.of_sandbox(pod.sandbox)
+        meter = self._meter_of_pod(pod.sandbox)
         if meter is None:
             return None
         usage = meter.usage(tasks=True) if pod.own_parent else None
@@ -126,7 +136,7 @@ class Statistics:
     ) -> T:
         """The result of ``work`` for that traffic, in the thread that reads it: changing threads takes time."""
         own = [pod.sandbox for pod in pods if not pod.sandbox.host_network]
-        pins = [self._pin(sandbox.id) for sandbox in own]
+        pins = [str(sandbox.folder.pin("net")) for sandbox in own]
 
         def read() -> T:
             readings = visit_networks(pins, connections=connections)
@@ -166,7 +176,7 @@ class Statistics:
             await asyncio.wait((self._counting,))
 
     def _snapshots(self, pods: Sequence[Pod], networks: Mapping[str, NetworkReading]) -> list[PodSnapshot]:
-        filesystem = _Filesystem(str(self._data))
+        filesystem = Filesystem(self._data)
         found = []
         for pod in pods:
             containers = {}
@@ -178,8 +188,8 @@ class Statistics:
             found.append(PodSnapshot(pod.sandbox.id, itself, containers))
         return found
 
-    def _snapshot(self, container: Container, filesystem: _Filesystem) -> Snapshot | None:
-        meter = self._meters.of_container(container)
+    def _snapshot(self, container: Container, filesystem: Filesystem) -> Snapshot | None:
+        meter = self._meter(container)
         reading = meter.cgroup.read() if meter is not None else None
         if meter is None or reading is None or reading.cpu is None:
             return None
@@ -191,11 +201,11 @@ class Statistics:
             reading=reading,
             started_ns=record.started_at,
             processes=read_processes(meter.cgroup.process_ids(), init),
-            filesystem=filesystem.reading(written) if written is not None else None,
+            filesystem=filesystem.reading(written.used_bytes) if written is not None else None,
         )
 
     def _pod_snapshot(self, pod: Pod, network: NetworkReading | None) -> Snapshot:
-        meter = self._meters.of_sandbox(pod.sandbox) if pod.own_parent else None
+        meter = self._meter_of_pod(pod.sandbox) if pod.own_parent else None
         return Snapshot(
             seen_ns=time.time_ns(),
             reading=meter.cgroup.read() if meter is not None else None,
@@ -203,29 +213,27 @@ class Statistics:
             network=network,
         )
 
+    def _meter(self, container: Container) -> Meter | None:
+        """The meter of a container; None when it does not run."""
+        record = container.record
+        if record.state is not ContainerState.RUNNING:
+            return None
+        return self._meters.of(container.id, record.cgroup, record.started_at, container.exited.is_set)
+
+    def _meter_of_pod(self, sandbox: Sandbox) -> Meter | None:
+        """The meter of a sandbox's parent cgroup; None when it is not ready."""
+        record = sandbox.record
+        if record.state is not SandboxState.READY or sandbox.closing:
+            return None
+        # The counters of a given parent may have begun long before the pod.
+        started_ns = record.created_at if record.owns_cgroup_parent else 0
+        path = self._cgroups.parent_path(record.cgroup_parent)
+        return self._meters.of(sandbox.id, path, started_ns, lambda: sandbox.closing)
+
     def _pod_labels(self, sandbox: Sandbox) -> Labels:
         metadata = sandbox.config.metadata
         path = self._cgroups.parent_path(sandbox.record.cgroup_parent)
         return Labels(id=path, namespace=metadata.namespace, pod=metadata.name)
-
-
-class _Filesystem:
-    """The file system of writable layers, read once for many of them."""
-
-    def __init__(self, folder: str) -> None:
-        self._status = os.statvfs(folder)
-        device = os.stat(folder).st_dev  # noqa: PTH116 - beside statvfs, which Path does not have
-        self._device = device_name(os.major(device), os.minor(device))
-
-    def reading(self, written: WritableUsage) -> FilesystemReading:
-        status = self._status
-        return FilesystemReading(
-            device=self._device,
-            usage=written.used_bytes,
-            limit=status.f_blocks * status.f_frsize,
-            inodes_free=status.f_ffree,
-            inodes_total=status.f_files,
-        )
 
 
 def _labels(container: Container) -> Labels:

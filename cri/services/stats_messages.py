@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from images.snapshots.usage import WritableUsage
 from metrics.stats import InterfaceReading, NetworkReading, PressureReading, Psi
-from runtime.meters import Usage
+from metrics.usage import Usage
 from proto.runtime.v1 import cri_pb2
 from proto.wire import encode_field
 from runtime.state.container import Container

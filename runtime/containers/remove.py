@@ -10,12 +10,12 @@ from host.concurrency.threads import in_thread
 from host.errors import PodkeelError
 from host.files.removal import remove_tree
 from host.stages import Operation
+from metrics.meters import Meters
 from proto.runtime.v1 import cri_pb2
 from runtime.containers.bundle.rootfs import Rootfs
 from runtime.containers.endings.exit import ContainerExit
 from runtime.containers.stop import ContainerStop
 from runtime.hooks import Hooks
-from runtime.meters import Meters
 from runtime.oci.conmon import Monitors
 from runtime.state.container import Container, ContainerState
 from runtime.state.registrar import ContainerRegistrar

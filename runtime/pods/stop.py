@@ -6,6 +6,7 @@ import logging
 
 from host.concurrency.threads import in_thread
 from host.stages import Operation
+from metrics.meters import Meters
 from network.node_network import NodeNetwork
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
@@ -13,7 +14,6 @@ from runtime.containers.create import ContainerCreate
 from runtime.containers.endings.exit import clear_cgroup
 from runtime.containers.stop import ContainerStop
 from runtime.hooks import Hooks
-from runtime.meters import Meters
 from runtime.namespaces.pid import end_holder
 from runtime.namespaces.pinned import drop_namespaces
 from runtime.state.registrar import PodRegistrar

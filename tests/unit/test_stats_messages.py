@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from cri.services.stats_messages import container_stats, sandbox_stats
 from images.snapshots.usage import WritableUsage
 from metrics.stats import CpuUsage, InterfaceReading, MemoryReading, NetworkReading, PressureReading, Psi, PsiLine
+from metrics.usage import Usage
 from proto.runtime.v1 import cri_pb2
-from runtime.meters import Usage
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
 

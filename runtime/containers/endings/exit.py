@@ -15,13 +15,13 @@ from host.children.reaping import reap
 from host.concurrency.threads import in_fresh_thread, in_thread
 from host.errors import PodkeelError
 from host.files.removal import remove_tree
+from metrics.meters import Meters
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
 from runtime.containers.bundle.rootfs import Rootfs
 from runtime.containers.endings.kill_watch import KillWatch
 from runtime.containers.endings.out_of_memory import ended_by_the_kernel, killed_for_memory
 from runtime.hooks import Hooks
-from runtime.meters import Meters
 from runtime.oci.conmon import ExitRecord, Monitors
 from runtime.oci.handlers import Handlers
 from runtime.state.container import Container, ContainerRecord, ContainerState

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from metrics.meters import Meters
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
 from runtime.layout import ContainerFolder
-from runtime.meters import Meters
 from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.sandbox import Sandbox
+from runtime.statistics import Statistics
 from tests.unit.metrics import trees
 
 
@@ -25,12 +27,13 @@ def container() -> Container:
 
 def test_processor_time_stands_for_what_may_have_changed(container: Container, tmp_path: Path) -> None:
     hierarchies = trees.make_v2(tmp_path, container.record.cgroup)
-    of_node = Meters(CgroupTree(2, "cgroupfs"), hierarchies)
+    meters, unused = Meters(hierarchies), cast(Any, SimpleNamespace(writable=None))
+    of_node = Statistics(unused, CgroupTree(2, "cgroupfs"), meters, unused, tmp_path)
     assert of_node.processor_time(container) == 12_345_678_000
     container.record.private_pid_namespace = False
     assert of_node.processor_time(container) is None, "who sees its processes may write in its files"
     container.record.private_pid_namespace = True
-    of_node.forget(container.id)
+    meters.forget(container.id)
     shutil.rmtree(tmp_path / "pod")
     assert of_node.processor_time(container) is None, "nobody knows"
     container.record.state = ContainerState.EXITED

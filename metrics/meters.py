@@ -1,0 +1,76 @@
+"""Reading the same cgroup again and again, with what is kept for it between two readings."""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from collections.abc import Callable
+
+from host.cgroups import Hierarchies
+from metrics.cgroups.files import DescriptorBudget
+from metrics.cgroups.reader import Cgroup
+from metrics.usage import CpuWindow, Usage
+
+# A rate since the start says something about the present only shortly after the start.
+_YOUNG_NS = 20_000_000_000
+
+
+class Meter:
+    """Reads one cgroup from any thread; its counters began at ``started_ns`` (0: unknown)."""
+
+    def __init__(self, cgroup: Cgroup, started_ns: int) -> None:
+        self.cgroup = cgroup
+        self._window = CpuWindow(started_ns if time.time_ns() - started_ns < _YOUNG_NS else None)
+        self._lock = threading.Lock()
+
+    def usage(self, *, tasks: bool = False) -> Usage | None:
+        """The values for statistics; None if the cgroup does not exist."""
+        cgroup = self.cgroup
+        cpu = cgroup.cpu_usage()
+        if cpu is None:
+            return None
+        with self._lock:
+            nano_cores = self._window.add(cpu)
+        memory = cgroup.limited_memory()
+        return Usage(
+            cpu=cpu,
+            nano_cores=nano_cores,
+            memory=memory.reading if memory is not None else None,
+            memory_limit=memory.limit if memory is not None else None,
+            swap_limit=memory.swap_limit if memory is not None else None,
+            pressure=cgroup.pressure(),
+            tasks=cgroup.tasks() if tasks else None,
+        )
+
+
+class Meters:
+    """The meters of one node by the id of their container or pod, for any thread.
+
+    A meter is made when it is needed. ``forget`` it when its object ends.
+    """
+
+    def __init__(self, hierarchies: Hierarchies) -> None:
+        self._hierarchies = hierarchies
+        self._meters: dict[str, Meter] = {}
+        # Half of what the process may open is left for everything else.
+        self._budget = DescriptorBudget(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+    def of(self, object_id: str, path: str, started_ns: int, ended: Callable[[], bool]) -> Meter:
+        """The meter of cgroup ``path``; what that counts began at ``started_ns``, 0 if unknown.
+
+        If its object has ``ended`` by now, the meter is not kept.
+        """
+        meter = self._meters.get(object_id)
+        if meter is None:
+            meter = Meter(Cgroup(path, self._hierarchies, self._budget), started_ns)
+            meter = self._meters.setdefault(object_id, meter)
+        if ended():  # it was forgotten while this was made
+            self.forget(object_id)
+        return meter
+
+    def forget(self, object_id: str) -> None:
+        """Close what is open for a container or sandbox: it would keep the kernel from freeing the cgroup."""
+        meter = self._meters.pop(object_id, None)
+        if meter is not None:
+            meter.cgroup.close()

@@ -222,7 +222,7 @@ def test_log_level_changes_while_the_agent_runs(agent: AgentProcess) -> None:
 
     miss("1")
     os.kill(agent.pid(), signal.SIGUSR1)
-    wait_for(lambda: has("debug", "from level debug on"))
+    wait_for(lambda: has("debug", "level: debug from now on"))
     miss("2")
     secret = "secret-in-everything"
     run_container(agent, "echo", secret, envs=[cri_pb2.KeyValue(key="KEY", value=secret.encode())])
@@ -232,7 +232,7 @@ def test_log_level_changes_while_the_agent_runs(agent: AgentProcess) -> None:
     with pytest.raises(grpc.RpcError):
         agent.client.call("PullImage", pull)
     os.kill(agent.pid(), signal.SIGUSR2)
-    wait_for(lambda: has("info", "from level info on"))
+    wait_for(lambda: has("info", "level: info from now on"))
     miss("3")
     assert [has("debug", number * 64) for number in "123"] == [False, True, False]
     assert secret not in agent.log.read_text()

@@ -40,7 +40,7 @@ async def keep_room(path: Path, most: int) -> None:
     while True:
         await asyncio.sleep(_SECONDS)
         try:
-            closed = await in_thread(_make_room, str(path), most)
+            closed = await in_thread(make_room, str(path), most)
         except OSError as error:  # no descriptor is left to look at them
             _log.warning("socket %s: its connections cannot be counted: %s", path, error)
             continue
@@ -48,7 +48,7 @@ async def keep_room(path: Path, most: int) -> None:
             _log.warning("socket %s: process %d had %d connections: its %d oldest were closed", path, pid, had, count)
 
 
-def _make_room(path: str, most: int) -> dict[int, tuple[int, int]]:
+def make_room(path: str, most: int) -> dict[int, tuple[int, int]]:
     """How many connections of each process were closed, and how many it had. Blocks for some milliseconds."""
     if len(os.listdir(_DESCRIPTORS)) <= most:  # noqa: PTH208 - once a second
         return {}

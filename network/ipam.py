@@ -77,11 +77,11 @@ class AddressPool:
         """
         self.forget_rested()
         size = self._last - self._first + 1
-        if self._held >= size:
+        if self.held >= size:
             return None
         value = self._next if self._first <= self._next <= self._last else self._first
         pools = (self, *beside)
-        for _ in range(min(size, 1 + sum(pool._held + 1 for pool in pools))):
+        for _ in range(min(size, 1 + sum(pool.held + 1 for pool in pools))):
             if not any(pool.holds(value) for pool in pools):
                 self._taken.add(value)
                 self._next = value + 1
@@ -94,7 +94,8 @@ class AddressPool:
         return value in self._taken or value in self._resting or value == self._first - 1
 
     @property
-    def _held(self) -> int:
+    def held(self) -> int:
+        """How many addresses are in use or in quarantine."""
         return len(self._taken) + len(self._resting)
 
     def give_back(self, address: IPAddress) -> None:

@@ -93,7 +93,11 @@ class Fields:
     def string_map(self, key: str) -> dict[str, str]:
         """A mapping of strings."""
         values = self.child(key)
-        return {name: values.text(name) for name in list(values._values)}
+        return {name: values.text(name) for name in values.names()}
+
+    def names(self) -> list[str]:
+        """The keys of this mapping."""
+        return list(self._values)
 
     def child(self, key: str) -> Fields:
         """A mapping; empty if missing."""

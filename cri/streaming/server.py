@@ -63,6 +63,11 @@ class StreamingServer:
             ) from error
         self._listener = listener
 
+    @property
+    def served(self) -> int:
+        """How many clients are served now."""
+        return len(self._visits)
+
     async def close(self) -> None:
         """Accept no more clients, send the present ones the reason for the end, and wait for them."""
         if self._listener is None:

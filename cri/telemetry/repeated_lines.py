@@ -81,6 +81,11 @@ class RepeatedLines(logging.Filter):
             return False
         return self._alike.passes((record.name, record.levelno, str(record.msg)), record, now)
 
+    @property
+    def remembered(self) -> int:
+        """The number of different lines that are counted now, or of places that write them, whichever is larger."""
+        return max(len(self._equal), len(self._alike))
+
     def _tell(self, seen: _Seen) -> None:
         if seen.left_out:
             text = f"{seen.left_out} more lines like this in {_SECONDS:g} s: {seen.record.getMessage()}"

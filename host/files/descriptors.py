@@ -13,7 +13,7 @@ from pathlib import Path
 from host.errors import LimitError
 
 _MOST = 256  # descriptors in reserve
-_FOLDER = Path("/proc/self/fd")
+FOLDER = Path("/proc/self/fd")
 
 
 class Use(Enum):
@@ -38,7 +38,7 @@ def limit() -> int:
 def left() -> int:
     """How many more can be opened."""
     try:
-        opened = _FOLDER.stat().st_size or _count()  # the size is their number from Linux 6.2 on
+        opened = FOLDER.stat().st_size or _count()  # the size is their number from Linux 6.2 on
     except OSError:  # not even one for looking
         return 0
     return max(0, limit() - opened)
@@ -50,7 +50,7 @@ def _count() -> int:
         table = next((int(line.split()[1]) for line in status if line.startswith(b"FDSize:")), 0)
     if table and limit() - table >= max(Use, key=lambda use: use.value).value * _reserve():
         return table
-    return len(tuple(_FOLDER.iterdir()))
+    return len(tuple(FOLDER.iterdir()))
 
 
 def _reserve() -> int:

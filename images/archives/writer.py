@@ -31,7 +31,7 @@ async def export(images: Sequence[tuple[OutgoingImage, Sequence[str]]], path: Pa
     LimitError for a full disk, PodkeelError if it cannot be written.
     """
     async with _new_file(path) as descriptor:
-        archive = _Archive(descriptor)
+        archive = Archive(descriptor)
         index = [_entry(image, name) for image, names in images for name in names or ("",)]
         content = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": index}
         await archive.add_bytes("oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
@@ -53,7 +53,7 @@ def _blob_name(digest: str) -> str:
     return "blobs/" + digest.replace(":", "/")
 
 
-class _Archive:
+class Archive:
     """Writes members one after the other, each name once."""
 
     def __init__(self, descriptor: int) -> None:
@@ -62,10 +62,12 @@ class _Archive:
         self._size = 0
 
     async def add_bytes(self, name: str, content: bytes) -> None:
+        """Add a file with this content, unless there is one of that name."""
         if self._begins(name):
             await in_image_thread(self._write, _header(name, len(content)) + content + _padding(len(content)))
 
     async def add_file(self, name: str, path: Path) -> None:
+        """Add a file with the content of ``path``, unless there is one of that name."""
         if not self._begins(name):
             return
         source = await acquired(in_image_thread, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC), os.close)
@@ -86,6 +88,7 @@ class _Archive:
             os.close(source)
 
     async def end(self) -> int:
+        """Write the end of the archive; returns the bytes of its files."""
         await in_image_thread(self._write, bytes(2 * tarfile.BLOCKSIZE))
         return self._size
 

@@ -17,7 +17,7 @@ from images.oci.digests import is_digest
 
 _CHUNK = 1 << 20
 _SHORTEST_WAIT = 1.0
-_PATIENCE = 5.0  # seconds of waiting for a transfer from another registry
+PATIENCE = 5.0  # seconds of waiting for a transfer from another registry
 _MOST_CHUNKS = 512  # of one writev(2)
 
 
@@ -250,7 +250,7 @@ class PartialBlobs:
 
 async def _acquired(lock: asyncio.Lock) -> bool:
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_PATIENCE):
+        async with asyncio.timeout(PATIENCE):
             return await lock.acquire()
     return False
 

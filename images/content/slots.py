@@ -15,9 +15,9 @@ from host.files import descriptors
 
 MOST = 16
 _BEYOND = 2  # times as many in all, for pulls that would wait; each has two processes, some descriptors and a thread
-_PATIENCE = 30.0  # seconds that a pull waits for a slot while its registry has its share
-_LONGEST = 300.0  # seconds that a registry without a slot waits while more registries than slots are fetched from
-_WINDOW = 30.0  # seconds of waiting for the network over which a transfer is judged
+PATIENCE = 30.0  # seconds that a pull waits for a slot while its registry has its share
+LONGEST = 300.0  # seconds that a registry without a slot waits while more registries than slots are fetched from
+WINDOW = 30.0  # seconds of waiting for the network over which a transfer is judged
 _SLOW = 64 << 10  # bytes a second
 _KEPT = 4  # one in so many slots is kept for registries that have none
 
@@ -65,7 +65,7 @@ class Slot:
         return self.rate() < float("inf")
 
     def _judge(self, waited: float) -> None:
-        if waited < _WINDOW:
+        if waited < WINDOW:
             return
         self._rate = self._received / waited
         self._received, self._waited = 0, 0.0
@@ -108,6 +108,11 @@ class Slots:
         self._waiting: list[_Waiting] = []
         self._wanting: defaultdict[Hashable, Counter[Origin]] = defaultdict(Counter)
         self._watching: asyncio.TimerHandle | None = None
+
+    @property
+    def wanted(self) -> int:
+        """How many layers pulls want that wait for other pulls."""
+        return len(self._wanting)
 
     @contextlib.contextmanager
     def want(self, wanted: Iterable[Hashable], origin: Origin) -> Iterator[None]:
@@ -181,7 +186,7 @@ class Slots:
         share = self._share()
         now = time.monotonic()
         for waiting, origin in sorted(claims, key=lambda claim: having[claim[1]]):
-            if len(self._running) < self._most_for(*having[origin], share, patient=now - waiting.since >= _PATIENCE):
+            if len(self._running) < self._most_for(*having[origin], share, patient=now - waiting.since >= PATIENCE):
                 return waiting, origin
         return None
 
@@ -242,7 +247,7 @@ class Slots:
         share = self._share()
         now = time.monotonic()
         too_long = any(
-            now - waiting.since >= _LONGEST
+            now - waiting.since >= LONGEST
             and not any(registries[origin.registry] for origin in self._claimants(waiting))
             for waiting in self._waiting
         )

@@ -22,8 +22,8 @@ from host.files.removal import GO_ON, MOST_TOLD, PAUSE, WORKER, WORKER_CONTROL, 
 _log = logging.getLogger("podkeel.images")
 
 HELD_SECONDS = 120.0
-_LOOK_SECONDS = 5.0
-_ROOM = 0.2  # the part of the disk that is to be free, or what is thrown away makes room at once
+LOOK_SECONDS = 5.0
+ROOM = 0.2  # the part of the disk that is to be free, or what is thrown away makes room at once
 _FEW = 64  # entries that are cheaper to remove on a thread than by starting a process
 _WORKER = (sys.executable, "-I", "-S", "-c", WORKER, str(Path(__file__).parents[2]))
 
@@ -50,7 +50,7 @@ class Trash:
         self._failures = 0
         self._holders = 0
         self._waiting = 0
-        self._held_until = 0.0
+        self.held_until = 0.0
         self._next_look: asyncio.TimerHandle | None = None
         self._control = -1
         self._paused = False
@@ -85,7 +85,7 @@ class Trash:
         """
         self._holders += 1
         if self._holders == 1:
-            self._held_until = time.monotonic() + HELD_SECONDS
+            self.held_until = time.monotonic() + HELD_SECONDS
             self._look()
         try:
             yield
@@ -97,13 +97,13 @@ class Trash:
 
     def _look(self) -> None:
         self._tell_worker()
-        self._next_look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look)
+        self._next_look = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
 
     def _tell_worker(self) -> None:
         """Make the process that removes large trees pause or continue."""
         if self._control < 0:
             return
-        pause = self._holders > 0 and not self._waiting and time.monotonic() < self._held_until and self._has_room()
+        pause = self._holders > 0 and not self._waiting and time.monotonic() < self.held_until and self._has_room()
         if pause != self._paused:
             self._paused = pause
             with contextlib.suppress(BrokenPipeError):  # it has ended
@@ -114,7 +114,7 @@ class Trash:
             status = os.statvfs(self._folder)
         except OSError:
             return False  # then nothing is to wait either
-        return status.f_bavail > _ROOM * status.f_blocks and status.f_favail >= _ROOM * status.f_files
+        return status.f_bavail > ROOM * status.f_blocks and status.f_favail >= ROOM * status.f_files
 
     def throw(self, path: Path) -> bool:
         """Move ``path`` into the folder (one rename; call it on a thread, then ``wake``); False if it is not there."""
@@ -152,14 +152,15 @@ class Trash:
             stack.callback(os.close, folder)
             orders, self._control = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             stack.callback(os.close, orders)
-            stack.callback(self._end_control)
+            stack.callback(self.end_control)
             self._paused = False
             self._tell_worker()
             descriptors = {WORKER_FOLDER: folder, WORKER_CONTROL: orders}
             done = await processes.run(_WORKER, descriptors=descriptors, environment={})
         return msgspec.json.decode(done.stdout, type=_Left)
 
-    def _end_control(self) -> None:
+    def end_control(self) -> None:
+        """Close the pipe to the process that removes large trees, which then ends, as after the agent's death."""
         os.close(self._control)
         self._control = -1
 

@@ -25,11 +25,11 @@ OLDEST_SECONDS = 10.0
 TRUSTED_SECONDS = 600.0  # files may also change by a hand from outside the container
 
 _BLOCK = 512  # the unit of st_blocks on every file system (stat(2))
-_BATCH = 256  # entries between two looks at the time
-_DUTY = 0.2  # the part of one core that a running count uses
+BATCH = 256  # entries between two looks at the time
+DUTY = 0.2  # the part of one core that a running count uses
 _SMALL_SECONDS = 0.0002  # of processor time: not quite a hundred files
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_SHARE = 0.01  # the part of one core that all trees that are not small take together
+SHARE = 0.01  # the part of one core that all trees that are not small take together
 
 _log = logging.getLogger("podkeel.images")
 
@@ -203,7 +203,7 @@ class WritableLayers:
         with self._lock:
             if cost > _SMALL_SECONDS and container_id in self._counted:
                 self._costs[container_id] = cost
-                return max(OLDEST_SECONDS, sum(self._costs.values()) / _SHARE)
+                return max(OLDEST_SECONDS, sum(self._costs.values()) / SHARE)
             self._costs.pop(container_id, None)
             return OLDEST_SECONDS
 
@@ -219,8 +219,8 @@ class WritableLayers:
                 linked.add(status.st_ino)
             blocks += status.st_blocks
             inodes += 1
-            if number % _BATCH == 0:
-                if self._closing.wait((time.monotonic() - begin) * (1 / _DUTY - 1)):
+            if number % BATCH == 0:
+                if self._closing.wait((time.monotonic() - begin) * (1 / DUTY - 1)):
                     return None
                 begin = time.monotonic()
         return WritableUsage(time.time_ns(), blocks * _BLOCK, inodes) if inodes else None

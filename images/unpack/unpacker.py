@@ -26,13 +26,13 @@ from images.unpack.worker_syscalls import worker_filter
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_START = (
+START = (
     "import sys; sys.path[:0] = sys.argv[1:2]; sys.path += sys.argv[2:3]; from images.unpack.worker import main; main()"
 )
 # The descriptor that every process of the worker has open while it runs.
 _LIFELINE = 3
 _SECONDS_TO_DIE = 10.0
-_WALL_TIME = 2  # times the processor time that a worker may take
+WALL_TIME = 2  # times the processor time that a worker may take
 _DECODED_AT_ONCE = 64 << 10
 
 
@@ -62,7 +62,7 @@ class Unpacker:
         layer and LimitError for one over the limits or a full disk, naming ``subject``; what was written stays for the
         caller to remove, and the worker has ended. UnavailableError where the node has no libseccomp.
         """
-        patience = Patience(_WALL_TIME * self._seconds, subject)
+        patience = Patience(WALL_TIME * self._seconds, subject)
         with contextlib.ExitStack() as stack:
             read_end, write_end = os.pipe2(os.O_CLOEXEC)
             alive, lifeline = os.pipe2(os.O_CLOEXEC)
@@ -76,7 +76,7 @@ class Unpacker:
             compiled = await self._in_thread(worker_filter)
             arguments = (*_module_paths(), str(folder), *self._limits, compiled.hex())
             run = processes.run(
-                (sys.executable, "-I", "-S", "-c", _START, *arguments),
+                (sys.executable, "-I", "-S", "-c", START, *arguments),
                 descriptors={0: read_end, _LIFELINE: lifeline},
                 environment={},
                 check=False,

@@ -47,9 +47,12 @@ _FRAME, _HEADER = struct.Struct(">II"), struct.Struct(">IIBB")
 
 
 class Plugin:
-    """One plugin. Its name, and the two digits of its index, are the agent's choice where the agent starts it."""
+    """One plugin. Its name, and the two digits of its index, are the agent's choice where the agent starts it.
 
-    def __init__(self, name: str, index: str, path: str = SOCKET) -> None:
+    It connects to ``path`` when it runs, unless it gets a socket: ``connected``, or by the agent that starts it.
+    """
+
+    def __init__(self, name: str, index: str, path: str = SOCKET, *, connected: socket.socket | None = None) -> None:
         self.name = os.environ.get("NRI_PLUGIN_NAME", name)
         self.index = os.environ.get("NRI_PLUGIN_IDX", index)
         self._path = path
@@ -57,11 +60,10 @@ class Plugin:
         self._answers: queue.Queue[ttrpc_pb2.Response] = queue.Queue()
         self._received = {_TO_PLUGIN: bytearray(), _TO_AGENT: bytearray()}
         self._stream = -1
-        self._socket = socket.socket(fileno=self._given()) if self._given() else socket.socket(socket.AF_UNIX)
-
-    @staticmethod
-    def _given() -> int:
-        return int(os.environ.get("NRI_PLUGIN_SOCKET", "0"))
+        if connected is None and (descriptor := int(os.environ.get("NRI_PLUGIN_SOCKET", "0"))):
+            connected = socket.socket(fileno=descriptor)
+        self._connected = connected is not None
+        self._socket = connected or socket.socket(socket.AF_UNIX)
 
     def Configure(self, request: nri_pb2.ConfigureRequest) -> Message | None:
         """Answer with the events that this class has methods for."""
@@ -90,7 +92,7 @@ class Plugin:
     def run(self) -> None:
         """Register and serve until the agent closes the connection. Raises OSError where there is no agent."""
         with self._socket:
-            if not self._given():
+            if not self._connected:
                 self._socket.connect(self._path)
             reader = threading.Thread(target=self._read, name="nri")
             reader.start()

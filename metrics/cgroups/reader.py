@@ -26,7 +26,7 @@ from metrics.stats import (
 )
 
 _NOWHERE = "/nonexistent"
-_PAGE_SIZES = huge_page_sizes()
+PAGE_SIZES = huge_page_sizes()
 
 
 class Cgroup:
@@ -73,7 +73,7 @@ class Cgroup:
     def hugetlb(self) -> tuple[HugetlbReading, ...]:
         """Huge pages per size that the machine has."""
         read = v1.hugetlb if "hugetlb" in self._hierarchies.v1 else v2.hugetlb
-        return read(self._folder("hugetlb"), _PAGE_SIZES)
+        return read(self._folder("hugetlb"), PAGE_SIZES)
 
     def limits(self) -> LimitsReading | None:
         """The limits in force; None when the cgroup is gone."""

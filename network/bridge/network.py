@@ -92,6 +92,10 @@ class BuiltInNetwork:
         self._failure = ""
         self._firewalls.look_soon(self._book.current)
 
+    async def settled(self) -> None:
+        """Wait for the end of a look at the node's firewalls that runs in the background."""
+        await self._firewalls.settled()
+
     async def stop(self) -> None:
         """Close the netlink sockets; pods keep their network."""
         self._failure = "the network has been stopped"

@@ -81,6 +81,11 @@ class HostPortTable:
             self._looked_at = time.monotonic()
             self._looking = asyncio.create_task(self._look(records))
 
+    async def settled(self) -> None:
+        """Wait for the end of a check that runs in the background."""
+        if self._looking is not None:
+            await asyncio.wait([self._looking])
+
     async def close(self) -> None:
         """End the background work."""
         looking, self._looking = self._looking, None

@@ -36,8 +36,8 @@ from network.status import Condition, Finding
 from network.store import NetworkStore
 
 _PORT_MAPPINGS = "portMappings"
-_LOOK_AGAIN_SECONDS = 5.0
-_START_SECONDS = 5.0
+LOOK_AGAIN_SECONDS = 5.0
+START_SECONDS = 5.0
 _NAMESPACES_AT_ONCE = 2
 
 _log = logging.getLogger("podkeel.network")
@@ -70,7 +70,7 @@ class CniNetwork:
         self._deletions = Deletions(self._give_back, self._tell)
         self._lock = RWLock()
         self._reading = asyncio.Lock()
-        self._view = View(None, Condition(False, "NetworkNotStarted", "the network has not been started"), False)
+        self.view = View(None, Condition(False, "NetworkNotStarted", "the network has not been started"), False)
         self._status = Condition(True)
         self._tasks: set[asyncio.Task[None]] = set()
         self._pod_cidrs: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class CniNetwork:
     @property
     def configured(self) -> bool:
         """Whether the folder held a configuration, good or bad, when it was looked at last."""
-        return self._view.present or self._files.asking
+        return self.view.present or self._files.asking
 
     @property
     def plugin_folder(self) -> Path | None:
@@ -113,7 +113,13 @@ class CniNetwork:
         self._pod_cidrs = tuple(await threads.in_network_thread(self._network_rows.pod_cidrs))
         if self.options.mode != "built-in":
             # A plugin that is slow to answer must not keep the node's agent from starting.
-            await asyncio.wait([self._in_background(self.reload())], timeout=_START_SECONDS)
+            await asyncio.wait([self._in_background(self.reload())], timeout=START_SECONDS)
+
+    async def settled(self) -> None:
+        """Wait for the end of the background work that runs now, except failed deletions."""
+        await self._table.settled()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
 
     async def stop(self) -> None:
         """End the background work; pods keep their network."""
@@ -126,11 +132,11 @@ class CniNetwork:
     async def reload(self) -> None:
         """Look at the folder again and use what it holds for pods made from now on."""
         async with self._reading:
-            before = self._view
-            self._view = await self._files.look(self._view)
+            before = self.view
+            self.view = await self._files.look(self.view)
             await self._ask_status()
-        if self._view.condition != before.condition or self._view.configuration != before.configuration:
-            configuration, condition = self._view.configuration, self._view.condition
+        if self.view.condition != before.condition or self.view.configuration != before.configuration:
+            configuration, condition = self.view.configuration, self.view.condition
             if configuration is not None:
                 _log.info(
                     "CNI network %s: using %s, version %s",
@@ -138,15 +144,15 @@ class CniNetwork:
                     configuration.path,
                     configuration.version,
                 )
-            elif self.options.mode == "cni" or before.present or self._view.present:
+            elif self.options.mode == "cni" or before.present or self.view.present:
                 _log.warning("CNI: no network: %s", condition.message)
 
     def condition(self) -> Condition:
         """Whether pods can be connected now; while they cannot, asking makes it look again."""
-        condition = self._view.condition if not self._view.condition.ready else self._status
-        configuration = self._view.configuration
+        condition = self.view.condition if not self.view.condition.ready else self._status
+        configuration = self.view.configuration
         changeable = not condition.ready or (configuration is not None and configuration.speaks("1.1.0"))
-        if changeable and not self._starting and time.monotonic() > self._files.looked_at + _LOOK_AGAIN_SECONDS:
+        if changeable and not self._starting and time.monotonic() > self._files.looked_at + LOOK_AGAIN_SECONDS:
             self._files.looked_at = time.monotonic()
             self._in_background(self.reload())
         self._table.look_soon(self._records.values())
@@ -286,9 +292,9 @@ class CniNetwork:
         return [sentence for sentence in given_up if sentence is not None]
 
     def _new_record(self, request: AttachRequest) -> CniRecord:
-        configuration = self._view.configuration
+        configuration = self.view.configuration
         if configuration is None:
-            raise UnavailableError(self._view.condition.message)
+            raise UnavailableError(self.view.condition.message)
         host_ports = ports.normalise(request.port_mappings, FAMILIES)
         if request.bandwidth != Bandwidth() and "bandwidth" not in configuration.capabilities:
             _log.warning(
@@ -351,9 +357,9 @@ class CniNetwork:
 
     async def _ask_status(self) -> None:
         status = Condition(True)
-        if self._view.configuration is not None:
+        if self.view.configuration is not None:
             try:
-                await self._chain.status(self._view.configuration)
+                await self._chain.status(self.view.configuration)
             except PodkeelError as error:
                 status = Condition(False, "CniPluginNotReady", error.message)
         self._status = status  # not before: what was said last holds while plugins are asked
@@ -380,8 +386,8 @@ class CniNetwork:
                 await self._tell(record.sandbox_id)
 
     def _collect_soon(self) -> None:
-        if self._view.configuration is not None:
-            self._in_background(self._collect_garbage(self._view.configuration))
+        if self.view.configuration is not None:
+            self._in_background(self._collect_garbage(self.view.configuration))
 
     def _in_background(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

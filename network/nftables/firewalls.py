@@ -28,7 +28,7 @@ from network.nftables.verdicts import Chains, Packet, Verdict
 _log = logging.getLogger("podkeel.network")
 
 _COMMAND_SECONDS = 20
-_LOOK_AGAIN_SECONDS = 60.0
+LOOK_AGAIN_SECONDS = 60.0
 _LOOK_AGAIN_SOON_SECONDS = 5.0
 _ELSEWHERE = {4: ip_address("192.0.2.1"), 6: ip_address("2001:db8::1")}
 _FAMILIES: dict[str, tuple[int, ...]] = {"ip": (4,), "ip6": (6,), "inet": (4, 6)}
@@ -74,7 +74,7 @@ class FirewallWatch:
 
     def look_soon(self, ranges: Sequence[IPNetwork]) -> None:
         """Look again in the background if that was some time ago: sooner where something was in the way."""
-        pause = _LOOK_AGAIN_SOON_SECONDS if self._obstacles else _LOOK_AGAIN_SECONDS
+        pause = _LOOK_AGAIN_SOON_SECONDS if self._obstacles else LOOK_AGAIN_SECONDS
         idle = self._looking is None or self._looking.done()
         if idle and (not self._looked_at or time.monotonic() > self._looked_at + pause):
             self._looking = asyncio.create_task(self.look(ranges))
@@ -95,6 +95,11 @@ class FirewallWatch:
                 _log.warning("%s", obstacle.message)
         if before and not found:
             _log.info("firewalls: no other program drops packets of pods any more")
+
+    async def settled(self) -> None:
+        """Wait for the end of a look that runs in the background."""
+        if self._looking is not None:
+            await asyncio.wait([self._looking])
 
     async def close(self) -> None:
         """End the background work."""

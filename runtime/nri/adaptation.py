@@ -84,6 +84,11 @@ class Adaptation:
         """Those that are synchronised, by index."""
         return self._plugins
 
+    @property
+    def unregistered(self) -> int:
+        """How many plugins are connected that have not registered yet."""
+        return len(self._unregistered)
+
     def passing(self) -> AbstractAsyncContextManager[None]:
         """Hold back the synchronisation of plugins meanwhile. Never inside itself."""
         return self._lock.reading()

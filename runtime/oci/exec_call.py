@@ -66,11 +66,11 @@ class ExecProcess:
     def _on_end(self) -> None:
         status = reap(self._pidfd)
         os.close(self._pidfd)
-        _strays.awaited.discard(self.pid)
+        strays.awaited.discard(self.pid)
         self.ended.set_result(255 if status is None else status if status >= 0 else 128 - status)
 
 
-class _Strays:
+class Strays:
     """Zombies that OCI runtimes made for a failed start and left to the agent.
 
     Until they are reaped the kernel does not end the container, so this cannot wait for the subreaper.
@@ -78,15 +78,15 @@ class _Strays:
 
     def __init__(self) -> None:
         self.awaited: set[int] = set()
-        self._starting = 0
+        self.starting = 0
 
     def begin(self) -> None:
         """A start begins, whose process is not known yet."""
-        self._starting += 1
+        self.starting += 1
 
     def end(self, process: ExecProcess | None) -> None:
         """A start is over: with this process, or failed."""
-        self._starting -= 1
+        self.starting -= 1
         if process is not None:
             self.awaited.add(process.pid)
             return
@@ -94,7 +94,7 @@ class _Strays:
             asyncio.get_running_loop().call_later(delay, self._reap)
 
     def _reap(self) -> None:
-        if self._starting:
+        if self.starting:
             return  # a child without a waiter may be the process that is just being started
         with contextlib.suppress(ChildProcessError):
             while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -103,7 +103,7 @@ class _Strays:
                 os.waitid(os.P_PID, dead.si_pid, os.WEXITED | os.WNOHANG)
 
 
-_strays = _Strays()
+strays = Strays()
 
 
 class ExecCall:
@@ -179,7 +179,7 @@ class ExecCall:
         gate = ExecGate(self._held_at) if self._held_at is not None else None
         if gate is not None:
             self._stack.callback(gate.close)
-        _strays.begin()
+        strays.begin()
         spawning = asyncio.ensure_future(self._spawn({**self._descriptors, **descriptors}))
         try:
             self._runtime_pid = await wait_out(spawning)
@@ -190,13 +190,13 @@ class ExecCall:
                     self._holding = asyncio.ensure_future(gate.hold(self._runtime_pid, self.console.fileno()))
         except asyncio.CancelledError:
             if spawning.cancelled() or spawning.exception() is not None:
-                _strays.end(None)
+                strays.end(None)
                 raise
             self._runtime_pid = spawning.result()
             await wait_out(asyncio.ensure_future(self._finish(asyncio.ensure_future(self._started()))))
             raise
         except BaseException:
-            _strays.end(None)
+            strays.end(None)
             raise
 
     async def _spawn(self, descriptors: Mapping[int, int]) -> int:
@@ -240,7 +240,7 @@ class ExecCall:
                 _kill(leader)
             raise
         finally:
-            _strays.end(process)
+            strays.end(process)
         return process
 
     async def _runtime_ended(self) -> int:
@@ -268,7 +268,7 @@ class ExecCall:
         if not starting.cancelled() and starting.exception() is None:
             process = starting.result()
             if not process.ended.done():
-                await in_thread(_kill_session, process.pid, process.session, self._pids)
+                await in_thread(kill_session, process.pid, process.session, self._pids)
                 await asyncio.wait({process.ended}, timeout=_KILL_SECONDS)  # a frozen one ends when it is thawed
 
     def __enter__(self) -> Self:
@@ -288,7 +288,7 @@ def end_abandoned(folder: Path, pids: Callable[[], Sequence[int]]) -> int:
     abandoned = list(folder.glob("exec-*.pid"))
     for pid_file in abandoned:
         if (leader := _leader(pid_file)) is not None:
-            _kill_session(leader, _parent_and_session(leader)[1] if leader in pids() else leader, pids)
+            kill_session(leader, _parent_and_session(leader)[1] if leader in pids() else leader, pids)
         pid_file.unlink()
     for console in folder.glob("exec-*.tty"):
         console.unlink()
@@ -315,7 +315,7 @@ def _leader(pid_file: Path) -> int | None:
         return None
 
 
-def _kill_session(leader: int, session: int, pids: Callable[[], Sequence[int]]) -> None:
+def kill_session(leader: int, session: int, pids: Callable[[], Sequence[int]]) -> None:
     """SIGKILL to ``leader``, its ``session`` and its descendants among ``pids``, until none is left.
 
     A process that it was just making has no parent any more, but is still in its session.

@@ -145,7 +145,7 @@ class HooksDir:
             known = self._known.get(path)
             if known is not None and known[0] == version:
                 return known
-            return version, _read(Path(path))
+            return version, read_rule(Path(path))
         except (OSError, ValueError) as error:  # JsonError and those of patterns are ValueErrors
             return (), str(error)
 
@@ -165,7 +165,8 @@ def _files_of(folder: str, problems: dict[str, str]) -> dict[str, str]:
     return {name: f"{folder}/{name}" for name in names[:MOST_FILES]}
 
 
-def _read(path: Path) -> _Rule:
+def read_rule(path: Path) -> _Rule:
+    """The hook of a file and its conditions. Raises OSError, JsonError and ValueError for a bad one."""
     file = untrusted_json.decode(untrusted_json.read_file(path, _LARGEST_FILE), _File)
     hook, when = file.hook, file.when
     if not hook.path.startswith("/") or "\0" in hook.path:

@@ -251,9 +251,10 @@ def test_layers(tmp_path: Path) -> None:
 def test_command_lines(tmp_path: Path) -> None:
     """Processes that execute what conmon is, with any words: the only one found is that of a container."""
     shell = os.path.realpath("/bin/sh")
-    monitors = Monitors(shell, Layout(tmp_path / "data", tmp_path / "run"))
+    layout = Layout(tmp_path / "data", tmp_path / "run")
+    monitors = Monitors(shell, layout)
     container_id = "0123456789abcdef" * 4
-    bundle = str(monitors._layout.container(container_id).path)
+    bundle = str(layout.container(container_id).path)
     words = ["-b", "", "ö", "-c", "x" * 5000, "\n", bundle + "/", bundle[:-1], container_id, "\udcff", bundle + "x"]
     for seed in rounds(seconds(2)):
         generator = random.Random(seed)

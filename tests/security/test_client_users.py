@@ -9,7 +9,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from cri.connections import _make_room
+from cri.connections import make_room
 
 NOBODY = 65534
 _CONNECT = """
@@ -39,7 +39,7 @@ def test_many_processes_of_one_user_lose_theirs_first(tmp_path: Path) -> None:
         command = [sys.executable, "-c", _CONNECT, f"/proc/self/fd/{folder}/s", "8"]
         subprocess.run(command, user=NOBODY, pass_fds=(folder,), check=True)
         accepted = [stack.enter_context(server.accept()[0]) for _ in range(11)]
-        closed = _make_room(path, 7)
+        closed = make_room(path, 7)
         assert sum(count for count, _ in closed.values()) == 4
         assert os.getpid() not in closed
         for connection, accept in zip(ours, accepted, strict=False):

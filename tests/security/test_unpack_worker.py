@@ -213,7 +213,7 @@ async def test_it_takes_no_more_than_it_may(
 ) -> None:
     body, words = case
     if "processor" in words:
-        monkeypatch.setattr(unpacking, "_WALL_TIME", 100)  # others may use the processors too
+        monkeypatch.setattr(unpacking, "WALL_TIME", 100)  # others may use the processors too
     program(f"import _thread\ndef work(read, max_bytes, max_entries):\n    {body}\n")
     began = time.monotonic()
     with pytest.raises(LimitError) as caught:

@@ -110,7 +110,7 @@ def swapping(folder: str, target: str, seconds: float) -> list[str]:
 def test_no_command_runs_outside_while_the_container_swaps_its_directory(
     quiet_log: AgentProcess, handler: str, marker: Path
 ) -> None:
-    command = swapping("/x", outside(marker.parent), 6 * PATIENCE)
+    command = swapping("/x", outside(marker.parent), 60 * PATIENCE)
     config = with_host_pids(with_python(like_kubelets("main", *command, working_dir="/x/work")))
     config.log_path = "main.log"
     attacker = start(quiet_log, handler, config)

@@ -61,7 +61,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Program:
     def replace(source: str) -> None:
         start = "import sys; sys.path[:0] = sys.argv[1:2]; sys.path += sys.argv[2:3]\n"
         monkeypatch.setattr(
-            unpacking, "_START", f"{start}{PRELUDE}{source}\nfrom images.unpack.worker import main\nmain(work)\n"
+            unpacking, "START", f"{start}{PRELUDE}{source}\nfrom images.unpack.worker import main\nmain(work)\n"
         )
 
     return replace

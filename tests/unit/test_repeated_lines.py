@@ -74,4 +74,4 @@ def test_memory_is_bounded(lines: Lines) -> None:
     handler = LOG.handlers[0]
     (repeated,) = handler.filters
     assert isinstance(repeated, RepeatedLines)
-    assert max(len(repeated._equal), len(repeated._alike)) <= 1000
+    assert repeated.remembered <= 1000

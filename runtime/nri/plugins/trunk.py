@@ -72,6 +72,11 @@ class Trunk(asyncio.BufferedProtocol):
             if self._transport is not None:
                 self._transport.abort()
 
+    @property
+    def paused(self) -> bool:
+        """Whether nothing is read from the plugin, as it does not read what was sent."""
+        return self._transport is not None and not self._transport.is_reading()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio: the socket is there."""
         self._transport = cast(asyncio.Transport, transport)

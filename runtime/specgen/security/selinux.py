@@ -11,7 +11,7 @@ from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
 from runtime.specgen.node_facts import NodeFacts
 
-_CHECK = "/sys/fs/selinux/context"
+CHECK = "/sys/fs/selinux/context"
 _WORD = re.compile(r"[A-Za-z0-9_.]+")
 _LEVEL = re.compile(r"s\d+(-s\d+)?(:c\d+([.,]c\d+)*)?(-s\d+(:c\d+([.,]c\d+)*)?)?")
 
@@ -69,9 +69,9 @@ def selinux_labels(
 
 
 def _check(label: str) -> None:
-    if not Path(_CHECK).exists():
+    if not Path(CHECK).exists():
         return
-    descriptor = os.open(_CHECK, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = os.open(CHECK, os.O_RDWR | os.O_CLOEXEC)
     try:
         os.write(descriptor, label.encode() + b"\0")
     except OSError as error:

@@ -57,11 +57,11 @@ class Subscriber:
         self.stream: Any = self.client.stream("GetContainerEvents", cri_pb2.GetEventsRequest(), timeout=None)
         self.events: list[tuple[str, int, int]] = []
         self.end: grpc.RpcError | None = None
-        self._thread = threading.Thread(target=self._read)
+        self.reading = threading.Thread(target=self._read)
         wait_for(lambda: metric(agent, "podkeel_event_subscribers") == before + 1, what="the subscription")
 
     def read(self) -> None:
-        self._thread.start()
+        self.reading.start()
 
     def _read(self) -> None:
         try:
@@ -72,8 +72,8 @@ class Subscriber:
 
     def close(self) -> None:
         self.stream.cancel()
-        if self._thread.ident is not None:
-            self._thread.join()
+        if self.reading.ident is not None:
+            self.reading.join()
         self.client.close()
 
 
@@ -142,7 +142,7 @@ def test_the_agents_end_ends_the_streams(agent: AgentProcess) -> None:
     subscriber.read()
     agent.stop()
     try:
-        wait_for(lambda: not subscriber._thread.is_alive(), 4, "the end of the stream")
+        wait_for(lambda: not subscriber.reading.is_alive(), 4, "the end of the stream")
     finally:
         subscriber.close()
         agent.start()

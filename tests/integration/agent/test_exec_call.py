@@ -75,9 +75,9 @@ def test_a_start_that_fails_after_its_client_left_is_over(tmp_path: Path) -> Non
             assert launching.cancelled()
         await in_thread(tuple)
 
-    before = exec_call._strays._starting
+    before = exec_call.strays.starting
     asyncio.run(body())
-    assert exec_call._strays._starting == before
+    assert exec_call.strays.starting == before
 
 
 def test_what_a_command_makes_while_it_is_killed_is_killed_too() -> None:
@@ -90,7 +90,7 @@ def test_what_a_command_makes_while_it_is_killed_is_killed_too() -> None:
         try:
             os.kill(leader, signal.SIGKILL)
             wait_for(lambda: processes.start_time(leader) is None, what="the end of the command")
-            exec_call._kill_session(leader, runtime.pid, lambda: [orphan])
+            exec_call.kill_session(leader, runtime.pid, lambda: [orphan])
             wait_for(lambda: processes.start_time(orphan) is None, what="the end of what it made")
         finally:
             processes.kill_group(runtime.pid)

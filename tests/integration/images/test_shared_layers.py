@@ -119,14 +119,14 @@ async def test_all_waiters_but_one_leave_and_a_new_one_comes_in_between(node: No
 
 async def test_bad_credentials_get_nothing_from_a_pull_with_good_ones(node: Node, front: Front) -> None:
     front.token_user = "alice:secret"
-    front.hold_after(0)
+    held = front.hold_after(0)
     first = pull(node, front, "a", ALICE)
     await until(lambda: node.puller.pulls() and any(layer.received for layer in node.puller.pulls()[0].layers))
     for bad in (Credentials(username="mallory", password="guess"), None):
         with pytest.raises(PermissionDeniedError) as refused:
             await asyncio.wait_for(node.puller.pull(f"{front.host}/shared/a", bad), SOON)
         assert "alice" not in str(refused.value)
-    front._gate.set()  # type: ignore[union-attr]  # hold_after made it
+    held.set()
     async with asyncio.timeout(SOON):
         assert (await first).id == A.id
     # Nor does what is there now by the right to it help: the registry is asked each time.
@@ -158,7 +158,7 @@ async def test_an_error_that_concerns_credentials_reaches_their_own_pull_alone(n
 async def test_nobody_waits_for_another_registry_that_sends_the_layer_slowly(
     new_node: NewNode, front: Front, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("images.content.ingest._PATIENCE", 0.5)
+    monkeypatch.setattr("images.content.ingest.PATIENCE", 0.5)
     node = await new_node()
     async with run_front(registry.host) as slow:
         slow.drip["/blobs/" + blob_of(A, 0)] = 130
@@ -201,7 +201,7 @@ async def test_a_shared_blob_waits_for_no_slot_behind_slow_layers_of_another_pul
 async def test_two_registries_that_send_the_same_layer_at_once_make_one(
     node: Node, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("images.content.ingest._PATIENCE", 0.01)
+    monkeypatch.setattr("images.content.ingest.PATIENCE", 0.01)
     async with run_front(registry.host) as one, run_front(registry.host) as two:
         shared = blob_of(A, 0)
         for front in (one, two):

@@ -269,7 +269,7 @@ async def test_a_cancelled_export_leaves_nothing(
         copying.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("images.archives.writer._Archive.add_file", never)
+    monkeypatch.setattr("images.archives.writer.Archive.add_file", never)
     task = asyncio.create_task(node.exporter.export([name], tmp_path / "out.tar"))
     await copying.wait()
     removing = asyncio.create_task(node.store.remove(name))

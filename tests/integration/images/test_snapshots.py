@@ -108,7 +108,7 @@ async def test_more_layers_than_a_page_of_options_holds(node: Node, tmp_path: Pa
     layers = tuple(make_tar([entry(f"f{number}", str(number)), entry("same", str(number))]) for number in range(60))
     BuiltImage(layers).write_docker(archive, "deep:1")
     (image,) = await node.puller.import_archive(archive)
-    assert sum(len(str(node.snapshots._layers.path(number))) for number in image.layers) > 4096
+    assert sum(len(str(node.images.layers.path(number))) for number in image.layers) > 4096
     snapshot = await node.snapshots.prepare("c1", image, target=node.target("c1"))
     await node.snapshots.mount_image("c1", image, target=node.run / "volume")
     for root in (snapshot.target, node.run / "volume"):

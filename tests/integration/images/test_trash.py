@@ -75,12 +75,12 @@ async def test_who_waits_for_room_waits_for_no_other(bin_of: Trash, tmp_path: Pa
 async def test_the_disk_is_held_for_a_while_and_if_there_is_room(
     bin_of: Trash, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_by: str
 ) -> None:
-    monkeypatch.setattr(trash, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(trash, "LOOK_SECONDS", 0.05)
     bin_of.throw(large_tree(tmp_path / "tree"))
     with bin_of.held():
         bin_of.wake()
         await wait_until(lambda: has_paused(tmp_path / "trash"))
-        monkeypatch.setattr(*((trash, "_ROOM", 2.0) if ends_by == "room" else (bin_of, "_held_until", 0.0)))
+        monkeypatch.setattr(*((trash, "ROOM", 2.0) if ends_by == "room" else (bin_of, "held_until", 0.0)))
         await wait_until(lambda: not list((tmp_path / "trash").iterdir()))
 
 
@@ -89,7 +89,7 @@ async def test_the_process_that_removes_ends_with_the_agent(bin_of: Trash, tmp_p
     with bin_of.held():
         bin_of.wake()
         await wait_until(lambda: has_paused(tmp_path / "trash"))
-        bin_of._end_control()  # as the kernel does when the agent is killed
+        bin_of.end_control()  # as the kernel does when the agent is killed
         await wait_until(lambda: not has_paused(tmp_path / "trash"))
     await bin_of.emptied()
     assert entries(tmp_path / "trash") > 1500

@@ -125,7 +125,7 @@ async def cni_node(folder: Path, **options: object) -> AsyncIterator[CniNode]:
     node = CniNode(folder, bridge, _subnets[next(_numbers) % len(_subnets)], database, options)
     try:
         yield node
-        for row in node.network.cni._records.copy():
+        for row in node.network.cni.sandboxes():
             with contextlib.suppress(PodkeelError):
                 await node.network.detach(row)
     finally:

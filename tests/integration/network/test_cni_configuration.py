@@ -24,7 +24,7 @@ async def node(tmp_path: Path) -> AsyncIterator[CniNode]:
 
 async def _becomes(node: CniNode, reason: str) -> Condition:
     """Wait until the condition has that reason (none: is ready), as one who asks now and then."""
-    await asyncio.to_thread(wait_until, lambda: node.network.cni._view.condition.reason == reason)
+    await asyncio.to_thread(wait_until, lambda: node.network.cni.view.condition.reason == reason)
     return node.network.condition()
 
 
@@ -95,7 +95,7 @@ async def test_new_pods_use_the_new_configuration_and_old_ones_their_own(node: C
 
 
 def _plugins(node: CniNode) -> list[str]:
-    configuration = node.network.cni._view.configuration
+    configuration = node.network.cni.view.configuration
     return [plugin.type for plugin in configuration.plugins] if configuration else []
 
 
@@ -120,7 +120,7 @@ async def test_plugins_in_the_folder_of_the_network_come_and_go(node: CniNode) -
 async def test_a_missing_plugin_is_told_and_noticed_when_it_comes(
     node: CniNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("network.cni.network._LOOK_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr("network.cni.network.LOOK_AGAIN_SECONDS", 0.05)
     node.configure({"type": "absent"})
     await node.start()
     condition = node.network.condition()
@@ -150,7 +150,7 @@ async def test_versions_that_do_not_meet_are_told(node: CniNode) -> None:
 
 
 async def test_status_is_asked_from_version_1_1_on(node: CniNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("network.cni.network._LOOK_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr("network.cni.network.LOOK_AGAIN_SECONDS", 0.05)
     plugin = node.script("one", STATUS=failure(50, "the daemon is away"))
     node.configure(plugin, version="1.1.0")
     await node.start()
@@ -160,16 +160,16 @@ async def test_status_is_asked_from_version_1_1_on(node: CniNode, monkeypatch: p
     node.script("one")
     await asyncio.sleep(0.06)
     node.network.condition()
-    await asyncio.to_thread(wait_until, lambda: node.network.cni._status.ready)
-    async with node.network.cni._reading:  # what still asks from before is done then
-        node.script("one", STATUS=failure(51, "again"))
+    await node.network.cni.settled()
+    node.script("one", STATUS=failure(51, "again"))
     await asyncio.sleep(0.06)
     assert node.network.condition().ready  # from memory, and asked again in the background
-    await asyncio.to_thread(wait_until, lambda: not node.network.cni._status.ready)
+    await node.network.cni.settled()
+    assert not node.network.condition().ready
 
 
 async def test_a_plugin_that_hangs_does_not_hold_up_the_start(node: CniNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("network.cni.network._START_SECONDS", 0.1)
+    monkeypatch.setattr("network.cni.network.START_SECONDS", 0.1)
     node.configure(node.script("slow", VERSION="sleep 30"))
     async with asyncio.timeout(5):
         await node.start()

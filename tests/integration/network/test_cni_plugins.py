@@ -165,9 +165,7 @@ async def test_host_ports_come_back_when_the_nodes_rules_are_loaded_anew(node: C
     pod = await node.pod("server", PortMapping("tcp", 80, port))
     command("nft", "delete", "table", "inet", f"{node.bridge}b_cni")
     assert node.network.condition().ready  # as kubelet asks every few seconds
-    looking = node.network.cni._table._looking
-    assert looking is not None
-    await looking
+    await node.network.cni.settled()
     assert await node.network.audit(["server"]) == []
     with listen(pod.namespace, 80) as server:
         talk(None, server, ("127.0.0.1", port))

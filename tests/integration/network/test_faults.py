@@ -175,13 +175,11 @@ async def test_a_flushed_ruleset_is_made_again_without_another_pod(
     node: Node, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     pod = await node.pod("one", PortMapping("tcp", 80, 20080))
-    watch = node.network._firewalls
-    assert watch._looking is not None
-    await watch._looking
-    monkeypatch.setattr("network.nftables.firewalls._LOOK_AGAIN_SECONDS", 0)
+    await node.network.settled()
+    monkeypatch.setattr("network.nftables.firewalls.LOOK_AGAIN_SECONDS", 0)
     command("nft", "delete", "table", family, node.bridge)
     assert node.network.condition().ready  # as kubelet asks every few seconds
-    await watch._looking
+    await node.network.settled()
     assert await node.network.audit(["one"]) == []
     with listen(pod.namespace, 80) as server:
         talk(None, server, ("127.0.0.1", 20080))

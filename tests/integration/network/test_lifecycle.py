@@ -98,7 +98,7 @@ async def test_the_mtu_is_that_of_the_uplink(tmp_path: Path, monkeypatch: pytest
     link = f"pktm{tmp_path.name[-6:]}"
     command("ip", "link", "add", link, "mtu", "1400", "type", "veth", "peer", "name", f"{link}p")
     try:
-        monkeypatch.setattr("network.sysctl._ipv4_uplink", lambda: link)  # the machine's own routes stay as they are
+        monkeypatch.setattr("network.sysctl.uplink", lambda: link)  # the machine's own routes stay as they are
         async with running_node(tmp_path, mtu=0) as node:
             pod = await node.pod("one")
             assert pod.attachment.mtu == 1400
@@ -288,9 +288,7 @@ async def test_destroy_leaves_nothing(node: Node) -> None:
 
 async def test_no_descriptor_stays_open(node: Node) -> None:
     await node.pod("warm")
-    looking = node.network._firewalls._looking  # in the background, with pipes
-    assert looking is not None
-    await looking
+    await node.network.settled()  # nft runs in the background, with pipes
     before = descriptors()
     for number in range(5):
         pod = await node.pod(f"pod{number}", PortMapping("udp", 80, 20080))

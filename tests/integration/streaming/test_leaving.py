@@ -146,7 +146,7 @@ async def test_every_way_at_every_moment(
             await until(lambda: client.streams[ids["stdout"]].size > 0)
             client.reading.clear()
         leave(client.writer)
-    await until(lambda: not server._visits)
+    await until(lambda: server.served == 0)
     assert not backend.running
     await server.close()
 
@@ -162,4 +162,4 @@ async def test_many_commands_whose_clients_reset_at_their_end(backend: LocalBack
 
     for _ in range(10):
         await asyncio.gather(*(one() for _ in range(20)))
-    await until(lambda: not server._visits)
+    await until(lambda: server.served == 0)

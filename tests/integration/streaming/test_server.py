@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 import subprocess
@@ -120,11 +121,22 @@ async def test_the_oldest_without_a_token_gives_way(backend: LocalBackend, conne
 
 
 async def test_small_messages_are_sent_at_once(server: StreamingServer, connect: Connect) -> None:
-    await connect(true_url(server))
-    (visit,) = server._visits
-    transport = visit._connection._transport
-    assert transport is not None
-    assert transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    client = await connect(true_url(server))
+    address = client.writer.get_extra_info("sockname")
+    with other_end(address) as accepted:
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def other_end(address: tuple[str, int]) -> socket.socket:
+    """The socket of this process that is connected to ``address``."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found = socket.socket(fileno=os.dup(int(descriptor.name)))
+            with contextlib.suppress(OSError):
+                if found.getpeername() == address:
+                    return found
+            found.close()
+    raise AssertionError(f"no socket is connected to {address}")
 
 
 def established(port: int) -> list[str]:

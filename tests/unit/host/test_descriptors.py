@@ -33,7 +33,7 @@ class OlderFolder:
 @pytest.fixture(params=["reported by the kernel", "counted"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "counted":  # as before Linux 6.2
-        monkeypatch.setattr("host.files.descriptors._FOLDER", OlderFolder())
+        monkeypatch.setattr("host.files.descriptors.FOLDER", OlderFolder())
     elif not Path("/proc/self/fd").stat().st_size:
         pytest.skip("this kernel does not report the number of descriptors (Linux 6.2)")
 

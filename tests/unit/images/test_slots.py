@@ -94,7 +94,7 @@ async def test_each_registry_gets_its_share_at_once_whatever_others_hold() -> No
 async def test_a_pull_whose_registry_has_its_share_waits_for_half_a_minute_at_most(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(slots, "_PATIENCE", 0.2)
+    monkeypatch.setattr(slots, "PATIENCE", 0.2)
     of = Slots(4)
     pulls = [Pull(of, "one", 1) for _ in range(40)]
     await settle()
@@ -147,7 +147,7 @@ async def test_what_a_pull_wants_that_another_one_fetches_gets_the_slot_of_eithe
     assert not begun.is_set(), "the slow pull has all the slots it may have"
     with of.want(["shared", "more"], Origin("quick")):
         await asyncio.wait_for(fetching, 5)
-    assert not of._wanting
+    assert of.wanted == 0
     await slow.finish()
 
 
@@ -197,7 +197,7 @@ async def chunks(size: int, pause: float) -> AsyncGenerator[bytes, None]:
 
 
 async def test_a_slow_transfer_makes_room_for_a_pull_of_its_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "_WINDOW", 0.2)
+    monkeypatch.setattr(slots, "WINDOW", 0.2)
     of = Slots(1, 8)
     async with AsyncExitStack() as stack:
 
@@ -219,7 +219,7 @@ async def test_a_slow_transfer_makes_room_for_a_pull_of_its_registry(monkeypatch
 
 
 async def test_the_slowest_transfer_makes_room_when_a_pull_has_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "_WINDOW", 0.2)
+    monkeypatch.setattr(slots, "WINDOW", 0.2)
     of = Slots(2, 2, 2)
 
     async def transfer(size: int) -> None:
@@ -243,7 +243,7 @@ async def test_who_has_more_than_its_share_makes_room_for_a_registry_without_a_s
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However quickly its bytes come: the slowest of its transfers, and only what had its time."""
-    monkeypatch.setattr(slots, "_WINDOW", 0.2)
+    monkeypatch.setattr(slots, "WINDOW", 0.2)
     of = Slots(3, 4, 4)
 
     async def transfer(registry: str, size: int) -> None:
@@ -266,8 +266,8 @@ async def test_who_has_more_than_its_share_makes_room_for_a_registry_without_a_s
 
 async def test_a_registry_beyond_all_slots_waits_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the others has one slot, and sends more than what is too slow."""
-    monkeypatch.setattr(slots, "_WINDOW", 0.2)
-    monkeypatch.setattr(slots, "_LONGEST", 1.0)
+    monkeypatch.setattr(slots, "WINDOW", 0.2)
+    monkeypatch.setattr(slots, "LONGEST", 1.0)
     of = Slots(1, 2, 2)
 
     async def transfer(size: int) -> None:

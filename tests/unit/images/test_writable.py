@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,16 +172,16 @@ def test_large_trees_share_a_small_part_of_a_core(
     layers: WritableLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writable, "OLDEST_SECONDS", 0.0)
-    monkeypatch.setattr(writable, "_SHARE", 0.02)
+    monkeypatch.setattr(writable, "SHARE", 0.02)
     names = ["a", "b", "c"]
     for name in names:
         (tmp_path / name).mkdir()
         for number in range(600):
             (tmp_path / name / str(number)).touch()
         assert counted(layers, name).inodes == 601
-    assert layers._thread is not None
-    assert layers._thread.ident is not None
-    clock = time.pthread_getcpuclockid(layers._thread.ident)
+    (counting,) = [thread for thread in threading.enumerate() if thread.name == "writable-layers"]
+    assert counting.ident is not None
+    clock = time.pthread_getcpuclockid(counting.ident)
     for name in names:
         count_again(layers, name)  # each pause is as long as all three ask for by now
     begin, used = time.monotonic(), time.clock_gettime(clock)
@@ -220,8 +221,8 @@ def test_what_is_forgotten_stays_forgotten(layers: WritableLayers, tmp_path: Pat
 
 
 def test_closing_cuts_a_long_count_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writable, "_DUTY", 1e-6)  # the first rest is for hours
-    monkeypatch.setattr(writable, "_BATCH", 1)
+    monkeypatch.setattr(writable, "DUTY", 1e-6)  # the first rest is for hours
+    monkeypatch.setattr(writable, "BATCH", 1)
     layers = WritableLayers(lambda container_id: tmp_path)
     first = layers.usage("a")
     layers.close()

@@ -26,7 +26,7 @@ ALL = pytest.mark.parametrize("make", [trees.make_v1, trees.make_v2, trees.make_
 
 @pytest.fixture(autouse=True)
 def huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_PAGE_SIZES", ("2MB", "1GB"))
+    monkeypatch.setattr(reader, "PAGE_SIZES", ("2MB", "1GB"))
 
 
 def open_descriptors() -> int:

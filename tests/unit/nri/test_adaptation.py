@@ -258,7 +258,7 @@ async def test_nothing_is_made_between_what_a_plugin_is_told_and_its_first_event
     async with bench.adaptation.passing():
         plugin = recorder("sample", "10", str(bench.path))
         run_in_thread(plugin)
-        await until(lambda: bool(bench.adaptation._unregistered))
+        await until(lambda: bench.adaptation.unregistered > 0)
         await asyncio.sleep(0.05)
         assert recorder.seen == []
         bench.runtime.containers.append(nri_pb2.Container(id="c1"))

@@ -60,10 +60,7 @@ async def agent() -> AsyncIterator[Agent]:
 
 def running(agent: Agent, plugin_class: type[Any], name: str = "sample", index: str = "10") -> Any:
     """The stub's plugin on the other end, in a separate thread."""
-    plugin = plugin_class(name, index)
-    plugin._socket.close()
-    plugin._socket = agent.other
-    plugin._given = agent.other.fileno
+    plugin = plugin_class(name, index, connected=agent.other)
     run_in_thread(plugin)
     return plugin
 
@@ -311,7 +308,7 @@ async def test_a_plugin_that_floods_without_reading_is_not_read_any_more(agent: 
         try:
             sent += agent.other.send(data)
         except BlockingIOError:
-            if agent.trunk._transport is not None and not agent.trunk._transport.is_reading():
+            if agent.trunk.paused:
                 break
             await asyncio.sleep(0)
         except BrokenPipeError:

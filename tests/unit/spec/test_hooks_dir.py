@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from runtime.specgen.draft import draft
-from runtime.specgen.hooks_dir import HookedContainer, HooksDir, _read
+from runtime.specgen.hooks_dir import HookedContainer, HooksDir, read_rule
 from tests.unit.spec.requests import container, request, sandbox
 
 PLAIN = HookedContainer({}, "/bin/serve", False)
@@ -129,11 +129,11 @@ def test_changes_are_seen_and_what_is_unchanged_is_not_read_again(
 
     def counting(path: Path) -> Any:
         read.append(path)
-        return _read(path)
+        return read_rule(path)
 
     path = write("a.json")
     assert given(hooks) == ["a.json"]
-    monkeypatch.setattr("runtime.specgen.hooks_dir._read", counting)
+    monkeypatch.setattr("runtime.specgen.hooks_dir.read_rule", counting)
     assert given(hooks) == ["a.json"]
     assert read == []
     write("a.json", hook={"path": "/bin/true", "args": ["true", "changed"]})

@@ -60,7 +60,7 @@ def test_wrong_options_are_refused_with_and_without_selinux(field: str, value: s
 
 def test_a_label_the_policy_does_not_know_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # /dev/full takes no byte, as selinuxfs takes no label that is in no policy.
-    monkeypatch.setattr(selinux, "_CHECK", "/dev/full")
+    monkeypatch.setattr(selinux, "CHECK", "/dev/full")
     with pytest.raises(
         InvalidArgumentError, match=r"does not know the label system_u:system_r:own_t:s0: .*selinux = f"
     ):

@@ -41,6 +41,7 @@ bench: setup ## measure calls, networks and pulls; PEER=containerd adds it; ARGS
 ifeq ($(ARGS),)
 	@$(PYTHON_BIN) -m tests.bench --network
 	@$(PYTHON_BIN) -m tests.bench --pull
+	@$(PYTHON_BIN) -m pytest -q tests/bench
 endif
 
 check: install ## say what on this host works and what is missing

@@ -88,7 +88,7 @@ class Archive:
             os.close(source)
 
     async def end(self) -> int:
-        """Write the end of the archive; returns the bytes of its files."""
+        """Write the end of the archive; returns its size in bytes."""
         await in_image_thread(self._write, bytes(2 * tarfile.BLOCKSIZE))
         return self._size
 

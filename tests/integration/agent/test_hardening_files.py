@@ -228,7 +228,7 @@ def test_image_s_passwd_is_read_inside_the_image(
     with pytest.raises(grpc.RpcError) as refused:
         Attacker.start(agent, "", config)
     assert words in (refused.value.details() or "")
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 5  # reading the file or waiting for the fifo would take longer or never end
 
 
 def open_to_others(root: Path) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.refusals import refused
-from tests.support.agent import AgentProcess, wait_for
+from tests.support.agent import PATIENCE, AgentProcess, wait_for
 from tests.support.pods import (
     POLITE,
     container_config,
@@ -77,7 +77,7 @@ def test_a_command_past_its_time_leaves_no_process(agent: AgentProcess, handler:
     begin = time.monotonic()
     late = ("sh", "-c", "sleep 2000 & trap '' TERM; sleep 3000; true")
     refused("DEADLINE_EXCEEDED", "1 s", call=lambda: client.exec(container_id, *late, timeout=1))
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 5 * PATIENCE  # a call that waits for the command would take 2000 s
     wait_for(lambda: len(_processes(agent, container_id)) == 1, what="only the first process")
     assert client.findings() == []
 
@@ -89,14 +89,6 @@ def test_a_command_whose_client_leaves_is_ended(agent: AgentProcess) -> None:
     wait_for(lambda: len(_processes(agent, container_id)) == 2, what="the command")
     future.cancel()
     wait_for(lambda: len(_processes(agent, container_id)) == 1, what="only the first process")
-
-
-def test_a_child_that_keeps_the_output_open_is_not_waited_for(agent: AgentProcess) -> None:
-    _, container_id = run_container(agent, "sleep", "1000")
-    begin = time.monotonic()
-    response = agent.client.exec(container_id, "sh", "-c", "echo here; sleep 30 & exit 5")
-    assert (response.stdout, response.exit_code) == (b"here\n", 5)
-    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("stream", ["", " >&2"], ids=["stdout", "stderr"])
@@ -137,18 +129,6 @@ def test_a_renamed_log_is_followed_by_a_new_one(agent: AgentProcess) -> None:
     client.stop(container_id)
     lines = log_lines(renamed) + log_lines(path)
     assert lines == [str(number) for number in range(len(lines))]
-
-
-def test_a_shorter_grace_shortens_the_first(agent: AgentProcess) -> None:
-    client = agent.client
-    _, container_id = run_container(agent, "sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done")
-    wait_for_log(client, container_id)
-    begin = time.monotonic()
-    first = client.future("StopContainer", cri_pb2.StopContainerRequest(container_id=container_id, timeout=50))
-    client.stop(container_id, timeout=1)
-    first.result()
-    assert time.monotonic() - begin < 10
-    assert client.status(container_id).exit_code == 137
 
 
 def test_a_stop_that_was_given_up_does_not_count(agent: AgentProcess) -> None:

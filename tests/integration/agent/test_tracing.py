@@ -182,7 +182,7 @@ def test_a_collector_that_is_away_costs_one_line(tmp_path: Path, busybox: Path) 
                 agent.client.call("Version", cri_pb2.VersionRequest())
             begin = time.monotonic()
             agent.stop()
-            assert time.monotonic() - begin < 5
+            assert time.monotonic() - begin < 5  # an end that waits for the collector would take longer
             assert agent.log.read_text().count("does not accept traces") == 1
             assert "Traceback" not in agent.log.read_text()
             agent.start()

@@ -160,7 +160,7 @@ def test_stop_waits_for_no_grace_of_containers(pod: Pod) -> None:
     deaf = pod.start(container_config("deaf", "sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.05; done"))
     begin = time.monotonic()
     pod.agent.client.stop_sandbox(pod.id)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 5  # a grace period would take longer
     assert exited(pod.agent, deaf).exit_code == 137
 
 

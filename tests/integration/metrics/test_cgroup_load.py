@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -170,19 +168,3 @@ def test_a_removed_cgroup_reads_as_nothing_and_keeps_no_descriptor(cgroup: OwnCg
     assert not cgroup.reader.exists()
     cgroup.__init__(cgroup.hierarchies, cgroup.path)  # type: ignore[misc]  # one of the same name is another one
     assert present(cgroup.reader.cpu()).usage_ns == 0
-
-
-def test_a_full_reading_is_cheap(cgroup: OwnCgroup) -> None:
-    load = cgroup.run(python("print('ready', flush=True); input()"))
-    assert load.stdout is not None
-    assert load.stdout.readline() == b"ready\n"
-
-    def best(read: Callable[[], object]) -> float:
-        times = []
-        for _ in range(300):
-            begin = time.perf_counter()
-            read()
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times)
-
-    assert best(cgroup.reader.read) < 0.000150 * 4  # measured 0.00005; the machine may be busy

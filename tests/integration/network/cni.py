@@ -57,9 +57,9 @@ class CniNode(PluginFolders):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.network = self._make()
+        self.network = self.make()
 
-    def _make(self) -> NodeNetwork:
+    def make(self) -> NodeNetwork:
         wanted: dict[str, object] = {
             "mode": "cni",
             "bridge": f"{self.bridge}b",
@@ -101,7 +101,7 @@ class CniNode(PluginFolders):
         """Another agent over the same store and kernel."""
         await self.network.stop()
         self.options |= options
-        self.network = self._make()
+        self.network = self.make()
         await self.start(*live)
 
     def namespace(self) -> Namespace:

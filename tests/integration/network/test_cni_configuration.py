@@ -46,7 +46,7 @@ async def test_no_configuration_is_told_until_there_is_one(node: CniNode) -> Non
 async def test_a_folder_that_does_not_exist_yet_is_waited_for(node: CniNode) -> None:
     deep = node.folder / "a" / "b"
     node.options["cni_config_dir"] = str(deep)
-    node.network = node._make()
+    node.network = node.make()
     await node.start()
     plugin = node.script("one")
     path = node.configure(plugin)

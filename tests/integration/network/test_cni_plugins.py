@@ -271,7 +271,7 @@ async def test_a_start_gives_back_what_belongs_to_nobody(node: CniNode) -> None:
     await node.pod("kept")
     await node.pod("gone")
     await node.network.stop()
-    node.network = node._make()
+    node.network = node.make()
     await node.network.start()
     (finding,) = await node.network.repair(["kept"])
     assert finding.object == "gone"

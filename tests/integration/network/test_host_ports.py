@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Sequence
 
 import pytest
@@ -199,14 +198,14 @@ async def test_host_ports_survive_a_restart_and_a_flushed_ruleset(node: Node) ->
 
 
 @pytest.mark.parametrize("protocol", ["tcp", "udp", "sctp"])
-async def test_a_thousand_ports_cost_less_than_a_millisecond_each(node: Node, protocol: str) -> None:
+async def test_a_pod_with_a_thousand_ports(node: Node, protocol: str) -> None:
+    """``make bench ARGS=--network`` measures how long one takes."""
     mappings = [PortMapping(protocol, 80, port) for port in range(20000, 21000)]
-    started = time.perf_counter()
     await node.pod("many", *mappings)
-    assert time.perf_counter() - started < 1
-    started = time.perf_counter()
+    assert node.rows()["host_ports"] == 1000
+    assert await node.network.audit(["many"]) == []
     await node.network.detach("many")
-    assert time.perf_counter() - started < 1
+    assert node.rows()["host_ports"] == 0
     node.namespaces[-1].close()
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from host.errors import InvalidArgumentError
 from proto.runtime.v1 import cri_pb2
 from runtime.specgen.capabilities import NAMES
 from runtime.specgen.facts import HandlerFacts
@@ -84,11 +83,6 @@ echo @end"""
     assert all("rw" in options for path, options in targets.items() if path.startswith("/sys/fs/cgroup"))
     assert not {"/proc/keys", "/proc/sys"} & set(targets)
     assert seen["read"] == "0"
-
-
-def test_a_privileged_container_needs_a_privileged_pod(run: Run) -> None:
-    with pytest.raises(InvalidArgumentError, match="not privileged"):
-        run("true", config=secured(privileged=True))
 
 
 @pytest.fixture(params=["profile", "compiled"])

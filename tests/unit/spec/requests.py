@@ -108,3 +108,41 @@ def request(folder: Path, **fields: Any) -> SpecRequest:
     }
     values.update(fields)
     return SpecRequest(**values)
+
+
+def like_kubelets(folder: Path) -> SpecRequest:
+    """A container as kubelet asks for it, with mounts, limits and a security context."""
+    mounts = []
+    for number, (path, readonly) in enumerate(
+        [
+            ("/var/run/secrets/kubernetes.io/serviceaccount", True),
+            ("/etc/hosts", False),
+            ("/dev/termination-log", False),
+        ]
+    ):
+        source = folder / f"kubelet/pods/volumes/{number}"
+        source.mkdir(parents=True, exist_ok=True)
+        mounts.append(cri_pb2.Mount(container_path=path, host_path=str(source), readonly=readonly))
+    limits = cri_pb2.LinuxContainerResources(
+        cpu_period=100000,
+        cpu_shares=102,
+        memory_limit_in_bytes=1 << 25,
+        oom_score_adj=999,
+        hugepage_limits=[{"page_size": "2MB"}, {"page_size": "1GB"}],
+    )
+    context = cri_pb2.LinuxContainerSecurityContext(
+        namespace_options={"pid": "CONTAINER", "userns_options": {"mode": "NODE"}},
+        run_as_user={"value": 1000},
+        masked_paths=["/proc/asound", "/proc/acpi", "/proc/kcore"],
+        readonly_paths=["/proc/bus", "/proc/sys"],
+        seccomp={"profile_type": "RuntimeDefault"},
+    )
+    config = container(
+        command=["sh", "-c", "sleep 1000"],
+        envs=[{"key": f"KUBERNETES_{number}", "value": b"10.96.0.1"} for number in range(8)],
+        mounts=mounts,
+        linux=cri_pb2.LinuxContainerConfig(resources=limits, security_context=context),
+        annotations={"io.kubernetes.container.hash": "d6ea5d4e"},
+    )
+    files = SandboxFiles(Path("/p/resolv.conf"), Path("/p/hosts"), Path("/p/hostname"), Path("/p/shm"))
+    return request(folder, config=config, files=files, pids_limit=1000)

@@ -1,0 +1,45 @@
+"""Bounds on the speed of single functions, on a machine without other work: ``python -m pytest tests/bench``."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from host.cgroups import discover
+from runtime.specgen.builder import build
+from tests.integration.metrics.own_cgroup import OwnCgroup
+from tests.unit.spec.requests import like_kubelets
+
+
+def median(work: Callable[[], object], rounds: int) -> float:
+    """Seconds of processor time of this thread, after a first call that fills caches."""
+    work()
+    times = []
+    for _ in range(rounds):
+        begin = time.thread_time()
+        work()
+        times.append(time.thread_time() - begin)
+    return statistics.median(times)
+
+
+def test_a_spec_is_built_in_milliseconds(tmp_path: Path) -> None:
+    """It takes about 1 ms. A seccomp profile that is compiled each time would take 14 ms."""
+    wanted = like_kubelets(tmp_path)
+    assert median(lambda: build(wanted), 50) < 0.003
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_all_files_of_a_cgroup_are_read_in_microseconds() -> None:
+    """It takes about 50 µs."""
+    own = OwnCgroup(discover(), f"/podkeel-test-speed-{os.getpid()}")
+    try:
+        own.run(["sleep", "1000"])
+        assert median(own.reader.read, 300) < 0.00015
+    finally:
+        own.reader.close()
+        own.remove()

@@ -80,7 +80,7 @@ class LogReader:
         return LogLine(time.decode(errors="replace"), stream.decode(errors="replace"), whole)
 
     def _rotated(self) -> bool:
-        with contextlib.suppress(FileNotFoundError):  # renamed, and the new one is not there yet
+        with contextlib.suppress(FileNotFoundError):  # renamed, and the new one does not exist yet
             return not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
         return False
 

@@ -71,7 +71,7 @@ def run_pod(client: Client, plan: PodPlan, pod_dir: str | Path, report: Report) 
         taken = (other.metadata.namespace, other.metadata.name) == (metadata.namespace, metadata.name)
         if taken and other.state == cri_pb2.SANDBOX_READY:
             raise AlreadyExistsError(
-                f"pod {metadata.namespace}/{metadata.name} is there already; `podkeel rm {short(other.id)}` removes it"
+                f"pod {metadata.namespace}/{metadata.name} exists already; `podkeel rm {short(other.id)}` removes it"
             )
     for container in (*plan.init_containers, *plan.containers):
         _provide_image(client, container, plan, report)
@@ -110,7 +110,7 @@ def _provide_image(client: Client, container: ContainerPlan, plan: PodPlan, repo
         image = find_image(client, name)
         report(f"{'image':<12} {name} pulled in {duration(time.perf_counter() - begin)}")
     if image is None:
-        raise PodkeelError(f"image {name} was pulled but is not there; was it removed meanwhile?")
+        raise PodkeelError(f"image {name} was pulled but is missing; was it removed meanwhile?")
     container.config.image.image = image.id
 
 

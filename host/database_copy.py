@@ -107,7 +107,7 @@ def opened_to_read(path: Path) -> sqlite3.Connection:
 
 
 def put_in_place(copy: Path, path: Path) -> Path | None:
-    """Make ``path`` a copy of the database ``copy``; what was there is renamed, and its new name returned.
+    """Make ``path`` a copy of the database ``copy``; an existing file is renamed, and its new name returned.
 
     Blocks. On a failure everything is as before. Raises OSError.
     """

@@ -281,7 +281,7 @@ class Collector:
         return bool(chunk)
 
     def drain(self) -> None:
-        """Read what is there, which is less than one reading takes, without waiting for more."""
+        """Read the present bytes, which are fewer than one read takes, without waiting for more."""
         self._pull()
 
     def close_write_end(self) -> None:

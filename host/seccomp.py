@@ -42,9 +42,9 @@ class Rule:
 def compile_filter(default: int, rules: Iterable[Rule], architectures: Iterable[str] = ()) -> bytes:
     """The filter for seccomp(2); the kernel finds a call's rule by binary search where libseccomp can do that.
 
-    ``architectures`` (such as ``x32``) are taken besides the machine's own; calls of others end the process. Names that
-    libseccomp does not know get the default action. Raises UnavailableError where there is no libseccomp, PodkeelError
-    where it refuses something.
+    ``architectures`` (such as ``x32``) are accepted besides the machine's own; calls of others end the process. Names
+    that libseccomp does not know get the default action. Raises UnavailableError where there is no libseccomp,
+    PodkeelError where it refuses something.
     """
     library = _library()
     context = library.seccomp_init(default)

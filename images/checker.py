@@ -144,7 +144,7 @@ class ImageChecker:
             if unpacked.diff_id != layer.diff_id:
                 raise InvalidArgumentError(f"{subject} is broken: unpacked, its digest is {unpacked.diff_id}")
             if broken.intersection(below):
-                return await self._count(layer)  # folders that it takes over from those have nothing to be held against
+                return await self._count(layer)  # folders that it copies from those have nothing to be compared with
             if unpacked.implied and below:
                 await in_long_thread(inherit, fresh, [self._layers.path(number) for number in below], unpacked.implied)
             trees = await look_at(fresh, self._layers.path(layer.number))

@@ -1,4 +1,4 @@
-"""Images on their way off the node: to archives and to registries."""
+"""Copying images from the node: to archives and to registries."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Exporter:
         """Write images to an OCI archive at ``path``; returns its size in bytes.
 
         An image asked for by a tag gets that name in the archive, otherwise all its tags. Raises NotFoundError if one
-        is not there, WrongStateError if its compressed layers were not kept, else as ``images.archives.writer.export``.
+        is missing, WrongStateError if its compressed layers were not kept, else as ``images.archives.writer.export``.
         """
         async with AsyncExitStack() as stack:
             chosen = []

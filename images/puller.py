@@ -1,4 +1,4 @@
-"""Images on their way onto the node: pulled from registries, imported from archives."""
+"""Bringing images to the node: pulls from registries, imports from archives."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ ROWS_OF_CONTAINER = (
     Place("snapshots", "container_id = ?1", newer=("image_id", "layers")),
 )
 
-# Layer numbers are never used twice: the folder of a dropped layer may still be on its way out.
+# Layer numbers are never used twice: the folder of a dropped layer may still be in removal.
 MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE images (

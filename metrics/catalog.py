@@ -26,7 +26,7 @@ _NS = 1e-9
 
 
 def _of_reading(part: str, value: Callable[..., float | None]) -> Callable[[Snapshot], Iterable[Sample]]:
-    """One sample from one part of the cgroup's reading; none if the part or the value is not there."""
+    """One sample from one part of the cgroup's reading; none if the part or the value is missing."""
 
     def sample(snapshot: Snapshot) -> Iterable[Sample]:
         reading = getattr(snapshot.reading, part) if snapshot.reading is not None else None

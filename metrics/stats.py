@@ -141,7 +141,7 @@ class LimitsReading(msgspec.Struct, frozen=True, gc=False):
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """Everything about one cgroup; None or empty where a controller is not there."""
+    """Everything about one cgroup; None or empty where a controller is missing."""
 
     cpu: CpuReading | None = None
     memory: MemoryReading | None = None

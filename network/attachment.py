@@ -106,11 +106,11 @@ def check_attachment(attachment: Attachment) -> None:
         if not _LINK.fullmatch(name):
             raise ValueError(f"its link {name!r} is not named as those of pods are")
     if not _MAC.fullmatch(attachment.mac):
-        raise ValueError(f"its MAC {attachment.mac!r} is none")
+        raise ValueError(f"its MAC {attachment.mac!r} is invalid")
     if attachment.interface != POD_INTERFACE:
         raise ValueError(f"its interface {attachment.interface!r} is not {POD_INTERFACE}")
     if not 0 <= attachment.mtu <= _LARGEST_MTU:
-        raise ValueError(f"its MTU {attachment.mtu} is none")
+        raise ValueError(f"its MTU {attachment.mtu} is invalid")
 
 
 def interface_prefix(bridge: str) -> str:

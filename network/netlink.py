@@ -76,7 +76,7 @@ _ATTRIBUTE = struct.Struct("=HH")
 ATTRIBUTE_HEADER = _ATTRIBUTE.size
 
 Attribute = tuple[str, Any]
-# A decoded message: fields by name as in a dict, attributes with ``get_attr``, None for one that is not there.
+# A decoded message: fields by name as in a dict, attributes with ``get_attr``, None for one that is missing.
 Answer = Any
 
 

@@ -1,4 +1,4 @@
-"""One agent's runtime, put together: opened, recovered, and closed again with every pod left running."""
+"""One agent's runtime, composed of its parts: opened, recovered, and closed again while every pod keeps running."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class LogFile:
     path: Path
 
     def open(self) -> int:
-        """A descriptor of the file, which is made if it is not there, to append to it.
+        """A descriptor of the file, which is made if it is missing, to append to it.
 
         Raises:
             InvalidArgumentError: the path leads out of the folder, or is taken by something that is no regular file.

@@ -52,7 +52,7 @@ class RuntimeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     containers, in octal digits. ``io_weight`` is the weight of a pod, from 1 to 1000, when pods compete for a disk:
     twice the weight, twice the share; 0 leaves the kernel's default, which is 100. ``hooks_dirs`` are folders of OCI
     hooks (oci-hooks(5)), of which a later one has precedence over an earlier one. What an image has at its VOLUMEs is
-    copied for each container: ``max_volume_copy_bytes`` of data (holes of sparse files are none) and
+    copied for each container: ``max_volume_copy_bytes`` of data (holes of sparse files do not count) and
     ``max_volume_copy_entries`` files at most, all VOLUMEs of a container together.
     """
 

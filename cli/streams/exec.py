@@ -60,7 +60,7 @@ def attach(options: argparse.Namespace) -> int:
 
 
 def _detach_keys(options: argparse.Namespace) -> bytes:
-    """Those typed to leave. Raises InvalidArgumentError when there are none such, or no terminal to type them on."""
+    """The keys to detach. Raises InvalidArgumentError if they are invalid, or if there is no terminal."""
     if options.tty and options.stdin and not terminal.is_terminal(0):
         raise InvalidArgumentError("standard input is no terminal: leave out -t")
     return detach_keys.parse(options.detach_keys)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class TlsFiles(NamedTuple):
-    """PEM files; without ``ca`` the host's own authorities are believed."""
+    """PEM files; without ``ca`` the host's own authorities are trusted."""
 
     ca: str | None = None
     certificate: str | None = None

@@ -162,7 +162,7 @@ def _clear_flags_of(descriptor: int) -> None:
 
 
 def remove_tree(path: Path) -> list[str]:
-    """Remove ``path`` with all that is in it; returns what stays and why. Blocks; success if nothing is there."""
+    """Remove ``path`` with all that is in it; returns what stays and why. Blocks; success if it does not exist."""
     try:
         folder = os.open(path.parent, _FOLDER)
     except FileNotFoundError:

@@ -49,7 +49,7 @@ class SetAside(NamedTuple):
 
 
 def keep(connection: sqlite3.Connection, rows: Sequence[UnreadableRow]) -> None:
-    """Write down what was taken out; the caller deletes it from its table in the same transaction."""
+    """Record the row; the caller deletes it from its table in the same transaction."""
     for row in rows:
         columns = json.dumps([_plain(value) for value in row.columns])
         values = (row.kind, row.object, printable(row.reason), int(time.time()), columns)

@@ -1,1 +1,1 @@
-"""Blobs on their way into the store: sources, partial downloads, progress, slots, removal."""
+"""Blobs before they are in the store: sources, partial downloads, progress, slots, removal."""

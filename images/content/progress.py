@@ -76,14 +76,14 @@ class Transfer:
 
 
 class Transfers:
-    """The layers on their way to the node, by chain id and registry."""
+    """The layers that are being fetched, by chain id and registry."""
 
     def __init__(self) -> None:
         self._transfers: dict[tuple[str, str], Transfer] = {}
 
     @contextmanager
     def making(self, source: LayerSource) -> Iterator[Transfer]:
-        """The layer is on its way until the block ends."""
+        """The layer is being fetched until the block ends."""
         transfer = self._transfers[source.key] = Transfer(source)
         try:
             yield transfer

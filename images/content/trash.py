@@ -117,7 +117,7 @@ class Trash:
         return status.f_bavail > ROOM * status.f_blocks and status.f_favail >= ROOM * status.f_files
 
     def throw(self, path: Path) -> bool:
-        """Move ``path`` into the folder (one rename; call it on a thread, then ``wake``); False if it is not there."""
+        """Move ``path`` into the folder (one rename; call it on a thread, then ``wake``); False if it is missing."""
         while True:
             target = self._folder / f"{os.getpid()}-{next(self._names)}"
             if not os.path.lexists(target):

@@ -57,7 +57,7 @@ async def collect(response: aiohttp.ClientResponse, chunks: AsyncIterator[bytes]
 
 
 def encoding_of(response: aiohttp.ClientResponse) -> str:
-    """How the body is encoded; empty for as it is. None is asked for, but some servers do it all the same."""
+    """The encoding of the body; empty for none. No encoding is requested, but some servers use one."""
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     return "" if encoding == "identity" else encoding
 

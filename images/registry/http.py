@@ -93,7 +93,7 @@ async def body_of(response: aiohttp.ClientResponse, stall_seconds: float) -> Asy
 async def answer_within(
     seconds: float, body: AsyncIterator[bytes] | bytes | None
 ) -> AsyncIterator[AsyncIterator[bytes] | bytes | None]:
-    """The block ends ``seconds`` after all of ``body`` was sent at the latest, by TimeoutError; gives what to send."""
+    """The block ends by TimeoutError ``seconds`` after all of ``body`` was sent; gives what to send."""
     loop = asyncio.get_running_loop()
 
     async def pieces(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -65,7 +65,7 @@ async def follow(sending: Sending, home: Origin, send: Open) -> tuple[aiohttp.Cl
 
 
 def target_of(base: str, location: str) -> str:
-    """The address that a Location header names; aiohttp.ClientPayloadError if that is none."""
+    """The address that a Location header names; aiohttp.ClientPayloadError if it is invalid."""
     try:
         if location:
             return address(urljoin(base, location))
@@ -75,7 +75,7 @@ def target_of(base: str, location: str) -> str:
 
 
 def address(text: str) -> str:
-    """``text`` as an http or https address of ASCII characters; ValueError if it is none."""
+    """``text`` as an http or https address of ASCII characters; ValueError if it is invalid."""
     quoted = quote(text, safe=_KEPT, errors="surrogateescape")
     if len(quoted) > LONGEST_ADDRESS:
         raise ValueError(f"an address of {len(quoted)} bytes")

@@ -87,7 +87,7 @@ class SnapshotStore:
         for row in self._database.read("SELECT id, container_id, image_id, layers FROM snapshots"):
             key, container_id, image_id, text = row
             if not _is_name(container_id) or key.partition(" ")[0] != container_id:
-                unreadable.append(UnreadableRow("snapshot", key, "its container's id is none", row))
+                unreadable.append(UnreadableRow("snapshot", key, "its container's id is invalid", row))
                 continue
             try:
                 layers = tuple(msgspec.json.decode(text, type=list[int]))

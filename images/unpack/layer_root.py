@@ -1,7 +1,7 @@
 """Paths inside the folder that a layer is written to, which is the root and the working folder of the process.
 
 Runs in the unpack worker. No path leads out, as nothing else is mounted; this is about paths that are longer than the
-kernel takes at once, and about links that lead to what is not there yet.
+kernel accepts, and about links to missing files.
 """
 
 # Names are bytes, which pathlib does not take.
@@ -102,9 +102,9 @@ class LayerRoot:
             return 0
 
     def resolve(self, path: bytes) -> tuple[bytes, int]:
-        """``path`` with every link in it followed, and how many of its parts are there.
+        """``path`` with every link in it followed, and how many of its parts exist.
 
-        What a link leads to need not be there. Raises TarError for links that lead in circles.
+        The target of a link need not exist. Raises TarError for links that lead in circles.
         """
         done: list[bytes] = []
         there: int | None = None

@@ -1,4 +1,4 @@
-"""A layer's bytes on their way to the unpack worker: hashed, kept and passed on, a batch at a time on a thread."""
+"""Feeding a layer to the unpack worker: its bytes are hashed, kept and passed on, a batch at a time on a thread."""
 
 from __future__ import annotations
 

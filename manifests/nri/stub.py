@@ -72,7 +72,7 @@ class Plugin:
         return nri_pb2.ConfigureResponse(events=sum(1 << (number - 1) for number in wanted if number))
 
     def Synchronize(self, request: nri_pb2.SynchronizeRequest) -> Message | None:
-        """Take note of the pods and containers that are there; ``more`` says that another message follows."""
+        """Receive the existing pods and containers; ``more`` says that another message follows."""
         return nri_pb2.SynchronizeResponse(more=request.more)
 
     def Shutdown(self, request: nri_pb2.Empty) -> Message | None:

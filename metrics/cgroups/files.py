@@ -137,7 +137,7 @@ class Folder:
 
 
 def number(content: bytes | None) -> int | None:
-    """The number that is all of a file; None for ``max`` and for a file that is not there."""
+    """The number that is all of a file; None for ``max`` and for a file that is missing."""
     return None if content is None or content.startswith(b"max") else int(content)
 
 
@@ -151,7 +151,7 @@ class Fields:
         self._layouts: dict[int, _Layout] = {}
 
     def parse(self, content: bytes) -> tuple[int, ...]:
-        """The values in the order of the keys; 0 for a key that is not there."""
+        """The values in the order of the keys; 0 for a key that is missing."""
         words: list[bytes] = content.split()
         words.append(b"0")
         layout = self._layouts.get(len(words))

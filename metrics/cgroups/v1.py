@@ -87,7 +87,7 @@ def limited_memory(folder: Folder) -> LimitedMemory | None:
 
 
 def _memory(folder: Folder) -> tuple[MemoryReading, int] | None:
-    """A reading, and the smallest limit of the cgroup and those above it: where that is none, it has none itself."""
+    """A reading, and the smallest limit of the cgroup and those above it: if that is no limit, it has none."""
     usage, stat = folder.read_all(("memory.usage_in_bytes", "memory.stat"))
     counters = folder.parsed_content("memory.stat", stat, _MEMORY_STAT.parse)
     if usage is None or counters is None:

@@ -144,7 +144,7 @@ class BridgeLinks:
         try:
             pin = open(namespace_path, "rb")  # noqa: SIM115 - the errors of opening and of using it differ
         except OSError as error:
-            raise NotFoundError(f"{what}: its network namespace is not there: {error}") from error
+            raise NotFoundError(f"{what}: its network namespace is missing: {error}") from error
         with pin:
             if os.path.sameopenfile(pin.fileno(), self._own_namespace.fileno()):
                 raise NotFoundError(f"{what}: {namespace_path} is the node's own network namespace")
@@ -190,7 +190,7 @@ class BridgeLinks:
         conntrack.forget_udp(self._netfilter, attachment.host_ports, attachment.versions)
 
     def delete_links(self, names: Sequence[str]) -> None:
-        """Delete links; those that are not there are no error."""
+        """Delete links; those that are missing are no error."""
         for name in names:
             self._route.request([rtnetlink.delete_link(name)], tolerate=(errno.ENODEV,))
 

@@ -131,7 +131,7 @@ class BuiltInNetwork:
             InvalidArgumentError: a port mapping makes no sense.
             AlreadyExistsError: a host port is taken, or the sandbox is connected already.
             LimitError: no address is free.
-            NotFoundError: the namespace is not there.
+            NotFoundError: the namespace is missing.
         """
         kernel = self._started()
         versions = tuple(dict.fromkeys(network.version for network in self._book.current))
@@ -270,7 +270,7 @@ class BuiltInNetwork:
         return [ip_interface(f"{gateway}/{prefix}") for gateway, prefix in prefixes.items()]
 
     async def _ensure(self) -> None:
-        """Bring bridge and tables to what memory says; the tables are replaced in one transaction."""
+        """Make bridge and tables match memory; the tables are replaced in one transaction."""
         kernel = self._kernel
         if kernel is None:
             raise UnavailableError(f"network {self.options.bridge} has been stopped")

@@ -18,9 +18,7 @@ def bring_up_loopback(sandbox_id: str, netns_path: str) -> None:
         with threads.inside_namespace(netns_path, libc.CLONE_NEWNET), NetlinkSocket(NETLINK_ROUTE) as inside:
             inside.request([rtnetlink.set_up("lo")])
     except OSError as error:
-        raise NotFoundError(
-            f"sandbox {sandbox_id}: its network namespace {netns_path} is not there: {error}"
-        ) from error
+        raise NotFoundError(f"sandbox {sandbox_id}: its network namespace {netns_path} is missing: {error}") from error
 
 
 def remove_veth(name: str) -> None:

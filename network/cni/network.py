@@ -175,7 +175,7 @@ class CniNetwork:
             UnavailableError: there is no usable configuration, or a plugin says that trying later may help.
             InvalidArgumentError: a port mapping makes no sense.
             AlreadyExistsError: a host port is taken, or the sandbox is connected already.
-            NotFoundError: the namespace is not there.
+            NotFoundError: the namespace is missing.
             DeadlineError: a plugin took too long.
             PodkeelError: a plugin failed, with its code and text.
         """

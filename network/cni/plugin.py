@@ -24,7 +24,7 @@ _NOT_AVAILABLE = (50, 51)
 
 
 class PluginMissingError(UnavailableError):
-    """The program of a CNI plugin is not installed: not that the pod is not there, so no NotFoundError."""
+    """The program of a CNI plugin is not installed. No NotFoundError, which would mean that the pod is missing."""
 
 
 class Reply(msgspec.Struct, frozen=True, rename={"supported": "supportedVersions"}):
@@ -70,7 +70,7 @@ class PluginRunner:
         """Run one plugin and return what it printed.
 
         Raises:
-            PluginMissingError: it is not there.
+            PluginMissingError: it is missing.
             DeadlineError: it was killed because it took too long.
             UnavailableError: it says that trying later may help.
             PodkeelError: it failed; the message holds its code and text, or how it ended.

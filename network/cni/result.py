@@ -45,7 +45,7 @@ class PodInterface(NamedTuple):
 
 
 def decode(kind: str, output: bytes) -> dict[str, Any]:
-    """The result a plugin printed; raises InvalidArgumentError when it is none."""
+    """The result a plugin printed; raises InvalidArgumentError if it is malformed."""
     try:
         return untrusted_json.decode(output, dict[str, Any])
     except JsonError as error:

@@ -119,7 +119,7 @@ def add_elements(netfilter: NetlinkSocket, table: str, elements: Sequence[Elemen
 
 
 def remove_elements(netfilter: NetlinkSocket, table: str, elements: Sequence[Element]) -> None:
-    """Remove all; those that are not there are no error, nor is a table that is not there."""
+    """Remove all; those that are missing are no error, nor is a table that is missing."""
     if not elements:
         return
     try:

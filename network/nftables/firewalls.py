@@ -73,7 +73,7 @@ class FirewallWatch:
         return next((obstacle for obstacle in self._obstacles if obstacle.certain), None)
 
     def look_soon(self, ranges: Sequence[IPNetwork]) -> None:
-        """Look again in the background if that was some time ago: sooner where something was in the way."""
+        """Look again in the background if that was some time ago: sooner if something blocked pods."""
         pause = _LOOK_AGAIN_SOON_SECONDS if self._obstacles else LOOK_AGAIN_SECONDS
         idle = self._looking is None or self._looking.done()
         if idle and (not self._looked_at or time.monotonic() > self._looked_at + pause):

@@ -102,7 +102,7 @@ class ContainerCreate:
         """Make a container in a ready sandbox and return it created; joins or returns an identical one.
 
         Raises:
-            NotFoundError: the sandbox or the image is not there.
+            NotFoundError: the sandbox or the image is missing.
             WrongStateError: the sandbox is not ready.
             InvalidArgumentError: the configuration is wrong.
             AlreadyExistsError: name and attempt are taken by another configuration.

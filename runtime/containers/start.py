@@ -43,7 +43,7 @@ class ContainerStart:
         Raises:
             NotFoundError: there is no such container.
             WrongStateError: it is not created, or its sandbox is not ready.
-            InvalidArgumentError: its program is not there or cannot be executed; it has exited then.
+            InvalidArgumentError: its program is missing or cannot be executed; it has exited then.
             PodkeelError: it could not be started; it has exited then.
         """
         container = self._state.get_container(container_id)

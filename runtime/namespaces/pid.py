@@ -82,7 +82,7 @@ def start_holder_in_user_namespace(folder: SandboxFolder, catatonit: str, sandbo
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO]:
-    """Its reading and its writing end, unbuffered, both closed with ``stack`` at the latest."""
+    """Its reading and its writing end, unbuffered. ``stack`` closes both."""
     ends = os.pipe2(os.O_CLOEXEC)
     reading, writing = os.fdopen(ends[0], "rb", buffering=0), os.fdopen(ends[1], "wb", buffering=0)
     return stack.enter_context(reading), stack.enter_context(writing)
@@ -199,7 +199,7 @@ def _mark_file(folder: SandboxFolder) -> Path:
 
 
 def _new_mark(folder: SandboxFolder) -> str:
-    """Write down what the init will have in its environment, before it is started."""
+    """Record what the init will have in its environment, before it is started."""
     file = _mark_file(folder)
     file.parent.mkdir(mode=0o700, exist_ok=True)
     mark = secrets.token_hex(_MARK_BYTES // 2)

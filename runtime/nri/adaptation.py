@@ -166,7 +166,7 @@ class Adaptation:
                 await asyncio.sleep(_GATE_SECONDS)
 
     def note_gone(self, title: str, why: str) -> None:
-        """Have reports show a plugin that is not there, with the reason."""
+        """Have reports show a plugin that is missing, with the reason."""
         self.gone.append(Gone(title, time.time_ns(), why))
 
     def _lose(self, plugin: Plugin, why: str) -> None:

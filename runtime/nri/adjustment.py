@@ -59,8 +59,8 @@ def apply(
 ) -> None:
     """Put what plugins changed of a container into ``spec``, whose paths are not resolved yet; touches no file.
 
-    A name with a leading ``-`` removes what the container had; what is set replaces what was there. CDI devices are not
-    of the spec: ``adjust`` takes them. Mounts and devices that stay are the same objects as before.
+    A name with a leading ``-`` removes what the container had; a set value replaces the old one. CDI devices are not of
+    the spec: ``adjust`` takes them. Mounts and devices that stay are the same objects as before.
 
     Raises InvalidArgumentError for a value that cannot be, UnsupportedError for what the node, the OCI runtime of the
     handler or this agent cannot do; both name the plugin and the field.

@@ -67,7 +67,7 @@ class Listener:
         return bound
 
     async def close(self) -> None:
-        """Take no more connections; those that are there are left alone."""
+        """Accept no more connections; existing ones stay."""
         if self._server is not None:
             self._server.close()
             await in_thread(self._unlink)

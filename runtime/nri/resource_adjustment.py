@@ -1,4 +1,4 @@
-"""Resources as plugins give them: into the spec of a container that is made, or as an update of one that is there."""
+"""Resources as plugins give them: into the spec of a container that is made, or as an update of an existing one."""
 
 from __future__ import annotations
 

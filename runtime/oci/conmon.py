@@ -103,7 +103,8 @@ class ExitRecord:
 
 
 class StartingMonitor:
-    """A conmon on its way. Begun ahead of the container's bundle, its program loads while that is made."""
+    """A conmon that is being started. It begins before the container's bundle, so that its program loads while that is
+    made."""
 
     def __init__(
         self, command: Sequence[str], folder: ContainerFolder, log: LogFile | None, *, node_devices: bool = False
@@ -120,7 +121,7 @@ class StartingMonitor:
         self._spawned: asyncio.Future[ProcessName] | None = None
 
     def begin(self) -> None:
-        """Start conmon now, rather than in ``create``; nothing of the bundle needs to be there yet."""
+        """Start conmon now, rather than in ``create``; the bundle need not exist yet."""
         self._begun()
 
     def _begun(self) -> asyncio.Future[ProcessName]:
@@ -247,7 +248,7 @@ class Monitors:
         return StartingMonitor(self._command(request), folder, request.log, node_devices=request.node_devices)
 
     def running(self) -> dict[str, int]:
-        """Pids of the conmon processes of this agent, by container id; also of one whose pid was never written down.
+        """Pids of the conmon processes of this agent, by container id; also of one whose pid was never recorded.
 
         Others may call themselves anything: what counts is the program that a process executes, as root.
         """

@@ -308,7 +308,7 @@ def _with_oom_score_adj(score: int) -> list[str]:
 
 
 def _leader(pid_file: Path) -> int | None:
-    """The pid that the OCI runtime wrote down; None before it has."""
+    """The pid that the OCI runtime recorded; None before it has."""
     try:
         return int(pid_file.read_text())
     except (OSError, ValueError):

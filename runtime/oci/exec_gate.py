@@ -52,7 +52,7 @@ class ExecGate:
         if self._group < 0:
             return
         group, self._group = self._group, -1
-        # The command may wait for nothing of the loop's, and a thread answers sooner.
+        # The command must not wait for the loop, and a thread answers sooner.
         await in_fresh_thread(_answer, group, runtime, os.dup(socket))
 
     def close(self) -> None:

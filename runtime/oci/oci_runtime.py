@@ -40,7 +40,7 @@ _REFUSED_LIMIT = re.compile(
     r"""|memory limit (could be )?too low|unable to set memory limit""",
     re.IGNORECASE | re.DOTALL,
 )
-# Errors that what was asked for has: a path through a file, say. Nothing of the node makes a runtime say so.
+# Errors of the request: for example a path through a file. Nothing of the node makes a runtime say so.
 _REFUSED_REQUEST = re.compile(
     r"(not a directory|is a directory|file name too long|too many levels of symbolic links|invalid argument|file exists"
     r"|mkdir /(?:proc|sys)\S*: read-only file system|result out of range|argument list too long)\W*$"

@@ -44,7 +44,7 @@ class PodRemove:
             operation = sandbox.begin("RemovePodSandbox")
             async with operation.stage("containers"):
                 await self._containers.remove_all(sandbox)
-            # Once it is written down no client sees it, so none would ask again: it is carried on without this one.
+            # Once it is recorded no client sees it, so none would ask again: it continues without this one.
             await wait_out(asyncio.ensure_future(self.finish_removal(sandbox, operation)))
 
     async def force_remove(self, sandbox_id: str) -> list[str]:

@@ -79,7 +79,7 @@ class PodRun:
 
         Raises:
             InvalidArgumentError: the configuration is wrong.
-            NotFoundError: the runtime handler is not there.
+            NotFoundError: the runtime handler is missing.
             AlreadyExistsError: the identity is taken by another configuration, or by a sandbox that was stopped.
         """
         validate_sandbox(config)

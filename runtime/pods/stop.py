@@ -71,7 +71,7 @@ class PodStop:
         _log.info("%s: stopped", sandbox.title, extra=of_sandbox(sandbox, operation))
 
     async def finish_stop(self, sandbox: Sandbox) -> None:
-        """Carry a stop that was written down to its end."""
+        """Complete a recorded stop."""
         sandbox.closing = True
         await self.tear_down(sandbox, sandbox.begin("StopPodSandbox"))
 

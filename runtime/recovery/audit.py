@@ -1,4 +1,4 @@
-"""The store held against the node: what differs, and the removal of what belongs to nothing that the store knows."""
+"""Comparing the store with the node, and removing what belongs to nothing in the store."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class Audit:
     async def check(self) -> list[Finding]:
         """Compare the store with kernel and folders; changes nothing.
 
-        What is found must be there a second later too: calls are under way, and the kernel takes links and namespaces
-        apart in the background.
+        A finding must still exist a second later: calls are running, and the kernel takes links and namespaces apart in
+        the background.
         """
         first = await self._differences()
         if not first:
@@ -94,7 +94,7 @@ class Audit:
         return [finding for finding in first if finding in still]
 
     async def repair(self) -> tuple[list[Finding], list[Finding]]:
-        """Make the node what the store says, without touching what others made; returns what was and what is left."""
+        """Make the node match the store, without changing what others made; returns the findings before and after."""
         found = await self.check()
         await self._remove_leftovers()
         if any(finding.kind.endswith(" row") for finding in found):
@@ -114,7 +114,8 @@ class Audit:
     async def _remove_leftovers(self) -> None:
         """While calls are under way: remove what belongs to nothing the store knows, and repair the network.
 
-        What is removed must have been unknown twice, some time apart: by then a call that made it would have said so.
+        An object is removed only if it was unknown twice, some time apart: a call that makes it would have recorded it
+        by then.
         """
         sandboxes, containers = await in_thread(self._unknown)
         await asyncio.sleep(_SETTLE_SECONDS)

@@ -1,4 +1,4 @@
-"""A store that is missing, empty or damaged at a start: whether the agent starts all the same, and from what."""
+"""A store that is missing, empty or damaged at a start: whether the agent starts anyway, and with which data."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def settle_store(layout: Layout, monitors: Monitors, wish: LostStore) -> bool:
         if known is not None and not known:
             problem = "empty"
         elif known is not None:
-            # Its log (-wal) was damaged or deleted: SQLite takes what is left for the whole.
+            # Its log (-wal) was damaged or deleted: SQLite reads the rest as the whole.
             told = (_containers_in(copy) or frozenset()) | kept_containers(layout)
             running = sorted((told - known).intersection(running))
             problem = "incomplete" if running else ""

@@ -1,4 +1,4 @@
-"""At start: the store is held against the node, and the difference repaired in both directions."""
+"""At start: the store is compared with the node, and differences are repaired in both directions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _RuntimeState(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """Repairs a node whose agent may have ended at any instant, or rebooted, back to what the store says."""
+    """Repairs a node whose agent may have ended at any instant, or that has rebooted, to match the store."""
 
     audit: Audit
     state: State

@@ -122,7 +122,7 @@ def _complete(drafted: Draft) -> ContainerSpec:
 
 
 def _require_sources(groups: MountGroups) -> None:
-    """Refuse what plugins bind that is not there, or that does not pass mounts on as they want it."""
+    """Refuse what plugins bind that is missing, or that does not pass mounts on as they want it."""
     for what, mount in groups.adjusted:
         if mount.type != "bind":
             continue

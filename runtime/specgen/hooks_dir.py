@@ -128,7 +128,7 @@ class HooksDir:
             if isinstance(rule, str):
                 problems[path] = rule
             elif rule.on_the_node and not os.access(rule.hook.path, os.X_OK):
-                problems[path] = f"its program {rule.hook.path} is not there, or is none"
+                problems[path] = f"its program {rule.hook.path} is missing, or no program"
             else:
                 rules.append(rule)
         for path, why in problems.items():
@@ -151,7 +151,7 @@ class HooksDir:
 
 
 def _files_of(folder: str, problems: dict[str, str]) -> dict[str, str]:
-    """Paths by name. A folder that is not there has no hooks."""
+    """Paths by name. A folder that is missing has no hooks."""
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries if entry.name.endswith(".json"))

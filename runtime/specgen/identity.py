@@ -43,7 +43,7 @@ def identify(context: cri_pb2.LinuxContainerSecurityContext, image_user: str, ro
     account = _find_account(passwd, user)
     if account is None and not _is_number(user):
         raise InvalidArgumentError(
-            f"user {user!r} is not in the image's /etc/passwd: name one that is there, or set run_as_user to a number"
+            f"user {user!r} is not in the image's /etc/passwd: name one that it has, or set run_as_user to a number"
         )
     uid = account.uid if account else _identifier(user, "user")
     groups: bytes | None = None
@@ -118,7 +118,7 @@ def _find_group(groups: bytes, name: str) -> int:
         if fields[0] == name and _is_number(fields[2]):
             return _identifier(fields[2], f"group {name!r} of the image's /etc/group:")
     raise InvalidArgumentError(
-        f"group {name!r} is not in the image's /etc/group: name one that is there, or set run_as_group to a number"
+        f"group {name!r} is not in the image's /etc/group: name one that it has, or set run_as_group to a number"
     )
 
 

@@ -30,13 +30,13 @@ _CONTAINER: Mapping[ContainerState, frozenset[ContainerState]] = {
 
 
 def check_sandbox_move(sandbox: Sandbox, to: SandboxState) -> None:
-    """Raise WrongStateError if a sandbox cannot go to the state ``to`` from the one it has."""
+    """Raise WrongStateError if a sandbox cannot change to the state ``to`` from its present one."""
     if to not in _SANDBOX[sandbox.record.state]:
         raise WrongStateError(f"{sandbox.title} is {sandbox.record.state}: it cannot become {to}")
 
 
 def check_container_move(container: Container, to: ContainerState) -> None:
-    """Raise WrongStateError if a container cannot go to the state ``to`` from the one it has."""
+    """Raise WrongStateError if a container cannot change to the state ``to`` from its present one."""
     if to not in _CONTAINER[container.record.state]:
         raise WrongStateError(f"{container.title} is {container.record.state}: it cannot become {to}")
 

@@ -17,6 +17,7 @@ DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
 # A word that readers stumble over, as a regular expression, and what to write in its place.
 USUAL = {
+    r"all the same": "anyway",
     r"anew": "again",
     r"asunder|betimes|forthwith|hither|thereof|thereby|whence|wherein|whither": "a word of today",
     r"(?:be|been|is|are|was|were) (?:not )?told": "gets, is notified, is asked, is logged: say by whom",
@@ -30,7 +31,9 @@ USUAL = {
     r"g[io]ven? back|gives? back|gave back|giving back": "release",
     r"goes on|going on|go on|went on": "continue, keep running, stay open",
     r"half-made": "partly made, incomplete",
+    r"held against": "compared with",
     r"in there": "in it",
+    r"(?:is|are|was|were) not there": "is missing, does not exist",
     r"in (?:its|their) stead": "instead",
     r"lest": "so that ... not",
     r"let(?:s|ting)? go": "release, allow to continue",
@@ -52,6 +55,7 @@ USUAL = {
     r"vouch(?:es|ed)?": "signs",
     r"whatever": "any, regardless of",
     r"whereupon": "then",
+    r"(?:write|writes|written|wrote|writing) (?:it |them |that )?down": "record",
     r"whoever|whomever|whosoever": "the client that, the program that: say who",
 }
 BANNED = [(re.compile(rf"\b(?:{words})\b", re.IGNORECASE), usual) for words, usual in USUAL.items()]

@@ -41,7 +41,7 @@ _NOT_COPIED = (".git", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothes
 
 
 class MissingError(Exception):
-    """Something that the virtual machine needs is not there; the message says what to do."""
+    """Something that the virtual machine needs is missing; the message says what to do."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from asyncio import Future, get_running_loop
 from collections import deque
 
-# A client that keeps to the windows of SPDY never has more than 64 KiB on its way; others are held back here.
+# A client that follows the windows of SPDY never has more than 64 KiB in flight; others are limited here.
 _HOLD_LIMIT = 256 * 1024
 
 

@@ -83,7 +83,7 @@ def _verify_mounts(spec: config.Spec, table: Iterable[MountEntry]) -> None:
 
 
 def _verify_devices(spec: config.Spec, table: Iterable[MountEntry]) -> None:
-    """At the root, at /dev and at the devices that OCI runtimes open is mounted what was asked for there, each once.
+    """The root, /dev and the devices that OCI runtimes open have only the requested mounts, each once.
 
     Other mounts below /dev may be those of an OCI runtime that adds devices. The node's /dev has its own mounts.
     """

@@ -60,7 +60,7 @@ class ContainerExit:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def watch(self, container: Container) -> None:
-        """Notice kills in a container, and the end of its monitor; for one whose program cannot run there is none."""
+        """Notice kills in a container, and the end of its monitor; one whose program cannot run has no monitor."""
         descriptor = container.monitor_descriptor
         if descriptor is not None:
             self._kills.watch(container)
@@ -95,7 +95,7 @@ class ContainerExit:
         return True
 
     async def record_exit(self, container: Container, exit_record: ExitRecord | None) -> None:
-        """Write down how a container ended; the caller holds its lock."""
+        """Record how a container ended; the caller holds its lock."""
         await _end_log(container)
         async with self._hooks.passing():
             counted = self._describe_end(container, exit_record)
@@ -134,7 +134,7 @@ class ContainerExit:
         await hooks.beside(self._write_end(container, sandbox_too=sandbox_too), hooks.stopped_container(container))
 
     async def _write_end(self, container: Container, *, sandbox_too: bool) -> None:
-        """When that fails the container has ended all the same, and the next start sees it again."""
+        """If that fails the container has ended anyway, and the next start sees it again."""
         try:
             await self._state.move(container, ContainerState.EXITED)
             if sandbox_too:
@@ -163,7 +163,7 @@ class ContainerExit:
             _log.error("%s: clean-up failed, RemoveContainer tries again: %s", container.title, error)
 
     async def release_runtime(self, container: Container) -> None:
-        """Kill what is left of a container and have the OCI runtime forget it. Repeatable."""
+        """Kill the rest of a container and have the OCI runtime forget it. Repeatable."""
         record = container.record
         if record.boot_id != self._state.boot_id:
             return

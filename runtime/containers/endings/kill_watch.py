@@ -1,8 +1,8 @@
 """When the kernel last killed a process of a container for memory, and whether the container survived it.
 
 The kernel counts such kills, but reports neither their time nor the killed process. Conmon makes a file when a memory
-limit is reached. The agent deletes that file, waits until the killed process has ended, and writes down how many kills
-the first process has survived. What happens while no agent runs is dated by conmon's file alone.
+limit is reached. The agent deletes that file, waits until the killed process has ended, and records how many kills the
+first process has survived. What happens while no agent runs is dated by conmon's file alone.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class KillWatch:
             watched.init = pidfd
         if watched.init is None or kills == before.kills or procfs.is_being_killed(init.pid):
             return  # also where only another container of its pod has reached a limit
-        with contextlib.suppress(OSError):  # nothing worse than a time that is not known
+        with contextlib.suppress(OSError):  # only the time is unknown then
             file.write_bytes(msgspec.json.encode(SurvivedKills(kills, watched.at)))
 
 
@@ -210,7 +210,7 @@ def _read(file: Path) -> SurvivedKills:
 
 
 def _time_of(file: Path) -> int:
-    """When a file was made, 0 if it is not there."""
+    """When a file was made, 0 if it is missing."""
     try:
         return file.stat().st_mtime_ns
     except OSError:

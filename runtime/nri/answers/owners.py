@@ -21,7 +21,7 @@ class ConflictError(InvalidArgumentError):
 class Owners:
     """The owner of each field of one container; compound fields have one for each key.
 
-    A plugin that removed what was there is the owner with a leading ``-``: the next one may set it.
+    A plugin that removed a value is the owner with a leading ``-``: the next one may set it.
     """
 
     subject: str

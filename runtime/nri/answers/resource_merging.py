@@ -1,4 +1,4 @@
-"""Linux resources of several plugins put together: each value has one owner."""
+"""Linux resources of several plugins combined: each value has one owner."""
 
 from __future__ import annotations
 

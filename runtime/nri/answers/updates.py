@@ -1,4 +1,4 @@
-"""Updates and evictions of containers that plugins ask for, put together: each value has one owner."""
+"""Updates and evictions of containers that plugins ask for, combined: each value has one owner."""
 
 from __future__ import annotations
 

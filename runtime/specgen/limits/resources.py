@@ -80,7 +80,7 @@ def _hugepages(given: cri_pb2.LinuxContainerResources, node: NodeFacts) -> list[
         if page.page_size in node.hugepage_sizes:
             limits.append(config.HugepageLimit(page_size=page.page_size, limit=page.limit))
         elif page.limit:
-            have = ", ".join(sorted(node.hugepage_sizes)) or "none, as the hugetlb cgroup controller is not there"
+            have = ", ".join(sorted(node.hugepage_sizes)) or "none, as the hugetlb cgroup controller is missing"
             raise InvalidArgumentError(
                 f"hugepage_limits: pages of {page.page_size} cannot be limited on this node (it has {have})"
             )

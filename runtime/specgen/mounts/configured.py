@@ -142,7 +142,7 @@ def _image_source(mount: cri_pb2.Mount, destination: str, prepared: Path | None)
         raise InvalidArgumentError(f"mounts: {destination}: an image mount is read-only: set readonly")
     if prepared is None:
         raise KubeletReasonError(
-            "ImageVolumeMountFailed", f"image {mount.image.image} for {destination} is not there: pull it first"
+            "ImageVolumeMountFailed", f"image {mount.image.image} for {destination} is missing: pull it first"
         )
     if not mount.image_sub_path:
         return str(prepared)

@@ -160,7 +160,7 @@ def _replace(old: int, new: int) -> int:
 
 
 def _open(name: str, folder: int | None = None) -> int:
-    """A descriptor of what is there; -1 where nothing is, or where it cannot be looked at."""
+    """A descriptor of the file; -1 if it does not exist or cannot be opened."""
     if folder is not None and folder < 0:
         return -1
     try:

@@ -1,4 +1,4 @@
-"""Where the mounts of a container go: the OCI runtime gets destinations without links of the image on their way."""
+"""The destinations of a container's mounts: the OCI runtime gets them without links of the image."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _ATTRIBUTES = ("security.capability", "system.posix_acl_access", "system.posix_a
 
 @dataclass(frozen=True, slots=True)
 class CopyLimits:
-    """The most that all VOLUMEs of a container together may hold: bytes of data (holes are none), and entries."""
+    """The most that all VOLUMEs of a container together may hold: bytes of data (without holes), and entries."""
 
     max_bytes: int
     max_entries: int

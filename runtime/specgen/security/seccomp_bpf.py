@@ -49,7 +49,7 @@ _OPERATORS = {
 def compile_bpf(profile: Profile) -> bytes | None:
     """The filter for seccomp(2) that a decided ``profile`` means.
 
-    None where that is left to the OCI runtime: the profile uses flags or a listener, or libseccomp is not there or
+    None where that is left to the OCI runtime: the profile uses flags or a listener, or libseccomp is missing or
     cannot do what it says.
     """
     actions = {rule.action for rule in profile.syscalls or ()} | {profile.default_action}

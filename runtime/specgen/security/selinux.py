@@ -37,7 +37,7 @@ def container_labels(
 ) -> SelinuxLabels:
     """The labels of a container: by its own options or, where it has none, by the pod's; ``level`` is the pod's own.
 
-    Raises InvalidArgumentError for options that are none, whether the node has SELinux or not.
+    Raises InvalidArgumentError for invalid options, with or without SELinux on the node.
     """
     context = config.linux.security_context
     own = context.HasField("selinux_options") and context.selinux_options != cri_pb2.SELinuxOption()

@@ -55,7 +55,7 @@ _BAD_SANDBOXES: dict[str, tuple[Callable[[Sandbox], object], str, tuple[str, ...
         "INVALID_ARGUMENT",
         ("net.ipv4.ip_forward",),
     ),
-    "sysctl that is not there": (
+    "sysctl that is missing": (
         lambda c: c.linux.sysctls.update({"net.ipv4.no_such": "1"}),
         "INVALID_ARGUMENT",
         ("net.ipv4.no_such",),

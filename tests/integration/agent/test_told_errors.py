@@ -54,7 +54,7 @@ def test_a_volume_of_the_image_over_a_file_is_refused(agent: AgentProcess, handl
 def test_a_mount_that_the_runtime_cannot_make_fails_the_making(
     agent: AgentProcess, handler: str, tmp_path: Path
 ) -> None:
-    """What OCI runtimes say of it ends as what they say of a program that is not there."""
+    """What OCI runtimes say of it ends as what they say of a program that is missing."""
     config = container_config("main", "sh")
     config.mounts.add(container_path="/proc/nothing/there", host_path=str(tmp_path))
     error = refused(agent, handler, config)

@@ -83,7 +83,7 @@ def test_later_folders_replace_files_by_name_and_names_give_the_order(hooks: Hoo
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"version": "0.1.0"}, "version"),
     ({"hook": {"path": "true"}}, "not absolute"),
-    ({"hook": {"path": "/no/such/program"}}, "/no/such/program is not there"),
+    ({"hook": {"path": "/no/such/program"}}, "/no/such/program is missing"),
     ({"hook": {"path": "/bin/true", "timeout": 0}}, "timeout"),
     ({"when": {}}, "when has no condition"),
     ({"when": {"commands": ["("]}}, "not a regular expression"),

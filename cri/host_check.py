@@ -165,7 +165,7 @@ async def _handlers(configuration: Configuration) -> list[Check]:
 
 
 def _checkpoint_check(support: CheckpointSupport) -> Check:
-    """Nothing else needs CRIU, so that a node without it is fine."""
+    """Nothing else needs CRIU, so a node without it is no failure."""
     if support.problem:
         return Check("checkpoints", "ok", f"not possible: {support.problem}")
     told = [f"{name}: {why}" for name, why in support.report()["handlers"].items()]

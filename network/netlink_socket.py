@@ -118,8 +118,8 @@ class NetlinkSocket:
     def ask(self, question: Message, read: Callable[[bytes], _Value | None]) -> list[_Value]:
         """What ``read`` makes of each answer, less None, as they arrive; raises OSError when the kernel refuses.
 
-        ``question`` is about one object, or with NLM_F_DUMP about all: what changes meanwhile may be told as it was,
-        or not at all, so the kernel is asked again then. ``read`` gets what follows the header.
+        ``question`` is about one object, or with NLM_F_DUMP about all: if something changes meanwhile, the answers may
+        be old or incomplete, so the kernel is asked again. ``read`` gets what follows the header.
         """
         for _ in range(_DUMP_TRIES - 1):
             found = self._answers(question, read, whole=False)

@@ -49,7 +49,7 @@ def start_aside(body: Callable[[], None], *, name: str, failed: Callable[[Runtim
 
 
 def in_thread_of_its_own(work: Callable[[], T], *, name: str) -> T:
-    """What ``work`` returns or raises, done in a thread that ends with it and does nothing else. Blocks.
+    """Run ``work`` in a thread that ends with it and does nothing else; returns or raises what it does. Blocks.
 
     ``work`` may leave that thread in other namespaces, or with another root or working folder.
     """

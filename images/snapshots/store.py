@@ -174,7 +174,7 @@ class SnapshotStore:
             await in_thread(self._mount_read_only, target, lower, user_namespace, mount_label)
 
     async def unmount(self, container_id: str, target: Path) -> None:
-        """Unmount what ``prepare`` or ``mount_image`` put at ``target``; success if nothing is there."""
+        """Unmount what ``prepare`` or ``mount_image`` put at ``target``; success if it does not exist."""
         await in_thread(_unmount, target)
         await self._let_go([f"{container_id} {target}"])
 

@@ -36,7 +36,10 @@ def frozen_by(folder: Path, root: Path) -> Path | None:
 
 
 def freeze(folder: Path, seconds: float) -> bool:
-    """Freeze the cgroup ``folder``, and wait until all in it stand still; False if that takes too long. Blocks."""
+    """Freeze the cgroup ``folder``, and wait until all its processes are frozen; False if that takes too long.
+
+    Blocks.
+    """
     for name, value in (("freezer.state", b"FROZEN"), ("cgroup.freeze", b"1")):
         if (folder / name).exists():
             (folder / name).write_bytes(value)
@@ -46,7 +49,7 @@ def freeze(folder: Path, seconds: float) -> bool:
     while not _stands_still(folder):
         if time.monotonic() > deadline:
             return False
-        time.sleep(pause)  # the kernel tells of it on version 2 only
+        time.sleep(pause)  # the kernel reports it on version 2 only
         pause = min(2 * pause, 0.02)
     return True
 

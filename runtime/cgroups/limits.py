@@ -63,7 +63,7 @@ def limit_huge_pages(cgroups: CgroupTree, path: str, limits: Mapping[str, int]) 
 
 
 def huge_page_limits(cgroups: CgroupTree, path: str, sizes: Iterable[str]) -> dict[str, int]:
-    """Those limits of ``sizes`` as they are; of sizes that are not limited here there are none."""
+    """The present limits of ``sizes``, without sizes that cannot be limited here."""
     limits = {}
     for size in sizes:
         with contextlib.suppress(OSError):

@@ -158,7 +158,7 @@ class CgroupTree:
         return any(freezer.is_frozen(folder) for folder in self._freezers(path))
 
     def freeze(self, path: str, seconds: float) -> bool:
-        """Freeze cgroup ``path``; False if its processes do not stand still within ``seconds``. Blocks."""
+        """Freeze cgroup ``path``; False if its processes are not frozen within ``seconds``. Blocks."""
         root = self.mounts.get("unified") or self.mounts["freezer"]
         return freezer.freeze(root / path.lstrip("/"), seconds)
 

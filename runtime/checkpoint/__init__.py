@@ -1,1 +1,1 @@
-"""Checkpoints: containers frozen, written to an archive, and let run on; and containers restored from one."""
+"""Checkpoints: containers are frozen, written to an archive, and continue; and are restored from one."""

@@ -1,4 +1,4 @@
-"""Putting a checkpoint archive together from what was saved of a container; blocking."""
+"""Making a checkpoint archive from the saved parts of a container; blocking."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """What a checkpoint holds of a container's files, and where they are.
+    """The files of a container that a checkpoint contains, and their paths.
 
     ``volumes`` are the folders of its image's VOLUMEs by the name they get; ``shared_memory`` is the pod's /dev/shm.
     """
@@ -32,9 +32,9 @@ class Saved:
 
 
 def save_files(saved: Saved, folder: Path, check: Callable[[], None]) -> None:
-    """Write what the container's files are now to ``folder``: its own changes, its VOLUMEs and shared memory.
+    """Write the container's present files to ``folder``: its own changes, its VOLUMEs and shared memory.
 
-    The container stands still meanwhile. Raises OSError, LimitError and UnsupportedError.
+    The container is frozen meanwhile. Raises OSError, LimitError and UnsupportedError.
     """
     with _new_file(folder / documents.DIFF) as target:
         removed = write_diff(saved.upper, saved.lower, target, check)
@@ -76,7 +76,7 @@ def write_archive(
 
 
 def publish(partial: Path, location: Path) -> None:
-    """Let the complete file take its place. Raises OSError."""
+    """Rename the complete file to its final path. Raises OSError."""
     partial.replace(location)
 
 
@@ -87,7 +87,7 @@ def _add_images(archive: TarWriter, folder: Path) -> None:
 
 
 def _add_file(archive: TarWriter, name: str, path: Path) -> None:
-    """Only a regular file that is there; whoever may write in the log's folder could have put a link in its place."""
+    """Only an existing regular file: a user who may write to the log's folder could have replaced it by a link."""
     try:
         descriptor = os.open(path, _READ)
     except OSError:

@@ -10,12 +10,12 @@ _LARGEST_LOG = 64 << 20  # only the end of a larger one is read
 _LONGEST_LINE = 300
 _MOST_LINES = 3
 _ERROR = re.compile(r"^\(\d+\.\d+\)\s+(?:\d+: )?Error \([^)]*\): (.*)$")
-# What CRIU also says when all is well, and what only repeats that something went wrong.
+# Messages of CRIU without an error, and those that only repeat that it failed.
 _NO_REASON = re.compile(
     r"rlimit: Can't setup RLIMIT_NOFILE|^exited, status=|^Dumping FAILED|^Restoring FAILED|^Dump .* failed with"
     r"|^Pre-dumping FAILED|cgroupd: recv req error|Unable to (connect to transport|wait for)"
 )
-# Words of CRIU's, and what a person can do about it. The first that matches counts.
+# Messages of CRIU, and what a person can do about them. The first that matches counts.
 _MEANINGS = (
     (
         r"(?:Found|Task|process).*(?:traced|ptrace)|tracer|is already traced",
@@ -56,7 +56,7 @@ _MEANINGS = (
 
 
 def reason(log: Path) -> str:
-    """Why CRIU failed: what is in the way if its log tells, and CRIU's own words; empty if it says nothing."""
+    """Why CRIU failed: the cause, if its log shows it, and CRIU's own message; empty if there is none."""
     complaints = _complaints(log)
     if not complaints:
         return ""

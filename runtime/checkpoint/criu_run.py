@@ -1,7 +1,7 @@
-"""Running an OCI runtime that calls CRIU. CRIU is never killed in the middle of its work if that can be helped.
+"""Running an OCI runtime that calls CRIU. If possible, CRIU is never killed during its work.
 
 While CRIU saves a process, it has its own code run in it. Killed then, it could leave the process with that code. So a
-checkpoint that is given up is made to fail instead: no file of CRIU's may grow any more. It then puts everything back.
+cancelled checkpoint is made to fail instead: no file of CRIU may grow any more. CRIU then restores the processes.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ _LONGEST_OUTPUT = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How the OCI runtime ended: its exit status, or minus the signal that killed it, and what it said."""
+    """How the OCI runtime ended: its exit status, or minus the signal that killed it, and its output."""
 
     status: int
     output: str
 
 
 async def run_to_its_end(command: Sequence[str], environment: Mapping[str, str], output: Path) -> Ended:
-    """Run a command that calls CRIU; what it says goes to the new file ``output``, as a pipe would end with the agent.
+    """Run a command that calls CRIU; its output is written to the new file ``output``, as a pipe would end with the
+    agent.
 
-    When the caller is cancelled, CRIU is made to fail and its end waited for, so that all processes run as before; only
-    if that takes longer than GIVE_UP_SECONDS it is killed.
+    When the caller is cancelled, CRIU is made to fail, and this waits for its end, so that all processes run as before.
+    CRIU is killed only if that takes longer than GIVE_UP_SECONDS.
     """
     descriptor = os.open(output, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
@@ -94,7 +95,7 @@ def group_of(leader: int) -> list[int]:
 def working_in(folder: Path) -> list[int]:
     """The processes that work in ``folder``: OCI runtimes whose command line names it, and CRIU that they called.
 
-    A CRIU is found by its process group, and by what it has open where the runtime that called it has ended. Blocks.
+    CRIU is found by its process group, or by its open files if the runtime that called it has ended. Blocks.
     """
     prefix = os.fsencode(folder) + b"/"
     found: set[int] = set()

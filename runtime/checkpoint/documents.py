@@ -38,7 +38,7 @@ class ConfigDump(msgspec.Struct, rename="camel"):
 
 
 class BindMount(msgspec.Struct):
-    """An item of ``bind.mounts``: a path of the container's that came from elsewhere, and what it is."""
+    """An item of ``bind.mounts``: a path of the container that is mounted from elsewhere, and its kind."""
 
     source: str
     destination: str

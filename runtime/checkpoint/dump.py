@@ -1,4 +1,4 @@
-"""CheckpointContainer: a running container is frozen, saved to an archive, and runs on (KEP-2008)."""
+"""CheckpointContainer: a running container is frozen, saved to an archive, and continues (KEP-2008)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from runtime.state.state import State
 from runtime.state.transitions import of_container
 
 FREEZE_SECONDS = 10.0
-_LARGEST_DELETED_FILE = 64 << 20  # bytes of a file that is open and has no name any more
+_LARGEST_DELETED_FILE = 64 << 20  # bytes of an open file that has no name any more
 
 _log = logging.getLogger("podkeel.checkpoint")
 
@@ -73,8 +73,8 @@ class Checkpoints:
     async def checkpoint(self, container_id: str, location: str, seconds: float = 0) -> int:
         """Write a running container to the new file ``location``, a tar file of mode 0600; returns its size in bytes.
 
-        The container stands still while it is saved, and runs on. After ``seconds`` (0: no limit) it is given up.
-        Whatever the error, no file is left and the container runs.
+        The container is frozen while it is saved, and then continues. After ``seconds`` (0: no limit) the checkpoint is
+        cancelled. After any error no file is left and the container runs.
 
         Raises:
             NotFoundError: there is no such container, or no folder for the file.
@@ -121,14 +121,14 @@ class Checkpoints:
                 size = await self._write(container, folder, partial_file)
             async with operation.stage("commit"):
                 await in_thread(archive.publish, partial_file, target)
-        # The archive is complete: what is left of the work keeps nobody waiting for long.
+        # The archive is complete: the rest of the work is short.
         await wait_out(asyncio.ensure_future(in_long_thread(interrupted.remove, folder)))
         extra = of_container(container, operation)
         _log.info("%s: checkpointed: %d bytes, frozen for %.0f ms", container.title, size, frozen * 1e3, extra=extra)
         return size
 
     async def _save(self, container: Container, runtime: OciRuntime, folder: Path, operation: Operation) -> float:
-        """Save processes and files while the container stands still; for how many seconds it did."""
+        """Save processes and files while the container is frozen; returns for how many seconds it was."""
         saved = self._saved(container)
         begin = time.perf_counter()
         async with Undo(container.title) as undo:
@@ -171,7 +171,7 @@ class Checkpoints:
         raise kind(f"{container.title} cannot be checkpointed: {why}{kept}")
 
     def _keep_log(self, log: Path, container: Container) -> str:
-        """Keep CRIU's log where that is asked for; what to say of it."""
+        """Keep CRIU's log if that is configured; returns the words about it for the error."""
         if not self._options.failure_log_dir:
             return ""
         kept = Path(self._options.failure_log_dir) / f"{container.id}-{time.time_ns()}-dump.log"
@@ -214,7 +214,7 @@ class _Mounts(msgspec.Struct):
 
 
 async def _sharing(work: asyncio.Task[int]) -> int:
-    """The result of ``work``, which whoever stops the container may cancel too; it ends with its caller."""
+    """The result of ``work``, which a stop of the container may cancel too; it ends with its caller."""
     try:
         await asyncio.wait((work,))
     except asyncio.CancelledError:
@@ -238,7 +238,7 @@ def _checked(container: Container, location: str, seconds: float) -> Path:
 
 
 def _check_place(container: Container, target: Path) -> None:
-    """In a thread of its own: the folder may be on a file system whose server does not answer."""
+    """In a separate thread: the folder may be on a file system whose server does not answer."""
     if not target.parent.is_dir():
         raise NotFoundError(f"checkpoint of {container.title}: folder {target.parent} does not exist")
     if target.is_symlink() or (target.exists() and not target.is_file()):

@@ -1,4 +1,4 @@
-"""Checkpoints that the end of the agent cut off: their containers run on, and nothing of them stays.
+"""Checkpoints that the end of the agent interrupted: their containers continue, and their files are removed.
 
 While a checkpoint is made there is a folder for it. Its file ``archive`` names the file that is written elsewhere.
 """
@@ -36,7 +36,7 @@ def begin(folder: Path, partial: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove what is left of a checkpoint, and the file it was writing; nothing there is fine. Blocks."""
+    """Remove the rest of a checkpoint, and the file it was writing; missing ones are no error. Blocks."""
     with contextlib.suppress(FileNotFoundError):
         partial = Path(os.fsdecode((folder / _ARCHIVE).read_bytes()))
         if partial.is_absolute() and partial.name.startswith("."):
@@ -65,7 +65,7 @@ def settle(folder: Path, thaw: Callable[[str], None]) -> int:
 
 
 def end_work(folder: Path) -> None:
-    """Have whoever works in ``folder`` end: first by making it fail, then by SIGKILL. Blocks."""
+    """End the processes that work in ``folder``: first by making them fail, then by SIGKILL. Blocks."""
     deadline = time.monotonic() + GIVE_UP_SECONDS
     while pids := working_in(folder):
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""What a container changed of its image: the content of its writable layer, and which names it removed; blocking."""
+"""The changes of a container to its image: the content of its writable layer, and the removed names; blocking."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ def write_diff(upper: Path, lower: Sequence[Path], target: int, check: Callable[
     """Write the writable layer ``upper`` to the open file ``target`` as a tar file; returns the removed paths.
 
     The tar file has what was added or changed, without whiteouts. ``lower`` are the image's layers, the topmost first.
-    ``check`` is called all the while and may raise. Raises OSError, and LimitError for more removed names than a
-    million.
+    ``check`` is called regularly and may raise. Raises OSError, and LimitError for more removed names than a million.
     """
     removed: list[str] = []
 
@@ -73,7 +72,7 @@ def _names(folder: int, name: str) -> Iterator[str]:
 
 
 def _visible_names(lower: Sequence[Path], place: str) -> set[str]:
-    """What the image has in the folder ``place``: its layers on top of each other."""
+    """The image's content of the folder ``place``, of all its layers."""
     seen: set[str] = set()
     hidden: set[str] = set()
     for layer in lower:
@@ -99,7 +98,7 @@ def _visible_names(lower: Sequence[Path], place: str) -> set[str]:
 
 
 def _enter(root: int, place: str) -> tuple[int | None, bool]:
-    """The folder ``place`` of a layer (None if it has none), and whether it covers what layers below have there."""
+    """The folder ``place`` of a layer (None if it has none), and whether it hides those of the layers below."""
     current, covers = os.dup(root), False
     for name in place.split("/"):
         try:

@@ -15,7 +15,10 @@ T = TypeVar("T")
 
 
 async def stoppable(work: Callable[[Callable[[], None]], T]) -> T:
-    """Run blocking ``work`` in a thread. It gets a function to call now and then, which raises if the caller left."""
+    """Run blocking ``work`` in a thread.
+
+    It gets a function to call from time to time, which raises if the caller left.
+    """
     given_up = threading.Event()
 
     def check() -> None:

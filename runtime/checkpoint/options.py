@@ -1,4 +1,4 @@
-"""What can be configured of checkpoints."""
+"""The options of checkpoints."""
 
 from __future__ import annotations
 

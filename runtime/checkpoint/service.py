@@ -1,4 +1,4 @@
-"""Checkpoints as the agent's services call them; what makes them is loaded when the first one is asked for."""
+"""Checkpoints for the agent's services. The code that makes them is loaded with the first one."""
 
 from __future__ import annotations
 

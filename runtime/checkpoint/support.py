@@ -38,16 +38,16 @@ class CheckpointSupport:
         self.problem = ""
 
     def begin(self) -> None:
-        """Begin to find out, without keeping anybody waiting."""
+        """Begin the tests in the background."""
         self._probing = asyncio.create_task(self._probe())
 
     async def known(self) -> None:
-        """Wait until it is known."""
+        """Wait until the result is known."""
         if self._probing is not None:
             await asyncio.shield(self._probing)
 
     async def close(self) -> None:
-        """Stop finding out."""
+        """Stop the tests."""
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.wait((self._probing,))
@@ -64,7 +64,9 @@ class CheckpointSupport:
         return self.problem or self._refusals.get(handler, "")
 
     def environment(self, configuration: Path) -> dict[str, str]:
-        """For an OCI runtime that calls CRIU: by it CRIU is found, and reads ``configuration`` and no other file."""
+        """The environment for an OCI runtime that calls CRIU: CRIU is found with it, and reads only
+        ``configuration``.
+        """
         program = shutil.which(self._options.criu_path)
         folder = str(Path(program).parent) if program else ""
         path = ":".join(filter(None, (folder, os.environ.get("PATH", os.defpath))))
@@ -107,7 +109,7 @@ class CheckpointSupport:
         told = await processes.run([program, "--version"], check=False, timeout=_SECONDS)
         match = re.search(rb"^Version: (\S+)", told.stdout, re.MULTILINE)
         if match is None:
-            return f"{program} does not tell its version: {_last_line(told)}"
+            return f"{program} does not print its version: {_last_line(told)}"
         self.version = match[1].decode(errors="replace")
         checked = await processes.run([program, "check"], check=False, timeout=_SECONDS)
         if checked.status != 0:
@@ -116,7 +118,7 @@ class CheckpointSupport:
 
 
 async def _refusal(runtime: OciRuntime) -> str:
-    """Why an OCI runtime cannot work with a CRIU that is there; empty if it can."""
+    """Why an OCI runtime cannot work with the installed CRIU; empty if it can."""
     if runtime.features.version.startswith("runc "):
         return ""
     told = await processes.run([runtime.program, "--version"], check=False, timeout=_SECONDS)

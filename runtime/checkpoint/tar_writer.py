@@ -1,4 +1,4 @@
-"""Writing the tar files of a checkpoint: whatever the names, owners and extended attributes; blocking."""
+"""Writing the tar files of a checkpoint, with any names, owners and extended attributes; blocking."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from host.files.file_tree import Walk, open_below, shown
 _PIECE = 8 << 20
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _XATTRS = "SCHILY.xattr."
-_OWN_XATTRS = ("trusted.overlay.", "user.overlay.")  # what overlayfs notes of its own
+_OWN_XATTRS = ("trusted.overlay.", "user.overlay.")  # overlayfs's own notes
 
 
 class TarWriter:
-    """Writes members to an open file, one after the other. ``check`` is called all the while and may raise.
+    """Writes members to an open file, one after the other. ``check`` is called regularly and may raise.
 
     Raises OSError.
     """
@@ -42,17 +42,16 @@ class TarWriter:
         self._write(content + _padding(len(content)))
 
     def file(self, name: str, source: int) -> None:
-        """A file of root's with what the open file ``source`` holds now."""
+        """A file of root's with the present content of the open file ``source``."""
         member = tarfile.TarInfo(name)
         member.size, member.mode = os.fstat(source).st_size, 0o600
         self._header(member)
         self._copy(source, member.size, name)
 
     def tree(self, root: int, leave_out: Callable[[int, str, str, os.stat_result], bool] | None = None) -> None:
-        """All that is below the open folder ``root``, and the folder itself, with its owners and attributes.
+        """Everything below the open folder ``root``, and the folder itself, with owners and attributes.
 
-        ``leave_out`` is asked about each thing by its folder, its name there, its place and its status. Sockets are
-        left out.
+        ``leave_out`` is called for each file with its folder, its name, its path and its status. Sockets are left out.
         """
         self._entry(root, ".", ".", os.fstat(root))
         walk = Walk(root, on_error=_refuse)

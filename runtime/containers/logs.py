@@ -93,7 +93,7 @@ class ContainerLogs:
         if opened:
             await in_fresh_thread(append_from_now_on, monitor, descriptor)
             await in_fresh_thread(link.release)
-        return opened  # if not it may yet do so: the file must be there then, else it ends
+        return opened  # if not, it may still do so: then the file must exist, else it ends
 
 
 def _lead_next_to(link: LogLink, monitor: ProcessName, descriptor: int, tell: Callable[[], None], told: bool) -> Path:

@@ -60,7 +60,7 @@ class ContainerRemove:
         async with container.lock:
             if container.id not in self._state.containers:
                 return  # another call was faster
-            # Once it is written down no client sees it, so none would ask again: it is carried on without this one.
+            # Once it is recorded no client sees it, so none would ask again: it continues without this one.
             await wait_out(asyncio.ensure_future(self.finish_removal(container)))
 
     async def finish_removal(self, container: Container) -> None:

@@ -70,8 +70,8 @@ class Container:
     releases the OCI runtime's resources after the end, ``unmounted`` says that its mounts are removed. ``killed`` says
     that the agent sent SIGKILL to its first process while that ran, ``evicted`` names the plugin of the node that ended
     it, and the reason. ``stops`` counts the calls that wait for its end now, and ``stop_deadline`` is their earliest
-    deadline, on the loop's clock. ``log_lock`` serialises openings of its log.
-    ``checkpoint`` is the work that may have it frozen now; whoever stops the container cancels that first.
+    deadline, on the loop's clock. ``log_lock`` serialises openings of its log. ``checkpoint`` is the work that may have
+    it frozen now; a stop of the container cancels it first.
     """
 
     id: str

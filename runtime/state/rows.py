@@ -107,7 +107,7 @@ class Store:
         for row in self._database.read(f"SELECT {columns} FROM containers ORDER BY created_at"):
             try:
                 if row[1] not in sandboxes:
-                    raise ValueError("its sandbox cannot be read, or is not there")
+                    raise ValueError("its sandbox cannot be read, or is missing")
                 containers.append(self._read_container(sandboxes[row[1]], row[0], row[3], row[4]))
             except _UNREADABLE as error:
                 unreadable.append(UnreadableRow("container", row[0], f"{type(error).__name__}: {error}", row))
@@ -115,9 +115,9 @@ class Store:
 
     def _read_sandbox(self, sandbox_id: object, config: object, record: object) -> Sandbox:
         if not (isinstance(sandbox_id, str) and is_id(sandbox_id)):
-            raise ValueError("its id is none")
+            raise ValueError("its id is invalid")
         if not (isinstance(config, bytes) and isinstance(record, bytes)):
-            raise ValueError("its configuration or its record is none")
+            raise ValueError("its configuration or its record is invalid")
         folder, parsed = self._layout.sandbox(sandbox_id), cri_pb2.PodSandboxConfig.FromString(config)
         sandbox = Sandbox(sandbox_id, parsed, _decode_sandbox(record), folder)
         if not sandbox.config.metadata.name:
@@ -133,9 +133,9 @@ class Store:
 
     def _read_container(self, sandbox: Sandbox, container_id: object, config: object, record: object) -> Container:
         if not (isinstance(container_id, str) and is_id(container_id)):
-            raise ValueError("its id is none")
+            raise ValueError("its id is invalid")
         if not (isinstance(config, bytes) and isinstance(record, bytes)):
-            raise ValueError("its configuration or its record is none")
+            raise ValueError("its configuration or its record is invalid")
         folder, parsed = self._layout.container(container_id), cri_pb2.ContainerConfig.FromString(config)
         container = Container(container_id, sandbox, parsed, _decode_container(record), folder)
         if not container.config.metadata.name:

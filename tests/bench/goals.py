@@ -1,4 +1,4 @@
-"""What Podkeel promises on two quiet cores with crun, held against one run's numbers."""
+"""Podkeel's goals on two quiet cores with crun, compared with one run's numbers."""
 
 from __future__ import annotations
 

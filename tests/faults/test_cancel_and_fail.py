@@ -58,7 +58,7 @@ def _cancel_at(stage: Stage, point: str, call: Call) -> None:
     before = log.stat().st_size
     stage.agent.plant(f"{point}:hang")
     future = stage.agent.client.future(*call)
-    wait_for(lambda: f"hanging at {point}" in log.read_bytes()[before:].decode(), what=f"stage {point}")
+    wait_for(lambda: f"faults: {point}: hanging" in log.read_bytes()[before:].decode(), what=f"stage {point}")
     future.cancel()
     stage.agent.plant("")
 

@@ -13,7 +13,7 @@ from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import container_config, log_lines, sandbox_config
 
-# Counts in memory, so that a restored one goes on where it was; and has a child process.
+# Counts in memory, so that a restored one continues where it was; and has a child process.
 COUNTER = (
     "sh",
     "-c",
@@ -85,7 +85,7 @@ def document(archive: Path, name: str) -> Any:
 
 
 def made_up(folder: Path, changes: dict[str, bytes | tarfile.TarInfo | None] | None = None, machine: int = 0) -> Path:
-    """An archive as a checkpoint has it, but for CRIU's images, which no process could be restored from.
+    """An archive as a checkpoint has it, except CRIU's images, from which no process could be restored.
 
     ``changes`` replace members, add them, or take them away. ``machine`` is CRIU's number, by default this machine's.
     """

@@ -37,7 +37,7 @@ class Faults:
             case "error":
                 raise PodkeelError(f"fault planted at {point}")
             case "hang":
-                _log.warning("hanging at %s", point)
+                _log.warning("faults: %s: hanging", point)
                 await asyncio.Event().wait()
 
 

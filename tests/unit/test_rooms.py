@@ -39,7 +39,7 @@ ROOMS_WITH_GRPC = {"cri", "cli"}
 PROJECT_FOLDERS = {*ARROWS, "tests", "scripts"}
 
 
-# Within a room: its folders and the modules of its own folder, lowest first. A module may import its own folder and the
+# Within a room: its subfolders and the modules directly in it, lowest first. A module may import its own folder and the
 # lines above its line. The modules of SPLIT_FOLDERS are listed one by one.
 LEVELS = {
     "host": (

@@ -21,7 +21,7 @@ class Holdable(Protocol):
 
 
 class Turns:
-    """Puts off what a peer's bytes need: a quarter MiB of the smallest frames takes seconds otherwise.
+    """Delays work on a peer's bytes: a quarter MiB of the smallest frames would take seconds.
 
     The link reads nothing until the rest was handled. ``waits`` says whether a rest is put off.
     """
@@ -32,7 +32,7 @@ class Turns:
         self.waits = False
 
     def end_of_turn(self) -> float:
-        """The time, of the monotonic clock, until which work may go on that begins now."""
+        """The time, of the monotonic clock, until which work that begins now may continue."""
         return time.monotonic() + _SECONDS
 
     def put_off(self, end: float, rest: Callable[[], None]) -> bool:

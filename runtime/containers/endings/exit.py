@@ -248,7 +248,7 @@ def kill_group(cgroups: CgroupTree, record: ContainerRecord) -> None:
 
 
 def clear_cgroup(cgroups: CgroupTree, path: str) -> None:
-    """Kill what is left in a cgroup, in whichever hierarchies it is, and remove it. Blocks until that has ended.
+    """Kill the remaining processes of a cgroup, in all hierarchies, and remove it. Blocks until that has ended.
 
     Below a frozen cgroup it ends when that is thawed: it is not waited for, and its cgroup is removed with the pod's.
     """

@@ -80,8 +80,8 @@ def make_volumes(
 
     ``owner`` is the uid and gid on the host of root in the container, whose a folder is that the image does not have.
     They are below the container's folder and are removed with it. What is in the image is reached without following
-    links out of ``rootfs``, and links inside are copied as links. ``check`` is called all the while and may raise.
-    Raises LimitError if the image has more there than ``limits`` allow.
+    links out of ``rootfs``, and links inside are copied as links. ``check`` is called regularly and may raise. Raises
+    LimitError if the image has more there than ``limits`` allow.
     """
     copier = VolumeCopier(limits, check)
     for volume in volumes:

@@ -275,7 +275,7 @@ def test_account_that_looks_like_a_number_is_not_root(agent: AgentProcess, handl
 
 
 def test_selinux_options_where_it_is_off(agent: AgentProcess, tmp_path: Path) -> None:
-    """Labels are not set then and nothing is relabelled, but what could never be a label is refused all the same."""
+    """Labels are not set then and nothing is relabelled, but an invalid label is refused anyway."""
     config = like_kubelets("main")
     config.mounts.add(container_path="/volume", host_path=str(tmp_path), selinux_relabel=True)
     config.linux.security_context.selinux_options.level = "s0:c12,c34"

@@ -1,4 +1,4 @@
-"""ContainerStats, PodSandboxStats and their lists, held against what containers really do."""
+"""ContainerStats, PodSandboxStats and their lists, compared with what containers really do."""
 
 from __future__ import annotations
 

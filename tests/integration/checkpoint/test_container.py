@@ -1,4 +1,4 @@
-"""CheckpointContainer: what is in the archive, and that the container runs on whatever happens."""
+"""CheckpointContainer: the content of the archive; the container continues in every case."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.support.checkpoints import (
 )
 from tests.support.pods import POLITE, wait_for_log
 
-# Holds 300 MiB of memory: tail keeps what it is given, and nobody reads what it then writes. (The sleep of a process
-# that is checkpointed is cut short, so no single one must end anything.)
+# Holds 300 MiB of memory: tail keeps its input, and its output is not read. (A checkpoint interrupts the sleep of a
+# process, so nothing may depend on a single one.)
 _NOBODY_READS = "(while :; do sleep 1; done)"
 LARGE = (
     "sh",

@@ -68,7 +68,7 @@ def test_no_cgroup_driver_of_that_name(tmp_path: Path) -> None:
 
 
 def as_nobody(agent: AgentProcess, *words: str) -> tuple[int, str]:
-    """The status and output of a command that is run by nobody."""
+    """The status and output of a command of an unprivileged user."""
     prefix = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
     if subprocess.run([*prefix, *agent.command("--help")], stdout=DEVNULL, stderr=DEVNULL, check=False).returncode != 0:
         pytest.skip("the environment of these tests is closed to nobody")

@@ -1,4 +1,4 @@
-"""Readings of real cgroups held against what real loads did there."""
+"""Readings of real cgroups, compared with what real loads did in them."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ class Interrupted(NetlinkSocket):
 
 
 def test_a_dump_during_which_links_change_is_asked_for_again(bench: Bench) -> None:
-    """The kernel tells them in parts, and marks those between which something has changed (NLM_F_DUMP_INTR)."""
+    """The kernel sends them in parts, and marks those between which something has changed (NLM_F_DUMP_INTR)."""
     names = [f"d{number}" for number in range(100)]  # several datagrams
     bench.send(bench.outer, *(rtnetlink.add_ifb(name, 1400) for name in names))
 

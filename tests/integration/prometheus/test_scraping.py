@@ -34,7 +34,7 @@ SLEEP = ("sleep", "1000")
 NEVER_IDLE = ("sh", "-c", "while :; do sleep 0.05; done")
 FILL_MEMORY = ("sh", "-c", "tail /dev/zero")
 
-# What an agent to which this did not happen has no series of; their names and labels must exist all the same.
+# Series that exist only after certain events; their names and labels must exist anyway.
 NOT_HERE = {'podkeel_recovery_findings_total{kind="unrecovered"}'}
 EMPTY_HERE = {"Starts of the agent"}  # it was not started while it was scraped
 # Disks and processors are those of the machine that the test runs on.
@@ -55,7 +55,8 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[Watched]:
-    """An agent with pods, of which one was half made when it was killed, one ends for want of memory, others go."""
+    """An agent with pods: one was incomplete when the agent was killed, one ends for lack of memory, others are
+    removed."""
     target = f"127.0.0.1:{free_port()}"
     options = f'[metrics]\naddress = "{target}"\n'
     folder = tmp_path_factory.mktemp("watched")

@@ -1,4 +1,4 @@
-"""Which line of CRIU's log is told, and in which words."""
+"""The line of CRIU's log that errors quote, and its explanation."""
 
 from __future__ import annotations
 

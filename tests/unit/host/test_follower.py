@@ -12,7 +12,7 @@ from host.concurrency.thread_starting import in_thread_of_its_own
 
 
 class Work:
-    """Counts its calls, and waits in each of them until it is let go."""
+    """Counts its calls, and waits in each of them for the test."""
 
     def __init__(self, rest: float = 0.0) -> None:
         self.calls = 0

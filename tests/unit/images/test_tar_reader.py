@@ -1,4 +1,4 @@
-"""The tar reader held against the standard library's, which wrote what it reads."""
+"""The tar reader compared with the standard library's, which wrote its input."""
 
 from __future__ import annotations
 

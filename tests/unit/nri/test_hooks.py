@@ -51,7 +51,7 @@ async def test_what_is_told_beside_work_that_fails_is_told_all_the_same() -> Non
 
 
 class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
-    """Keeps the removals it is told of."""
+    """Keeps the removals that it gets."""
 
     removed: list[str]
 

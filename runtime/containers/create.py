@@ -23,14 +23,10 @@ from runtime.cgroups.tree import CgroupTree
 from runtime.containers.bundle.confinement import needs_verifying, verify
 from runtime.containers.bundle.idmapped_mounts import bind_all
 from runtime.containers.bundle.log_path import resolve_log_path
+from runtime.containers.bundle.pid_namespace import ensure_pid_holder, shares_pod_pids, target_pid_namespace
 from runtime.containers.bundle.plugin_settings import set_what_is_left
 from runtime.containers.bundle.rootfs import Rootfs
-from runtime.containers.bundle.spec_request import (
-    SpecRequests,
-    ensure_pid_holder,
-    shares_pod_pids,
-    target_pid_namespace,
-)
+from runtime.containers.bundle.spec_request import SpecRequests
 from runtime.containers.endings.exit import ContainerExit
 from runtime.containers.remove import ContainerRemove
 from runtime.hooks import Hooks

@@ -190,6 +190,18 @@ def test_only_the_state_sets_states(room: str) -> None:
     assert setting == []
 
 
+def test_only_the_state_writes_rows_of_pods_and_containers() -> None:
+    """``State`` alone calls ``rows``; recovery compares the whole store with the node."""
+    known = all_modules()
+    users: dict[str, set[str]] = {"host.database": set(), "runtime.state.rows": set()}
+    for name, path in known.items():
+        for used in imported_modules(path, users) if name.startswith(("runtime.", "cri.")) else ():
+            users[used].add(name)
+    assert users["runtime.state.rows"] == {"runtime.agent", "runtime.state.state"}
+    recovery = {"runtime.recovery.audit", "runtime.recovery.kept_rows"}
+    assert users["host.database"] == {"runtime.agent", "runtime.state.rows", *recovery}
+
+
 def _annotations(path: Path) -> Iterator[str]:
     """The names in the annotations of a module's fields, variables and parameters."""
     for node in ast.walk(ast.parse(path.read_text())):

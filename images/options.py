@@ -15,21 +15,21 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     Registries: ``registry_config_dir`` holds one folder per registry host with a ``hosts.toml`` in containerd's form,
     read on each pull; ``insecure_registries`` are hosts (``host`` or ``host:port``) asked over plain http, as loopback
-    addresses always are. ``connect_seconds`` bounds one connection attempt, ``stall_seconds`` the silence of a running
-    transfer, both together the wait for an answer and its headers, ``attempts`` the tries of one request that fails for
-    a passing reason. A pull that gets less than ``slowest_bytes_per_second`` over ``slow_seconds`` of waiting for the
-    network fails; 0 allows any rate.
+    addresses always are. ``connect_seconds`` is the maximum time of one connection attempt, ``stall_seconds`` that
+    without data in a running transfer. Both together limit the wait for an answer and its headers. ``attempts`` is how
+    often a request is tried that fails for a temporary reason. A pull that gets less than ``slowest_bytes_per_second``
+    over ``slow_seconds`` of waiting for the network fails; 0 allows any rate.
 
     Credentials that come with a pull are used first. ``credentials_file`` holds the node's own, in the form of docker's
     ``config.json``; a credential helper it names gets ``credential_helper_seconds`` to answer.
 
     Layers: at most ``max_parallel_downloads`` of them are fetched and unpacked at once, over all pulls; beyond them a
-    pull that has none gets one, up to 32 in all. A layer that unpacks to more than ``max_layer_bytes``, holds more than
-    ``max_layer_entries`` or takes more than ``max_layer_seconds`` of processor time is refused (or twice as many in
-    which its bytes wait for being written). So are an image whose layers take more than ``max_image_bytes``, compressed
-    or unpacked, and a compressed archive that unpacks to more than ``max_archive_bytes``. With ``keep_blobs`` the
-    compressed layers stay on disk beside the unpacked ones, which checking, repairing and exporting an image need, and
-    the fetched bytes of an interrupted pull stay for ``partial_hours``, so that another pull continues from there.
+    pull that has none gets one, up to 32 in all. A layer with more than ``max_layer_bytes`` unpacked or more than
+    ``max_layer_entries`` is refused. So is one that takes more than ``max_layer_seconds`` of processor time, or delays
+    its bytes for twice as long. So are an image whose layers take more than ``max_image_bytes``, compressed or
+    unpacked, and a compressed archive that unpacks to more than ``max_archive_bytes``. With ``keep_blobs`` the
+    compressed layers stay on disk beside the unpacked ones: checking, repairing and exporting an image need them. The
+    fetched bytes of an interrupted pull then stay for ``partial_hours``, so that another pull continues from there.
 
     Every program in ``verifier_dir`` is asked before an image is pulled, in containerd's way, and has
     ``verifier_seconds`` to allow it; empty: none is asked. Imported archives are not verified.

@@ -1,10 +1,10 @@
 """Traffic of pods, read inside their network namespaces.
 
 One thread enters one namespace after the other and reads ``/proc/thread-self/net/dev`` in each: about 7 µs per pod,
-less than the eight sysfs files of a host-side veth (27 µs), and right for every kind of interface, also of CNI plugins,
-with receive and transmit as the pod sees them. No descriptor of a pod is kept: it would keep its namespace alive, and
-so would a thread in it or one that such a thread starts. So the thread returns to the node's namespace before it does
-anything else.
+less than the eight sysfs files of a host-side veth (27 µs). This is right for every kind of interface, also of CNI
+plugins, and shows receive and transmit as the pod sees them. No descriptor of a pod is kept: it would keep its
+namespace alive, and so would a thread in it or one that such a thread starts. So the thread returns to the node's
+namespace before it does anything else.
 """
 
 from __future__ import annotations

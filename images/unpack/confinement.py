@@ -1,8 +1,8 @@
 """The rights that the unpack worker drops before it reads a layer: code executed in it reaches only the layer.
 
 The worker is two processes. The outer one waits and says how the inner one ended. The inner one reads the layer: it is
-the first process of a new PID namespace, has empty network, IPC and mount namespaces with the layer's folder as its
-root, the capabilities that writing other users' files needs, a filter of system calls, and limits.
+the first process of a new PID namespace, with empty network, IPC and mount namespaces and the layer's folder as its
+root. It has only the capabilities for writing other users' files, a filter of system calls, and limits.
 
 References: user_namespaces(7), pid_namespaces(7), capabilities(7), seccomp(2), getrlimit(2).
 """

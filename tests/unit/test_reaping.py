@@ -16,7 +16,7 @@ from host.processes import end_child, run, spawn, start_time, wait_ended
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - no event shows it
             await asyncio.sleep(0.005)
 
@@ -54,7 +54,7 @@ async def test_who_is_cancelled_waits_for_the_end_of_what_it_kills(tmp_path: Pat
     began = tmp_path / "began"
     pids: list[int] = []
     running = asyncio.create_task(run(["sh", "-c", f"touch {began}; exec sleep 60"], on_start=pids.append))
-    await _until(began.exists)
+    await _until(lambda: bool(pids) and began.exists())
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running

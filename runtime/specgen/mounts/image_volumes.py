@@ -34,9 +34,9 @@ class Volume:
 def image_volumes(paths: Iterable[str], rootfs: Path, container_folder: Path, label: str = "") -> list[Volume]:
     """One volume per path.
 
-    Raises InvalidArgumentError for too many, each of which is a mount, for one that would cover the root, /dev, its
-    null device, /sys, /proc or what is in /proc, and for one that a link of the image leads into /sys: OCI runtimes
-    read and write files there that confine the process.
+    Raises InvalidArgumentError for too many, as each is a mount. Also for one that would cover the root, /dev, its null
+    device, /sys, /proc or files in /proc, and for one that a link of the image leads into /sys: OCI runtimes read and
+    write files there that confine the process.
     """
     paths = tuple(paths)
     if len(paths) > _MOST_VOLUMES:

@@ -22,9 +22,9 @@ def relabel_all(
     """Give files their labels, following no link; blocks as long as the trees are large. Returns how many changed.
 
     Their paths must be resolved: one with a symbolic link in it is refused. Files that have the label are not changed,
-    files that are deleted meanwhile are skipped, and a file system that keeps no labels (as NFS) has one for all its
-    files, given when it is mounted. ``check`` is called before each file and may raise. Raises InvalidArgumentError for
-    what cannot be labelled otherwise.
+    and files that are deleted meanwhile are skipped. A file system without labels (as NFS) has one for all its files,
+    set when it is mounted. ``check`` is called before each file and may raise. Raises InvalidArgumentError for what
+    cannot be labelled otherwise.
     """
     changed = 0
     for wanted in relabels:

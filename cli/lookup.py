@@ -68,7 +68,7 @@ def _choose(
     named = exact or [item for item in items if wanted in names(item)]
     found = named or [item for item in items if wanted and item.id.startswith(wanted)]
     if not found:
-        raise NotFoundError(f"no {kind} is called {wanted!r} or has an id that begins so")
+        raise NotFoundError(f"no {kind} is called {wanted!r} or has an id that begins with it")
     if len({tuple(identity(item)) for item in found}) > 1 or (not named and len(found) > 1):
         raise InvalidArgumentError(f"{wanted!r} may mean several {kind}s, use more of the id: {_listed(kind, found)}")
     return found[0]  # attempts of the same one: the newest

@@ -147,7 +147,7 @@ def stop_whole_pod(client: Client, wanted: str, grace: int) -> None:
     try:
         pod = lookup.find_pod(client, wanted)
     except NotFoundError as error:
-        raise NotFoundError(f"no container or pod is called {wanted!r} or has an id that begins so") from error
+        raise NotFoundError(f"no container or pod is called {wanted!r} or has an id that begins with it") from error
     for container in lookup.list_containers(client, pod.id):
         if container.state == cri_pb2.CONTAINER_RUNNING:
             stop_container(client, container, grace)
@@ -194,7 +194,7 @@ def inspect(options: argparse.Namespace) -> None:
         image = cri_pb2.ImageStatusRequest(image=cri_pb2.ImageSpec(image=options.object), verbose=True)
         answer = client.call(image, cri_pb2.ImageStatusResponse, "inspect image")
     if not answer.HasField("image"):
-        raise NotFoundError(f"no container, pod or image is called {options.object!r} or has an id that begins so")
+        raise NotFoundError(f"no container, pod or image is called {options.object!r} or has an id that begins with it")
     print(verbose_json(answer))
 
 

@@ -99,7 +99,9 @@ class ImageStore:
     def _find_by_prefix(self, prefix: str) -> Image | None:
         found = [image for image_id, image in self._images.items() if image_id.startswith(f"sha256:{prefix}")]
         if len(found) > 1:
-            raise InvalidArgumentError(f"image id {prefix} is ambiguous: {len(found)} images begin so, give more of it")
+            raise InvalidArgumentError(
+                f"image id {prefix} is ambiguous: {len(found)} images begin with it: give more characters"
+            )
         return found[0] if found else None
 
     def filesystem_usage(self) -> FilesystemUsage:
@@ -113,7 +115,7 @@ class ImageStore:
         """
         target = parse(name)
         if target.digest:
-            raise InvalidArgumentError(f"image name {name}: a name that is given has a tag and no digest")
+            raise InvalidArgumentError(f"image name {name}: a new name must have a tag and no digest")
         async with self._changing:
             image = self.get(reference)
             record = self._records[image.id]

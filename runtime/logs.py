@@ -82,7 +82,7 @@ class LogFile:
             raise self._told(error) from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise InvalidArgumentError(f"log {self.path} is there and is no regular file: remove it")
+            raise InvalidArgumentError(f"log {self.path} exists and is no regular file: remove it")
         os.set_blocking(descriptor, True)
         return descriptor
 

@@ -37,7 +37,7 @@ try:
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 except ImportError as error:
     raise InvalidArgumentError(
-        f"tracing.endpoint is set, and what it takes is not installed ({error}): pip install 'podkeel[otel]'"
+        f"tracing.endpoint is set, but its packages are not installed ({error}): pip install 'podkeel[otel]'"
     ) from error
 
 QUEUE_SPANS = 4096

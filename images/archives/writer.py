@@ -120,7 +120,7 @@ async def _new_file(path: Path) -> AsyncIterator[int]:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         if path.is_dir():
-            raise InvalidArgumentError(f"image archive {path}: a folder is there")
+            raise InvalidArgumentError(f"image archive {path}: it is a folder")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             descriptor = await acquired(in_image_thread, lambda: os.open(partial, flags, 0o644), os.close)

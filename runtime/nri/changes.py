@@ -63,7 +63,9 @@ class Adjuster:
         if linux.cgroups_path:
             cgroup = cgroups.path_of(linux.cgroups_path, uses_subgroup=runtime.features.is_crun)
             if cgroup != record.cgroup and cgroups.exists(cgroup):
-                raise Asking(owners).wrong(Field.CgroupsPath, f"{cgroup} is there already, so another's")
+                raise Asking(owners).wrong(
+                    Field.CgroupsPath, f"{cgroup} exists already, so it belongs to another container"
+                )
             record.cgroup = cgroup
         before = cri_pb2.LinuxContainerResources.FromString(record.resources)
         resources = merged(before, cri_resources(linux.resources))
@@ -87,7 +89,7 @@ def limit_change(given: nri_pb2.LinuxResources, plugins: str, facts: NodeFacts) 
         (Field.BlockioClass, given.HasField("blockio_class")),
     ):
         if is_set:
-            raise asking.unsupported(number, "it cannot be changed once the container is there")
+            raise asking.unsupported(number, "it cannot be changed once the container exists")
     if given.devices:
-        raise InvalidArgumentError(f"NRI plugin {plugins}: devices of a container that is there cannot be changed")
+        raise InvalidArgumentError(f"NRI plugin {plugins}: devices of an existing container cannot be changed")
     return LimitChange(cri_resources(given), extra_limits(given, facts, asking), owners.changes())

@@ -110,7 +110,7 @@ def _devices(given: Iterable[nri_pb2.LinuxDevice], linux: config.Linux, asking: 
             raise asking.wrong(Field.Devices, f"there is no device {device.major}:{device.minor}", path)
         numbered = device.type != "p"
         if path in _DEFAULTS and (device.type, device.major, device.minor) != _DEFAULTS[path]:
-            raise asking.wrong(Field.Devices, "only the device that every container has there can be there", path)
+            raise asking.wrong(Field.Devices, "only the device that every container has at this path is allowed", path)
         node = config.Device(
             path=path,
             type="c" if device.type == "u" else device.type,

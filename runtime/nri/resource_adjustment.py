@@ -128,7 +128,7 @@ def _rule(rule: nri_pb2.LinuxDeviceCgroup, asking: Asking) -> config.DeviceRule:
     if rule.type not in ("", "a", "b", "c") or set(access) - set("rwm"):
         raise asking.wrong(
             Field.Devices,
-            f"the rule of type {rule.type!r} with access {rule.access!r} is none: use a, b or c, and r, w, m",
+            f"the rule of type {rule.type!r} with access {rule.access!r} is invalid: use a, b or c, and r, w, m",
         )
     return config.DeviceRule(
         allow=rule.allow,

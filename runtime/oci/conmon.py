@@ -173,7 +173,7 @@ class StartingMonitor:
     async def _created(self) -> int:
         answer = await _read_line(self._sync_read)
         if not answer:
-            raise PodkeelError(f"conmon ended without a word: {_last_lines(self._folder.monitor_log)}")
+            raise PodkeelError(f"conmon ended without a message: {_last_lines(self._folder.monitor_log)}")
         # It truncates the OCI runtime's error anywhere, also within a character.
         try:
             message = untrusted_json.decode(answer.decode(errors="replace").encode(), _SyncMessage)

@@ -72,7 +72,7 @@ class WorkingDirectory:
             if isinstance(error, TimeoutError):
                 raise DeadlineError(
                     f"{self.title}: its working directory {self.path} did not answer in {seconds:g} s: "
-                    "is the server of its volume there?"
+                    "is the server of its volume reachable?"
                 ) from error
             raise
         return opened[0]

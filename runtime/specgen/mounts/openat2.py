@@ -56,5 +56,5 @@ def read_file(root: Path, inside: str) -> bytes:
     except OSError as error:
         raise InvalidArgumentError(f"{inside} of the image cannot be read: {error.strerror}") from error
     if len(content) > FILE_LIMIT:
-        raise InvalidArgumentError(f"{inside} of the image is larger than {FILE_LIMIT} bytes: use a sane image")
+        raise InvalidArgumentError(f"{inside} of the image is larger than {FILE_LIMIT} bytes: use another image")
     return content

@@ -119,7 +119,7 @@ def test_a_pod_of_that_name_is_there(podkeel: Podkeel, tmp_path: Path) -> None:
     assert len(identifier) == 64
     done = podkeel("run", path, "--pod-dir", tmp_path)
     assert done.status == 1
-    assert done.err == (f"podkeel: pod default/twice is there already; `podkeel rm {identifier[:13]}` removes it\n")
+    assert done.err == (f"podkeel: pod default/twice exists already; `podkeel rm {identifier[:13]}` removes it\n")
     good(podkeel("rm", identifier[:8], "--pod-dir", tmp_path))
 
 
@@ -219,7 +219,7 @@ def test_unknown_names(podkeel: Podkeel) -> None:
     for command in (("rm", "nobody"), ("logs", "nobody"), ("exec", "nobody", "true"), ("stop", "nobody")):
         done = podkeel(*command)
         assert (done.status, done.out) == (1, "")
-        assert "is called 'nobody' or has an id that begins so" in done.err
+        assert "is called 'nobody' or has an id that begins with it" in done.err
     done = podkeel("exec", "nobody")
     assert done.err == "podkeel: say which command to run, as in `podkeel exec CONTAINER ls -l`\n"
 

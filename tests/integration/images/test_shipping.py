@@ -237,7 +237,7 @@ async def test_what_cannot_leave_says_why(
     image = await node.puller.pull(name)
     with pytest.raises(NotFoundError, match="no/such/folder does not exist"):
         await node.exporter.export([name], tmp_path / "no/such/folder/out.tar")
-    with pytest.raises(InvalidArgumentError, match="a folder is there"):
+    with pytest.raises(InvalidArgumentError, match="it is a folder"):
         await node.exporter.export([name], tmp_path)
     with pytest.raises(InvalidArgumentError, match="give it a tag"):
         await node.exporter.push(image.repo_digests[0])

@@ -70,8 +70,8 @@ def test_which_handlers_are_able(tmp_path: Path) -> None:
     [
         ('case "$1" in --version) echo "Version: 3.17";; *) echo "Error (x.c:1): no ptrace" >&2; exit 1;; esac',
          "CRIU 3.17 does not work with this kernel (criu check: Error (x.c:1): no ptrace)"),
-        ("echo what; exit 1", "does not tell its version: what"),
-        ("exit 3", "does not tell its version: exit status 3"),
+        ("echo what; exit 1", "does not print its version: what"),
+        ("exit 3", "does not print its version: exit status 3"),
     ],
 )  # fmt: skip
 def test_why_none_is(tmp_path: Path, script: str, words: str) -> None:

@@ -123,8 +123,9 @@ class ContainerResources:
             return
         cgroups, path = self._cgroups, container.record.cgroup
         runtime = self._handlers.get(container.record.handler)
-        self._decided(*after)  # what it refuses is refused before anything has changed
-        undoing = await in_thread(_undoing, before[0], after[0], cgroups, path)
+        decided, _ = self._decided(*after)  # what it refuses is refused before anything has changed
+        sizes = {page.page_size for page in decided.hugepage_limits}
+        undoing = await in_thread(_undoing, before[0], after[0], sizes, cgroups, path)
         extra = before[1]
         if changed != ExtraLimits():
             extra = (await in_thread(read_extra_limits, cgroups, path, changed)).merged(extra)
@@ -187,11 +188,15 @@ def _require_alive(container: Container) -> None:
 
 
 def _undoing(
-    before: cri_pb2.LinuxContainerResources, after: cri_pb2.LinuxContainerResources, cgroups: CgroupTree, path: str
+    before: cri_pb2.LinuxContainerResources,
+    after: cri_pb2.LinuxContainerResources,
+    page_sizes: set[str],
+    cgroups: CgroupTree,
+    path: str,
 ) -> cri_pb2.LinuxContainerResources:
     """``before``, with what only ``after`` sets put back to the kernel's default or to what is in use now.
 
-    systemd may have taken over a list of CPUs that the kernel then refused.
+    ``page_sizes`` are those of ``after`` that the node has: others, without a limit, are ignored. systemd may have taken over a list of CPUs that the kernel then refused.
     """
     undoing = cri_pb2.LinuxContainerResources()
     undoing.CopyFrom(before)
@@ -199,7 +204,7 @@ def _undoing(
     for field, default in {**_KERNEL_DEFAULTS, **in_use}.items():
         if getattr(after, field) and not getattr(before, field):
             setattr(undoing, field, default)
-    sizes = {page.page_size for page in after.hugepage_limits} - {page.page_size for page in before.hugepage_limits}
+    sizes = page_sizes - {page.page_size for page in before.hugepage_limits}
     for size, limit in limits.huge_page_limits(cgroups, path, sizes).items():
         undoing.hugepage_limits.add(page_size=size, limit=limit)
     undoing.unified.update(limits.settings(cgroups, path, after.unified.keys() - before.unified.keys()))

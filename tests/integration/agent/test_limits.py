@@ -218,6 +218,13 @@ def test_huge_pages_are_put_back_when_what_follows_is_refused(agent: AgentProces
     assert kernel(agent, container_id, **file) in unlimited
 
 
+def test_page_sizes_without_a_limit_may_be_any(agent: AgentProcess, handler: str) -> None:
+    pages = [cri_pb2.HugepageLimit(page_size=size) for size in ("3MB", "a\0b", "../../x", "x" * 300)]
+    container_id = made(agent, handler, Limits(hugepage_limits=pages[:1]))
+    update(agent, container_id, Limits(hugepage_limits=pages, cpu_shares=300))
+    assert agent.client.status(container_id).resources.linux.cpu_shares == 300
+
+
 @pytest.mark.parametrize("start", [False, True], ids=["created", "running"])
 def test_oom_score_is_changed_with_the_limits_or_not_at_all(agent: AgentProcess, handler: str, start: bool) -> None:
     container_id = made(agent, handler, Limits(oom_score_adj=500), start=start)

@@ -145,10 +145,13 @@ async def test_every_way_at_every_moment(
             ids = await client.open_command("stdin", "stdout")
             await until(lambda: client.streams[ids["stdout"]].size > 0)
             client.reading.clear()
-        leave(client.writer)
+        writer = client.writer
+        leave(writer)
     await until(lambda: server.served == 0)
     assert not backend.running
     await server.close()
+    writer.transport.abort()  # half closed is not closed
+    await asyncio.sleep(0)
 
 
 async def test_many_commands_whose_clients_reset_at_their_end(backend: LocalBackend, server: StreamingServer) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from host.concurrency.threads import in_image_thread, in_long_thread
 from host.concurrency.undo import Undo
 from host.database import Database
@@ -22,8 +24,10 @@ from images.layers import layer_rows
 from images.layers.fetch import LayerFetcher
 from images.layers.layer import Layer
 from images.options import ImageOptions
-from images.unpack.inheritance import inherit
+from images.unpack.inheritance import drop_idle_whiteouts, inherit
+from images.unpack.layer_writer import DISK_BLOCK
 from images.unpack.trees import look_at
+from images.unpack.worker_report import Unpacked
 
 _BATCH = 2000  # folders between two looks at whether the pull was cancelled
 
@@ -117,8 +121,8 @@ class LayerMaker:
                 raise InvalidArgumentError(
                     f"{source.subject} is broken: unpacked, its digest is {unpacked.diff_id}, expected {source.diff_id}"
                 )
-            if unpacked.implied and below:
-                await self._inherit(source, making / "fs", below, unpacked.implied)
+            if (unpacked.implied and below) or unpacked.hiding:
+                unpacked = await self._fit_to_layers_below(source, making / "fs", below, unpacked)
             layer = Layer(
                 number,
                 source.chain_id,
@@ -142,17 +146,30 @@ class LayerMaker:
         await self._partials.drop([layer.blob_digest])
         return made or layer
 
-    async def _inherit(
-        self, source: LayerSource, files: Path, below: Sequence[asyncio.Future[Layer]], implied: Sequence[bytes]
-    ) -> None:
-        """Wait for the layers below, holding no slot meanwhile: they may need one."""
-        await asyncio.wait(below)
+    async def _fit_to_layers_below(
+        self, source: LayerSource, files: Path, below: Sequence[asyncio.Future[Layer]], unpacked: Unpacked
+    ) -> Unpacked:
+        """Wait for the layers below, holding no slot meanwhile: they may need one. Returns what there is then."""
+        if below:
+            await asyncio.wait(below)
         if any(layer.cancelled() or layer.exception() is not None for layer in below):
             raise PodkeelError(f"{source.subject}: a layer below it could not be unpacked")
         lower = [self._folders.files(layer.result().number) for layer in below]
+        implied, hiding = unpacked.implied, unpacked.hiding
+        all_implied = frozenset(implied)
         async with self._fetcher.slots.slot(source.origin, source.subject, source.wanted):
+            for begin in range(0, len(hiding), _BATCH):
+                shown = () if unpacked.opaque else lower
+                part = hiding[begin : begin + _BATCH]
+                gone, emptied = await in_long_thread(drop_idle_whiteouts, files, shown, part, all_implied)
+                unpacked = msgspec.structs.replace(
+                    unpacked,
+                    used_inodes=unpacked.used_inodes - gone - emptied,
+                    used_bytes=unpacked.used_bytes - emptied * DISK_BLOCK,
+                )
             for begin in range(0, len(implied), _BATCH):
                 await in_long_thread(inherit, files, lower, implied[begin : begin + _BATCH])
+        return unpacked
 
     async def _tree_digest(self, source: LayerSource, files: Path) -> str:
         """The data to check the layer with instead of its blob; empty if blobs are kept."""

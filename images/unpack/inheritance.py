@@ -1,11 +1,15 @@
-"""Folders that a layer contains without describing them take owner, mode, time and attributes from the layers below."""
+"""What a layer has because of the layers below it.
+
+Folders that it contains without describing them take owner, mode, time and attributes from those layers. Whiteouts are
+for files of those layers only: in a folder that is in no layer below, overlayfs shows them as names without a file.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +35,64 @@ def inherit(layer: Path, lower: Sequence[Path], folders: Sequence[bytes]) -> Non
                 _copy(layer, name, one.path)
             if seen.folder or not seen.go_on:
                 break
+
+
+def drop_idle_whiteouts(
+    layer: Path, lower: Sequence[Path], folders: Sequence[bytes], implied: Collection[bytes]
+) -> tuple[int, int]:
+    """Remove the whiteouts in those of ``folders`` (relative, in ``layer``) that ``lower`` (lowest first) do not show.
+
+    Those of them that are ``implied`` are removed too if nothing else is in them: a file may be there in a layer below.
+    Returns how many files and folders were removed. Blocking; names as for ``inherit``.
+    """
+    own = _Lower(layer)
+    below = [_Lower(path) for path in reversed(lower)]
+    files = emptied = 0
+    for name in sorted(folders, key=lambda name: name.count(b"/"), reverse=True):
+        seen = own.look(name)
+        if not seen.folder or (seen.go_on and _is_shown(name, below)):
+            continue
+        files += _remove_whiteouts(layer, name)
+        idle = name
+        while idle and idle in implied and not _is_shown(idle, below) and _remove_empty(layer, idle):
+            emptied += 1
+            idle = idle.rpartition(b"/")[0]
+    return files, emptied
+
+
+def _is_shown(name: bytes, below: Sequence[_Lower]) -> bool:
+    for one in below:
+        seen = one.look(name)
+        if seen.folder or not seen.go_on:
+            return seen.folder
+    return False
+
+
+def _remove_whiteouts(layer: Path, name: bytes) -> int:
+    removed = 0
+    with opened_beneath(layer, name, os.O_RDONLY | os.O_DIRECTORY) as folder:
+        before = os.fstat(folder)
+        for entry in os.listdir(folder):  # noqa: PTH208 - by its descriptor
+            status = os.stat(entry, dir_fd=folder, follow_symlinks=False)
+            if stat.S_ISCHR(status.st_mode) and not status.st_rdev:
+                os.unlink(entry, dir_fd=folder)
+                removed += 1
+        os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+    return removed
+
+
+def _remove_empty(layer: Path, name: bytes) -> bool:
+    parent, _, base = name.rpartition(b"/")
+    try:
+        with opened_beneath(layer, parent, os.O_RDONLY | os.O_DIRECTORY) as folder:
+            before = os.fstat(folder)
+            os.rmdir(base, dir_fd=folder)
+            os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, *_NOT_THERE):
+            raise
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

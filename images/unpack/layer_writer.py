@@ -55,7 +55,7 @@ class LayerWriter:
 
     ``used_bytes`` (in blocks, as ``du`` counts) and ``used_inodes`` say what was made; ``implied`` are folders that no
     entry described, which take after those of the layers below; ``opaque`` is true if the layer hides everything below.
-    ``opaque_folders`` and ``devices`` are for the agent to make.
+    ``opaque_folders`` and ``devices`` are for the agent to make. ``hiding`` are folders with whiteouts in them.
     """
 
     def __init__(self, reader: TarReader, max_entries: int) -> None:
@@ -71,6 +71,7 @@ class LayerWriter:
         self.used_inodes = 1
         self.opaque = False
         self.opaque_folders: dict[bytes, None] = {}
+        self.hiding: dict[bytes, None] = {}
         self.implied: dict[bytes, None] = {b"": None}
 
     def write_all(self) -> None:
@@ -267,6 +268,8 @@ class LayerWriter:
             if self._root.kind(name) == stat.S_IFDIR:
                 self.opaque_folders[name] = None
             return
+        if folder:
+            self.hiding[folder] = None
         self._count(0)
 
     def _hide_below(self, entry: Entry, folder: bytes) -> None:

@@ -116,6 +116,7 @@ class Unpacker:
             report.used_inodes,
             report.opaque,
             tuple(bytes.fromhex(name) for name in report.implied),
+            tuple(bytes.fromhex(name) for name in report.hiding),
         )
 
     async def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -149,10 +149,12 @@ def unpack(read: Callable[[int], bytes], max_bytes: int, max_entries: int) -> di
     writer = LayerWriter(TarReader(stream), max_entries)
     writer.write_all()
     stream.drain()
-    names = [*writer.implied, *writer.opaque_folders, *(path for device in writer.devices for path in device.paths)]
+    names = [*writer.implied, *writer.opaque_folders, *writer.hiding]
+    names += [path for device in writer.devices for path in device.paths]
     if sum(map(len, names)) + _ITEM_BYTES * len(names) > MOST_REPORTED:
         raise LimitError(
-            f"folders without an entry, opaque folders and device nodes have names of more than {MOST_REPORTED} bytes"
+            "folders without an entry, opaque folders, folders with whiteouts and device nodes have names of more than "
+            f"{MOST_REPORTED} bytes"
         )
     return {
         "diff_id": f"sha256:{digest.hexdigest()}",
@@ -161,6 +163,7 @@ def unpack(read: Callable[[int], bytes], max_bytes: int, max_entries: int) -> di
         "entries": writer.entries,
         "opaque": writer.opaque,
         "implied": [path.hex() for path in writer.implied],
+        "hiding": [path.hex() for path in writer.hiding],
         "opaque_folders": [path.hex() for path in writer.opaque_folders],
         "devices": [_numbers(device) for device in writer.devices],
     }

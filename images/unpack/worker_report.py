@@ -19,7 +19,8 @@ _MOST_INODES = 1 << 32
 class Unpacked(msgspec.Struct, frozen=True):
     """The result of unpacking a layer: digests, and its size on disk in bytes and inodes.
 
-    ``implied`` are the folders (relative, as bytes) that no entry described; ``opaque`` layers hide all below them.
+    ``implied`` are the folders (relative, as bytes) that no entry described, ``hiding`` those with whiteouts in them;
+    ``opaque`` layers hide all below them.
     """
 
     diff_id: str
@@ -29,6 +30,7 @@ class Unpacked(msgspec.Struct, frozen=True):
     used_inodes: int
     opaque: bool
     implied: tuple[bytes, ...]
+    hiding: tuple[bytes, ...]
 
 
 class WorkerReport(msgspec.Struct):
@@ -42,12 +44,14 @@ class WorkerReport(msgspec.Struct):
     entries: int = 0
     opaque: bool = False
     implied: list[str] = []
+    hiding: list[str] = []
     opaque_folders: list[str] = []
     devices: list[DeviceNode] = []
 
     def names(self) -> Iterator[str]:
         """Every path in it."""
         yield from self.implied
+        yield from self.hiding
         yield from self.opaque_folders
         for device in self.devices:
             yield from device.names

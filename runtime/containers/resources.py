@@ -196,7 +196,8 @@ def _undoing(
 ) -> cri_pb2.LinuxContainerResources:
     """``before``, with what only ``after`` sets put back to the kernel's default or to what is in use now.
 
-    ``page_sizes`` are those of ``after`` that the node has: others, without a limit, are ignored. systemd may have taken over a list of CPUs that the kernel then refused.
+    ``page_sizes`` are those of ``after`` that the node has: others, without a limit, are ignored. systemd may have
+    taken over a list of CPUs that the kernel then refused.
     """
     undoing = cri_pb2.LinuxContainerResources()
     undoing.CopyFrom(before)

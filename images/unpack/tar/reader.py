@@ -202,9 +202,9 @@ class TarReader:
         if records.values:
             entry.name = records.values.get(b"path", entry.name)
             entry.link = records.values.get(b"linkpath", entry.link)
-        if long_name is not None:
+        if long_name:  # an empty one leaves the header's own, as for pax records
             entry.name = long_name
-        if long_link is not None:
+        if long_link:
             entry.link = long_link
         try:
             fill_in(entry, fields)

@@ -57,6 +57,13 @@ async def test_records_without_a_value_leave_the_header_s_own(node: Node) -> Non
     assert (root / "link").readlink() == Path("own")
 
 
+async def test_long_names_without_a_byte_leave_the_header_s_own(node: Node) -> None:
+    empty = [Header(b"././@LongLink", kind).encode() for kind in (b"L", b"K")]
+    layer = archive(empty[0], file(b"own", b"x"), *empty, Header(b"link", b"2", link=b"own").encode())
+    root = await unpacked(node, layer)
+    assert ((root / "own").read_text(), (root / "link").readlink()) == ("x", Path("own"))
+
+
 async def test_the_prefix_counts_whatever_the_version_says(node: Node) -> None:
     star = bytearray(Header(b"name", prefix=b"star" + bytes(127) + b"00000000000\0" * 2, signed=False).encode())
     star[508:512] = b"tar\0"
@@ -136,7 +143,7 @@ async def test_files_behind_links_to_nothing_make_what_the_links_name(node: Node
     )
     circle = make_tar([entry("round", kind=tarfile.SYMTYPE, link="round"), entry("round/f", "")])
     assert "round" in await refused(node, circle)
-    root = await unpacked(node, layer)
+    root = await unpacked(node, make_tar([folder("z"), entry("z/gone", "")]), layer)
     assert {name: (root / name).readlink() for name in ("a", "c", "x/y")} == {
         "a": Path("b"),
         "c": Path("/d/e"),
@@ -317,7 +324,7 @@ async def test_names_longer_than_the_kernel_takes_at_once(node: Node, parts: int
         named(b"twice") + file(b"t", b"a file"),
         pax(record(b"SCHILY.xattr.user.note", b"y"), record(b"path", deep + b"/noted")) + file(b"f"),
     )
-    root = await unpacked(node, layer)
+    root = await unpacked(node, archive(named(b"gone") + file(b"g")), layer)
     folder_there = opened(root, deep)
     try:
         below = f"/proc/self/fd/{folder_there}"

@@ -1,0 +1,40 @@
+"""Whiteouts that have nothing to hide, as tools write them that do not look at the layers below."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+
+from tests.integration.images.conftest import Node
+from tests.integration.images.test_unpacking import install
+from tests.support.image_builder import entry, folder, make_tar
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ([folder("x"), entry("x/.wh.y", ""), entry("x/k", "1")],),
+        ([entry("a", "")], [folder("x"), entry("x/.wh.y", ""), entry("x/k", "1")], [entry("b", "")]),
+        ([folder("x"), entry("x/y", "")], [entry("x/.wh..wh..opq", ""), entry("x/.wh.y", ""), entry("x/k", "")]),
+        ([folder("x/s"), entry("x/s/y", "")], [entry("x/.wh..wh..opq", ""), entry("x/s/.wh.y", ""), entry("x/k", "")]),
+        ([folder("x"), entry("x/y", "")], [entry(".wh..wh..opq", ""), entry("x/.wh.y", ""), entry("x/k", "")]),
+        ([entry("x", "a file")], [folder("x"), entry("x/.wh.y", ""), entry("x/k", "")]),
+    ],
+)
+async def test_whiteouts_of_nothing_are_no_names(node: Node, layers: tuple[list[Any], ...]) -> None:
+    """overlayfs shows a whiteout in a folder that no layer below has; such a folder could not be removed."""
+    root = await install(node, *map(make_tar, layers))
+    assert [path.name for path in (root / "x").iterdir() if path.name != "s"] == ["k"]
+    shutil.rmtree(root / "x")
+    assert not (root / "x").exists()
+
+
+async def test_whiteouts_below_a_file_leave_the_file(node: Node) -> None:
+    lower = make_tar([entry("a", "1"), entry("b", "2"), folder("d"), entry("d/x", ""), entry("d/y", "")])
+    upper = make_tar([entry("a/.wh.x", ""), entry("b/c/.wh.x", ""), entry("none/.wh.x", ""), entry("d/.wh.x", "")])
+    root = await install(node, lower, upper)
+    assert ((root / "a").read_text(), (root / "b").read_text()) == ("1", "2")
+    assert sorted(path.name for path in root.iterdir()) == ["a", "b", "d"]
+    assert [path.name for path in (root / "d").iterdir()] == ["y"]

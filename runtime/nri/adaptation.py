@@ -21,12 +21,15 @@ from runtime.nri import validator
 from runtime.nri.answers.merging import Merging
 from runtime.nri.answers.owners import Owners
 from runtime.nri.answers.resource_merging import merge_resources
+from runtime.nri.answers.size import by_size, check_updates
 from runtime.nri.answers.updates import PluginsView, Updates
 from runtime.nri.options import NriOptions
 from runtime.nri.plugins.calls import CallTotals
 from runtime.nri.plugins.events import CREATE_CONTAINER, UPDATE_CONTAINER, VALIDATE_CONTAINER_ADJUSTMENT, EventCall
+from runtime.nri.plugins.hold_ups import HoldUps
 from runtime.nri.plugins.plugin import Plugin, PluginLostError
 from runtime.nri.plugins.trunk import Trunk
+from runtime.nri.plugins.ttrpc import shortened
 
 NRI_VERSION = "v0.12.0"
 MOST_PLUGINS = 128
@@ -75,6 +78,7 @@ class Adaptation:
         self._node = node
         self._plugins: list[Plugin] = []
         self._unregistered: set[Plugin] = set()
+        self._hold_ups = HoldUps()
         self._lock = RWLock()
         self._events = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -138,6 +142,7 @@ class Adaptation:
                 request_timeout=int(options.request_seconds * 1000),
                 NRI_version=NRI_VERSION,
             )
+            self._hold_ups.check(plugin.title)
             await plugin.configure(request, options.registration_seconds)
             async with AsyncExitStack() as stack:
                 await self._close_gate(stack)
@@ -179,14 +184,18 @@ class Adaptation:
     async def _synchronize(self, plugin: Plugin) -> Updates:
         """Send a plugin all pods and containers; returns the updates that it asks for."""
         for request in await self._node.inventory():
-            seconds = self._options.registration_seconds
-            answer = await plugin.call("Synchronize", request, nri_pb2.SynchronizeResponse, seconds)
+            seconds, begin = self._options.registration_seconds, time.monotonic()
+            try:
+                answer = await plugin.call("Synchronize", request, nri_pb2.SynchronizeResponse, seconds)
+            except PodkeelError:
+                self._hold_ups.note(plugin.title, time.monotonic() - begin)
+                raise
             if request.more and (not answer.more or answer.update):
                 raise PodkeelError(
                     "it cannot be synchronised in several messages, and everything does not fit into one"
                 )
         updates = Updates()
-        updates.add(plugin.title, answer.update)
+        await by_size(answer, updates.add, plugin.title, answer.update)
         return updates
 
     async def tell(
@@ -275,8 +284,8 @@ class Adaptation:
             for plugin in self._asked(CREATE_CONTAINER, asked):
                 answer = await self._ask(plugin, CREATE_CONTAINER, request, operation)
                 if answer is not None:
-                    merging.add(plugin.title, answer.adjust)
-                    updates.add(plugin.title, answer.update, answer.evict)
+                    await by_size(answer, merging.add, plugin.title, answer.adjust)
+                    await by_size(answer, updates.add, plugin.title, answer.update, answer.evict)
                 if not plugin.closed:  # one that was lost over it may have done nothing
                     saw.append(nri_pb2.PluginInstance(name=plugin.name, index=plugin.index))
             owners = merging.owners.message()
@@ -306,7 +315,9 @@ class Adaptation:
         )
         for plugin, answer in zip(validators, answers, strict=True):
             if answer is not None and answer.reject:
-                raise InvalidArgumentError(f"{subject}: NRI plugin {plugin.title} rejects it: {answer.reason}")
+                raise InvalidArgumentError(
+                    f"{subject}: NRI plugin {plugin.title} rejects it: {shortened(answer.reason)}"
+                )
 
     async def update(
         self, request: nri_pb2.UpdateContainerRequest, subject: str, operation: Operation | None = None
@@ -323,11 +334,13 @@ class Adaptation:
                 answer = await self._ask(plugin, UPDATE_CONTAINER, request, operation)
                 if answer is None:
                     continue
+                targets = own, request.linux_resources
+                check_updates(plugin.title, answer.update)
                 for update in answer.update:
                     if update.container_id == container_id:
-                        merge_resources(update.linux.resources, (own, request.linux_resources), owners, plugin.title)
+                        await by_size(answer, merge_resources, update.linux.resources, targets, owners, plugin.title)
                 others = [update for update in answer.update if update.container_id != container_id]
-                updates.add(plugin.title, others, answer.evict)
+                await by_size(answer, updates.add, plugin.title, others, answer.evict)
         return own, owners.names(), updates
 
     async def carry_out(self, updates: Updates) -> None:
@@ -341,7 +354,7 @@ class Adaptation:
         if plugin not in self._plugins:
             raise InvalidArgumentError("the plugin is not synchronised yet: answer Synchronize first")
         updates = Updates()
-        updates.add(plugin.title, request.update, request.evict)
+        await by_size(request, updates.add, plugin.title, request.update, request.evict)
         return nri_pb2.UpdateContainersResponse(failed=await updates.carry_out(self._node))
 
     async def close(self) -> None:

@@ -11,7 +11,7 @@ from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.abilities import Asking, Field, RuntimeAbilities
 from runtime.nri.answers.merging import removed_name
-from runtime.nri.linux_adjustment import adjust_linux
+from runtime.nri.linux_adjustment import adjust_linux, require_namespace
 from runtime.specgen import config
 from runtime.specgen.draft import Draft
 from runtime.specgen.limits.block_io import block_io
@@ -37,16 +37,20 @@ def adjust(
         if removed is None:
             draft.cdi_devices.append(device.name)
     if name := adjustment.linux.resources.blockio_class.value:
-        draft.block_io = partial(_block_io, abilities.block_io_file, name, asking)
+        draft.last_steps.append(partial(_set_block_io, draft.spec.linux, abilities.block_io_file, name, asking))
+    for namespace in draft.spec.linux.namespaces if adjustment.linux.namespaces else ():
+        if namespace.path:
+            draft.last_steps.append(partial(require_namespace, namespace.type, namespace.path, asking))
     for mount in adjustment.mounts:
         draft.asked_by[_cleaned(mount.destination)] = (
             f"NRI plugin {asking.plugin(Field.Mounts, mount.destination)}: mount"
         )
 
 
-def _block_io(file: str, name: str, asking: Asking) -> config.BlockIO:
+def _set_block_io(linux: config.Linux, file: str, name: str, asking: Asking) -> None:
+    linux.resources = linux.resources or config.Resources()
     try:
-        return block_io(file, name)
+        linux.resources.block_io = block_io(file, name)
     except InvalidArgumentError as error:
         raise asking.wrong(Field.BlockioClass, error.message, name) from error
 

@@ -17,6 +17,7 @@ from runtime.cgroups.tree import CgroupTree
 from runtime.hooks import Hooks, Resources
 from runtime.nri import messages, report
 from runtime.nri.adaptation import Adaptation
+from runtime.nri.answers.size import by_size
 from runtime.nri.answers.updates import PluginsView, Updates
 from runtime.nri.changes import Adjuster, Changing, limit_change
 from runtime.nri.options import NriOptions
@@ -188,7 +189,8 @@ class NriHooks(Hooks):
             )
             self._views.keep(request.container)
             creation = await self.adaptation.create(request, container.title, operation, told)
-            self._adjuster.adjust(container, draft, creation.adjustment, creation.owners)
+            changes = creation.adjustment
+            await by_size(changes, self._adjuster.adjust, container, draft, changes, creation.owners)
             self._views.keep(creation.container)
             self._making[container.id] = container, list(self.adaptation.plugins)
         await self.adaptation.carry_out(creation.updates)
@@ -264,7 +266,7 @@ class NriHooks(Hooks):
         updates = Updates()
         for plugin, answer in await self.adaptation.notify(events.STOP_CONTAINER, request):
             try:
-                updates.add(plugin.title, answer.update)
+                await by_size(answer, updates.add, plugin.title, answer.update)
             except InvalidArgumentError as error:
                 _log.warning("nri: %s: StopContainer: %s", container.title, error)
         self._wanted.setdefault(container.id, []).append(updates)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -23,8 +25,11 @@ from runtime.specgen.sysctls import is_of_ipc, is_of_network
 RESCTRL = Path("/sys/fs/resctrl")
 
 _LARGEST_ID = 1 << 32
+_LAST_ARGUMENT = 5  # of a system call
 _DEFAULTS = {f"/dev/{name}": ("c", os.major(number), os.minor(number)) for number, name in DEFAULT_NODES.items()}
 _DEADLINE, _REALTIME = "SCHED_DEADLINE", ("SCHED_FIFO", "SCHED_RR")
+_NS_GET_NSTYPE = 0xB703  # ioctl_ns(2)
+_NAMESPACE_FLAGS = {"network": 1 << 30, "ipc": 1 << 27, "uts": 1 << 26, "pid": 1 << 29, "cgroup": 1 << 25}
 _NAME = re.compile(r"[^/\0\n]+")
 
 
@@ -73,6 +78,26 @@ def _namespaces(
         else:
             changed[kind] = config.Namespace(type=kind, path=namespace.path)
     linux.namespaces = list(changed.values())
+
+
+def require_namespace(kind: str, path: str, asking: Asking) -> None:
+    """Refuse a path that is no namespace of that kind: an OCI runtime would open it, and wait if it is a pipe. Blocks.
+
+    Raises InvalidArgumentError, which names the plugin.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            stack.callback(os.close, found)
+            if os.fstat(found).st_dev != Path("/proc/self/ns/net").stat().st_dev:
+                raise asking.wrong(Field.Namespace, f"{path} is no namespace", kind)
+            namespace = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, namespace)
+            flag = fcntl.ioctl(namespace, _NS_GET_NSTYPE)
+    except OSError as error:
+        raise asking.wrong(Field.Namespace, f"its path {path!r} cannot be used: {error.strerror}", kind) from error
+    if flag != _NAMESPACE_FLAGS.get(kind, flag):
+        raise asking.wrong(Field.Namespace, f"{path} is a namespace of another kind", kind)
 
 
 def _sysctls(given: Mapping[str, str], linux: config.Linux, asking: Asking) -> None:
@@ -232,6 +257,8 @@ def _seccomp(given: nri_pb2.LinuxSeccomp, asking: Asking) -> dict[str, Any]:
 def _system_call(call: nri_pb2.LinuxSyscall, asking: Asking) -> dict[str, Any]:
     if not call.names or not all(call.names):
         raise asking.wrong(Field.SeccompPolicy, "a rule names no system call")
+    if any(arg.index > _LAST_ARGUMENT for arg in call.args):
+        raise asking.wrong(Field.SeccompPolicy, f"a system call has the arguments 0 to {_LAST_ARGUMENT}, not more")
     rule: dict[str, Any] = {"names": list(call.names), "action": call.action}
     if call.HasField("errno_ret"):
         rule["errnoRet"] = call.errno_ret.value

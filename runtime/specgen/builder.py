@@ -77,9 +77,8 @@ def _complete(drafted: Draft) -> ContainerSpec:
     if edits:
         described += _add_described(edits, process, linux)
         spec.hooks = _joined(spec.hooks, cdi.hooks(edits))
-    if drafted.block_io is not None:
-        linux.resources = linux.resources or oci.Resources()
-        linux.resources.block_io = drafted.block_io()
+    for step in drafted.last_steps:
+        step()
     groups = changed_groups(drafted.groups, drafted.volume_mounts, spec.mounts, drafted.asked_by)
     groups = replace(groups, described=cdi.mounts(edits))
     _require_sources(groups)

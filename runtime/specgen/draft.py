@@ -76,8 +76,8 @@ class Draft:
 
     ``spec`` has the requested mounts and devices, without those of CDI devices: ``cdi_devices`` are their names. Mounts
     or devices that are added are resolved and checked like the others; ``asked_by`` maps their destinations to the name
-    for errors. ``block_io`` gives the limits of the container's class of block I/O; it reads files, and may raise what
-    ``complete`` does.
+    for errors. ``last_steps`` change or check what needs files of the node; they block, and may raise what ``complete``
+    does.
     """
 
     request: SpecRequest
@@ -91,7 +91,7 @@ class Draft:
     mapped_volumes: Sequence[MappedVolume]
     cdi_devices: list[str]
     asked_by: dict[str, str] = field(default_factory=dict)
-    block_io: Callable[[], oci.BlockIO] | None = None
+    last_steps: list[Callable[[], None]] = field(default_factory=list)
 
 
 def draft(request: SpecRequest) -> Draft:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Set
 from typing import Any
 
 from google.protobuf.message import Message
@@ -11,6 +11,7 @@ from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.answers.owners import REMOVAL, Owners
 from runtime.nri.answers.resource_merging import merge_resources
+from runtime.nri.answers.size import check_size
 
 Field = nri_pb2.Field
 Messages = Any  # a repeated field of protobuf, whose stubs have no type for it
@@ -40,6 +41,7 @@ class Merging:
         """Take the answer of ``plugin``. Raises ConflictError, or InvalidArgumentError for what makes no sense."""
         if not adjust.ByteSize():
             return
+        check_size(plugin, adjust)
         self._merge_map(
             Field.Annotations, plugin, adjust.annotations, self.container.annotations, self.adjustment.annotations
         )
@@ -179,23 +181,23 @@ class Merging:
     ) -> None:
         """The same for messages of a list, which their field ``key`` identifies."""
         messages = {str(getattr(message, key)): message for message in given}
-        for name, message in messages.items():
+        for name in messages:
             if not name.removeprefix(REMOVAL):
                 raise InvalidArgumentError(f"NRI plugin {plugin}: {Field.Name(number)}: {key} is empty")
             if (removed := removed_name(name)) is not None:
                 self.owners.clear_key(number, removed, plugin)
-                _drop(current, key, removed)
-                _drop(changed, key, removed)
-                changed.extend([message])
-        for name, message in messages.items():
+        for name in messages:
             if removed_name(name) is None:
                 self.owners.claim_key(number, name, plugin)
-                for target in (current, changed):
-                    _drop(target, key, name)
-                    target.extend([message])
+        removals = [message for name, message in messages.items() if removed_name(name) is not None]
+        settings = [message for name, message in messages.items() if removed_name(name) is None]
+        gone = {removed_name(name) or name for name in messages}
+        _replace(current, key, gone, settings)
+        _replace(changed, key, gone, [*removals, *settings])
 
 
-def _drop(messages: Messages, key: str, value: str) -> None:
-    kept = [message for message in messages if getattr(message, key) != value]
+def _replace(messages: Messages, key: str, gone: Set[str], added: Iterable[Message]) -> None:
+    """Drop the messages that ``gone`` names and add others."""
+    kept = [message for message in messages if getattr(message, key) not in gone]
     del messages[:]
-    messages.extend(kept)
+    messages.extend([*kept, *added])

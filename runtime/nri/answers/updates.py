@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,7 @@ from host.errors import InvalidArgumentError, PodkeelError
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.answers.owners import Owners
 from runtime.nri.answers.resource_merging import merge_resources
-
-MOST_UPDATES = 4096
+from runtime.nri.answers.size import MOST_UPDATES, check_updates
 
 Inventory = Callable[[], Awaitable[Sequence[nri_pb2.SynchronizeRequest]]]
 Update = Callable[[nri_pb2.ContainerUpdate, str], Awaitable[None]]
@@ -60,17 +60,18 @@ class Updates:
     def add(
         self,
         plugin: str,
-        updates: Iterable[nri_pb2.ContainerUpdate],
+        updates: Sequence[nri_pb2.ContainerUpdate],
         evictions: Iterable[nri_pb2.ContainerEviction] = (),
     ) -> None:
         """Take those of ``plugin``. Raises ConflictError, or InvalidArgumentError for what makes no sense."""
+        check_updates(plugin, updates)
         for update in updates:
             if update.container_id == self._making:
                 raise InvalidArgumentError(
                     f"NRI plugin {plugin} asks for an update of the container that is being made: adjust it instead"
                 )
             if len(self._collected) >= MOST_UPDATES:
-                raise InvalidArgumentError(f"NRI plugin {plugin} asks for more than {MOST_UPDATES} updates at once")
+                raise InvalidArgumentError(f"NRI plugins ask for more than {MOST_UPDATES} updates at once")
             collected = self._collected.setdefault(update.container_id, _Collected(update.container_id))
             merge_resources(update.linux.resources, (collected.update.linux.resources,), collected.owners, plugin)
             collected.update.ignore_failure = collected.update.ignore_failure and update.ignore_failure
@@ -89,6 +90,7 @@ class Updates:
         """Update and evict containers, each for itself; returns the updates that failed and must not."""
         failed = []
         for update, plugins in self.updates():
+            await asyncio.sleep(0)  # thousands of containers that are not there must not keep the loop from others
             try:
                 await node.update(update, plugins)
             except PodkeelError as error:
@@ -98,6 +100,7 @@ class Updates:
                 if not update.ignore_failure:
                     failed.append(update)
         for eviction, plugin in self.evictions:
+            await asyncio.sleep(0)
             try:
                 await node.evict(eviction, plugin)
             except PodkeelError as error:

@@ -22,6 +22,7 @@ BODY_LIMIT = 4 << 20
 FIRST_BODY_LIMIT = 64 << 10  # of messages of a plugin that has not registered
 MOST_CALLS_AT_ONCE = 8
 _MOST_UNASKED = 256
+_WORDS = 1024
 
 OK, UNKNOWN, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED = 0, 2, 3, 8, 12
 """Codes of a status, which are gRPC's."""
@@ -166,7 +167,7 @@ class Client:
             self._trunk.close("it sent an answer that is no ttrpc message")
             return
         if response.status.code != OK:
-            answer.set_exception(CallError(response.status.code, response.status.message))
+            answer.set_exception(CallError(response.status.code, shortened(response.status.message)))
         else:
             answer.set_result(response.payload)
 
@@ -192,6 +193,7 @@ class Server:
         self._service = service
         self._handlers = handlers
         self._calls: set[asyncio.Task[None]] = set()
+        self._ignored = 0
         trunk.receive_by(connection, self._reader.feed)
 
     def allow_large(self) -> None:
@@ -205,6 +207,9 @@ class Server:
 
     def _received(self, message: Message) -> None:
         if message.kind != _REQUEST:
+            self._ignored += 1
+            if self._ignored > _MOST_UNASKED:
+                self._trunk.close(f"it sent more than {_MOST_UNASKED} messages that are no requests")
             return
         if len(self._calls) >= 2 * MOST_CALLS_AT_ONCE:
             self._trunk.close(f"it has more than {2 * MOST_CALLS_AT_ONCE} calls under way")
@@ -249,6 +254,12 @@ class Server:
             return await handler(request.payload)
         except DecodeError:
             raise CallError(INVALID_ARGUMENT, f"the payload is no request of {request.method}") from None
+
+
+def shortened(words: str) -> str:
+    """What a plugin says, as it may stand in a line of a log or in an error: no more than a few lines of it."""
+    words = words[:_WORDS]
+    return words if words.isprintable() else "".join(one if one.isprintable() else repr(one)[1:-1] for one in words)
 
 
 def encode(stream: int, kind: int, body: bytes) -> bytes:

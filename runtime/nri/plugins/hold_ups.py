@@ -1,0 +1,33 @@
+"""Plugins whose Synchronize kept everybody waiting: each may come again only after a time."""
+
+from __future__ import annotations
+
+import time
+
+from host.errors import UnavailableError
+
+WAIT_SECONDS = 60.0
+_LONG_SECONDS = 1.0  # a shorter wait does not count
+_MOST = 64
+
+
+class HoldUps:
+    """Remembers, by the titles of plugins, until when they may not come again."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+
+    def note(self, title: str, seconds: float) -> None:
+        """A Synchronize that failed took so long; no pod or container could be made meanwhile."""
+        now = time.monotonic()
+        self._until = {known: until for known, until in self._until.items() if until > now}
+        if seconds >= _LONG_SECONDS:
+            self._until[title] = now + WAIT_SECONDS
+
+    def check(self, title: str) -> None:
+        """Raise UnavailableError if a plugin may not come yet; nobody may while there are very many of them."""
+        left = self._until.get(title, 0.0) - time.monotonic()
+        if left > 0:
+            raise UnavailableError(f"its last Synchronize kept all pods waiting: it may come again in {left:.0f} s")
+        if len(self._until) >= _MOST and min(self._until.values()) > time.monotonic():
+            raise UnavailableError(f"{len(self._until)} plugins kept all pods waiting by their Synchronize: come later")

@@ -28,6 +28,7 @@ from runtime.cgroups.moves import CgroupMoves
 from runtime.cgroups.tree import CgroupTree
 from runtime.checkpoint.options import CheckpointOptions
 from runtime.checkpoint.service import CheckpointService
+from runtime.containers.bundle.bundles import Bundles
 from runtime.containers.bundle.rootfs import Rootfs
 from runtime.containers.bundle.spec_request import SpecRequests
 from runtime.containers.create import ContainerCreate
@@ -57,6 +58,7 @@ from runtime.recovery.recovery import Recovery
 from runtime.reserve import Reserve, require_room
 from runtime.specgen.hooks_dir import HooksDir
 from runtime.specgen.limits.extra_limits import LimitChange
+from runtime.specgen.mounts.volume_content import CopyLimits
 from runtime.specgen.node_facts import NodeFacts, probe_node
 from runtime.specgen.security.apparmor import load_default_profile
 from runtime.state.container import Container
@@ -242,8 +244,9 @@ class Agent:
             pids_limit=self.options.pids_limit,
             hooks=hooks,
         )
+        limits = CopyLimits(self.options.max_volume_copy_bytes, self.options.max_volume_copy_entries)
         self.containers = ContainerCreate(
-            options=self.options,
+            catatonit=self.options.catatonit_path,
             state=state,
             names=names,
             images=self.images.store,
@@ -256,6 +259,7 @@ class Agent:
                 hooks_dir=self.hooks_dir,
                 mask=self.layout.mask,
             ),
+            bundles=Bundles(hooks, limits),
             handlers=handlers,
             monitors=monitors,
             cgroups=cgroups,

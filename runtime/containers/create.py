@@ -5,24 +5,19 @@ from __future__ import annotations
 import logging
 import posixpath
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-from host.concurrency.abandonable import AbandonableThreads, Permission
 from host.concurrency.undo import Undo
 from host.errors import InvalidArgumentError, NotFoundError, WrongStateError
-from host.stages import Operation
 from images.image import Image
 from images.store import ImageStore
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.moves import CgroupMoves
 from runtime.cgroups.tree import CgroupTree
-from runtime.containers.bundle.confinement import needs_verifying, verify
-from runtime.containers.bundle.idmapped_mounts import bind_all
-from runtime.containers.bundle.log_path import resolve_log_path
+from runtime.containers.bundle.bundles import Bundles
 from runtime.containers.bundle.pid_namespace import ensure_pid_holder, shares_pod_pids, target_pid_namespace
 from runtime.containers.bundle.plugin_settings import set_what_is_left
 from runtime.containers.bundle.rootfs import Rootfs
@@ -30,16 +25,11 @@ from runtime.containers.bundle.spec_request import SpecRequests
 from runtime.containers.endings.exit import ContainerExit
 from runtime.containers.remove import ContainerRemove
 from runtime.hooks import Hooks
-from runtime.namespaces.user import make_private, root_of
-from runtime.oci import private_devices
+from runtime.namespaces.user import make_private
 from runtime.oci.conmon import MonitorRequest, Monitors, RuntimeRefusedError, StartingMonitor
 from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime, cannot_run_program, naming, refused_request
-from runtime.options import RuntimeOptions
-from runtime.specgen.builder import ContainerSpec, complete
-from runtime.specgen.draft import Draft, SpecRequest, draft
-from runtime.specgen.mounts.image_volumes import make_volumes
-from runtime.specgen.mounts.volume_content import CopyLimits
+from runtime.specgen.builder import ContainerSpec
 from runtime.specgen.namespaces import user_mappings
 from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.registrar import ContainerRegistrar, ContainerRequest
@@ -48,9 +38,6 @@ from runtime.state.state import State
 from runtime.state.transitions import of_container
 
 NAME_LIMIT = 253
-_MOST_HANGING = 256  # threads that wait for volumes of containers that were given up
-
-T = TypeVar("T")
 
 _log = logging.getLogger("podkeel.containers")
 
@@ -61,12 +48,13 @@ class ContainerCreate:
     def __init__(
         self,
         *,
-        options: RuntimeOptions,
+        catatonit: str,
         state: State,
         names: ContainerRegistrar,
         images: ImageStore,
         rootfs: Rootfs,
         requests: SpecRequests,
+        bundles: Bundles,
         handlers: Handlers,
         monitors: Monitors,
         cgroups: CgroupTree,
@@ -75,12 +63,13 @@ class ContainerCreate:
         exits: ContainerExit,
         removals: ContainerRemove,
     ) -> None:
-        self._options = options
+        self._catatonit = catatonit
         self._state = state
         self._names = names
         self._images = images
         self._rootfs = rootfs
         self._requests = requests
+        self._bundles = bundles
         self._handlers = handlers
         self._monitors = monitors
         self._cgroups = cgroups
@@ -88,7 +77,6 @@ class ContainerCreate:
         self._hooks = hooks
         self._exits = exits
         self._removals = removals
-        self._threads = AbandonableThreads(_MOST_HANGING)
 
     def adopt(self, container: Container) -> None:
         """Take over a container found in the store."""
@@ -109,7 +97,7 @@ class ContainerCreate:
 
     async def _make(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Container:
         _require_ready(sandbox)
-        log_path = await self._log_path(sandbox, config)
+        log_path = await self._bundles.log_path(sandbox, config)
         image = self._image(config)
         runtime = self._handlers.get(sandbox.record.handler)
         container = self._new_container(sandbox, config, image, runtime, log_path)
@@ -129,15 +117,16 @@ class ContainerCreate:
                 image_volumes = await self._rootfs.mount_image_volumes(container)
             if shares_pod_pids(container):
                 async with operation.stage("pid_namespace"):
-                    await ensure_pid_holder(self._state, self._options.catatonit_path, sandbox)
+                    await ensure_pid_holder(self._state, self._catatonit, sandbox)
             undo.push("what plugins know of it", partial(self._hooks.undo_container, container))
             target = held.enter_context(target_pid_namespace(self._state, container))
             request = self._requests.make(container, image, runtime, image_volumes, target_pids=target)
-            spec = await self._make_spec(container, request, operation)
+            spec = await self._bundles.make_spec(container, request, operation)
+            container.record.mounts = self._rootfs.status_mounts(list(spec.mounts))
             async with container.lock:  # if it ends now, that is handled after the commit
                 async with operation.stage("runtime"), self._handlers.slots:
                     await self._create_in_runtime(container, monitor, runtime, spec)
-                await self._verify(container, runtime, spec)
+                await self._bundles.verify(container, runtime, spec)
                 _require_ready(sandbox)
                 async with self._hooks.passing():
                     await self._hooks.created_container(container, operation)
@@ -147,37 +136,6 @@ class ContainerCreate:
         extra = of_container(container, operation)
         _log.info("%s: created from %s", container.title, config.image.image, extra=extra)
         return container
-
-    async def _make_spec(self, container: Container, request: SpecRequest, operation: Operation) -> ContainerSpec:
-        hooks, write = self._hooks, partial(self._write_spec, container)
-        if await hooks.nobody_adjusts(container):
-
-            def draft_and_write(permission: Permission) -> Draft | ContainerSpec:
-                drafted = draft(request)
-                return write(drafted, permission) if hooks.drafted(container, drafted) else drafted
-
-            made = await self._work_on_spec(operation, draft_and_write)
-        else:
-            made = await self._work_on_spec(operation, lambda _: draft(request))
-        if isinstance(made, Draft):
-            await hooks.create_container(container, made, operation)
-            spec = await self._work_on_spec(operation, partial(write, made))
-        else:
-            spec = made
-        _apply_spec(container, spec, self._rootfs.status_mounts(list(spec.mounts)))
-        return spec
-
-    async def _work_on_spec(self, operation: Operation, work: Callable[[Permission], T]) -> T:
-        """In a separate thread: volumes may be on a file system whose server does not answer for hours."""
-        async with operation.stage("spec"):
-            return await self._threads.run(operation.subject, work)
-
-    async def _log_path(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Path | None:
-        """In a separate thread: the log folder may be on a file system whose server does not answer for hours."""
-        if not config.log_path:
-            return None
-        work = partial(resolve_log_path, sandbox.config.log_directory, config.log_path)
-        return await self._threads.run(f"container {config.metadata.name!r} of {sandbox.title}", lambda _: work())
 
     def _image(self, config: cri_pb2.ContainerConfig) -> Image:
         image = self._images.find(config.image.image)
@@ -209,22 +167,6 @@ class ContainerCreate:
         )
         return self._state.new_container(container_id, sandbox, config, record)
 
-    def _write_spec(self, container: Container, drafted: Draft, permission: Permission) -> ContainerSpec:
-        spec, request = complete(drafted, permission.check), drafted.request
-        mappings = user_mappings(container.sandbox.namespace_options)
-        options = self._options
-        limits = CopyLimits(options.max_volume_copy_bytes, options.max_volume_copy_entries)
-        owner = root_of(mappings) if mappings else (0, 0)
-        with permission.step():
-            make_volumes(spec.volumes, request.rootfs, owner, limits=limits, check=permission.check)
-        bind_all(spec.mapped_volumes, request.namespaces.user, mappings, permission.step)
-        if spec.private_devices is not None:
-            with permission.step():
-                private_devices.make(spec.private_devices)
-        with permission.step():
-            container.folder.spec.write_bytes(spec.config_json)
-        return spec
-
     async def _create_in_runtime(
         self, container: Container, monitor: StartingMonitor, runtime: OciRuntime, spec: ContainerSpec
     ) -> None:
@@ -250,11 +192,6 @@ class ContainerCreate:
         record.init = monitored.init
         self._exits.watch(container)
         await set_what_is_left(container, runtime, spec.spec.process, self._cgroups)
-
-    async def _verify(self, container: Container, runtime: OciRuntime, spec: ContainerSpec) -> None:
-        init = container.record.init
-        if init is not None and needs_verifying(spec, refuses_outside=runtime.directories.refuses_outside):
-            await self._threads.run(container.title, lambda _: verify(init, spec))
 
     async def abort_making(self, sandbox: Sandbox) -> None:
         """Cancel and undo the containers being made in a sandbox."""
@@ -303,12 +240,3 @@ def _monitor_request(container: Container, runtime: OciRuntime) -> MonitorReques
         stdin_once=config.stdin_once,
         node_devices=any(posixpath.normpath("/" + m.container_path.lstrip("/")) == "/dev" for m in config.mounts),
     )
-
-
-def _apply_spec(container: Container, spec: ContainerSpec, mounts: list[bytes]) -> None:
-    record = container.record
-    record.user = (spec.user.uid, spec.user.gid, tuple(spec.user.supplemental_groups))
-    record.mounts = mounts
-    record.stop_signal = spec.stop_signal.number
-    kinds = {namespace.type: namespace.path for namespace in spec.spec.linux.namespaces}
-    record.private_pid_namespace = kinds.get("pid") == ""

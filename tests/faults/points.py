@@ -16,7 +16,7 @@ _OPERATIONS = {
     ("runtime/pods/remove.py", "remove"): ("RemovePodSandbox",),
     ("runtime/pods/remove.py", "finish_removal"): ("RemovePodSandbox",),
     ("runtime/containers/create.py", "_make"): ("CreateContainer",),
-    ("runtime/containers/create.py", "_work_on_spec"): ("CreateContainer",),
+    ("runtime/containers/bundle/bundles.py", "_work"): ("CreateContainer",),
     ("runtime/containers/remove.py", "finish_removal"): ("RemoveContainer",),
     ("runtime/containers/remove.py", "_finish_removal"): ("RemoveContainer",),
     ("runtime/containers/start.py", "_start"): ("StartContainer",),

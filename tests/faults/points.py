@@ -20,6 +20,7 @@ _OPERATIONS = {
     ("runtime/containers/remove.py", "finish_removal"): ("RemoveContainer",),
     ("runtime/containers/remove.py", "_finish_removal"): ("RemoveContainer",),
     ("runtime/containers/start.py", "_start"): ("StartContainer",),
+    ("runtime/containers/start.py", "_write_start"): ("StartContainer",),
     ("runtime/containers/stop.py", "stop"): ("StopContainer",),
     ("runtime/containers/resources.py", "_change"): ("UpdateContainerResources",),
     ("runtime/checkpoint/dump.py", "_checkpoint"): ("CheckpointContainer",),

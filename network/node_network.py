@@ -15,7 +15,7 @@ from network.attachment import Attachment, AttachRequest
 from network.bridge.network import BuiltInNetwork
 from network.bridge.owner import BridgeOwner
 from network.cni.network import CniNetwork
-from network.cni.watch import ConfigurationWatch
+from network.cni.watch import follow_configuration
 from network.options import NetworkOptions
 from network.ports import PortRegistry
 from network.status import Condition, Finding
@@ -169,19 +169,9 @@ class NodeNetwork:
             _log.info("network: new pods use CNI: %s has a configuration", self._folder)
 
     async def _watch(self) -> None:
-        try:
-            watch = ConfigurationWatch(self._folder)
-        except OSError as error:
-            _log.warning("CNI folder %s: changes will not be noticed: %s", self._folder, error)
-            return
-        try:
-            while True:
-                await self.cni.reload()
-                self._choose(self.cni.configured)
-                # Look once more: files may have been added before the watch began.
-                if not watch.follow(self.cni.plugin_folder):
-                    await watch.wait()
-        except OSError as error:
-            _log.warning("CNI folder %s: changes will not be noticed any more: %s", self._folder, error)
-        finally:
-            watch.close()
+        await follow_configuration(self._folder, self._reload)
+
+    async def _reload(self) -> Path | None:
+        await self.cni.reload()
+        self._choose(self.cni.configured)
+        return self.cni.plugin_folder

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+
+_POLL_SECONDS = 0.05
 
 _IN_MODIFY = 0x2
 _IN_CLOSE_WRITE = 0x8
@@ -36,10 +39,13 @@ async def wait_until_exists(path: Path, timeout: float) -> bool:
 async def wait_for_entries(folder: Path, condition: Callable[[], bool], timeout: float) -> bool:
     """Wait until ``condition`` holds.
 
-    It is called again when entries of ``folder`` are created or renamed. Waits at most ``timeout`` seconds; returns
-    whether the condition holds.
+    It is called again when entries of ``folder`` are created or renamed; every 50 ms if the kernel allows no more
+    watches. Waits at most ``timeout`` seconds; returns whether the condition holds.
     """
-    descriptor = _open()
+    try:
+        descriptor = _open()
+    except OSError:
+        return await _poll(condition, timeout)
     loop = asyncio.get_running_loop()
     changed = asyncio.Event()
 
@@ -48,7 +54,12 @@ async def wait_for_entries(folder: Path, condition: Callable[[], bool], timeout:
         changed.set()
 
     try:
-        _watch(descriptor, folder, _IN_CREATE | _IN_MOVED_TO)
+        try:
+            _watch(descriptor, folder, _IN_CREATE | _IN_MOVED_TO)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return await _poll(condition, timeout)
         loop.add_reader(descriptor, ready)
         async with asyncio.timeout(timeout):
             while not condition():
@@ -62,10 +73,21 @@ async def wait_for_entries(folder: Path, condition: Callable[[], bool], timeout:
     return True
 
 
+async def _poll(condition: Callable[[], bool], timeout: float) -> bool:
+    try:
+        async with asyncio.timeout(timeout):
+            while not condition():  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(_POLL_SECONDS)
+    except TimeoutError:
+        return condition()
+    return True
+
+
 class FolderWatch:
     """Notices that entries of a folder are created, deleted or written, also while the folder itself does not exist.
 
-    While it does not, its nearest existing ancestor is watched. Raises OSError when the kernel allows no more watches.
+    While it does not, its nearest existing ancestor is watched. Raises OSError when the kernel allows no more watches,
+    also from ``wait``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,6 +95,7 @@ class FolderWatch:
         self._descriptor = _open()
         self._watched: tuple[Path, int] | None = None
         self._changed = asyncio.Event()
+        self._error: OSError | None = None
         try:
             self._follow()
             asyncio.get_running_loop().add_reader(self._descriptor, self._ready)
@@ -84,6 +107,8 @@ class FolderWatch:
         """Wait until something may have changed since this was last waited for."""
         await self._changed.wait()
         self._changed.clear()
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
         """Stop watching."""
@@ -92,7 +117,10 @@ class FolderWatch:
 
     def _ready(self) -> None:
         os.read(self._descriptor, 65536)
-        self._follow()
+        try:
+            self._follow()
+        except OSError as error:
+            self._error = error
         self._changed.set()
 
     def _follow(self) -> None:

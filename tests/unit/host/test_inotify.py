@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from host.files.inotify import CreatedFiles
+from host.files.inotify import CreatedFiles, wait_until_exists
 
 MOST_QUEUED = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
 
@@ -45,3 +50,71 @@ async def test_a_file_is_noticed_although_the_kernel_dropped_its_event(files: Cr
         two.rename(one)
     (tmp_path / "quiet" / "wanted").touch()
     await asyncio.wait_for(made.wait(), 10)
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """inotify_init(2) fails with EMFILE, as it does if others have all instances that a user may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_file_is_waited_for_also_without_a_watch(tmp_path: Path) -> None:
+    with no_descriptor_left():
+        with pytest.raises(OSError, match="inotify"):
+            CreatedFiles()
+        asyncio.get_running_loop().call_later(0.2, (tmp_path / "wanted").mkdir)
+        assert await wait_until_exists(tmp_path / "wanted", 10)
+        assert not await wait_until_exists(tmp_path / "other", 0.1)
+
+
+_WITHOUT_WATCHES = """
+import asyncio, sys
+from pathlib import Path
+from network.cni.watch import follow_configuration
+folder, limit = Path(sys.argv[1]), sys.argv[2]
+seen = []
+
+def refuse():
+    Path("/proc/sys/user", limit).write_text("0")
+
+async def reload():
+    seen.append((folder / "new").exists())
+    return None
+
+async def main():
+    if sys.argv[3] == "before":
+        refuse()
+    task = asyncio.ensure_future(follow_configuration(folder, reload, look_again=0.05))
+    while not seen:
+        await asyncio.sleep(0.01)
+    if sys.argv[3] == "meanwhile":
+        refuse()
+    folder.mkdir()
+    while not any(seen):
+        await asyncio.sleep(0.05)
+        (folder / "new").touch()
+    assert not task.done()
+
+asyncio.run(asyncio.wait_for(main(), 30))
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "when"),
+    [("max_inotify_instances", "before"), ("max_inotify_watches", "before"), ("max_inotify_watches", "meanwhile")],
+)
+def test_a_configuration_is_noticed_also_without_a_watch(tmp_path: Path, limit: str, when: str) -> None:
+    """The kernel's limits hold for a user namespace, here one of the test's own."""
+    command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", _WITHOUT_WATCHES]
+    result = subprocess.run(
+        [*command, str(tmp_path / "net.d"), limit, when], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("noticed late") == 1

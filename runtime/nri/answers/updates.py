@@ -90,7 +90,7 @@ class Updates:
         """Update and evict containers, each for itself; returns the updates that failed and must not."""
         failed = []
         for update, plugins in self.updates():
-            await asyncio.sleep(0)  # thousands of containers that are not there must not keep the loop from others
+            await asyncio.sleep(0)  # thousands of unknown containers must not keep the loop from others
             try:
                 await node.update(update, plugins)
             except PodkeelError as error:

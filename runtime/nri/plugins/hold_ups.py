@@ -25,7 +25,10 @@ class HoldUps:
             self._until[title] = now + WAIT_SECONDS
 
     def check(self, title: str) -> None:
-        """Raise UnavailableError if a plugin may not come yet; nobody may while there are very many of them."""
+        """Raise UnavailableError if a plugin may not connect yet.
+
+        No plugin may while very many of them have to wait.
+        """
         left = self._until.get(title, 0.0) - time.monotonic()
         if left > 0:
             raise UnavailableError(f"its last Synchronize kept all pods waiting: it may come again in {left:.0f} s")

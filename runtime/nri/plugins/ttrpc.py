@@ -257,7 +257,7 @@ class Server:
 
 
 def shortened(words: str) -> str:
-    """What a plugin says, as it may stand in a line of a log or in an error: no more than a few lines of it."""
+    """The words of a plugin for a line of a log or an error: no more than a few lines of them."""
     words = words[:_WORDS]
     return words if words.isprintable() else "".join(one if one.isprintable() else repr(one)[1:-1] for one in words)
 

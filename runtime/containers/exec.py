@@ -26,6 +26,7 @@ from runtime.oci.working_directory import WorkingDirectory, working_directory
 from runtime.specgen import config
 from runtime.specgen.limits.resources import oom_score_adj
 from runtime.specgen.node_facts import NodeFacts
+from runtime.specgen.process import refuse_nul
 from runtime.state.container import Container
 from runtime.state.state import State
 
@@ -111,6 +112,8 @@ class ContainerExec:
         for the arguments.
         """
         process = _decode_spec(container.folder.spec.read_bytes()).process
+        for word in command:
+            refuse_nul(word, f"{container.title}: the command")
         process.args = list(command)
         return process
 

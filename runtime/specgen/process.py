@@ -65,7 +65,7 @@ def command_line(config: cri_pb2.ContainerConfig, image: ImageConfig) -> list[st
             "there is nothing to run: the image has neither ENTRYPOINT nor CMD, so set command or args"
         )
     for word in line:
-        _refuse_nul(word, "command and args")
+        refuse_nul(word, "command and args")
     return line
 
 
@@ -77,7 +77,7 @@ def environment(config: cri_pb2.ContainerConfig, image: ImageConfig, *, hostname
     for entry in image.env or ():
         name, equals, value = entry.partition("=")
         if name and equals:
-            _refuse_nul(entry, "the image's environment")
+            refuse_nul(entry, "the image's environment")
             variables[name] = value
     for given in config.envs:
         if not given.key or "=" in given.key:
@@ -90,7 +90,7 @@ def environment(config: cri_pb2.ContainerConfig, image: ImageConfig, *, hostname
             raise InvalidArgumentError(
                 f"envs: the value of {given.key} is not UTF-8: encode it, as base64 say"
             ) from error
-        _refuse_nul(given.key + value, f"envs: {given.key}")
+        refuse_nul(given.key + value, f"envs: {given.key}")
         variables[given.key] = value
     if not variables.get("HOME"):
         variables["HOME"] = home
@@ -105,7 +105,7 @@ def working_directory(config: cri_pb2.ContainerConfig, image: ImageConfig) -> st
     if config.working_dir and not config.working_dir.startswith("/"):
         raise InvalidArgumentError(f"working_dir {config.working_dir!r} is relative: give an absolute path")
     folder = posixpath.normpath("/" + (config.working_dir or image.working_dir or "").lstrip("/"))
-    _refuse_nul(folder, "working_dir")
+    refuse_nul(folder, "working_dir")
     if _DESCRIPTOR_FOLDER.match(folder):
         raise InvalidArgumentError(f"working_dir {folder!r} leads through a process's descriptors: give a plain folder")
     return folder
@@ -126,7 +126,8 @@ def settled_directory(folder: str, paths: ContainerPaths) -> Place:
     return place
 
 
-def _refuse_nul(text: str, field: str) -> None:
+def refuse_nul(text: str, field: str) -> None:
+    """Raise InvalidArgumentError for a NUL byte, at which OCI runtimes would cut the text."""
     if "\0" in text:
         raise InvalidArgumentError(f"{field} holds a NUL byte, which no process can be given: remove it")
 

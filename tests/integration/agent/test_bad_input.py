@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import grpc
 import pytest
 
 from proto.runtime.v1 import cri_pb2
@@ -285,3 +286,15 @@ def test_containers_of_a_shared_pid_namespace_need_one_in_the_pod(agent: AgentPr
     container_id = agent.client.create(sandbox_id, container, sandbox)
     agent.client.start(container_id)
     assert "podkeel-pod-init" in agent.client.output(container_id, "ps")
+
+
+def test_a_command_with_a_nul_is_refused(agent: AgentProcess) -> None:
+    """An OCI runtime would execute it with what is before the NUL."""
+    _, container_id = run_container(agent, "sleep", "1000")
+    for words in (["echo", "a\0b"], ["echo\0", "a"], ["-c", "a\0b", "\n", ""]):
+        with pytest.raises(grpc.RpcError, match="the command holds a NUL byte") as refusal:
+            agent.client.exec(container_id, *words)
+        assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(grpc.RpcError) as refusal:
+        agent.client.exec(container_id, "-c", "\n", "", "=")
+    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT

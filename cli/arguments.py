@@ -200,6 +200,15 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser.add_argument("--timeout", type=int, default=0, metavar="S", help="give up after S seconds (default: never)")
     parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
     parser.add_argument("archive", metavar="ARCHIVE", help="the file to write, on the agent's node")
+    parser = commands.add(
+        "restore",
+        "cli.checkpoints.checkpoint:restore",
+        "make and start a container of a checkpoint archive, in a pod that is there",
+        "It goes on where it was. An image of the archive stays.",
+    )
+    parser.add_argument("--name", metavar="NAME", help="name of the container (default: as it was checkpointed)")
+    parser.add_argument("archive", metavar="ARCHIVE", help="a file of podkeel checkpoint, on the agent's node")
+    parser.add_argument("pod", metavar="POD", help=_POD)
     parser = commands.add("stats", "cli.stats:stats", "show what containers use of CPU, memory and disk")
     parser.add_argument("containers", metavar="CONTAINER", nargs="*", help=f"{_CONTAINER} (default: all that run)")
 

@@ -27,7 +27,7 @@ from runtime.agent_id import agent_id
 from runtime.cgroups.moves import CgroupMoves
 from runtime.cgroups.tree import CgroupTree
 from runtime.checkpoint.options import CheckpointOptions
-from runtime.checkpoint.service import CheckpointService
+from runtime.checkpoints import CheckpointService
 from runtime.containers.bundle.bundles import Bundles
 from runtime.containers.bundle.rootfs import Rootfs
 from runtime.containers.bundle.spec_request import SpecRequests
@@ -223,7 +223,16 @@ class Agent:
             hooks=hooks,
         )
         self.stops = ContainerStop(state, cgroups, monitors, reserve, self.exits)
-        self.starts = ContainerStart(state, handlers, hooks, self.exits, self.stops)
+        self.checkpoints = CheckpointService(
+            self._checkpoint,
+            state=state,
+            handlers=handlers,
+            layout=self.layout,
+            cgroups=cgroups,
+            images=self.images,
+            monitors=monitors,
+        )
+        self.starts = ContainerStart(state, handlers, hooks, self.exits, self.stops, checkpoints=self.checkpoints)
         self.removals = ContainerRemove(
             state=state,
             names=names,
@@ -267,14 +276,7 @@ class Agent:
             hooks=hooks,
             exits=self.exits,
             removals=self.removals,
-        )
-        self.checkpoints = CheckpointService(
-            self._checkpoint,
-            state=state,
-            handlers=handlers,
-            layout=self.layout,
-            cgroups=cgroups,
-            images=self.images,
+            checkpoints=self.checkpoints,
         )
         stack.push_async_callback(self.exits.close)
         stack.push_async_callback(self.containers.close)

@@ -1,12 +1,14 @@
-"""``podkeel checkpoint`` and ``podkeel image from-checkpoint``."""
+"""``podkeel checkpoint``, ``podkeel restore`` and ``podkeel image from-checkpoint``."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 
+from cli.client import Client
 from cli.connect import connect
-from cli.lookup import find_container
+from cli.lookup import find_container, find_pod
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 
@@ -26,10 +28,32 @@ def checkpoint(options: argparse.Namespace) -> None:
 
 def make_image(options: argparse.Namespace) -> None:
     """Make an image of a checkpoint archive; prints its name in full and its id."""
-    path = str(Path(options.archive).absolute())
-    request = agent_pb2.ImageFromCheckpointRequest(path=path, name=options.name)
     with connect(options) as client:
-        answer = client.call(
-            request, agent_pb2.ImageFromCheckpointResponse, f"make an image of {options.archive}", timeout=None
-        )
+        answer = _image_of(client, options.archive, options.name)
     print(f"{answer.name}  {answer.id}")
+
+
+def restore(options: argparse.Namespace) -> None:
+    """Restore a container from an archive into a pod, and print its id."""
+    with connect(options) as client:
+        pod = find_pod(client, options.pod)
+        path = Path(options.archive).absolute()
+        mark = hashlib.sha256(f"{path} {path.stat().st_mtime_ns}".encode()).hexdigest()
+        image = _image_of(client, options.archive, f"localhost/checkpoint:{mark[:16]}")
+        name = options.name or image.container
+        config = cri_pb2.ContainerConfig(
+            metadata=cri_pb2.ContainerMetadata(name=name),
+            image=cri_pb2.ImageSpec(image=image.name),
+            log_path=f"{name}-restored.log",
+        )
+        request = cri_pb2.CreateContainerRequest(pod_sandbox_id=pod.id, config=config)
+        made = client.call(request, cri_pb2.CreateContainerResponse, f"create container {name!r}", timeout=None)
+        start = cri_pb2.StartContainerRequest(container_id=made.container_id)
+        client.call(start, cri_pb2.StartContainerResponse, f"restore container {name!r}", timeout=None)
+    print(made.container_id)
+
+
+def _image_of(client: Client, archive: str, name: str) -> agent_pb2.ImageFromCheckpointResponse:
+    request = agent_pb2.ImageFromCheckpointRequest(path=str(Path(archive).absolute()), name=name)
+    what = f"make an image of {archive}"
+    return client.call(request, agent_pb2.ImageFromCheckpointResponse, what, timeout=None)

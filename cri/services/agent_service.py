@@ -50,8 +50,9 @@ class AgentService(ImageCalls):
         path = Path(request.path)
         if not path.is_absolute():
             raise InvalidArgumentError(f"checkpoint archive {request.path!r}: give an absolute path on the node")
-        image = await self._agent.checkpoints.make_image(path, request.name)
-        return agent_pb2.ImageFromCheckpointResponse(id=image.id, name=str(parse(request.name)))
+        image, told = await self._agent.checkpoints.make_image(path, request.name)
+        name = str(parse(request.name))
+        return agent_pb2.ImageFromCheckpointResponse(id=image.id, name=name, container=told.name)
 
     async def explain(self, request: agent_pb2.ExplainRequest) -> agent_pb2.ExplainResponse:
         """The stages of a sandbox and its containers, or of one container; also of what is being made, or failed.

@@ -157,6 +157,19 @@ class CgroupTree:
         """Whether the processes of cgroup ``path`` are frozen, by it or by one above it."""
         return any(freezer.is_frozen(folder) for folder in self._freezers(path))
 
+    def make(self, path: str) -> list[Path]:
+        """Make cgroup ``path`` in every hierarchy; the files that put a process in there. Blocks. Raises OSError."""
+        for root in dict.fromkeys(self.mounts.values()):
+            folder = root
+            for name in path.strip("/").split("/"):
+                folder = folder / name
+                folder.mkdir(exist_ok=True)
+                if self.version == 1 and root == self.mounts.get("cpuset"):
+                    for file in ("cpuset.cpus", "cpuset.mems"):  # of a new one they are empty, and nothing may enter it
+                        if not (folder / file).read_text().strip():
+                            (folder / file).write_text((folder.parent / file).read_text())
+        return [folder / "cgroup.procs" for folder in self.folders(path)]
+
     def freeze(self, path: str, seconds: float) -> bool:
         """Freeze cgroup ``path``; False if its processes are not frozen within ``seconds``. Blocks."""
         root = self.mounts.get("unified") or self.mounts["freezer"]

@@ -27,6 +27,10 @@ _MEANINGS = (
         "a process has a large file open that was deleted",
     ),
     (
+        r"[Cc]an't get rlimit .*not permitted",
+        "the agent has not CAP_SYS_RESOURCE, which containers of other users than root take",
+    ),
+    (
         r"link-remap|Can't create link remap",
         "a process has a file open whose name was removed, and which has another name: close it",
     ),

@@ -55,7 +55,7 @@ def config_dump(container: Container) -> bytes:
             name=container.config.metadata.name,
             rootfs_image=record.image_id,
             rootfs_image_ref=record.image_ref,
-            rootfs_image_name=image.user_specified_image or image.image,
+            rootfs_image_name=record.restored_image or image.user_specified_image or image.image,
             runtime=record.handler,
             created_time=_rfc3339(record.created_at),
             checkpointed_time=_rfc3339(time.time_ns()),

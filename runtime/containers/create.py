@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import posixpath
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
@@ -17,7 +16,9 @@ from images.store import ImageStore
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.moves import CgroupMoves
 from runtime.cgroups.tree import CgroupTree
+from runtime.checkpoints import CheckpointService
 from runtime.containers.bundle.bundles import Bundles
+from runtime.containers.bundle.monitor_request import monitor_request
 from runtime.containers.bundle.pid_namespace import ensure_pid_holder, shares_pod_pids, target_pid_namespace
 from runtime.containers.bundle.plugin_settings import set_what_is_left
 from runtime.containers.bundle.rootfs import Rootfs
@@ -26,7 +27,7 @@ from runtime.containers.endings.exit import ContainerExit
 from runtime.containers.remove import ContainerRemove
 from runtime.hooks import Hooks
 from runtime.namespaces.user import make_private
-from runtime.oci.conmon import MonitorRequest, Monitors, RuntimeRefusedError, StartingMonitor
+from runtime.oci.conmon import Monitors, RuntimeRefusedError, StartingMonitor
 from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime, cannot_run_program, naming, refused_request
 from runtime.specgen.builder import ContainerSpec
@@ -62,6 +63,7 @@ class ContainerCreate:
         hooks: Hooks,
         exits: ContainerExit,
         removals: ContainerRemove,
+        checkpoints: CheckpointService,
     ) -> None:
         self._catatonit = catatonit
         self._state = state
@@ -77,6 +79,7 @@ class ContainerCreate:
         self._hooks = hooks
         self._exits = exits
         self._removals = removals
+        self._checkpoints = checkpoints
 
     def adopt(self, container: Container) -> None:
         """Take over a container found in the store."""
@@ -99,20 +102,28 @@ class ContainerCreate:
         _require_ready(sandbox)
         log_path = await self._bundles.log_path(sandbox, config)
         image = self._image(config)
+        checkpoint = self._checkpoints.layer_of(image)
+        if checkpoint is not None:
+            image = await self._checkpoints.restores.root_image(checkpoint)
         runtime = self._handlers.get(sandbox.record.handler)
         container = self._new_container(sandbox, config, image, runtime, log_path)
+        if checkpoint is not None:
+            container.record.restored_image = image.name
+            await self._checkpoints.restores.require(container, runtime)
         self._moves.expect()
         operation = container.begin("CreateContainer")
         async with AsyncExitStack() as held, Undo(container.title) as undo:
             undo.push("the container", partial(self._removals.discard, container))
             make_private(container.folder.path, user_mappings(sandbox.namespace_options))
-            monitor = self._monitors.prepare(_monitor_request(container, runtime))
+            monitor = self._monitors.prepare(monitor_request(container, runtime))
             undo.push("its monitor", monitor.abandon)
-            if len(self._names) <= self._handlers.parallelism:
+            if checkpoint is None and len(self._names) <= self._handlers.parallelism:
                 monitor.begin()  # with more under way it would wait for a processor, and others behind it
             async with operation.stage("reserve"):
                 await self._state.add(container)
             async with operation.stage("snapshot"):
+                if checkpoint is not None:
+                    await self._checkpoints.restores.fill(container, checkpoint)
                 await self._rootfs.mount(container, image)
                 image_volumes = await self._rootfs.mount_image_volumes(container)
             if shares_pod_pids(container):
@@ -125,7 +136,10 @@ class ContainerCreate:
             container.record.mounts = self._rootfs.status_mounts(list(spec.mounts))
             async with container.lock:  # if it ends now, that is handled after the commit
                 async with operation.stage("runtime"), self._handlers.slots:
-                    await self._create_in_runtime(container, monitor, runtime, spec)
+                    if checkpoint is not None:
+                        await self._checkpoints.restores.check(container, checkpoint, spec.spec)
+                    else:
+                        await self._create_in_runtime(container, monitor, runtime, spec)
                 await self._bundles.verify(container, runtime, spec)
                 _require_ready(sandbox)
                 async with self._hooks.passing():
@@ -225,18 +239,3 @@ def _named(changed_by: Mapping[str, str]) -> str:
     plugins = dict.fromkeys(changed_by.values())
     parts = (f"{plugin}: {', '.join(what for what, by in changed_by.items() if by == plugin)}" for plugin in plugins)
     return "; ".join(parts)[:1024]
-
-
-def _monitor_request(container: Container, runtime: OciRuntime) -> MonitorRequest:
-    config = container.config
-    return MonitorRequest(
-        container_id=container.id,
-        name=f"{container.sandbox.config.metadata.name}/{config.metadata.name}",
-        runtime=runtime.executable,
-        runtime_arguments=[*runtime.arguments, "--log", str(container.folder.runtime_log)],
-        log=container.log,
-        terminal=config.tty,
-        stdin=config.stdin,
-        stdin_once=config.stdin_once,
-        node_devices=any(posixpath.normpath("/" + m.container_path.lstrip("/")) == "/dev" for m in config.mounts),
-    )

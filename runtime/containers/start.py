@@ -10,6 +10,8 @@ from host.concurrency.tasks import wait_out
 from host.errors import CommandError, InvalidArgumentError, PodkeelError, WrongStateError
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
+from runtime.checkpoints import CheckpointService
+from runtime.containers.bundle.monitor_request import monitor_request
 from runtime.containers.endings.exit import ContainerExit
 from runtime.containers.stop import ContainerStop
 from runtime.hooks import Hooks
@@ -29,13 +31,21 @@ class ContainerStart:
     """Starts created containers."""
 
     def __init__(
-        self, state: State, handlers: Handlers, hooks: Hooks, exits: ContainerExit, stops: ContainerStop
+        self,
+        state: State,
+        handlers: Handlers,
+        hooks: Hooks,
+        exits: ContainerExit,
+        stops: ContainerStop,
+        *,
+        checkpoints: CheckpointService,
     ) -> None:
         self._state = state
         self._handlers = handlers
         self._hooks = hooks
         self._exits = exits
         self._stops = stops
+        self._checkpoints = checkpoints
 
     async def start(self, container_id: str) -> None:
         """Start a created container.
@@ -81,7 +91,12 @@ class ContainerStart:
             await self._fail_start(container, record.start_error)
             raise InvalidArgumentError(record.start_error)  # the pod is wrong and not the node
         try:
-            await self._handlers.get(record.handler).start(container.id)
+            runtime = self._handlers.get(record.handler)
+            if record.restored_image:
+                await self._checkpoints.restores.run(container, monitor_request(container, runtime))
+                self._exits.watch(container)
+            else:
+                await runtime.start(container.id)
         except (PodkeelError, OSError) as error:  # also one that took too long may have started it
             await self._stops.kill_processes(container)
             output = error.output if isinstance(error, CommandError) else ""

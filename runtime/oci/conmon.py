@@ -7,9 +7,10 @@ import contextlib
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import termios
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +40,7 @@ _SILENT_DESCRIPTOR = 5
 _SHELL = "/bin/sh"
 _SILENCE_INPUT = f'exec <&{_SILENT_DESCRIPTOR} {_SILENT_DESCRIPTOR}<&-; exec "$0" "$@"'
 _SILENCE_BOTH = f'exec <&{_SILENT_DESCRIPTOR} >&0 {_SILENT_DESCRIPTOR}<&-; exec "$0" "$@"'
+_RUN = 'exec "$0" "$@"'
 _SHOWN_BYTES = 200
 _EXIT_BYTES = 8192  # what conmon needs to write an exit code
 _REOPEN_LOG = b"2 0 0\n"
@@ -86,6 +88,25 @@ class MonitorRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Restoring:
+    """How a container is restored: CRIU's images, and where.
+
+    ``cgroups`` are files that put a process into the container's cgroup: the OCI runtime, CRIU and what it restores are
+    in there from the beginning. ``environment`` is the OCI runtime's.
+    """
+
+    images: Path
+    cgroups: Sequence[Path]
+    environment: Mapping[str, str]
+
+    @property
+    def script(self) -> str:
+        """The shell's script that enters the cgroups."""
+        files = " ".join(shlex.quote(str(file)) for file in self.cgroups)
+        return f'for file in {files}; do echo 0 > "$file" || exit 125; done; '
+
+
+@dataclass(frozen=True, slots=True)
 class Monitored:
     """A created container: its monitor and its first process."""
 
@@ -107,8 +128,15 @@ class StartingMonitor:
     made."""
 
     def __init__(
-        self, command: Sequence[str], folder: ContainerFolder, log: LogFile | None, *, node_devices: bool = False
+        self,
+        command: Sequence[str],
+        folder: ContainerFolder,
+        log: LogFile | None,
+        *,
+        node_devices: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        self._environment = environment
         self._command = command
         self._folder = folder
         self._log = log
@@ -136,7 +164,7 @@ class StartingMonitor:
         if self._log is not None:
             self._log_descriptor = self._log.open()
             LogLink(self._folder.path).lead_to(self._log_descriptor)
-        environment = {**os.environ, **_ENVIRONMENT}
+        environment = {**(os.environ if self._environment is None else self._environment), **_ENVIRONMENT}
         if not all(word.isascii() for word in self._command):
             environment["LC_ALL"] = "C.UTF-8"  # else it refuses its command line
         with contextlib.ExitStack() as child_ends:
@@ -215,14 +243,17 @@ class Monitors:
         self._conmon = conmon
         self._layout = layout
 
-    def _command(self, request: MonitorRequest) -> list[str]:
+    def _command(self, request: MonitorRequest, restoring: Restoring | None) -> list[str]:
+        silence = request.silence
+        if restoring is not None:
+            silence = restoring.script + (silence or _RUN)
         folder = self._layout.container(request.container_id).path
         command = [self._conmon, "-c", request.container_id, "-u", request.container_id]
         command += [
             "-n",
             _plain(request.name),
             "-r",
-            _SHELL if request.silence else request.runtime,
+            _SHELL if silence else request.runtime,
             "-b",
             str(folder),
             "-p",
@@ -231,9 +262,11 @@ class Monitors:
         command += ["--exit-dir", str(self._layout.exits), "--persist-dir", str(folder)]
         command += ["--sync", "--no-sync-log", "--full-attach"]
         command += ["-l", f"k8s-file:{LogLink(folder).path}" if request.log else "none"]
-        silenced = ["-c", request.silence, request.runtime] if request.silence else []
+        silenced = ["-c", silence, request.runtime] if silence else []
         for argument in (*silenced, *request.runtime_arguments):
             command += ["--runtime-arg", argument]
+        if restoring is not None:
+            command += ["--restore", str(restoring.images), "--runtime-opt", "--file-locks"]
         if request.terminal:
             command.append("--terminal")
         if request.stdin:
@@ -242,10 +275,19 @@ class Monitors:
                 command.append("--leave-stdin-open")
         return command
 
-    def prepare(self, request: MonitorRequest) -> StartingMonitor:
-        """A conmon to be started; ``create`` of what is returned makes the container, ``abandon`` ends conmon."""
+    def prepare(self, request: MonitorRequest, restoring: Restoring | None = None) -> StartingMonitor:
+        """A conmon to be started; ``create`` of what is returned makes the container, ``abandon`` ends conmon.
+
+        With ``restoring`` the container is restored, and runs then.
+        """
         folder = self._layout.container(request.container_id)
-        return StartingMonitor(self._command(request), folder, request.log, node_devices=request.node_devices)
+        return StartingMonitor(
+            self._command(request, restoring),
+            folder,
+            request.log,
+            node_devices=request.node_devices,
+            environment=restoring.environment if restoring is not None else None,
+        )
 
     def running(self) -> dict[str, int]:
         """Pids of the conmon processes of this agent, by container id; also of one whose pid was never recorded.

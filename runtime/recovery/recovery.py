@@ -122,6 +122,8 @@ class Recovery:
         same_boot = record.boot_id == self.state.boot_id
         if record.start_error and same_boot:
             return
+        if record.restored_image and record.monitor is None and record.state is ContainerState.CREATED and same_boot:
+            return  # its processes are restored by its start
         monitor = record.monitor if same_boot else None
         pidfd = processes.open_process(monitor.pid, monitor.started) if monitor is not None else None
         async with container.lock:  # if it ends now, that is handled afterwards
@@ -135,9 +137,14 @@ class Recovery:
                     await self.exits.record_exit(container, exit_record)
                     return
             await in_thread(self._end_abandoned_calls, container)
-            if record.state is ContainerState.CREATED and await self._was_started(container):
+            if record.state is not ContainerState.CREATED:
+                return
+            if await self._was_started(container):
                 record.started_at = time.time_ns()
                 await self.state.move(container, ContainerState.RUNNING)
+            elif record.restored_image:
+                self.audit.findings["container half restored"] += 1
+                await self.exits.record_exit(container, None)
 
     def _end_abandoned_calls(self, container: Container) -> None:
         """The output of commands that the former agent executed in the container is lost."""

@@ -33,8 +33,9 @@ class ContainerRecord(msgspec.Struct):
     """What the store keeps of a container beside its configuration; times in nanoseconds since the epoch.
 
     ``monitor`` is conmon, ``init`` the container's first process. ``start_error`` is what StartContainer will fail
-    with: the OCI runtime found at create that the program cannot be run. ``extra_limits`` are those of plugins of the
-    node, and ``changed_by`` names the plugin that changed a thing of the container last.
+    with: the OCI runtime found at create that the program cannot be run. ``restored_image`` is the name of the image
+    below a checkpoint; empty for a container that is made from none. ``extra_limits`` are those of plugins of the node,
+    and ``changed_by`` names the plugin that changed a thing of the container last.
     """
 
     state: ContainerState
@@ -54,6 +55,7 @@ class ContainerRecord(msgspec.Struct):
     monitor: ProcessName | None = None
     init: ProcessName | None = None
     start_error: str = ""
+    restored_image: str = ""
     user: tuple[int, int, tuple[int, ...]] = (0, 0, ())
     mounts: list[bytes] = msgspec.field(default_factory=list)
     resources: bytes = b""

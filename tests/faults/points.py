@@ -23,6 +23,7 @@ _OPERATIONS = {
     ("runtime/containers/start.py", "_write_start"): ("StartContainer",),
     ("runtime/containers/stop.py", "stop"): ("StopContainer",),
     ("runtime/containers/resources.py", "_change"): ("UpdateContainerResources",),
+    ("runtime/checkpoints.py", "make_image"): ("ImageFromCheckpoint",),
     ("runtime/checkpoint/dump.py", "_checkpoint"): ("CheckpointContainer",),
     ("runtime/checkpoint/dump.py", "_save"): ("CheckpointContainer",),
     ("images/registry/resolve.py", "fetch"): ("PullImage",),

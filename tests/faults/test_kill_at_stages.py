@@ -13,7 +13,7 @@ from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.faults.conftest import FaultyAgent, Stage
 from tests.faults.points import points, stages_without_operation
-from tests.support.checkpoints import abilities, checkpoint, nothing_is_left
+from tests.support.checkpoints import abilities, checkpoint, image_of, made_up, nothing_is_left
 from tests.support.pods import POLITE, container_config, sandbox_config, shared_pids, wait_for_log
 
 
@@ -210,6 +210,17 @@ def _checkpoint_container(stage: Stage, point: str) -> None:
     stage.assert_whole()
 
 
+def _image_from_checkpoint(stage: Stage, point: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        archive = made_up(Path(folder))
+        _killed(stage.agent, point, lambda: image_of(stage.agent, archive))
+        work = stage.agent.data / "checkpoints"
+        assert not work.exists() or list(work.iterdir()) == []
+        stage.assert_whole()
+        name = image_of(stage.agent, archive)
+    stage.agent.client.call("RemoveImage", cri_pb2.RemoveImageRequest(image=cri_pb2.ImageSpec(image=name)))
+
+
 _SCENARIOS: dict[str, Callable[[Stage, str], None]] = {
     "RunPodSandbox": _run_pod_sandbox,
     "StopPodSandbox": _stop_pod_sandbox,
@@ -219,6 +230,7 @@ _SCENARIOS: dict[str, Callable[[Stage, str], None]] = {
     "StopContainer": _stop_container,
     "RemoveContainer": _remove_container,
     "CheckpointContainer": _checkpoint_container,
+    "ImageFromCheckpoint": _image_from_checkpoint,
     "UpdateContainerResources": _update_container_resources,
     "PullImage": _pull_image,
     "ImportImage": _import_image,

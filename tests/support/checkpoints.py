@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import container_config, log_lines, sandbox_config
@@ -119,3 +120,12 @@ def nothing_is_left(agent: AgentProcess, folder: Path) -> None:
     assert list(folder.iterdir()) == []
     work = agent.data / "checkpoints"
     assert not work.exists() or list(work.iterdir()) == []
+
+
+CHECKPOINT_IMAGE = "example.org/restored:1"
+
+
+def image_of(agent: AgentProcess, archive: Path, name: str = CHECKPOINT_IMAGE) -> str:
+    """Make an image of an archive; its name."""
+    agent.client.call("ImageFromCheckpoint", agent_pb2.ImageFromCheckpointRequest(path=str(archive), name=name))
+    return name

@@ -17,12 +17,15 @@ from runtime.cgroups.tree import CgroupTree
 from runtime.checkpoint.options import CheckpointOptions
 from runtime.checkpoint.support import CheckpointSupport
 from runtime.layout import Layout
+from runtime.oci.conmon import Monitors
 from runtime.oci.handlers import Handlers
 from runtime.state.state import State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from runtime.checkpoint.documents import ConfigDump
     from runtime.checkpoint.dump import Checkpoints
+    from runtime.checkpoint.restore.restores import Restores
 
 
 class CheckpointService:
@@ -37,6 +40,7 @@ class CheckpointService:
         layout: Layout,
         cgroups: CgroupTree,
         images: Images,
+        monitors: Monitors,
     ) -> None:
         self._options = options
         self._state = state
@@ -45,11 +49,31 @@ class CheckpointService:
         self._cgroups = cgroups
         self._snapshots = images.snapshots
         self._puller = images.puller
+        self._images = images
+        self._monitors = monitors
+        self._restores: Restores | None = None
         self._checkpoints: Checkpoints | None = None
         self.support = CheckpointSupport(options, handlers)
 
-    async def make_image(self, archive: Path, name: str) -> Image:
-        """Make an image called ``name`` of a checkpoint archive on the node.
+    def layer_of(self, image: Image) -> Path | None:
+        """The folder of the checkpoint that is all of an image; None for every other image."""
+        if len(image.layers) != 1:
+            return None
+        layer = self._images.layers.path(image.layers[0])
+        there = (layer / "config.dump").is_file() and (layer / "checkpoint" / "inventory.img").is_file()
+        return layer if there else None
+
+    @property
+    def restores(self) -> Restores:
+        """What makes containers from checkpoints."""
+        if self._restores is None:
+            from runtime.checkpoint.restore.restores import Restores
+
+            self._restores = Restores(self.support, self._images, self._cgroups, self._monitors, self.layer_of)
+        return self._restores
+
+    async def make_image(self, archive: Path, name: str) -> tuple[Image, ConfigDump]:
+        """Make an image called ``name`` of a checkpoint archive on the node; it, and what was checkpointed.
 
         Raises NotFoundError if there is no such file, InvalidArgumentError if it is no checkpoint that could run on
         this machine, or the name is malformed; LimitError.
@@ -69,7 +93,7 @@ class CheckpointService:
             async with operation.stage("layout"):
                 await stoppable(partial(image.write_layout, found, descriptor, folder))
             (made,) = await self._puller.import_archive(folder, name)
-        return made
+        return made, found.config
 
     async def checkpoint(self, container_id: str, location: str, seconds: float = 0) -> int:
         """Write a running container to an archive: see ``Checkpoints.checkpoint``."""

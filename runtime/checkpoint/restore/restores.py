@@ -1,0 +1,208 @@
+"""Making a container from a checkpoint, and letting its processes go on where they were."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from host.concurrency.threads import in_image_thread, in_long_thread, in_thread
+from host.errors import InvalidArgumentError, PodkeelError, UnsupportedError, WrongStateError
+from host.files.file_tree import open_below
+from host.files.removal import remove_tree
+from images.image import Image
+from images.images import Images
+from images.oci.manifests import Descriptor
+from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.tree import CgroupTree
+from runtime.checkpoint import criu_log, documents
+from runtime.checkpoint.restore import source
+from runtime.checkpoint.restore.rights import check_rights
+from runtime.checkpoint.support import CheckpointSupport
+from runtime.oci.conmon import MonitorRequest, Monitors, Restoring, RuntimeRefusedError
+from runtime.oci.oci_runtime import OciRuntime
+from runtime.specgen import config
+from runtime.state.container import Container
+
+_PIECE = 1 << 20
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Restores:
+    """Makes containers from images that hold a checkpoint."""
+
+    def __init__(
+        self,
+        support: CheckpointSupport,
+        images: Images,
+        cgroups: CgroupTree,
+        monitors: Monitors,
+        layer_of: Callable[[Image], Path | None],
+    ) -> None:
+        self._layer_of = layer_of
+        self._support = support
+        self._images = images
+        self._cgroups = cgroups
+        self._monitors = monitors
+
+    async def root_image(self, layer: Path) -> Image:
+        """The image that the checkpointed container was made from, which is pulled if it is not here.
+
+        Raises InvalidArgumentError if the checkpoint names none, and what a pull raises.
+        """
+        told = await in_thread(source.read_config, layer)
+        for name in (told.rootfs_image, told.rootfs_image_ref, told.rootfs_image_name):
+            with suppress(PodkeelError):
+                image = self._images.store.find(name) if name else None
+                if image is not None and self._layer_of(image) is None:
+                    return image
+        if not told.rootfs_image_name:
+            raise InvalidArgumentError("the checkpoint does not name the image of its container")
+        image = await self._images.puller.pull(told.rootfs_image_name)
+        if self._layer_of(image) is not None:
+            raise InvalidArgumentError("the checkpoint names another checkpoint as the image of its container")
+        return image
+
+    async def require(self, container: Container, runtime: OciRuntime) -> None:
+        """Raise UnsupportedError for a container that cannot be restored here."""
+        await self._support.require(runtime, runtime.name)
+        why = ""
+        if not runtime.features.is_crun:
+            why = f"runtime handler {runtime.name!r} does not restore containers: use crun"
+        elif self._cgroups.driver == "systemd":
+            why = "containers are not restored with the systemd cgroup driver"
+        elif container.sandbox.user_namespace:
+            why = "containers in user namespaces are not restored"
+        elif container.config.tty:
+            why = "containers with a terminal are not restored"
+        if why:
+            raise UnsupportedError(f"{container.title}: {why}")
+
+    async def fill(self, container: Container, layer: Path) -> None:
+        """Put what the container had changed of its image below its new root file system, before that is mounted."""
+        upper = self._images.snapshots.upper(container.id)
+        await in_thread(_make_upper, upper)
+        diff = layer / documents.DIFF
+        if await in_thread(_is_file, diff):
+            await self._unpack(diff, upper, container)
+        await in_long_thread(_remove_names, upper, source.deleted_names(layer))
+        await in_long_thread(source.link_images, layer, self._folder(container))
+
+    async def check(self, container: Container, layer: Path, spec: config.Spec) -> None:
+        """Compare the checkpoint with the container's spec, then put VOLUMEs and shared memory in place.
+
+        Raises InvalidArgumentError for what the configuration does not give.
+        """
+        try:
+            cgroup_set = await in_long_thread(check_rights, layer / documents.IMAGES, spec)
+        except (InvalidArgumentError, UnsupportedError) as error:
+            error.add_context(f"{container.title} cannot be restored")
+            raise
+        await in_thread(source.rewrite, layer, self._folder(container), cgroup_set)
+        volumes = self._images.snapshots.upper(container.id).parent / documents.VOLUMES
+        for saved in await in_thread(_saved_volumes, layer, volumes):
+            folder = volumes / saved.stem
+            await in_long_thread(remove_tree, folder)
+            await in_thread(partial(folder.mkdir, mode=0o755))
+            await self._unpack(saved, folder, container)
+        shared = layer / documents.SHARED_MEMORY
+        if container.sandbox.namespace_options.ipc != cri_pb2.NODE and await in_thread(_is_file, shared):
+            await self._unpack(shared, container.sandbox.folder.shm, container)
+
+    async def run(self, container: Container, request: MonitorRequest) -> None:
+        """Let the processes of a container that was made from a checkpoint go on, with a conmon beside them.
+
+        Raises WrongStateError with CRIU's reason; what was made of the container is for the caller to end.
+        """
+        folder = self._folder(container)
+        procs = await in_thread(self._cgroups.make, container.record.cgroup)
+        configuration = container.folder.path / "criu.conf"
+        await in_thread(configuration.write_text, "tcp-close\n")
+        restoring = Restoring(folder, tuple(procs), self._support.environment(configuration))
+        monitor = self._monitors.prepare(request, restoring)
+        try:
+            monitored = await monitor.create()
+        except RuntimeRefusedError as error:
+            await monitor.abandon()
+            why = await in_thread(criu_log.reason, container.folder.path / "restore.log")
+            raise WrongStateError(f"{container.title} cannot be restored: {why or error.message}") from error
+        except BaseException:
+            await monitor.abandon()
+            raise
+        container.monitor_descriptor = monitored.monitor_descriptor
+        container.record.monitor = monitored.monitor
+        container.record.init = monitored.init
+
+    def _folder(self, container: Container) -> Path:
+        return self._images.snapshots.upper(container.id).parent / documents.IMAGES
+
+    async def _unpack(self, archive: Path, folder: Path, container: Container) -> None:
+        """Unpack a tar file of the checkpoint by the confined process that unpacks layers."""
+        subject = f"{container.title}: the checkpoint's {archive.name}"
+        await self._images.layers.fetcher.unpack(_pieces(archive), Descriptor(), folder, subject)
+
+
+async def _pieces(path: Path) -> AsyncGenerator[bytes, None]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        position = 0
+        while piece := await in_image_thread(os.pread, descriptor, _PIECE, position):
+            position += len(piece)
+            yield piece
+    finally:
+        os.close(descriptor)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _make_upper(upper: Path) -> None:
+    upper.parent.mkdir(mode=0o700, exist_ok=True)
+    upper.mkdir(mode=0o755)
+
+
+def _saved_volumes(layer: Path, volumes: Path) -> list[Path]:
+    """The VOLUMEs of the checkpoint that the new container has too."""
+    folder = layer / documents.VOLUMES
+    if not stat.S_ISDIR(folder.lstat().st_mode) if folder.exists() else True:
+        return []
+    return [path for path in sorted(folder.iterdir()) if _is_file(path) and (volumes / path.stem).is_dir()]
+
+
+def _remove_names(upper: Path, names: list[str]) -> None:
+    """Hide what the image has at ``names``, as overlayfs's whiteouts do; what is there in ``upper`` goes. Blocks."""
+    root = os.open(upper, _FOLDER)
+    try:
+        for name in names:
+            _remove_name(root, name)
+    finally:
+        os.close(root)
+
+
+def _remove_name(root: int, name: str) -> None:
+    *parents, last = name.split("/")
+    folder = os.dup(root)
+    try:
+        for parent in parents:
+            with suppress(FileExistsError):
+                os.mkdir(parent, 0o755, dir_fd=folder)
+            below = open_below(folder, parent, _FOLDER)
+            os.close(folder)
+            folder = below
+        try:
+            os.mknod(last, stat.S_IFCHR, 0, dir_fd=folder)
+        except FileExistsError:
+            return  # it was made again, so it is not removed
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):  # it is below something that is no folder any more
+            raise
+    finally:
+        os.close(folder)

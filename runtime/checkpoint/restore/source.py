@@ -1,0 +1,93 @@
+"""A checkpoint in an image: where it is on this node, and what of it a container is restored from."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from host import untrusted_json
+from host.errors import InvalidArgumentError
+from host.untrusted_json import JsonError
+from proto.criu.v1 import images_pb2
+from runtime.checkpoint import documents
+from runtime.checkpoint.documents import ConfigDump
+from runtime.checkpoint.restore import criu_images
+
+T = TypeVar("T")
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
+_MOST_IMAGES = 20_000
+_MOST_DELETED = 1_000_000
+_LARGEST_DELETED = 256 << 20
+_REWRITTEN = ("inventory.img", "cgroup.img", "descriptors.json")
+
+
+def read_config(layer: Path) -> ConfigDump:
+    """Which container was checkpointed. Raises InvalidArgumentError."""
+    return _decoded(layer / documents.CONFIG, ConfigDump)
+
+
+def deleted_names(layer: Path) -> list[str]:
+    """What the container had removed of its image, in clean relative paths. Raises InvalidArgumentError."""
+    path = layer / documents.DELETED
+    if not path.is_file():
+        return []
+    names = _decoded(path, list[str], most_bytes=_LARGEST_DELETED, most_values=_MOST_DELETED)
+    cleaned = [name.strip("/") for name in names]
+    for name in cleaned:
+        if not name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise InvalidArgumentError(f"the checkpoint's {documents.DELETED} holds {name[:100]!a}")
+    return cleaned
+
+
+def link_images(layer: Path, target: Path) -> None:
+    """Make the new folder ``target`` with the images of a checkpoint, as links to those of the layer. Blocks.
+
+    The memory of the processes is read from the layer's own files. What CRIU and the OCI runtime would take as orders
+    is left out: ``rewrite`` makes it. Raises InvalidArgumentError for anything but files with plain names.
+    """
+    target.mkdir(mode=0o700)
+    source = os.open(layer / documents.IMAGES, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with os.scandir(source) as found:
+            names = [entry.name for entry in found]
+        if len(names) > _MOST_IMAGES:
+            raise InvalidArgumentError(f"the checkpoint has more than {_MOST_IMAGES} images")
+        for name in names:
+            status = os.stat(name, dir_fd=source, follow_symlinks=False)
+            if not _PLAIN_NAME.fullmatch(name) or not stat.S_ISREG(status.st_mode):
+                raise InvalidArgumentError(f"the checkpoint holds {name[:100]!a}, which is no image of CRIU's")
+            if name not in _REWRITTEN:
+                os.link(name, target / name, src_dir_fd=source, follow_symlinks=False)
+    finally:
+        os.close(source)
+
+
+def rewrite(layer: Path, target: Path, cgroup_set: int) -> None:
+    """Write what decides about cgroups and standard streams anew, so that the checkpoint cannot. Blocks.
+
+    All processes stay in the cgroup that CRIU itself is in, and only the three standard streams are connected.
+    """
+    inventory = layer / documents.IMAGES / "inventory.img"
+    entry = next(criu_images.entries(inventory, images_pb2.Inventory, criu_images.INVENTORY_MAGIC))
+    entry.root_cg_set = cgroup_set
+    begin = inventory.read_bytes()[: criu_images.INVENTORY_MAGIC]
+    criu_images.write(target / "inventory.img", begin, entry)
+    cgroups = layer / documents.IMAGES / "cgroup.img"
+    (target / "cgroup.img").write_bytes(cgroups.read_bytes()[:8])
+    streams: list[str] = _decoded(layer / documents.IMAGES / "descriptors.json", list[str])
+    kept = [stream if re.fullmatch(r"pipe:\[\d{1,20}\]", stream) else "/dev/null" for stream in streams[:3]]
+    (target / "descriptors.json").write_bytes(msgspec.json.encode(kept))
+
+
+def _decoded(path: Path, kind: type[T], *, most_bytes: int = untrusted_json.MOST_BYTES, most_values: int = 50_000) -> T:
+    try:
+        content = untrusted_json.read_file(path, most_bytes)
+        return untrusted_json.decode(content, kind, most_bytes=most_bytes, most_values=most_values)
+    except (JsonError, OSError) as error:
+        raise InvalidArgumentError(f"the checkpoint's {path.name} cannot be read: {error}") from error

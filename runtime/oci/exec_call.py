@@ -23,7 +23,7 @@ from host.children.reaping import reap
 from host.concurrency.priority import run_before_children
 from host.concurrency.tasks import wait_out
 from host.concurrency.threads import in_thread
-from host.errors import CommandError, DeadlineError, InvalidArgumentError
+from host.errors import CommandError, DeadlineError, InvalidArgumentError, WrongStateError
 from host.untrusted_json import JsonError
 from runtime.oci.console_socket import ConsoleSocket
 from runtime.oci.directory_probe import DIRECTORY_BY_DESCRIPTOR, DIRECTORY_DESCRIPTOR
@@ -232,6 +232,10 @@ class ExecCall:
                     complaint = complaint.replace(DIRECTORY_BY_DESCRIPTOR, self._directory.path)
                 if cannot_run_program(complaint):
                     raise InvalidArgumentError(naming(self._program, plain_message(complaint)))
+                if not self._pids():
+                    raise WrongStateError(
+                        f"container {self._container_id[:13]} ended before {self._program!r} was executed in it"
+                    )
                 command = [self._runtime.options.path, "exec", self._container_id]
                 raise CommandError(command, status, naming(self._program, complaint))
             process = ExecProcess(leader, _parent_and_session(leader)[1] or self._runtime_pid)

@@ -298,3 +298,16 @@ def test_a_command_with_a_nul_is_refused(agent: AgentProcess) -> None:
     with pytest.raises(grpc.RpcError) as refusal:
         agent.client.exec(container_id, "-c", "\n", "", "=")
     assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_command_in_a_container_that_ends_meanwhile_is_told_so(agent: AgentProcess, handler: str) -> None:
+    sandbox = sandbox_config(agent)
+    sandbox_id = agent.client.run_sandbox(sandbox, handler)
+    for number in range(5):
+        config = container_config(f"short{number}", "sleep", f"0.{number + 1}")
+        container_id = agent.client.create(sandbox_id, config, sandbox)
+        agent.client.start(container_id)
+        with pytest.raises(grpc.RpcError) as refusal:
+            while True:
+                assert agent.client.exec(container_id, "true").exit_code in (0, 137)
+        assert refusal.value.code() is grpc.StatusCode.FAILED_PRECONDITION

@@ -76,7 +76,7 @@ async def wait_for_entries(folder: Path, condition: Callable[[], bool], timeout:
 async def _poll(condition: Callable[[], bool], timeout: float) -> bool:
     try:
         async with asyncio.timeout(timeout):
-            while not condition():  # noqa: ASYNC110 - nothing tells of it
+            while not condition():  # noqa: ASYNC110 - there is no event for it
                 await asyncio.sleep(_POLL_SECONDS)
     except TimeoutError:
         return condition()

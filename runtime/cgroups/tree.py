@@ -158,7 +158,7 @@ class CgroupTree:
         return any(freezer.is_frozen(folder) for folder in self._freezers(path))
 
     def make(self, path: str) -> list[Path]:
-        """Make cgroup ``path`` in every hierarchy; the files that put a process in there. Blocks. Raises OSError."""
+        """Make cgroup ``path`` in every hierarchy; the files that put a process in it. Blocks. Raises OSError."""
         for root in dict.fromkeys(self.mounts.values()):
             folder = root
             for name in path.strip("/").split("/"):

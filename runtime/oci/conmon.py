@@ -92,7 +92,7 @@ class Restoring:
     """How a container is restored: CRIU's images, and where.
 
     ``cgroups`` are files that put a process into the container's cgroup: the OCI runtime, CRIU and what it restores are
-    in there from the beginning. ``environment`` is the OCI runtime's.
+    in it from the beginning. ``environment`` is the OCI runtime's.
     """
 
     images: Path

@@ -1,4 +1,4 @@
-"""Making a container from a checkpoint, and letting its processes go on where they were."""
+"""Making a container from a checkpoint, and letting its processes continue."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Restores:
             await self._unpack(shared, container.sandbox.folder.shm, container)
 
     async def run(self, container: Container, request: MonitorRequest) -> None:
-        """Let the processes of a container that was made from a checkpoint go on, with a conmon beside them.
+        """Continue the processes of a container that was made from a checkpoint, with a conmon beside them.
 
         Raises WrongStateError with CRIU's reason; what was made of the container is for the caller to end.
         """

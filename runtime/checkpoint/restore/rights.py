@@ -159,7 +159,7 @@ def _check_namespaces(folder: Path, cores: Iterable[images_pb2.Core], spec: conf
         for kind, member in _NAMESPACES.items():
             number = getattr(ids, member)
             if number != getattr(found[0], member):
-                raise UnsupportedError(f"processes of the checkpoint have {kind} namespaces of their own")
+                raise UnsupportedError(f"processes of the checkpoint have other {kind} namespaces than their container")
             if (number != getattr(outside, member)) != (kind in own) or not ids.HasField(member):
                 raise InvalidArgumentError(f"the {kind} namespace of the checkpoint is not that of the configuration")
 

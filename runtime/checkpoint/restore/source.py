@@ -69,7 +69,7 @@ def link_images(layer: Path, target: Path) -> None:
 
 
 def rewrite(layer: Path, target: Path, cgroup_set: int) -> None:
-    """Write what decides about cgroups and standard streams anew, so that the checkpoint cannot. Blocks.
+    """Write again what decides about cgroups and standard streams, so that the checkpoint cannot. Blocks.
 
     All processes stay in the cgroup that CRIU itself is in, and only the three standard streams are connected.
     """

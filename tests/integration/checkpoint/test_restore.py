@@ -1,4 +1,4 @@
-"""A container that is made from a checkpoint goes on where it was, in a new pod."""
+"""A container that is made from a checkpoint continues where it was, in a new pod."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_processes_go_on_where_they_were(agent: AgentProcess, crun: str, tmp_pat
     assert agent.client.output(second, "cat", "/made/file") == "new\n"
     assert agent.client.output(second, "ls", "/home") == "it\n"
     assert agent.client.exec(second, "test", "-e", "/etc/passwd").exit_code == 1
-    # It is a container like any other: its cgroup has all its processes, and it ends when it is told to.
+    # It is a container like any other: its cgroup has all its processes, and it ends when it is stopped.
     assert agent.client.call("ContainerStats", cri_pb2.ContainerStatsRequest(container_id=second)).stats.memory
     checkpoint(agent, second, tmp_path / "again.tar")
     agent.client.stop(second, 0)

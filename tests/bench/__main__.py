@@ -32,7 +32,17 @@ def main() -> int:
     if os.geteuid() != 0:
         print("the benchmark makes containers without an agent, cgroups and mounts: run it as root", file=sys.stderr)
         return 2
-    alone = _pulls if options.pull else _network if options.network else _nri if options.nri else None
+    alone = (
+        _checkpoints
+        if options.checkpoint
+        else _pulls
+        if options.pull
+        else _network
+        if options.network
+        else _nri
+        if options.nri
+        else None
+    )
     if alone is not None:
         return alone(options)
     libc.set_child_subreaper()  # bare containers and the servers' monitors become ours when their parents end
@@ -106,6 +116,15 @@ def _network(options: argparse.Namespace) -> int:
     return 1 if options.strict and not all(goal.met for goal in results) else 0
 
 
+def _checkpoints(_options: argparse.Namespace) -> int:
+    """Checkpoints and restores alone."""
+    from tests.bench import checkpoints
+
+    with tempfile.TemporaryDirectory(prefix="podkeel-bench-") as folder:
+        print(checkpoints.as_text(checkpoints.measure(Path(folder))))
+    return 0
+
+
 def _nri(options: argparse.Namespace) -> int:
     """The NRI phase alone."""
     own_cidr, peer_cidr = (f"10.{second}.0.0/16" for second in random.sample(range(200, 208), 2))
@@ -158,6 +177,7 @@ def _options() -> argparse.Namespace:
     add("--network-pods", default="1,200,500", metavar="N,…", help="pods that are there already (1,200,500)")
     add("--cni-pods", type=int, default=200, metavar="N", help="the most of them on the CNI network (200)")
     add("--nri", action="store_true", help="measure what plugins of the node (NRI) add to a pod's cycle instead")
+    add("--checkpoint", action="store_true", help="measure checkpoints and restores of containers instead")
     add("--nri-rounds", type=int, default=16, metavar="N", help="rounds of five cycles with each set of plugins (16)")
     add("--pulls", type=int, default=3, metavar="N", help="pulls of each form of the image (3)")
     add("--streams", type=int, default=40, metavar="N", help="commands through exec streams; 0: none (40)")

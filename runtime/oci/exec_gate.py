@@ -105,7 +105,8 @@ def _answer_events(group: int, runtime: int) -> list[int]:
     while offset < len(events):
         length, _, _, _, _, file, pid = _EVENT.unpack_from(events, offset)
         offset += length
-        if procfs.parent_of(pid) == runtime:
+        # crun starts the command from a child that ends; on a busy node it may end after the command's execve.
+        if procfs.is_child_or_grandchild(pid, runtime):
             held.append(file)
         else:
             os.write(group, _ANSWER.pack(file, _FAN_ALLOW))

@@ -69,8 +69,9 @@ own_dev() {
 own_run() {
     local copy=/tmp/own-run.$GROUP
     mkdir "$copy"
-    # Agents that run on this host change theirs meanwhile.
-    find /run -mindepth 1 -maxdepth 1 ! -name 'podkeel*' -exec cp -a -x --target-directory="$copy" {} +
+    # What others change meanwhile, and pinned namespaces, cannot be copied and is not needed.
+    find /run -mindepth 1 -maxdepth 1 ! -name 'podkeel*' \
+        -exec cp -a -x --target-directory="$copy" {} + 2>/dev/null || true
     mount -t tmpfs -o mode=755 tmpfs /run
     cp -a "$copy/." /run/
     rm -rf "$copy"

@@ -56,17 +56,6 @@ def parent_of(pid: int) -> int | None:
     return int(fields[1]) if len(fields) > 1 else None
 
 
-def is_child_or_grandchild(pid: int, ancestor: int) -> bool:
-    """Whether ``ancestor`` is the parent of a process, or its parent's parent."""
-    parent = parent_of(pid)
-    while parent is not None and parent != ancestor:
-        above = parent_of(parent)
-        if above is not None or (adopted := parent_of(pid)) == parent:
-            return above == ancestor
-        parent = adopted  # the parent ended in between
-    return parent == ancestor
-
-
 def is_being_killed(pid: int) -> bool:
     """Whether a process has got SIGKILL, or ends for another reason, but has not ended yet."""
     fields = read_bounded(f"/proc/{pid}/stat", _STATUS_BYTES).rpartition(b")")[2].split()

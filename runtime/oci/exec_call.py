@@ -187,7 +187,8 @@ class ExecCall:
                 # crun starts the program and then sets the size of its terminal: it must do so at once.
                 run_before_children(self._runtime_pid)
                 if gate is not None:
-                    self._holding = asyncio.ensure_future(gate.hold(self._runtime_pid, self.console.fileno()))
+                    holding = gate.hold(self._runtime_pid, str(self._pid_file), self.console.fileno())
+                    self._holding = asyncio.ensure_future(holding)
         except asyncio.CancelledError:
             if spawning.cancelled() or spawning.exception() is not None:
                 strays.end(None)

@@ -46,14 +46,15 @@ class ExecGate:
             if rootfs.stat().st_dev != rootfs.parent.stat().st_dev:  # else nothing is mounted there
                 self._group = _watch(rootfs)
 
-    async def hold(self, runtime: int, socket: int) -> None:
-        """Allow all processes except the children of ``runtime`` to continue, and these once ``socket`` is readable or
-        ``runtime`` has ended."""
+    async def hold(self, runtime: int, word: str, socket: int) -> None:
+        """Allow all processes to continue at once, but those of an OCI runtime once ``socket`` is readable or the
+        runtime's first process ``runtime`` has ended; ``word`` is in the command line of this runtime alone.
+        """
         if self._group < 0:
             return
         group, self._group = self._group, -1
         # The command must not wait for the loop, and a thread answers sooner.
-        await in_fresh_thread(_answer, group, runtime, os.dup(socket))
+        await in_fresh_thread(_answer, group, runtime, os.fsencode(word), os.dup(socket))
 
     def close(self) -> None:
         """Allow all processes to continue, unless ``hold`` does that. Repeatable."""
@@ -74,7 +75,7 @@ def _watch(rootfs: Path) -> int:
     return group
 
 
-def _answer(group: int, runtime: int, socket: int) -> None:
+def _answer(group: int, runtime: int, word: bytes, socket: int) -> None:
     deadline = time.monotonic() + _MOST_SECONDS
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, socket)
@@ -91,7 +92,7 @@ def _answer(group: int, runtime: int, socket: int) -> None:
                 ready = {descriptor for descriptor, _ in poller.poll(left * 1000)}
                 if ready != {group}:
                     return
-                held += _answer_events(group, runtime)
+                held += _answer_events(group, word)
 
 
 def _close_all(files: list[int]) -> None:
@@ -99,14 +100,16 @@ def _close_all(files: list[int]) -> None:
         os.close(file)
 
 
-def _answer_events(group: int, runtime: int) -> list[int]:
-    """Allow all processes to continue except children of ``runtime``; returns the descriptors to answer for these."""
+def _answer_events(group: int, word: bytes) -> list[int]:
+    """Allow all processes to continue but those with ``word`` in their command line, whose descriptors are returned.
+
+    Their parents do not identify them: crun starts the command from a child that ends, so the agent adopts it.
+    """
     events, offset, held = os.read(group, 4096), 0, []
     while offset < len(events):
         length, _, _, _, _, file, pid = _EVENT.unpack_from(events, offset)
         offset += length
-        # crun starts the command from a child that ends; on a busy node it may end after the command's execve.
-        if procfs.is_child_or_grandchild(pid, runtime):
+        if word in procfs.command_line(pid):
             held.append(file)
         else:
             os.write(group, _ANSWER.pack(file, _FAN_ALLOW))

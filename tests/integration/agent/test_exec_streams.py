@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,15 +104,26 @@ async def test_terminal_has_the_clients_size_from_the_start_and_follows_it(conta
         assert text == "24 80\r\n\r\n50 132\r\n/dev/pts/0\r\n"
 
 
+@contextlib.contextmanager
+def busy_processors() -> Iterator[None]:
+    """Somewhat more work than there are processors, during the block."""
+    command = ["sh", "-c", "while :; do :; done"]
+    with contextlib.ExitStack() as stack:
+        for _ in range((os.cpu_count() or 1) + 1):
+            stack.callback(stack.enter_context(subprocess.Popen(command)).kill)
+        yield
+
+
 async def test_short_commands_see_the_first_size(container: Running) -> None:
     """crun sets it after it has started the command, and is preempted in between now and then."""
     seen = []
-    for _ in range(80):
-        url = container.exec_url("stty", "size", streams="stdout", tty=True)
-        async with spdy(url, "stdout", "resize") as (client, ids):
-            resize(client, ids["resize"], 80, 24)
-            await client.status(ids["error"])
-            seen.append(await client.streams[ids["stdout"]].text())
+    with busy_processors():
+        for _ in range(50):
+            url = container.exec_url("stty", "size", streams="stdout", tty=True)
+            async with spdy(url, "stdout", "resize") as (client, ids):
+                resize(client, ids["resize"], 80, 24)
+                await client.status(ids["error"])
+                seen.append(await client.streams[ids["stdout"]].text())
     assert set(seen) == {"24 80\r\n"}
 
 

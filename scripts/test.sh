@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs the tests that are named. Without any it runs all, in two halves at once where the host can: attacks and faults
-# in namespaces of their own, everything else on the host itself.
+# Runs the tests that are named. Without any it runs all, in two halves of about the same time at once, where the host
+# can: images, faults and attacks in namespaces of their own, everything else on the host itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 readonly PYTEST=(.venv/bin/python -m pytest)
-readonly APART=(tests/faults tests/security tests/fuzz)
-readonly HERE=(tests/unit tests/integration)
+readonly APART=(tests/integration/images tests/faults tests/security tests/fuzz)
+readonly HERE=(tests/unit tests/integration --ignore=tests/integration/images)
 
 (($# == 0)) || exec "${PYTEST[@]}" "$@"
 scripts/own_namespaces.sh --check || exec "${PYTEST[@]}"

@@ -133,7 +133,14 @@ def test_a_terminal_has_the_size_of_ours_and_follows_it(container: Running, kube
 
 def test_interrupting_at_a_terminal_reaches_the_command(container: Running, kubectl: Start) -> None:
     terminal = Terminal(
-        kubectl, "exec", "-it", "pod", "--", "sh", "-c", "trap 'echo caught; exit 4' INT; echo begun; cat"
+        kubectl,
+        "exec",
+        "-it",
+        "pod",
+        "--",
+        "sh",
+        "-c",
+        "trap 'echo caught; exit 4' INT; echo begun; while :; do sleep 0.1; done",
     )
     try:
         terminal.wait_for(b"begun")

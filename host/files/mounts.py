@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ MS_SHARED = 1 << 20
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
+_MOST_SECONDS_BUSY = 10.0
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
@@ -58,6 +60,26 @@ def leave_mount_namespace() -> None:
     """Give the calling thread, a fresh one, its own mount namespace, whose mounts other threads do not see."""
     libc.unshare(libc.CLONE_NEWNS)
     libc.mount("", "/", "", MS_REC | MS_PRIVATE, "")
+
+
+def make_file_system_read_only(target: str, flags: int) -> None:
+    """Remount the whole file system mounted at ``target``, with ``flags``, so that no mount of it can be written.
+
+    Blocks. Raises OSError.
+
+    A child that another thread is starting has all descriptors until its execve, also those of files that were written
+    there and closed since. The kernel refuses as long as that lasts, so this waits for it.
+    """
+    deadline = time.monotonic() + _MOST_SECONDS_BUSY
+    while True:
+        try:
+            libc.mount("", target, "", MS_REMOUNT | MS_RDONLY | flags, "")
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.001)
+        else:
+            return
 
 
 def mount_table(path: str = "/proc/self/mountinfo") -> Iterator[MountEntry]:

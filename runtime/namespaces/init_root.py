@@ -101,7 +101,7 @@ def _become_root() -> None:
     null.parent.chmod(0o711)  # independent of the agent's umask: the init's user does not own it
     make_null_device(null)
     # The whole file system, not only this mount of it: that cannot be undone where it is mounted again.
-    libc.mount("", _PLACE, "", mounts.MS_REMOUNT | mounts.MS_RDONLY | mounts.MS_NOSUID, "")
+    mounts.make_file_system_read_only(_PLACE, mounts.MS_NOSUID)
     os.chdir(_PLACE)
     # pivot_root(".", ".") puts the old root on top of the new one, from where it is unmounted (pivot_root(2)).
     libc.syscall(_SYS_PIVOT_ROOT, b".", b".")

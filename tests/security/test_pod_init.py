@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+import threading
 from pathlib import Path
 
 import grpc
 import pytest
 
+from host import libc
+from host.concurrency.thread_starting import in_thread_of_its_own
+from host.files import mounts
 from host.files.procfs import all_pids, command_line
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.hardening import PRELUDE, PYTHON, Attacker, import_image, like_kubelets, with_python
@@ -118,6 +122,21 @@ def start(agent: AgentProcess, handler: str, config: cri_pb2.ContainerConfig, *,
     container_id = agent.client.create(sandbox_id, config, sandbox)
     agent.client.start(container_id)
     return Attacker(agent, sandbox, sandbox_id, container_id)
+
+
+def test_its_root_becomes_read_only_while_a_child_being_started_holds_a_file(tmp_path: Path) -> None:
+    """On a busy node a pod with a shared PID namespace failed with "Device or resource busy: '/dev'"."""
+
+    def make() -> None:
+        mounts.leave_mount_namespace()
+        libc.mount("trial", str(tmp_path), "tmpfs", mounts.MS_NOSUID, "size=64k")
+        with (tmp_path / "held").open("w") as held:
+            threading.Timer(0.2, held.close).start()
+            mounts.make_file_system_read_only(str(tmp_path), mounts.MS_NOSUID)
+            with pytest.raises(OSError, match="Read-only file system"):
+                (tmp_path / "other").touch()
+
+    in_thread_of_its_own(make, name="trial")
 
 
 @pytest.mark.parametrize("powers", POWERS)

@@ -204,7 +204,7 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
         "restore",
         "cli.checkpoints.checkpoint:restore",
         "make and start a container of a checkpoint archive, in a pod that is there",
-        "It goes on where it was. An image of the archive stays.",
+        "Its processes continue where they were. The image made from the archive is kept.",
     )
     parser.add_argument("--name", metavar="NAME", help="name of the container (default: as it was checkpointed)")
     parser.add_argument("archive", metavar="ARCHIVE", help="a file of podkeel checkpoint, on the agent's node")

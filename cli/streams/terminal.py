@@ -67,7 +67,7 @@ def endings_caught() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raw(descriptor: int, on_resize: Callable[[], None]) -> Iterator[None]:
-    """Pass every key on as it is until the block ends; ``on_resize`` is called when there may be a new size."""
+    """Pass every key on unchanged until the block ends; ``on_resize`` is called when there may be a new size."""
     loop = asyncio.get_running_loop()
     before = termios.tcgetattr(descriptor)
 

@@ -227,7 +227,7 @@ class ChannelSocket:
 
 
 class WebSocketChannel(Channel):
-    """One numbered channel. There is no half-closing towards the client: the status shows it the end."""
+    """One numbered channel. It cannot be half-closed to the client, which sees the end by the status."""
 
     def __init__(self, socket: ChannelSocket, number: int) -> None:
         super().__init__()

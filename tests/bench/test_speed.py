@@ -13,6 +13,8 @@ import pytest
 from host.cgroups import discover
 from runtime.specgen.builder import build
 from tests.integration.metrics.own_cgroup import OwnCgroup
+from tests.integration.network.conftest import Node, running_node, spare_subnet
+from tests.integration.network.namespaces import request
 from tests.unit.spec.requests import like_kubelets
 
 
@@ -43,3 +45,28 @@ def test_all_files_of_a_cgroup_are_read_in_microseconds() -> None:
     finally:
         own.reader.close()
         own.remove()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+async def test_attach_and_detach_stay_fast_with_two_hundred_pods(tmp_path: Path) -> None:
+    """A pod is a few elements of sets, so others make no difference. The bound allows for a disturbed machine."""
+    async with running_node(tmp_path, pod_cidrs=(f"{spare_subnet()}.0/24", f"{spare_subnet()}.0/24")) as node:
+        few = await _attach_and_detach(node, "few")
+        for number in range(200):
+            await node.pod(f"resident{number}")
+        many = await _attach_and_detach(node, "many")
+    print(f"attach and detach, p50: {few * 1000:.2f} ms alone, {many * 1000:.2f} ms beside 200 pods")
+    assert many < few * 1.5
+
+
+async def _attach_and_detach(node: Node, name: str) -> float:
+    """Median of the seconds that one pod's connection and its end take."""
+    seconds = []
+    for number in range(30):
+        namespace = node.namespace()
+        started = time.perf_counter()
+        await node.network.attach(request(f"{name}{number}", str(namespace.path), []))
+        await node.network.detach(f"{name}{number}")
+        seconds.append(time.perf_counter() - started)
+        namespace.close()
+    return statistics.median(seconds)

@@ -84,7 +84,7 @@ class Player:
         return Played(
             exchanges,
             [self._names.put(item) for item in recorded_events],
-            events.end(),
+            events.end([*self._sandboxes, *self._containers]),
             {self._names.known(recorded) for recorded in recording.ended_alone(self._name)},
             self._sandboxes,
             self._containers,
@@ -183,12 +183,15 @@ class _Events:
         except grpc.RpcError as error:
             assert error.code() is grpc.StatusCode.CANCELLED, error
 
-    def end(self) -> list[Json]:
-        """What came until the last sandbox was deleted."""
+    def end(self, removed: Iterable[str]) -> list[Json]:
+        """What came until each of the removed sandboxes and containers was said to be deleted."""
         if self._stream is None:
             return []
-        deleted = "CONTAINER_DELETED_EVENT"
-        wait_for(lambda: self._items and self._items[-1].get("container_event_type") == deleted, what="the last event")
+        wait_for(lambda: self._deleted().issuperset(removed), what="the event of the last removal")
         self._stream.cancel()
         self._thread.join()
         return self._items
+
+    def _deleted(self) -> set[str]:
+        deleted = "CONTAINER_DELETED_EVENT"
+        return {item["container_id"] for item in self._items if item.get("container_event_type") == deleted}

@@ -1,0 +1,129 @@
+"""Saving one running container: freezing it, having CRIU write its processes, and finding its files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+import msgspec
+
+from host.concurrency.threads import in_thread
+from host.errors import CommandError, DeadlineError, NoSpaceError, WrongStateError
+from images.snapshots.store import SnapshotStore
+from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.tree import CgroupTree
+from runtime.checkpoint import criu_log, documents
+from runtime.checkpoint.archive import Saved
+from runtime.checkpoint.criu_run import run_to_its_end
+from runtime.checkpoint.options import CheckpointOptions
+from runtime.checkpoint.support import CheckpointSupport
+from runtime.oci.oci_runtime import OciRuntime, plain_message
+from runtime.specgen import config
+from runtime.state.container import Container, ContainerState
+
+FREEZE_SECONDS = 10.0
+_LARGEST_DELETED_FILE = 64 << 20  # bytes of an open file that has no name any more
+
+_log = logging.getLogger("podkeel.checkpoint")
+
+
+class Capture:
+    """The steps of a checkpoint that concern one container."""
+
+    def __init__(
+        self, options: CheckpointOptions, support: CheckpointSupport, cgroups: CgroupTree, snapshots: SnapshotStore
+    ) -> None:
+        self._options = options
+        self._support = support
+        self._cgroups = cgroups
+        self._snapshots = snapshots
+
+    async def freeze(self, container: Container) -> None:
+        """Freeze a running container; the caller thaws it, also after an error.
+
+        Raises WrongStateError for one that does not run or is paused, DeadlineError if it cannot be frozen.
+        """
+        require_running(container)
+        path = container.record.cgroup
+        if await in_thread(self._cgroups.is_frozen, path):
+            raise WrongStateError(f"{container.title} is paused: resume it first")
+        if not await in_thread(self._cgroups.freeze, path, FREEZE_SECONDS):
+            raise DeadlineError(f"{container.title} cannot be frozen: a process of it waits in the kernel")
+
+    async def dump(self, container: Container, runtime: OciRuntime, images: Path, work: Path) -> None:
+        """Have CRIU write the processes of a frozen container to the new folder ``images``; its log is in ``work``.
+
+        Raises WrongStateError with CRIU's reason, NoSpaceError, CommandError.
+        """
+        await in_thread(_prepare, work)
+        words = ["checkpoint", "--image-path", str(images), "--work-path", str(work)]
+        words += ["--leave-running", "--file-locks"]
+        if not self._support.closes_connections:
+            words.append("--tcp-established")
+        command = runtime.command(*words, container.id)
+        result = await run_to_its_end(command, self._support.environment(work / "criu.conf"), work / "output")
+        if result.status == 0:
+            return
+        why = await in_thread(criu_log.reason, work / documents.CRIU_LOG)
+        kept = await in_thread(self._keep_log, work / documents.CRIU_LOG, container)
+        require_running(container)
+        if not why:
+            raise CommandError(command, result.status, plain_message(result.output))
+        kind = NoSpaceError if "No space left" in why else WrongStateError
+        raise kind(f"{container.title} cannot be checkpointed: {why}{kept}")
+
+    def saved(self, container: Container) -> Saved:
+        """Where the container's files are. Blocks."""
+        volumes = self._snapshots.upper(container.id).parent / "volumes"
+        shared = container.sandbox.namespace_options.ipc != cri_pb2.NODE
+        return Saved(
+            upper=self._snapshots.upper(container.id),
+            lower=self._snapshots.lower(container.id),
+            volumes={entry.name: entry for entry in volumes.iterdir()} if volumes.is_dir() else {},
+            shared_memory=container.sandbox.folder.shm if shared else None,
+        )
+
+    def documents(self, container: Container) -> dict[str, bytes]:
+        """The documents of an archive, by name. Blocks."""
+        spec = container.folder.spec.read_bytes()
+        mounts = msgspec.json.decode(spec, type=_Mounts).mounts
+        return {
+            documents.CONFIG: documents.config_dump(container),
+            documents.SPEC: spec,
+            documents.STATUS: documents.status_dump(container),
+            documents.NETWORK: documents.network_status(container),
+            documents.BIND_MOUNTS: documents.bind_mounts(mounts),
+        }
+
+    def _keep_log(self, log: Path, container: Container) -> str:
+        """Keep CRIU's log if that is configured; returns the words about it for the error."""
+        if not self._options.failure_log_dir:
+            return ""
+        kept = Path(self._options.failure_log_dir) / f"{container.id}-{time.time_ns()}-dump.log"
+        try:
+            kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with log.open("rb") as source, os.fdopen(descriptor, "wb") as file:
+                shutil.copyfileobj(source, file)
+        except OSError as error:
+            _log.warning("%s: CRIU's log could not be kept: %s", container.title, error)
+            return ""
+        return f"; its log is {kept}"
+
+
+class _Mounts(msgspec.Struct):
+    mounts: list[config.Mount] = []
+
+
+def require_running(container: Container) -> None:
+    """Raise WrongStateError unless the container runs."""
+    if container.record.state is not ContainerState.RUNNING or container.exited.is_set():
+        raise WrongStateError(f"{container.title} is {container.record.state}: only a running one can be checkpointed")
+
+
+def _prepare(work: Path) -> None:
+    work.mkdir(mode=0o700)
+    (work / "criu.conf").write_text(f"tcp-close\nghost-limit {_LARGEST_DELETED_FILE}\n")

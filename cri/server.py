@@ -9,7 +9,6 @@ import logging
 import os
 import resource
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
@@ -18,10 +17,12 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from cri.activation import ActivatedSocket
 from cri.config.configuration import Configuration
 from cri.config.options import StreamingOptions
 from cri.connections import keep_room
 from cri.methods import CallObserver, service_handlers
+from cri.service_reports import report_start, report_work, status_line
 from cri.services.agent_service import AgentService
 from cri.services.image_service import ImageService
 from cri.services.runtime_service import RuntimeService
@@ -32,7 +33,6 @@ from cri.telemetry.logs import LogLevel, configure_logging
 from cri.version import VERSION
 from host import libc
 from host.concurrency.priority import go_first
-from host.errors import WrongStateError
 from host.files import descriptors
 from host.systemd import ServiceManager
 from proto.podkeel.v1 import agent_pb2
@@ -67,7 +67,12 @@ def serve(configuration: Configuration, *, adopt: bool = False) -> None:
     configure_logging(configuration.log)
     sys.setswitchinterval(SWITCH_SECONDS)
     go_first()
-    asyncio.run(_serve(configuration, LostStore.ADOPT if adopt else LostStore.REFUSE, manager))
+    path = _socket_path(configuration.server.socket)
+    activated = ActivatedSocket(manager.sockets.get(str(path)), path)
+    try:
+        asyncio.run(_serve(configuration, LostStore.ADOPT if adopt else LostStore.REFUSE, manager, activated))
+    finally:
+        activated.put_back()
 
 
 def _write_no_core_dumps() -> None:
@@ -92,7 +97,9 @@ def reset(configuration: Configuration, *, force: bool = False) -> list[str]:
     return asyncio.run(reset_runtime(configuration.runtime, configuration.network, configuration.images, force=force))
 
 
-async def _serve(configuration: Configuration, lost_store: LostStore, manager: ServiceManager) -> None:
+async def _serve(
+    configuration: Configuration, lost_store: LostStore, manager: ServiceManager, activated: ActivatedSocket
+) -> None:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -101,13 +108,16 @@ async def _serve(configuration: Configuration, lost_store: LostStore, manager: S
     log_level = LogLevel(configuration.log.level)
     loop.add_signal_handler(signal.SIGUSR1, log_level.show_everything)
     loop.add_signal_handler(signal.SIGUSR2, log_level.show_configured)
+    manager.status("starting: compares the store with the node")
+    start = asyncio.create_task(report_start(manager))
     async with AsyncExitStack() as stack:
+        stack.callback(start.cancel)
         options = configuration.runtime, configuration.network, configuration.images
         plugins, checkpoint = configuration.nri, configuration.checkpoint
         agent = Agent(*options, lost_store, nri=plugins, checkpoint=checkpoint, version=VERSION)
         await stack.enter_async_context(agent)
         os.chdir(agent.layout.run)  # conmon leaves a note of each out-of-memory kill where it was started
-        await asyncio.to_thread(_prepare_socket, path)
+        await asyncio.to_thread(activated.make_way)
         observers = [observer async for observer in _observers(configuration, agent, stack)]
         streams = StreamingServer(NodeBackend(agent), _stream_limits(configuration.streaming))
         await streams.start()
@@ -117,17 +127,20 @@ async def _serve(configuration: Configuration, lost_store: LostStore, manager: S
         await server.start()
         path.chmod(0o660)
         _log.info("agent: serving the CRI on unix://%s", path)
-        manager.ready()
-        room = asyncio.create_task(keep_room(path, _connection_limit() * 7 // 8))
+        start.cancel()
+        manager.ready(status_line(agent))
+        work = keep_room(path, _connection_limit() * 7 // 8), report_work(manager, agent), activated.relay()
+        tasks = [asyncio.create_task(coroutine) for coroutine in work]
         try:
             await ended.wait()
         finally:
-            room.cancel()
+            for task in tasks:
+                task.cancel()
+            manager.stopping()
             _log.info("agent: stopping: pods keep running")
             agent.state.events.close()
             await streams.close()
             await server.stop(STOP_SECONDS)
-            path.unlink(missing_ok=True)
 
 
 async def _observers(configuration: Configuration, agent: Agent, stack: AsyncExitStack) -> AsyncIterator[CallObserver]:
@@ -180,20 +193,6 @@ def _stream_limits(options: StreamingOptions) -> StreamLimits:
 
 def _socket_path(address: str) -> Path:
     return Path(address.removeprefix("unix://")).absolute()
-
-
-def _prepare_socket(path: Path) -> None:
-    """Remove a socket that no process listens on. Raises WrongStateError if a process does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_socket():
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            path.unlink()
-            return
-    raise WrongStateError(f"socket {path} is served by another process: stop it, or use another socket")
 
 
 def _set_garbage_aside() -> None:

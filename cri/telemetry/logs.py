@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
+import sys
 
 import msgspec
 
@@ -17,7 +19,8 @@ _log = logging.getLogger("podkeel.log")
 def configure_logging(options: LogOptions) -> None:
     """Send everything from ``options.level`` on to standard error in ``options.format``."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonFormatter() if options.format == "json" else _TextFormatter())
+    formatter = _JsonFormatter() if options.format == "json" else _TextFormatter()
+    handler.setFormatter(_JournalFormatter(formatter) if _writes_to_the_journal() else formatter)
     handler.addFilter(RepeatedLines(handler))
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -69,6 +72,31 @@ class _TextFormatter(logging.Formatter):
         if record.exc_info:
             line += f"\n{self.formatException(record.exc_info)}"
         return printable(line.translate(_PLAIN))
+
+
+# What syslog calls the levels (sd-daemon(3)).
+_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+
+
+class _JournalFormatter(logging.Formatter):
+    """Begins each line with its priority in the form that systemd takes from it, so that ``journalctl -p`` finds it."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = f"<{_PRIORITIES.get(record.levelno, 6)}>"
+        return "\n".join(prefix + line for line in self._inner.format(record).split("\n"))
+
+
+def _writes_to_the_journal() -> bool:
+    """Whether standard error is the stream to the journal that systemd named in the environment (systemd.exec(5))."""
+    try:
+        found = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):  # it is closed, or no file
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 class _JsonFormatter(logging.Formatter):

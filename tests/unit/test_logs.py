@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -55,3 +57,30 @@ def test_a_file_s_name_that_is_no_utf8_loses_no_line(capsys: pytest.CaptureFixtu
     assert "Input/output error" in entry["exception"]
     line, *_ = _written(capsys, f"layer: {name}")
     assert line.endswith(r"layer: \udcff.txt")
+
+
+def test_lines_to_the_journal_begin_with_their_priority(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    with (tmp_path / "journal").open("w+") as journal:
+        monkeypatch.setattr("sys.stderr", journal)
+        found = os.fstat(journal.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+        try:
+            configure_logging(LogOptions())
+            for write in (logging.getLogger("podkeel.a").info, logging.getLogger("podkeel.a").warning):
+                write("first\nsecond")
+            logging.getLogger("podkeel.a").error("bad", exc_info=ValueError("why"))
+        finally:
+            root.handlers[:] = handlers
+            root.setLevel(level)
+        lines = (tmp_path / "journal").read_text().splitlines()
+    assert [line[:3] for line in lines] == ["<6>", "<6>", "<4>", "<4>", "<3>", "<3>"]
+    assert lines[1] == "<6>    second"
+
+
+def test_lines_elsewhere_begin_with_their_time(capsys: pytest.CaptureFixture[str]) -> None:
+    line, _ = _written(capsys, "told")
+    assert line.startswith("20")

@@ -92,9 +92,9 @@ LEVELS = {
         "reset",
     ),
     "cri": (
-        "config connections enums errors kernel_check streaming/httpstream version",
+        "activation config connections enums errors kernel_check streaming/httpstream version",
         "host_check methods streaming",
-        "services stream_backend telemetry",
+        "service_reports services stream_backend telemetry",
         "server",
     ),
     "cli": (

@@ -33,7 +33,7 @@ add_criu() {
     [[ ! -x $ROOT/usr/sbin/criu || ! -e $ROOT/usr/share/doc/libcriu2 ]] || return 0
     cp --dereference /etc/resolv.conf /etc/hosts "$ROOT/etc/"
     say "installing CRIU in $ROOT"
-    chroot "$ROOT" sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends criu libcriu2' >/dev/null ||
+    chroot "$ROOT" sh -c 'apt-get update -qq && apt-get -o Dpkg::Use-Pty=0 install -y -qq --no-install-recommends criu libcriu2' >/dev/null ||
         fail "Debian's packages criu and libcriu2 could not be installed; the lines above say why"
 }
 

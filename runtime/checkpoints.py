@@ -25,7 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from runtime.checkpoint.documents import ConfigDump
     from runtime.checkpoint.dump import Checkpoints
-    from runtime.checkpoint.restore.restores import Restores
+    from runtime.checkpoint.restore.restores import Restores, Source
 
 
 class CheckpointService:
@@ -41,8 +41,10 @@ class CheckpointService:
         cgroups: CgroupTree,
         images: Images,
         monitors: Monitors,
+        most_bytes: int,
     ) -> None:
         self._options = options
+        self._most_bytes = most_bytes
         self._state = state
         self._handlers = handlers
         self._layout = layout
@@ -71,6 +73,34 @@ class CheckpointService:
 
             self._restores = Restores(self.support, self._images, self._cgroups, self._monitors, self.layer_of)
         return self._restores
+
+    async def source(self, name: str, held: AsyncExitStack) -> Source | None:
+        """The checkpoint that a container's image is: an image of one, or a path of an archive; None for other images.
+
+        What is opened for it is closed with ``held``. Raises NotFoundError, InvalidArgumentError and LimitError for an
+        archive that no container is restored from, and what a pull of the image of the container raises.
+        """
+        if name.startswith("/"):
+            return await self._archive(name, held)
+        image = self._images.store.find(name)
+        layer = self.layer_of(image) if image is not None else None
+        if layer is None:
+            return None
+        from runtime.checkpoint.restore.restores import Source
+
+        return Source(await self.restores.root_image(layer), layer=layer)
+
+    async def _archive(self, path: str, held: AsyncExitStack) -> Source:
+        from runtime.checkpoint import image
+        from runtime.checkpoint.long_work import stoppable
+        from runtime.checkpoint.restore import archive_file
+        from runtime.checkpoint.restore.restores import Source
+
+        opening = partial(archive_file.open_allowed, path, self._options.archive_dirs, self._most_bytes)
+        descriptor = await acquired(in_long_thread, opening, os.close)
+        held.callback(os.close, descriptor)
+        found = await stoppable(partial(image.look_through, descriptor, Path(path)))
+        return Source(await self.restores.image_of(found.config), descriptor=descriptor, archive=found)
 
     async def make_image(self, archive: Path, name: str) -> tuple[Image, ConfigDump]:
         """Make an image called ``name`` of a checkpoint archive on the node; it, and what was checkpointed.

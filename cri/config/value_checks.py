@@ -75,6 +75,7 @@ CHECKS: Mapping[tuple[str, ...], Callable[[Any], str]] = {
     ("network", "cluster_cidrs"): _networks,
     ("network", "mtu"): _not_negative,
     ("checkpoint", "failure_log_dir"): lambda value: _folder(value) if value else "",
+    ("checkpoint", "archive_dirs"): _folders,
     ("nri", "socket"): _unix_socket,
     ("nri", "plugin_dir"): _folder,
     ("nri", "config_dir"): _folder,

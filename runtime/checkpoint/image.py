@@ -12,7 +12,7 @@ import re
 import secrets
 import stat
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +46,13 @@ _MACHINES = {1: "amd64", 2: "arm", 3: "arm64", 4: "ppc64le", 5: "s390x"}  # CRIU
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """A checkpoint archive that was looked through: what was checkpointed."""
+    """A checkpoint archive that was looked through: what was checkpointed, and where in it its files are.
+
+    ``members`` are its regular files by name: the offset and the length of each.
+    """
 
     config: ConfigDump
+    members: Mapping[str, tuple[int, int]]
 
 
 def open_checkpoint(path: Path) -> int:
@@ -102,7 +106,7 @@ def look_through(descriptor: int, path: Path, check: Callable[[], None]) -> Arch
     if length > _LARGEST_CONFIG:
         raise InvalidArgumentError(f"{subject}: {documents.CONFIG} is larger than {_LARGEST_CONFIG} bytes")
     try:
-        return Archive(untrusted_json.decode(os.pread(descriptor, length, offset), ConfigDump))
+        return Archive(untrusted_json.decode(os.pread(descriptor, length, offset), ConfigDump), found)
     except JsonError as error:
         raise InvalidArgumentError(f"{subject}: {documents.CONFIG}: {error}") from error
 

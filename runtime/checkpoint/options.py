@@ -10,9 +10,11 @@ class CheckpointOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     With ``enabled = false`` every checkpoint is refused. ``criu_path`` is CRIU's program (looked up on the PATH if it
     has no slash); the agent works without it. ``failure_log_dir`` is a folder in which CRIU's log of a checkpoint that
-    failed is kept; an empty one keeps none.
+    failed is kept; an empty one keeps none. A container may be restored from an archive by its path if that is in one
+    of ``archive_dirs``; an empty list allows no path.
     """
 
     enabled: bool = True
     criu_path: str = "criu"
     failure_log_dir: str = ""
+    archive_dirs: tuple[str, ...] = ("/var/lib/kubelet/checkpoints",)

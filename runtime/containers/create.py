@@ -38,6 +38,10 @@ from runtime.state.sandbox import Sandbox, SandboxState
 from runtime.state.state import State
 from runtime.state.transitions import of_container
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runtime.checkpoint.restore.restores import Source
+
 NAME_LIMIT = 253
 
 _log = logging.getLogger("podkeel.containers")
@@ -101,28 +105,40 @@ class ContainerCreate:
     async def _make(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Container:
         _require_ready(sandbox)
         log_path = await self._bundles.log_path(sandbox, config)
-        image = self._image(config)
-        checkpoint = self._checkpoints.layer_of(image)
-        if checkpoint is not None:
-            image = await self._checkpoints.restores.root_image(checkpoint)
+        async with AsyncExitStack() as held:
+            source = await self._checkpoints.source(config.image.image, held)
+            return await self._make_from(sandbox, config, log_path, source, held)
+
+    async def _make_from(
+        self,
+        sandbox: Sandbox,
+        config: cri_pb2.ContainerConfig,
+        log_path: Path | None,
+        source: Source | None,
+        held: AsyncExitStack,
+    ) -> Container:
+        """Make a container from its image, or from the checkpoint ``source``; ``held`` closes what that opens."""
+        image = source.image if source is not None else self._image(config)
         runtime = self._handlers.get(sandbox.record.handler)
         container = self._new_container(sandbox, config, image, runtime, log_path)
-        if checkpoint is not None:
+        if source is not None:
             container.record.restored_image = image.name
             await self._checkpoints.restores.require(container, runtime)
         self._moves.expect()
         operation = container.begin("CreateContainer")
-        async with AsyncExitStack() as held, Undo(container.title) as undo:
+        checkpoint: Path | None = None
+        async with Undo(container.title) as undo:
             undo.push("the container", partial(self._removals.discard, container))
             make_private(container.folder.path, user_mappings(sandbox.namespace_options))
             monitor = self._monitors.prepare(monitor_request(container, runtime))
             undo.push("its monitor", monitor.abandon)
-            if checkpoint is None and len(self._names) <= self._handlers.parallelism:
+            if source is None and len(self._names) <= self._handlers.parallelism:
                 monitor.begin()  # with more under way it would wait for a processor, and others behind it
             async with operation.stage("reserve"):
                 await self._state.add(container)
             async with operation.stage("snapshot"):
-                if checkpoint is not None:
+                if source is not None:
+                    checkpoint = await self._checkpoints.restores.layer(source, container)
                     await self._checkpoints.restores.fill(container, checkpoint)
                 await self._rootfs.mount(container, image)
                 image_volumes = await self._rootfs.mount_image_volumes(container)

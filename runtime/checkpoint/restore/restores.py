@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +22,10 @@ from images.oci.manifests import Descriptor
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
 from runtime.checkpoint import criu_log, documents
-from runtime.checkpoint.restore import source
+from runtime.checkpoint.documents import ConfigDump
+from runtime.checkpoint.image import Archive
+from runtime.checkpoint.long_work import stoppable
+from runtime.checkpoint.restore import archive_file, source
 from runtime.checkpoint.restore.rights import check_rights
 from runtime.checkpoint.support import CheckpointSupport
 from runtime.oci.conmon import MonitorRequest, Monitors, Restoring, RuntimeRefusedError
@@ -28,8 +33,21 @@ from runtime.oci.oci_runtime import OciRuntime
 from runtime.specgen import config
 from runtime.state.container import Container
 
+_log = logging.getLogger("podkeel.checkpoint")
+
 _PIECE = 1 << 20
+_UNPACKED = "archive"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a container is restored from: a layer on this node, or an open archive; and the image it was made from."""
+
+    image: Image
+    layer: Path | None = None
+    descriptor: int = -1
+    archive: Archive | None = None
 
 
 class Restores:
@@ -54,7 +72,10 @@ class Restores:
 
         Raises InvalidArgumentError if the checkpoint names none, and what a pull raises.
         """
-        told = await in_thread(source.read_config, layer)
+        return await self.image_of(await in_thread(source.read_config, layer))
+
+    async def image_of(self, told: ConfigDump) -> Image:
+        """The same, by what a checkpoint says of its container."""
         for name in (told.rootfs_image, told.rootfs_image_ref, told.rootfs_image_name):
             with suppress(PodkeelError):
                 image = self._images.store.find(name) if name else None
@@ -81,6 +102,17 @@ class Restores:
             why = "containers with a terminal are not restored"
         if why:
             raise UnsupportedError(f"{container.title}: {why}")
+
+    async def layer(self, source_of: Source, container: Container) -> Path:
+        """The folder with the checkpoint; that of an archive is made, in the container's own folder."""
+        if source_of.archive is None:
+            assert source_of.layer is not None
+            return source_of.layer
+        folder = self._images.snapshots.upper(container.id).parent
+        await in_thread(partial(folder.mkdir, mode=0o700, exist_ok=True))
+        members = source_of.archive.members
+        await stoppable(partial(archive_file.unpack, source_of.descriptor, members, folder / _UNPACKED))
+        return folder / _UNPACKED
 
     async def fill(self, container: Container, layer: Path) -> None:
         """Put what the container had changed of its image below its new root file system, before that is mounted."""
@@ -136,6 +168,13 @@ class Restores:
         container.monitor_descriptor = monitored.monitor_descriptor
         container.record.monitor = monitored.monitor
         container.record.init = monitored.init
+        await in_long_thread(self._drop_images, container)
+
+    def _drop_images(self, container: Container) -> None:
+        """The images are in memory now. What is left of them goes with the container. Blocks."""
+        for folder in (self._folder(container), self._folder(container).parent / _UNPACKED):
+            for complaint in remove_tree(folder):
+                _log.warning("%s: the images of its checkpoint could not be removed: %s", container.title, complaint)
 
     def _folder(self, container: Container) -> Path:
         return self._images.snapshots.upper(container.id).parent / documents.IMAGES

@@ -25,6 +25,7 @@ _CODES: tuple[tuple[type[errors.PodkeelError], grpc.StatusCode], ...] = (
     (errors.PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
     (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
 )
+_NO_THREAD = "can't start new thread"  # of Python's threading
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -33,6 +34,11 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return grpc.StatusCode.RESOURCE_EXHAUSTED, (
             "no file descriptor is left: end streams and commands, or raise LimitNOFILE= of the systemd unit"
+        )
+    if isinstance(error, BlockingIOError) or (isinstance(error, RuntimeError) and _NO_THREAD in str(error)):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, (
+            "no process or thread can be started: end processes, or raise kernel.pid_max, kernel.threads-max or "
+            "TasksMax= of the systemd unit"
         )
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""

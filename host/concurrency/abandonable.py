@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from host.concurrency.tasks import wait_out
 from host.concurrency.thread_starting import start_aside
-from host.errors import PodkeelError, UnavailableError
+from host.errors import LimitError, PodkeelError, UnavailableError
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ class AbandonableThreads:
             with suppress(RuntimeError):  # the loop is closed: the agent ended meanwhile
                 loop.call_soon_threadsafe(outcome.settle, future)
 
-        def failed(error: RuntimeError) -> None:
+        def failed(error: LimitError) -> None:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(_Outcome(None, error).settle, future)
 

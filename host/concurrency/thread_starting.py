@@ -8,8 +8,18 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
 
+from host.errors import LimitError
+
 T = TypeVar("T")
-_Start = tuple[threading.Thread, Callable[[RuntimeError], object]]
+_Start = tuple[threading.Thread, Callable[[LimitError], object]]
+
+
+def no_thread(error: RuntimeError) -> LimitError:
+    """The error to raise where no thread could be started."""
+    return LimitError(
+        f"no thread can be started ({error}): the node has no process ids left, or the agent's cgroup is at its limit: "
+        "end processes, or raise kernel.pid_max, kernel.threads-max or TasksMax= of the systemd unit"
+    )
 
 
 class _Starter:
@@ -20,10 +30,13 @@ class _Starter:
         self._lock = threading.Lock()
         self._running = False
 
-    def start(self, thread: threading.Thread, failed: Callable[[RuntimeError], object]) -> None:
+    def start(self, thread: threading.Thread, failed: Callable[[LimitError], object]) -> None:
         with self._lock:
             if not self._running:
-                threading.Thread(target=self._serve, name="starter", daemon=True).start()
+                try:
+                    threading.Thread(target=self._serve, name="starter", daemon=True).start()
+                except RuntimeError as error:
+                    raise no_thread(error) from error
                 self._running = True
         self._wanted.put((thread, failed))
 
@@ -33,14 +46,14 @@ class _Starter:
             try:
                 thread.start()
             except RuntimeError as error:
-                failed(error)
+                failed(no_thread(error))
             del thread, failed
 
 
 _STARTER = _Starter()
 
 
-def start_aside(body: Callable[[], None], *, name: str, failed: Callable[[RuntimeError], object]) -> None:
+def start_aside(body: Callable[[], None], *, name: str, failed: Callable[[LimitError], object]) -> None:
     """Run ``body`` in a new daemon thread; ``failed`` is called, in another thread, if none can be started.
 
     ``Thread.start`` waits until the thread runs: on a busy machine that would hold the event loop for milliseconds.
@@ -51,7 +64,8 @@ def start_aside(body: Callable[[], None], *, name: str, failed: Callable[[Runtim
 def in_thread_of_its_own(work: Callable[[], T], *, name: str) -> T:
     """Run ``work`` in a thread that ends with it and does nothing else; returns or raises what it does. Blocks.
 
-    ``work`` may leave that thread in other namespaces, or with another root or working folder.
+    ``work`` may leave that thread in other namespaces, or with another root or working folder. Raises LimitError if no
+    thread can be started.
     """
     outcome: Future[T] = Future()
 
@@ -62,6 +76,9 @@ def in_thread_of_its_own(work: Callable[[], T], *, name: str) -> T:
             outcome.set_exception(error)
 
     thread = threading.Thread(target=run, name=name)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise no_thread(error) from error
     thread.join()
     return outcome.result()

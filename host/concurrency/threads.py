@@ -10,17 +10,32 @@ from typing import ParamSpec, TypeVar
 
 from host import libc
 from host.concurrency.tasks import wait_out
-from host.concurrency.thread_starting import start_aside
+from host.concurrency.thread_starting import no_thread, start_aside
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class ResilientThreadPool(ThreadPoolExecutor):
+    """Continues with the threads it has while no further one can be started, as on a node without free process ids.
+
+    The base class reports to the caller that its work failed, and does it later nevertheless.
+    """
+
+    def _adjust_thread_count(self) -> None:
+        try:
+            super()._adjust_thread_count()
+        except RuntimeError as error:
+            if not self._threads:
+                self._work_queue.get_nowait()  # only this work is in it
+                raise no_thread(error) from error
 
 
 class _Pool:
     """Threads for one purpose, made when first needed, so that work of another purpose never waits for them."""
 
     def __init__(self, purpose: str, most: int) -> None:
-        self._threads = ThreadPoolExecutor(max_workers=most, thread_name_prefix=purpose)
+        self._threads = ResilientThreadPool(max_workers=most, thread_name_prefix=purpose)
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run blocking ``work`` on a thread of the pool and wait for it.

@@ -9,13 +9,12 @@ import os
 import select
 import sys
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from host import processes
 from host.concurrency.tasks import wait_out
-from host.concurrency.threads import in_image_thread
+from host.concurrency.threads import ResilientThreadPool, in_image_thread
 from images.content.ingest import PartialBlob
 from images.oci.manifests import Descriptor
 from images.unpack.special_files import make_special_files
@@ -42,7 +41,7 @@ class Unpacker:
     def __init__(self, *, max_bytes: int, max_entries: int, max_seconds: int, parallel: int) -> None:
         self._limits = (str(max_bytes), str(max_entries), str(max_seconds))
         self._seconds = max_seconds
-        self._threads = ThreadPoolExecutor(max_workers=parallel, thread_name_prefix="layer")
+        self._threads = ResilientThreadPool(max_workers=parallel, thread_name_prefix="layer")
 
     def close(self) -> None:
         """End the threads; none is busy once the pulls are cancelled."""

@@ -34,6 +34,6 @@ def test_who_asked_is_told_when_no_thread_can_be_started(monkeypatch: pytest.Mon
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
         start_aside(lambda: told.put("ran"), name="aside", failed=lambda error: told.put(str(error)))
-        assert told.get(timeout=SECONDS) == "can't start new thread"
+        assert "no thread can be started (can't start new thread)" in told.get(timeout=SECONDS)
     start_aside(lambda: told.put("ran again"), name="aside", failed=lambda error: told.put(str(error)))
     assert told.get(timeout=SECONDS) == "ran again"

@@ -32,6 +32,9 @@ UNKNOWN_EXIT_CODE = 255
 
 _LOG_SECONDS = 1.0
 _CGROUP_SECONDS = 5.0
+# Between attempts to handle an end that could not be, as on a node without free descriptors or process ids.
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 15.0
 _log = logging.getLogger("podkeel.containers")
 
 
@@ -58,6 +61,7 @@ class ContainerExit:
         self._hooks = hooks
         self._kills = KillWatch(cgroups)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
 
     def watch(self, container: Container) -> None:
         """Notice kills in a container, and the end of its monitor; one whose program cannot run has no monitor."""
@@ -70,7 +74,21 @@ class ContainerExit:
         self._spawn(self._monitor_ended(container))
 
     async def _monitor_ended(self, container: Container) -> None:
+        """Handle the end of a monitor, which is noticed once: what fails is tried again until it succeeds."""
         self._close_monitor(container)
+        pause = _FIRST_PAUSE_SECONDS
+        while not self._closing.is_set():
+            try:
+                await self._handle_end(container)
+                return
+            except (PodkeelError, OSError, RuntimeError) as error:
+                _log.error("%s: end cannot be handled, trying again: %s", container.title, error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._closing.wait()
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    async def _handle_end(self, container: Container) -> None:
         async with container.lock:
             if container.record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
                 self._kills.forget(container.id)
@@ -158,7 +176,7 @@ class ContainerExit:
             await self.end_monitor(container)
             await self._rootfs.unmount(container)
             container.unmounted = True
-        except PodkeelError as error:
+        except (PodkeelError, OSError) as error:
             self._handlers.failed_actions[container.record.handler, "delete"] += 1
             _log.error("%s: clean-up failed, RemoveContainer tries again: %s", container.title, error)
 
@@ -181,8 +199,10 @@ class ContainerExit:
     async def released(self, container: Container) -> None:
         """Wait until the OCI runtime's resources of an ended container are released; try again if that failed."""
         if container.cleanup is not None:
-            await asyncio.shield(container.cleanup)
+            await asyncio.wait((container.cleanup,))
         await self.release_runtime(container)
+        if not container.unmounted:
+            await self.end_monitor(container)
 
     async def end_monitor(self, container: Container) -> None:
         """Kill conmon if it is still there though its container is not, and wait until it writes no more."""
@@ -218,6 +238,7 @@ class ContainerExit:
 
     async def close(self) -> None:
         """Close the watches of conmon processes, which keep running, and wait for the clean-up."""
+        self._closing.set()
         self._kills.close()
         loop = asyncio.get_running_loop()
         for container in self._state.containers:

@@ -1,0 +1,109 @@
+"""While a node has no descriptors or process ids left, no end of a container is lost, and all can be removed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from host import cgroups
+from proto.runtime.v1 import cri_pb2
+from tests.integration.agent.hardening import init_pid
+from tests.integration.agent.refusals import refused
+from tests.support.agent import AgentProcess, wait_for
+from tests.support.pods import remove_all_pods, run_container, sandbox_config
+
+
+def states(agent: AgentProcess) -> dict[str, int]:
+    listed = agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
+    return {container.id: container.state for container in listed}
+
+
+@contextlib.contextmanager
+def no_descriptor(agent: AgentProcess) -> Iterator[None]:
+    """The agent can open nothing, as when another process has taken all that the node allows."""
+    limits = resource.prlimit(agent.pid(), resource.RLIMIT_NOFILE)
+    resource.prlimit(agent.pid(), resource.RLIMIT_NOFILE, (8, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(agent.pid(), resource.RLIMIT_NOFILE, limits)
+
+
+def test_an_end_without_a_free_descriptor_is_recorded_later(own_agent: AgentProcess) -> None:
+    _, container_id = run_container(own_agent, "sleep", "1000")
+    pid = init_pid(own_agent, container_id)
+    before = own_agent.log.stat().st_size
+    with no_descriptor(own_agent):
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: "Too many open files" in own_agent.log.read_text()[before:], what="the first attempt")
+        assert states(own_agent) == {container_id: cri_pb2.CONTAINER_RUNNING}
+    wait_for(lambda: states(own_agent) == {container_id: cri_pb2.CONTAINER_EXITED}, 30, "the end")
+    assert own_agent.client.status(container_id).exit_code == 137
+    assert own_agent.tracebacks(before) == []
+
+
+@pytest.mark.parametrize("call", ["RemoveContainer", "StopPodSandbox"])
+def test_a_container_whose_clean_up_failed_once_can_be_removed(own_agent: AgentProcess, call: str) -> None:
+    sandbox_id, container_id = run_container(own_agent, "sleep", "1000")
+    client, before = own_agent.client, own_agent.log.stat().st_size
+    in_the_way = own_agent.run / "containers" / container_id / "mapped" / "0" / "file"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    client.stop(container_id)
+    wait_for(lambda: "Directory not empty" in own_agent.log.read_text()[before:], what="the failure")
+    in_the_way.unlink()
+    if call == "RemoveContainer":
+        client.remove(container_id)
+    client.stop_sandbox(sandbox_id)
+    client.remove_sandbox(sandbox_id)
+    assert states(own_agent) == {}
+    assert client.findings() == []
+    assert own_agent.tracebacks(before) == []
+
+
+@pytest.fixture
+def few_processes(own_agent: AgentProcess) -> Iterator[Path]:
+    """The file with the most processes and threads that the agent, not its containers, may have."""
+    root = cgroups.discover().v1.get("pids")
+    if root is None:
+        pytest.skip("needs the pids controller of cgroup v1")
+    folder = Path(root) / own_agent.bridge
+    folder.mkdir()
+    try:
+        (folder / "cgroup.procs").write_text(str(own_agent.pid()))
+        yield folder / "pids.max"
+    finally:
+        (folder / "pids.max").write_text("max")
+        own_agent.reset()
+        wait_for(lambda: not (folder / "cgroup.procs").read_text(), what="the agent's end")
+        folder.rmdir()
+
+
+def test_without_a_process_id_containers_end_and_can_be_removed(own_agent: AgentProcess, few_processes: Path) -> None:
+    client, before = own_agent.client, own_agent.log.stat().st_size
+    pods = [run_container(own_agent, "sleep", "1000", name=name) for name in ("first", "second")]
+    (first, second) = (container_id for _, container_id in pods)
+    pid = init_pid(own_agent, first)
+    few_processes.write_text(few_processes.with_name("pids.current").read_text())
+    refused("RESOURCE_EXHAUSTED", "can be started", call=lambda: exhaust(own_agent))
+    os.kill(pid, signal.SIGKILL)
+    client.stop(second)
+    wait_for(lambda: set(states(own_agent).values()) == {cri_pb2.CONTAINER_EXITED}, what="the ends")
+    few_processes.write_text("max")
+    client.remove(first)
+    remove_all_pods(client)
+    assert states(own_agent) == {}
+    assert client.findings() == []
+    assert own_agent.tracebacks(before) == []
+
+
+def exhaust(agent: AgentProcess) -> None:
+    """Ask for new pods until one is refused."""
+    for _ in range(20):
+        agent.client.run_sandbox(sandbox_config(agent))

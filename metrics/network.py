@@ -81,16 +81,20 @@ def read_current_network(*, connections: bool = False) -> NetworkReading:
 
 
 def parse_interfaces(content: bytes) -> tuple[InterfaceReading, ...]:
-    """The first ``INTERFACE_LIMIT`` of /proc/net/dev (proc_pid_net(5)) but the loopback."""
-    interfaces = []
+    """The first ``INTERFACE_LIMIT`` of /proc/net/dev (proc_pid_net(5)) but the loopback, each name once.
+
+    Names have escapes for what is not UTF-8: they stay different, as labels of metrics must be.
+    """
+    interfaces: dict[str, InterfaceReading] = {}
     for line in content.removesuffix(b"\n").split(b"\n")[2 : 2 + INTERFACE_LIMIT]:
         name, _, numbers = line.partition(b":")
         name = name.lstrip()
         if name != b"lo":
             words = numbers.split()
             values = map(int, words[0:4] + words[8:12])
-            interfaces.append(InterfaceReading(name.decode(errors="replace"), *values))
-    return tuple(interfaces)
+            shown = name.decode(errors="backslashreplace")
+            interfaces.setdefault(shown, InterfaceReading(shown, *values))
+    return tuple(interfaces.values())
 
 
 def _connections() -> ConnectionsReading:

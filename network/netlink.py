@@ -7,6 +7,7 @@ measurements.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -186,7 +187,7 @@ class _Text(_Leaf, nlmsg_atoms.asciiz):
 
     @staticmethod
     def pack(value: str) -> bytes:
-        return value.encode() + b"\0"
+        return os.fsencode(value) + b"\0"  # a link in a pod may have a name that is not UTF-8
 
 
 class _LeanAttributes(_Lean):

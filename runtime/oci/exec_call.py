@@ -379,7 +379,8 @@ def _errors_in(log: bytes) -> str:
     messages = []
     for line in log.splitlines():
         with contextlib.suppress(JsonError):
-            entry = untrusted_json.decode(line, _LogEntry)
+            # crun quotes names of files in the container, which may have any bytes.
+            entry = untrusted_json.decode(line.decode(errors="replace").encode(), _LogEntry)
             if entry.level in ("error", "fatal"):
                 messages.append(entry.msg)
     return "\n".join(messages)

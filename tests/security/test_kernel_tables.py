@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +18,13 @@ from host import libc
 from host.files import mounts
 from host.files.mounts import parse_mount_table
 from host.files.procfs import table_lines
+from network import rtnetlink
+from network.attachment import interface_prefix
+from network.netlink import NETLINK_ROUTE
+from network.netlink_socket import NetlinkSocket
 from network.sysctl import ipv4_default_link, ipv6_default_link
 from proto.runtime.v1 import cri_pb2
+from tests.integration.network.namespaces import Namespace, links_with
 from tests.support.agent import AgentProcess
 from tests.support.pods import container_config, sandbox_config
 
@@ -114,6 +122,109 @@ def test_a_table_has_lines_by_newlines_alone(tmp_path: Path) -> None:
     table = tmp_path / "table"
     table.write_bytes(b"a\rb\x85\n\xe2\x80\xa8c\n")
     assert table_lines(str(table)) == [b"a\rb\x85", b"\xe2\x80\xa8c"]
+
+
+# A link may have any name of at most 15 bytes without '/', ':' and whitespace (dev_valid_name of the kernel).
+LINKS = (b"\xff\xfe", b"\xfe", b"\xff", b"\x01\x1b[2J", b'"\\xff', b"\\xff", b"{s}\x7f")
+
+
+def test_links_of_any_name_are_found_and_deleted(tmp_path: Path) -> None:
+    def work() -> None:
+        with NetlinkSocket(NETLINK_ROUTE) as route:
+            for name in LINKS:
+                subprocess.run([b"ip", b"link", b"add", name, b"type", b"bridge"], check=True)
+            found = [link.name for link in rtnetlink.list_links(route) if link.name != "lo"]
+            assert sorted(map(os.fsencode, found)) == sorted(LINKS)
+            for own in found:
+                assert rtnetlink.find_link(route, own).name == own
+                route.request([rtnetlink.delete_link(own)])
+            assert [link.name for link in rtnetlink.list_links(route)] == ["lo"]
+
+    namespace = Namespace(tmp_path / "namespace")
+    try:
+        namespace.run(work)
+    finally:
+        namespace.close()
+
+
+def test_a_leftover_link_of_any_name_is_told_and_removed(own_agent: AgentProcess) -> None:
+    """A host network pod may make links, and a device comes back from a pod with the name that it has there."""
+    prefix = interface_prefix(own_agent.bridge)
+    name = prefix.encode() + b"\xff\xfe"
+    subprocess.run([b"ip", b"link", b"add", name, b"type", b"bridge"], check=True)
+    try:
+        assert [finding for finding in own_agent.client.findings() if "\\udcff\\udcfe" in finding]
+        own_agent.restart()
+        assert own_agent.client.findings() == []
+        assert links_with(prefix) == []
+    finally:
+        subprocess.run([b"ip", b"link", b"delete", name], check=False, capture_output=True)
+
+
+def test_statistics_show_links_of_any_name_each_as_one(quiet_log: AgentProcess) -> None:
+    client = quiet_log.client
+    sandbox_id = client.run_sandbox(sandbox_config(quiet_log))
+    enter = [b"nsenter", b"--net=" + os.fsencode(quiet_log.run / "sandboxes" / sandbox_id / "ns/net")]
+    for name in LINKS:
+        subprocess.run([*enter, b"ip", b"link", b"add", name, b"type", b"bridge"], check=True)
+    stats = client.call("PodSandboxStats", cri_pb2.PodSandboxStatsRequest(pod_sandbox_id=sandbox_id)).stats
+    seen = [interface.name for interface in stats.linux.network.interfaces]
+    assert stats.linux.network.default_interface.name == "eth0"
+    wanted = {name.decode(errors="backslashreplace") for name in LINKS}  # two of them look the same: one is shown
+    assert len(seen) == len(LINKS) - 1
+    assert set(seen) == wanted
+    (pod,) = client.call("ListPodSandboxMetrics", cri_pb2.ListPodSandboxMetricsRequest()).pod_metrics
+    received = [m.label_values[-1] for m in pod.metrics if m.name == "container_network_receive_bytes_total"]
+    assert sorted(received) == sorted([*wanted, "eth0"])
+
+
+_TABLES = """
+import asyncio, socket, struct, subprocess, sys
+from pathlib import Path
+from host.database import Database
+from network.bridge.network import BuiltInNetwork
+from network.ipam import parse_ranges
+from network.options import NetworkOptions
+from network.schema import MIGRATIONS
+
+async def main(folder, batch):
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as netfilter:
+        netfilter.send(bytes.fromhex(batch))
+        assert struct.unpack_from("=i", netfilter.recv(4096), 16) == (0,)
+    options = NetworkOptions(bridge="pods0", pod_cidrs=("10.88.0.0/16",), mtu=1500)
+    database = Database(Path(folder) / "store.db", {"network": MIGRATIONS})
+    network = BuiltInNetwork(options, database)
+    await network.start()
+    await network.settled()
+    for family in ("inet", "bridge"):
+        subprocess.run(["nft", "delete", "table", family, "pods0"], check=True)
+    await network._firewalls.look(parse_ranges(options.pod_cidrs))
+    assert network.condition().ready
+    await network.stop()
+    database.close()
+    print(subprocess.run(["nft", "list", "tables"], check=True, capture_output=True).stdout)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def _nfnetlink(kind: int, flags: int, family: int, subsystem: int, body: bytes) -> bytes:
+    message = struct.pack("=BBH", family, 0, (subsystem << 8) | (subsystem >> 8)) + body
+    return struct.pack("=IHHII", 16 + len(message), kind, flags, 1, 0) + message
+
+
+def test_deleted_tables_are_made_again_beside_one_of_any_name(tmp_path: Path) -> None:
+    """nft itself aborts where it should list such a table as JSON."""
+    attribute = struct.pack("=HH", 10, 1) + b"bad\xff\xfe\0" + bytes(2)  # NFTA_TABLE_NAME
+    new_table = _nfnetlink((10 << 8) | 0, 0x405, 2, 0, attribute)
+    batch = _nfnetlink(0x10, 1, 0, 10, b"") + new_table + _nfnetlink(0x11, 1, 0, 10, b"")
+    root = str(Path(__file__).parents[2])
+    command = ["unshare", "-n", sys.executable, "-c", _TABLES, str(tmp_path), batch.hex()]
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for table in ("table ip bad\\xff\\xfe", "table bridge pods0", "table inet pods0"):
+        assert table in done.stdout
 
 
 _names = st.binary(min_size=1, max_size=60).map(lambda name: name.replace(b"\0", b"").replace(b"/", b"")).filter(bool)

@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from tests.support.agent import AgentProcess, build_busybox, running_agent
+from tests.support.agent import SOON, AgentProcess, build_busybox, running_agent
 from tests.support.leaks import traces
 
 # Without bytecode on disk each agent that a test starts would compile all of its modules.
@@ -42,7 +42,7 @@ def nothing_left_behind() -> Iterator[None]:
     before = traces()
     yield
     # The kernel takes links apart in the background once their namespaces are gone.
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SOON
     while (left := sorted(traces() - before)) and time.monotonic() < deadline:
         time.sleep(0.2)
     if left:
@@ -68,7 +68,7 @@ def agent(shared_agent: AgentProcess) -> Iterator[AgentProcess]:
 
     remove_all_pods(shared_agent.client)
     # The kernel takes links apart in the background, behind the namespaces of all that run on this machine.
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SOON
     while (findings := shared_agent.client.findings()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert findings == []

@@ -16,7 +16,7 @@ import pytest
 from proto.runtime.v1 import cri_pb2
 from tests.faults.conftest import Stage
 from tests.integration.agent.test_frozen import freezer_of_process, frozen
-from tests.support.agent import wait_for
+from tests.support.agent import PATIENCE, wait_for
 from tests.support.pods import POLITE, container_config, run_container, sandbox_config, wait_for_log
 
 
@@ -198,6 +198,6 @@ def test_a_container_that_was_half_made_and_is_frozen_keeps_no_start_waiting(sta
     with frozen(group.parent if above else group):
         begin = time.monotonic()
         agent.start()
-        assert time.monotonic() - begin < usual + 3
+        assert time.monotonic() - begin < usual + 4 * PATIENCE
         agent.client.remove_sandbox(sandbox_id)
     stage.assert_whole()

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from tests.support.agent import BUSYBOX, AgentProcess, wait_for
+from tests.support.agent import BUSYBOX, SOON, AgentProcess, wait_for
 from tests.support.pods import container_config, run_container, sandbox_config
 
 _HALF = "substr({column}, 1, length({column}) / 2)"
@@ -210,7 +210,7 @@ def test_a_lost_store_ends_no_container_and_its_copy_is_taken(
                 break
     finally:
         adopting.terminate()
-        adopting.communicate(timeout=20)
+        adopting.communicate(timeout=SOON)
     own_agent.start()
     assert _states(own_agent)[container_id] == cri_pb2.CONTAINER_RUNNING
     assert own_agent.client.exec(container_id, "true").exit_code == 0
@@ -242,7 +242,7 @@ def _adopt(agent: AgentProcess) -> None:
             raise AssertionError(b"".join(said).decode())
     finally:
         adopting.terminate()
-        adopting.communicate(timeout=20)
+        adopting.communicate(timeout=SOON)
     agent.start()
 
 

@@ -10,6 +10,7 @@ import grpc
 
 from proto.runtime.v1 import cri_pb2
 from tests.faults.conftest import Stage
+from tests.support.agent import SOON
 from tests.support.cri import CriClient
 from tests.support.pods import container_config, remove_all_pods, sandbox_config
 
@@ -26,7 +27,7 @@ def test_killed_at_any_moment(stage: Stage) -> None:
         time.sleep(moments.uniform(0.05, 0.7))
         stage.agent.kill()
         for client in load:
-            client.join(timeout=20)
+            client.join(timeout=SOON)
             assert not client.is_alive()
         stage.agent.start()
         stage.assert_whole()

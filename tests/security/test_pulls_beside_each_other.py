@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from tests.support.agent import PATIENCE, AgentProcess
+from tests.support.agent import PATIENCE, SOON, AgentProcess
 from tests.support.image_builder import BuiltImage, digest_of, entry, folder, make_tar
 from tests.support.pods import run_container
 from tests.support.registry import Registry
 from tests.support.registry_front import Front, run_front
 
-_SOON = 15.0 * PATIENCE
 _DRIP = 130  # bytes in a tenth of a second: more than the slowest rate that is allowed
 
 
@@ -32,12 +31,12 @@ def pull(agent: AgentProcess, name: str) -> Any:
     return agent.client.future("PullImage", request, timeout=120 * PATIENCE)
 
 
-async def pulled(agent: AgentProcess, name: str, seconds: float = _SOON) -> str:
+async def pulled(agent: AgentProcess, name: str, seconds: float = SOON) -> str:
     return str((await asyncio.to_thread(pull(agent, name).result, seconds)).image_ref)
 
 
 async def until(good: Callable[[], object]) -> None:
-    async with asyncio.timeout(_SOON):
+    async with asyncio.timeout(SOON):
         while True:
             if good():
                 return

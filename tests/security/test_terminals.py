@@ -7,10 +7,10 @@ from pathlib import Path
 
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.streams import Running, exit_code, resize, run, spdy
-from tests.support.agent import AgentProcess, wait_for
+from tests.support.agent import SOON, AgentProcess, wait_for
 from tests.support.pods import container_config, sandbox_config
 
-SECONDS = 20.0
+SECONDS = SOON
 
 
 def with_the_node_s_root(agent: AgentProcess) -> Running:

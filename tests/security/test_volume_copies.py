@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tarfile
-import time
 from pathlib import Path
 
 from proto.podkeel.v1 import agent_pb2
@@ -31,9 +30,7 @@ def test_a_sparse_file_stays_sparse(agent: AgentProcess, attacker: StartAttacker
     image = BuiltImage((busybox_layer(), sparse_layer("data/sparse")), {"Volumes": {"/data": {}}})
     image.write_docker(tmp_path / "image.tar", "sparse:1")
     agent.client.call("ImportImage", agent_pb2.ImportImageRequest(path=str(tmp_path / "image.tar")))
-    begin = time.monotonic()
     ours = attacker(like_kubelets("main", image="sparse:1"))
-    assert time.monotonic() - begin < 10  # writing the holes would take longer
     (copy,) = (agent.data / "containers" / ours.container_id / "volumes").rglob("sparse")
     assert copy.stat().st_size == _SIZE
     assert copy.stat().st_blocks * 512 < 1 << 20

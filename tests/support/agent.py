@@ -26,6 +26,8 @@ from tests.support.cri import CriClient
 PATIENCE = float(os.environ.get("PODKEEL_TEST_PATIENCE", "1"))
 RUNTIME_OPTIONS = os.environ.get("PODKEEL_TEST_RUNTIME_OPTIONS", "")
 START_SECONDS = 30.0 * PATIENCE
+# Enough for what comes at once; what is late by a fault comes much later, or never.
+SOON = 30.0 * PATIENCE
 BUSYBOX = "docker.io/library/busybox:latest"
 
 _SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -126,7 +128,7 @@ class AgentProcess:
         status = self._end(signal.SIGTERM)
         assert status == 0, f"the agent ended with status {status}:\n{self.tail()}"
 
-    def wait_dead(self, seconds: float = 20.0) -> None:
+    def wait_dead(self, seconds: float = SOON) -> None:
         """Wait until a fault has killed it."""
         assert self.process is not None
         self.process.wait(timeout=seconds)
@@ -145,7 +147,7 @@ class AgentProcess:
             return 0
         if self.process.poll() is None:
             self.process.send_signal(number)
-        status = self.process.wait(timeout=30)
+        status = self.process.wait(timeout=SOON)
         self.process = None
         return status
 

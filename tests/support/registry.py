@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 from tests.support.image_builder import OCI_MANIFEST, BuiltImage
+from tests.support.ports import free_port
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Registry:
 def run_registry(*, auth: str = "", authorization: str = "") -> Iterator[Registry]:
     """Start a registry with an empty store; ``auth`` is the YAML of its ``auth`` section."""
     folder = Path(tempfile.mkdtemp(prefix="podkeel-registry-"))
-    port = _free_port()
+    port = free_port()
     config = folder / "config.yml"
     config.write_text(
         f"version: 0.1\nlog: {{level: info}}\nstorage:\n  filesystem: {{rootdirectory: {folder}}}\n"
@@ -105,9 +105,3 @@ def run_registry(*, auth: str = "", authorization: str = "") -> Iterator[Registr
             process.kill()
             process.wait()
         shutil.rmtree(folder)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -41,11 +41,11 @@ async def test_hanging_work_is_left_behind_and_does_no_further_step() -> None:
     begin = time.monotonic()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert time.monotonic() - begin < 5  # the abandoned work never ends
+    assert time.monotonic() - begin < 60  # the abandoned work never ends
     with pytest.raises(UnavailableError, match="container y: 1 earlier calls still hang"):
         await threads.run("container y", lambda permission: None)
     answers.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while True:
             try:
                 assert await threads.run("container y", lambda permission: 3) == 3

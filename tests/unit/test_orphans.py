@@ -24,7 +24,7 @@ async def main():
     processes.watch_exit(pidfd, ended.set)
     await ended.wait()
     assert reap(pidfd) == 7
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while Path(f"/proc/{orphan}").exists():
             await asyncio.sleep(0.02)
     await orphans.close()

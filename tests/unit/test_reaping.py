@@ -16,7 +16,7 @@ from host.processes import end_child, run, spawn, start_time, wait_ended
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - no event shows it
             await asyncio.sleep(0.005)
 

@@ -9,7 +9,7 @@ import pytest
 
 from host.concurrency.thread_starting import start_aside
 
-SECONDS = 10.0
+SECONDS = 60.0
 
 
 def test_work_runs_in_a_daemon_thread_of_its_own() -> None:

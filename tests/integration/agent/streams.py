@@ -18,10 +18,10 @@ from host.concurrency.threads import in_fresh_thread, inside_namespace
 from proto.runtime.v1 import cri_pb2
 from tests.integration.streaming.spdy_client import COMMAND_PROTOCOLS, SpdyClient
 from tests.integration.streaming.websocket_client import TunnelEnd, WebSocketClient
-from tests.support.agent import AgentProcess
+from tests.support.agent import SOON, AgentProcess
 from tests.support.pods import container_config, sandbox_config
 
-SECONDS = 15.0
+SECONDS = SOON
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.streams import Running, arrives, resident, resize, run, spdy, until
 from tests.integration.streaming.websocket_client import WebSocketClient
-from tests.support.agent import AgentProcess
+from tests.support.agent import SOON, AgentProcess
 from tests.support.pods import log_lines, wait_for_log
 
 if os.geteuid() != 0:
@@ -40,7 +40,7 @@ async def test_several_clients_see_what_comes_from_now_on(agent: AgentProcess, h
         await asyncio.to_thread(agent.client.stop, container.id)
         assert await first.status(ids["error"]) == {"status": "Success"}
         assert b"early" not in first.streams[ids["stdout"]].data
-        await asyncio.wait_for(first.went_away.wait(), 5)
+        await asyncio.wait_for(first.went_away.wait(), SOON)
 
 
 async def test_websocket_attach(agent: AgentProcess) -> None:
@@ -149,7 +149,7 @@ async def test_a_client_that_does_not_read_stops_neither_container_nor_log_nor_o
             lazy.reading.set()
             message = (await lazy.status(lazy_ids["error"]))["message"]
             got = lazy.streams[lazy_ids["stdout"]].size
-            await asyncio.wait_for(lazy.went_away.wait(), 5)
+            await asyncio.wait_for(lazy.went_away.wait(), SOON)
         else:
             web.reading.set()
             message = (await web.status())["message"]

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -25,67 +17,9 @@ _PODS = 60
 _CLIENTS = 20
 _SAME = 8
 
-# A separate process: beside twenty client threads the test would also measure waits for the GIL.
-_PROBE = """
-import json, sys, threading, time
-from proto.runtime.v1 import cri_pb2
-from tests.support.cri import CriClient
-client = CriClient(sys.argv[1])
-seconds, late = [], []
-request = cri_pb2.VersionRequest()
-client.call("Version", request)
-print("ready", flush=True)
-ended = threading.Event()
-threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
-woken = time.perf_counter()
-while not ended.wait(0.005):
-    begin = time.perf_counter()
-    late.append(begin - woken - 0.005)
-    client.call("Version", request)
-    woken = time.perf_counter()
-    seconds.append(woken - begin)
-print(json.dumps([seconds, late]))
-"""
 
-
-@dataclass
-class Latencies:
-    """Seconds that each Version call took, and seconds that the asking process got a processor late before it."""
-
-    calls: list[float] = field(default_factory=list)
-    late: list[float] = field(default_factory=list)
-
-    @staticmethod
-    def p99(values: list[float]) -> float:
-        return statistics.quantiles(values, n=100)[98]
-
-    def __str__(self) -> str:
-        median = statistics.median(self.calls)
-        figures = (median, self.p99(self.calls), max(self.calls), self.p99(self.late), max(self.late))
-        names = ("median", "p99", "longest", "p99 of the wait for a processor", "longest of it")
-        times = ", ".join(f"{name} {value * 1000:.1f} ms" for name, value in zip(names, figures, strict=True))
-        return f"Version: {len(self.calls)} calls, {times}"
-
-
-@contextmanager
-def version_latencies(agent: AgentProcess) -> Iterator[Latencies]:
-    """Ask for the version all the time; the latencies are there afterwards."""
-    latencies = Latencies()
-    command = [sys.executable, "-c", _PROBE, agent.address]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
-    ) as probe:
-        assert probe.stdin is not None
-        assert probe.stdout is not None
-        assert probe.stdout.readline() == "ready\n"
-        try:
-            yield latencies
-        finally:
-            probe.stdin.close()
-            latencies.calls, latencies.late = json.loads(probe.stdout.read())
-
-
-def _whole_life(agent: AgentProcess, client: CriClient, number: int) -> None:
+def whole_life(agent: AgentProcess, client: CriClient, number: int) -> None:
+    """A pod of two containers from nothing to nothing."""
     sandbox = sandbox_config(agent, f"many-{number}")
     sandbox_id = client.run_sandbox(sandbox)
     containers = []
@@ -102,8 +36,8 @@ def _whole_life(agent: AgentProcess, client: CriClient, number: int) -> None:
 
 def test_sixty_pods_from_twenty_clients(agent: AgentProcess) -> None:
     clients = [CriClient(agent.address) for _ in range(_CLIENTS)]
-    with version_latencies(agent) as latencies, ThreadPoolExecutor(_CLIENTS) as pool:
-        lives = [pool.submit(_whole_life, agent, clients[n % _CLIENTS], n) for n in range(_PODS)]
+    with ThreadPoolExecutor(_CLIENTS) as pool:
+        lives = [pool.submit(whole_life, agent, clients[n % _CLIENTS], n) for n in range(_PODS)]
         for life in lives:
             life.result()
     for client in clients:
@@ -111,11 +45,6 @@ def test_sixty_pods_from_twenty_clients(agent: AgentProcess) -> None:
     assert not agent.client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items
     assert not agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
     assert agent.client.findings() == []
-    print(latencies)
-    # A call passes two processes, each of which may wait for a processor as long as the calling one did. On two
-    # processors this took 60 to 130 ms, depending on other work. A blocked loop still shows.
-    assert latencies.p99(latencies.calls) < 0.25 + 2 * latencies.p99(latencies.late), latencies
-    assert max(latencies.calls) < 0.5 + 2 * max(latencies.late), latencies
 
 
 def _all_at_once(agent: AgentProcess, call: str, requests: list[Any]) -> list[Any]:

@@ -14,7 +14,7 @@ import pytest
 from tests.integration.agent.streams import Running, arrives, exit_code, resize, run, spdy, until
 from tests.integration.streaming.spdy_client import request
 from tests.integration.streaming.websocket_client import WebSocketClient
-from tests.support.agent import AgentProcess, running_agent
+from tests.support.agent import SOON, AgentProcess, running_agent
 
 if os.geteuid() != 0:
     pytest.skip("needs root", allow_module_level=True)
@@ -246,7 +246,7 @@ async def test_a_container_that_stops_ends_its_streams_with_a_status(container: 
         await arrives(client, ids["stdout"], b"ready")
         await asyncio.to_thread(container.agent.client.stop, container.id)
         assert exit_code(await client.status(ids["error"])) == 137
-        await asyncio.wait_for(client.went_away.wait(), 5)
+        await asyncio.wait_for(client.went_away.wait(), SOON)
 
 
 async def test_a_stopping_agent_says_why_and_ends_the_command(own_agent: AgentProcess) -> None:
@@ -256,16 +256,16 @@ async def test_a_stopping_agent_says_why_and_ends_the_command(own_agent: AgentPr
         await asyncio.to_thread(own_agent.stop)
         status = await client.status(ids["error"])
         assert "the node agent is stopping" in status["message"]
-        await asyncio.wait_for(client.closed.wait(), 5)
+        await asyncio.wait_for(client.closed.wait(), SOON)
         assert list(container.processes().values()) == ["sleep 1000"]
 
 
 async def test_streams_that_do_nothing_are_ended_as_configured(tmp_path: Path, busybox: Path) -> None:
-    options = "[streaming]\nidle_seconds = 0.5\ncreation_seconds = 0.3"
+    options = "[streaming]\nidle_seconds = 2.5\ncreation_seconds = 1.2"
     with running_agent(tmp_path, busybox, options=options) as agent:
         container = run(agent)
         async with spdy(container.exec_url("sleep", "999"), "stdout", "stderr") as (client, ids):
-            assert "no data passed for 0.5 s" in (await client.status(ids["error"]))["message"]
+            assert "no data passed for 2.5 s" in (await client.status(ids["error"]))["message"]
         async with spdy(container.exec_url("sleep", "999"), "stdout") as (client, ids):
             assert "did not open the streams stderr in time" in (await client.status(ids["error"]))["message"]
         await until(lambda: list(container.processes().values()) == ["sleep 1000"])

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from tests.integration.agent.streams import Running, run
 from tests.integration.cli.terminals import Start, Terminal, starting
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.api_server import Query, api_server
+from tests.support.ports import free_port
 
 if os.geteuid() != 0:
     pytest.skip("needs root", allow_module_level=True)
@@ -183,8 +183,7 @@ def test_a_port_is_forwarded_to_many_at_once(container: Running, kubectl: Start)
     script = f"echo '{container_page}' > /tmp/index.html; exec httpd -f -p 8080 -h /tmp"
     server = kubectl("exec", "pod", "--", "sh", "-c", script)
     wait_for(lambda: any("httpd" in command for command in container.processes().values()))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     process = kubectl("port-forward", "pod/pod", f"{port}:8080", stdout=PIPE, stderr=PIPE)
     assert process.stdout is not None
     assert process.stdout.readline().startswith(b"Forwarding from 127.0.0.1")

@@ -14,7 +14,7 @@ from tests.integration.agent.streams import listen_in_pod
 from tests.integration.streaming.spdy_client import SpdyClient, request, spdy_request
 from tests.integration.streaming.test_port_forward import echo, open_pair, say_after_eof
 from tests.integration.streaming.websocket_client import WebSocketClient
-from tests.support.agent import AgentProcess
+from tests.support.agent import SOON, AgentProcess
 from tests.support.pods import sandbox_config
 
 if os.geteuid() != 0:
@@ -56,7 +56,7 @@ async def serving(
     yield listener.getsockname()[1]
     server.close()
     # Their sockets would keep the pod's network.
-    await asyncio.wait_for(asyncio.gather(*handlers), 10)
+    await asyncio.wait_for(asyncio.gather(*handlers), SOON)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
@@ -69,7 +69,7 @@ async def test_the_pods_own_loopback_is_reached(
         data, error = await open_pair(client, port)
         payload = os.urandom(2 << 20)
         await client.send(data, payload, fin=True)
-        await asyncio.wait_for(client.streams[data].ended.wait(), 15)
+        await asyncio.wait_for(client.streams[data].ended.wait(), SOON)
         assert client.streams[data].data == payload
         assert await client.streams[error].text() == ""
 
@@ -105,7 +105,7 @@ async def test_a_closed_port_concerns_its_pair_only(agent: AgentProcess, pod: st
     async with serving(agent, pod) as port:
         first, _ = await open_pair(client, port, 0)
         client.send_now(first, b"before")
-        await asyncio.wait_for(client.streams[first].arrived.wait(), 5)
+        await asyncio.wait_for(client.streams[first].arrived.wait(), SOON)
         _, error = await open_pair(client, 9, 1)
         text = await client.streams[error].text()
         assert text.startswith(f"error forwarding port 9 to pod {pod}: ")
@@ -127,7 +127,7 @@ async def test_hundreds_of_pairs_at_once(agent: AgentProcess, pod: str, client: 
         data, error = await open_pair(client, port, number)
         payload = os.urandom(5000 + number)
         client.send_now(data, payload, fin=True)
-        await asyncio.wait_for(client.streams[data].ended.wait(), 20)
+        await asyncio.wait_for(client.streams[data].ended.wait(), SOON)
         assert client.streams[data].data == payload
         assert await client.streams[error].text() == ""
 
@@ -153,10 +153,10 @@ async def test_an_agent_that_stops_ends_the_connection(own_agent: AgentProcess) 
     async with serving(own_agent, sandbox_id) as port:
         data, _ = await open_pair(client, port)
         client.send_now(data, b"x")
-        await asyncio.wait_for(client.streams[data].arrived.wait(), 5)
+        await asyncio.wait_for(client.streams[data].arrived.wait(), SOON)
         await asyncio.to_thread(own_agent.stop)
-        await asyncio.wait_for(client.went_away.wait(), 5)
-        await asyncio.wait_for(client.closed.wait(), 5)
+        await asyncio.wait_for(client.went_away.wait(), SOON)
+        await asyncio.wait_for(client.closed.wait(), SOON)
     await client.close()
 
 
@@ -164,9 +164,9 @@ async def test_a_pod_that_stops_ends_its_connections(agent: AgentProcess, pod: s
     async with serving(agent, pod) as port:
         data, first_error = await open_pair(client, port)
         client.send_now(data, b"x")
-        await asyncio.wait_for(client.streams[data].arrived.wait(), 5)
+        await asyncio.wait_for(client.streams[data].arrived.wait(), SOON)
         await asyncio.to_thread(agent.client.stop_sandbox, pod)
-        await asyncio.wait_for(client.streams[data].ended.wait(), 5)
+        await asyncio.wait_for(client.streams[data].ended.wait(), SOON)
         assert client.streams[data].reset_status is not None
         assert "ended by the node agent" in await client.streams[first_error].text()
         _, error = await open_pair(client, port, 1)

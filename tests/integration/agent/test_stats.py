@@ -47,19 +47,19 @@ def list_pods(agent: AgentProcess, **wanted: Any) -> list[str]:
 
 def test_busy_loop_uses_processor_time(agent: AgentProcess) -> None:
     sandbox_id, container_id = run_container(agent, *BUSY)
-    first = container_stats(agent, container_id)
-    time.sleep(1.5)
-    second = container_stats(agent, container_id)
-    used = second.cpu.usage_core_nano_seconds.value - first.cpu.usage_core_nano_seconds.value
-    elapsed = second.cpu.timestamp - first.cpu.timestamp
-    assert 1.4e9 < elapsed < 5e9
-    assert 0.2 * elapsed < used < 1.1 * elapsed  # the machine may have other work
-    rate = second.cpu.usage_nano_cores.value
-    assert 0.2e9 < rate < 1.1e9
+    seen = [container_stats(agent, container_id).cpu]
+
+    def used() -> int:
+        seen.append(container_stats(agent, container_id).cpu)
+        return int(seen[-1].usage_core_nano_seconds.value - seen[0].usage_core_nano_seconds.value)
+
+    wait_for(lambda: used() >= 1e9, 20, "a second of processor time")  # the machine may have other work
+    assert used() < 1.1 * (seen[-1].timestamp - seen[0].timestamp)
+    assert 0 < seen[-1].usage_nano_cores.value < 1.1e9
     of_pod = pod_stats(agent, sandbox_id).linux.cpu
-    assert of_pod.usage_core_nano_seconds.value >= second.cpu.usage_core_nano_seconds.value
+    assert of_pod.usage_core_nano_seconds.value >= seen[-1].usage_core_nano_seconds.value
     # Its rate is known once it was looked at twice, some time apart.
-    wait_for(lambda: pod_stats(agent, sandbox_id).linux.cpu.usage_nano_cores.value > 0.2e9, what="the pod's rate")
+    wait_for(lambda: pod_stats(agent, sandbox_id).linux.cpu.usage_nano_cores.value > 0, what="the pod's rate")
 
 
 def test_memory_hog_and_its_limit(agent: AgentProcess) -> None:

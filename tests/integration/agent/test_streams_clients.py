@@ -15,7 +15,7 @@ from tests.integration.agent.streams import Running, arrives, exit_code, run, sp
 from tests.integration.agent.test_port_forward_streams import serving, url_of
 from tests.integration.streaming.test_port_forward import open_pair, say_after_eof
 from tests.integration.streaming.websocket_client import WebSocketClient
-from tests.support.agent import AgentProcess
+from tests.support.agent import SOON, AgentProcess
 
 if os.geteuid() != 0:
     pytest.skip("needs root", allow_module_level=True)
@@ -42,7 +42,7 @@ async def run_over_spdy(url: str, stdin: bytes) -> bytes:
     async with spdy(url, "stdin", "stdout", "stderr") as (client, ids):
         await client.send(ids["stdin"], stdin, fin=True)
         assert exit_code(await client.status(ids["error"])) == 0
-        await asyncio.wait_for(client.streams[ids["stdout"]].ended.wait(), 15)
+        await asyncio.wait_for(client.streams[ids["stdout"]].ended.wait(), SOON)
         assert await client.streams[ids["stderr"]].text() == ""
         return bytes(client.streams[ids["stdout"]].data)
 

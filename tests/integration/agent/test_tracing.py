@@ -13,6 +13,7 @@ import grpc
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from cri.telemetry.tracing import EXPORT_SECONDS
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import BUSYBOX, AgentProcess, running_agent, wait_for
 from tests.support.collector import Collector, Received
@@ -182,7 +183,9 @@ def test_a_collector_that_is_away_costs_one_line(tmp_path: Path, busybox: Path) 
                 agent.client.call("Version", cri_pb2.VersionRequest())
             begin = time.monotonic()
             agent.stop()
-            assert time.monotonic() - begin < 5  # an end that waits for the collector would take longer
+            assert (
+                time.monotonic() - begin < EXPORT_SECONDS
+            )  # as long as an end that waits for the collector would take
             assert agent.log.read_text().count("does not accept traces") == 1
             assert "Traceback" not in agent.log.read_text()
             agent.start()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from cli.main import main
-from tests.support.agent import BUSYBOX, AgentProcess
+from tests.support.agent import BUSYBOX, SOON, AgentProcess
 
 SAMPLE = Path(__file__).parents[3] / "manifests/samples/hello.yaml"
 
@@ -171,7 +171,7 @@ def test_logs(agent: AgentProcess, podkeel: Podkeel, tmp_path: Path) -> None:
         assert [following.stdout.readline() for _ in range(5)] == [f"{number}\n" for number in range(1, 6)]
         assert podkeel("logs", "--tail", "2", "talker-main") == Done(0, "5\n", "oops\n")
         good(podkeel("exec", "talker-main", "sh", "-c", "echo >/tmp/go"))
-        out, err = following.communicate(timeout=20)
+        out, err = following.communicate(timeout=SOON)
     assert (following.returncode, out, err) == (0, "bye\n", "oops\n")
     stamped = podkeel("logs", "--tail", "1", "--timestamps", "talker-main")
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT[\d:.]{18}(Z|\+00:00) bye\n", stamped.out)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from proto.podkeel.v1 import agent_pb2
-from tests.support.agent import AgentProcess
+from tests.support.agent import SOON, AgentProcess
 from tests.support.image_builder import BuiltImage, entry, make_tar
 from tests.support.registry import Registry, run_registry
 from tests.support.registry_front import Front, run_front
@@ -107,14 +107,14 @@ async def test_a_pull_whose_client_leaves_ends_at_once(podkeel: Command, agent: 
     assert f"{front.host}/team/app:1  0 of 3" in out
     process.send_signal(signal.SIGINT)
     assert await process.wait() == 130
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON):
         await front.left.wait()
     await until(agent, lambda pulls: not pulls)
 
 
 async def until(agent: AgentProcess, good: Callable[[Sequence[agent_pb2.PullProgress]], bool]) -> None:
     """Wait until the agent's running pulls are as wanted."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         while True:
             answer = await asyncio.to_thread(agent.client.call, "ListPulls", agent_pb2.ListPullsRequest())
             if good(answer.pulls):

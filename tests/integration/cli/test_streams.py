@@ -17,7 +17,7 @@ import pytest
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.streams import Running, run
 from tests.integration.cli.terminals import Start, Terminal
-from tests.support.agent import AgentProcess, wait_for
+from tests.support.agent import SOON, AgentProcess, wait_for
 from tests.support.pods import sandbox_config
 
 if os.geteuid() != 0:
@@ -41,7 +41,7 @@ def test_output_comes_as_it_is_made_and_the_exit_code_is_ours(container: Running
     assert process.stdout is not None
     assert process.stdout.readline() == b"first\n"
     assert process.poll() is None
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=SOON)
     assert (out, err) == (b"", b"second\n")
     assert process.returncode == 7
 
@@ -54,7 +54,7 @@ def test_exit_codes(container: Running, start: Start, script: str, code: int) ->
 def test_input_through_a_pipe(container: Running, start: Start) -> None:
     process = start("exec", "-i", container.id, "cat", stdin=PIPE, stdout=PIPE)
     payload = os.urandom(8 << 20)
-    assert process.communicate(payload, timeout=30)[0] == payload
+    assert process.communicate(payload, timeout=SOON)[0] == payload
     assert process.returncode == 0
 
 
@@ -68,7 +68,7 @@ def test_input_from_a_file_and_output_to_one(container: Running, start: Start, t
 
 def test_without_i_nothing_of_our_input_is_taken(container: Running, start: Start) -> None:
     process = start("exec", container.id, "wc", "-c", stdin=PIPE, stdout=PIPE)
-    assert process.communicate(b"ignored", timeout=10)[0] == b"0\n"
+    assert process.communicate(b"ignored", timeout=SOON)[0] == b"0\n"
 
 
 def test_a_reader_that_leaves_ends_the_command(container: Running, start: Start) -> None:
@@ -82,7 +82,7 @@ def test_a_reader_that_leaves_ends_the_command(container: Running, start: Start)
 
 def test_a_program_that_does_not_exist(container: Running, start: Start) -> None:
     process = start("exec", container.id, "/no/such", stdout=PIPE, stderr=PIPE)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=SOON)
     assert (process.returncode, out) == (1, b"")
     assert b"/no/such" in err
     assert b"Traceback" not in err
@@ -102,7 +102,7 @@ def test_too_late_and_interrupted_commands_are_ended(container: Running, start: 
 
 def test_a_terminal_is_asked_for_without_one(container: Running, start: Start) -> None:
     process = start("exec", "-it", container.id, "sh", stdin=PIPE, stderr=PIPE)
-    assert b"no terminal" in process.communicate(timeout=10)[1]
+    assert b"no terminal" in process.communicate(timeout=SOON)[1]
     assert process.returncode == 1
 
 
@@ -225,7 +225,7 @@ def test_without_keys_all_that_is_typed_is_passed_on(container: Running, termina
 
 def test_keys_that_nobody_has(container: Running, start: Start) -> None:
     process = start("attach", "--detach-keys", "ctrl-p,F1", container.id, stderr=PIPE)
-    assert b"'F1' is no key to detach by" in process.communicate(timeout=10)[1]
+    assert b"'F1' is no key to detach by" in process.communicate(timeout=SOON)[1]
     assert process.returncode == 1
 
 
@@ -288,10 +288,10 @@ def test_ports_that_cannot_be_used(agent: AgentProcess, start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         process = start("port-forward", sandbox_id, f"{port}:80", stderr=PIPE)
-        assert b"Address already in use" in process.communicate(timeout=10)[1]
+        assert b"Address already in use" in process.communicate(timeout=SOON)[1]
         assert process.returncode == 1
     process = start("port-forward", sandbox_id, "http", stderr=PIPE)
-    assert b"does not name ports" in process.communicate(timeout=10)[1]
+    assert b"does not name ports" in process.communicate(timeout=SOON)[1]
 
 
 def test_an_agent_that_stops_ends_the_forwarding(own_agent: AgentProcess, start: Start) -> None:
@@ -299,5 +299,5 @@ def test_an_agent_that_stops_ends_the_forwarding(own_agent: AgentProcess, start:
     process = start("port-forward", "--socket", own_agent.address, sandbox_id, ":80", stdout=PIPE, stderr=PIPE)
     port_of(process)
     own_agent.stop()
-    assert b"connection to the agent was lost" in process.communicate(timeout=10)[1]
+    assert b"connection to the agent was lost" in process.communicate(timeout=SOON)[1]
     own_agent.start()

@@ -13,7 +13,7 @@ import pytest
 from tests.integration.agent.streams import Running, run
 from tests.integration.cli.terminals import Start
 from tests.integration.streaming.test_server import make_certificates
-from tests.support.agent import AgentProcess, running_agent, wait_for
+from tests.support.agent import SOON, AgentProcess, running_agent, wait_for
 
 if os.geteuid() != 0:
     pytest.skip("needs root", allow_module_level=True)
@@ -53,7 +53,7 @@ def test_a_command(container: Running, certificates: Path, start: Start) -> None
     words = ("--socket", container.agent.address, *tls(certificates, "ca", "cert", "key"))
     process = start("exec", "-i", *words, container.id, "cat", stdin=PIPE, stdout=PIPE)
     payload = os.urandom(3 << 20)
-    assert process.communicate(payload, timeout=30)[0] == payload
+    assert process.communicate(payload, timeout=SOON)[0] == payload
     assert process.returncode == 0
     assert start("exec", *words, container.id, "sh", "-c", "exit 7").wait(10) == 7
 
@@ -82,7 +82,7 @@ def test_what_is_missing_is_named(
 ) -> None:
     words = ("--socket", container.agent.address, *tls(certificates, *given))
     process = start("exec", *words, container.id, "true", stderr=PIPE)
-    error = process.communicate(timeout=10)[1]
+    error = process.communicate(timeout=SOON)[1]
     assert complaint in error
     assert (process.returncode, error.count(b"\n")) == (1, 1)
 
@@ -90,7 +90,7 @@ def test_what_is_missing_is_named(
 def test_a_file_that_is_not_there(container: Running, start: Start) -> None:
     words = ("--socket", container.agent.address, "--tls-ca", "/no/such.pem")
     process = start("exec", *words, container.id, "true", stderr=PIPE)
-    assert b"/no/such.pem: not to be used for TLS: No such file" in process.communicate(timeout=10)[1]
+    assert b"/no/such.pem: not to be used for TLS: No such file" in process.communicate(timeout=SOON)[1]
     assert process.returncode == 1
 
 
@@ -98,5 +98,5 @@ def test_an_agent_that_nobody_vouched_for(container: Running, tmp_path: Path, ce
     make_certificates(tmp_path)
     words = ("--socket", container.agent.address, "--tls-ca", str(tmp_path / "ca.pem"))
     process = start("exec", *words, *tls(certificates, "cert", "key"), container.id, "true", stderr=PIPE)
-    assert b"cannot be trusted" in process.communicate(timeout=10)[1]
+    assert b"cannot be trusted" in process.communicate(timeout=SOON)[1]
     assert process.returncode == 1

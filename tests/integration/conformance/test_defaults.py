@@ -42,8 +42,8 @@ def test_stop_signal_reaches_what_would_ignore_it_as_a_first_process(plain: Pod)
     container_id = plain.start(_container("main", "top"))
     assert client.status(container_id).state == RUNNING
     begin = time.monotonic()
-    client.stop(container_id, timeout=60)
-    assert time.monotonic() - begin < 20  # a signal that is ignored would take the grace of 60 s
+    client.stop(container_id, timeout=55)
+    assert time.monotonic() - begin < 50  # a signal that is ignored would take the grace of 55 s
     status = client.status(container_id)
     assert (status.state, status.exit_code) == (EXITED, 143)
     client.remove(container_id)

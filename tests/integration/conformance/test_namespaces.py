@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -14,6 +13,7 @@ from proto.runtime.v1 import cri_pb2
 from tests.integration.conformance.support import SLEEP, Pod, refused
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import container_config, sandbox_config
+from tests.support.ports import free_port
 
 
 def _pod(agent: AgentProcess, **options: object) -> Pod:
@@ -249,28 +249,21 @@ def test_sysctls_that_are_not_the_pod_s_are_refused(agent: AgentProcess, name: s
         agent.client.run_sandbox(config)
 
 
-@pytest.fixture
-def free_port() -> Iterator[int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    yield port
-
-
-def test_host_ports_reach_the_pod_through_localhost(agent: AgentProcess, free_port: int) -> None:
+def test_host_ports_reach_the_pod_through_localhost(agent: AgentProcess) -> None:
+    port = free_port()
     config = sandbox_config(agent)
-    config.port_mappings.add(container_port=8080, host_port=free_port, host_ip="127.0.0.1")
+    config.port_mappings.add(container_port=8080, host_port=port, host_ip="127.0.0.1")
     config.port_mappings.add(container_port=8081)
-    config.port_mappings.add(protocol=cri_pb2.UDP, container_port=53, host_port=free_port)
+    config.port_mappings.add(protocol=cri_pb2.UDP, container_port=53, host_port=port)
     pod = Pod.run(agent, config)
     pod.start(container_config("server", "sh", "-c", "cd /tmp; echo page > p; exec httpd -f -p 8080"))
-    wait_for(lambda: _fetch(free_port).endswith(b"page\n"), what="an answer through the host port")
+    wait_for(lambda: _fetch(port).endswith(b"page\n"), what="an answer through the host port")
     taken = sandbox_config(agent)
-    taken.port_mappings.add(container_port=80, host_port=free_port)
-    with refused(grpc.StatusCode.ALREADY_EXISTS, str(free_port)):
+    taken.port_mappings.add(container_port=80, host_port=port)
+    with refused(grpc.StatusCode.ALREADY_EXISTS, str(port)):
         agent.client.run_sandbox(taken)
     agent.client.stop_sandbox(pod.id)
-    assert _fetch(free_port) == b""
+    assert _fetch(port) == b""
     agent.client.run_sandbox(taken)
 
 

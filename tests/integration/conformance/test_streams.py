@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +13,7 @@ from tests.integration.streaming.spdy_client import SpdyClient
 from tests.integration.streaming.test_port_forward import open_pair
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import sandbox_config, shared_pids
+from tests.support.ports import free_port
 
 PORT_FORWARD = ("portforward.k8s.io",)
 PAGE = ("sh", "-c", "mkdir /www; echo main page > /www/index.html; exec httpd -f -h /www -p $PORT")
@@ -71,18 +71,12 @@ async def test_attach_to_a_shell_that_ends_with_its_input(plain: Pod) -> None:
     assert exited(plain.agent, container_id).exit_code == 0
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(params=["pod", "node"])
 def serving(agent: AgentProcess, request: pytest.FixtureRequest) -> Iterator[tuple[Pod, int]]:
     """A pod, on its own network or on the node's, that serves a page."""
     config = sandbox_config(agent)
     on_node = request.param == "node"
-    port = _free_port() if on_node else 80
+    port = free_port() if on_node else 80
     if on_node:
         config.linux.security_context.namespace_options.network = cri_pb2.NODE
     config.port_mappings.add(container_port=port)

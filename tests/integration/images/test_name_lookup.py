@@ -13,6 +13,7 @@ import pytest
 
 from host.errors import KubeletReasonError
 from tests.integration.images.conftest import Node
+from tests.support.agent import SOON
 from tests.support.image_builder import BuiltImage, entry, make_tar
 from tests.support.registry import Registry
 
@@ -48,7 +49,7 @@ async def test_names_without_an_answer_hold_up_no_other_registry(
     node = await new_node(connect_seconds=2.0, stall_seconds=1.0, attempts=1, insecure_registries=(*SILENT, quick))
     silent = [asyncio.create_task(node.puller.pull(f"{host}/image")) for host in SILENT]
     await asyncio.sleep(0)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON):
         assert (await node.puller.pull(f"{quick}/names/quick")).id == image.id
         for task in silent[::2]:
             task.cancel()

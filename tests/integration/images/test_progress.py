@@ -12,6 +12,7 @@ from host.errors import KubeletReasonError
 from host.files.procfs import all_pids, command_line, parent_of
 from images.content.progress import LayerState, PullProgress
 from tests.integration.images.conftest import Node
+from tests.support.agent import SOON
 from tests.support.image_builder import BuiltImage, entry, make_tar
 from tests.support.registry import Registry
 from tests.support.registry_front import Front, run_front
@@ -33,7 +34,7 @@ async def front(registry: Registry, built: BuiltImage) -> AsyncIterator[Front]:
 
 async def seen(node: Node, good: Callable[[PullProgress], bool]) -> PullProgress:
     """The only running pull, once it is as wanted."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         while True:
             pulls = node.puller.pulls()
             if len(pulls) == 1 and good(pulls[0]):
@@ -73,7 +74,7 @@ async def test_a_slow_registry_is_given_up_by_name(new_node: NewNode, front: Fro
     node = await new_node(slowest_bytes_per_second=1_000_000, slow_seconds=0.4)
     front.trickle = 2_000
     with pytest.raises(
-        KubeletReasonError, match=rf"{front.host} is too slow: \d+ bytes were received in 0\.\d+ s"
+        KubeletReasonError, match=rf"{front.host} is too slow: \d+ bytes were received in \d+\.\d+ s"
     ) as caught:
         await node.puller.pull(f"{front.host}/progress")
     assert caught.value.message.startswith("RegistryUnavailable: ")
@@ -82,7 +83,7 @@ async def test_a_slow_registry_is_given_up_by_name(new_node: NewNode, front: Fro
 
 
 async def test_a_slow_registry_that_is_quick_enough_is_not(new_node: NewNode, front: Front, built: BuiltImage) -> None:
-    node = await new_node(slowest_bytes_per_second=1_000, slow_seconds=0.1)
+    node = await new_node(slowest_bytes_per_second=1_000, slow_seconds=0.5)
     front.trickle = 30_000
     assert (await node.puller.pull(f"{front.host}/progress")).id == built.id
     await node.store.remove(built.id)
@@ -94,14 +95,15 @@ async def test_a_cancelled_pull_leaves_no_work_behind(node: Node, front: Front) 
     gate = front.hold_after(0)
     pulling = asyncio.create_task(node.puller.pull(f"{front.host}/progress"))
     await seen(node, lambda pull: sum(layer.received > 0 for layer in pull.layers) == 3)
-    assert len(workers()) == 3
-    begin = asyncio.get_running_loop().time()
+    async with asyncio.timeout(SOON):
+        while len(workers()) < 3:  # noqa: ASYNC110  # a process shows its program once it has executed it
+            await asyncio.sleep(0.005)
     pulling.cancel()
-    await asyncio.wait((pulling,))
-    assert asyncio.get_running_loop().time() - begin < 2
+    async with asyncio.timeout(SOON):  # what is held back never comes
+        await asyncio.wait((pulling,))
     assert workers() == []
     assert node.puller.pulls() == []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON):
         await front.left.wait()
     assert not gate.is_set()
     assert len(await node.forget_partials()) == 3

@@ -14,6 +14,7 @@ from host.errors import InvalidArgumentError, KubeletReasonError, NotFoundError,
 from host.processes import run
 from images.registry.credentials import Credentials
 from tests.integration.images.conftest import Node
+from tests.support.agent import SOON
 from tests.support.image_builder import BuiltImage, entry, make_tar
 from tests.support.registry import Registry
 from tests.support.registry_front import TOKEN, Front, run_front
@@ -104,7 +105,7 @@ async def test_passing_failures_are_tried_again(node: Node, front: Front, built:
 
 
 async def test_a_stalled_transfer_is_given_up(new_node: NewNode, front: Front) -> None:
-    node = await new_node(stall_seconds=0.2, attempts=2)
+    node = await new_node(stall_seconds=1.0, attempts=2)
     front.stall = True
     with pytest.raises(KubeletReasonError, match="broke off"):
         await pull(node, front)
@@ -115,9 +116,9 @@ async def test_a_stalled_transfer_is_given_up(new_node: NewNode, front: Front) -
 async def test_a_cancelled_pull_stops_its_transfers_at_once(node: Node, front: Front) -> None:
     front.stall = True
     task = asyncio.create_task(pull(node, front))
-    await asyncio.wait_for(front.stalled.wait(), 10)
+    await asyncio.wait_for(front.stalled.wait(), SOON)
     task.cancel()
-    await asyncio.wait((task,), timeout=5)
+    await asyncio.wait((task,), timeout=SOON)
     assert task.cancelled()
     await node.forget_partials()
     assert await node.leftovers() == {}

@@ -16,6 +16,7 @@ from host.errors import InvalidArgumentError, KubeletReasonError, LimitError, Pe
 from host.processes import end_child, open_process, spawn
 from tests.integration.images.conftest import Node
 from tests.integration.images.test_restart import PROGRAM
+from tests.support.agent import SOON
 from tests.support.image_builder import BuiltImage, digest_of, entry, make_tar
 from tests.support.registry import Registry
 from tests.support.registry_front import Front, run_front
@@ -73,7 +74,7 @@ async def broken_off(node: Node, front: Front, size: int) -> None:
 
 
 async def until(good: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON):
         while True:
             if good():
                 return

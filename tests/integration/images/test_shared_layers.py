@@ -13,6 +13,7 @@ from host.errors import NotFoundError, PermissionDeniedError
 from images.image import Image
 from images.registry.credentials import Credentials
 from tests.integration.images.conftest import Node
+from tests.support.agent import SOON
 from tests.support.image_builder import BuiltImage, digest_of, entry, make_tar
 from tests.support.registry import Registry
 from tests.support.registry_front import Front, run_front
@@ -24,7 +25,6 @@ ONLY_A = make_tar([entry("a", "a")])
 A = BuiltImage((SHARED, ONLY_A))
 B = BuiltImage((SHARED, make_tar([entry("b", "b")])))
 ALICE = Credentials(username="alice", password="secret")
-SOON = 15.0  # for what takes a fraction of a second on a quiet machine
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ async def test_a_layer_opens_nothing_before_it_has_its_slot(node: Node, registry
         await asyncio.sleep(0.2)  # all that continues without a slot
         assert len(opened_below(node.data)) <= 4 * 2, "max_parallel_downloads layers have files open"
         gate.set()
-        assert (await asyncio.wait_for(pulling, 60)).id == many.id
+        assert (await asyncio.wait_for(pulling, SOON)).id == many.id
 
 
 def opened_below(folder: Path) -> list[str]:

@@ -21,6 +21,7 @@ import pytest
 from host.errors import InvalidArgumentError, KubeletReasonError, PermissionDeniedError, PodkeelError, UnavailableError
 from images.registry.credentials import Credentials
 from tests.integration.images.conftest import Node
+from tests.support.agent import SOON
 from tests.support.image_builder import OCI_MANIFEST, digest_of
 from tests.support.scripted_registry import Answer, Request, ScriptedRegistry, run_scripted_registry, small_image
 
@@ -320,7 +321,7 @@ async def test_a_manifest_that_breaks_off_is_asked_for_again(node: Node, scripte
 
 
 async def test_answers_that_come_byte_by_byte_have_an_end(new_node: NewNode, scripted: ScriptedRegistry) -> None:
-    node = await new_node(stall_seconds=0.3, slow_seconds=0.3, attempts=1)
+    node = await new_node(stall_seconds=1.5, slow_seconds=0.3, attempts=1)
     name = private_image(scripted)
 
     def trickle(_: Request) -> Answer:
@@ -332,10 +333,10 @@ async def test_answers_that_come_byte_by_byte_have_an_end(new_node: NewNode, scr
 
     scripted.answers["/token"] = trickle
     with pytest.raises(KubeletReasonError, match="no answer in time"):
-        await asyncio.wait_for(node.puller.pull(name), 10)
+        await asyncio.wait_for(node.puller.pull(name), SOON)
     scripted.answers["/v2/private/manifests/latest"] = trickle
     with pytest.raises(KubeletReasonError, match="too slow"):
-        await asyncio.wait_for(node.puller.pull(name), 10)
+        await asyncio.wait_for(node.puller.pull(name), SOON)
     scripted.answers["/v2/private/manifests/latest"] = lambda request: dataclasses.replace(trickle(request), status=403)
     with pytest.raises(PermissionDeniedError, match="403"):
-        await asyncio.wait_for(node.puller.pull(name), 10)
+        await asyncio.wait_for(node.puller.pull(name), SOON)

@@ -10,7 +10,7 @@ import pytest
 
 from images.content import trash
 from images.content.trash import Trash
-from tests.support.agent import PATIENCE, wait_for
+from tests.support.agent import SOON, wait_for
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ async def test_who_waits_for_room_waits_for_no_other(bin_of: Trash, tmp_path: Pa
     with bin_of.held():
         bin_of.wake()
         await wait_until(lambda: has_paused(tmp_path / "trash"))
-        async with asyncio.timeout(20 * PATIENCE):
+        async with asyncio.timeout(SOON):
             await bin_of.emptied()
     assert entries(tmp_path / "trash") == 0
 

@@ -16,6 +16,7 @@ import pytest
 from host.cgroups import Hierarchies
 from metrics.cgroups.files import DescriptorBudget
 from metrics.cgroups.reader import Cgroup
+from tests.support.agent import SOON
 
 T = TypeVar("T")
 BUDGET = DescriptorBudget(1000)
@@ -88,7 +89,7 @@ def _removed(folder: Path) -> bool:
     return not folder.exists()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = SOON) -> None:
     """Until the kernel's numbers show what must come; AssertionError if they do not."""
     end = time.monotonic() + seconds
     while not condition():

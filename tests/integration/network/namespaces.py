@@ -16,6 +16,7 @@ from typing import TypeVar
 from host import libc
 from host.files import mounts
 from network.attachment import AttachRequest, Bandwidth, PortMapping
+from tests.support.agent import PATIENCE, SOON
 
 T = TypeVar("T")
 
@@ -45,9 +46,9 @@ class Namespace:
         return _in_thread(body)
 
     def open_socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM) -> socket.socket:
-        """A socket inside, with a time limit of a second."""
+        """A socket inside, with a time limit of a second, or more where the machine is slow."""
         made = self.run(lambda: socket.socket(family, kind))
-        made.settimeout(1)
+        made.settimeout(PATIENCE)
         return made
 
     def packet_socket(self, interface: str = "eth0") -> socket.socket:
@@ -106,7 +107,7 @@ def talk(where: Namespace | None, server: socket.socket, address: tuple[str, int
         client.connect(address)
         connection, peer = server.accept()
         with connection:
-            connection.settimeout(1)
+            connection.settimeout(PATIENCE)
             client.sendall(b"ping")
             assert connection.recv(16) == b"ping"
             connection.sendall(b"pong")
@@ -129,7 +130,7 @@ def exchange(where: Namespace | None, server: socket.socket, address: tuple[str,
 
 def _node_socket(family: int, kind: int) -> socket.socket:
     made = socket.socket(family, kind)
-    made.settimeout(1)
+    made.settimeout(PATIENCE)
     return made
 
 
@@ -166,7 +167,7 @@ def start(*words: str, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(words, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(folder)})
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = SOON) -> None:
     """Wait for what the kernel does in the background; raises TimeoutError."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -22,12 +23,18 @@ async def _limited(node: Node, sandbox_id: str, bandwidth: Bandwidth) -> Pod:
     return Pod(namespace, await node.network.attach(request(sandbox_id, namespace.path, (), bandwidth)))
 
 
-def is_limited_to(measured: float, rate: float) -> bool:
-    """Whether a limit of ``rate`` holds. A machine that others use may be slower, but by no more than half.
+def is_limited_to(measure: Callable[[], float], rate: float) -> bool:
+    """Whether a limit of ``rate`` holds in one of three measurements; without one, or with another, it would in none.
 
-    That the kernel has exactly the rate that was asked for is checked by reading it back (``test_netlink.py``).
+    On a machine that others use one may be too low, and one after a pause too high. That the kernel has exactly the
+    rate that was asked for is checked by reading it back (``test_netlink.py``).
     """
-    return rate / 2 < measured < rate * 1.15
+    return any(rate / 2 < measure() < rate * 1.15 for _ in range(3))
+
+
+def is_above(measure: Callable[[], float], rate: float) -> bool:
+    """Whether one of three measurements is clearly above ``rate``."""
+    return any(measure() > 1.3 * rate for _ in range(3))
 
 
 def measured_rate(sender: Namespace, receiver: Namespace, address: str) -> float:
@@ -67,16 +74,16 @@ def measured_rate(sender: Namespace, receiver: Namespace, address: str) -> float
 async def test_what_a_pod_receives_is_limited(node: Node, rate: int) -> None:
     pod = await _limited(node, "slow", Bandwidth(ingress=rate))
     other = await node.pod("other")
-    assert is_limited_to(measured_rate(other.namespace, pod.namespace, pod.ip), rate)
-    assert measured_rate(pod.namespace, other.namespace, other.ip) > 1.3 * rate
+    assert is_limited_to(lambda: measured_rate(other.namespace, pod.namespace, pod.ip), rate)
+    assert is_above(lambda: measured_rate(pod.namespace, other.namespace, other.ip), rate)
 
 
 @pytest.mark.parametrize("rate", [5_000_000, 200_000_000])
 async def test_what_a_pod_sends_is_limited(node: Node, rate: int) -> None:
     pod = await _limited(node, "slow", Bandwidth(egress=rate))
     other = await node.pod("other")
-    assert is_limited_to(measured_rate(pod.namespace, other.namespace, other.ip), rate)
-    assert measured_rate(other.namespace, pod.namespace, pod.ip) > 1.3 * rate
+    assert is_limited_to(lambda: measured_rate(pod.namespace, other.namespace, other.ip), rate)
+    assert is_above(lambda: measured_rate(other.namespace, pod.namespace, pod.ip), rate)
 
 
 async def test_limits_go_with_the_pod(node: Node) -> None:
@@ -97,7 +104,7 @@ async def test_a_limiter_left_by_a_killed_attempt_is_taken_over(node: Node) -> N
     command("ip", "link", "add", name, "type", "ifb")
     pod = await _limited(node, "slow", Bandwidth(egress=5_000_000))
     other = await node.pod("other")
-    assert is_limited_to(measured_rate(pod.namespace, other.namespace, other.ip), 5_000_000)
+    assert is_limited_to(lambda: measured_rate(pod.namespace, other.namespace, other.ip), 5_000_000)
 
 
 async def test_a_lost_limiter_is_made_again_and_a_stray_one_removed(node: Node) -> None:
@@ -110,7 +117,7 @@ async def test_a_lost_limiter_is_made_again_and_a_stray_one_removed(node: Node) 
     assert links_with(stray) == []
     assert await node.network.audit(["slow"]) == []
     other = await node.pod("other")
-    assert is_limited_to(measured_rate(pod.namespace, other.namespace, other.ip), 5_000_000)
+    assert is_limited_to(lambda: measured_rate(pod.namespace, other.namespace, other.ip), 5_000_000)
 
 
 async def test_a_failure_leaves_no_limiter(node: Node) -> None:

@@ -13,6 +13,7 @@ from host.errors import UnavailableError
 from network.status import Condition
 from tests.integration.network.cni import CniNode, cni_node
 from tests.integration.network.namespaces import links_with, wait_until
+from tests.support.agent import SOON
 from tests.support.cni_plugins import failure, result
 
 
@@ -171,7 +172,7 @@ async def test_status_is_asked_from_version_1_1_on(node: CniNode, monkeypatch: p
 async def test_a_plugin_that_hangs_does_not_hold_up_the_start(node: CniNode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("network.cni.network.START_SECONDS", 0.1)
     node.configure(node.script("slow", VERSION="sleep 30"))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON):
         await node.start()
     assert not node.network.condition().ready
 

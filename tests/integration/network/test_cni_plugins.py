@@ -27,6 +27,7 @@ from tests.integration.network.namespaces import (
     wait_until,
 )
 from tests.integration.network.test_bandwidth import is_limited_to, measured_rate
+from tests.support.ports import free_port
 
 __all__ = ["clean_iptables"]  # a fixture
 
@@ -35,12 +36,6 @@ __all__ = ["clean_iptables"]  # a fixture
 async def node(tmp_path: Path) -> AsyncIterator[CniNode]:
     async with cni_node(tmp_path) as made:
         yield made
-
-
-def _free_port(kind: int = socket.SOCK_STREAM) -> int:
-    with socket.socket(socket.AF_INET, kind) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def test_bridge_portmap_bandwidth_tuning_and_loopback(clean_iptables: None, node: CniNode) -> None:
@@ -54,7 +49,7 @@ async def test_bridge_portmap_bandwidth_tuning_and_loopback(clean_iptables: None
     )
     await node.start()
     assert node.network.condition().ready
-    port = _free_port()
+    port = free_port()
     pod = await node.pod("server", PortMapping("tcp", 80, port), bandwidth=Bandwidth(ingress=40_000_000))
     other = await node.pod("client")
     assert pod.ip.startswith(f"{node.subnet}.")
@@ -65,7 +60,7 @@ async def test_bridge_portmap_bandwidth_tuning_and_loopback(clean_iptables: None
         talk(None, server, (pod.ip, 80))
         talk(None, server, ("127.0.0.1", port))
         talk(pod.namespace, server, ("127.0.0.1", 80))
-    assert is_limited_to(measured_rate(other.namespace, pod.namespace, pod.ip), 40_000_000)
+    assert is_limited_to(lambda: measured_rate(other.namespace, pod.namespace, pod.ip), 40_000_000)
     assert await node.network.audit(["server", "client"]) == []
     assert len(node.leases) == 2
     assert any(f"--dport {port}" in rule or f"--dports {port}" in rule for rule in iptables_rules())
@@ -125,7 +120,7 @@ async def test_two_families_from_the_ranges_kubelet_announced(node: CniNode) -> 
 async def test_host_ports_without_a_plugin_for_them(node: CniNode, outside: Outside) -> None:
     node.configure(node.bridge_plugin())
     await node.start()
-    tcp, udp = _free_port(), _free_port(socket.SOCK_DGRAM)
+    tcp, udp = free_port(), free_port()
     pod = await node.pod("server", PortMapping("tcp", 80, tcp), PortMapping("udp", 53, udp))
     other = await node.pod("client")
     gateway = f"{node.subnet}.1"
@@ -161,7 +156,7 @@ async def test_host_ports_without_a_plugin_for_them(node: CniNode, outside: Outs
 async def test_host_ports_come_back_when_the_nodes_rules_are_loaded_anew(node: CniNode) -> None:
     node.configure(node.bridge_plugin())
     await node.start()
-    port = _free_port()
+    port = free_port()
     pod = await node.pod("server", PortMapping("tcp", 80, port))
     command("nft", "delete", "table", "inet", f"{node.bridge}b_cni")
     assert node.network.condition().ready  # as kubelet asks every few seconds
@@ -174,7 +169,7 @@ async def test_host_ports_come_back_when_the_nodes_rules_are_loaded_anew(node: C
 async def test_the_nodes_loopback_stays_closed_to_pods_after_the_last_host_port(node: CniNode) -> None:
     node.configure(node.bridge_plugin())
     await node.start()
-    pod, _ = await node.pod("one"), await node.pod("server", PortMapping("tcp", 80, _free_port()))
+    pod, _ = await node.pod("one"), await node.pod("server", PortMapping("tcp", 80, free_port()))
     await node.network.detach("server")
     await node.restart("one")
     gateway, bridge = f"{node.subnet}.1", mac_of(node.bridge)
@@ -194,7 +189,7 @@ async def test_the_nodes_loopback_stays_closed_to_pods_after_the_last_host_port(
 
 
 async def test_ipv6_host_ports_without_a_plugin_for_them(node: CniNode, outside: Outside) -> None:
-    node_ip, ip, tcp, udp = "fd00:beee::1", "fd00:beee::2", _free_port(), _free_port(socket.SOCK_DGRAM)
+    node_ip, ip, tcp, udp = "fd00:beee::1", "fd00:beee::2", free_port(), free_port()
     command("ip", "address", "add", f"{node_ip}/64", "dev", outside.link, "nodad")
     outside.namespace.command("ip", "address", "add", f"{ip}/64", "dev", "eth0", "nodad")
     outside.namespace.command("ip", "route", "add", "default", "via", node_ip)

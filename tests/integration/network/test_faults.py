@@ -15,6 +15,7 @@ from network.attachment import PortMapping, interface_name
 from network.rtnetlink import add_default_route
 from tests.integration.network.conftest import Node, spare_subnet
 from tests.integration.network.namespaces import command, listen, request, start, talk, wait_until
+from tests.support.agent import SOON
 
 _ATTACH_FOREVER = """
 import asyncio, sys
@@ -245,10 +246,10 @@ async def test_a_lost_link_of_a_live_pod_is_made_again(dual: Node, where: str) -
 
 async def test_a_connection_outlives_the_loss_of_its_link(node: Node) -> None:
     pod = await node.pod("one")
-    with listen(pod.namespace, 80) as server, socket.create_connection((pod.ip, 80), timeout=2) as client:
+    with listen(pod.namespace, 80) as server, socket.create_connection((pod.ip, 80), timeout=SOON) as client:
         connection, _ = server.accept()
         with connection:
-            connection.settimeout(5)
+            connection.settimeout(SOON)
             command("ip", "link", "delete", pod.attachment.host_interface)
             await node.network.repair(["one"])
             client.sendall(b"still there?")
@@ -276,6 +277,6 @@ async def test_pods_are_connected_while_lost_links_of_others_are_made_again(node
     for number, namespace in enumerate(namespaces):
         attached.append(asyncio.ensure_future(node.network.attach(request(f"new{number}", str(namespace.path), []))))
         await asyncio.sleep(0.002)
-    await asyncio.wait_for(asyncio.gather(repair, *attached), 20)
+    await asyncio.wait_for(asyncio.gather(repair, *attached), SOON)
     live = [f"old{number}" for number in range(4)] + [f"new{number}" for number in range(20)]
     assert await node.network.audit(live) == []

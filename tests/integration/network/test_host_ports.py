@@ -13,16 +13,11 @@ from network.netlink_socket import NetlinkSocket, Refusal
 from tests.integration.network import frames
 from tests.integration.network.conftest import Node, Outside
 from tests.integration.network.namespaces import command, exchange, listen, mac_of, receive_on, request, talk
-
-
-def _free_port(kind: int = socket.SOCK_STREAM) -> int:
-    with socket.socket(socket.AF_INET, kind) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.support.ports import free_port
 
 
 async def test_tcp_and_udp_from_the_node_another_pod_itself_and_outside(node: Node, outside: Outside) -> None:
-    tcp, udp = _free_port(), _free_port(socket.SOCK_DGRAM)
+    tcp, udp = free_port(), free_port()
     pod = await node.pod("server", PortMapping("tcp", 80, tcp), PortMapping("udp", 53, udp))
     other = await node.pod("client")
     gateway = pod.attachment.gateways[0]
@@ -37,7 +32,7 @@ async def test_tcp_and_udp_from_the_node_another_pod_itself_and_outside(node: No
 
 
 async def test_a_port_on_one_address_is_not_open_on_another(node: Node, outside: Outside) -> None:
-    port = _free_port()
+    port = free_port()
     pod = await node.pod("server", PortMapping("tcp", 80, port, "127.0.0.1"))
     with listen(pod.namespace, 80) as server:
         assert talk(None, server, ("127.0.0.1", port)) == pod.attachment.gateways[0]
@@ -47,7 +42,7 @@ async def test_a_port_on_one_address_is_not_open_on_another(node: Node, outside:
 
 
 async def test_the_same_port_on_two_addresses_leads_to_two_pods(node: Node, outside: Outside) -> None:
-    port = _free_port()
+    port = free_port()
     one = await node.pod("one", PortMapping("tcp", 80, port, "127.0.0.1"))
     two = await node.pod("two", PortMapping("tcp", 80, port, outside.node_ip))
     with listen(one.namespace, 80) as first, listen(two.namespace, 80) as second:
@@ -56,7 +51,7 @@ async def test_the_same_port_on_two_addresses_leads_to_two_pods(node: Node, outs
 
 
 async def test_ipv6_from_the_node_and_another_pod(dual: Node) -> None:
-    port = _free_port()
+    port = free_port()
     pod, other = await dual.pod("server", PortMapping("tcp", 80, port)), await dual.pod("client")
     gateway = pod.attachment.gateways[1]
     with listen(pod.namespace, 80, socket.AF_INET6) as server:
@@ -70,7 +65,7 @@ async def test_ipv6_from_the_node_and_another_pod(dual: Node) -> None:
 
 
 async def test_outside_cannot_reach_the_nodes_loopback(node: Node, outside: Outside) -> None:
-    port = _free_port(socket.SOCK_DGRAM)
+    port = free_port()
     pod = await node.pod("server", PortMapping("udp", 53, port))
     intruder = await node.pod("intruder")
     with receive_on(pod.namespace, 53) as receiver:
@@ -96,7 +91,7 @@ async def test_the_nodes_own_loopback_servers_are_closed_to_pods(node: Node) -> 
 
 
 async def test_ports_end_with_the_pod_and_can_be_taken_again(node: Node) -> None:
-    port = _free_port()
+    port = free_port()
     mapping = PortMapping("tcp", 80, port)
     first = await node.pod("first", mapping)
     with pytest.raises(AlreadyExistsError, match="first"):
@@ -110,7 +105,7 @@ async def test_ports_end_with_the_pod_and_can_be_taken_again(node: Node) -> None
 
 @pytest.mark.parametrize("others", [0, 20])
 async def test_a_running_udp_flow_moves_to_the_pod_that_takes_the_port(node: Node, others: int) -> None:
-    port = _free_port(socket.SOCK_DGRAM)
+    port = free_port()
     more = [PortMapping("udp", 54, 21000 + number) for number in range(others)]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.connect(("127.0.0.1", port))
@@ -124,7 +119,7 @@ async def test_a_running_udp_flow_moves_to_the_pod_that_takes_the_port(node: Nod
 
 
 async def test_conflicts_are_refused_before_anything_is_made(node: Node) -> None:
-    port, other = _free_port(), _free_port()
+    port, other = free_port(), free_port()
     await node.pod("holder", PortMapping("tcp", 80, port, "127.0.0.1"))
     before, links = node.rows(), node.links()
     conflicts = {
@@ -145,7 +140,7 @@ async def test_conflicts_are_refused_before_anything_is_made(node: Node) -> None
 
 
 async def test_the_same_number_is_free_for_another_protocol_and_zero_means_none(node: Node) -> None:
-    port = _free_port()
+    port = free_port()
     await node.pod("one", PortMapping("tcp", 80, port), PortMapping("tcp", 81, 0))
     await node.pod("two", PortMapping("udp", 80, port), PortMapping("sctp", 80, port), PortMapping("tcp", 81, 0))
     assert node.rows()["host_ports"] == 3
@@ -176,7 +171,7 @@ async def test_ipv6_from_outside_and_on_one_address(dual: Node, outside: Outside
     node_ip, ip = "fd00:beef::1", "fd00:beef::2"
     command("ip", "address", "add", f"{node_ip}/64", "dev", outside.link, "nodad")
     outside.namespace.command("ip", "address", "add", f"{ip}/64", "dev", "eth0", "nodad")
-    port, udp = _free_port(), _free_port(socket.SOCK_DGRAM)
+    port, udp = free_port(), free_port()
     pod = await dual.pod("server", PortMapping("tcp", 80, port, node_ip), PortMapping("udp", 53, udp))
     with listen(pod.namespace, 80, socket.AF_INET6) as server:
         assert talk(outside.namespace, server, (node_ip, port)) == ip
@@ -188,7 +183,7 @@ async def test_ipv6_from_outside_and_on_one_address(dual: Node, outside: Outside
 
 
 async def test_host_ports_survive_a_restart_and_a_flushed_ruleset(node: Node) -> None:
-    port = _free_port()
+    port = free_port()
     pod = await node.pod("server", PortMapping("tcp", 80, port))
     await node.restart()
     with listen(pod.namespace, 80) as server:

@@ -12,6 +12,7 @@ from network.attachment import Bandwidth
 from tests.integration.network.conftest import Node, Pod
 from tests.integration.network.namespaces import Namespace, request, wait_until
 from tests.integration.network.test_bandwidth import is_limited_to
+from tests.support.agent import SOON
 
 _SECONDS = "2"
 _WARM_UP = "0.5"
@@ -36,7 +37,7 @@ def _rate(sender: Namespace, receiver: Namespace, address: str, *more: str) -> f
         wait_until(listens)
         words = ["iperf3", "-c", address, "-J", "-t", _SECONDS, "-O", _WARM_UP, *more]
         told = json.loads(sender.command(*words))
-        server.wait(timeout=10)
+        server.wait(timeout=SOON)
     finally:
         server.kill()
         server.wait()
@@ -48,12 +49,10 @@ def _rate(sender: Namespace, receiver: Namespace, address: str, *more: str) -> f
 async def test_rates_are_kept(dual: Node, rate: int, version: int) -> None:
     limited = await _pod(dual, "limited", Bandwidth(ingress=rate, egress=rate))
     free = await _pod(dual, "free")
-    received = _rate(free.namespace, limited.namespace, limited.address(version))
-    sent = _rate(limited.namespace, free.namespace, free.address(version))
-    assert is_limited_to(received, rate)
-    assert is_limited_to(sent, rate)
+    assert is_limited_to(lambda: _rate(free.namespace, limited.namespace, limited.address(version)), rate)
+    assert is_limited_to(lambda: _rate(limited.namespace, free.namespace, free.address(version)), rate)
 
 
 async def test_several_connections_share_the_rate(node: Node) -> None:
     limited, free = await _pod(node, "limited", Bandwidth(egress=50_000_000)), await _pod(node, "free")
-    assert is_limited_to(_rate(limited.namespace, free.namespace, free.ip, "-P", "4"), 50_000_000)
+    assert is_limited_to(lambda: _rate(limited.namespace, free.namespace, free.ip, "-P", "4"), 50_000_000)

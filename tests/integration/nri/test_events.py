@@ -164,7 +164,7 @@ def test_an_error_after_the_fact_changes_nothing(agent: AgentProcess, event: str
         agent.client.stop_sandbox(sandbox_id)
         agent.client.remove_sandbox(sandbox_id)
     assert plugin.events_of(container_id) == LIFE
-    assert "plugin 10-recorder: " + event in agent.log.read_text()
+    wait_for(lambda: "plugin 10-recorder: " + event in agent.log.read_text())
 
 
 def test_all_containers_are_stopped_and_the_network_is_there_when_a_pod_is_stopped(agent: AgentProcess) -> None:

@@ -50,7 +50,7 @@ def test_the_samples_are_started_log_events_and_inject_a_device(agent: AgentProc
     agent.client.remove_sandbox(sandbox_id)
     name = f"default/{sandbox.metadata.name}"
     wait_for(lambda: f"90-logger: RemovePodSandbox: {name}" in agent.log.read_text())
-    assert f"90-logger: StopContainer: {name}/main" in agent.log.read_text()
+    wait_for(lambda: f"90-logger: StopContainer: {name}/main" in agent.log.read_text())
 
 
 def _started(agent: AgentProcess) -> list[int]:
@@ -63,7 +63,7 @@ def test_started_plugins_end_with_the_agent_and_with_a_killed_one_at_the_next_st
     agent.restart()
     second = _started(agent)
     assert not set(first) & set(second)
-    assert agent.log.read_text().count(": connected: events") == 4
+    wait_for(lambda: agent.log.read_text().count(": connected: events") == 4)
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in first), what="the end of the first plugins")
     os.kill(second[0], 9)
     wait_for(lambda: f"pid {second[0]} ended with status -9; it is not started again" in agent.log.read_text())

@@ -64,7 +64,7 @@ def rule_queries() -> Iterator[Query]:
 
 
 def _filled_in(expression: str) -> str:
-    for name, value in (("$__rate_interval", "1m"), ("$instance", ".*"), ("$namespace", ".*")):
+    for name, value in (("$__rate_interval", "5m"), ("$instance", ".*"), ("$namespace", ".*")):
         expression = expression.replace(name, value)
     assert "$" not in expression, f"{expression}: has a variable that this does not know"
     return expression

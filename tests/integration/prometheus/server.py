@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import subprocess
 import urllib.error
 import urllib.parse
@@ -18,6 +17,7 @@ import yaml
 
 from tests.integration.prometheus.manifests import PROMETHEUS, RULE_FILES
 from tests.support.agent import wait_for
+from tests.support.ports import free_port
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,3 @@ def running_prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
     finally:
         process.kill()  # its data is thrown away: it need not be written first
         process.wait()
-
-
-def free_port() -> int:
-    """A free port of loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from tests.integration.replay.recording import Names
 from tests.support.agent import AgentProcess
 from tests.support.image_builder import busybox_image, digest_of, entry, make_tar
 from tests.support.pods import remove_all_pods
+from tests.support.ports import free_port
 from tests.support.registry import run_registry
 
 if os.geteuid() != 0:
@@ -57,7 +57,7 @@ def kubelet(shared_agent: AgentProcess, tmp_path_factory: pytest.TempPathFactory
             "/var/log/pods": f"{folder}/logs",
             "/srv/host": f"{folder}/host",
             '"/kubepods': f'"{cgroup}/kubepods',
-            **{f'"host_port": {port}': f'"host_port": {_free_port()}' for port in recording.HOST_PORTS},
+            **{f'"host_port": {port}': f'"host_port": {free_port()}' for port in recording.HOST_PORTS},
         }
         (folder / "host").mkdir()
         try:
@@ -66,12 +66,6 @@ def kubelet(shared_agent: AgentProcess, tmp_path_factory: pytest.TempPathFactory
             remove_all_pods(shared_agent.client)
             shared_agent.client.call("RemoveImage", cri_pb2.RemoveImageRequest(image=spec))
             tree.remove(cgroup)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

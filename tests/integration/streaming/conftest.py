@@ -10,6 +10,7 @@ from cri.streaming.limits import StreamLimits
 from cri.streaming.server import StreamingServer
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.spdy_client import SpdyClient
+from tests.support.agent import SOON
 
 Connect = Callable[..., Awaitable[SpdyClient]]
 
@@ -43,8 +44,6 @@ async def connect() -> AsyncIterator[Connect]:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for what the kernel or another process is about to do."""
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("did not happen within 10 s")
+    async with asyncio.timeout(SOON):
+        while not condition():  # noqa: ASYNC110  # processes and the kernel set no event
+            await asyncio.sleep(0.01)

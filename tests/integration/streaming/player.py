@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cri.streaming.httpstream import spdy_frames as frames
+from tests.support.agent import SOON
 
 RECORDINGS = Path(__file__).parents[2] / "data" / "streams"
 
@@ -51,13 +52,13 @@ class Player:
         """To the end of ``until_stream`` (None: until nothing comes for a moment), then say goodbye as recorded."""
         self.reader, self.writer = await asyncio.open_connection(*self.address)
         self.writer.write(self.head)
-        self.answer.head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 5)
+        self.answer.head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), SOON)
         position = 0
         for size in [*self.pieces, len(self.body)]:
             self.writer.write(self.body[position : position + size])
             position += size
             await self._take(0.005)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON):
             while until_stream is not None and not self._over(until_stream):
                 await self._take(5)
         if until_stream is None:

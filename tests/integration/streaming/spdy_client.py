@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from cri.streaming.httpstream import spdy_frames as frames
 from cri.streaming.httpstream.spdy_events import DataReceived, StreamReplied, StreamReset, WentAway
 from cri.streaming.httpstream.spdy_session import SpdySession
+from tests.support.agent import SOON
 
 COMMAND_PROTOCOLS = (
     "v5.channel.k8s.io",
@@ -36,7 +37,7 @@ class ClientStream:
 
     async def text(self) -> str:
         """All of it, once it ended."""
-        await asyncio.wait_for(self.ended.wait(), 20)
+        await asyncio.wait_for(self.ended.wait(), SOON)
         return self.data.decode()
 
 
@@ -78,7 +79,7 @@ class SpdyClient:
         stream = self.streams[stream_id]
         replied = asyncio.ensure_future(stream.replied.wait())
         ended = asyncio.ensure_future(stream.ended.wait())
-        await asyncio.wait({replied, ended}, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({replied, ended}, timeout=SOON, return_when=asyncio.FIRST_COMPLETED)
         replied.cancel()
         ended.cancel()
         return stream_id
@@ -171,5 +172,5 @@ async def request(url: str, data: bytes, **options: Any) -> tuple[asyncio.Stream
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 20, **options)
     writer.write(data)
-    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SOON)
     return reader, writer, head.decode()

@@ -17,6 +17,7 @@ import pytest
 from cri.streaming.server import StreamingServer
 from tests.integration.streaming.conftest import Connect, until
 from tests.integration.streaming.local_backend import LocalBackend
+from tests.support.agent import SOON
 
 Start = Callable[..., Awaitable[Path]]
 
@@ -34,7 +35,7 @@ async def start(tmp_path: Path, backend: LocalBackend) -> AsyncIterator[Start]:
         command = ["conmon", "-c", names[-1], "-u", names[-1], "-r", runtime, "-b", str(bundle), "--full-attach"]
         command += ["--exit-dir", str(bundle), "-p", str(bundle / "pid"), "-l", f"k8s-file:{bundle}/log", *options]
         monitor = await asyncio.create_subprocess_exec(*command, *(["-t"] if terminal else []))
-        assert await asyncio.wait_for(monitor.wait(), 10) == 0
+        assert await asyncio.wait_for(monitor.wait(), SOON) == 0
         await until((bundle / "pid").exists)
         backend.attach_folder = bundle
         return bundle
@@ -97,7 +98,7 @@ async def attached(
 
 async def arrives(client: Any, stream_id: int, text: bytes) -> None:
     stream = client.streams[stream_id]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         while text not in stream.data:
             stream.arrived.clear()
             await stream.arrived.wait()

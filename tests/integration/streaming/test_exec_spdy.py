@@ -10,6 +10,7 @@ import pytest
 from cri.streaming.server import StreamingServer
 from tests.integration.streaming.conftest import Connect, until
 from tests.integration.streaming.local_backend import LocalBackend
+from tests.support.agent import SOON
 
 
 def exec_url(server: StreamingServer, *command: str, streams: str = "stdout stderr", tty: bool = False) -> str:
@@ -26,14 +27,14 @@ async def test_output_and_success(server: StreamingServer, connect: Connect) -> 
     assert await client.status(ids["error"]) == {"status": "Success"}
     assert await client.streams[ids["stdout"]].text() == "hello\n"
     assert await client.streams[ids["stderr"]].text() == "oops\n"
-    await asyncio.wait_for(client.went_away.wait(), 5)
+    await asyncio.wait_for(client.went_away.wait(), SOON)
 
 
 async def test_half_closed_stdin_reaches_the_process(server: StreamingServer, connect: Connect) -> None:
     client = await connect(exec_url(server, "cat", streams="stdin stdout stderr"))
     ids = await client.open_command("stdin", "stdout", "stderr")
     await client.send(ids["stdin"], b"abc\n")
-    await asyncio.wait_for(client.streams[ids["stdout"]].arrived.wait(), 5)
+    await asyncio.wait_for(client.streams[ids["stdout"]].arrived.wait(), SOON)
     await client.send(ids["stdin"], b"def\n", fin=True)
     assert await client.streams[ids["stdout"]].text() == "abc\ndef\n"
     assert (await client.status(ids["error"]))["status"] == "Success"
@@ -85,12 +86,12 @@ async def test_terminal_starts_with_the_clients_size(server: StreamingServer, co
     client.flush()
     client.send_now(resize, b'{"Width":80,"Height":24}\n')
     stdout = client.streams[ids["stdout"]]
-    await asyncio.wait_for(stdout.arrived.wait(), 5)
+    await asyncio.wait_for(stdout.arrived.wait(), SOON)
     client.send_now(resize, b'{"Width":132,"Hei')
     client.send_now(resize, b'ght":50}\n')
     while b"24 80" not in stdout.data:
         stdout.arrived.clear()
-        await asyncio.wait_for(stdout.arrived.wait(), 5)
+        await asyncio.wait_for(stdout.arrived.wait(), SOON)
     await client.send(ids["stdin"], b"\n")
     assert (await client.status(ids["error"]))["details"]["causes"][0]["message"] == "3"
     assert await stdout.text() == "24 80\r\n\r\n50 132\r\n"
@@ -127,7 +128,7 @@ async def test_a_client_that_goes_away_ends_the_whole_group(
     client = await connect(exec_url(server, "sh", "-c", "sleep 1000 & echo $!; wait"))
     ids = await client.open_command("stdout", "stderr")
     stdout = client.streams[ids["stdout"]]
-    await asyncio.wait_for(stdout.arrived.wait(), 5)
+    await asyncio.wait_for(stdout.arrived.wait(), SOON)
     child = int(stdout.data)
     client.writer.transport.abort()
     await until(lambda: not backend.running)
@@ -144,7 +145,7 @@ async def test_a_child_left_behind_does_not_keep_the_streams(server: StreamingSe
 async def test_a_reset_stdout_ends_a_process_that_goes_on_writing(server: StreamingServer, connect: Connect) -> None:
     client = await connect(exec_url(server, "sh", "-c", "trap '' PIPE; yes; exit 9"))
     ids = await client.open_command("stdout", "stderr")
-    await asyncio.wait_for(client.streams[ids["stdout"]].arrived.wait(), 5)
+    await asyncio.wait_for(client.streams[ids["stdout"]].arrived.wait(), SOON)
     client.session.reset(ids["stdout"])
     client.flush()
     assert (await client.status(ids["error"]))["details"]["causes"][0]["message"] == "9"
@@ -164,7 +165,7 @@ async def test_a_stopping_server_says_why(server: StreamingServer, connect: Conn
     await server.close()
     status = await client.status(ids["error"])
     assert "stopping" in status["message"]
-    await asyncio.wait_for(client.closed.wait(), 5)
+    await asyncio.wait_for(client.closed.wait(), SOON)
     assert not backend.running
 
 

@@ -11,6 +11,7 @@ import pytest
 from cri.streaming.server import StreamingServer
 from tests.integration.streaming.conftest import Connect
 from tests.integration.streaming.local_backend import LocalBackend
+from tests.support.agent import SOON
 
 MIB = 1 << 20
 # 1 GiB by hand; the suite takes a sixteenth of it, which is as many times the bound.
@@ -38,7 +39,7 @@ async def test_both_directions_at_once(server: StreamingServer, connect: Connect
         await client.send(ids["stdin"], chunk)
         peak = max(peak, resident())
     await client.send(ids["stdin"], b"", fin=True)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(SOON):
         assert (await client.status(ids["error"]))["status"] == "Success"
     assert stdout.size == VOLUME
     assert peak - before < 16 * MIB
@@ -84,7 +85,7 @@ async def test_a_client_that_keeps_windows_is_never_overrun(server: StreamingSer
     stdout = client.streams[ids["stdout"]]
     client.keeps_windows = False
     client.session.consumed(ids["stdout"], 0)
-    await asyncio.wait_for(stdout.arrived.wait(), 5)
+    await asyncio.wait_for(stdout.arrived.wait(), SOON)
     granted = 65536
     for _ in range(3):
         await asyncio.sleep(0.2)

@@ -20,6 +20,7 @@ from tests.integration.streaming.conftest import until
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.spdy_client import COMMAND_PROTOCOLS, SpdyClient, spdy_request
 from tests.integration.streaming.test_server import make_certificates
+from tests.support.agent import SOON
 
 Leave = Callable[[asyncio.StreamWriter], None]
 
@@ -87,25 +88,25 @@ async def test_a_client_that_is_gone_before_anybody_noticed(queued: int) -> None
     connection.write(bytes(queued))
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()  # the kernel knows, the loop does not yet
-    await asyncio.wait_for(connection.close(5), 2)
+    await asyncio.wait_for(connection.close(10 * SOON), SOON)
 
 
 @pytest.mark.parametrize("queued", [0, 4 << 20])
 async def test_a_client_that_goes_during_the_close(queued: int) -> None:
     connection, client = await accepted_pair()
     connection.write(bytes(queued))
-    closing = asyncio.ensure_future(connection.close(5))
+    closing = asyncio.ensure_future(connection.close(10 * SOON))
     await asyncio.sleep(0)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
-    await asyncio.wait_for(closing, 2)
+    await asyncio.wait_for(closing, SOON)
 
 
 async def test_a_client_that_reads_slowly_gets_all_until_the_end() -> None:
     connection, client = await accepted_pair()
     client.setblocking(False)
     connection.write(bytes(4 << 20))
-    closing = asyncio.ensure_future(connection.close(10))
+    closing = asyncio.ensure_future(connection.close(10 * SOON))
     await asyncio.sleep(0.05)
     assert not closing.done()
     loop, size = asyncio.get_running_loop(), 0
@@ -113,7 +114,7 @@ async def test_a_client_that_reads_slowly_gets_all_until_the_end() -> None:
         size += len(data)
     assert size == 4 << 20
     client.close()
-    await asyncio.wait_for(closing, 2)
+    await asyncio.wait_for(closing, SOON)
 
 
 @pytest.mark.parametrize("leave", WAYS)
@@ -122,11 +123,11 @@ async def test_a_client_that_reads_slowly_gets_all_until_the_end() -> None:
 async def test_every_way_at_every_moment(
     backend: LocalBackend, certificates: Path, leave: Leave, moment: str, tls: bool
 ) -> None:
-    limits = StreamLimits(request_timeout=1.0, close_patience=1.0)
+    limits = StreamLimits(request_timeout=SOON, close_patience=1.0)
     options: dict[str, Any] = {}
     if tls:
         certificate, key = str(certificates / "server.pem"), str(certificates / "server.key")
-        limits = StreamLimits(request_timeout=1.0, close_patience=1.0, tls_certificate=certificate, tls_key=key)
+        limits = StreamLimits(request_timeout=SOON, close_patience=1.0, tls_certificate=certificate, tls_key=key)
         options = {"ssl": ssl.create_default_context(cafile=str(certificates / "ca.pem"))}
     server = StreamingServer(backend, limits)
     await server.start()

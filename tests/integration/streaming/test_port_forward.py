@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import socket
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -20,6 +19,8 @@ from tests.integration.agent.streams import until
 from tests.integration.streaming.conftest import Connect
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.spdy_client import SpdyClient
+from tests.support.agent import SOON
+from tests.support.ports import free_port
 
 PROTOCOL = ("portforward.k8s.io",)
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -71,7 +72,7 @@ async def test_many_pairs_at_once(server: StreamingServer, connect: Connect) -> 
         data, error = await open_pair(client, port, number)
         payload = os.urandom(1000 + number)
         client.send_now(data, payload, fin=True)
-        await asyncio.wait_for(client.streams[data].ended.wait(), 20)
+        await asyncio.wait_for(client.streams[data].ended.wait(), SOON)
         assert client.streams[data].data == payload
         assert await client.streams[error].text() == ""
 
@@ -105,17 +106,16 @@ async def test_half_close_of_the_pod_reaches_the_client_and_the_rest_still_goes_
 
 async def test_an_error_concerns_its_pair_only(server: StreamingServer, connect: Connect) -> None:
     client = await connect(server.port_forward_url("pod", []), PROTOCOL)
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        closed = unused.getsockname()[1]
+    closed = free_port()
     async with listening(echo) as port:
         first, _ = await open_pair(client, port, 0)
         client.send_now(first, b"before")
-        await asyncio.wait_for(client.streams[first].arrived.wait(), 5)
+        await asyncio.wait_for(client.streams[first].arrived.wait(), SOON)
         broken, error = await open_pair(client, closed, 1)
         text = await client.streams[error].text()
         assert text.startswith(f"error forwarding port {closed} to pod pod: ")
         assert "127.0.0.1: Connection refused, ::1: Connection refused" in text
-        await asyncio.wait_for(client.streams[broken].ended.wait(), 5)
+        await asyncio.wait_for(client.streams[broken].ended.wait(), SOON)
         client.send_now(first, b" and after", fin=True)
         assert await client.streams[first].text() == "before and after"
 
@@ -149,10 +149,10 @@ async def test_a_reset_of_the_client_closes_the_pods_connection(server: Streamin
     client = await connect(server.port_forward_url("pod", []), PROTOCOL)
     async with listening(wait_for_end) as port:
         data, error = await open_pair(client, port)
-        await asyncio.wait_for(client.streams[data].arrived.wait(), 5)
+        await asyncio.wait_for(client.streams[data].arrived.wait(), SOON)
         client.session.reset(data)
         client.flush()
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), SOON)
         assert await client.streams[error].text() == ""
 
 
@@ -174,8 +174,8 @@ async def test_a_pair_that_leaves_goodbye_ends_the_connection(server: StreamingS
         data, _ = await open_pair(client, port)
         client.session.go_away()
         client.flush()
-        await asyncio.wait_for(client.went_away.wait(), 5)
-        await asyncio.wait_for(client.closed.wait(), 5)
+        await asyncio.wait_for(client.went_away.wait(), SOON)
+        await asyncio.wait_for(client.closed.wait(), SOON)
     assert data in client.streams
 
 

@@ -13,6 +13,8 @@ import pytest
 from cri.streaming.server import StreamingServer
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.player import RECORDINGS, Player, whole_input
+from tests.support.agent import SOON
+from tests.support.ports import free_port
 
 
 async def test_001_output_on_both_streams(server: StreamingServer) -> None:
@@ -93,8 +95,7 @@ async def test_009_port_forward_confines_an_error_to_its_pair(server: StreamingS
         writer.close()
 
     web = await asyncio.start_server(serve, "127.0.0.1", 0)
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        closed_port = unused.getsockname()[1]
+    closed_port = free_port()
     backend.ports = {8080: web.sockets[0].getsockname()[1], 9: closed_port}
     answer = await Player("009.portforward", server.port_forward_url("pod", [])).play(until_stream=9)
     web.close()
@@ -118,7 +119,7 @@ async def test_websocket_requests_of_todays_clients_are_served(
     player = Player(name, url)
     reader, writer = await asyncio.open_connection(*player.address)
     writer.write(player.head)
-    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SOON)
     writer.close()
     assert head.startswith(b"HTTP/1.1 101 ")
     offered = re.search(rb"Sec-WebSocket-Protocol: (\S+)", player.head)

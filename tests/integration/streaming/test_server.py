@@ -18,6 +18,7 @@ from host.errors import InvalidArgumentError, UnavailableError
 from tests.integration.streaming.conftest import Connect, until
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.spdy_client import COMMAND_PROTOCOLS, request, spdy_request
+from tests.support.agent import SOON
 
 
 def true_url(server: StreamingServer) -> str:
@@ -65,12 +66,12 @@ async def test_protocols_that_nobody_speaks_are_forbidden(server: StreamingServe
 
 
 async def test_a_client_that_opens_no_streams_is_told_so(backend: LocalBackend, connect: Connect) -> None:
-    server = StreamingServer(backend, StreamLimits(creation_timeout=0.2))
+    server = StreamingServer(backend, StreamLimits(creation_timeout=1.0))
     await server.start()
     client = await connect(true_url(server))
     error = await client.open(streamtype="error")
     assert "did not open the streams stdout in time" in (await client.status(error))["message"]
-    await asyncio.wait_for(client.went_away.wait(), 5)
+    await asyncio.wait_for(client.went_away.wait(), SOON)
     assert backend.started == 0
     await client.close()
     await server.close()
@@ -82,7 +83,7 @@ async def test_a_client_that_sends_no_request_is_cut_off(backend: LocalBackend) 
     host, port = true_url(server).split("/")[2].split(":")
     reader, writer = await asyncio.open_connection(host, port)
     writer.write(b"GET /exec/")
-    assert await asyncio.wait_for(reader.read(), 5) == b""
+    assert await asyncio.wait_for(reader.read(), SOON) == b""
     writer.close()
     await server.close()
 
@@ -95,7 +96,7 @@ async def test_who_shows_no_token_has_seconds(backend: LocalBackend, sent: bytes
     reader, writer = await asyncio.open_connection(host, port)
     writer.write(sent)
     with contextlib.suppress(ConnectionResetError):
-        await asyncio.wait_for(reader.read(), 5)  # an answer, and the end of it
+        await asyncio.wait_for(reader.read(), SOON)  # an answer, and the end of it
     await until(lambda: not established(int(port)))  # though this client does not close
     writer.close()
     await server.close()
@@ -109,7 +110,7 @@ async def test_the_oldest_without_a_token_gives_way(backend: LocalBackend, conne
     host, port = first.split("/")[2].split(":")
     silent = [await asyncio.open_connection(host, port) for _ in range(30)]
     for reader, _ in silent[:22]:
-        assert await asyncio.wait_for(reader.read(), 5) == b""
+        assert await asyncio.wait_for(reader.read(), SOON) == b""
     assert not any(reader.at_eof() for reader, _ in silent[22:])
     ids = await (second := await connect(true_url(server))).open_command("stdout")
     assert (await second.status(ids["error"]))["status"] == "Success"
@@ -147,7 +148,7 @@ def established(port: int) -> list[str]:
 
 
 async def test_idle_streams_end_and_pings_do_not_keep_them(backend: LocalBackend, connect: Connect) -> None:
-    server = StreamingServer(backend, StreamLimits(idle_timeout=0.4))
+    server = StreamingServer(backend, StreamLimits(idle_timeout=1.0))
     await server.start()
     client = await connect(server.exec_url("c", ["cat"], tty=False, stdin=True, stdout=True, stderr=False))
     ids = await client.open_command("stdin", "stdout")
@@ -155,10 +156,10 @@ async def test_idle_streams_end_and_pings_do_not_keep_them(backend: LocalBackend
     start = loop.time()
     for _ in range(3):
         client.send_now(ids["stdin"], b"data")
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.3)
     pinging = asyncio.create_task(ping_for_ever(client.session.ping, client.flush))
     assert "no data passed" in (await client.status(ids["error"]))["message"]
-    assert loop.time() - start > 0.8
+    assert loop.time() - start > 1.5
     pinging.cancel()
     await client.close()
     await server.close()
@@ -198,7 +199,7 @@ async def test_a_flood_of_pings_that_is_never_read_stays_bounded(server: Streami
         assert sent < 256 << 20, "the server goes on reading"
         await asyncio.sleep(0)
     left = -1
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(SOON):
         while left != (left := unsent()):  # until the server reads no more  # noqa: ASYNC110
             await asyncio.sleep(0.5)
     assert left > 0
@@ -262,7 +263,7 @@ async def test_a_client_that_does_not_finish_its_handshake_is_cut_off(backend: L
     await server.start()
     host, port = true_url(server).split("/")[2].split(":")
     reader, writer = await asyncio.open_connection(host, port)
-    assert await asyncio.wait_for(reader.read(), 5) == b""
+    assert await asyncio.wait_for(reader.read(), SOON) == b""
     writer.close()
     await server.close()
 

@@ -17,6 +17,7 @@ from tests.integration.streaming.conftest import until
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.test_port_forward import close_then_read, echo, listening
 from tests.integration.streaming.websocket_client import WebSocketClient
+from tests.support.agent import SOON
 
 Open = Callable[..., Awaitable[WebSocketClient]]
 V5, V4, V4_BASE64 = "v5.channel.k8s.io", "v4.channel.k8s.io", "v4.base64.channel.k8s.io"
@@ -189,12 +190,12 @@ async def test_the_tunnel_carries_spdy_in_messages_of_any_size(server: Streaming
         for start in range(0, len(wire), 7):
             client.send_event(BytesMessage(data=wire[start : start + 7]))
         while len(events) < 2:
-            events += session.receive(await asyncio.wait_for(client.raw.get(), 5))
+            events += session.receive(await asyncio.wait_for(client.raw.get(), SOON))
         client.send_event(BytesMessage(data=b"".join(session.data(ids[1], payload, fin=True)) + frames.ping(1)))
         received = b""
         ended = False
         while not ended:
-            for event in session.receive(await asyncio.wait_for(client.raw.get(), 5)):
+            for event in session.receive(await asyncio.wait_for(client.raw.get(), SOON)):
                 if isinstance(event, DataReceived) and event.stream_id == ids[1]:
                     received += event.data
                     ended = ended or event.fin

@@ -21,6 +21,8 @@ from wsproto.events import (
     TextMessage,
 )
 
+from tests.support.agent import SOON
+
 
 class WebSocketClient:
     """Collects what comes by channel; only counts output (``size``) unless ``keep``, reads only while ``reading``."""
@@ -59,7 +61,7 @@ class WebSocketClient:
         client = cls()
         client.reader, client.writer = await asyncio.open_connection(*address)
         client.writer.write(handshake)
-        head = await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), 10)
+        head = await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), SOON)
         assert head.startswith(b"HTTP/1.1 101 "), head
         headers = dict(line.lower().split(": ", 1) for line in head.decode().splitlines()[1:] if line)
         client.subprotocol = headers.get("sec-websocket-protocol", "")
@@ -81,13 +83,13 @@ class WebSocketClient:
     def send_event(self, event: Event) -> None:
         self.writer.write(self._connection.send(event))
 
-    async def until(self, condition: Any, seconds: float | None = 15) -> None:
+    async def until(self, condition: Any, seconds: float | None = SOON) -> None:
         async with asyncio.timeout(seconds):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
 
-    async def closed(self, seconds: float | None = 15) -> None:
+    async def closed(self, seconds: float | None = SOON) -> None:
         await self.until(lambda: self.close_code is not None, seconds)
 
     async def status(self) -> dict[str, Any]:

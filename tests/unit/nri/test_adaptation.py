@@ -22,7 +22,7 @@ from runtime.nri.plugins import events
 from tests.support.agent import wait_for
 from tests.unit.nri.stubs import run_in_thread, stub
 
-SECONDS = 10.0
+SECONDS = 60.0
 
 
 @dataclass

@@ -20,7 +20,7 @@ from runtime.nri.plugins.plugin import ALL_EVENTS, Plugin, PluginLostError
 from runtime.nri.plugins.trunk import PAYLOAD_LIMIT, Trunk
 from tests.unit.nri.stubs import run_in_thread, stub
 
-SECONDS = 5.0
+SECONDS = 60.0
 
 
 async def no_updates(plugin: Plugin, request: nri_pb2.UpdateContainersRequest) -> nri_pb2.UpdateContainersResponse:

@@ -116,7 +116,7 @@ def test_a_conmon_that_cannot_be_named_is_ended(
         await _abandon(monitor, others)
 
     monkeypatch.setattr(what, refuse)
-    asyncio.run(asyncio.wait_for(body(), 5))
+    asyncio.run(asyncio.wait_for(body(), 60))
 
 
 def test_one_that_answers_but_whose_container_cannot_be_named_is_ended(
@@ -136,7 +136,7 @@ def test_one_that_answers_but_whose_container_cannot_be_named_is_ended(
         await _abandon(monitor, others)
 
     monkeypatch.setattr(processes, "start_time", refuse_init)
-    asyncio.run(asyncio.wait_for(body(), 5))
+    asyncio.run(asyncio.wait_for(body(), 60))
 
 
 def test_a_complaint_cut_within_a_character_is_told(tmp_path: Path, others: set[str]) -> None:
@@ -146,7 +146,7 @@ def test_a_complaint_cut_within_a_character_is_told(tmp_path: Path, others: set[
             await monitor.create()
         await _abandon(monitor, others)
 
-    asyncio.run(asyncio.wait_for(body(), 5))
+    asyncio.run(asyncio.wait_for(body(), 60))
 
 
 @pytest.mark.parametrize("free", range(3))

@@ -98,7 +98,7 @@ class _RawManifest(msgspec.Struct, rename="camel"):
     config: _RawDescriptor | None = None
     layers: list[_RawDescriptor | None] | None = None
     manifests: list[_RawDescriptor | None] | None = None
-    fs_layers: msgspec.Raw | None = None
+    fs_layers: msgspec.Raw = msgspec.Raw(b"null")  # in a union with None it takes no array
 
 
 def parse_manifest(content: bytes, subject: str, *claimed: str) -> Manifest:
@@ -140,8 +140,8 @@ def parse_manifest(content: bytes, subject: str, *claimed: str) -> Manifest:
     return manifest
 
 
-def _present(member: msgspec.Raw | None) -> bool:
-    return member is not None and bytes(member) != b"null"
+def _present(member: msgspec.Raw) -> bool:
+    return bytes(member) != b"null"
 
 
 def _check_unambiguous(content: bytes, raw: _RawManifest, claimed: list[str], subject: str) -> None:

@@ -227,12 +227,12 @@ class RegistryConnection:
         failures = 0
         while True:
             try:
-                status, content = await self._ask_for_token(host, request)
+                status, content, retry_after = await self._ask_for_token(host, request)
                 reason = f"status {status}"
             except BodyError as error:
                 raise PermissionDeniedError(f"the token server's answer is not understood: it is {error}") from error
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                status, reason = 0, reason_of(error)
+                status, retry_after, reason = 0, "", reason_of(error)
             if 200 <= status < 300:  # some say 201: a token was made
                 return tokens.read_token(content)
             if status in _NO_GET and request.instead is not None:
@@ -243,10 +243,10 @@ class RegistryConnection:
             failures += 1
             if failures >= self._options.attempts:
                 raise UnreachableError(f"token server {server}: {reason}")
-            await back_off(failures)
+            await back_off(failures, retry_after)
 
-    async def _ask_for_token(self, host: ConnectedHost, request: tokens.TokenRequest) -> tuple[int, bytes]:
-        """Status and body; the credentials reach no other host than the one that the registry named."""
+    async def _ask_for_token(self, host: ConnectedHost, request: tokens.TokenRequest) -> tuple[int, bytes, str]:
+        """Status, body and Retry-After; the credentials reach no other host than the one that the registry named."""
         send = functools.partial(self._open, host)
         if request.form is None:
             sending = Sending("GET", request.url, {}, request.headers)
@@ -255,9 +255,9 @@ class RegistryConnection:
             kind = {"Content-Type": "application/x-www-form-urlencoded"}
             sending = Sending("POST", request.url, kind, {}, body, secret=True)
         response, _ = await follow(sending, origin_of(request.url), send)
-        status, encoding = response.status, encoding_of(response)
+        encoding, retry_after = encoding_of(response), response.headers.get("Retry-After", "")
         content = await read_body(response, LARGEST_TOKEN, self._options.stall_seconds)
-        return status, await decoded(content, encoding, LARGEST_TOKEN)
+        return response.status, await decoded(content, encoding, LARGEST_TOKEN), retry_after
 
 
 def who(host: ConnectedHost) -> str:

@@ -9,7 +9,7 @@ import re
 import ssl
 import tomllib
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -89,8 +89,9 @@ class _Place:
 def hosts_for(domain: str, options: ImageOptions) -> list[RegistryHost]:
     """The hosts for images of ``domain``, in the order to try them; blocking.
 
-    Raises InvalidArgumentError naming the file that cannot be understood.
+    Raises InvalidArgumentError naming the file that cannot be understood, and for a ``domain`` that is no address.
     """
+    _check_address(domain)
     default = RegistryHost(_default_base(domain, options))
     folder = _folder_for(domain, Path(options.registry_config_dir))
     if folder is None:
@@ -128,6 +129,19 @@ def is_loopback(domain: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _check_address(domain: str) -> None:
+    """The grammar of references knows neither the range of ports nor the form of IPv6 addresses."""
+    try:
+        parts = urlsplit(f"//{domain}")
+        if parts.netloc.startswith("["):
+            IPv6Address(parts.hostname or "")
+        usable = parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise InvalidArgumentError(f"registry {domain!r} is not an address: check host and port of the reference")
 
 
 def _default_base(domain: str, options: ImageOptions) -> str:

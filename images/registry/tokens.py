@@ -16,7 +16,7 @@ from images.registry.redirects import address
 
 CLIENT_ID = "podkeel"
 _LONGEST_TOKEN = 256 << 10
-_SCHEME = re.compile(r"\s*([A-Za-z0-9._~+/-]+)\s+")
+_SCHEME = re.compile(r"[\s,]*([A-Za-z0-9._~+/-]+)(?:\s+|(?=,)|\Z)")
 _PARAMETER = re.compile(r'\s*,?\s*([A-Za-z0-9_-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')
 
 
@@ -33,7 +33,7 @@ def parse_challenges(headers: list[str]) -> list[Challenge]:
     challenges: list[Challenge] = []
     for header in headers:
         position = 0
-        while (scheme := _SCHEME.match(header + " ", position)) is not None:
+        while (scheme := _SCHEME.match(header, position)) is not None:
             position = scheme.end()
             parameters: dict[str, str] = {}
             while (match := _PARAMETER.match(header, position)) is not None:
@@ -69,8 +69,14 @@ def answer_directly(challenges: list[Challenge], credentials: Credentials | None
         return None
     if credentials.registry_token:
         return _bearer(credentials.registry_token, "the registry token that was given")
-    schemes = [challenge.scheme for challenge in challenges]
-    return credentials.basic() if "basic" in schemes and "bearer" not in schemes else None
+    basic = any(challenge.scheme == "basic" for challenge in challenges)
+    return credentials.basic() if basic and _bearer_challenge(challenges) is None else None
+
+
+def _bearer_challenge(challenges: list[Challenge]) -> Challenge | None:
+    """The first that names a token server."""
+    bearers = (challenge for challenge in challenges if challenge.scheme == "bearer")
+    return next((challenge for challenge in bearers if challenge.parameters.get("realm")), None)
 
 
 def token_request(
@@ -81,8 +87,8 @@ def token_request(
     Raises PermissionDeniedError if no challenge asks for a token, or if credentials for a registry with TLS
     (``secure``) would have to be sent without TLS.
     """
-    bearer = next((challenge for challenge in challenges if challenge.scheme == "bearer"), None)
-    if bearer is None or not bearer.parameters.get("realm"):
+    bearer = _bearer_challenge(challenges)
+    if bearer is None:
         schemes = ", ".join(sorted({challenge.scheme for challenge in challenges})) or "no scheme it names"
         raise PermissionDeniedError(f"it asks for authentication ({schemes}) and no credentials for it were given")
     try:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import ssl
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -31,12 +31,17 @@ class Request:
 
 @dataclass
 class Answer:
-    """What to answer. A body of several pieces is sent without Content-Length, for as long as the client takes it."""
+    """What to answer, by the HTTP version ``protocol``.
+
+    A body of several pieces is sent without Content-Length, for as long as the client takes it. A header may have
+    several values.
+    """
 
     body: bytes | Iterable[bytes] = b""
     content_type: str = ""
     status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    protocol: str = "HTTP/1.1"
 
 
 Script = Callable[[Request], Answer]
@@ -111,11 +116,13 @@ class _Handler(BaseHTTPRequestHandler):
         registry.seen.append(request)
         found = registry.answers.get(request.path, Answer(status=404))
         answer = found(request) if callable(found) else found
+        self.protocol_version = answer.protocol
         self.send_response(answer.status)
         if answer.content_type:
             self.send_header("Content-Type", answer.content_type)
-        for name, value in answer.headers.items():
-            self.send_header(name, value)
+        for name, values in answer.headers.items():
+            for value in [values] if isinstance(values, str) else values:
+                self.send_header(name, value)
         if isinstance(answer.body, bytes):
             self.send_header("Content-Length", str(len(answer.body)))
             pieces: Iterable[bytes] = (answer.body,)

@@ -285,9 +285,10 @@ async def test_encoded_answers(
 async def test_what_is_said_to_be_encoded_and_is_not(node: Node, scripted: ScriptedRegistry) -> None:
     manifest, _, _ = small_image()
     name = scripted.offer_image("plain")
-    for answer in scripted.answers.values():
+    for path, answer in list(scripted.answers.items()):
         assert isinstance(answer, Answer)
-        answer.headers["Content-Encoding"] = "gzip"
+        headers = {**answer.headers, "Content-Encoding": "gzip"}
+        scripted.answers[path] = dataclasses.replace(answer, headers=headers)
     await node.puller.pull(f"{name.rpartition(':')[0]}@{digest_of(manifest)}")
 
 

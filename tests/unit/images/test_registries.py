@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from host.errors import InvalidArgumentError, PermissionDeniedError
+from images.oci.reference import parse
 from images.options import ImageOptions
 from images.registry.credentials import Credentials
 from images.registry.hosts import hosts_for, is_loopback
@@ -145,6 +147,14 @@ def test_a_server_without_an_address_is_the_default(tmp_path: Path) -> None:
     assert host.base == "https://x.example/v2"
 
 
+@pytest.mark.parametrize(
+    "domain", ["localhost:99999", "localhost:0", "a.example:65536", "[::1]:70000", "[:]", "[1.2.3.4]:5000", "[::1::2]"]
+)
+def test_a_registry_that_is_no_address_is_named(tmp_path: Path, domain: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=re.escape(f"registry '{domain}' is not an address")):
+        hosts_for(parse(f"{domain}/app").domain, options(tmp_path))
+
+
 def test_users_in_addresses_are_passed_over_as_containerd_does(tmp_path: Path) -> None:
     write(tmp_path, "x.example", '[host."https://user:secret@mirror.example:5000/v2"]\n')
     mirror, _ = hosts_for("x.example", options(tmp_path))
@@ -166,6 +176,37 @@ def test_challenges() -> None:
     assert bearer.parameters["scope"] == "repository:a/b:pull,push"
     assert (basic.scheme, basic.parameters) == ("basic", {"realm": "r"})
     assert other.scheme == "negotiate"
+
+
+BEARER = ("bearer", {"realm": "https://a/t"})
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        ('Negotiate, Bearer realm="https://a/t"', [("negotiate", {}), BEARER]),
+        ('Negotiate,Bearer realm="https://a/t",Basic', [("negotiate", {}), BEARER, ("basic", {})]),
+        ("Basic, Bearer", [("basic", {}), ("bearer", {})]),
+        (', ,bearer  REALM = "https://a/t" ,', [BEARER]),
+        ('NTLM TlRM==, Bearer realm="https://a/t"', [("ntlm", {"tlrm": "="}), BEARER]),
+        (
+            'Digest realm="x", qop="auth, y=1", Bearer realm=https://a/t',
+            [("digest", {"realm": "x", "qop": "auth, y=1"}), BEARER],
+        ),
+        ('Basic realm="a, Bearer realm=\\"x\\""', [("basic", {"realm": 'a, Bearer realm="x"'})]),
+    ],
+)
+def test_several_challenges_in_one_header(header: str, found: list[tuple[str, dict[str, str]]]) -> None:
+    assert [(one.scheme, one.parameters) for one in parse_challenges([header])] == found
+
+
+def test_a_challenge_without_token_server_leaves_the_others() -> None:
+    known = Credentials(username="u", password="p")
+    for headers in (["Bearer", "Basic realm=x"], ["Basic, Bearer"], ['Bearer realm="", Basic']):
+        assert answer_directly(parse_challenges(headers), known) == "Basic " + base64.b64encode(b"u:p").decode()
+    challenges = parse_challenges(['Bearer error="x", Bearer realm="https://a.example/t", Basic'])
+    assert answer_directly(challenges, known) is None
+    assert token_request(challenges, known, "s", secure=True).url == "https://a.example/t?scope=s"
 
 
 @given(st.text(max_size=80))

@@ -21,7 +21,7 @@ from images.oci.manifests import (
     check_is_image,
     parse_manifest,
 )
-from images.oci.platforms import Platform, suitability
+from images.oci.platforms import OTHER_ARCHITECTURE, Platform, suitability
 
 _NESTING = 4  # indexes within indexes
 _MOST_READ = 40  # manifests of one search
@@ -111,6 +111,8 @@ class _Search:
             raise InvalidArgumentError(f"{self.subject} is broken: it nests more than {_NESTING} indexes")
         best: tuple[int, FoundImage] | None = None
         for score, descriptor in self._by_suitability(index):
+            if score and best is not None:
+                continue  # they come by how well they suit
             self.read += 1
             if self.read > _MOST_READ:
                 raise InvalidArgumentError(
@@ -127,7 +129,7 @@ class _Search:
                 found = yield from self._probe(document, descriptor, manifest)
             if found is not None and (best is None or found[0] > best[0]):
                 best = found
-            if best is not None and (score or best[0] >= _PERFECT):
+            if best is not None and (score > OTHER_ARCHITECTURE or best[0] >= _PERFECT):
                 break
         return best
 

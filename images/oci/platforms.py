@@ -21,6 +21,9 @@ _ARCHITECTURES = {
     "riscv64": ("riscv64", ""),
     "loongarch64": ("loong64", ""),
 }
+# What a machine also runs (containerd's platforms.Only). It is taken if there is nothing for the machine itself.
+_ALSO_RUN = {"amd64": "386", "arm64": "arm"}
+OTHER_ARCHITECTURE = 9  # the best suitability of another architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +59,10 @@ def this_machine() -> Platform:
 def suitability(offered: Platform, machine: Platform) -> int:
     """How well an image for ``offered`` runs on ``machine``; 0 if it does not, more is better."""
     offered = offered.normalized()
-    if offered.os != machine.os or offered.architecture != machine.architecture:
+    if offered.os != machine.os:
         return 0
+    if offered.architecture != machine.architecture:
+        return _as_another(offered, machine)
     if offered.variant == machine.variant:
         return 100
     if offered.architecture == "arm64" and {offered.variant, machine.variant} == {"", "v8"}:
@@ -66,7 +71,17 @@ def suitability(offered: Platform, machine: Platform) -> int:
         return 50
     mine, theirs = _number(machine.variant), _number(offered.variant)
     # An arm v7 machine runs v6 and v5 images; an amd64 machine is not known to run v2 ones.
-    return 1 + theirs if 0 < theirs < mine else 0
+    return OTHER_ARCHITECTURE + theirs if 0 < theirs < mine else 0
+
+
+def _as_another(offered: Platform, machine: Platform) -> int:
+    """How well the older architecture that ``machine`` also runs suits it; an arm image without variant is a v7 one."""
+    if _ALSO_RUN.get(machine.architecture) != offered.architecture:
+        return 0
+    if offered.architecture != "arm":
+        return OTHER_ARCHITECTURE
+    variant = _number(offered.variant or "v7")
+    return 1 + variant if 5 <= variant <= _number(machine.variant or "v8") < OTHER_ARCHITECTURE else 0
 
 
 def _number(variant: str) -> int:

@@ -67,6 +67,8 @@ def test_the_best_platform_is_chosen(shelf: Shelf) -> None:
     assert len(shelf.asked) == 2, "a manifest and a config"
     assert shelf.found(shelf.index(*offered, shelf.image("linux/arm/v7")), V7) == "linux/arm/v7"
     assert shelf.found(shelf.index(shelf.image("linux/amd64/v3"), shelf.image("linux/amd64"))) == "linux/amd64"
+    with pytest.raises(InvalidArgumentError, match="it has linux/amd64/v2, linux/amd64/v3"):
+        shelf.found(shelf.index(shelf.image("linux/amd64/v3"), shelf.image("linux/amd64/v2")))
     assert shelf.found(shelf.index(shelf.image("linux/arm64")), Platform("linux", "arm64", "v8")) == "linux/arm64"
     with pytest.raises(InvalidArgumentError, match="it has linux/arm/v7"):
         shelf.found(shelf.index(shelf.image("linux/arm/v7")), Platform("linux", "arm", "v6"))
@@ -83,6 +85,22 @@ def test_platforms_go_by_many_names(shelf: Shelf) -> None:
     assert suitability(Platform("linux", "aarch64"), Platform("linux", "arm64", "v8")) == 100
     assert suitability(Platform("linux", "arm", "7"), V7) == 100
     assert suitability(Platform("linux", "arm", "v\u0667"), V7) == 0
+
+
+def test_an_older_architecture_is_taken_where_there_is_nothing_better(shelf: Shelf) -> None:
+    old, arm64 = shelf.image("linux/386"), Platform("linux", "arm64", "v8")
+    assert shelf.found(shelf.index(shelf.image("linux/arm/v7"), old)) == "linux/386"
+    assert shelf.found(shelf.index(old, shelf.image("linux/amd64"))) == "linux/amd64"
+    assert shelf.found(shelf.index(old, shelf.image("linux/amd64", said=False))) == "linux/amd64"
+    assert shelf.found(shelf.index(old, shelf.image("linux/arm64", said=False))) == "linux/386"
+    arms = [shelf.image(name) for name in ("linux/arm/v5", "linux/arm/v7", "linux/arm/v6", "linux/386")]
+    assert shelf.found(shelf.index(*arms), arm64) == "linux/arm/v7"
+    assert len(shelf.asked) == 2, "worse ones are not looked at"
+    assert shelf.found(shelf.index(*arms, shelf.image("linux/arm64")), arm64) == "linux/arm64"
+    assert shelf.found(shelf.index(shelf.image("linux/arm/v6"), shelf.image("linux/arm")), arm64) == "linux/arm"
+    for name, machine in (("linux/amd64", Platform("linux", "386")), ("linux/arm64", V7), ("linux/arm/v9", arm64)):
+        assert suitability(Platform(*name.split("/")), machine) == 0, name
+    assert suitability(Platform("windows", "386"), AMD64) == 0
 
 
 def test_entries_without_platform_are_told_apart_by_their_configs(shelf: Shelf) -> None:

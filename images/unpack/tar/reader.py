@@ -273,7 +273,6 @@ class TarReader:
         defaults, last, merged = self._merged
         if defaults is not self._defaults or last is not records:
             merged = merged_records(self._defaults, records)
-            self._has_defaults = False
         self._merged = (self._defaults, records, merged)
         return merged
 

@@ -11,6 +11,7 @@ import pytest
 
 from images.unpack.tar.headers import Entry, TarError
 from images.unpack.tar.reader import Stream, TarReader
+from tests.support.raw_tar import file, pax, record
 
 FIELDS = (
     "kind", "name", "link", "size", "real_size", "mode", "uid", "gid", "mtime", "device", "xattrs", "regions",
@@ -96,3 +97,11 @@ def test_a_global_header_counts_for_those_after_it() -> None:
     extended.type, extended.size = tarfile.XGLTYPE, len(records)
     content = header("a") + extended.tobuf() + records.ljust(512, b"\0") + header("b") + END
     assert [one[8] for one in entries(content) if isinstance(one, tuple)] == [5 * 10**9, 9_250_000_000]
+
+
+def test_a_global_header_counts_after_an_extended_one_too() -> None:
+    """Headers like "a" are remembered from before the global one, and read again after an entry with its own."""
+    content = file(b"a", uid=b"0000001\0") + pax(record(b"uid", b"7"), kind=b"g")
+    content += pax(record(b"mtime", b"3")) + file(b"b", uid=b"0000001\0") + file(b"c", uid=b"0000001\0")
+    owners = [(one[1], one[6]) for one in entries(content + END) if isinstance(one, tuple)]
+    assert owners == [(b"a", 1), (b"b", 7), (b"c", 7)]

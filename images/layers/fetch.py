@@ -9,6 +9,7 @@ from pathlib import Path
 
 from host.concurrency.threads import in_image_thread
 from host.errors import InvalidArgumentError
+from images.content.disk_sync import DiskSync
 from images.content.ingest import PartialBlob, PartialBlobs, new_blob
 from images.content.progress import Transfer, Transfers
 from images.content.slots import Origin, Slot, Slots
@@ -24,8 +25,9 @@ _log = logging.getLogger("podkeel.images")
 class LayerFetcher:
     """Fetches and unpacks layers, as many at a time as ``slots`` allows."""
 
-    def __init__(self, options: ImageOptions, partials: PartialBlobs, trash: Trash) -> None:
+    def __init__(self, options: ImageOptions, partials: PartialBlobs, trash: Trash, disk: DiskSync) -> None:
         self._options = options
+        self._disk = disk
         self._partials = partials
         self._trash = trash
         self.slots = Slots(options.max_parallel_downloads)
@@ -83,7 +85,8 @@ class LayerFetcher:
 
     async def _fetch(self, transfer: Transfer, slot: Slot, folder: Path, keep: PartialBlob | None) -> Unpacked:
         source, chunks = transfer.source, transfer.chunks(keep, slot)
-        return await self._worker().unpack(chunks, source.descriptor, folder, keep, source.subject)
+        with self._disk.ahead():
+            return await self._worker().unpack(chunks, source.descriptor, folder, keep, source.subject)
 
     async def unpack(
         self, chunks: AsyncGenerator[bytes, None], descriptor: Descriptor, folder: Path, subject: str

@@ -91,6 +91,7 @@ class LayerMaker:
         trash: Trash,
         partials: PartialBlobs,
         fetcher: LayerFetcher,
+        disk: DiskSync,
         index: LayerIndex,
     ) -> None:
         self._options = options
@@ -100,7 +101,7 @@ class LayerMaker:
         self._partials = partials
         self._fetcher = fetcher
         self._index = index
-        self._disk = DiskSync(folders.layers)
+        self._disk = disk
         self._publishing = asyncio.Lock()
         self._left_rows: set[int] = set()  # of layers that are not made, whose deletion found no room on the disk
 

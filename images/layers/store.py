@@ -16,6 +16,7 @@ from host.concurrency.tasks import SingleFlight
 from host.concurrency.threads import in_image_thread, in_long_thread
 from host.database import Database
 from host.errors import LimitError, NoSpaceError, PodkeelError
+from images.content.disk_sync import DiskSync
 from images.content.ingest import PartialBlobs
 from images.content.layer_source import LayerSource
 from images.content.progress import LayerProgress
@@ -60,9 +61,17 @@ class LayerStore:
         self._new: set[int] = set()  # made for pulls that may yet break off: their blobs are worth keeping then
         self._scratches = itertools.count()
         self.partials = PartialBlobs(self._folders.content / "partial", trash, options.partial_hours * 3600)
-        self.fetcher = LayerFetcher(options, self.partials, trash)
+        disk = DiskSync(self._folders.layers)
+        self.fetcher = LayerFetcher(options, self.partials, trash, disk)
         self._maker = LayerMaker(
-            options, self._folders, database, trash=trash, partials=self.partials, fetcher=self.fetcher, index=self
+            options,
+            self._folders,
+            database,
+            trash=trash,
+            partials=self.partials,
+            fetcher=self.fetcher,
+            disk=disk,
+            index=self,
         )
         self._used_bytes = 0
         self._used_inodes = 0

@@ -308,3 +308,17 @@ def _add_node_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentP
     commands.add("info", "cli.node:info", "print the agent's status: conditions, runtime handlers, configuration")
     parser = commands.add("events", "cli.node:events", "print what happens to pods and containers, as it happens")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="output format (default: text)")
+    parser = commands.add(
+        "debug",
+        "cli.debug:debug",
+        "print what the agent is doing: stacks, open stages, pools, descriptors",
+        "If its event loop hangs, `kill -QUIT PID` writes the same to its log.",
+    )
+    below = _Commands(parser.add_subparsers(title="commands", metavar="COMMAND"), _client_options())
+    parser = below.add(
+        "bundle",
+        "cli.debug:bundle",
+        "write what a report of a fault needs to an archive",
+        "It holds no secrets: no environment of a container, no credentials. Look through it before you send it.",
+    )
+    parser.add_argument("file", metavar="FILE", help="such as podkeel.tar.gz; it must not exist")

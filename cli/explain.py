@@ -7,10 +7,9 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 
-from cli.bars import bar
 from cli.connect import connect
 from cli.lookup import find_container, find_pod, list_containers, list_pods
-from cli.text import duration, short
+from cli.text import bar, duration, short
 from host.errors import NotFoundError
 from proto.podkeel.v1 import agent_pb2
 

@@ -1,4 +1,4 @@
-"""Text for people: tables, ages, sizes."""
+"""Text for people: tables, ages, sizes, bars."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -49,6 +50,17 @@ def age(nanoseconds: int) -> str:
 def short(identifier: str) -> str:
     """An id as tables show it."""
     return identifier.removeprefix("sha256:")[:13]
+
+
+def bar(begin: float, end: float, width: int, *, least: int = 0) -> str:
+    """A bar from ``begin`` to ``end`` of 1, in ``width`` columns; its end falls on an eighth of a column.
+
+    It has ``least`` eighths in any case.
+    """
+    first = min(int(begin * width), width - 1)
+    eighths = max(least, round((min(end, 1.0) * width - first) * 8))
+    full, part = divmod(eighths, 8)
+    return (" " * first + "█" * full + (_EIGHTHS[part] if part else ""))[:width].ljust(width)
 
 
 def note(message: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from cri.activation import ActivatedSocket
 from cri.config.configuration import Configuration
@@ -29,6 +30,7 @@ from cri.services.runtime_service import RuntimeService
 from cri.stream_backend import NodeBackend
 from cri.streaming.limits import StreamLimits
 from cri.streaming.server import StreamingServer
+from cri.telemetry.diagnosis import write_on_signal
 from cri.telemetry.logs import LogLevel, configure_logging
 from cri.version import VERSION
 from host import libc
@@ -46,6 +48,7 @@ HANDSHAKE_SECONDS = 5.0
 IDLE_SECONDS = 60.0  # of a connection without calls: its client is asked to connect again
 STOP_SECONDS = 5.0
 SWITCH_SECONDS = 0.0005  # how long a thread busy with Python keeps the loop waiting; Python's own 5 ms add up in calls
+_HEALTHY = ("", "runtime.v1.RuntimeService", "runtime.v1.ImageService")  # names in the health service of gRPC
 _HEAP_ARENAS = 2
 _UMASK = (
     0o022  # independent of the agent's parent: files for containers are readable, private ones get an explicit mode
@@ -108,6 +111,7 @@ async def _serve(
     log_level = LogLevel(configuration.log.level)
     loop.add_signal_handler(signal.SIGUSR1, log_level.show_everything)
     loop.add_signal_handler(signal.SIGUSR2, log_level.show_configured)
+    write_on_signal(loop)
     manager.status("starting: compares the store with the node")
     start = asyncio.create_task(report_start(manager))
     async with AsyncExitStack() as stack:
@@ -121,10 +125,13 @@ async def _serve(
         observers = [observer async for observer in _observers(configuration, agent, stack)]
         streams = StreamingServer(NodeBackend(agent), _stream_limits(configuration.streaming))
         await streams.start()
-        server = _grpc_server(agent, streams, observers)
+        health_service = health.aio.HealthServicer()
+        server = _grpc_server(agent, streams, observers, health_service)
         server.add_insecure_port(f"unix:{path}")
         _set_garbage_aside()
         await server.start()
+        for service in _HEALTHY:
+            await health_service.set(service, health_pb2.HealthCheckResponse.SERVING)
         path.chmod(0o660)
         _log.info("agent: serving the CRI on unix://%s", path)
         start.cancel()
@@ -140,6 +147,7 @@ async def _serve(
             _log.info("agent: stopping: pods keep running")
             agent.state.events.close()
             await streams.close()
+            await health_service.enter_graceful_shutdown()
             await server.stop(STOP_SECONDS)
 
 
@@ -155,7 +163,9 @@ async def _observers(configuration: Configuration, agent: Agent, stack: AsyncExi
         yield await stack.enter_async_context(tracing(agent.state, configuration.tracing))
 
 
-def _grpc_server(agent: Agent, streams: StreamingServer, observers: Sequence[CallObserver]) -> grpc.aio.Server:
+def _grpc_server(
+    agent: Agent, streams: StreamingServer, observers: Sequence[CallObserver], health_service: health.aio.HealthServicer
+) -> grpc.aio.Server:
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),
@@ -171,6 +181,7 @@ def _grpc_server(agent: Agent, streams: StreamingServer, observers: Sequence[Cal
     handlers = service_handlers(cri_pb2.DESCRIPTOR, services, observers)
     handlers += service_handlers(agent_pb2.DESCRIPTOR, {"Agent": AgentService(agent)}, observers)
     server.add_generic_rpc_handlers(tuple(handlers))
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     return server
 
 

@@ -29,6 +29,8 @@ _fault_hook: FaultHook | None = None
 _FAILURES_KEPT = 64
 _failed: deque[Operation] = deque(maxlen=_FAILURES_KEPT)
 
+_open: dict[int, tuple[Operation, Stage]] = {}
+
 _EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 
 
@@ -85,6 +87,7 @@ class _Run(AbstractAsyncContextManager[None]):
 
     async def __aenter__(self) -> None:
         self._stage.started = time.time_ns()
+        _open[id(self._stage)] = self._operation, self._stage
         self._operation.stages.append(self._stage)
         self._begin = time.perf_counter()
         await self._meet_fault("before")
@@ -107,6 +110,7 @@ class _Run(AbstractAsyncContextManager[None]):
     def _end(self, error: BaseException | None) -> None:
         """Note the end, and where it was in ``error``; raises PodkeelError in the place of an OSError."""
         operation, stage = self._operation, self._stage
+        _open.pop(id(stage), None)
         stage.seconds = time.perf_counter() - self._begin
         if error is not None:
             stage.failed = True
@@ -167,3 +171,8 @@ def gathered_operations() -> Iterator[list[Operation]]:
 def failed_operations() -> list[Operation]:
     """The last operations of which a stage failed or was cancelled, oldest first: their objects may be gone."""
     return list(_failed)
+
+
+def open_stages() -> list[tuple[Operation, Stage]]:
+    """The stages that run now, in the order of their starts. Any thread may ask."""
+    return list(_open.values())

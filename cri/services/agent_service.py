@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 
 from cri.services.agent_images import ImageCalls
+from cri.telemetry.diagnosis import diagnosis
+from host.concurrency.threads import in_stats_thread
 from host.errors import InvalidArgumentError, NotFoundError, printable
 from host.stages import Operation, failed_operations
 from images.oci.reference import parse
@@ -38,6 +41,10 @@ class AgentService(ImageCalls):
                 for finding in (*found, *(finding for finding in left if finding not in found))
             ]
         )
+
+    async def diagnose(self, _request: agent_pb2.DiagnoseRequest) -> agent_pb2.DiagnoseResponse:
+        """What the agent is doing now."""
+        return agent_pb2.DiagnoseResponse(text=await in_stats_thread(diagnosis, asyncio.get_running_loop()))
 
     async def force_remove_pod(self, request: agent_pb2.ForceRemovePodRequest) -> agent_pb2.ForceRemovePodResponse:
         """Remove a pod, and give up what its CNI plugins do not release."""

@@ -32,9 +32,15 @@ class ResilientThreadPool(ThreadPoolExecutor):
 
 
 class _Pool:
-    """Threads for one purpose, made when first needed, so that work of another purpose never waits for them."""
+    """Threads for one purpose, made when first needed, so that work of another purpose never waits for them.
+
+    ``asked`` is the number of callers that wait for work now, of which ``most`` is done at once.
+    """
 
     def __init__(self, purpose: str, most: int) -> None:
+        self.purpose = purpose
+        self.most = most
+        self.asked = 0
         self._threads = ResilientThreadPool(max_workers=most, thread_name_prefix=purpose)
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -44,15 +50,31 @@ class _Pool:
         afterwards never races with it. The cancellation is raised after that.
         """
         future = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
-        return await wait_out(future)
+        self.asked += 1
+        try:
+            return await wait_out(future)
+        finally:
+            self.asked -= 1
 
 
 # One pool for each purpose. What may take seconds (walks, archives, syncs) has no part in a pool that calls wait for.
-in_thread = _Pool("containers", 12).run  # making, starting, stopping pods and containers; commands in them
-in_network_thread = _Pool("network", 6).run  # netlink, nftables, files of CNI
-in_stats_thread = _Pool("stats", 4).run  # lists, statistics, metrics, traces
-in_image_thread = _Pool("images", 8).run  # short steps of pulls, archives and exports: files, rows, pieces of blobs
-in_long_thread = _Pool("images-long", 32).run  # long ones: walks over trees and archives, syncs, what is removed
+_POOLS = (
+    _Pool("containers", 12),
+    _Pool("network", 6),
+    _Pool("stats", 4),
+    _Pool("images", 8),
+    _Pool("images-long", 32),
+)
+in_thread = _POOLS[0].run  # making, starting, stopping pods and containers; commands in them
+in_network_thread = _POOLS[1].run  # netlink, nftables, files of CNI
+in_stats_thread = _POOLS[2].run  # lists, statistics, metrics, traces
+in_image_thread = _POOLS[3].run  # short steps of pulls, archives and exports: files, rows, pieces of blobs
+in_long_thread = _POOLS[4].run  # long ones: walks over trees and archives, syncs, what is removed
+
+
+def pool_use() -> dict[str, tuple[int, int]]:
+    """For each pool of threads how many pieces of work it has now, waiting ones too, and how many it does at once."""
+    return {pool.purpose: (pool.asked, pool.most) for pool in _POOLS}
 
 
 async def in_fresh_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,8 +1,9 @@
 """Faults that an agent of a test meets at its stages.
 
 They are a comma-separated list of ``Operation.stage:when:action`` where *when* is ``before`` or ``after`` and *action*
-is ``kill`` (SIGKILL to this process), ``error`` (an internal error) or ``hang`` (wait until cancelled). ``@/path``
-names a file that holds such a list and is read at every stage, so that one process can meet many faults.
+is ``kill`` (SIGKILL to this process), ``error`` (an internal error), ``hang`` (wait until cancelled) or ``block`` (the
+event loop hangs). ``@/path`` names a file that holds such a list and is read at every stage, so that one process can
+meet many faults.
 
 ``python -m tests.support.faults FAULTS serve ...`` is the ``podkeel`` command whose process meets them.
 """
@@ -14,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from host import stages
@@ -39,14 +41,21 @@ class Faults:
             case "hang":
                 _log.warning("faults: %s: hanging", point)
                 await asyncio.Event().wait()
+            case "block":
+                _block()
+
+
+def _block() -> None:
+    while True:
+        time.sleep(1)
 
 
 def _parsed(text: str) -> dict[str, str]:
     faults: dict[str, str] = {}
     for item in filter(None, text.split(",")):
         point, _, action = item.strip().rpartition(":")
-        if action not in ("kill", "error", "hang") or not point.endswith((":before", ":after")):
-            raise ValueError(f"{item!r} is not Operation.stage:before|after:kill|error|hang")
+        if action not in ("kill", "error", "hang", "block") or not point.endswith((":before", ":after")):
+            raise ValueError(f"{item!r} is not Operation.stage:before|after:kill|error|hang|block")
         faults[point] = action
     return faults
 

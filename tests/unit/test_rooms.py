@@ -94,14 +94,15 @@ LEVELS = {
     "cri": (
         "activation config connections enums errors kernel_check streaming/httpstream version",
         "host_check methods streaming",
-        "service_reports services stream_backend telemetry",
+        "service_reports stream_backend telemetry",
+        "services",
         "server",
     ),
     "cli": (
-        "arguments bars client log_file manifest text",
+        "arguments client log_file manifest text",
         "agent lookup main",
         "connect",
-        "checkpoints explain logs plugins pods stats streams",
+        "checkpoints debug explain logs plugins pods stats streams",
         "images node",
         "run",
     ),

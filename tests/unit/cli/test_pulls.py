@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from cli.bars import bar
 from cli.images.pull_bars import PullBars
 from cli.images.reports import explanation
+from cli.text import bar
 from proto.podkeel.v1 import agent_pb2
 
 WAITING, RUNNING, DONE = (agent_pb2.LayerProgress.State.Value(name) for name in ("WAITING", "RUNNING", "DONE"))

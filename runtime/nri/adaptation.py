@@ -24,10 +24,9 @@ from runtime.nri.answers.resource_merging import merge_resources
 from runtime.nri.answers.size import by_size, check_updates
 from runtime.nri.answers.updates import PluginsView, Updates
 from runtime.nri.options import NriOptions
-from runtime.nri.plugins.calls import CallTotals
 from runtime.nri.plugins.events import CREATE_CONTAINER, UPDATE_CONTAINER, VALIDATE_CONTAINER_ADJUSTMENT, EventCall
 from runtime.nri.plugins.hold_ups import HoldUps
-from runtime.nri.plugins.plugin import Plugin, PluginLostError
+from runtime.nri.plugins.plugin import Plugin, PluginLostError, Shared
 from runtime.nri.plugins.trunk import Trunk
 from runtime.nri.plugins.ttrpc import shortened
 
@@ -73,7 +72,7 @@ class Adaptation:
 
     def __init__(self, options: NriOptions, node: PluginsView) -> None:
         self.gone: deque[Gone] = deque(maxlen=_GONE_KEPT)
-        self.totals = CallTotals()
+        self.shared = Shared()
         self._options = options
         self._node = node
         self._plugins: list[Plugin] = []
@@ -109,7 +108,7 @@ class Adaptation:
             if len(self._unregistered) >= MOST_UNREGISTERED or len(self._plugins) >= MOST_PLUGINS:
                 trunk.close("there are too many plugins")
                 return
-            plugin = Plugin(trunk, self._update_containers, self.totals, name=name, index=index)
+            plugin = Plugin(trunk, self._update_containers, self.shared, name=name, index=index)
             admitted.append(plugin)
             self._unregistered.add(plugin)
             self._spawn(self._admit(plugin, config))

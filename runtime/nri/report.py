@@ -29,4 +29,4 @@ def plugins(adaptation: Adaptation) -> list[dict[str, object]]:
 
 def calls(adaptation: Adaptation) -> Iterable[tuple[tuple[str, str], int, float, int]]:
     """Plugin and method, with the number of calls since the agent's start, their seconds, and how many failed."""
-    return [((title, method), one.calls, one.seconds, one.errors) for title, method, one in adaptation.totals]
+    return [((title, method), one.calls, one.seconds, one.errors) for title, method, one in adaptation.shared.totals]

@@ -17,6 +17,7 @@ import pytest
 
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
+from proto.ttrpc.v1 import ttrpc_pb2
 from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.nri import Recorder, connected
 from tests.support.pods import container_config, remove_all_pods, run_container, sandbox_config
@@ -189,3 +190,49 @@ def test_a_plugin_that_hangs_in_synchronize_again_and_again_delays_pods_once(age
             comer.join(10)
     with connected(Recorder(agent.nri_socket, name="works")) as other:
         assert len(other.containers) == 2
+
+
+def resident(agent: AgentProcess) -> int:
+    """Bytes of memory that the agent uses."""
+    return int(Path(f"/proc/{agent.pid()}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def registered(agent: AgentProcess, number: int) -> Raw:
+    """A plugin that has registered, so it may send messages of 4 MiB, and answers nothing."""
+    plugin = Raw(agent)
+    name = nri_pb2.RegisterPluginRequest(plugin_name=f"half{number}", plugin_idx="50")
+    call = ttrpc_pb2.Request(
+        service="nri.pkg.api.v1alpha1.Runtime", method="RegisterPlugin", payload=name.SerializeToString()
+    )
+    plugin.send(2, 1, 1, call.SerializeToString())
+    assert plugin.socket.recv(8)  # the answer, or Configure
+    return plugin
+
+
+def test_half_messages_of_many_plugins_have_one_budget(agent: AgentProcess) -> None:
+    before, held = resident(agent), []
+    half = struct.pack(">II", 2, 10 + (4 << 20)) + struct.pack(">IIBB", 4 << 20, 3, 1, 0) + bytes(4 << 20)
+    with contextlib.ExitStack() as stack:
+        for number in range(24):
+            plugin = registered(agent, number)
+            stack.enter_context(plugin.socket)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                plugin.socket.sendall(half[:-1])
+            held.append(plugin)
+        wait_for(lambda: "of messages that are not complete or not answered yet" in agent.log.read_text())
+        assert resident(agent) - before < 90 << 20
+        run_container(agent, "sleep", "1000")
+
+
+@pytest.mark.parametrize("number", [1, 2, 15])
+def test_a_message_of_millions_of_parts_is_refused_before_it_is_parsed(agent: AgentProcess, number: int) -> None:
+    before = resident(agent)
+    body = ttrpc_pb2.Request(
+        service="nri.pkg.api.v1alpha1.Runtime",
+        method="UpdateContainers",
+        payload=bytes((number << 3 | 2, 0)) * (1 << 20),
+    ).SerializeToString()
+    with connected(Recorder(agent.nri_socket)) as plugin:
+        answers = [plugin.raw_call(body) for _ in range(3)]
+    assert all(" are the most" in answer.status.message for answer in answers)
+    assert resident(agent) - before < 60 << 20

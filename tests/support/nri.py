@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from proto.nri.v1alpha1 import nri_pb2
+from proto.ttrpc.v1 import ttrpc_pb2
 from tests.support.agent import wait_for
 
 MANIFESTS = Path(__file__).parents[2] / "manifests/nri"
@@ -75,6 +77,15 @@ class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
             super().run()
         finally:
             self.ended.set()
+
+    def raw_call(self, body: bytes) -> ttrpc_pb2.Response:
+        """The answer to a call of the agent whose encoded request is ``body``."""
+        self._stream += 2
+        message = struct.pack(">IIBB", len(body), self._stream, 1, 0) + body
+        with self._sending:
+            self._socket.sendall(struct.pack(">II", 2, len(message)) + message)
+        answer: ttrpc_pb2.Response = self._answers.get(timeout=20)
+        return answer
 
     def events_of(self, object_id: str) -> list[str]:
         """Names of the events of one pod or container, in order."""

@@ -75,8 +75,8 @@ LEVELS = {
         "images",
     ),
     "runtime": (
-        "folder_lock logs nri/answers nri/plugins options specgen/config specgen/facts specgen/signals specgen/sysctls",
-        "layout specgen/capabilities specgen/cdi specgen/hooks_dir specgen/namespaces",
+        "folder_lock logs nri/answers options specgen/config specgen/facts specgen/signals specgen/sysctls",
+        "layout nri/plugins specgen/capabilities specgen/cdi specgen/hooks_dir specgen/namespaces",
         "agent_id namespaces specgen/node_facts",
         "reserve specgen/limits specgen/security",
         "cgroups specgen/mounts state",

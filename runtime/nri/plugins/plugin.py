@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -14,7 +15,9 @@ from google.protobuf.message import DecodeError, Message
 from host.errors import InvalidArgumentError, PodkeelError, UnavailableError
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.plugins import ttrpc
+from runtime.nri.plugins.budget import Budget
 from runtime.nri.plugins.calls import Calls, CallTotals
+from runtime.nri.plugins.decoding import Decoder
 from runtime.nri.plugins.events import EventCall
 from runtime.nri.plugins.trunk import Trunk
 
@@ -35,16 +38,24 @@ class PluginLostError(PodkeelError):
     """A plugin was closed, as it took too long or its connection ended; the operation continues without it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all plugins of an agent have in common."""
+
+    totals: CallTotals = field(default_factory=CallTotals)
+    budget: Budget = field(default_factory=Budget)
+    decoder: Decoder = field(default_factory=Decoder)
+
+
 class Plugin:
     """A plugin at the other end of a trunk.
 
-    ``updates`` is called for its own UpdateContainers; ``totals`` gets its calls too. ``events`` is the mask of the
-    events that it wants, ``closed`` why it is gone, ``admitted_at`` when it was synchronised, in nanoseconds since the
-    epoch.
+    ``updates`` is called for its own UpdateContainers. ``events`` is the mask of the events that it wants, ``closed``
+    why it is gone, ``admitted_at`` when it was synchronised, in nanoseconds since the epoch.
     """
 
     def __init__(
-        self, trunk: Trunk, updates: UpdateContainers, totals: CallTotals, *, name: str = "", index: str = ""
+        self, trunk: Trunk, updates: UpdateContainers, shared: Shared, *, name: str = "", index: str = ""
     ) -> None:
         self.name = name
         self.index = index
@@ -53,15 +64,20 @@ class Plugin:
         self.calls = Calls()
         self.closed = ""
         self.admitted_at = 0
-        self._totals = totals
+        self._shared = shared
         self._trunk = trunk
+        self._share = shared.budget.share(self.close)
         self._updates = updates
         self._registered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._without: set[int] = set()
-        limit = ttrpc.FIRST_BODY_LIMIT
-        self._client = ttrpc.Client(trunk, PLUGIN_SERVICE, f"{_PACKAGE}.Plugin", limit)
+        share, decoder, limit = self._share, shared.decoder, ttrpc.FIRST_BODY_LIMIT
+        service = f"{_PACKAGE}.Plugin"
+        self._client = ttrpc.Client(trunk, PLUGIN_SERVICE, service, share=share, decoder=decoder, limit=limit)
         handlers = {"RegisterPlugin": self._register, "UpdateContainers": self._update_containers}
-        self._server = ttrpc.Server(trunk, RUNTIME_SERVICE, f"{_PACKAGE}.Runtime", handlers, limit)
+        service = f"{_PACKAGE}.Runtime"
+        self._server = ttrpc.Server(
+            trunk, RUNTIME_SERVICE, service, handlers, share=share, decoder=decoder, limit=limit
+        )
 
     @property
     def title(self) -> str:
@@ -103,8 +119,8 @@ class Plugin:
     async def _update_containers(self, payload: bytes) -> bytes:
         if not self.events:
             raise InvalidArgumentError("the plugin is not configured yet: wait for Configure and Synchronize")
-        response = await self._updates(self, nri_pb2.UpdateContainersRequest.FromString(payload))
-        return response.SerializeToString()
+        request = await self._shared.decoder.decode(nri_pb2.UpdateContainersRequest, payload)
+        return (await self._updates(self, request)).SerializeToString()
 
     async def configure(self, request: nri_pb2.ConfigureRequest, seconds: float) -> None:
         """Send its configuration and get the events that it wants. Raises PodkeelError; the plugin is closed then."""
@@ -147,13 +163,17 @@ class Plugin:
         return None
 
     async def call(self, method: str, request: Message, answer: type[Answer], seconds: float) -> Answer:
-        """One call; what it took is counted. Raises CallError, and PluginLostError when it is closed over it."""
+        """One call; what it took is counted.
+
+        Raises CallError, PluginLostError when it is closed over it, and InvalidArgumentError for an answer that has too
+        many parts.
+        """
         if self.closed:
             raise PluginLostError(self.closed)
         begin, failure = time.monotonic(), ""
         try:
             payload = await self._client.call(method, request.SerializeToString(), seconds)
-            return answer.FromString(payload)
+            return await self._shared.decoder.decode(answer, payload)
         except ttrpc.CallError as error:
             failure = str(error) if error.code != ttrpc.UNIMPLEMENTED else ""
             raise
@@ -166,10 +186,13 @@ class Plugin:
         except DecodeError:
             failure = f"its answer to {method} is no message of NRI"
             raise self._lost(failure) from None
+        except InvalidArgumentError as error:
+            failure = f"NRI plugin {self.title} answers {error.message}"
+            raise InvalidArgumentError(failure) from None
         finally:
             taken = time.monotonic() - begin
             self.calls.add(method, taken, failure)
-            self._totals.add(self.title, method, taken, failed=bool(failure))
+            self._shared.totals.add(self.title, method, taken, failed=bool(failure))
 
     def _lost(self, why: str) -> PluginLostError:
         self.close(why)
@@ -180,6 +203,7 @@ class Plugin:
         if self.closed:
             return
         self.closed = why
+        self._share.end()
         self._server.close()
         self._client.close(why)
         self._trunk.close(why)

@@ -16,6 +16,8 @@ from google.protobuf.message import DecodeError
 
 from host.errors import PodkeelError, UnavailableError
 from proto.ttrpc.v1 import ttrpc_pb2
+from runtime.nri.plugins.budget import Share
+from runtime.nri.plugins.decoding import Decoder
 from runtime.nri.plugins.trunk import Trunk
 
 BODY_LIMIT = 4 << 20
@@ -43,20 +45,28 @@ class CallError(PodkeelError):
 
 
 class Message(NamedTuple):
-    """One message; the body is None where it was over the limit and was dropped."""
+    """One message; the body is None where it was over the limit and was dropped.
+
+    ``counted`` are the bytes of it that its plugin's share of the budget has, until the receiver drops them.
+    """
 
     stream: int
     kind: int
     flags: int
     body: bytes | None
+    counted: int = 0
 
 
 class MessageReader:
-    """Cuts bytes into messages and gives each to ``received``; keeps at most one body of at most ``limit`` bytes."""
+    """Cuts bytes into messages and gives each to ``received``; keeps at most one body of at most ``limit`` bytes.
 
-    def __init__(self, received: Callable[[Message], None], limit: int = BODY_LIMIT) -> None:
+    What is kept is counted in ``share``. A message that comes in one piece is small, and not counted.
+    """
+
+    def __init__(self, received: Callable[[Message], None], share: Share, limit: int = BODY_LIMIT) -> None:
         self.limit = limit
         self._received = received
+        self._share = share
         self._buffer = bytearray()
         self._header: tuple[int, int, int] | None = None
         self._wanted = 0
@@ -80,6 +90,7 @@ class MessageReader:
                 length, *header = _HEADER.unpack(self._buffer)
                 self._header = (header[0], header[1], header[2])
                 self._buffer.clear()
+                self._share.drop(_HEADER.size)
                 self._wanted, self._dropped = (length, 0) if length <= self.limit else (0, length)
             if self._dropped:
                 taken = min(self._dropped, len(data) - at)
@@ -97,11 +108,16 @@ class MessageReader:
     def _fill(self, data: bytes, at: int, wanted: int) -> int:
         part = data[at : at + wanted - len(self._buffer)]
         self._buffer += part
+        self._share.add(len(part))
         return at + len(part)
+
+    def close(self) -> None:
+        """Keep nothing any more."""
+        self._buffer = bytearray()
 
     def _finish(self, body: bytes | None) -> None:
         assert self._header is not None
-        message = Message(*self._header, body)
+        message = Message(*self._header, body, len(self._buffer))
         self._header = None
         self._buffer.clear()
         self._received(message)
@@ -110,13 +126,24 @@ class MessageReader:
 class Client:
     """Calls the service that the other side has on ``connection``."""
 
-    def __init__(self, trunk: Trunk, connection: int, service: str, limit: int = BODY_LIMIT) -> None:
-        self._reader = MessageReader(self._received, limit)
+    def __init__(
+        self,
+        trunk: Trunk,
+        connection: int,
+        service: str,
+        *,
+        share: Share,
+        decoder: Decoder,
+        limit: int = BODY_LIMIT,
+    ) -> None:
+        self._reader = MessageReader(self._received, share, limit)
         self._trunk = trunk
         self._connection = connection
         self._service = service
+        self._share = share
+        self._decoder = decoder
         self._next = 1
-        self._pending: dict[int, asyncio.Future[bytes]] = {}
+        self._pending: dict[int, asyncio.Future[Message]] = {}
         self._unasked = 0
         trunk.receive_by(connection, self._reader.feed)
 
@@ -127,26 +154,43 @@ class Client:
     async def call(self, method: str, payload: bytes, seconds: float) -> bytes:
         """Call ``method`` and return the payload of its answer.
 
-        Raises CallError for an error that was answered, UnavailableError when the trunk ends, TimeoutError.
+        Raises CallError for an error that was answered, UnavailableError when the trunk ends, TimeoutError, and
+        InvalidArgumentError for an answer that has too many parts.
         """
         request = ttrpc_pb2.Request(
             service=self._service, method=method, payload=payload, timeout_nano=int(seconds * 1_000_000_000)
         )
         stream, self._next = self._next, (self._next + 2) % (1 << 32)
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[bytes] = loop.create_future()
+        answer: asyncio.Future[Message] = loop.create_future()
         self._trunk.write(self._connection, encode(stream, _REQUEST, request.SerializeToString()))
         self._pending[stream] = answer
         timer = loop.call_later(seconds, _expire, answer)
         try:
-            return await answer
+            message = await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self._share.drop(answer.result().counted)
+            raise
         finally:
             timer.cancel()
             self._pending.pop(stream, None)
             answer.cancel()
+        try:
+            response = await self._decoder.decode(ttrpc_pb2.Response, message.body or b"")
+        except DecodeError:
+            why = "it sent an answer that is no ttrpc message"
+            self._trunk.close(why)
+            raise UnavailableError(why) from None
+        finally:
+            self._share.drop(message.counted)
+        if response.status.code != OK:
+            raise CallError(response.status.code, shortened(response.status.message))
+        return response.payload
 
     def close(self, why: str) -> None:
         """Fail what is under way."""
+        self._reader.close()
         for answer in self._pending.values():
             if not answer.done():
                 answer.set_exception(UnavailableError(why))
@@ -154,25 +198,18 @@ class Client:
     def _received(self, message: Message) -> None:
         answer = self._pending.get(message.stream)
         if answer is None or answer.done() or message.kind != _RESPONSE:
+            self._share.drop(message.counted)
             self._unasked += 1  # too late, or never asked for
             if self._unasked > _MOST_UNASKED:
                 self._trunk.close(f"it sent more than {_MOST_UNASKED} answers to no call")
             return
         if message.body is None:
             answer.set_exception(CallError(RESOURCE_EXHAUSTED, f"the answer is larger than {BODY_LIMIT} bytes"))
-            return
-        try:
-            response = ttrpc_pb2.Response.FromString(message.body)
-        except DecodeError:
-            self._trunk.close("it sent an answer that is no ttrpc message")
-            return
-        if response.status.code != OK:
-            answer.set_exception(CallError(response.status.code, shortened(response.status.message)))
         else:
-            answer.set_result(response.payload)
+            answer.set_result(message)
 
 
-def _expire(answer: asyncio.Future[bytes]) -> None:
+def _expire(answer: asyncio.Future[Message]) -> None:
     if not answer.done():
         answer.set_exception(TimeoutError())
 
@@ -185,13 +222,23 @@ class Server:
     """
 
     def __init__(
-        self, trunk: Trunk, connection: int, service: str, handlers: Mapping[str, Handler], limit: int = BODY_LIMIT
+        self,
+        trunk: Trunk,
+        connection: int,
+        service: str,
+        handlers: Mapping[str, Handler],
+        *,
+        share: Share,
+        decoder: Decoder,
+        limit: int = BODY_LIMIT,
     ) -> None:
-        self._reader = MessageReader(self._received, limit)
+        self._reader = MessageReader(self._received, share, limit)
         self._trunk = trunk
         self._connection = connection
         self._service = service
         self._handlers = handlers
+        self._share = share
+        self._decoder = decoder
         self._calls: set[asyncio.Task[None]] = set()
         self._ignored = 0
         trunk.receive_by(connection, self._reader.feed)
@@ -202,11 +249,13 @@ class Server:
 
     def close(self) -> None:
         """Cancel what is under way."""
+        self._reader.close()
         for call in self._calls:
             call.cancel()
 
     def _received(self, message: Message) -> None:
         if message.kind != _REQUEST:
+            self._share.drop(message.counted)
             self._ignored += 1
             if self._ignored > _MOST_UNASKED:
                 self._trunk.close(f"it sent more than {_MOST_UNASKED} messages that are no requests")
@@ -235,6 +284,8 @@ class Server:
             await self._trunk.send(self._connection, encode(message.stream, _RESPONSE, response.SerializeToString()))
         except UnavailableError:
             return  # no caller waits for the answer any more
+        finally:
+            self._share.drop(message.counted)
 
     async def _call(self, message: Message, *, full: bool) -> bytes:
         if message.body is None:
@@ -242,7 +293,7 @@ class Server:
         if full:
             raise CallError(RESOURCE_EXHAUSTED, f"{MOST_CALLS_AT_ONCE} calls are under way already")
         try:
-            request = ttrpc_pb2.Request.FromString(message.body)
+            request = await self._decoder.decode(ttrpc_pb2.Request, message.body)
         except DecodeError:
             raise CallError(INVALID_ARGUMENT, "the message is no ttrpc request") from None
         handler = self._handlers.get(request.method) if request.service == self._service else None

@@ -15,8 +15,7 @@ from host.errors import InvalidArgumentError, PodkeelError
 from proto.nri.v1alpha1 import nri_pb2
 from proto.ttrpc.v1 import ttrpc_pb2
 from runtime.nri.plugins import events, ttrpc
-from runtime.nri.plugins.calls import CallTotals
-from runtime.nri.plugins.plugin import ALL_EVENTS, Plugin, PluginLostError
+from runtime.nri.plugins.plugin import ALL_EVENTS, Plugin, PluginLostError, Shared
 from runtime.nri.plugins.trunk import PAYLOAD_LIMIT, Trunk
 from tests.unit.nri.stubs import run_in_thread, stub
 
@@ -44,7 +43,7 @@ async def agent() -> AsyncIterator[Agent]:
     found: list[Agent] = []
 
     def connected(trunk: Trunk) -> None:
-        found.append(Agent(Plugin(trunk, no_updates, CallTotals()), trunk, theirs))
+        found.append(Agent(Plugin(trunk, no_updates, Shared()), trunk, theirs))
 
     def is_gone(why: str) -> None:
         found[0].plugin.close(why)

@@ -26,6 +26,7 @@ OUTPUT_LIMIT = 16 * 1024 * 1024
 _CHUNK = 256 * 1024
 # How long the end of a process is waited for that was killed.
 _HELD_SECONDS = 5.0
+_PF_EXITING = 0x4  # include/linux/sched.h
 
 
 class ProcessName(msgspec.Struct, frozen=True):
@@ -173,6 +174,19 @@ def state(pid: int) -> bytes:
             return stat.read().rpartition(b")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return b""
+
+
+def has_ended(process: ProcessName) -> bool:
+    """Whether the process is gone, or on its way out.
+
+    The init of a PID namespace stays for a time: the kernel first ends all others in it, and waits for their parents.
+    """
+    try:
+        with open(f"/proc/{process.pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return fields[0] in (b"Z", b"X") or int(fields[19]) != process.started or bool(int(fields[6]) & _PF_EXITING)
 
 
 def open_process(pid: int, started: int | None) -> int | None:

@@ -96,6 +96,7 @@ class ContainerExec:
             program=command[0],
             process=msgspec.json.encode(process),
             pids=partial(self._cgroups.processes, container.record.cgroup),
+            init=container.record.init,
             terminal=terminal,
             directory=directory,
             oom_score_adj=process.oom_score_adj,

@@ -112,9 +112,10 @@ class ExecCall:
     The OCI runtime detaches from the process, which then becomes a child of the agent. So no runtime stays beside it,
     and it keeps the descriptors that it was given. With a terminal (``terminal``), ``console`` receives the master.
     ``program`` is what the process executes, for errors. ``folder`` is the container's bundle; ``pids`` lists the
-    processes of the container's cgroup. ``directory`` is opened when the call is launched, for a ``process`` whose
-    working directory is DIRECTORY_BY_DESCRIPTOR. ``oom_score_adj`` is that of the process.
-    ``held_at`` is the root file system of a container in which the process is held until its terminal has a size.
+    processes of the container's cgroup, ``init`` is its first process. ``directory`` is opened when the call is
+    launched, for a ``process`` whose working directory is DIRECTORY_BY_DESCRIPTOR. ``oom_score_adj`` is that of the
+    process. ``held_at`` is the root file system of a container in which the process is held until its terminal has a
+    size.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class ExecCall:
         program: str,
         process: bytes,
         pids: Callable[[], Sequence[int]],
+        init: processes.ProcessName | None = None,
         terminal: bool = False,
         directory: WorkingDirectory | None = None,
         oom_score_adj: int = 0,
@@ -139,6 +141,7 @@ class ExecCall:
         self._program = program
         self._container_id = container_id
         self._pids = pids
+        self._init = init
         name = f"exec-{uuid.uuid4().hex}"
         self._pid_file = folder / f"{name}.pid"
         self.console: ConsoleSocket | None = None
@@ -233,7 +236,7 @@ class ExecCall:
                     complaint = complaint.replace(DIRECTORY_BY_DESCRIPTOR, self._directory.path)
                 if cannot_run_program(complaint):
                     raise InvalidArgumentError(naming(self._program, plain_message(complaint)))
-                if not self._pids():
+                if not self._pids() or (self._init is not None and processes.has_ended(self._init)):
                     raise WrongStateError(
                         f"container {self._container_id[:13]} ended before {self._program!r} was executed in it"
                     )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-_SECONDS = 0.003
+SECONDS = 0.003
 
 
 class Holdable(Protocol):
@@ -33,7 +33,7 @@ class Turns:
 
     def end_of_turn(self) -> float:
         """The time, of the monotonic clock, until which work that begins now may continue."""
-        return time.monotonic() + _SECONDS
+        return time.monotonic() + SECONDS
 
     def put_off(self, end: float, rest: Callable[[], None]) -> bool:
         """Have ``rest`` called in another turn of the loop if ``end`` has passed; returns whether it has."""

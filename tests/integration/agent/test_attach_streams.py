@@ -86,6 +86,7 @@ async def test_input_that_is_read_once_ends_when_its_client_goes_away(agent: Age
 async def test_terminal_with_resize(agent: AgentProcess, handler: str) -> None:
     script = "trap 'stty size' WINCH; echo ready; while :; do read -t 1 line && echo got $line; done"
     container = run(agent, "sh", "-c", script, handler=handler, tty=True, stdin=True)
+    await asyncio.to_thread(wait_for_log, agent.client, container.id)
     async with spdy(container.attach_url("stdin stdout", tty=True), "stdin", "stdout", "resize") as (client, ids):
         resize(client, ids["resize"], 123, 45)
         await arrives(client, ids["stdout"], b"45 123\r\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def test_process(run: Run) -> None:
 
 def test_mounts_through_links_of_the_image_stay_inside(run: Run, rootfs: Path, tmp_path: Path) -> None:
     (rootfs / "out").symlink_to("../../../../../../..")
+    inside = f"/tmp/{secrets.token_hex(8)}"
     (tmp_path / "given").mkdir()
     (tmp_path / "given/file").write_text("from the plugin\n")
     (tmp_path / "kept").mkdir()
@@ -65,10 +67,10 @@ def test_mounts_through_links_of_the_image_stay_inside(run: Run, rootfs: Path, t
         nri_pb2.Mount(destination="-/gone"),
         nri_pb2.Mount(destination="-/sys"),
         nri_pb2.Mount(destination="/replaced", source=str(tmp_path / "given"), type="bind", options=["rbind", "ro"]),
-        nri_pb2.Mount(destination="/out/tmp/x", source=str(tmp_path / "given"), type="bind"),
+        nri_pb2.Mount(destination=f"/out{inside}", source=str(tmp_path / "given"), type="bind"),
         nri_pb2.Mount(destination="/memory", source="tmpfs", type="tmpfs", options=["size=64k"]),
     ]
-    script = "echo @x; cat /tmp/x/file; echo @r; cat /replaced/file; touch /replaced/y 2>&1; echo @m; mount"
+    script = f"echo @x; cat {inside}/file; echo @r; cat /replaced/file; touch /replaced/y 2>&1; echo @m; mount"
     result = run(script, config=container(mounts=mounts), adjustment=adjustment(mounts=changes))
     seen = result.sections()
     assert seen["x"] == "from the plugin"
@@ -76,7 +78,7 @@ def test_mounts_through_links_of_the_image_stay_inside(run: Run, rootfs: Path, t
     points = [line.split()[2] for line in seen["m"].splitlines()]
     assert "/memory" in points
     assert not {"/gone", "/sys"} & set(points)
-    assert not (Path("/tmp/x").exists())
+    assert not Path(inside).exists()
 
 
 def test_mounts_are_refused_where_links_lead_them_over_proc(run: Run, rootfs: Path, tmp_path: Path) -> None:

@@ -2,17 +2,19 @@
 
 Follows oci-hooks(5), version 1.0.0. A file of a later folder takes the place of one with its name in an earlier one. A
 file that is wrong is left out, and so is the one it replaces.
+
+Patterns are RE2's, as with CRI-O and podman: matching takes time in proportion to the text, which the creator of a pod
+chooses. Python's can take forever, and would keep the agent from everything else meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 
@@ -47,7 +49,12 @@ class _When(msgspec.Struct, rename="camel", frozen=True, forbid_unknown_fields=T
     has_bind_mounts: bool | None = None
 
 
-class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Pattern(Protocol):
+    def search(self, text: str) -> object:
+        """Where the text matches; None if it does not."""
+
+
+class _File(msgspec.Struct, frozen=True):
     version: Literal["1.0.0"]
     hook: _Hook
     when: _When
@@ -70,8 +77,8 @@ class _Rule:
     hook: config.Hook
     stages: Sequence[str]
     when: _When
-    annotations: Sequence[tuple[re.Pattern[str], re.Pattern[str]]]
-    commands: Sequence[re.Pattern[str]]
+    annotations: Sequence[tuple[_Pattern, _Pattern]]
+    commands: Sequence[_Pattern]
 
     @property
     def on_the_node(self) -> bool:
@@ -122,7 +129,7 @@ class HooksDir:
             files |= _files_of(folder, problems)
         known: dict[str, tuple[tuple[int, ...], _Rule | str]] = {}
         rules = []
-        for _, path in sorted(files.items()):
+        for _, path in sorted(files.items(), key=lambda file: (file[0].lower(), file[0])):
             known[path] = self._rule(path)
             rule = known[path][1]
             if isinstance(rule, str):
@@ -184,12 +191,18 @@ def read_rule(path: Path) -> _Rule:
     )
 
 
-def _patterns(patterns: Iterable[str]) -> list[re.Pattern[str]]:
+def _patterns(patterns: Iterable[str]) -> list[_Pattern]:
     return [_pattern(pattern) for pattern in patterns]
 
 
-def _pattern(pattern: str) -> re.Pattern[str]:
+def _pattern(pattern: str) -> _Pattern:
+    import re2  # which few nodes need
+
+    options = re2.Options()
+    options.log_errors = False  # to standard error
     try:
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        compiled: _Pattern = re2.compile(pattern, options)
+    except re2.error as error:
+        why = error.args[0].decode(errors="replace") if error.args else ""
+        raise ValueError(f"{pattern!r} is not a regular expression: {why}") from error
+    return compiled

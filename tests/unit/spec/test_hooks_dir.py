@@ -62,6 +62,11 @@ def given(hooks: HooksDir, to: HookedContainer = PLAIN) -> list[str]:
         ({"annotations": {"^a$": ".*", "^b$": ".*"}}, HookedContainer({"a": "1"}, "x", False), False),
         ({"annotations": {"^a$": ".*", "^b$": ".*"}}, HookedContainer({"a": "1", "b": ""}, "x", False), True),
         ({"always": True, "commands": ["^none$"]}, PLAIN, False),
+        ({"commands": ["^/bin/[[:alpha:]]+$"]}, PLAIN, True),
+        ({"commands": ["^/bin/[[:digit:]]+$"]}, PLAIN, False),
+        ({"commands": [r"(?i)\bSERVE\b"]}, PLAIN, True),
+        ({"annotations": {"^a$": "^on$"}}, HookedContainer({"a": "on\n"}, "x", False), False),
+        ({"annotations": {"a": "é+$"}}, HookedContainer({"a": "éé"}, "x", False), True),
     ],
 )
 def test_every_condition_that_is_named_must_be_met(
@@ -80,6 +85,23 @@ def test_later_folders_replace_files_by_name_and_names_give_the_order(hooks: Hoo
     assert given(hooks) == ["10-a.json", "replaced"]
 
 
+def test_the_order_is_that_of_names_in_lower_case(hooks: HooksDir, write: Write) -> None:
+    for name in ("01-my-hook.json", "01-UPPERCASE.json", "02-another-hook.json", "Z.json", "y.json"):
+        write(name)
+    assert given(hooks) == ["01-my-hook.json", "01-UPPERCASE.json", "02-another-hook.json", "y.json", "Z.json"]
+
+
+def test_no_text_of_a_pod_makes_matching_slow(hooks: HooksDir, write: Write) -> None:
+    write("a.json", when={"annotations": {"^list$": "^(([a-z])+.)+[A-Z]([a-z])+$"}})
+    assert given(hooks, HookedContainer({"list": "a" * (64 << 10)}, "x", False)) == []
+
+
+def test_what_a_file_says_beside_the_hook_is_ignored(hooks: HooksDir, write: Write) -> None:
+    write("a.json", description="from the vendor's package")
+    assert given(hooks) == ["a.json"]
+    assert hooks.problems == {}
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"version": "0.1.0"}, "version"),
     ({"hook": {"path": "true"}}, "not absolute"),
@@ -88,7 +110,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"when": {}}, "when has no condition"),
     ({"when": {"commands": ["("]}}, "not a regular expression"),
     ({"when": {"annotations": {"a": "["}}}, "not a regular expression"),
+    ({"when": {"annotations": {"[": "a"}}}, "not a regular expression"),
+    ({"when": {"commands": ["(?=ahead)"]}}, "not a regular expression"),
     ({"when": {"sometimes": True}}, "sometimes"),
+    ({"hook": "not-an-object"}, "hook"),
+    ({"hook": {}}, "path"),
     ({"stages": []}, "stages is empty"),
     ({"stages": ["precreate"]}, "precreate"),
     ({"stages": "prestart"}, "stages"),

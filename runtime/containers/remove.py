@@ -72,13 +72,16 @@ class ContainerRemove:
         try:
             if container.record.state is not ContainerState.REMOVING:
                 async with self._hooks.passing():
-                    await self._hooks.remove_container(container, operation)
-                    async with operation.stage("intent"):
-                        await self._state.move(container, ContainerState.REMOVING)
+                    recorded = self._record_removal(container, operation)
+                    await self._hooks.beside(recorded, self._hooks.remove_container(container, operation))
             await self._finish_removal(container, operation)
         except (PodkeelError, OSError):
             self._state.take_back(container)
             raise
+
+    async def _record_removal(self, container: Container, operation: Operation) -> None:
+        async with operation.stage("intent"):
+            await self._state.move(container, ContainerState.REMOVING)
 
     async def _finish_removal(self, container: Container, operation: Operation) -> None:
         async with operation.stage("runtime"):

@@ -83,9 +83,8 @@ class PodRemove:
         try:
             if sandbox.record.state is not SandboxState.REMOVING:
                 async with self._hooks.passing():
-                    await self._hooks.remove_sandbox(sandbox, operation)
-                    async with operation.stage("intent"):
-                        await self._state.move(sandbox, SandboxState.REMOVING)
+                    recorded = self._record_removal(sandbox, operation)
+                    await self._hooks.beside(recorded, self._hooks.remove_sandbox(sandbox, operation))
             if not sandbox.record.torn_down:
                 await self._stops.tear_down(sandbox, operation)
             async with operation.stage("forget"):
@@ -96,3 +95,7 @@ class PodRemove:
         self._state.publish(cri_pb2.CONTAINER_DELETED_EVENT, sandbox)
         self._stops.forget(sandbox)
         _log.info("%s: removed", sandbox.title, extra=of_sandbox(sandbox, operation))
+
+    async def _record_removal(self, sandbox: Sandbox, operation: Operation) -> None:
+        async with operation.stage("intent"):
+            await self._state.move(sandbox, SandboxState.REMOVING)

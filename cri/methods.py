@@ -66,10 +66,11 @@ _NEEDS = {
     "CheckImages": Use.STREAMS_AND_IMAGES,
     "ImageFromCheckpoint": Use.STREAMS_AND_IMAGES,
     "CheckpointContainer": Use.STREAMS_AND_IMAGES,
+    "CheckpointPod": Use.STREAMS_AND_IMAGES,
 }
 
 # The calls of the CRI that this version does not have: they return UNIMPLEMENTED, and kubelet works without them.
-NOT_BUILT = frozenset({"CheckpointPod", "RestorePod"})
+NOT_BUILT = frozenset({"RestorePod"})
 
 Begin = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Call]
 

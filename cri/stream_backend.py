@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -43,7 +42,6 @@ class NodeBackend:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self._attached: Counter[str] = Counter()
 
     @asynccontextmanager
     async def exec(self, request: ExecRequest, size: TerminalSize | None) -> AsyncIterator[ContainerProcess]:
@@ -67,9 +65,9 @@ class NodeBackend:
         container = self._agent.state.running_container(request.container_id)
         descriptors.require(f"attach to {container.title}")
         folder = container.folder.path
-        if self._attached[container.id] >= ATTACH_LIMIT:
+        if container.attached >= ATTACH_LIMIT:
             raise LimitError(f"{container.title} has {ATTACH_LIMIT} clients attached already: end one of them")
-        self._attached[container.id] += 1
+        container.attached += 1
         try:
             console = AttachSocket.connect(folder)
             try:
@@ -77,9 +75,7 @@ class NodeBackend:
             finally:
                 console.close()
         finally:
-            self._attached[container.id] -= 1
-            if not self._attached[container.id]:
-                del self._attached[container.id]
+            container.attached -= 1
 
     async def connect(self, sandbox_id: str, port: int) -> socket.socket:
         """A connected, non-blocking TCP socket to the port on the pod's loopback.

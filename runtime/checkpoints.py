@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,10 @@ from runtime.state.state import State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from runtime.checkpoint.capture import Capture
     from runtime.checkpoint.documents import ConfigDump
     from runtime.checkpoint.dump import Checkpoints
+    from runtime.checkpoint.pod.save import PodCheckpoints
     from runtime.checkpoint.restore.restores import Restores, Source
 
 
@@ -55,6 +58,7 @@ class CheckpointService:
         self._monitors = monitors
         self._restores: Restores | None = None
         self._checkpoints: Checkpoints | None = None
+        self._pod_checkpoints: PodCheckpoints | None = None
         self.support = CheckpointSupport(options, handlers)
 
     def layer_of(self, image: Image) -> Path | None:
@@ -131,12 +135,33 @@ class CheckpointService:
             from runtime.checkpoint.dump import Checkpoints
 
             self._checkpoints = Checkpoints(
-                self._options,
+                self._capture(),
                 self.support,
                 state=self._state,
                 handlers=self._handlers,
                 layout=self._layout,
                 cgroups=self._cgroups,
-                snapshots=self._snapshots,
             )
         return await self._checkpoints.checkpoint(container_id, location, seconds)
+
+    async def checkpoint_pod(
+        self, sandbox_id: str, output: str, container_ids: Sequence[str], options: Mapping[str, str]
+    ) -> int:
+        """Write running containers of a pod to a folder: see ``PodCheckpoints.checkpoint``."""
+        if self._pod_checkpoints is None:
+            from runtime.checkpoint.pod.save import PodCheckpoints
+
+            self._pod_checkpoints = PodCheckpoints(
+                self._capture(),
+                self.support,
+                state=self._state,
+                handlers=self._handlers,
+                layout=self._layout,
+                cgroups=self._cgroups,
+            )
+        return await self._pod_checkpoints.checkpoint(sandbox_id, output, container_ids, options)
+
+    def _capture(self) -> Capture:
+        from runtime.checkpoint.capture import Capture
+
+        return Capture(self._options, self.support, self._cgroups, self._snapshots)

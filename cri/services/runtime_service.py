@@ -235,6 +235,12 @@ class RuntimeService(StatsCalls):
         await self._agent.checkpoints.checkpoint(request.container_id, request.location, request.timeout)
         return cri_pb2.CheckpointContainerResponse()
 
+    async def checkpoint_pod(self, request: cri_pb2.CheckpointPodRequest) -> cri_pb2.CheckpointPodResponse:
+        """Write containers of a pod to a folder; they run on."""
+        ids, options = list(request.container_ids), dict(request.options)
+        await self._agent.checkpoints.checkpoint_pod(request.pod_sandbox_id, request.output_path, ids, options)
+        return cri_pb2.CheckpointPodResponse()
+
     async def get_container_events(self, _request: cri_pb2.GetEventsRequest) -> AsyncIterator[bytes]:
         """Events from now on."""
         subscription = self._agent.state.events.subscribe()

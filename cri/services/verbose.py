@@ -61,8 +61,15 @@ def sandbox_information(agent: Agent, sandbox: Sandbox) -> dict[str, Any]:
         "addresses": list(record.addresses),
         "resources": _resources(record.resources),
         "overhead": _resources(record.overhead),
+        "checkpointing": _checkpointing(agent, sandbox),
         "operations": operations(sandbox.operations),
     }
+
+
+def _checkpointing(agent: Agent, sandbox: Sandbox) -> list[str]:
+    """The names of the containers of which a checkpoint is being made."""
+    containers = agent.state.containers_of(sandbox)
+    return [container.config.metadata.name for container in containers if container.checkpoint is not None]
 
 
 def _resources(encoded: bytes) -> dict[str, Any]:
@@ -103,6 +110,7 @@ def container_information(agent: Agent, container: Container) -> dict[str, Any]:
         "rootfs": str(folder.rootfs),
         "runtimeSpec": spec,
         "changedBy": record.changed_by,
+        "checkpointing": container.checkpoint is not None,
         "operations": operations(container.operations),
     }
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtime.checkpoint import documents
@@ -41,10 +41,10 @@ def save_files(saved: Saved, folder: Path, check: Callable[[], None]) -> None:
     with _new_file(folder / documents.DELETED) as target:
         _write_all(target, documents.deleted_files(removed))
     if saved.shared_memory is not None:
-        _save_tree(saved.shared_memory, folder / documents.SHARED_MEMORY, check)
+        save_tree(saved.shared_memory, folder / documents.SHARED_MEMORY, check)
     for name, volume in saved.volumes.items():
         (folder / documents.VOLUMES).mkdir(mode=0o700, exist_ok=True)
-        _save_tree(volume, folder / documents.VOLUMES / f"{name}.tar", check)
+        save_tree(volume, folder / documents.VOLUMES / f"{name}.tar", check)
 
 
 def write_archive(
@@ -100,7 +100,13 @@ def _add_file(archive: TarWriter, name: str, path: Path) -> None:
         os.close(descriptor)
 
 
-def _save_tree(source: Path, target: Path, check: Callable[[], None]) -> None:
+def without_shared_memory(saved: Saved) -> Saved:
+    """The same files without the pod's shared memory."""
+    return replace(saved, shared_memory=None)
+
+
+def save_tree(source: Path, target: Path, check: Callable[[], None]) -> None:
+    """Write the folder ``source`` to the new tar file ``target``. Raises OSError."""
     root = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with _new_file(target) as descriptor:

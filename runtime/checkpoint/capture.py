@@ -41,15 +41,18 @@ class Capture:
         self._cgroups = cgroups
         self._snapshots = snapshots
 
+    async def refuse_paused(self, container: Container) -> None:
+        """Raise WrongStateError for a container that others have frozen. It must stay so: call it before ``freeze``."""
+        if await in_thread(self._cgroups.is_frozen, container.record.cgroup):
+            raise WrongStateError(f"{container.title} is paused: resume it first")
+
     async def freeze(self, container: Container) -> None:
         """Freeze a running container; the caller thaws it, also after an error.
 
-        Raises WrongStateError for one that does not run or is paused, DeadlineError if it cannot be frozen.
+        Raises WrongStateError for one that does not run, DeadlineError if it cannot be frozen.
         """
         require_running(container)
         path = container.record.cgroup
-        if await in_thread(self._cgroups.is_frozen, path):
-            raise WrongStateError(f"{container.title} is paused: resume it first")
         if not await in_thread(self._cgroups.freeze, path, FREEZE_SECONDS):
             raise DeadlineError(f"{container.title} cannot be frozen: a process of it waits in the kernel")
 

@@ -57,9 +57,9 @@ def config_dump(container: Container) -> bytes:
             rootfs_image_ref=record.image_ref,
             rootfs_image_name=record.restored_image or image.user_specified_image or image.image,
             runtime=record.handler,
-            created_time=_rfc3339(record.created_at),
-            checkpointed_time=_rfc3339(time.time_ns()),
-            restored_time=_rfc3339(0),
+            created_time=rfc3339(record.created_at),
+            checkpointed_time=rfc3339(time.time_ns()),
+            restored_time=rfc3339(0),
         )
     )
 
@@ -102,7 +102,8 @@ def deleted_files(removed: list[str]) -> bytes:
     return _encoded(removed)
 
 
-def _rfc3339(nanoseconds: int) -> str:
+def rfc3339(nanoseconds: int) -> str:
+    """A time in nanoseconds since the epoch as RFC 3339 writes it; 0 is the year 1, as Go writes no time."""
     moment = datetime.fromtimestamp(nanoseconds // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%S")
     return f"{moment}.{nanoseconds % 10**9:09d}Z" if nanoseconds else "0001-01-01T00:00:00Z"
 

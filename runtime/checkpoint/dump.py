@@ -14,12 +14,10 @@ from host.concurrency.threads import in_fresh_thread, in_long_thread, in_thread
 from host.concurrency.undo import Undo
 from host.errors import DeadlineError, InvalidArgumentError, NotFoundError, UnsupportedError, WrongStateError
 from host.stages import Operation
-from images.snapshots.store import SnapshotStore
 from runtime.cgroups.tree import CgroupTree
 from runtime.checkpoint import archive, documents, interrupted
 from runtime.checkpoint.capture import Capture, require_running
 from runtime.checkpoint.long_work import stoppable
-from runtime.checkpoint.options import CheckpointOptions
 from runtime.checkpoint.support import CheckpointSupport
 from runtime.layout import Layout
 from runtime.oci.handlers import Handlers
@@ -36,16 +34,15 @@ class Checkpoints:
 
     def __init__(
         self,
-        options: CheckpointOptions,
+        capture: Capture,
         support: CheckpointSupport,
         *,
         state: State,
         handlers: Handlers,
         layout: Layout,
         cgroups: CgroupTree,
-        snapshots: SnapshotStore,
     ) -> None:
-        self._capture = Capture(options, support, cgroups, snapshots)
+        self._capture = capture
         self._support = support
         self._state = state
         self._handlers = handlers
@@ -112,6 +109,7 @@ class Checkpoints:
     async def _save(self, container: Container, runtime: OciRuntime, folder: Path, operation: Operation) -> float:
         """Save processes and files while the container is frozen; returns for how many seconds it was."""
         saved = self._capture.saved(container)
+        await self._capture.refuse_paused(container)
         begin = time.perf_counter()
         async with Undo(container.title) as undo:
             undo.push("its being frozen", partial(in_thread, self._cgroups.thaw, container.record.cgroup))

@@ -83,13 +83,15 @@ class Recovery:
         if not await in_thread(_has_entries, self.audit.layout.checkpoints):
             return
         from runtime.checkpoint.interrupted import settle  # only where there are any
+        from runtime.checkpoint.pod.interrupted import settle as settle_pods
 
         def thaw(container_id: str) -> None:
             container = self.state.containers.exact(container_id)
             if container is not None:
                 self.cgroups.thaw(container.record.cgroup)
 
-        self.audit.findings["checkpoint interrupted"] += await in_thread(settle, self.audit.layout.checkpoints, thaw)
+        for work in (settle_pods, settle):
+            self.audit.findings["checkpoint interrupted"] += await in_thread(work, self.audit.layout.checkpoints, thaw)
 
     def _correct_processes(self, containers: Sequence[Container]) -> None:
         """Have no record name a process that is not its container's: it would be signalled and waited for."""

@@ -73,7 +73,7 @@ class Container:
     that the agent sent SIGKILL to its first process while that ran, ``evicted`` names the plugin of the node that ended
     it, and the reason. ``stops`` counts the calls that wait for its end now, and ``stop_deadline`` is their earliest
     deadline, on the loop's clock. ``log_lock`` serialises openings of its log. ``checkpoint`` is the work that may have
-    it frozen now; a stop of the container cancels it first.
+    it frozen now; a stop of the container cancels it first. ``attached`` counts the clients that are attached to it.
     """
 
     id: str
@@ -90,6 +90,7 @@ class Container:
     evicted: str = ""
     monitor_descriptor: int | None = None
     checkpoint: asyncio.Future[int] | None = None
+    attached: int = 0
     stops: int = 0
     stop_deadline: float | None = None
     stop_changed: asyncio.Event = field(default_factory=asyncio.Event)

@@ -55,6 +55,7 @@ class Sandbox:
 
     ``lock`` serialises what changes it; while it is ``closing`` it takes no new containers. ``port_forwards`` are tasks
     with sockets in its network, which would keep that alive: they are cancelled before it is taken down.
+    ``checkpoint`` is the work that saves containers of it now.
     """
 
     id: str
@@ -65,6 +66,7 @@ class Sandbox:
     holder_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     closing: bool = False
     port_forwards: set[asyncio.Task[object]] = field(default_factory=set)
+    checkpoint: asyncio.Future[int] | None = None
     operations: list[Operation] = field(default_factory=list)
     list_item: bytes | None = None
     statistics: object | None = None

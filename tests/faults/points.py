@@ -28,6 +28,8 @@ _OPERATIONS = {
     ("runtime/checkpoints.py", "make_image"): ("ImageFromCheckpoint",),
     ("runtime/checkpoint/dump.py", "_checkpoint"): ("CheckpointContainer",),
     ("runtime/checkpoint/dump.py", "_save"): ("CheckpointContainer",),
+    ("runtime/checkpoint/pod/save.py", "_checkpoint"): ("CheckpointPod",),
+    ("runtime/checkpoint/pod/save.py", "_save"): ("CheckpointPod",),
     ("images/registry/resolve.py", "fetch"): ("PullImage",),
     ("images/puller.py", "import_archive"): ("ImportImage",),
     ("images/puller.py", "_install_layers"): ("PullImage", "ImportImage"),

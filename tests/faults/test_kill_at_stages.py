@@ -13,7 +13,7 @@ from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.faults.conftest import FaultyAgent, Stage
 from tests.faults.points import points, stages_without_operation
-from tests.support.checkpoints import abilities, checkpoint, image_of, made_up, nothing_is_left
+from tests.support.checkpoints import abilities, checkpoint, checkpoint_pod, image_of, made_up, nothing_is_left
 from tests.support.pods import POLITE, container_config, sandbox_config, shared_pids, wait_for_log
 
 
@@ -210,6 +210,24 @@ def _checkpoint_container(stage: Stage, point: str) -> None:
     stage.assert_whole()
 
 
+def _checkpoint_pod(stage: Stage, point: str) -> None:
+    why = abilities(stage.agent).get("crun", "it does not work here")
+    if why != "able":
+        pytest.skip(f"crun cannot make checkpoints here: {why}")
+    sandbox_id, container_id = _container_of(stage, started=True)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        _killed(stage.agent, point, lambda: checkpoint_pod(stage.agent, sandbox_id, place, [container_id]))
+        if point.endswith("commit:after"):
+            assert (place / "pod.json").is_file()
+            work = stage.agent.data / "checkpoints"
+            assert list(work.iterdir()) == []
+        else:
+            nothing_is_left(stage.agent, place)
+    assert stage.agent.client.output(container_id, "echo", "runs") == "runs\n"
+    stage.assert_whole()
+
+
 def _image_from_checkpoint(stage: Stage, point: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         archive = made_up(Path(folder))
@@ -230,6 +248,7 @@ _SCENARIOS: dict[str, Callable[[Stage, str], None]] = {
     "StopContainer": _stop_container,
     "RemoveContainer": _remove_container,
     "CheckpointContainer": _checkpoint_container,
+    "CheckpointPod": _checkpoint_pod,
     "ImageFromCheckpoint": _image_from_checkpoint,
     "UpdateContainerResources": _update_container_resources,
     "PullImage": _pull_image,

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,24 @@ def image_of(agent: AgentProcess, archive: Path, name: str = CHECKPOINT_IMAGE) -
     """Make an image of an archive; its name."""
     agent.client.call("ImageFromCheckpoint", agent_pb2.ImageFromCheckpointRequest(path=str(archive), name=name))
     return name
+
+
+def checkpoint_pod(agent: AgentProcess, sandbox_id: str, place: Path, ids: Sequence[str], **options: str) -> None:
+    """CheckpointPod."""
+    request = cri_pb2.CheckpointPodRequest(
+        pod_sandbox_id=sandbox_id, output_path=str(place), container_ids=ids, options=options
+    )
+    agent.client.call("CheckpointPod", request)
+
+
+def run_pod(
+    agent: AgentProcess, *configs: cri_pb2.ContainerConfig, sandbox: cri_pb2.PodSandboxConfig | None = None
+) -> tuple[str, list[str]]:
+    """A new pod of crun's with started containers; its id and theirs."""
+    sandbox = sandbox or sandbox_config(agent)
+    request = cri_pb2.RunPodSandboxRequest(config=sandbox, runtime_handler="crun")
+    sandbox_id = agent.client.call("RunPodSandbox", request).pod_sandbox_id
+    ids = [agent.client.create(sandbox_id, config, sandbox) for config in configs]
+    for container_id in ids:
+        agent.client.start(container_id)
+    return sandbox_id, ids

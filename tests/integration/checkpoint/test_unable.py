@@ -47,14 +47,3 @@ def test_status_and_check_say_so(unable: AgentProcess) -> None:
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert checks["checkpoints"]["state"] == "ok"
     assert "CRIU is not installed" in checks["checkpoints"]["detail"]
-
-
-def test_calls_for_pods_are_not_built(unable: AgentProcess) -> None:
-    for name, request in (
-        ("CheckpointPod", cri_pb2.CheckpointPodRequest()),
-        ("RestorePod", cri_pb2.RestorePodRequest()),
-    ):
-        with pytest.raises(grpc.RpcError) as failure:
-            unable.client.call(name, request)
-        assert failure.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        assert name in failure.value.details()

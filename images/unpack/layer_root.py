@@ -33,9 +33,10 @@ def is_clean(name: bytes) -> bool:
 
 
 def clean(name: bytes) -> bytes:
-    """``name`` relative to the root, without empty, ``.`` and ``..`` parts; TarError for one that climbs out."""
-    if not name:
-        raise TarError("an entry has no name")
+    """``name`` relative to the root, without empty, ``.`` and ``..`` parts; TarError for one that climbs out.
+
+    An empty name is that of the root, as in containerd.
+    """
     if len(name) > LONGEST_NAME:
         raise TarError(f"{shown(name)} has a name of {len(name)} bytes, the longest may have {LONGEST_NAME}")
     name = name.removeprefix(b"./")

@@ -64,6 +64,7 @@ class LayerWriter:
         self._root = LayerRoot()
         self._times: dict[bytes, int] = {}
         self._groups_inherited = False
+        self._has_whiteouts = False
         self._places = DevicePlaces(self._root)
         self.devices: list[Device] = []
         self.entries = 0
@@ -231,14 +232,16 @@ class LayerWriter:
 
     def _hard_link(self, entry: Entry, path: bytes) -> None:
         target = clean(entry.link)
-        if target == path:
-            return
+        missing = TarError(f"{shown(entry.name)} is a hard link to {shown(entry.link)}, which is not in this layer")
+        if target == path or self._has_whiteouts:
+            if self._root.kind(target) in (0, _WHITED_OUT):
+                raise missing
+            if target == path:
+                return
         try:
             self._make(path, lambda name: self._root.link(target, path))
         except FileNotFoundError as error:
-            raise TarError(
-                f"{shown(entry.name)} is a hard link to {shown(entry.link)}, which is not in this layer"
-            ) from error
+            raise missing from error
         self._places.linked(path)
 
     def _device(self, entry: Entry, path: bytes) -> None:
@@ -258,6 +261,7 @@ class LayerWriter:
         if hidden in (b"", b".", b".."):
             raise TarError(f"{shown(entry.name)} is a whiteout of {shown(hidden)}")
         name = folder + b"/" + hidden if folder else hidden
+        self._has_whiteouts = True
         try:
             os.mknod(self._root.near(name), stat.S_IFCHR, 0)
         except (FileNotFoundError, NotADirectoryError):

@@ -37,7 +37,9 @@ _READ = 1 << 20
 _GZIP_READ = 512 << 10
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_LONGEST_MARK = 10
 _ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)
+_OTHERS = {b"\xfd7zXZ\0": "xz", b"BZh91AY&SY": "bzip2", b"\x04\x22\x4d\x18": "lz4"}
 _DAMAGE = frozenset(("BadGzipFile", "IsalError", "ZstdError"))
 
 MEMORY_LIMIT = 1 << 30
@@ -52,9 +54,9 @@ class Input(io.RawIOBase):
 
     def __init__(self) -> None:
         self._head = b""
-        while len(self._head) < 4 and (chunk := os.read(0, _READ)):
+        while len(self._head) < _LONGEST_MARK and (chunk := os.read(0, _READ)):
             self._head += chunk
-        self.start = self._head[:4]
+        self.start = self._head[:_LONGEST_MARK]
 
     def readable(self) -> bool:
         """Yes."""
@@ -91,12 +93,15 @@ def decompressed(source: Input) -> Callable[[int], bytes]:
         decompressor = _zstd().ZstdDecompressor(max_window_size=ZSTD_WINDOW)
         plain = decompressor.stream_reader(buffered, read_size=_READ, read_across_frames=True)
         return _sound(plain.read)
+    for mark, name in _OTHERS.items():
+        if source.start.startswith(mark):
+            raise TarError(f"it is compressed with {name}: layers may be compressed with gzip or zstd")
     return buffered.read1
 
 
 def is_zstd(start: bytes) -> bool:
     """Whether these first bytes are those of a zstd frame, or of one to be skipped."""
-    return start == _ZSTD or int.from_bytes(start, "little") in _ZSTD_SKIPPABLE
+    return start[:4] == _ZSTD or int.from_bytes(start[:4], "little") in _ZSTD_SKIPPABLE
 
 
 def _sound(read: Callable[[int], bytes]) -> Callable[[int], bytes]:

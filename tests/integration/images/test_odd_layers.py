@@ -249,6 +249,22 @@ async def test_what_no_file_can_have_is_refused_with_its_entry(node: Node, bad: 
     assert "layer 1 of 1" in message
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        file(b".wh.gone") + Header(b"bad", b"1", link=b"gone").encode(),
+        file(b"d/.wh.gone") + Header(b"bad", b"1", link=b"d/gone").encode(),
+        Header(b"bad", b"1", link=b"bad").encode(),
+        Header(b"bad", b"1", link=b"later").encode() + file(b"later", b"x"),
+        Header(b"bad", b"1", link=b"").encode(),
+    ],
+)
+async def test_hard_links_to_what_the_layer_does_not_have(node: Node, bad: bytes) -> None:
+    message = await refused(node, archive(file(b"sound", b"x"), bad))
+    assert "'bad' is a hard link to" in message
+    assert "not in this layer" in message
+
+
 async def test_times_that_do_not_fit_are_those_of_containerd(node: Node) -> None:
     layer = archive(
         pax(record(b"mtime", b"99999999999.5")) + file(b"far"),

@@ -17,6 +17,7 @@ from host.files import mounts
 from host.processes import run
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, entry, folder, make_tar
+from tests.support.raw_tar import Header, archive, file
 
 CAPABILITY = bytes.fromhex("0100000202040000000000000000000000000000")
 
@@ -351,3 +352,9 @@ async def test_a_full_disk_is_said_and_nothing_stays(node: Node, tmp_path: Path)
     finally:
         await full.stop()
         mounts.unmount(small)
+
+
+async def test_an_empty_name_is_that_of_the_root(node: Node) -> None:
+    assert "names the layer's root but is not a folder" in await refused(node, archive(file(b"", b"x")))
+    root = await unpacked(node, archive(Header(b"", b"5", mode=b"0000711\0").encode(), file(b"after", b"x")))
+    assert (stat.S_IMODE(root.stat().st_mode), (root / "after").read_text()) == (0o711, "x")

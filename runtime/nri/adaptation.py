@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -100,8 +100,13 @@ class Adaptation:
         """Whether any plugin asked for an event."""
         return any(plugin.wants(event.number) for plugin in self._plugins)
 
-    def new_trunk(self, config: str = "", name: str = "", index: str = "") -> Trunk:
-        """The protocol of a socket that a plugin has connected, or of one that it was started with."""
+    def new_trunk(
+        self, config: str = "", name: str = "", index: str = "", closed: Callable[[], None] | None = None
+    ) -> Trunk:
+        """The protocol of a socket that a plugin has connected, or of one that it was started with.
+
+        ``closed`` is called when the connection is gone.
+        """
         admitted: list[Plugin] = []
 
         def connected(trunk: Trunk) -> None:
@@ -116,6 +121,8 @@ class Adaptation:
         def ended(why: str) -> None:
             for plugin in admitted:
                 self._lose(plugin, why)
+            if closed is not None:
+                closed()
 
         return Trunk(connected, ended)
 

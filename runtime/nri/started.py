@@ -11,6 +11,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from host import processes
@@ -27,7 +28,7 @@ _END_SECONDS = 2.0
 _SOCKET = 3  # the plugin's descriptor
 _log = logging.getLogger("podkeel.nri")
 
-NewTrunk = Callable[[str, str, str], Trunk]
+NewTrunk = Callable[[str, str, str, Callable[[], None]], Trunk]
 NoteGone = Callable[[str, str], None]
 
 
@@ -48,9 +49,10 @@ class _Program:
 class StartedPlugins:
     """The plugins of ``options.plugin_dir``.
 
-    ``new_trunk`` makes the protocol of a plugin's socket from configuration, name and index. ``note_gone`` is
-    called with the title of a plugin that cannot be started or ended by itself, and why. ``record`` is a file that
-    names the processes, so that the next start ends those of an agent that was killed.
+    ``new_trunk`` makes the protocol of a plugin's socket from configuration, name, index, and what to call when the
+    connection is gone. ``note_gone`` is called with the title of a plugin that cannot be started or ended by itself,
+    and why. ``record`` is a file that names the processes, so that the next start ends those of an agent that was
+    killed.
     """
 
     def __init__(self, options: NriOptions, new_trunk: NewTrunk, note_gone: NoteGone, record: Path) -> None:
@@ -85,9 +87,19 @@ class StartedPlugins:
         self._running[pid] = (program.title, pidfd)
         processes.watch_exit(pidfd, lambda: self._ended(pid))
         await in_thread(self._write_record)
-        trunk = self._new_trunk(program.configuration, program.name, program.index)
+        trunk = self._new_trunk(program.configuration, program.name, program.index, partial(self._disconnected, pid))
         await asyncio.get_running_loop().create_connection(lambda: trunk, sock=ours)
         _log.info("nri: plugin %s: started: %s, pid %d", program.title, program.path, pid)
+
+    def _disconnected(self, pid: int) -> None:
+        """A plugin that was closed cannot come back, so its process has nothing to do any more."""
+        asyncio.get_running_loop().call_later(_END_SECONDS, self._end_rest, pid)
+
+    def _end_rest(self, pid: int) -> None:
+        if pid in self._running:
+            title = self._running[pid][0]
+            _log.warning("nri: plugin %s: pid %d did not end after its connection was closed: it is killed", title, pid)
+            processes.kill_group(pid)
 
     def _ended(self, pid: int) -> None:
         title, pidfd = self._running.pop(pid)

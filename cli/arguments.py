@@ -207,6 +207,18 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
         "Its processes continue where they were. The image made from the archive is kept.",
     )
     parser.add_argument("--name", metavar="NAME", help="name of the container (default: as it was checkpointed)")
+    parser.add_argument(
+        "--volume",
+        metavar="HOST:CONTAINER[:ro]",
+        action="append",
+        default=[],
+        help="a path of the node for a mount that the container had; once for each",
+    )
+    parser.add_argument(
+        "--unmasked",
+        action="store_true",
+        help="the container may read and write all of /proc, as the one that was checkpointed",
+    )
     parser.add_argument("archive", metavar="ARCHIVE", help="a file of podkeel checkpoint, on the agent's node")
     parser.add_argument("pod", metavar="POD", help=_POD)
     parser = commands.add("stats", "cli.stats:stats", "show what containers use of CPU, memory and disk")
@@ -271,6 +283,18 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         "cli.checkpoints.checkpoint:make_image",
         "make an image of a checkpoint archive",
         "It holds the container's memory, and so its secrets.",
+    )
+    parser.add_argument(
+        "--volume",
+        metavar="HOST:CONTAINER[:ro]",
+        action="append",
+        default=[],
+        help="a path of the node for a mount that the container had; once for each",
+    )
+    parser.add_argument(
+        "--unmasked",
+        action="store_true",
+        help="the container may read and write all of /proc, as the one that was checkpointed",
     )
     parser.add_argument("archive", metavar="ARCHIVE", help="a file of podkeel checkpoint, on the agent's node")
     parser.add_argument("name", metavar="NAME", help="name of the image")

@@ -9,6 +9,8 @@ from pathlib import Path
 from cli.client import Client
 from cli.connect import connect
 from cli.lookup import find_container, find_pod
+from cli.manifest.manifest import MASKED_PATHS, READONLY_PATHS
+from host.errors import InvalidArgumentError, NotFoundError
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 
@@ -34,23 +36,52 @@ def make_image(options: argparse.Namespace) -> None:
 
 
 def restore(options: argparse.Namespace) -> None:
-    """Restore a container from an archive into a pod, and print its id."""
+    """Restore a container from an archive into a pod, and print its id.
+
+    Raises InvalidArgumentError and NotFoundError.
+    """
+    mounts = [_mount(text) for text in options.volume]
+    path = Path(options.archive).absolute()
     with connect(options) as client:
         pod = find_pod(client, options.pod)
-        path = Path(options.archive).absolute()
-        mark = hashlib.sha256(f"{path} {path.stat().st_mtime_ns}".encode()).hexdigest()
-        image = _image_of(client, options.archive, f"localhost/checkpoint:{mark[:16]}")
+        status = client.call(
+            cri_pb2.PodSandboxStatusRequest(pod_sandbox_id=pod.id), cri_pb2.PodSandboxStatusResponse, "look at the pod"
+        ).status
+        image = _image_of(client, options.archive, f"localhost/checkpoint:{_mark(path)}")
         name = options.name or image.container
         config = cri_pb2.ContainerConfig(
             metadata=cri_pb2.ContainerMetadata(name=name),
             image=cri_pb2.ImageSpec(image=image.name),
             log_path=f"{name}-restored.log",
+            mounts=mounts,
         )
+        context = config.linux.security_context
+        context.namespace_options.CopyFrom(status.linux.namespaces.options)
+        if not options.unmasked:
+            context.masked_paths.extend(MASKED_PATHS)
+            context.readonly_paths.extend(READONLY_PATHS)
         request = cri_pb2.CreateContainerRequest(pod_sandbox_id=pod.id, config=config)
         made = client.call(request, cri_pb2.CreateContainerResponse, f"create container {name!r}", timeout=None)
         start = cri_pb2.StartContainerRequest(container_id=made.container_id)
         client.call(start, cri_pb2.StartContainerResponse, f"restore container {name!r}", timeout=None)
     print(made.container_id)
+
+
+def _mark(path: Path) -> str:
+    """Stands for the present content of a file: another name of its image would be a copy of that."""
+    try:
+        changed = path.stat().st_mtime_ns
+    except OSError as error:
+        raise NotFoundError(f"checkpoint archive {path}: {error.strerror}") from error
+    return hashlib.sha256(f"{path} {changed}".encode()).hexdigest()[:16]
+
+
+def _mount(text: str) -> cri_pb2.Mount:
+    source, _, place = text.partition(":")
+    place, _, mode = place.partition(":")
+    if not source.startswith("/") or not place.startswith("/") or mode not in ("", "ro"):
+        raise InvalidArgumentError(f"--volume {text}: expected HOST:CONTAINER or HOST:CONTAINER:ro, absolute paths")
+    return cri_pb2.Mount(host_path=source, container_path=place, readonly=mode == "ro")
 
 
 def _image_of(client: Client, archive: str, name: str) -> agent_pb2.ImageFromCheckpointResponse:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import shutil
+import time
 from pathlib import Path
+
+_log = logging.getLogger("podkeel.checkpoint")
 
 _LARGEST_LOG = 64 << 20  # only the end of a larger one is read
 _LONGEST_LINE = 300
 _MOST_LINES = 3
-_ERROR = re.compile(r"^\(\d+\.\d+\)\s+(?:\d+: )?Error \([^)]*\): (.*)$")
+_ERROR = re.compile(r"^\(\d+\.\d+\)\s+(?:(\d+): )?Error \([^)]*\): (.*)$")
+_TASK = re.compile(r"^\(\d+\.\d+\) (?:Dumping task|Dumping processes) \(pid: (\d+) comm: (.*)\)$")
+_DESCRIPTOR = re.compile(r"^\(\d+\.\d+\) \d+ fdinfo (\d+): ")
+_PATH = re.compile(r"^\(\d+\.\d+\) Dumping path for -?\d+ fd via self \d+ \[(.*)\]$")
+_AFTER_FILES = re.compile(r"^\(\d+\.\d+\) (?:Dumping pages|Dumping core|Dumping opened files)\b")
 # Messages of CRIU without an error, and those that only repeat that it failed.
 _NO_REASON = re.compile(
     r"rlimit: Can't setup RLIMIT_NOFILE|^exited, status=|^Dumping FAILED|^Restoring FAILED|^Dump .* failed with"
@@ -27,6 +36,10 @@ _MEANINGS = (
         "a process has a large file open that was deleted",
     ),
     (
+        r"sockets: Can't get 1:(?:16|34) opt: Operation not supported",
+        "it has a TCP or UDP socket, and CRIU before 4.2 cannot save one on Linux 6.16 or later: update CRIU",
+    ),
+    (
         r"[Cc]an't get rlimit .*not permitted",
         "the agent has not CAP_SYS_RESOURCE, which containers of other users than root take",
     ),
@@ -34,13 +47,13 @@ _MEANINGS = (
         r"link-remap|Can't create link remap",
         "a process has a file open whose name was removed, and which has another name: close it",
     ),
+    (r"io_uring|anon_inode:\[io_uring\]", "a process uses io_uring, which cannot be saved: turn it off"),
     (
         r"(?:chr|blk|char|block)dev|Can't dump file .* of that type|device .* not supported|Unknown device",
         "a process has a device open that cannot be saved: close it",
     ),
     (r"(?:unix|External).*socket|ext-unix-sk", "a process has a unix socket open that leads out of the container"),
     (r"inotify|fanotify|irmap", "a process watches a file that cannot be found again"),
-    (r"io_uring|anon_inode:\[io_uring\]", "a process uses io_uring, which cannot be saved: turn it off"),
     (r"perf_event|bpf", "a process uses perf or BPF, which cannot be saved"),
     (
         r"doesn't have a proper root mount|Mount .* unreachable|Can't lookup mount|mnt:.*(?:unsupported|not supported)",
@@ -60,27 +73,65 @@ _MEANINGS = (
 
 
 def reason(log: Path) -> str:
-    """Why CRIU failed: the cause, if its log shows it, and CRIU's own message; empty if there is none."""
-    complaints = _complaints(log)
+    """Why CRIU failed: the cause, if its log shows it, CRIU's own message, and the process and what it has open.
+
+    Empty if the log has no error. Pids are the node's when a checkpoint failed, and the container's when a restore did.
+    """
+    complaints, place = _complaints(log)
     if not complaints:
         return ""
     text = "; ".join(complaints)
     meaning = next((meaning for pattern, meaning in _MEANINGS if re.search(pattern, text)), "")
-    return f"{meaning} (CRIU: {text})" if meaning else f"CRIU: {text}"
+    told = f"{meaning} (CRIU: {text})" if meaning else f"CRIU: {text}"
+    return f"{told}: {place}" if place else told
 
 
-def _complaints(log: Path) -> list[str]:
-    """The first errors of the log that give a reason: what follows them are their consequences."""
+def _complaints(log: Path) -> tuple[list[str], str]:
+    """The first errors of the log that give a reason, as what follows them are their consequences; and where it was."""
     found: list[str] = []
+    place, at = "", _Place()
     for line in _lines(log):
         match = _ERROR.match(line)
-        if match is not None and not _NO_REASON.search(match[1]):
-            words = "".join(letter if letter.isprintable() else "?" for letter in match[1].strip())
+        if match is None:
+            if not found:
+                at.read(line)
+            continue
+        if not _NO_REASON.search(match[2]):
+            words = _printable(match[2].strip())
+            if words and not found:
+                place = at.told(match[1])
             if words and words not in found:
                 found.append(words[:_LONGEST_LINE])
             if len(found) == _MOST_LINES:
                 break
-    return found
+    return found, place
+
+
+class _Place:
+    """What CRIU was saving when it failed: each task, each descriptor and the path of that is a line of its log."""
+
+    def __init__(self) -> None:
+        self._task = self._descriptor = self._path = ""
+
+    def read(self, line: str) -> None:
+        if match := _TASK.search(line):
+            self._task, self._descriptor, self._path = f"process {match[1]} ({_printable(match[2])})", "", ""
+        elif match := _DESCRIPTOR.search(line):
+            self._descriptor, self._path = f"descriptor {match[1]}", ""
+        elif match := _PATH.search(line):
+            self._path = _printable(match[1])
+        elif _AFTER_FILES.search(line):
+            self._descriptor = self._path = ""
+
+    def told(self, restored: str | None) -> str:
+        """In words; ``restored`` is the pid in the line of a process that was being restored."""
+        if restored is not None:
+            return f"process {restored} of the checkpoint"
+        return ", ".join(filter(None, (self._task, self._descriptor, self._path)))
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:_LONGEST_LINE])
 
 
 def _lines(log: Path) -> list[str]:
@@ -91,3 +142,22 @@ def _lines(log: Path) -> list[str]:
             return file.read(_LARGEST_LOG).decode(errors="replace").splitlines()
     except OSError:
         return []
+
+
+def keep(log: Path, folder: str, name: str) -> str:
+    """Keep a copy of CRIU's log in the configured ``folder``, if there is one; the words about it for the error.
+
+    Blocks.
+    """
+    if not folder:
+        return ""
+    kept = Path(folder) / f"{name}-{time.time_ns()}-{log.name}"
+    try:
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with log.open("rb") as source, os.fdopen(descriptor, "wb") as file:
+            shutil.copyfileobj(source, file)
+    except OSError as error:
+        _log.warning("checkpoint: CRIU's log could not be kept: %s", error)
+        return ""
+    return f"; its log is {kept}"

@@ -73,6 +73,11 @@ class CheckpointSupport:
         return {**os.environ, "PATH": path, "CRIU_CONFIG_FILE": str(configuration), "LC_ALL": "C"}
 
     @property
+    def failure_log_dir(self) -> str:
+        """The folder in which CRIU's log of a failure is kept; empty: none is."""
+        return self._options.failure_log_dir
+
+    @property
     def closes_connections(self) -> bool:
         """Whether this CRIU leaves established TCP connections out of a checkpoint; older ones must save them."""
         match = re.match(r"(\d+)\.", self.version)

@@ -93,7 +93,7 @@ class ContainerStart:
         try:
             runtime = self._handlers.get(record.handler)
             if record.restored_image:
-                await self._checkpoints.restores.run(container, monitor_request(container, runtime))
+                await self._checkpoints.restores.run(container, runtime, monitor_request(container, runtime))
                 self._exits.watch(container)
             else:
                 await runtime.start(container.id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,19 @@ def abilities(agent: AgentProcess) -> dict[str, str]:
     report = json.loads(answer.info["podkeel"])["checkpoint"]
     handlers: dict[str, str] = report["handlers"]
     return handlers
+
+
+def why_no_sockets(agent: AgentProcess) -> str:
+    """Why no socket of TCP or UDP can be saved on this machine; empty if one can."""
+    answer = agent.client.call("Status", cri_pb2.StatusRequest(verbose=True))
+    version = json.loads(answer.info["podkeel"])["checkpoint"]["criu"]
+    with socket.socket() as tried:
+        try:
+            tried.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
+        except OSError:
+            if tuple(map(int, version.split(".")[:2])) < (4, 2):
+                return f"CRIU {version} cannot save a TCP socket of Linux 6.16 or later: it takes CRIU 4.2"
+    return ""
 
 
 def run_with(agent: AgentProcess, handler: str, *command: str, **fields: Any) -> tuple[str, str]:

@@ -25,7 +25,8 @@ from runtime.checkpoint import criu_log, documents
 from runtime.checkpoint.documents import ConfigDump
 from runtime.checkpoint.image import Archive
 from runtime.checkpoint.long_work import stoppable
-from runtime.checkpoint.restore import archive_file, source
+from runtime.checkpoint.restore import archive_file, source, tar_files
+from runtime.checkpoint.restore.cgroup_limits import set_limits
 from runtime.checkpoint.restore.rights import check_rights
 from runtime.checkpoint.support import CheckpointSupport
 from runtime.oci.conmon import MonitorRequest, Monitors, Restoring, RuntimeRefusedError
@@ -134,7 +135,8 @@ class Restores:
         except (InvalidArgumentError, UnsupportedError) as error:
             error.add_context(f"{container.title} cannot be restored")
             raise
-        await in_thread(source.rewrite, layer, self._folder(container), cgroup_set)
+        hostname = container.sandbox.config.hostname or os.uname().nodename
+        await in_long_thread(source.rewrite, layer, self._folder(container), cgroup_set, spec.process, hostname)
         volumes = self._images.snapshots.upper(container.id).parent / documents.VOLUMES
         for saved in await in_thread(_saved_volumes, layer, volumes):
             folder = volumes / saved.stem
@@ -145,12 +147,14 @@ class Restores:
         if container.sandbox.namespace_options.ipc != cri_pb2.NODE and await in_thread(_is_file, shared):
             await self._unpack(shared, container.sandbox.folder.shm, container)
 
-    async def run(self, container: Container, request: MonitorRequest) -> None:
+    async def run(self, container: Container, runtime: OciRuntime, request: MonitorRequest) -> None:
         """Continue the processes of a container that was made from a checkpoint, with a conmon beside them.
 
         Raises WrongStateError with CRIU's reason; what was made of the container is for the caller to end.
         """
         folder = self._folder(container)
+        await in_thread(self._cgroups.kill, container.record.cgroup)  # of a start that was interrupted
+        await set_limits(container, runtime)
         procs = await in_thread(self._cgroups.make, container.record.cgroup)
         configuration = container.folder.path / "criu.conf"
         await in_thread(configuration.write_text, "tcp-close\n")
@@ -160,8 +164,10 @@ class Restores:
             monitored = await monitor.create()
         except RuntimeRefusedError as error:
             await monitor.abandon()
-            why = await in_thread(criu_log.reason, container.folder.path / "restore.log")
-            raise WrongStateError(f"{container.title} cannot be restored: {why or error.message}") from error
+            log = container.folder.path / "restore.log"
+            why = await in_thread(criu_log.reason, log)
+            kept = await in_thread(criu_log.keep, log, self._support.failure_log_dir, container.id)
+            raise WrongStateError(f"{container.title} cannot be restored: {why or error.message}{kept}") from error
         except BaseException:
             await monitor.abandon()
             raise
@@ -180,7 +186,9 @@ class Restores:
         return self._images.snapshots.upper(container.id).parent / documents.IMAGES
 
     async def _unpack(self, archive: Path, folder: Path, container: Container) -> None:
-        """Unpack a tar file of the checkpoint by the confined process that unpacks layers."""
+        """Unpack a tar file of the checkpoint by the confined process that unpacks layers; an empty one needs none."""
+        if await in_thread(tar_files.is_empty_folder, archive, folder):
+            return
         subject = f"{container.title}: the checkpoint's {archive.name}"
         await self._images.layers.fetcher.unpack(_pieces(archive), Descriptor(), folder, subject)
 

@@ -16,15 +16,24 @@ from host.untrusted_json import JsonError
 from proto.criu.v1 import images_pb2
 from runtime.checkpoint import documents
 from runtime.checkpoint.documents import ConfigDump
-from runtime.checkpoint.restore import criu_images
+from runtime.checkpoint.restore import criu_images, process_images, tmpfs_images
+from runtime.specgen import config
 
 T = TypeVar("T")
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
+_HOST_NAMES = re.compile(r"utsns-\d+\.img")
+_MAGIC = 8  # bytes before the entries of most images
 _MOST_IMAGES = 20_000
 _MOST_DELETED = 1_000_000
 _LARGEST_DELETED = 256 << 20
-_REWRITTEN = ("inventory.img", "cgroup.img", "descriptors.json")
+# Images of processes, their memory and their files. Others could have CRIU change the network, load security policies
+# or mount: they are left out.
+_RESTORED = re.compile(
+    r"(?:(?:fdinfo|fs|ids|ipcns-(?:var|shm|msg|sem)|mm|mountpoints|netns|pagemap|pagemap-shmem|pages|pidns|timens"
+    r"|ghost-file|tcp-stream|memfd|posix-mqueue|aio)-[0-9a-f]+"
+    r"|files|reg-files|fifo|fifo-data|filelocks|memfd|pipes|pipes-data|pstree|remap-fpath|seccomp|sk-queues|timens-0)\.img"
+)
 
 
 def read_config(layer: Path) -> ConfigDump:
@@ -62,27 +71,42 @@ def link_images(layer: Path, target: Path) -> None:
             status = os.stat(name, dir_fd=source, follow_symlinks=False)
             if not _PLAIN_NAME.fullmatch(name) or not stat.S_ISREG(status.st_mode):
                 raise InvalidArgumentError(f"the checkpoint holds {name[:100]!a}, which is no image of CRIU's")
-            if name not in _REWRITTEN:
+            if _RESTORED.fullmatch(name):
                 os.link(name, target / name, src_dir_fd=source, follow_symlinks=False)
     finally:
         os.close(source)
 
 
-def rewrite(layer: Path, target: Path, cgroup_set: int) -> None:
-    """Write again what decides about cgroups and standard streams, so that the checkpoint cannot. Blocks.
+def rewrite(layer: Path, target: Path, cgroup_set: int, process: config.Process, hostname: str) -> None:
+    """Write again what decides about cgroups, limits and standard streams, so that the checkpoint cannot. Blocks.
 
-    All processes stay in the cgroup that CRIU itself is in, and only the three standard streams are connected.
+    All processes stay in the cgroup that CRIU itself is in, with the limits of ``process`` at most, and only the three
+    standard streams are connected. The pod keeps its ``hostname``.
     """
+    process_images.write_again(layer / documents.IMAGES, target, process)
+    for image in sorted((layer / documents.IMAGES).iterdir()):
+        if tmpfs_images.NAME.fullmatch(image.name):
+            tmpfs_images.write_again(image, target / image.name)
+        if _HOST_NAMES.fullmatch(image.name):
+            _rename(image, target / image.name, hostname)
     inventory = layer / documents.IMAGES / "inventory.img"
     entry = next(criu_images.entries(inventory, images_pb2.Inventory, criu_images.INVENTORY_MAGIC))
     entry.root_cg_set = cgroup_set
     begin = inventory.read_bytes()[: criu_images.INVENTORY_MAGIC]
     criu_images.write(target / "inventory.img", begin, entry)
     cgroups = layer / documents.IMAGES / "cgroup.img"
-    (target / "cgroup.img").write_bytes(cgroups.read_bytes()[:8])
+    (target / "cgroup.img").write_bytes(cgroups.read_bytes()[:_MAGIC])
     streams: list[str] = _decoded(layer / documents.IMAGES / "descriptors.json", list[str])
     kept = [stream if re.fullmatch(r"pipe:\[\d{1,20}\]", stream) else "/dev/null" for stream in streams[:3]]
     (target / "descriptors.json").write_bytes(msgspec.json.encode(kept))
+
+
+def _rename(image: Path, target: Path, hostname: str) -> None:
+    names = next(criu_images.entries(image, images_pb2.HostNames), None)
+    if names is None:
+        raise InvalidArgumentError(f"the checkpoint's {image.name} is broken")
+    names.nodename = hostname
+    criu_images.write(target, image.read_bytes()[:_MAGIC], names)
 
 
 def _decoded(path: Path, kind: type[T], *, most_bytes: int = untrusted_json.MOST_BYTES, most_values: int = 50_000) -> T:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import struct
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,8 @@ def spec() -> config.Spec:
             config.Mount(destination="/proc", type="proc", options=["nosuid"]),
             config.Mount(destination="/dev", type="tmpfs", options=["nosuid"]),
             config.Mount(destination="/sys", type="sysfs", options=["ro", "nosuid"]),
-            config.Mount(destination="/data", type="bind", source="/somewhere"),
+            config.Mount(destination="/data", type="bind", source="/somewhere", options=["rbind", "ro"]),
+            config.Mount(destination="/cgroup", type="cgroup", source="cgroup", options=["nosuid", "ro"]),
         ],
         linux=config.Linux(namespaces=[config.Namespace(type=kind) for kind in kinds]),
     )
@@ -61,17 +60,31 @@ class Images:
             criu.Mount(fstype=1, mountpoint="/proc", flags=2),
             criu.Mount(fstype=5, mountpoint="/dev", flags=2),
             criu.Mount(fstype=2, mountpoint="/sys", flags=3),
-            criu.Mount(fstype=16, mountpoint="/data", flags=0, ext_key="/data"),
+            criu.Mount(fstype=16, mountpoint="/data", flags=1, ext_key="/data"),
+            criu.Mount(fstype=5, mountpoint="/cgroup", flags=2),
+            criu.Mount(fstype=12, mountpoint="/cgroup/pids", flags=3, ext_key="/cgroup/pids"),
         ]
         self.filters: list[bytes] = []
+        self.flags = 0
+        self.threads: dict[int, criu.Core] = {}
+        self.network = criu.NetworkNamespace(ext_key="extRootNetNS")
+        self.ghost = criu.GhostFile(mode=0o100644)
 
     def write(self) -> Path:
         self._write("core-1.img", self.core)
+        self._write("pstree.img", criu.Process(pid=1, threads=[1, *self.threads]))
+        for number, thread in self.threads.items():
+            self._write(f"core-{number}.img", thread)
         self._write("ids-1.img", self.ids)
         self._write("files.img", *self.files)
         self._write("mountpoints-9.img", *self.mounts)
+        self._write("netns-12.img", self.network)
+        self._write("ghost-file-1.img", self.ghost)
         self._write("inventory.img", self.inventory, magic=4)
-        self._write("seccomp.img", criu.Seccomp(seccomp_filters=[criu.SeccompFilter(filter=it) for it in self.filters]))
+        self._write(
+            "seccomp.img",
+            criu.Seccomp(seccomp_filters=[criu.SeccompFilter(filter=it, flags=self.flags) for it in self.filters]),
+        )
         return self.folder
 
     def _write(self, name: str, *messages: Message, magic: int = 8) -> None:
@@ -80,22 +93,8 @@ class Images:
         (self.folder / name).write_bytes(b"m" * magic + content)
 
 
-def tmpfs(images: Images, member: tarfile.TarInfo) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        archive.addfile(member)
-    (images.folder / "tmpfs-dev-79.tar.gz.img").write_bytes(buffer.getvalue())
-
-
-def node(kind: bytes, major: int, minor: int, name: str = "node") -> tarfile.TarInfo:
-    member = tarfile.TarInfo(name)
-    member.type, member.devmajor, member.devminor = kind, major, minor
-    return member
-
-
 def test_what_the_configuration_gives_is_restored(tmp_path: Path) -> None:
     images = Images(tmp_path)
-    tmpfs(images, node(tarfile.CHRTYPE, 1, 3, "./null"))
     assert check_rights(images.write(), spec()) == 2
 
 
@@ -144,9 +143,24 @@ HOSTILE: dict[str, tuple[Callable[[Images], None], str]] = {
     "mount of the node's elsewhere": (_set("mounts.4.mountpoint", "/etc"), "belongs elsewhere"),
     "missing mount": (lambda images: images.mounts.__delitem__(4), "/data"),
     "plugin": (_set("mounts.1.with_plugin", True), "plugin"),
-    "device in memory": (lambda images: tmpfs(images, node(tarfile.BLKTYPE, 8, 0)), "8:0"),
-    "mem in memory": (lambda images: tmpfs(images, node(tarfile.CHRTYPE, 1, 1, "null")), "1:1"),
-    "name in memory": (lambda images: tmpfs(images, node(tarfile.REGTYPE, 0, 0, "../../etc/x")), "leads out"),
+    "second root": (_add("mounts", criu.Mount(fstype=16, mountpoint="/", source="/dev/sda", fsname="ext4")), "several"),
+    "second proc": (_add("mounts", criu.Mount(fstype=1, mountpoint="/proc", flags=2)), "several mounts at /proc"),
+    "whole hierarchy": (_add("mounts", criu.Mount(fstype=12, mountpoint="/cgroup/memory", flags=1)), "/cgroup/memory"),
+    "writable hierarchy": (
+        _add("mounts", criu.Mount(fstype=12, mountpoint="/cgroup/cpu", flags=2, ext_key="/cgroup/cpu")),
+        "without 'ro'",
+    ),
+    "writable volume": (_set("mounts.4.flags", 0), "the mount at /data is without 'ro'"),
+    "shared with the node": (_set("mounts.4.shared_id", 7), "shared with the node"),
+    "follows the node": (_set("mounts.1.master_id", 7), "shared with the node"),
+    "own network": (lambda images: images.network.ClearField("ext_key"), "network namespace"),
+    "network of others": (_set("network.ext_key", "other"), "network namespace"),
+    "unnamed device": (_set("ghost.mode", 0o060666), "ghost-file-1.img"),
+    "unnamed memory": (_set("ghost.mode", 0o020666), "ghost-file-1.img"),
+    "old filter": (_set("core.tc.old_seccomp_mode", 0), "two places"),
+    "old filter's number": (_set("core.tc.old_seccomp_filter", 1), "two places"),
+    "realtime": (_set("core.thread_core.sched_policy", 1), "CAP_SYS_NICE"),
+    "nice": (_set("core.thread_core.sched_nice", -20), "CAP_SYS_NICE"),
 }
 
 
@@ -193,6 +207,52 @@ def test_the_seccomp_profile_must_be_the_same(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="seccomp"):
         check_rights(images.write(), wanted)
     images.filters = [b"first"]
+    check_rights(images.write(), wanted)
+
+
+def test_threads_without_a_filter_have_that_of_their_process(tmp_path: Path) -> None:
+    wanted = spec()
+    wanted.linux.seccomp = msgspec.Raw(b"{}")
+    wanted.annotations = {"run.oci.seccomp_bpf_data": "Zmlyc3Q="}
+    images = Images(tmp_path)
+    images.filters = [b"first"]
+    thread = criu.Core()
+    thread.CopyFrom(images.core)
+    thread.ClearField("ids")
+    images.threads = {3: thread}
+    images.core.thread_core.seccomp_mode, images.core.thread_core.seccomp_filter = 2, 0
+    with pytest.raises(InvalidArgumentError, match="seccomp"):
+        check_rights(images.write(), wanted)
+    images.flags = 1  # CRIU sets the filter for all threads
+    check_rights(images.write(), wanted)
+    thread.thread_core.seccomp_mode = 1
+    with pytest.raises(InvalidArgumentError, match="seccomp"):
+        check_rights(images.write(), wanted)
+    thread.thread_core.ClearField("seccomp_mode")
+    images.threads = {}
+    (tmp_path / "core-3.img").rename(tmp_path / "core-9.img")  # of no process that the checkpoint names
+    with pytest.raises(InvalidArgumentError, match="seccomp"):
+        check_rights(images.write(), wanted)
+
+
+def test_a_user_has_the_groups_of_the_configuration(tmp_path: Path) -> None:
+    wanted = spec()
+    wanted.process.user = config.User(uid=1000, gid=1000, additional_gids=[2000])
+    images = Images(tmp_path)
+    credentials = images.core.thread_core.creds
+    credentials.uid = credentials.euid = credentials.suid = credentials.fsuid = 1000
+    credentials.gid = credentials.egid = credentials.sgid = credentials.fsgid = 1000
+    credentials.groups.extend([1000, 2000])
+    check_rights(images.write(), wanted)
+    credentials.groups.append(6)
+    with pytest.raises(InvalidArgumentError, match=r"groups that the configuration does not give: \[6\]"):
+        check_rights(images.write(), wanted)
+    del credentials.groups[:]
+    credentials.egid = 0
+    with pytest.raises(InvalidArgumentError, match=r"\[0\]"):
+        check_rights(images.write(), wanted)
+    assert wanted.process.capabilities is not None
+    wanted.process.capabilities.permitted = [*CAPABILITIES, "CAP_SETGID"]
     check_rights(images.write(), wanted)
 
 

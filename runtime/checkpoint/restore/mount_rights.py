@@ -1,0 +1,89 @@
+"""Whether the mounts of a checkpoint are those that the new container's spec makes, and restricted as these are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from host.errors import InvalidArgumentError, UnsupportedError
+from proto.criu.v1 import images_pb2
+from runtime.specgen import config
+
+# File systems (fstype of mnt.proto) by the types of OCI mounts.
+_KINDS = {1: "proc", 2: "sysfs", 5: "tmpfs", 6: "devpts", 12: "cgroup", 14: "mqueue", 23: "cgroup"}
+_LEGACY_CGROUP = 12
+_FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8}
+# Options of a mount whose events the node's mounts share, by the member of an entry that says so.
+_SHARING = {"shared_id": {"shared", "rshared"}, "master_id": {"slave", "rslave", "shared", "rshared"}}
+
+
+def check_mounts(mounts: Iterable[images_pb2.Mount], spec: config.Spec) -> None:
+    """Every mount of the checkpoint is one that the spec makes, and is not less restricted.
+
+    Raises InvalidArgumentError or UnsupportedError for another one.
+    """
+    wanted = {mount.destination.rstrip("/") or "/": mount for mount in spec.mounts}
+    seen: dict[str, int] = {}
+    for mount in mounts:
+        place = mount.mountpoint.removeprefix(".").rstrip("/") or "/"
+        if place in seen:
+            raise InvalidArgumentError(f"the checkpoint has several mounts at {place[:100]}")
+        seen[place] = mount.flags
+        if mount.with_plugin:
+            raise UnsupportedError(f"the checkpoint has a mount at {place[:100]} that a plugin of CRIU makes")
+        if mount.ext_key and mount.ext_key.rstrip("/") != place:
+            raise InvalidArgumentError(f"the checkpoint has a mount at {place[:100]} that belongs elsewhere")
+        if place != "/" and not mount.ext_key and not _is_wanted(mount, place, spec, wanted):
+            raise InvalidArgumentError(f"the checkpoint has a mount at {place[:100]} that the configuration has not")
+        _check_restrictions(mount, place, wanted)
+    for place in wanted:
+        if place not in seen:
+            raise InvalidArgumentError(
+                f"the configuration mounts {place[:100]}, where the checkpoint has nothing: its mounts must be the same"
+            )
+    _check_restricted(seen, spec)
+
+
+def _is_wanted(mount: images_pb2.Mount, place: str, spec: config.Spec, wanted: Mapping[str, config.Mount]) -> bool:
+    """Whether the spec makes the mount, as it is or as one of a folder of them."""
+    kind = _KINDS.get(mount.fstype)
+    given = wanted[place].type if place in wanted else ""
+    above = wanted.get(place.rpartition("/")[0])
+    if mount.fstype == _LEGACY_CGROUP:  # CRIU would mount the whole hierarchy: the OCI runtime gives those
+        return False
+    return (
+        (kind is not None and given == kind)
+        or (kind == "tmpfs" and (given == "cgroup" or place in spec.linux.masked_paths))
+        or (kind == "cgroup" and above is not None and above.type == "cgroup")
+        or (kind == "proc" and place in spec.linux.readonly_paths)
+    )
+
+
+def _check_restrictions(mount: images_pb2.Mount, place: str, wanted: Mapping[str, config.Mount]) -> None:
+    """CRIU gives a mount the flags of its image, also one that the OCI runtime provides."""
+    above = wanted.get(place.rpartition("/")[0])
+    if above is not None and above.type == "cgroup":  # a hierarchy of version 1
+        options = above.options
+    elif place in wanted and wanted[place].type == "cgroup" and _KINDS.get(mount.fstype) == "tmpfs":
+        options = [option for option in wanted[place].options if option != "ro"]  # the folder of the hierarchies
+    else:
+        options = wanted[place].options if place in wanted else []
+    for option in options:
+        bit = _FLAGS.get(option, 0)
+        if bit and not mount.flags & bit:
+            raise InvalidArgumentError(f"the mount at {place} is without {option!r} in the checkpoint")
+    for member, allowing in _SHARING.items():
+        if getattr(mount, member) and place != "/" and allowing.isdisjoint(options):
+            raise InvalidArgumentError(f"the mount at {place[:100]} is shared with the node in the checkpoint")
+
+
+def _check_restricted(seen: Mapping[str, int], spec: config.Spec) -> None:
+    """What the configuration hides or does not let be written to is so in the checkpoint; ``seen`` are its mounts."""
+    for place in spec.linux.readonly_paths:
+        if Path(place).exists() and not seen.get(place, 0) & _FLAGS["ro"]:
+            raise InvalidArgumentError(f"{place} is not read-only in the checkpoint, as the configuration wants it")
+    for place in spec.linux.masked_paths:
+        if Path(place).exists() and place not in seen:
+            raise InvalidArgumentError(f"{place} is not hidden in the checkpoint, as the configuration wants it")
+    if spec.root.readonly and not seen.get("/", 0) & _FLAGS["ro"]:
+        raise InvalidArgumentError("the root file system is not read-only in the checkpoint")

@@ -1,0 +1,77 @@
+"""``podkeel checkpoint``, ``image from-checkpoint`` and ``restore``, as people use them; and kubelet's call."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from cli.manifest.manifest import MASKED_PATHS, READONLY_PATHS
+from proto.runtime.v1 import cri_pb2
+from tests.support.agent import AgentProcess
+from tests.support.checkpoints import COUNTER, lines_of, members, run_with, wait_for_lines
+from tests.support.pods import sandbox_config
+
+
+def podkeel(agent: AgentProcess, *words: str) -> str:
+    command = agent.command(*words, "--socket", agent.address)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_container_moves_to_another_pod(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
+    (tmp_path / "volume").mkdir()
+    mounts = [cri_pb2.Mount(host_path=str(tmp_path / "volume"), container_path="/data", readonly=True)]
+    linux = cri_pb2.LinuxContainerConfig()
+    linux.security_context.namespace_options.pid = cri_pb2.CONTAINER
+    linux.security_context.masked_paths.extend(MASKED_PATHS)
+    linux.security_context.readonly_paths.extend(READONLY_PATHS)
+    sandbox_id, first = run_with(agent, crun, *COUNTER, mounts=mounts, linux=linux)
+    wait_for_lines(agent, first, 10)
+    archive = tmp_path / "web.tar"
+    assert podkeel(agent, "checkpoint", first, str(archive)) == f"{archive}\n"
+    reached = int(lines_of(agent, first)[-1])
+    agent.client.remove_sandbox(sandbox_id)
+    pod = agent.client.run_sandbox(sandbox_config(agent, "new-pod"), crun)
+    volume = f"{tmp_path}/volume:/data:ro"
+    second = podkeel(agent, "restore", "--volume", volume, str(archive), "new-pod").strip()
+    numbers = [int(line) for line in wait_for_lines(agent, second, 5)]
+    assert 5 < numbers[0] <= reached + 1
+    status = agent.client.status(second)
+    assert (status.metadata.name, status.state) == ("main", cri_pb2.CONTAINER_RUNNING)
+    assert Path(status.log_path).name == "main-restored.log"
+    third = podkeel(agent, "restore", "--name", "other", "--volume", volume, str(archive), pod[:12]).strip()
+    wait_for_lines(agent, third, 3)
+    assert agent.client.status(third).metadata.name == "other"
+
+
+def test_a_restore_that_fails_says_why(agent: AgentProcess, tmp_path: Path) -> None:
+    agent.client.run_sandbox(sandbox_config(agent, "some-pod"))
+    (tmp_path / "it.tar").write_bytes(b"x" * 1024)
+    for words, told in (
+        (("restore", str(tmp_path / "it.tar"), "some-pod"), "is broken or no tar file"),
+        (("restore", str(tmp_path / "missing.tar"), "some-pod"), "missing.tar"),
+        (("restore", str(tmp_path / "it.tar"), "no-pod"), "no-pod"),
+        (("restore", "--volume", "data", str(tmp_path / "it.tar"), "some-pod"), "--volume data: expected"),
+        (("image", "from-checkpoint", str(tmp_path / "it.tar"), "example.org/it:1"), "is broken or no tar file"),
+    ):
+        command = agent.command(*words, "--socket", agent.address)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_call_of_kubelet(agent: AgentProcess, handler: str, tmp_path: Path) -> None:
+    _, container_id = run_with(agent, handler, *COUNTER)
+    wait_for_lines(agent, container_id, 3)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir(mode=0o700)
+    location = folder / "checkpoint-counter-5d8f_my-namespace-main-2026-05-04T12:13:14+02:00.tar"
+    request = cri_pb2.CheckpointContainerRequest(container_id=container_id, location=str(location), timeout=0)
+    answer = agent.client.call("CheckpointContainer", request, timeout=120)
+    assert answer == cri_pb2.CheckpointContainerResponse()
+    assert list(folder.iterdir()) == [location]
+    assert (folder.stat().st_mode & 0o7777, location.stat().st_mode & 0o7777) == (0o700, 0o600)
+    assert "checkpoint/pstree.img" in members(location)
+    wait_for_lines(agent, container_id, 3)

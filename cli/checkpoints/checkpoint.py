@@ -68,7 +68,7 @@ def restore(options: argparse.Namespace) -> None:
 
 
 def _mark(path: Path) -> str:
-    """Stands for the present content of a file: another name of its image would be a copy of that."""
+    """Represents the present content of a file: another name of its image would be a copy of that."""
     try:
         changed = path.stat().st_mtime_ns
     except OSError as error:

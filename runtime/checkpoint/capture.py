@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import time
 from pathlib import Path
 
 import msgspec
@@ -71,7 +68,7 @@ class Capture:
         if result.status == 0:
             return
         why = await in_thread(criu_log.reason, work / documents.CRIU_LOG)
-        kept = await in_thread(self._keep_log, work / documents.CRIU_LOG, container)
+        kept = await in_thread(criu_log.keep, work / documents.CRIU_LOG, self._options.failure_log_dir, container.id)
         require_running(container)
         if not why:
             raise CommandError(command, result.status, plain_message(result.output))
@@ -100,21 +97,6 @@ class Capture:
             documents.NETWORK: documents.network_status(container),
             documents.BIND_MOUNTS: documents.bind_mounts(mounts),
         }
-
-    def _keep_log(self, log: Path, container: Container) -> str:
-        """Keep CRIU's log if that is configured; returns the words about it for the error."""
-        if not self._options.failure_log_dir:
-            return ""
-        kept = Path(self._options.failure_log_dir) / f"{container.id}-{time.time_ns()}-dump.log"
-        try:
-            kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            with log.open("rb") as source, os.fdopen(descriptor, "wb") as file:
-                shutil.copyfileobj(source, file)
-        except OSError as error:
-            _log.warning("%s: CRIU's log could not be kept: %s", container.title, error)
-            return ""
-        return f"; its log is {kept}"
 
 
 class _Mounts(msgspec.Struct):

@@ -48,7 +48,7 @@ def test_no_process_runs_without_device_rules(agent: AgentProcess, tmp_path: Pat
         os.close(os.open("/dev/loop-control", os.O_RDONLY))
     except OSError as error:
         pytest.skip(f"this machine has no device to try it with: /dev/loop-control: {error.strerror}")
-    # It tries without end, so also in the moment when CRIU lets it run; and it tells each change of the rules.
+    # It tries without end, so also in the moment when CRIU has it run; and it reports each change of the rules.
     attempt = "{ true < /node; } 2>/dev/null && echo opened"
     look = '{ read r < /sys/fs/cgroup/devices/devices.list; } 2>/dev/null; [ "$r" = "$o" ] || echo rules $r; o=$r'
     attempts = f"i=0; while :; do {attempt}; {look}; i=$((i+1)); [ $((i%2000)) = 0 ] && echo $i; done"
@@ -58,8 +58,8 @@ def test_no_process_runs_without_device_rules(agent: AgentProcess, tmp_path: Pat
         container_id = restored(agent, image)
         agent.client.start(container_id)
         wait_for_lines(agent, container_id, 2)
-        told = [line for line in lines_of(agent, container_id) if not line.isdigit()]
-        assert not [line for line in told if line == "opened" or "*:* rwm" in line], told
+        reported = [line for line in lines_of(agent, container_id) if not line.isdigit()]
+        assert not [line for line in reported if line == "opened" or "*:* rwm" in line], reported
 
 
 @pytest.mark.usefixtures("crun")

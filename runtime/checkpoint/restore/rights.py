@@ -167,7 +167,7 @@ def _check_network(folder: Path) -> None:
 
 
 def _check_ghost(path: Path) -> None:
-    """An open file without a name is made again, whatever it was."""
+    """An open file without a name is made again by CRIU, of any kind."""
     first = next(criu_images.entries(path, images_pb2.GhostFile), None)
     if first is None or stat.S_ISCHR(first.mode) or stat.S_ISBLK(first.mode) or not first.mode:
         raise InvalidArgumentError(f"the checkpoint's {path.name} is no file that a container could have had open")

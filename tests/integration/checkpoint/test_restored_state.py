@@ -16,7 +16,7 @@ from tests.support.agent import AgentProcess, wait_for
 from tests.support.checkpoints import checkpoint, image_of, lines_of, run_with, wait_for_lines, why_no_sockets
 from tests.support.pods import container_config, sandbox_config, wait_for_log
 
-# Has one of each thing that a restore must bring back, and tells their state in a line of its log, again and again.
+# Has one of each thing that a restore must bring back, and reports their state in a line of its log, again and again.
 PROGRAM = """
 import ctypes, fcntl, json, mmap, os, select, signal, socket, threading, time
 

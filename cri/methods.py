@@ -60,7 +60,7 @@ class CallObserver(Protocol):
 # Calls that hold descriptors for a long time, or create objects that do: with few left they are refused, so that stops
 # work.
 _NEEDS = {
-    **dict.fromkeys(("RunPodSandbox", "CreateContainer", "StartContainer"), Use.MAKING),
+    **dict.fromkeys(("RunPodSandbox", "CreateContainer", "StartContainer", "RestorePod"), Use.MAKING),
     **dict.fromkeys(("ExecSync", "Exec", "Attach", "PortForward"), Use.STREAMS_AND_IMAGES),
     **dict.fromkeys(("PullImage", "Pull", "ImportImage", "ExportImages", "PushImage"), Use.STREAMS_AND_IMAGES),
     "CheckImages": Use.STREAMS_AND_IMAGES,
@@ -69,8 +69,8 @@ _NEEDS = {
     "CheckpointPod": Use.STREAMS_AND_IMAGES,
 }
 
-# The calls of the CRI that this version does not have: they return UNIMPLEMENTED, and kubelet works without them.
-NOT_BUILT = frozenset({"RestorePod"})
+# Calls that this version does not have: they return UNIMPLEMENTED. It has all of the CRI.
+NOT_BUILT: frozenset[str] = frozenset()
 
 Begin = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Call]
 

@@ -49,6 +49,7 @@ from runtime.oci.mask_device import MaskDevice
 from runtime.options import RuntimeOptions
 from runtime.pods.remove import PodRemove
 from runtime.pods.resources import PodResources
+from runtime.pods.restore import PodRestore
 from runtime.pods.run import PodRun
 from runtime.pods.stop import PodStop
 from runtime.recovery.audit import Audit
@@ -110,6 +111,7 @@ class Agent:
     resources: ContainerResources
     statistics: Statistics
     checkpoints: CheckpointService
+    pod_restores: PodRestore
     audit: Audit
     recovery: Recovery
 
@@ -308,6 +310,15 @@ class Agent:
             facts=self.facts,
             hooks=hooks,
             stops=self.pod_stops,
+        )
+        self.pod_restores = PodRestore(
+            state=state,
+            handlers=self.handlers,
+            images=self.images.store,
+            checkpoints=self.checkpoints,
+            pods=self.pods,
+            removals=self.pod_removals,
+            containers=self.containers,
         )
         network.when_given_back(self.pod_stops.network_given_back)
         self.statistics = Statistics(state, cgroups, self._meters, self.images.snapshots, self.layout.data)

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 
 class CheckpointService:
-    """Makes checkpoints of containers; ``support`` says which runtime handlers can."""
+    """Makes checkpoints of containers; ``support`` says which runtime handlers can.
+
+    ``most_bytes`` may be taken from one checkpoint.
+    """
 
     def __init__(
         self,
@@ -47,7 +50,7 @@ class CheckpointService:
         most_bytes: int,
     ) -> None:
         self._options = options
-        self._most_bytes = most_bytes
+        self.most_bytes = most_bytes
         self._state = state
         self._handlers = handlers
         self._layout = layout
@@ -100,11 +103,15 @@ class CheckpointService:
         from runtime.checkpoint.restore import archive_file
         from runtime.checkpoint.restore.restores import Source
 
-        opening = partial(archive_file.open_allowed, path, self._options.archive_dirs, self._most_bytes)
+        opening = partial(archive_file.open_allowed, path, self._options.archive_dirs, self.most_bytes)
         descriptor = await acquired(in_long_thread, opening, os.close)
         held.callback(os.close, descriptor)
         found = await stoppable(partial(image.look_through, descriptor, Path(path)))
         return Source(await self.restores.image_of(found.config), descriptor=descriptor, archive=found)
+
+    def work_folder(self, kind: str) -> Path:
+        """A new path for files of a restore; the next start removes what is there."""
+        return self._layout.checkpoints / f"{kind}-{secrets.token_hex(8)}"
 
     async def make_image(self, archive: Path, name: str) -> tuple[Image, ConfigDump]:
         """Make an image called ``name`` of a checkpoint archive on the node; it, and what was checkpointed.
@@ -116,7 +123,7 @@ class CheckpointService:
         from runtime.checkpoint.long_work import stoppable
 
         parse(name)
-        folder = self._layout.checkpoints / f"image-{secrets.token_hex(8)}"
+        folder = self.work_folder("image")
         operation = Operation("ImageFromCheckpoint", f"checkpoint archive {archive}")
         descriptor = await acquired(in_long_thread, partial(image.open_checkpoint, archive), os.close)
         async with AsyncExitStack() as stack:

@@ -241,6 +241,18 @@ class RuntimeService(StatsCalls):
         await self._agent.checkpoints.checkpoint_pod(request.pod_sandbox_id, request.output_path, ids, options)
         return cri_pb2.CheckpointPodResponse()
 
+    async def restore_pod(self, request: cri_pb2.RestorePodRequest) -> cri_pb2.RestorePodResponse:
+        """Make a pod from a checkpoint; its containers are created."""
+        options, configs = dict(request.options), list(request.container_configs)
+        path, handler = request.checkpoint_path, request.runtime_handler
+        restores = self._agent.pod_restores
+        sandbox, containers = await restores.restore(path, request.config, handler, options, configs)
+        restored = [
+            cri_pb2.RestoredContainer(name=container.config.metadata.name, container_id=container.id)
+            for container in containers
+        ]
+        return cri_pb2.RestorePodResponse(pod_sandbox_id=sandbox.id, restored_containers=restored)
+
     async def get_container_events(self, _request: cri_pb2.GetEventsRequest) -> AsyncIterator[bytes]:
         """Events from now on."""
         subscription = self._agent.state.events.subscribe()

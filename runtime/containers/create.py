@@ -89,8 +89,10 @@ class ContainerCreate:
         """Take over a container found in the store."""
         self._names.adopt(container)
 
-    async def create(self, sandbox_id: str, config: cri_pb2.ContainerConfig) -> Container:
+    async def create(self, sandbox_id: str, config: cri_pb2.ContainerConfig, source: Source | None = None) -> Container:
         """Make a container in a ready sandbox and return it created; joins or returns an identical one.
+
+        With ``source`` it is restored from that.
 
         Raises:
             NotFoundError: the sandbox or the image is missing.
@@ -100,13 +102,13 @@ class ContainerCreate:
         """
         sandbox = self._state.get_sandbox(sandbox_id)
         validate_container(config)
-        return await self._names.run(ContainerRequest(sandbox, config), lambda: self._make(sandbox, config))
+        return await self._names.run(ContainerRequest(sandbox, config), lambda: self._make(sandbox, config, source))
 
-    async def _make(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Container:
+    async def _make(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig, source: Source | None) -> Container:
         _require_ready(sandbox)
         log_path = await self._bundles.log_path(sandbox, config)
         async with AsyncExitStack() as held:
-            source = await self._checkpoints.source(config.image.image, held)
+            source = source or await self._checkpoints.source(config.image.image, held)
             return await self._make_from(sandbox, config, log_path, source, held)
 
     async def _make_from(

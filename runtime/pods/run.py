@@ -72,10 +72,11 @@ class PodRun:
         """Take over a sandbox found in the store."""
         self._names.adopt(sandbox)
 
-    async def run(self, config: cri_pb2.PodSandboxConfig, handler: str) -> Sandbox:
+    async def run(self, config: cri_pb2.PodSandboxConfig, handler: str, restoring: str = "") -> Sandbox:
         """Make a sandbox and return it ready.
 
-        One that exists with the same configuration is returned as it is; one in the making is waited for.
+        One that exists with the same configuration is returned as it is; one in the making is waited for. With
+        ``restoring`` a new one is made, whose record names that call of RestorePod.
 
         Raises:
             InvalidArgumentError: the configuration is wrong.
@@ -89,10 +90,12 @@ class PodRun:
                 f"runtime handler {runtime.name!r} has no user namespaces with mapped mounts: use another handler, or "
                 "userns_options mode NODE"
             )
-        return await self._names.run(PodRequest(config, handler), lambda: self._make(config, handler, runtime))
+        request = PodRequest(config, handler, restoring)
+        return await self._names.run(request, lambda: self._make(request, runtime))
 
-    async def _make(self, config: cri_pb2.PodSandboxConfig, handler: str, runtime: OciRuntime) -> Sandbox:
-        sandbox = self._new_sandbox(config, handler, runtime)
+    async def _make(self, request: PodRequest, runtime: OciRuntime) -> Sandbox:
+        config = request.config
+        sandbox = self._new_sandbox(request, runtime)
         self._moves.expect()
         operation = Operation("RunPodSandbox", f"sandbox {config.metadata.namespace}/{config.metadata.name}")
         sandbox.operations.append(operation)
@@ -122,7 +125,8 @@ class PodRun:
         _log.info("%s: ready: addresses %s", sandbox.title, addresses, extra=of_sandbox(sandbox, operation))
         return sandbox
 
-    def _new_sandbox(self, config: cri_pb2.PodSandboxConfig, handler: str, runtime: OciRuntime) -> Sandbox:
+    def _new_sandbox(self, request: PodRequest, runtime: OciRuntime) -> Sandbox:
+        config = request.config
         sandbox_id = self._state.new_id()
         parent, own = config.linux.cgroup_parent, False
         if parent:
@@ -133,7 +137,8 @@ class PodRun:
             state=SandboxState.MAKING,
             created_at=time.time_ns(),
             handler=runtime.name,
-            requested_handler=handler,
+            requested_handler=request.handler,
+            restoring=request.restoring,
             boot_id=self._state.boot_id,
             cgroup_parent=parent,
             owns_cgroup_parent=own,

@@ -174,6 +174,10 @@ class Recovery:
             self.audit.findings["sandbox half made"] += 1
             _log.info("%s: creation was interrupted: undoing it", sandbox.title)
             await self.pod_stops.discard(sandbox)
+        elif record.restoring and record.state is not SandboxState.REMOVING:
+            self.audit.findings["pod half restored"] += 1
+            _log.info("%s: its restore was interrupted: removing it", sandbox.title)
+            await self.pod_removals.remove(sandbox.id)
         elif record.state is SandboxState.REMOVING:
             self.audit.findings["sandbox half removed"] += 1
             _log.info("%s: removal was interrupted: finishing it", sandbox.title)

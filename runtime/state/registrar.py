@@ -112,10 +112,14 @@ class Registrar(Generic[R, T]):
 
 @dataclass(frozen=True, slots=True)
 class PodRequest:
-    """What RunPodSandbox asks for; ``handler`` as the client names it, empty for the default."""
+    """What RunPodSandbox asks for; ``handler`` as the client names it, empty for the default.
+
+    ``restoring`` is the call of RestorePod that asks, so that its request equals no other.
+    """
 
     config: cri_pb2.PodSandboxConfig
     handler: str
+    restoring: str = ""
 
     @property
     def identity(self) -> tuple[str, str, str, int]:

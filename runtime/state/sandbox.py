@@ -31,6 +31,7 @@ class SandboxRecord(msgspec.Struct):
     ``handler`` is the runtime handler in use, ``requested_handler`` the name the client gave (empty for the default).
     ``torn_down`` says that network and namespaces were released. ``oom_kills`` are those in its cgroup that ended
     containers, or times before it, account for. ``selinux_level`` is the pod's own where the node has SELinux.
+    ``restoring`` is the call of RestorePod that makes it, until that is complete: the next start removes it then.
     """
 
     state: SandboxState
@@ -47,6 +48,7 @@ class SandboxRecord(msgspec.Struct):
     overhead: bytes = b""
     oom_kills: int = 0
     selinux_level: str = ""
+    restoring: str = ""
 
 
 @dataclass(slots=True)

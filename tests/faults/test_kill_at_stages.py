@@ -13,7 +13,15 @@ from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.faults.conftest import FaultyAgent, Stage
 from tests.faults.points import points, stages_without_operation
-from tests.support.checkpoints import abilities, checkpoint, checkpoint_pod, image_of, made_up, nothing_is_left
+from tests.support.checkpoints import (
+    abilities,
+    checkpoint,
+    checkpoint_pod,
+    image_of,
+    made_up,
+    nothing_is_left,
+    restore_pod,
+)
 from tests.support.pods import POLITE, container_config, sandbox_config, shared_pids, wait_for_log
 
 
@@ -228,6 +236,36 @@ def _checkpoint_pod(stage: Stage, point: str) -> None:
     stage.assert_whole()
 
 
+def _restore_pod(stage: Stage, point: str) -> None:
+    why = abilities(stage.agent).get("crun", "it does not work here")
+    if why != "able":
+        pytest.skip(f"crun cannot make checkpoints here: {why}")
+    sandbox_id, container_id = _container_of(stage, started=True)
+    config = container_config("main", *POLITE)
+    shared_pids(config)
+    sandbox = sandbox_config(stage.agent)
+    shared_pids(sandbox)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        checkpoint_pod(stage.agent, sandbox_id, place, [container_id])
+        stage.agent.client.stop_sandbox(sandbox_id)
+        stage.agent.client.remove_sandbox(sandbox_id)
+        _killed(stage.agent, point, lambda: restore_pod(stage.agent, place, config, sandbox=sandbox))
+        assert list((stage.agent.data / "checkpoints").iterdir()) == []
+        if point.endswith("commit:after"):
+            assert list(_sandboxes(stage).values()) == [cri_pb2.SANDBOX_READY]
+            (restored,) = _containers(stage)
+        else:
+            assert _sandboxes(stage) == {}
+            assert _containers(stage) == {}
+            stage.assert_whole()
+            _, ids = restore_pod(stage.agent, place, config, sandbox=sandbox)
+            restored = ids["main"]
+    stage.agent.client.start(restored)
+    assert stage.agent.client.output(restored, "echo", "runs") == "runs\n"
+    stage.assert_whole()
+
+
 def _image_from_checkpoint(stage: Stage, point: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         archive = made_up(Path(folder))
@@ -249,6 +287,7 @@ _SCENARIOS: dict[str, Callable[[Stage, str], None]] = {
     "RemoveContainer": _remove_container,
     "CheckpointContainer": _checkpoint_container,
     "CheckpointPod": _checkpoint_pod,
+    "RestorePod": _restore_pod,
     "ImageFromCheckpoint": _image_from_checkpoint,
     "UpdateContainerResources": _update_container_resources,
     "PullImage": _pull_image,

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,27 @@ def checkpoint_pod(agent: AgentProcess, sandbox_id: str, place: Path, ids: Seque
         pod_sandbox_id=sandbox_id, output_path=str(place), container_ids=ids, options=options
     )
     agent.client.call("CheckpointPod", request)
+
+
+def restore_pod(
+    agent: AgentProcess,
+    place: Path | str,
+    *configs: cri_pb2.ContainerConfig,
+    sandbox: cri_pb2.PodSandboxConfig | None = None,
+    handler: str = "crun",
+    options: Mapping[str, str] | None = None,
+    timeout: float = 60.0,
+) -> tuple[str, dict[str, str]]:
+    """RestorePod; the id of the pod, and those of its containers by name."""
+    request = cri_pb2.RestorePodRequest(
+        checkpoint_path=str(place),
+        config=sandbox or sandbox_config(agent),
+        runtime_handler=handler,
+        options=options,
+        container_configs=configs,
+    )
+    answer = agent.client.call("RestorePod", request, timeout=timeout)
+    return answer.pod_sandbox_id, {each.name: each.container_id for each in answer.restored_containers}
 
 
 def run_pod(

@@ -33,6 +33,7 @@ from runtime.oci.conmon import MonitorRequest, Monitors, Restoring, RuntimeRefus
 from runtime.oci.oci_runtime import OciRuntime
 from runtime.specgen import config
 from runtime.state.container import Container
+from runtime.state.sandbox import Sandbox
 
 _log = logging.getLogger("podkeel.checkpoint")
 
@@ -89,15 +90,19 @@ class Restores:
             raise InvalidArgumentError("the checkpoint names another checkpoint as the image of its container")
         return image
 
+    async def require_handler(self, runtime: OciRuntime, title: str) -> None:
+        """Raise UnsupportedError for a runtime handler that cannot restore ``title`` here."""
+        await self._support.require(runtime, runtime.name)
+        if not runtime.features.is_crun:
+            raise UnsupportedError(f"{title}: runtime handler {runtime.name!r} does not restore containers: use crun")
+        if self._cgroups.driver == "systemd":
+            raise UnsupportedError(f"{title}: containers are not restored with the systemd cgroup driver")
+
     async def require(self, container: Container, runtime: OciRuntime) -> None:
         """Raise UnsupportedError for a container that cannot be restored here."""
-        await self._support.require(runtime, runtime.name)
+        await self.require_handler(runtime, container.title)
         why = ""
-        if not runtime.features.is_crun:
-            why = f"runtime handler {runtime.name!r} does not restore containers: use crun"
-        elif self._cgroups.driver == "systemd":
-            why = "containers are not restored with the systemd cgroup driver"
-        elif container.sandbox.user_namespace:
+        if container.sandbox.user_namespace:
             why = "containers in user namespaces are not restored"
         elif container.config.tty:
             why = "containers with a terminal are not restored"
@@ -181,6 +186,12 @@ class Restores:
         for folder in (self._folder(container), self._folder(container).parent / _UNPACKED):
             for complaint in remove_tree(folder):
                 _log.warning("%s: the images of its checkpoint could not be removed: %s", container.title, complaint)
+
+    async def fill_shared_memory(self, sandbox: Sandbox, archive: Path | None) -> None:
+        """Put the saved content into /dev/shm of a new pod; None is no content."""
+        if archive is not None:
+            subject = f"{sandbox.title}: the checkpoint's {archive.name}"
+            await self._images.layers.fetcher.unpack(_pieces(archive), Descriptor(), sandbox.folder.shm, subject)
 
     def _folder(self, container: Container) -> Path:
         return self._images.snapshots.upper(container.id).parent / documents.IMAGES

@@ -12,8 +12,8 @@ import pytest
 
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, running_agent
-from tests.support.checkpoints import abilities, checkpoint, nothing_is_left
-from tests.support.pods import POLITE, run_container
+from tests.support.checkpoints import abilities, checkpoint, checkpoint_pod, nothing_is_left, restore_pod
+from tests.support.pods import POLITE, container_config, run_container
 
 OPTIONS = '\n[checkpoint]\ncriu_path = "/missing/criu"'
 
@@ -47,3 +47,17 @@ def test_status_and_check_say_so(unable: AgentProcess) -> None:
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert checks["checkpoints"]["state"] == "ok"
     assert "CRIU is not installed" in checks["checkpoints"]["detail"]
+
+
+def test_pods_are_refused_with_the_reason(unable: AgentProcess, tmp_path: Path) -> None:
+    config = container_config("main", *POLITE)
+    sandbox_id, container_id = run_container(unable, *POLITE)
+    for call in (
+        lambda: checkpoint_pod(unable, sandbox_id, tmp_path, [container_id]),
+        lambda: restore_pod(unable, tmp_path, config, handler=""),
+    ):
+        with pytest.raises(grpc.RpcError) as failure:
+            call()
+        assert failure.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert "CRIU is not installed (/missing/criu, checkpoint.criu_path)" in failure.value.details()
+    nothing_is_left(unable, tmp_path)

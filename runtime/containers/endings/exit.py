@@ -20,7 +20,7 @@ from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
 from runtime.containers.bundle.rootfs import Rootfs
 from runtime.containers.endings.kill_watch import KillWatch
-from runtime.containers.endings.out_of_memory import ended_by_the_kernel, killed_for_memory
+from runtime.containers.endings.out_of_memory import ended_by_the_kernel, kills_for_memory
 from runtime.hooks import Hooks
 from runtime.oci.conmon import ExitRecord, Monitors
 from runtime.oci.handlers import Handlers
@@ -131,20 +131,19 @@ class ContainerExit:
         From here to the commit nothing else runs: others count the kills of who is alive.
         """
         record = container.record
-        counted = killed_for_memory(self._cgroups, self._state, container)
-        history = self._kills.history(container)
-        kills = counted or history.more
+        kills = kills_for_memory(self._cgroups, self._state, container)
+        history = self._kills.history(container, kills)
         record.exit_code = exit_record.code if exit_record else UNKNOWN_EXIT_CODE
         record.started_at = record.started_at or record.created_at
         # The record's time is that of a file, which the kernel takes from a coarse clock.
         record.finished_at = max(exit_record.finished_at, record.started_at) if exit_record else time.time_ns()
-        failure = "OOMKilled" if kills and ended_by_the_kernel(container, exit_record, history) else "Error"
+        failure = "OOMKilled" if ended_by_the_kernel(container, exit_record, history, kills) else "Error"
         record.reason = failure if record.exit_code else "Completed"
         if exit_record is None:
             record.message = self._monitors.why_no_exit_record()
         if container.evicted:
             record.reason, record.message = "Evicted", container.evicted
-        return counted
+        return kills > 0
 
     async def save_end(self, container: Container, *, sandbox_too: bool = False) -> None:
         """Record an end, and notify plugins of it."""

@@ -111,19 +111,23 @@ class KillWatch:
         kills = out_of_memory_kills(self._cgroups, container.record.cgroup)
         return folder.out_of_memory.exists() or kills > _read(folder.survived_kills).kills
 
-    def history(self, container: Container) -> KillHistory:
-        """What is known of a container that has ended, whose cgroup was not removed yet."""
+    def history(self, container: Container, kills: int) -> KillHistory:
+        """What is known of a container that has ended; ``kills`` are its own among those that its pod's cgroup counted.
+
+        These decide where systemd has removed the container's cgroup, with its counters, before anybody read them.
+        """
         folder, cgroup = container.folder, container.record.cgroup
         survived = _read(folder.survived_kills)
         watched = self._watched.get(container.id)
         noticed = max(_time_of(folder.out_of_memory), watched.at if watched is not None else 0)
         ended_by = ended_by_signal(watched.init) if watched is not None and watched.init is not None else None
-        more, at = noticed > survived.at, noticed or None
-        if self._cgroups.exists(cgroup):  # else systemd has removed its counters with it
-            count = out_of_memory_kills(self._cgroups, cgroup) - survived.kills
-            more = count > 0
-            if not noticed > survived.at or (count > 1 and watched is None):
-                at = None  # conmon's file has the time of the first one that no agent saw
+        there = self._cgroups.exists(cgroup)
+        count = (out_of_memory_kills(self._cgroups, cgroup) if there else kills) - survived.kills
+        more, at = count > 0, noticed or None
+        if noticed <= survived.at or (count > 1 and watched is None):
+            at = None  # conmon's file has the time of the first one that no agent saw
+        elif not there:
+            more = True  # also where what the pod's cgroup counts belongs to several pods
         return KillHistory(survived.kills, more, at if more else survived.at, ended_by)
 
     def forget(self, container_id: str) -> None:

@@ -18,16 +18,16 @@ _NEAR = 800_000_000
 _NEAR_UNSEEN = 2_000_000_000
 
 
-def killed_for_memory(cgroups: CgroupTree, state: State, container: Container) -> bool:
-    """Whether any process of a container that has ended was killed for a memory limit.
+def kills_for_memory(cgroups: CgroupTree, state: State, container: Container) -> int:
+    """How many processes of a container that has ended were killed for a memory limit.
 
     systemd removes a scope the moment its last process ends, with its counters; those of the pod's cgroup remain, and
     on cgroup v2 they include what happened below. What neither the containers that live nor those that ended before
-    explain was this container's. The pod's record keeps what is explained; the caller saves it if the answer is yes.
+    explain was this container's. The pod's record keeps what is explained; the caller saves it if there are any.
     """
     sandbox = container.sandbox
     if cgroups.version == 1 or _shares_its_parent(state, container):
-        return out_of_memory_kills(cgroups, container.record.cgroup) > 0
+        return out_of_memory_kills(cgroups, container.record.cgroup)
     alive = (
         other.record.cgroup
         for other in state.containers_of(sandbox)
@@ -35,19 +35,20 @@ def killed_for_memory(cgroups: CgroupTree, state: State, container: Container) -
     )
     parent = cgroups.parent_path(sandbox.record.cgroup_parent)
     ended = out_of_memory_kills(cgroups, parent) - sum(out_of_memory_kills(cgroups, path) for path in alive)
-    if ended <= sandbox.record.oom_kills:
-        return False
-    sandbox.record.oom_kills = ended
-    return True
+    kills = max(0, ended - sandbox.record.oom_kills)
+    sandbox.record.oom_kills += kills
+    return kills
 
 
-def ended_by_the_kernel(container: Container, exit_record: ExitRecord | None, history: KillHistory) -> bool:
-    """Whether a kill for memory is why a container ended that had such kills.
+def ended_by_the_kernel(container: Container, exit_record: ExitRecord | None, history: KillHistory, kills: int) -> bool:
+    """Whether a kill for memory is why a container ended that had so many ``kills``.
 
     It is where the first process was the one killed, or ended with the same code when it lost a child to it, as shells
     do. It is not where the program ended in its own way, or later, nor where another process killed it. An end that was
     not recorded may have been one.
     """
+    if not kills and not history.more:
+        return False
     if container.killed or (exit_record is not None and exit_record.code != KILLED_EXIT_CODE):
         return False
     if history.more:

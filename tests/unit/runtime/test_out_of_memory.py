@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 
 from runtime.cgroups.tree import CgroupTree
-from runtime.containers.endings.out_of_memory import killed_for_memory
+from runtime.containers.endings.out_of_memory import kills_for_memory
 from runtime.state.container import Container, ContainerState
 from runtime.state.state import State
 
@@ -37,10 +37,10 @@ class Pod:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "memory.events").write_text(f"low 0\noom {kills}\noom_kill {kills}\noom_group_kill 0\n")
 
-    def end(self, number: int) -> bool:
+    def end(self, number: int) -> int:
         container = self.containers[number]
         (self.root / container.record.cgroup.lstrip("/") / "memory.events").unlink()
-        told = killed_for_memory(self.cgroups, self.state, container)
+        told = kills_for_memory(self.cgroups, self.state, container)
         container.record.state = ContainerState.EXITED
         return told
 
@@ -53,22 +53,22 @@ def pod(tmp_path: Path) -> Pod:
 def test_kills_that_no_living_container_had_are_those_of_the_one_that_ended(pod: Pod) -> None:
     pod.count("/pod", 3)
     pod.count("/pod/second", 1)
-    assert pod.end(0)
+    assert pod.end(0) == 2
     assert pod.sandbox.record.oom_kills == 2
-    assert pod.end(1)
+    assert pod.end(1) == 1
     assert pod.sandbox.record.oom_kills == 3
 
 
 def test_kills_of_others_are_not_told_again(pod: Pod) -> None:
     pod.count("/pod", 1)
-    assert pod.end(0)
-    assert not pod.end(1)
+    assert pod.end(0) == 1
+    assert pod.end(1) == 0
 
 
 def test_kills_from_before_the_pod_are_nobodys(pod: Pod) -> None:
     pod.count("/pod", 5)
     pod.sandbox.record.oom_kills = 5
-    assert not pod.end(0)
+    assert pod.end(0) == 0
 
 
 def test_pods_that_share_a_cgroup_have_only_what_their_own_cgroups_say(pod: Pod) -> None:
@@ -76,7 +76,7 @@ def test_pods_that_share_a_cgroup_have_only_what_their_own_cgroups_say(pod: Pod)
     pod.sandboxes.append(other)
     pod.count("/pod", 2)
     pod.count("/pod/second", 1)
-    assert not pod.end(0)
-    assert killed_for_memory(pod.cgroups, pod.state, pod.containers[1])
+    assert pod.end(0) == 0
+    assert kills_for_memory(pod.cgroups, pod.state, pod.containers[1]) == 1
     other.record.torn_down = True
-    assert pod.end(1)
+    assert pod.end(1) == 2

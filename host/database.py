@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from host import libc
 from host.concurrency.tasks import wait_out
 from host.errors import NoSpaceError, PodkeelError, WrongStateError
 from host.files import set_aside
@@ -25,6 +26,8 @@ from host.files.set_aside import SetAside, UnreadableRow
 T = TypeVar("T")
 
 _GROUP = 64
+_MORE_BYTES = 1 << 20  # for rows
+_LOG_BYTES = 6 << 20  # SQLite starts its log again after 4 MiB
 
 
 @dataclass(slots=True)
@@ -47,6 +50,7 @@ class Database:
         self.path = path
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         path.touch(mode=0o600)
+        _keep_room(path, path.stat().st_size + _MORE_BYTES)  # before SQLite locks it: closing it would end the lock
         path.chmod(0o600)  # it holds what containers are given in their environment; SQLite's other files follow it
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
@@ -59,6 +63,7 @@ class Database:
             if isinstance(error, sqlite3.DatabaseError):
                 raise _described(path, error) from error
             raise
+        _keep_room(path.with_name(f"{path.name}-wal"), _LOG_BYTES)
         self.commits = 0
         self.changed = asyncio.Event()
         self._thread = threading.Thread(target=self._serve, name="database", daemon=True)
@@ -181,6 +186,19 @@ class Database:
         for loop, writes in loops.items():
             with contextlib.suppress(RuntimeError):  # the loop ended during the write: no caller waits any more
                 loop.call_soon_threadsafe(_settle, writes)
+
+
+def _keep_room(file: Path, size: int) -> None:
+    """Have the disk keep space for so many bytes of the file: on a full disk, rows must still be deleted.
+
+    A disk that is full now, or a file system that cannot do this, changes nothing.
+    """
+    with contextlib.suppress(OSError):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            libc.keep_room(descriptor, size)
+        finally:
+            os.close(descriptor)
 
 
 def _described(path: Path, error: sqlite3.DatabaseError) -> PodkeelError:

@@ -23,12 +23,15 @@ _M_ARENA_MAX = -8
 _KEYCTL = {"x86_64": 250, "ppc64le": 271, "s390x": 280}.get(os.uname().machine, 219)
 _JOIN_SESSION_KEYRING = 1
 
+_FALLOC_FL_KEEP_SIZE = 1
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 _libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
 _libc.unshare.argtypes = (ctypes.c_int,)
 _libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
 _libc.sethostname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
 _libc.syscall.restype = ctypes.c_long
 
@@ -65,6 +68,11 @@ def sethostname(name: str) -> None:
     """Set the host name in the calling thread's UTS namespace."""
     encoded = os.fsencode(name)
     _check(_libc.sethostname(encoded, len(encoded)), name)
+
+
+def keep_room(descriptor: int, size: int) -> None:
+    """Reserve space on the disk for the first ``size`` bytes of a file, whose own size stays. Raises OSError."""
+    _check(_libc.fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, 0, size), f"descriptor {descriptor}")
 
 
 def set_file_user(uid: int, gid: int) -> None:

@@ -153,7 +153,7 @@ class Agent:
         layout.make()
         for folder in (layout.data, layout.run):
             stack.callback(os.close, hold_folder(folder))
-        reserve = Reserve(layout.run / "reserve")
+        reserve = Reserve(layout.run / "reserve", layout.data / "reserve")
         await in_thread(reserve.release)
         await in_thread(require_room, layout.run)
         monitors = Monitors(options.conmon_path, layout)

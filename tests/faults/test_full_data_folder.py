@@ -1,8 +1,9 @@
-"""A data folder without space: what cannot be removed stays listed, and is removed once there is space."""
+"""A data folder without space: what is there can be stopped and removed, and the agent can be started again."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,31 +14,44 @@ import pytest
 from host import libc
 from host.files import mounts
 from proto.runtime.v1 import cri_pb2
-from tests.support.agent import AgentProcess
-from tests.support.pods import container_config, run_container, sandbox_config
+from tests.support.agent import BUSYBOX, AgentProcess
+from tests.support.pods import container_config, remove_all_pods, run_container, sandbox_config
 
-_BYTES = 24 << 20
+_BYTES = 32 << 20
+_INODES = 900
 
 
 @pytest.fixture
-def small(tmp_path: Path, busybox: Path) -> Iterator[AgentProcess]:
+def small(request: pytest.FixtureRequest, tmp_path: Path, busybox: Path) -> Iterator[AgentProcess]:
+    """An agent with little space or, where the parameter is ``nr_inodes``, few inodes."""
     agent = AgentProcess(tmp_path)
     agent.data.mkdir()
-    libc.mount("small", str(agent.data), "tmpfs", mounts.MS_NOSUID, f"mode=0711,size={_BYTES}")
+    few = f",nr_inodes={_INODES}" if getattr(request, "param", "") == "nr_inodes" else ""
+    libc.mount("small", str(agent.data), "tmpfs", mounts.MS_NOSUID, f"mode=0711,size={_BYTES}{few}")
     try:
         agent.start()
         agent.import_busybox(busybox)
         yield agent
     finally:
         agent.kill()
-        (agent.data / "filling").unlink(missing_ok=True)
+        _give_back(agent)
         agent.reset()
 
 
 def _fill(agent: AgentProcess) -> None:
-    with contextlib.suppress(OSError), (agent.data / "filling").open("ab", buffering=0) as file:
+    """Take all space and all inodes."""
+    filling = agent.data / "filling"
+    filling.mkdir(exist_ok=True)
+    with contextlib.suppress(OSError), (filling / "space").open("ab", buffering=0) as file:
         while file.write(bytes(4096)) == 4096:
             pass
+    with contextlib.suppress(OSError):
+        for number in range(_INODES):
+            (filling / str(number)).touch()
+
+
+def _give_back(agent: AgentProcess) -> None:
+    shutil.rmtree(agent.data / "filling", ignore_errors=True)
 
 
 def _listed(agent: AgentProcess) -> list[str]:
@@ -45,14 +59,48 @@ def _listed(agent: AgentProcess) -> list[str]:
     return [container.id for container in containers]
 
 
-def test_what_a_full_disk_keeps_from_being_removed_is_listed(small: AgentProcess) -> None:
+@pytest.mark.parametrize("small", ["size", "nr_inodes"], indirect=True)
+def test_what_is_on_a_full_disk_can_be_removed(small: AgentProcess) -> None:
+    """As kubelet does it to make room: the store keeps space for that, and for the next start."""
+    config = sandbox_config(small)
+    sandbox_id = small.client.run_sandbox(config)
+    made = [small.client.create(sandbox_id, container_config(f"c{n}", "sleep", "1000"), config) for n in range(6)]
+    for container_id in made[:4]:
+        small.client.start(container_id)
+    _fill(small)
+    small.client.stop(made[0], 0)
+    small.client.remove(made[1])
+    small.client.remove(made[5])
+    small.restart()
+    _fill(small)
+    assert small.client.status(made[0]).exit_code == 137
+    assert small.client.output(made[2], "echo", "runs") == "runs\n"
+    image = cri_pb2.ImageSpec(image=BUSYBOX)
+    small.client.call("RemoveImage", cri_pb2.RemoveImageRequest(image=image))
+    assert not small.client.call("ImageStatus", cri_pb2.ImageStatusRequest(image=image)).HasField("image")
+    small.client.stop_sandbox(sandbox_id)
+    small.client.remove_sandbox(sandbox_id)
+    assert _listed(small) == []
+    _fill(small)
+    small.stop()
+    _fill(small)
+    small.start()
+    assert small.client.findings() == []
+
+
+def test_what_a_full_store_keeps_from_being_removed_is_listed(small: AgentProcess) -> None:
+    """Where pods of enormous annotations have taken the space that the store keeps, too."""
     client = small.client
     config = sandbox_config(small)
     sandbox_id = client.run_sandbox(config)
-    made = [client.create(sandbox_id, container_config(f"c{n}", "sleep", "1000"), config) for n in range(12)]
+    made = [client.create(sandbox_id, container_config(f"c{n}", "sleep", "1000"), config) for n in range(4)]
+    _fill(small)
+    with pytest.raises(grpc.RpcError) as full:
+        for _ in range(100):
+            client.run_sandbox(sandbox_config(small, annotations={"much": "x" * 500_000}))
+    assert full.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, full.value.details()
     refused = []
     for container_id in made:
-        _fill(small)
         try:
             client.remove(container_id)
             assert container_id not in _listed(small)
@@ -60,13 +108,12 @@ def test_what_a_full_disk_keeps_from_being_removed_is_listed(small: AgentProcess
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, error.details()
             assert container_id in _listed(small)
             refused.append(container_id)
-    assert refused, "the disk was never full"
-    (small.data / "filling").unlink()
+    assert refused, "the store was never full"
+    _give_back(small)
     for container_id in refused:
         client.remove(container_id)
     assert _listed(small) == []
-    client.stop_sandbox(sandbox_id)
-    client.remove_sandbox(sandbox_id)
+    remove_all_pods(client)
     assert client.findings() == []
 
 
@@ -75,6 +122,7 @@ def test_a_copy_of_the_store_that_a_full_disk_keeps_from_being_adopted_stays_who
     small.stop()
     for file in small.data.glob("podkeel.db*"):
         file.unlink()
+    shutil.rmtree(small.data / "reserve")  # else there is room for the start
     _fill(small)
     for more, parts in (
         ((), ["--adopt", "podkeel-copy.db"]),
@@ -86,7 +134,7 @@ def test_a_copy_of_the_store_that_a_full_disk_keeps_from_being_adopted_stays_who
         assert "Traceback" not in done.stderr
         assert [part for part in parts if part not in done.stderr] == [], done.stderr
         assert "damaged" not in done.stderr
-    (small.data / "filling").unlink()
+    _give_back(small)
     adopting = subprocess.Popen(small.command("serve", "--adopt", *small.flags), stderr=subprocess.DEVNULL)
     try:
         small.connect()

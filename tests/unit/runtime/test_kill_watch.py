@@ -32,7 +32,7 @@ EVENTS = "low 0\nhigh 0\nmax 214\noom {kills}\noom_kill {kills}\noom_group_kill 
 
 
 class Node:
-    """One container with a process that stands for its first one, its cgroups plain folders."""
+    """One container, whose first process is one of the test's; its cgroups are plain folders."""
 
     def __init__(self, root: Path, init: int) -> None:
         self.tree = root / "cgroup"
@@ -64,7 +64,7 @@ class Node:
         await until(lambda: file.exists() and f'"kills":{kills},' in file.read_text())
 
     def reason(self, code: int = KILLED_EXIT_CODE, *, scope_is_gone: bool = True) -> bool:
-        """Whether it is told as OOMKilled when it ends now."""
+        """Whether its reason is OOMKilled when it ends now."""
         if scope_is_gone:
             shutil.rmtree(self.tree / SCOPE.lstrip("/"))
         kills = kills_for_memory(self.cgroups, self.state, self.container)

@@ -13,6 +13,7 @@ from host.errors import CommandError, InvalidArgumentError, LimitError, PodkeelE
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups import limits
+from runtime.cgroups.block_io import BlockIoSettings, read_block_io, settings_of, write_block_io
 from runtime.cgroups.extra_files import read_extra_limits, write_extra_limits
 from runtime.cgroups.tree import CgroupTree
 from runtime.hooks import Hooks
@@ -45,6 +46,8 @@ _OWNED = {
     "cpuset_mems": "CPUSetMems",
     "oom_score_adj": "OomScoreAdj",
 }
+
+_BLOCK_IO = "BlockioClass"  # as plugins own it
 
 _Both = tuple[cri_pb2.LinuxContainerResources, ExtraLimits]
 
@@ -109,7 +112,7 @@ class ContainerResources:
         extra = record.extra_limits.merged(change.extra)
         self._refuse_below_use(container, change.given.memory_limit_in_bytes)
         async with operation.stage("runtime"):
-            await self._apply(container, (before, record.extra_limits), (after, extra), change.extra)
+            await self._apply(container, (before, record.extra_limits), (after, extra), change)
         async with operation.stage("commit"):
             record.resources = after.SerializeToString()
             record.extra_limits = extra
@@ -118,7 +121,7 @@ class ContainerResources:
             record.changed_by = {**kept, **change.changed_by}
             await self._state.save(container)
 
-    async def _apply(self, container: Container, before: _Both, after: _Both, changed: ExtraLimits) -> None:
+    async def _apply(self, container: Container, before: _Both, after: _Both, change: LimitChange) -> None:
         if container.record.start_error:
             return
         cgroups, path = self._cgroups, container.record.cgroup
@@ -126,14 +129,20 @@ class ContainerResources:
         decided, _ = self._decided(*after)  # what it refuses is refused before anything has changed
         sizes = {page.page_size for page in decided.hugepage_limits}
         undoing = await in_thread(_undoing, before[0], after[0], sizes, cgroups, path)
-        extra = before[1]
-        if changed != ExtraLimits():
-            extra = (await in_thread(read_extra_limits, cgroups, path, changed)).merged(extra)
+        extra, block_io = before[1], None
+        if change.extra != ExtraLimits():
+            extra = (await in_thread(read_extra_limits, cgroups, path, change.extra)).merged(extra)
+        if change.block_io is not None or _BLOCK_IO in container.record.changed_by:
+            block_io = await in_thread(read_block_io, cgroups, path)
         try:
             await self._set(container, runtime, *after)
+            if block_io is not None:  # to which runc (1.1) gives the values that the container was made with
+                await self._set_block_io(path, settings_of(change.block_io) if change.block_io else block_io)
         except BaseException as error:
             try:
                 await self._set(container, runtime, undoing, extra)
+                if block_io is not None:
+                    await self._set_block_io(path, block_io)
             except (PodkeelError, OSError) as failure:
                 _log.error("%s: changed limits could not be restored: %s", container.title, failure)
             if isinstance(error, CommandError) and os.strerror(errno.EBUSY) in error.output:
@@ -162,6 +171,13 @@ class ContainerResources:
             await in_thread(write_extra_limits, cgroups, path, extra)
         if init is not None:  # no OCI runtime changes that of what runs
             await in_thread(limits.set_oom_score_adj, cgroups, path, init.pid, score)
+
+    async def _set_block_io(self, path: str, wanted: BlockIoSettings) -> None:
+        try:
+            await in_thread(write_block_io, self._cgroups, path, wanted)
+        except OSError as error:
+            what = f"the kernel refuses these limits of block I/O: {error.strerror}"
+            raise InvalidArgumentError(what) from error
 
     def _decided(self, wanted: cri_pb2.LinuxContainerResources, extra: ExtraLimits) -> tuple[config.Resources, int]:
         facts = self._facts

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from host.concurrency.threads import in_thread
 from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
@@ -16,7 +17,9 @@ from runtime.nri.answers.resource_merging import merge_resources
 from runtime.nri.messages import cri_resources
 from runtime.nri.resource_adjustment import extra_limits
 from runtime.oci.handlers import Handlers
+from runtime.specgen import config
 from runtime.specgen.draft import Draft
+from runtime.specgen.limits.block_io import block_io
 from runtime.specgen.limits.extra_limits import LimitChange, merged
 from runtime.specgen.node_facts import NodeFacts
 from runtime.state.container import Container
@@ -75,21 +78,38 @@ class Adjuster:
         record.extra_limits = extra_limits(linux.resources, self.facts, Asking(owners))
         record.changed_by = changes(owners)
 
+    async def limit_change(self, given: nri_pb2.LinuxResources, plugins: str) -> LimitChange:
+        """See ``limit_change``."""
+        if given.HasField("blockio_class"):
+            return await in_thread(limit_change, given, plugins, self.facts, self.block_io_file)
+        return limit_change(given, plugins, self.facts, self.block_io_file)
 
-def limit_change(given: nri_pb2.LinuxResources, plugins: str, facts: NodeFacts) -> LimitChange:
-    """The change of limits that ``plugins`` ask for of a container that is there.
+
+def limit_change(given: nri_pb2.LinuxResources, plugins: str, facts: NodeFacts, block_io_file: str) -> LimitChange:
+    """The change of limits that ``plugins`` ask for of a container that is there; with a class of block I/O it blocks.
 
     Raises UnsupportedError and InvalidArgumentError, which name the plugins and the field, for what cannot be changed.
     """
     owners = Owners("")
     merge_resources(given, (nri_pb2.LinuxResources(),), owners, plugins)
     asking = Asking(owners.message())
-    for number, is_set in (
-        (Field.RdtClass, given.HasField("rdt_class")),
-        (Field.BlockioClass, given.HasField("blockio_class")),
-    ):
-        if is_set:
-            raise asking.unsupported(number, "it cannot be changed once the container exists")
+    if given.HasField("rdt_class"):
+        raise asking.unsupported(Field.RdtClass, "it cannot be changed once the container exists")
     if given.devices:
         raise InvalidArgumentError(f"NRI plugin {plugins}: devices of an existing container cannot be changed")
-    return LimitChange(cri_resources(given), extra_limits(given, facts, asking), owners.changes())
+    limits = class_of_block_io(given, block_io_file, asking) if given.HasField("blockio_class") else None
+    return LimitChange(cri_resources(given), extra_limits(given, facts, asking), owners.changes(), limits)
+
+
+def class_of_block_io(given: nri_pb2.LinuxResources, file: str, asking: Asking) -> config.BlockIO:
+    """The limits of a class; without a name, no limits. Raises as ``limit_change``."""
+    name = given.blockio_class.value
+    if not name:
+        return config.BlockIO()
+    if not file:
+        what = "the node has no classes of block I/O: set nri.blockio_config_file"
+        raise asking.unsupported(Field.BlockioClass, what, name)
+    try:
+        return block_io(file, name)
+    except InvalidArgumentError as error:
+        raise asking.wrong(Field.BlockioClass, error.message, name) from error

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -19,7 +20,7 @@ from runtime.nri import messages, report
 from runtime.nri.adaptation import Adaptation
 from runtime.nri.answers.size import by_size
 from runtime.nri.answers.updates import PluginsView, Updates
-from runtime.nri.changes import Adjuster, Changing, limit_change
+from runtime.nri.changes import Adjuster, Changing
 from runtime.nri.options import NriOptions
 from runtime.nri.plugins import events
 from runtime.nri.plugins.plugin import Plugin
@@ -71,7 +72,6 @@ class NriHooks(Hooks):
     ) -> None:
         self._state = state
         self._adjuster = Adjuster(handlers, cgroups, facts, options.blockio_config_file)
-        self._facts = facts
         self._changing = changing
         view = PluginsView("podkeel", version, self._inventory, self._update, self._evict)
         self.adaptation = Adaptation(options, view)
@@ -244,8 +244,8 @@ class NriHooks(Hooks):
         self._wanted.setdefault(container.id, []).append(updates)
         if not plugins:
             return LimitChange(given)
-        change = limit_change(own, plugins, self._facts)
-        return LimitChange(merged(given, change.given), change.extra, change.changed_by)
+        change = await self._adjuster.limit_change(own, plugins)
+        return replace(change, given=merged(given, change.given))
 
     @never_failing
     async def updated_container(self, container: Container, operation: Operation) -> None:
@@ -324,7 +324,7 @@ class NriHooks(Hooks):
     async def _update(self, update: nri_pb2.ContainerUpdate, plugin: str) -> None:
         container = self._visible(update.container_id)
         _log.info("nri: %s: plugin %s changes its resources", container.title, plugin)
-        await self._changing.update(container, limit_change(update.linux.resources, plugin, self._facts))
+        await self._changing.update(container, await self._adjuster.limit_change(update.linux.resources, plugin))
 
     async def _evict(self, eviction: nri_pb2.ContainerEviction, plugin: str) -> None:
         container = self._visible(eviction.container_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 from proto.nri.v1alpha1 import nri_pb2
@@ -11,6 +12,8 @@ from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox
 
 _MESSAGE_LIMIT = 3 << 20  # of one Synchronize; a ttrpc message may have 4 MiB
+_LARGEST_ITEM = (4 << 20) - (64 << 10)
+_log = logging.getLogger("podkeel.nri")
 _STATES = {
     ContainerState.CREATED: nri_pb2.CONTAINER_CREATED,
     ContainerState.RUNNING: nri_pb2.CONTAINER_RUNNING,
@@ -97,6 +100,8 @@ def set_status(message: nri_pb2.Container, of: Container, state: nri_pb2.Contain
         if current.hugepage_limits:
             message.linux.resources.ClearField("hugepage_limits")
         message.linux.resources.MergeFrom(current)
+        if record.extra_limits.block_io_class is not None:
+            message.linux.resources.blockio_class.value = record.extra_limits.block_io_class
 
 
 def _add_process(message: nri_pb2.Container, spec: oci.Spec) -> None:
@@ -198,10 +203,16 @@ def cri_resources(given: nri_pb2.LinuxResources) -> cri_pb2.LinuxContainerResour
 def split(
     pods: Sequence[nri_pb2.PodSandbox], containers: Sequence[nri_pb2.Container], limit: int = _MESSAGE_LIMIT
 ) -> Iterable[nri_pb2.SynchronizeRequest]:
-    """Everything in as few messages as it fits into, all but the last with ``more``."""
+    """Everything in as few messages as it fits into, all but the last with ``more``.
+
+    What does not fit into a message alone is left out: it must not keep plugins from all others.
+    """
     request, size = nri_pb2.SynchronizeRequest(), 0
     for kind, items in (("pods", pods), ("containers", containers)):
         for item in items:
+            if item.ByteSize() > _LARGEST_ITEM:
+                _log.warning("nri: %s %s: it is too large to be in the lists of plugins", kind[:-1], item.id)
+                continue
             if size and size + item.ByteSize() > limit:
                 request.more = True
                 yield request

@@ -88,6 +88,7 @@ def extra_limits(given: nri_pb2.LinuxResources, node: NodeFacts, asking: Asking)
         realtime_runtime=cpu.realtime_runtime.value or None,
         realtime_period=cpu.realtime_period.value or None,
         pids=max(given.pids.limit, 0) or -1 if given.HasField("pids") else None,
+        block_io_class=given.blockio_class.value if given.HasField("blockio_class") else None,
     )
 
 

@@ -26,6 +26,7 @@ PLUGIN_SERVICE, RUNTIME_SERVICE = 1, 2
 
 ALL_EVENTS = (1 << (nri_pb2.LAST - 1)) - 1
 _NAME_LIMIT = 128
+_ENDED_BY_DEADLINE = 0.9  # of the time limit, which the request has: the stub of Go ends a call at its end
 _PACKAGE = nri_pb2.DESCRIPTOR.package
 _INDEX = re.compile(r"[0-9]{2}")
 _log = logging.getLogger("podkeel.nri")
@@ -175,6 +176,9 @@ class Plugin:
             payload = await self._client.call(method, request.SerializeToString(), seconds)
             return await self._shared.decoder.decode(answer, payload)
         except ttrpc.CallError as error:
+            if error.code == ttrpc.DEADLINE_EXCEEDED and time.monotonic() - begin >= seconds * _ENDED_BY_DEADLINE:
+                failure = f"{method} took longer than {seconds:g} s"
+                raise self._lost(failure) from None
             failure = str(error) if error.code != ttrpc.UNIMPLEMENTED else ""
             raise
         except TimeoutError:

@@ -12,7 +12,10 @@ from runtime.specgen import config
 
 
 class ExtraLimits(msgspec.Struct, omit_defaults=True, frozen=True):
-    """Limits by the names of the OCI spec: bytes, microseconds; None is not set, ``pids`` -1 is no limit."""
+    """Limits by the names of the OCI spec: bytes, microseconds; None is not set, ``pids`` -1 is no limit.
+
+    ``block_io_class`` is a name for plugins alone: the limits of the class are set when a plugin gives it.
+    """
 
     reservation: int | None = None
     kernel_tcp: int | None = None
@@ -21,6 +24,7 @@ class ExtraLimits(msgspec.Struct, omit_defaults=True, frozen=True):
     realtime_runtime: int | None = None
     realtime_period: int | None = None
     pids: int | None = None
+    block_io_class: str | None = None
 
     def merged(self, later: ExtraLimits) -> ExtraLimits:
         """These, with what ``later`` sets in their place."""
@@ -44,12 +48,14 @@ class ExtraLimits(msgspec.Struct, omit_defaults=True, frozen=True):
 class LimitChange:
     """Limits that are to change: those the CRI has fields for, where 0 is not set, and the others.
 
-    ``changed_by`` are the plugins that ask for it, by the names of what they change.
+    ``changed_by`` are the plugins that ask for it, by the names of what they change. ``block_io`` takes the place of
+    all that the container has of block I/O, if it is given.
     """
 
     given: cri_pb2.LinuxContainerResources
     extra: ExtraLimits = field(default_factory=ExtraLimits)
     changed_by: Mapping[str, str] = field(default_factory=dict)
+    block_io: config.BlockIO | None = None
 
 
 def merged(

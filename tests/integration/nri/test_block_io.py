@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from proto.nri.v1alpha1 import nri_pb2
+from proto.runtime.v1 import cri_pb2
 from tests.integration.nri.test_every_field import V1, V2, create, information
 from tests.support.agent import AgentProcess
+from tests.support.nri import Recorder, connected
 from tests.support.pods import remove_all_pods, sandbox_config
 
 DISK = next(
@@ -87,6 +90,75 @@ def test_a_weight_is_in_the_cgroup(agent: AgentProcess) -> None:
     cgroup = str(information(agent, container_id)["cgroup"]).lstrip("/")
     files = [V1 / "blkio" / cgroup / "blkio.bfq.weight", V1 / cgroup / "io.bfq.weight", V1 / cgroup / "io.weight"]
     assert {file.read_text().split()[-1] for file in files if file.exists()} & {"80", str(1 + 70 * 9999 // 990)}
+
+
+def rates(agent: AgentProcess, container_id: str) -> dict[str, str]:
+    """All limits of a container on disks, by their names in cgroup v2."""
+    cgroup = str(information(agent, container_id)["cgroup"]).lstrip("/")
+    if V2:
+        found = dict(field.split("=") for field in (V1 / cgroup / "io.max").read_text().split()[1:])
+        return {name: value for name, value in found.items() if value != "max"}
+    files = {name: f"blkio.throttle.{file}_device" for name, file in V1_NAMES.items()}
+    words = {name: (V1 / "blkio" / cgroup / file).read_text().split() for name, file in files.items()}
+    return {name: given[-1] for name, given in words.items() if given}
+
+
+V1_NAMES = {"rbps": "read_bps", "wbps": "write_bps", "riops": "read_iops", "wiops": "write_iops"}
+
+
+@pytest.mark.parametrize("handler", ["crun", "runc"])
+def test_an_update_replaces_the_class_of_a_container(agent: AgentProcess, handler: str) -> None:
+    slow = f"[{{Devices: ['{DISK}'], ThrottleReadBps: 50M, ThrottleWriteIOPS: 1k}}]"
+    fast = f"[{{Devices: ['{DISK}'], ThrottleReadBps: 1Mi, ThrottleWriteBps: 2Mi}}]"
+    write_classes(agent, f"Classes:\n  slow: {slow}\n  fast: {fast}\n")
+    sandbox_id = agent.client.run_sandbox(sandbox_config(agent), handler)
+    container_id = create(agent, sandbox_id, of_class("slow"))
+    with connected(Recorder(agent.nri_socket, "20", "later")) as plugin:
+
+        def failed(name: str, **others: int) -> list[str]:
+            request = nri_pb2.UpdateContainersRequest()
+            resources = request.update.add(container_id=container_id).linux.resources
+            resources.blockio_class.value = name
+            for field, value in others.items():
+                getattr(resources.cpu, field).value = value
+            return [one.container_id for one in plugin.update_containers(request).failed]
+
+        assert failed("fast", shares=300) == []
+        assert rates(agent, container_id) == {"rbps": str(1 << 20), "wbps": str(2 << 20)}
+        assert information(agent, container_id)["changedBy"]["BlockioClass"] == "20-later"
+        assert failed("gold", shares=500) == [container_id]
+        assert "NRI plugin 20-later: BlockioClass gold: " in agent.log.read_text()
+        limits_of_client = cri_pb2.LinuxContainerResources(memory_limit_in_bytes=64 << 20)
+        update = cri_pb2.UpdateContainerResourcesRequest(container_id=container_id, linux=limits_of_client)
+        agent.client.call("UpdateContainerResources", update)
+        assert rates(agent, container_id) == {"rbps": str(1 << 20), "wbps": str(2 << 20)}
+        assert agent.client.status(container_id).resources.linux.cpu_shares == 300
+        assert plugin.last("UpdateContainer").container.linux.resources.blockio_class.value == "fast"
+        assert failed("") == []
+        assert rates(agent, container_id) == {}
+
+
+def test_an_update_that_fails_leaves_the_limits_of_before(agent: AgentProcess) -> None:
+    low = f"[{{Devices: ['{DISK}'], Weight: 80}}]"
+    write_classes(agent, f"Classes: {{slow: [{{Devices: ['{DISK}'], ThrottleReadBps: 50M}}], low: {low}}}")
+    sandbox_id = agent.client.run_sandbox(sandbox_config(agent))
+    container_id = create(agent, sandbox_id, of_class("slow"))
+    assert DISK is not None
+    if "[bfq]" in Path(f"/sys/block/{DISK.name}/queue/scheduler").read_text():
+        pytest.skip(f"{DISK} takes weights, so nothing fails")
+
+    def change(_request: Any) -> nri_pb2.UpdateContainerResponse:
+        answer = nri_pb2.UpdateContainerResponse()
+        answer.update.add(container_id=container_id).linux.resources.blockio_class.value = "low"
+        return answer
+
+    with connected(Recorder(agent.nri_socket, acting={"UpdateContainer": change})):
+        limits_of_client = cri_pb2.LinuxContainerResources(cpu_shares=400)
+        update = cri_pb2.UpdateContainerResourcesRequest(container_id=container_id, linux=limits_of_client)
+        with pytest.raises(grpc.RpcError, match="of block I/O"):
+            agent.client.call("UpdateContainerResources", update)
+    assert rates(agent, container_id) == {"rbps": "50000000"}
+    assert agent.client.status(container_id).resources.linux.cpu_shares == 0
 
 
 @pytest.mark.parametrize(

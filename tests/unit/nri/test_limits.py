@@ -9,6 +9,7 @@ from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
 from proto.ttrpc.v1 import ttrpc_pb2
 from runtime.nri.answers.wire_check import check_wire
+from runtime.nri.messages import split
 from runtime.nri.plugins.budget import Budget, Share
 from runtime.nri.plugins.decoding import LARGE_BYTES, Decoder
 
@@ -119,3 +120,11 @@ async def test_large_messages_are_parsed_as_small_ones_are() -> None:
     assert await Decoder().decode(Adjustment, given.SerializeToString()) == given
     with pytest.raises(InvalidArgumentError, match="too many fields"):
         await Decoder().decode(Response, empty_messages(15, 2 << 20))
+
+
+def test_a_container_that_fits_into_no_message_keeps_nobody_from_the_others() -> None:
+    large = nri_pb2.Container(id="large", args=["x" * (4 << 20)])
+    pods = [nri_pb2.PodSandbox(id="pod")]
+    (request,) = split(pods, [nri_pb2.Container(id="a"), large, nri_pb2.Container(id="b")])
+    assert ([pod.id for pod in request.pods], [one.id for one in request.containers]) == (["pod"], ["a", "b"])
+    assert not request.more

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import struct
 import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -201,6 +202,28 @@ async def test_a_plugin_that_hangs_is_closed_after_its_time(agent: Agent) -> Non
     assert "0.2 s" in await agent.ended
     with pytest.raises(PluginLostError):
         await agent.plugin.call("Shutdown", nri_pb2.Empty(), nri_pb2.Empty, SECONDS)
+
+
+@pytest.mark.parametrize(("at_the_end", "lost"), [(True, True), (False, False)])
+async def test_a_deadline_that_a_plugin_answers_is_its_time_limit_only_when_that_is_over(
+    agent: Agent, at_the_end: bool, lost: bool
+) -> None:
+    """The stub of Go cancels what runs when the time that the request names is over, and may be the first to say so."""
+
+    def answer() -> None:
+        agent.other.recv(4096)
+        if at_the_end:
+            time.sleep(0.95)
+        status = ttrpc_pb2.Status(code=ttrpc.DEADLINE_EXCEEDED, message="context deadline exceeded")
+        body = ttrpc_pb2.Response(status=status).SerializeToString()
+        agent.other.sendall(frame(1, struct.pack(">IIBB", len(body), 1, 2, 0) + body))
+
+    answering = asyncio.create_task(asyncio.to_thread(answer))
+    with pytest.raises(PluginLostError if lost else PodkeelError) as raised:
+        await agent.plugin.notify(events.START_CONTAINER, nri_pb2.StartContainerRequest(), 1.0 if lost else 60.0)
+    await answering
+    assert isinstance(raised.value, PluginLostError) is lost
+    assert bool(agent.plugin.closed) is lost
 
 
 @pytest.mark.parametrize(

@@ -273,8 +273,10 @@ def make_certificates(folder: Path) -> None:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
 
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    openssl("req", "-x509", *key, "-subj", "/CN=ca", "-days", "1", "-keyout", "ca.key", "-out", "ca.pem")
-    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+    usage = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]  # Python 3.13 requires this and the identifiers below
+    openssl("req", "-x509", *key, *usage, "-subj", "/CN=ca", "-days", "1", "-keyout", "ca.key", "-out", "ca.pem")
+    identifiers = "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+    (folder / "names").write_text(f"subjectAltName=IP:127.0.0.1\n{identifiers}")
     for name in ("server", "client"):
         openssl("req", *key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
         ca = ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "1", "-extfile", "names"]

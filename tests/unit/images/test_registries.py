@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import ssl
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
@@ -12,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.streams.tls import TlsFiles
 from host.errors import InvalidArgumentError, PermissionDeniedError
 from images.oci.reference import parse
 from images.options import ImageOptions
 from images.registry.credentials import Credentials
-from images.registry.hosts import hosts_for, is_loopback
+from images.registry.hosts import RegistryHost, hosts_for, is_loopback
 from images.registry.redirects import origin_of, target_of
 from images.registry.tokens import Challenge, answer_directly, parse_challenges, read_token, token_request
 
@@ -323,3 +325,9 @@ def test_credentials_in_all_forms() -> None:
     for auth in ("%%%", "\u00fc", base64.b64encode(b"no colon").decode()):
         with pytest.raises(InvalidArgumentError, match="base64"):
             Credentials(auth=auth).user_and_password()
+
+
+def test_authorities_without_key_usage_are_trusted_as_other_clients_do() -> None:
+    """Python 3.13 would refuse them by default."""
+    assert not RegistryHost("https://registry.test/v2").tls().verify_flags & ssl.VERIFY_X509_STRICT
+    assert not TlsFiles().context().verify_flags & ssl.VERIFY_X509_STRICT

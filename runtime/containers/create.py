@@ -206,7 +206,8 @@ class ContainerCreate:
         try:
             monitored = await monitor.create()
         except RuntimeRefusedError as error:
-            unrunnable, refused = cannot_run_program(error.message), refused_request(error.message)
+            program = spec.spec.process.args[0]
+            unrunnable, refused = cannot_run_program(error.message, program), refused_request(error.message)
             if record.changed_by and not unrunnable:
                 error.add_context(f"with changes of NRI plugins ({_named(record.changed_by)})")
             self._handlers.failed_actions[runtime.name, "run program" if unrunnable else "create"] += 1
@@ -215,7 +216,7 @@ class ContainerCreate:
             if not unrunnable:
                 raise
             # Clients expect a program that cannot be run to fail the start, not the making.
-            record.start_error = naming(spec.spec.process.args[0], error.message)
+            record.start_error = naming(program, error.message)
             await monitor.abandon()
             await runtime.delete(container.id)
             return

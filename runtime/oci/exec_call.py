@@ -234,7 +234,7 @@ class ExecCall:
                 complaint = _errors_in(os.pread(self._log_file, _LOG_BYTES, 0))
                 if self._directory is not None:
                     complaint = complaint.replace(DIRECTORY_BY_DESCRIPTOR, self._directory.path)
-                if cannot_run_program(complaint):
+                if cannot_run_program(complaint, self._program):
                     raise InvalidArgumentError(naming(self._program, plain_message(complaint)))
                 if not self._pids() or (self._init is not None and processes.has_ended(self._init)):
                     raise WrongStateError(

@@ -284,8 +284,10 @@ def plain_message(output: str) -> str:
     return "\n".join(found) or output
 
 
-def cannot_run_program(message: str) -> bool:
-    """Whether an OCI runtime's message says that the container's program cannot be executed."""
+def cannot_run_program(message: str, program: str = "") -> bool:
+    """Whether an OCI runtime's message says that ``program``, or any if none is given, cannot be executed."""
+    if program and f"cannot open `{program}`: " in message:  # crun 1.21; of mounts it says the same with their paths
+        return True
     return _CANNOT_RUN.search(message) is not None
 
 

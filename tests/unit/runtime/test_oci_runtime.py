@@ -20,6 +20,7 @@ PROGRAM = [
     "exec /app: no such file or directory",
     "the path `/etc/passwd` exists but it is not executable: Operation not permitted",
     "the path `/etc` is not a regular file: Operation not permitted",
+    "cannot open `/etc/passwd/x`: Not a directory",
 ]
 OTHERS = [
     "openat2 `run`: No such file or directory",
@@ -34,15 +35,16 @@ OTHERS = [
     "denied",
     "write to `/sys/fs/cgroup/memory/x/memory.limit_in_bytes`: Permission denied",
     "sethostname: Is a directory",
+    "cannot open `/srv/data`: Not a directory",
     "`/srv/data` is not a regular file",
 ]
 
 
 @pytest.mark.parametrize("message", PROGRAM)
 def test_a_program_that_cannot_be_run(message: str) -> None:
-    assert cannot_run_program(message)
+    assert cannot_run_program(message, "/etc/passwd/x")
 
 
 @pytest.mark.parametrize("message", OTHERS)
 def test_what_else_ends_with_the_same_words(message: str) -> None:
-    assert not cannot_run_program(message)
+    assert not cannot_run_program(message, "/etc/passwd/x")

@@ -28,6 +28,7 @@ if [[ $PURPOSE == test ]]; then
         skopeo umoci containerd  # tests hold images against what these make of them; containerd's service is not needed
         buildah          # tests take in what it builds
         kmod             # tests load modules where the kernel has them apart
+        e2fsprogs        # tests set attributes of files, and make file systems with project quotas
     )
     # Tests have kubectl use the streams; another one than Debian's is as good, and in its way.
     command -v kubectl >/dev/null || PACKAGES+=(kubernetes-client)

@@ -171,6 +171,10 @@ async def request(url: str, data: bytes, **options: Any) -> tuple[asyncio.Stream
     """Send a request; its answer's head."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 20, **options)
-    writer.write(data)
-    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SOON)
+    try:
+        writer.write(data)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SOON)
+    except BaseException:
+        writer.transport.abort()
+        raise
     return reader, writer, head.decode()

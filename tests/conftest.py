@@ -29,12 +29,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """An exception in a thread, a coroutine that is never awaited, and an error in a destructor fail the test.
-
-    asyncio itself leaves transports to the collector after a reset in a half-closed state: these are only shown.
-    """
-    for line in ("error", "default::ResourceWarning"):
-        config.addinivalue_line("filterwarnings", line)
+    """An exception in a thread, a coroutine never awaited, an error in a destructor, a file left open fail the test."""
+    config.addinivalue_line("filterwarnings", "error")
 
 
 @pytest.fixture(scope="session", autouse=True)

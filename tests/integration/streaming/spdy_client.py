@@ -120,7 +120,7 @@ class SpdyClient:
 
     async def close(self) -> None:
         self._task.cancel()
-        self.writer.close()
+        await close_or_abort(self.writer)
 
     async def _read(self) -> None:
         while True:
@@ -165,6 +165,14 @@ def spdy_request(url: str, protocols: Sequence[str], method: str = "POST") -> by
     lines += ["Content-Length: 0", "Connection: Upgrade", "Upgrade: SPDY/3.1"]
     lines += [f"X-Stream-Protocol-Version: {protocol}" for protocol in protocols]
     return "\r\n".join([*lines, "", ""]).encode()
+
+
+async def close_or_abort(writer: asyncio.StreamWriter) -> None:
+    """Close a connection, and drop what its other end does not read."""
+    if not writer.is_closing() and writer.transport.get_write_buffer_size():
+        writer.transport.abort()
+    writer.close()
+    await asyncio.sleep(0)  # the loop closes the socket in its next turn
 
 
 async def request(url: str, data: bytes, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, str]:

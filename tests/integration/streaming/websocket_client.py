@@ -21,6 +21,7 @@ from wsproto.events import (
     TextMessage,
 )
 
+from tests.integration.streaming.spdy_client import close_or_abort
 from tests.support.agent import SOON
 
 
@@ -101,7 +102,7 @@ class WebSocketClient:
 
     async def close(self) -> None:
         self.task.cancel()
-        self.writer.close()
+        await close_or_abort(self.writer)
 
     async def _read(self) -> None:
         while data := await self.reader.read(65536):
@@ -168,6 +169,13 @@ class TunnelEnd:
 
     async def drain(self) -> None:
         await self._websocket.writer.drain()
+
+    @property
+    def transport(self) -> asyncio.WriteTransport:
+        return self._websocket.writer.transport
+
+    def is_closing(self) -> bool:
+        return self._websocket.writer.is_closing()
 
     def close(self) -> None:
         self._websocket.task.cancel()

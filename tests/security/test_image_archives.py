@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +32,8 @@ def layout(tmp_path: Path) -> Path:
     """A docker archive in the form of a folder."""
     BuiltImage((make_tar([entry("a", str(tmp_path))]),)).write_docker(tmp_path / "image.tar")
     folder = tmp_path / "folder"
-    with tarfile.open(tmp_path / "image.tar") as archive:
-        archive.extractall(folder)
+    folder.mkdir()
+    subprocess.run(["tar", "-xf", tmp_path / "image.tar", "-C", folder], check=True)
     return folder
 
 

@@ -118,10 +118,12 @@ def _network(options: argparse.Namespace) -> int:
 
 def _checkpoints(_options: argparse.Namespace) -> int:
     """Checkpoints and restores alone."""
-    from tests.bench import checkpoints
+    from tests.bench import checkpoints, warm_starts
 
     with tempfile.TemporaryDirectory(prefix="podkeel-bench-") as folder:
-        print(checkpoints.as_text(checkpoints.measure(Path(folder))))
+        print(checkpoints.as_text(checkpoints.measure(Path(folder))), end="\n\n")
+    with tempfile.TemporaryDirectory(prefix="podkeel-bench-") as folder:
+        print(warm_starts.as_text(warm_starts.measure(Path(folder))))
     return 0
 
 

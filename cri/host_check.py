@@ -168,7 +168,7 @@ def _checkpoint_check(support: CheckpointSupport) -> Check:
     """Nothing else needs CRIU, so a node without it is no failure."""
     if support.problem:
         return Check("checkpoints", "ok", f"not possible: {support.problem}")
-    told = [f"{name}: {why}" for name, why in support.report()["handlers"].items()]
+    told = [f"{name}: {why}" for name, why in support.report()["podsAndRestores"].items()]
     return Check("checkpoints", "ok", f"CRIU {support.version}; {'; '.join(told)}")
 
 

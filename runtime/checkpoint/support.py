@@ -86,7 +86,15 @@ class CheckpointSupport:
     def report(self) -> dict[str, Any]:
         """For the verbose status."""
         handlers = {runtime.name: self.refusal(runtime.name) or "able" for runtime in self._handlers.working()}
-        return {"enabled": self._options.enabled, "criu": self.version, "problem": self.problem, "handlers": handlers}
+        others = [runtime.name for runtime in self._handlers.working() if not runtime.features.is_crun]
+        only = {name: "it saves containers and restores none: use crun" for name in others if handlers[name] == "able"}
+        return {
+            "enabled": self._options.enabled,
+            "criu": self.version,
+            "problem": self.problem,
+            "handlers": handlers,
+            "podsAndRestores": {**handlers, **only},
+        }
 
     async def _probe(self) -> None:
         try:

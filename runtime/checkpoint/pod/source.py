@@ -232,8 +232,8 @@ def compare(document: PodDocument, configs: Sequence[cri_pb2.ContainerConfig], s
     names = {config.metadata.name for config in configs}
     missing, more = sorted(saved.keys() - names), sorted(names - saved.keys())
     if missing or more:
-        told = [f"{', '.join(missing)[:200]} is missing"] if missing else []
-        told += [f"{', '.join(more)[:200]} is not in the checkpoint"] if more else []
+        told = [f"{_shown(missing)} is missing"] if missing else []
+        told += [f"{_shown(more)} is not in the checkpoint"] if more else []
         raise InvalidArgumentError(f"{subject}: container_configs are not those of the checkpoint: {'; '.join(told)}")
     for config in configs:
         differing = _differences(saved[config.metadata.name], config)
@@ -242,6 +242,11 @@ def compare(document: PodDocument, configs: Sequence[cri_pb2.ContainerConfig], s
                 f"{subject}: the configuration of container {config.metadata.name!r} differs from the checkpoint, "
                 f"whose processes run already: {', '.join(differing)}"
             )
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Names of a checkpoint, which may hold anything, for an error."""
+    return ", ".join(repr(name[:100]) for name in names[:5])
 
 
 def _differences(saved: SavedContainer, config: cri_pb2.ContainerConfig) -> list[str]:

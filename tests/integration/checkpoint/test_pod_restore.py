@@ -40,8 +40,9 @@ def left(agent: AgentProcess) -> Iterator[Callable[[], None]]:
     before = pods_of(agent)
 
     def assert_nothing() -> None:
+        # A client that left does not wait for the clean-up. What was taken of the checkpoint is removed first.
+        wait_for(lambda: not any((agent.data / "checkpoints").glob("*")), what="nothing left of the checkpoint")
         wait_for(lambda: pods_of(agent) == before, what="nothing left of the pod")
-        assert not any((agent.data / "checkpoints").iterdir())
         wait_for(lambda: agent.client.findings() == [], what="no difference between store and node")
 
     yield assert_nothing
@@ -213,8 +214,8 @@ def test_what_differs_is_named(agent: AgentProcess, crun: str, tmp_path: Path, l
         ([dropped], "capabilities that the configuration does not give"),
         ([], "container_configs is empty"),
         ([config, config], "twice"),
-        ([second], "main is missing; second is not in the checkpoint"),
-        ([config, second], "second is not in the checkpoint"),
+        ([second], "'main' is missing; 'second' is not in the checkpoint"),
+        ([config, second], "'second' is not in the checkpoint"),
     ):
         message = refusal(agent, tmp_path / "it", *configs)
         assert message.startswith("INVALID_ARGUMENT: "), message

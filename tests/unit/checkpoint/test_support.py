@@ -57,6 +57,10 @@ def test_which_handlers_are_able(tmp_path: Path) -> None:
         "criu": "4.1.1",
         "problem": "",
         "handlers": {"runc": "able", "crun": "crun is built without CRIU"},
+        "podsAndRestores": {
+            "runc": "it saves containers and restores none: use crun",
+            "crun": "crun is built without CRIU",
+        },
     }
     assert support.closes_connections
     assert support.environment(Path("/conf"))["PATH"].startswith(f"{tmp_path}:")

@@ -30,10 +30,6 @@ _MEANINGS = (
         r"(?:Found|Task|process).*(?:traced|ptrace)|tracer|is already traced",
         "a process of it is being traced: end the debugger",
     ),
-    (
-        r"sockets: Can't get 1:(?:16|34) opt: Operation not supported",
-        "a process has a network socket open, which this CRIU cannot save on Linux 6.16 or later: install CRIU 4.2",
-    ),
     (r"Connected TCP|tcp-established|established TCP", "it has an open TCP connection"),
     (
         r"Can't dump ghost file|ghost file .* (?:too big|limit)|ghost-limit",

@@ -23,7 +23,6 @@ END = "(00.200000) Error (criu/cr-dump.c:2128): Dumping FAILED.\n"
          "a process has a large file open that was deleted"),
         ("(00.1) Error (criu/sk-inet.c:191): inet: Connected TCP socket, consider using --tcp-established option.",
          "it has an open TCP connection"),
-        ("(00.1) Error (criu/sockets.c:628): sockets: Can't get 1:16 opt: Operation not supported", "install CRIU 4.2"),
         ("(00.1) Error (criu/ptrace.c:88): Unable to ptrace, 31 is already traced", "is being traced"),
         ("(00.1) Error (criu/restore.c:9):    17: Error (criu/files.c:1): x", "CRIU: "),
         ("(00.123)     17: Error (criu/files-reg.c:2103): Can't open file etc/gone: No such file or directory",

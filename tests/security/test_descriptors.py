@@ -3,6 +3,7 @@ work."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +15,7 @@ import pytest
 
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.refusals import refused
-from tests.support.agent import BUSYBOX, AgentProcess, wait_for
+from tests.support.agent import BUSYBOX, PATIENCE, AgentProcess, wait_for
 from tests.support.cri import CriClient
 from tests.support.pods import run_container, sandbox_config
 
@@ -49,11 +50,18 @@ def test_commands_that_take_all_descriptors_keep_nobody_from_stopping_and_starti
     _, busy = run_container(few, "sleep", "1000", name="busy")
     request = cri_pb2.ExecSyncRequest(container_id=busy, cmd=["sleep", "1000"])
     commands: list[Any] = []
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 60 * PATIENCE
     while not any(command.done() for command in commands):
         assert time.monotonic() < deadline, f"{opened(few)} descriptors and no command was refused"
-        commands.append(few.client.future("ExecSync", request))
+        commands.append(few.client.future("ExecSync", request, timeout=600))
         time.sleep(0.02)
+    in_a_row = 0
+    while in_a_row < 10:  # a command takes more descriptors while it is started than later
+        commands.append(few.client.future("ExecSync", request, timeout=600))
+        with contextlib.suppress(grpc.FutureTimeoutError):
+            in_a_row = in_a_row + 1 if commands[-1].exception(timeout=0.5 * PATIENCE) is not None else 0
+            continue
+        in_a_row = 0
     ended = next(command for command in commands if command.done())
     assert ended.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "file descriptors are left" in ended.details()

@@ -332,6 +332,12 @@ def _add_node_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentP
     commands.add("info", "cli.node:info", "print the agent's status: conditions, runtime handlers, configuration")
     parser = commands.add("events", "cli.node:events", "print what happens to pods and containers, as it happens")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="output format (default: text)")
+    commands.add(
+        "reload",
+        "cli.node:reload",
+        "have the agent read its configuration again",
+        "Prints what changed, and what needs a restart. A wrong file changes nothing. SIGHUP does the same.",
+    )
     parser = commands.add(
         "debug",
         "cli.debug:debug",

@@ -13,6 +13,7 @@ from cli.connect import connect
 from cli.pods import verbose_json
 from cli.text import short
 from host.errors import UnavailableError
+from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 
 
@@ -33,6 +34,18 @@ def info(options: argparse.Namespace) -> None:
     with connect(options) as client:
         answer = client.call(cri_pb2.StatusRequest(verbose=True), cri_pb2.StatusResponse, "ask for the status")
     print(verbose_json(answer))
+
+
+def reload(options: argparse.Namespace) -> None:
+    """``podkeel reload``."""
+    with connect(options) as client:
+        answer = client.call(agent_pb2.ReloadRequest(), agent_pb2.ReloadResponse, "read the configuration again")
+    for key in answer.applied:
+        print(f"changed: {key}")
+    for key in answer.need_restart:
+        print(f"needs a restart: {key}")
+    if not answer.applied and not answer.need_restart:
+        print("nothing changed")
 
 
 def events(options: argparse.Namespace) -> None:

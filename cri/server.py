@@ -10,9 +10,10 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -23,6 +24,8 @@ from cri.config.configuration import Configuration
 from cri.config.options import StreamingOptions
 from cri.connections import keep_room
 from cri.methods import CallObserver, service_handlers
+from cri.observation import Observation
+from cri.reload import Reloader
 from cri.service_reports import report_start, report_work, status_line
 from cri.services.agent_service import AgentService
 from cri.services.image_service import ImageService
@@ -57,11 +60,13 @@ _UMASK = (
 _log = logging.getLogger("podkeel.server")
 
 
-def serve(configuration: Configuration, *, adopt: bool = False) -> None:
+def serve(read: Callable[[], Configuration], *, adopt: bool = False) -> None:
     """Serve until SIGTERM or SIGINT; with ``adopt`` a store that is lost is replaced by its copy.
 
-    Raises PodkeelError when the agent cannot start.
+    ``read`` reads the configuration: at the start, and again for each reload. Raises PodkeelError when the agent cannot
+    start.
     """
+    configuration = read()
     os.umask(_UMASK)
     manager = ServiceManager.of_environment()
     libc.limit_heap_arenas(_HEAP_ARENAS)
@@ -73,7 +78,8 @@ def serve(configuration: Configuration, *, adopt: bool = False) -> None:
     path = _socket_path(configuration.server.socket)
     activated = ActivatedSocket(manager.sockets.get(str(path)), path)
     try:
-        asyncio.run(_serve(configuration, LostStore.ADOPT if adopt else LostStore.REFUSE, manager, activated))
+        lost_store = LostStore.ADOPT if adopt else LostStore.REFUSE
+        asyncio.run(_serve(configuration, read, lost_store, manager, activated))
     finally:
         activated.put_back()
 
@@ -101,7 +107,11 @@ def reset(configuration: Configuration, *, force: bool = False) -> list[str]:
 
 
 async def _serve(
-    configuration: Configuration, lost_store: LostStore, manager: ServiceManager, activated: ActivatedSocket
+    configuration: Configuration,
+    read: Callable[[], Configuration],
+    lost_store: LostStore,
+    manager: ServiceManager,
+    activated: ActivatedSocket,
 ) -> None:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -109,6 +119,7 @@ async def _serve(
         loop.add_signal_handler(number, ended.set)
     path = _socket_path(configuration.server.socket)
     log_level = LogLevel(configuration.log.level)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a terminal that closes, or a reload before there is one
     loop.add_signal_handler(signal.SIGUSR1, log_level.show_everything)
     loop.add_signal_handler(signal.SIGUSR2, log_level.show_configured)
     write_on_signal(loop)
@@ -122,11 +133,19 @@ async def _serve(
         await stack.enter_async_context(agent)
         os.chdir(agent.layout.run)  # conmon leaves a note of each out-of-memory kill where it was started
         await asyncio.to_thread(activated.make_way)
-        observers = [observer async for observer in _observers(configuration, agent, stack)]
+        observation = await stack.enter_async_context(Observation(agent, configuration))
+        reloader = Reloader(
+            configuration,
+            read,
+            agent=agent,
+            manager=manager,
+            log_level=log_level,
+            serve_metrics=observation.serve_metrics,
+        )
         streams = StreamingServer(NodeBackend(agent), _stream_limits(configuration.streaming))
         await streams.start()
         health_service = health.aio.HealthServicer()
-        server = _grpc_server(agent, streams, observers, health_service)
+        server = _grpc_server(agent, streams, reloader, observation.observers, health_service)
         server.add_insecure_port(f"unix:{path}")
         _set_garbage_aside()
         await server.start()
@@ -135,13 +154,15 @@ async def _serve(
         path.chmod(0o660)
         _log.info("agent: serving the CRI on unix://%s", path)
         start.cancel()
+        reloads: set[asyncio.Task[None]] = set()
+        loop.add_signal_handler(signal.SIGHUP, lambda: _begin(reloader.on_signal(), reloads))
         manager.ready(status_line(agent))
         work = keep_room(path, _connection_limit() * 7 // 8), report_work(manager, agent), activated.relay()
         tasks = [asyncio.create_task(coroutine) for coroutine in work]
         try:
             await ended.wait()
         finally:
-            for task in tasks:
+            for task in (*tasks, *reloads):
                 task.cancel()
             manager.stopping()
             _log.info("agent: stopping: pods keep running")
@@ -151,20 +172,18 @@ async def _serve(
             await server.stop(STOP_SECONDS)
 
 
-async def _observers(configuration: Configuration, agent: Agent, stack: AsyncExitStack) -> AsyncIterator[CallObserver]:
-    """Those of metrics and traces, if they are configured; only then what they need is imported."""
-    if configuration.metrics.address:
-        from cri.telemetry.monitoring import monitoring
-
-        yield await stack.enter_async_context(monitoring(agent, configuration.metrics))
-    if configuration.tracing.endpoint:
-        from cri.telemetry.tracing import tracing
-
-        yield await stack.enter_async_context(tracing(agent.state, configuration.tracing))
+def _begin(work: Coroutine[Any, Any, None], running: set[asyncio.Task[None]]) -> None:
+    task = asyncio.create_task(work)
+    running.add(task)
+    task.add_done_callback(running.discard)
 
 
 def _grpc_server(
-    agent: Agent, streams: StreamingServer, observers: Sequence[CallObserver], health_service: health.aio.HealthServicer
+    agent: Agent,
+    streams: StreamingServer,
+    reloader: Reloader,
+    observers: Sequence[CallObserver],
+    health_service: health.aio.HealthServicer,
 ) -> grpc.aio.Server:
     server = grpc.aio.server(
         options=[
@@ -179,7 +198,7 @@ def _grpc_server(
     )
     services = {"RuntimeService": RuntimeService(agent, streams), "ImageService": ImageService(agent)}
     handlers = service_handlers(cri_pb2.DESCRIPTOR, services, observers)
-    handlers += service_handlers(agent_pb2.DESCRIPTOR, {"Agent": AgentService(agent)}, observers)
+    handlers += service_handlers(agent_pb2.DESCRIPTOR, {"Agent": AgentService(agent, reloader)}, observers)
     server.add_generic_rpc_handlers(tuple(handlers))
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     return server

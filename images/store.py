@@ -217,6 +217,11 @@ class ImageStore:
         self.revision += 1
         return image
 
+    def show_again(self) -> None:
+        """Publish all images again: which are pinned depends on the options."""
+        for record in self._records.values():
+            self._show(record)
+
     def _forget(self, record: _Record) -> None:
         del self._records[record.id], self._images[record.id]
         for name in record.names:

@@ -59,7 +59,6 @@ from runtime.recovery.recovery import Recovery
 from runtime.reserve import Reserve, require_room
 from runtime.specgen.hooks_dir import HooksDir
 from runtime.specgen.limits.extra_limits import LimitChange
-from runtime.specgen.mounts.volume_content import CopyLimits
 from runtime.specgen.node_facts import NodeFacts, probe_node
 from runtime.specgen.security.apparmor import load_default_profile
 from runtime.state.container import Container
@@ -253,10 +252,9 @@ class Agent:
             handlers=handlers,
             cgroups=cgroups,
             facts=self.facts,
-            pids_limit=self.options.pids_limit,
+            options=self.options,
             hooks=hooks,
         )
-        limits = CopyLimits(self.options.max_volume_copy_bytes, self.options.max_volume_copy_entries)
         self.containers = ContainerCreate(
             catatonit=self.options.catatonit_path,
             state=state,
@@ -271,7 +269,7 @@ class Agent:
                 hooks_dir=self.hooks_dir,
                 mask=self.layout.mask,
             ),
-            bundles=Bundles(hooks, limits),
+            bundles=Bundles(hooks, self.options),
             handlers=handlers,
             monitors=monitors,
             cgroups=cgroups,

@@ -10,9 +10,9 @@ from cli.agent.rights import need_root
 
 def serve(options: argparse.Namespace) -> int:
     """Run the agent in this process until a signal ends it."""
-    loaded = load_for(options)
+    load_for(options)  # a wrong configuration is reported also to those who may not run the agent
     need_root("serve")
     from cri.server import serve as serve_agent
 
-    serve_agent(loaded.configuration, adopt=options.adopt)
+    serve_agent(lambda: load_for(options).configuration, adopt=options.adopt)
     return 0

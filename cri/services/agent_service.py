@@ -6,6 +6,7 @@ import asyncio
 import re
 from pathlib import Path
 
+from cri.reload import Reloader
 from cri.services.agent_images import ImageCalls
 from cri.telemetry.diagnosis import diagnosis
 from host.concurrency.threads import in_stats_thread
@@ -20,9 +21,10 @@ from runtime.state.sandbox import Sandbox
 class AgentService(ImageCalls):
     """The calls on images, the check of store against node, and the way of a pod."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, reloader: Reloader) -> None:
         super().__init__(agent.images)
         self._agent = agent
+        self._reloader = reloader
 
     async def check(self, request: agent_pb2.CheckRequest) -> agent_pb2.CheckResponse:
         """Differences between store and node, and which of them were repaired if that was asked for."""
@@ -41,6 +43,11 @@ class AgentService(ImageCalls):
                 for finding in (*found, *(finding for finding in left if finding not in found))
             ]
         )
+
+    async def reload(self, _request: agent_pb2.ReloadRequest) -> agent_pb2.ReloadResponse:
+        """Put changes of the configuration into force."""
+        found = await self._reloader.reload()
+        return agent_pb2.ReloadResponse(applied=found.applied, need_restart=found.need_restart)
 
     async def diagnose(self, _request: agent_pb2.DiagnoseRequest) -> agent_pb2.DiagnoseResponse:
         """What the agent is doing now."""

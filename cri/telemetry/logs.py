@@ -33,7 +33,7 @@ class LogLevel:
     """Changes what is logged while the agent runs; ``configured`` is the level it started with."""
 
     def __init__(self, configured: str) -> None:
-        self._configured = configured
+        self.configured = configured
 
     def show_everything(self) -> None:
         """Log from debug on."""
@@ -41,7 +41,7 @@ class LogLevel:
 
     def show_configured(self) -> None:
         """Log from the configured level on."""
-        self._set(self._configured)
+        self._set(self.configured)
 
     def _set(self, level: str) -> None:
         logging.getLogger().setLevel(level.upper())

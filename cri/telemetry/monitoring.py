@@ -60,34 +60,65 @@ class CallMetrics:
                 metrics.pull_seconds.observe(seconds)
 
 
-@asynccontextmanager
-async def monitoring(agent: Agent, options: MetricsOptions) -> AsyncIterator[CallMetrics]:
-    """Measure, and serve /metrics, /metrics/cadvisor, /healthz and /readyz during the block.
+class Monitoring:
+    """Measures the agent, and serves /metrics, /metrics/cadvisor, /healthz and /readyz where ``serve`` says."""
 
-    Raises InvalidArgumentError for an unusable certificate, UnavailableError when the address is taken, which of the
-    default address is only a warning.
-    """
+    def __init__(self, agent: Agent, metrics: AgentMetrics) -> None:
+        self.calls = CallMetrics(metrics)
+        self._routes = _routes(metrics, agent)
+        self._server: MetricsServer | None = None
+        self._address = ""
+
+    async def serve(self, options: MetricsOptions) -> None:
+        """Serve as ``options`` say and not as before; an empty address serves nothing.
+
+        Raises InvalidArgumentError for an unusable certificate, UnavailableError when the address is taken, which of
+        the default address is only a warning. What was served before stays then, unless it has the same address.
+        """
+        tls = server_tls(options)
+        if options.address == self._address:
+            await self.close()
+        server = await self._started(options, tls) if options.address else None
+        await self.close()
+        self._server, self._address = server, options.address if server is not None else ""
+
+    async def _started(self, options: MetricsOptions, tls: ssl.SSLContext | None) -> MetricsServer | None:
+        host, _, port = options.address.rpartition(":")
+        host = host.strip("[]")
+        server = MetricsServer(self._routes, tls)
+        try:
+            bound = await server.start(host, int(port))
+        except OSError as error:
+            problem = f"metrics.address {options.address}: cannot be listened on ({error.strerror}): use another one"
+            if options.address != DEFAULT_METRICS_ADDRESS:
+                raise UnavailableError(problem) from error
+            _log.warning("metrics: not served: %s", problem)
+            return None
+        scheme = "https" if options.tls_certificate else "http"
+        _log.info("metrics: serving on %s://%s:%d/metrics", scheme, host, bound)
+        return server
+
+    async def close(self) -> None:
+        """Serve no more."""
+        server, self._server, self._address = self._server, None, ""
+        if server is not None:
+            await server.close()
+
+
+@asynccontextmanager
+async def monitoring(agent: Agent, options: MetricsOptions) -> AsyncIterator[Monitoring]:
+    """Measure and serve during the block. Raises what ``Monitoring.serve`` does."""
     metrics = AgentMetrics()
     node_metrics.register(metrics, agent)
-    host, _, port = options.address.rpartition(":")
-    host = host.strip("[]")
-    server = MetricsServer(_routes(metrics, agent), server_tls(options))
-    try:
-        bound = await server.start(host, int(port))
-    except OSError as error:
-        problem = f"metrics.address {options.address}: cannot be listened on ({error.strerror}): use another one"
-        if options.address != DEFAULT_METRICS_ADDRESS:
-            raise UnavailableError(problem) from error
-        _log.warning("metrics: not served: %s", problem)
-    else:
-        _log.info("metrics: serving on %s://%s:%d/metrics", "https" if options.tls_certificate else "http", host, bound)
+    served = Monitoring(agent, metrics)
+    await served.serve(options)
     metrics.watch_loop()
     try:
         with observed_by(metrics.stage):
-            yield CallMetrics(metrics)
+            yield served
     finally:
         await metrics.close()
-        await server.close()
+        await served.close()
 
 
 def server_tls(options: MetricsOptions) -> ssl.SSLContext | None:

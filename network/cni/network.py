@@ -57,7 +57,8 @@ class CniNetwork:
     def __init__(self, options: NetworkOptions, database: Database, registry: PortRegistry | None = None) -> None:
         self.options = options
         self.when_given_back: Callable[[str], Awaitable[None]] = _nobody
-        self._chain = PluginChain(PluginRunner(options.cni_bin_dirs, options.cni_timeout_seconds))
+        self.runner = PluginRunner(options.cni_bin_dirs, options.cni_timeout_seconds)
+        self._chain = PluginChain(self.runner)
         self._files = ConfigurationFolder(Path(options.cni_config_dir), self._chain)
         self._rows = CniStore(database)
         self._network_rows = NetworkStore(database)

@@ -53,10 +53,14 @@ class PluginRunner:
     """Finds plugins in ``folders`` and runs them, each call for at most ``seconds`` and a bounded number at a time."""
 
     def __init__(self, folders: Sequence[str], seconds: float) -> None:
-        self._folders = tuple(folders)
-        self._seconds = seconds
+        self.configure(folders, seconds)
         self._slots = asyncio.Semaphore(_CALLS_AT_ONCE)
         self._starting = asyncio.Lock()
+
+    def configure(self, folders: Sequence[str], seconds: float) -> None:
+        """Take other folders and another time, for calls that begin from now on."""
+        self._folders = tuple(folders)
+        self._seconds = seconds
 
     def find(self, kind: str) -> Path:
         """The program of a plugin. Raises PluginMissingError."""

@@ -19,6 +19,7 @@ from runtime.cgroups.tree import CgroupTree
 from runtime.hooks import Hooks
 from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime, plain_message, refused_limit
+from runtime.options import RuntimeOptions
 from runtime.specgen import config
 from runtime.specgen.limits.extra_limits import ExtraLimits, LimitChange, merged
 from runtime.specgen.limits.resources import oom_score_adj, resources
@@ -62,14 +63,14 @@ class ContainerResources:
         handlers: Handlers,
         cgroups: CgroupTree,
         facts: NodeFacts,
-        pids_limit: int,
+        options: RuntimeOptions,
         hooks: Hooks,
     ) -> None:
         self._state = state
         self._handlers = handlers
         self._cgroups = cgroups
         self._facts = facts
-        self._pids_limit = pids_limit
+        self._options = options
         self._hooks = hooks
 
     async def update(self, container_id: str, given: cri_pb2.LinuxContainerResources) -> None:
@@ -181,7 +182,7 @@ class ContainerResources:
 
     def _decided(self, wanted: cri_pb2.LinuxContainerResources, extra: ExtraLimits) -> tuple[config.Resources, int]:
         facts = self._facts
-        given = resources(wanted, facts, pids_limit=self._pids_limit)
+        given = resources(wanted, facts, pids_limit=self._options.pids_limit)
         extra.put_into(given)
         return given, oom_score_adj(wanted, facts)
 

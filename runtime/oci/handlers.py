@@ -33,6 +33,7 @@ class Handlers:
         self._cgroups = cgroups
         self._agent_id = agent_id
         self._working: dict[str, OciRuntime] = {}
+        self._retired: set[str] = set()
         self.failures: dict[str, str] = {}
         self.failed_actions: Counter[tuple[str, str]] = Counter()
         self.parallelism = options.container_start_parallelism or max(2, os.cpu_count() or 1)
@@ -47,7 +48,9 @@ class Handlers:
             raise InvalidArgumentError(
                 f"default_runtime {options.default_runtime!r} is not among the handlers: {', '.join(options.handlers)}"
             )
-        tried = await asyncio.gather(*(self._try(name, handler) for name, handler in options.handlers.items()))
+        tried = await asyncio.gather(
+            *(self._try(name, handler, options.umask) for name, handler in options.handlers.items())
+        )
         for name, outcome in zip(options.handlers, tried, strict=True):
             if isinstance(outcome, PodkeelError):
                 self.failures[name] = outcome.message
@@ -61,6 +64,37 @@ class Handlers:
                 _log.warning("runtime handler %s: links can lead it out of containers: see podkeel check", name)
         named = options.default_runtime
         self.default = self._working[named] if named else next(iter(self._working.values()), None)
+
+    async def change(self, options: RuntimeOptions) -> None:
+        """Take over other handlers, default and umask: try handlers that are new, changed or did not work.
+
+        A changed handler also serves the containers that it made before. One that is configured no more serves those
+        it has, and no new pod. Raises PodkeelError, with nothing changed, if the named default does not work.
+        """
+        same = options.umask == self._options.umask
+        wanted = [
+            name
+            for name, handler in options.handlers.items()
+            if not same or name not in self._working or handler != self._options.handlers.get(name)
+        ]
+        outcomes = await asyncio.gather(*(self._try(name, options.handlers[name], options.umask) for name in wanted))
+        tried = dict(zip(wanted, outcomes, strict=True))
+        default = tried.get(options.default_runtime)
+        if isinstance(default, PodkeelError):
+            raise PodkeelError(f"runtime handler {options.default_runtime!r} does not work here: {default.message}")
+        for name, outcome in tried.items():
+            if isinstance(outcome, PodkeelError):
+                self.failures[name] = outcome.message
+                _log.warning("runtime handler %s: does not work: %s", name, outcome.message)
+            else:
+                self.failures.pop(name, None)
+                self._working[name] = outcome
+                _log.info("runtime handler %s: works: %s", name, outcome.features.version)
+        self._retired = self._working.keys() - options.handlers.keys() | (tried.keys() & self.failures.keys())
+        self.failures = {name: why for name, why in self.failures.items() if name in options.handlers}
+        serving = {runtime.name: runtime for runtime in self.working()}
+        first = next((serving[name] for name in options.handlers if name in serving), None)
+        self.default = serving[options.default_runtime] if options.default_runtime else first
 
     async def identify(self) -> None:
         """Know every handler whose program is installed, without trying it: enough to remove what one has made."""
@@ -78,7 +112,7 @@ class Handlers:
         systemd = self._cgroups.driver == "systemd"
         return OciRuntime(name, handler, root, program_link=link, systemd_cgroup=systemd)
 
-    async def _try(self, name: str, handler: HandlerOptions) -> OciRuntime | PodkeelError:
+    async def _try(self, name: str, handler: HandlerOptions, umask: str) -> OciRuntime | PodkeelError:
         options = self._options
         runtime = self._runtime(name, handler)
         parent = "system.slice" if runtime.systemd_cgroup else options.cgroup_parent
@@ -91,7 +125,7 @@ class Handlers:
         except OSError as error:
             return PodkeelError(f"it cannot be tried: {error}")
         if not runtime.features.is_crun:
-            runtime.exec_prefix = with_umask(options.umask)
+            runtime.exec_prefix = with_umask(umask)
         return runtime
 
     def get(self, name: str) -> OciRuntime:
@@ -106,6 +140,12 @@ class Handlers:
         known = ", ".join(self._working) or "none"
         raise NotFoundError(f"runtime handler {name!r} is not configured on this node (there are: {known})")
 
+    def for_new_pods(self, name: str) -> OciRuntime:
+        """The same, without handlers that only serve the containers that they have. Raises NotFoundError."""
+        if name in self._retired:
+            raise NotFoundError(f"runtime handler {name!r} is not configured on this node any more")
+        return self.get(name)
+
     def state_folder(self, name: str, container_id: str) -> Path:
         """Where an OCI runtime, maybe one that is no handler any more, keeps what it knows of a container."""
         runtime = self._working.get(name)
@@ -116,8 +156,8 @@ class Handlers:
         return self._working.get(name)
 
     def working(self) -> list[OciRuntime]:
-        """All that work."""
-        return list(self._working.values())
+        """All that work and serve new pods."""
+        return [runtime for name, runtime in self._working.items() if name not in self._retired]
 
 
 def with_umask(umask: str) -> list[str]:

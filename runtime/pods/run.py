@@ -84,7 +84,7 @@ class PodRun:
             AlreadyExistsError: the identity is taken by another configuration, or by a sandbox that was stopped.
         """
         validate_sandbox(config)
-        runtime = self._handlers.get(handler)
+        runtime = self._handlers.for_new_pods(handler)
         if user_mappings(config.linux.security_context.namespace_options) and not runtime.features.user_namespaces:
             raise UnsupportedError(
                 f"runtime handler {runtime.name!r} has no user namespaces with mapped mounts: use another handler, or "

@@ -95,6 +95,7 @@ LEVELS = {
         "activation config connections enums errors kernel_check service_reports streaming/httpstream version",
         "host_check methods streaming",
         "stream_backend telemetry",
+        "observation reload",
         "services",
         "server",
     ),

@@ -17,6 +17,7 @@ from runtime.hooks import Hooks
 from runtime.namespaces.user import root_of
 from runtime.oci import private_devices
 from runtime.oci.oci_runtime import OciRuntime
+from runtime.options import RuntimeOptions
 from runtime.specgen.builder import ContainerSpec, complete
 from runtime.specgen.draft import Draft, SpecRequest, draft
 from runtime.specgen.mounts.image_volumes import make_volumes
@@ -33,9 +34,9 @@ T = TypeVar("T")
 class Bundles:
     """Does all work on a container that is made which may wait for a volume for hours."""
 
-    def __init__(self, hooks: Hooks, limits: CopyLimits) -> None:
+    def __init__(self, hooks: Hooks, options: RuntimeOptions) -> None:
         self._hooks = hooks
-        self._limits = limits
+        self._options = options
         self._threads = AbandonableThreads(_MOST_HANGING)
 
     async def log_path(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Path | None:
@@ -77,8 +78,9 @@ class Bundles:
         spec, request = complete(drafted, permission.check), drafted.request
         mappings = user_mappings(container.sandbox.namespace_options)
         owner = root_of(mappings) if mappings else (0, 0)
+        limits = CopyLimits(self._options.max_volume_copy_bytes, self._options.max_volume_copy_entries)
         with permission.step():
-            make_volumes(spec.volumes, request.rootfs, owner, limits=self._limits, check=permission.check)
+            make_volumes(spec.volumes, request.rootfs, owner, limits=limits, check=permission.check)
         bind_all(spec.mapped_volumes, request.namespaces.user, mappings, permission.step)
         if spec.private_devices is not None:
             with permission.step():

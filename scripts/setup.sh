@@ -26,7 +26,7 @@ if [[ $PURPOSE == test ]]; then
         containernetworking-plugins iptables  # tests connect pods by them
         iperf3           # tests measure limited pods with it
         skopeo umoci containerd  # tests hold images against what these make of them; containerd's service is not needed
-        buildah          # tests take in what it builds
+        buildah netavark # tests take in what it builds; on Debian 13 it does not begin without netavark
         kmod             # tests load modules where the kernel has them apart
         e2fsprogs        # tests set attributes of files, and make file systems with project quotas
     )

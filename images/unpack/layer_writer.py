@@ -43,6 +43,7 @@ DISK_BLOCK = 4096
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
 _AUFS = b".wh..wh."
+_AUFS_LINKED = b".wh..wh.plnk"  # the folder of files with several names
 _SET_IDS = stat.S_ISUID | stat.S_ISGID
 _WHITED_OUT = stat.S_IFCHR  # the only device nodes that a worker makes
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -93,6 +94,8 @@ class LayerWriter:
                 raise TarError(f"{shown(entry.name)} could not be made: {reason}") from error
             except (ValueError, OverflowError) as error:
                 raise TarError(f"{shown(entry.name)} could not be made: {error}") from error
+        if self._root.kind(_AUFS_LINKED):
+            self._clear(_AUFS_LINKED)
         self.devices = self._places.take()
         opaque = [path for path in self.opaque_folders if self._root.kind(path) == stat.S_IFDIR]
         self.opaque_folders = dict.fromkeys(self._root.resolve(path)[0] for path in opaque)
@@ -105,7 +108,10 @@ class LayerWriter:
         base = path.rpartition(b"/")[2]
         if b".wh." in path:
             if _AUFS in path and not path.endswith(_OPAQUE):
-                return  # AUFS's own book-keeping, which means nothing elsewhere
+                # AUFS's own book-keeping means nothing elsewhere, but hard links in the layer may lead to these files.
+                if entry.kind == REGULAR and path.startswith(_AUFS_LINKED + b"/"):
+                    self._file(entry, _AUFS_LINKED + b"/" + base)
+                return
             if any(part.startswith(_WHITEOUT) for part in path.split(b"/")[:-1]):
                 raise TarError(f"{shown(entry.name)} is below a whiteout")
             if base.startswith(_WHITEOUT):
@@ -232,6 +238,8 @@ class LayerWriter:
 
     def _hard_link(self, entry: Entry, path: bytes) -> None:
         target = clean(entry.link)
+        if target.startswith(_AUFS_LINKED + b"/"):
+            target = _AUFS_LINKED + target[target.rindex(b"/") :]
         missing = TarError(f"{shown(entry.name)} is a hard link to {shown(entry.link)}, which is not in this layer")
         if target == path or self._has_whiteouts:
             if self._root.kind(target) in (0, _WHITED_OUT):

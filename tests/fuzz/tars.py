@@ -11,7 +11,7 @@ from tests.support.fuzz import changed
 _NAMES = (
     "a", "b", "a/b", "a/b/c", "./a", "/a", "../a", "a/../b", "", ".", "..", "a/", "a//b", "x" * 100, "d/" * 60 + "f",
     "x" * 300, "ö", "a/.wh.b", ".wh.a", "a/.wh..wh..opq", ".wh..wh..opq", ".wh.", ".wh..wh.plnk", "a\n",
-    "proc/self/fd/0",
+    "proc/self/fd/0", ".wh..wh.plnk/a", "a/.wh..wh.plnk/b",
 )  # fmt: skip
 _KINDS = (
     tarfile.REGTYPE, tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE,

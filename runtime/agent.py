@@ -213,7 +213,7 @@ class Agent:
     def _assemble_containers(self, monitors: Monitors, reserve: Reserve, stack: AsyncExitStack) -> None:
         state, handlers, cgroups, hooks = self.state, self.handlers, self.cgroups, self.hooks
         names = container_registrar()
-        rootfs = Rootfs(self.images.store, self.images.snapshots, self.facts)
+        rootfs = Rootfs(self.images.store, self.images.snapshots, self.facts, self.layout)
         self.exits = ContainerExit(
             state=state,
             handlers=handlers,

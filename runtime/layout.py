@@ -158,6 +158,11 @@ class Layout:
         """Where conmon writes exit codes, a file per container."""
         return self.run / "exits"
 
+    @property
+    def node_mounts(self) -> Path:
+        """Folder of what containers have mounted on the node, as runtime.containers.bundle.node_mounts keeps it."""
+        return self.run / "node-mounts"
+
     def sandbox(self, sandbox_id: str) -> SandboxFolder:
         """The folder of one sandbox."""
         return SandboxFolder(self.sandboxes / sandbox_id)

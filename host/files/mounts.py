@@ -138,6 +138,12 @@ def mount_holding(path: str) -> MountEntry:
     return best
 
 
+def mount_id(descriptor: int) -> int:
+    """The kernel's id of the mount that an open file is on (proc(5), fdinfo)."""
+    with open(f"/proc/self/fdinfo/{descriptor}", "rb") as info:
+        return next(int(line[7:]) for line in info if line.startswith(b"mnt_id:"))
+
+
 def bind(source: str | Path, target: str | Path, *, recursive: bool = False) -> None:
     """Bind ``source`` onto the existing ``target``."""
     libc.mount(str(source), str(target), "", MS_BIND | (MS_REC if recursive else 0), "")

@@ -204,7 +204,8 @@ class ContainerCreate:
     ) -> None:
         record = container.record
         try:
-            monitored = await monitor.create()
+            async with self._rootfs.node_mounts.recorded(container.id, spec.spec.mounts, monitor.abandon):
+                monitored = await monitor.create()
         except RuntimeRefusedError as error:
             program = spec.spec.process.args[0]
             unrunnable, refused = cannot_run_program(error.message, program), refused_request(error.message)

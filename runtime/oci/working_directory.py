@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from host import libc, processes
 from host.concurrency.abandonable import AbandonableThreads, GivenUpError, Permission
 from host.errors import DeadlineError, PermissionDeniedError, WrongStateError
+from host.files.mounts import mount_id
 from host.processes import ProcessName
 from runtime.specgen import config
 from runtime.specgen.mounts import openat2
@@ -180,12 +181,6 @@ def _topmost(folder: int) -> int:
             return folder
     os.close(folder)
     raise WrongStateError(f"the root of the container's first process is more than {_MOST_LEVELS} folders deep")
-
-
-def mount_id(descriptor: int) -> int:
-    """The kernel's id of the mount that an open file is on (proc(5), fdinfo)."""
-    with open(f"/proc/self/fdinfo/{descriptor}", "rb") as info:
-        return next(int(line[7:]) for line in info if line.startswith(b"mnt_id:"))
 
 
 def become(user: tuple[int, int, Sequence[int]]) -> None:

@@ -14,6 +14,7 @@ from host.errors import PodkeelError, UnavailableError
 from images.snapshots.store import SnapshotStore
 from network.node_network import NodeNetwork
 from runtime.cgroups.tree import CgroupTree
+from runtime.containers.bundle.node_mounts import NodeMounts
 from runtime.layout import Layout
 from runtime.oci.conmon import Monitors
 from runtime.oci.handlers import Handlers
@@ -134,6 +135,10 @@ class Audit:
         await in_thread(garbage.end_monitors, self.monitors, unknown)
         await asyncio.gather(*(self._drop_unknown_to_store(runtime, known) for runtime in self.handlers.working()))
         self.findings["unrecovered"] += await in_thread(garbage.drop_run_folders, self.layout, known)
+        node_mounts = NodeMounts(self.layout.node_mounts)
+        for container_id in node_mounts.known():
+            if container_id not in known.containers:
+                await node_mounts.release(container_id)
         for container_id in self.snapshots.ids():
             if container_id not in known.containers:
                 self.findings["snapshot of no container"] += 1

@@ -21,6 +21,7 @@ from runtime.specgen.mounts.image_volumes import Volume
 from runtime.specgen.mounts.kernel_places import kernel_folders_last, refuse_imitations, refuse_nested
 from runtime.specgen.mounts.masks import mask_files
 from runtime.specgen.mounts.private_devices import PrivateDevices, prepare
+from runtime.specgen.mounts.shared_volumes import without_shared
 from runtime.specgen.process import settled_directory
 from runtime.specgen.security.relabel import relabel_all
 from runtime.specgen.security.selinux import Relabel, SelinuxLabels
@@ -89,7 +90,12 @@ def _complete(drafted: Draft) -> ContainerSpec:
     for node in linux.devices:
         node.path = settled.paths.destination(node.path, "devices: container_path").path
     own_devices, mounts = prepare(
-        request.rootfs, linux, settled.mounts, described=described, folders=groups.folders, label=labels.mount
+        request.rootfs,
+        linux,
+        without_shared(settled.mounts, groups.defaults),
+        described=described,
+        folders=groups.folders,
+        label=labels.mount,
     )
     if settled.nested:
         mounts = kernel_folders_last(mounts)

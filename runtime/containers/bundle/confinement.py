@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from host.errors import InvalidArgumentError
-from host.files.mounts import MountEntry, mount_table
+from host.files.mounts import MountEntry, mount_id, mount_table
 from host.processes import ProcessName
-from runtime.oci.working_directory import mount_id
 from runtime.specgen import config
 from runtime.specgen.builder import ContainerSpec
 from runtime.specgen.mounts.private_devices import DEFAULT_NODES

@@ -11,7 +11,8 @@ from images.snapshots.store import SnapshotStore
 from images.store import ImageStore
 from proto.runtime.v1 import cri_pb2
 from runtime.containers.bundle.idmapped_mounts import release
-from runtime.layout import ContainerFolder
+from runtime.containers.bundle.node_mounts import NodeMounts
+from runtime.layout import ContainerFolder, Layout
 from runtime.logs import LogLink
 from runtime.oci import private_devices
 from runtime.specgen.node_facts import NodeFacts
@@ -22,10 +23,11 @@ from runtime.state.container import Container
 class Rootfs:
     """Mounts what containers get of images, and unmounts all that was mounted for them."""
 
-    def __init__(self, images: ImageStore, snapshots: SnapshotStore, facts: NodeFacts) -> None:
+    def __init__(self, images: ImageStore, snapshots: SnapshotStore, facts: NodeFacts, layout: Layout) -> None:
         self._images = images
         self._snapshots = snapshots
         self._facts = facts
+        self.node_mounts = NodeMounts(layout.node_mounts)
 
     async def mount(self, container: Container, image: Image) -> None:
         """Mount the container's writable root file system."""
@@ -68,7 +70,10 @@ class Rootfs:
         return mounted
 
     async def unmount(self, container: Container) -> None:
-        """Unmount root file system, image volumes, volumes with mapped ids, devices and log. Repeatable."""
+        """Unmount root file system, image volumes, volumes with mapped ids, devices and log, and what appeared on the
+        node. Repeatable.
+        """
+        await self.node_mounts.release(container.id)
         folder = container.folder
         for target in await in_thread(_release_volumes, folder):
             await self._snapshots.unmount(container.id, target)

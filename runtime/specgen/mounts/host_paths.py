@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from host.errors import InvalidArgumentError
-from host.files.mounts import MountEntry, mount_table
+from host.files.mounts import MountEntry, mount_id, mount_table
 
 
 @dataclass(slots=True)
@@ -74,11 +74,10 @@ def _mount_of(path: Path) -> MountEntry:
     """The mount ``path`` is on, by the kernel's own mount id, which is right also where mounts hide each other."""
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        with open(f"/proc/self/fdinfo/{descriptor}") as info:
-            mount_id = next(int(line[7:]) for line in info if line.startswith("mnt_id:"))
+        number = mount_id(descriptor)
     finally:
         os.close(descriptor)
     for entry in mount_table():
-        if entry.mount_id == mount_id:
+        if entry.mount_id == number:
             return entry
     raise InvalidArgumentError(f"mounts: path {path} is on a mount this agent does not see: use another host_path")

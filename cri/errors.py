@@ -35,6 +35,8 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
         return grpc.StatusCode.RESOURCE_EXHAUSTED, (
             "no file descriptor is left: end streams and commands, or raise LimitNOFILE= of the systemd unit"
         )
+    if isinstance(error, OSError) and error.errno == errno.EUSERS:
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error.strerror)
     if isinstance(error, BlockingIOError) or (isinstance(error, RuntimeError) and _NO_THREAD in str(error)):
         return grpc.StatusCode.RESOURCE_EXHAUSTED, (
             "no process or thread can be started: end processes, or raise kernel.pid_max, kernel.threads-max or "

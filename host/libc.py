@@ -60,8 +60,14 @@ def setns(descriptor: int, kind: int) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Give the calling thread new namespaces (unshare(2))."""
-    _check(_libc.unshare(flags), f"flags {flags:#x}")
+    """Give the calling thread new namespaces (unshare(2)). Raises OSError, EUSERS if the limit of them is reached."""
+    try:
+        _check(_libc.unshare(flags), f"flags {flags:#x}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:  # which here has nothing to do with disks
+            raise
+        message = "the node has no more namespaces: raise the limits in /proc/sys/user (user.max_*_namespaces)"
+        raise OSError(errno.EUSERS, message) from error
 
 
 def sethostname(name: str) -> None:

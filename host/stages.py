@@ -31,7 +31,7 @@ _failed: deque[Operation] = deque(maxlen=_FAILURES_KEPT)
 
 _open: dict[int, tuple[Operation, Stage]] = {}
 
-_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EUSERS)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from host import processes
-from host.errors import PodkeelError
+from host.errors import LimitError
 from host.files import mounts
 from runtime.layout import SandboxFolder
 from runtime.specgen import config
@@ -61,13 +61,23 @@ def _waiting_process(options: Sequence[str]) -> Iterator[int]:
             descriptors = {0: theirs.fileno(), 1: theirs.fileno()}
             pid = processes.spawn(["unshare", *options, "cat"], descriptors=descriptors)
         try:
-            ours.sendall(_READY)
-            if ours.recv(1) != _READY:  # what cat echoes shows that it runs, and so that the namespaces are there
-                raise PodkeelError("a user namespace could not be made: is user.max_user_namespaces 0?")
+            if not _echoes(ours):  # what cat echoes shows that it runs, and so that the namespaces are there
+                raise LimitError(
+                    "a user namespace could not be made: raise user.max_user_namespaces, or the other limits of "
+                    "namespaces in /proc/sys/user"
+                )
             yield pid
         finally:
             processes.kill_group(pid)
             os.waitpid(pid, 0)
+
+
+def _echoes(peer: socket.socket) -> bool:
+    try:
+        peer.sendall(_READY)
+        return peer.recv(1) == _READY
+    except ConnectionError:
+        return False
 
 
 def make_private(folder: Path, mappings: Mappings | None) -> None:

@@ -1,20 +1,24 @@
-"""While a node has no descriptors or process ids left, no end of a container is lost, and all can be removed."""
+"""While a node has no descriptors, process ids or namespaces left, no end of a container is lost, and all can be
+removed."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from host import cgroups
+from host import cgroups, libc
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.hardening import init_pid
 from tests.integration.agent.refusals import refused
+from tests.security.conftest import pod_config
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import remove_all_pods, run_container, sandbox_config
 
@@ -107,3 +111,51 @@ def exhaust(agent: AgentProcess) -> None:
     """Ask for new pods until one is refused."""
     for _ in range(20):
         agent.client.run_sandbox(sandbox_config(agent))
+
+
+# A kernel without another namespace of these kinds, for a program and all that it starts.
+_FILTERED = """
+import os, sys
+from host import libc
+from host.seccomp import ALLOW, ERRNO, MASKED_EQUAL, Comparison, Rule, compile_filter
+kind, number = int(sys.argv[1]), int(sys.argv[2])
+rule = Rule(("unshare",), ERRNO | number, (Comparison(0, MASKED_EQUAL, kind, kind),))
+libc.install_seccomp_filter(compile_filter(ALLOW, [rule]))
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+
+
+class NoNamespaces(AgentProcess):
+    """An agent that can make no namespaces of ``kind``, if that is set."""
+
+    kind = 0
+
+    def command(self, *words: str) -> list[str]:
+        command = super().command(*words)
+        if words[0] != "serve" or not self.kind:
+            return command
+        return [sys.executable, "-c", _FILTERED, str(self.kind), str(errno.ENOSPC), *command]
+
+
+@pytest.mark.parametrize(("kind", "user_namespace"), [("NET", False), ("USER", True)])
+def test_without_a_namespace_pods_are_refused_with_the_limit_and_others_end(
+    tmp_path: Path, busybox: Path, kind: str, user_namespace: bool
+) -> None:
+    agent = NoNamespaces(tmp_path)
+    try:
+        agent.start()
+        agent.import_busybox(busybox)
+        sandbox_id, container_id = run_container(agent, "sleep", "1000")
+        agent.kind = getattr(libc, f"CLONE_NEW{kind}")
+        agent.restart()
+        wanted = pod_config(agent, user_namespace=user_namespace)
+        refused("RESOURCE_EXHAUSTED", "/proc/sys/user", call=lambda: agent.client.run_sandbox(wanted))
+        assert agent.client.exec(container_id, "true").exit_code == 0
+        agent.client.remove(container_id)
+        agent.client.stop_sandbox(sandbox_id)
+        agent.client.remove_sandbox(sandbox_id)
+        assert agent.client.findings() == []
+        assert agent.tracebacks() == []
+    finally:
+        agent.kind = 0
+        agent.reset()

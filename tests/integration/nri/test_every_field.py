@@ -191,7 +191,7 @@ def test_scheduling_that_the_kernel_refuses_is_named_and_leaves_nothing(agent: A
     # The time of a task of SCHED_DEADLINE must be longer than the clock's resolution.
     scheduler = nri_pb2.LinuxScheduler(policy=nri_pb2.SCHED_DEADLINE, runtime=1, deadline=1, period=1)
     adjust = nri_pb2.ContainerAdjustment(linux=Linux(scheduler=scheduler))
-    with refused(grpc.StatusCode.INVALID_ARGUMENT, "NRI plugin 10-recorder: LinuxSched"):
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "10-recorder: LinuxSched"):
         create(agent, sandbox_id, adjust)
     assert not agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
     create(agent, sandbox_id, nri_pb2.ContainerAdjustment())

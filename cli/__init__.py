@@ -1,1 +1,1 @@
-"""The ``podkeel`` command: it serves the node agent, and is a client of the agent's socket like any other."""
+"""The ``podkeel`` command: it runs the node agent, and is a client of the agent's socket."""

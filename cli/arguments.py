@@ -15,7 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser; each subcommand sets ``handler`` to ``module:function``, which is imported when it is run."""
     parser = argparse.ArgumentParser(
         prog="podkeel",
-        description="A Kubernetes node agent: serves the Container Runtime Interface, and talks to an agent that does.",
+        description="A Kubernetes node agent. `podkeel serve` runs it; most other commands are its clients.",
         epilog="`podkeel COMMAND --help` describes each command.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -50,7 +50,7 @@ def _configuration_options() -> argparse.ArgumentParser:
     group = parser.add_argument_group(
         "configuration", "Flags win over the file, and its conf.d/*.toml over it. docs/configuration.md has every key."
     )
-    group.add_argument("--config", metavar="FILE", help="default: /etc/podkeel/config.toml, if there")
+    group.add_argument("--config", metavar="FILE", help="default: /etc/podkeel/config.toml, if it exists")
     group.add_argument(
         "--socket", metavar="URL", help="where the CRI is served (default: podkeel.sock in the run folder)"
     )
@@ -62,10 +62,14 @@ def _configuration_options() -> argparse.ArgumentParser:
     group.add_argument("--bridge", metavar="NAME", help="bridge of the built-in network")
     group.add_argument("--registry-config-dir", metavar="DIR", help="configuration per registry, HOST/hosts.toml")
     group.add_argument(
-        "--default-runtime", metavar="NAME", help="handler of pods that name none (default: first to work)"
+        "--default-runtime",
+        metavar="NAME",
+        help="runtime handler of pods that name none (default: the first that works)",
     )
-    group.add_argument("--stream-address", metavar="HOST:PORT", help="exec, attach and port-forward streams")
-    group.add_argument("--metrics-address", metavar="HOST:PORT", help="of /metrics and /healthz (127.0.0.1:10351)")
+    group.add_argument("--stream-address", metavar="HOST:PORT", help="address of exec, attach and port-forward streams")
+    group.add_argument(
+        "--metrics-address", metavar="HOST:PORT", help="address of /metrics and /healthz (default: 127.0.0.1:10351)"
+    )
     group.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error (default: info)")
     return parser
 
@@ -98,7 +102,9 @@ def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.Argument
     )
     parser.add_argument("--format", choices=("table", "json"), default="table", help="output format (default: table)")
     parser.add_argument(
-        "--repair", action="store_true", help="have the agent remove what belongs to no pod and make what is missing"
+        "--repair",
+        action="store_true",
+        help="have the agent remove objects that belong to no pod and restore missing ones",
     )
     parser = commands.add(
         "reset",
@@ -106,14 +112,17 @@ def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         "take down everything an agent of this configuration left on the host",
         "Containers, mounts, namespaces, links, addresses and its folders. The agent must not be running.",
     )
-    parser.add_argument("--yes", action="store_true", help="really do it")
-    parser.add_argument("--force", action="store_true", help="give up what CNI plugins do not release")
+    parser.add_argument("--yes", action="store_true", help="confirm the removal")
+    parser.add_argument("--force", action="store_true", help="continue if CNI plugins do not release a network")
 
 
 def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     commands = _Commands(subparsers, _client_options())
     parser = commands.add(
-        "run", "cli.run:run", "run the pod of a Kubernetes manifest", "What it cannot honour is named."
+        "run",
+        "cli.run:run",
+        "run the pod of a Kubernetes manifest",
+        "Prints a warning for each field that it does not support.",
     )
     parser.add_argument("file", metavar="FILE", help="YAML with one Pod; - reads standard input")
     parser.add_argument("--quiet", "-q", action="store_true", help="print the pod's id only")
@@ -122,7 +131,7 @@ def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     parser = commands.add("rm", "cli.pods:remove", "stop and remove pods")
     parser.add_argument("pods", metavar="POD", nargs="+", help=_POD)
     parser.add_argument(
-        "--force", "-f", action="store_true", help="even if CNI plugins cannot release a pod's network any more"
+        "--force", "-f", action="store_true", help="remove a pod even if CNI plugins cannot release its network"
     )
     _add_pod_dir(parser)
     parser = commands.add("pods", "cli.pods:list_pods", "list pods")
@@ -138,7 +147,7 @@ def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument("object", metavar="ID", help="by name, id or unique prefix of an id")
     parser = commands.add("explain", "cli.explain:explain", "show the stages a pod or container went through")
     parser.add_argument("object", metavar="POD", help="a pod or container by name, id or unique prefix of an id")
-    commands.add("nri", "cli.plugins:nri", "list the plugins of the node (NRI) with their events, calls and last error")
+    commands.add("nri", "cli.plugins:nri", "list the NRI plugins of the node: state, events, calls and last error")
 
 
 def _add_pod_dir(parser: argparse.ArgumentParser) -> None:
@@ -153,9 +162,9 @@ def _add_pod_dir(parser: argparse.ArgumentParser) -> None:
 def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     commands = _Commands(subparsers, _client_options())
     parser = commands.add("ps", "cli.pods:list_containers", "list running containers")
-    parser.add_argument("--all", "-a", action="store_true", help="also those that do not run")
+    parser.add_argument("--all", "-a", action="store_true", help="also list containers that do not run")
     parser.add_argument("--quiet", "-q", action="store_true", help="full ids only")
-    parser.add_argument("--pod", metavar="POD", help=f"only those of {_POD}")
+    parser.add_argument("--pod", metavar="POD", help=f"only containers of this pod: {_POD}")
     parser = commands.add("logs", "cli.logs:logs", "print a container's log")
     parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
     parser.add_argument("--follow", "-f", action="store_true", help="continue until the container ends")
@@ -168,14 +177,16 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
         "Prints its output as it arrives, and ends with its exit code. The command ends when podkeel does.",
     )
     _add_stream_options(parser)
-    parser.add_argument("--timeout", type=int, default=0, metavar="S", help="end it after S seconds (default: never)")
+    parser.add_argument(
+        "--timeout", type=int, default=0, metavar="S", help="kill the command after S seconds (default: never)"
+    )
     parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command and its arguments")
     parser = commands.add(
         "attach",
         "cli.streams.exec:attach",
         "show what a container prints from now on, and send it input",
-        "Leaving leaves the container running.",
+        "The container continues when podkeel ends.",
     )
     _add_stream_options(parser)
     parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
@@ -185,10 +196,15 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
         "carry connections from local ports into a pod, until Ctrl-C",
         "Inside the pod, connections come from its own localhost.",
     )
-    parser.add_argument("--address", default="localhost", metavar="HOST", help="listen there (default: localhost)")
+    parser.add_argument(
+        "--address", default="localhost", metavar="HOST", help="address to listen on (default: localhost)"
+    )
     parser.add_argument("pod", metavar="POD", help=_POD)
     parser.add_argument(
-        "ports", metavar="[LOCAL:]REMOTE", nargs="+", help="8080:80, or 80 for both, or :80 for a free local port"
+        "ports",
+        metavar="[LOCAL:]REMOTE",
+        nargs="+",
+        help="8080:80; 80 for the same port on both sides; :80 for a free local port",
     )
     _add_tls_options(parser)
     parser = commands.add(
@@ -203,10 +219,10 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser = commands.add(
         "restore",
         "cli.checkpoints.checkpoint:restore",
-        "make and start a container of a checkpoint archive, in a pod that is there",
-        "Its processes continue where they were. The image made from the archive is kept.",
+        "make and start a container from a checkpoint archive, in a pod that exists",
+        "Its processes continue where the checkpoint was made. The image made from the archive is kept.",
     )
-    parser.add_argument("--name", metavar="NAME", help="name of the container (default: as it was checkpointed)")
+    parser.add_argument("--name", metavar="NAME", help="name of the container (default: its name in the checkpoint)")
     parser.add_argument(
         "--volume",
         metavar="HOST:CONTAINER[:ro]",
@@ -226,36 +242,36 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
 
 
 def _add_stream_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stdin", "-i", action="store_true", help="pass our standard input on")
-    parser.add_argument("--tty", "-t", action="store_true", help="on a terminal, which is ours")
+    parser.add_argument("--stdin", "-i", action="store_true", help="pass podkeel's standard input to the process")
+    parser.add_argument(
+        "--tty", "-t", action="store_true", help="give the process a terminal, shown on the terminal of podkeel"
+    )
     parser.add_argument(
         "--detach-keys",
         metavar="KEYS",
         default="ctrl-p,ctrl-q",
-        help='keys that leave when typed with -it, such as ctrl-],q; "" for none (default: ctrl-p,ctrl-q)',
+        help='keys that end podkeel when typed with -it, such as ctrl-],q; "" for none (default: ctrl-p,ctrl-q)',
     )
     _add_tls_options(parser)
 
 
 def _add_tls_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("TLS", "PEM files for an agent whose streams are served over HTTPS.")
-    group.add_argument(
-        "--tls-ca", metavar="FILE", help="authorities of the agent's certificate (default: those of the host)"
-    )
-    group.add_argument("--tls-cert", metavar="FILE", help="our certificate, if the agent asks for one")
-    group.add_argument("--tls-key", metavar="FILE", help="its key (default: in the same file)")
+    group.add_argument("--tls-ca", metavar="FILE", help="certificate authorities to trust (default: those of the host)")
+    group.add_argument("--tls-cert", metavar="FILE", help="client certificate, if the agent asks for one")
+    group.add_argument("--tls-key", metavar="FILE", help="key of the client certificate (default: in the same file)")
 
 
 def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     commands = _Commands(subparsers, _client_options())
     parser = commands.add("images", "cli.images.images:list_images", "list images")
     parser.add_argument("--quiet", "-q", action="store_true", help="ids only")
-    parser = commands.add("pull", "cli.images.pulls:pull", "pull an image from its registry, showing how far it is")
+    parser = commands.add("pull", "cli.images.pulls:pull", "pull an image from its registry, and show the progress")
     parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
     image = subparsers.add_parser(
         "image",
-        help="all about images: import, export, push, tag, explain, list, remove",
+        help="work with images: import, export, push, tag, explain, list, remove",
         description="Work with images.",
     )
     below = _Commands(image.add_subparsers(title="commands", metavar="COMMAND", required=True), _client_options())
@@ -263,20 +279,20 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         "import", "cli.images.images:import_archive", "import an OCI layout, OCI archive or docker archive"
     )
     parser.add_argument("path", metavar="PATH", help="a folder or tar file on the node")
-    parser.add_argument("--reference", metavar="REF", default="", help="name for images that carry none")
+    parser.add_argument("--reference", metavar="REF", default="", help="name for images without a name in the archive")
     parser = below.add(
         "export",
         "cli.images.archives:export",
         "write images to an OCI archive",
         "It needs their compressed layers (images.keep_blobs).",
     )
-    parser.add_argument("path", metavar="FILE", help="on the node; replaced if it is there")
+    parser.add_argument("path", metavar="FILE", help="archive to write on the node; an existing file is replaced")
     parser.add_argument("references", metavar="REF", nargs="+", help=_IMAGE)
     parser = below.add(
         "push", "cli.images.archives:push", "push an image to a registry", "It needs its compressed layers."
     )
     parser.add_argument("reference", metavar="REF", help=_IMAGE)
-    parser.add_argument("destination", metavar="NAME", nargs="?", help="its name there (default: REF)")
+    parser.add_argument("destination", metavar="NAME", nargs="?", help="name in the registry (default: REF)")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
     parser = below.add(
         "from-checkpoint",
@@ -304,16 +320,16 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
     parser = below.add(
         "check",
         "cli.images.reports:check",
-        "hold every image against its digests, file by file",
-        "Exits 1 if something is broken and was not repaired.",
+        "compare the files of every image on disk with its digests",
+        "Exits 1 if an image is broken and was not repaired.",
     )
-    parser.add_argument("--repair", action="store_true", help="remove what is broken, so that it is pulled again")
-    below.add("df", "cli.images.reports:disk_usage", "show what images take on disk, and what of it they share")
+    parser.add_argument("--repair", action="store_true", help="remove broken parts, so that they are pulled again")
+    below.add("df", "cli.images.reports:disk_usage", "show how much disk space images take, and how much they share")
     below.add("pulls", "cli.images.pulls:list_pulls", "list the pulls that run now, of all clients")
     parser = below.add(
         "explain",
         "cli.images.reports:explain",
-        "ask every host that a pull would try, and say with which credentials and what it answers",
+        "ask every host that a pull would try; print the credentials used and the answer",
         "Nothing is pulled. Exits 1 if no host has the image.",
     )
     parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
@@ -330,7 +346,7 @@ def _add_node_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentP
     commands = _Commands(subparsers, _client_options())
     commands.add("version", "cli.node:version", "print the versions of this command and of the agent")
     commands.add("info", "cli.node:info", "print the agent's status: conditions, runtime handlers, configuration")
-    parser = commands.add("events", "cli.node:events", "print what happens to pods and containers, as it happens")
+    parser = commands.add("events", "cli.node:events", "print events of pods and containers as they occur")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="output format (default: text)")
     commands.add(
         "reload",
@@ -348,7 +364,7 @@ def _add_node_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentP
     parser = below.add(
         "bundle",
         "cli.debug:bundle",
-        "write what a report of a fault needs to an archive",
-        "It holds no secrets: no environment of a container, no credentials. Look through it before you send it.",
+        "write what a bug report needs to an archive",
+        "The archive holds no environment of a container and no credentials. Read it before you send it.",
     )
     parser.add_argument("file", metavar="FILE", help="such as podkeel.tar.gz; it must not exist")

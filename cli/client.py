@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 from google.protobuf.message import Message
 
-# Read once, when grpc is imported: its log lines would mix with our one-line errors.
+# gRPC reads this once, when it is imported. Its log lines would mix with our one-line errors.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
@@ -120,7 +120,7 @@ class Client:
 
 
 def _why_unreachable(address: str) -> str:
-    """What keeps us from an agent at ``address``; empty if a process listens there."""
+    """Why no agent can be reached at ``address``; empty if a process listens there."""
     try:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(_PROBE_SECONDS)

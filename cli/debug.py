@@ -38,7 +38,7 @@ def debug(options: argparse.Namespace) -> None:
 
 
 def bundle(options: argparse.Namespace) -> None:
-    """Write everything that a report of a fault needs to an archive that only its owner can read."""
+    """Write everything that a bug report needs to an archive that only its owner can read."""
     path = Path(options.file)
     folder = path.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz") or "podkeel"
     try:
@@ -59,7 +59,7 @@ def bundle(options: argparse.Namespace) -> None:
 
 
 def _contents(client: Client) -> Iterator[tuple[str, str]]:
-    """The files of a bundle. What cannot be had has the reason in its place."""
+    """The files of a bundle. A file that cannot be made holds the reason instead."""
     from google.protobuf.json_format import MessageToJson
 
     from proto.podkeel.v1 import agent_pb2

@@ -1,4 +1,4 @@
-"""``podkeel explain``: where the time of a pod or container went, as a waterfall."""
+"""``podkeel explain``: how long each stage of a pod or container took, as a waterfall."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def explain(options: argparse.Namespace) -> None:
             try:
                 identifier = find_container(client, options.object).id
             except NotFoundError:
-                identifier = options.object  # what is still being made, or could not be, is in no list
+                identifier = options.object  # objects that are being made, or whose making failed, are in no list
         request = agent_pb2.ExplainRequest(id=identifier)
         answer = client.call(request, agent_pb2.ExplainResponse, f"explain {options.object}")
         names = {"": options.object}
@@ -52,7 +52,7 @@ def _changes(changes: Sequence[agent_pb2.ChangeReport], container: str, name: st
 def waterfall(operation: agent_pb2.OperationReport, now: int, name: str = "") -> str:
     """One operation: a line for it, and one for each stage with its bar.
 
-    ``now`` is in nanoseconds since the epoch, ``name`` what the operation's object is called.
+    ``now`` is in nanoseconds since the epoch, ``name`` is the name of the operation's object.
     """
     ends = [_end(stage, now) for stage in operation.stages]
     total = max((end - operation.started for end in ends), default=0) / 1e9

@@ -63,7 +63,7 @@ class LogReader:
             self._file = self._open()
 
     def rest(self) -> Iterator[LogLine]:
-        """The parts that no end will follow, once the container has ended."""
+        """The parts without a last part, once the container has ended and writes no more."""
         for stream, parts in self._parts.items():
             if parts:
                 yield LogLine("", stream, b"".join(parts))

@@ -1,4 +1,4 @@
-"""Finding the pod or container that a person means by a name, an id or a part of one."""
+"""Find the pod or container that a user names by its name, its id or the beginning of its id."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def find_container(client: Client, wanted: str) -> cri_pb2.Container:
 
 
 def pod_names(pod: cri_pb2.PodSandbox) -> list[str]:
-    """What a pod may be called: its name, and its namespace and name."""
+    """The names that select a pod: its name, and its namespace and name."""
     return [pod.metadata.name, f"{pod.metadata.namespace}/{pod.metadata.name}"]
 
 
@@ -71,7 +71,7 @@ def _choose(
         raise NotFoundError(f"no {kind} is called {wanted!r} or has an id that begins with it")
     if len({tuple(identity(item)) for item in found}) > 1 or (not named and len(found) > 1):
         raise InvalidArgumentError(f"{wanted!r} may mean several {kind}s, use more of the id: {_listed(kind, found)}")
-    return found[0]  # attempts of the same one: the newest
+    return found[0]  # attempts of the same object: choose the newest
 
 
 def _listed(kind: str, items: Iterable[cri_pb2.PodSandbox | cri_pb2.Container]) -> str:

@@ -15,7 +15,7 @@ from host.errors import PodkeelError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Errors are one line on standard error and status 1."""
     words = sys.argv[1:] if arguments is None else arguments
-    if words and words[0] in IMAGE_COMMANDS:  # many look for them there, as tools of images have them
+    if words and words[0] in IMAGE_COMMANDS:  # aliases: other image tools have these commands at this place
         note(f"there is no command {words[0]!r}: did you mean `podkeel image {IMAGE_COMMANDS[words[0]]}`?")
         return 2
     options = build_parser().parse_args(words)
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of our output left; Python would complain when it flushes at exit.
+        # The reader of our output has closed it. Python would report an error when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

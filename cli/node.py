@@ -18,7 +18,7 @@ from proto.runtime.v1 import cri_pb2
 
 
 def version(options: argparse.Namespace) -> None:
-    """``podkeel version``: also says so when no agent answers."""
+    """``podkeel version``: prints both versions, or why no agent answers."""
     print(f"podkeel command  {installed_version('podkeel')}")
     with connect(options) as client:
         try:
@@ -62,7 +62,7 @@ def _as_json(event: cri_pb2.ContainerEventResponse) -> str:
 
 
 def as_text(event: cri_pb2.ContainerEventResponse, names: dict[str, str]) -> str:
-    """One line for people; ``names`` remembers containers by id, since a deleted one has no status any more."""
+    """One line of text. ``names`` keeps the names of containers by id, as a removed container has no status."""
     kind = cri_pb2.ContainerEventType.Name(event.container_event_type)
     what = kind.removeprefix("CONTAINER_").removesuffix("_EVENT").lower()
     pod = event.pod_sandbox_status

@@ -1,4 +1,4 @@
-"""``podkeel nri``: the plugins of the node that the agent has, and those that left."""
+"""``podkeel nri``: the connected NRI plugins of the node, and those that were disconnected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from proto.runtime.v1 import cri_pb2
 
 
 def nri(options: argparse.Namespace) -> None:
-    """Print a line for each plugin: how many events it wants, its calls, and its last error or why it left."""
+    """Print a line for each plugin: its number of events and calls, and its last error or why it was disconnected."""
     with connect(options) as client:
         request = cri_pb2.StatusRequest(verbose=True)
         answer = client.call(request, cri_pb2.StatusResponse, "ask for the plugins of the node")
@@ -22,7 +22,7 @@ def nri(options: argparse.Namespace) -> None:
 
 
 def _row(plugin: Mapping[str, Any]) -> tuple[object, ...]:
-    name = ascii(plugin.get("plugin", ""))[1:-1]  # plugins choose their names and words
+    name = ascii(plugin.get("plugin", ""))[1:-1]  # a plugin chooses these texts: escape control characters
     if "why" in plugin:
         return name, "gone", "", "", ascii(plugin["why"])[1:-1]
     error = ascii(plugin.get("lastError", ""))[1:-1] or "-"

@@ -17,7 +17,7 @@ from cli.text import age, short, table
 from host.errors import NotFoundError
 from proto.runtime.v1 import cri_pb2
 
-_FORCE_SECONDS = 600.0  # each plugin may take its time, twice
+_FORCE_SECONDS = 600.0  # each CNI plugin may use its whole timeout, twice
 
 
 def list_pods(options: argparse.Namespace) -> None:
@@ -93,7 +93,8 @@ def remove(options: argparse.Namespace) -> None:
             except NotFoundError:
                 if not options.force:
                     raise
-                _force_remove(client, wanted)  # `podkeel check` names ids of pods that were never completed
+                # No list has a pod whose making was interrupted, but `podkeel check` prints its id.
+                _force_remove(client, wanted)
                 print(f"{wanted} removed")
                 continue
             if options.force:
@@ -113,7 +114,10 @@ def remove_pod(client: Client, pod: cri_pb2.PodSandbox) -> None:
 
 
 def _force_remove(client: Client, pod_id: str) -> None:
-    """Have the agent remove a pod. What its CNI plugins do not release is given up and reported."""
+    """Have the agent remove a pod.
+
+    If CNI plugins do not release its network, the agent continues and reports it.
+    """
     from proto.podkeel.v1 import agent_pb2
 
     request = agent_pb2.ForceRemovePodRequest(id=pod_id)
@@ -124,7 +128,7 @@ def _force_remove(client: Client, pod_id: str) -> None:
 
 
 def stop_pod(client: Client, pod: cri_pb2.PodSandbox) -> None:
-    """Stop a pod's sandbox, which ends what runs in it."""
+    """Stop a pod's sandbox, which ends its containers."""
     request = cri_pb2.StopPodSandboxRequest(pod_sandbox_id=pod.id)
     client.call(request, cri_pb2.StopPodSandboxResponse, f"stop pod {pod.metadata.name}")
 
@@ -143,7 +147,7 @@ def stop(options: argparse.Namespace) -> None:
 
 
 def stop_whole_pod(client: Client, wanted: str, grace: int) -> None:
-    """Give each container of the pod its grace, then stop the sandbox."""
+    """Stop each container of the pod with the grace period, then stop the sandbox."""
     try:
         pod = lookup.find_pod(client, wanted)
     except NotFoundError as error:

@@ -1,4 +1,4 @@
-"""``podkeel run``: what kubelet does for a pod, once, for a person."""
+"""``podkeel run``: makes a pod from a manifest as kubelet would, without restarting its containers."""
 
 from __future__ import annotations
 

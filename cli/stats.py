@@ -11,7 +11,7 @@ from proto.runtime.v1 import cri_pb2
 
 
 def stats(options: argparse.Namespace) -> None:
-    """Print what running containers use, the most memory first."""
+    """Print what running containers use, in order of memory, the largest first."""
     with connect(options) as client:
         wanted = {find_container(client, name).id for name in options.containers}
         answer = client.call(cri_pb2.ListContainerStatsRequest(), cri_pb2.ListContainerStatsResponse, "read statistics")

@@ -1,4 +1,4 @@
-"""Text for people: tables, ages, sizes, bars."""
+"""Text that commands print: tables, ages, sizes, bars."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time, as short as it is still useful: ``9.3 ms``, ``42 s``, ``5 h``."""
+    """A length of time in its largest unit: ``9.3 ms``, ``42 s``, ``5 h``."""
     if seconds < 0.9995:
         return f"{seconds * 1000:.3g} ms"
     for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
@@ -64,5 +64,5 @@ def bar(begin: float, end: float, width: int, *, least: int = 0) -> str:
 
 
 def note(message: str) -> None:
-    """A word to the person on standard error, beside the command's output."""
+    """Print a message for the user on standard error."""
     print(f"podkeel: {message}", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""Commands that are the agent or look at its host."""
+"""Commands that run the agent or examine its host."""

@@ -19,7 +19,7 @@ from host.errors import PodkeelError, UnavailableError
 if TYPE_CHECKING:
     from cli.client import Client
 
-_LEFT = "the plugin closed the connection"  # as after the exit of a plugin
+_LEFT = "the plugin closed the connection"  # the reason that the agent records when a plugin has ended
 _MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}
 _COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
 
@@ -37,9 +37,9 @@ def check(options: argparse.Namespace) -> int:
 
 
 def agent_checks(socket: str, *, repair: bool = False) -> list[Check]:
-    """What the agent on ``socket`` finds when it compares its store with the kernel; one line if none runs.
+    """The differences that the agent on ``socket`` finds between its store and the kernel; one line if no agent runs.
 
-    With ``repair`` it makes the kernel what the store says.
+    With ``repair`` the agent makes the kernel agree with the store.
     """
     path = socket.removeprefix("unix://")
     if not os.access(path, os.F_OK):
@@ -99,7 +99,8 @@ def _plugin_checks(client: Client) -> list[Check]:
     failed: dict[str, list[str]] = {}
     for name, why in gone:
         if name not in there and why != _LEFT:
-            failed[name] = [*failed.get(name, []), why][-2:]  # one that ends has two: its connection, and its status
+            # a program that ended is listed twice: its connection, and its exit status
+            failed[name] = [*failed.get(name, []), why][-2:]
     remedy = "see the plugin's own log, and start it again"
     return [
         *checks,
@@ -111,7 +112,7 @@ def _plugin_checks(client: Client) -> list[Check]:
 
 
 def _shown(text: str) -> str:
-    """What a plugin chose, safe for a terminal."""
+    """A text that a plugin chose, with control characters escaped."""
     return ascii(text)[1:-1]
 
 

@@ -20,7 +20,7 @@ def load_for(options: argparse.Namespace) -> LoadedConfiguration:
     if flags["--pod-cidr"] is not None:
         flags["--pod-cidr"] = [cidr.strip() for given in options.pod_cidr for cidr in given.split(",") if cidr.strip()]
     for flag in ("--data-dir", "--run-dir", "--registry-config-dir"):
-        if flags[flag]:  # relative to where the command was given, not to where the agent happens to run
+        if flags[flag]:  # relative to the working directory of this command, not to that of the agent
             flags[flag] = str(Path(str(flags[flag])).absolute())
     return load(Path(file) if (file := getattr(options, "config", None)) else None, flags)
 

@@ -8,6 +8,6 @@ from host.errors import WrongStateError
 
 
 def need_root(command: str) -> None:
-    """Raises WrongStateError for everyone else: mounts, namespaces and cgroups are root's."""
+    """Raises WrongStateError for other users: mounts, namespaces and cgroups belong to root."""
     if os.geteuid() != 0:
         raise WrongStateError(f"podkeel {command} needs root, and this is user {os.geteuid()}: run it with sudo")

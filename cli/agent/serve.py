@@ -10,7 +10,7 @@ from cli.agent.rights import need_root
 
 def serve(options: argparse.Namespace) -> int:
     """Run the agent in this process until a signal ends it."""
-    load_for(options)  # a wrong configuration is reported also to those who may not run the agent
+    load_for(options)  # users who may not run the agent get the errors of its configuration too
     need_root("serve")
     from cri.server import serve as serve_agent
 

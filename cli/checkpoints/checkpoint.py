@@ -68,7 +68,7 @@ def restore(options: argparse.Namespace) -> None:
 
 
 def _mark(path: Path) -> str:
-    """Represents the present content of a file: another name of its image would be a copy of that."""
+    """A name for the file's present content: the same content gets the same image name."""
     try:
         changed = path.stat().st_mtime_ns
     except OSError as error:

@@ -38,7 +38,7 @@ def find_image(client: Client, reference: str) -> cri_pb2.Image | None:
 
 
 def credentials(options: argparse.Namespace) -> cri_pb2.AuthConfig | None:
-    """What ``--creds`` gives, if it is given. Raises InvalidArgumentError for another form."""
+    """The credentials in ``--creds``; None without that option. Raises InvalidArgumentError for another form."""
     if options.creds is None:
         return None
     user, colon, password = options.creds.partition(":")
@@ -54,7 +54,7 @@ def pull_image(
     auth: cri_pb2.AuthConfig | None = None,
     sandbox_config: cri_pb2.PodSandboxConfig | None = None,
 ) -> str:
-    """Pull an image, as long as it takes; returns what the agent calls it."""
+    """Pull an image, without a deadline; returns the reference that the agent gives it."""
     spec = cri_pb2.ImageSpec(image=reference, user_specified_image=reference)
     request = cri_pb2.PullImageRequest(image=spec, auth=auth, sandbox_config=sandbox_config)
     return client.call(request, cri_pb2.PullImageResponse, f"pull {reference}", timeout=None).image_ref

@@ -1,4 +1,4 @@
-"""The layers of a pull, as messages of the agent have them."""
+"""The layers of a pull in the agent's messages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from proto.podkeel.v1 import agent_pb2
 
 
 def sums(layers: Sequence[agent_pb2.LayerProgress]) -> tuple[int, int]:
-    """Bytes that are received, and bytes of all."""
+    """Bytes received of all layers, and the size of all layers."""
     return sum(layer.received for layer in layers), sum(layer.size for layer in layers)
 
 
 def digest_of(layer: agent_pb2.LayerProgress) -> str:
-    """The beginning of its digest, for people."""
+    """The beginning of the layer's digest, to be shown."""
     return layer.digest.partition(":")[2][:12]

@@ -36,7 +36,7 @@ def pull(options: argparse.Namespace) -> None:
 
 
 def list_pulls(options: argparse.Namespace) -> None:
-    """A line for each pull that runs now."""
+    """Print a line for each pull that runs now."""
     with connect(options) as client:
         answer = client.call(agent_pb2.ListPullsRequest(), agent_pb2.ListPullsResponse, "list pulls")
     rows = []
@@ -57,7 +57,8 @@ class _Display(Protocol):
 def _display() -> _Display:
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         return _Lines()
-    from cli.images.pull_bars import PullBars  # rich takes a tenth of a second to load, which only bars are worth
+    # rich takes a tenth of a second to load, so it is loaded only to draw bars
+    from cli.images.pull_bars import PullBars
 
     return PullBars()
 
@@ -77,4 +78,4 @@ class _Lines:
                 print(text, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """Nothing remains to be done."""
+        """Do nothing: each line is complete when it is printed."""

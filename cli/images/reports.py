@@ -1,4 +1,4 @@
-"""``podkeel image explain``, ``df`` and ``check``: what a pull would meet, what images take, and what is broken."""
+"""``podkeel image explain``, ``df`` and ``check``: the hosts of a pull, the disk space of images, and broken images."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def disk_usage(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print what is broken; 1 if there is anything that was not repaired."""
+    """Print what is broken; 1 if a part of it was not repaired."""
     request = agent_pb2.CheckImagesRequest(repair=options.repair)
     with connect(options) as client:
         answer = client.call(request, agent_pb2.CheckImagesResponse, "check images", timeout=None)

@@ -1,1 +1,1 @@
-"""Pod manifests for people, as the CRI's messages."""
+"""Pod manifests as users write them, turned into CRI messages."""

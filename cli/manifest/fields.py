@@ -1,5 +1,4 @@
-"""Reading a YAML document field by field, so that wrong types are errors and fields that were never read are known by
-their path."""
+"""Read the fields of a YAML document: a wrong type is an error, and each field that was not read gets a warning."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ class Fields:
         return self._plain(key, str, "a string (quote it)", default)
 
     def required_text(self, key: str) -> str:
-        """A string that must be there and not be empty."""
+        """A string. Raises InvalidArgumentError if it is missing or empty."""
         value = self.text(key)
         if not value:
             raise InvalidArgumentError(f"{self.at(key)} must be given")
@@ -65,7 +64,7 @@ class Fields:
         return value
 
     def quantity(self, key: str) -> Fraction | None:
-        """A Kubernetes quantity, if there is one; YAML may have made a number of it."""
+        """A Kubernetes quantity as text, if there is one. YAML reads one without a unit as a number."""
         value = self._take(key)
         if value is None:
             return None
@@ -105,18 +104,18 @@ class Fields:
         return Fields({} if value is None else value, self.at(key), self.warnings)
 
     def children(self, key: str) -> Iterator[Fields]:
-        """The mappings of a list, each finished when the next is taken."""
+        """The mappings of a list. Warnings for a mapping are added when the next one is taken."""
         for index, value in enumerate(self._list(key)):
             item = Fields(value, f"{self.at(key)}[{index}]", self.warnings)
             yield item
             item.finish()
 
     def skip(self, *keys: str) -> None:
-        """Mark fields as read that change nothing here."""
+        """Mark fields as read that have no effect in ``podkeel run``, so that no warning names them."""
         self._unread -= set(keys)
 
     def finish(self) -> None:
-        """Warn of every field that was never read."""
+        """Add a warning for every field that was not read."""
         self.warnings += [f"{self.at(key)} is not supported and has no effect" for key in sorted(self._unread)]
         self._unread = set()
 

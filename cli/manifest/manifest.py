@@ -1,4 +1,4 @@
-"""A Kubernetes Pod manifest, turned into the CRI messages that kubelet would send for it.
+"""Turns a Kubernetes Pod manifest into the CRI messages that kubelet would send for it.
 
 Follows https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/pod-v1/. Fields that have no effect here
 are collected as warnings, by their paths.
@@ -41,7 +41,7 @@ READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysr
 
 @dataclass(slots=True)
 class PodPlan:
-    """What ``podkeel run`` does for a manifest; image names are as written, ids of images are put in later."""
+    """What ``podkeel run`` makes of a manifest. Image names are as in the manifest; ids replace them after the pull."""
 
     config: cri_pb2.PodSandboxConfig
     runtime_handler: str

@@ -15,7 +15,7 @@ def path(parent: str | Path, metadata: cri_pb2.PodSandboxMetadata) -> Path:
 
 
 def remove(parent: str | Path, metadata: cri_pb2.PodSandboxMetadata) -> None:
-    """Remove the pod's folder, if it has one: pods made by others have none."""
+    """Remove the pod's folder. Only pods made by ``podkeel run`` have one."""
     folder = path(parent, metadata)
     if not folder.is_symlink() and not folder.is_dir():
         return

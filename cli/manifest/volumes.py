@@ -36,7 +36,10 @@ class Volume:
     supported: bool = True
 
     def prepare(self) -> None:
-        """Make what the volume's kind says to make; raises InvalidArgumentError when what must exist does not."""
+        """Make the folder or file of a kind that makes one.
+
+        Raises InvalidArgumentError if a path that must exist is missing.
+        """
         match self.kind:
             case "emptyDir":
                 self.path.mkdir(parents=True, exist_ok=True)

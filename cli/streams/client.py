@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-# The SPDY machine is the server's own, the other way round. These modules load nothing of the server.
+# Client and server share the SPDY protocol machine. These modules load no other part of the server.
 from cli.streams.tls import TlsFiles, refusal
 from cli.streams.upgrade import Upgrade
 from cri.streaming.httpstream.connection import StreamConnection
@@ -84,7 +84,7 @@ class StreamClient:
         return self.link.open(headers)
 
     async def close(self) -> None:
-        """Say goodbye and leave."""
+        """Send GOAWAY and close the connection."""
         if self._link is not None:
             self._link.go_away()
         if self._connection is not None:
@@ -97,7 +97,7 @@ class StreamClient:
         connection.on_lost = self._lose
 
     def _on_answer(self, data: bytes) -> None:
-        """Take bytes of the answer; no bytes are its end."""
+        """Take bytes of the answer; b"" means its end."""
         if self._answered.done():
             return
         try:
@@ -121,6 +121,6 @@ class StreamClient:
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run ``main`` on a loop that can wait for regular files too, as standard input may be one."""
+    """Run ``main`` on an event loop that accepts regular files, since standard input may be one."""
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.PollSelector())) as runner:
         return runner.run(main())

@@ -27,7 +27,7 @@ def _code(key: str) -> int:
 
 
 class DetachKeys:
-    """Looks for the keys in what is typed; part of them is held back until what follows is known."""
+    """Finds the keys in the input. The beginning of the key sequence is kept until the next byte decides."""
 
     def __init__(self, keys: bytes) -> None:
         self._keys = keys

@@ -20,7 +20,7 @@ _KILLED = 128 + signal.SIGKILL
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Run a command in a container with our standard streams; its exit code is ours."""
+    """Run a command in a container with the standard streams of this process; returns its exit code."""
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         raise InvalidArgumentError("say which command to run, as in `podkeel exec CONTAINER ls -l`")
@@ -44,7 +44,7 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def attach(options: argparse.Namespace) -> int:
-    """Join our standard streams to a running container's until it ends; leaving leaves it running."""
+    """Connect our standard streams to a running container's until it ends. If we end first, the container continues."""
     keys = _detach_keys(options)
     with connect(options) as client:
         container = find_container(client, options.container)

@@ -24,14 +24,14 @@ _READ_SIZE = 256 * 1024
 
 
 class Forward(NamedTuple):
-    """A port of ours (0: a free one) and the pod's that it leads to."""
+    """A local port (0: a free one), and the port of the pod that it forwards to."""
 
     local: int
     remote: int
 
 
 def port_forward(options: argparse.Namespace) -> None:
-    """Listen on local ports and carry what connects there into a pod, until Ctrl-C."""
+    """Listen on local ports and forward their connections into a pod, until Ctrl-C."""
     forwards = [parse_forward(text) for text in options.ports]
     with connect(options) as client:
         pod = find_pod(client, options.pod)
@@ -71,7 +71,7 @@ async def _forward(url: str, forwards: list[Forward], address: str, tls: TlsFile
 
 
 def _listeners(address: str, port: int) -> list[socket.socket]:
-    """Listening sockets; for localhost on both of its addresses, if there is a second one, with the same port."""
+    """Listening sockets; for localhost one for each of its addresses, with the same port."""
     if address != "localhost":
         return [_listener(address, port)]
     first = _listener("127.0.0.1", port)
@@ -96,7 +96,7 @@ async def _carry(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
-    """One connection, both directions to their ends."""
+    """Copy both directions of one connection until each has ended."""
     headers = {"port": str(port), "requestid": str(next(numbers))}
     error = client.open({"streamtype": "error", **headers})
     error.finish()

@@ -1,4 +1,4 @@
-"""Our standard streams joined to those of a process in a container."""
+"""Copies between our standard streams and those of a process in a container."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _READ_SIZE = 64 * 1024
 
 
 async def remote_command(url: str, tls: TlsFiles, *, stdin: bool, tty: bool, detach_keys: bytes = b"") -> int | None:
-    """Join them until the other side ends; its exit code, or 128 + n when signal n ended us.
+    """Copy until the process ends; returns its exit code, or 128 + n if signal n ended us.
 
-    None when ``detach_keys`` were typed on a terminal of ours. Raises PodkeelError when the command could not be run,
+    None if ``detach_keys`` were typed on our terminal. Raises PodkeelError when the command could not be run,
     or the connection was lost.
     """
     client = await StreamClient.connect(url, COMMAND_PROTOCOLS, tls)
@@ -62,7 +62,7 @@ async def _join(client: StreamClient, keys: DetachKeys, *, stdin: bool, tty: boo
 
 
 async def _until_shown(shown: asyncio.Future[list[None]], sending: Sequence[asyncio.Future[bool]]) -> bool:
-    """Wait for the end of the other side's output; False when we are to leave before."""
+    """Wait for the end of the process's output; False if we must end before."""
     waiting: set[asyncio.Future[Any]] = {shown, *sending}
     while not shown.done():
         done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -93,7 +93,7 @@ async def _send_size(channel: Channel, size: os.terminal_size) -> None:
 async def _send_input(channel: Channel, keys: DetachKeys) -> bool:
     """Send our standard input to its end; True once ``keys`` were typed.
 
-    What the other side does not take any more is left alone.
+    Input that the process does not take is not read.
     """
     with contextlib.suppress(ChannelResetError, ConnectionResetError, OSError):
         while data := await _read(0):
@@ -124,7 +124,7 @@ async def _show(channel: Channel, descriptor: int) -> None:
 
 @contextlib.contextmanager
 def _output(descriptor: int) -> Iterator[int]:
-    """The pipe or terminal behind a descriptor of ours, to be written to without blocking.
+    """Open the pipe or terminal of one of our descriptors again, for writing without blocking.
 
     The reader of our output may also be the writer of our input. It is opened again, since those whom
     we share the descriptor with do not expect it to be non-blocking. What cannot be opened so is used as it is.

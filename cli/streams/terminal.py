@@ -1,4 +1,4 @@
-"""The terminal that a person sits at: raw while a remote terminal is shown on it, and always restored."""
+"""The user's terminal: in raw mode while a remote terminal is shown on it, and always restored."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import termios
 import tty
 from collections.abc import Callable, Iterator
 
-# What ends us otherwise than by our own doing; SIGINT is asyncio's.
+# Signals that end this process. asyncio handles SIGINT.
 _ENDINGS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def is_terminal(descriptor: int) -> bool:
-    """Whether it is one; False also for a descriptor that is closed."""
+    """Whether the descriptor is a terminal; False for a closed one."""
     with contextlib.suppress(OSError):
         return os.isatty(descriptor)
     return False
@@ -72,7 +72,7 @@ def raw(descriptor: int, on_resize: Callable[[], None]) -> Iterator[None]:
     before = termios.tcgetattr(descriptor)
 
     def resume() -> None:
-        # The program that stopped us, such as a shell, has set its own terminal modes.
+        # While this process was stopped, the shell set its own terminal modes.
         tty.setraw(descriptor)
         on_resize()
 

@@ -1,4 +1,4 @@
-"""What a client of streams over HTTPS shows and believes."""
+"""The certificate that a client of HTTPS streams sends, and the authorities that it trusts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class TlsFiles(NamedTuple):
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> TlsFiles:
-        """Those named on the command line."""
+        """The files named on the command line."""
         return cls(options.tls_ca, options.tls_cert, options.tls_key)
 
     def context(self) -> ssl.SSLContext:
-        """For connections to the agent. Raises InvalidArgumentError when a file cannot be used."""
-        import ssl  # costs more than most commands take to start
+        """The TLS context of connections to the agent. Raises InvalidArgumentError if a file cannot be used."""
+        import ssl  # imported here: loading it takes longer than most commands
 
         if self.key is not None and self.certificate is None:
             raise InvalidArgumentError("--tls-key needs its certificate: give --tls-cert too")

@@ -1,4 +1,4 @@
-"""The client's side of the HTTP request that turns a connection into a stream's."""
+"""The client's side of the HTTP request that upgrades a connection to SPDY."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ class Upgrade:
         return head + (self._connection.send(h11.EndOfMessage()) or b"")
 
     def receive(self, data: bytes) -> bytes | None:
-        """Take bytes of the answer; no bytes are its end.
-
-        Returns the first bytes of the new protocol once the answer is complete, None before. Raises PodkeelError, with
+        """Take bytes of the answer; b"" means its end. Returns the first bytes of the new protocol once the answer is
+        complete, None before. Raises PodkeelError, with
         the server's reason, when it refuses.
         """
         self.answered = self.answered or bool(data)

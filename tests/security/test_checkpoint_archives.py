@@ -15,7 +15,9 @@ import pytest
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess
-from tests.support.checkpoints import made_up
+from tests.support.checkpoints import made_up, no_new_images
+
+__all__ = ["no_new_images"]
 
 NAME = "example.org/checkpoint:1"
 

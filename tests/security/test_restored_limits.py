@@ -11,8 +11,18 @@ import pytest
 
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, running_agent
-from tests.support.checkpoints import abilities, checkpoint, image_of, lines_of, run_with, wait_for_lines
+from tests.support.checkpoints import (
+    abilities,
+    checkpoint,
+    image_of,
+    lines_of,
+    no_new_images,
+    run_with,
+    wait_for_lines,
+)
 from tests.support.pods import container_config, sandbox_config, wait_for_log
+
+__all__ = ["no_new_images"]
 
 _LOOP_CONTROL = (10, 237)
 

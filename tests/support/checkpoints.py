@@ -7,9 +7,11 @@ import json
 import os
 import socket
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
@@ -130,11 +132,36 @@ def made_up(folder: Path, changes: dict[str, bytes | tarfile.TarInfo | None] | N
     return path
 
 
-def nothing_is_left(agent: AgentProcess, folder: Path) -> None:
-    """Assert that a checkpoint that failed left no file where it was to be, and none with the agent."""
-    assert list(folder.iterdir()) == []
+def files_of(agent: AgentProcess, folder: Path) -> list[Path]:
+    """What there is of checkpoints in ``folder``, where they are to be, and with the agent."""
     work = agent.data / "checkpoints"
-    assert not work.exists() or list(work.iterdir()) == []
+    return [*folder.iterdir(), *(work.iterdir() if work.exists() else ())]
+
+
+def nothing_is_left(agent: AgentProcess, folder: Path) -> None:
+    """Assert that a checkpoint for which the agent has answered with an error left no file."""
+    assert files_of(agent, folder) == []
+
+
+def wait_for_nothing_left(agent: AgentProcess, folder: Path) -> None:
+    """The same for a call whose client has left: it gets its error before the agent has cleaned up."""
+    wait_for(lambda: files_of(agent, folder) == [], what="nothing left of the checkpoint")
+
+
+def image_names(agent: AgentProcess) -> set[str]:
+    """The names of all images of the agent, and the ids of those without one."""
+    images = agent.client.call("ListImages", cri_pb2.ListImagesRequest()).images
+    return {name for image in images for name in image.repo_tags or [image.id]}
+
+
+@pytest.fixture(autouse=True)
+def no_new_images(shared_agent: AgentProcess) -> Iterator[None]:
+    """Removes the images that a test makes in the shared agent, after the containers that it made of them."""
+    before = image_names(shared_agent)
+    yield
+    for name in image_names(shared_agent) - before:
+        request = cri_pb2.RemoveImageRequest(image=cri_pb2.ImageSpec(image=name))
+        shared_agent.client.call("RemoveImage", request)
 
 
 CHECKPOINT_IMAGE = "example.org/restored:1"

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.agent import AgentProcess
-from tests.support.checkpoints import abilities
+from tests.support.checkpoints import abilities, no_new_images
+
+__all__ = ["no_new_images"]
 
 
 @pytest.fixture(scope="session")

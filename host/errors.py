@@ -51,6 +51,10 @@ class NoSpaceError(LimitError):
     """A disk is full, or a quota of it."""
 
 
+class NodeLimitError(LimitError):
+    """The node has no more processes or namespaces now; trying again later may help."""
+
+
 class DeadlineError(PodkeelError):
     """The work did not finish in its time."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from host.concurrency.tasks import SingleFlight
 from host.concurrency.threads import in_image_thread, in_long_thread
-from host.errors import InvalidArgumentError, LimitError
+from host.errors import InvalidArgumentError, LimitError, NodeLimitError
 from host.stages import Operation
 from images.archives.reader import ImageArchive
 from images.content.progress import PullProgress, RunningPull
@@ -120,6 +120,8 @@ class ImagePuller:
         """Unpack what is missing of the image, then make it visible."""
         try:
             return await self._install_layers(candidate, operation)
+        except NodeLimitError:
+            raise  # what was fetched is good
         except (InvalidArgumentError, LimitError) as error:
             await self._layers.give_up([layer.digest for layer in candidate.layers], error)
             raise

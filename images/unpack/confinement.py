@@ -54,11 +54,13 @@ class Ended:
         self.seconds = seconds
 
 
-def run_confined(folder: str, seccomp_filter: bytes, limits: Limits, work: Callable[[], None]) -> Ended:
+def run_confined(
+    folder: str, seccomp_filter: bytes, limits: Limits, work: Callable[[], None], failed: Callable[[OSError], None]
+) -> Ended:
     """Call ``work`` in a process that has ``folder`` as its root and standard input, output and error, nothing else.
 
-    Standard input of this process itself is closed, so that the writer of the pipe gets an error once the inner process
-    no longer reads. Raises OSError.
+    If that process cannot be confined, it calls ``failed`` instead. Standard input of this process itself is closed, so
+    that the writer of the pipe gets an error once the inner process no longer reads. Raises OSError.
     """
     _give_way()
     libc.unshare(libc.CLONE_NEWPID)
@@ -66,8 +68,12 @@ def run_confined(folder: str, seccomp_filter: bytes, limits: Limits, work: Calla
     if inner == 0:
         try:
             libc.die_with_parent()
-            _confine(folder, seccomp_filter, limits)
-            work()
+            try:
+                _confine(folder, seccomp_filter, limits)
+            except OSError as error:
+                failed(error)
+            else:
+                work()
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace"))
             os._exit(1)

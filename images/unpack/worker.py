@@ -1,9 +1,9 @@
 """The unpack worker: a short-lived process that writes one layer into a folder it cannot leave.
 
 It reads the layer as the registry has it (plain, gzip or zstd tar) from standard input, and prints one JSON object: on
-success what it unpacked, on failure ``error`` (``invalid``, ``limit``, ``space`` or ``internal``) and ``message``, in
-hexadecimal digits. A confined child looks at the layer (``images/unpack/confinement.py``). Started as ``python -I -S``,
-so it knows nothing of the agent's environment.
+success what it unpacked, on failure ``error`` (``invalid``, ``limit``, ``space``, ``node`` or ``internal``) and
+``message``, in hexadecimal digits. A confined child looks at the layer (``images/unpack/confinement.py``). Started as
+``python -I -S``, so it knows nothing of the agent's environment.
 
 A worker is started for every layer: it imports only the necessary modules (importing json, typing and contextlib would
 take longer than unpacking a small layer).
@@ -40,6 +40,7 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 _LONGEST_MARK = 10
 _ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)
 _OTHERS = {b"\xfd7zXZ\0": "xz", b"BZh91AY&SY": "bzip2", b"\x04\x22\x4d\x18": "lz4"}
+_NO_PROCESS = "the node has no more processes: end some, or raise kernel.pid_max, kernel.threads-max or TasksMax="
 _DAMAGE = frozenset(("BadGzipFile", "IsalError", "ZstdError"))
 
 MEMORY_LIMIT = 1 << 30
@@ -195,14 +196,17 @@ def main(work: Callable[[Callable[[int], bytes], int, int], dict[str, object]] =
             result = _failure(*_reason(error))
         _write(_as_json(result))
 
+    def failed(error: Exception) -> None:
+        _write(_as_json(_failure(*_reason(error))))
+
     try:
         source = Input()
         read = decompressed(source)
         memory = MEMORY_LIMIT + (ZSTD_WINDOW if is_zstd(source.start) else 0)
         limits = Limits(memory, int(seconds), int(max_bytes))
-        ended = run_confined(folder, bytes.fromhex(seccomp_filter), limits, confined)
+        ended = run_confined(folder, bytes.fromhex(seccomp_filter), limits, confined, failed)
     except Exception as error:
-        _write(_as_json(_failure(*_reason(error))))
+        failed(error)
     else:
         if ended.status == -_SIGKILL:
             message = "the process that unpacks it was killed: the node may be short of memory"
@@ -227,6 +231,10 @@ def _reason(error: Exception) -> tuple[str, str]:
     if isinstance(error, TarError):
         return "invalid", str(error)
     if isinstance(error, OSError):
+        if error.errno == errno.EUSERS:
+            return "node", error.strerror or str(error)
+        if error.errno == errno.EAGAIN:
+            return "node", _NO_PROCESS
         return "space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "internal", str(error)
     return "internal", repr(error)
 

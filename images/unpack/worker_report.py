@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from host import processes
-from host.errors import InvalidArgumentError, LimitError, NoSpaceError, PodkeelError
+from host.errors import InvalidArgumentError, LimitError, NodeLimitError, NoSpaceError, PodkeelError
 from images.unpack.layer_root import LONGEST_NAME, MOST_PARTS
 from images.unpack.special_files import DeviceNode
 
@@ -60,8 +60,9 @@ class WorkerReport(msgspec.Struct):
 def decode_report(completed: processes.Completed, subject: str) -> WorkerReport:
     """The report of a worker that did its work.
 
-    Raises InvalidArgumentError for a broken layer, LimitError for one over the limits or a full disk, and PodkeelError
-    where the worker failed or reports what no layer can hold.
+    Raises InvalidArgumentError for a broken layer, and LimitError for one over the limits or a full disk. Raises
+    NodeLimitError where no process or namespace could be made. Raises PodkeelError where the worker failed or reports
+    what no layer can hold.
     """
     try:
         report = msgspec.json.decode(completed.stdout, type=WorkerReport)
@@ -81,6 +82,8 @@ def decode_report(completed: processes.Completed, subject: str) -> WorkerReport:
             raise InvalidArgumentError(f"{subject} is broken: {message}")
         case "limit":
             raise LimitError(f"{subject} is over the limits: {message}")
+        case "node":
+            raise NodeLimitError(f"{subject} could not be unpacked: {message}")
         case "space":
             raise NoSpaceError(f"{subject} could not be unpacked, the disk is full: {message}")
     raise PodkeelError(f"{subject} could not be unpacked: {message}")

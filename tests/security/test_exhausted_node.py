@@ -15,12 +15,18 @@ from pathlib import Path
 import pytest
 
 from host import cgroups, libc
+from host.errors import NodeLimitError
+from images.unpack import unpacker as unpacking
+from images.unpack.unpacker import Unpacker
 from proto.runtime.v1 import cri_pb2
 from tests.integration.agent.hardening import init_pid
 from tests.integration.agent.refusals import refused
 from tests.security.conftest import pod_config
+from tests.security.worker_attack import ANY, layer, quiet, unpacker
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import remove_all_pods, run_container, sandbox_config
+
+__all__ = ["layer", "unpacker"]
 
 
 def states(agent: AgentProcess) -> dict[str, int]:
@@ -159,3 +165,34 @@ def test_without_a_namespace_pods_are_refused_with_the_limit_and_others_end(
     finally:
         agent.kind = 0
         agent.reset()
+
+
+@pytest.mark.parametrize(
+    ("refused_call", "words"),
+    [
+        (("unshare", libc.CLONE_NEWPID, errno.ENOSPC), "/proc/sys/user"),
+        (("unshare", libc.CLONE_NEWNET, errno.ENOSPC), "/proc/sys/user"),
+        (("clone", 0, errno.EAGAIN), "kernel.pid_max"),
+    ],
+    ids=["PID namespaces", "network namespaces", "processes"],
+)
+async def test_a_layer_that_no_worker_can_be_made_for_is_refused_with_the_limit(
+    unpacker: Unpacker,
+    layer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused_call: tuple[str, int, int],
+    words: str,
+) -> None:
+    name, kind, number = refused_call
+    refuse = (
+        "from host import libc; from host.seccomp import ALLOW, ERRNO, MASKED_EQUAL, Comparison, Rule, compile_filter; "
+        f"rule = Rule(({name!r},), ERRNO | {number}, (Comparison(0, MASKED_EQUAL, {kind}, {kind}),)); "
+        "libc.install_seccomp_filter(compile_filter(ALLOW, [rule])); "
+    )
+    begin, imported, end = unpacking.START.partition("from images.unpack.worker")
+    monkeypatch.setattr(unpacking, "START", begin + refuse + imported + end)
+    with pytest.raises(NodeLimitError) as caught:
+        await unpacker.unpack(quiet(), ANY, layer, None, "a layer")
+    assert caught.value.message.startswith("a layer could not be unpacked: the node has no more ")
+    assert words in caught.value.message
+    assert list(layer.iterdir()) == []

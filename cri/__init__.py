@@ -1,1 +1,1 @@
-"""The gRPC surface: the CRI and the agent's own service over the rooms below."""
+"""The gRPC server: the services of the CRI and of the agent, which call the rooms below."""

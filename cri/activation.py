@@ -1,7 +1,7 @@
-"""A socket on which systemd listens for the agent (systemd.socket(5)), so that clients wait for a start.
+"""Socket activation (systemd.socket(5)): systemd listens for the agent, so that clients wait until it has started.
 
-gRPC can only listen on sockets that it makes. While the agent serves, its own socket has the path, and systemd's has
-another name beside it; clients that had already connected to systemd's are passed on.
+gRPC can only listen on sockets that it makes. While the agent serves, its own socket has the path, and systemd's socket
+has another name beside it. The agent forwards clients that had connected to systemd's socket.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from host.errors import WrongStateError
 
-_MOST_RELAYED = 64  # clients at once; more of them wait
+_MOST_RELAYED = 64  # clients forwarded at the same time; further ones wait
 _PIECE = 1 << 16
-_RETRY_SECONDS = 0.2  # after an accept that failed, such as without free descriptors
+_RETRY_SECONDS = 0.2  # pause after a failed accept, for example without free descriptors
 
 _log = logging.getLogger("podkeel.server")
 
@@ -27,7 +27,7 @@ def is_served(path: Path) -> bool:
         probe.setblocking(False)
         try:
             probe.connect(str(path))
-        except BlockingIOError:  # a listener with many clients that it has not accepted
+        except BlockingIOError:  # a process listens, but its queue of waiting clients is full
             return True
         except OSError:
             return False
@@ -35,7 +35,7 @@ def is_served(path: Path) -> bool:
 
 
 class ActivatedSocket:
-    """The socket ``listening`` of systemd with the name ``path``; with None there is none, and nothing is done."""
+    """systemd's socket ``listening`` at ``path``. If ``listening`` is None, the methods do nothing."""
 
     def __init__(self, listening: socket.socket | None, path: Path) -> None:
         self._listening = listening
@@ -44,10 +44,10 @@ class ActivatedSocket:
         self._made_way = False
 
     def make_way(self) -> None:
-        """Leave ``path`` to the agent's own socket.
+        """Free ``path`` for the agent's own socket.
 
-        A file there without a listener is left by an agent that was killed, and is removed. Raises WrongStateError if
-        another process serves it. Blocks for a moment.
+        Removes a socket without a listener, which a killed agent left. Raises WrongStateError if another process serves
+        it. Blocks for a moment.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.is_socket():
@@ -62,7 +62,7 @@ class ActivatedSocket:
         self._made_way = True
 
     def put_back(self) -> None:
-        """Give ``path`` back to systemd's socket, or leave nothing there. Does nothing before ``make_way``."""
+        """Rename systemd's socket to ``path`` again; without one, remove ``path``. Does nothing before ``make_way``."""
         if not self._made_way:
             return
         self._path.unlink(missing_ok=True)
@@ -71,7 +71,7 @@ class ActivatedSocket:
                 self._aside.rename(self._path)
 
     async def relay(self) -> None:
-        """Pass on clients of systemd's socket to the agent's own, for as long as this runs."""
+        """Forward clients of systemd's socket to the agent's own, for as long as this runs."""
         if self._listening is None:
             return
         loop = asyncio.get_running_loop()
@@ -83,7 +83,7 @@ class ActivatedSocket:
                     client, _ = await loop.sock_accept(self._listening)
                 except OSError as error:
                     places.release()
-                    _log.warning("socket %s: a client of systemd's socket is not accepted: %s", self._path, error)
+                    _log.warning("socket %s: cannot accept a client of systemd's socket: %s", self._path, error)
                     await asyncio.sleep(_RETRY_SECONDS)
                     continue
                 relays.create_task(self._pass_on(client)).add_done_callback(lambda _: places.release())
@@ -106,7 +106,7 @@ class ActivatedSocket:
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Copy until one of both ends; then the other direction ends too, as gRPC has no half-closed connections."""
+    """Copy both directions until one ends; then end the other one, since gRPC has no half-closed connections."""
     with contextlib.suppress(OSError):
         while piece := await reader.read(_PIECE):
             writer.write(piece)

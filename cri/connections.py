@@ -1,4 +1,4 @@
-"""Room for new clients of the CRI's socket: the user and process with the most connections loses its oldest."""
+"""Limits the connections to the CRI's socket: at the limit, the process with the most loses its oldest ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Connection:
 
 
 async def keep_room(path: Path, most: int) -> None:
-    """Keep at most ``most`` clients connected to the socket ``path`` of this process, for as long as this runs.
+    """Keep at most ``most`` clients connected to this process's socket ``path``, for as long as this runs.
 
     At its own limit gRPC refuses new clients, and it cannot close a connection on request. The connections are
     descriptors of this process: if one is shut down, gRPC sees that its client left.
@@ -41,7 +41,7 @@ async def keep_room(path: Path, most: int) -> None:
         await asyncio.sleep(_SECONDS)
         try:
             closed = await in_thread(make_room, str(path), most)
-        except OSError as error:  # no descriptor is left to look at them
+        except OSError as error:  # no descriptor is free to examine the connections
             _log.warning("socket %s: its connections cannot be counted: %s", path, error)
             continue
         for pid, (count, had) in closed.items():
@@ -89,7 +89,7 @@ def _connection(descriptor: int, path: str) -> _Connection | None:
 
 
 def _shut_down(connection: _Connection, path: str) -> bool:
-    """Whether it was still there and is shut down now."""
+    """Shut the connection down; returns whether it still existed."""
     with suppress(OSError), socket.socket(fileno=os.dup(connection.descriptor)) as same:
         if os.fstat(same.fileno()).st_ino == connection.inode and same.getsockname() == path:
             same.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""Values of enums that a request may not hold: protobuf passes numbers that have no name."""
+"""Refuses requests with unknown enum values: protobuf accepts numbers that have no name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _values(message: Message, field: FieldDescriptor, path: str) -> Iterator[tup
 
 @cache
 def _enum_fields(message: Descriptor) -> tuple[FieldDescriptor, ...]:
-    """The fields of a kind of message that are enums, or messages that may hold some."""
+    """The fields of a message type that are enums, or messages that may contain enums."""
     return tuple(field for field in message.fields if field.enum_type is not None or _holds_enums(field.message_type))
 
 

@@ -1,7 +1,6 @@
 """The requirements of an agent on this host, whether they are met, and the remedies: for ``podkeel check``.
 
-Everything that can be tried is tried: the check runs containers and makes mounts and links, in namespaces and folders
-that it removes.
+The check tries what it can: it runs containers and makes mounts and links, in namespaces and folders that it removes.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _SCARCE_BYTES = 5 << 30
 _TOO_FEW_BYTES = 512 << 20
 _SCARCE_INODES = 100_000
 _USUAL_OPEN_FILES = 65_536
-# Those that check it themselves.
+# Runtime handlers that check it themselves.
 _LOOKING = (
     "install crun 1.14.1 (Debian 13 has it), runc 1.1.12 (Debian 12: 1.1.5+ds1-1+deb12u1, Debian 13), or newer ones, "
     "and name it as runtime.default_runtime"
@@ -55,7 +54,7 @@ _LOOKING = (
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One finding: ``fail`` keeps pods from running, ``warn`` takes something from them; the remedy is for people."""
+    """One finding. With ``fail`` pods cannot run, with ``warn`` they lack a feature; ``remedy`` says what to do."""
 
     name: str
     state: State
@@ -68,7 +67,7 @@ async def check_host(configuration: Configuration) -> list[Check]:
     groups: list[Callable[[Configuration], Awaitable[list[Check]]]] = [
         _programs,
         _cgroups,
-        *((_handlers, _kernel, _network, _folders) if os.geteuid() == 0 else ()),  # they try what only root may
+        *((_handlers, _kernel, _network, _folders) if os.geteuid() == 0 else ()),  # these checks need root
         _limits,
     ]
     checks: list[Check] = []
@@ -142,7 +141,7 @@ async def _handlers(configuration: Configuration) -> list[Check]:
     try:
         tree = CgroupTree.of_host(configuration.runtime.cgroup_driver)
     except (PodkeelError, OSError):
-        return []  # the check of cgroups says it
+        return []  # the check of cgroups reports this
     folder = Path(tempfile.mkdtemp(prefix="podkeel-check-", dir=_existing(Path(configuration.runtime.run_dir))))
     parent = f"/{folder.name}"
     options = msgspec.structs.replace(
@@ -165,7 +164,7 @@ async def _handlers(configuration: Configuration) -> list[Check]:
 
 
 def _checkpoint_check(support: CheckpointSupport) -> Check:
-    """Nothing else needs CRIU, so a node without it is no failure."""
+    """Whether checkpoints work. Nothing else needs CRIU, so a node without it is no failure."""
     if support.problem:
         return Check("checkpoints", "ok", f"not possible: {support.problem}")
     told = [f"{name}: {why}" for name, why in support.report()["podsAndRestores"].items()]
@@ -245,7 +244,7 @@ async def _network(configuration: Configuration) -> list[Check]:
 
 
 def _pod_network(options: NetworkOptions) -> Check:
-    """Which network pods would be connected to, and whether its plugins are there."""
+    """The network that pods would be connected to, and whether its CNI plugins exist."""
     try:
         folder = Path(options.cni_config_dir)
         found, broken = (None, ()) if options.mode == "built-in" else search_folder(folder)
@@ -268,9 +267,9 @@ def _pod_network(options: NetworkOptions) -> Check:
 
 
 async def _firewalls(options: NetworkOptions) -> list[Check]:
-    """Whether other firewalls pass the packets of pods on the bridge."""
+    """Whether other firewalls of the node let packets of pods on the bridge through."""
     if _pod_network(options).detail.startswith("CNI"):
-        return []  # its plugins see to that
+        return []  # CNI plugins do this for their networks
     try:
         found = await find_obstacles(options.bridge, parse_ranges(options.pod_cidrs))
     except PodkeelError as error:

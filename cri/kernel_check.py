@@ -1,4 +1,4 @@
-"""Trying what pods need of the kernel. Functions that change namespaces need a fresh thread."""
+"""Tests the kernel features that pods need. Functions that change namespaces need a new thread."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _reads(path: str, *expected: str) -> Callable[[], bool]:
     return present
 
 
-# Name, whether it is there, what it is for, what is missing without it, the remedy.
+# Name, whether it is present, its purpose, what does not work without it, the remedy.
 FEATURES: tuple[tuple[str, Callable[[], bool], str, str, str], ...] = (
     (
         "user namespaces",

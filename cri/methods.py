@@ -51,10 +51,10 @@ class Call:
 
 
 class CallObserver(Protocol):
-    """Is notified of every call."""
+    """An observer of calls, such as metrics or traces."""
 
     def observe(self, call: Call) -> AbstractContextManager[None]:
-        """Surrounds the call; when the block ends, ``call`` says how it went."""
+        """A context around the call. At its end ``call`` has the result."""
 
 
 # Calls that hold descriptors for a long time, or create objects that do: with few left they are refused, so that stops
@@ -81,7 +81,7 @@ def service_handlers(file: FileDescriptor, services: dict[str, object], observer
     A call ``RunPodSandbox`` is the method ``run_pod_sandbox`` of the object in ``services``. Unary methods take the
     request and return a response message or its bytes; streaming ones are async generators of the same. Calls in
     ``NOT_BUILT`` answer UNIMPLEMENTED. Raises TypeError for a call that has neither a method nor a place in that list,
-    or both: a misspelt method must not look like a call that is not built.
+    or both. So a misspelt method stops the start.
     """
     handlers = []
     for name, service in services.items():
@@ -168,10 +168,10 @@ def _observed(call: Call, observers: Sequence[CallObserver]) -> ExitStack:
 
 
 async def _announced(responses: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-    """The responses, after headers that show the client that its stream is served before the first response."""
+    """The responses. Headers are sent before the first one, so that the client sees that its stream is open."""
     first = asyncio.ensure_future(anext(responses, _NOTHING))
     try:
-        await asyncio.sleep(0)  # the stream runs up to where it waits: a subscription is in force then
+        await asyncio.sleep(0)  # run the generator until it waits: then its subscription is active
         await context.send_initial_metadata(())
         response = await first
     finally:

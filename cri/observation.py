@@ -1,4 +1,4 @@
-"""Who observes the calls: metrics and traces, as they are configured."""
+"""The observers of calls: metrics and traces, as configured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Observation:
-    """Metrics and traces, for ``async with``; what they need is imported only if they are configured.
+    """Metrics and traces, for ``async with``; their packages are imported only if they are configured.
 
     ``observers`` is read for each call.
     """

@@ -1,4 +1,4 @@
-"""Reading the configuration again while the agent serves: what changes at once, and what needs a restart."""
+"""Reloads the configuration while the agent serves: some keys change at once, the others need a restart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from host.errors import PodkeelError
 from host.systemd import ServiceManager
 from runtime.agent import Agent
 
-# Keys whose value is read each time it is needed, or taken over by ``Reloader``; all others need a restart.
+# Keys that are read at each use, or that ``Reloader`` applies. All others need a restart.
 _LIVE = {
     "log": ("level", "format"),
     "metrics": ("address", "tls_certificate", "tls_key", "tls_client_ca"),
@@ -44,14 +44,14 @@ _log = logging.getLogger("podkeel.configuration")
 
 @dataclass
 class Reloaded:
-    """Keys that changed: those whose new value counts from now on, and those that need a restart."""
+    """The keys that changed: those that are in force now, and those that need a restart."""
 
     applied: list[str] = field(default_factory=list)
     need_restart: list[str] = field(default_factory=list)
 
 
 class Reloader:
-    """Puts changes of the configuration into force; ``read`` reads it again and blocks.
+    """Applies changes of the configuration. ``read`` reads the files again; it blocks.
 
     The parts of the agent share the options of ``current``, which only this class changes. ``serve_metrics`` serves
     metrics with other options, or raises and leaves all as it is.
@@ -76,7 +76,7 @@ class Reloader:
         self._lock = asyncio.Lock()
 
     async def on_signal(self) -> None:
-        """Reload for a client that gets no answer: the log has what changed, or why nothing did."""
+        """Reload after a signal: writes to the log what changed, or why nothing did."""
         try:
             await self.reload()
         except PodkeelError as error:
@@ -85,10 +85,9 @@ class Reloader:
             _log.exception("configuration: not read again")
 
     async def reload(self) -> Reloaded:
-        """Read the configuration again, and have it count where that is possible without a restart.
+        """Read the configuration again, and apply the keys that need no restart.
 
-        Raises InvalidArgumentError for a wrong file, and PodkeelError if a value cannot be used: then all stays as it
-        was.
+        Raises InvalidArgumentError for a wrong file, and PodkeelError if a value cannot be used. Then nothing changes.
         """
         async with self._lock:
             self._manager.reloading()
@@ -116,7 +115,7 @@ class Reloader:
         return result
 
     async def _apply(self, found: Configuration, keys: list[str]) -> None:
-        """What can fail comes first, and is undone if something after it fails."""
+        """Apply the changes of ``keys``. Steps that can fail come first, and are undone if a later one fails."""
         async with AsyncExitStack() as undo:
             if any(key.startswith("metrics.") for key in keys):
                 await self._serve_metrics(found.metrics)

@@ -48,7 +48,7 @@ from runtime.recovery.lost_store import LostStore
 MESSAGE_LIMIT = 16 * 1024 * 1024
 CONNECTION_LIMIT = 1000  # of the socket; fewer where the agent may have few descriptors
 HANDSHAKE_SECONDS = 5.0
-IDLE_SECONDS = 60.0  # of a connection without calls: its client is asked to connect again
+IDLE_SECONDS = 60.0  # after this time without calls the client of a connection is asked to connect again
 STOP_SECONDS = 5.0
 SWITCH_SECONDS = 0.0005  # how long a thread busy with Python keeps the loop waiting; Python's own 5 ms add up in calls
 _HEALTHY = ("", "runtime.v1.RuntimeService", "runtime.v1.ImageService")  # names in the health service of gRPC
@@ -119,7 +119,8 @@ async def _serve(
         loop.add_signal_handler(number, ended.set)
     path = _socket_path(configuration.server.socket)
     log_level = LogLevel(configuration.log.level)
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # a terminal that closes, or a reload before there is one
+    # SIGHUP: the terminal closed, or a reload before the agent serves
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)
     loop.add_signal_handler(signal.SIGUSR1, log_level.show_everything)
     loop.add_signal_handler(signal.SIGUSR2, log_level.show_configured)
     write_on_signal(loop)
@@ -131,7 +132,7 @@ async def _serve(
         plugins, checkpoint = configuration.nri, configuration.checkpoint
         agent = Agent(*options, lost_store, nri=plugins, checkpoint=checkpoint, version=VERSION)
         await stack.enter_async_context(agent)
-        os.chdir(agent.layout.run)  # conmon leaves a note of each out-of-memory kill where it was started
+        os.chdir(agent.layout.run)  # conmon writes a file for each out-of-memory kill to its working directory
         await asyncio.to_thread(activated.make_way)
         observation = await stack.enter_async_context(Observation(agent, configuration))
         reloader = Reloader(
@@ -190,7 +191,7 @@ def _grpc_server(
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_concurrent_streams", 1000),
-            # A client that sends nothing at first, or nothing for a long time, does not keep its connection.
+            # The server closes connections of clients that send nothing at first, or nothing for a long time.
             ("grpc.max_allowed_incoming_connections", _connection_limit()),
             ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
             ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1000)),
@@ -226,6 +227,9 @@ def _socket_path(address: str) -> Path:
 
 
 def _set_garbage_aside() -> None:
-    """Keep Python's search for garbage away from what is loaded by now: it stops the loop for 25 ms, and finds none."""
+    """Exclude what is loaded now from Python's garbage collection.
+
+    The collector would stop the loop for 25 ms and find nothing.
+    """
     gc.collect()
     gc.freeze()

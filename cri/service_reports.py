@@ -1,4 +1,4 @@
-"""What systemd gets to know of the agent while it runs: that its event loop turns, and what it serves and waits for."""
+"""Reports to systemd (sd_notify(3)): that the event loop runs, and the agent's status."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runtime.agent import Agent
 from runtime.state.container import ContainerState
 
 _STATUS_SECONDS = 5.0
-_START_SECONDS = 60.0  # systemd waits so long for the next report of a start
+_START_SECONDS = 60.0  # how long systemd waits for the next report during a start
 
 
 async def report_start(manager: ServiceManager) -> None:
@@ -20,9 +20,9 @@ async def report_start(manager: ServiceManager) -> None:
 
 
 async def report_work(manager: ServiceManager, agent: Agent) -> None:
-    """Report the status and that the event loop turns, for as long as this runs.
+    """Report the status and that the event loop runs, until cancelled.
 
-    A loop that hangs reports nothing, and systemd restarts the service after WatchdogSec=.
+    If the loop hangs, no report is sent, and systemd restarts the service after WatchdogSec=.
     """
     seconds = min(_STATUS_SECONDS, manager.watchdog_seconds / 3 or _STATUS_SECONDS)
     while True:
@@ -33,7 +33,7 @@ async def report_work(manager: ServiceManager, agent: Agent) -> None:
 
 
 def status_line(agent: Agent) -> str:
-    """What the agent serves and what keeps it from more, as one line."""
+    """The status in one line: numbers of pods, containers and pulls, and what the agent waits for."""
     pods = sum(1 for _ in agent.state.visible_sandboxes())
     running = sum(item.record.state is ContainerState.RUNNING for item in agent.state.visible_containers())
     parts = [f"pods: {pods}", f"running containers: {running}", f"pulls: {len(agent.images.puller.pulls())}"]

@@ -21,13 +21,13 @@ from runtime.oci.exec_call import ExecCall, ExecProcess
 from runtime.specgen.config import ConsoleSize
 from runtime.state.sandbox import SandboxState
 
-# Clients attached to one container: its conmon needs a descriptor for each, and others for its own work.
+# The most clients attached to one container: its conmon needs a descriptor for each, and others for its own work.
 ATTACH_LIMIT = 100
 
 
 @dataclass(frozen=True, slots=True)
 class ContainerProcess:
-    """A process in a container with our ends of its streams."""
+    """A process in a container, with the agent's ends of its streams."""
 
     process: ExecProcess
     io: ProcessIO

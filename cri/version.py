@@ -1,4 +1,4 @@
-"""What Podkeel is called and which version it is."""
+"""The name and version of Podkeel."""
 
 from __future__ import annotations
 

@@ -30,9 +30,10 @@ class Upgrade:
         return head + (self._connection.send(h11.EndOfMessage()) or b"")
 
     def receive(self, data: bytes) -> bytes | None:
-        """Take bytes of the answer; b"" means its end. Returns the first bytes of the new protocol once the answer is
-        complete, None before. Raises PodkeelError, with
-        the server's reason, when it refuses.
+        """Take bytes of the answer; b"" means its end.
+
+        Returns the first bytes of the new protocol once the answer is complete, None before. Raises PodkeelError, with
+        the server's reason, if the server refuses.
         """
         self.answered = self.answered or bool(data)
         try:

@@ -1,4 +1,4 @@
-"""The agent's configuration: ``config.toml``, then ``conf.d/*.toml`` beside it by name, then flags, each over the last.
+"""The agent's configuration: ``config.toml``, then ``conf.d/*.toml`` beside it by name, then flags; the last one wins.
 
 Every value keeps its source, so that ``podkeel config`` can print it and errors can name file, line and key.
 """
@@ -75,10 +75,10 @@ class LoadedConfiguration:
 
 
 def load(config_file: Path | None = None, flags: Mapping[str, object] | None = None) -> LoadedConfiguration:
-    """Read the files and put ``flags`` (by name, see FLAGS; None for those not given) over them.
+    """Read the files; ``flags`` (by name, see FLAGS; None for those not given) replace their values.
 
-    ``config_file`` None means DEFAULT_FILE, which may be missing. Raises InvalidArgumentError naming file, line and
-    key of the first thing that is wrong.
+    ``config_file`` None means DEFAULT_FILE, which may be missing. Raises InvalidArgumentError naming file, line and key
+    of the first thing that is wrong.
     """
     values: dict[str, Any] = msgspec.to_builtins(Configuration())
     origins: dict[Key, str] = {}
@@ -143,7 +143,7 @@ def _fields(struct: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ..
 
 
 class _Merge:
-    """Puts the values of one layer over those there, checking each, and notes their origins."""
+    """Checks each value of one source, replaces the earlier value with it, and records its origin."""
 
     def __init__(self, layer: _Layer, origins: dict[Key, str]) -> None:
         self._layer = layer

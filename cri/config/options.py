@@ -1,4 +1,4 @@
-"""The options of the gRPC surface; the other rooms keep theirs in their own ``options.py``."""
+"""The options of cri/; the other rooms have theirs in their own ``options.py``."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StreamingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where exec, attach and port-forward streams are served, and how long they may do nothing.
+    """Where exec, attach and port-forward streams are served, and how long they may be idle. Port 0 takes a free one.
 
-    Port 0 takes a free one. ``tls_certificate``, ``tls_key`` and ``tls_client_ca`` are PEM files: with the first two it
-    is HTTPS, and all three are needed to listen elsewhere than on loopback. A stream without data for ``idle_seconds``
-    is ended (0: never); ``creation_seconds`` is how long a client may take to open what belongs to it.
+    ``tls_certificate``, ``tls_key`` and ``tls_client_ca`` are PEM files: with the first two it is HTTPS, and all three
+    are needed to listen elsewhere than on loopback. A stream without data for ``idle_seconds`` is ended (0: never);
+    ``creation_seconds`` is how long a client may take to open all its streams.
     """
 
     address: ListenAddress = "127.0.0.1:0"
@@ -71,9 +71,9 @@ class MetricsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TracingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where traces of calls are sent, by OTLP over gRPC; an empty endpoint traces nothing.
 
-    A call whose client says whether it is traced follows it; of the others ``sampling_rate_per_million`` are. With
-    ``tls`` the collector needs a certificate signed by ``tls_ca`` (PEM; empty: the host's authorities), and gets
-    ``tls_certificate`` if it is set.
+    If the client's trace context says whether the call is traced, that counts. Of the other calls
+    ``sampling_rate_per_million`` are traced. With ``tls`` the collector needs a certificate signed by ``tls_ca`` (PEM;
+    empty: the host's authorities), and gets ``tls_certificate`` if it is set.
     """
 
     endpoint: OptionalListenAddress = ""

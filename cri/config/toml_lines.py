@@ -1,4 +1,4 @@
-"""The line of each key in a TOML text: tomllib gives the values, this the lines, for errors and ``podkeel config``.
+"""The line of each key in a TOML text, for errors and ``podkeel config``. tomllib gives only the values.
 
 Follows TOML 1.0 (https://toml.io/en/v1.0.0). Only for text that tomllib has accepted; it checks nothing itself.
 """

@@ -59,7 +59,7 @@ def _file_mode_mask(value: str) -> str:
     return "" if good else f"expected octal digits such as 0022, got {value!r}"
 
 
-# Each gives the complaint, or nothing.
+# Each check returns what is wrong with the value, or an empty text.
 CHECKS: Mapping[tuple[str, ...], Callable[[Any], str]] = {
     ("runtime", "data_dir"): _folder,
     ("runtime", "run_dir"): _folder,

@@ -85,7 +85,7 @@ class ImageCalls:
         return agent_pb2.TagImageResponse(name=await self._images.store.tag(request.reference, request.name))
 
     async def check_images(self, request: agent_pb2.CheckImagesRequest) -> agent_pb2.CheckImagesResponse:
-        """Compare every image with its digests, and drop what is broken if that is asked for."""
+        """Compare every image with its digests; if requested, remove broken ones."""
         report = await self._images.checker.check(repair=request.repair)
         answer = agent_pb2.CheckImagesResponse(images=report.images, layers=report.layers)
         for finding in report.findings:

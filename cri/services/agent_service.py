@@ -19,7 +19,7 @@ from runtime.state.sandbox import Sandbox
 
 
 class AgentService(ImageCalls):
-    """The calls on images, the check of store against node, and the way of a pod."""
+    """Calls on images, the comparison of store and node, reload, diagnosis, and the stages of pods."""
 
     def __init__(self, agent: Agent, reloader: Reloader) -> None:
         super().__init__(agent.images)
@@ -27,7 +27,7 @@ class AgentService(ImageCalls):
         self._reloader = reloader
 
     async def check(self, request: agent_pb2.CheckRequest) -> agent_pb2.CheckResponse:
-        """Differences between store and node, and which of them were repaired if that was asked for."""
+        """Differences between store and node, and which of them were repaired if the client requested it."""
         if request.repair:
             found, left = await self._agent.audit.repair()
         else:
@@ -45,16 +45,16 @@ class AgentService(ImageCalls):
         )
 
     async def reload(self, _request: agent_pb2.ReloadRequest) -> agent_pb2.ReloadResponse:
-        """Put changes of the configuration into force."""
+        """Reload the configuration."""
         found = await self._reloader.reload()
         return agent_pb2.ReloadResponse(applied=found.applied, need_restart=found.need_restart)
 
     async def diagnose(self, _request: agent_pb2.DiagnoseRequest) -> agent_pb2.DiagnoseResponse:
-        """What the agent is doing now."""
+        """Stacks, open stages, pools and descriptors of the agent."""
         return agent_pb2.DiagnoseResponse(text=await in_stats_thread(diagnosis, asyncio.get_running_loop()))
 
     async def force_remove_pod(self, request: agent_pb2.ForceRemovePodRequest) -> agent_pb2.ForceRemovePodResponse:
-        """Remove a pod, and give up what its CNI plugins do not release."""
+        """Remove a pod, even if CNI plugins do not release its network."""
         return agent_pb2.ForceRemovePodResponse(given_up=await self._agent.pod_removals.force_remove(request.id))
 
     async def image_from_checkpoint(
@@ -69,9 +69,10 @@ class AgentService(ImageCalls):
         return agent_pb2.ImageFromCheckpointResponse(id=image.id, name=name, container=told.name)
 
     async def explain(self, request: agent_pb2.ExplainRequest) -> agent_pb2.ExplainResponse:
-        """The stages of a sandbox and its containers, or of one container; also of what is being made, or failed.
+        """The stages of a sandbox and its containers, or of one container.
 
-        What plugins of the node changed of the containers is there too.
+        Objects that are being made or that failed are included. The answer also has what NRI plugins changed of the
+        containers.
         """
         state = self._agent.state
         sandbox, container = state.sandboxes.find(request.id), state.containers.find(request.id)
@@ -110,7 +111,7 @@ def _pod_name(sandbox: Sandbox) -> str:
 
 
 def _is_named(subject: str, wanted: str) -> bool:
-    """Whether ``wanted`` is one or more whole names of those in words such as ``(default/web/main)``."""
+    """Whether ``wanted`` is one or more whole components of a name such as ``(default/web/main)``."""
     return bool(wanted) and re.search(rf"(?:^|[ (/]){re.escape(wanted)}(?:[/)]|$)", subject) is not None
 
 

@@ -1,4 +1,4 @@
-"""The CRI's ImageService: each call becomes one call of the images room."""
+"""The CRI's ImageService: each call makes one call to images/."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ImageService:
         return cri_pb2.RemoveImageResponse()
 
     async def image_fs_info(self, _request: cri_pb2.ImageFsInfoRequest) -> cri_pb2.ImageFsInfoResponse:
-        """The size of images and containers on disk, from kept counts and project quotas."""
+        """The size of images and containers on disk, from recorded sizes and project quotas."""
         containers = await in_stats_thread(self._snapshots.filesystem_usage)  # quotas may have to be read from the disk
         return cri_pb2.ImageFsInfoResponse(
             image_filesystems=[_usage(self._images.filesystem_usage())],
@@ -107,7 +107,7 @@ def to_message(image: Image) -> cri_pb2.Image:
 
 
 def _item(image: Image) -> bytes:
-    """The image as an item of a list; nothing, which leaves it out, if the CRI cannot say what it is."""
+    """The image as an encoded item of a list; b"", which leaves it out, if no CRI message can represent it."""
     try:
         return encode_item(to_message(image))
     except (ValueError, TypeError) as error:

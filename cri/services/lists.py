@@ -1,4 +1,4 @@
-"""Lists answered from memory: each item's bytes are made once and joined for every answer."""
+"""Answers list calls from memory: each item is encoded once, and an answer joins the encoded items."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Lists:
                 yield _item(container, self._container_item)
 
     def _follow_image_names(self) -> None:
-        """Forget the items of containers whose image has lost its name to another one, or got it back, meanwhile."""
+        """Drop the encoded items of containers whose image name has moved to another image, or back, since."""
         if self._revision == self._images.revision:
             return
         renamed = frozenset(container.id for container in self._state.containers if self._lost_its_name(container))
@@ -69,13 +69,13 @@ class Lists:
     def _lost_its_name(self, container: Container) -> bool:
         """Whether the requested name belongs to another image now."""
         asked = container.config.image
-        with suppress(InvalidArgumentError):  # what clients show to people need not be a reference
+        with suppress(InvalidArgumentError):  # the name that a client displays need not be a reference
             named = self._images.find(asked.user_specified_image or asked.image)
             return named is not None and named.id != container.record.image_id
         return False
 
     def _container_item(self, container: Container) -> cri_pb2.Container:
-        """Its item; with the image's id if the name belongs to another image now.
+        """The container's item; it has the image's id if the name belongs to another image now.
 
         ``crictl rmi --prune`` removes every image that no container names here.
         """

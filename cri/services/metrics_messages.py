@@ -13,7 +13,7 @@ from runtime.statistics import PodSnapshot
 
 
 def descriptors() -> cri_pb2.ListMetricDescriptorsResponse:
-    """Every metric there is, also those without samples now."""
+    """The descriptors of all metrics, including those without samples now."""
     return cri_pb2.ListMetricDescriptorsResponse(
         descriptors=[
             cri_pb2.MetricDescriptor(name=metric.name, help=metric.help, label_keys=metric.label_keys)
@@ -49,5 +49,6 @@ def _encode_labels(values: tuple[str, ...]) -> bytes:
     return b"".join([encode_field(4, value.encode()) for value in values])
 
 
-_own = lru_cache(1024)(_encode_labels)  # devices, interfaces, states: few, and again and again
+# values of labels such as devices, interfaces and states: few different ones, repeated often
+_own = lru_cache(1024)(_encode_labels)
 _NAMED = [(metric, encode_field(1, metric.name.encode()), metric.kind.value) for metric in CATALOG]

@@ -1,4 +1,4 @@
-"""The CRI's RuntimeService: each call becomes one call of the runtime room."""
+"""The CRI's RuntimeService: each call makes one call to runtime/."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RuntimeService(StatsCalls):
         response.features.mount_options = True
         if request.verbose:
             await agent.checkpoints.support.known()
-            await in_thread(agent.hooks_dir.read)  # the answer says what is wrong with them
+            await in_thread(agent.hooks_dir.read)  # the answer's condition reports the error
             for key, value in node_information(agent).items():
                 response.info[key] = msgspec.json.encode(value).decode()
         return response
@@ -200,7 +200,7 @@ class RuntimeService(StatsCalls):
         return cri_pb2.ExecSyncResponse(stdout=stdout, stderr=stderr, exit_code=result.status)
 
     async def exec(self, request: cri_pb2.ExecRequest) -> cri_pb2.ExecResponse:
-        """Where a client may connect, once and soon, to run a command."""
+        """A URL that runs a command, for one connection within a minute."""
         container = self._agent.state.running_container(request.container_id)
         if not request.cmd:
             raise InvalidArgumentError(f"{container.title}: no command to execute was given")
@@ -215,14 +215,14 @@ class RuntimeService(StatsCalls):
         return cri_pb2.ExecResponse(url=url)
 
     async def attach(self, request: cri_pb2.AttachRequest) -> cri_pb2.AttachResponse:
-        """Where a client may connect to a container's own streams."""
+        """A URL that attaches to a container's streams, for one connection within a minute."""
         container = self._agent.state.running_container(request.container_id)
         wanted = {"stdin": request.stdin, "stdout": request.stdout, "stderr": request.stderr}
         url = self._streams.attach_url(container.id, tty=request.tty, **wanted)
         return cri_pb2.AttachResponse(url=url)
 
     async def port_forward(self, request: cri_pb2.PortForwardRequest) -> cri_pb2.PortForwardResponse:
-        """Where a client may connect to reach ports of a pod."""
+        """A URL that forwards ports of a pod, for one connection within a minute."""
         sandbox = self._agent.state.get_sandbox(request.pod_sandbox_id)
         if status.sandbox_state(sandbox) != cri_pb2.SANDBOX_READY:
             raise WrongStateError(f"{sandbox.title} is not ready: nothing listens in it")
@@ -231,12 +231,12 @@ class RuntimeService(StatsCalls):
     async def checkpoint_container(
         self, request: cri_pb2.CheckpointContainerRequest
     ) -> cri_pb2.CheckpointContainerResponse:
-        """Write a running container to an archive; it runs on."""
+        """Write a running container to an archive; it continues to run."""
         await self._agent.checkpoints.checkpoint(request.container_id, request.location, request.timeout)
         return cri_pb2.CheckpointContainerResponse()
 
     async def checkpoint_pod(self, request: cri_pb2.CheckpointPodRequest) -> cri_pb2.CheckpointPodResponse:
-        """Write containers of a pod to a folder; they run on."""
+        """Write containers of a pod to a folder; they continue to run."""
         ids, options = list(request.container_ids), dict(request.options)
         await self._agent.checkpoints.checkpoint_pod(request.pod_sandbox_id, request.output_path, ids, options)
         return cri_pb2.CheckpointPodResponse()

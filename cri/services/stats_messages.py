@@ -24,7 +24,7 @@ M = TypeVar("M", cri_pb2.ContainerStats, cri_pb2.LinuxPodSandboxStats)
 
 
 class _Kept(Generic[M]):
-    """What is kept of one object: its attributes, encoded, and a message whose numbers are set for each answer.
+    """The cache for one object: its encoded attributes, and a message whose numbers are set for each answer.
 
     Most numbers are separate messages in the CRI, and making those is most of the work. ``shape`` says which exist: if
     it changed since the last time, the numbers are set in an empty message.
@@ -45,7 +45,7 @@ class _Kept(Generic[M]):
         return self._message
 
     def fill_pressure(self, message: M, pressure: PressureReading | None) -> None:
-        """Set what has changed of it: readers keep what they parsed as long as it is the same."""
+        """Set the PSI values that changed: a reader returns the same object as long as nothing changed."""
         if pressure is None:
             return
         message.io.timestamp = pressure.time_ns
@@ -119,7 +119,7 @@ def _of_sandbox(sandbox: Sandbox) -> _Kept[cri_pb2.LinuxPodSandboxStats]:
 
 
 def _shape(usage: Usage | None) -> tuple[object, ...]:
-    """Which numbers there are."""
+    """Which of the optional numbers are present."""
     if usage is None:
         return (None,)
     return (
@@ -170,7 +170,7 @@ def _fill_psi(message: cri_pb2.PsiStats, psi: Psi) -> None:
 
 
 def _fill_network(message: cri_pb2.NetworkUsage, network: NetworkReading) -> None:
-    """The default interface is always set: kubelet reads it without a check. The others are in a list beside it."""
+    """Append the network's numbers. kubelet reads the default interface without a check, so it is always set."""
     message.timestamp = network.time_ns
     default, *others = sorted(network.interfaces, key=lambda interface: interface.name != _DEFAULT_INTERFACE)
     _fill_interface(message.default_interface, default)

@@ -24,12 +24,12 @@ class StatsCalls:
         self._mountpoint = str(agent.layout.data)
 
     async def container_stats(self, request: cri_pb2.ContainerStatsRequest) -> bytes:
-        """What one container uses; of one that does not run only what it wrote."""
+        """The usage of one container; if it does not run, only that of its writable layer."""
         container = self._state.get_container(request.container_id)
         return encode_field(1, await in_stats_thread(self._encoded, container))
 
     async def list_container_stats(self, request: cri_pb2.ListContainerStatsRequest) -> bytes:
-        """What the running containers that match use."""
+        """The usage of the running containers that match."""
         return b"".join(await self._container_items(request.filter))
 
     async def stream_container_stats(self, request: cri_pb2.StreamContainerStatsRequest) -> AsyncIterator[bytes]:
@@ -38,12 +38,12 @@ class StatsCalls:
             yield message
 
     async def pod_sandbox_stats(self, request: cri_pb2.PodSandboxStatsRequest) -> bytes:
-        """What one pod uses; for one that is not ready only its identity."""
+        """The usage of one pod; if it is not ready, only its attributes."""
         sandbox = self._state.get_sandbox(request.pod_sandbox_id)
         return b"".join(await self._pod_items(self._statistics.pods([sandbox])))
 
     async def list_pod_sandbox_stats(self, request: cri_pb2.ListPodSandboxStatsRequest) -> bytes:
-        """What the ready pods that match use."""
+        """The usage of the ready pods that match."""
         return b"".join(await self._pod_items(self._matching_pods(request.filter)))
 
     async def stream_pod_sandbox_stats(self, request: cri_pb2.StreamPodSandboxStatsRequest) -> AsyncIterator[bytes]:
@@ -76,7 +76,7 @@ class StatsCalls:
         items = []
         for container in containers:
             usage = self._statistics.usage(container)
-            if usage is not None:  # else it ended meanwhile
+            if usage is not None:  # otherwise it has ended since
                 written = self._statistics.written(container)
                 item = stats_messages.container_stats(container, usage, written, self._mountpoint)
                 items.append(encode_field(1, item))

@@ -1,4 +1,4 @@
-"""What verbose answers say beyond the CRI's fields: plain values, ready to become JSON."""
+"""The ``info`` of verbose answers, beyond the CRI's fields: plain values, ready to be encoded as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OCI_NAMESPACES = {"net": "network"}
 
 
 def node_information(agent: Agent) -> dict[str, Any]:
-    """For Status: what the agent works with."""
+    """For Status: the agent's configuration, runtimes, network and plugins."""
     handlers = {
         handler.name: {"program": handler.program, "features": msgspec.structs.asdict(handler.features)}
         for handler in agent.handlers.working()
@@ -56,7 +56,7 @@ def sandbox_information(agent: Agent, sandbox: Sandbox) -> dict[str, Any]:
         "runtimeHandler": record.handler,
         "cgroupParent": record.cgroup_parent,
         "networkNamespace": "" if sandbox.host_network else str(folder.pin("net")),
-        # Where scripts around crictl look for a pod's namespaces, as if it had a pause container.
+        # Scripts that use crictl look here for a pod's namespaces, as if it had a pause container.
         "runtimeSpec": {"linux": {"namespaces": _namespaces(folder)}},
         "addresses": list(record.addresses),
         "resources": _resources(record.resources),
@@ -67,26 +67,26 @@ def sandbox_information(agent: Agent, sandbox: Sandbox) -> dict[str, Any]:
 
 
 def _checkpointing(agent: Agent, sandbox: Sandbox) -> list[str]:
-    """The names of the containers of which a checkpoint is being made."""
+    """Names of the containers that are being checkpointed."""
     containers = agent.state.containers_of(sandbox)
     return [container.config.metadata.name for container in containers if container.checkpoint is not None]
 
 
 def _resources(encoded: bytes) -> dict[str, Any]:
-    """What a pod may use, by the CRI's names; what is not set is left out."""
+    """The pod's resource limits by the CRI's names, without those that are not set."""
     message = cri_pb2.LinuxContainerResources.FromString(encoded)
     numbers = {field.name: value for field, value in message.ListFields() if isinstance(value, int | str)}
     return {"linux": numbers}
 
 
 def _a_pid_in(agent: Agent, sandbox: Sandbox) -> int:
-    """A process to enter the pod by (``nsenter --target``): that of its oldest running container; 0 if none runs."""
+    """A process in the pod's namespaces (``nsenter --target``), of its oldest running container; 0 if none runs."""
     running = (c for c in agent.state.containers_of(sandbox) if c.record.state is ContainerState.RUNNING)
     return next((container.record.init.pid for container in running if container.record.init), 0)
 
 
 def _namespaces(folder: SandboxFolder) -> list[dict[str, str]]:
-    """Those that are pinned, in the form and by the names of the OCI runtime specification."""
+    """The pinned namespaces, in the form of the OCI runtime specification."""
     pins = [(_OCI_NAMESPACES.get(kind, kind), folder.pin(kind)) for kind in ("net", "ipc", "uts", "pid", "user")]
     return [{"type": name, "path": str(pin)} for name, pin in pins if pin.exists()]
 

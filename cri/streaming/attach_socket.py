@@ -1,6 +1,6 @@
 """The attach socket that conmon keeps beside each container, and its control pipe.
 
-Packets from conmon begin with one byte naming the stream; packets to it are the container's input as it is. A line
+The first byte of a packet from conmon names the stream. A packet to conmon holds input for the container only. A line
 ``1 <height> <width>`` in the control pipe resizes the terminal.
 """
 
@@ -62,7 +62,7 @@ class AttachSocket:
                 os.close(pipe)
 
     def end_input(self) -> None:
-        """No more input from this client; conmon closes the container's if that is to be read only once."""
+        """End the input of this client. With ``stdin_once`` conmon then closes the container's input."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 

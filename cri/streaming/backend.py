@@ -35,12 +35,15 @@ class StreamBackend(Protocol):
     def exec(self, request: ExecRequest, size: TerminalSize | None) -> AbstractAsyncContextManager[ExecProcess]:
         """Start the command with the streams asked for (a terminal if ``tty``, of that size if the client sent one).
 
-        The end of the block kills the process and its whole group if it runs, and closes the streams. An error before
+        The end of the block kills the process with its group if it still runs, and closes the streams. An error before
         the process runs (no such container, not running, no such executable) is raised on entering.
         """
 
     def attach(self, request: AttachRequest) -> AbstractAsyncContextManager[AttachSocket]:
-        """Connect to the running container's console, from now on; leaving the block leaves the container alone."""
+        """Connect to the running container's console: output from now on.
+
+        At the end of the block the container continues.
+        """
 
     async def connect(self, sandbox_id: str, port: int) -> socket.socket:
         """A connected, non-blocking TCP socket to the port on the pod's loopback.

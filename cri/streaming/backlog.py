@@ -1,4 +1,4 @@
-"""What an attached client has not taken yet of its container's output, bounded in bytes, and in time once full."""
+"""Output of a container that an attached client has not read yet. Its size is limited, and how long it may be full."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections import deque
 LIMIT = 4 * 1024 * 1024
 PATIENCE_SECONDS = 5.0
 _PIECE = 64 * 1024
-# What a piece costs beside its bytes, so that many tiny ones are no way around the limit.
+# Bytes counted for each piece beside its content, so that many tiny pieces cannot exceed the limit.
 _OVERHEAD = 256
 
 
 class Backlog:
     """Pieces of numbered streams in the order of their arrival.
 
-    The writer waits in ``room`` while it is full, and so the container waits too. Therefore the client must take half
-    of it within ``patience`` seconds, or is given up.
+    While it is full, the writer waits in ``room``, and so does the container. The client must read half of it within
+    ``patience`` seconds; otherwise it is disconnected.
     """
 
     def __init__(self, limit: int = LIMIT, patience: float = PATIENCE_SECONDS) -> None:
@@ -40,7 +40,7 @@ class Backlog:
         self._filled.set()
 
     async def room(self) -> bool:
-        """Wait while it is full; False when the client takes too little of it."""
+        """Wait while it is full; False if the client reads too slowly."""
         if self.size < self._limit:
             return True
         self._half_empty.clear()
@@ -52,7 +52,7 @@ class Backlog:
         return True
 
     def end(self) -> None:
-        """Nothing more is added."""
+        """Mark the end: no piece is added any more."""
         self._ended = True
         self._filled.set()
 

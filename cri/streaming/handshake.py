@@ -1,4 +1,4 @@
-"""From an upgrade request to the session that serves it: which protocol, which version of it, in which words."""
+"""Chooses protocol and version for an upgrade request, answers it, and makes the session that serves it."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _accept_channels(
 
 
 def _choose(preferred: Sequence[str], others: Sequence[str]) -> str | None:
-    """The first of one side's protocols that the other has too; None where a client names none. HttpError 403 else."""
+    """The first of ``preferred`` that is in ``others``, None if it is empty; raises HttpError 403 if none is."""
     if not preferred:
         return None
     for name in preferred:

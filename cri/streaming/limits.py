@@ -1,4 +1,4 @@
-"""What one streaming server listens on and how much it takes."""
+"""The address of a streaming server, and the limits that it sets for its clients."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from host.errors import InvalidArgumentError
 
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
-    """Address, times in seconds and bounds of a streaming server.
+    """Address and limits of a streaming server; times are in seconds.
 
     ``port`` 0 means a free one. A stream without data in either direction for ``idle_timeout`` is ended (0: never).
     ``close_patience`` is how long a client may take to read the last bytes of an ended stream. ``creation_timeout`` is
-    the maximum time for a client to open all its streams. Its request, with a token, must arrive within
-    ``request_timeout``. If more than ``max_pending`` connections have sent none, the oldest is closed.
-    ``max_connections`` is how many may be served at a time. The TLS paths are PEM files; all three are needed to listen
-    anywhere but on loopback.
+    the maximum time for a client to open all its streams. A connection must send its request, with a token, within
+    ``request_timeout``. If more than ``max_pending`` connections have not sent one, the server closes the oldest of
+    these. It serves at most ``max_connections`` clients at a time. The TLS paths are PEM files; all three are needed to
+    listen on an address other than loopback.
     """
 
     host: str = "127.0.0.1"
@@ -41,7 +41,7 @@ class StreamLimits:
         return self.tls_certificate is not None
 
     def check(self) -> None:
-        """Raise InvalidArgumentError for a combination that must not be listened on."""
+        """Raise InvalidArgumentError if the address and the TLS files do not fit together."""
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise InvalidArgumentError("streaming TLS needs a certificate and its key: name both or neither")
         if self.tls_client_ca is not None and not self.uses_tls:

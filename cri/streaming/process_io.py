@@ -45,7 +45,7 @@ class ProcessIO:
         self.stdin = None
 
     def end_output(self, descriptor: int) -> None:
-        """This output is not read any more: a process that writes to its pipe gets an error."""
+        """Stop reading this output: a process that writes to its pipe gets an error."""
         if self.is_terminal:
             return
         if descriptor == self.stdout:

@@ -20,7 +20,7 @@ from cri.streaming.tokens import AttachRequest, ExecRequest
 from host import untrusted_json
 from host.errors import LimitError, PodkeelError
 
-# Clients send the size right after opening the channel for it; a program that draws at once needs it from its start.
+# Clients send the size after they open its channel. A program that draws at its start needs the size by then.
 _FIRST_SIZE_SECONDS = 0.3
 _SIZE_TEXT_LIMIT = 1024
 _MAX_SIZE = 0xFFFF
@@ -28,7 +28,7 @@ _MAX_SIZE = 0xFFFF
 
 @dataclass(slots=True)
 class CommandChannels:
-    """The client's channels; those that the request does not take are None."""
+    """The client's channels; those that the request does not include are None."""
 
     error: Channel
     stdin: Channel | None = None
@@ -67,7 +67,7 @@ class RemoteCommand:
         self._end(status)
 
     def abort(self, reason: str) -> None:
-        """Send the client the reason for the end of its streams at once; nothing if they ended already."""
+        """End the streams now, and send the client the reason; nothing if they have ended."""
         self._end(CommandStatus.of_error(self._what_fails(), reason))
 
     def _what_fails(self) -> str:
@@ -155,10 +155,9 @@ class RemoteCommand:
 
 
 async def _fill(backlog: Backlog, console: AttachSocket) -> bool:
-    """Read the console to its end; False when the client is too far behind.
+    """Read the console to its end; False if the client reads too slowly.
 
-    conmon writes to all that are attached, and to the log, in turn: a client that does not read would stop the
-    container.
+    conmon writes to each attached client and to the log in turn: a client that does not read would stop the container.
     """
     reader = OutputReader(console.socket.fileno(), PACKET_SIZE)
     while packet := await reader.read():
@@ -181,7 +180,7 @@ async def _relay_output(reader: OutputReader, channel: Channel, streams: Process
 
 
 async def _outcome(process: ExecProcess) -> int | PodkeelError:
-    """The exit code, or why it never ran: returned, so that what its streams still hold is relayed first."""
+    """The exit code, or the error why the command never ran: returned, so that remaining output is relayed first."""
     try:
         return await process.wait()
     except PodkeelError as error:
@@ -193,7 +192,7 @@ async def _relay_input(channel: Channel, descriptor: int, end_input: Callable[[]
         while data := await channel.receive():
             await write_all(descriptor, data, step=step)
     except OSError:
-        # The process reads no more. The client may not know yet, and must not be kept from its other streams.
+        # The process reads no more input. Input of the client is dropped, so that its other streams continue.
         while await channel.receive():
             pass
     end_input()
@@ -246,6 +245,6 @@ def _parse_size(text: bytes) -> TerminalSize | None:
         given = untrusted_json.decode(text, dict[str, Any], most_bytes=_SIZE_TEXT_LIMIT)
         fields = {name.lower(): value for name, value in given.items()}
         width, height = int(fields["width"]), int(fields["height"])
-    except (ValueError, KeyError, TypeError, OverflowError):  # the last for a number too large
+    except (ValueError, KeyError, TypeError, OverflowError):  # OverflowError: a number is infinite
         return None
     return TerminalSize(width, height) if 0 <= width <= _MAX_SIZE and 0 <= height <= _MAX_SIZE else None

@@ -26,7 +26,7 @@ _PATHS: dict[type[StreamRequest], str] = {
 }
 _REACHABLE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _STOPPING = "the node agent is stopping"
-# Seconds that a stopping agent waits for clients to take the last bytes and leave.
+# Seconds that a stopping agent waits until clients have read the last bytes and disconnected.
 _STOP_PATIENCE = 1.0
 
 
@@ -106,7 +106,7 @@ class StreamingServer:
     def _url(self, request: StreamRequest) -> str:
         if self._listener is None:
             raise UnavailableError("the streaming server is not running; try again once the agent is up")
-        # Clients are on this node; "any address" is none to connect to.
+        # Clients run on this node. The unspecified address (0.0.0.0, ::) is no address to connect to.
         host = _REACHABLE.get(self._limits.host, self._limits.host)
         shown = f"[{host}]" if ":" in host else host
         scheme = "https" if self._limits.uses_tls else "http"
@@ -209,7 +209,7 @@ class _Visit:
             self._idle_timer.cancel()
         if session is not None:
             session.end()
-        # A client that was not admitted is disconnected by the listener if it does not leave.
+        # The listener disconnects a client that was not admitted if it does not disconnect itself.
         try:
             await self._connection.close(_STOP_PATIENCE if self._reason == _STOPPING else self._limits.close_patience)
         finally:

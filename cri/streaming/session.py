@@ -1,4 +1,4 @@
-"""What a connection does after its upgrade, in each of the protocols of clients."""
+"""The sessions that serve a connection after its upgrade, one class for each protocol of clients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Cancel = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What every session is given: whom to ask, how much to take, and how to end itself with a reason."""
+    """What every session gets: the backend, the limits, and a function that ends the session with a reason."""
 
     backend: StreamBackend
     limits: StreamLimits
@@ -51,7 +51,10 @@ class Session(ABC):
 
     @abstractmethod
     async def run(self) -> None:
-        """Work until everything the client asked for is over; raises ConnectionResetError when it is gone."""
+        """Serve until everything that the client requested has ended.
+
+        Raises ConnectionResetError if the client has left.
+        """
 
     @abstractmethod
     def abort(self, reason: str) -> None:
@@ -59,7 +62,7 @@ class Session(ABC):
 
     @abstractmethod
     def end(self) -> None:
-        """Say goodbye in the protocol's way."""
+        """Close the connection as the protocol says."""
 
 
 class SpdyCommandSession(Session):
@@ -139,7 +142,7 @@ class SpdyPortForwardSession(Session):
         port = _port_number(channel.headers.get("port", ""))
         if kind not in ("data", "error") or port is None:
             return False
-        # Clients from before the header open the error stream first and the data stream right after it.
+        # Old clients do not send the header. They open the error stream first, and then the data stream.
         without_id = str(channel.stream_id - (2 if kind == "data" else 0))
         identifier = channel.headers.get("requestid") or f"stream {without_id}"
         halves = self._halves.setdefault(identifier, {})
@@ -174,7 +177,7 @@ class SpdyPortForwardSession(Session):
             self._spdy.forget(error)
 
     async def run(self) -> None:
-        """Until the client says goodbye or leaves."""
+        """Serve until the client sends GOAWAY or disconnects."""
         try:
             await self._spdy.over.wait()
         finally:
@@ -201,7 +204,7 @@ class WebSocketCommandSession(Session):
         numbers = {"stdin": 0, "stdout": 1, "stderr": 2}
         opened = {name: sockets.open(numbers[name]) for name, asked in names.items() if asked}
         channels = CommandChannels(sockets.open(3), **opened, resize=sockets.open(4) if request.tty else None)
-        # Clients take the first message, though empty, as the sign that the other end is there.
+        # Clients wait for a first message, which may be empty, before they treat the stream as open.
         sockets.send(next((numbers[name] for name in ("stdout", "stderr") if name in opened), 3), b"")
         self._command = RemoteCommand(surroundings.backend, request, channels, json_status=version >= 4)
 
@@ -243,7 +246,7 @@ class WebSocketPortForwardSession(Session):
         self._sockets.receive(data)
 
     async def run(self) -> None:
-        """Until the pod closed all connections, or cancelled."""
+        """Serve until the pod has closed all connections, or until cancelled."""
         tasks = [asyncio.create_task(pair()) for pair in self._pairs]
         try:
             await asyncio.gather(*tasks)
@@ -261,7 +264,7 @@ class WebSocketPortForwardSession(Session):
 
 
 class TunnelSession(Session):
-    """A SPDY port forward whose bytes travel in WebSocket messages."""
+    """A SPDY port forward whose bytes are sent in WebSocket messages."""
 
     def __init__(self, link: Link, surroundings: Surroundings, request: PortForwardRequest) -> None:
         self._websocket = WebSocketLink(link, lambda data, begins, ends: self._inner.receive(data), surroundings.cancel)

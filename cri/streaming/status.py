@@ -1,4 +1,4 @@
-"""How a remote command ended, in the words its clients look for."""
+"""The status of a remote command in the forms that clients parse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CommandStatus:
 
     @classmethod
     def of_exit(cls, command: Sequence[str], exit_code: int) -> CommandStatus:
-        """Of a command that ran and ended."""
+        """The status of a command that ran and ended."""
         if exit_code == 0:
             return cls()
         return cls(
@@ -29,11 +29,11 @@ class CommandStatus:
 
     @classmethod
     def of_error(cls, what_failed: str, message: str) -> CommandStatus:
-        """Of one that could not be run, or whose streams were cut."""
+        """The status of a command that could not be run, or whose streams were ended early."""
         return cls(f"Internal error occurred: {what_failed}: {message}")
 
     def as_json(self) -> bytes:
-        """For protocol versions from 4."""
+        """The status's text for protocol versions from 4."""
         if not self.message:
             return msgspec.json.encode({"status": "Success"})
         status: dict[str, Any] = {"status": "Failure", "message": self.message}
@@ -45,5 +45,5 @@ class CommandStatus:
         return msgspec.json.encode(status)
 
     def as_text(self) -> bytes:
-        """For protocol versions before 4: nothing says success."""
+        """The status's text for protocol versions before 4: an empty one means success."""
         return self.message.encode()

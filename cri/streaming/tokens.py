@@ -1,4 +1,4 @@
-"""Single-use tokens: what an Exec, Attach or PortForward call promised to the client that connects with one."""
+"""Single-use tokens: each gives the request of an Exec, Attach or PortForward call to the client that connects."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ class TokenTable:
         return token
 
     def peek(self, token: str) -> StreamRequest | None:
-        """The request of a token that is still good."""
+        """The request of a valid token; None for another one."""
         self._expire()
         entry = self._requests.get(token)
         return entry[1] if entry is not None else None
 
     def take(self, token: str) -> StreamRequest | None:
-        """Like ``peek``, and the token is used up."""
+        """Like ``peek``; the token cannot be used again."""
         request = self.peek(token)
         self._requests.pop(token, None)
         return request

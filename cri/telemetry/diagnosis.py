@@ -1,4 +1,4 @@
-"""What the agent is doing: stacks of threads and tasks, open stages, pools and descriptors, without any value of them.
+"""A diagnosis of the agent: stacks of threads and tasks, open stages, pools and descriptors, but no values.
 
 SIGQUIT writes it to standard error, also while the event loop hangs: the stacks of threads come from faulthandler,
 which needs no Python code to run.
@@ -111,7 +111,7 @@ def _threads() -> Iterator[str]:
 def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[str]:
     try:
         tasks = sorted(asyncio.all_tasks(loop), key=lambda task: task.get_name())
-    except RuntimeError as error:  # the loop made and ended tasks all the time that they were looked for
+    except RuntimeError as error:  # asyncio.all_tasks gave up, because the loop made and ended tasks meanwhile
         yield f"\n== tasks: unknown: {error}"
         return
     yield f"\n== tasks: {len(tasks)}"
@@ -121,7 +121,7 @@ def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[str]:
 
 
 def _frames(coroutine: Any) -> Iterator[tuple[FrameType, int]]:
-    """The frames of a coroutine that waits, from its outermost call to what it waits for."""
+    """The frames of a suspended coroutine, from its outermost call to the one that waits."""
     for _ in range(_MOST_FRAMES):
         frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
         frame = frame or getattr(coroutine, "ag_frame", None)

@@ -20,7 +20,7 @@ from metrics.exposition.routes import Entries, standard_routes
 from metrics.exposition.server import MetricsServer, Route
 from runtime.agent import Agent
 
-# Those that mean the node failed, on which there is an alert; others are answers.
+# The codes that mean a failure of the node; an alert counts them. Other codes are regular answers.
 NODE_ERRORS = (
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
@@ -38,7 +38,7 @@ class CallMetrics:
     def __init__(self, metrics: AgentMetrics) -> None:
         self._metrics = metrics
         self._methods: set[str] = set()
-        for code in grpc.StatusCode:  # alerts do not see a rise if there was no series before
+        for code in grpc.StatusCode:  # every series exists from the start: an alert sees no increase of a new series
             metrics.pulls.add(code.name, amount=0.0)
 
     @contextmanager
@@ -70,7 +70,7 @@ class Monitoring:
         self._address = ""
 
     async def serve(self, options: MetricsOptions) -> None:
-        """Serve as ``options`` say and not as before; an empty address serves nothing.
+        """Serve as ``options`` say, and end what was served before. An empty address serves nothing.
 
         Raises InvalidArgumentError for an unusable certificate, UnavailableError when the address is taken, which of
         the default address is only a warning. What was served before stays then, unless it has the same address.
@@ -122,7 +122,7 @@ async def monitoring(agent: Agent, options: MetricsOptions) -> AsyncIterator[Mon
 
 
 def server_tls(options: MetricsOptions) -> ssl.SSLContext | None:
-    """What the options' TLS files make of the server; None without any. Raises InvalidArgumentError."""
+    """The TLS context made from the options' files; None without files. Raises InvalidArgumentError."""
     if not options.tls_certificate and not options.tls_key:
         if options.tls_client_ca:
             raise InvalidArgumentError(

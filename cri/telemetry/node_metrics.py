@@ -1,4 +1,4 @@
-"""The metrics whose numbers the other rooms keep: they are read at each scrape."""
+"""Metrics whose values other rooms have; they are read at each scrape."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CONTAINER_LABELS = ("namespace", "pod", "container")
 
 
 def register(metrics: AgentMetrics, agent: Agent) -> None:
-    """Add them all to ``metrics``. What may be counted has its series from the start: a rise from none is not seen."""
+    """Add them to ``metrics``. Every series exists from the start, since an alert sees no increase of a new one."""
     metrics.compute("podkeel_build_info", "The agent's version.", ("version",), lambda: [((VERSION,), 1.0)])
     text = "1 where this condition of the node holds, 0 where it keeps pods from starting."
     metrics.compute("podkeel_ready", text, ("condition",), lambda: _conditions(agent))
@@ -32,7 +32,7 @@ def register(metrics: AgentMetrics, agent: Agent) -> None:
 
 
 def problems(agent: Agent) -> dict[str, str]:
-    """What keeps the node from taking pods, a sentence by condition: ``runtime``, ``network``."""
+    """Why the node cannot run pods: a sentence for each condition that is not ready (``runtime``, ``network``)."""
     found = {} if agent.handlers.default is not None else {"runtime": "no runtime handler works on this node"}
     network = agent.network.condition()
     return found if network.ready else {**found, "network": f"network: {network.message}"}

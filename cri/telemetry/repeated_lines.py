@@ -1,4 +1,4 @@
-"""The same problem is logged once a minute: lines that only repeat it are counted and left out."""
+"""Limits repeated log lines: further lines about the same problem within a minute are counted and left out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Minutes:
         return False
 
     def over(self, now: float) -> Iterator[_Seen]:
-        """Those whose minute is over, forgotten with it."""
+        """Remove the entries whose minute is over, and yield them."""
         while self._seen:
             key, seen = next(iter(self._seen.items()))
             if seen.until > now:
@@ -58,7 +58,7 @@ class RepeatedLines(logging.Filter):
     """Leaves out warnings and errors that repeat themselves; once their minute is over, says how many.
 
     Equal lines pass three times a minute, with a traceback once; those that one place in the program writes about
-    different objects 300 times. Lines of lower levels always pass.
+    different objects 300 times. Lines below the level WARNING always pass.
     """
 
     def __init__(self, handler: logging.Handler) -> None:

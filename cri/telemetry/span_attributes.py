@@ -1,4 +1,4 @@
-"""What a call is about, as attributes of its span: pod, container and image, by the semantic conventions' names."""
+"""The attributes of a call's span: its pod, container and image, by the names of the semantic conventions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _part(message: Any, name: str) -> Any:
 def _found(known: Registry[T], object_id: str) -> T | None:
     try:
         return known.find(object_id)
-    except InvalidArgumentError:  # ambiguous: the call says so itself
+    except InvalidArgumentError:  # ambiguous: the call itself returns this error
         return None
 
 

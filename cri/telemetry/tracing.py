@@ -49,7 +49,7 @@ COMPLAIN_EVERY_SECONDS = 300.0
 
 _log = logging.getLogger("podkeel.tracing")
 
-# The codes that are a server's fault (semantic conventions for gRPC); the others are its clients'.
+# Codes that the semantic conventions count as errors of a server; the others are errors of its clients.
 _SERVER_ERRORS = frozenset(
     (
         grpc.StatusCode.UNKNOWN,
@@ -63,7 +63,7 @@ _SERVER_ERRORS = frozenset(
 
 
 class CallTracing:
-    """Makes the spans of every call; those of calls that are not sampled are not even gathered."""
+    """Makes the spans of calls. For calls that are not sampled nothing is collected."""
 
     def __init__(self, state: State, tracer: Tracer) -> None:
         self._state = state
@@ -111,7 +111,7 @@ class CallTracing:
         span = self._tracer.start_span(name, within, SpanKind.INTERNAL, attributes, start_time=stage.started)
         if stage.failed:
             span.set_status(StatusCode.ERROR)
-        if stage.seconds is None:  # the call left, and others wait for what it began
+        if stage.seconds is None:  # the call was cancelled, but other callers wait for the same work
             span.end()
         else:
             span.end(stage.started + int(stage.seconds * 1e9))
@@ -171,7 +171,7 @@ async def _send_the_rest(processor: BatchSpanProcessor, exporter: OTLPSpanExport
         async with asyncio.timeout(LAST_EXPORT_SECONDS):
             await sent.wait()
     except TimeoutError:
-        await in_stats_thread(exporter.shutdown)  # which ends what waits for the collector
+        await in_stats_thread(exporter.shutdown)  # which ends exports that wait for the collector
         await sent.wait()
 
 
@@ -196,7 +196,7 @@ def _credentials(options: TracingOptions) -> grpc.ChannelCredentials | None:
 
 
 class _Complaints(logging.Handler):
-    """Makes what OpenTelemetry says about failed exports, batch after batch, one line now and then."""
+    """Reduces OpenTelemetry's messages about failed exports, one for each batch, to a line from time to time."""
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(logging.WARNING)

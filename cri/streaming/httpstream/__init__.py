@@ -1,1 +1,1 @@
-"""SPDY and WebSocket connections; everything that the command line shares with the streaming server."""
+"""SPDY and WebSocket connections: the code that the command line and the streaming server share."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from asyncio import Future, get_running_loop
 from collections import deque
 
-# A client that follows the windows of SPDY never has more than 64 KiB in flight; others are limited here.
+# A client that follows SPDY's windows sends at most 64 KiB ahead. This limits other clients.
 _HOLD_LIMIT = 256 * 1024
 
 
@@ -28,14 +28,14 @@ class Channel(ABC):
 
     @abstractmethod
     async def send(self, data: bytes | memoryview) -> None:
-        """Send bytes, waiting as long as the client makes us wait.
+        """Send bytes; waits until the client accepts them.
 
         Raises ChannelResetError when the client ended this stream, ConnectionResetError when it is gone.
         """
 
     @abstractmethod
     def send_last(self, data: bytes) -> None:
-        """Send a short text at once and then half-close: for statuses, which never wait."""
+        """Send a short text without waiting for the client, then half-close. Used for statuses."""
 
     def finish(self) -> None:
         """Half-close: the client sees the end of this direction."""

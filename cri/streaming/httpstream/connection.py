@@ -1,4 +1,4 @@
-"""One accepted connection: bytes to the protocol on it, back-pressure both ways, and its end."""
+"""One accepted connection: passes bytes to its protocol, applies back-pressure in both directions, and closes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import socket
 from collections.abc import Callable
 from typing import Protocol, cast
 
-# What may wait in our own buffers for a client that reads slowly, beside the kernel's.
+# Bytes that may wait in our buffers for a client that reads slowly, besides those in the kernel's buffers.
 _WRITE_HIGH_WATER = 128 * 1024
-# A client that makes us answer without ever reading is not read from either once this much waits for it.
+# If this many bytes of answers wait for a client that does not read, nothing is read from it either.
 _ANSWERS_LIMIT = 1024 * 1024
 
 
 class Link(Protocol):
-    """Something ordered to write bytes to: a connection, or a tunnel inside of one."""
+    """A byte stream in both directions: a connection, or a tunnel inside one."""
 
     def write(self, data: bytes) -> None:
         """Queue bytes; nothing once the peer is gone."""
@@ -30,7 +30,7 @@ class Link(Protocol):
         """Undo ``hold``."""
 
     def touch(self) -> None:
-        """Data passed: the idle time starts again."""
+        """Record that data has passed: the idle time starts again."""
 
 
 class StreamConnection(asyncio.Protocol):
@@ -114,7 +114,7 @@ class StreamConnection(asyncio.Protocol):
                 self._transport.resume_reading()
 
     def touch(self) -> None:
-        """Data passed: the idle time starts again."""
+        """Record that data has passed: the idle time starts again."""
         self.last_data = self._loop.time()
 
     async def close(self, patience: float) -> None:

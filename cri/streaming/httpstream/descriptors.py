@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 READ_SIZE = 256 * 1024
 _PIPE_SIZE = 256 * 1024
-# After its process ended, how long an output that others still hold open may be silent before it is left to them.
+# Seconds without output after which reading stops, once the process has ended and others keep the pipe open.
 _SILENCE_AFTER_EXIT = 0.05
 
 
@@ -37,7 +37,7 @@ class OutputReader:
 
     async def read(self) -> bytes:
         """The next bytes; b"" at the end."""
-        # A writer that is never behind must not keep the loop from everyone else.
+        # A writer that always has data must not keep the loop from other tasks.
         await asyncio.sleep(0)
         silent = False
         while True:
@@ -54,12 +54,15 @@ class OutputReader:
             silent = not await self._wait()
 
     def process_ended(self) -> None:
-        """From now on silence is an end too: a remaining child may hold the descriptor open for ever."""
+        """The process has ended: from now on, a time without output is the end.
+
+        A child may hold the descriptor open for ever.
+        """
         self._process_ended = True
         self._wake()
 
     async def _wait(self) -> bool:
-        """Whether there is something to read, or it is to be tried again."""
+        """Wait for input; False if none has come in the time allowed after the end of the process."""
         was_ended = self._process_ended
         self._ready = self._loop.create_future()
         self._loop.add_reader(self._descriptor, self._wake)

@@ -52,7 +52,7 @@ class HttpUpgrade:
         self._request: h11.Request | None = None
 
     def receive(self, data: bytes) -> UpgradeRequest | None:
-        """Take bytes; the request once it is whole. Raises HttpError for what is not one."""
+        """Take bytes; returns the request once it is complete. Raises HttpError for anything else."""
         h11 = self._h11
         try:
             self._connection.receive_data(data)

@@ -1,4 +1,4 @@
-"""What the bytes of a SPDY peer mean to the session's user."""
+"""The events that a SPDY session reports for the bytes of its peer."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class WentAway:
 
 @dataclass(frozen=True, slots=True)
 class SessionFailed:
-    """The peer broke the protocol; a GOAWAY is in the output and nothing more will be understood."""
+    """The peer violated the protocol. The output has a GOAWAY, and further bytes are ignored."""
 
     message: str
 

@@ -23,7 +23,7 @@ from cri.streaming.httpstream.turns import Turns
 _SEND_CHUNK = 256 * 1024
 # Frames that are handled before the clock is looked at.
 _FRAMES_AT_ONCE = 32
-# How long a peer that answers no PING may keep us waiting for its first WINDOW_UPDATE.
+# Seconds to wait for the first WINDOW_UPDATE of a peer that answers no PING.
 _WINDOW_PATIENCE = 1.0
 
 
@@ -104,7 +104,7 @@ class SpdyLink:
         self.over.set()
 
     def receive(self, data: bytes) -> None:
-        """Bytes of the peer. What takes longer than a turn of the loop may is left for the next ones."""
+        """Bytes of the peer. Work that exceeds the time of a turn continues in a later one (``turns.py``)."""
         if self._later.waits:
             self._session.receive(data, 0)
             return
@@ -161,7 +161,7 @@ class SpdyLink:
                 channel.window_grown.set()
 
     async def send(self, channel: SpdyChannel, view: memoryview) -> None:
-        """Send ``view`` on the channel's stream; senders take turns, so that what waits here stays bounded."""
+        """Send ``view`` on the channel's stream. One sender at a time writes, which limits the bytes that wait."""
         position = 0
         while position < len(view):
             async with self._turn:
@@ -210,16 +210,16 @@ class SpdyLink:
         self._flush()
 
     def hold(self, channel: SpdyChannel) -> None:
-        """The channel's user is behind a client that keeps no windows: the connection waits."""
+        """Hold the connection: the channel's user reads more slowly than a client without windows sends."""
         self._link.hold(channel)
 
     def forget(self, channel: SpdyChannel) -> None:
-        """The channel is not used any more; bytes that still arrive for it are dropped."""
+        """Forget the channel; bytes that still arrive for it are dropped."""
         self._link.release(channel)
         self._channels.pop(channel.stream_id, None)
 
     def go_away(self) -> None:
-        """Reset what is open and say goodbye; nothing that the peer sent is handled from now on."""
+        """Reset open streams and send GOAWAY. Bytes of the peer are ignored from now on."""
         self._later.close()
         self._session.go_away()
         self._flush()

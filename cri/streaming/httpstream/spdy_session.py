@@ -28,7 +28,7 @@ MAX_DATA_FRAME = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class SpdyLimits:
-    """What a peer may make us hold: streams at a time, bytes of a control frame and of an unpacked header block."""
+    """Limits for a peer: open streams, bytes of a control frame, and bytes of an unpacked header block."""
 
     streams: int = 2000
     control_frame: int = 64 * 1024
@@ -36,7 +36,7 @@ class SpdyLimits:
 
 
 class _Keeping(Enum):
-    """Whether the peer keeps accounts of a kind of window: many real ones never send a WINDOW_UPDATE."""
+    """Whether the peer uses flow control windows: many clients never send a WINDOW_UPDATE."""
 
     UNKNOWN = auto()
     YES = auto()
@@ -112,7 +112,7 @@ class SpdySession:
 
     @property
     def has_more(self) -> bool:
-        """Whether bytes wait that ``receive`` took and did not look at."""
+        """Whether bytes that ``receive`` took are not processed yet."""
         return bool(self._waiting)
 
     def take_output(self) -> bytes:
@@ -341,7 +341,7 @@ class SpdySession:
         self._output.append(frames.settings(entries))
 
     def go_away(self, status: int = frames.GOAWAY_OK) -> None:
-        """Reset what is still open and say that no stream will be accepted any more."""
+        """Reset open streams and send GOAWAY: no further stream is accepted."""
         for stream_id in list(self._streams):
             self.reset(stream_id)
         if not self._going_away and not self._failed:
@@ -349,7 +349,7 @@ class SpdySession:
         self._going_away = True
 
     def stop_waiting_for_windows(self) -> None:
-        """Take a peer that has granted nothing so far for one that keeps no windows."""
+        """Treat a peer that has sent no WINDOW_UPDATE as one that uses no windows."""
         if self._stream_windows is _Keeping.UNKNOWN:
             self._stream_windows = _Keeping.NO
         if self._session_window is _Keeping.UNKNOWN:

@@ -1,4 +1,4 @@
-"""The time that one connection may take of the event loop before others get their turn."""
+"""Limits how long one connection may work before the event loop runs other tasks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class Holdable(Protocol):
 
 
 class Turns:
-    """Delays work on a peer's bytes: a quarter MiB of the smallest frames would take seconds.
+    """Divides the work on bytes that a peer sent into turns of SECONDS each.
 
-    The link reads nothing until the rest was handled. ``waits`` says whether a rest is put off.
+    A quarter MiB of the smallest frames takes seconds. When a turn has used its time, ``put_off`` schedules the rest of
+    the work, and the link reads nothing until the rest is done. ``waits`` says whether work is scheduled.
     """
 
     def __init__(self, link: Holdable) -> None:
@@ -32,11 +33,11 @@ class Turns:
         self.waits = False
 
     def end_of_turn(self) -> float:
-        """The time, of the monotonic clock, until which work that begins now may continue."""
+        """When a turn that begins now must end, in seconds of the monotonic clock."""
         return time.monotonic() + SECONDS
 
     def put_off(self, end: float, rest: Callable[[], None]) -> bool:
-        """Have ``rest`` called in another turn of the loop if ``end`` has passed; returns whether it has."""
+        """If the time ``end`` has passed, schedule ``rest`` for a later turn. Returns whether it was scheduled."""
         if time.monotonic() < end:
             return False
         self.waits = True
@@ -45,7 +46,7 @@ class Turns:
         return True
 
     def close(self) -> None:
-        """Drop the rest."""
+        """Drop the work that is scheduled."""
         self._closed = True
 
     def _go_on(self, rest: Callable[[], None]) -> None:

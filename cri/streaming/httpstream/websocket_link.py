@@ -1,4 +1,4 @@
-"""A WebSocket on a connection: whole messages out, pieces of messages in, channels by their first byte."""
+"""A WebSocket on a connection. It sends whole messages and receives pieces; a message's first byte is its channel."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class WebSocketLink:
             elif isinstance(event, Ping):
                 self._send(event.response())
             elif isinstance(event, CloseConnection):
-                # Also what the library makes of bytes that break the protocol.
+                # The library reports bytes that violate the protocol in the same way.
                 self._client_closed = True
                 self._close(event.response())
                 self._on_closed(f"the client closed the WebSocket with code {event.code}")
@@ -125,7 +125,7 @@ class WebSocketLink:
 
 
 class TunnelLink:
-    """A link whose bytes travel as binary messages; their boundaries mean nothing."""
+    """A link that sends its bytes as binary messages. The boundaries of messages have no meaning."""
 
     def __init__(self, websocket: WebSocketLink) -> None:
         self._websocket = websocket
@@ -176,7 +176,7 @@ class ChannelSocket:
 
     @property
     def link(self) -> Link:
-        """What the messages travel on."""
+        """The link that carries the messages."""
         return self._websocket.link
 
     def _on_message(self, data: bytes, begins: bool, ends: bool) -> None:
@@ -227,7 +227,7 @@ class ChannelSocket:
 
 
 class WebSocketChannel(Channel):
-    """One numbered channel. It cannot be half-closed to the client, which sees the end by the status."""
+    """One numbered channel. The protocol cannot half-close it: the client sees the end by the status."""
 
     def __init__(self, socket: ChannelSocket, number: int) -> None:
         super().__init__()
@@ -247,14 +247,14 @@ class WebSocketChannel(Channel):
                 self._socket.link.touch()
 
     def send_last(self, data: bytes) -> None:
-        """Send a short text, if there is one; as there are no halves, nothing more is taken either."""
+        """Send a short text, if there is one. No more input is taken, since the protocol has no half-close."""
         if data and not self._finished:
             self._socket.send(self._number, data)
         self._finished = True
         self.feed(b"", fin=True)
 
     def reset(self) -> None:
-        """Nothing more is sent or taken."""
+        """End both directions."""
         self._finished = True
         self.fail()
 

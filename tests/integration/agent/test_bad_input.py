@@ -252,13 +252,11 @@ def test_a_log_folder_that_cannot_be_written(agent: AgentProcess, mounted: Calla
 
 
 def test_a_full_data_folder(busybox: Path, tmp_path: Path, mounted: Callable[[str], Path]) -> None:
-    with running_agent(mounted("size=12m"), busybox) as agent:
+    with running_agent(mounted("size=40m"), busybox) as agent:
         client = agent.client
         first, running = run_container(agent, "sleep", "1000")
         filler = agent.folder / "filler"
-        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-            while True:
-                file.write(b"x" * 4096)
+        _fill_up(filler)
         refused("RESOURCE_EXHAUSTED", str(agent.data), "space", call=lambda: _fill_the_store(agent))
         client.call("Version", cri_pb2.VersionRequest())
         assert client.sandbox_status(first).state == cri_pb2.SANDBOX_READY
@@ -269,6 +267,13 @@ def test_a_full_data_folder(busybox: Path, tmp_path: Path, mounted: Callable[[st
         agent.restart()
         assert agent.client.status(running).exit_code == 137
         assert agent.client.findings() == []
+        _fill_up(filler)  # what takes the agent down does it without space too
+
+
+def _fill_up(path: Path) -> None:
+    with path.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(b"x" * 4096)
 
 
 def _fill_the_store(agent: AgentProcess) -> None:

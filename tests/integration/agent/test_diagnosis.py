@@ -57,8 +57,8 @@ def faulty(tmp_path: Path, busybox: Path) -> Iterator[AgentProcess]:
 def test_an_open_stage_has_its_object_and_age(faulty: AgentProcess) -> None:
     faulty.restart("RunPodSandbox.network:before:hang")
     made = faulty.client.future("RunPodSandbox", cri_pb2.RunPodSandboxRequest(config=sandbox_config(faulty)))
-    wait_for(lambda: "RunPodSandbox" in text_of(faulty), what="the stage")
-    assert re.search(r"^RunPodSandbox \S.*: network: for \d+\.\d+ s$", text_of(faulty), re.MULTILINE)
+    wanted = re.compile(r"^RunPodSandbox \S.*: network: for \d+\.\d+ s$", re.MULTILINE)
+    wait_for(lambda: wanted.search(text_of(faulty)), what="the stage")
     made.cancel()
     wait_for(lambda: "== open stages: 0" in text_of(faulty), what="the end of the stage")
 

@@ -18,7 +18,12 @@ from runtime.specgen.mounts.destinations import MountGroups, changed_groups, set
 from runtime.specgen.mounts.host_paths import require_propagation
 from runtime.specgen.mounts.idmapped import MappedVolume
 from runtime.specgen.mounts.image_volumes import Volume
-from runtime.specgen.mounts.kernel_places import kernel_folders_last, refuse_imitations, refuse_nested
+from runtime.specgen.mounts.kernel_places import (
+    kernel_folders_last,
+    refuse_imitations,
+    refuse_missing,
+    refuse_nested,
+)
 from runtime.specgen.mounts.masks import mask_files
 from runtime.specgen.mounts.private_devices import PrivateDevices, prepare
 from runtime.specgen.mounts.shared_volumes import without_shared
@@ -85,6 +90,7 @@ def _complete(drafted: Draft) -> ContainerSpec:
     _require_sources(groups)
     settled = settle(request.rootfs, groups)
     refuse_imitations(settled.mounts, groups.folders)
+    refuse_missing(settled.mounts)
     sees_others = request.namespaces.host_pid or bool(request.namespaces.pid)
     refuse_nested(settled.nested, settled.mounts, sees_others=sees_others)
     for node in linux.devices:

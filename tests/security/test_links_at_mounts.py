@@ -96,6 +96,25 @@ def test_files_of_proc_that_tools_replace(quiet_log: AgentProcess, attacker: Sta
     assert attacker(config).shell("cat /proc/meminfo") == "MemTotal: 1 kB\n"
 
 
+def test_a_volume_in_sys_is_mounted_where_something_is_and_nothing_is_made_in_it(
+    quiet_log: AgentProcess, attacker: StartAttacker, tmp_path: Path
+) -> None:
+    for folder_above in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
+        folder_above.chmod(0o755)
+    for place in ("/sys/fs", "/sys/kernel"):
+        volume = tmp_path / place.replace("/", "-")
+        volume.mkdir()
+        (volume / "file").touch()
+        config = like_kubelets("main")
+        config.mounts.add(container_path=place, host_path=str(volume))
+        assert attacker(config).shell(f"ls {place}") == "file\n"
+        assert [path.name for path in volume.iterdir()] == ["file"]
+    config = like_kubelets("main")
+    config.mounts.add(container_path="/sys/devices/new", host_path=str(tmp_path))
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "mounts: /sys/devices/new does not exist in /sys"):
+        attacker(config)
+
+
 @pytest.mark.parametrize("through", ["/dev/pts", "/terminals"])
 def test_no_terminal_is_opened_through_a_volume(
     quiet_log: AgentProcess, attacker: StartAttacker, image: MakeImage, tmp_path: Path, through: str

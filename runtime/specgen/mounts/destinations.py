@@ -90,15 +90,27 @@ def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
         for plan, destination in zip(wanted, destinations, strict=True)
     ]
     first, configured = len(groups.defaults), len(groups.defaults) + len(groups.volumes)
+    defaults = [mount for mount in mounts[:first] if not _has_no_place(mount, paths)]
     described = configured + len(groups.configured)
     taken = {mount.destination for mount in mounts[configured:described]}
     kept = [mount.destination not in taken for mount in mounts[first:configured]]
-    ordered = in_order(mounts[:first], [*compress(mounts[first:configured], kept), *mounts[configured:described]])
+    ordered = in_order(defaults, [*compress(mounts[first:configured], kept), *mounts[configured:described]])
     adjusted = described + len(groups.described)
     for later in (mounts[described:adjusted], mounts[adjusted:]):
         if later:
             ordered = in_order(ordered, later)
     return SettledMounts(ordered, tuple(compress(groups.volumes, kept)), paths, nested)
+
+
+def _has_no_place(mount: config.Mount, paths: ContainerPaths) -> bool:
+    """Whether it is the cgroup mount, in a volume at /sys/fs without a folder for it.
+
+    An OCI runtime would make the folder in the volume, which it may not in a user namespace.
+    """
+    if mount.type != "cgroup":
+        return False
+    place = paths.resolve(mount.destination)
+    return place.in_volume and not place.exists
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ them, and confine the process by writing to /proc. If a volume is mounted there,
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from runtime.specgen.mounts.private_devices import DEFAULT_NODES
 # Where a volume takes the place of what OCI runtimes open: a terminal is opened by /dev/ptmx and /dev/pts.
 _OF_THE_NODE = ("/dev", "/proc", "/sys", "/dev/pts", "/dev/ptmx", "/dev/console")
 _KERNEL_FOLDERS = ("/dev", "/proc", "/sys")
+_OWN_OF_SYS = ("/sys/class/net/", "/sys/devices/virtual/net/", "/sys/fs/cgroup/")
 _NULL = "/dev/null"
 _DEVICES = {f"/dev/{name}": device for device, name in DEFAULT_NODES.items()}
 # Files that are commonly replaced (for example by lxcfs): OCI runtimes do not write to them.
@@ -41,6 +43,20 @@ def refuse_imitations(mounts: Iterable[config.Mount], folders: Mapping[str, str]
     for mount in mounts:
         if mount.type == "bind" and mount.destination.startswith(("/dev", "/proc", "/sys")):
             _refuse_imitation(mount.destination, folders.get(mount.source, mount.source))
+
+
+def refuse_missing(mounts: Sequence[config.Mount]) -> None:
+    """Raise InvalidArgumentError for a bind mount in /sys at a path that is missing: nothing can be made in /sys.
+
+    Paths of network devices and of cgroups differ between containers, and are not looked at.
+    """
+    places = [mount.destination for mount in mounts if mount.type == "bind" and mount.destination.startswith("/sys/")]
+    for place in places:
+        above = any(place.startswith(f"{other}/") for other in places)
+        if not above and not place.startswith(_OWN_OF_SYS) and not os.path.lexists(place):
+            raise InvalidArgumentError(
+                f"mounts: {place} does not exist in /sys, and nothing can be made there: mount it elsewhere"
+            )
 
 
 def kernel_folders_last(mounts: Iterable[config.Mount]) -> list[config.Mount]:

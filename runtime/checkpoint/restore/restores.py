@@ -96,7 +96,7 @@ class Restores:
         if not runtime.features.is_crun:
             raise UnsupportedError(f"{title}: runtime handler {runtime.name!r} does not restore containers: use crun")
         if self._cgroups.driver == "systemd":
-            raise UnsupportedError(f"{title}: containers are not restored with the systemd cgroup driver")
+            raise UnsupportedError(f"{title}: containers are not restored with the systemd cgroup driver: use cgroupfs")
 
     async def require(self, container: Container, runtime: OciRuntime) -> None:
         """Raise UnsupportedError for a container that cannot be restored here."""

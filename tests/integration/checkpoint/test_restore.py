@@ -16,6 +16,7 @@ from tests.support.checkpoints import (
     checkpoint,
     image_of,
     lines_of,
+    made_up,
     run_with,
     wait_for_lines,
 )
@@ -140,6 +141,29 @@ def test_a_privileged_checkpoint_makes_no_privileged_container(agent: AgentProce
         create_from(agent, image)
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "that the configuration" in failure.value.details()
+
+
+def test_what_is_not_restored_is_named(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
+    image = image_of(agent, made_up(tmp_path))
+    config = container_config("main", image=image)
+    terminal = container_config("main", image=image, tty=True)
+    mapped = sandbox_config(agent)
+    options = mapped.linux.security_context.namespace_options
+    options.userns_options.mode = cri_pb2.POD
+    for ids in (options.userns_options.uids, options.userns_options.gids):
+        ids.add(host_id=300_000, container_id=0, length=65536)
+    own = container_config("main", image=image)
+    own.linux.security_context.namespace_options.CopyFrom(options)
+    for handler, sandbox, each, words in (
+        ("runc", sandbox_config(agent), config, "runtime handler 'runc' does not restore containers: use crun"),
+        ("crun", sandbox_config(agent), terminal, "containers with a terminal are not restored"),
+        ("crun", mapped, own, "containers in user namespaces are not restored"),
+    ):
+        sandbox_id = agent.client.run_sandbox(sandbox, handler)
+        with pytest.raises(grpc.RpcError) as failure:
+            agent.client.create(sandbox_id, each, sandbox)
+        assert failure.value.code() is grpc.StatusCode.UNIMPLEMENTED, failure.value.details()
+        assert words in failure.value.details()
 
 
 def test_it_may_be_restored_many_times(agent: AgentProcess, crun: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from google.protobuf.message import Message
 
-from host.errors import InvalidArgumentError, PodkeelError
+from host.errors import InvalidArgumentError, PodkeelError, UnsupportedError
 from proto.criu.v1 import images_pb2 as criu
 from runtime.checkpoint.restore.rights import check_rights
 from runtime.specgen import config
@@ -192,6 +192,23 @@ def test_what_the_configuration_forbids(tmp_path: Path, change: Callable[[config
     wanted = spec()
     change(wanted)
     with pytest.raises(PodkeelError, match=words):
+        check_rights(Images(tmp_path).write(), wanted)
+
+
+def test_processes_of_several_cgroups_are_not_restored(tmp_path: Path) -> None:
+    images = Images(tmp_path)
+    thread = criu.Core()
+    thread.CopyFrom(images.core)
+    thread.thread_core.cg_set = 3
+    images.threads[2] = thread
+    with pytest.raises(UnsupportedError, match="its processes were in several cgroups"):
+        check_rights(images.write(), spec())
+
+
+def test_containers_with_an_selinux_label_are_not_restored(tmp_path: Path) -> None:
+    wanted = spec()
+    wanted.process.selinux_label = "system_u:system_r:container_t:s0:c1,c2"
+    with pytest.raises(UnsupportedError, match="a container with an SELinux label"):
         check_rights(Images(tmp_path).write(), wanted)
 
 

@@ -217,6 +217,18 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
     parser.add_argument("archive", metavar="ARCHIVE", help="the file to write, on the agent's node")
     parser = commands.add(
+        "checkpoint-pod",
+        "cli.checkpoints.pod:checkpoint_pod",
+        "write all running containers of a pod to a folder, at the same moment; they run on",
+        "The folder holds the memory of the containers, and so their secrets.",
+    )
+    parser.add_argument("--timeout", type=int, default=0, metavar="S", help="give up after S seconds (default: never)")
+    parser.add_argument(
+        "--leave-out-sessions", action="store_true", help="also while clients are attached or ports are forwarded"
+    )
+    parser.add_argument("pod", metavar="POD", help=_POD)
+    parser.add_argument("folder", metavar="FOLDER", help="an empty folder on the agent's node; made if it is missing")
+    parser = commands.add(
         "restore",
         "cli.checkpoints.checkpoint:restore",
         "make and start a container from a checkpoint archive, in a pod that exists",
@@ -299,18 +311,6 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         "cli.checkpoints.checkpoint:make_image",
         "make an image of a checkpoint archive",
         "It holds the container's memory, and so its secrets.",
-    )
-    parser.add_argument(
-        "--volume",
-        metavar="HOST:CONTAINER[:ro]",
-        action="append",
-        default=[],
-        help="a path of the node for a mount that the container had; once for each",
-    )
-    parser.add_argument(
-        "--unmasked",
-        action="store_true",
-        help="the container may read and write all of /proc, as the one that was checkpointed",
     )
     parser.add_argument("archive", metavar="ARCHIVE", help="a file of podkeel checkpoint, on the agent's node")
     parser.add_argument("name", metavar="NAME", help="name of the image")

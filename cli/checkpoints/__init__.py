@@ -1,1 +1,1 @@
-"""Commands about checkpoints of containers."""
+"""Commands about checkpoints of containers and pods."""

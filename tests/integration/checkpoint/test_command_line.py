@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
 from cli.manifest.manifest import MASKED_PATHS, READONLY_PATHS
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess
-from tests.support.checkpoints import COUNTER, lines_of, members, run_with, wait_for_lines
-from tests.support.pods import sandbox_config
+from tests.support.checkpoints import COUNTER, lines_of, members, restore_pod, run_pod, run_with, wait_for_lines
+from tests.support.pods import POLITE, container_config, sandbox_config
 
 
 def podkeel(agent: AgentProcess, *words: str) -> str:
@@ -45,6 +46,50 @@ def test_a_container_moves_to_another_pod(agent: AgentProcess, crun: str, tmp_pa
     assert agent.client.status(third).metadata.name == "other"
 
 
+def test_a_pod_is_saved_to_a_folder(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
+    configs = [container_config(name, *COUNTER) for name in ("first", "second")]
+    sandbox = sandbox_config(agent, "some-pod")
+    sandbox_id, ids = run_pod(agent, *configs, sandbox=sandbox)
+    agent.client.create(sandbox_id, container_config("created", *POLITE), sandbox)  # it does not run
+    for container_id in ids:
+        wait_for_lines(agent, container_id, 3)
+    folder = tmp_path / "it"
+    assert podkeel(agent, "checkpoint-pod", "some-pod", str(folder)) == f"{folder}\n"
+    assert folder.stat().st_mode & 0o7777 == 0o700
+    document = json.loads((folder / "pod.json").read_text())
+    assert {each["id"] for each in document["containers"]} == set(ids)
+    for container_id in ids:
+        wait_for_lines(agent, container_id, 3)
+    restored = restore_pod(agent, folder, *configs)[1]
+    agent.client.start(restored["first"])
+    wait_for_lines(agent, restored["first"], 3)
+
+
+def test_a_pod_that_is_not_saved_leaves_no_folder(agent: AgentProcess, tmp_path: Path) -> None:
+    full, new = tmp_path / "full", tmp_path / "new"
+    full.mkdir()
+    (full / "file").touch()
+    sandbox = sandbox_config(agent, "some-pod")
+    sandbox.linux.security_context.namespace_options.network = cri_pb2.NODE
+    sandbox_id = agent.client.run_sandbox(sandbox)
+    assert "has no running container" in fails(agent, "checkpoint-pod", "some-pod", str(new))
+    agent.client.start(agent.client.create(sandbox_id, container_config("main", *POLITE), sandbox))
+    for folder in (full, new):
+        assert "checkpoint pod 'some-pod'" in fails(agent, "checkpoint-pod", "some-pod", str(folder))
+    assert "cannot be made: No such file" in fails(agent, "checkpoint-pod", "some-pod", str(new / "it"))
+    assert "no-pod" in fails(agent, "checkpoint-pod", "no-pod", str(new))
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "file"]
+
+
+def fails(agent: AgentProcess, *words: str) -> str:
+    """What a command that fails says."""
+    command = agent.command(*words, "--socket", agent.address)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
 def test_a_restore_that_fails_says_why(agent: AgentProcess, tmp_path: Path) -> None:
     agent.client.run_sandbox(sandbox_config(agent, "some-pod"))
     (tmp_path / "it.tar").write_bytes(b"x" * 1024)
@@ -55,11 +100,7 @@ def test_a_restore_that_fails_says_why(agent: AgentProcess, tmp_path: Path) -> N
         (("restore", "--volume", "data", str(tmp_path / "it.tar"), "some-pod"), "--volume data: expected"),
         (("image", "from-checkpoint", str(tmp_path / "it.tar"), "example.org/it:1"), "is broken or no tar file"),
     ):
-        command = agent.command(*words, "--socket", agent.address)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 1, done
-        assert told in done.stderr
-        assert "Traceback" not in done.stderr
+        assert told in fails(agent, *words)
 
 
 def test_the_call_of_kubelet(agent: AgentProcess, handler: str, tmp_path: Path) -> None:

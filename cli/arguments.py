@@ -210,7 +210,7 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser = commands.add(
         "checkpoint",
         "cli.checkpoints.checkpoint:checkpoint",
-        "write a running container to an archive; it runs on",
+        "write a running container to an archive; the container continues",
         "The archive holds the container's memory, and so its secrets.",
     )
     parser.add_argument("--timeout", type=int, default=0, metavar="S", help="give up after S seconds (default: never)")
@@ -240,14 +240,14 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
         metavar="HOST:CONTAINER[:ro]",
         action="append",
         default=[],
-        help="a path of the node for a mount that the container had; once for each",
+        help="a path of the node for a mount that the checkpointed container had; repeat it for each mount",
     )
     parser.add_argument(
         "--unmasked",
         action="store_true",
-        help="the container may read and write all of /proc, as the one that was checkpointed",
+        help="do not mask /proc: for a container whose /proc was not masked when it was checkpointed",
     )
-    parser.add_argument("archive", metavar="ARCHIVE", help="a file of podkeel checkpoint, on the agent's node")
+    parser.add_argument("archive", metavar="ARCHIVE", help="a file that podkeel checkpoint wrote, on the agent's node")
     parser.add_argument("pod", metavar="POD", help=_POD)
     parser = commands.add("stats", "cli.stats:stats", "show what containers use of CPU, memory and disk")
     parser.add_argument("containers", metavar="CONTAINER", nargs="*", help=f"{_CONTAINER} (default: all that run)")
@@ -312,7 +312,7 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         "make an image of a checkpoint archive",
         "It holds the container's memory, and so its secrets.",
     )
-    parser.add_argument("archive", metavar="ARCHIVE", help="a file of podkeel checkpoint, on the agent's node")
+    parser.add_argument("archive", metavar="ARCHIVE", help="a file that podkeel checkpoint wrote, on the agent's node")
     parser.add_argument("name", metavar="NAME", help="name of the image")
     parser = below.add("tag", "cli.images.archives:tag", "give an image one more name")
     parser.add_argument("reference", metavar="REF", help=_IMAGE)

@@ -1,1 +1,1 @@
-"""The thin layer to Linux and the disk, which every other room uses. It knows nothing of pods or images."""
+"""The layer between the other rooms and Linux: system calls, files, processes, database. It knows no pods or images."""

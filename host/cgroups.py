@@ -20,11 +20,11 @@ class Hierarchies(msgspec.Struct, frozen=True):
 
     @property
     def version(self) -> int:
-        """The version that containers are limited by: 1 where the memory controller is mounted as version 1."""
+        """The cgroup version that limits containers: 1 if the memory controller is mounted as version 1, else 2."""
         return 1 if "memory" in self.v1 or self.unified is None else 2
 
     def controllers(self) -> frozenset[str]:
-        """Names of the controllers of that version. Reads a file with version 2."""
+        """Names of the available controllers. With version 2 this reads a file."""
         if self.version == 1:
             return frozenset(self.v1)
         return frozenset(_read(self._unified / "cgroup.controllers").split())

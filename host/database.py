@@ -1,4 +1,4 @@
-"""The one SQLite file that is the only durable truth, written by one thread.
+"""The SQLite file that holds all durable state, written by one thread.
 
 Writes that wait at the same moment share one commit; each runs in its own savepoint, so that one that fails does not
 undo the others.

@@ -1,4 +1,4 @@
-"""The copy of the store that is kept beside it, for the day on which the store is lost or damaged."""
+"""Keeps a copy of the store beside it, to start from if the store is lost or damaged."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def copy_database(source: Path, target: Path) -> int:
 
 
 def problem_of(path: Path) -> str:
-    """What is wrong with a database file: ``missing``, ``empty``, or what SQLite says of it; empty if it is sound."""
+    """What is wrong with a database file: ``missing``, ``empty``, or SQLite's message; an empty text if it is sound."""
     if not path.exists():
         return "missing"
     if path.stat().st_size == 0:

@@ -18,12 +18,12 @@ class PodkeelError(Exception):
         return str(self.args[0]) if self.args else type(self).__name__
 
     def add_context(self, context: str) -> None:
-        """Say before the message where it happened; its kind and what begins it for kubelet stay."""
+        """Add ``context`` before the message. The kind of the error, and the reason that kubelet matches, stay."""
         self.args = (f"{context}: {self.args[0]}" if self.args else context,)
 
 
 def printable(text: str) -> str:
-    """The text with escapes for what is no UTF-8 in the names of files that it quotes (os.fsdecode)."""
+    """The text; bytes of file names that are not UTF-8 (os.fsdecode) are escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 

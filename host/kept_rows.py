@@ -1,4 +1,4 @@
-"""Rows of the store that are kept in files too, and put back where the store was lost.
+"""Copies of the store's rows in files, from which a lost store is restored.
 
 Which rows belong to an object is said by ``Place``s: tables in the order in which they refer to each other.
 """

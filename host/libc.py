@@ -1,4 +1,4 @@
-"""The system calls Python has no function for. Each releases the GIL and raises ``OSError`` naming its object."""
+"""System calls for which Python has no function. Each releases the GIL and raises ``OSError`` that names its object."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def unshare(flags: int) -> None:
     try:
         _check(_libc.unshare(flags), f"flags {flags:#x}")
     except OSError as error:
-        if error.errno != errno.ENOSPC:  # which here has nothing to do with disks
+        if error.errno != errno.ENOSPC:  # ENOSPC does not mean a full disk here
             raise
         message = "the node has no more namespaces: raise the limits in /proc/sys/user (user.max_*_namespaces)"
         raise OSError(errno.EUSERS, message) from error

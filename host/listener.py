@@ -37,11 +37,11 @@ class PendingConnection:
         task.add_done_callback(self._on_connected)
 
     def admit(self) -> None:
-        """It may stay."""
+        """Admit the connection: it is not closed any more."""
         self.forget()
 
     def forget(self) -> None:
-        """It is not counted any more."""
+        """Stop counting the connection among those that wait."""
         self._timer.cancel()
         self._listener.forget(self)
 

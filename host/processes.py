@@ -67,7 +67,7 @@ def spawn(
         try:
             return posix_spawn(command, title or command[0], os.environ if environment is None else environment, lifted)
         except FileNotFoundError as error:
-            # Not a NotFoundError: a caller that removes something would understand that it is removed already.
+            # No NotFoundError: a caller that removes an object would treat it as removed already.
             raise UnavailableError(f"program {command[0]!r} is not installed or not on the PATH") from error
 
 
@@ -299,7 +299,7 @@ class Collector:
         self._pull()
 
     def close_write_end(self) -> None:
-        """The writer has got its copy: the pipe ends with it."""
+        """Close our copy of the write end, once the writer has its own: the pipe then ends with the writer."""
         if self.write_end >= 0:
             os.close(self.write_end)
             self.write_end = -1

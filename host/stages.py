@@ -108,7 +108,7 @@ class _Run(AbstractAsyncContextManager[None]):
                 raise
 
     def _end(self, error: BaseException | None) -> None:
-        """Note the end, and where it was in ``error``; raises PodkeelError in the place of an OSError."""
+        """Record the end, and add the stage to ``error``; raises a PodkeelError instead of an OSError."""
         operation, stage = self._operation, self._stage
         _open.pop(id(stage), None)
         stage.seconds = time.perf_counter() - self._begin
@@ -169,7 +169,7 @@ def gathered_operations() -> Iterator[list[Operation]]:
 
 
 def failed_operations() -> list[Operation]:
-    """The last operations of which a stage failed or was cancelled, oldest first: their objects may be gone."""
+    """The last operations with a failed or cancelled stage, oldest first. Their objects may not exist any more."""
     return list(_failed)
 
 

@@ -1,5 +1,4 @@
-"""Being the parent of orphaned descendants (prctl(2), PR_SET_CHILD_SUBREAPER), and reaping those that no caller waits
-for."""
+"""The child subreaper (prctl(2), PR_SET_CHILD_SUBREAPER): adopts orphaned descendants, and reaps them."""
 
 from __future__ import annotations
 

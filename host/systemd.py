@@ -1,4 +1,4 @@
-"""What systemd passes to a service in its environment, and what the service reports to systemd (sd_notify(3))."""
+"""Reads what systemd passes to a service in its environment, and sends its notifications to systemd (sd_notify(3))."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON that others wrote (registries, images, plugins, OCI runtimes), decoded within limits of size, depth and number.
+"""Decodes JSON of registries, images, plugins and OCI runtimes within limits of size, depth and number of values.
 
 Deep nesting can make a recursive decoder fail anywhere, and a text of many small values takes fifty times its size in
 memory. So the text is checked before it is decoded, in pieces, so that other threads can run in between.

@@ -1,4 +1,4 @@
-"""What a pod has of the network: its interface, its addresses and the host ports that lead to it."""
+"""A pod's connection to the network: its interface, its addresses and its host ports."""
 
 from __future__ import annotations
 

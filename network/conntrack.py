@@ -1,4 +1,4 @@
-"""Forgetting UDP flows to host ports: the kernel would keep sending them where they went before the port changed."""
+"""Deletes conntrack entries of UDP flows to host ports, which would keep going to the earlier destination of a port."""
 
 from __future__ import annotations
 

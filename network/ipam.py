@@ -1,4 +1,4 @@
-"""Address ranges and which of their addresses pods hold; kept in memory, mirrored by the store."""
+"""IPAM: the address ranges and the addresses that pods hold, in memory and in the store."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class AddressPool:
             self._resting[int(address)] = time.time()
 
     def forget_rested(self) -> None:
-        """Free what has rested long enough; a clock that was set back frees at once rather than never."""
+        """Free the addresses whose quarantine is over. If the clock was set back, they are free at once."""
         now = time.time()
         while self._resting:
             value, released_at = next(iter(self._resting.items()))

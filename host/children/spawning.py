@@ -15,7 +15,7 @@ _SETSIGMASK = 0x08
 _SETSID = 0x80
 # Signals that Python ignores, which the child must not inherit as ignored.
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_OPAQUE_BYTES = 1024  # more than any C library's structures take
+_OPAQUE_BYTES = 1024  # larger than these structures are in any C library
 
 _libc = ctypes.CDLL(None)
 

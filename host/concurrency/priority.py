@@ -1,4 +1,4 @@
-"""Giving this process priority over those that it starts, so that it answers calls while containers are being made."""
+"""Gives this process priority over its children, so that it answers calls while containers are being made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LEAST_NICE = -20
 
 
 def go_first() -> None:
-    """Prefer the calling thread to others that want the processor; what it starts, threads too, is as usual.
+    """Give the calling thread priority. Threads and processes that it starts have the usual one.
 
     Where sessions are scheduled as groups (sched(7), "autogroup feature") this one's is preferred. Call it before other
     threads are there. Without the right to (CAP_SYS_NICE) nothing happens.

@@ -1,4 +1,4 @@
-"""Work that several callers ask for at once, and waiting for work that must not be interrupted."""
+"""Single-flight: work that several callers share; and waiting for work that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ async def wait_out(future: asyncio.Future[T]) -> T:
 
 
 async def ended(task: asyncio.Task[T]) -> None:
-    """Wait for the end of ``task``, also when the caller is cancelled; raises neither its error nor that."""
+    """Wait for the end of ``task``, also if the caller is cancelled.
+
+    Raises neither the task's error nor the cancellation.
+    """
     while not task.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait((task,))

@@ -1,4 +1,4 @@
-"""Undo: steps are undone in reverse order unless the whole operation succeeded."""
+"""Undo: if an operation fails, its steps are undone in reverse order."""
 
 from __future__ import annotations
 

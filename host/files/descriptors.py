@@ -24,7 +24,7 @@ class Use(Enum):
 
 
 def raise_limit() -> None:
-    """Use all the descriptors that we may have: a shell's 1024 are gone with some hundred containers."""
+    """Raise the soft limit of descriptors to the hard limit: the usual 1024 suffice for some hundred containers."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -39,7 +39,7 @@ def left() -> int:
     """How many more can be opened."""
     try:
         opened = FOLDER.stat().st_size or _count()  # the size is their number from Linux 6.2 on
-    except OSError:  # not even one for looking
+    except OSError:  # no descriptor is free to list the others
         return 0
     return max(0, limit() - opened)
 

@@ -1,4 +1,4 @@
-"""Walking file trees that containers and images made: by open folders, at any depth, with any names.
+"""Walks file trees that containers and images made, at any depth and with any names, by descriptors of open folders.
 
 Paths are never joined, so PATH_MAX does not matter. A walk holds a bounded number of descriptors and of names. It
 follows no link, and crosses a mount only with ``into_mounts``.
@@ -10,7 +10,7 @@ import os
 
 from host import libc
 
-TYPE_CHECKING = False  # a worker that has to start quickly imports this, and typing is slow
+TYPE_CHECKING = False  # the removal worker must start quickly, and importing typing is slow
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Self

@@ -1,7 +1,7 @@
 """Other processes and the kernel's tables in /proc (proc(5)): read bounded, and as bytes.
 
-Any process may give itself any name and any command line, also one of many megabytes, and choose the bytes of paths and
-interfaces that the kernel's tables show.
+A process can choose its name and its command line, which may have many megabytes. It can also choose the bytes of paths
+and interfaces in the kernel's tables.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read_bounded(path: str, limit: int) -> bytes:
 
 
 def command_line(pid: int, limit: int = _COMMAND_LINE_BYTES) -> list[bytes]:
-    """The words of a process's command line within its first ``limit`` bytes; what it says is its own choice."""
+    """The words of a process's command line within its first ``limit`` bytes. The process can choose any content."""
     return read_bounded(f"/proc/{pid}/cmdline", limit).split(b"\0")
 
 

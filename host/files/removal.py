@@ -38,7 +38,7 @@ _KEPT_FROM_REMOVAL = 0x10 | 0x20  # FS_IMMUTABLE_FL, FS_APPEND_FL
 
 
 class OutOfBudgetError(Exception):
-    """There is more to remove than was allowed."""
+    """The tree has more files than the budget allows to remove."""
 
 
 class Removal:
@@ -58,8 +58,7 @@ class Removal:
         self._steps = 0
 
     def remove(self, folder: int, name: str) -> bool:
-        """Remove ``name`` in the open ``folder`` with all that is in it; whether nothing stays. A missing one is no
-        error."""
+        """Remove the tree ``name`` in the open ``folder``; returns whether nothing stays. A missing one is no error."""
         try:
             try:
                 top = open_below(folder, name, _FOLDER)
@@ -162,7 +161,7 @@ def _clear_flags_of(descriptor: int) -> None:
 
 
 def remove_tree(path: Path) -> list[str]:
-    """Remove ``path`` with all that is in it; returns what stays and why. Blocks; success if it does not exist."""
+    """Remove the tree ``path``; returns what stays and why. Blocks. A missing path is no error."""
     try:
         folder = os.open(path.parent, _FOLDER)
     except FileNotFoundError:

@@ -26,7 +26,7 @@ _log = logging.getLogger("podkeel.store")
 
 
 class UnreadableRow(NamedTuple):
-    """A row that means nothing: ``kind`` of object, its key as the database has it, why, and all that the row holds."""
+    """A row that cannot be read: ``kind`` of object, its key in the database, the reason, and the row's values."""
 
     kind: str
     key: object

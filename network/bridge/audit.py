@@ -1,4 +1,4 @@
-"""Comparing what the store knows of the network with what the kernel has."""
+"""Compares the network in the store with the network in the kernel."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class BridgeOwner(NamedTuple):
 
     @property
     def place(self) -> str:
-        """How people find it."""
+        """The owner's name in messages, by which operators find it."""
         return f"of another agent (id {self.agent_id}, data folder {self.data_dir or 'unknown'})"
 
     def is_there(self) -> bool:
@@ -52,7 +52,9 @@ class BridgeOwner(NamedTuple):
 
 
 def claim(route: NetlinkSocket, name: str, owner: BridgeOwner, addresses: Sequence[IPInterface], *, made: bool) -> None:
-    """Name ``owner`` as whose bridge ``name``, which exists, is; ``made`` says that it was made just now. Blocks.
+    """Record ``owner`` as the owner of the existing bridge ``name``. ``made``: this call's agent has just made it.
+
+    Blocks.
 
     Raises WrongStateError where another agent has the bridge, or one with addresses of the same ranges. A bridge whose
     agent is gone, and to which no pod is connected, changes hands.

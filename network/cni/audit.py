@@ -43,6 +43,6 @@ def broken_files(folder: Path, broken: Sequence[str]) -> list[Finding]:
 
 
 def without_namespace(records: Sequence[CniRecord], errors: Collection[str]) -> list[CniRecord]:
-    """Those whose DEL failed, as ``errors`` by sandbox say, and whose network namespace is gone. Blocks."""
+    """Sandboxes whose DEL failed (``errors`` has the error of each) and whose network namespace is gone. Blocks."""
     deleting = (record for record in records if record.state is CniState.DELETING and record.sandbox_id in errors)
     return [record for record in deleting if not namespace_exists(record.netns_path)]

@@ -13,7 +13,7 @@ from network.netlink_socket import NetlinkSocket
 
 
 def bring_up_loopback(sandbox_id: str, netns_path: str) -> None:
-    """Bring up ``lo`` in the namespace, which no plugin of the list does; moves the calling thread there."""
+    """Bring up ``lo`` in the namespace, as no plugin of the list does it; moves the calling thread there."""
     try:
         with threads.inside_namespace(netns_path, libc.CLONE_NEWNET), NetlinkSocket(NETLINK_ROUTE) as inside:
             inside.request([rtnetlink.set_up("lo")])

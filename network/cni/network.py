@@ -1,5 +1,4 @@
-"""Pods on a CNI network: plugins connect them, the store records each before and after, and DEL is repeated until it
-succeeds."""
+"""Pods on a CNI network: plugins connect them, the store records each call, and a failed DEL is repeated."""
 
 from __future__ import annotations
 
@@ -131,7 +130,7 @@ class CniNetwork:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def reload(self) -> None:
-        """Look at the folder again and use what it holds for pods made from now on."""
+        """Read the folder again, and use its configuration for pods made from now on."""
         async with self._reading:
             before = self.view
             self.view = await self._files.look(self.view)

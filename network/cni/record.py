@@ -1,5 +1,7 @@
-"""What the store keeps of a pod on a CNI network: enough to undo it after any crash, even if the files were changed or
-deleted."""
+"""The store's row of a pod on a CNI network.
+
+It suffices for DEL after a crash, even if the configuration was changed or deleted.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ FAMILIES = (4, 6)
 
 
 class CniState(enum.StrEnum):
-    """How far it got: ADD may have begun; ADD is done; DEL was asked for and has to succeed."""
+    """The state of a pod's network: ADD may have begun; ADD is done; DEL was requested and must succeed."""
 
     ADDING = "adding"
     ADDED = "added"

@@ -1,4 +1,4 @@
-"""What plugins get to know of a pod: CNI_ARGS and capabilities, as Kubernetes' runtimes pass them."""
+"""The pod's data for plugins: CNI_ARGS and capabilities, as other Kubernetes runtimes pass them."""
 
 from __future__ import annotations
 

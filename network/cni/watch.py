@@ -1,4 +1,4 @@
-"""Noticing that the network's configuration changes: its folder, and the one that holds further plugins of it."""
+"""Watches the folders of the network's configuration: that of the lists, and that of further plugins."""
 
 from __future__ import annotations
 

@@ -39,7 +39,10 @@ class Capture:
         self._snapshots = snapshots
 
     async def refuse_paused(self, container: Container) -> None:
-        """Raise WrongStateError for a container that others have frozen. It must stay so: call it before ``freeze``."""
+        """Raise WrongStateError for a container that another program has frozen, since a checkpoint would thaw it.
+
+        Call this before ``freeze``.
+        """
         if await in_thread(self._cgroups.is_frozen, container.record.cgroup):
             raise WrongStateError(f"{container.title} is paused: resume it first")
 
@@ -76,7 +79,7 @@ class Capture:
         raise kind(f"{container.title} cannot be checkpointed: {why}{kept}")
 
     def saved(self, container: Container) -> Saved:
-        """Where the container's files are. Blocks."""
+        """The paths of the container's files. Blocks."""
         volumes = self._snapshots.upper(container.id).parent / "volumes"
         shared = container.sandbox.namespace_options.ipc != cri_pb2.NODE
         return Saved(

@@ -1,4 +1,4 @@
-"""CRIU's log: which of its lines says why a checkpoint failed, and what that means for the container."""
+"""Finds in CRIU's log why a checkpoint or restore failed, and says what that means for the container."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _complaints(log: Path) -> tuple[list[str], str]:
 
 
 class _Place:
-    """What CRIU was saving when it failed: each task, each descriptor and the path of that is a line of its log."""
+    """What CRIU was saving when it failed. Its log has a line for each task, each descriptor and its path."""
 
     def __init__(self) -> None:
         self._task = self._descriptor = self._path = ""

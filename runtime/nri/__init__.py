@@ -1,1 +1,1 @@
-"""The Node Resource Interface: plugins on the node that see and shape containers."""
+"""The Node Resource Interface (NRI): plugins on the node that observe and adjust containers."""

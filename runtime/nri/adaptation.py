@@ -84,7 +84,7 @@ class Adaptation:
 
     @property
     def plugins(self) -> Sequence[Plugin]:
-        """Those that are synchronised, by index."""
+        """The synchronised plugins, in the order of their indices."""
         return self._plugins
 
     @property
@@ -177,7 +177,7 @@ class Adaptation:
                 await asyncio.sleep(_GATE_SECONDS)
 
     def note_gone(self, title: str, why: str) -> None:
-        """Have reports show a plugin that is missing, with the reason."""
+        """Record a missing plugin and the reason, for reports."""
         self.gone.append(Gone(title, time.time_ns(), why))
 
     def _lose(self, plugin: Plugin, why: str) -> None:
@@ -292,7 +292,7 @@ class Adaptation:
                 if answer is not None:
                     await by_size(answer, merging.add, plugin.title, answer.adjust)
                     await by_size(answer, updates.add, plugin.title, answer.update, answer.evict)
-                if not plugin.closed:  # one that was lost over it may have done nothing
+                if not plugin.closed:  # a plugin that was lost during the call may not have answered
                     saw.append(nri_pb2.PluginInstance(name=plugin.name, index=plugin.index))
             owners = merging.owners.message()
             if self._options.default_validator.enabled or self.wants(VALIDATE_CONTAINER_ADJUSTMENT):

@@ -1,4 +1,4 @@
-"""What plugins change of a container, in its draft, its record and its limits."""
+"""Applies changes of plugins to a container's draft, record and limits."""
 
 from __future__ import annotations
 

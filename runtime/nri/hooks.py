@@ -38,7 +38,7 @@ _log = logging.getLogger("podkeel.nri")
 
 
 def never_failing(method: Callable[P, Awaitable[None]]) -> Callable[P, Coroutine[Any, Any, None]]:
-    """For a hook about something that has happened: an unexpected error is logged, and the operation continues."""
+    """A context for a hook after the fact: an unexpected error is logged, and the operation continues."""
 
     @wraps(method)
     async def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -91,19 +91,19 @@ class NriHooks(Hooks):
         return self.adaptation.passing()
 
     def service(self) -> dict[str, object]:
-        """Where plugins connect, or why they cannot."""
+        """The socket where plugins connect, or why they cannot."""
         return {"enabled": True, "socket": self.socket, "problem": self.socket_problem}
 
     def report(self) -> list[dict[str, object]]:
-        """Those that are there, then those that are gone."""
+        """The connected plugins, then those that were disconnected."""
         return report.plugins(self.adaptation)
 
     def calls(self) -> Iterable[tuple[tuple[str, str], int, float, int]]:
-        """Those of all plugins since the start."""
+        """The calls of all plugins since the start."""
         return report.calls(self.adaptation)
 
     async def beside(self, work: Awaitable[None], telling: Coroutine[Any, Any, None]) -> None:
-        """At once, as the way to a plugin and back takes about as long as a commit."""
+        """Run both at the same time: a call of a plugin takes about as long as a commit."""
         if not self.adaptation.plugins:
             await super().beside(work, telling)
             return
@@ -284,12 +284,12 @@ class NriHooks(Hooks):
 
     @never_failing
     async def carry_out(self, container: Container) -> None:
-        """Do what plugins asked for other containers."""
+        """Carry out the updates of other containers that plugins requested."""
         for updates in self._wanted.pop(container.id, []):
             await self.adaptation.carry_out(updates)
 
     def forget(self, object_id: str) -> None:
-        """Keep nothing of an object that is gone."""
+        """Forget an object that was removed."""
         self._views.forget(object_id)
         for kept in (self._making, self._told, self._told_once, self._undrafted, self._starting):
             kept.pop(object_id, None)
@@ -313,7 +313,7 @@ class NriHooks(Hooks):
         return first
 
     async def _inventory(self) -> list[nri_pb2.SynchronizeRequest]:
-        """Everything that clients may see."""
+        """All pods and containers that clients may see."""
         late = {container_id for container_id in list(self._undrafted) if self._undrafted.pop(container_id, None)}
         making = [container for container, _ in list(self._making.values()) if container.id not in late]
         sandboxes = list(self._state.visible_sandboxes())

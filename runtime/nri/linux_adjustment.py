@@ -1,4 +1,4 @@
-"""The Linux part of what plugins change: devices, namespaces, sysctls, scheduling, seccomp, cgroup, RDT."""
+"""Applies the Linux part of plugins' adjustments: devices, namespaces, sysctls, scheduling, seccomp, cgroup, RDT."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def container(of: Container, spec: oci.Spec | None) -> nri_pb2.Container:
 
 
 def set_status(message: nri_pb2.Container, of: Container, state: nri_pb2.ContainerState | None = None) -> None:
-    """Put into ``message`` what changes in the life of a container, which will be in ``state`` if that is given."""
+    """Put the fields into ``message`` that change during a container's life. ``state``: the state that it will have."""
     record = of.record
     if state is None:
         state = _STATES.get(record.state, nri_pb2.CONTAINER_UNKNOWN)

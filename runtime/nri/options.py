@@ -1,4 +1,4 @@
-"""What can be configured of the Node Resource Interface."""
+"""The options of the Node Resource Interface (NRI)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ValidatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NriOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The Node Resource Interface: plugins on the node that see and shape containers.
+    """The Node Resource Interface: plugins on the node that observe and adjust containers.
 
     ``socket`` is where plugins connect, if ``external_connections`` allows it. Executables ``NN-name`` in
     ``plugin_dir`` are started by the agent, with the text of ``NN-name.conf`` or ``name.conf`` in ``config_dir``. A

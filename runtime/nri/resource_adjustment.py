@@ -1,4 +1,4 @@
-"""Resources as plugins give them: into the spec of a container that is made, or as an update of an existing one."""
+"""Resources from plugins: put into the spec of a container that is made, or applied to an existing one."""
 
 from __future__ import annotations
 

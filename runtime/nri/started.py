@@ -92,7 +92,7 @@ class StartedPlugins:
         _log.info("nri: plugin %s: started: %s, pid %d", program.title, program.path, pid)
 
     def _disconnected(self, pid: int) -> None:
-        """A plugin that was closed cannot come back, so its process has nothing to do any more."""
+        """End the process of a plugin that was closed: it cannot connect again."""
         asyncio.get_running_loop().call_later(_END_SECONDS, self._end_rest, pid)
 
     def _end_rest(self, pid: int) -> None:

@@ -65,7 +65,7 @@ class Views:
         self._seen[container.id] = container.SerializeToString()
 
     def keep_draft(self, container: Container, draft: Draft) -> None:
-        """Take over what is there of a container that no plugin adjusts. From any thread."""
+        """Keep the draft of a container that no plugin adjusts. Any thread may call it."""
         self._drafts[container.id] = oci.encode(draft.spec)
 
     def drop_draft(self, container: Container) -> None:
@@ -117,7 +117,7 @@ class Views:
         return await in_thread(build)
 
     def forget(self, object_id: str) -> None:
-        """Keep nothing of an object that is gone."""
+        """Forget an object that was removed."""
         self._seen.pop(object_id, None)
         self._pods.pop(object_id, None)
         self._drafts.pop(object_id, None)

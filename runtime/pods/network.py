@@ -1,4 +1,4 @@
-"""The network of a sandbox's configuration."""
+"""Reads the network part of a sandbox's configuration."""
 
 from __future__ import annotations
 

@@ -20,7 +20,10 @@ class PodResources:
         resources: cri_pb2.LinuxContainerResources | None,
         overhead: cri_pb2.LinuxContainerResources | None,
     ) -> None:
-        """Record what the pod as a whole may use (KEP-1287); its cgroup is the client's. Raises NotFoundError."""
+        """Record the resource limits of the whole pod (KEP-1287). The pod's cgroup belongs to the client.
+
+        Raises NotFoundError.
+        """
         sandbox, hooks = self._state.get_sandbox(sandbox_id), self._hooks
         async with sandbox.lock, hooks.passing():
             await hooks.update_sandbox(sandbox, overhead, resources)

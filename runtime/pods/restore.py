@@ -40,7 +40,7 @@ _log = logging.getLogger("podkeel.pods")
 
 @dataclass(slots=True)
 class _Made:
-    """What a call has made up to now. ``token`` is in the record of its sandbox until it is complete."""
+    """What a call has made so far. The sandbox's record holds ``token`` until the pod is complete."""
 
     token: str
     containers: list[Container] = field(default_factory=list)

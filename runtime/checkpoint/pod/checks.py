@@ -1,4 +1,4 @@
-"""What keeps a pod from being checkpointed, by name and before anything is frozen."""
+"""Refuses pods that cannot be checkpointed before anything is frozen, with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``pod.json``: what a checkpoint of a pod is of. It is written last, so a folder without it holds no checkpoint."""
+"""``pod.json``: the pod and the containers of a checkpoint.
+
+It is written last, so a folder without it is no checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class SavedPod(msgspec.Struct, rename="camel"):
 class SavedContainer(msgspec.Struct, rename="camel"):
     """A container of a checkpoint: ``folder`` is its place in it, ``image_id`` what it was made from.
 
-    The rest is of its configuration: what the one that it is restored with must say too.
+    The other fields are of its configuration; the configuration of a restore must have the same values.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The folder that a checkpoint of a pod is written to. It is the caller's, and only used by its descriptor."""
+"""The folder that a checkpoint of a pod is written to. It belongs to the caller, and is used by its descriptor only."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Place:
         return size
 
     def commit(self, document: bytes) -> None:
-        """Write ``pod.json``, which makes what is there a checkpoint. Blocks. Raises OSError."""
+        """Write ``pod.json``, which completes the checkpoint. Blocks. Raises OSError."""
         descriptor = os.open(_PARTIAL, _NEW, 0o600, dir_fd=self.descriptor)
         with os.fdopen(descriptor, "wb") as file:
             file.write(document)
@@ -66,7 +66,7 @@ class Place:
         os.fsync(self.descriptor)
 
     def clear(self) -> None:
-        """Remove what a checkpoint writes. Blocks. Raises PodkeelError for what stays."""
+        """Remove the files of a checkpoint. Blocks. Raises PodkeelError if a file cannot be removed."""
         removal = Removal()
         for name in _WRITTEN:
             removal.remove(self.descriptor, name)
@@ -75,7 +75,7 @@ class Place:
 
     @property
     def is_complete(self) -> bool:
-        """Whether a whole checkpoint is there."""
+        """Whether the folder holds a complete checkpoint."""
         try:
             return stat.S_ISREG(os.stat(DOCUMENT, dir_fd=self.descriptor, follow_symlinks=False).st_mode)
         except FileNotFoundError:

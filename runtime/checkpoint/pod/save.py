@@ -88,7 +88,7 @@ class PodCheckpoints:
 
         Raises:
             NotFoundError: there is no such pod, container or folder.
-            InvalidArgumentError: ``output``, ``container_ids`` or ``options`` cannot be meant.
+            InvalidArgumentError: ``output``, ``container_ids`` or ``options`` is invalid.
             WrongStateError: a container does not run, the folder is not empty, or something cannot be saved.
             UnsupportedError: the runtime handler cannot make checkpoints here.
         """

@@ -44,7 +44,7 @@ _CLONE = 0x40049409  # FICLONE of ioctl_ficlone(2)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 _PLACE = re.compile(rf"{CONTAINERS}/\d{{1,4}}")
 _CORE = re.compile(r"core-(\d{1,7})\.img")
-# Large files that decide about nothing: the memory of processes, and tar files that a confined process unpacks.
+# Large files that decide about no rights: the memory of processes, and tar files that a confined process unpacks.
 _SHARED = re.compile(r"pages-\d+\.img|.*\.tar")
 _TAKEN = (documents.CONFIG, documents.DIFF, documents.DELETED)
 
@@ -250,7 +250,7 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _differences(saved: SavedContainer, config: cri_pb2.ContainerConfig) -> list[str]:
-    """What differs, without its values, which may be secret."""
+    """The names of the fields that differ, without their values, which may be secret."""
     pairs = (
         ("command", saved.command, list(config.command)),
         ("args", saved.args, list(config.args)),

@@ -18,7 +18,7 @@ _SHARING = {"shared_id": {"shared", "rshared"}, "master_id": {"slave", "rslave",
 
 
 def check_mounts(mounts: Iterable[images_pb2.Mount], spec: config.Spec) -> None:
-    """Every mount of the checkpoint is one that the spec makes, and is not less restricted.
+    """Check that the spec makes every mount of the checkpoint, and that none of them is less restricted.
 
     Raises InvalidArgumentError or UnsupportedError for another one.
     """
@@ -78,7 +78,7 @@ def _check_restrictions(mount: images_pb2.Mount, place: str, wanted: Mapping[str
 
 
 def _check_restricted(seen: Mapping[str, int], spec: config.Spec) -> None:
-    """What the configuration hides or does not let be written to is so in the checkpoint; ``seen`` are its mounts."""
+    """Check that paths which the configuration masks or makes read-only are so in ``seen``, the checkpoint's mounts."""
     for place in spec.linux.readonly_paths:
         if Path(place).exists() and not seen.get(place, 0) & _FLAGS["ro"]:
             raise InvalidArgumentError(f"{place} is not read-only in the checkpoint, as the configuration wants it")

@@ -1,4 +1,4 @@
-"""Limits of the processes of a checkpoint: those of the new container, where the checkpoint allows more. Blocks."""
+"""Lowers the limits of a checkpoint's processes to those of the new container. Blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Making a container from a checkpoint, and letting its processes continue."""
+"""Makes a container from a checkpoint, and has its processes continue."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Restores:
         return await self.image_of(await in_thread(source.read_config, layer))
 
     async def image_of(self, told: ConfigDump) -> Image:
-        """The same, by what a checkpoint says of its container."""
+        """The same for the image named in a checkpoint's data about its container."""
         for name in (told.rootfs_image, told.rootfs_image_ref, told.rootfs_image_name):
             with suppress(PodkeelError):
                 image = self._images.store.find(name) if name else None

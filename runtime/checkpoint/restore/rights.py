@@ -1,4 +1,4 @@
-"""What the processes of a checkpoint would be allowed: no more than the new container's configuration allows.
+"""Compares the rights of a checkpoint's processes with those that the new container's configuration gives.
 
 CRIU gives restored processes the rights that its images say. The images come from an archive that anybody may have
 written, so each of these rights is compared with the spec that the configuration makes. Blocks.

@@ -12,7 +12,7 @@ from runtime.nri.answers.owners import Owners
 
 Field = nri_pb2.Field
 
-# The fields of LinuxMemory and LinuxCPU, and the number of what a plugin owns that sets them.
+# The fields of LinuxMemory and LinuxCPU, and for each the number by which its owner is recorded.
 _MEMORY = {
     "limit": Field.MemLimit,
     "reservation": Field.MemReservation,

@@ -1,4 +1,4 @@
-"""How large answers of plugins may be, and where large ones are worked on, so that the loop has time for others."""
+"""Limits the size of plugins' answers, and processes large ones in a thread."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _log = logging.getLogger("podkeel.nri")
 
 @dataclass(frozen=True, slots=True)
 class PluginsView:
-    """What plugins can see and do of the node.
+    """What plugins can list and change on the node.
 
     ``inventory`` lists all pods and containers that clients may see, in at least one message. ``update`` changes the
     resources of one container, ``evict`` ends one; both get the titles of the plugins that ask for it and raise

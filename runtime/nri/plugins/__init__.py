@@ -1,1 +1,1 @@
-"""Plugins and what is said to them: sockets, frames, calls and events."""
+"""Connections to plugins: sockets, frames, calls and events."""

@@ -1,4 +1,4 @@
-"""The bytes of messages that the agent keeps for plugins: those that have not arrived whole, and calls under way."""
+"""Limits the bytes that the agent holds for plugins: incomplete messages, and calls that run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Budget:
         self._shares: dict[Share, int] = {}  # the oldest first
 
     def share(self, close: Callable[[str], None]) -> Share:
-        """That of one plugin; ``close`` closes the plugin for a reason."""
+        """The share of one plugin; ``close`` closes the plugin, with a reason."""
         return Share(self, close)
 
     @property

@@ -1,4 +1,4 @@
-"""Plugins whose Synchronize kept everybody waiting: each may come again only after a time."""
+"""Plugins whose Synchronize failed after a long time: each may connect again only after a pause."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class HoldUps:
         self._until: dict[str, float] = {}
 
     def note(self, title: str, seconds: float) -> None:
-        """A Synchronize that failed took so long; no pod or container could be made meanwhile."""
+        """Record how long a failed Synchronize took. No pod or container could be made meanwhile."""
         now = time.monotonic()
         self._until = {known: until for known, until in self._until.items() if until > now}
         if seconds >= _LONG_SECONDS:

@@ -41,7 +41,7 @@ class PluginLostError(PodkeelError):
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What all plugins of an agent have in common."""
+    """What all plugins of an agent share."""
 
     totals: CallTotals = field(default_factory=CallTotals)
     budget: Budget = field(default_factory=Budget)
@@ -82,7 +82,7 @@ class Plugin:
 
     @property
     def title(self) -> str:
-        """How messages, owners of fields and metrics name it: index and name."""
+        """The plugin's title in messages and metrics, and as owner of fields: index and name."""
         return f"{self.index}-{self.name}"
 
     def wants(self, event: int) -> bool:

@@ -65,7 +65,7 @@ class Trunk(asyncio.BufferedProtocol):
             self._transport.write(_HEADER.pack(connection, len(part)) + part)
 
     def close(self, why: str) -> None:
-        """End the trunk at once; what waits for it fails with ``why``."""
+        """Close the trunk at once; calls that wait for it fail with ``why``."""
         if not self.closed:
             self.closed = True
             self._why = why

@@ -112,7 +112,7 @@ class MessageReader:
         return at + len(part)
 
     def close(self) -> None:
-        """Keep nothing any more."""
+        """Drop what is kept."""
         self._buffer = bytearray()
 
     def _finish(self, body: bytes | None) -> None:
@@ -189,7 +189,7 @@ class Client:
         return response.payload
 
     def close(self, why: str) -> None:
-        """Fail what is under way."""
+        """Let the calls that run fail."""
         self._reader.close()
         for answer in self._pending.values():
             if not answer.done():
@@ -248,7 +248,7 @@ class Server:
         self._reader.limit = BODY_LIMIT
 
     def close(self) -> None:
-        """Cancel what is under way."""
+        """Cancel the calls that run."""
         self._reader.close()
         for call in self._calls:
             call.cancel()
@@ -308,7 +308,7 @@ class Server:
 
 
 def shortened(words: str) -> str:
-    """The words of a plugin for a line of a log or an error: no more than a few lines of them."""
+    """A plugin's text for a log line or an error, shortened to a few lines."""
     words = words[:_WORDS]
     return words if words.isprintable() else "".join(one if one.isprintable() else repr(one)[1:-1] for one in words)
 

@@ -83,7 +83,7 @@ def test_the_mount_table_shows_every_name_as_it_is(odd_mounts: list[Path]) -> No
         assert seen[str(path)].root.endswith(f"/{path.name}")
 
 
-def test_a_leftover_mount_of_any_name_is_told_and_removed(own_agent: AgentProcess) -> None:
+def test_a_leftover_mount_of_any_name_is_reported_and_removed(own_agent: AgentProcess) -> None:
     target = own_agent.run / "sandboxes" / ("f" * 64) / os.fsdecode(b"\xff\r\n x")
     target.mkdir(parents=True)
     mounts.bind("/proc", target)
@@ -147,7 +147,7 @@ def test_links_of_any_name_are_found_and_deleted(tmp_path: Path) -> None:
         namespace.close()
 
 
-def test_a_leftover_link_of_any_name_is_told_and_removed(own_agent: AgentProcess) -> None:
+def test_a_leftover_link_of_any_name_is_reported_and_removed(own_agent: AgentProcess) -> None:
     """A host network pod may make links, and a device comes back from a pod with the name that it has there."""
     prefix = interface_prefix(own_agent.bridge)
     name = prefix.encode() + b"\xff\xfe"

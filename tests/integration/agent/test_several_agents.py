@@ -202,7 +202,9 @@ def test_a_bridge_whose_agent_is_gone_changes_hands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("table", ["streaming", "metrics"])
-def test_an_address_that_another_agent_listens_on_is_told(own_agent: AgentProcess, tmp_path: Path, table: str) -> None:
+def test_an_address_that_another_agent_listens_on_is_reported(
+    own_agent: AgentProcess, tmp_path: Path, table: str
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         (tmp_path / "second").mkdir()

@@ -53,7 +53,9 @@ def test_it_listens_on_loopback_alone(agent: AgentProcess) -> None:
         (("client_ca",), "only of use with a certificate and a key"),
     ],
 )
-def test_it_does_not_start_to_serve_strangers(tmp_path: Path, tls: tuple[str, ...], complaint: str) -> None:
+def test_it_does_not_listen_on_other_addresses_without_tls(
+    tmp_path: Path, tls: tuple[str, ...], complaint: str
+) -> None:
     make_certificates(tmp_path)
     files = {"certificate": "server.pem", "key": "server.key", "client_ca": "ca.pem"}
     lines = [f'tls_{name} = "{tmp_path / files[name]}"' for name in tls]
@@ -99,7 +101,7 @@ def context(folder: Path, certificate: Path | None) -> ssl.SSLContext:
     return made
 
 
-def test_urls_that_nobody_uses_are_bounded_in_number(own_agent: AgentProcess) -> None:
+def test_unused_urls_are_bounded_in_number(own_agent: AgentProcess) -> None:
     container = run(own_agent)
     for _ in range(1000):
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/exec/[\w-]{22}", container.exec_url("true"))

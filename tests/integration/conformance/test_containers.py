@@ -183,7 +183,7 @@ def _traps(pod: Pod, container_id: str) -> bool:
     return bool(int(caught, 16) & 1 << 14)
 
 
-def test_out_of_memory_is_told_exactly(pod: Pod) -> None:
+def test_out_of_memory_is_reported_exactly(pod: Pod) -> None:
     for name, script in (("own", "exec tail /dev/zero"), ("child", "tail /dev/zero; exit $?")):
         config = container_config(name, "sh", "-c", script)
         config.linux.resources.memory_limit_in_bytes = 16 << 20

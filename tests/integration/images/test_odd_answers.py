@@ -249,7 +249,7 @@ async def test_the_first_bytes_of_a_layer_say_how_it_is_packed(
     await node.puller.pull(scripted.offer("packed", content, OCI_MANIFEST, config, packed(layer)))
 
 
-async def test_images_that_cannot_be_unpacked_are_told(node: Node, scripted: ScriptedRegistry) -> None:
+async def test_images_that_cannot_be_unpacked_are_reported(node: Node, scripted: ScriptedRegistry) -> None:
     config, layer = small_image()[2]
     good = descriptor(OCI_LAYER, layer)
     foreign = descriptor("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", layer)

@@ -127,7 +127,7 @@ async def test_zstd_windows_up_to_2_gib(node: Node, window: int) -> None:
     assert ((await as_compressed(node, layer, compress, "+zstd")) / "a").read_text() == "content"
 
 
-async def test_a_larger_zstd_window_is_told(node: Node) -> None:
+async def test_a_larger_zstd_window_is_reported(node: Node) -> None:
     frame = b"\x28\xb5\x2f\xfd\0\xc8" + b"\x01\0\0"  # a window of 2 to the power of 35, and one empty block
     assert "2147483648 bytes" in await refused(node, frame)
 

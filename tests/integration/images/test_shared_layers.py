@@ -155,7 +155,7 @@ async def test_an_error_that_concerns_credentials_reaches_their_own_pull_alone(n
     assert "shared/a" not in str(refused.value)
 
 
-async def test_nobody_waits_for_another_registry_that_sends_the_layer_slowly(
+async def test_no_pull_waits_for_another_registry_that_sends_the_layer_slowly(
     new_node: NewNode, front: Front, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("images.content.ingest.PATIENCE", 0.5)

@@ -260,7 +260,7 @@ async def test_a_burst_of_pods(node: CniNode) -> None:
     assert (node.leases, node.rows()) == ([], 0)
 
 
-async def test_a_start_gives_back_what_belongs_to_nobody(node: CniNode) -> None:
+async def test_a_start_releases_what_belongs_to_no_pod(node: CniNode) -> None:
     node.configure(node.bridge_plugin())
     await node.start()
     await node.pod("kept")

@@ -140,7 +140,7 @@ async def test_a_leftover_link_of_the_same_sandbox_is_replaced(node: Node) -> No
         assert talk(None, server, (pod.ip, 80)) == pod.attachment.gateways[0]
 
 
-async def test_audit_lists_and_repair_removes_what_belongs_to_nobody(node: Node) -> None:
+async def test_audit_lists_and_repair_removes_what_belongs_to_no_pod(node: Node) -> None:
     kept, gone = await node.pod("kept"), await node.pod("gone", PortMapping("tcp", 80, 20080))
     stray = interface_name(node.bridge, "stray")
     command("ip", "link", "add", stray, "type", "veth", "peer", "name", f"{node.bridge}p")

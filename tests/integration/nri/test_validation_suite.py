@@ -311,7 +311,7 @@ INVALID: dict[str, tuple[bool, Attempt]] = {
 
 
 @pytest.mark.parametrize("what", INVALID)
-def test_invalid_requests_are_not_told(agent: AgentProcess, what: str) -> None:
+def test_plugins_do_not_get_invalid_requests(agent: AgentProcess, what: str) -> None:
     fails, attempt = INVALID[what]
     with plugged(agent, "cri-test-nri-invalid-req") as plugin:
         sandbox = sandbox_config(agent)

@@ -151,7 +151,7 @@ async def test_a_reset_stdout_ends_a_process_that_goes_on_writing(server: Stream
     assert (await client.status(ids["error"]))["details"]["causes"][0]["message"] == "9"
 
 
-async def test_input_that_nobody_reads_is_dropped(server: StreamingServer, connect: Connect) -> None:
+async def test_input_that_the_process_does_not_read_is_dropped(server: StreamingServer, connect: Connect) -> None:
     client = await connect(exec_url(server, "sh", "-c", "exec <&-; sleep 0.3; echo done", streams="stdin stdout"))
     ids = await client.open_command("stdin", "stdout")
     await client.send(ids["stdin"], bytes(4 << 20), fin=True)

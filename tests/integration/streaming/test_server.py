@@ -60,12 +60,12 @@ async def test_without_an_upgrade_is_a_bad_request_and_the_token_stays_good(
     assert (await client.status(ids["error"]))["status"] == "Success"
 
 
-async def test_protocols_that_nobody_speaks_are_forbidden(server: StreamingServer) -> None:
+async def test_unsupported_protocols_are_forbidden(server: StreamingServer) -> None:
     url = true_url(server)
     assert (await answer(url, spdy_request(url, ["v9.channel.k8s.io"]))).startswith("HTTP/1.1 403 ")
 
 
-async def test_a_client_that_opens_no_streams_is_told_so(backend: LocalBackend, connect: Connect) -> None:
+async def test_a_client_that_opens_no_streams_gets_an_error(backend: LocalBackend, connect: Connect) -> None:
     server = StreamingServer(backend, StreamLimits(creation_timeout=1.0))
     await server.start()
     client = await connect(true_url(server))

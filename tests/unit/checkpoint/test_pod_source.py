@@ -146,7 +146,7 @@ def test_work_that_is_given_up_ends(place: Path, tmp_path: Path) -> None:
         os.close(descriptor)
 
 
-def test_values_of_variables_are_not_told(place: Path, tmp_path: Path) -> None:
+def test_values_of_variables_are_not_printed(place: Path, tmp_path: Path) -> None:
     document = take(place, tmp_path / "taken")
     with pytest.raises(InvalidArgumentError) as failure:
         compare(document, [container_config("main", "sh")], "sandbox x")

@@ -121,7 +121,7 @@ async def test_what_is_not_served() -> None:
         assert status == "HTTP/1.1 431 Request Header Fields Too Large"
 
 
-async def test_the_silent_keep_nobody_out() -> None:
+async def test_silent_clients_do_not_keep_others_out() -> None:
     async with serving({"/echo": echo}) as port:
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CONNECTION_LIMIT)]
         assert (await exchange(port, get("/echo")))[0] == "HTTP/1.1 200 OK"

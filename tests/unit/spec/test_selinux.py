@@ -207,7 +207,7 @@ def test_a_file_system_without_labels_is_passed_over() -> None:
     assert relabel_all([Relabel(f"/proc/{os.getpid()}/status", "one")], ATTRIBUTE) == 0
 
 
-def test_what_cannot_be_labelled_is_told(tree: Path) -> None:
+def test_what_cannot_be_labelled_is_reported(tree: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="gone cannot be given the SELinux label one: No such file"):
         relabel_all([Relabel(str(tree / "gone"), "one")], ATTRIBUTE)
 

@@ -29,8 +29,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """An exception in a thread, a coroutine never awaited, an error in a destructor, a file left open fail the test."""
-    config.addinivalue_line("filterwarnings", "error")
+    """An exception in a thread, a coroutine that is never awaited, and an error in a destructor fail the test.
+
+    What is left open is only shown: the collector finds it at any time, often during another test.
+    """
+    for line in ("error", "default::ResourceWarning"):
+        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -55,6 +55,8 @@ async def serving(
     server = await asyncio.start_server(accept, sock=listener, backlog=400)
     yield listener.getsockname()[1]
     server.close()
+    for _ in range(10):  # a connection that was just accepted gets its handler in one of the next turns of the loop
+        await asyncio.sleep(0)
     # Their sockets would keep the pod's network.
     await asyncio.wait_for(asyncio.gather(*handlers), SOON)
 

@@ -54,9 +54,11 @@ async def serving(
     listener = await listen_in_pod(agent, sandbox_id, address)
     server = await asyncio.start_server(accept, sock=listener, backlog=400)
     yield listener.getsockname()[1]
-    server.close()
-    for _ in range(10):  # a connection that was just accepted gets its handler in one of the next turns of the loop
+    # asyncio drops a connection that it accepted in the moment in which its server is closed, and leaves it open.
+    asyncio.get_running_loop().remove_reader(listener.fileno())
+    for _ in range(10):
         await asyncio.sleep(0)
+    server.close()
     # Their sockets would keep the pod's network.
     await asyncio.wait_for(asyncio.gather(*handlers), SOON)
 

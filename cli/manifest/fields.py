@@ -64,7 +64,7 @@ class Fields:
         return value
 
     def quantity(self, key: str) -> Fraction | None:
-        """A Kubernetes quantity as text, if there is one. YAML reads one without a unit as a number."""
+        """A Kubernetes quantity as text; None if it is not given. YAML reads a quantity without a unit as a number."""
         value = self._take(key)
         if value is None:
             return None

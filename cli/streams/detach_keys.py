@@ -34,7 +34,7 @@ class DetachKeys:
         self._held = b""
 
     def feed(self, typed: bytes) -> tuple[bytes, bool]:
-        """The bytes to pass on now, and whether the keys were typed; bytes after them are dropped."""
+        """The bytes to send to the container now, and whether the detach keys were typed; later bytes are dropped."""
         typed = self._held + typed
         if not self._keys:
             return typed, False

@@ -20,7 +20,7 @@ from tests.support.pods import container_config, sandbox_config, wait_for_log
 PROGRAM = """
 import ctypes, fcntl, json, mmap, os, select, signal, socket, threading, time
 
-os.chdir("/tmp/work"); os.umask(0o027)
+os.chdir("/tmp/state"); os.umask(0o027)
 token = os.urandom(16).hex()
 shared = mmap.mmap(-1, 4096)
 ticks = 0
@@ -29,8 +29,8 @@ def tick(*_):
     ticks += 1
 signal.signal(signal.SIGALRM, tick)
 signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
-deleted = open("/tmp/work/gone", "w+"); deleted.write("kept" + token); deleted.flush(); os.unlink("/tmp/work/gone")
-locked = open("/tmp/work/locked", "w"); fcntl.flock(locked, fcntl.LOCK_EX)
+deleted = open("/tmp/state/gone", "w+"); deleted.write("kept" + token); deleted.flush(); os.unlink("/tmp/state/gone")
+locked = open("/tmp/state/locked", "w"); fcntl.flock(locked, fcntl.LOCK_EX)
 fifo_read, fifo_write = os.pipe()
 os.write(fifo_write, token.encode())
 back_read, back_write = os.pipe()
@@ -43,7 +43,7 @@ if child == 0:
         time.sleep(0.02)
 import sys
 server = socket.create_server(("", 8080)) if sys.argv[1] == "tcp" else None
-path = socket.socket(socket.AF_UNIX); path.bind("/tmp/work/socket"); path.listen()
+path = socket.socket(socket.AF_UNIX); path.bind("/tmp/state/socket"); path.listen()
 left, right = socket.socketpair(); left.sendall(b"in flight")
 events = ctypes.CDLL(None).eventfd(7, 0)
 poll = select.epoll(); poll.register(back_read, select.EPOLLIN)
@@ -65,7 +65,7 @@ while True:
         else:
             client, _ = server.accept(); client.sendall(token.encode()); client.close(); answered += 1
     deleted.seek(0)
-    with open("/tmp/work/locked") as other:
+    with open("/tmp/state/locked") as other:
         try:
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB); held = False
         except OSError:
@@ -115,7 +115,7 @@ def mounts(folder: Path) -> list[cri_pb2.Mount]:
         cri_pb2.Mount(container_path=place, host_path=os.path.realpath(source), readonly=True)
         for place, source in places.items()
     ]
-    return [*read, cri_pb2.Mount(container_path="/tmp/work", host_path=str(folder))]
+    return [*read, cri_pb2.Mount(container_path="/tmp/state", host_path=str(folder))]
 
 
 def state(agent: AgentProcess, container_id: str) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def test_everything_is_there_again(agent: AgentProcess, crun: str, tmp_path: Pat
     for name in ("token", "cwd", "umask", "child", "threads", "socketpair", "memfd", "uid"):
         assert later[name] == before[name], name
     assert (later["cwd"], later["umask"], later["socketpair"], later["memfd"]) == (
-        "/tmp/work",
+        "/tmp/state",
         "0027",
         "in flight",
         "memfd",

@@ -31,11 +31,6 @@ _EVENT = struct.Struct("iIII")  # watch, mask, cookie, bytes of the name that fo
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-async def wait_until_exists(path: Path, timeout: float) -> bool:
-    """Wait until ``path`` exists, at most ``timeout`` seconds; its folder exists. Returns whether it does."""
-    return await wait_for_entries(path.parent, path.exists, timeout)
-
-
 async def wait_for_entries(folder: Path, condition: Callable[[], bool], timeout: float) -> bool:
     """Wait until ``condition`` holds.
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from host.concurrency.threads import in_fresh_thread
+from host.errors import LimitError
 from host.files import procfs
 
 _FAN_CLOEXEC, _FAN_NONBLOCK, _FAN_CLASS_CONTENT = 0x1, 0x2, 0x4
@@ -52,9 +53,14 @@ class ExecGate:
         """
         if self._group < 0:
             return
-        group, self._group = self._group, -1
-        # The command must not wait for the loop, and a thread answers sooner.
-        await in_fresh_thread(_answer, group, runtime, os.fsencode(word), os.dup(socket))
+        with contextlib.ExitStack() as files:
+            files.callback(os.close, self._group)  # the kernel allows all waiting processes to continue
+            group, self._group = self._group, -1
+            with contextlib.suppress(OSError, LimitError):  # no descriptor or no thread is left: nothing is delayed
+                socket = os.dup(socket)
+                files.callback(os.close, socket)
+                # The command must not wait for the loop, and a thread answers sooner.
+                await in_fresh_thread(_answer, files, group, runtime, os.fsencode(word), socket)
 
     def close(self) -> None:
         """Allow all processes to continue, unless ``hold`` does that. Repeatable."""
@@ -75,11 +81,10 @@ def _watch(rootfs: Path) -> int:
     return group
 
 
-def _answer(group: int, runtime: int, word: bytes, socket: int) -> None:
+def _answer(files: contextlib.ExitStack, group: int, runtime: int, word: bytes, socket: int) -> None:
+    """Answer until ``hold`` is over, and close ``files``: ``group`` and ``socket`` are among them."""
     deadline = time.monotonic() + _MOST_SECONDS
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, socket)
-        stack.callback(os.close, group)  # the kernel allows all waiting processes to continue
+    with files as stack:
         with contextlib.suppress(OSError):
             ended = os.pidfd_open(runtime)
             stack.callback(os.close, ended)

@@ -1,14 +1,18 @@
-"""A process that is killed while the kernel asks it whether programs in a container may be executed."""
+"""Processes that are asked whether programs in a container may be executed, and cannot answer."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+from runtime.oci.exec_gate import ExecGate
 from tests.integration.agent.hardening import init_pid
 from tests.support.agent import AgentProcess, wait_for
+from tests.support.descriptors import descriptors_left
 from tests.support.pods import run_container
 
 _ASKED = (
@@ -47,3 +51,27 @@ def test_programs_that_wait_for_who_was_killed_go_on(agent: AgentProcess) -> Non
     size = log.stat().st_size
     wait_for(lambda: log.stat().st_size > size + 500, what="that the container keeps running")
     assert agent.client.exec(container_id, "true").exit_code == 0
+
+
+def test_programs_go_on_where_the_asked_one_has_no_descriptor_left(tmp_path: Path) -> None:
+    def groups() -> list[str]:
+        links = []
+        for entry in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # the folder's own
+                links.append(str(entry.readlink()))
+        return [link for link in links if "fanotify" in link]
+
+    async def hold(gate: ExecGate) -> None:
+        with descriptors_left(0):
+            await gate.hold(os.getpid(), "word", 0)
+
+    rootfs = tmp_path / "rootfs"
+    rootfs.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "rootfs", rootfs], check=True)
+    try:
+        gate = ExecGate(rootfs)
+        assert groups()
+        asyncio.run(hold(gate))
+        assert groups() == []
+    finally:
+        subprocess.run(["umount", rootfs], check=True)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import resource
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from host.files.inotify import CreatedFiles, wait_until_exists
+from host.files.inotify import CreatedFiles, wait_for_entries
+from tests.support.descriptors import descriptors_left
 
 MOST_QUEUED = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
 
@@ -52,26 +50,13 @@ async def test_a_file_is_noticed_although_the_kernel_dropped_its_event(files: Cr
     await asyncio.wait_for(made.wait(), 60)
 
 
-@contextlib.contextmanager
-def no_descriptor_left() -> Iterator[None]:
-    """inotify_init(2) fails with EMFILE, as it does if others have all instances that a user may have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.dup(0)
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 async def test_a_file_is_waited_for_also_without_a_watch(tmp_path: Path) -> None:
-    with no_descriptor_left():
+    with descriptors_left(0):
         with pytest.raises(OSError, match="inotify"):
             CreatedFiles()
         asyncio.get_running_loop().call_later(0.2, (tmp_path / "wanted").mkdir)
-        assert await wait_until_exists(tmp_path / "wanted", 10)
-        assert not await wait_until_exists(tmp_path / "other", 0.1)
+        assert await wait_for_entries(tmp_path, (tmp_path / "wanted").exists, 10)
+        assert not await wait_for_entries(tmp_path, (tmp_path / "other").exists, 0.1)
 
 
 _WITHOUT_WATCHES = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from images.snapshots import usage as writable
 from images.snapshots.project_quota import ProjectQuotas
 from images.snapshots.usage import WritableLayers, WritableUsage
 from tests.support.agent import wait_for
+from tests.support.descriptors import descriptors_left
 
 
 @pytest.fixture
@@ -256,13 +256,7 @@ def test_counting_goes_on_after_there_was_no_descriptor_left(
 ) -> None:
     monkeypatch.setattr(writable, "OLDEST_SECONDS", 0.05)
     (tmp_path / "a" / "one").mkdir(parents=True)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(0)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, hard))  # one for the folder, none to walk it
-    try:
+    with descriptors_left(1):  # for the folder, none to walk it
         layers.usage("a")
         wait_for(lambda: "cannot be counted" in caplog.text, what="a failed count")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert counted(layers, "a").inodes == 2

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from host import processes
-from host.files.inotify import wait_until_exists
+from host.files.inotify import wait_for_entries
 from runtime.layout import ContainerFolder
 from runtime.oci.conmon import RuntimeRefusedError, StartingMonitor
 from runtime.oci.null_device import open_private_null
+from tests.support.descriptors import descriptors_left
 
 if os.geteuid() != 0:
     pytest.skip("needs root: a null device is made", allow_module_level=True)
@@ -51,25 +51,6 @@ def _monitor(tmp_path: Path, *command: str) -> StartingMonitor:
     return StartingMonitor(command, ContainerFolder(tmp_path / "container"), None)
 
 
-@contextlib.contextmanager
-def _free_descriptors(count: int) -> Iterator[None]:
-    """All descriptors but so many are in use during the block."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (300, limits[1]))
-    filling: list[int] = []
-    try:
-        with contextlib.suppress(OSError):
-            while True:
-                filling.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-        for _ in range(count):
-            os.close(filling.pop())
-        yield
-    finally:
-        for descriptor in filling:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
 async def _abandon(monitor: StartingMonitor, others: set[str]) -> None:
     await monitor.abandon()
     await _until_reaped(others)
@@ -92,7 +73,7 @@ async def _until_reaped(others: set[str]) -> None:
 @pytest.mark.parametrize("free", range(10))
 def test_nothing_is_left_when_descriptors_run_out(tmp_path: Path, free: int, others: set[str]) -> None:
     async def body() -> None:
-        with _free_descriptors(free):
+        with descriptors_left(free):
             monitor = _monitor(tmp_path, *_SLEEP)
             with contextlib.suppress(OSError):
                 await asyncio.wait_for(monitor.create(), 0.2)
@@ -151,7 +132,7 @@ def test_a_complaint_cut_within_a_character_is_told(tmp_path: Path, others: set[
 
 @pytest.mark.parametrize("free", range(3))
 def test_looking_for_a_process_leaves_no_descriptor(free: int) -> None:
-    with _free_descriptors(free), contextlib.suppress(OSError):
+    with descriptors_left(free), contextlib.suppress(OSError):
         pidfd = processes.open_process(os.getpid(), None)
         assert pidfd is not None
         os.close(pidfd)
@@ -165,7 +146,7 @@ def test_an_abandoned_conmon_has_ended_with_what_it_started(tmp_path: Path, othe
     async def body() -> None:
         monitor = _monitor(tmp_path, "sh", "-c", slow)
         creating = asyncio.ensure_future(monitor.create())
-        assert await wait_until_exists(started, 20)
+        assert await wait_for_entries(tmp_path, started.exists, 20)
         creating.cancel()
         children = {pid for child in _children() - others for pid in (int(child), *_children_of(child))}
         await monitor.abandon()

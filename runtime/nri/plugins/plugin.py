@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -213,8 +213,3 @@ class Plugin:
         self._trunk.close(why)
         if not self._registered.done():
             self._registered.set_result(None)
-
-
-def titles(plugins: Iterable[Plugin]) -> str:
-    """Plugins named in a sentence."""
-    return ", ".join(plugin.title for plugin in plugins) or "none"

@@ -7,7 +7,6 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON_BIN := .venv/bin/python
-SOURCES := proto host metrics network images runtime cri cli tests scripts manifests hatch_build.py
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,7 +20,7 @@ setup: ## install what it takes to build, test and measure Podkeel as well
 run: install ## start an agent and run the sample pod until Ctrl-C; RUN_ONCE=1 ends and cleans up; ARGS="…" go to the agent
 	@$(PYTHON_BIN) scripts/run_demo.py $(ARGS)
 
-test: lint ## check style and types, then run every test (as root); TESTS="…" names some
+test: $(if $(TESTS),lint,setup) ## check style and types, then run every test (as root); TESTS="…" names some
 	@scripts/test.sh $(TESTS)
 
 test-debian13: ## test on Debian 13 (its Python, crun, runc and conmon) in a root of its own (root); TESTS="…" names some
@@ -31,10 +30,7 @@ test-vm: setup ## test on Debian's kernel with systemd, cgroup v2 and AppArmor i
 	@$(PYTHON_BIN) -m tests.vm $(ARGS)
 
 lint: setup ## check style and types only
-	@$(PYTHON_BIN) -m ruff check $(wildcard $(SOURCES))
-	@$(PYTHON_BIN) -m ruff format --check $(wildcard $(SOURCES))
-	@$(PYTHON_BIN) -m mypy
-	@$(PYTHON_BIN) -m mypy $(wildcard scripts/*.py manifests/nri/*.py)
+	@scripts/lint.sh
 
 bench: setup ## measure calls, networks and pulls; PEER=containerd adds it; ARGS="…" are passed on and name what to measure
 	@$(PYTHON_BIN) -m tests.bench $(ARGS)

@@ -12,12 +12,13 @@ IMAGE_COMMANDS = {name: name for name in ("import", "export", "push", "tag", "df
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; each subcommand sets ``handler`` to ``module:function``, which is imported when it is run."""
+    """The parser; each subcommand sets ``handler`` to ``module:function`` in this folder, imported when it is run."""
     parser = argparse.ArgumentParser(
         prog="podkeel",
         description="A Kubernetes node agent. `podkeel serve` runs it; most other commands are its clients.",
         epilog="`podkeel COMMAND --help` describes each command.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version of this command and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_agent_commands(commands)
     _add_pod_commands(commands)
@@ -25,6 +26,16 @@ def build_parser() -> argparse.ArgumentParser:
     _add_image_commands(commands)
     _add_node_commands(commands)
     return parser
+
+
+class _Version(argparse.Action):
+    """Looks for the version only if it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"{parser.prog} {version('podkeel')}")
+        parser.exit()
 
 
 class _Commands:
@@ -85,18 +96,18 @@ def _client_options() -> argparse.ArgumentParser:
 def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     commands = _Commands(subparsers, _configuration_options())
     parser = commands.add(
-        "serve", "cli.agent.serve:serve", "run the agent until SIGTERM or Ctrl-C", "Containers outlive it."
+        "serve", "agent.serve:serve", "run the agent until SIGTERM or Ctrl-C", "Containers outlive it."
     )
     parser.add_argument(
         "--adopt",
         action="store_true",
         help="if the store is missing, empty or damaged, start from its copy and the run folder",
     )
-    parser = commands.add("config", "cli.agent.config:config", "print every effective value and its source")
+    parser = commands.add("config", "agent.config:config", "print every effective value and its source")
     parser.add_argument("--format", choices=("toml", "json"), default="toml", help="output format (default: toml)")
     parser = commands.add(
         "check",
-        "cli.agent.check:check",
+        "agent.check:check",
         "say what on this host works and what is missing, with the remedy",
         "An agent that runs here is asked to compare its store with the kernel. Exits 1 if anything fails.",
     )
@@ -108,7 +119,7 @@ def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.Argument
     )
     parser = commands.add(
         "reset",
-        "cli.agent.reset:reset",
+        "agent.reset:reset",
         "take down everything an agent of this configuration left on the host",
         "Containers, mounts, namespaces, links, addresses and its folders. The agent must not be running.",
     )
@@ -120,7 +131,7 @@ def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     commands = _Commands(subparsers, _client_options())
     parser = commands.add(
         "run",
-        "cli.run:run",
+        "run:run",
         "run the pod of a Kubernetes manifest",
         "Prints a warning for each field that it does not support.",
     )
@@ -128,26 +139,26 @@ def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument("--quiet", "-q", action="store_true", help="print the pod's id only")
     parser.add_argument("--runtime-handler", metavar="NAME", default=None, help="run it with this runtime handler")
     _add_pod_dir(parser)
-    parser = commands.add("rm", "cli.pods:remove", "stop and remove pods")
+    parser = commands.add("rm", "pods:remove", "stop and remove pods")
     parser.add_argument("pods", metavar="POD", nargs="+", help=_POD)
     parser.add_argument(
         "--force", "-f", action="store_true", help="remove a pod even if CNI plugins cannot release its network"
     )
     _add_pod_dir(parser)
-    parser = commands.add("pods", "cli.pods:list_pods", "list pods")
+    parser = commands.add("pods", "pods:list_pods", "list pods")
     parser.add_argument("--quiet", "-q", action="store_true", help="full ids only")
-    parser = commands.add("stop", "cli.pods:stop", "stop containers, or pods with all that is in them")
+    parser = commands.add("stop", "pods:stop", "stop containers, or pods with all that is in them")
     parser.add_argument("objects", metavar="CONTAINER|POD", nargs="+", help="by name, id or unique prefix of an id")
     parser.add_argument(
         "--timeout", "-t", type=int, default=10, metavar="S", help="seconds before SIGKILL (default: 10)"
     )
-    parser = commands.add("start", "cli.pods:start", "start containers that were created")
+    parser = commands.add("start", "pods:start", "start containers that were created")
     parser.add_argument("containers", metavar="CONTAINER", nargs="+", help=_CONTAINER)
-    parser = commands.add("inspect", "cli.pods:inspect", "print the full status of a pod, container or image as JSON")
+    parser = commands.add("inspect", "pods:inspect", "print the full status of a pod, container or image as JSON")
     parser.add_argument("object", metavar="ID", help="by name, id or unique prefix of an id")
-    parser = commands.add("explain", "cli.explain:explain", "show the stages a pod or container went through")
+    parser = commands.add("explain", "explain:explain", "show the stages a pod or container went through")
     parser.add_argument("object", metavar="POD", help="a pod or container by name, id or unique prefix of an id")
-    commands.add("nri", "cli.plugins:nri", "list the NRI plugins of the node: state, events, calls and last error")
+    commands.add("nri", "plugins:nri", "list the NRI plugins of the node: state, events, calls and last error")
 
 
 def _add_pod_dir(parser: argparse.ArgumentParser) -> None:
@@ -161,18 +172,18 @@ def _add_pod_dir(parser: argparse.ArgumentParser) -> None:
 
 def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     commands = _Commands(subparsers, _client_options())
-    parser = commands.add("ps", "cli.pods:list_containers", "list running containers")
+    parser = commands.add("ps", "pods:list_containers", "list running containers")
     parser.add_argument("--all", "-a", action="store_true", help="also list containers that do not run")
     parser.add_argument("--quiet", "-q", action="store_true", help="full ids only")
     parser.add_argument("--pod", metavar="POD", help=f"only containers of this pod: {_POD}")
-    parser = commands.add("logs", "cli.logs:logs", "print a container's log")
+    parser = commands.add("logs", "logs:logs", "print a container's log")
     parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
     parser.add_argument("--follow", "-f", action="store_true", help="continue until the container ends")
     parser.add_argument("--tail", type=int, metavar="N", help="begin with the last N lines")
     parser.add_argument("--timestamps", action="store_true", help="begin each line with its time")
     parser = commands.add(
         "exec",
-        "cli.streams.exec:execute",
+        "streams.exec:execute",
         "run a command in a container",
         "Prints its output as it arrives, and ends with its exit code. The command ends when podkeel does.",
     )
@@ -184,7 +195,7 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command and its arguments")
     parser = commands.add(
         "attach",
-        "cli.streams.exec:attach",
+        "streams.exec:attach",
         "show what a container prints from now on, and send it input",
         "The container continues when podkeel ends.",
     )
@@ -192,7 +203,7 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser.add_argument("container", metavar="CONTAINER", help=_CONTAINER)
     parser = commands.add(
         "port-forward",
-        "cli.streams.port_forward:port_forward",
+        "streams.port_forward:port_forward",
         "carry connections from local ports into a pod, until Ctrl-C",
         "Inside the pod, connections come from its own localhost.",
     )
@@ -209,7 +220,7 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     _add_tls_options(parser)
     parser = commands.add(
         "checkpoint",
-        "cli.checkpoints.checkpoint:checkpoint",
+        "checkpoints.checkpoint:checkpoint",
         "write a running container to an archive; the container continues",
         "The archive holds the container's memory, and so its secrets.",
     )
@@ -218,7 +229,7 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser.add_argument("archive", metavar="ARCHIVE", help="the file to write, on the agent's node")
     parser = commands.add(
         "checkpoint-pod",
-        "cli.checkpoints.pod:checkpoint_pod",
+        "checkpoints.pod:checkpoint_pod",
         "write all running containers of a pod to a folder, at the same moment; they run on",
         "The folder holds the memory of the containers, and so their secrets.",
     )
@@ -230,7 +241,7 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     parser.add_argument("folder", metavar="FOLDER", help="an empty folder on the agent's node; made if it is missing")
     parser = commands.add(
         "restore",
-        "cli.checkpoints.checkpoint:restore",
+        "checkpoints.checkpoint:restore",
         "make and start a container from a checkpoint archive, in a pod that exists",
         "Its processes continue where the checkpoint was made. The image made from the archive is kept.",
     )
@@ -249,7 +260,7 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     )
     parser.add_argument("archive", metavar="ARCHIVE", help="a file that podkeel checkpoint wrote, on the agent's node")
     parser.add_argument("pod", metavar="POD", help=_POD)
-    parser = commands.add("stats", "cli.stats:stats", "show what containers use of CPU, memory and disk")
+    parser = commands.add("stats", "stats:stats", "show what containers use of CPU, memory and disk")
     parser.add_argument("containers", metavar="CONTAINER", nargs="*", help=f"{_CONTAINER} (default: all that run)")
 
 
@@ -276,9 +287,9 @@ def _add_tls_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     commands = _Commands(subparsers, _client_options())
-    parser = commands.add("images", "cli.images.images:list_images", "list images")
+    parser = commands.add("images", "images.images:list_images", "list images")
     parser.add_argument("--quiet", "-q", action="store_true", help="ids only")
-    parser = commands.add("pull", "cli.images.pulls:pull", "pull an image from its registry, and show the progress")
+    parser = commands.add("pull", "images.pulls:pull", "pull an image from its registry, and show the progress")
     parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
     image = subparsers.add_parser(
@@ -287,83 +298,79 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         description="Work with images.",
     )
     below = _Commands(image.add_subparsers(title="commands", metavar="COMMAND", required=True), _client_options())
-    parser = below.add(
-        "import", "cli.images.images:import_archive", "import an OCI layout, OCI archive or docker archive"
-    )
+    parser = below.add("import", "images.images:import_archive", "import an OCI layout, OCI archive or docker archive")
     parser.add_argument("path", metavar="PATH", help="a folder or tar file on the node")
     parser.add_argument("--reference", metavar="REF", default="", help="name for images without a name in the archive")
     parser = below.add(
         "export",
-        "cli.images.archives:export",
+        "images.archives:export",
         "write images to an OCI archive",
         "It needs their compressed layers (images.keep_blobs).",
     )
     parser.add_argument("path", metavar="FILE", help="archive to write on the node; an existing file is replaced")
     parser.add_argument("references", metavar="REF", nargs="+", help=_IMAGE)
-    parser = below.add(
-        "push", "cli.images.archives:push", "push an image to a registry", "It needs its compressed layers."
-    )
+    parser = below.add("push", "images.archives:push", "push an image to a registry", "It needs its compressed layers.")
     parser.add_argument("reference", metavar="REF", help=_IMAGE)
     parser.add_argument("destination", metavar="NAME", nargs="?", help="name in the registry (default: REF)")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
     parser = below.add(
         "from-checkpoint",
-        "cli.checkpoints.checkpoint:make_image",
+        "checkpoints.checkpoint:make_image",
         "make an image of a checkpoint archive",
         "It holds the container's memory, and so its secrets.",
     )
     parser.add_argument("archive", metavar="ARCHIVE", help="a file that podkeel checkpoint wrote, on the agent's node")
     parser.add_argument("name", metavar="NAME", help="name of the image")
-    parser = below.add("tag", "cli.images.archives:tag", "give an image one more name")
+    parser = below.add("tag", "images.archives:tag", "give an image one more name")
     parser.add_argument("reference", metavar="REF", help=_IMAGE)
     parser.add_argument("name", metavar="NAME", help="such as registry.example/app:1.2")
     parser = below.add(
         "check",
-        "cli.images.reports:check",
+        "images.reports:check",
         "compare the files of every image on disk with its digests",
         "Exits 1 if an image is broken and was not repaired.",
     )
     parser.add_argument("--repair", action="store_true", help="remove broken parts, so that they are pulled again")
-    below.add("df", "cli.images.reports:disk_usage", "show how much disk space images take, and how much they share")
-    below.add("pulls", "cli.images.pulls:list_pulls", "list the pulls that run now, of all clients")
+    below.add("df", "images.reports:disk_usage", "show how much disk space images take, and how much they share")
+    below.add("pulls", "images.pulls:list_pulls", "list the pulls that run now, of all clients")
     parser = below.add(
         "explain",
-        "cli.images.reports:explain",
+        "images.reports:explain",
         "ask every host that a pull would try; print the credentials used and the answer",
         "Nothing is pulled. Exits 1 if no host has the image.",
     )
     parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
-    parser = below.add("ls", "cli.images.images:list_images", "list images")
+    parser = below.add("ls", "images.images:list_images", "list images")
     parser.add_argument("--quiet", "-q", action="store_true", help="ids only")
-    parser = below.add("rm", "cli.images.images:remove", "remove images with all their names")
+    parser = below.add("rm", "images.images:remove", "remove images with all their names")
     parser.add_argument("references", metavar="REF", nargs="+", help=_IMAGE)
-    parser = below.add("inspect", "cli.images.images:inspect", "print an image's status as JSON")
+    parser = below.add("inspect", "images.images:inspect", "print an image's status as JSON")
     parser.add_argument("reference", metavar="REF", help=_IMAGE)
 
 
 def _add_node_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     commands = _Commands(subparsers, _client_options())
-    commands.add("version", "cli.node:version", "print the versions of this command and of the agent")
-    commands.add("info", "cli.node:info", "print the agent's status: conditions, runtime handlers, configuration")
-    parser = commands.add("events", "cli.node:events", "print events of pods and containers as they occur")
+    commands.add("version", "node:version", "print the versions of this command and of the agent")
+    commands.add("info", "node:info", "print the agent's status: conditions, runtime handlers, configuration")
+    parser = commands.add("events", "node:events", "print events of pods and containers as they occur")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="output format (default: text)")
     commands.add(
         "reload",
-        "cli.node:reload",
+        "node:reload",
         "have the agent read its configuration again",
         "Prints what changed, and what needs a restart. A wrong file changes nothing. SIGHUP does the same.",
     )
     parser = commands.add(
         "debug",
-        "cli.debug:debug",
+        "debug:debug",
         "print what the agent is doing: stacks, open stages, pools, descriptors",
         "If its event loop hangs, `kill -QUIT PID` writes the same to its log.",
     )
     below = _Commands(parser.add_subparsers(title="commands", metavar="COMMAND"), _client_options())
     parser = below.add(
         "bundle",
-        "cli.debug:bundle",
+        "debug:bundle",
         "write what a bug report needs to an archive",
         "The archive holds no environment of a container and no credentials. Read it before you send it.",
     )

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(words)
     module, _, function = options.handler.partition(":")
     try:
-        status = getattr(importlib.import_module(module), function)(options)
+        status = getattr(importlib.import_module(f".{module}", __package__), function)(options)
         sys.stdout.flush()
         return int(status or 0)
     except PodkeelError as error:

@@ -58,7 +58,7 @@ class Exporter:
         target = parse(destination or reference)
         names = map(parse, (*image.repo_digests, *image.repo_tags))
         siblings = {name.path for name in names if name.domain == target.domain} - {target.path}
-        pushing = await in_image_thread(importlib.import_module, "images.registry.push")
+        pushing = await in_image_thread(importlib.import_module, f"{__package__}.registry.push")
         async with self._outgoing(image) as ready:
             pushed: Pushed = await pushing.push(
                 ready, target, options=self._options, credentials=credentials, siblings=sorted(siblings)

@@ -64,7 +64,7 @@ class ImagePuller:
 
     async def _pull(self, name: Reference, credentials: Credentials | None) -> Image:
         # The HTTP client takes 20 MiB and a fifth of a second: an agent that never pulls never has it.
-        pulling = await in_image_thread(importlib.import_module, "images.registry.resolve")
+        pulling = await in_image_thread(importlib.import_module, f"{__package__}.registry.resolve")
         operation = Operation("PullImage")
         known = self._store.named(name)
         known_digests = known.repo_digests if known is not None else ()
@@ -96,7 +96,7 @@ class ImagePuller:
     ) -> tuple[Reference, list[HostAnswer]]:
         """The reference in full, and what each host that a pull tries answers to it; nothing is pulled."""
         name = parse(reference)
-        registry = await in_image_thread(importlib.import_module, "images.registry.client")
+        registry = await in_image_thread(importlib.import_module, f"{__package__}.registry.client")
         async with registry.RegistryClient(self._options, name, credentials) as client:
             return name, await client.explain()
 

@@ -1,6 +1,6 @@
 """Removing file trees with any content.
 
-What cannot be removed is reported and does not delay the rest. As ``python -I -S -c WORKER ROOT_OF_THE_PROJECT`` this
+What cannot be removed is reported and does not delay the rest. As ``python -I -S -c WORKER FOLDER_OF_THE_SOURCES`` this
 is a separate process. It empties the folder of descriptor 3 and prints what stays. The pipe of descriptor 4 carries the
 orders to pause and to continue. The process ends when the pipe is closed, which happens at the latest when the agent
 ends.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MOST_TOLD = 20
 WORKER_FOLDER, WORKER_CONTROL = 3, 4
 PAUSE, GO_ON = b"p", b"c"
-WORKER = "import sys; sys.path.insert(0, sys.argv[1]); from host.files.removal import main; main()"
+WORKER = f"import sys; sys.path.append(sys.argv[1]); from {__name__} import main; main()"
 
 _BATCH = 32  # things that are removed between two looks at the pipe
 # A file may be written into a folder while that is removed, and renamed then: the rows of a pod or container are.

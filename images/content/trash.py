@@ -25,7 +25,7 @@ HELD_SECONDS = 120.0
 LOOK_SECONDS = 5.0
 ROOM = 0.2  # the part of the disk that is to be free, or what is thrown away makes room at once
 _FEW = 64  # entries that are cheaper to remove on a thread than by starting a process
-_WORKER = (sys.executable, "-I", "-S", "-c", WORKER, str(Path(__file__).parents[2]))
+_WORKER = (sys.executable, "-I", "-S", "-c", WORKER, str(Path(__file__).parents[__name__.count(".")]))
 
 
 class _Left(msgspec.Struct):

@@ -9,9 +9,8 @@ import msgspec
 
 from host import processes
 
-_START = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from images.unpack.tree_comparison import main; main(sys.argv[2:])"
-)
+_START = f"import sys; sys.path.append(sys.argv[1]); from {__package__}.tree_comparison import main; main(sys.argv[2:])"
+_SOURCES = str(Path(__file__).parents[__name__.count(".")])
 
 
 class Trees(msgspec.Struct):
@@ -24,6 +23,6 @@ class Trees(msgspec.Struct):
 
 async def look_at(*folders: Path) -> Trees:
     """The result for one tree or for two."""
-    command = (sys.executable, "-I", "-S", "-c", _START, str(Path(__file__).parents[2]), *map(str, folders))
+    command = (sys.executable, "-I", "-S", "-c", _START, _SOURCES, *map(str, folders))
     done = await processes.run(command, environment={})
     return msgspec.json.decode(done.stdout, type=Trees)

@@ -25,9 +25,7 @@ from images.unpack.worker_syscalls import worker_filter
 P = ParamSpec("P")
 T = TypeVar("T")
 
-START = (
-    "import sys; sys.path[:0] = sys.argv[1:2]; sys.path += sys.argv[2:3]; from images.unpack.worker import main; main()"
-)
+START = f"import sys; sys.path += sys.argv[1:3]; from {__package__}.worker import main; main()"
 # The descriptor that every process of the worker has open while it runs.
 _LIFELINE = 3
 _SECONDS_TO_DIE = 10.0
@@ -143,4 +141,4 @@ def _module_paths() -> tuple[str, str]:
     """Where the worker finds this program, and the decompressors."""
     spec = importlib.util.find_spec("isal") or importlib.util.find_spec("zstandard")
     packages = Path(spec.origin).parent.parent if spec is not None and spec.origin else Path()
-    return str(Path(__file__).parents[2]), str(packages)
+    return str(Path(__file__).parents[__name__.count(".")]), str(packages)

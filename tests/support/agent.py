@@ -63,6 +63,8 @@ class AgentProcess:
         self.nri_socket = self.run / "nri.sock"
         self.log = folder / "agent.log"
         self.umask = -1  # that of the tests
+        self.program = Path(sys.executable).with_name("podkeel")
+        self.working_folder: Path | None = None  # that of the tests
         self.process: subprocess.Popen[bytes] | None = None
         self._client: CriClient | None = None
         self._runtime = runtime
@@ -92,7 +94,7 @@ class AgentProcess:
 
     def command(self, *words: str) -> list[str]:
         """A ``podkeel`` command line."""
-        return [str(Path(sys.executable).with_name("podkeel")), *words]
+        return [str(self.program), *words]
 
     def launch(self, faults: str = "") -> None:
         """Start the process without waiting for it; it meets ``faults``, which tests/support/faults.py describes."""
@@ -101,7 +103,9 @@ class AgentProcess:
         if faults:
             command[:1] = [sys.executable, "-m", "tests.support.faults", faults]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, umask=self.umask)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, umask=self.umask, cwd=self.working_folder
+            )
 
     def start(self, faults: str = "") -> None:
         """Start the agent and wait until it serves; ``faults`` are for ``launch``."""

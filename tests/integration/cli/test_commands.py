@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from cli.main import main
+from cri.version import VERSION
 from tests.support.agent import BUSYBOX, SOON, AgentProcess
 
 SAMPLE = Path(__file__).parents[3] / "manifests/samples/hello.yaml"
@@ -198,7 +199,7 @@ def test_images(podkeel: Podkeel, busybox: Path) -> None:
 
 
 def test_node(podkeel: Podkeel) -> None:
-    assert good(podkeel("version")).splitlines()[1] == "agent            podkeel 0.1.0, CRI v1"
+    assert good(podkeel("version")).splitlines()[1] == f"agent            podkeel {VERSION}, CRI v1"
     conditions = json.loads(good(podkeel("info")))["status"]["conditions"]
     assert {item["type"]: item.get("status", False) for item in conditions} == {
         "RuntimeReady": True,

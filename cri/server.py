@@ -94,18 +94,6 @@ def _write_no_core_dumps() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
-def reset(configuration: Configuration, *, force: bool = False) -> list[str]:
-    """Remove everything that an agent with this configuration left on the host; it must not be running.
-
-    With ``force``, what CNI plugins do not release is given up, and the returned sentences report it.
-    """
-    from runtime.reset import reset as reset_runtime
-
-    ServiceManager.of_environment()
-    configure_logging(configuration.log)
-    return asyncio.run(reset_runtime(configuration.runtime, configuration.network, configuration.images, force=force))
-
-
 async def _serve(
     configuration: Configuration,
     read: Callable[[], Configuration],

@@ -7,11 +7,17 @@ measurements.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import struct
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
+
+if "pyroute2" not in sys.modules and (_package := importlib.util.find_spec("pyroute2")) is not None:
+    # Executing the package itself would import all of its parts: twice the time, and most of them are not used here.
+    sys.modules["pyroute2"] = importlib.util.module_from_spec(_package)
 
 from pyroute2 import config
 from pyroute2.netlink import (

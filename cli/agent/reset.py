@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 
 from cli.agent.config import load_for
@@ -20,8 +21,10 @@ def reset(options: argparse.Namespace) -> int:
     if not options.yes:
         raise InvalidArgumentError(f"this removes {what}; say --yes to do it")
     need_root("reset")
-    from cri.server import reset as reset_agent
+    gc.disable()  # while modules are loaded, the collector finds nothing, and takes a tenth of the time
+    from cri.reset import reset as reset_agent
 
+    gc.enable()
     for sentence in reset_agent(loaded.configuration, force=options.force):
         print(f"given up: {sentence}", file=sys.stderr)
     print(f"removed {what}")

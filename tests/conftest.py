@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from tests.support.agent import SOON, AgentProcess, build_busybox, running_agent
+from tests.support.agent import RESETS, SOON, AgentProcess, build_busybox, running_agent
 from tests.support.leaks import traces
 
 # Without bytecode on disk each agent that a test starts would compile all of its modules.
@@ -41,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def nothing_left_behind() -> Iterator[None]:
     before = traces()
     yield
+    RESETS.close()
     # The kernel takes links apart in the background once their namespaces are gone.
     deadline = time.monotonic() + SOON
     while (left := sorted(traces() - before)) and time.monotonic() < deadline:

@@ -20,6 +20,7 @@ import grpc
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.support.cri import CriClient
+from tests.support.resets import Resets
 
 # How many times longer than usual things may take, and lines added to [runtime] of every agent: for slow machines and
 # other setups, such as those of tests/vm.
@@ -29,6 +30,8 @@ START_SECONDS = 30.0 * PATIENCE
 # Enough for what comes at once; what is late by a fault comes much later, or never.
 SOON = 30.0 * PATIENCE
 BUSYBOX = "docker.io/library/busybox:latest"
+
+RESETS = Resets()
 
 _SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -175,8 +178,8 @@ class AgentProcess:
             # First processes of containers ignore SIGTERM, and systemd would wait 90 s for them to heed it.
             subprocess.run(["systemctl", "kill", "--signal=KILL", slice_name], capture_output=True, check=False)
             subprocess.run(["systemctl", "stop", slice_name], check=True)
-        done = subprocess.run(self.command("reset", "--yes", *self.flags), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr + self.tail()
+        done = RESETS.run("reset", "--yes", *self.flags)
+        assert done.status == 0, done.output + self.tail()
         assert not self.data.exists()
         assert not self.run.exists()
 

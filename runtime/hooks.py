@@ -25,7 +25,7 @@ class Hooks:
     happened or must continue. ``operation`` gets a stage for each plugin.
     """
 
-    def passing(self) -> AbstractAsyncContextManager[None]:
+    def sync_blocked(self) -> AbstractAsyncContextManager[None]:
         """Delays the synchronisation of new plugins, for ``async with``: around a hook and its operation.
 
         It is taken after the locks of sandboxes and containers, and never inside another one. Inside it the agent waits
@@ -33,15 +33,15 @@ class Hooks:
         """
         return nullcontext()
 
-    async def beside(self, work: Awaitable[None], telling: Coroutine[Any, Any, None]) -> None:
-        """Await ``work``, and ``telling``, the call of a hook that raises nothing, while it runs or after it.
+    async def concurrently(self, work: Awaitable[None], notification: Coroutine[Any, Any, None]) -> None:
+        """Await ``work``, and ``notification``, the call of a hook that raises nothing, while it runs or after it.
 
-        ``telling`` begins once ``work`` waits for something. Raises what ``work`` does; both are over then.
+        ``notification`` begins once ``work`` waits for something. Raises what ``work`` does; both are over then.
         """
         try:
             await work
         finally:
-            await telling
+            await notification
 
     def service(self) -> dict[str, object]:
         """Whether plugins are served, the path of the socket where they connect, and why there is none."""
@@ -73,7 +73,7 @@ class Hooks:
     async def remove_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """A sandbox is about to be forgotten. Called once."""
 
-    async def nobody_adjusts(self, container: Container) -> bool:
+    async def no_plugin_adjusts(self, container: Container) -> bool:
         """Whether ``create_container`` has nothing to do: no plugin wants to change the container."""
         return True
 

@@ -160,7 +160,7 @@ class ContainerCreate:
                         await self._create_in_runtime(container, monitor, runtime, spec)
                 await self._bundles.verify(container, runtime, spec)
                 _require_ready(sandbox)
-                async with self._hooks.passing():
+                async with self._hooks.sync_blocked():
                     await self._hooks.created_container(container, operation)
                     async with operation.stage("commit"):
                         await self._state.move(container, ContainerState.CREATED)

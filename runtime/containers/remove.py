@@ -71,9 +71,9 @@ class ContainerRemove:
         operation = container.begin("RemoveContainer")
         try:
             if container.record.state is not ContainerState.REMOVING:
-                async with self._hooks.passing():
+                async with self._hooks.sync_blocked():
                     recorded = self._record_removal(container, operation)
-                    await self._hooks.beside(recorded, self._hooks.remove_container(container, operation))
+                    await self._hooks.concurrently(recorded, self._hooks.remove_container(container, operation))
             await self._finish_removal(container, operation)
         except (PodkeelError, OSError):
             self._state.take_back(container)

@@ -86,10 +86,10 @@ class ContainerResources:
             async with container.lock:
                 _require_alive(container)
                 operation = container.begin("UpdateContainerResources")
-                async with hooks.passing():
+                async with hooks.sync_blocked():
                     change = await hooks.update_container(container, given, operation)
                 await self._change(container, change, operation)
-                async with hooks.passing():
+                async with hooks.sync_blocked():
                     await hooks.updated_container(container, operation)
         finally:
             await hooks.carry_out(container)

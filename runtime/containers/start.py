@@ -69,14 +69,14 @@ class ContainerStart:
     async def _start(self, container: Container) -> None:
         hooks = self._hooks
         operation = container.begin("StartContainer")
-        async with hooks.passing():
+        async with hooks.sync_blocked():
             await hooks.start_container(container, operation)
         async with operation.stage("runtime"), self._handlers.slots:
             started_at = time.time_ns()
             await self._start_in_runtime(container)
-        async with hooks.passing():
+        async with hooks.sync_blocked():
             written = self._write_start(container, started_at, operation)
-            await hooks.beside(written, hooks.started_container(container, operation))
+            await hooks.concurrently(written, hooks.started_container(container, operation))
         self._state.publish(cri_pb2.CONTAINER_STARTED_EVENT, container)
         _log.info("%s: started", container.title, extra=of_container(container, operation))
 
@@ -116,6 +116,6 @@ class ContainerStart:
         record.exit_code = START_ERROR_EXIT_CODE
         record.reason = "StartError"
         record.message = message
-        async with self._hooks.passing():
+        async with self._hooks.sync_blocked():
             await self._exits.save_end(container)
         self._exits.ended(container)

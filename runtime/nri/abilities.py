@@ -1,4 +1,4 @@
-"""Which changes of plugins a runtime handler and its node support, and which plugin asks for each."""
+"""Which changes of plugins a runtime handler and its node support, and which plugin made each change."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Field = nri_pb2.Field
 
 @dataclass(frozen=True, slots=True)
 class RuntimeAbilities:
-    """A runtime handler, what was found out about its OCI runtime when it was probed, and the node it runs on.
+    """A runtime handler, the features that its OCI runtime reported when it was probed, and the node it runs on.
 
-    ``block_io_file`` has the node's classes of block I/O; it is empty where there are none.
+    ``block_io_file`` is the file with the node's classes of block I/O; it is empty if the node has none.
     """
 
     handler: str
@@ -33,8 +33,8 @@ class RuntimeAbilities:
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
-    """The plugin of each change; makes the errors that name both."""
+class FieldErrors:
+    """Knows which plugin set each field, and makes the errors that name the plugin and the field."""
 
     owners: nri_pb2.FieldOwners
 
@@ -48,14 +48,14 @@ class Asking:
         return ",".join(dict.fromkeys(name.removeprefix(REMOVAL) for name in names)) or "(unknown)"
 
     def subject(self, number: Field, key: str = "") -> str:
-        """``NRI plugin NAME: FIELD key``, which begins every error."""
+        """``NRI plugin NAME: FIELD key``: the beginning of every error."""
         named = f" {key}" if key else ""
         return f"NRI plugin {self.plugin(number, key)}: {Field.Name(number)}{named}"
 
-    def wrong(self, number: Field, what: str, key: str = "") -> InvalidArgumentError:
-        """The error for a value that cannot be."""
+    def invalid(self, number: Field, what: str, key: str = "") -> InvalidArgumentError:
+        """The error for an invalid value."""
         return InvalidArgumentError(f"{self.subject(number, key)}: {what}")
 
     def unsupported(self, number: Field, what: str, key: str = "") -> UnsupportedError:
-        """The error for what this node, its OCI runtime or this agent cannot do."""
+        """The error for a value that this node, its OCI runtime or this agent does not support."""
         return UnsupportedError(f"{self.subject(number, key)}: {what}")

@@ -1,4 +1,4 @@
-"""All plugins of a node, and the events and requests that they get, in the order of their indices."""
+"""All plugins of a node. Each event and request goes to them in the order of their indices."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from runtime.nri.answers.resource_merging import merge_resources
 from runtime.nri.answers.size import by_size, check_updates
 from runtime.nri.answers.updates import PluginsView, Updates
 from runtime.nri.options import NriOptions
+from runtime.nri.plugins.backoff import Backoff
 from runtime.nri.plugins.events import CREATE_CONTAINER, UPDATE_CONTAINER, VALIDATE_CONTAINER_ADJUSTMENT, EventCall
-from runtime.nri.plugins.hold_ups import HoldUps
 from runtime.nri.plugins.plugin import Plugin, PluginLostError, Shared
 from runtime.nri.plugins.trunk import Trunk
 from runtime.nri.plugins.ttrpc import shortened
@@ -33,7 +33,7 @@ from runtime.nri.plugins.ttrpc import shortened
 NRI_VERSION = "v0.12.0"
 MOST_PLUGINS = 128
 MOST_UNREGISTERED = 32
-_GATE_SECONDS = 1.0  # how long a new plugin at most makes new calls wait for those that run
+_GATE_SECONDS = 1.0  # how long new calls at most wait because a new plugin waits for the running ones
 _GONE_KEPT = 32
 
 Answer = TypeVar("Answer", bound=Message)
@@ -42,9 +42,9 @@ _log = logging.getLogger("podkeel.nri")
 
 @dataclass(slots=True)
 class Creation:
-    """What plugins made of a container that is being created; ``container`` is how they have left it.
+    """The result of CreateContainer of all plugins: ``container`` is the container with their changes.
 
-    ``updates`` is what they ask for other containers, for ``carry_out``.
+    ``updates`` are the updates that they ask for other containers, for ``carry_out``.
     """
 
     adjustment: nri_pb2.ContainerAdjustment
@@ -55,7 +55,7 @@ class Creation:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """A plugin that left or was closed: when (nanoseconds since the epoch) and why."""
+    """A plugin that disconnected or was closed: when (nanoseconds since the epoch) and why."""
 
     title: str
     at: int
@@ -63,11 +63,12 @@ class Gone:
 
 
 class Adaptation:
-    """Admits plugins and passes events to them.
+    """Admits plugins and sends events to them.
 
-    One event at a time goes through all plugins, as they expect. ``passing`` encloses an operation on a pod or
-    container and its event: a plugin that is being synchronised sees it either in its list or as an event. Inside
-    ``passing`` no lock of a container is taken, so updates that plugins ask for other containers are done outside.
+    One event at a time goes through all plugins, because NRI plugins expect that. ``sync_blocked`` encloses an
+    operation on a pod or container and its event. So a plugin that is being synchronised gets the object either in its
+    list or as an event. No lock of a container may be taken inside ``sync_blocked``. Therefore the updates that plugins
+    ask for other containers are made outside of it.
     """
 
     def __init__(self, options: NriOptions, node: PluginsView) -> None:
@@ -77,23 +78,23 @@ class Adaptation:
         self._node = node
         self._plugins: list[Plugin] = []
         self._unregistered: set[Plugin] = set()
-        self._hold_ups = HoldUps()
+        self._backoff = Backoff()
         self._lock = RWLock()
         self._events = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def plugins(self) -> Sequence[Plugin]:
-        """The synchronised plugins, in the order of their indices."""
+        """The synchronised plugins, sorted by index."""
         return self._plugins
 
     @property
     def unregistered(self) -> int:
-        """How many plugins are connected that have not registered yet."""
+        """The number of plugins that are connected but have not registered yet."""
         return len(self._unregistered)
 
-    def passing(self) -> AbstractAsyncContextManager[None]:
-        """Hold back the synchronisation of plugins meanwhile. Never inside itself."""
+    def sync_blocked(self) -> AbstractAsyncContextManager[None]:
+        """A context in which no plugin is synchronised. It must not be nested."""
         return self._lock.reading()
 
     def wants(self, event: EventCall[Any]) -> bool:
@@ -103,15 +104,15 @@ class Adaptation:
     def new_trunk(
         self, config: str = "", name: str = "", index: str = "", closed: Callable[[], None] | None = None
     ) -> Trunk:
-        """The protocol of a socket that a plugin has connected, or of one that it was started with.
+        """Make the protocol for the socket of a plugin that has connected, or that the agent started.
 
-        ``closed`` is called when the connection is gone.
+        ``closed`` is called when the connection has ended.
         """
         admitted: list[Plugin] = []
 
         def connected(trunk: Trunk) -> None:
             if len(self._unregistered) >= MOST_UNREGISTERED or len(self._plugins) >= MOST_PLUGINS:
-                trunk.close("there are too many plugins")
+                trunk.close(f"too many plugins: {MOST_PLUGINS} can be connected, {MOST_UNREGISTERED} unregistered")
                 return
             plugin = Plugin(trunk, self._update_containers, self.shared, name=name, index=index)
             admitted.append(plugin)
@@ -132,7 +133,7 @@ class Adaptation:
         task.add_done_callback(self._tasks.discard)
 
     async def settled(self) -> None:
-        """Wait until every plugin that is there now is admitted or refused."""
+        """Wait until each plugin that is connected now is admitted or refused."""
         if self._tasks:
             await asyncio.wait(list(self._tasks))
 
@@ -148,7 +149,7 @@ class Adaptation:
                 request_timeout=int(options.request_seconds * 1000),
                 NRI_version=NRI_VERSION,
             )
-            self._hold_ups.check(plugin.title)
+            self._backoff.check(plugin.title)
             await plugin.configure(request, options.registration_seconds)
             async with AsyncExitStack() as stack:
                 await self._close_gate(stack)
@@ -167,7 +168,7 @@ class Adaptation:
             self._unregistered.discard(plugin)
 
     async def _close_gate(self, stack: AsyncExitStack) -> None:
-        """Wait until no operation runs. New calls are admitted from time to time meanwhile: a running one may hang."""
+        """Wait until no operation runs. Admit new calls from time to time meanwhile, because a running one may hang."""
         while True:
             try:
                 async with asyncio.timeout(_GATE_SECONDS):
@@ -177,7 +178,7 @@ class Adaptation:
                 await asyncio.sleep(_GATE_SECONDS)
 
     def note_gone(self, title: str, why: str) -> None:
-        """Record a missing plugin and the reason, for reports."""
+        """Record for reports that a plugin is disconnected, and why."""
         self.gone.append(Gone(title, time.time_ns(), why))
 
     def _lose(self, plugin: Plugin, why: str) -> None:
@@ -188,47 +189,47 @@ class Adaptation:
             _log.warning("nri: plugin %s: gone: %s", plugin.title, plugin.closed)
 
     async def _synchronize(self, plugin: Plugin) -> Updates:
-        """Send a plugin all pods and containers; returns the updates that it asks for."""
+        """Send a plugin all pods and containers; return the updates that it asks for."""
         for request in await self._node.inventory():
             seconds, begin = self._options.registration_seconds, time.monotonic()
             try:
                 answer = await plugin.call("Synchronize", request, nri_pb2.SynchronizeResponse, seconds)
             except PodkeelError:
-                self._hold_ups.note(plugin.title, time.monotonic() - begin)
+                self._backoff.note(plugin.title, time.monotonic() - begin)
                 raise
             if request.more and (not answer.more or answer.update):
                 raise PodkeelError(
-                    "it cannot be synchronised in several messages, and everything does not fit into one"
+                    "it does not accept Synchronize in several messages, and the list does not fit into one message"
                 )
         updates = Updates()
         await by_size(answer, updates.add, plugin.title, answer.update)
         return updates
 
-    async def tell(
+    async def call_plugins(
         self,
         event: EventCall[Answer],
         request: Message,
         operation: Operation | None = None,
-        told: list[Plugin] | None = None,
+        called: list[Plugin] | None = None,
     ) -> list[tuple[Plugin, Answer]]:
-        """Ask the plugins that want an event, one after the other; returns their answers.
+        """Call the plugins that want an event, one after the other, and return their answers.
 
-        Those that were asked are added to ``told``. Raises PodkeelError if one answers with an error. A plugin that is
-        lost meanwhile is left out.
+        Each plugin is added to ``called`` before it is called. Raises PodkeelError if one answers with an error. A
+        plugin that disconnects meanwhile is left out.
         """
         answers = []
         async with self._events:
-            for plugin in self._asked(event, told):
+            for plugin in self._asked(event, called):
                 given = await self._ask(plugin, event, request, operation)
                 if given is not None:
                     answers.append((plugin, given))
         return answers
 
-    def _asked(self, event: EventCall[Any], told: list[Plugin] | None) -> Iterable[Plugin]:
+    def _asked(self, event: EventCall[Any], called: list[Plugin] | None) -> Iterable[Plugin]:
         for plugin in [plugin for plugin in self._plugins if plugin.wants(event.number)]:
             if not plugin.closed:
-                if told is not None:
-                    told.append(plugin)
+                if called is not None:
+                    called.append(plugin)
                 yield plugin
 
     async def notify(
@@ -238,7 +239,7 @@ class Adaptation:
         operation: Operation | None = None,
         only: Sequence[Plugin] | None = None,
     ) -> list[tuple[Plugin, Answer]]:
-        """Notify plugins (``only`` these, if given) of an event that they cannot stop; errors are only logged."""
+        """Notify plugins (``only`` these, if given) of an event that they cannot refuse. Their errors are logged."""
         answers = []
         async with self._events:
             for plugin in self._asked(event, None):
@@ -247,7 +248,7 @@ class Adaptation:
                 try:
                     given = await self._ask(plugin, event, request, operation)
                 except PodkeelError as error:
-                    _log.warning("nri: %s, which continues", error)
+                    _log.warning("nri: %s; the operation continues", error)
                 else:
                     if given is not None:
                         answers.append((plugin, given))
@@ -274,16 +275,16 @@ class Adaptation:
         request: nri_pb2.CreateContainerRequest,
         subject: str,
         operation: Operation | None = None,
-        told: list[Plugin] | None = None,
+        called: list[Plugin] | None = None,
     ) -> Creation:
-        """Allow plugins to adjust a container that is being made, and validators to check the result.
+        """Have plugins adjust a container that is being created, and validators check the result.
 
-        ``subject`` names the container in errors. Those that were asked are added to ``told``. Raises ConflictError
-        when two plugins set the same thing, and PodkeelError when one refuses.
+        ``subject`` names the container in errors. Each plugin is added to ``called`` before it is called. Raises
+        ConflictError when two plugins set the same field, and PodkeelError when a plugin refuses the container.
         """
         original = nri_pb2.Container()
         original.CopyFrom(request.container)
-        asked = told if told is not None else []
+        asked = called if called is not None else []
         merging, updates = Merging(request.container, Owners(subject)), Updates(making=original.id)
         saw: list[nri_pb2.PluginInstance] = []
         async with self._events:
@@ -292,7 +293,7 @@ class Adaptation:
                 if answer is not None:
                     await by_size(answer, merging.add, plugin.title, answer.adjust)
                     await by_size(answer, updates.add, plugin.title, answer.update, answer.evict)
-                if not plugin.closed:  # a plugin that was lost during the call may not have answered
+                if not plugin.closed:  # a plugin that disconnected during the call may not have answered
                     saw.append(nri_pb2.PluginInstance(name=plugin.name, index=plugin.index))
             owners = merging.owners.message()
             if self._options.default_validator.enabled or self.wants(VALIDATE_CONTAINER_ADJUSTMENT):
@@ -313,7 +314,7 @@ class Adaptation:
         subject: str,
         operation: Operation | None,
     ) -> None:
-        """Have the agent's own validator and then, all at once, those of plugins look at what plugins change."""
+        """Call the agent's own validator, then the validators of all plugins at the same time."""
         validator.check(request, self._options.default_validator, subject)
         validators = list(self._asked(VALIDATE_CONTAINER_ADJUSTMENT, None))
         answers = await asyncio.gather(
@@ -328,10 +329,10 @@ class Adaptation:
     async def update(
         self, request: nri_pb2.UpdateContainerRequest, subject: str, operation: Operation | None = None
     ) -> tuple[nri_pb2.LinuxResources, str, Updates]:
-        """Allow plugins to change an update of a container.
+        """Have plugins change an update of a container.
 
-        Returns their values, the plugins that set them, and updates for other containers, for ``carry_out``. Raises
-        PodkeelError when a plugin refuses, ConflictError when two change the same value.
+        Returns the merged values, the plugins that set them, and updates for other containers, for ``carry_out``.
+        Raises PodkeelError when a plugin refuses the update, ConflictError when two plugins set the same value.
         """
         container_id, updates, owners = request.container.id, Updates(), Owners(subject)
         own = nri_pb2.LinuxResources()
@@ -350,13 +351,13 @@ class Adaptation:
         return own, owners.names(), updates
 
     async def carry_out(self, updates: Updates) -> None:
-        """Update and evict containers as plugins asked."""
+        """Update and evict the containers that plugins asked for."""
         await updates.carry_out(self._node)
 
     async def _update_containers(
         self, plugin: Plugin, request: nri_pb2.UpdateContainersRequest
     ) -> nri_pb2.UpdateContainersResponse:
-        """A plugin's own call, at any time once it is synchronised."""
+        """Answer UpdateContainers, which a plugin may call at any time after it is synchronised."""
         if plugin not in self._plugins:
             raise InvalidArgumentError("the plugin is not synchronised yet: answer Synchronize first")
         updates = Updates()
@@ -364,10 +365,10 @@ class Adaptation:
         return nri_pb2.UpdateContainersResponse(failed=await updates.carry_out(self._node))
 
     async def close(self) -> None:
-        """Notify all plugins at once that the agent ends, and disconnect them."""
+        """Notify all plugins, at the same time, that the agent stops; then disconnect them."""
         await asyncio.gather(*(self._shut_down(plugin) for plugin in self._plugins))
         for plugin in [*self._plugins, *self._unregistered]:
-            plugin.close("the agent ends")
+            plugin.close("the agent stops")
         self._plugins.clear()
         for task in self._tasks:
             task.cancel()

@@ -10,7 +10,7 @@ from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
-from runtime.nri.abilities import Asking, Field, RuntimeAbilities
+from runtime.nri.abilities import Field, FieldErrors, RuntimeAbilities
 from runtime.nri.adjustment import adjust
 from runtime.nri.answers.owners import Owners, changes
 from runtime.nri.answers.resource_merging import merge_resources
@@ -27,7 +27,7 @@ from runtime.state.container import Container
 
 @dataclass(frozen=True, slots=True)
 class Changing:
-    """How plugins change containers: ``update`` sets resources, ``end`` kills one and waits for its end."""
+    """How plugins change containers: ``update`` sets resources, ``end`` kills a container and waits until it ended."""
 
     update: Callable[[Container, LimitChange], Awaitable[None]]
     end: Callable[[Container], Awaitable[None]]
@@ -35,9 +35,9 @@ class Changing:
 
 @dataclass(frozen=True, slots=True)
 class Adjuster:
-    """Puts what plugins changed of containers that are being made into their drafts and records.
+    """Applies the changes of plugins to the drafts and records of containers that are being created.
 
-    ``block_io_file`` has the node's classes of block I/O.
+    ``block_io_file`` is the file with the node's classes of block I/O.
     """
 
     handlers: Handlers
@@ -54,7 +54,7 @@ class Adjuster:
     ) -> None:
         """Change ``draft`` and the record of ``container``.
 
-        Raises what ``adjustment.adjust`` does, and InvalidArgumentError for a cgroup that is another's.
+        Raises the errors of ``adjustment.adjust``, and InvalidArgumentError for a cgroup of another container.
         """
         if not adjustment.ByteSize():
             return
@@ -66,7 +66,7 @@ class Adjuster:
         if linux.cgroups_path:
             cgroup = cgroups.path_of(linux.cgroups_path, uses_subgroup=runtime.features.is_crun)
             if cgroup != record.cgroup and cgroups.exists(cgroup):
-                raise Asking(owners).wrong(
+                raise FieldErrors(owners).invalid(
                     Field.CgroupsPath, f"{cgroup} exists already, so it belongs to another container"
                 )
             record.cgroup = cgroup
@@ -75,41 +75,42 @@ class Adjuster:
         if linux.HasField("oom_score_adj"):
             resources.oom_score_adj = linux.oom_score_adj.value
         record.resources = resources.SerializeToString()
-        record.extra_limits = extra_limits(linux.resources, self.facts, Asking(owners))
+        record.extra_limits = extra_limits(linux.resources, self.facts, FieldErrors(owners))
         record.changed_by = changes(owners)
 
     async def limit_change(self, given: nri_pb2.LinuxResources, plugins: str) -> LimitChange:
-        """See ``limit_change``."""
+        """As the function ``limit_change``, without blocking the loop."""
         if given.HasField("blockio_class"):
             return await in_thread(limit_change, given, plugins, self.facts, self.block_io_file)
         return limit_change(given, plugins, self.facts, self.block_io_file)
 
 
 def limit_change(given: nri_pb2.LinuxResources, plugins: str, facts: NodeFacts, block_io_file: str) -> LimitChange:
-    """The change of limits that ``plugins`` ask for of a container that is there; with a class of block I/O it blocks.
+    """The change of limits that ``plugins`` ask for an existing container. It blocks if a class of block I/O is given.
 
-    Raises UnsupportedError and InvalidArgumentError, which name the plugins and the field, for what cannot be changed.
+    Raises UnsupportedError or InvalidArgumentError for a value that cannot be changed. Both name the plugins and the
+    field.
     """
     owners = Owners("")
     merge_resources(given, (nri_pb2.LinuxResources(),), owners, plugins)
-    asking = Asking(owners.message())
+    errors = FieldErrors(owners.message())
     if given.HasField("rdt_class"):
-        raise asking.unsupported(Field.RdtClass, "it cannot be changed once the container exists")
+        raise errors.unsupported(Field.RdtClass, "it cannot be changed once the container exists")
     if given.devices:
         raise InvalidArgumentError(f"NRI plugin {plugins}: devices of an existing container cannot be changed")
-    limits = class_of_block_io(given, block_io_file, asking) if given.HasField("blockio_class") else None
-    return LimitChange(cri_resources(given), extra_limits(given, facts, asking), owners.changes(), limits)
+    limits = class_of_block_io(given, block_io_file, errors) if given.HasField("blockio_class") else None
+    return LimitChange(cri_resources(given), extra_limits(given, facts, errors), owners.changes(), limits)
 
 
-def class_of_block_io(given: nri_pb2.LinuxResources, file: str, asking: Asking) -> config.BlockIO:
-    """The limits of a class; without a name, no limits. Raises as ``limit_change``."""
+def class_of_block_io(given: nri_pb2.LinuxResources, file: str, errors: FieldErrors) -> config.BlockIO:
+    """The limits of a class; no limits if there is no name. Raises the errors of ``limit_change``."""
     name = given.blockio_class.value
     if not name:
         return config.BlockIO()
     if not file:
         what = "the node has no classes of block I/O: set nri.blockio_config_file"
-        raise asking.unsupported(Field.BlockioClass, what, name)
+        raise errors.unsupported(Field.BlockioClass, what, name)
     try:
         return block_io(file, name)
     except InvalidArgumentError as error:
-        raise asking.wrong(Field.BlockioClass, error.message, name) from error
+        raise errors.invalid(Field.BlockioClass, error.message, name) from error

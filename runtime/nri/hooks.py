@@ -1,4 +1,4 @@
-"""The events of pods and containers as calls of plugins."""
+"""Sends the events of pods and containers to plugins."""
 
 from __future__ import annotations
 
@@ -37,26 +37,27 @@ P = ParamSpec("P")
 _log = logging.getLogger("podkeel.nri")
 
 
-def never_failing(method: Callable[P, Awaitable[None]]) -> Callable[P, Coroutine[Any, Any, None]]:
-    """A context for a hook after the fact: an unexpected error is logged, and the operation continues."""
+def errors_logged(method: Callable[P, Awaitable[None]]) -> Callable[P, Coroutine[Any, Any, None]]:
+    """Decorate a hook that runs after its operation: an unexpected error is logged, and the operation continues."""
 
     @wraps(method)
     async def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             await method(*args, **kwargs)
         except Exception:
-            _log.exception("nri: %s failed", getattr(method, "__name__", "a hook"))
+            _log.exception("nri: %s: failed", getattr(method, "__name__", "a hook"))
 
     return guarded
 
 
 class NriHooks(Hooks):
-    """Sends events to plugins, through ``adaptation``, and carries out what they ask for.
+    """Sends events to plugins through ``adaptation``, and makes the changes that they ask for.
 
-    A container that is being made, after CreateContainer, is listed to new plugins; so is one that no plugin adjusts,
-    once it is drafted. If a plugin connects before that, the container is adjusted like any other. ``_starting`` has
-    the plugins that were connected at StartContainer: only these get PostStartContainer. A plugin that connects between
-    the two gets the container as running.
+    A new plugin's list has a container that is being created once CreateContainer is done. A container that no plugin
+    adjusts is in the list once it is drafted. If a plugin connects before that, it adjusts the container as usual.
+
+    ``_starting`` has the plugins that were connected at StartContainer: only these get PostStartContainer. A plugin
+    that connects between the two events gets the container as running.
     """
 
     def __init__(
@@ -78,99 +79,99 @@ class NriHooks(Hooks):
         self.socket, self.socket_problem = "", ""
         self._validates = options.default_validator.enabled
         self._views = Views(cgroups)
-        self._making: dict[str, tuple[Container, list[Plugin]]] = {}  # with the plugins that were there then
+        self._making: dict[str, tuple[Container, list[Plugin]]] = {}  # with the plugins that were connected then
         self._undrafted: dict[str, Container] = {}
         self._starting: dict[str, list[Plugin]] = {}
-        self._told: dict[str, list[Plugin]] = {}
-        self._told_once: dict[str, set[str]] = {}
+        self._called: dict[str, list[Plugin]] = {}
+        self._sent_once: dict[str, set[str]] = {}
         self._wanted: dict[str, list[Updates]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def passing(self) -> AbstractAsyncContextManager[None]:
-        """The passage of one event."""
-        return self.adaptation.passing()
+    def sync_blocked(self) -> AbstractAsyncContextManager[None]:
+        """A context in which no plugin is synchronised, for one operation and its event."""
+        return self.adaptation.sync_blocked()
 
     def service(self) -> dict[str, object]:
-        """The socket where plugins connect, or why they cannot."""
+        """The socket where plugins connect, or why they cannot connect."""
         return {"enabled": True, "socket": self.socket, "problem": self.socket_problem}
 
     def report(self) -> list[dict[str, object]]:
-        """The connected plugins, then those that were disconnected."""
+        """The connected plugins, then the disconnected ones."""
         return report.plugins(self.adaptation)
 
     def calls(self) -> Iterable[tuple[tuple[str, str], int, float, int]]:
-        """The calls of all plugins since the start."""
+        """The calls of all plugins since the agent's start."""
         return report.calls(self.adaptation)
 
-    async def beside(self, work: Awaitable[None], telling: Coroutine[Any, Any, None]) -> None:
-        """Run both at the same time: a call of a plugin takes about as long as a commit."""
+    async def concurrently(self, work: Awaitable[None], notification: Coroutine[Any, Any, None]) -> None:
+        """Run both at the same time, because a call of a plugin takes about as long as a commit."""
         if not self.adaptation.plugins:
-            await super().beside(work, telling)
+            await super().concurrently(work, notification)
             return
-        told = asyncio.ensure_future(telling)
+        called = asyncio.ensure_future(notification)
         try:
             await work
         finally:
-            await wait_out(told)
+            await wait_out(called)
 
     async def run_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
-        """RunPodSandbox."""
+        """Send RunPodSandbox."""
         if self.adaptation.wants(events.RUN_POD_SANDBOX):
-            told = self._told[sandbox.id] = []
+            called = self._called[sandbox.id] = []
             request = nri_pb2.RunPodSandboxRequest(pod=self._views.pod(sandbox))
-            await self.adaptation.tell(events.RUN_POD_SANDBOX, request, operation, told)
+            await self.adaptation.call_plugins(events.RUN_POD_SANDBOX, request, operation, called)
 
-    @never_failing
+    @errors_logged
     async def undo_sandbox(self, sandbox: Sandbox) -> None:
-        """StopPodSandbox and RemovePodSandbox, to those that got RunPodSandbox."""
-        if told := self._told.pop(sandbox.id, []):
+        """Send StopPodSandbox and RemovePodSandbox to the plugins that got RunPodSandbox."""
+        if called := self._called.pop(sandbox.id, []):
             pod, notify = self._views.pod(sandbox), self.adaptation.notify
-            await notify(events.STOP_POD_SANDBOX, nri_pb2.StopPodSandboxRequest(pod=pod), only=told)
-            await notify(events.REMOVE_POD_SANDBOX, nri_pb2.RemovePodSandboxRequest(pod=pod), only=told)
+            await notify(events.STOP_POD_SANDBOX, nri_pb2.StopPodSandboxRequest(pod=pod), only=called)
+            await notify(events.REMOVE_POD_SANDBOX, nri_pb2.RemovePodSandboxRequest(pod=pod), only=called)
 
     async def update_sandbox(self, sandbox: Sandbox, overhead: Resources | None, resources: Resources | None) -> None:
-        """UpdatePodSandbox."""
+        """Send UpdatePodSandbox."""
         if self.adaptation.wants(events.UPDATE_POD_SANDBOX):
             request = nri_pb2.UpdatePodSandboxRequest(pod=self._views.pod(sandbox))
             if overhead is not None:
                 request.overhead_linux_resources.CopyFrom(messages.resources(overhead))
             if resources is not None:
                 request.linux_resources.CopyFrom(messages.resources(resources))
-            await self.adaptation.tell(events.UPDATE_POD_SANDBOX, request)
+            await self.adaptation.call_plugins(events.UPDATE_POD_SANDBOX, request)
 
-    @never_failing
+    @errors_logged
     async def updated_sandbox(self, sandbox: Sandbox) -> None:
-        """PostUpdatePodSandbox."""
+        """Send PostUpdatePodSandbox."""
         if self.adaptation.wants(events.POST_UPDATE_POD_SANDBOX):
             request = nri_pb2.PostUpdatePodSandboxRequest(pod=self._views.pod(sandbox))
             await self.adaptation.notify(events.POST_UPDATE_POD_SANDBOX, request)
 
-    @never_failing
+    @errors_logged
     async def stop_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
-        """StopPodSandbox."""
+        """Send StopPodSandbox."""
         if self.adaptation.wants(events.STOP_POD_SANDBOX) and self._first(sandbox.id, "stop"):
             request = nri_pb2.StopPodSandboxRequest(pod=self._views.pod(sandbox))
             await self.adaptation.notify(events.STOP_POD_SANDBOX, request, operation)
 
-    @never_failing
+    @errors_logged
     async def remove_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
-        """RemovePodSandbox."""
+        """Send RemovePodSandbox."""
         if self.adaptation.wants(events.REMOVE_POD_SANDBOX) and self._first(sandbox.id, "remove"):
             request = nri_pb2.RemovePodSandboxRequest(pod=self._views.pod(sandbox))
             await self.adaptation.notify(events.REMOVE_POD_SANDBOX, request, operation)
 
-    async def nobody_adjusts(self, container: Container) -> bool:
-        """Whether no plugin wants CreateContainer, and the agent's own validator does not look either."""
-        async with self.passing():
+    async def no_plugin_adjusts(self, container: Container) -> bool:
+        """Whether no plugin wants CreateContainer and the agent's own validator is not enabled either."""
+        async with self.sync_blocked():
             if self._validates or self.adaptation.wants(events.CREATE_CONTAINER):
                 return False
             self._undrafted[container.id] = container
             return True
 
     def drafted(self, container: Container, draft: Draft) -> bool:
-        """Show the container to new plugins, unless one has connected already.
+        """Add the container to the lists of new plugins, unless a plugin has connected already.
 
-        The first that takes the container out of ``_undrafted`` decides: this thread or ``_inventory``.
+        This thread or ``_inventory`` decides: the first that removes the container from ``_undrafted``.
         """
         self._views.keep_draft(container, draft)
         self._making[container.id] = container, list(self.adaptation.plugins)
@@ -181,35 +182,35 @@ class NriHooks(Hooks):
         return False
 
     async def create_container(self, container: Container, draft: Draft, operation: Operation) -> None:
-        """CreateContainer and ValidateContainerAdjustment; then what plugins ask for other containers."""
-        told = self._told[container.id] = []
-        async with self.passing():
+        """Send CreateContainer and ValidateContainerAdjustment; then update other containers as plugins ask."""
+        called = self._called[container.id] = []
+        async with self.sync_blocked():
             request = nri_pb2.CreateContainerRequest(
                 pod=self._views.pod(container.sandbox), container=messages.container(container, draft.spec)
             )
             self._views.keep(request.container)
-            creation = await self.adaptation.create(request, container.title, operation, told)
+            creation = await self.adaptation.create(request, container.title, operation, called)
             changes = creation.adjustment
             await by_size(changes, self._adjuster.adjust, container, draft, changes, creation.owners)
             self._views.keep(creation.container)
             self._making[container.id] = container, list(self.adaptation.plugins)
         await self.adaptation.carry_out(creation.updates)
 
-    @never_failing
+    @errors_logged
     async def created_container(self, container: Container, operation: Operation) -> None:
-        """PostCreateContainer."""
-        known, told = self._knowing(container.id), events.POST_CREATE_CONTAINER.number
-        self._told[container.id] = [*known, *(plugin for plugin in self.adaptation.plugins if plugin.wants(told))]
+        """Send PostCreateContainer."""
+        known, called = self._plugins_knowing(container.id), events.POST_CREATE_CONTAINER.number
+        self._called[container.id] = [*known, *(plugin for plugin in self.adaptation.plugins if plugin.wants(called))]
         self._views.drop_draft(container)
         if self.adaptation.wants(events.POST_CREATE_CONTAINER):
             request = nri_pb2.PostCreateContainerRequest()
             await self._views.fill(request, container, nri_pb2.CONTAINER_CREATED)
             await self.adaptation.notify(events.POST_CREATE_CONTAINER, request, operation)
 
-    @never_failing
+    @errors_logged
     async def undo_container(self, container: Container) -> None:
-        """StopContainer and RemoveContainer, to those that know the container."""
-        if only := self._knowing(container.id):
+        """Send StopContainer and RemoveContainer to the plugins that know the container."""
+        if only := self._plugins_knowing(container.id):
             stop = nri_pb2.StopContainerRequest()
             await self._views.fill(stop, container, nri_pb2.CONTAINER_STOPPED)
             await self.adaptation.notify(events.STOP_CONTAINER, stop, only=only)
@@ -217,17 +218,17 @@ class NriHooks(Hooks):
             await self.adaptation.notify(events.REMOVE_CONTAINER, remove, only=only)
 
     async def start_container(self, container: Container, operation: Operation) -> None:
-        """StartContainer."""
+        """Send StartContainer."""
         there = list(self.adaptation.plugins)
         if self.adaptation.wants(events.START_CONTAINER):
             request = nri_pb2.StartContainerRequest()
             await self._views.fill(request, container)
-            await self.adaptation.tell(events.START_CONTAINER, request, operation)
+            await self.adaptation.call_plugins(events.START_CONTAINER, request, operation)
         self._starting[container.id] = there
 
-    @never_failing
+    @errors_logged
     async def started_container(self, container: Container, operation: Operation) -> None:
-        """PostStartContainer."""
+        """Send PostStartContainer."""
         there = self._starting.pop(container.id, [])
         if self.adaptation.wants(events.POST_START_CONTAINER):
             request = nri_pb2.PostStartContainerRequest()
@@ -235,7 +236,7 @@ class NriHooks(Hooks):
             await self.adaptation.notify(events.POST_START_CONTAINER, request, operation, only=there)
 
     async def update_container(self, container: Container, given: Resources, operation: Operation) -> LimitChange:
-        """UpdateContainer."""
+        """Send UpdateContainer, and return the limits with the changes of plugins."""
         if not self.adaptation.wants(events.UPDATE_CONTAINER):
             return LimitChange(given)
         request = nri_pb2.UpdateContainerRequest(linux_resources=messages.resources(given))
@@ -247,17 +248,17 @@ class NriHooks(Hooks):
         change = await self._adjuster.limit_change(own, plugins)
         return replace(change, given=merged(given, change.given))
 
-    @never_failing
+    @errors_logged
     async def updated_container(self, container: Container, operation: Operation) -> None:
-        """PostUpdateContainer."""
+        """Send PostUpdateContainer."""
         if self.adaptation.wants(events.POST_UPDATE_CONTAINER):
             request = nri_pb2.PostUpdateContainerRequest()
             await self._views.fill(request, container)
             await self.adaptation.notify(events.POST_UPDATE_CONTAINER, request, operation)
 
-    @never_failing
+    @errors_logged
     async def stopped_container(self, container: Container) -> None:
-        """StopContainer; what plugins ask for other containers then is done soon."""
+        """Send StopContainer. The updates of other containers that plugins ask for follow in a task."""
         self._starting.pop(container.id, None)
         if not self.adaptation.wants(events.STOP_CONTAINER) or not self._first(container.id, "stop"):
             return
@@ -268,13 +269,13 @@ class NriHooks(Hooks):
             try:
                 await by_size(answer, updates.add, plugin.title, answer.update)
             except InvalidArgumentError as error:
-                _log.warning("nri: %s: StopContainer: %s", container.title, error)
+                _log.warning("nri: %s: StopContainer failed: %s", container.title, error)
         self._wanted.setdefault(container.id, []).append(updates)
         task = asyncio.ensure_future(self.carry_out(container))  # the caller holds the container's lock
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    @never_failing
+    @errors_logged
     async def remove_container(self, container: Container, operation: Operation) -> None:
         """RemoveContainer."""
         if self.adaptation.wants(events.REMOVE_CONTAINER) and self._first(container.id, "remove"):
@@ -282,38 +283,38 @@ class NriHooks(Hooks):
             await self._views.fill(request, container)
             await self.adaptation.notify(events.REMOVE_CONTAINER, request, operation)
 
-    @never_failing
+    @errors_logged
     async def carry_out(self, container: Container) -> None:
-        """Carry out the updates of other containers that plugins requested."""
+        """Make the updates of other containers that plugins asked for."""
         for updates in self._wanted.pop(container.id, []):
             await self.adaptation.carry_out(updates)
 
     def forget(self, object_id: str) -> None:
-        """Forget an object that was removed."""
+        """Forget an object that is removed."""
         self._views.forget(object_id)
-        for kept in (self._making, self._told, self._told_once, self._undrafted, self._starting):
+        for kept in (self._making, self._called, self._sent_once, self._undrafted, self._starting):
             kept.pop(object_id, None)
 
     async def close(self) -> None:
-        """Notify plugins that the agent ends, and wait for the updates that they asked for."""
+        """Notify plugins that the agent stops, and wait for the updates that they asked for."""
         await self.adaptation.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _knowing(self, container_id: str) -> list[Plugin]:
-        """The plugins that know a container that is being made, by an event or from their list."""
-        plugins, told = self.adaptation.plugins, self._told.pop(container_id, [])
+    def _plugins_knowing(self, container_id: str) -> list[Plugin]:
+        """The plugins that know a container that is being created, by an event or from their list."""
+        plugins, called = self.adaptation.plugins, self._called.pop(container_id, [])
         there = self._making.pop(container_id, (None, plugins))[1]
-        return [plugin for plugin in plugins if plugin in told or plugin not in there]
+        return [plugin for plugin in plugins if plugin in called or plugin not in there]
 
     def _first(self, object_id: str, event: str) -> bool:
-        told = self._told_once.setdefault(object_id, set())
-        first = event not in told
-        told.add(event)
+        called = self._sent_once.setdefault(object_id, set())
+        first = event not in called
+        called.add(event)
         return first
 
     async def _inventory(self) -> list[nri_pb2.SynchronizeRequest]:
-        """All pods and containers that clients may see."""
+        """All pods and containers that clients may see, as messages."""
         late = {container_id for container_id in list(self._undrafted) if self._undrafted.pop(container_id, None)}
         making = [container for container, _ in list(self._making.values()) if container.id not in late]
         sandboxes = list(self._state.visible_sandboxes())
@@ -323,13 +324,13 @@ class NriHooks(Hooks):
 
     async def _update(self, update: nri_pb2.ContainerUpdate, plugin: str) -> None:
         container = self._visible(update.container_id)
-        _log.info("nri: %s: plugin %s changes its resources", container.title, plugin)
+        _log.info("nri: %s: its resources are changed by plugin %s", container.title, plugin)
         await self._changing.update(container, await self._adjuster.limit_change(update.linux.resources, plugin))
 
     async def _evict(self, eviction: nri_pb2.ContainerEviction, plugin: str) -> None:
         container = self._visible(eviction.container_id)
         container.evicted = f"evicted by NRI plugin {plugin}: {eviction.reason[:256] or 'no reason given'}"
-        _log.warning("nri: %s: plugin %s evicts it: %s", container.title, plugin, eviction.reason[:256])
+        _log.warning("nri: %s: evicted by plugin %s: %s", container.title, plugin, eviction.reason[:256])
         await self._changing.end(container)
 
     def _visible(self, container_id: str) -> Container:

@@ -24,7 +24,7 @@ _log = logging.getLogger("podkeel.nri")
 
 
 class Listener:
-    """Listens on a unix socket that only root can connect to; ``trunk`` makes the protocol of each connection."""
+    """Listens on a unix socket to which only root can connect. ``trunk`` makes the protocol of each connection."""
 
     def __init__(self, path: str, trunk: Callable[[], Trunk]) -> None:
         self._path = Path(path)
@@ -33,15 +33,15 @@ class Listener:
         self._inode = 0
 
     async def open(self) -> str:
-        """Begin to listen; returns why it does not, else an empty text.
+        """Begin to listen. Return the reason if that failed on the default socket, else an empty text.
 
-        Raises UnavailableError where that cannot be, or another process has the socket; of the default socket that is
-        only a warning.
+        For another socket, raises UnavailableError if it cannot be bound or another process serves it. For the default
+        socket this is only a warning.
         """
         try:
             bound = await in_thread(self._bind)
         except OSError as error:
-            problem = f"nri.socket {self._path}: cannot be listened on ({error.strerror or error})"
+            problem = f"nri.socket {self._path}: cannot listen: {error.strerror or error}"
             remedy = "set nri.socket to another path, or nri.external_connections to false"
             if str(self._path) != DEFAULT_SOCKET:
                 raise UnavailableError(f"{problem}: {remedy}") from error
@@ -52,7 +52,7 @@ class Listener:
         return ""
 
     def _bind(self) -> socket.socket:
-        """A socket that is bound; one without a listener is replaced."""
+        """Bind the socket. A socket file that no process serves is replaced."""
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _alone(self._path.parent), contextlib.ExitStack() as stack:
             if self._path.is_socket():
@@ -67,21 +67,23 @@ class Listener:
         return bound
 
     async def close(self) -> None:
-        """Accept no more connections; existing ones stay."""
+        """Accept no more connections. Existing ones stay open."""
         if self._server is not None:
             self._server.close()
             await in_thread(self._unlink)
 
     def _unlink(self) -> None:
         with contextlib.suppress(OSError), _alone(self._path.parent):
-            if self._path.stat().st_ino == self._inode:  # else another agent's by now
+            if self._path.stat().st_ino == self._inode:  # else it belongs to another agent by now
                 self._path.unlink()
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other agents from looking for a socket in ``folder`` meanwhile; an agent that holds its lock for a long time
-    is ignored."""
+    """Keep other agents from checking for a socket in ``folder`` meanwhile.
+
+    An agent that holds the lock for a long time is ignored.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for _ in range(20):

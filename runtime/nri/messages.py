@@ -1,4 +1,4 @@
-"""Pods and containers as plugins see them."""
+"""Pods and containers as messages for plugins."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NAMESPACES = {"net": "network", "uts": "uts", "ipc": "ipc", "user": "user", "pi
 
 
 def pod(sandbox: Sandbox, cgroup: str) -> nri_pb2.PodSandbox:
-    """A pod; ``cgroup`` is the path of its cgroup below each hierarchy's mount."""
+    """The message of a pod; ``cgroup`` is the path of its cgroup below the mount of each hierarchy."""
     config, record, folder = sandbox.config, sandbox.record, sandbox.folder
     message = nri_pb2.PodSandbox(
         id=sandbox.id,
@@ -57,7 +57,7 @@ def pod(sandbox: Sandbox, cgroup: str) -> nri_pb2.PodSandbox:
 
 
 def container(of: Container, spec: oci.Spec | None) -> nri_pb2.Container:
-    """A container; ``spec`` is its OCI configuration, None where that is gone."""
+    """The message of a container; ``spec`` is its OCI configuration, None if the file is gone."""
     config, record = of.config, of.record
     message = nri_pb2.Container(
         id=of.id,
@@ -84,7 +84,7 @@ def container(of: Container, spec: oci.Spec | None) -> nri_pb2.Container:
 
 
 def set_status(message: nri_pb2.Container, of: Container, state: nri_pb2.ContainerState | None = None) -> None:
-    """Put the fields into ``message`` that change during a container's life. ``state``: the state that it will have."""
+    """Put the fields that change while a container exists into ``message``. ``state`` replaces the recorded state."""
     record = of.record
     if state is None:
         state = _STATES.get(record.state, nri_pb2.CONTAINER_UNKNOWN)
@@ -95,7 +95,7 @@ def set_status(message: nri_pb2.Container, of: Container, state: nri_pb2.Contain
     message.started_at, message.finished_at = record.started_at, record.finished_at
     message.exit_code = record.exit_code
     message.status_reason, message.status_message = record.reason, record.message
-    if record.state is not ContainerState.MAKING and message.HasField("linux"):  # else they are as plugins leave them
+    if record.state is not ContainerState.MAKING and message.HasField("linux"):  # else they stay as plugins set them
         current = resources(cri_pb2.LinuxContainerResources.FromString(record.resources))
         if current.hugepage_limits:
             message.linux.resources.ClearField("hugepage_limits")
@@ -164,7 +164,7 @@ def _hooks(hooks: oci.Hooks) -> nri_pb2.Hooks:
 
 
 def resources(given: cri_pb2.LinuxContainerResources) -> nri_pb2.LinuxResources:
-    """The CRI's resources as plugins see them: what is 0 there is not set."""
+    """The CRI's resources as a message for plugins. A value that is 0 in the CRI is left unset."""
     message = nri_pb2.LinuxResources()
     for value, field in (
         (given.memory_limit_in_bytes, message.memory.limit),
@@ -183,7 +183,7 @@ def resources(given: cri_pb2.LinuxContainerResources) -> nri_pb2.LinuxResources:
 
 
 def cri_resources(given: nri_pb2.LinuxResources) -> cri_pb2.LinuxContainerResources:
-    """The part of a plugin's update that the CRI has words for."""
+    """The part of a plugin's update for which the CRI has fields."""
     memory, cpu = given.memory, given.cpu
     message = cri_pb2.LinuxContainerResources(
         memory_limit_in_bytes=memory.limit.value,
@@ -203,15 +203,15 @@ def cri_resources(given: nri_pb2.LinuxResources) -> cri_pb2.LinuxContainerResour
 def split(
     pods: Sequence[nri_pb2.PodSandbox], containers: Sequence[nri_pb2.Container], limit: int = _MESSAGE_LIMIT
 ) -> Iterable[nri_pb2.SynchronizeRequest]:
-    """Everything in as few messages as it fits into, all but the last with ``more``.
+    """Distribute pods and containers over as few messages as possible. All but the last have ``more``.
 
-    What does not fit into a message alone is left out: it must not keep plugins from all others.
+    An object that is too large for a message is left out, so that plugins still get all others.
     """
     request, size = nri_pb2.SynchronizeRequest(), 0
     for kind, items in (("pods", pods), ("containers", containers)):
         for item in items:
             if item.ByteSize() > _LARGEST_ITEM:
-                _log.warning("nri: %s %s: it is too large to be in the lists of plugins", kind[:-1], item.id)
+                _log.warning("nri: %s %s: left out of the lists for plugins: it is too large", kind[:-1], item.id)
                 continue
             if size and size + item.ByteSize() > limit:
                 request.more = True

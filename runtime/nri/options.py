@@ -12,12 +12,13 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=600)]
 
 
 class ValidatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The agent's own validator of what plugins change; it does nothing unless ``enabled``.
+    """The agent's own validator of plugins' changes. It does nothing unless ``enabled``.
 
-    ``reject_*`` refuse a container for which a plugin adds OCI hooks, changes the seccomp policy (by the kind of
-    profile that the container would have otherwise), sets a namespace or a sysctl. ``required_plugins`` must have seen
-    every container; the annotation ``required-plugins.noderesource.dev`` asks for more. Pods whose annotation
-    ``tolerate_missing_annotation`` (empty: none) is ``true`` do not need them.
+    ``reject_*`` refuse a container if a plugin adds OCI hooks, changes the seccomp policy, sets a namespace or sets a
+    sysctl. For seccomp the option depends on the kind of profile that the container has without the change.
+    ``required_plugins`` must have been called for every container. The annotation ``required-plugins.noderesource.dev``
+    adds more. They are not required for pods whose annotation ``tolerate_missing_annotation`` (empty: none) is
+    ``true``.
     """
 
     enabled: bool = False
@@ -34,11 +35,10 @@ class ValidatorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class NriOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The Node Resource Interface: plugins on the node that observe and adjust containers.
 
-    ``socket`` is where plugins connect, if ``external_connections`` allows it. Executables ``NN-name`` in
-    ``plugin_dir`` are started by the agent, with the text of ``NN-name.conf`` or ``name.conf`` in ``config_dir``. A
-    plugin has ``registration_seconds`` each to register, to be configured and to be synchronised, and
-    ``request_seconds`` to answer an event. ``blockio_config_file`` has the classes of block I/O that plugins may give
-    to containers.
+    Plugins connect to ``socket``, if ``external_connections`` allows it. The agent starts the executables ``NN-name``
+    in ``plugin_dir``. Each gets the text of ``NN-name.conf`` or ``name.conf`` in ``config_dir`` as its configuration. A
+    plugin has ``registration_seconds`` for each of: registration, configuration, synchronisation. It has
+    ``request_seconds`` to answer an event. ``blockio_config_file`` has the classes of block I/O that plugins may set.
     """
 
     enabled: bool = True

@@ -11,7 +11,7 @@ EVENT_NUMBERS = tuple(number for number in nri_pb2.Event.values() if 0 < number 
 
 
 def plugins(adaptation: Adaptation) -> list[dict[str, object]]:
-    """Name, events, calls and errors of each plugin that is there; then those that are gone, and why."""
+    """Name, events, calls and errors of each connected plugin; then the disconnected ones, each with the reason."""
     there = [
         {
             "plugin": plugin.title,
@@ -28,5 +28,5 @@ def plugins(adaptation: Adaptation) -> list[dict[str, object]]:
 
 
 def calls(adaptation: Adaptation) -> Iterable[tuple[tuple[str, str], int, float, int]]:
-    """Plugin and method, with the number of calls since the agent's start, their seconds, and how many failed."""
+    """For each plugin and method: the number of calls since the agent started, their seconds, the number of errors."""
     return [((title, method), one.calls, one.seconds, one.errors) for title, method, one in adaptation.shared.totals]

@@ -1,4 +1,4 @@
-"""The Node Resource Interface of one agent: its hooks, the plugins that it starts, and the socket for others."""
+"""Runs the Node Resource Interface of one agent: the plugins that it starts, and the socket for others."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from runtime.nri.started import StartedPlugins
 async def serving(hooks: NriHooks, options: NriOptions, record: Path) -> AsyncIterator[None]:
     """Start plugins, wait until they are synchronised, and allow others to connect during the block.
 
-    ``record`` is where the processes of started plugins are noted. Raises UnavailableError where the socket, which is
-    not the default one, cannot be listened on.
+    The processes of started plugins are recorded in the file ``record``. Raises UnavailableError if the agent cannot
+    listen on a socket that is not the default one.
     """
     adaptation = hooks.adaptation
     async with AsyncExitStack() as stack:

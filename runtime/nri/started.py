@@ -1,4 +1,4 @@
-"""Plugins that the agent starts from a folder, and ends when it ends."""
+"""Plugins that the agent starts from a folder. It ends them when it stops."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FILE = re.compile(r"([0-9]{2})-([A-Za-z0-9._-]{1,120})")
 _MOST = 64
 _CONFIGURATION_BYTES = 1 << 20
 _END_SECONDS = 2.0
-_SOCKET = 3  # the plugin's descriptor
+_SOCKET = 3  # the number of the plugin's descriptor
 _log = logging.getLogger("podkeel.nri")
 
 NewTrunk = Callable[[str, str, str, Callable[[], None]], Trunk]
@@ -49,10 +49,10 @@ class _Program:
 class StartedPlugins:
     """The plugins of ``options.plugin_dir``.
 
-    ``new_trunk`` makes the protocol of a plugin's socket from configuration, name, index, and what to call when the
-    connection is gone. ``note_gone`` is called with the title of a plugin that cannot be started or ended by itself,
-    and why. ``record`` is a file that names the processes, so that the next start ends those of an agent that was
-    killed.
+    ``new_trunk`` makes the protocol for a plugin's socket. Its arguments are the configuration, name and index, and a
+    function that it calls when the connection has ended. ``note_gone`` is called with the title of a plugin that cannot
+    be started or that ended, and the reason. ``record`` is a file that names the processes. With it, the next start
+    ends the plugins of an agent that was killed.
     """
 
     def __init__(self, options: NriOptions, new_trunk: NewTrunk, note_gone: NoteGone, record: Path) -> None:
@@ -63,7 +63,7 @@ class StartedPlugins:
         self._running: dict[int, tuple[str, int]] = {}
 
     async def start(self) -> None:
-        """Start them all; one that cannot be started is logged and left out."""
+        """Start all plugins. One that cannot be started is logged and left out."""
         await in_thread(_end_recorded, self._record)
         for program in await in_thread(lambda: list(_programs(self._options))):
             try:
@@ -92,7 +92,7 @@ class StartedPlugins:
         _log.info("nri: plugin %s: started: %s, pid %d", program.title, program.path, pid)
 
     def _disconnected(self, pid: int) -> None:
-        """End the process of a plugin that was closed: it cannot connect again."""
+        """End the process of a plugin whose connection was closed, because it cannot connect again."""
         asyncio.get_running_loop().call_later(_END_SECONDS, self._end_rest, pid)
 
     def _end_rest(self, pid: int) -> None:
@@ -114,7 +114,7 @@ class StartedPlugins:
         self._record.write_text("".join(f"{pid} {started}\n" for pid, started in named if started is not None))
 
     async def close(self) -> None:
-        """Kill those that did not end after their connections were closed."""
+        """Kill the plugins that did not end after their connections were closed."""
         deadline = asyncio.get_running_loop().time() + _END_SECONDS
         for pid, (title, pidfd) in list(self._running.items()):
             asyncio.get_running_loop().remove_reader(pidfd)
@@ -139,7 +139,7 @@ def _environment(program: _Program) -> Mapping[str, str]:
 
 
 def _programs(options: NriOptions) -> Iterator[_Program]:
-    """The executables of the folder by name; other files are logged."""
+    """The executables of the folder, by name. Other files are logged."""
     folder = Path(options.plugin_dir)
     try:
         names = sorted(file.name for file in folder.iterdir())
@@ -149,31 +149,31 @@ def _programs(options: NriOptions) -> Iterator[_Program]:
         _log.error("nri: nri.plugin_dir %s: cannot be read: %s", folder, error.strerror)
         return
     if len(names) > _MOST:
-        _log.error("nri: nri.plugin_dir %s: has %d files; only the first %d are looked at", folder, len(names), _MOST)
+        _log.error("nri: nri.plugin_dir %s: has %d files: only the first %d are read", folder, len(names), _MOST)
     for name in names[:_MOST]:
         match = _FILE.fullmatch(name)
         problem = _problem(folder / name) if match else "its name is not two digits, a hyphen and a name, as 10-logger"
         if match is None or problem:
-            _log.warning("nri: nri.plugin_dir: %s is not started: %s", folder / name, problem)
+            _log.warning("nri: nri.plugin_dir: %s: not started: %s", folder / name, problem)
             continue
         try:
             configuration = _configuration(Path(options.config_dir), name, match[2])
         except (OSError, ValueError) as error:
-            _log.error("nri: plugin %s: is not started: its configuration cannot be read: %s", name, error)
+            _log.error("nri: plugin %s: not started: its configuration cannot be read: %s", name, error)
             continue
         yield _Program(folder / name, match[1], match[2], configuration)
 
 
 def _problem(path: Path) -> str:
-    """Why the agent does not start this file; empty if it does. It would run as root."""
+    """Why the agent does not start this file, which would run as root; empty if it does."""
     try:
         status = path.stat()
     except OSError as error:
         return str(error.strerror)
     if not stat.S_ISREG(status.st_mode) or not status.st_mode & 0o111:
-        return "it is no executable file"
+        return "it is not an executable file"
     if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o002:
-        return "others than root may change it: give it to root and take the right to write from others"
+        return "users other than root can change it: chown it to root and remove the write permission of others"
     return ""
 
 
@@ -203,6 +203,6 @@ def _end_recorded(record: Path) -> None:
             pidfd = processes.open_process(pid, started) if 0 < pid < 1 << 22 else None
             if pidfd is not None:
                 os.close(pidfd)
-                _log.warning("nri: pid %d: a plugin that a former agent started is ended", pid)
+                _log.warning("nri: pid %d: ended: an earlier agent started this plugin", pid)
                 processes.end_group(pid)
     record.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The agent's own validator: which changes of plugins it refuses, and which plugins a container needs."""
+"""The agent's own validator: it refuses changes of plugins, and containers whose required plugins are missing."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _Profile = nri_pb2.SecurityProfile
 
 
 def check(request: nri_pb2.ValidateContainerAdjustmentRequest, options: ValidatorOptions, subject: str) -> None:
-    """Raise InvalidArgumentError for a change that ``options`` refuse, UnavailableError where a plugin is missing.
+    """Raise InvalidArgumentError for a change that ``options`` refuse, UnavailableError for a missing plugin.
 
-    ``subject`` names the container in the message. Without ``options.enabled`` nothing is refused.
+    ``subject`` names the container in the message. Nothing is refused unless ``options.enabled``.
     """
     if not options.enabled:
         return
@@ -71,13 +71,13 @@ def _require_plugins(
     wanted = [*options.required_plugins, *_annotated(_of_container(annotations, REQUIRED_PLUGINS, name), subject)]
     if missing := [plugin for plugin in dict.fromkeys(wanted) if plugin not in there]:
         raise UnavailableError(
-            f"{subject}: NRI plugins that it requires did not see it: {', '.join(missing)}: see that they run and are "
-            "connected"
+            f"{subject}: NRI plugins that it requires were not called for it: {', '.join(missing)}: check that they "
+            "run and are connected"
         )
 
 
 def _of_container(annotations: Mapping[str, str], key: str, container: str) -> str:
-    """The value of an annotation for one container: its own, else the pod's."""
+    """The value of an annotation for one container: the container's own, else the pod's."""
     for suffix in (f"/container.{container}", "/pod", ""):
         if key + suffix in annotations:
             return annotations[key + suffix]
@@ -85,7 +85,7 @@ def _of_container(annotations: Mapping[str, str], key: str, container: str) -> s
 
 
 def _annotated(value: str, subject: str) -> list[str]:
-    """The plugins that an annotation names: a list in YAML."""
+    """The plugins that an annotation names as a YAML list."""
     names: object = None
     if not value:
         return []

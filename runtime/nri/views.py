@@ -1,4 +1,4 @@
-"""Pods and containers as plugins see them, kept for the next event of each."""
+"""Messages of pods and containers for plugins, kept for the next event of each object."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _decode_spec = msgspec.json.Decoder(oci.Spec).decode
 
 
 class OfContainer(Protocol):
-    """The request of an event of a container."""
+    """The request for an event of a container."""
 
     @property
     def pod(self) -> nri_pb2.PodSandbox:
-        """The pod, which can be filled in."""
+        """The message of the pod, to be filled in."""
 
     @property
     def container(self) -> nri_pb2.Container:
-        """The container, which can be filled in."""
+        """The message of the container, to be filled in."""
 
 
 class Views:
     """Makes the messages of pods and containers.
 
-    What plugins made of a container is kept encoded, so that an event of it need not read its spec from the disk. The
-    draft of one that no plugin adjusts is kept until it is created (``keep_draft``), for plugins that connect
-    meanwhile.
+    The message of a container with the changes of plugins is kept encoded, so that its events need not read the spec
+    from the disk. The draft of a container that no plugin adjusts is kept until it is created (``keep_draft``), for
+    plugins that connect meanwhile.
     """
 
     def __init__(self, cgroups: CgroupTree) -> None:
@@ -48,7 +48,7 @@ class Views:
         self._drafts: dict[str, bytes] = {}
 
     def pod(self, sandbox: Sandbox) -> nri_pb2.PodSandbox:
-        """The pod as it is now, which is not to be changed: it is kept for its next event."""
+        """The message of the pod as it is now. The caller must not change it: it is kept for the pod's next event."""
         record = sandbox.record
         made_of = (record.addresses, record.pid_holder, record.overhead, record.resources)
         kept = self._pods.get(sandbox.id)
@@ -61,7 +61,7 @@ class Views:
         return messages.pod(sandbox, cgroup)
 
     def keep(self, container: nri_pb2.Container) -> None:
-        """Take over how plugins see a container that is being made."""
+        """Keep the message of a container that is being created."""
         self._seen[container.id] = container.SerializeToString()
 
     def keep_draft(self, container: Container, draft: Draft) -> None:
@@ -69,25 +69,25 @@ class Views:
         self._drafts[container.id] = oci.encode(draft.spec)
 
     def drop_draft(self, container: Container) -> None:
-        """The container has its spec on the disk, or will be adjusted."""
+        """Drop the draft: the container has its spec on the disk, or a plugin will adjust it."""
         self._drafts.pop(container.id, None)
 
     async def fill(
         self, request: OfContainer, container: Container, state: nri_pb2.ContainerState | None = None
     ) -> None:
-        """Put a container and its pod into ``request``, as they are now, or as the container will be in ``state``."""
+        """Put a container and its pod into ``request``, as they are now, or with ``state`` as the container's state."""
         if container.id not in self._seen:
-            await in_thread(self._look_at, container)
+            await in_thread(self._make_message, container)
         request.pod.CopyFrom(self.pod(container.sandbox))
         self._put(container, request.container, state)
 
-    def _look_at(self, container: Container) -> None:
-        """Read what the container is from its spec. Blocks."""
+    def _make_message(self, container: Container) -> None:
+        """Make the message of a container from its spec. Blocks."""
         try:
             written = container.folder.spec
             spec = _decode_spec(self._drafts.get(container.id) or written.read_bytes())
         except (OSError, msgspec.MsgspecError) as error:
-            _log.warning("nri: %s: its spec cannot be read: plugins see less of it: %s", container.title, error)
+            _log.warning("nri: %s: spec: cannot be read, so plugins get less about it: %s", container.title, error)
             spec = None
         self._seen[container.id] = messages.container(container, spec).SerializeToString()
 
@@ -104,12 +104,12 @@ class Views:
         containers: Sequence[Container],
         states: Mapping[str, nri_pb2.ContainerState],
     ) -> list[nri_pb2.SynchronizeRequest]:
-        """These pods and containers, in at least one message; ``states`` has those that are not as in the record."""
+        """These pods and containers, in one message or more; ``states`` has states that differ from the record's."""
 
         def build() -> list[nri_pb2.SynchronizeRequest]:
             for container in containers:
                 if container.id not in self._seen:
-                    self._look_at(container)
+                    self._make_message(container)
             pods = [self._new_pod(sandbox) for sandbox in sandboxes]
             listed = [self._put(one, nri_pb2.Container(), states.get(one.id)) for one in containers]
             return list(messages.split(pods, listed))
@@ -117,7 +117,7 @@ class Views:
         return await in_thread(build)
 
     def forget(self, object_id: str) -> None:
-        """Forget an object that was removed."""
+        """Forget an object that is removed."""
         self._seen.pop(object_id, None)
         self._pods.pop(object_id, None)
         self._drafts.pop(object_id, None)

@@ -82,9 +82,9 @@ class PodRemove:
         operation = operation or sandbox.begin("RemovePodSandbox")
         try:
             if sandbox.record.state is not SandboxState.REMOVING:
-                async with self._hooks.passing():
+                async with self._hooks.sync_blocked():
                     recorded = self._record_removal(sandbox, operation)
-                    await self._hooks.beside(recorded, self._hooks.remove_sandbox(sandbox, operation))
+                    await self._hooks.concurrently(recorded, self._hooks.remove_sandbox(sandbox, operation))
             if not sandbox.record.torn_down:
                 await self._stops.tear_down(sandbox, operation)
             async with operation.stage("forget"):

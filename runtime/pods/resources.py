@@ -25,7 +25,7 @@ class PodResources:
         Raises NotFoundError.
         """
         sandbox, hooks = self._state.get_sandbox(sandbox_id), self._hooks
-        async with sandbox.lock, hooks.passing():
+        async with sandbox.lock, hooks.sync_blocked():
             await hooks.update_sandbox(sandbox, overhead, resources)
             if resources is not None:
                 sandbox.record.resources = resources.SerializeToString()

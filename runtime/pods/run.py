@@ -115,7 +115,7 @@ class PodRun:
                 async with operation.stage("io_weight"):
                     await self._weigh(sandbox, weight)
             undo.push("what plugins know of it", partial(self._hooks.undo_sandbox, sandbox))
-            async with self._hooks.passing():
+            async with self._hooks.sync_blocked():
                 await self._hooks.run_sandbox(sandbox, operation)
                 async with operation.stage("commit"):
                     await self._state.move(sandbox, SandboxState.READY)

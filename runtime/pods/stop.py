@@ -62,7 +62,7 @@ class PodStop:
             operation = sandbox.begin("StopPodSandbox")
             async with operation.stage("containers"):
                 await self._container_stops.stop_all(sandbox)
-            async with self._hooks.passing():
+            async with self._hooks.sync_blocked():
                 await self._hooks.stop_sandbox(sandbox, operation)
             async with operation.stage("commit"):
                 await self._state.move(sandbox, SandboxState.NOT_READY)

@@ -79,7 +79,7 @@ def test_an_answer_that_is_too_large_fails_its_container_soon(agent: AgentProces
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "NRI plugin 10-recorder answers " in error.details()
     assert what in error.details()
-    assert "are the most" in error.details()
+    assert "the limit is" in error.details()
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_plugin_that_hangs_in_synchronize_again_and_again_delays_pods_once(age
             comer.start()
         assert hung.acquire(timeout=10)
         run_container(agent, "sleep", "1000")  # waits for the first, and perhaps for the second
-        wait_for(lambda: "it may come again in" in agent.log.read_text(), 15)
+        wait_for(lambda: "it may connect again in" in agent.log.read_text(), 15)
         begin = time.monotonic()
         run_container(agent, "sleep", "1000")
         assert time.monotonic() - begin < 4
@@ -219,7 +219,7 @@ def test_half_messages_of_many_plugins_have_one_budget(agent: AgentProcess) -> N
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 plugin.socket.sendall(half[:-1])
             held.append(plugin)
-        wait_for(lambda: "of messages that are not complete or not answered yet" in agent.log.read_text())
+        wait_for(lambda: "of messages that are incomplete or not answered yet" in agent.log.read_text())
         assert resident(agent) - before < 90 << 20
         run_container(agent, "sleep", "1000")
 
@@ -234,5 +234,5 @@ def test_a_message_of_millions_of_parts_is_refused_before_it_is_parsed(agent: Ag
     ).SerializeToString()
     with connected(Recorder(agent.nri_socket)) as plugin:
         answers = [plugin.raw_call(body) for _ in range(3)]
-    assert all(" are the most" in answer.status.message for answer in answers)
+    assert all("the limit is" in answer.status.message for answer in answers)
     assert resident(agent) - before < 60 << 20

@@ -52,7 +52,7 @@ class Bundles:
         What it decides is put into the record. Raises PodkeelError.
         """
         hooks, write = self._hooks, partial(self._write_spec, container)
-        if await hooks.nobody_adjusts(container):
+        if await hooks.no_plugin_adjusts(container):
 
             def draft_and_write(permission: Permission) -> Draft | ContainerSpec:
                 drafted = draft(request)

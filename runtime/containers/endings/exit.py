@@ -115,7 +115,7 @@ class ContainerExit:
     async def record_exit(self, container: Container, exit_record: ExitRecord | None) -> None:
         """Record how a container ended; the caller holds its lock."""
         await _end_log(container)
-        async with self._hooks.passing():
+        async with self._hooks.sync_blocked():
             counted = self._describe_end(container, exit_record)
             # The runtime's resources are released meanwhile: if the agent dies before the commit, conmon's record
             # exists.
@@ -148,7 +148,9 @@ class ContainerExit:
     async def save_end(self, container: Container, *, sandbox_too: bool = False) -> None:
         """Record an end, and notify plugins of it."""
         hooks = self._hooks
-        await hooks.beside(self._write_end(container, sandbox_too=sandbox_too), hooks.stopped_container(container))
+        await hooks.concurrently(
+            self._write_end(container, sandbox_too=sandbox_too), hooks.stopped_container(container)
+        )
 
     async def _write_end(self, container: Container, *, sandbox_too: bool) -> None:
         """If that fails the container has ended anyway, and the next start sees it again."""

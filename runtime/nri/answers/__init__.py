@@ -1,1 +1,1 @@
-"""The answers of plugins, combined: each field has one owner."""
+"""Merges the answers of plugins. Each field has one owner."""

@@ -1,4 +1,4 @@
-"""The answers of plugins to CreateContainer, combined into one adjustment."""
+"""Merges the answers of plugins to CreateContainer into one adjustment."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ _HOOK_STAGES = ("prestart", "create_runtime", "create_container", "start_contain
 
 
 def removed_name(name: str) -> str | None:
-    """What a name with a leading ``-`` removes; None for a name that is set."""
+    """The name that a name with a leading ``-`` removes; None for a name without it."""
     return name[1:] if name.startswith(REMOVAL) else None
 
 
 class Merging:
-    """Collects the adjustments of plugins for one container.
+    """Merges the adjustments of plugins for one container.
 
-    ``container`` is what the next plugin gets: the container as it would be made, with all changes up to now.
-    ``adjustment`` is what was changed: names with a leading ``-`` are removed from what the container had without
-    plugins.
+    ``container`` is what the next plugin gets: the container with all changes up to now. ``adjustment`` has only the
+    changes. In it, a name with a leading ``-`` removes an entry that the container had without plugins.
     """
 
     def __init__(self, container: nri_pb2.Container, owners: Owners) -> None:
@@ -38,7 +37,7 @@ class Merging:
         self.adjustment = nri_pb2.ContainerAdjustment()
 
     def add(self, plugin: str, adjust: nri_pb2.ContainerAdjustment) -> None:
-        """Take the answer of ``plugin``. Raises ConflictError, or InvalidArgumentError for what makes no sense."""
+        """Add the answer of ``plugin``. Raises ConflictError, or InvalidArgumentError for an invalid value."""
         if not adjust.ByteSize():
             return
         check_size(plugin, adjust)
@@ -64,7 +63,7 @@ class Merging:
         changed = {entry.key: entry.value for entry in self.adjustment.env}
         for entry in adjust.env:
             if not entry.key.removeprefix(REMOVAL) or "=" in entry.key or "\0" in entry.key + entry.value:
-                raise InvalidArgumentError(f"NRI plugin {plugin}: {entry.key!r} is not the name of a variable")
+                raise InvalidArgumentError(f"NRI plugin {plugin}: {entry.key!r} is not a name of a variable")
         self._merge_map(Field.Env, plugin, {entry.key: entry.value for entry in adjust.env}, current, changed)
         self.container.env[:] = [f"{name}={value}" for name, value in current.items()]
         del self.adjustment.env[:]
@@ -78,7 +77,7 @@ class Merging:
             args = args[1:]
             self.owners.clear(Field.Args, plugin)
         if not args or not args[0]:
-            raise InvalidArgumentError(f"NRI plugin {plugin} leaves nothing to run: args must not be empty")
+            raise InvalidArgumentError(f"NRI plugin {plugin}: Args: no command is left: args must not be empty")
         self.owners.claim(Field.Args, plugin)
         self.container.args[:] = args
         self.adjustment.args[:] = args
@@ -179,7 +178,7 @@ class Merging:
         *,
         key: str,
     ) -> None:
-        """The same for messages of a list, which their field ``key`` identifies."""
+        """As ``_merge_map``, for messages of a list. Their field ``key`` identifies them."""
         messages = {str(getattr(message, key)): message for message in given}
         for name in messages:
             if not name.removeprefix(REMOVAL):
@@ -197,7 +196,7 @@ class Merging:
 
 
 def _replace(messages: Messages, key: str, gone: Set[str], added: Iterable[Message]) -> None:
-    """Drop the messages that ``gone`` names and add others."""
+    """Remove the messages that ``gone`` names and add others."""
     kept = [message for message in messages if getattr(message, key) not in gone]
     del messages[:]
     messages.extend([*kept, *added])

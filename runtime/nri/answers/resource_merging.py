@@ -1,4 +1,4 @@
-"""Linux resources of several plugins combined: each value has one owner."""
+"""Merges the Linux resources that several plugins set. Each value has one owner."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runtime.nri.answers.owners import Owners
 
 Field = nri_pb2.Field
 
-# The fields of LinuxMemory and LinuxCPU, and for each the number by which its owner is recorded.
+# The fields of LinuxMemory and LinuxCPU, each with the number of the field under which its owner is recorded.
 _MEMORY = {
     "limit": Field.MemLimit,
     "reservation": Field.MemReservation,
@@ -37,9 +37,9 @@ _CLASSES = {"blockio_class": Field.BlockioClass, "rdt_class": Field.RdtClass}
 def merge_resources(
     given: nri_pb2.LinuxResources, targets: Sequence[nri_pb2.LinuxResources], owners: Owners, plugin: str
 ) -> None:
-    """Put what ``given`` sets into each of ``targets``, as ``plugin``'s.
+    """Copy the values that ``given`` sets into each of ``targets``, and make ``plugin`` their owner.
 
-    Raises ConflictError when another plugin owns a value, InvalidArgumentError for a value that cannot be.
+    Raises ConflictError if another plugin owns a value, and InvalidArgumentError for an invalid value.
     """
     for name, number in _MEMORY.items():
         if given.memory.HasField(name):
@@ -74,7 +74,7 @@ def _merge_keyed(
 ) -> None:
     for page in given.hugepage_limits:
         if not page.page_size:
-            raise InvalidArgumentError(f"NRI plugin {plugin} gave a huge page limit without a page size")
+            raise InvalidArgumentError(f"NRI plugin {plugin}: a huge page limit has no page size")
         owners.claim_key(Field.HugepageLimits, page.page_size, plugin)
         for target in targets:
             others = [other for other in target.hugepage_limits if other.page_size != page.page_size]

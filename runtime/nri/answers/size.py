@@ -1,4 +1,4 @@
-"""Limits the size of plugins' answers, and processes large ones in a thread."""
+"""Limits the size of plugins' answers, and processes large answers in a thread."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 
 def check_size(plugin: str, answer: Message) -> None:
-    """Raise InvalidArgumentError for what is too large, has a list that is too long, or text with NUL bytes."""
+    """Raise InvalidArgumentError for an answer that is too large, has too long a list, or has text with NUL bytes."""
     size = answer.ByteSize()
     if size > MOST_BYTES:
-        raise InvalidArgumentError(f"NRI plugin {plugin} answers {size} bytes of changes: {MOST_BYTES} are the most")
-    if size > _LARGE_BYTES or b"\0" in answer.SerializeToString():  # which may be a length, so it is looked for
+        raise InvalidArgumentError(f"NRI plugin {plugin} answers {size} bytes of changes: the limit is {MOST_BYTES}")
+    if size > _LARGE_BYTES or b"\0" in answer.SerializeToString():  # a zero byte may also be a length: check the text
         _check_parts(plugin, answer)
 
 
@@ -35,7 +35,7 @@ def _check_parts(plugin: str, message: Message) -> None:
             _check_parts(plugin, value)
         elif isinstance(value, Collection) and not isinstance(value, str | bytes):
             if len(value) > MOST_ENTRIES:
-                what = f"{len(value)} entries of {field.name}: {MOST_ENTRIES} are the most"
+                what = f"{len(value)} entries of {field.name}: the limit is {MOST_ENTRIES}"
                 raise InvalidArgumentError(f"NRI plugin {plugin} answers {what}")
             parts = (*value, *value.values()) if isinstance(value, Mapping) else value
             for part in parts:
@@ -48,13 +48,13 @@ def _check_parts(plugin: str, message: Message) -> None:
 
 
 def _check_text(plugin: str, field: str, value: object) -> None:
-    """What comes after a NUL byte would be left out by OCI runtimes."""
+    """Refuse a NUL byte: OCI runtimes would drop the text behind it."""
     if isinstance(value, str) and "\0" in value:
         raise InvalidArgumentError(f"NRI plugin {plugin} answers a NUL byte in {field}: {value[:64]!r}")
 
 
 def check_updates(plugin: str, updates: Sequence[Message]) -> None:
-    """The same for updates of containers."""
+    """Raise InvalidArgumentError for too many updates of containers, or for one that is too large."""
     if len(updates) > MOST_UPDATES:
         raise InvalidArgumentError(f"NRI plugin {plugin} asks for more than {MOST_UPDATES} updates at once")
     for update in updates:
@@ -62,7 +62,7 @@ def check_updates(plugin: str, updates: Sequence[Message]) -> None:
 
 
 async def by_size(answer: Message, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Do ``work`` with an answer: in a thread if the answer is large."""
+    """Do ``work`` with an answer; in a thread if the answer is large."""
     if answer.ByteSize() > _LARGE_BYTES:
         return await in_thread(work, *args, **kwargs)
     return work(*args, **kwargs)

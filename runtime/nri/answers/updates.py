@@ -1,4 +1,4 @@
-"""Updates and evictions of containers that plugins ask for, combined: each value has one owner."""
+"""Merges the updates and evictions of containers that plugins ask for. Each value has one owner."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _log = logging.getLogger("podkeel.nri")
 class PluginsView:
     """What plugins can list and change on the node.
 
-    ``inventory`` lists all pods and containers that clients may see, in at least one message. ``update`` changes the
-    resources of one container, ``evict`` ends one; both get the titles of the plugins that ask for it and raise
+    ``inventory`` lists all pods and containers that clients may see, in one message or more. ``update`` changes the
+    resources of one container, ``evict`` kills one. Both get the titles of the plugins that ask for it, and raise
     PodkeelError.
     """
 
@@ -50,7 +50,7 @@ class _Collected:
 
 
 class Updates:
-    """Collects what plugins ask for; ``making`` is a container that is being created, which none may update."""
+    """Merges what plugins ask for. ``making`` is a container that is being created: no plugin may update it."""
 
     def __init__(self, making: str = "") -> None:
         self.evictions: list[tuple[nri_pb2.ContainerEviction, str]] = []
@@ -63,39 +63,39 @@ class Updates:
         updates: Sequence[nri_pb2.ContainerUpdate],
         evictions: Iterable[nri_pb2.ContainerEviction] = (),
     ) -> None:
-        """Take those of ``plugin``. Raises ConflictError, or InvalidArgumentError for what makes no sense."""
+        """Add the requests of ``plugin``. Raises ConflictError, or InvalidArgumentError for an invalid request."""
         check_updates(plugin, updates)
         for update in updates:
             if update.container_id == self._making:
                 raise InvalidArgumentError(
-                    f"NRI plugin {plugin} asks for an update of the container that is being made: adjust it instead"
+                    f"NRI plugin {plugin} asks to update the container that is being created: adjust it instead"
                 )
             if len(self._collected) >= MOST_UPDATES:
-                raise InvalidArgumentError(f"NRI plugins ask for more than {MOST_UPDATES} updates at once")
+                raise InvalidArgumentError(f"NRI plugins ask for too many updates at once: the limit is {MOST_UPDATES}")
             collected = self._collected.setdefault(update.container_id, _Collected(update.container_id))
             merge_resources(update.linux.resources, (collected.update.linux.resources,), collected.owners, plugin)
             collected.update.ignore_failure = collected.update.ignore_failure and update.ignore_failure
         self.evictions += [(eviction, plugin) for eviction in list(evictions)[:MOST_UPDATES]]
 
     def take(self, container_id: str) -> nri_pb2.LinuxResources | None:
-        """The updates for one container, which is left out from now on."""
+        """Remove and return the update for one container."""
         collected = self._collected.pop(container_id, None)
         return collected.update.linux.resources if collected is not None else None
 
     def updates(self) -> list[tuple[nri_pb2.ContainerUpdate, str]]:
-        """One update for each container, with the plugins that asked for it."""
+        """One update for each container, and the plugins that asked for it."""
         return [(collected.update, collected.owners.names()) for collected in self._collected.values()]
 
     async def carry_out(self, node: PluginsView) -> list[nri_pb2.ContainerUpdate]:
-        """Update and evict containers, each for itself; returns the updates that failed and must not."""
+        """Update and evict containers one by one. Return the failed updates that the plugin did not allow to fail."""
         failed = []
         for update, plugins in self.updates():
-            await asyncio.sleep(0)  # thousands of unknown containers must not keep the loop from others
+            await asyncio.sleep(0)  # thousands of unknown containers must not block the loop
             try:
                 await node.update(update, plugins)
             except PodkeelError as error:
                 _log.warning(
-                    "nri: update of container %s by plugin %s failed: %s", update.container_id[:64], plugins, error
+                    "nri: update of container %s: failed for plugin %s: %s", update.container_id[:64], plugins, error
                 )
                 if not update.ignore_failure:
                     failed.append(update)
@@ -105,6 +105,6 @@ class Updates:
                 await node.evict(eviction, plugin)
             except PodkeelError as error:
                 _log.warning(
-                    "nri: eviction of container %s by plugin %s failed: %s", eviction.container_id[:64], plugin, error
+                    "nri: eviction of container %s: failed for plugin %s: %s", eviction.container_id[:64], plugin, error
                 )
         return failed

@@ -1,6 +1,6 @@
-"""Looks over the bytes of a message before they are parsed.
+"""Checks the number of fields of a message before it is parsed.
 
-An empty message is two bytes: four MiB of them take a tenth of a second to parse, and a hundred MiB of memory.
+An empty message takes two bytes. Parsing four MiB of them takes a tenth of a second and a hundred MiB of memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from host.errors import InvalidArgumentError
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.answers.size import MOST_ENTRIES, MOST_UPDATES
 
-MOST_FIELDS = 1 << 16  # of one message, with those of all messages in it
+MOST_FIELDS = 1 << 16  # of one message, with the fields of all messages inside it
 _LONGEST_NUMBER = 10  # bytes of a varint
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED = {_FIXED64: 8, _FIXED32: 4}
@@ -20,9 +20,9 @@ _NEVER_PACKED = (FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE
 
 
 def check_wire(data: bytes, kind: Descriptor) -> None:
-    """Raise InvalidArgumentError for a message of ``kind`` that has too many fields, or too many entries in a list.
+    """Raise InvalidArgumentError for a message of ``kind`` that has too many fields, or a list with too many entries.
 
-    Bytes that are no message are not refused: the parser does that, after as many fields at most.
+    Bytes that are no message are not refused here. The parser refuses them, after as many fields at most.
     """
     _Walk(data).message(kind, 0, len(data))
 
@@ -33,7 +33,7 @@ class _Walk:
         self._fields = 0
 
     def message(self, kind: Descriptor, at: int, end: int) -> bool:
-        """Go through the fields of one message; False where the bytes are none."""
+        """Check the fields of one message. False if the bytes are no message."""
         entries: dict[int, int] = {}
         known = kind.fields_by_number
         while at < end:
@@ -42,7 +42,7 @@ class _Walk:
                 return False
             self._fields += 1
             if self._fields > MOST_FIELDS:
-                raise InvalidArgumentError(f"too many fields: {MOST_FIELDS} are the most")
+                raise InvalidArgumentError(f"too many fields: the limit is {MOST_FIELDS}")
             number, form = tag >> 3, tag & 7
             begin = at
             if form == _VARINT:
@@ -66,7 +66,7 @@ class _Walk:
         return True
 
     def _varint(self, at: int, end: int) -> tuple[int, int]:
-        """A number and where it ends; -1 where there is none."""
+        """A number and the position behind it; the position is -1 if there is no number."""
         value = shift = 0
         for index in range(at, min(at + _LONGEST_NUMBER, end)):
             byte = self._data[index]
@@ -80,8 +80,8 @@ class _Walk:
 def _check_entries(field: FieldDescriptor, count: int, size: int) -> None:
     if field.message_type in _UPDATES:
         if count > MOST_UPDATES:
-            raise InvalidArgumentError(f"too many updates at once: {MOST_UPDATES} are the most")
+            raise InvalidArgumentError(f"too many updates at once: the limit is {MOST_UPDATES}")
         return
     packed = field.cpp_type not in _NEVER_PACKED and size > MOST_ENTRIES * _LONGEST_NUMBER
     if count > MOST_ENTRIES or packed:
-        raise InvalidArgumentError(f"too many entries of {field.name}: {MOST_ENTRIES} are the most")
+        raise InvalidArgumentError(f"too many entries of {field.name}: the limit is {MOST_ENTRIES}")

@@ -1,4 +1,4 @@
-"""Limits the bytes that the agent holds for plugins: incomplete messages, and calls that run."""
+"""Limits the bytes that the agent keeps for plugins: incomplete messages, and calls that run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ MOST_BYTES = 64 << 20
 class Budget:
     """A limit for all plugins together.
 
-    Where it is exceeded, a plugin is closed: of those that keep at least as much as the average, the one that has kept
-    something for the longest time. One that sends its message in one go is never that.
+    If it is exceeded, one plugin is closed. It is chosen among those that use at least the average: the one whose bytes
+    have been kept for the longest time. A plugin that sends each message at once is never chosen.
     """
 
     def __init__(self, most: int = MOST_BYTES) -> None:
@@ -20,16 +20,16 @@ class Budget:
         self._shares: dict[Share, int] = {}  # the oldest first
 
     def share(self, close: Callable[[str], None]) -> Share:
-        """The share of one plugin; ``close`` closes the plugin, with a reason."""
+        """The share of one plugin; ``close`` closes the plugin with a reason."""
         return Share(self, close)
 
     @property
     def kept(self) -> int:
-        """How many bytes are kept for all plugins."""
+        """The number of bytes that are kept for all plugins."""
         return self._sum
 
     def add(self, share: Share, size: int) -> None:
-        """Count more bytes for a plugin; fewer if ``size`` is negative."""
+        """Count more bytes for a plugin, or fewer if ``size`` is negative."""
         left = self._shares.get(share, 0) + size
         self._sum += size
         if left > 0:
@@ -40,13 +40,13 @@ class Budget:
             offender = next(one for one, kept in self._shares.items() if kept * len(self._shares) >= self._sum)
             kept = self._shares[offender]
             offender.close(
-                f"plugins have sent more than {self._most} bytes of messages that are not complete or not answered "
-                f"yet, {kept} of them are this one's"
+                f"plugins have sent more than {self._most} bytes of messages that are incomplete or not answered "
+                f"yet, and this plugin {kept} of them"
             )
 
 
 class Share:
-    """What is kept for one plugin."""
+    """The bytes that are kept for one plugin."""
 
     def __init__(self, budget: Budget, close: Callable[[str], None]) -> None:
         self._budget = budget
@@ -55,24 +55,24 @@ class Share:
         self._closed = False
 
     def add(self, size: int) -> None:
-        """Count bytes that have arrived. The plugin may be closed when this returns."""
+        """Count bytes that have arrived. This may close the plugin."""
         if not self._closed:
             self._kept += size
             self._budget.add(self, size)
 
     def drop(self, size: int) -> None:
-        """Count bytes that are not kept any more."""
+        """Count bytes that are no longer kept."""
         if size and not self._closed:
             self._kept -= size
             self._budget.add(self, -size)
 
     def close(self, why: str) -> None:
-        """Close the plugin, for which nothing is kept any more."""
+        """Close the plugin. Its bytes are no longer counted."""
         self.end()
         self._close(why)
 
     def end(self) -> None:
-        """The plugin is gone, and what was kept with it."""
+        """Stop counting: the plugin has disconnected and its bytes are freed."""
         if not self._closed:
             self._closed = True
             self._budget.add(self, -self._kept)

@@ -1,4 +1,4 @@
-"""Calls of plugins: their number, duration and failures, by call."""
+"""Counts the calls of plugins: number, duration and errors for each method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _OTHERS = "others"
 
 @dataclass(slots=True)
 class CallCount:
-    """Calls of one kind, the seconds they took together, and how many failed."""
+    """The number of calls of one kind, their total duration in seconds, and the number that failed."""
 
     calls: int = 0
     seconds: float = 0.0
@@ -26,7 +26,7 @@ class CallCount:
 
 @dataclass(slots=True)
 class Calls:
-    """Those of one plugin, by method."""
+    """The calls of one plugin, by method."""
 
     by_method: dict[str, CallCount] = field(default_factory=dict)
     last_error: str = ""
@@ -39,9 +39,9 @@ class Calls:
 
 
 class CallTotals:
-    """Those of all plugins since the agent's start, by title and method.
+    """The calls of all plugins since the agent's start, by title and method.
 
-    Plugins choose their names: those of more than a few hundred are counted together.
+    Plugins choose their names. So after some hundred names, further plugins are counted together as ``others``.
     """
 
     def __init__(self) -> None:

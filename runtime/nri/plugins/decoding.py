@@ -1,4 +1,4 @@
-"""Messages of plugins, parsed: large ones in a thread, one at a time, after a look at their number of fields."""
+"""Parses messages of plugins. Large ones are parsed in a thread, one at a time, after their fields are counted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from host.concurrency.threads import in_thread
 from runtime.nri.answers.wire_check import check_wire
 
-LARGE_BYTES = 32 << 10  # what can be parsed in about a millisecond, with any content
+LARGE_BYTES = 32 << 10  # any content up to this size can be parsed in about a millisecond
 
 M = TypeVar("M", bound=Message)
 
@@ -23,7 +23,7 @@ class Decoder:
         self._large = asyncio.Lock()
 
     async def decode(self, kind: type[M], data: bytes) -> M:
-        """The message. Raises DecodeError, and InvalidArgumentError for one that has too many parts."""
+        """Parse a message. Raises DecodeError, and InvalidArgumentError for a message that has too many fields."""
         if len(data) <= LARGE_BYTES:
             return kind.FromString(data)
         async with self._large:

@@ -1,4 +1,4 @@
-"""The events of pods and containers: their numbers, the call for each, and its answer."""
+"""The events of pods and containers: the number, the method and the answer of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Answer = TypeVar("Answer", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class EventCall(Generic[Answer]):
-    """One event: its number, the method of the Plugin service for it, and the type of the answer."""
+    """One event: its number, its method of the Plugin service, and the type of the answer."""
 
     number: nri_pb2.Event
     method: str

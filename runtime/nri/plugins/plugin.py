@@ -1,4 +1,4 @@
-"""One plugin: its connection, its registration, and calls to it within their time."""
+"""One plugin: its connection, its registration, and calls to it with their time limits."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from runtime.nri.plugins.events import EventCall
 from runtime.nri.plugins.trunk import Trunk
 
 PLUGIN_SERVICE, RUNTIME_SERVICE = 1, 2
-"""The trunk's connections: the plugin serves the first, the agent the second."""
+"""The connections of a trunk: the plugin serves the first, the agent serves the second."""
 
 ALL_EVENTS = (1 << (nri_pb2.LAST - 1)) - 1
 _NAME_LIMIT = 128
-_ENDED_BY_DEADLINE = 0.9  # of the time limit, which the request has: the stub of Go ends a call at its end
+_ENDED_BY_DEADLINE = 0.9  # part of the time limit: the Go stub ends a call when the limit is over
 _PACKAGE = nri_pb2.DESCRIPTOR.package
 _INDEX = re.compile(r"[0-9]{2}")
 _log = logging.getLogger("podkeel.nri")
@@ -36,12 +36,12 @@ UpdateContainers = Callable[["Plugin", nri_pb2.UpdateContainersRequest], Awaitab
 
 
 class PluginLostError(PodkeelError):
-    """A plugin was closed, as it took too long or its connection ended; the operation continues without it."""
+    """A plugin was closed: it took too long or its connection ended. The operation continues without it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What all plugins of an agent share."""
+    """The objects that all plugins of an agent share."""
 
     totals: CallTotals = field(default_factory=CallTotals)
     budget: Budget = field(default_factory=Budget)
@@ -51,8 +51,9 @@ class Shared:
 class Plugin:
     """A plugin at the other end of a trunk.
 
-    ``updates`` is called for its own UpdateContainers. ``events`` is the mask of the events that it wants, ``closed``
-    why it is gone, ``admitted_at`` when it was synchronised, in nanoseconds since the epoch.
+    ``updates`` is called when the plugin calls UpdateContainers. ``events`` is the mask of the events that it wants.
+    ``closed`` is the reason why it was closed. ``admitted_at`` is when it was synchronised, in nanoseconds since the
+    epoch.
     """
 
     def __init__(
@@ -82,15 +83,15 @@ class Plugin:
 
     @property
     def title(self) -> str:
-        """The plugin's title in messages and metrics, and as owner of fields: index and name."""
+        """The index and name of the plugin, for messages, metrics and the owners of fields."""
         return f"{self.index}-{self.name}"
 
     def wants(self, event: int) -> bool:
-        """Whether it asked for an event."""
+        """Whether the plugin asked for an event."""
         return bool(self.events >> (event - 1) & 1)
 
     async def registered(self, seconds: float) -> None:
-        """Wait until it has registered. Raises PluginLostError if it does not within ``seconds``, or disconnects."""
+        """Wait until the plugin has registered. Raises PluginLostError after ``seconds``, or if it disconnects."""
         try:
             async with asyncio.timeout(seconds):
                 await asyncio.shield(self._registered)
@@ -124,7 +125,7 @@ class Plugin:
         return (await self._updates(self, request)).SerializeToString()
 
     async def configure(self, request: nri_pb2.ConfigureRequest, seconds: float) -> None:
-        """Send its configuration and get the events that it wants. Raises PodkeelError; the plugin is closed then."""
+        """Send the configuration and get the wanted events. Raises PodkeelError and closes the plugin."""
         try:
             answer = await self.call("Configure", request, nri_pb2.ConfigureResponse, seconds)
             if answer.events & ~ALL_EVENTS:
@@ -135,9 +136,9 @@ class Plugin:
         self.events = answer.events or ALL_EVENTS
 
     async def notify(self, event: EventCall[Answer], request: Message, seconds: float) -> Answer | None:
-        """Send it an event by the event's own call, or by StateChange if there is no such call.
+        """Send an event by its own method, or by StateChange if the plugin does not have that method.
 
-        Returns None if the event has no answer. Raises PluginLostError if the plugin is closed meanwhile, and
+        Returns None if the event has no answer. Raises PluginLostError if the plugin is closed meanwhile. Raises
         PodkeelError with the plugin's message if it answers with an error.
         """
         number, method = event.number, event.method
@@ -148,7 +149,7 @@ class Plugin:
                 if error.code != ttrpc.UNIMPLEMENTED:
                     raise PodkeelError(f"plugin {self.title}: {method}: {error}") from error
                 self._without.add(number)
-        if number == nri_pb2.VALIDATE_CONTAINER_ADJUSTMENT:  # younger than StateChange
+        if number == nri_pb2.VALIDATE_CONTAINER_ADJUSTMENT:  # this event is newer than StateChange
             self.events &= ~(1 << (number - 1))
             return None
         change = nri_pb2.StateChangeEvent(event=number)
@@ -160,14 +161,14 @@ class Plugin:
         except ttrpc.CallError as error:
             if error.code != ttrpc.UNIMPLEMENTED:
                 raise PodkeelError(f"plugin {self.title}: StateChange for {method}: {error}") from error
-            self.events &= ~(1 << (number - 1))  # it has neither call: it is not asked again
+            self.events &= ~(1 << (number - 1))  # it has neither method: do not send it this event again
         return None
 
     async def call(self, method: str, request: Message, answer: type[Answer], seconds: float) -> Answer:
-        """One call; what it took is counted.
+        """Make one call, and count its duration.
 
-        Raises CallError, PluginLostError when it is closed over it, and InvalidArgumentError for an answer that has too
-        many parts.
+        Raises CallError, PluginLostError if the plugin was closed because of the call, and InvalidArgumentError for an
+        answer that has too many fields.
         """
         if self.closed:
             raise PluginLostError(self.closed)
@@ -188,7 +189,7 @@ class Plugin:
             failure = str(error)
             raise self._lost(failure) from None
         except DecodeError:
-            failure = f"its answer to {method} is no message of NRI"
+            failure = f"its answer to {method} is not a message of NRI"
             raise self._lost(failure) from None
         except InvalidArgumentError as error:
             failure = f"NRI plugin {self.title} answers {error.message}"
@@ -203,7 +204,7 @@ class Plugin:
         return PluginLostError(f"plugin {self.title}: {why}")
 
     def close(self, why: str) -> None:
-        """End the connection; what is under way fails."""
+        """End the connection. Calls that are running fail."""
         if self.closed:
             return
         self.closed = why

@@ -1,7 +1,7 @@
-"""The trunk to a plugin: one stream socket that carries several connections, cut into frames.
+"""The trunk to a plugin: one stream socket that carries several connections in frames.
 
 A frame is a connection id and a length (4 bytes each, big-endian), then the payload. Opening a connection exchanges
-nothing. Nothing is kept here: each connection gets its bytes as they arrive.
+no bytes. The trunk keeps no bytes: each connection gets them as they arrive.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ PAYLOAD_LIMIT = 10 + (4 << 20)
 
 _HEADER = struct.Struct(">II")
 _WRITE_BUFFER = 1 << 20
-_READ_BUFFER = 16 << 10  # of small frames, more at once would keep the loop from others for milliseconds
-_MOST_IDLE_FRAMES = 4096  # that are empty, or for connections that do not exist
+_READ_BUFFER = 16 << 10  # reading more small frames at once would block the loop for milliseconds
+_MOST_IDLE_FRAMES = 4096  # frames that are empty, or for connections that do not exist
 
 Receive = Callable[[bytes], None]
 
 
 class Trunk(asyncio.BufferedProtocol):
-    """The agent's end of a trunk, for ``loop.create_unix_server`` and its relatives.
+    """The agent's end of a trunk, for ``loop.create_unix_server`` and similar functions.
 
-    ``connected`` is called once the socket is there, and ``ended`` once with the reason when it is gone. While the
-    plugin does not read what was sent, nothing is read from it: it cannot make the agent keep more than one buffer. A
-    plugin that sends too many frames for unknown connections is closed.
+    ``connected`` is called once when the socket is connected, and ``ended`` once with the reason when it has ended.
+    While the plugin does not read, the agent reads nothing from it. So a plugin cannot make the agent keep more than
+    one buffer. A plugin that sends too many frames for unknown connections is closed.
     """
 
     def __init__(self, connected: Callable[[Trunk], None], ended: Callable[[str], None]) -> None:
@@ -48,16 +48,16 @@ class Trunk(asyncio.BufferedProtocol):
         self.closed = False
 
     def receive_by(self, connection: int, receive: Receive) -> None:
-        """Give the bytes for ``connection`` to ``receive``; other connections' bytes are dropped."""
+        """Pass the bytes for ``connection`` to ``receive``. Bytes for other connections are dropped."""
         self._receivers[connection] = receive
 
     async def send(self, connection: int, payload: bytes) -> None:
-        """Send ``payload`` and wait until the socket has room for more. Raises UnavailableError when it is gone."""
+        """Send ``payload`` and wait until the socket has room again. Raises UnavailableError when it has ended."""
         self.write(connection, payload)
         await self._writable.wait()
 
     def write(self, connection: int, payload: bytes) -> None:
-        """Send ``payload``; what the plugin does not read yet is kept. Raises UnavailableError when it is gone."""
+        """Send ``payload``; bytes that are not read yet are kept. Raises UnavailableError when it has ended."""
         if self.closed or self._transport is None:
             raise UnavailableError(self._why)
         for start in range(0, len(payload), PAYLOAD_LIMIT):
@@ -65,7 +65,7 @@ class Trunk(asyncio.BufferedProtocol):
             self._transport.write(_HEADER.pack(connection, len(part)) + part)
 
     def close(self, why: str) -> None:
-        """Close the trunk at once; calls that wait for it fail with ``why``."""
+        """Close the trunk at once. Calls that wait for an answer fail with ``why``."""
         if not self.closed:
             self.closed = True
             self._why = why
@@ -74,21 +74,21 @@ class Trunk(asyncio.BufferedProtocol):
 
     @property
     def paused(self) -> bool:
-        """Whether nothing is read from the plugin, as it does not read what was sent."""
+        """Whether the agent reads nothing from the plugin, because the plugin does not read."""
         return self._transport is not None and not self._transport.is_reading()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """asyncio: the socket is there."""
+        """asyncio calls this when the socket is connected."""
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(_WRITE_BUFFER)
         self._connected(self)
 
     def get_buffer(self, _sizehint: int) -> memoryview:
-        """asyncio: where to put the next bytes."""
+        """asyncio calls this to get the buffer for the next bytes."""
         return self._buffer
 
     def buffer_updated(self, count: int) -> None:
-        """asyncio: bytes have arrived."""
+        """asyncio calls this when bytes have arrived."""
         data, at = bytes(self._buffer[:count]), 0
         while at < count and not self.closed:
             if self._left:
@@ -98,7 +98,7 @@ class Trunk(asyncio.BufferedProtocol):
                 if self._receiver is not None:
                     self._receiver(part)
                 continue
-            if not self._header and count - at >= _HEADER.size:  # as nearly always
+            if not self._header and count - at >= _HEADER.size:  # the usual case
                 header = _HEADER.unpack_from(data, at)
                 at += _HEADER.size
             else:
@@ -114,7 +114,7 @@ class Trunk(asyncio.BufferedProtocol):
 
     def _begin_frame(self, connection: int, length: int) -> bool:
         if length > PAYLOAD_LIMIT:
-            self.close(f"it sent a frame of {length} bytes; {PAYLOAD_LIMIT} are the most")
+            self.close(f"it sent a frame of {length} bytes: the limit is {PAYLOAD_LIMIT}")
             return False
         self._receiver, self._left = self._receivers.get(connection), length
         if self._receiver is None or not length:
@@ -125,21 +125,21 @@ class Trunk(asyncio.BufferedProtocol):
         return True
 
     def pause_writing(self) -> None:
-        """asyncio: the plugin does not read what was sent."""
+        """asyncio calls this when the plugin does not read."""
         self._writable.clear()
         if self._transport is not None:
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        """asyncio: the plugin reads again."""
+        """asyncio calls this when the plugin reads again."""
         self._writable.set()
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """asyncio: the socket is gone."""
+        """asyncio calls this when the connection has ended."""
         if error is not None and not self.closed:
-            self._why = f"the connection broke: {error}"
+            self._why = f"the connection ended with an error: {error}"
         self.closed = True
         self._writable.set()
         self._ended(self._why)

@@ -1,7 +1,7 @@
-"""ttrpc over one connection of a trunk: unary calls to the other side, and its calls to us.
+"""ttrpc over one connection of a trunk: unary calls to the plugin, and calls of the plugin to the agent.
 
 A message is a header of 10 bytes (length of the body, stream id, type, flags; big-endian), then the body. A client's
-streams have odd ids in rising order.
+streams have odd, rising ids.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from runtime.nri.plugins.decoding import Decoder
 from runtime.nri.plugins.trunk import Trunk
 
 BODY_LIMIT = 4 << 20
-FIRST_BODY_LIMIT = 64 << 10  # of messages of a plugin that has not registered
+FIRST_BODY_LIMIT = 64 << 10  # for messages of a plugin that has not registered yet
 MOST_CALLS_AT_ONCE = 8
-_MOST_UNASKED = 256
+_MAX_UNEXPECTED = 256
 _WORDS = 1024
 
 OK, UNKNOWN, INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED = 0, 2, 3, 4, 8, 12
-"""Codes of a status, which are gRPC's."""
+"""Codes of a status, the same as gRPC's."""
 
 _REQUEST, _RESPONSE = 1, 2
 _HEADER = struct.Struct(">IIBB")
@@ -37,7 +37,7 @@ Handler = Callable[[bytes], Awaitable[bytes]]
 
 
 class CallError(PodkeelError):
-    """The other side answered a call with an error; ``code`` is gRPC's."""
+    """The other side answered a call with an error; ``code`` is a code of gRPC."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -45,9 +45,10 @@ class CallError(PodkeelError):
 
 
 class Message(NamedTuple):
-    """One message; the body is None where it was over the limit and was dropped.
+    """One message. Its body is None if it was larger than the limit and was dropped.
 
-    ``counted`` are the bytes of it that its plugin's share of the budget has, until the receiver drops them.
+    ``counted`` is the number of its bytes that count in its plugin's share of the budget, until the receiver drops
+    them.
     """
 
     stream: int
@@ -58,9 +59,9 @@ class Message(NamedTuple):
 
 
 class MessageReader:
-    """Cuts bytes into messages and gives each to ``received``; keeps at most one body of at most ``limit`` bytes.
+    """Cuts bytes into messages and passes each to ``received``. Keeps one body at most, of at most ``limit`` bytes.
 
-    What is kept is counted in ``share``. A message that comes in one piece is small, and not counted.
+    The kept bytes are counted in ``share``. A message that arrives in one piece is small and is not counted.
     """
 
     def __init__(self, received: Callable[[Message], None], share: Share, limit: int = BODY_LIMIT) -> None:
@@ -73,13 +74,13 @@ class MessageReader:
         self._dropped = 0
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes of the connection."""
+        """Process the next bytes of the connection."""
         at = 0
         while True:
             if self._header is None and not self._buffer and len(data) - at >= _HEADER.size:
                 length, stream, kind, flags = _HEADER.unpack_from(data, at)
                 end = at + _HEADER.size + length
-                if length <= self.limit and end <= len(data):  # a whole message, as nearly always
+                if length <= self.limit and end <= len(data):  # a whole message: the usual case
                     self._received(Message(stream, kind, flags, data[at + _HEADER.size : end]))
                     at = end
                     continue
@@ -112,7 +113,7 @@ class MessageReader:
         return at + len(part)
 
     def close(self) -> None:
-        """Drop what is kept."""
+        """Drop the kept bytes."""
         self._buffer = bytearray()
 
     def _finish(self, body: bytes | None) -> None:
@@ -144,18 +145,18 @@ class Client:
         self._decoder = decoder
         self._next = 1
         self._pending: dict[int, asyncio.Future[Message]] = {}
-        self._unasked = 0
+        self._unexpected = 0
         trunk.receive_by(connection, self._reader.feed)
 
     def allow_large(self) -> None:
-        """Take messages of up to 4 MiB from now on."""
+        """Accept messages of up to 4 MiB from now on."""
         self._reader.limit = BODY_LIMIT
 
     async def call(self, method: str, payload: bytes, seconds: float) -> bytes:
         """Call ``method`` and return the payload of its answer.
 
-        Raises CallError for an error that was answered, UnavailableError when the trunk ends, TimeoutError, and
-        InvalidArgumentError for an answer that has too many parts.
+        Raises CallError if the answer is an error, UnavailableError when the trunk ends, TimeoutError, and
+        InvalidArgumentError for an answer that has too many fields.
         """
         request = ttrpc_pb2.Request(
             service=self._service, method=method, payload=payload, timeout_nano=int(seconds * 1_000_000_000)
@@ -179,7 +180,7 @@ class Client:
         try:
             response = await self._decoder.decode(ttrpc_pb2.Response, message.body or b"")
         except DecodeError:
-            why = "it sent an answer that is no ttrpc message"
+            why = "it sent an answer that is not a ttrpc message"
             self._trunk.close(why)
             raise UnavailableError(why) from None
         finally:
@@ -189,7 +190,7 @@ class Client:
         return response.payload
 
     def close(self, why: str) -> None:
-        """Let the calls that run fail."""
+        """Fail the calls that are running."""
         self._reader.close()
         for answer in self._pending.values():
             if not answer.done():
@@ -199,9 +200,9 @@ class Client:
         answer = self._pending.get(message.stream)
         if answer is None or answer.done() or message.kind != _RESPONSE:
             self._share.drop(message.counted)
-            self._unasked += 1  # too late, or never asked for
-            if self._unasked > _MOST_UNASKED:
-                self._trunk.close(f"it sent more than {_MOST_UNASKED} answers to no call")
+            self._unexpected += 1  # the call timed out, or there was no such call
+            if self._unexpected > _MAX_UNEXPECTED:
+                self._trunk.close(f"it sent more than {_MAX_UNEXPECTED} answers to calls that do not exist")
             return
         if message.body is None:
             answer.set_exception(CallError(RESOURCE_EXHAUSTED, f"the answer is larger than {BODY_LIMIT} bytes"))
@@ -217,8 +218,8 @@ def _expire(answer: asyncio.Future[Message]) -> None:
 class Server:
     """Answers the calls on ``connection`` for ``service``.
 
-    At most eight run at once; further ones, and messages that are too large, are answered with RESOURCE_EXHAUSTED. The
-    error of a handler is the answer's message.
+    At most eight calls run at once. Further calls, and messages that are too large, are answered with
+    RESOURCE_EXHAUSTED. The error of a handler becomes the message of the answer.
     """
 
     def __init__(
@@ -244,11 +245,11 @@ class Server:
         trunk.receive_by(connection, self._reader.feed)
 
     def allow_large(self) -> None:
-        """Take messages of up to 4 MiB from now on."""
+        """Accept messages of up to 4 MiB from now on."""
         self._reader.limit = BODY_LIMIT
 
     def close(self) -> None:
-        """Cancel the calls that run."""
+        """Cancel the calls that are running."""
         self._reader.close()
         for call in self._calls:
             call.cancel()
@@ -257,8 +258,8 @@ class Server:
         if message.kind != _REQUEST:
             self._share.drop(message.counted)
             self._ignored += 1
-            if self._ignored > _MOST_UNASKED:
-                self._trunk.close(f"it sent more than {_MOST_UNASKED} messages that are no requests")
+            if self._ignored > _MAX_UNEXPECTED:
+                self._trunk.close(f"it sent more than {_MAX_UNEXPECTED} messages that are not requests")
             return
         if len(self._calls) >= 2 * MOST_CALLS_AT_ONCE:
             self._trunk.close(f"it has more than {2 * MOST_CALLS_AT_ONCE} calls under way")
@@ -278,8 +279,8 @@ class Server:
         except PodkeelError as error:
             response.status.code, response.status.message = UNKNOWN, str(error)
         except Exception:
-            _log.exception("nri: a call of a plugin failed")
-            response.status.code, response.status.message = UNKNOWN, "internal error: the agent's log has more"
+            _log.exception("nri: call of a plugin: failed")
+            response.status.code, response.status.message = UNKNOWN, "internal error: see the agent's log"
         try:
             await self._trunk.send(self._connection, encode(message.stream, _RESPONSE, response.SerializeToString()))
         except UnavailableError:
@@ -291,20 +292,20 @@ class Server:
         if message.body is None:
             raise CallError(RESOURCE_EXHAUSTED, f"the message is larger than {self._reader.limit} bytes")
         if full:
-            raise CallError(RESOURCE_EXHAUSTED, f"{MOST_CALLS_AT_ONCE} calls are under way already")
+            raise CallError(RESOURCE_EXHAUSTED, f"{MOST_CALLS_AT_ONCE} calls are running already: wait for one to end")
         try:
             request = await self._decoder.decode(ttrpc_pb2.Request, message.body)
         except DecodeError:
-            raise CallError(INVALID_ARGUMENT, "the message is no ttrpc request") from None
+            raise CallError(INVALID_ARGUMENT, "the message is not a ttrpc request") from None
         handler = self._handlers.get(request.method) if request.service == self._service else None
         if handler is None:
-            raise CallError(UNIMPLEMENTED, f"there is no {request.service}/{request.method}")
+            raise CallError(UNIMPLEMENTED, f"the method {request.service}/{request.method} does not exist")
         if message.flags:
-            raise CallError(UNIMPLEMENTED, f"{request.method} is unary, and streams are not supported")
+            raise CallError(UNIMPLEMENTED, f"{request.method} is unary: streams are not supported")
         try:
             return await handler(request.payload)
         except DecodeError:
-            raise CallError(INVALID_ARGUMENT, f"the payload is no request of {request.method}") from None
+            raise CallError(INVALID_ARGUMENT, f"the payload is not a request of {request.method}") from None
 
 
 def shortened(words: str) -> str:
@@ -314,7 +315,7 @@ def shortened(words: str) -> str:
 
 
 def encode(stream: int, kind: int, body: bytes) -> bytes:
-    """A message with its header. Raises CallError when the body is over the limit."""
+    """A message with its header. Raises CallError if the body is larger than the limit."""
     if len(body) > BODY_LIMIT:
-        raise CallError(RESOURCE_EXHAUSTED, f"a message of {len(body)} bytes is over the limit of {BODY_LIMIT}")
+        raise CallError(RESOURCE_EXHAUSTED, f"the message has {len(body)} bytes: the limit is {BODY_LIMIT}")
     return _HEADER.pack(len(body), stream, kind, 0) + body

@@ -113,7 +113,7 @@ def test_each_seccomp_rule_is_about_its_own_kind_of_profile(tmp_path: Path, busy
 
 def missing(agent: AgentProcess, plugin: str, annotations: dict[str, str] | None = None) -> None:
     """The creation fails because ``plugin`` did not see the container."""
-    with pytest.raises(grpc.RpcError, match=f"plugins that it requires did not see it: {plugin}: ") as caught:
+    with pytest.raises(grpc.RpcError, match=f"plugins that it requires were not called for it: {plugin}: ") as caught:
         create(agent, annotations)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 

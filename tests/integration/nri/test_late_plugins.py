@@ -75,7 +75,7 @@ def test_plugins_that_come_while_unadjusted_containers_are_made_are_told_each_on
         for container_id in known:
             events = plugin.events_of(container_id)
             assert len(events) == len(set(events))
-    assert "its spec cannot be read" not in agent.log.read_text()
+    assert "spec: cannot be read" not in agent.log.read_text()
 
 
 def test_an_eviction_from_an_event_is_done_while_another_plugin_connects(agent: AgentProcess) -> None:

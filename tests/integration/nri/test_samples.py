@@ -40,7 +40,7 @@ def test_the_samples_are_started_log_events_and_inject_a_device(agent: AgentProc
     log = agent.log.read_text()
     assert "nri: plugin 10-device-injector: connected" in log
     assert "nri: plugin 90-logger: connected" in log
-    assert "notes.txt is not started: its name is not two digits" in log
+    assert "notes.txt: not started: its name is not two digits" in log
     device = yaml.safe_dump([{"path": "/dev/injected", "type": "c", "major": 1, "minor": 5, "file_mode": 0o666}])
     sandbox = sandbox_config(agent, annotations={"devices.noderesource.dev/container.main": device})
     sandbox_id = agent.client.run_sandbox(sandbox)

@@ -73,9 +73,9 @@ def test_started_plugins_get_their_socket_names_and_configuration(tmp_path: Path
         assert (tmp_path / "socket").read_text().startswith("socket:")
         log = agent.log.read_text()
         assert "status 3; it is not started again" in log
-        assert "35-latin: is not started: its configuration cannot be read" in log
+        assert "35-latin: not started: its configuration cannot be read" in log
         assert "50-no-program: cannot be started" in log or "50-no-program: pid" in log
-        assert "5-wrong is not started: its name is not two digits" in log
+        assert "5-wrong: not started: its name is not two digits" in log
 
 
 def test_a_file_that_others_may_change_is_not_started(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_file_that_others_may_change_is_not_started(tmp_path: Path) -> None:
         (tmp_path / "ran").unlink()
         (folder / "10-open").chmod(0o757)
         agent.restart()
-        assert "10-open is not started: others than root may change it" in agent.log.read_text()
+        assert "10-open: not started: users other than root can change it" in agent.log.read_text()
         assert not (tmp_path / "ran").exists()
 
 

@@ -98,7 +98,7 @@ def recorder() -> type[Recorder]:
 
 async def start(bench: Bench, container: str = "c1") -> None:
     request = nri_pb2.StartContainerRequest(container=nri_pb2.Container(id=container))
-    await bench.adaptation.tell(events.START_CONTAINER, request)
+    await bench.adaptation.call_plugins(events.START_CONTAINER, request)
 
 
 async def create(bench: Bench) -> Any:
@@ -204,9 +204,7 @@ async def test_updates_and_evictions_of_other_containers_are_carried_out(bench: 
 
 async def test_the_container_that_is_made_cannot_be_updated(bench: Bench) -> None:
     await bench.connect(type("Wrong", (Updating,), {"wanted": (("new", False),)}), "sample", "10")
-    with pytest.raises(
-        InvalidArgumentError, match="plugin 10-sample asks for an update of the container that is being"
-    ):
+    with pytest.raises(InvalidArgumentError, match="plugin 10-sample asks to update the container that is being"):
         await create(bench)
 
 
@@ -255,7 +253,7 @@ async def test_an_error_that_a_plugin_answers_fails_the_operation(bench: Bench) 
 async def test_nothing_is_made_between_what_a_plugin_is_told_and_its_first_event(
     bench: Bench, recorder: type[Recorder]
 ) -> None:
-    async with bench.adaptation.passing():
+    async with bench.adaptation.sync_blocked():
         plugin = recorder("sample", "10", str(bench.path))
         run_in_thread(plugin)
         await until(lambda: bench.adaptation.unregistered > 0)

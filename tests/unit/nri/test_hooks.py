@@ -18,7 +18,7 @@ from runtime.cgroups.tree import CgroupTree
 from runtime.hooks import Hooks
 from runtime.layout import ContainerFolder, SandboxFolder
 from runtime.nri.changes import Changing
-from runtime.nri.hooks import NriHooks, never_failing
+from runtime.nri.hooks import NriHooks, errors_logged
 from runtime.nri.options import NriOptions
 from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.sandbox import Sandbox, SandboxRecord, SandboxState
@@ -27,7 +27,7 @@ from tests.unit.nri.stubs import run_in_thread, stub
 
 
 async def test_an_unexpected_error_is_logged_and_the_caller_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    @never_failing
+    @errors_logged
     async def stopped_container() -> None:
         raise UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed")
 
@@ -46,7 +46,7 @@ async def test_what_is_told_beside_work_that_fails_is_told_all_the_same() -> Non
         told.append("StopContainer")
 
     with pytest.raises(OSError, match="the disk is full"):
-        await Hooks().beside(work(), tell())
+        await Hooks().concurrently(work(), tell())
     assert told == ["StopContainer"]
 
 

@@ -148,15 +148,15 @@ def test_hooks_of_several_plugins_add_up(merging: Merging) -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        (Adjustment(env=[nri_pb2.KeyValue(key="")]), "not the name of a variable"),
-        (Adjustment(env=[nri_pb2.KeyValue(key="-")]), "not the name of a variable"),
-        (Adjustment(env=[nri_pb2.KeyValue(key="A=B")]), "not the name of a variable"),
-        (Adjustment(args=[""]), "nothing to run"),
+        (Adjustment(env=[nri_pb2.KeyValue(key="")]), "not a name of a variable"),
+        (Adjustment(env=[nri_pb2.KeyValue(key="-")]), "not a name of a variable"),
+        (Adjustment(env=[nri_pb2.KeyValue(key="A=B")]), "not a name of a variable"),
+        (Adjustment(args=[""]), "no command is left"),
         (Adjustment(mounts=[nri_pb2.Mount(destination="-")]), "destination is empty"),
         (Adjustment(linux=Linux(devices=[nri_pb2.LinuxDevice()])), "path is empty"),
         (
             Adjustment(linux=Linux(resources=nri_pb2.LinuxResources(hugepage_limits=[nri_pb2.HugepageLimit(limit=1)]))),
-            "without a page size",
+            "has no page size",
         ),
     ],
 )

@@ -35,7 +35,7 @@ table bridge podkeel_check {
 def overlay_error(folder: Path) -> str:
     """Why no overlay can be mounted with its folders below ``folder``; empty if it can. Leaves nothing behind."""
     try:
-        mounts.leave_mount_namespace()
+        mounts.enter_new_mount_namespace()
         with tempfile.TemporaryDirectory(prefix=".podkeel-check-", dir=folder) as scratch:
             for name in ("lower", "upper", "work", "merged"):
                 Path(scratch, name).mkdir()

@@ -37,7 +37,7 @@ from cri.telemetry.diagnosis import write_on_signal
 from cri.telemetry.logs import LogLevel, configure_logging
 from cri.version import VERSION
 from host import libc
-from host.concurrency.priority import go_first
+from host.concurrency.priority import raise_priority
 from host.files import descriptors
 from host.systemd import ServiceManager
 from proto.podkeel.v1 import agent_pb2
@@ -74,7 +74,7 @@ def serve(read: Callable[[], Configuration], *, adopt: bool = False) -> None:
     _write_no_core_dumps()
     configure_logging(configuration.log)
     sys.setswitchinterval(SWITCH_SECONDS)
-    go_first()
+    raise_priority()
     path = _socket_path(configuration.server.socket)
     activated = ActivatedSocket(manager.sockets.get(str(path)), path)
     try:

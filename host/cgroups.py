@@ -1,4 +1,4 @@
-"""Which version of cgroups the machine runs, where the hierarchies are mounted, and what they can limit."""
+"""The cgroup version of the machine, the mount points of its hierarchies, and what they can limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HUGE_PAGES = "/sys/kernel/mm/hugepages"
 
 
 class Hierarchies(msgspec.Struct, frozen=True):
-    """Mount points: of v1 controllers by name (named hierarchies as ``name=…``), and of the one cgroup2, if any."""
+    """Mount points: of v1 controllers by name (named hierarchies as ``name=…``), and of cgroup2, if it is mounted."""
 
     v1: dict[str, str]
     unified: str | None
@@ -33,7 +33,7 @@ class Hierarchies(msgspec.Struct, frozen=True):
         """Whether the memory controller limits swap too."""
         if self.version == 1:
             return "memory" in self.v1 and Path(self.v1["memory"], "memory.memsw.limit_in_bytes").exists()
-        # The root has no limits, and not every cgroup below it has the memory controller: read the first that has it.
+        # The root has no limits, and not every cgroup has the memory controller: read the first cgroup that has it.
         own = _read(Path(own_cgroup)).rstrip("\n").rpartition("\n")[2].partition("::")[2].strip("/")
         for folder in (self._unified / own, *(entry for entry in self._unified.iterdir() if entry.is_dir())):
             if (folder / "memory.max").exists():
@@ -41,7 +41,10 @@ class Hierarchies(msgspec.Struct, frozen=True):
         return False
 
     def huge_page_sizes(self, folder: str = HUGE_PAGES) -> frozenset[str]:
-        """Huge page sizes that can be limited, as ``huge_page_sizes`` names them; none without the controller."""
+        """Huge page sizes that can be limited, in the form of the function ``huge_page_sizes``.
+
+        None without hugetlb.
+        """
         return frozenset(huge_page_sizes(folder)) if "hugetlb" in self.controllers() else frozenset()
 
     @property
@@ -50,7 +53,7 @@ class Hierarchies(msgspec.Struct, frozen=True):
 
 
 def discover(mountinfo: str = "/proc/self/mountinfo") -> Hierarchies:
-    """Read the mount table; where a hierarchy is mounted several times, the first one counts."""
+    """Read the mount table. If a hierarchy is mounted several times, the first mount is used."""
     v1: dict[str, str] = {}
     unified: str | None = None
     for entry in mounts.mount_table(mountinfo):

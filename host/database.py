@@ -1,7 +1,7 @@
-"""The SQLite file that holds all durable state, written by one thread.
+"""The SQLite file with all durable state. One thread writes it.
 
-Writes that wait at the same moment share one commit; each runs in its own savepoint, so that one that fails does not
-undo the others.
+Writes that wait at the same time share one commit. Each runs in its own savepoint, so that a failed write does not undo
+the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 _GROUP = 64
 _MORE_BYTES = 1 << 20  # for rows
-_LOG_BYTES = 6 << 20  # SQLite starts its log again after 4 MiB
+_LOG_BYTES = 6 << 20  # SQLite begins its write-ahead log again after 4 MiB
 
 
 @dataclass(slots=True)
@@ -40,18 +40,20 @@ class _Write:
 
 
 class Database:
-    """Opens the file, brings every room's tables up to date, and carries out reads and writes.
+    """Opens the file, migrates every room's tables to the newest version, and runs reads and writes.
 
-    ``schemas`` maps a room's name to its migrations, oldest first; each is a script run once. A file that knows more
-    migrations than this program raises WrongStateError: it belongs to a newer version.
+    ``schemas`` maps a room's name to its migrations, oldest first. Each is a script that runs once. Raises
+    WrongStateError if the file has more migrations than this program knows: a newer version wrote it.
     """
 
     def __init__(self, path: Path, schemas: Mapping[str, Sequence[str]]) -> None:
         self.path = path
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         path.touch(mode=0o600)
-        _keep_room(path, path.stat().st_size + _MORE_BYTES)  # before SQLite locks it: closing it would end the lock
-        path.chmod(0o600)  # it holds what containers are given in their environment; SQLite's other files follow it
+        _reserve_space(
+            path, path.stat().st_size + _MORE_BYTES
+        )  # before SQLite locks it: a close here would end the lock
+        path.chmod(0o600)  # it has the environment of containers; SQLite's other files get the same mode
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
             self._connection.executescript(
@@ -63,18 +65,17 @@ class Database:
             if isinstance(error, sqlite3.DatabaseError):
                 raise _described(path, error) from error
             raise
-        _keep_room(path.with_name(f"{path.name}-wal"), _LOG_BYTES)
+        _reserve_space(path.with_name(f"{path.name}-wal"), _LOG_BYTES)
         self.commits = 0
         self.changed = asyncio.Event()
         self._thread = threading.Thread(target=self._serve, name="database", daemon=True)
         self._thread.start()
 
     async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run ``work`` on the writer thread; returns its result once it is committed.
+        """Run ``work`` on the writer thread. Returns its result once it is committed.
 
-        A caller that is cancelled still waits for the commit (well under a millisecond), so that the outcome is known.
-        Raises what ``work`` raises, NoSpaceError when the disk is full, and PodkeelError when it refuses the commit
-        otherwise.
+        A cancelled caller waits for the commit (well under a millisecond), so that the outcome is known. Raises the
+        error of ``work``, NoSpaceError when the disk is full, and PodkeelError for any other error of the commit.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -85,14 +86,14 @@ class Database:
             self.changed.set()
 
     async def execute(self, statement: str, parameters: Sequence[object] = ()) -> None:
-        """Write one statement."""
+        """Run one statement that writes."""
         await self.write(lambda connection: connection.execute(statement, parameters) and None)
 
     def read(self, statement: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        """All rows of a query, on a separate connection.
+        """All rows of a query, read on a separate connection.
 
-        For start-up and checks, never inside a call. Bytes that are not UTF-8 become surrogates, as in names of files.
-        Raises WrongStateError for a damaged store.
+        Only for the start and for checks, never inside a call. Bytes that are not UTF-8 become surrogates, as in names
+        of files. Raises WrongStateError for a damaged store.
         """
         try:
             with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
@@ -103,11 +104,11 @@ class Database:
         except sqlite3.DatabaseError as error:
             raise WrongStateError(f"store {self.path} is damaged: {error}") from error
 
-    def take_out(self, rows: Sequence[UnreadableRow], *places: tuple[str, str]) -> None:
-        """Move rows to the table ``set_aside`` and delete them from ``places``: tables with the column of their key,
-        referring tables first.
+    def set_rows_aside(self, rows: Sequence[UnreadableRow], *places: tuple[str, str]) -> None:
+        """Move rows to the table ``set_aside``, and delete them from ``places``.
 
-        Blocks. For the start only.
+        A place is a table and a condition for its rows; tables that refer to others come first. Blocks. Only for the
+        start.
         """
         if not rows:
             return
@@ -121,15 +122,15 @@ class Database:
             connection.execute("COMMIT")
 
     def set_asides(self) -> list[SetAside]:
-        """The rows that were taken out of their tables because they could not be read."""
+        """The rows that were moved to ``set_aside`` because they could not be read."""
         return [SetAside(*row) for row in self.read("SELECT kind, object, reason FROM set_aside ORDER BY at")]
 
     async def forget_set_asides(self) -> None:
-        """Delete the rows that were set aside."""
+        """Delete the rows in ``set_aside``."""
         await self.execute("DELETE FROM set_aside")
 
     def close(self) -> None:
-        """Finish the writes that wait, then close the file."""
+        """Complete the waiting writes, then close the file."""
         self._queue.put(None)
         self._thread.join()
         self._connection.close()
@@ -164,13 +165,13 @@ class Database:
                     write.value = write.work(connection)
                 except BaseException as error:
                     write.error = error
-                    if not connection.in_transaction:  # a full disk ends the whole transaction
+                    if not connection.in_transaction:  # SQLite ends the whole transaction if the disk is full
                         raise
                     connection.execute("ROLLBACK TO one")
                 connection.execute("RELEASE one")
             connection.execute("COMMIT")
             self.commits += 1
-        except BaseException as error:  # any error: waiting callers must get it, and later callers must be served
+        except BaseException as error:  # any error: the waiting callers get it, and later callers must be served
             if connection.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("ROLLBACK")
@@ -184,26 +185,26 @@ class Database:
                 write.error = failed
             loops.setdefault(write.loop, []).append(write)
         for loop, writes in loops.items():
-            with contextlib.suppress(RuntimeError):  # the loop ended during the write: no caller waits any more
+            with contextlib.suppress(RuntimeError):  # the loop ended during the write: its callers are gone
                 loop.call_soon_threadsafe(_settle, writes)
 
 
-def _keep_room(file: Path, size: int) -> None:
-    """Have the disk keep space for so many bytes of the file: on a full disk, rows must still be deleted.
+def _reserve_space(file: Path, size: int) -> None:
+    """Reserve disk space for so many bytes of the file, because rows must be deletable on a full disk.
 
-    A disk that is full now, or a file system that cannot do this, changes nothing.
+    If the disk is full now, or its file system cannot reserve space, nothing changes.
     """
     with contextlib.suppress(OSError):
         descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            libc.keep_room(descriptor, size)
+            libc.reserve_space(descriptor, size)
         finally:
             os.close(descriptor)
 
 
 def _described(path: Path, error: sqlite3.DatabaseError) -> PodkeelError:
     if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-        return NoSpaceError(f"store {path} could not be written: no space is left on its file system, free some")
+        return NoSpaceError(f"store {path} could not be written: its file system is full: free space on it")
     return PodkeelError(f"store {path} could not be read or written: {error}")
 
 

@@ -1,4 +1,4 @@
-"""Keeps a copy of the store beside it, to start from if the store is lost or damaged."""
+"""Keeps a copy of the store beside it. The agent can start from the copy if the store is lost or damaged."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from host.concurrency.follower import Follower
 from host.concurrency.threads import in_long_thread
 from host.database import Database
 
-# A copy is made this long after a change, when the operation that made the change has likely ended. While changes
+# A copy is made this long after a change, when the operation that made the change has probably ended. If changes
 # continue, copies are not made more often.
 _DELAY_SECONDS = 0.3
 _BYTES_PER_SECOND = 1_000_000
-# Errors that say nothing of a file's content. The next caller that opens the file gets them too.
+# Errors that do not mean a damaged file. The next caller that opens the file gets them too.
 _PRIMARY_CODE = 0xFF
-_TELL_NOTHING = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN)
+_NOT_DAMAGE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN)
 
 _log = logging.getLogger("podkeel.store")
 
 
 class DatabaseCopy:
-    """Keeps ``path`` the same as ``database``, except for the changes of the last seconds."""
+    """Keeps ``path`` up to date with ``database``, except for changes of the last seconds."""
 
     def __init__(self, database: Database, path: Path) -> None:
         self._database = database
@@ -35,12 +35,12 @@ class DatabaseCopy:
         self._failed = False
 
     def start(self) -> None:
-        """Begin; the first copy is made now."""
+        """Make the first copy now, and then follow changes."""
         self._database.changed.set()
         self._follower.start()
 
     async def close(self) -> None:
-        """Copy what changed last, and stop."""
+        """Copy the last changes, and stop."""
         await self._follower.close()
 
     async def _copy(self) -> float:
@@ -56,9 +56,9 @@ class DatabaseCopy:
 
 
 def copy_database(source: Path, target: Path) -> int:
-    """Make ``target`` a copy of the database ``source`` as of now, whole or not at all; returns its bytes.
+    """Make ``target`` a copy of the database ``source``, all or nothing. Returns its number of bytes.
 
-    Readers and writers of ``source`` continue meanwhile. Blocks. Raises OSError or sqlite3.Error.
+    ``source`` can be read and written meanwhile. Blocks. Raises OSError or sqlite3.Error.
     """
     made = target.with_name(f"{target.name}.new")
     made.unlink(missing_ok=True)
@@ -78,28 +78,28 @@ def copy_database(source: Path, target: Path) -> int:
 
 
 def problem_of(path: Path) -> str:
-    """What is wrong with a database file: ``missing``, ``empty``, or SQLite's message; an empty text if it is sound."""
+    """The problem of a database file: ``missing``, ``empty``, or SQLite's message. An empty text if it is sound."""
     if not path.exists():
         return "missing"
     if path.stat().st_size == 0:
         return "empty"
     try:
-        with contextlib.closing(opened_to_read(path)) as connection:
+        with contextlib.closing(open_read_only(path)) as connection:
             (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     except sqlite3.DatabaseError as error:
-        unknown = getattr(error, "sqlite_errorcode", 0) & _PRIMARY_CODE in _TELL_NOTHING
+        unknown = getattr(error, "sqlite_errorcode", 0) & _PRIMARY_CODE in _NOT_DAMAGE
         return "" if unknown else f"damaged ({error})"
     if answer != "ok":
         return f"damaged ({' '.join(str(answer).split())})"
     return "" if tables else "empty"
 
 
-def opened_to_read(path: Path) -> sqlite3.Connection:
-    """A connection that changes nothing.
+def open_read_only(path: Path) -> sqlite3.Connection:
+    """A read-only connection.
 
-    A database without a write-ahead log can be read on a full disk too. SQLite creates files beside a database whose
-    header says that it has such a log, and the header of a copy says so.
+    A database without a write-ahead log can also be read on a full disk. If the header of a database says that it has
+    such a log, SQLite creates files beside it. The header of a copy says so.
     """
     log = path.with_name(f"{path.name}-wal")
     alone = not (log.exists() and log.stat().st_size)
@@ -107,9 +107,9 @@ def opened_to_read(path: Path) -> sqlite3.Connection:
 
 
 def put_in_place(copy: Path, path: Path) -> Path | None:
-    """Make ``path`` a copy of the database ``copy``; an existing file is renamed, and its new name returned.
+    """Make ``path`` a copy of the database ``copy``. An existing file is renamed, and its new name returned.
 
-    Blocks. On a failure everything is as before. Raises OSError.
+    Blocks. If a step fails, nothing has changed. Raises OSError.
     """
     made = path.with_name(f"{path.name}.new")
     try:
@@ -123,7 +123,7 @@ def put_in_place(copy: Path, path: Path) -> Path | None:
 
 
 def set_file_aside(path: Path) -> Path | None:
-    """Rename a database, with the files that belong to it, to a name that says when; None if there is none."""
+    """Rename a database and the files that belong to it. The new name has the time; None if there is no database."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     aside = path.with_name(f"{path.name}.{stamp}")
     for ending in ("-wal", "-shm", ""):

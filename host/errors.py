@@ -1,6 +1,6 @@
-"""The one hierarchy of errors; ``cri/errors.py`` maps each kind to its gRPC code.
+"""The hierarchy of errors. ``cri/errors.py`` maps each kind to a gRPC code.
 
-A message says what was tried on which object and, where a person can do something about it, what to do.
+A message says what was tried on which object, and what a person can do about the error.
 """
 
 from __future__ import annotations
@@ -10,37 +10,37 @@ from collections.abc import Sequence
 
 
 class PodkeelError(Exception):
-    """Any error that Podkeel raises on purpose. Without a more exact kind it is an internal error."""
+    """Any error that Podkeel raises on purpose. This class itself is an internal error."""
 
     @property
     def message(self) -> str:
-        """The sentence for the client."""
+        """The text for the client."""
         return str(self.args[0]) if self.args else type(self).__name__
 
     def add_context(self, context: str) -> None:
-        """Add ``context`` before the message. The kind of the error, and the reason that kubelet matches, stay."""
+        """Put ``context`` before the message. The kind of the error, and the reason that kubelet matches, stay."""
         self.args = (f"{context}: {self.args[0]}" if self.args else context,)
 
 
 def printable(text: str) -> str:
-    """The text; bytes of file names that are not UTF-8 (os.fsdecode) are escaped."""
+    """The text with escapes for bytes of file names that are not UTF-8 (os.fsdecode)."""
     return text.encode(errors="backslashreplace").decode()
 
 
 class NotFoundError(PodkeelError):
-    """The object named by the request does not exist."""
+    """The object that the request names does not exist."""
 
 
 class InvalidArgumentError(PodkeelError):
-    """The request itself is wrong, regardless of the state of the node."""
+    """The request is wrong in any state of the node."""
 
 
 class WrongStateError(PodkeelError):
-    """The object exists but is not in a state that allows the request."""
+    """The object exists, but its state does not allow the request."""
 
 
 class AlreadyExistsError(PodkeelError):
-    """The object to be made exists with another configuration."""
+    """The object to be created exists with another configuration."""
 
 
 class LimitError(PodkeelError):
@@ -48,19 +48,19 @@ class LimitError(PodkeelError):
 
 
 class NoSpaceError(LimitError):
-    """A disk is full, or a quota of it."""
+    """A disk is full, or its quota is used up."""
 
 
 class NodeLimitError(LimitError):
-    """The node has no more processes or namespaces now; trying again later may help."""
+    """The node has no more processes or namespaces now. A later try may succeed."""
 
 
 class DeadlineError(PodkeelError):
-    """The work did not finish in its time."""
+    """The work took longer than its time limit."""
 
 
 class UnsupportedError(PodkeelError):
-    """Podkeel, this kernel or this OCI runtime cannot do what was asked."""
+    """Podkeel, this kernel or this OCI runtime does not support the request."""
 
 
 class PermissionDeniedError(PodkeelError):
@@ -68,7 +68,7 @@ class PermissionDeniedError(PodkeelError):
 
 
 class UnavailableError(PodkeelError):
-    """Something this request depends on cannot be reached now; trying again may help."""
+    """Something that this request depends on cannot be reached now. A later try may succeed."""
 
 
 class KubeletReasonError(PodkeelError):
@@ -80,7 +80,7 @@ class KubeletReasonError(PodkeelError):
 
     @property
     def message(self) -> str:
-        """The sentence for the client. It always begins with the reason, even if context was added in front."""
+        """The text for the client. It always begins with the reason, even if context was added in front."""
         return f"{self.reason}: {super().message}"
 
 

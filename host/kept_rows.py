@@ -1,6 +1,7 @@
-"""Copies of the store's rows in files, from which a lost store is restored.
+"""Copies of the store's rows in files. A lost store is restored from them.
 
-Which rows belong to an object is said by ``Place``s: tables in the order in which they refer to each other.
+The ``Place``s of an object say which rows belong to it. They are in the order in which their tables refer to each
+other.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ _FILE_BYTES = 4 << 20
 
 
 class Place(NamedTuple):
-    """Rows of ``table`` for which ``condition`` holds, an SQL expression in which ``?1`` is the object's id.
+    """Rows of ``table`` that match ``condition``, an SQL expression in which ``?1`` is the object's id.
 
-    Where such a row is in the store already when it is put back, the columns ``newer`` are taken from the kept one.
-    ``stands_for`` is for a table whose key is a number that the store assigned: it names the column that identifies the
-    object. An older store may have assigned another number. Then the kept number counts, also in ``referring``, a table
-    and a column.
+    If such a row is in the store already when it is restored, the columns ``newer`` are taken from the kept row.
+
+    ``identified_by`` is for a table whose key is a number that the store assigned. It names the column that identifies
+    the object. An older store may have assigned another number. Then the kept number is used, also in ``referring``, a
+    table and a column.
     """
 
     table: str
     condition: str
     newer: tuple[str, ...] = ()
-    stands_for: str = ""
+    identified_by: str = ""
     referring: tuple[str, str] = ("", "")
 
 
@@ -40,9 +42,9 @@ class _Rows(msgspec.Struct):
 
 
 def keep(connection: sqlite3.Connection, places: Sequence[Place], key: str, file: Path) -> bool:
-    """Write an object's rows to ``file``, whole or not at all; False if its folder is gone.
+    """Write an object's rows to ``file``, all or nothing. False if its folder is gone.
 
-    Raises OSError, sqlite3.Error, and PodkeelError for more than fits.
+    Raises OSError, sqlite3.Error, and PodkeelError if the rows are too large.
     """
     found = []
     for place in places:
@@ -51,7 +53,7 @@ def keep(connection: sqlite3.Connection, places: Sequence[Place], key: str, file
         found.append(_Rows(place.table, columns, [list(row) for row in cursor]))
     content = msgspec.msgpack.encode(found)
     if len(content) > _FILE_BYTES:
-        raise PodkeelError(f"its rows take {len(content)} bytes, {_FILE_BYTES} at most are kept")
+        raise PodkeelError(f"its rows take {len(content)} bytes: the limit is {_FILE_BYTES}")
     made = file.with_name(f"{file.name}.new")
     try:
         made.write_bytes(content)
@@ -62,10 +64,10 @@ def keep(connection: sqlite3.Connection, places: Sequence[Place], key: str, file
     return True
 
 
-def put_back(connection: sqlite3.Connection, places: Sequence[Place], file: Path) -> None:
-    """Put the rows of ``file`` into a store that may have some of them; all or none.
+def restore_rows(connection: sqlite3.Connection, places: Sequence[Place], file: Path) -> None:
+    """Restore the rows of ``file`` in a store that may have some of them, all or nothing.
 
-    Raises OSError, sqlite3.Error and ValueError for a file that is not what ``keep`` wrote.
+    Raises OSError, sqlite3.Error, and ValueError for a file that ``keep`` did not write.
     """
     known = {place.table: place for place in places}
     kept = _read(file)
@@ -81,7 +83,7 @@ def put_back(connection: sqlite3.Connection, places: Sequence[Place], file: Path
 
 
 def kept_value(file: Path, table: str, column: str) -> object:
-    """The value of a column in the first row of a table, as ``file`` has it; None if it has none."""
+    """The value of a column in the first row of a table in ``file``; None if there is none."""
     try:
         rows = next(rows for rows in _read(file) if rows.table == table)
         return rows.rows[0][rows.columns.index(column)]
@@ -109,30 +111,30 @@ def _insert(connection: sqlite3.Connection, known: Mapping[str, Place], rows: _R
     for row in rows.rows:
         if len(row) != len(rows.columns):
             raise ValueError(f"a row of the table {rows.table!r} has {len(row)} values")
-        if place.stands_for:
+        if place.identified_by:
             key = next(name for name, _, _, _, in_key in there if in_key)
-            if not {key, place.stands_for} <= set(rows.columns):
-                raise ValueError(f"a row of the table {rows.table!r} has no {key} or no {place.stands_for}")
-            number, value = (row[rows.columns.index(name)] for name in (key, place.stands_for))
+            if not {key, place.identified_by} <= set(rows.columns):
+                raise ValueError(f"a row of the table {rows.table!r} has no {key} or no {place.identified_by}")
+            number, value = (row[rows.columns.index(name)] for name in (key, place.identified_by))
             _give_number(connection, place, key, number, value)
         connection.execute(statement, [row[index] for index in taken])
 
 
 def _give_number(connection: sqlite3.Connection, place: Place, key: str, number: object, value: object) -> None:
-    """Change rows of the store so that the object of ``value`` has this number, and no other object has it."""
+    """Change rows of the store so that the object with ``value`` has this number, and no other object has it."""
     table = place.table
     select = f"SELECT {key} FROM {table} WHERE"
-    taken = connection.execute(f"{select} {key} = ? AND {place.stands_for} <> ?", (number, value)).fetchone()
+    taken = connection.execute(f"{select} {key} = ? AND {place.identified_by} <> ?", (number, value)).fetchone()
     if taken is not None:
         (free,) = connection.execute(f"SELECT max({key}) + 1 FROM {table}").fetchone()
         _renumber(connection, place, key, number, free)
-    other = connection.execute(f"{select} {place.stands_for} = ? AND {key} <> ?", (value, number)).fetchone()
+    other = connection.execute(f"{select} {place.identified_by} = ? AND {key} <> ?", (value, number)).fetchone()
     if other is not None:
         _renumber(connection, place, key, other[0], number)
 
 
 def _renumber(connection: sqlite3.Connection, place: Place, key: str, old: object, new: object) -> None:
-    """Change the key of a row. The rows that refer to it are removed meanwhile."""
+    """Change the key of a row. The rows that refer to it are deleted before and inserted after that."""
     table, column = place.referring
     cursor = connection.execute(f"SELECT * FROM {table} WHERE {column} = ?", (old,))
     columns = [name for name, *_ in cursor.description]

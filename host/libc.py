@@ -1,4 +1,4 @@
-"""System calls for which Python has no function. Each releases the GIL and raises ``OSError`` that names its object."""
+"""System calls that Python does not offer. Each releases the GIL, and raises ``OSError`` that names its object."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 
-TYPE_CHECKING = False  # as type checkers know it: a worker that has to start quickly imports this, and typing is slow
+TYPE_CHECKING = False  # for type checkers; a worker that must start quickly imports this, and importing typing is slow
 if TYPE_CHECKING:
     from typing import Any
 
@@ -59,11 +59,11 @@ def setns(descriptor: int, kind: int) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Give the calling thread new namespaces (unshare(2)). Raises OSError, EUSERS if the limit of them is reached."""
+    """Move the calling thread to new namespaces (unshare(2)). Raises OSError: EUSERS if their limit is reached."""
     try:
         _check(_libc.unshare(flags), f"flags {flags:#x}")
     except OSError as error:
-        if error.errno != errno.ENOSPC:  # ENOSPC does not mean a full disk here
+        if error.errno != errno.ENOSPC:  # here ENOSPC means the limit of namespaces
             raise
         message = "the node has no more namespaces: raise the limits in /proc/sys/user (user.max_*_namespaces)"
         raise OSError(errno.EUSERS, message) from error
@@ -75,23 +75,23 @@ def sethostname(name: str) -> None:
     _check(_libc.sethostname(encoded, len(encoded)), name)
 
 
-def keep_room(descriptor: int, size: int) -> None:
-    """Reserve space on the disk for the first ``size`` bytes of a file, whose own size stays. Raises OSError."""
+def reserve_space(descriptor: int, size: int) -> None:
+    """Reserve disk space for the first ``size`` bytes of a file without changing its size. Raises OSError."""
     _check(_libc.fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, 0, size), f"descriptor {descriptor}")
 
 
 def set_file_user(uid: int, gid: int) -> None:
-    """Give the calling thread, and no other, a user's rights on files (setfsuid(2), setfsgid(2))."""
+    """Give the calling thread only a user's rights on files (setfsuid(2), setfsgid(2))."""
     _libc.setfsgid(gid)
-    _libc.setfsuid(uid)  # last, as it takes the capabilities away that override permissions
+    _libc.setfsuid(uid)  # last, because it drops the capabilities that override permissions
     if _libc.setfsuid(-1) != uid or _libc.setfsgid(-1) != gid:
         raise PermissionError(f"the thread cannot work as user {uid} and group {gid}")
 
 
 def limit_heap_arenas(count: int) -> None:
-    """Have all threads allocate from ``count`` heaps (mallopt(3)), where the C library is glibc.
+    """Make all threads allocate from ``count`` heaps (mallopt(3)), if the C library is glibc.
 
-    Otherwise each thread gets its own heap, which keeps the most that it ever held.
+    Otherwise each thread gets its own heap, which never becomes smaller.
     """
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_M_ARENA_MAX, count)
@@ -103,17 +103,17 @@ def set_child_subreaper() -> None:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends (prctl PR_SET_PDEATHSIG)."""
+    """Make the kernel kill this process when the thread that started it ends (prctl PR_SET_PDEATHSIG)."""
     _check(_libc.prctl(1, 9, 0, 0, 0), "parent death signal")
 
 
 def forbid_new_privileges() -> None:
-    """No program that this process executes gets more rights than it has (prctl PR_SET_NO_NEW_PRIVS)."""
+    """Programs that this process executes get no more rights than it has (prctl PR_SET_NO_NEW_PRIVS)."""
     _check(_libc.prctl(38, 1, 0, 0, 0), "no_new_privs")
 
 
 def install_seccomp_filter(compiled: bytes) -> None:
-    """Put this process, which has no_new_privs, permanently under a filter of host/seccomp.py."""
+    """Install a filter of host/seccomp.py in this process permanently. The process must have no_new_privs."""
     code = ctypes.create_string_buffer(compiled, len(compiled))
     program = _FilterProgram(len(compiled) // 8, ctypes.addressof(code))
     _check(_libc.prctl(22, 2, ctypes.addressof(program), 0, 0), "seccomp filter")
@@ -134,7 +134,7 @@ def set_capabilities(kept: int) -> None:
 
 
 def syscall(number: int, *arguments: Any) -> int:
-    """Any system call by number (syscall(2))."""
+    """Make any system call by number (syscall(2))."""
     return _check(_libc.syscall(ctypes.c_long(number), *arguments), f"system call {number}")
 
 
@@ -144,10 +144,10 @@ _SYSFS_MAGIC = 0x62656572
 
 
 def is_kernel_filesystem(descriptor: int) -> bool:
-    """Whether a descriptor, of any kind, is of a proc(5) or sysfs(5) file system (fstatfs(2)); False for a negative."""
+    """Whether a descriptor is on a proc(5) or sysfs(5) file system (fstatfs(2)). False for a negative number."""
     if descriptor < 0:
         return False
-    buffer = ctypes.create_string_buffer(256)  # struct statfs, which is smaller and begins with f_type
+    buffer = ctypes.create_string_buffer(256)  # struct statfs is smaller, and begins with f_type
     _check(_libc.fstatfs(descriptor, buffer), f"descriptor {descriptor}")
     kind = int.from_bytes(buffer.raw[:_STATFS_TYPE_BYTES], sys.byteorder)
     return kind in (_PROC_SUPER_MAGIC, _SYSFS_MAGIC)
@@ -163,9 +163,9 @@ _OPENAT2_ATTEMPTS = 64
 
 
 def openat2(folder: int, path: bytes, flags: int, resolve: int) -> int:
-    """A descriptor of ``path``, which starts at the open ``folder``, found as ``resolve`` says (openat2(2)).
+    """Open ``path``, which starts at the open ``folder``, with the restrictions ``resolve`` (openat2(2)).
 
-    Raises OSError. EAGAIN says that something was renamed or mounted meanwhile, anywhere on the node: it tries again.
+    Raises OSError. For EAGAIN it tries again: an object was renamed or mounted meanwhile, anywhere on the node.
     """
     how = (ctypes.c_uint64 * 3)(flags | os.O_CLOEXEC, 0, resolve)
     size = ctypes.c_size_t(ctypes.sizeof(how))
@@ -201,9 +201,9 @@ _MOUNT_ATTR_IDMAP = 0x00100000
 
 
 def clone_tree(path: str, *, recursive: bool = False) -> int:
-    """A descriptor of a new, detached bind mount of ``path``, itself no symbolic link (open_tree(2)).
+    """A descriptor of a new, detached bind mount of ``path``, which must not be a symbolic link (open_tree(2)).
 
-    ``recursive``: with what is mounted below it.
+    ``recursive``: with the mounts below it.
     """
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_SYMLINK_NOFOLLOW | (_AT_RECURSIVE if recursive else 0)
     return _check(
@@ -212,7 +212,7 @@ def clone_tree(path: str, *, recursive: bool = False) -> int:
 
 
 def map_ids(mount_descriptor: int, user_namespace: int, name: str) -> None:
-    """Show the files of a detached mount with the ids of a user namespace (mount_setattr(2)).
+    """Map the owners of a detached mount by a user namespace (mount_setattr(2)).
 
     ``name`` is the mounted folder, for the error.
     """
@@ -225,7 +225,7 @@ def map_ids(mount_descriptor: int, user_namespace: int, name: str) -> None:
 
 
 def set_propagation(mount_descriptor: int, propagation: int, name: str) -> None:
-    """Make a detached mount and all below it private or a slave (MS_PRIVATE, MS_SLAVE; mount_setattr(2))."""
+    """Make a detached mount and all mounts below it private or slave (MS_PRIVATE, MS_SLAVE; mount_setattr(2))."""
     attributes = _MountAttributes(propagation=propagation)
     _set_attributes(mount_descriptor, attributes, _AT_EMPTY_PATH | _AT_RECURSIVE, name)
 
@@ -245,7 +245,7 @@ def _set_attributes(mount_descriptor: int, attributes: _MountAttributes, flags: 
 
 
 def attach_mount(mount_descriptor: int, target: str) -> None:
-    """Put a detached mount on the folder ``target`` (move_mount(2))."""
+    """Attach a detached mount to the folder ``target`` (move_mount(2))."""
     _check(
         _libc.syscall(
             ctypes.c_long(_MOVE_MOUNT),
@@ -260,10 +260,10 @@ def attach_mount(mount_descriptor: int, target: str) -> None:
 
 
 def leave_session_keyring() -> None:
-    """Give the calling thread, and what it starts from now on, an empty session keyring (keyrings(7)).
+    """Give the calling thread, and what it starts later, an empty session keyring (keyrings(7)).
 
-    crun executes commands in containers with the session keyring it was started with, and in it would be the keys of
-    the session that started the agent. A kernel without keyrings is no error.
+    crun executes commands in containers with its own session keyring. Otherwise that would have the keys of the session
+    that started the agent. A kernel without keyrings is no error.
     """
     try:
         syscall(_KEYCTL, ctypes.c_int(_JOIN_SESSION_KEYRING), None)

@@ -1,7 +1,7 @@
 """A TCP listener for unknown clients.
 
-A connection must be admitted within some seconds, and if too many wait, the oldest is closed. So idle clients do not
-keep others out (sshd's LoginGraceTime and MaxStartups).
+A connection must be admitted within some seconds. If too many wait, the oldest is closed. So idle clients do not keep
+others out (as sshd's LoginGraceTime and MaxStartups).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import ssl
 from collections.abc import Callable
 
-# Connections accepted in one turn of the loop: data of earlier connections is read in between.
+# Connections that are accepted in one turn of the loop. Data of earlier connections is read between two turns.
 _ACCEPTS_AT_ONCE = 32
 # Seconds until the next try if no descriptor is left.
 _RETRY_SECONDS = 0.2
@@ -25,7 +25,7 @@ _NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class PendingConnection:
-    """A connection that has not shown what it is for: its protocol calls ``admit``, or ``forget`` once it is closed."""
+    """A connection that is not admitted yet. Its protocol calls ``admit``, or ``forget`` once it is closed."""
 
     def __init__(
         self, listener: Listener, accepted: socket.socket, task: asyncio.Task[asyncio.Transport], grace: float
@@ -37,16 +37,16 @@ class PendingConnection:
         task.add_done_callback(self._on_connected)
 
     def admit(self) -> None:
-        """Admit the connection: it is not closed any more."""
+        """Admit the connection: the listener no longer closes it."""
         self.forget()
 
     def forget(self) -> None:
-        """Stop counting the connection among those that wait."""
+        """No longer count the connection among those that wait."""
         self._timer.cancel()
         self._listener.forget(self)
 
     def drop(self) -> None:
-        """Close it at once."""
+        """Close the connection at once."""
         self.forget()
         if self._task.done() and not self._task.cancelled() and self._task.exception() is None:
             self._task.result().abort()
@@ -54,7 +54,7 @@ class PendingConnection:
             self._task.cancel()
 
     def _on_connected(self, task: asyncio.Task[asyncio.Transport]) -> None:
-        if task.cancelled() or task.exception() is not None:  # the client left, or does not use TLS
+        if task.cancelled() or task.exception() is not None:  # the client disconnected, or does not use TLS
             self._accepted.close()
             self.forget()
 
@@ -62,8 +62,8 @@ class PendingConnection:
 class Listener:
     """Accepts connections for ``make_protocol``, which is called for each with its ``PendingConnection``.
 
-    A connection that is not admitted within ``grace`` seconds is closed (the TLS handshake counts), and so is the
-    oldest where more than ``pending_limit`` wait to be admitted. ``name`` is for the log.
+    A connection that is not admitted within ``grace`` seconds is closed (the TLS handshake counts). If more than
+    ``pending_limit`` wait to be admitted, the oldest is closed. ``name`` is for the log.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Listener:
         self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
 
     async def start(self, host: str, port: int) -> int:
-        """Listen on the addresses of ``host``; the port, which the system chooses for 0. Raises OSError."""
+        """Listen on the addresses of ``host``. Returns the port, which the system chooses for 0. Raises OSError."""
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         try:
@@ -106,11 +106,11 @@ class Listener:
 
     @property
     def pending(self) -> int:
-        """How many connections are not admitted yet."""
+        """The number of connections that are not admitted yet."""
         return len(self._pending)
 
     def close(self) -> None:
-        """Take no more connections and close those that are not admitted."""
+        """Accept no more connections, and close those that are not admitted."""
         loop = asyncio.get_running_loop()
         for timer in self._retries.values():
             timer.cancel()
@@ -122,7 +122,7 @@ class Listener:
             connection.drop()
 
     def forget(self, connection: PendingConnection) -> None:
-        """Count a connection no more."""
+        """No longer count a connection."""
         self._pending.pop(connection, None)
 
     def _accept(self, listening: socket.socket) -> None:
@@ -156,7 +156,7 @@ class Listener:
         return transport
 
     def _wait_for_resources(self, listening: socket.socket, error: OSError) -> None:
-        """Close the connection that waits longest, and try again after a moment. Log the problem when it begins."""
+        """Close the connection that waits longest, and try again after a moment. Log only the first failure."""
         loop = asyncio.get_running_loop()
         if listening not in self._retries:
             _log.error("%s: connections cannot be accepted: %s", self._name, error.strerror)
@@ -168,7 +168,7 @@ class Listener:
 
 
 def _listening(family: int, address: tuple[object, ...]) -> socket.socket:
-    # asyncio sets TCP_NODELAY only where the protocol is named.
+    # asyncio sets TCP_NODELAY only if the socket was made with the number of the protocol.
     listening = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""Spawning external commands (vfork-style, posix_spawn) and noticing exits through pidfds."""
+"""Starts external commands (posix_spawn, like vfork), and notices exits by pidfds."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from host.errors import CommandError, DeadlineError, UnavailableError
 
 OUTPUT_LIMIT = 16 * 1024 * 1024
 _CHUNK = 256 * 1024
-# How long the end of a process is waited for that was killed.
-_HELD_SECONDS = 5.0
+# How long to wait for the end of a killed process.
+_END_SECONDS = 5.0
 _PF_EXITING = 0x4  # include/linux/sched.h
 
 
 class ProcessName(msgspec.Struct, frozen=True):
-    """A process, identified also after its end: pid and start time in clock ticks since boot."""
+    """A process, identified also after its end: its pid, and its start time in clock ticks since boot."""
 
     pid: int
     started: int
@@ -38,7 +38,7 @@ class ProcessName(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """How a command ended: ``status`` is its exit status, or minus the signal that killed it."""
+    """The result of a command: ``status`` is its exit status, or minus the signal that killed it."""
 
     status: int
     stdout: bytes
@@ -54,12 +54,12 @@ def spawn(
 ) -> int:
     """Start ``command`` in a new session and return its pid.
 
-    ``descriptors`` maps the child's descriptor numbers to ours; of 0, 1 and 2 those not mapped are /dev/null;
-    everything else is closed in the child. ``title`` is shown instead of the program's path in process lists. Raises
-    UnavailableError when the program is missing, OSError otherwise.
+    ``descriptors`` maps descriptor numbers of the child to numbers of this process. Of 0, 1 and 2, those without an
+    entry are /dev/null. All others are closed in the child. ``title`` is shown in process lists instead of the
+    program's path. Raises UnavailableError if the program is missing, OSError for other errors.
     """
     with contextlib.ExitStack() as stack:
-        # Numbers the child wants may be numbers of ours that are still to be copied: all go through high copies first.
+        # A number for the child may be a number here that is copied later: all are copied to high numbers first.
         lifted: dict[int, int] = {}
         for child, ours in (descriptors or {}).items():
             lifted[child] = _lift(ours)
@@ -67,19 +67,19 @@ def spawn(
         try:
             return posix_spawn(command, title or command[0], os.environ if environment is None else environment, lifted)
         except FileNotFoundError as error:
-            # No NotFoundError: a caller that removes an object would treat it as removed already.
+            # Not NotFoundError: a caller that removes an object would take it as removed already.
             raise UnavailableError(f"program {command[0]!r} is not installed or not on the PATH") from error
 
 
-async def spawn_aside(
+async def spawn_in_thread(
     command: Sequence[str],
     *,
     environment: Mapping[str, str] | None = None,
     descriptors: Mapping[int, int] | None = None,
 ) -> int:
-    """Like ``spawn``, from a thread, so that the loop need not wait for the child to begin its program.
+    """As ``spawn``, but in a thread, so that the loop does not wait until the child executes its program.
 
-    When the caller is cancelled meanwhile, the child is killed and reaped.
+    If the caller is cancelled meanwhile, the child is killed and reaped.
     """
     work = partial(spawn, command, environment=environment, descriptors=descriptors)
     spawned = asyncio.ensure_future(in_thread(work))
@@ -98,12 +98,12 @@ def _lift(descriptor: int) -> int:
 
 
 def open_child(pid: int) -> int:
-    """A pidfd for a child that was just started. Raises OSError if the kernel gives none; the child is killed and
-    reaped then."""
+    """A pidfd for a child that was just started. If the kernel does not return one, raises OSError after killing and
+    reaping the child."""
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError:
-        raise  # it was reaped elsewhere, and its pid may belong to another process
+        raise  # it was reaped elsewhere, so its pid may belong to another process
     except OSError:
         _end_child(pid)
         raise
@@ -115,7 +115,7 @@ def _end_child(pid: int) -> None:
 
 
 def watch_exit(pidfd: int, callback: Callable[[], None]) -> None:
-    """Call ``callback`` once on the running loop when the process of ``pidfd`` has ended; the descriptor stays open."""
+    """Call ``callback`` once on the running loop when the process of ``pidfd`` has ended. The descriptor stays open."""
     loop = asyncio.get_running_loop()
 
     def ended() -> None:
@@ -126,7 +126,7 @@ def watch_exit(pidfd: int, callback: Callable[[], None]) -> None:
 
 
 async def wait_ended(pidfd: int) -> None:
-    """Wait until the process of ``pidfd`` has ended. No other watcher may use this descriptor."""
+    """Wait until the process of ``pidfd`` has ended. The descriptor must have no other watcher."""
     ended = asyncio.Event()
     watch_exit(pidfd, ended.set)
     try:
@@ -136,9 +136,9 @@ async def wait_ended(pidfd: int) -> None:
 
 
 async def end_child(pid: int, pidfd: int) -> int | None:
-    """SIGKILL to a child and its process group; waits for its end, also when the caller is cancelled meanwhile.
+    """Send SIGKILL to a child and its process group, and wait for its end, even if the caller is cancelled meanwhile.
 
-    Closes ``pidfd``. Returns how it ended, as ``reap`` does; None if the kernel held it for seconds: it is collected
+    Closes ``pidfd``. Returns how it ended, as ``reap`` does. None if the kernel kept it for seconds: then it is reaped
     when it ends.
     """
     kill_group(pid)
@@ -153,12 +153,12 @@ async def _collect_killed(pidfd: int) -> int | None:
         os.close(pidfd)
 
     watch_exit(pidfd, collect)
-    await asyncio.wait({ended}, timeout=_HELD_SECONDS)
+    await asyncio.wait({ended}, timeout=_END_SECONDS)
     return ended.result() if ended.done() else None
 
 
 def start_time(pid: int) -> int | None:
-    """Start time in clock ticks since boot, which with the pid identifies a process; None if gone or dead."""
+    """Start time in clock ticks since boot, which identifies a process together with the pid. None if it has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             fields = stat.read().rpartition(b")")[2].split()
@@ -168,7 +168,7 @@ def start_time(pid: int) -> int | None:
 
 
 def state(pid: int) -> bytes:
-    """The state of a process as proc(5) has it, such as ``T`` for one that was stopped; empty if it is gone."""
+    """The state of a process in proc(5), such as ``T`` for a stopped one. Empty if it is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             return stat.read().rpartition(b")")[2].split()[0]
@@ -177,9 +177,10 @@ def state(pid: int) -> bytes:
 
 
 def has_ended(process: ProcessName) -> bool:
-    """Whether the process is gone, or on its way out.
+    """Whether the process is gone or exiting.
 
-    The init of a PID namespace stays for a time: the kernel first ends all others in it, and waits for their parents.
+    The init of a PID namespace exits slowly: the kernel first kills all other processes in it and waits until their
+    parents have reaped them.
     """
     try:
         with open(f"/proc/{process.pid}/stat", "rb") as stat:
@@ -190,7 +191,7 @@ def has_ended(process: ProcessName) -> bool:
 
 
 def open_process(pid: int, started: int | None) -> int | None:
-    """A pidfd for the live process of that pid and start time (any, if None); None if it is gone or another one."""
+    """A pidfd for the live process with that pid and start time (None: any). None if it is gone or has another one."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -205,13 +206,13 @@ def open_process(pid: int, started: int | None) -> int | None:
 
 
 def open_namespace(pid: int, started: int, kind: str) -> int | None:
-    """A descriptor of the namespace of ``kind`` of the live process of that pid and start time; None if it is gone."""
+    """A descriptor of a namespace of the live process with that pid and start time. None if it is gone."""
     pidfd = open_process(pid, started)
     if pidfd is None:
         return None
     try:
         descriptor = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
-        try:  # it has not been another one's if the process still has its pid
+        try:  # if the process still has the pid, the opened namespace is its own
             signal.pidfd_send_signal(pidfd, 0)
         except ProcessLookupError:
             os.close(descriptor)
@@ -224,28 +225,28 @@ def open_namespace(pid: int, started: int, kind: str) -> int | None:
 
 
 def kill_group(pid: int) -> None:
-    """SIGKILL to the process group led by ``pid``."""
+    """Send SIGKILL to the process group that ``pid`` leads."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def end_group(leader: int, seconds: float = 5.0) -> None:
-    """SIGKILL to the process group led by ``leader``, and wait up to ``seconds`` until none of it runs. Blocks.
+    """Send SIGKILL to the process group that ``leader`` leads. Wait up to ``seconds`` until all of it ended. Blocks.
 
-    A killed process may still be executing a system call that creates something.
+    A killed process may still execute a system call that creates something.
     """
     kill_group(leader)
     wait_all_ended(_members(leader), seconds)
 
 
 def wait_all_ended(pids: Iterable[int], seconds: float) -> None:
-    """Wait up to ``seconds`` until all these processes, which were killed, have ended. Blocks."""
+    """Wait up to ``seconds`` until all these killed processes have ended. Blocks."""
     deadline = time.monotonic() + seconds
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             pidfd = os.pidfd_open(pid)
             try:
-                poller = select.poll()  # select(2) takes no descriptor above 1023
+                poller = select.poll()  # select(2) cannot watch descriptors above 1023
                 poller.register(pidfd, select.POLLIN)
                 poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
             finally:
@@ -268,9 +269,9 @@ def _members(group: int) -> list[int]:
 
 
 class Collector:
-    """Gathers a pipe's bytes up to a limit; the rest is read and dropped, so that the writer never blocks.
+    """Reads a pipe and keeps its bytes up to a limit. Further bytes are dropped, so that the writer never blocks.
 
-    For ``with``; ``write_end`` is for the writer.
+    For ``with``. ``write_end`` is the writer's end.
     """
 
     def __init__(self, limit: int = OUTPUT_LIMIT) -> None:
@@ -286,7 +287,7 @@ class Collector:
             self._loop.remove_reader(self._read_end)
 
     def _pull(self) -> bool:
-        """Read once; False at the end of the stream."""
+        """Read once. False at the end of the stream."""
         try:
             chunk = os.read(self._read_end, _CHUNK)
         except BlockingIOError:
@@ -295,11 +296,11 @@ class Collector:
         return bool(chunk)
 
     def drain(self) -> None:
-        """Read the present bytes, which are fewer than one read takes, without waiting for more."""
+        """Read the bytes in the pipe, which are fewer than one read takes, without waiting for more."""
         self._pull()
 
     def close_write_end(self) -> None:
-        """Close our copy of the write end, once the writer has its own: the pipe then ends with the writer."""
+        """Close this process's copy of the write end once the writer has its own, so that the pipe ends with it."""
         if self.write_end >= 0:
             os.close(self.write_end)
             self.write_end = -1
@@ -326,11 +327,11 @@ async def run(
     limit: int = OUTPUT_LIMIT,
     on_start: Callable[[int], None] | None = None,
 ) -> Completed:
-    """Run ``command`` to its end and return its status and output (each stream cut at ``limit`` bytes).
+    """Run ``command`` to its end and return its status and output. Each stream is cut at ``limit`` bytes.
 
-    ``descriptors`` are passed on in addition to the standard ones. Output that its own children write after it ended is
-    not waited for. Past ``timeout`` seconds, or when the caller is cancelled, its whole process group is killed and
-    reaped. ``on_start`` gets the pid right after the start.
+    ``descriptors`` are passed in addition to the standard ones. Output that its children write after its end is not
+    waited for. After ``timeout`` seconds, or when the caller is cancelled, its process group is killed and reaped.
+    ``on_start`` is called with the pid right after the start.
 
     Raises:
         CommandError: it failed and ``check`` is set.
@@ -348,7 +349,7 @@ async def run(
             if stdin:
                 mapping[0] = _memory_file(stdin)
                 child_ends.callback(os.close, mapping[0])
-            pid = await spawn_aside(command, environment=environment, descriptors=mapping)
+            pid = await spawn_in_thread(command, environment=environment, descriptors=mapping)
         pidfd = open_child(pid)
         watch_exit(pidfd, lambda: None if ended.done() else ended.set_result(None))
         try:

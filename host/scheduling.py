@@ -1,4 +1,4 @@
-"""How the kernel schedules the CPU time and the I/O of a process: calls for which Python has no function."""
+"""The scheduling of a process's CPU time and I/O: system calls that Python does not offer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3
 
 _PROCESS = 1  # IOPRIO_WHO_PROCESS
 _CLASS_SHIFT = 13
-# sched_setattr, ioprio_set and ioprio_get: some architectures have their own table, all others share one.
+# sched_setattr, ioprio_set and ioprio_get: some architectures have their own numbers, all others share a table.
 _SET_SCHEDULER, _SET_IO, _GET_IO = {
     "x86_64": (314, 251, 252),
     "s390x": (345, 282, 283),
@@ -63,7 +63,7 @@ def set_scheduler(
     deadline: int = 0,
     period: int = 0,
 ) -> None:
-    """Give every thread of a process a policy of the CPU scheduler; times in nanoseconds. Raises OSError."""
+    """Set the policy of the CPU scheduler for every thread of a process. Times in nanoseconds. Raises OSError."""
     size = ctypes.sizeof(_SchedulerAttributes)
     attributes = _SchedulerAttributes(size, policy, flags, nice, priority, runtime, deadline, period)
     for thread in _threads(pid):
@@ -71,14 +71,14 @@ def set_scheduler(
 
 
 def set_io_priority(pid: int, io_class: int, priority: int) -> None:
-    """Give the I/O of every thread of a process a class (IOPRIO_CLASS_*) and a priority within it. Raises OSError."""
+    """Set the class (IOPRIO_CLASS_*) and priority of the I/O of every thread of a process. Raises OSError."""
     for thread in _threads(pid):
         value = ctypes.c_int(io_class << _CLASS_SHIFT | priority)
         libc.syscall(_SET_IO, ctypes.c_int(_PROCESS), ctypes.c_int(thread), value)
 
 
 def io_priority(pid: int) -> tuple[int, int]:
-    """The class of a process's I/O (IOPRIO_CLASS_*) and its priority within it. Raises OSError."""
+    """The class (IOPRIO_CLASS_*) and priority of a process's I/O. Raises OSError."""
     value = libc.syscall(_GET_IO, ctypes.c_int(_PROCESS), ctypes.c_int(pid))
     return value >> _CLASS_SHIFT, value & ((1 << _CLASS_SHIFT) - 1)
 

@@ -1,4 +1,4 @@
-"""Compiling filters of system calls to the kernel's own form (BPF) with libseccomp; host/libc.py installs them."""
+"""Compiles system call filters to the kernel's form (BPF) with libseccomp. host/libc.py installs them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Comparison(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The calls ``names`` get ``action`` where all ``comparisons`` hold."""
+    """The calls ``names`` get ``action`` if all ``comparisons`` hold."""
 
     names: Sequence[str]
     action: int
@@ -40,18 +40,18 @@ class Rule:
 
 
 def compile_filter(default: int, rules: Iterable[Rule], architectures: Iterable[str] = ()) -> bytes:
-    """The filter for seccomp(2); the kernel finds a call's rule by binary search where libseccomp can do that.
+    """The filter for seccomp(2). The kernel finds a call's rule by binary search, if libseccomp supports that.
 
-    ``architectures`` (such as ``x32``) are accepted besides the machine's own; calls of others end the process. Names
-    that libseccomp does not know get the default action. Raises UnavailableError where there is no libseccomp,
-    PodkeelError where it refuses something.
+    ``architectures`` (such as ``x32``) are accepted in addition to the machine's own; a call of another one kills the
+    process. Names that libseccomp does not know get the default action. Raises UnavailableError if libseccomp is
+    missing, PodkeelError if it refuses a rule.
     """
     library = _library()
     context = library.seccomp_init(default)
     if not context:
         raise PodkeelError("libseccomp made no filter")
     try:
-        library.seccomp_attr_set(context, _OPTIMIZE, _BINARY_TREE)  # older versions know no binary search
+        library.seccomp_attr_set(context, _OPTIMIZE, _BINARY_TREE)  # fails in older versions, which is no error
         for name in architectures:
             token = library.seccomp_arch_resolve_name(name.encode())
             if not token:
@@ -94,7 +94,7 @@ def _add(library: ctypes.CDLL, context: int, rule: Rule) -> None:
     array = (Comparison * len(rule.comparisons))(*rule.comparisons)
     for name in rule.names:
         number = library.seccomp_syscall_resolve_name(name.encode())
-        if number == _UNKNOWN_SYSCALL:  # newer than the library: the default action, as in the OCI runtimes
+        if number == _UNKNOWN_SYSCALL:  # newer than the library: it gets the default action, as in the OCI runtimes
             continue
         _check(library.seccomp_rule_add_array(context, rule.action, number, len(rule.comparisons), array), name)
 

@@ -1,7 +1,7 @@
-"""Named stages of an operation: their start and duration are kept.
+"""Named stages of an operation. The start and duration of each are kept.
 
-Tests make an operation fail before or after a stage by ``faults_of``. The agent's own code never calls it, and no
-option or environment variable does: without it, a stage costs two clock readings.
+Tests make an operation fail before or after a stage with ``faults_of``. The agent's own code never calls it, and no
+option or environment variable does. Without it, a stage costs two readings of the clock.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from types import TracebackType
 
 from host.errors import LimitError, PodkeelError
 
-# Called for every stage that ends, with operation, stage, seconds, and whether it failed.
+# Called with operation, stage, seconds and whether it failed, for every stage that ends.
 StageObserver = Callable[[str, str, float, bool], object]
 _observers: list[StageObserver] = []
 
-# Awaited before and after each stage with ``Operation.stage:before`` or ``Operation.stage:after``; what it raises fails
-# the stage.
+# Awaited before and after each stage with ``Operation.stage:before`` or ``Operation.stage:after``. If it raises, the
+# stage fails.
 FaultHook = Callable[[str], Awaitable[None]]
 _fault_hook: FaultHook | None = None
 
@@ -46,7 +46,7 @@ class Stage:
 
 @dataclass(slots=True)
 class Operation:
-    """One run of a named operation (``RunPodSandbox``…) on one object, with the stages it went through."""
+    """One run of a named operation (``RunPodSandbox``…) on one object, with its stages."""
 
     name: str
     subject: str = ""
@@ -59,23 +59,23 @@ class Operation:
             gathering.operations.append(self)
 
     def stage(self, name: str) -> AbstractAsyncContextManager[None]:
-        """Run the block as stage ``name``; an error that leaves it says so, keeping its kind.
+        """Run the block as the stage ``name``. An error gets the stage in its message; its kind stays.
 
-        A full disk is a LimitError, any other OSError a PodkeelError.
+        A full disk becomes a LimitError, any other OSError a PodkeelError.
         """
         return _Run(self, name, observed=True)
 
     def foreign_stage(self, name: str) -> AbstractAsyncContextManager[None]:
-        """The same with a name that is not the agent's own: it is kept with the operation, and becomes no metric."""
+        """As ``stage``, for a name that another program chose: it is kept with the operation but is no metric."""
         return _Run(self, name, observed=False)
 
     def place(self, stage: str) -> str:
-        """How errors of a stage begin."""
+        """The beginning of the errors of a stage."""
         return f"{self.subject}, step {stage}" if self.subject else f"step {stage}"
 
 
 class _Run(AbstractAsyncContextManager[None]):
-    """One stage while it runs: a class, as a generator would cost several times as much."""
+    """One running stage. A class instead of a generator, which would cost several times as much."""
 
     __slots__ = ("_begin", "_observed", "_operation", "_stage")
 
@@ -90,16 +90,16 @@ class _Run(AbstractAsyncContextManager[None]):
         _open[id(self._stage)] = self._operation, self._stage
         self._operation.stages.append(self._stage)
         self._begin = time.perf_counter()
-        await self._meet_fault("before")
+        await self._call_fault_hook("before")
 
     async def __aexit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         if error is None:
-            await self._meet_fault("after")
+            await self._call_fault_hook("after")
         self._end(error)
 
-    async def _meet_fault(self, where: str) -> None:
+    async def _call_fault_hook(self, where: str) -> None:
         if _fault_hook is not None:
             try:
                 await _fault_hook(f"{self._operation.name}.{self._stage.name}:{where}")
@@ -108,7 +108,7 @@ class _Run(AbstractAsyncContextManager[None]):
                 raise
 
     def _end(self, error: BaseException | None) -> None:
-        """Record the end, and add the stage to ``error``; raises a PodkeelError instead of an OSError."""
+        """Record the end, and add the stage to ``error``. Raises a PodkeelError instead of an OSError."""
         operation, stage = self._operation, self._stage
         _open.pop(id(stage), None)
         stage.seconds = time.perf_counter() - self._begin
@@ -137,8 +137,8 @@ def observed_by(observer: StageObserver) -> Iterator[None]:
 
 @contextmanager
 def faults_of(hook: FaultHook) -> Iterator[None]:
-    """Have all stages of this process meet the faults of ``hook`` during the block: for tests."""
-    global _fault_hook  # noqa: PLW0603 - one for the process, as the observers are
+    """Call ``hook`` before and after all stages of this process during the block. For tests only."""
+    global _fault_hook  # noqa: PLW0603 - one for the process, like the observers
     before, _fault_hook = _fault_hook, hook
     try:
         yield
@@ -148,7 +148,7 @@ def faults_of(hook: FaultHook) -> Iterator[None]:
 
 @dataclass(slots=True)
 class _Gathering:
-    """``operations`` is None after its block: tasks that outlive the block add nothing any more."""
+    """``operations`` is None after the block: tasks that outlive the block no longer add to it."""
 
     operations: list[Operation] | None
 
@@ -158,7 +158,7 @@ _gathering: ContextVar[_Gathering | None] = ContextVar("gathering", default=None
 
 @contextmanager
 def gathered_operations() -> Iterator[list[Operation]]:
-    """The operations that begin during the block in this task, and in the tasks that it starts."""
+    """The operations that begin during the block, in this task and in tasks that it starts."""
     operations: list[Operation] = []
     gathering = _Gathering(operations)
     _gathering.set(gathering)
@@ -169,10 +169,10 @@ def gathered_operations() -> Iterator[list[Operation]]:
 
 
 def failed_operations() -> list[Operation]:
-    """The last operations with a failed or cancelled stage, oldest first. Their objects may not exist any more."""
+    """The last operations with a failed or cancelled stage, oldest first. Their objects may no longer exist."""
     return list(_failed)
 
 
 def open_stages() -> list[tuple[Operation, Stage]]:
-    """The stages that run now, in the order of their starts. Any thread may ask."""
+    """The stages that are running now, in the order of their starts. Any thread may call this."""
     return list(_open.values())

@@ -1,4 +1,4 @@
-"""The child subreaper (prctl(2), PR_SET_CHILD_SUBREAPER): adopts orphaned descendants, and reaps them."""
+"""The child subreaper (prctl(2), PR_SET_CHILD_SUBREAPER): adopts orphaned descendants and reaps them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from host import libc
 from host.concurrency.threads import in_thread
 from host.processes import start_time
 
-# A caller that waits for a child has collected it long before.
+# A caller that waits for a child has reaped it long before.
 _PATIENCE = 2.0
 
 
-class Orphans:
-    """Makes orphaned processes children of this process, and reaps those that have been dead for ``patience`` seconds.
+class Subreaper:
+    """Makes orphaned processes children of this process. Reaps those that have been dead for ``patience`` seconds.
 
-    So the agent learns the exit of a process that another one started for it.
+    So the agent notices the exit of a process that another process started for it.
     """
 
     def __init__(self, patience: float = _PATIENCE) -> None:
@@ -30,12 +30,12 @@ class Orphans:
         self._dead: set[int] = set()
 
     def adopt(self) -> None:
-        """Begin, on the main thread's loop."""
+        """Begin, on the loop of the main thread."""
         libc.set_child_subreaper()
         self._loop.add_signal_handler(signal.SIGCHLD, self._schedule)
 
     async def close(self) -> None:
-        """Reap no more."""
+        """Stop reaping."""
         self._loop.remove_signal_handler(signal.SIGCHLD)
         if self._timer is not None:
             self._timer.cancel()

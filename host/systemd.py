@@ -1,4 +1,4 @@
-"""Reads what systemd passes to a service in its environment, and sends its notifications to systemd (sd_notify(3))."""
+"""Reads what systemd passes to a service in its environment, and sends notifications to systemd (sd_notify(3))."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 import time
 from collections.abc import MutableMapping
 
-# For the agent alone. With NOTIFY_SOCKET, crun and runc pass a socket to the container: they fail, or wait for a
+# Only for the agent. With NOTIFY_SOCKET, crun and runc pass a socket to the container: then they fail, or wait for a
 # message that the container never sends.
 _FOR_THIS_PROCESS = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
@@ -18,8 +18,8 @@ _MOST_DESCRIPTORS = 64
 class ServiceManager:
     """systemd, if it started this process. Otherwise notifications are dropped.
 
-    ``watchdog_seconds`` is how long systemd waits between two calls of ``alive`` before it restarts the service; 0 if
-    it does not wait for any. ``sockets`` are those that systemd listens on for the service, by their paths.
+    ``watchdog_seconds``: systemd restarts the service if ``alive`` is not called for so long; 0 if it does not watch.
+    ``sockets`` are the sockets that systemd listens on for the service, by their paths.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class ServiceManager:
 
     @classmethod
     def of_environment(cls, environment: MutableMapping[str, str] = os.environ) -> ServiceManager:
-        """The one that ``environment`` names; its variables are taken out, as child processes must not get them."""
+        """Read ``environment``. Its variables for systemd are removed, because child processes must not get them."""
         taken = {name: environment.pop(name, "") for name in _FOR_THIS_PROCESS}
         own = str(os.getpid())
         watchdog = _number(taken["WATCHDOG_USEC"]) / 1e6 if taken["WATCHDOG_PID"] in ("", own) else 0.0
@@ -44,20 +44,20 @@ class ServiceManager:
         self._send("READY=1", f"STATUS={status}")
 
     def reloading(self) -> None:
-        """Report that the configuration is read again; ``ready`` reports the end."""
+        """Report that the configuration is being read again. ``ready`` reports the end."""
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}", "STATUS=reading the configuration")
 
     def stopping(self) -> None:
-        """Report that this service ends."""
+        """Report that this service is stopping."""
         self._send("STOPPING=1", "STATUS=stopping: pods keep running")
 
     def status(self, status: str) -> None:
-        """Report what the service does, one line, if it is not the line of before."""
+        """Report in one line what the service does, unless it is the same line as before."""
         if status != self._status:
             self._send(f"STATUS={status}")
 
     def alive(self) -> None:
-        """Report that the service does its work, for WatchdogSec=."""
+        """Report that the service works, for WatchdogSec=."""
         self._send("WATCHDOG=1")
 
     def starting(self, seconds: float) -> None:
@@ -65,7 +65,7 @@ class ServiceManager:
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
     def _send(self, *assignments: str) -> None:
-        """Send a message, or drop it where systemd does not take it at once: nothing may wait for systemd."""
+        """Send a message, or drop it if systemd does not accept it at once: nothing may wait for systemd."""
         for assignment in assignments:
             name, _, value = assignment.partition("=")
             if name == "STATUS":
@@ -84,7 +84,7 @@ def _number(text: str) -> int:
 
 
 def _listening(count: int) -> dict[str, socket.socket]:
-    """The unix stream sockets among the first ``count`` descriptors passed, by path. Children get none of them."""
+    """The unix stream sockets among the first ``count`` passed descriptors, by path. Children do not inherit them."""
     found = {}
     for descriptor in range(_FIRST_DESCRIPTOR, _FIRST_DESCRIPTOR + count):
         os.set_inheritable(descriptor, False)

@@ -1,7 +1,7 @@
-"""Decodes JSON of registries, images, plugins and OCI runtimes within limits of size, depth and number of values.
+"""Decodes JSON of registries, images, plugins and OCI runtimes, with limits of size, depth and number of values.
 
-Deep nesting can make a recursive decoder fail anywhere, and a text of many small values takes fifty times its size in
-memory. So the text is checked before it is decoded, in pieces, so that other threads can run in between.
+Deep nesting can make a recursive decoder fail at any point. A text of many small values takes fifty times its size in
+memory. So the text is checked in pieces before it is decoded, and other threads can run in between.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _OTHERS = bytes(set(range(256)) - set(b"[]{},"))
 
 
 class JsonError(ValueError):
-    """The text is not JSON, or not of the form that was asked for, or exceeds a limit."""
+    """The text is not JSON, does not have the requested form, or exceeds a limit."""
 
 
 def decode(content: bytes, kind: type[T], *, most_bytes: int = MOST_BYTES, most_values: int = MOST_VALUES) -> T:
-    """``content`` as ``kind``, in msgspec's sense; JsonError for anything else.
+    """Decode ``content`` as ``kind`` (a type of msgspec). Raises JsonError.
 
-    Refused are more than ``most_bytes``, more than about ``most_values`` members and items, and more than DEEPEST
-    objects and lists within each other. More than some 32 KiB block the event loop: decode them in a thread.
+    Limits: ``most_bytes``, about ``most_values`` members and items, and DEEPEST nested objects and lists. More than
+    some 32 KiB block the event loop: decode them in a thread.
     """
     if len(content) > most_bytes:
         raise JsonError(f"it is larger than {most_bytes} bytes")
@@ -44,7 +44,7 @@ def decode(content: bytes, kind: type[T], *, most_bytes: int = MOST_BYTES, most_
 
 
 def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """The content of a regular file, also through links; OSError, or JsonError if it is larger or no such file.
+    """The content of a regular file, also through links. Raises OSError, or JsonError if it is too large or no file.
 
     A FIFO or a device is refused without waiting for it.
     """
@@ -61,12 +61,12 @@ def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
 def _check_shape(content: bytes, most_values: int) -> None:
     openings = content.count(b"[") + content.count(b"{")
     if openings <= DEEPEST and openings + content.count(b",") <= most_values:
-        return  # nothing can exceed the limits, with any content of the strings
+        return  # so short a text cannot exceed the limits
     values = depth = begin = 0
-    inside = False  # a string
+    inside = False  # inside a string
     while begin < len(content):
         piece = content[begin : begin + _PIECE]
-        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # cut in an escape
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # the piece ends inside an escape
             piece = content[begin : begin + _PIECE + 1]
         begin += len(piece)
         if b"\\" in piece:
@@ -83,6 +83,6 @@ def _check_shape(content: bytes, most_values: int) -> None:
             if depth > DEEPEST:
                 raise JsonError(f"it nests more than {DEEPEST} objects and lists within each other")
             if depth < 0:
-                return  # not JSON: the decoder gives the better message
+                return  # it is not JSON: the decoder's message is better
         if values > most_values:
-            raise JsonError(f"it holds more than {most_values} values")
+            raise JsonError(f"it has more than {most_values} values")

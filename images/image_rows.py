@@ -25,7 +25,9 @@ def readable(database: Database) -> list[tuple[str, str, int, bytes, ImageConfig
             found.append((*row, read_config(row[3], row[0]).config))
         except (PodkeelError, ValueError, TypeError) as error:
             unreadable.append(UnreadableRow("image", row[0], str(error), row))
-    database.take_out(unreadable, ("image_references", "image_id"), ("image_layers", "image_id"), ("images", "id"))
+    database.set_rows_aside(
+        unreadable, ("image_references", "image_id"), ("image_layers", "image_id"), ("images", "id")
+    )
     return found
 
 

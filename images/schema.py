@@ -14,7 +14,7 @@ _LAYERS = (
 ROWS_OF_CONTAINER = (
     Place("images", f"id IN ({_SMALL_IMAGES})"),
     Place("image_references", f"image_id IN ({_SMALL_IMAGES})"),
-    Place("layers", f"number IN ({_LAYERS})", stands_for="chain_id", referring=("image_layers", "layer")),
+    Place("layers", f"number IN ({_LAYERS})", identified_by="chain_id", referring=("image_layers", "layer")),
     Place("image_layers", f"image_id IN ({_SMALL_IMAGES})"),
     Place("snapshots", "container_id = ?1", newer=("image_id", "layers")),
 )

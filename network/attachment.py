@@ -30,14 +30,14 @@ class PortMapping(msgspec.Struct, frozen=True):
 
 
 class Bandwidth(msgspec.Struct, frozen=True):
-    """How many bits per second a pod may receive (``ingress``) and send (``egress``); 0 is as many as there are."""
+    """The rates in bits per second at which a pod may receive (``ingress``) and send (``egress``); 0 means no limit."""
 
     ingress: int = 0
     egress: int = 0
 
 
 class PodDns(msgspec.Struct, frozen=True):
-    """The resolver configuration of a pod, for plugins that serve names themselves."""
+    """The resolver configuration of a pod, for CNI plugins that answer DNS queries."""
 
     servers: tuple[str, ...] = ()
     searches: tuple[str, ...] = ()
@@ -47,8 +47,7 @@ class PodDns(msgspec.Struct, frozen=True):
 class AttachRequest(msgspec.Struct, frozen=True):
     """The configuration of a sandbox's network.
 
-    ``netns_path`` is where its network namespace is pinned. ``name``, ``namespace`` and ``uid`` are the pod's, as CNI
-    plugins learn them.
+    Its network namespace is pinned at ``netns_path``. CNI plugins get the pod's ``name``, ``namespace`` and ``uid``.
     """
 
     sandbox_id: str
@@ -62,11 +61,11 @@ class AttachRequest(msgspec.Struct, frozen=True):
 
 
 class Attachment(msgspec.Struct, frozen=True):
-    """A sandbox's connection to the network; addresses and gateways have no prefix, the primary family comes first.
+    """A sandbox's connection to the network. Addresses and gateways have no prefix; the primary family comes first.
 
-    ``limiter`` is the link through which the pod sends if its rate is limited. ``netns_path`` is where its namespace is
-    pinned; it is empty in rows of older versions. For pods of a CNI network ``host_interface`` and ``mac`` may be empty
-    and ``mtu`` 0, if the plugins did not report them.
+    If the rate at which the pod sends is limited, ``limiter`` is the link that limits it. ``netns_path`` is where its
+    namespace is pinned; it is empty in rows of older versions. For pods of a CNI network ``host_interface`` and ``mac``
+    may be empty and ``mtu`` 0, if the plugins did not report them.
     """
 
     sandbox_id: str
@@ -83,12 +82,12 @@ class Attachment(msgspec.Struct, frozen=True):
 
     @property
     def links(self) -> tuple[str, ...]:
-        """The node's links that are this pod's alone."""
+        """The links of the node that only this pod uses."""
         return (self.host_interface, self.limiter) if self.limiter else (self.host_interface,)
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """The IP versions of its addresses."""
+        """The IP versions of the pod's addresses."""
         return tuple(dict.fromkeys(ip_address(text).version for text in self.addresses))
 
     def address(self, version: int) -> str | None:
@@ -97,14 +96,14 @@ class Attachment(msgspec.Struct, frozen=True):
 
 
 def check_attachment(attachment: Attachment) -> None:
-    """Raise ValueError where what was recorded of the built-in network cannot be: links of this name are deleted."""
+    """Raise ValueError for an impossible attachment to the built-in network: links with these names are deleted."""
     for text in (*attachment.addresses, *attachment.gateways):
         ip_address(text)
     if not attachment.addresses:
         raise ValueError("it has no address")
     for name in attachment.links:
         if not _LINK.fullmatch(name):
-            raise ValueError(f"its link {name!r} is not named as those of pods are")
+            raise ValueError(f"its link {name!r} does not have the form of a pod's link")
     if not _MAC.fullmatch(attachment.mac):
         raise ValueError(f"its MAC {attachment.mac!r} is invalid")
     if attachment.interface != POD_INTERFACE:
@@ -119,12 +118,12 @@ def interface_prefix(bridge: str) -> str:
 
 
 def interface_name(bridge: str, sandbox_id: str) -> str:
-    """The name of a sandbox's host-side link: always the same, so that it can be found after a crash."""
+    """The name of a sandbox's host-side link. It is always the same, so that it can be found after a crash."""
     return interface_prefix(bridge) + hashlib.sha256(f"{bridge}/{sandbox_id}".encode()).hexdigest()[:9]
 
 
 def limiter_name(bridge: str, sandbox_id: str) -> str:
-    """The name of the link that limits what a sandbox sends: like ``interface_name``, and another one."""
+    """The name of the link that limits what a sandbox sends. It is always the same, as for ``interface_name``."""
     return interface_prefix(bridge) + hashlib.sha256(f"{bridge}/{sandbox_id}/egress".encode()).hexdigest()[:9]
 
 
@@ -136,7 +135,7 @@ def pod_mac(primary: IPv4Address | IPv6Address) -> str:
 
 
 def bridge_mac(bridge: str) -> bytes:
-    """A locally administered MAC for the bridge that never changes when ports are added or removed."""
+    """A locally administered MAC for the bridge. It does not change when ports are added or removed."""
     return b"\x0a\x5c" + hashlib.sha256(bridge.encode()).digest()[:4]
 
 

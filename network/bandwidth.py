@@ -1,8 +1,8 @@
-"""Limits on what a pod sends and receives: token buckets (tc-tbf(8)) on the pod's host-side link.
+"""Limits the rates at which a pod sends and receives: token buckets (tc-tbf(8)) on the pod's host-side link.
 
-What the pod receives leaves the node through that link and waits there. What it sends arrives through it, and arriving
-packets cannot be queued. So they are redirected to a second link (an ifb), pass its bucket, and are then handled like
-packets that just arrived.
+Packets to the pod leave the node through that link and wait in its queue. Packets from the pod arrive on it, and
+arriving packets cannot be queued. So they are redirected to a second link (an ifb). They pass its token bucket and are
+then processed like packets that have just arrived.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EGRESS_ANNOTATION = "kubernetes.io/egress-bandwidth"
 LOWEST_RATE = 1_000
 HIGHEST_RATE = 10**15
 
-# A burst of this many seconds of the rate keeps the bucket busy over late timers, and hardly counts in the average.
+# A burst of this many seconds of the rate keeps the link busy when a timer is late. It hardly changes the average.
 _BURST_SECONDS = 0.02
 _SMALLEST_BURST_PACKETS = 4
 _QUEUE_SECONDS = 0.05
@@ -49,7 +49,7 @@ _EGRESS_REDIRECT = 1  # TCA_EGRESS_REDIR
 
 
 def bandwidth_of(annotations: Mapping[str, str]) -> Bandwidth:
-    """The limits a pod's annotations ask for; raises InvalidArgumentError for what is no rate."""
+    """The limits in a pod's annotations. Raises InvalidArgumentError for a value that is not a rate."""
     return Bandwidth(
         ingress=_rate(INGRESS_ANNOTATION, annotations.get(INGRESS_ANNOTATION, "")),
         egress=_rate(EGRESS_ANNOTATION, annotations.get(EGRESS_ANNOTATION, "")),
@@ -63,23 +63,23 @@ def _rate(name: str, text: str) -> int:
         rate = quantity(text)
     except ValueError:
         raise InvalidArgumentError(
-            f"annotation {name}: {text!r} is no quantity such as 10M (bits per second)"
+            f"annotation {name}: {text!r} is not a quantity such as 10M (bits per second)"
         ) from None
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-        raise InvalidArgumentError(f"annotation {name}: {text!r} is not between 1k and 1P bits per second")
+        raise InvalidArgumentError(f"annotation {name}: {text!r} is out of range: use 1k to 1P bits per second")
     return int(rate)
 
 
 def burst_bytes(rate: int, mtu: int) -> int:
-    """How many bytes may pass at once at ``rate`` bits per second."""
+    """The number of bytes that may pass in one burst at ``rate`` bits per second."""
     smallest = _SMALLEST_BURST_PACKETS * (mtu + _ETHERNET_HEADER)
     return min(max(int(rate / 8 * _BURST_SECONDS), smallest), _LARGEST_NUMBER)
 
 
 def limit(route: NetlinkSocket, attachment: Attachment) -> None:
-    """Put the attachment's limits on its host-side link, which is there; raises OSError.
+    """Set the attachment's limits on its existing host-side link. Raises OSError.
 
-    The link ``attachment.limiter`` is made, or taken over if an attempt that was killed left it.
+    The link ``attachment.limiter`` is created. If a killed attempt left it, it is used.
     """
     bandwidth, mtu = attachment.bandwidth, attachment.mtu
     link = socket.if_nametoindex(attachment.host_interface)
@@ -122,14 +122,14 @@ def _add_ingress(index: int) -> Message:
 
 
 def _redirect_all(index: int, target: int) -> Message:
-    """Lead every packet that arrives at the link to another one (filter u32, action mirred)."""
+    """Redirect every packet that arrives on the link to another one (filter u32, action mirred)."""
     redirect = {"action": _STOLEN, "eaction": _EGRESS_REDIRECT, "ifindex": target}
     action = [
         ("TCA_ACT_KIND", "mirred"),
         ("TCA_ACT_OPTIONS", {"attrs": [("TCA_MIRRED_PARMS", redirect)]}),
     ]
     options = [
-        ("TCA_U32_SEL", {"keys": ["0x0/0x0+0"]}),  # the mask is empty: every packet matches
+        ("TCA_U32_SEL", {"keys": ["0x0/0x0+0"]}),  # an empty mask matches every packet
         ("TCA_U32_ACT", {"attrs": [("TCA_ACT_PRIO_1", {"attrs": action})]}),
     ]
     found = [("TCA_KIND", "u32"), ("TCA_OPTIONS", {"attrs": options})]

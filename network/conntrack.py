@@ -1,4 +1,4 @@
-"""Deletes conntrack entries of UDP flows to host ports, which would keep going to the earlier destination of a port."""
+"""Deletes conntrack entries of UDP flows to host ports, which would still lead to the earlier pod of a port."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _GET = nfnetlink.NFNL_SUBSYS_CTNETLINK << 8 | nfctsocket.IPCTNL_MSG_CT_GET
 _DELETE = nfnetlink.NFNL_SUBSYS_CTNETLINK << 8 | nfctsocket.IPCTNL_MSG_CT_DELETE
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 _ASKED_ONE_BY_ONE = 2
-# Anybody who can send packets to a port makes as many flows as the kernel keeps: so they are deleted many at a time,
-# with the attributes by which the kernel told of them.
+# Any sender of packets to a port can make as many flows as the kernel keeps. So many are deleted at a time, with the
+# attributes from the kernel's list.
 _DELETED_AT_ONCE = 128
 _HEAD = 4  # struct nfgenmsg
 _TUPLE, _ZONE = 1, 18  # CTA_TUPLE_ORIG, CTA_ZONE
@@ -36,12 +36,12 @@ _TUPLE_PROTOCOL, _PROTOCOL_NUMBER, _DESTINATION_PORT = 2, 1, 3  # CTA_TUPLE_PROT
 
 
 def forget_udp(netfilter: NetlinkSocket, mappings: Iterable[PortMapping], versions: Iterable[int] = (4, 6)) -> None:
-    """Delete the flows whose first packet went to one of the UDP host ports; a kernel that cannot is only logged.
+    """Delete the flows whose first packet went to one of the UDP host ports. If the kernel cannot, this is only logged.
 
     ``versions`` are the IP versions in which the pod has an address.
     """
     ports = sorted({mapping.host_port for mapping in mappings if mapping.protocol == "udp"})
-    # For each query the kernel walks all its flows, so many ports are queried together and sorted out here.
+    # The kernel walks all its flows for each query, so many ports are queried together and filtered here.
     questions: list[int | None] = [*ports] if len(ports) <= _ASKED_ONE_BY_ONE else [None]
     try:
         for port in questions:
@@ -52,7 +52,7 @@ def forget_udp(netfilter: NetlinkSocket, mappings: Iterable[PortMapping], versio
 
 
 def _forget(netfilter: NetlinkSocket, family: int, port: int | None, wanted: Collection[int]) -> None:
-    """Delete the ``wanted`` ports' flows among those to ``port`` (all UDP flows, if None)."""
+    """Delete the flows of the ``wanted`` ports among the flows to ``port`` (None: all UDP flows)."""
     protocol: list[Attribute] = [("CTA_PROTO_NUM", socket.IPPROTO_UDP)]
     flags = nfctsocket.FILTER_FLAG_CTA_PROTO_NUM
     if port is not None:
@@ -77,7 +77,7 @@ def _forget(netfilter: NetlinkSocket, family: int, port: int | None, wanted: Col
 
 
 def _is_udp_to(direction: bytes, ports: Collection[int]) -> bool:
-    """Whether that tuple of addresses and ports is UDP to one of the ports."""
+    """Whether this tuple of addresses and ports is UDP to one of the ports."""
     for kind, part in attributes(direction, ATTRIBUTE_HEADER):
         if kind == _TUPLE_PROTOCOL:
             about = {kind: whole[ATTRIBUTE_HEADER:] for kind, whole in attributes(part, ATTRIBUTE_HEADER)}

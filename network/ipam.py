@@ -1,4 +1,4 @@
-"""IPAM: the address ranges and the addresses that pods hold, in memory and in the store."""
+"""IPAM: the address ranges and the addresses that pods hold, in memory. The store has a row for each address."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _LARGEST_RANGES = 16
 
 
 def parse_ranges(cidrs: Sequence[str]) -> tuple[IPNetwork, ...]:
-    """The ranges named by ``cidrs``; raises InvalidArgumentError when one is no range that pods could use."""
+    """Parse ``cidrs``. Raises InvalidArgumentError for a range that pods cannot use."""
     if not 1 <= len(cidrs) <= _LARGEST_RANGES:
-        raise InvalidArgumentError(f"pod CIDRs: {len(cidrs)} ranges given, between 1 and {_LARGEST_RANGES} are needed")
+        raise InvalidArgumentError(f"pod CIDRs: {len(cidrs)} ranges given: give 1 to {_LARGEST_RANGES}")
     ranges = tuple(_parse_range(cidr) for cidr in cidrs)
     for position, network in enumerate(ranges):
         for other in ranges[:position]:
@@ -41,7 +41,7 @@ def _parse_range(cidr: str) -> IPNetwork:
 
 
 def gateway_of(network: IPNetwork) -> IPAddress:
-    """The address the bridge has in a range: its first."""
+    """The bridge's address in a range: the first one."""
     return network.network_address + 1
 
 
@@ -57,25 +57,25 @@ class AddressPool:
         self._next = self._first
         self._newest = 0.0
         self._taken: set[int] = set()
-        self._resting: OrderedDict[int, float] = OrderedDict()
+        self._quarantined: OrderedDict[int, float] = OrderedDict()
 
     def restore(self, address: IPAddress, allocated_at: float, released_at: float | None) -> None:
-        """Load one row of the store. Rows in quarantine must be given in the order of their release."""
+        """Load one row of the store. Rows in quarantine must be loaded in the order of their release."""
         value = int(address)
         if released_at is None:
             self._taken.add(value)
         else:
-            self._resting[value] = released_at
+            self._quarantined[value] = released_at
         if allocated_at >= self._newest:
             self._newest = allocated_at
             self._next = value + 1
 
     def allocate(self, beside: Collection[AddressPool] = ()) -> IPAddress | None:
-        """The next free address whose quarantine is over; None if there is none.
+        """The next address that is free and not in quarantine; None if there is none.
 
         Addresses that the overlapping pools ``beside`` this one hold are skipped.
         """
-        self.forget_rested()
+        self.end_quarantines()
         size = self._last - self._first + 1
         if self.held >= size:
             return None
@@ -91,31 +91,31 @@ class AddressPool:
 
     def holds(self, value: int) -> bool:
         """Whether an address is in use, in quarantine, or the gateway's."""
-        return value in self._taken or value in self._resting or value == self._first - 1
+        return value in self._taken or value in self._quarantined or value == self._first - 1
 
     @property
     def held(self) -> int:
-        """How many addresses are in use or in quarantine."""
-        return len(self._taken) + len(self._resting)
+        """The number of addresses in use or in quarantine."""
+        return len(self._taken) + len(self._quarantined)
 
-    def give_back(self, address: IPAddress) -> None:
-        """Free an address that no pod ever used; it needs no quarantine."""
+    def free_unused(self, address: IPAddress) -> None:
+        """Free an address that no pod ever used, without quarantine."""
         self._taken.discard(int(address))
 
     def release(self, address: IPAddress) -> None:
         """Put an address that a pod held into quarantine."""
         if int(address) in self._taken:
             self._taken.remove(int(address))
-            self._resting[int(address)] = time.time()
+            self._quarantined[int(address)] = time.time()
 
-    def forget_rested(self) -> None:
+    def end_quarantines(self) -> None:
         """Free the addresses whose quarantine is over. If the clock was set back, they are free at once."""
         now = time.time()
-        while self._resting:
-            value, released_at = next(iter(self._resting.items()))
+        while self._quarantined:
+            value, released_at = next(iter(self._quarantined.items()))
             if 0 <= now - released_at < self._quarantine:
                 return
-            del self._resting[value]
+            del self._quarantined[value]
 
     def is_taken(self, address: IPAddress) -> bool:
         """Whether a pod holds an address."""
@@ -123,15 +123,15 @@ class AddressPool:
 
     @property
     def taken(self) -> int:
-        """How many addresses pods hold."""
+        """The number of addresses that pods hold."""
         return len(self._taken)
 
     def __str__(self) -> str:
-        return f"{self.network} ({len(self._taken)} in use, {len(self._resting)} in quarantine)"
+        return f"{self.network} ({len(self._taken)} in use, {len(self._quarantined)} in quarantine)"
 
 
 class Ipam:
-    """Every range of the node: those for new pods, in order of preference, and older ones that pods still hold."""
+    """All ranges of the node: those for new pods in order of preference, and earlier ones with addresses of pods."""
 
     def __init__(self, ranges: Iterable[IPNetwork], quarantine: float) -> None:
         self._quarantine = quarantine
@@ -140,17 +140,17 @@ class Ipam:
         self.use(ranges)
 
     def use(self, ranges: Iterable[IPNetwork]) -> None:
-        """Give out addresses of these ranges from now on; raises WrongStateError where a pod has a gateway's address.
+        """Allocate from these ranges from now on. Raises WrongStateError if a pod has the address of a gateway.
 
-        They may overlap those before: what pods hold of them is not given out twice.
+        They may overlap the earlier ranges: no address is allocated twice.
         """
         ranges = tuple(ranges)
         for network in ranges:
             for pool in self._overlapping(network):
                 if pool.is_taken(gateway_of(network)):
                     raise WrongStateError(
-                        f"pod CIDR {network}: its gateway's address {gateway_of(network)} is that of a pod, given out "
-                        f"from {pool.network}: remove this pod first"
+                        f"pod CIDR {network}: a pod has its gateway's address {gateway_of(network)}, from the earlier "
+                        f"range {pool.network}: remove this pod first"
                     )
         self.current = ranges
         for network in ranges:
@@ -159,13 +159,13 @@ class Ipam:
     def restore(
         self, pool: str, address: str, allocated_at: float, released_at: float | None
     ) -> tuple[IPNetwork, IPAddress]:
-        """Load one row of the store. Rows in quarantine must be given in the order of their release."""
+        """Load one row of the store. Rows in quarantine must be loaded in the order of their release."""
         network, plain = ip_network(pool), ip_address(address)
         self._pool(network).restore(plain, allocated_at, released_at)
         return network, plain
 
     def allocate(self) -> list[tuple[IPNetwork, IPAddress]]:
-        """One address of each family, primary first; raises LimitError naming the ranges that are full."""
+        """One address of each family, primary first. Raises LimitError with the ranges that are full."""
         chosen: list[tuple[IPNetwork, IPAddress]] = []
         for version in dict.fromkeys(network.version for network in self.current):
             pools = [self._pools[network] for network in self.current if network.version == version]
@@ -174,24 +174,24 @@ class Ipam:
                     chosen.append((pool.network, address))
                     break
             else:
-                self.give_back(chosen)
+                self.free_unused(chosen)
                 names = ", ".join(str(pool) for pool in pools)
                 raise LimitError(
                     f"no free IPv{version} address in {names}: remove pods or give the node a larger range"
                 )
         return chosen
 
-    def give_back(self, chosen: Iterable[tuple[IPNetwork, IPAddress]]) -> None:
+    def free_unused(self, chosen: Iterable[tuple[IPNetwork, IPAddress]]) -> None:
         """Undo ``allocate``."""
         for network, address in chosen:
-            self._pools[network].give_back(address)
+            self._pools[network].free_unused(address)
 
     def release(self, network: IPNetwork, address: IPAddress) -> None:
-        """Put an address into quarantine before it is assigned again."""
+        """Put an address into quarantine."""
         self._pool(network).release(address)
 
     def in_use(self) -> tuple[IPNetwork, ...]:
-        """The ranges for new pods and those that pods still hold addresses of."""
+        """The ranges for new pods, and those of which pods still hold addresses."""
         return tuple(n for n, pool in self._pools.items() if n in self.current or pool.taken)
 
     def _overlapping(self, network: IPNetwork) -> list[AddressPool]:

@@ -1,7 +1,7 @@
-"""The netlink messages that are sent and read here (RFC 3549, rtnetlink(7)): pyroute2's message classes.
+"""The netlink messages that the agent sends and reads (RFC 3549, rtnetlink(7)): pyroute2's message classes.
 
-This is the only module that imports pyroute2. Its sockets are not used (``network/netlink_socket.py``): they need an
-event loop or a process for each network namespace, and a call for each message. docs/decisions/pyroute2.md has the
+This is the only module that imports pyroute2. Its sockets are not used (see ``network/netlink_socket.py``): they need
+an event loop or a process for each network namespace, and a call for each message. docs/decisions/pyroute2.md has the
 measurements.
 """
 
@@ -74,7 +74,7 @@ __all__ = [
     "rtnl",
 ]
 
-# A process that has gRPC loaded must not fork: any call of pyroute2 that would start a process fails.
+# A process that has loaded gRPC must not fork. With this setting any call of pyroute2 that would fork fails.
 config.child_process_mode = "off"
 
 _NLA_TYPE_MASK = 0x3FFF
@@ -83,12 +83,12 @@ _ATTRIBUTE = struct.Struct("=HH")
 ATTRIBUTE_HEADER = _ATTRIBUTE.size
 
 Attribute = tuple[str, Any]
-# A decoded message: fields by name as in a dict, attributes with ``get_attr``, None for one that is missing.
+# A decoded message: its fields are read as in a dict, its attributes with ``get_attr`` (None for a missing one).
 Answer = Any
 
 
 class Message(NamedTuple):
-    """One request: its type, flags (NLM_F_REQUEST is added), and what follows the header."""
+    """One request: its type, flags (NLM_F_REQUEST is added), and the bytes after the header."""
 
     kind: int
     flags: int
@@ -102,10 +102,10 @@ def message(
     attributes: Sequence[Attribute] = (),
     fields: Mapping[str, int] = MappingProxyType({}),
 ) -> Message:
-    """A request of the class ``layout``; raises ValueError for an attribute that the class does not know.
+    """A request of the class ``layout``. Raises ValueError for an attribute that the class does not know.
 
-    An attribute is its name and value; the value of a nested one is a dict whose ``attrs`` are attributes. pyroute2
-    itself leaves out unknown names without a word.
+    An attribute is its name and value. The value of a nested one is a dict with the attributes in ``attrs``. pyroute2
+    itself drops unknown names without an error.
     """
     encoded = layout()
     encoded.update(fields)
@@ -122,15 +122,15 @@ def _refuse_unknown(encoded: Answer) -> None:
 
 
 class _Lean:
-    """Makes pyroute2 three times as fast: fields are packed together and looked up in the message itself alone.
+    """Makes pyroute2 three times as fast: fields are packed together and only looked up in the message itself.
 
-    pyroute2 looks for an attribute of the field's name first. The message is what follows the netlink header.
+    pyroute2 would look for an attribute with the field's name first. The message begins behind the netlink header.
     """
 
     __slots__ = ()
     header = None
     prefix = None
-    # Or a class would have the compiled map of the class that it extends, if that was used first.
+    # Otherwise a class could get the compiled map of its base class, if that was used first.
     _nlmsg_base__compiled_nla = False
     __getitem__ = dict.__getitem__
     get = dict.get
@@ -157,7 +157,7 @@ class _Lean:
 
 
 class _Leaf(_Lean):
-    """An attribute with one value, packed at once; pyroute2 packs its header and value field by field."""
+    """An attribute with one value, packed in one step. pyroute2 packs header and value field by field."""
 
     __slots__ = ()
 
@@ -197,7 +197,7 @@ class _Text(_Leaf, nlmsg_atoms.asciiz):
 
 
 class _LeanAttributes(_Lean):
-    """The kinds of attributes by the names that pyroute2's maps have for them. Addresses are bytes."""
+    """The kinds of attributes by pyroute2's names for them. Addresses are bytes."""
 
     __slots__ = ()
     uint8, uint32, cdata, asciiz = _Uint8, _Uint32, _Bytes, _Text
@@ -205,7 +205,7 @@ class _LeanAttributes(_Lean):
 
 
 def attributes(body: bytes, start: int) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes of each attribute from ``start`` on, padded and with its own header; until one is too long."""
+    """Number and bytes of each attribute from ``start`` on. Ends at an attribute that is too long."""
     while start + _ATTRIBUTE.size <= len(body):
         length, kind = _ATTRIBUTE.unpack_from(body, start)
         end = start + length
@@ -216,10 +216,10 @@ def attributes(body: bytes, start: int) -> Iterator[tuple[int, bytes]]:
 
 
 class Reader:
-    """Decodes answers of the class ``layout``, and of their attributes only ``names``.
+    """Decodes answers of the class ``layout``, and only the attributes ``names``.
 
-    A link has sixty attributes, each of which pyroute2 makes into an object: all of them take ten times as long. What
-    is too short or reaches beyond the end of the answer is left out.
+    A link has sixty attributes, and pyroute2 makes an object of each: decoding all takes ten times as long. An
+    attribute that is too short, or reaches beyond the end of the answer, is left out.
     """
 
     def __init__(self, layout: type[nlmsg], *names: str) -> None:
@@ -228,7 +228,7 @@ class Reader:
         self._wanted = frozenset(number for number, row in enumerate(layout.nla_map) if row[0] in names)
 
     def __call__(self, body: bytes) -> Answer:
-        """The answer, from what follows its header; raises struct.error if it is too short."""
+        """Decode an answer from the bytes after its header. Raises struct.error if it is too short."""
         parts = [body[: self._head]]
         for kind, attribute in attributes(body, self._head):
             if kind in self._wanted:
@@ -262,7 +262,7 @@ class _Nested(_LeanAttributes, nla):
 
 
 def _rows(stock: Sequence[tuple[str, str]], *names: str) -> tuple[tuple[int, str, str], ...]:
-    """The rows of these names of a map of pyroute2, with their numbers."""
+    """The rows of a pyroute2 map with these names, and their numbers."""
     return tuple((number, name, kind) for number, (name, kind) in enumerate(stock) if name in names)
 
 
@@ -383,7 +383,7 @@ class QdiscMessage(_LeanAttributes, nlmsg):
 
 
 class _Refused(_LeanAttributes, nlmsg):
-    """An NLMSG_ERROR whose copy of the request is its header alone (NETLINK_CAP_ACK)."""
+    """An NLMSG_ERROR that has only the header of the request (NETLINK_CAP_ACK)."""
 
     __slots__ = ()
     fields = (*nlmsgerr.fields, *((f"request_{name}", kind) for name, kind in nlmsg.header))

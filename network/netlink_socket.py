@@ -1,6 +1,6 @@
 """A blocking netlink socket (RFC 3549, netlink(7)) that carries messages in batches.
 
-A socket belongs to the network namespace of the thread that opens it. Everything here blocks.
+A socket belongs to the network namespace of the thread that opens it. All functions block.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _Value = TypeVar("_Value")
 
 
 class Refusal(NamedTuple):
-    """The kernel's answer to the message at ``position`` of an exchange that it did not carry out."""
+    """The kernel's refusal of the message at ``position`` of an exchange."""
 
     position: int
     number: int
@@ -53,7 +53,7 @@ class Refusal(NamedTuple):
 
 
 class NetlinkSocket:
-    """Requests to one netlink family, in the network namespace of the thread that opens it; safe between threads."""
+    """Requests to one netlink family in the network namespace of the opening thread. Threads may share it."""
 
     def __init__(self, family: int) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, family)
@@ -74,7 +74,7 @@ class NetlinkSocket:
         return int(self._socket.getsockname()[0])
 
     def allow_large_batches(self) -> None:
-        """Allow one exchange to hold thousands of messages, each of which may be refused.
+        """Allow an exchange of thousands of messages, each of which may be refused.
 
         Needs CAP_NET_ADMIN in the initial user namespace.
         """
@@ -93,10 +93,10 @@ class NetlinkSocket:
         self.close()
 
     def exchange(self, messages: Sequence[Message], last: int = -1) -> list[Refusal]:
-        """Send all in one datagram and return what was refused, once the kernel has dealt with message ``last``.
+        """Send all messages in one datagram. Return the refusals once the kernel has processed message ``last``.
 
-        The kernel carries messages out in order and reports failures whether asked or not; success is asked for only
-        for ``last``, so that thousands of messages do not overflow the receive buffer.
+        The kernel processes messages in order and always reports failures. Success is requested only for ``last``, so
+        that the answers to thousands of messages do not overflow the receive buffer.
         """
         last %= len(messages)
         with self._lock:
@@ -110,16 +110,16 @@ class NetlinkSocket:
             return self._collect(first, first + last)
 
     def request(self, messages: Sequence[Message], tolerate: Collection[int] = ()) -> None:
-        """Exchange; raises OSError for the first refusal whose number is not in ``tolerate``."""
+        """Exchange messages. Raises OSError for the first refusal whose number is not in ``tolerate``."""
         for refusal in self.exchange(messages):
             if refusal.number not in tolerate:
                 raise refusal.error()
 
     def ask(self, question: Message, read: Callable[[bytes], _Value | None]) -> list[_Value]:
-        """What ``read`` makes of each answer, less None, as they arrive; raises OSError when the kernel refuses.
+        """The result of ``read`` for each answer, without None, as answers arrive. Raises OSError for a refusal.
 
-        ``question`` is about one object, or with NLM_F_DUMP about all: if something changes meanwhile, the answers may
-        be old or incomplete, so the kernel is asked again. ``read`` gets what follows the header.
+        ``question`` asks for one object, or with NLM_F_DUMP for all. If something changes during a dump, the answers
+        may be old or incomplete, so the dump is repeated. ``read`` gets the bytes after the header.
         """
         for _ in range(_DUMP_TRIES - 1):
             found = self._answers(question, read, whole=False)
@@ -130,7 +130,7 @@ class NetlinkSocket:
     def _answers(
         self, question: Message, read: Callable[[bytes], _Value | None], *, whole: bool
     ) -> list[_Value] | None:
-        """None if something changed before the last answer, unless ``whole``."""
+        """The answers; None if something changed before the last answer, unless ``whole``."""
         with self._lock:
             self._sequence += 1
             sequence = self._sequence
@@ -171,12 +171,12 @@ class NetlinkSocket:
             raise OSError(errno.ETIMEDOUT, f"the kernel did not answer within {_REPLY_SECONDS} s") from None
         except OSError as error:
             if error.errno == errno.ENOBUFS:
-                self._drop_answers()  # until then the kernel would drop those to the next request too
+                self._drop_answers()  # otherwise the kernel would also drop answers to the next request
             raise
         if flags & socket.MSG_TRUNC:
             raise OSError(errno.EMSGSIZE, f"the kernel's answer is longer than {_LARGEST_DATAGRAM} bytes")
         if sender != 0:
-            return  # a process may send to this socket too; the kernel's address is 0
+            return  # another process sent it: the kernel's address is 0
         offset = 0
         while offset + _HEADER.size <= len(data):
             length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)

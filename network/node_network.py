@@ -1,4 +1,4 @@
-"""The node's network: what a network does for pods, and the choice between CNI plugins and the built-in bridge."""
+"""The node's network: the interface of networks, and the choice between CNI plugins and the built-in bridge."""
 
 from __future__ import annotations
 
@@ -24,45 +24,45 @@ _log = logging.getLogger("podkeel.network")
 
 
 class Network(Protocol):
-    """The interface of networks. Every method may run any number of times concurrently."""
+    """The interface of networks. All methods may run concurrently."""
 
     async def start(self) -> None:
-        """Load the state from the store; after a stop, a crash or a reboot."""
+        """Load the state from the store, after a stop, a crash or a reboot."""
 
     async def stop(self) -> None:
-        """Release what only the agent needs; pods keep their network."""
+        """Release the agent's own resources. Pods keep their network."""
 
     def condition(self) -> Condition:
-        """Whether pods can be connected now; from memory."""
+        """Whether pods can be connected now, from memory."""
 
     def attachment(self, sandbox_id: str) -> Attachment | None:
         """The sandbox's connection; None if it has none."""
 
     async def attach(self, request: AttachRequest) -> Attachment:
-        """Connect a sandbox; all of it or nothing."""
+        """Connect a sandbox. If a step fails, all steps are undone."""
 
     async def detach(self, sandbox_id: str) -> None:
-        """Disconnect a sandbox; repeatable, also for an unknown one."""
+        """Disconnect a sandbox. May be repeated, also for an unknown sandbox."""
 
     async def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
-        """Take over the node's ranges of pod addresses, and remember them."""
+        """Use these ranges of pod addresses, and store them."""
 
     async def audit(self, live: Collection[str]) -> list[Finding]:
         """Differences between the store, the node and the ``live`` sandboxes."""
 
     async def repair(self, live: Collection[str]) -> list[Finding]:
-        """Release what belongs to no ``live`` sandbox and make what is missing; returns what was wrong."""
+        """Release what belongs to no ``live`` sandbox and create what is missing. Return what was wrong."""
 
     async def destroy(self) -> object:
-        """Take down everything."""
+        """Remove everything of this network."""
 
 
 class NodeNetwork:
-    """Connects new pods to the network that options and CNI folder say, and serves the pods of both.
+    """Connects new pods to the network that options and CNI folder select, and serves the pods of both networks.
 
-    With mode ``auto`` the folder decides at the start, and a configuration that appears later takes over for new pods.
-    If it is removed, new pods do not go back to the bridge: the removal may be part of an upgrade of the plugin. Only a
-    later start without a configuration, and without pods of it, uses the bridge again.
+    In the mode ``auto`` the folder decides at the start. A configuration that appears later is used for new pods. If it
+    is removed, new pods do not use the bridge again: the removal may be part of an upgrade of the plugin. Only a later
+    start without a configuration, and without pods of it, uses the bridge again.
     """
 
     def __init__(self, options: NetworkOptions, database: Database, owner: BridgeOwner | None = None) -> None:
@@ -78,12 +78,12 @@ class NodeNetwork:
 
     @property
     def current(self) -> Network:
-        """The network new pods are connected to."""
+        """The network that new pods are connected to."""
         return self.cni if self._cni_chosen else self.built_in
 
-    def when_given_back(self, told: Callable[[str], Awaitable[None]]) -> None:
-        """Have ``told`` called with each sandbox whose network was released after ``detach`` had failed."""
-        self.cni.when_given_back = told
+    def on_released(self, callback: Callable[[str], Awaitable[None]]) -> None:
+        """Set the function that is called with each sandbox whose network was released after ``detach`` had failed."""
+        self.cni.on_released = callback
 
     async def start(self) -> None:
         """Load the state from the store, choose the network, and watch the CNI folder."""
@@ -96,7 +96,7 @@ class NodeNetwork:
             self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
-        """Stop both; pods keep their network."""
+        """Stop both networks. Pods keep their network."""
         watching, self._watching = self._watching, None
         if watching is not None:
             watching.cancel()
@@ -114,7 +114,7 @@ class NodeNetwork:
         return self.built_in.attachment(sandbox_id) or self.cni.attachment(sandbox_id)
 
     async def attach(self, request: AttachRequest) -> Attachment:
-        """Connect a sandbox to the current network; see there for the errors."""
+        """Connect a sandbox to the current network, which documents the errors."""
         return await self.current.attach(request)
 
     async def detach(self, sandbox_id: str) -> None:
@@ -123,11 +123,11 @@ class NodeNetwork:
         await self.cni.detach(sandbox_id)
 
     async def give_up(self, sandbox_id: str) -> str | None:
-        """Forget what CNI plugins hold of a sandbox that ``detach`` fails for; says what, None if it holds nothing."""
+        """Forget what CNI plugins hold for a sandbox whose ``detach`` fails. Return it; None if they hold nothing."""
         return await self.cni.give_up(sandbox_id)
 
     async def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
-        """Take over the node's ranges of pod addresses; raises InvalidArgumentError."""
+        """Use these ranges of pod addresses. Raises InvalidArgumentError."""
         if self._built_in_runs:
             await self.built_in.set_pod_cidrs(cidrs)
         await self.cni.set_pod_cidrs(cidrs)
@@ -138,25 +138,25 @@ class NodeNetwork:
         return found + await self.cni.audit(live)
 
     async def repair(self, live: Collection[str]) -> list[Finding]:
-        """Release what belongs to no ``live`` sandbox and make what is missing; returns what was wrong."""
+        """Release what belongs to no ``live`` sandbox and create what is missing. Return what was wrong."""
         before = self.cni.sandboxes()
         found = await self.built_in.repair(live) if self._built_in_runs else []
         newer = self.cni.sandboxes() - before
         return found + await self.cni.repair(newer.union(live))
 
     async def restore_lost(self, requests: Sequence[AttachRequest]) -> None:
-        """Restore the attachments that the store has lost, where the addresses identify the sandbox."""
+        """Restore attachments that the store has lost, if the addresses identify the sandbox."""
         if self._built_in_runs:
             await self.built_in.restore_lost(requests)
 
     async def destroy(self, *, force: bool = False) -> list[str]:
-        """Remove both. With ``force``, what CNI plugins do not release is given up and reported."""
+        """Remove both networks. With ``force``, what CNI plugins do not release is given up and reported."""
         given_up = await self.cni.destroy(force=force)
         if not self._built_in_runs and self.options.bridge in {name for _, name in socket.if_nameindex()}:
             try:
                 await self.built_in.start()
                 self._built_in_runs = True
-            except WrongStateError as error:  # it is another agent's, or was not made by one
+            except WrongStateError as error:  # it belongs to another agent, or no agent created it
                 _log.info("bridge %s: kept: %s", self.options.bridge, error)
         if self._built_in_runs:
             await self.built_in.destroy()

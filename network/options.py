@@ -1,4 +1,4 @@
-"""What can be configured about networks: the ``[network]`` table of the configuration file."""
+"""The options of networks: the ``[network]`` table of the configuration file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Host ports: which mappings a pod may have, and the holder of each port of the node."""
+"""Host ports: checks the mappings of a pod, and records which pod holds each port of the node."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WAITING = {"tcp": b"0A", "udp": b"07"}  # states in /proc/net: listening; not c
 
 
 class HostPort(NamedTuple):
-    """One port of the node in one family, on one address or on all of them."""
+    """One port of the node in one family, on one address or on all addresses."""
 
     protocol: str
     host_ip: str
@@ -36,7 +36,7 @@ class HostPort(NamedTuple):
 
     @property
     def everywhere(self) -> bool:
-        """Whether it is taken on every address of the family."""
+        """Whether it occupies the port on every address of the family."""
         return self.host_ip == WILDCARDS[self.version]
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class HostPort(NamedTuple):
 
 
 def normalise(mappings: Iterable[PortMapping], versions: Sequence[int]) -> tuple[PortMapping, ...]:
-    """The mappings that ask for a host port, checked; raises InvalidArgumentError or UnsupportedError."""
+    """Check the mappings that ask for a host port. Raises InvalidArgumentError or UnsupportedError."""
     wanted: list[PortMapping] = []
     for mapping in mappings:
         if mapping.host_port == 0:
@@ -76,7 +76,7 @@ def _with_plain_address(mapping: PortMapping, versions: Sequence[int]) -> PortMa
 
 
 def host_ports(mapping: PortMapping, versions: Iterable[int]) -> list[HostPort]:
-    """The ports of the node that a mapping uses, one entry per family."""
+    """The ports of the node that a mapping occupies, one for each family."""
     addresses = [mapping.host_ip] if mapping.host_ip else [WILDCARDS[version] for version in versions]
     return [HostPort(mapping.protocol, address, mapping.host_port) for address in addresses]
 
@@ -88,7 +88,7 @@ class PortRegistry:
         self._holders: dict[tuple[str, int, int], dict[str, str]] = {}
 
     def take(self, sandbox_id: str, ports: Sequence[HostPort]) -> None:
-        """Take all or none; raises AlreadyExistsError naming the port and who holds it."""
+        """Take all ports or none. Raises AlreadyExistsError with the port and its holder."""
         taken: list[HostPort] = []
         try:
             for port in ports:
@@ -99,7 +99,7 @@ class PortRegistry:
             raise
 
     def release(self, ports: Iterable[HostPort]) -> None:
-        """Free ports; those that are free already stay so."""
+        """Free ports. A port that is free already is no error."""
         for port in ports:
             key = (port.protocol, port.version, port.port)
             holders = self._holders.get(key, {})
@@ -117,13 +117,13 @@ class PortRegistry:
 
 
 def check_free_on_node(ports: Iterable[HostPort]) -> None:
-    """Raise AlreadyExistsError for a port that a process of the node itself serves: the pod would cut it off."""
+    """Raise AlreadyExistsError for a port that a process of the node serves: the pod would take its connections."""
     for port in ports:
         kind, protocol = _SOCKETS[port.protocol]
         family = socket.AF_INET6 if port.version == 6 else socket.AF_INET
         try:
             with socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol) as probe:
-                if port.protocol != "udp":  # connections that wind down are no servers
+                if port.protocol != "udp":  # closing connections do not serve
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if port.version == 6:
                     probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -138,14 +138,14 @@ def check_free_on_node(ports: Iterable[HostPort]) -> None:
 
 
 def _has_server(port: HostPort) -> bool:
-    """Whether some socket waits for clients on the port; connections the node opened from it do not count."""
+    """Whether a socket waits for clients on the port. Connections that the node opened from it do not count."""
     waiting = _WAITING.get(port.protocol)
     if waiting is None:
         return True
     wanted = b":%04X" % port.port
     for name in (port.protocol, f"{port.protocol}6"):  # an IPv6 socket may serve IPv4 too
         try:
-            # Line by line: a node may have as many sockets as its processes can pay for.
+            # Read line by line: a node may have very many sockets.
             with open(f"/proc/thread-self/net/{name}", "rb") as table:
                 sockets = (line.split(None, 4) for line in table)
                 if any(fields[1].endswith(wanted) and fields[3] == waiting for fields in sockets):

@@ -1,7 +1,7 @@
 """The rtnetlink requests (rtnetlink(7)) for the bridge, a pod's veth pair, its addresses and its routes.
 
-The functions that return a message change something: many of them are sent at once (``NetlinkSocket.request``). Those
-that are the same for many pods are kept. The functions that take a socket ask the kernel and block.
+Functions that return a message make a change: many messages are sent at once (``NetlinkSocket.request``). Messages that
+are the same for many pods are cached. Functions that take a socket query the kernel and block.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _SCOPES, _TYPES, _PROTOCOLS = rtnl.rt_scope, rtnl.rt_type, rtnl.rt_proto
 
 
 def add_bridge(name: str, mac: bytes, mtu: int) -> Message:
-    """Make a bridge; ``configure_bridge`` says how it works."""
+    """Create a bridge. ``configure_bridge`` sets its options."""
     kind = ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "bridge")]})
     return _change_link(name, ("IFLA_ADDRESS", mac), ("IFLA_MTU", mtu), kind, flags=NLM_F_CREATE | NLM_F_EXCL)
 
 
 def configure_bridge(name: str) -> Message:
-    """Have a bridge forward at once (no spanning tree) and flood multicast, as a switch without a querier.
+    """Make a bridge forward at once (no spanning tree) and flood multicast, as a switch without a querier.
 
-    It learns nothing from frames to 01:80:c2:00:00:0x, which pass no packet filter before the bridge learns from them:
-    a pod could say in one that another's MAC is its own.
+    It does not learn from frames to 01:80:c2:00:00:0x. They pass no packet filter before the bridge learns from them,
+    so a pod could claim the MAC of another pod.
     """
     options = {"optval": _NO_LINK_LOCAL_LEARNING, "optmask": _NO_LINK_LOCAL_LEARNING}
     data = [
@@ -69,11 +69,11 @@ def configure_bridge(name: str) -> Message:
 
 @lru_cache(_KEPT_MESSAGES)
 def set_up(name: str, mtu: int | None = None) -> Message:
-    """Bring a link up, and set its MTU where one is given."""
+    """Bring a link up, and set its MTU if given."""
     found: list[Attribute] = [("IFLA_IFNAME", name)]
     if mtu:
         found.append(("IFLA_MTU", mtu))
-    # flags of struct ifinfomsg; ``change`` says which of them are meant
+    # flags of struct ifinfomsg; ``change`` selects the flags that are set
     return message(LinkMessage, rtnl.RTM_SETLINK, 0, found, {"flags": IFF_UP, "change": IFF_UP})
 
 
@@ -83,7 +83,7 @@ def delete_link(name: str) -> Message:
 
 
 def add_pair(name: str, bridge_index: int, mtu: int, *, namespace: int, peer: str, peer_mac: bytes) -> Message:
-    """Make a veth pair: ``name`` here, a port of the bridge; ``peer`` in the namespace of that descriptor."""
+    """Create a veth pair: ``name`` here, a port of the bridge; ``peer`` in the namespace of that descriptor."""
     other = [
         ("IFLA_IFNAME", peer),
         ("IFLA_MTU", mtu),
@@ -96,19 +96,19 @@ def add_pair(name: str, bridge_index: int, mtu: int, *, namespace: int, peer: st
 
 
 def add_ifb(name: str, mtu: int) -> Message:
-    """Make a link that passes on what is led to it, up at once, or leave it if it is there."""
+    """Create a link that forwards the packets redirected to it, and bring it up. An existing link is left as it is."""
     kind = ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "ifb")]})
     found: list[Attribute] = [("IFLA_IFNAME", name), ("IFLA_MTU", mtu), kind]
     return message(LinkMessage, rtnl.RTM_NEWLINK, NLM_F_CREATE, found, {"flags": IFF_UP, "change": IFF_UP})
 
 
 def attach_port(name: str, bridge_index: int) -> Message:
-    """Make a link that exists a port of the bridge."""
+    """Make an existing link a port of the bridge."""
     return _change_link(name, ("IFLA_MASTER", bridge_index))
 
 
 def configure_port(name: str, *, generate_address: bool = True) -> Message:
-    """Allow a bridge port to send a frame back out through the port where it arrived: a pod may reach itself through a
+    """Allow a bridge port to send a frame back through the port where it arrived: a pod may reach itself through a
     host port.
 
     ``generate_address`` is as for ``keep_without_generated_address``.
@@ -124,25 +124,25 @@ def configure_port(name: str, *, generate_address: bool = True) -> Message:
 
 @lru_cache(_KEPT_MESSAGES)
 def keep_without_generated_address(name: str) -> Message:
-    """Keep the kernel from generating, and probing for a second, a link-local IPv6 address when the link comes up."""
+    """Prevent the kernel from generating, and probing for a second, a link-local IPv6 address for the link."""
     return message(LinkMessage, rtnl.RTM_SETLINK, 0, [("IFLA_IFNAME", name), _no_generated_address()])
 
 
 def set_alias(name: str, alias: str) -> Message:
-    """Give a link a text for people and programs that look at it, of at most 255 bytes."""
+    """Set a text of at most 255 bytes on a link, for people and programs."""
     return _change_link(name, ("IFLA_IFALIAS", alias))
 
 
 def add_address(index: int, interface: IPInterface) -> Message:
-    """Give the link an address, or leave it if it has it; IPv6 without duplicate address detection."""
+    """Add an address to the link, unless it has it; for IPv6 without duplicate address detection."""
     fields = _address_fields(index, interface, IFA_F_NODAD if interface.version == 6 else 0)
     attributes = [("IFA_LOCAL", interface.ip.packed)]
     return message(AddressMessage, rtnl.RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, attributes, fields)
 
 
 def delete_address(index: int, interface: IPInterface) -> Message:
-    """Take an address from the link."""
-    # Without IFA_ADDRESS the kernel would take the first one of any prefix.
+    """Remove an address from the link."""
+    # Without IFA_ADDRESS the kernel would remove the first address with any prefix.
     attributes = [("IFA_LOCAL", interface.ip.packed), ("IFA_ADDRESS", interface.ip.packed)]
     return message(AddressMessage, rtnl.RTM_DELADDR, 0, attributes, _address_fields(index, interface))
 
@@ -160,14 +160,14 @@ def add_default_route(index: int, gateway: IPAddress) -> Message:
 
 
 def forget_neighbour(index: int, neighbour: IPAddress) -> Message:
-    """Have the kernel ask again which MAC ``neighbour`` has on the link."""
+    """Make the kernel resolve the MAC of ``neighbour`` on the link again."""
     fields = {"family": _family(neighbour.version), "ifindex": index}
     return message(NeighbourMessage, rtnl.RTM_DELNEIGH, 0, [("NDA_DST", neighbour.packed)], fields)
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """The kernel's data about a link. ``kind`` is such as ``bridge``; ``master`` is 0 for a link that is no port."""
+    """The kernel's data about a link. ``kind`` is a type such as ``bridge``; ``master`` is 0 if it is no port."""
 
     index: int
     name: str
@@ -185,7 +185,7 @@ _read_route = Reader(RouteMessage, "RTA_OIF")
 
 
 def find_link(route: NetlinkSocket, name: str) -> Link:
-    """The link of that name; raises OSError (ENODEV) if there is none."""
+    """The link with that name. Raises OSError (ENODEV) if there is none."""
     return route.ask(_get_link(name), _link)[0]
 
 
@@ -202,7 +202,7 @@ def list_ports(route: NetlinkSocket, bridge_index: int) -> list[Link]:
 
 
 def passes_frames(route: NetlinkSocket, name: str) -> bool:
-    """Whether the link has a carrier that the kernel acts on already; raises OSError (ENODEV) if there is no link."""
+    """Whether the kernel has processed the link's carrier. Raises OSError (ENODEV) if there is no link."""
     return route.ask(_get_link(name), _is_operational)[0]
 
 
@@ -212,12 +212,12 @@ def list_addresses(route: NetlinkSocket) -> list[tuple[int, IPInterface]]:
 
 
 def is_local(route: NetlinkSocket, destination: IPAddress) -> bool:
-    """Whether packets to ``destination`` are received here; raises OSError if there is no route."""
+    """Whether packets to ``destination`` are received on this node. Raises OSError if there is no route."""
     return route.ask(_get_route(destination), lambda body: bool(_read_route(body)["type"] == _TYPES["local"]))[0]
 
 
 def outgoing_interface(route: NetlinkSocket, destination: IPAddress) -> int:
-    """The index of the link by which packets to ``destination`` leave; raises OSError if there is no route."""
+    """The index of the link through which packets to ``destination`` leave. Raises OSError if there is no route."""
     return route.ask(_get_route(destination), lambda body: int(_read_route(body).get_attr("RTA_OIF") or 0))[0]
 
 
@@ -258,7 +258,7 @@ def _owned_address(body: bytes) -> tuple[int, IPInterface] | None:
 
 
 def _text(value: str | bytes | None) -> str:
-    """A name as Python writes those that are not UTF-8."""
+    """A name as text. Bytes that are not UTF-8 become surrogates."""
     return os.fsdecode(value or "")
 
 

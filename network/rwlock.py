@@ -1,4 +1,4 @@
-"""A lock that many readers or one writer may hold."""
+"""A lock that many readers or one writer can hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 
 class RWLock:
-    """Keeps what replaces a whole (a writer) apart from the many that change parts of it (readers)."""
+    """Separates one writer, which replaces the whole, from many readers, which change parts."""
 
     def __init__(self) -> None:
         self._readers = 0
@@ -19,7 +19,7 @@ class RWLock:
         self._writers = asyncio.Lock()
 
     def reading(self) -> AbstractAsyncContextManager[None]:
-        """Wait until no writer holds or awaits the lock, and hold it beside other readers."""
+        """Wait until no writer holds the lock or waits for it, and hold it together with other readers."""
         return _Reading(self)
 
     async def enter(self) -> None:
@@ -30,14 +30,14 @@ class RWLock:
         self._no_readers.clear()
 
     def leave(self) -> None:
-        """End to read."""
+        """End the reading."""
         self._readers -= 1
         if not self._readers:
             self._no_readers.set()
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[None]:
-        """Admit no more readers, wait until those that hold the lock have left, and hold it alone."""
+        """Admit no more readers, wait until the present ones have left, and hold the lock alone."""
         async with self._writers:
             self._unlocked.clear()
             try:
@@ -48,7 +48,7 @@ class RWLock:
 
 
 class _Reading(AbstractAsyncContextManager[None]):
-    """A class, as a generator would cost several times as much, and each event of a pod passes here."""
+    """A class instead of a generator, which would cost several times as much: each event of a pod uses it."""
 
     __slots__ = ("_lock",)
 

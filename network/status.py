@@ -14,7 +14,7 @@ class Condition(msgspec.Struct, frozen=True):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One disagreement: what kind of object, which one, and what is wrong with it."""
+    """One difference: the kind of object, its name, and the problem."""
 
     kind: str
     object: str

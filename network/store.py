@@ -1,4 +1,4 @@
-"""What the store knows of the network: attachments, addresses, host ports, and the ranges the kubelet announced."""
+"""The network's rows in the store: attachments, addresses, host ports, and the ranges that kubelet announced."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class NetworkStore:
             try:
                 attachment = _decode(row[1])
                 if attachment.sandbox_id != row[0]:
-                    raise ValueError("it is another sandbox's")
+                    raise ValueError("it belongs to another sandbox")
                 check_attachment(attachment)
                 found.append(attachment)
             except (msgspec.MsgspecError, ValueError, TypeError) as error:
                 unreadable.append(UnreadableRow("attachment", row[0], str(error), row))
-        self._database.take_out(unreadable, ("network_attachments", "sandbox_id"))
+        self._database.set_rows_aside(unreadable, ("network_attachments", "sandbox_id"))
         return found
 
     def addresses(self) -> list[AddressRow]:
-        """All addresses; those in quarantine in the order of their release."""
+        """All addresses. Those in quarantine are in the order of their release."""
         columns = ", ".join(AddressRow._fields)
         rows = self._database.read(f"SELECT {columns} FROM network_addresses ORDER BY released_at")
         found: list[AddressRow] = []
@@ -66,11 +66,11 @@ class NetworkStore:
                 found.append(AddressRow(row[0], row[1], str(row[2]), float(row[3]), row[4] and float(row[4])))
             except (ValueError, TypeError) as error:
                 unreadable.append(UnreadableRow("address", row[0], str(error), row))
-        self._database.take_out(unreadable, ("network_addresses", "address"))
+        self._database.set_rows_aside(unreadable, ("network_addresses", "address"))
         return found
 
     def host_ports(self) -> list[tuple[str, HostPort]]:
-        """All host ports with the sandbox that holds each."""
+        """All host ports, each with the sandbox that holds it."""
         rows = self._database.read("SELECT sandbox_id, protocol, host_ip, host_port FROM network_host_ports")
         found: list[tuple[str, HostPort]] = []
         unreadable: list[UnreadableRow] = []
@@ -82,23 +82,23 @@ class NetworkStore:
                 found.append((str(row[0]), HostPort(row[1], row[2], row[3])))
             except (ValueError, TypeError) as error:
                 unreadable.append(UnreadableRow("host port", row[3], str(error), row))
-        self._database.take_out(unreadable, ("network_host_ports", "host_port"))
+        self._database.set_rows_aside(unreadable, ("network_host_ports", "host_port"))
         return found
 
     def pod_cidrs(self) -> list[str]:
-        """The ranges the kubelet announced last; empty if it never did."""
+        """The ranges that kubelet announced last; empty if there were none."""
         rows = self._database.read("SELECT cidr, position FROM network_pod_cidrs ORDER BY position")
         try:
             if rows:
                 parse_ranges([cidr for cidr, _ in rows])
         except (PodkeelError, ValueError, TypeError, AttributeError) as error:
             lost = [UnreadableRow("pod CIDR", row[0], str(error), row) for row in rows]
-            self._database.take_out(lost, ("network_pod_cidrs", "cidr"))
+            self._database.set_rows_aside(lost, ("network_pod_cidrs", "cidr"))
             return []
         return [cidr for cidr, _ in rows]
 
     async def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
-        """Remember the ranges the kubelet announced."""
+        """Store the ranges that kubelet announced."""
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM network_pod_cidrs")
@@ -113,14 +113,14 @@ class NetworkStore:
         ports: Sequence[HostPort],
         quarantine: float,
     ) -> None:
-        """Record what is about to be made, and forget addresses that rested longer than ``quarantine`` seconds."""
+        """Record what is about to be created. Delete addresses that were in quarantine longer than ``quarantine`` s."""
         sandbox_id = attachment.sandbox_id
         now = time.time()
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM network_addresses WHERE released_at <= ?", (now - quarantine,))
             for network, address in addresses:
-                # A clock that was set back can leave a row that memory already considers rested.
+                # If the clock was set back, the row of an address that memory has freed may still exist.
                 connection.execute(
                     "DELETE FROM network_addresses WHERE address = ? AND released_at IS NOT NULL", (str(address),)
                 )
@@ -139,14 +139,16 @@ class NetworkStore:
         row = (attachment.sandbox_id, _encode(attachment))
         await self._database.execute("INSERT OR REPLACE INTO network_attachments VALUES (?, ?)", row)
 
-    async def remove(self, sandbox_id: str, *, rest: bool) -> None:
-        """Forget an attachment and its host ports; with ``rest`` its addresses are put into quarantine; otherwise, if
-        they were never used, they are forgotten."""
+    async def remove(self, sandbox_id: str, *, quarantine: bool) -> None:
+        """Delete an attachment and its host ports, and put its addresses into quarantine.
+
+        Without ``quarantine`` the addresses were never used and are deleted.
+        """
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM network_attachments WHERE sandbox_id = ?", (sandbox_id,))
             connection.execute("DELETE FROM network_host_ports WHERE sandbox_id = ?", (sandbox_id,))
-            if rest:
+            if quarantine:
                 connection.execute(
                     "UPDATE network_addresses SET released_at = ? WHERE sandbox_id = ? AND released_at IS NULL",
                     (time.time(), sandbox_id),
@@ -159,7 +161,7 @@ class NetworkStore:
         await self._database.write(work)
 
     async def clear(self) -> None:
-        """Forget everything."""
+        """Delete all rows."""
 
         def work(connection: sqlite3.Connection) -> None:
             for table in ("attachments", "addresses", "host_ports", "pod_cidrs"):

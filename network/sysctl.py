@@ -1,4 +1,4 @@
-"""Kernel settings under /proc/sys/net that a node with pods needs."""
+"""Kernel settings under /proc/sys/net for a node with pods."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _METRIC = re.compile(rb"[0-9a-f]{8}")
 
 
 def ipv6_available() -> bool:
-    """Whether the kernel has IPv6, switched on."""
+    """Whether the kernel has IPv6 and it is enabled."""
     return (_NET / "ipv6/conf").is_dir()
 
 
 def forward_ipv4(bridge: str) -> None:
-    """Make the node route IPv4, and allow it to send from 127.0.0.1 to pods on this bridge alone."""
+    """Enable IPv4 forwarding, and allow the node to send from 127.0.0.1 to pods on this bridge only."""
     _write("ipv4/ip_forward", "1")
     send_from_localhost(bridge)
 
@@ -30,11 +30,11 @@ def send_from_localhost(interface: str) -> None:
 
 
 def forward_ipv6() -> None:
-    """Make the node route IPv6 without losing the routes that routers announced to it."""
+    """Enable IPv6 forwarding without losing the routes that routers announced to the node."""
     if _read("ipv6/conf/all/forwarding") == "1":
         return
     for interface in (_NET / "ipv6/conf").iterdir():
-        # A node that forwards ignores router advertisements unless accept_ra is 2.
+        # With forwarding, the kernel ignores router advertisements unless accept_ra is 2.
         if interface.name not in ("all", "lo") and _read(f"ipv6/conf/{interface.name}/accept_ra") == "1":
             _write(f"ipv6/conf/{interface.name}/accept_ra", "2")
     _write("ipv6/conf/all/forwarding", "1")
@@ -67,7 +67,7 @@ def _ipv4_uplink() -> str | None:
 
 
 def ipv4_default_link(lines: Iterable[bytes]) -> str | None:
-    """The link of the best default route among the lines of /proc/net/route, whose names may hold any bytes."""
+    """The link of the best default route in the lines of /proc/net/route. Link names may have any bytes."""
     routes = [line.split(b"\t") for line in lines]
     defaults = [
         (int(fields[6]), os.fsdecode(fields[0]))
@@ -85,7 +85,7 @@ def _ipv6_uplink() -> str | None:
 
 
 def ipv6_default_link(lines: Iterable[bytes]) -> str | None:
-    """The same for the lines of /proc/net/ipv6_route."""
+    """The link of the best default route in the lines of /proc/net/ipv6_route."""
     routes = [line.split(maxsplit=9) for line in lines]
     defaults = [
         (int(fields[5], 16), os.fsdecode(fields[9].strip(b" ")))

@@ -14,7 +14,7 @@ from host.concurrency.threads import in_thread
 from host.database import Database
 from host.database_copy import DatabaseCopy
 from host.libc import leave_session_keyring
-from host.subreaper import Orphans
+from host.subreaper import Subreaper
 from images.images import Images
 from images.options import ImageOptions
 from images.schema import MIGRATIONS as IMAGE_MIGRATIONS
@@ -139,7 +139,7 @@ class Agent:
     async def __aenter__(self) -> Self:
         leave_session_keyring()
         async with AsyncExitStack() as stack:
-            orphans = Orphans()
+            orphans = Subreaper()
             orphans.adopt()
             stack.push_async_callback(orphans.close)
             await self._open(stack)
@@ -318,7 +318,7 @@ class Agent:
             removals=self.pod_removals,
             containers=self.containers,
         )
-        network.when_given_back(self.pod_stops.network_given_back)
+        network.on_released(self.pod_stops.network_released)
         self.statistics = Statistics(state, cgroups, self._meters, self.images.snapshots, self.layout.data)
         stack.push_async_callback(self.pods.close)
         stack.callback(state.events.close)

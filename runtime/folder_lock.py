@@ -8,7 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-from host.children.dying_holder import release_what_is_held
+from host.children.dying_holder import release_locks_and_sockets
 from host.errors import WrongStateError
 
 _log = logging.getLogger("podkeel.agent")
@@ -24,7 +24,7 @@ def hold_folder(folder: Path) -> int:
     try:
         if not _locked(descriptor):
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            if not (holder.isdecimal() and release_what_is_held(int(holder), lock) and _locked(descriptor)):
+            if not (holder.isdecimal() and release_locks_and_sockets(int(holder), lock) and _locked(descriptor)):
                 raise WrongStateError(
                     f"folder {folder} is in use by another agent (pid {holder or 'unknown'}): stop it, or use other "
                     "folders"

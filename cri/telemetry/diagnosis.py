@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from cri.version import VERSION
-from host.concurrency.thread_starting import start_aside
+from host.concurrency.thread_starting import start_thread
 from host.concurrency.threads import pool_use
 from host.errors import printable
 from host.files import descriptors
@@ -45,7 +45,7 @@ def write_on_signal(loop: asyncio.AbstractEventLoop) -> None:
         sys.stderr.flush()
 
     def handle(_number: int, _frame: FrameType | None) -> None:
-        start_aside(write, name="diagnosis", failed=lambda error: _log.warning("diagnosis: not written: %s", error))
+        start_thread(write, name="diagnosis", failed=lambda error: _log.warning("diagnosis: not written: %s", error))
 
     signal.signal(signal.SIGQUIT, handle)
     with suppress(OSError, ValueError):  # standard error is no file

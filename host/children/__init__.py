@@ -1,1 +1,1 @@
-"""Child processes: how they are started, adopted and collected."""
+"""Child processes: starting, adopting and reaping them."""

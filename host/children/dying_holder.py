@@ -1,8 +1,7 @@
-"""Taking over the locks and sockets of a killed process that cannot end, because one of its threads waits for a file
-server.
+"""Takes over the locks and sockets of a killed process that cannot end: one of its threads waits for a file server.
 
-The kernel closes its descriptors when that thread has ended, which may never happen. Until then its locks and ports
-stay taken, and its clients wait for answers. The process never runs outside of the kernel again, so nothing is lost.
+The kernel closes its descriptors only when that thread has ended, which may never happen. Until then its locks and
+ports stay taken, and its clients wait for answers. The process never executes its program again, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ _PIDFD_THREAD = os.O_EXCL
 _STATUS_BYTES = 8 * 1024
 
 
-def release_what_is_held(pid: int, lock: Path) -> bool:
-    """Unlock ``lock``, a file that process ``pid`` has locked by flock(2), and shut its sockets down, if it is dying.
+def release_locks_and_sockets(pid: int, lock: Path) -> bool:
+    """Release what the dying process ``pid`` holds: its lock by flock(2) on the file ``lock``, and its sockets.
 
-    Returns whether that was done. Nothing is done to a process of which a thread may run again, or which has not that
-    file open. Needs Linux 6.9.
+    Returns whether that was done. It is not done if a thread of the process may run again, or if the process does not
+    have that file open. Needs Linux 6.9.
     """
     threads = _threads(pid)
     if not threads or not all(map(_is_dying, threads)):
@@ -56,7 +55,7 @@ def _is_dying(thread: int) -> bool:
 
 
 def _open_files(thread: int) -> list[tuple[int, str]]:
-    """Its descriptors with what the kernel calls them; the files are not looked at, which could hang."""
+    """The descriptors of a thread with their names in /proc. The files are not opened, which could hang."""
     found = []
     for link in Path(f"/proc/{thread}/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -71,7 +70,7 @@ def _unlock(pidfd: int, thread: int, lock: Path, identity: tuple[int, int]) -> b
             try:
                 status = os.fstat(taken)
                 if (status.st_dev, status.st_ino) == identity:
-                    fcntl.flock(taken, fcntl.LOCK_UN)  # the lock is that of the open file, not of a descriptor
+                    fcntl.flock(taken, fcntl.LOCK_UN)  # the lock belongs to the open file, not to a descriptor
                     return True
             finally:
                 os.close(taken)

@@ -1,4 +1,4 @@
-"""The exit of a process that is not our child, by a pidfd that was opened while it ran (ioctl PIDFD_GET_INFO)."""
+"""The exit of a process that is not a child, from a pidfd that was opened while it ran (ioctl PIDFD_GET_INFO)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import struct
 
 _PIDFD_GET_INFO = 0xC040FF0B
 _INFO_EXIT = 1 << 3
-_INFO = struct.Struct("=QQ11Ii")  # struct pidfd_info as it first was: mask, cgroup id, 11 ids, exit code
+_INFO = struct.Struct("=QQ11Ii")  # the first version of struct pidfd_info: mask, cgroup id, 11 ids, exit code
 
 
 def ended_by_signal(pidfd: int) -> int | None:
-    """The signal that ended the process of ``pidfd``, which its parent has collected; 0 if no signal ended it.
+    """The signal that killed the process of ``pidfd``, which its parent has reaped; 0 if no signal killed it.
 
     None if the kernel does not report it (before Linux 6.15), or if the process has not ended.
     """

@@ -1,7 +1,7 @@
-"""Reaping children: the exit of a child is known at once, and a thread releases what the kernel keeps of it.
+"""Reaps children. The exit of a child is known at once; a thread then frees what the kernel keeps of it.
 
-Before waitid(2) returns, the kernel takes the process's entries out of its cache of /proc. This took up to 60 ms for a
-program with threads while others ended too, and a program in a container can prolong it.
+Before waitid(2) returns, the kernel removes the process's entries from its cache of /proc. This took up to 60 ms for a
+program with threads while other processes ended too, and a program in a container can prolong it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import threading
 
 
 def reap(pidfd: int) -> int | None:
-    """How an ended child ended: its exit status, or minus the signal that killed it; it is collected in the background.
+    """The exit status of an ended child, or minus the signal that killed it. It is reaped in the background.
 
-    None if it still runs, or is not our child. The descriptor stays the caller's.
+    None if it still runs, or is not a child of this process. The caller keeps the descriptor.
     """
     try:
         ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -35,8 +35,7 @@ def reap(pidfd: int) -> int | None:
 
 @functools.cache
 def _collected_by_thread() -> queue.SimpleQueue[int]:
-    """The queue of pidfds of ended children. A thread, started at the first use, reaps the children and closes the
-    pidfds."""
+    """The queue of pidfds of ended children. A thread, started at the first use, reaps them and closes the pidfds."""
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def collect_all() -> None:
@@ -50,5 +49,5 @@ def _collected_by_thread() -> queue.SimpleQueue[int]:
 
 
 def _collect(pidfd: int) -> None:
-    with contextlib.suppress(ChildProcessError):  # already collected
+    with contextlib.suppress(ChildProcessError):  # already reaped
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)

@@ -1,6 +1,6 @@
-"""posix_spawn(3), called without the GIL, which Python's own function holds, so that other threads keep running.
+"""Calls posix_spawn(3) without the GIL, so that other threads keep running. Python's own function holds the GIL.
 
-The caller's thread waits until the child has begun its program. On a busy node that takes many milliseconds.
+The calling thread waits until the child executes its program. On a busy node that takes many milliseconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 _SETSIGDEF = 0x04
 _SETSIGMASK = 0x08
 _SETSID = 0x80
-# Signals that Python ignores, which the child must not inherit as ignored.
+# Signals that Python ignores. The child must not inherit that.
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OPAQUE_BYTES = 1024  # larger than these structures are in any C library
 
@@ -27,10 +27,10 @@ def _opaque() -> ctypes.Array[ctypes.c_char]:
 def posix_spawn(
     command: Sequence[str], title: str, environment: Mapping[str, str], descriptors: Mapping[int, int]
 ) -> int:
-    """Start ``command``, looked up on the PATH, in a new session with ``title`` as its name; returns its pid.
+    """Start ``command``, found on the PATH, in a new session with ``title`` as its name. Returns its pid.
 
-    ``descriptors`` maps the child's numbers to ours, none of which may be a number the child wants; of 0, 1 and 2 those
-    not mapped are /dev/null. Raises OSError.
+    ``descriptors`` maps descriptor numbers of the child to numbers of this process. No number of this process may also
+    be a number of the child. Of 0, 1 and 2, those without an entry are /dev/null. Raises OSError.
     """
     actions, attributes = _opaque(), _opaque()
     _check(_libc.posix_spawn_file_actions_init(actions), command[0])
@@ -68,7 +68,7 @@ def _set_attributes(attributes: ctypes.Array[ctypes.c_char]) -> None:
 def _strings(texts: Sequence[str]) -> ctypes.Array[ctypes.c_char_p]:
     encoded = [os.fsencode(text) for text in texts]
     if any(b"\0" in text for text in encoded):
-        raise ValueError("an argument or environment variable holds a NUL byte")
+        raise ValueError("an argument or environment variable has a NUL byte")
     return (ctypes.c_char_p * (len(encoded) + 1))(*encoded, None)
 
 

@@ -1,1 +1,1 @@
-"""Threads, tasks and undo steps that outlast a cancelled request."""
+"""Threads, tasks and undo steps that complete even if their request is cancelled."""

@@ -1,4 +1,4 @@
-"""Threads that can be abandoned, for work that may hang in the kernel, for example on a volume whose server is down."""
+"""Threads that can be abandoned, for work that may hang in the kernel, such as on a volume whose server is down."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from host.concurrency.tasks import wait_out
-from host.concurrency.thread_starting import start_aside
+from host.concurrency.thread_starting import start_thread
 from host.errors import LimitError, PodkeelError, UnavailableError
 
 T = TypeVar("T")
@@ -21,11 +21,11 @@ _log = logging.getLogger("podkeel.threads")
 
 
 class GivenUpError(PodkeelError):
-    """No caller waits for this work any more."""
+    """The caller no longer waits for this work."""
 
 
 class Permission:
-    """What the work checks before it continues. Any thread may use it."""
+    """What work checks before it continues. Any thread may use it."""
 
     def __init__(self, on_step_end: Callable[[], object]) -> None:
         self._lock = threading.Lock()
@@ -34,16 +34,16 @@ class Permission:
         self._stepping = False
 
     def check(self) -> None:
-        """Raise GivenUpError if no caller waits any more."""
+        """Raise GivenUpError if the caller no longer waits."""
         if self._given_up:
-            raise GivenUpError("the call was given up")
+            raise GivenUpError("the call was cancelled")
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A context for every change.
+        """A context for each change that the work makes.
 
-        It does not begin once the work is given up, and its caller waits for its end. Nothing in a step may hang. A
-        long step calls ``check`` in between.
+        It does not begin once the work is given up. A cancelled caller waits for its end, so a step must never hang. A
+        long step calls ``check`` from time to time.
         """
         with self._lock:
             self.check()
@@ -58,7 +58,7 @@ class Permission:
                 self._on_step_end()
 
     def withdraw(self) -> bool:
-        """Allow no further step to begin. Returns whether a step is running."""
+        """Prevent further steps. Return whether a step is running."""
         with self._lock:
             self._given_up = True
             return self._stepping
@@ -74,14 +74,14 @@ class AbandonableThreads:
     async def run(self, subject: str, work: Callable[[Permission], T]) -> T:
         """Run ``work`` and wait for it.
 
-        A cancelled caller waits for the end of a step that has begun, and at most a second for the rest: then the
-        thread is abandoned, takes no further step if the kernel returns to it, and its result is dropped. Raises
+        A cancelled caller waits for the end of a running step, and then one second at most. After that the thread is
+        abandoned. If the kernel returns to it, it makes no further step, and its result is dropped. Raises
         UnavailableError when too many threads hang.
         """
         if self._hanging >= self._most:
             raise UnavailableError(
-                f"{subject}: {self._hanging} earlier calls still hang on volumes that do not answer: "
-                "bring their servers back, or unmount the volumes"
+                f"{subject}: {self._hanging} earlier calls hang on volumes that do not answer: bring their servers "
+                "back, or unmount the volumes"
             )
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -93,14 +93,14 @@ class AbandonableThreads:
                 outcome = _Outcome(work(permission))
             except BaseException as error:
                 outcome = _Outcome(None, error)
-            with suppress(RuntimeError):  # the loop is closed: the agent ended meanwhile
+            with suppress(RuntimeError):  # the loop is closed: the agent has ended
                 loop.call_soon_threadsafe(outcome.settle, future)
 
         def failed(error: LimitError) -> None:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(_Outcome(None, error).settle, future)
 
-        start_aside(body, name="abandonable", failed=failed)
+        start_thread(body, name="abandonable", failed=failed)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
@@ -114,19 +114,19 @@ class AbandonableThreads:
             await step_ended.wait()
         await asyncio.wait({future}, timeout=PATIENCE_SECONDS)
         if future.done():
-            future.exception()  # retrieved here, so that it is not reported as lost
+            future.exception()  # retrieved, so that asyncio does not report it
             return
         self._hanging += 1
         _log.warning("%s: thread abandoned: a volume does not answer", subject)
-        future.add_done_callback(self._came_back)
+        future.add_done_callback(self._returned)
 
-    def _came_back(self, future: asyncio.Future[T]) -> None:
+    def _returned(self, future: asyncio.Future[T]) -> None:
         self._hanging -= 1
         future.exception()
 
 
 class _Outcome:
-    """What work returned or raised."""
+    """The result or the error of work."""
 
     def __init__(self, value: object, error: BaseException | None = None) -> None:
         self._value = value
@@ -138,4 +138,4 @@ class _Outcome:
         if self._error is not None:
             future.set_exception(self._error)
         else:
-            future.set_result(self._value)  # type: ignore[arg-type]  # it is the T that the work returned
+            future.set_result(self._value)  # type: ignore[arg-type]  # the T that the work returned

@@ -1,4 +1,4 @@
-"""Work in the background that follows changes."""
+"""Background work that runs after changes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 
 
 class Follower:
-    """Calls ``work`` some time after each change, one call at a time. Used on the loop.
+    """Calls ``work`` some time after each change, one call at a time. For use on the loop.
 
-    A change sets ``changed``. Changes within ``delay`` seconds of the first one are one. ``work`` returns for how many
-    seconds it is not called again, and raises nothing.
+    A change sets ``changed``. Changes within ``delay`` seconds after the first one lead to one call. ``work`` returns
+    the number of seconds until it may be called again, and raises nothing.
     """
 
     def __init__(self, changed: asyncio.Event, delay: float, work: Callable[[], Awaitable[float]]) -> None:
@@ -20,11 +20,11 @@ class Follower:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin."""
+        """Begin to wait for changes."""
         self._task = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
-        """Call ``work`` for what changed last, and stop."""
+        """Call ``work`` if there was a change since its last call, and stop."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()

@@ -1,4 +1,4 @@
-"""Gives this process priority over its children, so that it answers calls while containers are being made."""
+"""Gives this process priority over its children, so that it answers calls while containers are being created."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _NICENESS = -10
 _LEAST_NICE = -20
 
 
-def go_first() -> None:
-    """Give the calling thread priority. Threads and processes that it starts have the usual one.
+def raise_priority() -> None:
+    """Raise the priority of the calling thread. Threads and processes that it starts have the usual one.
 
-    Where sessions are scheduled as groups (sched(7), "autogroup feature") this one's is preferred. Call it before other
-    threads are there. Without the right to (CAP_SYS_NICE) nothing happens.
+    If sessions are scheduled as groups (sched(7), "autogroup feature"), the group of this session is raised too. Call
+    this before other threads exist. Without CAP_SYS_NICE it does nothing.
     """
     with contextlib.suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
@@ -23,10 +23,10 @@ def go_first() -> None:
 
 
 def run_before_children(pid: int) -> None:
-    """Prefer a process to those that it starts from now on, which keep the usual priority.
+    """Raise the priority of a process. Processes that it starts later have the usual one.
 
-    Without CAP_SYS_NICE nothing happens. No real-time policy is used: a client or an image decides how much the process
-    reads, and the rest of the node must get its share meanwhile.
+    Without CAP_SYS_NICE this does nothing. It sets no real-time policy: a client or an image decides how much the
+    process reads, and the rest of the node must get its share of time.
     """
     with contextlib.suppress(PermissionError, ProcessLookupError):
         os.sched_setscheduler(pid, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))

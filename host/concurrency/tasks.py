@@ -1,4 +1,4 @@
-"""Single-flight: work that several callers share; and waiting for work that must not be interrupted."""
+"""Single-flight: work that several callers share. Also: waiting for work that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 async def wait_out(future: asyncio.Future[T]) -> T:
-    """Wait for the end of ``future``, even if the caller is cancelled. Its cancellation is raised afterwards."""
+    """Wait for the end of ``future``, even if the caller is cancelled. The cancellation is raised after that."""
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:
@@ -28,13 +28,13 @@ async def wait_out(future: asyncio.Future[T]) -> T:
             break
     if cancelled is not None:
         if not future.cancelled():
-            future.exception()  # retrieved here, so that it is not reported as lost
+            future.exception()  # retrieved, so that asyncio does not report it
         raise cancelled
     return future.result()
 
 
 async def ended(task: asyncio.Task[T]) -> None:
-    """Wait for the end of ``task``, also if the caller is cancelled.
+    """Wait for the end of ``task``, even if the caller is cancelled.
 
     Raises neither the task's error nor the cancellation.
     """
@@ -47,7 +47,7 @@ async def ended(task: asyncio.Task[T]) -> None:
 
 @dataclass(slots=True, eq=False)
 class _Flight(Generic[T]):
-    """Work in flight. ``over`` is done once the work has ended or its caller has left it."""
+    """Work in flight. ``over`` is done once the work has ended or its caller has left."""
 
     request: Any
     task: asyncio.Task[T]
@@ -56,7 +56,7 @@ class _Flight(Generic[T]):
     abandoned: bool = False
 
     def give_up(self) -> None:
-        """Cancel the work, once: a second cancellation would interrupt its clean-up."""
+        """Cancel the work, but only once: a second cancellation would interrupt its clean-up."""
         if not self.abandoned:
             self.abandoned = True
             self.task.cancel()
@@ -69,11 +69,11 @@ class _Flight(Generic[T]):
 class SingleFlight(Generic[K, T]):
     """Runs one piece of work per key for all callers at the same time, like Go's singleflight.
 
-    The work is a separate task. In ``run`` all callers share it, its result and its error: it continues when the caller
-    that started it is cancelled, and is cancelled with the last of them. In ``by_turns`` the work uses what its caller
-    brought, such as a connection and credentials: it ends with this caller, and only a result is shared.
+    The work is a task. With ``run`` all callers share the task, its result and its error. It continues if the caller
+    that started it is cancelled, and is cancelled with the last caller. With ``by_turns`` the work uses resources of
+    its caller, such as a connection and credentials: it ends with this caller, and only a result is shared.
 
-    ``given_up`` is the message of the WrongStateError that callers get whose work was ended by ``cancel`` or ``close``.
+    If ``cancel`` or ``close`` ends the work, its callers get a WrongStateError with the message ``given_up``.
     """
 
     def __init__(self, given_up: str) -> None:
@@ -83,26 +83,26 @@ class SingleFlight(Generic[K, T]):
         self._closed = False
 
     def __len__(self) -> int:
-        """How many keys have work in flight."""
+        """The number of keys with work in flight."""
         return len(self._flights)
 
     def running(self, key: K) -> bool:
-        """Whether work under ``key`` is in flight that can be joined."""
+        """Whether ``key`` has work in flight that a caller can join."""
         return key in self._flights and not self._flights[key].abandoned
 
     async def request_of(self, key: K) -> Any | None:
         """The ``request`` of the work in flight under ``key``; None if there is none.
 
-        Work that was cancelled is no longer in flight: the end of its clean-up is waited for.
+        Cancelled work does not count as in flight. This waits for the end of its clean-up.
         """
         flight = await self._joinable(key)
         return None if flight is None else flight.request
 
     async def run(self, key: K, start: Callable[[], Coroutine[Any, Any, T]], request: Any = None) -> T:
-        """Join the work in flight under ``key``, or ``start`` it; returns or raises what it does.
+        """Join the work in flight under ``key``, or ``start`` it. Returns its result or raises its error.
 
-        ``request`` says what the work was asked for, see ``request_of``. Work whose callers have all left is never
-        joined: a new caller waits for the end of its clean-up and starts its own.
+        ``request`` is what the work was asked for: see ``request_of``. Work whose callers have all left cannot be
+        joined. A new caller waits for the end of its clean-up and starts new work.
         """
         flight = await self._joinable(key) or self._begin(key, start, request)
         flight.waiters += 1
@@ -116,10 +116,10 @@ class SingleFlight(Generic[K, T]):
         return self._result(flight)
 
     async def by_turns(self, key: K, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """The result under ``key`` of the first caller that gets one.
+        """The result under ``key`` of the first caller that succeeds.
 
-        One caller at a time runs its own ``start``. If that fails, the caller gets the error, and the next one in line
-        runs its own; if the caller is cancelled, the next one does not wait for the clean-up.
+        One caller at a time runs its own ``start``. If it fails, this caller gets the error, and the next one runs its
+        own ``start``. If the caller is cancelled, the next one does not wait for the clean-up.
         """
         while (other := self._flights.get(key)) is not None:
             await asyncio.wait((other.over,))
@@ -136,7 +136,7 @@ class SingleFlight(Generic[K, T]):
         return self._result(flight)
 
     async def cancel(self, wanted: Callable[[K], bool]) -> None:
-        """Cancel the work in flight under the keys that are ``wanted`` and wait for the end of its clean-up."""
+        """Cancel the work in flight under the keys that are ``wanted``, and wait for the end of its clean-up."""
         flights = [flight for key, flight in self._flights.items() if wanted(key)]
         for flight in flights:
             flight.give_up()
@@ -144,7 +144,7 @@ class SingleFlight(Generic[K, T]):
             await asyncio.wait([flight.task for flight in flights])
 
     async def close(self) -> None:
-        """Cancel everything, wait for the end of all clean-up, and start nothing any more."""
+        """Cancel all work, wait for the end of all clean-up, and refuse new work."""
         self._closed = True
         await self.cancel(lambda key: True)
         if self._tasks:

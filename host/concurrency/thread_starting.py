@@ -1,4 +1,4 @@
-"""Starting threads without waiting for them, and threads for a single piece of work."""
+"""Starts threads without waiting for them, and threads for one piece of work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Start = tuple[threading.Thread, Callable[[LimitError], object]]
 
 
 def no_thread(error: RuntimeError) -> LimitError:
-    """The error to raise where no thread could be started."""
+    """The error for a thread that could not be started."""
     return LimitError(
         f"no thread can be started ({error}): the node has no process ids left, or the agent's cgroup is at its limit: "
         "end processes, or raise kernel.pid_max, kernel.threads-max or TasksMax= of the systemd unit"
@@ -53,16 +53,16 @@ class _Starter:
 _STARTER = _Starter()
 
 
-def start_aside(body: Callable[[], None], *, name: str, failed: Callable[[LimitError], object]) -> None:
-    """Run ``body`` in a new daemon thread; ``failed`` is called, in another thread, if none can be started.
+def start_thread(body: Callable[[], None], *, name: str, failed: Callable[[LimitError], object]) -> None:
+    """Run ``body`` in a new daemon thread. If none can be started, ``failed`` is called in another thread.
 
-    ``Thread.start`` waits until the thread runs: on a busy machine that would hold the event loop for milliseconds.
+    ``Thread.start`` waits until the thread runs: on a busy machine that would block the loop for milliseconds.
     """
     _STARTER.start(threading.Thread(target=body, name=name, daemon=True), failed)
 
 
-def in_thread_of_its_own(work: Callable[[], T], *, name: str) -> T:
-    """Run ``work`` in a thread that ends with it and does nothing else; returns or raises what it does. Blocks.
+def run_in_new_thread(work: Callable[[], T], *, name: str) -> T:
+    """Run ``work`` in a new thread that ends with it. Returns its result or raises its error. Blocks.
 
     ``work`` may leave that thread in other namespaces, or with another root or working folder. Raises LimitError if no
     thread can be started.

@@ -1,4 +1,4 @@
-"""Threads for blocking work: a pool for each purpose, and new threads for work that changes namespaces or may hang."""
+"""Threads for blocking work: one pool for each purpose, and new threads for work that enters namespaces or may hang."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import ParamSpec, TypeVar
 
 from host import libc
 from host.concurrency.tasks import wait_out
-from host.concurrency.thread_starting import no_thread, start_aside
+from host.concurrency.thread_starting import no_thread, start_thread
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class ResilientThreadPool(ThreadPoolExecutor):
-    """Continues with the threads it has while no further one can be started, as on a node without free process ids.
+    """Keeps working with the threads that it has if no further one can be started: the node may lack process ids.
 
-    The base class reports to the caller that its work failed, and does it later nevertheless.
+    The base class would report to the caller that the work failed, and still do it later.
     """
 
     def _adjust_thread_count(self) -> None:
@@ -27,14 +27,14 @@ class ResilientThreadPool(ThreadPoolExecutor):
             super()._adjust_thread_count()
         except RuntimeError as error:
             if not self._threads:
-                self._work_queue.get_nowait()  # only this work is in it
+                self._work_queue.get_nowait()  # the queue has only this work
                 raise no_thread(error) from error
 
 
 class _Pool:
-    """Threads for one purpose, made when first needed, so that work of another purpose never waits for them.
+    """Threads for one purpose, started when first needed. So work of one purpose never waits for work of another.
 
-    ``asked`` is the number of callers that wait for work now, of which ``most`` is done at once.
+    ``asked`` is the number of pieces of work that run or wait; at most ``most`` run at the same time.
     """
 
     def __init__(self, purpose: str, most: int) -> None:
@@ -46,8 +46,8 @@ class _Pool:
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run blocking ``work`` on a thread of the pool and wait for it.
 
-        Work that has begun cannot be interrupted: a cancelled caller still waits for its end, so that undoing it
-        afterwards never races with it. The cancellation is raised after that.
+        Work that has begun cannot be interrupted. A cancelled caller waits for its end, so that undoing the work never
+        races with it. The cancellation is raised after that.
         """
         future = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
         self.asked += 1
@@ -57,7 +57,7 @@ class _Pool:
             self.asked -= 1
 
 
-# One pool for each purpose. What may take seconds (walks, archives, syncs) has no part in a pool that calls wait for.
+# One pool for each purpose. Work that may take seconds (walks, archives, syncs) must not share a pool with calls.
 _POOLS = (
     _Pool("containers", 12),
     _Pool("network", 6),
@@ -65,15 +65,15 @@ _POOLS = (
     _Pool("images", 8),
     _Pool("images-long", 32),
 )
-in_thread = _POOLS[0].run  # making, starting, stopping pods and containers; commands in them
+in_thread = _POOLS[0].run  # creating, starting, stopping pods and containers; commands in them
 in_network_thread = _POOLS[1].run  # netlink, nftables, files of CNI
 in_stats_thread = _POOLS[2].run  # lists, statistics, metrics, traces
 in_image_thread = _POOLS[3].run  # short steps of pulls, archives and exports: files, rows, pieces of blobs
-in_long_thread = _POOLS[4].run  # long ones: walks over trees and archives, syncs, what is removed
+in_long_thread = _POOLS[4].run  # long steps: walks over trees and archives, syncs, removals
 
 
 def pool_use() -> dict[str, tuple[int, int]]:
-    """For each pool of threads how many pieces of work it has now, waiting ones too, and how many it does at once."""
+    """For each pool, the number of pieces of work that run or wait, and how many can run at the same time."""
     return {pool.purpose: (pool.asked, pool.most) for pool in _POOLS}
 
 
@@ -98,16 +98,16 @@ async def in_fresh_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwarg
         else:
             loop.call_soon_threadsafe(succeed, value)
 
-    start_aside(body, name="namespace", failed=lambda error: loop.call_soon_threadsafe(fail, error))
+    start_thread(body, name="namespace", failed=lambda error: loop.call_soon_threadsafe(fail, error))
     return await wait_out(future)
 
 
 async def acquired(
     run: Callable[[Callable[[], T]], Awaitable[T]], work: Callable[[], T], release: Callable[[T], object]
 ) -> T:
-    """Have ``run``, one of the functions above, do ``work`` that makes something, such as a descriptor or a socket.
+    """Run ``work``, which creates a resource such as a descriptor or a socket, with ``run``, a function of this module.
 
-    A caller that is cancelled meanwhile never gets it: then it is given to ``release``.
+    If the caller is cancelled meanwhile, the resource is passed to ``release``.
     """
     made: list[T] = []
 
@@ -125,7 +125,7 @@ async def acquired(
 
 @contextmanager
 def inside_namespace(path: str, kind: int) -> Iterator[None]:
-    """Enter the namespace pinned at ``path`` permanently; only for use in a fresh thread."""
+    """Enter the namespace pinned at ``path``. The thread cannot leave it, so it must be a new one."""
     with open(path, "rb") as pin:
         libc.setns(pin.fileno(), kind)
     yield

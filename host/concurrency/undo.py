@@ -17,10 +17,10 @@ _log = logging.getLogger("podkeel.undo")
 
 
 class Undo:
-    """A stack of undo steps for ``async with``; they run when the block fails or is cancelled, not when it ends well.
+    """A stack of undo steps for ``async with``. They run if the block fails or is cancelled.
 
-    Each step has its own deadline, runs even while the caller is being cancelled, and must be idempotent: a step that
-    fails is logged and left for the next start's recovery.
+    Each step has its own deadline, also runs while the caller is being cancelled, and must be idempotent. A step that
+    fails is logged. The recovery at the next start repeats it.
     """
 
     def __init__(self, subject: str) -> None:
@@ -28,7 +28,10 @@ class Undo:
         self._steps: list[tuple[str, Callable[[], Awaitable[None] | None]]] = []
 
     def push(self, what: str, step: Callable[[], Awaitable[None] | None]) -> None:
-        """Register how to undo ``what``. Call it before the object is made, so that a partly made one is undone too."""
+        """Register how to undo ``what``.
+
+        Call this before the object is created: a partly made one is then undone too.
+        """
         self._steps.append((what, step))
 
     async def run(self) -> None:

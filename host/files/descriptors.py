@@ -1,7 +1,7 @@
-"""How many file descriptors this process may still open, and which calls are refused when few are left.
+"""The number of file descriptors that this process may still open, and the calls that are refused when few are left.
 
-Stopping and listing never ask. Making pods and containers leaves them a reserve, and what images and clients of streams
-may begin in any number leaves twice as much, so that pods can be made beside them.
+Stopping and listing are never refused. Creating pods and containers leaves a reserve for them. Image pulls and streams,
+of which clients may begin any number, leave twice as much, so that pods can still be created.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ FOLDER = Path("/proc/self/fd")
 
 
 class Use(Enum):
-    """The purpose of a descriptor, and how many reserves it must leave free."""
+    """The purpose of a descriptor, with the number of reserves that it must leave free."""
 
     MAKING = 1
     STREAMS_AND_IMAGES = 2
 
 
 def raise_limit() -> None:
-    """Raise the soft limit of descriptors to the hard limit: the usual 1024 suffice for some hundred containers."""
+    """Raise the soft limit of descriptors to the hard limit: the usual 1024 are enough for some hundred containers."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def limit() -> int:
-    """How many there may be."""
+    """The limit of descriptors."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def left() -> int:
-    """How many more can be opened."""
+    """How many descriptors can still be opened."""
     try:
         opened = FOLDER.stat().st_size or _count()  # the size is their number from Linux 6.2 on
-    except OSError:  # no descriptor is free to list the others
+    except OSError:  # no descriptor is free to list the open ones
         return 0
     return max(0, limit() - opened)
 
 
 def _count() -> int:
-    """How many are open. Where many are left, the size of the kernel's table will do, which is no less."""
+    """The number of open descriptors. If many are left, the size of the kernel's table, which is not smaller."""
     with open("/proc/self/status", "rb") as status:
         table = next((int(line.split()[1]) for line in status if line.startswith(b"FDSize:")), 0)
     if table and limit() - table >= max(Use, key=lambda use: use.value).value * _reserve():
@@ -58,12 +58,12 @@ def _reserve() -> int:
 
 
 def scarce(use: Use = Use.STREAMS_AND_IMAGES) -> bool:
-    """Whether there are too few for ``use``."""
+    """Whether too few descriptors are left for ``use``."""
     return left() < use.value * _reserve()
 
 
 def require(what: str, use: Use = Use.STREAMS_AND_IMAGES) -> None:
-    """Raise LimitError, naming ``what`` is refused, if there are too few for ``use``."""
+    """Raise LimitError if too few descriptors are left for ``use``. ``what`` names the refused call."""
     if scarce(use):
         raise LimitError(
             f"{what} is refused: {left()} of the agent's {limit()} file descriptors are left, and they are kept for "

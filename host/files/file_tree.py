@@ -1,7 +1,7 @@
-"""Walks file trees that containers and images made, at any depth and with any names, by descriptors of open folders.
+"""Walks file trees of containers and images, with any depth and any names, by descriptors of open folders.
 
-Paths are never joined, so PATH_MAX does not matter. A walk holds a bounded number of descriptors and of names. It
-follows no link, and crosses a mount only with ``into_mounts``.
+Paths are never joined, so PATH_MAX does not apply. A walk holds a limited number of descriptors and names. It follows
+no link, and enters a mount only with ``into_mounts``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Self
 
-MOST_OPEN = 32  # folders of one path that are open at once, the root not counted
-MOST_WAITING = 200_000  # names of folders that a walk keeps until it gets to them
+MOST_OPEN = 32  # folders of one path that are open at the same time, without the root
+MOST_WAITING = 200_000  # names of folders that a walk keeps until it enters them
 
 _BELOW = libc.RESOLVE_NO_XDEV | libc.RESOLVE_NO_MAGICLINKS | libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_BENEATH
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -24,12 +24,18 @@ _LONGEST_SHOWN = 200
 
 
 def open_below(folder: int, name: str | bytes, flags: int, resolve: int = _BELOW) -> int:
-    """Open ``name`` in the open ``folder``; raises OSError for a link, a mount point and all that leads elsewhere."""
+    """Open ``name`` in the open ``folder``.
+
+    Raises OSError for a link, a mount point, or a path that leaves the folder.
+    """
     return libc.openat2(folder, os.fsencode(name), flags | os.O_NOFOLLOW, resolve)
 
 
 class _Level:
-    """One folder of a path: its descriptor (-1 while it is closed), and what it must be when it is opened again."""
+    """One folder of a path.
+
+    Its descriptor (-1 while closed), and its identity, which is checked when it is reopened.
+    """
 
     __slots__ = ("descriptor", "identity")
 
@@ -40,9 +46,9 @@ class _Level:
 
 
 class FolderStack:
-    """The folders from a root down to the current one, of which only the lowest and the root are kept open.
+    """The folders from a root down to the current one. Only the lowest ones and the root stay open.
 
-    A folder that is left for the one above it is how that one is opened again (``..``), if it was closed.
+    To leave a folder, its parent is opened again with ``..`` if it was closed.
     """
 
     def __init__(self, root: int, *, into_mounts: bool = False) -> None:
@@ -60,16 +66,16 @@ class FolderStack:
 
     @property
     def descriptor(self) -> int:
-        """The current folder."""
+        """The descriptor of the current folder."""
         return self._levels[-1].descriptor
 
     @property
     def depth(self) -> int:
-        """How many folders the current one is below the root."""
+        """The number of folders between the root and the current one."""
         return len(self._levels) - 1
 
     def enter(self, name: str | bytes) -> None:
-        """Go down into the folder ``name``; raises OSError if it is none, may not be entered, or cannot be opened."""
+        """Enter the folder ``name``. Raises OSError if it is no folder, may not be entered, or cannot be opened."""
         self._levels.append(_Level(open_below(self.descriptor, name, _FOLDER, self._resolve)))
         too_high = len(self._levels) - 1 - MOST_OPEN
         if too_high > 0 and self._levels[too_high].descriptor >= 0:
@@ -77,10 +83,10 @@ class FolderStack:
             self._levels[too_high].descriptor = -1
 
     def leave(self) -> bool:
-        """Go up one folder.
+        """Go to the parent folder.
 
-        Returns False if the folder was moved elsewhere meanwhile and its parent cannot be found from it. Then the
-        nearest ancestor that is still open becomes the current folder, at the latest the root. ``depth`` says which.
+        Returns False if the folder was moved meanwhile and its parent cannot be found from it. Then the nearest
+        ancestor that is still open becomes the current folder, in the end the root. ``depth`` says which one.
         """
         left = self._levels.pop()
         above = self._levels[-1]
@@ -104,7 +110,7 @@ class FolderStack:
 class Step:
     """One step of a walk: ``name`` in the open ``folder``.
 
-    ``entry`` is the directory entry; None for a folder that the walk leaves, after everything in it.
+    ``entry`` is the directory entry. It is None when the walk leaves a folder, after the folder's content.
     """
 
     __slots__ = ("entry", "folder", "name")
@@ -116,11 +122,12 @@ class Step:
 
 
 class Walk:
-    """Iterates over all that is below the open folder ``root``: files, and folders before and after their content.
+    """Iterates over everything below the open folder ``root``: files, and folders before and after their content.
 
-    A step is good until the next one. ``on_error`` is called with the place of what cannot be opened or listed, and the
-    walk continues. ``left_out`` says afterwards whether more was left out, because more folders than ``most_waiting``
-    waited or because a folder was moved meanwhile. With ``into_mounts`` it enters what is mounted below the root.
+    A step is valid until the next one. ``on_error`` is called with the place of an object that cannot be opened or
+    listed, and the walk continues. ``left_out`` says afterwards whether the walk left out more than that: more than
+    ``most_waiting`` folders waited, or a folder was moved meanwhile. ``into_mounts``: mounts below the root are
+    entered.
     """
 
     def __init__(
@@ -139,15 +146,15 @@ class Walk:
         self.left_out = False
 
     def place(self, name: str = "") -> str:
-        """Where the walk is now, relative to the root, or where ``name`` in the current folder is; for messages."""
+        """The current place of the walk, or of ``name`` in the current folder, relative to the root, for messages."""
         return shown("/".join([*self._names, name] if name else self._names) or ".")
 
     def names(self) -> list[str]:
-        """The folders from the root to where the walk is now."""
+        """The names of the folders from the root to the current one."""
         return list(self._names)
 
     def __iter__(self) -> Iterator[Step]:
-        folders: list[list[str]] = [[]]  # for each folder from the root down those in it that are still to be entered
+        folders: list[list[str]] = [[]]  # for each folder from the root down: its folders that are not entered yet
         with FolderStack(self._root, into_mounts=self._into_mounts) as stack:
             yield from self._list(stack.descriptor, folders[0])
             while True:
@@ -202,7 +209,7 @@ class Walk:
 
 
 def shown(path: str) -> str:
-    """A path as messages show it: names that are not UTF-8 escaped, a long one cut in its middle."""
+    """A path for messages: names that are not UTF-8 are escaped, a long path is shortened in the middle."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     half = _LONGEST_SHOWN // 2

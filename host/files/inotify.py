@@ -1,4 +1,4 @@
-"""Waiting for changes in folders (inotify(7))."""
+"""Waits for changes in folders (inotify(7))."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 async def wait_for_entries(folder: Path, condition: Callable[[], bool], timeout: float) -> bool:
-    """Wait until ``condition`` holds.
+    """Wait until ``condition`` holds, for at most ``timeout`` seconds. Return whether it holds.
 
-    It is called again when entries of ``folder`` are created or renamed; every 50 ms if the kernel allows no more
-    watches. Waits at most ``timeout`` seconds; returns whether the condition holds.
+    It is called again when entries of ``folder`` are created or renamed. If the kernel allows no more watches, it is
+    called every 50 ms.
     """
     try:
         descriptor = _open()
@@ -79,10 +79,10 @@ async def _poll(condition: Callable[[], bool], timeout: float) -> bool:
 
 
 class FolderWatch:
-    """Notices that entries of a folder are created, deleted or written, also while the folder itself does not exist.
+    """Notices when entries of a folder are created, deleted or written. The folder itself need not exist.
 
-    While it does not, its nearest existing ancestor is watched. Raises OSError when the kernel allows no more watches,
-    also from ``wait``.
+    If it does not exist, its nearest existing ancestor is watched. The constructor and ``wait`` raise OSError if the
+    kernel allows no more watches.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,7 +99,7 @@ class FolderWatch:
             raise
 
     async def wait(self) -> None:
-        """Wait until something may have changed since this was last waited for."""
+        """Wait until the folder may have changed since the last call."""
         await self._changed.wait()
         self._changed.clear()
         if self._error is not None:
@@ -119,7 +119,7 @@ class FolderWatch:
         self._changed.set()
 
     def _follow(self) -> None:
-        """Watch the folder or its nearest existing ancestor; what appears meanwhile is seen before this returns."""
+        """Watch the folder or its nearest existing ancestor. A folder that appears meanwhile is noticed."""
         while True:
             target = next(path for path in (self._folder, *self._folder.parents) if path.is_dir())
             try:
@@ -127,7 +127,7 @@ class FolderWatch:
             except FileNotFoundError:
                 continue
             if self._watched is not None and self._watched[1] != number:
-                # Fails when the folder that was watched is gone, and its watch with it.
+                # This fails if the watched folder is gone, because its watch is gone too.
                 _libc.inotify_rm_watch(self._descriptor, self._watched[1])
             self._watched = (target, number)
             if target == self._folder or not self._next_towards(target).is_dir():
@@ -138,10 +138,10 @@ class FolderWatch:
 
 
 class CreatedFiles:
-    """Calls back when a file of a certain name is made in one of many folders, or when one of many files is written.
+    """Calls back when a file with a certain name is created in one of many folders, or one of many files is written.
 
-    One descriptor serves all of them. The kernel ends a watch when the watched file or folder is deleted. If the
-    kernel has dropped events, as too many waited, every callback is called.
+    One descriptor serves all watches. The kernel ends a watch when the watched file or folder is deleted. If the kernel
+    dropped events because too many waited, every callback is called.
     """
 
     def __init__(self) -> None:
@@ -150,19 +150,19 @@ class CreatedFiles:
         asyncio.get_running_loop().add_reader(self._descriptor, self._ready)
 
     def watch_folder(self, folder: Path, name: str, callback: Callable[[], None]) -> int:
-        """Call ``callback`` when ``name`` is made in ``folder``; returns a number for ``forget``. Raises OSError."""
+        """Call ``callback`` when ``name`` is created in ``folder``. Returns a number for ``forget``. Raises OSError."""
         number = _watch(self._descriptor, folder, _IN_CREATE | _IN_MOVED_TO)
         self._callbacks[number] = os.fsencode(name), callback
         return number
 
     def watch_file(self, file: Path, callback: Callable[[], None]) -> int:
-        """Call ``callback`` when ``file`` is written; returns a number for ``forget``. Raises OSError."""
+        """Call ``callback`` when ``file`` is written. Returns a number for ``forget``. Raises OSError."""
         number = _watch(self._descriptor, file, _IN_MODIFY)
         self._callbacks[number] = b"", callback
         return number
 
     def forget(self, number: int) -> None:
-        """End a watch; success if the kernel has ended it already."""
+        """End a watch. A watch that the kernel has ended already is no error."""
         if self._callbacks.pop(number, None) is not None:
             _libc.inotify_rm_watch(self._descriptor, number)
 

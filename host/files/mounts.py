@@ -1,4 +1,4 @@
-"""Mounting, unmounting and reading the mount table."""
+"""Mounts, unmounts, and reads the mount table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 @dataclass(frozen=True, slots=True)
 class MountEntry:
-    """One line of mountinfo (proc(5)): where, what, and its propagation fields."""
+    """One line of mountinfo (proc(5)): mount point, source, options and propagation."""
 
     mount_id: int
     parent_id: int
@@ -47,7 +47,7 @@ class MountEntry:
 
     @property
     def shared(self) -> bool:
-        """Whether mounts made below it propagate to its peers."""
+        """Whether mounts that are made below it propagate to its peers."""
         return any(field.startswith("shared:") for field in self.propagation)
 
     @property
@@ -56,19 +56,19 @@ class MountEntry:
         return any(field.startswith("master:") for field in self.propagation)
 
 
-def leave_mount_namespace() -> None:
-    """Give the calling thread, a fresh one, its own mount namespace, whose mounts other threads do not see."""
+def enter_new_mount_namespace() -> None:
+    """Move the calling thread, which must be a new one, to a new mount namespace that other threads do not see."""
     libc.unshare(libc.CLONE_NEWNS)
     libc.mount("", "/", "", MS_REC | MS_PRIVATE, "")
 
 
 def make_file_system_read_only(target: str, flags: int) -> None:
-    """Remount the whole file system mounted at ``target``, with ``flags``, so that no mount of it can be written.
+    """Remount the whole file system at ``target`` read-only, with ``flags``, for all of its mounts.
 
     Blocks. Raises OSError.
 
-    A child that another thread is starting has all descriptors until its execve, also those of files that were written
-    there and closed since. The kernel refuses as long as that lasts, so this waits for it.
+    The kernel refuses while any process has a file open for writing. A child that another thread is starting has all
+    descriptors until its execve, also those that were closed since. So this function waits for it.
     """
     deadline = time.monotonic() + _MOST_SECONDS_BUSY
     while True:
@@ -83,13 +83,13 @@ def make_file_system_read_only(target: str, flags: int) -> None:
 
 
 def mount_table(path: str = "/proc/self/mountinfo") -> Iterator[MountEntry]:
-    """Every mount of this process's mount namespace, in the kernel's order."""
+    """All mounts of this process's mount namespace, in the kernel's order."""
     with open(path, "rb") as table:
         return parse_mount_table(table.read())
 
 
 def parse_mount_table(content: bytes) -> Iterator[MountEntry]:
-    """The entries of a mountinfo table (proc_pid_mountinfo(5)); a malformed line is skipped.
+    """The entries of a mountinfo table (proc_pid_mountinfo(5)). Malformed lines are skipped.
 
     Paths are decoded like names of files: bytes that are not UTF-8 become surrogates (os.fsdecode). The kernel escapes
     only space, tab, newline and backslash. So single spaces separate the fields, a field may be empty, and every other
@@ -120,13 +120,13 @@ def _entry(fields: list[bytes]) -> MountEntry | None:
 
 
 def mounts_below(folder: str | Path) -> list[str]:
-    """Targets of the mounts at or below ``folder``, deepest and newest first, ready to be unmounted in order."""
+    """Targets of the mounts at or below ``folder``, deepest and newest first: the order in which to unmount them."""
     prefix = str(folder).rstrip("/")
     return [e.target for e in mount_table() if e.target == prefix or e.target.startswith(prefix + "/")][::-1]
 
 
 def mount_holding(path: str) -> MountEntry:
-    """The mount of ``path``, which must have no symbolic links."""
+    """The mount that ``path`` is on. The path must not have symbolic links."""
     best: MountEntry | None = None
     for entry in mount_table():
         target = entry.target.rstrip("/")
@@ -145,7 +145,7 @@ def mount_id(descriptor: int) -> int:
 
 
 def bind(source: str | Path, target: str | Path, *, recursive: bool = False) -> None:
-    """Bind ``source`` onto the existing ``target``."""
+    """Bind mount ``source`` onto the existing ``target``."""
     libc.mount(str(source), str(target), "", MS_BIND | (MS_REC if recursive else 0), "")
 
 
@@ -157,11 +157,11 @@ def bind_with_ids(
     slave_tree: bool | None = None,
     step: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
-    """Bind ``source`` onto the existing ``target`` with its owners shown as the user namespace pinned there maps them.
+    """Bind mount ``source`` onto the existing ``target``. Its owners are mapped by the user namespace pinned there.
 
-    ``slave_tree`` None binds ``source`` alone; otherwise mounts below it are included, with their own owners; if it is
-    true, also those made there later. Unmounting ``target`` never changes anything at ``source``. The mount is attached
-    within a ``step``. Raises UnsupportedError where the file system or the kernel has no idmapped mounts.
+    With ``slave_tree`` None only ``source`` is mounted. Otherwise mounts below it are included, with their own owners;
+    if it is true, also mounts that are made there later. Unmounting ``target`` never changes ``source``. The mount is
+    attached inside a ``step``. Raises UnsupportedError if the file system or the kernel has no idmapped mounts.
     """
     with open(user_namespace, "rb") as pin:
         descriptor = libc.clone_tree(str(source), recursive=slave_tree is not None)
@@ -181,7 +181,7 @@ def bind_with_ids(
 
 
 def unmount(target: str | Path, *, lazy: bool = False) -> bool:
-    """Unmount ``target``; False if nothing is mounted there or it does not exist. A busy mount is detached lazily."""
+    """Unmount ``target``. False if nothing is mounted there or it does not exist. A busy mount is detached lazily."""
     flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)
     try:
         libc.umount(str(target), flags)
@@ -201,5 +201,5 @@ def _unescape(field: bytes) -> str:
 
 
 def context_option(label: str) -> str:
-    """The mount option, after others, by which all files of a mount have SELinux label ``label``; empty without one."""
+    """The mount option that gives all files of a mount the SELinux label ``label``; empty without a label."""
     return f',context="{label}"' if label else ""

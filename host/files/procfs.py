@@ -1,4 +1,4 @@
-"""Other processes and the kernel's tables in /proc (proc(5)): read bounded, and as bytes.
+"""Reads other processes and the kernel's tables in /proc (proc(5)), with limits and as bytes.
 
 A process can choose its name and its command line, which may have many megabytes. It can also choose the bytes of paths
 and interfaces in the kernel's tables.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 _COMMAND_LINE_BYTES = 64 * 1024
 _STATUS_BYTES = 8 * 1024
-_STAT_FLAGS = 6  # of what follows the name in /proc/PID/stat
+_STAT_FLAGS = 6  # the index of the flags among the fields behind the name in /proc/PID/stat
 _PF_EXITING = 0x4
 _PF_SIGNALED = 0x400
 _SIGKILL_BIT = 1 << 8
@@ -28,7 +28,7 @@ def all_pids() -> Iterator[int]:
 
 
 def read_bounded(path: str, limit: int) -> bytes:
-    """The first ``limit`` bytes of a file in /proc; empty if it, or its process, is gone or may not be read."""
+    """The first ``limit`` bytes of a file in /proc. Empty if the file or its process is gone or may not be read."""
     parts: list[bytes] = []
     with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
         while limit > 0 and (part := file.read(limit)):
@@ -57,7 +57,7 @@ def parent_of(pid: int) -> int | None:
 
 
 def is_being_killed(pid: int) -> bool:
-    """Whether a process has got SIGKILL, or ends for another reason, but has not ended yet."""
+    """Whether a process has received SIGKILL, or is exiting for another reason, but has not ended yet."""
     fields = read_bounded(f"/proc/{pid}/stat", _STATUS_BYTES).rpartition(b")")[2].split()
     if len(fields) <= _STAT_FLAGS or fields[0] in (b"Z", b"X"):
         return False
@@ -69,19 +69,18 @@ def is_being_killed(pid: int) -> bool:
 
 
 def has_in_environment(pid: int, entry: bytes) -> bool:
-    """Whether ``entry`` (``NAME=value``) is among the first words of the environment that a process was given."""
+    """Whether ``entry`` (``NAME=value``) is in the first part of the environment that a process was started with."""
     return entry in read_bounded(f"/proc/{pid}/environ", _COMMAND_LINE_BYTES).split(b"\0")
 
 
 def runs_program(pid: int, program: str) -> bool:
-    """Whether process ``pid`` of user 0 executes the file ``program``, an absolute path; also one that was replaced
-    since.
+    """Whether process ``pid`` of user 0 runs the file ``program``, an absolute path, also if it was replaced since.
 
     A replaced program is recognized by its name only, so the process must see the same files as the agent.
     """
     process, wanted = Path(f"/proc/{pid}"), Path(os.path.realpath(program))
     try:
-        # Asked first, since it costs least and most processes are something else.
+        # Checked first, because it costs least and excludes most processes.
         if Path(str((process / "exe").readlink()).removesuffix(" (deleted)")).name != wanted.name:
             return False
         if user_of(pid) != 0:
@@ -94,6 +93,6 @@ def runs_program(pid: int, program: str) -> bool:
 
 
 def table_lines(path: str) -> list[bytes]:
-    """The lines of a table of the kernel; their names may have any bytes. Raises OSError."""
+    """The lines of a kernel table. Names in it may have any bytes. Raises OSError."""
     with open(path, "rb") as table:
         return table.read().removesuffix(b"\n").split(b"\n")

@@ -1,9 +1,8 @@
-"""Removing file trees with any content.
+"""Removes file trees with any content.
 
-What cannot be removed is reported and does not delay the rest. As ``python -I -S -c WORKER FOLDER_OF_THE_SOURCES`` this
-is a separate process. It empties the folder of descriptor 3 and prints what stays. The pipe of descriptor 4 carries the
-orders to pause and to continue. The process ends when the pipe is closed, which happens at the latest when the agent
-ends.
+What cannot be removed is reported and does not delay the rest. ``python -I -S -c WORKER FOLDER_OF_THE_SOURCES`` runs
+this as a separate process. It empties the folder of descriptor 3 and prints what stays. Descriptor 4 is a pipe with the
+orders to pause and to continue. The process ends when the pipe is closed, at the latest when the agent ends.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ import sys
 
 from host.files.file_tree import Walk, open_below, shown
 
-TYPE_CHECKING = False  # a worker that has to start quickly imports this, and typing is slow
+TYPE_CHECKING = False  # the worker, which must start quickly, imports this module, and importing typing is slow
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-MOST_TOLD = 20
+MAX_MESSAGES = 20
 WORKER_FOLDER, WORKER_CONTROL = 3, 4
-PAUSE, GO_ON = b"p", b"c"
+PAUSE, CONTINUE = b"p", b"c"
 WORKER = f"import sys; sys.path.append(sys.argv[1]); from {__name__} import main; main()"
 
-_BATCH = 32  # things that are removed between two looks at the pipe
-# A file may be written into a folder while that is removed, and renamed then: the rows of a pod or container are.
+_BATCH = 32  # objects that are removed before the pipe is read again
+# A file may be written into a folder that is being removed, and then renamed, as the rows of a pod or container are.
 _ATTEMPTS = 3
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS of ioctl_iflags(2)
@@ -44,13 +43,13 @@ class OutOfBudgetError(Exception):
 class Removal:
     """Removes trees and keeps a report.
 
-    ``told`` has the first sentences about what stays, ``failures`` counts all of it. Raises OutOfBudgetError as soon as
-    more than ``budget`` files and folders would be removed; None means no limit. ``pace`` is called before each batch.
-    Files and folders that carry the immutable or the append-only flag lose it. Nothing behind a mount is touched.
+    ``messages`` has the first sentences about what stays; ``failures`` is the number of all failures. Raises
+    OutOfBudgetError before more than ``budget`` files and folders are removed; None means no limit. ``pace`` is called
+    before each batch. The immutable and the append-only flag of files and folders are cleared. Mounts are not entered.
     """
 
     def __init__(self, budget: int | None = None, pace: Callable[[], None] | None = None) -> None:
-        self.told: list[str] = []
+        self.messages: list[str] = []
         self.failures = 0
         self._budget = budget
         self._removed = 0
@@ -58,7 +57,7 @@ class Removal:
         self._steps = 0
 
     def remove(self, folder: int, name: str) -> bool:
-        """Remove the tree ``name`` in the open ``folder``; returns whether nothing stays. A missing one is no error."""
+        """Remove the tree ``name`` in the open ``folder``. Return whether nothing stays. A missing tree is no error."""
         try:
             try:
                 top = open_below(folder, name, _FOLDER)
@@ -66,7 +65,7 @@ class Removal:
                 self._unlink(folder, name)
                 return True
             except OSError as error:
-                if error.errno != errno.ELOOP:  # a link that O_NOFOLLOW met
+                if error.errno != errno.ELOOP:  # ELOOP: it is a symbolic link
                     raise
                 self._unlink(folder, name)
                 return True
@@ -78,16 +77,16 @@ class Removal:
         except FileNotFoundError:
             return True
         except OSError as error:
-            self._tell(shown(name), error)
+            self._report(shown(name), error)
             return False
         return True
 
     def _empty(self, top: int, name: str) -> None:
-        told, failures = len(self.told), self.failures
+        messages, failures = len(self.messages), self.failures
         while True:
-            del self.told[told:]
+            del self.messages[messages:]
             self.failures = failures
-            walk = Walk(top, on_error=lambda place, error: self._tell(f"{name}/{place}", error))
+            walk = Walk(top, on_error=lambda place, error: self._report(f"{name}/{place}", error))
             before = self._removed
             for step in walk:
                 try:
@@ -98,7 +97,7 @@ class Removal:
                 except FileNotFoundError:
                     pass
                 except OSError as error:
-                    self._tell(f"{name}/{walk.place(step.name)}", error)
+                    self._report(f"{name}/{walk.place(step.name)}", error)
             if not walk.left_out or self._removed == before:
                 return
 
@@ -130,17 +129,17 @@ class Removal:
                 raise OutOfBudgetError
             self._budget -= 1
 
-    def _tell(self, place: str, error: OSError) -> None:
+    def _report(self, place: str, error: OSError) -> None:
         if error.errno == errno.ENOTEMPTY and self.failures:
-            return  # what it still holds was reported
+            return  # what the folder still has was reported already
         self.failures += 1
-        if len(self.told) < MOST_TOLD:
+        if len(self.messages) < MAX_MESSAGES:
             mounted = error.errno in (errno.EXDEV, errno.EBUSY)
-            self.told.append(f"{place}: {'something is mounted on it' if mounted else error.strerror}")
+            self.messages.append(f"{place}: {'something is mounted on it' if mounted else error.strerror}")
 
 
 def _clear_flags(folder: int, name: str) -> None:
-    """Take the immutable and the append-only flag from ``name`` and from the ``folder`` it is in; see chattr(1)."""
+    """Clear the immutable and the append-only flag (chattr(1)) of ``name`` and of its ``folder``."""
     _clear_flags_of(folder)
     status = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
@@ -157,30 +156,30 @@ def _clear_flags_of(descriptor: int) -> None:
         if flags & _KEPT_FROM_REMOVAL:
             fcntl.ioctl(descriptor, _SET_FLAGS, _FLAGS.pack(flags & ~_KEPT_FROM_REMOVAL))
     except OSError:
-        pass  # a file system without flags, or no right to change them: removing says what is wrong
+        pass  # the file system has no flags, or they may not be changed: the removal reports the error
 
 
 def remove_tree(path: Path) -> list[str]:
-    """Remove the tree ``path``; returns what stays and why. Blocks. A missing path is no error."""
+    """Remove the tree ``path``. Returns what stays and why. Blocks. A missing path is no error."""
     try:
         folder = os.open(path.parent, _FOLDER)
     except FileNotFoundError:
         return []
-    told: list[str] = []
+    messages: list[str] = []
     try:
         for _ in range(_ATTEMPTS):
             removal = Removal()
             removal.remove(folder, path.name)
-            told = removal.told
-            if not any(sentence.endswith(os.strerror(errno.ENOTEMPTY)) for sentence in told):
+            messages = removal.messages
+            if not any(sentence.endswith(os.strerror(errno.ENOTEMPTY)) for sentence in messages):
                 break
     finally:
         os.close(folder)
-    return [f"{path.parent}/{sentence}" for sentence in told]
+    return [f"{path.parent}/{sentence}" for sentence in messages]
 
 
 def _obey() -> None:
-    """Pause if the last order on the pipe was to, until there is another."""
+    """If the last order on the pipe was to pause, wait for another order."""
     try:
         orders = os.read(WORKER_CONTROL, 4096)
     except BlockingIOError:
@@ -202,4 +201,4 @@ def main() -> None:
         names = [entry.name for entry in entries]
     for name in names:
         removal.remove(WORKER_FOLDER, name)
-    sys.stdout.write(json.dumps({"failures": removal.failures, "told": removal.told}))
+    sys.stdout.write(json.dumps({"failures": removal.failures, "messages": removal.messages}))

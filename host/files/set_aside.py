@@ -1,4 +1,4 @@
-"""Rows of the store that cannot be read: moved to a separate table, so that the rest of the store works."""
+"""Rows of the store that cannot be read. They are moved to a separate table, so that the rest of the store works."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("podkeel.store")
 
 
 class UnreadableRow(NamedTuple):
-    """A row that cannot be read: ``kind`` of object, its key in the database, the reason, and the row's values."""
+    """A row that cannot be read: the ``kind`` of object, its key in the database, the reason, and the row's values."""
 
     kind: str
     key: object
@@ -35,13 +35,13 @@ class UnreadableRow(NamedTuple):
 
     @property
     def object(self) -> str:
-        """The key in words."""
+        """The key as text."""
         key = os.fsdecode(self.key) if isinstance(self.key, bytes) else str(self.key)
         return printable(key)
 
 
 class SetAside(NamedTuple):
-    """What is reported about such a row afterwards."""
+    """The report on such a row."""
 
     kind: str
     object: str
@@ -49,16 +49,16 @@ class SetAside(NamedTuple):
 
 
 def keep(connection: sqlite3.Connection, rows: Sequence[UnreadableRow]) -> None:
-    """Record the row; the caller deletes it from its table in the same transaction."""
+    """Copy rows to the table ``set_aside``. The caller deletes them from their tables in the same transaction."""
     for row in rows:
         columns = json.dumps([_plain(value) for value in row.columns])
         values = (row.kind, row.object, printable(row.reason), int(time.time()), columns)
         connection.execute("INSERT INTO set_aside VALUES (?, ?, ?, ?, ?)", values)
-        _log.error("%s %s: set aside, its row in the store cannot be read: %s", row.kind, row.object, row.reason)
+        _log.error("%s %s: set aside: its row in the store cannot be read: %s", row.kind, row.object, row.reason)
 
 
 def key_is(column: str, key: object) -> tuple[str, tuple[object]]:
-    """A condition that finds the row of exactly this key, with any type and bytes."""
+    """A condition that selects the row with exactly this key, of any type and with any bytes."""
     if isinstance(key, str):
         return f"{column} = CAST(? AS TEXT)", (os.fsencode(key),)
     return f"{column} IS ?", (key,)

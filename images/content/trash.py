@@ -17,7 +17,16 @@ import msgspec
 from host import processes
 from host.concurrency.threads import acquired, in_long_thread
 from host.errors import PodkeelError
-from host.files.removal import GO_ON, MOST_TOLD, PAUSE, WORKER, WORKER_CONTROL, WORKER_FOLDER, OutOfBudgetError, Removal
+from host.files.removal import (
+    CONTINUE,
+    MAX_MESSAGES,
+    PAUSE,
+    WORKER,
+    WORKER_CONTROL,
+    WORKER_FOLDER,
+    OutOfBudgetError,
+    Removal,
+)
 
 _log = logging.getLogger("podkeel.images")
 
@@ -32,7 +41,7 @@ class _Left(msgspec.Struct):
     """The rest in the folder: how many files could not be removed, the first of them, and whether there are more."""
 
     failures: int = 0
-    told: list[str] = msgspec.field(default_factory=list)
+    messages: list[str] = msgspec.field(default_factory=list)
     more: bool = False
 
 
@@ -46,7 +55,7 @@ class Trash:
         self._task: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
-        self._told: frozenset[str] = frozenset()
+        self._logged: frozenset[str] = frozenset()
         self._failures = 0
         self._holders = 0
         self._waiting = 0
@@ -107,7 +116,7 @@ class Trash:
         if pause != self._paused:
             self._paused = pause
             with contextlib.suppress(BrokenPipeError):  # it has ended
-                os.write(self._control, PAUSE if pause else GO_ON)
+                os.write(self._control, PAUSE if pause else CONTINUE)
 
     def _has_room(self) -> bool:
         try:
@@ -139,7 +148,7 @@ class Trash:
             self._wake.clear()
             try:
                 small = await in_long_thread(_remove_small, self._folder)
-                self._tell(await self._remove_large() if small.more else small)
+                self._log_left(await self._remove_large() if small.more else small)
             except (PodkeelError, OSError) as error:
                 _log.error("trash: %s: cannot be emptied: %s", self._folder, error)
             if not self._wake.is_set():
@@ -164,14 +173,14 @@ class Trash:
         os.close(self._control)
         self._control = -1
 
-    def _tell(self, left: _Left) -> None:
+    def _log_left(self, left: _Left) -> None:
         """Log what could not be removed, each thing once."""
-        for sentence in left.told:
-            if sentence not in self._told:
+        for sentence in left.messages:
+            if sentence not in self._logged:
                 _log.error("trash: %s/%s: the next removal or start tries again", self._folder, sentence)
-        if left.failures > len(left.told) and self._failures != left.failures:
+        if left.failures > len(left.messages) and self._failures != left.failures:
             _log.error("trash: %s: %d files could not be removed", self._folder, left.failures)
-        self._told, self._failures = frozenset(left.told), left.failures
+        self._logged, self._failures = frozenset(left.messages), left.failures
 
 
 def _remove_small(path: Path) -> _Left:
@@ -192,5 +201,5 @@ def _remove_small_in(folder: int) -> _Left:
         except OutOfBudgetError:
             left.more = True
         left.failures += removal.failures
-        left.told += removal.told[: MOST_TOLD - len(left.told)]
+        left.messages += removal.messages[: MAX_MESSAGES - len(left.messages)]
     return left

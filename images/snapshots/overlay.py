@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from host import libc
-from host.concurrency.thread_starting import in_thread_of_its_own
+from host.concurrency.thread_starting import run_in_new_thread
 from host.errors import LimitError
 from host.files.removal import remove_tree
 from images.oci.layer_limit import MOST_LAYERS
@@ -80,4 +80,4 @@ def _mount_from(folder: Path, target: Path, flags: int, options: str) -> None:
         os.chdir(folder)
         libc.mount("overlay", str(target), "overlay", flags, options)
 
-    in_thread_of_its_own(mount, name="overlay")
+    run_in_new_thread(mount, name="overlay")

@@ -100,7 +100,7 @@ class SnapshotStore:
                 )
                 repaired.append((json.dumps(layers), key))
             found.append((key, container_id, layers))
-        self._database.take_out(unreadable, ("snapshots", "id"))
+        self._database.set_rows_aside(unreadable, ("snapshots", "id"))
         return found, repaired
 
     def ids(self) -> frozenset[str]:

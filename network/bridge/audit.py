@@ -13,7 +13,7 @@ from network.store import NetworkStore
 
 
 def compare_store(store: NetworkStore, attachments: Collection[Attachment]) -> list[Finding]:
-    """Rows that belong to no attachment."""
+    """Rows that do not belong to any attachment."""
     known = {attachment.sandbox_id for attachment in attachments}
     findings = [
         Finding("address", row.address, f"held by sandbox {row.sandbox_id}, which has no attachment")
@@ -54,7 +54,7 @@ def compare_links(
 
 
 def compare_bridge(kernel: BridgeLinks, wanted: Sequence[IPInterface]) -> list[Finding]:
-    """A bridge that is missing, is down or has other addresses than the gateways of the ranges in use."""
+    """A bridge that is missing, is down, or has other addresses than the gateways of the ranges in use."""
     if kernel.index() is None:
         return [Finding("bridge", kernel.name, "missing")]
     present = set(kernel.addresses())
@@ -70,7 +70,7 @@ def compare_elements(
     unfinished: Collection[str],
     listing: list[bytes] | None,
 ) -> list[Finding]:
-    """Elements of the nftables tables, as ``listing`` shows them, that are missing or belong to no attachment."""
+    """Elements of the nftables tables (from ``listing``) that are missing, or that belong to no attachment."""
     if listing is None:
         return [Finding("nftables table", table, "missing")]
     present = listed_elements(listing)

@@ -1,4 +1,4 @@
-"""The bridge and the veth pairs of pods in the kernel. Everything here blocks; call it from a thread."""
+"""The bridge and the veth pairs of pods in the kernel. All functions block: call them from a thread."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _READY_POLL_SECONDS = 0.0005
 
 
 class TableMissingError(Exception):
-    """The nftables tables or their sets are gone: another program flushed the ruleset."""
+    """The nftables tables or their sets are missing, because another program flushed the ruleset."""
 
 
 class BridgeLinks:
@@ -47,7 +47,7 @@ class BridgeLinks:
             raise
 
     def close(self) -> None:
-        """Close the netlink sockets; the bridge and what is connected to it stay."""
+        """Close the netlink sockets. The bridge and the links of pods stay."""
         self._own_namespace.close()
         self._route.close()
         if hasattr(self, "_netfilter"):
@@ -58,14 +58,14 @@ class BridgeLinks:
         return _index(self.name)
 
     def is_up(self) -> bool:
-        """Whether the bridge, which exists, is up."""
+        """Whether the bridge is up. It must exist."""
         return rtnetlink.find_link(self._route, self.name).up
 
     def ensure(self, addresses: Sequence[IPInterface], mtu: int) -> None:
-        """Make the bridge, or give the existing one these addresses and this MTU, and make the node route packets.
+        """Create the bridge, or set these addresses and this MTU on the existing one. Enable forwarding on the node.
 
-        Raises WrongStateError when a link of that name exists that this program did not make, or another agent has it
-        or a bridge with such addresses.
+        Raises WrongStateError if a link of that name exists that this program did not create, or if another agent owns
+        it or a bridge with overlapping addresses.
         """
         try:
             refusals = self._route.exchange([rtnetlink.add_bridge(self.name, bridge_mac(self.name), mtu)])
@@ -79,13 +79,13 @@ class BridgeLinks:
                 )
             if self._owner is not None:
                 claim(self._route, self.name, self._owner, addresses, made=not refusals)
-            # A generated link-local address would be probed for a second. During that time the node cannot resolve IPv6
-            # neighbours.
+            # The kernel would probe a generated link-local address for a second. The node cannot resolve IPv6
+            # neighbours during that time.
             quiet = [rtnetlink.keep_without_generated_address(self.name)] if self._ipv6 else []
             self._route.request([rtnetlink.configure_bridge(self.name), *quiet, rtnetlink.set_up(self.name, mtu)])
             index = socket.if_nametoindex(self.name)
             present = set(self.addresses())
-            # Deleted first: an IPv6 address exists once, so the same address with another prefix prevents the addition.
+            # Delete first: IPv6 refuses an address that exists with another prefix.
             changes = [rtnetlink.delete_address(index, address) for address in present.difference(addresses)]
             changes += [rtnetlink.add_address(index, address) for address in addresses]
             if any(address.version == 6 for address in addresses):
@@ -107,22 +107,21 @@ class BridgeLinks:
         return [address for owner, address in found if owner == index and not address.is_link_local]
 
     def ports(self) -> set[str]:
-        """The names of all links that carry this bridge's prefix: host-side ends of pods' veth pairs, and limiters."""
+        """The names of all links with this bridge's prefix: the host-side links of pods, and their limiters."""
         prefix = interface_prefix(self.name)
         return {name for _, name in socket.if_nameindex() if name.startswith(prefix)}
 
     def attached(self) -> set[str]:
-        """The names of the bridge's ports that are up; empty where there is no bridge."""
+        """The names of the bridge's ports that are up; empty if there is no bridge."""
         index = self.index()
         if index is None:
             return set()
         return {port.name for port in rtnetlink.list_ports(self._route, index) if port.up}
 
     def attach_again(self, names: Iterable[str]) -> list[str]:
-        """Make those of these links ports of the bridge again that are not ports any more or are down; returns which
-        they were.
+        """Attach those of these links to the bridge again that are detached or down. Return their names.
 
-        Deleting a bridge detaches its ports, but keeps the links.
+        When a bridge is deleted, its ports are detached but not deleted.
         """
         index = self.index()
         if index is None:
@@ -130,14 +129,14 @@ class BridgeLinks:
         lost = sorted(self.ports().intersection(names) - self.attached())
         for name in lost:
             changes = [rtnetlink.attach_port(name, index), rtnetlink.configure_port(name), rtnetlink.set_up(name)]
-            # One whose pod's namespace has gone is still listed while the kernel takes it down.
+            # If a pod's namespace has ended, its link is still listed until the kernel has deleted it.
             self._route.request(changes, tolerate=(errno.ENODEV,))
         return lost
 
     def connect(self, attachment: Attachment, namespace_path: str) -> None:
-        """Make the pod's interface in its namespace, with everything the pod may use; moves the calling thread there.
+        """Create the pod's interface in its namespace, and add its elements. The calling thread moves to the namespace.
 
-        Raises TableMissingError before anything is made when the nftables tables are gone.
+        If the nftables tables are missing, raises TableMissingError before it creates anything.
         """
         what = f"sandbox {attachment.sandbox_id} could not be connected to {self.name}"
         elements = elements_of(attachment)
@@ -150,7 +149,7 @@ class BridgeLinks:
                 raise NotFoundError(f"{what}: {namespace_path} is the node's own network namespace")
             bridge_index = self.index()
             if bridge_index is None:
-                raise UnavailableError(f"{what}: the bridge is gone: `podkeel check --repair` makes it again")
+                raise UnavailableError(f"{what}: the bridge is missing: `podkeel check --repair` creates it again")
             try:
                 add_elements(self._netfilter, self.name, elements)
             except OSError as error:
@@ -158,7 +157,7 @@ class BridgeLinks:
                     raise TableMissingError from error
                 _fail(f"{what}: nftables refused its elements", error)
             try:
-                # An address that a pod of another MAC had would be sent to that for up to a minute.
+                # Otherwise the kernel may send to the MAC of an earlier pod with this address for up to a minute.
                 former = [rtnetlink.forget_neighbour(bridge_index, ip_address(text)) for text in attachment.addresses]
                 self._route.request(former, tolerate=(errno.ENOENT,))
                 self._make_pair(attachment, bridge_index, pin.fileno())
@@ -176,10 +175,10 @@ class BridgeLinks:
         conntrack.forget_udp(self._netfilter, attachment.host_ports, attachment.versions)
 
     def disconnect(self, attachment: Attachment, *, delete_link: bool) -> None:
-        """Take from the pod what it may use; with ``delete_link`` its interface too.
+        """Remove the pod's elements, and with ``delete_link`` also its interface.
 
-        Deleting a link waits for grace periods of the kernel (some 20 ms); a link whose namespace ends is deleted by
-        the kernel, but its limiter is not.
+        Deleting a link waits for grace periods of the kernel (about 20 ms). If its namespace ends, the kernel deletes
+        the link itself, but not the limiter.
         """
         try:
             remove_elements(self._netfilter, self.name, elements_of(attachment))
@@ -190,7 +189,7 @@ class BridgeLinks:
         conntrack.forget_udp(self._netfilter, attachment.host_ports, attachment.versions)
 
     def delete_links(self, names: Sequence[str]) -> None:
-        """Delete links; those that are missing are no error."""
+        """Delete links. A missing link is no error."""
         for name in names:
             self._route.request([rtnetlink.delete_link(name)], tolerate=(errno.ENODEV,))
 
@@ -206,7 +205,7 @@ class BridgeLinks:
         ]
         refusals = self._route.exchange(messages)
         if refusals and (refusals[0].position, refusals[0].number) == (0, errno.EEXIST) and _index(name) is not None:
-            # Left by an attempt that was killed: only this sandbox uses the name.
+            # A killed attempt left this link: only this sandbox uses the name.
             self.delete_links([name])
             refusals = self._route.exchange(messages)
         for refusal in refusals:
@@ -229,16 +228,16 @@ class BridgeLinks:
 
 
 def _await_carrier(route: NetlinkSocket, name: str) -> None:
-    """Wait until the kernel acts on the link's carrier; until then packets are lost and the bridge's port is closed.
+    """Wait until the kernel has processed the link's carrier. Until then packets are lost and the port is blocked.
 
-    It does so in the background, which can take a second on a busy node. Kernels since 6.8 do it when asked for the
-    link, older ones have to be waited for. A link that stays down is no error: its peer may go up later.
+    The kernel does this in the background, which can take a second on a busy node. Since version 6.8 a query for the
+    link makes it do so at once. A link that stays down is no error: its peer may come up later.
     """
     _poll(lambda: rtnetlink.passes_frames(route, name))
 
 
 def _await_addresses(route: NetlinkSocket, addresses: Iterable[IPAddress]) -> None:
-    """Wait until IPv6 addresses receive packets: the kernel finishes adding them in the background."""
+    """Wait until IPv6 addresses receive packets, because the kernel completes adding them in the background."""
     waited = [address for address in addresses if address.version == 6]
     _poll(lambda: all(rtnetlink.is_local(route, address) for address in waited))
 

@@ -1,4 +1,4 @@
-"""Addresses and host ports that sandboxes hold according to the store, although their attachment is lost."""
+"""Addresses and host ports that sandboxes hold in the store although the row of their attachment is lost."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class LostRows(NamedTuple):
 
     @property
     def sandboxes(self) -> list[str]:
-        """All sandboxes that hold something."""
+        """All sandboxes that hold an address or a port."""
         return list(dict.fromkeys((*self.addresses, *self.ports)))
 
 
 def lost_rows(store: NetworkStore, known: Collection[str]) -> LostRows:
-    """The addresses and ports of sandboxes that are not ``known`` to have an attachment. Blocks."""
+    """The addresses and ports of sandboxes whose attachment is not ``known``. Blocks."""
     lost = LostRows({}, {})
     for row in store.addresses():
         if row.released_at is None and row.sandbox_id not in known:

@@ -1,4 +1,4 @@
-"""The built-in network: a bridge, addresses from the pod ranges, and host ports, for pods without CNI."""
+"""The built-in network, for pods without CNI: a bridge, addresses from the pod ranges, and host ports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from network.store import NetworkStore
 _log = logging.getLogger("podkeel.network")
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,14}")
-_REMEDY = "`podkeel check --repair` or a restart of the agent makes it again"
+_REMEDY = "`podkeel check --repair` or a restart of the agent creates it again"
 _CONNECTING_AT_ONCE = 4
 _SMALLEST_MTU = {4: 576, 6: 1280}
 
@@ -44,17 +44,17 @@ class _Reservation(NamedTuple):
 
 
 class BuiltInNetwork:
-    """Connects sandboxes to the node's bridge; safe for any number of calls at a time.
+    """Connects sandboxes to the node's bridge. Any number of calls may run at the same time.
 
-    Raises InvalidArgumentError when the options make no sense. The store is the truth: ``start`` makes the kernel match
-    it. ``registry`` holds the host ports of the node's other network too. If ``owner`` is set before the start, the
-    agent refuses a bridge or ranges of another agent.
+    Raises InvalidArgumentError for invalid options. ``start`` makes the kernel match the store. ``registry`` also has
+    the host ports of the node's other network. If ``owner`` is set before the start, the agent refuses a bridge or
+    ranges of another agent.
     """
 
     def __init__(self, options: NetworkOptions, database: Database, registry: PortRegistry | None = None) -> None:
         if not _NAME.fullmatch(options.bridge):
             raise InvalidArgumentError(
-                f"network.bridge {options.bridge!r} is no interface name of at most 15 characters"
+                f"network.bridge {options.bridge!r} is not an interface name of at most 15 characters"
             )
         self.options = options
         self.owner: BridgeOwner | None = None
@@ -66,7 +66,7 @@ class BuiltInNetwork:
         self._unfinished: set[str] = set()
         self._ranges_in_kernel: set[IPNetwork] = set()
         self._lock = RWLock()
-        # Starting a thread holds the loop until it runs, and the kernel makes one link after another anyway.
+        # Few threads: starting one blocks the loop, and the kernel creates links one after the other anyway.
         self._connecting = asyncio.Semaphore(_CONNECTING_AT_ONCE)
         self._changing_ranges = asyncio.Lock()
         self._mtu = options.mtu
@@ -75,9 +75,9 @@ class BuiltInNetwork:
         self._firewalls = FirewallWatch(options.bridge, self._restore_tables)
 
     async def start(self) -> None:
-        """Read the store, make the bridge and load the tables; after a stop, a crash or a reboot.
+        """Read the store, create the bridge and load the tables, after a stop, a crash or a reboot.
 
-        It may be called again while no other call is under way.
+        It may be called again while no other call is running.
         """
         try:
             await threads.in_network_thread(self._restore)
@@ -90,14 +90,14 @@ class BuiltInNetwork:
             self._failure = error.message if isinstance(error, PodkeelError) else str(error)
             raise
         self._failure = ""
-        self._firewalls.look_soon(self._book.current)
+        self._firewalls.check_soon(self._book.current)
 
     async def settled(self) -> None:
-        """Wait for the end of a look at the node's firewalls that runs in the background."""
+        """Wait for a check of the node's firewalls that runs in the background."""
         await self._firewalls.settled()
 
     async def stop(self) -> None:
-        """Close the netlink sockets; pods keep their network."""
+        """Close the netlink sockets. Pods keep their network."""
         self._failure = "the network has been stopped"
         await self._firewalls.close()
         kernel, self._kernel = self._kernel, None
@@ -109,8 +109,8 @@ class BuiltInNetwork:
         if self._failure:
             return Condition(False, "NetworkNotStarted", self._failure)
         if self._kernel is None or self._kernel.index() is None:
-            return Condition(False, "BridgeMissing", f"bridge {self.options.bridge} is gone: {_REMEDY}")
-        self._firewalls.look_soon(self._book.current)
+            return Condition(False, "BridgeMissing", f"bridge {self.options.bridge} is missing: {_REMEDY}")
+        self._firewalls.check_soon(self._book.current)
         obstacle = self._firewalls.obstacle()
         return Condition(True) if obstacle is None else Condition(False, "ForwardingBlocked", obstacle.message)
 
@@ -121,14 +121,14 @@ class BuiltInNetwork:
 
     @property
     def pod_cidrs(self) -> tuple[str, ...]:
-        """The ranges that pods made from now on get their addresses from."""
+        """The ranges from which new pods get addresses."""
         return tuple(str(network) for network in self._book.current)
 
     async def attach(self, request: AttachRequest) -> Attachment:
-        """Connect a sandbox's network namespace; all of it, or on failure nothing.
+        """Connect a sandbox's network namespace. If a step fails, all steps are undone.
 
         Raises:
-            InvalidArgumentError: a port mapping makes no sense.
+            InvalidArgumentError: a port mapping is invalid.
             AlreadyExistsError: a host port is taken, or the sandbox is connected already.
             LimitError: no address is free.
             NotFoundError: the namespace is missing.
@@ -144,7 +144,7 @@ class BuiltInNetwork:
             if reservation.ports:
                 await threads.in_network_thread(ports.check_free_on_node, reservation.ports)
             attachment = reservation.attachment
-            undo.push("rows", lambda: self.store.remove(sandbox_id, rest=False))
+            undo.push("rows", lambda: self.store.remove(sandbox_id, quarantine=False))
             await self.store.add(attachment, reservation.addresses, reservation.ports, self.options.quarantine_seconds)
             undo.push("interface", lambda: threads.in_network_thread(kernel.disconnect, attachment, delete_link=True))
             await self._connect(kernel, attachment)
@@ -152,14 +152,14 @@ class BuiltInNetwork:
         return attachment
 
     async def detach(self, sandbox_id: str) -> None:
-        """Release the sandbox's host ports and addresses; repeatable, also for an unknown sandbox.
+        """Release the sandbox's host ports and addresses. May be repeated, also for an unknown sandbox.
 
-        The interface stays until its namespace ends, which is the caller's next step. It cannot send any more.
+        The interface stays until its namespace ends: the caller ends it next. Until then it cannot send.
         """
         await self._detach(sandbox_id, delete_link=False)
 
     async def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
-        """Use these ranges for pods made from now on, and remember them; raises InvalidArgumentError for bad ones."""
+        """Use these ranges for new pods, and store them. Raises InvalidArgumentError for an invalid range."""
         ranges = parse_ranges(cidrs)
         async with self._changing_ranges:
             if ranges == self._book.current:
@@ -178,11 +178,11 @@ class BuiltInNetwork:
     async def audit(self, live: Collection[str]) -> list[Finding]:
         """Differences between the store, the kernel and the ``live`` sandboxes.
 
-        ``live`` must name every sandbox that may have a network, those that are being made too.
+        ``live`` must name every sandbox that may have a network, also those that are being created.
         """
         kernel = self._started()
         if set(self._book.in_use()) != self._ranges_in_kernel:
-            await self._ensure()  # the last pod of a former range has ended
+            await self._ensure()  # the last pod of an earlier range has ended
         async with self._lock.writing():
             unfinished = set(self._unfinished)
             listing = await ruleset.listing(self.options.bridge)
@@ -197,9 +197,9 @@ class BuiltInNetwork:
             ]
 
     async def repair(self, live: Collection[str]) -> list[Finding]:
-        """Remove what is ours and belongs to no ``live`` sandbox, make what is missing; returns what was wrong.
+        """Remove objects of this network that belong to no ``live`` sandbox, and create what is missing.
 
-        Sandboxes that are connected from now on are left alone: ``live`` cannot name them.
+        Returns what was wrong. Sandboxes that are connected later are not in ``live`` and are not changed.
         """
         kernel = self._started()
         gone = set(self._reservations) - set(live) - self._unfinished
@@ -215,7 +215,7 @@ class BuiltInNetwork:
         return findings
 
     async def destroy(self) -> None:
-        """Remove the bridge, every pod's interface, the tables and all rows: nothing of this network stays."""
+        """Remove the bridge, every pod's interface, the tables and all rows."""
         kernel = self._started()
         await self._firewalls.close()
         async with self._lock.writing():
@@ -255,8 +255,8 @@ class BuiltInNetwork:
         for sandbox_id, port in self.store.host_ports():
             try:
                 self._ports.take(sandbox_id, [port])
-            except AlreadyExistsError as error:  # by a row that should not be: neither may keep the node down
-                _log.error("sandbox %s: %s", sandbox_id[:13], error)
+            except AlreadyExistsError as error:  # from a wrong row: it must not prevent the start
+                _log.error("sandbox %s: host ports: %s", sandbox_id[:13], error)
                 continue
             taken.setdefault(sandbox_id, []).append(port)
         for attachment in self.store.attachments():
@@ -264,19 +264,19 @@ class BuiltInNetwork:
             self._reservations[key] = _Reservation(attachment, held.get(key, []), taken.get(key, []))
 
     def _bridge_addresses(self) -> list[IPInterface]:
-        """The gateways; one that ranges share, since they overlap, has the prefix of the largest."""
+        """The gateways' addresses. If overlapping ranges share a gateway, it has the prefix of the largest."""
         largest_last = sorted(self._book.in_use(), key=lambda network: network.prefixlen, reverse=True)
         prefixes = {gateway_of(network): network.prefixlen for network in largest_last}
         return [ip_interface(f"{gateway}/{prefix}") for gateway, prefix in prefixes.items()]
 
     async def _ensure(self) -> None:
-        """Make bridge and tables match memory; the tables are replaced in one transaction."""
+        """Make bridge and tables match the memory. The tables are replaced in one transaction."""
         kernel = self._kernel
         if kernel is None:
             raise UnavailableError(f"network {self.options.bridge} has been stopped")
         async with self._lock.writing():
             await threads.in_network_thread(kernel.ensure, self._bridge_addresses(), self._mtu)
-            # Pods that are not connected yet add their elements themselves once the lock is free.
+            # Pods that are not connected yet add their own elements once the lock is free.
             attachments = [r.attachment for id_, r in self._reservations.items() if id_ not in self._unfinished]
             lost = await threads.in_network_thread(kernel.attach_again, [item.host_interface for item in attachments])
             if lost:
@@ -287,7 +287,7 @@ class BuiltInNetwork:
             self._ranges_in_kernel = set(ranges)
 
     async def _restore_tables(self) -> None:
-        _log.warning("nftables tables %s: deleted by another program: making them again", self.options.bridge)
+        _log.warning("nftables tables %s: deleted by another program: creating them again", self.options.bridge)
         await self._ensure()
 
     def _script(self, ranges: Sequence[IPNetwork], attachments: Sequence[Attachment]) -> str:
@@ -297,7 +297,7 @@ class BuiltInNetwork:
         )
 
     def _reserve(self, request: AttachRequest, wanted: tuple[PortMapping, ...]) -> _Reservation:
-        """Take addresses and host ports in memory, all or none."""
+        """Take addresses and host ports in memory: all or none."""
         sandbox_id = request.sandbox_id
         if sandbox_id in self._reservations:
             raise AlreadyExistsError(f"sandbox {sandbox_id} is connected to {self.options.bridge} already")
@@ -307,7 +307,7 @@ class BuiltInNetwork:
         try:
             self._ports.take(sandbox_id, taken)
         except AlreadyExistsError:
-            self._book.give_back(chosen)
+            self._book.free_unused(chosen)
             raise
         reservation = _Reservation(self._attachment(request, wanted, chosen), chosen, taken)
         self._reservations[sandbox_id] = reservation
@@ -330,7 +330,7 @@ class BuiltInNetwork:
         )
 
     async def restore_lost(self, requests: Sequence[AttachRequest]) -> None:
-        """Know the connections again of sandboxes that hold addresses but whose attachment the store has lost."""
+        """Restore the attachments of sandboxes that hold addresses but whose attachment is lost from the store."""
         lost = await threads.in_network_thread(lost_rows, self.store, set(self._reservations))
         for request in requests:
             if chosen := lost.addresses.get(request.sandbox_id):
@@ -340,13 +340,13 @@ class BuiltInNetwork:
                 held = lost.ports.get(request.sandbox_id, [])
                 self._reservations[request.sandbox_id] = _Reservation(attachment, chosen, held)
                 await self.store.add_attachment(attachment)
-                _log.warning("sandbox %s: attachment lost: made again", request.sandbox_id[:13])
+                _log.warning("sandbox %s: attachment lost from the store: restored", request.sandbox_id[:13])
 
     async def _release_lost(self) -> None:
-        """Put addresses into quarantine that no known sandbox holds any more, and free such host ports."""
+        """Quarantine addresses that no known sandbox holds any more, and free the host ports of such sandboxes."""
         lost = await threads.in_network_thread(lost_rows, self.store, set(self._reservations))
         for sandbox_id in lost.sandboxes:
-            await self.store.remove(sandbox_id, rest=True)
+            await self.store.remove(sandbox_id, quarantine=True)
             self._ports.release(lost.ports.get(sandbox_id, ()))
             for network, address in lost.addresses.get(sandbox_id, ()):
                 self._book.release(network, address)
@@ -356,7 +356,7 @@ class BuiltInNetwork:
         self._reservations.pop(reservation.attachment.sandbox_id, None)
         self._unfinished.discard(reservation.attachment.sandbox_id)
         self._ports.release(reservation.ports)
-        self._book.give_back(reservation.addresses)
+        self._book.free_unused(reservation.addresses)
 
     async def _connect(self, kernel: BridgeLinks, attachment: Attachment) -> None:
         try:
@@ -368,21 +368,21 @@ class BuiltInNetwork:
                 await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
 
     async def _connect_again(self, kernel: BridgeLinks, live: Collection[str]) -> None:
-        """Make the interfaces of live sandboxes again whose links were deleted; the caller holds the lock alone.
+        """Create the interfaces of live sandboxes again whose links were deleted. The caller holds the lock alone.
 
         Their addresses stay the same, and so do their connections.
         """
         present = await threads.in_network_thread(kernel.ports)
-        for sandbox_id, reservation in list(self._reservations.items()):  # pods that begin to be connected add to them
+        for sandbox_id, reservation in list(self._reservations.items()):  # pods that are being connected add to it
             attachment = reservation.attachment
             if sandbox_id not in live or sandbox_id in self._unfinished or present.issuperset(attachment.links):
                 continue
             try:
                 await threads.in_network_thread(kernel.delete_links, attachment.links)
                 await threads.in_fresh_thread(kernel.connect, attachment, attachment.netns_path)
-                _log.warning("sandbox %s: interface lost: made again", sandbox_id)
+                _log.warning("sandbox %s: interface lost: created again", sandbox_id)
             except (PodkeelError, TableMissingError) as error:
-                _log.error("sandbox %s: interface lost and cannot be made again: %s", sandbox_id, error)
+                _log.error("sandbox %s: interface lost: cannot be created again: %s", sandbox_id, error)
 
     async def _detach(self, sandbox_id: str, *, delete_link: bool) -> None:
         reservation = self._reservations.get(sandbox_id)
@@ -391,9 +391,9 @@ class BuiltInNetwork:
         kernel = self._started()
         async with self._lock.reading():
             await threads.in_network_thread(kernel.disconnect, reservation.attachment, delete_link=delete_link)
-            await self.store.remove(sandbox_id, rest=True)
+            await self.store.remove(sandbox_id, quarantine=True)
             if self._reservations.get(sandbox_id) is not reservation:
-                return  # another call was faster
+                return  # another call has done it
             del self._reservations[sandbox_id]
             self._ports.release(reservation.ports)
             for network, address in reservation.addresses:

@@ -1,5 +1,4 @@
-"""The owner of a bridge: its alias (``ip -d link``) names the agent that made it, so that two agents never use one
-bridge."""
+"""The owner of a bridge: the agent that its alias (``ip -d link``) names, so that two agents never use one bridge."""
 
 from __future__ import annotations
 
@@ -18,12 +17,12 @@ IPInterface = IPv4Interface | IPv6Interface
 
 _ALIAS_BYTES = 255
 _FIRST_WORD = "podkeel-agent"
-# An agent that has just made a bridge names itself at once.
+# An agent that has just created a bridge sets the alias at once.
 _NAMING_SECONDS = 0.1
 
 
 class BridgeOwner(NamedTuple):
-    """An agent: its id, and its data folder, which is empty where the alias has no room for it."""
+    """An agent: its id, and its data folder, which is empty if the alias has no room for it."""
 
     agent_id: str
     data_dir: str
@@ -36,11 +35,11 @@ class BridgeOwner(NamedTuple):
 
     @property
     def place(self) -> str:
-        """The owner's name in messages, by which operators find it."""
+        """The owner in messages, so that operators find it."""
         return f"of another agent (id {self.agent_id}, data folder {self.data_dir or 'unknown'})"
 
     def is_there(self) -> bool:
-        """Whether its data folder still says that it is this agent's; one that cannot be looked at may be."""
+        """Whether its data folder still belongs to it. If the folder cannot be read, the answer is yes."""
         if not self.data_dir:
             return True
         try:
@@ -52,12 +51,10 @@ class BridgeOwner(NamedTuple):
 
 
 def claim(route: NetlinkSocket, name: str, owner: BridgeOwner, addresses: Sequence[IPInterface], *, made: bool) -> None:
-    """Record ``owner`` as the owner of the existing bridge ``name``. ``made``: this call's agent has just made it.
+    """Record ``owner`` as the owner of the existing bridge ``name``. ``made``: this agent has just created it. Blocks.
 
-    Blocks.
-
-    Raises WrongStateError where another agent has the bridge, or one with addresses of the same ranges. A bridge whose
-    agent is gone, and to which no pod is connected, changes hands.
+    Raises WrongStateError if another agent owns the bridge, or a bridge with addresses of the same ranges. A bridge
+    whose agent is gone, and to which no pod is connected, is taken over.
     """
     others = {bridge: found for bridge, found in _owners(route).items() if found.agent_id != owner.agent_id}
     if not made and name not in others and not rtnetlink.find_link(route, name).alias:
@@ -81,13 +78,13 @@ def _owners(route: NetlinkSocket) -> dict[str, BridgeOwner]:
 
 def _refuse_unless_left(route: NetlinkSocket, name: str, owner: BridgeOwner, other: BridgeOwner) -> None:
     if other.data_dir and other.data_dir == owner.data_dir:
-        return  # the same agent, which has lost its id
+        return  # the same agent, which lost its id
     ports = rtnetlink.list_ports(route, rtnetlink.find_link(route, name).index)
     if other.is_there() or ports:
         raise WrongStateError(
-            f"bridge {name} is {other.place}, {len(ports)} pods are connected to it: give this one another "
-            f"network.bridge and other network.pod_cidrs, or `podkeel reset` the other one; "
-            f"if that agent will not come back, `ip link delete {name}`"
+            f"bridge {name} is {other.place}, {len(ports)} pods are connected to it: configure another "
+            f"network.bridge and other network.pod_cidrs for this agent, or run `podkeel reset` for the other one; "
+            f"if the other agent is gone for good, run `ip link delete {name}`"
         )
 
 
@@ -103,8 +100,8 @@ def _refuse_overlap(route: NetlinkSocket, bridge: str, other: BridgeOwner, addre
             if owner == index and ours.version == theirs.version and _overlap(ours, theirs):
                 raise WrongStateError(
                     f"range {ours.network} of network.pod_cidrs overlaps {theirs.network} on bridge {bridge}, which is "
-                    f"{other.place}: give this one other network.pod_cidrs, or `podkeel reset` the other one; "
-                    f"if that agent will not come back, `ip link delete {bridge}`"
+                    f"{other.place}: configure other network.pod_cidrs for this agent, or run `podkeel reset` for the "
+                    f"other one; if the other agent is gone for good, run `ip link delete {bridge}`"
                 )
 
 

@@ -1,1 +1,1 @@
-"""The other network: plugins of the Container Network Interface (CNI 0.3.0 to 1.1.0), run as programs."""
+"""The network of CNI plugins (Container Network Interface 0.3.0 to 1.1.0), which the agent runs as programs."""

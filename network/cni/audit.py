@@ -17,13 +17,14 @@ _KIND = "CNI attachment"
 async def compare(
     records: Sequence[CniRecord], chain: PluginChain, live: Collection[str], errors: Mapping[str, str]
 ) -> list[Finding]:
-    """The results of CHECK for live pods, pods that no longer exist, and pods whose DEL failed with one
-    of ``errors``.
+    """The errors of CHECK for live pods, attachments of pods that no longer exist, and failed DELs.
+
+    ``errors`` has the errors of failed DELs, by sandbox.
     """
     findings: list[Finding] = []
     for record in records:
         if record.state is CniState.DELETING:
-            reason = errors.get(record.sandbox_id, "it is under way")
+            reason = errors.get(record.sandbox_id, "DEL is running")
             findings.append(Finding(_KIND, record.sandbox_id, f"waits for its release: {reason}"))
         elif record.sandbox_id not in live:
             findings.append(Finding(_KIND, record.sandbox_id, "its sandbox is gone"))
@@ -38,11 +39,11 @@ async def compare(
 
 
 def broken_files(folder: Path, broken: Sequence[str]) -> list[Finding]:
-    """Files of the configuration folder that are skipped."""
+    """The files of the configuration folder that are skipped."""
     return [Finding("CNI configuration", str(folder), f"skipped: {sentence}") for sentence in broken]
 
 
 def without_namespace(records: Sequence[CniRecord], errors: Collection[str]) -> list[CniRecord]:
-    """Sandboxes whose DEL failed (``errors`` has the error of each) and whose network namespace is gone. Blocks."""
+    """Sandboxes whose DEL failed (``errors`` has the error of each) and whose network namespace is missing. Blocks."""
     deleting = (record for record in records if record.state is CniState.DELETING and record.sandbox_id in errors)
     return [record for record in deleting if not namespace_exists(record.netns_path)]

@@ -1,4 +1,4 @@
-"""The plugins of a configuration, called one after another (CNI specification 1.1.0, section 4)."""
+"""Calls the plugins of a configuration one after another (CNI specification 1.1.0, section 4)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from network.cni.record import CniRecord
 
 
 class PluginChain:
-    """Carries out CNI's operations on whole configurations."""
+    """Runs the operations of CNI on whole configurations."""
 
     def __init__(self, runner: PluginRunner) -> None:
         self._runner = runner
@@ -28,26 +28,26 @@ class PluginChain:
     async def choose_version(self, configuration: Configuration) -> Configuration:
         """The configuration with the highest version that all its plugins support.
 
-        Raises PluginMissingError; UnsupportedError when there is no such version.
+        Raises PluginMissingError, and UnsupportedError if there is no such version.
         """
         allowed = configuration.versions
         for plugin in configuration.plugins:
             call = Call("VERSION")
             output = await self._runner.run(plugin.type, call, {"cniVersion": configuration.version})
             try:
-                spoken = untrusted_json.decode(output, Reply).supported
+                supported = untrusted_json.decode(output, Reply).supported
             except JsonError as error:
                 raise InvalidArgumentError(f"CNI plugin {plugin.type}, VERSION: printed no answer: {error}") from error
-            allowed = tuple(version for version in allowed if version in spoken)
+            allowed = tuple(version for version in allowed if version in supported)
             if not allowed:
                 raise UnsupportedError(
                     f"CNI configuration {configuration.path} asks for CNI {', '.join(configuration.versions)}, which "
-                    f"plugin {plugin.type} does not support (it supports {', '.join(spoken)}): set another cniVersion"
+                    f"plugin {plugin.type} does not support (it supports {', '.join(supported)}): change cniVersion"
                 )
         return msgspec.structs.replace(configuration, version=allowed[0])
 
     async def add(self, record: CniRecord) -> dict[str, Any]:
-        """ADD: connect the pod; returns the last plugin's result."""
+        """ADD: connect the pod. Returns the last plugin's result."""
         call = _call("ADD", record, record.netns_path)
         previous: dict[str, Any] | None = None
         for plugin in record.configuration.plugins:
@@ -57,14 +57,14 @@ class PluginChain:
         return previous
 
     async def delete(self, record: CniRecord) -> None:
-        """DEL: disconnect the pod, also one that was never quite connected or whose namespace is gone."""
+        """DEL: disconnect the pod, also if ADD did not complete or its namespace is gone."""
         namespace = await in_network_thread(_existing_namespace, record.netns_path)
         call = _call("DEL", record, namespace)
         for plugin in reversed(record.configuration.plugins):
             await self._runner.run(plugin.type, call, _settings(record, plugin, _known_result(record)))
 
-    async def delete_what_can_be(self, record: CniRecord) -> dict[str, str]:
-        """Call DEL of every plugin, even if others fail. Returns the errors of those that failed."""
+    async def delete_with_each(self, record: CniRecord) -> dict[str, str]:
+        """Call DEL of every plugin, even if one fails. Returns the errors of those that failed."""
         namespace = await in_network_thread(_existing_namespace, record.netns_path)
         errors: dict[str, str] = {}
         for plugin in reversed(record.configuration.plugins):
@@ -76,34 +76,34 @@ class PluginChain:
         return errors
 
     async def check(self, record: CniRecord) -> None:
-        """CHECK: raise PodkeelError when the pod's network is not as it was made; nothing below version 0.4.0."""
-        if record.configuration.disable_check or not record.configuration.speaks("0.4.0"):
+        """CHECK: raise PodkeelError if the pod's network has changed. Does nothing below version 0.4.0."""
+        if record.configuration.disable_check or not record.configuration.supports("0.4.0"):
             return
         call = _call("CHECK", record, record.netns_path)
         for plugin in record.configuration.plugins:
             await self._runner.run(plugin.type, call, _settings(record, plugin, record.result))
 
     async def status(self, configuration: Configuration) -> None:
-        """STATUS: raise PodkeelError when the plugins could serve no ADD now; nothing below version 1.1.0."""
-        if configuration.speaks("1.1.0"):
+        """STATUS: raise PodkeelError if the plugins cannot serve ADD now. Does nothing below version 1.1.0."""
+        if configuration.supports("1.1.0"):
             for plugin in configuration.plugins:
                 await self._runner.run(plugin.type, Call("STATUS"), _base(configuration, plugin))
 
     def collects(self, configuration: Configuration) -> bool:
-        """Whether ``collect_garbage`` asks the plugins of this configuration."""
-        return not configuration.disable_gc and configuration.speaks("1.1.0")
+        """Whether ``collect_garbage`` calls the plugins of this configuration."""
+        return not configuration.disable_gc and configuration.supports("1.1.0")
 
     async def collect_garbage(self, configuration: Configuration, sandbox_ids: Collection[str]) -> list[PodkeelError]:
-        """GC: have the plugins release what belongs to none of ``sandbox_ids``; nothing below version 1.1.0.
+        """GC: have plugins release what belongs to none of ``sandbox_ids``. Does nothing below version 1.1.0.
 
-        Every plugin is asked; the errors are returned.
+        Every plugin is called; the errors are returned.
         """
         if not self.collects(configuration):
             return []
         valid = [{"containerID": sandbox_id, "ifname": POD_INTERFACE} for sandbox_id in sorted(sandbox_ids)]
         errors: list[PodkeelError] = []
         for plugin in configuration.plugins:
-            # The specification's first text and its first library named this key differently.
+            # The specification's first text and its first library had another name for this key.
             named = {"cni.dev/valid-attachments": valid, "cni.dev/attachments": valid}
             try:
                 await self._runner.run(plugin.type, Call("GC"), {**_base(configuration, plugin), **named})
@@ -117,8 +117,8 @@ def _call(command: str, record: CniRecord, netns_path: str) -> Call:
 
 
 def _known_result(record: CniRecord) -> dict[str, Any] | None:
-    """The part of ADD's result that DEL gets: nothing before version 0.4.0."""
-    return record.result if record.configuration.speaks("0.4.0") else None
+    """The result of ADD that DEL gets; none below version 0.4.0."""
+    return record.result if record.configuration.supports("0.4.0") else None
 
 
 def _base(configuration: Configuration, plugin: Plugin) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _settings(record: CniRecord, plugin: Plugin, previous: Mapping[str, Any] | N
 
 
 def namespace_exists(path: str) -> bool:
-    """Whether a network namespace is pinned there, other than the node's own, which is no pod's."""
+    """Whether a network namespace other than the node's is pinned there."""
     try:
         there, own = Path(path).stat(), Path("/proc/self/ns/net").stat()
         return there.st_dev == own.st_dev and there.st_ino != own.st_ino
@@ -146,6 +146,5 @@ def namespace_exists(path: str) -> bool:
 
 
 def _existing_namespace(path: str) -> str:
-    """The path if a namespace is pinned there, otherwise an empty one: to plugins that means the namespace no longer
-    exists."""
+    """The path if a namespace is pinned there, else an empty one: plugins then know that the namespace is gone."""
     return path if namespace_exists(path) else ""

@@ -1,7 +1,7 @@
-"""Network configurations of the Container Network Interface: the files of the folder, read and checked.
+"""Reads and checks the files of network configurations of the Container Network Interface.
 
-Format: the CNI specification 1.1.0, section 1; a file with one plugin is read as a list of one. A list is completed by
-the plugins in the folder beside it named after the network, unless it says ``loadOnlyInlinedPlugins``.
+The format is section 1 of the CNI specification 1.1.0. A file with one plugin is read as a list of one. The plugins in
+the folder beside the file that is named after the network are added, unless it sets ``loadOnlyInlinedPlugins``.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _LARGEST_FILE = 1024 * 1024
 
 
 class Plugin(msgspec.Struct, frozen=True):
-    """One plugin of a list: its program's name, and its settings as the file has them."""
+    """One plugin of a list: the name of its program, and its settings from the file."""
 
     type: str
     settings: dict[str, Any]
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """The capabilities of a pod that it asks for."""
+        """The capabilities that the plugin declares."""
         declared = self.settings.get("capabilities")
         return frozenset(name for name, wanted in declared.items() if wanted is True) if declared else frozenset()
 
 
 class Configuration(msgspec.Struct, frozen=True):
-    """A list of plugins that make one network.
+    """A list of plugins that set up one network.
 
-    ``version`` is the one that its plugins are called with; ``versions`` are those that it allows, the highest first.
+    Its plugins are called with ``version``. ``versions`` are the ones that it allows, the highest first.
     """
 
     name: str
@@ -54,23 +54,23 @@ class Configuration(msgspec.Struct, frozen=True):
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """The capabilities that any of its plugins asks for."""
+        """The capabilities that any of its plugins declares."""
         return frozenset().union(*(plugin.capabilities for plugin in self.plugins))
 
-    def speaks(self, version: str) -> bool:
+    def supports(self, version: str) -> bool:
         """Whether its plugins are called with ``version`` or a later one."""
         return VERSIONS.index(self.version) >= VERSIONS.index(version)
 
     @property
     def plugin_folder(self) -> Path:
-        """The folder of further plugins of the network; it need not exist."""
+        """The folder of further plugins of the network. It need not exist."""
         return Path(self.path).parent / self.name
 
 
 def search_folder(folder: Path) -> tuple[Configuration | None, tuple[str, ...]]:
-    """The configuration in the first good file by name, and what is wrong with those before it, which are skipped.
+    """The configuration in the first valid file by name, and the errors of the files before it, which are skipped.
 
-    A file that is empty is about to be written.
+    An empty file is ignored: it is about to be written.
     """
     broken: list[str] = []
     try:
@@ -93,14 +93,14 @@ def search_folder(folder: Path) -> tuple[Configuration | None, tuple[str, ...]]:
 
 
 def parse(content: bytes, path: Path) -> Configuration:
-    """A configuration out of a file's content and the folder of plugins beside it.
+    """Parse a configuration from a file's content and the folder of plugins beside it.
 
-    Raises InvalidArgumentError naming the file and what is wrong.
+    Raises InvalidArgumentError with the file and the error.
     """
     try:
         return _configuration(untrusted_json.decode(content, dict[str, Any], most_bytes=_LARGEST_FILE), path)
     except JsonError as error:
-        raise InvalidArgumentError(f"CNI configuration {path} is no JSON object: {error}") from error
+        raise InvalidArgumentError(f"CNI configuration {path} is not a JSON object: {error}") from error
     except ValueError as error:
         raise InvalidArgumentError(f"CNI configuration {path}: {error}") from error
 
@@ -108,7 +108,7 @@ def parse(content: bytes, path: Path) -> Configuration:
 def _configuration(given: Mapping[str, Any], path: Path) -> Configuration:
     name = given.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"name {name!r} is no network name: it begins with a letter or digit, then also _ . and -")
+        raise ValueError(f"name {name!r} is no network name: use letters, digits and _ . -, a letter or digit first")
     versions = _versions(given)
     return Configuration(
         name=name,
@@ -122,7 +122,7 @@ def _configuration(given: Mapping[str, Any], path: Path) -> Configuration:
 
 
 def _plugins(given: Mapping[str, Any], folder: Path) -> tuple[Plugin, ...]:
-    """Those of the file, then those of the folder by name."""
+    """The plugins of the file, then those of the folder by name."""
     if "type" in given and "plugins" not in given:
         return (_plugin(given),)
     listed = given.get("plugins", [])
@@ -132,12 +132,12 @@ def _plugins(given: Mapping[str, Any], folder: Path) -> tuple[Plugin, ...]:
     if not _flag(given, "loadOnlyInlinedPlugins"):
         plugins += _plugins_in(folder)
     if not plugins:
-        raise ValueError(f"plugins must be a list of at least one plugin, or {folder} hold some")
+        raise ValueError(f"plugins must be a list of at least one plugin, or {folder} must have one")
     return tuple(plugins)
 
 
 def _plugins_in(folder: Path) -> list[Plugin]:
-    """The plugins in the folder's files, one in each. One that is wrong makes the whole network wrong, not shorter."""
+    """The plugins in the folder's files, one in each. A wrong file makes the whole network invalid."""
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix == PLUGIN_SUFFIX)
     except (FileNotFoundError, NotADirectoryError):
@@ -154,7 +154,7 @@ def _plugins_in(folder: Path) -> list[Plugin]:
 
 def _plugin(settings: object) -> Plugin:
     if not isinstance(settings, dict):
-        raise ValueError(f"plugin {settings!r} is no object")
+        raise ValueError(f"plugin {settings!r} is not an object")
     kind = settings.get("type")
     if not isinstance(kind, str) or not kind or "/" in kind or kind.startswith("."):
         raise ValueError(f"plugin type {kind!r} is no program's name")
@@ -164,17 +164,17 @@ def _plugin(settings: object) -> Plugin:
 
 
 def _versions(given: Mapping[str, Any]) -> tuple[str, ...]:
-    """The versions that the file allows and this agent supports, the highest first."""
+    """The versions that both the file and this agent support, the highest first."""
     listed = given.get("cniVersions") or []
     if not isinstance(listed, list):
         raise ValueError("cniVersions must be a list")
     asked = [*listed, given["cniVersion"]] if "cniVersion" in given else listed or ["0.2.0"]
-    spoken = tuple(version for version in reversed(VERSIONS) if version in asked)
-    if not spoken:
+    supported = tuple(version for version in reversed(VERSIONS) if version in asked)
+    if not supported:
         raise ValueError(
             f"asks for CNI {', '.join(map(str, asked))}; supported are {VERSIONS[0]} to {VERSIONS[-1]}: set cniVersion"
         )
-    return spoken
+    return supported
 
 
 def _flag(given: Mapping[str, Any], name: str) -> bool:

@@ -1,4 +1,4 @@
-"""DEL until it succeeds: attempts that callers wait for, and further ones in the background with growing pauses."""
+"""Calls DEL until it succeeds: in attempts that callers wait for, then in the background with growing pauses."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ _log = logging.getLogger("podkeel.network")
 
 
 class Deletions:
-    """One attempt per sandbox at a time; a failed one is repeated later automatically, or at once on request.
+    """Makes one attempt per sandbox at a time. A failed attempt is repeated automatically, or at once on request.
 
-    ``delete`` makes an attempt; ``finished`` is called with each sandbox whose deletion succeeded while no caller
-    waited.
+    ``delete`` makes an attempt. ``finished`` is called for each sandbox whose deletion succeeded in the background.
     """
 
     def __init__(self, delete: Callable[[str], Awaitable[None]], finished: Callable[[str], Awaitable[None]]) -> None:
@@ -31,10 +30,10 @@ class Deletions:
         self.errors: dict[str, str] = {}
 
     async def run(self, sandbox_id: str) -> None:
-        """Make an attempt, or join the one that runs.
+        """Make an attempt, or join the one that is running.
 
-        If it fails, its error is raised and attempts continue in the background. A caller that leaves does not end the
-        attempt. Raises WrongStateError when another call ends it.
+        If it fails, its error is raised and attempts continue in the background. If the caller is cancelled, the
+        attempt continues. Raises WrongStateError when another call ends it.
         """
         attempt = self._attempt(sandbox_id)
         try:
@@ -54,7 +53,7 @@ class Deletions:
         task.add_done_callback(self._background.discard)
 
     async def forget(self, sandbox_id: str) -> None:
-        """End what is under way for a sandbox, and make no further attempt; its last error stays known."""
+        """Cancel the attempt for a sandbox and make no further one. Its last error is kept."""
         pause = self._pauses.pop(sandbox_id, None)
         if pause is not None:
             pause.cancel()
@@ -65,7 +64,7 @@ class Deletions:
             await asyncio.gather(attempt, return_exceptions=True)
 
     async def close(self) -> None:
-        """End everything; what is not deleted stays in the store for the next start."""
+        """Cancel all attempts. Attachments that are not deleted stay in the store for the next start."""
         for pause in self._pauses.values():
             pause.cancel()
         self._pauses.clear()
@@ -97,7 +96,7 @@ class Deletions:
             loop = asyncio.get_running_loop()
             self._pauses[sandbox_id] = loop.call_later(seconds, self._retry, sandbox_id)
             level = logging.DEBUG if known else logging.WARNING  # the same problem is logged once
-            _log.log(level, "sandbox %s: %s; DEL is tried again in %g s", sandbox_id[:13], error, seconds)
+            _log.log(level, "sandbox %s: %s; DEL is called again in %g s", sandbox_id[:13], error, seconds)
             raise
         else:
             self.errors.pop(sandbox_id, None)
@@ -118,6 +117,6 @@ class Deletions:
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:
-    """Mark an attempt's error as seen: it was logged, and callers may be gone."""
+    """Mark an attempt's error as retrieved: it was logged, and its callers may have been cancelled."""
     if not task.cancelled():
         task.exception()

@@ -1,4 +1,4 @@
-"""The content of the folder of CNI configurations: a usable one, or what is wrong."""
+"""The configuration in the folder of CNI configurations, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = logging.getLogger("podkeel.network")
 
 
 class View(NamedTuple):
-    """The content of the folder when it was last read; ``present`` says that it had any file, valid or not."""
+    """The content of the folder when it was last read. ``present``: it had a file, valid or not."""
 
     configuration: Configuration | None
     condition: Condition
@@ -26,23 +26,23 @@ class View(NamedTuple):
 
 
 class ConfigurationFolder:
-    """Looks at a folder, at the time ``looked_at``.
+    """Reads the folder of CNI configurations; ``read_at`` is the time of the last reading.
 
-    ``parsed`` is the configuration that was read last, in its files' own versions; ``asking`` says that its plugins are
-    being asked for theirs, and ``broken`` which files were skipped.
+    ``parsed`` is the configuration that was read last, with the versions from its files. ``asking``: its plugins are
+    being asked for their versions. ``broken`` has the errors of the files that were skipped.
     """
 
     def __init__(self, path: Path, chain: PluginChain) -> None:
         self.path = path
         self.parsed: Configuration | None = None
         self.broken: tuple[str, ...] = ()
-        self.looked_at = 0.0
+        self.read_at = 0.0
         self.asking = False
         self._chain = chain
 
     async def look(self, before: View) -> View:
-        """Its content now. Plugins are asked for their versions only if it has changed."""
-        self.looked_at = time.monotonic()
+        """Read the folder. Plugins are asked for their versions only if the configuration has changed."""
+        self.read_at = time.monotonic()
         try:
             found = await self._search()
         except PodkeelError as error:

@@ -1,6 +1,6 @@
 """Host ports of pods on CNI networks whose plugins forward none: a separate nftables table, replaced as a whole.
 
-It translates addresses and opens nothing: whether the packet then passes is decided by the CNI network.
+The table translates addresses and opens nothing: the CNI network decides whether a packet passes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _log = logging.getLogger("podkeel.network")
 
 _LOOK_AGAIN_SECONDS = 60.0
 
-# Pods of one network may reach each other without this node's routing: answers would then miss the way back.
+# Pods of one network may reach each other without routing by this node: answers would not come back through it.
 _TABLE = (
     """
 table inet {table} {{
@@ -50,17 +50,20 @@ table inet {table} {{
 
 
 class HostPortTable:
-    """The table ``name``; there from the first pod that needs it on, as its guard must stay: see ``open_localhost``."""
+    """The table ``name``.
+
+    It stays from the first pod that needs it on, because of its guard: see ``open_localhost``.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._changing = asyncio.Lock()
         self._needed = False
-        self._looked_at = 0.0
+        self._checked_at = 0.0
         self._looking: asyncio.Task[None] | None = None
 
     async def load(self, records: Iterable[CniRecord]) -> None:
-        """Make the table hold the host ports of the records that need it; raises CommandError with nft's complaint."""
+        """Load the host ports of the records that need the table. Raises CommandError with the output of nft."""
         async with self._changing:
             forwarding = _forwarding(records)
             self._needed = self._needed or bool(forwarding) or await self._listing() is not None
@@ -69,32 +72,32 @@ class HostPortTable:
                 await threads.in_network_thread(open_localhost, [attachment for _, attachment in forwarding])
 
     async def remove(self) -> None:
-        """Remove the table, where there is one."""
+        """Remove the table, if it exists."""
         async with self._changing:
             self._needed = False
             await ruleset.load(self._removal)
 
-    def look_soon(self, records: Iterable[CniRecord]) -> None:
-        """Check in the background, at most once a minute, that the table still exists; otherwise load it again."""
+    def check_soon(self, records: Iterable[CniRecord]) -> None:
+        """Check in the background, at most once a minute, that the table exists. Load it again if it is missing."""
         idle = self._looking is None or self._looking.done()
-        if self._needed and idle and time.monotonic() > self._looked_at + _LOOK_AGAIN_SECONDS:
-            self._looked_at = time.monotonic()
+        if self._needed and idle and time.monotonic() > self._checked_at + _LOOK_AGAIN_SECONDS:
+            self._checked_at = time.monotonic()
             self._looking = asyncio.create_task(self._look(records))
 
     async def settled(self) -> None:
-        """Wait for the end of a check that runs in the background."""
+        """Wait for a check that runs in the background."""
         if self._looking is not None:
             await asyncio.wait([self._looking])
 
     async def close(self) -> None:
-        """End the background work."""
+        """End the check in the background."""
         looking, self._looking = self._looking, None
         if looking is not None:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
 
     async def findings(self, records: Iterable[CniRecord]) -> list[Finding]:
-        """Where the table differs from what the records need."""
+        """The differences between the table and the records."""
         async with self._changing:
             wanted = {(e.set_name, str(e)) for _, pod in _forwarding(records) for e in host_port_elements(pod)}
             listing = await self._listing()
@@ -105,7 +108,7 @@ class HostPortTable:
     async def _look(self, records: Iterable[CniRecord]) -> None:
         try:
             if await self._listing() is None:
-                _log.warning("nftables table %s: deleted by another program: making it again", self.name)
+                _log.warning("nftables table %s: deleted by another program: creating it again", self.name)
                 await self.load(records)
         except (PodkeelError, OSError) as error:
             _log.warning("nftables table %s: cannot be checked: %s", self.name, error)
@@ -128,13 +131,13 @@ class HostPortTable:
 
 
 def _forwarding(records: Iterable[CniRecord]) -> list[tuple[CniRecord, Attachment]]:
-    """The connected pods whose host ports are for this table to forward."""
+    """The connected pods whose host ports this table forwards."""
     connected = (record for record in records if record.forwards and record.state is CniState.ADDED)
     return [(record, record.attachment) for record in connected if record.attachment is not None]
 
 
 async def forget_flows(mappings: Sequence[PortMapping]) -> None:
-    """Have the kernel decide again where packets to these UDP ports of the node go."""
+    """Delete the conntrack entries of these UDP ports, so that the kernel routes their packets by the new rules."""
 
     def work() -> None:
         with NetlinkSocket(NETLINK_NETFILTER) as netfilter:
@@ -147,9 +150,9 @@ async def forget_flows(mappings: Sequence[PortMapping]) -> None:
 def open_localhost(attachments: Sequence[Attachment]) -> None:
     """Enable the node to reach the pods from 127.0.0.1.
 
-    The links may also carry other pods or the network around the node, which could then reach the node's 127.0.0.1: the
-    table's guard prevents that. The setting is not taken back, as other pods may need it by then. A pod without a route
-    from the node is logged; the ports of the others must still work.
+    The links may also carry other pods or the network around the node, which could then reach the node's 127.0.0.1. The
+    table's guard prevents that. The setting is never reverted, because other pods may need it. If the node has no route
+    to a pod, this is logged, and the ports of other pods still work.
     """
     with NetlinkSocket(NETLINK_ROUTE) as route:
         for attachment in attachments:
@@ -161,7 +164,7 @@ def open_localhost(attachments: Sequence[Attachment]) -> None:
                 sysctl.send_from_localhost(socket.if_indextoname(index))
             except OSError as error:
                 _log.warning(
-                    "sandbox %s: host ports do not work on 127.0.0.1, as the node cannot reach %s: %s",
+                    "sandbox %s: host ports do not work on 127.0.0.1: the node cannot reach %s: %s",
                     attachment.sandbox_id[:13],
                     address,
                     error.strerror,

@@ -1,4 +1,4 @@
-"""The agent's own work on the interfaces of CNI pods: the loopback before ADD, and the removal of what DEL left."""
+"""What the agent itself does to the interfaces of CNI pods: enable loopback before ADD, delete links that DEL left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from network.netlink_socket import NetlinkSocket
 
 
 def bring_up_loopback(sandbox_id: str, netns_path: str) -> None:
-    """Bring up ``lo`` in the namespace, as no plugin of the list does it; moves the calling thread there."""
+    """Bring up ``lo`` in the namespace, because no plugin does. The calling thread moves to the namespace."""
     try:
         with threads.inside_namespace(netns_path, libc.CLONE_NEWNET), NetlinkSocket(NETLINK_ROUTE) as inside:
             inside.request([rtnetlink.set_up("lo")])
@@ -22,7 +22,7 @@ def bring_up_loopback(sandbox_id: str, netns_path: str) -> None:
 
 
 def remove_veth(name: str) -> None:
-    """Delete the node's end of a pod's veth pair, if there is such a link and it is one; raises OSError."""
+    """Delete the node's end of a pod's veth pair, if the link exists and is a veth. Raises OSError."""
     with NetlinkSocket(NETLINK_ROUTE) as route:
         try:
             kind = rtnetlink.find_link(route, name).kind

@@ -1,4 +1,4 @@
-"""Pods on a CNI network: plugins connect them, the store records each call, and a failed DEL is repeated."""
+"""Pods on a CNI network: plugins connect them, each call is recorded in the store, and a failed DEL is repeated."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ _NAMESPACES_AT_ONCE = 2
 _log = logging.getLogger("podkeel.network")
 
 
-async def _nobody(_sandbox_id: str) -> None:
+async def _no_callback(_sandbox_id: str) -> None:
     """Used until a callback for released networks is set."""
 
 
 class CniNetwork:
-    """Connects sandboxes through the plugins that the first configuration of the folder names.
+    """Connects sandboxes with the plugins of the first configuration in the folder.
 
-    ``registry`` holds the host ports of the node's other network too. ``when_given_back`` is called with each sandbox
-    whose network was released after ``detach`` had failed.
+    ``registry`` also has the host ports of the node's other network. ``on_released`` is called for each sandbox whose
+    network was released in the background after ``detach`` had failed.
     """
 
     def __init__(self, options: NetworkOptions, database: Database, registry: PortRegistry | None = None) -> None:
         self.options = options
-        self.when_given_back: Callable[[str], Awaitable[None]] = _nobody
+        self.on_released: Callable[[str], Awaitable[None]] = _no_callback
         self.runner = PluginRunner(options.cni_bin_dirs, options.cni_timeout_seconds)
         self._chain = PluginChain(self.runner)
         self._files = ConfigurationFolder(Path(options.cni_config_dir), self._chain)
@@ -63,11 +63,11 @@ class CniNetwork:
         self._network_rows = NetworkStore(database)
         self._ports = registry or PortRegistry()
         self._table = HostPortTable(f"{options.bridge}_cni")
-        # Starting a thread holds the loop until it runs: a burst of pods must not start one for each at once.
+        # Starting a thread blocks the loop: a burst of pods must not start a thread for each at once.
         self._entering = asyncio.Semaphore(_NAMESPACES_AT_ONCE)
         self._records: dict[str, CniRecord] = {}
         self._unfinished: set[str] = set()
-        self._deletions = Deletions(self._give_back, self._tell)
+        self._deletions = Deletions(self._delete, self._call_released)
         self._lock = RWLock()
         self._reading = asyncio.Lock()
         self.view = View(None, Condition(False, "NetworkNotStarted", "the network has not been started"), False)
@@ -78,7 +78,7 @@ class CniNetwork:
 
     @property
     def configured(self) -> bool:
-        """Whether the folder held a configuration, good or bad, when it was looked at last."""
+        """Whether the folder had a configuration, valid or not, when it was read last."""
         return self.view.present or self._files.asking
 
     @property
@@ -87,16 +87,16 @@ class CniNetwork:
         return self._files.parsed.plugin_folder if self._files.parsed is not None else None
 
     def sandboxes(self) -> set[str]:
-        """The sandboxes that have, or may have, something of this network."""
+        """The sandboxes that have, or may have, an attachment to this network."""
         return set(self._records)
 
     @property
     def in_use(self) -> bool:
-        """Whether any sandbox has, or may have, something of this network."""
+        """Whether any sandbox has, or may have, an attachment to this network."""
         return bool(self._records)
 
     async def start(self) -> None:
-        """Read the store, end plugins that a former agent left running, and look at the folder."""
+        """Read the store, end plugins that an earlier agent left running, and read the folder."""
         records = await threads.in_network_thread(self._rows.records)
         busy = [record.sandbox_id for record in records if record.state is not CniState.ADDED]
         ended = await threads.in_network_thread(end_orphans, busy)
@@ -108,21 +108,21 @@ class CniNetwork:
             self._records[record.sandbox_id] = record
             try:
                 self._ports.take(record.sandbox_id, record.taken)
-            except AlreadyExistsError as error:  # by a row that should not be: neither may keep the node down
-                _log.error("sandbox %s: %s", record.sandbox_id[:13], error)
+            except AlreadyExistsError as error:  # from a wrong row: it must not prevent the start
+                _log.error("sandbox %s: host ports: %s", record.sandbox_id[:13], error)
         self._pod_cidrs = tuple(await threads.in_network_thread(self._network_rows.pod_cidrs))
         if self.options.mode != "built-in":
-            # A plugin that is slow to answer must not keep the node's agent from starting.
+            # A plugin that answers slowly must not delay the start of the agent.
             await asyncio.wait([self._in_background(self.reload())], timeout=START_SECONDS)
 
     async def settled(self) -> None:
-        """Wait for the end of the background work that runs now, except failed deletions."""
+        """Wait for the background work that is running now, except failed deletions."""
         await self._table.settled()
         if self._tasks:
             await asyncio.wait(set(self._tasks))
 
     async def stop(self) -> None:
-        """End the background work; pods keep their network."""
+        """End the background work. Pods keep their network."""
         await self._deletions.close()
         await self._table.close()
         for task in self._tasks:
@@ -130,7 +130,7 @@ class CniNetwork:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def reload(self) -> None:
-        """Read the folder again, and use its configuration for pods made from now on."""
+        """Read the folder again, and use its configuration for new pods."""
         async with self._reading:
             before = self.view
             self.view = await self._files.look(self.view)
@@ -145,17 +145,17 @@ class CniNetwork:
                     configuration.version,
                 )
             elif self.options.mode == "cni" or before.present or self.view.present:
-                _log.warning("CNI: no network: %s", condition.message)
+                _log.warning("CNI: no usable network: %s", condition.message)
 
     def condition(self) -> Condition:
-        """Whether pods can be connected now; while they cannot, asking makes it look again."""
+        """Whether pods can be connected now. If they cannot, this call makes the agent read the folder again."""
         condition = self.view.condition if not self.view.condition.ready else self._status
         configuration = self.view.configuration
-        changeable = not condition.ready or (configuration is not None and configuration.speaks("1.1.0"))
-        if changeable and not self._starting and time.monotonic() > self._files.looked_at + LOOK_AGAIN_SECONDS:
-            self._files.looked_at = time.monotonic()
+        changeable = not condition.ready or (configuration is not None and configuration.supports("1.1.0"))
+        if changeable and not self._starting and time.monotonic() > self._files.read_at + LOOK_AGAIN_SECONDS:
+            self._files.read_at = time.monotonic()
             self._in_background(self.reload())
-        self._table.look_soon(self._records.values())
+        self._table.check_soon(self._records.values())
         return condition
 
     def attachment(self, sandbox_id: str) -> Attachment | None:
@@ -173,7 +173,7 @@ class CniNetwork:
 
         Raises:
             UnavailableError: there is no usable configuration, or a plugin says that trying later may help.
-            InvalidArgumentError: a port mapping makes no sense.
+            InvalidArgumentError: a port mapping is invalid.
             AlreadyExistsError: a host port is taken, or the sandbox is connected already.
             NotFoundError: the namespace is missing.
             DeadlineError: a plugin took too long.
@@ -206,10 +206,10 @@ class CniNetwork:
         return record.attachment
 
     async def detach(self, sandbox_id: str) -> None:
-        """Have the plugins release what the sandbox has; repeatable, also for an unknown sandbox.
+        """Have the plugins release the sandbox's network. May be repeated, also for an unknown sandbox.
 
         If a plugin fails, its error is raised and DEL is repeated in the background until it succeeds. Then
-        ``when_given_back`` is called. Before the first ``repair`` this does not wait: plugins may need pods to run.
+        ``on_released`` is called. Before the first ``repair`` this does not wait: plugins may need pods to run.
         """
         record = self._records.get(sandbox_id)
         if record is None:
@@ -217,28 +217,28 @@ class CniNetwork:
         if self._starting:
             await self._save(msgspec.structs.replace(record, state=CniState.DELETING))
             self._deletions.schedule(sandbox_id)
-            raise UnavailableError("its CNI network is released in the background, and then the rest of it")
+            raise UnavailableError("its CNI network is released in the background; the sandbox is released after that")
         try:
             await self._deletions.run(sandbox_id)
         except PodkeelError as error:
             if await threads.in_network_thread(namespace_exists, record.netns_path):
                 raise
-            # As after a reboot: there is nothing that could be taken apart wrongly, and its pod must not stay for ever.
-            _log.error("sandbox %s: released without DEL, its namespace is gone: %s", sandbox_id[:13], error)
+            # As after a reboot: DEL could not release anything, and the pod must not stay for ever.
+            _log.error("sandbox %s: released without DEL, its namespace is missing: %s", sandbox_id[:13], error)
             await self._release_ports(self._records.get(sandbox_id, record))
             self._collect_soon()
 
     async def give_up(self, sandbox_id: str) -> str | None:
-        """Forget a sandbox whose DEL was tried and failed: its row, host ports and link go; not its namespace.
+        """Forget a sandbox whose DEL failed: its row, host ports and link are deleted; its namespace stays.
 
-        Each plugin is asked once more. Returns in a sentence what stays with those that fail; None if there is no DEL
-        that waits.
+        Each plugin is called once more. Returns a sentence about what the failing plugins keep; None if no DEL is
+        waiting.
         """
         await self._deletions.forget(sandbox_id)
         record = self._records.get(sandbox_id)
         if record is None or record.state is not CniState.DELETING:
             return None
-        errors = await self._chain.delete_what_can_be(record)
+        errors = await self._chain.delete_with_each(record)
         self._deletions.errors.pop(sandbox_id, None)
         if record.forwards:
             await self._table.load(self._records.values())
@@ -252,7 +252,7 @@ class CniNetwork:
         return f"CNI network {record.configuration.name} of sandbox {sandbox_id}: DEL is given up; {left}"
 
     async def audit(self, live: Collection[str]) -> list[Finding]:
-        """Differences between the store, the plugins (CHECK) and the ``live`` sandboxes."""
+        """Differences between the store, the plugins (by CHECK) and the ``live`` sandboxes."""
         settled = [record for id_, record in self._records.items() if id_ not in self._unfinished]
         findings = await compare(settled, self._chain, live, self._deletions.errors)
         findings += broken_files(self._files.path, self._files.broken)
@@ -261,7 +261,7 @@ class CniNetwork:
         return findings + await self._table.findings(self._records.values())
 
     async def repair(self, live: Collection[str]) -> list[Finding]:
-        """Begin to release what belongs to no ``live`` sandbox, have plugins collect garbage, load the host ports.
+        """Begin to release attachments of no ``live`` sandbox, have plugins collect garbage, and load host ports.
 
         The plugins run in the background: they may be slow or need pods of this node. Returns what was wrong.
         """
@@ -275,9 +275,9 @@ class CniNetwork:
         return [Finding("CNI attachment", sandbox_id, "its sandbox is gone") for sandbox_id in sorted(stale)]
 
     async def destroy(self, *, force: bool = False) -> list[str]:
-        """Release everything now; raises a plugin's error if something stays.
+        """Release everything now. If a plugin fails, its error is raised.
 
-        With ``force`` it is given up instead, and the returned sentences report it.
+        With ``force`` the attachment is given up instead, and the returned sentences report it.
         """
         self._starting = False
         answers = await asyncio.gather(
@@ -311,9 +311,9 @@ class CniNetwork:
         )
 
     async def _abandon(self, sandbox_id: str) -> None:
-        """Forget a sandbox no plugin was called for; what plugins were called for is forgotten when DEL succeeds.
+        """Forget a sandbox for which no plugin was called. If plugins were called, it is forgotten when DEL succeeds.
 
-        Its host ports are free at once: the pod never was, and its next attempt asks for the same ones.
+        Its host ports are free at once: the pod does not exist, and its next attempt asks for the same ports.
         """
         self._unfinished.discard(sandbox_id)
         record = self._records.get(sandbox_id)
@@ -328,8 +328,8 @@ class CniNetwork:
             self._ports.release(record.taken)
             await self._save(msgspec.structs.replace(record, host_ports=(), forwards=False))
 
-    async def _give_back(self, sandbox_id: str) -> None:
-        """One attempt at DEL, after which nothing of the sandbox is left here."""
+    async def _delete(self, sandbox_id: str) -> None:
+        """Make one attempt at DEL. If it succeeds, forget the sandbox."""
         record = self._records.get(sandbox_id)
         if record is None:
             return
@@ -352,8 +352,8 @@ class CniNetwork:
         if self._records.pop(record.sandbox_id, None) is not None:
             self._ports.release(record.taken)
 
-    async def _tell(self, sandbox_id: str) -> None:
-        await self.when_given_back(sandbox_id)
+    async def _call_released(self, sandbox_id: str) -> None:
+        await self.on_released(sandbox_id)
 
     async def _ask_status(self) -> None:
         status = Condition(True)
@@ -362,7 +362,7 @@ class CniNetwork:
                 await self._chain.status(self.view.configuration)
             except PodkeelError as error:
                 status = Condition(False, "CniPluginNotReady", error.message)
-        self._status = status  # not before: what was said last holds while plugins are asked
+        self._status = status  # set after the answers: the earlier status is valid while plugins are asked
 
     async def _collect_garbage(self, configuration: Configuration) -> None:
         async with self._lock.writing():
@@ -374,8 +374,7 @@ class CniNetwork:
             await self._forget_collected(configuration.name)
 
     async def _forget_collected(self, network: str) -> None:
-        """Drop attachments whose DEL failed but which GC has released, as only the plugins' own records of them were
-        left."""
+        """Forget attachments whose DEL failed but which GC has released."""
         records = list(self._records.values())
         for record in await threads.in_network_thread(without_namespace, records, set(self._deletions.errors)):
             if record.configuration.name == network and self._records.get(record.sandbox_id) is record:
@@ -383,7 +382,7 @@ class CniNetwork:
                 self._deletions.errors.pop(record.sandbox_id, None)
                 await self._rows.remove(record.sandbox_id)
                 self._forget(record)
-                await self._tell(record.sandbox_id)
+                await self._call_released(record.sandbox_id)
 
     def _collect_soon(self) -> None:
         if self.view.configuration is not None:

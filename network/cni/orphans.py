@@ -1,4 +1,4 @@
-"""Plugins that outlived the agent that called them: ended before what they did is undone."""
+"""Ends plugins that survived the agent that called them, before their work is undone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from collections.abc import Collection
 from host.files import procfs
 
 _WAIT_SECONDS = 2.0
-_ENVIRONMENT_BYTES = 256 * 1024  # a process can say that its own is as large as its memory
+_ENVIRONMENT_BYTES = 256 * 1024  # limits the memory: a process can make its environment very large
 
 
 def end_orphans(sandbox_ids: Collection[str]) -> int:
-    """Kill every process that a plugin call for one of ``sandbox_ids`` left, and wait for their end; returns how many.
+    """Kill every process that a plugin call for one of ``sandbox_ids`` left, and wait until they ended.
 
-    Such processes carry the sandbox's id in their environment, those that plugins start too.
+    Returns their number. Such processes, and the processes that plugins start, have the sandbox's id in their
+    environment.
     """
     wanted = {f"CNI_CONTAINERID={sandbox_id}".encode() for sandbox_id in sandbox_ids}
     if not wanted:
@@ -29,7 +30,7 @@ def end_orphans(sandbox_ids: Collection[str]) -> int:
         with contextlib.suppress(OSError):
             pidfd = os.pidfd_open(pid)
             try:
-                # The process may have ended and its pid been taken since: look again now that it cannot change.
+                # The process may have ended and its pid may be reused: read again, now that the pidfd holds it.
                 if wanted.isdisjoint(_environment(pid)):
                     continue
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)

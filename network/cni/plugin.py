@@ -1,4 +1,4 @@
-"""One call of one plugin: a program with CNI_* variables, JSON in and JSON out (CNI specification 1.1.0, section 2)."""
+"""Calls one plugin: a program with CNI_* variables, JSON as input and output (CNI specification 1.1.0, section 2)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _NOT_AVAILABLE = (50, 51)
 
 
 class PluginMissingError(UnavailableError):
-    """The program of a CNI plugin is not installed. No NotFoundError, which would mean that the pod is missing."""
+    """The program of a CNI plugin is not installed. (NotFoundError would mean that the pod is missing.)"""
 
 
 class Reply(msgspec.Struct, frozen=True, rename={"supported": "supportedVersions"}):
-    """What a plugin says about itself (VERSION)."""
+    """A plugin's answer to VERSION."""
 
     supported: tuple[str, ...]
 
@@ -40,7 +40,7 @@ class _Failure(msgspec.Struct, frozen=True):
 
 
 class Call(msgspec.Struct, frozen=True):
-    """The operation of plugins, and its attachment (none if the fields are empty)."""
+    """The operation that plugins do, and its attachment (none if the fields are empty)."""
 
     command: str
     sandbox_id: str = ""
@@ -50,7 +50,7 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class PluginRunner:
-    """Finds plugins in ``folders`` and runs them, each call for at most ``seconds`` and a bounded number at a time."""
+    """Finds plugins in ``folders`` and runs them. A call takes ``seconds`` at most; the number of calls is limited."""
 
     def __init__(self, folders: Sequence[str], seconds: float) -> None:
         self.configure(folders, seconds)
@@ -58,7 +58,7 @@ class PluginRunner:
         self._starting = asyncio.Lock()
 
     def configure(self, folders: Sequence[str], seconds: float) -> None:
-        """Take other folders and another time, for calls that begin from now on."""
+        """Use other folders and another time limit for calls that begin later."""
         self._folders = tuple(folders)
         self._seconds = seconds
 
@@ -71,13 +71,13 @@ class PluginRunner:
         raise PluginMissingError(f"CNI plugin {kind} is in none of {', '.join(self._folders)}: install it there")
 
     async def run(self, kind: str, call: Call, settings: Mapping[str, Any]) -> bytes:
-        """Run one plugin and return what it printed.
+        """Run one plugin and return its output.
 
         Raises:
-            PluginMissingError: it is missing.
-            DeadlineError: it was killed because it took too long.
-            UnavailableError: it says that trying later may help.
-            PodkeelError: it failed; the message holds its code and text, or how it ended.
+            PluginMissingError: the program is missing.
+            DeadlineError: the plugin took too long and was killed.
+            UnavailableError: the plugin answers that trying later may help.
+            PodkeelError: the plugin failed; the message has its code and text, or how it ended.
         """
         program = self.find(kind)
         async with self._slots:
@@ -94,14 +94,14 @@ class PluginRunner:
         return completed.stdout
 
     async def _spawn(self, program: Path, settings: bytes, variables: Mapping[str, str]) -> processes.Completed:
-        """Run the program; of many that wait, each turn of the loop starts one, since starting holds the loop."""
+        """Run the program. One waiting call begins in each turn of the loop, because starting a process blocks it."""
         await self._starting.acquire()
         with contextlib.ExitStack() as stack:
             stack.callback(self._starting.release)
 
             def started(pid: int) -> None:
                 stack.close()
-                _step_back(pid)
+                _lower_priority(pid)
 
             return await processes.run(
                 [str(program)],
@@ -124,20 +124,20 @@ class PluginRunner:
         }
 
 
-def _step_back(pid: int) -> None:
-    """Give the agent priority when processors are scarce: many plugins at once would keep its loop waiting."""
+def _lower_priority(pid: int) -> None:
+    """Lower the plugin's priority, so that many plugins at once do not delay the agent's loop."""
     with contextlib.suppress(OSError):  # it has ended already
         os.setpriority(os.PRIO_PROCESS, pid, _NICENESS)
 
 
 def _failure(what: str, completed: processes.Completed) -> PodkeelError:
     try:
-        told = untrusted_json.decode(completed.stdout, _Failure)
+        reported = untrusted_json.decode(completed.stdout, _Failure)
     except JsonError:
         return PodkeelError(f"{what}: {_ending(completed)}")
-    text = f"{told.msg} ({told.details})" if told.details else told.msg
-    kind = UnavailableError if told.code in (_TRY_AGAIN_LATER, *_NOT_AVAILABLE) else PodkeelError
-    return kind(f"{what}: failed with code {told.code}: {text}")
+    text = f"{reported.msg} ({reported.details})" if reported.details else reported.msg
+    kind = UnavailableError if reported.code in (_TRY_AGAIN_LATER, *_NOT_AVAILABLE) else PodkeelError
+    return kind(f"{what}: failed with code {reported.code}: {text}")
 
 
 def _ending(completed: processes.Completed) -> str:

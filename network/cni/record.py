@@ -1,6 +1,6 @@
 """The store's row of a pod on a CNI network.
 
-It suffices for DEL after a crash, even if the configuration was changed or deleted.
+It has everything that DEL needs after a crash, even if the configuration was changed or deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FAMILIES = (4, 6)
 
 
 class CniState(enum.StrEnum):
-    """The state of a pod's network: ADD may have begun; ADD is done; DEL was requested and must succeed."""
+    """The state of a pod's network: ADD may have begun; ADD has succeeded; DEL is requested and must succeed."""
 
     ADDING = "adding"
     ADDED = "added"
@@ -32,9 +32,8 @@ class CniState(enum.StrEnum):
 class CniRecord(msgspec.Struct, frozen=True):
     """A sandbox on a CNI network.
 
-    ``arguments`` is the plugins' CNI_ARGS and ``capabilities`` what they get in ``runtimeConfig``; ``result`` the last
-    plugin's. ``host_ports`` are held by the pod; ``forwards`` says that they are forwarded by the node itself because
-    no plugin does.
+    ``arguments`` is CNI_ARGS. ``capabilities`` are the values for ``runtimeConfig``. ``result`` is the last plugin's
+    result. ``host_ports`` are held by the pod. ``forwards``: the node itself forwards them, because no plugin does.
     """
 
     sandbox_id: str
@@ -51,11 +50,11 @@ class CniRecord(msgspec.Struct, frozen=True):
 
     @property
     def taken(self) -> list[HostPort]:
-        """The ports of the node that its host ports use."""
+        """The ports of the node that its host ports occupy."""
         return [port for mapping in self.host_ports for port in host_ports(mapping, FAMILIES)]
 
     def connected(self, result: dict[str, Any]) -> CniRecord:
-        """The record after ADD with that result; raises PodkeelError when the result gives the pod no address."""
+        """The record after ADD with this result. Raises PodkeelError if the result has no address for the pod."""
         interface = pod_interface(self.configuration.name, result)
         attachment = Attachment(
             sandbox_id=self.sandbox_id,
@@ -76,34 +75,34 @@ _decode = msgspec.json.Decoder(CniRecord).decode
 
 
 class CniStore:
-    """The rows of the pods on CNI networks."""
+    """The rows of pods on CNI networks."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def records(self) -> list[CniRecord]:
-        """All records; rows that cannot be read are set aside."""
+        """All records. Rows that cannot be read are set aside."""
         found: list[CniRecord] = []
         unreadable: list[UnreadableRow] = []
         for row in self._database.read("SELECT sandbox_id, record FROM network_cni_attachments"):
             try:
                 record = _decode(row[1])
                 if record.sandbox_id != row[0]:
-                    raise ValueError("it is another sandbox's")
+                    raise ValueError("it belongs to another sandbox")
                 found.append(record)
             except (msgspec.MsgspecError, ValueError, TypeError) as error:
                 unreadable.append(UnreadableRow("CNI attachment", row[0], str(error), row))
-        self._database.take_out(unreadable, ("network_cni_attachments", "sandbox_id"))
+        self._database.set_rows_aside(unreadable, ("network_cni_attachments", "sandbox_id"))
         return found
 
     async def save(self, record: CniRecord) -> None:
-        """Write one, new or changed."""
+        """Write a record, new or changed."""
         await self._database.execute(
             "INSERT OR REPLACE INTO network_cni_attachments VALUES (?, ?)", (record.sandbox_id, _encode(record))
         )
 
     async def remove(self, sandbox_id: str) -> None:
-        """Forget one."""
+        """Delete a record."""
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM network_cni_attachments WHERE sandbox_id = ?", (sandbox_id,))

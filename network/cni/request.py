@@ -1,4 +1,4 @@
-"""The pod's data for plugins: CNI_ARGS and capabilities, as other Kubernetes runtimes pass them."""
+"""A pod's data for plugins: CNI_ARGS and capabilities, in the form that other Kubernetes runtimes use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _USUAL_MTU = 1500
 
 
 def arguments(request: AttachRequest) -> str:
-    """CNI_ARGS; raises InvalidArgumentError for a name that would add further arguments."""
+    """CNI_ARGS. Raises InvalidArgumentError for a name that would add further arguments."""
     given = {
         "IgnoreUnknown": "1",
         "K8S_POD_NAMESPACE": request.namespace,
@@ -24,12 +24,12 @@ def arguments(request: AttachRequest) -> str:
     }
     for name, value in given.items():
         if set(value) & set(";=\0"):
-            raise InvalidArgumentError(f"{name} {value!r} holds a character that separates CNI arguments: remove it")
+            raise InvalidArgumentError(f"{name} {value!r} has a character that separates CNI arguments: remove it")
     return ";".join(f"{name}={value}" for name, value in given.items())
 
 
 def capabilities(request: AttachRequest, mappings: Sequence[PortMapping], pod_cidrs: Sequence[str]) -> dict[str, Any]:
-    """The values of the capabilities known here; of each, plugins get those they declare."""
+    """The values of all supported capabilities. Each plugin gets those that it declares."""
     known = {
         "portMappings": [_port(mapping) for mapping in mappings],
         "bandwidth": _bandwidth(request),

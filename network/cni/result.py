@@ -1,4 +1,4 @@
-"""What plugins report of a pod's interface (CNI specification 0.3.0 to 1.1.0, section 5)."""
+"""The results of plugins: the pod's interface and addresses (CNI specification 0.3.0 to 1.1.0, section 5)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Result(msgspec.Struct, frozen=True):
 
 
 class PodInterface(NamedTuple):
-    """The pod's interface as a result describes it; empty strings and 0 for what it leaves out."""
+    """The pod's interface in a result. Missing values are empty strings and 0."""
 
     addresses: tuple[str, ...]
     networks: tuple[str, ...]
@@ -45,26 +45,24 @@ class PodInterface(NamedTuple):
 
 
 def decode(kind: str, output: bytes) -> dict[str, Any]:
-    """The result a plugin printed; raises InvalidArgumentError if it is malformed."""
+    """Decode the result that a plugin printed. Raises InvalidArgumentError if it is malformed."""
     try:
         return untrusted_json.decode(output, dict[str, Any])
     except JsonError as error:
         shown = output.decode(errors="replace").strip()[:_SHOWN_CHARACTERS] or "nothing"
-        raise InvalidArgumentError(
-            f"CNI plugin {kind}, ADD: printed {shown!r} where its result should be: {error}"
-        ) from error
+        raise InvalidArgumentError(f"CNI plugin {kind}, ADD: printed {shown!r} instead of a result: {error}") from error
 
 
 def pod_interface(network: str, result: dict[str, Any]) -> PodInterface:
-    """What the last plugin's result says of the pod; raises PodkeelError when it gives the pod no address."""
+    """The pod's interface in the last plugin's result. Raises PodkeelError if the result has no address for the pod."""
     try:
-        told = msgspec.convert(result, _Result)
-        interfaces = told.interfaces or ()
-        own = [found for found in told.ips or () if _in_pod(found, interfaces)]
+        reported = msgspec.convert(result, _Result)
+        interfaces = reported.interfaces or ()
+        own = [found for found in reported.ips or () if _in_pod(found, interfaces)]
         addresses = [ip_interface(found.address) for found in own]
         gateways = tuple(str(ip_address(found.gateway)) for found in own if found.gateway)
     except (msgspec.ValidationError, ValueError) as error:
-        raise PodkeelError(f"CNI network {network}: its plugins' result makes no sense: {error}") from error
+        raise PodkeelError(f"CNI network {network}: the result of its plugins is invalid: {error}") from error
     if not addresses:
         raise PodkeelError(f"CNI network {network}: its plugins gave the pod no address: configure an ipam plugin")
     inside = next((i for i in interfaces if i.sandbox and i.name == POD_INTERFACE), _Interface())
@@ -80,7 +78,7 @@ def pod_interface(network: str, result: dict[str, Any]) -> PodInterface:
 
 
 def _in_pod(found: _Address, interfaces: tuple[_Interface, ...]) -> bool:
-    """Whether an address is the pod's: plugins may list the node's side too, and need not say whose one is."""
+    """Whether an address belongs to the pod. Plugins may also list the node's side, and may omit the interface."""
     if found.interface is None or not interfaces:
         return True
     if not 0 <= found.interface < len(interfaces):

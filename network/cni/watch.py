@@ -1,4 +1,4 @@
-"""Watches the folders of the network's configuration: that of the lists, and that of further plugins."""
+"""Watches the folder of CNI configurations and the folder of further plugins."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ _log = logging.getLogger("podkeel.network")
 async def follow_configuration(
     folder: Path, reload: Callable[[], Awaitable[Path | None]], *, look_again: float = LOOK_AGAIN_SECONDS
 ) -> None:
-    """Call ``reload`` at once and when something in ``folder`` may have changed, or in the folder that it returned.
+    """Call ``reload`` at once, and when ``folder`` or the folder that it returned may have changed.
 
-    If the kernel allows no watch, as all that a user may have are taken, it is called every ``look_again`` seconds.
+    If the kernel allows no watch (the user's limit is reached), call it every ``look_again`` seconds.
     """
-    told = False
+    logged = False
     while True:
         try:
             watch = ConfigurationWatch(folder)
         except OSError as error:
-            told = _tell(folder, error, told=told)
+            logged = _log_once(folder, error, logged=logged)
         else:
             try:
                 while True:
                     plugins = await reload()
-                    # Look once more: files may have been added before the watch began.
+                    # Read again: files may have been added before the watch began.
                     if not watch.follow(plugins):
                         await watch.wait()
             except OSError as error:
-                told = _tell(folder, error, told=told)
+                logged = _log_once(folder, error, logged=logged)
             finally:
                 watch.close()
-        with contextlib.suppress(OSError):  # of which the watch says more
+        with contextlib.suppress(OSError):  # the next watch reports it
             await reload()
         await asyncio.sleep(look_again)
 
 
-def _tell(folder: Path, error: OSError, *, told: bool) -> bool:
-    if not told:
-        _log.warning("CNI folder %s: changes are noticed late: %s", folder, error)
+def _log_once(folder: Path, error: OSError, *, logged: bool) -> bool:
+    if not logged:
+        _log.warning("CNI folder %s: not watched, so changes are noticed late: %s", folder, error)
     return True
 
 
 class ConfigurationWatch:
-    """Watches ``folder``, and the folder of plugins that ``follow`` names. Raises OSError when the kernel cannot."""
+    """Watches ``folder``, and the folder of plugins set by ``follow``. Raises OSError if the kernel allows no watch."""
 
     def __init__(self, folder: Path) -> None:
         self._main = FolderWatch(folder)
@@ -59,8 +59,8 @@ class ConfigurationWatch:
         self._plugins: FolderWatch | None = None
 
     def follow(self, folder: Path | None) -> bool:
-        """Watch that folder of plugins too, instead of the one before. Returns whether files may have been added
-        unnoticed."""
+        """Watch this folder of plugins too, instead of the earlier one. Return whether files may have been added
+        before the watch began."""
         if folder == self._followed:
             return False
         if self._plugins is not None:
@@ -74,7 +74,7 @@ class ConfigurationWatch:
         return folder.is_dir()
 
     async def wait(self) -> None:
-        """Wait until something may have changed since this was last waited for."""
+        """Wait until a folder may have changed since the last call."""
         waiting = [asyncio.ensure_future(watch.wait()) for watch in (self._main, self._plugins) if watch is not None]
         try:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)

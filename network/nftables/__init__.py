@@ -1,1 +1,1 @@
-"""The nftables tables: elements, rule sets and how other firewalls treat pods."""
+"""The nftables tables: elements, rule sets, and the effect of other firewalls on pods."""

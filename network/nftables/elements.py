@@ -1,7 +1,7 @@
-"""The elements of a pod in the nftables sets and maps, and the one transaction that adds or removes them.
+"""The elements of a pod in the nftables sets and maps, added or removed in one transaction.
 
-The rules are written once for all pods (``network/nftables/ruleset.py``); a pod is a few elements. They are sent as
-nfnetlink messages, which takes a tenth of a millisecond, regardless of the size of the node's ruleset.
+The rules are written once for all pods (``network/nftables/ruleset.py``). A pod has a few elements. They are sent as
+nfnetlink messages, which takes a tenth of a millisecond regardless of the size of the node's ruleset.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _NESTED = 0x8000
 
 
 class Value(NamedTuple):
-    """One part of a key or of data: as nft writes it, and as the kernel keeps it."""
+    """One part of a key or of data: its text for nft, and its bytes in the kernel."""
 
     text: str
     packed: bytes
 
 
 class Element(NamedTuple):
-    """An element of a set, or of a map where it has data."""
+    """An element of a set, or of a map if it has data."""
 
     family: str
     set_name: str
@@ -60,7 +60,7 @@ class Element(NamedTuple):
 
 
 def elements_of(attachment: Attachment) -> list[Element]:
-    """Everything the pod has: its identity on the bridge and its host ports."""
+    """All elements of a pod: its identity on the bridge and its host ports."""
     return [*_identity(attachment), *host_port_elements(attachment)]
 
 
@@ -75,13 +75,13 @@ def _identity(attachment: Attachment) -> list[Element]:
         for address in (source, str(link_local(attachment.mac))):
             value = _address(address)
             found.append(Element(BRIDGE, "pods6", (link, mac, value)))
-            # A neighbour advertisement's target is raw payload to nft, which writes it as a number.
+            # nft has no field for the target of a neighbour advertisement. It writes the raw payload as a number.
             found.append(Element(BRIDGE, "targets6", (link, mac, Value(f"0x{value.packed.hex()}", value.packed))))
     return found
 
 
 def host_port_elements(attachment: Attachment) -> list[Element]:
-    """Where its host ports lead, and the pairs by which it is known to talk to itself."""
+    """The destinations of a pod's host ports, and the address pairs of its connections to itself."""
     if not attachment.host_ports:
         return []
     found: list[Element] = []
@@ -114,12 +114,12 @@ def _port(number: int) -> Value:
 
 
 def add_elements(netfilter: NetlinkSocket, table: str, elements: Sequence[Element]) -> None:
-    """Add all in one transaction; raises OSError, with none of them added, when the kernel refuses one."""
+    """Add all elements in one transaction. If the kernel refuses one, raises OSError and adds none."""
     _transaction(netfilter, table, elements, _NEW_ELEMENT)
 
 
 def remove_elements(netfilter: NetlinkSocket, table: str, elements: Sequence[Element]) -> None:
-    """Remove all; those that are missing are no error, nor is a table that is missing."""
+    """Remove all elements. A missing element or table is no error."""
     if not elements:
         return
     try:
@@ -138,7 +138,7 @@ def remove_elements(netfilter: NetlinkSocket, table: str, elements: Sequence[Ele
 def compare_sets(
     wanted: set[tuple[str, str]], allowed: set[tuple[str, str]], present: set[tuple[str, str]]
 ) -> list[Finding]:
-    """Elements, as (set, text), that are missing, and those that are neither wanted nor allowed."""
+    """Missing elements, as (set, text), and elements that are neither wanted nor allowed."""
     kind = "nftables element"
     missing = [Finding(kind, f"{name}: {key}", "missing") for name, key in sorted(wanted - present)]
     return missing + [
@@ -176,14 +176,14 @@ def _concatenated(values: Sequence[Value]) -> bytes:
     return b"".join(value.packed + bytes(-len(value.packed) % 4) for value in values)
 
 
-# pyroute2 has no classes for keys of several parts, and takes fifty times as long for an element.
+# pyroute2 has no classes for keys of several parts, and needs fifty times as long for an element.
 def _attribute(kind: int, payload: bytes) -> bytes:
     """One attribute, padded to four bytes."""
     return struct.pack("=HH", len(payload) + 4, kind) + payload + bytes(-len(payload) % 4)
 
 
 def _nested(kind: int, *attributes: bytes) -> bytes:
-    """An attribute that holds others."""
+    """An attribute that has other attributes in it."""
     return _attribute(kind | _NESTED, b"".join(attributes))
 
 

@@ -1,7 +1,6 @@
-"""Firewalls of other programs on the node that drop what pods send or receive: they are found and reported, never
-changed.
+"""Finds and reports other programs' firewall rules that drop the packets of pods. They are never changed.
 
-A forwarded packet passes the chains of all tables. If one chain drops it, our chains cannot change that.
+A forwarded packet passes the chains of all tables. If one chain drops it, the agent's chains cannot change that.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _OLD_TABLES = {4: ("ip_tables_names", "iptables-legacy"), 6: ("ip6_tables_names"
 
 
 class Obstacle(msgspec.Struct, frozen=True):
-    """A chain that drops pods' packets: which one, whether it is ``certain``, and the commands that open it."""
+    """A chain that drops pods' packets, whether it is ``certain``, and the commands that allow the packets."""
 
     chain: str
     certain: bool
@@ -44,27 +43,27 @@ class Obstacle(msgspec.Struct, frozen=True):
 
     @property
     def problem(self) -> str:
-        """What is wrong."""
+        """The problem."""
         how = "drops" if self.certain else "may drop"
         return f"{self.chain}, which Podkeel did not make, {how} what pods send or receive"
 
     @property
     def message(self) -> str:
-        """What is wrong and what to do."""
+        """The problem and its remedy."""
         return f"{self.problem}: allow it, for example by: {self.remedy}"
 
 
 class FirewallWatch:
-    """What other firewalls did to the pods of a bridge at the last check.
+    """The effect of other firewalls on the pods of a bridge at the last check.
 
-    Programs that load the node's rules often flush all tables first: if the bridge's tables are missing, ``restore`` is
-    called to make them again. Without them pods can reach the node's loopback, but nothing outside.
+    Programs that load the node's rules often flush all tables first. If the bridge's tables are missing, ``restore`` is
+    called to create them again. Without them pods can reach the node's loopback, but nothing outside the node.
     """
 
     def __init__(self, bridge: str, restore: Callable[[], Awaitable[None]]) -> None:
         self._bridge = bridge
         self._restore = restore
-        self._looked_at = 0.0
+        self._checked_at = 0.0
         self._looking: asyncio.Task[None] | None = None
         self._obstacles: tuple[Obstacle, ...] = ()
 
@@ -72,16 +71,19 @@ class FirewallWatch:
         """The chain that certainly blocks pods; None if none is known."""
         return next((obstacle for obstacle in self._obstacles if obstacle.certain), None)
 
-    def look_soon(self, ranges: Sequence[IPNetwork]) -> None:
-        """Look again in the background if that was some time ago: sooner if something blocked pods."""
+    def check_soon(self, ranges: Sequence[IPNetwork]) -> None:
+        """Check again in the background if the last check was some time ago.
+
+        The time is shorter if pods are blocked.
+        """
         pause = _LOOK_AGAIN_SOON_SECONDS if self._obstacles else LOOK_AGAIN_SECONDS
         idle = self._looking is None or self._looking.done()
-        if idle and (not self._looked_at or time.monotonic() > self._looked_at + pause):
+        if idle and (not self._checked_at or time.monotonic() > self._checked_at + pause):
             self._looking = asyncio.create_task(self.look(ranges))
 
     async def look(self, ranges: Sequence[IPNetwork]) -> None:
-        """Look now, and log each blocking chain when it is first seen and when it blocks no more."""
-        self._looked_at = time.monotonic()
+        """Check now. Log each blocking chain when it is first seen and when it no longer blocks."""
+        self._checked_at = time.monotonic()
         try:
             if not await _has_own_tables(self._bridge):
                 await self._restore()
@@ -97,12 +99,12 @@ class FirewallWatch:
             _log.info("firewalls: no other program drops packets of pods any more")
 
     async def settled(self) -> None:
-        """Wait for the end of a look that runs in the background."""
+        """Wait for a check that runs in the background."""
         if self._looking is not None:
             await asyncio.wait([self._looking])
 
     async def close(self) -> None:
-        """End the background work."""
+        """End the check in the background."""
         looking, self._looking = self._looking, None
         if looking is not None:
             looking.cancel()
@@ -110,9 +112,9 @@ class FirewallWatch:
 
 
 async def find_obstacles(bridge: str, ranges: Sequence[IPNetwork]) -> list[Obstacle]:
-    """The chains of others that drop what pods on the bridge send to elsewhere, or the answers.
+    """The chains of other programs that drop packets from pods on the bridge to other hosts, or the answers.
 
-    Raises CommandError, NotFoundError or DeadlineError when nft cannot be asked.
+    Raises CommandError, NotFoundError or DeadlineError when nft fails.
     """
     uplink = await in_network_thread(sysctl.uplink)
     packets = [packet for network in _one_of_each(ranges) for packet in _packets(bridge, uplink, network)]
@@ -138,7 +140,7 @@ def _packets(bridge: str, uplink: str, network: IPNetwork) -> list[Packet]:
 
 
 async def _hooked_tables(bridge: str) -> set[tuple[str, str]]:
-    """Tables of others with a chain that forwarded packets pass."""
+    """Tables of other programs with a chain that forwarded packets pass."""
     listed = await _list("chains") or []
     chains = [entry["chain"] for entry in listed if "chain" in entry]
     return {
@@ -149,14 +151,14 @@ async def _hooked_tables(bridge: str) -> set[tuple[str, str]]:
 
 
 async def _has_own_tables(bridge: str) -> bool:
-    """Asked as text: for JSON, nft aborts if any program on the node has a table whose name is not UTF-8."""
+    """Whether the tables exist. Listed as text: with JSON, nft aborts if any table's name is not UTF-8."""
     listed = await processes.run(["nft", "list", "tables"], timeout=_COMMAND_SECONDS)
     tables = set(listed.stdout.split(b"\n"))
     return {f"table {family} {bridge}".encode() for family in (BRIDGE, INET)} <= tables
 
 
 async def _list(*what: str) -> list[dict[str, Any]] | None:
-    """The output of nft, or None if the requested object does not exist any more."""
+    """The output of nft, or None if the requested object no longer exists."""
     completed = await processes.run(["nft", "-j", "list", *what], timeout=_COMMAND_SECONDS, check=len(what) == 1)
     if completed.status != 0:
         return None
@@ -195,14 +197,14 @@ def _iptables(program: str, chain: str, bridge: str) -> str:
 
 
 async def _old_obstacles(version: int, bridge: str) -> list[Obstacle]:
-    """The same of the tables from before nftables, of which only the policy and rules on the bridge are read."""
+    """The obstacles in the tables of legacy iptables: only the policy and the rules for the bridge are read."""
     tables, program = _OLD_TABLES[version]
     if not await in_network_thread(_has_filter, Path("/proc/self/net") / tables):
         return []
     try:
         completed = await processes.run([program, "-S"], timeout=_COMMAND_SECONDS)
     except PodkeelError:
-        return []  # the program that made them is not to be found: they cannot be read
+        return []  # the legacy iptables program is missing, so its tables cannot be read
     lines = os.fsdecode(completed.stdout).split("\n")
     passes = all(any(f"{flag} {bridge} -j ACCEPT" in line for line in lines) for flag in ("-i", "-o"))
     if "-P FORWARD DROP" not in lines or passes:
@@ -215,5 +217,5 @@ async def _old_obstacles(version: int, bridge: str) -> list[Obstacle]:
 def _has_filter(names: Path) -> bool:
     try:
         return b"filter" in names.read_bytes().split()
-    except OSError:  # the kernel has no such tables
+    except OSError:  # the kernel has no legacy tables
         return False

@@ -1,4 +1,4 @@
-"""The part of an nftables table that forwards host ports: the same for the bridge's pods and for those of CNI networks.
+"""The part of an nftables table that forwards host ports, for the bridge's pods and for pods of CNI networks.
 
 A packet to a host port gets the pod's address from ``ports`` (one address of the node) or ``any_ports`` (all of them).
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-# 127.0.0.0/8 belongs to the node alone; from elsewhere nothing may be led on by it.
-# IPv6 has no route_localnet: what the node sends to ::1 stays there and is refused rather than lost.
+# 127.0.0.0/8 belongs to the node alone: no packet from elsewhere may be forwarded by it. IPv6 has no route_localnet.
+# So the node's packets to ::1 stay on the node and are refused instead of lost.
 RULES = """
   map ports4 {{ type inet_proto . ipv4_addr . inet_service : ipv4_addr . inet_service; {ports4} }}
   map ports6 {{ type inet_proto . ipv6_addr . inet_service : ipv6_addr . inet_service; {ports6} }}
@@ -40,6 +40,6 @@ SETS = tuple(f"{name}{version}" for name in ("ports", "any_ports", "itself", "ra
 
 
 def declarations(names: Iterable[str], held: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """The words by which each set of ``names`` is declared to hold what ``held`` has for it, for filling a template."""
+    """The text that fills each set of ``names`` in a template with the elements in ``held``."""
     texts = {name: ", ".join(dict.fromkeys(held.get(name, ()))) for name in names}
     return {name: f"elements = {{ {text} }};" if text else "" for name, text in texts.items()}

@@ -1,8 +1,8 @@
-"""The nftables tables of a bridge, one for its ports and one for routed traffic; loaded whole, in one transaction.
+"""The nftables tables of a bridge: one for its ports and one for routed traffic. Both are loaded in one transaction.
 
-A packet from a pod enters at the bridge, where ``pods4`` and ``pods6`` say which MAC and addresses its port may use.
-A packet to a host port gets the pod's address (``network/nftables/host_port_rules.py``), one that leaves the pod ranges
-gets the node's. No rule names a pod.
+A packet from a pod enters at the bridge. There ``pods4`` and ``pods6`` have the MAC and addresses that its port may
+use. A packet to a host port gets the pod's address (``network/nftables/host_port_rules.py``). A packet that leaves the
+pod ranges gets the node's address. No rule names a pod.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IPNetwork = IPv4Network | IPv6Network
 
 _COMMAND_SECONDS = 20
 
-# Not for one receiver. What is link-local is masqueraded: clouds serve names and credentials at 169.254.169.254.
+# Not multicast or broadcast. Link-local is masqueraded: clouds serve names and credentials at 169.254.169.254.
 _NEVER_MASQUERADED = ("224.0.0.0/4", "255.255.255.255/32", "ff00::/8")
 
 _BRIDGE_TABLE = """
@@ -42,9 +42,9 @@ table bridge {table} {{
 }}
 """
 
-# The filter on 127.0.0.0/8 is before address translation: with route_localnet the bridge would pass such packets.
-# Frames to 01:80:c2:00:00:0x are received on a pod's link itself, past the bridge and its filter: all of them are
-# dropped. The dropped redirects are those that the node sends when a packet leaves on the bridge where it arrived.
+# The filter on 127.0.0.0/8 comes before address translation, because with route_localnet the bridge would pass such
+# packets. Frames to 01:80:c2:00:00:0x arrive on a pod's link itself, past the bridge and its filter: all of them are
+# dropped. The node sends redirects when a packet leaves on the bridge where it arrived: they are dropped too.
 _INET_TABLE = (
     """
 table inet {table} {{
@@ -86,7 +86,7 @@ _MASQUERADE = """oifname != { "lo", "%s" } ip saddr @ranges4 ip daddr != @unmask
 
 
 def remove_script(table: str) -> str:
-    """The commands that remove both tables, also where there are none."""
+    """The commands that remove both tables. A missing table is no error."""
     return "".join(f"table {family} {table}\ndelete table {family} {table}\n" for family in (INET, BRIDGE))
 
 
@@ -98,7 +98,7 @@ def table_script(
     masquerade: bool,
     elements: Iterable[Element],
 ) -> str:
-    """The commands that replace both tables by new ones that hold ``elements``."""
+    """The commands that replace both tables with new ones that have ``elements``."""
     held: dict[str, list[str]] = {}
     for element in elements:
         held.setdefault(element.set_name, []).append(str(element))
@@ -127,12 +127,12 @@ def _network(text: str) -> IPNetwork:
 
 
 async def load(script: str) -> None:
-    """Run nft commands as one transaction; raises CommandError with nft's complaint."""
+    """Run nft commands as one transaction. Raises CommandError with the output of nft."""
     await processes.run(["nft", "-f", "-"], stdin=script.encode(), timeout=_COMMAND_SECONDS)
 
 
 async def listing(table: str, families: Sequence[str] = (BRIDGE, INET)) -> list[bytes] | None:
-    """The tables of that name as nft lists them in JSON, or None if one is missing."""
+    """The tables of that name in nft's JSON; None if one is missing."""
     outputs: list[bytes] = []
     for family in families:
         command = ["nft", "-j", "-n", "list", "table", family, table]
@@ -144,7 +144,7 @@ async def listing(table: str, families: Sequence[str] = (BRIDGE, INET)) -> list[
 
 
 def listed_elements(outputs: Iterable[bytes]) -> set[tuple[str, str]]:
-    """The content of the pods' sets, as (set, element as nft writes it)."""
+    """The content of the pods' sets, as (set, text of the element in nft)."""
     found: set[tuple[str, str]] = set()
     for output in outputs:
         for entry in msgspec.json.decode(output)["nftables"]:

@@ -1,4 +1,4 @@
-"""What an nftables chain does with one packet, as far as its rules in JSON (libnftables-json(5)) can be read here."""
+"""Predicts the verdict of an nftables chain for one packet, from its rules in JSON (libnftables-json(5))."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 Rule = Sequence[Mapping[str, Any]]
 _DEEPEST = 16
-# Statements that never stop a packet. Others (quotas, limits, sets that count) let only some packets continue.
+# Statements that never stop a packet. Others (quotas, limits, sets that count) allow only some packets to continue.
 _IN_PASSING = frozenset(
     ("counter", "log", "mangle", "notrack", "flow", "dup", "secmark", "ct helper", "ct timeout", "ct expectation")
 )
 
 
 class Verdict(enum.Enum):
-    """What happens to the packet; ``UNSURE`` if a rule that might accept it precedes the one that drops it."""
+    """The verdict on a packet. ``UNSURE``: a rule before the one that drops the packet might accept it."""
 
     PASSED = "passed"
     UNSURE = "unsure"
@@ -24,9 +24,9 @@ class Verdict(enum.Enum):
 
 
 class Packet(NamedTuple):
-    """A packet that is forwarded; ``answer`` to one that passed before, else the first of its flow.
+    """A packet that is forwarded. ``answer``: it answers an earlier packet; else it is the first of its flow.
 
-    A link is empty where it is not known.
+    A link is empty if it is not known.
     """
 
     from_link: str
@@ -36,7 +36,7 @@ class Packet(NamedTuple):
     answer: bool
 
     def fact(self, asked: Mapping[str, Any]) -> str | None:
-        """The value of the field that a rule reads; None if it is not known here."""
+        """The value of the field that a rule reads; None if it is not known."""
         protocol = "ip" if self.source.version == 4 else "ip6"
         known = {
             ("meta", "", "iif"): self.from_link or None,
@@ -60,7 +60,7 @@ class Packet(NamedTuple):
 
 
 class Chains:
-    """The chains of one table: their rules by name, and the policies of those that are hooked."""
+    """The chains of one table: their rules by name, and the policies of those with a hook."""
 
     def __init__(self, listing: Sequence[Mapping[str, Any]]) -> None:
         self.policies: dict[str, str] = {}
@@ -74,7 +74,7 @@ class Chains:
                 self.rules.setdefault(rule["chain"], []).append(rule["expr"])
 
     def verdict(self, chain: str, packet: Packet) -> Verdict:
-        """What the hooked chain does with the packet."""
+        """The verdict of the hooked chain on the packet."""
         journey = _Journey(self.rules, packet)
         dropped = journey.through(chain, 0)
         if dropped is None:
@@ -100,14 +100,14 @@ class _Journey:
             if matches is False or statement is None:
                 continue
             end, dropped = self._outcome(statement, depth)
-            if matches is None:  # whether it matches the packet is unknown
+            if matches is None:  # it is unknown whether the rule matches
                 self.may_have_passed |= dropped is False or (end and dropped is None)
             elif end:
                 return dropped
         return None
 
     def _outcome(self, statement: tuple[str, str], depth: int) -> tuple[bool, bool | None]:
-        """Whether the rule ends the packet's way through this chain, and whether it is dropped then."""
+        """Whether the rule ends the packet's path through this chain, and whether the packet is dropped then."""
         kind, target = statement
         if kind in ("jump", "goto"):
             dropped = self.through(target, depth + 1)
@@ -117,7 +117,7 @@ class _Journey:
         return True, kind == "drop"
 
     def _read(self, rule: Rule) -> tuple[bool | None, tuple[str, str] | None]:
-        """Whether the rule matches the packet (None: unknown), and what it then does (None: nothing here)."""
+        """Whether the rule matches the packet (None: unknown), and its effect then (None: no verdict)."""
         matches: bool | None = True
         statement: tuple[str, str] | None = None
         answers_only = False
@@ -145,7 +145,7 @@ class _Journey:
         return matches, statement
 
     def _look_up(self, content: Mapping[str, Any]) -> tuple[bool | None, tuple[str, str] | None]:
-        """The same of a verdict map; ``accept`` if it may have an element that accepts the packet."""
+        """The same for a verdict map; ``accept`` if it may have an element that accepts the packet."""
         value = self._packet.fact(content["key"])
         table = content["data"].get("set") if isinstance(content["data"], dict) else None
         if not isinstance(table, list):
@@ -186,7 +186,7 @@ def _statement(kind: str, content: Any) -> tuple[str, str] | None:
 
 
 def _equal(value: str, wanted: object) -> bool | None:
-    """Whether a rule's right side covers the value; None where it is written in a way not known here."""
+    """Whether a rule's right side covers the value; None if its form is not supported here."""
     if isinstance(wanted, list):  # flags, any of which may be set
         return value in wanted
     if isinstance(wanted, str):

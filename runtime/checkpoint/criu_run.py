@@ -43,7 +43,9 @@ async def run_to_its_end(command: Sequence[str], environment: Mapping[str, str],
     """
     descriptor = os.open(output, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        pid = await processes.spawn_aside(command, environment=environment, descriptors={1: descriptor, 2: descriptor})
+        pid = await processes.spawn_in_thread(
+            command, environment=environment, descriptors={1: descriptor, 2: descriptor}
+        )
         pidfd = processes.open_child(pid)
         try:
             await processes.wait_ended(pidfd)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from host import libc
-from host.concurrency.thread_starting import in_thread_of_its_own
+from host.concurrency.thread_starting import run_in_new_thread
 from host.files import mounts
 from host.files.null_devices import make_null_device
 
@@ -50,7 +50,7 @@ class InitRoot:
             status = Path(program).stat()
             version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             if version != self._version:
-                namespace = in_thread_of_its_own(partial(_make, program), name="init-root")
+                namespace = run_in_new_thread(partial(_make, program), name="init-root")
                 if self._namespace >= 0:
                     os.close(self._namespace)
                 self._namespace, self._version = namespace, version
@@ -63,7 +63,7 @@ INIT_ROOT = InitRoot()
 
 def _make(program: str) -> int:
     """A descriptor of the mount namespace, in which the calling thread is left."""
-    mounts.leave_mount_namespace()
+    mounts.enter_new_mount_namespace()
     namespace = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = Path(program).stat().st_size + _SPARE_BYTES

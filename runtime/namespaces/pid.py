@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from host import libc, processes
-from host.concurrency.thread_starting import in_thread_of_its_own
+from host.concurrency.thread_starting import run_in_new_thread
 from host.errors import PodkeelError
 from host.files import mounts, procfs
 from host.processes import ProcessName
@@ -50,7 +50,7 @@ def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
         limit(pid)
         return pid
 
-    return in_thread_of_its_own(start, name="pod-init")
+    return run_in_new_thread(start, name="pod-init")
 
 
 def start_holder_in_user_namespace(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:

@@ -76,7 +76,7 @@ class StartedPlugins:
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as stack:
             stack.callback(theirs.close)
-            pid = await processes.spawn_aside(
+            pid = await processes.spawn_in_thread(
                 [str(program.path)],
                 environment=_environment(program),
                 descriptors={2: 2, _SOCKET: theirs.fileno()},

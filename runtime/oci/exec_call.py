@@ -205,12 +205,12 @@ class ExecCall:
 
     async def _spawn(self, descriptors: Mapping[int, int]) -> int:
         try:
-            return await processes.spawn_aside(self._command, descriptors=descriptors)
+            return await processes.spawn_in_thread(self._command, descriptors=descriptors)
         except OSError as error:
             if error.errno != errno.ETXTBSY:
                 raise
             self._runtime.distrust_copy()
-        return await processes.spawn_aside(self._command, descriptors=descriptors)
+        return await processes.spawn_in_thread(self._command, descriptors=descriptors)
 
     @asynccontextmanager
     async def process(self) -> AsyncIterator[ExecProcess]:

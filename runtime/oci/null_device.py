@@ -7,7 +7,7 @@ import os
 import uuid
 
 from host import libc
-from host.concurrency.thread_starting import in_thread_of_its_own
+from host.concurrency.thread_starting import run_in_new_thread
 from host.files import mounts
 from host.files.null_devices import open_new_null_device
 
@@ -24,11 +24,11 @@ def open_private_null() -> int:
 @functools.cache
 def _folder() -> int:
     """A descriptor of an empty folder on a tmpfs that is mounted nowhere; opened once, it stays open."""
-    return in_thread_of_its_own(_open_in_own_mount_namespace, name="null-device")
+    return run_in_new_thread(_open_in_own_mount_namespace, name="null-device")
 
 
 def _open_in_own_mount_namespace() -> int:
     """The mount namespace ends with the calling thread; only the open folder remains."""
-    mounts.leave_mount_namespace()
+    mounts.enter_new_mount_namespace()
     libc.mount("null", "/dev", "tmpfs", mounts.MS_NOSUID | mounts.MS_NOEXEC, "mode=0700,size=4k")
     return os.open("/dev", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -63,7 +63,7 @@ class PodRemove:
         else:
             given_up = await self._give_up_network(sandbox, "it waits for its network")
         if given_up:
-            await self._stops.network_given_back(sandbox.id)
+            await self._stops.network_released(sandbox.id)
             await self.remove(sandbox.id)
         return given_up
 

@@ -114,7 +114,7 @@ class PodStop:
             await self._state.delete(sandbox)
             self.forget(sandbox)
 
-    async def network_given_back(self, sandbox_id: str) -> None:
+    async def network_released(self, sandbox_id: str) -> None:
         """Continue with a sandbox whose network could not be released when it was stopped or undone."""
         if sandbox_id not in self._state.sandboxes:
             return

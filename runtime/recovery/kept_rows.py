@@ -17,7 +17,7 @@ from host.concurrency.follower import Follower
 from host.concurrency.threads import in_thread
 from host.database import Database
 from host.errors import PodkeelError
-from host.kept_rows import Place, keep, kept_value, put_back
+from host.kept_rows import Place, keep, kept_value, restore_rows
 from images.schema import ROWS_OF_CONTAINER as IMAGE_ROWS
 from network.schema import ROWS_OF_SANDBOX as NETWORK_ROWS
 from runtime.layout import Layout
@@ -114,7 +114,7 @@ async def put_back_all(database: Database, layout: Layout) -> None:
         for folder, places in ((layout.sandboxes, OF_SANDBOX), (layout.containers, OF_CONTAINER)):
             for file in _files(folder):
                 try:
-                    put_back(connection, places, file)
+                    restore_rows(connection, places, file)
                     count += 1
                 except (OSError, sqlite3.DatabaseError, ValueError, OverflowError) as error:
                     if not connection.in_transaction:  # the disk is full

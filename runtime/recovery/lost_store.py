@@ -10,7 +10,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-from host.database_copy import opened_to_read, problem_of, put_in_place, set_file_aside
+from host.database_copy import open_read_only, problem_of, put_in_place, set_file_aside
 from host.errors import LimitError, WrongStateError
 from runtime.layout import Layout
 from runtime.oci.conmon import Monitors
@@ -110,7 +110,7 @@ def _containers_in(path: Path) -> frozenset[str] | None:
     """The ids of containers that a database knows; None if they cannot be read: the caller that opens it gets the
     error."""
     try:
-        with contextlib.closing(opened_to_read(path)) as connection:
+        with contextlib.closing(open_read_only(path)) as connection:
             connection.text_factory = os.fsdecode
             return frozenset(str(row[0]) for row in connection.execute("SELECT id FROM containers"))
     except sqlite3.Error:

@@ -96,8 +96,8 @@ class Store:
             except _UNREADABLE as error:
                 unreadable.append(UnreadableRow("sandbox", row[0], f"{type(error).__name__}: {error}", row))
         containers, lost = self._load_containers(sandboxes)
-        self._database.take_out(lost, ("containers", "id"))
-        self._database.take_out(unreadable, ("sandboxes", "id"))
+        self._database.set_rows_aside(lost, ("containers", "id"))
+        self._database.set_rows_aside(unreadable, ("sandboxes", "id"))
         return list(sandboxes.values()), containers
 
     def _load_containers(self, sandboxes: Mapping[str, Sandbox]) -> tuple[list[Container], list[UnreadableRow]]:

@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from host import libc
-from host.concurrency.thread_starting import in_thread_of_its_own
+from host.concurrency.thread_starting import run_in_new_thread
 from host.files import mounts
 from host.files.procfs import all_pids, command_line
 from proto.runtime.v1 import cri_pb2
@@ -128,7 +128,7 @@ def test_its_root_becomes_read_only_while_a_child_being_started_holds_a_file(tmp
     """On a busy node a pod with a shared PID namespace failed with "Device or resource busy: '/dev'"."""
 
     def make() -> None:
-        mounts.leave_mount_namespace()
+        mounts.enter_new_mount_namespace()
         libc.mount("trial", str(tmp_path), "tmpfs", mounts.MS_NOSUID, "size=64k")
         with (tmp_path / "held").open("w") as held:
             threading.Timer(0.2, held.close).start()
@@ -136,7 +136,7 @@ def test_its_root_becomes_read_only_while_a_child_being_started_holds_a_file(tmp
             with pytest.raises(OSError, match="Read-only file system"):
                 (tmp_path / "other").touch()
 
-    in_thread_of_its_own(make, name="trial")
+    run_in_new_thread(make, name="trial")
 
 
 @pytest.mark.parametrize("powers", POWERS)

@@ -42,7 +42,7 @@ async def test_hanging_work_is_left_behind_and_does_no_further_step() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert time.monotonic() - begin < 60  # the abandoned work never ends
-    with pytest.raises(UnavailableError, match="container y: 1 earlier calls still hang"):
+    with pytest.raises(UnavailableError, match="container y: 1 earlier calls hang"):
         await threads.run("container y", lambda permission: None)
     answers.set()
     async with asyncio.timeout(60):

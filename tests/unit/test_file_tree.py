@@ -75,7 +75,7 @@ def test_names_that_are_not_utf_8_are_walked_and_removed(tmp_path: Path, root: i
     )
     removal = Removal()
     assert removal.remove(root, os.fsdecode(b"\xff\xfe\n"))
-    assert (names(tmp_path), removal.told) == ([], [])
+    assert (names(tmp_path), removal.messages) == ([], [])
     assert shown(os.fsdecode(b"a\xff\n")) == "a\\xff\\n"
 
 

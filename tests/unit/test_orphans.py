@@ -9,11 +9,11 @@ PROGRAM = """
 import asyncio, os
 from pathlib import Path
 from host import processes
-from host.subreaper import Orphans
+from host.subreaper import Subreaper
 from host.children.reaping import reap
 
 async def main():
-    orphans = Orphans(patience=0.05)
+    orphans = Subreaper(patience=0.05)
     orphans.adopt()
     done = await processes.run(["sh", "-c", "sleep 0.1 >&- 2>&- & echo $!"])
     orphan = int(done.stdout)

@@ -49,9 +49,7 @@ LEVELS = {
         "database_copy processes",
         "subreaper",
     ),
-    "proto": (
-        "wire",
-    ),
+    "proto": ("wire",),
     "metrics": (
         "instruments stats",
         "agent cgroups filesystems processes samples usage",

@@ -7,7 +7,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from host.concurrency.thread_starting import start_aside
+from host.concurrency.thread_starting import start_thread
 
 SECONDS = 60.0
 
@@ -15,7 +15,7 @@ SECONDS = 60.0
 def test_work_runs_in_a_daemon_thread_of_its_own() -> None:
     names: SimpleQueue[tuple[str, bool]] = SimpleQueue()
     for number in range(3):
-        start_aside(
+        start_thread(
             lambda: names.put((threading.current_thread().name, threading.current_thread().daemon)),
             name=f"aside-{number}",
             failed=lambda error: pytest.fail(str(error)),
@@ -25,7 +25,7 @@ def test_work_runs_in_a_daemon_thread_of_its_own() -> None:
 
 def test_who_asked_is_told_when_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     told: SimpleQueue[str] = SimpleQueue()
-    start_aside(lambda: told.put("ran"), name="aside", failed=lambda error: told.put(str(error)))
+    start_thread(lambda: told.put("ran"), name="aside", failed=lambda error: told.put(str(error)))
     assert told.get(timeout=SECONDS) == "ran"
 
     def refuse(thread: threading.Thread) -> None:
@@ -33,7 +33,7 @@ def test_who_asked_is_told_when_no_thread_can_be_started(monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
-        start_aside(lambda: told.put("ran"), name="aside", failed=lambda error: told.put(str(error)))
+        start_thread(lambda: told.put("ran"), name="aside", failed=lambda error: told.put(str(error)))
         assert "no thread can be started (can't start new thread)" in told.get(timeout=SECONDS)
-    start_aside(lambda: told.put("ran again"), name="aside", failed=lambda error: told.put(str(error)))
+    start_thread(lambda: told.put("ran again"), name="aside", failed=lambda error: told.put(str(error)))
     assert told.get(timeout=SECONDS) == "ran again"

@@ -70,8 +70,8 @@ class Place:
         removal = Removal()
         for name in _WRITTEN:
             removal.remove(self.descriptor, name)
-        if removal.told:
-            raise PodkeelError(removal.told[0])
+        if removal.messages:
+            raise PodkeelError(removal.messages[0])
 
     @property
     def is_complete(self) -> bool:

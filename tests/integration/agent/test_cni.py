@@ -234,7 +234,7 @@ def test_bandwidth_annotations_that_are_no_rates_are_refused(cni: CniAgent) -> N
     cni.folders.configure(cni.folders.script("one"))
     cni.wait_ready()
     config = sandbox_config(cni.agent, annotations={"kubernetes.io/egress-bandwidth": "fast"})
-    with pytest.raises(grpc.RpcError, match=r"kubernetes.io/egress-bandwidth: 'fast' is no quantity") as refused:
+    with pytest.raises(grpc.RpcError, match=r"kubernetes.io/egress-bandwidth: 'fast' is not a quantity") as refused:
         cni.agent.client.run_sandbox(config)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert cni.agent.client.findings() == []

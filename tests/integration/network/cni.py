@@ -75,7 +75,7 @@ class CniNode(PluginFolders):
         async def tell(sandbox_id: str) -> None:
             self.told.append(sandbox_id)
 
-        made.when_given_back(tell)
+        made.on_released(tell)
         return made
 
     @property

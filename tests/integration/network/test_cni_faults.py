@@ -55,11 +55,11 @@ async def _refused(node: CniNode, kind: type[PodkeelError], text: str) -> None:
         ("kill -SEGV $$", PodkeelError, "was killed by signal 11"),
         ("echo worse >&2; exit 7", PodkeelError, "ended with status 7 and printed no error: worse"),
         ('echo \'{"code": "x"}\'; exit 1', PodkeelError, "status 1 and printed no error"),
-        ("echo rubbish", PodkeelError, "printed 'rubbish' where its result should be"),
-        ("true", PodkeelError, "printed 'nothing' where its result should be"),
-        ("echo '[]'", PodkeelError, "where its result should be"),
-        ("head -c 3000000 /dev/zero", PodkeelError, "where its result should be"),
-        ("printf '\\377\\376'", PodkeelError, "where its result should be"),
+        ("echo rubbish", PodkeelError, "printed 'rubbish' instead of a result"),
+        ("true", PodkeelError, "printed 'nothing' instead of a result"),
+        ("echo '[]'", PodkeelError, "instead of a result"),
+        ("head -c 3000000 /dev/zero", PodkeelError, "instead of a result"),
+        ("printf '\\377\\376'", PodkeelError, "instead of a result"),
         ("sleep 30", DeadlineError, "did not finish within 0.6 s and was killed"),
         ("sleep 30 & sleep 30", DeadlineError, "did not finish"),
     ],
@@ -80,12 +80,12 @@ async def test_what_a_plugin_fails_with_is_told(
     [
         ("echo '{}'", "gave the pod no address"),
         ("echo '{\"ips\": null}'", "gave the pod no address"),
-        (result("10.206.0.300/24"), "makes no sense"),
+        (result("10.206.0.300/24"), "is invalid"),
         (
             result("10.206.0.3/24").replace('"ips": [{', '"interfaces": [{}], "ips": [{"interface": 4, '),
-            "makes no sense: .* interface 4",
+            "is invalid: .* interface 4",
         ),
-        ("echo '{\"ips\": 5}'", "makes no sense"),
+        ("echo '{\"ips\": 5}'", "is invalid"),
     ],
 )
 async def test_a_result_without_a_usable_address_is_told(node: CniNode, action: str, text: str) -> None:
@@ -357,4 +357,4 @@ def test_a_pod_that_the_node_cannot_reach_keeps_no_other_from_its_host_ports() -
     command = ["unshare", "-n", "sh", "-c", f'{links}; exec "$@"', "sh", sys.executable, "-c", _TWO_PODS]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
-    assert "sandbox lost: host ports do not work on 127.0.0.1, as the node cannot reach 10.9.0.2" in done.stderr
+    assert "sandbox lost: host ports do not work on 127.0.0.1: the node cannot reach 10.9.0.2" in done.stderr

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from host.concurrency.follower import Follower
-from host.concurrency.thread_starting import in_thread_of_its_own
+from host.concurrency.thread_starting import run_in_new_thread
 
 
 class Work:
@@ -75,10 +75,10 @@ async def test_without_a_change_nothing_is_done() -> None:
 
 
 def test_a_thread_of_its_own_passes_on_what_the_work_returns_or_raises() -> None:
-    assert in_thread_of_its_own(lambda: threading.current_thread().name, name="mine") == "mine"
+    assert run_in_new_thread(lambda: threading.current_thread().name, name="mine") == "mine"
 
     def fail() -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        in_thread_of_its_own(fail, name="mine")
+        run_in_new_thread(fail, name="mine")

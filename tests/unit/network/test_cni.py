@@ -44,8 +44,8 @@ def test_a_single_plugin_is_a_list_of_one() -> None:
 def test_the_best_allowed_version_comes_first() -> None:
     found = _parse(cniVersion="0.4.0", cniVersions=["0.3.1", "1.1.0", "2.0.0", "0.4.0"])
     assert found.versions == ("1.1.0", "0.4.0", "0.3.1")
-    assert found.speaks("0.4.0")
-    assert not _parse(cniVersion="0.3.1").speaks("0.4.0")
+    assert found.supports("0.4.0")
+    assert not _parse(cniVersion="0.3.1").supports("0.4.0")
 
 
 def test_the_one_version_counts_beside_the_list() -> None:
@@ -105,7 +105,7 @@ def test_flags_may_be_words(value: object) -> None:
         ({"name": "a/b"}, "is no network name"),
         ({"plugins": []}, "at least one plugin"),
         ({"plugins": {"type": "bridge"}}, "must be a list"),
-        ({"plugins": ["bridge"]}, "is no object"),
+        ({"plugins": ["bridge"]}, "is not an object"),
         ({"plugins": [{}]}, "plugin type None"),
         ({"plugins": [{"type": "../bridge"}]}, "plugin type '../bridge' is no program's name"),
         ({"plugins": [{"type": "bridge", "capabilities": ["dns"]}]}, "capabilities of plugin bridge"),

@@ -34,11 +34,11 @@ def test_a_released_address_rests_and_one_never_used_does_not() -> None:
     assert address is not None
     pool.release(address)
     assert pool.allocate() is None
-    unrested = _pool("10.0.0.0/30")
-    address = unrested.allocate()
+    unused = _pool("10.0.0.0/30")
+    address = unused.allocate()
     assert address is not None
-    unrested.give_back(address)
-    assert unrested.allocate() == address
+    unused.free_unused(address)
+    assert unused.allocate() == address
 
 
 def test_rotation_comes_back_to_the_beginning() -> None:
@@ -114,7 +114,9 @@ def test_a_range_whose_gateway_is_a_pod_is_refused() -> None:
     book = Ipam(parse_ranges(["10.0.0.0/24"]), 0)
     book.restore("10.0.0.0/24", "10.0.0.9", 1.0, None)
     before = book.current
-    with pytest.raises(WrongStateError, match=r"10\.0\.0\.9 is that of a pod, given out from 10\.0\.0\.0/24"):
+    with pytest.raises(
+        WrongStateError, match=r"a pod has its gateway.s address 10\.0\.0\.9, from the earlier range 10\.0\.0\.0/24"
+    ):
         book.use(parse_ranges(["10.0.0.8/29"]))
     assert book.current == before
     book.release(before[0], ip_address("10.0.0.9"))

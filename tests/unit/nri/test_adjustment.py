@@ -177,7 +177,7 @@ def test_rdt(spec: config.Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("runtime.nri.linux_adjustment.RESCTRL", tmp_path)
     (tmp_path / "schemata").touch()
     missing = limits(rdt_class=nri_pb2.OptionalString(value="gold"))
-    with pytest.raises(InvalidArgumentError, match=r"10-test: RdtClass gold: there is no .*/gold"):
+    with pytest.raises(InvalidArgumentError, match=r"10-test: RdtClass gold: .*/gold does not exist"):
         applied(missing, spec)
     (tmp_path / "gold").mkdir()
     applied(missing, spec)

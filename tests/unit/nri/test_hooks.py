@@ -33,7 +33,7 @@ async def test_an_unexpected_error_is_logged_and_the_caller_goes_on(caplog: pyte
 
     with caplog.at_level(logging.ERROR):
         await stopped_container()
-    assert "nri: stopped_container failed" in caplog.text
+    assert "nri: stopped_container: failed" in caplog.text
 
 
 async def test_what_is_told_beside_work_that_fails_is_told_all_the_same() -> None:

@@ -367,6 +367,9 @@ class Agent:
         from runtime.nri.changes import Changing
         from runtime.nri.hooks import NriHooks
 
+        if self._nri.blockio_config_file or self._nri.default_validator.enabled:
+            import yaml  # noqa: F401  # it takes longer than the loop may be held later
+
         async def update(container: Container, change: LimitChange) -> None:
             await self.resources.apply(container, change)
 

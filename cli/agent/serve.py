@@ -16,6 +16,7 @@ def serve(options: argparse.Namespace) -> int:
     gc.disable()  # while modules are loaded, the collector finds nothing, and takes a tenth of the time
     from cri.server import serve as serve_agent
 
+    gc.freeze()
     gc.enable()
     serve_agent(lambda: load_for(options).configuration, adopt=options.adopt)
     return 0

@@ -6,14 +6,14 @@ Every value keeps its source, so that ``podkeel config`` can print it and errors
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import inspect
@@ -90,7 +90,7 @@ def load(config_file: Path | None = None, flags: Mapping[str, object] | None = N
     for flag, value in (flags or {}).items():
         if value is not None:
             table, name = FLAGS[flag]
-            _Merge(_Layer({table: {name: value}}, partial(_flag_origin, flag)), origins).run(values)
+            _Merge(_Layer({table: {name: value}}, functools.partial(_flag_origin, flag)), origins).run(values)
     run_dir = ("runtime", "run_dir")
     if ("server", "socket") not in origins and run_dir in origins:
         values["server"]["socket"] = f"unix://{values['runtime']['run_dir'].rstrip('/')}/podkeel.sock"
@@ -138,8 +138,22 @@ def _syntax_error(path: Path, text: str, message: str) -> str:
     return f"{path}:{line}: not valid TOML: {reason}"
 
 
-def _fields(struct: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]:
-    return msgspec.structs.fields(struct)
+class _Field(NamedTuple):
+    """A key of a table: ``nested`` is the struct behind it if it is a table, or a table of such tables by name."""
+
+    name: str
+    kind: Any
+    required: bool
+    nested: type[msgspec.Struct] | None
+    is_map: bool
+
+
+@functools.cache  # msgspec evaluates every annotation each time it is asked
+def _fields(struct: type[msgspec.Struct]) -> tuple[_Field, ...]:
+    return tuple(
+        _Field(field.encode_name, field.type, field.required, *_nested_struct(field.type))
+        for field in msgspec.structs.fields(struct)
+    )
 
 
 class _Merge:
@@ -153,23 +167,23 @@ class _Merge:
         self._struct(values, self._layer.tree, Configuration, ())
 
     def _struct(self, values: dict[str, Any], tree: dict[str, Any], struct: type[msgspec.Struct], path: Key) -> None:
-        types = {field.encode_name: field.type for field in _fields(struct)}
+        fields = {field.name: field for field in _fields(struct)}
         for name, value in tree.items():
             key = (*path, name)
-            if name not in types:
-                raise self._error(key, _unknown_key(key, tuple(types)))
-            nested, is_map = _nested_struct(types[name])
-            if nested is None:
-                self._check_value(key, value, types[name])
+            if name not in fields:
+                raise self._error(key, _unknown_key(key, tuple(fields)))
+            field = fields[name]
+            if field.nested is None:
+                self._check_value(key, value, field.kind)
                 values[name] = value
                 self._origins[key] = self._layer.origin(key)
-            elif is_map:
-                self._map(values[name], self._table(key, value), nested, key)
+            elif field.is_map:
+                self._map(values[name], self._table(key, value), field.nested, key)
             else:
-                self._struct(values[name], self._table(key, value), nested, key)
+                self._struct(values[name], self._table(key, value), field.nested, key)
 
     def _map(self, values: dict[str, Any], tree: dict[str, Any], struct: type[msgspec.Struct], path: Key) -> None:
-        required = [field.encode_name for field in _fields(struct) if field.required]
+        required = [field.name for field in _fields(struct) if field.required]
         for name, value in tree.items():
             key = (*path, name)
             entry = values.setdefault(name, {})
@@ -271,12 +285,11 @@ def _check_default_runtime(runtime: RuntimeOptions, origins: Mapping[Key, str]) 
 
 def _leaves(tree: dict[str, Any], struct: type[msgspec.Struct], path: Key = ()) -> Iterator[tuple[Key, object]]:
     for field in _fields(struct):
-        key, value = (*path, field.encode_name), tree[field.encode_name]
-        nested, is_map = _nested_struct(field.type)
-        if nested is None:
+        key, value = (*path, field.name), tree[field.name]
+        if field.nested is None:
             yield key, value
-        elif is_map:
+        elif field.is_map:
             for entry, fields in value.items():
-                yield from _leaves(fields, nested, (*key, entry))
+                yield from _leaves(fields, field.nested, (*key, entry))
         else:
-            yield from _leaves(value, nested, key)
+            yield from _leaves(value, field.nested, key)

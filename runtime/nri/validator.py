@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 
-import yaml
-
 from host.errors import InvalidArgumentError, UnavailableError
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.answers.owners import REMOVAL
@@ -90,6 +88,8 @@ def _annotated(value: str, subject: str) -> list[str]:
     if not value:
         return []
     if len(value) <= _ANNOTATION_LIMIT:
+        import yaml  # loaded at the start where it is needed, see ``Agent``
+
         with contextlib.suppress(yaml.YAMLError, RecursionError, ValueError):
             names = yaml.safe_load(value)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -16,7 +16,6 @@ from decimal import Decimal
 from pathlib import Path
 
 import msgspec
-import yaml
 
 from host.errors import InvalidArgumentError
 from runtime.specgen import config
@@ -61,6 +60,8 @@ def block_io(file: str, name: str) -> config.BlockIO:
 
 
 def _read(file: str) -> Mapping[str, Sequence[dict[str, object]]]:
+    import yaml  # loaded at the start where it is needed, see ``Agent``
+
     try:
         with open(file, "rb") as opened:
             content = opened.read(_FILE_BYTES + 1)

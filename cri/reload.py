@@ -129,7 +129,7 @@ class Reloader:
         agent, current = self._agent, self._current
         agent.hooks_dir.folders = current.runtime.hooks_dirs
         agent.network.cni.runner.configure(current.network.cni_bin_dirs, current.network.cni_timeout_seconds)
-        agent.images.store.show_again()
+        agent.images.store.publish_again()
         if any(key.startswith("log.") for key in keys):
             configure_logging(current.log)
             self._log_level.configured = current.log.level

@@ -1,4 +1,4 @@
-"""Holding the store against what it should be: digests of what is kept, and every file of every layer."""
+"""Checks the image store: the digests of its documents, and every file of every layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from images.oci.manifests import Descriptor
 from images.snapshots.store import SnapshotStore
 from images.store import ImageStore
 from images.unpack.inheritance import inherit
-from images.unpack.trees import look_at
+from images.unpack.trees import inspect_trees
 
 _log = logging.getLogger("podkeel.images")
 
@@ -29,7 +29,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ImageFinding:
-    """One thing that is not as it should be, the images that have it, and what was done about it (empty: nothing)."""
+    """A problem of one object, the images that have the object, and the repair (empty: none was made)."""
 
     digest: str
     problem: str
@@ -39,7 +39,7 @@ class ImageFinding:
 
 @dataclass(frozen=True, slots=True)
 class ImageReport:
-    """The checked objects and the findings."""
+    """How many images and layers were checked, and what was found."""
 
     images: int
     layers: int
@@ -47,10 +47,10 @@ class ImageReport:
 
 
 class ImageChecker:
-    """Checks one layer after the other by unpacking its kept blob again and comparing the files.
+    """Checks one layer after the other: unpacks its kept blob again and compares the files.
 
-    A layer without a kept blob is compared with the digest that its files had when they were unpacked. Pulls and
-    removals may run meanwhile.
+    A layer without a kept blob is compared with the tree digest that was made when it was unpacked. Pulls and removals
+    may run at the same time.
     """
 
     def __init__(self, store: ImageStore, snapshots: SnapshotStore, layers: LayerStore, database: Database) -> None:
@@ -60,10 +60,10 @@ class ImageChecker:
         self._database = database
 
     async def check(self, *, repair: bool) -> ImageReport:
-        """Check everything; with ``repair`` remove what is broken, so that a pull fetches it again.
+        """Check all images and layers. With ``repair``, also remove what is broken, so that the next pull fetches it.
 
-        ``repair`` also removes partial blobs, as nothing can verify them. A broken blob is removed alone. With a broken
-        layer or configuration the images that have it are removed too; containers that use them keep running.
+        A broken blob is removed alone. A broken layer or configuration is removed with the images that have it;
+        containers that use them keep running. ``repair`` also removes partial blobs, because nothing can verify them.
         """
         findings = await self._check_images(repair=repair)
         images = self._store.images()
@@ -74,7 +74,7 @@ class ImageChecker:
         for layer, below in layers:
             async with AsyncExitStack() as stack:
                 if self._layers.get(layer.number) is None:
-                    continue  # it went meanwhile
+                    continue  # it was removed since
                 self._layers.retain((layer.number,))
                 stack.push_async_callback(self._layers.release, (layer.number,))
                 found = await self._check_layer(layer, below, broken, repair=repair)
@@ -112,7 +112,7 @@ class ImageChecker:
                 repaired = ""
                 if repair:
                     await self._layers.drop_blob(layer.blob_digest)
-                    repaired = "the compressed form was dropped"
+                    repaired = "the compressed layer was removed"
                 names = tuple(image.name for image in images)
                 findings.append(ImageFinding(layer.blob_digest, error.message, names, repaired))
                 blob = None
@@ -129,13 +129,13 @@ class ImageChecker:
         if repair:
             for image in images:
                 await self._store.remove(image.id)
-        repaired = "dropped with its images: pull them again" if repair else ""
+        repaired = "removed with its images: pull them again" if repair else ""
         return ImageFinding(digest, problem, tuple(image.name for image in images), repaired)
 
     async def _compare(self, layer: Layer, blob: Path, below: Sequence[int], broken: set[int]) -> str:
-        """What is wrong with the layer's files, compared with its blob.
+        """What is wrong with the layer's files, compared with its blob; empty if nothing.
 
-        Raises InvalidArgumentError for a broken one.
+        Raises InvalidArgumentError if the blob is broken.
         """
         subject = f"kept layer {layer.blob_digest}"
         async with self._layers.scratch() as fresh:
@@ -144,26 +144,26 @@ class ImageChecker:
             if unpacked.diff_id != layer.diff_id:
                 raise InvalidArgumentError(f"{subject} is broken: unpacked, its digest is {unpacked.diff_id}")
             if broken.intersection(below):
-                return await self._count(layer)  # folders that it copies from those have nothing to be compared with
+                return await self._count(layer)  # folders copied from a broken layer cannot be compared
             if unpacked.implied and below:
                 await in_long_thread(inherit, fresh, [self._layers.path(number) for number in below], unpacked.implied)
-            trees = await look_at(fresh, self._layers.path(layer.number))
+            trees = await inspect_trees(fresh, self._layers.path(layer.number))
         if not trees.differences:
             return ""
         more = " …" if len(trees.differences) > 3 else ""
         return f"its files differ from the layer's: {'; '.join(trees.differences[:3])}{more}"
 
     async def _count(self, layer: Layer) -> str:
-        trees = await look_at(self._layers.path(layer.number))
+        trees = await inspect_trees(self._layers.path(layer.number))
         if trees.inodes != layer.used_inodes:
             return f"it has {trees.inodes} files, and {layer.used_inodes} were unpacked"
         if layer.tree_digest and trees.digest != layer.tree_digest:
-            return "its files are not as they were unpacked"
+            return "its files have changed since they were unpacked"
         return ""
 
 
 def _problem(image: Image, manifest_digest: bytes, manifest: bytes, config: bytes) -> str:
-    """What is wrong with the rows of an image, which was whole when the store was opened."""
+    """What is wrong with the rows of an image, which were valid when the store was opened; empty if nothing."""
     if digests.digest_of(config) != image.id:
         return "its configuration has another digest"
     if digests.chain_ids(read_config(config, image.name).diff_ids) != image.chain_ids:
@@ -175,7 +175,7 @@ def _problem(image: Image, manifest_digest: bytes, manifest: bytes, config: byte
 
 
 def _below(layer: Layer, stacks: Sequence[Sequence[int]]) -> Sequence[int]:
-    """The layers below, lowest first: the same in every stack that has it."""
+    """The layers below, lowest first. They are the same in every stack that contains the layer."""
     stack = next((stack for stack in stacks if layer.number in stack), ())
     return stack[: stack.index(layer.number)] if stack else ()
 

@@ -1,4 +1,4 @@
-"""The size of each image on disk, and its part that no other image shares; from kept counts."""
+"""The size of each image on disk, and how much of it no other image shares. Computed from kept counts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ImageUsage:
 
 @dataclass(frozen=True, slots=True)
 class DiskUsage:
-    """All in bytes on disk; ``blobs`` include partial ones, ``containers`` is what containers wrote."""
+    """Bytes on disk. ``blobs`` include partial ones; ``containers`` is the size of containers' writable layers."""
 
     images: tuple[ImageUsage, ...]
     layers: int
@@ -32,7 +32,7 @@ class DiskUsage:
 
 
 def disk_usage(images: Sequence[Image], layers: LayerStore, used_by: dict[str, int], written: int) -> DiskUsage:
-    """Put together the counts; ``used_by`` is the number of containers of an image, by its id."""
+    """Add up the counts. ``used_by`` is the number of containers of each image, by image id."""
     users = Counter(number for image in images for number in set(image.layers))
     usages = []
     for image in images:

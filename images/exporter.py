@@ -1,4 +1,4 @@
-"""Copying images from the node: to archives and to registries."""
+"""Copies images from the node to archives and registries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Exporter:
-    """Exports and pushes images of ``store``; what it ships stays on the node until it is through."""
+    """Exports and pushes images of ``store``. The blobs of an image stay on the node until its export or push ends."""
 
     def __init__(self, store: ImageStore, options: ImageOptions, layers: LayerStore, database: Database) -> None:
         self._store = store
@@ -34,25 +34,26 @@ class Exporter:
         self._database = database
 
     async def export(self, references: Sequence[str], path: Path) -> int:
-        """Write images to an OCI archive at ``path``; returns its size in bytes.
+        """Write images to an OCI archive at ``path``. Returns its size in bytes.
 
-        An image asked for by a tag gets that name in the archive, otherwise all its tags. Raises NotFoundError if one
-        is missing, WrongStateError if its compressed layers were not kept, else as ``images.archives.writer.export``.
+        An image referenced by a tag gets that name in the archive, any other image all its tags. Raises NotFoundError
+        if an image is missing, WrongStateError if its compressed layers were not kept, otherwise as
+        ``images.archives.writer.export``.
         """
         async with AsyncExitStack() as stack:
             chosen = []
             for reference in references:
                 image = self._store.get(reference)
                 ready = await stack.enter_async_context(self._outgoing(image))
-                chosen.append((ready, _asked_for(reference, image)))
+                chosen.append((ready, _archive_names(reference, image)))
             return await export(chosen, path)
 
     async def push(self, reference: str, destination: str = "", credentials: Credentials | None = None) -> Pushed:
-        """Push the image that ``reference`` names, as ``destination`` (as itself, if empty).
+        """Push the image that ``reference`` names, to ``destination`` (empty: to ``reference`` itself).
 
-        The image is known by the digest it has in that repository from then on, and gets no tag.
+        Afterwards the image has one more digest reference, that of the destination's repository, but no new tag.
 
-        Raises NotFoundError, WrongStateError as ``export``, else as ``images.registry.push.push``.
+        Raises NotFoundError and WrongStateError as ``export``, otherwise as ``images.registry.push.push``.
         """
         image = self._store.get(reference)
         target = parse(destination or reference)
@@ -71,13 +72,13 @@ class Exporter:
         statement = "SELECT manifest, config FROM images WHERE id = ?"
         rows = await in_image_thread(self._database.read, statement, (image.id,))
         if not rows:
-            raise NotFoundError(f"image {image.name} was removed meanwhile")
+            raise NotFoundError(f"image {image.name} was removed in the meantime: pull it again")
         manifest, config = rows[0]
         async with outgoing(image, manifest, config, self._layers) as ready:
             yield ready
 
 
-def _asked_for(reference: str, image: Image) -> Sequence[str]:
+def _archive_names(reference: str, image: Image) -> Sequence[str]:
     try:
         name = parse(reference).tagged
     except InvalidArgumentError:  # an id

@@ -1,4 +1,4 @@
-"""An image of the store, and the configuration it carries."""
+"""An image of the store, and its configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from images.oci.platforms import Platform
 
 _LONGEST_NUMBER = 19  # digits of 2^63
 _LONGEST_USER = 4096
-_LARGEST_KEPT = 16 << 20  # older versions took larger configs than LARGEST_CONFIG
+_LARGEST_KEPT = 16 << 20  # older versions accepted configs larger than LARGEST_CONFIG
 
 
 class _RawConfig(msgspec.Struct, rename="pascal"):
@@ -55,9 +55,9 @@ class ImageConfig(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One image, as it was when it was asked for.
+    """One image, as it was at the time of the lookup.
 
-    ``id`` is the digest of its configuration, ``size`` what it takes on disk unpacked, in bytes; ``layers`` are the
+    ``id`` is the digest of its configuration. ``size`` is its unpacked size on disk in bytes. ``layers`` are the
     store's numbers of its layers, lowest first.
     """
 
@@ -73,15 +73,15 @@ class Image:
 
     @property
     def name(self) -> str:
-        """Its name for messages: a tag, else a digest reference, else its id."""
+        """Its name in messages: a tag, or else a digest reference, or else its id."""
         return next(iter((*self.repo_tags, *self.repo_digests)), self.id)
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """An image's config file: its bytes, their digest (which is the image's id) and what it says.
+    """An image's config file: its bytes, their digest (the image's id) and the decoded fields.
 
-    ``platform`` has empty members where the file does not say them.
+    Members of ``platform`` are empty if the file does not contain them.
     """
 
     content: bytes
@@ -92,9 +92,9 @@ class ConfigFile:
 
 
 def read_config(content: bytes, subject: str) -> ConfigFile:
-    """The config file in ``content``. Members that are null count as absent, as containerd takes them.
+    """Decode the config file in ``content``. Members that are null count as absent, as in containerd.
 
-    Raises InvalidArgumentError for one that is malformed or has more layers than this node can mount. A file of
+    Raises InvalidArgumentError if it is malformed or has more layers than this node can mount. Decoding a file of
     megabytes blocks for tens of milliseconds.
     """
     raw = decode_json(content, _RawImage, f"{subject}: its config", _LARGEST_KEPT)
@@ -119,7 +119,7 @@ def read_config(content: bytes, subject: str) -> ConfigFile:
 
 
 def numeric_user(user: str) -> int | None:
-    """The number that a USER's first half is, or None for a name, as which containerd takes numbers from 2^63 on."""
+    """The first half of a USER as a number. None for a name; containerd also treats numbers from 2^63 as names."""
     if not (user.isascii() and user.isdigit()) or len(user.lstrip("0")) > _LONGEST_NUMBER:
         return None
     number = int(user)
@@ -127,6 +127,6 @@ def numeric_user(user: str) -> int | None:
 
 
 def check_linux(file: ConfigFile, subject: str) -> None:
-    """InvalidArgumentError if the image is for another operating system than this one."""
+    """Raise InvalidArgumentError if the image is for another operating system than Linux."""
     if file.platform.os.lower() not in ("", "linux"):
         raise InvalidArgumentError(f"{subject} is an image for {file.platform.os}, not for linux")

@@ -1,4 +1,4 @@
-"""The store's rows of images: each function is one write, run on the database's thread."""
+"""The rows of images in the store. Each function is one write, run on the database's thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from images.layers.layer import Layer
 
 
 def readable(database: Database) -> list[tuple[str, str, int, bytes, ImageConfig]]:
-    """Id, digest and length of the manifest, and configuration of each image; invalid rows are set aside."""
+    """Id, digest and length of the manifest, and configuration of each image. Sets invalid rows aside."""
     found: list[tuple[str, str, int, bytes, ImageConfig]] = []
     unreadable: list[UnreadableRow] = []
     columns = "id, manifest_digest, length(manifest), config"
@@ -32,7 +32,7 @@ def readable(database: Database) -> list[tuple[str, str, int, bytes, ImageConfig
 
 
 def insert(connection: sqlite3.Connection, candidate: Candidate, layers: tuple[Layer, ...]) -> None:
-    """The image with its layers, lowest first, and its names."""
+    """Insert the image with its layers, lowest first, and its names."""
     connection.execute(
         "INSERT OR IGNORE INTO images (id, manifest_digest, config, manifest, created) VALUES (?, ?, ?, ?, ?)",
         (candidate.id, candidate.manifest_digest, candidate.config.content, candidate.manifest, time.time_ns()),
@@ -46,13 +46,13 @@ def insert(connection: sqlite3.Connection, candidate: Candidate, layers: tuple[L
 
 
 def insert_names(connection: sqlite3.Connection, image_id: str, names: Iterable[str]) -> None:
-    """The names belong to the image from now on, even if another image had them."""
+    """Give the names to the image. Another image that had one of them loses it."""
     rows = [(name, image_id) for name in names]
     connection.executemany("INSERT OR REPLACE INTO image_references (name, image_id) VALUES (?, ?)", rows)
 
 
 def delete(connection: sqlite3.Connection, image_ids: Sequence[str]) -> None:
-    """Forget images and their names."""
+    """Delete images and their names."""
     rows = [(image_id,) for image_id in image_ids]
     connection.executemany("DELETE FROM image_references WHERE image_id = ?", rows)
     connection.executemany("DELETE FROM image_layers WHERE image_id = ?", rows)

@@ -1,4 +1,4 @@
-"""The room of images as one object: it opens the parts, hands them out and closes them."""
+"""The images room as one object, which opens, provides and closes its parts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from images.store import ImageStore
 
 
 class Images:
-    """Everything about images.
+    """The parts of the images room.
 
-    ``store`` knows which there are, ``puller`` gets them, ``exporter`` writes them to archives and registries,
-    ``checker`` looks for what is broken, ``snapshots`` makes containers' root file systems out of them.
+    ``store`` finds images, ``puller`` fetches them, ``exporter`` writes them to archives and registries, ``checker``
+    finds broken ones, ``snapshots`` makes the root file systems of containers.
     """
 
     def __init__(self, options: ImageOptions, data_dir: Path, database: Database) -> None:
@@ -35,10 +35,10 @@ class Images:
         self.checker = ImageChecker(self.store, self.snapshots, self.layers, database)
 
     async def start(self) -> None:
-        """Read the store; undo pulls and finish removals that a crash cut off."""
+        """Read the store. Undo pulls that a crash interrupted, and finish interrupted removals."""
         self._trash.start()
         await self.layers.start()
-        await self.snapshots.start()  # before images, of whose rows it may have to learn layers
+        await self.snapshots.start()  # before the images: it may restore layers from their rows
         await self.store.load()
         await self.layers.sweep()
 
@@ -50,11 +50,11 @@ class Images:
         await self._trash.close()
 
     async def emptied(self) -> None:
-        """Wait until what was removed has left the disk."""
+        """Wait until everything that was removed is deleted from the disk."""
         await self._trash.emptied()
 
     async def disk_usage(self) -> DiskUsage:
-        """The size of each image on disk, and what they share."""
+        """The size of each image on disk, and how much of it is shared."""
         rows = await in_stats_thread(
             self._database.read, "SELECT image_id, count(DISTINCT container_id) FROM snapshots GROUP BY image_id"
         )

@@ -13,30 +13,32 @@ _NO_PROJECT = (1 << 32) - 1
 class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """How images are fetched, unpacked and kept.
 
-    Registries: ``registry_config_dir`` holds one folder per registry host with a ``hosts.toml`` in containerd's form,
-    read on each pull; ``insecure_registries`` are hosts (``host`` or ``host:port``) asked over plain http, as loopback
-    addresses always are. ``connect_seconds`` is the maximum time of one connection attempt, ``stall_seconds`` that
-    without data in a running transfer. Both together limit the wait for an answer and its headers. ``attempts`` is how
-    often a request is tried that fails for a temporary reason. A pull that gets less than ``slowest_bytes_per_second``
-    over ``slow_seconds`` of waiting for the network fails; 0 allows any rate.
+    Registries: ``registry_config_dir`` holds one folder per registry host with a ``hosts.toml`` in containerd's format,
+    read on each pull. ``insecure_registries`` are hosts (``host`` or ``host:port``) reached over plain HTTP, as
+    loopback addresses always are. ``connect_seconds`` is the maximum time of one connection attempt, ``stall_seconds``
+    that without data in a running transfer. Their sum limits the wait for an answer and its headers. ``attempts`` is
+    how often a request is tried that fails for a temporary reason. A pull fails if it receives less than
+    ``slowest_bytes_per_second`` over ``slow_seconds`` of waiting for the network; 0 allows any rate.
 
-    Credentials that come with a pull are used first. ``credentials_file`` holds the node's own, in the form of docker's
-    ``config.json``; a credential helper it names gets ``credential_helper_seconds`` to answer.
+    Credentials in the pull request are used first. ``credentials_file`` holds the node's own, in the format of docker's
+    ``config.json``. A credential helper that it names must answer within ``credential_helper_seconds``.
 
-    Layers: at most ``max_parallel_downloads`` of them are fetched and unpacked at once, over all pulls; beyond them a
-    pull that has none gets one, up to 32 in all. A layer with more than ``max_layer_bytes`` unpacked or more than
-    ``max_layer_entries`` is refused. So is one that takes more than ``max_layer_seconds`` of processor time, or delays
-    its bytes for twice as long. So are an image whose layers take more than ``max_image_bytes``, compressed or
-    unpacked, and a compressed archive that unpacks to more than ``max_archive_bytes``. With ``keep_blobs`` the
-    compressed layers stay on disk beside the unpacked ones: checking, repairing and exporting an image need them. The
-    fetched bytes of an interrupted pull then stay for ``partial_hours``, so that another pull continues from there.
+    Layers: at most ``max_parallel_downloads`` are fetched and unpacked at the same time, over all pulls. A pull without
+    any gets one more, up to 32 in all. A layer is refused if it has more than ``max_layer_bytes`` unpacked or more than
+    ``max_layer_entries``. It is also refused if unpacking takes more than ``max_layer_seconds`` of processor time, or
+    if its bytes take twice as long to arrive. An image is refused if its layers have more than ``max_image_bytes``,
+    compressed or unpacked, and a compressed archive if it unpacks to more than ``max_archive_bytes``.
 
-    Every program in ``verifier_dir`` is asked before an image is pulled, in containerd's way, and has
-    ``verifier_seconds`` to allow it; empty: none is asked. Imported archives are not verified.
+    With ``keep_blobs`` the compressed layers stay on disk beside the unpacked ones: checking, repairing and exporting
+    an image need them. The fetched bytes of an interrupted pull then stay for ``partial_hours``, and the next pull
+    continues from them.
 
-    Where the data folder's file system has project quotas, ``project_quotas`` says whose writable layers they count:
-    those of containers in user namespaces, which cannot leave their project, of all, or none (``off``). Each gets its
-    own id from the first to the last of ``project_ids``.
+    Every program in ``verifier_dir`` must allow an image before it is pulled, in containerd's protocol, and must answer
+    within ``verifier_seconds``. Empty: images are not verified. Imported archives are never verified.
+
+    ``project_quotas`` selects whose writable layers are counted by project quotas, if the data folder's file system has
+    them: those of containers in user namespaces, which cannot leave their project; of all; or of none (``off``). Each
+    writable layer gets its own id from the first to the last of ``project_ids``.
 
     ``pinned`` are patterns (``*`` and ``?``) of image names that garbage collection must keep, matched against the full
     form (``registry.k8s.io/pause:*``).

@@ -1,4 +1,4 @@
-"""An image of the store made ready to leave the node: its manifest, configuration and compressed layers."""
+"""Prepares an image of the store for an export or push: its manifest, configuration and compressed layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COMPRESSIONS = {b"\x1f\x8b": "+gzip", b"\x28\xb5\x2f\xfd": "+zstd"}
 
 @dataclass(frozen=True, slots=True)
 class OutgoingImage:
-    """``layers`` says where each of the manifest's layer blobs is on the node."""
+    """An image to export or push. ``layers`` has the path of each of the manifest's layer blobs."""
 
     image: Image
     manifest: bytes
@@ -40,11 +40,11 @@ class OutgoingImage:
 
 @asynccontextmanager
 async def outgoing(image: Image, manifest: bytes, config: bytes, layers: LayerStore) -> AsyncIterator[OutgoingImage]:
-    """The image, whose blobs stay on the node during the block also if it is removed meanwhile.
+    """Provide the image. Its blobs stay on the node during the block, even if the image is removed in the meantime.
 
-    Its manifest is the original one if the blobs that it names are kept. Otherwise a manifest is written for the kept
+    Its manifest is the original one if all blobs that it names are kept. Otherwise a manifest is written for the kept
     blobs: the image had no manifest, or shares layers that were fetched in another compression. The configuration, and
-    so the image's id, is always the same. Raises WrongStateError if blobs were not kept.
+    so the image's id, never changes. Raises WrongStateError if blobs were not kept.
     """
     layers.retain(image.layers)
     try:
@@ -56,7 +56,7 @@ async def outgoing(image: Image, manifest: bytes, config: bytes, layers: LayerSt
 def _prepare(image: Image, content: bytes, config_bytes: bytes, layers: LayerStore) -> OutgoingImage:
     manifest = None
     if image.manifest_digest:
-        with contextlib.suppress(InvalidArgumentError):  # older versions took what is refused today
+        with contextlib.suppress(InvalidArgumentError):  # older versions accepted manifests that are refused today
             manifest = parse_manifest(content, f"image {image.name}")
     if manifest is not None and manifest.config is not None:
         found = [(layer, layers.blob(layer.digest)) for layer in manifest.layers]
@@ -81,8 +81,8 @@ def _kept_layer(image: Image, number: int, layers: LayerStore) -> tuple[Descript
     path = layers.blob(layer.blob_digest) if layer is not None else None
     if layer is None or path is None:
         raise WrongStateError(
-            f"image {image.name} cannot leave this node: its compressed layers were not kept. Set images.keep_blobs, "
-            "remove the image and pull it again"
+            f"image {image.name} cannot be exported or pushed: its compressed layers were not kept. Set "
+            "images.keep_blobs, remove the image and pull it again"
         )
     with path.open("rb") as file:
         start = file.read(4)

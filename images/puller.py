@@ -1,4 +1,4 @@
-"""Bringing images to the node: pulls from registries, imports from archives."""
+"""Brings images to the node: pulls from registries, imports from archives."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class ImagePuller:
         await self._pulls.close()
 
     async def pull(self, reference: str, credentials: Credentials | None = None) -> Image:
-        """Fetch the image and return it once it is complete; identical pulls at the same time are one.
+        """Pull the image and return it once it is complete. Identical pulls at the same time are one pull.
 
         A tag that another image had moves to this one. Raises InvalidArgumentError for a malformed reference or a
         broken image, NotFoundError, PermissionDeniedError, LimitError, UnsupportedError for an artifact, and
-        KubeletReasonError ``RegistryUnavailable``. After any error only partial blobs stay; the next pull of the image
-        continues with them.
+        KubeletReasonError ``RegistryUnavailable``. After an error only partial blobs stay; the next pull of the image
+        continues from them.
         """
         name = parse(reference)
         begin = time.perf_counter()
@@ -63,7 +63,7 @@ class ImagePuller:
         return image
 
     async def _pull(self, name: Reference, credentials: Credentials | None) -> Image:
-        # The HTTP client takes 20 MiB and a fifth of a second: an agent that never pulls never has it.
+        # The HTTP client takes 20 MiB and 0.2 seconds to import: only an agent that pulls loads it.
         pulling = await in_image_thread(importlib.import_module, f"{__package__}.registry.resolve")
         operation = Operation("PullImage")
         known = self._store.named(name)
@@ -82,10 +82,10 @@ class ImagePuller:
             self._running_pulls.remove(running)
         if known is not None and (present := self._store.find(known.id)) is not None:
             return present
-        return await self._pull(name, credentials)  # it was removed while the registry was asked
+        return await self._pull(name, credentials)  # the image was removed while the registry answered
 
     def pulls(self) -> list[PullProgress]:
-        """How far each running pull is, oldest first."""
+        """The progress of each running pull, oldest first."""
         return [
             PullProgress(pull.reference, pull.started, tuple(map(self._layers.progress, pull.sources)))
             for pull in self._running_pulls
@@ -94,17 +94,17 @@ class ImagePuller:
     async def explain(
         self, reference: str, credentials: Credentials | None = None
     ) -> tuple[Reference, list[HostAnswer]]:
-        """The reference in full, and what each host that a pull tries answers to it; nothing is pulled."""
+        """The full reference, and the answer of each host that a pull would try. Nothing is pulled."""
         name = parse(reference)
         registry = await in_image_thread(importlib.import_module, f"{__package__}.registry.client")
         async with registry.RegistryClient(self._options, name, credentials) as client:
             return name, await client.explain()
 
     async def import_archive(self, path: Path, reference: str = "") -> list[Image]:
-        """Import the images of an OCI layout folder, an OCI archive or a docker archive (gzipped ones too).
+        """Import the images of an OCI layout folder, an OCI archive or a docker archive, also a gzipped one.
 
-        An image without a name gets ``reference``, or none. Raises NotFoundError if there is no such file,
-        InvalidArgumentError if it is broken, LimitError, UnsupportedError.
+        An image without a name gets ``reference``, or none if that is empty. Raises NotFoundError if the file does not
+        exist, InvalidArgumentError if it is broken, LimitError, UnsupportedError.
         """
         operation = Operation("ImportImage")
         archive = ImageArchive(path, self._data_dir, self._options.max_archive_bytes)
@@ -117,13 +117,13 @@ class ImagePuller:
             archive.close()
 
     async def _install(self, candidate: Candidate, operation: Operation) -> Image:
-        """Unpack what is missing of the image, then make it visible."""
+        """Unpack the missing layers of the image, then publish it."""
         try:
             return await self._install_layers(candidate, operation)
         except NodeLimitError:
-            raise  # what was fetched is good
+            raise  # the fetched bytes are valid
         except (InvalidArgumentError, LimitError) as error:
-            await self._layers.give_up([layer.digest for layer in candidate.layers], error)
+            await self._layers.drop_fetched([layer.digest for layer in candidate.layers], error)
             raise
 
     async def _install_layers(self, candidate: Candidate, operation: Operation) -> Image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from host.kept_rows import Place
 
-# The image rows that a container needs: always its layers, and its image if that is small.
+# The image rows that a container needs: its layers always, its image only if that is small.
 _IMAGES = "SELECT image_id FROM snapshots WHERE container_id = ?1"
 _SMALL_IMAGES = f"SELECT id FROM images WHERE id IN ({_IMAGES}) AND length(config) + length(manifest) < 65536"
 _LAYERS = (
@@ -19,7 +19,7 @@ ROWS_OF_CONTAINER = (
     Place("snapshots", "container_id = ?1", newer=("image_id", "layers")),
 )
 
-# Layer numbers are never used twice: the folder of a dropped layer may still be in removal.
+# AUTOINCREMENT: a layer number is never reused, because the folder of a dropped layer may still be in removal.
 MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE images (
@@ -58,8 +58,8 @@ MIGRATIONS: tuple[str, ...] = (
         layers TEXT NOT NULL
     ) STRICT
     """,
-    # Layers are on the disk before their rows are written, so nothing has to be known of those that are not.
+    # Layers are on the disk before their rows are written, so a row of an unwritten layer cannot exist.
     "ALTER TABLE layers DROP COLUMN unsynced_boot",
-    # The digest of the files at the time of unpacking, for layers without a blob to compare them with.
+    # The digest of the files when they were unpacked, to check layers without a blob.
     "ALTER TABLE layers ADD COLUMN tree_digest TEXT NOT NULL DEFAULT ''",
 )

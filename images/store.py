@@ -1,4 +1,4 @@
-"""The images of this node: found by any form of reference, named, removed."""
+"""The images of this node: finds them by any form of reference, names them and removes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from host.concurrency.threads import in_image_thread, in_stats_thread
 from host.database import Database
@@ -24,9 +23,6 @@ from images.oci.reference import Reference, parse
 from images.options import ImageOptions
 from images.usage import FilesystemUsage
 
-if TYPE_CHECKING:
-    pass
-
 _log = logging.getLogger("podkeel.images")
 
 SHORTEST_ID = 4
@@ -35,7 +31,7 @@ _ID_PREFIX = re.compile(rf"(?:sha256:)?([0-9a-f]{{{SHORTEST_ID},64}})")
 
 @dataclass(slots=True)
 class _Record:
-    """An image as the store keeps it; ``names`` are its tags and digest references."""
+    """An image in the store. ``names`` are its tags and digest references."""
 
     id: str
     manifest_digest: str
@@ -47,7 +43,7 @@ class _Record:
 
 
 class ImageStore:
-    """The images and their names. Lookups read memory only; ``revision`` rises with each change."""
+    """The images and their names. Lookups read only memory. ``revision`` increases with each change."""
 
     def __init__(self, options: ImageOptions, data_dir: Path, database: Database, layers: LayerStore) -> None:
         self._options = options
@@ -90,7 +86,7 @@ class ImageStore:
         return self._images[image_id] if image_id is not None else None
 
     def get(self, reference: str) -> Image:
-        """Like ``find``; NotFoundError if there is none."""
+        """As ``find``, but raises NotFoundError if there is none."""
         image = self.find(reference)
         if image is None:
             raise NotFoundError(f"image {reference} is not on this node: pull or import it first")
@@ -105,13 +101,14 @@ class ImageStore:
         return found[0] if found else None
 
     def filesystem_usage(self) -> FilesystemUsage:
-        """The size of layers on disk, including kept blobs; from kept counts."""
+        """The size of layers on disk, including kept blobs. Read from kept counts."""
         return FilesystemUsage(str(self._data_dir), self._layers.used_bytes, self._layers.used_inodes)
 
     async def tag(self, reference: str, name: str) -> str:
-        """Give the image that ``reference`` names one more name, which any other image loses; returns the full name.
+        """Give the image that ``reference`` names one more name; another image that has the name loses it.
 
-        Raises NotFoundError if there is no such image, InvalidArgumentError if ``name`` is no name with a tag.
+        Returns the full name. Raises NotFoundError if there is no such image, InvalidArgumentError if ``name`` has no
+        tag or has a digest.
         """
         target = parse(name)
         if target.digest:
@@ -123,34 +120,34 @@ class ImageStore:
                 lambda connection: image_rows.insert_names(connection, record.id, [target.tagged])
             )
             self._name(record, [target.tagged])
-            self._show(record)
+            self._publish(record)
         return target.tagged
 
     async def add_digest(self, image: Image, name: str) -> None:
-        """Add a digest reference to the image, as a registry has it; not if the image was removed meanwhile."""
+        """Add a digest reference of a registry to the image. Does nothing if the image was removed in the meantime."""
         async with self._changing:
             record = self._records.get(image.id)
             if record is None or name in record.names:
                 return
             await self._database.write(lambda connection: image_rows.insert_names(connection, record.id, [name]))
             self._name(record, [name])
-            self._show(record)
+            self._publish(record)
 
     async def config_file(self, image: Image) -> bytes:
-        """The image's configuration as received; NotFoundError if it was removed meanwhile.
+        """The image's configuration as received, read from the database.
 
-        It is not kept in memory.
+        Raises NotFoundError if the image was removed in the meantime.
         """
         rows = await in_stats_thread(self._database.read, "SELECT config FROM images WHERE id = ?", (image.id,))
         if not rows:
-            raise NotFoundError(f"image {image.name} was removed meanwhile")
+            raise NotFoundError(f"image {image.name} was removed in the meantime: pull it again")
         content: bytes = rows[0][0]
         return content
 
     async def remove(self, reference: str) -> None:
-        """Remove the image that ``reference`` names, with all its names; success if there is none.
+        """Remove the image that ``reference`` names, with all its names. Success if there is none.
 
-        Layers that containers use stay until the last of those is removed.
+        Layers that containers use stay until the last of these containers is removed.
         """
         async with self._changing:
             image = self.find(reference)
@@ -166,7 +163,7 @@ class ImageStore:
             _log.info("image %s: removed", image.id, extra={"fields": {"image_id": image.id}})
 
     async def commit(self, candidate: Candidate, layers: tuple[Layer, ...]) -> Image:
-        """Keep an image whose layers are all there, with its names; it is visible from then on."""
+        """Add an image whose layers are all on the node, with its names. Lookups find it when this returns."""
         async with self._changing:
             return await self._commit(candidate, candidate.config.config, layers)
 
@@ -186,21 +183,21 @@ class ImageStore:
         if new:
             self._records[record.id] = record
             self._layers.retain(layer.number for layer in layers)
-        self._layers.settle(layer.number for layer in layers)
+        self._layers.mark_used(layer.number for layer in layers)
         self._name(record, candidate.names)
-        return self._show(record)
+        return self._publish(record)
 
     def _name(self, record: _Record, names: Iterable[str]) -> None:
         for name in names:
             owner = self._names.get(name, record.id)
             if owner != record.id:
                 self._records[owner].names.discard(name)
-                self._show(self._records[owner])
+                self._publish(self._records[owner])
             self._names[name] = record.id
             record.names.add(name)
 
-    def _show(self, record: _Record) -> Image:
-        """Publish the record as it is now."""
+    def _publish(self, record: _Record) -> Image:
+        """Make lookups return the record in its present state."""
         names = sorted(record.names)
         image = Image(
             id=record.id,
@@ -217,10 +214,10 @@ class ImageStore:
         self.revision += 1
         return image
 
-    def show_again(self) -> None:
-        """Publish all images again: which are pinned depends on the options."""
+    def publish_again(self) -> None:
+        """Update all images after the options changed, which say what is pinned."""
         for record in self._records.values():
-            self._show(record)
+            self._publish(record)
 
     def _forget(self, record: _Record) -> None:
         del self._records[record.id], self._images[record.id]
@@ -229,7 +226,7 @@ class ImageStore:
         self.revision += 1
 
     async def load(self) -> None:
-        """Read the images from the database; those whose layers are missing are dropped."""
+        """Read the images from the database. Drops those whose layers are missing."""
         names: dict[str, set[str]] = {}
         for name, image_id in self._database.read("SELECT name, image_id FROM image_references"):
             names.setdefault(image_id, set()).add(name)
@@ -250,12 +247,12 @@ class ImageStore:
             self._records[image_id] = record
             self._names.update(dict.fromkeys(record.names, image_id))
             self._layers.retain(layer.number for layer in present)
-            self._show(record)
+            self._publish(record)
         if broken:
             _log.warning("images: removed because layers are missing: %s", ", ".join(broken))
             await self._database.write(lambda connection: image_rows.delete(connection, broken))
 
 
 def _key(name: Reference) -> str:
-    """The key of an image in the store: the digest reference if there is a digest, else the tag."""
+    """The name in the store: the digest reference if there is a digest, otherwise the tag."""
     return f"{name.repository}@{name.digest}" if name.digest else name.tagged

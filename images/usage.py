@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FilesystemUsage:
-    """Kept counts, in bytes and inodes; ``mountpoint`` is the folder they concern."""
+    """Kept counts, in bytes and inodes, of the folder ``mountpoint``."""
 
     mountpoint: str
     used_bytes: int

@@ -1,1 +1,1 @@
-"""Measurements of the node's containers and of the agent: cgroup readers, metrics, the Prometheus endpoint."""
+"""Measures containers and the agent: cgroup readers, metrics, the Prometheus endpoint."""

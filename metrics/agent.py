@@ -1,4 +1,4 @@
-"""What the agent measures of itself."""
+"""The metrics of the agent itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PULL_BUCKETS = (0.05, 0.25, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0,
 
 
 class AgentMetrics:
-    """The agent's own instruments; the owner of a number updates it here, or registers how to compute it."""
+    """The agent's instruments. The owner of a number updates it here, or registers a function that computes it."""
 
     def __init__(self) -> None:
         self.calls = Counter("podkeel_calls_total", "Calls ended, by method and gRPC code.", ("method", "code"))
@@ -37,16 +37,16 @@ class AgentMetrics:
 
     @property
     def instruments(self) -> list[Instrument]:
-        """All of them, in order."""
+        """All instruments, in the order of the page."""
         own = (value for value in vars(self).values() if isinstance(value, Counter | Gauge | Histogram))
         return [*own, *self._computed]
 
     def call_began(self, method: str) -> None:
-        """A call is being served."""
+        """Count a call that begins."""
         self.calls_in_flight.add(method)
 
     def call_ended(self, method: str, code: str, seconds: float) -> None:
-        """It ended with this gRPC code, by its name."""
+        """Count a call that ended with this gRPC code (by name) after ``seconds``."""
         self.calls_in_flight.add(method, amount=-1.0)
         self.calls.add(method, code)
         self.call_seconds.observe(seconds, method)
@@ -67,15 +67,15 @@ class AgentMetrics:
         counter: bool = False,
         blocks: bool = False,
     ) -> None:
-        """Add a metric whose values ``read`` gives at each scrape, as Computed says: pods by state, commits…"""
+        """Add a metric whose values ``read`` returns at each scrape, as described for Computed."""
         self._computed.append(Computed(name, help_text, labels, read, counter=counter, blocks=blocks))
 
     def watch_loop(self) -> None:
-        """Begin to measure the running event loop, twice a second, until ``close``."""
+        """Start to measure the running event loop, twice a second, until ``close``."""
         self._lag_task = asyncio.get_running_loop().create_task(self._measure_lag(), name="event-loop-lag")
 
     async def close(self) -> None:
-        """End the measuring."""
+        """Stop measuring the event loop."""
         if self._lag_task is not None:
             self._lag_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""Every container metric there is, by cAdvisor's names, so that dashboards and rules made for kubelet's hold."""
+"""All container metrics, with cAdvisor's names, so that dashboards and rules made for kubelet work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NS = 1e-9
 
 
 def _of_reading(part: str, value: Callable[..., float | None]) -> Callable[[Snapshot], Iterable[Sample]]:
-    """One sample from one part of the cgroup's reading; none if the part or the value is missing."""
+    """A function that returns one sample from a part of the cgroup's reading; none if part or value is missing."""
 
     def sample(snapshot: Snapshot) -> Iterable[Sample]:
         reading = getattr(snapshot.reading, part) if snapshot.reading is not None else None
@@ -50,10 +50,10 @@ def _cpu() -> Iterator[Metric]:
         ("cpu_user_seconds_total", "Processor time in user mode.", _COUNTER, lambda r: r.user_ns * _NS),
         ("cpu_system_seconds_total", "Processor time in the kernel.", _COUNTER, lambda r: r.system_ns * _NS),
         ("cpu_cfs_periods_total", "Enforcement periods of the CPU quota.", _COUNTER, lambda r: r.periods),
-        ("cpu_cfs_throttled_periods_total", "Periods held back by it.", _COUNTER, lambda r: r.throttled_periods),
-        ("cpu_cfs_throttled_seconds_total", "Time held back by it.", _COUNTER, lambda r: r.throttled_ns * _NS),
-        ("cpu_cfs_burst_periods_total", "Periods in which a burst went over it.", _COUNTER, lambda r: r.bursts),
-        ("cpu_cfs_burst_seconds_total", "Time used over it in bursts.", _COUNTER, lambda r: r.burst_ns * _NS),
+        ("cpu_cfs_throttled_periods_total", "Throttled periods.", _COUNTER, lambda r: r.throttled_periods),
+        ("cpu_cfs_throttled_seconds_total", "Throttled time.", _COUNTER, lambda r: r.throttled_ns * _NS),
+        ("cpu_cfs_burst_periods_total", "Periods in which a burst exceeded the quota.", _COUNTER, lambda r: r.bursts),
+        ("cpu_cfs_burst_seconds_total", "Time used above the quota in bursts.", _COUNTER, lambda r: r.burst_ns * _NS),
     )
     text = "Processor time used."
     yield Metric("container_cpu_usage_seconds_total", text, _COUNTER, ("cpu",), usage)
@@ -63,15 +63,15 @@ def _cpu() -> Iterator[Metric]:
 def _memory() -> Iterator[Metric]:
     rows: tuple[tuple[str, str, Kind, Callable[[MemoryReading], float]], ...] = (
         ("memory_usage_bytes", "Memory in use, page cache included.", _GAUGE, lambda r: r.usage),
-        ("memory_working_set_bytes", "Memory in use less inactive file pages.", _GAUGE, lambda r: r.working_set),
+        ("memory_working_set_bytes", "Memory in use minus inactive file pages.", _GAUGE, lambda r: r.working_set),
         ("memory_rss", "Anonymous memory.", _GAUGE, lambda r: r.rss),
         ("memory_cache", "Page cache.", _GAUGE, lambda r: r.cache),
         ("memory_mapped_file", "Files mapped into memory.", _GAUGE, lambda r: r.mapped_file),
         ("memory_swap", "Swap in use.", _GAUGE, lambda r: r.swap),
         ("memory_total_active_file_bytes", "Active file pages.", _GAUGE, lambda r: r.active_file),
         ("memory_total_inactive_file_bytes", "Inactive file pages.", _GAUGE, lambda r: r.inactive_file),
-        ("memory_workingset_refault_file_total", "File pages read back in.", _COUNTER, lambda r: r.refaults_file),
-        ("memory_workingset_refault_anon_total", "Anonymous ones swapped in.", _COUNTER, lambda r: r.refaults_anon),
+        ("memory_workingset_refault_file_total", "Refaults of file pages.", _COUNTER, lambda r: r.refaults_file),
+        ("memory_workingset_refault_anon_total", "Refaults of swapped pages.", _COUNTER, lambda r: r.refaults_anon),
     )
     events: tuple[tuple[str, str, Kind, Callable[[MemoryEvents], float | None]], ...] = (
         ("memory_kernel_usage", "Kernel memory.", _GAUGE, lambda r: r.kernel),
@@ -94,7 +94,7 @@ def _memory() -> Iterator[Metric]:
     text = "Page faults."
     yield Metric("container_memory_failures_total", text, _COUNTER, ("failure_type", "scope"), failures)
     out_of_memory: tuple[tuple[str, str, Kind, Callable[[MemoryEvents], float]], ...] = (
-        ("oom_events_total", "Processes killed for the memory limit.", _COUNTER, lambda r: r.oom_kills),
+        ("oom_events_total", "Processes killed by the OOM killer.", _COUNTER, lambda r: r.oom_kills),
     )
     yield from _of_cgroup("memory_events", out_of_memory)
 
@@ -143,8 +143,8 @@ def _filesystem() -> Iterator[Metric]:
         return lambda s: (((device_name(io.major, io.minor),), value(io)) for io in _io(s.reading))
 
     layer: tuple[tuple[str, str, Callable[[FilesystemReading], int]], ...] = (
-        ("usage_bytes", "Bytes of the container's writable layer.", lambda f: f.usage),
-        ("limit_bytes", "Size of its file system.", lambda f: f.limit),
+        ("usage_bytes", "Size of the container's writable layer in bytes.", lambda f: f.usage),
+        ("limit_bytes", "Size of the file system of the writable layer.", lambda f: f.limit),
         ("inodes_free", "Free inodes of that file system.", lambda f: f.inodes_free),
         ("inodes_total", "Inodes of that file system.", lambda f: f.inodes_total),
     )
@@ -166,7 +166,7 @@ def _filesystem() -> Iterator[Metric]:
             yield (*device, "Write"), io.write_bytes
 
     labels = ("device", "major", "minor", "operation")
-    text = "Bytes moved to and from the device."
+    text = "Bytes transferred to and from the device."
     yield Metric("container_blkio_device_usage_total", text, _COUNTER, labels, usage)
 
 
@@ -175,15 +175,15 @@ def _processes() -> Iterator[Metric]:
         return lambda s: (((), value(s.processes)),) if s.processes is not None else ()
 
     rows: tuple[tuple[str, str, Callable[[ProcessesReading], int]], ...] = (
-        ("processes", "Processes.", lambda p: p.processes),
+        ("processes", "Number of processes.", lambda p: p.processes),
         ("file_descriptors", "Open file descriptors.", lambda p: p.descriptors),
         ("sockets", "Open sockets.", lambda p: p.sockets),
     )
     for name, text, value in rows:
         yield Metric(f"container_{name}", text, _GAUGE, (), of_processes(value))
     pids: tuple[tuple[str, str, Kind, Callable[[PidsReading], float]], ...] = (
-        ("threads", "Threads.", _GAUGE, lambda r: r.current),
-        ("threads_max", "Most threads allowed; 0: no limit.", _GAUGE, lambda r: r.limit or 0),
+        ("threads", "Number of threads.", _GAUGE, lambda r: r.current),
+        ("threads_max", "Maximum number of threads; 0: no limit.", _GAUGE, lambda r: r.limit or 0),
     )
     yield from _of_cgroup("pids", pids)
 
@@ -212,8 +212,8 @@ def _hugetlb() -> Iterator[Metric]:
         return sample
 
     for name, text, value in (
-        ("usage_bytes", "Huge pages in use.", lambda h: h.usage),
-        ("max_usage_bytes", "Most huge pages in use so far.", lambda h: h.max_usage),
+        ("usage_bytes", "Huge pages in use, in bytes.", lambda h: h.usage),
+        ("max_usage_bytes", "Highest usage of huge pages so far, in bytes.", lambda h: h.max_usage),
     ):
         yield Metric(f"container_hugetlb_{name}", text, _GAUGE, ("pagesize",), per_size(value))
 
@@ -224,8 +224,8 @@ def _pressure() -> Iterator[Metric]:
         ("cpu_stalled", "Time all tasks waited for a processor.", _COUNTER, lambda r: r.cpu.full.total_ns * _NS),
         ("memory_waiting", "Time some tasks waited for memory.", _COUNTER, lambda r: r.memory.some.total_ns * _NS),
         ("memory_stalled", "Time all tasks waited for memory.", _COUNTER, lambda r: r.memory.full.total_ns * _NS),
-        ("io_waiting", "Time some tasks waited for transfers.", _COUNTER, lambda r: r.io.some.total_ns * _NS),
-        ("io_stalled", "Time all tasks waited for transfers.", _COUNTER, lambda r: r.io.full.total_ns * _NS),
+        ("io_waiting", "Time some tasks waited for I/O.", _COUNTER, lambda r: r.io.some.total_ns * _NS),
+        ("io_stalled", "Time all tasks waited for I/O.", _COUNTER, lambda r: r.io.full.total_ns * _NS),
     )
     named = ((f"pressure_{name}_seconds_total", text, kind, value) for name, text, kind, value in rows)
     return _of_cgroup("pressure", named)
@@ -236,14 +236,14 @@ def _specification() -> Iterator[Metric]:
         ("spec_cpu_period", "Period of the CPU quota in microseconds.", _GAUGE, lambda r: r.cpu_period),
         ("spec_cpu_quota", "CPU quota in microseconds per period.", _GAUGE, lambda r: r.cpu_quota),
         ("spec_cpu_shares", "CPU shares.", _GAUGE, lambda r: r.cpu_shares),
-        ("spec_memory_limit_bytes", "Memory limit; 0: none.", _GAUGE, lambda r: r.memory_limit or 0),
+        ("spec_memory_limit_bytes", "Memory limit; 0: no limit.", _GAUGE, lambda r: r.memory_limit or 0),
         (
             "spec_memory_reservation_limit_bytes",
-            "Memory reserved, or its soft limit; 0: none.",
+            "Reserved memory, or the soft limit; 0: none.",
             _GAUGE,
             lambda r: r.memory_reservation or 0,
         ),
-        ("spec_memory_swap_limit_bytes", "Limit of memory with swap; 0: none.", _GAUGE, lambda r: r.swap_limit or 0),
+        ("spec_memory_swap_limit_bytes", "Limit of memory plus swap; 0: none.", _GAUGE, lambda r: r.swap_limit or 0),
     )
     return _of_cgroup("limits", rows)
 
@@ -252,9 +252,9 @@ def _times() -> Iterator[Metric]:
     def started(snapshot: Snapshot) -> Iterable[Sample]:
         return () if snapshot.started_ns is None else (((), snapshot.started_ns * _NS),)
 
-    text = "When it was started, in seconds since the epoch."
+    text = "Start time of the container in seconds since the epoch."
     yield Metric("container_start_time_seconds", text, _GAUGE, (), started)
-    text = "When it was last seen, in seconds since the epoch."
+    text = "Time of the reading in seconds since the epoch."
     yield Metric("container_last_seen", text, _GAUGE, (), lambda s: (((), s.seen_ns // 1_000_000_000),))
 
 

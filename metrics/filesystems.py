@@ -1,4 +1,4 @@
-"""File systems as metrics describe them, and names of block devices by number."""
+"""Metrics of file systems, and names of block devices by number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from metrics.stats import FilesystemReading
 
 @lru_cache(maxsize=256)
 def device_name(major: int, minor: int) -> str:
-    """``/dev/…`` as the kernel names the device (sysfs uevent), or ``major:minor`` where it has no name."""
+    """``/dev/…`` with the kernel's name of the device (sysfs uevent); ``major:minor`` if it has none."""
     try:
         with open(f"/sys/dev/block/{major}:{minor}/uevent", encoding="utf-8") as uevent:
             for line in uevent:
@@ -23,7 +23,7 @@ def device_name(major: int, minor: int) -> str:
 
 
 class Filesystem:
-    """The file system of ``folder``, looked at once for many readings. Raises OSError."""
+    """The file system of ``folder``, queried once for many readings. Raises OSError."""
 
     def __init__(self, folder: Path) -> None:
         self._status = os.statvfs(folder)
@@ -31,7 +31,7 @@ class Filesystem:
         self._device = device_name(os.major(device), os.minor(device))
 
     def reading(self, used_bytes: int) -> FilesystemReading:
-        """The reading for a container that uses so many bytes of it."""
+        """The reading for a container that uses ``used_bytes`` of it."""
         status = self._status
         return FilesystemReading(
             device=self._device,

@@ -1,4 +1,4 @@
-"""Counters, gauges and histograms that cost the agent a dictionary update each; text is made of them at a scrape."""
+"""Counters, gauges and histograms that cost one dictionary update each. A scrape converts them to text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 
 
 class Counter:
-    """A number per combination of label values that only grows; its name ends with ``_total``."""
+    """An increasing number per combination of label values. Its name ends with ``_total``."""
 
     def __init__(self, name: str, help_text: str, labels: Sequence[str] = ()) -> None:
         self.name = name
@@ -18,7 +18,7 @@ class Counter:
         self.values: dict[tuple[str, ...], float] = {} if labels else {(): 0.0}
 
     def add(self, *labels: str, amount: float = 1.0) -> None:
-        """Count ``amount`` more; on the event loop."""
+        """Increase it by ``amount``; on the event loop."""
         self.values[labels] = self.values.get(labels, 0.0) + amount
 
 
@@ -32,7 +32,7 @@ class Gauge:
         self.values: dict[tuple[str, ...], float] = {} if labels else {(): 0.0}
 
     def add(self, *labels: str, amount: float = 1.0) -> None:
-        """Move by ``amount``; on the event loop."""
+        """Change it by ``amount``; on the event loop."""
         self.values[labels] = self.values.get(labels, 0.0) + amount
 
     def set(self, value: float, *labels: str) -> None:
@@ -41,7 +41,7 @@ class Gauge:
 
 
 class Histogram:
-    """How many observations fell below each bound, with their sum, per combination of label values."""
+    """The number of observations in each bucket and their sum, per combination of label values."""
 
     def __init__(
         self, name: str, help_text: str, labels: Sequence[str] = (), bounds: Sequence[float] = LATENCY_BUCKETS
@@ -53,7 +53,7 @@ class Histogram:
         self.series: dict[tuple[str, ...], list[float]] = {} if labels else {(): self._empty()}
 
     def observe(self, value: float, *labels: str) -> None:
-        """Take one value in; on the event loop."""
+        """Add one observation; on the event loop."""
         series = self.series.get(labels)
         if series is None:
             series = self.series[labels] = self._empty()
@@ -61,11 +61,11 @@ class Histogram:
         series[-1] += value
 
     def _empty(self) -> list[float]:
-        """A count per bound, one for what is above them, and the sum."""
+        """One count per bound, one for larger values, and the sum."""
         return [0.0] * (len(self.bounds) + 2)
 
     def buckets(self, labels: tuple[str, ...]) -> tuple[list[tuple[str, float]], float]:
-        """Cumulated counts by upper bound as Prometheus writes it, and the sum."""
+        """Cumulative counts by upper bound in Prometheus's form, and the sum."""
         *counts, total = self.series[labels]
         cumulated = 0.0
         rows = []
@@ -76,9 +76,9 @@ class Histogram:
 
 
 class Computed:
-    """Values that are asked for at each scrape: label values and number.
+    """A metric whose label values and numbers ``read`` returns at each scrape.
 
-    ``read`` is called on the event loop, or on a thread if it ``blocks``: it may wait for disks and raise OSError.
+    ``read`` is called on the event loop; on a thread if it ``blocks``. Then it may wait for disks and raise OSError.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Reading the same cgroup again and again, with what is kept for it between two readings."""
+"""Reads the same cgroups repeatedly, and keeps state of each between two readings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from metrics.cgroups.files import DescriptorBudget
 from metrics.cgroups.reader import Cgroup
 from metrics.usage import CpuWindow, Usage
 
-# A rate since the start says something about the present only shortly after the start.
+# A rate since the start describes the present only shortly after the start.
 _YOUNG_NS = 20_000_000_000
 
 
 class Meter:
-    """Reads one cgroup from any thread; its counters began at ``started_ns`` (0: unknown)."""
+    """Reads one cgroup from any thread. Its counters began at ``started_ns`` (0: unknown)."""
 
     def __init__(self, cgroup: Cgroup, started_ns: int) -> None:
         self.cgroup = cgroup
@@ -45,32 +45,32 @@ class Meter:
 
 
 class Meters:
-    """The meters of one node by the id of their container or pod, for any thread.
+    """The meters of one node by container or pod id, for any thread.
 
-    A meter is made when it is needed. ``forget`` it when its object ends.
+    A meter is made when it is needed. Call ``forget`` when its object ends.
     """
 
     def __init__(self, hierarchies: Hierarchies) -> None:
         self._hierarchies = hierarchies
         self._meters: dict[str, Meter] = {}
-        # Half of what the process may open is left for everything else.
+        # Half of the process's descriptors stay available for everything else.
         self._budget = DescriptorBudget(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
     def of(self, object_id: str, path: str, started_ns: int, ended: Callable[[], bool]) -> Meter:
-        """The meter of cgroup ``path``; what that counts began at ``started_ns``, 0 if unknown.
+        """The meter of cgroup ``path``, whose counters began at ``started_ns`` (0: unknown).
 
-        If its object has ``ended`` by now, the meter is not kept.
+        The meter is not kept if its object has ``ended``.
         """
         meter = self._meters.get(object_id)
         if meter is None:
             meter = Meter(Cgroup(path, self._hierarchies, self._budget), started_ns)
             meter = self._meters.setdefault(object_id, meter)
-        if ended():  # it was forgotten while this was made
+        if ended():  # the object ended while the meter was made
             self.forget(object_id)
         return meter
 
     def forget(self, object_id: str) -> None:
-        """Close what is open for a container or sandbox: it would keep the kernel from freeing the cgroup."""
+        """Close the meter of a container or sandbox: its descriptors would keep the kernel from freeing the cgroup."""
         meter = self._meters.pop(object_id, None)
         if meter is not None:
             meter.cgroup.close()

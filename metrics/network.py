@@ -1,10 +1,10 @@
-"""Traffic of pods, read inside their network namespaces.
+"""Reads the traffic of pods inside their network namespaces.
 
-One thread enters one namespace after the other and reads ``/proc/thread-self/net/dev`` in each: about 7 µs per pod,
-less than the eight sysfs files of a host-side veth (27 µs). This is right for every kind of interface, also of CNI
-plugins, and shows receive and transmit as the pod sees them. No descriptor of a pod is kept: it would keep its
-namespace alive, and so would a thread in it or one that such a thread starts. So the thread returns to the node's
-namespace before it does anything else.
+One thread enters one namespace after the other and reads ``/proc/thread-self/net/dev`` in each. This takes about 7 µs
+per pod, less than the eight sysfs files of a host-side veth (27 µs). It works for every kind of interface, also of CNI
+plugins, and shows receive and transmit from the pod's side. It keeps no descriptor of a pod, which would keep the
+namespace alive. A thread that stays in the namespace, or that such a thread starts, would keep it alive too. So the
+thread returns to the node's namespace before it does anything else.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from metrics.stats import ConnectionsReading, InterfaceReading, NetworkReading
 
 _TABLES = "/proc/thread-self/net"
 _READ_BYTES = 16 * 1024
-_HOME = "/proc/self/ns/net"  # that of the first thread, which never leaves it
+_HOME = "/proc/self/ns/net"  # the namespace of the first thread, which never enters another one
 
-# Otherwise a pod that may make links would decide how long every answer about the node is.
+# Without a limit, a pod that may create interfaces decides how long every answer about the node is.
 INTERFACE_LIMIT = 256
 
 _TCP_STATES = {
@@ -42,11 +42,11 @@ _TCP_STATES = {
 }
 
 
-def visit_networks(namespaces: Sequence[str], *, connections: bool = False) -> list[NetworkReading | None]:
-    """Readings of the network namespaces pinned at these paths, in their order; None for one that is gone.
+def read_networks(namespaces: Sequence[str], *, connections: bool = False) -> list[NetworkReading | None]:
+    """Readings of the network namespaces pinned at these paths, in their order; None for a missing one.
 
-    ``connections`` counts sockets too: half a millisecond per pod, as the kernel walks tables of the whole host. The
-    calling thread must be a fresh one; it ends in the namespace of the process.
+    ``connections`` also counts sockets: 0.5 ms per pod, because the kernel walks tables of the whole host. Call it on
+    a new thread. The thread ends in the namespace of the process.
     """
     try:
         return [_enter_and_read(path, connections) for path in namespaces]
@@ -71,7 +71,7 @@ def _enter(path: str) -> None:
 
 
 def read_current_network(*, connections: bool = False) -> NetworkReading:
-    """The network namespace of the calling thread."""
+    """A reading of the network namespace of the calling thread."""
     device_table = os.open(f"{_TABLES}/dev", os.O_RDONLY | os.O_CLOEXEC)
     try:
         content = read_rest(device_table)
@@ -81,9 +81,9 @@ def read_current_network(*, connections: bool = False) -> NetworkReading:
 
 
 def parse_interfaces(content: bytes) -> tuple[InterfaceReading, ...]:
-    """The first ``INTERFACE_LIMIT`` of /proc/net/dev (proc_pid_net(5)) but the loopback, each name once.
+    """The first ``INTERFACE_LIMIT`` interfaces of /proc/net/dev (proc_pid_net(5)) without the loopback, each name once.
 
-    Names have escapes for what is not UTF-8: they stay different, as labels of metrics must be.
+    Bytes that are not UTF-8 are escaped, so that different names stay different, as labels of metrics must be.
     """
     interfaces: dict[str, InterfaceReading] = {}
     for line in content.removesuffix(b"\n").split(b"\n")[2 : 2 + INTERFACE_LIMIT]:
@@ -103,13 +103,13 @@ def _connections() -> ConnectionsReading:
 
 
 def count_tcp(lines: Iterable[bytes]) -> dict[str, int]:
-    """Sockets by state in a table like /proc/net/tcp; every state is there."""
+    """The number of sockets in each state, in a table like /proc/net/tcp. Includes states without sockets."""
     counted = Counter(line.split(None, 4)[3] for line in islice(lines, 1, None))
     return {name: counted[code] for code, name in _TCP_STATES.items()}
 
 
 def count_udp(lines: Iterable[bytes]) -> dict[str, int]:
-    """Sockets, bytes queued each way, and drops in a table like /proc/net/udp, by cAdvisor's names."""
+    """Sockets, queued bytes in each direction, and drops in a table like /proc/net/udp, with cAdvisor's names."""
     totals = {"listen": 0, "dropped": 0, "rxqueued": 0, "txqueued": 0}
     for line in islice(lines, 1, None):
         words = line.split()
@@ -122,7 +122,7 @@ def count_udp(lines: Iterable[bytes]) -> dict[str, int]:
 
 
 def _table(name: str) -> AbstractContextManager[Iterable[bytes]]:
-    """Its lines, never all of them in memory: a pod may have as many sockets as it can pay for."""
+    """The lines of a table, read piece by piece, because a pod may have very many sockets."""
     try:
         return open(f"{_TABLES}/{name}", "rb", buffering=_READ_BYTES)
     except FileNotFoundError:  # a kernel without IPv6 has no such tables

@@ -1,4 +1,4 @@
-"""What /proc shows of a container's processes: open files, sockets, limits, states."""
+"""Reads from /proc the open files, sockets, limits and states of a container's processes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from itertools import islice
 
 from metrics.stats import ProcessesReading
 
-# One process can have a million files open for a few megabytes: that is not to make everybody's metrics late.
+# One process can have a million open files for a few megabytes of memory. This must not delay the metrics of others.
 DESCRIPTORS_SEEN = 50_000
 
 _STATES = {"S": "sleeping", "I": "sleeping", "R": "running", "T": "stopped", "t": "stopped", "D": "uninterruptible"}
 
 
 def read_processes(pids: Iterable[int], init: int | None) -> ProcessesReading:
-    """Sums over ``pids``; the open files limit is that of ``init``, the container's first process.
+    """Sums over ``pids``. The open files limit is that of ``init``, the container's first process.
 
-    Costs some ten microseconds per process and one or two per open file; sockets are counted among the first
-    ``DESCRIPTORS_SEEN`` files. Processes that end meanwhile are left out.
+    Costs about ten microseconds per process and one or two per open file. Sockets are counted among the first
+    ``DESCRIPTORS_SEEN`` files. Processes that end during the call are left out.
     """
     processes = descriptors = sockets = 0
     states = dict.fromkeys(_STATES.values(), 0)
@@ -41,7 +41,7 @@ def read_processes(pids: Iterable[int], init: int | None) -> ProcessesReading:
 
 
 def open_files_soft_limit(pid: int) -> int | None:
-    """RLIMIT_NOFILE's soft value; -1 for unlimited, None when the process is gone."""
+    """The soft limit of RLIMIT_NOFILE; -1 for unlimited, None if the process has ended."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/limits", encoding="ascii") as limits:
         for line in limits:
             if line.startswith("Max open files"):
@@ -59,13 +59,13 @@ def _state(path: str) -> str | None:
 
 
 def _count_descriptors(folder: str, seen: int) -> tuple[int, int]:
-    """Open files, and how many of the first ``seen`` are sockets; before Linux 6.2 only those are counted."""
+    """Open files, and the sockets among the first ``seen``. Before Linux 6.2 only those files are counted."""
     opened = connected = 0
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in islice(entries, seen):
             opened += 1
             with contextlib.suppress(OSError):
-                connected += os.readlink(entry.path).startswith("socket:")  # noqa: PTH115 - a Path per open file is slow
+                connected += os.readlink(entry.path).startswith("socket:")  # noqa: PTH115 - Path objects are slow
         if opened == seen:
             opened = max(opened, os.stat(folder).st_size)  # noqa: PTH116 - as above
     return opened, connected

@@ -1,4 +1,4 @@
-"""The shapes that container metrics are described in: a metric's name, labels and kind, and how its values are had."""
+"""Types that describe container metrics: name, labels and kind, and the function that computes the values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ BASE_LABELS = ("container", "id", "image", "name", "namespace", "pod")
 
 
 class Kind(Enum):
-    """Whether a metric only grows; the numbers are those of the CRI's MetricType."""
+    """Whether a metric only increases. The numbers are those of the CRI's MetricType."""
 
     COUNTER = 0
     GAUGE = 1
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """The data of one container, or of one pod, at one moment; without a reading there are no samples."""
+    """The data of one container or one pod at one moment. Without a reading there are no samples."""
 
     seen_ns: int
     reading: Reading | None = None
@@ -31,7 +31,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class Labels(msgspec.Struct, frozen=True):
-    """Values of the labels that every metric has, by kubelet's names; empty where they do not apply."""
+    """Values of the labels that every metric has, with kubelet's names. Empty if they do not apply."""
 
     container: str = ""
     id: str = ""
@@ -41,16 +41,16 @@ class Labels(msgspec.Struct, frozen=True):
     pod: str = ""
 
     def values(self) -> tuple[str, ...]:
-        """In the order of ``BASE_LABELS``."""
+        """The values in the order of ``BASE_LABELS``."""
         return (self.container, self.id, self.image, self.name, self.namespace, self.pod)
 
 
-# Values of the metric's own labels, and the value in the metric's unit (seconds are fractions).
+# The values of the metric's own labels, and the value in the metric's unit (seconds have fractions).
 Sample = tuple[tuple[str, ...], float]
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """One metric: its descriptor and its samples from a snapshot."""
+    """One metric: its description, and a function that returns its samples from a snapshot."""
 
     name: str
     help: str
@@ -60,5 +60,5 @@ class Metric(msgspec.Struct, frozen=True):
 
     @property
     def label_keys(self) -> tuple[str, ...]:
-        """All labels in the order of the values: those that every metric has, then its own."""
+        """All labels in the order of the values: those of every metric, then the metric's own."""
         return BASE_LABELS + self.labels

@@ -1,4 +1,4 @@
-"""What readers return: plain numbers in base units (bytes, nanoseconds), None where the kernel has no value."""
+"""What readers return: plain numbers in base units (bytes, nanoseconds); None if the kernel has no value."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import msgspec
 
 
 class CpuUsage(msgspec.Struct, frozen=True, gc=False):
-    """Processor time used since the cgroup was made, and when (nanoseconds since the epoch) that was read."""
+    """Processor time used since the cgroup was made, and the time of the reading (nanoseconds since the epoch)."""
 
     time_ns: int
     usage_ns: int
 
 
 class CpuReading(msgspec.Struct, frozen=True, gc=False):
-    """Processor time and how often the quota held it back."""
+    """Processor time, and how often and how long the quota throttled it."""
 
     time_ns: int
     usage_ns: int
@@ -30,7 +30,7 @@ class CpuReading(msgspec.Struct, frozen=True, gc=False):
 
 
 class MemoryReading(msgspec.Struct, frozen=True, gc=False):
-    """Memory in use, in bytes; the working set is the usage less inactive file pages, never below 0."""
+    """Memory in use, in bytes. The working set is the usage minus inactive file pages, at least 0."""
 
     time_ns: int
     usage: int
@@ -48,7 +48,7 @@ class MemoryReading(msgspec.Struct, frozen=True, gc=False):
 
 
 def memory_reading(usage: int, swap: int, counters: Sequence[int]) -> MemoryReading:
-    """A reading taken now; ``counters`` are the fields from ``rss`` on, but ``swap``, in their order."""
+    """A reading taken now. ``counters`` are the fields from ``rss`` on, without ``swap``, in their order."""
     rss, cache, mapped_file, active_file, inactive_file, *events = counters
     working_set = usage - inactive_file if usage > inactive_file else 0
     now = time.time_ns()
@@ -56,7 +56,7 @@ def memory_reading(usage: int, swap: int, counters: Sequence[int]) -> MemoryRead
 
 
 class LimitedMemory(msgspec.Struct, frozen=True, gc=False):
-    """Memory in use, and the limits of it and of swap alone; None: no limit."""
+    """Memory in use, and the limits of memory and of swap alone. None: no limit."""
 
     reading: MemoryReading
     limit: int | None
@@ -75,7 +75,7 @@ class MemoryEvents(msgspec.Struct, frozen=True, gc=False):
 
 
 class IoReading(msgspec.Struct, frozen=True, gc=False):
-    """Transfers to one block device."""
+    """Transfers to and from one block device."""
 
     major: int
     minor: int
@@ -86,14 +86,14 @@ class IoReading(msgspec.Struct, frozen=True, gc=False):
 
 
 class PidsReading(msgspec.Struct, frozen=True, gc=False):
-    """Tasks (threads count each) and their limit; None: no limit."""
+    """The number of tasks (each thread counts) and their limit. None: no limit."""
 
     current: int
     limit: int | None
 
 
 class HugetlbReading(msgspec.Struct, frozen=True, gc=False):
-    """Huge pages of one size, in bytes; ``page_size`` as in the cgroup's file names (``2MB``)."""
+    """Huge pages of one size, in bytes. ``page_size`` is as in the cgroup's file names (``2MB``)."""
 
     page_size: str
     usage: int
@@ -102,7 +102,7 @@ class HugetlbReading(msgspec.Struct, frozen=True, gc=False):
 
 
 class PsiLine(msgspec.Struct, frozen=True, gc=False):
-    """One line of pressure: per cent of the last 10, 60 and 300 seconds, and the total time."""
+    """One line of a pressure file: per cent of the last 10, 60 and 300 seconds, and the total time."""
 
     avg10: float
     avg60: float
@@ -127,9 +127,9 @@ class PressureReading(msgspec.Struct, frozen=True, gc=False):
 
 
 class LimitsReading(msgspec.Struct, frozen=True, gc=False):
-    """The limits in force; None: no limit. CPU shares are v1's (v2's weight is converted back), times microseconds.
+    """The limits in force. None: no limit. Shares are v1's (converted from v2's weight), times are microseconds.
 
-    Shares and period are None where the cgroup has no cpu controller.
+    Shares and period are None if the cgroup has no cpu controller.
     """
 
     cpu_shares: int | None
@@ -141,7 +141,7 @@ class LimitsReading(msgspec.Struct, frozen=True, gc=False):
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """Everything about one cgroup; None or empty where a controller is missing."""
+    """All readings of one cgroup. None or empty if a controller is missing."""
 
     cpu: CpuReading | None = None
     memory: MemoryReading | None = None
@@ -154,7 +154,7 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 class InterfaceReading(msgspec.Struct, frozen=True, gc=False):
-    """Traffic of one interface as the pod sees it."""
+    """Traffic of one interface, from the pod's side."""
 
     name: str
     rx_bytes: int
@@ -168,7 +168,7 @@ class InterfaceReading(msgspec.Struct, frozen=True, gc=False):
 
 
 class ConnectionsReading(msgspec.Struct, frozen=True):
-    """Sockets of a network namespace: TCP ones by state (``established``…), UDP ones and their queues and drops."""
+    """Sockets of a network namespace: TCP by state (``established``…); UDP with queues and drops."""
 
     tcp: dict[str, int]
     tcp6: dict[str, int]
@@ -177,7 +177,7 @@ class ConnectionsReading(msgspec.Struct, frozen=True):
 
 
 class NetworkReading(msgspec.Struct, frozen=True):
-    """Every interface of a pod's network namespace but the loopback."""
+    """Every interface of a pod's network namespace except the loopback."""
 
     time_ns: int
     interfaces: tuple[InterfaceReading, ...]
@@ -185,7 +185,7 @@ class NetworkReading(msgspec.Struct, frozen=True):
 
 
 class ProcessesReading(msgspec.Struct, frozen=True):
-    """The processes of a cgroup and those below it; ``states`` counts threads by cAdvisor's names."""
+    """The processes of a cgroup and of the cgroups below it. ``states`` counts threads, with cAdvisor's names."""
 
     processes: int
     descriptors: int
@@ -195,7 +195,7 @@ class ProcessesReading(msgspec.Struct, frozen=True):
 
 
 class FilesystemReading(msgspec.Struct, frozen=True, gc=False):
-    """A container's writable layer, and its file system."""
+    """The size of a container's writable layer, and its file system."""
 
     device: str
     usage: int

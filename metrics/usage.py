@@ -1,4 +1,4 @@
-"""The use of cgroups as the statistics need it, and rates over a real window from counters read at any time."""
+"""The usage of cgroups for statistics, and rates over a time window."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SHORTEST_NS = 200_000_000
 
 
 class CpuWindow:
-    """Processor use of one cgroup in nano-cores (10^9 is one core fully used), averaged over 10 to 20 seconds.
+    """Processor use of one cgroup in nano-cores (10^9 is one fully used core), averaged over 10 to 20 seconds.
 
-    Two earlier readings are kept, at least ten seconds apart; the rate is taken from the older one, so that it does not
-    depend on how often it is asked for. Until there is one that old, it is taken from the first reading, or from the
-    container's start if ``started_ns`` (nanoseconds since the epoch) is given.
+    It keeps two earlier readings, at least ten seconds apart. The rate is computed from the older one, so that it does
+    not depend on how often it is read. Until a reading is that old, the rate is computed from the first reading, or
+    from the container's start if ``started_ns`` (nanoseconds since the epoch) is given.
     """
 
     __slots__ = ("_last", "_newer", "_older")
@@ -29,7 +29,7 @@ class CpuWindow:
         self._last: int | None = None
 
     def add(self, usage: CpuUsage) -> int | None:
-        """The rate up to this reading; None as long as there is no window of at least 0.2 seconds."""
+        """The rate up to this reading. None until there is a window of at least 0.2 seconds."""
         if self._older is None or self._newer is None or _goes_back(self._newer, usage):
             self._older = self._newer = usage
             self._last = None
@@ -43,14 +43,14 @@ class CpuWindow:
 
 
 def _goes_back(before: CpuUsage, after: CpuUsage) -> bool:
-    """Whether the counter, or the clock, was set back; not whether two threads got ahead of each other."""
+    """Whether the counter or the clock was set back. A small step back only means that two threads overlapped."""
     return after.usage_ns < before.usage_ns or after.time_ns < before.time_ns - SHORTEST_NS
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What one cgroup, or several together, use; None if the kernel has no value; for limits: no limit.
+    """The usage of one cgroup or the sum of several. None if the kernel has no value; for limits: no limit.
 
-    ``nano_cores`` is the rate of processor use over a window; ``tasks`` counts threads, if it was asked for.
+    ``nano_cores`` is the rate of processor use over a window. ``tasks`` counts threads, if requested.
     """
 
     cpu: CpuUsage
@@ -63,7 +63,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 def total(usages: Iterable[Usage]) -> Usage:
-    """Several cgroups as one, for pods without their own; for an empty list: no use, now."""
+    """The sum of several cgroups, for pods without their own. For an empty list: zero usage, now."""
     parts = list(usages)
     memories = [part.memory for part in parts if part.memory is not None]
     now = time.time_ns()

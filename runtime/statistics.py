@@ -17,7 +17,7 @@ from images.snapshots.store import SnapshotStore
 from images.snapshots.usage import WritableUsage
 from metrics.filesystems import Filesystem
 from metrics.meters import Meter, Meters
-from metrics.network import visit_networks
+from metrics.network import read_networks
 from metrics.processes import read_processes
 from metrics.samples import Labels, Snapshot
 from metrics.stats import ConnectionsReading, NetworkReading
@@ -139,7 +139,7 @@ class Statistics:
         pins = [str(sandbox.folder.pin("net")) for sandbox in own]
 
         def read() -> T:
-            readings = visit_networks(pins, connections=connections)
+            readings = read_networks(pins, connections=connections)
             return work({s.id: reading for s, reading in zip(own, readings, strict=True) if reading is not None})
 
         return await in_fresh_thread(read)

@@ -1,4 +1,4 @@
-"""Opening what an image archive is made of: regular files only, and never one outside of the archive's folder."""
+"""Opens the files of an image archive: regular files only, and none outside of the archive's folder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from host import libc
 from host.errors import InvalidArgumentError, NotFoundError
 
-LARGEST_HEADER = 1 << 20  # of the records about one member
+LARGEST_HEADER = 1 << 20  # bytes of the header records of one member
 
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 def open_archive(path: Path) -> int:
-    """A descriptor of the archive's file or folder, never waiting for another process.
+    """Open the archive's file or folder and return the descriptor. Never waits for another process.
 
-    Raises NotFoundError, and InvalidArgumentError if it cannot be read or is neither.
+    Raises NotFoundError, and InvalidArgumentError if it cannot be read or is neither a file nor a folder.
     """
     try:
         descriptor = os.open(path, _FILE)
@@ -35,9 +35,10 @@ def open_archive(path: Path) -> int:
 
 
 def open_member(folder: int, name: str) -> tuple[int, int]:
-    """A descriptor and the size of the regular file ``name`` below the open ``folder``.
+    """Open the regular file ``name`` below the open ``folder``. Returns its descriptor and size.
 
-    Links and ``..`` may lead through the folder, not out of it. Raises OSError, ValueError for a name that none can be.
+    Links and ``..`` may lead through the folder, not out of it. Raises OSError, and ValueError for an invalid name or a
+    file of another kind.
     """
     encoded = os.fsencode(name)
     if b"\0" in encoded:
@@ -55,7 +56,7 @@ _LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """Refuses headers by which an archive would fill the memory: long records, and maps of sparse files."""
+    """Refuses headers with which an archive could fill the memory: long records, and maps of sparse files."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in (*_EXTENDED, *_LONG) and self.size > LARGEST_HEADER:

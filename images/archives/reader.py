@@ -50,7 +50,7 @@ class _Member:
 
 
 class ImageArchive:
-    """Reads an archive's members by name, never extracting anything; ``open`` first, ``close`` at the end."""
+    """Reads an archive's members by name, without extracting it. Call ``open`` first and ``close`` at the end."""
 
     def __init__(self, path: Path, scratch: Path, max_bytes: int) -> None:
         self._path = path
@@ -62,7 +62,7 @@ class ImageArchive:
         self._members: dict[str, _Member] = {}
 
     def open(self) -> None:
-        """Open and index it; blocking. Raises NotFoundError, or InvalidArgumentError if it cannot be read."""
+        """Open and index the archive; blocks. Raises NotFoundError, or InvalidArgumentError if it cannot be read."""
         descriptor = open_archive(self._path)
         with ExitStack() as stack:
             if stat.S_ISDIR(os.fstat(descriptor).st_mode):
@@ -75,11 +75,11 @@ class ImageArchive:
             self._stack = stack.pop_all()
 
     def close(self) -> None:
-        """Close it; success if it never was open."""
+        """Close the archive. Success if it was never opened."""
         self._stack.close()
 
     def _decompress(self, stack: ExitStack) -> None:
-        """Replace a gzipped file by an unpacked copy without a name, as its members are wanted in any order."""
+        """Replace a gzipped file by an unpacked copy without a name, because members are read in any order."""
         assert self._file is not None
         start = self._file.read(2)
         self._file.seek(0)
@@ -122,7 +122,7 @@ class ImageArchive:
             raise InvalidArgumentError(f"image archive {self._path} is broken or is no tar archive: {error}") from error
 
     def has(self, name: str) -> bool:
-        """Whether there is such a member."""
+        """Whether the archive has that member."""
         if self._file is not None:
             return name in self._members
         try:
@@ -132,7 +132,7 @@ class ImageArchive:
         return True
 
     def read(self, name: str, limit: int) -> bytes:
-        """A whole member; InvalidArgumentError if it is missing, cut off or larger than ``limit``."""
+        """A whole member. Raises InvalidArgumentError if it is missing, truncated or larger than ``limit``."""
         if self._file is None:
             descriptor, size = self._open_file(name)
             with os.fdopen(descriptor, "rb") as file:
@@ -192,7 +192,7 @@ class ImageArchive:
 
     def candidates(self, reference: str) -> list[Candidate]:
         """The archive's images; one without a name gets ``reference``. Raises InvalidArgumentError."""
-        # docker save writes both forms today; its own one has the names.
+        # docker save writes both formats today; only docker's own has the names.
         if self.has("manifest.json"):
             found = self._docker_images(reference)
         elif self.has("index.json"):
@@ -210,7 +210,7 @@ class ImageArchive:
         )
         found = []
         for entry in entries:
-            names = [str(parse(tag)) for tag in entry.repo_tags or ()] or _given(reference)
+            names = [str(parse(tag)) for tag in entry.repo_tags or ()] or _names_from(reference)
             members = {f"#{index}": posixpath.normpath(name) for index, name in enumerate(entry.layers)}
             for name in members.values():
                 self._member(name) if self._file else None
@@ -220,7 +220,7 @@ class ImageArchive:
         return found
 
     def _docker_candidate(self, config: ConfigFile, layers: list[str], names: list[str]) -> Candidate:
-        # The members have no digests; they are compared with the diff ids of the config.
+        # The members have no digests; they are compared with the diff IDs of the config.
         descriptors = [Descriptor(annotations={"member": name}) for name in layers]
         manifest = msgspec.json.encode(descriptors)
         return Candidate(
@@ -254,7 +254,7 @@ class ImageArchive:
         return found
 
     def _search(self, descriptor: Descriptor, subject: str) -> FoundImage:
-        """The image for this machine that an entry of the layout leads to."""
+        """The image for this machine in an entry of the layout."""
         top = Document(self._blob(descriptor, LARGEST_MANIFEST, subject), descriptor.media_type)
         search = find_image(top, descriptor.digest, this_machine(), subject)
         found = advance(search, None)
@@ -283,7 +283,7 @@ class ImageArchive:
         return []
 
 
-def _given(reference: str) -> list[str]:
+def _names_from(reference: str) -> list[str]:
     return [str(parse(reference))] if reference else []
 
 

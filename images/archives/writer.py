@@ -1,4 +1,4 @@
-"""Writing images of the store to an OCI archive: an image layout (OCI image specification) in one tar file."""
+"""Writes images of the store to an OCI archive: an image layout (OCI image specification) in one tar file."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from images.oci.manifests import OCI_INDEX, Descriptor
 from images.oci.reference import parse
 from images.outgoing import OutgoingImage
 
-_PIECE = 16 << 20  # what is copied at a time, so that a cancelled export ends soon
+_PIECE = 16 << 20  # bytes copied at a time, so that a cancelled export ends soon
 _FULL_NAME = "io.containerd.image.name"
 _NAME = "org.opencontainers.image.ref.name"
 
 
 async def export(images: Sequence[tuple[OutgoingImage, Sequence[str]]], path: Path) -> int:
-    """Write ``images``, each with the names it shall have, to ``path``; returns the size of the archive in bytes.
+    """Write ``images``, each with its names in the archive, to ``path``. Returns the size of the archive in bytes.
 
-    A file that is there is replaced once the new one is complete. Raises NotFoundError if the folder does not exist,
-    LimitError for a full disk, PodkeelError if it cannot be written.
+    An existing file is replaced once the new one is complete. Raises NotFoundError if the folder does not exist,
+    LimitError for a full disk, PodkeelError if the archive cannot be written.
     """
     async with _new_file(path) as descriptor:
         archive = Archive(descriptor)
@@ -54,7 +54,7 @@ def _blob_name(digest: str) -> str:
 
 
 class Archive:
-    """Writes members one after the other, each name once."""
+    """Writes members one after the other, and each name once."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -62,12 +62,12 @@ class Archive:
         self._size = 0
 
     async def add_bytes(self, name: str, content: bytes) -> None:
-        """Add a file with this content, unless there is one of that name."""
+        """Add a file with this content, unless the archive has one of that name."""
         if self._begins(name):
             await in_image_thread(self._write, _header(name, len(content)) + content + _padding(len(content)))
 
     async def add_file(self, name: str, path: Path) -> None:
-        """Add a file with the content of ``path``, unless there is one of that name."""
+        """Add a file with the content of ``path``, unless the archive has one of that name."""
         if not self._begins(name):
             return
         source = await acquired(in_image_thread, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC), os.close)
@@ -88,7 +88,7 @@ class Archive:
             os.close(source)
 
     async def end(self) -> int:
-        """Write the end of the archive; returns its size in bytes."""
+        """Write the end of the archive and return its size in bytes."""
         await in_image_thread(self._write, bytes(2 * tarfile.BLOCKSIZE))
         return self._size
 
@@ -116,7 +116,7 @@ def _padding(size: int) -> bytes:
 
 @asynccontextmanager
 async def _new_file(path: Path) -> AsyncIterator[int]:
-    """A descriptor of a file that takes the place of ``path`` when the block ends well, and else vanishes."""
+    """Provide a descriptor of a new file, which replaces ``path`` if the block succeeds and is deleted otherwise."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         if path.is_dir():

@@ -1,1 +1,1 @@
-"""Blobs before they are in the store: sources, partial downloads, progress, slots, removal."""
+"""Blobs before they are in the store (sources, ingests, progress, slots), and the removal of files."""

@@ -1,4 +1,4 @@
-"""Writing a file system to its disk, once for all callers that wait for it at the same time."""
+"""Flushes a file system to its disk, once for all callers that wait for it at the same time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAUSE = 1.0  # seconds
 
 
 class DiskSync:
-    """Writes the file system of ``folder``; ahead of a flush with at least ``pause`` seconds between two times."""
+    """Flushes the file system of ``folder``. ``ahead`` flushes early, with at least ``pause`` seconds in between."""
 
     def __init__(self, folder: Path, pause: float = _PAUSE) -> None:
         self._folder = folder
@@ -30,14 +30,14 @@ class DiskSync:
         self._writing: asyncio.Task[None] | None = None
 
     async def flush(self) -> None:
-        """Return once all that was written before the call is on the disk.
+        """Return once everything that was written before the call is on the disk.
 
-        Raises NoSpaceError if there is no room for it, PodkeelError if it cannot be written.
+        Raises NoSpaceError if the disk is full, PodkeelError if it cannot be written.
         """
         before = self._begun
         async with self._lock:
             if self._last_good > before:
-                return  # one that began after the call has ended well meanwhile
+                return  # a flush that began after this call has succeeded
             self._begun += 1
             try:
                 await in_long_thread(sync_file_system, self._folder)
@@ -48,10 +48,10 @@ class DiskSync:
 
     @contextlib.contextmanager
     def ahead(self) -> Iterator[None]:
-        """During the block, write to the disk what is there so far, again and again; used on the loop.
+        """Flush again and again during the block; used on the loop.
 
-        A flush after a large layer has little left to write then. It takes half of the time at most, and its errors are
-        left for the flush to raise.
+        Then the flush after a large layer has little left to write. Flushing ahead takes half of the time at most. Its
+        errors are ignored; the later ``flush`` raises them.
         """
         self._writers += 1
         if self._writing is None:
@@ -75,7 +75,7 @@ class DiskSync:
 
 
 def sync_file_system(folder: Path) -> None:
-    """Write what the file system of ``folder`` has in memory to its disk (syncfs(2)); blocks until it is done."""
+    """Write what the kernel has in memory for the file system of ``folder`` to its disk (syncfs(2)); blocks."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):

@@ -1,4 +1,4 @@
-"""Compressed layers that are being fetched, kept by digest so that a later pull continues where one broke off."""
+"""Ingests: compressed layers that are being fetched, stored by digest, so that a later pull can resume them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from images.oci.digests import is_digest
 
 _CHUNK = 1 << 20
 _SHORTEST_WAIT = 1.0
-PATIENCE = 5.0  # seconds of waiting for a transfer from another registry
+PATIENCE = 5.0  # seconds to wait for a transfer from another registry
 _MOST_CHUNKS = 512  # of one writev(2)
 
 
 class PartialBlob:
-    """A file that a blob is written to, open; ``size`` bytes of it were there when it was opened."""
+    """The open file that a blob is written to. ``size`` is its length in bytes when it was opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,18 +30,18 @@ class PartialBlob:
         self.size = os.fstat(self._descriptor).st_size
 
     def append(self, chunks: Sequence[bytes]) -> None:
-        """Write all ``chunks`` to its end; blocking."""
+        """Append all ``chunks`` to the file; blocks."""
         write_all(self._descriptor, chunks)
 
     def restart(self) -> None:
-        """Begin with nothing, in a new file, as others may have this one under another name."""
+        """Start with a new empty file, because the old one may have another name that is in use."""
         os.close(self._descriptor)
         self.path.unlink(missing_ok=True)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.size = 0
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The bytes that exist, piece by piece."""
+        """The existing bytes, piece by piece."""
         position = 0
         while position < self.size:
             chunk = await in_image_thread(os.pread, self._descriptor, min(_CHUNK, self.size - position), position)
@@ -54,7 +54,7 @@ class PartialBlob:
 
 
 def write_all(descriptor: int, chunks: Sequence[bytes]) -> None:
-    """Write all ``chunks``, with few system calls; blocking."""
+    """Write all ``chunks`` with few system calls; blocks."""
     for begin in range(0, len(chunks), _MOST_CHUNKS):
         some = chunks[begin : begin + _MOST_CHUNKS]
         written = os.writev(descriptor, some)
@@ -66,25 +66,25 @@ def write_all(descriptor: int, chunks: Sequence[bytes]) -> None:
 
 @contextmanager
 def new_blob(path: Path) -> Iterator[PartialBlob]:
-    """A blob at ``path`` that no pull will continue."""
+    """Provide a blob at ``path`` that no other pull will resume."""
     with contextlib.closing(PartialBlob(path)) as blob:
         yield blob
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Give a whole blob the name it is looked for by, with one rename; blocking."""
+    """Rename a complete blob to its final name, with one rename; blocks."""
     try:
         partial.replace(target)
     except FileNotFoundError:
-        if not target.exists():  # another layer with the same blob may have done it
+        if not target.exists():  # another layer with the same blob may have renamed it
             raise
     partial.unlink(missing_ok=True)  # rename(2) does nothing if both are names of one file
 
 
 class PartialBlobs:
-    """The folder of them. Nothing in it is trusted: the pull that continues one checks the digest of the whole.
+    """The folder of partial blobs. Its files are not trusted: a pull that resumes one checks the whole digest.
 
-    Each is deleted when its layer is on the node, and ``max_age`` seconds after a transfer last added to it.
+    A partial blob is deleted when its layer is on the node, or ``max_age`` seconds after a transfer last added to it.
     """
 
     def __init__(self, folder: Path, trash: Trash, max_age: float) -> None:
@@ -94,37 +94,37 @@ class PartialBlobs:
         self._sizes: dict[str, int] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._users: dict[str, int] = {}
-        self._registries: dict[str, str] = {}  # the registries of those that are being added to
+        self._registries: dict[str, str] = {}  # the source of each blob that a transfer is adding to
         self._timer: asyncio.TimerHandle | None = None
         self._dropping: asyncio.Task[None] | None = None
 
     @property
     def used_bytes(self) -> int:
-        """Their size, without those that are being written."""
-        return sum(tuple(self._sizes.values()))  # threads add to it
+        """Their size in bytes, without those that are being written."""
+        return sum(tuple(self._sizes.values()))  # a copy, because threads change it
 
     @property
     def used_inodes(self) -> int:
-        """How many there are, without those that are being added to."""
+        """Their number, without those that are being written."""
         return len(self._sizes)
 
     def path(self, digest: str) -> Path:
-        """Where the partial blob of that digest is or would be."""
+        """The path of the partial blob of that digest, whether it exists or not."""
         return self._folder / digest.replace(":", "-")
 
     async def start(self) -> None:
-        """Read the existing files; delete those that are too old, and other files."""
-        self._sizes = await in_long_thread(self._look)
+        """Read the existing partial blobs. Delete those that are too old, and all other files."""
+        self._sizes = await in_long_thread(self._read_files)
         await self.drop_old()
 
     async def close(self) -> None:
-        """Stop waiting for any to get old."""
+        """Stop deleting old partial blobs."""
         if self._timer is not None:
             self._timer.cancel()
         if self._dropping is not None:
             await asyncio.wait((self._dropping,))
 
-    def _look(self) -> dict[str, int]:
+    def _read_files(self) -> dict[str, int]:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = {}
         for path in self._folder.iterdir():
@@ -137,9 +137,10 @@ class PartialBlobs:
 
     @asynccontextmanager
     async def turn(self, digest: str, registry: str) -> AsyncIterator[bool]:
-        """Whether the partial blob is for the block alone; others wait for its end.
+        """Lock the partial blob for the block. The value is whether this succeeded.
 
-        For a transfer from another registry, which may be slow, they wait only some seconds; then the value is False.
+        Waits until other transfers from the same registry release it. Waits only ``PATIENCE`` seconds for a transfer
+        from another registry, which may be slow; then the value is False.
         """
         with self._user(digest):
             lock = self._locks[digest]
@@ -156,9 +157,9 @@ class PartialBlobs:
 
     @asynccontextmanager
     async def opened(self, digest: str, kept: Path) -> AsyncIterator[PartialBlob]:
-        """The partial blob, an empty one if there is none, for the pull that has the turn.
+        """Open the partial blob for the pull that has its ``turn``. Creates an empty one if none exists.
 
-        If there is none, the file at ``kept`` is used: the whole blob, if another layer of this node has it.
+        If none exists but there is a file at ``kept``, that file is used: the whole blob, kept for another layer.
         """
         linked = await in_image_thread(_link, kept, self.path(digest))
         blob = await acquired(in_image_thread, lambda: PartialBlob(self.path(digest)), PartialBlob.close)
@@ -183,7 +184,7 @@ class PartialBlobs:
     def _user(self, digest: str) -> Iterator[None]:
         self._users[digest] = self._users.get(digest, 0) + 1
         if self._timer is None:
-            self._come_back(self._max_age)
+            self._schedule_drop(self._max_age)
         try:
             yield
         finally:
@@ -192,9 +193,9 @@ class PartialBlobs:
                 del self._users[digest], self._locks[digest]
 
     async def keep(self, digest: str, whole: Path) -> None:
-        """Keep the ``whole`` blob of a removed layer that no image used: a pull may need it again.
+        """Keep the ``whole`` blob of a removed layer that no image used, because a pull may need it again.
 
-        It is deleted if a pull adds to the partial blob, as that may take long and no call may wait for it.
+        Deletes it instead if a pull is adding to the partial blob: that may take long, and this call must not wait.
         """
         if digest in self._users:
             await in_image_thread(self._trash.throw, whole)
@@ -209,7 +210,7 @@ class PartialBlobs:
             await in_image_thread(work)
 
     async def drop(self, digests: Iterable[str]) -> None:
-        """Delete those of ``digests`` that no pull uses now; success if there are none."""
+        """Delete those of ``digests`` that no pull is using. Success if there are none."""
         for digest in digests:
             if digest in self._sizes and digest not in self._users:
                 async with self._alone(digest):
@@ -218,32 +219,32 @@ class PartialBlobs:
                 self._trash.wake()
 
     async def drop_all(self) -> None:
-        """Delete all that no pull uses now: their disk space is needed."""
+        """Delete all that no pull is using, to free disk space."""
         await self.drop(tuple(self._sizes))
 
     async def drop_old(self) -> None:
-        """Delete those that no pull has added to for too long, and run again when the next one is as old."""
+        """Delete those that no pull has added to for ``max_age``. Schedules itself for when the next one is as old."""
         ages = await in_image_thread(lambda: {digest: _age(self.path(digest)) for digest in tuple(self._sizes)})
         await self.drop([digest for digest, age in ages.items() if age >= self._max_age])
         left = [age for digest, age in ages.items() if digest in self._sizes]
         if left or self._users:
-            self._come_back(self._max_age - max(left, default=0.0))
+            self._schedule_drop(self._max_age - max(left, default=0.0))
 
-    def _come_back(self, seconds: float) -> None:
+    def _schedule_drop(self, seconds: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(max(seconds, _SHORTEST_WAIT), self._wake)
+        self._timer = asyncio.get_running_loop().call_later(max(seconds, _SHORTEST_WAIT), self._start_drop)
 
-    def _wake(self) -> None:
+    def _start_drop(self) -> None:
         self._timer = None
         self._dropping = asyncio.create_task(self.drop_old(), name="partial blobs")
 
     def _note(self, digest: str) -> None:
-        """Count what a transfer left; an empty file is deleted.
+        """Record the size that a transfer left. Deletes an empty file.
 
-        Blocking, so that a cancellation cannot interrupt it.
+        Blocks, so that a cancellation cannot interrupt it.
         """
-        size = _left(self.path(digest))
+        size = _size_left(self.path(digest))
         if size:
             self._sizes[digest] = size
 
@@ -256,7 +257,7 @@ async def _acquired(lock: asyncio.Lock) -> bool:
 
 
 def _link(kept: Path, path: Path) -> bool:
-    """Whether there was nothing at ``path`` and it is another name of ``kept`` now."""
+    """Make ``path`` a hard link to ``kept``, unless ``path`` exists. Returns whether the link was made."""
     with contextlib.suppress(FileNotFoundError, FileExistsError):
         path.hardlink_to(kept)
         return True
@@ -269,8 +270,8 @@ def _move(source: Path, target: Path) -> None:
         publish(source, target)
 
 
-def _left(path: Path) -> int:
-    """The size of the file. An empty file is deleted."""
+def _size_left(path: Path) -> int:
+    """The size of the file; 0 if it does not exist. Deletes an empty file."""
     with contextlib.suppress(FileNotFoundError):
         size = path.stat().st_size
         if not size:

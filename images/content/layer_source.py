@@ -1,4 +1,4 @@
-"""A layer that an image needs: what it must be, and its source."""
+"""A layer that an image needs: its expected digests, and its source."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from images.oci.manifests import Descriptor
 
 @dataclass(frozen=True, slots=True)
 class LayerSource:
-    """The source of a missing layer: what it must be, and how to begin its transfer at a byte.
+    """The source of a missing layer: its expected digests, and a function that starts its transfer at a byte.
 
-    If it is ``resumable``, the bytes of a broken transfer are kept.
+    If it is ``resumable``, the bytes of an interrupted transfer are kept.
     """
 
     descriptor: Descriptor
@@ -31,5 +31,5 @@ class LayerSource:
 
     @property
     def wanted(self) -> tuple[Hashable, ...]:
-        """The objects that pulls of this layer wait for: the layer itself, and its blob."""
+        """What pulls of this layer wait for: the layer itself, and its blob."""
         return (self.key, *filter(None, (self.descriptor.digest,)))

@@ -1,6 +1,6 @@
-"""From what a reference names to the image for this machine: through indexes, by their platforms and by configs.
+"""Finds the image for this machine in what a reference names: an image, or indexes with platforms or configs.
 
-The search is a generator that asks for documents and is sent them, so that registries and archives share it.
+The search is a generator that yields requests for documents and receives them, so registries and archives share it.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from images.oci.manifests import (
 )
 from images.oci.platforms import OTHER_ARCHITECTURE, Platform, suitability
 
-_NESTING = 4  # indexes within indexes
+_NESTING = 4  # depth of indexes within indexes
 _MOST_READ = 40  # manifests of one search
 _REFERENCE_TYPE = "vnd.docker.reference.type"  # BuildKit's annotation of attestations
-_UNSAID = 1  # suitability of a config without architecture
+_NO_ARCHITECTURE = 1  # suitability of a config that names no architecture
 _PERFECT = 99
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A document that the search asks for next, of at most ``limit`` bytes."""
+    """A document that the search needs next, of at most ``limit`` bytes."""
 
     descriptor: Descriptor
     is_manifest: bool
 
     @property
     def limit(self) -> int:
-        """The most bytes it may have."""
+        """The maximum size in bytes."""
         return LARGEST_MANIFEST if self.is_manifest else LARGEST_CONFIG
 
 
@@ -65,7 +65,10 @@ Search: TypeAlias = Generator[Wanted, Document, FoundImage]
 
 
 def advance(search: Search, answer: Document | None) -> Wanted | FoundImage:
-    """The next request of ``search`` after ``answer`` (None at first), or its result. Blocks if a document is large."""
+    """Send ``answer`` (None at first) to ``search``. Returns its next request or its result.
+
+    Blocks for a moment if the document is large.
+    """
     try:
         return next(search) if answer is None else search.send(answer)
     except StopIteration as stop:
@@ -74,11 +77,11 @@ def advance(search: Search, answer: Document | None) -> Wanted | FoundImage:
 
 
 def find_image(top: Document, digest: str, machine: Platform, subject: str) -> Search:
-    """Search from ``top``, a manifest or index of that digest, for the image that suits ``machine`` best.
+    """Search from ``top``, a manifest or index with that digest, for the image that suits ``machine`` best.
 
-    For entries of an index without a platform, the configs decide; attestations and other artifacts are skipped. An
-    image without an index is used as it is. Raises InvalidArgumentError where there is none for this machine, naming
-    what there is, or where a document is broken; UnsupportedError for an artifact.
+    Entries of an index without a platform are judged by their configs. Attestations and other artifacts are skipped. An
+    image without an index is used as it is. Raises InvalidArgumentError if there is no image for this machine, naming
+    the platforms that exist, or if a document is broken. Raises UnsupportedError for an artifact.
     """
     return _Search(machine, subject).run(top, digest)
 
@@ -96,8 +99,8 @@ class _Search:
             return (yield from self._image(top, digest, manifest))
         found = yield from self._in_index(manifest, 1)
         if found is None:
-            there = ", ".join(sorted(self.offered)) or "none"
-            raise InvalidArgumentError(f"{self.subject} has no image for {self.machine}; it has {there}")
+            offered = ", ".join(sorted(self.offered)) or "none"
+            raise InvalidArgumentError(f"{self.subject} has no image for {self.machine}; it has {offered}")
         return found[1]
 
     def _image(self, document: Document, digest: str, manifest: Manifest) -> Search:
@@ -106,13 +109,13 @@ class _Search:
         return FoundImage(document.content, digests.check_digest(digest, self.subject), manifest, config)
 
     def _in_index(self, index: Manifest, depth: int) -> Generator[Wanted, Document, tuple[int, FoundImage] | None]:
-        """The image that suits best, and how well."""
+        """The image that suits best, and its suitability."""
         if depth > _NESTING:
             raise InvalidArgumentError(f"{self.subject} is broken: it nests more than {_NESTING} indexes")
         best: tuple[int, FoundImage] | None = None
         for score, descriptor in self._by_suitability(index):
             if score and best is not None:
-                continue  # they come by how well they suit
+                continue  # entries are sorted by suitability, so this one is no better
             self.read += 1
             if self.read > _MOST_READ:
                 raise InvalidArgumentError(
@@ -134,15 +137,15 @@ class _Search:
         return best
 
     def _by_suitability(self, index: Manifest) -> Iterator[tuple[int, Descriptor]]:
-        """Entries whose platform suits this machine, the best first; then, with 0, those that name none."""
+        """Entries whose platform suits this machine, the best first; then, with 0, those without a platform."""
         suitable: list[tuple[int, Descriptor]] = []
-        unsaid: list[Descriptor] = []
+        without_platform: list[Descriptor] = []
         for descriptor in index.manifests or ():
             if descriptor.media_type not in ("", *MANIFEST_TYPES) or _REFERENCE_TYPE in (descriptor.annotations or {}):
                 continue
             fields = descriptor.platform
             if fields is None or not fields.architecture:
-                unsaid.append(descriptor)
+                without_platform.append(descriptor)
                 continue
             platform = Platform(fields.os or self.machine.os, fields.architecture, fields.variant)
             if score := suitability(platform, self.machine):
@@ -150,19 +153,19 @@ class _Search:
             if "unknown" not in (platform.os, platform.architecture):
                 self.offered.add(str(platform))
         yield from sorted(suitable, key=lambda pair: -pair[0])
-        yield from ((0, descriptor) for descriptor in unsaid)
+        yield from ((0, descriptor) for descriptor in without_platform)
 
     def _probe(
         self, document: Document, descriptor: Descriptor, manifest: Manifest
     ) -> Generator[Wanted, Document, tuple[int, FoundImage] | None]:
-        """The image, if its config says that it suits this machine, and how well."""
+        """The image with its suitability, if its config suits this machine; otherwise None."""
         try:
             image = yield from self._image(document, descriptor.digest, manifest)
         except UnsupportedError:
             return None  # an attestation, a signature
         platform = image.config.platform
         if not platform.architecture:
-            return _UNSAID, image
+            return _NO_ARCHITECTURE, image
         platform = Platform(platform.os or self.machine.os, platform.architecture, platform.variant)
         self.offered.add(str(platform))
         score = suitability(platform, self.machine)

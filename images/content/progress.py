@@ -1,4 +1,4 @@
-"""How far pulls are, as it can be asked for while they run."""
+"""The progress of pulls, which clients can query while they run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from images.content.slots import Slot
 
 
 class LayerState(Enum):
-    """``WAITING`` for its turn, ``RUNNING`` while it is fetched and unpacked, ``DONE`` once it is on the node."""
+    """``WAITING`` for a slot, ``RUNNING`` while it is fetched and unpacked, ``DONE`` once it is on the node."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -24,7 +24,7 @@ class LayerState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LayerProgress:
-    """One layer of a pull; ``size`` and ``received`` are compressed bytes."""
+    """The progress of one layer of a pull. ``size`` and ``received`` are compressed bytes."""
 
     digest: str
     state: LayerState
@@ -34,7 +34,10 @@ class LayerProgress:
 
 @dataclass(frozen=True, slots=True)
 class PullProgress:
-    """One running pull; ``started`` in nanoseconds since the epoch, ``layers`` empty until the manifest is there."""
+    """The progress of one pull. ``started`` is in nanoseconds since the epoch.
+
+    ``layers`` is empty until the manifest has been received.
+    """
 
     reference: str
     started: int
@@ -43,7 +46,7 @@ class PullProgress:
 
 @dataclass(slots=True)
 class RunningPull:
-    """A pull as the store follows it; ``sources`` are known once its manifest is."""
+    """A pull that is running. ``sources`` are set once its manifest has been received."""
 
     reference: str
     started: int = field(default_factory=time.time_ns)
@@ -52,14 +55,16 @@ class RunningPull:
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """A layer that is being made; ``received`` is None until its chunks are asked for."""
+    """The transfer of one layer. ``received`` is None until the transfer has a slot and begins."""
 
     source: LayerSource
     received: int | None = None
 
     async def chunks(self, partial: PartialBlob | None, slot: Slot) -> AsyncGenerator[bytes, None]:
-        """The chunks of the layer, counted: first those on the disk, then those that are fetched. ``slot`` measures the
-        rate of the latter."""
+        """The chunks of the layer, counted: first those on the disk, then those from the network.
+
+        ``slot`` measures the rate of the latter.
+        """
         self.received = 0
         begin = partial.size if partial is not None else 0
         if partial is not None:
@@ -76,23 +81,23 @@ class Transfer:
 
 
 class Transfers:
-    """The layers that are being fetched, by chain id and registry."""
+    """The layers that are being fetched, by chain ID and registry."""
 
     def __init__(self) -> None:
         self._transfers: dict[tuple[str, str], Transfer] = {}
 
     @contextmanager
     def making(self, source: LayerSource) -> Iterator[Transfer]:
-        """The layer is being fetched until the block ends."""
+        """Register a transfer of the layer until the block ends."""
         transfer = self._transfers[source.key] = Transfer(source)
         try:
             yield transfer
         finally:
-            if self._transfers.get(source.key) is transfer:  # else another one has taken over
+            if self._transfers.get(source.key) is transfer:  # otherwise a later transfer has replaced it
                 del self._transfers[source.key]
 
     def progress(self, source: LayerSource, *, there: bool) -> LayerProgress:
-        """How far the layer is, which ``there`` says is unpacked."""
+        """The progress of the layer. ``there`` says that it is unpacked."""
         size = source.descriptor.size
         transfer = self._transfers.get(source.key)
         received = transfer.received if transfer is not None else None

@@ -1,4 +1,4 @@
-"""Slots for fetching and unpacking layers: shared fairly between pulls and registries, with a slot for every pull."""
+"""Slots for fetching and unpacking layers, shared fairly between pulls and between registries."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from host.errors import KubeletReasonError
 from host.files import descriptors
 
 MOST = 16
-_BEYOND = 2  # times as many in all, for pulls that would wait; each has two processes, some descriptors and a thread
+_BEYOND = 2  # factor for the limit of all slots; each has two processes, some descriptors and a thread
 PATIENCE = 30.0  # seconds that a pull waits for a slot while its registry has its share
-LONGEST = 300.0  # seconds that a registry without a slot waits while more registries than slots are fetched from
-WINDOW = 30.0  # seconds of waiting for the network over which a transfer is judged
+LONGEST = 300.0  # seconds that a registry without a slot waits if there are more registries than slots
+WINDOW = 30.0  # seconds of waiting for the network over which the rate of a transfer is measured
 _SLOW = 64 << 10  # bytes a second
-_KEPT = 4  # one in so many slots is kept for registries that have none
+_KEPT = 4  # one quarter of the slots is reserved for registries that have none
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Origin:
-    """The source of the layers of one pull; every pull has its own. ``registry`` is empty for an archive."""
+    """The source of the layers of one pull. Every pull has its own. ``registry`` is empty for an archive."""
 
     registry: str = ""
 
 
 class Slot:
-    """A layer that is being fetched or unpacked, with the rate of its bytes."""
+    """Permission to fetch and unpack one layer. Measures the rate of its bytes."""
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
@@ -41,7 +41,7 @@ class Slot:
         self._rate = float("inf")
 
     async def watched(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-        """The same chunks, their rate watched."""
+        """The same chunks, with their rate measured."""
         async with contextlib.aclosing(chunks):
             while True:
                 self._waits_since = time.monotonic()
@@ -55,13 +55,13 @@ class Slot:
                 yield chunk
 
     def rate(self) -> float:
-        """Bytes a second of waiting for the network, in the last window; infinite before the end of the first one."""
+        """Bytes a second of waiting for the network in the last window; infinite before the first window ends."""
         self._judge(self._waited + (time.monotonic() - self._waits_since if self._waits_since else 0.0))
         return self._rate
 
     @property
     def judged(self) -> bool:
-        """Whether it was watched for long enough to have a rate."""
+        """Whether it has been measured for a whole window."""
         return self.rate() < float("inf")
 
     def _judge(self, waited: float) -> None:
@@ -82,21 +82,21 @@ class _Waiting:
 
 
 class Slots:
-    """``usual`` slots for all layers of all pulls; beyond them, up to ``most``, one for each pull that has none.
+    """Hands out slots. All pulls share ``usual`` slots. Above that, up to ``most``, each pull without a slot gets one.
 
-    A quarter of them are only for registries that have none. Beyond ``most``, up to ``limit``, a pull without a slot
-    gets one if its registry has less than its share of ``most``. All registries in use have the same share. So a
-    registry does not delay another one, however many images are pulled from it. A pull whose registry has its share
-    gets one of these after half a minute; a few are kept from such pulls. With few file descriptors left, each pull has
-    one.
+    A quarter of these are reserved for registries without a slot. Above ``most``, up to ``limit``, a pull without a
+    slot gets one if its registry has less than its share of ``most``; all registries in use have the same share. So a
+    registry does not delay another one, regardless of how many images are pulled from it. A pull whose registry has its
+    share gets one of these slots after 30 seconds; some are reserved and never given to such pulls. If few file
+    descriptors are left, each pull has one slot.
 
-    A free slot goes to the pull that has the fewest, then to the registry that has the fewest. When none is free for a
-    pull without one, a transfer is broken off to make room: the slowest with less than 64 KiB/s over half a minute, of
-    the same registry unless all slots are taken; else, for a registry without a slot, the slowest of half a minute and
-    more whose registry has more than its share or, once it has waited for five minutes, of any registry.
+    A free slot goes to the pull that has the fewest, then to the registry that has the fewest. If a pull without a slot
+    gets none, one transfer is ended to make room. This is the slowest with less than 64 KiB/s over 30 seconds, of the
+    same registry unless all slots are taken. For a registry without a slot it is otherwise the slowest transfer that
+    has been measured, if its registry has more than its share. After a wait of five minutes it is one of any registry.
 
-    Pulls may wait for what another pull fetches. Meanwhile they ``want`` it: it gets a slot also if only they would get
-    one.
+    A pull may wait for a layer that another pull fetches. It then declares with ``want`` that it waits for it: the
+    layer gets a slot also if only the waiting pull may have one.
     """
 
     def __init__(self, usual: int, most: int = MOST, limit: int | None = None) -> None:
@@ -111,12 +111,12 @@ class Slots:
 
     @property
     def wanted(self) -> int:
-        """How many layers pulls want that wait for other pulls."""
+        """The number of layers that pulls wait for while other pulls fetch them."""
         return len(self._wanting)
 
     @contextlib.contextmanager
     def want(self, wanted: Iterable[Hashable], origin: Origin) -> Iterator[None]:
-        """During the block the pull of ``origin`` wants each of ``wanted``, no matter which pull fetches it."""
+        """During the block the pull of ``origin`` waits for each of ``wanted``, regardless of which pull fetches it."""
         wanted = tuple(wanted)
         for one in wanted:
             self._wanting[one][origin] += 1
@@ -131,9 +131,9 @@ class Slots:
 
     @asynccontextmanager
     async def slot(self, origin: Origin, subject: str, wanted: Iterable[Hashable] = ()) -> AsyncIterator[Slot]:
-        """A slot for the block, waited for; it may be that of another pull that wants one of ``wanted``.
+        """Wait for a slot for the block. It may be counted for another pull that waits for one of ``wanted``.
 
-        Raises KubeletReasonError ``RegistryUnavailable``, naming ``subject``, if the transfer is broken off.
+        Raises KubeletReasonError ``RegistryUnavailable``, naming ``subject``, if the transfer is ended to make room.
         """
         slot = await self._granted(_Waiting(origin, tuple(wanted)))
         try:
@@ -144,8 +144,8 @@ class Slots:
                 raise
             raise KubeletReasonError(
                 "RegistryUnavailable",
-                f"{subject}: its registry sends less than {_SLOW >> 10} KiB a second or than others, and other pulls "
-                "wait for a slot: "
+                f"{subject}: its registry sends less than {_SLOW >> 10} KiB a second or less than others, and other "
+                "pulls wait for a slot: "
                 "pull again when the registry is faster",
             ) from error
         finally:
@@ -168,7 +168,7 @@ class Slots:
         self._grant()
 
     def _grant(self) -> None:
-        # Those that were cancelled in this turn of the loop have not left yet.
+        # Waiters that were cancelled in this turn of the loop are still in the list.
         self._waiting = [waiting for waiting in self._waiting if not waiting.granted.cancelled()]
         while (granted := self._next()) is not None:
             waiting, origin = granted
@@ -179,30 +179,30 @@ class Slots:
         self._watch()
 
     def _next(self) -> tuple[_Waiting, Origin] | None:
-        """The next layer to get a slot, and the pull that it is counted for; None if none gets one."""
-        pulls, registries = self._having()
+        """The next layer to get a slot, and the pull that the slot is counted for; None if no layer gets one."""
+        pulls, registries = self._slots_in_use()
         having = {origin: (pulls[origin], registries[origin.registry]) for origin in self._origins()}
         claims = [(waiting, min(self._claimants(waiting), key=having.__getitem__)) for waiting in self._waiting]
         share = self._share()
         now = time.monotonic()
         for waiting, origin in sorted(claims, key=lambda claim: having[claim[1]]):
-            if len(self._running) < self._most_for(*having[origin], share, patient=now - waiting.since >= PATIENCE):
+            if len(self._running) < self._limit_for(*having[origin], share, patient=now - waiting.since >= PATIENCE):
                 return waiting, origin
         return None
 
-    def _having(self) -> tuple[Counter[Origin], Counter[str]]:
-        """How many slots each pull and each registry has."""
+    def _slots_in_use(self) -> tuple[Counter[Origin], Counter[str]]:
+        """The number of slots of each pull and of each registry."""
         return Counter(slot.origin for slot in self._running), Counter(slot.origin.registry for slot in self._running)
 
     def _share(self) -> int:
-        """How many slots each registry of now has a right to."""
+        """The number of slots that each registry in use is entitled to."""
         registries = {origin.registry for origin in self._origins()} | {slot.origin.registry for slot in self._running}
         return max(1, self._shared // max(1, len(registries)))
 
-    def _most_for(self, of_pull: int, of_registry: int, share: int, *, patient: bool) -> int:
-        """How many slots may be taken before one more for a pull that has so many, of a registry that has so many.
+    def _limit_for(self, of_pull: int, of_registry: int, share: int, *, patient: bool) -> int:
+        """The number of running slots below which a pull gets one more, if it and its registry have these numbers.
 
-        ``patient``: it has waited for half a minute.
+        ``patient``: it has waited for ``PATIENCE`` seconds.
         """
         if of_pull:
             return 0 if descriptors.scarce() else self._usual
@@ -217,15 +217,15 @@ class Slots:
         return set[Origin]().union(*map(self._claimants, self._waiting))
 
     def _watch(self) -> None:
-        if self._watching is None and self._without():
+        if self._watching is None and self._pulls_without_slot():
             self._watching = asyncio.get_running_loop().call_later(1.0, self._make_room)
 
     def _make_room(self) -> None:
         self._watching = None
-        self._grant()  # to those who have waited long enough
-        without = {origin.registry for origin in self._without()}
+        self._grant()  # to waiters whose waiting time has passed
+        without = {origin.registry for origin in self._pulls_without_slot()}
         if without and not any(slot.timeout.expired() for slot in self._running):
-            slowest = self._too_slow(without) or self._beyond_its_share(without)
+            slowest = self._too_slow(without) or self._over_its_share(without)
             if slowest is not None:
                 slowest.timeout.reschedule(asyncio.get_running_loop().time())
         self._watch()
@@ -234,14 +234,14 @@ class Slots:
         return len(self._running) >= self.limit
 
     def _too_slow(self, without: set[str]) -> Slot | None:
-        """A transfer to end for pulls of the registries ``without``, if its registry sends almost nothing."""
+        """A transfer to end for pulls of the registries ``without`` a slot, because it is almost stalled."""
         in_the_way = [slot for slot in self._running if self._full() or slot.origin.registry in without]
         slowest = min(in_the_way, key=Slot.rate, default=None)
         return slowest if slowest is not None and slowest.rate() < _SLOW else None
 
-    def _beyond_its_share(self, without: set[str]) -> Slot | None:
-        """The slowest of those that keep one of ``without`` from its first slot, as their registries have too many."""
-        _, registries = self._having()
+    def _over_its_share(self, without: set[str]) -> Slot | None:
+        """The slowest transfer to end so that one of the registries ``without`` gets its first slot."""
+        _, registries = self._slots_in_use()
         if not self._full() or not any(not registries[registry] for registry in without):
             return None
         share = self._share()
@@ -256,6 +256,6 @@ class Slots:
         ]
         return min(judged, key=Slot.rate, default=None)
 
-    def _without(self) -> set[Origin]:
-        """The pulls that wait and have no slot; only called when what is free was granted."""
+    def _pulls_without_slot(self) -> set[Origin]:
+        """The pulls that wait and have no slot. Call it only after ``_grant``."""
         return self._origins() - {slot.origin for slot in self._running}

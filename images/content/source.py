@@ -1,4 +1,4 @@
-"""An image about to be installed: what a registry or an archive offers, layers not yet read."""
+"""An image that is about to be installed: its manifest and config, and how to read its layers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from images.oci.manifests import Descriptor
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """``names`` are the tags and digest references it gets; ``open_layer`` transfers a layer from a byte of it on.
+    """``names`` are the tags and digest references it gets. ``open_layer`` transfers a layer, starting at a byte of it.
 
-    ``transferred`` returns how many bytes of layers were received over the network so far; ``resumable`` is as for
-    layer sources.
+    ``transferred`` returns the bytes of layers received over the network so far. ``resumable`` is as in LayerSource.
     """
 
     subject: str
@@ -39,7 +38,7 @@ class Candidate:
         return self.config.digest
 
     def layer_sources(self) -> list[LayerSource]:
-        """One per layer, lowest first; InvalidArgumentError if manifest and configuration disagree on their number."""
+        """One per layer, lowest first. InvalidArgumentError if manifest and configuration have different numbers."""
         diff_ids = self.config.diff_ids
         if len(diff_ids) != len(self.layers):
             raise InvalidArgumentError(

@@ -1,4 +1,4 @@
-"""Removing trees without making anybody wait: they are renamed into one folder, which is emptied in the background."""
+"""Removes trees in the background: they are renamed into one folder, and a worker empties it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from host.files.removal import (
 _log = logging.getLogger("podkeel.images")
 
 HELD_SECONDS = 120.0
-LOOK_SECONDS = 5.0
-ROOM = 0.2  # the part of the disk that is to be free, or what is thrown away makes room at once
-_FEW = 64  # entries that are cheaper to remove on a thread than by starting a process
+CHECK_SECONDS = 5.0
+ROOM = 0.2  # part of the disk; with less than this free, the trash is emptied at once
+_FEW = 64  # removing so many entries on a thread is cheaper than starting a process
 _WORKER = (sys.executable, "-I", "-S", "-c", WORKER, str(Path(__file__).parents[__name__.count(".")]))
 
 
 class _Left(msgspec.Struct):
-    """The rest in the folder: how many files could not be removed, the first of them, and whether there are more."""
+    """What stayed in the folder: the number of failures, the first of them, and whether large trees are left."""
 
     failures: int = 0
     messages: list[str] = msgspec.field(default_factory=list)
@@ -46,7 +46,7 @@ class _Left(msgspec.Struct):
 
 
 class Trash:
-    """A folder on the same file system as what is moved into it. The next start deletes what a crash leaves in it."""
+    """A folder on the same file system as the files moved into it. What a crash leaves, the next start deletes."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -60,73 +60,73 @@ class Trash:
         self._holders = 0
         self._waiting = 0
         self.held_until = 0.0
-        self._next_look: asyncio.TimerHandle | None = None
+        self._next_check: asyncio.TimerHandle | None = None
         self._control = -1
         self._paused = False
 
     def start(self) -> None:
-        """Begin to empty the folder."""
+        """Start the task that empties the folder."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._task = asyncio.create_task(self._empty(), name="trash")
         self.wake()
 
     async def close(self) -> None:
-        """Stop emptying; the rest waits for the next start."""
+        """Stop emptying the folder. The next start deletes the rest."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
 
     async def emptied(self) -> None:
-        """Wait until all that was thrown in is gone; ``held`` does not count meanwhile."""
+        """Wait until everything in the folder is deleted. Overrides ``held`` while it waits."""
         self._waiting += 1
-        self._tell_worker()
+        self._order_worker()
         try:
             await self._idle.wait()
         finally:
             self._waiting -= 1
-            self._tell_worker()
+            self._order_worker()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Leave the disk to others: large trees are not removed until the block ends.
+        """Pause the removal of large trees during the block, so that others can use the disk.
 
-        This counts for two minutes, and not while the disk is short of room.
+        The pause ends after two minutes, and while the disk is short of space.
         """
         self._holders += 1
         if self._holders == 1:
             self.held_until = time.monotonic() + HELD_SECONDS
-            self._look()
+            self._check_again()
         try:
             yield
         finally:
             self._holders -= 1
-            if self._holders == 0 and self._next_look is not None:
-                self._next_look.cancel()
-            self._tell_worker()
+            if self._holders == 0 and self._next_check is not None:
+                self._next_check.cancel()
+            self._order_worker()
 
-    def _look(self) -> None:
-        self._tell_worker()
-        self._next_look = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
+    def _check_again(self) -> None:
+        self._order_worker()
+        self._next_check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._check_again)
 
-    def _tell_worker(self) -> None:
-        """Make the process that removes large trees pause or continue."""
+    def _order_worker(self) -> None:
+        """Order the worker, which removes large trees, to pause or to continue."""
         if self._control < 0:
             return
         pause = self._holders > 0 and not self._waiting and time.monotonic() < self.held_until and self._has_room()
         if pause != self._paused:
             self._paused = pause
-            with contextlib.suppress(BrokenPipeError):  # it has ended
+            with contextlib.suppress(BrokenPipeError):  # the worker has ended
                 os.write(self._control, PAUSE if pause else CONTINUE)
 
     def _has_room(self) -> bool:
         try:
             status = os.statvfs(self._folder)
         except OSError:
-            return False  # then nothing is to wait either
+            return False  # then do not pause either
         return status.f_bavail > ROOM * status.f_blocks and status.f_favail >= ROOM * status.f_files
 
     def throw(self, path: Path) -> bool:
-        """Move ``path`` into the folder (one rename; call it on a thread, then ``wake``); False if it is missing."""
+        """Rename ``path`` into the folder; call it on a thread, then call ``wake``. False if ``path`` is missing."""
         while True:
             target = self._folder / f"{os.getpid()}-{next(self._names)}"
             if not os.path.lexists(target):
@@ -138,7 +138,7 @@ class Trash:
         return True
 
     def wake(self) -> None:
-        """Allow the emptying to begin."""
+        """Start emptying the folder."""
         self._idle.clear()
         self._wake.set()
 
@@ -148,7 +148,7 @@ class Trash:
             self._wake.clear()
             try:
                 small = await in_long_thread(_remove_small, self._folder)
-                self._log_left(await self._remove_large() if small.more else small)
+                self._log_failures(await self._remove_large() if small.more else small)
             except (PodkeelError, OSError) as error:
                 _log.error("trash: %s: cannot be emptied: %s", self._folder, error)
             if not self._wake.is_set():
@@ -163,18 +163,18 @@ class Trash:
             stack.callback(os.close, orders)
             stack.callback(self.end_control)
             self._paused = False
-            self._tell_worker()
+            self._order_worker()
             descriptors = {WORKER_FOLDER: folder, WORKER_CONTROL: orders}
             done = await processes.run(_WORKER, descriptors=descriptors, environment={})
         return msgspec.json.decode(done.stdout, type=_Left)
 
     def end_control(self) -> None:
-        """Close the pipe to the process that removes large trees, which then ends, as after the agent's death."""
+        """Close the pipe to the worker, which then ends. The agent's death has the same effect."""
         os.close(self._control)
         self._control = -1
 
-    def _log_left(self, left: _Left) -> None:
-        """Log what could not be removed, each thing once."""
+    def _log_failures(self, left: _Left) -> None:
+        """Log what could not be removed, each failure once."""
         for sentence in left.messages:
             if sentence not in self._logged:
                 _log.error("trash: %s/%s: the next removal or start tries again", self._folder, sentence)
@@ -184,7 +184,7 @@ class Trash:
 
 
 def _remove_small(path: Path) -> _Left:
-    """Remove what has few entries; ``more`` says that there is something that has many."""
+    """Remove the entries with few files. ``more`` in the result says that large ones are left."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return _remove_small_in(folder)

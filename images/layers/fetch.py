@@ -1,4 +1,4 @@
-"""Bringing one layer to the node: fetched, or taken up where it broke off, and unpacked while it arrives."""
+"""Fetches one layer, or resumes its ingest, and unpacks it while it arrives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = logging.getLogger("podkeel.images")
 
 
 class LayerFetcher:
-    """Fetches and unpacks layers, as many at a time as ``slots`` allows."""
+    """Fetches and unpacks layers, as many at the same time as ``slots`` allows."""
 
     def __init__(self, options: ImageOptions, partials: PartialBlobs, trash: Trash, disk: DiskSync) -> None:
         self._options = options
@@ -35,16 +35,16 @@ class LayerFetcher:
         self.transfers = Transfers()
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads of the unpacker."""
         if self._unpacker is not None:
             self._unpacker.close()
 
     async def fetch(self, transfer: Transfer, folder: Path, incoming: Path, kept: Path) -> Unpacked:
-        """Unpack the layer to ``folder``, which is made; errors as ``Unpacker.unpack`` and ``Slots.slot``.
+        """Unpack the layer to ``folder``, which is created. Errors as ``Unpacker.unpack`` and ``Slots.slot``.
 
-        Afterwards its blob is at ``incoming``, and also a partial one if the source is resumable. Bytes on the disk are
-        used first: those of the partial blob, or of ``kept``, where another layer may have it. If they are damaged,
-        everything is fetched. Nothing is opened before the layer has its slot.
+        Afterwards its blob is at ``incoming``, and also in the partial blobs if the source is resumable. Bytes on the
+        disk are used first: the partial blob, or the blob at ``kept``, which another layer may have. If they are
+        damaged, the whole layer is fetched. No file is opened before the layer has its slot.
         """
         source = transfer.source
         async with AsyncExitStack() as stack:
@@ -60,7 +60,7 @@ class LayerFetcher:
                 keep = stack.enter_context(new_blob(incoming))
             unpacked = await self._fetch_again_if_damaged(transfer, slot, folder, keep)
             if keep is not None and alone:
-                # A separate name: other pulls may continue or delete the partial blob from now on.
+                # A separate hard link, because other pulls may now resume or delete the partial blob.
                 await in_image_thread(incoming.hardlink_to, keep.path)
         return unpacked
 
@@ -91,7 +91,7 @@ class LayerFetcher:
     async def unpack(
         self, chunks: AsyncGenerator[bytes, None], descriptor: Descriptor, folder: Path, subject: str
     ) -> Unpacked:
-        """Unpack a layer to ``folder`` outside of the store; errors as ``Unpacker.unpack``."""
+        """Unpack a layer to ``folder`` outside of the store. Raises the errors of ``Unpacker.unpack``."""
         async with self.slots.slot(Origin(), subject):
             return await self._worker().unpack(chunks, descriptor, folder, None, subject)
 

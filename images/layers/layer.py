@@ -9,11 +9,11 @@ _RETIRED = "retired:"
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """An unpacked layer, verified and complete; ``used_bytes`` and ``used_inodes`` are what it takes on disk.
+    """An unpacked layer, verified and complete. ``used_bytes`` and ``used_inodes`` are its usage on disk.
 
-    ``blob_digest`` names the compressed form, and is empty if that was not kept; ``tree_digest`` is
-    that of its files as they were unpacked, made instead of keeping the blob. A ``retired`` layer was found broken:
-    it stays for the containers that have it, and no image gets it any more.
+    ``blob_digest`` names its compressed blob, and is empty if that was not kept. ``tree_digest`` is the digest of its
+    files after unpacking, which is computed if the blob is not kept. A ``retired`` layer was found broken: it stays for
+    the containers that use it, and no other image or container gets it.
     """
 
     number: int
@@ -28,9 +28,9 @@ class Layer:
 
     @property
     def retired(self) -> bool:
-        """Whether it only serves those that have it already."""
+        """Whether only its present users may use it."""
         return self.chain_id.startswith(_RETIRED)
 
     def retire(self) -> Layer:
-        """The same layer under a chain id that no pull asks for."""
+        """The same layer with a chain ID that no pull needs."""
         return replace(self, chain_id=f"{_RETIRED}{self.number}")

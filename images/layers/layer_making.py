@@ -1,4 +1,4 @@
-"""Making one layer: fetched, unpacked, given what it takes over from the layers below, and published."""
+"""Makes one layer: fetches, unpacks, adjusts it to the layers below, and publishes it."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from images.layers import layer_rows
 from images.layers.fetch import LayerFetcher
 from images.layers.layer import Layer
 from images.options import ImageOptions
-from images.unpack.inheritance import drop_idle_whiteouts, inherit
+from images.unpack.inheritance import inherit, remove_needless_whiteouts
 from images.unpack.layer_writer import DISK_BLOCK
-from images.unpack.trees import look_at
+from images.unpack.trees import inspect_trees
 from images.unpack.worker_report import Unpacked
 
-_BATCH = 2000  # folders between two looks at whether the pull was cancelled
+_BATCH = 2000  # folders between two checks whether the pull was cancelled
 
 
 @dataclass(frozen=True, slots=True)
 class LayerFolders:
-    """Where layers and their blobs are in the data folder."""
+    """The paths of layers and their blobs in the data folder."""
 
     data: Path
 
     @property
     def layers(self) -> Path:
-        """A folder for each layer, by its number."""
+        """The folder with one folder per layer, named by its number."""
         return self.data / "layers"
 
     @property
     def content(self) -> Path:
-        """Blobs, in a folder for each algorithm of digests."""
+        """The folder of blobs, with one folder per digest algorithm."""
         return self.data / "content"
 
     @property
     def incoming(self) -> Path:
-        """Blobs of layers that are being made, by their numbers."""
+        """The folder for blobs of layers that are being made, named by layer number."""
         return self.content / "incoming"
 
     def files(self, number: int) -> Path:
-        """The files of a layer."""
+        """The folder with the files of a layer."""
         return self.layers / str(number) / "fs"
 
     def blob(self, digest: str) -> Path:
-        """The blob of that digest."""
+        """The path of the blob with that digest."""
         algorithm, _, name = digest.partition(":")
         return self.content / algorithm / name
 
@@ -67,20 +67,20 @@ _log = logging.getLogger("podkeel.images")
 
 
 class LayerIndex(Protocol):
-    """The layers that there are."""
+    """The layers on this node."""
 
     def by_chain(self, chain_id: str) -> Layer | None:
-        """The layer with that chain id."""
+        """The layer with that chain ID."""
 
     def uses_blob(self, digest: str) -> bool:
-        """Whether a layer has that blob."""
+        """Whether a layer uses that blob."""
 
     def add(self, layer: Layer, *, new: bool) -> None:
-        """There is one more; ``new`` if a pull made it that may yet break off."""
+        """Add a layer. ``new``: the pull that made it may still fail."""
 
 
 class LayerMaker:
-    """Makes layers for the ``index``. What was begun for one that fails is thrown away."""
+    """Makes layers and adds them to the ``index``. If that fails, deletes everything it made."""
 
     def __init__(
         self,
@@ -103,19 +103,20 @@ class LayerMaker:
         self._index = index
         self._disk = disk
         self._publishing = asyncio.Lock()
-        self._left_rows: set[int] = set()  # of layers that are not made, whose deletion found no room on the disk
+        self._unused_rows: set[int] = set()  # unused rows that could not be deleted because the disk was full
 
     async def make(self, transfer: Transfer, below: Sequence[asyncio.Future[Layer]]) -> Layer:
-        """Make the layer of ``transfer``, or take the one that a pull from another registry has made meanwhile.
+        """Make the layer of ``transfer``, or return the one that a pull from another registry has made since.
 
-        ``below`` are the layers below, lowest first, which the same pull obtains. Errors as ``LayerFetcher.fetch``.
+        ``below`` are the layers below it, lowest first, which the same pull obtains. Raises the errors of
+        ``LayerFetcher.fetch``.
         """
         source = transfer.source
         async with Undo(source.subject) as undo:
             number = await self._database.write(lambda connection: layer_rows.insert(connection, source))
             making, incoming = self._folders.layers / f"{number}.new", self._folders.incoming / str(number)
             whole = self._folders.layers / str(number)
-            undo.push("it", lambda: self._take_back(number, (whole, making, incoming)))
+            undo.push("it", lambda: self._delete(number, (whole, making, incoming)))
             kept = self._folders.blob(source.descriptor.digest)
             unpacked = await self._fetcher.fetch(transfer, making / "fs", incoming, kept)
             if unpacked.diff_id != source.diff_id:
@@ -150,7 +151,7 @@ class LayerMaker:
     async def _fit_to_layers_below(
         self, source: LayerSource, files: Path, below: Sequence[asyncio.Future[Layer]], unpacked: Unpacked
     ) -> Unpacked:
-        """Wait for the layers below, holding no slot meanwhile: they may need one. Returns what there is then."""
+        """Wait for the layers below without holding a slot, as they may need one. Returns the new counts."""
         if below:
             await asyncio.wait(below)
         if any(layer.cancelled() or layer.exception() is not None for layer in below):
@@ -162,7 +163,7 @@ class LayerMaker:
             for begin in range(0, len(hiding), _BATCH):
                 shown = () if unpacked.opaque else lower
                 part = hiding[begin : begin + _BATCH]
-                gone, emptied = await in_long_thread(drop_idle_whiteouts, files, shown, part, all_implied)
+                gone, emptied = await in_long_thread(remove_needless_whiteouts, files, shown, part, all_implied)
                 unpacked = msgspec.structs.replace(
                     unpacked,
                     used_inodes=unpacked.used_inodes - gone - emptied,
@@ -173,14 +174,14 @@ class LayerMaker:
         return unpacked
 
     async def _tree_digest(self, source: LayerSource, files: Path) -> str:
-        """The data to check the layer with instead of its blob; empty if blobs are kept."""
+        """The digest for later checks if blobs are not kept; otherwise empty."""
         if self._options.keep_blobs:
             return ""
         async with self._fetcher.slots.slot(source.origin, source.subject, source.wanted):
-            return (await look_at(files)).digest
+            return (await inspect_trees(files)).digest
 
     async def _publish(self, source: LayerSource, layer: Layer, making: Path, incoming: Path) -> None:
-        """Rename the complete layer to its final names, once it is on the disk."""
+        """Rename the complete layer to its final names, after it was flushed to the disk."""
         await in_image_thread(making.rename, self._folders.layers / str(layer.number))
         if layer.blob_digest:
             await in_image_thread(publish, incoming, self._folders.blob(layer.blob_digest))
@@ -196,11 +197,11 @@ class LayerMaker:
             else:
                 await self.throw([path])
 
-    async def _take_back(self, number: int, paths: Iterable[Path]) -> None:
-        """Delete the files and the row of a layer that is not made.
+    async def _delete(self, number: int, paths: Iterable[Path]) -> None:
+        """Undo ``make``: delete the files and the row of a layer.
 
-        If there is no space for writing to the store, this waits until the files are deleted. If there is still none,
-        the row is deleted with those of the next layers, or at the next start: it is not used.
+        If the disk is too full to write to the database, this first waits until the files are deleted. If it is still
+        full, the unused row is deleted later: with the rows of the next layers, or at the next start.
         """
         await self.throw(paths)
         try:
@@ -210,15 +211,15 @@ class LayerMaker:
             await self.delete_rows([number])
 
     async def delete_rows(self, numbers: Iterable[int]) -> None:
-        """Delete rows of layers, and those that a full disk kept before. They stay for now if it still is full."""
-        self._left_rows.update(numbers)
-        doomed = sorted(self._left_rows)
+        """Delete rows of layers, and those that a full disk kept before. On a full disk they stay for a later call."""
+        self._unused_rows.update(numbers)
+        doomed = sorted(self._unused_rows)
         try:
             await self._database.write(lambda connection: layer_rows.delete(connection, doomed))
-        except LimitError as error:  # the files make room
+        except LimitError as error:  # deleting the files frees space
             _log.warning("layers: rows of %d layers cannot be deleted yet: %s", len(doomed), error)
         else:
-            self._left_rows.difference_update(doomed)
+            self._unused_rows.difference_update(doomed)
 
     async def throw(self, paths: Iterable[Path]) -> None:
         """Delete the files; missing ones are no error."""

@@ -1,4 +1,4 @@
-"""The store's rows of layers: each function is one write, run on the database's thread."""
+"""The rows of layers in the store. Each function is one write, run on the database's thread."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterable
 from images.content.layer_source import LayerSource
 from images.layers.layer import Layer
 
-# The column ``ready`` of a layer that is being made; that is made, for a pull which may yet break off; that is in use.
+# Values of the column ``ready``: being made; complete, but its pull may still fail; used by an image.
 MAKING, NEW, USED = range(3)
 
 
 def insert(connection: sqlite3.Connection, source: LayerSource) -> int:
-    """A new row for a layer that is being made; returns its number. It gets its chain id when it is complete.
+    """Insert a row for a layer that is being made. Returns its number. ``complete`` sets its chain ID.
 
-    Others may be making the same layer.
+    Several rows may exist for the same layer, if several pulls make it.
     """
     cursor = connection.execute(
         "INSERT INTO layers (chain_id, diff_id, blob_digest, blob_bytes, used_bytes, used_inodes, opaque, ready) "
@@ -29,8 +29,8 @@ def insert(connection: sqlite3.Connection, source: LayerSource) -> int:
 
 
 def complete(connection: sqlite3.Connection, layer: Layer, *, resumable: bool) -> None:
-    """The layer is made; ``resumable`` as of its source."""
-    # A layer that went while the disk was too full even for deleting its row.
+    """Record the complete layer. ``resumable`` is that of its source."""
+    # A removed layer whose row could not be deleted, because the disk was full.
     connection.execute("DELETE FROM layers WHERE chain_id = ? AND number != ?", (layer.chain_id, layer.number))
     connection.execute(
         "UPDATE layers SET chain_id = ?, blob_digest = ?, blob_bytes = ?, used_bytes = ?, used_inodes = ?, opaque = ?, "
@@ -50,27 +50,27 @@ def complete(connection: sqlite3.Connection, layer: Layer, *, resumable: bool) -
 
 
 def mark_used(connection: sqlite3.Connection, numbers: Iterable[int]) -> None:
-    """An image has them."""
+    """Record that an image uses these layers."""
     rows = [(USED, number) for number in numbers]
     connection.executemany("UPDATE layers SET ready = ? WHERE number = ?", rows)
 
 
 def delete(connection: sqlite3.Connection, numbers: Iterable[int]) -> None:
-    """Forget these; missing ones are no error."""
+    """Delete the rows of these layers. Missing ones are no error."""
     connection.executemany("DELETE FROM layers WHERE number = ?", [(number,) for number in numbers])
 
 
 def delete_others(connection: sqlite3.Connection, known: set[int]) -> None:
-    """Forget all but the known ones."""
+    """Delete the rows of all layers except the known ones."""
     numbers = [row[0] for row in connection.execute("SELECT number FROM layers").fetchall()]
     delete(connection, [number for number in numbers if number not in known])
 
 
 def retire(connection: sqlite3.Connection, layer: Layer) -> None:
-    """The layer has another chain id from now on."""
+    """Record the layer's new chain ID."""
     connection.execute("UPDATE layers SET chain_id = ? WHERE number = ?", (layer.chain_id, layer.number))
 
 
 def forget_blob(connection: sqlite3.Connection, digest: str) -> None:
-    """The compressed form is not kept any more."""
+    """Record that the compressed blob is not kept any more."""
     connection.execute("UPDATE layers SET blob_digest = '' WHERE blob_digest = ?", (digest,))

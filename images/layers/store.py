@@ -1,4 +1,4 @@
-"""The layers of this node: unpacked once, numbered, counted, shared by all images and containers that have them."""
+"""The layers of this node: unpacked once, numbered, and shared by all images and containers that use them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from images.options import ImageOptions
 
 _log = logging.getLogger("podkeel.images")
 
-EMPTY_LAYER = 0  # an always empty folder, for images without layers
+EMPTY_LAYER = 0  # an empty folder, for images without layers
 
 
 @dataclass(frozen=True, slots=True)
 class _Dropped:
-    """A layer without users, the digest of its blob if that has no other user, and whether it was new."""
+    """A layer without users, the digest of its blob if no other layer uses that, and whether it was new."""
 
     layer: Layer
     blob: str
@@ -43,9 +43,9 @@ class _Dropped:
 
 
 class LayerStore:
-    """Keeps each layer in ``layers/<number>/fs`` of the data folder; a layer without users is deleted.
+    """Keeps each layer in ``layers/<number>/fs`` of the data folder. Deletes a layer when it has no users.
 
-    Images and snapshots use layers for as long as they exist, pulls while they run: ``retain`` and ``release`` count.
+    Images and snapshots use layers as long as they exist, pulls while they run. ``retain`` and ``release`` count users.
     """
 
     def __init__(self, options: ImageOptions, data_dir: Path, database: Database, trash: Trash) -> None:
@@ -58,7 +58,7 @@ class LayerStore:
         self._users: Counter[int] = Counter()
         self._blob_users: Counter[str] = Counter()
         self._making: SingleFlight[tuple[str, str], Layer] = SingleFlight("the pull was ended: the agent is stopping")
-        self._new: set[int] = set()  # made for pulls that may yet break off: their blobs are worth keeping then
+        self._new: set[int] = set()  # layers whose pull may still fail; their blobs are then kept as partial ones
         self._scratches = itertools.count()
         self.partials = PartialBlobs(self._folders.content / "partial", trash, options.partial_hours * 3600)
         disk = DiskSync(self._folders.layers)
@@ -83,15 +83,15 @@ class LayerStore:
 
     @property
     def used_inodes(self) -> int:
-        """The same in inodes."""
+        """The inodes of layers and compressed layers, including partial ones."""
         return self._used_inodes + self.partials.used_inodes
 
     async def start(self) -> None:
-        """Read the layers, and forget those that a crash left incomplete."""
+        """Read the layers. Ignores those that a crash left incomplete."""
         folders = self._folders
         for folder in (folders.layers, folders.content):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)  # images hold set-user-id programs, which other users of the node may not run
+            folder.chmod(0o700)  # images hold set-user-id programs, which other users of the node must not run
         algorithms = [folders.content / name for name in ("sha256", "sha512")]
         for folder in (folders.files(EMPTY_LAYER), *algorithms, folders.incoming):
             folder.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -112,12 +112,12 @@ class LayerStore:
                 layer = replace(layer, blob_digest="")
             self.add(layer, new=row[9] == layer_rows.NEW)
         if lost:
-            _log.warning("layers: %d lost when the machine stopped: images that use them are removed", lost)
+            _log.warning("layers: files of %d layers are missing: images that use them are removed", lost)
 
     async def sweep(self) -> None:
-        """After the users are known: delete what has no user, and folders and blobs that the store does not know.
+        """Delete layers without users, and folders and blobs that have no layer. Call it when all users are known.
 
-        The blobs of pulls that a crash broke off are kept as partial ones.
+        The blobs of pulls that a crash interrupted are kept as partial blobs.
         """
         dropped = [self._forget(number) for number in tuple(self._layers) if not self._users[number]]
         await self._maker.throw(self._folders.blob(gone.blob) for gone in dropped if gone.blob and not gone.new)
@@ -128,41 +128,41 @@ class LayerStore:
         self._trash.wake()
 
     async def close(self) -> None:
-        """Cancel what is being unpacked; a start later undoes the rest."""
+        """Cancel running pulls of layers. The next start undoes what is left."""
         await self._making.close()
         await self.partials.close()
         self.fetcher.close()
 
     def path(self, number: int) -> Path:
-        """The folder of a layer's files."""
+        """The folder with the files of a layer."""
         return self._folders.files(number)
 
     def blob(self, digest: str) -> Path | None:
-        """The compressed form of a layer, if it was kept."""
+        """The path of the compressed layer; None if it was not kept."""
         return self._folders.blob(digest) if digest in self._blob_users else None
 
     def by_chain(self, chain_id: str) -> Layer | None:
-        """The layer with that chain id."""
+        """The layer with that chain ID."""
         return self._by_chain.get(chain_id)
 
     def uses_blob(self, digest: str) -> bool:
-        """Whether a layer has that blob."""
+        """Whether a layer uses that blob."""
         return digest in self._blob_users
 
     def get(self, number: int) -> Layer | None:
-        """The layer of that number."""
+        """The layer with that number."""
         return self._layers.get(number)
 
     def all(self) -> Collection[Layer]:
-        """Every layer there is."""
+        """All layers."""
         return self._layers.values()
 
     def has(self, numbers: Iterable[int]) -> bool:
-        """Whether all of them are there."""
+        """Whether all these layers exist."""
         return all(number in self._layers or number == EMPTY_LAYER for number in numbers)
 
     def progress(self, source: LayerSource) -> LayerProgress:
-        """How far a layer is that a pull obtains."""
+        """The progress of a layer that a pull obtains."""
         return self.fetcher.transfers.progress(source, there=source.chain_id in self._by_chain)
 
     def retain(self, numbers: Iterable[int]) -> None:
@@ -170,7 +170,7 @@ class LayerStore:
         self._users.update(numbers)
 
     async def release(self, numbers: Iterable[int]) -> None:
-        """Count one user less of each, and drop those that have none left."""
+        """Count one user less of each layer, and delete those that have none left."""
         unused = []
         for number in numbers:
             self._users[number] -= 1
@@ -182,11 +182,11 @@ class LayerStore:
             await self._drop(unused)
 
     async def obtain(self, source: LayerSource, below: Sequence[asyncio.Future[Layer]]) -> Layer:
-        """The layer, retained for the caller; unpacked now, once for all callers, if it does not exist.
+        """The layer, retained for the caller. If it does not exist, it is fetched and unpacked, once for all callers.
 
-        Pulls that need it from the same registry take turns: if one fails or leaves, the next one continues at once
-        with its own connection and credentials. No pull waits for another registry, or gets the error of another pull.
-        ``below`` are the layers below, lowest first, that the same pull gets.
+        Pulls that need it from the same registry take turns: if one fails or is cancelled, the next one continues at
+        once with its own connection and credentials. No pull waits for another registry, or gets the error of another
+        pull. ``below`` are the layers below, lowest first, which the same pull obtains.
         """
         while True:
             layer = self._by_chain.get(source.chain_id)
@@ -199,14 +199,14 @@ class LayerStore:
                     raise
             if (
                 layer.number in self._layers
-            ):  # otherwise another user retained and released it while this task was scheduled
+            ):  # otherwise another user retained and released it before this task continued
                 self.retain((layer.number,))
                 return layer
 
     async def obtain_all(self, sources: Sequence[LayerSource], subject: str) -> list[Layer]:
-        """The layers of the image ``subject``, lowest first, each as ``obtain`` gives it.
+        """The layers of the image ``subject``, lowest first, each as from ``obtain``.
 
-        Raises LimitError as soon as they take more than ``images.max_image_bytes``.
+        Raises LimitError as soon as they have more than ``images.max_image_bytes``.
         """
         most = self._options.max_image_bytes
         used = sum(max(0, source.descriptor.size) for source in sources)
@@ -236,13 +236,13 @@ class LayerStore:
             await self.release([layer.number for layer in done])
             raise
 
-    def settle(self, numbers: Iterable[int]) -> None:
-        """An image has them now, so that no pull of theirs can break off any more."""
+    def mark_used(self, numbers: Iterable[int]) -> None:
+        """Record that an image uses these layers, so that they do not depend on a pull any more."""
         self._new.difference_update(numbers)
 
     async def _make(self, source: LayerSource, below: Sequence[asyncio.Future[Layer]]) -> Layer:
         made = self._by_chain.get(source.chain_id)
-        if made is not None:  # by another registry's pull, before it was this one's turn
+        if made is not None:  # a pull from another registry made it while this one waited for its turn
             return made
         with self.fetcher.transfers.making(source) as transfer, self._trash.held():
             try:
@@ -253,7 +253,7 @@ class LayerStore:
                 raise NoSpaceError(f"{source.subject} could not be unpacked, the disk is full: {error}") from error
 
     def add(self, layer: Layer, *, new: bool) -> None:
-        """There is one more; ``new`` if a pull made it that may yet break off."""
+        """Add a layer. ``new``: the pull that made it may still fail."""
         if new:
             self._new.add(layer.number)
         self._layers[layer.number] = layer
@@ -267,7 +267,7 @@ class LayerStore:
                 self._used_inodes += 1
 
     def _forget(self, number: int) -> _Dropped:
-        """Take the layer out of memory."""
+        """Remove the layer from memory."""
         layer = self._layers.pop(number)
         del self._by_chain[layer.chain_id]
         new = number in self._new
@@ -286,7 +286,7 @@ class LayerStore:
 
     @asynccontextmanager
     async def scratch(self) -> AsyncIterator[Path]:
-        """An empty folder on the layers' file system. It is deleted when the block ends, or at the next start."""
+        """Provide an empty folder on the layers' file system. It is deleted after the block or at the next start."""
         folder = self._folders.incoming / f"check-{next(self._scratches)}"
         await in_image_thread((folder / "fs").mkdir, mode=0o755, parents=True)
         try:
@@ -296,7 +296,7 @@ class LayerStore:
             await self._trash.emptied()
 
     async def retire(self, number: int) -> None:
-        """No further user gets the layer; success if it does not exist."""
+        """Stop giving the layer to new users. Success if it does not exist."""
         layer = self._layers.get(number)
         if layer is None or layer.retired:
             return
@@ -306,7 +306,7 @@ class LayerStore:
         await self._database.write(lambda connection: layer_rows.retire(connection, retired))
 
     async def drop_blob(self, digest: str) -> None:
-        """Keep the compressed form no longer; success if it is not kept."""
+        """Delete the compressed layer. Success if it is not kept."""
         users = [layer for layer in self._layers.values() if layer.blob_digest == digest]
         if not digest or not users:
             return
@@ -326,7 +326,7 @@ class LayerStore:
     async def _drop(self, dropped: list[_Dropped]) -> None:
         await self._maker.delete_rows(gone.layer.number for gone in dropped)
         paths = [self._folders.layers / str(gone.layer.number) for gone in dropped]
-        # A pull may have brought the same blob again meanwhile.
+        # A pull may have fetched the same blob again since.
         blobs = [gone for gone in dropped if gone.blob and gone.blob not in self._blob_users]
         for gone in blobs:
             if gone.new:
@@ -335,8 +335,8 @@ class LayerStore:
                 paths.append(self._folders.blob(gone.blob))
         await self._maker.throw(paths)
 
-    async def give_up(self, blobs: Iterable[str], error: PodkeelError) -> None:
-        """A pull with these blobs failed with ``error``, and would fail again: delete their fetched bytes.
+    async def drop_fetched(self, blobs: Iterable[str], error: PodkeelError) -> None:
+        """Delete the fetched bytes of ``blobs``, whose pull failed with ``error`` and would fail again.
 
         If the disk was full, delete all partial blobs, and return when they are deleted.
         """
@@ -347,7 +347,7 @@ class LayerStore:
             await self.partials.drop(blobs)
 
     def _sweep_folders(self, layers: set[int], blobs: set[str]) -> list[str]:
-        """Throw away folders that no layer has; returns the digests of such blobs."""
+        """Throw away folders without a layer. Returns the digests of blobs without a layer."""
         keep = {str(number) for number in layers} | {str(EMPTY_LAYER)}
         for path in self._folders.layers.iterdir():
             if path.name not in keep:

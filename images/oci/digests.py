@@ -1,4 +1,4 @@
-"""Digests as the OCI image specification writes them: ``algorithm:hex``."""
+"""Digests in the form of the OCI image specification: ``algorithm:hex``."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ class Hasher(Protocol):
     """The interface of hashlib's objects."""
 
     def update(self, data: bytes, /) -> None:
-        """Take in more bytes."""
+        """Add bytes to the hash."""
 
     def hexdigest(self) -> str:
-        """The digest so far."""
+        """The digest of all bytes so far, as hexadecimal digits."""
 
 
 def is_digest(text: str) -> bool:
-    """Whether ``text`` is a digest of a known algorithm, in full."""
+    """Whether ``text`` is a complete digest of a supported algorithm."""
     return _DIGEST.fullmatch(text) is not None
 
 
 def check_digest(text: str, subject: str) -> str:
-    """``text`` itself if it is a digest; otherwise InvalidArgumentError naming ``subject``."""
+    """Return ``text`` if it is a digest; otherwise raise InvalidArgumentError naming ``subject``."""
     if not is_digest(text):
         raise InvalidArgumentError(f"{subject}: {text[:100]!r} is not a sha256 or sha512 digest")
     return text
 
 
 def hasher(digest: str = "") -> Hasher:
-    """A fresh hash of the algorithm of ``digest``, sha256 if that is empty."""
+    """A new hash object for the algorithm of ``digest``; sha256 if that is empty."""
     return hashlib.new(digest.partition(":")[0] or "sha256")
 
 
@@ -45,14 +45,14 @@ def digest_of(data: bytes, like: str = "") -> str:
 
 
 def verify(data: bytes, digest: str, subject: str) -> None:
-    """InvalidArgumentError unless ``data`` has that digest."""
+    """Raise InvalidArgumentError unless ``data`` has that digest."""
     actual = digest_of(data, digest)
     if actual != digest:
         raise InvalidArgumentError(f"{subject} is broken: its digest is {actual}, expected {digest}")
 
 
 def chain_ids(diff_ids: tuple[str, ...]) -> tuple[str, ...]:
-    """The chain id of each layer: the digest of everything up to it (OCI image specification, "Layer ChainID")."""
+    """The chain ID of each layer (OCI image specification, "Layer ChainID"). It covers all layers up to that one."""
     chain: list[str] = []
     for diff_id in diff_ids:
         chain.append(digest_of(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id)

@@ -1,6 +1,6 @@
-"""Manifests, indexes and what they point to (OCI image specification; Docker image manifest version 2, schema 2).
+"""Manifests, indexes and descriptors (OCI image specification; Docker image manifest version 2, schema 2).
 
-Members that are null count as absent, as containerd takes them.
+Members that are null count as absent, as in containerd.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class PlatformFields(msgspec.Struct, frozen=True):
 class Descriptor(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     """A descriptor of a blob: type, digest and size in bytes.
 
-    In archives without digests, digest is empty and size -1.
+    In archives without digests, ``digest`` is empty and ``size`` is -1.
     """
 
     media_type: str = ""
@@ -63,7 +63,7 @@ class Descriptor(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True
 
 
 class Manifest(msgspec.Struct, frozen=True, rename="camel"):
-    """An image manifest or an index; ``is_index`` says which."""
+    """An image manifest or an index, depending on ``is_index``."""
 
     schema_version: int = 0
     media_type: str = ""
@@ -98,15 +98,16 @@ class _RawManifest(msgspec.Struct, rename="camel"):
     config: _RawDescriptor | None = None
     layers: list[_RawDescriptor | None] | None = None
     manifests: list[_RawDescriptor | None] | None = None
-    fs_layers: msgspec.Raw = msgspec.Raw(b"null")  # in a union with None it takes no array
+    fs_layers: msgspec.Raw = msgspec.Raw(b"null")  # msgspec.Raw in a union with None does not accept an array
 
 
 def parse_manifest(content: bytes, subject: str, *claimed: str) -> Manifest:
-    """The manifest or index in ``content``; every descriptor has a digest and a size.
+    """Decode the manifest or index in ``content``. Every descriptor has a digest and a size.
 
-    ``claimed`` are the media types from other places: the Content-Type, the descriptor. Raises InvalidArgumentError for
-    a malformed document, for one that could be read as an image and as an index (CVE-2021-41190), and for more layers
-    than this node can mount; UnsupportedError for Docker's schema 1 and for other documents.
+    ``claimed`` are its media types according to other sources: the Content-Type header, the descriptor. Raises
+    InvalidArgumentError for a malformed document, for one that could be read both as an image and as an index
+    (CVE-2021-41190), and for more layers than this node can mount. Raises UnsupportedError for Docker's schema 1 and
+    for other documents.
     """
     types = [name.partition(";")[0].strip().lower() for name in claimed]
     if any(name.startswith(_SCHEMA_1) for name in types):
@@ -145,7 +146,7 @@ def _present(member: msgspec.Raw) -> bool:
 
 
 def _check_unambiguous(content: bytes, raw: _RawManifest, claimed: list[str], subject: str) -> None:
-    """Raise if different readers could read this document as different kinds."""
+    """Raise InvalidArgumentError if programs could read this document as different kinds."""
 
     def refuse(why: str) -> InvalidArgumentError:
         return InvalidArgumentError(f"{subject} is ambiguous, which is refused: {why}")
@@ -169,10 +170,10 @@ def _check_unambiguous(content: bytes, raw: _RawManifest, claimed: list[str], su
     own = (raw.media_type or "").partition(";")[0].strip().lower()
     if own and own not in MANIFEST_TYPES:
         raise UnsupportedError(f"{subject} is no image: its manifest has media type {raw.media_type}")
-    said = {own, *claimed} & set(MANIFEST_TYPES)
-    if len(said) > 1:
-        raise refuse(f"it is said to be {' and '.join(sorted(said))}")
-    if said and (said.pop() in INDEX_TYPES) != (raw.manifests is not None):
+    named = {own, *claimed} & set(MANIFEST_TYPES)
+    if len(named) > 1:
+        raise refuse(f"its media type is given as {' and as '.join(sorted(named))}")
+    if named and (named.pop() in INDEX_TYPES) != (raw.manifests is not None):
         raise refuse("its media type is that of an image and its members are those of an index, or the reverse")
 
 
@@ -197,12 +198,12 @@ def _check_descriptor(descriptor: Descriptor, subject: str) -> None:
         raise InvalidArgumentError(f"{subject} is not a valid manifest: {descriptor.digest} has no size")
     if descriptor.size > _LARGEST_SIZE:
         raise InvalidArgumentError(
-            f"{subject} is not a valid manifest: {descriptor.digest} is said to have {descriptor.size} bytes"
+            f"{subject} is not a valid manifest: {descriptor.digest} has an impossible size of {descriptor.size} bytes"
         )
 
 
 def check_is_image(manifest: Manifest, subject: str) -> Descriptor:
-    """The config descriptor; UnsupportedError when this is an artifact or has layers that cannot be unpacked."""
+    """The config descriptor. UnsupportedError if this is an artifact or has layers that cannot be unpacked."""
     config = manifest.config
     if config is None:
         raise InvalidArgumentError(f"{subject} names no config")
@@ -220,7 +221,7 @@ def check_is_image(manifest: Manifest, subject: str) -> Descriptor:
 
 
 def decode_json(content: bytes, kind: type[T], subject: str, most_bytes: int) -> T:
-    """``content`` as ``kind``; InvalidArgumentError naming ``subject`` otherwise."""
+    """Decode ``content`` as ``kind``. Otherwise InvalidArgumentError naming ``subject``."""
     try:
         return untrusted_json.decode(content, kind, most_bytes=most_bytes)
     except JsonError as error:

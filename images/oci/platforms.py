@@ -1,4 +1,4 @@
-"""Choosing the image of an index that suits this machine."""
+"""Selects the image in an index that suits this machine."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _ARCHITECTURES = {
     "riscv64": ("riscv64", ""),
     "loongarch64": ("loong64", ""),
 }
-# What a machine also runs (containerd's platforms.Only). It is taken if there is nothing for the machine itself.
+# The other architecture that a machine can run (containerd's platforms.Only), used if no image has its own one.
 _ALSO_RUN = {"amd64": "386", "arm64": "arm"}
 OTHER_ARCHITECTURE = 9  # the best suitability of another architecture
 
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """An operating system and architecture in Go's words, as image indexes use them."""
+    """An operating system and architecture, named as in Go and in image indexes."""
 
     os: str
     architecture: str
@@ -38,7 +38,7 @@ class Platform:
         return "/".join(filter(None, (self.os, self.architecture, self.variant)))
 
     def normalized(self) -> Platform:
-        """The same platform as Go names it: ``x86_64`` is amd64, whose variant v1 is its only one without a number."""
+        """The same platform with Go's names: ``x86_64`` becomes amd64. The variant v1 of amd64 is left out."""
         name = self.architecture.lower()
         architecture, variant = _ARCHITECTURES.get(name, (name, ""))
         variant = self.variant.lower() or variant
@@ -57,7 +57,7 @@ def this_machine() -> Platform:
 
 
 def suitability(offered: Platform, machine: Platform) -> int:
-    """How well an image for ``offered`` runs on ``machine``; 0 if it does not, more is better."""
+    """How well an image for ``offered`` runs on ``machine``. 0: not at all; a higher number is better."""
     offered = offered.normalized()
     if offered.os != machine.os:
         return 0
@@ -70,12 +70,12 @@ def suitability(offered: Platform, machine: Platform) -> int:
     if not offered.variant:
         return 50
     mine, theirs = _number(machine.variant), _number(offered.variant)
-    # An arm v7 machine runs v6 and v5 images; an amd64 machine is not known to run v2 ones.
+    # An arm v7 machine runs v6 and v5 images. Whether an amd64 machine runs v2 images is unknown.
     return OTHER_ARCHITECTURE + theirs if 0 < theirs < mine else 0
 
 
 def _as_another(offered: Platform, machine: Platform) -> int:
-    """How well the older architecture that ``machine`` also runs suits it; an arm image without variant is a v7 one."""
+    """The suitability of the other architecture that ``machine`` can run. An arm image without variant is v7."""
     if _ALSO_RUN.get(machine.architecture) != offered.architecture:
         return 0
     if offered.architecture != "arm":

@@ -1,4 +1,4 @@
-"""Image references: parsing and normalising, with Docker Hub's short names (distribution's reference grammar)."""
+"""Parses and normalises image references, with Docker Hub's short names (distribution's reference grammar)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HEX_ID = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A full name: registry domain, repository path, and a tag, a digest or both."""
+    """A full image name: registry domain, repository path, and a tag, a digest or both."""
 
     domain: str
     path: str
@@ -35,7 +35,7 @@ class Reference:
 
     @property
     def tagged(self) -> str:
-        """``domain/path:tag``, empty without a tag."""
+        """``domain/path:tag``; empty without a tag."""
         return f"{self.repository}:{self.tag}" if self.tag else ""
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Reference:
 def parse(text: str) -> Reference:
     """The full form of ``text``: ``busybox`` is ``docker.io/library/busybox:latest``.
 
-    A name with neither tag nor digest gets the tag ``latest``. Raises InvalidArgumentError saying what is wrong.
+    A name with neither tag nor digest gets the tag ``latest``. Raises InvalidArgumentError naming the invalid part.
     """
     if "://" in text:
         raise InvalidArgumentError(f"image reference {text!r}: leave out the scheme ({text.partition('://')[0]}://)")
@@ -67,7 +67,7 @@ def parse(text: str) -> Reference:
 
 def _split_domain(name: str) -> tuple[str, str]:
     first, slash, rest = name.partition("/")
-    # A first component is a registry only if it cannot be a name on Docker Hub.
+    # The first component is a registry only if it cannot be the first part of a name on Docker Hub.
     if slash and ("." in first or ":" in first or first == "localhost" or first != first.lower()):
         domain, path = first, rest
     else:

@@ -1,7 +1,7 @@
-"""The node's own registry credentials: a file in the form of docker's ``config.json``, and the helpers it names.
+"""The node's registry credentials: a file in the format of docker's ``config.json``, and its credential helpers.
 
 Documents: docker's "docker login" (``auths``, ``credHelpers``, ``credsStore``); docker-credential-helpers' protocol:
-``docker-credential-NAME get`` takes an address on standard input and answers JSON.
+``docker-credential-NAME get`` reads an address from standard input and prints JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Entry(msgspec.Struct):
     registrytoken: str | None = None
 
     def credentials(self) -> Credentials:
-        """The same as credentials."""
+        """The entry as Credentials."""
         return Credentials(
             self.username or "",
             self.password or "",
@@ -66,17 +66,18 @@ class _HelperAnswer(msgspec.Struct, rename="pascal"):
 
 @dataclass(frozen=True, slots=True)
 class FoundCredentials:
-    """Credentials for one host, or None; ``origin`` names their source, or says why there are none."""
+    """Credentials for one host, or None. ``origin`` names their source, or the reason why there are none."""
 
     credentials: Credentials | None
     origin: str
 
 
 async def find_credentials(options: ImageOptions, addresses: Sequence[str], path: str) -> FoundCredentials:
-    """The node's credentials for the host ``addresses`` (``host`` or ``host:port``) and the repository ``path``.
+    """The node's credentials for a host with these ``addresses`` (``host`` or ``host:port``) and repository ``path``.
 
-    A helper for this host comes first, then an entry of the file, then the helper for all hosts. A helper that fails or
-    is too slow counts as none, since the image may be public. Raises InvalidArgumentError for a malformed file.
+    The helper for this host is used first, then an entry of the file, then the helper for all hosts. If a helper fails
+    or is too slow, no credentials are used, because the image may be public. Raises InvalidArgumentError for a
+    malformed file.
     """
     file = Path(options.credentials_file)
     content = await in_image_thread(_read, file) if options.credentials_file else None
@@ -85,7 +86,7 @@ async def find_credentials(options: ImageOptions, addresses: Sequence[str], path
     helpers = {key: name for key, name in (content.cred_helpers or {}).items() if name}
     helper = _best(helpers, addresses, path)
     if helper is not None:
-        return await _ask(helper[1], helper[0], options.credential_helper_seconds)
+        return await _run_helper(helper[1], helper[0], options.credential_helper_seconds)
     entries = {key: entry.credentials() for key, entry in (content.auths or {}).items() if entry is not None}
     usable = {key: credentials for key, credentials in entries.items() if credentials != Credentials()}
     entry = _best(usable, addresses, path)
@@ -93,7 +94,7 @@ async def find_credentials(options: ImageOptions, addresses: Sequence[str], path
         return FoundCredentials(entry[1], f"{file}, entry {entry[0]}")
     if content.creds_store:
         key = _DOCKER_HUB_KEY if addresses[0] in DOCKER_HUB_NAMES else addresses[0]
-        return await _ask(content.creds_store, key, options.credential_helper_seconds)
+        return await _run_helper(content.creds_store, key, options.credential_helper_seconds)
     return FoundCredentials(None, f"{file} has none for {addresses[0]}")
 
 
@@ -107,7 +108,7 @@ def _read(file: Path) -> _File | None:
 
 
 def _best(table: Mapping[str, T], addresses: Sequence[str], path: str) -> tuple[str, T] | None:
-    """The entry with the longest path that is for one of the addresses; an exact host before a pattern."""
+    """The entry for one of the addresses that has the longest path. An exact host is preferred to a pattern."""
     best: tuple[int, bool] | None = None
     chosen: tuple[str, T] | None = None
     for key, value in table.items():
@@ -122,18 +123,18 @@ def _best(table: Mapping[str, T], addresses: Sequence[str], path: str) -> tuple[
 
 
 def _normalized(key: str) -> str:
-    """``https://index.docker.io/v1/`` as ``index.docker.io``."""
+    """The host and path of an entry's key: ``https://index.docker.io/v1/`` becomes ``index.docker.io``."""
     plain = key.rpartition("://")[2].rstrip("/")
     return re.sub(r"/v[12]\Z", "", plain)
 
 
 def _host_matches(pattern: str, address: str) -> bool:
-    """Whether ``*`` and ``?`` in ``pattern`` fit, each label for itself: ``*.example`` is not ``a.b.example``."""
+    """Whether ``pattern`` with ``*`` and ``?`` matches label by label: ``*.example`` does not match ``a.b.example``."""
     labels, others = pattern.split("."), address.split(".")
     return len(labels) == len(others) and all(map(fnmatchcase, others, labels))
 
 
-async def _ask(helper: str, server: str, seconds: float) -> FoundCredentials:
+async def _run_helper(helper: str, server: str, seconds: float) -> FoundCredentials:
     program = f"docker-credential-{helper}"
     try:
         if not _HELPER_NAME.fullmatch(helper):
@@ -142,25 +143,25 @@ async def _ask(helper: str, server: str, seconds: float) -> FoundCredentials:
             (program, "get"), stdin=server.encode(), timeout=seconds, check=False, limit=_ANSWER_LIMIT
         )
     except (PodkeelError, OSError) as error:
-        return _without(program, str(error))
+        return _failed(program, str(error))
     if done.status == 0:
-        return _answered(program, done.stdout)
-    said = (done.stdout.strip() or done.stderr.strip()).decode(errors="replace")[:200]
-    if "credentials not found" in said:
+        return _decode_answer(program, done.stdout)
+    output = (done.stdout.strip() or done.stderr.strip()).decode(errors="replace")[:200]
+    if "credentials not found" in output:
         return FoundCredentials(None, f"{program} has none for {server}")
-    return _without(program, f"it ended with status {done.status}: {said}")
+    return _failed(program, f"it ended with status {done.status}: {output}")
 
 
-def _answered(program: str, output: bytes) -> FoundCredentials:
+def _decode_answer(program: str, output: bytes) -> FoundCredentials:
     try:
         answer = untrusted_json.decode(output, _HelperAnswer)
     except JsonError:
-        return _without(program, "its answer is not understood")  # which may hold a secret, so it is not quoted
+        return _failed(program, "its answer is not understood")  # not quoted: it may hold a secret
     if answer.username == "<token>":
         return FoundCredentials(Credentials(identity_token=answer.secret), program)
     return FoundCredentials(Credentials(username=answer.username, password=answer.secret), program)
 
 
-def _without(program: str, reason: str) -> FoundCredentials:
+def _failed(program: str, reason: str) -> FoundCredentials:
     _log.warning("credential helper %s: %s", program, reason)
     return FoundCredentials(None, f"{program} failed: {reason}")

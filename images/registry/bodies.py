@@ -1,4 +1,4 @@
-"""Bodies of answers that are read into memory: each with a limit of size and of time, its encoding undone."""
+"""Reads bodies of HTTP responses into memory, with limits of size and time, and decodes their Content-Encoding."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class _Errors(msgspec.Struct):
 
 
 class BodyError(Exception):
-    """The body is larger than allowed, or encoded in a way that is not understood."""
+    """The body is larger than allowed, or its encoding is unknown or broken."""
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int, seconds: float) -> bytes:
-    """The body as received; closes the answer. BodyError above ``limit`` bytes, TimeoutError after ``seconds``."""
+    """The body as received. Closes the response. BodyError above ``limit`` bytes, TimeoutError after ``seconds``."""
     async with asyncio.timeout(seconds):
         return await collect(response, response.content.iter_any(), limit)
 
 
 async def collect(response: aiohttp.ClientResponse, chunks: AsyncIterator[bytes], limit: int) -> bytes:
-    """``chunks`` of the answer's body joined, closing the answer. BodyError above ``limit`` bytes."""
+    """Join ``chunks`` of the response's body and close the response. BodyError above ``limit`` bytes."""
     try:
         if (response.content_length or 0) > limit:
             raise BodyError(f"larger than {limit} bytes")
@@ -57,13 +57,13 @@ async def collect(response: aiohttp.ClientResponse, chunks: AsyncIterator[bytes]
 
 
 def encoding_of(response: aiohttp.ClientResponse) -> str:
-    """The encoding of the body; empty for none. No encoding is requested, but some servers use one."""
+    """The body's Content-Encoding; empty for none. The client requests no encoding, but some servers use one."""
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     return "" if encoding == "identity" else encoding
 
 
 async def decoded(content: bytes, encoding: str, limit: int) -> bytes:
-    """``content`` with its Content-Encoding undone. BodyError if that is unknown, broken or gives more than limit."""
+    """Decode ``content``. BodyError if ``encoding`` is unknown or broken, or if the result is above ``limit`` bytes."""
     if not encoding:
         return content
     if encoding not in _ENCODINGS:
@@ -84,11 +84,11 @@ def _decompress(content: bytes, limit: int) -> bytes:
             raise BodyError(f"larger than {limit} bytes")
         if machine.eof:
             return plain
-    raise BodyError("broken: its Content-Encoding does not fit it")
+    raise BodyError("broken: it does not have its Content-Encoding")
 
 
 async def error_text(response: aiohttp.ClientResponse, seconds: float) -> str:
-    """A short form of a registry's error body (OCI distribution specification, "Error Codes")."""
+    """A short text for a registry's error response (OCI distribution specification, "Error Codes")."""
     status = f"{response.status} {response.reason}"
     try:
         content = await decoded(await read_body(response, LARGEST_ERROR, seconds), encoding_of(response), LARGEST_ERROR)
@@ -100,5 +100,5 @@ async def error_text(response: aiohttp.ClientResponse, seconds: float) -> str:
 
 
 def plain_text(text: str) -> str:
-    """``text`` of another's without what would move a terminal's cursor or could not be sent on."""
+    """Replace characters of a registry's ``text`` that could control a terminal or could not be sent."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)

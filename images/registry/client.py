@@ -1,4 +1,4 @@
-"""A client of the OCI distribution API: resolves a reference, fetches manifests and blobs, from mirrors where set."""
+"""A client of the OCI distribution API: resolves references, fetches manifests and blobs, also from mirrors."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from images.oci.manifests import LARGEST_MANIFEST, MANIFEST_TYPES, Descriptor
 from images.oci.reference import Reference
 from images.options import ImageOptions
 from images.registry.bodies import BodyError, collect, decoded, encoding_of
-from images.registry.connection import ConnectedHost, RegistryConnection, UnreachableError, who
+from images.registry.connection import ConnectedHost, RegistryConnection, UnreachableError, credentials_of
 from images.registry.credentials import Credentials
 from images.registry.http import RateWatch, after, back_off, body_of, first_byte, reason_of
 
 _log = logging.getLogger("podkeel.images")
 
-_PROGRESS = 1 << 20  # bytes between two breaks that make it worth continuing a transfer
-# What hosts may answer to a request with Range, without the statuses of server errors and of refused access.
+_PROGRESS = 1 << 20  # bytes; a transfer that brought so many before it broke resets the count of failures
+# Statuses that hosts send for a request with Range, without transient server errors and refused access.
 _ANSWERS_TO_RANGES = (200, 206, 400, 403, 405, 406, 411, 412, 413, 416, 417, 422, 500, 501, 505)
 _ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}
 
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class FetchedManifest:
-    """A manifest or index as the registry has it, its digest verified; only its size if just that was asked for."""
+    """A manifest or index as received, its digest verified. After ``head``, ``content`` is empty."""
 
     content: bytes
     digest: str
@@ -50,7 +50,7 @@ class FetchedManifest:
 
 @dataclass(frozen=True, slots=True)
 class _Document:
-    """A document to fetch as a whole: with at most ``limit`` bytes, and with that digest unless it is empty."""
+    """A document to fetch whole: of at most ``limit`` bytes, and with ``digest`` unless that is empty."""
 
     subject: str
     path: str
@@ -61,7 +61,7 @@ class _Document:
 
 @dataclass(frozen=True, slots=True)
 class HostAnswer:
-    """The answer of one host about a reference; ``answered`` if it has it. ``credentials`` holds no secret."""
+    """The answer of one host about a reference. ``answered``: it has the image. ``credentials`` holds no secret."""
 
     address: str
     configured_in: str
@@ -74,8 +74,8 @@ class HostAnswer:
 class RegistryClient:
     """Fetches one image; for ``async with``. Each host gets only the credentials meant for it.
 
-    Raises KubeletReasonError ``RegistryUnavailable`` when no host can be reached or the transfer is too slow,
-    NotFoundError when none has what is asked, PermissionDeniedError when access is refused.
+    Raises KubeletReasonError ``RegistryUnavailable`` if no host can be reached or the transfer is too slow,
+    NotFoundError if no host has the object, PermissionDeniedError if access is refused.
     """
 
     def __init__(self, options: ImageOptions, reference: Reference, credentials: Credentials | None) -> None:
@@ -93,17 +93,19 @@ class RegistryClient:
         await self._connection.__aexit__()
 
     async def head(self) -> FetchedManifest:
-        """The current descriptor of the reference, without the content; the digest is empty if the registry does not
-        report it."""
+        """The current descriptor of the reference, without the content.
+
+        The digest is empty if the registry does not report it.
+        """
         return await self._first("resolve", self._head)
 
     async def manifest(self, digest: str = "") -> FetchedManifest:
-        """The manifest of that digest, or the one that the reference names."""
+        """The manifest with that digest; without one, the manifest that the reference names."""
         wanted = digest or self._reference.digest
         return await self._first("pull" if digest else "resolve", lambda host: self._get_manifest(host, wanted))
 
     async def small_blob(self, descriptor: Descriptor, limit: int) -> bytes:
-        """A whole blob in memory, verified; InvalidArgumentError if it is larger than ``limit`` or broken."""
+        """A whole blob in memory, verified. InvalidArgumentError if it is larger than ``limit`` or broken."""
         subject = f"blob {descriptor.digest} of {self._reference}"
         if descriptor.size > limit:
             raise InvalidArgumentError(f"{subject} is larger than {limit} bytes")
@@ -115,7 +117,7 @@ class RegistryClient:
         return content
 
     async def blob(self, descriptor: Descriptor, begin: int = 0) -> AsyncGenerator[bytes, None]:
-        """The bytes of a blob from ``begin`` on, unverified; a broken connection is taken up again where it broke."""
+        """The bytes of a blob from ``begin`` on, unverified. Resumes the transfer if the connection breaks."""
         received = begin
         failures = 0
         while True:
@@ -139,11 +141,11 @@ class RegistryClient:
                 if failures >= self._options.attempts:
                     raise KubeletReasonError(
                         "RegistryUnavailable",
-                        f"blob {descriptor.digest} of {self._reference}: transfer broke off at byte {received}: "
+                        f"blob {descriptor.digest} of {self._reference}: transfer interrupted at byte {received}: "
                         f"{reason_of(error)}",
                     ) from error
                 _log.warning(
-                    "blob %s: transfer broke off at byte %d: %s", descriptor.digest, received, reason_of(error)
+                    "blob %s: transfer interrupted at byte %d: %s", descriptor.digest, received, reason_of(error)
                 )
                 with self._rate.waiting():
                     await back_off(failures)
@@ -158,7 +160,7 @@ class RegistryClient:
             )
 
     async def explain(self) -> list[HostAnswer]:
-        """Ask every host that may resolve, in the order they are tried; what each of them says."""
+        """Send a request to every host that may resolve, in the configured order. Returns what each of them answers."""
         answers = []
         for host in self._connection.hosts:
             answered = False
@@ -173,11 +175,13 @@ class RegistryClient:
                 except (NotFoundError, PermissionDeniedError) as error:
                     answer = error.message
             origin = host.config.origin or "the default"
-            answers.append(HostAnswer(host.config.base, origin, host.config.mirror, who(host), answered, answer))
+            answers.append(
+                HostAnswer(host.config.base, origin, host.config.mirror, credentials_of(host), answered, answer)
+            )
         return answers
 
     async def _first(self, capability: str, ask: Callable[[ConnectedHost], Coroutine[None, None, T]]) -> T:
-        """The answer of the first host that has one; otherwise the error of the registry itself, or what all said."""
+        """The answer of the first host that has one. Otherwise raises the registry's error, or those of all hosts."""
         refusal: PodkeelError | None = None
         unreachable: list[str] = []
         for host in self._connection.hosts:
@@ -187,7 +191,7 @@ class RegistryClient:
                 return await ask(host)
             except UnreachableError as error:
                 unreachable.append(f"{host.config.base}: {error}")
-                refusal = None  # what a mirror lacks, the registry behind it may have
+                refusal = None  # the registry may have what a mirror does not have
             except (NotFoundError, PermissionDeniedError) as error:
                 refusal = error
         if refusal is not None:
@@ -199,7 +203,7 @@ class RegistryClient:
     async def _head_or_get(self, host: ConnectedHost) -> FetchedManifest:
         try:
             return await self._head(host)
-        except (NotFoundError, PermissionDeniedError):  # some hosts know no HEAD, or refuse it
+        except (NotFoundError, PermissionDeniedError):  # some hosts do not support HEAD, or refuse it
             return await self._get_manifest(host, self._reference.digest)
 
     async def _head(self, host: ConnectedHost) -> FetchedManifest:
@@ -214,28 +218,28 @@ class RegistryClient:
         subject = f"manifest {name} of {self._reference.repository}"
         wanted = _Document(subject, f"/manifests/{name}", _ACCEPT, LARGEST_MANIFEST, digest)
         content, response = await self._whole(host, wanted)
-        found = digest or digests.digest_of(content, _said_digest(response))
+        found = digest or digests.digest_of(content, _reported_digest(response))
         return FetchedManifest(content, found, response.content_type, len(content))
 
     async def _whole(self, host: ConnectedHost, wanted: _Document) -> tuple[bytes, aiohttp.ClientResponse]:
-        """A document, and its answer; requested again if the transfer breaks off.
+        """A document and its response. Requests it again if the transfer breaks.
 
-        Raises InvalidArgumentError if it has more than its limit of bytes or another digest.
+        Raises InvalidArgumentError if it has more bytes than its limit or another digest.
         """
         failures = 0
         while True:
             response = await self._connection.request(host, "GET", wanted.path, wanted.headers)
             try:
                 content = await collect(response, self._watched(response), wanted.limit)
-                digest = wanted.digest or _said_digest(response)
+                digest = wanted.digest or _reported_digest(response)
                 return await _unencoded(content, encoding_of(response), digest, wanted), response
             except BodyError as error:
                 raise InvalidArgumentError(f"{wanted.subject} is {error}") from error
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 failures += 1
                 if failures >= self._options.attempts:
-                    raise UnreachableError(f"{wanted.subject} broke off: {reason_of(error)}") from error
-                _log.warning("%s: transfer broke off: %s", wanted.subject, reason_of(error))
+                    raise UnreachableError(f"{wanted.subject}: transfer interrupted: {reason_of(error)}") from error
+                _log.warning("%s: transfer interrupted: %s", wanted.subject, reason_of(error))
             await back_off(failures)
 
     async def _watched(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
@@ -249,9 +253,9 @@ class RegistryClient:
     async def _open_blob(
         self, host: ConnectedHost, descriptor: Descriptor, offset: int
     ) -> tuple[aiohttp.ClientResponse, int]:
-        """The blob, and which byte of it the answer begins with: ``offset`` at most.
+        """Request the blob. Returns the response, and the offset where it begins: ``offset`` or less.
 
-        If a host does not send exactly the requested rest, it is asked for the whole.
+        If a host does not send exactly the requested range, this requests the whole blob.
         """
         path = f"/blobs/{descriptor.digest}"
         if offset:
@@ -260,11 +264,11 @@ class RegistryClient:
             first = first_byte(response)
             if response.status in (200, 206) and first is not None and first <= offset:
                 return response, first
-            said = response.headers.get("Content-Range", "no Content-Range")
+            reported = response.headers.get("Content-Range", "no Content-Range")
             response.close()
             _log.info(
                 "blob %s: %s does not resume at byte %d: status %d (%s): requesting the whole blob",
-                *(descriptor.digest, host.config.address, offset, response.status, said[:100]),
+                *(descriptor.digest, host.config.address, offset, response.status, reported[:100]),
             )
         response = await self._connection.request(host, "GET", path, {})
         if first_byte(response) != 0:
@@ -273,10 +277,10 @@ class RegistryClient:
         return response, 0
 
 
-def _said_digest(response: aiohttp.ClientResponse) -> str:
-    """The digest that the registry says the content has; empty if it says none."""
-    said = response.headers.get("Docker-Content-Digest", "")
-    return said if digests.is_digest(said) else ""
+def _reported_digest(response: aiohttp.ClientResponse) -> str:
+    """The digest in the response's headers; empty if there is none or it is invalid."""
+    reported = response.headers.get("Docker-Content-Digest", "")
+    return reported if digests.is_digest(reported) else ""
 
 
 async def _unencoded(content: bytes, encoding: str, digest: str, wanted: _Document) -> bytes:

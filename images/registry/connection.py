@@ -1,4 +1,4 @@
-"""Requests to the hosts of one registry: with retries, redirects, and the authorization each of them asks for."""
+"""Sends requests to the hosts of one registry, with retries, redirects and authorization."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from images.registry.redirects import Body, Origin, Sending, follow, origin_of
 
 _CHUNK = 256 << 10
 _TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
-_NO_GET = frozenset((404, 405, 501))  # of token servers that only take POST
+_NO_GET = frozenset((404, 405, 501))  # statuses of token servers that only accept POST
 
 
 class UnreachableError(Exception):
-    """This host cannot serve now; another one might."""
+    """This host cannot serve the request now. Another host may."""
 
 
 @dataclass(slots=True)
 class ConnectedHost:
-    """One of the hosts, with what was learned about it; ``found`` is None until it asked for credentials.
+    """One of the hosts, with its TLS settings and credentials. ``found`` is None until it requires credentials.
 
-    ``tls_elsewhere`` is for where it redirects and for its token server: its authorities hold there too, while its
-    client certificate is for itself alone.
+    ``tls_elsewhere`` is for its token server and the targets of its redirects: it has the same authorities, but not the
+    client certificate.
     """
 
     config: RegistryHost
@@ -55,7 +55,7 @@ class ConnectedHost:
 class RegistryConnection:
     """The hosts for one reference; for ``async with``.
 
-    Each host gets only the credentials meant for it, when it asks for some: those of the request, else the node's own.
+    A host gets credentials only if it requires them, and only those meant for it: from the request, or else the node's.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class RegistryConnection:
         body: Body | None = None,
         good: tuple[int, ...] = (200, 206),
     ) -> aiohttp.ClientResponse:
-        """Send one request about the repository, with retries; the answer has one of the ``good`` statuses.
+        """Send one request about the repository, with retries. The response has one of the ``good`` statuses.
 
-        ``path`` may also be a whole address, where the registry named one. Raises UnreachableError, NotFoundError or
+        ``path`` may also be a full address that the registry has sent. Raises UnreachableError, NotFoundError or
         PermissionDeniedError.
         """
         url = path if "://" in path else f"{host.config.base}/{self._reference.path}{path}"
@@ -123,13 +123,13 @@ class RegistryConnection:
                 return response
             status = response.status
             text = await error_text(response, self._options.stall_seconds)
-            # The target of a redirect must not be able to ask for the credentials of the redirecting host.
+            # The target of a redirect must not get the credentials of the redirecting host by answering 401.
             if status == 401 and not asked and at_home:
                 asked = await self._authorize(host, response)
             elif status in (401, 403):
                 raise PermissionDeniedError(
                     f"{self._reference}: {host.config.address} refused access ({text}): check the image's name and the "
-                    f"credentials ({who(host)})"
+                    f"credentials ({credentials_of(host)})"
                 )
             elif status == 404:
                 raise NotFoundError(
@@ -146,7 +146,7 @@ class RegistryConnection:
     async def _send(
         self, host: ConnectedHost, method: str, url: str, headers: dict[str, str], body: Body | None
     ) -> tuple[aiohttp.ClientResponse, bool]:
-        """One request, redirects followed, and whether the host itself answered it."""
+        """Send one request and follow redirects. Also returns whether the host itself answered."""
         private = dict(host.config.headers)
         if host.authorization:
             private["Authorization"] = host.authorization
@@ -166,7 +166,7 @@ class RegistryConnection:
         stall = self._options.stall_seconds
         timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=seconds, sock_read=stall)
         try:
-            # Headers sent byte by byte, or interim answers (1xx) without an end, would count as progress.
+            # A total limit, because headers sent byte by byte, or endless interim answers (1xx), count as progress.
             async with answer_within(seconds + stall, body) as sent:
                 return await self._session.request(
                     method,
@@ -180,13 +180,13 @@ class RegistryConnection:
                 )
         except aiohttp.ClientError:
             raise
-        except ValueError as error:  # a host's name that IDNA refuses, a header that holds a line break
-            raise aiohttp.ClientPayloadError(f"{urlsplit(url).netloc} cannot be asked: {error}") from error
+        except ValueError as error:  # a host name that IDNA refuses, or a header with a line break
+            raise aiohttp.ClientPayloadError(f"{urlsplit(url).netloc} cannot be requested: {error}") from error
 
     async def _authorize(self, host: ConnectedHost, refused: aiohttp.ClientResponse) -> bool:
-        """Find an Authorization header that answers the challenge; several transfers of one pull share it.
+        """Set an Authorization header that answers the challenge. All transfers of a pull share it.
 
-        False if another transfer had found a new one meanwhile, which has yet to be tried.
+        Returns False if another transfer has set a new one, which is not tried yet.
         """
         challenges = tokens.parse_challenges(refused.headers.getall("WWW-Authenticate", []))
         tried = refused.request_info.headers.get("Authorization", "")
@@ -206,7 +206,7 @@ class RegistryConnection:
                     direct = await self._fetch_token(host, request)
             except PermissionDeniedError as error:
                 raise PermissionDeniedError(
-                    f"{self._reference}: {host.config.address}: {error.message} (credentials: {who(host)})"
+                    f"{self._reference}: {host.config.address}: {error.message} (credentials: {credentials_of(host)})"
                 ) from error
             host.authorization = direct
         return True
@@ -233,7 +233,7 @@ class RegistryConnection:
                 raise PermissionDeniedError(f"the token server's answer is not understood: it is {error}") from error
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 status, retry_after, reason = 0, "", reason_of(error)
-            if 200 <= status < 300:  # some say 201: a token was made
+            if 200 <= status < 300:  # some servers answer 201: a token was created
                 return tokens.read_token(content)
             if status in _NO_GET and request.instead is not None:
                 request = request.instead
@@ -246,7 +246,7 @@ class RegistryConnection:
             await back_off(failures, retry_after)
 
     async def _ask_for_token(self, host: ConnectedHost, request: tokens.TokenRequest) -> tuple[int, bytes, str]:
-        """Status, body and Retry-After; the credentials reach no other host than the one that the registry named."""
+        """Status, body and Retry-After. The credentials go only to the token server that the registry named."""
         send = functools.partial(self._open, host)
         if request.form is None:
             sending = Sending("GET", request.url, {}, request.headers)
@@ -260,10 +260,10 @@ class RegistryConnection:
         return response.status, await decoded(content, encoding, LARGEST_TOKEN), retry_after
 
 
-def who(host: ConnectedHost) -> str:
-    """With which credentials the host is asked, without their secrets."""
+def credentials_of(host: ConnectedHost) -> str:
+    """A description of the credentials used for the host, without secrets."""
     if host.found is None:
-        return "none were asked for"
+        return "none were required"
     if host.found.credentials is None:
         return f"none: {host.found.origin}"
     return f"{host.found.credentials.described()}, from {host.found.origin}"

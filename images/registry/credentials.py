@@ -1,4 +1,4 @@
-"""What a caller may give to log in to a registry (the CRI's AuthConfig)."""
+"""The credentials that a client may pass to log in to a registry (the CRI's AuthConfig)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import msgspec
 
 from host.errors import InvalidArgumentError
 
-_SHOWN = 100  # characters of a name
+_SHOWN = 100  # characters of a user name in messages
 
 
 class Credentials(msgspec.Struct, frozen=True):
-    """User and password, the same in ``auth`` (base64 of ``user:password``), or a token of one of two kinds.
+    """User and password, or both in ``auth`` (base64 of ``user:password``), or one of two kinds of token.
 
-    ``identity_token`` is exchanged for access tokens at the token server; ``registry_token`` is an access token itself.
-    They belong to ``server_address``, or to the image's own registry if that is empty, and go nowhere else.
+    ``identity_token`` is exchanged for access tokens at the token server. ``registry_token`` is an access token itself.
+    They are sent only to ``server_address``, or to the image's own registry if that is empty.
     """
 
     username: str = ""
@@ -38,17 +38,16 @@ class Credentials(msgspec.Struct, frozen=True):
         return "a registry token" if self.registry_token else "an identity token"
 
     def user_and_password(self) -> tuple[str, str] | None:
-        """User and password, from any field that has them; None if there are none. A malformed ``auth`` is
-        InvalidArgumentError.
+        """User and password, from the fields that hold them; None if there are none.
 
-        Bytes that are not UTF-8 become surrogates.
+        Raises InvalidArgumentError for a malformed ``auth``. Bytes that are not UTF-8 become surrogates.
         """
         if self.username:
             return self.username, self.password
         if not self.auth:
             return None
         try:
-            # As docker and containerd read it: lines may be broken, and the bytes go to the registry as they are.
+            # As in docker and containerd: line breaks are allowed, and the bytes are sent to the registry unchanged.
             decoded = base64.b64decode("".join(self.auth.split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise InvalidArgumentError("registry credentials: auth is not base64 of user:password") from error
@@ -67,5 +66,5 @@ class Credentials(msgspec.Struct, frozen=True):
         )
 
     def server_host(self) -> str:
-        """``server_address`` as ``host`` or ``host:port``; empty if not given."""
+        """``server_address`` as ``host`` or ``host:port``; empty if not set."""
         return self.server_address.rpartition("://")[2].partition("/")[0]

@@ -1,6 +1,6 @@
-"""Which hosts to ask for an image, in which order and how: ``<folder>/<registry>/hosts.toml`` in containerd's form.
+"""The hosts for an image, in order, and their settings: ``<folder>/<registry>/hosts.toml`` in containerd's format.
 
-Document: containerd's docs/hosts.md. Read again on each pull, so that an edit needs no restart.
+Document: containerd's docs/hosts.md. The file is read on each pull, so that a change needs no restart.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True, slots=True)
 class RegistryHost:
-    """One host: ``base`` is the address of its API, such as ``https://registry.k8s.io/v2``."""
+    """One host. ``base`` is the address of its API, such as ``https://registry.k8s.io/v2``."""
 
     base: str
     capabilities: frozenset[str] = _ALL
@@ -46,12 +46,12 @@ class RegistryHost:
         return urlsplit(self.base).netloc
 
     def tls(self, *, with_client: bool = True) -> ssl.SSLContext:
-        """The TLS settings for it, with its client certificate or without; blocking, as it reads files.
+        """The TLS settings for the host, with or without its client certificate. Blocks: it reads files.
 
         Raises InvalidArgumentError for a file that cannot be used.
         """
         context = ssl.create_default_context()
-        # Python 3.13 sets this, which refuses private authorities without key usage; containerd accepts them.
+        # Python 3.13 sets this flag, which refuses private authorities without key usage; containerd accepts them.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         if self.skip_verify:
             context.check_hostname = False
@@ -75,7 +75,7 @@ class RegistryHost:
 
 @dataclass(slots=True)
 class _Place:
-    """The folder of one registry, for relative paths and messages."""
+    """The configuration file of one registry, for relative paths and messages."""
 
     file: Path
     folder: Path = field(init=False)
@@ -89,9 +89,9 @@ class _Place:
 
 
 def hosts_for(domain: str, options: ImageOptions) -> list[RegistryHost]:
-    """The hosts for images of ``domain``, in the order to try them; blocking.
+    """The hosts for images of ``domain``, in the order to try them; blocks.
 
-    Raises InvalidArgumentError naming the file that cannot be understood, and for a ``domain`` that is no address.
+    Raises InvalidArgumentError for a malformed file, naming it, and for a ``domain`` that is no address.
     """
     _check_address(domain)
     default = RegistryHost(_default_base(domain, options))
@@ -116,7 +116,7 @@ def hosts_for(domain: str, options: ImageOptions) -> list[RegistryHost]:
     hosts = []
     for address, table in tables.items():
         host = _host(address, table, place, mirror=True)
-        # The registry may be among its own hosts, to give it settings; it is no mirror of itself then.
+        # The file may list the registry itself, to set its options. Then it is no mirror.
         itself = host.address in (domain, default.address) or host.base == own.base
         hosts.append(replace(host, mirror=not itself))
     return hosts if any(host.base == own.base for host in hosts) else [*hosts, own]
@@ -134,7 +134,7 @@ def is_loopback(domain: str) -> bool:
 
 
 def _check_address(domain: str) -> None:
-    """The grammar of references knows neither the range of ports nor the form of IPv6 addresses."""
+    """Check ``domain``, because the grammar of references allows invalid ports and IPv6 addresses."""
     try:
         parts = urlsplit(f"//{domain}")
         if parts.netloc.startswith("["):
@@ -164,7 +164,7 @@ def _folder_for(domain: str, root: Path) -> Path | None:
 
 
 def _with_certificates(host: RegistryHost, folder: Path) -> RegistryHost:
-    """Docker's older form: ``*.crt`` are authorities, ``*.cert`` with ``*.key`` client certificates."""
+    """The host with docker's older files: ``*.crt`` are authorities, ``*.cert`` with ``*.key`` client certificates."""
     client = tuple((path, path.with_suffix(".key")) for path in sorted(folder.glob("*.cert")))
     return RegistryHost(host.base, ca=tuple(sorted(folder.glob("*.crt"))), client=client, origin=str(folder))
 
@@ -196,7 +196,7 @@ def _host(address: str, table: Any, place: _Place, *, mirror: bool) -> RegistryH
         if not all(item.isprintable() for item in items):
             raise place.wrong(f"header {name} holds characters that no header may have")
         headers += [(name, item) for item in items]
-    netloc = url.netloc.rpartition("@")[2]  # without a user, whose password errors and logs would show
+    netloc = url.netloc.rpartition("@")[2]  # without user and password, which would appear in errors and logs
     return RegistryHost(
         f"{url.scheme}://{netloc}{path}",
         capabilities,
@@ -212,7 +212,7 @@ def _host(address: str, table: Any, place: _Place, *, mirror: bool) -> RegistryH
 
 def _flag(table: dict[str, Any], key: str, place: _Place) -> bool:
     value = table.get(key, False)
-    if not isinstance(value, bool):  # "false" in quotes would be true
+    if not isinstance(value, bool):  # the string "false" would count as true
         raise place.wrong(f"{key} is neither true nor false: {value!r}")
     return value
 

@@ -1,4 +1,4 @@
-"""The small steps of talking HTTP to a registry: waiting, rates, proxies and the words of an error."""
+"""Helpers for HTTP requests to a registry: timeouts, rates, proxies and error messages."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from images.registry.hosts import is_loopback
 
 _LONGEST_WAIT = 30.0
 _CONTENT_RANGE = re.compile(r"\s*bytes\s+([0-9]{1,18})-", re.IGNORECASE)
-_TLS_OF_CONNECTION = re.compile(r" ssl:(?:<[^>]*>|\w+)(?= \[)")  # aiohttp prints a Python object there
+_TLS_OF_CONNECTION = re.compile(r" ssl:(?:<[^>]*>|\w+)(?= \[)")  # aiohttp prints a Python object here
 
 
 class RateWatch:
-    """Judges the rate of all transfers of one pull, over windows of time spent waiting for the network.
+    """Checks the rate of all transfers of one pull, over windows of time spent waiting for the network.
 
-    Time in which every transfer waits for the disk instead does not count; ``least`` 0 allows every rate.
+    Time in which every transfer waits for the disk does not count. ``least`` is in bytes a second; 0 allows any rate.
     """
 
     def __init__(self, least: int, window: float) -> None:
@@ -38,7 +38,7 @@ class RateWatch:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """A transfer waits for the network during the block."""
+        """Declare that a transfer waits for the network during the block."""
         if not self._waiting:
             self._since = time.monotonic()
         self._waiting += 1
@@ -50,7 +50,7 @@ class RateWatch:
                 self._waited += time.monotonic() - self._since
 
     async def watched(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-        """The same chunks, their arrival counted."""
+        """The same chunks, with their bytes and waiting time counted."""
         async with contextlib.aclosing(chunks):
             while True:
                 with self.waiting():
@@ -61,7 +61,7 @@ class RateWatch:
                 yield chunk
 
     def too_slow(self) -> str:
-        """The bytes of the last window if they were too few, else None."""
+        """A sentence about the rate of a window if it was too low, otherwise an empty string."""
         now = time.monotonic()
         waited = self._waited + (now - self._since if self._waiting else 0.0)
         if waited < self._window or self._slow or not self._least:
@@ -73,10 +73,10 @@ class RateWatch:
 
 
 async def body_of(response: aiohttp.ClientResponse, stall_seconds: float) -> AsyncGenerator[bytes, None]:
-    """The body, piece by piece; closes the response.
+    """The body, piece by piece. Closes the response.
 
-    TimeoutError if nothing of it arrives for ``stall_seconds``. The client's own limit is not enough: for it, bytes
-    between the pieces (of chunked encoding, of trailers) are progress.
+    TimeoutError if no bytes of the body arrive for ``stall_seconds``. aiohttp's own limit is not enough: it also counts
+    bytes between the pieces (of chunked encoding, of trailers) as progress.
     """
     try:
         while True:
@@ -93,13 +93,13 @@ async def body_of(response: aiohttp.ClientResponse, stall_seconds: float) -> Asy
 async def answer_within(
     seconds: float, body: AsyncIterator[bytes] | bytes | None
 ) -> AsyncIterator[AsyncIterator[bytes] | bytes | None]:
-    """The block ends by TimeoutError ``seconds`` after all of ``body`` was sent; gives what to send."""
+    """Raise TimeoutError in the block ``seconds`` after all of ``body`` was sent. Provides the body to send."""
     loop = asyncio.get_running_loop()
 
     async def pieces(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async for piece in body:
             yield piece
-        with contextlib.suppress(RuntimeError):  # the answer arrived before
+        with contextlib.suppress(RuntimeError):  # the answer has already arrived
             limit.reschedule(loop.time() + seconds)
 
     streamed = None if body is None or isinstance(body, bytes) else body
@@ -119,17 +119,17 @@ async def after(chunks: AsyncGenerator[bytes, None], skip: int) -> AsyncGenerato
 
 
 def first_byte(response: aiohttp.ClientResponse) -> int | None:
-    """Which byte of the whole the body begins with (RFC 9110, section 14.4); None if the answer does not say."""
+    """The offset of the body in the whole object (RFC 9110, section 14.4); None if the response does not state it."""
     if response.status != 206:
         return 0
-    said = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
-    return int(said[1]) if said is not None else None
+    reported = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+    return int(reported[1]) if reported is not None else None
 
 
 async def back_off(failures: int, retry_after: str = "") -> None:
-    """Wait before the next try: what the registry asks for, else longer each time."""
+    """Wait before the next attempt: as long as Retry-After demands, otherwise longer after each failure."""
     seconds = random.uniform(0.5, 1.0) * 0.2 * 2**failures
-    with contextlib.suppress(ValueError, OverflowError):  # a date that never was
+    with contextlib.suppress(ValueError, OverflowError):  # an invalid date
         if retry_after.isascii() and retry_after.isdigit():
             seconds = float(retry_after)
         elif retry_after and (date := email.utils.parsedate_tz(retry_after)):
@@ -138,14 +138,14 @@ async def back_off(failures: int, retry_after: str = "") -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """The message for an error of the network."""
+    """A message for a network error."""
     if isinstance(error, TimeoutError):
         return f"no answer in time {error}".strip()
     return _TLS_OF_CONNECTION.sub("", str(error)) or type(error).__name__
 
 
 def proxy_for(url: str) -> str | None:
-    """The proxy that the environment names for ``url`` (http_proxy, https_proxy, all_proxy, no_proxy)."""
+    """The proxy for ``url`` from the environment (http_proxy, https_proxy, all_proxy, no_proxy)."""
     proxies = getproxies_environment()
     parts = urlsplit(url)
     if not proxies or is_loopback(parts.netloc) or proxy_bypass(parts.netloc, proxies):

@@ -1,4 +1,4 @@
-"""Looking up the names of registries, so that a name server that does not answer holds up no other pull."""
+"""Resolves names of registries, so that a name server that does not answer delays only its own pull."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _NUMERIC = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
 
 
 class NameLookup(AbstractResolver):
-    """Looks up each name in its own thread, which is abandoned when the pull is given up.
+    """Resolves each name in its own thread, which is abandoned when the pull ends.
 
-    getaddrinfo(3) cannot be interrupted, and may take half a minute if the name server does not answer. In threads that
+    getaddrinfo(3) cannot be interrupted, and may take 30 seconds if the name server does not answer. With threads that
     all pulls share, a few such names would delay other pulls and the end of the agent.
     """
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """The addresses of ``host``; OSError (socket.gaierror) if there are none."""
+        """The addresses of ``host``. OSError (socket.gaierror) if there are none."""
         loop = asyncio.get_running_loop()
         found: asyncio.Future[list[Any]] = loop.create_future()
 
@@ -35,14 +35,14 @@ class NameLookup(AbstractResolver):
                 addresses = socket.getaddrinfo(host, port, family=family, type=kind, flags=flags)
             except (OSError, UnicodeError) as failure:
                 error = failure
-            with suppress(RuntimeError):  # the loop is closed: the agent ended meanwhile
+            with suppress(RuntimeError):  # the loop is closed because the agent has ended
                 loop.call_soon_threadsafe(_settle, found, addresses, error)
 
         threading.Thread(target=look_up, name="name-lookup", daemon=True).start()
         return [_result(host, *one) for one in await found]
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: this resolver holds no resources."""
 
 
 def _settle(found: asyncio.Future[list[Any]], addresses: list[Any], error: Exception | None) -> None:

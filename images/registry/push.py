@@ -1,4 +1,4 @@
-"""Pushing an image to a registry (OCI distribution specification, "Push"), imported by the first push."""
+"""Pushes an image to a registry (OCI distribution specification, "Push"). The first push imports this module."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """The result of a push: the digest of the manifest in the registry, and how many blobs were sent, mounted or there
-    already."""
+    """The result of a push: the manifest's digest in the registry, and the numbers of blobs.
+
+    A blob was ``sent``, ``mounted`` from another repository, or already ``present``.
+    """
 
     reference: str
     digest: str
@@ -46,7 +48,7 @@ async def push(
 ) -> Pushed:
     """Push the image as ``destination``, to the registry itself and never to a mirror of it.
 
-    Blobs that the registry has are not sent again; ``siblings`` are repositories of the same registry that may hold
+    Blobs that the registry has are not sent again. ``siblings`` are repositories of the same registry that may have
     them too. Raises InvalidArgumentError, PermissionDeniedError, UnavailableError.
     """
     if not destination.tag:
@@ -54,7 +56,7 @@ async def push(
     async with RegistryConnection(options, destination, credentials, actions="pull,push") as connection:
         host = next((host for host in connection.hosts if not host.config.mirror), None)
         if host is None or "push" not in host.config.capabilities:
-            raise InvalidArgumentError(f"image {destination}: its registry is configured not to be pushed to")
+            raise InvalidArgumentError(f"image {destination}: the configuration of its registry does not allow pushes")
         sender = _Sender(connection, host, options, siblings)
         try:
             await sender.send_all(image, destination.tag)
@@ -77,7 +79,7 @@ class _Sender:
         self.present = 0
 
     async def send_all(self, image: OutgoingImage, tag: str) -> None:
-        """The blobs, several at once, then the manifest that makes them an image."""
+        """Send the blobs, several at the same time, then the manifest."""
         blobs: dict[str, tuple[Descriptor, bytes | Path]] = {image.config.digest: (image.config, image.config_bytes)}
         blobs |= {layer.digest: (layer, path) for layer, path in image.layers}
         tasks = [asyncio.create_task(self._send(*blob)) for blob in blobs.values()]
@@ -104,7 +106,7 @@ class _Sender:
                 try:
                     await self._send_once(descriptor, content)
                     break
-                except (UnreachableError, NotFoundError):  # a broken upload may not be known any more
+                except (UnreachableError, NotFoundError):  # the registry may have dropped an interrupted upload
                     if attempt == self._attempts:
                         raise
 
@@ -125,7 +127,7 @@ class _Sender:
         try:
             upload = target_of(f"{self._host.config.base}/", location)
         except aiohttp.ClientPayloadError as error:
-            raise UnreachableError(f"it names no place to upload to: {error}") from error
+            raise UnreachableError(f"it sent no valid address for the upload: {error}") from error
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(descriptor.size)}
         response = await self._connection.request(
             self._host,
@@ -140,7 +142,7 @@ class _Sender:
         self.sent += 1
 
     async def _begin(self, digest: str) -> str | None:
-        """Where to upload the blob; None if the registry could take it from a sibling."""
+        """Start an upload and return its address; None if the registry mounted the blob from a sibling."""
         for sibling in self._siblings[:1]:
             query = f"mount={digest}&from={quote(sibling)}"
             response = await self._connection.request(

@@ -1,4 +1,4 @@
-"""Following redirects (RFC 9110, section 15.4), so that data for one host is never sent to another."""
+"""Follows redirects (RFC 9110, section 15.4), so that data for one host is never sent to another."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MOST_REDIRECTS = 10
 LONGEST_ADDRESS = 16 << 10
 
 _REDIRECT = frozenset((301, 302, 303, 307, 308))
-_TO_GET = frozenset((301, 302, 303))  # what was sent is not sent again
+_TO_GET = frozenset((301, 302, 303))  # the body is not sent again
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_KEPT = string.punctuation  # besides letters and digits, all that an address may hold, escapes included
+_KEPT = string.punctuation  # besides letters and digits, all characters that an address may hold, also escapes
 
 Origin: TypeAlias = tuple[str, str, int]
 Body: TypeAlias = Callable[[], AsyncIterator[bytes]]
@@ -26,7 +26,7 @@ Body: TypeAlias = Callable[[], AsyncIterator[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Sending:
-    """One request; ``private`` are headers for its own origin alone, and so is the body if it is ``secret``."""
+    """One request. ``private`` are headers for its own origin only, and so is the body if it is ``secret``."""
 
     method: str
     url: str
@@ -43,16 +43,16 @@ Open: TypeAlias = Callable[
 
 
 async def follow(sending: Sending, home: Origin, send: Open) -> tuple[aiohttp.ClientResponse, bool]:
-    """The answer after all redirects, and whether ``home`` gave it.
+    """The response after all redirects, and whether ``home`` sent it.
 
-    Raises aiohttp.ClientPayloadError for a redirect to what is no address and for too many; PermissionDeniedError where
-    a secret body would have to be sent to another origin.
+    Raises aiohttp.ClientPayloadError for a redirect to an invalid address and for too many. Raises
+    PermissionDeniedError if a secret body would have to be sent to another origin.
     """
     method, url, body = sending.method, sending.url, sending.body
     for _ in range(MOST_REDIRECTS + 1):
         at_home = origin_of(url) == home
         if body is not None and sending.secret and not at_home:
-            raise PermissionDeniedError(f"it redirects to {urlsplit(url).netloc}, which is not sent the credentials")
+            raise PermissionDeniedError(f"it redirects to {urlsplit(url).netloc}, which must not get the credentials")
         headers = {**sending.headers, **(sending.private if at_home else {})}
         response = await send(method, url, headers, body() if callable(body) else body)
         if response.status not in _REDIRECT:
@@ -65,7 +65,7 @@ async def follow(sending: Sending, home: Origin, send: Open) -> tuple[aiohttp.Cl
 
 
 def target_of(base: str, location: str) -> str:
-    """The address that a Location header names; aiohttp.ClientPayloadError if it is invalid."""
+    """The address in a Location header. aiohttp.ClientPayloadError if it is invalid."""
     try:
         if location:
             return address(urljoin(base, location))
@@ -75,7 +75,7 @@ def target_of(base: str, location: str) -> str:
 
 
 def address(text: str) -> str:
-    """``text`` as an http or https address of ASCII characters; ValueError if it is invalid."""
+    """``text`` as an http or https address of ASCII characters. ValueError if it is invalid."""
     quoted = quote(text, safe=_KEPT, errors="surrogateescape")
     if len(quoted) > LONGEST_ADDRESS:
         raise ValueError(f"an address of {len(quoted)} bytes")
@@ -84,7 +84,7 @@ def address(text: str) -> str:
 
 
 def origin_of(url: str) -> Origin:
-    """Scheme, host and port; ValueError for what is no http or https address."""
+    """Scheme, host and port. ValueError if this is no http or https address."""
     parts = urlsplit(url)
     if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
         raise ValueError(f"{url[:200]!r} is no http or https address")

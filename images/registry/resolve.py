@@ -1,4 +1,4 @@
-"""Fetching what a reference names from its registry, up to the layers (imported by the first pull)."""
+"""Resolves a reference at its registry and fetches manifest and config. The first pull imports this module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from images.registry.client import FetchedManifest, RegistryClient
 from images.registry.credentials import Credentials
 from images.signatures.verifiers import verify
 
-_LARGE = 32 << 10  # bytes of a document that is read in a thread
+_LARGE = 32 << 10  # bytes; larger documents are decoded in a thread
 
 
 @asynccontextmanager
@@ -31,9 +31,9 @@ async def fetch(
     known_digests: Sequence[str],
     operation: Operation,
 ) -> AsyncIterator[Candidate | None]:
-    """Resolve ``name`` and give what there is to install, or None if one of ``known_digests`` is what it names now.
+    """Resolve ``name`` and provide the image to install; None if it still names one of ``known_digests``.
 
-    The layers can be read until the block ends. Errors as ``ImageStore.pull`` says.
+    The layers can be read until the block ends. Raises the errors of ``ImagePuller.pull``.
     """
     async with RegistryClient(options, name, credentials) as client:
         async with operation.stage("resolve"):
@@ -53,7 +53,7 @@ async def _unchanged(client: RegistryClient, name: Reference, known_digests: Seq
     try:
         head = await client.head()
     except (KubeletReasonError, NotFoundError, PermissionDeniedError):
-        return None  # some registries know no HEAD, or refuse it; where the GET fails too, its error says why
+        return None  # some registries do not support HEAD, or refuse it; if GET fails too, its error is raised
     return head if f"{name.repository}@{head.digest}" in known_digests else None
 
 

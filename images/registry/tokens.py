@@ -1,4 +1,4 @@
-"""Getting in at a registry: basic authentication, and tokens (distribution's "Token Authentication Specification")."""
+"""Logs in to a registry: basic authentication, and tokens (distribution's "Token Authentication Specification")."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _PARAMETER = re.compile(r'\s*,?\s*([A-Za-z0-9_-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|
 
 @dataclass(frozen=True, slots=True)
 class Challenge:
-    """One demand of a WWW-Authenticate header: its scheme in lower case and its parameters."""
+    """One challenge of a WWW-Authenticate header: its scheme in lower case and its parameters."""
 
     scheme: str
     parameters: dict[str, str]
 
 
 def parse_challenges(headers: list[str]) -> list[Challenge]:
-    """The challenges of all WWW-Authenticate headers of an answer (RFC 9110, section 11.6.1)."""
+    """The challenges in all WWW-Authenticate headers of a response (RFC 9110, section 11.6.1)."""
     challenges: list[Challenge] = []
     for header in headers:
         position = 0
@@ -55,7 +55,7 @@ class _TokenAnswer(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """The request to the token server: a GET, or with ``form`` a POST; ``instead`` if it accepts no GET."""
+    """A request to the token server: a GET, or with ``form`` a POST. ``instead`` is for servers that refuse GET."""
 
     url: str
     headers: dict[str, str]
@@ -64,7 +64,7 @@ class TokenRequest:
 
 
 def answer_directly(challenges: list[Challenge], credentials: Credentials | None) -> str | None:
-    """An Authorization header made of the credentials alone; None if a token has to be fetched or nothing fits."""
+    """An Authorization header from the credentials alone; None if a token must be fetched or no challenge fits."""
     if credentials is None:
         return None
     if credentials.registry_token:
@@ -74,7 +74,7 @@ def answer_directly(challenges: list[Challenge], credentials: Credentials | None
 
 
 def _bearer_challenge(challenges: list[Challenge]) -> Challenge | None:
-    """The first that names a token server."""
+    """The first bearer challenge that names a token server."""
     bearers = (challenge for challenge in challenges if challenge.scheme == "bearer")
     return next((challenge for challenge in bearers if challenge.parameters.get("realm")), None)
 
@@ -82,9 +82,9 @@ def _bearer_challenge(challenges: list[Challenge]) -> Challenge | None:
 def token_request(
     challenges: list[Challenge], credentials: Credentials | None, scope: str, *, secure: bool
 ) -> TokenRequest:
-    """The request for an access token that the challenges ask for, with ``scope`` where they name none.
+    """The request for an access token that the challenges require. ``scope`` is used if they name none.
 
-    Raises PermissionDeniedError if no challenge asks for a token, or if credentials for a registry with TLS
+    Raises PermissionDeniedError if no challenge requires a token, or if credentials for a registry with TLS
     (``secure``) would have to be sent without TLS.
     """
     bearer = _bearer_challenge(challenges)
@@ -98,13 +98,15 @@ def token_request(
         raise PermissionDeniedError(f"it names a token server that is no address: {named!r}") from None
     url = urlsplit(realm)._replace(fragment="")
     if secure and url.scheme != "https" and credentials is not None:
-        raise PermissionDeniedError(f"it wants the credentials sent unencrypted to {url.netloc}, which is refused")
+        raise PermissionDeniedError(
+            f"it requires sending the credentials unencrypted to {url.netloc}, which is refused"
+        )
     about = {"scope": bearer.parameters.get("scope") or scope, "service": bearer.parameters.get("service", "")}
     if credentials is not None and credentials.identity_token:
         form = {"grant_type": "refresh_token", "refresh_token": credentials.identity_token, **about}
         return TokenRequest(realm, {}, {**form, "client_id": CLIENT_ID})
     query = [(name, value) for name, value in parse_qsl(url.query, keep_blank_values=True) if not about.get(name)]
-    query += [("scope", one) for one in about["scope"].split()]  # one for each, as docker and containerd ask
+    query += [("scope", one) for one in about["scope"].split()]  # one parameter each, as in docker and containerd
     query += [("service", about["service"])] if about["service"] else []
     asked = urlunsplit(url._replace(query=urlencode(query, errors="surrogateescape")))
     pair = credentials.user_and_password() if credentials is not None else None
@@ -115,7 +117,7 @@ def token_request(
 
 
 def read_token(content: bytes) -> str:
-    """The Authorization header for a token server's answer; PermissionDeniedError if it holds no token."""
+    """The Authorization header from a token server's answer. PermissionDeniedError if it holds no token."""
     try:
         answer = untrusted_json.decode(content, _TokenAnswer)
     except JsonError as error:
@@ -128,5 +130,7 @@ def read_token(content: bytes) -> str:
 
 def _bearer(token: str, what: str) -> str:
     if not token.isascii() or not token.isprintable() or len(token) > _LONGEST_TOKEN:
-        raise PermissionDeniedError(f"{what} is longer than {_LONGEST_TOKEN} bytes or holds what no header may have")
+        raise PermissionDeniedError(
+            f"{what} is longer than {_LONGEST_TOKEN} bytes or has characters that no header may have"
+        )
     return f"Bearer {token}"

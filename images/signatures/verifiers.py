@@ -1,6 +1,6 @@
-"""Asking programs of the node's owner whether an image may be pulled, for instance by its signature.
+"""Runs the node owner's verifier programs, which allow or refuse a pull, for example by the image's signature.
 
-Document: containerd's docs/image-verification.md ("Image Verifier Binary API"), so that its verifiers work here too.
+Document: containerd's docs/image-verification.md ("Image Verifier Binary API"), so its verifiers work here too.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _REASON_LIMIT = 500
 
 
 async def verify(options: ImageOptions, name: Reference, descriptor: Descriptor) -> None:
-    """Run every program of the configured folder; each must end with status 0 in its time.
+    """Run every program of the configured folder. Each must end with status 0 in time.
 
     A program gets the pulled name and its digest as arguments and the descriptor of the manifest on standard input. It
-    prints its reason on standard output. Raises KubeletReasonError ``SignatureValidationFailed`` if one refuses, fails
-    or is too slow, and if the folder cannot be read: an empty folder refuses nothing.
+    prints its reason on standard output. Raises KubeletReasonError ``SignatureValidationFailed`` if a program refuses,
+    fails or is too slow, and if the folder cannot be read. An empty folder refuses nothing.
     """
     if not options.verifier_dir:
         return

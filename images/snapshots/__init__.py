@@ -1,1 +1,1 @@
-"""A container's root file system: layers below, a writable layer on top."""
+"""Snapshots: the root file systems of containers, made of image layers and a writable layer."""

@@ -1,7 +1,7 @@
-"""Layers seen with the ids of a user namespace while an overlay is made of them.
+"""Mounts layers with the ids of a user namespace, so that an overlay can be made of them.
 
-Overlayfs itself cannot be mounted with mapped ids, but its layers can (Linux 5.19). Each layer is bound with mapped ids
-to its own folder while the overlay is made; the overlay keeps using these mounts.
+Overlayfs itself cannot be mounted with mapped ids, but its layers can (Linux 5.19). Each layer is bind mounted with
+mapped ids to its own folder while the overlay is made. The overlay keeps using these mounts.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from host.files import mounts
 
 @contextlib.contextmanager
 def with_mapped_ids(folders: Sequence[Path], scratch: Path, user_namespace: Path | None) -> Iterator[list[Path]]:
-    """The ``folders`` again, through mounts in ``scratch`` that map ids; themselves without a user namespace.
+    """Provide the ``folders`` with mapped ids, through mounts in ``scratch``; unchanged without a user namespace.
 
-    Raises UnsupportedError where the file system has no idmapped mounts.
+    Raises UnsupportedError if the file system has no idmapped mounts.
     """
     if user_namespace is None:
         yield list(folders)
@@ -26,7 +26,7 @@ def with_mapped_ids(folders: Sequence[Path], scratch: Path, user_namespace: Path
     clear(scratch)
     scratch.mkdir()
     try:
-        # On a separate file system one unmount removes them all, and they do not propagate to other mount namespaces.
+        # A separate tmpfs: one unmount removes all mounts, and they do not propagate to other mount namespaces.
         libc.mount("layers", str(scratch), "tmpfs", mounts.MS_NOSUID | mounts.MS_NODEV, "mode=700")
         libc.mount("", str(scratch), "", mounts.MS_PRIVATE, "")
         mapped = []
@@ -41,15 +41,15 @@ def with_mapped_ids(folders: Sequence[Path], scratch: Path, user_namespace: Path
 
 
 def scratch_of(target: Path) -> Path:
-    """Where layers are mapped while an overlay is made at ``target``."""
+    """The folder for mapped layers while an overlay is made at ``target``."""
     return target.with_name(target.name + ".mapped")
 
 
 def clear(scratch: Path) -> None:
-    """Unmount and remove what is in ``scratch``; missing ones are no error."""
+    """Unmount and remove everything in ``scratch``. Missing ones are no error."""
     mounts.unmount(scratch, lazy=True)
     with contextlib.suppress(FileNotFoundError):
-        for target in scratch.iterdir():  # of an agent that mounted each on its own
+        for target in scratch.iterdir():  # an older agent mounted each layer without a tmpfs
             mounts.unmount(target, lazy=True)
             target.rmdir()
         scratch.rmdir()

@@ -1,7 +1,7 @@
-"""Mounting overlays of as many layers as the kernel takes.
+"""Mounts overlays of up to the kernel's maximum number of layers.
 
-mount(2) takes one page of options, which absolute paths of 40 to 110 layers fill. Overlays of more are mounted from a
-folder of short names (links to the layers): 500 of them, the kernel's most, need less than half a page.
+mount(2) accepts one page of options, which the absolute paths of 40 to 110 layers fill. Overlays of more layers are
+mounted from a folder of short names (links to the layers). 500 of them, the kernel's maximum, need half a page at most.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def mount_overlay(
 ) -> None:
     """Mount the folders ``lower``, the topmost first, at ``target``; blocks.
 
-    ``writable`` are the folder that takes what is written and its work folder, None for a read-only overlay;
-    ``options`` are further ones, each after a comma. Raises LimitError for more layers than the kernel takes, OSError.
+    ``writable`` are the upper folder and its work folder, None for a read-only overlay. ``options`` are further mount
+    options, each preceded by a comma. Raises LimitError for more layers than the kernel supports, OSError.
     """
     if len(lower) > MOST_LAYERS:
         raise LimitError(f"an overlay of {len(lower)} layers is over the kernel's limit of {MOST_LAYERS}")
@@ -40,7 +40,7 @@ def mount_overlay(
 
 
 def names_of(target: Path) -> Path:
-    """Where the short names are while an overlay is mounted at ``target``."""
+    """The folder for short names while an overlay is mounted at ``target``."""
     return target.with_name(target.name + ".names")
 
 
@@ -52,13 +52,13 @@ def _options(lower: Sequence[str], writable: Sequence[str]) -> str:
 
 
 def _escaped(path: Path) -> str:
-    """A path as overlayfs's options take it: colons and commas are escaped with a backslash."""
+    """A path in overlayfs's options: colons and commas are escaped with a backslash."""
     return str(path).replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
 
 
 @contextlib.contextmanager
 def _short_names(paths: Sequence[Path], folder: Path) -> Iterator[list[str]]:
-    """Links to ``paths`` in the new ``folder``; their names."""
+    """Make links to ``paths`` in the new ``folder``, and provide their names."""
     remove_tree(folder)  # an agent that was killed may have left it
     folder.mkdir(mode=0o700)
     try:
@@ -70,9 +70,9 @@ def _short_names(paths: Sequence[Path], folder: Path) -> Iterator[list[str]]:
 
 
 def _mount_from(folder: Path, target: Path, flags: int, options: str) -> None:
-    """Mount with options whose relative paths are those in ``folder``.
+    """Mount with options whose relative paths are in ``folder``.
 
-    The working folder is changed in a separate thread, which does not share it with the others (CLONE_FS).
+    A separate thread changes its working folder, which it does not share with the other threads (CLONE_FS).
     """
 
     def mount() -> None:

@@ -1,6 +1,6 @@
-"""Project quotas of ext4 and xfs: the file system itself counts what is below a folder with a project id.
+"""Project quotas of ext4 and xfs: the file system counts the usage of folders with a project id. Sets no limits.
 
-quotactl(2), quotactl_fd (Linux 5.14) and ``struct fsxattr`` of ioctl_xfs_fsgetxattr(2). Limits are never set.
+Documents: quotactl(2), quotactl_fd (Linux 5.14), and ``struct fsxattr`` of ioctl_xfs_fsgetxattr(2).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from host.errors import LimitError
 _FSGETXATTR = 0x801C581F
 _FSSETXATTR = 0x401C5820
 _FSXATTR = struct.Struct("=IIIII8x")  # flags, extent size, extents, project id, extent size of copies on write
-_INHERITED = 0x200  # FS_XFLAG_PROJINHERIT: what is made in the folder gets its id
+_INHERITED = 0x200  # FS_XFLAG_PROJINHERIT: new files in the folder get its project id
 
 _QUOTACTL_FD = 443
 _GET_PROJECT = 0x800007 << 8 | 2  # QCMD(Q_GETQUOTA, PRJQUOTA)
-_DQBLK = struct.Struct("=2Q Q 2Q Q 2Q I4x")  # bytes used are the third number, inodes used the sixth
+_DQBLK = struct.Struct("=2Q Q 2Q Q 2Q I4x")  # the third number is used bytes, the sixth used inodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,10 @@ class ProjectUsage:
 
 
 class ProjectQuotas:
-    """Gives folders on one file system project ids, and reads the usage of those; for any thread.
+    """Assigns project ids to folders on one file system, and reads their usage; for any thread.
 
-    ``ids`` are the first and the last id that may be used. The first one used depends on ``folder``, so that several
-    agents on one file system use different ids. Call ``open`` first.
+    ``ids`` are the first and the last usable id. The first one assigned depends on ``folder``, so that several agents
+    on one file system use different ids. Call ``open`` first.
     """
 
     def __init__(self, folder: Path, ids: tuple[int, int]) -> None:
@@ -51,11 +51,11 @@ class ProjectQuotas:
         self._ids = (range(begin, last + 1), range(first, begin))
         self._folder = folder
         self._descriptor = -1
-        self._given: set[int] = set()
+        self._assigned: set[int] = set()
         self._lock = threading.Lock()
 
     def open(self) -> str:
-        """Try it out on a new folder in ``folder``; why it cannot be used there, or nothing if it can."""
+        """Test quotas with a new folder in ``folder``. Returns why they cannot be used there; empty if they can."""
         trial = self._folder / "quota-trial"
         with contextlib.suppress(FileNotFoundError):
             trial.rmdir()
@@ -64,10 +64,10 @@ class ProjectQuotas:
             if _attributes(self._descriptor)[0] & _INHERITED:
                 return self._unusable(f"{self._folder} belongs to a project already")
             trial.mkdir(mode=0o700)
-            project = self.give(trial)
+            project = self.assign(trial)
             counted = self.usage(project).inodes
             trial.rmdir()
-            self.take_back(project)
+            self.release(project)
         except LimitError as error:
             return self._unusable(str(error))
         except OSError as error:
@@ -78,28 +78,28 @@ class ProjectQuotas:
         return "" if counted == 1 else self._unusable("the file system does not count projects")
 
     def close(self) -> None:
-        """Close the file system."""
+        """Close the descriptor of the file system."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def give(self, folder: Path) -> int:
-        """Give the new, empty ``folder`` and all that will be made in it an id that nothing has; returns it.
+    def assign(self, folder: Path) -> int:
+        """Assign an unused id to the new, empty ``folder``; everything made in it inherits the id. Returns the id.
 
-        Raises LimitError if no id is left, OSError if the file system has none.
+        Raises LimitError if no id is unused, OSError if the file system has no project ids.
         """
         with self._lock:
             project = self._unused()
-            self._given.add(project)
+            self._assigned.add(project)
         try:
             _set_project(folder, project)
         except BaseException:
-            self.take_back(project)
+            self.release(project)
             raise
         return project
 
-    def known(self, folder: Path) -> int:
-        """The id that ``folder`` was given by an earlier agent; 0 if it has none."""
+    def assigned(self, folder: Path) -> int:
+        """The id that an earlier agent assigned to ``folder``; 0 if it has none."""
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             flags, _, _, project, _ = _attributes(descriptor)
@@ -108,17 +108,19 @@ class ProjectQuotas:
         if not flags & _INHERITED:
             return 0
         with self._lock:
-            self._given.add(project)
+            self._assigned.add(project)
         return int(project)
 
-    def take_back(self, project: int) -> None:
-        """The folder with this id is being removed; the id is given again once nothing has it any more."""
+    def release(self, project: int) -> None:
+        """Release the id of a folder that is being removed. It is assigned again once its usage is zero."""
         with self._lock:
-            self._given.discard(project)
+            self._assigned.discard(project)
 
     def usage(self, project: int) -> ProjectUsage:
-        """The current usage of this id, including data that is not written back yet. Takes some microseconds. Raises
-        OSError."""
+        """The current usage of this id, including data not yet written to the disk. Takes microseconds.
+
+        Raises OSError.
+        """
         buffer = ctypes.create_string_buffer(_DQBLK.size)
         try:
             libc.syscall(
@@ -129,7 +131,7 @@ class ProjectQuotas:
                 buffer,
             )
         except OSError as error:
-            if error.errno == errno.ENOENT:  # xfs, of an id that never had anything
+            if error.errno == errno.ENOENT:  # xfs, for an id that was never used
                 return ProjectUsage(0, 0)
             raise
         _, _, used, _, _, inodes, _, _, _ = _DQBLK.unpack(buffer.raw)
@@ -138,7 +140,7 @@ class ProjectQuotas:
     def _unused(self) -> int:
         for part in self._ids:
             for project in part:
-                if project not in self._given and self.usage(project) == ProjectUsage(0, 0):
+                if project not in self._assigned and self.usage(project) == ProjectUsage(0, 0):
                     return project
         raise LimitError("all project ids are in use: give images.project_ids a larger range")
 

@@ -1,4 +1,4 @@
-"""Containers' root file systems: an overlay of an image's shared layers below a writable folder of the container's."""
+"""The snapshots of containers: overlays of an image's shared layers and the container's writable layer."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from images.usage import FilesystemUsage
 
 _log = logging.getLogger("podkeel.images")
 
-_OWN_INODES = 3  # the container's folder, work and what overlayfs keeps in work; upper is counted with its content
+_OWN_INODES = 3  # the container's folder, work, and overlayfs's folder in work; upper is counted with its content
 _DISK_BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A mounted root file system: ``target`` is where, ``upper`` holds what the container writes."""
+    """A mounted root file system. ``target`` is the mount point, ``upper`` the folder of the writable layer."""
 
     container_id: str
     image_id: str
@@ -50,7 +50,7 @@ class Snapshot:
 
 
 class SnapshotStore:
-    """Makes and removes snapshots. The layers of a snapshot stay as long as it, also when its image is removed."""
+    """Makes and removes snapshots. The layers of a snapshot stay as long as the snapshot, even without their image."""
 
     def __init__(
         self, options: ImageOptions, data_dir: Path, database: Database, layers: LayerStore, trash: Trash
@@ -67,7 +67,7 @@ class SnapshotStore:
         self.writable = WritableLayers(self.upper, quotas)
 
     async def start(self) -> None:
-        """Read the snapshots and hold their layers."""
+        """Read the snapshots and retain their layers."""
         self._containers.mkdir(mode=0o700, parents=True, exist_ok=True)
         found, repaired = await in_thread(self._read)
         if repaired:
@@ -79,7 +79,7 @@ class SnapshotStore:
         await in_long_thread(self._start_usage)
 
     def _read(self) -> tuple[list[tuple[str, str, tuple[int, ...]]], list[tuple[str, str]]]:
-        """The snapshots with their layers. If a row has none, the layers of its image, which are then written to it."""
+        """The snapshots with their layers. A row without valid layers gets those of its image."""
         found: list[tuple[str, str, tuple[int, ...]]] = []
         repaired: list[tuple[str, str]] = []
         unreadable: list[UnreadableRow] = []
@@ -104,7 +104,7 @@ class SnapshotStore:
         return found, repaired
 
     def ids(self) -> frozenset[str]:
-        """The containers that have a snapshot or an image mounted, or half of one."""
+        """The containers with a snapshot or a mounted image, also an incomplete one."""
         return frozenset(container_id for container_id, _ in self._held.values())
 
     def stacks(self) -> Collection[tuple[int, ...]]:
@@ -112,11 +112,11 @@ class SnapshotStore:
         return [layers for _, layers in self._held.values()]
 
     def upper(self, container_id: str) -> Path:
-        """The folder of what the container writes."""
+        """The folder of the container's writable layer."""
         return self._containers / container_id / "upper"
 
     def lower(self, container_id: str) -> list[Path]:
-        """The folders below the writable one of a container, the topmost first. Raises NotFoundError."""
+        """The folders below the container's writable layer, the topmost first. Raises NotFoundError."""
         held = self._held.get(container_id)
         if held is None:
             raise NotFoundError(f"container {container_id} has no root file system any more")
@@ -131,18 +131,17 @@ class SnapshotStore:
         user_namespace: Path | None = None,
         mount_label: str = "",
     ) -> Snapshot:
-        """Mount a new writable root file system for the container at ``target``, which is made.
+        """Mount a new writable root file system for the container at ``target``, which is created.
 
-        With a ``user_namespace`` (where it is pinned) its files have the owners that it maps them to. With a
-        ``mount_label`` all of them have that SELinux label. Raises
-        NotFoundError if the image has been removed meanwhile, LimitError if it has too many layers for the kernel,
-        UnsupportedError if ids cannot be mapped here. On failure nothing stays.
+        With a ``user_namespace`` (its pinned path) the files have the owners that it maps them to. With a
+        ``mount_label`` all files have that SELinux label. Raises NotFoundError if the image has been removed,
+        LimitError if it has too many layers for the kernel, UnsupportedError if ids cannot be mapped here. An error
+        leaves nothing behind.
         """
         lower = self._lower(image)
         async with Undo(f"snapshot of container {container_id}") as undo:
             undo.push("the snapshot", lambda: self._discard(container_id, target))
-            # The removal of the container also undoes the mount without the row, so the two need not wait for each
-            # other.
+            # Removing the container undoes a mount without a row too, so mount and row are made at the same time.
             held = asyncio.ensure_future(self._hold(container_id, container_id, image))
             folder = self._containers / container_id
             try:
@@ -160,11 +159,10 @@ class SnapshotStore:
         user_namespace: Path | None = None,
         mount_label: str = "",
     ) -> None:
-        """Mount the image read-only at ``target``, which is made, for as long as the container.
+        """Mount the image read-only at ``target``, which is created, for the container.
 
-        ``user_namespace``, ``mount_label`` and errors are as for ``prepare``.
-
-        ``unmount`` with the same target takes it away; ``remove`` forgets all that a container has.
+        ``user_namespace``, ``mount_label`` and errors are as for ``prepare``. ``unmount`` with the same target undoes
+        it; ``remove`` releases everything of a container.
         """
         lower = self._lower(image)
         key = f"{container_id} {target}"
@@ -174,22 +172,22 @@ class SnapshotStore:
             await in_thread(self._mount_read_only, target, lower, user_namespace, mount_label)
 
     async def unmount(self, container_id: str, target: Path) -> None:
-        """Unmount what ``prepare`` or ``mount_image`` put at ``target``; success if it does not exist."""
+        """Undo ``prepare`` or ``mount_image`` at ``target``. Success if nothing is mounted there."""
         await in_thread(_unmount, target)
-        await self._let_go([f"{container_id} {target}"])
+        await self._release([f"{container_id} {target}"])
 
     async def remove(self, container_id: str) -> None:
-        """Remove the container's folder with its content and release its layers; success if there is none.
+        """Remove the container's folder with its content and release its layers. Success if there is none.
 
-        Mounts in it must be unmounted before.
+        The caller must unmount everything in it first.
         """
         await in_thread(self._throw_away, container_id)
         self.writable.forget(container_id)
         self._trash.wake()
-        await self._let_go([key for key, (owner, _) in self._held.items() if owner == container_id])
+        await self._release([key for key, (owner, _) in self._held.items() if owner == container_id])
 
     def filesystem_usage(self) -> FilesystemUsage:
-        """The size of the containers' folders, with the written data as far as it is known; for any thread."""
+        """The size of the containers' folders, with the last known size of the data in them; for any thread."""
         used = inodes = 0
         for container_id in [key for key in tuple(self._held) if " " not in key]:
             used += _OWN_INODES * _DISK_BLOCK
@@ -201,7 +199,7 @@ class SnapshotStore:
         return FilesystemUsage(str(self._data_dir), used, inodes)
 
     async def close(self) -> None:
-        """Stop counting what the containers write."""
+        """Stop counting the usage of writable layers."""
         await in_thread(self.writable.close)
 
     def _start_usage(self) -> None:
@@ -221,7 +219,7 @@ class SnapshotStore:
             (key, container_id, image.id, json.dumps(image.layers)),
         )
 
-    async def _let_go(self, keys: Sequence[str]) -> None:
+    async def _release(self, keys: Sequence[str]) -> None:
         held = [(key, self._held.pop(key)[1]) for key in keys if key in self._held]
         if not held:
             return
@@ -242,7 +240,7 @@ class SnapshotStore:
         return self._paths(image.layers)
 
     def _paths(self, numbers: Sequence[int]) -> list[Path]:
-        """The folders to overlay, topmost first; nothing below a layer that hides everything."""
+        """The folders to overlay, topmost first, without those below an opaque layer."""
         paths = []
         for number in reversed(numbers):
             paths.append(self._layers.path(number))
@@ -262,27 +260,27 @@ class SnapshotStore:
         upper, work = folder / "upper", folder / "work"
         new = not upper.exists()
         if not new:
-            self._trash.throw(work)  # a volatile mount leaves a mark in it that forbids mounting it again
+            self._trash.throw(work)  # a volatile mount leaves a marker in it that forbids another mount
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
             if user_namespace is not None or self.project_quotas == "all":
-                self._give_project(folder.name)
+                self._assign_project(folder.name)
         for path in (upper, work):
             with contextlib.suppress(FileExistsError):
                 path.mkdir(mode=0o700)
         target.mkdir(parents=True, exist_ok=True)
-        # Written files get the ids that they are written with, so only the layers below need mapped ids.
+        # New files keep the ids that the container writes them with, so only the layers below need mapped ids.
         with with_mapped_ids(lower, scratch_of(target), user_namespace) as seen:
-            if new:  # the root folder itself looks as the image's does
+            if new:  # the root folder gets owner and mode of the image's
                 root = seen[0].stat()
                 os.chown(upper, root.st_uid, root.st_gid)
                 upper.chmod(stat.S_IMODE(root.st_mode))
             self._mount_overlay(target, seen, folder, mount_label)
         self.writable.measure_own(folder.name)
 
-    def _give_project(self, container_id: str) -> None:
+    def _assign_project(self, container_id: str) -> None:
         try:
-            self.writable.give_project(container_id)
+            self.writable.assign_project(container_id)
         except (LimitError, OSError) as error:
             _log.warning("snapshot of container %s: usage is counted in the background: %s", container_id, error)
 
@@ -302,7 +300,7 @@ class SnapshotStore:
     ) -> None:
         target.mkdir(parents=True, exist_ok=True)
         if len(lower) == 1:
-            # Overlayfs wants two when nothing is writable.
+            # Overlayfs needs two lower folders if there is no upper one.
             second = self._layers.path(EMPTY_LAYER).with_name("below")
             second.mkdir(exist_ok=True)
             lower = (*lower, second)
@@ -317,7 +315,7 @@ class SnapshotStore:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a folder of that name exists."""
+    """Whether a folder can have that name."""
     return text not in ("", ".", "..") and "/" not in text and "\0" not in text
 
 

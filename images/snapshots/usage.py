@@ -1,6 +1,6 @@
-"""The size of what containers wrote into their root file systems: by project quota, or counted in the background.
+"""The size of containers' writable layers: read from project quotas, or counted in a background thread.
 
-No call walks a tree.
+No call waits for the count of a tree.
 """
 
 from __future__ import annotations
@@ -22,25 +22,24 @@ from host.files.file_tree import Walk
 from images.snapshots.project_quota import ProjectQuotas
 
 OLDEST_SECONDS = 10.0
-TRUSTED_SECONDS = 600.0  # files may also change by a hand from outside the container
+TRUSTED_SECONDS = 600.0  # a process outside of the container may also change its files
 
 _BLOCK = 512  # the unit of st_blocks on every file system (stat(2))
-BATCH = 256  # entries between two looks at the time
-DUTY = 0.2  # the part of one core that a running count uses
-_SMALL_SECONDS = 0.0002  # of processor time: not quite a hundred files
+BATCH = 256  # entries between two checks of the time
+DUTY = 0.2  # share of one core that a running count uses
+_SMALL_SECONDS = 0.0002  # of processor time; enough for almost 100 files
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-SHARE = 0.01  # the part of one core that all trees that are not small take together
+SHARE = 0.01  # share of one core for counting all trees that are not small
 
 _log = logging.getLogger("podkeel.images")
 
-# A value that changes when a container may have written; None: unknown. It must not raise.
+# Returns a value that changes when a container may have written; None if unknown. It must not raise.
 Activity = Callable[[str], int | None]
 
 
 @dataclass(frozen=True, slots=True)
 class WritableUsage:
-    """The size of what one container wrote, its folder included, and the time of the count (nanoseconds since the
-    epoch).
+    """The size of what one container wrote, with its upper folder, and the time of the count in ns since the epoch.
 
     This is the data in its root file system, and in the folders of its image's VOLUMEs.
     """
@@ -52,7 +51,7 @@ class WritableUsage:
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
-    """A count, made after the container's ``activity`` had this value; times on the monotonic clock."""
+    """A count. ``activity`` is the container's activity before the count. Times are on the monotonic clock."""
 
     usage: WritableUsage
     due: float
@@ -62,7 +61,7 @@ class _Counted:
 
 @dataclass(frozen=True, slots=True)
 class _Project:
-    """The project of a container's folder, and what of it is not the container's: all but the folder of its files."""
+    """The project of a container's folder. The own numbers are its usage outside of the container's files."""
 
     id: int
     own_bytes: int = 0
@@ -70,14 +69,13 @@ class _Project:
 
 
 class WritableLayers:
-    """Measures the size of the folders that ``upper`` gives for container ids, and of ``volumes`` beside them; for any
-    thread.
+    """Measures the folders that ``upper`` returns for container ids, and the ``volumes`` beside them; for any thread.
 
-    With a project of ``quotas`` it is the file system's current value, otherwise the last count. If that is older than
-    ten seconds, a thread checks whether the container has been active since, and counts again if so: a container that
-    did not run did not write. Small trees are counted as often as that, others as often as a hundredth of one core
-    allows for all of them. The thread has the usual priority: with a lower one it might wait for a processor while it
-    holds a lock that the whole process needs.
+    With a project of ``quotas`` the size is the file system's current value, otherwise that of the last count. If that
+    is older than ten seconds, a thread checks whether the container has been active since, and counts again if so: a
+    container that did not run did not write. Small trees are counted every ten seconds at most, all others together use
+    at most one hundredth of a core. The thread has normal priority: with a lower one it might wait for a processor
+    while it holds a lock that the whole process needs.
     """
 
     def __init__(self, upper: Callable[[str], Path], quotas: ProjectQuotas | None = None) -> None:
@@ -87,7 +85,7 @@ class WritableLayers:
         self.counted_because = "" if quotas is not None else "images.project_quotas is off"
         self._projects: dict[str, _Project] = {}
         self._counted: dict[str, _Counted] = {}
-        self._costs: dict[str, float] = {}  # seconds of processor time that trees took to count, without small ones
+        self._costs: dict[str, float] = {}  # processor seconds of the last count of each tree that is not small
         self._waiting: set[str] = set()
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -95,29 +93,29 @@ class WritableLayers:
         self._thread: threading.Thread | None = None
 
     def open(self) -> str:
-        """Find out whether project quotas can be used; why not, or nothing if they can."""
+        """Check whether project quotas can be used. Returns why not; empty if they can."""
         if self._quotas is not None:
             self.counted_because = self._quotas.open()
         if self.counted_because:
             self._quotas = None
         return self.counted_because
 
-    def give_project(self, container_id: str) -> None:
-        """Have the file system count for this container, whose folder is new and empty. Raises LimitError, OSError."""
+    def assign_project(self, container_id: str) -> None:
+        """Assign a project to this container, whose folder is new and empty. Raises LimitError, OSError."""
         if self._quotas is not None:
-            self._projects[container_id] = _Project(self._quotas.give(self._upper(container_id).parent))
+            self._projects[container_id] = _Project(self._quotas.assign(self._upper(container_id).parent))
 
     def find_project(self, container_id: str) -> None:
-        """Continue with the project that an earlier agent assigned, if any."""
+        """Use the project that an earlier agent assigned, if any."""
         if self._quotas is not None:
             with contextlib.suppress(OSError):
-                project = self._quotas.known(self._upper(container_id).parent)
+                project = self._quotas.assigned(self._upper(container_id).parent)
                 if project:
                     self._projects[container_id] = _Project(project)
                     self.measure_own(container_id)
 
     def measure_own(self, container_id: str) -> None:
-        """Leave out of what a project takes the folders that are overlayfs's, as they are now."""
+        """Measure the folders of the project that belong to overlayfs, which ``usage`` subtracts."""
         project = self._projects.get(container_id)
         if project is not None:
             folder = self._upper(container_id).parent
@@ -126,7 +124,7 @@ class WritableLayers:
             self._projects[container_id] = _Project(project.id, blocks * _BLOCK, len(own))
 
     def usage(self, container_id: str) -> WritableUsage | None:
-        """Its size as far as it is known, at first that of the folder itself; None if there is none."""
+        """The last known size, at first that of the folder itself. None if the folder does not exist."""
         project = self._projects.get(container_id)
         if project is not None and self._quotas is not None:
             with contextlib.suppress(OSError):
@@ -146,13 +144,13 @@ class WritableLayers:
         return known.usage
 
     def forget(self, container_id: str) -> None:
-        """The container is gone."""
+        """Forget a container that was removed."""
         with self._lock:
             self._counted.pop(container_id, None)
             self._costs.pop(container_id, None)
         project = self._projects.pop(container_id, None)
         if project is not None and self._quotas is not None:
-            self._quotas.take_back(project.id)
+            self._quotas.release(project.id)
 
     def close(self) -> None:
         """Stop counting."""
@@ -177,7 +175,7 @@ class WritableLayers:
         while (container_id := self._queue.get()) is not None and not self._closing.is_set():
             try:
                 renewed = self._renewed(container_id, self._counted.get(container_id))
-            except (OSError, PodkeelError) as error:  # such as no descriptor left: it is asked for again
+            except (OSError, PodkeelError) as error:  # for example no free descriptor: the next request counts again
                 _log.warning("snapshots: files cannot be counted, the last count is kept: %s", error)
                 renewed = None
             with self._lock:
@@ -186,7 +184,7 @@ class WritableLayers:
                     self._counted[container_id] = renewed
 
     def _renewed(self, container_id: str, known: _Counted | None) -> _Counted | None:
-        """None if the end interrupts the count, or the folder does not exist."""
+        """The count to use from now on. None if ``close`` interrupts it, or the folder does not exist."""
         activity, now = self.activity(container_id), time.monotonic()
         if known is not None and activity is not None and activity == known.activity and now < known.trusted_until:
             usage = replace(known.usage, time_ns=time.time_ns())
@@ -199,7 +197,7 @@ class WritableLayers:
         return _Counted(counted, now + pause, now + max(pause, TRUSTED_SECONDS), activity)
 
     def _pause(self, container_id: str, cost: float) -> float:
-        """For how long a tree is not counted again, by the processor time that it took."""
+        """Seconds until the tree is counted again, according to the processor time of its last count."""
         with self._lock:
             if cost > _SMALL_SECONDS and container_id in self._counted:
                 self._costs[container_id] = cost
@@ -227,9 +225,9 @@ class WritableLayers:
 
 
 def _statuses(folder: Path) -> Iterator[os.stat_result]:
-    """The size of ``folder`` and everything below it; what is deleted meanwhile is left out.
+    """The status of ``folder`` and of everything below it, without files that are deleted during the walk.
 
-    Its owner may put a link where a folder was: none is followed, and no mount is crossed.
+    Does not follow links, which the container may put in place of folders, and does not cross mounts.
     """
     try:
         root = os.open(folder, _FOLDER)

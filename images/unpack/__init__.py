@@ -1,1 +1,1 @@
-"""From a layer's tar stream to files, in a confined worker process."""
+"""Unpacks a layer's tar stream in a confined worker process."""

@@ -1,4 +1,4 @@
-"""Opening files of a layer by their path, without following links or leaving the layer; paths may have any length."""
+"""Opens files of a layer by path, without following links or leaving the layer. Paths may have any length."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 from host import libc
 
-_AT_ONCE = 4000  # PATH_MAX is 4096
+_LONGEST_PATH = 4000  # PATH_MAX is 4096
 _RESOLVE = libc.RESOLVE_NO_SYMLINKS | libc.RESOLVE_BENEATH
 
 
 @contextmanager
 def opened_beneath(root: Path | int, name: bytes, flags: int) -> Iterator[int]:
-    """A descriptor of ``name`` (empty: the root itself) below the folder ``root``, for the time of the block.
+    """Open ``name`` (empty: the root itself) below the folder ``root`` for the block, and provide the descriptor.
 
-    Raises OSError: what open(2) raises, ELOOP behind a symbolic link, EXDEV for a name that leads out.
+    Raises OSError: any of open(2), ELOOP for a path through a symbolic link, EXDEV for a path that leads out.
     """
     folder = os.dup(root) if isinstance(root, int) else os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        while len(name) > _AT_ONCE:
-            cut = name.rfind(b"/", 0, _AT_ONCE)
+        while len(name) > _LONGEST_PATH:
+            cut = name.rfind(b"/", 0, _LONGEST_PATH)
             if cut <= 0:
-                break  # a part that is too long: the kernel raises the error
+                break  # one component is too long: the kernel raises the error
             folder, old = libc.openat2(folder, name[:cut], os.O_PATH | os.O_DIRECTORY, _RESOLVE), folder
             os.close(old)
             name = name[cut + 1 :]

@@ -1,8 +1,8 @@
-"""The rights that the unpack worker drops before it reads a layer: code executed in it reaches only the layer.
+"""Drops rights of the unpack worker before it reads a layer, so that code executed by a layer reaches only the layer.
 
-The worker is two processes. The outer one waits and says how the inner one ended. The inner one reads the layer: it is
-the first process of a new PID namespace, with empty network, IPC and mount namespaces and the layer's folder as its
-root. It has only the capabilities for writing other users' files, a filter of system calls, and limits.
+The worker is two processes. The outer one waits and reports how the inner one ended. The inner one reads the layer: it
+is the first process of a new PID namespace, with empty network, IPC and mount namespaces and the layer's folder as its
+root. It has only the capabilities for writing other users' files, a seccomp filter, and limits.
 
 References: user_namespaces(7), pid_namespaces(7), capabilities(7), seccomp(2), getrlimit(2).
 """
@@ -15,17 +15,17 @@ import resource
 
 from host import libc
 
-TYPE_CHECKING = False  # as type checkers know it, without importing typing
+TYPE_CHECKING = False  # type checkers treat this name as true; importing typing is slow
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 OPEN_FILES = 64
-_LIFELINE = 3  # open, so that the agent sees when this process is gone
+_LIFELINE = 3  # stays open, so that the agent sees when this process has ended
 _MOST_DESCRIPTORS = 1 << 16
 _NICENESS = 5
 _OOM_SCORE = 1000
 
-# chown, dac_override, fowner, fsetid, setfcap. Not dac_read_search: it opens any file of the file system by a handle.
+# chown, dac_override, fowner, fsetid, setfcap. Not dac_read_search: it can open any file of the file system by handle.
 _KEPT_CAPABILITIES = sum(1 << number for number in (0, 1, 3, 4, 31))
 _NAMESPACES = libc.CLONE_NEWNS | libc.CLONE_NEWNET | libc.CLONE_NEWIPC
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 32, 1 << 12, 1 << 14, 1 << 18
@@ -34,7 +34,7 @@ _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, 
 
 
 class Limits:
-    """Of one worker: bytes of memory, seconds of processor time, bytes of one file."""
+    """The limits of one worker: bytes of memory, seconds of processor time, bytes of one file."""
 
     __slots__ = ("file_bytes", "memory_bytes", "seconds")
 
@@ -45,7 +45,7 @@ class Limits:
 
 
 class Ended:
-    """How the inner process ended: its exit status, or minus the signal; and the seconds of processor time it took."""
+    """How the inner process ended: its exit status, or minus the signal, and the processor seconds it used."""
 
     __slots__ = ("seconds", "status")
 
@@ -57,12 +57,12 @@ class Ended:
 def run_confined(
     folder: str, seccomp_filter: bytes, limits: Limits, work: Callable[[], None], failed: Callable[[OSError], None]
 ) -> Ended:
-    """Call ``work`` in a process that has ``folder`` as its root and standard input, output and error, nothing else.
+    """Call ``work`` in a process that has only ``folder`` as its root, and standard input, output and error.
 
-    If that process cannot be confined, it calls ``failed`` instead. Standard input of this process itself is closed, so
-    that the writer of the pipe gets an error once the inner process no longer reads. Raises OSError.
+    If that process cannot be confined, it calls ``failed`` instead. Closes standard input of the calling process, so
+    that the writer of the pipe gets an error once the inner process stops reading. Raises OSError.
     """
-    _give_way()
+    _lower_priority()
     libc.unshare(libc.CLONE_NEWPID)
     inner = os.fork()
     if inner == 0:
@@ -77,7 +77,7 @@ def run_confined(
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace"))
             os._exit(1)
-        os._exit(0)  # nothing is left to be done, so nothing needs to be taken apart first
+        os._exit(0)  # without Python's clean-up, which is not needed
     os.close(0)
     _, status, usage = os.wait4(inner, 0)
     return Ended(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime)
@@ -105,7 +105,7 @@ def _confine(folder: str, seccomp_filter: bytes, limits: Limits) -> None:
 
 
 def _enter(folder: str) -> None:
-    """Make ``folder`` the root of this process, with nothing else of the host in sight."""
+    """Make ``folder`` the root of this process, so that nothing else of the host is visible."""
     libc.mount("", "/", "", _MS_REC | _MS_PRIVATE, "")
     libc.mount(folder, folder, "", _MS_BIND, "")
     os.chdir(folder)
@@ -119,18 +119,18 @@ def _enter(folder: str) -> None:
     os.chdir("/")
 
 
-def _give_way() -> None:
-    """Give the agent's calls and the node's containers priority, and be killed before them when memory is short."""
+def _lower_priority() -> None:
+    """Lower this process's priority, and let the kernel kill it before containers if memory is short."""
     os.nice(_NICENESS)
     for path, value in (("/proc/self/autogroup", _NICENESS), ("/proc/self/oom_score_adj", _OOM_SCORE)):
         try:
             with open(path, "wb", 0) as file:
                 file.write(b"%d" % value)
-        except OSError:  # sched(7), "autogroup feature": not every kernel has it, or allows frequent changes
+        except OSError:  # not every kernel has autogroups, or allows frequent changes: sched(7), "autogroup feature"
             continue
 
 
 def _held_capabilities() -> int:
-    """The permitted set of this process."""
+    """The permitted capabilities of this process."""
     with open("/proc/self/status", "rb") as status:
         return next(int(line.split()[1], 16) for line in status if line.startswith(b"CapPrm:"))

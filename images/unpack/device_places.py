@@ -1,7 +1,7 @@
-"""Device nodes of a layer.
+"""Placeholders for device nodes of a layer.
 
-The unpack worker has no right to make them, so it makes a placeholder file for each. Later entries of the layer may
-link to it, or replace it. Afterwards the remaining placeholders are removed and listed for the agent
+The unpack worker has no right to make device nodes, so it makes a placeholder file for each. Later entries of the layer
+may link to it or replace it. At the end the remaining placeholders are removed and listed for the agent
 (``images/unpack/special_files.py``).
 """
 
@@ -19,7 +19,7 @@ _KINDS = {CHARACTER_DEVICE: stat.S_IFCHR, BLOCK_DEVICE: stat.S_IFBLK}
 
 
 class Device:
-    """A device node that the agent is to make: its type and mode, number, owner and time, and its names."""
+    """A device node that the agent makes later: type and mode, number, owner, time and names."""
 
     __slots__ = ("device", "gid", "mode", "mtime", "paths", "uid")
 
@@ -33,7 +33,7 @@ class Device:
 
 
 class DevicePlaces:
-    """The placeholders of device nodes. A secret content identifies each."""
+    """The placeholders of device nodes. A secret in its content identifies each."""
 
     def __init__(self, root: LayerRoot) -> None:
         self._root = root
@@ -42,19 +42,19 @@ class DevicePlaces:
         self._paths: dict[bytes, None] = {}
 
     def fill(self, descriptor: int, path: bytes, device: Device) -> None:
-        """Make the new empty file at ``path`` the place of ``device``."""
+        """Make the new empty file at ``path`` the placeholder of ``device``."""
         os.write(descriptor, self._start + b"%d" % len(self._devices))
         self._devices.append(device)
         self.linked(path)
 
     def linked(self, path: bytes) -> None:
-        """There is a new hard link at ``path``, which may lead to a place."""
-        if self._devices:  # links in the path may be replaced before the placeholder is looked for
+        """Record a new hard link at ``path``, which may be one to a placeholder."""
+        if self._devices:  # resolved now, because links in the path may be replaced later
             folder, _, base = path.rpartition(b"/")
             self._paths[clean(self._root.resolve(folder)[0] + b"/" + base)] = None
 
     def at(self, path: bytes) -> Device | None:
-        """The device whose place ``path`` is."""
+        """The device whose placeholder is at ``path``; None if there is none."""
         if not self._devices or self._root.kind(path) != stat.S_IFREG:
             return None
         descriptor = os.open(self._root.near(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -66,7 +66,7 @@ class DevicePlaces:
         return self._devices[int(number)] if number != content else None
 
     def take(self) -> list[Device]:
-        """Remove the places that are still there; their devices, with all the names they have."""
+        """Remove the remaining placeholders. Returns their devices with all their names."""
         found: dict[int, Device] = {}
         for path in self._paths:
             device = self.at(path)

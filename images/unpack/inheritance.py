@@ -1,7 +1,7 @@
-"""What a layer has because of the layers below it.
+"""Adjusts a layer to the layers below it.
 
-Folders that it contains without describing them take owner, mode, time and attributes from those layers. Whiteouts are
-for files of those layers only: in a folder that is in no layer below, overlayfs shows them as names without a file.
+Parent folders without an entry in the layer get owner, mode, time and attributes from the layers below. Whiteouts that
+hide nothing are removed: in a folder that no layer below has, overlayfs shows them as names without a file.
 """
 
 from __future__ import annotations
@@ -15,55 +15,54 @@ from pathlib import Path
 
 from images.unpack.beneath import opened_beneath
 
-_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _OPAQUE = "trusted.overlay.opaque"
 _KEPT_XATTRS = ("security.capability", "system.posix_acl_access", "system.posix_acl_default")
 
 
 def inherit(layer: Path, lower: Sequence[Path], folders: Sequence[bytes]) -> None:
-    """Give each of ``folders`` (relative, in ``layer``) the metadata that it has in the topmost of ``lower`` (lowest
-    first).
+    """Copy the metadata of ``folders`` (relative, in ``layer``) from the topmost of ``lower`` (lowest first).
 
-    Blocking. A folder that those layers do not show, or show as something else, stays as it is. Names come from images,
-    so no symbolic link is followed and nothing above the layers is reached.
+    Blocks. A folder that those layers hide, lack or have as something else is not changed. Names come from images, so
+    no symbolic link is followed and nothing outside of the layers is reached.
     """
     below = [_Lower(path) for path in reversed(lower)]
     for name in folders:
         for one in below:
-            seen = one.look(name)
+            seen = one.find(name)
             if seen.folder:
                 _copy(layer, name, one.path)
-            if seen.folder or not seen.go_on:
+            if seen.folder or not seen.lower_visible:
                 break
 
 
-def drop_idle_whiteouts(
+def remove_needless_whiteouts(
     layer: Path, lower: Sequence[Path], folders: Sequence[bytes], implied: Collection[bytes]
 ) -> tuple[int, int]:
-    """Remove the whiteouts in those of ``folders`` (relative, in ``layer``) that ``lower`` (lowest first) do not show.
+    """Remove the whiteouts in ``folders`` (relative, in ``layer``) if ``lower`` (lowest first) do not show the folder.
 
-    Those of them that are ``implied`` are removed too if nothing else is in them: a file may be there in a layer below.
-    Returns how many files and folders were removed. Blocking; names as for ``inherit``.
+    An ``implied`` folder that is empty then is removed too, because a layer below may have a file of that name.
+    Returns how many files and folders were removed. Blocks. Names are handled as in ``inherit``.
     """
     own = _Lower(layer)
     below = [_Lower(path) for path in reversed(lower)]
     files = emptied = 0
     for name in sorted(folders, key=lambda name: name.count(b"/"), reverse=True):
-        seen = own.look(name)
-        if not seen.folder or (seen.go_on and _is_shown(name, below)):
+        seen = own.find(name)
+        if not seen.folder or (seen.lower_visible and _is_shown(name, below)):
             continue
         files += _remove_whiteouts(layer, name)
-        idle = name
-        while idle and idle in implied and not _is_shown(idle, below) and _remove_empty(layer, idle):
+        needless = name
+        while needless and needless in implied and not _is_shown(needless, below) and _remove_empty(layer, needless):
             emptied += 1
-            idle = idle.rpartition(b"/")[0]
+            needless = needless.rpartition(b"/")[0]
     return files, emptied
 
 
 def _is_shown(name: bytes, below: Sequence[_Lower]) -> bool:
     for one in below:
-        seen = one.look(name)
-        if seen.folder or not seen.go_on:
+        seen = one.find(name)
+        if seen.folder or not seen.lower_visible:
             return seen.folder
     return False
 
@@ -89,7 +88,7 @@ def _remove_empty(layer: Path, name: bytes) -> bool:
             os.rmdir(base, dir_fd=folder)
             os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, *_NOT_THERE):
+        if error.errno not in (errno.ENOTEMPTY, *_MISSING):
             raise
         return False
     return True
@@ -100,43 +99,43 @@ class _Seen:
     """Whether a layer has the folder; if not, whether layers further down may show it."""
 
     folder: bool
-    go_on: bool
+    lower_visible: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Lower:
-    """A layer below, with what was found out about its folders: each is looked at once."""
+    """A layer below, with a cache of what is known about its folders."""
 
     path: Path
     seen: dict[bytes, _Seen] = field(default_factory=dict)
 
-    def look(self, name: bytes) -> _Seen:
-        """The metadata of the folder ``name`` in this layer."""
+    def find(self, name: bytes) -> _Seen:
+        """Whether the layer has the folder ``name``."""
         path = b""
         seen = self._at(path, hidden=False)
         for part in filter(None, name.split(b"/")):
             if not seen.folder:
                 return seen
             path = path + b"/" + part if path else part
-            seen = self._at(path, hidden=not seen.go_on)
+            seen = self._at(path, hidden=not seen.lower_visible)
         return seen
 
     def _at(self, path: bytes, *, hidden: bool) -> _Seen:
         if path not in self.seen:
-            self.seen[path] = self._look_at(path, hidden=hidden)
+            self.seen[path] = self._find(path, hidden=hidden)
         return self.seen[path]
 
-    def _look_at(self, path: bytes, *, hidden: bool) -> _Seen:
-        """``hidden``: a folder in the path hides what layers further down have there."""
+    def _find(self, path: bytes, *, hidden: bool) -> _Seen:
+        """Look up a folder. ``hidden``: a folder in its path is opaque, so layers further down do not count."""
         try:
             with opened_beneath(self.path, path, os.O_PATH) as descriptor:
                 if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-                    return _Seen(folder=False, go_on=False)
-                return _Seen(folder=True, go_on=not hidden and not _is_opaque(descriptor))
+                    return _Seen(folder=False, lower_visible=False)
+                return _Seen(folder=True, lower_visible=not hidden and not _is_opaque(descriptor))
         except OSError as error:
-            if error.errno not in _NOT_THERE:
+            if error.errno not in _MISSING:
                 raise
-            return _Seen(folder=False, go_on=not hidden)
+            return _Seen(folder=False, lower_visible=not hidden)
 
 
 def _is_opaque(descriptor: int) -> bool:
@@ -160,5 +159,5 @@ def _copy(layer: Path, name: bytes, below: Path) -> None:
                     os.setxattr(target, xattr, os.getxattr(source, xattr))
             os.utime(target, ns=(status.st_mtime_ns, status.st_mtime_ns))
     except OSError as error:
-        if error.errno not in _NOT_THERE:
+        if error.errno not in _MISSING:
             raise

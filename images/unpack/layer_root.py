@@ -1,7 +1,7 @@
 """Paths inside the folder that a layer is written to, which is the root and the working folder of the process.
 
-Runs in the unpack worker. No path leads out, as nothing else is mounted; this is about paths that are longer than the
-kernel accepts, and about links to missing files.
+Runs in the unpack worker. No path can lead out of the root, as nothing else is mounted. This module handles paths that
+are longer than the kernel accepts, and links to missing files.
 """
 
 # Names are bytes, which pathlib does not take.
@@ -16,13 +16,13 @@ from images.unpack.tar.headers import TarError, shown
 
 LONGEST_NAME = 32 << 10
 MOST_PARTS = 1024
-_AT_ONCE = 4000  # PATH_MAX is 4096
+_LONGEST_PATH = 4000  # PATH_MAX is 4096
 _MOST_LINKS = 255
-NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # ELOOP: behind links that lead in circles
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # ELOOP: behind a loop of links
 
 
 def is_clean(name: bytes) -> bool:
-    """Whether ``name`` is short, relative to the root and without parts that have no meaning, as nearly all are."""
+    """Whether ``name`` is short, relative and without empty, ``.`` or ``..`` parts. Almost all names are."""
     return (
         len(name) < MOST_PARTS
         and b"/." not in name
@@ -33,9 +33,9 @@ def is_clean(name: bytes) -> bool:
 
 
 def clean(name: bytes) -> bytes:
-    """``name`` relative to the root, without empty, ``.`` and ``..`` parts; TarError for one that climbs out.
+    """``name`` relative to the root, without empty, ``.`` and ``..`` parts. TarError if it leads out of the root.
 
-    An empty name is that of the root, as in containerd.
+    An empty name means the root, as in containerd.
     """
     if len(name) > LONGEST_NAME:
         raise TarError(f"{shown(name)} has a name of {len(name)} bytes, the longest may have {LONGEST_NAME}")
@@ -46,7 +46,7 @@ def clean(name: bytes) -> bytes:
     for part in name.split(b"/"):
         if part == b"..":
             if not parts:
-                raise TarError(f"{shown(name)} climbs out of its folder with '..'")
+                raise TarError(f"{shown(name)} leads out of the layer with '..'")
             parts.pop()
         elif part not in (b"", b"."):
             parts.append(part)
@@ -56,25 +56,23 @@ def clean(name: bytes) -> bytes:
 
 
 class LayerRoot:
-    """Allows calls with paths of any length, by changing to a folder from which the rest of the path is
-    short enough.
-    """
+    """Allows system calls with paths of any length, by changing the working folder until the rest is short enough."""
 
     def __init__(self) -> None:
         self.away = False
 
     def near(self, path: bytes) -> bytes:
-        """The path to use for ``path`` (relative to the root) until the next call of this; ``.`` for the root.
+        """The path to pass to the kernel for ``path`` (relative to the root), valid until the next call of this.
 
-        Raises OSError if it is too long and a folder in it is missing.
+        The root is ``.``. Raises OSError if the path is too long and a folder in it is missing.
         """
         if self.away:
             os.chdir("/")
             self.away = False
-        while len(path) > _AT_ONCE:
-            cut = path.rfind(b"/", 0, _AT_ONCE)
+        while len(path) > _LONGEST_PATH:
+            cut = path.rfind(b"/", 0, _LONGEST_PATH)
             if cut <= 0:
-                break  # a part that is too long: the kernel raises the error
+                break  # one component is too long: the kernel raises the error
             os.chdir(path[:cut])
             self.away = True
             path = path[cut + 1 :]
@@ -82,7 +80,7 @@ class LayerRoot:
 
     def link(self, target: bytes, path: bytes) -> None:
         """Make ``path`` a hard link to ``target``. Raises OSError."""
-        if len(target) <= _AT_ONCE and len(path) <= _AT_ONCE:
+        if len(target) <= _LONGEST_PATH and len(path) <= _LONGEST_PATH:
             self.near(b"")
             os.link(target, path, follow_symlinks=False)
             return
@@ -94,18 +92,18 @@ class LayerRoot:
             os.close(descriptor)
 
     def kind(self, path: bytes) -> int:
-        """The file type bits of what is at ``path``, 0 if nothing is."""
+        """The file type bits of the file at ``path``; 0 if there is none."""
         try:
             return stat.S_IFMT(os.lstat(self.near(path)).st_mode)
         except OSError as error:
-            if error.errno not in NOT_THERE:
+            if error.errno not in MISSING:
                 raise
             return 0
 
     def resolve(self, path: bytes) -> tuple[bytes, int]:
-        """``path`` with every link in it followed, and how many of its parts exist.
+        """Follow all links in ``path``. Returns the result, and how many of its parts exist.
 
-        The target of a link need not exist. Raises TarError for links that lead in circles.
+        The target of a link need not exist. Raises TarError for a loop of links.
         """
         done: list[bytes] = []
         there: int | None = None
@@ -130,12 +128,12 @@ class LayerRoot:
                 there = len(done) - 1
                 continue
             except OSError as error:
-                if error.errno != errno.EINVAL:  # what it is for anything but a link
+                if error.errno != errno.EINVAL:  # EINVAL: this is not a link
                     raise
                 continue
             links += 1
             if links > _MOST_LINKS:
-                raise TarError(f"{shown(path)} is behind links that lead in circles")
+                raise TarError(f"{shown(path)} is behind a loop of symbolic links")
             done = [] if target.startswith(b"/") else done[:-1]
             pending += target.split(b"/")[::-1]
         return b"/".join(done), len(done) if there is None else there

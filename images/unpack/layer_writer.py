@@ -1,8 +1,8 @@
-"""Writing a layer's entries below the working folder, with whiteouts turned into overlayfs's form.
+"""Writes the entries of a layer into the working folder, and converts whiteouts to overlayfs's form.
 
-Runs in the unpack worker after it made the layer's folder its root, so that symbolic links, ``..`` and absolute names
-cannot lead anywhere else. Device nodes and the marks of opaque folders take rights that the worker does not have: it
-lists them, and the agent makes them (``images/unpack/special_files.py``).
+Runs in the unpack worker, whose root is the layer's folder, so that symbolic links, ``..`` and absolute names cannot
+lead outside. The worker has no right to make device nodes and to mark opaque folders: it lists them, and the agent
+makes them (``images/unpack/special_files.py``).
 
 References: OCI image specification, "Image Layer Filesystem Changeset"; the kernel's
 Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories".
@@ -30,7 +30,7 @@ from images.unpack.tar.headers import (
     shown,
 )
 
-TYPE_CHECKING = False  # as type checkers know it, without importing typing
+TYPE_CHECKING = False  # type checkers treat this name as true; importing typing is slow
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TypeVar
@@ -45,17 +45,17 @@ _OPAQUE = b".wh..wh..opq"
 _AUFS = b".wh..wh."
 _AUFS_LINKED = b".wh..wh.plnk"  # the folder of files with several names
 _SET_IDS = stat.S_ISUID | stat.S_ISGID
-_WHITED_OUT = stat.S_IFCHR  # the only device nodes that a worker makes
+_WHITED_OUT = stat.S_IFCHR  # whiteouts are the only device nodes that the worker makes
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _XATTRS = (b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default")
 _LAST_NANOSECOND = (1 << 63) - 1
 
 
 class LayerWriter:
-    """Applies entries in order; a later entry of the same name replaces the earlier one.
+    """Applies entries in order. A later entry of the same name replaces the earlier one.
 
-    ``used_bytes`` (in blocks, as ``du`` counts) and ``used_inodes`` say what was made; ``implied`` are folders that no
-    entry described, which take after those of the layers below; ``opaque`` is true if the layer hides everything below.
+    ``used_bytes`` (in blocks, as in ``du``) and ``used_inodes`` are the usage on disk. ``implied`` are folders without
+    an entry, which get the metadata of the layers below. ``opaque`` is true if the layer hides everything below.
     ``opaque_folders`` and ``devices`` are for the agent to make. ``hiding`` are folders with whiteouts in them.
     """
 
@@ -77,7 +77,7 @@ class LayerWriter:
         self.implied: dict[bytes, None] = {b"": None}
 
     def write_all(self) -> None:
-        """Write every entry of the reader, then the times of the folders."""
+        """Write every entry of the reader, then set the times of the folders."""
         for entry in self._reader:
             self.entries += 1
             if self.entries > self._max_entries:
@@ -108,7 +108,7 @@ class LayerWriter:
         base = path.rpartition(b"/")[2]
         if b".wh." in path:
             if _AUFS in path and not path.endswith(_OPAQUE):
-                # AUFS's own book-keeping means nothing elsewhere, but hard links in the layer may lead to these files.
+                # AUFS's metadata is not needed, but hard links in the layer may link to these files.
                 if entry.kind == REGULAR and path.startswith(_AUFS_LINKED + b"/"):
                     self._file(entry, _AUFS_LINKED + b"/" + base)
                 return
@@ -136,7 +136,7 @@ class LayerWriter:
             self._device(entry, path)
 
     def _plain_file(self, entry: Entry) -> bool:
-        """Write a small new file as most are, in few steps; False for any other, of which nothing has been done."""
+        """Write a small new file in few system calls. Returns False, without any change, if it is of another kind."""
         name = entry.name
         if not is_clean(name) or b".wh." in name or entry.xattrs or entry.regions is not None or self._root.away:
             return False
@@ -165,7 +165,7 @@ class LayerWriter:
         return True
 
     def _describe(self, entry: Entry, name: bytes) -> None:
-        """Give what is neither a file nor a folder its owner, mode and time, and count it."""
+        """Set owner, mode and time of a file that is neither regular nor a folder, and count it."""
         self._set_owner(entry, name)
         if entry.kind != SYMBOLIC_LINK and entry.mode & _SET_IDS:
             os.chmod(name, entry.mode)
@@ -217,8 +217,10 @@ class LayerWriter:
             self._count(DISK_BLOCK)
 
     def _make_folder(self, path: bytes, mode: int) -> bool:
-        """Make the folder unless it exists; anything else at this path is removed. A whited-out one hides what is
-        below."""
+        """Make the folder unless it exists. Removes anything else at this path; after a whiteout the folder is opaque.
+
+        Returns whether it was made.
+        """
         try:
             os.mkdir(self._root.near(path), mode)
             return True
@@ -276,7 +278,7 @@ class LayerWriter:
             self._make_parents(name)
             os.mknod(self._root.near(name), stat.S_IFCHR, 0)
         except FileExistsError:
-            # Entries of this layer under the name stay; only those of the layers below are hidden.
+            # Entries of this layer with that name stay. Only those of the layers below are hidden.
             if self._root.kind(name) == stat.S_IFDIR:
                 self.opaque_folders[name] = None
             return
@@ -285,9 +287,9 @@ class LayerWriter:
         self._count(0)
 
     def _hide_below(self, entry: Entry, folder: bytes) -> None:
-        """Make an opaque folder, unless there is one to be made opaque."""
+        """Make the folder opaque, and create it if it does not exist."""
         if not folder:
-            self.opaque = True  # overlayfs reads no such mark on a layer's root: the layers below are left out
+            self.opaque = True  # overlayfs ignores the mark on a layer's root, so the layers below are not mounted
             return
         kind = self._root.kind(folder)
         if kind != stat.S_IFDIR:
@@ -299,7 +301,7 @@ class LayerWriter:
         self.opaque_folders[folder] = None
 
     def _make(self, path: bytes, make: Callable[[bytes], T]) -> T:
-        """Call ``make``; if a folder is missing or something is in the way, correct that and call it again."""
+        """Call ``make``. If a folder is missing, make it; if a file exists, remove it; then call ``make`` again."""
         try:
             return make(self._root.near(path))
         except (FileNotFoundError, NotADirectoryError):
@@ -311,10 +313,10 @@ class LayerWriter:
         return make(self._root.near(path))
 
     def _make_parents(self, path: bytes) -> None:
-        """Make the missing folders of ``path``, which no entry describes (yet), also behind links."""
+        """Make the missing parent folders of ``path``, which have no entry yet, also behind links."""
         folder, there = self._root.resolve(path.rpartition(b"/")[0])
         parts = folder.split(b"/")
-        # A whiteout in the path is replaced by a folder that hides what is below.
+        # A whiteout in the path is replaced by an opaque folder.
         first = there - 1 if there and self._root.kind(b"/".join(parts[:there])) == _WHITED_OUT else there
         for count in range(first + 1, len(parts) + 1):
             parent = b"/".join(parts[:count])
@@ -323,7 +325,7 @@ class LayerWriter:
                 self._count(DISK_BLOCK)
 
     def _clear(self, path: bytes) -> None:
-        """Remove anything at ``path``."""
+        """Remove the file or tree at ``path``."""
         pending = [path]
         while pending:
             current = pending[-1]
@@ -353,13 +355,13 @@ class LayerWriter:
     def _set_xattrs(self, entry: Entry, target: bytes | int) -> None:
         for name, value in (entry.xattrs or {}).items():
             if name not in _XATTRS and (not name.startswith(b"user.") or name.startswith(b"user.overlay.")):
-                continue  # trusted.* and similar ones belong to the host: overlayfs would obey them
+                continue  # overlayfs would interpret trusted.* and similar attributes
             try:
                 os.setxattr(target, name, value, follow_symlinks=isinstance(target, int))
             except OSError as error:
                 if error.errno == errno.ENOSPC and os.statvfs("/").f_bavail:
                     raise TarError(
-                        f"{shown(entry.name)} has more extended attributes than the file system takes"
+                        f"{shown(entry.name)} has more extended attributes than the file system supports"
                     ) from error
                 if error.errno not in (errno.ENOTSUP, errno.EPERM):
                     raise
@@ -378,5 +380,5 @@ def _blocks(size: int) -> int:
 
 
 def _time(entry: Entry) -> int:
-    """When the entry was changed, in nanoseconds; 1970 for times that do not fit, as in containerd."""
+    """The modification time in nanoseconds; 0 (1970) if it does not fit, as in containerd."""
     return entry.mtime if -_LAST_NANOSECOND <= entry.mtime <= _LAST_NANOSECOND else 0

@@ -1,7 +1,7 @@
-"""Entries of a layer that the unpack worker has no right to make: device nodes and the marks of opaque folders.
+"""Makes entries of a layer that the unpack worker has no right to make: device nodes and marks of opaque folders.
 
-A layer may have taken control of the worker. So its lists are bounded, and every path is found by descriptors below the
-layer's folder, without following links.
+A layer may have taken control of the worker. So the worker's lists are bounded, and every path is opened by descriptors
+below the layer's folder, without following links.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY
 
 
 class DeviceNode(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """A device node with all its names, hexadecimal; ``mtime`` is in nanoseconds."""
+    """A device node with all its names in hexadecimal digits. ``mtime`` is in nanoseconds."""
 
     block: bool
     mode: int
@@ -35,10 +35,10 @@ class DeviceNode(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 def make_special_files(layer: Path, devices: Sequence[DeviceNode], opaque: Sequence[bytes], subject: str) -> None:
-    """Make them below the folder ``layer``; blocking.
+    """Make the device nodes and marks below the folder ``layer``; blocks.
 
-    Raises InvalidArgumentError, naming ``subject`` and the path, for a path that is not in the layer or is taken, and
-    OSError where the disk does not take it.
+    Raises InvalidArgumentError, naming ``subject`` and the path, for a path that is not in the layer or exists already.
+    Raises OSError if the disk is full or fails.
     """
     path = b""
     try:

@@ -1,8 +1,8 @@
-"""A short-lived process that compares two file trees, or counts the inodes of one and makes a digest of it.
+"""A short-lived process that compares two file trees, or computes the inode count and the digest of one.
 
-Started as ``python -I -S`` with one or two folders as its last arguments, it prints one JSON object: ``inodes`` and
-``digest`` of the only one, or ``differences`` of the second from the first, at most twenty sentences. It only reads,
-and follows no symbolic link.
+Started as ``python -I -S`` with one or two folders as its last arguments, it prints one JSON object. For one tree that
+is ``inodes`` and ``digest``; for two it is ``differences`` of the second from the first, at most twenty sentences. It
+only reads, and follows no symbolic link.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class TooManyDifferencesError(Exception):
-    """There is no point in looking further."""
+    """The maximum number of differences was found."""
 
 
 class Summary:
-    """The ``inodes`` of an open folder and of all below it, and a digest of all that a comparison would look at."""
+    """The ``inodes`` of an open folder and of all below it, and a digest of everything that a comparison compares."""
 
     def __init__(self, folder: int) -> None:
         self.inodes = 1
@@ -39,7 +39,7 @@ class Summary:
 
     @property
     def digest(self) -> str:
-        """Of the whole tree."""
+        """The digest of the whole tree."""
         return f"sha256:{self._hash.hexdigest()}"
 
     def _walk(self, stack: FolderStack) -> None:
@@ -61,7 +61,7 @@ class Summary:
                 path = path.rpartition(b"/")[0]
 
     def _is_folder(self, folder: int, name: str, path: bytes) -> bool:
-        """Take in what one entry is; whether there is more below it."""
+        """Add one entry to the digest. Returns whether it is a folder."""
         status = os.stat(name, dir_fd=folder, follow_symlinks=False)
         self._attributes(path, status, _xattrs(folder, name))
         if stat.S_ISDIR(status.st_mode):
@@ -95,7 +95,7 @@ class Summary:
 class Comparison:
     """Walks two trees side by side.
 
-    The times of folders are left out, as making their entries changes them, and those of whiteouts, which mean nothing.
+    Ignores the times of folders, which change with their entries, and the times of whiteouts, which mean nothing.
     """
 
     def __init__(self) -> None:
@@ -123,16 +123,16 @@ class Comparison:
                     path = path.rpartition("/")[0]
 
     def _folder(self, wanted: int, found: int, path: str) -> list[str]:
-        """Compare what two folders are and the names in them; returns the names that both have, the last first."""
+        """Compare two folders and the names in them. Returns the names that both have, the last first."""
         self._attributes(os.fstat(wanted), os.fstat(found), path or "/")
         self._xattrs(wanted, found, ".", path or "/")
         names, others = set(os.listdir(wanted)), set(os.listdir(found))
         for name in sorted(names ^ others):
-            self._differs(f"{path}/{name}", "should not be there" if name in others else "is missing")
+            self._differs(f"{path}/{name}", "is not in the layer" if name in others else "is missing")
         return sorted(names & others, reverse=True)
 
     def _is_folder(self, wanted: int, found: int, name: str, path: str) -> bool:
-        """Compare what both have under one name; whether there is more to compare below it."""
+        """Compare the two entries of one name. Returns whether both are folders."""
         one = os.stat(name, dir_fd=wanted, follow_symlinks=False)
         other = os.stat(name, dir_fd=found, follow_symlinks=False)
         if stat.S_IFMT(one.st_mode) != stat.S_IFMT(other.st_mode):
@@ -145,7 +145,7 @@ class Comparison:
         if stat.S_ISREG(one.st_mode):
             self._content(wanted, found, name, path)
         elif stat.S_ISLNK(one.st_mode) and os.readlink(name, dir_fd=wanted) != os.readlink(name, dir_fd=found):
-            self._differs(path, "points somewhere else")
+            self._differs(path, "has another target")
         return False
 
     def _attributes(self, one: os.stat_result, other: os.stat_result, path: str) -> None:
@@ -161,7 +161,7 @@ class Comparison:
             self._differs(path, "is another device")
         whiteout = stat.S_ISCHR(one.st_mode) and one.st_rdev == 0
         if one.st_mtime_ns != other.st_mtime_ns and not whiteout:
-            self._differs(path, "was changed at another time")
+            self._differs(path, "has another modification time")
         if one.st_nlink != other.st_nlink:
             self._differs(path, f"has {other.st_nlink} names instead of {one.st_nlink}")
 
@@ -193,7 +193,7 @@ def _names_last_first(folder: int) -> list[str]:
 
 def _leave(stack: FolderStack) -> None:
     if not stack.leave():
-        raise RuntimeError("a folder was moved while it was looked at")
+        raise RuntimeError("a folder was moved while it was compared")
 
 
 def _same(one: int, other: int) -> bool:
@@ -218,7 +218,7 @@ def _xattrs(folder: int, name: str) -> dict[str, bytes]:
 
 
 def main(folders: list[str]) -> None:
-    """Compare the second folder with the first, or count the only one."""
+    """Compare the second folder with the first, or summarise the only one."""
     os.nice(10)
     opened = [os.open(folder, _FOLDER) for folder in folders]
     comparison = Comparison()

@@ -1,4 +1,4 @@
-"""Comparing file trees and computing their digest, in a separate process (``images/unpack/tree_comparison.py``)."""
+"""Compares file trees or computes their digest, in a separate process (``images/unpack/tree_comparison.py``)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _SOURCES = str(Path(__file__).parents[__name__.count(".")])
 
 
 class Trees(msgspec.Struct):
-    """``differences`` of the second tree from the first, or ``inodes`` and ``digest`` of the only one."""
+    """``differences`` of the second tree from the first; or ``inodes`` and ``digest`` if there is only one tree."""
 
     differences: list[str]
     inodes: int = 0
     digest: str = ""
 
 
-async def look_at(*folders: Path) -> Trees:
-    """The result for one tree or for two."""
+async def inspect_trees(*folders: Path) -> Trees:
+    """Summarise one tree or compare two."""
     command = (sys.executable, "-I", "-S", "-c", _START, _SOURCES, *map(str, folders))
     done = await processes.run(command, environment={})
     return msgspec.json.decode(done.stdout, type=Trees)

@@ -1,4 +1,4 @@
-"""The agent's side of unpacking: a layer's bytes are hashed and passed to a confined worker while they arrive."""
+"""The agent's side of unpacking: hashes a layer's bytes and sends them to a confined worker while they arrive."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 START = f"import sys; sys.path += sys.argv[1:3]; from {__package__}.worker import main; main()"
-# The descriptor that every process of the worker has open while it runs.
+# A descriptor that every process of the worker keeps open while it runs.
 _LIFELINE = 3
 _SECONDS_TO_DIE = 10.0
-WALL_TIME = 2  # times the processor time that a worker may take
+WALL_TIME = 2  # the time limit is so many times the limit of processor time
 _DECODED_AT_ONCE = 64 << 10
 
 
 class Unpacker:
-    """Unpacks layers, each in its own worker process; ``close`` ends its threads."""
+    """Unpacks layers, each in its own worker process. ``close`` stops its threads."""
 
     def __init__(self, *, max_bytes: int, max_entries: int, max_seconds: int, parallel: int) -> None:
         self._limits = (str(max_bytes), str(max_entries), str(max_seconds))
@@ -42,7 +42,7 @@ class Unpacker:
         self._threads = ResilientThreadPool(max_workers=parallel, thread_name_prefix="layer")
 
     def close(self) -> None:
-        """End the threads; none is busy once the pulls are cancelled."""
+        """Stop the threads. Cancel all pulls first, so that none of them is busy."""
         self._threads.shutdown(wait=True)
 
     async def unpack(
@@ -53,11 +53,11 @@ class Unpacker:
         keep: PartialBlob | None,
         subject: str,
     ) -> Unpacked:
-        """Write the layer of ``chunks`` below ``folder``, and what ``keep`` lacks of its bytes to that.
+        """Unpack the layer in ``chunks`` below ``folder``, and append to ``keep`` the bytes that it lacks.
 
-        Digest and size of ``descriptor`` are checked (where it has them). Raises InvalidArgumentError for a broken
-        layer and LimitError for one over the limits or a full disk, naming ``subject``; what was written stays for the
-        caller to remove, and the worker has ended. UnavailableError where the node has no libseccomp.
+        Checks digest and size of ``descriptor``, if it has them. Raises InvalidArgumentError for a broken layer,
+        LimitError for one over the limits or a full disk, naming ``subject``, and UnavailableError if the node has no
+        libseccomp. After an error the worker has ended, and the caller removes the files in ``folder``.
         """
         patience = Patience(WALL_TIME * self._seconds, subject)
         with contextlib.ExitStack() as stack:
@@ -86,14 +86,14 @@ class Unpacker:
                     async with contextlib.aclosing(chunks):
                         await feed.send_all(chunks)
                 except BrokenPipeError:
-                    pass  # the worker ended early and says why below
+                    pass  # the worker ended early, and its report says why
                 feed.close()
                 completed = await _end_of(worker, patience)
             except BaseException:
                 worker.cancel()
                 await asyncio.wait((worker,))
                 await in_image_thread(_wait_closed, alive)
-                await feed.settle()
+                await feed.finish()
                 raise
         if len(completed.stdout) > _DECODED_AT_ONCE:
             report = await self._in_thread(decode_report, completed, subject)
@@ -122,7 +122,7 @@ class Unpacker:
 
 
 async def _end_of(worker: asyncio.Task[processes.Completed], patience: Patience) -> processes.Completed:
-    """How the worker ended. Raises LimitError if it takes longer than allowed; the worker still runs then."""
+    """The worker's result. Raises LimitError if it takes longer than allowed; then the worker is still running."""
     done, _ = await asyncio.wait((worker,), timeout=max(0.0, patience.left))
     if not done:
         raise patience.error
@@ -130,7 +130,7 @@ async def _end_of(worker: asyncio.Task[processes.Completed], patience: Patience)
 
 
 def _wait_closed(lifeline: int) -> None:
-    """Wait until no process of a worker that was killed is left, as none writes to the layer's folder then. Blocks."""
+    """Wait until all processes of a killed worker have ended, because they could still write to the folder. Blocks."""
     poller = select.poll()
     poller.register(lifeline, select.POLLIN)
     while poller.poll(_SECONDS_TO_DIE * 1000) and os.read(lifeline, 1 << 16):
@@ -138,7 +138,7 @@ def _wait_closed(lifeline: int) -> None:
 
 
 def _module_paths() -> tuple[str, str]:
-    """Where the worker finds this program, and the decompressors."""
+    """The folders from which the worker imports this program and the decompressors."""
     spec = importlib.util.find_spec("isal") or importlib.util.find_spec("zstandard")
     packages = Path(spec.origin).parent.parent if spec is not None and spec.origin else Path()
     return str(Path(__file__).parents[__name__.count(".")]), str(packages)

@@ -1,12 +1,12 @@
-"""The unpack worker: a short-lived process that writes one layer into a folder it cannot leave.
+"""The unpack worker: a short-lived process that writes one layer into a folder that it cannot leave.
 
-It reads the layer as the registry has it (plain, gzip or zstd tar) from standard input, and prints one JSON object: on
-success what it unpacked, on failure ``error`` (``invalid``, ``limit``, ``space``, ``node`` or ``internal``) and
-``message``, in hexadecimal digits. A confined child looks at the layer (``images/unpack/confinement.py``). Started as
-``python -I -S``, so it knows nothing of the agent's environment.
+It reads the layer from standard input as the registry sends it (plain, gzip or zstd tar), and prints one JSON object:
+on success what it unpacked, on failure ``error`` (``invalid``, ``limit``, ``space``, ``node`` or ``internal``) and
+``message`` in hexadecimal digits. A confined child reads the layer (``images/unpack/confinement.py``). It is started
+with ``python -I -S``, so that the agent's environment does not affect it.
 
-A worker is started for every layer: it imports only the necessary modules (importing json, typing and contextlib would
-take longer than unpacking a small layer).
+A worker is started for every layer, so it imports only the necessary modules: importing json, typing and contextlib
+would take longer than unpacking a small layer.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from images.unpack.layer_writer import LayerWriter
 from images.unpack.tar.headers import LimitError, TarError
 from images.unpack.tar.reader import Stream, TarReader
 
-TYPE_CHECKING = False  # as type checkers know it, without importing typing
+TYPE_CHECKING = False  # type checkers treat this name as true; importing typing is slow
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
     from typing_extensions import Buffer
 
-_SIGKILL = 9  # the module signal takes longer to import than a small layer to unpack
+_SIGKILL = 9  # importing the module signal takes longer than unpacking a small layer
 _READ = 1 << 20
 _GZIP_READ = 512 << 10
 _GZIP = b"\x1f\x8b"
@@ -44,14 +44,14 @@ _NO_PROCESS = "the node has no more processes: end some, or raise kernel.pid_max
 _DAMAGE = frozenset(("BadGzipFile", "IsalError", "ZstdError"))
 
 MEMORY_LIMIT = 1 << 30
-ZSTD_WINDOW = 1 << 31  # what zstd --long=31 takes; only frames that ask for so much need the memory
-# Bytes of names in a report, with so many for what surrounds each.
+ZSTD_WINDOW = 1 << 31  # the maximum of zstd --long=31; only frames that need it use the memory
+# The maximum size of names in a report, and the size added for each name.
 MOST_REPORTED = 8 << 20
 _ITEM_BYTES = 64
 
 
 class Input(io.RawIOBase):
-    """Standard input with its first bytes looked at and put back; a pipe's short reads are filled up."""
+    """Standard input. ``start`` holds its first bytes, which are read again. A pipe's short reads are filled up."""
 
     def __init__(self) -> None:
         self._head = b""
@@ -60,7 +60,7 @@ class Input(io.RawIOBase):
         self.start = self._head[:_LONGEST_MARK]
 
     def readable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Buffer, /) -> int:
@@ -75,25 +75,25 @@ class Input(io.RawIOBase):
 
 
 def decompressed(source: Input) -> Callable[[int], bytes]:
-    """A read function for the content of ``source``, whose first bytes show its format.
+    """A function that reads the decompressed content of ``source``, whose first bytes show its format.
 
-    It raises TarError for damage.
+    The function raises TarError for damaged data.
     """
     buffered = io.BufferedReader(source, _READ)
     plain: io.BufferedIOBase
     if source.start.startswith(_GZIP):
-        try:  # what isal.igzip is made of, which itself imports much that is not needed here
+        try:  # the class behind isal.igzip, which itself imports much that is not needed here
             from isal.isal_zlib import _GzipReader
         except ImportError:
             import gzip
 
-            return _sound(gzip.GzipFile(fileobj=buffered, mode="rb").read1)
+            return _checked(gzip.GzipFile(fileobj=buffered, mode="rb").read1)
         reader: Any = _GzipReader(buffered, _GZIP_READ)
-        return _sound(io.BufferedReader(reader).read1)
+        return _checked(io.BufferedReader(reader).read1)
     if is_zstd(source.start):
         decompressor = _zstd().ZstdDecompressor(max_window_size=ZSTD_WINDOW)
         plain = decompressor.stream_reader(buffered, read_size=_READ, read_across_frames=True)
-        return _sound(plain.read)
+        return _checked(plain.read)
     for mark, name in _OTHERS.items():
         if source.start.startswith(mark):
             raise TarError(f"it is compressed with {name}: layers may be compressed with gzip or zstd")
@@ -101,13 +101,15 @@ def decompressed(source: Input) -> Callable[[int], bytes]:
 
 
 def is_zstd(start: bytes) -> bool:
-    """Whether these first bytes are those of a zstd frame, or of one to be skipped."""
+    """Whether these first bytes are those of a zstd frame or a skippable frame."""
     return start[:4] == _ZSTD or int.from_bytes(start[:4], "little") in _ZSTD_SKIPPABLE
 
 
-def _sound(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
-    """``read`` that separates errors of decompressors from errors of files, as some of the former are subclasses of the
-    latter."""
+def _checked(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
+    """Wrap ``read`` so that errors of decompressors become TarError and LimitError.
+
+    Errors of files are raised as they are, though errors of some decompressors are subclasses of them.
+    """
 
     def checked(size: int) -> bytes:
         try:
@@ -115,11 +117,11 @@ def _sound(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
         except EOFError as error:
             raise TarError("its compressed stream is cut off") from error
         except Exception as error:
-            if "too much memory" in str(error) or "Allocation error" in str(error):  # zstd, of a frame's window
+            if "too much memory" in str(error) or "Allocation error" in str(error):  # zstd, for a frame's window
                 raise LimitError(
-                    f"its zstd frames ask for a window of more than {ZSTD_WINDOW} bytes (zstd --long=31)"
+                    f"its zstd frames need a window of more than {ZSTD_WINDOW} bytes (zstd --long=31)"
                 ) from error
-            if isinstance(error, ImportError):  # isal looks for the kind of its error where nothing is to be found
+            if isinstance(error, ImportError):  # isal fails to import its error class in the confined process
                 raise TarError("its compressed stream is damaged") from error
             if type(error).__name__ in _DAMAGE or type(error).__module__ == "zlib":
                 raise TarError(f"its compressed stream is damaged: {error}") from error
@@ -129,7 +131,7 @@ def _sound(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
 
 
 def _zstd() -> Any:
-    """The C module of zstandard, where it can be imported alone: the package imports much that is not needed here."""
+    """The C module of zstandard alone if possible, because the package imports much that is not needed here."""
     from importlib.machinery import PathFinder
 
     package = PathFinder.find_spec("zstandard")
@@ -149,7 +151,7 @@ def _zstd() -> Any:
 
 
 def unpack(read: Callable[[int], bytes], max_bytes: int, max_entries: int) -> dict[str, object]:
-    """Unpack the tar that ``read`` gives to the working folder. Returns the result and what is left for the agent."""
+    """Unpack the tar of ``read`` into the working folder. Returns the result, and what the agent has to make."""
     digest = hashlib.sha256()
     stream = Stream(read, digest.update, max_bytes)
     writer = LayerWriter(TarReader(stream), max_entries)
@@ -176,15 +178,15 @@ def unpack(read: Callable[[int], bytes], max_bytes: int, max_entries: int) -> di
 
 
 def _numbers(device: Device) -> list[object]:
-    """The device as ``images/unpack/special_files.py`` takes it."""
+    """The device in the format of ``images/unpack/special_files.py``."""
     block = stat.S_ISBLK(device.mode)
     names = [path.hex() for path in device.paths]
     return [block, stat.S_IMODE(device.mode), *device.device, device.uid, device.gid, device.mtime, names]
 
 
 def main(work: Callable[[Callable[[int], bytes], int, int], dict[str, object]] = unpack) -> None:
-    """``sys.argv``: …, the layer's folder, its limits in bytes, entries and seconds, the filter in hexadecimal."""
-    gc.disable()  # nothing here makes cycles, and looking for some takes time
+    """Run with ``sys.argv``: …, the layer's folder, limits in bytes, entries and seconds, the filter in hexadecimal."""
+    gc.disable()  # this process makes no reference cycles, and searching for some takes time
     folder, max_bytes, max_entries, seconds, seccomp_filter = sys.argv[-5:]
 
     def confined() -> None:
@@ -210,12 +212,12 @@ def main(work: Callable[[Callable[[int], bytes], int, int], dict[str, object]] =
     else:
         if ended.status == -_SIGKILL:
             message = "the process that unpacks it was killed: the node may be short of memory"
-            if ended.seconds >= limits.seconds - 1:  # the kernel and wait4(2) count differently
+            if ended.seconds >= limits.seconds - 1:  # the kernel and wait4(2) measure it differently
                 message = f"unpacking it takes more than {seconds} s of processor time (images.max_layer_seconds)"
             _write(_as_json(_failure("limit", message)))
         elif ended.status:
             sys.exit(f"the confined process ended with status {ended.status}")
-    os._exit(0)  # nothing is left to be done, so nothing needs to be taken apart first
+    os._exit(0)  # without Python's clean-up, which is not needed
 
 
 def _write(data: bytes) -> None:
@@ -244,7 +246,7 @@ def _failure(kind: str, message: str) -> dict[str, object]:
 
 
 def _as_json(result: Mapping[str, object]) -> bytes:
-    """The object, whose strings need no escapes."""
+    """``result`` as a JSON object. Its strings must need no escapes."""
     fields = []
     for name, value in result.items():
         fields.append(f'"{name}":{_value(value)}')

@@ -1,4 +1,4 @@
-"""Feeding a layer to the unpack worker: its bytes are hashed, kept and passed on, a batch at a time on a thread."""
+"""Sends a layer to the unpack worker: hashes, keeps and writes its bytes to a pipe, in batches on a thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SET_PIPE_SIZE = 1031
 
 
 class Patience:
-    """How many seconds are left in which the worker may make others wait."""
+    """The seconds that others may still wait for the worker."""
 
     def __init__(self, seconds: float, subject: str) -> None:
         self.left = seconds
@@ -34,7 +34,7 @@ class Patience:
         )
 
     def wait_writable(self, descriptor: int) -> None:
-        """Wait until something can be written, or the reader is gone. Blocks; raises LimitError."""
+        """Wait until the pipe is writable or has no reader. Blocks. Raises LimitError after the allowed time."""
         began = time.monotonic()
         poller = select.poll()  # select(2) takes no descriptor above 1023
         poller.register(descriptor, select.POLLOUT)
@@ -45,7 +45,7 @@ class Patience:
 
 
 class WorkerFeed:
-    """Passes chunks to the worker's end of ``pipe``, which is closed with ``close``, and to ``keep`` what it lacks."""
+    """Writes chunks to the worker's ``pipe``, and appends to ``keep`` those it lacks. ``close`` closes the pipe."""
 
     def __init__(
         self,
@@ -56,12 +56,12 @@ class WorkerFeed:
         patience: Patience,
     ) -> None:
         os.set_blocking(pipe, False)
-        with contextlib.suppress(PermissionError):  # over the user's limit for pipes: the default size does too
+        with contextlib.suppress(PermissionError):  # over the user's limit for pipes: the default size works too
             fcntl.fcntl(pipe, _SET_PIPE_SIZE, BATCH)
         self._pipe = pipe
         self._closed = False
         self._keep = keep
-        self._there = keep.size if keep is not None else 0
+        self._skipped = keep.size if keep is not None else 0
         self._descriptor = descriptor
         self._subject = patience.subject
         self._threads = threads
@@ -74,11 +74,11 @@ class WorkerFeed:
 
     @property
     def digest(self) -> str:
-        """The digest of what has passed."""
+        """The digest of the bytes so far."""
         return f"{self._algorithm}:{self._hash.hexdigest()}"
 
     async def send_all(self, chunks: AsyncGenerator[bytes, None]) -> None:
-        """Pass on everything, then check size and digest; BrokenPipeError if the worker stops reading."""
+        """Send all chunks, then check size and digest. BrokenPipeError if the worker stops reading."""
         waiting = 0
         expected = self._descriptor.size
         async for chunk in chunks:
@@ -111,10 +111,10 @@ class WorkerFeed:
             await asyncio.shield(self._busy)
             self._busy = None
 
-    async def settle(self) -> None:
-        """Wait for the end of the thread, and keep the rest.
+    async def finish(self) -> None:
+        """Wait for the thread, and append the unsent chunks to ``keep``.
 
-        The worker must be gone, so that the thread cannot be blocked by it.
+        The worker must have ended, so that it cannot block the thread.
         """
         if self._busy is not None:
             await asyncio.wait((self._busy,))
@@ -130,7 +130,7 @@ class WorkerFeed:
         self._write(batch)
 
     def _write(self, batch: Sequence[bytes]) -> None:
-        """Write all of it; BrokenPipeError if the worker has ended, LimitError if it takes its time."""
+        """Write the whole batch. BrokenPipeError if the worker has ended, LimitError if it is too slow."""
         for begin in range(0, len(batch), _MOST_CHUNKS):
             rest = [memoryview(chunk) for chunk in batch[begin : begin + _MOST_CHUNKS] if chunk]
             while rest:
@@ -147,18 +147,18 @@ class WorkerFeed:
     def _save(self, batch: list[bytes]) -> None:
         if self._keep is None:
             return
-        while batch and self._there:  # the first bytes are those of the partial blob
-            self._there -= len(batch[0])
+        while batch and self._skipped:  # the first bytes are from the partial blob
+            self._skipped -= len(batch[0])
             batch = batch[1:]
         try:
             self._keep.append(batch)
         except OSError as error:
-            self._keep = None  # nothing may follow a gap
+            self._keep = None  # the blob must not have a gap
             kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else PodkeelError
-            raise kind(f"{self._subject} could not be kept: {error.strerror}") from error
+            raise kind(f"{self._subject} could not be stored: {error.strerror}") from error
 
     def close(self) -> None:
-        """Close the pipe, so that the worker sees the end of the layer."""
+        """Close the pipe, so that the worker reads the end of the layer."""
         if self._closed:
             return
         self._closed = True

@@ -1,4 +1,4 @@
-"""Reading and checking the report of an unpack worker: a layer may have taken control of it."""
+"""Decodes and checks the report of an unpack worker, because a layer may have taken control of the worker."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from host.errors import InvalidArgumentError, LimitError, NodeLimitError, NoSpac
 from images.unpack.layer_root import LONGEST_NAME, MOST_PARTS
 from images.unpack.special_files import DeviceNode
 
-# More than any layer takes, and far from what numbers of all layers together can be (uint64).
+# More than any layer has; the sum over all layers still fits into uint64.
 _MOST_BYTES = 1 << 50
 _MOST_INODES = 1 << 32
 
 
 class Unpacked(msgspec.Struct, frozen=True):
-    """The result of unpacking a layer: digests, and its size on disk in bytes and inodes.
+    """The result of unpacking a layer: its digests, and its usage on disk in bytes and inodes.
 
-    ``implied`` are the folders (relative, as bytes) that no entry described, ``hiding`` those with whiteouts in them;
-    ``opaque`` layers hide all below them.
+    ``implied`` are the folders (relative paths as bytes) without an entry, ``hiding`` those with whiteouts in them. An
+    ``opaque`` layer hides all layers below it.
     """
 
     diff_id: str
@@ -34,7 +34,7 @@ class Unpacked(msgspec.Struct, frozen=True):
 
 
 class WorkerReport(msgspec.Struct):
-    """The JSON object of ``images/unpack/worker.py``; names are hexadecimal."""
+    """The JSON object of ``images/unpack/worker.py``. Names are in hexadecimal digits."""
 
     error: str = ""
     message: str = ""
@@ -49,7 +49,7 @@ class WorkerReport(msgspec.Struct):
     devices: list[DeviceNode] = []
 
     def names(self) -> Iterator[str]:
-        """Every path in it."""
+        """All paths in the report."""
         yield from self.implied
         yield from self.hiding
         yield from self.opaque_folders
@@ -58,19 +58,18 @@ class WorkerReport(msgspec.Struct):
 
 
 def decode_report(completed: processes.Completed, subject: str) -> WorkerReport:
-    """The report of a worker that did its work.
+    """The report of a worker that succeeded.
 
-    Raises InvalidArgumentError for a broken layer, and LimitError for one over the limits or a full disk. Raises
-    NodeLimitError where no process or namespace could be made. Raises PodkeelError where the worker failed or reports
-    what no layer can hold.
+    Raises InvalidArgumentError for a broken layer, LimitError for one over the limits or a full disk, NodeLimitError
+    if no process or namespace could be made. Raises PodkeelError if the worker failed or its report is invalid.
     """
     try:
         report = msgspec.json.decode(completed.stdout, type=WorkerReport)
         message = bytes.fromhex(report.message).decode()
-        sound = _is_sound(report)
+        valid = _is_valid(report)
     except (ValueError, RecursionError):
-        report, sound = WorkerReport(), False
-    if completed.status != 0 or not sound:
+        report, valid = WorkerReport(), False
+    if completed.status != 0 or not valid:
         output = completed.stderr.decode(errors="replace").strip()[-500:]
         raise PodkeelError(
             f"{subject} could not be unpacked: the worker ended with status {completed.status}: {output or 'no report'}"
@@ -89,7 +88,7 @@ def decode_report(completed: processes.Completed, subject: str) -> WorkerReport:
     raise PodkeelError(f"{subject} could not be unpacked: {message}")
 
 
-def _is_sound(report: WorkerReport) -> bool:
+def _is_valid(report: WorkerReport) -> bool:
     if not (0 <= report.used_bytes <= _MOST_BYTES and 0 <= report.used_inodes <= _MOST_INODES):
         return False
     return all(device.names for device in report.devices) and all(map(_is_path, report.names()))

@@ -1,7 +1,7 @@
-"""The system calls that the unpack worker may make once it is confined: what reading and writing one layer takes.
+"""The system calls that the confined unpack worker may make: those needed to read and write one layer.
 
-Everything else fails with EPERM: no process is started or signalled, no socket made, no file opened by its handle,
-nothing mounted or traced. Names that a machine does not have are left out by libseccomp.
+Everything else fails with EPERM: the worker cannot start or signal a process, make a socket, open a file by handle,
+mount or trace. libseccomp ignores names that a machine does not have.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _OF_THE_PROCESS_ITSELF = (
 
 @lru_cache(maxsize=1)
 def worker_filter() -> bytes:
-    """The compiled filter. Raises UnavailableError where the node has no libseccomp."""
+    """The compiled filter. Raises UnavailableError if the node has no libseccomp."""
     return compile_filter(
         ERRNO | errno.EPERM,
         (
             Rule((*_READING_AND_WRITING, *_CHANGING_NAMES, *_OF_THE_PROCESS_ITSELF), ALLOW),
             Rule(("mmap", "mmap2", "mprotect"), ALLOW, (Comparison(2, MASKED_EQUAL, _PROT_EXEC, 0),)),
             *(Rule(("fcntl", "fcntl64"), ALLOW, (Comparison(1, EQUAL, command, 0),)) for command in _DESCRIPTOR_FLAGS),
-            # The device 0 is overlayfs's whiteout, or no device at all but a fifo.
+            # Device number 0 is overlayfs's whiteout, or a fifo, which has no number.
             Rule(("mknod",), ALLOW, (Comparison(2, EQUAL, 0, 0),)),
             Rule(("mknodat",), ALLOW, (Comparison(3, EQUAL, 0, 0),)),
         ),

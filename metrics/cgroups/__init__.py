@@ -1,1 +1,1 @@
-"""What the kernel counts for each cgroup, version 1 and 2."""
+"""Reads the kernel's counters of cgroups, version 1 and 2."""

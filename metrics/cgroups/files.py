@@ -1,4 +1,4 @@
-"""Reading the same small kernel files again and again: descriptors are kept, each file is one ``pread``."""
+"""Reads small kernel files repeatedly: keeps their descriptors open, so that each reading is one ``pread``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SIZE = 16 * 1024
 
 
 class DescriptorBudget:
-    """How many descriptors all folders together may keep open; beyond it files are opened for each reading."""
+    """Limits the descriptors that all folders keep open. Above the limit, files are opened for each reading."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -26,21 +26,21 @@ class DescriptorBudget:
         self._lock = threading.Lock()
 
     def take(self) -> bool:
-        """Whether one more may be kept."""
+        """Reserve one descriptor. Returns False if the limit is reached."""
         with self._lock:
             if self.kept >= self.limit or descriptors.scarce():
                 return False
             self.kept += 1
             return True
 
-    def give_back(self, count: int) -> None:
-        """``count`` kept ones were closed."""
+    def release(self, count: int) -> None:
+        """Release ``count`` descriptors, which were closed."""
         with self._lock:
             self.kept -= count
 
 
 class Folder:
-    """The files of one cgroup in one hierarchy; usable from several threads, one reading at a time."""
+    """The files of one cgroup in one hierarchy. Several threads may use it; one reads at a time."""
 
     __slots__ = ("_budget", "_lock", "_missing", "_open", "_parsed", "path")
 
@@ -53,11 +53,11 @@ class Folder:
         self._lock = threading.Lock()
 
     def read(self, name: str) -> bytes | None:
-        """The file's content; None if this kernel does not have it or the cgroup is gone."""
+        """The file's content; None if this kernel does not have the file or the cgroup is gone."""
         return self.read_all((name,))[0]
 
     def read_all(self, names: Sequence[str]) -> list[bytes | None]:
-        """The contents of several files, each as ``read`` gives it: quicker than one after the other."""
+        """The contents of several files, each as from ``read``. Faster than several calls."""
         contents: list[bytes | None] = []
         with self._lock:
             for name in names:
@@ -68,14 +68,16 @@ class Folder:
                 try:
                     content = os.pread(descriptor, _SIZE, 0)
                     contents.append(content if len(content) < _SIZE else content + read_rest(descriptor, _SIZE))
-                except OSError:  # ENODEV once the cgroup is removed; there may be a new one of that name
+                except OSError:  # ENODEV once the cgroup is removed; a new one may have the same name
                     self._close()
                     contents.append(None)
         return contents
 
     def parsed_content(self, name: str, content: bytes | None, parse: Callable[[bytes], T]) -> T | None:
-        """The result of ``parse`` for the content of file ``name``; parsed only if it changed, as most cgroups are
-        idle."""
+        """The result of ``parse`` for the content of file ``name``.
+
+        Unchanged content is not parsed again, because most cgroups are idle.
+        """
         if content is None:
             return None
         known = self._parsed.get(name)
@@ -85,7 +87,7 @@ class Folder:
         return value
 
     def number(self, name: str) -> int | None:
-        """The file's number; None also for ``max``."""
+        """The number in the file; None also for ``max``."""
         return number(self.read(name))
 
     def numbers(self, *names: str) -> list[int | None]:
@@ -93,7 +95,7 @@ class Folder:
         return list(map(number, self.read_all(names)))
 
     def close(self) -> None:
-        """Close the kept descriptors; a later reading opens them again."""
+        """Close the kept descriptors. A later reading opens them again."""
         with self._lock:
             self._close()
 
@@ -114,7 +116,7 @@ class Folder:
             keep = self._budget.take()
             return content
         except OSError as error:
-            if error.errno == errno.EOPNOTSUPP:  # pressure, on a kernel that is not asked to keep it
+            if error.errno == errno.EOPNOTSUPP:  # a pressure file, on a kernel with PSI disabled
                 self._missing.add(name)
             return None
         finally:
@@ -126,7 +128,7 @@ class Folder:
     def _close(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
-        self._budget.give_back(len(self._open))
+        self._budget.release(len(self._open))
         self._open.clear()
         self._missing.clear()
         self._parsed.clear()
@@ -137,12 +139,12 @@ class Folder:
 
 
 def number(content: bytes | None) -> int | None:
-    """The number that is all of a file; None for ``max`` and for a file that is missing."""
+    """The number that is the whole content; None for ``max`` and for a missing file."""
     return None if content is None or content.startswith(b"max") else int(content)
 
 
 class Fields:
-    """Picks wanted fields out of a file of ``key value`` lines; quick if their positions are those of last time."""
+    """Extracts fields of a file of ``key value`` lines. Fast if their positions are the same as last time."""
 
     def __init__(self, *keys: str) -> None:
         if len(keys) < 2:
@@ -164,11 +166,11 @@ class _Layout:
     def __init__(self, keys: Sequence[bytes], words: list[bytes]) -> None:
         self.names = words[:-1:2]
         places = {name: 2 * position + 1 for position, name in enumerate(self.names)}
-        self.values = itemgetter(*(places.get(key, -1) for key in keys))  # the last word is the zero of absent keys
+        self.values = itemgetter(*(places.get(key, -1) for key in keys))  # the last word is the zero for absent keys
 
 
 def read_rest(descriptor: int, offset: int = 0) -> bytes:
-    """All from ``offset`` on; for files that can be read anywhere."""
+    """All bytes from ``offset`` on, of a file that supports pread(2)."""
     parts = []
     while chunk := os.pread(descriptor, _SIZE, offset):
         parts.append(chunk)

@@ -1,4 +1,4 @@
-"""Readings of one cgroup for stats and metrics. Each of its controllers may be of version 1 or 2."""
+"""Readings of one cgroup for statistics and metrics. Each of its controllers may be of version 1 or 2."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ PAGE_SIZES = huge_page_sizes()
 
 
 class Cgroup:
-    """Readers of the cgroup ``path`` (absolute, as below each mount point).
+    """Reads the cgroup ``path`` (absolute, below each mount point).
 
-    Each reading is a few ``pread`` calls on kept descriptors and may be taken from any thread; it is None, or empty,
-    when the cgroup is gone or has no such controller. ``close`` when the container is gone.
+    Each reading is a few ``pread`` calls on open descriptors, from any thread. It is None or empty if the cgroup is
+    gone or has no such controller. Call ``close`` when the container is gone.
     """
 
     cpu_usage: Callable[[], CpuUsage | None]
@@ -62,21 +62,21 @@ class Cgroup:
         else:
             self.cpu_usage = partial(v2.cpu_usage, accounting)
             self.cpu = partial(v2.cpu, accounting)
-        # Pressure exists on cgroup2 only; the OCI runtimes join it too where v1 is mounted beside it.
+        # Only cgroup2 has pressure files. If it is mounted beside v1, the OCI runtimes join it too.
         self.pressure = partial(v2.pressure, self._folder("unified"))
 
     def io(self) -> tuple[IoReading, ...]:
-        """Transfers per block device."""
+        """Transfers of each block device."""
         read = v1.io if "blkio" in self._hierarchies.v1 else v2.io
         return read(self._folder("blkio"))
 
     def hugetlb(self) -> tuple[HugetlbReading, ...]:
-        """Huge pages per size that the machine has."""
+        """Huge pages of each size that the machine supports."""
         read = v1.hugetlb if "hugetlb" in self._hierarchies.v1 else v2.hugetlb
         return read(self._folder("hugetlb"), PAGE_SIZES)
 
     def limits(self) -> LimitsReading | None:
-        """The limits in force; None when the cgroup is gone."""
+        """The limits in force; None if the cgroup is gone."""
         read_cpu = v1.cpu_limits if "cpu" in self._hierarchies.v1 else v2.cpu_limits
         read_memory = v1.memory_limits if "memory" in self._hierarchies.v1 else v2.memory_limits
         cpu, memory = read_cpu(self._folder("cpu")), read_memory(self._folder("memory"))
@@ -87,7 +87,7 @@ class Cgroup:
         return LimitsReading(shares, period, quota, limit, reservation, swap)
 
     def read(self) -> Reading:
-        """Everything."""
+        """All readings together."""
         memory, events = self.memory()
         return Reading(
             cpu=self.cpu(),
@@ -101,14 +101,14 @@ class Cgroup:
         )
 
     def exists(self) -> bool:
-        """Whether the cgroup is there in the hierarchy that counts its processes."""
+        """Whether the cgroup exists in the hierarchy that counts its processes."""
         return os.access(self._processes_folder, os.F_OK)
 
     def process_ids(self) -> list[int]:
-        """Processes in it and below it, each once."""
+        """The processes in the cgroup and below it, each once."""
         found: list[int] = []
         for folder in _tree(self._processes_folder):
-            with contextlib.suppress(OSError):  # it went away meanwhile
+            with contextlib.suppress(OSError):  # the cgroup was removed since
                 with open(f"{folder}/cgroup.procs", "rb") as file:
                     found += map(int, file.read().split())
         return found
@@ -137,5 +137,5 @@ def _tree(folder: str) -> Iterator[str]:
         current = folders.pop()
         yield current
         with contextlib.suppress(OSError):
-            if Path(current).stat().st_nlink > 2:  # two of the cgroup itself and one per cgroup below
+            if Path(current).stat().st_nlink > 2:  # two for the cgroup itself and one per child cgroup
                 folders += [entry.path for entry in os.scandir(current) if entry.is_dir(follow_symlinks=False)]

@@ -1,4 +1,4 @@
-"""Readings from cgroup v1 controllers (Documentation/admin-guide/cgroup-v1); None when the cgroup is gone."""
+"""Readings from cgroup v1 controllers (Documentation/admin-guide/cgroup-v1). None if the cgroup is gone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metrics.stats import (
 )
 
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
-# What v1 calls "no limit" is the largest page-aligned number; real limits are far below it.
+# v1's "no limit" is the largest page-aligned number; real limits are much smaller.
 _UNLIMITED = 1 << 62
 
 _CPU_TIMES = Fields("user", "system")
@@ -42,13 +42,13 @@ _LIMIT_FILES = ("memory.limit_in_bytes", "memory.soft_limit_in_bytes", "memory.m
 
 
 def cpu_usage(cpuacct: Folder) -> CpuUsage | None:
-    """Time used, from one file."""
+    """Processor time used, from one file."""
     usage = cpuacct.number("cpuacct.usage")
     return None if usage is None else CpuUsage(time.time_ns(), usage)
 
 
 def cpu(cpuacct: Folder, cpu_folder: Folder) -> CpuReading | None:
-    """Time used, its division between user and kernel (in clock ticks), and throttling."""
+    """Processor time used, its division into user and kernel time (in clock ticks), and throttling."""
     usage = cpuacct.number("cpuacct.usage")
     times = cpuacct.read("cpuacct.stat")
     now = time.time_ns()
@@ -62,9 +62,10 @@ def cpu(cpuacct: Folder, cpu_folder: Folder) -> CpuReading | None:
 
 
 def memory(folder: Folder) -> tuple[MemoryReading | None, MemoryEvents | None]:
-    """Usage and the hierarchical counters of memory.stat; limit hits, OOM kills, the peak and kernel memory.
+    """Usage, the hierarchical counters of memory.stat, limit hits, OOM kills, the highest usage and kernel memory.
 
-    v1 has no high limit, and its hits are what v2 calls max. OOM kills are those in this cgroup, not below it.
+    v1 has no high limit. Its limit hits are reported as v2's max events. OOM kills are those of this cgroup, not of
+    cgroups below.
     """
     found = _memory(folder)
     failures, kernel, most, control = folder.read_all(_EVENT_FILES)
@@ -75,7 +76,7 @@ def memory(folder: Folder) -> tuple[MemoryReading | None, MemoryEvents | None]:
 
 
 def limited_memory(folder: Folder) -> LimitedMemory | None:
-    """The usage with the limits; v1 keeps that of swap as one of memory and swap together."""
+    """The usage with the limits. v1 has no limit of swap alone, only one of memory and swap together."""
     found = _memory(folder)
     if found is None:
         return None
@@ -87,7 +88,7 @@ def limited_memory(folder: Folder) -> LimitedMemory | None:
 
 
 def _memory(folder: Folder) -> tuple[MemoryReading, int] | None:
-    """A reading, and the smallest limit of the cgroup and those above it: if that is no limit, it has none."""
+    """A reading, and the smallest limit of the cgroup and its parents."""
     usage, stat = folder.read_all(("memory.usage_in_bytes", "memory.stat"))
     counters = folder.parsed_content("memory.stat", stat, _MEMORY_STAT.parse)
     if usage is None or counters is None:
@@ -97,7 +98,7 @@ def _memory(folder: Folder) -> tuple[MemoryReading, int] | None:
 
 
 def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None] | None:
-    """Limit, soft limit, and limit of memory and swap together, in bytes; None: none. None for all of it: not there."""
+    """Limit, soft limit, and limit of memory plus swap, in bytes (None: no limit). None if there is no controller."""
     numbers = folder.numbers(*_LIMIT_FILES)
     if numbers[0] is None:
         return None
@@ -106,7 +107,7 @@ def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None] |
 
 
 def cpu_limits(folder: Folder) -> tuple[int, int, int | None] | None:
-    """Shares, period and quota in microseconds (None: none)."""
+    """Shares, period and quota in microseconds (quota None: no limit)."""
     shares, period, quota = folder.numbers("cpu.shares", "cpu.cfs_period_us", "cpu.cfs_quota_us")
     if shares is None:
         return None
@@ -114,10 +115,10 @@ def cpu_limits(folder: Folder) -> tuple[int, int, int | None] | None:
 
 
 def io(folder: Folder) -> tuple[IoReading, ...]:
-    """Transfers per device, those of cgroups below included.
+    """Transfers of each device, including those of cgroups below.
 
-    The throttling policy counts them, on recent kernels only once some limit was set on the device; else the BFQ
-    scheduler does, where it is in use.
+    The throttling policy counts them; on recent kernels only after a limit was set on the device. Otherwise the BFQ
+    scheduler counts them, if it is in use.
     """
     devices: dict[str, dict[str, int]] = {}
     for policy in ("throttle", "bfq"):

@@ -1,4 +1,4 @@
-"""Readings from cgroup v2 (Documentation/admin-guide/cgroup-v2); None when the cgroup or its controller is gone."""
+"""Readings from cgroup v2 (Documentation/admin-guide/cgroup-v2). None if the cgroup or its controller is gone."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ _PRESSURE_FILES = ("cpu.pressure", "memory.pressure", "io.pressure")
 
 
 def cpu_usage(folder: Folder) -> CpuUsage | None:
-    """Time used."""
+    """Processor time used."""
     content = folder.read("cpu.stat")
     return None if content is None else CpuUsage(time.time_ns(), _CPU_USAGE.parse(content)[0] * 1000)
 
 
 def cpu(folder: Folder) -> CpuReading | None:
-    """Time used and throttling; all in one file."""
+    """Processor time used and throttling, from one file."""
     content = folder.read("cpu.stat")
     if content is None:
         return None
@@ -77,9 +77,9 @@ def cpu(folder: Folder) -> CpuReading | None:
 
 
 def memory(folder: Folder) -> tuple[MemoryReading | None, MemoryEvents | None]:
-    """Usage, swap and the counters of memory.stat (hierarchical on v2).
+    """Usage, swap and the counters of memory.stat (hierarchical on v2), and events.
 
-    With limit hits, OOM kills, the peak (kernel 5.19 and later) and kernel memory (5.18 and later).
+    The events are limit hits, OOM kills, the highest usage (since Linux 5.19) and kernel memory (since 5.18).
     """
     *files, events, peak = folder.read_all(_EVENT_FILES)
     found = _memory(folder, *files)
@@ -100,7 +100,7 @@ def limited_memory(folder: Folder) -> LimitedMemory | None:
 def _memory(
     folder: Folder, usage: bytes | None, stat: bytes | None, swap: bytes | None
 ) -> tuple[MemoryReading, int] | None:
-    """A reading, and kernel memory."""
+    """A reading, and the usage of kernel memory."""
     counters = folder.parsed_content("memory.stat", stat, _MEMORY_STAT.parse)
     if usage is None or counters is None:
         return None
@@ -109,9 +109,9 @@ def _memory(
 
 
 def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None] | None:
-    """Limit, protected memory (memory.low, where the OCI runtimes put a reservation), and memory with swap; None: none.
+    """Limit, reservation (memory.low, as set by the OCI runtimes), and limit of memory plus swap (None: no limit).
 
-    CRI and cAdvisor count swap limits together with memory, as v1 does. None for all of it: no such controller here.
+    The CRI and cAdvisor count a swap limit together with memory, as v1 does. None if there is no memory controller.
     """
     limit, swap, low = folder.read_all(("memory.max", "memory.swap.max", "memory.low"))
     if limit is None:
@@ -121,7 +121,7 @@ def memory_limits(folder: Folder) -> tuple[int | None, int | None, int | None] |
 
 
 def cpu_limits(folder: Folder) -> tuple[int, int, int | None] | None:
-    """Shares (from the weight, as the OCI runtimes convert them), period and quota in microseconds (None: none)."""
+    """Shares (converted from the weight as in the OCI runtimes), period and quota in microseconds (None: no limit)."""
     weight, maximum = folder.read_all(("cpu.weight", "cpu.max"))
     if weight is None or maximum is None:
         return None
@@ -131,12 +131,12 @@ def cpu_limits(folder: Folder) -> tuple[int, int, int | None] | None:
 
 
 def io(folder: Folder) -> tuple[IoReading, ...]:
-    """Transfers per device."""
+    """Transfers of each device."""
     content = folder.read("io.stat") or b""
     readings = []
     for line in content.decode().splitlines():
         words = line.split()
-        # Linux 5.14 to 5.17 put devices without transfers on the next one's line.
+        # Linux 5.14 to 5.17 print devices without transfers on the next device's line.
         device = next((word for word in reversed(words) if "=" not in word), "")
         values = dict(word.split("=", 1) for word in words if "=" in word)
         major, colon, minor = device.partition(":")
@@ -147,18 +147,18 @@ def io(folder: Folder) -> tuple[IoReading, ...]:
 
 
 def pids(folder: Folder) -> PidsReading | None:
-    """Tasks and their limit; v1's controller has the same files."""
+    """The number of tasks and their limit. v1's controller has the same files."""
     current, limit = folder.numbers("pids.current", "pids.max")
     return None if current is None else PidsReading(current, limit)
 
 
 def tasks(folder: Folder) -> int | None:
-    """Tasks alone."""
+    """The number of tasks."""
     return folder.number("pids.current")
 
 
 def hugetlb(folder: Folder, sizes: tuple[str, ...]) -> tuple[HugetlbReading, ...]:
-    """Huge pages of every size; v2 keeps no highest usage."""
+    """Huge pages of each size. v2 does not record the highest usage."""
     readings = []
     for size in sizes:
         usage = folder.number(f"hugetlb.{size}.current")
@@ -169,7 +169,7 @@ def hugetlb(folder: Folder, sizes: tuple[str, ...]) -> tuple[HugetlbReading, ...
 
 
 def pressure(folder: Folder) -> PressureReading | None:
-    """Pressure stall information; None where the kernel has it switched off."""
+    """Pressure stall information; None if the kernel has it disabled."""
     cpu, memory, io = (
         folder.parsed_content(name, content, parse_pressure)
         for name, content in zip(_PRESSURE_FILES, folder.read_all(_PRESSURE_FILES), strict=True)
@@ -180,7 +180,7 @@ def pressure(folder: Folder) -> PressureReading | None:
 
 
 def parse_pressure(content: bytes) -> Psi:
-    """The lines of a pressure file; older kernels have no ``full`` line for processors, which reads as zeros."""
+    """Decode a pressure file. Older kernels have no ``full`` line for processors; it becomes zeros."""
     lines = {b"some": _NO_PRESSURE, b"full": _NO_PRESSURE}
     for line in content.splitlines():
         kind, *pairs = line.split()

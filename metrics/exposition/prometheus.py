@@ -1,7 +1,7 @@
-"""Text for Prometheus: the agent's own metrics through prometheus-client, those of containers through a separate
-writer.
+"""The metrics as text for Prometheus.
 
-200 containers have 15,000 samples, and prometheus-client would build an object for each.
+prometheus-client writes the agent's own metrics. A separate writer is used for those of containers: 200 containers have
+15,000 samples, and prometheus-client would build an object for each.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
 class Page(msgspec.Struct, frozen=True):
-    """A body and its content type."""
+    """The body of an HTTP response and its content type."""
 
     content_type: str
     body: bytes
 
 
 def wants_open_metrics(accept: str) -> bool:
-    """Whether a client's Accept header asks for OpenMetrics (Prometheus names it first when it does)."""
+    """Whether a client's Accept header contains OpenMetrics. Prometheus names it first when it wants it."""
     return any(part.split(";")[0].strip() == "application/openmetrics-text" for part in accept.split(","))
 
 
-# By label values, a number or a histogram's buckets and sum.
+# For each combination of label values, a number, or a histogram's buckets and sum.
 Rows = list[tuple[tuple[str, ...], Any]]
-# An instrument with its numbers at one moment; without them if they can be read on a thread only.
+# An instrument with its numbers at one moment; with None if they can only be read on a thread.
 Gathered = list[tuple[Instrument, Rows | None]]
 
 
 def gather(instruments: Iterable[Instrument]) -> Gathered:
-    """Copy the numbers; on the event loop, where they are changed."""
+    """Copy the numbers. Call it on the event loop, which changes them."""
     return [(instrument, _rows(instrument)) for instrument in instruments]
 
 
@@ -59,14 +59,14 @@ def _rows_from_disk(instrument: Instrument) -> Rows:
         return []
     try:
         return list(instrument.read())
-    except OSError:  # a failing disk removes its own metrics, not those that show its effects
+    except OSError:  # a failing disk only removes its own metrics, so that others can show its effects
         return []
 
 
 class AgentPage:
-    """Writes what was gathered, with what has to be read from disks and the figures of the process and of Python.
+    """Writes the agent's metrics: the gathered ones, those read from disks, and those of the process and of Python.
 
-    For one thread at a time. prometheus-client (5 MiB) is imported at the first scrape.
+    One thread may use it at a time. The first scrape imports prometheus-client (5 MiB).
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class AgentPage:
         self._registry: CollectorRegistry | None = None
 
     def render(self, gathered: Gathered, accept: str) -> Page:
-        """The text."""
+        """The page for a client with this Accept header."""
         from prometheus_client.exposition import generate_latest
         from prometheus_client.openmetrics import exposition as openmetrics
 
@@ -116,9 +116,9 @@ def _family(instrument: Instrument, rows: Rows) -> Family:
 
 
 def containers_page(metrics: Sequence[Metric], entries: Sequence[tuple[Labels, Snapshot]], accept: str = "") -> Page:
-    """The containers' metrics with kubelet's labels; some milliseconds per hundred containers, from any thread.
+    """The containers' metrics with kubelet's labels. Takes some milliseconds per hundred containers, on any thread.
 
-    Samples carry no timestamps, so that Prometheus ends a series as soon as its container is gone.
+    Samples have no timestamps, so that Prometheus ends a series as soon as its container is gone.
     """
     open_metrics = wants_open_metrics(accept)
     prepared = [(_label_text(BASE_LABELS, labels.values()), snapshot) for labels, snapshot in entries]
@@ -141,7 +141,7 @@ def containers_page(metrics: Sequence[Metric], entries: Sequence[tuple[Labels, S
 def _header(metric: Metric, open_metrics: bool) -> str:
     name, kind = metric.name, metric.kind.name.lower()
     if open_metrics and metric.kind is Kind.COUNTER:
-        # OpenMetrics names a counter's family without the suffix; one without it is no counter there.
+        # In OpenMetrics a counter's family has no suffix. A counter without the suffix has the type unknown.
         name, kind = (name[: -len("_total")], kind) if name.endswith("_total") else (name, "unknown")
     return f"# HELP {name} {metric.help}\n# TYPE {name} {kind}\n"
 
@@ -150,7 +150,7 @@ def _label_text(keys: Sequence[str], values: Sequence[str]) -> str:
     return ",".join([f'{key}="{_escaped(value)}"' for key, value in zip(keys, values, strict=True)])
 
 
-_own_label_text = lru_cache(1024)(_label_text)  # devices, interfaces, states: few, and again and again
+_own_label_text = lru_cache(1024)(_label_text)  # devices, interfaces, states: few different ones
 
 
 def _escaped(value: str) -> str:

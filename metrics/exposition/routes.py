@@ -1,4 +1,4 @@
-"""The paths that are served: the agent's metrics, the containers' metrics, liveness and readiness."""
+"""The paths of the metrics server: metrics of the agent and of containers, liveness and readiness."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def standard_routes(
     snapshots: Callable[[], Awaitable[Entries]],
     problems: Callable[[], Sequence[str]],
 ) -> dict[str, Route]:
-    """The paths of the metrics address.
+    """The routes of the metrics server.
 
-    ``snapshots`` reads all containers and pods now; ``problems`` says in sentences what keeps the node from taking pods
-    (empty when it is ready). Text is made in a thread, so that calls are answered meanwhile.
+    ``snapshots`` reads all containers and pods now. ``problems`` returns sentences about what keeps the node from
+    running pods; empty if it is ready. Pages are made in a thread, so that the loop can answer other calls.
     """
     page = AgentPage()
-    # One of each at a time: however many ask, and however long a disk takes, calls find threads.
+    # One page of each kind at a time: many or slow requests must not take all threads from other calls.
     making_own, making_containers = asyncio.Lock(), asyncio.Lock()
 
     async def own(accept: str) -> Page:

@@ -19,28 +19,28 @@ HEADER_LIMIT = 16 * 1024
 IDLE_SECONDS = 90.0
 REQUEST_SECONDS = 10.0
 CONNECTION_LIMIT = 64
-# Clients that have not taken the whole of their answer.
+# The maximum number of clients that have not yet read their whole answer.
 SLOW_LIMIT = 16
-# The maximum time of a client to close its connection, and the maximum number of such clients.
+# The maximum time for a client to close its connection, and the maximum number of such clients.
 CLOSE_SECONDS = 5.0
 CLOSING_LIMIT = 32
 _READ_BYTES = 4096
 
 _log = logging.getLogger("podkeel.metrics")
 
-# Gets the Accept header; raises NotReady to answer 503.
+# Called with the Accept header. Raises NotReady to answer 503.
 Route = Callable[[str], Awaitable[Page]]
 
 
-class NotReady(Exception):  # noqa: N818 - a state that is answered, not a fault
-    """The answer is 503 with this text."""
+class NotReady(Exception):  # noqa: N818 - a state that is reported, not an error
+    """Makes the server answer 503 with this text."""
 
 
 class MetricsServer:
-    """Serves ``routes`` by path at one address until closed.
+    """Serves ``routes`` by path at one address until it is closed.
 
-    A client has ``REQUEST_SECONDS`` for its first request (TLS included). If there are too many, the server closes
-    the one that it has waited for longest.
+    A client must send its first request within ``REQUEST_SECONDS`` (including TLS). If there are too many clients, the
+    server closes the connection that has been waiting the longest.
     """
 
     def __init__(self, routes: Mapping[str, Route], tls: ssl.SSLContext | None = None) -> None:
@@ -49,17 +49,17 @@ class MetricsServer:
             "metrics server", self._protocol, tls=tls, grace=REQUEST_SECONDS, pending_limit=CONNECTION_LIMIT
         )
         self._tasks: set[asyncio.Task[None]] = set()
-        self._served: set[asyncio.Task[None]] = set()  # those whose first request has arrived
-        self._silent: dict[asyncio.Task[None], None] = {}  # of these: who sends no request, longest first
-        self._slow: dict[asyncio.Task[None], None] = {}  # and who does not take its answer
+        self._served: set[asyncio.Task[None]] = set()  # tasks whose first request has arrived
+        self._silent: dict[asyncio.Task[None], None] = {}  # of these: tasks without a request, longest first
+        self._slow: dict[asyncio.Task[None], None] = {}  # and tasks whose client does not read its answer
         self._closing: dict[asyncio.Task[None], None] = {}
 
     async def start(self, host: str, port: int) -> int:
-        """Listen and return the port, which the system chooses if 0 is given; OSError if the address is taken."""
+        """Listen and return the port. The system chooses it for port 0. OSError if the address is in use."""
         return await self._listener.start(host, port)
 
     async def close(self) -> None:
-        """Stop listening and end the connections."""
+        """Stop listening and close all connections."""
         self._listener.close()
         for task in self._tasks:
             task.cancel()
@@ -77,7 +77,7 @@ class MetricsServer:
         self._tasks.add(task)
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEADER_LIMIT)
         try:
-            request = await _next_request(http, reader)  # in the time that the listener gives
+            request = await _next_request(http, reader)  # the listener limits the time
             pending.admit()
             while await self._answer_one(task, http, request, writer):
                 with self._waiting_in(self._silent, task):
@@ -87,7 +87,7 @@ class MetricsServer:
             with contextlib.suppress(OSError):
                 await _answer(http, writer, HTTPStatus(error.error_status_hint), _text(f"{error}\n"), keep=False)
         except (OSError, TimeoutError, EOFError):
-            _cut_off(writer)  # the client went away, was silent or took no answer
+            _cut_off(writer)  # the client has left, sent nothing or read nothing
         except asyncio.CancelledError:
             _cut_off(writer)
             raise
@@ -100,7 +100,7 @@ class MetricsServer:
                 self._tasks.discard(task)
 
     async def _close(self, task: asyncio.Task[None], writer: asyncio.StreamWriter) -> None:
-        """Close a connection once its client has taken what it was sent, which it need not ever do, nor end TLS."""
+        """Close a connection once its client has read everything. The time is limited, as a client may never read."""
         while len(self._closing) >= CLOSING_LIMIT:
             self._end(next(iter(self._closing)))
         try:
@@ -114,7 +114,7 @@ class MetricsServer:
             _cut_off(writer)
 
     def _has_room(self, task: asyncio.Task[None]) -> bool:
-        """Make room for one more client."""
+        """Count the client as served. If there are too many, end the longest waiting one; False if none is waiting."""
         if task not in self._served and len(self._served) >= CONNECTION_LIMIT:
             longest = next(iter(self._silent), None) or next(iter(self._slow), None)
             if longest is None:
@@ -141,14 +141,14 @@ class MetricsServer:
     async def _answer_one(
         self, task: asyncio.Task[None], http: h11.Connection, request: h11.Request, writer: asyncio.StreamWriter
     ) -> bool:
-        """Answer one request; False when the connection is to be closed."""
+        """Answer one request. Returns False if the connection must be closed."""
         if not self._has_room(task):
             busy = HTTPStatus.SERVICE_UNAVAILABLE
             return await _answer(http, writer, busy, _text("too many connections\n"), keep=False)
         method, target = request.method.decode(), request.target.decode()
         accept = next((value.decode("latin-1") for name, value in request.headers if name == b"accept"), "")
         status, page = await self._page(method, target.partition("?")[0], accept)
-        while len(self._slow) >= SLOW_LIMIT:  # each has its page in memory
+        while len(self._slow) >= SLOW_LIMIT:  # each of them has its page in memory
             self._end(next(iter(self._slow)))
         with self._waiting_in(self._slow, task):
             return await _answer(http, writer, status, page, with_body=method != "HEAD")
@@ -169,7 +169,7 @@ class MetricsServer:
 
 
 def _cut_off(writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(AttributeError):  # of Python 3.11, for a TLS connection that was closed already
+    with contextlib.suppress(AttributeError):  # raised by Python 3.11 for a TLS connection that is closed already
         writer.transport.abort()
 
 
@@ -178,7 +178,7 @@ def _text(text: str) -> Page:
 
 
 async def _next_request(http: h11.Connection, reader: asyncio.StreamReader) -> h11.Request:
-    """The head of a request. Raises EOFError when the client has left, RemoteProtocolError for what is no request."""
+    """The head of the next request. EOFError if the client has left, RemoteProtocolError for an invalid request."""
     while True:
         event = http.next_event()
         if event is h11.NEED_DATA:
@@ -198,7 +198,7 @@ async def _answer(
     keep: bool = True,
     with_body: bool = True,
 ) -> bool:
-    """Send an answer; whether the connection can serve another request: not after one that had a body."""
+    """Send an answer. Returns whether the connection can serve another request: not after a request with a body."""
     headers = [("Content-Type", page.content_type), ("Content-Length", str(len(page.body)))]
     keep = keep and isinstance(http.next_event(), h11.EndOfMessage)
     if not keep:

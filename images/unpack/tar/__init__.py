@@ -1,1 +1,1 @@
-"""Reading tar streams: headers, pax records and members."""
+"""Reads tar streams: headers, pax records and members."""

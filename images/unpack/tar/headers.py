@@ -1,6 +1,6 @@
-"""The content of a tar header: ustar, GNU, pax and star forms (POSIX pax; GNU tar's manual, "Basic Tar Format").
+"""Decodes tar headers: ustar, GNU, pax and star formats (POSIX pax; GNU tar's manual, "Basic Tar Format").
 
-Runs in the unpack worker, so it imports next to nothing.
+Runs in the unpack worker, so it imports almost nothing.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _NANOSECONDS = (1 << 63) * 1_000_000_000
 
 
 class TarError(Exception):
-    """The stream is not a sound tar archive; the text says what is wrong and at which entry."""
+    """The stream is not a valid tar archive. The text says what is wrong and at which entry."""
 
 
 class LimitError(Exception):
-    """The stream holds more than its limits allow."""
+    """The stream exceeds a limit."""
 
 
 class Entry:
@@ -78,9 +78,7 @@ class Entry:
 
 
 class Records:
-    """The used parts of an extended header: ``values`` by keyword, extended attributes, the regions of
-    a sparse file.
-    """
+    """The used records of an extended header: ``values`` by keyword, extended attributes, regions of a sparse file."""
 
     __slots__ = ("regions", "sparse", "values", "xattrs")
 
@@ -92,24 +90,24 @@ class Records:
 
 
 def header_name(fields: tuple[bytes, ...]) -> bytes:
-    """The name that the header itself gives; GNU tar has other things where ustar has the prefix."""
+    """The name in the header itself. Only ustar has a prefix; GNU tar has other fields in its place."""
     name = fields[0].partition(b"\0")[0]
     if fields[9] != b"ustar\0":
         return name
     prefix = fields[15]
-    if fields[16][8:] == b"tar\0":  # star has times in the last part of it
+    if fields[16][8:] == b"tar\0":  # star stores times at the end of the prefix
         prefix = prefix[:_STAR_PREFIX]
     prefix = prefix.partition(b"\0")[0]
     return prefix + b"/" + name if prefix else name
 
 
 def fill_in(entry: Entry, fields: tuple[bytes, ...]) -> None:
-    """Take over what the header says of kind, size, owner, mode, time and device."""
+    """Copy kind, size, owner, mode, time and device from the header."""
     kind = entry.kind
     if kind not in _KNOWN:
         raise TarError(f"it is of an unknown kind {kind!r}")
     if kind == _OLD_REGULAR and entry.name.endswith(b"/"):
-        entry.kind = FOLDER  # archives from before there was a kind for folders
+        entry.kind = FOLDER  # in old archives, without a kind for folders
     elif kind in (_OLD_REGULAR, _CONTIGUOUS):
         entry.kind = REGULAR
     if entry.kind not in _HEADER_ONLY:
@@ -123,7 +121,7 @@ def fill_in(entry: Entry, fields: tuple[bytes, ...]) -> None:
 
 
 def check_ranges(entry: Entry) -> None:
-    """TarError for what no file of this system can have."""
+    """Raise TarError for numbers that no file of this system can have."""
     if entry.uid >= _NO_ID or entry.gid >= _NO_ID:
         what, number = ("user", entry.uid) if entry.uid >= _NO_ID else ("group", entry.gid)
         raise TarError(f"its {what} {number} is out of range, the last is {_NO_ID - 1}")
@@ -135,8 +133,8 @@ def check_ranges(entry: Entry) -> None:
 
 
 def check_sum(block: bytes, field: bytes) -> None:
-    """TarError unless the sum in ``field`` is that of ``block``."""
-    # The sum counts its own field as eight spaces. Half of Adler-32 is the sum of bytes, up to 65520, and quick.
+    """Raise TarError unless the checksum in ``field`` is that of ``block``."""
+    # The checksum counts its own field as eight spaces. Half of Adler-32 is the sum of bytes up to 65520, and fast.
     total = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - (adler32(field) & 0xFFFF) - 1
     try:
         wanted = number_in(field)
@@ -144,7 +142,7 @@ def check_sum(block: bytes, field: bytes) -> None:
         wanted = -1
     if wanted == total + 256:
         return
-    # Old writers took bytes for signed numbers.
+    # Some old programs add signed bytes.
     others = block[:148] + block[156:]
     high = len(others) - len(others.translate(None, _HIGH_BYTES))
     if not high or wanted != total + 256 - 256 * high:
@@ -153,7 +151,7 @@ def check_sum(block: bytes, field: bytes) -> None:
 
 def number_in(field: bytes, *, signed: bool = False) -> int:
     """The number in a header's field: octal digits, or GNU tar's base 256. Raises TarError."""
-    if field[0] & 0x80:  # base 256, whose second bit is the sign
+    if field[0] & 0x80:  # base 256; the second bit is the sign
         half = 1 << (8 * len(field) - 1)
         value = int.from_bytes(field, "big") & (half - 1)
         if field[0] & 0x40:
@@ -174,14 +172,14 @@ def number_in(field: bytes, *, signed: bool = False) -> int:
 
 
 def decimal(text: bytes) -> int:
-    """The number in an extended header. Raises TarError."""
+    """A decimal number in an extended header. Raises TarError."""
     if not text.isdigit() or len(text) > 20:
         raise TarError(f"an extended header holds {text[:40]!r} where a number belongs")
     return int(text)
 
 
 def parse_records(data: bytes) -> Records:
-    """The records of an extended header. Raises TarError."""
+    """Decode the records of an extended header. Raises TarError."""
     found = Records()
     offsets: list[int] = []
     position = 0
@@ -212,7 +210,7 @@ def parse_records(data: bytes) -> Records:
 
 
 def merged_records(first: Records, second: Records) -> Records:
-    """Both; the second has precedence. A record without a value means the header's own field (POSIX)."""
+    """Both merged; ``second`` has precedence. A record without a value selects the header's own field (POSIX)."""
     merged = Records()
     merged.values = {key: value for key, value in {**first.values, **second.values}.items() if value}
     merged.xattrs = first.xattrs or second.xattrs
@@ -224,7 +222,7 @@ def merged_records(first: Records, second: Records) -> Records:
 
 
 def apply_records(entry: Entry, records: Records) -> None:
-    """Have size, owner, time and extended attributes say what the extended header says. Raises TarError."""
+    """Set size, owner, time and extended attributes from the extended header. Raises TarError."""
     values = records.values
     entry.xattrs = records.xattrs
     if not values:
@@ -247,13 +245,13 @@ def _time(text: bytes) -> int:
 
 
 def shown(name: bytes) -> str:
-    """A name from an archive, for a message."""
+    """A name from an archive, shortened for a message."""
     text = name.decode("utf-8", "backslashreplace")
     return repr(text if len(text) <= 200 else text[:200] + "…")
 
 
 def old_regions(table: bytes, count: int) -> list[tuple[int, int]]:
-    """The regions in the table of an old GNU sparse header, as (offset, size). Raises TarError."""
+    """The regions in an old GNU sparse header, as (offset, size) pairs. Raises TarError."""
     regions = []
     for index in range(count):
         offset, size = table[index * 24 : index * 24 + 12], table[index * 24 + 12 : index * 24 + 24]

@@ -1,7 +1,7 @@
-"""Reading a tar stream entry by entry (``images/unpack/tar/headers.py`` says which forms).
+"""Reads a tar stream entry by entry. ``images/unpack/tar/headers.py`` lists the supported formats.
 
-Runs in the unpack worker, so it imports next to nothing. It differs from ``tarfile`` in what layers need: it never
-seeks, keeps names as bytes, hashes the stream as it passes, and takes 15,000 small files in well under a second.
+Runs in the unpack worker, so it imports almost nothing. Unlike ``tarfile`` it never seeks, keeps names as bytes and
+hashes the stream while reading it. It reads 15,000 small files in well under a second.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from images.unpack.tar.headers import (
 )
 from images.unpack.tar.repeated_headers import RepeatedHeaders
 
-TYPE_CHECKING = False  # as type checkers know it, without importing typing
+TYPE_CHECKING = False  # type checkers treat this name as true; importing typing is slow
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 CHUNK = 1 << 20
 LONGEST_HEADER = 1 << 20
-# Extended headers of a whole archive may take so many bytes, and so many more for each entry.
+# The extended headers of an archive may have this size in all, and so many bytes more for each entry.
 HEADERS_AT_ONCE = 64 << 20
 HEADERS_PER_ENTRY = 8 << 10
 _EMPTY = bytes(BLOCK)
 
 
 class Stream:
-    """Bytes that pass once: ``read`` gives up to so many, ``seen`` is shown every one of them."""
+    """A stream that is read once. ``read`` returns the next bytes; ``seen`` is called with all of them."""
 
     def __init__(self, read: Callable[[int], bytes], seen: Callable[[bytes], object], limit: int) -> None:
         self._read = read
@@ -68,7 +68,7 @@ class Stream:
         return True
 
     def take(self, size: int) -> bytes:
-        """Exactly ``size`` bytes (few, as they are copied), or fewer at the end of the stream."""
+        """Copy exactly ``size`` bytes (a small number), or fewer at the end of the stream."""
         while len(self._buffer) - self._position < size:
             if not self._more():
                 break
@@ -78,7 +78,7 @@ class Stream:
         return data
 
     def block(self, skipped: int) -> bytes:
-        """The block after ``skipped`` bytes; empty, and nothing is skipped, unless all of it has been read."""
+        """The block after ``skipped`` bytes; empty, without skipping, unless the buffer holds all of it."""
         start = self._position + skipped
         end = start + BLOCK
         if end > len(self._buffer):
@@ -87,7 +87,7 @@ class Stream:
         return self._buffer[start:end]
 
     def whole(self, size: int) -> memoryview | None:
-        """The next ``size`` bytes without copying, if all of them have been read."""
+        """The next ``size`` bytes without copying; None unless the buffer holds all of them."""
         start = self._position
         end = start + size
         if end > len(self._buffer):
@@ -96,7 +96,7 @@ class Stream:
         return self._view[start:end]
 
     def pieces(self, size: int) -> Iterator[memoryview]:
-        """The next ``size`` bytes without copying; TarError if the stream ends before."""
+        """The next ``size`` bytes without copying. TarError if the stream ends before."""
         while size:
             available = len(self._buffer) - self._position
             if not available:
@@ -110,7 +110,7 @@ class Stream:
             yield self._view[start : start + step]
 
     def skip(self, size: int) -> None:
-        """Pass over ``size`` bytes; TarError if the stream ends before."""
+        """Skip ``size`` bytes. TarError if the stream ends before."""
         available = len(self._buffer) - self._position
         if size <= available:
             self._position += size
@@ -119,18 +119,18 @@ class Stream:
             pass
 
     def skip_padding(self, size: int) -> bool:
-        """Pass over ``size`` bytes (few); False if the stream ends before."""
+        """Skip ``size`` bytes (a small number). Returns False if the stream ends before."""
         return len(self.take(size)) == size
 
     def drain(self) -> None:
-        """Pass over all that is left."""
+        """Skip the rest of the stream."""
         self._position = len(self._buffer)
         while self._more():
             self._position = len(self._buffer)
 
 
 class TarReader:
-    """Iterates over the entries of ``stream``; the data of an entry is read with ``data`` before the next one."""
+    """Iterates over the entries of ``stream``. Read the data of an entry with ``data`` before the next entry."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -149,7 +149,7 @@ class TarReader:
         return self.stream.pieces(size)
 
     def whole(self, entry: Entry) -> memoryview | None:
-        """All data of the current entry, if it has been read: None for large files."""
+        """All data of the current entry if the buffer holds it; None for large files."""
         content = self.stream.whole(entry.size)
         if content is not None:
             self._left = 0
@@ -202,7 +202,7 @@ class TarReader:
         if records.values:
             entry.name = records.values.get(b"path", entry.name)
             entry.link = records.values.get(b"linkpath", entry.link)
-        if long_name:  # an empty one leaves the header's own, as for pax records
+        if long_name:  # an empty one means the header's own name, as in pax records
             entry.name = long_name
         if long_link:
             entry.link = long_link
@@ -227,7 +227,7 @@ class TarReader:
             self.stream.skip(self._left)
             self._left = 0
             if self._padding and not self.stream.skip_padding(self._padding):
-                return None  # some writers leave out what would fill up the last block
+                return None  # some programs omit the padding of the last block
             self._padding = 0
             block = self.stream.take(BLOCK)
         if not block:
@@ -256,7 +256,7 @@ class TarReader:
         return data
 
     def _records(self, size: int, fields: tuple[bytes, ...]) -> Records:
-        """Those of an extended header; one that is repeated is looked at once."""
+        """The records of an extended header. A repeated header is decoded once."""
         data = self._header_data(size)
         if data != self._last_header:
             try:
@@ -267,7 +267,7 @@ class TarReader:
         return self._last_records
 
     def _with_defaults(self, records: Records | None) -> Records:
-        """The attributes of an entry with ``records`` before it."""
+        """The records of an entry, merged with the defaults of global headers."""
         if records is None:
             return self._defaults
         defaults, last, merged = self._merged
@@ -277,7 +277,7 @@ class TarReader:
         return merged
 
     def _sparse(self, entry: Entry, block: bytes, records: Records) -> None:
-        """Fill in ``regions`` and ``real_size`` (GNU tar's manual, "Storing Sparse Files")."""
+        """Set ``regions`` and ``real_size`` (GNU tar's manual, "Storing Sparse Files")."""
         values = records.values
         if entry.kind == GNU_SPARSE:
             regions = old_regions(block[386:482], 4)
@@ -301,7 +301,7 @@ class TarReader:
         end = 0
         for offset, size in entry.regions:
             if offset < end or offset + size > entry.real_size:
-                raise TarError("its sparse map is unsound")
+                raise TarError("its sparse map is invalid")
             end = offset + size
         if sum(size for _, size in entry.regions) != entry.size:
             raise TarError("its sparse map does not match its size")
@@ -314,7 +314,7 @@ class TarReader:
             newline = text.find(b"\n")
             if newline < 0:
                 if entry.size < BLOCK or len(text) > 32:
-                    raise TarError("its sparse map is unsound")
+                    raise TarError("its sparse map is invalid")
                 text += self.stream.take(BLOCK)
                 entry.size -= BLOCK
                 self._left -= BLOCK

@@ -1,6 +1,7 @@
-"""Tar headers that differ from an earlier one in name, size, time and checksum only, as nearly all in a layer do.
+"""Decodes tar headers that differ from an earlier one only in name, size, time and checksum.
 
-Runs in the unpack worker. Reading every field of every header would take longer than making the files.
+Runs in the unpack worker. Almost all headers of a layer are like this. Decoding every field of every header would take
+longer than making the files.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from zlib import adler32
 
 from images.unpack.tar.headers import FOLDER, REGULAR, Entry
 
-_MOST = 4096  # headers, and times, that are kept
-_CHECKSUM_SPACES = 8 * 32  # the sum counts its own field as eight spaces
+_MOST = 4096  # cached headers, and cached times
+_CHECKSUM_SPACES = 8 * 32  # the checksum counts its own field as eight spaces
 
 
 class _Header:
-    """The common bytes of the fields; ``rest_sum`` is the sum of the bytes after the checksum."""
+    """The fields that headers share. ``rest_sum`` is the sum of the bytes after the checksum."""
 
     __slots__ = ("gid", "kind", "mode", "prefix", "rest_sum", "uid")
 
@@ -28,15 +29,15 @@ class _Header:
 
 
 class RepeatedHeaders:
-    """Knows the headers of regular files and folders for which no extended header held."""
+    """A cache of headers of regular files and folders without an extended header."""
 
     def __init__(self) -> None:
         self._headers: dict[bytes, _Header] = {}
         self._times: dict[bytes, int] = {}
-        self._checksums: dict[int, bytes] = {}  # as they are written; there cannot be more than 130,560
+        self._checksums: dict[int, bytes] = {}  # the field's text by sum; at most 130,560 entries
 
     def remember(self, block: bytes, entry: Entry) -> None:
-        """Take note of ``block``, which was read as ``entry``, with nothing but the block to say what it is."""
+        """Cache ``block``, which was decoded as ``entry`` without any extended header."""
         if block[156:157] not in (REGULAR, FOLDER) or entry.link:
             return
         name = block[:100].partition(b"\0")[0]
@@ -50,7 +51,7 @@ class RepeatedHeaders:
         self._times[block[136:148]] = entry.mtime
 
     def entry(self, block: bytes) -> Entry | None:
-        """The entry of ``block`` if there was a header like it. None says nothing: it is to be read field by field."""
+        """The entry of ``block`` if a similar header is cached; None if it must be decoded field by field."""
         header = self._headers.get(block[100:124] + block[156:])
         mtime = self._times.get(block[136:148])
         size = block[124:135]

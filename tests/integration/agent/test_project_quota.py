@@ -163,27 +163,27 @@ def test_a_restarted_agent_goes_on_with_the_projects(agent: AgentProcess, quotas
     container_id = sleeper(agent)
     agent.client.output(container_id, "sh", "-c", f"head -c {MIB} /dev/zero > /d/file; sync")
     before = layer_of(agent, container_id)
-    project = quotas.known(folder_of(agent, container_id))
+    project = quotas.assigned(folder_of(agent, container_id))
     agent.restart()
     after = layer_of(agent, container_id)  # the first answer
     assert (after.used_bytes.value, after.inodes_used.value) == (before.used_bytes.value, before.inodes_used.value)
-    second = quotas.known(folder_of(agent, sleeper(agent)))
+    second = quotas.assigned(folder_of(agent, sleeper(agent)))
     assert second not in (0, project)
 
 
 def test_a_project_is_given_again_once_nothing_has_it(agent: AgentProcess, quotas: ProjectQuotas) -> None:
-    project = quotas.known(folder_of(agent, sleeper(agent)))
+    project = quotas.assigned(folder_of(agent, sleeper(agent)))
     assert quotas.usage(project).inodes > 3
     remove_all_pods(agent.client)
     wait_for(lambda: quotas.usage(project) == ProjectUsage(0, 0), what="the end of the files")
-    assert quotas.known(folder_of(agent, sleeper(agent))) == project
+    assert quotas.assigned(folder_of(agent, sleeper(agent))) == project
 
 
 def test_containers_beyond_the_range_are_counted(filesystem: Path, busybox: Path, quotas: ProjectQuotas) -> None:
     with agent_in(filesystem / "one", busybox, 'project_quotas = "all"\nproject_ids = [70000, 70000]') as agent:
         first, second = sleeper(agent), sleeper(agent)
-        assert quotas.known(folder_of(agent, first)) == 70000
-        assert quotas.known(folder_of(agent, second)) == 0
+        assert quotas.assigned(folder_of(agent, first)) == 70000
+        assert quotas.assigned(folder_of(agent, second)) == 0
         assert "all project ids are in use" in agent.log.read_text()
         agent.client.output(second, "sh", "-c", f"head -c {MIB} /dev/zero > /file")
         request = cri_pb2.ContainerStatsRequest(container_id=second)
@@ -207,8 +207,8 @@ def test_only_a_user_namespace_keeps_files_in_their_project(
 ) -> None:
     with agent_in(filesystem / "usual", busybox, "") as agent:
         plain, mapped = sleeper(agent), user_namespace_sleeper(agent)
-        assert quotas.known(folder_of(agent, plain)) == 0
-        project = quotas.known(folder_of(agent, mapped))
+        assert quotas.assigned(folder_of(agent, plain)) == 0
+        project = quotas.assigned(folder_of(agent, mapped))
         assert project != 0
         agent.client.output(mapped, "sh", "-c", f"head -c {MIB} /dev/zero > /d/file")
         assert layer_of(agent, mapped).used_bytes.value >= MIB

@@ -168,5 +168,5 @@ async def test_check_and_repair(podkeel: Command, agent: AgentProcess, front: Fr
     assert out.splitlines()[-1] == "2 images, 4 layers: 1 broken"
     status, out, _ = await podkeel.run("image", "check", "--repair")
     assert status == 0
-    assert f"of {name}; dropped with its images: pull them again" in out
+    assert f"of {name}; removed with its images: pull them again" in out
     assert await image_id(podkeel, name) == ""

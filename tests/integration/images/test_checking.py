@@ -85,11 +85,11 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "content": ("bin/tool", rewrite, "/bin/same has another content; /bin/tool has another content"),
     "mode": ("bin/tool", lambda file: file.chmod(0o755), "/bin/same has mode 755 instead of 4755"),
     "owner": ("bin/tool", set_owner, "belongs to 5:5 instead of 1:2"),
-    "time": ("bin/tool", lambda file: os.utime(file, ns=(5, 5)), "was changed at another time"),
+    "time": ("bin/tool", lambda file: os.utime(file, ns=(5, 5)), "has another modification time"),
     "xattr": ("bin/capable", lambda file: os.removexattr(file, "user.note"), "other extended attributes"),
-    "link": ("bin/link", replace_link, "points somewhere else"),
+    "link": ("bin/link", replace_link, "has another target"),
     "missing": ("etc/passwd", Path.unlink, "/etc/passwd is missing"),
-    "more": ("etc/new", lambda file: file.write_text(""), "/etc/new should not be there"),
+    "more": ("etc/new", lambda file: file.write_text(""), "/etc/new is not in the layer"),
     "type": ("dev/pipe", become_a_folder, "/dev/pipe is of another type"),
     "folder": ("etc", lambda file: file.chmod(0o755), "/etc has mode 755 instead of 750"),
     "deep": ("a/" + "deep/" * 60 + "file", Path.unlink, "deep/file is missing"),
@@ -110,7 +110,7 @@ async def test_broken_layers(node: Node, registry: Registry, built: BuiltImage, 
     assert found.repair == ""
     assert node.store.find(name) == image, "nothing is dropped unasked"
     (repaired,) = await findings(node, repair=True)
-    assert repaired.repair == "dropped with its images: pull them again"
+    assert repaired.repair == "removed with its images: pull them again"
     assert node.store.images() == (other,)
     assert (node.target("running") / "etc/more").stat().st_size == 3 << 20, "containers keep running"
     again = await node.puller.pull(name)
@@ -139,7 +139,7 @@ async def test_a_broken_blob_goes_alone(node: Node, registry: Registry, built: B
     assert found.digest == f"sha256:{blobs[1].name}"
     assert "broken" in found.problem
     (repaired,) = await findings(node, repair=True)
-    assert repaired.repair == "the compressed form was dropped"
+    assert repaired.repair == "the compressed layer was removed"
     assert node.store.find(name) == image
     assert used.used_bytes - node.store.filesystem_usage().used_bytes == len(content)
     await node.restart()
@@ -178,7 +178,7 @@ async def test_damage_that_leaves_the_number_of_files_is_found_without_a_blob(
     file, hurt, _ = DAMAGE[damage]
     hurt(path(node, image, 0, file))
     (found,) = await findings(node)
-    assert found.problem == "its files are not as they were unpacked"
+    assert found.problem == "its files have changed since they were unpacked"
 
 
 async def test_broken_rows(node: Node, registry: Registry, built: BuiltImage) -> None:

@@ -190,7 +190,7 @@ async def test_explain_shows_every_host(node: Node, fronts: tuple[Front, Front],
     assert "token server" in refused.answer
     assert "has none for" in refused.credentials
     assert "unreachable" in unreachable.answer
-    assert unreachable.credentials == "none were asked for"
+    assert unreachable.credentials == "none were required"
     assert "not asked" in unasked.answer
     assert own.answered
     assert not own.mirror

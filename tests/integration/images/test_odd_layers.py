@@ -229,7 +229,7 @@ HUGE = b"9" * 19
                 record(b"GNU.sparse.size", b"1"),
             )
             + file(b"bad", b"x"),
-            "sparse map is unsound",
+            "sparse map is invalid",
         ),
         (
             pax(

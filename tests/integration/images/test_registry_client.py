@@ -78,7 +78,7 @@ async def test_a_cut_transfer_goes_on_where_it_broke(
     front.refuse_ranges = refuse_ranges
     front.cut_after = 120_000
     if refuse_ranges:
-        with pytest.raises(KubeletReasonError, match="broke off at byte 120000"):
+        with pytest.raises(KubeletReasonError, match="interrupted at byte 120000"):
             await pull(node, front)
         await node.forget_partials()
         assert await node.leftovers() == {}
@@ -107,7 +107,7 @@ async def test_passing_failures_are_tried_again(node: Node, front: Front, built:
 async def test_a_stalled_transfer_is_given_up(new_node: NewNode, front: Front) -> None:
     node = await new_node(stall_seconds=1.0, attempts=2)
     front.stall = True
-    with pytest.raises(KubeletReasonError, match="broke off"):
+    with pytest.raises(KubeletReasonError, match="interrupted"):
         await pull(node, front)
     await node.forget_partials()
     assert await node.leftovers() == {}

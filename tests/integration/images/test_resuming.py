@@ -66,7 +66,7 @@ async def broken_off(node: Node, front: Front, size: int) -> None:
     """A pull of which ``size`` bytes of each layer come before the registry is gone."""
     front.cut_after = size
     front.refuse_ranges = True
-    with pytest.raises(KubeletReasonError, match="broke off"):
+    with pytest.raises(KubeletReasonError, match="interrupted"):
         await node.puller.pull(name(front))
     front.cut_after = 0
     front.refuse_ranges = False

@@ -207,7 +207,7 @@ async def test_a_registry_that_names_no_place_to_upload_to(node: Node, scripted:
     await node.puller.pull(name)
     for headers in ({}, {"Location": "http://[::1"}, {"Location": "file:///etc/passwd"}):
         scripted.answers["/v2/target/blobs/uploads/"] = Answer(status=202, headers=headers)
-        with pytest.raises(UnavailableError, match="no place to upload to"):
+        with pytest.raises(UnavailableError, match="no valid address for the upload"):
             await node.exporter.push(name, f"{scripted.host}/target:new")
 
 

@@ -75,7 +75,7 @@ async def test_who_waits_for_room_waits_for_no_other(bin_of: Trash, tmp_path: Pa
 async def test_the_disk_is_held_for_a_while_and_if_there_is_room(
     bin_of: Trash, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_by: str
 ) -> None:
-    monkeypatch.setattr(trash, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(trash, "CHECK_SECONDS", 0.05)
     bin_of.throw(large_tree(tmp_path / "tree"))
     with bin_of.held():
         bin_of.wake()

@@ -15,7 +15,7 @@ import pytest
 from host import libc
 from host.concurrency.threads import in_fresh_thread
 from host.files import mounts
-from metrics.network import visit_networks
+from metrics.network import read_networks
 
 DATAGRAMS = 20
 SIZE = 1000
@@ -79,7 +79,7 @@ def configure(number: int) -> None:
 
 
 async def test_sent_and_received_are_the_pods_own(pods: tuple[str, str]) -> None:
-    before = [reading.interfaces[0] for reading in await in_fresh_thread(visit_networks, pods) if reading is not None]
+    before = [reading.interfaces[0] for reading in await in_fresh_thread(read_networks, pods) if reading is not None]
 
     def send() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
@@ -87,7 +87,7 @@ async def test_sent_and_received_are_the_pods_own(pods: tuple[str, str]) -> None
                 sender.sendto(b"x" * SIZE, ("10.200.77.2", 9))
 
     in_namespace(pods[0], send)
-    after = [reading.interfaces[0] for reading in await in_fresh_thread(visit_networks, pods) if reading is not None]
+    after = [reading.interfaces[0] for reading in await in_fresh_thread(read_networks, pods) if reading is not None]
     assert [interface.name for interface in after] == ["pktm0", "pktm1"]
     sent = after[0].tx_bytes - before[0].tx_bytes
     assert sent >= DATAGRAMS * (SIZE + 28 + 14)
@@ -100,14 +100,14 @@ async def test_sent_and_received_are_the_pods_own(pods: tuple[str, str]) -> None
 async def test_a_namespace_that_is_gone_is_none_and_harms_no_other(pods: tuple[str, str], tmp_path: Path) -> None:
     not_a_namespace = tmp_path / "empty"
     not_a_namespace.touch()
-    readings = await in_fresh_thread(visit_networks, [pods[0], str(tmp_path / "none"), str(not_a_namespace), pods[1]])
+    readings = await in_fresh_thread(read_networks, [pods[0], str(tmp_path / "none"), str(not_a_namespace), pods[1]])
     assert [reading is not None for reading in readings] == [True, False, False, True]
-    assert await in_fresh_thread(visit_networks, []) == []
+    assert await in_fresh_thread(read_networks, []) == []
 
 
 async def test_reading_leaves_the_agent_in_its_own_namespace(pods: tuple[str, str]) -> None:
     own = Path("/proc/thread-self/ns/net").readlink()
-    await in_fresh_thread(visit_networks, pods)
+    await in_fresh_thread(read_networks, pods)
     assert Path("/proc/thread-self/ns/net").readlink() == own
 
 
@@ -116,7 +116,7 @@ async def test_what_a_visitor_starts_is_at_home(pods: tuple[str, str]) -> None:
     found: list[Path] = []
 
     def visit() -> None:
-        visit_networks([*pods, "/no/such/namespace"])
+        read_networks([*pods, "/no/such/namespace"])
         started = threading.Thread(target=lambda: found.append(Path("/proc/thread-self/ns/net").readlink()))
         started.start()
         started.join()
@@ -127,7 +127,7 @@ async def test_what_a_visitor_starts_is_at_home(pods: tuple[str, str]) -> None:
 
 async def test_sockets_of_the_pod_and_not_of_the_host(pods: tuple[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)):
-        (reading,) = await in_fresh_thread(visit_networks, pods[:1], connections=True)
+        (reading,) = await in_fresh_thread(read_networks, pods[:1], connections=True)
     assert reading is not None
     assert reading.connections is not None
     assert reading.connections.tcp["listen"] == 0

@@ -238,7 +238,7 @@ def test_where_there_are_no_quotas_the_reason_is_told_and_layers_are_counted() -
             assert reason == layers.counted_because != ""
             assert not list(Path(folder).iterdir())
             (Path(folder) / "a/upper").mkdir(parents=True)
-            layers.give_project("a")
+            layers.assign_project("a")
             layers.measure_own("a")
             assert counted(layers, "a").inodes == 1
         finally:

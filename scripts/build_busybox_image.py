@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Build a small container image out of the static busybox of this machine, with nothing but Python.
+"""Build a small container image from this machine's static busybox. Needs only Python.
 
     build_busybox_image.py [--format oci|docker] [--reference NAME] [--busybox /bin/busybox] FILE
 
-The archive holds busybox with a link for each of its applets, ``/etc/passwd``, ``/etc/group``, ``/tmp`` and the usual
-folders. As a module it also builds images out of any layers, which the tests do.
+The archive contains busybox with a link for each of its applets, ``/etc/passwd``, ``/etc/group``, ``/tmp`` and the
+usual folders. Tests import this module to build images from any layers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _MORE_FOLDERS = {"tmp": 0o1777, "usr": 0o755, "usr/bin": 0o755, "var": 0o755, "v
 
 
 def digest_of(content: bytes) -> str:
-    """The sha256 digest of ``content`` as images write it."""
+    """The sha256 digest of ``content``."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
@@ -109,7 +109,7 @@ def _gzip(data: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class BuiltImage:
-    """An image in memory: its layers uncompressed, lowest first, and ``config`` in the words of the OCI config."""
+    """An image in memory: uncompressed ``layers``, lowest first, and ``config``, the ``config`` of the OCI config."""
 
     layers: Sequence[bytes]
     config: Mapping[str, object] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class BuiltImage:
     suffix: str = "+gzip"
 
     def blobs(self) -> tuple[dict[str, bytes], bytes]:
-        """All blobs by digest, and the manifest (which is among them)."""
+        """All blobs by digest, including the manifest; and the manifest again."""
         diff_ids = [digest_of(layer) for layer in self.layers]
         machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
         config = json.dumps(
@@ -143,12 +143,12 @@ class BuiltImage:
 
     @property
     def id(self) -> str:
-        """The digest of its config."""
+        """The digest of the image's config."""
         config = json.loads(self.blobs()[1])["config"]
         return str(config["digest"])
 
     def write_oci(self, path: Path, reference: str = "") -> None:
-        """Write an OCI archive (a layout in a tar)."""
+        """Write an OCI archive (an image layout in a tar file)."""
         blobs, manifest = self.blobs()
         named = descriptor(OCI_MANIFEST, manifest)
         if reference:
@@ -169,12 +169,12 @@ class BuiltImage:
 
 
 def descriptor(media_type: str, content: bytes) -> dict[str, object]:
-    """What a manifest says of a blob."""
+    """A manifest's descriptor of a blob."""
     return {"mediaType": media_type, "digest": digest_of(content), "size": len(content)}
 
 
 def busybox_image(config: Mapping[str, object] | None = None, more_layers: Sequence[bytes] = ()) -> BuiltImage:
-    """The busybox image; ``config`` is laid over its own (``User``, ``Volumes``, ``Entrypoint`` …)."""
+    """The busybox image. Members of ``config`` replace its own (``User``, ``Volumes``, ``Entrypoint`` …)."""
     own: dict[str, object] = {
         "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
         "Cmd": ["sh"],
@@ -190,7 +190,7 @@ def build_busybox_archive(
     config: Mapping[str, object] | None = None,
     more_layers: Sequence[bytes] = (),
 ) -> BuiltImage:
-    """Write the busybox image to ``path`` as an ``oci`` or ``docker`` archive; returns what was built."""
+    """Write the busybox image to ``path`` as an ``oci`` or ``docker`` archive. Returns the image."""
     image = busybox_image(config, more_layers)
     if form == "docker":
         image.write_docker(path, reference)
@@ -200,7 +200,7 @@ def build_busybox_archive(
 
 
 def main() -> int:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Build a container image out of this machine's static busybox.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--format", choices=("oci", "docker"), default="oci")

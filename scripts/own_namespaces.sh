@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs a command as root in mount, network, PID, IPC and cgroup namespaces of its own, with a private /dev and
-# /run: own_namespaces.sh COMMAND ARGUMENT…; its status is the command's. What the command leaves running is killed.
-# `own_namespaces.sh --check` only says by its status whether this host can do it: it needs the memory controller of
-# cgroup v1, since on cgroup v2 a group that holds processes cannot give controllers to groups below it.
+# Runs a command as root in new mount, network, PID, IPC and cgroup namespaces, with a private /dev and /run:
+# own_namespaces.sh COMMAND ARGUMENT…; exits with the command's status. Kills processes that the command leaves.
+# `own_namespaces.sh --check` exits with status 0 if this host can do it. It needs the memory controller of cgroup v1. On
+# cgroup v2, a group with processes cannot enable controllers for groups below it.
 set -euo pipefail
 
-# Mount points of cgroup hierarchies, and what they are mounted with: "POINT TYPE OPTION", a line each.
+# Prints the mount points of cgroup hierarchies and their mount options: one line "POINT TYPE OPTION" for each.
 hierarchies() {
     awk '$3 == "cgroup" || $3 == "cgroup2" {
         wanted = ""
@@ -69,7 +69,7 @@ own_dev() {
 own_run() {
     local copy=/tmp/own-run.$GROUP
     mkdir "$copy"
-    # What others change meanwhile, and pinned namespaces, cannot be copied and is not needed.
+    # Files that change during the copy and pinned namespaces cannot be copied, and are not needed.
     find /run -mindepth 1 -maxdepth 1 ! -name 'podkeel*' \
         -exec cp -a -x --target-directory="$copy" {} + 2>/dev/null || true
     mount -t tmpfs -o mode=755 tmpfs /run
@@ -94,7 +94,7 @@ GROUP=own-namespaces-$$
 trap leave_groups EXIT
 (
     enter_groups
-    # The mounts of cgroups show the new root only if they are made after the cgroup namespace is.
+    # Cgroup mounts show the new root only if they are made after the cgroup namespace.
     exec unshare --mount --net --pid --ipc --cgroup --fork --mount-proc --kill-child=KILL \
         "${BASH_SOURCE[0]}" --inside "$GROUP" "$@"
 ) </dev/null &

@@ -1,6 +1,6 @@
-"""``make run``: start an agent, run the sample pod on it, show that it works, serve until Ctrl-C.
+"""``make run``: starts an agent, runs the sample pod, shows that it works, and serves until Ctrl-C.
 
-With RUN_ONCE=1 everything is taken down again at once. Arguments are passed on to ``podkeel serve``.
+With RUN_ONCE=1 it stops and removes everything at once. Its arguments are passed to ``podkeel serve``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _POLL_SECONDS = 0.05
 
 
 def main() -> int:
-    """Show a pod's life; returns the exit status."""
+    """Run the demo and return the exit status."""
     options = build_parser().parse_args(["serve", *sys.argv[1:]])
     once = os.environ.get("RUN_ONCE", "") not in ("", "0")
     try:
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def demonstrate(options: argparse.Namespace, *, once: bool) -> None:
-    """Run the whole demo. Everything that was started is stopped in any case."""
+    """Run the whole demo. Everything that it started is stopped in any case."""
     if os.geteuid() != 0:
         raise WrongStateError("running pods needs root: sudo make run")
     configuration = load_for(options).configuration
@@ -75,7 +75,7 @@ def demonstrate(options: argparse.Namespace, *, once: bool) -> None:
             stack.callback(reset)
         begin = time.perf_counter()
         agent = stack.enter_context(running_agent(scratch / "agent.log"))
-        # Connecting before the socket is there would put the client's next try off by a second.
+        # Connecting before the socket exists would delay the client's next attempt by a second.
         listening = Path(socket.removeprefix("unix://"))
         wait_for(lambda: listening.is_socket() or None, "the agent's socket", _START_SECONDS, agent)
         client = stack.enter_context(Client(socket))
@@ -95,7 +95,7 @@ def demonstrate(options: argparse.Namespace, *, once: bool) -> None:
 
 
 def serve(agent: subprocess.Popen[bytes], socket: str, pod: RunningPod) -> None:
-    """Print what to try, and wait until the agent is ended."""
+    """Print commands to try, and wait until the agent ends."""
     print(f"\nServing on {socket} until Ctrl-C. In another terminal:")
     flag = "" if socket == ServerOptions().socket else f" --socket {socket}"
     for command in ("ps", "logs -f client", "exec web ps", "explain hello"):
@@ -107,13 +107,13 @@ def serve(agent: subprocess.Popen[bytes], socket: str, pod: RunningPod) -> None:
 
 
 def show(subject: str, text: str) -> None:
-    """One aligned line of the story."""
+    """Print one aligned line."""
     print(f"  {subject:<12} {text}", flush=True)
 
 
 @contextlib.contextmanager
 def running_agent(log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """``podkeel serve`` with these arguments, in a new session, so that Ctrl-C reaches it only through this script."""
+    """``podkeel serve`` with these arguments, in a new session, so that Ctrl-C reaches only this script."""
     command = [sys.executable, "-m", "cli.main", "serve", *sys.argv[1:]]
     with log.open("wb") as output:
         agent = subprocess.Popen(command, cwd=ROOT, stderr=output, stdout=output, start_new_session=True)
@@ -137,7 +137,7 @@ def running_agent(log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def log_tail(log: Path) -> str:
-    """What the agent said last."""
+    """The last lines of the agent's log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
 
 
@@ -147,12 +147,12 @@ def answering(client: Client, agent: subprocess.Popen[bytes]) -> str | None:
         answer = client.call(cri_pb2.VersionRequest(), cri_pb2.VersionResponse, timeout=5)
     except UnavailableError:
         return None
-    # If another agent listened there, ours would end, and the other one would answer.
+    # If another agent listens on the socket, this one has ended and the other one answers.
     return f"{answer.runtime_name} {answer.runtime_version}" if agent.poll() is None else None
 
 
 def wait_for(attempt: Callable[[], T | None], what: str, seconds: float, agent: subprocess.Popen[bytes]) -> T:
-    """The first result of ``attempt`` that is something. Raises WrongStateError when it takes too long."""
+    """The first result of ``attempt`` that is not None. Raises WrongStateError if it takes too long."""
     deadline = time.monotonic() + seconds
     while True:
         result = attempt()
@@ -177,7 +177,7 @@ def provide_image(client: Client, scratch: Path) -> None:
 
 
 def run_script(name: str, *arguments: str) -> None:
-    """Run one of our scripts. Raises WrongStateError with what it said."""
+    """Run a script of this folder. Raises WrongStateError with its output."""
     command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -185,14 +185,14 @@ def run_script(name: str, *arguments: str) -> None:
 
 
 def start_pod(client: Client, scratch: Path) -> RunningPod:
-    """Run the sample pod; one that an earlier run left is removed first."""
+    """Run the sample pod. Removes the pod of an earlier run first."""
     remove_leftovers(client, scratch)
     plan = read_manifest(MANIFEST.read_text(), scratch / "pods")
     return run_pod(client, plan, scratch / "pods", lambda line: print(f"  {line}", flush=True))
 
 
 def remove_leftovers(client: Client, scratch: Path) -> None:
-    """Remove every pod of the sample's name."""
+    """Remove every pod with the sample's name."""
     for pod in lookup.list_pods(client):
         if (pod.metadata.namespace, pod.metadata.name) == ("default", "hello"):
             begin = time.perf_counter()
@@ -202,7 +202,7 @@ def remove_leftovers(client: Client, scratch: Path) -> None:
 
 
 def show_pod(client: Client, pod: RunningPod, agent: subprocess.Popen[bytes]) -> None:
-    """What the containers say, an exec, and a fetch from the host."""
+    """Show log lines of the containers, an exec, and a request from the host."""
     for name in ("client", "web"):
         path = pod.log_directory / name / "0.log"
         lines = wait_for(partial(log_lines, path), f"a log line of {name}", _ANSWER_SECONDS, agent)
@@ -218,12 +218,12 @@ def show_pod(client: Client, pod: RunningPod, agent: subprocess.Popen[bytes]) ->
 
 
 def log_lines(path: Path) -> Sequence[LogLine] | None:
-    """The last lines of a log that has some."""
+    """The last line of the log; None if it is empty."""
     return tail_lines(path, 1) or None
 
 
 def fetch(url: str) -> str:
-    """What the pod serves, asked without any proxy."""
+    """The pod's answer to an HTTP request, without a proxy."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=10) as response:
@@ -233,12 +233,12 @@ def fetch(url: str) -> str:
 
 
 def reset() -> None:
-    """Remove all that the agent left, which only this run made."""
+    """Remove everything that the agent left. Only called if this run created it."""
     command = [sys.executable, "-m", "cli.main", "reset", "--yes", *sys.argv[1:]]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise WrongStateError(f"reset failed: {result.stderr.strip()}")
-    show("host", "clean again")
+    show("host", "all files removed")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Prepares a Debian machine for Podkeel: packages, .venv, generated stubs. `setup.sh run` installs what it takes to run
-# Podkeel, `setup.sh` also what building, testing and measuring it takes.
-# Does nothing, quickly, when all of it is there; says what is missing when it cannot go on.
+# Prepares a Debian machine for Podkeel: packages, .venv, generated stubs. `setup.sh run` installs what is needed to run
+# Podkeel, `setup.sh` also what is needed to build, test and measure it.
+# It is fast if everything exists already. If it cannot continue, it prints what is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
@@ -12,25 +12,25 @@ readonly STAMPS=$VENV/stamps
 PACKAGES=(
     python3-venv     # .venv
     crun runc        # OCI runtimes: each is a runtime handler
-    conmon           # stays beside each container
+    conmon           # monitors each container
     catatonit        # init of pods that share their PID namespace
     nftables         # packet rules of the built-in network
-    iproute2         # people look at links by it
-    busybox-static   # the image of the sample pod and of tests
+    iproute2         # for people who inspect links
+    busybox-static   # for the image of the sample pod and of tests
     ca-certificates  # registries over https
 )
 if [[ $PURPOSE == test ]]; then
     PACKAGES+=(
-        docker-registry  # tests pull from it; no service of it is needed
-        prometheus       # tests have it check the rules and scrape an agent; no service of it is needed
-        containernetworking-plugins iptables  # tests connect pods by them
-        iperf3           # tests measure limited pods with it
-        skopeo umoci containerd  # tests hold images against what these make of them; containerd's service is not needed
-        buildah netavark # tests take in what it builds; on Debian 13 it does not begin without netavark
-        kmod             # tests load modules where the kernel has them apart
-        e2fsprogs        # tests set attributes of files, and make file systems with project quotas
+        docker-registry  # tests pull from it; its service is not needed
+        prometheus       # tests check the rules and scrape an agent with it; its service is not needed
+        containernetworking-plugins iptables  # tests connect pods with CNI plugins
+        iperf3           # tests measure pods with bandwidth limits
+        skopeo umoci containerd  # tests compare images with theirs; containerd's service is not needed
+        buildah netavark # tests import images that it builds; on Debian 13 it needs netavark
+        kmod             # tests load modules that the kernel was built with
+        e2fsprogs        # tests set file attributes, and make file systems with project quotas
     )
-    # Tests have kubectl use the streams; another one than Debian's is as good, and in its way.
+    # Tests use kubectl for streams. If another kubectl is installed, Debian's package is not needed and would conflict.
     command -v kubectl >/dev/null || PACKAGES+=(kubernetes-client)
 fi
 
@@ -50,20 +50,20 @@ missing_packages() {
 
 install_packages() {
     if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
-        fail "this is not Debian: install what stands for these packages yourself: ${PACKAGES[*]}"
+        fail "this is not Debian: install the equivalents of these packages yourself: ${PACKAGES[*]}"
     fi
     local missing
     mapfile -t missing < <(missing_packages)
     ((${#missing[@]})) || return 0
     ((EUID == 0)) || fail "needs root to install: ${missing[*]}"
     say "installing ${missing[*]}"
-    apt-get update -qq || fail "Debian's package servers cannot be reached, and these are missing: ${missing[*]}"
+    apt-get update -qq || fail "Debian's package servers cannot be reached; missing packages: ${missing[*]}"
     without_services env DEBIAN_FRONTEND=noninteractive \
         apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null ||
-        fail "apt-get could not install ${missing[*]}; the lines above say why"
+        fail "apt-get could not install ${missing[*]}: see the lines above"
 }
 
-# Runs a command while no package may start its service: docker-registry would take port 5000.
+# Runs a command while packages may not start their services: docker-registry would use port 5000.
 without_services() {
     local policy=/usr/sbin/policy-rc.d status=0
     if [[ -e $policy ]]; then
@@ -89,14 +89,14 @@ find_python() {
             return
         fi
     done
-    fail "no Python 3.11 or newer with the venv module was found; name one with PYTHON=/path/to/python3"
+    fail "no Python 3.11 or newer with the venv module was found: set PYTHON=/path/to/python3"
 }
 
 make_environment() {
     if [[ ! -x $VENV/bin/python ]] || ! is_usable_python "$VENV/bin/python"; then
         local python
         python=$(find_python)
-        [[ ! -e $VENV || -O $VENV ]] || fail "$VENV belongs to $(stat -c %U "$VENV"), whose Python cannot be used by $(id -un): run make as they do"
+        [[ ! -e $VENV || -O $VENV ]] || fail "$VENV belongs to $(stat -c %U "$VENV"), and $(id -un) cannot use its Python: run make as that user"
         say "making $VENV with $("$python" --version) ($python)"
         rm -rf "$VENV"
         "$python" -m venv "$VENV"
@@ -116,9 +116,9 @@ make_environment() {
     rm -f "$STAMPS/stubs"
 }
 
-# Generates the stubs as well: pyproject.toml has a build hook for it.
+# Also generates the stubs, by a build hook in pyproject.toml.
 install_podkeel() {
-    say "installing Podkeel and what it needs into $VENV"
+    say "installing Podkeel and its dependencies into $VENV"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$1" ||
         fail "pip could not install; is the Python package index reachable?"
 }
@@ -142,14 +142,14 @@ make_stubs() {
     printf '%s\n' "$wanted" >"$STAMPS/stubs"
 }
 
-# Python writes bytecode itself, unless PYTHONDONTWRITEBYTECODE is set, as it is in many images of build services, or the
-# user may not write here. Each start of the agent would compile all of its modules then, which takes twice as long.
+# Python does not write bytecode if PYTHONDONTWRITEBYTECODE is set, as in many images of build services, or if the user
+# may not write here. Then each start of the agent would compile all its modules, which doubles its time.
 compile_modules() {
     "$VENV/bin/python" -m compileall -q host metrics network images runtime cri cli proto >/dev/null || true
 }
 
-# crun refuses a host whose containers are on cgroup v1 while the cgroup2 mount still holds a controller. Where that
-# is only hugetlb, which nothing uses through cgroup2 on such a host, it can be mounted as v1 like the others.
+# If containers are on cgroup v1, crun refuses a host whose cgroup2 mount still has a controller. If that is only
+# hugetlb, which nothing uses through cgroup2 on such a host, this mounts it as v1 like the others.
 free_unified_cgroup() {
     local unified
     unified=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts)
@@ -158,9 +158,9 @@ free_unified_cgroup() {
     ((EUID == 0)) || return 0
     local target=/sys/fs/cgroup/hugetlb
     if mkdir -p "$target" && mount -t cgroup -o hugetlb hugetlb "$target" 2>/dev/null; then
-        say "mounted the hugetlb controller at $target (cgroup v1): crun needs the cgroup2 mount to hold none"
+        say "mounted the hugetlb controller at $target (cgroup v1): crun needs a cgroup2 mount without controllers"
     else
-        say "could not mount the hugetlb controller at $target: crun will not run here, runc will"
+        say "could not mount the hugetlb controller at $target: crun cannot run here, runc can"
     fi
 }
 

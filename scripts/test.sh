@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Runs the tests that are named. Without any it checks style and types and runs all tests, in parts, several at once
-# where the host can: one on the host itself, the others in namespaces of their own. `test.sh --parts` lists the parts.
+# Runs the given tests. Without arguments it checks style and types and runs all tests in parts, several at the same time
+# if the host allows: one on the host itself, the others in separate namespaces. `test.sh --parts` lists the parts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 readonly PYTEST=(.venv/bin/python -m pytest)
-# Each line is a part: one run of pytest. The long ones come first, so that all end at about the same time.
-# Images, faults, attacks and fuzzing only run in namespaces of their own.
+# Each line is a part: one run of pytest. Long parts come first, so that all end at about the same time.
+# Images, faults, attacks and fuzzing only run in separate namespaces.
 readonly APART=(
     "tests/faults"
     "tests/security"
     "tests/integration/images tests/fuzz"
 )
-# These run on the host itself, and the last ones in namespaces when nothing else is left.
+# These run on the host itself. When no other part is left, the last ones also run in namespaces.
 readonly HERE=(
     "tests/integration/agent/test_[a-d]*.py"
     "tests/integration/agent/test_[e-g]*.py"
@@ -33,7 +33,7 @@ if ! scripts/own_namespaces.sh --check; then
     exec "${PYTEST[@]}"
 fi
 
-# Runs what is named $1 by the command that follows, and shows its output when it has ended.
+# Runs the command in $2… and prints its output when it has ended. $1 is its name in messages.
 run() {
     local name=$1 output status=0 started=$SECONDS child
     shift
@@ -51,7 +51,7 @@ run() {
     } 9>"$folder/lock"
 }
 
-# Runs each of the parts that follow which no other worker has taken, by the command named $1.
+# Runs each part in $2… that no other worker has taken. $1 says where: here or apart.
 work() {
     local runner=$1 part
     shift
@@ -66,7 +66,7 @@ work() {
     done
 }
 
-# Parts have to share the processors.
+# Parts run at the same time and share the processors.
 export PODKEEL_TEST_PATIENCE=${PODKEEL_TEST_PATIENCE:-$AT_ONCE}
 folder=$(mktemp -d)
 workers=()
@@ -81,7 +81,7 @@ for ((number = 1; number < AT_ONCE; number++)); do
     work apart "${APART[@]}" "${last_first[@]}" &
     workers+=($!)
 done
-echo "test: style, types and $AT_ONCE parts of the tests at once; the output of each comes when it has ended"
+echo "test: style, types and $AT_ONCE parts of the tests at once; each prints its output when it has ended"
 work here "${HERE[@]}"
 wait "${workers[@]}"
 workers=()

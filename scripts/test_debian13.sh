@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs tests/unit and tests/integration, or the tests that are named, in a Debian 13 of their own on this machine's
-# kernel: a root file system by mmdebstrap, entered by pivot_root in a mount namespace. It is kept in ~/.cache.
+# Runs tests/unit and tests/integration, or the given tests, in Debian 13 on this machine's kernel. mmdebstrap
+# makes a root file system, which pivot_root enters in a new mount namespace. It is kept in ~/.cache.
 set -euo pipefail
 
 readonly SUITE=trixie
@@ -24,27 +24,27 @@ make_root() {
     rm -rf --one-file-system "$ROOT.new"
     mkdir -p "$CACHE"
     mmdebstrap --quiet --variant=minbase --include=make,git,python3,procps,ca-certificates,criu,libcriu2 "$SUITE" "$ROOT.new" ||
-        fail "mmdebstrap could not make it; the lines above say why"
+        fail "mmdebstrap could not make the root file system: see the lines above"
     mv "$ROOT.new" "$ROOT"
 }
 
-# One that was made before tests of checkpoints were there has no CRIU yet.
+# A root file system of an older version of this script has no CRIU.
 add_criu() {
     [[ ! -x $ROOT/usr/sbin/criu || ! -e $ROOT/usr/share/doc/libcriu2 ]] || return 0
     cp --dereference /etc/resolv.conf /etc/hosts "$ROOT/etc/"
     say "installing CRIU in $ROOT"
     chroot "$ROOT" sh -c 'apt-get update -qq && apt-get -o Dpkg::Use-Pty=0 install -y -qq --no-install-recommends criu libcriu2' >/dev/null ||
-        fail "Debian's packages criu and libcriu2 could not be installed; the lines above say why"
+        fail "Debian's packages criu and libcriu2 could not be installed: see the lines above"
 }
 
-# The project's files as they are on disk; .venv there is Debian 13's own and stays.
+# Copies the project's files as they are on disk. Debian 13's own .venv stays.
 copy_project() {
     mkdir -p "$ROOT$PROJECT"
     find "$ROOT$PROJECT" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
     git ls-files -z --cached --others --exclude-standard |
         tar --create --null --files-from=- --ignore-failed-read --file=- |
         tar --extract --directory="$ROOT$PROJECT" --file=-
-    # Names and certificates are this machine's: it may reach Debian and the package index by a proxy of its own.
+    # Copy this machine's names and certificates, because it may need a proxy for Debian and the package index.
     cp --dereference /etc/resolv.conf /etc/hosts "$ROOT/etc/"
     cp /etc/ssl/certs/ca-certificates.crt "$ROOT/etc/ssl/certs/"
 }

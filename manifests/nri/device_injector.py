@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""A plugin that gives containers the devices that an annotation of their pod names.
+"""A plugin that gives containers the devices listed in an annotation of their pod.
 
-The annotation ``devices.noderesource.dev/container.NAME`` holds a list in YAML; ``devices.noderesource.dev/pod`` is for
+The annotation ``devices.noderesource.dev/container.NAME`` holds a list in YAML. ``devices.noderesource.dev/pod`` is for
 all containers of the pod::
 
     - path: /dev/nri-null
@@ -29,7 +29,7 @@ class DeviceInjector(Plugin):
     """Adjusts containers when they are created."""
 
     def CreateContainer(self, request: nri_pb2.CreateContainerRequest) -> nri_pb2.CreateContainerResponse:
-        """Add the devices; what is wrong with the annotation fails the creation with these words."""
+        """Add the devices. An invalid annotation fails the creation with this error."""
         answer = nri_pb2.CreateContainerResponse()
         annotations, name = request.pod.annotations, request.container.name
         given = annotations.get(f"{KEY}/container.{name}", annotations.get(f"{KEY}/pod", ""))

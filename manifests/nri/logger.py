@@ -13,19 +13,19 @@ from stub import Plugin, nri_pb2  # noqa: E402  # both are found by the line abo
 
 
 class Logger(Plugin):
-    """Wants every event that has a name in the interface."""
+    """Handles every event of the interface."""
 
     def Synchronize(self, request: nri_pb2.SynchronizeRequest) -> nri_pb2.SynchronizeResponse:
-        """Print how many pods and containers existed when the plugin connected."""
+        """Print the number of pods and containers that existed when the plugin connected."""
         self.say("Synchronize", f"{len(request.pods)} pods, {len(request.containers)} containers")
         return nri_pb2.SynchronizeResponse(more=request.more)
 
     def say(self, event: str, words: str) -> None:
-        """Write one line."""
+        """Print one line."""
         print(f"{self.index}-{self.name}: {event}: {words}", file=sys.stderr, flush=True)
 
     def log(self, event: str, request: Any) -> None:
-        """Name the pod, and the container if the event is one of a container."""
+        """Print the pod's name, and the container's if the event is about a container."""
         pod = f"{request.pod.namespace}/{request.pod.name}"
         container = getattr(request, "container", None)
         self.say(event, pod if container is None else f"{pod}/{container.name} {container.id[:13]}")

@@ -1,8 +1,8 @@
 """A small stub for plugins of the Node Resource Interface, over blocking sockets.
 
-A plugin is a subclass of ``Plugin`` that has a method for each event it wants, named as the event (``CreateContainer``,
-``StopPodSandbox``, …). The method takes the request message and returns the response message, or None for an empty one.
-``run`` registers the plugin and serves events until the agent goes away::
+A plugin is a subclass of ``Plugin`` with a method for each event that it handles, named as the event
+(``CreateContainer``, ``StopPodSandbox``, …). The method gets the request message and returns the response message, or
+None for an empty one. ``run`` registers the plugin and handles events until the agent closes the connection::
 
     class Quiet(Plugin):
         def CreateContainer(self, request):
@@ -12,9 +12,9 @@ A plugin is a subclass of ``Plugin`` that has a method for each event it wants, 
 
     Quiet("quiet", "10").run()
 
-``Configure``, ``Synchronize`` and ``Shutdown`` may be overridden too. What a method raises is answered as an error and
-fails what the agent was doing. ``update_containers`` asks the agent to change or evict containers at any time, from
-another thread than that of ``run``. The messages are those of ``proto/nri/v1alpha1/nri.proto``.
+``Configure``, ``Synchronize`` and ``Shutdown`` may be overridden too. An exception of a method is sent as an error and
+fails the agent's operation. ``update_containers`` makes the agent change or evict containers at any time; call it from
+another thread than ``run``. The messages are those of ``proto/nri/v1alpha1/nri.proto``.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _FRAME, _HEADER = struct.Struct(">II"), struct.Struct(">IIBB")
 
 
 class Plugin:
-    """One plugin. Its name, and the two digits of its index, are the agent's choice where the agent starts it.
+    """One plugin. If the agent starts it, the agent sets its name and the two digits of its index.
 
-    It connects to ``path`` when it runs, unless it gets a socket: ``connected``, or by the agent that starts it.
+    ``run`` connects to ``path``, unless there is a socket already: ``connected``, or one from the agent that starts it.
     """
 
     def __init__(self, name: str, index: str, path: str = SOCKET, *, connected: socket.socket | None = None) -> None:
@@ -66,31 +66,29 @@ class Plugin:
         self._socket = connected or socket.socket(socket.AF_UNIX)
 
     def Configure(self, request: nri_pb2.ConfigureRequest) -> Message | None:
-        """Answer with the events that this class has methods for."""
+        """Return the events that this class has methods for."""
         numbers = dict(nri_pb2.Event.items())
         wanted = [numbers.get(_event_name(method.name)) for method in _SERVICE.methods if hasattr(self, method.name)]
         return nri_pb2.ConfigureResponse(events=sum(1 << (number - 1) for number in wanted if number))
 
     def Synchronize(self, request: nri_pb2.SynchronizeRequest) -> Message | None:
-        """Receive the existing pods and containers; ``more`` says that another message follows."""
+        """Receive the existing pods and containers. ``more``: another message follows."""
         return nri_pb2.SynchronizeResponse(more=request.more)
 
     def Shutdown(self, request: nri_pb2.Empty) -> Message | None:
-        """The agent ends."""
+        """Called when the agent stops."""
 
     def StateChange(self, request: nri_pb2.StateChangeEvent) -> None:
-        """Receive an event as containerd 1.7 and other older agents send it, by the method with the
-        name of the event.
-        """
+        """Receive an event from containerd 1.7 and other older agents, and call the method with its name."""
         for method in _SERVICE.methods:
             if dict(nri_pb2.Event.items()).get(_event_name(method.name)) == request.event:
-                told: Any = GetMessageClass(method.input_type)(pod=request.pod)
-                if "container" in told.DESCRIPTOR.fields_by_name:
-                    told.container.CopyFrom(request.container)
-                getattr(self, method.name, lambda _: None)(told)
+                message: Any = GetMessageClass(method.input_type)(pod=request.pod)
+                if "container" in message.DESCRIPTOR.fields_by_name:
+                    message.container.CopyFrom(request.container)
+                getattr(self, method.name, lambda _: None)(message)
 
     def run(self) -> None:
-        """Register and serve until the agent closes the connection. Raises OSError where there is no agent."""
+        """Register and handle events until the agent closes the connection. Raises OSError if no agent listens."""
         with self._socket:
             if not self._connected:
                 self._socket.connect(self._path)
@@ -103,11 +101,11 @@ class Plugin:
             reader.join()
 
     def update_containers(self, request: nri_pb2.UpdateContainersRequest) -> nri_pb2.UpdateContainersResponse:
-        """Have the agent change or evict containers; the answer holds the updates that failed."""
+        """Ask the agent to change or evict containers. The answer holds the updates that failed."""
         return nri_pb2.UpdateContainersResponse.FromString(self._call("UpdateContainers", request))
 
     def close(self) -> None:
-        """Leave the agent; it may have closed the connection already."""
+        """Close the connection, which the agent may have closed already."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 

@@ -23,6 +23,6 @@ def test_the_demonstration_runs_and_leaves_nothing(tmp_path: Path) -> None:
     assert "response:200" in told["log web"]
     assert "'Hello from hello'" in told["fetch"]
     assert "exit code 0" in told["exec web"]
-    assert told["host"] == "clean again"
+    assert told["host"] == "all files removed"
     assert not agent.data.exists()
     assert not agent.run.exists()

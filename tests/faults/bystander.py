@@ -1,4 +1,4 @@
-"""A pod that runs all the time and must never notice what happens to its agent."""
+"""A pod that runs all the time and must not be affected by faults of its agent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COUNT = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.05; done"
 
 
 class Bystander:
-    """Counts in its log, line by line."""
+    """Writes increasing numbers to its log."""
 
     def __init__(self, agent: AgentProcess) -> None:
         self._agent = agent
@@ -31,7 +31,7 @@ class Bystander:
         return log_lines(self._status.log_path)
 
     def assert_undisturbed(self) -> None:
-        """The same process still runs, and its log has every line."""
+        """Assert that the same process still runs, and that its log has every line."""
         client = self._agent.client
         assert client.status(self.container_id) == self._status
         assert self._read_pid() == self._pid

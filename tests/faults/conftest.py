@@ -12,7 +12,7 @@ from tests.support.image_builder import BuiltImage, busybox_layer, entry, make_t
 from tests.support.pods import remove_all_pods
 from tests.support.registry import Registry, run_registry
 
-# With a weight, so that every pod passes the stage that sets it, even if this kernel has no weights.
+# With a weight, so that every pod passes the stage that sets it, even if this kernel does not support weights.
 ONE_HANDLER = 'io_weight = 200\n[runtime.handlers.crun]\npath = "crun"\n'
 
 
@@ -25,21 +25,21 @@ class FaultyAgent(AgentProcess):
         self.plant("")
 
     def plant(self, faults: str) -> None:
-        """The faults it meets from now on."""
+        """Set the faults from now on."""
         self._faults.write_text(faults)
 
     def start(self, faults: str = "") -> None:
         super().start(faults or f"@{self._faults}")
 
     def revive(self) -> None:
-        """Wait until a planted fault has killed it, and start it without any."""
+        """Wait until a fault has killed the agent, and start it without faults."""
         self.wait_dead()
         self.plant("")
         self.start()
 
 
 class Stage:
-    """An agent that meets faults, the pod that must not notice, and images to give it."""
+    """An agent with faults, a pod that must not be affected, and images for the agent."""
 
     def __init__(self, agent: FaultyAgent, bystander: Bystander, archive: Path, reference: str) -> None:
         self.agent = agent
@@ -48,7 +48,7 @@ class Stage:
         self.reference = reference
 
     def assert_whole(self) -> None:
-        """Store and node agree, and the bystander was not disturbed."""
+        """Assert that store and node agree, and that the bystander was not disturbed."""
         assert_whole(self.agent)
         self.bystander.assert_undisturbed()
 
@@ -77,7 +77,7 @@ def _stage(tmp_path_factory: pytest.TempPathFactory, busybox: Path, registry: Re
 
 @pytest.fixture
 def stage(_stage: Stage) -> Iterator[Stage]:
-    """The one agent of the fault tests, with nothing but the bystander before and after, and no difference."""
+    """The shared agent of the fault tests. Before and after a test it has only the bystander, and no difference."""
     agent = _stage.agent
     agent.plant("")
     if agent.process is None or agent.process.poll() is not None:

@@ -1,4 +1,4 @@
-"""What is really there of an agent, seen without its help, and what its store says: the two must be the same."""
+"""Compares an agent's store with the kernel's and the disk's state, without using the agent."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ _HIERARCHIES = [Path(e.target) for e in mounts.mount_table() if e.filesystem in 
 
 
 def differences(agent: AgentProcess) -> list[str]:
-    """Everything that the store and the node do not agree on; empty when all is well."""
+    """The differences between the store and the node; empty if there are none."""
     expected, found = set(_expected(agent)), set(_found(agent))
     missing = [f"missing: {item}" for item in sorted(expected - found)]
     return missing + [f"left over: {item}" for item in sorted(found - expected)]
 
 
 def assert_whole(agent: AgentProcess) -> None:
-    """The agent's own check finds nothing, and neither does a look from outside."""
+    """Assert that neither the agent's own check nor this module finds a difference."""
     left: list[str] = []
 
     def whole() -> bool:
         try:
             left[:] = differences(agent)
-        except OSError as error:  # what ends in the background has ended while it was looked at
+        except OSError as error:  # a file disappeared during the comparison
             left[:] = [str(error)]
         return not left
 
-    with contextlib.suppress(AssertionError):  # the kernel takes links apart in the background
+    with contextlib.suppress(AssertionError):  # the kernel removes links in the background
         wait_for(whole, 15)
     assert not left, "\n".join(left)
     assert agent.client.findings() == []
 
 
 def rows(agent: AgentProcess, query: str) -> list[tuple[object, ...]]:
-    """What the store says."""
+    """The result of a query of the store."""
     with contextlib.closing(sqlite3.connect(f"file:{agent.data}/podkeel.db?mode=ro", uri=True)) as connection:
         return connection.execute(query).fetchall()
 
@@ -137,7 +137,7 @@ def _found_in_network(agent: AgentProcess) -> Iterator[str]:
 
 
 def _found_in_cgroups(agent: AgentProcess) -> Iterator[str]:
-    pods = {path.name for path in (agent.run / "sandboxes").iterdir()}  # made with the first container, kept after it
+    pods = {path.name for path in (agent.run / "sandboxes").iterdir()}  # made with the first container, then kept
     for sandbox_id, sandbox in _pod_cgroups(agent.cgroup_parent.strip("/")):
         if sandbox_id not in pods:
             yield f"cgroup of sandbox {sandbox_id}"
@@ -150,7 +150,7 @@ def _found_in_cgroups(agent: AgentProcess) -> Iterator[str]:
 
 
 def _pod_cgroups(base: str) -> Iterator[tuple[str, Path]]:
-    """The folders of pods without a given parent, with either driver, in every hierarchy."""
+    """The cgroups of pods without a configured parent, for either driver, in every hierarchy."""
     for hierarchy in _HIERARCHIES:
         for folder in hierarchy.glob(f"{base}/*"):
             if folder.is_dir():
@@ -160,7 +160,7 @@ def _pod_cgroups(base: str) -> Iterator[tuple[str, Path]]:
 
 
 def _found_processes(agent: AgentProcess) -> Iterator[str]:
-    """Processes with this agent's run folder in their command line, and the inits of its pods."""
+    """Processes with this agent's run folder in their command line, and the init processes of its pods."""
     pods = {path.name for path in (agent.run / "sandboxes").iterdir()}
     own = agent.pid()
     for pid in all_pids():
@@ -172,7 +172,7 @@ def _found_processes(agent: AgentProcess) -> Iterator[str]:
         elif words[0].startswith("podkeel-pod-init-") and words[0].removeprefix("podkeel-pod-init-") in pods:
             yield f"init {words[0].removeprefix('podkeel-pod-init-')}"
         elif str(agent.run) in " ".join(words[1:]) and Path(words[0]).name in ("crun", "runc"):
-            with contextlib.suppress(OSError):  # it has ended by now
+            with contextlib.suppress(OSError):  # it has ended in the meantime
                 if (
                     agent.cgroup_parent not in Path(f"/proc/{pid}/cgroup").read_text()
                 ):  # not the init of a created container

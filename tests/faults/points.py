@@ -1,4 +1,4 @@
-"""Every stage of every operation, read from the source, so that a stage added there is tested from then on."""
+"""Every stage of every operation, read from the source code, so that tests also cover stages added later."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
 
-# Which operations go through a function that has stages.
+# The operations of each function that has stages.
 _OPERATIONS = {
     ("runtime/pods/run.py", "_make"): ("RunPodSandbox",),
     ("runtime/pods/stop.py", "stop"): ("StopPodSandbox",),
@@ -39,7 +39,7 @@ _OPERATIONS = {
 
 
 def stages_in_source() -> Iterator[tuple[str, str, str]]:
-    """File, function and name of each stage."""
+    """File, function and name of each stage in the source code."""
     for room in ("runtime", "images", "network"):
         for path in sorted((_ROOT / room).rglob("*.py")):
             file = str(path.relative_to(_ROOT))
@@ -56,14 +56,14 @@ def _stages(function: ast.AsyncFunctionDef) -> Iterator[str]:
 
 
 def stages_without_operation() -> list[tuple[str, str, str]]:
-    """Stages in functions that this table does not know, whose operations must be added to it."""
+    """Stages in functions that are missing in this table. Add their operations to it."""
     return [found for found in stages_in_source() if found[:2] not in _OPERATIONS]
 
 
 def points(*operations: str) -> list[str]:
-    """``Operation.stage:when`` for the operations (for all, if none are named).
+    """``Operation.stage:when`` for the given operations (default: all).
 
-    *When* is ``after`` for each stage, and ``before`` for the first of a function: after one is before the next.
+    *When* is ``after`` for each stage and ``before`` for the first one of a function: after one is before the next.
     """
     found = []
     before = ("", "")

@@ -1,4 +1,4 @@
-"""Calls whose client goes away, and steps that fail: everything is undone, and the name is free at once."""
+"""A call whose client leaves or whose stage fails is undone completely, and its name is free at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Call = tuple[str, Any]
 
 @pytest.fixture
 def call_of(stage: Stage) -> Iterator[Callable[[str], Call]]:
-    """Call and request for an operation; what it needs is there."""
+    """Makes call and request for an operation, with all objects that it needs."""
 
     def make(operation: str) -> Call:
         match operation:
@@ -53,7 +53,7 @@ def _remove_images(stage: Stage) -> None:
 
 
 def _cancel_at(stage: Stage, point: str, call: Call) -> None:
-    """Make a call, and go away once it hangs at ``point``."""
+    """Make a call, and cancel it once it hangs at ``point``."""
     log = stage.agent.log
     before = log.stat().st_size
     stage.agent.plant(f"{point}:hang")
@@ -77,7 +77,7 @@ def test_a_cancelled_call_leaves_nothing_and_frees_the_name(
     stage.agent.client.call(name, request)
 
 
-def test_a_call_that_was_joined_goes_on_without_the_first_client(stage: Stage) -> None:
+def test_a_joined_call_continues_without_its_first_client(stage: Stage) -> None:
     sandbox = sandbox_config(stage.agent)
     request = cri_pb2.RunPodSandboxRequest(config=sandbox)
     first = stage.agent.client.future("RunPodSandbox", request)
@@ -90,7 +90,7 @@ def test_a_call_that_was_joined_goes_on_without_the_first_client(stage: Stage) -
 
 
 @pytest.mark.parametrize("point", points("RunPodSandbox", "CreateContainer", "PullImage", "ImportImage"))
-def test_a_failed_step_is_named_and_undone(stage: Stage, call_of: Callable[[str], Call], point: str) -> None:
+def test_a_failed_stage_is_named_and_undone(stage: Stage, call_of: Callable[[str], Call], point: str) -> None:
     operation, _, step = point.rpartition(":")[0].partition(".")
     name, request = call_of(operation)
     stage.agent.plant(f"{point}:error")
@@ -107,7 +107,7 @@ def test_a_failed_step_is_named_and_undone(stage: Stage, call_of: Callable[[str]
     "point",
     points("StopContainer", "RemoveContainer", "StopPodSandbox", "RemovePodSandbox", "UpdateContainerResources"),
 )
-def test_what_failed_half_way_can_be_asked_again(stage: Stage, point: str) -> None:
+def test_a_call_that_failed_at_any_stage_can_be_repeated(stage: Stage, point: str) -> None:
     client = stage.agent.client
     shared = cri_pb2.LinuxContainerConfig()
     shared.security_context.namespace_options.pid = cri_pb2.POD
@@ -131,7 +131,7 @@ def test_what_failed_half_way_can_be_asked_again(stage: Stage, point: str) -> No
     stage.assert_whole()
 
 
-def test_a_removal_goes_on_without_its_client(stage: Stage) -> None:
+def test_a_removal_continues_without_its_client(stage: Stage) -> None:
     client = stage.agent.client
     sandbox_id, _ = run_container(stage.agent, "sleep", "1000")
     future = client.future("RemovePodSandbox", cri_pb2.RemovePodSandboxRequest(pod_sandbox_id=sandbox_id))

@@ -1,4 +1,4 @@
-"""Processes that are asked whether programs in a container may be executed, and cannot answer."""
+"""A process that the kernel asks whether programs in a container may be executed cannot answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ASKED = (
 
 
 def _waiting(container_pid: int) -> list[str]:
-    """The children of the container's first process that are yet to execute their program."""
+    """The children of the container's first process that have not yet executed their program."""
     children = Path(f"/proc/{container_pid}/task/{container_pid}/children").read_text().split()
     waiting = []
     for pid in children:
@@ -32,7 +32,7 @@ def _waiting(container_pid: int) -> list[str]:
     return waiting
 
 
-def test_programs_that_wait_for_who_was_killed_go_on(agent: AgentProcess) -> None:
+def test_programs_that_wait_for_a_killed_process_continue(agent: AgentProcess) -> None:
     script = "while :; do /bin/ls /proc/1/exe >/dev/null || exit 9; echo line; done"
     _, container_id = run_container(agent, "sh", "-c", script)
     log = Path(agent.client.status(container_id).log_path)
@@ -40,12 +40,12 @@ def test_programs_that_wait_for_who_was_killed_go_on(agent: AgentProcess) -> Non
     with subprocess.Popen([sys.executable, "-c", _ASKED, str(rootfs)]) as asked:
         held: list[list[str]] = []
 
-        def stands_still() -> bool:
+        def is_waiting() -> bool:
             held.append(_waiting(init_pid(agent, container_id)))
             return len(held) > 20 and bool(held[-1]) and all(pids == held[-1] for pids in held[-20:])
 
         try:
-            wait_for(stands_still, what="a program that waits for an answer")
+            wait_for(is_waiting, what="a program that waits for an answer")
         finally:
             asked.kill()
     size = log.stat().st_size

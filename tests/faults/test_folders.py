@@ -1,4 +1,4 @@
-"""Starts over folders that are held, too new, half gone or gone."""
+"""Starts with folders that another agent uses, that a newer version wrote, or that are partly or completely lost."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def lone_agent(tmp_path: Path, busybox: Path) -> Iterator[FaultyAgent]:
 
 
 def _refusal(agent: AgentProcess) -> str:
-    """What an agent that cannot start says."""
+    """The error of an agent that cannot start."""
     done = subprocess.run(agent.command("serve", *agent.flags), capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
@@ -82,7 +82,7 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(lone_agent: FaultyAgen
     lone_agent.start()
 
 
-def test_pods_go_on_over_a_stop_and_start(lone_agent: FaultyAgent) -> None:
+def test_pods_keep_running_during_a_restart(lone_agent: FaultyAgent) -> None:
     count = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.02; done"
     sandbox_id, container_id = run_container(lone_agent, "sh", "-c", count)
     before = lone_agent.client.status(container_id)
@@ -105,7 +105,7 @@ def test_a_lost_run_folder_is_a_reboot(lone_agent: FaultyAgent, rebooted: bool) 
     created = client.create(other_id, container_config("created", "sleep", "1000"), sandbox)
     refused = client.create(other_id, container_config("refused", "/absent"), sandbox)
     address = client.sandbox_status(sandbox_id).network.ip
-    _pull_the_plug(lone_agent)
+    _end_all_and_empty_the_run_folder(lone_agent)
     if rebooted:
         _set_boot_ids(lone_agent.data / "podkeel.db", "another boot")
     lone_agent.start()
@@ -129,8 +129,8 @@ def test_a_lost_run_folder_is_a_reboot(lone_agent: FaultyAgent, rebooted: bool) 
     assert [item.id for item in left] == [again]
 
 
-def _pull_the_plug(agent: AgentProcess) -> None:
-    """End the agent and all it made in the kernel, and empty the run folder, as a reboot would."""
+def _end_all_and_empty_the_run_folder(agent: AgentProcess) -> None:
+    """End the agent and everything it made in the kernel, and empty the run folder, as a reboot does."""
     agent.kill()
     for pid in all_pids():
         monitored = f"{agent.run}/containers".encode() in b" ".join(command_line(pid))

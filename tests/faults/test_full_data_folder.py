@@ -1,4 +1,4 @@
-"""A data folder without space: what is there can be stopped and removed, and the agent can be started again."""
+"""With a full data folder, containers and pods can be stopped and removed, and the agent can be started again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INODES = 900
 
 @pytest.fixture
 def small(request: pytest.FixtureRequest, tmp_path: Path, busybox: Path) -> Iterator[AgentProcess]:
-    """An agent with little space or, where the parameter is ``nr_inodes``, few inodes."""
+    """An agent with little space, or few inodes if the parameter is ``nr_inodes``."""
     agent = AgentProcess(tmp_path)
     agent.data.mkdir()
     few = f",nr_inodes={_INODES}" if getattr(request, "param", "") == "nr_inodes" else ""
@@ -34,12 +34,12 @@ def small(request: pytest.FixtureRequest, tmp_path: Path, busybox: Path) -> Iter
         yield agent
     finally:
         agent.kill()
-        _give_back(agent)
+        _free_space(agent)
         agent.reset()
 
 
 def _fill(agent: AgentProcess) -> None:
-    """Take all space and all inodes."""
+    """Use all space and all inodes."""
     filling = agent.data / "filling"
     filling.mkdir(exist_ok=True)
     with contextlib.suppress(OSError), (filling / "space").open("ab", buffering=0) as file:
@@ -50,7 +50,7 @@ def _fill(agent: AgentProcess) -> None:
             (filling / str(number)).touch()
 
 
-def _give_back(agent: AgentProcess) -> None:
+def _free_space(agent: AgentProcess) -> None:
     shutil.rmtree(agent.data / "filling", ignore_errors=True)
 
 
@@ -60,8 +60,8 @@ def _listed(agent: AgentProcess) -> list[str]:
 
 
 @pytest.mark.parametrize("small", ["size", "nr_inodes"], indirect=True)
-def test_what_is_on_a_full_disk_can_be_removed(small: AgentProcess) -> None:
-    """As kubelet does it to make room: the store keeps space for that, and for the next start."""
+def test_pods_on_a_full_disk_can_be_removed(small: AgentProcess) -> None:
+    """As kubelet does to free space. The store reserves space for this and for the next start."""
     config = sandbox_config(small)
     sandbox_id = small.client.run_sandbox(config)
     made = [small.client.create(sandbox_id, container_config(f"c{n}", "sleep", "1000"), config) for n in range(6)]
@@ -88,8 +88,8 @@ def test_what_is_on_a_full_disk_can_be_removed(small: AgentProcess) -> None:
     assert small.client.findings() == []
 
 
-def test_what_a_full_store_keeps_from_being_removed_is_listed(small: AgentProcess) -> None:
-    """Where pods of enormous annotations have taken the space that the store keeps, too."""
+def test_pods_that_a_full_store_cannot_remove_are_listed(small: AgentProcess) -> None:
+    """Also if pods with very large annotations have used the space that the store reserves."""
     client = small.client
     config = sandbox_config(small)
     sandbox_id = client.run_sandbox(config)
@@ -109,7 +109,7 @@ def test_what_a_full_store_keeps_from_being_removed_is_listed(small: AgentProces
             assert container_id in _listed(small)
             refused.append(container_id)
     assert refused, "the store was never full"
-    _give_back(small)
+    _free_space(small)
     for container_id in refused:
         client.remove(container_id)
     assert _listed(small) == []
@@ -117,12 +117,12 @@ def test_what_a_full_store_keeps_from_being_removed_is_listed(small: AgentProces
     assert client.findings() == []
 
 
-def test_a_copy_of_the_store_that_a_full_disk_keeps_from_being_adopted_stays_whole(small: AgentProcess) -> None:
+def test_a_copy_of_the_store_that_a_full_disk_prevents_adopting_stays(small: AgentProcess) -> None:
     _, container_id = run_container(small, "sleep", "1000")
     small.stop()
     for file in small.data.glob("podkeel.db*"):
         file.unlink()
-    shutil.rmtree(small.data / "reserve")  # else there is room for the start
+    shutil.rmtree(small.data / "reserve")  # otherwise there is space for the start
     _fill(small)
     for more, parts in (
         ((), ["--adopt", "podkeel-copy.db"]),
@@ -134,7 +134,7 @@ def test_a_copy_of_the_store_that_a_full_disk_keeps_from_being_adopted_stays_who
         assert "Traceback" not in done.stderr
         assert [part for part in parts if part not in done.stderr] == [], done.stderr
         assert "damaged" not in done.stderr
-    _give_back(small)
+    _free_space(small)
     adopting = subprocess.Popen(small.command("serve", "--adopt", *small.flags), stderr=subprocess.DEVNULL)
     try:
         small.connect()

@@ -1,4 +1,4 @@
-"""A run folder without space: calls say so, the agent can be restarted, and what is there can be removed."""
+"""With a full run folder, calls return an error, the agent can be restarted, and existing objects can be removed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BYTES = 6 << 20
 
 
 class _Filling:
-    """Takes all space, or all inodes, of a file system until it is released."""
+    """Uses all space or all inodes of a file system until ``release``."""
 
     def __init__(self, folder: Path, *, inodes: bool) -> None:
         self._folder = folder / "filling"
@@ -38,7 +38,7 @@ class _Filling:
                         while grown.write(bytes(4096)) == 4096:
                             pass
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         for file in self._folder.iterdir():
             file.unlink()
         self._folder.rmdir()
@@ -57,7 +57,7 @@ def small(request: pytest.FixtureRequest, tmp_path: Path, busybox: Path) -> Iter
     finally:
         agent.kill()
         with contextlib.suppress(FileNotFoundError):
-            filling.give_back()
+            filling.release()
         agent.reset()
 
 
@@ -66,7 +66,7 @@ def test_an_agent_with_a_full_run_folder(small: tuple[AgentProcess, _Filling]) -
     _, container_id = run_container(agent, "sleep", "1000")
     filling.fill()
     with pytest.raises(grpc.RpcError) as refused:
-        for _ in range(20):  # pods alone take inodes only
+        for _ in range(20):  # pods alone use only inodes
             run_container(agent, "sleep", "1000")
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, refused.value.details()
     assert "No space left" in refused.value.details() or "no space" in refused.value.details()
@@ -86,7 +86,7 @@ def test_an_agent_with_a_full_run_folder(small: tuple[AgentProcess, _Filling]) -
     for pod in agent.client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items:
         agent.client.stop_sandbox(pod.id)
         agent.client.remove_sandbox(pod.id)
-    filling.give_back()
+    filling.release()
     agent.restart()
     run_container(agent, "true")
     assert agent.client.findings() == []

@@ -37,7 +37,7 @@ def test_killed_at(stage: Stage, point: str) -> None:
 
 
 def _killed(agent: FaultyAgent, point: str, call: Callable[[], object]) -> None:
-    """Make a call during which the agent dies at ``point``, and start the agent again."""
+    """Make a call during which the agent is killed at ``point``, and start the agent again."""
     agent.plant(f"{point}:kill")
     with pytest.raises(grpc.RpcError):
         call()
@@ -174,7 +174,7 @@ def _remove(stage: Stage, reference: str) -> None:
     stage.agent.client.call("RemoveImage", request)
 
 
-def _taken_in(stage: Stage, point: str, reference: str, call: Callable[[], object]) -> None:
+def _killed_while_adding(stage: Stage, point: str, reference: str, call: Callable[[], object]) -> None:
     _killed(stage.agent, point, call)
     assert _images(stage) == ({reference} if point.endswith("commit:after") else set())
     stage.assert_whole()
@@ -186,12 +186,14 @@ def _taken_in(stage: Stage, point: str, reference: str, call: Callable[[], objec
 
 def _pull_image(stage: Stage, point: str) -> None:
     request = cri_pb2.PullImageRequest(image=cri_pb2.ImageSpec(image=stage.reference))
-    _taken_in(stage, point, stage.reference, lambda: stage.agent.client.call("PullImage", request))
+    _killed_while_adding(stage, point, stage.reference, lambda: stage.agent.client.call("PullImage", request))
 
 
 def _import_image(stage: Stage, point: str) -> None:
     request = agent_pb2.ImportImageRequest(path=str(stage.archive))
-    _taken_in(stage, point, "example.org/imported:1", lambda: stage.agent.client.call("ImportImage", request))
+    _killed_while_adding(
+        stage, point, "example.org/imported:1", lambda: stage.agent.client.call("ImportImage", request)
+    )
 
 
 def _remove_image(stage: Stage, point: str) -> None:

@@ -1,4 +1,4 @@
-"""What happens to containers while no agent runs is known to the next one."""
+"""A new agent finds out what happened to containers while no agent was running."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_out_of_memory_while_no_agent_ran(stage: Stage) -> None:
     [("sleep 2.2; exit 137", "Error"), ("exec tail /dev/zero", "OOMKilled"), ("tail /dev/zero; exit $?", "OOMKilled")],
 )
 @pytest.mark.parametrize("seen", [True, False], ids=["child lost before", "child lost meanwhile"])
-def test_own_end_without_an_agent_after_a_child_was_killed_for_memory(
+def test_an_end_without_an_agent_after_a_child_was_killed_for_memory(
     stage: Stage, ending: str, reason: str, seen: bool
 ) -> None:
     limits = cri_pb2.LinuxContainerConfig(resources=cri_pb2.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
@@ -89,7 +89,7 @@ def test_own_end_without_an_agent_after_a_child_was_killed_for_memory(
     assert (status.state, status.exit_code, status.reason) == (cri_pb2.CONTAINER_EXITED, 137, reason)
 
 
-def test_a_child_lost_before_a_restart_is_not_why_a_later_end_came(stage: Stage) -> None:
+def test_a_child_killed_before_a_restart_is_not_the_reason_of_a_later_end(stage: Stage) -> None:
     limits = cri_pb2.LinuxContainerConfig(resources=cri_pb2.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
     script = "while [ ! -e /go ]; do sleep 0.02; done; sh -c 'exec tail /dev/zero'; echo child $?; sleep 1000; true"
     _, container_id = run_container(stage.agent, "sh", "-c", script, linux=limits)
@@ -106,7 +106,7 @@ def test_a_child_lost_before_a_restart_is_not_why_a_later_end_came(stage: Stage)
     assert (client.status(container_id).exit_code, client.status(container_id).reason) == (137, "Error")
 
 
-def test_commands_executed_by_an_agent_that_died_end(stage: Stage) -> None:
+def test_commands_of_a_killed_agent_end(stage: Stage) -> None:
     client = stage.agent.client
     _, container_id = run_container(stage.agent, "sleep", "1000")
     procs = _cgroup_procs(stage, container_id)
@@ -129,7 +129,7 @@ def _cgroup_procs(stage: Stage, container_id: str) -> Path:
 
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["same agent", "restarted agent"])
-def test_a_container_goes_on_without_its_conmon(stage: Stage, restarted: bool) -> None:
+def test_a_container_keeps_running_without_its_conmon(stage: Stage, restarted: bool) -> None:
     _, container_id = run_container(stage.agent, "sleep", "1000")
     information = _information(stage, container_id)
     if restarted:
@@ -161,7 +161,7 @@ def test_a_container_without_conmon_can_be_stopped(stage: Stage) -> None:
     stage.assert_whole()
 
 
-def test_subscribers_of_the_first_minute_are_told_of_ends_while_no_agent_ran(stage: Stage) -> None:
+def test_subscribers_in_the_first_minute_get_ends_while_no_agent_ran(stage: Stage) -> None:
     _, container_id = run_container(stage.agent, *POLITE)
     wait_for_log(stage.agent.client, container_id)
     pid = _information(stage, container_id)["pid"]
@@ -169,7 +169,7 @@ def test_subscribers_of_the_first_minute_are_told_of_ends_while_no_agent_ran(sta
     os.kill(pid, signal.SIGTERM)
     wait_for((stage.agent.run / "exits" / container_id).exists)
     stage.agent.start()
-    for _ in range(2):  # one subscriber takes nothing from the next
+    for _ in range(2):  # a second subscriber gets the events too
         stream = stage.agent.client.stream("GetContainerEvents", cri_pb2.GetEventsRequest(), timeout=20)
         event = next(event for event in stream if event.container_id == container_id)
         stream.cancel()  # type: ignore[attr-defined]  # the iterator is the call
@@ -179,8 +179,8 @@ def test_subscribers_of_the_first_minute_are_told_of_ends_while_no_agent_ran(sta
 
 
 @pytest.mark.parametrize("above", [False, True], ids=["container", "pod"])
-def test_a_container_that_was_half_made_and_is_frozen_keeps_no_start_waiting(stage: Stage, above: bool) -> None:
-    """What was killed does not die in it before it is thawed."""
+def test_a_frozen_incomplete_container_does_not_delay_a_start(stage: Stage, above: bool) -> None:
+    """A killed process in a frozen cgroup only ends when the cgroup is thawed."""
     agent = stage.agent
     begin = time.monotonic()
     agent.restart()

@@ -1,4 +1,4 @@
-"""An agent that is killed while a conmon has not opened its new log yet."""
+"""An agent is killed before a conmon has opened its new log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COUNT = ("sh", "-c", "i=0; while :; do echo $((i=i+1)); sleep 0.01; done")
 
 
 def _counting(agent: AgentProcess) -> tuple[str, Path, int]:
-    """A container that logs numbers; its id, log and conmon."""
+    """A container that logs numbers. Returns its id, its log and its conmon's pid."""
     _, container_id = run_container(agent, *_COUNT)
     path = Path(agent.client.status(container_id).log_path)
     wait_for(lambda: path.exists() and path.stat().st_size > 100, what="some lines")
@@ -40,7 +40,7 @@ def _assert_whole(agent: AgentProcess, container_id: str, *logs: Path) -> None:
 
 
 @pytest.mark.parametrize("goes_on", ["without an agent", "with the next", "asked again by the next", "at its end"])
-def test_a_conmon_that_is_told_by_an_agent_that_dies_opens_the_new_log(own_agent: AgentProcess, goes_on: str) -> None:
+def test_a_conmon_notified_by_a_killed_agent_opens_the_new_log(own_agent: AgentProcess, goes_on: str) -> None:
     container_id, path, monitor = _counting(own_agent)
     os.kill(monitor, signal.SIGSTOP)
     rotated = path.rename(path.with_suffix(".1"))
@@ -69,7 +69,7 @@ def test_a_conmon_that_is_told_by_an_agent_that_dies_opens_the_new_log(own_agent
     _assert_whole(own_agent, container_id, rotated, newest, path)
 
 
-def test_a_conmon_that_a_dead_agent_did_not_come_to_tell_is_told_by_the_next(own_agent: AgentProcess) -> None:
+def test_a_conmon_not_notified_by_a_killed_agent_is_notified_by_the_next(own_agent: AgentProcess) -> None:
     container_id, path, _ = _counting(own_agent)
     bundle = own_agent.run / "containers" / container_id
     own_agent.kill()

@@ -1,4 +1,4 @@
-"""A store with rows that mean nothing, and one that is missing, empty or damaged."""
+"""A store with rows that cannot be read, and a store that is missing, empty or damaged."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _init_pid(agent: AgentProcess, container_id: str) -> int:
 _PLACES = [("containers", "record"), ("containers", "config"), ("sandboxes", "record"), ("sandboxes", "config")]
 
 
-def test_rows_that_cannot_be_read_are_set_aside_and_the_rest_goes_on(own_agent: AgentProcess) -> None:
+def test_unreadable_rows_are_set_aside_and_other_pods_keep_running(own_agent: AgentProcess) -> None:
     cases = [(table, column, damage) for table, column in _PLACES for damage in _DAMAGES.values()]
     pods = [run_container(own_agent, "sleep", "1000") for _ in cases]
     good = run_container(own_agent, "sleep", "1000")
@@ -68,7 +68,7 @@ def test_rows_that_cannot_be_read_are_set_aside_and_the_rest_goes_on(own_agent: 
     own_agent.start()
     told = own_agent.client.findings()
     unnoticed = [case for key, case in broken.items() if not any(f"row {key}" in finding for finding in told)]
-    assert [case for case in unnoticed if case[1] == "record" or case[2] != _HALF] == []  # half of one may be one
+    assert [case for case in unnoticed if case[1] == "record" or case[2] != _HALF] == []  # half of one may be valid
     states = _states(own_agent)
     assert states[good[1]] == cri_pb2.CONTAINER_RUNNING
     assert own_agent.client.exec(good[1], "true").exit_code == 0
@@ -82,7 +82,7 @@ def test_rows_that_cannot_be_read_are_set_aside_and_the_rest_goes_on(own_agent: 
 
 
 @pytest.mark.parametrize("damage", ["x''", _HALF, "zeroblob(64)"], ids=["empty", "half", "NULs"])
-def test_an_image_that_cannot_be_read_is_set_aside(own_agent: AgentProcess, damage: str) -> None:
+def test_an_unreadable_image_is_set_aside(own_agent: AgentProcess, damage: str) -> None:
     _, container_id = run_container(own_agent, "sleep", "1000")
     own_agent.kill()
     with _store(own_agent) as store:
@@ -95,7 +95,7 @@ def test_an_image_that_cannot_be_read_is_set_aside(own_agent: AgentProcess, dama
 
 
 @pytest.mark.parametrize("damage", ["gone", "x''", _HALF], ids=["gone", "empty", "half"])
-def test_an_attachment_that_is_lost_is_made_again(own_agent: AgentProcess, damage: str) -> None:
+def test_a_lost_attachment_is_made_again(own_agent: AgentProcess, damage: str) -> None:
     sandbox_id, container_id = run_container(own_agent, "sleep", "1000")
     address = own_agent.client.sandbox_status(sandbox_id).network.ip
     gone = own_agent.client.run_sandbox(sandbox_config(own_agent))
@@ -177,7 +177,7 @@ def _refusal(agent: AgentProcess, *more: str) -> str:
 
 
 @pytest.mark.parametrize("lose", _LOSSES)
-def test_a_lost_store_ends_no_container_and_its_copy_is_taken(
+def test_a_lost_store_ends_no_container_and_its_copy_is_adopted(
     own_agent: AgentProcess, lose: Callable[[Path], None]
 ) -> None:
     run_container(own_agent, "sleep", "1000")
@@ -229,7 +229,7 @@ def _lose_all(agent: AgentProcess) -> None:
 
 
 def _adopt(agent: AgentProcess) -> None:
-    """Start once with --adopt, and then as usual."""
+    """Start once with --adopt, and then without."""
     adopting = subprocess.Popen(agent.command("serve", "--adopt", *agent.flags), stderr=subprocess.PIPE)
     assert adopting.stderr is not None
     try:
@@ -246,7 +246,7 @@ def _adopt(agent: AgentProcess) -> None:
     agent.start()
 
 
-def test_without_store_and_copy_nothing_is_ended_unasked_and_reset_starts_over(own_agent: AgentProcess) -> None:
+def test_without_store_and_copy_no_container_ends_before_a_reset(own_agent: AgentProcess) -> None:
     _, container_id = run_container(own_agent, "sleep", "1000")
     rows = own_agent.run / "containers" / container_id / "rows"
     wait_for(rows.exists)
@@ -263,8 +263,8 @@ def test_without_store_and_copy_nothing_is_ended_unasked_and_reset_starts_over(o
     assert not _alive(pid)
 
 
-def _told(agent: AgentProcess) -> list[object]:
-    """The clients' view of pods, containers and images."""
+def _visible(agent: AgentProcess) -> list[object]:
+    """Pods, containers and images as clients see them."""
     client = agent.client
     pods = client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items
     containers = client.call("ListContainers", cri_pb2.ListContainersRequest()).containers
@@ -274,7 +274,7 @@ def _told(agent: AgentProcess) -> list[object]:
 
 
 @pytest.mark.parametrize("user_namespace", [False, True], ids=["", "user namespace"])
-def test_pods_are_made_again_from_the_run_folder_when_store_and_copy_are_lost(
+def test_pods_are_restored_from_the_run_folder_if_store_and_copy_are_lost(
     own_agent: AgentProcess, user_namespace: bool
 ) -> None:
     client = own_agent.client
@@ -299,17 +299,17 @@ def test_pods_are_made_again_from_the_run_folder_when_store_and_copy_are_lost(
     wait_for(lambda: client.status(done).state == cri_pb2.CONTAINER_EXITED)
     created = client.create(sandbox_id, container_config("created", "true", linux=config.linux), sandbox)
     wait_for(lambda: all((own_agent.run / "containers" / one / "rows").exists() for one in (*containers, created)))
-    before = _told(own_agent)
+    before = _visible(own_agent)
     address = client.sandbox_status(sandbox_id).network.ip
-    own_agent.stop()  # what was written last is kept
+    own_agent.stop()  # writes the latest rows
     _lose_all(own_agent)
     assert main[:13] in _refusal(own_agent)
     _adopt(own_agent)
     client = own_agent.client
-    assert _told(own_agent) == before
+    assert _visible(own_agent) == before
     assert client.findings() == []
     assert address in client.output(main, "ip", "-4", "addr", "show", "eth0")
-    assert client.run_sandbox(sandbox) == sandbox_id  # joined by its name
+    assert client.run_sandbox(sandbox) == sandbox_id  # the call returns the existing pod
     assert client.sandbox_status(client.run_sandbox(sandbox_config(own_agent))).network.ip != address
     client.call("ReopenContainerLog", cri_pb2.ReopenContainerLogRequest(container_id=main))
     assert "before" in Path(client.status(main).log_path).read_text()
@@ -329,7 +329,7 @@ def test_pods_are_made_again_from_the_run_folder_when_store_and_copy_are_lost(
     run_container(own_agent, "true")
 
 
-def test_a_file_of_rows_that_cannot_be_read_costs_its_own_container_only(own_agent: AgentProcess) -> None:
+def test_an_unreadable_file_of_rows_affects_only_its_container(own_agent: AgentProcess) -> None:
     pods = [run_container(own_agent, "sleep", "1000") for _ in range(3)]
     files = [own_agent.run / "containers" / container_id / "rows" for _, container_id in pods]
     wait_for(lambda: all(file.exists() for file in files))
@@ -343,7 +343,7 @@ def test_a_file_of_rows_that_cannot_be_read_costs_its_own_container_only(own_age
     assert own_agent.client.findings() == []
 
 
-# What the store numbered otherwise when the copy was made: the image was removed and pulled again since.
+# Layer numbers of the store that differ from those in the copy: the image was removed and pulled again since.
 _OTHER_NUMBERS = {
     "other number": "UPDATE layers SET number = number + 100; UPDATE image_layers SET layer = layer + 100;",
     "number of another layer": (
@@ -357,9 +357,7 @@ _OTHER_NUMBERS = {
 
 @pytest.mark.parametrize("others", _OTHER_NUMBERS)
 @pytest.mark.parametrize("known", [False, True], ids=["unknown to the copy", "known to it"])
-def test_layers_keep_the_numbers_that_running_containers_know(
-    own_agent: AgentProcess, others: str, known: bool
-) -> None:
+def test_layers_keep_the_numbers_that_running_containers_use(own_agent: AgentProcess, others: str, known: bool) -> None:
     sandbox_id, container_id = run_container(own_agent, "sleep", "1000")
     wait_for((own_agent.run / "containers" / container_id / "rows").exists)
     own_agent.stop()
@@ -379,12 +377,12 @@ def test_layers_keep_the_numbers_that_running_containers_know(
     assert own_agent.client.findings() == []
     own_agent.client.stop_sandbox(sandbox_id)
     own_agent.client.remove_sandbox(sandbox_id)
-    if others == "other number":  # else the copy says that the reference is another image's, which is gone
+    if others == "other number":  # otherwise the copy says that the reference belongs to an image that is gone
         run_container(own_agent, "true")
     assert own_agent.client.findings() == []
 
 
-def test_a_lost_store_is_begun_again_where_nothing_runs_and_the_copy_stays(own_agent: AgentProcess) -> None:
+def test_a_new_store_is_made_if_no_container_runs_and_the_copy_stays(own_agent: AgentProcess) -> None:
     config = sandbox_config(own_agent)
     own_agent.client.run_sandbox(config)
     own_agent.stop()

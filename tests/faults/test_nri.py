@@ -1,4 +1,4 @@
-"""Plugins that come in the middle, misbehave, or whose agent is killed."""
+"""NRI plugins that connect during a call or misbehave, and plugins whose agent is killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def agent(served: AgentProcess) -> Iterator[AgentProcess]:
     assert served.tracebacks() == []
 
 
-def test_a_container_made_while_a_plugin_is_synchronised_is_told_once(agent: AgentProcess) -> None:
+def test_a_container_made_while_a_plugin_is_synchronised_is_sent_once(agent: AgentProcess) -> None:
     reached, release = threading.Event(), threading.Event()
 
     def hold(_request: Any) -> None:
@@ -60,7 +60,7 @@ def test_a_container_made_while_a_plugin_is_synchronised_is_told_once(agent: Age
     assert sorted(listed + told) == sorted([before, *during])
 
 
-def test_a_killed_agent_synchronises_plugins_with_true_states(agent: AgentProcess) -> None:
+def test_a_restarted_agent_synchronises_plugins_with_the_right_states(agent: AgentProcess) -> None:
     with connected(Recorder(agent.nri_socket)):
         _, running = run_container(agent, "sleep", "1000")
         _, ended = run_container(agent, "sh", "-c", "exit 3")
@@ -105,7 +105,7 @@ def _run_quietly(plugin: Recorder) -> None:
         return
 
 
-def test_a_plugin_that_hangs_costs_its_time_once(agent: AgentProcess) -> None:
+def test_a_hanging_plugin_delays_only_one_call(agent: AgentProcess) -> None:
     release = threading.Event()
 
     def hang(_request: Any) -> None:

@@ -1,4 +1,4 @@
-"""kill -9 of plugins, and of the agent, inside each of the fourteen events."""
+"""kill -9 of plugins and of the agent during each of the fourteen events."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def agent(served: AgentProcess) -> Iterator[AgentProcess]:
 
 
 class Life:
-    """One pod with one container, from the first call to the last; ``sandbox_id`` and ``container_id`` once known."""
+    """One pod with one container, from creation to removal. ``sandbox_id`` and ``container_id`` are set once known."""
 
     def __init__(self, agent: AgentProcess) -> None:
         self.agent = agent
@@ -61,7 +61,7 @@ class Life:
         self.agent.client.remove_sandbox(self.sandbox_id)
 
 
-def test_plugins_that_are_killed_inside_their_event_change_nothing_for_anybody(agent: AgentProcess) -> None:
+def test_plugins_killed_during_their_event_do_not_affect_pods(agent: AgentProcess) -> None:
     with ExitStack() as stack:
         victims = {}
         for number, event in enumerate(EVENTS):
@@ -84,9 +84,9 @@ def test_plugins_that_are_killed_inside_their_event_change_nothing_for_anybody(a
     assert [line for line in gone if text.count(line) != 1] == []
 
 
-# What a plugin may get of the pod, and of the container in which states, once the agent is there again. What was being
-# made is undone; what was committed before the event stays. A removal is committed while its event is sent: None says
-# that the pod may be there or not.
+# After the agent's restart: whether a plugin may get the pod, and the container in which states. An unfinished creation
+# is undone. A change committed before the event stays. A removal is committed while its event is sent: None means that
+# the pod may exist or not.
 AFTER: dict[str, tuple[bool | None, tuple[int | None, ...]]] = {
     "RunPodSandbox": (False, (None,)),
     "CreateContainer": (True, (None,)),
@@ -106,9 +106,7 @@ AFTER: dict[str, tuple[bool | None, tuple[int | None, ...]]] = {
 
 
 @pytest.mark.parametrize("event", AFTER)
-def test_an_agent_that_is_killed_inside_an_event_tells_the_truth_when_it_is_back(
-    agent: AgentProcess, event: str
-) -> None:
+def test_an_agent_killed_during_an_event_sends_the_right_states_later(agent: AgentProcess, event: str) -> None:
     assert set(AFTER) == set(EVENTS)
     life = Life(agent)
     with connected(Recorder(agent.nri_socket, acting={event: lambda _request: _kill(agent)})) as plugin:
@@ -128,7 +126,7 @@ def test_an_agent_that_is_killed_inside_an_event_tells_the_truth_when_it_is_back
         found = {container.id: container.state for container in later.containers}
         assert set(found) <= set(created)
         assert next(iter(found.values()), None) in states
-        _and_goes_on(
+        _repeat_and_remove_all(
             agent, life, sandbox_id if pod_stays else "", next(iter(found), ""), next(iter(found.values()), None)
         )
         for container_id in found:
@@ -146,8 +144,10 @@ def _kill(agent: AgentProcess) -> Any:
     agent.process.wait(10)
 
 
-def _and_goes_on(agent: AgentProcess, life: Life, sandbox_id: str, container_id: str, state: int | None) -> None:
-    """As a client that repeats the call that failed, and then ends all."""
+def _repeat_and_remove_all(
+    agent: AgentProcess, life: Life, sandbox_id: str, container_id: str, state: int | None
+) -> None:
+    """Repeat the failed call as a client would, and then remove everything."""
     client = agent.client
     ready = sandbox_id and client.sandbox_status(sandbox_id).state == cri_pb2.SANDBOX_READY
     if not sandbox_id:

@@ -1,4 +1,4 @@
-"""SIGKILL to the agent at any moment while clients make, run and remove pods."""
+"""SIGKILL to the agent at random moments while clients make, run and remove pods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CLIENTS = 3
 def test_killed_at_any_moment(stage: Stage) -> None:
     moments = random.Random(20260131)
     for _ in range(_KILLS):
-        load = [threading.Thread(target=_make_and_remove_pods, args=(stage,)) for _ in range(_CLIENTS)]
+        load = [threading.Thread(target=_create_and_remove_pods, args=(stage,)) for _ in range(_CLIENTS)]
         for client in load:
             client.start()
         time.sleep(moments.uniform(0.05, 0.7))
@@ -31,11 +31,11 @@ def test_killed_at_any_moment(stage: Stage) -> None:
             assert not client.is_alive()
         stage.agent.start()
         stage.assert_whole()
-        _assert_only_whole_things_listed(stage)
+        _assert_no_incomplete_object_is_listed(stage)
     remove_all_pods(stage.agent.client, keep=stage.bystander.sandbox_id)
 
 
-def _make_and_remove_pods(stage: Stage) -> None:
+def _create_and_remove_pods(stage: Stage) -> None:
     client = CriClient(stage.agent.address)
     try:
         while True:
@@ -55,7 +55,7 @@ def _make_and_remove_pods(stage: Stage) -> None:
         client.close()
 
 
-def _assert_only_whole_things_listed(stage: Stage) -> None:
+def _assert_no_incomplete_object_is_listed(stage: Stage) -> None:
     for item in stage.agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers:
         status = stage.agent.client.status(item.id)
         assert status.state != cri_pb2.CONTAINER_UNKNOWN

@@ -1,4 +1,4 @@
-"""What could not be removed or undone is visible, and blocks nothing else."""
+"""Objects that could not be removed or undone are listed, and block nothing else."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_removal_that_the_next_start_cannot_finish_is_listed(stage: Stage) -> 
     stage.agent.plant("")
     client = stage.agent.client
     client.remove(container_id)
-    # Its identity was not free meanwhile, and is now.
+    # Its identity was in use until now.
     config = cri_pb2.PodSandboxConfig()
     request = cri_pb2.PodSandboxStatusRequest(pod_sandbox_id=sandbox_id)
     config.metadata.CopyFrom(client.call("PodSandboxStatus", request).status.metadata)

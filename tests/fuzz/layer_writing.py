@@ -1,7 +1,7 @@
 """Writes layers of random tars below a folder that becomes the root of this process: ``SECONDS FOLDER``.
 
-Run as a program by ``test_parsers.py``, as the agent does with its worker. Ends with 1 and the tar when anything leaves
-the reader and writer but their own errors.
+``test_parsers.py`` runs it as a separate program, as the agent does with its worker. Prints the tar and exits with 1 if
+reader or writer raise an error that is not their own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_ENTRIES = 1000
 
 
 def write_one(seed: int) -> bytes | None:
-    """Write a layer; None if all is well, else the tar that is at fault."""
+    """Write a layer. Returns the tar if it caused an unexpected error, otherwise None."""
     content = changed_tar(random.Random(seed))
     left = memoryview(content)
 

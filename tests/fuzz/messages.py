@@ -1,4 +1,4 @@
-"""Random messages of the CRI, near to what kubelet sends, built from the descriptors of the protocol."""
+"""Random CRI messages similar to kubelet's, built from the protocol's descriptors."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _DEPTH = 5
 
 
 class Messages:
-    """Changes messages at random; ``pools`` has the values of fields by their name, or by message and name."""
+    """Changes messages at random. ``pools`` has values for fields, by field name or by message and field name."""
 
     def __init__(self, generator: random.Random, pools: dict[str, Sequence[Any] | Choice]) -> None:
         self._random = generator
         self._pools = pools
 
     def change(self, message: Message, times: int) -> None:
-        """Set ``times`` fields at random, anywhere in the message."""
+        """Set ``times`` random fields, anywhere in the message."""
         for _ in range(times):
             self._change_one(message, _DEPTH)
 
@@ -78,7 +78,7 @@ class Messages:
             value = pool(self._random) if callable(pool) else self._random.choice(pool)
             if isinstance(value, str) == (
                 field.type == FieldDescriptor.TYPE_STRING
-            ):  # some names have other fields too
+            ):  # fields of other types may have the same name
                 return value
         if field.enum_type is not None:
             return self._random.choice([value.number for value in field.enum_type.values] + [999])

@@ -1,4 +1,4 @@
-"""Random tars near to layers: entries of every kind with odd names, links, sizes and extended headers, then broken."""
+"""Random tars similar to layers: entries of every kind with unusual names, links, sizes and headers, then damaged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _RECORDS = (
 
 
 def changed_tar(generator: random.Random) -> bytes:
-    """A tar of a few entries, in half of all cases with some of its bytes changed."""
+    """A tar of a few entries. In half of all cases some of its bytes are changed."""
     output = io.BytesIO()
     formats = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
     with tarfile.open(fileobj=output, mode="w", format=generator.choice(formats)) as tar:
@@ -45,7 +45,7 @@ def changed_tar(generator: random.Random) -> bytes:
                 entry.pax_headers = dict(generator.sample(_RECORDS, generator.randrange(1, 3)))
             try:
                 tar.addfile(entry, io.BytesIO(content))
-            except (ValueError, OverflowError, UnicodeError):  # this form of tar cannot say that
+            except (ValueError, OverflowError, UnicodeError):  # this tar format cannot express it
                 continue
     content = output.getvalue()
     return changed(generator, content) if generator.random() < 0.5 else content

@@ -1,6 +1,6 @@
-"""Every call of the CRI with messages that no sane client sends: refused or done, never a fault of the agent.
+"""Every call of the CRI with random messages: the agent refuses or executes it, but never fails internally.
 
-A round that fails names its seed: ``PODKEEL_FUZZ_SEED`` repeats it.
+A round that fails prints its seed; set ``PODKEEL_FUZZ_SEED`` to repeat it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if os.geteuid() != 0:
 METHODS: dict[str, MethodDescriptor] = {
     method.name: method for service in cri_pb2.DESCRIPTOR.services_by_name.values() for method in service.methods
 }
-# Calls that make something are more frequent than those that only report.
+# Calls that create objects are more frequent than those that only report.
 WEIGHTS = {
     "RunPodSandbox": 12,
     "CreateContainer": 30,
@@ -50,7 +50,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[
 
 
 class Client:
-    """Sends random requests to an agent, on which one pod with a container is, and looks at the answers."""
+    """Sends random requests to an agent with one pod and one container, and checks the answers."""
 
     def __init__(self, agent: AgentProcess, seed: int) -> None:
         self.agent = agent
@@ -68,7 +68,7 @@ class Client:
         self.codes: dict[str, int] = {}
 
     def _pools(self) -> dict[str, Sequence[Any] | Callable[[random.Random], Any]]:
-        """Limits that protect the node: only paths of the test, and a registry without a listener."""
+        """Values that cannot harm the node: only paths of the test, and a registry without a listener."""
         agent, folder = self.agent, str(self.folder)
         paths = (
             f"{folder}/there",
@@ -90,7 +90,7 @@ class Client:
         )
         inside = ("/data", "/", "/etc/x", "data", "", "/a/../b", "/dev", "/dev/shm", "/proc", "/sys/x", "/ö", "/bin/sh")
         resources = (0, 1, -1, 2, 1000, 1024, 100_000, 10**6, 64 << 20, 2**63 - 1, -(2**63))
-        ids = lambda generator: generator.choice(self.ids)  # noqa: E731 - it grows
+        ids = lambda generator: generator.choice(self.ids)  # noqa: E731 - the list grows
         return {
             "id": ids,
             "container_id": ids,
@@ -135,7 +135,7 @@ class Client:
         }
 
     def request(self, method: MethodDescriptor) -> Message:
-        """A request of that method: what kubelet would send, with some fields changed."""
+        """A request of that method as from kubelet, with some fields changed."""
         request = GetMessageClass(method.input_type)()
         if isinstance(request, cri_pb2.RunPodSandboxRequest):
             request.config.CopyFrom(sandbox_config(self.agent))
@@ -154,11 +154,11 @@ class Client:
         if isinstance(request, cri_pb2.PullImageRequest) and "127.0.0.1:1" not in request.image.image:
             request.image.image = "127.0.0.1:1/" + request.image.image
         if isinstance(request, cri_pb2.RemoveImageRequest) and "busybox" in request.image.image:
-            request.image.image = "127.0.0.1:1/x:1"  # others need it
+            request.image.image = "127.0.0.1:1/x:1"  # other tests need the real images
         return request
 
     def send(self, name: str) -> None:
-        """One call of that method; half of what is created is started as well."""
+        """Make one call of that method. Half of the created containers are started as well."""
         made = self._call(name, self.request(METHODS[name]))
         if made:
             self.ids.append(made)
@@ -166,7 +166,7 @@ class Client:
             self._call("StartContainer", cri_pb2.StartContainerRequest(container_id=made))
 
     def _call(self, name: str, request: Message) -> str:
-        """The id of what the call made, if anything; fails the test for an answer that no client deserves."""
+        """The id of the object that the call made, if any. Fails the test for an internal error."""
         method = METHODS[name]
         code, details, response = grpc.StatusCode.OK, "", None
         try:
@@ -191,7 +191,7 @@ class Client:
         return getattr(response, "container_id", "") or getattr(response, "pod_sandbox_id", "")
 
 
-def test_no_request_is_a_fault_of_the_agent(fuzzed: AgentProcess) -> None:
+def test_no_request_causes_an_internal_error(fuzzed: AgentProcess) -> None:
     agent = fuzzed
     names = [name for name in METHODS for _ in range(WEIGHTS.get(name, 1))]
     codes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Random and broken input into everything that reads what others wrote: only the reader's own errors may leave it."""
+"""Random and damaged input for everything that reads untrusted data: only the reader's own errors may be raised."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ _json = st.recursive(
 
 
 def _broken(*seeds: bytes) -> st.SearchStrategy[bytes]:
-    """The seeds with some of their bytes changed, and bytes of any kind."""
+    """The seeds with some bytes changed, and random bytes."""
     one = st.builds(lambda seed, number: changed(random.Random(number), seed), st.sampled_from(seeds), st.integers(0))
     return one | st.binary(max_size=200)
 
@@ -102,7 +102,7 @@ def _encoded(value: Any) -> bytes:
 
 
 def _objects(*seeds: bytes) -> st.SearchStrategy[bytes]:
-    """JSON objects of known and other members, or the seeds with some of their bytes changed."""
+    """JSON objects with known and other members, or the seeds with some bytes changed."""
     return st.dictionaries(_keys, _json, max_size=8).map(_encoded) | _broken(*seeds)
 
 
@@ -184,7 +184,7 @@ def test_mount_table() -> None:
         for entry in parse_mount_table(content):
             os.fsencode(entry.target)
         whole = list(parse_mount_table(line + content.replace(b"\n", b"") + b"\n" + line))
-        assert [entry.target for entry in (whole[0], whole[-1])] == ["/mnt2 x"] * 2  # what is odd hides nothing
+        assert [entry.target for entry in (whole[0], whole[-1])] == ["/mnt2 x"] * 2  # odd lines hide no valid ones
 
     _fuzz(_broken(line, line * 3, line.replace(b"/mnt2", b"/a\r\x0b\x85b")), read)
 
@@ -249,7 +249,7 @@ def test_layers(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_command_lines(tmp_path: Path) -> None:
-    """Processes that execute what conmon is, with any words: the only one found is that of a container."""
+    """Processes that execute conmon's program with random arguments: only the container's conmon is found."""
     shell = os.path.realpath("/bin/sh")
     layout = Layout(tmp_path / "data", tmp_path / "run")
     monitors = Monitors(shell, layout)

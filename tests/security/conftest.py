@@ -1,4 +1,4 @@
-"""What the tests of docs/security.md share: agents, OCI runtimes, pods with and without a user namespace."""
+"""Shared by the tests of docs/security.md: agents, OCI runtimes, pods with and without a user namespace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.registry import Registry, run_registry
 if os.geteuid() != 0:
     pytest.skip("needs root", allow_module_level=True)
 
-# The first host id of the user namespaces that these tests ask for.
+# The first host id of the user namespaces that these tests use.
 FIRST_ID = 300_000
 
 StartAttacker = Callable[[cri_pb2.ContainerConfig], Attacker]
@@ -30,7 +30,7 @@ def registry() -> Iterator[Registry]:
 
 @pytest.fixture
 def quiet_log(agent: AgentProcess) -> Iterator[AgentProcess]:
-    """The shared agent, whose log must have no traceback of this test."""
+    """The shared agent. Fails the test if the agent logs a traceback during it."""
     before = agent.log.stat().st_size
     yield agent
     assert agent.tracebacks(before) == []
@@ -38,7 +38,7 @@ def quiet_log(agent: AgentProcess) -> Iterator[AgentProcess]:
 
 @pytest.fixture(params=["node's users", "user namespace"])
 def user_namespace(request: pytest.FixtureRequest, agent: AgentProcess, handler: str) -> bool:
-    """Whether the test's pods have a user namespace: each test runs with and without one."""
+    """Whether the test's pods have a user namespace. Each test runs with and without one."""
     wanted = str(request.param) == "user namespace"
     handlers = agent.client.call("Status", cri_pb2.StatusRequest()).runtime_handlers
     if wanted and handler not in [handler.name for handler in handlers if handler.features.user_namespaces]:
@@ -47,7 +47,7 @@ def user_namespace(request: pytest.FixtureRequest, agent: AgentProcess, handler:
 
 
 def pod_config(agent: AgentProcess, *, user_namespace: bool = False) -> cri_pb2.PodSandboxConfig:
-    """A pod as kubelet makes them, with a user namespace if asked."""
+    """A pod as kubelet configures it, with a user namespace if requested."""
     config = sandbox_config(agent)
     if user_namespace:
         options = config.linux.security_context.namespace_options

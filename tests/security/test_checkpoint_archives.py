@@ -1,4 +1,4 @@
-"""Checkpoint archives are not trusted: nothing of a hostile one is read outside of it, extracted or kept."""
+"""Checkpoint archives are not trusted: a hostile one cannot make the agent read, extract or keep other files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_image(agent: AgentProcess, path: Path, name: str = NAME) -> agent_pb2.I
 
 
 def refusal(agent: AgentProcess, path: Path, name: str = NAME) -> str:
-    """The message of the error, whose code must be INVALID_ARGUMENT; nothing of the archive may stay."""
+    """The error message. Its code must be INVALID_ARGUMENT, and nothing of the archive may stay."""
     with pytest.raises(grpc.RpcError) as failure:
         make_image(agent, path, name)
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT, failure.value.details()

@@ -1,4 +1,4 @@
-"""A user with many processes that connect to the CRI's socket does not take the connections of others."""
+"""A user with many processes connected to the CRI's socket does not take the connections of other users."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""With few file descriptors left, the agent refuses streams, commands and images; stops, pods and new clients still
-work."""
+"""With few file descriptors left, the agent refuses streams, commands and images. Stops, pods and new clients work."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ LIMIT = 320
 
 
 class FewDescriptors(AgentProcess):
-    """An agent that may have few descriptors."""
+    """An agent with a low limit of file descriptors."""
 
     def command(self, *words: str) -> list[str]:
         limit = ["prlimit", f"--nofile={LIMIT}:{LIMIT}"] if words[0] == "serve" else []
@@ -56,7 +55,7 @@ def test_commands_that_take_all_descriptors_keep_nobody_from_stopping_and_starti
         commands.append(few.client.future("ExecSync", request, timeout=600))
         time.sleep(0.02)
     in_a_row = 0
-    while in_a_row < 10:  # a command takes more descriptors while it is started than later
+    while in_a_row < 10:  # a command uses more descriptors while it starts than later
         commands.append(few.client.future("ExecSync", request, timeout=600))
         with contextlib.suppress(grpc.FutureTimeoutError):
             in_a_row = in_a_row + 1 if commands[-1].exception(timeout=0.5 * PATIENCE) is not None else 0
@@ -67,7 +66,7 @@ def test_commands_that_take_all_descriptors_keep_nobody_from_stopping_and_starti
     assert "file descriptors are left" in ended.details()
     wait_for(lambda: sum(not command.done() for command in commands) > 5, what="commands that run")
     size = few.log.stat().st_size
-    for _ in range(300):  # what a client does that does not give up
+    for _ in range(300):  # as a client that keeps retrying
         refused("RESOURCE_EXHAUSTED", "LimitNOFILE", call=partial(few.client.call, "ExecSync", request))
     image = cri_pb2.ImageSpec(image=BUSYBOX)
     for method, message in (
@@ -80,7 +79,7 @@ def test_commands_that_take_all_descriptors_keep_nobody_from_stopping_and_starti
             refused("RESOURCE_EXHAUSTED", "file descriptors are left", call=call)
     assert few.log.stat().st_size - size < 20_000
     assert opened(few) < LIMIT - 30
-    # Processes that do not cause it keep running.
+    # Other processes keep running.
     few.client.stop(victim)
     sandbox = few.client.run_sandbox(sandbox_config(few))
     few.client.stop_sandbox(sandbox)

@@ -1,4 +1,4 @@
-"""What a container writes is removed with it, in any form, and never prevents the removal of other files."""
+"""Everything that a container wrote is removed with it, and never prevents the removal of other files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_nested_folders_never_stop_reclaiming(
 
 
 def test_what_cannot_be_removed_holds_up_nothing_else_and_is_told_once(agent: AgentProcess) -> None:
-    """A mount that the agent does not know of, in what a container wrote, keeps its folder and nothing more."""
+    """An unknown mount in a container's files keeps only its folder from being removed."""
     before = agent.log.stat().st_size
     sandbox_id, container_id = run_container(agent, "sh", "-c", "mkdir /held; touch /held/a /b; sleep 1000")
     wait_for((agent.data / "containers" / container_id / "upper/b").exists, what="the file")
@@ -82,7 +82,7 @@ def test_immutable_files_of_a_container_are_removed(agent: AgentProcess) -> None
 
 
 def test_an_image_with_the_longest_path_leaves_nothing(agent: AgentProcess, tmp_path: Path) -> None:
-    """Beside it an absolute path of the data folder's is longer than the kernel takes."""
+    """An absolute path in the data folder is then longer than the kernel accepts."""
     long = "/".join(["p" * 250] * 16)[:4050]
     BuiltImage((make_tar([entry(f"{long}/f", "x"), entry("g", "y")]),), {}).write_docker(tmp_path / "i.tar", "long:1")
     request = agent_pb2.ImportImageRequest(path=str(tmp_path / "i.tar"), reference="long:1")

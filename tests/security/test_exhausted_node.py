@@ -1,5 +1,4 @@
-"""While a node has no descriptors, process ids or namespaces left, no end of a container is lost, and all can be
-removed."""
+"""Without free descriptors, process ids or namespaces, no end of a container is lost, and everything can be removed."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ def states(agent: AgentProcess) -> dict[str, int]:
 
 @contextlib.contextmanager
 def no_descriptor(agent: AgentProcess) -> Iterator[None]:
-    """The agent can open nothing, as when another process has taken all that the node allows."""
+    """The agent can open no file, as if another process used all descriptors of the node."""
     limits = resource.prlimit(agent.pid(), resource.RLIMIT_NOFILE)
     resource.prlimit(agent.pid(), resource.RLIMIT_NOFILE, (8, limits[1]))
     try:
@@ -79,7 +78,7 @@ def test_a_container_whose_clean_up_failed_once_can_be_removed(own_agent: AgentP
 
 @pytest.fixture
 def few_processes(own_agent: AgentProcess) -> Iterator[Path]:
-    """The file with the most processes and threads that the agent, not its containers, may have."""
+    """The file with the limit of processes and threads of the agent. Containers are not limited."""
     root = cgroups.discover().v1.get("pids")
     if root is None:
         pytest.skip("needs the pids controller of cgroup v1")
@@ -114,12 +113,12 @@ def test_without_a_process_id_containers_end_and_can_be_removed(own_agent: Agent
 
 
 def exhaust(agent: AgentProcess) -> None:
-    """Ask for new pods until one is refused."""
+    """Create pods until one is refused."""
     for _ in range(20):
         agent.client.run_sandbox(sandbox_config(agent))
 
 
-# A kernel without another namespace of these kinds, for a program and all that it starts.
+# Simulates a kernel without free namespaces of these kinds, for a program and its children.
 _FILTERED = """
 import os, sys
 from host import libc
@@ -132,7 +131,7 @@ os.execvp(sys.argv[3], sys.argv[3:])
 
 
 class NoNamespaces(AgentProcess):
-    """An agent that can make no namespaces of ``kind``, if that is set."""
+    """An agent that cannot make namespaces of ``kind``, if that is set."""
 
     kind = 0
 

@@ -1,4 +1,4 @@
-"""The pods that the other files use have the properties that those tests rely on."""
+"""The pods of the other files have the properties that those tests rely on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image archives on the node: nothing outside of them is read, and the agent waits for nothing in them."""
+"""Importing an image archive reads no file outside of it, and waits for no file in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.image_builder import BuiltImage, entry, make_tar
 
 
 def refused(agent: AgentProcess, path: Path) -> str:
-    """What ImportImage says to an archive that it must refuse, soon."""
+    """The error of ImportImage, which must arrive soon."""
     request = agent_pb2.ImportImageRequest(path=str(path), reference="bad:1")
     with pytest.raises(grpc.RpcError) as caught:
         agent.client.call("ImportImage", request, timeout=10)
@@ -29,7 +29,7 @@ def refused(agent: AgentProcess, path: Path) -> str:
 
 @pytest.fixture
 def layout(tmp_path: Path) -> Path:
-    """A docker archive in the form of a folder."""
+    """A docker archive as a folder."""
     BuiltImage((make_tar([entry("a", str(tmp_path))]),)).write_docker(tmp_path / "image.tar")
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -78,7 +78,7 @@ def test_members_of_folders_lead_nowhere_else(
 
 
 def test_links_within_a_folder_are_followed(agent: AgentProcess, layout: Path) -> None:
-    """As docker save wrote them for layers that several images have."""
+    """docker save writes such links for layers that several images share."""
     layer = layer_of(layout)
     (layout / "shared").mkdir()
     layer.rename(layout / "shared/layer.tar")
@@ -109,14 +109,14 @@ def test_json_members_of_any_size_are_refused_unread(agent: AgentProcess, layout
 
 
 def long_header() -> bytes:
-    """A pax header that says to be of 3 GiB."""
+    """A pax header with a declared size of 3 GiB."""
     member = tarfile.TarInfo("pax")
     member.type, member.size = tarfile.XHDTYPE, 3 << 30
     return member.tobuf(tarfile.USTAR_FORMAT)
 
 
 def sparse_map() -> bytes:
-    """A sparse file whose map continues to the end of the archive."""
+    """A sparse file whose map extends to the end of the archive."""
     header = bytearray(tarfile.TarInfo("sparse").tobuf(tarfile.GNU_FORMAT))
     header[156:157], header[482:483] = b"S", b"\1"
     header[148:156] = b" " * 8
@@ -125,7 +125,7 @@ def sparse_map() -> bytes:
 
 
 def long_map() -> bytes:
-    """The same in the form of pax, where the map is the begin of the content."""
+    """The same in the pax format, where the map is at the start of the content."""
     records = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "1", "GNU.sparse.name": "x"}
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
@@ -146,6 +146,6 @@ def test_headers_do_not_fill_the_memory(agent: AgentProcess, tmp_path: Path, beg
 
 
 def rss(agent: AgentProcess) -> int:
-    """The most memory that the agent ever had, in bytes."""
+    """The highest memory usage of the agent so far, in bytes."""
     lines = Path(f"/proc/{agent.pid()}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024

@@ -1,4 +1,4 @@
-"""Images are not trusted: their manifests and configs can stop neither the agent nor its lists."""
+"""Images are not trusted: no manifest or config can stop the agent or its lists."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def status(agent: AgentProcess, name: str) -> cri_pb2.ImageStatusResponse:
 
 
 def peak_memory(agent: AgentProcess) -> int:
-    """The most memory the agent has had, in bytes."""
+    """The highest memory usage of the agent so far, in bytes."""
     assert agent.process is not None
     lines = Path(f"/proc/{agent.process.pid}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) << 10
@@ -101,7 +101,7 @@ def test_a_manifest_of_25000_layers_is_refused_at_once(quiet_log: AgentProcess, 
 
 
 def _slowest_version_during(agent: AgentProcess, name: str, words: str) -> float:
-    """How long the slowest Version took while an image was pulled, which must be refused with ``words``."""
+    """The duration of the slowest Version call during a pull, which must fail with ``words``."""
     slowest = 0.0
     done = threading.Event()
 
@@ -270,6 +270,6 @@ def test_large_configs_are_not_kept_in_memory(quiet_log: AgentProcess, scripted:
 
 
 def memory(status_file: Path) -> int:
-    """Bytes that the process of /proc/<pid>/status has now."""
+    """The present memory usage of the process, from /proc/<pid>/status, in bytes."""
     lines = status_file.read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) << 10

@@ -1,4 +1,4 @@
-"""Any bytes that pods and their volumes put into the kernel's tables stop nothing."""
+"""Names with any bytes, which pods and volumes can put into the kernel's tables, stop nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.integration.network.namespaces import Namespace, links_with
 from tests.support.agent import AgentProcess
 from tests.support.pods import container_config, sandbox_config
 
-# What splits lines or words for Python's text, or is no UTF-8, and what the kernel escapes.
+# Names with characters at which Python splits text, bytes that are not UTF-8, and characters that the kernel escapes.
 NAMES = (
     b"\r",
     b"a\x0bb",
@@ -46,7 +46,7 @@ NAMES = (
 
 @pytest.fixture
 def odd_mounts(tmp_path: Path) -> Iterator[list[Path]]:
-    """Mounts whose roots and targets have such names, as those of subPath volumes do."""
+    """Mounts whose roots and targets have such names, like those of subPath volumes."""
     made: list[Path] = []
     try:
         for name in NAMES:
@@ -148,7 +148,7 @@ def test_links_of_any_name_are_found_and_deleted(tmp_path: Path) -> None:
 
 
 def test_a_leftover_link_of_any_name_is_reported_and_removed(own_agent: AgentProcess) -> None:
-    """A host network pod may make links, and a device comes back from a pod with the name that it has there."""
+    """A host network pod may create links, and a device returns from a pod with its name there."""
     prefix = interface_prefix(own_agent.bridge)
     name = prefix.encode() + b"\xff\xfe"
     subprocess.run([b"ip", b"link", b"add", name, b"type", b"bridge"], check=True)
@@ -170,7 +170,7 @@ def test_statistics_show_links_of_any_name_each_as_one(quiet_log: AgentProcess) 
     stats = client.call("PodSandboxStats", cri_pb2.PodSandboxStatsRequest(pod_sandbox_id=sandbox_id)).stats
     seen = [interface.name for interface in stats.linux.network.interfaces]
     assert stats.linux.network.default_interface.name == "eth0"
-    wanted = {name.decode(errors="backslashreplace") for name in LINKS}  # two of them look the same: one is shown
+    wanted = {name.decode(errors="backslashreplace") for name in LINKS}  # two have the same text: shown once
     assert len(seen) == len(LINKS) - 1
     assert set(seen) == wanted
     (pod,) = client.call("ListPodSandboxMetrics", cri_pb2.ListPodSandboxMetricsRequest()).pod_metrics
@@ -214,7 +214,7 @@ def _nfnetlink(kind: int, flags: int, family: int, subsystem: int, body: bytes) 
 
 
 def test_deleted_tables_are_made_again_beside_one_of_any_name(tmp_path: Path) -> None:
-    """nft itself aborts where it should list such a table as JSON."""
+    """nft itself aborts when it lists such a table as JSON."""
     attribute = struct.pack("=HH", 10, 1) + b"bad\xff\xfe\0" + bytes(2)  # NFTA_TABLE_NAME
     new_table = _nfnetlink((10 << 8) | 0, 0x405, 2, 0, attribute)
     batch = _nfnetlink(0x10, 1, 0, 10, b"") + new_table + _nfnetlink(0x11, 1, 0, 10, b"")
@@ -231,7 +231,7 @@ _names = st.binary(min_size=1, max_size=60).map(lambda name: name.replace(b"\0",
 
 
 def _escaped(name: bytes) -> bytes:
-    """As the kernel shows it (seq_path)."""
+    """The name as the kernel shows it (seq_path)."""
     return re.sub(rb"[ \t\n\\]", lambda found: b"\\%03o" % found[0][0], name)
 
 

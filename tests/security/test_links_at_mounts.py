@@ -1,4 +1,4 @@
-"""Mounts, volumes and working directories that links of images and volumes lead into the kernel's file systems."""
+"""Links of images and volumes that lead mounts, volumes and working directories into the kernel's file systems."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MakeImage = Callable[..., str]
 
 @pytest.fixture
 def image(agent: AgentProcess, tmp_path: Path) -> Iterator[MakeImage]:
-    """Imports an image of busybox with these links, and more entries; removed after the test."""
+    """Imports an image of busybox with these links and entries. It is removed after the test."""
     made: list[str] = []
 
     def make(links: dict[str, str], *entries: Any, **config: object) -> str:
@@ -36,7 +36,7 @@ def image(agent: AgentProcess, tmp_path: Path) -> Iterator[MakeImage]:
 
 
 def refusal(attacker: StartAttacker, config: cri_pb2.ContainerConfig) -> str:
-    """Why CreateContainer refuses a container."""
+    """The error with which CreateContainer refuses a container."""
     with pytest.raises(grpc.RpcError) as raised:
         attacker(config)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT, raised.value.details()
@@ -70,7 +70,7 @@ def test_no_volume_is_mounted_through_a_link_over_what_the_kernel_shows(
 def test_no_volume_is_mounted_on_what_the_kernel_shows_of_processes(
     quiet_log: AgentProcess, handler: str, user_namespace: bool, tmp_path: Path
 ) -> None:
-    """crun writes there what confines the container, and looks there for what it closes (CVE-2019-16884)."""
+    """crun writes the container's confinement there, and reads there what to close (CVE-2019-16884)."""
     sandbox = pod_config(quiet_log, user_namespace=user_namespace)
     sandbox_id = quiet_log.client.run_sandbox(sandbox, handler)
     config = like_kubelets("main")
@@ -86,7 +86,7 @@ def test_no_volume_is_mounted_on_what_the_kernel_shows_of_processes(
 
 
 def test_files_of_proc_that_tools_replace(quiet_log: AgentProcess, attacker: StartAttacker, tmp_path: Path) -> None:
-    """As lxcfs does, so that programs see their limits and not the node's memory."""
+    """As lxcfs does, so that programs see their limits instead of the node's memory."""
     for folder_above in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
         folder_above.chmod(0o755)
     shown = tmp_path / "meminfo"
@@ -119,9 +119,9 @@ def test_a_volume_in_sys_is_mounted_where_something_is_and_nothing_is_made_in_it
 def test_no_terminal_is_opened_through_a_volume(
     quiet_log: AgentProcess, attacker: StartAttacker, image: MakeImage, tmp_path: Path, through: str
 ) -> None:
-    """What it has in the terminal's place, OCI runtimes open for writing, chown and mount at /dev/console.
+    """OCI runtimes open the file at the terminal's path for writing, chown it and mount it at /dev/console.
 
-    That is the shape of CVE-2025-52565.
+    This is the attack of CVE-2025-52565.
     """
     (tmp_path / "ptmx").symlink_to("/proc/self/root/dev/pts/ptmx")
     for number in range(64):

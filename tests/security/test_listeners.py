@@ -1,4 +1,4 @@
-"""No client that can connect to the agent keeps others out, or takes its descriptors and memory."""
+"""No client that can connect to the agent can keep other clients out, or use up its descriptors and memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TUNNEL = "SPDY/3.1+portforward.k8s.io"
 
 @pytest.fixture
 def many_descriptors() -> Iterator[None]:
-    """The test's own limit of descriptors as high as it may be."""
+    """Raise the test's own limit of descriptors to its maximum."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield
@@ -80,7 +80,7 @@ async def test_few_descriptors_leave_an_agent_that_goes_on(busybox: Path, tmp_pa
             for _ in range(100):
                 stack.enter_context(await asyncio.to_thread(socket.create_connection, address))
             await until(lambda: b"connections cannot be accepted" in agent.log.read_bytes()[size:])
-            for _ in range(20):  # calls of who is connected are answered
+            for _ in range(20):  # calls of connected clients are answered
                 agent.client.call("Version", cri_pb2.VersionRequest())
                 await asyncio.sleep(0.05)
             assert agent.log.stat().st_size - size < 4096, agent.tail()
@@ -103,7 +103,7 @@ def test_silent_clients_of_the_socket_keep_nobody_out(quiet_log: AgentProcess, m
 
 
 def test_clients_that_keep_their_connections_keep_nobody_out(quiet_log: AgentProcess, many_descriptors: None) -> None:
-    """They have shown that they use HTTP/2, so that only a minute without calls would end them."""
+    """They have sent HTTP/2 messages, so that only a minute without calls would end them."""
     path = quiet_log.address.removeprefix("unix://")
     size = quiet_log.log.stat().st_size
     with contextlib.ExitStack() as stack:
@@ -153,7 +153,7 @@ async def test_clients_attached_to_one_container_are_limited(quiet_log: AgentPro
     container = run(quiet_log, "sh", "-c", "while :; do echo out; sleep 0.2; done")
     clients = [await SpdyClient.connect(container.attach_url("stdout")) for _ in range(105)]
     streams = [await client.open_command("stdout") for client in clients]
-    # They are served at the same time: which of them come too late is not known.
+    # They are served at the same time, so the test does not know which of them are refused.
     waiting = [asyncio.create_task(one.status(ids["error"])) for one, ids in zip(clients, streams, strict=True)]
     await until(lambda: sum(task.done() for task in waiting) >= 5, "the refusal of five clients")
     refused = [task.result()["message"] for task in waiting if task.done()]
@@ -167,7 +167,7 @@ async def test_clients_attached_to_one_container_are_limited(quiet_log: AgentPro
         await client.close()
 
 
-# ---- leaving
+# ---- disconnecting
 
 
 Leave = Callable[[asyncio.StreamWriter], None]
@@ -201,7 +201,7 @@ OUTPUT = ("sh", "-c", "while :; do echo output; done")
 
 
 async def leave_spdy(container: Running, leave: Leave) -> None:
-    for names in ((), ("stdout",), ("stdout", "stderr")):  # before the command, or while it talks
+    for names in ((), ("stdout",), ("stdout", "stderr")):  # before the command starts, or during its output
         for url in (container.exec_url(*OUTPUT), container.exec_url("true"), container.attach_url()):
             client = await SpdyClient.connect(url)
             await client.open_command(*names)
@@ -244,7 +244,7 @@ async def leave_port_forward(container: Running, leave: Leave) -> None:
 @pytest.mark.parametrize("leave", WAYS)
 async def test_clients_that_leave_in_any_way_leave_no_traceback(quiet_log: AgentProcess, leave: Leave) -> None:
     container = run(quiet_log, "sh", "-c", "while :; do echo output; sleep 0.01; done")
-    await exec_works(container)  # what the agent opens once is open then
+    await exec_works(container)  # opens everything that the agent opens only once
     before = descriptors(quiet_log)
     await asyncio.gather(
         *(protocol(container, leave) for protocol in (leave_spdy, leave_websocket, leave_port_forward) for _ in "123")

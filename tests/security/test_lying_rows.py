@@ -1,4 +1,4 @@
-"""Rows of the store that can be read but are wrong: nothing that belongs to others is touched."""
+"""Rows of the store that can be read but are wrong do not make the agent touch objects of other programs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.pods import container_config, run_container, sandbox_config, 
 
 @pytest.fixture
 def bystander() -> Iterator[subprocess.Popen[bytes]]:
-    """A process of the node, in separate cgroups: a row may name it although it is not the agent's."""
+    """A process of the node in separate cgroups. A wrong row may name it although it is not the agent's."""
     cgroups = CgroupTree.of_host("cgroupfs")
     path = f"/podkeel-bystander-{os.getpid()}"
     process = subprocess.Popen(["sleep", "1000"])

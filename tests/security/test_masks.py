@@ -1,4 +1,4 @@
-"""The device that hides files of /proc from a container is not the node's, and no container can change it."""
+"""The device that hides files in /proc from a container is not the node's, and no container can change it."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def test_what_hides_files_cannot_be_changed(
     after = Path("/dev/null").stat()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     assert after.st_mtime > 1
-    if handler == "crun":  # runc takes the container's own, which its root may change
+    if handler == "crun":  # runc uses the container's own device, which its root may change
         assert set(found) <= {"EROFS", "EPERM", "EINVAL"}
 
 
 def of_the_node() -> set[tuple[int, int]]:
-    """Every file of the node's /dev, with what is mounted in it."""
+    """Every file of the node's /dev, with its mount."""
     found = set()
     for folder, _, files in os.walk("/dev"):
         for name in files:
@@ -64,7 +64,7 @@ def of_the_node() -> set[tuple[int, int]]:
 
 
 def held_by(pid: int) -> dict[str, tuple[int, int]]:
-    """What a process has mounted and open."""
+    """The mounts and open files of a process."""
     process = Path(f"/proc/{pid}")
     paths = [process / f"root{entry.target}" for entry in mount_table(str(process / "mountinfo"))]
     paths += [
@@ -73,7 +73,7 @@ def held_by(pid: int) -> dict[str, tuple[int, int]]:
     ]
     found = {}
     for path in paths:
-        with contextlib.suppress(OSError):  # hidden by what was mounted later
+        with contextlib.suppress(OSError):  # hidden by a later mount
             status = path.stat()
             found[str(path)] = (status.st_dev, status.st_ino)
     return found
@@ -82,7 +82,7 @@ def held_by(pid: int) -> dict[str, tuple[int, int]]:
 def test_no_container_holds_a_file_of_the_node_s_dev(
     quiet_log: AgentProcess, attacker: StartAttacker, tmp_path: Path
 ) -> None:
-    """Files of /proc, of the image and of a volume are hidden."""
+    """Hides files in /proc, in the image and in a volume."""
     tmp_path.chmod(0o777)
     (tmp_path / "secret").write_text("secret")
     config = like_kubelets("main")
@@ -104,7 +104,7 @@ def test_no_container_holds_a_file_of_the_node_s_dev(
 
 
 def test_files_are_hidden_also_after_the_agent_was_killed(own_agent: AgentProcess) -> None:
-    """Containers keep what hides their files, and so do those that come later."""
+    """Files stay hidden in running containers, and are hidden in new ones."""
     for _ in range(2):
         sandbox = pod_config(own_agent)
         sandbox_id = own_agent.client.run_sandbox(sandbox, "crun")
@@ -123,10 +123,10 @@ def test_files_are_hidden_also_after_the_agent_was_killed(own_agent: AgentProces
 
 
 def test_what_only_the_pod_has_in_proc_is_hidden_by_no_file_of_the_node(agent: AgentProcess) -> None:
-    """crun would hide it behind the node's null device: the agent cannot look for it, so it is refused."""
+    """crun would hide it with the node's null device. The agent cannot check the path, so it refuses it."""
     sandbox = pod_config(agent)
     config = like_kubelets("main")
-    path = "/proc/self/task/1/environ"  # the thread of process 1, which no agent is in its tests
+    path = "/proc/self/task/1/environ"  # of the thread of process 1, which is never an agent in these tests
     config.linux.security_context.masked_paths.append(path)
     with pytest.raises(grpc.RpcError, match=path) as refused:
         agent.client.create(agent.client.run_sandbox(sandbox, "crun"), config, sandbox)

@@ -1,4 +1,4 @@
-"""Names that clients choose are used exactly: nothing on the node misreads them, and bad ones are refused."""
+"""Names that clients choose are used exactly: no program on the node misinterprets them, and bad ones are refused."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""JSON that is nested a thousand times is refused at each place that reads it: no internal error, no traceback.
+"""JSON with thousands of nested levels is refused wherever it is read: no internal error, no traceback.
 
-Manifests, configs and answers of registries are in test_image_documents.py and test_registry_answers.py.
+Tests of manifests, configs and registry answers are in test_image_documents.py and test_registry_answers.py.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def test_seccomp_profiles(quiet_log: AgentProcess, tmp_path: Path, name: str) ->
 
 @pytest.fixture
 def surrounded(tmp_path: Path, busybox: Path) -> Iterator[tuple[AgentProcess, PluginFolders]]:
-    """An agent among an OCI runtime, CNI plugins and a credentials file that all nest their JSON."""
+    """An agent whose OCI runtime, CNI plugins and credentials file all return nested JSON."""
     (tmp_path / "cni").mkdir()
     folders = PluginFolders(tmp_path / "cni")
     nested = tmp_path / "nested.json"

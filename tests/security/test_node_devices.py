@@ -1,4 +1,4 @@
-"""No container gets a device file of the node, and none is changed: neither its owner nor its mode."""
+"""No container gets a device file of the node, and owner and mode of the node's devices never change."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def identity(status: os.stat_result) -> tuple[int, int]:
 
 @pytest.fixture(autouse=True)
 def untouched() -> Iterator[None]:
-    """Owner and mode of the node's devices stay as they are."""
+    """Assert that owner and mode of the node's devices do not change."""
     before = {name: (s.st_uid, s.st_gid, s.st_mode, s.st_ino) for name, s in of_node().items()}
     yield
     assert {name: (s.st_uid, s.st_gid, s.st_mode, s.st_ino) for name, s in of_node().items()} == before
@@ -138,7 +138,7 @@ def test_device_in_the_place_of_a_folder_is_refused(quiet_log: AgentProcess, han
 
 @pytest.fixture
 def described() -> Iterator[str]:
-    """A CDI device with two nodes, of which one has an owner."""
+    """A CDI device with two device nodes, one of which has an owner."""
     kind = f"pkt{secrets.token_hex(3)}.example/device"
     place = Path("/var/run/cdi")
     new = not place.exists()
@@ -174,7 +174,7 @@ def test_described_devices_of_a_user_namespace_are_its_own(
 def test_volume_in_the_place_of_kernel_files_is_refused(
     quiet_log: AgentProcess, handler: str, tmp_path: Path, place: str
 ) -> None:
-    """Its null would be a stream and a mask, and its files in /proc would replace the kernel's."""
+    """Its null could be used as a stream and a mask, and its files in /proc would replace the kernel's."""
     (tmp_path / "null").symlink_to("/proc/1/root/etc/shadow")
     config = like_kubelets("main")
     config.mounts.add(container_path=place, host_path=str(tmp_path))
@@ -186,7 +186,7 @@ def test_volume_in_the_place_of_kernel_files_is_refused(
 def test_volume_that_a_link_leads_to_the_null_device_is_refused(
     quiet_log: AgentProcess, handler: str, tmp_path: Path
 ) -> None:
-    """OCI runtimes hide files behind it (CVE-2025-31133)."""
+    """OCI runtimes use this device to hide files (CVE-2025-31133)."""
     link = tarfile.TarInfo("hidden")
     link.type, link.linkname = tarfile.SYMTYPE, "/dev/null"
     image = import_image(quiet_log, tmp_path, "linked-null", [(link, b"")])
@@ -209,12 +209,12 @@ def test_volume_of_an_image_in_the_place_of_kernel_files_is_refused(
 
 
 @pytest.mark.parametrize("uid", [0, 65534])
-# With a terminal runc opens /dev/console, which only privileged containers may.
+# With a terminal, runc opens /dev/console, which only privileged containers may do.
 @pytest.mark.parametrize(("streams", "privileged"), [("plain", True), ("plain", False), ("terminal", True)])
 def test_node_s_own_dev_at_dev_stays_untouched(
     quiet_log: AgentProcess, handler: str, uid: int, streams: str, privileged: bool
 ) -> None:
-    """As drivers of storage and devices mount it. What the OCI runtime gives to the user are no files of the node's."""
+    """Storage and device drivers use such mounts. The OCI runtime must not give the node's files to the user."""
     if streams == "terminal" and not Path("/dev/console").exists():
         pytest.skip("the node has no /dev/console, over which OCI runtimes mount the terminal")
     config = like_kubelets("main", tty=streams == "terminal")
@@ -236,11 +236,11 @@ def test_node_s_own_dev_at_dev_stays_untouched(
 def test_device_that_a_volume_brings_is_the_container_s_own(
     quiet_log: AgentProcess, handler: str, user_namespace: bool, uid: int, place: str
 ) -> None:
-    """The node's /dev/null over a file hides it; OCI runtimes give what is at /dev/null to the container's user."""
+    """The node's /dev/null hides a file there. OCI runtimes give the file at /dev/null to the container's user."""
     config = like_kubelets("main")
     source = "/dev/urandom" if place == "/dev/random" else "/dev/null"
     config.mounts.add(container_path=place, host_path=source)
-    if user_namespace:  # as kubelet asks for every volume
+    if user_namespace:  # kubelet requests this for every volume
         config.mounts[0].uidMappings.add(host_id=FIRST_ID, container_id=0, length=65536)
         config.mounts[0].gidMappings.add(host_id=FIRST_ID, container_id=0, length=65536)
     config.linux.security_context.run_as_user.value = uid
@@ -279,7 +279,7 @@ def test_node_s_own_sys_at_sys(quiet_log: AgentProcess, handler: str) -> None:
 def test_streams_of_an_attacker_with_its_own_null_and_the_node_s_processes(
     quiet_log: AgentProcess, handler: str, tmp_path: Path
 ) -> None:
-    """By a volume at /dev whose null leads to a file of the node's, which its user came to own."""
+    """A volume at /dev has a null that links to a file of the node, whose owner would be changed."""
     target = tmp_path / "secret"
     target.write_text("secret")
     target.chmod(0o600)
@@ -297,7 +297,7 @@ def test_streams_of_an_attacker_with_its_own_null_and_the_node_s_processes(
 def test_streams_are_the_container_s_own_while_it_is_being_made(
     quiet_log: AgentProcess, handler: str, user_namespace: bool
 ) -> None:
-    """One container of a pod, with the right to look into others, watches the OCI runtime make another one."""
+    """A container of the pod that may look into others watches while the OCI runtime creates another container."""
     watcher = with_python(like_kubelets("watcher"))
     watcher.linux.security_context.capabilities.add_capabilities.append("SYS_PTRACE")
     sandbox = pod_config(quiet_log, user_namespace=user_namespace)
@@ -310,7 +310,7 @@ def test_streams_are_the_container_s_own_while_it_is_being_made(
     client.start(container_id)
     made = like_kubelets("made")
     made.linux.security_context.namespace_options.CopyFrom(options)
-    other = client.create(sandbox_id, made, sandbox)  # the runtime's process waits in it for the start
+    other = client.create(sandbox_id, made, sandbox)  # the runtime's process in it waits for the start
     process = Path(f"/proc/{init_pid(quiet_log, other)}")
     node = {identity(status) for status in of_node().values()}
     assert not node & {identity(path.stat()) for path in (process / "fd").iterdir()}

@@ -1,4 +1,4 @@
-"""What a container has mounted in a bidirectional volume leaves the node when it ends; other mounts there stay."""
+"""A container's mounts in a bidirectional volume are removed from the node when it ends. Other mounts there stay."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.pods import container_config, sandbox_config
 
 @pytest.fixture
 def volume(tmp_path: Path) -> Iterator[Path]:
-    """A folder of the node from which mounts propagate, with a file and folders in it, and ``pod`` with a file."""
+    """A folder of the node with shared mount propagation, with a file and folders, and ``pod`` with a file."""
     folder = tmp_path / "shared"
     folder.mkdir()
     libc.mount("tmpfs", str(folder), "tmpfs", 0, "")
@@ -37,7 +37,7 @@ def volume(tmp_path: Path) -> Iterator[Path]:
 
 
 def config_with(volume: Path, propagation: int = cri_pb2.PROPAGATION_PRIVATE) -> cri_pb2.ContainerConfig:
-    """A container with the volume, bidirectional, and a folder and a file of the pod in it."""
+    """A container with the bidirectional volume, and with a folder and a file of the pod in it."""
     pod = volume.parent / "pod"
     inside = {"/data/folder": pod, "/data/below": volume / "below", "/data/resolv.conf": pod / "resolv.conf"}
     wanted = [cri_pb2.Mount(container_path="/data", host_path=str(volume))]
@@ -57,7 +57,7 @@ def create(agent: AgentProcess, wanted: cri_pb2.ContainerConfig, handler: str = 
 
 
 def seen(volume: Path) -> list[str]:
-    """The mounts below the volume on the node."""
+    """The node's mounts below the volume."""
     return [target.removeprefix(f"{volume}/") for target in mounts.mounts_below(volume) if target != str(volume)]
 
 
@@ -84,7 +84,7 @@ def test_the_mounts_of_containers_that_run_at_once_end_with_the_last(agent: Agen
 
 
 def test_what_others_have_mounted_in_them_stays(agent: AgentProcess, volume: Path) -> None:
-    """As a driver's volumes do, which its next container still serves."""
+    """For example volumes of a driver, which its next container still serves."""
     _, container_id = create(agent, config_with(volume, cri_pb2.PROPAGATION_BIDIRECTIONAL))
     inner = volume / "below/inner"
     inner.mkdir()

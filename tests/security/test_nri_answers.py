@@ -1,4 +1,4 @@
-"""Answers of NRI plugins that are wrong, very large or very many: they fail what they are about, and nothing else."""
+"""Wrong, very large and very many answers of NRI plugins fail only the operations that they belong to."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def linux(**fields: Any) -> Adjustment:
 
 
 def refused(agent: AgentProcess, adjust: Adjustment) -> grpc.RpcError:
-    """What CreateContainer says to the answer of a plugin; nothing is left of the container."""
+    """The error of CreateContainer for a plugin's answer. Nothing of the container may stay."""
     sandbox = sandbox_config(agent)
     sandbox_id = agent.client.run_sandbox(sandbox)
     acting = {"CreateContainer": lambda _: nri_pb2.CreateContainerResponse(adjust=adjust)}
@@ -136,7 +136,7 @@ def test_what_a_plugin_says_is_one_short_line_of_the_log(agent: AgentProcess) ->
 
 
 class Raw:
-    """A plugin that sends what a test says."""
+    """A plugin that sends the messages of a test."""
 
     def __init__(self, agent: AgentProcess) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -179,7 +179,7 @@ def test_a_plugin_that_hangs_in_synchronize_again_and_again_delays_pods_once(age
         for comer in comers:
             comer.start()
         assert hung.acquire(timeout=10)
-        run_container(agent, "sleep", "1000")  # waits for the first, and perhaps for the second
+        run_container(agent, "sleep", "1000")  # waits for the first plugin, and perhaps for the second
         wait_for(lambda: "it may connect again in" in agent.log.read_text(), 15)
         begin = time.monotonic()
         run_container(agent, "sleep", "1000")
@@ -193,12 +193,12 @@ def test_a_plugin_that_hangs_in_synchronize_again_and_again_delays_pods_once(age
 
 
 def resident(agent: AgentProcess) -> int:
-    """Bytes of memory that the agent uses."""
+    """The memory usage of the agent in bytes."""
     return int(Path(f"/proc/{agent.pid()}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def registered(agent: AgentProcess, number: int) -> Raw:
-    """A plugin that has registered, so it may send messages of 4 MiB, and answers nothing."""
+    """A registered plugin, which may send messages of 4 MiB and never answers."""
     plugin = Raw(agent)
     name = nri_pb2.RegisterPluginRequest(plugin_name=f"half{number}", plugin_idx="50")
     call = ttrpc_pb2.Request(

@@ -1,4 +1,4 @@
-"""The names of other processes on the node and in containers stop nothing, and cost nothing."""
+"""Names of other processes on the node and in containers neither stop anything nor use much memory."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from runtime.namespaces.pid import end_holder, start_holder
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import run_container
 
-# The first program sleeps under a name and with arguments that it chose; the second one has the kernel show 64 MiB as
-# its words (PR_SET_MM_MAP, which needs no privilege).
+# The first program sleeps with a name and arguments of its choice. The second one makes the kernel show 64 MiB as its
+# arguments (PR_SET_MM_MAP, which needs no privilege).
 _LONG = """
 import ctypes, mmap, os, struct, sys, time
 size = 64 << 20
@@ -87,7 +87,7 @@ def test_no_command_line_stops_a_start(own_agent: AgentProcess) -> None:
 
 @pytest.mark.skipif(shutil.which("catatonit") is None, reason="needs catatonit")
 def test_nobody_is_killed_in_place_of_the_init_of_a_pod(tmp_path: Path) -> None:
-    """The agent died before it wrote the init down: it is found by what only root can read, not by its name."""
+    """The agent was killed before it recorded the init. It finds it by a file that only root can read, not by name."""
     folder, sandbox_id = SandboxFolder(tmp_path), "a" * 64
     with contextlib.ExitStack() as stack:
         title = f"/x/podkeel-pod-init-{sandbox_id}"

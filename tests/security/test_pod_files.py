@@ -1,4 +1,4 @@
-"""resolv.conf, hosts and hostname, which containers may write to, use no space of the node's run folder."""
+"""Containers may write to resolv.conf, hosts and hostname, but this uses no space of the node's run folder."""
 
 from __future__ import annotations
 

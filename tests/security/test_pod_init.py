@@ -1,6 +1,6 @@
 """The init of a shared PID namespace: no process of the pod can change its program, root or open files.
 
-Nor does it have anything that who traces it has not: no right, and no namespace of the node's but those of the pod.
+A process that traces it gains nothing: the init has no rights, and only the namespaces of the pod.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.security.conftest import FIRST_ID, pod_config
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import log_lines, shared_pids
 
-# Tries to change all that it can reach of the init, through each of the kernel's links to it.
+# Tries to change everything of the init that it can reach, through each of the kernel's links to it.
 CHANGES = """
 import stat
 ROOT = %r
@@ -64,8 +64,8 @@ POWERS = {
 }
 
 
-# Takes the init over with ptrace(2) and has it make system calls: it is in one, so its program counter is after a
-# "syscall" instruction. Calls: socket(AF_UNIX), socket(AF_INET), unshare(CLONE_NEWUSER), mount, ptrace(TRACEME).
+# Controls the init with ptrace(2) and makes it execute system calls. It is in a system call, so its program counter is
+# after a "syscall" instruction. Calls: socket (AF_UNIX, AF_INET), unshare (CLONE_NEWUSER), mount, ptrace (TRACEME).
 TRACE = """
 SEIZE, INTERRUPT, GETREGS, SETREGS, STEP, DETACH = 0x4206, 0x4207, 12, 13, 9, 17
 def ptrace(request, address=0, data=0):
@@ -107,7 +107,7 @@ def catatonit() -> bytes:
 
 
 def init_of(agent: AgentProcess, sandbox_id: str) -> int:
-    """The pid on the node of a pod's init."""
+    """The pid of a pod's init on the node."""
     for pid in all_pids():
         if sandbox_id.encode() in command_line(pid)[0]:
             return pid
@@ -125,7 +125,7 @@ def start(agent: AgentProcess, handler: str, config: cri_pb2.ContainerConfig, *,
 
 
 def test_its_root_becomes_read_only_while_a_child_being_started_holds_a_file(tmp_path: Path) -> None:
-    """On a busy node a pod with a shared PID namespace failed with "Device or resource busy: '/dev'"."""
+    """On a busy node, a pod with a shared PID namespace failed with "Device or resource busy: '/dev'"."""
 
     def make() -> None:
         mounts.enter_new_mount_namespace()
@@ -152,7 +152,7 @@ def test_nothing_of_the_init_can_be_changed(
     found = attacker.python(CHANGES % "/proc/1/root")
     assert found["changed"] == []
     assert "/proc/1/exe" in found["paths"]
-    if powers == "all kept" and not user_namespace:  # it came in: the tries were real ones
+    if powers == "all kept" and not user_namespace:  # it could enter, so the attempts were real
         assert "/proc/1/root/catatonit" in found["paths"]
         assert {result for path, _, result in found["found"] if path == "/proc/1/root/catatonit"} <= {
             "EROFS",
@@ -166,7 +166,7 @@ def test_nothing_of_the_init_can_be_changed(
 def test_working_directory_in_the_root_of_the_init_changes_nothing(
     quiet_log: AgentProcess, handler: str, user_namespace: bool, catatonit: bytes, tmp_path: Path
 ) -> None:
-    """The image's working directory is a link to /proc/1/root; OCI runtimes enter it before they drop anything."""
+    """The image's working directory is a link to /proc/1/root. OCI runtimes enter it before they drop rights."""
     link = tarfile.TarInfo("w")
     link.type, link.linkname = tarfile.SYMTYPE, "/proc/1/root"
     image = import_image(quiet_log, tmp_path, "linked-init", [(link, b"")], {"WorkingDir": "/w"})
@@ -183,7 +183,7 @@ def test_working_directory_in_the_root_of_the_init_changes_nothing(
     try:
         container_id = quiet_log.client.create(sandbox_id, config, sandbox)
         quiet_log.client.start(container_id)
-    except grpc.RpcError as error:  # refused, which is as good
+    except grpc.RpcError as error:  # a refusal is good too
         assert error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
     else:
         log = Path(quiet_log.client.status(container_id).log_path)
@@ -225,7 +225,7 @@ def test_pods_share_their_processes_and_the_init_reaps(
 def test_init_has_no_right_and_none_of_the_node_s_namespaces(
     quiet_log: AgentProcess, handler: str, user_namespace: bool
 ) -> None:
-    """It is the only process of the pod that the node starts: containers read of the network that it is in."""
+    """It is the only process of the pod that the node starts. Containers can read about its network."""
     attacker = start(quiet_log, handler, like_kubelets("main"), user_namespace=user_namespace)
     init, agent = Path(f"/proc/{init_of(quiet_log, attacker.sandbox_id)}"), Path("/proc/self")
     for kind in ("net", "ipc", "uts", "mnt", "pid"):
@@ -241,7 +241,7 @@ def test_init_has_no_right_and_none_of_the_node_s_namespaces(
         assert (limits["Max address space"], limits["Max processes"]) == (str(64 << 20), "1")
         assert (fields["NoNewPrivs"], fields["Seccomp"], fields["Groups"].strip()) == ("1", "2", "")
     assert attacker.shell("cat /proc/1/net/dev | wc -l") == attacker.shell("cat /proc/self/net/dev | wc -l")
-    assert attacker.shell("wc -l < /proc/1/net/unix").strip() == "1"  # its heading
+    assert attacker.shell("wc -l < /proc/1/net/unix").strip() == "1"  # the header line
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the attack is written for x86-64")

@@ -1,4 +1,4 @@
-"""A registry or an image that delays its own pull delays no other pull, command, stop or list."""
+"""A registry or an image that delays its own pull does not delay other pulls, commands, stops or lists."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.pods import run_container
 from tests.support.registry import Registry
 from tests.support.registry_front import Front, run_front
 
-_DRIP = 130  # bytes in a tenth of a second: more than the slowest rate that is allowed
+_DRIP = 130  # bytes in a tenth of a second: more than the minimum rate
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ async def remove(agent: AgentProcess, *names: str) -> None:
 
 
 async def slowest_answers(agent: AgentProcess, container: str, *, until_done: Callable[[], bool]) -> dict[str, float]:
-    """The longest that a command, a list and statistics have taken until something is done."""
+    """The longest duration of a command, a list and statistics until ``until_done`` is true."""
     calls: dict[str, Callable[[], object]] = {
         "ExecSync": lambda: agent.client.output(container, "echo", "here"),
         "ListContainers": lambda: agent.client.call("ListContainers", cri_pb2.ListContainersRequest()),
@@ -82,7 +82,7 @@ async def test_slow_layers_of_one_registry_hold_up_no_other_pull_and_no_command(
     try:
         await until(lambda: sum("/blobs/" in path for _, path, _ in slow.seen) >= 5)
         assert await pulled(agent, registry.push(other, "beside/quick")) == other.id
-        # The same registry, another pull: it has its own slot too.
+        # Another pull from the same registry gets a slot too.
         registry.push(other, "beside/same")
         await remove(agent, other.id)
         assert await pulled(agent, f"{slow.host}/beside/same") == other.id
@@ -111,7 +111,7 @@ async def test_many_pulls_of_one_registry_never_take_all_slots(
         asked = [blob_of(image, 0) for image in images]
         await until(lambda: sum(any(blob in path for blob in asked) for _, path, _ in slow.seen) >= 12)
         assert await pulled(agent, registry.push(other, "beside/one-of-another")) == other.id
-        # Several pulls of the other registry have slots at once: it has the same share.
+        # Several pulls from the other registry have slots at the same time, because its share is the same.
         others = [BuiltImage((make_tar([entry(f"share{number}", os.urandom(3000))]),)) for number in range(6)]
         names = [registry.push(image, f"beside/share{number}") for number, image in enumerate(others)]
         assert await asyncio.gather(*(pulled(agent, name) for name in names)) == [image.id for image in others]
@@ -135,7 +135,7 @@ def blob_of(image: BuiltImage, layer: int) -> str:
 async def test_small_layers_over_a_deep_tree_keep_no_command_list_or_stop_waiting(
     agent: AgentProcess, registry: Registry
 ) -> None:
-    deep = "/".join("d" * 250)  # each folder of these is implied, and looked up in the layer below
+    deep = "/".join("d" * 250)  # each of these folders has no entry, and is looked up in the layer below
     below = make_tar([folder(deep[:end]) for end in range(1, len(deep) + 1, 2)])
     files = [entry(f"{deep}/file", "")]
     images = [BuiltImage((below, make_tar([*files, entry("number", str(number))]))) for number in range(13)]

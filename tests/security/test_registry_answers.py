@@ -1,4 +1,4 @@
-"""Registries and their token servers are not trusted: every answer has limits of size and time."""
+"""Registries and token servers are not trusted: every answer has limits of size and time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def scripted() -> Iterator[ScriptedRegistry]:
 
 @pytest.fixture
 def small(quiet_log: AgentProcess) -> Iterator[AgentProcess]:
-    """The shared agent, which must stay small during the test."""
+    """The shared agent. Its memory must stay small during the test."""
     forget_peak(quiet_log)
     before = peak_memory(quiet_log)
     yield quiet_log

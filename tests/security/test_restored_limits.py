@@ -1,4 +1,4 @@
-"""Restored processes never run without the limits and the device rules of their new container."""
+"""Restored processes never run without the limits and device rules of their new container."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def crun(agent: AgentProcess) -> None:
 
 
 def saved(agent: AgentProcess, folder: Path, *command: str) -> str:
-    """An image of a container that runs ``command``, which is being executed while it is checkpointed."""
+    """An image of a container that was checkpointed while it executed ``command``."""
     sandbox_id, container_id = run_with(agent, "crun", *command)
     wait_for_log(agent.client, container_id)
     wait_for_lines(agent, container_id, 2)
@@ -58,7 +58,7 @@ def test_no_process_runs_without_device_rules(agent: AgentProcess, tmp_path: Pat
         os.close(os.open("/dev/loop-control", os.O_RDONLY))
     except OSError as error:
         pytest.skip(f"this machine has no device to try it with: /dev/loop-control: {error.strerror}")
-    # It tries without end, so also in the moment when CRIU has it run; and it reports each change of the rules.
+    # It tries all the time, also at the moment when CRIU starts it, and reports each change of the rules.
     attempt = "{ true < /node; } 2>/dev/null && echo opened"
     look = '{ read r < /sys/fs/cgroup/devices/devices.list; } 2>/dev/null; [ "$r" = "$o" ] || echo rules $r; o=$r'
     attempts = f"i=0; while :; do {attempt}; {look}; i=$((i+1)); [ $((i%2000)) = 0 ] && echo $i; done"
@@ -98,7 +98,7 @@ def test_the_limits_are_exact_once_it_runs(agent: AgentProcess, tmp_path: Path) 
 
 def test_the_limits_are_there_before_criu_begins(tmp_path: Path, busybox: Path) -> None:
     seen, wrapper = tmp_path / "seen", tmp_path / "crun"
-    # What the cgroups allow that the restore, and all processes of it, are in.
+    # The limits of the cgroups that contain the restore and all its processes.
     files = ("devices/$(of devices)/devices.list", "memory/$(of memory)/memory.limit_in_bytes")
     look = 'of() { sed -n "s/.*:$1://p" /proc/self/cgroup; }; cd /sys/fs/cgroup; ' + f"cat {' '.join(files)} > {seen}"
     wrapper.write_text(f'#!/bin/sh\ncase " $* " in *" restore "*) ({look}) ;; esac\nexec {shutil.which("crun")} "$@"\n')

@@ -1,4 +1,4 @@
-"""The systemd unit: what it does for the agent, and that nothing of it reaches containers."""
+"""The systemd unit: its effect on the agent, and that none of its options affects containers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.agent import AgentProcess
 
 UNIT = Path(__file__).parents[2] / "manifests/systemd/podkeel.service"
 
-# systemd carries these out by a filter of system calls, by no_new_privs, by a mount namespace or by a bounding set. All
+# systemd implements these options with a filter of system calls, no_new_privs, a mount namespace or a bounding set. All
 # of these are inherited: containers would have them too, or the node would not see what pods mount.
 REACH_CONTAINERS = (
     *("NoNewPrivileges", "LockPersonality", "RestrictRealtime", "RestrictSUIDSGID", "RestrictNamespaces"),
@@ -52,7 +52,7 @@ def test_the_agent_has_private_files_no_core_dumps_and_a_memory_limit() -> None:
     assert (found["UMask"], found["LimitCORE"], found["OOMScoreAdjust"]) == ("0077", "0", "-999")
     assert found["MemoryMax"] == "4G"
     assert int(found["LogRateLimitBurst"]) > 0
-    # One process that is killed for its memory must not end the others of the service: containers' monitors.
+    # If one process is killed for its memory, the others of the service, which are containers' monitors, must not end.
     assert (found["OOMPolicy"], found["KillMode"]) == ("continue", "process")
 
 

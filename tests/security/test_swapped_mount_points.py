@@ -1,4 +1,4 @@
-"""A container that swaps a folder of a volume never has another one's volume mounted over its devices."""
+"""A container that swaps a folder of a volume cannot make another one's volume be mounted over its devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.integration.agent.hardening import PRELUDE, PYTHON, init_pid, like_ku
 from tests.security.conftest import pod_config
 from tests.support.agent import PATIENCE, AgentProcess, wait_for
 
-# Swaps a mount point in the volume with a link to the devices, as often as it can.
+# Swaps a mount point in the volume with a link to the devices, as fast as it can.
 SWAP = """
 os.mkdir("/volume/inner")
 os.symlink("{target}", "/volume/link")
@@ -28,7 +28,7 @@ while time.monotonic() < end:
 def test_no_volume_is_mounted_over_devices_while_another_container_swaps_its_place(
     quiet_log: AgentProcess, handler: str, tmp_path: Path, target: str
 ) -> None:
-    """OCI runtimes would open its null and its terminals, for the container that then begins, with root's rights."""
+    """OCI runtimes would open its null and terminals as root, for the container that starts then."""
     volume, other = tmp_path / "volume", tmp_path / "other"
     for folder in (volume, other):
         folder.mkdir()
@@ -53,7 +53,7 @@ def test_no_volume_is_mounted_over_devices_while_another_container_swaps_its_pla
         table = list(mount_table(f"/proc/{init_pid(quiet_log, container_id)}/mountinfo"))
         places = {entry.target for entry in table if entry.root.endswith("/other")}
         assert places
-        assert places <= {"/volume/inner", "/volume/link"}  # it goes along when the folder is renamed
+        assert places <= {"/volume/inner", "/volume/link"}  # the mount moves when the folder is renamed
         quiet_log.client.remove(container_id)
     assert "refused" in outcomes, "the swaps were never seen"
 
@@ -61,7 +61,7 @@ def test_no_volume_is_mounted_over_devices_while_another_container_swaps_its_pla
 def test_what_volumes_bring_along_is_not_taken_for_swapped(
     quiet_log: AgentProcess, handler: str, tmp_path: Path
 ) -> None:
-    """A volume in another one, beside a terminal, a volume in /dev and one with a mount in it."""
+    """A volume inside another one, beside a terminal, a volume in /dev, and one with a mount in it."""
     volume, other = tmp_path / "volume", tmp_path / "other"
     for folder in (volume / "inner", other):
         folder.mkdir(parents=True)
@@ -84,7 +84,7 @@ def test_what_volumes_bring_along_is_not_taken_for_swapped(
 def test_no_file_of_the_node_changes_its_owner_by_a_swapped_mount_point(
     quiet_log: AgentProcess, handler: str, tmp_path: Path, target: str
 ) -> None:
-    """With host PID a null of the volume's can lead to any file of the node, which the OCI runtime would chown."""
+    """With host PID, a null in the volume can link to any file of the node, which the OCI runtime would chown."""
     volume, other, secret = tmp_path / "volume", tmp_path / "other", tmp_path / "secret"
     for folder in (volume, other):
         folder.mkdir()
@@ -108,7 +108,7 @@ def test_no_file_of_the_node_changes_its_owner_by_a_swapped_mount_point(
         victim.linux.security_context.namespace_options.CopyFrom(sandbox.linux.security_context.namespace_options)
         victim.mounts.add(container_path="/volume", host_path=str(volume))
         victim.mounts.add(container_path="/volume/inner", host_path=str(other))
-        if target == "/etc":  # and by a second volume, in what was led astray
+        if target == "/etc":  # and by a second volume, in the wrong place
             victim.mounts.add(container_path="/etc/inner", host_path=str(secret))
         try:
             quiet_log.client.remove(quiet_log.client.create(sandbox_id, victim, sandbox))

@@ -1,4 +1,4 @@
-"""A container that targets another one joins that one's PID namespace, never that of a process that reuses its pid."""
+"""A container that targets another one joins its PID namespace, never that of a process that reuses its pid."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def namespaces_held(agent: AgentProcess) -> int:
 def test_the_runtime_gets_the_namespace_by_a_descriptor(
     quiet_log: AgentProcess, handler: str, user_namespace: bool
 ) -> None:
-    """The agent checked whose it is; it is closed once the container is there."""
+    """The agent checks which process the descriptor belongs to, and closes it once the container exists."""
     client = quiet_log.client
     sandbox = pod_config(quiet_log, user_namespace=user_namespace)
     sandbox.linux.security_context.namespace_options.pid = cri_pb2.CONTAINER

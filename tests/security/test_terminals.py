@@ -1,4 +1,4 @@
-"""A command with a terminal delays nothing but itself, with any root that its container has made."""
+"""A command with a terminal delays only itself, whichever root its container has made."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_programs_of_the_node_are_not_held_back(own_agent: AgentProcess) -
         async with asyncio.timeout(SECONDS):
             assert await size_of_terminal(container, "stty", "size") == "24 80\r\n"
     except TimeoutError:
-        own_agent.kill()  # else nothing can be executed any more, also not by this test
+        own_agent.kill()  # otherwise nothing can be executed any more, also not by this test
         raise
     assert own_agent.tracebacks() == []
 

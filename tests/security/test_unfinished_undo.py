@@ -1,4 +1,4 @@
-"""A pod whose creation failed or was cancelled, and whose network cannot be released, does not block its name."""
+"""A pod whose creation failed or was cancelled does not block its name, even if its network cannot be released."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["cni"]
 @pytest.mark.parametrize("undo", ["fails", "hangs"])
 @pytest.mark.parametrize("making", ["failed", "cancelled"])
 def test_kubelet_goes_on_while_a_pod_is_still_undone(cni: CniAgent, making: str, undo: str) -> None:
-    """The same call again, also for another configuration; a list shows one pod, and in the end nothing is left."""
+    """The same call again, also with another configuration. A list shows one pod, and at the end nothing is left."""
     client, begun = cni.agent.client, cni.folders.folder / "begun"
     first = f"if [ -e {cni.broken} ]; then touch {begun}; " + (
         "sleep 1000" if making == "cancelled" else failure(42, "no")

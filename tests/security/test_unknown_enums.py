@@ -1,4 +1,4 @@
-"""Numbers that an enum does not have: INVALID_ARGUMENT with the field, never an internal error."""
+"""Unknown numbers of an enum cause INVALID_ARGUMENT with the field's name, never an internal error."""
 
 from __future__ import annotations
 

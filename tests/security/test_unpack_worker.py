@@ -1,6 +1,6 @@
-"""Code of a layer that is executed in the unpack worker reaches nothing but the layer.
+"""Code of a layer that is executed in the unpack worker reaches only the layer.
 
-The attacker's program takes the place of the one that reads the tar, after the real worker was started and confined.
+The attacker's program replaces the one that reads the tar, after the real worker was started and confined.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def unending() -> AsyncGenerator[bytes, None]:
 
 
 async def outcome(unpacker: Unpacker, layer: Path) -> dict[str, str]:
-    """What the attacker's program found out: it fails with that as its message."""
+    """The findings of the attacker's program, which fails with them as its message."""
     with pytest.raises(PodkeelError) as caught:
         await unpacker.unpack(quiet(), ANY, layer, None, "attack")
     found = json.loads(caught.value.message.removeprefix("attack could not be unpacked: "))
@@ -94,7 +94,7 @@ async def test_it_reaches_no_file_outside(program: Program, unpacker: Unpacker, 
             "for number in range(1000):",
             "    try: open_files.append(os.fstat(number).st_mode)",
             "    except OSError: pass",
-            # Standard input, output and error, the lifeline, and the one of the attempt before.
+            # Standard input, output and error, the lifeline, and the descriptor of the previous attempt.
             "found['descriptors'] = ','.join('pipe' if stat.S_ISFIFO(mode) else oct(mode) for mode in open_files)",
         )
     )
@@ -169,7 +169,7 @@ async def test_what_the_kernel_says_of_it(layer: Path) -> None:
         for kind in ("mnt", "net", "ipc", "pid"):
             assert (process / "ns" / kind).readlink() != Path("/proc/self/ns", kind).readlink(), kind
         assert (process / "mountinfo").read_text().count("\n") == 1
-        assert (process / "net/dev").read_text().count("\n") == 3  # two lines of headings and a loopback that is down
+        assert (process / "net/dev").read_text().count("\n") == 3  # two header lines and a loopback that is down
         assert (process / "oom_score_adj").read_text() == "1000\n"
         pidfd = os.pidfd_open(int(process.name))
         break
@@ -184,7 +184,7 @@ async def test_what_the_kernel_says_of_it(layer: Path) -> None:
 
 
 async def confined_processes() -> AsyncIterator[Path]:
-    """The inner processes of this process's workers, waited for."""
+    """Waits for the inner processes of this process's workers."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for pid in all_pids():

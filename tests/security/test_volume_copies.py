@@ -1,4 +1,4 @@
-"""An image's files at a VOLUME are copied without filling the node's disk."""
+"""Copying an image's files to a VOLUME does not fill the node's disk."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SIZE = 2 << 30
 
 
 def sparse_layer(name: str) -> bytes:
-    """A file of 2 GiB without any data, in GNU tar's old form of sparse files."""
+    """A sparse file of 2 GiB without data, in GNU tar's old format."""
     header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
     header[156:157] = b"S"
-    header[386:398] = b"%011o\0" % _SIZE  # an empty piece at the end
+    header[386:398] = b"%011o\0" % _SIZE  # an empty region at the end
     header[398:410] = b"%011o\0" % 0
     header[483:495] = b"%011o\0" % _SIZE
     header[148:156] = b" " * 8

@@ -1,4 +1,4 @@
-"""The report of an unpack worker under control of a layer makes nothing outside of that layer."""
+"""The report of an unpack worker that a layer controls cannot make the agent write outside of that layer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = ["layer", "program", "unpacker"]
         {"devices": [[True, 0o666, 1, 3, 0, 0, 0, ["."]]]},
         {"used_bytes": -5},
         {"used_bytes": 1 << 80},
-        {"used_bytes": (1 << 63) - 1},  # three such layers are more than ImageFsInfo can say
+        {"used_bytes": (1 << 63) - 1},  # the sum of three such layers does not fit into ImageFsInfo
         {"used_inodes": (1 << 63) - 1},
         {"implied": ["\0"]},
     ],
@@ -118,5 +118,5 @@ async def test_a_sound_layer_still_has_its_devices_and_marks(unpacker: Unpacker,
     assert (layer / "dev/gone").read_text() == "a file"
     assert os.getxattr(layer / "etc", "trusted.overlay.opaque") == b"y"
     assert (layer / "etc/passwd").lstat().st_rdev == 0
-    assert unpacked.used_inodes == sum(1 for _ in layer.rglob("*")) + 1 - 1  # two names of one node
+    assert unpacked.used_inodes == sum(1 for _ in layer.rglob("*")) + 1 - 1  # one node has two names
     assert unpacked.used_bytes == 4096 * (3 + 1)

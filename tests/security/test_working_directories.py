@@ -31,7 +31,7 @@ SECRET = "of the node\n"
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
-    """A file of the node's root, which no other user may read."""
+    """A file of the node that only root may read."""
     file = tmp_path / "marker"
     file.write_text(SECRET)
     file.chmod(0o600)
@@ -39,7 +39,7 @@ def marker(tmp_path: Path) -> Path:
 
 
 def with_host_pids(config: cri_pb2.ContainerConfig) -> cri_pb2.ContainerConfig:
-    """A container that sees all processes, and has no capability at all to do anything to them."""
+    """A container that sees all processes, and has no capability to affect them."""
     context = config.linux.security_context
     context.namespace_options.pid = cri_pb2.NODE
     context.no_new_privs = True
@@ -61,12 +61,12 @@ def start(
 
 
 def outside(file: Path) -> str:
-    """A file of the node by the root of a process that is outside of every container."""
+    """A file of the node, through the root of a process that is outside of every container."""
     return f"/proc/{os.getpid()}/root{file}"
 
 
 def replace_work(attacker: Attacker, target: str) -> None:
-    """Put a link where the working directory was, as the container can, from the outside."""
+    """Replace the working directory by a link from outside, as the container could."""
     work = Path(f"/proc/{init_pid(attacker.agent, attacker.container_id)}/root/work")
     work.rmdir()
     work.symlink_to(target)
@@ -81,7 +81,7 @@ def test_no_command_runs_in_a_directory_that_a_link_of_the_container_leads_out(
     assert quiet_log.client.output(attacker.container_id, "pwd") == "/work\n"
     replace_work(attacker, target.format(pid=os.getpid(), folder=marker.parent))
     if handler == "runc" and target == "proc/1":
-        return  # a plain folder of its /proc, where it may be
+        return  # a regular folder in its /proc, which is allowed
     with pytest.raises(grpc.RpcError) as refused:
         quiet_log.client.exec(attacker.container_id, "cat", "marker")
     assert SECRET not in (refused.value.details() or "")
@@ -90,7 +90,7 @@ def test_no_command_runs_in_a_directory_that_a_link_of_the_container_leads_out(
         assert "the link /work in its working directory /work" in (refused.value.details() or "")
 
 
-# Swaps the working directory with a link out of the container, as often as it can.
+# Swaps the working directory with a link out of the container, as fast as it can.
 SWAP = """
 os.makedirs("{folder}/work", exist_ok=True)
 os.symlink("{target}", "{folder}/link")
@@ -158,7 +158,7 @@ def test_no_container_begins_outside_while_another_swaps_a_folder_of_its_volume(
 
 
 def test_a_created_container_whose_directory_is_outside_is_seen(tmp_path: Path) -> None:
-    """What the race above hits now and then: a process in a new mount namespace, its directory in another one."""
+    """The race above sometimes causes this: a process in a new mount namespace with a directory in another one."""
     spec = build(request(tmp_path, config=container(working_dir="/work")))
     for directory, seen in ((f"/proc/{os.getpid()}/cwd", True), ("/", False)):
         script = f"cd {directory} && echo ready && exec sleep 100"
@@ -192,8 +192,8 @@ def test_commands_run_where_they_should_in_pods_that_see_the_node_s_processes(
     output = quiet_log.client.output(attacker.container_id, "./run.sh").split()
     assert output[0] == "/app/current"
     assert output[1].endswith("run.sh")
-    assert output[2:] == ["0", "1", "2", "3"]  # the last of ls itself
-    # Its release is replaced, as deployments do.
+    assert output[2:] == ["0", "1", "2", "3"]  # 3 is that of ls
+    # Replace its release folder, as deployments do.
     assert attacker.shell("mv /app/current /app/old; mkdir /app/new; ln -s new /app/current; rm /app/n") == ""
     assert quiet_log.client.output(attacker.container_id, "pwd") == "/app/new\n"
     assert attacker.shell("echo still; rm -r /app/current") == "still\n"
@@ -206,7 +206,7 @@ def test_commands_run_where_they_should_in_pods_that_see_the_node_s_processes(
 
 @pytest.fixture(scope="module")
 def open_agent(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[AgentProcess]:
-    """An agent whose default handler neither looks where it goes nor takes a descriptor: crun, with that one closed."""
+    """An agent whose default handler is vulnerable: crun with the descriptor closed that the agent passes."""
     real = shutil.which("crun")
     if real is None:
         pytest.skip("crun is not installed")
@@ -223,7 +223,7 @@ def open_agent(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Itera
 
 
 def check(agent: AgentProcess) -> dict[str, dict[str, str]]:
-    """What ``podkeel check`` says of each runtime handler."""
+    """The findings of ``podkeel check`` for each runtime handler."""
     command = agent.command("check", "--format", "json", *agent.flags)
     answer = json.loads(subprocess.run(command, capture_output=True, check=False).stdout)
     return {item["name"].removeprefix("runtime "): item for item in answer["checks"]}
@@ -236,7 +236,7 @@ def test_check_tells_which_handlers_are_open_and_what_closes_them(
     assert found["open"]["state"] == "fail"
     assert "Debian 13" in found["open"]["remedy"]
     if "runc" in found:
-        assert found["runc"]["state"] == "ok"  # Debian 12's has the fix
+        assert found["runc"]["state"] == "ok"  # Debian 12's runc has the fix
     ours = check(agent)["crun"]
     assert ours["state"] == "warn"
     assert "the agent does so for it" in ours["detail"]

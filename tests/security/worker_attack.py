@@ -1,4 +1,4 @@
-"""Running an attacker's program in the unpack worker: it takes the place of the one that reads the tar."""
+"""Runs an attacker's program in the unpack worker, in place of the program that reads the tar."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def unpacker() -> Iterator[Unpacker]:
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> Program:
-    """Has workers call the function ``work`` of this program instead of unpacking."""
+    """Makes workers call the function ``work`` of this program instead of unpacking."""
 
     def replace(source: str) -> None:
         start = "import sys; sys.path[:0] = sys.argv[1:2]; sys.path += sys.argv[2:3]\n"

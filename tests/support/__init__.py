@@ -1,1 +1,1 @@
-"""What the tests share: a real agent to talk to, images to give it, and the check that nothing is left behind."""
+"""Shared code of the tests: a real agent, images for it, and the check that nothing is left behind."""

@@ -1,6 +1,6 @@
-"""As much of a Kubernetes API server as kubectl needs to come to the streams of one pod: discovery, the pod, a proxy.
+"""The part of a Kubernetes API server that kubectl needs for the streams of one pod: discovery, the pod, a proxy.
 
-Streams are passed on to the agent's streaming server as they come, byte by byte, as API server and kubelet do.
+It forwards streams byte by byte to the agent's streaming server, as API server and kubelet do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _VERSION = {"major": "1", "minor": "32", "gitVersion": "v1.32.4", "platform": "l
 _POD_KIND = {"name": "pods", "singularName": "pod", "namespaced": True, "kind": "Pod", "verbs": ["get"]}
 _CHUNK = 65536
 Query = dict[str, list[str]]
-# Gives the streaming server's URL for a subresource (exec, attach, portforward) of the pod, with the query's wishes.
+# Returns the streaming server's URL for a subresource (exec, attach, portforward) of the pod, with the query's options.
 Streams = Callable[[str, Query], str]
 
 
@@ -73,7 +73,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 def _read_head(connection: socket.socket) -> bytes:
-    """A request up to its empty line, none of which has a body; empty at the end of the connection."""
+    """A request without body, up to its empty line. Empty at the end of the connection."""
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         byte = connection.recv(1)
@@ -109,7 +109,7 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
         while chunk := source.recv(_CHUNK):
             target.sendall(chunk)
         target.shutdown(socket.SHUT_WR)
-    except OSError:  # one of them is gone: so is the other
+    except OSError:  # one connection has ended, so this ends the other one too
         for end in (source, target):
             _shut(end)
 
@@ -123,7 +123,7 @@ def _shut(end: socket.socket) -> None:
 
 @dataclass(frozen=True)
 class ApiServer:
-    """Where it is, and the protocols that streams were upgraded to."""
+    """The server's address, and the protocols that streams were upgraded to."""
 
     url: str
     upgrades: list[str]
@@ -131,7 +131,7 @@ class ApiServer:
 
 @contextmanager
 def api_server(pod: str, containers: dict[str, dict[str, Any]], streams: Streams) -> Iterator[ApiServer]:
-    """Serve a pod of the namespace ``default`` with those containers (fields by name)."""
+    """Serve a pod in the namespace ``default`` with these containers (fields by name)."""
     with _Server(pod, containers, streams) as server:
         serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         serving.start()

@@ -1,4 +1,4 @@
-"""Checkpoints that tests make, and what is in their archives."""
+"""Makes checkpoints for tests, and reads their archives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.pods import container_config, log_lines, sandbox_config
 
-# Counts in memory, so that a restored one continues where it was; and has a child process.
+# Counts in memory, so that a restored container continues counting. It has a child process.
 COUNTER = (
     "sh",
     "-c",
@@ -28,7 +28,7 @@ COUNTER = (
 
 
 def abilities(agent: AgentProcess) -> dict[str, str]:
-    """What the agent says of checkpoints, by runtime handler: able, or why not."""
+    """What the agent reports about checkpoints for each runtime handler: "able", or the reason why not."""
     answer = agent.client.call("Status", cri_pb2.StatusRequest(verbose=True))
     report = json.loads(answer.info["podkeel"])["checkpoint"]
     handlers: dict[str, str] = report["handlers"]
@@ -36,7 +36,7 @@ def abilities(agent: AgentProcess) -> dict[str, str]:
 
 
 def why_no_sockets(agent: AgentProcess) -> str:
-    """Why no socket of TCP or UDP can be saved on this machine; empty if one can."""
+    """Why TCP and UDP sockets cannot be checkpointed on this machine; empty if they can."""
     answer = agent.client.call("Status", cri_pb2.StatusRequest(verbose=True))
     version = json.loads(answer.info["podkeel"])["checkpoint"]["criu"]
     with socket.socket() as tried:
@@ -49,7 +49,7 @@ def why_no_sockets(agent: AgentProcess) -> str:
 
 
 def run_with(agent: AgentProcess, handler: str, *command: str, **fields: Any) -> tuple[str, str]:
-    """A new pod of a runtime handler with one started container; their ids."""
+    """Run a new pod of a runtime handler with one container. Returns their ids."""
     sandbox = sandbox_config(agent)
     request = cri_pb2.RunPodSandboxRequest(config=sandbox, runtime_handler=handler)
     sandbox_id = agent.client.call("RunPodSandbox", request).pod_sandbox_id
@@ -59,26 +59,26 @@ def run_with(agent: AgentProcess, handler: str, *command: str, **fields: Any) ->
 
 
 def checkpoint(agent: AgentProcess, container_id: str, location: Path, timeout: int = 0) -> None:
-    """CheckpointContainer."""
+    """Call CheckpointContainer."""
     request = cri_pb2.CheckpointContainerRequest(container_id=container_id, location=str(location), timeout=timeout)
     agent.client.call("CheckpointContainer", request)
 
 
 def lines_of(agent: AgentProcess, container_id: str) -> list[str]:
-    """What a container has logged."""
+    """The log lines of a container."""
     path = Path(agent.client.status(container_id).log_path)
     return log_lines(path) if path.exists() else []
 
 
 def wait_for_lines(agent: AgentProcess, container_id: str, more: int = 1) -> list[str]:
-    """Wait until a container has logged that many more lines; all that it logged."""
+    """Wait until a container has logged that many more lines. Returns all lines."""
     before = len(lines_of(agent, container_id))
     wait_for(lambda: len(lines_of(agent, container_id)) >= before + more, what=f"{more} more log lines")
     return lines_of(agent, container_id)
 
 
 def memory_of(agent: AgentProcess, container_id: str) -> int:
-    """Bytes of memory that a container uses."""
+    """The memory usage of a container in bytes."""
     request = cri_pb2.ContainerStatsRequest(container_id=container_id)
     return int(agent.client.call("ContainerStats", request).stats.memory.usage_bytes.value)
 
@@ -90,7 +90,7 @@ def members(archive: Path) -> dict[str, tarfile.TarInfo]:
 
 
 def content(archive: Path, name: str) -> bytes:
-    """A member of an archive."""
+    """The content of a member of an archive."""
     with tarfile.open(archive) as file:
         member = file.extractfile(name)
         assert member is not None
@@ -98,14 +98,14 @@ def content(archive: Path, name: str) -> bytes:
 
 
 def document(archive: Path, name: str) -> Any:
-    """A JSON member of an archive."""
+    """A decoded JSON member of an archive."""
     return json.loads(content(archive, name))
 
 
 def made_up(folder: Path, changes: dict[str, bytes | tarfile.TarInfo | None] | None = None, machine: int = 0) -> Path:
-    """An archive as a checkpoint has it, except CRIU's images, from which no process could be restored.
+    """Write an archive like that of a checkpoint, with CRIU images from which no process can be restored.
 
-    ``changes`` replace members, add them, or take them away. ``machine`` is CRIU's number, by default this machine's.
+    ``changes`` replace, add or remove members. ``machine`` is CRIU's number, by default this machine's.
     """
     own = {"x86_64": 1, "aarch64": 3, "ppc64le": 4, "s390x": 5}[os.uname().machine]
     core = b"\x19\x43\x56\x54\x47\x38\x05\x55" + (2).to_bytes(4, "little") + bytes((8, machine or own))
@@ -133,30 +133,30 @@ def made_up(folder: Path, changes: dict[str, bytes | tarfile.TarInfo | None] | N
 
 
 def files_of(agent: AgentProcess, folder: Path) -> list[Path]:
-    """What there is of checkpoints in ``folder``, where they are to be, and with the agent."""
+    """The files of checkpoints in ``folder``, the destination, and in the agent's folders."""
     work = agent.data / "checkpoints"
     return [*folder.iterdir(), *(work.iterdir() if work.exists() else ())]
 
 
 def nothing_is_left(agent: AgentProcess, folder: Path) -> None:
-    """Assert that a checkpoint for which the agent has answered with an error left no file."""
+    """Assert that a failed checkpoint left no file."""
     assert files_of(agent, folder) == []
 
 
 def wait_for_nothing_left(agent: AgentProcess, folder: Path) -> None:
-    """The same for a call whose client has left: it gets its error before the agent has cleaned up."""
+    """Wait until a checkpoint whose client left has left no file. The client gets its error before the clean-up."""
     wait_for(lambda: files_of(agent, folder) == [], what="nothing left of the checkpoint")
 
 
 def image_names(agent: AgentProcess) -> set[str]:
-    """The names of all images of the agent, and the ids of those without one."""
+    """The names of all images of the agent, and the ids of images without a name."""
     images = agent.client.call("ListImages", cri_pb2.ListImagesRequest()).images
     return {name for image in images for name in image.repo_tags or [image.id]}
 
 
 @pytest.fixture(autouse=True)
 def no_new_images(shared_agent: AgentProcess) -> Iterator[None]:
-    """Removes the images that a test makes in the shared agent, after the containers that it made of them."""
+    """Remove the images that a test makes in the shared agent, and their containers first."""
     before = image_names(shared_agent)
     yield
     for name in image_names(shared_agent) - before:
@@ -168,13 +168,13 @@ CHECKPOINT_IMAGE = "example.org/restored:1"
 
 
 def image_of(agent: AgentProcess, archive: Path, name: str = CHECKPOINT_IMAGE) -> str:
-    """Make an image of an archive; its name."""
+    """Make an image of an archive. Returns its name."""
     agent.client.call("ImageFromCheckpoint", agent_pb2.ImageFromCheckpointRequest(path=str(archive), name=name))
     return name
 
 
 def checkpoint_pod(agent: AgentProcess, sandbox_id: str, place: Path, ids: Sequence[str], **options: str) -> None:
-    """CheckpointPod."""
+    """Call CheckpointPod."""
     request = cri_pb2.CheckpointPodRequest(
         pod_sandbox_id=sandbox_id, output_path=str(place), container_ids=ids, options=options
     )
@@ -190,7 +190,7 @@ def restore_pod(
     options: Mapping[str, str] | None = None,
     timeout: float = 60.0,
 ) -> tuple[str, dict[str, str]]:
-    """RestorePod; the id of the pod, and those of its containers by name."""
+    """Call RestorePod. Returns the id of the pod, and the ids of its containers by name."""
     request = cri_pb2.RestorePodRequest(
         checkpoint_path=str(place),
         config=sandbox or sandbox_config(agent),
@@ -205,7 +205,7 @@ def restore_pod(
 def run_pod(
     agent: AgentProcess, *configs: cri_pb2.ContainerConfig, sandbox: cri_pb2.PodSandboxConfig | None = None
 ) -> tuple[str, list[str]]:
-    """A new pod of crun's with started containers; its id and theirs."""
+    """Run a new pod with crun and started containers. Returns their ids."""
     sandbox = sandbox or sandbox_config(agent)
     request = cri_pb2.RunPodSandboxRequest(config=sandbox, runtime_handler="crun")
     sandbox_id = agent.client.call("RunPodSandbox", request).pod_sandbox_id

@@ -1,4 +1,4 @@
-"""CNI configurations, and plugins that are scripts controlled by a test."""
+"""CNI configurations, and plugins that are shell scripts controlled by a test."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ esac
 
 
 def result(address: str = "10.206.0.2/24", version: str = "1.0.0") -> str:
-    """What a script prints to report an address."""
+    """The output of a script that reports an address."""
     return f'echo \'{{"cniVersion": "{version}", "ips": [{{"address": "{address}"}}]}}\''
 
 
 def failure(code: int, text: str, details: str = "") -> str:
-    """How a script fails as a plugin does."""
+    """Shell lines that make a script fail with an error of the CNI specification."""
     body = json.dumps({"cniVersion": "1.0.0", "code": code, "msg": text, "details": details})
     return f"echo '{body}'; exit 1"
 
@@ -44,7 +44,7 @@ class Call:
 
 @dataclass
 class PluginFolders:
-    """Folders of a test's own for configurations, plugins, and what is known of their calls."""
+    """Folders of one test: for configurations, for plugins, and for records of their calls."""
 
     folder: Path
 
@@ -67,7 +67,7 @@ class PluginFolders:
     def configure(
         self, *plugins: dict[str, object], version: str = "1.0.0", name: str = "10-test.conflist", **more: Any
     ) -> Path:
-        """Write a configuration, as one does: beside and then in place."""
+        """Write a configuration to a new file, then rename it into place."""
         content = {"cniVersion": version, "name": "testnet", "plugins": plugins, **more}
         path = self.configurations / name
         beside = path.with_suffix(".new")
@@ -75,7 +75,7 @@ class PluginFolders:
         return beside.rename(path)
 
     def script(self, name: str, *, versions: Sequence[str] = ALL_VERSIONS, **commands: str) -> dict[str, object]:
-        """Make a plugin that runs these shell lines, ``true`` where none are given; returns its settings."""
+        """Make a plugin that runs these shell lines (default: ``true``). Returns its configuration."""
         told = json.dumps({"cniVersion": "1.0.0", "supportedVersions": list(versions)})
         lines = {"VERSION": f"echo '{told}'", "ADD": result(), **commands}
         cases = "\n".join(f"{name})\n{line}\n;;" for name, line in lines.items())
@@ -87,7 +87,7 @@ class PluginFolders:
         return {"type": name}
 
     def called(self, *commands: str) -> list[Call]:
-        """The calls of scripted plugins so far, without VERSION; only those of ``commands`` if any are named."""
+        """The calls of scripted plugins so far, without VERSION. If ``commands`` are given, only those."""
         found = []
         for path in sorted(self.calls.iterdir()):
             if path.name.startswith("."):
@@ -98,5 +98,5 @@ class PluginFolders:
         return found
 
     def environment(self, command_name: str) -> list[str]:
-        """The variables of the last call of that command."""
+        """The environment of the last call of that command."""
         return (self.calls / f".environment-{command_name}").read_text().split()

@@ -1,4 +1,4 @@
-"""An OpenTelemetry collector: takes spans by OTLP over gRPC and keeps them."""
+"""An OpenTelemetry collector that receives spans by OTLP over gRPC and stores them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 @dataclass(frozen=True)
 class Received:
-    """A span, with its attributes and those of the resource that it is from."""
+    """A span, with its attributes and those of its resource."""
 
     span: Span
     attributes: dict[str, Any]
@@ -23,7 +23,7 @@ class Received:
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """``address`` is where it listens, on loopback; ``spans`` holds what came."""
+    """``address`` is its address on loopback. ``spans`` are the received spans."""
 
     def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self.spans: list[Received] = []
@@ -38,7 +38,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     def Export(
         self, request: trace_service_pb2.ExportTraceServiceRequest, _context: object
     ) -> trace_service_pb2.ExportTraceServiceResponse:
-        """Take spans."""
+        """Receive spans."""
         for part in request.resource_spans:
             resource = _plain(part.resource.attributes)
             for scope in part.scope_spans:
@@ -46,7 +46,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         return trace_service_pb2.ExportTraceServiceResponse()
 
     def named(self, *suffixes: str) -> list[Received]:
-        """The spans whose names end with one of these."""
+        """The spans whose names end with one of ``suffixes``."""
         return [received for received in self.spans if received.span.name.endswith(suffixes)]
 
     @contextlib.contextmanager

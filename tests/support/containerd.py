@@ -1,4 +1,4 @@
-"""Debian's containerd for as long as a test needs it, everything of it below one folder."""
+"""Runs Debian's containerd for a test, with all its files below one folder."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ address = "{folder}/socket.ttrpc"
 
 
 class Containerd:
-    """A running one, asked through ``ctr``."""
+    """A running containerd, used through ``ctr``."""
 
     def __init__(self, address: str) -> None:
         self._address = address
 
     def ctr(self, *words: str) -> str:
-        """What a command of ``ctr`` prints."""
+        """The output of a ``ctr`` command."""
         command = ("ctr", "--address", self._address, *words)
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
@@ -38,7 +38,7 @@ class Containerd:
 
     @contextlib.contextmanager
     def mounted(self, archive: Path, reference: str, target: Path) -> Iterator[Path]:
-        """The image of an archive, unpacked and mounted at ``target``."""
+        """Unpack the image of an archive and mount it at ``target``."""
         target.mkdir()
         self.ctr("images", "import", str(archive))
         self.ctr("images", "mount", reference, str(target))
@@ -50,7 +50,7 @@ class Containerd:
 
 @contextlib.contextmanager
 def run_containerd(folder: Path) -> Iterator[Containerd]:
-    """Start one with images and snapshots only, with all its files in ``folder``, which is made."""
+    """Start a containerd with images and snapshots only. All its files are in ``folder``, which is created."""
     folder.mkdir()
     config = folder / "config.toml"
     config.write_text(_CONFIG.format(folder=folder))
@@ -75,5 +75,5 @@ def run_containerd(folder: Path) -> Iterator[Containerd]:
         finally:
             process.terminate()
             for _ in log:
-                pass  # it would wait for a reader of its log
+                pass  # containerd would wait for a reader of its log
             process.wait()

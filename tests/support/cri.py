@@ -1,4 +1,4 @@
-"""A blocking client of any CRI socket, and short ways to the messages tests send."""
+"""A blocking client for any CRI socket, with short methods for the calls of tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CALL_SECONDS = 60.0
 
 
 class CriClient:
-    """``client.call("RunPodSandbox", request)``; raises ``grpc.RpcError``."""
+    """Call with ``client.call("RunPodSandbox", request)``. Raises ``grpc.RpcError``."""
 
     def __init__(self, address: str) -> None:
         options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.default_authority", "localhost")]
@@ -42,22 +42,22 @@ class CriClient:
     def call(
         self, name: str, request: Message, timeout: float = CALL_SECONDS, metadata: Sequence[tuple[str, str]] = ()
     ) -> Any:
-        """One unary call."""
+        """Make one unary call."""
         return self._calls[name][0](request, timeout=timeout, metadata=metadata)
 
     def future(self, name: str, request: Message, timeout: float = CALL_SECONDS) -> Any:
-        """A unary call in flight, to be cancelled or waited for."""
+        """Start a unary call. The caller waits for it or cancels it."""
         return self._calls[name][0].future(request, timeout=timeout)
 
     def stream(self, name: str, request: Message, timeout: float | None = CALL_SECONDS) -> Iterator[Any]:
-        """The responses of a streaming call; the iterator is the call, and can be cancelled."""
+        """The responses of a streaming call. The iterator is the call and can be cancelled."""
         responses: Iterator[Any] = self._calls[name][0](request, timeout=timeout)
         return responses
 
     def wait_ready(self, seconds: float, alive: Callable[[], bool] = lambda: True) -> None:
-        """Wait until the server answers, as long as it is ``alive``. Raises TimeoutError.
+        """Wait until the server answers, while ``alive`` returns true. Raises TimeoutError.
 
-        The channel is not used before: after a failed attempt it would wait a second and more for the next.
+        The channel is not used before, because after a failed attempt it would wait a second or more for the next.
         """
         deadline = time.monotonic() + seconds
         while not self._is_listened_on():
@@ -78,63 +78,63 @@ class CriClient:
         """Close the connection."""
         self._channel.close()
 
-    # What nearly every test does.
+    # Calls that most tests need.
 
     def run_sandbox(self, config: cri_pb2.PodSandboxConfig, handler: str = "") -> str:
-        """RunPodSandbox; the id."""
+        """Call RunPodSandbox and return the id."""
         request = cri_pb2.RunPodSandboxRequest(config=config, runtime_handler=handler)
         return str(self.call("RunPodSandbox", request).pod_sandbox_id)
 
     def create(self, sandbox_id: str, config: cri_pb2.ContainerConfig, sandbox: cri_pb2.PodSandboxConfig) -> str:
-        """CreateContainer; the id."""
+        """Call CreateContainer and return the id."""
         request = cri_pb2.CreateContainerRequest(pod_sandbox_id=sandbox_id, config=config, sandbox_config=sandbox)
         return str(self.call("CreateContainer", request).container_id)
 
     def start(self, container_id: str) -> None:
-        """StartContainer."""
+        """Call StartContainer."""
         self.call("StartContainer", cri_pb2.StartContainerRequest(container_id=container_id))
 
     def stop(self, container_id: str, timeout: int = 0) -> None:
-        """StopContainer."""
+        """Call StopContainer."""
         self.call("StopContainer", cri_pb2.StopContainerRequest(container_id=container_id, timeout=timeout))
 
     def remove(self, container_id: str) -> None:
-        """RemoveContainer."""
+        """Call RemoveContainer."""
         self.call("RemoveContainer", cri_pb2.RemoveContainerRequest(container_id=container_id))
 
     def stop_sandbox(self, sandbox_id: str) -> None:
-        """StopPodSandbox."""
+        """Call StopPodSandbox."""
         self.call("StopPodSandbox", cri_pb2.StopPodSandboxRequest(pod_sandbox_id=sandbox_id))
 
     def remove_sandbox(self, sandbox_id: str) -> None:
-        """RemovePodSandbox."""
+        """Call RemovePodSandbox."""
         self.call("RemovePodSandbox", cri_pb2.RemovePodSandboxRequest(pod_sandbox_id=sandbox_id))
 
     def status(self, container_id: str) -> cri_pb2.ContainerStatus:
-        """ContainerStatus."""
+        """Call ContainerStatus."""
         request = cri_pb2.ContainerStatusRequest(container_id=container_id)
         status: cri_pb2.ContainerStatus = self.call("ContainerStatus", request).status
         return status
 
     def sandbox_status(self, sandbox_id: str) -> cri_pb2.PodSandboxStatus:
-        """PodSandboxStatus."""
+        """Call PodSandboxStatus."""
         request = cri_pb2.PodSandboxStatusRequest(pod_sandbox_id=sandbox_id)
         status: cri_pb2.PodSandboxStatus = self.call("PodSandboxStatus", request).status
         return status
 
     def exec(self, container_id: str, *command: str, timeout: int = 20) -> cri_pb2.ExecSyncResponse:
-        """ExecSync."""
+        """Call ExecSync."""
         request = cri_pb2.ExecSyncRequest(container_id=container_id, cmd=command, timeout=timeout)
         response: cri_pb2.ExecSyncResponse = self.call("ExecSync", request)
         return response
 
     def output(self, container_id: str, *command: str) -> str:
-        """What a command in a container prints; fails the test when the command fails."""
+        """The output of a command in a container. Fails the test if the command fails."""
         response = self.exec(container_id, *command)
         assert response.exit_code == 0, response
         return response.stdout.decode()
 
     def findings(self) -> list[str]:
-        """What the agent finds different between its store and the node."""
+        """The differences that the agent finds between its store and the node."""
         response = self.call("Check", agent_pb2.CheckRequest())
         return [f"{finding.kind} {finding.object} {finding.problem}" for finding in response.findings]

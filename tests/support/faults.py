@@ -1,11 +1,11 @@
-"""Faults that an agent of a test meets at its stages.
+"""Faults that a test injects at the stages of an agent.
 
-They are a comma-separated list of ``Operation.stage:when:action`` where *when* is ``before`` or ``after`` and *action*
-is ``kill`` (SIGKILL to this process), ``error`` (an internal error), ``hang`` (wait until cancelled) or ``block`` (the
-event loop hangs). ``@/path`` names a file that holds such a list and is read at every stage, so that one process can
-meet many faults.
+A comma-separated list of ``Operation.stage:when:action``. *when* is ``before`` or ``after``. *action* is ``kill``
+(SIGKILL to this process), ``error`` (an internal error), ``hang`` (wait until cancelled) or ``block`` (block the event
+loop). ``@/path`` names a file with such a list, which is read at every stage, so that a test can change the faults of a
+running process.
 
-``python -m tests.support.faults FAULTS serve ...`` is the ``podkeel`` command whose process meets them.
+``python -m tests.support.faults FAULTS serve ...`` runs the ``podkeel`` command with these faults.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log = logging.getLogger("podkeel.stages")
 
 
 class Faults:
-    """A hook for ``stages.faults_of``. Raises ValueError for a list that does not follow the rules above."""
+    """A hook for ``stages.faults_of``. Raises ValueError for an invalid list."""
 
     def __init__(self, text: str) -> None:
         self._file = Path(text[1:]) if text.startswith("@") else None
@@ -61,7 +61,7 @@ def _parsed(text: str) -> dict[str, str]:
 
 
 def main(faults: str, words: list[str]) -> int:
-    """Run one ``podkeel`` command that meets faults; returns its exit status."""
+    """Run one ``podkeel`` command with faults. Returns its exit status."""
     from cli.main import main as podkeel
 
     with stages.faults_of(Faults(faults)):

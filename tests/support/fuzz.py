@@ -1,4 +1,4 @@
-"""How long fuzz targets run: some seconds in every run of the tests, as long as ``PODKEEL_FUZZ_SECONDS`` says else."""
+"""The duration of fuzz targets: some seconds by default, otherwise ``PODKEEL_FUZZ_SECONDS``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _INTERESTING = (0, 1, 7, 8, 0x7F, 0x80, 0xFE, 0xFF)
 
 
 def seconds(usually: float) -> float:
-    """The seconds of one target, which ``usually`` takes so many."""
+    """The duration of one target in seconds; ``usually`` is its default."""
     return float(os.environ.get("PODKEEL_FUZZ_SECONDS", usually))
 
 
 def rounds(duration: float) -> Iterator[int]:
-    """Random seeds, one for each round, until ``duration`` seconds are over; at least one."""
+    """Random seeds, one per round, until ``duration`` seconds have passed; at least one."""
     end = time.monotonic() + duration
     yield random.SystemRandom().randrange(1 << 48)
     while time.monotonic() < end:
@@ -24,7 +24,7 @@ def rounds(duration: float) -> Iterator[int]:
 
 
 def changed(generator: random.Random, data: bytes) -> bytes:
-    """Some bytes changed, cut out, doubled or put in."""
+    """``data`` with some bytes changed, removed, repeated or inserted."""
     mutated = bytearray(data)
     for _ in range(generator.randrange(1, 8)):
         position = generator.randrange(len(mutated) + 1)

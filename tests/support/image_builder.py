@@ -1,4 +1,4 @@
-"""Images for tests, made by the same code as the busybox image of ``make run``."""
+"""Images for tests, made by the code that makes the busybox image of ``make run``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a test run could leave on the machine, listed, so that before and after can be compared."""
+"""Lists what a test run could leave on the machine, so that the state before and after can be compared."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _DEVICES = (
 
 
 def traces() -> set[str]:
-    """Mounts, links, nftables tables, cgroups, run folders and processes that carry a name of ours.
+    """Mounts, links, nftables tables, cgroups, run folders and processes with a name that Podkeel or its tests use.
 
-    And owner and mode of the node's devices: a changed one is a difference as well.
+    Also owner and mode of the node's devices, which must not change.
     """
     found = {f"mount {entry.target}" for entry in mounts.mount_table() if _ours(entry.target)}
     found |= {f"link {link.name}" for link in Path("/sys/class/net").iterdir() if link.name.startswith("pk")}
@@ -64,7 +64,7 @@ def _cgroups() -> set[str]:
 
 
 def _is_of_this_run(pid: int, namespaces: int) -> bool:
-    """Whether a process is in at most so many PID namespaces, counted from this one: other runs have one more."""
+    """Whether a process is in at most so many nested PID namespaces. Processes of other runs are in one more."""
     for line in read_bounded(f"/proc/{pid}/status", 65536).split(b"\n"):
         if line.startswith(b"NSpid:"):
             return len(line.split()) - 1 <= namespaces
@@ -72,7 +72,7 @@ def _is_of_this_run(pid: int, namespaces: int) -> bool:
 
 
 def _processes() -> set[str]:
-    """Conmon in this PID namespace, which runs of tests in others do not share, and the inits of pods."""
+    """conmon processes in this PID namespace, which other test runs do not share, and the init processes of pods."""
     found = set()
     for pid in all_pids():
         words = command_line(pid)

@@ -1,4 +1,4 @@
-"""Plugins of the Node Resource Interface for tests, over the stub that plugin authors get."""
+"""NRI plugins for tests, based on the stub for plugin authors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVENTS = [name for name in EVENTS if name not in ("Configure", "Synchronize", "S
 
 
 def load_stub() -> ModuleType:
-    """The module that plugin authors get."""
+    """The stub module for plugin authors."""
     if "nri_stub" not in sys.modules:
         spec = importlib.util.spec_from_file_location("nri_stub", MANIFESTS / "stub.py")
         assert spec is not None
@@ -40,9 +40,9 @@ Acting = Mapping[str, Callable[[Any], Any]]
 
 
 class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
-    """Keeps the events that it gets, as (event, id of the container or else of the pod) with their requests.
+    """Records its events as (event, id of the container or else of the pod), with their requests.
 
-    ``acting`` maps an event to what is done in it: it gets the request and returns the answer, or raises.
+    ``acting`` maps an event to a function that gets the request and returns the answer or raises.
     """
 
     def __init__(self, path: Path, index: str = "10", name: str = "recorder", acting: Acting | None = None) -> None:
@@ -65,7 +65,7 @@ class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
         return nri_pb2.SynchronizeResponse(more=request.more)
 
     def take(self, event: str, request: Any) -> Message | None:
-        """Note one event, and act."""
+        """Record one event and call its function."""
         has_container = "container" in request.DESCRIPTOR.fields_by_name
         self.told.append((event, request.container.id if has_container else request.pod.id))
         self.requests.append((event, request))
@@ -79,7 +79,7 @@ class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
             self.ended.set()
 
     def raw_call(self, body: bytes) -> ttrpc_pb2.Response:
-        """The answer to a call of the agent whose encoded request is ``body``."""
+        """Call the agent with ``body`` as the encoded request. Returns the response."""
         self._stream += 2
         message = struct.pack(">IIBB", len(body), self._stream, 1, 0) + body
         with self._sending:
@@ -88,7 +88,7 @@ class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
         return answer
 
     def events_of(self, object_id: str) -> list[str]:
-        """Names of the events of one pod or container, in order."""
+        """The names of the events of one pod or container, in order."""
         return [event for event, told in self.told if told == object_id]
 
     def last(self, event: str) -> Any:
@@ -106,7 +106,7 @@ for _event in EVENTS:
 
 @contextmanager
 def connected(plugin: Recorder) -> Iterator[Recorder]:
-    """Run a plugin in a thread until the end of the block; it is synchronised when the block begins."""
+    """Run a plugin in a thread during the block. It is synchronised when the block begins."""
     thread = threading.Thread(target=plugin.run, daemon=True)
     thread.start()
     try:

@@ -1,6 +1,6 @@
-"""A plugin of the node that is killed inside an event: ``python -m tests.support.nri_victim SOCKET EVENT INDEX``.
+"""An NRI plugin that is killed during an event: ``python -m tests.support.nri_victim SOCKET EVENT INDEX``.
 
-It subscribes to that event alone, and prints a line once it is synchronised.
+It subscribes only to that event, and prints a line once it is synchronised.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.support.nri import Recorder
 
 
 class Victim(Recorder):
-    """Kills its process when its event comes."""
+    """Kills its own process when it receives its event."""
 
     def __init__(self, path: Path, event: str, index: str) -> None:
         super().__init__(path, index, event)

@@ -1,4 +1,4 @@
-"""Configurations of pods and containers that tests begin with."""
+"""Basic configurations of pods and containers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _numbers = itertools.count(1)
 
 
 def sandbox_config(agent: AgentProcess, name: str = "", **fields: Any) -> cri_pb2.PodSandboxConfig:
-    """A pod as kubelet makes them: a PID namespace per container, logs in a separate folder."""
+    """A pod as kubelet configures it: a PID namespace per container, and a log folder."""
     name = name or f"pod{next(_numbers)}"
     config = cri_pb2.PodSandboxConfig(
         metadata=cri_pb2.PodSandboxMetadata(name=name, namespace="default", uid=f"uid-{name}"),
@@ -28,7 +28,7 @@ def sandbox_config(agent: AgentProcess, name: str = "", **fields: Any) -> cri_pb
 
 
 def container_config(name: str, *command: str, image: str = BUSYBOX, **fields: Any) -> cri_pb2.ContainerConfig:
-    """A container that runs ``command``, with a log."""
+    """A container that runs ``command`` and has a log."""
     config = cri_pb2.ContainerConfig(
         metadata=cri_pb2.ContainerMetadata(name=name),
         image=cri_pb2.ImageSpec(image=image),
@@ -42,12 +42,12 @@ def container_config(name: str, *command: str, image: str = BUSYBOX, **fields: A
 
 
 def shared_pids(config: cri_pb2.ContainerConfig | cri_pb2.PodSandboxConfig) -> None:
-    """Have a pod's containers share one PID namespace."""
+    """Make a pod's containers share one PID namespace."""
     config.linux.security_context.namespace_options.pid = cri_pb2.POD
 
 
 def run_container(agent: AgentProcess, *command: str, name: str = "main", **fields: Any) -> tuple[str, str]:
-    """A new pod with one started container; their ids."""
+    """Run a new pod with one container. Returns their ids."""
     sandbox = sandbox_config(agent)
     sandbox_id = agent.client.run_sandbox(sandbox)
     container_id = agent.client.create(sandbox_id, container_config(name, *command, **fields), sandbox)
@@ -55,7 +55,7 @@ def run_container(agent: AgentProcess, *command: str, name: str = "main", **fiel
     return sandbox_id, container_id
 
 
-# Exits with 3 when it is asked to end; a first process ignores signals that it has not set a trap for yet.
+# Exits with 3 on SIGTERM. A first process ignores signals until it has set a trap.
 POLITE = ("sh", "-c", "trap 'exit 3' TERM; echo ready; while :; do sleep 0.05; done")
 
 
@@ -66,7 +66,7 @@ def wait_for_log(client: CriClient, container_id: str, line: str = "ready") -> N
 
 
 def log_lines(path: str | Path) -> list[str]:
-    """The texts of a CRI log, stream and time taken away, parts joined; no line that is just being written."""
+    """The texts of a CRI log without stream and time, with parts joined, and without an unfinished line."""
     lines, part = [], ""
     content = Path(path).read_text()
     for line in content[: content.rfind("\n") + 1].splitlines():
@@ -79,7 +79,7 @@ def log_lines(path: str | Path) -> list[str]:
 
 
 def remove_all_pods(client: CriClient, *, keep: str = "") -> None:
-    """Remove every sandbox but ``keep``."""
+    """Remove every sandbox except ``keep``."""
     for sandbox in client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest()).items:
         if sandbox.id == keep:
             continue

@@ -6,13 +6,13 @@ import itertools
 import secrets
 import socket
 
-# Below the range of which the kernel gives ports to outgoing connections, so no connection takes one before its test.
+# Below the kernel's range for outgoing connections, so that no connection uses a port before its test.
 _FIRST, _COUNT = 24_000, 7_000
 _numbers = itertools.count(secrets.randbelow(_COUNT))
 
 
 def free_port() -> int:
-    """A port on which nothing listens, over TCP and UDP; each call gives another one."""
+    """A port on which no TCP or UDP socket listens. Each call returns another one."""
     while True:
         port = _FIRST + next(_numbers) % _COUNT
         try:

@@ -1,4 +1,4 @@
-"""Tar archives written byte by byte, for what no library writes."""
+"""Writes tar archives byte by byte, for archives that no library writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Header:
-    """The fields of one header as they are in it; ``signed`` sums its bytes as signed numbers."""
+    """The fields of one header as written. ``signed`` computes the checksum of signed bytes."""
 
     name: bytes
     kind: bytes = b"0"
@@ -26,7 +26,7 @@ class Header:
     signed: bool = False
 
     def encode(self) -> bytes:
-        """Its block."""
+        """The header's block."""
         block = self.name.ljust(100, b"\0") + self.mode + self.uid + self.gid + b"%011o\0" % self.size + self.mtime
         block += b" " * 8 + self.kind + self.link.ljust(100, b"\0") + self.magic + bytes(64) + self.major + self.minor
         block = (block + self.prefix).ljust(BLOCK, b"\0")
@@ -35,7 +35,7 @@ class Header:
 
 
 def padded(data: bytes) -> bytes:
-    """``data``, filled up to whole blocks."""
+    """``data``, padded to whole blocks."""
     return data + bytes(-len(data) % BLOCK)
 
 
@@ -45,7 +45,7 @@ def file(name: bytes, content: bytes = b"", **fields: bytes) -> bytes:
 
 
 def base256(number: int, size: int) -> bytes:
-    """A number as GNU tar writes those that are too large for octal digits, or negative."""
+    """A number in GNU tar's base 256, for numbers that are negative or too large for octal digits."""
     encoded = number.to_bytes(size, "big", signed=True)
     return bytes([encoded[0] | 0x80]) + encoded[1:]
 
@@ -60,11 +60,11 @@ def record(key: bytes, value: bytes) -> bytes:
 
 
 def pax(*records: bytes, kind: bytes = b"x") -> bytes:
-    """An extended header of these records, for the next entry or (kind ``g``) for all that follow."""
+    """An extended header with these records, for the next entry, or with kind ``g`` for all later entries."""
     data = b"".join(records)
     return Header(b"PaxHeader", kind, len(data)).encode() + padded(data)
 
 
 def archive(*entries: bytes) -> bytes:
-    """All of it, with the two empty blocks at the end."""
+    """The whole archive, with two empty blocks at the end."""
     return b"".join(entries) + bytes(2 * BLOCK)

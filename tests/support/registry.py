@@ -1,4 +1,4 @@
-"""Debian's docker-registry on a loopback port, for as long as a test session needs it."""
+"""Runs Debian's docker-registry on a loopback port for a test session."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.ports import free_port
 
 @dataclass(frozen=True)
 class Registry:
-    """A running registry; ``host`` is ``127.0.0.1:port``."""
+    """A running registry. ``host`` is ``127.0.0.1:port``."""
 
     host: str
     folder: Path
@@ -50,7 +50,7 @@ class Registry:
         self._send("PUT", f"/v2/{repository}/manifests/{name}", content, Content_Type=media_type)
 
     def push(self, image: BuiltImage, repository: str, tag: str = "latest") -> str:
-        """Upload a whole image; returns its reference."""
+        """Upload a whole image and return its reference."""
         blobs, manifest = image.blobs()
         for digest, blob in blobs.items():
             if blob != manifest:
@@ -60,14 +60,14 @@ class Registry:
         return f"{self.host}/{repository}:{tag}"
 
     def blob_path(self, digest: str) -> Path:
-        """Where the registry keeps a blob, for tests that break it."""
+        """The path of a blob in the registry's store, for tests that damage it."""
         name = digest.partition(":")[2]
         return self.folder / "docker/registry/v2/blobs/sha256" / name[:2] / name / "data"
 
 
 @contextlib.contextmanager
 def run_registry(*, auth: str = "", authorization: str = "") -> Iterator[Registry]:
-    """Start a registry with an empty store; ``auth`` is the YAML of its ``auth`` section."""
+    """Start a registry with an empty store. ``auth`` is the YAML of its ``auth`` section."""
     folder = Path(tempfile.mkdtemp(prefix="podkeel-registry-"))
     port = free_port()
     config = folder / "config.yml"
@@ -91,7 +91,7 @@ def run_registry(*, auth: str = "", authorization: str = "") -> Iterator[Registr
                 break
         else:
             raise AssertionError(f"docker-registry ended: {''.join(lines)}")
-        with open(os.devnull, "w") as null:  # what it logs from now on must not fill the pipe
+        with open(os.devnull, "w") as null:  # later log lines must not fill the pipe
             drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=null)
         try:
             yield Registry(f"127.0.0.1:{port}", folder, process.pid, authorization)

@@ -1,4 +1,4 @@
-"""A front for a registry that asks for tokens, cuts, stalls, redirects, limits or fails, as a test sets it."""
+"""A proxy before a registry that requires tokens, or breaks, stalls, redirects, limits or fails requests."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _LARGE = 50_000
 
 @dataclass
 class Front:
-    """``host`` is where it listens; the fields below say how it misbehaves, ``seen`` what it was asked."""
+    """``host`` is its address. The fields below set how it misbehaves. ``seen`` are the requests."""
 
     upstream: str
     host: str = ""
     scheme: str = "http"
-    token_user: str = ""  # user:password that gets a token; "" asks for none, "*" gives one to anybody
+    token_user: str = ""  # user:password that gets a token; "" requires no token, "*" gives a token to any client
     cut_after: int = 0  # bytes of each blob answer before the connection breaks
-    cuts: int = 1 << 30  # how many of them break
+    cuts: int = 1 << 30  # the number of answers that break
     failures: dict[str, list[int]] = field(default_factory=dict)  # statuses to answer first, by part of the path
     retry_after: str = ""
     stall: bool = False
@@ -34,28 +34,28 @@ class Front:
     refuse_ranges: bool = False
     trickle: int = 0  # bytes of each blob answer sent at a time, a hundredth of a second apart
     drip: dict[str, int] = field(default_factory=dict)  # bytes sent a tenth of a second apart, by part of the path
-    hold: dict[str, asyncio.Event] = field(default_factory=dict)  # to be set before an answer, by part of the path
+    hold: dict[str, asyncio.Event] = field(default_factory=dict)  # events to wait for before an answer, by path part
     range_answer: Callable[[int, bytes], web.Response] | None = None  # the answer to a range from that byte of a blob
-    head_status: int = 0  # what HEAD of a manifest is answered with
-    cut_manifests: int = 0  # how many answers with a manifest break off in the middle
+    head_status: int = 0  # the status of answers to HEAD of a manifest
+    cut_manifests: int = 0  # the number of answers with a manifest that break in the middle
     stalled: asyncio.Event = field(default_factory=asyncio.Event)
-    left: asyncio.Event = field(default_factory=asyncio.Event)  # a client that was being held went away
+    left: asyncio.Event = field(default_factory=asyncio.Event)  # set when a client of a held answer left
     seen: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
 
     _gate: asyncio.Event | None = None
     _whole: int = 0
 
     def hold_after(self, whole: int) -> asyncio.Event:
-        """Send that many large blobs completely; of the others only a part until the event is set."""
+        """Send ``whole`` large blobs completely. Of the others, send only a part until the event is set."""
         self._whole, self._gate = whole, asyncio.Event()
         return self._gate
 
     def count(self) -> Counter[str]:
-        """How often each path was asked for."""
+        """The number of requests for each path."""
         return Counter(path for _, path, _ in self.seen)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        """One request."""
+        """Answer one request."""
         self.seen.append((request.method, request.path_qs, dict(request.headers)))
         for part, event in self.hold.items():
             if part in request.path:
@@ -143,7 +143,7 @@ class Front:
 
 @asynccontextmanager
 async def run_front(upstream: str, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Front]:
-    """A front for the registry at ``upstream`` on a free loopback port."""
+    """Run a proxy before the registry at ``upstream`` on a free loopback port."""
     front = Front(upstream, scheme="https" if tls else "http")
     server = web.Server(front.answer, handler_cancellation=True)  # type: ignore[arg-type]  # any response
     runner = web.ServerRunner(server, shutdown_timeout=0.05)

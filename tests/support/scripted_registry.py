@@ -1,4 +1,4 @@
-"""A registry that answers exactly as a test sets it, from threads, so that real agents can pull from it."""
+"""A registry whose answers a test sets exactly. It runs in threads, so that real agents can pull from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.image_builder import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, des
 
 @dataclass
 class Request:
-    """One request as it came."""
+    """One received request."""
 
     method: str
     target: str
@@ -31,10 +31,10 @@ class Request:
 
 @dataclass
 class Answer:
-    """What to answer, by the HTTP version ``protocol``.
+    """An answer in the HTTP version ``protocol``.
 
-    A body of several pieces is sent without Content-Length, for as long as the client takes it. A header may have
-    several values.
+    A body of several pieces is sent without Content-Length, until the client stops reading. A header may have several
+    values.
     """
 
     body: bytes | Iterable[bytes] = b""
@@ -49,7 +49,7 @@ Script = Callable[[Request], Answer]
 
 @dataclass
 class ScriptedRegistry:
-    """``answers`` are by path; ``seen`` are the requests so far; ``sent`` counts the bytes of bodies by path."""
+    """``answers`` are by path; ``seen`` are the requests so far; ``sent`` counts the body bytes by path."""
 
     host: str = ""
     scheme: str = "http"
@@ -59,11 +59,11 @@ class ScriptedRegistry:
 
     @property
     def address(self) -> str:
-        """Where it is, with the scheme."""
+        """Its address with the scheme."""
         return f"{self.scheme}://{self.host}"
 
     def offer(self, repository: str, manifest: bytes, content_type: str, *blobs: bytes, tag: str = "latest") -> str:
-        """Have a manifest or index under a tag and its digest, and blobs; returns the image's reference."""
+        """Serve a manifest or index under a tag and its digest, and blobs. Returns the image's reference."""
         answer = Answer(manifest, content_type, headers={"Docker-Content-Digest": digest_of(manifest)})
         self.answers[f"/v2/{repository}/manifests/{tag}"] = answer
         self.answers[f"/v2/{repository}/manifests/{digest_of(manifest)}"] = answer
@@ -72,17 +72,17 @@ class ScriptedRegistry:
         return f"{self.host}/{repository}:{tag}"
 
     def offer_image(self, repository: str, config: object = None, **manifest: object) -> str:
-        """Have an image of one small layer with that config file, and members added to its manifest."""
+        """Serve an image of one small layer with members added to its config file and manifest."""
         content, kind, blobs = small_image(config, **manifest)
         return self.offer(repository, content, kind, *blobs)
 
     def requests(self, part: str) -> list[Request]:
-        """Those with ``part`` in their target."""
+        """The requests with ``part`` in their target."""
         return [request for request in self.seen if part in request.target]
 
 
 def small_image(config: object = None, **manifest: object) -> tuple[bytes, str, tuple[bytes, ...]]:
-    """Manifest, its type and the blobs of an image of one small layer; ``config`` adds to its config file."""
+    """Manifest, its type and the blobs of an image of one small layer. ``config`` adds to its config file."""
     layer = make_tar([entry("etc/name", "small")])
     file = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": [digest_of(layer)]}}
     file.update(config if isinstance(config, dict) else {})
@@ -102,7 +102,7 @@ class _Server(ThreadingHTTPServer):
     registry: ScriptedRegistry
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that leave are no news."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -142,12 +142,12 @@ class _Handler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def log_request(self, *_: object) -> None:
-        """Nothing on the terminal."""
+        """Do not log requests."""
 
 
 @contextlib.contextmanager
 def run_scripted_registry(*, tls: ssl.SSLContext | None = None) -> Iterator[ScriptedRegistry]:
-    """A scripted registry on a free loopback port."""
+    """Run a scripted registry on a free loopback port."""
     server = _Server(("127.0.0.1", 0), _Handler)
     if tls is not None:
         server.socket = tls.wrap_socket(server.socket, server_side=True)

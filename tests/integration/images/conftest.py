@@ -27,7 +27,7 @@ if os.geteuid() != 0:
 
 @dataclass
 class Node:
-    """One data and run folder, and the store that works on them; ``restart`` is what a new process would find."""
+    """A data and a run folder with an image store. ``restart`` opens it again, as a new process would."""
 
     root: Path
     options: ImageOptions = field(default_factory=ImageOptions)
@@ -81,7 +81,7 @@ class Node:
         return self.run / "containers" / container_id / "rootfs"
 
     async def leftovers(self) -> dict[str, list[str]]:
-        """The layers and blobs on the disk, and the rows of the store's tables."""
+        """The layers and blobs on disk, and the rows of the store's tables."""
         await self.images.emptied()
         found = {
             name: sorted(path.name for path in (self.data / name).iterdir())
@@ -93,7 +93,7 @@ class Node:
         return {name: items for name, items in found.items() if items and items != ["0"]}
 
     async def forget_partials(self) -> list[str]:
-        """Drop the partial blobs, which a pull that broke off may leave; returns their names."""
+        """Drop the partial blobs that an interrupted pull may leave. Returns their names."""
         names = sorted(path.name for path in (self.data / "content/partial").iterdir())
         await self.images.layers.partials.drop_all()
         return names
@@ -101,7 +101,7 @@ class Node:
 
 @pytest.fixture
 async def new_node(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Node]]]:
-    """Makes nodes with the options given, each in a separate folder."""
+    """Makes nodes with the given options, each in a separate folder."""
     async with AsyncExitStack() as stack:
         count = 0
 

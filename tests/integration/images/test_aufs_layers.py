@@ -1,4 +1,4 @@
-"""Layers that AUFS wrote: files with several names are in a separate folder, which is no part of the image."""
+"""Layers written by AUFS, which stores files with several names in a separate folder that is no part of the image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.image_builder import entry, folder, make_tar
 PLNK = ".wh..wh.plnk"
 
 
-async def test_hard_links_to_the_linked_files_of_aufs_are_those_files(node: Node) -> None:
+async def test_hard_links_to_aufs_linked_files_become_those_files(node: Node) -> None:
     layer = make_tar(
         [
             *[entry(".wh..wh.aufs", ""), folder(".wh..wh.orph", 0o700), folder(PLNK, 0o700)],
@@ -32,7 +32,7 @@ async def test_hard_links_to_the_linked_files_of_aufs_are_those_files(node: Node
     assert row == (4 * 4096, 4), "the root, usr, and two files"
 
 
-async def test_nothing_of_a_layer_stays_among_the_linked_files_of_aufs(node: Node) -> None:
+async def test_aufs_linked_files_are_removed_from_the_layer(node: Node) -> None:
     layer = make_tar(
         [
             entry(f"{PLNK}/1.1", "x"),

@@ -1,4 +1,4 @@
-"""Damage on a disk is found, removed alone, and pulled again."""
+"""The checker finds damaged files and removes only those images; a pull fetches them again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ async def findings(node: Node, *, repair: bool = False) -> tuple[ImageFinding, .
     return (await node.checker.check(repair=repair)).findings
 
 
-async def test_what_is_whole_is_found_whole(node: Node, registry: Registry, built: BuiltImage, tmp_path: Path) -> None:
+async def test_undamaged_images_have_no_findings(
+    node: Node, registry: Registry, built: BuiltImage, tmp_path: Path
+) -> None:
     await node.puller.pull(registry.push(built, "check/whole"))
     built.write_docker(tmp_path / "docker.tar", "localhost/other:1")
     await node.puller.import_archive(tmp_path / "docker.tar")
@@ -127,7 +129,9 @@ async def test_broken_layers(node: Node, registry: Registry, built: BuiltImage, 
     assert node.store.filesystem_usage().used_bytes == node.store.filesystem_usage().inodes_used == 0
 
 
-async def test_a_broken_blob_goes_alone(node: Node, registry: Registry, built: BuiltImage, tmp_path: Path) -> None:
+async def test_a_broken_blob_is_removed_without_its_image(
+    node: Node, registry: Registry, built: BuiltImage, tmp_path: Path
+) -> None:
     name = registry.push(built, "check/blob")
     image = await node.puller.pull(name)
     blobs = sorted((node.data / "content/sha256").iterdir(), key=lambda file: file.stat().st_size)
@@ -151,7 +155,7 @@ async def test_a_broken_blob_goes_alone(node: Node, registry: Registry, built: B
     assert await findings(node) == ()
 
 
-async def test_layers_without_blobs_are_held_against_what_was_unpacked(
+async def test_layers_without_blobs_are_compared_with_their_tree_digest(
     new_node: NewNode, registry: Registry, built: BuiltImage
 ) -> None:
     node = await new_node(keep_blobs=False)
@@ -170,7 +174,7 @@ async def test_layers_without_blobs_are_held_against_what_was_unpacked(
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGE if name not in ("missing", "more", "deep")])
-async def test_damage_that_leaves_the_number_of_files_is_found_without_a_blob(
+async def test_changed_files_are_found_without_a_blob(
     new_node: NewNode, registry: Registry, built: BuiltImage, damage: str
 ) -> None:
     node = await new_node(keep_blobs=False)

@@ -1,4 +1,4 @@
-"""Compressed layers: in members and frames, and by programs whose output layers cannot be."""
+"""Layers compressed in several members or frames, and layers in unsupported compressions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def test_other_compressions_are_named(node: Node, form: str) -> None:
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("form", ["gzip", "zstd"])
 async def test_members_and_frames_of_compressed_streams(node: Node, form: str, seed: int) -> None:
-    """The layer is cut at random into members or frames; some are empty, and zstd skips some."""
+    """The layer is divided at random into members or frames. Some are empty, and some zstd frames are skippable."""
     layer = make_tar([entry("a", os.urandom(3000)), entry("b", "x")])
     chance = random.Random(seed)
     cuts = sorted(chance.sample(range(len(layer)), 5))

@@ -1,4 +1,4 @@
-"""A disk that fills up in the middle of a pull ends that pull, and no other."""
+"""A disk that becomes full during a pull fails that pull and no other."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def free(node: Node) -> int:
     return status.f_bavail * status.f_frsize
 
 
-async def test_other_pulls_are_unharmed(small_node: Node, registry: Registry) -> None:
+async def test_a_full_disk_does_not_fail_other_pulls(small_node: Node, registry: Registry) -> None:
     node = small_node
     base = make_tar([entry("base", os.urandom(200_000))])
     big = BuiltImage((base, make_tar([entry("big", os.urandom(SIZE))])))
@@ -51,7 +51,7 @@ async def test_other_pulls_are_unharmed(small_node: Node, registry: Registry) ->
     started = asyncio.Event()
     asyncio.get_running_loop().call_later(0.02, started.set)
     await started.wait()
-    # A pull that meets the full disk itself may fail too, but is whole when it is tried again.
+    # A pull that finds the disk full itself may fail too, but succeeds when it is tried again.
     results = await asyncio.gather(*map(node.puller.pull, names), return_exceptions=True)
     failed = [result for result in results if isinstance(result, BaseException)]
     assert [error for error in failed if not isinstance(error, LimitError)] == []
@@ -73,13 +73,13 @@ async def test_other_pulls_are_unharmed(small_node: Node, registry: Registry) ->
     assert left == {}
 
 
-async def test_a_row_that_the_full_disk_kept_is_in_nobodys_way(small_node: Node, registry: Registry) -> None:
+async def test_a_row_left_by_a_full_disk_does_not_prevent_a_pull(small_node: Node, registry: Registry) -> None:
     node = small_node
     name = registry.push(BuiltImage((make_tar([entry("file", b"content")]),)), "full/kept")
     image = await node.puller.pull(name)
     row = node.database.read("SELECT * FROM layers WHERE chain_id = ?", image.chain_ids)[0]
     await node.store.remove(image.id)
-    # As where the disk had no room for deleting it.
+    # The state after the disk was too full to delete the row.
     await node.database.execute(f"INSERT INTO layers VALUES ({', '.join('?' * len(row))})", row)
     again = await node.puller.pull(name)
     assert (node.data / "layers" / str(again.layers[0]) / "fs/file").read_bytes() == b"content"

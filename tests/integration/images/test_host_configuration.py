@@ -1,4 +1,4 @@
-"""What hosts.toml and the environment say of the way to a registry, as the registry sees it."""
+"""hosts.toml and the environment configure the connection to a registry."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def configure(node: Node, host: str, text: str) -> None:
     (folder / "hosts.toml").write_text(text)
 
 
-async def test_headers_are_sent_to_their_host_alone(
+async def test_headers_are_sent_only_to_their_host(
     node: Node, front: Front, registry: Registry, built: BuiltImage
 ) -> None:
     async with run_front(registry.host) as elsewhere:
@@ -46,7 +46,7 @@ async def test_headers_are_sent_to_their_host_alone(
         assert {headers.get("X-Team") for _, _, headers in elsewhere.seen} == {None}
 
 
-async def test_the_files_are_read_on_each_pull(node: Node, front: Front, built: BuiltImage) -> None:
+async def test_hosts_toml_is_read_on_each_pull(node: Node, front: Front, built: BuiltImage) -> None:
     configure(node, "_default", 'server = "http://127.0.0.1:9"\n')
     with pytest.raises(KubeletReasonError):
         await node.puller.pull("reg.example/configured")
@@ -66,7 +66,7 @@ async def test_a_host_that_may_only_resolve_serves_no_blobs(
         assert any("/blobs/" in path for _, path, _ in front.seen)
 
 
-async def test_a_proxy_is_asked_for_what_it_is_meant_for(
+async def test_a_proxy_is_used_according_to_the_environment(
     node: Node, front: Front, built: BuiltImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configure(node, "reg.example", 'server = "http://reg.example"\n')

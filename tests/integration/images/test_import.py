@@ -49,7 +49,7 @@ async def test_busybox_archives(node: Node, tmp_path: Path, form: str, packed: b
     assert await node.leftovers() == {}
 
 
-async def test_the_configuration_is_read_whole(node: Node, tmp_path: Path, built: BuiltImage) -> None:
+async def test_all_fields_of_the_configuration_are_read(node: Node, tmp_path: Path, built: BuiltImage) -> None:
     built.write_oci(tmp_path / "image.tar", "named:1")
     (image,) = await node.puller.import_archive(tmp_path / "image.tar")
     assert image.config.env == ("A=1",)
@@ -173,7 +173,7 @@ async def test_every_truncation_of_an_archive_is_refused(node: Node, tmp_path: P
     assert await node.leftovers() == {}
 
 
-async def test_an_imported_archive_may_go(node: Node, tmp_path: Path, built: BuiltImage) -> None:
+async def test_an_imported_archive_may_be_deleted(node: Node, tmp_path: Path, built: BuiltImage) -> None:
     built.write_oci(tmp_path / "image.tar", "x:1")
     await node.puller.import_archive(tmp_path / "image.tar")
     (tmp_path / "image.tar").unlink()

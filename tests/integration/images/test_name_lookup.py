@@ -1,4 +1,4 @@
-"""Names of registries whose name servers do not answer hold up no pull from another registry."""
+"""A registry whose name server does not answer does not delay pulls from other registries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUICK = "quick.test"
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Name servers that say nothing of names in silent.test, and that QUICK is this machine."""
+    """Name servers that do not answer for silent.test, and that resolve QUICK to this machine."""
     given_up = threading.Event()
     real = socket.getaddrinfo
 
@@ -40,7 +40,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     given_up.set()
 
 
-async def test_names_without_an_answer_hold_up_no_other_registry(
+async def test_unanswered_names_do_not_delay_pulls_from_other_registries(
     new_node: NewNode, registry: Registry, names: None
 ) -> None:
     image = BuiltImage((make_tar([entry("file", "content")]),))

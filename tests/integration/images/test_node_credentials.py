@@ -1,4 +1,4 @@
-"""The node's own credentials: their sources, and that no other host gets them."""
+"""The node's credentials: where they come from, and that only the right host gets them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def built() -> BuiltImage:
 
 @pytest.fixture
 async def fronts(registry: Registry, built: BuiltImage) -> AsyncIterator[tuple[Front, Front]]:
-    """Two registries that want the same user; each sees what it is sent."""
+    """Two registries that accept the same user. Each records what it receives."""
     registry.push(built, "team/app")
     async with AsyncExitStack() as stack:
         first, second = [await stack.enter_async_context(run_front(registry.host)) for _ in range(2)]
@@ -48,7 +48,7 @@ def write(node: Node, **content: object) -> None:
 
 @pytest.fixture
 def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Helper:
-    """Makes a credential helper on the PATH out of a shell script."""
+    """Makes a credential helper on the PATH from a shell script."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
@@ -89,7 +89,7 @@ async def test_credentials_of_the_request_come_first(node: Node, fronts: tuple[F
     await node.puller.pull(f"{front.host}/team/app", Credentials())
 
 
-async def test_redirects_and_mirrors_do_not_get_them(
+async def test_redirects_and_mirrors_do_not_get_credentials(
     node: Node, registry: Registry, fronts: tuple[Front, Front], built: BuiltImage
 ) -> None:
     front, other = fronts
@@ -101,11 +101,11 @@ async def test_redirects_and_mirrors_do_not_get_them(
     assert sent(other) == set()
     await node.store.remove(built.id)
     other.token_user = "user:secret"
-    with pytest.raises(PermissionDeniedError):  # the redirect's target may not ask for them either
+    with pytest.raises(PermissionDeniedError):  # the target of the redirect cannot get them by asking, either
         await node.puller.pull(f"{front.host}/team/app")
     assert sent(other) == set()
     front.redirect_blobs_to = ""
-    # A mirror that asks gets its own credentials, never those of the registry that it mirrors.
+    # A mirror that requires credentials gets its own, never those of the registry that it mirrors.
     folder = Path(node.options.registry_config_dir) / front.host
     folder.mkdir(parents=True)
     (folder / "hosts.toml").write_text(f'server = "http://{front.host}"\n[host."http://{other.host}"]\n')
@@ -144,7 +144,7 @@ async def test_helpers(
         ("echo '{'", "not understood"),
     ],
 )
-async def test_helpers_that_fail_leave_public_images_alone(
+async def test_public_images_are_pulled_if_a_helper_fails(
     node: Node, fronts: tuple[Front, Front], helper: Helper, script: str, words: str
 ) -> None:
     front, other = fronts
@@ -156,7 +156,7 @@ async def test_helpers_that_fail_leave_public_images_alone(
     await node.puller.pull(f"{other.host}/team/app")
 
 
-async def test_what_is_wrong_is_named(node: Node, fronts: tuple[Front, Front]) -> None:
+async def test_errors_name_the_malformed_file(node: Node, fronts: tuple[Front, Front]) -> None:
     front, _ = fronts
     write(node, credHelpers={front.host: "../../bin/sh"})
     with pytest.raises(PermissionDeniedError, match="not the name of a helper"):

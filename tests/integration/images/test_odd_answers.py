@@ -1,4 +1,4 @@
-"""Registries that answer as few do: old HTTP, chunks, missing headers, several challenges, relative redirects."""
+"""Registries with rare answers: old HTTP, chunks, missing headers, several challenges, relative redirects."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def chunked(answer: Answer) -> Answer:
 
 
 def old(answer: Answer) -> Answer:
-    """Without any length, until the connection is closed."""
+    """Without a length: the body ends when the connection is closed."""
     assert isinstance(answer.body, bytes)
     return dataclasses.replace(answer, body=[answer.body], protocol="HTTP/1.0")
 
@@ -61,7 +61,7 @@ def guarded(answer: Answer, challenges: str | list[str], authorization: str) -> 
 
 
 def last(answers: list[Answer]) -> Callable[[Request], Answer]:
-    """One after the other; the last one for ever."""
+    """One answer after the other, then always the last one."""
     return lambda request: answers.pop(0) if len(answers) > 1 else answers[0]
 
 
@@ -73,7 +73,7 @@ async def test_other_forms_of_answers(node: Node, scripted: ScriptedRegistry, fo
     assert (await node.puller.pull(name)).id == image.id, "the second pull asks by HEAD"
 
 
-async def test_an_old_answer_that_breaks_off_is_asked_for_again(node: Node, scripted: ScriptedRegistry) -> None:
+async def test_an_interrupted_old_answer_is_requested_again(node: Node, scripted: ScriptedRegistry) -> None:
     name = scripted.offer_image("cut")
 
     def cut_once(answer: Answer) -> Callable[[Request], Answer]:
@@ -87,7 +87,9 @@ async def test_an_old_answer_that_breaks_off_is_asked_for_again(node: Node, scri
 
 
 @pytest.mark.parametrize("status", [429, 408, 500, 502, 503, 504])
-async def test_what_passes_is_waited_out_everywhere(node: Node, scripted: ScriptedRegistry, status: int) -> None:
+async def test_transient_errors_are_retried_for_every_request(
+    node: Node, scripted: ScriptedRegistry, status: int
+) -> None:
     name = scripted.offer_image("busy")
     soon = email.utils.formatdate(time.time(), usegmt=True)
     for after in ("0", soon, ""):
@@ -99,7 +101,7 @@ async def test_what_passes_is_waited_out_everywhere(node: Node, scripted: Script
         scripted.answers = answers
 
 
-async def test_a_token_server_says_when_to_ask_again(
+async def test_retry_after_of_a_token_server_is_followed(
     node: Node, scripted: ScriptedRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[tuple[int, str]] = []
@@ -173,7 +175,7 @@ async def test_redirects_to_relative_places(node: Node, scripted: ScriptedRegist
         scripted.answers[path] = Answer(status=404)
     if location == "?there=1":
         await node.puller.pull(name)
-    else:  # one place for all of them: the error is of what is there
+    else:  # all redirects have the same target, so the error is the one of that target
         with pytest.raises(PodkeelError, match="does not have"):
             await node.puller.pull(name)
 
@@ -204,7 +206,7 @@ async def test_digests_with_sha512(node: Node, scripted: ScriptedRegistry) -> No
         await node.puller.pull(f"{scripted.host}/long@{wrong}")
 
 
-async def test_a_tag_beside_a_digest_is_not_asked_for(node: Node, scripted: ScriptedRegistry) -> None:
+async def test_a_tag_beside_a_digest_is_not_requested(node: Node, scripted: ScriptedRegistry) -> None:
     scripted.offer_image("both")
     digest = digest_of(small_image()[0])
     image = await node.puller.pull(f"{scripted.host}/both:other@{digest}")
@@ -216,7 +218,7 @@ async def test_a_tag_beside_a_digest_is_not_asked_for(node: Node, scripted: Scri
 @pytest.mark.parametrize("said", [True, False])
 @pytest.mark.parametrize("kind", [DOCKER_LIST, OCI_INDEX])
 async def test_lists_within_lists(node: Node, scripted: ScriptedRegistry, kind: str, said: bool) -> None:
-    """Docker's media types; the member mediaType may be missing, and the type may have parameters."""
+    """Docker's media types. The member mediaType may be missing, and the type may have parameters."""
     config, layer = small_image()[2]
     manifest = {
         "schemaVersion": 2,
@@ -240,7 +242,7 @@ async def test_lists_within_lists(node: Node, scripted: ScriptedRegistry, kind: 
 @pytest.mark.parametrize(
     "kind", [OCI_LAYER, f"{OCI_LAYER}+gzip", f"{OCI_LAYER}+zstd", DOCKER_LAYER, f"{DOCKER_LAYER}.gzip", ""]
 )
-async def test_the_first_bytes_of_a_layer_say_how_it_is_packed(
+async def test_the_first_bytes_of_a_layer_select_the_decompressor(
     node: Node, scripted: ScriptedRegistry, kind: str, packed: Callable[[bytes], bytes]
 ) -> None:
     config, layer = small_image()[2]

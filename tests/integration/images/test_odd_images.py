@@ -1,4 +1,4 @@
-"""Images in forms that other tools write: null members, indexes that name no platform, attestations."""
+"""Images in forms that some tools write: null members, indexes without platforms, attestations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def scripted() -> Iterator[ScriptedRegistry]:
 
 
 def image_for(scripted: ScriptedRegistry, repository: str, architecture: str) -> dict[str, object]:
-    """Have an image for that architecture; its descriptor, without a platform."""
+    """Serve an image for that architecture. Returns its descriptor, without a platform."""
     manifest, kind, blobs = small_image({"architecture": architecture, "config": {"Cmd": [architecture]}})
     scripted.offer(repository, manifest, kind, *blobs, tag=architecture)
     return descriptor(kind, manifest)
@@ -95,7 +95,7 @@ async def test_null_members(node: Node, scripted: ScriptedRegistry) -> None:
     assert (image.id, image.layers) == (digest_of(empty), ())
 
 
-async def test_layouts_hold_such_images_too(node: Node, scripted: ScriptedRegistry, tmp_path: Path) -> None:
+async def test_layouts_with_such_images_are_imported(node: Node, scripted: ScriptedRegistry, tmp_path: Path) -> None:
     folder = tmp_path / "layout"
     blobs = folder / "blobs/sha256"
     blobs.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Layers of odd writers, byte by byte: what comes out is what containerd makes of them, or an error with the entry."""
+"""Layers of unusual tar programs, byte by byte. The result is that of containerd, or an error that names the entry."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.integration.images.test_unpacking import install, refused, unpacked
 from tests.support.image_builder import BuiltImage, entry, folder, make_tar
 from tests.support.raw_tar import Header, archive, base256, file, pax, record
 
-# 99 bytes, a slash, and more: what the header holds of it ends in the slash.
+# 99 bytes, a slash, and more: the part that fits into the header ends with the slash.
 LONG = "nix/store/" + "a" * 89 + "/bin/tool"
 # user::rw-, user:1000:r--, group::r--, mask::r--, other::--- (acl(5), in the kernel's form)
 ACL = struct.pack("<I", 2) + b"".join(
@@ -45,7 +45,7 @@ async def test_a_slash_at_the_end_makes_a_folder_only_of_the_oldest_kind(node: N
     assert (root / "new").read_text() == "content"
 
 
-async def test_records_without_a_value_leave_the_header_s_own(node: Node) -> None:
+async def test_records_without_a_value_select_the_header_s_field(node: Node) -> None:
     layer = archive(
         pax(record(b"path", b""), record(b"uid", b""), record(b"mtime", b"")),
         file(b"own", b"x", uid=b"0000007\0", mtime=b"00000000011\0"),
@@ -57,14 +57,14 @@ async def test_records_without_a_value_leave_the_header_s_own(node: Node) -> Non
     assert (root / "link").readlink() == Path("own")
 
 
-async def test_long_names_without_a_byte_leave_the_header_s_own(node: Node) -> None:
+async def test_empty_long_names_select_the_header_s_name(node: Node) -> None:
     empty = [Header(b"././@LongLink", kind).encode() for kind in (b"L", b"K")]
     layer = archive(empty[0], file(b"own", b"x"), *empty, Header(b"link", b"2", link=b"own").encode())
     root = await unpacked(node, layer)
     assert ((root / "own").read_text(), (root / "link").readlink()) == ("x", Path("own"))
 
 
-async def test_the_prefix_counts_whatever_the_version_says(node: Node) -> None:
+async def test_the_prefix_is_used_with_every_version_field(node: Node) -> None:
     star = bytearray(Header(b"name", prefix=b"star" + bytes(127) + b"00000000000\0" * 2, signed=False).encode())
     star[508:512] = b"tar\0"
     star[148:156] = b" " * 8
@@ -82,7 +82,7 @@ async def test_the_prefix_counts_whatever_the_version_says(node: Node) -> None:
     assert (root / "star/name").read_text() == ""
 
 
-async def test_sums_of_signed_bytes_are_taken(node: Node) -> None:
+async def test_checksums_of_signed_bytes_are_accepted(node: Node) -> None:
     name = "né".encode("latin-1")
     assert "checksum" in await refused(node, archive(Header(name, signed=True).encode()[:-1] + b"x"))
     root = await unpacked(node, archive(Header(name, signed=True).encode()))
@@ -105,7 +105,7 @@ async def test_names_may_go_up_within_the_layer(node: Node) -> None:
 
 
 async def as_compressed(node: Node, layer: bytes, compress: Callable[[bytes], bytes], suffix: str) -> Path:
-    """The folder of a layer with a given form and media type."""
+    """The folder of a layer with a given compression and media type."""
     archive = node.root / "compressed.tar"
     BuiltImage((layer,), compress=compress, suffix=suffix).write_oci(archive, "test:latest")
     await node.puller.import_archive(archive)
@@ -132,7 +132,7 @@ async def test_a_larger_zstd_window_is_reported(node: Node) -> None:
     assert "2147483648 bytes" in await refused(node, frame)
 
 
-async def test_files_behind_links_to_nothing_make_what_the_links_name(node: Node) -> None:
+async def test_files_behind_dangling_links_create_the_link_s_target(node: Node) -> None:
     layer = make_tar(
         [
             *[entry("a", kind=tarfile.SYMTYPE, link="b"), entry("a/f", "1")],
@@ -154,13 +154,13 @@ async def test_files_behind_links_to_nothing_make_what_the_links_name(node: Node
     assert oct((root / "z/kept").stat().st_mode) == "0o40700"
 
 
-async def test_folders_behind_links_take_after_the_layer_below(node: Node) -> None:
+async def test_folders_behind_links_inherit_from_the_layer_below(node: Node) -> None:
     lower = make_tar([folder("b", 0o711, uid=5)])
     root = await unpacked(node, lower, make_tar([entry("a", kind=tarfile.SYMTYPE, link="b"), entry("a/f", "1")]))
     assert ((root / "b").stat().st_uid, oct((root / "b").stat().st_mode)) == (5, "0o40711")
 
 
-async def test_an_opaque_mark_behind_a_link_is_of_what_the_link_names(node: Node) -> None:
+async def test_an_opaque_mark_behind_a_link_applies_to_the_target(node: Node) -> None:
     link = entry("a", kind=tarfile.SYMTYPE, link="b")
     for entries in ([link], [link, folder("b"), entry("b/own", "")]):
         root = await unpacked(node, make_tar([*entries, entry("a/.wh..wh..opq")]))
@@ -242,7 +242,7 @@ HUGE = b"9" * 19
     ],
     ids=range(21),
 )
-async def test_what_no_file_can_have_is_refused_with_its_entry(node: Node, bad: bytes, words: str) -> None:
+async def test_impossible_attributes_are_refused_with_the_entry(node: Node, bad: bytes, words: str) -> None:
     message = await refused(node, archive(file(b"sound", b"x"), bad))
     assert words in message
     assert "bad" in message or "d/d/d" in message or "dddd" in message or "cut off" in message
@@ -259,13 +259,13 @@ async def test_what_no_file_can_have_is_refused_with_its_entry(node: Node, bad: 
         Header(b"bad", b"1", link=b"").encode(),
     ],
 )
-async def test_hard_links_to_what_the_layer_does_not_have(node: Node, bad: bytes) -> None:
+async def test_hard_links_to_files_outside_of_the_layer_are_refused(node: Node, bad: bytes) -> None:
     message = await refused(node, archive(file(b"sound", b"x"), bad))
     assert "'bad' is a hard link to" in message
     assert "not in this layer" in message
 
 
-async def test_times_that_do_not_fit_are_those_of_containerd(node: Node) -> None:
+async def test_times_out_of_range_are_set_as_by_containerd(node: Node) -> None:
     layer = archive(
         pax(record(b"mtime", b"99999999999.5")) + file(b"far"),
         pax(record(b"mtime", b"1.25")) + file(b"near"),
@@ -276,13 +276,13 @@ async def test_times_that_do_not_fit_are_those_of_containerd(node: Node) -> None
     assert times == {"far": 0, "near": 1.25, "before": -5}
 
 
-async def test_a_plain_layer_that_is_called_gzip_is_taken_as_it_is(node: Node) -> None:
+async def test_a_plain_layer_declared_as_gzip_is_accepted(node: Node) -> None:
     plain = make_tar([entry("big", os.urandom(100_000))])
     root = await as_compressed(node, plain, lambda data: data, "+gzip")
     assert (root / "big").stat().st_size == 100_000
 
 
-async def test_damage_of_a_stream_is_not_told_as_a_file_s(node: Node) -> None:
+async def test_damage_of_a_stream_is_not_reported_for_a_file(node: Node) -> None:
     layer = make_tar([entry("big", os.urandom(3_000_000))])
     for broken, words in (
         (gzip.compress(layer[:1_000_000]) + layer[1_000_000:], "its compressed stream is"),
@@ -295,7 +295,7 @@ async def test_damage_of_a_stream_is_not_told_as_a_file_s(node: Node) -> None:
 
 
 async def test_repeated_extended_headers_have_a_limit(node: Node) -> None:
-    """Each of a mebibyte of small records: reading one took 25 ms, as often as it came."""
+    """Each has a mebibyte of small records. Decoding one took 25 ms, for each copy of it."""
     big = pax(*([record(b"k", b"")] * 200_000))
     assert len(big) > 1_000_000
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -310,7 +310,7 @@ async def test_repeated_extended_headers_have_a_limit(node: Node) -> None:
 
 
 def opened(root: Path, name: bytes) -> int:
-    """The deep folder ``name``, step by step, for the caller to close."""
+    """Open the deep folder ``name`` step by step. The caller closes it."""
     descriptor = os.open(root, os.O_PATH)
     for part in name.split(b"/"):
         below = os.open(part, os.O_PATH | os.O_NOFOLLOW, dir_fd=descriptor)
@@ -320,7 +320,7 @@ def opened(root: Path, name: bytes) -> int:
 
 
 @pytest.mark.parametrize("parts", [17, 100])
-async def test_names_longer_than_the_kernel_takes_at_once(node: Node, parts: int) -> None:
+async def test_names_longer_than_path_max(node: Node, parts: int) -> None:
     deep = b"/".join([b"%03d" % number + b"n" * 247 for number in range(parts)])
     assert len(deep) > 4200
 
@@ -366,19 +366,19 @@ async def test_names_longer_than_the_kernel_takes_at_once(node: Node, parts: int
     assert await node.leftovers() == {}
 
 
-async def test_errors_are_of_the_layer(node: Node) -> None:
+async def test_errors_name_the_layer(node: Node) -> None:
     with pytest.raises((InvalidArgumentError, LimitError)):
         await install(node, archive(pax(b"damaged"), file(b"x")))
 
 
 def replaced_on_the_way(*inside: tuple[tarfile.TarInfo, bytes], to: str) -> bytes:
-    """A layer whose entries are behind a link that leads elsewhere in the end."""
+    """A layer whose entries are behind a link that is changed later."""
     link = entry("way", kind=tarfile.SYMTYPE, link="real")
     return make_tar([folder("real"), link, *inside, entry("way", kind=tarfile.SYMTYPE, link=to), entry("after", "it")])
 
 
 @pytest.mark.parametrize("to", ["way", "nothing", "after"])
-async def test_links_that_change_after_what_lies_behind_them(node: Node, to: str) -> None:
+async def test_links_that_are_replaced_after_entries_behind_them(node: Node, to: str) -> None:
     opaque = entry("way/opaque/.wh..wh..opq")
     inside = (folder("way/folder", mode=0o700), entry("way/folder/file", "content"), folder("way/opaque"), opaque)
     root = await unpacked(node, replaced_on_the_way(*inside, to=to))
@@ -388,7 +388,7 @@ async def test_links_that_change_after_what_lies_behind_them(node: Node, to: str
     assert (root / "after").read_text() == "it"
 
 
-async def test_devices_behind_links_that_lead_in_circles_later(node: Node) -> None:
+async def test_devices_behind_links_that_later_form_a_loop(node: Node) -> None:
     device = entry("way/null", kind=tarfile.CHRTYPE, device=(1, 3))
     linked = entry("way/same", kind=tarfile.LNKTYPE, link="way/null")
     root = await unpacked(node, replaced_on_the_way(device, linked, to="way"))

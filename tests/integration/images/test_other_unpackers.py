@@ -1,4 +1,4 @@
-"""The same images unpacked by us, umoci and containerd: trees identical in content, type, mode, owner, xattrs."""
+"""Podkeel, umoci and containerd unpack the same images to trees of equal content, type, mode, owner and xattrs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Facts = dict[str, tuple[object, ...]]
 def facts(root: Path) -> Facts:
     """The attributes of each entry of a tree, by its path.
 
-    The times of folders are left out: umoci changes them when it adds entries afterwards.
+    Without the times of folders: umoci changes them when it adds entries later.
     """
     found: Facts = {}
     for path in sorted((root, *root.rglob("*"))):
@@ -66,7 +66,7 @@ def image() -> BuiltImage:
         entry("srv/old/file", "old"),
         entry("usr/bin/set", "s", mode=0o4755, uid=1, gid=2, mtime=5000),
         entry("usr/bin/group", "g", mode=0o2755, uid=3, gid=4, mtime=5000),
-        # As its target: containerd gives that what a link's own entry says, GNU tar, umoci and we do not.
+        # The time of its target: containerd sets that from the link's entry; GNU tar, umoci and Podkeel do not.
         entry("usr/bin/hard", mode=0o4755, uid=1, gid=2, mtime=5000, kind=tarfile.LNKTYPE, link="usr/bin/set"),
         entry("usr/bin/soft", kind=tarfile.SYMTYPE, link="../../etc/keep", mtime=7000),
         entry("usr/bin/away", kind=tarfile.SYMTYPE, link="/nowhere/at/all", mtime=7000),
@@ -101,7 +101,7 @@ def image() -> BuiltImage:
 
 @pytest.fixture
 async def ours(node: Node, image_archive: Path, tmp_path: Path) -> AsyncIterator[Facts]:
-    """The tree as we unpack it."""
+    """The tree that Podkeel unpacks."""
     (image,) = await node.puller.import_archive(image_archive)
     await node.snapshots.mount_image("c", image, target=tmp_path / "ours")
     try:
@@ -135,7 +135,7 @@ async def test_umoci_makes_the_same_tree(ours: Facts, image_archive: Path, tmp_p
 
 
 def odd_image() -> BuiltImage:
-    """Layers that test_odd_layers.py has one by one, where both engines take them."""
+    """The layers of test_odd_layers.py that both Podkeel and containerd accept."""
     long = "nix/store/" + "a" * 89 + "/bin/"
     capable = pax(record(b"SCHILY.xattr.user.note", b"kept\0\xff"), record(b"SCHILY.xattr.user.more", b""))
     base = archive(
@@ -165,7 +165,7 @@ def odd_image() -> BuiltImage:
 
 
 @needs("containerd")
-async def test_containerd_makes_the_same_of_odd_layers(node: Node, tmp_path: Path) -> None:
+async def test_containerd_makes_the_same_tree_of_odd_layers(node: Node, tmp_path: Path) -> None:
     odd_image().write_oci(tmp_path / "odd.tar", "localhost/odd:1")
     (taken,) = await node.puller.import_archive(tmp_path / "odd.tar")
     await node.snapshots.mount_image("c", taken, target=tmp_path / "ours")

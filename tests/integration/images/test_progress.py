@@ -1,4 +1,4 @@
-"""What can be seen of running pulls, and when they are given up."""
+"""The progress of running pulls, and when a pull is aborted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def front(registry: Registry, built: BuiltImage) -> AsyncIterator[Front]:
 
 
 async def seen(node: Node, good: Callable[[PullProgress], bool]) -> PullProgress:
-    """The only running pull, once it is as wanted."""
+    """The only running pull, once ``good`` is true for it."""
     async with asyncio.timeout(SOON):
         while True:
             pulls = node.puller.pulls()
@@ -63,14 +63,14 @@ async def test_layers_and_bytes_are_visible_while_a_pull_runs(
     assert held.state is LayerState.RUNNING
     for layer in progress.layers:
         assert layer.size > 300_000
-        if layer is not held:  # a layer that waits for those below it is fetched, and not done
+        if layer is not held:  # a layer that waits for those below it is fetched, but not done
             assert layer.received == (0 if layer.state is LayerState.WAITING else layer.size)
     gate.set()
     assert (await pulling).id == built.id
     assert node.puller.pulls() == []
 
 
-async def test_a_slow_registry_is_given_up_by_name(new_node: NewNode, front: Front) -> None:
+async def test_a_pull_from_a_slow_registry_fails_and_names_it(new_node: NewNode, front: Front) -> None:
     node = await new_node(slowest_bytes_per_second=1_000_000, slow_seconds=0.4)
     front.trickle = 2_000
     with pytest.raises(
@@ -82,7 +82,9 @@ async def test_a_slow_registry_is_given_up_by_name(new_node: NewNode, front: Fro
     assert await node.leftovers() == {}
 
 
-async def test_a_slow_registry_that_is_quick_enough_is_not(new_node: NewNode, front: Front, built: BuiltImage) -> None:
+async def test_a_pull_from_a_registry_above_the_minimum_rate_succeeds(
+    new_node: NewNode, front: Front, built: BuiltImage
+) -> None:
     node = await new_node(slowest_bytes_per_second=1_000, slow_seconds=0.5)
     front.trickle = 30_000
     assert (await node.puller.pull(f"{front.host}/progress")).id == built.id
@@ -91,7 +93,7 @@ async def test_a_slow_registry_that_is_quick_enough_is_not(new_node: NewNode, fr
     assert (await node.puller.pull(f"{front.host}/progress")).id == built.id
 
 
-async def test_a_cancelled_pull_leaves_no_work_behind(node: Node, front: Front) -> None:
+async def test_a_cancelled_pull_ends_its_workers(node: Node, front: Front) -> None:
     gate = front.hold_after(0)
     pulling = asyncio.create_task(node.puller.pull(f"{front.host}/progress"))
     await seen(node, lambda pull: sum(layer.received > 0 for layer in pull.layers) == 3)
@@ -99,7 +101,7 @@ async def test_a_cancelled_pull_leaves_no_work_behind(node: Node, front: Front) 
         while len(workers()) < 3:  # noqa: ASYNC110  # a process shows its program once it has executed it
             await asyncio.sleep(0.005)
     pulling.cancel()
-    async with asyncio.timeout(SOON):  # what is held back never comes
+    async with asyncio.timeout(SOON):  # held answers are never sent
         await asyncio.wait((pulling,))
     assert workers() == []
     assert node.puller.pulls() == []

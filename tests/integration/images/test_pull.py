@@ -78,7 +78,7 @@ async def test_a_pull_survives_a_restart_and_a_removal_leaves_nothing(node: Node
     assert await node.leftovers() == {}
 
 
-async def test_counts_are_what_is_on_the_disk(node: Node, registry: Registry, busybox: BuiltImage) -> None:
+async def test_counts_match_the_disk(node: Node, registry: Registry, busybox: BuiltImage) -> None:
     await node.puller.pull(registry.push(busybox, "counts/busybox"))
     (layer,) = [path for path in (node.data / "layers").iterdir() if path.name != "0"]
     found = [path.lstat() for path in (layer / "fs", *(layer / "fs").rglob("*"))]
@@ -118,7 +118,7 @@ async def test_a_pull_by_digest_keeps_no_tag(node: Node, registry: Registry) -> 
     assert await node.puller.pull(image.repo_digests[0]) == image
 
 
-async def test_a_tag_that_moves_leaves_the_old_image_without_it(node: Node, registry: Registry) -> None:
+async def test_a_moved_tag_is_removed_from_the_old_image(node: Node, registry: Registry) -> None:
     name = registry.push(small("old"), "moving")
     old = await node.puller.pull(name)
     assert await node.puller.pull(name) == old
@@ -201,7 +201,7 @@ async def test_docker_schema_2_zstd_and_plain_layers(node: Node, registry: Regis
     image = await node.puller.pull(f"{registry.host}/docker")
     assert image.id == built.id
     frames = zstandard.ZstdCompressor(3)
-    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # as zstd:chunked has for its table of contents
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # a skippable frame, as in zstd:chunked
     zstd = dataclasses.replace(small("zstd"), compress=lambda data: frames.compress(data) + skippable, suffix="+zstd")
     plain = dataclasses.replace(small("plain"), compress=None)
     for built in (zstd, plain):
@@ -212,7 +212,7 @@ async def test_docker_schema_2_zstd_and_plain_layers(node: Node, registry: Regis
 
 
 async def test_estargz_is_an_ordinary_layer(node: Node, registry: Registry) -> None:
-    """Its gzip stream has a member per file, then one with a table of contents, and an empty one that leads there."""
+    """Its gzip stream has one member per file, one with a table of contents, and an empty one with its offset."""
 
     def members(data: bytes) -> bytes:
         step = 1500
@@ -230,7 +230,7 @@ async def test_estargz_is_an_ordinary_layer(node: Node, registry: Registry) -> N
     assert (node.data / "layers" / str(image.layers[0]) / "fs/etc/text").read_text() == "stargz " * 1000
 
 
-async def test_the_last_waiter_that_leaves_ends_the_pull(node: Node, registry: Registry, busybox: BuiltImage) -> None:
+async def test_cancelling_the_last_waiter_cancels_the_pull(node: Node, registry: Registry, busybox: BuiltImage) -> None:
     name = registry.push(busybox, "abandoned")
     reached = asyncio.Event()
 
@@ -253,7 +253,7 @@ async def test_the_last_waiter_that_leaves_ends_the_pull(node: Node, registry: R
     assert (await node.puller.pull(name)).id == busybox.id
 
 
-async def test_what_is_not_there_or_cannot_be_reached(node: Node, registry: Registry) -> None:
+async def test_missing_images_and_unreachable_registries(node: Node, registry: Registry) -> None:
     registry.push(small("there"), "there")
     with pytest.raises(NotFoundError, match="there:nope"):
         await node.puller.pull(f"{registry.host}/there:nope")
@@ -302,7 +302,7 @@ async def test_broken_blobs_leave_nothing(new_node: NewNode, registry: Registry,
             await node.puller.pull(name)
         assert words in caught.value.message
         assert layer in caught.value.message
-        if words == "bytes":  # which may be the network's fault
+        if words == "bytes":  # a wrong length may be a network error
             assert (layer.replace(":", "-") in await node.forget_partials()) == keep_blobs
         assert await node.leftovers() == {}
     path.write_bytes(whole)
@@ -326,7 +326,7 @@ async def test_a_wrong_diff_id_is_refused(node: Node, registry: Registry) -> Non
     assert await node.leftovers() == {}
 
 
-async def test_what_is_no_image_is_refused_by_its_name(node: Node, registry: Registry) -> None:
+async def test_artifacts_are_refused_with_their_type(node: Node, registry: Registry) -> None:
     blobs, manifest = small("artifact").blobs()
     for digest, blob in blobs.items():
         registry.push_blob("artifact", digest, blob)

@@ -1,4 +1,4 @@
-"""The registry client against a real registry behind a front that misbehaves."""
+"""The registry client with a real registry behind a misbehaving proxy."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_redirects_do_not_carry_credentials(
 
 
 @pytest.mark.parametrize("refuse_ranges", [False, True])
-async def test_a_cut_transfer_goes_on_where_it_broke(
+async def test_an_interrupted_transfer_is_resumed(
     node: Node, front: Front, built: BuiltImage, refuse_ranges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("images.registry.client.back_off", no_wait)
@@ -93,7 +93,7 @@ async def no_wait(failures: int, retry_after: str = "") -> None:
     await asyncio.sleep(0)
 
 
-async def test_passing_failures_are_tried_again(node: Node, front: Front, built: BuiltImage) -> None:
+async def test_transient_failures_are_retried(node: Node, front: Front, built: BuiltImage) -> None:
     front.failures = {"/manifests/": [503], "/blobs/": [429, 500, 429]}
     front.retry_after = "0"
     assert await pull(node, front) == built.id
@@ -104,7 +104,7 @@ async def test_passing_failures_are_tried_again(node: Node, front: Front, built:
     assert caught.value.message.startswith("RegistryUnavailable: ")
 
 
-async def test_a_stalled_transfer_is_given_up(new_node: NewNode, front: Front) -> None:
+async def test_a_stalled_transfer_fails(new_node: NewNode, front: Front) -> None:
     node = await new_node(stall_seconds=1.0, attempts=2)
     front.stall = True
     with pytest.raises(KubeletReasonError, match="interrupted"):
@@ -143,16 +143,14 @@ async def test_mirrors(node: Node, front: Front, registry: Registry, built: Buil
         assert (await node.puller.pull("registry.example/fronted", secret)).id == built.id
         await node.store.remove(built.id)
         (folder / "hosts.toml").write_text(f'server = "http://127.0.0.1:9"\n[host."http://{mirror.host}"]\n')
-        with pytest.raises(KubeletReasonError):  # the mirror's "not found" is not the registry's
+        with pytest.raises(KubeletReasonError):  # "not found" of a mirror is not the registry's answer
             await node.puller.pull("registry.example/fronted", secret)
         (folder / "hosts.toml").write_text(f'server = "http://{mirror.host}"\n[host."http://127.0.0.1:9"]\n')
         with pytest.raises(NotFoundError):
             await node.puller.pull("registry.example/fronted", secret)
 
 
-async def test_tls_with_an_authority_of_its_own(
-    node: Node, registry: Registry, built: BuiltImage, tmp_path: Path
-) -> None:
+async def test_tls_with_a_private_authority(node: Node, registry: Registry, built: BuiltImage, tmp_path: Path) -> None:
     registry.push(built, "fronted")
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     subject = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
@@ -181,15 +179,13 @@ async def test_tls_with_an_authority_of_its_own(
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 501])
-async def test_a_registry_that_refuses_head_is_asked_again_by_get(
-    node: Node, front: Front, built: BuiltImage, status: int
-) -> None:
+async def test_get_is_used_if_a_registry_refuses_head(node: Node, front: Front, built: BuiltImage, status: int) -> None:
     front.head_status = status
     assert [await pull(node, front) for _ in range(2)] == [built.id] * 2
     assert tuple(method for method, path, _ in front.seen if "/manifests/" in path)[-2:] == ("HEAD", "GET")
 
 
-async def test_a_manifest_that_breaks_off_once_is_fetched_again(
+async def test_an_interrupted_manifest_is_fetched_again(
     node: Node, front: Front, built: BuiltImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("images.registry.client.back_off", no_wait)

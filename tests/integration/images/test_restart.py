@@ -1,4 +1,4 @@
-"""A process that is killed at each stage of a pull, an import and a removal; then the store is opened again."""
+"""A process is killed at each stage of a pull, an import and a removal; then the store is opened again."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def test_a_layer_that_another_image_has_survives_a_killed_pull(
 
 
 @pytest.mark.parametrize("fault", ["forget:before", "forget:after", "layers:before", "layers:after"])
-async def test_a_killed_removal_is_whole_or_never_was(
+async def test_a_killed_removal_is_completed_or_has_no_effect(
     node: Node, registry: Registry, built: BuiltImage, fault: str
 ) -> None:
     image = await node.puller.pull(registry.push(built, "removed"))
@@ -112,7 +112,7 @@ async def test_a_killed_import_leaves_nothing(node: Node, built: BuiltImage, mom
     assert await node.leftovers() == {}
 
 
-async def test_layers_are_on_the_disk_before_they_have_their_names(
+async def test_layers_are_synced_before_they_are_renamed(
     node: Node, registry: Registry, built: BuiltImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[list[str], list[str], int]] = []
@@ -133,7 +133,7 @@ async def test_layers_are_on_the_disk_before_they_have_their_names(
     assert sorted(path.name for path in (node.data / "layers").iterdir()) == ["0", *map(str, image.layers)]
 
 
-async def test_a_disk_that_cannot_be_written_to_fails_the_pull(
+async def test_an_unwritable_disk_fails_the_pull(
     node: Node, registry: Registry, built: BuiltImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(folder: Path) -> None:
@@ -149,9 +149,7 @@ async def test_a_disk_that_cannot_be_written_to_fails_the_pull(
     assert (await node.puller.pull(name)).id == built.id
 
 
-async def test_a_layer_folder_that_vanished_costs_the_image_not_the_start(
-    node: Node, registry: Registry, built: BuiltImage
-) -> None:
+async def test_a_missing_layer_folder_removes_the_image(node: Node, registry: Registry, built: BuiltImage) -> None:
     name = registry.push(built, "vanished")
     image = await node.puller.pull(name)
     await node.stop()

@@ -1,4 +1,4 @@
-"""The fetched bytes of an interrupted pull are not fetched again, and are checked before use."""
+"""A pull does not fetch the bytes of an interrupted pull again, and checks them before use."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def partials(node: Node) -> dict[str, int]:
 
 
 def has_whole_blob(node: Node) -> bool:
-    """Whether one of the two layers is there as a whole, wherever it is kept by then."""
+    """Whether one of the two layers exists as a whole blob, under any name."""
     for path in (node.data / "content").glob("*/*"):
-        with contextlib.suppress(FileNotFoundError):  # it has just got another name
+        with contextlib.suppress(FileNotFoundError):  # it was renamed just now
             if path.stat().st_size > 3_000_000:
                 return True
     return False
@@ -62,8 +62,8 @@ def ranges(front: Front) -> list[str]:
     ]
 
 
-async def broken_off(node: Node, front: Front, size: int) -> None:
-    """A pull of which ``size`` bytes of each layer come before the registry is gone."""
+async def interrupted(node: Node, front: Front, size: int) -> None:
+    """A pull that receives ``size`` bytes of each layer before the registry fails."""
     front.cut_after = size
     front.refuse_ranges = True
     with pytest.raises(KubeletReasonError, match="interrupted"):
@@ -89,14 +89,14 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("images.registry.client.back_off", at_once)
 
 
-async def test_the_next_pull_goes_on_where_one_broke_off(node: Node, front: Front, built: BuiltImage) -> None:
-    await broken_off(node, front, 1_500_000)
+async def test_the_next_pull_resumes_an_interrupted_one(node: Node, front: Front, built: BuiltImage) -> None:
+    await interrupted(node, front, 1_500_000)
     left = partials(node)
     assert sorted(left.values())[-1] == 1_500_000
     assert node.store.filesystem_usage().used_bytes >= sum(left.values())
     assert (await node.puller.pull(name(front))).id == built.id
     assert "bytes=1500000-" in ranges(front)
-    # What was under way when the other layer broke off may have come in vain; without resuming it were 3 MB more.
+    # Bytes that arrived after the other layer failed may be lost. Without resuming it would be 3 MB more.
     assert node.puller.fetched_bytes < sum(map(len, built.layers)) + 1_000_000
     assert partials(node) == {}
     assert (await node.checker.check(repair=False)).findings == ()
@@ -105,8 +105,8 @@ async def test_the_next_pull_goes_on_where_one_broke_off(node: Node, front: Fron
     assert node.store.filesystem_usage().used_bytes == 0
 
 
-async def test_it_does_so_where_the_registry_knows_no_ranges(node: Node, front: Front, built: BuiltImage) -> None:
-    await broken_off(node, front, 1_500_000)
+async def test_a_pull_is_resumed_without_support_for_ranges(node: Node, front: Front, built: BuiltImage) -> None:
+    await interrupted(node, front, 1_500_000)
     front.refuse_ranges = True
     assert (await node.puller.pull(name(front))).id == built.id
     assert (await node.checker.check(repair=False)).findings == ()
@@ -155,8 +155,8 @@ async def test_a_killed_pull_is_resumed(node: Node, front: Front, built: BuiltIm
     assert node.puller.fetched_bytes <= sum(map(len, built.layers)) + 100_000 - sum(left.values())
 
 
-async def test_what_was_damaged_meanwhile_is_fetched_anew(node: Node, front: Front, built: BuiltImage) -> None:
-    await broken_off(node, front, 1_500_000)
+async def test_a_damaged_partial_blob_is_fetched_again(node: Node, front: Front, built: BuiltImage) -> None:
+    await interrupted(node, front, 1_500_000)
     for path in (node.data / "content/partial").iterdir():
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
@@ -168,18 +168,18 @@ async def test_what_was_damaged_meanwhile_is_fetched_anew(node: Node, front: Fro
     assert await node.leftovers() == {}
 
 
-async def test_what_is_too_long_is_fetched_anew(node: Node, front: Front, built: BuiltImage) -> None:
-    await broken_off(node, front, 1_500_000)
+async def test_a_partial_blob_that_is_too_long_is_fetched_again(node: Node, front: Front, built: BuiltImage) -> None:
+    await interrupted(node, front, 1_500_000)
     for path in (node.data / "content/partial").iterdir():
         path.write_bytes(bytes(4_000_000))
     await node.restart()
     assert (await node.puller.pull(name(front))).id == built.id
 
 
-async def test_what_is_broken_in_the_registry_leaves_nothing(
+async def test_a_blob_broken_in_the_registry_leaves_nothing(
     node: Node, front: Front, built: BuiltImage, registry: Registry
 ) -> None:
-    await broken_off(node, front, 1_500_000)
+    await interrupted(node, front, 1_500_000)
     blobs, _ = built.blobs()
     path = registry.blob_path(next(digest for digest, blob in blobs.items() if len(blob) > 1_000_000))
     good = path.read_bytes()
@@ -192,13 +192,13 @@ async def test_what_is_broken_in_the_registry_leaves_nothing(
     assert await node.leftovers() == {}
 
 
-async def test_two_pulls_at_once_share_what_is_there(node: Node, front: Front, built: BuiltImage) -> None:
-    await broken_off(node, front, 1_500_000)
+async def test_two_pulls_at_once_share_a_partial_blob(node: Node, front: Front, built: BuiltImage) -> None:
+    await interrupted(node, front, 1_500_000)
     other = BuiltImage((built.layers[1], built.layers[0], built.layers[1]))
     await asyncio.gather(
         node.puller.pull(name(front)), node.puller.pull(Registry.push(_registry(front), other, "resumed", "other"))
     )
-    # What was under way when the other layer broke off may have come in vain; a blob that came twice were 1.5 MB more.
+    # Bytes that arrived after the other layer failed may be lost. A blob fetched twice would be 1.5 MB more.
     assert node.puller.fetched_bytes < 7_000_000, "no blob came twice, though each is a layer several times"
     assert (await node.checker.check(repair=False)).findings == ()
     for image in node.store.images():
@@ -210,15 +210,15 @@ def _registry(front: Front) -> Registry:
     return Registry(front.upstream, Path(), 0)
 
 
-async def test_they_go_when_nobody_came_for_them(new_node: NewNode, front: Front) -> None:
+async def test_unused_partial_blobs_are_deleted(new_node: NewNode, front: Front) -> None:
     node = await new_node(partial_hours=0.4 / 3600)
-    await broken_off(node, front, 1_500_000)
+    await interrupted(node, front, 1_500_000)
     await until(lambda: not partials(node))
     assert await node.leftovers() == {}
     assert node.store.filesystem_usage().used_bytes == 0
 
 
-async def test_a_layer_that_waits_for_those_below_keeps_its_blob(node: Node, front: Front, built: BuiltImage) -> None:
+async def test_a_layer_that_waits_for_lower_layers_keeps_its_blob(node: Node, front: Front, built: BuiltImage) -> None:
     gate = front.hold_after(1)
     pulling = asyncio.create_task(node.puller.pull(name(front)))
     await until(lambda: has_whole_blob(node))
@@ -231,8 +231,8 @@ async def test_a_layer_that_waits_for_those_below_keeps_its_blob(node: Node, fro
     assert await node.leftovers() == {}
 
 
-async def test_a_repair_drops_them(node: Node, front: Front) -> None:
-    await broken_off(node, front, 1_500_000)
+async def test_a_repair_deletes_partial_blobs(node: Node, front: Front) -> None:
+    await interrupted(node, front, 1_500_000)
     assert (await node.images.disk_usage()).blobs == sum(partials(node).values())
     assert (await node.checker.check(repair=False)).findings == ()
     assert partials(node)
@@ -240,8 +240,8 @@ async def test_a_repair_drops_them(node: Node, front: Front) -> None:
     assert await node.leftovers() == {}
 
 
-async def test_old_ones_and_what_is_none_go_at_the_start(node: Node, front: Front) -> None:
-    await broken_off(node, front, 1_500_000)
+async def test_old_partial_blobs_and_other_files_are_deleted_at_the_start(node: Node, front: Front) -> None:
+    await interrupted(node, front, 1_500_000)
     folder = node.data / "content/partial"
     old = next(path for path in folder.iterdir())
     os.utime(old, (1, 1))
@@ -253,9 +253,9 @@ async def test_old_ones_and_what_is_none_go_at_the_start(node: Node, front: Fron
     assert node.store.filesystem_usage().used_bytes == sum(partials(node).values())
 
 
-async def test_nothing_is_resumed_where_blobs_are_not_kept(new_node: NewNode, front: Front, built: BuiltImage) -> None:
+async def test_nothing_is_resumed_if_blobs_are_not_kept(new_node: NewNode, front: Front, built: BuiltImage) -> None:
     node = await new_node(keep_blobs=False)
-    await broken_off(node, front, 1_500_000)
+    await interrupted(node, front, 1_500_000)
     assert await node.leftovers() == {}
     assert (await node.puller.pull(name(front))).id == built.id
     assert set(ranges(front)) == {"all"}
@@ -283,10 +283,10 @@ RANGE_ANSWERS: dict[str, Callable[[int, bytes], web.Response]] = {
 
 
 @pytest.mark.parametrize("answer", RANGE_ANSWERS)
-async def test_a_registry_that_does_not_give_the_rest_is_asked_for_the_whole(
+async def test_the_whole_blob_is_requested_if_the_rest_is_not_sent(
     node: Node, front: Front, built: BuiltImage, answer: str
 ) -> None:
-    await broken_off(node, front, 1_500_000)
+    await interrupted(node, front, 1_500_000)
     front.range_answer = RANGE_ANSWERS[answer]
     assert (await node.puller.pull(name(front))).id == built.id
     assert "bytes=1500000-" in ranges(front)
@@ -295,7 +295,7 @@ async def test_a_registry_that_does_not_give_the_rest_is_asked_for_the_whole(
 
 
 @pytest.mark.parametrize("answer", ["416", "from a later byte"])
-async def test_so_is_one_whose_answer_breaks_off_in_the_middle(
+async def test_the_rest_is_requested_again_if_a_whole_answer_is_interrupted(
     node: Node, front: Front, built: BuiltImage, answer: str
 ) -> None:
     front.range_answer = RANGE_ANSWERS[answer]
@@ -305,18 +305,18 @@ async def test_so_is_one_whose_answer_breaks_off_in_the_middle(
     assert "bytes=1500000-" in ranges(front)
 
 
-async def test_access_that_is_refused_stays_refused(node: Node, front: Front, built: BuiltImage) -> None:
-    await broken_off(node, front, 1_500_000)
+async def test_refused_access_is_not_retried(node: Node, front: Front, built: BuiltImage) -> None:
+    await interrupted(node, front, 1_500_000)
     front.failures["/blobs/"] = [403] * 20
     with pytest.raises(PermissionDeniedError, match="refused access"):
         await node.puller.pull(name(front))
 
 
-async def test_an_image_over_the_limits_takes_nothing_from_others(
+async def test_an_image_over_the_limits_does_not_affect_others(
     new_node: NewNode, front: Front, registry: Registry, built: BuiltImage
 ) -> None:
     node = await new_node(max_layer_entries=10)
-    await broken_off(node, front, 1_500_000)
+    await interrupted(node, front, 1_500_000)
     left = partials(node)
     many = BuiltImage((make_tar([entry(f"file{number}", "") for number in range(20)]),))
     with pytest.raises(LimitError, match="max_layer_entries"):

@@ -1,4 +1,4 @@
-"""Pulls that share layers: none hangs, fails or waits because of another one, nor learns of its credentials."""
+"""Pulls that share layers: no pull hangs, fails or waits because of another, or learns its credentials."""
 
 from __future__ import annotations
 
@@ -52,22 +52,22 @@ async def until(good: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def a_has_begun_and_b_waits(
+async def a_fetches_and_b_waits(
     node: Node, front: Front, *credentials: Credentials, second: str = "b"
 ) -> tuple[asyncio.Task[Image], asyncio.Task[Image]]:
-    """A pull that is in the middle of the shared layer, and another one that wants it too."""
+    """A pull in the middle of the shared layer, and another pull that waits for the same layer."""
     front.hold_after(0)
     first = pull(node, front, "a", *credentials[:1])
     await until(lambda: node.puller.pulls() and any(layer.received for layer in node.puller.pulls()[0].layers))
     other = pull(node, front, second, *credentials[1:])
     await until(lambda: len(node.puller.pulls()) == 2 and node.puller.pulls()[1].layers)
     await asyncio.sleep(0)
-    front.hold_after(99)  # what is asked for from now on comes
+    front.hold_after(99)  # answer all later requests completely
     return first, other
 
 
-async def test_b_goes_on_at_once_when_a_is_cancelled(node: Node, front: Front) -> None:
-    first, other = await a_has_begun_and_b_waits(node, front)
+async def test_b_continues_at_once_when_a_is_cancelled(node: Node, front: Front) -> None:
+    first, other = await a_fetches_and_b_waits(node, front)
     await asyncio.wait((other,), timeout=0.2)
     assert not other.done()
     first.cancel()
@@ -78,11 +78,11 @@ async def test_b_goes_on_at_once_when_a_is_cancelled(node: Node, front: Front) -
     assert (await node.checker.check(repair=False)).findings == ()
 
 
-async def test_b_goes_on_at_once_when_a_fails_by_itself(node: Node, front: Front) -> None:
+async def test_b_continues_at_once_when_a_fails(node: Node, front: Front) -> None:
     other_blob = blob_of(A, 1)
     front.hold[other_blob] = asyncio.Event()
     front.failures[other_blob] = [404] * 9
-    first, other = await a_has_begun_and_b_waits(node, front)
+    first, other = await a_fetches_and_b_waits(node, front)
     front.hold.pop(other_blob).set()
     async with asyncio.timeout(SOON):
         with pytest.raises(NotFoundError):
@@ -92,18 +92,18 @@ async def test_b_goes_on_at_once_when_a_fails_by_itself(node: Node, front: Front
     assert (await asyncio.wait_for(node.puller.pull(f"{front.host}/shared/a"), SOON)).id == A.id
 
 
-async def test_one_reference_with_two_forms_of_credentials(node: Node, front: Front) -> None:
+async def test_one_reference_pulled_with_two_credentials(node: Node, front: Front) -> None:
     front.token_user = "alice:secret"
     same = Credentials(auth="YWxpY2U6c2VjcmV0")
-    first, other = await a_has_begun_and_b_waits(node, front, ALICE, same, second="a")
+    first, other = await a_fetches_and_b_waits(node, front, ALICE, same, second="a")
     first.cancel()
     async with asyncio.timeout(SOON):
         assert (await other).id == A.id
     assert sum(count for path, count in front.count().items() if path.startswith("/token")) == 2
 
 
-async def test_all_waiters_but_one_leave_and_a_new_one_comes_in_between(node: Node, front: Front) -> None:
-    first, other = await a_has_begun_and_b_waits(node, front)
+async def test_waiters_are_cancelled_while_a_new_one_arrives(node: Node, front: Front) -> None:
+    first, other = await a_fetches_and_b_waits(node, front)
     third = pull(node, front, "b", ALICE)
     await until(lambda: len(node.puller.pulls()) == 3 and node.puller.pulls()[2].layers)
     first.cancel()
@@ -129,12 +129,12 @@ async def test_bad_credentials_get_nothing_from_a_pull_with_good_ones(node: Node
     held.set()
     async with asyncio.timeout(SOON):
         assert (await first).id == A.id
-    # Nor does what is there now by the right to it help: the registry is asked each time.
+    # The layer that is now on the node does not help either: the registry is asked each time.
     with pytest.raises(PermissionDeniedError):
         await node.puller.pull(f"{front.host}/shared/a", Credentials(username="mallory", password="guess"))
 
 
-async def test_an_error_that_concerns_credentials_reaches_their_own_pull_alone(node: Node, front: Front) -> None:
+async def test_a_credential_error_fails_only_its_own_pull(node: Node, front: Front) -> None:
     front.token_user = "*"
     shared = blob_of(A, 0)
     front.hold[shared] = asyncio.Event()
@@ -190,7 +190,7 @@ async def test_a_shared_blob_waits_for_no_slot_behind_slow_layers_of_another_pul
         for layer in range(4):
             front.hold[blob_of(slow, layer)] = gate
         first = pull(node, front, "slow")
-        await until(lambda: sum("/blobs/" in path for _, path, _ in front.seen) >= 5)  # and the shared one is next
+        await until(lambda: sum("/blobs/" in path for _, path, _ in front.seen) >= 5)  # the shared one is next
         async with asyncio.timeout(SOON):
             assert (await node.puller.pull(f"{front.host}/shared/b")).id == B.id
         assert not first.done()
@@ -219,7 +219,7 @@ async def test_two_registries_that_send_the_same_layer_at_once_make_one(
     assert await node.leftovers() == {}
 
 
-async def test_a_layer_opens_nothing_before_it_has_its_slot(node: Node, registry: Registry) -> None:
+async def test_a_layer_opens_no_file_before_it_has_its_slot(node: Node, registry: Registry) -> None:
     many = BuiltImage(tuple(make_tar([entry(f"file{number}", os.urandom(2000))]) for number in range(60)))
     registry.push(many, "shared/many")
     async with run_front(registry.host) as front:
@@ -229,7 +229,7 @@ async def test_a_layer_opens_nothing_before_it_has_its_slot(node: Node, registry
         pulling = pull(node, front, "many")
         await until(lambda: node.puller.pulls() and node.puller.pulls()[0].layers)
         await until(lambda: sum("/blobs/" in path for _, path, _ in front.seen) >= 5)
-        await asyncio.sleep(0.2)  # all that continues without a slot
+        await asyncio.sleep(0.2)  # time for everything that needs no slot
         assert len(opened_below(node.data)) <= 4 * 2, "max_parallel_downloads layers have files open"
         gate.set()
         assert (await asyncio.wait_for(pulling, SOON)).id == many.id

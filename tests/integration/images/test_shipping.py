@@ -1,4 +1,4 @@
-"""Images that come from other tools and go to them: archives and pushes, checked with skopeo and buildah."""
+"""Images from other tools and for other tools: archives and pushes, checked with skopeo and buildah."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def skopeo(folder: Path, *words: str) -> bytes:
     return done.stdout
 
 
-async def test_an_export_comes_back_as_it_was(
+async def test_an_exported_image_is_imported_unchanged(
     node: Node, registry: Registry, built: BuiltImage, tmp_path: Path
 ) -> None:
     name = registry.push(built, "shipping/app", "1")
@@ -91,7 +91,7 @@ async def test_several_images_in_one_archive(node: Node, registry: Registry, bui
 
 @needs_skopeo
 @pytest.mark.parametrize("form", ["oci", "docker"])
-async def test_skopeo_reads_what_is_exported(node: Node, built: BuiltImage, tmp_path: Path, form: str) -> None:
+async def test_skopeo_reads_exported_archives(node: Node, built: BuiltImage, tmp_path: Path, form: str) -> None:
     write = built.write_oci if form == "oci" else built.write_docker
     write(tmp_path / "in.tar", "registry.example/app:1")
     await node.puller.import_archive(tmp_path / "in.tar")
@@ -99,14 +99,14 @@ async def test_skopeo_reads_what_is_exported(node: Node, built: BuiltImage, tmp_
     source = f"oci-archive:{tmp_path}/out.tar"
     inspected = json.loads(await skopeo(tmp_path, "inspect", "--raw", source))
     assert inspected["config"]["digest"] == built.id
-    # Copying unpacks each layer and holds it against its diff id.
+    # Copying makes skopeo unpack each layer and compare it with its diff ID.
     await skopeo(tmp_path, "copy", "--dest-decompress", source, f"dir:{tmp_path}/copy")
     assert digest_of(built.layers[0])[7:] in {path.name for path in (tmp_path / "copy").iterdir()}
 
 
 @needs_skopeo
 @pytest.mark.parametrize("transport", ["oci-archive", "docker-archive", "oci"])
-async def test_what_skopeo_writes_is_imported(
+async def test_archives_of_skopeo_are_imported(
     node: Node, registry: Registry, built: BuiltImage, tmp_path: Path, transport: str
 ) -> None:
     source = registry.push(built, "skopeo/app", "1")
@@ -119,7 +119,7 @@ async def test_what_skopeo_writes_is_imported(
 
 
 @needs_buildah
-async def test_what_buildah_builds_runs_and_goes_back(node: Node, registry: Registry, tmp_path: Path) -> None:
+async def test_images_of_buildah_are_imported_run_and_exported(node: Node, registry: Registry, tmp_path: Path) -> None:
     store = ("--root", f"{tmp_path}/root", "--runroot", f"{tmp_path}/run", "--storage-driver", "vfs")
     environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
 
@@ -170,7 +170,7 @@ async def test_push_and_pull_again(node: Node, registry: Registry, built: BuiltI
         assert json.loads(inspected)["Digest"] == sent.digest
 
 
-async def test_pushes_ask_for_a_token_that_may_push(
+async def test_pushes_request_a_token_with_push_access(
     node: Node, registry: Registry, built: BuiltImage, tmp_path: Path
 ) -> None:
     built.write_docker(tmp_path / "image.tar", "localhost/app:1")
@@ -189,7 +189,7 @@ async def test_pushes_ask_for_a_token_that_may_push(
         uploads = [headers for method, _, headers in front.seen if method in ("POST", "PUT")]
         assert {headers.get("Authorization") for headers in uploads} <= {None, f"Bearer {TOKEN}"}
         await node.store.remove(image.id)
-        # Its layers were never compressed: the manifest is ours, the configuration the same.
+        # Its layers were never compressed: Podkeel writes a new manifest, and the configuration stays the same.
         assert (await node.puller.pull(target, secret)).id == built.id
 
 
@@ -207,7 +207,7 @@ async def test_pushes_with_a_password(node: Node, built: BuiltImage, tmp_path: P
         assert pushed.sent == 3
 
 
-async def test_pushes_never_go_to_mirrors_or_where_they_may_not(
+async def test_pushes_do_not_go_to_mirrors_or_hosts_without_push(
     node: Node, registry: Registry, built: BuiltImage, tmp_path: Path
 ) -> None:
     built.write_oci(tmp_path / "image.tar", "registry.example/app:1")
@@ -222,7 +222,7 @@ async def test_pushes_never_go_to_mirrors_or_where_they_may_not(
         await node.exporter.push("registry.example/app:1")
 
 
-async def test_what_cannot_leave_says_why(
+async def test_an_image_without_kept_layers_cannot_be_exported(
     new_node: NewNode, node: Node, registry: Registry, built: BuiltImage, tmp_path: Path
 ) -> None:
     name = registry.push(built, "unkept/app")

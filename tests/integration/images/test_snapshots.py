@@ -22,7 +22,7 @@ async def image(node: Node, tmp_path: Path) -> Image:
     return imported
 
 
-async def test_containers_share_layers_and_write_apart(node: Node, image: Image) -> None:
+async def test_containers_share_layers_and_have_separate_writable_layers(node: Node, image: Image) -> None:
     first, second = [await node.snapshots.prepare(name, image, target=node.target(name)) for name in ("c1", "c2")]
     (first.target / "etc/motd").write_text("changed")
     (first.target / "new").write_text("n")
@@ -34,7 +34,7 @@ async def test_containers_share_layers_and_write_apart(node: Node, image: Image)
     assert node.snapshots.filesystem_usage().inodes_used > 0
 
 
-async def test_removal_is_whole_and_repeatable(node: Node, image: Image) -> None:
+async def test_removal_is_complete_and_repeatable(node: Node, image: Image) -> None:
     for _ in range(2):
         await node.snapshots.prepare("c1", image, target=node.target("c1"))
         for _ in range(2):
@@ -47,7 +47,7 @@ async def test_removal_is_whole_and_repeatable(node: Node, image: Image) -> None
     assert node.snapshots.filesystem_usage().used_bytes == 0
 
 
-async def test_an_image_removed_while_in_use_goes_with_its_last_container(node: Node, image: Image) -> None:
+async def test_layers_of_a_removed_image_stay_until_the_last_container(node: Node, image: Image) -> None:
     await node.snapshots.prepare("c1", image, target=node.target("c1"))
     await node.store.remove(image.id)
     assert node.store.images() == ()
@@ -60,7 +60,7 @@ async def test_an_image_removed_while_in_use_goes_with_its_last_container(node: 
     assert await node.leftovers() == {}
 
 
-async def test_a_removed_image_gives_no_snapshot(node: Node, image: Image) -> None:
+async def test_no_snapshot_is_made_of_a_removed_image(node: Node, image: Image) -> None:
     await node.store.remove(image.id)
     with pytest.raises(NotFoundError, match="was removed"):
         await node.snapshots.prepare("c1", image, target=node.target("c1"))
@@ -116,7 +116,7 @@ async def test_more_layers_than_a_page_of_options_holds(node: Node, tmp_path: Pa
         assert (root / "same").read_text() == "59"
     (snapshot.target / "written").touch()
     assert (snapshot.upper / "written").exists()
-    assert Path.cwd() != snapshot.target.parent  # it is changed for one thread only
+    assert Path.cwd() != snapshot.target.parent  # only one thread changes its working folder
     await node.snapshots.unmount("c1", node.run / "volume")
     await node.snapshots.unmount("c1", node.target("c1"))
     await node.snapshots.remove("c1")
@@ -125,7 +125,7 @@ async def test_more_layers_than_a_page_of_options_holds(node: Node, tmp_path: Pa
     assert await node.leftovers() == {}
 
 
-def test_more_layers_than_the_kernel_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_layers_than_the_kernel_supports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LimitError, match="501 layers is over the kernel's limit of 500"):
         mount_overlay(tmp_path, [tmp_path] * 501, None, "")
     lower = [tmp_path / str(number) for number in range(501)]

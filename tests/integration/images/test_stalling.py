@@ -1,4 +1,4 @@
-"""Registries whose answers never come to an end, in any part of them: each pull fails within the limits of silence."""
+"""Registries whose answers never end, in any part of an answer: each pull fails within the limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.scripted_registry import small_image
 NewNode = Callable[..., Awaitable[Node]]
 
 MANIFEST, KIND, (CONFIG, LAYER) = small_image()
-SLOWNESS = 0.02  # seconds between two bytes or lines: far less than the silence that is allowed
+SLOWNESS = 0.02  # seconds between two bytes or lines: much less than the allowed time without data
 OPTIONS = {"connect_seconds": 0.5, "stall_seconds": 0.5, "attempts": 2, "slow_seconds": 0.5}
 BODIES = {
     "/manifests/": MANIFEST,
@@ -30,7 +30,7 @@ BODIES = {
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\n" % KIND.encode()
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
-# The bytes that are sent first, and those that are then sent repeatedly; ``%b`` is the body as a chunk.
+# The bytes that are sent first, and those that are then sent repeatedly. ``%b`` is the body as a chunk.
 ENDLESS = {
     "one header": (OK + b"X-Long: ", b"x"),
     "headers": (OK, b"X-More: x\r\n"),
@@ -47,7 +47,7 @@ ENDLESS = {
 
 
 class Stalling:
-    """A registry that answers ``part`` of its paths endlessly, and asks for a token if that is one."""
+    """A registry that answers ``part`` of its paths endlessly, and requires a token if ``part`` is the token server."""
 
     def __init__(self, part: str, endless: tuple[bytes, bytes]) -> None:
         self.part = part
@@ -90,7 +90,7 @@ async def stalling(part: str, endless: tuple[bytes, bytes]) -> AsyncIterator[str
 
 
 @pytest.mark.parametrize("part", BODIES, ids=["manifest", "config", "layer", "token"])
-async def test_an_answer_without_an_end_fails_its_pull(new_node: NewNode, part: str) -> None:
+async def test_an_endless_answer_fails_its_pull(new_node: NewNode, part: str) -> None:
     node = await new_node(**OPTIONS)
 
     async def pull(kind: str) -> str:
@@ -106,7 +106,7 @@ async def test_an_answer_without_an_end_fails_its_pull(new_node: NewNode, part: 
     for task in late:
         task.cancel()
     assert not late, [kind for kind, task in pulls.items() if task in late]
-    refusals = {"PermissionDeniedError", "NotFoundError"}  # what the status says
+    refusals = {"PermissionDeniedError", "NotFoundError"}  # according to the status
     for kind, task in pulls.items():
         expected = refusals if "error" in kind else {KubeletReasonError.__name__}
         assert task.result() in expected | {KubeletReasonError.__name__}, kind

@@ -1,4 +1,4 @@
-"""Token servers and registries of every manner: redirects, POST alone, encodings, credentials in odd forms."""
+"""Token servers and registries of many kinds: redirects, POST only, encodings, unusual forms of credentials."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def other() -> Iterator[ScriptedRegistry]:
 
 
 def private_image(registry: ScriptedRegistry, realm: str = "", repository: str = "private") -> str:
-    """Have an image that is given to those with a token alone; its reference."""
+    """Serve an image to clients with a token only. Returns its reference."""
     name = registry.offer_image(repository)
 
     def guarded(answer: Answer) -> Callable[[Request], Answer]:
@@ -90,7 +90,7 @@ async def test_a_token_server_that_redirects(node: Node, scripted: ScriptedRegis
     await node.puller.pull(name, SECRET)
 
 
-async def test_a_token_server_that_redirects_elsewhere_gets_no_credentials_there(
+async def test_credentials_are_not_sent_to_another_host_by_a_redirect(
     node: Node, scripted: ScriptedRegistry, other: ScriptedRegistry
 ) -> None:
     name = private_image(scripted)
@@ -109,7 +109,7 @@ async def test_a_token_server_that_redirects_elsewhere_gets_no_credentials_there
     assert secrets_seen(other) == []
 
 
-async def test_a_token_server_that_takes_post_alone(node: Node, scripted: ScriptedRegistry) -> None:
+async def test_a_token_server_that_accepts_only_post(node: Node, scripted: ScriptedRegistry) -> None:
     name = private_image(scripted)
 
     def post_only(request: Request) -> Answer:
@@ -132,7 +132,7 @@ async def test_a_token_server_that_takes_post_alone(node: Node, scripted: Script
         await node.puller.pull(name)
 
 
-async def test_a_token_server_that_says_that_it_made_one(node: Node, scripted: ScriptedRegistry) -> None:
+async def test_a_token_server_that_answers_created(node: Node, scripted: ScriptedRegistry) -> None:
     name = private_image(scripted)
     scripted.answers["/token"] = Answer(json.dumps({"token": TOKEN}).encode(), status=201)
     await node.puller.pull(name, SECRET)
@@ -158,7 +158,7 @@ async def test_ten_redirects_are_followed(node: Node, scripted: ScriptedRegistry
 @pytest.mark.parametrize(
     "location", ["", "http://[::1", "ftp://x/y", "http://a:99999/", "/\u00fc", "http://" + "a" * 99]
 )
-async def test_redirects_that_lead_nowhere(node: Node, scripted: ScriptedRegistry, location: str) -> None:
+async def test_redirects_to_invalid_addresses(node: Node, scripted: ScriptedRegistry, location: str) -> None:
     name = scripted.offer_image("lost")
     scripted.answers["/v2/lost/manifests/latest"] = redirect(location)
     with pytest.raises(PodkeelError) as failed:
@@ -166,7 +166,7 @@ async def test_redirects_that_lead_nowhere(node: Node, scripted: ScriptedRegistr
     assert isinstance(failed.value, KubeletReasonError | PermissionDeniedError) or "not have" in failed.value.message
 
 
-async def test_headers_that_are_no_use(node: Node, scripted: ScriptedRegistry) -> None:
+async def test_invalid_headers_are_ignored(node: Node, scripted: ScriptedRegistry) -> None:
     name = scripted.offer_image("odd")
     plain = scripted.answers["/v2/odd/manifests/latest"]
     for challenge in ('Bearer realm="http://[::1"', "Bearer realm=x", 'Bearer realm="http://a:99999/"', "\xff=", ","):
@@ -202,7 +202,7 @@ async def test_a_registry_among_its_own_hosts_can_be_pushed_to(node: Node, scrip
     assert [request.method for request in scripted.requests("/manifests/new")] == ["PUT"]
 
 
-async def test_a_registry_that_names_no_place_to_upload_to(node: Node, scripted: ScriptedRegistry) -> None:
+async def test_a_registry_without_a_valid_upload_address(node: Node, scripted: ScriptedRegistry) -> None:
     name = scripted.offer_image("source")
     await node.puller.pull(name)
     for headers in ({}, {"Location": "http://[::1"}, {"Location": "file:///etc/passwd"}):
@@ -212,7 +212,7 @@ async def test_a_registry_that_names_no_place_to_upload_to(node: Node, scripted:
 
 
 def authority(folder: Path, name: str) -> tuple[Path, ssl.SSLContext]:
-    """A new certificate for 127.0.0.1, and a server's settings with it."""
+    """A new certificate for 127.0.0.1, and a server's TLS context with it."""
     key, certificate = folder / f"{name}.key", folder / f"{name}.pem"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     command += ["-days", "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
@@ -223,7 +223,7 @@ def authority(folder: Path, name: str) -> tuple[Path, ssl.SSLContext]:
 
 
 @pytest.mark.parametrize("setting", ["ca", "skip_verify"])
-async def test_a_host_s_authority_holds_where_it_redirects(node: Node, tmp_path: Path, setting: str) -> None:
+async def test_a_host_s_authority_is_used_for_its_redirects(node: Node, tmp_path: Path, setting: str) -> None:
     certificate, context = authority(tmp_path, "test")
     with run_scripted_registry(tls=context) as registry, run_scripted_registry(tls=context) as storage:
         name = private_image(registry, f"{storage.address}/token")
@@ -282,7 +282,7 @@ async def test_encoded_answers(
         await node.puller.pull(name)
 
 
-async def test_what_is_said_to_be_encoded_and_is_not(node: Node, scripted: ScriptedRegistry) -> None:
+async def test_bodies_declared_as_encoded_that_are_not(node: Node, scripted: ScriptedRegistry) -> None:
     manifest, _, _ = small_image()
     name = scripted.offer_image("plain")
     for path, answer in list(scripted.answers.items()):
@@ -293,7 +293,7 @@ async def test_what_is_said_to_be_encoded_and_is_not(node: Node, scripted: Scrip
 
 
 @pytest.mark.parametrize("content", [b"user:secret", b"j\xfcrgen:gr\xfc\xdfe", b"\xff\xfe:\x80"])
-async def test_auth_goes_to_the_token_server_byte_by_byte(
+async def test_auth_is_sent_to_the_token_server_unchanged(
     node: Node, scripted: ScriptedRegistry, content: bytes
 ) -> None:
     name = private_image(scripted)
@@ -312,7 +312,7 @@ async def test_auth_goes_to_the_token_server_byte_by_byte(
     assert form["password"][0].encode(errors="surrogateescape") == password
 
 
-async def test_a_manifest_that_breaks_off_is_asked_for_again(node: Node, scripted: ScriptedRegistry) -> None:
+async def test_an_interrupted_manifest_is_requested_again(node: Node, scripted: ScriptedRegistry) -> None:
     name = scripted.offer_image("cut")
     manifest, kind, _ = small_image()
     headers = {"Content-Length": str(len(manifest))}
@@ -321,7 +321,7 @@ async def test_a_manifest_that_breaks_off_is_asked_for_again(node: Node, scripte
     await node.puller.pull(name)
 
 
-async def test_answers_that_come_byte_by_byte_have_an_end(new_node: NewNode, scripted: ScriptedRegistry) -> None:
+async def test_slow_answers_have_a_time_limit(new_node: NewNode, scripted: ScriptedRegistry) -> None:
     node = await new_node(stall_seconds=1.5, slow_seconds=0.3, attempts=1)
     name = private_image(scripted)
 

@@ -1,4 +1,4 @@
-"""Emptying the trash in the background, without delaying pulls."""
+"""The trash is emptied in the background, without delaying pulls."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def entries(folder: Path) -> int:
 
 
 def has_paused(folder: Path) -> bool:
-    """Whether the process that removes waits for an order on its pipe."""
+    """Whether the worker waits for an order on its pipe."""
     for task in Path("/proc").glob("[0-9]*"):
         try:
             if (task / "fd/3").readlink() == folder:
@@ -48,7 +48,7 @@ def has_paused(folder: Path) -> bool:
     return False
 
 
-async def test_large_trees_wait_while_the_disk_is_held(bin_of: Trash, tmp_path: Path) -> None:
+async def test_large_trees_are_not_removed_while_the_disk_is_held(bin_of: Trash, tmp_path: Path) -> None:
     with bin_of.held():
         with bin_of.held():
             bin_of.throw(large_tree(tmp_path / "tree"))
@@ -61,7 +61,7 @@ async def test_large_trees_wait_while_the_disk_is_held(bin_of: Trash, tmp_path: 
     assert entries(tmp_path / "trash") == 0
 
 
-async def test_who_waits_for_room_waits_for_no_other(bin_of: Trash, tmp_path: Path) -> None:
+async def test_waiting_for_the_trash_overrides_a_hold(bin_of: Trash, tmp_path: Path) -> None:
     bin_of.throw(large_tree(tmp_path / "tree"))
     with bin_of.held():
         bin_of.wake()
@@ -72,7 +72,7 @@ async def test_who_waits_for_room_waits_for_no_other(bin_of: Trash, tmp_path: Pa
 
 
 @pytest.mark.parametrize("ends_by", ["time", "room"])
-async def test_the_disk_is_held_for_a_while_and_if_there_is_room(
+async def test_a_hold_ends_after_a_time_or_if_the_disk_is_full(
     bin_of: Trash, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_by: str
 ) -> None:
     monkeypatch.setattr(trash, "CHECK_SECONDS", 0.05)
@@ -84,7 +84,7 @@ async def test_the_disk_is_held_for_a_while_and_if_there_is_room(
         await wait_until(lambda: not list((tmp_path / "trash").iterdir()))
 
 
-async def test_the_process_that_removes_ends_with_the_agent(bin_of: Trash, tmp_path: Path) -> None:
+async def test_the_worker_ends_with_the_agent(bin_of: Trash, tmp_path: Path) -> None:
     bin_of.throw(large_tree(tmp_path / "tree"))
     with bin_of.held():
         bin_of.wake()

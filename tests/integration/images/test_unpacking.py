@@ -1,4 +1,4 @@
-"""What comes out of layers, sound and hostile, seen on the disk and through the overlay."""
+"""The result of unpacking valid and hostile layers, on disk and through the overlay."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CAPABILITY = bytes.fromhex("0100000202040000000000000000000000000000")
 
 
 async def install(node: Node, *layers: bytes) -> Path:
-    """Import an image of these layers and mount it; returns the mounted root."""
+    """Import an image of these layers and mount it. Returns the mounted root."""
     archive = node.root / "archive.tar"
     BuiltImage(layers).write_docker(archive, "test:latest")
     (image,) = await node.puller.import_archive(archive)
@@ -32,13 +32,13 @@ async def install(node: Node, *layers: bytes) -> Path:
 
 
 async def unpacked(node: Node, *layers: bytes) -> Path:
-    """Like ``install``, but the folder of the topmost layer."""
+    """As ``install``, but returns the folder of the topmost layer."""
     await install(node, *layers)
     return max((node.data / "layers").iterdir(), key=lambda path: int(path.name)) / "fs"
 
 
 async def refused(node: Node, *layers: bytes) -> str:
-    """The message with which these layers are refused; nothing of them stays."""
+    """The error message for these layers. Nothing of them must stay."""
     with pytest.raises((InvalidArgumentError, LimitError)) as caught:
         await install(node, *layers)
     assert await node.leftovers() == {}
@@ -46,7 +46,7 @@ async def refused(node: Node, *layers: bytes) -> str:
 
 
 def tree(root: Path) -> dict[str, tuple[object, ...]]:
-    """Everything about every file below ``root``."""
+    """All attributes of every file below ``root``."""
     found: dict[str, tuple[object, ...]] = {}
     first_names: dict[int, str] = {}
     for path in sorted([root, *root.rglob("*")]):
@@ -128,7 +128,7 @@ async def test_sparse_files_of_every_pax_version(node: Node, tmp_path: Path, ver
     assert (layer / "sparse").read_bytes() == (tmp_path / "sparse").read_bytes()
 
 
-async def test_whiteouts_and_opaque_folders_hide_what_is_below(node: Node) -> None:
+async def test_whiteouts_and_opaque_folders_hide_lower_layers(node: Node) -> None:
     lower = make_tar(
         [folder("a"), entry("a/one", "1"), entry("a/two", "2"), folder("b"), entry("b/x", "x"), entry("c", "")]
     )
@@ -139,7 +139,7 @@ async def test_whiteouts_and_opaque_folders_hide_what_is_below(node: Node) -> No
     assert [path.name for path in (root / "b").iterdir()] == ["y"]
 
 
-async def test_a_folder_in_place_of_a_whited_out_one_is_empty_below(node: Node) -> None:
+async def test_a_folder_that_replaces_a_whiteout_is_opaque(node: Node) -> None:
     lower = make_tar(
         [folder("a"), entry("a/old", "1"), folder("b"), entry("b/old", ""), folder("c"), entry("c/old", "")]
     )
@@ -155,7 +155,7 @@ async def test_a_folder_in_place_of_a_whited_out_one_is_empty_below(node: Node) 
         assert [path.name for path in (root / name).iterdir()] == ["new"], name
 
 
-async def test_a_whiteout_of_everything_leaves_only_what_is_above(node: Node) -> None:
+async def test_a_layer_with_an_opaque_root_hides_all_lower_layers(node: Node) -> None:
     lower = make_tar([folder("a"), entry("a/one", "1"), entry("file", "1")])
     upper = make_tar([entry(".wh..wh..opq"), entry("new", "")])
     top = make_tar([entry("top", "")])
@@ -171,7 +171,7 @@ async def install_again(node: Node, *layers: bytes) -> Path:
     return await install(node, *layers)
 
 
-async def test_folders_without_an_entry_take_after_the_layer_below(node: Node) -> None:
+async def test_folders_without_an_entry_inherit_from_the_layer_below(node: Node) -> None:
     lower = make_tar(
         [folder("tmp", 0o1777), folder("srv", 0o750, uid=7, gid=8), folder("srv/in", 0o700), entry("gone", "")]
     )
@@ -188,7 +188,7 @@ async def test_folders_without_an_entry_take_after_the_layer_below(node: Node) -
     assert (status["srv"].st_uid, status["srv"].st_gid) == (7, 8)
 
 
-async def test_the_root_itself_looks_as_the_image_says(node: Node) -> None:
+async def test_the_root_folder_has_the_image_s_attributes(node: Node) -> None:
     root = await install(
         node, make_tar([folder("./", 0o751, uid=3, gid=4), entry("x", "")]), make_tar([entry("y", "")])
     )
@@ -266,7 +266,7 @@ async def test_hostile_entries_are_refused_by_name(
     assert "layer 1 of 1" in message
 
 
-async def test_the_host_s_own_xattrs_are_not_taken_from_images(node: Node) -> None:
+async def test_xattrs_of_the_host_are_not_set_from_images(node: Node) -> None:
     names = ["trusted.overlay.redirect", "trusted.overlay.opaque", "user.overlay.opaque", "user.fine"]
     pax = {f"SCHILY.xattr.{name}": "y" for name in names}
     info, _ = folder("d")
@@ -306,7 +306,7 @@ async def test_damaged_archives_are_refused(node: Node) -> None:
     assert "damaged" in await refused(node, bytes(packed))
 
 
-async def test_an_archive_without_its_end_mark_is_taken(node: Node) -> None:
+async def test_an_archive_without_its_end_mark_is_accepted(node: Node) -> None:
     layer = make_tar([entry("a", "x" * 512)])[:1024]
     assert ((await unpacked(node, layer)) / "a").read_text() == "x" * 512
 
@@ -334,7 +334,7 @@ async def test_a_hundred_thousand_entries(node: Node) -> None:
     assert node.store.filesystem_usage().inodes_used == 100_000 + 100 + 1 + 1
 
 
-async def test_a_full_disk_is_said_and_nothing_stays(node: Node, tmp_path: Path) -> None:
+async def test_a_full_disk_is_reported_and_nothing_stays(node: Node, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     libc.mount("tmpfs", str(small), "tmpfs", 0, "size=4m")
@@ -354,7 +354,7 @@ async def test_a_full_disk_is_said_and_nothing_stays(node: Node, tmp_path: Path)
         mounts.unmount(small)
 
 
-async def test_an_empty_name_is_that_of_the_root(node: Node) -> None:
+async def test_an_empty_name_means_the_root(node: Node) -> None:
     assert "names the layer's root but is not a folder" in await refused(node, archive(file(b"", b"x")))
     root = await unpacked(node, archive(Header(b"", b"5", mode=b"0000711\0").encode(), file(b"after", b"x")))
     assert (stat.S_IMODE(root.stat().st_mode), (root / "after").read_text()) == (0o711, "x")

@@ -1,4 +1,4 @@
-"""Programs that say whether an image may be pulled."""
+"""Programs that allow or refuse the pull of an image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def verifier(node: Node, name: str, script: str, mode: int = 0o755) -> None:
     program.chmod(mode)
 
 
-async def test_each_program_is_told_what_is_pulled(
+async def test_each_program_gets_the_name_and_digest(
     node: Node, registry: Registry, built: BuiltImage, tmp_path: Path
 ) -> None:
     name = registry.push(built, "verify/told")
@@ -51,7 +51,7 @@ async def test_each_program_is_told_what_is_pulled(
         assert json.loads((tmp_path / f"stdin-{number}").read_text()) == {
             "mediaType": OCI_MANIFEST, "digest": digest_of(manifest), "size": len(manifest),
         }  # fmt: skip
-    # An image that has not changed is asked about again.
+    # An unchanged image is verified again.
     (tmp_path / "stdin-1").unlink()
     await node.puller.pull(name)
     assert json.loads((tmp_path / "stdin-1").read_text())["size"] == len(manifest)
@@ -67,7 +67,7 @@ async def test_each_program_is_told_what_is_pulled(
         ("kill -9 $$", 0o755, "verifier b refused it: status -9"),
     ],
 )
-async def test_one_that_denies_is_enough(node: Node, registry: Registry, script: str, mode: int, words: str) -> None:
+async def test_one_refusal_fails_the_pull(node: Node, registry: Registry, script: str, mode: int, words: str) -> None:
     built = BuiltImage((make_tar([entry("a", script + str(mode))]),))
     name = registry.push(built, "verify/denied")
     for other in "ac":
@@ -78,7 +78,7 @@ async def test_one_that_denies_is_enough(node: Node, registry: Registry, script:
     assert caught.value.message.startswith("SignatureValidationFailed: ")
     assert f"{name} ({digest_of(built.blobs()[1])})" in caught.value.message
     assert await node.leftovers() == {}
-    # An image that the node has is refused too, and stays as it is.
+    # A pull of an image that is on the node is refused too; the image stays unchanged.
     verifier(node, "b", "exit 0")
     image = await node.puller.pull(name)
     verifier(node, "b", script, mode)

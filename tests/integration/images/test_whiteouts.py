@@ -1,4 +1,4 @@
-"""Whiteouts that have nothing to hide, as tools write them that do not look at the layers below."""
+"""Whiteouts that hide nothing, as written by tools that do not read the layers below."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from tests.support.image_builder import entry, folder, make_tar
         ([entry("x", "a file")], [folder("x"), entry("x/.wh.y", ""), entry("x/k", "")]),
     ],
 )
-async def test_whiteouts_of_nothing_are_no_names(node: Node, layers: tuple[list[Any], ...]) -> None:
-    """overlayfs shows a whiteout in a folder that no layer below has; such a folder could not be removed."""
+async def test_needless_whiteouts_are_not_visible(node: Node, layers: tuple[list[Any], ...]) -> None:
+    """overlayfs shows a whiteout in a folder that no layer below has. Such a folder could not be removed."""
     root = await install(node, *map(make_tar, layers))
     assert [path.name for path in (root / "x").iterdir() if path.name != "s"] == ["k"]
     shutil.rmtree(root / "x")
     assert not (root / "x").exists()
 
 
-async def test_whiteouts_below_a_file_leave_the_file(node: Node) -> None:
+async def test_whiteouts_below_a_file_do_not_hide_the_file(node: Node) -> None:
     lower = make_tar([entry("a", "1"), entry("b", "2"), folder("d"), entry("d/x", ""), entry("d/y", "")])
     upper = make_tar([entry("a/.wh.x", ""), entry("b/c/.wh.x", ""), entry("none/.wh.x", ""), entry("d/.wh.x", "")])
     root = await install(node, lower, upper)

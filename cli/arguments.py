@@ -294,7 +294,7 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
     image = subparsers.add_parser(
         "image",
-        help="work with images: import, export, push, tag, explain, list, remove",
+        help="work with images: import, export, push, tag, explain, verify, list, remove",
         description="Work with images.",
     )
     below = _Commands(image.add_subparsers(title="commands", metavar="COMMAND", required=True), _client_options())
@@ -338,6 +338,14 @@ def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.Argument
         "images.reports:explain",
         "ask every host that a pull would try; print the credentials used and the answer",
         "Nothing is pulled. Exits 1 if no host has the image.",
+    )
+    parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
+    parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
+    parser = below.add(
+        "verify",
+        "images.reports:verify",
+        "compare the signatures of an image in its registry with the node's policy",
+        "Nothing is pulled. Exits 1 if the policy does not accept it.",
     )
     parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")

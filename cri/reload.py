@@ -29,6 +29,7 @@ _LIVE = {
         *("connect_seconds", "stall_seconds", "attempts", "slowest_bytes_per_second", "slow_seconds"),
         *("max_layer_bytes", "max_layer_entries", "max_layer_seconds", "max_image_bytes", "max_archive_bytes"),
         *("verifier_dir", "verifier_seconds", "pinned", "keep_blobs"),
+        *("signature_policy", "registries_dir", "accept_unnamed_signatures"),
     ),
     "runtime": (
         *("handlers", "default_runtime", "default_sysctls", "seccomp_profile", "shm_size", "io_weight", "umask"),

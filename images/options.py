@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 GIBIBYTE = 1 << 30
+DEFAULT_POLICY = "/etc/podkeel/policy.json"
 _NO_PROJECT = (1 << 32) - 1
 
 
@@ -34,7 +35,12 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     continues from them.
 
     Every program in ``verifier_dir`` must allow an image before it is pulled, in containerd's protocol, and must answer
-    within ``verifier_seconds``. Empty: images are not verified. Imported archives are never verified.
+    within ``verifier_seconds``. Empty: no program is asked. Imported archives are never verified.
+
+    ``signature_policy`` is the file that says which signatures an image needs (containers-policy.json(5)),
+    ``registries_dir`` the folder that says where signatures are (containers-registries.d(5)). There is no policy if the
+    first is empty, or if it is the default and does not exist. Bundles of cosign 3 do not name the image that they
+    sign: ``accept_unnamed_signatures`` accepts them for any name.
 
     ``project_quotas`` selects whose writable layers are counted by project quotas, if the data folder's file system has
     them: those of containers in user namespaces, which cannot leave their project; of all; or of none (``off``). Each
@@ -63,6 +69,9 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     partial_hours: float = 24.0
     verifier_dir: str = ""
     verifier_seconds: float = 10.0
+    signature_policy: str = DEFAULT_POLICY
+    registries_dir: str = "/etc/containers/registries.d"
+    accept_unnamed_signatures: bool = False
     project_quotas: Literal["off", "user-namespaces", "all"] = "user-namespaces"
     project_ids: tuple[int, int] = (0x60000000, 0x600FFFFF)
     pinned: tuple[str, ...] = ()

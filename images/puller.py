@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.concurrency.tasks import SingleFlight
 from host.concurrency.threads import in_image_thread, in_long_thread
-from host.errors import InvalidArgumentError, LimitError, NodeLimitError
+from host.errors import InvalidArgumentError, KubeletReasonError, LimitError, NodeLimitError
 from host.stages import Operation
 from images.archives.reader import ImageArchive
 from images.content.progress import PullProgress, RunningPull
@@ -21,12 +22,23 @@ from images.layers.store import LayerStore
 from images.oci.reference import Reference, parse
 from images.options import ImageOptions
 from images.registry.credentials import Credentials
+from images.signatures.policy import rule_for
 from images.store import ImageStore
 
 if TYPE_CHECKING:
     from images.registry.client import HostAnswer
+    from images.signatures.verification import Verification
 
 _log = logging.getLogger("podkeel.images")
+
+
+@dataclass(frozen=True, slots=True)
+class PullPlan:
+    """What a pull does: the full name, the rule of the policy (empty without a policy), the answer of each host."""
+
+    name: Reference
+    policy: str
+    hosts: list[HostAnswer]
 
 
 class ImagePuller:
@@ -91,14 +103,26 @@ class ImagePuller:
             for pull in self._running_pulls
         ]
 
-    async def explain(
-        self, reference: str, credentials: Credentials | None = None
-    ) -> tuple[Reference, list[HostAnswer]]:
-        """The full reference, and the answer of each host that a pull would try. Nothing is pulled."""
+    async def explain(self, reference: str, credentials: Credentials | None = None) -> PullPlan:
+        """What a pull would ask, and which policy about signatures holds; nothing is pulled."""
         name = parse(reference)
+        try:
+            rule = await in_image_thread(rule_for, self._options, name)
+            policy = rule.describe() if rule is not None else ""
+        except KubeletReasonError as error:
+            policy = error.message
         registry = await in_image_thread(importlib.import_module, f"{__package__}.registry.client")
         async with registry.RegistryClient(self._options, name, credentials) as client:
-            return name, await client.explain()
+            return PullPlan(name, policy, await client.explain())
+
+    async def verify(self, reference: str, credentials: Credentials | None = None) -> Verification:
+        """Whether the policy about signatures accepts what ``reference`` names in its registry; nothing is pulled.
+
+        Raises what a pull raises, except for signatures that are not accepted.
+        """
+        resolving = await in_image_thread(importlib.import_module, f"{__package__}.registry.resolve")
+        verified: Verification = await resolving.verify_signatures(self._options, parse(reference), credentials)
+        return verified
 
     async def import_archive(self, path: Path, reference: str = "") -> list[Image]:
         """Import the images of an OCI layout folder, an OCI archive or a docker archive, also a gzipped one.

@@ -27,6 +27,7 @@ if [[ $PURPOSE == test ]]; then
         iperf3           # tests measure pods with bandwidth limits
         skopeo umoci containerd  # tests compare images with theirs; containerd's service is not needed
         buildah netavark # tests import images that it builds; on Debian 13 it needs netavark
+        gnupg gpgv       # tests sign images with gpg; the agent checks such signatures with gpgv
         kmod             # tests load modules that the kernel was built with
         e2fsprogs        # tests set file attributes, and make file systems with project quotas
     )

@@ -1,4 +1,4 @@
-"""``podkeel image explain``, ``df`` and ``check``: the hosts of a pull, the disk space of images, and broken images."""
+"""``podkeel image explain``, ``verify``, ``df`` and ``check``: pulls, signatures, disk space, broken images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,21 @@ def explanation(answer: agent_pb2.ExplainImageResponse) -> str:
             f"    credentials    {host.credentials}",
             f"    answer         {host.answer}",
         ]
+    if answer.policy:
+        lines.append(f"signatures         {answer.policy}")
     return "\n".join(lines)
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Print what the node's policy says about the signatures of an image; 1 if it is not accepted."""
+    request = agent_pb2.VerifyImageRequest(reference=options.reference, auth=credentials(options))
+    with connect(options) as client:
+        answer = client.call(request, agent_pb2.VerifyImageResponse, f"verify image {options.reference}")
+    print(f"{answer.reference}  {answer.digest}")
+    print(answer.policy or "no policy (images.signature_policy): every image is accepted")
+    for found in answer.requirements:
+        print(f"{'✓' if found.met else '✗'} {found.requirement}: {found.reason}")
+    return 0 if all(found.met for found in answer.requirements) else 1
 
 
 def disk_usage(options: argparse.Namespace) -> None:

@@ -113,9 +113,10 @@ class ImageCalls:
     async def explain_image(self, request: agent_pb2.ExplainImageRequest) -> agent_pb2.ExplainImageResponse:
         """Ask every host that a pull would try."""
         credentials = credentials_of(request.auth) if request.HasField("auth") else None
-        name, answers = await self._images.puller.explain(request.reference, credentials)
+        plan = await self._images.puller.explain(request.reference, credentials)
         return agent_pb2.ExplainImageResponse(
-            reference=str(name),
+            reference=str(plan.name),
+            policy=plan.policy,
             hosts=[
                 agent_pb2.HostAnswer(
                     address=host.address,
@@ -125,7 +126,21 @@ class ImageCalls:
                     answered=host.answered,
                     answer=host.answer,
                 )
-                for host in answers
+                for host in plan.hosts
+            ],
+        )
+
+    async def verify_image(self, request: agent_pb2.VerifyImageRequest) -> agent_pb2.VerifyImageResponse:
+        """Compare the signatures of an image with the node's policy."""
+        credentials = credentials_of(request.auth) if request.HasField("auth") else None
+        found = await self._images.puller.verify(request.reference, credentials)
+        return agent_pb2.VerifyImageResponse(
+            reference=found.name,
+            digest=found.digest,
+            policy=found.policy,
+            requirements=[
+                agent_pb2.SignatureRequirement(requirement=verdict.requirement, met=verdict.met, reason=verdict.reason)
+                for verdict in found.verdicts
             ],
         )
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Self, TypeVar
+from urllib.parse import quote
 
 import aiohttp
 
@@ -20,7 +21,7 @@ from host.errors import (
     PodkeelError,
 )
 from images.oci import digests
-from images.oci.manifests import LARGEST_MANIFEST, MANIFEST_TYPES, Descriptor
+from images.oci.manifests import LARGEST_MANIFEST, MANIFEST_TYPES, OCI_INDEX, Descriptor
 from images.oci.reference import Reference
 from images.options import ImageOptions
 from images.registry.bodies import BodyError, collect, decoded, encoding_of
@@ -33,6 +34,8 @@ _log = logging.getLogger("podkeel.images")
 _PROGRESS = 1 << 20  # bytes; a transfer that brought so many before it broke resets the count of failures
 # Statuses that hosts send for a request with Range, without transient server errors and refused access.
 _ANSWERS_TO_RANGES = (200, 206, 400, 403, 405, 406, 411, 412, 413, 416, 417, 422, 500, 501, 505)
+# What registries may answer to a call that they do not know.
+_ANSWERS_TO_NEW_CALLS = (200, 400, 404, 405, 406, 410, 415, 501)
 _ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}
 
 T = TypeVar("T")
@@ -103,6 +106,35 @@ class RegistryClient:
         """The manifest with that digest; without one, the manifest that the reference names."""
         wanted = digest or self._reference.digest
         return await self._first("pull" if digest else "resolve", lambda host: self._get_manifest(host, wanted))
+
+    async def tagged(self, tag: str) -> FetchedManifest:
+        """The manifest that another tag of the repository names; NotFoundError if there is none."""
+        return await self._first("resolve", lambda host: self._get_manifest(host, "", tag))
+
+    async def referrers(self, digest: str, artifact_type: str) -> bytes:
+        """The index of what refers to the manifest ``digest`` and has this type (OCI distribution specification,
+        "Listing Referrers"); NotFoundError from registries that do not know the call.
+        """
+        subject = f"referrers of {digest} in {self._reference.repository}"
+        query = f"artifactType={quote(artifact_type, safe='')}"
+
+        async def ask(host: ConnectedHost) -> bytes:
+            path = f"/referrers/{digest}"
+            headers = {"Accept": OCI_INDEX}
+            response = await self._connection.request(
+                host, "GET", path, headers, query=query, good=_ANSWERS_TO_NEW_CALLS
+            )
+            if response.status != 200:
+                response.close()
+                raise NotFoundError(f"{subject}: {host.config.address} does not list them")
+            try:
+                return await collect(response, self._watched(response), LARGEST_MANIFEST)
+            except BodyError as error:
+                raise InvalidArgumentError(f"{subject} are {error}") from error
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise UnreachableError(f"{subject} broke off: {reason_of(error)}") from error
+
+        return await self._first("resolve", ask)
 
     async def small_blob(self, descriptor: Descriptor, limit: int) -> bytes:
         """A whole blob in memory, verified. InvalidArgumentError if it is larger than ``limit`` or broken."""
@@ -213,8 +245,8 @@ class RegistryClient:
         digest = response.headers.get("Docker-Content-Digest", "")
         return FetchedManifest(b"", digest, response.content_type, response.content_length or 0)
 
-    async def _get_manifest(self, host: ConnectedHost, digest: str) -> FetchedManifest:
-        name = digest or self._reference.tag
+    async def _get_manifest(self, host: ConnectedHost, digest: str, tag: str = "") -> FetchedManifest:
+        name = digest or tag or self._reference.tag
         subject = f"manifest {name} of {self._reference.repository}"
         wanted = _Document(subject, f"/manifests/{name}", _ACCEPT, LARGEST_MANIFEST, digest)
         content, response = await self._whole(host, wanted)

@@ -133,6 +133,13 @@ async def test_explain(podkeel: Command, front: Front) -> None:
     assert "wrong" not in out
 
 
+async def test_verify_without_a_policy(podkeel: Command, front: Front) -> None:
+    status, out, _ = await podkeel.run("image", "verify", f"{front.host}/team/app:1", "--creds", "user:secret")
+    assert status == 0
+    assert f"{front.host}/team/app:1  sha256:" in out
+    assert "no policy (images.signature_policy): every image is accepted" in out
+
+
 async def test_tag_export_push_and_usage(podkeel: Command, registry: Registry, front: Front, tmp_path: Path) -> None:
     name = f"{registry.host}/team/app:1"
     await podkeel.run("pull", name)

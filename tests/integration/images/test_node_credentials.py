@@ -179,7 +179,8 @@ async def test_explain_shows_every_host(node: Node, fronts: tuple[Front, Front],
     )
     (folder / "hosts.toml").write_text(f'server = "http://{front.host}"\n{hosts}')
     write(node, auths={front.host: {"auth": BASIC}})
-    name, answers = await node.puller.explain("registry.example/team/app")
+    plan = await node.puller.explain("registry.example/team/app")
+    name, answers = plan.name, plan.hosts
     assert str(name) == "registry.example/team/app:latest"
     assert [answer.address for answer in answers] == [
         f"http://{host}/v2" for host in (mirror.host, "127.0.0.1:9", "127.0.0.1:8", front.host)

@@ -188,7 +188,7 @@ async def test_the_registry_among_its_own_hosts_gets_the_pull_secret(node: Node,
     await node.puller.pull(name, SECRET)
     assert not scripted.requests("ns=")
     found = await node.puller.explain(name, SECRET)
-    assert [answer.mirror for answer in found[1]] == [False]
+    assert [answer.mirror for answer in found.hosts] == [False]
 
 
 async def test_a_registry_among_its_own_hosts_can_be_pushed_to(node: Node, scripted: ScriptedRegistry) -> None:

@@ -1,0 +1,78 @@
+"""GPG signatures of images below an address of registries.d.
+
+Document: containers-registries.d(5); containers-signature(5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import aiohttp
+
+from host import untrusted_json
+from host.concurrency.threads import in_image_thread
+from host.errors import KubeletReasonError
+from host.untrusted_json import JsonError
+from images.oci.reference import Reference
+from images.signatures.claims import LARGEST
+
+MOST = 32  # signatures of one image
+
+_SECONDS = 60.0
+
+
+async def simple_signatures(lookaside: str, name: Reference, digest: str) -> AsyncGenerator[bytes, None]:
+    """The GPG signatures of the manifest ``digest`` below an address of registries.d, MOST at most.
+
+    Raises KubeletReasonError if the place cannot be asked.
+    """
+    address = urlsplit(lookaside)
+    if address.scheme not in ("file", "http", "https"):
+        raise _failed(f"{lookaside!r} is no address of signatures: it must begin with file://, http:// or https://")
+    below = f"{address.path.rstrip('/')}/{name.path}@{digest.replace(':', '=')}"
+    if address.scheme == "file":
+        for number in range(1, MOST + 1):
+            content = await in_image_thread(_read, Path(unquote(f"{below}/signature-{number}")))
+            if content is None:
+                return
+            yield content
+        return
+    timeout = aiohttp.ClientTimeout(total=_SECONDS)
+    async with aiohttp.ClientSession(timeout=timeout, trust_env=True) as session:
+        for number in range(1, MOST + 1):
+            content = await _get(session, f"{address.scheme}://{address.netloc}{below}/signature-{number}")
+            if content is None:
+                return
+            yield content
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return untrusted_json.read_file(path, LARGEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, JsonError) as error:
+        raise _failed(f"{path} cannot be read: {error}") from error
+
+
+async def _get(session: aiohttp.ClientSession, url: str) -> bytes | None:
+    try:
+        async with session.get(url) as response:
+            if response.status == 404:
+                return None
+            if response.status != 200:
+                raise _failed(f"{url} answers with status {response.status}")
+            content = bytearray()
+            async for chunk in response.content.iter_any():
+                content += chunk
+                if len(content) > LARGEST:
+                    raise _failed(f"{url} is larger than {LARGEST} bytes")
+            return bytes(content)
+    except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        raise KubeletReasonError("RegistryUnavailable", f"signatures at {url}: {error or 'no answer'}") from error
+
+
+def _failed(why: str) -> KubeletReasonError:
+    return KubeletReasonError("SignatureValidationFailed", why)

@@ -36,7 +36,7 @@ _LIVE = {
         *("pids_limit", "hooks_dirs", "max_volume_copy_bytes", "max_volume_copy_entries"),
     ),
     "network": ("cni_bin_dirs", "cni_timeout_seconds"),
-    "nri": ("config_dir", "registration_seconds", "request_seconds"),
+    "nri": ("plugin_dir", "config_dir", "registration_seconds", "request_seconds"),
     "checkpoint": ("failure_log_dir",),
 }
 
@@ -96,6 +96,7 @@ class Reloader:
                 found = await in_thread(self._read)
                 result = self._compare(found)
                 await self._apply(found, result.applied)
+                result.applied += [f"nri {sentence}" for sentence in await self._agent.hooks.reload_plugins()]
             finally:
                 self._manager.ready(status_line(self._agent))
         _log.info(

@@ -43,6 +43,10 @@ class Hooks:
         finally:
             await notification
 
+    async def reload_plugins(self) -> list[str]:
+        """Read the plugins of the node and their configurations again; returns a sentence for each change."""
+        return []
+
     def service(self) -> dict[str, object]:
         """Whether plugins are served, the path of the socket where they connect, and why there is none."""
         return {"enabled": False, "socket": "", "problem": ""}

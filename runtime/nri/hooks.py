@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager
@@ -24,6 +25,7 @@ from runtime.nri.changes import Adjuster, Changing
 from runtime.nri.options import NriOptions
 from runtime.nri.plugins import events
 from runtime.nri.plugins.plugin import Plugin
+from runtime.nri.started import StartedPlugins
 from runtime.nri.views import Views
 from runtime.oci.handlers import Handlers
 from runtime.specgen.draft import Draft
@@ -77,6 +79,8 @@ class NriHooks(Hooks):
         view = PluginsView("podkeel", version, self._inventory, self._update, self._evict)
         self.adaptation = Adaptation(options, view)
         self.socket, self.socket_problem = "", ""
+        self.started: StartedPlugins | None = None
+        self._options = options
         self._validates = options.default_validator.enabled
         self._views = Views(cgroups)
         self._making: dict[str, tuple[Container, list[Plugin]]] = {}  # with the plugins that were connected then
@@ -90,6 +94,18 @@ class NriHooks(Hooks):
     def sync_blocked(self) -> AbstractAsyncContextManager[None]:
         """A context in which no plugin is synchronised, for one operation and its event."""
         return self.adaptation.sync_blocked()
+
+    async def reload_plugins(self) -> list[str]:
+        """Start, restart and end the plugins that the agent starts, as their folders say now."""
+        if self.started is None:
+            return []
+        sentences = await self.started.reload()
+        if sentences:
+            with contextlib.suppress(TimeoutError):
+                # To register, to be configured and to be synchronised.
+                async with asyncio.timeout(3 * self._options.registration_seconds):
+                    await self.adaptation.settled()
+        return sentences
 
     def service(self) -> dict[str, object]:
         """The socket where plugins connect, or why they cannot connect."""

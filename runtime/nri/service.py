@@ -25,6 +25,7 @@ async def serving(hooks: NriHooks, options: NriOptions, record: Path) -> AsyncIt
         stack.push_async_callback(started.close)
         stack.push_async_callback(hooks.close)
         await started.start()
+        hooks.started = started
         await adaptation.settled()
         if options.external_connections:
             listener = Listener(options.socket, adaptation.new_trunk)

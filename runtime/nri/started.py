@@ -10,7 +10,7 @@ import re
 import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +40,22 @@ class _Program:
     index: str
     name: str
     configuration: str
+    file: tuple[int, ...]  # changes with the content of the executable
 
     @property
     def title(self) -> str:
         return f"{self.index}-{self.name}"
+
+
+@dataclass(slots=True)
+class _Process:
+    """A plugin that was started and has not ended."""
+
+    program: _Program
+    pidfd: int
+    trunk: Trunk | None = None
+    replaced: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class StartedPlugins:
@@ -60,17 +72,52 @@ class StartedPlugins:
         self._new_trunk = new_trunk
         self._note_gone = note_gone
         self._record = record
-        self._running: dict[int, tuple[str, int]] = {}
+        self._running: dict[int, _Process] = {}
 
     async def start(self) -> None:
         """Start all plugins. One that cannot be started is logged and left out."""
         await in_thread(_end_recorded, self._record)
         for program in await in_thread(lambda: list(_programs(self._options))):
-            try:
-                await self._start(program)
-            except (PodkeelError, OSError) as error:
-                _log.error("nri: plugin %s: cannot be started: %s: %s", program.title, program.path, error)
-                self._note_gone(program.title, f"cannot be started: {error}")
+            await self._try_start(program)
+
+    async def reload(self) -> list[str]:
+        """Read the folders again: end plugins that are gone or changed, and start changed, new and ended ones.
+
+        A plugin is changed if its executable or its configuration is. Returns a sentence for each that was started or
+        ended. The new ones register after this.
+        """
+        wanted = {program.title: program for program in await in_thread(lambda: list(_programs(self._options)))}
+        old = {pid: it.program for pid, it in self._running.items() if wanted.get(it.program.title) != it.program}
+        await asyncio.gather(*(self._replace(pid) for pid in old))
+        running = {it.program.title for it in self._running.values()}
+        started = [program for title, program in wanted.items() if title not in running]
+        begun = [program.title for program in started if await self._try_start(program)]
+        ended = [f"plugin {program.title}: ended" for program in old.values()]
+        return sorted([*ended, *(f"plugin {title}: started" for title in begun)])
+
+    async def _replace(self, pid: int) -> None:
+        """End a plugin whose file or configuration changed. Its process has some seconds for it."""
+        process = self._running[pid]
+        process.replaced = True
+        if process.trunk is not None:
+            process.trunk.close("a reload found it changed or removed")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_SECONDS):
+                await process.ended.wait()
+        if not process.ended.is_set():
+            processes.kill_group(pid)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_END_SECONDS):
+                    await process.ended.wait()
+
+    async def _try_start(self, program: _Program) -> bool:
+        try:
+            await self._start(program)
+        except (PodkeelError, OSError) as error:
+            _log.error("nri: plugin %s: cannot be started: %s: %s", program.title, program.path, error)
+            self._note_gone(program.title, f"cannot be started: {error}")
+            return False
+        return True
 
     async def _start(self, program: _Program) -> None:
         ours, theirs = socket.socketpair()
@@ -84,10 +131,11 @@ class StartedPlugins:
             stack.pop_all()
         theirs.close()
         pidfd = processes.open_child(pid)
-        self._running[pid] = (program.title, pidfd)
+        process = self._running[pid] = _Process(program, pidfd)
         processes.watch_exit(pidfd, lambda: self._ended(pid))
         await in_thread(self._write_record)
         trunk = self._new_trunk(program.configuration, program.name, program.index, partial(self._disconnected, pid))
+        process.trunk = trunk
         await asyncio.get_running_loop().create_connection(lambda: trunk, sock=ours)
         _log.info("nri: plugin %s: started: %s, pid %d", program.title, program.path, pid)
 
@@ -97,14 +145,19 @@ class StartedPlugins:
 
     def _end_rest(self, pid: int) -> None:
         if pid in self._running:
-            title = self._running[pid][0]
+            title = self._running[pid].program.title
             _log.warning("nri: plugin %s: pid %d did not end after its connection was closed: it is killed", title, pid)
             processes.kill_group(pid)
 
     def _ended(self, pid: int) -> None:
-        title, pidfd = self._running.pop(pid)
-        status = reap(pidfd)
-        os.close(pidfd)
+        process = self._running.pop(pid)
+        title = process.program.title
+        status = reap(process.pidfd)
+        os.close(process.pidfd)
+        process.ended.set()
+        if process.replaced:
+            _log.info("nri: plugin %s: pid %d ended with status %s after a reload", title, pid, status)
+            return
         why = f"pid {pid} ended with status {status}; it is not started again"
         self._note_gone(title, why)
         _log.warning("nri: plugin %s: %s", title, why)
@@ -116,7 +169,8 @@ class StartedPlugins:
     async def close(self) -> None:
         """Kill the plugins that did not end after their connections were closed."""
         deadline = asyncio.get_running_loop().time() + _END_SECONDS
-        for pid, (title, pidfd) in list(self._running.items()):
+        for pid, process in list(self._running.items()):
+            title, pidfd = process.program.title, process.pidfd
             asyncio.get_running_loop().remove_reader(pidfd)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
@@ -161,7 +215,12 @@ def _programs(options: NriOptions) -> Iterator[_Program]:
         except (OSError, ValueError) as error:
             _log.error("nri: plugin %s: not started: its configuration cannot be read: %s", name, error)
             continue
-        yield _Program(folder / name, match[1], match[2], configuration)
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            continue  # removed just now
+        file = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        yield _Program(folder / name, match[1], match[2], configuration, file)
 
 
 def _problem(path: Path) -> str:

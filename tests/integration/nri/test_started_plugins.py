@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from proto.podkeel.v1 import agent_pb2
 from tests.support.agent import AgentProcess, wait_for
 from tests.support.nri import MANIFESTS
 
@@ -76,6 +78,38 @@ def test_started_plugins_get_their_socket_names_and_configuration(tmp_path: Path
         assert "35-latin: not started: its configuration cannot be read" in log
         assert "50-no-program: cannot be started" in log or "50-no-program: pid" in log
         assert "5-wrong: not started: its name is not two digits" in log
+        plugins_after_a_reload(agent, conf)
+
+
+def plugins_after_a_reload(agent: AgentProcess, conf: Path) -> None:
+    """A reload starts, restarts and ends what changed, and nothing else."""
+    folder = agent.folder / "nri-plugins"
+    for name in ("10-env", "50-no-program"):  # these have ended
+        (folder / name).unlink()
+    pids = {name: found for name in ("20-both", "30-name", "40-none") if (found := pids_of(folder / name))}
+    (conf / "20-both.conf").write_text("changed")
+    (folder / "45-new").write_text((folder / "40-none").read_text())
+    (folder / "45-new").chmod(0o755)
+    (folder / "30-name").unlink()
+    got = list(agent.client.call("Reload", agent_pb2.ReloadRequest()).applied)
+    changes = ("20-both: ended", "20-both: started", "30-name: ended", "45-new: started")
+    assert got == [f"nri plugin {change}" for change in changes]
+    texts = {file.stem: file.read_text() for file in agent.folder.glob("*.got")}
+    assert (texts["20-both"], texts["45-new"]) == ("changed", "")
+    assert pids_of(folder / "40-none") == pids["40-none"]
+    assert pids_of(folder / "30-name") == set()
+    assert not pids_of(folder / "20-both") & pids["20-both"]
+    assert list(agent.client.call("Reload", agent_pb2.ReloadRequest()).applied) == []
+
+
+def pids_of(program: Path) -> set[int]:
+    """The processes that run this script."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(program).encode() in (process / "cmdline").read_bytes().split(b"\0"):
+                found.add(int(process.name))
+    return found
 
 
 def test_a_file_that_others_may_change_is_not_started(tmp_path: Path) -> None:

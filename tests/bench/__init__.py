@@ -1,1 +1,4 @@
-"""Measures a CRI server over its socket, beside a bare OCI runtime and a peer; run as ``python -m tests.bench``."""
+"""Measures a CRI server through its socket, and for comparison a bare OCI runtime and another CRI server.
+
+Run it as ``python -m tests.bench``.
+"""

@@ -1,4 +1,4 @@
-"""The command: measures a Podkeel started for the purpose, or the CRI server of ``--socket``, and a peer."""
+"""The command line: measures a new Podkeel or the CRI server of ``--socket``, and another server for comparison."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _IMAGE = "localhost/bench/busybox:1"
 
 
 def main() -> int:
-    """Run the phases that were asked for and report them; 1 if ``--strict`` and a goal was missed."""
+    """Run the selected phases and report them. Returns 1 if ``--strict`` is given and a goal was missed."""
     options = _options()
     if os.geteuid() != 0:
         print("the benchmark makes containers without an agent, cgroups and mounts: run it as root", file=sys.stderr)
@@ -45,7 +45,7 @@ def main() -> int:
     )
     if alone is not None:
         return alone(options)
-    libc.set_child_subreaper()  # bare containers and the servers' monitors become ours when their parents end
+    libc.set_child_subreaper()  # bare containers and monitors become children of this process when their parents end
     facts = {**report.machine(), "OCI runtime": options.runtime}
     bare_samples = Samples()
     with contextlib.ExitStack() as stack:
@@ -82,7 +82,7 @@ def main() -> int:
 
 
 def _pulls(options: argparse.Namespace) -> int:
-    """The pull phase alone."""
+    """Run only the pull phase."""
     own_cidr, peer_cidr = (f"10.{second}.0.0/16" for second in random.sample(range(200, 208), 2))
     with tempfile.TemporaryDirectory(prefix="podkeel-bench-") as folder:
         costs = pulls.measure(
@@ -102,7 +102,7 @@ def _pulls(options: argparse.Namespace) -> int:
 
 
 def _network(options: argparse.Namespace) -> int:
-    """The network phase alone."""
+    """Run only the network phase."""
     cidrs = [f"10.{second}.0.0/16" for second in random.sample(range(200, 208), 2)]
     counts = [int(count) for count in options.network_pods.split(",")]
     parent = f"/podkeel-bench-{os.getpid()}"
@@ -117,7 +117,7 @@ def _network(options: argparse.Namespace) -> int:
 
 
 def _checkpoints(_options: argparse.Namespace) -> int:
-    """Checkpoints and restores alone."""
+    """Measure only checkpoints and restores."""
     from tests.bench import checkpoints, warm_starts
 
     with tempfile.TemporaryDirectory(prefix="podkeel-bench-") as folder:
@@ -128,7 +128,7 @@ def _checkpoints(_options: argparse.Namespace) -> int:
 
 
 def _nri(options: argparse.Namespace) -> int:
-    """The NRI phase alone."""
+    """Run only the NRI phase."""
     own_cidr, peer_cidr = (f"10.{second}.0.0/16" for second in random.sample(range(200, 208), 2))
     parent, load = f"/podkeel-bench-{os.getpid()}", os.getloadavg()[0]
     with own_cgroups(parent), tempfile.TemporaryDirectory(prefix="podkeel-bench-") as folder:
@@ -151,7 +151,7 @@ def _nri(options: argparse.Namespace) -> int:
 def _streams(
     options: argparse.Namespace, targets: Sequence[phases.Target], bare: BareRuntime | None, bare_samples: Samples
 ) -> None:
-    """The streams phase, if it was asked for."""
+    """Run the streams phase if it was selected."""
     for target in targets if options.streams else ():
         cost = streams.measure(target, bare, bare_samples, options.streams, options.sessions)
         target.measured.streams = cost
@@ -199,7 +199,7 @@ def _parameters(options: argparse.Namespace) -> dict[str, str | int | bool | Non
 def _workloads(
     options: argparse.Namespace, stack: contextlib.ExitStack, folder: Path, cgroup_parent: str
 ) -> list[Workload]:
-    """The servers, started where need be; each with a workload that the stack clears away."""
+    """The servers, started if necessary, each with a workload that is removed when ``stack`` ends."""
     own_cidr, peer_cidr = (f"10.{second}.0.0/16" for second in random.sample(range(200, 208), 2))
     archive = folder / "busybox.tar"
     busybox_image().write_docker(archive, _IMAGE)
@@ -228,7 +228,7 @@ def _workloads(
 def _bare(
     target: phases.Target, runtime: str, stack: contextlib.ExitStack, folder: Path, cgroup_parent: str
 ) -> BareRuntime:
-    """A bare runtime that copies a container of ``target``, which runs until the stack ends."""
+    """A bare runtime that runs a copy of a container of ``target``. The container runs until ``stack`` ends."""
     pod, config = stack.enter_context(target.workload.pod(Samples()))
     container = target.workload.create(pod, config, Samples())
     stack.callback(target.workload.remove, container, Samples())

@@ -1,4 +1,4 @@
-"""The same container without any agent: the OCI runtime called directly, as a floor to compare with."""
+"""The same container without an agent: calls the OCI runtime directly, for comparison."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.bench.workload import EXEC_COMMAND
 
 
 class BareRuntime:
-    """Runs copies of one running container's bundle: same specification, root filesystem and joined namespaces.
+    """Runs copies of one running container's bundle, with the same spec, root file system and joined namespaces.
 
     This process must be a child subreaper: containers become its children when the runtime's ``create`` ends.
     """
@@ -38,7 +38,7 @@ class BareRuntime:
         self._count = 0
 
     def cycle(self, samples: Samples) -> None:
-        """create, start, exec, kill, delete; adds each of them, and the sums for the goals."""
+        """Run create, start, exec, kill and delete. Adds the duration of each, and the sums for the goals."""
         name, create = self._prepare()
         try:
             with samples.timed("create+start"):
@@ -57,7 +57,7 @@ class BareRuntime:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Callable[[Samples], None]]:
-        """One container for the block; what is yielded executes in it and adds ``exec in one``."""
+        """Run one container for the block. Provides a function that runs a command in it and adds ``exec in one``."""
         name, create = self._prepare()
         try:
             self._run("create", create, Samples())
@@ -68,7 +68,7 @@ class BareRuntime:
             os.waitpid(int(self._pid_file.read_text()), 0)
 
     def _prepare(self) -> tuple[str, tuple[str, ...]]:
-        """The name of the next container and the words that create it."""
+        """The name of the next container and the arguments that create it."""
         self._count += 1
         name = f"bare-{os.getpid()}-{self._count}"
         self._specification["linux"]["cgroupsPath"] = f"{self._cgroup_parent}/{name}"
@@ -76,7 +76,7 @@ class BareRuntime:
         return name, ("create", "--bundle", str(self._bundle), "--pid-file", str(self._pid_file), name)
 
     def version(self, samples: Samples, count: int) -> None:
-        """Start the runtime ``count`` times to do nothing: the cost of spawning it alone."""
+        """Start the runtime ``count`` times without work, to measure the cost of the process alone."""
         for _ in range(count):
             self._run("--version", ("--version",), samples)
 

@@ -1,4 +1,4 @@
-"""The parent cgroup of all pods of a run, as kubelet would make it, in every hierarchy."""
+"""Makes the parent cgroup for all pods of a run in every hierarchy, as kubelet does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from host.files import mounts
 
 @contextlib.contextmanager
 def own_cgroups(name: str) -> Iterator[None]:
-    """Make cgroup ``name`` in every hierarchy; removed after the block with what the servers left below it."""
+    """Make cgroup ``name`` in every hierarchy. After the block it is removed with all cgroups below it."""
     folders = [Path(root + name) for root in _hierarchies()]
     try:
         for folder in folders:
@@ -30,7 +30,7 @@ def _hierarchies() -> list[str]:
 
 
 def _inherit_cpuset(folder: Path) -> None:
-    # A new v1 cpuset is empty and takes no process until it is given processors and memory nodes.
+    # A new v1 cpuset is empty and accepts no process until it has processors and memory nodes.
     for name in ("cpuset.cpus", "cpuset.mems"):
         file = folder / name
         if file.exists() and not file.read_text().strip():

@@ -1,4 +1,4 @@
-"""Checkpoints and restores of containers of different sizes, and how long these are frozen."""
+"""Measures checkpoints and restores of containers of different sizes, and how long these are frozen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STANDS_STILL = ("freeze", "dump", "files", "thaw")
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of a container with so many MiB of memory: seconds of each step, and MiB of the archive."""
+    """The cost for a container with so many MiB of memory: seconds of each step, and MiB of the archive."""
 
     size: int
     checkpoint: float
@@ -34,7 +34,7 @@ class Cost:
 
 
 def measure(folder: Path, sizes: Sequence[int] = SIZES) -> list[Cost]:
-    """Measure with an agent started for it. Raises RuntimeError where crun cannot make checkpoints."""
+    """Measure with a new agent. Raises RuntimeError if crun cannot make checkpoints."""
     with running_agent(folder, build_busybox(folder)) as agent:
         why = abilities(agent).get("crun", "crun does not work here")
         if why != "able":
@@ -82,7 +82,7 @@ def _stages(agent: AgentProcess, container_id: str) -> dict[str, float]:
 
 
 def as_text(costs: Sequence[Cost]) -> str:
-    """A table for people."""
+    """The costs as a text table."""
     head = f"{'memory':>10} {'checkpoint':>11} {'frozen':>9} {'archive':>11} {'image':>9} {'create':>9} {'start':>9}"
     rows = [
         f"{cost.size:>6} MiB {cost.checkpoint:>9.2f} s {cost.frozen:>7.2f} s {cost.archive:>7.0f} MiB "

@@ -1,4 +1,4 @@
-"""A plain, quick client of a CRI socket: every call by its name, paths and types taken from the descriptors."""
+"""A simple, fast client for a CRI socket. It makes calls by name, with paths and types from the descriptors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OPTIONS = (
 
 
 class Client:
-    """One channel to ``socket`` (``unix:///…``); usable from several threads at once."""
+    """One channel to ``socket`` (``unix:///…``). Several threads may use it at the same time."""
 
     def __init__(self, address: str, *descriptors: FileDescriptor) -> None:
         self.address = address
@@ -47,11 +47,11 @@ class Client:
                     )
 
     def call(self, name: str, request: Message, timeout: float = CALL_SECONDS) -> Any:
-        """The response to one unary call; raises ``grpc.RpcError``."""
+        """The response to one unary call. Raises ``grpc.RpcError``."""
         return self._calls[name](request, timeout=timeout)
 
     def answers(self, name: str, request: Message) -> bool:
-        """Whether the server implements the call, asked once."""
+        """Whether the server implements the call. Sends it once."""
         try:
             self.call(name, request)
         except grpc.RpcError as error:
@@ -61,15 +61,15 @@ class Client:
         return True
 
     def knows(self, name: str) -> bool:
-        """Whether the client was given a descriptor with this call."""
+        """Whether the client has a descriptor with this call."""
         return name in self._calls
 
     def wait_ready(self, seconds: float) -> None:
-        """Wait until the server accepts connections; raises ``grpc.FutureTimeoutError``."""
+        """Wait until the server accepts connections. Raises ``grpc.FutureTimeoutError``."""
         grpc.channel_ready_future(self._channel).result(timeout=seconds)
 
     def server_pid(self) -> int | None:
-        """The process that listens on the socket (SO_PEERCRED); None where its pid is not visible from here."""
+        """The process that listens on the socket (SO_PEERCRED); None if its pid is not visible from here."""
         path = self.address.removeprefix("unix://")
         with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as connection:
             connection.connect(path)

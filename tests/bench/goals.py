@@ -1,4 +1,4 @@
-"""Podkeel's goals on two quiet cores with crun, compared with one run's numbers."""
+"""Podkeel's goals for two quiet cores with crun, compared with the values of one run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.bench.samples import Samples
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """Bytes: the server's resident set with idle and with many containers; monitors and helpers per running one."""
+    """Bytes: the server's resident set when idle and with many containers; monitors and helpers per running one."""
 
     server_idle: int
     server_loaded: int
@@ -20,9 +20,9 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 class StatsCost(msgspec.Struct, frozen=True):
-    """``pods`` of ``containers`` each; ``busy`` is the part of one core that server and monitors take while polled.
+    """``pods`` with ``containers`` each. ``busy`` is the share of one core that server and monitors use while polled.
 
-    ``scrape_growth`` are the bytes that the server's resident set grew by with the scrapes; 0 without an address.
+    ``scrape_growth`` is the growth of the server's resident set during scrapes in bytes; 0 without an address.
     """
 
     pods: int
@@ -41,7 +41,7 @@ class StreamCost(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct):
-    """Everything one run found out about one server."""
+    """All measurements of one server in one run."""
 
     name: str
     version: str
@@ -55,7 +55,7 @@ class Measured(msgspec.Struct):
 
 
 class Goal(msgspec.Struct, frozen=True):
-    """One promise: ``value`` (nan if not measured) against ``limit``."""
+    """One goal: ``value`` (nan if not measured) and its ``limit``."""
 
     name: str
     value: float
@@ -65,12 +65,12 @@ class Goal(msgspec.Struct, frozen=True):
 
     @property
     def met(self) -> bool:
-        """Whether it is kept; a value that was not measured keeps nothing."""
+        """Whether the goal is met. It is not met if it was not measured."""
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
 
 def goals(measured: Measured, bare: Samples) -> list[Goal]:
-    """The list of promises with this run's values."""
+    """The goals with the values of this run."""
     p50 = measured.samples.p50
     memory = measured.memory
     return [

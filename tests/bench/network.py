@@ -1,7 +1,7 @@
-"""The network phase: what connecting pods costs on the built-in network, beside the same pods on CNI's bridge plugin.
+"""The network phase: the cost of connecting pods to the built-in network, compared with CNI's bridge plugin.
 
-Two Podkeels are measured, which differ in their network alone. Pods have no containers. What attaching and detaching
-take inside is read from the stages that the agents keep; the calls are timed at the client.
+It measures two Podkeels that differ only in their network. Pods have no containers. The durations of attach and detach
+are those of the stages that the agents record. The calls are timed at the client.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _CALLS = ("RunPodSandbox", "StopPodSandbox", "RemovePodSandbox")
 
 
 class Level(msgspec.Struct):
-    """Durations in milliseconds with ``pods`` there already."""
+    """Durations in milliseconds while there are ``pods`` pods."""
 
     pods: int
     samples: Samples
 
 
 class NetworkCost(msgspec.Struct):
-    """What one network costs: at rising numbers of pods, in a burst, and with many host ports (nan: not measured)."""
+    """The cost of one network: with more and more pods, in a burst, and with many host ports (nan: not measured)."""
 
     name: str
     levels: list[Level]
@@ -55,7 +55,7 @@ class NetworkCost(msgspec.Struct):
 def measure(
     folder: Path, runtime: str, cidrs: Sequence[str], counts: Sequence[int], peer_most: int, *, cgroup_parent: str
 ) -> list[NetworkCost]:
-    """Measure both networks at the ``counts`` of pods; CNI's up to ``peer_most``, since each of its pods takes long."""
+    """Measure both networks with the ``counts`` of pods; CNI's up to ``peer_most``, as each of its pods is slow."""
     archive = folder / "busybox.tar"
     busybox_image().write_docker(archive, _IMAGE)
     bridge = f"pktn{os.getpid() % 100000}"
@@ -80,7 +80,7 @@ def measure(
 
 
 def _cni(folder: Path, bridge: str, cidr: str) -> str:
-    """Configure CNI's bridge plugin below ``folder``; returns the agent's settings."""
+    """Configure CNI's bridge plugin below ``folder``. Returns the agent's settings."""
     folder.mkdir()
     ipam = {"type": "host-local", "ranges": [[{"subnet": cidr}]], "dataDir": str(folder / "addresses")}
     plugin = {"type": "bridge", "bridge": bridge, "isGateway": True, "ipam": {**ipam, "routes": [{"dst": "0.0.0.0/0"}]}}
@@ -105,7 +105,7 @@ def _levels(workload: Workload, cost: NetworkCost, counts: Sequence[int]) -> Non
 
 
 def _one_pod(workload: Workload, samples: Samples) -> None:
-    """A pod from nothing to nothing; adds each call, and ``attach`` and ``detach`` as the agent timed them."""
+    """Create and remove a pod. Adds each call, and ``attach`` and ``detach`` as timed by the agent."""
     with samples.timed("RunPodSandbox"):
         pod = workload.run_pod()
     with samples.timed("StopPodSandbox"):
@@ -131,7 +131,7 @@ def _network_stages(client: Client, pod: str) -> dict[str, float]:
 
 
 def _burst(workload: Workload, cost: NetworkCost) -> None:
-    """Many pods asked for at once, none of which may fail, and what a call that does nothing takes behind them."""
+    """Create many pods at once, none of which may fail. Also measures a call without work during the burst."""
     burst, version = Samples(), Samples()
     with ThreadPoolExecutor(_BURST + 1) as pool:
         with burst.timed("burst"):
@@ -146,7 +146,7 @@ def _burst(workload: Workload, cost: NetworkCost) -> None:
 
 
 def _many_ports(workload: Workload) -> float:
-    """Milliseconds that one of a thousand host ports adds to a pod's start and end."""
+    """The milliseconds that one of a thousand host ports adds to the start and removal of a pod."""
     plain, many = Samples(), Samples()
     protocols = (cri_pb2.TCP, cri_pb2.UDP)
     ports = [
@@ -160,7 +160,7 @@ def _many_ports(workload: Workload) -> float:
 
 
 def goals(costs: Sequence[NetworkCost]) -> list[Goal]:
-    """What is promised of the built-in network, with this run's values."""
+    """The goals of the built-in network with the values of this run."""
     own = costs[0]
     fewest, most = own.levels[0], own.levels[-1]
     middle = next((level for level in own.levels if level.pods >= 200), most)

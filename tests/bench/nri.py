@@ -1,8 +1,8 @@
-"""The NRI phase: what plugins of the node add to a pod's whole cycle.
+"""The NRI phase: what plugins of the node add to the duration of a pod's whole cycle.
 
-One Podkeel is measured, and a containerd if it is asked for. Plugins come and go between rounds of cycles: none, one
-that subscribes to every event, and a hundred that subscribe to none that occurs. They are Python; what they need for an
-answer is in the result.
+It measures one Podkeel, and a containerd if selected. Between rounds of cycles it changes the plugins: none, one that
+subscribes to every event, and a hundred that subscribe to an event that never occurs. The plugins are Python programs,
+and the result includes their time for an answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Found = dict[str, Samples]
 """Durations at one server by the plugins that were there."""
 
 _IMAGE = "localhost/bench/busybox:1"
-_CYCLES = 5  # of a round
+_CYCLES = 5  # per round
 _CALLS = ("RunPodSandbox", "CreateContainer", "StartContainer", "StopContainer(0)", "RemoveContainer")
 _NONE, _ONE, _HUNDRED = "no plugin", "one, all events", "100, no events"
 _PLUGINS = {_NONE: 0, _ONE: 1, _HUNDRED: 100}
@@ -35,7 +35,7 @@ _PLUGINS = {_NONE: 0, _ONE: 1, _HUNDRED: 100}
 def measure(
     folder: Path, runtimes: tuple[str, str], cidrs: tuple[str, str], rounds: int, *, cgroup_parent: str, peer: bool
 ) -> dict[str, Found]:
-    """Durations of calls and cycles by server, and by the plugins that were there; they take turns in changing order.
+    """Durations of calls and cycles by server and by plugins. The combinations take turns in changing order.
 
     ``peer`` adds containerd, without the hundred plugins. Runtimes and ranges are those of Podkeel and of the peer.
     """
@@ -60,7 +60,7 @@ def measure(
         for _ in range(rounds):
             for server, name in random.sample(turns, len(turns)):
                 with _plugins(sockets[server], _PLUGINS[name]):
-                    workloads[server].cycle(Samples())  # the first one pays for what the last plugins left behind
+                    workloads[server].cycle(Samples())  # the first one also cleans up after the last plugins
                     for _ in range(_CYCLES):
                         workloads[server].cycle(found[server][name])
     return found
@@ -83,7 +83,7 @@ def _plugins(path: Path, count: int) -> Iterator[None]:
 
 
 def added(found: Found, name: str) -> float:
-    """What plugins add to a cycle, in milliseconds: the median over all rounds, each of which compares its medians."""
+    """What plugins add to a cycle, in milliseconds: the median over all rounds of the difference of medians."""
     none, some = (found[each].values["cycle"] for each in (_NONE, name))
     rounds = range(0, len(none), _CYCLES)
     return statistics.median(
@@ -92,7 +92,7 @@ def added(found: Found, name: str) -> float:
 
 
 def goals(found: Mapping[str, Found]) -> list[Goal]:
-    """What plugins may add to a cycle, with this run's values."""
+    """The goals for plugins with the values of this run."""
     own = found[PODKEEL]
     none = own[_NONE].p50("cycle")
     results = [

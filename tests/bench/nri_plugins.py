@@ -1,7 +1,7 @@
-"""Plugins of the node for the benchmark, in a separate process: ``python -m tests.bench.nri_plugins SOCKET COUNT``.
+"""NRI plugins for the benchmark, in a separate process: ``python -m tests.bench.nri_plugins SOCKET COUNT``.
 
-One plugin subscribes to every event and changes nothing; several subscribe to one event that the benchmark never
-causes. A line on standard output says that all are synchronised. The process ends when its standard input is closed.
+One plugin subscribes to every event and changes nothing. Several plugins subscribe to an event that the benchmark never
+causes. The process prints a line when all are synchronised, and ends when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Idle(stub.Plugin):  # type: ignore[name-defined, misc]
 
 
 class Everything(Idle):
-    """Subscribes to every event that the server has."""
+    """Subscribes to every event that the server supports."""
 
     def Configure(self, request: nri_pb2.ConfigureRequest) -> nri_pb2.ConfigureResponse:
         answer: nri_pb2.ConfigureResponse = super().Configure(request)
-        if not request.NRI_version:  # older than 0.10: it has no events of updates of pods, and no validators
+        if not request.NRI_version:  # older than 0.10, without events for updates of pods and without validators
             answer.events &= (1 << nri_pb2.REMOVE_CONTAINER) - 1
         return answer
 
@@ -48,7 +48,7 @@ def main() -> None:
     path, count = sys.argv[1], int(sys.argv[2])
     kind = Everything if count == 1 else Idle
     plugins = [kind(f"bench{number}", f"{number:02}", path) for number in range(count)]
-    for plugin in plugins:  # one after the other: only 32 may be unregistered at once
+    for plugin in plugins:  # one after the other, because at most 32 may be unregistered at the same time
         threading.Thread(target=plugin.run, daemon=True).start()
         if not plugin.synchronised.wait(30):
             raise SystemExit("the agent did not take a plugin")

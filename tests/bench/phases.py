@@ -1,5 +1,4 @@
-"""The phases of a run: each goes over all servers in turns, so that a drift of the machine's speed affects all servers
-equally."""
+"""The phases of a run. The servers take turns, so that a change of the machine's speed affects all equally."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ _LIST_CALLS = 100
 
 
 class Target:
-    """A server under measurement."""
+    """A server that is measured."""
 
     def __init__(self, workload: Workload) -> None:
         version = workload.client.call("Version", cri_pb2.VersionRequest(version="v1"))
@@ -31,12 +30,12 @@ class Target:
 
     @property
     def samples(self) -> Samples:
-        """Where this server's durations go."""
+        """The durations of this server."""
         return self.measured.samples
 
 
 def one_client(targets: Sequence[Target], bare: BareRuntime | None, bare_samples: Samples, pods: int) -> None:
-    """Whole pod cycles one after the other, the servers and the bare runtime taking turns in changing order."""
+    """Whole pod cycles one after the other. The servers and the bare runtime take turns in changing order."""
     turns: list[tuple[Callable[[Samples], None], Samples]] = [(t.workload.cycle, t.samples) for t in targets]
     if bare is not None:
         turns.append((bare.cycle, bare_samples))
@@ -50,11 +49,11 @@ def one_client(targets: Sequence[Target], bare: BareRuntime | None, bare_samples
             cycle(samples)
         for target in targets:
             target.workload.version(target.samples, 5)
-        processes.reap_strangers()
+        processes.reap_adopted_children()
 
 
 def stages(target: Target, pods: int) -> None:
-    """The stages inside Podkeel's own operations, as it kept them with each pod; not counted among the calls."""
+    """The stages of Podkeel's operations, as it recorded them for each pod. They are not counted as calls."""
     from proto.podkeel.v1 import agent_pb2
 
     workload = target.workload
@@ -71,8 +70,7 @@ def stages(target: Target, pods: int) -> None:
 
 
 def in_parallel(targets: Sequence[Target], pods: int, clients: int, rounds: int = 3) -> None:
-    """Cycles by many clients at once; each call is recorded under its name with the number of clients, like ``cycle
-    x10``."""
+    """Cycles by many clients at once. Each call is recorded by name and number of clients, like ``cycle x10``."""
     speeds: dict[str, list[float]] = {}
     for _ in range(rounds):
         for target in targets:
@@ -82,14 +80,14 @@ def in_parallel(targets: Sequence[Target], pods: int, clients: int, rounds: int 
             )
             for name, values in samples.values.items():
                 target.samples.values[f"{name} x{clients}"] += values
-            processes.reap_strangers()
+            processes.reap_adopted_children()
     for target in targets:
         mine = speeds[target.workload.name]
         target.measured.pods_per_second = sum(mine) / len(mine)
 
 
 def many_containers(target: Target, containers: int, running: int) -> None:
-    """ListContainers while ``containers`` exist, then the memory of the server and of ``running`` started ones."""
+    """ListContainers with ``containers`` containers, then the memory of the server and of ``running`` started ones."""
     idle = _resident(target)
     with contextlib.ExitStack() as stack:
         made = _make(target, stack, containers)
@@ -106,7 +104,7 @@ def many_containers(target: Target, containers: int, running: int) -> None:
     with contextlib.ExitStack() as stack:
         monitors, helpers = _running_memory(target, stack, running)
     target.measured.memory = Memory(idle, loaded, monitors / running, helpers / running, running)
-    processes.reap_strangers()
+    processes.reap_adopted_children()
 
 
 def _make(target: Target, stack: contextlib.ExitStack, containers: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What /proc says of servers, monitors and containers: memory, parents, bundles."""
+"""Reads memory, parents and bundles of servers, monitors and containers from /proc."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def proportional_bytes(pid: int) -> int:
-    """PSS of a process: its private pages and its share of those it shares (smaps_rollup)."""
+    """PSS of a process: its private pages and its share of shared pages (smaps_rollup)."""
     return _kibibytes(Path(f"/proc/{pid}/smaps_rollup").read_text(), "Pss") * 1024
 
 
@@ -29,13 +29,13 @@ def _kibibytes(text: str, field: str) -> int:
 
 
 def processor_seconds(pid: int) -> float:
-    """Processor time a process has used so far, in user mode and in the kernel."""
+    """The processor time of a process so far, in user mode and in the kernel."""
     words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def all_processor_seconds(pid: int) -> float:
-    """Processor time of the process and of the children it has waited for."""
+    """The processor time of the process and of the children that it has waited for."""
     words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, words[11:15])) / os.sysconf("SC_CLK_TCK")
 
@@ -51,7 +51,7 @@ def arguments(pid: int) -> list[str]:
 
 
 def all_pids() -> Iterator[int]:
-    """Every process there is."""
+    """All processes."""
     return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
 
 
@@ -66,7 +66,7 @@ def children(pid: int) -> list[int]:
 
 
 def container_inits(container_ids: set[str]) -> dict[str, int]:
-    """First process of each container, found by its cgroup's name (``<id>`` or ``…-<id>.scope``), under any server."""
+    """The first process of each container, found by its cgroup's name (``<id>`` or ``…-<id>.scope``) for any server."""
     found: dict[str, list[int]] = {}
     for pid in all_pids():
         with contextlib.suppress(*_GONE):
@@ -81,7 +81,7 @@ def container_inits(container_ids: set[str]) -> dict[str, int]:
 def bundle_of(container_id: str, init: int) -> Path:
     """The OCI bundle of a running container: conmon's ``-b``, or beside the working folder of a containerd shim.
 
-    Raises LookupError when the container's monitor is neither.
+    Raises LookupError if the container has another monitor.
     """
     monitor = parent(init)
     words = arguments(monitor)
@@ -96,15 +96,15 @@ def bundle_of(container_id: str, init: int) -> Path:
     raise LookupError(f"bundle of container {container_id}: its monitor {words[:1]} (pid {monitor}) does not tell it")
 
 
-def reap_strangers() -> None:
-    """Collect ended processes that were handed to us as child subreaper."""
+def reap_adopted_children() -> None:
+    """Reap ended processes that became children of this process because it is a subreaper."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
 
 def terminate(pidfd: int, seconds: float) -> None:
-    """SIGTERM to a child of ours, SIGKILL if it is still there after ``seconds``; reaped, the descriptor closed."""
+    """Send SIGTERM to a child, and SIGKILL if it still runs after ``seconds``. Reaps it and closes the descriptor."""
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
         if not select.select([pidfd], [], [], seconds)[0]:

@@ -1,4 +1,4 @@
-"""The pull phase: one large image from a registry on loopback, gzip and zstd, by each server in turn."""
+"""The pull phase: each server in turn pulls one large image, gzip and zstd, from a registry on loopback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.registry import Registry, run_registry
 LAYERS = 10
 FILES = 1500  # in each layer
 MANY_FILES = "many files"
-_BYTES = 17_000  # of a file, uncompressed and on average
+_BYTES = 17_000  # average uncompressed size of a file
 _REFERENCE = "localhost/bench/busybox:1"
 _DISK_BYTES = 16 << 30
 _LIST_SECONDS = 0.01
@@ -38,7 +38,7 @@ _PULL_SECONDS = 600.0
 
 
 class PullCost(msgspec.Struct):
-    """What one server took for one form of the image; seconds, milliseconds and bytes."""
+    """The cost of one form of the image for one server: seconds, milliseconds and bytes."""
 
     server: str
     form: str
@@ -49,17 +49,17 @@ class PullCost(msgspec.Struct):
 
     @property
     def best(self) -> float:
-        """The quickest pull: what else the machine did disturbs it least."""
+        """The fastest pull, which other work on the machine affected least."""
         return min(self.seconds, default=math.nan)
 
 
 def measure(
     folder: Path, runtime: str, cidrs: tuple[str, str], *, peer: bool, rounds: int, small_files: int
 ) -> list[PullCost]:
-    """Each server pulls ``rounds`` images of each form, in changing order; and one layer of ``small_files``, if any.
+    """Each server pulls ``rounds`` images of each form in changing order, and one layer of ``small_files``, if any.
 
-    Every image has different layers, none is removed, and each server has a new file system: ext4 looks for new inodes
-    past all that were deleted a short while ago, which would be measured instead.
+    Every image has different layers, none is removed, and each server has a new file system. Otherwise the measurement
+    would include ext4's search for new inodes, which skips those that were deleted a short time ago.
     """
     archive = folder / "busybox.tar"
     busybox_image().write_docker(archive, _REFERENCE)
@@ -84,7 +84,7 @@ def measure(
 
 
 def goals(costs: list[PullCost]) -> list[Goal]:
-    """What is promised of pulls, with this run's values."""
+    """The goals of pulls with the values of this run."""
     by_key = {(cost.server, cost.form): cost for cost in costs}
     found = []
     for form in _forms(costs):
@@ -125,7 +125,7 @@ def as_markdown(costs: list[PullCost], results: list[Goal]) -> str:
 
 
 def _push(registry: Registry, rounds: int) -> Iterator[tuple[str, str]]:
-    """Form and reference of each image."""
+    """Push the images. Provides form and reference of each."""
     layers = [_layer(number) for number in range(LAYERS)]
     compressor = zstandard.ZstdCompressor(3)
     forms: dict[str, Callable[[bytes], bytes]] = {
@@ -134,7 +134,7 @@ def _push(registry: Registry, rounds: int) -> Iterator[tuple[str, str]]:
     }
     for number in range(rounds):
         for form, compress in forms.items():
-            first = _member(f"usr/share/{form}-{number}", b"")  # makes every layer another one
+            first = _member(f"usr/share/{form}-{number}", b"")  # makes every layer different
             image = BuiltImage([first + layer for layer in layers], {}, compress=compress, suffix=f"+{form}")
             yield form, registry.push(image, f"bench/{form}", str(number))
 
@@ -144,7 +144,7 @@ def _forms(costs: list[PullCost]) -> list[str]:
 
 
 def _push_small_files(registry: Registry, count: int) -> str:
-    """An image of one layer with so many files of a few hundred bytes, fifty in each folder; its reference."""
+    """Push an image of one layer with ``count`` small files, fifty in each folder. Returns its reference."""
     chance = random.Random(count)
     members = []
     for index in range(count):
@@ -157,7 +157,7 @@ def _push_small_files(registry: Registry, count: int) -> str:
 
 
 def _layer(number: int) -> bytes:
-    """Files half of which compresses well and half not at all, in a few dozen folders."""
+    """A layer with some dozen folders. Half of its data compresses well, the other half not at all."""
     chance = random.Random(number)
     words = [chance.randbytes(chance.randint(3, 9)) for _ in range(2000)]
     members = []
@@ -178,7 +178,7 @@ def _member(name: str, content: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
 
 @contextlib.contextmanager
 def _disk(folder: Path) -> Iterator[Path]:
-    """A new ext4 file system, on a sparse file."""
+    """A new ext4 file system in a sparse file."""
     file = folder.with_suffix(".ext4")
     with file.open("wb") as sparse:
         sparse.truncate(_DISK_BYTES)
@@ -205,7 +205,7 @@ def _pull(client: Client, reference: str, cost: PullCost, idle: int) -> None:
 
 @contextlib.contextmanager
 def _watched(client: Client, cost: PullCost, idle: int) -> Iterator[None]:
-    """List containers and look at the server's memory, each on a separate thread, until the block ends."""
+    """List containers and measure the server's memory during the block, each in a separate thread."""
     ended = threading.Event()
 
     def list_containers() -> None:
@@ -230,13 +230,13 @@ def _watched(client: Client, cost: PullCost, idle: int) -> Iterator[None]:
 
 
 def _processor_seconds(client: Client) -> float:
-    """What the server and its workers that have ended took."""
+    """The processor time of the server and of its workers that have ended."""
     root = client.server_pid()
     return processes.all_processor_seconds(root) if root is not None else math.nan
 
 
 def _tree_bytes(client: Client) -> int:
-    """The proportional set size of the server and all processes below it."""
+    """The PSS of the server and of all processes below it."""
     root = client.server_pid()
     if root is None:
         return 0

@@ -1,4 +1,4 @@
-"""One run as a table for people and as JSON for programs."""
+"""Writes one run as text tables and as JSON."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _TOOLS = (("crun", "--version"), ("runc", "--version"), ("conmon", "--version"),
 
 
 def machine() -> dict[str, str]:
-    """What the numbers were measured on: processors, kernel, versions of the tools; no names."""
+    """The machine that was measured: processors, kernel, versions of the tools; no names."""
     import os
 
     with open("/proc/cpuinfo", encoding="utf-8") as info:
@@ -65,7 +65,7 @@ def as_data(
     bare: Samples,
     results: Sequence[Goal],
 ) -> dict[str, Any]:
-    """The whole run, ready for JSON; durations in milliseconds, memory in bytes."""
+    """The whole run as data for JSON. Durations are in milliseconds, memory in bytes."""
     return {
         "machine": facts,
         "parameters": parameters,
@@ -88,7 +88,7 @@ def as_data(
 
 
 def as_text(facts: dict[str, str], servers: Sequence[Measured], bare: Samples, results: Sequence[Goal]) -> str:
-    """The tables."""
+    """The text tables."""
     lines = ["  ".join(f"{name} {value}" for name, value in facts.items()), ""]
     for server in servers:
         lines += [f"{server.name} ({server.version}), ms", *_calls(server.samples.summaries(), _ORDER)]
@@ -154,7 +154,7 @@ def goal_table(results: Sequence[Goal]) -> list[str]:
     return lines
 
 
-# What a call is compared with when no agent is there.
+# The bare runtime's value that each call is compared with.
 _BARE = {
     "CreateContainer": "create",
     "StartContainer": "start",

@@ -12,7 +12,7 @@ import msgspec
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """What a list of durations comes to, in milliseconds."""
+    """A summary of durations, in milliseconds."""
 
     count: int
     mean: float
@@ -22,7 +22,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def percentile(values: Sequence[float], fraction: float) -> float:
-    """The value below which ``fraction`` of ``values`` are, interpolated between the two nearest; nan if there is none.
+    """The value below which ``fraction`` of ``values`` are, interpolated between the nearest two; nan without values.
 
     With fewer than a hundred values p99 is close to the largest one.
     """
@@ -42,14 +42,14 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 class Samples:
-    """Durations in milliseconds by name; several threads may add."""
+    """Durations in milliseconds by name. Several threads may add."""
 
     def __init__(self) -> None:
         self.values: defaultdict[str, list[float]] = defaultdict(list)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the time the block took, if it did not fail."""
+        """Add the duration of the block, unless it failed."""
         begin = time.perf_counter_ns()
         yield
         self.values[name].append((time.perf_counter_ns() - begin) / 1e6)

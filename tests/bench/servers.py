@@ -1,4 +1,4 @@
-"""The servers that the benchmark starts: a Podkeel and Debian's containerd. Both leave nothing behind."""
+"""Starts the servers of the benchmark: a Podkeel and Debian's containerd. Both leave nothing behind."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ _CONTAINERD_NRI = """\
 def podkeel(
     folder: Path, runtime: str, cidr: str, reference: str, archive: Path, *, settings: str = ""
 ) -> Iterator[Client]:
-    """A Podkeel from this tree with the image imported; reset and removed after the block.
+    """Run a Podkeel of this source tree with the image imported. Reset and removed after the block.
 
     ``settings`` is its configuration file.
     """
@@ -102,9 +102,9 @@ def podkeel(
 
 @contextlib.contextmanager
 def containerd(folder: Path, runtime: str, cidr: str, archive: Path, *, nri: Path | None = None) -> Iterator[Client]:
-    """Debian's containerd with CNI's bridge plugin, everything of it below ``folder``; removed after the block.
+    """Run Debian's containerd with CNI's bridge plugin and all its files below ``folder``. Removed after the block.
 
-    ``nri`` is where plugins of the node connect: only containerd 1.7 and later have that socket.
+    ``nri`` is the socket for NRI plugins, which only containerd 1.7 and later have.
     """
     bridge = f"pktb{os.getpid() % 100000}"
     runtime_path = shutil.which(runtime)
@@ -136,7 +136,7 @@ def containerd(folder: Path, runtime: str, cidr: str, archive: Path, *, nri: Pat
 
 
 def _bridge_configuration(bridge: str, cidr: str, folder: Path) -> dict[str, object]:
-    # Without masquerading and port mapping, which would cost this peer several iptables runs per pod.
+    # Without masquerading and port mapping, which would add several iptables runs per pod.
     ranges = [[{"subnet": cidr}]]
     return {
         "cniVersion": "1.0.0",
@@ -160,7 +160,7 @@ def _bridge_configuration(bridge: str, cidr: str, folder: Path) -> dict[str, obj
 
 @contextlib.contextmanager
 def _server(command: Sequence[str], log: Path, address: str, *descriptors: FileDescriptor) -> Iterator[Client]:
-    """Run a server until the block ends; raises PodkeelError with the end of its log when it does not come up."""
+    """Run a server during the block. Raises PodkeelError with the end of its log if it does not start."""
     with open(log, "ab") as output:
         pid = host_processes.spawn(command, descriptors={1: output.fileno(), 2: output.fileno()})
     pidfd = os.pidfd_open(pid)
@@ -182,7 +182,7 @@ def _server(command: Sequence[str], log: Path, address: str, *descriptors: FileD
 
 @contextlib.contextmanager
 def _without_new(*folders: Path) -> Iterator[None]:
-    """Remove those of ``folders`` that the block brought into being: places that containerd does not let us choose."""
+    """Remove those of ``folders`` that were created during the block: containerd's paths that cannot be configured."""
     new = [folder for folder in folders if not folder.exists()]
     try:
         yield
@@ -193,7 +193,7 @@ def _without_new(*folders: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tmpfs(folder: Path) -> Iterator[Path]:
-    # Run folders are on tmpfs on a real node; here every server gets a separate one.
+    # Run folders are on tmpfs on a real node. Here every server gets a separate tmpfs.
     folder.mkdir()
     libc.mount("tmpfs", str(folder), "tmpfs", 0, "mode=0755")
     try:
@@ -204,7 +204,7 @@ def _tmpfs(folder: Path) -> Iterator[Path]:
 
 
 def _end_shims(address: str) -> None:
-    """Kill the shims of this containerd that outlived their pods, and what runs below them."""
+    """Kill the remaining shims of this containerd, and the processes below them."""
     for pid in list(all_pids()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             words = arguments(pid)

@@ -1,4 +1,4 @@
-"""What it costs to be asked what pods use: by kubelet's calls, by Prometheus, and all the time."""
+"""The cost of statistics: kubelet's calls, Prometheus's scrapes, and constant polling."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _STATS_EVERY = 10
 
 
 def measure(target: Target, pods: int, containers: int, seconds: int) -> StatsCost:
-    """Time the lists and the scrape with ``pods`` running, then poll as kubelet does for ``seconds``."""
+    """Measure the lists and the scrape with ``pods`` running, then poll as kubelet does for ``seconds``."""
     with contextlib.ExitStack() as stack:
         ids = _start(target, stack, pods, containers)
         _time_calls(target)
         growth = _time_scrapes(target)
         busy = _poll(target, set(ids), seconds)
-    processes.reap_strangers()
+    processes.reap_adopted_children()
     return StatsCost(pods, containers, busy, growth)
 
 
@@ -70,7 +70,7 @@ def _time_scrapes(target: Target) -> int:
 
 
 def _poll(target: Target, containers: set[str], seconds: int) -> float:
-    """Both lists each second and the pods' statistics every ten; processor seconds taken per second."""
+    """Call both lists each second and the pods' statistics every ten. Returns processor seconds per second."""
     client = target.workload.client
     pid = client.server_pid()
     if pid is None:

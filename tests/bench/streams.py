@@ -1,4 +1,4 @@
-"""What streams cost: the round trip of a command, the bytes through one, and a hundred commands at once."""
+"""The cost of streams: the duration of a command, the throughput of one stream, and a hundred commands at once."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _RUNS = 3
 
 
 def measure(target: Target, bare: BareRuntime | None, bare_samples: Samples, rounds: int, sessions: int) -> StreamCost:
-    """Time ``rounds`` commands beside bare ones, then bytes, then hold ``sessions`` commands at once."""
+    """Measure ``rounds`` commands and bare ones, then the throughput, then ``sessions`` commands at the same time."""
     workload = target.workload
     running = bare.running() if bare is not None else contextlib.nullcontext(lambda samples: None)
     with running as execute, workload.pod(Samples()) as (pod, config):
         container = workload.create(pod, config, Samples())
         workload.start(container, Samples())
         for _ in range(rounds):
-            # Turn by turn, each in a container that runs.
+            # In turns, each in a running container.
             with target.samples.timed("exec stream"), _command(target, container, EXEC_COMMAND) as client:
                 client.check_success()
             execute(bare_samples)
@@ -58,7 +58,7 @@ def _out_of_command(target: Target, container: str) -> float:
 
 
 def _through_port(target: Target, pod: str, container: str) -> float:
-    """Bytes per second of what a server in the pod sends."""
+    """Bytes per second received from a server in the pod."""
     client = target.workload.client
     with _command(target, container, _SERVER):
         url = client.call("PortForward", cri_pb2.PortForwardRequest(pod_sandbox_id=pod, port=[_PORT])).url
@@ -74,7 +74,7 @@ def _through_port(target: Target, pod: str, container: str) -> float:
 
 
 def _resident_with(target: Target, container: str, sessions: int) -> int:
-    """Bytes of the server's resident set while so many commands run."""
+    """The resident bytes of the server while ``sessions`` commands run."""
     with contextlib.ExitStack() as stack:
         for client in [stack.enter_context(_command(target, container, _WAITING)) for _ in range(sessions)]:
             next(client.data())
@@ -92,7 +92,7 @@ def _command(target: Target, container: str, command: tuple[str, ...]) -> Iterat
 
 
 class _Spdy:
-    """A blocking client as today's are: it answers pings, and grants no windows."""
+    """A blocking client like present kubectl versions: it answers pings and sends no window updates."""
 
     error = stdout = 0
 
@@ -112,13 +112,13 @@ class _Spdy:
             raise RuntimeError(head.decode(errors="replace"))
 
     def open(self, **headers: str) -> int:
-        """Open a stream; its id."""
+        """Open a stream and return its id."""
         stream_id = self._session.open_stream(headers)
         self._socket.sendall(self._session.take_output())
         return stream_id
 
     def data(self) -> Iterator[tuple[int, bool, memoryview]]:
-        """Stream, whether it ends, and bytes of every data frame that is not empty or ends its stream."""
+        """Stream, whether it ends, and the bytes of every data frame that has data or ends its stream."""
         while True:
             while len(self._buffer) < 8 or len(self._buffer) < 8 + self._length():
                 self._fill()
@@ -135,7 +135,7 @@ class _Spdy:
                 yield first, bool(second >> 24 & frames.FLAG_FIN), memoryview(payload)
 
     def size_until_end(self, stream_id: int) -> int:
-        """How many bytes come on a stream."""
+        """The number of bytes received on a stream until its end."""
         size = 0
         for number, ends, data in self.data():
             if number == stream_id:
@@ -145,7 +145,7 @@ class _Spdy:
         return size
 
     def check_success(self) -> None:
-        """Wait for the status of a command; RuntimeError when it is not a good one."""
+        """Wait for the status of a command. RuntimeError if it is not success."""
         status = b""
         for number, ends, data in self.data():
             if number == self.error:
@@ -156,7 +156,7 @@ class _Spdy:
             raise RuntimeError(status.decode())
 
     def close(self) -> None:
-        """Leave."""
+        """Close the connection."""
         self._socket.close()
 
     def _length(self) -> int:

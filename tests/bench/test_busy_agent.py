@@ -1,4 +1,4 @@
-"""How long others wait while many clients make and remove pods: ``python -m pytest tests/bench``, as root."""
+"""How long calls take while many clients create and remove pods: ``python -m pytest tests/bench``, as root."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.cri import CriClient
 _PODS = 60
 _CLIENTS = 20
 
-# A separate process: beside twenty client threads the test would also measure waits for the GIL.
+# A separate process, because beside twenty client threads the test would also measure waits for the GIL.
 _PROBE = """
 import json, sys, threading, time
 from proto.runtime.v1 import cri_pb2
@@ -47,7 +47,7 @@ print(json.dumps([seconds, late]))
 
 @dataclass
 class Latencies:
-    """Seconds that each Version call took, and seconds that the asking process got a processor late before it."""
+    """The duration of each Version call in seconds, and the delay with which the caller got a processor before it."""
 
     calls: list[float] = field(default_factory=list)
     late: list[float] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Latencies:
 
 @contextmanager
 def version_latencies(agent: AgentProcess) -> Iterator[Latencies]:
-    """Ask for the version all the time; the latencies are there afterwards."""
+    """Call Version repeatedly during the block. The latencies are complete afterwards."""
     latencies = Latencies()
     command = [sys.executable, "-c", _PROBE, agent.address]
     with subprocess.Popen(
@@ -91,7 +91,7 @@ def test_version_is_answered_while_twenty_clients_make_sixty_pods(agent: AgentPr
     for client in clients:
         client.close()
     print(latencies)
-    # A call passes two processes, each of which may wait for a processor as long as the calling one did. On two
-    # processors this took 60 to 130 ms, depending on other work. A blocked loop still shows.
+    # A call passes two processes, and each may wait for a processor as long as the calling one did. On two processors
+    # this took 60 to 130 ms, depending on other work. A blocked loop still fails the test.
     assert latencies.p99(latencies.calls) < 0.25 + 2 * latencies.p99(latencies.late), latencies
     assert max(latencies.calls) < 0.5 + 2 * max(latencies.late), latencies

@@ -1,4 +1,4 @@
-"""Bounds on the speed of single functions, on a machine without other work: ``python -m pytest tests/bench``."""
+"""Limits for the duration of single functions, on a machine without other work: ``python -m pytest tests/bench``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.spec.requests import like_kubelets
 
 
 def median(work: Callable[[], object], rounds: int) -> float:
-    """Seconds of processor time of this thread, after a first call that fills caches."""
+    """Seconds of processor time of this thread. A first call, which fills caches, is not counted."""
     work()
     times = []
     for _ in range(rounds):
@@ -30,7 +30,7 @@ def median(work: Callable[[], object], rounds: int) -> float:
 
 
 def test_a_spec_is_built_in_milliseconds(tmp_path: Path) -> None:
-    """It takes about 1 ms. A seccomp profile that is compiled each time would take 14 ms."""
+    """It takes about 1 ms. Compiling the seccomp profile each time would take 14 ms."""
     wanted = like_kubelets(tmp_path)
     assert median(lambda: build(wanted), 50) < 0.003
 
@@ -49,7 +49,7 @@ def test_all_files_of_a_cgroup_are_read_in_microseconds() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 async def test_attach_and_detach_stay_fast_with_two_hundred_pods(tmp_path: Path) -> None:
-    """A pod is a few elements of sets, so others make no difference. The bound allows for a disturbed machine."""
+    """A pod is a few set elements, so other pods make no difference. The limit allows for some other work."""
     async with running_node(tmp_path, pod_cidrs=(f"{spare_subnet()}.0/24", f"{spare_subnet()}.0/24")) as node:
         few = await _attach_and_detach(node, "few")
         for number in range(200):
@@ -60,7 +60,7 @@ async def test_attach_and_detach_stay_fast_with_two_hundred_pods(tmp_path: Path)
 
 
 async def _attach_and_detach(node: Node, name: str) -> float:
-    """Median of the seconds that one pod's connection and its end take."""
+    """The median duration of connecting and disconnecting one pod, in seconds."""
     seconds = []
     for number in range(30):
         namespace = node.namespace()

@@ -1,4 +1,4 @@
-"""How soon a slow service answers: started cold, and restored from its checkpoint; and CRIU without a container."""
+"""How soon a slow service answers: started cold, restored from its checkpoint, and restored by CRIU alone."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.support.agent import AgentProcess, build_busybox, running_agent, wait
 from tests.support.checkpoints import abilities, checkpoint, image_of
 from tests.support.pods import container_config, sandbox_config
 
-FASTER = 5.0  # a warm start, than a cold one
-OVER_CRIU = 1.3  # times what CRIU alone takes
+FASTER = 5.0  # a warm start must be so many times faster than a cold one
+OVER_CRIU = 1.3  # and may take so many times the duration of CRIU alone
 _SECONDS = 600.0
 _TRIES = 3
-# A service that initialises: it works for some seconds of processor time, fills memory that does not compress, answers.
+# A service with a slow start: it uses seconds of processor time, fills memory with random data, then answers.
 _SERVICE = """
 import os, socket, sys, time
 mib, seconds = int(sys.argv[1]), float(sys.argv[2])
@@ -42,7 +42,7 @@ SERVICES = {"Python service, 2 s of imports": (10, 2.0), "500 MiB of memory, 5 s
 
 @dataclass(frozen=True, slots=True)
 class WarmStart:
-    """Seconds until a service answers, from CreateContainer on; ``criu`` restores the same program by itself."""
+    """Seconds from CreateContainer until a service answers. ``criu`` is for the same program restored by CRIU alone."""
 
     name: str
     cold: float
@@ -52,7 +52,7 @@ class WarmStart:
 
 
 def measure(folder: Path) -> list[WarmStart]:
-    """Measure with an agent started for it. Raises RuntimeError where crun cannot make checkpoints."""
+    """Measure with a new agent. Raises RuntimeError if crun cannot make checkpoints."""
     with running_agent(folder, build_busybox(folder)) as agent:
         why = abilities(agent).get("crun", "crun does not work here")
         if why != "able":
@@ -83,7 +83,7 @@ def _measure(agent: AgentProcess, folder: Path, name: str, mib: int, seconds: fl
 
 
 def _config(folder: Path, *arguments: str, image: str = "") -> cri_pb2.ContainerConfig:
-    """The node's Python in a container of busybox."""
+    """A container of busybox with the node's Python."""
     places = {"/usr": "/usr", "/lib": "/lib", "/lib64": "/lib64", "/service": str(folder / "service")}
     mounts = [
         cri_pb2.Mount(container_path=place, host_path=os.path.realpath(source), readonly=place != "/service")
@@ -96,7 +96,7 @@ def _config(folder: Path, *arguments: str, image: str = "") -> cri_pb2.Container
 
 
 def _started(agent: AgentProcess, config: cri_pb2.ContainerConfig, place: Path) -> tuple[str, str, float, float]:
-    """A service in a new pod: ids, seconds until it answers, and those of CreateContainer."""
+    """Start a service in a new pod. Returns ids, seconds until it answers, and seconds of CreateContainer."""
     place.unlink(missing_ok=True)
     sandbox = sandbox_config(agent)
     sandbox_id = agent.client.run_sandbox(sandbox, "crun")
@@ -120,7 +120,7 @@ def _wait_for_answer(place: Path) -> None:
 
 
 def _criu(folder: Path, mib: int, seconds: float) -> float:
-    """Seconds until the same program answers that CRIU alone has saved and restores."""
+    """Seconds until the same program answers after CRIU alone has restored it."""
     place = folder / "service" / "alone"
     images = folder / "criu"
     images.mkdir()
@@ -162,7 +162,7 @@ def _gone(pid: int) -> Callable[[], bool]:
 
 
 def as_text(starts: Sequence[WarmStart]) -> str:
-    """A table for people."""
+    """The starts as a text table."""
     head = f"{'until it answers':32} {'cold':>9} {'warm':>9} {'create':>9} {'CRIU':>9} {'faster':>8} {'of CRIU':>8}"
     rows = [
         f"{it.name:32} {it.cold:>7.2f} s {it.warm:>7.2f} s {it.create:>7.2f} s {it.criu:>7.2f} s "

@@ -1,4 +1,4 @@
-"""What the benchmark asks of a CRI server: pods and containers as kubelet would describe them."""
+"""The benchmark's calls to a CRI server: pods and containers as kubelet configures them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUN_LABEL = "bench.podkeel/run"
 
 
 class Workload:
-    """Pods of one run on one server; ``close`` removes the rest of them."""
+    """The pods of one run on one server. ``close`` removes the remaining ones."""
 
     def __init__(self, client: Client, name: str, *, image: str, handler: str, cgroup_parent: str, logs: Path) -> None:
         self.client = client
@@ -36,7 +36,7 @@ class Workload:
         self._lock = threading.Lock()
 
     def cycle(self, samples: Samples) -> None:
-        """One pod with one container from nothing to nothing; adds each call and ``cycle``."""
+        """Create and remove one pod with one container. Adds the duration of each call and of the ``cycle``."""
         begin = time.perf_counter_ns()
         with self.pod(samples) as (pod, config):
             with samples.timed("Create+Start"):
@@ -54,9 +54,9 @@ class Workload:
 
     @contextlib.contextmanager
     def pod(self, samples: Samples, *, own_cgroup: bool = False) -> Iterator[tuple[str, cri_pb2.PodSandboxConfig]]:
-        """A ready sandbox, stopped and removed after the block, also when it fails.
+        """A ready sandbox. It is stopped and removed after the block, also after an error.
 
-        ``own_cgroup`` gives it a separate parent, as kubelet does; else all pods share one.
+        ``own_cgroup`` gives it a separate parent, as kubelet does. Otherwise all pods share one.
         """
         config = self._pod_config()
         if own_cgroup:
@@ -75,21 +75,21 @@ class Workload:
             self.remove_pod(pod, samples)
 
     def run_pod(self, port_mappings: Sequence[cri_pb2.PortMapping] = ()) -> str:
-        """RunPodSandbox; the id of a pod that the caller, or in the end ``close``, removes."""
+        """Call RunPodSandbox and return the id. The caller or ``close`` removes the pod."""
         config = self._pod_config()
         config.port_mappings.extend(port_mappings)
         request = cri_pb2.RunPodSandboxRequest(config=config, runtime_handler=self._handler)
         return str(self.client.call("RunPodSandbox", request).pod_sandbox_id)
 
     def remove_pod(self, pod: str, samples: Samples) -> None:
-        """StopPodSandbox and RemovePodSandbox."""
+        """Call StopPodSandbox and RemovePodSandbox."""
         with samples.timed("StopPodSandbox"):
             self.client.call("StopPodSandbox", cri_pb2.StopPodSandboxRequest(pod_sandbox_id=pod))
         with samples.timed("RemovePodSandbox"):
             self.client.call("RemovePodSandbox", cri_pb2.RemovePodSandboxRequest(pod_sandbox_id=pod))
 
     def create(self, pod: str, pod_config: cri_pb2.PodSandboxConfig, samples: Samples) -> str:
-        """A created container's id."""
+        """Call CreateContainer and return the id."""
         request = cri_pb2.CreateContainerRequest(
             pod_sandbox_id=pod, config=self._container_config(), sandbox_config=pod_config
         )
@@ -97,29 +97,29 @@ class Workload:
             return str(self.client.call("CreateContainer", request).container_id)
 
     def start(self, container: str, samples: Samples) -> None:
-        """StartContainer."""
+        """Call StartContainer."""
         with samples.timed("StartContainer"):
             self.client.call("StartContainer", cri_pb2.StartContainerRequest(container_id=container))
 
     def stop(self, container: str, samples: Samples) -> None:
-        """StopContainer without grace."""
+        """Call StopContainer without a grace period."""
         with samples.timed("StopContainer(0)"):
             self.client.call("StopContainer", cri_pb2.StopContainerRequest(container_id=container, timeout=0))
 
     def remove(self, container: str, samples: Samples) -> None:
-        """StopContainer without grace, then RemoveContainer."""
+        """Call StopContainer without a grace period, then RemoveContainer."""
         self.stop(container, samples)
         with samples.timed("RemoveContainer"):
             self.client.call("RemoveContainer", cri_pb2.RemoveContainerRequest(container_id=container))
 
     def version(self, samples: Samples, count: int) -> None:
-        """``count`` calls that do nothing: the cost of client, socket and server alone."""
+        """Make ``count`` calls without work, to measure the cost of client, socket and server alone."""
         for _ in range(count):
             with samples.timed("Version"):
                 self.client.call("Version", cri_pb2.VersionRequest(version="v1"))
 
     def parallel(self, samples: Samples, pods: int, clients: int) -> float:
-        """``pods`` whole cycles by ``clients`` at once; pods per second."""
+        """Run ``pods`` cycles with ``clients`` clients at the same time. Returns pods per second."""
         begin = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
             for done in [pool.submit(self.cycle, samples) for _ in range(pods)]:
@@ -127,7 +127,7 @@ class Workload:
         return pods / (time.perf_counter() - begin)
 
     def close(self) -> None:
-        """Remove every pod of this run that is still there."""
+        """Remove the remaining pods of this run."""
         mine = cri_pb2.PodSandboxFilter(label_selector={RUN_LABEL: self._run})
         for item in self.client.call("ListPodSandbox", cri_pb2.ListPodSandboxRequest(filter=mine)).items:
             self.remove_pod(item.id, Samples())

@@ -104,11 +104,11 @@ def test_odd_members_are_refused(agent: AgentProcess, tmp_path: Path, hostile: t
     "missing",
     ["config.dump", "spec.dump", "checkpoint/inventory.img", "checkpoint/pstree.img", "checkpoint/core-1.img"],
 )
-def test_what_every_checkpoint_has_must_be_there(agent: AgentProcess, tmp_path: Path, missing: str) -> None:
+def test_required_members_must_exist(agent: AgentProcess, tmp_path: Path, missing: str) -> None:
     assert "no checkpoint of a container" in refusal(agent, made_up(tmp_path, {missing: None}))
 
 
-def test_one_of_another_kind_of_machine(agent: AgentProcess, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_architecture_is_refused(agent: AgentProcess, tmp_path: Path) -> None:
     assert "was made on s390x" in refusal(agent, made_up(tmp_path, machine=5))
     assert "no machine that is known" in refusal(agent, made_up(tmp_path, machine=99))
 

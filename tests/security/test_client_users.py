@@ -23,7 +23,7 @@ for _ in range(int(sys.argv[2])):
 """
 
 
-def test_many_processes_of_one_user_lose_theirs_first(tmp_path: Path) -> None:
+def test_connections_of_one_user_with_many_processes_are_closed_first(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     path = str(tmp_path / "s")
     with ExitStack() as stack:

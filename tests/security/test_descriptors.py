@@ -44,7 +44,7 @@ def opened(agent: AgentProcess) -> int:
     return len(list(Path(f"/proc/{agent.pid()}/fd").iterdir()))
 
 
-def test_commands_that_take_all_descriptors_keep_nobody_from_stopping_and_starting(few: AgentProcess) -> None:
+def test_commands_that_use_all_descriptors_do_not_prevent_stops_and_starts(few: AgentProcess) -> None:
     _, victim = run_container(few, "sleep", "1000", name="victim")
     _, busy = run_container(few, "sleep", "1000", name="busy")
     request = cri_pb2.ExecSyncRequest(container_id=busy, cmd=["sleep", "1000"])

@@ -40,7 +40,7 @@ def remove_and_wait(agent: AgentProcess, sandbox_id: str) -> None:
 @pytest.mark.parametrize(
     ("levels", "name", "files"), [(17, "n" * 250, 1), (17, "n" * 250, 100), (1000, "d", 1)], ids=["17", "large", "1000"]
 )
-def test_nested_folders_never_stop_reclaiming(
+def test_deeply_nested_folders_are_removed(
     agent: AgentProcess, attacker: StartAttacker, levels: int, name: str, files: int
 ) -> None:
     ours = attacker(with_python(like_kubelets("main")))
@@ -48,7 +48,7 @@ def test_nested_folders_never_stop_reclaiming(
     remove_and_wait(agent, ours.sandbox_id)
 
 
-def test_what_cannot_be_removed_holds_up_nothing_else_and_is_told_once(agent: AgentProcess) -> None:
+def test_a_file_that_cannot_be_removed_is_logged_once_and_delays_nothing(agent: AgentProcess) -> None:
     """An unknown mount in a container's files keeps only its folder from being removed."""
     before = agent.log.stat().st_size
     sandbox_id, container_id = run_container(agent, "sh", "-c", "mkdir /held; touch /held/a /b; sleep 1000")

@@ -58,7 +58,7 @@ def test_an_end_without_a_free_descriptor_is_recorded_later(own_agent: AgentProc
 
 
 @pytest.mark.parametrize("call", ["RemoveContainer", "StopPodSandbox"])
-def test_a_container_whose_clean_up_failed_once_can_be_removed(own_agent: AgentProcess, call: str) -> None:
+def test_a_container_whose_clean_up_failed_can_be_removed(own_agent: AgentProcess, call: str) -> None:
     sandbox_id, container_id = run_container(own_agent, "sleep", "1000")
     client, before = own_agent.client, own_agent.log.stat().st_size
     in_the_way = own_agent.run / "containers" / container_id / "mapped" / "0" / "file"
@@ -143,7 +143,7 @@ class NoNamespaces(AgentProcess):
 
 
 @pytest.mark.parametrize(("kind", "user_namespace"), [("NET", False), ("USER", True)])
-def test_without_a_namespace_pods_are_refused_with_the_limit_and_others_end(
+def test_without_a_namespace_pods_are_refused_and_others_can_end(
     tmp_path: Path, busybox: Path, kind: str, user_namespace: bool
 ) -> None:
     agent = NoNamespaces(tmp_path)
@@ -175,7 +175,7 @@ def test_without_a_namespace_pods_are_refused_with_the_limit_and_others_end(
     ],
     ids=["PID namespaces", "network namespaces", "processes"],
 )
-async def test_a_layer_that_no_worker_can_be_made_for_is_refused_with_the_limit(
+async def test_a_layer_is_refused_if_no_worker_can_be_started(
     unpacker: Unpacker,
     layer: Path,
     monkeypatch: pytest.MonkeyPatch,

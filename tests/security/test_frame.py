@@ -7,7 +7,7 @@ from tests.security.conftest import FIRST_ID, StartAttacker
 from tests.support.agent import AgentProcess
 
 
-def test_attackers_have_the_users_they_are_said_to_have(
+def test_attackers_have_the_configured_users(
     quiet_log: AgentProcess, attacker: StartAttacker, user_namespace: bool
 ) -> None:
     ours = attacker(like_kubelets("main"))

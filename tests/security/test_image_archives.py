@@ -67,7 +67,7 @@ def by_linked_folder(layout: Path, outside: Path) -> None:
 
 
 @pytest.mark.parametrize("lead_out", [absolute, above, by_link, by_linked_folder])
-def test_members_of_folders_lead_nowhere_else(
+def test_members_of_folders_lead_to_no_file_outside(
     agent: AgentProcess, layout: Path, tmp_path: Path, lead_out: Callable[[Path, Path], None]
 ) -> None:
     outside = tmp_path / "outside"

@@ -146,7 +146,7 @@ def test_nested_documents_are_refused(quiet_log: AgentProcess, scripted: Scripte
 
 
 @pytest.mark.parametrize("user", [HUGE_USER, str(2**63), "\u0661", "\u00b2", "-1", "9" * 4000])
-def test_users_that_are_no_number_of_the_cri_leave_lists_alone(
+def test_users_out_of_the_cri_s_range_do_not_fail_lists(
     quiet_log: AgentProcess, scripted: ScriptedRegistry, user: str
 ) -> None:
     agent = quiet_log
@@ -174,14 +174,14 @@ def test_users_that_are_no_number_of_the_cri_leave_lists_alone(
         remove(agent, name)
 
 
-def test_the_largest_number_of_a_user_is_one(quiet_log: AgentProcess, scripted: ScriptedRegistry) -> None:
+def test_the_largest_user_number_is_reported(quiet_log: AgentProcess, scripted: ScriptedRegistry) -> None:
     name = scripted.offer_image("user", {"config": {"User": str(2**63 - 1)}})
     pull(quiet_log, name)
     assert status(quiet_log, name).image.uid.value == 2**63 - 1
     remove(quiet_log, name)
 
 
-def test_bytes_that_are_no_text_leave_a_verbose_status_alone(
+def test_bytes_that_are_no_text_do_not_fail_a_verbose_status(
     quiet_log: AgentProcess, scripted: ScriptedRegistry
 ) -> None:
     image, kind, (config, layer) = small_image()
@@ -228,7 +228,7 @@ ODD_CONFIGS: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("name", ODD_CONFIGS)
-def test_what_a_config_asks_for_is_no_internal_error(
+def test_no_value_of_a_config_causes_an_internal_error(
     quiet_log: AgentProcess, scripted: ScriptedRegistry, name: str
 ) -> None:
     agent = quiet_log

@@ -95,7 +95,7 @@ def test_a_leftover_mount_of_any_name_is_reported_and_removed(own_agent: AgentPr
     assert not target.parent.exists()
 
 
-def test_a_line_that_is_no_mount_is_passed_over() -> None:
+def test_an_invalid_line_of_the_mount_table_is_skipped() -> None:
     good = b"36 35 98:0 /a /mnt\\040x rw,noatime master:1 shared:2 - ext3  rw,errors=continue"
     odd = (b"", b"x", b"36 35 98:0 / /mnt rw - ext3", b"1 2 3 4 5 6 7 8 9", b"a b 98:0 / /x rw - t s o")
     (entry,) = parse_mount_table(b"\n".join((*odd, good, *odd)))
@@ -118,7 +118,7 @@ def test_links_of_any_name_may_have_routes() -> None:
     assert ipv6_default_link(lines) == os.fsdecode(best)
 
 
-def test_a_table_has_lines_by_newlines_alone(tmp_path: Path) -> None:
+def test_only_newlines_separate_the_lines_of_a_table(tmp_path: Path) -> None:
     table = tmp_path / "table"
     table.write_bytes(b"a\rb\x85\n\xe2\x80\xa8c\n")
     assert table_lines(str(table)) == [b"a\rb\x85", b"\xe2\x80\xa8c"]
@@ -161,7 +161,7 @@ def test_a_leftover_link_of_any_name_is_reported_and_removed(own_agent: AgentPro
         subprocess.run([b"ip", b"link", b"delete", name], check=False, capture_output=True)
 
 
-def test_statistics_show_links_of_any_name_each_as_one(quiet_log: AgentProcess) -> None:
+def test_statistics_show_each_link_of_any_name_once(quiet_log: AgentProcess) -> None:
     client = quiet_log.client
     sandbox_id = client.run_sandbox(sandbox_config(quiet_log))
     enter = [b"nsenter", b"--net=" + os.fsencode(quiet_log.run / "sandboxes" / sandbox_id / "ns/net")]
@@ -213,7 +213,7 @@ def _nfnetlink(kind: int, flags: int, family: int, subsystem: int, body: bytes) 
     return struct.pack("=IHHII", 16 + len(message), kind, flags, 1, 0) + message
 
 
-def test_deleted_tables_are_made_again_beside_one_of_any_name(tmp_path: Path) -> None:
+def test_deleted_tables_are_restored_beside_a_table_of_any_name(tmp_path: Path) -> None:
     """nft itself aborts when it lists such a table as JSON."""
     attribute = struct.pack("=HH", 10, 1) + b"bad\xff\xfe\0" + bytes(2)  # NFTA_TABLE_NAME
     new_table = _nfnetlink((10 << 8) | 0, 0x405, 2, 0, attribute)
@@ -236,7 +236,7 @@ def _escaped(name: bytes) -> bytes:
 
 
 @given(_names, _names, st.lists(st.binary(max_size=40), max_size=3))
-def test_every_name_comes_back_as_it_is_between_lines_of_anything(root: bytes, target: bytes, odd: list[bytes]) -> None:
+def test_every_mount_name_is_read_unchanged_between_any_lines(root: bytes, target: bytes, odd: list[bytes]) -> None:
     line = b"36 35 98:0 /%s /%s rw - ext4 /dev/x rw" % (_escaped(root), _escaped(target))
     found = list(parse_mount_table(b"\n".join((*odd, line, *odd))))
     wanted = (os.fsdecode(b"/" + root), os.fsdecode(b"/" + target))

@@ -56,7 +56,7 @@ def refusal(attacker: StartAttacker, config: cri_pb2.ContainerConfig) -> str:
         ("etc/resolv.conf -> /proc/self/attr/exec", "/proc/self/attr/exec"),
     ],
 )
-def test_no_volume_is_mounted_through_a_link_over_what_the_kernel_shows(
+def test_no_volume_is_mounted_through_a_link_over_kernel_files(
     attacker: StartAttacker, image: MakeImage, tmp_path: Path, link: str, place: str
 ) -> None:
     link, _, target = link.partition(" -> ")
@@ -67,7 +67,7 @@ def test_no_volume_is_mounted_through_a_link_over_what_the_kernel_shows(
     assert f"the link /{link} leads to {place}: use an image without" in refusal(attacker, config)
 
 
-def test_no_volume_is_mounted_on_what_the_kernel_shows_of_processes(
+def test_no_volume_is_mounted_on_files_of_processes(
     quiet_log: AgentProcess, handler: str, user_namespace: bool, tmp_path: Path
 ) -> None:
     """crun writes the container's confinement there, and reads there what to close (CVE-2019-16884)."""
@@ -96,7 +96,7 @@ def test_files_of_proc_that_tools_replace(quiet_log: AgentProcess, attacker: Sta
     assert attacker(config).shell("cat /proc/meminfo") == "MemTotal: 1 kB\n"
 
 
-def test_a_volume_in_sys_is_mounted_where_something_is_and_nothing_is_made_in_it(
+def test_a_volume_in_sys_is_mounted_only_on_existing_files(
     quiet_log: AgentProcess, attacker: StartAttacker, tmp_path: Path
 ) -> None:
     for folder_above in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
@@ -131,7 +131,7 @@ def test_no_terminal_is_opened_through_a_volume(
     assert "mounts: /dev/pts can only be the node's own /dev/pts" in refusal(attacker, config)
 
 
-def test_no_mount_goes_through_a_link_of_a_volume_over_what_the_kernel_shows(
+def test_no_mount_goes_through_a_link_of_a_volume_over_kernel_files(
     quiet_log: AgentProcess, attacker: StartAttacker, tmp_path: Path
 ) -> None:
     volume, other = tmp_path / "volume", tmp_path / "other"
@@ -145,7 +145,7 @@ def test_no_mount_goes_through_a_link_of_a_volume_over_what_the_kernel_shows(
 
 
 @pytest.mark.parametrize("path", ["/dev", "/sys", "/proc", "/proc/self/attr", "/data"])
-def test_no_volume_of_an_image_covers_what_the_kernel_shows(
+def test_no_volume_of_an_image_covers_kernel_files(
     quiet_log: AgentProcess, attacker: StartAttacker, image: MakeImage, path: str
 ) -> None:
     config = like_kubelets("main", image=image({"data": "/sys/fs"}, Volumes={path: {}}))
@@ -155,14 +155,14 @@ def test_no_volume_of_an_image_covers_what_the_kernel_shows(
 @pytest.mark.parametrize(
     "target", ["/proc/1/root", "/proc/self/fd/5", "/data/../sys/class", "proc", "/dev/fd/3", "dev/../dev/stdin"]
 )
-def test_no_working_directory_is_reached_through_a_link_into_the_kernel_s(
+def test_no_working_directory_is_reached_through_a_link_into_kernel_files(
     quiet_log: AgentProcess, attacker: StartAttacker, image: MakeImage, target: str
 ) -> None:
     config = like_kubelets("main", image=image({"w": target}), working_dir="/w")
     assert "working_dir '/w': the link /w leads to /" in refusal(attacker, config)
 
 
-def test_mounts_and_directories_behind_other_links_are_where_the_links_lead(
+def test_mounts_and_directories_follow_other_links(
     quiet_log: AgentProcess, attacker: StartAttacker, image: MakeImage, tmp_path: Path
 ) -> None:
     tmp_path.chmod(0o755)

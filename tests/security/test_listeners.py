@@ -51,7 +51,7 @@ async def exec_works(container: Running) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n\r\n", b"POST /exec/"])
-async def test_idle_connections_to_the_streaming_port_refuse_no_exec(
+async def test_idle_connections_to_the_streaming_port_do_not_prevent_an_exec(
     quiet_log: AgentProcess, many_descriptors: None, sent: bytes
 ) -> None:
     container = run(quiet_log)
@@ -68,7 +68,7 @@ async def test_idle_connections_to_the_streaming_port_refuse_no_exec(
         assert descriptors(quiet_log) < before + 300
 
 
-async def test_few_descriptors_leave_an_agent_that_goes_on(busybox: Path, tmp_path: Path) -> None:
+async def test_an_agent_with_few_descriptors_keeps_serving(busybox: Path, tmp_path: Path) -> None:
     with running_agent(tmp_path, busybox) as agent:
         container = run(agent)
         address = address_of(container.exec_url("true"))
@@ -89,7 +89,7 @@ async def test_few_descriptors_leave_an_agent_that_goes_on(busybox: Path, tmp_pa
         assert agent.tracebacks(size) == []
 
 
-def test_silent_clients_of_the_socket_keep_nobody_out(quiet_log: AgentProcess, many_descriptors: None) -> None:
+def test_silent_clients_of_the_socket_do_not_keep_others_out(quiet_log: AgentProcess, many_descriptors: None) -> None:
     path = quiet_log.address.removeprefix("unix://")
     with contextlib.ExitStack() as stack:
         for _ in range(1500):
@@ -102,7 +102,9 @@ def test_silent_clients_of_the_socket_keep_nobody_out(quiet_log: AgentProcess, m
         client.call("Version", cri_pb2.VersionRequest())
 
 
-def test_clients_that_keep_their_connections_keep_nobody_out(quiet_log: AgentProcess, many_descriptors: None) -> None:
+def test_clients_that_keep_their_connections_do_not_keep_others_out(
+    quiet_log: AgentProcess, many_descriptors: None
+) -> None:
     """They have sent HTTP/2 messages, so that only a minute without calls would end them."""
     path = quiet_log.address.removeprefix("unix://")
     size = quiet_log.log.stat().st_size
@@ -242,7 +244,7 @@ async def leave_port_forward(container: Running, leave: Leave) -> None:
 
 
 @pytest.mark.parametrize("leave", WAYS)
-async def test_clients_that_leave_in_any_way_leave_no_traceback(quiet_log: AgentProcess, leave: Leave) -> None:
+async def test_clients_that_disconnect_in_any_way_cause_no_traceback(quiet_log: AgentProcess, leave: Leave) -> None:
     container = run(quiet_log, "sh", "-c", "while :; do echo output; sleep 0.01; done")
     await exec_works(container)  # opens everything that the agent opens only once
     before = descriptors(quiet_log)

@@ -81,7 +81,7 @@ def _end_all(agent: AgentProcess) -> None:
         agent.client.remove_sandbox(sandbox.id)
 
 
-def test_no_process_of_others_is_ended_as_a_container_or_its_monitor(
+def test_no_other_process_is_ended_as_a_container_or_monitor(
     own_agent: AgentProcess, bystander: subprocess.Popen[bytes]
 ) -> None:
     other = _name(bystander.pid)
@@ -114,7 +114,7 @@ def test_no_process_of_others_is_ended_as_a_container_or_its_monitor(
     assert bystander.poll() is None
 
 
-def test_no_cgroup_of_others_is_killed(own_agent: AgentProcess, bystander: subprocess.Popen[bytes]) -> None:
+def test_no_other_cgroup_is_killed(own_agent: AgentProcess, bystander: subprocess.Popen[bytes]) -> None:
     other = f"/podkeel-bystander-{os.getpid()}"
     first, second, third = (run_container(own_agent, "sleep", "1000") for _ in range(3))
     config = sandbox_config(own_agent)
@@ -142,7 +142,9 @@ def test_no_cgroup_of_others_is_killed(own_agent: AgentProcess, bystander: subpr
     assert not [pid for pid in pids if _alive(pid)]
 
 
-def test_no_init_of_others_is_ended_with_a_pod(own_agent: AgentProcess, bystander: subprocess.Popen[bytes]) -> None:
+def test_no_other_process_is_ended_as_the_init_of_a_pod(
+    own_agent: AgentProcess, bystander: subprocess.Popen[bytes]
+) -> None:
     config = sandbox_config(own_agent)
     shared_pids(config)
     sandbox_id = own_agent.client.run_sandbox(config)
@@ -185,7 +187,7 @@ def test_the_init_of_a_pod_whose_row_is_lost_is_ended(own_agent: AgentProcess) -
     assert all("row" in finding for finding in own_agent.client.findings())
 
 
-def test_no_file_of_others_is_removed(own_agent: AgentProcess, tmp_path: Path) -> None:
+def test_no_other_file_is_removed(own_agent: AgentProcess, tmp_path: Path) -> None:
     _, container_id = run_container(own_agent, "sleep", "1000")
     folder, file = tmp_path / "precious", tmp_path / "precious-file"
     (folder / "inside").mkdir(parents=True)
@@ -227,7 +229,7 @@ _LIES_OF_LINKS: list[dict[str, object]] = [
 ]
 
 
-def test_no_link_of_others_is_touched(own_agent: AgentProcess) -> None:
+def test_no_other_link_is_changed(own_agent: AgentProcess) -> None:
     subprocess.run(["ip", "link", "add", _OTHER_LINK, "type", "bridge"], check=True)
     try:
         pods = [run_container(own_agent, "sleep", "1000") for _ in _LIES_OF_LINKS]
@@ -252,7 +254,7 @@ def test_no_link_of_others_is_touched(own_agent: AgentProcess) -> None:
             route.exchange([delete_link(_OTHER_LINK)])
 
 
-def test_no_folder_of_others_is_removed_by_the_name_of_a_handler(own_agent: AgentProcess) -> None:
+def test_no_other_folder_is_removed_by_the_name_of_a_handler(own_agent: AgentProcess) -> None:
     handlers = ["../../../../tmp", "/tmp", "unknown"]
     pods = [run_container(own_agent, "sleep", "1000") for _ in handlers]
     precious = [Path(f"/tmp/{container_id}") for _, container_id in pods]

@@ -37,7 +37,7 @@ answer(found)
 
 
 @pytest.mark.parametrize("how", ["as it is", "unshared", "SYS_ADMIN"])
-def test_what_hides_files_cannot_be_changed(
+def test_the_device_that_hides_files_cannot_be_changed(
     quiet_log: AgentProcess, attacker: StartAttacker, handler: str, user_namespace: bool, how: str
 ) -> None:
     before = Path("/dev/null").stat()
@@ -122,7 +122,7 @@ def test_files_are_hidden_also_after_the_agent_was_killed(own_agent: AgentProces
     own_agent.start()
 
 
-def test_what_only_the_pod_has_in_proc_is_hidden_by_no_file_of_the_node(agent: AgentProcess) -> None:
+def test_a_path_of_proc_that_only_the_pod_has_is_refused(agent: AgentProcess) -> None:
     """crun would hide it with the node's null device. The agent cannot check the path, so it refuses it."""
     sandbox = pod_config(agent)
     config = like_kubelets("main")

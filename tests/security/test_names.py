@@ -55,7 +55,7 @@ def test_names_of_containers_pods_and_logs(quiet_log: AgentProcess, handler: str
         (".", "inside"),
     ],
 )
-def test_log_paths_that_cannot_be_are_refused_at_once(
+def test_invalid_log_paths_are_refused_at_once(
     quiet_log: AgentProcess, tmp_path: Path, log_path: str, text: str
 ) -> None:
     client = quiet_log.client
@@ -77,7 +77,7 @@ def test_log_paths_that_cannot_be_are_refused_at_once(
     client.remove_sandbox(sandbox_id)
 
 
-def test_folders_of_the_agent_beyond_ascii(busybox: Path, tmp_path: Path) -> None:
+def test_folders_of_the_agent_with_names_outside_of_ascii(busybox: Path, tmp_path: Path) -> None:
     folder = tmp_path / "daten für 🚀"
     folder.mkdir()
     with running_agent(folder, busybox) as agent:

@@ -104,7 +104,9 @@ def test_root_of_a_user_namespace_does_not_own_its_devices(quiet_log: AgentProce
     ]
 
 
-def test_streams_without_input_are_at_their_end(quiet_log: AgentProcess, handler: str, user_namespace: bool) -> None:
+def test_a_container_without_input_reads_the_end_of_file(
+    quiet_log: AgentProcess, handler: str, user_namespace: bool
+) -> None:
     config = like_kubelets("main", "sh", "-c", "cat; echo read; test -c /dev/stdin && echo device; exec sleep 1000")
     ours = start(quiet_log, handler, config, user_namespace=user_namespace)
     path = quiet_log.client.status(ours.container_id).log_path
@@ -112,7 +114,7 @@ def test_streams_without_input_are_at_their_end(quiet_log: AgentProcess, handler
     assert log_lines(path) == ["read", "device"]
 
 
-def test_asked_for_devices_of_a_user_namespace_are_its_own(quiet_log: AgentProcess, handler: str) -> None:
+def test_requested_devices_in_a_user_namespace_are_the_container_s_own(quiet_log: AgentProcess, handler: str) -> None:
     config = like_kubelets("main")
     for host, inside in (("/dev/zero", "/dev/some/zero"), ("/dev/full", "/devices/full"), ("/dev/zero", "/dev/null")):
         config.devices.add(host_path=host, container_path=inside, permissions="rw")
@@ -129,7 +131,7 @@ def test_asked_for_devices_of_a_user_namespace_are_its_own(quiet_log: AgentProce
     assert "not permitted" in ours.shell("chmod 600 /devices/full")
 
 
-def test_device_in_the_place_of_a_folder_is_refused(quiet_log: AgentProcess, handler: str) -> None:
+def test_a_device_at_the_path_of_a_folder_is_refused(quiet_log: AgentProcess, handler: str) -> None:
     config = like_kubelets("main")
     config.devices.add(host_path="/dev/zero", container_path="/dev/null/zero", permissions="rw")
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "/dev/null/zero cannot be made"):
@@ -154,7 +156,7 @@ def described() -> Iterator[str]:
         place.rmdir()
 
 
-def test_described_devices_of_a_user_namespace_are_its_own(
+def test_cdi_devices_in_a_user_namespace_are_the_container_s_own(
     quiet_log: AgentProcess, handler: str, described: str
 ) -> None:
     config = like_kubelets("main")
@@ -171,7 +173,7 @@ def test_described_devices_of_a_user_namespace_are_its_own(
 @pytest.mark.parametrize(
     "place", ["/dev", "/dev/", "/proc", "/sys", "/dev/null", "/dev/pts", "/dev/ptmx", "//dev/console"]
 )
-def test_volume_in_the_place_of_kernel_files_is_refused(
+def test_a_volume_at_the_path_of_kernel_files_is_refused(
     quiet_log: AgentProcess, handler: str, tmp_path: Path, place: str
 ) -> None:
     """Its null could be used as a stream and a mask, and its files in /proc would replace the kernel's."""
@@ -183,7 +185,7 @@ def test_volume_in_the_place_of_kernel_files_is_refused(
         start(quiet_log, handler, config, user_namespace=False)
 
 
-def test_volume_that_a_link_leads_to_the_null_device_is_refused(
+def test_a_volume_behind_a_link_to_the_null_device_is_refused(
     quiet_log: AgentProcess, handler: str, tmp_path: Path
 ) -> None:
     """OCI runtimes use this device to hide files (CVE-2025-31133)."""
@@ -198,7 +200,7 @@ def test_volume_that_a_link_leads_to_the_null_device_is_refused(
 
 
 @pytest.mark.parametrize("place", ["/dev", "/sys", "/proc", "/dev/null"])
-def test_volume_of_an_image_in_the_place_of_kernel_files_is_refused(
+def test_a_volume_of_an_image_at_the_path_of_kernel_files_is_refused(
     quiet_log: AgentProcess, tmp_path: Path, place: str
 ) -> None:
     image = import_image(
@@ -211,7 +213,7 @@ def test_volume_of_an_image_in_the_place_of_kernel_files_is_refused(
 @pytest.mark.parametrize("uid", [0, 65534])
 # With a terminal, runc opens /dev/console, which only privileged containers may do.
 @pytest.mark.parametrize(("streams", "privileged"), [("plain", True), ("plain", False), ("terminal", True)])
-def test_node_s_own_dev_at_dev_stays_untouched(
+def test_the_node_s_dev_mounted_at_dev_is_not_changed(
     quiet_log: AgentProcess, handler: str, uid: int, streams: str, privileged: bool
 ) -> None:
     """Storage and device drivers use such mounts. The OCI runtime must not give the node's files to the user."""
@@ -233,7 +235,7 @@ def test_node_s_own_dev_at_dev_stays_untouched(
 
 @pytest.mark.parametrize("uid", [0, 1000])
 @pytest.mark.parametrize("place", ["/dev/null", "/etc/hidden", "/dev/random"])
-def test_device_that_a_volume_brings_is_the_container_s_own(
+def test_a_device_in_a_volume_is_replaced_by_the_container_s_own(
     quiet_log: AgentProcess, handler: str, user_namespace: bool, uid: int, place: str
 ) -> None:
     """The node's /dev/null hides a file there. OCI runtimes give the file at /dev/null to the container's user."""
@@ -269,7 +271,7 @@ def test_privileged_pod_with_a_user_namespace_has_the_node_s_devices_as_its_own(
     assert "denied" in ours.shell(f"head -c 1 /dev/{names[0]}")
 
 
-def test_node_s_own_sys_at_sys(quiet_log: AgentProcess, handler: str) -> None:
+def test_the_node_s_sys_mounted_at_sys(quiet_log: AgentProcess, handler: str) -> None:
     config = like_kubelets("main")
     config.mounts.add(container_path="/sys", host_path="/sys", readonly=True)
     ours = start(quiet_log, handler, config, user_namespace=False, privileged=True)

@@ -72,7 +72,7 @@ def test_no_mount_of_a_container_outlives_it(agent: AgentProcess, handler: str, 
         assert (volume / "resolv.conf").read_text() == "of the node"
 
 
-def test_the_mounts_of_containers_that_run_at_once_end_with_the_last(agent: AgentProcess, volume: Path) -> None:
+def test_mounts_of_several_containers_are_removed_with_the_last_one(agent: AgentProcess, volume: Path) -> None:
     containers = [create(agent, config_with(volume))[1] for _ in range(3)]
     for container_id in containers:
         assert (volume / "resolv.conf").read_text() == "of the pod"
@@ -83,7 +83,7 @@ def test_the_mounts_of_containers_that_run_at_once_end_with_the_last(agent: Agen
     assert mounts.mounts_below(volume.parent / "pod") == []
 
 
-def test_what_others_have_mounted_in_them_stays(agent: AgentProcess, volume: Path) -> None:
+def test_other_mounts_in_the_volume_stay(agent: AgentProcess, volume: Path) -> None:
     """For example volumes of a driver, which its next container still serves."""
     _, container_id = create(agent, config_with(volume, cri_pb2.PROPAGATION_BIDIRECTIONAL))
     inner = volume / "below/inner"
@@ -103,7 +103,7 @@ def test_what_others_have_mounted_in_them_stays(agent: AgentProcess, volume: Pat
 
 
 @pytest.mark.parametrize("stage", ["runtime:after", "commit:after"])
-def test_an_agent_that_is_killed_unmounts_them_later(own_agent: AgentProcess, volume: Path, stage: str) -> None:
+def test_a_killed_agent_unmounts_them_later(own_agent: AgentProcess, volume: Path, stage: str) -> None:
     own_agent.restart(f"CreateContainer.{stage}:kill")
     with pytest.raises(grpc.RpcError):
         create(own_agent, config_with(volume))

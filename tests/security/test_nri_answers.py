@@ -100,9 +100,7 @@ def test_text_with_nul_bytes_is_refused(agent: AgentProcess, field: str, adjust:
 
 
 @pytest.mark.parametrize("what", ["pipe", "file", "missing", "another kind"])
-def test_a_path_that_is_no_namespace_is_refused_and_not_waited_for(
-    agent: AgentProcess, tmp_path: Path, what: str
-) -> None:
+def test_a_path_that_is_no_namespace_is_refused_without_waiting(agent: AgentProcess, tmp_path: Path, what: str) -> None:
     path = "/proc/self/ns/uts" if what == "another kind" else str(tmp_path / "namespace")
     if what == "pipe":
         os.mkfifo(path)
@@ -120,7 +118,7 @@ def test_a_system_call_has_six_arguments(agent: AgentProcess) -> None:
     assert "10-recorder: SeccompPolicy: a system call" in refused(agent, linux(seccomp_policy=policy)).details()
 
 
-def test_what_a_plugin_says_is_one_short_line_of_the_log(agent: AgentProcess) -> None:
+def test_a_plugin_s_error_is_one_short_line_of_the_log(agent: AgentProcess) -> None:
     def refuse(_request: Any) -> None:
         raise RuntimeError("no\n2026-01-01 info server: agent: stopped\x1b[2J" + "e" * (3 << 20))
 
@@ -166,7 +164,7 @@ def test_a_plugin_that_hangs_in_synchronize_again_and_again_delays_pods_once(age
         hung.release()
         release.wait(20)
 
-    def come_again() -> None:
+    def reconnect() -> None:
         while not release.is_set():
             plugin = Recorder(agent.nri_socket, name="hangs", acting={"Synchronize": hang})
             try:
@@ -174,7 +172,7 @@ def test_a_plugin_that_hangs_in_synchronize_again_and_again_delays_pods_once(age
             except (OSError, RuntimeError):
                 time.sleep(0.1)
 
-    comers = [threading.Thread(target=come_again, daemon=True) for _ in range(2)]
+    comers = [threading.Thread(target=reconnect, daemon=True) for _ in range(2)]
     try:
         for comer in comers:
             comer.start()
@@ -209,7 +207,7 @@ def registered(agent: AgentProcess, number: int) -> Raw:
     return plugin
 
 
-def test_half_messages_of_many_plugins_have_one_budget(agent: AgentProcess) -> None:
+def test_incomplete_messages_of_all_plugins_share_one_limit(agent: AgentProcess) -> None:
     before, held = resident(agent), []
     half = struct.pack(">II", 2, 10 + (4 << 20)) + struct.pack(">IIBB", 4 << 20, 3, 1, 0) + bytes(4 << 20)
     with contextlib.ExitStack() as stack:

@@ -86,7 +86,7 @@ def test_no_command_line_stops_a_start(own_agent: AgentProcess) -> None:
 
 
 @pytest.mark.skipif(shutil.which("catatonit") is None, reason="needs catatonit")
-def test_nobody_is_killed_in_place_of_the_init_of_a_pod(tmp_path: Path) -> None:
+def test_no_process_is_killed_instead_of_the_init_of_a_pod(tmp_path: Path) -> None:
     """The agent was killed before it recorded the init. It finds it by a file that only root can read, not by name."""
     folder, sandbox_id = SandboxFolder(tmp_path), "a" * 64
     with contextlib.ExitStack() as stack:
@@ -114,7 +114,7 @@ def test_a_command_line_of_many_megabytes_is_not_read(own_agent: AgentProcess) -
         assert len(b"\0".join(command_line(pid))) <= 64 * 1024
 
 
-def test_a_program_is_told_by_its_file_and_user_and_not_by_its_name() -> None:
+def test_a_program_is_identified_by_its_file_and_user() -> None:
     sleep = "/bin/sleep"
     with _process(_named("conmon", "1000")) as pid:
         assert runs_program(pid, os.path.realpath(sleep))

@@ -27,9 +27,7 @@ def test_containers_cannot_fill_the_run_folder(quiet_log: AgentProcess, attacker
     assert quiet_log.client.output(again, "stat", "-c", "%s", "/etc/resolv.conf").strip() == str(sizes[0])
 
 
-def test_files_of_a_pod_are_root_s_and_nothing_that_can_be_executed(
-    quiet_log: AgentProcess, attacker: StartAttacker
-) -> None:
+def test_files_of_a_pod_belong_to_root_and_cannot_be_executed(quiet_log: AgentProcess, attacker: StartAttacker) -> None:
     ours = attacker(like_kubelets("main"))
     for file in FILES:
         assert ours.shell(f"stat -c '%u %g %a' {file}").split() == ["0", "0", "644"]

@@ -193,7 +193,7 @@ def test_working_directory_in_the_root_of_the_init_changes_nothing(
     assert Path("/usr/bin/catatonit").stat().st_mode & 0o7777 == 0o755
 
 
-def test_root_of_the_init_holds_nothing_of_the_node_s(
+def test_the_root_of_the_init_has_no_file_of_the_node(
     quiet_log: AgentProcess, handler: str, user_namespace: bool
 ) -> None:
     attacker = start(quiet_log, handler, like_kubelets("main"), user_namespace=user_namespace)
@@ -222,7 +222,7 @@ def test_pods_share_their_processes_and_the_init_reaps(
     assert " Z " not in attacker.shell("cat /proc/[0-9]*/stat")
 
 
-def test_init_has_no_right_and_none_of_the_node_s_namespaces(
+def test_the_init_has_no_rights_and_no_namespace_of_the_node(
     quiet_log: AgentProcess, handler: str, user_namespace: bool
 ) -> None:
     """It is the only process of the pod that the node starts. Containers can read about its network."""
@@ -246,7 +246,7 @@ def test_init_has_no_right_and_none_of_the_node_s_namespaces(
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the attack is written for x86-64")
 @pytest.mark.parametrize("powers", POWERS)
-def test_who_traces_the_init_can_do_nothing_with_it(
+def test_a_process_that_traces_the_init_gains_nothing(
     quiet_log: AgentProcess, handler: str, user_namespace: bool, powers: str
 ) -> None:
     config = with_python(like_kubelets("main"))

@@ -70,7 +70,7 @@ async def slowest_answers(agent: AgentProcess, container: str, *, until_done: Ca
     return slowest
 
 
-async def test_slow_layers_of_one_registry_hold_up_no_other_pull_and_no_command(
+async def test_slow_layers_of_one_registry_delay_no_other_pull_or_command(
     agent: AgentProcess, registry: Registry, slow: Front
 ) -> None:
     dripping = BuiltImage(tuple(make_tar([entry(f"slow{number}", os.urandom(60_000))]) for number in range(8)))
@@ -132,7 +132,7 @@ def blob_of(image: BuiltImage, layer: int) -> str:
     return digest_of(image.compress(image.layers[layer]))
 
 
-async def test_small_layers_over_a_deep_tree_keep_no_command_list_or_stop_waiting(
+async def test_small_layers_over_a_deep_tree_delay_no_command_list_or_stop(
     agent: AgentProcess, registry: Registry
 ) -> None:
     deep = "/".join("d" * 250)  # each of these folders has no entry, and is looked up in the layer below

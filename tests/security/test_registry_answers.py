@@ -43,7 +43,7 @@ def challenge(registry: ScriptedRegistry) -> Answer:
     return Answer(b"{}", status=401, headers={"WWW-Authenticate": realm})
 
 
-def test_a_token_without_an_end_is_cut(small: AgentProcess, scripted: ScriptedRegistry) -> None:
+def test_an_endless_token_is_refused(small: AgentProcess, scripted: ScriptedRegistry) -> None:
     name = scripted.offer_image("private")
     scripted.answers["/v2/private/manifests/latest"] = challenge(scripted)
     scripted.answers["/token"] = endless()
@@ -52,7 +52,7 @@ def test_a_token_without_an_end_is_cut(small: AgentProcess, scripted: ScriptedRe
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 500])
-def test_an_error_without_an_end_is_cut(small: AgentProcess, scripted: ScriptedRegistry, status: int) -> None:
+def test_an_endless_error_is_refused(small: AgentProcess, scripted: ScriptedRegistry, status: int) -> None:
     name = scripted.offer_image("private")
     scripted.answers["/v2/private/manifests/latest"] = endless(status)
     codes = {401: "PERMISSION_DENIED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND"}
@@ -60,14 +60,14 @@ def test_an_error_without_an_end_is_cut(small: AgentProcess, scripted: ScriptedR
     assert scripted.sent["/v2/private/manifests/latest"] < 64 << 20
 
 
-def test_headers_without_an_end_are_cut(small: AgentProcess, scripted: ScriptedRegistry) -> None:
+def test_endless_headers_are_refused(small: AgentProcess, scripted: ScriptedRegistry) -> None:
     name = scripted.offer_image("private")
     for headers in ({f"X-{number}": "x" * 1000 for number in range(100_000)}, {"X": "x" * (32 << 20)}):
         scripted.answers["/v2/private/manifests/latest"] = Answer(b"{}", headers=headers)
         refused("UNKNOWN", "RegistryUnavailable", call=partial(pull, small, name))
 
 
-def test_redirects_without_an_end_are_cut(small: AgentProcess, scripted: ScriptedRegistry) -> None:
+def test_endless_redirects_are_refused(small: AgentProcess, scripted: ScriptedRegistry) -> None:
     name = scripted.offer_image("private")
     path = "/v2/private/manifests/latest"
     scripted.answers[path] = Answer(status=307, headers={"Location": path})
@@ -97,7 +97,9 @@ NESTED = b"[" * 3000 + b"]" * 3000
 
 
 @pytest.mark.parametrize("body", [NESTED, b'{"errors": ' + NESTED + b"}", b'{"token": ' + NESTED + b"}", b"\xff\x00"])
-def test_nested_answers_are_no_internal_error(quiet_log: AgentProcess, scripted: ScriptedRegistry, body: bytes) -> None:
+def test_nested_answers_cause_no_internal_error(
+    quiet_log: AgentProcess, scripted: ScriptedRegistry, body: bytes
+) -> None:
     name = scripted.offer_image("private")
     for status, code in ((403, "PERMISSION_DENIED"), (404, "NOT_FOUND"), (400, "UNKNOWN")):
         scripted.answers["/v2/private/manifests/latest"] = Answer(body, status=status)

@@ -96,7 +96,7 @@ def test_the_limits_are_exact_once_it_runs(agent: AgentProcess, tmp_path: Path) 
     assert not (agent.run / "containers" / container_id / "limits").exists()
 
 
-def test_the_limits_are_there_before_criu_begins(tmp_path: Path, busybox: Path) -> None:
+def test_the_limits_are_set_before_criu_begins(tmp_path: Path, busybox: Path) -> None:
     seen, wrapper = tmp_path / "seen", tmp_path / "crun"
     # The limits of the cgroups that contain the restore and all its processes.
     files = ("devices/$(of devices)/devices.list", "memory/$(of memory)/memory.limit_in_bytes")

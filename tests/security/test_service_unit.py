@@ -62,7 +62,7 @@ def test_the_unit_has_no_setting_that_would_reach_containers(name: str) -> None:
     assert name in UNIT.read_text(), f"the unit says of {name} neither that it is off nor why"
 
 
-def test_the_unit_answers_every_finding_that_systemd_calls_serious(systemd_analyze: str) -> None:
+def test_the_unit_explains_every_serious_finding_of_systemd(systemd_analyze: str) -> None:
     command = [systemd_analyze, "security", "--offline=true", "--json=short", str(UNIT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     findings = [entry for entry in json.loads(done.stdout) if not entry["set"] and entry["exposure"] is not None]

@@ -25,7 +25,7 @@ while time.monotonic() < end:
 
 
 @pytest.mark.parametrize("target", ["/dev", "/"])
-def test_no_volume_is_mounted_over_devices_while_another_container_swaps_its_place(
+def test_no_volume_is_mounted_over_devices_while_its_mount_point_is_swapped(
     quiet_log: AgentProcess, handler: str, tmp_path: Path, target: str
 ) -> None:
     """OCI runtimes would open its null and terminals as root, for the container that starts then."""
@@ -58,7 +58,7 @@ def test_no_volume_is_mounted_over_devices_while_another_container_swaps_its_pla
     assert "refused" in outcomes, "the swaps were never seen"
 
 
-def test_what_volumes_bring_along_is_not_taken_for_swapped(
+def test_mounts_inside_volumes_are_not_treated_as_swapped(
     quiet_log: AgentProcess, handler: str, tmp_path: Path
 ) -> None:
     """A volume inside another one, beside a terminal, a volume in /dev, and one with a mount in it."""
@@ -81,7 +81,7 @@ def test_what_volumes_bring_along_is_not_taken_for_swapped(
 
 
 @pytest.mark.parametrize("target", ["/dev", "/etc"])
-def test_no_file_of_the_node_changes_its_owner_by_a_swapped_mount_point(
+def test_a_swapped_mount_point_changes_no_owner_of_the_node_s_files(
     quiet_log: AgentProcess, handler: str, tmp_path: Path, target: str
 ) -> None:
     """With host PID, a null in the volume can link to any file of the node, which the OCI runtime would chown."""

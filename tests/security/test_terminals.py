@@ -44,7 +44,7 @@ async def size_of_terminal(container: Running, *command: str) -> str:
         return await client.streams[ids["stdout"]].text()
 
 
-async def test_programs_of_the_node_are_not_held_back(own_agent: AgentProcess) -> None:
+async def test_programs_of_the_node_are_not_delayed(own_agent: AgentProcess) -> None:
     container = await asyncio.to_thread(with_the_node_s_root, own_agent)
     try:
         async with asyncio.timeout(SECONDS):
@@ -63,7 +63,7 @@ async def test_programs_of_2_gib_can_be_executed(quiet_log: AgentProcess) -> Non
     assert await size_of_terminal(container, "/stty", "size") == "24 80\r\n"
 
 
-async def test_nothing_is_left_that_asks_about_programs(quiet_log: AgentProcess) -> None:
+async def test_no_fanotify_mark_is_left(quiet_log: AgentProcess) -> None:
     container = run(quiet_log, handler="crun")
     for _ in range(5):
         await size_of_terminal(container, "stty", "size")

@@ -16,7 +16,7 @@ __all__ = ["cni"]
 
 @pytest.mark.parametrize("undo", ["fails", "hangs"])
 @pytest.mark.parametrize("making", ["failed", "cancelled"])
-def test_kubelet_goes_on_while_a_pod_is_still_undone(cni: CniAgent, making: str, undo: str) -> None:
+def test_kubelet_can_continue_while_a_pod_is_still_being_undone(cni: CniAgent, making: str, undo: str) -> None:
     """The same call again, also with another configuration. A list shows one pod, and at the end nothing is left."""
     client, begun = cni.agent.client, cni.folders.folder / "begun"
     first = f"if [ -e {cni.broken} ]; then touch {begun}; " + (

@@ -46,7 +46,7 @@ POD: dict[str, Callable[[cri_pb2.PodSandboxConfig], object]] = {
 
 
 @pytest.mark.parametrize("field", POD)
-def test_no_pod_is_made_of_a_number_without_a_name(quiet_log: AgentProcess, field: str) -> None:
+def test_no_pod_is_created_with_an_unknown_enum_number(quiet_log: AgentProcess, field: str) -> None:
     config = sandbox_config(quiet_log)
     POD[field](config)
     request = cri_pb2.RunPodSandboxRequest(config=config)
@@ -69,7 +69,7 @@ CONTAINER: dict[str, Callable[[cri_pb2.ContainerConfig], object]] = {
 
 
 @pytest.mark.parametrize("field", CONTAINER)
-def test_no_container_is_made_of_a_number_without_a_name(quiet_log: AgentProcess, field: str) -> None:
+def test_no_container_is_created_with_an_unknown_enum_number(quiet_log: AgentProcess, field: str) -> None:
     sandbox = sandbox_config(quiet_log)
     config = container_config("main", "true")
     CONTAINER[field](config)
@@ -80,7 +80,7 @@ def test_no_container_is_made_of_a_number_without_a_name(quiet_log: AgentProcess
 
 
 @pytest.mark.parametrize("name", ["ListContainers", "StreamContainers", "ListPodSandbox", "StreamPodSandboxes"])
-def test_no_list_is_filtered_by_a_number_without_a_name(quiet_log: AgentProcess, name: str) -> None:
+def test_no_list_is_filtered_by_an_unknown_enum_number(quiet_log: AgentProcess, name: str) -> None:
     request = getattr(cri_pb2, f"{name}Request")()
     request.filter.state.state = 77
     assert "filter.state.state: 77 is not a " in refused(quiet_log, name, request)

@@ -43,7 +43,7 @@ async def outcome(unpacker: Unpacker, layer: Path) -> dict[str, str]:
     return found
 
 
-def telling(*lines: str) -> str:
+def program_of(*lines: str) -> str:
     """A program of these lines that reports ``found``."""
     body = "\n".join(f"    {line}" for line in lines)
     return f"""
@@ -53,10 +53,10 @@ def work(read, max_bytes, max_entries):
 """
 
 
-async def test_it_mounts_nothing_and_makes_no_device(program: Program, unpacker: Unpacker, layer: Path) -> None:
+async def test_the_worker_cannot_mount_or_make_devices(program: Program, unpacker: Unpacker, layer: Path) -> None:
     disk = Path("/").stat().st_dev
     program(
-        telling(
+        program_of(
             "call('mount', 165, b'none', b'/', b'tmpfs', 0, None)",
             "call('umount', 166, b'/', 2)",
             "call('open_tree', 428, -100, b'/', 1)",
@@ -77,11 +77,11 @@ async def test_it_mounts_nothing_and_makes_no_device(program: Program, unpacker:
     assert list(layer.iterdir()) == []
 
 
-async def test_it_reaches_no_file_outside(program: Program, unpacker: Unpacker, layer: Path) -> None:
+async def test_the_worker_reaches_no_file_outside(program: Program, unpacker: Unpacker, layer: Path) -> None:
     (layer.parent / "secret").write_text("secret")
     secret = str(layer.parent / "secret")
     program(
-        telling(
+        program_of(
             f"attempt('secret', lambda: open({secret!r}).read())",
             f"attempt('climbing', lambda: open('../' * 40 + {secret!r}).read())",
             "attempt('shadow', lambda: open('/etc/shadow').read())",
@@ -105,10 +105,10 @@ async def test_it_reaches_no_file_outside(program: Program, unpacker: Unpacker, 
     assert found["descriptors"] == "pipe,pipe,pipe,pipe,0o40755"
 
 
-async def test_it_reaches_no_process_and_no_network(program: Program, unpacker: Unpacker, layer: Path) -> None:
+async def test_the_worker_reaches_no_process_and_no_network(program: Program, unpacker: Unpacker, layer: Path) -> None:
     agent = os.getpid()
     program(
-        telling(
+        program_of(
             *(f"attempt('socket {family}', lambda: socket.socket({family}, 1))" for family in (1, 2, 10, 16, 17, 40)),
             "attempt('socketpair', socket.socketpair)",
             f"attempt('kill', lambda: os.kill({agent}, 0))",
@@ -126,9 +126,11 @@ async def test_it_reaches_no_process_and_no_network(program: Program, unpacker: 
     assert set((await outcome(unpacker, layer)).values()) == {DENIED}
 
 
-async def test_it_starts_nothing_and_loosens_nothing(program: Program, unpacker: Unpacker, layer: Path) -> None:
+async def test_the_worker_cannot_start_programs_or_drop_its_confinement(
+    program: Program, unpacker: Unpacker, layer: Path
+) -> None:
     program(
-        telling(
+        program_of(
             "attempt('fork', os.fork)",
             "attempt('exec', lambda: os.execv('/a', ['a']))",
             "call('clone', 56, 17, 0, 0, 0, 0)",
@@ -153,7 +155,7 @@ async def test_it_starts_nothing_and_loosens_nothing(program: Program, unpacker:
     assert set((await outcome(unpacker, layer)).values()) == {DENIED}
 
 
-async def test_what_the_kernel_says_of_it(layer: Path) -> None:
+async def test_the_kernel_reports_the_worker_s_confinement(layer: Path) -> None:
     async def waiting() -> AsyncGenerator[bytes, None]:
         yield make_tar([entry("a", bytes(4 << 20))])[: 2 << 20]
         await asyncio.Event().wait()
@@ -204,7 +206,7 @@ async def confined_processes() -> AsyncIterator[Path]:
     ],
     ids=["processor time", "memory", "seconds"],
 )
-async def test_it_takes_no_more_than_it_may(
+async def test_the_worker_s_memory_and_time_are_limited(
     program: Program,
     unpacker: Unpacker,
     layer: Path,
@@ -222,7 +224,7 @@ async def test_it_takes_no_more_than_it_may(
     assert time.monotonic() - began < 100  # the attack never ends
 
 
-async def test_one_that_reads_nothing_more_gives_its_sender_back(
+async def test_a_worker_that_stops_reading_releases_its_sender(
     program: Program, unpacker: Unpacker, layer: Path
 ) -> None:
     program("import _thread\ndef work(*_):\n    lock = _thread.allocate_lock(); lock.acquire(); lock.acquire()\n")
@@ -230,9 +232,9 @@ async def test_one_that_reads_nothing_more_gives_its_sender_back(
         await unpacker.unpack(unending(), ANY, layer, None, "attack")
 
 
-async def test_files_are_few_and_of_limited_size(program: Program, unpacker: Unpacker, layer: Path) -> None:
+async def test_open_files_and_file_sizes_are_limited(program: Program, unpacker: Unpacker, layer: Path) -> None:
     program(
-        telling(
+        program_of(
             "file = os.open('big', os.O_WRONLY | os.O_CREAT)",
             "attempt('size', lambda: os.pwrite(file, b'x', 1 << 20))",
             "attempt('truncate', lambda: os.truncate(file, 1 << 40))",

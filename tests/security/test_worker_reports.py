@@ -46,7 +46,7 @@ __all__ = ["layer", "program", "unpacker"]
     ],
     ids=lambda report: str(report)[:60],
 )
-async def test_a_lying_report_makes_nothing_outside(
+async def test_a_false_report_creates_nothing_outside(
     program: Program, unpacker: Unpacker, layer: Path, report: dict[str, object]
 ) -> None:
     outside = layer.parent / "outside"
@@ -78,7 +78,7 @@ def work(read, max_bytes, max_entries):
     ["b'[' * 100_000", "b'x' * (40 << 20)", "b''", "b'{}' * 2", 'b\'{"message":"zz"}\'', "b'[1,2]'"],
     ids=["nested", "endless", "nothing", "two", "no hexadecimal", "list"],
 )
-async def test_whatever_it_prints_is_an_error_of_its_layer(
+async def test_any_invalid_output_is_an_error_of_the_layer(
     program: Program, unpacker: Unpacker, layer: Path, output: str
 ) -> None:
     program(
@@ -94,7 +94,7 @@ def work(read, max_bytes, max_entries):
         await unpacker.unpack(quiet(), ANY, layer, None, "attack")
 
 
-async def test_a_sound_layer_still_has_its_devices_and_marks(unpacker: Unpacker, layer: Path) -> None:
+async def test_a_valid_layer_has_its_devices_and_marks(unpacker: Unpacker, layer: Path) -> None:
     async def chunks() -> AsyncGenerator[bytes, None]:
         yield make_tar(
             [

@@ -73,7 +73,7 @@ def replace_work(attacker: Attacker, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["/proc/{pid}/root{folder}", "/proc/{pid}/cwd", "/proc/self/fd/6", "proc/1"])
-def test_no_command_runs_in_a_directory_that_a_link_of_the_container_leads_out(
+def test_no_command_runs_in_a_directory_behind_a_link_out_of_the_container(
     quiet_log: AgentProcess, handler: str, user_namespace: bool, marker: Path, target: str
 ) -> None:
     config = with_host_pids(like_kubelets("main", working_dir="/work"))
@@ -129,7 +129,7 @@ def test_no_command_runs_outside_while_the_container_swaps_its_directory(
     assert outcomes == {"ran", "refused"}, "the swaps were never seen"
 
 
-def test_no_container_begins_outside_while_another_swaps_a_folder_of_its_volume(
+def test_no_container_starts_outside_while_another_swaps_a_folder_of_its_volume(
     quiet_log: AgentProcess, handler: str, marker: Path, tmp_path: Path
 ) -> None:
     volume = tmp_path / "volume"
@@ -157,7 +157,7 @@ def test_no_container_begins_outside_while_another_swaps_a_folder_of_its_volume(
     assert "refused" in outcomes, "the swaps were never seen"
 
 
-def test_a_created_container_whose_directory_is_outside_is_seen(tmp_path: Path) -> None:
+def test_a_created_container_with_a_directory_outside_is_detected(tmp_path: Path) -> None:
     """The race above sometimes causes this: a process in a new mount namespace with a directory in another one."""
     spec = build(request(tmp_path, config=container(working_dir="/work")))
     for directory, seen in ((f"/proc/{os.getpid()}/cwd", True), ("/", False)):
@@ -177,7 +177,7 @@ def test_a_created_container_whose_directory_is_outside_is_seen(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("own_root", [False, True], ids=["", "after chroot"])
-def test_commands_run_where_they_should_in_pods_that_see_the_node_s_processes(
+def test_commands_run_in_their_directory_in_pods_with_host_pid(
     quiet_log: AgentProcess, handler: str, user_namespace: bool, own_root: bool
 ) -> None:
     jail = "mkdir -p /jail/bin; cp /bin/busybox /jail/bin; exec chroot /jail /bin/busybox sleep 1000"
@@ -229,9 +229,7 @@ def check(agent: AgentProcess) -> dict[str, dict[str, str]]:
     return {item["name"].removeprefix("runtime "): item for item in answer["checks"]}
 
 
-def test_check_tells_which_handlers_are_open_and_what_closes_them(
-    agent: AgentProcess, open_agent: AgentProcess
-) -> None:
+def test_check_reports_vulnerable_handlers_and_the_remedy(agent: AgentProcess, open_agent: AgentProcess) -> None:
     found = check(open_agent)
     assert found["open"]["state"] == "fail"
     assert "Debian 13" in found["open"]["remedy"]
@@ -242,7 +240,7 @@ def test_check_tells_which_handlers_are_open_and_what_closes_them(
     assert "the agent does so for it" in ours["detail"]
 
 
-def test_a_handler_that_is_open_runs_no_commands_where_others_are_seen(open_agent: AgentProcess) -> None:
+def test_a_vulnerable_handler_runs_no_commands_in_pods_with_host_pid(open_agent: AgentProcess) -> None:
     private = start(open_agent, "", like_kubelets("main", working_dir="/work"))
     assert open_agent.client.output(private.container_id, "pwd") == "/work\n"
     at_root = start(open_agent, "", with_host_pids(like_kubelets("main")))
@@ -254,7 +252,7 @@ def test_a_handler_that_is_open_runs_no_commands_where_others_are_seen(open_agen
     assert "install crun 1.14.1" in (refused.value.details() or "")
 
 
-def test_a_directory_that_root_may_not_enter_is_opened_with_the_user_s_rights(tmp_path: Path) -> None:
+def test_a_directory_closed_to_root_is_opened_with_the_user_s_rights(tmp_path: Path) -> None:
     """As on NFS and FUSE. Only the one thread has these rights."""
     tmp_path.chmod(0o755)
     for folder in tmp_path.parents[:2]:
@@ -281,7 +279,7 @@ def test_a_directory_that_root_may_not_enter_is_opened_with_the_user_s_rights(tm
 
 
 @pytest.mark.parametrize("work", ["/volume", "/volume/inner", "/made"])
-def test_no_working_directory_is_made_by_name_below_a_volume_where_links_lead_out(
+def test_no_working_directory_is_created_below_a_volume_through_a_link_out(
     quiet_log: AgentProcess, handler: str, tmp_path: Path, work: str
 ) -> None:
     config = with_host_pids(like_kubelets("main", working_dir=work))

@@ -13,7 +13,7 @@ from metrics.cgroups.reader import Cgroup
 from metrics.usage import CpuWindow, Usage
 
 # A rate since the start describes the present only shortly after the start.
-_YOUNG_NS = 20_000_000_000
+_RECENT_START_NS = 20_000_000_000
 
 
 class Meter:
@@ -21,7 +21,7 @@ class Meter:
 
     def __init__(self, cgroup: Cgroup, started_ns: int) -> None:
         self.cgroup = cgroup
-        self._window = CpuWindow(started_ns if time.time_ns() - started_ns < _YOUNG_NS else None)
+        self._window = CpuWindow(started_ns if time.time_ns() - started_ns < _RECENT_START_NS else None)
         self._lock = threading.Lock()
 
     def usage(self, *, tasks: bool = False) -> Usage | None:

@@ -30,7 +30,7 @@ class CpuWindow:
 
     def add(self, usage: CpuUsage) -> int | None:
         """The rate up to this reading. None until there is a window of at least 0.2 seconds."""
-        if self._older is None or self._newer is None or _goes_back(self._newer, usage):
+        if self._older is None or self._newer is None or _was_set_back(self._newer, usage):
             self._older = self._newer = usage
             self._last = None
             return None
@@ -42,7 +42,7 @@ class CpuWindow:
         return self._last
 
 
-def _goes_back(before: CpuUsage, after: CpuUsage) -> bool:
+def _was_set_back(before: CpuUsage, after: CpuUsage) -> bool:
     """Whether the counter or the clock was set back. A small step back only means that two threads overlapped."""
     return after.usage_ns < before.usage_ns or after.time_ns < before.time_ns - SHORTEST_NS
 

@@ -17,7 +17,7 @@ from images.oci.digests import is_digest
 
 _CHUNK = 1 << 20
 _SHORTEST_WAIT = 1.0
-PATIENCE = 5.0  # seconds to wait for a transfer from another registry
+OTHER_REGISTRY_SECONDS = 5.0  # seconds to wait for a transfer from another registry
 _MOST_CHUNKS = 512  # of one writev(2)
 
 
@@ -136,10 +136,10 @@ class PartialBlobs:
         return found
 
     @asynccontextmanager
-    async def turn(self, digest: str, registry: str) -> AsyncIterator[bool]:
+    async def locked(self, digest: str, registry: str) -> AsyncIterator[bool]:
         """Lock the partial blob for the block. The value is whether this succeeded.
 
-        Waits until other transfers from the same registry release it. Waits only ``PATIENCE`` seconds for a transfer
+        Waits until other transfers from the same registry release it. Waits only ``OTHER_REGISTRY_SECONDS`` for one
         from another registry, which may be slow; then the value is False.
         """
         with self._user(digest):
@@ -157,7 +157,7 @@ class PartialBlobs:
 
     @asynccontextmanager
     async def opened(self, digest: str, kept: Path) -> AsyncIterator[PartialBlob]:
-        """Open the partial blob for the pull that has its ``turn``. Creates an empty one if none exists.
+        """Open the partial blob for the pull that has it ``locked``. Creates an empty one if none exists.
 
         If none exists but there is a file at ``kept``, that file is used: the whole blob, kept for another layer.
         """
@@ -172,7 +172,7 @@ class PartialBlobs:
             raise
         finally:
             blob.close()
-            await in_image_thread(self._note, digest)
+            await in_image_thread(self._record_size, digest)
 
     @asynccontextmanager
     async def _alone(self, digest: str) -> AsyncIterator[None]:
@@ -204,7 +204,7 @@ class PartialBlobs:
 
         def work() -> None:
             _move(whole, self.path(digest))
-            self._note(digest)
+            self._record_size(digest)
 
         async with self._alone(digest):
             await in_image_thread(work)
@@ -239,7 +239,7 @@ class PartialBlobs:
         self._timer = None
         self._dropping = asyncio.create_task(self.drop_old(), name="partial blobs")
 
-    def _note(self, digest: str) -> None:
+    def _record_size(self, digest: str) -> None:
         """Record the size that a transfer left. Deletes an empty file.
 
         Blocks, so that a cancellation cannot interrupt it.
@@ -251,7 +251,7 @@ class PartialBlobs:
 
 async def _acquired(lock: asyncio.Lock) -> bool:
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(OTHER_REGISTRY_SECONDS):
             return await lock.acquire()
     return False
 

@@ -14,12 +14,12 @@ from host.errors import KubeletReasonError
 from host.files import descriptors
 
 MOST = 16
-_BEYOND = 2  # factor for the limit of all slots; each has two processes, some descriptors and a thread
-PATIENCE = 30.0  # seconds that a pull waits for a slot while its registry has its share
-LONGEST = 300.0  # seconds that a registry without a slot waits if there are more registries than slots
+_LIMIT_FACTOR = 2  # factor for the limit of all slots; each has two processes, some descriptors and a thread
+WAIT_SECONDS = 30.0  # seconds that a pull waits for a slot while its registry has its share
+MAX_WAIT_SECONDS = 300.0  # seconds that a registry without a slot waits if there are more registries than slots
 WINDOW = 30.0  # seconds of waiting for the network over which the rate of a transfer is measured
-_SLOW = 64 << 10  # bytes a second
-_KEPT = 4  # one quarter of the slots is reserved for registries that have none
+_SLOW_RATE = 64 << 10  # bytes a second
+_RESERVED_PART = 4  # one quarter of the slots is reserved for registries that have none
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,20 +51,20 @@ class Slot:
                 if not chunk:
                     return
                 self._received += len(chunk)
-                self._judge(self._waited)
+                self._measure(self._waited)
                 yield chunk
 
     def rate(self) -> float:
         """Bytes a second of waiting for the network in the last window; infinite before the first window ends."""
-        self._judge(self._waited + (time.monotonic() - self._waits_since if self._waits_since else 0.0))
+        self._measure(self._waited + (time.monotonic() - self._waits_since if self._waits_since else 0.0))
         return self._rate
 
     @property
-    def judged(self) -> bool:
+    def measured(self) -> bool:
         """Whether it has been measured for a whole window."""
         return self.rate() < float("inf")
 
-    def _judge(self, waited: float) -> None:
+    def _measure(self, waited: float) -> None:
         if waited < WINDOW:
             return
         self._rate = self._received / waited
@@ -101,9 +101,9 @@ class Slots:
 
     def __init__(self, usual: int, most: int = MOST, limit: int | None = None) -> None:
         self._usual = usual
-        self._shared = max(usual, most - most // _KEPT)
-        self._most = max(most, self._shared + most // _KEPT)
-        self.limit = _BEYOND * self._most if limit is None else max(limit, self._most)
+        self._shared = max(usual, most - most // _RESERVED_PART)
+        self._most = max(most, self._shared + most // _RESERVED_PART)
+        self.limit = _LIMIT_FACTOR * self._most if limit is None else max(limit, self._most)
         self._running: list[Slot] = []
         self._waiting: list[_Waiting] = []
         self._wanting: defaultdict[Hashable, Counter[Origin]] = defaultdict(Counter)
@@ -144,8 +144,8 @@ class Slots:
                 raise
             raise KubeletReasonError(
                 "RegistryUnavailable",
-                f"{subject}: its registry sends less than {_SLOW >> 10} KiB a second or less than others, and other "
-                "pulls wait for a slot: "
+                f"{subject}: its registry sends less than {_SLOW_RATE >> 10} KiB a second or less than others, and "
+                "other pulls wait for a slot: "
                 "pull again when the registry is faster",
             ) from error
         finally:
@@ -186,7 +186,9 @@ class Slots:
         share = self._share()
         now = time.monotonic()
         for waiting, origin in sorted(claims, key=lambda claim: having[claim[1]]):
-            if len(self._running) < self._limit_for(*having[origin], share, patient=now - waiting.since >= PATIENCE):
+            if len(self._running) < self._limit_for(
+                *having[origin], share, waited_long=now - waiting.since >= WAIT_SECONDS
+            ):
                 return waiting, origin
         return None
 
@@ -199,16 +201,16 @@ class Slots:
         registries = {origin.registry for origin in self._origins()} | {slot.origin.registry for slot in self._running}
         return max(1, self._shared // max(1, len(registries)))
 
-    def _limit_for(self, of_pull: int, of_registry: int, share: int, *, patient: bool) -> int:
+    def _limit_for(self, of_pull: int, of_registry: int, share: int, *, waited_long: bool) -> int:
         """The number of running slots below which a pull gets one more, if it and its registry have these numbers.
 
-        ``patient``: it has waited for ``PATIENCE`` seconds.
+        ``waited_long``: it has waited for ``WAIT_SECONDS``.
         """
         if of_pull:
             return 0 if descriptors.scarce() else self._usual
         if of_registry < share:
             return self.limit
-        return self.limit - self._most // _KEPT if patient else self._shared
+        return self.limit - self._most // _RESERVED_PART if waited_long else self._shared
 
     def _claimants(self, waiting: _Waiting) -> set[Origin]:
         return {waiting.origin}.union(*(self._wanting[one] for one in waiting.wanted if one in self._wanting))
@@ -237,7 +239,7 @@ class Slots:
         """A transfer to end for pulls of the registries ``without`` a slot, because it is almost stalled."""
         in_the_way = [slot for slot in self._running if self._full() or slot.origin.registry in without]
         slowest = min(in_the_way, key=Slot.rate, default=None)
-        return slowest if slowest is not None and slowest.rate() < _SLOW else None
+        return slowest if slowest is not None and slowest.rate() < _SLOW_RATE else None
 
     def _over_its_share(self, without: set[str]) -> Slot | None:
         """The slowest transfer to end so that one of the registries ``without`` gets its first slot."""
@@ -247,14 +249,14 @@ class Slots:
         share = self._share()
         now = time.monotonic()
         too_long = any(
-            now - waiting.since >= LONGEST
+            now - waiting.since >= MAX_WAIT_SECONDS
             and not any(registries[origin.registry] for origin in self._claimants(waiting))
             for waiting in self._waiting
         )
-        judged = [
-            slot for slot in self._running if slot.judged and (too_long or registries[slot.origin.registry] > share)
+        measured = [
+            slot for slot in self._running if slot.measured and (too_long or registries[slot.origin.registry] > share)
         ]
-        return min(judged, key=Slot.rate, default=None)
+        return min(measured, key=Slot.rate, default=None)
 
     def _pulls_without_slot(self) -> set[Origin]:
         """The pulls that wait and have no slot. Call it only after ``_grant``."""

@@ -32,8 +32,8 @@ _log = logging.getLogger("podkeel.images")
 
 HELD_SECONDS = 120.0
 CHECK_SECONDS = 5.0
-ROOM = 0.2  # part of the disk; with less than this free, the trash is emptied at once
-_FEW = 64  # removing so many entries on a thread is cheaper than starting a process
+MIN_FREE = 0.2  # part of the disk; with less than this free, the trash is emptied at once
+_MAX_ON_THREAD = 64  # removing so many entries on a thread is cheaper than starting a process
 _WORKER = (sys.executable, "-I", "-S", "-c", WORKER, str(Path(__file__).parents[__name__.count(".")]))
 
 
@@ -112,18 +112,18 @@ class Trash:
         """Order the worker, which removes large trees, to pause or to continue."""
         if self._control < 0:
             return
-        pause = self._holders > 0 and not self._waiting and time.monotonic() < self.held_until and self._has_room()
+        pause = self._holders > 0 and not self._waiting and time.monotonic() < self.held_until and self._has_space()
         if pause != self._paused:
             self._paused = pause
             with contextlib.suppress(BrokenPipeError):  # the worker has ended
                 os.write(self._control, PAUSE if pause else CONTINUE)
 
-    def _has_room(self) -> bool:
+    def _has_space(self) -> bool:
         try:
             status = os.statvfs(self._folder)
         except OSError:
             return False  # then do not pause either
-        return status.f_bavail > ROOM * status.f_blocks and status.f_favail >= ROOM * status.f_files
+        return status.f_bavail > MIN_FREE * status.f_blocks and status.f_favail >= MIN_FREE * status.f_files
 
     def throw(self, path: Path) -> bool:
         """Rename ``path`` into the folder; call it on a thread, then call ``wake``. False if ``path`` is missing."""
@@ -195,7 +195,7 @@ def _remove_small(path: Path) -> _Left:
 def _remove_small_in(folder: int) -> _Left:
     left = _Left()
     for name in os.listdir(folder):
-        removal = Removal(_FEW)
+        removal = Removal(_MAX_ON_THREAD)
         try:
             removal.remove(folder, name)
         except OutOfBudgetError:

@@ -50,8 +50,8 @@ class LayerFetcher:
         async with AsyncExitStack() as stack:
             alone = False
             if self._options.keep_blobs and source.resumable:
-                turn = self._partials.turn(source.descriptor.digest, source.origin.registry)
-                alone = await stack.enter_async_context(turn)
+                lock = self._partials.locked(source.descriptor.digest, source.origin.registry)
+                alone = await stack.enter_async_context(lock)
             slot = await stack.enter_async_context(self.slots.slot(source.origin, source.subject, source.wanted))
             keep = None
             if alone:

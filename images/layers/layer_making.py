@@ -124,7 +124,7 @@ class LayerMaker:
                     f"{source.subject} is broken: unpacked, its digest is {unpacked.diff_id}, expected {source.diff_id}"
                 )
             if (unpacked.implied and below) or unpacked.hiding:
-                unpacked = await self._fit_to_layers_below(source, making / "fs", below, unpacked)
+                unpacked = await self._adjust_to_lower_layers(source, making / "fs", below, unpacked)
             layer = Layer(
                 number,
                 source.chain_id,
@@ -148,7 +148,7 @@ class LayerMaker:
         await self._partials.drop([layer.blob_digest])
         return made or layer
 
-    async def _fit_to_layers_below(
+    async def _adjust_to_lower_layers(
         self, source: LayerSource, files: Path, below: Sequence[asyncio.Future[Layer]], unpacked: Unpacked
     ) -> Unpacked:
         """Wait for the layers below without holding a slot, as they may need one. Returns the new counts."""

@@ -62,7 +62,7 @@ def suitability(offered: Platform, machine: Platform) -> int:
     if offered.os != machine.os:
         return 0
     if offered.architecture != machine.architecture:
-        return _as_another(offered, machine)
+        return _other_architecture(offered, machine)
     if offered.variant == machine.variant:
         return 100
     if offered.architecture == "arm64" and {offered.variant, machine.variant} == {"", "v8"}:
@@ -74,7 +74,7 @@ def suitability(offered: Platform, machine: Platform) -> int:
     return OTHER_ARCHITECTURE + theirs if 0 < theirs < mine else 0
 
 
-def _as_another(offered: Platform, machine: Platform) -> int:
+def _other_architecture(offered: Platform, machine: Platform) -> int:
     """The suitability of the other architecture that ``machine`` can run. An arm image without variant is v7."""
     if _ALSO_RUN.get(machine.architecture) != offered.architecture:
         return 0

@@ -27,7 +27,7 @@ from images.options import ImageOptions
 from images.registry.bodies import BodyError, collect, decoded, encoding_of
 from images.registry.connection import ConnectedHost, RegistryConnection, UnreachableError, credentials_of
 from images.registry.credentials import Credentials
-from images.registry.http import RateWatch, after, back_off, body_of, first_byte, reason_of
+from images.registry.http import RateWatch, back_off, body_of, first_byte, reason_of, without_first
 
 _log = logging.getLogger("podkeel.images")
 
@@ -159,7 +159,7 @@ class RegistryClient:
                 with self._rate.waiting():
                     response, first = await self._first("pull", open_here)
                 watched = self._rate.watched(body_of(response, self._options.stall_seconds))
-                async with contextlib.aclosing(after(watched, received - first)) as chunks:
+                async with contextlib.aclosing(without_first(watched, received - first)) as chunks:
                     async for chunk in chunks:
                         received += len(chunk)
                         self.transferred += len(chunk)

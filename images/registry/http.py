@@ -107,7 +107,7 @@ async def answer_within(
         yield body if streamed is None else pieces(streamed)
 
 
-async def after(chunks: AsyncGenerator[bytes, None], skip: int) -> AsyncGenerator[bytes, None]:
+async def without_first(chunks: AsyncGenerator[bytes, None], skip: int) -> AsyncGenerator[bytes, None]:
     """The chunks without their first ``skip`` bytes."""
     async with contextlib.aclosing(chunks):
         async for chunk in chunks:

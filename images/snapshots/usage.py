@@ -26,10 +26,10 @@ TRUSTED_SECONDS = 600.0  # a process outside of the container may also change it
 
 _BLOCK = 512  # the unit of st_blocks on every file system (stat(2))
 BATCH = 256  # entries between two checks of the time
-DUTY = 0.2  # share of one core that a running count uses
+COUNT_SHARE = 0.2  # share of one core that a running count uses
 _SMALL_SECONDS = 0.0002  # of processor time; enough for almost 100 files
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-SHARE = 0.01  # share of one core for counting all trees that are not small
+TOTAL_SHARE = 0.01  # share of one core for counting all trees that are not small
 
 _log = logging.getLogger("podkeel.images")
 
@@ -201,7 +201,7 @@ class WritableLayers:
         with self._lock:
             if cost > _SMALL_SECONDS and container_id in self._counted:
                 self._costs[container_id] = cost
-                return max(OLDEST_SECONDS, sum(self._costs.values()) / SHARE)
+                return max(OLDEST_SECONDS, sum(self._costs.values()) / TOTAL_SHARE)
             self._costs.pop(container_id, None)
             return OLDEST_SECONDS
 
@@ -218,7 +218,7 @@ class WritableLayers:
             blocks += status.st_blocks
             inodes += 1
             if number % BATCH == 0:
-                if self._closing.wait((time.monotonic() - begin) * (1 / DUTY - 1)):
+                if self._closing.wait((time.monotonic() - begin) * (1 / COUNT_SHARE - 1)):
                     return None
                 begin = time.monotonic()
         return WritableUsage(time.time_ns(), blocks * _BLOCK, inodes) if inodes else None

@@ -265,7 +265,7 @@ class LayerWriter:
     def _whiteout(self, entry: Entry, path: bytes, base: bytes) -> None:
         folder = self._root.resolve(path[: -len(base)])[0]
         if base == _OPAQUE:
-            self._hide_below(entry, folder)
+            self._make_opaque(entry, folder)
             return
         hidden = base[len(_WHITEOUT) :]
         if hidden in (b"", b".", b".."):
@@ -286,7 +286,7 @@ class LayerWriter:
             self.hiding[folder] = None
         self._count(0)
 
-    def _hide_below(self, entry: Entry, folder: bytes) -> None:
+    def _make_opaque(self, entry: Entry, folder: bytes) -> None:
         """Make the folder opaque, and create it if it does not exist."""
         if not folder:
             self.opaque = True  # overlayfs ignores the mark on a layer's root, so the layers below are not mounted

@@ -18,7 +18,7 @@ from host.concurrency.threads import ResilientThreadPool, in_image_thread
 from images.content.ingest import PartialBlob
 from images.oci.manifests import Descriptor
 from images.unpack.special_files import make_special_files
-from images.unpack.worker_feed import Patience, WorkerFeed
+from images.unpack.worker_feed import TimeLimit, WorkerFeed
 from images.unpack.worker_report import Unpacked, WorkerReport, decode_report
 from images.unpack.worker_syscalls import worker_filter
 
@@ -59,7 +59,7 @@ class Unpacker:
         LimitError for one over the limits or a full disk, naming ``subject``, and UnavailableError if the node has no
         libseccomp. After an error the worker has ended, and the caller removes the files in ``folder``.
         """
-        patience = Patience(WALL_TIME * self._seconds, subject)
+        time_limit = TimeLimit(WALL_TIME * self._seconds, subject)
         with contextlib.ExitStack() as stack:
             read_end, write_end = os.pipe2(os.O_CLOEXEC)
             alive, lifeline = os.pipe2(os.O_CLOEXEC)
@@ -68,7 +68,7 @@ class Unpacker:
             child_ends.callback(os.close, read_end)
             child_ends.callback(os.close, lifeline)
             stack.enter_context(child_ends)
-            feed = WorkerFeed(write_end, keep, descriptor, self._threads, patience)
+            feed = WorkerFeed(write_end, keep, descriptor, self._threads, time_limit)
             stack.callback(feed.close)
             compiled = await self._in_thread(worker_filter)
             arguments = (*_module_paths(), str(folder), *self._limits, compiled.hex())
@@ -88,7 +88,7 @@ class Unpacker:
                 except BrokenPipeError:
                     pass  # the worker ended early, and its report says why
                 feed.close()
-                completed = await _end_of(worker, patience)
+                completed = await _end_of(worker, time_limit)
             except BaseException:
                 worker.cancel()
                 await asyncio.wait((worker,))
@@ -121,11 +121,11 @@ class Unpacker:
         return await wait_out(future)
 
 
-async def _end_of(worker: asyncio.Task[processes.Completed], patience: Patience) -> processes.Completed:
+async def _end_of(worker: asyncio.Task[processes.Completed], time_limit: TimeLimit) -> processes.Completed:
     """The worker's result. Raises LimitError if it takes longer than allowed; then the worker is still running."""
-    done, _ = await asyncio.wait((worker,), timeout=max(0.0, patience.left))
+    done, _ = await asyncio.wait((worker,), timeout=max(0.0, time_limit.left))
     if not done:
-        raise patience.error
+        raise time_limit.error
     return worker.result()
 
 

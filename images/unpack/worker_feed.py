@@ -23,7 +23,7 @@ _MOST_CHUNKS = 512  # of one writev(2)
 _SET_PIPE_SIZE = 1031
 
 
-class Patience:
+class TimeLimit:
     """The seconds that others may still wait for the worker."""
 
     def __init__(self, seconds: float, subject: str) -> None:
@@ -53,7 +53,7 @@ class WorkerFeed:
         keep: PartialBlob | None,
         descriptor: Descriptor,
         threads: ThreadPoolExecutor,
-        patience: Patience,
+        time_limit: TimeLimit,
     ) -> None:
         os.set_blocking(pipe, False)
         with contextlib.suppress(PermissionError):  # over the user's limit for pipes: the default size works too
@@ -63,9 +63,9 @@ class WorkerFeed:
         self._keep = keep
         self._skipped = keep.size if keep is not None else 0
         self._descriptor = descriptor
-        self._subject = patience.subject
+        self._subject = time_limit.subject
         self._threads = threads
-        self._patience = patience
+        self._time_limit = time_limit
         self._hash = digests.hasher(descriptor.digest)
         self._algorithm = descriptor.digest.partition(":")[0] or "sha256"
         self._busy: asyncio.Future[None] | None = None
@@ -137,7 +137,7 @@ class WorkerFeed:
                 try:
                     written = os.writev(self._pipe, rest)
                 except BlockingIOError:
-                    self._patience.wait_writable(self._pipe)
+                    self._time_limit.wait_writable(self._pipe)
                     continue
                 while rest and written >= len(rest[0]):
                     written -= len(rest.pop(0))

@@ -80,7 +80,7 @@ class MetricsServer:
             request = await _next_request(http, reader)  # the listener limits the time
             pending.admit()
             while await self._answer_one(task, http, request, writer):
-                with self._waiting_in(self._silent, task):
+                with self._listed_in(self._silent, task):
                     async with asyncio.timeout(IDLE_SECONDS):
                         request = await _next_request(http, reader)
         except h11.RemoteProtocolError as error:
@@ -104,7 +104,7 @@ class MetricsServer:
         while len(self._closing) >= CLOSING_LIMIT:
             self._end(next(iter(self._closing)))
         try:
-            with self._waiting_in(self._closing, task):
+            with self._listed_in(self._closing, task):
                 writer.close()
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await writer.wait_closed()
@@ -131,7 +131,7 @@ class MetricsServer:
         task.cancel()
 
     @contextlib.contextmanager
-    def _waiting_in(self, those: dict[asyncio.Task[None], None], task: asyncio.Task[None]) -> Iterator[None]:
+    def _listed_in(self, those: dict[asyncio.Task[None], None], task: asyncio.Task[None]) -> Iterator[None]:
         those[task] = None
         try:
             yield
@@ -150,7 +150,7 @@ class MetricsServer:
         status, page = await self._page(method, target.partition("?")[0], accept)
         while len(self._slow) >= SLOW_LIMIT:  # each of them has its page in memory
             self._end(next(iter(self._slow)))
-        with self._waiting_in(self._slow, task):
+        with self._listed_in(self._slow, task):
             return await _answer(http, writer, status, page, with_body=method != "HEAD")
 
     async def _page(self, method: str, path: str, accept: str) -> tuple[HTTPStatus, Page]:

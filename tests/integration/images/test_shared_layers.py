@@ -158,7 +158,7 @@ async def test_a_credential_error_fails_only_its_own_pull(node: Node, front: Fro
 async def test_no_pull_waits_for_another_registry_that_sends_the_layer_slowly(
     new_node: NewNode, front: Front, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("images.content.ingest.PATIENCE", 0.5)
+    monkeypatch.setattr("images.content.ingest.OTHER_REGISTRY_SECONDS", 0.5)
     node = await new_node()
     async with run_front(registry.host) as slow:
         slow.drip["/blobs/" + blob_of(A, 0)] = 130
@@ -201,7 +201,7 @@ async def test_a_shared_blob_waits_for_no_slot_behind_slow_layers_of_another_pul
 async def test_two_registries_that_send_the_same_layer_at_once_make_one(
     node: Node, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("images.content.ingest.PATIENCE", 0.01)
+    monkeypatch.setattr("images.content.ingest.OTHER_REGISTRY_SECONDS", 0.01)
     async with run_front(registry.host) as one, run_front(registry.host) as two:
         shared = blob_of(A, 0)
         for front in (one, two):

@@ -80,7 +80,7 @@ async def test_a_hold_ends_after_a_time_or_if_the_disk_is_full(
     with bin_of.held():
         bin_of.wake()
         await wait_until(lambda: has_paused(tmp_path / "trash"))
-        monkeypatch.setattr(*((trash, "ROOM", 2.0) if ends_by == "room" else (bin_of, "held_until", 0.0)))
+        monkeypatch.setattr(*((trash, "MIN_FREE", 2.0) if ends_by == "room" else (bin_of, "held_until", 0.0)))
         await wait_until(lambda: not list((tmp_path / "trash").iterdir()))
 
 

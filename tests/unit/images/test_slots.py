@@ -94,7 +94,7 @@ async def test_each_registry_gets_its_share_at_once_whatever_others_hold() -> No
 async def test_a_pull_whose_registry_has_its_share_waits_for_half_a_minute_at_most(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(slots, "PATIENCE", 0.2)
+    monkeypatch.setattr(slots, "WAIT_SECONDS", 0.2)
     of = Slots(4)
     pulls = [Pull(of, "one", 1) for _ in range(40)]
     await settle()
@@ -270,7 +270,7 @@ async def test_who_has_more_than_its_share_makes_room_for_a_registry_without_a_s
 async def test_a_registry_beyond_all_slots_waits_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the others has one slot, and sends more than what is too slow."""
     monkeypatch.setattr(slots, "WINDOW", 0.2)
-    monkeypatch.setattr(slots, "LONGEST", 1.0)
+    monkeypatch.setattr(slots, "MAX_WAIT_SECONDS", 1.0)
     of = Slots(1, 2, 2)
 
     async def transfer(size: int) -> None:

@@ -172,7 +172,7 @@ def test_large_trees_share_a_small_part_of_a_core(
     layers: WritableLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writable, "OLDEST_SECONDS", 0.0)
-    monkeypatch.setattr(writable, "SHARE", 0.02)
+    monkeypatch.setattr(writable, "TOTAL_SHARE", 0.02)
     names = ["a", "b", "c"]
     for name in names:
         (tmp_path / name).mkdir()
@@ -221,7 +221,7 @@ def test_what_is_forgotten_stays_forgotten(layers: WritableLayers, tmp_path: Pat
 
 
 def test_closing_cuts_a_long_count_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writable, "DUTY", 1e-6)  # the first rest is for hours
+    monkeypatch.setattr(writable, "COUNT_SHARE", 1e-6)  # the first rest is for hours
     monkeypatch.setattr(writable, "BATCH", 1)
     layers = WritableLayers(lambda container_id: tmp_path)
     first = layers.usage("a")

@@ -63,7 +63,8 @@ def shared_agent(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Ite
 
 @pytest.fixture
 def agent(shared_agent: AgentProcess) -> Iterator[AgentProcess]:
-    """The shared agent, empty of pods before and after, and with nothing its store does not know."""
+    """The shared agent, empty of pods before and after, with nothing its store does not know and no unhandled error."""
+    logged = shared_agent.log.stat().st_size
     yield shared_agent
     from tests.support.pods import remove_all_pods
 
@@ -73,6 +74,7 @@ def agent(shared_agent: AgentProcess) -> Iterator[AgentProcess]:
     while (findings := shared_agent.client.findings()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert findings == []
+    assert shared_agent.tracebacks(logged) == []
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class Plugin:
         self._connected = connected is not None
         self._socket = connected or socket.socket(socket.AF_UNIX)
 
-    def Configure(self, request: nri_pb2.ConfigureRequest) -> Message | None:
+    def Configure(self, request: nri_pb2.ConfigureRequest) -> nri_pb2.ConfigureResponse:
         """Return the events that this class has methods for."""
         numbers = dict(nri_pb2.Event.items())
         wanted = [numbers.get(_event_name(method.name)) for method in _SERVICE.methods if hasattr(self, method.name)]

@@ -10,11 +10,12 @@ import sys
 import threading
 from typing import Any
 
+from manifests.nri import stub
 from proto.nri.v1alpha1 import nri_pb2
-from tests.support.nri import EVENTS, stub
+from tests.support.nri import EVENTS
 
 
-class Idle(stub.Plugin):  # type: ignore[name-defined, misc]
+class Idle(stub.Plugin):
     """Subscribes to PostUpdatePodSandbox."""
 
     def __init__(self, name: str, index: str, path: str) -> None:
@@ -33,7 +34,7 @@ class Everything(Idle):
     """Subscribes to every event that the server supports."""
 
     def Configure(self, request: nri_pb2.ConfigureRequest) -> nri_pb2.ConfigureResponse:
-        answer: nri_pb2.ConfigureResponse = super().Configure(request)
+        answer = super().Configure(request)
         if not request.NRI_version:  # older than 0.10, without events for updates of pods and without validators
             answer.events &= (1 << nri_pb2.REMOVE_CONTAINER) - 1
         return answer

@@ -16,20 +16,13 @@ from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.nri import Recorder, connected
-from tests.support.pods import container_config, remove_all_pods, run_container, sandbox_config
+from tests.support.pods import container_config, run_container, sandbox_config
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[AgentProcess]:
+def shared_agent(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[AgentProcess]:
     with running_agent(tmp_path_factory.mktemp("nri-faults"), busybox) as made:
         yield made
-
-
-@pytest.fixture
-def agent(served: AgentProcess) -> Iterator[AgentProcess]:
-    yield served
-    remove_all_pods(served.client)
-    assert served.tracebacks() == []
 
 
 def test_a_container_made_while_a_plugin_is_synchronised_is_sent_once(agent: AgentProcess) -> None:

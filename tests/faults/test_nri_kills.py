@@ -17,7 +17,7 @@ from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.nri import EVENTS, Recorder, connected
-from tests.support.pods import container_config, remove_all_pods, sandbox_config
+from tests.support.pods import container_config, sandbox_config
 
 LIMITS = cri_pb2.LinuxContainerResources(memory_limit_in_bytes=64 << 20)
 LIFE = ["CreateContainer", "ValidateContainerAdjustment", "PostCreateContainer", "StartContainer", "PostStartContainer"]
@@ -25,17 +25,9 @@ CREATED, RUNNING, STOPPED = nri_pb2.CONTAINER_CREATED, nri_pb2.CONTAINER_RUNNING
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[AgentProcess]:
+def shared_agent(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[AgentProcess]:
     with running_agent(tmp_path_factory.mktemp("nri-kills"), busybox) as made:
         yield made
-
-
-@pytest.fixture
-def agent(served: AgentProcess) -> Iterator[AgentProcess]:
-    yield served
-    remove_all_pods(served.client)
-    assert served.tracebacks() == []
-    assert served.client.findings() == []
 
 
 class Life:

@@ -20,7 +20,7 @@ from proto.runtime.v1 import cri_pb2
 from proto.ttrpc.v1 import ttrpc_pb2
 from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.nri import Recorder, connected
-from tests.support.pods import container_config, remove_all_pods, run_container, sandbox_config
+from tests.support.pods import container_config, run_container, sandbox_config
 
 Adjustment = nri_pb2.ContainerAdjustment
 Linux = nri_pb2.LinuxContainerAdjustment
@@ -28,17 +28,9 @@ MANY = 20_000
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[AgentProcess]:
+def shared_agent(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[AgentProcess]:
     with running_agent(tmp_path_factory.mktemp("nri-answers"), busybox) as made:
         yield made
-
-
-@pytest.fixture
-def agent(served: AgentProcess) -> Iterator[AgentProcess]:
-    yield served
-    remove_all_pods(served.client)
-    assert served.tracebacks() == []
-    assert served.client.findings() == []
 
 
 def linux(**fields: Any) -> Adjustment:

@@ -164,7 +164,9 @@ class AgentProcess:
 
     def tracebacks(self, since: int = 0) -> list[str]:
         """The unhandled errors in the log, after its first ``since`` bytes."""
-        text = self.log.read_bytes()[since:].decode(errors="replace")
+        with self.log.open("rb") as log:
+            log.seek(since)
+            text = log.read().decode(errors="replace")
         signs = ("Traceback (most recent call last)", "never retrieved", "was never awaited", "Fatal error")
         found = [match.start() for match in re.finditer("|".join(map(re.escape, signs)), text)]
         return [text[max(0, index - 300) : index + 1500] for index in found]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import struct
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
+from manifests.nri import stub
 from proto.nri.v1alpha1 import nri_pb2
 from proto.ttrpc.v1 import ttrpc_pb2
 from tests.support.agent import wait_for
@@ -21,25 +19,10 @@ from tests.support.agent import wait_for
 MANIFESTS = Path(__file__).parents[2] / "manifests/nri"
 EVENTS = [method.name for method in nri_pb2.DESCRIPTOR.services_by_name["Plugin"].methods]
 EVENTS = [name for name in EVENTS if name not in ("Configure", "Synchronize", "Shutdown", "StateChange")]
-
-
-def load_stub() -> ModuleType:
-    """The stub module for plugin authors."""
-    if "nri_stub" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("nri_stub", MANIFESTS / "stub.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    return sys.modules["nri_stub"]
-
-
-stub = load_stub()
 Acting = Mapping[str, Callable[[Any], Any]]
 
 
-class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
+class Recorder(stub.Plugin):
     """Records its events as (event, id of the container or else of the pod), with their requests.
 
     ``acting`` maps an event to a function that gets the request and returns the answer or raises.
@@ -84,8 +67,7 @@ class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
         message = struct.pack(">IIBB", len(body), self._stream, 1, 0) + body
         with self._sending:
             self._socket.sendall(struct.pack(">II", 2, len(message)) + message)
-        answer: ttrpc_pb2.Response = self._answers.get(timeout=20)
-        return answer
+        return self._answers.get(timeout=20)
 
     def events_of(self, object_id: str) -> list[str]:
         """The names of the events of one pod or container, in order."""
@@ -104,8 +86,11 @@ for _event in EVENTS:
     setattr(Recorder, _event, _method(_event))
 
 
+Connected = TypeVar("Connected", bound=Recorder)
+
+
 @contextmanager
-def connected(plugin: Recorder) -> Iterator[Recorder]:
+def connected(plugin: Connected) -> Iterator[Connected]:
     """Run a plugin in a thread during the block. It is synchronised when the block begins."""
     thread = threading.Thread(target=plugin.run, daemon=True)
     thread.start()

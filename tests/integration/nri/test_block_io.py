@@ -14,7 +14,7 @@ from proto.runtime.v1 import cri_pb2
 from tests.integration.nri.test_every_field import V1, V2, create, information
 from tests.support.agent import AgentProcess
 from tests.support.nri import Recorder, connected
-from tests.support.pods import remove_all_pods, sandbox_config
+from tests.support.pods import sandbox_config
 
 DISK = next(
     (disk for block in sorted(Path("/sys/block").iterdir()) if (disk := Path("/dev") / block.name).is_block_device()),
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(DISK is None, reason="this node has no disk")
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[AgentProcess]:
+def shared_agent(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[AgentProcess]:
     made = AgentProcess(folder := tmp_path_factory.mktemp("block-io"))
     configuration, classes = folder / "config.toml", folder / "classes.yaml"
     named = configuration.read_text().replace("[nri]\n", f'[nri]\nblockio_config_file = "{classes}"\n')
@@ -35,13 +35,6 @@ def served(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[
         yield made
     finally:
         made.reset()
-
-
-@pytest.fixture
-def agent(served: AgentProcess) -> Iterator[AgentProcess]:
-    yield served
-    remove_all_pods(served.client)
-    assert served.tracebacks() == []
 
 
 def write_classes(agent: AgentProcess, text: str) -> None:

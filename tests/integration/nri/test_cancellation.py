@@ -9,10 +9,11 @@ from typing import Any
 import grpc
 import pytest
 
+from manifests.nri import stub
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, wait_for
-from tests.support.nri import Recorder, connected, stub
+from tests.support.nri import Recorder, connected
 from tests.support.pods import container_config, run_container, sandbox_config
 
 
@@ -124,7 +125,7 @@ def test_an_agent_killed_in_an_event_starts_consistent_and_synchronises_true_sta
         assert agent.client.status(container_id).state == cri_pb2.CONTAINER_RUNNING
 
 
-class AfterTheFact(stub.Plugin):  # type: ignore[name-defined, misc]
+class AfterTheFact(stub.Plugin):
     """Knows containers from PostCreateContainer alone."""
 
     def __init__(self, path: Path, index: str, held: Held) -> None:

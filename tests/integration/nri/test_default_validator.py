@@ -14,7 +14,7 @@ from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
 from tests.support.agent import AgentProcess, running_agent
 from tests.support.nri import Recorder, connected
-from tests.support.pods import container_config, remove_all_pods, sandbox_config
+from tests.support.pods import container_config, sandbox_config
 
 REQUIRED, TOLERATE = "required-plugins.noderesource.dev", "tolerate-missing.example.com"
 OPTIONS = f"""
@@ -32,17 +32,9 @@ tolerate_missing_annotation = "{TOLERATE}"
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[AgentProcess]:
+def shared_agent(tmp_path_factory: pytest.TempPathFactory, busybox: Path) -> Iterator[AgentProcess]:
     with running_agent(tmp_path_factory.mktemp("nri-validator"), busybox, options=OPTIONS) as made:
         yield made
-
-
-@pytest.fixture
-def agent(served: AgentProcess) -> Iterator[AgentProcess]:
-    yield served
-    remove_all_pods(served.client)
-    assert served.tracebacks() == []
-    assert served.client.findings() == []
 
 
 def create(agent: AgentProcess, annotations: dict[str, str] | None = None, *, profile: Any = None) -> str:

@@ -60,7 +60,7 @@ def _numbers() -> Iterator[tuple[str, int]]:
         yield "".join(word.capitalize() for word in name.split("_")), number
 
 
-def plugged(agent: AgentProcess, name: str, index: str = "00", **acting: Any) -> AbstractContextManager[Recorder]:
+def plugged(agent: AgentProcess, name: str, index: str = "00", **acting: Any) -> AbstractContextManager[SuitePlugin]:
     return connected(SuitePlugin(agent, name, index, acting))
 
 

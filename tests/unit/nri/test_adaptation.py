@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from host.errors import InvalidArgumentError, NotFoundError, PodkeelError
+from manifests.nri import stub
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.adaptation import Adaptation
 from runtime.nri.answers.owners import ConflictError
@@ -20,7 +21,7 @@ from runtime.nri.messages import split
 from runtime.nri.options import NriOptions
 from runtime.nri.plugins import events
 from tests.support.agent import wait_for
-from tests.unit.nri.stubs import run_in_thread, stub
+from tests.unit.nri.stubs import run_in_thread
 
 SECONDS = 60.0
 
@@ -78,7 +79,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     await server.wait_closed()
 
 
-class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
+class Recorder(stub.Plugin):
     """Keeps what it gets, all plugins of a test in one list."""
 
     seen: list[tuple[str, str]]
@@ -137,7 +138,7 @@ def test_everything_is_in_exactly_one_message() -> None:
 
 
 async def test_a_plugin_that_cannot_take_several_messages_is_not_admitted(bench: Bench) -> None:
-    class Simple(stub.Plugin):  # type: ignore[name-defined, misc]
+    class Simple(stub.Plugin):
         def Synchronize(self, request: nri_pb2.SynchronizeRequest) -> nri_pb2.SynchronizeResponse:
             return nri_pb2.SynchronizeResponse()
 
@@ -148,7 +149,7 @@ async def test_a_plugin_that_cannot_take_several_messages_is_not_admitted(bench:
     assert not bench.adaptation.plugins
 
 
-class Adjusting(stub.Plugin):  # type: ignore[name-defined, misc]
+class Adjusting(stub.Plugin):
     """Sets a variable named as the plugin, and one that the test gives."""
 
     shared = ""
@@ -179,7 +180,7 @@ async def test_a_conflict_names_both_plugins_and_nothing_is_made(bench: Bench) -
         await create(bench)
 
 
-class Updating(stub.Plugin):  # type: ignore[name-defined, misc]
+class Updating(stub.Plugin):
     """Answers with updates of other containers and an eviction."""
 
     wanted: tuple[tuple[str, bool], ...] = (("other", False), ("gone", True))
@@ -223,7 +224,7 @@ async def test_a_plugin_updates_containers_at_any_time(bench: Bench) -> None:
 async def test_a_plugin_that_hangs_is_left_out_and_the_others_are_told(bench: Bench, recorder: type[Recorder]) -> None:
     free = threading.Event()
 
-    class Slow(stub.Plugin):  # type: ignore[name-defined, misc]
+    class Slow(stub.Plugin):
         def StartContainer(self, request: nri_pb2.StartContainerRequest) -> None:
             free.wait(SECONDS)
 
@@ -240,7 +241,7 @@ async def test_a_plugin_that_hangs_is_left_out_and_the_others_are_told(bench: Be
 
 
 async def test_an_error_that_a_plugin_answers_fails_the_operation(bench: Bench) -> None:
-    class Refusing(stub.Plugin):  # type: ignore[name-defined, misc]
+    class Refusing(stub.Plugin):
         def StartContainer(self, request: nri_pb2.StartContainerRequest) -> None:
             raise ValueError("not on this node")
 

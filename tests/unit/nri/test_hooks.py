@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from host.stages import Operation
+from manifests.nri import stub
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
 from runtime.cgroups.tree import CgroupTree
@@ -23,7 +24,7 @@ from runtime.nri.options import NriOptions
 from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.sandbox import Sandbox, SandboxRecord, SandboxState
 from tests.support.agent import wait_for
-from tests.unit.nri.stubs import run_in_thread, stub
+from tests.unit.nri.stubs import run_in_thread
 
 
 async def test_an_unexpected_error_is_logged_and_the_caller_goes_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -50,7 +51,7 @@ async def test_what_is_told_beside_work_that_fails_is_told_all_the_same() -> Non
     assert told == ["StopContainer"]
 
 
-class Recorder(stub.Plugin):  # type: ignore[name-defined, misc]
+class Recorder(stub.Plugin):
     """Keeps the removals that it gets."""
 
     removed: list[str]

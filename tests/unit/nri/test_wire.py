@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from host.errors import InvalidArgumentError, PodkeelError
+from manifests.nri import stub
 from proto.nri.v1alpha1 import nri_pb2
 from proto.ttrpc.v1 import ttrpc_pb2
 from runtime.nri.plugins import events, ttrpc
 from runtime.nri.plugins.plugin import ALL_EVENTS, Plugin, PluginLostError, Shared
 from runtime.nri.plugins.trunk import PAYLOAD_LIMIT, Trunk
-from tests.unit.nri.stubs import run_in_thread, stub
+from tests.unit.nri.stubs import run_in_thread
 
 SECONDS = 60.0
 
@@ -96,7 +97,7 @@ REGISTRATION = nri_pb2.RegisterPluginRequest(plugin_name="sample", plugin_idx="1
 
 
 async def test_a_plugin_registers_is_configured_and_answers(agent: Agent) -> None:
-    class Sample(stub.Plugin):  # type: ignore[name-defined, misc]
+    class Sample(stub.Plugin):
         def CreateContainer(self, request: nri_pb2.CreateContainerRequest) -> nri_pb2.CreateContainerResponse:
             answer = nri_pb2.CreateContainerResponse()
             answer.adjust.env.add(key="SEEN", value=request.container.name)
@@ -132,7 +133,7 @@ async def test_a_plugin_registers_is_configured_and_answers(agent: Agent) -> Non
 async def test_a_plugin_without_a_call_of_its_own_gets_the_state_change(agent: Agent) -> None:
     seen: list[tuple[int, str]] = []
 
-    class Old(stub.Plugin):  # type: ignore[name-defined, misc]
+    class Old(stub.Plugin):
         def StateChange(self, request: nri_pb2.StateChangeEvent) -> None:
             seen.append((request.event, request.container.name))
 
@@ -153,7 +154,7 @@ async def test_a_plugin_without_a_call_of_its_own_gets_the_state_change(agent: A
 async def test_the_stub_gives_state_changes_of_older_agents_to_the_methods_of_the_events(agent: Agent) -> None:
     seen: list[tuple[str, str, str]] = []
 
-    class Current(stub.Plugin):  # type: ignore[name-defined, misc]
+    class Current(stub.Plugin):
         def RunPodSandbox(self, request: nri_pb2.RunPodSandboxRequest) -> None:
             seen.append((type(request).__name__, request.pod.name, ""))
 
@@ -184,7 +185,7 @@ async def test_a_flood_of_answers_to_no_call_closes_the_trunk(agent: Agent) -> N
 async def test_a_plugin_that_hangs_is_closed_after_its_time(agent: Agent) -> None:
     waiting = threading.Event()
 
-    class Slow(stub.Plugin):  # type: ignore[name-defined, misc]
+    class Slow(stub.Plugin):
         def StartContainer(self, request: nri_pb2.StartContainerRequest) -> None:
             waiting.wait(SECONDS)
 
@@ -339,7 +340,7 @@ async def test_a_plugin_that_floods_without_reading_is_not_read_any_more(agent: 
 
 
 async def test_events_that_do_not_exist_are_refused(agent: Agent) -> None:
-    class Odd(stub.Plugin):  # type: ignore[name-defined, misc]
+    class Odd(stub.Plugin):
         def Configure(self, request: nri_pb2.ConfigureRequest) -> nri_pb2.ConfigureResponse:
             return nri_pb2.ConfigureResponse(events=ALL_EVENTS + 1)
 

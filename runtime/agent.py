@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from host.cgroups import discover
 from host.concurrency.threads import in_thread
@@ -47,6 +47,7 @@ from runtime.oci.conmon import Monitors
 from runtime.oci.handlers import Handlers
 from runtime.oci.mask_device import MaskDevice
 from runtime.options import RuntimeOptions
+from runtime.plugins import NodePlugins
 from runtime.pods.remove import PodRemove
 from runtime.pods.resources import PodResources
 from runtime.pods.restore import PodRestore
@@ -67,9 +68,6 @@ from runtime.state.rows import Store
 from runtime.state.schema import MIGRATIONS as RUNTIME_MIGRATIONS
 from runtime.state.state import State
 from runtime.statistics import Statistics
-
-if TYPE_CHECKING:
-    from runtime.nri.hooks import NriHooks
 
 SCHEMAS = {"runtime": RUNTIME_MIGRATIONS, "network": NETWORK_MIGRATIONS, "images": IMAGE_MIGRATIONS}
 
@@ -127,9 +125,8 @@ class Agent:
         only_removes: bool = False,
     ) -> None:
         self._lost_store = lost_store
-        self._nri = nri
+        self._plugins = NodePlugins(nri, version)
         self._checkpoint = checkpoint or CheckpointOptions()
-        self._version = version
         self._only_removes = only_removes
         self._runtime = runtime
         self._network = network
@@ -172,8 +169,7 @@ class Agent:
         store.when_written(kept.note)
         kept.start((*self.state.sandboxes, *self.state.containers))
         await in_thread(reserve.keep)
-        if self._plugin_hooks is not None:
-            await self._serve_plugins(self._plugin_hooks, stack)
+        await self._plugins.serve(stack, layout.run / "nri-plugins")
         stack.push_async_callback(self.checkpoints.support.close)
         if not self._only_removes:
             self.checkpoints.support.begin()
@@ -195,8 +191,14 @@ class Agent:
         facts = await in_thread(partial(probe_node, hierarchies, selinux=options.selinux))
         self.facts = replace(facts, apparmor_default=await load_default_profile(facts))
         self.hooks_dir = HooksDir(options.hooks_dirs)
-        self._plugin_hooks = self._make_plugin_hooks()
-        self.hooks = self._plugin_hooks or Hooks()
+        self.hooks = self._plugins.make_hooks(
+            state=self.state,
+            handlers=self.handlers,
+            cgroups=self.cgroups,
+            facts=self.facts,
+            update=self._update_container,
+            end=self._end_container,
+        )
         await (self.handlers.identify() if self._only_removes else self.handlers.probe())
         mask = MaskDevice(layout.mask)
         stack.callback(mask.remove)
@@ -360,39 +362,11 @@ class Agent:
             await put_back_all(database, layout)
         return database
 
-    def _make_plugin_hooks(self) -> NriHooks | None:
-        """The hooks that call plugins of the node, if any are served; only then their code is loaded."""
-        if self._nri is None or not self._nri.enabled:
-            return None
-        from runtime.nri.changes import Changing
-        from runtime.nri.hooks import NriHooks
+    async def _update_container(self, container: Container, change: LimitChange) -> None:
+        await self.resources.apply(container, change)
 
-        if self._nri.blockio_config_file or self._nri.default_validator.enabled:
-            import yaml  # noqa: F401  # it takes longer than the loop may be held later
-
-        async def update(container: Container, change: LimitChange) -> None:
-            await self.resources.apply(container, change)
-
-        async def end(container: Container) -> None:
-            await self.stops.kill(container)
-
-        changing = Changing(update, end)
-        return NriHooks(
-            state=self.state,
-            handlers=self.handlers,
-            cgroups=self.cgroups,
-            facts=self.facts,
-            options=self._nri,
-            version=self._version,
-            changing=changing,
-        )
-
-    async def _serve_plugins(self, hooks: NriHooks, stack: AsyncExitStack) -> None:
-        """Allow plugins of the node to see and change what is made from now on."""
-        from runtime.nri.service import serving
-
-        assert self._nri is not None
-        await stack.enter_async_context(serving(hooks, self._nri, self.layout.run / "nri-plugins"))
+    async def _end_container(self, container: Container) -> None:
+        await self.stops.kill(container)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

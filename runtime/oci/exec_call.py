@@ -6,9 +6,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import select
-import signal
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -28,6 +25,7 @@ from host.untrusted_json import JsonError
 from runtime.oci.console_socket import ConsoleSocket
 from runtime.oci.directory_probe import DIRECTORY_BY_DESCRIPTOR, DIRECTORY_DESCRIPTOR
 from runtime.oci.exec_gate import ExecGate
+from runtime.oci.exec_session import KILL_SECONDS, kill, kill_session, parent_and_session, recorded_pid
 from runtime.oci.null_device import open_private_null
 from runtime.oci.oci_runtime import OciRuntime, cannot_run_program, naming, plain_message
 from runtime.oci.working_directory import WorkingDirectory
@@ -41,8 +39,6 @@ _ABANDONED_SECONDS = 5.0
 # When to look for zombies of a failed start: at once, and again after the moment that they need to end. Their pids are
 # unknown, and the only handler of SIGCHLD is that of host.subreaper, so there is nothing to wait for.
 _STRAY_SECONDS = (0.0, 0.01, 0.05, 0.2)
-# How long the agent kills a session that keeps making processes, or one with a process that hangs in the kernel.
-_KILL_SECONDS = 5.0
 
 
 class _LogEntry(msgspec.Struct):
@@ -229,23 +225,23 @@ class ExecCall:
         process = None
         try:
             status = await self._runtime_ended()
-            leader = _leader(self._pid_file)
+            leader = recorded_pid(self._pid_file)
             if status != 0 or leader is None:
                 complaint = _errors_in(os.pread(self._log_file, _LOG_BYTES, 0))
                 if self._directory is not None:
                     complaint = complaint.replace(DIRECTORY_BY_DESCRIPTOR, self._directory.path)
                 if cannot_run_program(complaint, self._program):
                     raise InvalidArgumentError(naming(self._program, plain_message(complaint)))
-                if not self._pids() or (self._init is not None and processes.has_ended(self._init)):
+                if not await in_thread(self._pids) or (self._init is not None and processes.has_ended(self._init)):
                     raise WrongStateError(
                         f"container {self._container_id[:13]} ended before {self._program!r} was executed in it"
                     )
                 command = [self._runtime.options.path, "exec", self._container_id]
                 raise CommandError(command, status, naming(self._program, complaint))
-            process = ExecProcess(leader, _parent_and_session(leader)[1] or self._runtime_pid)
+            process = ExecProcess(leader, parent_and_session(leader)[1] or self._runtime_pid)
         except OSError:  # no descriptor was left to watch it by
-            if (leader := _leader(self._pid_file)) is not None:
-                _kill(leader)
+            if (leader := recorded_pid(self._pid_file)) is not None:
+                kill(leader)
             raise
         finally:
             strays.end(process)
@@ -258,8 +254,8 @@ class ExecCall:
                 await processes.wait_ended(pidfd)
         except BaseException as error:
             await processes.end_child(self._runtime_pid, pidfd)
-            if (leader := _leader(self._pid_file)) is not None:
-                _kill(leader)
+            if (leader := recorded_pid(self._pid_file)) is not None:
+                kill(leader)
             if isinstance(error, TimeoutError):
                 program = self._runtime.options.path
                 raise DeadlineError(f"{program} did not start {self._program!r} in {_START_SECONDS:g} s") from error
@@ -277,7 +273,7 @@ class ExecCall:
             process = starting.result()
             if not process.ended.done():
                 await in_thread(kill_session, process.pid, process.session, self._pids)
-                await asyncio.wait({process.ended}, timeout=_KILL_SECONDS)  # a frozen one ends when it is thawed
+                await asyncio.wait({process.ended}, timeout=KILL_SECONDS)  # a frozen one ends when it is thawed
 
     def __enter__(self) -> Self:
         return self
@@ -286,21 +282,6 @@ class ExecCall:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.close()
-
-
-def end_abandoned(folder: Path, pids: Callable[[], Sequence[int]]) -> int:
-    """Kill the further processes that an earlier agent started in the container with bundle ``folder``.
-
-    ``pids`` lists those in the container's cgroup. Returns how many such calls there were.
-    """
-    abandoned = list(folder.glob("exec-*.pid"))
-    for pid_file in abandoned:
-        if (leader := _leader(pid_file)) is not None:
-            kill_session(leader, _parent_and_session(leader)[1] if leader in pids() else leader, pids)
-        pid_file.unlink()
-    for console in folder.glob("exec-*.tty"):
-        console.unlink()
-    return len(abandoned)
 
 
 def _with_oom_score_adj(score: int) -> list[str]:
@@ -313,61 +294,6 @@ def _with_oom_score_adj(score: int) -> list[str]:
         return []
     # Only a process with CAP_SYS_RESOURCE may go below its initial value: then the process keeps the agent's.
     return ["/bin/sh", "-c", '{ echo "$0" >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"', str(score)]
-
-
-def _leader(pid_file: Path) -> int | None:
-    """The pid that the OCI runtime recorded; None before it has."""
-    try:
-        return int(pid_file.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def kill_session(leader: int, session: int, pids: Callable[[], Sequence[int]]) -> None:
-    """SIGKILL to ``leader``, its ``session`` and its descendants among ``pids``, until none is left.
-
-    A process that it was just making has no parent any more, but is still in its session.
-    """
-    doomed = {leader, session} - {0}
-    ended: set[int] = set()
-    deadline = time.monotonic() + _KILL_SECONDS
-    while time.monotonic() < deadline:
-        relations = {pid: _parent_and_session(pid) for pid in pids()}
-        while found := {
-            pid for pid, relation in relations.items() if pid not in doomed and not doomed.isdisjoint(relation)
-        }:
-            doomed |= found
-        left = (doomed & relations.keys()) - ended
-        if not left:
-            return
-        ended |= _kill_all(left, deadline)  # and look again for what they were just making
-
-
-def _kill_all(pids: set[int], deadline: float) -> set[int]:
-    """SIGKILL to each of ``pids``; those that have ended by ``deadline``, all of them unless the kernel holds one."""
-    pidfds: dict[int, int] = {}
-    poller = select.poll()
-    try:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                pidfd = os.pidfd_open(pid)
-                pidfds[pidfd] = pid
-                poller.register(pidfd, select.POLLIN)
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        waiting = set(pidfds)
-        while waiting and (ready := poller.poll(max(0.0, deadline - time.monotonic()) * 1000)):
-            for pidfd, _ in ready:
-                poller.unregister(pidfd)
-                waiting.discard(pidfd)
-        return pids - {pidfds[pidfd] for pidfd in waiting}
-    finally:
-        for pidfd in pidfds:
-            os.close(pidfd)
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 def _is_in_inner_pid_namespace(pid: int) -> bool:
@@ -387,12 +313,3 @@ def _errors_in(log: bytes) -> str:
             if entry.level in ("error", "fatal"):
                 messages.append(entry.msg)
     return "\n".join(messages)
-
-
-def _parent_and_session(pid: int) -> tuple[int, int]:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()
-    except OSError:
-        return (0, 0)
-    return (int(fields[1]), int(fields[3]))

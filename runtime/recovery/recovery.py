@@ -20,8 +20,8 @@ from runtime.containers.create import ContainerCreate
 from runtime.containers.endings.exit import ContainerExit
 from runtime.containers.remove import ContainerRemove
 from runtime.namespaces.pinned import pins_hold
-from runtime.oci import exec_call
 from runtime.oci.conmon import Monitors
+from runtime.oci.exec_session import end_abandoned
 from runtime.oci.handlers import Handlers
 from runtime.pods.network import attach_request
 from runtime.pods.remove import PodRemove
@@ -151,7 +151,7 @@ class Recovery:
     def _end_abandoned_calls(self, container: Container) -> None:
         """The output of commands that the former agent executed in the container is lost."""
         folder = container.folder.path
-        ended = exec_call.end_abandoned(folder, partial(self.cgroups.processes, container.record.cgroup))
+        ended = end_abandoned(folder, partial(self.cgroups.processes, container.record.cgroup))
         if ended:
             self.audit.findings["abandoned command"] += ended
             _log.warning("%s: ended %d commands of the earlier agent", container.title, ended)

@@ -84,7 +84,7 @@ LEVELS = {
         "checkpoint specgen/draft",
         "checkpoint/restore hooks specgen/builder",
         "checkpoint/pod containers/bundle nri",
-        "checkpoints containers/endings",
+        "checkpoints containers/endings plugins",
         "containers",
         "pods",
         "recovery",

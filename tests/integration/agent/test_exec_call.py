@@ -15,6 +15,7 @@ from host import processes
 from host.concurrency.threads import in_thread
 from runtime.oci import exec_call
 from runtime.oci.exec_call import ExecCall
+from runtime.oci.exec_session import kill_session
 from runtime.oci.oci_runtime import OciRuntime
 from runtime.options import HandlerOptions
 from tests.support.agent import wait_for
@@ -90,7 +91,7 @@ def test_what_a_command_makes_while_it_is_killed_is_killed_too() -> None:
         try:
             os.kill(leader, signal.SIGKILL)
             wait_for(lambda: processes.start_time(leader) is None, what="the end of the command")
-            exec_call.kill_session(leader, runtime.pid, lambda: [orphan])
+            kill_session(leader, runtime.pid, lambda: [orphan])
             wait_for(lambda: processes.start_time(orphan) is None, what="the end of what it made")
         finally:
             processes.kill_group(runtime.pid)

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
-from host.concurrency.threads import acquired, in_long_thread
+from host.concurrency.threads import acquired, in_long_thread, in_thread
 from host.stages import Operation
 from images.image import Image
 from images.images import Images
@@ -64,13 +64,12 @@ class CheckpointService:
         self._pod_checkpoints: PodCheckpoints | None = None
         self.support = CheckpointSupport(options, handlers)
 
-    def layer_of(self, image: Image) -> Path | None:
+    async def layer_of(self, image: Image) -> Path | None:
         """The folder of the checkpoint that is all of an image; None for every other image."""
         if len(image.layers) != 1:
             return None
         layer = self._images.layers.path(image.layers[0])
-        there = (layer / "config.dump").is_file() and (layer / "checkpoint" / "inventory.img").is_file()
-        return layer if there else None
+        return layer if await in_thread(_holds_checkpoint, layer) else None
 
     @property
     def restores(self) -> Restores:
@@ -90,7 +89,7 @@ class CheckpointService:
         if name.startswith("/"):
             return await self._archive(name, held)
         image = self._images.store.find(name)
-        layer = self.layer_of(image) if image is not None else None
+        layer = await self.layer_of(image) if image is not None else None
         if layer is None:
             return None
         from runtime.checkpoint.restore.restores import Source
@@ -172,3 +171,7 @@ class CheckpointService:
         from runtime.checkpoint.capture import Capture
 
         return Capture(self._options, self.support, self._cgroups, self._snapshots)
+
+
+def _holds_checkpoint(layer: Path) -> bool:
+    return (layer / "config.dump").is_file() and (layer / "checkpoint" / "inventory.img").is_file()

@@ -119,7 +119,7 @@ async def _new_file(path: Path) -> AsyncIterator[int]:
     """Provide a descriptor of a new file, which replaces ``path`` if the block succeeds and is deleted otherwise."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        if path.is_dir():
+        if await in_image_thread(path.is_dir):
             raise InvalidArgumentError(f"image archive {path}: it is a folder")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
@@ -127,12 +127,12 @@ async def _new_file(path: Path) -> AsyncIterator[int]:
             try:
                 yield descriptor
                 await in_long_thread(os.fsync, descriptor)
-                partial.replace(path)
+                await in_image_thread(partial.replace, path)
             finally:
                 os.close(descriptor)
         finally:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                partial.unlink()
+                await in_image_thread(partial.unlink)
     except FileNotFoundError as error:
         raise NotFoundError(f"image archive {path}: folder {path.parent} does not exist") from error
     except OSError as error:

@@ -64,11 +64,15 @@ def write_all(descriptor: int, chunks: Sequence[bytes]) -> None:
                 written += os.write(descriptor, rest[written:])
 
 
-@contextmanager
-def new_blob(path: Path) -> Iterator[PartialBlob]:
+@asynccontextmanager
+async def new_blob(path: Path) -> AsyncIterator[PartialBlob]:
     """Provide a blob at ``path`` that no other pull will resume."""
-    with contextlib.closing(PartialBlob(path)) as blob:
+    with contextlib.closing(await _opened(path)) as blob:
         yield blob
+
+
+async def _opened(path: Path) -> PartialBlob:
+    return await acquired(in_image_thread, lambda: PartialBlob(path), PartialBlob.close)
 
 
 def publish(partial: Path, target: Path) -> None:
@@ -162,7 +166,7 @@ class PartialBlobs:
         If none exists but there is a file at ``kept``, that file is used: the whole blob, kept for another layer.
         """
         linked = await in_image_thread(_link, kept, self.path(digest))
-        blob = await acquired(in_image_thread, lambda: PartialBlob(self.path(digest)), PartialBlob.close)
+        blob = await _opened(self.path(digest))
         self._sizes.pop(digest, None)
         try:
             yield blob

@@ -57,7 +57,7 @@ class LayerFetcher:
             if alone:
                 keep = await stack.enter_async_context(self._partials.opened(source.descriptor.digest, kept))
             elif self._options.keep_blobs:
-                keep = stack.enter_context(new_blob(incoming))
+                keep = await stack.enter_async_context(new_blob(incoming))
             unpacked = await self._fetch_again_if_damaged(transfer, slot, folder, keep)
             if keep is not None and alone:
                 # A separate hard link, because other pulls may now resume or delete the partial blob.

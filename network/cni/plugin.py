@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from host import processes, untrusted_json
+from host.concurrency.threads import in_network_thread
 from host.errors import DeadlineError, PodkeelError, UnavailableError
 from host.untrusted_json import JsonError
 
@@ -63,7 +64,7 @@ class PluginRunner:
         self._seconds = seconds
 
     def find(self, kind: str) -> Path:
-        """The program of a plugin. Raises PluginMissingError."""
+        """The program of a plugin; blocking. Raises PluginMissingError."""
         for folder in self._folders:
             path = Path(folder) / kind
             if path.is_file() and os.access(path, os.X_OK):
@@ -79,7 +80,7 @@ class PluginRunner:
             UnavailableError: the plugin answers that trying later may help.
             PodkeelError: the plugin failed; the message has its code and text, or how it ended.
         """
-        program = self.find(kind)
+        program = await in_network_thread(self.find, kind)
         async with self._slots:
             try:
                 completed = await self._spawn(program, msgspec.json.encode(settings), self._environment(call))

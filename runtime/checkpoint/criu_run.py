@@ -18,7 +18,7 @@ from pathlib import Path
 from host import processes
 from host.children.reaping import reap
 from host.concurrency.tasks import wait_out
-from host.concurrency.threads import in_thread
+from host.concurrency.threads import acquired, in_thread
 from host.files import procfs
 
 GIVE_UP_SECONDS = 15.0
@@ -41,7 +41,8 @@ async def run_to_its_end(command: Sequence[str], environment: Mapping[str, str],
     When the caller is cancelled, CRIU is made to fail, and this waits for its end, so that all processes run as before.
     CRIU is killed only if that takes longer than GIVE_UP_SECONDS.
     """
-    descriptor = os.open(output, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+    descriptor = await acquired(in_thread, lambda: os.open(output, flags, 0o600), os.close)
     try:
         pid = await processes.spawn_in_thread(
             command, environment=environment, descriptors={1: descriptor, 2: descriptor}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from host import processes
+from host.concurrency.threads import in_thread
 from host.errors import PodkeelError, UnsupportedError
 from runtime.checkpoint.options import CheckpointOptions
 from runtime.oci.handlers import Handlers
@@ -116,7 +117,7 @@ class CheckpointSupport:
     async def _criu_problem(self) -> str:
         if not self._options.enabled:
             return _OFF
-        program = shutil.which(self._options.criu_path)
+        program = await in_thread(shutil.which, self._options.criu_path)
         if program is None:
             return f"CRIU is not installed ({self._options.criu_path}, checkpoint.criu_path): install the package criu"
         told = await processes.run([program, "--version"], check=False, timeout=_SECONDS)
@@ -137,8 +138,8 @@ async def _refusal(runtime: OciRuntime) -> str:
     told = await processes.run([runtime.program, "--version"], check=False, timeout=_SECONDS)
     if b"+CRIU" not in told.stdout:
         return f"{runtime.options.path} is built without CRIU"
-    cache = shutil.which("ldconfig") or "/sbin/ldconfig"
-    if Path(cache).exists():
+    cache = await in_thread(shutil.which, "ldconfig", path=f"{os.environ.get('PATH', '')}:/sbin")
+    if cache is not None:
         libraries = await processes.run([cache, "-p"], check=False, timeout=_SECONDS)
         if libraries.status == 0 and b"libcriu.so.2" not in libraries.stdout:
             return f"{runtime.options.path} needs the library libcriu.so.2: install the package libcriu2"

@@ -56,13 +56,13 @@ class ContainerLogs:
         if await in_fresh_thread(has_open, monitor, descriptor):
             await in_fresh_thread(append_from_now_on, monitor, descriptor)
             return
-        size = os.fstat(descriptor).st_size
+        size = (await in_fresh_thread(os.fstat, descriptor)).st_size
         if size:
             raise WrongStateError(f"log {log.path} is another file now, with {size} bytes: rename it first")
         try:
             opened = await self._open_next(container, monitor, log, descriptor)
         except OSError as error:
-            log.path.unlink(missing_ok=True)
+            await in_fresh_thread(log.path.unlink, missing_ok=True)
             raise PodkeelError(f"{container.title}: its conmon cannot be reached: {error.strerror}") from error
         if not opened:
             raise PodkeelError(f"{container.title}: its conmon did not open {log.path} within {REOPEN_SECONDS:g} s")

@@ -191,7 +191,7 @@ class OciRuntime:
         ``init_program`` is a static program that waits for its end when it is the first process, and otherwise ends;
         ``scratch`` is an existing folder. Raises PodkeelError saying what the runtime printed.
         """
-        source = shutil.which(init_program)
+        source = await in_thread(shutil.which, init_program)
         if source is None:
             raise NotFoundError(f"{init_program!r} is not installed")
         self.features = await self._read_features()
@@ -218,14 +218,14 @@ class OciRuntime:
         finally:
             with contextlib.suppress(PodkeelError):
                 await self.delete(container_id)
-            mounts.unmount(bundle / "rootfs" / "init")
+            await in_thread(mounts.unmount, bundle / "rootfs" / "init")
             await in_thread(remove_tree, bundle)
 
     async def _seal(self) -> None:
         """Execute a sealed copy from now on, if the host allows memory files to be executed."""
         sealed = SealedProgram(Path(self.program), self._program_link)
         try:
-            await processes.run([sealed.path(), "--version"], timeout=10)
+            await processes.run([await in_thread(sealed.path), "--version"], timeout=10)
         except (OSError, PodkeelError) as error:
             sealed.close()
             _log.info("runtime handler %s: the program cannot run from memory, using the file: %s", self.name, error)

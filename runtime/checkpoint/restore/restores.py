@@ -6,13 +6,13 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from host.concurrency.threads import in_image_thread, in_long_thread, in_thread
+from host.concurrency.threads import acquired, in_image_thread, in_long_thread, in_thread
 from host.errors import InvalidArgumentError, PodkeelError, UnsupportedError, WrongStateError
 from host.files.file_tree import open_below
 from host.files.removal import remove_tree
@@ -61,7 +61,7 @@ class Restores:
         images: Images,
         cgroups: CgroupTree,
         monitors: Monitors,
-        layer_of: Callable[[Image], Path | None],
+        layer_of: Callable[[Image], Awaitable[Path | None]],
     ) -> None:
         self._layer_of = layer_of
         self._support = support
@@ -81,12 +81,12 @@ class Restores:
         for name in (told.rootfs_image, told.rootfs_image_ref, told.rootfs_image_name):
             with suppress(PodkeelError):
                 image = self._images.store.find(name) if name else None
-                if image is not None and self._layer_of(image) is None:
+                if image is not None and await self._layer_of(image) is None:
                     return image
         if not told.rootfs_image_name:
             raise InvalidArgumentError("the checkpoint does not name the image of its container")
         image = await self._images.puller.pull(told.rootfs_image_name)
-        if self._layer_of(image) is not None:
+        if await self._layer_of(image) is not None:
             raise InvalidArgumentError("the checkpoint names another checkpoint as the image of its container")
         return image
 
@@ -205,7 +205,8 @@ class Restores:
 
 
 async def _pieces(path: Path) -> AsyncGenerator[bytes, None]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = await acquired(in_image_thread, lambda: os.open(path, flags), os.close)
     try:
         position = 0
         while piece := await in_image_thread(os.pread, descriptor, _PIECE, position):

@@ -24,7 +24,7 @@ from runtime.state.state import State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from runtime.checkpoint.capture import Capture
+    from runtime.checkpoint.capture import Tools
     from runtime.checkpoint.documents import ConfigDump
     from runtime.checkpoint.dump import Checkpoints
     from runtime.checkpoint.pod.save import PodCheckpoints
@@ -140,14 +140,7 @@ class CheckpointService:
         if self._checkpoints is None:
             from runtime.checkpoint.dump import Checkpoints
 
-            self._checkpoints = Checkpoints(
-                self._capture(),
-                self.support,
-                state=self._state,
-                handlers=self._handlers,
-                layout=self._layout,
-                cgroups=self._cgroups,
-            )
+            self._checkpoints = Checkpoints(self._tools())
         return await self._checkpoints.checkpoint(container_id, location, seconds)
 
     async def checkpoint_pod(
@@ -157,20 +150,20 @@ class CheckpointService:
         if self._pod_checkpoints is None:
             from runtime.checkpoint.pod.save import PodCheckpoints
 
-            self._pod_checkpoints = PodCheckpoints(
-                self._capture(),
-                self.support,
-                state=self._state,
-                handlers=self._handlers,
-                layout=self._layout,
-                cgroups=self._cgroups,
-            )
+            self._pod_checkpoints = PodCheckpoints(self._tools())
         return await self._pod_checkpoints.checkpoint(sandbox_id, output, container_ids, options)
 
-    def _capture(self) -> Capture:
-        from runtime.checkpoint.capture import Capture
+    def _tools(self) -> Tools:
+        from runtime.checkpoint.capture import Capture, Tools
 
-        return Capture(self._options, self.support, self._cgroups, self._snapshots)
+        return Tools(
+            capture=Capture(self._options, self.support, self._cgroups, self._snapshots),
+            support=self.support,
+            state=self._state,
+            handlers=self._handlers,
+            layout=self._layout,
+            cgroups=self._cgroups,
+        )
 
 
 def _holds_checkpoint(layer: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -17,9 +18,12 @@ from runtime.checkpoint.archive import Saved
 from runtime.checkpoint.criu_run import run_to_its_end
 from runtime.checkpoint.options import CheckpointOptions
 from runtime.checkpoint.support import CheckpointSupport
+from runtime.layout import Layout
+from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime, plain_message
 from runtime.specgen import config
 from runtime.state.container import Container, ContainerState
+from runtime.state.state import State
 
 FREEZE_SECONDS = 10.0
 _LARGEST_DELETED_FILE = 64 << 20  # bytes of an open file that has no name any more
@@ -104,6 +108,18 @@ class Capture:
 
 class _Mounts(msgspec.Struct):
     mounts: list[config.Mount] = []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tools:
+    """What checkpoints of containers and pods are made with."""
+
+    capture: Capture
+    support: CheckpointSupport
+    state: State
+    handlers: Handlers
+    layout: Layout
+    cgroups: CgroupTree
 
 
 def require_running(container: Container) -> None:

@@ -14,16 +14,11 @@ from host.concurrency.threads import in_fresh_thread, in_long_thread, in_thread
 from host.concurrency.undo import Undo
 from host.errors import DeadlineError, InvalidArgumentError, NotFoundError, UnsupportedError, WrongStateError
 from host.stages import Operation
-from runtime.cgroups.tree import CgroupTree
 from runtime.checkpoint import archive, documents, interrupted
-from runtime.checkpoint.capture import Capture, require_running
+from runtime.checkpoint.capture import Tools, require_running
 from runtime.checkpoint.long_work import stoppable
-from runtime.checkpoint.support import CheckpointSupport
-from runtime.layout import Layout
-from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime
 from runtime.state.container import Container
-from runtime.state.state import State
 from runtime.state.transitions import of_container
 
 _log = logging.getLogger("podkeel.checkpoint")
@@ -32,22 +27,8 @@ _log = logging.getLogger("podkeel.checkpoint")
 class Checkpoints:
     """Makes checkpoints of containers. One container has one checkpoint made at a time."""
 
-    def __init__(
-        self,
-        capture: Capture,
-        support: CheckpointSupport,
-        *,
-        state: State,
-        handlers: Handlers,
-        layout: Layout,
-        cgroups: CgroupTree,
-    ) -> None:
-        self._capture = capture
-        self._support = support
-        self._state = state
-        self._handlers = handlers
-        self._layout = layout
-        self._cgroups = cgroups
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
 
     async def checkpoint(self, container_id: str, location: str, seconds: float = 0) -> int:
         """Write a running container to the new file ``location``, a tar file of mode 0600; returns its size in bytes.
@@ -62,13 +43,13 @@ class Checkpoints:
             UnsupportedError: its handler cannot make checkpoints here, or it has something that cannot be saved.
             DeadlineError: it took too long.
         """
-        container = self._state.get_container(container_id)
+        container = self._tools.state.get_container(container_id)
         target = _checked(container, location, seconds)
         if container.checkpoint is not None:
             raise WrongStateError(f"{container.title}: another checkpoint of it is being made: wait for its end")
         require_running(container)
-        runtime = self._handlers.find(container.record.handler)
-        await self._support.require(runtime, container.record.handler)
+        runtime = self._tools.handlers.find(container.record.handler)
+        await self._tools.support.require(runtime, container.record.handler)
         assert runtime is not None
         _refuse_unsupported(container)
         if container.checkpoint is not None:
@@ -88,7 +69,7 @@ class Checkpoints:
 
     async def _checkpoint(self, container: Container, runtime: OciRuntime, target: Path) -> int:
         operation = container.begin("CheckpointContainer")
-        folder = self._layout.checkpoints / container.id
+        folder = self._tools.layout.checkpoints / container.id
         partial_file = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}")
         await in_fresh_thread(_check_place, container, target)
         async with Undo(container.title) as undo:
@@ -108,23 +89,23 @@ class Checkpoints:
 
     async def _save(self, container: Container, runtime: OciRuntime, folder: Path, operation: Operation) -> float:
         """Save processes and files while the container is frozen; returns for how many seconds it was."""
-        saved = self._capture.saved(container)
-        await self._capture.refuse_paused(container)
+        saved = self._tools.capture.saved(container)
+        await self._tools.capture.refuse_paused(container)
         begin = time.perf_counter()
         async with Undo(container.title) as undo:
-            undo.push("its being frozen", partial(in_thread, self._cgroups.thaw, container.record.cgroup))
+            undo.push("its being frozen", partial(in_thread, self._tools.cgroups.thaw, container.record.cgroup))
             async with operation.stage("freeze"):
-                await self._capture.freeze(container)
+                await self._tools.capture.freeze(container)
             async with operation.stage("dump"):
-                await self._capture.dump(container, runtime, folder / documents.IMAGES, folder / "work")
+                await self._tools.capture.dump(container, runtime, folder / documents.IMAGES, folder / "work")
             async with operation.stage("files"):
                 await stoppable(partial(archive.save_files, saved, folder))
             async with operation.stage("thaw"):
-                await in_thread(self._cgroups.thaw, container.record.cgroup)
+                await in_thread(self._tools.cgroups.thaw, container.record.cgroup)
         return time.perf_counter() - begin
 
     async def _write(self, container: Container, folder: Path, partial_file: Path) -> int:
-        written = await in_thread(self._capture.documents, container)
+        written = await in_thread(self._tools.capture.documents, container)
         log = Path(container.record.log_path) if container.record.log_path else None
         return await stoppable(partial(archive.write_archive, folder, written, log, partial_file))
 

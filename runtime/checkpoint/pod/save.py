@@ -18,22 +18,17 @@ from host.concurrency.threads import acquired, in_fresh_thread, in_long_thread, 
 from host.concurrency.undo import Undo
 from host.errors import WrongStateError
 from host.stages import Operation
-from runtime.cgroups.tree import CgroupTree
 from runtime.checkpoint import archive, documents
-from runtime.checkpoint.capture import Capture
+from runtime.checkpoint.capture import Tools
 from runtime.checkpoint.long_work import stoppable
 from runtime.checkpoint.pod import checks, interrupted
 from runtime.checkpoint.pod.contents import refuse_objects, write_container
 from runtime.checkpoint.pod.document import CONTAINERS, describe
 from runtime.checkpoint.pod.options import leaves_out_sessions
 from runtime.checkpoint.pod.place import Place, open_place
-from runtime.checkpoint.support import CheckpointSupport
-from runtime.layout import Layout
-from runtime.oci.handlers import Handlers
 from runtime.oci.oci_runtime import OciRuntime
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
-from runtime.state.state import State
 from runtime.state.transitions import of_sandbox
 
 _AT_ONCE = 4  # containers that CRIU saves at the same time
@@ -61,22 +56,8 @@ class _Job:
 class PodCheckpoints:
     """Makes checkpoints of pods. One pod has one made at a time."""
 
-    def __init__(
-        self,
-        capture: Capture,
-        support: CheckpointSupport,
-        *,
-        state: State,
-        handlers: Handlers,
-        layout: Layout,
-        cgroups: CgroupTree,
-    ) -> None:
-        self._capture = capture
-        self._support = support
-        self._state = state
-        self._handlers = handlers
-        self._layout = layout
-        self._cgroups = cgroups
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
 
     async def checkpoint(
         self, sandbox_id: str, output: str, container_ids: Sequence[str], options: Mapping[str, str]
@@ -93,14 +74,14 @@ class PodCheckpoints:
             UnsupportedError: the runtime handler cannot make checkpoints here.
         """
         leave_out = leaves_out_sessions(options)
-        sandbox = self._state.get_sandbox(sandbox_id)
-        containers = checks.selected(self._state, sandbox, container_ids)
-        runtime = self._handlers.find(sandbox.record.handler)
-        await self._support.require(runtime, sandbox.record.handler)
+        sandbox = self._tools.state.get_sandbox(sandbox_id)
+        containers = checks.selected(self._tools.state, sandbox, container_ids)
+        runtime = self._tools.handlers.find(sandbox.record.handler)
+        await self._tools.support.require(runtime, sandbox.record.handler)
         assert runtime is not None
         checks.require_able(sandbox, containers, runtime)
         _refuse_busy(sandbox, containers)
-        folder = self._layout.checkpoints / f"{interrupted.PREFIX}{sandbox.id}"
+        folder = self._tools.layout.checkpoints / f"{interrupted.PREFIX}{sandbox.id}"
         job = _Job(
             sandbox=sandbox,
             containers=containers,
@@ -148,7 +129,7 @@ class PodCheckpoints:
     async def _reserve(self, job: _Job, place: Place) -> None:
         await in_thread(partial(checks.refuse_sessions, job.sandbox, job.containers, leave_out=job.leave_out))
         for container in job.containers:
-            await self._capture.refuse_paused(container)
+            await self._tools.capture.refuse_paused(container)
         ids = [container.id for container in job.containers]
         await in_thread(interrupted.begin, job.work, job.output, place, ids)
         await in_long_thread(place.make, job.folders)
@@ -160,8 +141,8 @@ class PodCheckpoints:
             undo.push("its being frozen", partial(in_thread, self._thaw, job.containers))
             async with operation.stage("freeze"):
                 for container in job.containers:
-                    await self._capture.freeze(container)
-                await in_thread(checks.refuse_outsiders, job.containers, self._cgroups)
+                    await self._tools.capture.freeze(container)
+                await in_thread(checks.refuse_outsiders, job.containers, self._tools.cgroups)
             async with operation.stage("dump"):
                 await self._dump(job, place)
             async with operation.stage("files"):
@@ -177,22 +158,22 @@ class PodCheckpoints:
         async def one(container: Container, folder: str, work: Path) -> None:
             async with slots:
                 images = place.root / folder / documents.IMAGES
-                await self._capture.dump(container, job.runtime, images, work)
+                await self._tools.capture.dump(container, job.runtime, images, work)
                 await in_thread(refuse_objects, images, container.title)
 
         works = [_work_of(job, index) for index in range(len(job.containers))]
         await _all_or_none([one(*each) for each in zip(job.containers, job.folders, works, strict=True)])
 
     def _saved(self, containers: Sequence[Container]) -> list[archive.Saved]:
-        return [self._capture.saved(container) for container in containers]
+        return [self._tools.capture.saved(container) for container in containers]
 
     def _thaw(self, containers: Sequence[Container]) -> None:
         for container in containers:
-            self._cgroups.thaw(container.record.cgroup)
+            self._tools.cgroups.thaw(container.record.cgroup)
 
     async def _describe(self, job: _Job, place: Place) -> int:
         for index, (container, folder) in enumerate(zip(job.containers, job.folders, strict=True)):
-            written = await in_thread(self._capture.documents, container)
+            written = await in_thread(self._tools.capture.documents, container)
             await in_long_thread(write_container, place.root / folder, written, _work_of(job, index))
         return await stoppable(place.flush)
 
@@ -201,7 +182,7 @@ class PodCheckpoints:
             job.sandbox,
             job.containers,
             frozen_seconds=frozen,
-            criu=self._support.version,
+            criu=self._tools.support.version,
             folders=job.folders,
         )
 

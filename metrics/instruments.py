@@ -8,32 +8,26 @@ from collections.abc import Callable, Iterable, Sequence
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 
 
-class Counter:
+class _Numbers:
+    """A number per combination of label values."""
+
+    def __init__(self, name: str, help_text: str, labels: Sequence[str] = ()) -> None:
+        self.name = name
+        self.help = help_text
+        self.labels = tuple(labels)
+        self.values: dict[tuple[str, ...], float] = {} if labels else {(): 0.0}
+
+    def add(self, *labels: str, amount: float = 1.0) -> None:
+        """Add ``amount``; on the event loop."""
+        self.values[labels] = self.values.get(labels, 0.0) + amount
+
+
+class Counter(_Numbers):
     """An increasing number per combination of label values. Its name ends with ``_total``."""
 
-    def __init__(self, name: str, help_text: str, labels: Sequence[str] = ()) -> None:
-        self.name = name
-        self.help = help_text
-        self.labels = tuple(labels)
-        self.values: dict[tuple[str, ...], float] = {} if labels else {(): 0.0}
 
-    def add(self, *labels: str, amount: float = 1.0) -> None:
-        """Increase it by ``amount``; on the event loop."""
-        self.values[labels] = self.values.get(labels, 0.0) + amount
-
-
-class Gauge:
+class Gauge(_Numbers):
     """A number per combination of label values that increases and decreases."""
-
-    def __init__(self, name: str, help_text: str, labels: Sequence[str] = ()) -> None:
-        self.name = name
-        self.help = help_text
-        self.labels = tuple(labels)
-        self.values: dict[tuple[str, ...], float] = {} if labels else {(): 0.0}
-
-    def add(self, *labels: str, amount: float = 1.0) -> None:
-        """Change it by ``amount``; on the event loop."""
-        self.values[labels] = self.values.get(labels, 0.0) + amount
 
     def set(self, value: float, *labels: str) -> None:
         """Set it; on the event loop."""

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from host.concurrency.tasks import cancel_and_wait
 from host.database import Database
 from host.errors import WrongStateError
 from network.attachment import Attachment, AttachRequest
@@ -98,9 +99,7 @@ class NodeNetwork:
     async def stop(self) -> None:
         """Stop both networks. Pods keep their network."""
         watching, self._watching = self._watching, None
-        if watching is not None:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+        await cancel_and_wait(watching)
         await self.cni.stop()
         await self.built_in.stop()
         self._built_in_runs = False

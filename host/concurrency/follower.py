@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from host.concurrency.tasks import cancel_and_wait
+
 
 class Follower:
     """Calls ``work`` some time after each change, one call at a time. For use on the loop.
@@ -26,9 +28,7 @@ class Follower:
     async def close(self) -> None:
         """Call ``work`` if there was a change since its last call, and stop."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await cancel_and_wait(task)
         if self._changed.is_set():
             await self._catch_up()
 

@@ -45,6 +45,14 @@ async def ended(task: asyncio.Task[T]) -> None:
         task.exception()
 
 
+async def cancel_and_wait(*tasks: asyncio.Future[Any] | None) -> None:
+    """Cancel ``tasks`` and wait until all have ended. Ignores what they raise. None means: not begun."""
+    begun = [task for task in tasks if task is not None]
+    for task in begun:
+        task.cancel()
+    await asyncio.gather(*begun, return_exceptions=True)
+
+
 @dataclass(slots=True, eq=False)
 class _Flight(Generic[T]):
     """Work in flight. ``over`` is done once the work has ended or its caller has left."""

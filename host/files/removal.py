@@ -102,21 +102,18 @@ class Removal:
                 return
 
     def _unlink(self, folder: int, name: str) -> None:
-        self._spend()
-        try:
-            os.unlink(name, dir_fd=folder)
-        except PermissionError:
-            _clear_flags(folder, name)
-            os.unlink(name, dir_fd=folder)
-        self._removed += 1
+        self._remove(os.unlink, folder, name)
 
     def _remove_folder(self, folder: int, name: str) -> None:
+        self._remove(os.rmdir, folder, name)
+
+    def _remove(self, remove: Callable[..., None], folder: int, name: str) -> None:
         self._spend()
         try:
-            os.rmdir(name, dir_fd=folder)
+            remove(name, dir_fd=folder)
         except PermissionError:
             _clear_flags(folder, name)
-            os.rmdir(name, dir_fd=folder)
+            remove(name, dir_fd=folder)
         self._removed += 1
 
     def _spend(self) -> None:

@@ -211,10 +211,7 @@ def _same(one: int, other: int) -> bool:
 
 def _xattrs(folder: int, name: str) -> dict[str, bytes]:
     path = f"/proc/self/fd/{folder}/{name}"
-    try:
-        return {key: os.getxattr(path, key, follow_symlinks=False) for key in os.listxattr(path, follow_symlinks=False)}
-    except NotImplementedError:
-        return {}
+    return {key: os.getxattr(path, key, follow_symlinks=False) for key in os.listxattr(path, follow_symlinks=False)}
 
 
 def main(folders: list[str]) -> None:

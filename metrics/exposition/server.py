@@ -12,6 +12,7 @@ from http import HTTPStatus
 
 import h11
 
+from host.concurrency.tasks import cancel_and_wait
 from host.listener import Listener, PendingConnection
 from metrics.exposition.prometheus import Page
 
@@ -61,9 +62,7 @@ class MetricsServer:
     async def close(self) -> None:
         """Stop listening and close all connections."""
         self._listener.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_and_wait(*self._tasks)
 
     def _protocol(self, pending: PendingConnection) -> asyncio.Protocol:
         reader = asyncio.StreamReader(limit=HEADER_LIMIT)

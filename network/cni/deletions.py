@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from host.concurrency.tasks import cancel_and_wait
 from host.errors import PodkeelError, WrongStateError
 
 FIRST_PAUSE_SECONDS = 1.0
@@ -58,20 +59,14 @@ class Deletions:
         if pause is not None:
             pause.cancel()
         self._failures.pop(sandbox_id, None)
-        attempt = self._attempts.get(sandbox_id)
-        if attempt is not None:
-            attempt.cancel()
-            await asyncio.gather(attempt, return_exceptions=True)
+        await cancel_and_wait(self._attempts.get(sandbox_id))
 
     async def close(self) -> None:
         """Cancel all attempts. Attachments that are not deleted stay in the store for the next start."""
         for pause in self._pauses.values():
             pause.cancel()
         self._pauses.clear()
-        tasks = [*self._attempts.values(), *self._background]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(*self._attempts.values(), *self._background)
 
     def _attempt(self, sandbox_id: str) -> asyncio.Task[None]:
         task = self._attempts.get(sandbox_id)

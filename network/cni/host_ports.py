@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address
 
 from host.concurrency import threads
+from host.concurrency.tasks import cancel_and_wait
 from host.errors import PodkeelError
 from network import conntrack, rtnetlink, sysctl
 from network.attachment import Attachment, PortMapping
@@ -91,10 +92,7 @@ class HostPortTable:
 
     async def close(self) -> None:
         """End the check in the background."""
-        looking, self._looking = self._looking, None
-        if looking is not None:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+        await cancel_and_wait(self._looking)
 
     async def findings(self, records: Iterable[CniRecord]) -> list[Finding]:
         """The differences between the table and the records."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from host.concurrency import threads
+from host.concurrency.tasks import cancel_and_wait
 from host.concurrency.undo import Undo
 from host.database import Database
 from host.errors import AlreadyExistsError, PodkeelError, UnavailableError
@@ -125,9 +126,7 @@ class CniNetwork:
         """End the background work. Pods keep their network."""
         await self._deletions.close()
         await self._table.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_and_wait(*self._tasks)
 
     async def reload(self) -> None:
         """Read the folder again, and use its configuration for new pods."""

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from host.concurrency.tasks import cancel_and_wait
 from host.files.inotify import FolderWatch
 
 LOOK_AGAIN_SECONDS = 10.0
@@ -81,9 +82,7 @@ class ConfigurationWatch:
             for task in done:
                 task.result()
         finally:
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+            await cancel_and_wait(*waiting)
 
     def close(self) -> None:
         """Stop watching."""

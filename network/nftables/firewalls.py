@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from host import processes
+from host.concurrency.tasks import cancel_and_wait
 from host.concurrency.threads import in_network_thread
 from host.errors import PodkeelError
 from network import sysctl
@@ -105,10 +106,7 @@ class FirewallWatch:
 
     async def close(self) -> None:
         """End the check in the background."""
-        looking, self._looking = self._looking, None
-        if looking is not None:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+        await cancel_and_wait(self._looking)
 
 
 async def find_obstacles(bridge: str, ranges: Sequence[IPNetwork]) -> list[Obstacle]:

@@ -292,7 +292,7 @@ class _FamilyData(_Nested):
     __slots__ = ()
     nla_map = _rows(ifinfbase.af_spec_inet.nla_map, "AF_INET6")
 
-    class inet6(_Nested):  # noqa: N801
+    class inet6(_Nested):  # noqa: N801 - as above
         __slots__ = ()
         nla_map = _rows(ifinfbase.af_spec_inet.inet6.nla_map, "IFLA_INET6_ADDR_GEN_MODE")
 
@@ -304,7 +304,7 @@ class _LinkAttributes(_LeanAttributes, ifinfbase):
     netns_fd = _Uint32
     af_spec = _FamilyData
 
-    class ifinfo(_Nested):  # noqa: N801
+    class ifinfo(_Nested):  # noqa: N801 - as above
         __slots__ = ()
         nla_map = ifinfbase.ifinfo.nla_map
 
@@ -366,7 +366,7 @@ class _TokenBucket(_Nested):
         (6, "TCA_TBF_BURST", "uint32"),
     )
 
-    class tbf_parms(nla):  # noqa: N801
+    class tbf_parms(nla):  # noqa: N801 - as above
         """Without the table of times that pyroute2 computes; the kernel has not used it since 3.8."""
 
         __slots__ = ()

@@ -41,7 +41,7 @@ def read_extra_limits(cgroups: CgroupTree, path: str, wanted: ExtraLimits) -> Ex
             found[name] = "oom_kill_disable 1" in text
         else:
             found[name] = -1 if text == "max" else int(text)
-    return ExtraLimits(**found)  # type: ignore[arg-type]
+    return ExtraLimits(**found)  # type: ignore[arg-type]  # by the names of its fields
 
 
 def _files(cgroups: CgroupTree, path: str, limits: ExtraLimits) -> dict[str, Path]:

@@ -29,7 +29,7 @@ def test_connections_of_one_user_with_many_processes_are_closed_first(tmp_path: 
     with ExitStack() as stack:
         server = stack.enter_context(socket.socket(socket.AF_UNIX))
         server.bind(path)
-        os.chmod(path, 0o666)  # noqa: PTH101
+        os.chmod(path, 0o666)  # noqa: PTH101 - beside others by this path
         server.listen(32)
         folder = os.open(tmp_path, os.O_PATH)
         stack.callback(os.close, folder)

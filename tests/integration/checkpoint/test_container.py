@@ -91,7 +91,7 @@ def test_the_archive_holds_what_the_container_changed(agent: AgentProcess, handl
         assert linked.linkname == plain.name
         assert (plain.uid, plain.gid, plain.mode & 0o777) == (7, 8, 0o755)
         assert found["made/link"].linkname == "file"
-        assert diff.extractfile(plain).read() == b"new\n"  # type: ignore[union-attr]
+        assert diff.extractfile(plain).read() == b"new\n"  # type: ignore[union-attr]  # it is a file
         assert found["var/it"].isreg()
     assert "etc/passwd" not in found
     removed = document(archive, "deleted.files")
@@ -108,7 +108,7 @@ def test_what_an_image_keeps_in_volumes_and_the_pod_in_shared_memory(
     archive = tmp_path / "checkpoint.tar"
     checkpoint(agent, container_id, archive)
     with tarfile.open(fileobj=io.BytesIO(content(archive, "devshm-checkpoint.tar"))) as shared:
-        assert shared.extractfile("it").read() == b"kept\n"  # type: ignore[union-attr]
+        assert shared.extractfile("it").read() == b"kept\n"  # type: ignore[union-attr]  # it is a file
 
 
 def test_only_a_running_container_and_a_place_for_a_file(agent: AgentProcess, crun: str, tmp_path: Path) -> None:

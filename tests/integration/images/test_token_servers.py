@@ -175,7 +175,7 @@ async def test_invalid_headers_are_ignored(node: Node, scripted: ScriptedRegistr
         with pytest.raises(PermissionDeniedError):
             await node.puller.pull(name, SECRET)
     tries = iter([Answer(status=503, headers={"Retry-After": "\xb2"}), plain])
-    scripted.answers["/v2/odd/manifests/latest"] = lambda _: next(tries)  # type: ignore[assignment,return-value]
+    scripted.answers["/v2/odd/manifests/latest"] = lambda _: next(tries)  # type: ignore[assignment,return-value]  # of two kinds
     await node.puller.pull(name)
 
 

@@ -55,7 +55,7 @@ def test_a_file_system_in_memory_is_written_again(tmp_path: Path) -> None:
     assert sorted(found) == [".", "./fifo", "./file", "./null"]
     assert (found["./null"].uid, found["./null"].mode, found["./null"].mtime) == (7, 0o640, 1_700_000_000)
     with tarfile.open(tmp_path / NAME) as archive:
-        assert archive.extractfile("./file").read() == b"it"  # type: ignore[union-attr]
+        assert archive.extractfile("./file").read() == b"it"  # type: ignore[union-attr]  # it is a file
 
 
 DISK = node(tarfile.BLKTYPE, 8, 0, "./disk")

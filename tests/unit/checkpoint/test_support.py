@@ -36,7 +36,7 @@ def probed(folder: Path, criu: str, *, enabled: bool = True) -> CheckpointSuppor
     ]
     support = CheckpointSupport(
         CheckpointOptions(enabled=enabled, criu_path=criu),
-        SimpleNamespace(working=lambda: handlers),  # type: ignore[arg-type]
+        SimpleNamespace(working=lambda: handlers),  # type: ignore[arg-type]  # all that it asks of Handlers
     )
 
     async def probe() -> None:
@@ -65,8 +65,8 @@ def test_which_handlers_are_able(tmp_path: Path) -> None:
     assert support.closes_connections
     assert support.environment(Path("/conf"))["PATH"].startswith(f"{tmp_path}:")
     with pytest.raises(UnsupportedError, match="'crun' cannot make checkpoints on this node: crun is built without"):
-        asyncio.run(support.require(object(), "crun"))  # type: ignore[arg-type]
-    asyncio.run(support.require(object(), "runc"))  # type: ignore[arg-type]
+        asyncio.run(support.require(object(), "crun"))  # type: ignore[arg-type]  # only looked at for None
+    asyncio.run(support.require(object(), "runc"))  # type: ignore[arg-type]  # as above
 
 
 @pytest.mark.parametrize(

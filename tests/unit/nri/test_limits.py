@@ -94,7 +94,7 @@ def empty_messages(field: int, count: int) -> bytes:
 )
 def test_a_message_of_too_many_parts_is_refused(kind: type[Message], data: bytes, why: str) -> None:
     with pytest.raises(InvalidArgumentError, match=why):
-        check_wire(data, kind.DESCRIPTOR)  # type: ignore[arg-type]
+        check_wire(data, kind.DESCRIPTOR)  # type: ignore[arg-type]  # the stubs name its Python twin
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_message_of_too_many_parts_is_refused(kind: type[Message], data: bytes
     ],
 )
 def test_what_is_no_message_or_within_the_limits_is_for_the_parser(data: bytes) -> None:
-    check_wire(data, Response.DESCRIPTOR)  # type: ignore[arg-type]
+    check_wire(data, Response.DESCRIPTOR)  # type: ignore[arg-type]  # as above
 
 
 async def test_large_messages_are_parsed_as_small_ones_are() -> None:

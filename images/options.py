@@ -27,8 +27,9 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     Layers: at most ``max_parallel_downloads`` are fetched and unpacked at the same time, over all pulls. A pull without
     any gets one more, up to 32 in all. A layer is refused if it has more than ``max_layer_bytes`` unpacked or more than
     ``max_layer_entries``. It is also refused if unpacking takes more than ``max_layer_seconds`` of processor time, or
-    if its bytes take twice as long to arrive. An image is refused if its layers have more than ``max_image_bytes``,
-    compressed or unpacked, and a compressed archive if it unpacks to more than ``max_archive_bytes``.
+    if the unpack worker makes its pull wait twice as long. An image is refused if its layers have more than
+    ``max_image_bytes``, compressed or unpacked, and a compressed archive if it unpacks to more than
+    ``max_archive_bytes``.
 
     With ``keep_blobs`` the compressed layers stay on disk beside the unpacked ones: checking, repairing and exporting
     an image need them. The fetched bytes of an interrupted pull then stay for ``partial_hours``, and the next pull

@@ -95,7 +95,7 @@ async def test_null_members(node: Node, scripted: ScriptedRegistry) -> None:
     assert (image.id, image.layers) == (digest_of(empty), ())
 
 
-async def test_layouts_with_such_images_are_imported(node: Node, scripted: ScriptedRegistry, tmp_path: Path) -> None:
+async def test_layouts_with_odd_images_are_imported(node: Node, scripted: ScriptedRegistry, tmp_path: Path) -> None:
     folder = tmp_path / "layout"
     blobs = folder / "blobs/sha256"
     blobs.mkdir(parents=True)

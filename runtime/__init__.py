@@ -1,1 +1,1 @@
-"""Pods and containers on this node: lifecycle, state, OCI runtimes, monitors, namespaces, events and recovery."""
+"""Pods and containers on this node: lifecycle, state, OCI runtimes, conmon, namespaces, events and recovery."""

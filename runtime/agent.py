@@ -1,4 +1,4 @@
-"""One agent's runtime, composed of its parts: opened, recovered, and closed again while every pod keeps running."""
+"""The runtime of one agent: it puts the parts together, opens and recovers them, and closes them. Pods keep running."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ SCHEMAS = {"runtime": RUNTIME_MIGRATIONS, "network": NETWORK_MIGRATIONS, "images
 
 
 class Agent:
-    """Everything behind the gRPC services, for ``async with``.
+    """All parts behind the gRPC services, for ``async with``.
 
-    ``version`` is reported to plugins of the node, which are served if ``nri`` says so. With ``only_removes`` no
-    runtime handler is tried, which takes most of a start: existing pods can be removed, and none can be made.
+    ``version`` is reported to NRI plugins, which are served if ``nri`` enables them. With ``only_removes`` no runtime
+    handler is probed, which takes most of a start: existing pods can be removed, and none can be created.
 
-    Raises WrongStateError when another agent holds the same folders, the data folder is from a newer version, or the
-    store is lost and ``lost_store`` does not say what to do then.
+    Raises WrongStateError if another agent uses the same folders, if a newer version wrote the data folder, or if the
+    store is lost and ``lost_store`` does not say what to do about it.
     """
 
     options: RuntimeOptions
@@ -176,7 +176,7 @@ class Agent:
         self.state.events.serve()
 
     async def _open_parts(self, store: Store, stack: AsyncExitStack) -> None:
-        """What the verbs of pods and containers work with."""
+        """Open the parts that the verbs of pods and containers use."""
         options, layout = self.options, self.layout
         hierarchies = await in_thread(discover)
         self.cgroups = CgroupTree.of_host(options.cgroup_driver, hierarchies)

@@ -1,7 +1,7 @@
-"""The agent's own id. It is kept in its folders, and is the end of every id that the agent assigns, so that the owner
-of an object is known.
+"""The agent's id. It is kept in the agent's folders. Every id that the agent assigns ends with it.
 
-Several agents may share a cgroup parent, and all of them see each other's slices, links and processes.
+So the owner of an object is known: several agents may share a cgroup parent, and each sees the slices, links and
+processes of all.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _log = logging.getLogger("podkeel.agent")
 
 
 def new_agent_id() -> str:
-    """12 hexadecimal characters."""
+    """A new id: 12 hexadecimal characters."""
     return secrets.token_hex(_BYTES)
 
 
 def agent_id(layout: Layout) -> str:
-    """The id of the agent with these folders, made at its first start.
+    """The id of the agent with these folders. It is made at the agent's first start.
 
-    It is kept in the data folder, and in the run folder in case the data folder is lost while pods run. If neither can
-    be written, it is valid until the agent ends.
+    It is kept in the data folder, and also in the run folder in case the data folder is lost while pods run. If neither
+    can be written, the id is valid until the agent ends.
     """
     known = read_agent_id(layout) or new_agent_id()
     for file in _files(layout):

@@ -1,4 +1,4 @@
-"""Checkpoints for the agent's services. The code that makes them is loaded with the first one."""
+"""Checkpoints for the agent's services. The code for them is loaded with the first checkpoint."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 
 class CheckpointService:
-    """Makes checkpoints of containers; ``support`` says which runtime handlers can.
+    """Makes checkpoints of containers. ``support`` knows which runtime handlers can.
 
-    ``most_bytes`` may be taken from one checkpoint.
+    At most ``most_bytes`` are taken from one checkpoint.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class CheckpointService:
 
     @property
     def restores(self) -> Restores:
-        """What makes containers from checkpoints."""
+        """The object that makes containers from checkpoints."""
         if self._restores is None:
             from runtime.checkpoint.restore.restores import Restores
 
@@ -81,10 +81,10 @@ class CheckpointService:
         return self._restores
 
     async def source(self, name: str, held: AsyncExitStack) -> Source | None:
-        """The checkpoint that a container's image is: an image of one, or a path of an archive; None for other images.
+        """The checkpoint in a container's image: an image of a checkpoint, or a path of an archive. Else None.
 
-        What is opened for it is closed with ``held``. Raises NotFoundError, InvalidArgumentError and LimitError for an
-        archive that no container is restored from, and what a pull of the image of the container raises.
+        Files that it opens are closed with ``held``. Raises NotFoundError, InvalidArgumentError and LimitError for an
+        archive that cannot be restored from, and the errors of pulling the container's image.
         """
         if name.startswith("/"):
             return await self._archive(name, held)
@@ -109,14 +109,14 @@ class CheckpointService:
         return Source(await self.restores.image_of(found.config), descriptor=descriptor, archive=found)
 
     def work_folder(self, kind: str) -> Path:
-        """A new path for files of a restore; the next start removes what is there."""
+        """A new path for files of a restore. The next start removes files that are left there."""
         return self._layout.checkpoints / f"{kind}-{secrets.token_hex(8)}"
 
     async def make_image(self, archive: Path, name: str) -> tuple[Image, ConfigDump]:
-        """Make an image called ``name`` of a checkpoint archive on the node; it, and what was checkpointed.
+        """Make an image called ``name`` from a checkpoint archive on the node. Returns it and the container's data.
 
-        Raises NotFoundError if there is no such file, InvalidArgumentError if it is no checkpoint that could run on
-        this machine, or the name is malformed; LimitError.
+        Raises NotFoundError if there is no such file, InvalidArgumentError if the archive is no checkpoint for this
+        machine or the name is malformed, and LimitError.
         """
         from runtime.checkpoint import image, interrupted
         from runtime.checkpoint.long_work import stoppable

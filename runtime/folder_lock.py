@@ -1,4 +1,4 @@
-"""The locks by which two agents never work in the same folder."""
+"""Locks on folders, so that two agents never use the same folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _log = logging.getLogger("podkeel.agent")
 
 
 def hold_folder(folder: Path) -> int:
-    """Lock ``folder`` for this process and return the descriptor that holds the lock.
+    """Lock ``folder`` for this process and return the descriptor with the lock.
 
-    Raises WrongStateError when another agent holds it. One that was killed but hangs in the kernel is no obstacle.
+    Raises WrongStateError if another agent holds it. An agent that was killed but hangs in the kernel does not count.
     """
     lock = folder / "lock"
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -29,11 +29,11 @@ def hold_folder(folder: Path) -> int:
                     f"folder {folder} is in use by another agent (pid {holder or 'unknown'}): stop it, or use other "
                     "folders"
                 )
-            _log.warning("folder %s: the agent that held it (pid %s) was killed and hangs: taken over", folder, holder)
+            _log.warning("folder %s: its agent (pid %s) was killed and hangs: taken over", folder, holder)
     except BaseException:
         os.close(descriptor)
         raise
-    with contextlib.suppress(OSError):  # the lock holds without it, also on a full disk
+    with contextlib.suppress(OSError):  # the lock is valid without the pid, also on a full disk
         os.pwrite(descriptor, f"{os.getpid():<10}\n".encode(), 0)
     return descriptor
 

@@ -1,4 +1,4 @@
-"""The events of pods and containers for plugins of the node; ``runtime.nri.hooks`` sends them."""
+"""The events of pods and containers for NRI plugins. ``runtime.nri.hooks`` sends them."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ Resources = cri_pb2.LinuxContainerResources
 
 
 class Hooks:
-    """What managers call at each event of a pod or container.
+    """The calls at each event of a pod or container.
 
-    A hook that says so raises PodkeelError if a plugin refuses. Errors of other hooks are logged, as their event has
-    happened or must continue. ``operation`` gets a stage for each plugin.
+    A hook that documents it raises PodkeelError if a plugin refuses. Errors of other hooks are logged, because their
+    event has happened or cannot be prevented. ``operation`` gets a stage for each plugin.
     """
 
     def sync_blocked(self) -> AbstractAsyncContextManager[None]:
-        """Delays the synchronisation of new plugins, for ``async with``: around a hook and its operation.
+        """A context that delays the synchronisation of new plugins, around a hook and its operation.
 
-        It is taken after the locks of sandboxes and containers, and never inside another one. Inside it the agent waits
-        only for calls of plugins, which have a time limit, and for commits.
+        It is entered after the locks of sandboxes and containers are taken, and must not be nested. Inside it the agent
+        waits only for calls of plugins, which have a time limit, and for commits.
         """
         return nullcontext()
 
     async def concurrently(self, work: Awaitable[None], notification: Coroutine[Any, Any, None]) -> None:
-        """Await ``work``, and ``notification``, the call of a hook that raises nothing, while it runs or after it.
+        """Await ``work`` and ``notification``, the call of a hook that raises nothing. They may run concurrently.
 
-        ``notification`` begins once ``work`` waits for something. Raises what ``work`` does; both are over then.
+        ``notification`` begins once ``work`` waits for something. Returns when both have ended. Raises the error of
+        ``work``.
         """
         try:
             await work
@@ -48,43 +49,46 @@ class Hooks:
         return []
 
     def service(self) -> dict[str, object]:
-        """Whether plugins are served, the path of the socket where they connect, and why there is none."""
+        """Whether plugins are served, the path of the socket where they connect, and why there is no socket."""
         return {"enabled": False, "socket": "", "problem": ""}
 
     def report(self) -> list[dict[str, object]]:
-        """The plugins that are connected, by index, and what they were asked; then those that are gone, and why."""
+        """The connected plugins by index, with their calls; then the disconnected ones, with the reason."""
         return []
 
     def calls(self) -> Iterable[tuple[tuple[str, str], int, float, int]]:
-        """Plugin and method, with the number of calls since the agent's start, their seconds, and how many failed."""
+        """For each plugin and method.
+
+        The number of calls since the agent started, their seconds, the number of errors.
+        """
         return ()
 
     async def run_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
-        """A sandbox is whole and will be seen next. Raises PodkeelError when a plugin refuses."""
+        """A sandbox is complete and is about to be listed. Raises PodkeelError when a plugin refuses."""
 
     async def undo_sandbox(self, sandbox: Sandbox) -> None:
-        """It was not completed."""
+        """A sandbox was not completed."""
 
     async def update_sandbox(self, sandbox: Sandbox, overhead: Resources | None, resources: Resources | None) -> None:
         """A pod's resources will change. Raises PodkeelError when a plugin refuses."""
 
     async def updated_sandbox(self, sandbox: Sandbox) -> None:
-        """They did."""
+        """A pod's resources have changed."""
 
     async def stop_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
-        """All containers of a sandbox have ended; its network is removed next. Called once."""
+        """All containers of a sandbox have ended, and its network is removed next. Called once."""
 
     async def remove_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
-        """A sandbox is about to be forgotten. Called once."""
+        """A sandbox is about to be deleted. Called once."""
 
     async def no_plugin_adjusts(self, container: Container) -> bool:
-        """Whether ``create_container`` has nothing to do: no plugin wants to change the container."""
+        """Whether ``create_container`` is not needed, because no plugin wants to adjust the container."""
         return True
 
     def drafted(self, container: Container, draft: Draft) -> bool:
-        """The draft of a container that no plugin adjusts is ready; False if ``create_container`` is needed after all.
+        """The draft of a container that no plugin adjusts is ready. False if ``create_container`` is needed after all.
 
-        This may be called from a thread.
+        A thread may call this.
         """
         return True
 
@@ -92,35 +96,35 @@ class Hooks:
         """Have plugins change the draft of a container's spec. Raises PodkeelError when one refuses."""
 
     async def created_container(self, container: Container, operation: Operation) -> None:
-        """A container is created and will be seen next."""
+        """A container is created and is about to be listed."""
 
     async def undo_container(self, container: Container) -> None:
-        """It was not completed."""
+        """A container was not completed."""
 
     async def start_container(self, container: Container, operation: Operation) -> None:
         """A container will be started. Raises PodkeelError when a plugin refuses."""
 
     async def started_container(self, container: Container, operation: Operation) -> None:
-        """It was started."""
+        """A container was started."""
 
     async def update_container(self, container: Container, given: Resources, operation: Operation) -> LimitChange:
-        """A container's resources will change; returns what plugins make of ``given``.
+        """A container's resources will change. Returns ``given`` with the changes of plugins.
 
         Raises PodkeelError when one refuses.
         """
         return LimitChange(given)
 
     async def updated_container(self, container: Container, operation: Operation) -> None:
-        """They did."""
+        """A container's resources have changed."""
 
     async def stopped_container(self, container: Container) -> None:
         """A container has ended. Called once."""
 
     async def remove_container(self, container: Container, operation: Operation) -> None:
-        """A container is about to be forgotten. Called once."""
+        """A container is about to be deleted. Called once."""
 
     async def carry_out(self, container: Container) -> None:
-        """Change other containers as plugins asked at the last events of this one. Call it without locks."""
+        """Change other containers as plugins asked at the last events of this one. The caller must hold no locks."""
 
     def forget(self, object_id: str) -> None:
-        """A sandbox or container is gone."""
+        """A sandbox or container is deleted."""

@@ -30,7 +30,10 @@ class SandboxFolder:
 
     @property
     def files(self) -> Path:
-        """Where the file system of the three files below is mounted; older versions had them in the folder itself."""
+        """The mount point of the file system with the three files below.
+
+        Older versions had them in the folder itself.
+        """
         return self.path / "files"
 
     @property
@@ -50,7 +53,7 @@ class SandboxFolder:
 
     @property
     def kept_rows(self) -> Path:
-        """The store's rows of the sandbox, as runtime.recovery.kept_rows keeps them."""
+        """The store's rows of the sandbox, written by runtime.recovery.kept_rows."""
         return self.path / "rows"
 
     def _file(self, name: str) -> Path:
@@ -69,11 +72,11 @@ class ContainerFolder:
         return self.path / "rootfs"
 
     def image_volume(self, index: int) -> Path:
-        """Where the image of the mount number ``index`` is mounted."""
+        """The mount point of the image of mount number ``index``."""
         return self.path / "images" / str(index)
 
     def image_volumes_there(self) -> list[Path]:
-        """Where images are, or were, mounted."""
+        """The mount points of images, also of images that are no longer mounted."""
         folder = self.path / "images"
         return sorted(folder.iterdir()) if folder.is_dir() else []
 
@@ -102,17 +105,17 @@ class ContainerFolder:
 
     @property
     def out_of_memory(self) -> Path:
-        """Made by conmon when the kernel killed a process of the container for its memory limit."""
+        """conmon makes this file when the kernel killed a process of the container for its memory limit."""
         return self.path / "oom"
 
     @property
     def kept_rows(self) -> Path:
-        """The store's rows of the container, as runtime.recovery.kept_rows keeps them."""
+        """The store's rows of the container, written by runtime.recovery.kept_rows."""
         return self.path / "rows"
 
     @property
     def survived_kills(self) -> Path:
-        """Which kills for memory the first process has survived, as runtime.containers.endings.kill_watch keeps it."""
+        """The kills for memory that the first process survived, written by runtime.containers.endings.kill_watch."""
         return self.path / "survived-kills"
 
 
@@ -125,7 +128,7 @@ class Layout:
 
     @classmethod
     def of(cls, options: RuntimeOptions) -> Layout:
-        """The folders that ``options`` name, absolute."""
+        """The folders in ``options``, as absolute paths."""
         return cls(Path(options.data_dir).absolute(), Path(options.run_dir).absolute())
 
     @property
@@ -135,12 +138,12 @@ class Layout:
 
     @property
     def database_copy(self) -> Path:
-        """The copy of the store that is kept for the day on which it is lost."""
+        """The copy of the store, for a start if the store is lost."""
         return self.data / "podkeel-copy.db"
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of what is written while a checkpoint is made, one of each container; empty otherwise."""
+        """A folder for each checkpoint that is being made; otherwise empty."""
         return self.data / "checkpoints"
 
     @property
@@ -155,12 +158,12 @@ class Layout:
 
     @property
     def exits(self) -> Path:
-        """Where conmon writes exit codes, a file per container."""
+        """conmon writes exit codes here, a file per container."""
         return self.run / "exits"
 
     @property
     def node_mounts(self) -> Path:
-        """Folder of what containers have mounted on the node, as runtime.containers.bundle.node_mounts keeps it."""
+        """The records of mounts on the node, written by runtime.containers.bundle.node_mounts."""
         return self.run / "node-mounts"
 
     def sandbox(self, sandbox_id: str) -> SandboxFolder:
@@ -176,19 +179,19 @@ class Layout:
         return self.run / "oci" / handler
 
     def runtime_program(self, handler: str) -> Path:
-        """Where the OCI runtime's copy in memory is found."""
+        """The path of the OCI runtime's copy in memory."""
         return self.run / "programs" / handler
 
     @property
     def mask(self) -> Path:
-        """The null device behind which files of containers are hidden."""
+        """The null device that masks files of containers."""
         return self.run / "mask" / "null"
 
     def make(self) -> None:
-        """Make the fixed folders; existing ones are no error."""
+        """Create the fixed folders. Existing ones are no error."""
         self.data.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.run.mkdir(mode=0o711, parents=True, exist_ok=True)
-        for folder in (self.sandboxes, self.containers):  # the roots of user namespaces pass through
+        for folder in (self.sandboxes, self.containers):  # the root of a user namespace must be able to enter them
             folder.mkdir(mode=0o711, exist_ok=True)
         for folder in (self.exits, self.run / "oci"):
             folder.mkdir(mode=0o700, exist_ok=True)

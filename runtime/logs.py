@@ -1,10 +1,10 @@
 """The log of a container: its file in the pod's log folder, and the link by which conmon finds it.
 
-conmon gets a path in the bundle that is safe for every name of a log: a link to a descriptor of the agent, which has
-exactly the checked file open. To reopen its log conmon (2.0 to 2.2) closes the file, opens ``<path>.tmp`` with O_TRUNC,
-without O_APPEND, and renames that to its path; if any of this fails, it ends. So ``<path>.tmp`` is made a link to a
-new, empty file before. This file is bound into the bundle: a stopped conmon may continue after the death of the agent
-that asked it, when that agent's descriptors no longer exist.
+conmon gets a path in the bundle that is safe for every name of a log. It is a link to a descriptor of the agent, which
+has exactly the checked file open. To reopen its log, conmon (2.0 to 2.2) closes the file, opens ``<path>.tmp`` with
+O_TRUNC, without O_APPEND, and renames that to its path. If any of this fails, conmon ends. So the agent first makes
+``<path>.tmp`` a link to a new, empty file. This file is bind mounted into the bundle, because a stopped conmon may
+continue after the agent that asked it has died with its descriptors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from host.files.file_tree import open_below
 from host.processes import ProcessName
 
 _PIDFD_GETFD = 438
-# How much of the end of a log is searched: conmon's records are smaller than 9 KiB.
+# How many bytes at the end of a log are searched: conmon's records are smaller than 9 KiB.
 _TAIL = 256 * 1024
 _BOUND = "log-"
 _OF_THE_PATH = (
@@ -44,24 +44,24 @@ _OF_THE_PATH = (
 
 @dataclass(frozen=True, slots=True)
 class LogFile:
-    """The log at ``path``, which is in the pod's log folder ``folder``."""
+    """The log at ``path`` in the pod's log folder ``folder``."""
 
     folder: Path
     path: Path
 
     def open(self) -> int:
-        """A descriptor of the file, which is made if it is missing, to append to it.
+        """Open the file for appending, and create it if it is missing.
 
         Raises:
-            InvalidArgumentError: the path leads out of the folder, or is taken by something that is no regular file.
+            InvalidArgumentError: the path leads out of the folder, or is not a regular file.
             LimitError: the file system is full.
         """
         return self._open(os.O_WRONLY | os.O_APPEND | os.O_CREAT, make_folders=True)
 
     def end_last_lines(self) -> None:
-        """Have the last line of each stream end in a record ``F``, where its program wrote no newline; OSError.
+        """End the last line of each stream with a record ``F``, if its program wrote no newline. Raises OSError.
 
-        conmon cannot know that it is the last, and leaves a record ``P``: a part of a line that continues.
+        conmon cannot know that the line is the last, and writes a record ``P``: the line continues.
         """
         descriptor = self._open(os.O_RDWR, make_folders=False)
         try:
@@ -82,7 +82,7 @@ class LogFile:
             raise self._told(error) from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise InvalidArgumentError(f"log {self.path} exists and is no regular file: remove it")
+            raise InvalidArgumentError(f"log {self.path} exists and is not a regular file: remove it")
         os.set_blocking(descriptor, True)
         return descriptor
 
@@ -104,7 +104,7 @@ class LogFile:
 
 
 class LogLink:
-    """The path ``log`` in a container's bundle ``folder``, which conmon gets."""
+    """The path ``log`` in a container's bundle ``folder``. conmon gets this path."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "log"
@@ -112,15 +112,18 @@ class LogLink:
 
     @property
     def is_used(self) -> bool:
-        """Whether this container's conmon got it."""
+        """Whether this container's conmon got the path."""
         return self.path.is_symlink()
 
     def lead_to(self, descriptor: int) -> None:
-        """Have conmon open the file of ``descriptor`` at its start; it stays open until conmon has."""
+        """Make conmon open the file of ``descriptor`` at its start. The caller keeps it open until conmon has."""
         _link(self.path, f"/proc/{os.getpid()}/fd/{descriptor}")
 
     def bind_next(self, descriptor: int) -> Path:
-        """Bind the file of ``descriptor`` into the bundle: for ``lead_next_to``, until ``release``. Raises OSError."""
+        """Bind mount the file of ``descriptor`` into the bundle, for ``lead_next_to``. ``release`` unmounts it.
+
+        Raises OSError.
+        """
         bound = self.path.with_name(f"{_BOUND}{secrets.token_hex(8)}")
         bound.touch(mode=0o600, exist_ok=False)
         try:
@@ -131,21 +134,21 @@ class LogLink:
         return bound
 
     def lead_next_to(self, bound: Path) -> None:
-        """Have conmon open the file bound at ``bound`` when it is asked to open its log again."""
+        """Make conmon open the file at ``bound`` when it is asked to reopen its log."""
         _link(self._next, str(bound))
 
     def waiting(self) -> Path | None:
-        """The file that conmon must open next and has not opened yet, also one of an earlier agent; None if there is
+        """The file that conmon must open next and has not opened yet, also for an earlier agent; None if there is
         none."""
         with contextlib.suppress(OSError):
             return self._next.readlink()
         return None
 
     def open_waiting(self) -> int | None:
-        """A descriptor of the file that is bound for conmon to open next, None if there is none."""
+        """Open the file that is bound for conmon to open next; None if there is none."""
         waiting = self.waiting()
         if waiting is None or waiting.parent != self.path.parent or not waiting.name.startswith(_BOUND):
-            return None  # an older version's leads to a descriptor of a former agent
+            return None  # a link of an older version leads to a descriptor of an earlier agent
         with contextlib.suppress(OSError):
             return os.open(waiting, os.O_PATH | os.O_CLOEXEC)
         return None
@@ -157,7 +160,7 @@ class LogLink:
         return False
 
     def release(self, *, but: Path | None = None) -> None:
-        """Unbind what conmon needs no more: all but ``but``. Repeatable; raises OSError."""
+        """Unmount the files that conmon no longer needs: all except ``but``. May be repeated. Raises OSError."""
         for bound in self.path.parent.glob(f"{_BOUND}*"):
             if bound != but:
                 mounts.unmount(bound, lazy=True)
@@ -170,9 +173,7 @@ def has_open(monitor: ProcessName, descriptor: int) -> bool:
 
 
 def append_from_now_on(monitor: ProcessName, descriptor: int) -> None:
-    """Have conmon, which has the file of ``descriptor`` open, append to it, even if others write to it
-    or truncate it.
-    """
+    """Make conmon, which has the file of ``descriptor`` open, append to it, even if others write to or truncate it."""
     number = _number_in(monitor, descriptor)
     pidfd = processes.open_process(monitor.pid, monitor.started)
     if pidfd is None or number is None:
@@ -193,13 +194,13 @@ def _number_in(monitor: ProcessName, descriptor: int) -> int | None:
 
 
 def _inside(folder: int, parts: list[str]) -> int:
-    """The folder ``parts`` below ``folder``; a link may lead to another place below it."""
+    """Open the folder ``parts`` below ``folder``. A link may lead to another place below it."""
     flags = os.O_PATH | os.O_DIRECTORY
     return open_below(folder, "/".join([*parts, "."]), flags, libc.RESOLVE_BENEATH | libc.RESOLVE_NO_MAGICLINKS)
 
 
 def _link(path: Path, target: str) -> None:
-    """Make or replace a link in one step: conmon may open it at any time, and creates a file if there is none."""
+    """Create or replace a link in one step: conmon may open it at any time, and creates a file if it is missing."""
     made = path.with_name(f"{path.name}.new")
     made.unlink(missing_ok=True)
     made.symlink_to(target)
@@ -207,7 +208,7 @@ def _link(path: Path, target: str) -> None:
 
 
 def _unfinished(tail: bytes, *, whole: bool) -> Iterator[int]:
-    """The positions of the tags of the last records of each stream, if they say that the line continues."""
+    """The positions of the tags of each stream's last record, if the tag says that the line continues."""
     streams = {b"stdout", b"stderr"}
     end = len(tail)
     while streams and end > 0:

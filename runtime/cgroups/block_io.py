@@ -1,4 +1,4 @@
-"""Block I/O limits of a cgroup that is there: read, and replaced as a whole."""
+"""Block I/O limits of an existing cgroup: read, and replaced as a whole."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _DEFAULT_WEIGHT = "100"
 
 @dataclass(frozen=True, slots=True)
 class BlockIoSettings:
-    """What the files of a cgroup say: for each file the values by disk (``8:0``), and its weight (empty: no file).
+    """The block I/O settings of a cgroup: for each file the values by disk (``8:0``), and its weight (empty: no file).
 
-    A file's values are those of _V1_FILES, or of _V2_KEYS in the one file of version 2; no limit is left out.
+    The rates are those of _V1_FILES, or with version 2 those of _V2_KEYS in one file. Rates without a limit are left
+    out.
     """
 
     rates: Mapping[str, Mapping[str, str]]
@@ -31,7 +32,7 @@ class BlockIoSettings:
 
 
 def settings_of(limits: BlockIO) -> BlockIoSettings:
-    """The settings that limits of an OCI spec mean."""
+    """The settings for limits of an OCI spec."""
     rates = {
         name: {f"{one.major}:{one.minor}": str(one.rate) for one in getattr(limits, name) if one.rate}
         for name in _RATES
@@ -41,7 +42,7 @@ def settings_of(limits: BlockIO) -> BlockIoSettings:
 
 
 def read_block_io(cgroups: CgroupTree, path: str) -> BlockIoSettings:
-    """The settings of cgroup ``path``. Raises OSError, or UnsupportedError where there is no such controller."""
+    """The settings of cgroup ``path``. Raises OSError, or UnsupportedError if there is no such controller."""
     folder = _folder(cgroups, path)
     if cgroups.version == 1:
         files = zip(_RATES, _V1_FILES, strict=True)
@@ -66,9 +67,9 @@ def read_block_io(cgroups: CgroupTree, path: str) -> BlockIoSettings:
 
 
 def write_block_io(cgroups: CgroupTree, path: str, wanted: BlockIoSettings) -> None:
-    """Replace the settings of cgroup ``path``; what ``wanted`` does not have is lifted.
+    """Replace the settings of cgroup ``path``. Limits that ``wanted`` does not have are removed.
 
-    Raises OSError, or UnsupportedError where the kernel lacks the controller or weights.
+    Raises OSError, or UnsupportedError if the kernel lacks the controller or weights.
     """
     folder, now = _folder(cgroups, path), read_block_io(cgroups, path)
     for number, name in enumerate(_RATES):

@@ -1,4 +1,4 @@
-"""The files of a cgroup behind limits that the CRI has no field for; OCI runtimes pass over some of them."""
+"""The cgroup files of limits for which the CRI has no field. OCI runtimes ignore some of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from runtime.cgroups.tree import CgroupTree
 from runtime.specgen.limits.extra_limits import ExtraLimits
 
-# The controller and the file of each limit, with version 1; the first are set before those that depend on them.
+# With version 1: the controller and the file of each limit. Limits come before those that depend on them.
 _V1 = {
     "realtime_period": ("cpu", "cpu.rt_period_us"),
     "realtime_runtime": ("cpu", "cpu.rt_runtime_us"),
@@ -21,19 +21,19 @@ _V2 = {"reservation": ("unified", "memory.low"), "pids": ("unified", "pids.max")
 
 
 def write_extra_limits(cgroups: CgroupTree, path: str, limits: ExtraLimits) -> None:
-    """Set the limits of cgroup ``path`` that are given. Raises OSError."""
+    """Set the given limits of cgroup ``path``. Raises OSError."""
     for name, file in _files(cgroups, path, limits).items():
         value = getattr(limits, name)
         if name == "pids" or (cgroups.version == 2 and value < 0):
             text = str(value) if value > 0 else "max"
         else:
             text = str(int(value))
-        if file.read_text().partition("\n")[0] != text:  # some cannot be set where groups are below, even to the same
+        if file.read_text().partition("\n")[0] != text:  # a cgroup with children refuses some, even the same value
             file.write_text(text)
 
 
 def read_extra_limits(cgroups: CgroupTree, path: str, wanted: ExtraLimits) -> ExtraLimits:
-    """The limits of cgroup ``path`` as they are, of those that ``wanted`` has. Raises OSError."""
+    """The present limits of cgroup ``path``, only those that ``wanted`` has. Raises OSError."""
     found: dict[str, int | bool] = {}
     for name, file in _files(cgroups, path, wanted).items():
         text = file.read_text().strip()

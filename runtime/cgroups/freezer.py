@@ -1,7 +1,7 @@
-"""Frozen cgroups: their processes do not run until they are thawed, and on cgroup v1 not even a kill ends them before.
+"""Frozen cgroups. Their processes do not run until they are thawed. On cgroup v1 not even a kill ends them before.
 
-A cgroup is frozen by itself or by one above it: freezer.state on version 1, cgroup.freeze on version 2 (the kernel's
-cgroup-v1/freezer-subsystem.rst and cgroup-v2.rst).
+A cgroup is frozen itself, or because an ancestor is. The files are freezer.state on version 1 and cgroup.freeze on
+version 2 (the kernel's cgroup-v1/freezer-subsystem.rst and cgroup-v2.rst).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _THAWS = (("freezer.state", b"THAWED"), ("cgroup.freeze", b"0"))
 
 
 def is_frozen(folder: Path) -> bool:
-    """Whether the cgroup ``folder`` of a hierarchy is frozen or being frozen, by itself or from above."""
+    """Whether the cgroup ``folder`` is frozen or being frozen, itself or by an ancestor."""
     state = _content(folder / "freezer.state")
     if state:
         return state != b"THAWED"
@@ -26,7 +26,7 @@ def is_frozen(folder: Path) -> bool:
 
 
 def frozen_by(folder: Path, root: Path) -> Path | None:
-    """The nearest cgroup from ``folder`` up to ``root`` that is frozen itself; None if there is none."""
+    """The nearest cgroup from ``folder`` up to ``root`` that is itself frozen; None if there is none."""
     for group in (folder, *folder.parents):
         if any(_content(group / name) == b"1" for name in _OWN):
             return group
@@ -36,7 +36,7 @@ def frozen_by(folder: Path, root: Path) -> Path | None:
 
 
 def freeze(folder: Path, seconds: float) -> bool:
-    """Freeze the cgroup ``folder``, and wait until all its processes are frozen; False if that takes too long.
+    """Freeze the cgroup ``folder`` and wait until all its processes are frozen. False if that takes too long.
 
     Blocks.
     """
@@ -49,7 +49,7 @@ def freeze(folder: Path, seconds: float) -> bool:
     while not _stands_still(folder):
         if time.monotonic() > deadline:
             return False
-        time.sleep(pause)  # the kernel reports it on version 2 only
+        time.sleep(pause)  # the kernel has an event for it only with version 2
         pause = min(2 * pause, 0.02)
     return True
 
@@ -60,8 +60,7 @@ def _stands_still(folder: Path) -> bool:
 
 
 def thaw(folder: Path) -> None:
-    """Thaw the cgroup ``folder`` and those below it, which a container may have frozen itself; missing ones are no
-    error."""
+    """Thaw the cgroup ``folder`` and its descendants, which a container may have frozen. A missing one is no error."""
     try:
         root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:

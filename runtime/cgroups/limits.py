@@ -1,4 +1,4 @@
-"""Limits of single cgroups that no OCI runtime sets, and the counters of their memory, in the files of a tree."""
+"""Limits of cgroups that no OCI runtime sets, and the memory counters of cgroups."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from runtime.cgroups import slices
 from runtime.cgroups.tree import CgroupTree
 from runtime.specgen.config import SCOPE_SUBGROUP
 
-# Proportional shares need the scheduler BFQ or, with version 2, the controller's own cost model.
+# Weights of block I/O need the scheduler BFQ or, with version 2, the controller's cost model.
 _IO_WEIGHTS = {1: ("blkio.bfq.weight", "blkio.weight"), 2: ("io.bfq.weight", "io.weight")}
-_NO_LIMIT = 2**63 - 4096  # what version 1 shows, and both versions read as no limit
+_NO_LIMIT = 2**63 - 4096  # version 1 shows this value, and both versions read it as no limit
 
 
 async def set_io_weight(cgroups: CgroupTree, parent: str, weight: int) -> None:
-    """Give a pod's cgroup, which is made if it is missing, its weight among those that share a disk.
+    """Set the weight of a pod's cgroup among the cgroups that use the same disk. The cgroup is created if missing.
 
-    Raises UnsupportedError where the kernel has no weights, CommandError, or OSError.
+    Raises UnsupportedError if the kernel has no weights, CommandError, or OSError.
     """
     if cgroups.driver == "systemd":
         await slices.set_io_weight(slices.slice_name(parent), weight)
@@ -47,7 +47,7 @@ def _write_io_weight(cgroups: CgroupTree, path: str, weight: int) -> None:
 
 
 def lift_cpu_quota(cgroups: CgroupTree, path: str) -> None:
-    """Remove the CPU quota of cgroup ``path``; newer versions of crun set it for the scope above too."""
+    """Remove the CPU quota of cgroup ``path``. Newer versions of crun set it for the scope above the container too."""
     if cgroups.version == 1:
         (cgroups.mounts["cpu"] / path.lstrip("/") / "cpu.cfs_quota_us").write_text("-1")
         return
@@ -57,13 +57,13 @@ def lift_cpu_quota(cgroups: CgroupTree, path: str) -> None:
 
 
 def limit_huge_pages(cgroups: CgroupTree, path: str, limits: Mapping[str, int]) -> None:
-    """Limit the huge pages of cgroup ``path``: bytes by page size such as ``2MB``."""
+    """Limit the huge pages of cgroup ``path``. ``limits`` has bytes by page size such as ``2MB``."""
     for size, limit in limits.items():
         _huge_page_limit(cgroups, path, size).write_text(str(limit))
 
 
 def huge_page_limits(cgroups: CgroupTree, path: str, sizes: Iterable[str]) -> dict[str, int]:
-    """The present limits of ``sizes``, without sizes that cannot be limited here."""
+    """The present limits of ``sizes``. Sizes that cannot be limited here are left out."""
     limits = {}
     for size in sizes:
         with contextlib.suppress(OSError):
@@ -79,8 +79,10 @@ def _huge_page_limit(cgroups: CgroupTree, path: str, size: str) -> Path:
 
 
 def settings(cgroups: CgroupTree, path: str, names: Iterable[str]) -> dict[str, str]:
-    """The content of the files ``names`` of cgroup ``path``, of those that can be read and written again (version
-    2)."""
+    """The content of the files ``names`` of cgroup ``path``. Files that cannot be read and written again are left out.
+
+    Only for version 2.
+    """
     found = {}
     for name in names:
         file = cgroups.mounts["unified"] / path.lstrip("/") / name
@@ -92,7 +94,7 @@ def settings(cgroups: CgroupTree, path: str, names: Iterable[str]) -> dict[str, 
 
 
 def cpuset(cgroups: CgroupTree, path: str) -> tuple[str, str]:
-    """CPUs and memory nodes that cgroup ``path`` may use, as lists such as ``0-3``; empty if unknown."""
+    """The CPUs and memory nodes that cgroup ``path`` may use, as lists such as ``0-3``; empty if unknown."""
     folder = cgroups.mounts.get("unified" if cgroups.version == 2 else "cpuset", Path("/nowhere")) / path.lstrip("/")
     names = ("cpus.effective", "mems.effective") if cgroups.version == 2 else ("cpus", "mems")
     try:
@@ -103,13 +105,13 @@ def cpuset(cgroups: CgroupTree, path: str) -> tuple[str, str]:
 
 
 def set_oom_score_adj(cgroups: CgroupTree, path: str, leader: int, value: int) -> None:
-    """Give process ``leader`` of cgroup ``path`` another oom_score_adj, and those in the cgroup
-    that have the same.
+    """Set oom_score_adj of process ``leader`` of cgroup ``path``, and of the processes in the cgroup that have the
+    same value.
     """
     pids = cgroups.processes(path)
     if leader not in pids:
         return
-    with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # the container ends
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # the container has ended
         old = int(Path(f"/proc/{leader}/oom_score_adj").read_text())
         for pid in (leader, *pids) if old != value else ():
             _change_oom_score_adj(pid, old, value)
@@ -123,7 +125,7 @@ def _change_oom_score_adj(pid: int, old: int, new: int) -> None:
 
 
 def memory_in_use(cgroups: CgroupTree, path: str) -> int:
-    """Bytes of cgroup ``path`` that the kernel cannot reclaim: its use less the page cache."""
+    """Bytes of cgroup ``path`` that the kernel cannot reclaim: the usage without the page cache."""
     root = cgroups.mounts.get("unified") or cgroups.mounts["memory"]
     folder = root / path.lstrip("/")
     try:
@@ -131,19 +133,19 @@ def memory_in_use(cgroups: CgroupTree, path: str) -> int:
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except OSError:
         return 0
-    names = ("active_file", "inactive_file", "slab_reclaimable")  # not "cache", which counts tmpfs in
+    names = ("active_file", "inactive_file", "slab_reclaimable")  # not "cache", which includes tmpfs
     return max(0, use - sum(int(stat.get(name, 0)) for name in names))
 
 
 def memory_events_file(cgroups: CgroupTree, path: str) -> Path:
-    """The file with the count of kills for memory; on version 2 it can be watched with inotify."""
+    """The file that counts kills for lack of memory. On version 2 inotify can watch it."""
     name = "memory.events" if cgroups.version == 2 else "memory.oom_control"
     root = cgroups.mounts.get("unified") or cgroups.mounts["memory"]
     return root / path.lstrip("/") / name
 
 
 def out_of_memory_kills(cgroups: CgroupTree, path: str) -> int:
-    """Processes of cgroup ``path`` that the kernel killed for its memory limit."""
+    """The number of processes of cgroup ``path`` that the kernel killed for its memory limit."""
     try:
         text = memory_events_file(cgroups, path).read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Moving processes between cgroups without the wait that the first move after a quiet time has."""
+"""Avoids the delay that the kernel's first move of a process between cgroups has after a quiet time."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from runtime.cgroups.tree import CgroupTree
 
 
 class CgroupMoves:
-    """Makes the kernel ready for the moves of an OCI runtime, in the background."""
+    """Prepares the kernel in the background for the moves of an OCI runtime."""
 
     def __init__(self, cgroups: CgroupTree) -> None:
         self._cgroups = cgroups
         self._preparing: asyncio.Future[None] | None = None
 
     def expect(self) -> None:
-        """A container is about to be made: prepare the kernel for the move of its process. No caller waits for this."""
+        """Prepare the kernel for the move of the next container's process. The caller does not wait."""
         if self._preparing is None or self._preparing.done():
             self._preparing = asyncio.get_running_loop().run_in_executor(None, self._prepare)
 
     def _prepare(self) -> None:
-        """Make the kernel ready to move processes between cgroups, which takes it 8 to 24 ms after a quiet time.
+        """Make the kernel ready to move processes between cgroups, which takes 8 to 24 ms after a quiet time.
 
-        The first move has to wait for an RCU grace period; those that follow soon do not. Moving ourselves to where we
-        are begins that wait now, so that it is over when an OCI runtime moves its container.
+        The first move waits for an RCU grace period; moves soon after it do not. Moving this process to its own cgroup
+        begins that wait now, so that it is over when an OCI runtime moves its container.
         """
         version_2 = self._cgroups.version == 2
         controller, wanted = ("unified", b"") if version_2 else ("pids", b"pids")

@@ -1,4 +1,4 @@
-"""Slices of systemd (systemd.slice(5)): their names, their paths, and their end."""
+"""Slices of systemd (systemd.slice(5)): their names, their paths, and how they are stopped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _RUNTIME_PROPERTIES = Path("/run/systemd/system.control")
 
 
 def slice_name(parent: str) -> str:
-    """The unit of a cgroup parent, which kubelet gives with the path that leads to it and others by its name."""
+    """The unit name of a cgroup parent. kubelet passes it with its path, other clients pass the name only."""
     return parent.rstrip("/").rpartition("/")[2]
 
 
@@ -22,7 +22,7 @@ def slice_path(name: str) -> str:
 
 
 def with_outer_slices(name: str) -> list[str]:
-    """A slice and its parents, innermost first, without the root slice."""
+    """A slice and its ancestors, innermost first, without the root slice."""
     if name == "-.slice":
         return []
     parts = name.removesuffix(".slice").split("-")
@@ -30,13 +30,16 @@ def with_outer_slices(name: str) -> list[str]:
 
 
 async def stop_slice(name: str) -> None:
-    """Have systemd stop a slice: it keeps every slice that was ever used until then. An unknown one is no error."""
+    """Stop a slice by systemd, which otherwise keeps every slice that was ever used. An unknown slice is no error."""
     await processes.run(["systemctl", "stop", "--", name], timeout=_STOP_SECONDS, check=False)
     if (_RUNTIME_PROPERTIES / f"{name}.d").exists():
         await processes.run(["systemctl", "revert", "--", name], timeout=_PROPERTY_SECONDS, check=False)
 
 
 async def set_io_weight(name: str, weight: int) -> None:
-    """Have systemd give a slice, begun or not, its weight (systemd.resource-control(5)). Raises CommandError."""
+    """Set the weight of a slice by systemd, also if it is not started (systemd.resource-control(5)).
+
+    Raises CommandError.
+    """
     command = ["systemctl", "set-property", "--runtime", "--", name, f"IOWeight={weight}"]
     await processes.run(command, timeout=_PROPERTY_SECONDS)

@@ -1,4 +1,4 @@
-"""The places of containers in the cgroup tree, and operations on a whole cgroup. The OCI runtime sets limits."""
+"""The cgroups of pods and containers, and operations on a whole cgroup. OCI runtimes set the limits."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ class CgroupTree:
             return cls(2, driver, {"unified": Path(unified)})
         legacy = {controller: Path(target) for controller, target in hierarchies.v1.items()}
         if unified is not None:
-            legacy["hybrid"] = Path(unified)  # without controllers, but OCI runtimes make their groups there too
+            legacy["hybrid"] = Path(unified)  # without controllers, but OCI runtimes create cgroups in it too
         return cls(1, driver, legacy)
 
     def missing_controllers(self) -> list[str]:
-        """Controllers that containers need and this host lacks."""
+        """Controllers that containers need and that this host lacks."""
         if self.version == 2:
             have = (self.mounts["unified"] / "cgroup.controllers").read_text().split()
             return [name for name in ("memory", "pids", "cpu") if name not in have]
         return [name for name in _V1_NEEDED if name not in self.mounts]
 
     def validate_parent(self, parent: str) -> None:
-        """Raise InvalidArgumentError unless ``parent`` is of the form the driver takes."""
+        """Raise InvalidArgumentError unless ``parent`` has the form that the cgroup driver needs."""
         if self.driver == "systemd":
             name = slice_name(parent)
             if not name.endswith(".slice") or parent not in (name, slice_path(name)):
@@ -70,13 +70,13 @@ class CgroupTree:
             )
 
     def default_parent(self, base: str, sandbox_id: str) -> str:
-        """The parent of a pod that names none, below the configured ``base``."""
+        """The parent of a pod that names none. It is below the configured ``base``."""
         if self.driver == "systemd":
             return f"{_slice_stem(base)}-{sandbox_id}.slice"
         return f"{base.rstrip('/')}/{sandbox_id}"
 
     def default_parents(self, base: str) -> dict[str, str]:
-        """Those of such parents that exist in any hierarchy, by the id of their sandbox."""
+        """The default parents that exist in any hierarchy, by the id of their sandbox."""
         prefix, suffix = (f"{_slice_stem(base)}-", ".slice") if self.driver == "systemd" else ("", "")
         root = slice_path(f"{_slice_stem(base)}.slice") if self.driver == "systemd" else base
         ids = {
@@ -95,11 +95,11 @@ class CgroupTree:
         return f"{parent.rstrip('/')}/{container_id}"
 
     def path(self, parent: str, container_id: str, *, uses_subgroup: bool) -> str:
-        """The container's cgroup below each hierarchy's mount; ``uses_subgroup`` says that its runtime is crun."""
+        """The container's cgroup below the mount of each hierarchy. ``uses_subgroup``: its OCI runtime is crun."""
         return self.path_of(self.runtime_path(parent, container_id), uses_subgroup=uses_subgroup)
 
     def path_of(self, runtime_path: str, *, uses_subgroup: bool) -> str:
-        """The cgroup that an OCI runtime makes for a ``linux.cgroupsPath``."""
+        """The cgroup that an OCI runtime creates for a ``linux.cgroupsPath``."""
         if self.driver != "systemd":
             return runtime_path
         slice_of, prefix, name = runtime_path.split(":")
@@ -107,16 +107,16 @@ class CgroupTree:
         return f"{scope}/{SCOPE_SUBGROUP}" if uses_subgroup and self.version == 2 else scope
 
     def parent_path(self, parent: str) -> str:
-        """The pod's cgroup below each hierarchy's mount."""
+        """The pod's cgroup below the mount of each hierarchy."""
         return slice_path(slice_name(parent)) if self.driver == "systemd" else parent
 
     async def end_parent(self, parent: str) -> None:
-        """Have systemd end a pod's own slice, in which nothing runs any more, so that ``remove`` may follow."""
+        """Stop a pod's own slice by systemd, so that ``remove`` can follow. No process may run in it."""
         if self.driver == "systemd":
             await stop_slice(slice_name(parent))
 
     async def remove_parent(self, parent: str) -> None:
-        """Remove a pod's own cgroup, in which nothing runs any more; a missing one is no error."""
+        """Remove a pod's own cgroup. No process may run in it. A missing one is no error."""
         await self.end_parent(parent)
         await in_thread(self.remove, self.parent_path(parent))
 
@@ -136,7 +136,7 @@ class CgroupTree:
         return [root / path.lstrip("/") for root in dict.fromkeys(self.mounts.values())]
 
     def processes(self, path: str) -> list[int]:
-        """Pids in cgroup ``path`` and in those that a container made below it."""
+        """The pids in cgroup ``path`` and in its descendants, which a container may have created."""
         root = self.mounts.get("unified") or self.mounts.get("pids") or self.mounts["memory"]
         found: list[int] = []
         for pids in _processes_below(root / path.lstrip("/")):
@@ -144,28 +144,28 @@ class CgroupTree:
         return found
 
     def all_processes(self, path: str) -> set[int]:
-        """The same in any hierarchy."""
+        """The pids as for ``processes``, of all hierarchies."""
         return {pid for folder in self.folders(path) for pids in _processes_below(folder) for pid in pids}
 
     def _freezers(self, path: str) -> list[Path]:
-        """The folders by which cgroup ``path`` may be frozen; the container's own scope is one of them."""
+        """The folders by which cgroup ``path`` may be frozen. One of them is the container's own scope."""
         inner = path.removesuffix(f"/{SCOPE_SUBGROUP}") if self.version == 2 else path
         roots = (self.mounts.get(name) for name in ("unified", "freezer", "hybrid"))
         return [root / inner.lstrip("/") for root in roots if root is not None]
 
     def is_frozen(self, path: str) -> bool:
-        """Whether the processes of cgroup ``path`` are frozen, by it or by one above it."""
+        """Whether the processes of cgroup ``path`` are frozen, by the cgroup or by an ancestor."""
         return any(freezer.is_frozen(folder) for folder in self._freezers(path))
 
     def make(self, path: str) -> list[Path]:
-        """Make cgroup ``path`` in every hierarchy; the files that put a process in it. Blocks. Raises OSError."""
+        """Create cgroup ``path`` in every hierarchy. Returns the files that move a process into it. Raises OSError."""
         for root in dict.fromkeys(self.mounts.values()):
             folder = root
             for name in path.strip("/").split("/"):
                 folder = folder / name
                 folder.mkdir(exist_ok=True)
                 if self.version == 1 and root == self.mounts.get("cpuset"):
-                    for file in ("cpuset.cpus", "cpuset.mems"):  # of a new one they are empty, and nothing may enter it
+                    for file in ("cpuset.cpus", "cpuset.mems"):  # in a new cgroup empty: no process can enter it
                         if not (folder / file).read_text().strip():
                             (folder / file).write_text((folder.parent / file).read_text())
         return [folder / "cgroup.procs" for folder in self.folders(path)]
@@ -176,21 +176,24 @@ class CgroupTree:
         return freezer.freeze(root / path.lstrip("/"), seconds)
 
     def thaw(self, path: str) -> None:
-        """Thaw cgroup ``path`` and those below it."""
+        """Thaw cgroup ``path`` and its descendants."""
         for folder in self._freezers(path):
             freezer.thaw(folder)
 
     def holding_frozen(self, path: str) -> str | None:
-        """The cgroup that keeps killed processes of ``path`` from dying, as a folder; None if none does."""
+        """The folder of the frozen cgroup that keeps killed processes of ``path`` from ending.
+
+        None if there is none.
+        """
         if self.version == 2:
-            return None  # there SIGKILL ends what is frozen
+            return None  # with version 2 SIGKILL also ends frozen processes
         for folder, root in zip(self._freezers(path), self._freezers("/"), strict=True):
             if (folder / "freezer.state").exists() and (holder := freezer.frozen_by(folder, root)) is not None:
                 return str(holder)
         return None
 
     def kill(self, path: str) -> int:
-        """SIGKILL to every process in cgroup ``path``, which is thawed then; returns how many there were."""
+        """Send SIGKILL to every process in cgroup ``path``, and thaw it. Returns the number of processes."""
         if self.version == 2:
             with contextlib.suppress(OSError):
                 (self.mounts["unified"] / path.lstrip("/") / "cgroup.kill").write_text("1")
@@ -202,14 +205,14 @@ class CgroupTree:
         return len(pids)
 
     def remove(self, path: str) -> None:
-        """Remove cgroup ``path`` and the empty ones below it, in every hierarchy; what is busy or gone stays so."""
+        """Remove cgroup ``path`` and its empty descendants in every hierarchy. A busy or missing one is no error."""
         for folder in self.folders(path):
             _remove_below(folder)
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
     def _remove_base(self, path: str) -> None:
-        """Remove cgroup ``path`` and the empty ones below it except for pods' own, which are another agent's."""
+        """Remove cgroup ``path`` and its empty descendants, except cgroups of pods, which belong to another agent."""
         for folder in self.folders(path):
             with contextlib.suppress(OSError):
                 for entry in os.scandir(folder):
@@ -234,7 +237,7 @@ def _open_folder(path: Path) -> int | None:
 
 
 def _processes_below(path: Path) -> Iterator[list[int]]:
-    """The processes of a cgroup and of each one below it. A container may have made these as deep as it liked."""
+    """The processes of a cgroup and of each descendant. A container may have nested cgroups to any depth."""
     root = _open_folder(path)
     if root is None:
         return

@@ -1,1 +1,1 @@
-"""Checkpoints: containers are frozen, written to an archive, and continue; and are restored from one."""
+"""Checkpoints: a container is frozen, written to an archive, and continues. A container is restored from an archive."""

@@ -1,4 +1,4 @@
-"""Making a checkpoint archive from the saved parts of a container; blocking."""
+"""Makes a checkpoint archive from the saved parts of a container. Blocks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from runtime.checkpoint.layer_diff import write_diff
 from runtime.checkpoint.tar_writer import TarWriter
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_LARGEST_LOG = 1 << 30  # of the container's log: a larger one is left out
+_LARGEST_LOG = 1 << 30  # a larger log of the container is left out
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """The files of a container that a checkpoint contains, and their paths.
+    """The paths of a container's files that a checkpoint contains.
 
-    ``volumes`` are the folders of its image's VOLUMEs by the name they get; ``shared_memory`` is the pod's /dev/shm.
+    ``volumes`` are the folders of its image's VOLUMEs, by their names in the archive. ``shared_memory`` is the pod's
+    /dev/shm.
     """
 
     upper: Path
@@ -32,9 +33,9 @@ class Saved:
 
 
 def save_files(saved: Saved, folder: Path, check: Callable[[], None]) -> None:
-    """Write the container's present files to ``folder``: its own changes, its VOLUMEs and shared memory.
+    """Write the container's files to ``folder``: its own changes, its VOLUMEs and shared memory.
 
-    The container is frozen meanwhile. Raises OSError, LimitError and UnsupportedError.
+    The container must be frozen. Raises OSError, LimitError and UnsupportedError.
     """
     with _new_file(folder / documents.DIFF) as target:
         removed = write_diff(saved.upper, saved.lower, target, check)
@@ -50,7 +51,7 @@ def save_files(saved: Saved, folder: Path, check: Callable[[], None]) -> None:
 def write_archive(
     folder: Path, written: dict[str, bytes], log: Path | None, partial: Path, check: Callable[[], None]
 ) -> int:
-    """Put all that is in ``folder``, the documents ``written`` and the container's log into the new file ``partial``.
+    """Write the content of ``folder``, the documents ``written`` and the container's log to the new file ``partial``.
 
     Returns its size in bytes. Raises OSError.
     """
@@ -87,7 +88,10 @@ def _add_images(archive: TarWriter, folder: Path) -> None:
 
 
 def _add_file(archive: TarWriter, name: str, path: Path) -> None:
-    """Only an existing regular file: a user who may write to the log's folder could have replaced it by a link."""
+    """Add the file, if it is a regular file.
+
+    A user with access to the log's folder could have replaced it by a link.
+    """
     try:
         descriptor = os.open(path, _READ)
     except OSError:

@@ -1,4 +1,4 @@
-"""Saving one running container: freezing it, having CRIU write its processes, and finding its files."""
+"""Saves one running container: freezes it, has CRIU write its processes, and finds its files."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from runtime.state.container import Container, ContainerState
 from runtime.state.state import State
 
 FREEZE_SECONDS = 10.0
-_LARGEST_DELETED_FILE = 64 << 20  # bytes of an open file that has no name any more
+_LARGEST_DELETED_FILE = 64 << 20  # bytes of an open file that was deleted
 
 _log = logging.getLogger("podkeel.checkpoint")
 
 
 class Capture:
-    """The steps of a checkpoint that concern one container."""
+    """The steps of a checkpoint for one container."""
 
     def __init__(
         self, options: CheckpointOptions, support: CheckpointSupport, cgroups: CgroupTree, snapshots: SnapshotStore
@@ -43,7 +43,7 @@ class Capture:
         self._snapshots = snapshots
 
     async def refuse_paused(self, container: Container) -> None:
-        """Raise WrongStateError for a container that another program has frozen, since a checkpoint would thaw it.
+        """Raise WrongStateError if another program has frozen the container, because a checkpoint would thaw it.
 
         Call this before ``freeze``.
         """
@@ -51,17 +51,17 @@ class Capture:
             raise WrongStateError(f"{container.title} is paused: resume it first")
 
     async def freeze(self, container: Container) -> None:
-        """Freeze a running container; the caller thaws it, also after an error.
+        """Freeze a running container. The caller must thaw it, also after an error.
 
-        Raises WrongStateError for one that does not run, DeadlineError if it cannot be frozen.
+        Raises WrongStateError if it does not run, DeadlineError if it cannot be frozen.
         """
         require_running(container)
         path = container.record.cgroup
         if not await in_thread(self._cgroups.freeze, path, FREEZE_SECONDS):
-            raise DeadlineError(f"{container.title} cannot be frozen: a process of it waits in the kernel")
+            raise DeadlineError(f"{container.title} cannot be frozen: one of its processes waits in the kernel")
 
     async def dump(self, container: Container, runtime: OciRuntime, images: Path, work: Path) -> None:
-        """Have CRIU write the processes of a frozen container to the new folder ``images``; its log is in ``work``.
+        """Have CRIU write the processes of a frozen container to the new folder ``images``, and its log to ``work``.
 
         Raises WrongStateError with CRIU's reason, NoSpaceError, CommandError.
         """
@@ -123,7 +123,7 @@ class Tools:
 
 
 def require_running(container: Container) -> None:
-    """Raise WrongStateError unless the container runs."""
+    """Raise WrongStateError unless the container is running."""
     if container.record.state is not ContainerState.RUNNING or container.exited.is_set():
         raise WrongStateError(f"{container.title} is {container.record.state}: only a running one can be checkpointed")
 

@@ -1,4 +1,4 @@
-"""Finds in CRIU's log why a checkpoint or restore failed, and says what that means for the container."""
+"""Finds the reason of a failed checkpoint or restore in CRIU's log, and explains it."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _TASK = re.compile(r"^\(\d+\.\d+\) (?:Dumping task|Dumping processes) \(pid: (\d
 _DESCRIPTOR = re.compile(r"^\(\d+\.\d+\) \d+ fdinfo (\d+): ")
 _PATH = re.compile(r"^\(\d+\.\d+\) Dumping path for -?\d+ fd via self \d+ \[(.*)\]$")
 _AFTER_FILES = re.compile(r"^\(\d+\.\d+\) (?:Dumping pages|Dumping core|Dumping opened files)\b")
-# Messages of CRIU without an error, and those that only repeat that it failed.
+# Errors that only repeat that CRIU failed, and messages that are no errors.
 _NO_REASON = re.compile(
     r"rlimit: Can't setup RLIMIT_NOFILE|^exited, status=|^Dumping FAILED|^Restoring FAILED|^Dump .* failed with"
     r"|^Pre-dumping FAILED|cgroupd: recv req error|Unable to (connect to transport|wait for)"
 )
-# Messages of CRIU, and what a person can do about them. The first that matches counts.
+# CRIU's messages, and what a person can do about each. The first match is used.
 _MEANINGS = (
     (
         r"(?:Found|Task|process).*(?:traced|ptrace)|tracer|is already traced",
-        "a process of it is being traced: end the debugger",
+        "one of its processes is being traced: end the debugger",
     ),
     (r"Connected TCP|tcp-established|established TCP", "it has an open TCP connection"),
     (
         r"Can't dump ghost file|ghost file .* (?:too big|limit)|ghost-limit",
-        "a process has a large file open that was deleted",
+        "a process has a large deleted file open",
     ),
     (
         r"sockets: Can't get 1:(?:16|34) opt: Operation not supported",
@@ -41,7 +41,7 @@ _MEANINGS = (
     ),
     (
         r"[Cc]an't get rlimit .*not permitted",
-        "the agent has not CAP_SYS_RESOURCE, which containers of other users than root take",
+        "the agent lacks CAP_SYS_RESOURCE, which it needs for containers with users other than root",
     ),
     (
         r"link-remap|Can't create link remap",
@@ -60,22 +60,23 @@ _MEANINGS = (
         "it has a mount that cannot be saved",
     ),
     (r"No space left on device", "the disk is full: free some space"),
-    (r"File too large", "the checkpoint was given up"),
+    (r"File too large", "the checkpoint was cancelled"),
     (r"AIO|aio", "a process waits for asynchronous input or output"),
     (r"VDSO|vdso|cpu.*(?:feature|capab)|x86_family|FPU", "it was checkpointed on another kind of processor"),
     (
         r"pid \d+ .*(?:exists|busy)|Unable to .*(?:fork|clone).*pid|Can't fork for \d+",
         "a process id that it needs is taken in its PID namespace",
     ),
-    (r"File .* has bad (?:size|mode)|file .* (?:size|mode) mismatch", "a file that it has open is not what it was"),
-    (r"Can't open file .*(?:No such file)?", "a file that it has open is gone"),
+    (r"File .* has bad (?:size|mode)|file .* (?:size|mode) mismatch", "a file that it has open has changed"),
+    (r"Can't open file .*(?:No such file)?", "a file that it has open is missing"),
 )
 
 
 def reason(log: Path) -> str:
-    """Why CRIU failed: the cause, if its log shows it, CRIU's own message, and the process and what it has open.
+    """Why CRIU failed: the cause if its log shows it, CRIU's own message, and the process and the file it was saving.
 
-    Empty if the log has no error. Pids are the node's when a checkpoint failed, and the container's when a restore did.
+    Empty if the log has no error. Pids are the node's after a failed checkpoint, the container's after a failed
+    restore.
     """
     complaints, place = _complaints(log)
     if not complaints:
@@ -87,7 +88,7 @@ def reason(log: Path) -> str:
 
 
 def _complaints(log: Path) -> tuple[list[str], str]:
-    """The first errors of the log that give a reason, as what follows them are their consequences; and where it was."""
+    """The first errors of the log that have a reason, and where CRIU was. Later errors are their consequences."""
     found: list[str] = []
     place, at = "", _Place()
     for line in _lines(log):
@@ -108,7 +109,7 @@ def _complaints(log: Path) -> tuple[list[str], str]:
 
 
 class _Place:
-    """What CRIU was saving when it failed. Its log has a line for each task, each descriptor and its path."""
+    """The object that CRIU was saving when it failed. Its log has lines for each task, descriptor and path."""
 
     def __init__(self) -> None:
         self._task = self._descriptor = self._path = ""
@@ -124,7 +125,7 @@ class _Place:
             self._descriptor = self._path = ""
 
     def told(self, restored: str | None) -> str:
-        """In words; ``restored`` is the pid in the line of a process that was being restored."""
+        """The place as text. ``restored`` is the pid in the line, if a process was being restored."""
         if restored is not None:
             return f"process {restored} of the checkpoint"
         return ", ".join(filter(None, (self._task, self._descriptor, self._path)))
@@ -145,7 +146,7 @@ def _lines(log: Path) -> list[str]:
 
 
 def keep(log: Path, folder: str, name: str) -> str:
-    """Keep a copy of CRIU's log in the configured ``folder``, if there is one; the words about it for the error.
+    """Keep a copy of CRIU's log in the configured ``folder``, if it is set. Returns a text about it for the error.
 
     Blocks.
     """
@@ -158,6 +159,6 @@ def keep(log: Path, folder: str, name: str) -> str:
         with log.open("rb") as source, os.fdopen(descriptor, "wb") as file:
             shutil.copyfileobj(source, file)
     except OSError as error:
-        _log.warning("checkpoint: CRIU's log could not be kept: %s", error)
+        _log.warning("checkpoint: CRIU's log: cannot be kept: %s", error)
         return ""
     return f"; its log is {kept}"

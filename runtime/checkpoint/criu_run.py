@@ -1,7 +1,8 @@
-"""Running an OCI runtime that calls CRIU. If possible, CRIU is never killed during its work.
+"""Runs an OCI runtime that calls CRIU. If possible, CRIU is never killed while it works.
 
-While CRIU saves a process, it has its own code run in it. Killed then, it could leave the process with that code. So a
-cancelled checkpoint is made to fail instead: no file of CRIU may grow any more. CRIU then restores the processes.
+While CRIU saves a process, that process executes code of CRIU. If CRIU were killed then, the process could be left with
+that code. So a cancelled checkpoint is made to fail instead: CRIU's files may not grow any more. Then CRIU restores the
+processes.
 """
 
 from __future__ import annotations
@@ -35,11 +36,10 @@ class Ended:
 
 
 async def run_to_its_end(command: Sequence[str], environment: Mapping[str, str], output: Path) -> Ended:
-    """Run a command that calls CRIU; its output is written to the new file ``output``, as a pipe would end with the
-    agent.
+    """Run a command that calls CRIU. Its output goes to the new file ``output``: a pipe would end with the agent.
 
-    When the caller is cancelled, CRIU is made to fail, and this waits for its end, so that all processes run as before.
-    CRIU is killed only if that takes longer than GIVE_UP_SECONDS.
+    If the caller is cancelled, CRIU is made to fail. This waits for its end, so that all processes run as before. CRIU
+    is killed only if that takes longer than GIVE_UP_SECONDS.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
     descriptor = await acquired(in_thread, lambda: os.open(output, flags, 0o600), os.close)
@@ -78,7 +78,7 @@ def _fail_group(leader: int) -> None:
 
 
 def fail_writes(pids: Iterable[int]) -> None:
-    """Have every further write of these processes to a file fail."""
+    """Make every further write of these processes to a file fail."""
     for pid in pids:
         with contextlib.suppress(OSError, ValueError):
             hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
@@ -86,7 +86,7 @@ def fail_writes(pids: Iterable[int]) -> None:
 
 
 def group_of(leader: int) -> list[int]:
-    """The processes of the group that ``leader`` leads, or led."""
+    """The processes of the group that ``leader`` leads or led."""
     found = []
     for pid in procfs.all_pids():
         with contextlib.suppress(OSError):
@@ -96,9 +96,9 @@ def group_of(leader: int) -> list[int]:
 
 
 def working_in(folder: Path) -> list[int]:
-    """The processes that work in ``folder``: OCI runtimes whose command line names it, and CRIU that they called.
+    """The processes that work in ``folder``: OCI runtimes with the folder in their command line, and their CRIU.
 
-    CRIU is found by its process group, or by its open files if the runtime that called it has ended. Blocks.
+    CRIU is found by its process group, or by its open files if the OCI runtime that called it has ended. Blocks.
     """
     prefix = os.fsencode(folder) + b"/"
     found: set[int] = set()

@@ -23,7 +23,7 @@ NETWORK, BIND_MOUNTS, VOLUMES, SHARED_MEMORY = "network.status", "bind.mounts", 
 
 
 class ConfigDump(msgspec.Struct, rename="camel"):
-    """``config.dump``: which container was checkpointed, of which image, by which OCI runtime; times as in RFC 3339."""
+    """``config.dump``: the checkpointed container, its image, and its OCI runtime. Times have the form of RFC 3339."""
 
     id: str = ""
     name: str = ""
@@ -38,7 +38,7 @@ class ConfigDump(msgspec.Struct, rename="camel"):
 
 
 class BindMount(msgspec.Struct):
-    """An item of ``bind.mounts``: a path of the container that is mounted from elsewhere, and its kind."""
+    """An item of ``bind.mounts``: a path in the container with a bind mount, and its kind."""
 
     source: str
     destination: str
@@ -47,7 +47,7 @@ class BindMount(msgspec.Struct):
 
 
 def config_dump(container: Container) -> bytes:
-    """``config.dump``."""
+    """Make ``config.dump``."""
     record, image = container.record, container.config.image
     return _encoded(
         ConfigDump(
@@ -65,17 +65,17 @@ def config_dump(container: Container) -> bytes:
 
 
 def status_dump(container: Container) -> bytes:
-    """``status.dump``: the CRI's ContainerStatus with its own names, numbers as numbers."""
+    """Make ``status.dump``: the CRI's ContainerStatus with the names of its fields; numbers are numbers."""
     return _encoded(_plain(container_status(container)))
 
 
 def network_status(container: Container) -> bytes:
-    """``network.status``: the addresses of the pod."""
+    """Make ``network.status``: the addresses of the pod."""
     return _encoded({"addresses": list(container.sandbox.record.addresses)})
 
 
 def bind_mounts(mounts: list[config.Mount]) -> bytes:
-    """``bind.mounts``."""
+    """Make ``bind.mounts``."""
     found = []
     for mount in mounts:
         if mount.type != "bind":
@@ -91,19 +91,19 @@ def bind_mounts(mounts: list[config.Mount]) -> bytes:
 
 
 def deleted_files(removed: list[str]) -> bytes:
-    """``deleted.files``. Raises UnsupportedError for a name that JSON cannot hold."""
+    """Make ``deleted.files``. Raises UnsupportedError for a name that JSON cannot represent."""
     for path in removed:
         try:
             path.encode()
         except UnicodeEncodeError as error:
             raise UnsupportedError(
-                f"the container removed {shown(path)} of its image: a checkpoint cannot say so, as that is not UTF-8"
+                f"the container removed {shown(path)} of its image: a checkpoint cannot record names that are not UTF-8"
             ) from error
     return _encoded(removed)
 
 
 def rfc3339(nanoseconds: int) -> str:
-    """A time in nanoseconds since the epoch as RFC 3339 writes it; 0 is the year 1, as Go writes no time."""
+    """A time in nanoseconds since the epoch in the form of RFC 3339. 0 becomes the year 1, as in Go for no time."""
     moment = datetime.fromtimestamp(nanoseconds // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%S")
     return f"{moment}.{nanoseconds % 10**9:09d}Z" if nanoseconds else "0001-01-01T00:00:00Z"
 

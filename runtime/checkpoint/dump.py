@@ -25,22 +25,22 @@ _log = logging.getLogger("podkeel.checkpoint")
 
 
 class Checkpoints:
-    """Makes checkpoints of containers. One container has one checkpoint made at a time."""
+    """Makes checkpoints of containers. A container can have only one checkpoint made at a time."""
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
 
     async def checkpoint(self, container_id: str, location: str, seconds: float = 0) -> int:
-        """Write a running container to the new file ``location``, a tar file of mode 0600; returns its size in bytes.
+        """Write a running container to the new file ``location``, a tar file of mode 0600. Returns its size in bytes.
 
         The container is frozen while it is saved, and then continues. After ``seconds`` (0: no limit) the checkpoint is
         cancelled. After any error no file is left and the container runs.
 
         Raises:
             NotFoundError: there is no such container, or no folder for the file.
-            InvalidArgumentError: ``location`` is no absolute path of a file, or ``seconds`` is negative.
+            InvalidArgumentError: ``location`` is not an absolute path of a file, or ``seconds`` is negative.
             WrongStateError: the container does not run, is paused, or is being checkpointed.
-            UnsupportedError: its handler cannot make checkpoints here, or it has something that cannot be saved.
+            UnsupportedError: its handler cannot make checkpoints here, or a part of it cannot be saved.
             DeadlineError: it took too long.
         """
         container = self._tools.state.get_container(container_id)
@@ -61,8 +61,8 @@ class Checkpoints:
                 return await _sharing(work)
         except TimeoutError as error:
             raise DeadlineError(
-                f"{container.title}: the checkpoint was not complete within {seconds:g} s: the container runs on, "
-                "nothing was written; give more time"
+                f"{container.title}: the checkpoint was not complete within {seconds:g} s: nothing was written and the "
+                "container continues; use a longer timeout"
             ) from error
         finally:
             container.checkpoint = None
@@ -81,7 +81,7 @@ class Checkpoints:
                 size = await self._write(container, folder, partial_file)
             async with operation.stage("commit"):
                 await in_thread(archive.publish, partial_file, target)
-        # The archive is complete: the rest of the work is short.
+        # The archive is complete: the remaining work is short.
         await wait_out(asyncio.ensure_future(in_long_thread(interrupted.remove, folder)))
         extra = of_container(container, operation)
         _log.info("%s: checkpointed: %d bytes, frozen for %.0f ms", container.title, size, frozen * 1e3, extra=extra)
@@ -111,7 +111,7 @@ class Checkpoints:
 
 
 async def _sharing(work: asyncio.Task[int]) -> int:
-    """The result of ``work``, which a stop of the container may cancel too; it ends with its caller."""
+    """The result of ``work``, which a stop of the container may cancel. The work ends with its caller."""
     try:
         await asyncio.wait((work,))
     except asyncio.CancelledError:
@@ -119,27 +119,27 @@ async def _sharing(work: asyncio.Task[int]) -> int:
         await ended(work)
         raise
     if work.cancelled():
-        raise WrongStateError("the container is being stopped: its checkpoint was given up")
+        raise WrongStateError("the container is being stopped: its checkpoint was cancelled")
     return work.result()
 
 
 def _checked(container: Container, location: str, seconds: float) -> Path:
     if seconds < 0:
-        raise InvalidArgumentError(f"checkpoint of {container.title}: the timeout is negative")
+        raise InvalidArgumentError(f"checkpoint of {container.title}: the timeout is negative: use 0 or more seconds")
     path = Path(location)
     if not path.is_absolute() or "\0" in location or location.endswith("/"):
         raise InvalidArgumentError(
-            f"checkpoint of {container.title}: location {location!r} is no absolute path of a file on the node"
+            f"checkpoint of {container.title}: location {location!r} is not an absolute path of a file on the node"
         )
     return path
 
 
 def _check_place(container: Container, target: Path) -> None:
-    """In a separate thread: the folder may be on a file system whose server does not answer."""
+    """Check the folder and the file. Runs in a separate thread: the folder may be on a server that does not answer."""
     if not target.parent.is_dir():
         raise NotFoundError(f"checkpoint of {container.title}: folder {target.parent} does not exist")
     if target.is_symlink() or (target.exists() and not target.is_file()):
-        raise InvalidArgumentError(f"checkpoint of {container.title}: {target} is no file that could be replaced")
+        raise InvalidArgumentError(f"checkpoint of {container.title}: {target} is not a file that can be replaced")
 
 
 def _refuse_unsupported(container: Container) -> None:

@@ -1,7 +1,6 @@
-"""Making an image of a checkpoint archive, which any node can pull and restore a container from.
+"""Makes an image of a checkpoint archive. Any node can pull the image and restore a container from it.
 
-The image has one layer, the archive itself, and annotations that say what was checkpointed, as CRI-O and podman write
-them.
+The image has one layer, the archive itself, and annotations about the checkpoint, in the form of CRI-O and podman.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ _MACHINES = {1: "amd64", 2: "arm", 3: "arm64", 4: "ppc64le", 5: "s390x"}  # CRIU
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """A checkpoint archive that was looked through: what was checkpointed, and where in it its files are.
+    """A checkpoint archive that was checked: the checkpointed container, and the positions of the archive's files.
 
-    ``members`` are its regular files by name: the offset and the length of each.
+    ``members`` are its regular files by name, each with its offset and length.
     """
 
     config: ConfigDump
@@ -56,22 +55,22 @@ class Archive:
 
 
 def open_checkpoint(path: Path) -> int:
-    """A descriptor of the archive. Raises NotFoundError, and InvalidArgumentError if it is no file."""
+    """Open the archive. Raises NotFoundError, and InvalidArgumentError if it is not a file."""
     descriptor = open_archive(path)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_size % tarfile.BLOCKSIZE:
         os.close(descriptor)
         raise InvalidArgumentError(
-            f"checkpoint archive {path} is no plain tar file: decompress it first if it is compressed"
+            f"checkpoint archive {path} is not a plain tar file: decompress it first if it is compressed"
         )
     return descriptor
 
 
 def look_through(descriptor: int, path: Path, check: Callable[[], None]) -> Archive:
-    """Check all members of an archive, of which none is extracted. Blocks.
+    """Check all members of an archive without extracting them. Blocks.
 
-    Raises InvalidArgumentError for one that is broken, holds what no checkpoint has, lacks what all have, or was made
-    on another kind of machine; LimitError for too many members.
+    Raises InvalidArgumentError for a broken archive, one with members that no checkpoint has or without those that all
+    have, or one from another kind of machine. Raises LimitError for too many members.
     """
     subject = f"checkpoint archive {path}"
     found: dict[str, tuple[int, int]] = {}
@@ -89,18 +88,18 @@ def look_through(descriptor: int, path: Path, check: Callable[[], None]) -> Arch
                     raise LimitError(f"{subject} has more than {_MOST_MEMBERS} members")
                 name = _checked(member, subject)
                 if name in found:
-                    raise InvalidArgumentError(f"{subject} holds {name!r} twice")
+                    raise InvalidArgumentError(f"{subject} has the member {name!r} twice")
                 if member.isreg():
                     found[name] = (member.offset_data, member.size)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        raise InvalidArgumentError(f"{subject} is broken or no tar file: {error}") from error
+        raise InvalidArgumentError(f"{subject} is broken or not a tar file: {error}") from error
     size = os.fstat(descriptor).st_size
     for name, (offset, length) in found.items():
         if offset + length > size:
             raise InvalidArgumentError(f"{subject} is broken: {name} is cut off")
     for name in _NEEDED:
         if name not in found:
-            raise InvalidArgumentError(f"{subject} is no checkpoint of a container: it has no {name}")
+            raise InvalidArgumentError(f"{subject} is not a checkpoint of a container: it has no {name}")
     _check_machine(descriptor, found, subject)
     offset, length = found[documents.CONFIG]
     if length > _LARGEST_CONFIG:
@@ -112,31 +111,31 @@ def look_through(descriptor: int, path: Path, check: Callable[[], None]) -> Arch
 
 
 def _checked(member: tarfile.TarInfo, subject: str) -> str:
-    """The name of a member, which is a plain one of a regular file or folder."""
+    """The name of a member. The member must be a regular file or a folder with a plain name."""
     name = member.name.removeprefix("./").rstrip("/") or "."
     parts = name.split("/")
     shown = ascii(name[:_LONGEST_NAME])
     if name.startswith("/") or ".." in parts or "" in parts or any(part.startswith(".wh.") for part in parts):
-        raise InvalidArgumentError(f"{subject} holds {shown}, a name that leads out of it or hides others")
+        raise InvalidArgumentError(f"{subject} has the member {shown}, a name that leaves the archive or hides others")
     if any(len(os.fsencode(part)) > _LONGEST_NAME for part in parts):
-        raise InvalidArgumentError(f"{subject} holds a name of more than {_LONGEST_NAME} bytes: {shown}")
+        raise InvalidArgumentError(f"{subject} has a name of more than {_LONGEST_NAME} bytes: {shown}")
     if not (member.isdir() or (member.isreg() and not member.issparse())):
-        raise InvalidArgumentError(f"{subject} holds {shown}, which is neither a file nor a folder")
+        raise InvalidArgumentError(f"{subject} has the member {shown}, which is neither a file nor a folder")
     return name
 
 
 def _check_machine(descriptor: int, found: dict[str, tuple[int, int]], subject: str) -> None:
-    """Raise InvalidArgumentError if its processes ran on another kind of machine than this."""
+    """Raise InvalidArgumentError if its processes ran on another kind of machine."""
     core = next((place for name, place in sorted(found.items()) if _CORE.fullmatch(name)), None)
     if core is None:
-        raise InvalidArgumentError(f"{subject} is no checkpoint of a container: it has no process")
+        raise InvalidArgumentError(f"{subject} is not a checkpoint of a container: it has no process")
     start = os.pread(descriptor, 14, core[0])  # two magic numbers, a length, and the first member: the machine
     machine = _MACHINES.get(start[13]) if len(start) == 14 and start[12] == 0x08 else None
     own = this_machine().architecture
     if machine is not None and machine != own:
         raise InvalidArgumentError(f"{subject} was made on {machine}: its processes cannot run on {own}")
     if machine is None:
-        raise InvalidArgumentError(f"{subject} is broken: CRIU's images say no machine that is known")
+        raise InvalidArgumentError(f"{subject} is broken: CRIU's images have an unknown machine")
 
 
 def write_layout(archive: Archive, descriptor: int, folder: Path, check: Callable[[], None]) -> None:
@@ -173,7 +172,7 @@ def write_layout(archive: Archive, descriptor: int, folder: Path, check: Callabl
 
 
 def _copy(source: int, blobs: Path, check: Callable[[], None]) -> tuple[str, int]:
-    """Copy the archive to a blob of the layout; its digest and size."""
+    """Copy the archive to a blob of the layout. Returns the blob's digest and size."""
     partial, digest, position = blobs / f"partial-{secrets.token_hex(4)}", hashlib.sha256(), 0
     with partial.open("xb") as target:
         while piece := os.pread(source, _PIECE, position):

@@ -1,6 +1,6 @@
-"""Checkpoints that the end of the agent interrupted: their containers continue, and their files are removed.
+"""Undoes checkpoints that the end of the agent interrupted: containers are thawed, and files are removed.
 
-While a checkpoint is made there is a folder for it. Its file ``archive`` names the file that is written elsewhere.
+Each checkpoint that is being made has a folder. Its file ``archive`` names the file that is written elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _log = logging.getLogger("podkeel.checkpoint")
 
 
 def begin(folder: Path, partial: Path) -> None:
-    """Make the folder of a checkpoint, which writes to ``partial``. Blocks. Raises OSError."""
+    """Create the folder of a checkpoint that writes to ``partial``. Blocks. Raises OSError."""
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(mode=0o700)
     descriptor = os.open(folder / _ARCHIVE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -36,7 +36,7 @@ def begin(folder: Path, partial: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove the rest of a checkpoint, and the file it was writing; missing ones are no error. Blocks."""
+    """Remove the folder of a checkpoint, and the file that it was writing. Missing ones are no error. Blocks."""
     with contextlib.suppress(FileNotFoundError):
         partial = Path(os.fsdecode((folder / _ARCHIVE).read_bytes()))
         if partial.is_absolute() and partial.name.startswith("."):
@@ -47,25 +47,25 @@ def remove(folder: Path) -> None:
 
 
 def settle(folder: Path, thaw: Callable[[str], None]) -> int:
-    """End and undo each checkpoint of which ``folder`` has one; returns how many there were. Blocks for seconds.
+    """End and undo each checkpoint that has a folder in ``folder``. Returns their number. Blocks for seconds.
 
     ``thaw`` is called with the id of the container of each.
     """
     count = 0
     for entry in sorted(folder.iterdir()):
         count += 1
-        _log.warning("checkpoint of container %s: was interrupted: undoing it", entry.name)
+        _log.warning("checkpoint of container %s: interrupted: undoing it", entry.name)
         end_work(entry)
         thaw(entry.name)
         try:
             remove(entry)
         except (PodkeelError, OSError) as error:
-            _log.error("checkpoint of container %s: could not be removed: %s", entry.name, error)
+            _log.error("checkpoint of container %s: cannot be removed: %s", entry.name, error)
     return count
 
 
 def end_work(folder: Path) -> None:
-    """End the processes that work in ``folder``: first by making them fail, then by SIGKILL. Blocks."""
+    """End the processes that work in ``folder``: make them fail, and kill those that remain. Blocks."""
     deadline = time.monotonic() + GIVE_UP_SECONDS
     while pids := working_in(folder):
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""The changes of a container to its image: the content of its writable layer, and the removed names; blocking."""
+"""The changes of a container to its image: the content of its writable layer, and the removed names. Blocks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MOST_REMOVED = 1_000_000
 
 
 def write_diff(upper: Path, lower: Sequence[Path], target: int, check: Callable[[], None]) -> list[str]:
-    """Write the writable layer ``upper`` to the open file ``target`` as a tar file; returns the removed paths.
+    """Write the writable layer ``upper`` to the open file ``target`` as a tar file. Returns the removed paths.
 
-    The tar file has what was added or changed, without whiteouts. ``lower`` are the image's layers, the topmost first.
-    ``check`` is called regularly and may raise. Raises OSError, and LimitError for more removed names than a million.
+    The tar file has added and changed files, without whiteouts. ``lower`` are the image's layers, the topmost first.
+    ``check`` is called regularly and may raise. Raises OSError, and LimitError for more than a million removed names.
     """
     removed: list[str] = []
 
@@ -72,7 +72,7 @@ def _names(folder: int, name: str) -> Iterator[str]:
 
 
 def _visible_names(lower: Sequence[Path], place: str) -> set[str]:
-    """The image's content of the folder ``place``, of all its layers."""
+    """The names that all layers of the image have in the folder ``place``."""
     seen: set[str] = set()
     hidden: set[str] = set()
     for layer in lower:
@@ -98,7 +98,7 @@ def _visible_names(lower: Sequence[Path], place: str) -> set[str]:
 
 
 def _enter(root: int, place: str) -> tuple[int | None, bool]:
-    """The folder ``place`` of a layer (None if it has none), and whether it hides those of the layers below."""
+    """The folder ``place`` of a layer (None if it has none), and whether it hides the folders of lower layers."""
     current, covers = os.dup(root), False
     for name in place.split("/"):
         try:
@@ -106,7 +106,7 @@ def _enter(root: int, place: str) -> tuple[int | None, bool]:
         except FileNotFoundError:
             os.close(current)
             return None, covers
-        except OSError:  # a file, a link or a whiteout is there
+        except OSError:  # a file, a link or a whiteout
             os.close(current)
             return None, True
         os.close(current)

@@ -1,4 +1,4 @@
-"""Long work in a thread that ends soon when its caller is cancelled."""
+"""Long work in a thread that ends soon after its caller is cancelled."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ T = TypeVar("T")
 async def stoppable(work: Callable[[Callable[[], None]], T]) -> T:
     """Run blocking ``work`` in a thread.
 
-    It gets a function to call from time to time, which raises if the caller left.
+    It gets a function that it must call regularly. The function raises if the caller was cancelled.
     """
     given_up = threading.Event()
 
     def check() -> None:
         if given_up.is_set():
-            raise PodkeelError("it was given up")
+            raise PodkeelError("it was cancelled")
 
     running = asyncio.create_task(in_long_thread(work, check))
     try:

@@ -8,10 +8,10 @@ import msgspec
 class CheckpointOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Checkpoints of containers, which CRIU makes.
 
-    With ``enabled = false`` every checkpoint is refused. ``criu_path`` is CRIU's program (looked up on the PATH if it
-    has no slash); the agent works without it. ``failure_log_dir`` is a folder in which CRIU's log of a checkpoint or
-    restore that failed is kept; an empty one keeps none. A container may be restored from an archive by its path if
-    that is in one of ``archive_dirs``; an empty list allows no path.
+    With ``enabled = false`` every checkpoint is refused. ``criu_path`` is the program CRIU, found on the PATH if it has
+    no slash. The agent also works without it. CRIU's log of a failed checkpoint or restore is kept in the folder
+    ``failure_log_dir``; if it is empty, no log is kept. A container can be restored from an archive by its path if the
+    archive is in one of ``archive_dirs``; if that is empty, no path is allowed.
     """
 
     enabled: bool = True

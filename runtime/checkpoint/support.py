@@ -1,4 +1,4 @@
-"""Whether this node can make checkpoints: CRIU, and which OCI runtimes work with it. Tried once, at the start."""
+"""Whether this node can make checkpoints: CRIU, and the OCI runtimes that work with it. Tested once, at the start."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _log = logging.getLogger("podkeel.checkpoint")
 
 
 class CheckpointSupport:
-    """Which runtime handlers can make checkpoints, and why the others cannot.
+    """The runtime handlers that can make checkpoints, and why the others cannot.
 
-    ``version`` is that of CRIU, empty where it is not installed. ``problem`` says why no handler can; empty if one may.
+    ``version`` is the version of CRIU, empty if it is not installed. ``problem`` is the reason why no handler can make
+    checkpoints; empty if a handler may be able to.
     """
 
     def __init__(self, options: CheckpointOptions, handlers: Handlers) -> None:
@@ -54,18 +55,18 @@ class CheckpointSupport:
             await asyncio.wait((self._probing,))
 
     async def require(self, runtime: OciRuntime | None, handler: str) -> None:
-        """Raise UnsupportedError unless the handler can make checkpoints here, saying why it cannot."""
+        """Raise UnsupportedError, with the reason, if the handler cannot make checkpoints here."""
         await self.known()
-        why = self.refusal(handler) if runtime is not None else "the handler does not work on this node any more"
+        why = self.refusal(handler) if runtime is not None else "the handler no longer works on this node"
         if why:
             raise UnsupportedError(f"runtime handler {handler!r} cannot make checkpoints on this node: {why}")
 
     def refusal(self, handler: str) -> str:
-        """Why a handler cannot; empty if it can."""
+        """Why a handler cannot make checkpoints; empty if it can."""
         return self.problem or self._refusals.get(handler, "")
 
     def environment(self, configuration: Path) -> dict[str, str]:
-        """The environment for an OCI runtime that calls CRIU: CRIU is found with it, and reads only
+        """The environment for an OCI runtime that calls CRIU, so that it finds CRIU, and CRIU reads only
         ``configuration``.
         """
         program = shutil.which(self._options.criu_path)
@@ -75,7 +76,7 @@ class CheckpointSupport:
 
     @property
     def failure_log_dir(self) -> str:
-        """The folder in which CRIU's log of a failure is kept; empty: none is."""
+        """The folder in which CRIU's log of a failure is kept; empty if none is kept."""
         return self._options.failure_log_dir
 
     @property
@@ -85,7 +86,7 @@ class CheckpointSupport:
         return match is not None and int(match[1]) >= 4
 
     def report(self) -> dict[str, Any]:
-        """For the verbose status."""
+        """The result for the verbose status."""
         handlers = {runtime.name: self.refusal(runtime.name) or "able" for runtime in self._handlers.working()}
         others = [runtime.name for runtime in self._handlers.working() if not runtime.features.is_crun]
         only = {name: "it saves containers and restores none: use crun" for name in others if handlers[name] == "able"}

@@ -1,4 +1,4 @@
-"""Writing the tar files of a checkpoint, with any names, owners and extended attributes; blocking."""
+"""Writes the tar files of a checkpoint, with any names, owners and extended attributes. Blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from host.files.file_tree import Walk, open_below, shown
 _PIECE = 8 << 20
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _XATTRS = "SCHILY.xattr."
-_OWN_XATTRS = ("trusted.overlay.", "user.overlay.")  # overlayfs's own notes
+_OWN_XATTRS = ("trusted.overlay.", "user.overlay.")  # written by overlayfs for itself
 
 
 class TarWriter:
@@ -29,27 +29,27 @@ class TarWriter:
         self._linked: dict[tuple[int, int], str] = {}
 
     def folder(self, name: str, mode: int = 0o700) -> None:
-        """A folder of root's."""
+        """Write a folder that root owns."""
         member = tarfile.TarInfo(name)
         member.type, member.mode = tarfile.DIRTYPE, mode
         self._header(member)
 
     def content(self, name: str, content: bytes) -> None:
-        """A file of root's that holds ``content``."""
+        """Write a file with ``content`` that root owns."""
         member = tarfile.TarInfo(name)
         member.size, member.mode = len(content), 0o600
         self._header(member)
         self._write(content + _padding(len(content)))
 
     def file(self, name: str, source: int) -> None:
-        """A file of root's with the present content of the open file ``source``."""
+        """Write a file that root owns, with the present content of the open file ``source``."""
         member = tarfile.TarInfo(name)
         member.size, member.mode = os.fstat(source).st_size, 0o600
         self._header(member)
         self._copy(source, member.size, name)
 
     def tree(self, root: int, leave_out: Callable[[int, str, str, os.stat_result], bool] | None = None) -> None:
-        """Everything below the open folder ``root``, and the folder itself, with owners and attributes.
+        """Write the open folder ``root`` and everything below it, with owners and attributes.
 
         ``leave_out`` is called for each file with its folder, its name, its path and its status. Sockets are left out.
         """
@@ -64,10 +64,10 @@ class TarWriter:
                 continue
             self._entry(step.folder, step.name, place, status)
         if walk.left_out:
-            raise PodkeelError("it has more folders than can be walked")
+            raise PodkeelError("it has more folders than the agent can walk")
 
     def end(self) -> None:
-        """The end of the archive."""
+        """Write the end of the archive."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
 
     def _entry(self, folder: int, name: str, place: str, status: os.stat_result) -> None:

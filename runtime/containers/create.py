@@ -1,4 +1,4 @@
-"""Making containers."""
+"""Creates containers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _log = logging.getLogger("podkeel.containers")
 
 
 class ContainerCreate:
-    """Makes containers."""
+    """Creates containers."""
 
     def __init__(
         self,
@@ -86,19 +86,19 @@ class ContainerCreate:
         self._checkpoints = checkpoints
 
     def adopt(self, container: Container) -> None:
-        """Take over a container found in the store."""
+        """Take over a container from the store."""
         self._names.adopt(container)
 
     async def create(self, sandbox_id: str, config: cri_pb2.ContainerConfig, source: Source | None = None) -> Container:
-        """Make a container in a ready sandbox and return it created; joins or returns an identical one.
+        """Create a container in a ready sandbox. An identical call joins the running one or gets its container.
 
-        With ``source`` it is restored from that.
+        With ``source`` the container is restored from it.
 
         Raises:
             NotFoundError: the sandbox or the image is missing.
             WrongStateError: the sandbox is not ready.
-            InvalidArgumentError: the configuration is wrong.
-            AlreadyExistsError: name and attempt are taken by another configuration.
+            InvalidArgumentError: the configuration is invalid.
+            AlreadyExistsError: a container with another configuration has this name and attempt.
         """
         sandbox = self._state.get_sandbox(sandbox_id)
         validate_container(config)
@@ -119,7 +119,7 @@ class ContainerCreate:
         source: Source | None,
         held: AsyncExitStack,
     ) -> Container:
-        """Make a container from its image, or from the checkpoint ``source``; ``held`` closes what that opens."""
+        """Create a container from its image, or from the checkpoint ``source``. ``held`` closes opened files."""
         image = source.image if source is not None else self._image(config)
         runtime = self._handlers.get(sandbox.record.handler)
         container = self._new_container(sandbox, config, image, runtime, log_path)
@@ -135,7 +135,7 @@ class ContainerCreate:
             monitor = self._monitors.prepare(monitor_request(container, runtime))
             undo.push("its monitor", monitor.abandon)
             if source is None and len(self._names) <= self._handlers.parallelism:
-                monitor.begin()  # with more under way it would wait for a processor, and others behind it
+                monitor.begin()  # not if more are running: it would wait for a processor, and delay others
             async with operation.stage("reserve"):
                 await self._state.add(container)
             async with operation.stage("snapshot"):
@@ -152,7 +152,7 @@ class ContainerCreate:
             request = self._requests.make(container, image, runtime, image_volumes, target_pids=target)
             spec = await self._bundles.make_spec(container, request, operation)
             container.record.mounts = self._rootfs.status_mounts(list(spec.mounts))
-            async with container.lock:  # if it ends now, that is handled after the commit
+            async with container.lock:  # if it ends now, the end is handled after the commit
                 async with operation.stage("runtime"), self._handlers.slots:
                     if checkpoint is not None:
                         await self._checkpoints.restores.check(container, checkpoint, spec.spec)
@@ -216,7 +216,7 @@ class ContainerCreate:
                 raise InvalidArgumentError(f"{runtime.options.path} refuses the container: {error.message}") from error
             if not unrunnable:
                 raise
-            # Clients expect a program that cannot be run to fail the start, not the making.
+            # Clients expect that a program that cannot be executed fails StartContainer, not CreateContainer.
             record.start_error = naming(program, error.message)
             await monitor.abandon()
             await runtime.delete(container.id)
@@ -228,34 +228,34 @@ class ContainerCreate:
         await set_what_is_left(container, runtime, spec.spec.process, self._cgroups)
 
     async def abort_making(self, sandbox: Sandbox) -> None:
-        """Cancel and undo the containers being made in a sandbox."""
+        """Cancel and undo the containers that are being created in a sandbox."""
         await self._names.cancel(lambda identity: identity[0] == sandbox.id)
 
     async def close(self) -> None:
-        """Undo what is in the making; for the agent's end."""
+        """Undo the containers that are being created, when the agent stops."""
         await self._names.drain()
 
 
 def validate_container(config: cri_pb2.ContainerConfig) -> None:
-    """Raise InvalidArgumentError for a configuration that can never work on any node."""
+    """Raise InvalidArgumentError for a configuration that cannot work on any node."""
     name = config.metadata.name
     if not name:
-        raise InvalidArgumentError("the container configuration has no metadata with a name: give metadata.name")
+        raise InvalidArgumentError("the container configuration has no metadata with a name: set metadata.name")
     if len(name) > NAME_LIMIT or "/" in name or "\0" in name:
         raise InvalidArgumentError(
-            f"container {name[:80]!r}: metadata.name is over {NAME_LIMIT} characters or holds a slash or NUL"
+            f"container {name[:80]!r}: metadata.name has over {NAME_LIMIT} characters, a slash or a NUL byte"
         )
     if not config.image.image:
-        raise InvalidArgumentError(f"container {name!r}: no image is named: give image.image")
+        raise InvalidArgumentError(f"container {name!r}: no image is named: set image.image")
 
 
 def _require_ready(sandbox: Sandbox) -> None:
     if sandbox.record.state is not SandboxState.READY or sandbox.closing:
-        raise WrongStateError(f"{sandbox.title} is not ready: make a new sandbox for the container")
+        raise WrongStateError(f"{sandbox.title} is not ready: create a new sandbox for the container")
 
 
 def _named(changed_by: Mapping[str, str]) -> str:
-    """Plugins and what each changed, as the OCI runtime does not say what of it it refuses."""
+    """The plugins and what each changed, because the OCI runtime does not say which change it refuses."""
     plugins = dict.fromkeys(changed_by.values())
     parts = (f"{plugin}: {', '.join(what for what, by in changed_by.items() if by == plugin)}" for plugin in plugins)
     return "; ".join(parts)[:1024]

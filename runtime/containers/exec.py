@@ -1,4 +1,4 @@
-"""Running commands inside containers."""
+"""Runs commands in containers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from runtime.specgen.process import refuse_nul
 from runtime.state.container import Container
 from runtime.state.state import State
 
-_MOST_HANGING = 64  # threads that wait for working directories on volumes, of commands that were given up
+_MOST_HANGING = 64  # threads that wait for working directories on volumes, of commands that were cancelled
 
 
 class _SpecProcess(msgspec.Struct):
@@ -51,7 +51,7 @@ class ContainerExec:
         self._threads = AbandonableThreads(_MOST_HANGING)
 
     async def exec_sync(self, container_id: str, command: Sequence[str], timeout: float) -> processes.Completed:
-        """Run a command to its end and return its output, cut at 16 MiB a stream; ``timeout`` 0 means none.
+        """Run a command to its end and return its output, cut at 16 MiB for each stream. ``timeout`` 0 is no limit.
 
         Raises:
             NotFoundError, WrongStateError: there is no such container, or it does not run.
@@ -62,7 +62,7 @@ class ContainerExec:
         if not command:
             raise InvalidArgumentError(f"{container.title}: no command to execute was given")
         if timeout < 0:
-            raise InvalidArgumentError(f"{container.title}: the timeout {timeout:g} s is negative: use 0 for none")
+            raise InvalidArgumentError(f"{container.title}: the timeout {timeout:g} s is negative: use 0 for no limit")
         with self.call(container, command) as call:
             return await _run_to_end(call, command[0], timeout)
 
@@ -74,7 +74,7 @@ class ContainerExec:
         terminal: bool = False,
         size: config.ConsoleSize | None = None,
     ) -> ExecCall:
-        """The OCI runtime's exec of ``command`` in a container that runs, on a terminal of that size if wanted.
+        """The OCI runtime's exec of ``command`` in a running container, with a terminal of that size if requested.
 
         Raises WrongStateError for a frozen container, in which the OCI runtime would be frozen too.
         """
@@ -104,13 +104,13 @@ class ContainerExec:
         )
 
     def _decided_score(self, container: Container) -> int:
-        """The oom_score_adj of what runs in a container, as it was last configured."""
+        """The last configured oom_score_adj of a container's processes."""
         limits = cri_pb2.LinuxContainerResources.FromString(container.record.resources)
         return oom_score_adj(limits, self._facts)
 
     def _process(self, container: Container, command: Sequence[str]) -> config.Process:
-        """The OCI ``process`` object of a further command in a container: like its first one, except
-        for the arguments.
+        """The OCI ``process`` object of a command in a container: the same as for its first process, except for the
+        arguments.
         """
         process = _decode_spec(container.folder.spec.read_bytes()).process
         for word in command:
@@ -121,7 +121,7 @@ class ContainerExec:
     def _checked_directory(
         self, container: Container, runtime: OciRuntime, process: config.Process
     ) -> WorkingDirectory | None:
-        """The working directory that the agent must open, as the OCI runtime does not check where it leads.
+        """The working directory that the agent must open, because the OCI runtime does not check where it leads.
 
         Raises PermissionDeniedError for a container that sees processes of others, if the OCI runtime accepts no
         descriptor: a link through such a process leads out of the container.
@@ -150,13 +150,13 @@ class ContainerExec:
 
 
 def _found_from(directory: str, program: str) -> str:
-    """``program`` as it is found from ``directory``; a script's interpreter opens it by this path later."""
+    """The path of ``program`` from ``directory``. A script's interpreter opens the script by this path later."""
     relative = program.startswith(".") or ("/" in program and not program.startswith("/"))
     return f"{directory}/{program}" if relative else program
 
 
 async def _run_to_end(call: ExecCall, program: str, timeout: float) -> processes.Completed:
-    """Run ``call`` and gather its output; cancelled or past ``timeout`` (0: none), all that it started is ended."""
+    """Run ``call`` and collect its output. If cancelled or after ``timeout`` (0: none), kill all that it started."""
     with processes.Collector() as stdout, processes.Collector() as stderr:
         await call.launch({1: stdout.write_end, 2: stderr.write_end})
         stdout.close_write_end()

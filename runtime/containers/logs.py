@@ -1,4 +1,4 @@
-"""Having the logs of containers written to new files, after the old ones were renamed."""
+"""Makes conmon write the logs of containers to new files, after the old files were renamed."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from runtime.state.container import Container
 from runtime.state.state import State
 
 REOPEN_SECONDS = 5.0
-# How long conmon takes at most, while it runs, from reading that it is to open its log to opening it.
+# The longest time that a running conmon takes from reading a request to opening its log.
 _TAKING_SECONDS = 0.5
 
 
 class ContainerLogs:
-    """Reopens the logs of containers that run."""
+    """Reopens the logs of running containers."""
 
     def __init__(self, state: State, monitors: Monitors) -> None:
         self._state = state
         self._monitors = monitors
 
     async def reopen(self, container_id: str) -> None:
-        """Have the log written to a new file after the old one was renamed; nothing if it was not.
+        """Write the log to a new file, if the old one was renamed.
 
-        After any failure the old log is still used.
+        After any failure the old file is still used.
 
         Raises:
-            WrongStateError: the container does not run, has no log, or another file with content took the log's place.
-            InvalidArgumentError: the log's place is taken, or a link leads from it out of the pod's log folder.
+            WrongStateError: the container does not run, has no log, or its log path is another file with content.
+            InvalidArgumentError: its log path is not a file, or a link leads from it out of the pod's log folder.
             LimitError: the file system is full.
         """
         container = self._state.running_container(container_id)
@@ -52,7 +52,7 @@ class ContainerLogs:
         monitor, log = container.record.monitor, container.log
         assert log is not None
         if monitor is None:
-            raise WrongStateError(f"{container.title}: its conmon was killed: nothing writes its log any more")
+            raise WrongStateError(f"{container.title}: its conmon was killed, so its log is no longer written")
         if await in_fresh_thread(has_open, monitor, descriptor):
             await in_fresh_thread(append_from_now_on, monitor, descriptor)
             return
@@ -68,10 +68,10 @@ class ContainerLogs:
             raise PodkeelError(f"{container.title}: its conmon did not open {log.path} within {REOPEN_SECONDS:g} s")
 
     async def _open_next(self, container: Container, monitor: ProcessName, log: LogFile, descriptor: int) -> bool:
-        """Have conmon open the new, empty file of ``descriptor``; whether it does so in time."""
+        """Make conmon open the new, empty file of ``descriptor``. Return whether it does so in time."""
         reopen = self._monitors.reopen_log
         link = LogLink(container.folder.path)
-        if not link.is_used:  # its conmon was started by an older version: it knows the path itself
+        if not link.is_used:  # an older version started its conmon, which knows the path itself
             next_log = LogFile(log.folder, Path(f"{log.path}.tmp"))
             descriptor = await acquired(in_fresh_thread, next_log.open, os.close)
             try:
@@ -82,38 +82,42 @@ class ContainerLogs:
                 os.close(descriptor)
             return opened
         monitors, folder = self._monitors, link.path.parent
-        told = link.waiting() is not None and monitors.has_unread(container.id)
-        if link.waiting() is not None and not told:  # it is about to open it, or the agent that would ask it died
+        requested = link.waiting() is not None and monitors.has_unread(container.id)
+        if link.waiting() is not None and not requested:  # it is opening the file, or the agent died before asking it
             await wait_for_entries(folder, lambda: link.waiting() is None, _TAKING_SECONDS)
             if await in_fresh_thread(has_open, monitor, descriptor):
                 await in_fresh_thread(append_from_now_on, monitor, descriptor)
                 return True
-        bound = await in_fresh_thread(_lead_next_to, link, monitor, descriptor, partial(reopen, container.id), told)
+        bound = await in_fresh_thread(
+            _lead_next_to, link, monitor, descriptor, partial(reopen, container.id), requested
+        )
         opened = await wait_for_entries(folder, lambda: link.leads_to(bound), REOPEN_SECONDS)
         if opened:
             await in_fresh_thread(append_from_now_on, monitor, descriptor)
             await in_fresh_thread(link.release)
-        return opened  # if not, it may still do so: then the file must exist, else it ends
+        return opened  # if not, it may still open the file: then the file must exist, else conmon ends
 
 
-def _lead_next_to(link: LogLink, monitor: ProcessName, descriptor: int, tell: Callable[[], None], told: bool) -> Path:
-    """Have conmon open the new, empty file of ``descriptor``; returns where that is bound.
+def _lead_next_to(
+    link: LogLink, monitor: ProcessName, descriptor: int, reopen_log: Callable[[], None], requested: bool
+) -> Path:
+    """Make conmon open the new, empty file of ``descriptor``. Returns the path where that is bound.
 
-    conmon must be asked only once, and ``told`` says that a request waits: at a second one it would find nothing to
-    open.
+    conmon must be asked only once, because for a second request it would find no file to open. ``requested``: a request
+    is already waiting.
     """
-    late = link.open_waiting() if told else None
+    late = link.open_waiting() if requested else None
     try:
         waiting = link.waiting()
         if late is not None and waiting is not None and os.path.sameopenfile(late, descriptor):
             return waiting
         bound = link.bind_next(descriptor)
         link.lead_next_to(bound)
-        came = late is not None and has_open(monitor, late)  # just before, and it may have renamed the new link
+        came = late is not None and has_open(monitor, late)  # just before; it may have renamed the new link
         if came:
             link.lead_next_to(bound)
-        if came or not told:
-            tell()
+        if came or not requested:
+            reopen_log()
         link.release(but=bound)
         return bound
     finally:

@@ -1,4 +1,4 @@
-"""Removing containers, and undoing those that were not completed."""
+"""Removes containers, and undoes those that were not completed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = logging.getLogger("podkeel.containers")
 
 
 class ContainerRemove:
-    """Removes containers and all that was made for them."""
+    """Removes containers and everything that was made for them."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class ContainerRemove:
         self._stops = stops
 
     async def remove(self, container_id: str) -> None:
-        """Kill a container if it runs, and remove it. Unknown ids are no error."""
+        """Kill a container if it runs, and remove it. An unknown id is no error."""
         container = self._state.containers.find(container_id) if container_id else None
         if container is None or container.record.state is ContainerState.MAKING:
             return
@@ -59,14 +59,14 @@ class ContainerRemove:
             await self._stops.kill(container)
         async with container.lock:
             if container.id not in self._state.containers:
-                return  # another call was faster
-            # Once it is recorded no client sees it, so none would ask again: it continues without this one.
+                return  # another call has removed it
+            # After the removal is recorded, clients no longer see the container. So it continues without this client.
             await wait_out(asyncio.ensure_future(self.finish_removal(container)))
 
     async def finish_removal(self, container: Container) -> None:
         """Record a removal, unless that is done, and complete it.
 
-        A container for which that fails is listed as exited, so that its client tries again.
+        If that fails, the container is listed as exited, so that its client tries again.
         """
         operation = container.begin("RemoveContainer")
         try:
@@ -100,7 +100,7 @@ class ContainerRemove:
         _log.info("%s: removed", container.title, extra=of_container(container, operation))
 
     async def remove_all(self, sandbox: Sandbox) -> None:
-        """Remove every container of a sandbox, also those whose making failed and could not be undone then."""
+        """Remove every container of a sandbox, also those whose creation failed and could not be undone."""
         removals = [
             self.discard(container) if container.record.state is ContainerState.MAKING else self.remove(container.id)
             for container in self._state.containers_of(sandbox)

@@ -1,4 +1,4 @@
-"""Changes of the limits of a container that is there: all of them or none."""
+"""Changes the limits of an existing container, all or none of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _KERNEL_DEFAULTS = {
     "memory_limit_in_bytes": -1,
     "memory_swap_limit_in_bytes": -1,
 }
-# Fields that plugins own under other names: a client that sets one becomes its owner.
+# Fields that plugins own under other names. A client that sets such a field becomes its owner.
 _OWNED = {
     "memory_limit_in_bytes": "MemLimit",
     "memory_swap_limit_in_bytes": "MemSwapLimit",
@@ -48,13 +48,13 @@ _OWNED = {
     "oom_score_adj": "OomScoreAdj",
 }
 
-_BLOCK_IO = "BlockioClass"  # as plugins own it
+_BLOCK_IO = "BlockioClass"  # the name under which plugins own it
 
 _Both = tuple[cri_pb2.LinuxContainerResources, ExtraLimits]
 
 
 class ContainerResources:
-    """Sets what containers may use, in their cgroups and in the store."""
+    """Sets the limits of containers, in their cgroups and in the store."""
 
     def __init__(
         self,
@@ -74,12 +74,12 @@ class ContainerResources:
         self._hooks = hooks
 
     async def update(self, container_id: str, given: cri_pb2.LinuxContainerResources) -> None:
-        """Change a container's limits, all of them or none; fields left at 0 stay as they are.
+        """Change a container's limits, all or none of them. Fields that are 0 are not changed.
 
         Raises:
             WrongStateError: the container has exited.
             LimitError: the memory limit would be below what the container uses now.
-            PodkeelError: a plugin of the node refuses.
+            PodkeelError: an NRI plugin refuses.
         """
         container, hooks = self._state.get_container(container_id), self._hooks
         try:
@@ -95,12 +95,12 @@ class ContainerResources:
             await hooks.carry_out(container)
 
     async def apply(self, container: Container, change: LimitChange) -> None:
-        """The same for a plugin: no plugin is notified."""
+        """As ``update``, for a plugin: plugins are not notified."""
         async with container.lock:
             await self._change(container, change, container.begin("UpdateContainerResources"))
 
     async def _change(self, container: Container, change: LimitChange, operation: Operation) -> None:
-        """Change limits of a container whose lock is held; what is not given stays as it is.
+        """Change limits of a container whose lock is held. Limits that are not given do not change.
 
         Raises:
             WrongStateError: the container has exited.
@@ -127,7 +127,7 @@ class ContainerResources:
             return
         cgroups, path = self._cgroups, container.record.cgroup
         runtime = self._handlers.get(container.record.handler)
-        decided, _ = self._decided(*after)  # what it refuses is refused before anything has changed
+        decided, _ = self._decided(*after)  # invalid limits are refused before anything is changed
         sizes = {page.page_size for page in decided.hugepage_limits}
         undoing = await in_thread(_undoing, before[0], after[0], sizes, cgroups, path)
         extra, block_io = before[1], None
@@ -137,7 +137,7 @@ class ContainerResources:
             block_io = await in_thread(read_block_io, cgroups, path)
         try:
             await self._set(container, runtime, *after)
-            if block_io is not None:  # to which runc (1.1) gives the values that the container was made with
+            if block_io is not None:  # runc (1.1) sets the values with which the container was created
                 await self._set_block_io(path, settings_of(change.block_io) if change.block_io else block_io)
         except BaseException as error:
             try:
@@ -165,12 +165,12 @@ class ContainerResources:
         await runtime.update(container.id, msgspec.json.encode(given))
         if wanted.cpu_quota < 0:
             await in_thread(limits.lift_cpu_quota, cgroups, path)
-        if given.hugepage_limits:  # which runc (1.1) passes over
+        if given.hugepage_limits:  # runc (1.1) ignores them
             pages = {page.page_size: page.limit for page in given.hugepage_limits}
             await in_thread(limits.limit_huge_pages, cgroups, path, pages)
-        if extra != ExtraLimits():  # each OCI runtime passes over others of them
+        if extra != ExtraLimits():  # each OCI runtime ignores others of them
             await in_thread(write_extra_limits, cgroups, path, extra)
-        if init is not None:  # no OCI runtime changes that of what runs
+        if init is not None:  # no OCI runtime changes it for running processes
             await in_thread(limits.set_oom_score_adj, cgroups, path, init.pid, score)
 
     async def _set_block_io(self, path: str, wanted: BlockIoSettings) -> None:
@@ -198,7 +198,7 @@ class ContainerResources:
 
 
 def _require_alive(container: Container) -> None:
-    """Raise WrongStateError for a container that has ended: its limits cannot be changed any more."""
+    """Raise WrongStateError for an ended container, whose limits can no longer be changed."""
     state = container.record.state
     if state not in (ContainerState.CREATED, ContainerState.RUNNING):
         raise WrongStateError(f"{container.title} is {state}: its limits cannot be changed")
@@ -211,10 +211,10 @@ def _undoing(
     cgroups: CgroupTree,
     path: str,
 ) -> cri_pb2.LinuxContainerResources:
-    """``before``, with what only ``after`` sets put back to the kernel's default or to what is in use now.
+    """``before``, where limits that only ``after`` sets are the kernel's default or the present value.
 
-    ``page_sizes`` are those of ``after`` that the node has: others, without a limit, are ignored. systemd may have
-    taken over a list of CPUs that the kernel then refused.
+    ``page_sizes`` are the page sizes of ``after`` that the node has. Others, without a limit, are ignored. systemd may
+    have accepted a list of CPUs that the kernel then refused.
     """
     undoing = cri_pb2.LinuxContainerResources()
     undoing.CopyFrom(before)

@@ -1,4 +1,4 @@
-"""Starting containers."""
+"""Starts containers."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class ContainerStart:
             if record.state is not ContainerState.CREATED:
                 raise WrongStateError(f"{container.title} is {record.state}, only a created one can be started")
             if container.sandbox.record.state is not SandboxState.READY or container.sandbox.closing:
-                raise WrongStateError(f"{container.title}: its sandbox is not ready: make a new one")
-            # An interrupted start may have happened or not, so a start continues to its end if its client leaves.
+                raise WrongStateError(f"{container.title}: its sandbox is not ready: create a new one")
+            # An interrupted start may or may not have happened. So a start continues even if its client is gone.
             await wait_out(asyncio.ensure_future(self._start(container)))
 
     async def _start(self, container: Container) -> None:
@@ -89,7 +89,7 @@ class ContainerStart:
         record = container.record
         if record.start_error:
             await self._fail_start(container, record.start_error)
-            raise InvalidArgumentError(record.start_error)  # the pod is wrong and not the node
+            raise InvalidArgumentError(record.start_error)  # the pod is wrong, not the node
         try:
             runtime = self._handlers.get(record.handler)
             if record.restored_image:
@@ -97,7 +97,7 @@ class ContainerStart:
                 self._exits.watch(container)
             else:
                 await runtime.start(container.id)
-        except (PodkeelError, OSError) as error:  # also one that took too long may have started it
+        except (PodkeelError, OSError) as error:  # a start that took too long may have succeeded
             await self._stops.kill_processes(container)
             output = error.output if isinstance(error, CommandError) else ""
             message = plain_message(output) or str(error)

@@ -1,4 +1,4 @@
-"""Stopping containers: with a grace period, or at once."""
+"""Stops containers, with a grace period or at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runtime.state.state import State
 
 
 class ContainerStop:
-    """Ends containers."""
+    """Stops and kills containers."""
 
     def __init__(
         self, state: State, cgroups: CgroupTree, monitors: Monitors, reserve: Reserve, exits: ContainerExit
@@ -33,11 +33,11 @@ class ContainerStop:
         self._exits = exits
 
     async def stop(self, container_id: str, grace: float) -> None:
-        """Stop a container: its stop signal, then after ``grace`` seconds SIGKILL. Unknown or ended ones are no error.
+        """Send the stop signal, and SIGKILL after ``grace`` seconds. An unknown or ended container is no error.
 
-        While one call waits, another with a shorter grace shortens the wait of both. A frozen one is killed at once and
-        then thawed. Raises DeadlineError when even SIGKILL does not end it, WrongStateError when a frozen cgroup above
-        it keeps it from that.
+        If another call has a shorter grace period, it is used for both calls. A frozen container is killed at once and
+        then thawed. Raises DeadlineError if even SIGKILL does not end it, and WrongStateError if a frozen ancestor of
+        its cgroup prevents its end.
         """
         container = self._state.containers.find(container_id) if container_id else None
         if container is None or not container.visible:
@@ -46,22 +46,22 @@ class ContainerStop:
             await container.exited.wait()
             return
         if container.checkpoint is not None:
-            await _give_up(container.checkpoint)  # frozen it could not heed the signal
+            await _give_up(container.checkpoint)  # while frozen, it cannot handle the signal
         operation = container.begin("StopContainer")
         self._reserve.release_if_short()
         async with operation.stage("signal"):
             if container.record.state is ContainerState.RUNNING:
                 frozen = await in_thread(self._cgroups.is_frozen, container.record.cgroup)
-                await self._stop_politely(container, 0.0 if frozen else max(grace, 0.0))  # it could not heed a signal
+                await self._stop_politely(container, 0.0 if frozen else max(grace, 0.0))  # it cannot handle a signal
         async with operation.stage("kill"):
             if not container.exited.is_set():
                 await self._kill_and_wait(container)
-        if not container.record.private_pid_namespace:  # others end with their init; these may have survived it
+        if not container.record.private_pid_namespace:  # without their own PID namespace, other processes survive
             async with operation.stage("release"):
                 await self._exits.released(container)
 
     async def _stop_politely(self, container: Container, grace: float) -> None:
-        """Send the stop signal, unless another call did, and wait for the end or the earliest deadline of all calls."""
+        """Send the stop signal, unless another call did. Wait for the end or the earliest deadline of all calls."""
         deadline = asyncio.get_running_loop().time() + grace
         container.stop_deadline = min(deadline, container.stop_deadline or deadline)
         container.stop_changed.set()
@@ -93,7 +93,7 @@ class ContainerStop:
                     wait.cancel()
 
     async def kill(self, container: Container) -> None:
-        """SIGKILL at once, and wait for the end; an ended one is no error."""
+        """Send SIGKILL at once, and wait for the end. An ended container is no error."""
         await self.stop(container.id, 0)
 
     async def _kill_and_wait(self, container: Container) -> None:
@@ -110,19 +110,19 @@ class ContainerStop:
                     await wait_out(asyncio.ensure_future(self._exits.record_exit(container, None)))
 
     async def kill_processes(self, container: Container) -> None:
-        """SIGKILL to the first process and to those that may outlive it; waits for nothing."""
+        """Send SIGKILL to the first process and to those that can outlive it, without waiting."""
         container.killed = self._signal(container, signal.SIGKILL) or container.killed
         await in_thread(kill_group, self._cgroups, container.record)
 
     async def stop_all(self, sandbox: Sandbox) -> None:
-        """Kill every container of a sandbox that runs."""
+        """Kill every running container of a sandbox."""
         containers = [c for c in self._state.containers_of(sandbox) if c.visible]
         await in_thread(self._thaw_dying, sandbox, containers)
         await asyncio.gather(*(self.kill(container) for container in containers))
         await asyncio.gather(*(self._exits.released(container) for container in containers))
 
     def _thaw_dying(self, sandbox: Sandbox, containers: Sequence[Container]) -> None:
-        """Thaw the pod's own cgroup if it is frozen, once all its processes were killed."""
+        """If the pod's own cgroup is frozen, thaw it once all processes in it were killed."""
         cgroups, parent = self._cgroups, sandbox.record.cgroup_parent
         path = cgroups.parent_path(parent)
         if sandbox.record.boot_id != self._state.boot_id or not cgroups.is_frozen(path):
@@ -134,7 +134,7 @@ class ContainerStop:
             cgroups.thaw(path)
 
     def _signal(self, container: Container, number: int) -> bool:
-        """Send a signal to the first process; False if it has ended."""
+        """Send a signal to the first process. False if it has ended."""
         init = container.record.init
         pidfd = processes.open_process(init.pid, init.started) if init is not None else None
         if pidfd is None:

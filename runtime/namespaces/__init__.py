@@ -1,1 +1,1 @@
-"""Namespaces that pods share and how they are kept."""
+"""The namespaces of pods: how they are made, pinned and removed."""

@@ -1,7 +1,7 @@
-"""The rights that the init of a shared PID namespace drops before it begins: containers of the pod may trace it.
+"""The rights that the init of a shared PID namespace drops first, because containers of the pod may trace it.
 
-It is in the pod's namespaces and not in the node's, and has a user without files, no capabilities, and a filter of
-system calls. It cannot open a connection, receive a descriptor, mount, trace or send a signal.
+It is in the pod's namespaces and not in the node's. It has a user without files, no capabilities, and a system call
+filter. It cannot open a connection, receive a descriptor, mount, trace or send a signal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from host import libc
 from host.seccomp import ALLOW, EQUAL, ERRNO, MASKED_EQUAL, Comparison, Rule, compile_filter
 from runtime.layout import SandboxFolder
 
-# That of the pause containers of other agents.
+# The user of the pause containers of other agents.
 _USER = 65535
 _NUMBERS = {  # of setgroups, setresgid and setresuid, which the C library makes for all threads of a process
     "x86_64": (116, 119, 117),
@@ -26,11 +26,11 @@ _NUMBERS = {  # of setgroups, setresgid and setresuid, which the C library makes
     "s390x": (206, 210, 208),
 }
 _KINDS = {"net": libc.CLONE_NEWNET, "ipc": libc.CLONE_NEWIPC, "uts": libc.CLONE_NEWUTS}
-# CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET: all that make a namespace.
+# CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET: all flags that create a namespace.
 _NEW_NAMESPACES = 0x7E020080
 _MEMORY = 64 << 20  # bytes of address space
 _PR_SET_CHILD_SUBREAPER = 36
-_CLONE_FLAGS = 1 if os.uname().machine == "s390x" else 0  # the argument's index
+_CLONE_FLAGS = 1 if os.uname().machine == "s390x" else 0  # the index of the argument with the flags
 
 _OF_THREADS_AND_MEMORY = (
     *("brk", "mmap", "munmap", "mremap", "mprotect", "madvise", "futex", "rseq", "set_robust_list", "set_tid_address"),
@@ -41,7 +41,7 @@ _OF_STARTING_A_PROGRAM = (
     *("vfork", "execve", "setsid", "open", "openat", "close", "close_range", "dup2", "dup3", "fcntl"),
     *("read", "write", "writev", "readlink", "readlinkat", "fstat", "newfstatat", "statx"),
 )
-# catatonit reads signals from a descriptor and reaps children; other versions may wait in another way.
+# catatonit reads signals from a descriptor and reaps children. Other versions may wait in another way.
 _OF_AN_INIT = (
     *("signalfd", "signalfd4", "rt_sigtimedwait", "rt_sigsuspend", "pause", "poll", "ppoll", "wait4", "waitid"),
     *("getppid", "getpgid", "getpgrp", "getsid", "getuid", "geteuid", "getgid", "getegid", "setpgid", "nanosleep"),
@@ -50,9 +50,9 @@ _OF_AN_INIT = (
 
 
 def join_pod(folder: SandboxFolder) -> None:
-    """Move the calling thread, a fresh one, into those of the pod's network, IPC and UTS namespaces that are its own.
+    """Move the calling thread, a new one, into the pod's own network, IPC and UTS namespaces.
 
-    From the init's folder in /proc, containers read the addresses and sockets of the network it is in.
+    Containers can read the addresses and sockets of the init's network namespace in the init's folder in /proc.
     """
     for kind, flag in _KINDS.items():
         pin = folder.pin(kind)
@@ -62,9 +62,9 @@ def join_pod(folder: SandboxFolder) -> None:
 
 
 def give_up_rights() -> None:
-    """Leave the calling thread, and so the init it starts, only what starting it and being it takes.
+    """Drop all rights of the calling thread that are not needed to start the init and to be it.
 
-    The thread can do nothing else any more, such as wake the event loop. Raises OSError.
+    The thread can do nothing else after that, such as wake the event loop. Raises OSError.
     """
     compiled = init_filter()
     setgroups, setresgid, setresuid = _NUMBERS[os.uname().machine]
@@ -76,9 +76,10 @@ def give_up_rights() -> None:
 
 
 def limit(pid: int) -> None:
-    """Limit the init with that pid, started by the calling thread, to very little memory and to no child process.
+    """Limit the init with that pid, which the calling thread started, to little memory and no child process.
 
-    It is in none of the pod's cgroups, so a process that traces it could use it to exceed their limits. Raises OSError.
+    It is in none of the pod's cgroups. A process that traces it could otherwise exceed the pod's limits with it. Raises
+    OSError.
     """
     resource.prlimit(pid, resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.prlimit(pid, resource.RLIMIT_NPROC, (1, 1))
@@ -87,14 +88,14 @@ def limit(pid: int) -> None:
 
 @lru_cache(maxsize=1)
 def init_filter() -> bytes:
-    """The compiled filter. Raises UnavailableError where the node has no libseccomp."""
+    """The compiled filter. Raises UnavailableError if the node has no libseccomp."""
     return compile_filter(
         ERRNO | errno.EPERM,
         (
             Rule((*_OF_THREADS_AND_MEMORY, *_OF_STARTING_A_PROGRAM, *_OF_AN_INIT), ALLOW),
             Rule(("clone",), ALLOW, (Comparison(_CLONE_FLAGS, MASKED_EQUAL, _NEW_NAMESPACES, 0),)),
-            Rule(("clone3",), ERRNO | errno.ENOSYS),  # its flags are in memory; the C library takes clone then
+            Rule(("clone3",), ERRNO | errno.ENOSYS),  # its flags are in memory; the C library then uses clone
             Rule(("prctl",), ALLOW, (Comparison(0, EQUAL, _PR_SET_CHILD_SUBREAPER, 0),)),
-            Rule(("prlimit64",), ALLOW),  # of processes of no other user
+            Rule(("prlimit64",), ALLOW),  # only for processes of the same user
         ),
     )

@@ -1,7 +1,7 @@
 """The root of the inits of shared PID namespaces: a read-only tmpfs with their program and a separate null device.
 
-Containers of a pod reach it through /proc/1/root and /proc/1/exe, and OCI runtimes do so with all capabilities. As the
-file system itself is read-only, no process can write, rename, chmod or chown anything in it.
+Containers of a pod can reach it through /proc/1/root and /proc/1/exe, and OCI runtimes do so with all capabilities. The
+file system itself is read-only, so no process can write, rename, chmod or chown anything in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from host.files.null_devices import make_null_device
 PROGRAM = "/catatonit"
 
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}[os.uname().machine]
-# Where it is mounted for a moment, in mount namespaces without other processes. Every node has that folder.
+# Its temporary mount point, in mount namespaces without other processes. Every node has that folder.
 _PLACE = "/dev"
 _SPARE_BYTES = 65536
 
@@ -28,7 +28,7 @@ _Version = tuple[int, int, int, int]
 
 
 class InitRoot:
-    """A mount namespace that holds only this root, with a copy of ``program``: made when first entered."""
+    """A mount namespace that has only this root, with a copy of ``program``. It is created when first entered."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,7 +36,7 @@ class InitRoot:
         self._namespace = -1
 
     def enter(self, program: str) -> None:
-        """Move the calling thread, a fresh one, there permanently: PROGRAM is ``program`` then."""
+        """Move the calling thread, a new one, into it permanently. There PROGRAM is ``program``."""
         libc.unshare(libc.CLONE_FS)
         libc.setns(self._made(program), libc.CLONE_NEWNS)
 
@@ -58,11 +58,11 @@ class InitRoot:
 
 
 INIT_ROOT = InitRoot()
-"""That of this process, for all of its pods."""
+"""The root of this process, for all of its pods."""
 
 
 def _make(program: str) -> int:
-    """A descriptor of the mount namespace, in which the calling thread is left."""
+    """A descriptor of the new mount namespace. The calling thread stays in it."""
     mounts.enter_new_mount_namespace()
     namespace = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -79,10 +79,10 @@ def _make(program: str) -> int:
 
 
 def become_root_of(namespace: int, program: int, name: str) -> None:
-    """Make the root of a pod's init the root of the mount namespace of descriptor ``namespace``, and of all in it.
+    """Make a pod's init root the root of the mount namespace of descriptor ``namespace``, and of all processes in it.
 
-    ``program`` is a detached mount of its program, which is found as ``/name``. The calling thread, a fresh one that
-    shares no root with others, stays in that namespace.
+    ``program`` is a detached mount of its program, which becomes ``/name``. The calling thread must be a new one that
+    shares its root with no other. It stays in that namespace.
     """
     libc.setns(namespace, libc.CLONE_NEWNS)
     _mount(_SPARE_BYTES)
@@ -98,11 +98,11 @@ def _mount(size: int) -> None:
 def _become_root() -> None:
     null = Path(_PLACE, "dev", "null")
     null.parent.mkdir()
-    null.parent.chmod(0o711)  # independent of the agent's umask: the init's user does not own it
+    null.parent.chmod(0o711)  # independent of the agent's umask, because the init's user does not own it
     make_null_device(null)
-    # The whole file system, not only this mount of it: that cannot be undone where it is mounted again.
+    # The whole file system, not only this mount: the latter can be undone by mounting it again.
     mounts.make_file_system_read_only(_PLACE, mounts.MS_NOSUID)
     os.chdir(_PLACE)
-    # pivot_root(".", ".") puts the old root on top of the new one, from where it is unmounted (pivot_root(2)).
+    # pivot_root(".", ".") puts the old root on top of the new one, and it is unmounted from there (pivot_root(2)).
     libc.syscall(_SYS_PIVOT_ROOT, b".", b".")
     libc.umount(".", mounts.MNT_DETACH)

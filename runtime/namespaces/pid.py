@@ -1,4 +1,4 @@
-"""The PID namespace that a pod's containers may share: held by catatonit as its init, made when first asked for."""
+"""The PID namespace that a pod's containers may share. catatonit is its init. It is created when first needed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _START_SECONDS = 5.0
 _TITLE_BYTES = 4096
 _MARK = "PODKEEL_POD_INIT"
 _MARK_BYTES = 32
-# The first process that sh starts is the init of the namespace that unshare made for its children. sh waits until the
-# agent has given it another root, starts the init and ends; the init closes what it inherited once it is set up: so the
-# end of the pipe says that it runs.
+# The first process that sh starts becomes the init of the namespace that unshare made for its children. sh waits until
+# the agent has given it another root, starts the init and ends. The init closes the inherited descriptors once it is
+# set up, so the end of the pipe shows that it runs.
 _TELLING = 3
 _WAITING = 4
 _LAUNCH = f"""echo >&{_TELLING}; read go <&{_WAITING} || exit
@@ -36,10 +36,10 @@ echo $! >&{_TELLING}"""
 
 
 def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
-    """Start catatonit as init of a new PID namespace and return its pid; ``pin_holder`` is then due. Blocks."""
+    """Start catatonit as init of a new PID namespace and return its pid. Call ``pin_holder`` next. Blocks."""
     program = _installed(catatonit)
     mark = _new_mark(folder)
-    init_filter()  # compiled now, as it takes files of the node
+    init_filter()  # compiled now, because that reads files of the node
 
     def start() -> int:
         join_pod(folder)
@@ -54,10 +54,10 @@ def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
 
 
 def start_holder_in_user_namespace(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
-    """The same for a pod with a user namespace, which then owns the PID namespace.
+    """As ``start_holder``, for a pod with a user namespace, which then owns the PID namespace.
 
     A process with threads cannot enter a user namespace, so util-linux does it. No process inside can inspect the init,
-    which has rights in that user namespace only. Runs in a fresh thread, which it leaves in other namespaces. Blocks.
+    which has rights in that user namespace only. Runs in a new thread, which stays in other namespaces. Blocks.
     """
     program = _installed(catatonit)
     environment = {**os.environ, _MARK: _new_mark(folder)}
@@ -82,14 +82,14 @@ def start_holder_in_user_namespace(folder: SandboxFolder, catatonit: str, sandbo
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[BinaryIO, BinaryIO]:
-    """Its reading and its writing end, unbuffered. ``stack`` closes both."""
+    """The reading and the writing end of a pipe, unbuffered. ``stack`` closes both."""
     ends = os.pipe2(os.O_CLOEXEC)
     reading, writing = os.fdopen(ends[0], "rb", buffering=0), os.fdopen(ends[1], "wb", buffering=0)
     return stack.enter_context(reading), stack.enter_context(writing)
 
 
 def _give_root(parent: int, program: str, name: str) -> None:
-    """Give the shell that will start the init, and is alone in its mount namespace, the init's root."""
+    """Set the init's root for the shell that will start the init and is alone in its mount namespace."""
     with contextlib.ExitStack() as stack:
         namespace = os.open(f"/proc/{parent}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, namespace)
@@ -99,14 +99,14 @@ def _give_root(parent: int, program: str, name: str) -> None:
 
 
 def _read_some(descriptor: int, seconds: float) -> bytes:
-    """The first bytes of a pipe; empty at its end or after so many seconds."""
+    """The first bytes of a pipe. Empty at its end or after so many seconds."""
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     return os.read(descriptor, 4096) if poller.poll(seconds * 1000) else b""
 
 
 def _read_to_end(descriptor: int, seconds: float) -> bytes:
-    """All that is written to a pipe until its last writer has closed it, or so many seconds have passed."""
+    """Read a pipe until its last writer has closed it, or until so many seconds have passed."""
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     deadline = time.monotonic() + seconds
@@ -128,7 +128,7 @@ def _holder_in(answer: bytes) -> int:
 
 
 def pin_holder(folder: SandboxFolder, pid: int) -> ProcessName:
-    """Pin the PID namespace held by ``pid``, a child of ours, and name that process by pid and start time."""
+    """Pin the PID namespace of ``pid``, a child of this process. Return its pid and start time."""
     started = processes.start_time(pid)
     if started is None:
         raise PodkeelError(f"the init of the pod's PID namespace (pid {pid}) ended at once")
@@ -139,11 +139,11 @@ def pin_holder(folder: SandboxFolder, pid: int) -> ProcessName:
 
 
 def end_holder(holder: ProcessName | None, folder: SandboxFolder, sandbox_id: str) -> None:
-    """Kill the init of a pod's PID namespace, and with it all remaining processes of the namespace.
+    """Kill the init of a pod's PID namespace, and with it all other processes of the namespace.
 
-    If it has ended already, that is no error. Its record may be missing, because the agent died before writing it or
-    because it was lost. Then it is found in the pinned namespace or, if that is not pinned yet, by the mark in its
-    environment. The name of a process is not enough: other processes could be killed instead of the init.
+    An init that has ended is no error. Its record may be missing, if the agent died before writing it or the record was
+    lost. Then it is found in the pinned namespace or, if that is not pinned yet, by the mark in its environment. The
+    name of a process is not enough: other processes could be killed instead of the init.
     """
     named = _open_own(holder, folder, sandbox_id) if holder is not None else None
     if named is not None:
@@ -164,7 +164,7 @@ def _kill(pidfds: list[int]) -> None:
 
 
 def _open_own(holder: ProcessName, folder: SandboxFolder, sandbox_id: str) -> int | None:
-    """A pidfd of the recorded init; None if it has ended, or the record names a process that is not this pod's init."""
+    """A pidfd of the recorded init. None if it has ended, or the record names a process that is not this pod's init."""
     pidfd = processes.open_process(holder.pid, holder.started)
     if pidfd is None:
         return None
@@ -186,7 +186,7 @@ def _in_pinned(pid: int, folder: SandboxFolder) -> bool:
 
 
 def _marked(pid: int, folder: SandboxFolder, sandbox_id: str) -> bool:
-    """Whether a process has the pod's mark, which only root can read. Asked last, as most have another name."""
+    """Whether a process has the pod's mark, which only root can read. Checked last, because most have another name."""
     name = procfs.command_line(pid, _TITLE_BYTES)[0].rpartition(b"/")[2]
     if name != _title(sandbox_id).encode():
         return False
@@ -199,7 +199,7 @@ def _mark_file(folder: SandboxFolder) -> Path:
 
 
 def _new_mark(folder: SandboxFolder) -> str:
-    """Record what the init will have in its environment, before it is started."""
+    """Write the mark that the init will have in its environment, before the init is started."""
     file = _mark_file(folder)
     file.parent.mkdir(mode=0o700, exist_ok=True)
     mark = secrets.token_hex(_MARK_BYTES // 2)
@@ -210,7 +210,7 @@ def _new_mark(folder: SandboxFolder) -> str:
 def _installed(catatonit: str) -> str:
     program = shutil.which(catatonit)
     if program is None:
-        raise PodkeelError(f"a shared PID namespace needs {catatonit!r}, which is not installed")
+        raise PodkeelError(f"a shared PID namespace needs {catatonit!r}, which is not installed: install catatonit")
     return program
 
 

@@ -1,4 +1,4 @@
-"""Namespaces of a sandbox: made by a thread that unshares them, pinned by bind mounts, gone when unpinned."""
+"""The namespaces of a sandbox: a thread unshares them, bind mounts pin them, and they end when these are unmounted."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _FLAGS = {"net": libc.CLONE_NEWNET, "ipc": libc.CLONE_NEWIPC, "uts": libc.CLONE_
 
 @dataclass(frozen=True, slots=True)
 class NamespacePlan:
-    """The namespaces of a sandbox: ``kinds`` out of net, ipc and uts. Sysctls are set inside them; those of network
-    interfaces by ``set_link_sysctls`` once these exist.
+    """The namespaces of a sandbox: ``kinds`` out of net, ipc and uts. Sysctls are set inside them. The sysctls of
+    network interfaces are set by ``set_link_sysctls``, once the interfaces exist.
 
-    With ``mappings`` of uids and gids it gets a user namespace too, which owns the others. ``mount_label`` is the
+    With ``mappings`` of uids and gids it also gets a user namespace, which owns the others. ``mount_label`` is the
     SELinux label of /dev/shm, or empty.
     """
 
@@ -37,15 +37,15 @@ class NamespacePlan:
 
     @property
     def link_sysctls(self) -> dict[str, str]:
-        """Those of network interfaces."""
+        """The sysctls of network interfaces."""
         return {name: value for name, value in self.sysctls.items() if is_of_link(name)}
 
 
 def make_namespaces(folder: SandboxFolder, plan: NamespacePlan) -> None:
-    """Make and pin the namespaces and /dev/shm of a sandbox.
+    """Create and pin the namespaces and /dev/shm of a sandbox.
 
-    Runs in a fresh thread, which it leaves inside the new namespaces. Raises InvalidArgumentError when a sysctl is
-    refused by the kernel.
+    Runs in a new thread, which stays inside the new namespaces. Raises InvalidArgumentError if the kernel refuses a
+    sysctl.
     """
     make_private(folder.path, plan.mappings)
     if plan.mappings is not None:
@@ -67,7 +67,7 @@ def make_namespaces(folder: SandboxFolder, plan: NamespacePlan) -> None:
 
 
 def set_link_sysctls(folder: SandboxFolder, plan: NamespacePlan) -> None:
-    """Set those of network interfaces. Runs in a fresh thread, which it leaves inside; raises InvalidArgumentError."""
+    """Set the sysctls of network interfaces. Runs in a new thread, which stays inside. Raises InvalidArgumentError."""
     _enter(folder, ("net",))
     for name, value in plan.link_sysctls.items():
         _set_sysctl(name, value)
@@ -93,9 +93,9 @@ def _enter(folder: SandboxFolder, kinds: Sequence[str]) -> None:
 
 
 def drop_namespaces(folder: SandboxFolder) -> None:
-    """Unmount everything below a sandbox's folder and delete it; a missing one is no error.
+    """Unmount everything below a sandbox's folder and delete the folder. A missing one is no error.
 
-    PodkeelError if it stays.
+    Raises PodkeelError if it cannot be deleted.
     """
     for kind in ("net", "ipc", "uts", "pid", "user"):
         mounts.unmount(folder.pin(kind), lazy=True)
@@ -128,6 +128,6 @@ def _set_sysctl(name: str, value: str) -> None:
 
 
 def remove_whatever(path: Path) -> None:
-    """Delete a folder with all its content, or a file; a missing one is no error. Raises PodkeelError."""
+    """Delete a folder with its content, or a file. A missing one is no error. Raises PodkeelError."""
     if told := remove_tree(path):
         raise PodkeelError(told[0])

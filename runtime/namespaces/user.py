@@ -1,6 +1,6 @@
-"""Namespaces of a pod with a user namespace (KEP-127).
+"""The namespaces of a pod with a user namespace (KEP-127).
 
-A process with threads cannot unshare a user namespace, so a short-lived ``unshare`` (util-linux) makes all of them
+A process with threads cannot unshare a user namespace. So a short-lived ``unshare`` (util-linux) creates all of them
 together, so that the user namespace owns the others. They are pinned, and the process ends.
 """
 
@@ -26,9 +26,9 @@ Mappings = tuple[Sequence[config.IDMapping], Sequence[config.IDMapping]]
 
 
 def make_pins(folder: SandboxFolder, kinds: Sequence[str], mappings: Mappings) -> None:
-    """Make a user namespace with these mappings, and namespaces of ``kinds`` that it owns, and pin them all.
+    """Create a user namespace with these mappings, and namespaces of ``kinds`` that it owns, and pin them all.
 
-    Blocks for some milliseconds; call it in a thread. What was pinned when it fails is for ``drop_namespaces``.
+    Blocks for some milliseconds: call it in a thread. If it fails, ``drop_namespaces`` removes what was pinned.
     """
     wanted = ["user", *kinds]
     uids, gids = mappings
@@ -44,7 +44,10 @@ def make_pins(folder: SandboxFolder, kinds: Sequence[str], mappings: Mappings) -
 
 @contextlib.contextmanager
 def user_namespace(mappings: Mappings) -> Iterator[str]:
-    """A path of a user namespace with these mappings, there until the block ends. Blocks for some milliseconds."""
+    """The path of a user namespace with these mappings.
+
+    It exists until the block ends. Blocks for some milliseconds.
+    """
     uids, gids = mappings
     with _waiting_process([_OPTIONS["user"]]) as pid:
         _write_mappings(Path(f"/proc/{pid}/uid_map"), uids)
@@ -54,14 +57,14 @@ def user_namespace(mappings: Mappings) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _waiting_process(options: Sequence[str]) -> Iterator[int]:
-    """The pid of a process that is in the new namespaces, and waits in them until the block ends."""
+    """The pid of a process in the new namespaces. It waits until the block ends."""
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
             descriptors = {0: theirs.fileno(), 1: theirs.fileno()}
             pid = processes.spawn(["unshare", *options, "cat"], descriptors=descriptors)
         try:
-            if not _echoes(ours):  # what cat echoes shows that it runs, and so that the namespaces are there
+            if not _echoes(ours):  # an echo of cat shows that it runs, and that the namespaces exist
                 raise LimitError(
                     "a user namespace could not be made: raise user.max_user_namespaces, or the other limits of "
                     "namespaces in /proc/sys/user"
@@ -81,10 +84,10 @@ def _echoes(peer: socket.socket) -> bool:
 
 
 def make_private(folder: Path, mappings: Mappings | None) -> None:
-    """Make the folder of a sandbox or container in the run folder, which only root may enter.
+    """Create the folder of a sandbox or container in the run folder, which only root may enter.
 
-    It leads to secrets and to set-user-id programs of images. The root of the pod's user namespace, if it has one with
-    these ``mappings``, must be able to enter it too.
+    It leads to secrets and to set-user-id programs of images. The root of the pod's user namespace, if the pod has one
+    with these ``mappings``, can also enter it.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     if mappings is not None:
@@ -93,7 +96,7 @@ def make_private(folder: Path, mappings: Mappings | None) -> None:
 
 
 def root_of(mappings: Mappings) -> tuple[int, int]:
-    """The host's uid and gid of root inside; checked mappings have exactly one for it."""
+    """The host's uid and gid for root inside. Checked mappings have exactly one of each."""
     uids, gids = mappings
     return _host_id(uids), _host_id(gids)
 

@@ -1,4 +1,4 @@
-"""Conmon: the small process that stays beside each container, keeps its log and records its exit."""
+"""conmon: the small process beside each container. It writes the container's log and records its exit."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ from runtime.oci.null_device import open_private_null
 from runtime.oci.oci_runtime import plain_message
 from runtime.state.truncindex import is_id
 
-# The descriptors on which conmon reports the OCI runtime's result and waits for the go-ahead.
+# The descriptors on which conmon reports the result of the OCI runtime and waits for permission to start.
 _SYNC_DESCRIPTOR = 3
 _START_DESCRIPTOR = 4
-# conmon gives the OCI runtime the node's /dev/null for the standard streams that the container has not. The runtime may
-# change its owner, and its descriptors can be seen in the container, so a shell puts these descriptors in its place.
+# conmon passes the node's /dev/null to the OCI runtime for standard streams that the container does not have. The OCI
+# runtime may change its owner, and its descriptors are visible in the container. So a shell replaces these descriptors.
 _SILENT_DESCRIPTOR = 5
 _SHELL = "/bin/sh"
 _SILENCE_INPUT = f'exec <&{_SILENT_DESCRIPTOR} {_SILENT_DESCRIPTOR}<&-; exec "$0" "$@"'
 _SILENCE_BOTH = f'exec <&{_SILENT_DESCRIPTOR} >&0 {_SILENT_DESCRIPTOR}<&-; exec "$0" "$@"'
 _RUN = 'exec "$0" "$@"'
 _SHOWN_BYTES = 200
-_EXIT_BYTES = 8192  # what conmon needs to write an exit code
+_EXIT_BYTES = 8192  # the space that conmon needs to write an exit code
 _REOPEN_LOG = b"2 0 0\n"
 _ENVIRONMENT = {
     "_OCI_SYNCPIPE": str(_SYNC_DESCRIPTOR),
     "_OCI_STARTPIPE": str(_START_DESCRIPTOR),
     "TZ": "UTC",
-    "LC_ALL": "C",  # else it and the OCI runtime look for a locale's files
+    "LC_ALL": "C",  # otherwise it and the OCI runtime search for a locale's files
 }
 
 
 class RuntimeRefusedError(PodkeelError):
-    """The OCI runtime did not make the container; the message is its own."""
+    """The OCI runtime did not create the container. The message is the OCI runtime's own."""
 
 
 class _SyncMessage(msgspec.Struct):
@@ -63,10 +63,10 @@ class _SyncMessage(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class MonitorRequest:
-    """The task of conmon: which runtime makes which container, and where its output is written.
+    """The task of conmon: the container, its OCI runtime, and where its output is written.
 
-    ``node_devices`` says that the container's /dev is the node's. OCI runtimes replace a null device among the standard
-    streams by the /dev/null of the container and give that to its user, so it gets an empty file as standard input.
+    ``node_devices``: the container's /dev is the node's. OCI runtimes replace a null device among the standard streams
+    by the container's /dev/null and change its owner to the container's user. So the standard input is an empty file.
     """
 
     container_id: str
@@ -81,7 +81,7 @@ class MonitorRequest:
 
     @property
     def silence(self) -> str:
-        """The shell's script before the OCI runtime; empty where conmon connects all standard streams itself."""
+        """The shell's script before the OCI runtime. Empty if conmon connects all standard streams itself."""
         if self.terminal:
             return _SILENCE_BOTH
         return "" if self.stdin else _SILENCE_INPUT
@@ -89,10 +89,10 @@ class MonitorRequest:
 
 @dataclass(frozen=True, slots=True)
 class Restoring:
-    """How a container is restored: CRIU's images, and where.
+    """How a container is restored: CRIU's images, and the cgroup.
 
-    ``cgroups`` are files that put a process into the container's cgroup: the OCI runtime, CRIU and what it restores are
-    in it from the beginning. ``environment`` is the OCI runtime's.
+    ``cgroups`` are files that move a process into the container's cgroup. The OCI runtime, CRIU and the restored
+    processes are in it from the beginning. ``environment`` is the OCI runtime's.
     """
 
     images: Path
@@ -108,7 +108,7 @@ class Restoring:
 
 @dataclass(frozen=True, slots=True)
 class Monitored:
-    """A created container: its monitor and its first process."""
+    """A created container: its conmon and its first process."""
 
     monitor: ProcessName
     monitor_descriptor: int
@@ -117,15 +117,14 @@ class Monitored:
 
 @dataclass(frozen=True, slots=True)
 class ExitRecord:
-    """How a container ended: exit code as a shell gives it, nanoseconds since the epoch."""
+    """How a container ended: the exit code as in a shell, and the time in nanoseconds since the epoch."""
 
     code: int
     finished_at: int
 
 
 class StartingMonitor:
-    """A conmon that is being started. It begins before the container's bundle, so that its program loads while that is
-    made."""
+    """A conmon that is being started. It starts before the bundle is made, so that its program loads meanwhile."""
 
     def __init__(
         self,
@@ -149,7 +148,7 @@ class StartingMonitor:
         self._spawned: asyncio.Future[ProcessName] | None = None
 
     def begin(self) -> None:
-        """Start conmon now, rather than in ``create``; the bundle need not exist yet."""
+        """Start conmon now, before ``create``. The bundle need not exist yet."""
         self._begun()
 
     def _begun(self) -> asyncio.Future[ProcessName]:
@@ -166,7 +165,7 @@ class StartingMonitor:
             LogLink(self._folder.path).lead_to(self._log_descriptor)
         environment = {**(os.environ if self._environment is None else self._environment), **_ENVIRONMENT}
         if not all(word.isascii() for word in self._command):
-            environment["LC_ALL"] = "C.UTF-8"  # else it refuses its command line
+            environment["LC_ALL"] = "C.UTF-8"  # otherwise conmon refuses its command line
         with contextlib.ExitStack() as child_ends:
             self._sync_read, sync_write = os.pipe2(os.O_CLOEXEC)
             child_ends.callback(os.close, sync_write)
@@ -184,13 +183,13 @@ class StartingMonitor:
         return ProcessName(pid, processes.start_time(pid) or 0)
 
     async def create(self) -> Monitored:
-        """Have the OCI runtime create the container, whose bundle is complete now.
+        """Have the OCI runtime create the container, whose bundle is complete.
 
         Raises:
-            RuntimeRefusedError: the OCI runtime failed, with its own message; ``abandon`` it then.
+            RuntimeRefusedError: the OCI runtime failed, with its own message. Call ``abandon`` then.
         """
         monitor = await wait_out(self._begun())
-        with contextlib.suppress(BrokenPipeError):  # it ended early: its answer, or its complaints, say why
+        with contextlib.suppress(BrokenPipeError):  # it ended early: its answer or its log has the reason
             os.write(self._start_write, b"\0")
         init_pid = await self._created()
         monitored = Monitored(monitor, self._pidfd, ProcessName(init_pid, processes.start_time(init_pid) or 0))
@@ -202,20 +201,20 @@ class StartingMonitor:
         answer = await _read_line(self._sync_read)
         if not answer:
             raise PodkeelError(f"conmon ended without a message: {_last_lines(self._folder.monitor_log)}")
-        # It truncates the OCI runtime's error anywhere, also within a character.
+        # conmon truncates the OCI runtime's error at any byte, also inside a character.
         try:
             message = untrusted_json.decode(answer.decode(errors="replace").encode(), _SyncMessage)
         except JsonError as error:
             shown = answer[:_SHOWN_BYTES].decode(errors="replace")
-            raise PodkeelError(f"conmon answered {shown!r}, which is not understood: {error}") from error
+            raise PodkeelError(f"conmon answered {shown!r}, which cannot be decoded: {error}") from error
         if message.pid <= 0:
             raise RuntimeRefusedError(plain_message(message.message.strip()) or _last_lines(self._folder.monitor_log))
         return message.pid
 
     async def abandon(self) -> None:
-        """End conmon, unless ``create`` has succeeded; it and the OCI runtime do nothing any more then.
+        """End conmon, unless ``create`` has succeeded. After that, conmon and the OCI runtime do nothing more.
 
-        What the OCI runtime has made is for the caller to delete.
+        The caller deletes what the OCI runtime has made.
         """
         if self._spawned is None:
             return
@@ -223,7 +222,7 @@ class StartingMonitor:
             await wait_out(self._spawned)
         if self._pidfd >= 0:
             pidfd, self._pidfd = self._pidfd, -1
-            try:  # also the OCI runtime that it may be waiting for: the caller is about to delete what that made
+            try:  # also the OCI runtime that conmon waits for: the caller is about to delete what it made
                 await in_fresh_thread(processes.end_group, self._pid)
             finally:
                 _reap_when_ended(pidfd)
@@ -237,7 +236,7 @@ class StartingMonitor:
 
 
 class Monitors:
-    """Starts conmon for containers and reads what it leaves behind."""
+    """Starts conmon for containers and reads the files that it leaves."""
 
     def __init__(self, conmon: str, layout: Layout) -> None:
         self._conmon = conmon
@@ -276,9 +275,9 @@ class Monitors:
         return command
 
     def prepare(self, request: MonitorRequest, restoring: Restoring | None = None) -> StartingMonitor:
-        """A conmon to be started; ``create`` of what is returned makes the container, ``abandon`` ends conmon.
+        """Prepare a conmon. Its ``create`` creates the container, its ``abandon`` ends conmon.
 
-        With ``restoring`` the container is restored, and runs then.
+        With ``restoring`` the container is restored, and runs after ``create``.
         """
         folder = self._layout.container(request.container_id)
         return StartingMonitor(
@@ -290,9 +289,9 @@ class Monitors:
         )
 
     def running(self) -> dict[str, int]:
-        """Pids of the conmon processes of this agent, by container id; also of one whose pid was never recorded.
+        """The pids of this agent's conmon processes, by container id, also those that were never recorded.
 
-        Others may call themselves anything: what counts is the program that a process executes, as root.
+        Any process can choose its name. So a process counts only if it executes conmon's program as root.
         """
         program = shutil.which(self._conmon) or self._conmon
         bundles = os.fsencode(self._layout.containers) + b"/"
@@ -307,7 +306,7 @@ class Monitors:
         return found
 
     def exit_record(self, container_id: str) -> ExitRecord | None:
-        """Conmon's record of a container's end; None if there is none."""
+        """conmon's record of a container's end; None if there is none."""
         try:
             with open(self._layout.exits / container_id, "rb") as file:
                 code = int(file.read() or b"255")
@@ -317,14 +316,14 @@ class Monitors:
         return ExitRecord(code, finished_at)
 
     def why_no_exit_record(self) -> str:
-        """The message for a client about an end that conmon did not record."""
+        """The message for clients about an end that conmon did not record."""
         room = os.statvfs(self._layout.exits)
         if room.f_bavail * room.f_frsize < _EXIT_BYTES or (room.f_files and not room.f_favail):
-            return f"its end was not recorded: no space is left in {self._layout.exits}, free some"
+            return f"its end was not recorded: no space is left in {self._layout.exits}: free some"
         return "its end was not recorded: its monitor was killed or the node restarted"
 
     def forget(self, container_id: str) -> None:
-        """Delete a container's exit record; a missing one is no error."""
+        """Delete a container's exit record. A missing one is no error."""
         (self._layout.exits / container_id).unlink(missing_ok=True)
 
     def reopen_log(self, container_id: str) -> None:
@@ -345,7 +344,7 @@ class Monitors:
 
 
 def _plain(name: str) -> str:
-    """A name for people who look at the list of processes, without what conmon or a terminal could misread."""
+    """A name for process lists, without characters that conmon or a terminal could interpret."""
     return re.sub(r"[^A-Za-z0-9._/-]", "_", name)
 
 
@@ -381,7 +380,7 @@ async def _read_line(descriptor: int) -> bytes:
 
 
 def _open_empty_file() -> int:
-    """A descriptor of an empty file that no process can write to; it has no path."""
+    """A descriptor of an empty file without a path. No process can write to it."""
     descriptor = os.memfd_create("empty", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
     return descriptor

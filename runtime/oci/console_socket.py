@@ -1,4 +1,4 @@
-"""The socket on which an OCI runtime hands over the master of a terminal it made inside a container."""
+"""The socket on which an OCI runtime passes the master of a terminal that it made inside a container."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Self
 
 from host.errors import PodkeelError
 
-# Where the OCI runtime finds the socket's folder: addresses of unix sockets are short, paths of containers are not.
+# The OCI runtime finds the socket's folder by this: addresses of unix sockets are short, paths of containers are long.
 FOLDER_DESCRIPTOR = 5
 
 
 class ConsoleSocket:
-    """A listening socket ``name`` in ``folder``, for ``with``; ``descriptors`` go to the OCI runtime with its path."""
+    """A listening socket ``name`` in ``folder``, for ``with``. The OCI runtime gets ``descriptors`` and the path."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._path = folder / name
@@ -35,28 +35,28 @@ class ConsoleSocket:
         self.descriptors = {FOLDER_DESCRIPTOR: self._folder}
 
     def fileno(self) -> int:
-        """The socket's descriptor, readable once the OCI runtime hands the terminal over."""
+        """The socket's descriptor. It becomes readable when the OCI runtime passes the terminal."""
         return self._socket.fileno()
 
     def terminal(self) -> int:
-        """The master's descriptor, now the caller's, once the OCI runtime has done its work.
+        """The master's descriptor, which the caller must close, once the OCI runtime has ended.
 
-        Raises PodkeelError when it handed over none, or something else.
+        Raises PodkeelError if the OCI runtime passed none, or something else.
         """
         try:
             connection, _ = self._socket.accept()
             with connection:
-                # runc sends it from inside the container, where others may have got hold of the socket.
+                # runc sends it from inside the container, where other processes may have opened the socket.
                 connection.setblocking(False)
                 _, descriptors, _, _ = socket.recv_fds(connection, 4096, 1)
         except OSError:
             descriptors = []
         if not descriptors:
-            raise PodkeelError("the OCI runtime handed over no terminal")
+            raise PodkeelError("the OCI runtime did not pass a terminal")
         os.set_inheritable(descriptors[0], False)
         if not os.isatty(descriptors[0]):
             os.close(descriptors[0])
-            raise PodkeelError("the OCI runtime handed over something else than a terminal")
+            raise PodkeelError("the OCI runtime passed something other than a terminal")
         return descriptors[0]
 
     def close(self) -> None:

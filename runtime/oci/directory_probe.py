@@ -1,4 +1,4 @@
-"""What an OCI runtime does with scheduling and with working directories outside of a container, found out by trying."""
+"""Tests how an OCI runtime handles scheduling, and working directories outside of a container."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from host.scheduling import io_priority
 
 _SECONDS = 30.0
 _IDLE = 3  # IOPRIO_CLASS_IDLE
-# By which number the descriptor of a directory is handed to an OCI runtime, also for real.
+# The number under which the OCI runtime gets the descriptor of a directory, in the test and later.
 DIRECTORY_DESCRIPTOR = 6
 DIRECTORY_BY_DESCRIPTOR = f"/proc/self/fd/{DIRECTORY_DESCRIPTOR}"
 
 
 class Runtime(Protocol):
-    """An OCI runtime as far as it is tried here."""
+    """The part of an OCI runtime that the test uses."""
 
     def command(self, *words: str) -> list[str]:
-        """A whole command line."""
+        """The complete command line."""
 
 
 class DirectoryBehaviour(msgspec.Struct, frozen=True):
-    """``refuses_outside``: it starts no command whose working directory is outside of the container's root, under any
-    name. ``enters_descriptors``: the name may be that of a descriptor it was handed.
+    """How an OCI runtime handles working directories.
+
+    ``refuses_outside``: it starts no command whose working directory is outside of the container's root.
+    ``enters_descriptors``: the working directory may be named by a descriptor that the OCI runtime got.
     """
 
     refuses_outside: bool = False
@@ -38,7 +40,7 @@ class DirectoryBehaviour(msgspec.Struct, frozen=True):
 
 
 class Scheduling(msgspec.Struct, frozen=True):
-    """Whether it gives a container's first process a policy of the CPU scheduler and a priority of its I/O."""
+    """Whether it sets the CPU scheduler's policy and the I/O priority of a container's first process."""
 
     scheduler: bool = False
     io_priority: bool = False
@@ -47,13 +49,13 @@ class Scheduling(msgspec.Struct, frozen=True):
 TRIED_SCHEDULING: Mapping[str, Mapping[str, str | int]] = MappingProxyType(
     {"scheduler": {"policy": "SCHED_BATCH"}, "ioPriority": {"class": "IOPRIO_CLASS_IDLE", "priority": 0}}
 )
-"""What ``process`` of the container that is tried holds. No agent runs with it, and no right is needed for it."""
+"""``process`` of the container in the test. The agent never runs with these values, and they need no right."""
 
 
 async def run_detached(runtime: Runtime, bundle: Path, container_id: str) -> int:
     """Run the container of ``bundle``, which the caller removes, and return the pid of its first process.
 
-    Raises PodkeelError when it does not run.
+    Raises PodkeelError if it does not run.
     """
     pid_file = bundle / "pid"
     words = ("run", "--detach", "--bundle", str(bundle), "--pid-file", str(pid_file), container_id)
@@ -62,10 +64,10 @@ async def run_detached(runtime: Runtime, bundle: Path, container_id: str) -> int
 
 
 async def probe_behaviour(runtime: Runtime, pid: int, container_id: str) -> tuple[DirectoryBehaviour, Scheduling]:
-    """Look at the first process ``pid`` of a container and run commands in it.
+    """Check the first process ``pid`` of a container and run commands in it.
 
-    Its ``/init`` waits for its end when it is its first process, and otherwise ends; its ``/host`` is the node's /proc.
-    Raises PodkeelError when a command cannot be executed, OSError when the process is gone.
+    Its ``/init`` waits for its end if it is the first process, otherwise it ends. Its ``/host`` is the node's /proc.
+    Raises PodkeelError if a command cannot be executed, OSError if the process is gone.
     """
     scheduling = Scheduling(
         scheduler=os.sched_getscheduler(pid) == os.SCHED_BATCH, io_priority=io_priority(pid) == (_IDLE, 0)

@@ -34,10 +34,10 @@ _PROCESS_DESCRIPTOR = 3
 _LOG_DESCRIPTOR = 4
 _LOG_BYTES = 65536
 _START_SECONDS = 60.0
-# How long a start may continue whose process is not wanted any more: until then its pid is known, and it can be killed.
+# How long a start may continue after its process is no longer wanted. When its pid is known, it can be killed.
 _ABANDONED_SECONDS = 5.0
-# When to look for zombies of a failed start: at once, and again after the moment that they need to end. Their pids are
-# unknown, and the only handler of SIGCHLD is that of host.subreaper, so there is nothing to wait for.
+# When to look for zombies of a failed start: at once, and again after the time that they need to end. Their pids are
+# unknown, and host.subreaper has the only handler of SIGCHLD, so there is nothing to wait for.
 _STRAY_SECONDS = (0.0, 0.01, 0.05, 0.2)
 
 
@@ -47,9 +47,9 @@ class _LogEntry(msgspec.Struct):
 
 
 class ExecProcess:
-    """A process in a container that is a child of ours; ``ended`` becomes its exit code, 128 + n after signal n.
+    """A process in a container that is a child of the agent. ``ended`` becomes its exit code, 128 + n after signal n.
 
-    ``session`` is its session, also if it has just ended: without a terminal it is that of the OCI runtime's call.
+    ``session`` is its session, also after its end. Without a terminal it is the session of the OCI runtime's call.
     """
 
     def __init__(self, pid: int, session: int) -> None:
@@ -67,9 +67,9 @@ class ExecProcess:
 
 
 class Strays:
-    """Zombies that OCI runtimes made for a failed start and left to the agent.
+    """Zombies that OCI runtimes made in a failed start and that the agent adopted.
 
-    Until they are reaped the kernel does not end the container, so this cannot wait for the subreaper.
+    The kernel does not end the container until they are reaped, so this cannot wait for the subreaper.
     """
 
     def __init__(self) -> None:
@@ -77,11 +77,11 @@ class Strays:
         self.starting = 0
 
     def begin(self) -> None:
-        """A start begins, whose process is not known yet."""
+        """A start begins. Its process is not known yet."""
         self.starting += 1
 
     def end(self, process: ExecProcess | None) -> None:
-        """A start is over: with this process, or failed."""
+        """A start has ended: with this process, or with a failure (None)."""
         self.starting -= 1
         if process is not None:
             self.awaited.add(process.pid)
@@ -91,11 +91,11 @@ class Strays:
 
     def _reap(self) -> None:
         if self.starting:
-            return  # a child without a waiter may be the process that is just being started
+            return  # a child without a waiter may be a process that is being started
         with contextlib.suppress(ChildProcessError):
             while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 if dead.si_pid in self.awaited or not _is_in_inner_pid_namespace(dead.si_pid):
-                    return  # its parent collects it; what is behind it is left to host.subreaper
+                    return  # its parent reaps it; host.subreaper reaps those behind it
                 os.waitid(os.P_PID, dead.si_pid, os.WEXITED | os.WNOHANG)
 
 
@@ -105,13 +105,13 @@ strays = Strays()
 class ExecCall:
     """The call that runs ``process`` (an OCI ``process`` object as JSON), and the files it needs, for ``with``.
 
-    The OCI runtime detaches from the process, which then becomes a child of the agent. So no runtime stays beside it,
-    and it keeps the descriptors that it was given. With a terminal (``terminal``), ``console`` receives the master.
-    ``program`` is what the process executes, for errors. ``folder`` is the container's bundle; ``pids`` lists the
-    processes of the container's cgroup, ``init`` is its first process. ``directory`` is opened when the call is
-    launched, for a ``process`` whose working directory is DIRECTORY_BY_DESCRIPTOR. ``oom_score_adj`` is that of the
-    process. ``held_at`` is the root file system of a container in which the process is held until its terminal has a
-    size.
+    The OCI runtime detaches from the process, which then becomes a child of the agent. So no OCI runtime keeps running,
+    and the process keeps its descriptors. With a terminal (``terminal``), ``console`` receives the master.
+
+    ``program`` is what the process executes, for errors. ``folder`` is the container's bundle. ``pids`` lists the
+    processes of the container's cgroup, and ``init`` is its first process. ``directory`` is opened at the launch, for a
+    ``process`` whose working directory is DIRECTORY_BY_DESCRIPTOR. ``oom_score_adj`` is the value for the process.
+    ``held_at`` is the root file system of a container in which the process waits until its terminal has a size.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class ExecCall:
 
     @property
     def _command(self) -> list[str]:
-        # The runtime writes its own errors to its log, so that they never look like the process's output.
+        # The OCI runtime writes its own errors to its log, so that they are never mixed with the process's output.
         runtime, log = self._runtime, f"/proc/self/fd/{_LOG_DESCRIPTOR}"
         options = [*runtime.arguments, "--log", log, "--log-format", "json"]
         process = f"/proc/self/fd/{_PROCESS_DESCRIPTOR}"
@@ -170,7 +170,7 @@ class ExecCall:
         return [*prefix, runtime.executable, *options, *words, self._container_id]
 
     async def launch(self, descriptors: Mapping[int, int]) -> None:
-        """Start the OCI runtime; the process gets ``descriptors`` as its standard ones, silent ones for the others."""
+        """Start the OCI runtime. The process gets ``descriptors`` as standard streams, null devices for the others."""
         if self._directory is not None:
             opened = await self._directory.open(_START_SECONDS)
             self._stack.callback(os.close, opened)
@@ -183,7 +183,7 @@ class ExecCall:
         try:
             self._runtime_pid = await wait_out(spawning)
             if self.console is not None:
-                # crun starts the program and then sets the size of its terminal: it must do so at once.
+                # crun starts the program and sets the size of its terminal after that: it must do so at once.
                 run_before_children(self._runtime_pid)
                 if gate is not None:
                     holding = gate.hold(self._runtime_pid, str(self._pid_file), self.console.fileno())
@@ -210,10 +210,10 @@ class ExecCall:
 
     @asynccontextmanager
     async def process(self) -> AsyncIterator[ExecProcess]:
-        """The process once it runs, after ``launch``.
+        """The running process, after ``launch``.
 
-        The end of the block kills the process, its session and its descendants, and waits for its end. Does nothing if
-        the process has ended. Raises CommandError when it could not be started.
+        The end of the block kills the process, its session and its descendants, and waits for its end. It does nothing
+        if the process has ended. Raises CommandError if the process could not be started.
         """
         starting = asyncio.ensure_future(self._started())
         try:
@@ -285,19 +285,19 @@ class ExecCall:
 
 
 def _with_oom_score_adj(score: int) -> list[str]:
-    """A prefix for a command, so that it runs with that oom_score_adj; empty if that is the agent's.
+    """A prefix for a command, so that it runs with that oom_score_adj. Empty if the agent has the same value.
 
-    crun (1.8) does not change the value of the process, and with the agent's value the kernel often kills it last. Set
-    from outside, it would be too late for processes that the runtime has started by then.
+    crun (1.8) does not change the value of the process, and with the agent's value the kernel often kills it last. If
+    it were set from outside, it would be too late for processes that the OCI runtime has started by then.
     """
     if int(Path("/proc/self/oom_score_adj").read_bytes()) == score:
         return []
-    # Only a process with CAP_SYS_RESOURCE may go below its initial value: then the process keeps the agent's.
+    # Only a process with CAP_SYS_RESOURCE may lower its initial value. Without it, the process keeps the agent's value.
     return ["/bin/sh", "-c", '{ echo "$0" >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"', str(score)]
 
 
 def _is_in_inner_pid_namespace(pid: int) -> bool:
-    """Whether a process is in another PID namespace than ours, below it: then it has further pids (proc(5), NSpid)."""
+    """Whether a process is in a PID namespace below the agent's: then it has further pids (proc(5), NSpid)."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as status:
         return any(line.startswith(b"NSpid:") and len(line.split()) > 2 for line in status)
     return False

@@ -1,4 +1,4 @@
-"""The runtime handlers of the node, and which of them is the default."""
+"""The runtime handlers of the node, and the default one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _log = logging.getLogger("podkeel.handlers")
 
 
 class Handlers:
-    """Every configured handler that works on this host, and how many of their calls may run at once.
+    """The configured handlers that work on this host, and the number of their calls that may run at the same time.
 
-    ``slots`` are for calls that make and start containers: more than ``parallelism`` at once finish no sooner, and
-    every other call waits behind them for a processor. ``failed_actions`` counts what OCI runtimes and monitors failed
-    at, by program and action. ``failures`` says why a configured handler does not work.
+    ``slots`` limit the calls that create and start containers to ``parallelism``: more at once would not finish sooner,
+    and every other call would wait for a processor. ``failed_actions`` counts the failures of OCI runtimes and conmon
+    by program and action. ``failures`` has the reason for each configured handler that does not work.
     """
 
     def __init__(self, options: RuntimeOptions, layout: Layout, cgroups: CgroupTree, agent_id: str) -> None:
@@ -41,8 +41,10 @@ class Handlers:
         self.default: OciRuntime | None = None
 
     async def probe(self) -> None:
-        """Try every handler. Raises PodkeelError if the default was named and does not work; with no working handler
-        the node runs without one (``default`` is None) and reports that in its status."""
+        """Probe every handler. Raises PodkeelError if the configured default does not work.
+
+        If no handler works, the node runs without one (``default`` is None) and reports that in its status.
+        """
         options = self._options
         if options.default_runtime and options.default_runtime not in options.handlers:
             raise InvalidArgumentError(
@@ -66,10 +68,10 @@ class Handlers:
         self.default = self._working[named] if named else next(iter(self._working.values()), None)
 
     async def change(self, options: RuntimeOptions) -> None:
-        """Take over other handlers, default and umask: try handlers that are new, changed or did not work.
+        """Use other handlers, another default and umask. Handlers that are new, changed or did not work are probed.
 
-        A changed handler also serves the containers that it made before. One that is configured no more serves those
-        it has, and no new pod. Raises PodkeelError, with nothing changed, if the named default does not work.
+        A changed handler also serves the containers that it created before. A removed one serves its containers, but no
+        new pod. Raises PodkeelError, with nothing changed, if the configured default does not work.
         """
         same = options.umask == self._options.umask
         wanted = [
@@ -97,7 +99,7 @@ class Handlers:
         self.default = serving[options.default_runtime] if options.default_runtime else first
 
     async def identify(self) -> None:
-        """Know every handler whose program is installed, without trying it: enough to remove what one has made."""
+        """Find every handler whose program is installed, without probing it: enough to remove its containers."""
         for name, handler in self._options.handlers.items():
             runtime = self._runtime(name, handler)
             try:
@@ -117,7 +119,7 @@ class Handlers:
         runtime = self._runtime(name, handler)
         parent = "system.slice" if runtime.systemd_cgroup else options.cgroup_parent
         try:
-            # Named like a container's or pod's, so that what a killed agent left of it is found at the next start.
+            # Named like a container or pod, so that the next start finds it if the agent is killed now.
             cgroup = self._cgroups.runtime_path(parent, new_id(self._agent_id))
             await runtime.probe(options.catatonit_path, cgroup, self._layout.run)
         except PodkeelError as error:
@@ -129,7 +131,7 @@ class Handlers:
         return runtime
 
     def get(self, name: str) -> OciRuntime:
-        """The handler of that name; the default for an empty one. Raises NotFoundError."""
+        """The handler of that name; the default one for an empty name. Raises NotFoundError."""
         runtime = self._working.get(name) if name else self.default
         if runtime is not None:
             return runtime
@@ -141,30 +143,29 @@ class Handlers:
         raise NotFoundError(f"runtime handler {name!r} is not configured on this node (there are: {known})")
 
     def for_new_pods(self, name: str) -> OciRuntime:
-        """The same, without handlers that only serve the containers that they have. Raises NotFoundError."""
+        """As ``get``, without handlers that only serve their existing containers. Raises NotFoundError."""
         if name in self._retired:
-            raise NotFoundError(f"runtime handler {name!r} is not configured on this node any more")
+            raise NotFoundError(f"runtime handler {name!r} is no longer configured on this node")
         return self.get(name)
 
     def state_folder(self, name: str, container_id: str) -> Path:
-        """Where an OCI runtime, maybe one that is no handler any more, keeps what it knows of a container."""
+        """The folder with an OCI runtime's state of a container, also for a handler that no longer exists."""
         runtime = self._working.get(name)
         return (runtime.root if runtime is not None else self._layout.runtime_root(name)) / container_id
 
     def find(self, name: str) -> OciRuntime | None:
-        """The handler of that name if it works now; None also for one of earlier that is configured no more."""
+        """The handler of that name if it works now; None also for one that is no longer configured."""
         return self._working.get(name)
 
     def working(self) -> list[OciRuntime]:
-        """All that work and serve new pods."""
+        """All handlers that work and serve new pods."""
         return [runtime for name, runtime in self._working.items() if name not in self._retired]
 
 
 def with_umask(umask: str) -> list[str]:
-    """A prefix for a command, so that it runs with ``umask``; empty if that is the agent's.
+    """A prefix for a command, so that it runs with ``umask``. Empty if the agent has the same umask.
 
-    runc sets it for the first process of a container; processes executed later have the umask that runc was started
-    with.
+    runc sets it for the first process of a container. Processes that are executed later get runc's own umask.
     """
     own = re.search(rb"^Umask:\s+([0-7]+)$", Path("/proc/self/status").read_bytes(), re.MULTILINE)
     if own is not None and int(own[1], 8) == int(umask, 8):

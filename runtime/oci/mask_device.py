@@ -1,4 +1,4 @@
-"""The null device behind which files of containers are hidden, where the OCI runtime would take the node's."""
+"""The null device that masks files of containers, if the OCI runtime would use the node's."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from host.files.null_devices import make_null_device
 
 _LABEL = "security.selinux"
 _FLAGS = mounts.MS_NOSUID | mounts.MS_NOEXEC
-_LAYERS = ("lower", "lowest")  # without an upper layer it takes two
+_LAYERS = ("lower", "lowest")  # without an upper layer an overlay needs two
 
 
 class MaskDevice:
     """The null device ``path``, in a separate file system that is mounted on its folder when an agent starts.
 
-    That is an overlay without an upper layer: unlike others it cannot be made writable, also not by a container that
-    may mount. So no container can change the owner or the mode of the device, which all of them share. Containers have
-    their own mounts: they keep the device when the folder is unmounted.
+    That is an overlay without an upper layer. Unlike other file systems it cannot be made writable, even by a container
+    that may mount. So no container can change the owner or the mode of the device, which all of them share. Containers
+    have their own mounts: they keep the device when the folder is unmounted.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,7 +29,7 @@ class MaskDevice:
         self._layers = self._folder.with_name(f"{self._folder.name}.layers")
 
     def make(self) -> None:
-        """Mount it, replacing one that a killed agent left. Blocks for some milliseconds; raises OSError."""
+        """Mount it, and replace one that a killed agent left. Blocks for some milliseconds. Raises OSError."""
         self.remove()
         for folder in (self._folder, self._layers):
             folder.mkdir(mode=0o711, exist_ok=True)
@@ -37,7 +37,7 @@ class MaskDevice:
             self._fill_layers()
             self._mount_overlay()
         finally:
-            self._remove_layers()  # the overlay keeps them
+            self._remove_layers()  # the overlay still has them
 
     def _fill_layers(self) -> None:
         libc.mount("mask", str(self._layers), "tmpfs", _FLAGS, "mode=0711,size=4k,nr_inodes=8")
@@ -46,12 +46,12 @@ class MaskDevice:
             (self._layers / name).chmod(0o711)
         device = self._layers / _LAYERS[0] / self._path.name
         make_null_device(device)
-        with contextlib.suppress(OSError):  # where there is no SELinux
+        with contextlib.suppress(OSError):  # if there is no SELinux
             os.setxattr(device, _LABEL, os.getxattr("/dev/null", _LABEL))
 
     def _mount_overlay(self) -> None:
         with contextlib.ExitStack() as stack:
-            names = []  # without that of the run folder, which may hold colons and commas
+            names = []  # without the name of the run folder, which may have colons and commas
             for name in _LAYERS:
                 opened = os.open(self._layers / name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
                 stack.callback(os.close, opened)
@@ -60,7 +60,7 @@ class MaskDevice:
             libc.mount("mask", str(self._folder), "overlay", _FLAGS | mounts.MS_RDONLY, options)
 
     def remove(self) -> None:
-        """Unmount it; repeatable."""
+        """Unmount it. May be repeated."""
         while mounts.unmount(self._folder, lazy=True):
             pass
         self._remove_layers()

@@ -1,4 +1,4 @@
-"""A /dev/null to hand to processes that are not trusted."""
+"""A /dev/null for processes that are not trusted."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from host.files.null_devices import open_new_null_device
 
 
 def open_private_null() -> int:
-    """A descriptor of a null device with a separate inode, for the caller to close. The first call blocks briefly.
+    """A descriptor of a null device with a separate inode. The caller closes it. The first call blocks briefly.
 
-    OCI runtimes give the standard streams to the container's user, who then owns them. With the node's /dev/null, a
+    OCI runtimes change the owner of the standard streams to the container's user. With the node's /dev/null, a
     container could change the mode of that file for the whole node; with a shared one, for other containers.
     """
     return open_new_null_device(uuid.uuid4().hex, _folder())
@@ -23,12 +23,12 @@ def open_private_null() -> int:
 
 @functools.cache
 def _folder() -> int:
-    """A descriptor of an empty folder on a tmpfs that is mounted nowhere; opened once, it stays open."""
+    """A descriptor of an empty folder on a tmpfs that is mounted nowhere. It is opened once and stays open."""
     return run_in_new_thread(_open_in_own_mount_namespace, name="null-device")
 
 
 def _open_in_own_mount_namespace() -> int:
-    """The mount namespace ends with the calling thread; only the open folder remains."""
+    """Open the folder in a new mount namespace, which ends with the calling thread. Only the open folder remains."""
     mounts.enter_new_mount_namespace()
     libc.mount("null", "/dev", "tmpfs", mounts.MS_NOSUID | mounts.MS_NOEXEC, "mode=0700,size=4k")
     return os.open("/dev", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

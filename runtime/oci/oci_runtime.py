@@ -1,4 +1,4 @@
-"""Driving an OCI runtime (crun, runc or one that takes the same commands); conmon calls its ``create``."""
+"""Calls an OCI runtime: crun, runc or one with the same commands. conmon calls its ``create``."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from runtime.options import HandlerOptions
 
 _COMMAND_SECONDS = 60.0
 _log = logging.getLogger("podkeel.handlers")
-# Messages of crun, runc and youki about a missing program, or a file that is no program. Other errors, such as a failed
-# mount, end with the same words, so the end alone says nothing.
+# Messages of crun, runc and youki about a missing program, or a file that cannot be executed. Other errors, such as a
+# failed mount, end with the same words, so the end alone is not enough.
 _CANNOT_RUN = re.compile(
     r"executable file [\s\S]*not found|open executable|cannot find executable|failed to find executable"
     r"|exec format error|^exec container process |(^|: )exec: \"|(^|: )exec /\S+: "
     r"|^the path `[^`]*` (exists but it is not executable|is not a regular file)",
     re.IGNORECASE | re.MULTILINE,
 )
-# What the kernel says of a cgroup's file where a limit makes no sense, and the runtimes of one that ends them at once.
+# The kernel's error for an invalid limit in a cgroup's file, and the OCI runtimes' error for a limit that kills at
+# once.
 _REFUSED_LIMIT = re.compile(
     r"""writ\w+ .*(cpu|cpuset|memory|pids|hugetlb|blkio|io)\.[\w.]+.*: (invalid argument|.* result out of range)"""
     r"""|memory limit (could be )?too low|unable to set memory limit""",
     re.IGNORECASE | re.DOTALL,
 )
-# Errors of the request: for example a path through a file. Nothing of the node makes a runtime say so.
+# Errors of the request, such as a path through a file. A problem of the node never causes these messages.
 _REFUSED_REQUEST = re.compile(
     r"(not a directory|is a directory|file name too long|too many levels of symbolic links|invalid argument|file exists"
     r"|mkdir /(?:proc|sys)\S*: read-only file system|result out of range|argument list too long)\W*$"
@@ -71,7 +72,7 @@ class _LinuxFeatures(msgspec.Struct, rename="camel"):
 
 
 class _Features(msgspec.Struct, rename="camel"):
-    """What a runtime's ``features`` command prints, so far as it is needed (OCI runtime specification, "Features")."""
+    """The needed part of what a runtime's ``features`` command prints (OCI runtime specification, "Features")."""
 
     mount_options: list[str] | None = None
     linux: _LinuxFeatures | None = None
@@ -81,9 +82,9 @@ _NAMESPACES = ("cgroup", "ipc", "mount", "network", "pid", "user", "uts")
 
 
 class RuntimeFeatures(msgspec.Struct, frozen=True):
-    """What a runtime handler can do, for Status and for refusing what it cannot.
+    """The abilities of a runtime handler, for Status and for refusing requests.
 
-    ``scheduler`` and ``io_priority`` were tried; ``memory_policies`` are modes of set_mempolicy(2).
+    ``scheduler`` and ``io_priority`` were tested. ``memory_policies`` are modes of set_mempolicy(2).
     """
 
     recursive_read_only_mounts: bool = False
@@ -99,14 +100,14 @@ class RuntimeFeatures(msgspec.Struct, frozen=True):
 
     @property
     def is_crun(self) -> bool:
-        """Whether it is crun, which takes more than the OCI's specification has."""
+        """Whether it is crun, which supports more than the OCI specification."""
         return self.version.startswith("crun ")
 
 
 class OciRuntime:
     """One configured runtime handler.
 
-    ``exec_prefix`` is put before the command line of an ``exec``.
+    ``exec_prefix`` comes before the command line of an ``exec``.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class OciRuntime:
 
     @property
     def program(self) -> str:
-        """Absolute path of the program. Raises NotFoundError when it is not installed."""
+        """The absolute path of the program. Raises NotFoundError if it is not installed."""
         if self._program is None:
             self._program = shutil.which(self.options.path)
             if self._program is None:
@@ -134,7 +135,7 @@ class OciRuntime:
 
     @property
     def executable(self) -> str:
-        """What to execute: the program, or the copy of it that begins its work sooner."""
+        """The path to execute: the program, or its copy in memory, which starts sooner."""
         if self._sealed is not None:
             try:
                 return self._sealed.path()
@@ -144,14 +145,14 @@ class OciRuntime:
         return self.program
 
     def distrust_copy(self) -> None:
-        """Execute the program itself from now on, as some container keeps its copy from being executed."""
+        """Execute the program itself from now on, because a container keeps its copy from being executed."""
         if self._sealed is not None:
             _log.warning(
                 "runtime handler %s: a container opened the copy of %s for writing: using the file",
                 self.name,
                 self.program,
             )
-            self._sealed = None  # and not closed: conmon may be about to execute it
+            self._sealed = None  # not closed, because conmon may be about to execute it
 
     @property
     def arguments(self) -> list[str]:
@@ -160,7 +161,7 @@ class OciRuntime:
         return [*arguments, "--systemd-cgroup"] if self.systemd_cgroup else arguments
 
     def command(self, *words: str) -> list[str]:
-        """A whole command line."""
+        """The complete command line."""
         return [self.executable, *self.arguments, *words]
 
     async def start(self, container_id: str) -> None:
@@ -168,8 +169,10 @@ class OciRuntime:
         await processes.run(self.command("start", container_id), timeout=_COMMAND_SECONDS)
 
     async def delete(self, container_id: str) -> None:
-        """Kill what still runs of a container and forget it; one that the runtime does not know is no error. Raises
-        CommandError."""
+        """Kill the rest of a container and delete its state. A container that the runtime does not know is no error.
+
+        Raises CommandError.
+        """
         command = self.command("delete", "--force", container_id)
         result = await processes.run(command, timeout=_COMMAND_SECONDS, check=False)
         if result.status != 0 and (self.root / container_id).exists():

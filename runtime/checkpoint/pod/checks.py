@@ -1,4 +1,4 @@
-"""Refuses pods that cannot be checkpointed before anything is frozen, with the reason."""
+"""Refuses pods that cannot be checkpointed, before anything is frozen, with the reason."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox, SandboxState
 from runtime.state.state import State
 
-_DEEPEST = 100_000  # parents of a process that are looked at
+_DEEPEST = 100_000  # ancestors of a process that are checked
 
 
 def selected(state: State, sandbox: Sandbox, container_ids: Sequence[str]) -> list[Container]:
-    """The containers of these ids. Raises InvalidArgumentError, NotFoundError; WrongStateError if one does not run."""
+    """The containers with these ids.
+
+    Raises InvalidArgumentError, NotFoundError; WrongStateError if one does not run.
+    """
     if not container_ids:
         raise InvalidArgumentError(f"{sandbox.title}: container_ids is empty: name the containers to be checkpointed")
     containers: list[Container] = []
     for container_id in container_ids:
         container = state.get_container(container_id)
         if container.sandbox is not sandbox:
-            raise InvalidArgumentError(f"{container.title} is not of {sandbox.title}")
+            raise InvalidArgumentError(f"{container.title} does not belong to {sandbox.title}")
         if container in containers:
             raise InvalidArgumentError(f"{sandbox.title}: container_ids names {container.title} twice")
         containers.append(container)
@@ -61,13 +64,13 @@ def require_able(sandbox: Sandbox, containers: Iterable[Container], runtime: Oci
 
 
 def refuse_sessions(sandbox: Sandbox, containers: Iterable[Container], *, leave_out: bool) -> None:
-    """Raise WrongStateError for a command that is executed in a container, and unless they are left out for attached
-    clients and port forwards. Blocks.
+    """Raise WrongStateError for a command of exec in a container, and for attached clients and port forwards unless
+    they are left out. Blocks.
     """
     for container in containers:
         if any(container.folder.path.glob("exec-*.pid")):
             raise WrongStateError(
-                f"{container.title}: a command of exec runs in it, which no checkpoint holds: wait for its end"
+                f"{container.title}: a command of exec runs in it, which cannot be saved: wait for its end"
             )
         if container.attached and not leave_out:
             raise WrongStateError(f"{container.title} has attached clients: {_remedy()}")
@@ -76,7 +79,7 @@ def refuse_sessions(sandbox: Sandbox, containers: Iterable[Container], *, leave_
 
 
 def refuse_outsiders(containers: Iterable[Container], cgroups: CgroupTree) -> None:
-    """Raise WrongStateError for a process of a frozen container that its first process did not start. Blocks."""
+    """Raise WrongStateError for a process in a frozen container that does not descend from its first one. Blocks."""
     for container in containers:
         init = container.record.init
         known = {init.pid} if init is not None else set()
@@ -85,12 +88,12 @@ def refuse_outsiders(containers: Iterable[Container], cgroups: CgroupTree) -> No
                 name = procfs.read_bounded(f"/proc/{pid}/comm", 64).decode(errors="replace").strip()
                 raise WrongStateError(
                     f"{container.title}: process {pid} ({name!a}) in it does not descend from its first process, "
-                    "as a command of exec: it cannot be saved; wait for its end, or end it"
+                    "as a command of exec: it cannot be saved: wait for its end, or end it"
                 )
 
 
 def _descends(pid: int, known: set[int]) -> bool:
-    """Whether a process is one of ``known`` or descends from one; all that do are added to them."""
+    """Whether a process is one of ``known`` or descends from one. All such processes are added to ``known``."""
     line: list[int] = []
     current: int | None = pid
     while current and current not in known and len(line) < _DEEPEST:
@@ -103,4 +106,4 @@ def _descends(pid: int, known: set[int]) -> bool:
 
 
 def _remedy() -> str:
-    return f"no checkpoint holds them; end them, or leave them out with the option {SESSIONS}={LEAVE_OUT}"
+    return f"they cannot be saved: end them, or leave them out with the option {SESSIONS}={LEAVE_OUT}"

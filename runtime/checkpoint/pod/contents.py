@@ -1,4 +1,4 @@
-"""The files of one container in a checkpoint of a pod; blocking."""
+"""The files of one container in a checkpoint of a pod. Blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from host.errors import WrongStateError
 from runtime.checkpoint import documents
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-_MAGIC = 8  # bytes of an image of CRIU's that has no entries
+_MAGIC = 8  # bytes of a CRIU image without entries
 _OBJECTS = {
     "ipcns-shm-*.img": "System V shared memory",
     "ipcns-msg-*.img": "System V message queues",
@@ -20,7 +20,7 @@ _OBJECTS = {
 
 
 def refuse_objects(images: Path, title: str) -> None:
-    """Raise WrongStateError for what CRIU saved of the pod's IPC namespace and could not restore into another one."""
+    """Raise WrongStateError for objects of the pod's IPC namespace that CRIU cannot restore in another namespace."""
     for pattern, words in _OBJECTS.items():
         for image in images.glob(pattern):
             if image.stat().st_size > _MAGIC:

@@ -1,6 +1,6 @@
 """``pod.json``: the pod and the containers of a checkpoint.
 
-It is written last, so a folder without it is no checkpoint.
+It is written last, so a folder without it is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class SavedPod(msgspec.Struct, rename="camel"):
 
 
 class SavedContainer(msgspec.Struct, rename="camel"):
-    """A container of a checkpoint: ``folder`` is its place in it, ``image_id`` what it was made from.
+    """A container of a checkpoint: ``folder`` is its folder in the checkpoint, ``image_id`` the image it was made from.
 
-    The other fields are of its configuration; the configuration of a restore must have the same values.
+    The other fields are from its configuration. The configuration of a restore must have the same values.
     """
 
     name: str
@@ -53,7 +53,7 @@ class SavedContainer(msgspec.Struct, rename="camel"):
 
 
 class PodDocument(msgspec.Struct, rename="camel"):
-    """``pod.json``. ``frozen_seconds`` is for how long the containers were frozen."""
+    """``pod.json``. ``frozen_seconds`` is how long the containers were frozen."""
 
     version: int
     machine: str
@@ -69,7 +69,7 @@ class PodDocument(msgspec.Struct, rename="camel"):
 def describe(
     sandbox: Sandbox, containers: Sequence[Container], *, frozen_seconds: float, criu: str, folders: Sequence[str]
 ) -> bytes:
-    """The document of a checkpoint of these containers, whose folders in it are ``folders``."""
+    """Make the document of a checkpoint of these containers, whose folders in it are ``folders``."""
     metadata = sandbox.config.metadata
     document = PodDocument(
         version=VERSION,
@@ -110,10 +110,10 @@ def _saved(container: Container, folder: str) -> SavedContainer:
 
 
 def environment(config: cri_pb2.ContainerConfig) -> dict[str, str]:
-    """The environment of a configuration, as text: values may hold any bytes."""
+    """The environment of a configuration as text. Values may have any bytes."""
     return {pair.key: pair.value.decode(errors="backslashreplace") for pair in config.envs}
 
 
 def shares_pids(config: cri_pb2.ContainerConfig) -> bool:
-    """Whether a configuration has a container use the PID namespace of its pod."""
+    """Whether a configuration makes a container use the PID namespace of its pod."""
     return config.linux.security_context.namespace_options.pid == cri_pb2.POD

@@ -1,7 +1,7 @@
-"""Checkpoints of pods that the end of the agent interrupted: the containers continue, and no part of them is left.
+"""Undoes checkpoints of pods that the end of the agent interrupted: containers are thawed, and files are removed.
 
-While one is made, the agent's folder of checkpoints has a folder for it, whose file ``pod`` says what is frozen and
-where it is written to.
+While a checkpoint is made, it has a folder in the agent's folder of checkpoints. Its file ``pod`` says which containers
+are frozen and where the checkpoint is written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Record(msgspec.Struct):
 
 
 def begin(folder: Path, output: str, place: Place, containers: Sequence[str]) -> None:
-    """Make the folder of a checkpoint that is written to ``output``. Blocks. Raises OSError."""
+    """Create the folder of a checkpoint that is written to ``output``. Blocks. Raises OSError."""
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(mode=0o700)
     device, inode = place.identity
@@ -45,7 +45,7 @@ def begin(folder: Path, output: str, place: Place, containers: Sequence[str]) ->
 
 
 def undo(folder: Path, place: Place) -> None:
-    """Remove what was written of a checkpoint. Blocks. Raises PodkeelError."""
+    """Remove the written files of a checkpoint. Blocks. Raises PodkeelError."""
     place.clear()
     remove(folder)
 
@@ -57,14 +57,14 @@ def remove(folder: Path) -> None:
 
 
 def settle(folder: Path, thaw: Callable[[str], None]) -> int:
-    """End and undo each checkpoint of a pod of which ``folder`` has one; returns how many. Blocks for seconds.
+    """End and undo each checkpoint of a pod that has a folder in ``folder``. Returns their number. Blocks for seconds.
 
     ``thaw`` is called with the id of each of their containers.
     """
     count = 0
     for entry in sorted(folder.glob(f"{PREFIX}*")):
         count += 1
-        _log.warning("checkpoint of pod %s: was interrupted: undoing it", entry.name.removeprefix(PREFIX))
+        _log.warning("checkpoint of pod %s: interrupted: undoing it", entry.name.removeprefix(PREFIX))
         end_work(entry)
         record = _read(entry)
         try:
@@ -74,7 +74,7 @@ def settle(folder: Path, thaw: Callable[[str], None]) -> int:
                 _clear(record)
             remove(entry)
         except (PodkeelError, OSError) as error:
-            _log.error("checkpoint of pod %s: could not be removed: %s", entry.name.removeprefix(PREFIX), error)
+            _log.error("checkpoint of pod %s: cannot be removed: %s", entry.name.removeprefix(PREFIX), error)
     return count
 
 
@@ -86,7 +86,7 @@ def _read(entry: Path) -> _Record | None:
 
 
 def _clear(record: _Record) -> None:
-    """Remove what is in the caller's folder, unless that is a whole checkpoint or another folder by now."""
+    """Clear the caller's folder, unless it has a complete checkpoint or is another folder by now."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         descriptor = os.open(record.output, _FOLDER)
         try:

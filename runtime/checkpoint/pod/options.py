@@ -1,4 +1,4 @@
-"""The options of CheckpointPod and RestorePod, which are maps of strings."""
+"""The options of CheckpointPod and RestorePod: maps of strings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SESSIONS, LEAVE_OUT = "sessions", "leave-out"
 
 
 def leaves_out_sessions(options: Mapping[str, str]) -> bool:
-    """Whether attached clients and port forwards are left out of a checkpoint, and not in its way.
+    """Whether attached clients and port forwards are left out of a checkpoint, instead of preventing it.
 
     Raises InvalidArgumentError for an option or value that CheckpointPod does not have.
     """

@@ -1,4 +1,4 @@
-"""The folder that a checkpoint of a pod is written to. It belongs to the caller, and is used by its descriptor only."""
+"""The folder that a checkpoint of a pod is written to. The caller owns it; it is used by its descriptor only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Place:
-    """An open folder. ``root`` is a path to it that leads there even if the folder is renamed."""
+    """An open folder. ``root`` is a path to it that stays valid if the folder is renamed."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -34,13 +34,13 @@ class Place:
         return status.st_dev, status.st_ino
 
     def make(self, folders: Sequence[str]) -> None:
-        """Make the folders of the containers. Blocks. Raises OSError."""
+        """Create the folders of the containers. Blocks. Raises OSError."""
         os.mkdir(CONTAINERS, 0o700, dir_fd=self.descriptor)
         for folder in folders:
             os.mkdir(folder, 0o700, dir_fd=self.descriptor)
 
     def flush(self, check: Callable[[], None]) -> int:
-        """Have the disk keep what was written; returns its size in bytes. Blocks. Raises OSError."""
+        """Flush the written files to the disk. Returns their size in bytes. Blocks. Raises OSError."""
         size = 0
         for folder, _, files, inside in os.fwalk(".", dir_fd=self.descriptor):
             for name in files:
@@ -75,7 +75,7 @@ class Place:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the folder holds a complete checkpoint."""
+        """Whether the folder has a complete checkpoint."""
         try:
             return stat.S_ISREG(os.stat(DOCUMENT, dir_fd=self.descriptor, follow_symlinks=False).st_mode)
         except FileNotFoundError:
@@ -83,10 +83,10 @@ class Place:
 
 
 def open_place(path: str, title: str) -> int:
-    """A descriptor of the empty folder ``path``. Blocks; ``title`` names the pod in errors.
+    """Open the empty folder ``path``. Blocks. ``title`` names the pod in errors.
 
-    Raises InvalidArgumentError for anything but an absolute path of a folder that only root can write to, NotFoundError
-    for a missing one, WrongStateError for one that is not empty.
+    Raises InvalidArgumentError unless ``path`` is absolute and a folder that only root can write to, NotFoundError if
+    it is missing, and WrongStateError if it is not empty.
     """
     descriptor = open_folder(path, f"{title}: output_path")
     try:
@@ -94,7 +94,7 @@ def open_place(path: str, title: str) -> int:
         if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_MAY_WRITE:
             raise InvalidArgumentError(
                 f"{title}: output_path {path!r} can be written to by others than root, who could read or replace the "
-                "checkpoint: make it root's, with mode 0700"
+                "checkpoint: chown it to root and set its mode to 0700"
             )
         with os.scandir(descriptor) as entries:
             there = any(entries)
@@ -107,14 +107,14 @@ def open_place(path: str, title: str) -> int:
 
 
 def open_folder(path: str, subject: str) -> int:
-    """A descriptor of a folder. Blocks. Raises InvalidArgumentError and NotFoundError; ``subject`` begins them."""
+    """Open a folder. Blocks. Raises InvalidArgumentError and NotFoundError, which begin with ``subject``."""
     if not path.startswith("/") or "\0" in path:
-        raise InvalidArgumentError(f"{subject} {path!r} is no absolute path of a folder on the node")
+        raise InvalidArgumentError(f"{subject} {path!r} is not an absolute path of a folder on the node")
     try:
         return os.open(path, _FOLDER)
     except FileNotFoundError as error:
         raise NotFoundError(f"{subject} {path!r} does not exist") from error
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-            raise InvalidArgumentError(f"{subject} {path!r} is no folder") from error
+            raise InvalidArgumentError(f"{subject} {path!r} is not a folder") from error
         raise PodkeelError(f"{subject} {path!r} cannot be opened: {error.strerror}") from error

@@ -38,7 +38,7 @@ _log = logging.getLogger("podkeel.checkpoint")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """A checkpoint that is made. ``work`` is the agent's own folder of it."""
+    """A checkpoint that is being made. ``work`` is the agent's own folder for it."""
 
     sandbox: Sandbox
     containers: Sequence[Container]
@@ -49,12 +49,12 @@ class _Job:
 
     @property
     def folders(self) -> list[str]:
-        """The containers' folders in the checkpoint."""
+        """The folders of the containers in the checkpoint."""
         return [f"{CONTAINERS}/{index}" for index in range(len(self.containers))]
 
 
 class PodCheckpoints:
-    """Makes checkpoints of pods. One pod has one made at a time."""
+    """Makes checkpoints of pods. A pod can have only one checkpoint made at a time."""
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
@@ -62,10 +62,10 @@ class PodCheckpoints:
     async def checkpoint(
         self, sandbox_id: str, output: str, container_ids: Sequence[str], options: Mapping[str, str]
     ) -> int:
-        """Write running containers of a pod to the empty folder ``output``; returns the size in bytes.
+        """Write running containers of a pod to the empty folder ``output``. Returns the size in bytes.
 
-        All of them are frozen before one is saved, and until all are. After any error the folder is empty again and
-        the containers run.
+        All of them are frozen before the first is saved, and until all are saved. After any error the folder is empty
+        again and the containers run.
 
         Raises:
             NotFoundError: there is no such pod, container or folder.
@@ -104,7 +104,7 @@ class PodCheckpoints:
     async def _checkpoint(self, job: _Job) -> int:
         sandbox = job.sandbox
         operation = sandbox.begin("CheckpointPod")
-        _log.info("%s: checkpoint: %d containers are saved to %s", sandbox.title, len(job.containers), job.output)
+        _log.info("%s: checkpoint: saving %d containers to %s", sandbox.title, len(job.containers), job.output)
         async with AsyncExitStack() as held:
             opening = partial(open_place, job.output, sandbox.title)
             descriptor = await acquired(in_fresh_thread, opening, os.close)
@@ -120,7 +120,7 @@ class PodCheckpoints:
                     size = await self._describe(job, place)
                 async with operation.stage("commit"):
                     await in_long_thread(place.commit, self._document(job, frozen))
-        # The checkpoint is complete: the rest of the work is short.
+        # The checkpoint is complete: the remaining work is short.
         await wait_out(asyncio.ensure_future(in_long_thread(interrupted.remove, job.work)))
         words = "%s: checkpoint: %d bytes, frozen for %.0f ms"
         _log.info(words, sandbox.title, size, frozen * 1e3, extra=of_sandbox(sandbox, operation))
@@ -135,7 +135,7 @@ class PodCheckpoints:
         await in_long_thread(place.make, job.folders)
 
     async def _save(self, job: _Job, place: Place, operation: Operation) -> float:
-        """Save processes and files while all containers are frozen; returns for how many seconds they were."""
+        """Save processes and files while all containers are frozen. Returns the seconds that they were frozen."""
         begin = time.perf_counter()
         async with Undo(job.sandbox.title) as undo:
             undo.push("its being frozen", partial(in_thread, self._thaw, job.containers))
@@ -188,12 +188,12 @@ class PodCheckpoints:
 
 
 def _work_of(job: _Job, index: int) -> Path:
-    """The folder that CRIU writes its log to."""
+    """The folder in which CRIU writes its log."""
     return job.work / f"work-{index}"
 
 
 def _save_files(job: _Job, saved: Sequence[archive.Saved], root: Path, check: Callable[[], None]) -> None:
-    """Write the files of all containers, and the shared memory of the pod once. Blocks."""
+    """Write the files of all containers, and once the shared memory of the pod. Blocks."""
     for each, folder in zip(saved, job.folders, strict=True):
         archive.save_files(archive.without_shared_memory(each), root / folder, check)
     shared = next((each.shared_memory for each in saved if each.shared_memory is not None), None)
@@ -210,7 +210,7 @@ def _refuse_busy(sandbox: Sandbox, containers: Sequence[Container]) -> None:
 
 
 async def _sharing(work: asyncio.Task[int], sandbox: Sandbox) -> int:
-    """The result of ``work``, which a stop of a container may cancel too; it ends with its caller."""
+    """The result of ``work``, which a stop of a container may cancel. The work ends with its caller."""
     try:
         await asyncio.wait((work,))
     except asyncio.CancelledError:
@@ -218,12 +218,12 @@ async def _sharing(work: asyncio.Task[int], sandbox: Sandbox) -> int:
         await ended(work)
         raise
     if work.cancelled():
-        raise WrongStateError(f"{sandbox.title}: a container of it is being stopped: its checkpoint was given up")
+        raise WrongStateError(f"{sandbox.title}: one of its containers is being stopped: its checkpoint was cancelled")
     return work.result()
 
 
 async def _all_or_none(works: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run all at once. After an error of one, or if the caller leaves, the others are cancelled and waited for."""
+    """Run all at once. If one fails or the caller is cancelled, the others are cancelled and waited for."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)

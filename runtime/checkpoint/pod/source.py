@@ -1,7 +1,7 @@
-"""Reading the checkpoint of a pod, which is not trusted, and taking from it what containers are restored from.
+"""Reads the checkpoint of a pod, which is not trusted, and takes from it what containers are restored from.
 
-The folder belongs to others, who may change it at any time. So it is only used by descriptors, nothing of it is
-changed, and everything that decides about rights is copied before it is looked at. Blocks.
+Other users own the folder and may change it at any time. So it is used only by descriptors, nothing in it is changed,
+and each file that decides about rights is copied before it is read. Blocks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _TAKEN = (documents.CONFIG, documents.DIFF, documents.DELETED)
 
 
 class PodSource:
-    """The open folder of a checkpoint; ``subject`` names it in errors. ``most_bytes`` may be taken from it in all."""
+    """The open folder of a checkpoint. ``subject`` names it in errors. At most ``most_bytes`` are taken from it."""
 
     def __init__(self, descriptor: int, subject: str, most_bytes: int) -> None:
         self._descriptor = descriptor
@@ -59,12 +59,12 @@ class PodSource:
         self._files = 0
 
     def read(self) -> PodDocument:
-        """``pod.json``. Raises InvalidArgumentError for a folder without a checkpoint that could be restored here."""
+        """Read ``pod.json``. Raises InvalidArgumentError if the folder has no checkpoint that can be restored here."""
         subject = self._subject
         try:
             file = self._open(self._descriptor, DOCUMENT, _FILE)
         except FileNotFoundError as error:
-            raise InvalidArgumentError(f"{subject} holds no checkpoint of a pod: it has no {DOCUMENT}") from error
+            raise InvalidArgumentError(f"{subject} has no checkpoint of a pod: {DOCUMENT} is missing") from error
         with os.fdopen(file, "rb") as opened:
             self._require_file(file, DOCUMENT)
             content = opened.read(_LARGEST_DOCUMENT + 1)
@@ -80,7 +80,7 @@ class PodSource:
     def _check(self, document: PodDocument) -> None:
         subject, own = self._subject, this_machine().architecture
         if document.version != VERSION:
-            raise InvalidArgumentError(f"{subject} has the version {document.version}: this agent restores {VERSION}")
+            raise InvalidArgumentError(f"{subject} has version {document.version}: this agent restores {VERSION} only")
         if document.machine != own:
             raise InvalidArgumentError(
                 f"{subject} was made on {document.machine[:50]!r}: its processes cannot run on {own}"
@@ -90,16 +90,16 @@ class PodSource:
             raise InvalidArgumentError(f"{subject} has {len(saved)} containers: it must have 1 to {_MOST_CONTAINERS}")
         for what, values in (("name", [each.name for each in saved]), ("folder", [each.folder for each in saved])):
             if len(set(values)) < len(values):
-                raise InvalidArgumentError(f"{subject} has two containers with one {what}")
+                raise InvalidArgumentError(f"{subject} has two containers with the same {what}")
         for each in saved:
             if not _PLACE.fullmatch(each.folder):
-                raise InvalidArgumentError(f"{subject} has the folder {each.folder[:100]!a}, which no checkpoint has")
+                raise InvalidArgumentError(f"{subject} has the invalid folder {each.folder[:100]!a}")
 
     def take(self, saved: SavedContainer, target: Path, check: Callable[[], None]) -> None:
-        """Make the new folder ``target`` with what a container is restored from; the checkpoint stays as it is.
+        """Create the folder ``target`` with the files for restoring a container. The checkpoint is not changed.
 
-        Memory is shared with the checkpoint where the file system can, and copied elsewhere. Raises
-        InvalidArgumentError for anything but files with plain names, LimitError, OSError.
+        Memory is shared with the checkpoint if the file system supports it, else copied. Raises InvalidArgumentError
+        for anything but files with plain names, LimitError, OSError.
         """
         target.mkdir(mode=0o700)
         with closing(_Folder(self._below(self._descriptor, saved.folder))) as folder:
@@ -110,7 +110,7 @@ class PodSource:
                     self._take_all(folder.descriptor, name, target / name, check)
 
     def take_shared_memory(self, target: Path, check: Callable[[], None]) -> bool:
-        """The same for the pod's shared memory; False if the checkpoint has none."""
+        """As ``take``, for the pod's shared memory. False if the checkpoint has none."""
         return self._take(self._descriptor, documents.SHARED_MEMORY, target, check, needed=False)
 
     def _take_all(self, parent: int, name: str, target: Path, check: Callable[[], None]) -> None:
@@ -119,7 +119,7 @@ class PodSource:
             with os.scandir(folder.descriptor) as entries:
                 for entry in entries:
                     if not _PLAIN_NAME.fullmatch(entry.name):
-                        raise InvalidArgumentError(f"{self._subject} holds {entry.name[:100]!a} in {name}")
+                        raise InvalidArgumentError(f"{self._subject} has the file {entry.name[:100]!a} in {name}")
                     self._take(folder.descriptor, entry.name, target / entry.name, check, needed=True)
 
     def _take(self, folder: int, name: str, target: Path, check: Callable[[], None], *, needed: bool) -> bool:
@@ -145,7 +145,7 @@ class PodSource:
         if self._files > _MOST_FILES:
             raise LimitError(f"{self._subject} has more than {_MOST_FILES} files")
         if self._left < 0:
-            raise LimitError(f"{self._subject} is larger than any image may be: {name} is over the limit")
+            raise LimitError(f"{self._subject} is too large: with {name} it exceeds the limit for images")
 
     def _below(self, folder: int, name: str) -> int:
         try:
@@ -154,7 +154,7 @@ class PodSource:
             raise InvalidArgumentError(f"{self._subject} is not complete: it has no {name}") from error
 
     def _open(self, folder: int, name: str, flags: int) -> int:
-        """Raises InvalidArgumentError for links and all that leads elsewhere, FileNotFoundError for what is missing."""
+        """Raises InvalidArgumentError for links and paths that leave it, FileNotFoundError for missing files."""
         try:
             return open_below(folder, name, flags)
         except FileNotFoundError:
@@ -162,14 +162,14 @@ class PodSource:
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EXDEV, errno.ENXIO):
                 raise InvalidArgumentError(
-                    f"{self._subject} holds {name}, which is a link, a mount, or no file or folder as it should be"
+                    f"{self._subject}: {name} is a link, a mount, or not the file or folder that it should be"
                 ) from error
             raise
 
     def _require_file(self, descriptor: int, name: str) -> int:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise InvalidArgumentError(f"{self._subject} holds {name}, which is no regular file")
+            raise InvalidArgumentError(f"{self._subject}: {name} is not a regular file")
         return status.st_size
 
 
@@ -189,7 +189,7 @@ class _Folder:
 
 
 def _share(source: int, target: Path) -> bool:
-    """Make ``target`` a file with the same blocks, or another name of it; False if the file system has neither."""
+    """Make ``target`` a file with the same blocks, or a hard link; False if the file system supports neither."""
     descriptor = os.open(target, _NEW, 0o600)
     try:
         fcntl.ioctl(descriptor, _CLONE, source)
@@ -206,7 +206,7 @@ def _share(source: int, target: Path) -> bool:
 
 
 def _copy(source: int, target: Path, size: int, check: Callable[[], None]) -> None:
-    """Copy ``size`` bytes, however long the file is by now."""
+    """Copy ``size`` bytes, even if the file is longer by now."""
     descriptor = os.open(target, _NEW, 0o600)
     try:
         position = 0
@@ -227,7 +227,7 @@ def highest_pid(folder: Path) -> int:
 
 
 def compare(document: PodDocument, configs: Sequence[cri_pb2.ContainerConfig], subject: str) -> None:
-    """Raise InvalidArgumentError unless the configurations are those of the checkpoint, naming what differs."""
+    """Raise InvalidArgumentError, with the differences, if the configurations are not those of the checkpoint."""
     saved = {each.name: each for each in document.containers}
     names = {config.metadata.name for config in configs}
     missing, more = sorted(saved.keys() - names), sorted(names - saved.keys())
@@ -240,12 +240,12 @@ def compare(document: PodDocument, configs: Sequence[cri_pb2.ContainerConfig], s
         if differing:
             raise InvalidArgumentError(
                 f"{subject}: the configuration of container {config.metadata.name!r} differs from the checkpoint, "
-                f"whose processes run already: {', '.join(differing)}"
+                f"whose processes were started with another one: {', '.join(differing)}"
             )
 
 
 def _shown(names: Sequence[str]) -> str:
-    """Names of a checkpoint, which may hold anything, for an error."""
+    """Names from a checkpoint, which may have any characters, for an error."""
     return ", ".join(repr(name[:100]) for name in names[:5])
 
 

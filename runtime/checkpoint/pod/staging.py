@@ -1,4 +1,4 @@
-"""What RestorePod takes from a checkpoint: a folder of the agent's with a folder for each container."""
+"""The files that RestorePod takes from a checkpoint: a folder of the agent with a folder for each container."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime.checkpoint.restore.restores import Source
 
 
 class Staged:
-    """The files of a checkpoint that is being restored, in ``folder``, which ``take`` makes."""
+    """The files of a checkpoint that is being restored, in ``folder``. ``take`` makes the folder."""
 
     def __init__(self, source: PodSource, document: PodDocument, folder: Path) -> None:
         self._source = source
@@ -25,15 +25,15 @@ class Staged:
         self.shared_memory: Path | None = None
 
     def saved(self, name: str) -> SavedContainer:
-        """What the checkpoint says of a container of it."""
+        """A container in the checkpoint's document."""
         return self._saved[name]
 
     def source(self, name: str, image: Image) -> Source:
-        """What a container is restored from."""
+        """The files for restoring a container."""
         return Source(image, layer=self._target(name))
 
     async def take(self) -> None:
-        """Take everything. Raises InvalidArgumentError, LimitError and OSError."""
+        """Take all files. Raises InvalidArgumentError, LimitError and OSError."""
         await in_thread(partial(self._folder.mkdir, mode=0o700, parents=True))
         for name, saved in self._saved.items():
             await stoppable(partial(self._source.take, saved, self._target(name)))
@@ -46,7 +46,7 @@ class Staged:
         return max(highest_pid(self._target(name)) for name in self._saved)
 
     async def remove(self) -> None:
-        """Remove the folder: what is restored has its own names of the files. A missing one is no error."""
+        """Remove the folder. Restored containers have their own names for its files. A missing folder is no error."""
         await in_long_thread(interrupted.remove, self._folder)
 
     def _target(self, name: str) -> Path:

@@ -1,1 +1,1 @@
-"""Restoring a container from a checkpoint, with the rights of its new configuration and no others."""
+"""Restores a container from a checkpoint, with only the rights of its new configuration."""

@@ -1,4 +1,4 @@
-"""A checkpoint archive on the node, from which a container is restored without an image of it. Blocks."""
+"""A checkpoint archive on the node, from which a container is restored directly. Blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FOLDERS = (documents.IMAGES, documents.VOLUMES)
 
 
 def open_allowed(path: str, folders: Sequence[str], most_bytes: int) -> int:
-    """A descriptor of the archive at ``path``, which is in one of ``folders`` and is written by root only.
+    """Open the archive at ``path``, which must be in one of ``folders`` and writable only by root.
 
     Raises NotFoundError for a missing file, LimitError for one of more than ``most_bytes``, and InvalidArgumentError
     for any other file, and for a path that is not allowed.
@@ -56,17 +56,17 @@ def open_allowed(path: str, folders: Sequence[str], most_bytes: int) -> int:
 
 def _check_status(status: os.stat_result, subject: str, most_bytes: int) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise InvalidArgumentError(f"{subject} is no regular file")
+        raise InvalidArgumentError(f"{subject} is not a regular file")
     if status.st_uid or status.st_mode & 0o022:
-        raise InvalidArgumentError(f"{subject} can be written by others than root: it is not restored from")
+        raise InvalidArgumentError(f"{subject} can be written by others than root: chown it to root with mode 0600")
     if status.st_size > most_bytes:
         raise LimitError(f"{subject} is larger than {most_bytes} bytes (images.max_layer_bytes)")
     if status.st_size % tarfile.BLOCKSIZE:
-        raise InvalidArgumentError(f"{subject} is no plain tar file: decompress it first if it is compressed")
+        raise InvalidArgumentError(f"{subject} is not a plain tar file: decompress it first if it is compressed")
 
 
 def unpack(descriptor: int, members: Mapping[str, tuple[int, int]], folder: Path, check: Callable[[], None]) -> None:
-    """Write what a restore needs to the new ``folder``: those ``members`` by name, each with its place and its size.
+    """Write the ``members`` (the place and size of each, by name) that a restore needs to the new ``folder``.
 
     The file system shares the bytes if it can. ``check`` is called regularly and may raise. Raises OSError.
     """

@@ -1,7 +1,7 @@
-"""The limits of a restored container's cgroup, which crun would set only when the processes run already.
+"""Sets the limits of a restored container's cgroup, which crun would set only after the processes run.
 
-A container that never runs is made in the same cgroup before: crun sets the limits and the device rules, with cgroup
-version 2 too. The cgroup keeps them when its only process is killed.
+A container that never runs is created in the same cgroup first. crun sets its limits and device rules, also with cgroup
+version 2. The cgroup keeps them when the container's only process is killed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runtime.oci.oci_runtime import OciRuntime
 from runtime.specgen import config
 from runtime.state.container import Container
 
-# What CRIU and crun use themselves while they restore. crun sets the container's own limits after that.
+# For CRIU and crun themselves while they restore. crun sets the container's own limits after that.
 _MEMORY = 64 << 20
 _PROCESSES = 64
 _SECONDS = 60.0
@@ -30,7 +30,7 @@ _PROGRAM = "x"
 
 
 async def set_limits(container: Container, runtime: OciRuntime) -> None:
-    """Give the container's cgroup, which has no process, the limits and device rules of its spec.
+    """Set the limits and device rules of the container's spec on its cgroup, which has no process yet.
 
     Raises CommandError if crun refuses them, and PodkeelError.
     """
@@ -59,7 +59,7 @@ async def _end(folder: Path) -> None:
 
 
 def _write_bundle(folder: Path, spec: Path) -> None:
-    for complaint in remove_tree(folder):  # an agent that was killed here left it
+    for complaint in remove_tree(folder):  # a killed agent may have left it
         raise PodkeelError(complaint)
     root = folder / "rootfs"
     (root / "dev").mkdir(parents=True, mode=0o755)

@@ -1,4 +1,4 @@
-"""Reading and writing the images of CRIU that say who the processes of a checkpoint are."""
+"""Reads and writes the images of CRIU that describe the processes of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _LARGEST_IMAGE = 64 << 20
 _MOST_ENTRIES = 100_000
 _SIZE = struct.Struct("<I")
 _MAGIC = 8  # bytes: two magic numbers before the first entry
-INVENTORY_MAGIC = 4  # that image has one
+INVENTORY_MAGIC = 4  # the inventory has one magic number
 
 
 def entries(path: Path, kind: type[M], magic: int = _MAGIC) -> Iterator[M]:
-    """The entries of an image; a missing image has none. Raises InvalidArgumentError for one that is broken."""
+    """The entries of an image. A missing image has none. Raises InvalidArgumentError for a broken image."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -50,6 +50,6 @@ def entries(path: Path, kind: type[M], magic: int = _MAGIC) -> Iterator[M]:
 
 
 def write(path: Path, begin: bytes, *messages: Message) -> None:
-    """Write an image of these entries after the magic numbers ``begin``."""
+    """Write an image with these entries after the magic numbers ``begin``."""
     encoded = [message.SerializeToString() for message in messages]
     path.write_bytes(begin + b"".join(_SIZE.pack(len(entry)) + entry for entry in encoded))

@@ -23,8 +23,8 @@ _MAGIC = 8
 def write_again(layer: Path, target: Path, process: config.Process) -> None:
     """Write the images of the processes of ``layer`` to the folder ``target``, with the limits of ``process``.
 
-    A resource limit is that of the checkpoint or of the configuration, whichever is lower. The first process and those
-    that had the same oom_score_adj get that of the configuration, others keep theirs if it is higher.
+    Each resource limit becomes the lower one of checkpoint and configuration. The first process, and processes with the
+    same oom_score_adj, get the value of the configuration. Others keep theirs if it is higher.
     """
     first = next(criu_images.entries(layer / "pstree.img", images_pb2.Process), None)
     if first is None:
@@ -33,7 +33,7 @@ def write_again(layer: Path, target: Path, process: config.Process) -> None:
     cores = {path: list(criu_images.entries(path, images_pb2.Core)) for path in paths}
     leader = cores.get(layer / f"core-{first.pid}.img")
     if not leader:
-        raise InvalidArgumentError("the checkpoint does not hold its first process")
+        raise InvalidArgumentError("the checkpoint does not have its first process")
     old, new = leader[0].tc.oom_score_adj, process.oom_score_adj or 0
     limits = _limits(process)
     for path, entries in cores.items():
@@ -49,14 +49,14 @@ def write_again(layer: Path, target: Path, process: config.Process) -> None:
 
 
 def _limits(process: config.Process) -> Mapping[int, tuple[int, int]]:
-    """Soft and hard limits by number: the configuration's, and the agent's own for others."""
+    """Soft and hard limits by number: those of the configuration, and the agent's own for others."""
     own = {number: resource.getrlimit(number) for number in _NUMBERS.values()}
     given = {_NUMBERS[limit.type]: (limit.soft, limit.hard) for limit in process.rlimits if limit.type in _NUMBERS}
     return {number: (_unsigned(soft), _unsigned(hard)) for number, (soft, hard) in {**own, **given}.items()}
 
 
 def _unsigned(limit: int) -> int:
-    return limit & _NO_LIMIT  # no limit is -1 for Python
+    return limit & _NO_LIMIT  # Python has -1 for no limit
 
 
 def _limit(rlimits: images_pb2.ResourceLimits, limits: Mapping[int, tuple[int, int]]) -> None:

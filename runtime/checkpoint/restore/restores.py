@@ -1,4 +1,4 @@
-"""Makes a container from a checkpoint, and has its processes continue."""
+"""Creates a container from a checkpoint, and continues its processes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a container is restored from: a layer on this node, or an open archive; and the image it was made from."""
+    """The source of a restore: a layer on this node or an open archive, and the image that the container had."""
 
     image: Image
     layer: Path | None = None
@@ -53,7 +53,7 @@ class Source:
 
 
 class Restores:
-    """Makes containers from images that hold a checkpoint."""
+    """Creates containers from images with a checkpoint."""
 
     def __init__(
         self,
@@ -70,14 +70,14 @@ class Restores:
         self._monitors = monitors
 
     async def root_image(self, layer: Path) -> Image:
-        """The image that the checkpointed container was made from, which is pulled if it is not here.
+        """The image that the checkpointed container was made from. It is pulled if it is missing.
 
-        Raises InvalidArgumentError if the checkpoint names none, and what a pull raises.
+        Raises InvalidArgumentError if the checkpoint names none, and the errors of a pull.
         """
         return await self.image_of(await in_thread(source.read_config, layer))
 
     async def image_of(self, told: ConfigDump) -> Image:
-        """The same for the image named in a checkpoint's data about its container."""
+        """As ``root_image``, for the image named in a checkpoint's data about its container."""
         for name in (told.rootfs_image, told.rootfs_image_ref, told.rootfs_image_name):
             with suppress(PodkeelError):
                 image = self._images.store.find(name) if name else None
@@ -91,7 +91,7 @@ class Restores:
         return image
 
     async def require_handler(self, runtime: OciRuntime, title: str) -> None:
-        """Raise UnsupportedError for a runtime handler that cannot restore ``title`` here."""
+        """Raise UnsupportedError if the runtime handler cannot restore ``title`` here."""
         await self._support.require(runtime, runtime.name)
         if not runtime.features.is_crun:
             raise UnsupportedError(f"{title}: runtime handler {runtime.name!r} does not restore containers: use crun")
@@ -99,7 +99,7 @@ class Restores:
             raise UnsupportedError(f"{title}: containers are not restored with the systemd cgroup driver: use cgroupfs")
 
     async def require(self, container: Container, runtime: OciRuntime) -> None:
-        """Raise UnsupportedError for a container that cannot be restored here."""
+        """Raise UnsupportedError if the container cannot be restored here."""
         await self.require_handler(runtime, container.title)
         why = ""
         if container.sandbox.user_namespace:
@@ -110,7 +110,7 @@ class Restores:
             raise UnsupportedError(f"{container.title}: {why}")
 
     async def layer(self, source_of: Source, container: Container) -> Path:
-        """The folder with the checkpoint; that of an archive is made, in the container's own folder."""
+        """The folder with the checkpoint. For an archive it is created in the container's own folder."""
         if source_of.archive is None:
             assert source_of.layer is not None
             return source_of.layer
@@ -121,7 +121,7 @@ class Restores:
         return folder / _UNPACKED
 
     async def fill(self, container: Container, layer: Path) -> None:
-        """Put what the container had changed of its image below its new root file system, before that is mounted."""
+        """Put the container's changes to its image into its new writable layer, before that is mounted."""
         upper = self._images.snapshots.upper(container.id)
         await in_thread(_make_upper, upper)
         diff = layer / documents.DIFF
@@ -131,9 +131,9 @@ class Restores:
         await in_long_thread(source.link_images, layer, self._folder(container))
 
     async def check(self, container: Container, layer: Path, spec: config.Spec) -> None:
-        """Compare the checkpoint with the container's spec, then put VOLUMEs and shared memory in place.
+        """Compare the checkpoint with the container's spec, then restore VOLUMEs and shared memory.
 
-        Raises InvalidArgumentError for what the configuration does not give.
+        Raises InvalidArgumentError for a right that the configuration does not have.
         """
         try:
             cgroup_set = await in_long_thread(check_rights, layer / documents.IMAGES, spec)
@@ -153,12 +153,12 @@ class Restores:
             await self._unpack(shared, container.sandbox.folder.shm, container)
 
     async def run(self, container: Container, runtime: OciRuntime, request: MonitorRequest) -> None:
-        """Continue the processes of a container that was made from a checkpoint, with a conmon beside them.
+        """Continue the processes of a container that was made from a checkpoint, with a conmon.
 
-        Raises WrongStateError with CRIU's reason; what was made of the container is for the caller to end.
+        Raises WrongStateError with CRIU's reason. The caller ends what was made of the container.
         """
         folder = self._folder(container)
-        await in_thread(self._cgroups.kill, container.record.cgroup)  # of a start that was interrupted
+        await in_thread(self._cgroups.kill, container.record.cgroup)  # left by an interrupted start
         await set_limits(container, runtime)
         procs = await in_thread(self._cgroups.make, container.record.cgroup)
         configuration = container.folder.path / "criu.conf"
@@ -182,13 +182,13 @@ class Restores:
         await in_long_thread(self._drop_images, container)
 
     def _drop_images(self, container: Container) -> None:
-        """The images are in memory now. What is left of them goes with the container. Blocks."""
+        """Remove the images, which are in memory now. What is left is removed with the container. Blocks."""
         for folder in (self._folder(container), self._folder(container).parent / _UNPACKED):
             for complaint in remove_tree(folder):
-                _log.warning("%s: the images of its checkpoint could not be removed: %s", container.title, complaint)
+                _log.warning("%s: the images of its checkpoint: cannot be removed: %s", container.title, complaint)
 
     async def fill_shared_memory(self, sandbox: Sandbox, archive: Path | None) -> None:
-        """Put the saved content into /dev/shm of a new pod; None is no content."""
+        """Restore the saved content of /dev/shm in a new pod. None means no content."""
         if archive is not None:
             subject = f"{sandbox.title}: the checkpoint's {archive.name}"
             await self._images.layers.fetcher.unpack(_pieces(archive), Descriptor(), sandbox.folder.shm, subject)
@@ -197,7 +197,7 @@ class Restores:
         return self._images.snapshots.upper(container.id).parent / documents.IMAGES
 
     async def _unpack(self, archive: Path, folder: Path, container: Container) -> None:
-        """Unpack a tar file of the checkpoint by the confined process that unpacks layers; an empty one needs none."""
+        """Unpack a tar file of the checkpoint with the confined process for layers. An empty one needs no process."""
         if await in_thread(tar_files.is_empty_folder, archive, folder):
             return
         subject = f"{container.title}: the checkpoint's {archive.name}"
@@ -229,7 +229,7 @@ def _make_upper(upper: Path) -> None:
 
 
 def _saved_volumes(layer: Path, volumes: Path) -> list[Path]:
-    """The VOLUMEs of the checkpoint that the new container has too."""
+    """The VOLUMEs of the checkpoint that the new container also has."""
     folder = layer / documents.VOLUMES
     if not stat.S_ISDIR(folder.lstat().st_mode) if folder.exists() else True:
         return []
@@ -237,7 +237,7 @@ def _saved_volumes(layer: Path, volumes: Path) -> list[Path]:
 
 
 def _remove_names(upper: Path, names: list[str]) -> None:
-    """Hide what the image has at ``names``, as overlayfs's whiteouts do; what is there in ``upper`` goes. Blocks."""
+    """Hide the image's files ``names`` by whiteouts of overlayfs, and remove them from ``upper``. Blocks."""
     root = os.open(upper, _FOLDER)
     try:
         for name in names:
@@ -259,9 +259,9 @@ def _remove_name(root: int, name: str) -> None:
         try:
             os.mknod(last, stat.S_IFCHR, 0, dir_fd=folder)
         except FileExistsError:
-            return  # it was made again, so it is not removed
+            return  # the container created it again, so it stays
     except OSError as error:
-        if error.errno not in (errno.ENOTDIR, errno.ELOOP):  # it is below something that is no folder any more
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):  # its parent is no longer a folder
             raise
     finally:
         os.close(folder)

@@ -1,7 +1,7 @@
-"""Compares the rights of a checkpoint's processes with those that the new container's configuration gives.
+"""Compares the rights of a checkpoint's processes with the rights in the new container's configuration.
 
-CRIU gives restored processes the rights that its images say. The images come from an archive that anybody may have
-written, so each of these rights is compared with the spec that the configuration makes. Blocks.
+CRIU gives restored processes the rights in its images. The images are from an archive that anyone may have written. So
+each right is compared with the spec of the configuration. Blocks.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _CORE = re.compile(r"core-(\d+)\.img")
 _MOUNTS = re.compile(r"mountpoints-\d+\.img")
 _NETWORKS = re.compile(r"netns-\d+\.img")
 _GHOST = re.compile(r"ghost-file-.*\.img")
-# Kinds of open files (fd_types of CRIU's fdinfo.proto) that give nothing which the container could not open itself.
+# Kinds of open files (fd_types of CRIU's fdinfo.proto) that the container could also open itself.
 _REGULAR, _INTERNET = 1, 4
 _FILES = {_REGULAR, 2, 3, _INTERNET, 5, 6, 7, 8, 9, 17, 18}
-_SOCKETS = {1, 2}  # streams and datagrams; raw ones need a capability that the processes may not have
+_SOCKETS = {1, 2}  # streams and datagrams; raw sockets need a capability that the processes may not have
 _NAMESPACES = {
     "mount": "mnt_ns_id",
     "pid": "pid_ns_id",
@@ -37,14 +37,14 @@ _NAMESPACES = {
     "user": "user_ns_id",
 }
 _ORDINARY = {0, 3, 5}  # SCHED_NORMAL, SCHED_BATCH, SCHED_IDLE
-_GIVEN_NETWORK = "extRootNetNS"  # crun's and runc's name of it
+_GIVEN_NETWORK = "extRootNetNS"  # the name that crun and runc use
 
 
 def check_rights(folder: Path, spec: config.Spec) -> int:
-    """Compare all images in ``folder``, as CRIU wrote them, with ``spec``; returns the number of their cgroup set.
+    """Compare all images in ``folder``, which CRIU wrote, with ``spec``. Returns the number of their cgroup set.
 
-    Raises InvalidArgumentError for a right that the configuration does not give, UnsupportedError for what cannot be
-    compared.
+    Raises InvalidArgumentError for a right that the configuration does not have, UnsupportedError for a right that
+    cannot be compared.
     """
     if spec.process.selinux_label:
         raise UnsupportedError("a container with an SELinux label cannot be restored")
@@ -85,7 +85,7 @@ def _check_thread(core: images_pb2.Core, process: config.Process) -> None:
         raise InvalidArgumentError("a process of the checkpoint has no credentials")
     user, users = process.user.uid, {credentials.uid, credentials.euid, credentials.suid, credentials.fsuid}
     if user and users != {user}:
-        raise InvalidArgumentError(f"a process of the checkpoint has not the user {user} of the configuration")
+        raise InvalidArgumentError(f"a process of the checkpoint does not have the configuration's user {user}")
     given = process.capabilities or config.Capabilities()
     bounding, permitted = set(given.bounding), {*given.permitted, *given.ambient}
     for words, allowed in (
@@ -101,7 +101,7 @@ def _check_thread(core: images_pb2.Core, process: config.Process) -> None:
                 f"{', '.join(sorted(more))}"
             )
     if core.tc.HasField("old_seccomp_mode") or core.tc.HasField("old_seccomp_filter"):
-        raise InvalidArgumentError("a process of the checkpoint has its seccomp filter in two places")  # CRIU takes one
+        raise InvalidArgumentError("a process of the checkpoint has its seccomp filter in two places")  # CRIU uses one
     _check_groups(credentials, process)
     thread = core.thread_core
     urgent = thread.sched_nice < 0 or thread.sched_policy not in _ORDINARY
@@ -116,7 +116,7 @@ def _check_thread(core: images_pb2.Core, process: config.Process) -> None:
 
 
 def _check_groups(credentials: images_pb2.Credentials, process: config.Process) -> None:
-    """A process of another user than root has the groups of the configuration, unless it may choose them."""
+    """Check the groups: only root, or a process that may choose its groups, can have others than the configuration."""
     user, given = process.user, process.capabilities or config.Capabilities()
     if user.uid == 0 or "CAP_SETGID" in given.permitted:
         return
@@ -135,14 +135,14 @@ def _names(words: Iterable[int]) -> set[str]:
 
 
 def _check_namespaces(folder: Path, cores: Iterable[images_pb2.Core], spec: config.Spec) -> None:
-    """All processes are in the container's namespaces: the same, and none of those that CRIU runs in."""
+    """Check that all processes are in the container's namespaces, and in none of those that CRIU runs in."""
     (inventory,) = _single(folder / "inventory.img", images_pb2.Inventory)
     outside = inventory.root_ids
     found = [core.ids for core in cores if core.HasField("ids")]
     for path in folder.glob("ids-*.img"):
         found += criu_images.entries(path, images_pb2.Namespaces)
     if not found:
-        raise InvalidArgumentError("the checkpoint does not say in which namespaces its processes are")
+        raise InvalidArgumentError("the checkpoint does not have the namespaces of its processes")
     if any(path for path in folder.glob("userns-*.img")):
         raise UnsupportedError("the checkpoint has a user namespace, which is not restored")
     own = {namespace.type for namespace in spec.linux.namespaces} | {"mount"}
@@ -158,7 +158,7 @@ def _check_namespaces(folder: Path, cores: Iterable[images_pb2.Core], spec: conf
 
 
 def _check_network(folder: Path) -> None:
-    """The network namespace is the pod's: CRIU would make another one, where no rule of the node holds."""
+    """Check that the network namespace is the pod's: CRIU would make a new one, without the node's rules."""
     for path in folder.iterdir():
         if _NETWORKS.fullmatch(path.name):
             found = list(criu_images.entries(path, images_pb2.NetworkNamespace))
@@ -167,10 +167,10 @@ def _check_network(folder: Path) -> None:
 
 
 def _check_ghost(path: Path) -> None:
-    """An open file without a name is made again by CRIU, of any kind."""
+    """Check an open file without a name: CRIU would create a file of any kind."""
     first = next(criu_images.entries(path, images_pb2.GhostFile), None)
     if first is None or stat.S_ISCHR(first.mode) or stat.S_ISBLK(first.mode) or not first.mode:
-        raise InvalidArgumentError(f"the checkpoint's {path.name} is no file that a container could have had open")
+        raise InvalidArgumentError(f"the checkpoint's {path.name} is not a file that a container could have had open")
 
 
 def _single(path: Path, kind: type[images_pb2.Inventory]) -> list[images_pb2.Inventory]:
@@ -192,7 +192,7 @@ def _check_files(files: Iterable[images_pb2.File]) -> None:
             continue
         mode, name = file.reg.mode, file.reg.name
         if not mode:
-            raise InvalidArgumentError("the checkpoint does not say what kind of file a process has open")
+            raise InvalidArgumentError("the checkpoint does not have the kind of a file that a process has open")
         device = stat.S_ISCHR(mode) and name.startswith("/dev/") and name[5:] in DEVICES
         if (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)) and not device:
             raise InvalidArgumentError(f"a process of the checkpoint has the device {name[:100]!r} open")

@@ -1,4 +1,4 @@
-"""Whether the threads of a checkpoint are under the seccomp filter of the new container's spec. Blocks."""
+"""Compares the seccomp filters of a checkpoint's threads with the filter of the new container's spec. Blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ALL_THREADS = 1  # SECCOMP_FILTER_FLAG_TSYNC
 def check_filters(folder: Path, threads: Mapping[int, images_pb2.Core], spec: config.Spec) -> None:
     """Raise InvalidArgumentError unless each of ``threads``, by number, gets the filter of ``spec``.
 
-    CRIU saves filters that all threads of a process have for the first thread alone, and sets them for all at once.
+    CRIU saves filters that all threads of a process have only for the first thread, and sets them for all threads.
     Raises UnsupportedError if the OCI runtime does not get a compiled filter.
     """
     encoded = spec.annotations.get("run.oci.seccomp_bpf_data", "")
@@ -39,11 +39,11 @@ def check_filters(folder: Path, threads: Mapping[int, images_pb2.Core], spec: co
             if any(item.filter == wanted for item in _chain(core, filters)) or (shares and plain):
                 missing.discard(number)
     if missing:
-        raise InvalidArgumentError("a process of the checkpoint has not the seccomp profile of the configuration")
+        raise InvalidArgumentError("a process of the checkpoint does not have the configuration's seccomp profile")
 
 
 def _chain(core: images_pb2.Core, filters: Sequence[images_pb2.SeccompFilter]) -> Iterator[images_pb2.SeccompFilter]:
-    """The filters of a thread, each of which names the one before it."""
+    """The filters of a thread. Each names the one before it."""
     thread = core.thread_core
     if thread.seccomp_mode != _FILTERED or not thread.HasField("seccomp_filter"):
         return

@@ -1,4 +1,4 @@
-"""A checkpoint in an image: where it is on this node, and what of it a container is restored from."""
+"""A checkpoint in an image: its folder on this node, and the files that a container is restored from."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _MAGIC = 8  # bytes before the entries of most images
 _MOST_IMAGES = 20_000
 _MOST_DELETED = 1_000_000
 _LARGEST_DELETED = 256 << 20
-# Images of processes, their memory and their files. Others could have CRIU change the network, load security policies
-# or mount: they are left out.
+# Images of processes, their memory and their files. Others are left out: with them CRIU could change the network, load
+# security policies or mount.
 _RESTORED = re.compile(
     r"(?:(?:fdinfo|fs|ids|ipcns-(?:var|shm|msg|sem)|mm|mountpoints|netns|pagemap|pagemap-shmem|pages|pidns|timens"
     r"|ghost-file|tcp-stream|memfd|posix-mqueue|aio)-[0-9a-f]+"
@@ -37,12 +37,12 @@ _RESTORED = re.compile(
 
 
 def read_config(layer: Path) -> ConfigDump:
-    """Which container was checkpointed. Raises InvalidArgumentError."""
+    """The checkpointed container. Raises InvalidArgumentError."""
     return _decoded(layer / documents.CONFIG, ConfigDump)
 
 
 def deleted_names(layer: Path) -> list[str]:
-    """What the container had removed of its image, in clean relative paths. Raises InvalidArgumentError."""
+    """The files of the image that the container had removed, as clean relative paths. Raises InvalidArgumentError."""
     path = layer / documents.DELETED
     if not path.is_file():
         return []
@@ -50,15 +50,16 @@ def deleted_names(layer: Path) -> list[str]:
     cleaned = [name.strip("/") for name in names]
     for name in cleaned:
         if not name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
-            raise InvalidArgumentError(f"the checkpoint's {documents.DELETED} holds {name[:100]!a}")
+            raise InvalidArgumentError(f"the checkpoint's {documents.DELETED} has the invalid name {name[:100]!a}")
     return cleaned
 
 
 def link_images(layer: Path, target: Path) -> None:
-    """Make the new folder ``target`` with the images of a checkpoint, as links to those of the layer. Blocks.
+    """Create the folder ``target`` with the images of a checkpoint, as links to the files of the layer. Blocks.
 
-    The memory of the processes is read from the layer's own files. What CRIU and the OCI runtime would take as orders
-    is left out: ``rewrite`` makes it. Raises InvalidArgumentError for anything but files with plain names.
+    The memory of the processes is read from the layer's own files. Images that would be instructions for CRIU and the
+    OCI runtime are left out: ``rewrite`` makes them. Raises InvalidArgumentError for anything but files with plain
+    names.
     """
     target.mkdir(mode=0o700)
     source = os.open(layer / documents.IMAGES, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -70,7 +71,7 @@ def link_images(layer: Path, target: Path) -> None:
         for name in names:
             status = os.stat(name, dir_fd=source, follow_symlinks=False)
             if not _PLAIN_NAME.fullmatch(name) or not stat.S_ISREG(status.st_mode):
-                raise InvalidArgumentError(f"the checkpoint holds {name[:100]!a}, which is no image of CRIU's")
+                raise InvalidArgumentError(f"the checkpoint has {name[:100]!a}, which is not an image of CRIU")
             if _RESTORED.fullmatch(name):
                 os.link(name, target / name, src_dir_fd=source, follow_symlinks=False)
     finally:
@@ -78,10 +79,10 @@ def link_images(layer: Path, target: Path) -> None:
 
 
 def rewrite(layer: Path, target: Path, cgroup_set: int, process: config.Process, hostname: str) -> None:
-    """Write again what decides about cgroups, limits and standard streams, so that the checkpoint cannot. Blocks.
+    """Rewrite the images that decide about cgroups, limits and standard streams, so that the checkpoint cannot. Blocks.
 
-    All processes stay in the cgroup that CRIU itself is in, with the limits of ``process`` at most, and only the three
-    standard streams are connected. The pod keeps its ``hostname``.
+    All processes stay in CRIU's own cgroup, with the limits of ``process`` at most. Only the three standard streams are
+    connected. The pod keeps its ``hostname``.
     """
     process_images.write_again(layer / documents.IMAGES, target, process)
     for image in sorted((layer / documents.IMAGES).iterdir()):

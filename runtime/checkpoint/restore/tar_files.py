@@ -1,4 +1,4 @@
-"""Tar files of a checkpoint that hold nothing but an empty folder, as most of them do. Blocks."""
+"""Tar files of a checkpoint that have only an empty folder, which is the usual case. Blocks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from images.archives.files import BoundedTarInfo
 
-_LARGEST = 10_240  # bytes: a header, the end, and what tar files are padded to
+_LARGEST = 10_240  # bytes: a header, the end, and the padding of tar files
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def is_empty_folder(archive: Path, folder: Path) -> bool:
-    """Whether a tar file holds only the folder itself, whose owner and mode ``folder`` gets then.
+    """Whether a tar file has only the folder itself. Then ``folder`` gets its owner and mode.
 
     False for any other file, also for a broken one.
     """

@@ -1,6 +1,6 @@
-"""Images of file systems in memory: tar files that CRIU has tar extract, as root.
+"""Images of file systems in memory: tar files that CRIU extracts with tar as root.
 
-Each is written again with what is allowed of it, as two readers of the same tar file may see different members. Blocks.
+Each is written again with only the allowed members, because two readers of a tar file may see different ones. Blocks.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _KEPT_RECORDS = ("SCHILY.xattr.", "mtime")
 def write_again(source: Path, target: Path) -> None:
     """Write the image ``source`` to the new file ``target``.
 
-    Raises InvalidArgumentError for one that is broken, or holds devices other than the usual ones, or names that lead
-    out of it.
+    Raises InvalidArgumentError for a broken image, one with devices other than the usual ones, or one with names that
+    leave the file system.
     """
     name, links, written = source.name, set[str](), 0
     try:
@@ -55,11 +55,11 @@ def _check(member: tarfile.TarInfo, name: str, links: set[str]) -> None:
         parts = [part for part in path.split("/") if part not in ("", ".")]
         above = {"/".join(parts[:end]) for end in range(1, len(parts))}
         if path.startswith("/") or ".." in parts or not above.isdisjoint(links):
-            raise InvalidArgumentError(f"the checkpoint's {name} holds a name that leads out of it")
+            raise InvalidArgumentError(f"the checkpoint's {name} has a name that leaves the file system")
     if member.issym():
         links.add("/".join(part for part in member.name.split("/") if part not in ("", ".")))
     device = (member.devmajor, member.devminor)
     if member.isblk() or (member.ischr() and device not in {*DEVICES.values(), *_OTHER_NODES}):
-        raise InvalidArgumentError(f"the checkpoint's {name} holds the device {device[0]}:{device[1]}")
+        raise InvalidArgumentError(f"the checkpoint's {name} has the device {device[0]}:{device[1]}")
     if not (member.isreg() or member.isdir() or member.issym() or member.islnk() or member.ischr() or member.isfifo()):
-        raise InvalidArgumentError(f"the checkpoint's {name} holds a member of an unknown kind")
+        raise InvalidArgumentError(f"the checkpoint's {name} has a member of an unknown kind")

@@ -1,1 +1,1 @@
-"""What a container is made from: its mounts, its log and its spec."""
+"""The parts of a container's bundle: its mounts, its log and its spec."""

@@ -1,4 +1,4 @@
-"""Making the bundles of containers, in separate threads: volumes may be on a file server that does not answer."""
+"""Makes the bundles of containers, in separate threads: volumes may be on a file server that does not answer."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from runtime.specgen.namespaces import user_mappings
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
 
-_MOST_HANGING = 256  # threads that wait for volumes of containers that were given up
+_MOST_HANGING = 256  # threads that wait for volumes of containers whose creation was cancelled
 
 T = TypeVar("T")
 
 
 class Bundles:
-    """Does all work on a container that is made which may wait for a volume for hours."""
+    """Does all work for a new container that may wait for a volume for hours."""
 
     def __init__(self, hooks: Hooks, options: RuntimeOptions) -> None:
         self._hooks = hooks
@@ -40,16 +40,16 @@ class Bundles:
         self._threads = AbandonableThreads(_MOST_HANGING)
 
     async def log_path(self, sandbox: Sandbox, config: cri_pb2.ContainerConfig) -> Path | None:
-        """Where the log goes, None for none. Raises InvalidArgumentError."""
+        """The path of the log, None for no log. Raises InvalidArgumentError."""
         if not config.log_path:
             return None
         work = partial(resolve_log_path, sandbox.config.log_directory, config.log_path)
         return await self._threads.run(f"container {config.metadata.name!r} of {sandbox.title}", lambda _: work())
 
     async def make_spec(self, container: Container, request: SpecRequest, operation: Operation) -> ContainerSpec:
-        """Make the spec, let plugins of the node change it, and write it with all that it needs in the bundle.
+        """Make the spec, have NRI plugins adjust it, and write it with its files to the bundle.
 
-        What it decides is put into the record. Raises PodkeelError.
+        The decisions in it are recorded in the container's record. Raises PodkeelError.
         """
         hooks, write = self._hooks, partial(self._write_spec, container)
         if await hooks.no_plugin_adjusts(container):
@@ -70,7 +70,7 @@ class Bundles:
         return spec
 
     async def _work(self, operation: Operation, work: Callable[[Permission], T]) -> T:
-        """In a separate thread: volumes may be on a file system whose server does not answer for hours."""
+        """Run ``work`` in a separate thread: volumes may be on a server that does not answer for hours."""
         async with operation.stage("spec"):
             return await self._threads.run(operation.subject, work)
 
@@ -90,7 +90,7 @@ class Bundles:
         return spec
 
     async def verify(self, container: Container, runtime: OciRuntime, spec: ContainerSpec) -> None:
-        """Look once more at what others may have changed in volumes. Raises InvalidArgumentError."""
+        """Check again what other processes may have changed in volumes. Raises InvalidArgumentError."""
         init = container.record.init
         if init is not None and needs_verifying(spec, refuses_outside=runtime.directories.refuses_outside):
             await self._threads.run(container.title, lambda _: verify(init, spec))

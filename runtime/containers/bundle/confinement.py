@@ -1,7 +1,7 @@
-"""Checks of a container that is created and does not run yet.
+"""Checks a container that is created and does not run yet.
 
-Others may change a volume while the OCI runtime resolves paths in it. Nothing of the container runs before its start,
-so the results stay valid until then.
+Other processes may change a volume while the OCI runtime resolves paths in it. No process of the container runs before
+its start, so the results of these checks stay valid until then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _OPENED = frozenset(
     ("/", "/dev", "/dev/pts", "/dev/ptmx", "/dev/console", *(f"/dev/{name}" for name in DEFAULT_NODES.values()))
 )
 _KERNEL_FILESYSTEMS = {"/proc": "proc", "/sys": "sysfs"}
-# Mounts of the node itself in /sys and /proc, for containers that have the node's bound.
+# Mounts that the node itself has in /sys and /proc, for containers that bind mount these.
 _OF_THE_NODE = frozenset(
     (
         *("autofs", "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "efivarfs", "fusectl"),
@@ -32,7 +32,7 @@ _OF_THE_NODE = frozenset(
 
 
 def needs_verifying(spec: ContainerSpec, *, refuses_outside: bool) -> bool:
-    """Whether paths of ``spec`` are in volumes, so that earlier results may have changed meanwhile.
+    """Whether paths of ``spec`` are in volumes, so that earlier results may no longer be valid.
 
     ``refuses_outside``: the OCI runtime itself checks that it is in the container.
     """
@@ -40,10 +40,9 @@ def needs_verifying(spec: ContainerSpec, *, refuses_outside: bool) -> bool:
 
 
 def verify(init: ProcessName, spec: ContainerSpec) -> None:
-    """Look at the working directory and the mounts of the first process of a created container. Blocks.
+    """Check the working directory and the mounts of the first process of a created container. Blocks.
 
-    Raises InvalidArgumentError when a link in a volume led them out of the container, or over the kernel's file
-    systems.
+    Raises InvalidArgumentError if a link in a volume led them out of the container, or onto the kernel's file systems.
     """
     try:
         table = list(mount_table(f"/proc/{init.pid}/mountinfo"))
@@ -64,12 +63,12 @@ def _verify_directory(init: ProcessName, directory: str, table: Iterable[MountEn
         os.close(descriptor)
     raise InvalidArgumentError(
         f"working_dir {directory!r} led out of the container through a link that was put into a volume: "
-        "use a working directory outside of volumes that others change"
+        "use a working directory outside of volumes that other processes change"
     )
 
 
 def _verify_mounts(spec: config.Spec, table: Iterable[MountEntry]) -> None:
-    """Mounts in /proc and /sys must be the kernel's, or be requested with exactly this destination."""
+    """Check that mounts in /proc and /sys are the kernel's, or are requested with exactly this destination."""
     by_name = {mount.destination for mount in spec.mounts} | {*spec.linux.masked_paths, *spec.linux.readonly_paths}
     by_name -= {mount.destination for mount in spec.mounts if mount.type in _KERNEL_FILESYSTEMS.values()}
     for entry in table:
@@ -82,9 +81,9 @@ def _verify_mounts(spec: config.Spec, table: Iterable[MountEntry]) -> None:
 
 
 def _verify_devices(spec: config.Spec, table: Iterable[MountEntry]) -> None:
-    """The root, /dev and the devices that OCI runtimes open have only the requested mounts, each once.
+    """Check that the root, /dev and the devices that OCI runtimes open have only the requested mounts, each once.
 
-    Other mounts below /dev may be those of an OCI runtime that adds devices. The node's /dev has its own mounts.
+    Other mounts below /dev may belong to an OCI runtime that adds devices. The node's /dev has its own mounts.
     """
     if any(mount.destination == "/dev" and _is_the_node_s_dev(mount.source) for mount in spec.mounts):
         return
@@ -108,5 +107,5 @@ def _is_the_node_s_dev(source: str) -> bool:
 def _led_to(target: str) -> InvalidArgumentError:
     return InvalidArgumentError(
         f"mounts: a volume was mounted on {target} through a link that was put into another volume: "
-        "mount it outside of volumes that others change"
+        "mount it outside of volumes that other processes change"
     )

@@ -1,4 +1,4 @@
-"""Binding volumes with mapped ids for a container, and taking them away with it."""
+"""Bind mounts of volumes with mapped ids: made for a container, and removed with it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def bind_all(
     pod_mappings: Mappings | None,
     step: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
-    """Bind each volume at its target; blocks. What was bound when it fails is for ``release``.
+    """Bind mount each volume onto its target. Blocks. If it fails, ``release`` removes the mounts that were made.
 
-    Each thing that is made is made within a ``step``; looking at the volume, which may hang, is not.
-    ``pod_namespace`` is where the pod's user namespace is pinned. Raises UnsupportedError where the volume's file
-    system has no mapped mounts.
+    Each mount is made inside a ``step``. The volume, which may hang, is read outside of steps. ``pod_namespace`` is
+    where the pod's user namespace is pinned. Raises UnsupportedError if the volume's file system has no idmapped
+    mounts.
     """
     for volume in volumes:
         is_folder = Path(volume.source).is_dir()
@@ -41,9 +41,9 @@ def bind_all(
 
 
 def release(rootfs: Path) -> None:
-    """Unbind the volumes of the container with root ``rootfs``; blocks, repeatable.
+    """Unmount the volumes of the container with root ``rootfs``. Blocks. May be repeated.
 
-    Nothing is ever deleted through a bind: a target that cannot be freed raises OSError.
+    Nothing is ever deleted through a bind mount: a target that cannot be unmounted raises OSError.
     """
     folder = mapped_folder(rootfs)
     if not folder.exists():

@@ -1,4 +1,4 @@
-"""What conmon is to do for a container."""
+"""The request to conmon for a container."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Mounts that appear on the node because a container has a volume inside a bidirectional one.
+"""Mounts that appear on the node because a container has a volume inside a bidirectional volume.
 
-What the OCI runtime mounts in a bidirectional volume appears where the volume is on the node, and stays there when the
-container ends. The next container's mounts would be on top of it: a volume inside a volume of the same file system
-multiplies with each container, until the node can mount nothing. So the agent records these mounts and unmounts them
-when the container has ended, unless they are in use or something is mounted in them. Those are tried again whenever
-another such container ends, and at the agent's start.
+A mount of the OCI runtime in a bidirectional volume also appears on the node, and stays there when the container ends.
+The mounts of the next container would be on top of it. A volume inside a volume of the same file system would multiply
+with each container, until the node cannot mount anything. So the agent records these mounts. It unmounts them when the
+container has ended, unless they are in use or have other mounts in them. It tries those again whenever another such
+container ends, and at its start.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from host.files.mounts import MountEntry
 from runtime.specgen import config
 from runtime.specgen.mounts.shared_volumes import targets_on_node
 
-# How long a container waits for another one that is being created, and its end for an unmount.
+# Time limits: for waiting for another container that is being created, and for an unmount at a container's end.
 _TURN_SECONDS = 30.0
 _UNMOUNT_SECONDS = 5.0
 
@@ -37,7 +37,7 @@ _log = logging.getLogger("podkeel.containers")
 
 
 class _Mount(msgspec.Struct, frozen=True, array_like=True):
-    """What identifies a mount: the kernel uses the numbers of mounts again."""
+    """The identity of a mount: the kernel reuses the numbers of mounts."""
 
     number: int
     root: str
@@ -46,9 +46,9 @@ class _Mount(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Record(msgspec.Struct):
-    """What one container has mounted on the node; ``made`` is unknown (None) until it is created.
+    """The mounts of one container on the node. ``made`` is unknown (None) until the container is created.
 
-    ``before`` are the mounts that were at ``targets`` then. ``ended``: it is to be unmounted.
+    ``before`` are the mounts that were at ``targets`` before. ``ended``: the mounts are to be unmounted.
     """
 
     targets: list[str]
@@ -58,7 +58,7 @@ class _Record(msgspec.Struct):
 
 
 class NodeMounts:
-    """The records, a file for each container in ``folder``, which does not outlive a boot."""
+    """The records: a file for each container in ``folder``, which is empty after a reboot."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -69,10 +69,10 @@ class NodeMounts:
     async def recorded(
         self, container_id: str, wanted: Sequence[config.Mount], abandon: Callable[[], Awaitable[None]]
     ) -> AsyncIterator[None]:
-        """Record what appears on the node within the block, in which the container with these mounts is created.
+        """Record the mounts that appear on the node during the block, in which the container is created.
 
-        One container after the other: their mounts could not be distinguished. If the block fails, ``abandon`` must end
-        what it does. Raises UnavailableError.
+        Only one container at a time can do this, because their mounts could not be distinguished. If the block fails,
+        ``abandon`` must end its work. Raises UnavailableError.
         """
         targets = targets_on_node(wanted)
         if not targets:
@@ -97,9 +97,9 @@ class NodeMounts:
             self._turn.release()
 
     async def release(self, container_id: str) -> None:
-        """Unmount what a container that has ended has left on the node. Repeatable.
+        """Unmount what an ended container has left on the node. May be repeated.
 
-        No caller waits long for a file server that does not answer.
+        If a file server does not answer, the caller does not wait long.
         """
         if not self._file(container_id).exists():
             return
@@ -108,7 +108,7 @@ class NodeMounts:
         work.add_done_callback(partial(_log_failure, container_id))
 
     def unmount(self, container_id: str) -> None:
-        """The same, blocking. Raises OSError."""
+        """As ``release``, but blocking. Raises OSError."""
         with self._unmounting:
             record = self._read(container_id)
             if record is not None and not record.ended:
@@ -119,7 +119,7 @@ class NodeMounts:
             self._unmount_ended()
 
     def known(self) -> list[str]:
-        """The containers with a record."""
+        """The containers that have a record."""
         try:
             return sorted(entry.name for entry in self._folder.iterdir())
         except FileNotFoundError:
@@ -139,7 +139,7 @@ class NodeMounts:
                 self._file(container_id).unlink()
 
     def _unmount_ended(self) -> None:
-        """Unmount what no container has any more, the newest first, as long as one mount after the other is free."""
+        """Unmount the mounts of ended containers, the newest first, until one is in use."""
         records = {name: record for name in self.known() if (record := self._read(name)) is not None and record.ended}
         while True:
             table = {entry.mount_id: entry for entry in mounts.mount_table()}
@@ -150,7 +150,7 @@ class NodeMounts:
                 break
         for name, made in left.items():
             if made:
-                _log.warning("container %s: %s on the node stays mounted: it is in use", name[:13], made[0].target)
+                _log.warning("container %s: %s stays mounted on the node: it is in use", name[:13], made[0].target)
             else:
                 self._file(name).unlink(missing_ok=True)
 
@@ -165,7 +165,7 @@ class NodeMounts:
 
     def _write(self, container_id: str, record: _Record) -> None:
         new = self._folder.with_name(f"{self._folder.name}.{container_id}")
-        new.write_text(json.dumps(msgspec.to_builtins(record)))  # msgspec encodes no names that are not UTF-8
+        new.write_text(json.dumps(msgspec.to_builtins(record)))  # msgspec cannot encode names that are not UTF-8
         new.rename(self._file(container_id))
 
 
@@ -188,7 +188,7 @@ def _is_there(mount: _Mount, table: dict[int, MountEntry]) -> bool:
 
 
 def _unmount(mount: _Mount) -> bool:
-    """Unmount a mount with nothing on it; False if it is in use, or another mount is at its place."""
+    """Unmount a mount without mounts on it. False if it is in use, or if there is another mount at its place."""
     try:
         descriptor = os.open(mount.target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -196,7 +196,7 @@ def _unmount(mount: _Mount) -> bool:
                 return False
         finally:
             os.close(descriptor)
-        libc.umount(mount.target, mounts.UMOUNT_NOFOLLOW)  # never lazily: that would take mounts of others along
+        libc.umount(mount.target, mounts.UMOUNT_NOFOLLOW)  # never lazily: that would also detach mounts of others
     except OSError:
         return False
     return True

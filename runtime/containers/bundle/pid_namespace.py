@@ -1,4 +1,4 @@
-"""The PID namespace that a container joins: a new one, its pod's, that of another container, or the node's."""
+"""The PID namespace that a container joins: a new one, the pod's, another container's, or the node's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runtime.state.state import State
 
 
 def pid_namespace(container: Container, target_pids: str | None) -> tuple[str | None, bool]:
-    """Path of the PID namespace to join (None: a new one), and whether it is the node's."""
+    """The path of the PID namespace to join (None: a new one), and whether it is the node's."""
     sandbox = container.sandbox
     options = container.config.linux.security_context.namespace_options
     if options.pid == cri_pb2.NODE:
@@ -38,7 +38,7 @@ def shares_pod_pids(container: Container) -> bool:
 
 
 async def ensure_pid_holder(state: State, catatonit: str, sandbox: Sandbox) -> None:
-    """Make the PID namespace that the pod's containers share, unless it is there already."""
+    """Create the PID namespace that the pod's containers share, unless it exists."""
     async with sandbox.holder_lock:
         if sandbox.record.pid_holder is not None:
             return
@@ -54,11 +54,11 @@ async def ensure_pid_holder(state: State, catatonit: str, sandbox: Sandbox) -> N
 
 @contextmanager
 def target_pid_namespace(state: State, container: Container) -> Iterator[str | None]:
-    """The path, good for the block, of the PID namespace of the container that ``container`` targets; None without.
+    """The path of the PID namespace of the container that ``container`` targets, for the block; None without a target.
 
-    It is one of a descriptor of the agent's: by a path of the target's process the OCI runtime would join the namespace
-    of the process that has that pid by then. Raises InvalidArgumentError for a target that is no container of the pod,
-    WrongStateError for one that does not run.
+    The path names a descriptor of the agent. With a path of the target's process, the OCI runtime could join the
+    namespace of another process that has reused the pid. Raises InvalidArgumentError if the target is not a container
+    of the pod, and WrongStateError if it does not run.
     """
     options = container.config.linux.security_context.namespace_options
     if options.pid != cri_pb2.TARGET:
@@ -72,7 +72,7 @@ def target_pid_namespace(state: State, container: Container) -> Iterator[str | N
     init = target.record.init if target.record.state is ContainerState.RUNNING else None
     descriptor = open_namespace(init.pid, init.started, "pid") if init is not None else None
     if descriptor is None:
-        raise WrongStateError(f"{container.title}: its target {target.title} does not run, so has no PID namespace")
+        raise WrongStateError(f"{container.title}: its target {target.title} is not running: start it first")
     try:
         yield f"/proc/{os.getpid()}/fd/{descriptor}"
     finally:

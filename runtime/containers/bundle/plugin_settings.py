@@ -1,4 +1,4 @@
-"""Settings by plugins of the node that the OCI runtime ignores: the agent applies them before the start."""
+"""Settings of NRI plugins that the OCI runtime ignores. The agent applies them before the start."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from runtime.state.container import Container
 async def set_what_is_left(
     container: Container, runtime: OciRuntime, process: config.Process, cgroups: CgroupTree
 ) -> None:
-    """Set limits and scheduling of a container that is created and waits for its start.
+    """Set limits and scheduling of a container that is created and not started.
 
-    Raises InvalidArgumentError for what the kernel refuses.
+    Raises InvalidArgumentError for a value that the kernel refuses.
     """
     features, init = runtime.features, container.record.init
     scheduler = None if features.scheduler else process.scheduler

@@ -21,7 +21,7 @@ from runtime.state.container import Container
 
 
 class Rootfs:
-    """Mounts what containers get of images, and unmounts all that was mounted for them."""
+    """Mounts what a container needs from images, and unmounts everything that was mounted for it."""
 
     def __init__(self, images: ImageStore, snapshots: SnapshotStore, facts: NodeFacts, layout: Layout) -> None:
         self._images = images
@@ -40,7 +40,7 @@ class Rootfs:
         )
 
     async def mount_image_volumes(self, container: Container) -> dict[int, Path]:
-        """Mount the images among the container's mounts, read-only; their folders by index in the configuration.
+        """Mount the images among the container's mounts read-only. Returns their folders by index in the configuration.
 
         Raises KubeletReasonError ``ImageVolumeMountFailed``.
         """
@@ -52,7 +52,7 @@ class Rootfs:
             if image is None:
                 raise KubeletReasonError(
                     "ImageVolumeMountFailed",
-                    f"{container.title}: image {mount.image.image!r} for {mount.container_path} is not here: "
+                    f"{container.title}: image {mount.image.image!r} for {mount.container_path} is not on this node: "
                     "pull it first",
                 )
             target = container.folder.image_volume(index)
@@ -70,8 +70,8 @@ class Rootfs:
         return mounted
 
     async def unmount(self, container: Container) -> None:
-        """Unmount root file system, image volumes, volumes with mapped ids, devices and log, and what appeared on the
-        node. Repeatable.
+        """Unmount the root file system, image volumes, volumes with mapped ids, devices, the log, and mounts that
+        appeared on the node. May be repeated.
         """
         await self.node_mounts.release(container.id)
         folder = container.folder
@@ -80,15 +80,15 @@ class Rootfs:
         await self._snapshots.unmount(container.id, folder.rootfs)
 
     async def remove(self, container: Container) -> None:
-        """Delete what the container has written; its root file system is unmounted. Repeatable."""
+        """Delete the files that the container has written. Its root file system must be unmounted. May be repeated."""
         await self._snapshots.remove(container.id)
 
     def writable(self, container: Container) -> Path:
-        """The folder of the container beside its writable layer."""
+        """The container's folder in which its writable layer is."""
         return self._snapshots.upper(container.id).parent
 
     def status_mounts(self, mounts: list[cri_pb2.Mount]) -> list[bytes]:
-        """The mounts as the status shows them, encoded: images with their id, as PullImage returns it."""
+        """The mounts for the container's status, encoded. Images have their id, as PullImage returns it."""
         shown = []
         for given in mounts:
             mount = cri_pb2.Mount()
@@ -109,7 +109,7 @@ def _user_namespace(container: Container) -> Path | None:
 
 
 def _release_volumes(folder: ContainerFolder) -> list[Path]:
-    """Unbind the log and the volumes with mapped ids, unmount the devices; where images are still mounted."""
+    """Unmount log, devices and volumes with mapped ids. Returns the folders on which images are still mounted."""
     release(folder.rootfs)
     LogLink(folder.path).release()
     private_devices.release(folder.rootfs)

@@ -1,4 +1,4 @@
-"""The facts for a container's spec, gathered from the node, the pod and the image."""
+"""Gathers the data for a container's spec from the node, the pod and the image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from runtime.state.container import Container
 
 
 class SpecRequests:
-    """Gathers what specs are built from. ``mask`` is the null device behind which crun hides files."""
+    """Gathers the data for specs. ``mask`` is the null device with which crun masks files."""
 
     def __init__(
         self,
@@ -50,9 +50,9 @@ class SpecRequests:
         *,
         target_pids: str | None = None,
     ) -> SpecRequest:
-        """The request for ``runtime.specgen.draft``; the pod's shared PID namespace, if used, exists already.
+        """The request for ``runtime.specgen.draft``. The pod's shared PID namespace, if used, must exist.
 
-        ``target_pids`` is the path of the target's PID namespace, for a container that has one.
+        ``target_pids`` is the path of the target's PID namespace, if the container has a target.
         """
         sandbox, config = container.sandbox, container.config
         folder = sandbox.folder

@@ -1,1 +1,1 @@
-"""How a container ends: noticed, waited for, explained and recorded."""
+"""The end of a container: noticing it, waiting for it, finding its reason, and recording it."""

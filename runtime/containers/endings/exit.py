@@ -1,4 +1,4 @@
-"""The end of a container: it is recorded, and the container's resources are released."""
+"""Records the end of a container and releases its resources."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ UNKNOWN_EXIT_CODE = 255
 
 _LOG_SECONDS = 1.0
 _CGROUP_SECONDS = 5.0
-# Between attempts to handle an end that could not be, as on a node without free descriptors or process ids.
+# Pauses between attempts to handle an end. Attempts fail on a node without free descriptors or process ids.
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 15.0
 _log = logging.getLogger("podkeel.containers")
 
 
 class ContainerExit:
-    """Watches the monitors of containers, and handles their ends."""
+    """Watches the conmon processes of containers, and handles the ends of containers."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ContainerExit:
         self._closing = asyncio.Event()
 
     def watch(self, container: Container) -> None:
-        """Notice kills in a container, and the end of its monitor; one whose program cannot run has no monitor."""
+        """Watch for kills in a container, and for the end of its conmon. A program that cannot run has no conmon."""
         descriptor = container.monitor_descriptor
         if descriptor is not None:
             self._kills.watch(container)
@@ -74,7 +74,7 @@ class ContainerExit:
         self._spawn(self._monitor_ended(container))
 
     async def _monitor_ended(self, container: Container) -> None:
-        """Handle the end of a monitor, which is noticed once: what fails is tried again until it succeeds."""
+        """Handle the end of conmon, which is noticed only once. It is tried again until it succeeds."""
         self._close_monitor(container)
         pause = _FIRST_PAUSE_SECONDS
         while not self._closing.is_set():
@@ -82,7 +82,7 @@ class ContainerExit:
                 await self._handle_end(container)
                 return
             except (PodkeelError, OSError, RuntimeError) as error:
-                _log.error("%s: end cannot be handled, trying again: %s", container.title, error)
+                _log.error("%s: its end cannot be handled: trying again: %s", container.title, error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._closing.wait()
@@ -99,7 +99,7 @@ class ContainerExit:
             await self.record_exit(container, exit_record)
 
     async def survives_its_monitor(self, container: Container) -> bool:
-        """Whether the container runs on though conmon was killed; its end is then noticed without an exit code."""
+        """Whether the container still runs although conmon was killed. Its end will be noticed without an exit code."""
         init = container.record.init
         pidfd = processes.open_process(init.pid, init.started) if init is not None else None
         if pidfd is None:
@@ -113,12 +113,12 @@ class ContainerExit:
         return True
 
     async def record_exit(self, container: Container, exit_record: ExitRecord | None) -> None:
-        """Record how a container ended; the caller holds its lock."""
+        """Record how a container ended. The caller must hold its lock."""
         await _end_log(container)
         async with self._hooks.sync_blocked():
             counted = self._describe_end(container, exit_record)
-            # The runtime's resources are released meanwhile: if the agent dies before the commit, conmon's record
-            # exists.
+            # The OCI runtime's resources are released at the same time: if the agent dies before the commit, conmon's
+            # record still exists.
             container.cleanup = self._spawn(self.clean_up(container))
             await self.save_end(container, sandbox_too=counted)
         self.ended(container)
@@ -126,16 +126,16 @@ class ContainerExit:
         _log.info("%s: exited: code %d, %s", container.title, record.exit_code, record.reason, extra=ended)
 
     def _describe_end(self, container: Container, exit_record: ExitRecord | None) -> bool:
-        """Write an end into the record; whether kills of the pod were counted for it, which must be written too.
+        """Put the end into the record. Return whether kills in the pod were counted for it, which must be written too.
 
-        From here to the commit nothing else runs: others count the kills of who is alive.
+        Nothing else may run from here to the commit: kills are attributed by which containers are alive.
         """
         record = container.record
         kills = kills_for_memory(self._cgroups, self._state, container)
         history = self._kills.history(container, kills)
         record.exit_code = exit_record.code if exit_record else UNKNOWN_EXIT_CODE
         record.started_at = record.started_at or record.created_at
-        # The record's time is that of a file, which the kernel takes from a coarse clock.
+        # The record's time is the time of a file, for which the kernel uses a coarse clock.
         record.finished_at = max(exit_record.finished_at, record.started_at) if exit_record else time.time_ns()
         failure = "OOMKilled" if ended_by_the_kernel(container, exit_record, history, kills) else "Error"
         record.reason = failure if record.exit_code else "Completed"
@@ -153,13 +153,13 @@ class ContainerExit:
         )
 
     async def _write_end(self, container: Container, *, sandbox_too: bool) -> None:
-        """If that fails the container has ended anyway, and the next start sees it again."""
+        """Write the end. If that fails, the container has still ended, and the next start notices it again."""
         try:
             await self._state.move(container, ContainerState.EXITED)
             if sandbox_too:
                 await self._state.save(container.sandbox)
         except PodkeelError as error:
-            _log.error("%s: exit could not be written to the store: %s", container.title, error)
+            _log.error("%s: its exit could not be written to the store: %s", container.title, error)
 
     def ended(self, container: Container) -> None:
         """Notify waiting callers and clients of the end, and begin to clean up."""
@@ -171,7 +171,7 @@ class ContainerExit:
             container.cleanup = self._spawn(self.clean_up(container))
 
     async def clean_up(self, container: Container) -> None:
-        """Release the resources of an ended container, except its files. Repeatable; a failure is only logged."""
+        """Release the resources of an ended container, except its files. May be repeated. A failure is only logged."""
         try:
             await self.release_runtime(container)
             await self.end_monitor(container)
@@ -179,17 +179,17 @@ class ContainerExit:
             container.unmounted = True
         except (PodkeelError, OSError) as error:
             self._handlers.failed_actions[container.record.handler, "delete"] += 1
-            _log.error("%s: clean-up failed, RemoveContainer tries again: %s", container.title, error)
+            _log.error("%s: clean-up failed: RemoveContainer tries again: %s", container.title, error)
 
     async def release_runtime(self, container: Container) -> None:
-        """Kill the rest of a container and have the OCI runtime forget it. Repeatable."""
+        """Kill the remaining processes of a container and delete its state in the OCI runtime. May be repeated."""
         record = container.record
         if record.boot_id != self._state.boot_id:
             return
         cgroups = self._cgroups
         await in_thread(kill_group, cgroups, record)
         runtime = self._handlers.find(record.handler)
-        if runtime is None:  # its pods must still be removable
+        if runtime is None:  # the handler is gone, but its pods must be removable
             await in_thread(cgroups.kill, record.cgroup)
             await in_thread(remove_tree, self._handlers.state_folder(record.handler, container.id))
         elif (runtime.root / container.id).exists():
@@ -198,7 +198,7 @@ class ContainerExit:
             await in_thread(clear_cgroup, cgroups, record.cgroup)
 
     async def released(self, container: Container) -> None:
-        """Wait until the OCI runtime's resources of an ended container are released; try again if that failed."""
+        """Wait until the OCI runtime has released the resources of an ended container. Try again if that failed."""
         if container.cleanup is not None:
             await asyncio.wait((container.cleanup,))
         await self.release_runtime(container)
@@ -206,7 +206,7 @@ class ContainerExit:
             await self.end_monitor(container)
 
     async def end_monitor(self, container: Container) -> None:
-        """Kill conmon if it is still there though its container is not, and wait until it writes no more."""
+        """Kill conmon if it still runs after the end of its container, and wait until it writes no more."""
         monitor = container.record.monitor
         if monitor is None or container.record.boot_id != self._state.boot_id:
             return
@@ -235,10 +235,10 @@ class ContainerExit:
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("container: exit could not be handled: %s", error, exc_info=error)
+            _log.error("container: its exit could not be handled: %s", error, exc_info=error)
 
     async def close(self) -> None:
-        """Close the watches of conmon processes, which keep running, and wait for the clean-up."""
+        """Close the watches of conmon processes, which keep running, and wait for clean-up that is running."""
         self._closing.set()
         self._kills.close()
         loop = asyncio.get_running_loop()
@@ -252,27 +252,28 @@ class ContainerExit:
 
 
 async def _end_log(container: Container) -> None:
-    """Mark the last lines of an ended container's log as such.
+    """Mark the last lines of an ended container's log as complete.
 
-    No caller waits for a log folder that does not answer.
+    If the log folder does not answer, the caller does not wait.
     """
     if container.log is None:
         return
     work = asyncio.ensure_future(in_fresh_thread(container.log.end_last_lines))
     await asyncio.wait({work}, timeout=_LOG_SECONDS)
-    work.add_done_callback(lambda done: done.cancelled() or done.exception())  # a log that is gone has no last line
+    work.add_done_callback(lambda done: done.cancelled() or done.exception())  # the log may have been removed
 
 
 def kill_group(cgroups: CgroupTree, record: ContainerRecord) -> None:
-    """Kill processes that may outlive a container's first process, and those that cannot end as they are frozen."""
+    """Kill the processes that can outlive a container's first process, and those that cannot end because frozen."""
     if not record.private_pid_namespace or cgroups.is_frozen(record.cgroup):
         cgroups.kill(record.cgroup)
 
 
 def clear_cgroup(cgroups: CgroupTree, path: str) -> None:
-    """Kill the remaining processes of a cgroup, in all hierarchies, and remove it. Blocks until that has ended.
+    """Kill the remaining processes of a cgroup in all hierarchies, wait until they ended, and remove it. Blocks.
 
-    Below a frozen cgroup it ends when that is thawed: it is not waited for, and its cgroup is removed with the pod's.
+    Below a frozen cgroup they end only when it is thawed. They are not waited for; the cgroup is removed with the
+    pod's.
     """
     cgroups.kill(path)
     pids = cgroups.all_processes(path)

@@ -1,8 +1,8 @@
-"""When the kernel last killed a process of a container for memory, and whether the container survived it.
+"""Finds out when the kernel last killed a process of a container for memory, and whether the container survived.
 
-The kernel counts such kills, but reports neither their time nor the killed process. Conmon makes a file when a memory
+The kernel counts such kills, but reports neither their time nor the killed process. conmon makes a file when a memory
 limit is reached. The agent deletes that file, waits until the killed process has ended, and records how many kills the
-first process has survived. What happens while no agent runs is dated by conmon's file alone.
+first process has survived. For kills while no agent runs, only the time of conmon's file is known.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from runtime.cgroups.limits import memory_events_file, out_of_memory_kills
 from runtime.cgroups.tree import CgroupTree
 from runtime.state.container import Container, ContainerState
 
-# Longer than the kernel takes from the counting of a kill to its signal.
+# Longer than the kernel needs from counting a kill to sending its signal.
 _SETTLE_SECONDS = 0.1
-# A look may take this share of a processor's time at most, and sees this many processes: a container can have itself
-# killed all the time.
+# One check may use this share of a processor's time and read this many processes: a container can cause kills
+# permanently.
 _LOOK_SHARE = 0.05
 _MOST_PROCESSES = 256
 
@@ -38,8 +38,9 @@ _log = logging.getLogger("podkeel.containers")
 
 
 class SurvivedKills(msgspec.Struct):
-    """How many kills a container's first process has survived; the end of the last killed process, ns
-    since the epoch.
+    """The number of kills that a container's first process has survived, and when the last killed process ended.
+
+    The time is in ns since the epoch.
     """
 
     kills: int = 0
@@ -48,11 +49,11 @@ class SurvivedKills(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class KillHistory:
-    """What is known of kills for memory when a container has ended.
+    """The kills for memory in an ended container.
 
-    ``survived`` counts those that its first process survived; ``more`` says that there was one after these. ``at`` is
-    the time of the last one in nanoseconds since the epoch, None if unknown. ``ended_by`` is the signal that ended its
-    first process, 0 for none, None if unknown.
+    ``survived`` counts the kills that its first process survived. ``more``: there was a later kill. ``at`` is the time
+    of the last kill in nanoseconds since the epoch, None if unknown. ``ended_by`` is the signal that killed its first
+    process, 0 for none, None if unknown.
     """
 
     survived: int
@@ -79,7 +80,7 @@ class _Watched:
 
 
 class KillWatch:
-    """Looks at each running container when a process in it is killed for memory. Used on the loop."""
+    """Checks each running container when a process in it is killed for memory. For use on the loop."""
 
     def __init__(self, cgroups: CgroupTree) -> None:
         self._cgroups = cgroups
@@ -88,7 +89,7 @@ class KillWatch:
         self._looking = asyncio.Lock()
 
     def watch(self, container: Container) -> None:
-        """Begin with a container whose first process runs; repeatable."""
+        """Begin to watch a container whose first process runs. May be repeated."""
         if container.id in self._watched:
             return
         watched = self._watched[container.id] = _Watched(container)
@@ -98,7 +99,7 @@ class KillWatch:
             if self._files is None:
                 self._files = CreatedFiles()
             watched.numbers.append(self._files.watch_folder(folder.path, folder.out_of_memory.name, occurred))
-            if self._cgroups.version == 2:  # conmon is silent of kills for a limit of the pod or node
+            if self._cgroups.version == 2:  # conmon does not report kills for a limit of the pod or node
                 events = memory_events_file(self._cgroups, container.record.cgroup)
                 watched.numbers.append(self._files.watch_file(events, occurred))
         except OSError as error:
@@ -112,9 +113,9 @@ class KillWatch:
         return folder.out_of_memory.exists() or kills > _read(folder.survived_kills).kills
 
     def history(self, container: Container, kills: int) -> KillHistory:
-        """What is known of a container that has ended; ``kills`` are its own among those that its pod's cgroup counted.
+        """The kills in an ended container. ``kills`` are its own kills among those that its pod's cgroup counted.
 
-        These decide where systemd has removed the container's cgroup, with its counters, before anybody read them.
+        ``kills`` is used if systemd removed the container's cgroup, with its counters, before they were read.
         """
         folder, cgroup = container.folder, container.record.cgroup
         survived = _read(folder.survived_kills)
@@ -125,13 +126,13 @@ class KillWatch:
         count = (out_of_memory_kills(self._cgroups, cgroup) if there else kills) - survived.kills
         more, at = count > 0, noticed or None
         if noticed <= survived.at or (count > 1 and watched is None):
-            at = None  # conmon's file has the time of the first one that no agent saw
+            at = None  # conmon's file has the time of the first kill that no agent noticed
         elif not there:
-            more = True  # also where what the pod's cgroup counts belongs to several pods
+            more = True  # also if the count of the pod's cgroup may include several containers
         return KillHistory(survived.kills, more, at if more else survived.at, ended_by)
 
     def forget(self, container_id: str) -> None:
-        """End the watch of a container; one that is not watched is no error."""
+        """End the watch of a container. A container without a watch is no error."""
         watched = self._watched.pop(container_id, None)
         if watched is None:
             return
@@ -163,7 +164,7 @@ class KillWatch:
             _log.warning("%s: out-of-memory kills cannot be dated: %s", watched.container.title, error)
 
     async def _follow(self, watched: _Watched) -> None:
-        """Look until no process in the container is ending and no further kill is counted."""
+        """Check until no process in the container is exiting and no further kill is counted."""
         before = -1
         while True:
             watched.again = False
@@ -182,14 +183,14 @@ class KillWatch:
     def _look(self, container: Container) -> _Look:
         file = container.folder.out_of_memory
         at = _time_of(file)
-        file.unlink(missing_ok=True)  # before the count is read: a later kill causes a new look
+        file.unlink(missing_ok=True)  # before the count is read: a later kill causes a new check
         kills = out_of_memory_kills(self._cgroups, container.record.cgroup)
         pids = self._cgroups.processes(container.record.cgroup)[:_MOST_PROCESSES]
         dying = any(map(procfs.is_being_killed, pids))
         return _Look(kills, time.time_ns() if dying else at, dying)
 
     def _has_survived(self, watched: _Watched, kills: int) -> None:
-        """Record that the first process still runs after so many kills, if it does."""
+        """If the first process still runs, record that it survived this number of kills."""
         container = watched.container
         file = container.folder.survived_kills
         init, before = container.record.init, _read(file)
@@ -201,8 +202,8 @@ class KillWatch:
         else:
             watched.init = pidfd
         if watched.init is None or kills == before.kills or procfs.is_being_killed(init.pid):
-            return  # also where only another container of its pod has reached a limit
-        with contextlib.suppress(OSError):  # only the time is unknown then
+            return  # also if only another container of its pod has reached a limit
+        with contextlib.suppress(OSError):  # then only the time is unknown
             file.write_bytes(msgspec.json.encode(SurvivedKills(kills, watched.at)))
 
 

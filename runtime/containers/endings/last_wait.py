@@ -1,4 +1,4 @@
-"""Waiting for the end of a container whose processes were killed: what keeps it, and what is done about that."""
+"""Waits for the end of a container whose processes were killed, and handles what delays the end."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from runtime.cgroups.tree import CgroupTree
 from runtime.state.container import Container
 
 KILL_SECONDS = 60.0
-# How long conmon gets to record the end of an ended program; then it is killed.
+# The time for conmon to record the end of an ended program. After it conmon is killed.
 _MONITOR_SECONDS = 10.0
 
 _log = logging.getLogger("podkeel.containers")
 
 
 async def wait_for_end(cgroups: CgroupTree, container: Container) -> bool:
-    """Wait until a container that was killed has ended; False if its program has, and conmon cannot even be killed.
+    """Wait until a killed container has ended. False if its program has ended but conmon cannot be killed.
 
-    A stopped conmon is continued; one that does not record the end is killed. Raises WrongStateError where a frozen
-    cgroup above the container's keeps its processes, DeadlineError where the kernel does.
+    A stopped conmon is continued. A conmon that does not record the end is killed. Raises WrongStateError if a frozen
+    ancestor of the container's cgroup keeps its processes, and DeadlineError if the kernel does.
     """
     holder = cgroups.holding_frozen(container.record.cgroup)
     if holder is not None:

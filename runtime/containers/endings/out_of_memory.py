@@ -1,4 +1,4 @@
-"""Whether the kernel killed a container for lack of memory, known also after its cgroup is removed."""
+"""Finds out whether the kernel killed a container for lack of memory, also after its cgroup is removed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from runtime.state.container import Container, ContainerState
 from runtime.state.state import State
 
 KILLED_EXIT_CODE = 137  # 128 + SIGKILL
-# A program that survived a kill and ends with the code of the one killed within this time passes it on, as shells do.
+# A program that survives a kill can pass on the code of the killed process, as shells do, if it ends within this time.
 _NEAR = 800_000_000
-# The same if it was not seen that the first process survived: after the kill it may have taken some time to end.
+# The time if no check showed that the first process survived: it may have needed some time to end after the kill.
 _NEAR_UNSEEN = 2_000_000_000
 
 
 def kills_for_memory(cgroups: CgroupTree, state: State, container: Container) -> int:
-    """How many processes of a container that has ended were killed for a memory limit.
+    """The number of processes of an ended container that were killed for a memory limit.
 
-    systemd removes a scope the moment its last process ends, with its counters; those of the pod's cgroup remain, and
-    on cgroup v2 they include what happened below. What neither the containers that live nor those that ended before
-    explain was this container's. The pod's record keeps what is explained; the caller saves it if there are any.
+    systemd removes a scope, with its counters, when its last process ends. The counters of the pod's cgroup remain, and
+    on cgroup v2 they include those of its descendants. Kills that neither the live containers nor those that ended
+    before explain belong to this container. The pod's record keeps the explained kills; the caller saves it.
     """
     sandbox = container.sandbox
     if cgroups.version == 1 or _shares_its_parent(state, container):
@@ -41,11 +41,11 @@ def kills_for_memory(cgroups: CgroupTree, state: State, container: Container) ->
 
 
 def ended_by_the_kernel(container: Container, exit_record: ExitRecord | None, history: KillHistory, kills: int) -> bool:
-    """Whether a kill for memory is why a container ended that had so many ``kills``.
+    """Whether a kill for memory ended a container with so many ``kills``.
 
-    It is where the first process was the one killed, or ended with the same code when it lost a child to it, as shells
-    do. It is not where the program ended in its own way, or later, nor where another process killed it. An end that was
-    not recorded may have been one.
+    It did if the first process was killed, or if it ended with the same code when its child was killed, as shells do.
+    It did not if the program ended in another way or later, or if another process killed it. For an end that was not
+    recorded, it may have been the reason.
     """
     if not kills and not history.more:
         return False

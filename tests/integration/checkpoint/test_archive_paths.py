@@ -94,7 +94,7 @@ def test_only_files_that_root_alone_writes(its_agent: AgentProcess, allowed: Pat
     refused(its_agent, archive, invalid, "can be written by others than root")
     os.chown(archive, 0, 0)
     archive.write_bytes(archive.read_bytes() + b"x")
-    refused(its_agent, archive, invalid, "no plain tar file")
+    refused(its_agent, archive, invalid, "not a plain tar file")
     os.truncate(archive, 200 << 20)
     refused(its_agent, archive, grpc.StatusCode.RESOURCE_EXHAUSTED, "images.max_layer_bytes")
     archive.unlink()
@@ -107,6 +107,6 @@ def test_only_files_that_root_alone_writes(its_agent: AgentProcess, allowed: Pat
 def test_archives_are_checked_as_others_are(its_agent: AgentProcess, allowed: Path) -> None:
     invalid = grpc.StatusCode.INVALID_ARGUMENT
     refused(its_agent, made_up(allowed, {"../../etc/evil": b"it"}), invalid, "leads out")
-    refused(its_agent, made_up(allowed, {"checkpoint/inventory.img": None}), invalid, "no checkpoint of a container")
+    refused(its_agent, made_up(allowed, {"checkpoint/inventory.img": None}), invalid, "not a checkpoint of a container")
     refused(its_agent, made_up(allowed, machine=5), invalid, "was made on s390x")
     assert its_agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers == []

@@ -94,11 +94,11 @@ def test_a_restore_that_fails_says_why(agent: AgentProcess, tmp_path: Path) -> N
     agent.client.run_sandbox(sandbox_config(agent, "some-pod"))
     (tmp_path / "it.tar").write_bytes(b"x" * 1024)
     for words, told in (
-        (("restore", str(tmp_path / "it.tar"), "some-pod"), "is broken or no tar file"),
+        (("restore", str(tmp_path / "it.tar"), "some-pod"), "is broken or not a tar file"),
         (("restore", str(tmp_path / "missing.tar"), "some-pod"), "missing.tar"),
         (("restore", str(tmp_path / "it.tar"), "no-pod"), "no-pod"),
         (("restore", "--volume", "data", str(tmp_path / "it.tar"), "some-pod"), "--volume data: expected"),
-        (("image", "from-checkpoint", str(tmp_path / "it.tar"), "example.org/it:1"), "is broken or no tar file"),
+        (("image", "from-checkpoint", str(tmp_path / "it.tar"), "example.org/it:1"), "is broken or not a tar file"),
     ):
         assert told in fails(agent, *words)
 

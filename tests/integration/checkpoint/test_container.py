@@ -202,6 +202,6 @@ def test_what_cannot_be_saved_is_named(agent: AgentProcess, crun: str, tmp_path:
     with pytest.raises(grpc.RpcError) as failure:
         checkpoint(agent, container_id, tmp_path / "it.tar")
     assert failure.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert "a process has a large file open that was deleted (CRIU: " in failure.value.details()
+    assert "a process has a large deleted file open (CRIU: " in failure.value.details()
     assert agent.client.status(container_id).state == cri_pb2.CONTAINER_RUNNING
     nothing_is_left(agent, tmp_path)

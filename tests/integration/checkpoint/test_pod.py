@@ -108,10 +108,10 @@ def test_what_cannot_be_meant_is_refused(agent: AgentProcess, crun: str, tmp_pat
         (empty, [running, ended], {}, state, "only a running one"),
         (empty, [running], {"speed": "1"}, invalid, "'speed'"),
         (empty, [running], {"sessions": "end"}, invalid, "'end'"),
-        ("", [running], {}, invalid, "no absolute path"),
-        ("relative", [running], {}, invalid, "no absolute path"),
-        (full / "file", [running], {}, invalid, "is no folder"),
-        (link, [running], {}, invalid, "is no folder"),
+        ("", [running], {}, invalid, "not an absolute path"),
+        ("relative", [running], {}, invalid, "not an absolute path"),
+        (full / "file", [running], {}, invalid, "is not a folder"),
+        (link, [running], {}, invalid, "is not a folder"),
         (loose, [running], {}, invalid, "by others than root"),
         (tmp_path / "missing", [running], {}, missing, "does not exist"),
         (full, [running], {}, state, "is not empty"),
@@ -159,7 +159,7 @@ def test_what_criu_cannot_save_of_one_container(agent: AgentProcess, crun: str, 
     request = cri_pb2.CheckpointPodRequest(pod_sandbox_id=sandbox_id, output_path=str(tmp_path), container_ids=ids)
     code, message = refusal(agent, request)
     assert code is grpc.StatusCode.FAILED_PRECONDITION
-    assert "/bad) cannot be checkpointed: a process has a large file open that was deleted (CRIU: " in message
+    assert "/bad) cannot be checkpointed: a process has a large deleted file open (CRIU: " in message
     wait_for_lines(agent, ids[0], 3)
     nothing_is_left(agent, tmp_path)
 
@@ -195,7 +195,7 @@ def test_attached_clients_are_in_the_way_or_left_out(agent: AgentProcess, crun: 
         assert client.stdout.readline()
         code, message = refusal(agent, request)
         assert code is grpc.StatusCode.FAILED_PRECONDITION
-        assert "has attached clients: no checkpoint holds them" in message
+        assert "has attached clients: they cannot be saved" in message
         nothing_is_left(agent, tmp_path)
         checkpoint_pod(agent, sandbox_id, tmp_path, ids, sessions="leave-out")
         assert client.stdout.readline()

@@ -205,7 +205,7 @@ def test_what_differs_is_named(agent: AgentProcess, crun: str, tmp_path: Path, l
     dropped = changed()
     dropped.linux.security_context.capabilities.drop_capabilities.append("ALL")
     for configs, words in (
-        ([other], "differs from the checkpoint, whose processes run already: command"),
+        ([other], "differs from the checkpoint, whose processes were started with another one: command"),
         ([changed(args=["x"])], "already: args"),
         ([changed(working_dir="/tmp")], "already: working_dir"),
         ([changed(envs=[hidden])], "already: envs 'TOKEN'"),
@@ -224,7 +224,7 @@ def test_what_differs_is_named(agent: AgentProcess, crun: str, tmp_path: Path, l
     assert refusal(agent, tmp_path / "it", changed(image="missing.example/it:1")).startswith("NOT_FOUND")
     assert refusal(agent, tmp_path / "it", config, handler="missing").startswith("NOT_FOUND")
     assert refusal(agent, tmp_path / "missing", config).startswith("NOT_FOUND")
-    assert "no absolute path" in refusal(agent, "relative", config)
+    assert "not an absolute path" in refusal(agent, "relative", config)
     assert "'speed'" in refusal(agent, tmp_path / "it", config, options={"speed": "1"})
     node = sandbox_config(agent)
     node.linux.security_context.namespace_options.network = cri_pb2.NODE
@@ -265,7 +265,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "machine": (lambda place: _document(place, lambda it: it.update(machine="s390x")), "made on 's390x'"),
     "leads-out": (
         lambda place: _document(place, lambda it: it["containers"][0].update(folder="containers/../../x")),
-        "which no checkpoint has",
+        "the invalid folder",
     ),
     "folder-missing": (
         lambda place: _document(place, lambda it: it["containers"][0].update(folder="containers/7")),
@@ -281,7 +281,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "odd-name": (lambda place: (place / "containers/0/checkpoint/.hidden").touch(), "'.hidden'"),
     "no-images": (lambda place: shutil.rmtree(place / "containers/0/checkpoint"), "has no checkpoint"),
     "cut": (lambda place: _cut(next((place / "containers/0/checkpoint").glob("core-*.img"))), "core-"),
-    "huge": (lambda place: _grow(place / "containers/0/checkpoint/pages-9.img"), "larger than any image"),
+    "huge": (lambda place: _grow(place / "containers/0/checkpoint/pages-9.img"), "is too large"),
 }
 
 

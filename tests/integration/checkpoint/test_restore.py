@@ -115,7 +115,7 @@ def test_rights_are_those_of_the_new_configuration(agent: AgentProcess, crun: st
     hidden.security_context.masked_paths.append("/proc/keys")
     for linux, words in (
         (dropped, "capabilities that the configuration does not give"),
-        (nobody, "has not the user 1000"),
+        (nobody, "does not have the configuration's user 1000"),
         (filtered, "seccomp"),
         (hidden, "/proc/keys"),
     ):

@@ -20,13 +20,13 @@ END = "(00.200000) Error (criu/cr-dump.c:2128): Dumping FAILED.\n"
     ("line", "words"),
     [
         ("(00.1) Error (criu/files-reg.c:1039): Can't dump ghost file /large of 83886080 size, increase limit",
-         "a process has a large file open that was deleted"),
+         "a process has a large deleted file open"),
         ("(00.1) Error (criu/sk-inet.c:191): inet: Connected TCP socket, consider using --tcp-established option.",
          "it has an open TCP connection"),
         ("(00.1) Error (criu/ptrace.c:88): Unable to ptrace, 31 is already traced", "is being traced"),
         ("(00.1) Error (criu/restore.c:9):    17: Error (criu/files.c:1): x", "CRIU: "),
         ("(00.123)     17: Error (criu/files-reg.c:2103): Can't open file etc/gone: No such file or directory",
-         "a file that it has open is gone"),
+         "a file that it has open is missing"),
         ("(00.1) Error (criu/image.c:1): Can't write: No space left on device", "the disk is full"),
     ],
 )  # fmt: skip

@@ -102,12 +102,12 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no document": (lambda place: (place / "pod.json").unlink(), "no checkpoint of a pod"),
     "a deep document": (lambda place: (place / "pod.json").write_text("[" * 100_000), "cannot be read"),
     "a large document": (lambda place: (place / "pod.json").write_text(" " * (5 << 20)), "cannot be read"),
-    "a fifo": (lambda place: _fifo(place / "pod.json"), "no regular file"),
+    "a fifo": (lambda place: _fifo(place / "pod.json"), "not a regular file"),
     "a later version": (lambda place: _document(place, version=2), "version 2"),
     "another machine": (lambda place: _document(place, machine="s390x"), "made on 's390x'"),
     "no containers": (lambda place: _document(place, containers=[]), "has 0 containers"),
-    "a way out": (lambda place: _folder(place, "containers/../../etc"), "which no checkpoint has"),
-    "an absolute path": (lambda place: _folder(place, "/etc"), "which no checkpoint has"),
+    "a way out": (lambda place: _folder(place, "containers/../../etc"), "the invalid folder"),
+    "an absolute path": (lambda place: _folder(place, "/etc"), "the invalid folder"),
     "a missing folder": (lambda place: _folder(place, "containers/7"), "has no containers/7"),
     "the document a link": (lambda place: _linked(place / "pod.json"), "is a link"),
     "containers a link": (lambda place: _linked(place / "containers"), "is a link"),
@@ -116,11 +116,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "memory a link": (lambda place: _linked(place / "containers/0/checkpoint/pages-1.img"), "is a link"),
     "a device": (
         lambda place: os.mknod(place / "containers/0/checkpoint/x.img", 0o020600, os.makedev(1, 5)),
-        "no regular file",
+        "not a regular file",
     ),
     "an odd name": (lambda place: (place / "containers/0/checkpoint/.x").touch(), "'.x'"),
     "no images": (lambda place: shutil.rmtree(place / "containers/0/checkpoint"), "has no checkpoint"),
-    "a large file": (lambda place: _huge(place / "containers/0/checkpoint/tmpfs-1.tar"), "larger than any image"),
+    "a large file": (lambda place: _huge(place / "containers/0/checkpoint/tmpfs-1.tar"), "is too large"),
 }
 
 

@@ -48,7 +48,7 @@ def test_nobody_there(console: ConsoleSocket) -> None:
 def test_what_is_no_terminal_is_refused_and_closed(console: ConsoleSocket, sender: socket.socket) -> None:
     read, write = os.pipe()
     socket.send_fds(sender, [b"tty"], [write])
-    with pytest.raises(PodkeelError, match="something else"):
+    with pytest.raises(PodkeelError, match="something other"):
         console.terminal()
     os.close(write)
     assert os.read(read, 1) == b""  # no copy of it is open any more

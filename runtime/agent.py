@@ -54,7 +54,7 @@ from runtime.pods.restore import PodRestore
 from runtime.pods.run import PodRun
 from runtime.pods.stop import PodStop
 from runtime.recovery.audit import Audit
-from runtime.recovery.kept_rows import KeptRows, put_back_all
+from runtime.recovery.kept_rows import KeptRows, restore_all_rows
 from runtime.recovery.lost_store import LostStore, settle_store
 from runtime.recovery.recovery import Recovery
 from runtime.reserve import Reserve, require_room
@@ -359,7 +359,7 @@ class Agent:
         database = Database(layout.database, SCHEMAS)
         stack.callback(database.close)
         if adopted:
-            await put_back_all(database, layout)
+            await restore_all_rows(database, layout)
         return database
 
     async def _update_container(self, container: Container, change: LimitChange) -> None:

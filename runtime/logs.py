@@ -79,7 +79,7 @@ class LogFile:
             with _opened(os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
                 descriptor = self._open_in(folder, flags, make_folders=make_folders)
         except OSError as error:
-            raise self._told(error) from error
+            raise self._explained(error) from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise InvalidArgumentError(f"log {self.path} exists and is not a regular file: remove it")
@@ -95,7 +95,7 @@ class LogFile:
             # O_NONBLOCK: a fifo is refused instead of waited for.
             return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=parent)
 
-    def _told(self, error: OSError) -> PodkeelError:
+    def _explained(self, error: OSError) -> PodkeelError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE):
             return LimitError(f"log {self.path} cannot be made: {error.strerror}")
         if error.errno in _OF_THE_PATH:

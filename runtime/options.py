@@ -1,4 +1,4 @@
-"""What can be configured of pods and containers."""
+"""The options of pods and containers."""
 
 from __future__ import annotations
 

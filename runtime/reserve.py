@@ -1,4 +1,4 @@
-"""Space that is kept for the next start, in the run and the data folder: it has to work also when they are full."""
+"""Reserves space for the next start in the run and the data folder: a start must work when they are full."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 
 from host.errors import LimitError
-from runtime.namespaces.pinned import remove_whatever
+from runtime.namespaces.pinned import remove_path
 
-_FILES = 64  # as many inodes are kept
+_FILES = 64  # this also reserves inodes
 _FILE_BYTES = 16 * 1024
 _SHORT_BYTES = 64 * 1024
 _SHORT_FILES = 16
@@ -19,9 +19,9 @@ _log = logging.getLogger("podkeel.agent")
 
 
 class Reserve:
-    """Files in ``folders`` that reserve the space: released when a start begins, made again once it is over.
+    """Files in ``folders`` that reserve the space. They are deleted when a start begins, and written again after it.
 
-    Those in the first folder are also released for containers that are stopped while it is full.
+    Those in the first folder are also deleted for containers that are stopped while it is full.
     """
 
     def __init__(self, *folders: Path) -> None:
@@ -31,26 +31,26 @@ class Reserve:
         """Release the space. Blocks."""
         for folder in self._folders:
             with contextlib.suppress(OSError):
-                remove_whatever(folder)
+                remove_path(folder)
 
     def release_if_short(self) -> None:
-        """Release that of the first folder if there is hardly any other: conmon is about to record how a container
-        ended.
+        """Release the space of the first folder if it is nearly full, because conmon is about to record the end of a
+        container.
         """
         folder = self._folders[0]
         with contextlib.suppress(OSError):
             room = os.statvfs(folder)
             if room.f_bavail * room.f_frsize < _SHORT_BYTES or (room.f_files and room.f_favail < _SHORT_FILES):
-                _log.warning("folder %s: is full, free some space", folder.parent)
-                remove_whatever(folder)
+                _log.warning("folder %s: full: free some space", folder.parent)
+                remove_path(folder)
 
     def keep(self) -> None:
-        """Reserve the space; a folder that is too full for it is logged. Blocks."""
+        """Reserve the space. A folder that is too full is logged. Blocks."""
         for folder in self._folders:
             try:
                 _fill(folder)
             except OSError as error:
-                _log.warning("folder %s: is nearly full, free some space: %s", folder.parent, error.strerror)
+                _log.warning("folder %s: nearly full: free some space: %s", folder.parent, error.strerror)
 
 
 def _fill(folder: Path) -> None:
@@ -64,7 +64,7 @@ def _fill(folder: Path) -> None:
 
 
 def require_room(folder: Path) -> None:
-    """Raise LimitError if nothing can be written to the file system of ``folder``. Blocks."""
+    """Raise LimitError if the file system of ``folder`` is full. Blocks."""
     probe = folder / f".room-{os.getpid()}"
     try:
         probe.write_bytes(b"x" * 4096)

@@ -1,4 +1,4 @@
-"""Taking down everything an agent made on this host, while it is not running."""
+"""Removes everything that an agent made on this host. The agent must not run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from runtime.recovery.lost_store import LostStore
 async def reset(
     runtime: RuntimeOptions, network: NetworkOptions, images: ImageOptions, *, force: bool = False
 ) -> list[str]:
-    """Remove all pods, the network and both folders. Raises WrongStateError while an agent holds the folders.
+    """Remove all pods, the network and both folders. Raises WrongStateError while an agent uses the folders.
 
-    With ``force``, what CNI plugins do not release is given up. The returned sentences say so, and which files could
-    not be removed.
+    With ``force``, attachments that CNI plugins do not release are given up. The returned sentences say so, and name
+    files that could not be removed.
     """
     given_up: list[str] = []
     layout = Layout.of(runtime)

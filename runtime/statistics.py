@@ -30,17 +30,17 @@ from runtime.state.state import State
 T = TypeVar("T")
 Networks = dict[str, NetworkReading]  # by sandbox id
 
-# To count the sockets of one pod the kernel walks tables of the whole host, which takes milliseconds. So it is done in
+# To count the sockets of one pod, the kernel walks tables of the whole host, which takes milliseconds. So it is done in
 # the background, at most this often, with pauses of a hundred times its duration.
 _CONNECTIONS_SECONDS = 30.0
 _CONNECTIONS_REST = 100
-# Pods not counted yet are counted at once when they are so few: what is described is also there in their first metrics.
+# If only so few pods are not counted yet, they are counted at once, so that their first metrics are complete.
 _NEW_PODS = 8
 
 _ENDED = -1
 
 # Cgroups that are never a pod's own, although a pod may name them as its parent.
-_EVERYBODYS = ("", "/")
+_SHARED_PARENTS = ("", "/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class PodSnapshot:
 
 
 class Statistics:
-    """Readings of one node. ``usage…`` and ``written`` read files: call them on a thread."""
+    """Measures the usage on one node. ``usage…`` and ``written`` read files: call them in a thread."""
 
     def __init__(self, state: State, cgroups: CgroupTree, meters: Meters, snapshots: SnapshotStore, data: Path) -> None:
         self._state = state
@@ -79,7 +79,7 @@ class Statistics:
         return [container for container in self._state.containers if container.record.state is ContainerState.RUNNING]
 
     def pods(self, wanted: Iterable[Sandbox] | None = None) -> list[Pod]:
-        """The sandboxes ``wanted``, or all that are ready, with their running containers."""
+        """The sandboxes ``wanted``, or all ready ones, with their running containers."""
         live = [sandbox for sandbox in self._state.sandboxes if not sandbox.record.torn_down]
         users = Counter(sandbox.record.cgroup_parent.rstrip("/") for sandbox in live)
         if wanted is None:
@@ -88,7 +88,7 @@ class Statistics:
             Pod(
                 sandbox,
                 [c for c in self._state.containers_of(sandbox) if c.record.state is ContainerState.RUNNING],
-                sandbox.record.cgroup_parent not in _EVERYBODYS
+                sandbox.record.cgroup_parent not in _SHARED_PARENTS
                 and users[sandbox.record.cgroup_parent.rstrip("/")] == 1,
             )
             for sandbox in wanted

@@ -46,7 +46,7 @@ def freeze(folder: Path, seconds: float) -> bool:
             break
     deadline = time.monotonic() + seconds
     pause = 0.0005
-    while not _stands_still(folder):
+    while not _is_fully_frozen(folder):
         if time.monotonic() > deadline:
             return False
         time.sleep(pause)  # the kernel has an event for it only with version 2
@@ -54,7 +54,7 @@ def freeze(folder: Path, seconds: float) -> bool:
     return True
 
 
-def _stands_still(folder: Path) -> bool:
+def _is_fully_frozen(folder: Path) -> bool:
     state = _content(folder / "freezer.state")
     return state == b"FROZEN" if state else b"frozen 1" in _content(folder / "cgroup.events").splitlines()
 

@@ -180,7 +180,7 @@ class CgroupTree:
         for folder in self._freezers(path):
             freezer.thaw(folder)
 
-    def holding_frozen(self, path: str) -> str | None:
+    def frozen_holder(self, path: str) -> str | None:
         """The folder of the frozen cgroup that keeps killed processes of ``path`` from ending.
 
         None if there is none.

@@ -83,8 +83,8 @@ def reason(log: Path) -> str:
         return ""
     text = "; ".join(complaints)
     meaning = next((meaning for pattern, meaning in _MEANINGS if re.search(pattern, text)), "")
-    told = f"{meaning} (CRIU: {text})" if meaning else f"CRIU: {text}"
-    return f"{told}: {place}" if place else told
+    explanation = f"{meaning} (CRIU: {text})" if meaning else f"CRIU: {text}"
+    return f"{explanation}: {place}" if place else explanation
 
 
 def _complaints(log: Path) -> tuple[list[str], str]:
@@ -100,7 +100,7 @@ def _complaints(log: Path) -> tuple[list[str], str]:
         if not _NO_REASON.search(match[2]):
             words = _printable(match[2].strip())
             if words and not found:
-                place = at.told(match[1])
+                place = at.text(match[1])
             if words and words not in found:
                 found.append(words[:_LONGEST_LINE])
             if len(found) == _MOST_LINES:
@@ -124,7 +124,7 @@ class _Place:
         elif _AFTER_FILES.search(line):
             self._descriptor = self._path = ""
 
-    def told(self, restored: str | None) -> str:
+    def text(self, restored: str | None) -> str:
         """The place as text. ``restored`` is the pid in the line, if a process was being restored."""
         if restored is not None:
             return f"process {restored} of the checkpoint"

@@ -56,10 +56,10 @@ async def run_to_its_end(command: Sequence[str], environment: Mapping[str, str],
         finally:
             status = reap(pidfd)
             os.close(pidfd)
-        told = os.pread(descriptor, _LONGEST_OUTPUT, 0).decode(errors="replace").strip()
+        printed = os.pread(descriptor, _LONGEST_OUTPUT, 0).decode(errors="replace").strip()
     finally:
         os.close(descriptor)
-    return Ended(255 if status is None else status, told)
+    return Ended(255 if status is None else status, printed)
 
 
 async def _give_up(pid: int, pidfd: int) -> None:

@@ -150,13 +150,13 @@ def write_layout(archive: Archive, descriptor: int, folder: Path, check: Callabl
         "config": {},
         "rootfs": {"type": "layers", "diff_ids": [layer]},
     }
-    told = archive.config
+    dump = archive.config
     annotations = {
-        NAME: told.name,
-        OLD_NAME: told.name,
-        IMAGE_NAME: told.rootfs_image_name,
-        IMAGE_ID: told.rootfs_image or told.rootfs_image_ref,
-        RUNTIME: told.runtime,
+        NAME: dump.name,
+        OLD_NAME: dump.name,
+        IMAGE_NAME: dump.rootfs_image_name,
+        IMAGE_ID: dump.rootfs_image or dump.rootfs_image_ref,
+        RUNTIME: dump.runtime,
         ENGINE: "podkeel",
     }
     manifest = {

@@ -42,8 +42,8 @@ def remove(folder: Path) -> None:
         if partial.is_absolute() and partial.name.startswith("."):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 partial.unlink()
-    if told := remove_tree(folder):
-        raise PodkeelError(told[0])
+    if left := remove_tree(folder):
+        raise PodkeelError(left[0])
 
 
 def settle(folder: Path, thaw: Callable[[str], None]) -> int:

@@ -121,10 +121,10 @@ class CheckpointSupport:
         program = await in_thread(shutil.which, self._options.criu_path)
         if program is None:
             return f"CRIU is not installed ({self._options.criu_path}, checkpoint.criu_path): install the package criu"
-        told = await processes.run([program, "--version"], check=False, timeout=_SECONDS)
-        match = re.search(rb"^Version: (\S+)", told.stdout, re.MULTILINE)
+        version = await processes.run([program, "--version"], check=False, timeout=_SECONDS)
+        match = re.search(rb"^Version: (\S+)", version.stdout, re.MULTILINE)
         if match is None:
-            return f"{program} does not print its version: {_last_line(told)}"
+            return f"{program} does not print its version: {_last_line(version)}"
         self.version = match[1].decode(errors="replace")
         checked = await processes.run([program, "check"], check=False, timeout=_SECONDS)
         if checked.status != 0:
@@ -136,8 +136,8 @@ async def _refusal(runtime: OciRuntime) -> str:
     """Why an OCI runtime cannot work with the installed CRIU; empty if it can."""
     if runtime.features.version.startswith("runc "):
         return ""
-    told = await processes.run([runtime.program, "--version"], check=False, timeout=_SECONDS)
-    if b"+CRIU" not in told.stdout:
+    version = await processes.run([runtime.program, "--version"], check=False, timeout=_SECONDS)
+    if b"+CRIU" not in version.stdout:
         return f"{runtime.options.path} is built without CRIU"
     cache = await in_thread(shutil.which, "ldconfig", path=f"{os.environ.get('PATH', '')}:/sbin")
     if cache is not None:

@@ -20,7 +20,7 @@ from runtime.checkpoints import CheckpointService
 from runtime.containers.bundle.bundles import Bundles
 from runtime.containers.bundle.monitor_request import monitor_request
 from runtime.containers.bundle.pid_namespace import ensure_pid_holder, shares_pod_pids, target_pid_namespace
-from runtime.containers.bundle.plugin_settings import set_what_is_left
+from runtime.containers.bundle.plugin_settings import set_ignored_settings
 from runtime.containers.bundle.rootfs import Rootfs
 from runtime.containers.bundle.spec_request import SpecRequests
 from runtime.containers.endings.exit import ContainerExit
@@ -225,7 +225,7 @@ class ContainerCreate:
         record.monitor = monitored.monitor
         record.init = monitored.init
         self._exits.watch(container)
-        await set_what_is_left(container, runtime, spec.spec.process, self._cgroups)
+        await set_ignored_settings(container, runtime, spec.spec.process, self._cgroups)
 
     async def abort_making(self, sandbox: Sandbox) -> None:
         """Cancel and undo the containers that are being created in a sandbox."""

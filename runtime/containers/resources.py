@@ -183,7 +183,7 @@ class ContainerResources:
     def _decided(self, wanted: cri_pb2.LinuxContainerResources, extra: ExtraLimits) -> tuple[config.Resources, int]:
         facts = self._facts
         given = resources(wanted, facts, pids_limit=self._options.pids_limit)
-        extra.put_into(given)
+        extra.set_in(given)
         return given, oom_score_adj(wanted, facts)
 
     def _refuse_below_use(self, container: Container, limit: int) -> None:

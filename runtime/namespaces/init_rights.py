@@ -61,7 +61,7 @@ def join_pod(folder: SandboxFolder) -> None:
                 libc.setns(namespace.fileno(), flag)
 
 
-def give_up_rights() -> None:
+def drop_rights() -> None:
     """Drop all rights of the calling thread that are not needed to start the init and to be it.
 
     The thread can do nothing else after that, such as wake the event loop. Raises OSError.

@@ -18,7 +18,7 @@ from host.errors import PodkeelError
 from host.files import mounts, procfs
 from host.processes import ProcessName
 from runtime.layout import SandboxFolder
-from runtime.namespaces.init_rights import give_up_rights, init_filter, join_pod, limit
+from runtime.namespaces.init_rights import drop_rights, init_filter, join_pod, limit
 from runtime.namespaces.init_root import INIT_ROOT, PROGRAM, become_root_of
 
 _START_SECONDS = 5.0
@@ -28,11 +28,11 @@ _MARK_BYTES = 32
 # The first process that sh starts becomes the init of the namespace that unshare made for its children. sh waits until
 # the agent has given it another root, starts the init and ends. The init closes the inherited descriptors once it is
 # set up, so the end of the pipe shows that it runs.
-_TELLING = 3
+_REPORT = 3
 _WAITING = 4
-_LAUNCH = f"""echo >&{_TELLING}; read go <&{_WAITING} || exit
+_LAUNCH = f"""echo >&{_REPORT}; read go <&{_WAITING} || exit
 "$0" -P >/dev/null 2>&1 {_WAITING}<&- &
-echo $! >&{_TELLING}"""
+echo $! >&{_REPORT}"""
 
 
 def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
@@ -45,7 +45,7 @@ def start_holder(folder: SandboxFolder, catatonit: str, sandbox_id: str) -> int:
         join_pod(folder)
         INIT_ROOT.enter(program)
         libc.unshare(libc.CLONE_NEWPID)
-        give_up_rights()
+        drop_rights()
         pid = processes.spawn([PROGRAM, "-P"], environment={_MARK: mark}, title=_title(sandbox_id))
         limit(pid)
         return pid
@@ -66,7 +66,7 @@ def start_holder_in_user_namespace(folder: SandboxFolder, catatonit: str, sandbo
         answer, telling = _pipe(stack)
         waiting, go = _pipe(stack)
         command = ["nsenter", f"--user={folder.pin('user')}", "unshare", "--mount", "--pid", "sh", "-c", _LAUNCH]
-        descriptors = {_TELLING: telling.fileno(), _WAITING: waiting.fileno()}
+        descriptors = {_REPORT: telling.fileno(), _WAITING: waiting.fileno()}
         arguments = [*command, f"/{_title(sandbox_id)}"]
         parent = processes.spawn(arguments, environment=environment, descriptors=descriptors)
         telling.close()

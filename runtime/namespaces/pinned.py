@@ -101,7 +101,7 @@ def drop_namespaces(folder: SandboxFolder) -> None:
         mounts.unmount(folder.pin(kind), lazy=True)
     mounts.unmount(folder.shm, lazy=True)
     mounts.unmount(folder.files, lazy=True)
-    remove_whatever(folder.path)
+    remove_path(folder.path)
 
 
 def pins_hold(folder: SandboxFolder, kinds: tuple[str, ...]) -> bool:
@@ -127,7 +127,7 @@ def _set_sysctl(name: str, value: str) -> None:
         raise InvalidArgumentError(f"sysctl {name}={value}: {reason}") from error
 
 
-def remove_whatever(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """Delete a folder with its content, or a file. A missing one is no error. Raises PodkeelError."""
-    if told := remove_tree(path):
-        raise PodkeelError(told[0])
+    if left := remove_tree(path):
+        raise PodkeelError(left[0])

@@ -36,7 +36,7 @@ def adjust_resources(
     pages = {page.page_size: page for page in (*now.hugepage_limits, *checked.hugepage_limits)}
     now.hugepage_limits = list(pages.values())
     now.unified = {**now.unified, **checked.unified}
-    extra.put_into(now)
+    extra.set_in(now)
     if extra.pids is not None and "org.systemd.property.TasksMax" in spec.annotations:
         tasks = extra.pids if extra.pids > 0 else 2**64 - 1
         spec.annotations["org.systemd.property.TasksMax"] = f"uint64 {tasks}"

@@ -205,7 +205,7 @@ class ExecCall:
         except OSError as error:
             if error.errno != errno.ETXTBSY:
                 raise
-            self._runtime.distrust_copy()
+            self._runtime.stop_using_copy()
         return await processes.spawn_in_thread(self._command, descriptors=descriptors)
 
     @asynccontextmanager

@@ -141,10 +141,10 @@ class OciRuntime:
                 return self._sealed.path()
             except OSError as error:
                 if error.errno == errno.ETXTBSY:
-                    self.distrust_copy()
+                    self.stop_using_copy()
         return self.program
 
-    def distrust_copy(self) -> None:
+    def stop_using_copy(self) -> None:
         """Execute the program itself from now on, because a container keeps its copy from being executed."""
         if self._sealed is not None:
             _log.warning(
@@ -184,15 +184,15 @@ class OciRuntime:
         await processes.run(command, stdin=resources, timeout=_COMMAND_SECONDS)
 
     async def identify(self) -> None:
-        """Find out what this runtime says of itself, without running a container. Raises PodkeelError."""
+        """Read the runtime's own version and features, without running a container. Raises PodkeelError."""
         await processes.run([self.program, "--version"], timeout=10)
         self.features = await self._read_features()
 
     async def probe(self, init_program: str, cgroup: str, scratch: Path) -> None:
-        """Find out whether this runtime works here, by running a container, and what it can do.
+        """Test whether this runtime works here, and what it supports, by running a container.
 
-        ``init_program`` is a static program that waits for its end when it is the first process, and otherwise ends;
-        ``scratch`` is an existing folder. Raises PodkeelError saying what the runtime printed.
+        ``init_program`` is a static program that waits for its end if it is the first process, and otherwise ends.
+        ``scratch`` is an existing folder. Raises PodkeelError with the output of the runtime.
         """
         source = await in_thread(shutil.which, init_program)
         if source is None:
@@ -212,7 +212,7 @@ class OciRuntime:
 
     @asynccontextmanager
     async def _probe_container(self, init_program: str, cgroup: str, scratch: Path) -> AsyncIterator[tuple[Path, str]]:
-        """A bundle whose container runs ``init_program -P``, and its id; both are removed in the end."""
+        """A bundle whose container runs ``init_program -P``, and its id. Both are removed in the end."""
         container_id = f"podkeel-probe-{uuid.uuid4().hex[:12]}"
         bundle = scratch / container_id
         try:
@@ -225,7 +225,7 @@ class OciRuntime:
             await in_thread(remove_tree, bundle)
 
     async def _seal(self) -> None:
-        """Execute a sealed copy from now on, if the host allows memory files to be executed."""
+        """Execute a sealed copy from now on, if the host allows executing memory files."""
         sealed = SealedProgram(Path(self.program), self._program_link)
         try:
             await processes.run([await in_thread(sealed.path), "--version"], timeout=10)
@@ -260,14 +260,14 @@ class OciRuntime:
 
 
 def _features_by_version(line: str) -> RuntimeFeatures:
-    """For a runtime without a ``features`` command: crun got it after it had learnt the mount options, in 1.8."""
+    """The features of a runtime without a ``features`` command. crun got both the command and mount options in 1.8."""
     match = re.match(r"crun version (\d+)\.(\d+)", line)
     able = match is not None and (int(match[1]), int(match[2])) >= (1, 8)
     return RuntimeFeatures(recursive_read_only_mounts=able, user_namespaces=able, version=line)
 
 
 def refused_limit(complaint: str) -> bool:
-    """Whether an OCI runtime complains of a limit that the kernel refuses, or that leaves it no memory to begin."""
+    """Whether an OCI runtime's error is about a limit that the kernel refuses, or that is too low to start."""
     return _REFUSED_LIMIT.search(complaint) is not None
 
 
@@ -277,7 +277,7 @@ def refused_request(complaint: str) -> bool:
 
 
 def naming(program: str, complaint: str) -> str:
-    """``complaint`` of an OCI runtime with the name of the program in question, which not all of them say."""
+    """The error ``complaint`` of an OCI runtime, with the name of the program, which not all of them include."""
     return complaint if program in complaint else f'exec "{program}": {complaint}'
 
 
@@ -288,7 +288,7 @@ def plain_message(output: str) -> str:
 
 
 def cannot_run_program(message: str, program: str = "") -> bool:
-    """Whether an OCI runtime's message says that ``program``, or any if none is given, cannot be executed."""
+    """Whether an OCI runtime's message says that ``program`` (or any program) cannot be executed."""
     if program and f"cannot open `{program}`: " in message:  # crun 1.21; of mounts it says the same with their paths
         return True
     return _CANNOT_RUN.search(message) is not None

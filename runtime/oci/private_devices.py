@@ -1,4 +1,4 @@
-"""Making the device nodes of a container's own, and taking them away with the container."""
+"""Makes a container's own device nodes, and removes them with the container."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _LINKS = (
 
 
 def make(devices: PrivateDevices) -> None:
-    """Make them, on a separate tmpfs; blocks for a millisecond. After a failure ``release`` removes what was made.
+    """Make the devices on a separate tmpfs. Blocks for a millisecond. ``release`` removes them, also after a failure.
 
-    Raises InvalidArgumentError for a device whose place is taken.
+    Raises InvalidArgumentError for a device whose path is taken.
     """
     devices.folder.mkdir(mode=0o711, exist_ok=True)
     options = f"mode=0711,size=65536k{mounts.context_option(devices.label)}"
@@ -38,7 +38,7 @@ def make(devices: PrivateDevices) -> None:
             _make_node(devices, node)
         except OSError as error:
             raise InvalidArgumentError(
-                f"devices: {node.path} cannot be made in the container: {error.strerror}; give another container_path"
+                f"devices: {node.path} cannot be made in the container: {error.strerror}; use another container_path"
             ) from error
 
 
@@ -74,7 +74,7 @@ def _make_folder(path: Path, owner: tuple[int, int]) -> None:
 
 
 def release(rootfs: Path) -> None:
-    """Unmount what was made for the container with root ``rootfs``; blocks, repeatable."""
+    """Unmount the devices of the container with root ``rootfs``. Blocks. May be repeated."""
     folder = devices_folder(rootfs)
     if folder.exists():
         mounts.unmount(folder, lazy=True)

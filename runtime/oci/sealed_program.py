@@ -1,7 +1,7 @@
-"""A program's copy in sealed memory, which crun runs as it is instead of copying itself first.
+"""A program's copy in sealed memory, which crun executes directly instead of copying itself first.
 
-So that a container cannot overwrite the node's crun through /proc/self/exe, crun restarts from a protected copy each
-time it is called, unless it finds itself in a memory file sealed against writing: see memfd_create(2), F_ADD_SEALS.
+A container must not overwrite the node's crun through /proc/self/exe. So crun restarts from a protected copy at each
+call, unless it runs from a memory file that is sealed against writing: see memfd_create(2), F_ADD_SEALS.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import os
 import signal
 from pathlib import Path
 
-_MFD_EXEC = 0x10  # wanted since Linux 6.3, unknown before
+_MFD_EXEC = 0x10  # required since Linux 6.3, unknown before
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 _Version = tuple[int, int, int, int]
 
 
 class SealedProgram:
-    """The copy, at the path ``link`` while this process runs; made again when the original is replaced."""
+    """The copy, at the path ``link`` while this process runs. It is made again when the original is replaced."""
 
     def __init__(self, original: Path, link: Path) -> None:
         self._original = original
@@ -30,9 +30,9 @@ class SealedProgram:
     def path(self) -> str:
         """The path to execute.
 
-        Raises OSError: the original is gone, or cannot be copied here, or (ETXTBSY) a process has the copy open for
-        writing. A container can do that with what it saw of a runtime inside of it: nothing can be written, but while
-        it is open the kernel does not execute it.
+        Raises OSError: the original is missing or cannot be copied, or (ETXTBSY) a process has the copy open for
+        writing. A container can open it through an OCI runtime inside the container. It cannot write anything, but the
+        kernel does not execute a file that is open for writing.
         """
         status = self._original.stat()
         version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
@@ -43,10 +43,10 @@ class SealedProgram:
         return str(self._link)
 
     def _require_no_writer(self) -> None:
-        # If a process opens it for writing while the lease is held, the kernel sends a signal: by default SIGIO, which
+        # If a process opens it for writing during the lease, the kernel sends a signal: by default SIGIO, which
         # would end this process. This signal is ignored instead. The end of a lease restores the default.
         fcntl.fcntl(self._descriptor, fcntl.F_SETSIG, signal.SIGURG)
-        try:  # the kernel gives a read lease only if no process has the file open for writing: fcntl(2)
+        try:  # the kernel grants a read lease only if no process has the file open for writing: fcntl(2)
             fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
             fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         except BlockingIOError as error:
@@ -67,7 +67,7 @@ class SealedProgram:
         self._descriptor = descriptor
 
     def close(self) -> None:
-        """Release the memory; programs that run from it continue."""
+        """Free the memory. Programs that run from it continue."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -1,9 +1,9 @@
-"""The working directory of a running container, opened and checked before an OCI runtime goes there.
+"""The working directory of a running container, opened and checked before an OCI runtime enters it.
 
-An OCI runtime that changes to a directory by its name follows links that the container has just made, with rights that
-the container does not have: even into /proc/PID/root of processes outside. Some check afterwards where they are (crun
-from 1.14.1, runc from 1.1.12 and in Debian's 1.1.5+ds1-1+deb12u1). The others get a descriptor, whose directory cannot
-be replaced.
+An OCI runtime that enters a directory by its name follows links that the container has just made, with rights that the
+container does not have: even into /proc/PID/root of processes outside. Some check afterwards where they are (crun from
+1.14.1, runc from 1.1.12 and in Debian's 1.1.5+ds1-1+deb12u1). The others get a descriptor, whose directory cannot be
+replaced.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkingDirectory:
-    """``path`` in the container whose first process is ``init``; ``title`` names the container in errors.
+    """``path`` in the container whose first process is ``init``. ``title`` names the container in errors.
 
-    ``user`` holds the ids on the host of who works there: uid, gid and groups. ``threads`` are where it is looked at.
+    ``user`` has the ids on the host of the process that works there: uid, gid and groups. ``threads`` open the path.
     """
 
     path: str
@@ -47,11 +47,12 @@ class WorkingDirectory:
     threads: AbandonableThreads
 
     async def open(self, seconds: float) -> int:
-        """A descriptor of the directory, the caller's to close, within ``seconds``: a volume's server may be down.
+        """Open the directory within ``seconds``: the server of a volume may be down. The caller closes the descriptor.
 
         Raises:
             PermissionDeniedError: a link leads into the kernel's file systems, and could lead out of the container.
-            WrongStateError: it, or the container, no longer exists. DeadlineError: it could not be opened in time.
+            WrongStateError: the directory or the container no longer exists.
+            DeadlineError: it could not be opened in time.
         """
         opened: list[int] = []
 
@@ -73,13 +74,13 @@ class WorkingDirectory:
             if isinstance(error, TimeoutError):
                 raise DeadlineError(
                     f"{self.title}: its working directory {self.path} did not answer in {seconds:g} s: "
-                    "is the server of its volume reachable?"
+                    "check that the server of its volume is reachable"
                 ) from error
             raise
         return opened[0]
 
     def _open(self) -> int:
-        """In a thread that ends afterwards: it may have become the user's."""
+        """Open the directory in a thread that ends after that, because it may have taken the user's rights."""
         with contextlib.ExitStack() as stack:
             root = self._root()
             stack.callback(os.close, root)
@@ -91,7 +92,7 @@ class WorkingDirectory:
                 return self._below(root)
 
     def _root(self) -> int:
-        """The root of the container's mount namespace, which is where an OCI runtime begins."""
+        """The root of the container's mount namespace, where an OCI runtime begins."""
         pidfd = processes.open_process(self.init.pid, self.init.started)
         if pidfd is None:
             raise WrongStateError(f"{self.title} has just ended")
@@ -159,7 +160,7 @@ def working_directory(
 
 
 def on_host(mappings: Sequence[config.IDMapping], number: int) -> int:
-    """The host's id of an id of the container; the same without ``mappings``, the overflow id if it is not mapped."""
+    """The host's id of a container's id. Unchanged without ``mappings``; the overflow id if it is not mapped."""
     for mapping in mappings:
         if mapping.container_id <= number < mapping.container_id + mapping.size:
             return mapping.host_id + number - mapping.container_id
@@ -167,7 +168,7 @@ def on_host(mappings: Sequence[config.IDMapping], number: int) -> int:
 
 
 def _topmost(folder: int) -> int:
-    """The root of the mount namespace that ``folder``, which is closed, is in: a process may have called chroot(2)."""
+    """The root of the mount namespace of ``folder``, which is closed: a process may have called chroot(2)."""
     for _ in range(_MOST_LEVELS):
         try:
             above = os.open("..", _FOLDER, dir_fd=folder)
@@ -184,7 +185,7 @@ def _topmost(folder: int) -> int:
 
 
 def become(user: tuple[int, int, Sequence[int]]) -> None:
-    """Give the calling thread, and no other, the rights of a user on files (setfsuid(2))."""
+    """Give only the calling thread a user's rights on files (setfsuid(2))."""
     uid, gid, groups = user
     libc.syscall(_SYS_SETGROUPS, ctypes.c_size_t(len(groups)), (ctypes.c_uint32 * len(groups))(*groups))
     libc.set_file_user(uid, gid)

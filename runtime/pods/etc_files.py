@@ -27,10 +27,10 @@ _LOCAL_NAMES = (
 def resolv_conf(
     servers: Sequence[str], searches: Sequence[str], options: Sequence[str], *, host_file: Path = _HOST_RESOLV_CONF
 ) -> str:
-    """A resolver configuration (resolv.conf(5)); the node's own where nothing is given.
+    """The text of a resolv.conf(5). Without any values it is the node's own.
 
-    Raises InvalidArgumentError for what is no address, domain or option, and for more search domains than resolvers
-    read (32 of 2,048 characters together).
+    Raises InvalidArgumentError for a value that is not an address, domain or option, and for more search domains than
+    resolvers read (32 with 2,048 characters together).
     """
     if not (servers or searches or options):
         return _text_of(host_file)
@@ -55,7 +55,7 @@ def resolv_conf(
 def hosts_file(
     hostname: str, addresses: Sequence[str], *, host_network: bool = False, host_file: Path = _HOST_HOSTS
 ) -> str:
-    """A hosts file (hosts(5)) with localhost and the pod's name at its addresses; the node's own for a host pod."""
+    """The text of a hosts(5) file: localhost, and the pod's name at its addresses. A host pod gets the node's own."""
     if host_network:
         return _text_of(host_file)
     entries = [*_LOCAL_NAMES, *((address, hostname) for address in addresses)]

@@ -14,7 +14,7 @@ _PROTOCOLS: dict[int, str] = {cri_pb2.TCP: "tcp", cri_pb2.UDP: "udp", cri_pb2.SC
 def attach_request(sandbox: Sandbox, netns_path: str) -> AttachRequest:
     """The request for a sandbox whose network namespace is pinned at ``netns_path``.
 
-    Raises InvalidArgumentError for a bandwidth annotation that is no rate.
+    Raises InvalidArgumentError for a bandwidth annotation that is not a rate.
     """
     metadata, dns = sandbox.config.metadata, sandbox.config.dns_config
     try:
@@ -39,5 +39,5 @@ def attach_request(sandbox: Sandbox, netns_path: str) -> AttachRequest:
 
 
 def _protocol(number: int) -> str:
-    """Its name; of one that the CRI does not have (yet) the number, which is refused where the port is."""
+    """The name of a protocol. If the CRI does not have it, its number, which is refused with the port."""
     return _PROTOCOLS.get(number, str(number))

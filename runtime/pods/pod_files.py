@@ -1,4 +1,4 @@
-"""The files of a pod that its containers see and may write to: resolv.conf, hosts and hostname.
+"""The files of a pod that its containers can write to: resolv.conf, hosts and hostname.
 
 They are on a separate small file system, so that containers cannot fill the node's run folder.
 """
@@ -14,13 +14,13 @@ from runtime.pods.etc_files import hosts_file, resolv_conf
 from runtime.specgen.namespaces import user_mappings
 from runtime.state.sandbox import Sandbox
 
-# For what containers add to them. The node's own hosts file, which host network pods get, may have any size.
+# For text that containers add. The node's own hosts file, which host network pods get, may have any size.
 _ROOM = 1 << 20
 _INODES = 8
 
 
 def write_pod_files(sandbox: Sandbox) -> None:
-    """Make and write them; ``drop_namespaces`` unmounts them again. Blocks."""
+    """Write the files on a new file system. ``drop_namespaces`` unmounts it. Blocks."""
     folder, dns = sandbox.folder, sandbox.config.dns_config
     hostname = (not sandbox.host_network and sandbox.config.hostname) or os.uname().nodename
     contents = {

@@ -1,4 +1,4 @@
-"""Removing pod sandboxes."""
+"""Removes pod sandboxes."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ class PodRemove:
         self._stops = stops
 
     async def remove(self, sandbox_id: str) -> None:
-        """Stop and remove a sandbox with all its containers. Unknown ids are no error."""
+        """Stop and remove a sandbox with all its containers. An unknown id is no error."""
         sandbox = self._state.sandboxes.find(sandbox_id) if sandbox_id else None
         if sandbox is None or sandbox.record.state is SandboxState.MAKING:
             return
         await self._stops.stop(sandbox.id)
         async with sandbox.lock:
             if sandbox.id not in self._state.sandboxes:
-                return  # another call was faster
+                return  # another call has removed it
             operation = sandbox.begin("RemovePodSandbox")
             async with operation.stage("containers"):
                 await self._containers.remove_all(sandbox)
-            # Once it is recorded no client sees it, so none would ask again: it continues without this one.
+            # After the removal is recorded, clients no longer see the sandbox. So it continues without this client.
             await wait_out(asyncio.ensure_future(self.finish_removal(sandbox, operation)))
 
     async def force_remove(self, sandbox_id: str) -> list[str]:
-        """Remove a sandbox even if its CNI network cannot be released; returns what was given up.
+        """Remove a sandbox even if its CNI network cannot be released. Returns what was given up.
 
-        It also finds one that was never completed and waits for its network. Raises NotFoundError or
-        InvalidArgumentError for an id that names no sandbox.
+        A sandbox that was never completed and waits for its network is found too. Raises NotFoundError or
+        InvalidArgumentError if the id names no sandbox.
         """
         sandbox = self._state.sandboxes.get(sandbox_id)
         try:
@@ -77,7 +77,7 @@ class PodRemove:
     async def finish_removal(self, sandbox: Sandbox, operation: Operation | None = None) -> None:
         """Record a removal, unless that is done, and complete it.
 
-        A sandbox for which that fails is listed as stopped, so that its client tries again.
+        If that fails, the sandbox is listed as stopped, so that its client tries again.
         """
         operation = operation or sandbox.begin("RemovePodSandbox")
         try:

@@ -1,4 +1,4 @@
-"""Resource limits of whole pods."""
+"""Records the resource limits of whole pods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PodResources:
         resources: cri_pb2.LinuxContainerResources | None,
         overhead: cri_pb2.LinuxContainerResources | None,
     ) -> None:
-        """Record the resource limits of the whole pod (KEP-1287). The pod's cgroup belongs to the client.
+        """Record the resource limits of the whole pod (KEP-1287). The client itself sets them on the pod's cgroup.
 
         Raises NotFoundError.
         """

@@ -1,4 +1,4 @@
-"""RestorePod: a new pod whose containers continue where those of a checkpoint were (KEP-5823)."""
+"""RestorePod: creates a pod whose containers continue from a checkpoint (KEP-5823)."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _log = logging.getLogger("podkeel.pods")
 
 @dataclass(slots=True)
 class _Made:
-    """What a call has made so far. The sandbox's record holds ``token`` until the pod is complete."""
+    """What a call has created so far. The sandbox's record has ``token`` until the pod is complete."""
 
     token: str
     containers: list[Container] = field(default_factory=list)
 
 
 class PodRestore:
-    """Makes pods from checkpoints."""
+    """Creates pods from checkpoints."""
 
     def __init__(
         self,
@@ -76,13 +76,13 @@ class PodRestore:
         options: Mapping[str, str],
         configs: Sequence[cri_pb2.ContainerConfig],
     ) -> tuple[Sandbox, list[Container]]:
-        """Make a ready pod with a created container for each of a checkpoint; StartContainer has each continue.
+        """Create a ready pod with a created container for each one in the checkpoint. StartContainer continues each.
 
-        After any error nothing of them is left.
+        After an error everything is removed.
 
         Raises:
             NotFoundError: the folder, the runtime handler or an image is missing.
-            InvalidArgumentError: a configuration is wrong or contradicts the checkpoint, or that is broken.
+            InvalidArgumentError: a configuration is invalid or contradicts the checkpoint, or the latter is broken.
             UnsupportedError: the runtime handler cannot restore containers here.
             AlreadyExistsError: the identity of the pod is taken.
             LimitError: the checkpoint is too large.
@@ -119,7 +119,7 @@ class PodRestore:
                     except BaseException:
                         sandbox.record.restoring = made.token
                         raise
-        # The pod is complete: the rest of the work is short.
+        # The pod is complete: the remaining work is short.
         await wait_out(asyncio.ensure_future(staged.remove()))
         words = "%s: restored from %s: %d containers"
         _log.info(words, sandbox.title, path, len(configs), extra=of_sandbox(sandbox, operation))
@@ -128,7 +128,7 @@ class PodRestore:
     async def _read(
         self, path: str, title: str, configs: Sequence[cri_pb2.ContainerConfig], held: AsyncExitStack
     ) -> Staged:
-        """Open the checkpoint and compare it with the configurations; ``held`` closes it."""
+        """Open the checkpoint and compare it with the configurations. ``held`` closes it."""
         from runtime.checkpoint.pod.place import open_folder
         from runtime.checkpoint.pod.source import PodSource, compare
         from runtime.checkpoint.pod.staging import Staged
@@ -142,7 +142,7 @@ class PodRestore:
         return Staged(source, document, self._checkpoints.work_folder("restore"))
 
     def _image(self, staged: Staged, config: cri_pb2.ContainerConfig) -> Image:
-        """The image of a configuration, which must be the one that was checkpointed."""
+        """The image of a configuration. It must be the checkpointed one."""
         name = config.metadata.name
         image = self._images.find(config.image.image)
         if image is None:
@@ -155,7 +155,7 @@ class PodRestore:
         return image
 
     async def _keep_pids(self, sandbox: Sandbox, highest: int) -> None:
-        """In a PID namespace of several containers, have new processes take pids above those that are restored."""
+        """Set the last pid of a PID namespace, so that new processes get pids above the restored ones."""
         if sandbox.record.pid_holder is None or not highest:
             return
         pin = sandbox.folder.pin("pid")
@@ -163,7 +163,7 @@ class PodRestore:
         await processes.run(["nsenter", f"--pid={pin}", "/bin/sh", "-c", write], timeout=30)
 
     async def _discard(self, made: _Made) -> None:
-        """Remove the sandbox of a call that failed, with all that is in it."""
+        """Remove the sandbox of a failed call with its containers."""
         for sandbox in [each for each in self._state.sandboxes if each.record.restoring == made.token]:
             await self._removals.remove(sandbox.id)
 
@@ -171,7 +171,7 @@ class PodRestore:
 def _check(
     config: cri_pb2.PodSandboxConfig, options: Mapping[str, str], configs: Sequence[cri_pb2.ContainerConfig]
 ) -> None:
-    """Raise InvalidArgumentError for a request that can never work, with any checkpoint."""
+    """Raise InvalidArgumentError for a request that is invalid with any checkpoint."""
     from runtime.checkpoint.pod.options import check_restore_options
 
     check_restore_options(options)
@@ -197,4 +197,4 @@ def _check(
         ("a user namespace", modes.HasField("userns_options") and modes.userns_options.mode == cri_pb2.POD),
     ):
         if there:
-            raise InvalidArgumentError(f"{title} uses {what}: no checkpoint is of such a pod")
+            raise InvalidArgumentError(f"{title} uses {what}: such a pod cannot be restored")

@@ -1,4 +1,4 @@
-"""Making pod sandboxes."""
+"""Creates pod sandboxes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _log = logging.getLogger("podkeel.pods")
 
 
 class PodRun:
-    """Makes sandboxes."""
+    """Creates sandboxes."""
 
     def __init__(
         self,
@@ -69,19 +69,19 @@ class PodRun:
         self._io_weights = True
 
     def adopt(self, sandbox: Sandbox) -> None:
-        """Take over a sandbox found in the store."""
+        """Take over a sandbox from the store."""
         self._names.adopt(sandbox)
 
     async def run(self, config: cri_pb2.PodSandboxConfig, handler: str, restoring: str = "") -> Sandbox:
-        """Make a sandbox and return it ready.
+        """Create a sandbox and return it when it is ready.
 
-        One that exists with the same configuration is returned as it is; one in the making is waited for. With
-        ``restoring`` a new one is made, whose record names that call of RestorePod.
+        If one with the same configuration exists, it is returned; if one is being created, it is waited for. With
+        ``restoring`` a new one is created, and its record names that call of RestorePod.
 
         Raises:
-            InvalidArgumentError: the configuration is wrong.
+            InvalidArgumentError: the configuration is invalid.
             NotFoundError: the runtime handler is missing.
-            AlreadyExistsError: the identity is taken by another configuration, or by a sandbox that was stopped.
+            AlreadyExistsError: a sandbox with another configuration, or a stopped one, has this identity.
         """
         validate_sandbox(config)
         runtime = self._handlers.for_new_pods(handler)
@@ -165,7 +165,7 @@ class PodRun:
         )
 
     def _label(self, sandbox: Sandbox) -> str:
-        """Choose the sandbox's SELinux level, which it has as long as the node knows it; the label of its files."""
+        """Choose the sandbox's SELinux level, which it keeps until it is removed. Returns the label of its files."""
         options = sandbox.config.linux.security_context.selinux_options
         if self._facts.selinux_enabled:
             used = {other.record.selinux_level for other in self._state.sandboxes}
@@ -182,14 +182,14 @@ class PodRun:
             await in_fresh_thread(set_link_sysctls, folder, plan)
 
     async def _weigh(self, sandbox: Sandbox, weight: int) -> None:
-        """A node whose kernel has no weights runs its pods without, and says so once."""
+        """Set the weight of block I/O. If the kernel has no weights, this is logged once and pods run without."""
         try:
             await set_io_weight(self._cgroups, sandbox.record.cgroup_parent, weight)
         except (PodkeelError, OSError) as error:
             if self._io_weights:
-                _log.warning("io_weight: cannot be set, pods run without it: %s", error)
+                _log.warning("io_weight: cannot be set: pods run without it: %s", error)
             self._io_weights = False
 
     async def close(self) -> None:
-        """Undo what is in the making; for the agent's end."""
+        """Undo the sandboxes that are being created, when the agent stops."""
         await self._names.drain()

@@ -1,4 +1,4 @@
-"""Stopping pod sandboxes, and undoing those that were not completed."""
+"""Stops pod sandboxes, and undoes those that were not completed."""
 
 from __future__ import annotations
 
@@ -49,8 +49,10 @@ class PodStop:
         self._hooks = hooks
 
     async def stop(self, sandbox_id: str) -> None:
-        """Kill the containers of a sandbox and release its network and namespaces. Repeatable; an unknown id is no
-        error."""
+        """Kill the containers of a sandbox and release its network and namespaces.
+
+        May be repeated. An unknown id is no error.
+        """
         sandbox = self._state.sandboxes.find(sandbox_id) if sandbox_id else None
         if sandbox is None or not sandbox.visible:
             return
@@ -76,7 +78,7 @@ class PodStop:
         await self.tear_down(sandbox, sandbox.begin("StopPodSandbox"))
 
     async def tear_down(self, sandbox: Sandbox, operation: Operation) -> None:
-        """Release the network, then the namespaces, then the cgroup; each step may be repeated after a crash."""
+        """Release the network, then the namespaces, then the cgroup. Each step may be repeated after a crash."""
         self._meters.forget(sandbox.id)
         async with operation.stage("network"):
             await sandbox.end_port_forwards()
@@ -101,7 +103,7 @@ class PodStop:
         if sandbox.record.owns_cgroup_parent:
             path = self._cgroups.parent_path(sandbox.record.cgroup_parent)
             self._cgroups.remove(path)
-            if self._cgroups.exists(path):  # killed while it was frozen, and not waited for then
+            if self._cgroups.exists(path):  # it was frozen when it was killed, and was not waited for
                 clear_cgroup(self._cgroups, path)
 
     async def discard(self, sandbox: Sandbox) -> None:

@@ -1,1 +1,1 @@
-"""The start of the agent: it compares records, processes and leftovers, and repairs the differences."""
+"""The start of the agent: it compares the store with processes, the kernel and folders, and repairs differences."""

@@ -1,4 +1,4 @@
-"""Comparing the store with the node, and removing what belongs to nothing in the store."""
+"""Compares the store with the node, and removes objects that the store does not know."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _log = logging.getLogger("podkeel.recovery")
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Compares and repairs, at the start and while calls are under way.
+    """Compares and repairs, at the start and while calls run.
 
-    ``cgroup_parent`` is the parent of the cgroups of pods that name none. ``findings`` counts what was repaired or
-    could not be, by kind.
+    ``cgroup_parent`` is the parent of the cgroups of pods that name none. ``findings`` counts by kind what was repaired
+    or could not be repaired.
     """
 
     agent_id: str
@@ -51,7 +51,7 @@ class Audit:
     findings: Counter[str] = field(default_factory=Counter)
 
     async def guarded(self, subject: str, work: Awaitable[object]) -> None:
-        """One object that cannot be repaired must not keep the agent from serving the others."""
+        """Await ``work`` and log its errors: an object that cannot be repaired must not affect the others."""
         try:
             await work
         except UnavailableError as error:
@@ -64,7 +64,7 @@ class Audit:
             _log.error("%s: not recovered, left unchanged: %s", subject, error, exc_info=error)
 
     def known(self) -> Known:
-        """What the store knows now."""
+        """The ids that the store knows now."""
         live = (ContainerState.CREATED, ContainerState.RUNNING)
         return Known(
             sandboxes={sandbox.id for sandbox in self.state.sandboxes},
@@ -74,18 +74,18 @@ class Audit:
         )
 
     def own_parents(self) -> dict[str, str]:
-        """The cgroups of this agent's pods that named no parent, by sandbox id; those of other agents
-        are beside them.
+        """The cgroups of this agent's pods without a named parent, by sandbox id. Other agents may have cgroups in the
+        same parent.
         """
         parents = self.cgroups.default_parents(self.cgroup_parent)
-        known = {sandbox.id for sandbox in self.state.sandboxes}  # also those that an older version made
+        known = {sandbox.id for sandbox in self.state.sandboxes}  # also those that an older version created
         return {id_: path for id_, path in parents.items() if id_ in known or is_of(self.agent_id, id_)}
 
     async def check(self) -> list[Finding]:
-        """Compare the store with kernel and folders; changes nothing.
+        """Compare the store with kernel and folders. Nothing is changed.
 
-        A finding must still exist a second later: calls are running, and the kernel takes links and namespaces apart in
-        the background.
+        A finding counts only if it still exists a second later: calls are running, and the kernel removes links and
+        namespaces in the background.
         """
         first = await self._differences()
         if not first:
@@ -95,7 +95,7 @@ class Audit:
         return [finding for finding in first if finding in still]
 
     async def repair(self) -> tuple[list[Finding], list[Finding]]:
-        """Make the node match the store, without changing what others made; returns the findings before and after."""
+        """Make the node match the store, without changing others' objects. Returns the findings before and after."""
         found = await self.check()
         await self._remove_leftovers()
         if any(finding.kind.endswith(" row") for finding in found):
@@ -113,10 +113,10 @@ class Audit:
         return found
 
     async def _remove_leftovers(self) -> None:
-        """While calls are under way: remove what belongs to nothing the store knows, and repair the network.
+        """While calls run: remove objects that the store does not know, and repair the network.
 
-        An object is removed only if it was unknown twice, some time apart: a call that makes it would have recorded it
-        by then.
+        An object is removed only if it was unknown twice, with a pause in between: a call that creates it would have
+        recorded it by then.
         """
         sandboxes, containers = await in_thread(self._unknown)
         await asyncio.sleep(_SETTLE_SECONDS)
@@ -129,7 +129,7 @@ class Audit:
         return garbage.unknown_ids(self.layout, self.monitors, self.own_parents(), self.known())
 
     async def drop_leftovers(self, known: Known) -> None:
-        """Remove what belongs to nothing that is ``known``; what cannot be removed keeps nothing else from it."""
+        """Remove objects that are not ``known``. One that cannot be removed does not prevent the others."""
         monitors = await in_thread(self.monitors.running)
         unknown = {container_id for container_id in monitors if container_id not in known.containers}
         await in_thread(garbage.end_monitors, self.monitors, unknown)

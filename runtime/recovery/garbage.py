@@ -1,4 +1,4 @@
-"""What is in the folders and the kernel but not in the store: found for a check, removed at start."""
+"""Objects in folders and the kernel that the store does not know: found for a check, removed at the start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from host.files import mounts
 from runtime.containers.bundle import idmapped_mounts
 from runtime.layout import Layout
 from runtime.namespaces.pid import end_holder
-from runtime.namespaces.pinned import drop_namespaces, remove_whatever
+from runtime.namespaces.pinned import drop_namespaces, remove_path
 from runtime.oci.conmon import Monitors
 
 _log = logging.getLogger("podkeel.recovery")
@@ -24,7 +24,7 @@ _log = logging.getLogger("podkeel.recovery")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A difference between the store and the node: ``kind`` of object, which one, and what is wrong with it."""
+    """A difference between the store and the node: the ``kind`` of object, its name, and the problem."""
 
     kind: str
     object: str
@@ -33,7 +33,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The ids that the store knows: those that exist, and those of them that still hold things in the kernel."""
+    """The ids that the store knows: all existing ones, and the live ones, which have resources in the kernel."""
 
     sandboxes: Collection[str]
     containers: Collection[str]
@@ -42,7 +42,7 @@ class Known:
 
 
 class AllBut(Collection[str]):
-    """A set of all possible ids except some."""
+    """The set of all ids except some."""
 
     def __init__(self, excepted: Collection[str]) -> None:
         self._excepted = frozenset(excepted)
@@ -60,7 +60,7 @@ class AllBut(Collection[str]):
 def unknown_ids(
     layout: Layout, monitors: Monitors, parents: Mapping[str, str], known: Known
 ) -> tuple[set[str], set[str]]:
-    """Ids of sandboxes and of containers that left something in folders, cgroups or processes and are not ``known``.
+    """Ids of sandboxes and of containers with folders, cgroups or processes that are not ``known``.
 
     ``parents`` are the cgroups of this agent's pods by sandbox id.
     """
@@ -72,7 +72,7 @@ def unknown_ids(
 
 
 def find_leftovers(layout: Layout, monitors: Monitors, parents: Mapping[str, str], known: Known) -> Iterator[Finding]:
-    """Everything of this agent that belongs to nothing the store knows. Reads files and the kernel only.
+    """All objects of this agent that the store does not know. Only reads files and the kernel.
 
     ``parents`` are the cgroups of this agent's pods by sandbox id.
     """
@@ -100,7 +100,7 @@ def _unknown_names(folder: Path, known: Collection[str], kind: str, problem: str
 
 
 def end_monitors(monitors: Monitors, doomed: Collection[str]) -> None:
-    """Kill the conmons of the containers ``doomed``, with the OCI runtimes they are waiting for, and see them end."""
+    """Kill the conmons of the containers ``doomed`` and the OCI runtimes they wait for, and wait until they ended."""
     for container_id, pid in monitors.running().items():
         if container_id in doomed:
             with contextlib.suppress(ProcessLookupError):
@@ -111,7 +111,7 @@ def end_monitors(monitors: Monitors, doomed: Collection[str]) -> None:
 def drop_run_folders(layout: Layout, known: Known) -> int:
     """Unmount and delete run folders of sandboxes and containers that the store does not know.
 
-    One that cannot be removed is logged and stays; returns how many stayed.
+    A folder that cannot be removed is logged. Returns the number of such folders.
     """
     failed = 0
     for names, wanted, drop in (
@@ -138,11 +138,11 @@ def _drop_sandbox(layout: Layout, name: str) -> None:
 def _drop_container(layout: Layout, name: str) -> None:
     idmapped_mounts.release(layout.container(name).rootfs)
     _unmount_below(layout.container(name).path)
-    remove_whatever(layout.container(name).path)
+    remove_path(layout.container(name).path)
 
 
 def _drop_exit(layout: Layout, name: str) -> None:
-    remove_whatever(layout.exits / name)
+    remove_path(layout.exits / name)
 
 
 def _unmount_below(folder: Path) -> None:
@@ -151,7 +151,7 @@ def _unmount_below(folder: Path) -> None:
 
 
 def runtime_containers(root: Path) -> list[str]:
-    """Ids that an OCI runtime keeps state of in its ``root``."""
+    """The ids of containers with state in the folder ``root`` of an OCI runtime."""
     return [name for name in _names(root) if (root / name).is_dir()]
 
 

@@ -1,7 +1,7 @@
-"""What the store knows of each pod and container, kept beside its files in the run folder too.
+"""Keeps the store's rows of each pod and container also in files of the run folder.
 
-With it a store can be made again that was lost together with its copy, as long as the node runs: with the pods and
-containers, their images, layers and snapshots, attachments, addresses and host ports.
+If the store is lost together with its copy, it is made again from them, as long as the node runs: pods and containers,
+their images, layers and snapshots, attachments, addresses and host ports.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from runtime.state.truncindex import is_id
 
 OF_SANDBOX: tuple[Place, ...] = (SANDBOX_ROWS, *NETWORK_ROWS)
 OF_CONTAINER: tuple[Place, ...] = (*IMAGE_ROWS, CONTAINER_ROWS)
-# Frequent changes are written once.
+# Changes that follow soon after each other are written once.
 _DELAY_SECONDS = 0.2
 _KEPT = (SandboxState.READY, ContainerState.CREATED, ContainerState.RUNNING, ContainerState.EXITED)
 
@@ -36,7 +36,7 @@ _log = logging.getLogger("podkeel.store")
 
 
 class KeptRows:
-    """Follows the store's changes of pods and containers with their files, in the background. Used on the loop."""
+    """Writes the files after changes of pods and containers in the store, in the background. For use on the loop."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -47,7 +47,7 @@ class KeptRows:
         self._failed = False
 
     def note(self, changed: Sandbox | Container) -> None:
-        """A row of this pod or container was written. One whose folder is about to be removed is left alone."""
+        """A row of this pod or container was written. It is ignored if its folder is about to be removed."""
         if isinstance(changed, Sandbox):
             file, places = changed.folder.kept_rows, OF_SANDBOX
         else:
@@ -60,16 +60,16 @@ class KeptRows:
 
     def _leave(self, file: Path) -> None:
         self._changed.pop(file, None)
-        self._writing.pop(file, None)  # by a thread, which takes one after the other out
+        self._writing.pop(file, None)  # a thread takes one entry after the other out
 
     def start(self, known: Iterable[Sandbox | Container]) -> None:
-        """Begin, with what is known now."""
+        """Begin, with all pods and containers that are known now."""
         for one in known:
             self.note(one)
         self._follower.start()
 
     async def close(self) -> None:
-        """Write what changed last, and stop."""
+        """Write the last changes, and stop."""
         await self._follower.close()
 
     async def _write(self) -> float:
@@ -88,7 +88,7 @@ class KeptRows:
             while writing:
                 try:
                     file, (places, key) = writing.popitem()
-                except KeyError:  # the last one is being removed
+                except KeyError:  # the last object is being removed
                     break
                 try:
                     keep(connection, places, key, file)
@@ -98,7 +98,7 @@ class KeptRows:
 
 
 def kept_containers(layout: Layout) -> frozenset[str]:
-    """The containers whose rows, and whose pods', are kept in the run folder."""
+    """The containers of which the run folder has the rows, and the rows of their pods."""
     sandboxes = {file.parent.name for file in _files(layout.sandboxes)}
     pods = {
         file.parent.name: kept_value(file, CONTAINER_ROWS.table, "sandbox_id") for file in _files(layout.containers)
@@ -106,8 +106,8 @@ def kept_containers(layout: Layout) -> frozenset[str]:
     return frozenset(container_id for container_id, sandbox_id in pods.items() if sandbox_id in sandboxes)
 
 
-async def put_back_all(database: Database, layout: Layout) -> None:
-    """Put all rows kept in the run folder into the store; those that cannot be stored are logged and left out."""
+async def restore_all_rows(database: Database, layout: Layout) -> None:
+    """Restore all rows in the run folder to the store. Rows that cannot be stored are logged and left out."""
 
     def work(connection: sqlite3.Connection) -> int:
         count = 0

@@ -1,4 +1,4 @@
-"""A store that is missing, empty or damaged at a start: whether the agent starts anyway, and with which data."""
+"""A store that is missing, empty or damaged at a start: decides whether the agent starts, and with which data."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class LostStore(enum.Enum):
 def settle_store(layout: Layout, monitors: Monitors, wish: LostStore) -> bool:
     """Check or restore the database in the data folder before it is opened.
 
-    Blocks. Returns whether a lost store was restored: then the rows kept in the run folder belong into it too. Raises
-    WrongStateError, which says what to do: for a damaged store, and for one that is missing, empty or lacks running
-    containers while containers of this agent run, unless ``wish`` says otherwise.
+    Blocks. Returns whether a lost store was restored: then the rows in the run folder must be added. Raises
+    WrongStateError, with what to do, for a damaged store. Raises it also if containers of this agent run and the store
+    is missing, empty or lacks them. ``wish`` can select another decision.
     """
     path, copy = layout.database, layout.database_copy
     problem = problem_of(path)
@@ -44,9 +44,9 @@ def settle_store(layout: Layout, monitors: Monitors, wish: LostStore) -> bool:
         if known is not None and not known:
             problem = "empty"
         elif known is not None:
-            # Its log (-wal) was damaged or deleted: SQLite reads the rest as the whole.
-            told = (_containers_in(copy) or frozenset()) | kept_containers(layout)
-            running = sorted((told - known).intersection(running))
+            # Its write-ahead log (-wal) was damaged or deleted: SQLite reads the rest as if it were complete.
+            kept = (_containers_in(copy) or frozenset()) | kept_containers(layout)
+            running = sorted((kept - known).intersection(running))
             problem = "incomplete" if running else ""
     if not problem:
         return False
@@ -57,10 +57,10 @@ def settle_store(layout: Layout, monitors: Monitors, wish: LostStore) -> bool:
         _adopt(layout, problem, running)
         return True
     elif problem not in ("missing", "empty", "incomplete"):
-        raise WrongStateError(f"store {path} is {problem}{_so_many(running)}: {_remedy(layout)}")
+        raise WrongStateError(f"store {path} is {problem}{_how_many(running)}: {_remedy(layout)}")
     elif running:
         ending = "it does not know them and would" if problem == "incomplete" else "a new one would"
-        raise WrongStateError(f"store {path} is {problem}{_so_many(running)}: {ending} end them. {_remedy(layout)}")
+        raise WrongStateError(f"store {path} is {problem}{_how_many(running)}: {ending} end them. {_remedy(layout)}")
     elif copy.exists():
         _log.warning(
             "store %s: %s, no container runs: starting with a new store; the old copy is kept as %s (to use it, stop "
@@ -107,8 +107,7 @@ def _adopt(layout: Layout, problem: str, running: list[str]) -> None:
 
 
 def _containers_in(path: Path) -> frozenset[str] | None:
-    """The ids of containers that a database knows; None if they cannot be read: the caller that opens it gets the
-    error."""
+    """The ids of the containers in a database. None if they cannot be read: then opening it raises the error."""
     try:
         with contextlib.closing(open_read_only(path)) as connection:
             connection.text_factory = os.fsdecode
@@ -117,7 +116,7 @@ def _containers_in(path: Path) -> frozenset[str] | None:
         return None
 
 
-def _so_many(running: list[str]) -> str:
+def _how_many(running: list[str]) -> str:
     if not running:
         return ""
     names = ", ".join(container_id[:13] for container_id in running[:_NAMED])

@@ -1,7 +1,6 @@
-"""The processes that a container's record names, compared with the kernel: another process is never mistaken for one.
+"""Compares the processes in a container's record with the kernel, so that no other process is used instead.
 
-A record may be wrong: a store that was put back, edited or partly restored names pids that belong to other processes
-now.
+A record may be wrong: if a store was restored, edited or partly restored, its pids may belong to other processes now.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ _ALIVE = (ContainerState.CREATED, ContainerState.RUNNING)
 
 
 def correct(container: Container, monitors: Callable[[], Mapping[str, int]]) -> bool:
-    """Have the record of a container of this boot name only its own processes; False if it named one of others.
+    """Correct the processes in the record of a container of this boot. False if the record named others' processes.
 
-    Of a container that may run, those that it does not name are looked for: conmon among the running ``monitors``, the
-    first process in the file that conmon wrote. Blocks.
+    If the container may run, missing processes are searched: conmon among the running ``monitors``, the first process
+    in the file that conmon wrote. Blocks.
     """
     record = container.record
     bundle = container.folder.path
@@ -46,13 +45,13 @@ def _is_live(name: ProcessName) -> bool:
 
 
 def _watches(pid: int, bundle: Path) -> bool:
-    """Whether a process is the conmon of this bundle, by its command line."""
+    """Whether a process is the conmon of this bundle, from its command line."""
     wanted = (b"-b", str(bundle).encode())
     return procfs.user_of(pid) == 0 and wanted in pairwise(procfs.command_line(pid))
 
 
 def _belongs(pid: int, container: Container) -> bool:
-    """Whether a process is in the container's cgroup or below it; for one that left it, conmon is its parent."""
+    """Whether a process is in the container's cgroup or below it. If it left the cgroup, conmon must be its parent."""
     lines = procfs.read_bounded(f"/proc/{pid}/cgroup", _TABLE_BYTES).split(b"\n")
     if any(container.id.encode() in line for line in lines):
         return True

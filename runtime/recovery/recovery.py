@@ -1,4 +1,4 @@
-"""At start: the store is compared with the node, and differences are repaired in both directions."""
+"""At the start, compares the store with the node and repairs the differences in both directions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _RuntimeState(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """Repairs a node whose agent may have ended at any instant, or that has rebooted, to match the store."""
+    """Makes a node match the store after its agent ended at any instant, or after a reboot."""
 
     audit: Audit
     state: State
@@ -58,7 +58,7 @@ class Recovery:
     exits: ContainerExit
 
     async def run(self) -> None:
-        """Load everything, undo incomplete creations, finish incomplete removals, and adopt what runs."""
+        """Load everything, undo incomplete creations, finish incomplete removals, and adopt running containers."""
         sandboxes, containers = await self.state.load()
         self.audit.findings["row set aside"] += len(await in_thread(self.audit.database.set_asides))
         for sandbox in sandboxes:
@@ -79,10 +79,10 @@ class Recovery:
         await self.audit.guarded("network", self.network.repair(self.audit.known().live_sandboxes))
 
     async def _settle_checkpoints(self) -> None:
-        """Thaw what a checkpoint had frozen, and remove what was written of it."""
+        """Thaw containers that an interrupted checkpoint froze, and remove the files of the checkpoint."""
         if not await in_thread(_has_entries, self.audit.layout.checkpoints):
             return
-        from runtime.checkpoint.interrupted import settle  # only where there are any
+        from runtime.checkpoint.interrupted import settle  # only if there are any
         from runtime.checkpoint.pod.interrupted import settle as settle_pods
 
         def thaw(container_id: str) -> None:
@@ -94,7 +94,7 @@ class Recovery:
             self.audit.findings["checkpoint interrupted"] += await in_thread(work, self.audit.layout.checkpoints, thaw)
 
     def _correct_processes(self, containers: Sequence[Container]) -> None:
-        """Have no record name a process that is not its container's: it would be signalled and waited for."""
+        """Remove from each record a process that is not its container's: it would be signalled and waited for."""
         running = cache(self.monitors.running)
         for container in containers:
             same_boot = container.record.boot_id == self.state.boot_id
@@ -119,7 +119,7 @@ class Recovery:
             await self._resume(container)
 
     async def _resume(self, container: Container) -> None:
-        """Adopt a container that was created or running when the agent went away."""
+        """Adopt a container that was created or running when the agent ended."""
         record = container.record
         same_boot = record.boot_id == self.state.boot_id
         if record.start_error and same_boot:
@@ -128,13 +128,13 @@ class Recovery:
             return  # its processes are restored by its start
         monitor = record.monitor if same_boot else None
         pidfd = processes.open_process(monitor.pid, monitor.started) if monitor is not None else None
-        async with container.lock:  # if it ends now, that is handled afterwards
+        async with container.lock:  # if it ends now, the end is handled after that
             if pidfd is not None:
                 container.monitor_descriptor = pidfd
                 self.exits.watch(container)
             else:
                 exit_record = self.monitors.exit_record(container.id)
-                if not same_boot or exit_record or not await self.exits.survives_its_monitor(container):
+                if not same_boot or exit_record or not await self.exits.still_runs(container):
                     self.audit.findings["container ended meanwhile"] += 1
                     await self.exits.record_exit(container, exit_record)
                     return
@@ -149,7 +149,7 @@ class Recovery:
                 await self.exits.record_exit(container, None)
 
     def _end_abandoned_calls(self, container: Container) -> None:
-        """The output of commands that the former agent executed in the container is lost."""
+        """Kill commands that the earlier agent executed in the container, because their output is lost."""
         folder = container.folder.path
         ended = end_abandoned(folder, partial(self.cgroups.processes, container.record.cgroup))
         if ended:
@@ -157,7 +157,7 @@ class Recovery:
             _log.warning("%s: ended %d commands of the earlier agent", container.title, ended)
 
     async def _was_started(self, container: Container) -> bool:
-        """Whether the runtime started it just before the agent died, before that was recorded."""
+        """Whether the OCI runtime started it just before the agent died, and the start was not recorded."""
         runtime = self.handlers.get(container.record.handler)
         result = await processes.run(runtime.command("state", container.id), check=False, timeout=30)
         if result.status != 0:
@@ -184,13 +184,13 @@ class Recovery:
             await self.pod_removals.finish_removal(sandbox)
         elif record.state is SandboxState.READY and not self._still_there(sandbox):
             self.audit.findings["sandbox without namespaces"] += 1
-            _log.warning("%s: namespaces lost: not ready any more", sandbox.title)
+            _log.warning("%s: namespaces lost: no longer ready", sandbox.title)
             await self.pod_stops.stop(sandbox.id)
         elif record.state is SandboxState.NOT_READY and not record.torn_down:
             await self.pod_stops.finish_stop(sandbox)
 
     async def _restore_networks(self) -> None:
-        """Give ready pods the connection back that the store has lost; those for which that fails are stopped."""
+        """Restore connections of ready pods that the store has lost. If that fails, the pod is stopped."""
 
         def without() -> list[Sandbox]:
             ready = (s for s in self.state.sandboxes if s.record.state is SandboxState.READY and not s.host_network)
@@ -203,7 +203,7 @@ class Recovery:
         await self.network.restore_lost([attach_request(sandbox, pins[sandbox.id]) for sandbox in lost])
         self.audit.findings["sandbox without network"] += len(lost)
         for sandbox in without():
-            _log.warning("%s: network lost: not ready any more", sandbox.title)
+            _log.warning("%s: network lost: no longer ready", sandbox.title)
             await self.audit.guarded(sandbox.title, self.pod_stops.stop(sandbox.id))
 
     def _still_there(self, sandbox: Sandbox) -> bool:

@@ -1,4 +1,4 @@
-"""From a draft to the OCI spec of a container: paths are resolved, then missing host folders are made."""
+"""Completes a draft to the OCI spec of a container: resolves paths, then creates missing host folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from runtime.specgen.mounts.kernel_places import (
 )
 from runtime.specgen.mounts.masks import mask_files
 from runtime.specgen.mounts.private_devices import PrivateDevices, prepare
-from runtime.specgen.mounts.shared_volumes import without_shared
+from runtime.specgen.mounts.shared_volumes import without_shared_mounts
 from runtime.specgen.process import settled_directory
 from runtime.specgen.security.relabel import relabel_all
 from runtime.specgen.security.selinux import Relabel, SelinuxLabels
@@ -35,12 +35,12 @@ from runtime.specgen.signals import StopSignal, stop_signal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerSpec:
-    """A built spec, and what of it the container's status and its stop need.
+    """A built spec, and the data for the container's status and its stop.
 
-    ``volumes`` are still to be made, with ``volumes.make_volumes``, ``private_devices`` too, and ``mapped_volumes`` to
-    be bound. ``mounts`` are the configuration's, as status shows them. ``relabels`` are done. ``mounts_in_volumes`` and
-    ``directory_in_volume``: the way of a mount or of the working directory leads through a volume, which others may
-    change at any time.
+    ``volumes`` must still be made with ``volumes.make_volumes``, ``private_devices`` made and ``mapped_volumes`` bind
+    mounted. ``mounts`` are from the configuration, for the status. ``relabels`` are done. ``mounts_in_volumes`` and
+    ``directory_in_volume``: the path of a mount or of the working directory is in a volume, which others may change at
+    any time.
     """
 
     spec: oci.Spec
@@ -57,15 +57,15 @@ class ContainerSpec:
 
 
 def build(request: SpecRequest, check: Callable[[], None] = lambda: None) -> ContainerSpec:
-    """Check the whole configuration and build its spec: ``draft`` and ``complete`` in one."""
+    """Check the whole configuration and build its spec: ``draft`` and ``complete`` in one step."""
     return complete(draft(request), check)
 
 
 def complete(drafted: Draft, check: Callable[[], None] = lambda: None) -> ContainerSpec:
-    """Resolve the paths of a draft and encode its spec; raises what ``draft`` raises, and blocks.
+    """Resolve the paths of a draft and encode its spec. Raises the errors of ``draft``. Blocks.
 
-    The only things made are missing host paths of mounts, as folders; where SELinux is on, volumes and the pod's files
-    are relabelled. ``check`` is called before that, and may raise.
+    Missing host paths of mounts are created as folders. With SELinux, volumes and the pod's files are relabelled.
+    Nothing else is created. ``check`` is called before that, and may raise.
     """
     with naming_container(drafted.request):
         built = _complete(drafted)
@@ -98,7 +98,7 @@ def _complete(drafted: Draft) -> ContainerSpec:
     own_devices, mounts = prepare(
         request.rootfs,
         linux,
-        without_shared(settled.mounts, groups.defaults),
+        without_shared_mounts(settled.mounts, groups.defaults),
         described=described,
         folders=groups.folders,
         label=labels.mount,
@@ -110,7 +110,7 @@ def _complete(drafted: Draft) -> ContainerSpec:
     directory = settled_directory(process.cwd, settled.paths)
     host_pid = request.namespaces.host_pid or all(namespace.type != "pid" for namespace in linux.namespaces)
     _refuse_swappable(request, process.cwd, directory, host_pid=host_pid)
-    if not directory.exists:  # else its links stay, as they may change while the container runs
+    if not directory.exists:  # otherwise its links stay, because they may change while the container runs
         process.cwd = directory.path
     spec.mounts = mounts
     identity = drafted.identity
@@ -133,7 +133,7 @@ def _complete(drafted: Draft) -> ContainerSpec:
 
 
 def _require_sources(groups: MountGroups) -> None:
-    """Refuse what plugins bind that is missing, or that does not pass mounts on as they want it."""
+    """Refuse mounts of plugins whose source is missing, or does not propagate mounts as requested."""
     for what, mount in groups.adjusted:
         if mount.type != "bind":
             continue
@@ -164,7 +164,10 @@ def _pod_files(request: SpecRequest, labels: SelinuxLabels) -> list[Relabel]:
 
 
 def _add_described(edits: Sequence[cdi.Edits], process: oci.Process, linux: oci.Linux) -> list[oci.Device]:
-    """Environment, groups and device nodes of the CDI devices; mounts and hooks are the caller's. Returns the nodes."""
+    """Add the environment, groups and device nodes of CDI devices.
+
+    The caller adds mounts and hooks. Returns the nodes.
+    """
     variables = cdi.environment(edits)
     process.env = [entry for entry in process.env if entry.partition("=")[0] not in variables]
     process.env += [f"{name}={value}" for name, value in variables.items()]
@@ -180,7 +183,7 @@ def _add_described(edits: Sequence[cdi.Edits], process: oci.Process, linux: oci.
 
 
 def _refuse_swappable(request: SpecRequest, given: str, directory: Place, *, host_pid: bool) -> None:
-    """Not every OCI runtime makes a missing working directory without following links; with host PID they lead out."""
+    """Refuse a missing working directory in a volume: some OCI runtimes create it through links that lead out."""
     if directory.in_volume and host_pid and not request.handler.makes_folders_inside:
         raise InvalidArgumentError(
             f"working_dir {given!r} is in a volume, and the container sees the node's processes: runtime handler "

@@ -1,4 +1,4 @@
-"""Which capabilities a container gets (capabilities(7))."""
+"""The capabilities of a container (capabilities(7))."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ DEFAULT = frozenset(
         "CAP_AUDIT_WRITE",
     )
 )
-"""What images expect when nothing is said: the set every container engine starts from."""
+"""The default set, which images expect: the same as in other container engines."""
 
 _KNOWN = frozenset(NAMES)
 
@@ -81,8 +81,8 @@ def capability_sets(
 ) -> tuple[config.Capabilities, frozenset[str]]:
     """The five sets for the spec, and the permitted ones as a set.
 
-    ``ALL`` means those ``available`` on this node. Inheritable stays empty except ambient ones, so that no program in
-    the image gains capabilities by its file attributes alone.
+    ``ALL`` means those ``available`` on this node. Inheritable has only the ambient ones, so that no program in the
+    image gains capabilities by its file attributes alone.
     """
     wanted = context.capabilities
     added, add_all = _names(wanted.add_capabilities, "add_capabilities")
@@ -111,7 +111,7 @@ def capability_sets(
 
 
 def _names(given: Iterable[str], field: str) -> tuple[frozenset[str], bool]:
-    """Names with their prefix, and whether ``ALL`` was among them."""
+    """The names with their prefix, and whether ``ALL`` was among them."""
     names = {name.upper() for name in given}
     everything = bool(names & {"ALL", "CAP_ALL"})
     full = frozenset(name if name.startswith("CAP_") else "CAP_" + name for name in names - {"ALL", "CAP_ALL"})

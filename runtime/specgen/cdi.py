@@ -1,6 +1,6 @@
-"""Container Device Interface: devices that vendors describe in files, each with the edits of a container's spec.
+"""Container Device Interface: vendors describe devices in files, each with edits for a container's spec.
 
-Follows the CDI specification up to 1.0; network devices and Intel RDT settings are refused, not ignored.
+Follows the CDI specification up to 1.0. Network devices and Intel RDT settings are refused, not ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from proto.runtime.v1 import cri_pb2
 from runtime.specgen import config as oci
 
 FOLDERS = (Path("/etc/cdi"), Path("/var/run/cdi"))
-"""Where descriptions are; those of a later folder replace those of an earlier one."""
+"""The folders of descriptions. Those of a later folder replace those of an earlier one."""
 
 ANNOTATION_PREFIX = "cdi.k8s.io/"
 
@@ -36,7 +36,7 @@ class _Struct(msgspec.Struct, rename="camel", forbid_unknown_fields=True, frozen
 
 
 class DeviceNode(_Struct, frozen=True):
-    """A device to make; what is not given is as on the host."""
+    """A device to create. Values that are not set are taken from the host's device."""
 
     path: str
     host_path: str = ""
@@ -50,7 +50,7 @@ class DeviceNode(_Struct, frozen=True):
 
 
 class BindMount(_Struct, frozen=True):
-    """A mount, options as mount(8) has them."""
+    """A mount with options of mount(8)."""
 
     host_path: str
     container_path: str
@@ -59,7 +59,7 @@ class BindMount(_Struct, frozen=True):
 
 
 class EditHook(_Struct, frozen=True):
-    """A program the OCI runtime runs at the point ``hook_name``; ``timeout`` in seconds."""
+    """A program that the OCI runtime runs at the point ``hook_name``. ``timeout`` in seconds."""
 
     hook_name: Literal["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"]
     path: str
@@ -69,7 +69,7 @@ class EditHook(_Struct, frozen=True):
 
 
 class Edits(_Struct, frozen=True):
-    """The changes by a device to the spec of a container."""
+    """The changes to a container's spec for a device."""
 
     env: list[str] = []
     device_nodes: list[DeviceNode] = []
@@ -89,7 +89,7 @@ class DescribedDevice(_Struct, frozen=True):
 
 
 class Description(_Struct, frozen=True):
-    """One file; its own edits hold for a container that gets any of its devices."""
+    """One file. Its own edits apply to each container that gets one of its devices."""
 
     cdi_version: str
     kind: str
@@ -99,7 +99,7 @@ class Description(_Struct, frozen=True):
 
 
 def requested(config: cri_pb2.ContainerConfig) -> list[str]:
-    """The names of the devices a configuration asks for, by its field or by the older annotations."""
+    """The names of the devices that a configuration requests, in its field or in the older annotations."""
     names = [device.name for device in config.CDI_devices]
     for key, value in config.annotations.items():
         if key.startswith(ANNOTATION_PREFIX):
@@ -108,9 +108,9 @@ def requested(config: cri_pb2.ContainerConfig) -> list[str]:
 
 
 def edits_for(names: Sequence[str], folders: Iterable[Path] = FOLDERS) -> list[Edits]:
-    """The edits of each named device (``vendor.com/class=name``), those of its file before them and once only.
+    """The edits of each named device (``vendor.com/class=name``), each after the edits of its file, which come once.
 
-    Raises InvalidArgumentError for a name that is none or that no file, or more than one of a folder, describes.
+    Raises InvalidArgumentError for an invalid name, and for one that no file, or more than one of a folder, describes.
     """
     if not names:
         return []
@@ -119,7 +119,7 @@ def edits_for(names: Sequence[str], folders: Iterable[Path] = FOLDERS) -> list[E
     used: list[Description] = []
     for name in names:
         if not _NAME.fullmatch(name):
-            raise InvalidArgumentError(f"CDI device {name!r} is not named as vendor.com/class=name")
+            raise InvalidArgumentError(f"CDI device {name!r} does not have the form vendor.com/class=name")
         found = devices.get(name, ())
         if len(found) != 1:
             where = "is described by more than one file" if found else "is not described by any file"
@@ -136,7 +136,7 @@ def edits_for(names: Sequence[str], folders: Iterable[Path] = FOLDERS) -> list[E
     for edit in edits:
         if edit.intel_rdt or edit.net_devices:
             raise UnsupportedError(
-                f"CDI devices {', '.join(names)} ask for intelRdt or netDevices, which cannot be given: leave them out"
+                f"CDI devices {', '.join(names)} ask for intelRdt or netDevices, which are not supported: remove them"
             )
     return edits
 
@@ -165,13 +165,13 @@ def _known_devices(folders: Iterable[Path]) -> tuple[_Known, list[str]]:
 
 @lru_cache(maxsize=64)
 def _read(path: Path, _changed: int, _size: int) -> Description:
-    """Raises OSError and ValueError (which JsonError, msgspec's errors and YAML's, turned here, are)."""
+    """Raises OSError and ValueError (JsonError and msgspec's errors are ValueErrors; YAML's are converted)."""
     content = untrusted_json.read_file(path, _LARGEST_FILE)
     if path.suffix == ".json":
         return untrusted_json.decode(content, Description, most_bytes=_LARGEST_FILE)
     import yaml
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the latter is a hundred times slower
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # SafeLoader is a hundred times slower
     try:
         _check_shape(yaml.parse(content, Loader=loader))
         return msgspec.convert(yaml.load(content, Loader=loader), type=Description)
@@ -180,12 +180,12 @@ def _read(path: Path, _changed: int, _size: int) -> Description:
 
 
 def _check_shape(events: Iterable[Any]) -> None:
-    """Limits as those of JSON. Aliases are refused: a few of them can expand to more than the memory."""
+    """Check limits as for JSON. Aliases are refused, because a few of them can expand to more than the memory."""
     depth = 0
     for values, event in enumerate(events):
         match type(event).__name__:
             case "AliasEvent":
-                raise ValueError("YAML with aliases (*) is not read: write out their values")
+                raise ValueError("YAML with aliases (*) is not supported: write out their values")
             case "MappingStartEvent" | "SequenceStartEvent":
                 depth += 1
             case "MappingEndEvent" | "SequenceEndEvent":
@@ -220,7 +220,7 @@ _HOOK_FIELDS = {
 
 
 def mounts(edits: Iterable[Edits]) -> list[oci.Mount]:
-    """The mounts of all edits; a type that is not given is a bind mount."""
+    """The mounts of all edits. A mount without a type is a bind mount."""
     made = []
     for edit in edits:
         for mount in edit.mounts:
@@ -241,7 +241,7 @@ def mounts(edits: Iterable[Edits]) -> list[oci.Mount]:
 
 
 def environment(edits: Iterable[Edits]) -> dict[str, str]:
-    """The variables of all edits; the last of one name holds."""
+    """The variables of all edits. The last value for a name is used."""
     return {
         name: value
         for edit in edits

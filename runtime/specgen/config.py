@@ -1,7 +1,7 @@
 """The OCI runtime configuration (``config.json``) as structs: runtime-spec 1.0.2, ``config.md``, ``config-linux.md``.
 
-Only the fields Podkeel sets are here, those of later versions among them that plugins may set. Fields at their default
-are left out of the JSON, as the document allows.
+Only fields that Podkeel sets are here, with those of later versions that plugins may set. Fields with default values
+are left out of the JSON, as the specification allows.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ VERSION = "1.0.2"
 
 
 class _Struct(msgspec.Struct, omit_defaults=True, rename="camel"):
-    """The base of all structs here: camelCase names, and defaults are not written."""
+    """The base of all structs here: names are camelCase, and default values are not written."""
 
 
 class IDMapping(_Struct):
-    """A range of ids: ``size`` ids from ``container_id`` inside are those from ``host_id`` outside."""
+    """A range of ids: ``size`` ids from ``container_id`` inside are mapped to those from ``host_id`` outside."""
 
     container_id: int = msgspec.field(name="containerID")
     host_id: int = msgspec.field(name="hostID")
@@ -114,14 +114,14 @@ class Mount(_Struct):
 
 
 class Namespace(_Struct):
-    """A namespace to make or, with ``path``, to join."""
+    """A namespace to create or, with ``path``, to join."""
 
     type: str
     path: str = ""
 
 
 class Device(_Struct):
-    """A device node to make; ``type`` is c, b or p."""
+    """A device node to create. ``type`` is c, b or p."""
 
     path: str
     type: str
@@ -166,7 +166,7 @@ class Memory(_Struct):
 
 
 class Pids(_Struct):
-    """How many processes and threads the container may have."""
+    """The limit of processes and threads in the container."""
 
     limit: int
 
@@ -179,7 +179,7 @@ class HugepageLimit(_Struct):
 
 
 class DiskWeight(_Struct):
-    """What I/O of the container on one disk counts for beside that of others, from 10 to 1000."""
+    """The weight of the container's I/O on one disk, from 10 to 1000."""
 
     major: int
     minor: int
@@ -187,7 +187,7 @@ class DiskWeight(_Struct):
 
 
 class Throttle(_Struct):
-    """The most bytes or operations a second on one disk."""
+    """The limit of bytes or operations per second on one disk."""
 
     major: int
     minor: int
@@ -218,13 +218,13 @@ class Resources(_Struct):
 
 
 class NetDevice(_Struct):
-    """A network interface of the node that moves into the container; ``name`` is what it is called there."""
+    """A network interface of the node that moves into the container. ``name`` is its name there."""
 
     name: str = ""
 
 
 class IntelRdt(_Struct):
-    """The group of the kernel's resctrl file system that the container's processes are in."""
+    """The group of the container's processes in the kernel's resctrl file system."""
 
     clos_id: str = msgspec.field(name="closID", default="")
     schemata: list[str] = []
@@ -240,11 +240,11 @@ class MemoryPolicy(_Struct):
 
 
 SCOPE_SUBGROUP = "container"
-"""Where crun keeps a container below its scope, with the systemd cgroup driver on cgroup v2."""
+"""The cgroup below its scope in which crun puts a container, with the systemd cgroup driver on cgroup v2."""
 
 
 class Linux(_Struct):
-    """What ``config-linux.md`` adds; ``seccomp`` is kept encoded, as one compiled profile serves many containers."""
+    """The fields of ``config-linux.md``. ``seccomp`` is kept encoded, because many containers share a profile."""
 
     uid_mappings: list[IDMapping] = []
     gid_mappings: list[IDMapping] = []
@@ -273,7 +273,7 @@ class Hook(_Struct):
 
 
 class Hooks(_Struct):
-    """Programs the OCI runtime runs at points of the container's life."""
+    """Programs that the OCI runtime runs at points of the container's life."""
 
     prestart: list[Hook] = []
     create_runtime: list[Hook] = []
@@ -299,5 +299,5 @@ _encoder = msgspec.json.Encoder()
 
 
 def encode(spec: Spec) -> bytes:
-    """The JSON an OCI runtime reads."""
+    """The JSON for an OCI runtime."""
     return _encoder.encode(spec)

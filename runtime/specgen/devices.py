@@ -1,4 +1,4 @@
-"""Device nodes of a container and the device cgroup's rules for them."""
+"""The device nodes of a container, and the rules of its device cgroup."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runtime.specgen import config
 from runtime.specgen.cdi import DeviceNode
 from runtime.specgen.mounts.configured import container_path
 
-# Made in every container by the OCI runtime itself, or folders that are no devices of the host's.
+# The OCI runtime itself makes these in every container.
 _RUNTIME_OWN = frozenset(("null", "zero", "full", "random", "urandom", "tty", "console", "ptmx"))
 _NO_DEVICES = frozenset(("pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev"))
 
@@ -24,7 +24,7 @@ _ALLOW_ALL = config.DeviceRule(allow=True, access="rwm")
 def devices(
     given: Iterable[cri_pb2.Device], *, all_of_host: bool
 ) -> tuple[list[config.Device], list[config.DeviceRule]]:
-    """Nodes to make and rules, everything else denied; ``all_of_host`` is for privileged containers.
+    """Nodes to create, and rules that deny everything else. ``all_of_host`` is for privileged containers.
 
     A ``host_path`` that is a folder means every device in it, at any depth.
     """
@@ -53,7 +53,7 @@ def devices(
 def described_devices(
     given: Iterable[DeviceNode], *, uid: int, gid: int
 ) -> tuple[list[config.Device], list[config.DeviceRule]]:
-    """The same for devices of CDI descriptions, whose owner is the container's user unless they say otherwise."""
+    """As ``devices``, for CDI descriptions. The container's user owns the nodes, unless a description sets an owner."""
     nodes, rules = [], []
     for wanted in given:
         path = container_path(wanted.path, "CDI: device path")
@@ -71,7 +71,7 @@ def described_devices(
             mode = found.file_mode if mode is None else mode
             if not kind:
                 raise InvalidArgumentError(
-                    f"CDI: {wanted.host_path or wanted.path} is no device: correct the description"
+                    f"CDI: {wanted.host_path or wanted.path} is not a device: correct the description"
                 )
         nodes.append(
             config.Device(
@@ -94,13 +94,13 @@ def _permissions(given: str, path: str) -> str:
     permissions = given or "rwm"
     if set(permissions) - set("rwm") or len(set(permissions)) != len(permissions):
         raise InvalidArgumentError(
-            f"devices: {path}: permissions {permissions!r} are not made of r, w and m, each at most once"
+            f"devices: {path}: permissions {permissions!r} are invalid: use r, w and m, each at most once"
         )
     return permissions
 
 
 def _located(device: cri_pb2.Device) -> Iterator[tuple[str, os.stat_result]]:
-    """Where each device shall be in the container, and what it is on the host."""
+    """The path of each device in the container, and its status on the host."""
     if not device.host_path.startswith("/"):
         raise InvalidArgumentError(
             f"devices: host_path {device.host_path!r} is not absolute: give the device's full path"

@@ -1,4 +1,4 @@
-"""From one CreateContainer request to a draft of its OCI spec, which plugins of the node may still change."""
+"""Makes a draft of the OCI spec from a CreateContainer request. NRI plugins may still change the draft."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from runtime.specgen.security.masked_paths import apparmor_profile, masked_and_r
 from runtime.specgen.security.seccomp import DEFAULT_PROFILE, Filter, seccomp
 from runtime.specgen.security.selinux import SelinuxLabels, container_labels
 
-# Annotations that control crun (some name files of the host), and those that only the agent sets: not for users.
+# Annotations that control crun (some name files of the host), and those that only the agent may set.
 _RESERVED_ANNOTATIONS = ("run.oci.", "io.kubernetes.cri.")
 
 
@@ -39,11 +39,11 @@ _RESERVED_ANNOTATIONS = ("run.oci.", "io.kubernetes.cri.")
 class SpecRequest:
     """The input for a spec.
 
-    ``sandbox`` is the configuration RunPodSandbox was given. ``rootfs`` is the mounted root filesystem, whose passwd
-    and group are read. ``container_folder`` holds the container's durable files, among them its volumes.
-    ``image_mounts`` maps the index of an image mount in ``config.mounts`` to the folder where that image is prepared.
+    ``sandbox`` is the configuration from RunPodSandbox. ``rootfs`` is the mounted root file system, whose passwd and
+    group files are read. ``container_folder`` has the container's durable files, among them its volumes.
+    ``image_mounts`` maps the index of an image mount in ``config.mounts`` to the folder with that image.
     ``pids_limit`` 0 or less means none. ``selinux_level`` is the pod's own level. ``apparmor_default`` is the name of
-    the node's loaded profile. ``umask`` is what processes begin with. ``hooks`` are the node's own.
+    the node's loaded profile. ``umask`` is the initial umask of processes. ``hooks`` are the node's own.
     """
 
     container_id: str
@@ -72,12 +72,12 @@ class SpecRequest:
 
 @dataclass(slots=True, kw_only=True)
 class Draft:
-    """A spec whose paths are not resolved yet, so that plugins of the node may change it before ``complete``.
+    """A spec whose paths are not resolved yet, so that NRI plugins may change it before ``complete``.
 
-    ``spec`` has the requested mounts and devices, without those of CDI devices: ``cdi_devices`` are their names. Mounts
-    or devices that are added are resolved and checked like the others; ``asked_by`` maps their destinations to the name
-    for errors. ``last_steps`` change or check what needs files of the node; they block, and may raise what ``complete``
-    does.
+    ``spec`` has the requested mounts and devices, without those of CDI devices, whose names are in ``cdi_devices``.
+    Mounts or devices that plugins add are resolved and checked like the others. ``asked_by`` maps their destinations to
+    the name for errors. ``last_steps`` change or check what needs files of the node. They block, and may raise the
+    errors of ``complete``.
     """
 
     request: SpecRequest
@@ -95,10 +95,11 @@ class Draft:
 
 
 def draft(request: SpecRequest) -> Draft:
-    """Check the configuration and build its spec except for what plugins may still change; reads files, makes none.
+    """Check the configuration and build its spec, except for what plugins may still change. Files are only read.
 
-    Blocks, so call it in a thread. Raises InvalidArgumentError (UnsupportedError where the node or the handler lacks
-    something, KubeletReasonError for the reasons kubelet knows) naming the container, the field and the remedy.
+    Blocks: call it in a thread. Raises InvalidArgumentError, UnsupportedError if the node or the handler lacks
+    something, and KubeletReasonError for the reasons that kubelet knows. Each names the container, the field and the
+    remedy.
     """
     with naming_container(request):
         return _draft(request)
@@ -236,7 +237,7 @@ def _default_mounts(request: SpecRequest, gid_mappings: list[oci.IDMapping]) -> 
 
 
 def _annotations(request: SpecRequest, filtered: Filter | None) -> dict[str, str]:
-    """Annotations for hooks and sandboxed runtimes, with the usual names, and those that the handler allows."""
+    """Annotations for hooks and sandboxed runtimes with the usual names, and those that the handler allows."""
     pod = request.sandbox.metadata
     annotations = {
         key: value
@@ -255,7 +256,7 @@ def _annotations(request: SpecRequest, filtered: Filter | None) -> dict[str, str
         prefix + "sandbox-namespace": pod.namespace,
         prefix + "sandbox-uid": pod.uid,
     }
-    # A crun that no longer knows this annotation uses the profile, which is in the spec too.
+    # A crun that does not know this annotation uses the profile, which is in the spec too.
     if filtered is not None and request.handler.compiled_seccomp and filtered.bpf is not None:
         annotations["run.oci.seccomp_bpf_data"] = filtered.bpf
     if ":" in request.cgroups_path and request.node.cgroup_version == 2:
@@ -266,8 +267,8 @@ def _annotations(request: SpecRequest, filtered: Filter | None) -> dict[str, str
 def _scope_annotations(pids_limit: int) -> dict[str, str]:
     """Annotations that give the systemd scope of the OCI runtime exactly the configured limits.
 
-    crun writes limits that systemd does not know: in the scope itself the next daemon-reload would remove them, so they
-    are set in a group below it. Without an annotation, the scope's limit of tasks is systemd's default (15% of the
+    crun writes limits that systemd does not know. In the scope itself the next daemon-reload would remove them, so they
+    are set in a cgroup below it. Without an annotation, the scope's limit of tasks is systemd's default (15% of the
     machine's).
     """
     tasks = pids_limit if pids_limit > 0 else 2**64 - 1

@@ -8,12 +8,12 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class HandlerFacts:
-    """A runtime handler as far as its specs differ.
+    """The abilities of a runtime handler that change its specs.
 
-    ``allowed_annotations`` are shell patterns of those passed on. ``compiled_seccomp`` says that it takes a filter that
-    is compiled already, as crun does. ``makes_folders_inside``: it makes a missing working directory without following
-    links out of the container's root. ``mask`` is the null device behind which files are hidden; None where the OCI
-    runtime takes the container's own for that.
+    ``allowed_annotations`` are shell patterns of the annotations that are passed. ``compiled_seccomp``: it accepts a
+    compiled filter, as crun does. ``makes_folders_inside``: it creates a missing working directory without following
+    links out of the container's root. ``mask`` is the null device that masks files; None if the OCI runtime uses the
+    container's own.
     """
 
     name: str
@@ -27,7 +27,7 @@ class HandlerFacts:
 
 @dataclass(frozen=True, slots=True)
 class SandboxFiles:
-    """The pod's own files that containers see, on the host; None leaves one out.
+    """The pod's own files for its containers, on the host; None leaves one out.
 
     Without ``shm`` a container in the node's IPC namespace gets the node's /dev/shm.
     """

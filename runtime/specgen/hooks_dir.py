@@ -1,10 +1,10 @@
-"""Hooks that the node gives containers: files in folders, each with a hook and the containers it is for.
+"""OCI hooks of the node: files in folders, each with a hook and the conditions for its containers.
 
-Follows oci-hooks(5), version 1.0.0. A file of a later folder takes the place of one with its name in an earlier one. A
-file that is wrong is left out, and so is the one it replaces.
+Follows oci-hooks(5), version 1.0.0. A file of a later folder replaces one with its name in an earlier one. An invalid
+file is left out, and so is the one it replaces.
 
 Patterns are RE2's, as with CRI-O and podman: matching takes time in proportion to the text, which the creator of a pod
-chooses. Python's can take forever, and would keep the agent from everything else meanwhile.
+chooses. A match with Python's patterns can take forever, and would block the agent.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _When(msgspec.Struct, rename="camel", frozen=True, forbid_unknown_fields=T
 
 class _Pattern(Protocol):
     def search(self, text: str) -> object:
-        """Where the text matches; None if it does not."""
+        """The match in the text; None if there is none."""
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -63,7 +63,7 @@ class _File(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class HookedContainer:
-    """The values for conditions: annotations of container and pod, the first argument, whether anything is mounted."""
+    """The values for conditions: annotations of container and pod, the first argument, whether there are mounts."""
 
     annotations: Mapping[str, str]
     command: str
@@ -72,7 +72,7 @@ class HookedContainer:
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """One file that is right, with its patterns compiled."""
+    """One valid file, with its patterns compiled."""
 
     hook: config.Hook
     stages: Sequence[str]
@@ -82,11 +82,11 @@ class _Rule:
 
     @property
     def on_the_node(self) -> bool:
-        """Whether its program is one of the node's: startContainer takes one of the container's."""
+        """Whether its program is on the node: a startContainer hook uses a program of the container."""
         return any(stage != "startContainer" for stage in self.stages)
 
     def matches(self, container: HookedContainer) -> bool:
-        """Whether each condition that the file names is met."""
+        """Whether all conditions of the file are met."""
         when = self.when
         met = [
             any(key.search(name) and value.search(text) for name, text in container.annotations.items())
@@ -103,9 +103,9 @@ class _Rule:
 
 @dataclass(slots=True)
 class HooksDir:
-    """The hooks of ``folders``, read again where a file has changed; safe to use in several threads.
+    """The hooks of ``folders``. Changed files are read again. Safe to use in several threads.
 
-    ``problems`` says of each file that is wrong why it was left out, as of the last reading.
+    ``problems`` has, for each invalid file, the reason why it was left out at the last reading.
     """
 
     folders: Sequence[str]
@@ -113,7 +113,7 @@ class HooksDir:
     _known: dict[str, tuple[tuple[int, ...], _Rule | str]] = field(default_factory=dict)
 
     def add_to(self, spec: config.Spec, container: HookedContainer) -> None:
-        """Add the hooks that are for ``container`` to its spec, in the order of their files' names. Blocks."""
+        """Add the hooks for ``container`` to its spec, in the order of their files' names. Blocks."""
         for rule in self.read():
             if rule.matches(container):
                 if spec.hooks is None:
@@ -122,7 +122,7 @@ class HooksDir:
                     getattr(spec.hooks, _STAGES[stage]).append(rule.hook)
 
     def read(self) -> list[_Rule]:
-        """Every hook there is, sorted by the names of their files. Blocks."""
+        """All hooks, sorted by the names of their files. Blocks."""
         problems: dict[str, str] = {}
         files: dict[str, str] = {}
         for folder in self.folders:
@@ -135,7 +135,7 @@ class HooksDir:
             if isinstance(rule, str):
                 problems[path] = rule
             elif rule.on_the_node and not os.access(rule.hook.path, os.X_OK):
-                problems[path] = f"its program {rule.hook.path} is missing, or no program"
+                problems[path] = f"its program {rule.hook.path} is missing, or not a program"
             else:
                 rules.append(rule)
         for path, why in problems.items():
@@ -145,20 +145,20 @@ class HooksDir:
         return rules
 
     def _rule(self, path: str) -> tuple[tuple[int, ...], _Rule | str]:
-        """The content of a file, or why it is wrong, and the attributes that show a change."""
+        """The content of a file, or why it is invalid, and the attributes that show a change."""
         try:
-            status = os.stat(path)  # noqa: PTH116 - a third of what pathlib takes
+            status = os.stat(path)  # noqa: PTH116 - takes a third of pathlib's time
             version = (status.st_ino, status.st_dev, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
             known = self._known.get(path)
             if known is not None and known[0] == version:
                 return known
             return version, read_rule(Path(path))
-        except (OSError, ValueError) as error:  # JsonError and those of patterns are ValueErrors
+        except (OSError, ValueError) as error:  # JsonError and errors of patterns are ValueErrors
             return (), str(error)
 
 
 def _files_of(folder: str, problems: dict[str, str]) -> dict[str, str]:
-    """Paths by name. A folder that is missing has no hooks."""
+    """Paths by name. A missing folder has no hooks."""
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries if entry.name.endswith(".json"))
@@ -168,12 +168,12 @@ def _files_of(folder: str, problems: dict[str, str]) -> dict[str, str]:
         problems[folder] = str(error)
         return {}
     if len(names) > MOST_FILES:
-        problems[folder] = f"it holds {len(names)} files: those after the first {MOST_FILES} are left out"
+        problems[folder] = f"it has {len(names)} files: those after the first {MOST_FILES} are left out"
     return {name: f"{folder}/{name}" for name in names[:MOST_FILES]}
 
 
 def read_rule(path: Path) -> _Rule:
-    """The hook of a file and its conditions. Raises OSError, JsonError and ValueError for a bad one."""
+    """The hook and the conditions in a file. Raises OSError, JsonError and ValueError for an invalid file."""
     file = untrusted_json.decode(untrusted_json.read_file(path, _LARGEST_FILE), _File)
     hook, when = file.hook, file.when
     if not hook.path.startswith("/") or "\0" in hook.path:
@@ -196,7 +196,7 @@ def _patterns(patterns: Iterable[str]) -> list[_Pattern]:
 
 
 def _pattern(pattern: str) -> _Pattern:
-    import re2  # which few nodes need
+    import re2  # only few nodes need it
 
     options = re2.Options()
     options.log_errors = False  # to standard error

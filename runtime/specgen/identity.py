@@ -1,4 +1,4 @@
-"""The user of a container: user, group, supplemental groups and home folder, looked up in the image's own files."""
+"""The user of a container: user, group, supplemental groups and home folder, from the image's own files."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class _Account:
 
 
 def identify(context: cri_pb2.LinuxContainerSecurityContext, image_user: str, rootfs: Path) -> Identity:
-    """Resolve the configuration's user, else the image's USER, else root, against passwd and group below ``rootfs``.
+    """Resolve the configuration's user, else the image's USER, else root, in passwd and group below ``rootfs``.
 
-    A number always is an id, never the name of an account: otherwise an image could call its root account ``1000`` and
-    pass for a user without privilege.
+    A number is always an id, never the name of an account. Otherwise an image could name its root account ``1000`` and
+    it would be mistaken for a user without privilege.
     """
     user, group = _wanted(context, image_user)
     passwd = openat2.read_file(rootfs, "etc/passwd")
@@ -73,12 +73,12 @@ def _wanted(context: cri_pb2.LinuxContainerSecurityContext, image_user: str) -> 
         _identifier(group, "run_as_group")
         if not user:
             raise InvalidArgumentError(
-                f"run_as_group {group} is given without a user: set run_as_user or run_as_username as well"
+                f"run_as_group {group} is set without a user: set run_as_user or run_as_username as well"
             )
     if not user:
         user, _, group = image_user.partition(":")
         if user != user.strip() or group != group.strip():
-            # Otherwise one reader would trim it and see root, and another would see a name.
+            # Otherwise one program would trim it and see root, and another would see a name.
             raise InvalidArgumentError(f"USER {image_user!r} of the image has spaces around a name: set run_as_user")
     return user or "0", group
 

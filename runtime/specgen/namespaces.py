@@ -1,4 +1,4 @@
-"""Which namespaces a container joins or gets, and the id mappings of a user namespace."""
+"""The namespaces that a container joins or gets, and the id mappings of a user namespace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NamespacePaths:
     """Where the pod's namespaces are pinned.
 
     For ``network``, ``ipc``, ``uts`` and ``user`` None means the node's own. For ``pid`` None means a new one for this
-    container; a path means that one (of the pod's init or of the target container); ``host_pid`` means the node's.
+    container, and a path the one to join (of the pod's init or of the target container). ``host_pid`` means the node's.
     """
 
     network: str | None = None
@@ -31,7 +31,7 @@ class NamespacePaths:
 
 
 def namespaces(paths: NamespacePaths, *, own_cgroup_namespace: bool) -> list[config.Namespace]:
-    """The list for the spec; the mount namespace always is the container's own."""
+    """The list for the spec. The mount namespace is always the container's own."""
     wanted = [config.Namespace(type="mount")]
     if not paths.host_pid:
         wanted.append(config.Namespace(type="pid", path=paths.pid or ""))
@@ -44,14 +44,14 @@ def namespaces(paths: NamespacePaths, *, own_cgroup_namespace: bool) -> list[con
 
 
 def user_mappings(options: cri_pb2.NamespaceOption) -> tuple[list[config.IDMapping], list[config.IDMapping]] | None:
-    """The uid and gid mappings of a pod's user namespace, checked; None where it uses the node's."""
+    """The checked uid and gid mappings of a pod's user namespace. None if it uses the node's."""
     if not options.HasField("userns_options") or options.userns_options.mode == cri_pb2.NamespaceMode.NODE:
         return None
     wanted = options.userns_options
     if wanted.mode != cri_pb2.NamespaceMode.POD:
         known = cri_pb2.NamespaceMode.DESCRIPTOR.values_by_number.get(wanted.mode)
         mode = known.name if known is not None else wanted.mode
-        raise InvalidArgumentError(f"userns_options: mode {mode} is not possible for a user namespace: use POD or NODE")
+        raise InvalidArgumentError(f"userns_options: mode {mode} is invalid for a user namespace: use POD or NODE")
     uids, gids = id_mappings(wanted.uids, "userns_options.uids"), id_mappings(wanted.gids, "userns_options.gids")
     for field, mappings in (("uids", uids), ("gids", gids)):
         if not any(mapping.container_id == 0 for mapping in mappings):
@@ -60,7 +60,7 @@ def user_mappings(options: cri_pb2.NamespaceOption) -> tuple[list[config.IDMappi
 
 
 def id_mappings(given: Iterable[cri_pb2.IDMapping], field: str) -> list[config.IDMapping]:
-    """Mappings as the spec has them; refuses empty ranges, ranges past 2^32 and overlaps on either side."""
+    """The mappings for the spec. Refuses empty ranges, ranges past 2^32 and overlaps on either side."""
     mappings: list[config.IDMapping] = []
     for mapping in given:
         last = max(mapping.container_id, mapping.host_id) + mapping.length - 1

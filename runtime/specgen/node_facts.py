@@ -1,4 +1,4 @@
-"""The abilities of this node, determined once at start."""
+"""The abilities of this node, determined once at the start."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _log = logging.getLogger("podkeel.spec")
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """The host's side of what a spec may hold.
+    """The abilities of the host that limit specs.
 
-    ``capabilities`` are those the agent has and can pass on: "ALL" means these. ``min_oom_score_adj`` is the lowest
-    value it may set. ``hugepage_sizes`` are in the cgroup's notation (``2MB``), empty without the hugetlb controller.
-    ``apparmor_default`` is the name of the profile that RuntimeDefault means, empty if there is none.
+    ``capabilities`` are those that the agent has and can pass on: "ALL" means these. ``min_oom_score_adj`` is the
+    lowest value that it may set. ``hugepage_sizes`` are in the cgroup's notation (``2MB``), empty without the hugetlb
+    controller. ``apparmor_default`` is the profile for RuntimeDefault, empty if there is none.
     """
 
     cgroup_version: int
@@ -56,7 +56,7 @@ class NodeFacts:
 
 
 def probe_node(hierarchies: Hierarchies, *, selinux: bool = True) -> NodeFacts:
-    """Ask the kernel; reads a dozen small files, so call it in a thread. What is missing is logged once, here.
+    """Query the kernel. Reads a dozen small files: call it in a thread. Missing abilities are logged once, here.
 
     Without ``selinux`` the node is treated as one without SELinux.
     """
@@ -88,7 +88,7 @@ def probe_node(hierarchies: Hierarchies, *, selinux: bool = True) -> NodeFacts:
 
 
 def kernel_version(release: str) -> tuple[int, int]:
-    """``6.18.44-x`` as (6, 18); (0, 0) for what is not a release."""
+    """``6.18.44-x`` as (6, 18); (0, 0) if it is not a release."""
     found = re.match(r"(\d+)\.(\d+)", release)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
@@ -106,7 +106,7 @@ def _open_files_limit() -> int:
 
 
 def _core_limit() -> config.Rlimit:
-    """The most that the agent may give: its own soft limit is 0, which containers would inherit."""
+    """The highest limit that the agent may set: its own soft limit is 0, which containers would inherit."""
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1] % (
         1 << 64
     )  # RLIM_INFINITY is -1 in Python, 2^64 - 1 in the spec

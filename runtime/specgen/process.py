@@ -22,7 +22,7 @@ _DESCRIPTOR_FOLDER = re.compile(
 
 
 class ImageConfig(Protocol):
-    """What an image says of the containers made from it (OCI image-spec, ``config``)."""
+    """The image's configuration for its containers (OCI image-spec, ``config``)."""
 
     @property
     def user(self) -> str:
@@ -38,7 +38,7 @@ class ImageConfig(Protocol):
 
     @property
     def cmd(self) -> Sequence[str]:
-        """Arguments, or the command where there is no entrypoint."""
+        """Arguments, or the command if there is no entrypoint."""
 
     @property
     def working_dir(self) -> str:
@@ -54,7 +54,7 @@ class ImageConfig(Protocol):
 
 
 def command_line(config: cri_pb2.ContainerConfig, image: ImageConfig) -> list[str]:
-    """``command`` replaces ENTRYPOINT and drops CMD; ``args`` replaces CMD."""
+    """The command line: ``command`` replaces ENTRYPOINT and drops CMD; ``args`` replaces CMD."""
     command, arguments = list(config.command), list(config.args)
     if not command:
         arguments = arguments or list(image.cmd or ())
@@ -62,7 +62,7 @@ def command_line(config: cri_pb2.ContainerConfig, image: ImageConfig) -> list[st
     line = command + arguments
     if not line or not line[0]:
         raise InvalidArgumentError(
-            "there is nothing to run: the image has neither ENTRYPOINT nor CMD, so set command or args"
+            "there is no command: the image has neither ENTRYPOINT nor CMD, so set command or args"
         )
     for word in line:
         refuse_nul(word, "command and args")
@@ -70,7 +70,10 @@ def command_line(config: cri_pb2.ContainerConfig, image: ImageConfig) -> list[st
 
 
 def environment(config: cri_pb2.ContainerConfig, image: ImageConfig, *, hostname: str, home: str) -> list[str]:
-    """The image's variables, then the configuration's over them; PATH, HOSTNAME, TERM (tty) and HOME where unset."""
+    """The image's variables, replaced by the configuration's.
+
+    PATH, HOSTNAME, TERM (tty) and HOME are set if missing.
+    """
     variables = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
     if config.tty:
         variables["TERM"] = "xterm"
@@ -88,7 +91,7 @@ def environment(config: cri_pb2.ContainerConfig, image: ImageConfig, *, hostname
             value = given.value.decode()
         except UnicodeDecodeError as error:
             raise InvalidArgumentError(
-                f"envs: the value of {given.key} is not UTF-8: encode it, as base64 say"
+                f"envs: the value of {given.key} is not UTF-8: encode it, for example in base64"
             ) from error
         refuse_nul(given.key + value, f"envs: {given.key}")
         variables[given.key] = value
@@ -98,12 +101,12 @@ def environment(config: cri_pb2.ContainerConfig, image: ImageConfig, *, hostname
 
 
 def working_directory(config: cri_pb2.ContainerConfig, image: ImageConfig) -> str:
-    """The configuration's, else the image's, else ``/``; the OCI runtime makes it if it is missing.
+    """The configuration's directory, else the image's, else ``/``. The OCI runtime creates it if it is missing.
 
-    Folders of open descriptors are refused: they are how a working directory has escaped from containers.
+    Folders of open descriptors are refused: a process could escape from its container through them.
     """
     if config.working_dir and not config.working_dir.startswith("/"):
-        raise InvalidArgumentError(f"working_dir {config.working_dir!r} is relative: give an absolute path")
+        raise InvalidArgumentError(f"working_dir {config.working_dir!r} is relative: use an absolute path")
     folder = posixpath.normpath("/" + (config.working_dir or image.working_dir or "").lstrip("/"))
     refuse_nul(folder, "working_dir")
     if _DESCRIPTOR_FOLDER.match(folder):
@@ -112,10 +115,10 @@ def working_directory(config: cri_pb2.ContainerConfig, image: ImageConfig) -> st
 
 
 def settled_directory(folder: str, paths: ContainerPaths) -> Place:
-    """Where ``folder`` leads now.
+    """Resolve ``folder``.
 
-    Raises InvalidArgumentError when a link leads it into the kernel's file systems, where links of processes lead
-    anywhere, naming the link.
+    Raises InvalidArgumentError, with the link, if a link leads into the kernel's file systems, where links of processes
+    lead anywhere.
     """
     place = paths.resolve(folder)
     if place.link and place.of_kernel:
@@ -127,13 +130,13 @@ def settled_directory(folder: str, paths: ContainerPaths) -> Place:
 
 
 def refuse_nul(text: str, field: str) -> None:
-    """Raise InvalidArgumentError for a NUL byte, at which OCI runtimes would cut the text."""
+    """Raise InvalidArgumentError for a NUL byte: OCI runtimes would cut the text there."""
     if "\0" in text:
         raise InvalidArgumentError(f"{field} holds a NUL byte, which no process can be given: remove it")
 
 
 def rlimits(configured: Sequence[config.Rlimit], node: NodeFacts) -> list[config.Rlimit]:
-    """The node's defaults with the configured ones over them; open files never above what the agent may give."""
+    """The node's defaults, replaced by the configured limits. Open files never exceed what the agent may set."""
     limits = {limit.type: limit for limit in node.default_rlimits}
     for limit in configured:
         if not limit.type.startswith("RLIMIT_") or not hasattr(resource, limit.type):

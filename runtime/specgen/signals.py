@@ -1,4 +1,4 @@
-"""Signal names: CRI's, an image's and the kernel's (signal(7))."""
+"""Names of signals in the CRI, in images and in the kernel (signal(7))."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ TERMINATE = StopSignal("SIGTERM", signal.SIGTERM)
 
 
 def stop_signal(config: cri_pb2.ContainerConfig, image_signal: str) -> StopSignal:
-    """The configuration's, else the image's, else SIGTERM.
+    """The configuration's signal, else the image's, else SIGTERM.
 
-    A name in the image that is no signal is logged and ignored: an image must not make its container unstoppable.
+    An unknown name in the image is logged and ignored: an image must not make its container unstoppable.
     """
     if config.stop_signal != cri_pb2.Signal.SIGNAL_RUNTIME_DEFAULT:
         known = cri_pb2.Signal.DESCRIPTOR.values_by_number.get(config.stop_signal)
@@ -46,7 +46,7 @@ def stop_signal(config: cri_pb2.ContainerConfig, image_signal: str) -> StopSigna
 
 
 def parse_signal(text: str) -> StopSignal | None:
-    """Reads ``15``, ``TERM``, ``SIGTERM``, ``SIGRTMIN+3`` and ``SIGRTMINPLUS3``; None if it is none of these."""
+    """Parse ``15``, ``TERM``, ``SIGTERM``, ``SIGRTMIN+3`` and ``SIGRTMINPLUS3``. None for any other text."""
     word = text.strip().upper().removeprefix("SIG")
     if word.isdecimal() and word.isascii():
         return _named(int(word)) if len(word) < 3 else None

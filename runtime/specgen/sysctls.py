@@ -1,4 +1,4 @@
-"""The sysctls of a pod: which it may set, and those it gets anyway."""
+"""The sysctls of a pod: those that it may set, and the defaults."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pod_sysctls(
 ) -> dict[str, str]:
     """Settings to write in the pod's namespaces, by dotted name; see ``sysctl_path``.
 
-    Only names that belong to one of the pod's namespaces are allowed; the rest is the node's and is refused with
+    Only names of the pod's own namespaces are allowed. Others belong to the node and are refused with
     InvalidArgumentError. In a user namespace the default ping_group_range is left out: its groups are not all mapped.
     """
     settings = {} if host_network else dict(defaults)
@@ -64,12 +64,12 @@ def is_of_ipc(name: str) -> bool:
 
 
 def is_of_link(name: str) -> bool:
-    """Whether a dotted name is about one network interface, so that it is only there once the pod is attached."""
+    """Whether a dotted name belongs to one network interface, so that it exists only after the pod is attached."""
     return _OF_LINK.match(name) is not None
 
 
 def sysctl_path(name: str) -> str:
-    """The file of a dotted name; a slash in it means a dot, as in ``net.ipv4.conf.eth0/100.forwarding``."""
+    """The file of a dotted name. A slash in it means a dot, as in ``net.ipv4.conf.eth0/100.forwarding``."""
     return "/proc/sys/" + name.translate(str.maketrans("./", "/."))
 
 

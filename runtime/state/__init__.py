@@ -1,1 +1,1 @@
-"""Pods and containers as the agent knows them, and their rows in the store."""
+"""Pods and containers in the agent's memory, and their rows in the store."""

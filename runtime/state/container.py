@@ -1,4 +1,4 @@
-"""A container: its configuration, what is known of it, and its state."""
+"""A container: its configuration, its record, and its state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from runtime.state.sandbox import Sandbox, keep_operation
 
 
 class ContainerState(enum.StrEnum):
-    """``making`` and ``removing`` are not seen by clients: the next start undoes the one and finishes the other."""
+    """Clients do not see ``making`` and ``removing``. The next start undoes the former and finishes the latter."""
 
     MAKING = "making"
     CREATED = "created"
@@ -30,12 +30,12 @@ class ContainerState(enum.StrEnum):
 
 
 class ContainerRecord(msgspec.Struct):
-    """What the store keeps of a container beside its configuration; times in nanoseconds since the epoch.
+    """The store's data about a container besides its configuration. Times are in nanoseconds since the epoch.
 
-    ``monitor`` is conmon, ``init`` the container's first process. ``start_error`` is what StartContainer will fail
-    with: the OCI runtime found at create that the program cannot be run. ``restored_image`` is the name of the image
-    below a checkpoint; empty for a container that is made from none. ``extra_limits`` are those of plugins of the node,
-    and ``changed_by`` names the plugin that changed a thing of the container last.
+    ``monitor`` is conmon, ``init`` the container's first process. ``start_error`` is the error for StartContainer: the
+    OCI runtime found at create that the program cannot be executed. ``restored_image`` is the name of the image below a
+    checkpoint; empty for a container that is not restored. ``extra_limits`` are limits of NRI plugins. ``changed_by``
+    has the plugin that changed a field of the container last.
     """
 
     state: ContainerState
@@ -68,12 +68,12 @@ class ContainerRecord(msgspec.Struct):
 class Container:
     """A container in memory; ``folder`` is its bundle.
 
-    ``lock`` serialises what changes it; ``exited`` is set when its end is recorded; ``cleanup`` is the task that
-    releases the OCI runtime's resources after the end, ``unmounted`` says that its mounts are removed. ``killed`` says
-    that the agent sent SIGKILL to its first process while that ran, ``evicted`` names the plugin of the node that ended
-    it, and the reason. ``stops`` counts the calls that wait for its end now, and ``stop_deadline`` is their earliest
-    deadline, on the loop's clock. ``log_lock`` serialises openings of its log. ``checkpoint`` is the work that may have
-    it frozen now; a stop of the container cancels it first. ``attached`` counts the clients that are attached to it.
+    ``lock`` serialises its changes. ``exited`` is set when its end is recorded. ``cleanup`` is the task that releases
+    the OCI runtime's resources after the end; ``unmounted``: its mounts are removed. ``killed``: the agent sent SIGKILL
+    to its first process while that ran. ``evicted`` has the NRI plugin that ended it, and the reason. ``stops`` counts
+    the calls that wait for its end now, and ``stop_deadline`` is their earliest deadline, on the loop's clock.
+    ``log_lock`` serialises openings of its log. ``checkpoint`` is the work that may keep it frozen now; a stop cancels
+    it first. ``attached`` is the number of attached clients.
     """
 
     id: str
@@ -100,13 +100,13 @@ class Container:
 
     @property
     def title(self) -> str:
-        """How messages and logs name it."""
+        """The container's name in messages and logs."""
         pod = self.sandbox.config.metadata
         return f"container {self.id[:13]} ({pod.namespace}/{pod.name}/{self.config.metadata.name})"
 
     @property
     def log(self) -> LogFile | None:
-        """The path of its log; None for one without a log."""
+        """Its log; None without a log."""
         if not self.record.log_path:
             return None
         return LogFile(Path(os.path.normpath(self.sandbox.config.log_directory)), Path(self.record.log_path))
@@ -117,9 +117,9 @@ class Container:
         return self.record.state in (ContainerState.CREATED, ContainerState.RUNNING, ContainerState.EXITED)
 
     def begin(self, name: str) -> Operation:
-        """Start recording an operation; the last eight are kept."""
+        """Begin to record an operation. The last eight are kept."""
         return keep_operation(self.operations, name, self.title)
 
     def changed(self) -> None:
-        """Forget what was derived from the record."""
+        """Drop data that was derived from the record."""
         self.list_item = None

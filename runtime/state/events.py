@@ -1,4 +1,4 @@
-"""Events of containers and sandboxes, in order, to any number of subscribers."""
+"""Sends events of containers and sandboxes, in order, to any number of subscribers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUEUE_BYTES = 8 * 1024 * 1024
 
 
 class Subscription:
-    """One subscriber's queue of encoded events, bounded in number and in bytes."""
+    """One subscriber's queue of encoded events, limited in number and in bytes."""
 
     def __init__(self, missed: Iterable[Callable[[], bytes]] = ()) -> None:
         self._missed = deque(missed)
@@ -26,7 +26,7 @@ class Subscription:
         self.overflowed = False
 
     def put(self, event: bytes) -> None:
-        """Add an event; on a full queue the subscription ends, and what waited is dropped."""
+        """Add an event. If the queue is full, the subscription ends and the waiting events are dropped."""
         if self.overflowed:
             return
         if len(self._queue) >= QUEUE_LIMIT or self._bytes + len(event) > QUEUE_BYTES:
@@ -38,7 +38,7 @@ class Subscription:
         self._ready.set()
 
     def close(self) -> None:
-        """End the stream after what it holds."""
+        """End the stream after the waiting events."""
         self._closed = True
         self._ready.set()
 
@@ -66,10 +66,10 @@ class Subscription:
 
 
 class EventBus:
-    """Sends every event to all subscribers of that moment; ``dropped`` counts subscribers that did not read.
+    """Sends every event to all present subscribers. ``dropped`` counts subscribers that did not read.
 
-    Before ``serve`` no client can subscribe: events of the start are kept for clients that subscribe within the first
-    minute.
+    Before ``serve`` no client can subscribe. Events of the start are kept for clients that subscribe within
+    ``MISSED_SECONDS``.
     """
 
     def __init__(self) -> None:
@@ -79,21 +79,21 @@ class EventBus:
         self.dropped = 0
 
     def serve(self) -> None:
-        """From now on there may be subscribers; those of the next ``MISSED_SECONDS`` get what is kept."""
+        """Allow subscribers. Those of the next ``MISSED_SECONDS`` get the kept events."""
         self.serving = True
         asyncio.get_running_loop().call_later(MISSED_SECONDS, self._missed.clear)
 
     def keep(self, build: Callable[[], bytes]) -> None:
-        """Keep what happened while no agent ran; ``build`` makes the event for each subscriber."""
+        """Keep an event that happened while no agent ran. ``build`` makes the event for each subscriber."""
         self._missed.append(build)
 
     @property
     def subscribers(self) -> int:
-        """How many subscribe; without subscribers an event need not be built."""
+        """The number of subscribers. Without subscribers an event need not be built."""
         return len(self._subscriptions)
 
     def publish(self, event: bytes) -> None:
-        """Queue an encoded event for every subscriber; slow ones get no more."""
+        """Queue an encoded event for every subscriber. One that is too slow gets no more."""
         for subscription in list(self._subscriptions):
             subscription.put(event)
             if subscription.overflowed:
@@ -101,7 +101,7 @@ class EventBus:
                 self.unsubscribe(subscription)
 
     def subscribe(self) -> Subscription:
-        """Begin to receive; end it with ``unsubscribe``. Raises LimitError where too many do."""
+        """Begin to receive. ``unsubscribe`` ends it. Raises LimitError if there are too many subscribers."""
         if len(self._subscriptions) >= SUBSCRIBER_LIMIT:
             raise LimitError(f"container events: {SUBSCRIBER_LIMIT} clients receive them already: end one of them")
         subscription = Subscription(self._missed)
@@ -113,6 +113,6 @@ class EventBus:
         self._subscriptions.discard(subscription)
 
     def close(self) -> None:
-        """End every stream; for the agent's end."""
+        """End every stream, when the agent stops."""
         for subscription in self._subscriptions:
             subscription.close()

@@ -1,16 +1,16 @@
-"""Whether what a row of the store says can be this agent's own: it names what will be killed and removed."""
+"""Checks that the names in a row can be this agent's own: the agent kills and removes what they name."""
 
 from __future__ import annotations
 
 from runtime.state.container import Container
 from runtime.state.sandbox import Sandbox
 
-# Below the cgroup with the id there is at most the one that crun makes in a scope.
+# Below the cgroup with the id there is at most one more: the one that crun makes in a scope.
 _DEPTH = 2
 
 
 def check_sandbox(sandbox: Sandbox) -> None:
-    """Raise ValueError where a sandbox's record names what is not the sandbox's own."""
+    """Raise ValueError if a sandbox's record names objects that are not the sandbox's own."""
     record = sandbox.record
     if record.owns_cgroup_parent and not _names_own(record.cgroup_parent, sandbox.id):
         raise ValueError(f"its cgroup {record.cgroup_parent!r} is not its own")
@@ -18,7 +18,7 @@ def check_sandbox(sandbox: Sandbox) -> None:
 
 
 def check_container(container: Container) -> None:
-    """Raise ValueError where a container's record names what is not the container's own."""
+    """Raise ValueError if a container's record names objects that are not the container's own."""
     record = container.record
     if not _names_own(record.cgroup, container.id):  # all processes in it are killed when the container ends
         raise ValueError(f"its cgroup {record.cgroup!r} is not its own")

@@ -1,4 +1,4 @@
-"""The names of pods and containers that are in use, and the calls that are making one."""
+"""The names of pods and containers in use, and the calls that create one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Request(Protocol):
 
     @property
     def identity(self) -> Identity:
-        """The name that is taken."""
+        """The name that the object would have."""
 
     @property
     def title(self) -> str:
-        """How errors name what is not made yet."""
+        """The name in errors of the object that is not created yet."""
 
 
 class Named(Protocol):
@@ -32,7 +32,7 @@ class Named(Protocol):
 
     @property
     def title(self) -> str:
-        """How errors name it."""
+        """Its name in errors."""
 
     @property
     def visible(self) -> bool:
@@ -44,11 +44,11 @@ T = TypeVar("T", bound=Named)
 
 
 class Registrar(Generic[R, T]):
-    """Gives each name to one pod or container, as the CRI's clients repeat their calls.
+    """Gives each name to one pod or container, because clients of the CRI repeat their calls.
 
-    ``request_of`` is the request that an object answers. ``usable`` says whether it can be the answer to an equal
-    request; what cannot is described by ``over``. ``given_up`` is the message of the WrongStateError that callers get
-    whose making is ended by ``cancel`` or ``drain``.
+    ``request_of`` returns the request that created an object. ``usable``: whether the object can be returned for an
+    equal request; ``over`` describes one that cannot. ``given_up`` is the message of the WrongStateError that callers
+    get if ``cancel`` or ``drain`` ends the creation.
     """
 
     def __init__(self, *, request_of: Callable[[T], R], usable: Callable[[T], bool], over: str, given_up: str) -> None:
@@ -59,20 +59,20 @@ class Registrar(Generic[R, T]):
         self._taken: dict[Identity, T] = {}
 
     def __len__(self) -> int:
-        """How many are being made."""
+        """The number of objects that are being created."""
         return len(self._flights)
 
     def adopt(self, item: T) -> None:
-        """Give an object its name, unless clients do not see it: they could not remove it to free the name."""
+        """Reserve an object's name, unless clients do not see it: they could not remove it to free the name."""
         if item.visible:
             self._taken[self._request_of(item).identity] = item
 
     async def run(self, request: R, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Make what is asked for, and return it; it has the name until ``release``.
+        """Create the requested object and return it. It has the name until ``release``.
 
-        An equal request joins a making, or gets the object that is there. The making is cancelled when all callers have
-        left; it undoes what it did, and the next caller waits for that and then makes its own. Raises what ``make``
-        raises, and AlreadyExistsError if the name is taken by another configuration, or by what is over.
+        An equal request joins the creation, or gets the existing object. The creation is cancelled when all callers
+        have left. It undoes its steps; the next caller waits for that and begins again. Raises the errors of ``make``,
+        and AlreadyExistsError if an object with another configuration, or one that cannot be used, has the name.
         """
         pending = await self._flights.request_of(request.identity)
         if pending is None:
@@ -84,17 +84,17 @@ class Registrar(Generic[R, T]):
         return await self._flights.run(request.identity, lambda: self._make(make), request)
 
     def release(self, item: T) -> None:
-        """Free the name of an object that is gone. Repeatable; the name of another object is left alone."""
+        """Free the name of a removed object. May be repeated. The name of another object does not change."""
         identity = self._request_of(item).identity
         if self._taken.get(identity) is item:
             del self._taken[identity]
 
     async def cancel(self, wanted: Callable[[Identity], bool]) -> None:
-        """Cancel the makings of the identities that are ``wanted``, and wait until they are undone."""
+        """Cancel the creations of the identities that are ``wanted``, and wait until they are undone."""
         await self._flights.cancel(wanted)
 
     async def drain(self) -> None:
-        """Cancel all makings, wait until they are undone, and begin none any more; for the agent's end."""
+        """Cancel all creations, wait until they are undone, and refuse new ones, when the agent stops."""
         await self._flights.close()
 
     async def _make(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -112,9 +112,9 @@ class Registrar(Generic[R, T]):
 
 @dataclass(frozen=True, slots=True)
 class PodRequest:
-    """What RunPodSandbox asks for; ``handler`` as the client names it, empty for the default.
+    """The request of RunPodSandbox. ``handler`` is the name in the request, empty for the default.
 
-    ``restoring`` is the call of RestorePod that asks, so that its request equals no other.
+    ``restoring`` is the call of RestorePod, so that its request equals no other.
     """
 
     config: cri_pb2.PodSandboxConfig
@@ -129,14 +129,14 @@ class PodRequest:
 
     @property
     def title(self) -> str:
-        """How errors name the sandbox."""
+        """The sandbox's name in errors."""
         metadata = self.config.metadata
         return f"sandbox {metadata.namespace}/{metadata.name} attempt {metadata.attempt}"
 
 
 @dataclass(frozen=True, slots=True)
 class ContainerRequest:
-    """What CreateContainer asks for."""
+    """The request of CreateContainer."""
 
     sandbox: Sandbox = field(compare=False)
     config: cri_pb2.ContainerConfig
@@ -148,7 +148,7 @@ class ContainerRequest:
 
     @property
     def title(self) -> str:
-        """How errors name the container."""
+        """The container's name in errors."""
         metadata = self.config.metadata
         return f"container {metadata.name!r} attempt {metadata.attempt} of {self.sandbox.title}"
 

@@ -1,4 +1,4 @@
-"""Rows of sandboxes and containers; each call is one commit."""
+"""The rows of sandboxes and containers. Each call is one commit."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Store:
         self._written(sandbox)
 
     async def delete_sandbox(self, sandbox_id: str) -> None:
-        """Delete a sandbox; it has no containers any more."""
+        """Delete a sandbox. It must have no containers."""
         await self._database.execute("DELETE FROM sandboxes WHERE id = ?", (sandbox_id,))
 
     async def add_container(self, container: Container) -> None:
@@ -87,7 +87,7 @@ class Store:
         await self._database.execute("DELETE FROM containers WHERE id = ?", (container_id,))
 
     def load(self) -> tuple[list[Sandbox], list[Container]]:
-        """All pods and containers of the store, oldest first; for the start. Rows that cannot be read are set aside."""
+        """All pods and containers of the store, oldest first. Rows that cannot be read are set aside."""
         sandboxes: dict[str, Sandbox] = {}
         unreadable: list[UnreadableRow] = []
         for row in self._database.read("SELECT id, created_at, config, record FROM sandboxes ORDER BY created_at"):
@@ -124,7 +124,7 @@ class Store:
             raise ValueError("its configuration has no name")
         user_mappings(sandbox.namespace_options)
         check_sandbox(sandbox)
-        # Everything that would make a list or a status fail is found now.
+        # Find everything now that would make a list or a status fail.
         status.sandbox_status(sandbox).SerializeToString()
         status.sandbox_item(sandbox).SerializeToString()
         for resources in (sandbox.record.resources, sandbox.record.overhead):

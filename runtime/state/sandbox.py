@@ -1,4 +1,4 @@
-"""A pod sandbox: its configuration, what is known of it, and its state."""
+"""A pod sandbox: its configuration, its record, and its state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OPERATIONS_KEPT = 8
 
 
 class SandboxState(enum.StrEnum):
-    """``making`` and ``removing`` are not seen by clients: the next start undoes the one and finishes the other."""
+    """Clients do not see ``making`` and ``removing``. The next start undoes the former and finishes the latter."""
 
     MAKING = "making"
     READY = "ready"
@@ -26,12 +26,12 @@ class SandboxState(enum.StrEnum):
 
 
 class SandboxRecord(msgspec.Struct):
-    """What the store keeps of a sandbox beside its configuration; times in nanoseconds since the epoch.
+    """The store's data about a sandbox besides its configuration. Times are in nanoseconds since the epoch.
 
-    ``handler`` is the runtime handler in use, ``requested_handler`` the name the client gave (empty for the default).
-    ``torn_down`` says that network and namespaces were released. ``oom_kills`` are those in its cgroup that ended
-    containers, or times before it, account for. ``selinux_level`` is the pod's own where the node has SELinux.
-    ``restoring`` is the call of RestorePod that makes it, until that is complete: the next start removes it then.
+    ``handler`` is the runtime handler in use, ``requested_handler`` the name in the request (empty for the default).
+    ``torn_down``: network and namespaces are released. ``oom_kills`` are the kills in its cgroup that are attributed to
+    ended containers or to the time before it. ``selinux_level`` is the pod's own on a node with SELinux. ``restoring``
+    is the call of RestorePod that creates it, until that is complete: a start before that removes it.
     """
 
     state: SandboxState
@@ -55,9 +55,9 @@ class SandboxRecord(msgspec.Struct):
 class Sandbox:
     """A sandbox in memory; ``folder`` has its pinned namespaces and its files.
 
-    ``lock`` serialises what changes it; while it is ``closing`` it takes no new containers. ``port_forwards`` are tasks
-    with sockets in its network, which would keep that alive: they are cancelled before it is taken down.
-    ``checkpoint`` is the work that saves containers of it now.
+    ``lock`` serialises its changes. While it is ``closing`` it accepts no new containers. ``port_forwards`` are tasks
+    with sockets in its network, which would keep that alive. They are cancelled before it is torn down. ``checkpoint``
+    is the work that saves its containers now.
     """
 
     id: str
@@ -74,14 +74,14 @@ class Sandbox:
     statistics: object | None = None
 
     def add_port_forward(self) -> None:
-        """Make the calling task one of the ``port_forwards`` until it ends."""
+        """Add the calling task to ``port_forwards`` until it ends."""
         task = asyncio.current_task()
         if task is not None:
             self.port_forwards.add(task)
             task.add_done_callback(self.port_forwards.discard)
 
     async def end_port_forwards(self) -> None:
-        """Cancel them and wait for their end."""
+        """Cancel the port forwards and wait for their end."""
         if port_forwards := list(self.port_forwards):
             for task in port_forwards:
                 task.cancel()
@@ -89,12 +89,12 @@ class Sandbox:
 
     @property
     def title(self) -> str:
-        """How messages and logs name it."""
+        """The sandbox's name in messages and logs."""
         return f"sandbox {self.id[:13]} ({self.config.metadata.namespace}/{self.config.metadata.name})"
 
     @property
     def namespace_options(self) -> cri_pb2.NamespaceOption:
-        """Whose namespaces its containers use."""
+        """The namespaces that its containers use."""
         return self.config.linux.security_context.namespace_options
 
     @property
@@ -120,16 +120,16 @@ class Sandbox:
         return self.record.state in (SandboxState.READY, SandboxState.NOT_READY)
 
     def begin(self, name: str) -> Operation:
-        """Start recording an operation; the last eight are kept."""
+        """Begin to record an operation. The last eight are kept."""
         return keep_operation(self.operations, name, self.title)
 
     def changed(self) -> None:
-        """Forget what was derived from the record."""
+        """Drop data that was derived from the record."""
         self.list_item = None
 
 
 def keep_operation(kept: list[Operation], name: str, subject: str) -> Operation:
-    """Add a new operation to those that are kept of a sandbox or container."""
+    """Add a new operation to the kept ones of a sandbox or container."""
     operation = Operation(name, subject)
     kept.append(operation)
     del kept[:-_OPERATIONS_KEPT]

@@ -1,4 +1,4 @@
-"""Checks for parts of a sandbox's configuration that can never work on any node."""
+"""Checks the parts of a sandbox's configuration that can be invalid on any node."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ HOSTNAME_LIMIT = 64
 
 
 def validate_sandbox(config: cri_pb2.PodSandboxConfig) -> None:
-    """Raise InvalidArgumentError or UnsupportedError for a configuration that can never work."""
+    """Raise InvalidArgumentError or UnsupportedError for a configuration that cannot work on any node."""
     metadata = config.metadata
     if not metadata.name:
-        raise InvalidArgumentError("the sandbox configuration has no metadata with a name: give metadata.name")
+        raise InvalidArgumentError("the sandbox configuration has no metadata with a name: set metadata.name")
     title = f"sandbox {metadata.namespace}/{metadata.name}"
     for field, value in (("name", metadata.name), ("namespace", metadata.namespace), ("uid", metadata.uid)):
         if len(value) > NAME_LIMIT:

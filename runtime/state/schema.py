@@ -1,4 +1,4 @@
-"""Tables of sandboxes and containers. ``config`` is the CRI message as it was given, ``record`` what Podkeel knows."""
+"""Tables of sandboxes and containers. ``config`` is the CRI message from the client, ``record`` is Podkeel's data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pods and containers of one agent: in memory, in the store, and in the events about them."""
+"""The pods and containers of one agent, in memory and in the store, and the events about them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def read_boot_id() -> str:
 
 
 class State:
-    """Owns the sandboxes and containers. It alone sets their state and writes their rows.
+    """Owns the sandboxes and containers. Only this class sets their state and writes their rows.
 
-    ``sandboxes`` and ``containers`` hold those that clients do not see too: what is being made or removed.
+    ``sandboxes`` and ``containers`` also have those that clients do not see, which are being created or removed.
     """
 
     def __init__(self, rows: Store, layout: Layout, agent_id: str, boot_id: str | None = None) -> None:
@@ -42,7 +42,7 @@ class State:
         self._members: dict[str, dict[str, Container]] = {}
 
     async def load(self) -> tuple[list[Sandbox], list[Container]]:
-        """Keep everything in memory that the store knows, and return it, oldest first; for the start."""
+        """Load all rows of the store into memory, and return them, oldest first, at the start."""
         sandboxes, containers = await in_thread(self._rows.load)
         for sandbox in sandboxes:
             self._keep_sandbox(sandbox)
@@ -87,9 +87,9 @@ class State:
     async def move(self, subject: Container, to: ContainerState) -> None: ...
 
     async def move(self, subject: Sandbox | Container, to: SandboxState | ContainerState) -> None:
-        """Give a sandbox or container another state and write its record, with what else the caller set in it.
+        """Change the state of a sandbox or container and write its record, with other changes of the caller.
 
-        If the record cannot be written, the new state stays in memory: what happened has happened.
+        If the record cannot be written, the new state stays in memory, because it is true.
 
         Raises:
             WrongStateError: the table in ``transitions`` does not allow it; nothing is changed.
@@ -99,8 +99,7 @@ class State:
         await self.save(subject)
 
     def take_back(self, subject: Sandbox | Container) -> None:
-        """Show clients an object again whose removal failed: a sandbox as stopped, a container as exited; in memory
-        only.
+        """After a failed removal, list an object again: a sandbox as stopped, a container as exited. In memory only.
 
         Its row still says that it is being removed, so that the next start finishes the removal.
         """
@@ -122,14 +121,14 @@ class State:
             subject.record.state = container_state
 
     async def delete(self, subject: Sandbox | Container) -> None:
-        """Delete the row of a sandbox or container; it stays in memory until ``forget``."""
+        """Delete the row of a sandbox or container. It stays in memory until ``forget``."""
         if isinstance(subject, Sandbox):
             await self._rows.delete_sandbox(subject.id)
         else:
             await self._rows.delete_container(subject.id)
 
     def forget(self, subject: Sandbox | Container) -> None:
-        """Forget a sandbox or container whose row is deleted. Repeatable."""
+        """Forget a sandbox or container whose row is deleted. May be repeated."""
         if isinstance(subject, Sandbox):
             self.sandboxes.discard(subject.id)
             self._members.pop(subject.id, None)
@@ -138,7 +137,7 @@ class State:
             self._members.get(subject.sandbox.id, {}).pop(subject.id, None)
 
     def containers_of(self, sandbox: Sandbox) -> list[Container]:
-        """Containers of a sandbox, oldest first, also those being made."""
+        """The containers of a sandbox, oldest first, also those that are being created."""
         return list(self._members.get(sandbox.id, {}).values())
 
     def get_sandbox(self, sandbox_id: str) -> Sandbox:
@@ -156,7 +155,7 @@ class State:
         return container
 
     def running_container(self, container_id: str) -> Container:
-        """The container of an id or unique prefix, which runs. Raises as ``get_container``, and WrongStateError."""
+        """The running container with an id or unique prefix. Raises as ``get_container``, and WrongStateError."""
         container = self.get_container(container_id)
         if container.record.state is not ContainerState.RUNNING:
             raise WrongStateError(f"{container.title} is {container.record.state}, not running")
@@ -171,7 +170,7 @@ class State:
         return (container for container in self.containers if container.visible)
 
     def publish(self, kind: cri_pb2.ContainerEventType, subject: Sandbox | Container) -> None:
-        """Send the subscribers, if there are any, the event that just happened to ``subject``."""
+        """Send an event of ``subject`` that just happened to the subscribers."""
         if not self.events.serving:
             self.events.keep(partial(self._event, kind, subject))
         elif self.events.subscribers:

@@ -1,4 +1,4 @@
-"""The CRI's statuses and list items of sandboxes and containers, from what is in memory."""
+"""The CRI's statuses and list items of sandboxes and containers, from memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sandbox_state(sandbox: Sandbox) -> cri_pb2.PodSandboxState:
 
 
 def container_state(container: Container) -> cri_pb2.ContainerState:
-    """The CRI's state; what is being made or removed is unknown to clients."""
+    """The CRI's state. It is unknown for a container that is being created or removed."""
     return _CONTAINER_STATES.get(container.record.state, cri_pb2.CONTAINER_UNKNOWN)
 
 
@@ -81,7 +81,7 @@ def container_item(container: Container) -> cri_pb2.Container:
 
 
 def container_status(container: Container) -> cri_pb2.ContainerStatus:
-    """ContainerStatus; times in nanoseconds, 0 for what has not happened."""
+    """ContainerStatus. Times are in nanoseconds; 0 for what has not happened."""
     config, record = container.config, container.record
     status = cri_pb2.ContainerStatus(
         id=container.id,
@@ -111,7 +111,7 @@ def container_status(container: Container) -> cri_pb2.ContainerStatus:
 def event(
     kind: cri_pb2.ContainerEventType, object_id: str, sandbox: Sandbox, containers: Iterable[Container]
 ) -> cri_pb2.ContainerEventResponse:
-    """An event of a sandbox or one of its containers, with the statuses as they are now."""
+    """An event of a sandbox or one of its containers, with the present statuses."""
     return cri_pb2.ContainerEventResponse(
         container_id=object_id,
         container_event_type=kind,
@@ -136,7 +136,7 @@ def signal_value(number: int) -> int:
 
 
 def _asked_image(image: cri_pb2.ImageSpec) -> cri_pb2.ImageSpec:
-    """The requested name: kubelet resolves names to ids first and also keeps the name."""
+    """The requested image: kubelet resolves names to ids first and also keeps the name."""
     answer = cri_pb2.ImageSpec()
     answer.CopyFrom(image)
     if image.user_specified_image:

@@ -11,9 +11,9 @@ from host.stages import Operation
 from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox, SandboxState
 
-# A stop that failed in the middle is repeated: it writes the same state again. A removal that failed returns to the
-# former state, so that clients see the object and can try again. A sandbox or container that is being made and fails
-# has no next state: its row is deleted.
+# A stop that failed halfway is repeated: it writes the same state again. After a failed removal, the state of before
+# returns, so that clients see the object and can try again. If the creation of a sandbox or container fails, it has no
+# next state: its row is deleted.
 _SANDBOX: Mapping[SandboxState, frozenset[SandboxState]] = {
     SandboxState.MAKING: frozenset({SandboxState.READY}),
     SandboxState.READY: frozenset({SandboxState.NOT_READY, SandboxState.REMOVING}),
@@ -42,7 +42,7 @@ def check_container_move(container: Container, to: ContainerState) -> None:
 
 
 def of_sandbox(sandbox: Sandbox, operation: Operation) -> dict[str, Any]:
-    """The ``extra`` of a line about a sandbox that ``operation`` changed."""
+    """The ``extra`` of a log line about a sandbox that ``operation`` changed."""
     metadata = sandbox.config.metadata
     return {
         "fields": {
@@ -56,8 +56,8 @@ def of_sandbox(sandbox: Sandbox, operation: Operation) -> dict[str, Any]:
 
 
 def of_container(container: Container, operation: Operation | None = None) -> dict[str, Any]:
-    """The ``extra`` of a line about a container that ``operation`` changed; without one, about a
-    container that ended.
+    """The ``extra`` of a log line about a container that ``operation`` changed; without one, about a container that
+    ended.
     """
     extra = of_sandbox(container.sandbox, operation or Operation(""))
     extra["fields"] |= {"container_name": container.config.metadata.name, "container": container.id}

@@ -1,4 +1,4 @@
-"""Ids of sandboxes and containers, and finding one by a unique prefix."""
+"""Ids of sandboxes and containers, and the search for one by a unique prefix."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ T = TypeVar("T", bound=Identified)
 
 
 def new_id(agent_id: str) -> str:
-    """64 hexadecimal characters, the last of which say which agent gave it."""
+    """64 hexadecimal characters. The last ones are the id of the agent that assigned it."""
     return secrets.token_hex(_BYTES)[: 2 * _BYTES - len(agent_id)] + agent_id
 
 
 def is_of(agent_id: str, item_id: str) -> bool:
-    """Whether this agent gave the id; older versions gave ids that do not say whose they are."""
+    """Whether this agent assigned the id. Ids of older versions do not have the id of their agent."""
     return is_id(item_id) and item_id.endswith(agent_id)
 
 
@@ -41,7 +41,7 @@ def is_id(text: str) -> bool:
 
 
 class Registry(Generic[T]):
-    """Objects by id, in the order they were added; ``kind`` names them in errors."""
+    """Objects by id, in the order in which they were added. ``kind`` names them in errors."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
@@ -54,16 +54,16 @@ class Registry(Generic[T]):
         bisect.insort(self._sorted, item.id)
 
     def discard(self, item_id: str) -> None:
-        """Forget an object; unknown ids are no error."""
+        """Remove an object. An unknown id is no error."""
         if self._objects.pop(item_id, None) is not None:
             del self._sorted[bisect.bisect_left(self._sorted, item_id)]
 
     def exact(self, item_id: str) -> T | None:
-        """The object of this very id, if there is one; for any thread."""
+        """The object with exactly this id, None if there is none. Any thread may call it."""
         return self._objects.get(item_id)
 
     def find(self, item_id: str) -> T | None:
-        """The object of an id or unique prefix; None if there is none. Raises InvalidArgumentError if ambiguous."""
+        """The object with an id or unique prefix; None if there is none. Raises InvalidArgumentError if ambiguous."""
         exact = self.exact(item_id)
         if exact is not None or not item_id:
             return exact

@@ -46,7 +46,7 @@ def test_names_of_containers_pods_and_logs(quiet_log: AgentProcess, handler: str
 @pytest.mark.parametrize(
     ("log_path", "text"),
     [
-        ("fifo", "no regular file|No such device"),
+        ("fifo", "not a regular file|No such device"),
         ("folder", "Is a directory"),
         ("link", "link"),
         ("file/0.log", "Not a directory"),

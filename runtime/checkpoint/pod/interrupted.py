@@ -52,8 +52,8 @@ def undo(folder: Path, place: Place) -> None:
 
 def remove(folder: Path) -> None:
     """Remove the folder of a checkpoint. Blocks. Raises PodkeelError."""
-    if told := remove_tree(folder):
-        raise PodkeelError(told[0])
+    if left := remove_tree(folder):
+        raise PodkeelError(left[0])
 
 
 def settle(folder: Path, thaw: Callable[[str], None]) -> int:

@@ -232,9 +232,11 @@ def compare(document: PodDocument, configs: Sequence[cri_pb2.ContainerConfig], s
     names = {config.metadata.name for config in configs}
     missing, more = sorted(saved.keys() - names), sorted(names - saved.keys())
     if missing or more:
-        told = [f"{_shown(missing)} is missing"] if missing else []
-        told += [f"{_shown(more)} is not in the checkpoint"] if more else []
-        raise InvalidArgumentError(f"{subject}: container_configs are not those of the checkpoint: {'; '.join(told)}")
+        problems = [f"{_shown(missing)} is missing"] if missing else []
+        problems += [f"{_shown(more)} is not in the checkpoint"] if more else []
+        raise InvalidArgumentError(
+            f"{subject}: container_configs are not those of the checkpoint: {'; '.join(problems)}"
+        )
     for config in configs:
         differing = _differences(saved[config.metadata.name], config)
         if differing:

@@ -45,7 +45,7 @@ def check_mounts(mounts: Iterable[images_pb2.Mount], spec: config.Spec) -> None:
 
 
 def _is_wanted(mount: images_pb2.Mount, place: str, spec: config.Spec, wanted: Mapping[str, config.Mount]) -> bool:
-    """Whether the spec has the mount, as a mount of its own or as part of a mounted hierarchy."""
+    """Whether the spec has the mount, as a separate mount or as part of a mounted hierarchy."""
     kind = _KINDS.get(mount.fstype)
     given = wanted[place].type if place in wanted else ""
     above = wanted.get(place.rpartition("/")[0])

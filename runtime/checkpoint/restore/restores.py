@@ -76,14 +76,14 @@ class Restores:
         """
         return await self.image_of(await in_thread(source.read_config, layer))
 
-    async def image_of(self, told: ConfigDump) -> Image:
+    async def image_of(self, dump: ConfigDump) -> Image:
         """As ``root_image``, for the image named in a checkpoint's data about its container."""
-        for name in (told.rootfs_image, told.rootfs_image_ref, told.rootfs_image_name):
+        for name in (dump.rootfs_image, dump.rootfs_image_ref, dump.rootfs_image_name):
             with suppress(PodkeelError):
                 image = self._images.store.find(name) if name else None
                 if image is not None and await self._layer_of(image) is None:
                     return image
-        if not told.rootfs_image_name:
+        if not dump.rootfs_image_name:
             raise InvalidArgumentError("the checkpoint does not name the image of its container")
         image = await self._images.puller.pull(told.rootfs_image_name)
         if await self._layer_of(image) is not None:

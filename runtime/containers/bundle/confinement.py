@@ -85,7 +85,7 @@ def _verify_devices(spec: config.Spec, table: Iterable[MountEntry]) -> None:
 
     Other mounts below /dev may belong to an OCI runtime that adds devices. The node's /dev has its own mounts.
     """
-    if any(mount.destination == "/dev" and _is_the_node_s_dev(mount.source) for mount in spec.mounts):
+    if any(mount.destination == "/dev" and _is_host_dev(mount.source) for mount in spec.mounts):
         return
     left = Counter(mount.destination for mount in spec.mounts)
     left["/"] += 1
@@ -97,7 +97,7 @@ def _verify_devices(spec: config.Spec, table: Iterable[MountEntry]) -> None:
                 raise _led_to(entry.target)
 
 
-def _is_the_node_s_dev(source: str) -> bool:
+def _is_host_dev(source: str) -> bool:
     try:
         return Path(source).samefile("/dev")
     except OSError:

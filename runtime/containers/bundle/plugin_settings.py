@@ -15,7 +15,7 @@ from runtime.specgen.limits.extra_limits import ExtraLimits
 from runtime.state.container import Container
 
 
-async def set_what_is_left(
+async def set_ignored_settings(
     container: Container, runtime: OciRuntime, process: config.Process, cgroups: CgroupTree
 ) -> None:
     """Set limits and scheduling of a container that is created and not started.

@@ -94,11 +94,11 @@ class ContainerExit:
                 self._kills.forget(container.id)
                 return
             exit_record = self._monitors.exit_record(container.id)
-            if exit_record is None and await self.survives_its_monitor(container):
+            if exit_record is None and await self.still_runs(container):
                 return
             await self.record_exit(container, exit_record)
 
-    async def survives_its_monitor(self, container: Container) -> bool:
+    async def still_runs(self, container: Container) -> bool:
         """Whether the container still runs although conmon was killed. Its end will be noticed without an exit code."""
         init = container.record.init
         pidfd = processes.open_process(init.pid, init.started) if init is not None else None
@@ -280,6 +280,6 @@ def clear_cgroup(cgroups: CgroupTree, path: str) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    if cgroups.holding_frozen(path) is None:
+    if cgroups.frozen_holder(path) is None:
         processes.wait_all_ended(pids, _CGROUP_SECONDS)
     cgroups.remove(path)

@@ -26,7 +26,7 @@ async def wait_for_end(cgroups: CgroupTree, container: Container) -> bool:
     A stopped conmon is continued. A conmon that does not record the end is killed. Raises WrongStateError if a frozen
     ancestor of the container's cgroup keeps its processes, and DeadlineError if the kernel does.
     """
-    holder = cgroups.holding_frozen(container.record.cgroup)
+    holder = cgroups.frozen_holder(container.record.cgroup)
     if holder is not None:
         raise WrongStateError(
             f"{container.title} cannot end: cgroup {holder} is frozen, and killed processes in it do not end: thaw it"
@@ -35,7 +35,7 @@ async def wait_for_end(cgroups: CgroupTree, container: Container) -> bool:
         raise DeadlineError(
             f"{container.title} did not end within {KILL_SECONDS:g} s of SIGKILL: its processes hang in the kernel"
         )
-    _let_monitor_go_on(container)
+    _continue_monitor(container)
     if await _ends_within(container, _MONITOR_SECONDS):
         return True
     _signal_monitor(container, signal.SIGKILL)
@@ -66,7 +66,7 @@ async def _ends_within(container: Container, seconds: float) -> bool:
     return container.exited.is_set()
 
 
-def _let_monitor_go_on(container: Container) -> None:
+def _continue_monitor(container: Container) -> None:
     monitor = container.record.monitor
     if monitor is not None and not container.exited.is_set() and processes.state(monitor.pid) in (b"T", b"t"):
         _log.warning("%s: conmon was stopped by a signal: continued", container.title)

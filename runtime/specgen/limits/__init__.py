@@ -1,1 +1,1 @@
-"""Limits of resources in config.json: those of the CRI and those that only plugins set."""
+"""Resource limits in config.json: those of the CRI and those that only plugins set."""

@@ -1,8 +1,8 @@
-"""Classes of block I/O that the administrator of the node names in a file, as limits of a container.
+"""Classes of block I/O, which the node's administrator defines in a file, as limits of a container.
 
-The file has the form that containerd and CRI-O read: a map ``Classes`` from names to lists of settings. Settings
-without ``Devices`` give the weight on all disks. The others are for the disks whose paths match one of the patterns;
-later ones take the place of earlier ones for the same disk. Upper and lower case are the same in the names of keys.
+The file has the same form as for containerd and CRI-O: a map ``Classes`` from names to lists of settings. Settings
+without ``Devices`` set the weight on all disks. Others are for the disks whose paths match one of the patterns; later
+ones replace earlier ones for the same disk. Names of keys are not case-sensitive.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class _Classes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def block_io(file: str, name: str) -> config.BlockIO:
-    """What the class ``name`` of ``file`` gives a container on the disks that are there now. Blocks.
+    """The limits of the class ``name`` of ``file`` on the disks that exist now. Blocks.
 
-    Raises InvalidArgumentError where there is no such class, and for a file or a class that is wrong.
+    Raises InvalidArgumentError if there is no such class, and for an invalid file or class.
     """
     classes = _read(file)
     if name not in classes:
@@ -109,7 +109,7 @@ def _combined(all_settings: Sequence[_Settings]) -> config.BlockIO:
 
 
 def _quantity(name: str, given: _Number) -> int | None:
-    """A number with a unit of Kubernetes, such as ``50M`` or ``64Ki``; None where nothing is given."""
+    """A number with a unit of Kubernetes, such as ``50M`` or ``64Ki``. None if it is not set."""
     if given == "":
         return None
     match = _QUANTITY.fullmatch(str(given).strip())
@@ -129,7 +129,7 @@ def _disks(patterns: Sequence[str]) -> Sequence[tuple[int, int]]:
             try:
                 status = Path(path).stat()
             except OSError:
-                continue  # gone, or a link to nowhere
+                continue  # missing, or a broken link
             disk = os.major(status.st_rdev), os.minor(status.st_rdev)
             if stat.S_ISBLK(status.st_mode) and not Path(f"/sys/dev/block/{disk[0]}:{disk[1]}/partition").exists():
                 found[disk] = None

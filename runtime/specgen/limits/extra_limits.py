@@ -1,4 +1,4 @@
-"""Limits of a container that the CRI has no field for, as plugins of the node set them."""
+"""Limits of a container for which the CRI has no field. NRI plugins set them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from runtime.specgen import config
 
 
 class ExtraLimits(msgspec.Struct, omit_defaults=True, frozen=True):
-    """Limits by the names of the OCI spec: bytes, microseconds; None is not set, ``pids`` -1 is no limit.
+    """Limits by the names of the OCI spec, in bytes or microseconds. None is not set; ``pids`` -1 is no limit.
 
-    ``block_io_class`` is a name for plugins alone: the limits of the class are set when a plugin gives it.
+    ``block_io_class`` is only a name for plugins. The limits of the class are set when a plugin sets the class.
     """
 
     reservation: int | None = None
@@ -27,12 +27,12 @@ class ExtraLimits(msgspec.Struct, omit_defaults=True, frozen=True):
     block_io_class: str | None = None
 
     def merged(self, later: ExtraLimits) -> ExtraLimits:
-        """These, with what ``later`` sets in their place."""
+        """These limits, with the limits that ``later`` sets instead."""
         changes = {name: getattr(later, name) for name in self.__struct_fields__ if getattr(later, name) is not None}
         return msgspec.structs.replace(self, **changes)
 
-    def put_into(self, resources: config.Resources) -> None:
-        """Set them in the resources of a spec."""
+    def set_in(self, resources: config.Resources) -> None:
+        """Set these limits in the resources of a spec."""
         for part, kind, names in (
             ("memory", config.Memory, ("reservation", "kernel_tcp", "swappiness", "disable_oom_killer")),
             ("cpu", config.Cpu, ("realtime_runtime", "realtime_period")),
@@ -46,10 +46,10 @@ class ExtraLimits(msgspec.Struct, omit_defaults=True, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class LimitChange:
-    """Limits that are to change: those the CRI has fields for, where 0 is not set, and the others.
+    """Limits to change: those for which the CRI has fields (0 is not set), and the others.
 
-    ``changed_by`` are the plugins that ask for it, by the names of what they change. ``block_io`` takes the place of
-    all that the container has of block I/O, if it is given.
+    ``changed_by`` has the plugins that ask for the change, by field. ``block_io``, if set, replaces all block I/O
+    limits of the container.
     """
 
     given: cri_pb2.LinuxContainerResources
@@ -61,12 +61,12 @@ class LimitChange:
 def merged(
     before: cri_pb2.LinuxContainerResources, given: cri_pb2.LinuxContainerResources
 ) -> cri_pb2.LinuxContainerResources:
-    """Limits as they are after a change: fields left at 0 stay as they were, page sizes are replaced as a whole."""
+    """The limits after a change: fields that are 0 do not change, page sizes are replaced as a whole."""
     result = cri_pb2.LinuxContainerResources()
     result.CopyFrom(before)
     if given.hugepage_limits:
         del result.hugepage_limits[:]
     result.MergeFrom(given)
     if given.memory_limit_in_bytes and not given.memory_swap_limit_in_bytes:
-        result.memory_swap_limit_in_bytes = 0  # follows the new memory limit instead of staying below it
+        result.memory_swap_limit_in_bytes = 0  # it follows the new memory limit instead of staying below it
     return result

@@ -1,4 +1,4 @@
-"""A container's cgroup settings and oom_score_adj, from what CRI asks and what the node can do."""
+"""A container's cgroup settings and oom_score_adj, from the CRI's values and the abilities of the node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LEAST_SHARES, _MOST_SHARES = 2, 1 << 18
 
 
 def resources(given: cri_pb2.LinuxContainerResources, node: NodeFacts, *, pids_limit: int = 0) -> config.Resources:
-    """Everything but devices; zero means not set, as everywhere in CRI, and so does a negative cpu_quota here.
+    """All resources except devices. Zero means not set, as everywhere in the CRI; so does a negative cpu_quota.
 
     ``pids_limit`` 0 or less means none.
     """
@@ -30,7 +30,7 @@ def resources(given: cri_pb2.LinuxContainerResources, node: NodeFacts, *, pids_l
 
 
 def oom_score_adj(given: cri_pb2.LinuxContainerResources, node: NodeFacts) -> int:
-    """The value to set, never lower than the agent may set; always explicit: the agent's own must not be inherited."""
+    """The value to set, at least the lowest that the agent may set. Always explicit, so that none is inherited."""
     wanted = given.oom_score_adj
     if not -1000 <= wanted <= 1000:
         raise InvalidArgumentError(f"oom_score_adj {wanted} is out of range: use -1000 to 1000")
@@ -68,7 +68,7 @@ def _memory(given: cri_pb2.LinuxContainerResources, node: NodeFacts) -> config.M
         )
     if not limit and not swap:
         return None
-    # Without a word about swap a limited container gets none, so that its limit means what it says.
+    # A limited container without a swap limit gets no swap, so that its memory limit is the real limit.
     if not swap and "memory.swap.max" not in given.unified:
         swap = limit
     return config.Memory(limit=limit or None, swap=swap or None if node.swap_accounting else None)

@@ -1,4 +1,4 @@
-"""The mounts the configuration asks for, and the order of all of them."""
+"""The mounts in the configuration, and the order of all mounts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PROPAGATION = {
     cri_pb2.MountPropagation.PROPAGATION_HOST_TO_CONTAINER: "rslave",
     cri_pb2.MountPropagation.PROPAGATION_BIDIRECTIONAL: "rshared",
 }
-# Relabelling these, or all below them, would take files from the node's own services.
+# Relabelling one of these, or everything in it, would take files from the node's own services.
 _SYSTEM_TREES = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr")
 _SYSTEM_FOLDERS = frozenset(
     (
@@ -34,11 +34,11 @@ _EXTRA_OPTIONS = ("noexec", "nodev", "nosuid")
 
 
 def container_path(given: str, field: str) -> str:
-    """An absolute path inside a container, cleaned; refuses the root itself, relative paths and ``..``."""
+    """Clean an absolute path inside a container. Refuses the root itself, relative paths and ``..``."""
     if not given.startswith("/") or "\0" in given:
-        raise InvalidArgumentError(f"{field} {given!r} is not absolute: give a path that begins with /")
+        raise InvalidArgumentError(f"{field} {given!r} is not absolute: use a path that begins with /")
     if ".." in given.split("/"):
-        raise InvalidArgumentError(f"{field} {given!r} holds '..': give the path without it")
+        raise InvalidArgumentError(f"{field} {given!r} has '..': use the path without it")
     cleaned = posixpath.normpath("/" + given.lstrip("/"))
     if cleaned == "/":
         raise InvalidArgumentError(f"{field} {given!r} is the root of the container: mount below it")
@@ -54,9 +54,9 @@ def configured_mounts(
     *,
     mapped_folder: Path,
 ) -> tuple[list[config.Mount], list[MappedVolume]]:
-    """One bind mount per entry, in their order, and what is to be bound in ``mapped_folder`` as their sources before.
+    """One bind mount per entry, in their order, and the volumes that must first be bind mounted in ``mapped_folder``.
 
-    ``image_mounts`` holds the prepared folder of each image mount.
+    ``image_mounts`` has the prepared folder of each image mount.
     """
     result, mapped = [], []
     for index, mount in enumerate(mounts):
@@ -76,9 +76,9 @@ def configured_mounts(
 
 
 def root_propagation(mounts: Sequence[cri_pb2.Mount]) -> str:
-    """The propagation of the container's root that these mounts need; empty for the OCI runtime's default.
+    """The propagation of the container's root that these mounts need. Empty for the OCI runtime's default.
 
-    It is ``shared`` for bidirectional ones and not ``rshared``: crun would share the container's private mounts too.
+    For bidirectional mounts it is ``shared`` and not ``rshared``: crun would share the container's private mounts too.
     """
     wanted = {mount.propagation for mount in mounts}
     if cri_pb2.MountPropagation.PROPAGATION_BIDIRECTIONAL in wanted:
@@ -87,9 +87,9 @@ def root_propagation(mounts: Sequence[cri_pb2.Mount]) -> str:
 
 
 def in_order(defaults: Iterable[config.Mount], configured: Sequence[config.Mount]) -> list[config.Mount]:
-    """All mounts, parents before what is mounted inside them, otherwise as given.
+    """All mounts, parents before the mounts inside them, otherwise in the given order.
 
-    A configured mount takes the place of a default one at the same path; one at /dev or /proc takes over all below it.
+    A configured mount replaces a default one at the same path. One at /dev or /proc replaces all default ones below it.
     """
     taken = {mount.destination for mount in configured}
     whole = tuple(path + "/" for path in ("/dev", "/proc") if path in taken)
@@ -137,7 +137,7 @@ def _extra_options(mount: cri_pb2.Mount) -> list[str]:
 
 def _image_source(mount: cri_pb2.Mount, destination: str, prepared: Path | None) -> str:
     if mount.host_path:
-        raise InvalidArgumentError(f"mounts: {destination}: an image mount has no host_path: give one or the other")
+        raise InvalidArgumentError(f"mounts: {destination}: an image mount has no host_path: set only one of them")
     if not mount.readonly:
         raise InvalidArgumentError(f"mounts: {destination}: an image mount is read-only: set readonly")
     if prepared is None:
@@ -161,10 +161,10 @@ def _image_source(mount: cri_pb2.Mount, destination: str, prepared: Path | None)
 
 
 def volumes_to_relabel(mounts: Iterable[cri_pb2.Mount], host_paths: HostPaths, label: str) -> Iterator[Relabel]:
-    """The volumes whose configuration asks for the container's label; none without one.
+    """The volumes whose configuration requests the container's label; none without a label.
 
-    Raises InvalidArgumentError for folders of the system, which must keep theirs: also where SELinux is off, so that a
-    pod does not depend on that.
+    Raises InvalidArgumentError for folders of the system, which must keep their labels. This also holds without
+    SELinux, so that a pod does not depend on it.
     """
     for mount in mounts:
         if not mount.selinux_relabel or mount.image.image:

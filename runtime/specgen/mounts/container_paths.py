@@ -1,4 +1,4 @@
-"""Where paths of a container lead before it exists: through links of its image and of the volumes mounted so far."""
+"""Resolves paths of a container before it exists, through links in its image and in the volumes mounted so far."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from host import libc
 from host.errors import InvalidArgumentError
 
-# Mounts there hide the image's files, and belong to the kernel or the OCI runtime: they have no links of others.
+# Mounts there hide the image's files. They belong to the kernel or the OCI runtime, so they have no foreign links.
 _KERNEL_FOLDERS = ("/proc", "/sys")
 _HIDDEN_FOLDERS = (*_KERNEL_FOLDERS, "/dev")
 _BELOW_KERNEL = tuple(f"{folder}/" for folder in _KERNEL_FOLDERS)
 _BELOW_HIDDEN = tuple(f"{folder}/" for folder in _HIDDEN_FOLDERS)
-# Links that every /dev has, into /proc.
+# Links into /proc that every /dev has.
 _LINKS_OF_DEV = ("/dev/fd", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/core")
 _BELOW_LINKS_OF_DEV = tuple(f"{link}/" for link in _LINKS_OF_DEV)
 _MOST_TURNS = 128
@@ -28,10 +28,10 @@ _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 class Place:
     """A resolved path.
 
-    ``path`` has no links. ``link`` is the last one that was followed, empty if there was none. ``of_kernel``: it is in
-    /proc or /sys, behind a link of /dev that leads there, or in such a file system elsewhere. ``in_volume``: it is
-    below a mount, which others may change at any time. ``exists`` and ``is_folder`` say what exists already, and
-    ``blocked_by`` names a file in the path, below which nothing can exist.
+    ``path`` has no links. ``link`` is the last link that was followed, empty if there was none. ``of_kernel``: it is in
+    /proc or /sys, behind a link of /dev into them, or in such a file system elsewhere. ``in_volume``: it is below a
+    mount, which others may change at any time. ``exists`` and ``is_folder`` describe what exists already.
+    ``blocked_by`` is a file in the path, below which nothing can exist.
     """
 
     path: str
@@ -45,7 +45,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """The names to go along instead, and the link that leads there, if it is one."""
+    """The names to follow instead, and the link that leads there, if it is a link."""
 
     names: list[str]
     link: str = ""
@@ -55,24 +55,24 @@ class _Turn:
 class ContainerPaths:
     """The files of a future container: its root file system, and the mounts in it so far.
 
-    Every step uses a descriptor and follows no link implicitly, so no link leads out of ``rootfs``. This holds even if
-    a volume changes meanwhile: then the answer is that of some moment.
+    Every step uses a descriptor and follows no link implicitly, so no link leads out of ``rootfs``. If a volume changes
+    meanwhile, the answer was correct at some moment.
     """
 
     rootfs: Path
     _sources: dict[str, str] = field(default_factory=dict)
 
     def add(self, destination: str, source: str) -> None:
-        """``source``, a path of the host, is mounted at ``destination``, which is free of links."""
+        """Record that ``source``, a path of the host, is mounted at ``destination``, which has no links."""
         self._sources[destination] = source
 
     def resolve(self, path: str) -> Place:
-        """Where ``path`` leads; what is missing is taken as written.
+        """Resolve ``path``. Missing parts stay as they are written.
 
-        Raises InvalidArgumentError for links that lead to each other, and to names that no file can have.
+        Raises InvalidArgumentError for links that lead to each other, and for names that no file can have.
         """
         hidden = path in _HIDDEN_FOLDERS or path.startswith(_BELOW_HIDDEN)
-        if hidden and "/." not in path and not self._is_in_volume(path):  # as most are
+        if hidden and "/." not in path and not self._is_in_volume(path):  # the usual case
             return Place(path, "", _is_of_kernel(path, -1), False, False)
         names, link = path.split("/"), ""
         for _ in range(_MOST_TURNS):
@@ -88,9 +88,9 @@ class ContainerPaths:
         return any(path.startswith(place) for place in self._sources)
 
     def _walk(self, names: list[str]) -> Place | _Turn:
-        """Go along ``names`` from the root to their end, or to the first that has to be replaced.
+        """Follow ``names`` from the root to the end, or to the first name that must be replaced.
 
-        A folder's own .. may lead elsewhere, where something is mounted on it: so the way begins again at the root.
+        A folder's own .. may lead elsewhere if something is mounted on it. So the walk begins again at the root.
         """
         path, blocked_by, entered, in_volume = "", "", False, False
         names = [name for name in names if name not in ("", ".")]
@@ -125,11 +125,11 @@ class ContainerPaths:
 
     def _root(self, first: str) -> int:
         if f"/{first}" in _HIDDEN_FOLDERS:
-            return -1  # nothing of it is of interest
+            return -1  # its files do not matter
         return os.open(self.rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def destination(self, path: str, what: str) -> Place:
-        """Where a mount or device at ``path`` really goes.
+        """The real destination of a mount or device at ``path``.
 
         Raises InvalidArgumentError if links lead it to the root or over files of the kernel's file systems: OCI
         runtimes read and write these to confine the process (CVE-2019-16884). ``what`` names it.
@@ -160,7 +160,7 @@ def _replace(old: int, new: int) -> int:
 
 
 def _open(name: str, folder: int | None = None) -> int:
-    """A descriptor of the file; -1 if it does not exist or cannot be opened."""
+    """Open the file; -1 if it does not exist or cannot be opened."""
     if folder is not None and folder < 0:
         return -1
     try:
@@ -170,13 +170,13 @@ def _open(name: str, folder: int | None = None) -> int:
 
 
 def _target(descriptor: int) -> str | None:
-    """Where a symbolic link leads, empty where that cannot be read; None for everything else, also where nothing is."""
+    """The target of a symbolic link; empty if it cannot be read. None if the file is no link or does not exist."""
     if descriptor < 0 or not stat.S_ISLNK(os.fstat(descriptor).st_mode):
         return None
     try:
         return os.readlink("", dir_fd=descriptor)
     except OSError:
-        return ""  # of a process that no other may inspect
+        return ""  # a link of a process that the agent may not inspect
 
 
 def _is_folder(descriptor: int) -> bool:

@@ -1,4 +1,4 @@
-"""The mounts every container gets unless its configuration mounts something else there."""
+"""The mounts of every container, unless its configuration mounts something else there."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ TTY_GROUP = 5
 DEFAULT_DEV = config.Mount(
     destination="/dev", type="tmpfs", source="tmpfs", options=["nosuid", "strictatime", "mode=755", "size=65536k"]
 )
-"""The /dev that OCI runtimes fill, where the container has no user namespace."""
+"""The /dev that OCI runtimes fill, if the container has no user namespace."""
 
 
 def refuse_linked_targets(rootfs: Path) -> None:
-    """Raise InvalidArgumentError when the image has a symbolic link where the kernel's file systems go.
+    """Raise InvalidArgumentError if the image has a symbolic link where the kernel's file systems are mounted.
 
-    No image needs one, and runc (1.1) follows it out of the container when it makes the links of /dev.
+    No image needs such a link. runc (1.1) follows it out of the container when it creates the links of /dev.
     """
     for name in ("proc", "sys", "dev"):
-        if os.path.islink(f"{rootfs}/{name}"):  # noqa: PTH114 - a tenth of what pathlib takes
+        if os.path.islink(f"{rootfs}/{name}"):  # noqa: PTH114 - takes a tenth of pathlib's time
             raise InvalidArgumentError(f"/{name} of the image is a symbolic link: use an image with a folder there")
 
 
 def kernel_mounts(
     paths: NamespacePaths, *, privileged: bool, gid_mappings: list[config.IDMapping]
 ) -> list[config.Mount]:
-    """proc, dev, devpts, mqueue, sysfs and cgroup.
+    """The mounts of proc, dev, devpts, mqueue, sysfs and cgroup.
 
-    A user namespace may not mount the proc, sysfs or mqueue of a namespace it does not own: the host's is bound then.
+    A user namespace must not mount the proc, sysfs or mqueue of a namespace that it does not own. Then the host's is
+    bind mounted.
     """
     foreign = paths.user is not None
     writable = "rw" if privileged else "ro"
@@ -61,9 +62,9 @@ def kernel_mounts(
 
 
 def pod_mounts(files: SandboxFiles, *, own_ipc: bool, readonly_root: bool) -> list[config.Mount]:
-    """The pod's shared memory, and its hosts, resolv.conf and hostname; the files are as writable as the root is.
+    """The pod's shared memory, and its hosts, resolv.conf and hostname. The files are writable if the root is.
 
-    A container in the node's IPC namespace shares the node's memory if the pod has none. The flags of the bound mount
+    A container in the node's IPC namespace shares the node's memory if the pod has none. The flags of the source mount
     are repeated, because crun removes the others.
     """
     mounts = []

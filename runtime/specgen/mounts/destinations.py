@@ -1,4 +1,4 @@
-"""The destinations of a container's mounts: the OCI runtime gets them without links of the image."""
+"""Resolves the destinations of a container's mounts, so that the OCI runtime gets them without links of the image."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _ROUNDS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MountGroups:
-    """The mounts of a container by their origin, with destinations that may lead through links.
+    """The mounts of a container by their origin. Their destinations may lead through links.
 
-    ``described`` are those of CDI devices, ``adjusted`` those of plugins with what names each in errors. ``folders``
-    maps the source of a mount that is still to be bound to where its content is now.
+    ``described`` are those of CDI devices. ``adjusted`` are those of plugins, each with its name for errors.
+    ``folders`` maps the source of a mount that is bind mounted later to the present folder of its content.
     """
 
     defaults: Sequence[config.Mount]
@@ -42,10 +42,10 @@ def changed_groups(
     mounts: Sequence[config.Mount],
     asked_by: Mapping[str, str],
 ) -> MountGroups:
-    """``groups`` without the mounts that are not among ``mounts`` any more, and with those that are new there.
+    """``groups`` without the mounts that are no longer among ``mounts``, and with the new ones there.
 
-    ``volume_mounts`` are those of the volumes of ``groups``. ``asked_by`` names new mounts in errors, by destination.
-    A mount that another one hides is not among ``mounts`` either, and stays away.
+    ``volume_mounts`` are those of the volumes of ``groups``. ``asked_by`` names new mounts in errors, by destination. A
+    mount that another one hides is not among ``mounts`` either, and is left out.
     """
     kept = {id(mount) for mount in mounts}
     known = {id(mount) for mount in (*groups.defaults, *volume_mounts, *groups.configured)}
@@ -60,9 +60,9 @@ def changed_groups(
 
 @dataclass(frozen=True, slots=True)
 class SettledMounts:
-    """All mounts in order, with destinations without links, and the paths of a container that has them.
+    """All mounts in order with destinations without links, and the paths of a container with these mounts.
 
-    ``volumes`` are those that nothing else is mounted on. ``nested`` are destinations in another volume, which others
+    ``volumes`` are those on which nothing else is mounted. ``nested`` are destinations in another volume, which others
     may change before the OCI runtime mounts there.
     """
 
@@ -75,7 +75,7 @@ class SettledMounts:
 def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
     """Resolve every destination below ``rootfs``.
 
-    Raises InvalidArgumentError for one that a link leads over /proc, /sys, /dev or the root, naming the link.
+    Raises InvalidArgumentError, with the link, if a link leads one over /proc, /sys, /dev or the root.
     """
     wanted = [_Planned(mount, "the agent's mount at", _folder(mount, groups.folders)) for mount in groups.defaults]
     wanted += [_Planned(mount, "VOLUME of the image:") for mount in volume_mounts(groups.volumes)]
@@ -105,7 +105,7 @@ def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
 def _has_no_place(mount: config.Mount, paths: ContainerPaths) -> bool:
     """Whether it is the cgroup mount, in a volume at /sys/fs without a folder for it.
 
-    An OCI runtime would make the folder in the volume, which it may not in a user namespace.
+    An OCI runtime would create the folder in the volume, which is not permitted in a user namespace.
     """
     if mount.type != "cgroup":
         return False
@@ -115,7 +115,7 @@ def _has_no_place(mount: config.Mount, paths: ContainerPaths) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """A mount, what names it in errors, and where its content is; empty where that is the image's or the kernel's."""
+    """A mount, its name for errors, and the folder of its content; empty if that is the image's or the kernel's."""
 
     mount: config.Mount
     what: str
@@ -127,14 +127,14 @@ def _folder(mount: config.Mount, folders: Mapping[str, str]) -> str:
 
 
 def _require_same_kind(plan: _Planned, place: Place) -> None:
-    """A folder is mounted on a folder, and a file on a file: refused here, where the mount still has a name."""
+    """Refuse a mount of a folder on a file, or of a file on a folder: here the mount still has a name for the error."""
     if place.blocked_by:
         raise InvalidArgumentError(
             f"{plan.what} {plan.mount.destination}: {place.blocked_by} is a file: mount at another path"
         )
     if not place.exists or plan.mount.type != "bind":
         return
-    # What is still missing, as the folder of a VOLUME, will be made as a folder.
+    # A missing place, such as the folder of a VOLUME, will be created as a folder.
     folder = not plan.folder or _is_or_will_be_folder(plan.folder)
     if folder is not place.is_folder:
         kinds = ("a file", "a folder")
@@ -146,15 +146,15 @@ def _require_same_kind(plan: _Planned, place: Place) -> None:
 
 def _is_or_will_be_folder(path: str) -> bool:
     try:
-        return stat.S_ISDIR(os.stat(path).st_mode)  # noqa: PTH116 - a third of what pathlib takes
+        return stat.S_ISDIR(os.stat(path).st_mode)  # noqa: PTH116 - takes a third of pathlib's time
     except OSError:
         return True
 
 
 def _resolved(rootfs: Path, wanted: Sequence[_Planned]) -> tuple[list[str], ContainerPaths, tuple[str, ...]]:
-    """The destinations, parents resolved first: a mount there may contain links to the destinations of others.
+    """The destinations, parents resolved first: a mount there may have links to the destinations of others.
 
-    The last are those in another volume.
+    The third value is the destinations in another volume.
     """
     destinations = [plan.mount.destination for plan in wanted]
     for _ in range(_ROUNDS):

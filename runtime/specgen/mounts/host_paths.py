@@ -1,4 +1,4 @@
-"""Host paths that containers are to see: resolved, checked for propagation, made where they are missing."""
+"""Host paths of mounts: resolved, checked for propagation, and created if they are missing."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from host.files.mounts import MountEntry, mount_id, mount_table
 
 @dataclass(slots=True)
 class HostPaths:
-    """Resolves the sources of one container's mounts; folders that are missing are made by ``make`` at the very end."""
+    """Resolves the sources of one container's mounts. ``make`` creates missing folders at the end."""
 
     missing: list[str] = field(default_factory=list)
 
     def resolve(self, host_path: str) -> str:
-        """``host_path`` free of symbolic links; remembered as a folder to make when it does not exist."""
+        """Resolve the symbolic links of ``host_path``. If it does not exist, ``make`` will create it as a folder."""
         if not host_path.startswith("/") or "\0" in host_path:
             raise InvalidArgumentError(
-                f"mounts: host_path {host_path!r} is not absolute: give the full path on the node"
+                f"mounts: host_path {host_path!r} is not absolute: use the full path on the node"
             )
         try:
             return os.path.realpath(host_path, strict=True)
@@ -39,7 +39,7 @@ class HostPaths:
         return resolved
 
     def make(self) -> None:
-        """Make what is missing as folders; they stay, as users of every other node agent know it."""
+        """Create missing paths as folders. They are never removed, as with every other node agent."""
         for path in self.missing:
             try:
                 Path(path).mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ class HostPaths:
 def require_propagation(source: str, *, shared: bool) -> None:
     """Check that the mount of ``source`` propagates mounts (``shared``), or at least receives them.
 
-    A source that is still missing is judged by its nearest existing parent. Raises InvalidArgumentError.
+    For a missing source, its nearest existing parent is checked. Raises InvalidArgumentError.
     """
     existing = Path(source)
     while not os.path.lexists(existing):
@@ -71,7 +71,7 @@ def require_propagation(source: str, *, shared: bool) -> None:
 
 
 def _mount_of(path: Path) -> MountEntry:
-    """The mount ``path`` is on, by the kernel's own mount id, which is right also where mounts hide each other."""
+    """The mount of ``path``, by the kernel's mount id, which is correct even if mounts hide each other."""
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         number = mount_id(descriptor)

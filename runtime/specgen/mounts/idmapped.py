@@ -1,7 +1,7 @@
-"""Volumes whose files a container sees with other owners (KEP-127).
+"""Volumes whose files have other owners inside a container (KEP-127).
 
-Not every OCI runtime can mount them, and those that can fail where namespaces are shared: the agent binds each to a
-place of the container's own with mapped ids, and the runtime mounts it from there like any other volume.
+Not every OCI runtime can mount them, and those that can fail with shared namespaces. So the agent bind mounts each with
+mapped ids in the container's folder, and the OCI runtime mounts it from there like any other volume.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from runtime.specgen.namespaces import id_mappings
 
 @dataclass(frozen=True, slots=True)
 class MappedVolume:
-    """``source`` on the host is to be bound at ``target`` with these mappings before the container is created.
+    """``source`` on the host must be bind mounted at ``target`` with these mappings before the container is created.
 
-    ``follows_host``: mounts made on the host later appear too.
+    ``follows_host``: mounts that are made on the host later appear too.
     """
 
     source: str
@@ -31,12 +31,12 @@ class MappedVolume:
 
 
 def mapped_folder(rootfs: Path) -> Path:
-    """Where a container's mapped volumes are bound, beside its root."""
+    """The folder, beside a container's root, in which its mapped volumes are bind mounted."""
     return rootfs.with_name("mapped")
 
 
 def mapped_volume(mount: cri_pb2.Mount, source: str, target: Path) -> MappedVolume | None:
-    """The source to bind for a mount of the configuration; None if it maps no ids."""
+    """The volume to bind mount for a mount of the configuration. None if the mount maps no ids."""
     if not mount.uidMappings and not mount.gidMappings:
         return None
     field = f"mounts: {mount.container_path}"

@@ -1,4 +1,4 @@
-"""Folders for an image's VOLUMEs: each container gets its own, filled with what the image has there."""
+"""Folders for an image's VOLUMEs. Each container gets its own, filled with the image's content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A folder of the host's to make before the container is, where the container sees it, and its SELinux label."""
+    """A folder on the host that is created before the container, its path in the container, and its SELinux label."""
 
     folder: Path
     container_path: str
@@ -34,9 +34,9 @@ class Volume:
 def image_volumes(paths: Iterable[str], rootfs: Path, container_folder: Path, label: str = "") -> list[Volume]:
     """One volume per path.
 
-    Raises InvalidArgumentError for too many, as each is a mount. Also for one that would cover the root, /dev, its null
-    device, /sys, /proc or files in /proc, and for one that a link of the image leads into /sys: OCI runtimes read and
-    write files there that confine the process.
+    Raises InvalidArgumentError for too many, because each is a mount. Raises it also for a VOLUME that would cover the
+    root, /dev, its null device, /sys, /proc or files in /proc, and for one that a link of the image leads into /sys:
+    OCI runtimes read and write files there that confine the process.
     """
     paths = tuple(paths)
     if len(paths) > _MOST_VOLUMES:
@@ -56,7 +56,7 @@ def image_volumes(paths: Iterable[str], rootfs: Path, container_folder: Path, la
 
 
 def volume_mounts(volumes: Iterable[Volume]) -> list[config.Mount]:
-    """Their bind mounts."""
+    """The bind mounts of volumes."""
     return [
         config.Mount(
             destination=volume.container_path,
@@ -76,12 +76,12 @@ def make_volumes(
     limits: CopyLimits,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Make the folders with the owner, mode and content of what the image has there; blocking, so for a thread.
+    """Create the folders with the owner, mode and content of the image's. Blocks: call it in a thread.
 
-    ``owner`` is the uid and gid on the host of root in the container, whose a folder is that the image does not have.
-    They are below the container's folder and are removed with it. What is in the image is reached without following
-    links out of ``rootfs``, and links inside are copied as links. ``check`` is called regularly and may raise. Raises
-    LimitError if the image has more there than ``limits`` allow.
+    ``owner`` is the host's uid and gid for the container's root. It owns folders that the image does not have. The
+    folders are below the container's folder and are removed with it. The image's files are read without following links
+    out of ``rootfs``. Links inside are copied as links. ``check`` is called regularly and may raise. Raises LimitError
+    if the image's content exceeds ``limits``.
     """
     copier = VolumeCopier(limits, check)
     for volume in volumes:

@@ -1,7 +1,7 @@
-"""What may be mounted in a container at the places of the kernel's own files: only those files.
+"""Restricts the mounts at paths of the kernel's own files in a container.
 
-OCI runtimes open /dev/null and terminals of the container, give them to the container's user and hide files behind
-them, and confine the process by writing to /proc. If a volume is mounted there, they use its files instead
+OCI runtimes open /dev/null and terminals of the container, change their owner to the container's user and mask files
+with them. They confine the process by writing to /proc. If a volume is mounted there, they use its files instead
 (CVE-2019-16884, CVE-2025-31133, CVE-2025-52565).
 """
 
@@ -17,7 +17,7 @@ from runtime.specgen import config
 from runtime.specgen.mounts.container_paths import is_link_of_dev
 from runtime.specgen.mounts.private_devices import DEFAULT_NODES
 
-# Where a volume takes the place of what OCI runtimes open: a terminal is opened by /dev/ptmx and /dev/pts.
+# Paths at which a volume would replace files that OCI runtimes open. A terminal is opened by /dev/ptmx and /dev/pts.
 _OF_THE_NODE = ("/dev", "/proc", "/sys", "/dev/pts", "/dev/ptmx", "/dev/console")
 _KERNEL_FOLDERS = ("/dev", "/proc", "/sys")
 _OWN_OF_SYS = ("/sys/class/net/", "/sys/devices/virtual/net/", "/sys/fs/cgroup/")
@@ -35,10 +35,10 @@ _SHOWN = frozenset(
 def refuse_imitations(mounts: Iterable[config.Mount], folders: Mapping[str, str]) -> None:
     """Raise InvalidArgumentError for a bind mount that would replace files of the kernel.
 
-    At /dev, /dev/pts, /dev/ptmx, /dev/console, /proc, /sys and below /proc only the node's own may be mounted, and some
-    files of /proc that are commonly replaced; at /dev/null only a null device, at others of every container's devices
-    only such a one, at the links of /dev nothing. Destinations have no links. ``folders`` maps a source that is still
-    to be bound to where its content is now.
+    At /dev, /dev/pts, /dev/ptmx, /dev/console, /proc, /sys and below /proc only the node's own can be mounted, and some
+    files of /proc that are commonly replaced. At /dev/null only a null device is allowed, at the other devices of every
+    container only the same device, at the links of /dev nothing. Destinations have no links. ``folders`` maps a source
+    that is bind mounted later to the present folder of its content.
     """
     for mount in mounts:
         if mount.type == "bind" and mount.destination.startswith(("/dev", "/proc", "/sys")):
@@ -46,9 +46,9 @@ def refuse_imitations(mounts: Iterable[config.Mount], folders: Mapping[str, str]
 
 
 def refuse_missing(mounts: Sequence[config.Mount]) -> None:
-    """Raise InvalidArgumentError for a bind mount in /sys at a path that is missing: nothing can be made in /sys.
+    """Raise InvalidArgumentError for a bind mount in /sys at a missing path: nothing can be created in /sys.
 
-    Paths of network devices and of cgroups differ between containers, and are not looked at.
+    Paths of network devices and of cgroups differ between containers, and are not checked.
     """
     places = [mount.destination for mount in mounts if mount.type == "bind" and mount.destination.startswith("/sys/")]
     for place in places:
@@ -60,22 +60,21 @@ def refuse_missing(mounts: Sequence[config.Mount]) -> None:
 
 
 def kernel_folders_last(mounts: Iterable[config.Mount]) -> list[config.Mount]:
-    """``mounts`` with those of the kernel's folders behind all others, else in their order.
+    """``mounts`` with those of the kernel's folders behind all others, otherwise in their order.
 
-    A link that others put into a volume can lead a mount that belongs there to any place in the container, just before
-    the OCI runtime mounts it. What is at /dev, /proc or /sys by then is hidden by what is mounted there afterwards, and
-    no link leads to processes yet.
+    A link that other processes put into a volume can lead a mount to any place in the container, just before the OCI
+    runtime mounts it. The later mounts at /dev, /proc and /sys then hide it, and until then no link leads to processes.
     """
     return sorted(mounts, key=lambda mount: _is_of_kernel(mount.destination))
 
 
 def refuse_nested(nested: Iterable[str], mounts: Sequence[config.Mount], *, sees_others: bool) -> None:
-    """Raise InvalidArgumentError for a volume in a volume that a link could lead where ``kernel_folders_last`` fails.
+    """Raise InvalidArgumentError for a volume in a volume for which ``kernel_folders_last`` is not enough.
 
     ``nested`` are the destinations in volumes. A volume with a whole system could replace the root and have the node's
-    devices. A volume in a folder of the kernel is mounted after the devices: it is refused if the container
-    ``sees_others``, as their files could replace the devices. Others cannot write to the node's own /dev, /proc and
-    /sys, so these do not count as volumes.
+    devices. A volume in a folder of the kernel is mounted after the devices. It is refused if the container
+    ``sees_others``, because files of other processes could replace the devices. Others cannot write to the node's own
+    /dev, /proc and /sys, so these do not count as volumes.
     """
     volumes = {mount.destination: mount.source for mount in mounts if mount.type == "bind"}
     for destination in nested:
@@ -86,7 +85,7 @@ def refuse_nested(nested: Iterable[str], mounts: Sequence[config.Mount], *, sees
             )
         for outer, source in volumes.items():
             inside = destination.startswith(f"{outer}/") and _is_of_kernel(outer)
-            if sees_others and inside and not _is_the_node_s(outer, source):
+            if sees_others and inside and not _is_host_file(outer, source):
                 raise InvalidArgumentError(
                     f"mounts: {destination} is in the volume at {outer}, and the container sees processes of others: "
                     "mount it elsewhere"
@@ -101,7 +100,7 @@ def _refuse_imitation(destination: str, source: str) -> None:
     if is_link_of_dev(destination) or _is_of_a_process(destination):
         raise InvalidArgumentError(f"mounts: nothing can be mounted at {destination}: mount it elsewhere")
     below_proc = destination.startswith("/proc/") and destination not in _SHOWN
-    if (below_proc or destination in _OF_THE_NODE) and not _is_the_node_s(destination, source):
+    if (below_proc or destination in _OF_THE_NODE) and not _is_host_file(destination, source):
         raise InvalidArgumentError(
             f"mounts: {destination} can only be the node's own {destination}, not {source}: give host_path "
             f"{destination}, or mount the volume elsewhere"
@@ -124,8 +123,8 @@ def _is_of_a_process(destination: str) -> bool:
     return len(names) > 2 and names[1] == "proc" and (names[2] in ("self", "thread-self") or names[2].isdigit())
 
 
-def _is_the_node_s(destination: str, source: str) -> bool:
-    """Whether ``source``, a path on the host, is what the host has at ``destination``."""
+def _is_host_file(destination: str, source: str) -> bool:
+    """Whether ``source``, a path on the host, is the host's own ``destination``."""
     try:
         return Path(source).samefile(destination)
     except OSError:
@@ -133,7 +132,7 @@ def _is_the_node_s(destination: str, source: str) -> bool:
 
 
 def _device(path: str) -> int:
-    """The number of a character device; -1 for everything else."""
+    """The number of a character device; -1 for any other file."""
     try:
         status = Path(path).stat()
     except OSError:

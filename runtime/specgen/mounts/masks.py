@@ -1,4 +1,4 @@
-"""Hiding files of a container behind a null device of the agent's, where the OCI runtime would take the node's."""
+"""Masks files of a container with a null device of the agent, if the OCI runtime would use the node's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from host.errors import InvalidArgumentError
 from runtime.specgen import config as oci
 from runtime.specgen.mounts.container_paths import ContainerPaths, Place
 
-# No option: the file system of the null device is read-only itself, so the mount need not be made so by a second call.
+# No option: the file system of the null device is itself read-only, so a second call for the mount is not needed.
 _OPTIONS = ["bind"]
 _OPTIONS_OF_FOLDERS = ["ro", "nosuid", "nodev", "noexec", "size=4k", "nr_inodes=1", "mode=755"]
 _NODES = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty"))
@@ -19,13 +19,13 @@ _OF_CONTAINER = re.compile("/proc/([0-9]+|self|thread-self|net|sys/net)/|/sys/(c
 
 
 def mask_files(linux: oci.Linux, paths: ContainerPaths, null: Path) -> list[oci.Mount]:
-    """Mounts of ``null`` over the files among the masked paths, which are taken from ``linux``.
+    """Mounts of ``null`` over the files among the masked paths, which are removed from ``linux``.
 
-    They belong after all other mounts, as they also hide files of these. Folders of the image and of volumes get an
-    empty file system. The OCI runtime hides those of /proc, /sys and /dev, where no file can replace them, and ignores
-    missing ones. Missing paths elsewhere are not passed to it: they may be files by then. ``paths`` are the container's
-    with all mounts. Raises InvalidArgumentError for paths that exist only through the container's own processes and
-    network.
+    They come after all other mounts, because they also mask files of these. Folders of the image and of volumes get an
+    empty file system. The OCI runtime masks those of /proc, /sys and /dev, where no file can replace them, and ignores
+    missing ones. Missing paths elsewhere are not passed to it: they may be files by then. ``paths`` are those of the
+    container with all mounts. Raises InvalidArgumentError for paths that exist only because of the container's own
+    processes and network.
     """
     hidden: dict[str, oci.Mount] = {}
     kept = []
@@ -48,7 +48,7 @@ def mask_files(linux: oci.Linux, paths: ContainerPaths, null: Path) -> list[oci.
 def _require_same_on_node(place: Place) -> None:
     if _OF_CONTAINER.match(place.path) and not Path(place.path).is_dir():
         raise InvalidArgumentError(
-            f"masked path {place.path}: the node has no such file, so it cannot be hidden: leave this path out"
+            f"masked path {place.path}: the node has no such file, so it cannot be masked: remove this path"
         )
 
 
@@ -57,7 +57,7 @@ def _is_file(place: Place) -> bool:
         return not place.is_folder
     if not place.of_kernel:
         return False
-    try:  # what the kernel shows in /proc and /sys is the same on the node
+    try:  # /proc and /sys have the same files on the node
         return not stat.S_ISDIR(Path(place.path).stat().st_mode)
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""Looking at files below a folder whose content is not trusted, without any link leading out of it (openat2(2))."""
+"""Opens files below a folder whose content is not trusted, without following any link out of it (openat2(2))."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE_LIMIT = 1024 * 1024
 
 @contextmanager
 def locate(root: Path, inside: str) -> Iterator[int]:
-    """An O_PATH descriptor of ``inside`` with ``root`` taken as ``/`` for ``..`` and every link; OSError if missing."""
+    """An O_PATH descriptor of ``inside``. ``root`` is ``/`` for ``..`` and every link. Raises OSError if missing."""
     folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         descriptor = open_in_root(folder, inside)
@@ -29,10 +29,10 @@ def locate(root: Path, inside: str) -> Iterator[int]:
 
 
 def open_in_root(folder: int, inside: str, *, flags: int = 0, follow_links: bool = True) -> int:
-    """The same below a descriptor ``folder``, for the caller to close, with more of open(2)'s ``flags``.
+    """As ``locate``, below a descriptor ``folder`` and with more of open(2)'s ``flags``. The caller closes it.
 
-    Links of processes in /proc, which lead anywhere, are followed by none. Raises OSError, ELOOP for these links and
-    for all where ``follow_links`` is off.
+    Links of processes in /proc, which lead anywhere, are never followed. Raises OSError: ELOOP for these links, and for
+    all links without ``follow_links``.
     """
     links = libc.RESOLVE_NO_MAGICLINKS if follow_links else libc.RESOLVE_NO_SYMLINKS
     name = os.fsencode(inside.lstrip("/") or ".")
@@ -42,7 +42,7 @@ def open_in_root(folder: int, inside: str, *, flags: int = 0, follow_links: bool
 def read_file(root: Path, inside: str) -> bytes:
     """The content of a regular file below ``root``; empty if there is none.
 
-    Raises InvalidArgumentError when it is larger than 1 MiB: no such file in an image is what it claims to be.
+    Raises InvalidArgumentError if it is larger than 1 MiB: no valid file of this kind is.
     """
     try:
         with locate(root, inside) as descriptor:
@@ -50,7 +50,7 @@ def read_file(root: Path, inside: str) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 return b""
             with open(f"/proc/self/fd/{descriptor}", "rb", buffering=0) as file:
-                content = file.read(min(status.st_size, FILE_LIMIT) + 1)  # no more, as so much is allocated
+                content = file.read(min(status.st_size, FILE_LIMIT) + 1)  # not more, because read allocates as much
     except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Device nodes that the agent makes for a container, where it would get those of the node.
+"""Device nodes that the agent makes for a container, instead of those of the node.
 
-A user namespace may not make device nodes, so OCI runtimes bind those of the node into it, and give one of them to the
-container's root where it is a standard stream. A volume can have them too, such as /dev/null to hide a file.
+A user namespace cannot create device nodes, so OCI runtimes bind mount those of the node. If one is a standard stream,
+they change its owner to the container's root. A volume can have them too, such as /dev/null to mask a file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DEFAULT_NODES = {
     os.makedev(1, 9): "urandom",
     os.makedev(5, 0): "tty",
 }
-"""Those of every container by their numbers."""
+"""The devices of every container, by number."""
 
 _KINDS = {"b": stat.S_IFBLK, "c": stat.S_IFCHR, "u": stat.S_IFCHR, "p": stat.S_IFIFO}
 _OPTIONS = ("bind", "nosuid")
@@ -36,7 +36,7 @@ Mappings = tuple[Sequence[config.IDMapping], Sequence[config.IDMapping]]
 
 @dataclass(frozen=True, slots=True)
 class PrivateNode:
-    """One node: where it is in the folder, what it is, and its uid and gid on the host; ``path`` is for errors."""
+    """One node: its place in the folder, its kind, and its uid and gid on the host. ``path`` is for errors."""
 
     place: str
     path: str
@@ -49,7 +49,7 @@ class PrivateNode:
 class PrivateDevices:
     """The files to make in ``folder``: the nodes and, if a ``root`` (uid and gid on the host) owns it, ``dev``.
 
-    ``label`` is the SELinux label of all of it.
+    ``label`` is the SELinux label of all of them.
     """
 
     folder: Path
@@ -72,12 +72,12 @@ def prepare(
     folders: Mapping[str, str],
     label: str,
 ) -> tuple[PrivateDevices | None, list[config.Mount]]:
-    """The files to make beside ``rootfs``, and their mounts; their devices are removed from ``linux``.
+    """The files to make beside ``rootfs``, and their mounts. Their devices are removed from ``linux``.
 
-    With a user namespace that is /dev, unless the node's is mounted there, and all devices. The nodes keep their owners
-    of the host, which are not mapped inside; those ``described`` (of CDI) get the ids of their description, which are
-    the container's. Default nodes in volumes are always replaced: each mount gets a separate one. ``folders`` maps a
-    source that is still to be bound to where its content is now.
+    With a user namespace these are /dev, unless the node's is mounted there, and all devices. The nodes keep their
+    owners of the host, which are not mapped inside. Those ``described`` (by CDI) get the ids of their description,
+    which are ids of the container. Default nodes in volumes are always replaced: each mount gets a separate one.
+    ``folders`` maps a source that is bind mounted later to the present folder of its content.
     """
     folder = devices_folder(rootfs)
     nodes: list[PrivateNode] = []
@@ -95,7 +95,7 @@ def prepare(
 
 
 def _with_own_source(mount: config.Mount, source: str, folder: Path, nodes: list[PrivateNode]) -> config.Mount:
-    """``mount``, or the same of a node that is added where ``source`` is one of the default nodes."""
+    """``mount``, or a mount of an added node if ``source`` is one of the default nodes."""
     if mount.type != "bind":
         return mount
     try:
@@ -116,7 +116,7 @@ def _default_node(place: str, path: str, device: int) -> PrivateNode:
 def _add_node(
     device: config.Device, described: bool, mappings: Mappings, folder: Path, nodes: list[PrivateNode]
 ) -> config.Mount | None:
-    """Add the node of a device; the mount that shows it where that is not in /dev."""
+    """Add the node of a device. Returns its mount if the path is not in /dev."""
     inside = device.path.startswith("/dev/")
     place = device.path.lstrip("/") if inside else f"others/{len(nodes)}"
     owner = (device.uid or 0, device.gid or 0)
@@ -131,13 +131,13 @@ def _add_node(
 
 
 def devices_folder(rootfs: Path) -> Path:
-    """Where the devices of the container with root ``rootfs`` are made."""
+    """The folder in which the devices of the container with root ``rootfs`` are made."""
     return rootfs.with_name("devices")
 
 
 def _on_host(inside: int, mappings: Iterable[config.IDMapping]) -> int:
-    """The host's id of an id inside; for one that is not mapped, that of the host's root, which is not
-    mapped either.
+    """The host's id of an id inside. For an id that is not mapped, the id of the host's root, which is not mapped
+    either.
     """
     for mapping in mappings:
         if mapping.container_id <= inside < mapping.container_id + mapping.size:

@@ -1,4 +1,4 @@
-"""Mounts in bidirectional volumes, which appear on the node too."""
+"""Mounts in bidirectional volumes, which also appear on the node."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SHARED = frozenset(("shared", "rshared"))
 
 
 def targets_on_node(mounts: Sequence[config.Mount]) -> list[str]:
-    """Where mounts of a container appear on the node, as they are directly in a volume that shares its mounts."""
+    """Where mounts of a container appear on the node because they are directly in a volume that shares its mounts."""
     by_place = {mount.destination: mount for mount in mounts}
     found: list[str] = []
     for destination in by_place:
@@ -20,10 +20,10 @@ def targets_on_node(mounts: Sequence[config.Mount]) -> list[str]:
     return found
 
 
-def without_shared(mounts: list[config.Mount], own: Iterable[config.Mount]) -> list[config.Mount]:
-    """``mounts`` without those files of the agent (``own``) that would appear on the node.
+def without_shared_mounts(mounts: list[config.Mount], own: Iterable[config.Mount]) -> list[config.Mount]:
+    """``mounts`` without the files of the agent (``own``) that would appear on the node.
 
-    In a bidirectional volume the pod's resolv.conf would be on the node's.
+    In a bidirectional volume the pod's resolv.conf would be mounted on the node's.
     """
     by_place = {mount.destination: mount for mount in mounts}
     sources = {mount.source for mount in own if mount.type == "bind"}

@@ -1,4 +1,4 @@
-"""Copying what an image has at a VOLUME: by open folders, with holes and hard links kept, within limits."""
+"""Copies the image's content of a VOLUME by open folders, with holes and hard links, within limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NoReturn
 from host.errors import InvalidArgumentError, LimitError
 from host.files.file_tree import FolderStack, open_below
 
-_CHUNK = 16 << 20  # bytes between two looks at whether the call was given up
+_CHUNK = 16 << 20  # bytes between two checks whether the call was cancelled
 _PIECE = 1 << 20  # where the kernel has no copy call
 _MOST_LINKS = 100_000  # files with several names that are remembered; others are copied once per name
 _LONGEST_PATH = 4000
@@ -23,17 +23,17 @@ _ATTRIBUTES = ("security.capability", "system.posix_acl_access", "system.posix_a
 
 @dataclass(frozen=True, slots=True)
 class CopyLimits:
-    """The most that all VOLUMEs of a container together may hold: bytes of data (without holes), and entries."""
+    """The limits for all VOLUMEs of a container together: bytes of data (without holes), and entries."""
 
     max_bytes: int
     max_entries: int
 
 
 class VolumeCopier:
-    """Copies trees. Owners, modes, times and the attributes that mean something in a container are kept.
+    """Copies trees. Owners, modes, times and the attributes with a meaning in a container are kept.
 
-    ``check`` is called in between and may raise to end the copying. Nothing is ever opened that is no regular file or
-    folder: device nodes, fifos and sockets are made again.
+    ``check`` is called regularly and may raise to end the copying. Only regular files and folders are ever opened.
+    Device nodes, fifos and sockets are created again.
     """
 
     def __init__(self, limits: CopyLimits, check: Callable[[], None]) -> None:
@@ -44,9 +44,9 @@ class VolumeCopier:
         self._links: dict[tuple[int, int], str] = {}
 
     def copy(self, source: int, target: int, subject: str) -> None:
-        """Copy what is in the open folder ``source``, with the folder's own attributes, into the empty ``target``.
+        """Copy the content and the attributes of the open folder ``source`` to the empty ``target``.
 
-        Raises LimitError over the limits or on a full disk, naming ``subject``, and OSError.
+        Raises LimitError, with ``subject``, if a limit is exceeded or the disk is full, and OSError.
         """
         self._links.clear()
         try:
@@ -77,7 +77,7 @@ class VolumeCopier:
                 raise InvalidArgumentError(f"{subject} changed while it was copied")
 
     def _copy_folder(self, source: int, target: int, path: list[str], root: int, subject: str) -> list[str]:
-        """Copy all in a folder but the content of folders; returns their names."""
+        """Copy everything in a folder except the content of folders. Returns their names."""
         folders = []
         with os.scandir(source) as entries:
             for entry in entries:
@@ -94,7 +94,7 @@ class VolumeCopier:
         return folders
 
     def _link(self, name: str, status: os.stat_result, target: int, path: list[str], root: int) -> bool:
-        """Give a file that was copied under another name this one too; False if it was not, or is not remembered."""
+        """Add this name to a file that was copied under another name. False if it was not, or is not remembered."""
         identity = (status.st_dev, status.st_ino)
         known = self._links.get(identity)
         if known is not None:
@@ -139,7 +139,7 @@ class VolumeCopier:
             try:
                 begin = os.lseek(source, end, os.SEEK_DATA)
             except OSError as error:
-                if error.errno == errno.ENXIO:  # nothing but a hole is left
+                if error.errno == errno.ENXIO:  # only a hole is left
                     return
                 raise
             end = min(os.lseek(source, begin, os.SEEK_HOLE), size)
@@ -154,12 +154,12 @@ class VolumeCopier:
             self._check()
             copied = _copy_some(source, target, offset, min(_CHUNK, end - offset))
             if not copied:
-                return  # it was cut shorter meanwhile
+                return  # it became shorter meanwhile
             offset += copied
 
     def _refuse(self, subject: str, what: str, option: str) -> NoReturn:
         raise LimitError(
-            f"{subject}: the VOLUMEs of the image hold more than {what}, which is the most that is copied for a "
+            f"{subject}: the VOLUMEs of the image have more than {what}, which is the limit for copying to a "
             f"container (runtime.{option}): mount a volume there, or raise the limit"
         )
 
@@ -180,7 +180,7 @@ def _copy_some(source: int, target: int, offset: int, size: int) -> int:
 def _copy_attributes(source: int, target: int) -> None:
     status = os.fstat(source)
     os.fchown(target, status.st_uid, status.st_gid)
-    os.fchmod(target, stat.S_IMODE(status.st_mode))  # after chown, which takes set-id bits and capabilities away
+    os.fchmod(target, stat.S_IMODE(status.st_mode))  # after chown, which clears set-id bits and capabilities
     for name in _listed(source):
         if name in _ATTRIBUTES or name.startswith("user."):
             try:

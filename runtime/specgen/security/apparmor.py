@@ -1,4 +1,4 @@
-"""The node's own AppArmor profile, used for RuntimeDefault: loaded at start if the host has AppArmor."""
+"""The node's own AppArmor profile, used for RuntimeDefault. It is loaded at the start if the host has AppArmor."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _log = logging.getLogger("podkeel.apparmor")
 
 
 async def load_default_profile(facts: NodeFacts) -> str:
-    """Load the profile, or replace the one of an earlier version, and return its name; empty without AppArmor.
+    """Load the profile, or replace that of an earlier version. Returns its name; empty without AppArmor.
 
-    Where AppArmor is on but the profile cannot be loaded, that is logged and RuntimeDefault stays unconfined, as on a
+    If AppArmor is enabled but the profile cannot be loaded, this is logged and RuntimeDefault stays unconfined, as on a
     host without AppArmor: a node must be able to run the pods that repair it.
     """
     if not facts.apparmor_enabled:
@@ -43,11 +43,11 @@ async def load_default_profile(facts: NodeFacts) -> str:
 
 
 def default_profile() -> str:
-    """The profile's text for this host: it allows signals from an agent that is itself confined."""
+    """The profile's text for this host. It allows signals from an agent that is itself confined."""
     label = _own_label()
     return Template(_TEMPLATE.read_text()).substitute(
         name=DEFAULT_NAME,
-        # The rules are those of AppArmor 3.0; without saying so newer kernels would ask for more kinds of rules.
+        # The rules are those of AppArmor 3.0. Without this line newer kernels would require more kinds of rules.
         abi="abi <abi/3.0>," if _ABI.exists() else "",
         agent="" if label == "unconfined" else f'  signal (receive) peer="{label}",\n',
     )

@@ -29,11 +29,11 @@ _APPARMOR_LOADED = "/sys/kernel/security/apparmor/profiles"
 
 
 def masked_and_readonly_paths(config: cri_pb2.ContainerConfig) -> tuple[list[str], list[str]]:
-    """The paths to hide and those to make read-only.
+    """The paths to mask and those to make read-only.
 
-    kubelet always sends its lists, also empty ones for an unmasked procMount, and in the protocol an empty list looks
-    like an absent one. So the lists of a security context are used as they are, as containerd does. Only a container
-    without any security context gets the default lists, and a privileged one never has any.
+    kubelet always sends its lists, also empty ones for an unmasked procMount. In the protocol an empty list looks like
+    a missing one. So the lists of a security context are used as they are, as containerd does. Only a container without
+    any security context gets the default lists, and a privileged one never has any.
     """
     if not config.linux.HasField("security_context"):
         return list(MASKED_PATHS), list(READONLY_PATHS)
@@ -48,11 +48,10 @@ def masked_and_readonly_paths(config: cri_pb2.ContainerConfig) -> tuple[list[str
 
 
 def apparmor_profile(context: cri_pb2.LinuxContainerSecurityContext, node: NodeFacts, *, default: str) -> str:
-    """The name of the AppArmor profile to confine the process with, or empty. The new field has precedence over the old
-    string.
+    """The name of the AppArmor profile for the process, or empty. The new field has precedence over the old string.
 
-    ``default`` is the node's own profile, used for RuntimeDefault and by default; it is skipped where the host has no
-    AppArmor. Raises InvalidArgumentError for a profile of the host's that is not loaded.
+    ``default`` is the node's own profile, used for RuntimeDefault and if nothing is set. It is ignored on a host
+    without AppArmor. Raises InvalidArgumentError for a profile of the host that is not loaded.
     """
     if context.privileged:
         return ""

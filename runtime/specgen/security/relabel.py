@@ -1,4 +1,4 @@
-"""Giving files the SELinux label of the container that is to use them."""
+"""Sets the SELinux label of a container on the files that it uses."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ATTRIBUTE = "security.selinux"
 def relabel_all(
     relabels: Iterable[Relabel], attribute: str = ATTRIBUTE, check: Callable[[], None] = lambda: None
 ) -> int:
-    """Give files their labels, following no link; blocks as long as the trees are large. Returns how many changed.
+    """Set the labels of files, without following links. Blocks for large trees. Returns how many changed.
 
-    Their paths must be resolved: one with a symbolic link in it is refused. Files that have the label are not changed,
-    and files that are deleted meanwhile are skipped. A file system without labels (as NFS) has one for all its files,
-    set when it is mounted. ``check`` is called before each file and may raise. Raises InvalidArgumentError for what
-    cannot be labelled otherwise.
+    The paths must be resolved: one with a symbolic link is refused. Files that have the label are not changed, and
+    files that are deleted meanwhile are skipped. A file system without labels (such as NFS) has one for all its files,
+    set when it is mounted. ``check`` is called before each file and may raise. Raises InvalidArgumentError for files
+    that cannot be labelled for another reason.
     """
     changed = 0
     for wanted in relabels:
@@ -39,7 +39,7 @@ def relabel_all(
 
 
 def _relabel(root: str, label: bytes, attribute: str, check: Callable[[], None]) -> int:
-    # Containers may change the tree meanwhile: each file is reached from an open folder and by its own name alone.
+    # Containers may change the tree meanwhile: each file is reached only by its name in an open folder.
     descriptor = os.open(root, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         own = f"/proc/self/fd/{descriptor}"
@@ -64,7 +64,7 @@ def _relabel(root: str, label: bytes, attribute: str, check: Callable[[], None])
         os.close(folder)
     if walk.left_out:
         raise InvalidArgumentError(
-            f"{root} could not be relabelled as a whole: it holds too many folders, or they were moved"
+            f"{root} could not be relabelled completely: it has too many folders, or they were moved"
         )
     return changed
 

@@ -1,8 +1,8 @@
-"""Seccomp: from a profile with conditions to the plain filter of one container.
+"""Seccomp: makes the filter of one container from a profile with conditions.
 
-A profile is JSON in the form container engines share: OCI's ``linux.seccomp`` with, optionally, ``archMap`` and per
-rule ``comment``, ``includes`` and ``excludes`` (``caps``, ``arches``, ``minKernel``). Each profile is read and compiled
-once per set of capabilities and kept encoded.
+A profile is JSON in the form that container engines share: OCI's ``linux.seccomp`` with, optionally, ``archMap`` and
+for each rule ``comment``, ``includes`` and ``excludes`` (``caps``, ``arches``, ``minKernel``). Each profile is read and
+compiled once per set of capabilities and kept encoded.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _MACHINES = {
 
 @dataclass(frozen=True)
 class Filter:
-    """One container's filter, shared by all that have the same; kept as OCI's JSON and, once asked for, as BPF."""
+    """A filter, shared by all containers with the same one. It is kept as OCI's JSON and, once requested, as BPF."""
 
     profile: Profile
     encoded: msgspec.Raw
 
     @cached_property
     def bpf(self) -> str | None:
-        """The compiled filter in base64; None where compiling is left to the OCI runtime."""
+        """The compiled filter in base64; None if the OCI runtime compiles it."""
         compiled = compile_bpf(self.profile)
         return None if compiled is None else base64.b64encode(compiled).decode()
 
@@ -60,8 +60,8 @@ def seccomp(
 ) -> Filter | None:
     """The filter for a container with the ``permitted`` capabilities; None for unconfined.
 
-    Neither the field nor the deprecated path given means unconfined, and so does privileged. Raises
-    InvalidArgumentError for a profile that is missing or is no profile.
+    If neither the field nor the deprecated path is set, or the container is privileged, it is unconfined. Raises
+    InvalidArgumentError for a profile that is missing or invalid.
     """
     if context.privileged:
         return None
@@ -99,7 +99,7 @@ def _profile_path(context: cri_pb2.LinuxContainerSecurityContext, default_profil
     reference = reference.removeprefix("localhost/")
     if not reference.startswith("/"):
         raise InvalidArgumentError(
-            f"seccomp: localhost_ref {reference!r} is not absolute: give the profile's full path on this node"
+            f"seccomp: localhost_ref {reference!r} is not absolute: use the profile's full path on this node"
         )
     return Path(reference)
 
@@ -123,7 +123,7 @@ def _compiled(
 
 
 def compile_profile(profile: Profile, permitted: frozenset[str], machine: str, kernel: tuple[int, int]) -> Profile:
-    """The profile with its conditions decided and rules of one effect joined, ready for an OCI runtime."""
+    """The profile with its conditions evaluated and rules of the same action joined, for an OCI runtime."""
     native, short = _MACHINES.get(machine, ("", machine))
     architectures = profile.architectures
     if profile.arch_map is not None:

@@ -1,6 +1,6 @@
-"""Compiling a seccomp profile to the kernel's own form (BPF), once for many containers.
+"""Compiles a seccomp profile to the kernel's own form (BPF), once for many containers.
 
-An OCI runtime that is given a profile compiles it for every container, which costs it more than all else it does.
+An OCI runtime that gets a profile compiles it for every container, which takes longer than everything else it does.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ _OPERATORS = {
 
 
 def compile_bpf(profile: Profile) -> bytes | None:
-    """The filter for seccomp(2) that a decided ``profile`` means.
+    """The filter for seccomp(2) for a ``profile`` whose conditions are evaluated.
 
-    None where that is left to the OCI runtime: the profile uses flags or a listener, or libseccomp is missing or
-    cannot do what it says.
+    None if the OCI runtime must compile it: the profile uses flags or a listener, or libseccomp is missing or does not
+    support it.
     """
     actions = {rule.action for rule in profile.syscalls or ()} | {profile.default_action}
     if profile.flags or profile.listener_path or not actions <= _ACTIONS.keys():
@@ -71,7 +71,7 @@ def _rules(profile: Profile) -> Iterator[FilterRule]:
 
 
 def _alternatives(arguments: Sequence[Argument]) -> list[Sequence[Argument]]:
-    """Conditions that hold together; several on one argument are alternatives, as the OCI runtimes read them."""
+    """Conditions that must hold together. Several on one argument are alternatives, as the OCI runtimes read them."""
     if len({argument.index for argument in arguments}) == len(arguments):
         return [arguments]
     return [[argument] for argument in arguments]

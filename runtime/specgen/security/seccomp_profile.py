@@ -1,4 +1,4 @@
-"""The form of a seccomp profile as container engines share it: OCI's ``linux.seccomp`` with conditions."""
+"""The form of a seccomp profile that container engines share: OCI's ``linux.seccomp`` with conditions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ErrorNumber = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class _Struct(msgspec.Struct, omit_defaults=True, rename="camel"):
-    """The base of all structs here: camelCase names, and defaults are not written."""
+    """The base of all structs here: names are camelCase, and default values are not written."""
 
 
 class Argument(_Struct):
@@ -48,7 +48,7 @@ class Argument(_Struct):
 
 
 class Condition(_Struct):
-    """When a rule applies (``includes``) or does not (``excludes``)."""
+    """When a rule applies (``includes``) or does not apply (``excludes``)."""
 
     caps: list[str] = []
     arches: list[str] = []
@@ -59,7 +59,7 @@ ALWAYS = Condition()
 
 
 class Rule(_Struct):
-    """The action for some system calls; ``comment`` says why."""
+    """The action for some system calls. ``comment`` has the reason."""
 
     names: list[str]
     action: Action
@@ -71,14 +71,14 @@ class Rule(_Struct):
 
 
 class Architecture(_Struct):
-    """An architecture and those whose system calls its kernel also takes."""
+    """An architecture, and those whose system calls its kernel also accepts."""
 
     architecture: str
     sub_architectures: list[str] | None = None
 
 
 class Profile(_Struct):
-    """A whole profile as it is stored."""
+    """A complete profile in its stored form."""
 
     default_action: Action
     default_errno_ret: ErrorNumber | None = None

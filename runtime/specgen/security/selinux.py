@@ -1,4 +1,4 @@
-"""SELinux labels of a container's processes and files, and which files are to get them."""
+"""The SELinux labels of a container's processes and files, and the files that get them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LEVEL = re.compile(r"s\d+(-s\d+)?(:c\d+([.,]c\d+)*)?(-s\d+(:c\d+([.,]c\d+)*)?)?
 
 @dataclass(frozen=True, slots=True)
 class SelinuxLabels:
-    """Labels of the process and of its files; both empty where SELinux does not apply."""
+    """The labels of the process and of its files. Both are empty if SELinux does not apply."""
 
     process: str = ""
     mount: str = ""
@@ -26,7 +26,7 @@ class SelinuxLabels:
 
 @dataclass(frozen=True, slots=True)
 class Relabel:
-    """``path`` on the host, with all below it if it is a folder, is to get ``label`` before the container is made."""
+    """``path`` on the host, with everything in it, gets ``label`` before the container is created."""
 
     path: str
     label: str
@@ -35,7 +35,7 @@ class Relabel:
 def container_labels(
     config: cri_pb2.ContainerConfig, sandbox: cri_pb2.PodSandboxConfig, node: NodeFacts, *, level: str
 ) -> SelinuxLabels:
-    """The labels of a container: by its own options or, where it has none, by the pod's; ``level`` is the pod's own.
+    """The labels of a container: by its own options, else by the pod's. ``level`` is the pod's own level.
 
     Raises InvalidArgumentError for invalid options, with or without SELinux on the node.
     """
@@ -48,7 +48,7 @@ def container_labels(
 def selinux_labels(
     options: cri_pb2.SELinuxOption, node: NodeFacts, *, privileged: bool = False, level: str = ""
 ) -> SelinuxLabels:
-    """The labels for ``options``, each part left out completed; ``level`` is the pod's own.
+    """The labels for ``options``. Missing parts are completed. ``level`` is the pod's own level.
 
     The given parts are always checked; the kernel checks the whole label if it has a policy. Without SELinux on the
     node, or for privileged containers, there are no labels.
@@ -57,7 +57,7 @@ def selinux_labels(
         if word and not _WORD.fullmatch(word):
             raise InvalidArgumentError(f"selinux_options: {field} {word!r} is not a part of an SELinux label")
     if options.level and not _LEVEL.fullmatch(options.level):
-        raise InvalidArgumentError(f"selinux_options: level {options.level!r} is not of the form s0:c1,c2")
+        raise InvalidArgumentError(f"selinux_options: level {options.level!r} does not have the form s0:c1,c2")
     if privileged or not node.selinux_enabled:
         return SelinuxLabels()
     user, role, kind = options.user or "system_u", options.role or "system_r", options.type or "container_t"

@@ -81,7 +81,7 @@ def test_only_from_the_folders_that_are_allowed(its_agent: AgentProcess, allowed
     refused(its_agent, allowed / "folder" / outside.name, invalid, "cannot be opened")
     refused(its_agent, allowed / "missing.tar", grpc.StatusCode.NOT_FOUND, "does not exist")
     refused(its_agent, "/missing/it.tar", grpc.StatusCode.NOT_FOUND, "does not exist")
-    refused(its_agent, allowed, invalid, "no regular file")
+    refused(its_agent, allowed, invalid, "not a regular file")
 
 
 def test_only_files_that_root_alone_writes(its_agent: AgentProcess, allowed: Path) -> None:
@@ -99,7 +99,7 @@ def test_only_files_that_root_alone_writes(its_agent: AgentProcess, allowed: Pat
     refused(its_agent, archive, grpc.StatusCode.RESOURCE_EXHAUSTED, "images.max_layer_bytes")
     archive.unlink()
     os.mkfifo(archive)
-    refused(its_agent, archive, invalid, "no regular file")
+    refused(its_agent, archive, invalid, "not a regular file")
     archive.unlink()
     assert its_agent.client.findings() == []
 

@@ -277,7 +277,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "parent-link": (lambda place: _to_link(place / "containers"), "a link"),
     "images-link": (lambda place: _to_link(place / "containers/0/checkpoint"), "a link"),
     "image-link": (lambda place: _to_link(place / "containers/0/checkpoint/pstree.img"), "a link"),
-    "fifo": (lambda place: os.mkfifo(place / "containers/0/checkpoint/pages-9.img"), "no regular file"),
+    "fifo": (lambda place: os.mkfifo(place / "containers/0/checkpoint/pages-9.img"), "not a regular file"),
     "odd-name": (lambda place: (place / "containers/0/checkpoint/.hidden").touch(), "'.hidden'"),
     "no-images": (lambda place: shutil.rmtree(place / "containers/0/checkpoint"), "has no checkpoint"),
     "cut": (lambda place: _cut(next((place / "containers/0/checkpoint").glob("core-*.img"))), "core-"),

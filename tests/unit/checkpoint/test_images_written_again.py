@@ -66,10 +66,10 @@ DISK = node(tarfile.BLKTYPE, 8, 0, "./disk")
     [
         (packed(DISK), "8:0"),
         (packed(node(tarfile.CHRTYPE, 1, 1, "null")), "1:1"),
-        (packed(("../../etc/x", b"")), "leads out"),
-        (packed(("/etc/x", b"")), "leads out"),
-        (packed(node(tarfile.LNKTYPE, link="../../etc/shadow")), "leads out"),
-        (packed(node(tarfile.SYMTYPE, name="./a", link="/etc"), ("./a/passwd", b"")), "leads out"),
+        (packed(("../../etc/x", b"")), "leaves the file system"),
+        (packed(("/etc/x", b"")), "leaves the file system"),
+        (packed(node(tarfile.LNKTYPE, link="../../etc/shadow")), "leaves the file system"),
+        (packed(node(tarfile.SYMTYPE, name="./a", link="/etc"), ("./a/passwd", b"")), "leaves the file system"),
         (packed(end=b"") + packed(DISK), "8:0"),  # in a second stream, which gunzip reads too
         (packed(("f", b"x"))[:-20], "broken"),
         (b"no gzip", "broken"),

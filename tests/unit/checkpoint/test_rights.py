@@ -148,9 +148,9 @@ HOSTILE: dict[str, tuple[Callable[[Images], None], str]] = {
     "whole hierarchy": (_add("mounts", criu.Mount(fstype=12, mountpoint="/cgroup/memory", flags=1)), "/cgroup/memory"),
     "writable hierarchy": (
         _add("mounts", criu.Mount(fstype=12, mountpoint="/cgroup/cpu", flags=2, ext_key="/cgroup/cpu")),
-        "without 'ro'",
+        "does not have 'ro'",
     ),
-    "writable volume": (_set("mounts.4.flags", 0), "the mount at /data is without 'ro'"),
+    "writable volume": (_set("mounts.4.flags", 0), "the mount at /data does not have 'ro'"),
     "shared with the node": (_set("mounts.4.shared_id", 7), "shared with the node"),
     "follows the node": (_set("mounts.1.master_id", 7), "shared with the node"),
     "own network": (lambda images: images.network.ClearField("ext_key"), "network namespace"),

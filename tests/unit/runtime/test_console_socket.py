@@ -36,12 +36,12 @@ def test_the_master_of_a_terminal_is_taken(console: ConsoleSocket, sender: socke
 
 
 def test_who_connects_and_sends_nothing_is_not_waited_for(console: ConsoleSocket, sender: socket.socket) -> None:
-    with pytest.raises(PodkeelError, match="no terminal"):
+    with pytest.raises(PodkeelError, match="not pass a terminal"):
         console.terminal()
 
 
 def test_nobody_there(console: ConsoleSocket) -> None:
-    with pytest.raises(PodkeelError, match="no terminal"):
+    with pytest.raises(PodkeelError, match="not pass a terminal"):
         console.terminal()
 
 

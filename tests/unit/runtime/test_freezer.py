@@ -33,7 +33,7 @@ def test_version_2_by_itself_and_from_above(tmp_path: Path) -> None:
     (pod / "cgroup.freeze").write_text("1\n")
     tree.thaw("/pod/scope/container")
     assert (pod / "cgroup.freeze").read_text() == "1\n"
-    assert tree.holding_frozen("/pod/scope/container") is None  # SIGKILL ends them there
+    assert tree.frozen_holder("/pod/scope/container") is None  # SIGKILL ends them there
 
 
 @pytest.mark.parametrize("state", ["FROZEN", "FREEZING"])
@@ -46,5 +46,5 @@ def test_version_1_names_what_holds_the_dying(tmp_path: Path, state: str) -> Non
     tree.thaw("/pod/container")
     assert (nested / "freezer.state").read_text().strip().startswith("THAWED")
     assert (inner / "freezer.state").read_text().strip() == state
-    assert tree.holding_frozen("/pod/container") == str(tmp_path / "pod")
-    assert tree.holding_frozen("/gone") is None
+    assert tree.frozen_holder("/pod/container") == str(tmp_path / "pod")
+    assert tree.frozen_holder("/gone") is None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from host.errors import PodkeelError
-from runtime.namespaces.pinned import remove_whatever
+from runtime.namespaces.pinned import remove_path
 
 
 def test_a_file_that_appears_while_its_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +24,7 @@ def test_a_file_that_appears_while_its_folder_is_removed(tmp_path: Path, monkeyp
         rmdir(name, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "rmdir", rmdir_too_late)
-    remove_whatever(folder)
+    remove_path(folder)
     assert not appearing
     assert not folder.exists()
 
@@ -38,4 +38,4 @@ def test_one_that_cannot_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "rmdir", refuse)
     with pytest.raises(PodkeelError, match="pod: Directory not empty"):
-        remove_whatever(folder)
+        remove_path(folder)

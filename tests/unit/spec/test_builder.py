@@ -111,7 +111,7 @@ def test_a_scope_is_told_what_systemd_would_else_decide(tmp_path: Path) -> None:
 def test_errors_name_container_and_field(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError) as failed:
         build(request(tmp_path, config=secured(run_as_group={"value": 5})))
-    assert str(failed.value).startswith("container 'app' of pod default/pod: run_as_group 5 is given without a user: ")
+    assert str(failed.value).startswith("container 'app' of pod default/pod: run_as_group 5 is set without a user: ")
 
 
 def test_a_privileged_container_needs_a_privileged_pod(tmp_path: Path) -> None:

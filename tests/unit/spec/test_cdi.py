@@ -117,7 +117,7 @@ def test_files_that_are_wrong_concern_only_their_devices(tmp_path: Path, folders
 
 @pytest.mark.parametrize("name", ["gpu", "vendor.com/gpu", "vendor.com/gpu=", "vendor.com/gpu=a=b", "/gpu=0", ""])
 def test_names_refused(tmp_path: Path, folders: list[Path], name: str) -> None:
-    with pytest.raises(InvalidArgumentError, match="not named as"):
+    with pytest.raises(InvalidArgumentError, match="not have the form"):
         _build(tmp_path, folders, name)
 
 
@@ -135,7 +135,7 @@ def test_two_descriptions_in_one_folder(tmp_path: Path, folders: list[Path]) -> 
         ({"netDevices": [{"hostInterfaceName": "x", "name": "y"}]}, UnsupportedError, "netDevices"),
         ({"deviceNodes": [{"path": "/dev/none-such"}]}, InvalidArgumentError, "No such file"),
         ({"deviceNodes": [{"path": "dev/x", "hostPath": "/dev/null"}]}, InvalidArgumentError, "not absolute"),
-        ({"deviceNodes": [{"path": "/etc/passwd"}]}, InvalidArgumentError, "is no device"),
+        ({"deviceNodes": [{"path": "/etc/passwd"}]}, InvalidArgumentError, "is not a device"),
         ({"deviceNodes": [{"path": "/dev/null", "permissions": "x"}]}, InvalidArgumentError, "permissions"),
         ({"hooks": [{"hookName": "poststop", "path": "hook"}]}, InvalidArgumentError, "absolute"),
         ({"mounts": [{"hostPath": "/a", "containerPath": "/../b"}]}, InvalidArgumentError, "without"),

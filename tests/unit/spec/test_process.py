@@ -30,7 +30,7 @@ def test_command_line(
     assert command_line(container(command=command, args=args), image) == expected
 
 
-@pytest.mark.parametrize(("command", "reason"), [([], "nothing to run"), ([""], "nothing to run"), (["a\0b"], "NUL")])
+@pytest.mark.parametrize(("command", "reason"), [([], "no command"), ([""], "no command"), (["a\0b"], "NUL")])
 def test_command_line_refused(command: list[str], reason: str) -> None:
     with pytest.raises(InvalidArgumentError, match=reason):
         command_line(container(command=command), Image(cmd=[]))

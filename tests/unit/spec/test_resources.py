@@ -202,8 +202,8 @@ def test_user_mappings() -> None:
 @pytest.mark.parametrize(
     ("mode", "uids", "gids", "reason"),
     [
-        ("CONTAINER", [(0, 1, 1)], [(0, 1, 1)], "CONTAINER is not possible"),
-        ("TARGET", [(0, 1, 1)], [(0, 1, 1)], "TARGET is not possible"),
+        ("CONTAINER", [(0, 1, 1)], [(0, 1, 1)], "CONTAINER is invalid"),
+        ("TARGET", [(0, 1, 1)], [(0, 1, 1)], "TARGET is invalid"),
         ("POD", [], [(0, 1, 1)], "uids: id 0 is not mapped"),
         ("POD", [(0, 1, 1)], [], "gids: id 0 is not mapped"),
         ("POD", [(1, 1, 1)], [(0, 1, 1)], "uids: id 0 is not mapped"),
@@ -240,7 +240,7 @@ def test_devices() -> None:
         ({"host_path": "/dev/null", "permissions": "rx"}, "permissions 'rx'"),
         ({"host_path": "/dev/null", "permissions": "rr"}, "permissions 'rr'"),
         ({"host_path": "/dev/null", "container_path": "x"}, "container_path 'x'"),
-        ({"host_path": "/dev/null", "container_path": "/dev/../x"}, "holds '..'"),
+        ({"host_path": "/dev/null", "container_path": "/dev/../x"}, "has '..'"),
         ({"host_path": "/dev/no-such-device"}, "No such file"),
         ({"host_path": "/etc/passwd"}, "neither a device nor a folder"),
     ],

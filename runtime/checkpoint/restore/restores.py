@@ -85,7 +85,7 @@ class Restores:
                     return image
         if not dump.rootfs_image_name:
             raise InvalidArgumentError("the checkpoint does not name the image of its container")
-        image = await self._images.puller.pull(told.rootfs_image_name)
+        image = await self._images.puller.pull(dump.rootfs_image_name)
         if await self._layer_of(image) is not None:
             raise InvalidArgumentError("the checkpoint names another checkpoint as the image of its container")
         return image

@@ -106,7 +106,7 @@ def test_only_files_that_root_alone_writes(its_agent: AgentProcess, allowed: Pat
 
 def test_archives_are_checked_as_others_are(its_agent: AgentProcess, allowed: Path) -> None:
     invalid = grpc.StatusCode.INVALID_ARGUMENT
-    refused(its_agent, made_up(allowed, {"../../etc/evil": b"it"}), invalid, "leads out")
+    refused(its_agent, made_up(allowed, {"../../etc/evil": b"it"}), invalid, "a name that leaves the archive")
     refused(its_agent, made_up(allowed, {"checkpoint/inventory.img": None}), invalid, "not a checkpoint of a container")
     refused(its_agent, made_up(allowed, machine=5), invalid, "was made on s390x")
     assert its_agent.client.call("ListContainers", cri_pb2.ListContainersRequest()).containers == []

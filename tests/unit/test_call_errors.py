@@ -10,7 +10,7 @@ from cri.errors import MESSAGE_LIMIT, status_of
 from host.errors import LimitError
 
 
-def test_a_message_can_be_sent_whatever_it_quotes() -> None:
+def test_a_message_can_be_sent_with_any_quoted_bytes() -> None:
     name = b"\xff.txt".decode(errors="surrogateescape")
     code, message = status_of(LimitError(f"layer: {name} is too large"))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -62,7 +62,7 @@ def test_one_trouble_of_many_objects_passes_three_hundred_times_a_minute(lines: 
     assert len(lines()) == 300
 
 
-def test_what_happens_is_always_told(lines: Lines) -> None:
+def test_an_event_is_always_logged(lines: Lines) -> None:
     for _ in range(500):
         LOG.info("container started")
     assert len(lines()) == 500

@@ -215,7 +215,7 @@ def _annotations(path: Path) -> Iterator[str]:
             yield from (name.id for name in ast.walk(annotation) if isinstance(name, ast.Name))
 
 
-def test_nobody_in_the_runtime_is_handed_everything() -> None:
+def test_no_class_of_the_runtime_gets_the_whole_agent() -> None:
     """Each class takes the few things that it uses; ``Agent`` alone has all and puts them together."""
     paths = modules("runtime")
     nodes = [path for path in paths for node in ast.walk(ast.parse(path.read_text())) if _is_class(node, "Node")]

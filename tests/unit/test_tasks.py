@@ -61,7 +61,7 @@ async def test_callers_of_the_same_key_share_one_run() -> None:
     assert await single.run("key", second) == "second"
 
 
-async def test_shared_work_goes_on_when_its_owner_is_cancelled() -> None:
+async def test_shared_work_continues_when_its_owner_is_cancelled() -> None:
     single, step = flights(), Step()
     owner, other = call(single.run, step), call(single.run, step)
     await step.begun.wait()
@@ -126,7 +126,7 @@ async def test_what_work_was_asked_for_is_known_while_it_can_be_joined() -> None
     assert await asking is None
 
 
-async def test_what_is_cancelled_by_key_tells_its_callers_and_cleans_up_once() -> None:
+async def test_callers_of_work_cancelled_by_key_get_an_error_and_it_cleans_up_once() -> None:
     single, step = flights(), Step()
     waiter = call(single.run, step)
     await step.begun.wait()
@@ -140,7 +140,7 @@ async def test_what_is_cancelled_by_key_tells_its_callers_and_cleans_up_once() -
         await waiter
 
 
-async def test_by_turns_the_next_one_goes_on_by_itself_when_the_owner_is_cancelled() -> None:
+async def test_by_turns_the_next_caller_starts_its_own_work_when_the_owner_is_cancelled() -> None:
     single, first, second, third = flights(), Step("first"), Step("second"), Step("third")
     calls = [call(single.by_turns, step) for step in (first, second, third)]
     await first.begun.wait()
@@ -195,7 +195,7 @@ async def test_by_turns_a_new_caller_comes_in_between() -> None:
     assert (await asyncio.gather(leaving, return_exceptions=True))[0].__class__ is asyncio.CancelledError
 
 
-async def test_by_turns_followers_that_leave_disturb_nobody_and_the_last_one_ends_the_work() -> None:
+async def test_by_turns_followers_may_leave_and_the_last_one_ends_the_work() -> None:
     single, step, never = flights(), Step(), Step()
     owner, follower = call(single.by_turns, step), call(single.by_turns, never)
     await step.begun.wait()

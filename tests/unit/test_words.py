@@ -46,6 +46,7 @@ USUAL = {
     r"lies|lie": "is in, is on, is below",
     r"lived on|lives on": "survived, keeps running",
     r"nobody|no one": "no client, no caller, no process: say who",
+    r"makes? no sense": "is invalid",
     r"none the (?:\w+)": "say what does not change",
     r"of (?:its|their|his|our|your) own": "its own, separate, a new",
     r"of yore|of old": "earlier",

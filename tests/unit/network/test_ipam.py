@@ -58,7 +58,7 @@ def test_a_clock_that_was_set_back_frees_rather_than_blocks() -> None:
     assert str(pool.allocate()) == "10.0.0.2"
 
 
-def test_rotation_goes_on_after_what_was_given_out_last() -> None:
+def test_rotation_continues_after_the_last_assigned_address() -> None:
     pool = _pool("10.0.0.0/24")
     pool.restore(ip_address("10.0.0.9"), 20.0, None)
     pool.restore(ip_address("10.0.0.5"), 30.0, None)

@@ -109,7 +109,7 @@ async def create(bench: Bench) -> Any:
     return made
 
 
-async def test_plugins_are_told_in_the_order_of_their_indices(bench: Bench, recorder: type[Recorder]) -> None:
+async def test_plugins_are_called_in_the_order_of_their_indices(bench: Bench, recorder: type[Recorder]) -> None:
     bench.runtime.pods.append(nri_pb2.PodSandbox(id="p1"))
     for index in ("50", "10", "90"):
         await bench.connect(recorder, f"plugin{index}", index)
@@ -221,7 +221,9 @@ async def test_a_plugin_updates_containers_at_any_time(bench: Bench) -> None:
     assert bench.runtime.evicted == [("old", "10-sample")]
 
 
-async def test_a_plugin_that_hangs_is_left_out_and_the_others_are_told(bench: Bench, recorder: type[Recorder]) -> None:
+async def test_a_plugin_that_hangs_is_left_out_and_the_others_are_called(
+    bench: Bench, recorder: type[Recorder]
+) -> None:
     free = threading.Event()
 
     class Slow(stub.Plugin):
@@ -251,7 +253,7 @@ async def test_an_error_that_a_plugin_answers_fails_the_operation(bench: Bench) 
     assert len(bench.adaptation.plugins) == 1
 
 
-async def test_nothing_is_made_between_what_a_plugin_is_told_and_its_first_event(
+async def test_nothing_is_created_between_a_plugins_list_and_its_first_event(
     bench: Bench, recorder: type[Recorder]
 ) -> None:
     async with bench.adaptation.sync_blocked():

@@ -27,7 +27,7 @@ from tests.support.agent import wait_for
 from tests.unit.nri.stubs import run_in_thread
 
 
-async def test_an_unexpected_error_is_logged_and_the_caller_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unexpected_error_is_logged_and_the_caller_continues(caplog: pytest.LogCaptureFixture) -> None:
     @errors_logged
     async def stopped_container() -> None:
         raise UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed")
@@ -37,7 +37,7 @@ async def test_an_unexpected_error_is_logged_and_the_caller_goes_on(caplog: pyte
     assert "nri: stopped_container: failed" in caplog.text
 
 
-async def test_what_is_told_beside_work_that_fails_is_told_all_the_same() -> None:
+async def test_a_notification_is_sent_although_the_work_beside_it_fails() -> None:
     told = []
 
     async def work() -> None:
@@ -88,7 +88,7 @@ async def hooks(container: Container) -> AsyncIterator[NriHooks]:
     await made.close()
 
 
-async def test_a_plugin_is_told_once_of_a_removal_that_was_tried_before_it_came(
+async def test_a_plugin_gets_one_event_for_a_removal_tried_before_it_connected(
     hooks: NriHooks, container: Container, tmp_path: Path
 ) -> None:
     """Recovery tries to finish removals before plugins are served; one that fails is tried again by a client."""

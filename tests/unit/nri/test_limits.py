@@ -122,7 +122,7 @@ async def test_large_messages_are_parsed_as_small_ones_are() -> None:
         await Decoder().decode(Response, empty_messages(15, 2 << 20))
 
 
-def test_a_container_that_fits_into_no_message_keeps_nobody_from_the_others() -> None:
+def test_a_container_too_large_for_a_message_does_not_hide_the_others() -> None:
     large = nri_pb2.Container(id="large", args=["x" * (4 << 20)])
     pods = [nri_pb2.PodSandbox(id="pod")]
     (request,) = split(pods, [nri_pb2.Container(id="a"), large, nri_pb2.Container(id="b")])

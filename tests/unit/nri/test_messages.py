@@ -56,7 +56,7 @@ def container(sandbox: Sandbox) -> Container:
     return Container("c1", sandbox, config, record, ContainerFolder(Path("/run/c1")))
 
 
-def test_a_pod_is_told_with_its_namespaces_addresses_and_overhead(sandbox: Sandbox) -> None:
+def test_a_pods_message_has_its_namespaces_addresses_and_overhead(sandbox: Sandbox) -> None:
     told = messages.pod(sandbox, "/kubepods/pod1")
     assert (told.id, told.name, told.namespace, told.uid, told.pid) == ("s1", "web", "shop", "u1", 0)
     assert (dict(told.labels), dict(told.annotations)) == ({"app": "web"}, {"a": "b"})
@@ -70,7 +70,7 @@ def test_a_pod_is_told_with_its_namespaces_addresses_and_overhead(sandbox: Sandb
     assert not told.linux.pod_resources.memory.HasField("limit")
 
 
-def test_a_container_is_told_with_what_peers_leave_out(container: Container) -> None:
+def test_a_containers_message_has_fields_that_other_agents_omit(container: Container) -> None:
     process = oci.Process(
         cwd="/",
         user=oci.User(uid=7, gid=8, additional_gids=[9]),
@@ -105,7 +105,7 @@ def test_a_container_is_told_with_what_peers_leave_out(container: Container) -> 
     assert (told.image.name, told.image.digest, told.image.config_digest) == ("nginx:1", "nginx@sha256:2", "sha256:1")
 
 
-def test_a_container_whose_bundle_is_gone_is_told_without_it(container: Container) -> None:
+def test_a_container_without_a_bundle_still_has_a_message(container: Container) -> None:
     container.record.state = ContainerState.EXITED
     container.record.exit_code = 137
     told = messages.container(container, None)

@@ -170,7 +170,7 @@ async def test_the_stub_gives_state_changes_of_older_agents_to_the_methods_of_th
     assert seen == [("RunPodSandboxRequest", "p", ""), ("StartContainerRequest", "p", "c")]
 
 
-async def test_a_flood_of_frames_for_nobody_closes_the_trunk(agent: Agent) -> None:
+async def test_a_flood_of_frames_for_unknown_connections_closes_the_trunk(agent: Agent) -> None:
     flood = frame(77, b"") * 5000
     await asyncio.to_thread(agent.other.sendall, flood)
     assert "frames that are empty or for unknown connections" in await agent.ended

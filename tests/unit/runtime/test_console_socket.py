@@ -40,7 +40,7 @@ def test_who_connects_and_sends_nothing_is_not_waited_for(console: ConsoleSocket
         console.terminal()
 
 
-def test_nobody_there(console: ConsoleSocket) -> None:
+def test_a_runtime_that_does_not_connect_is_an_error(console: ConsoleSocket) -> None:
     with pytest.raises(PodkeelError, match="not pass a terminal"):
         console.terminal()
 

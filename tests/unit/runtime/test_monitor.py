@@ -120,7 +120,7 @@ def test_one_that_answers_but_whose_container_cannot_be_named_is_ended(
     asyncio.run(asyncio.wait_for(body(), 60))
 
 
-def test_a_complaint_cut_within_a_character_is_told(tmp_path: Path, others: set[str]) -> None:
+def test_an_error_cut_inside_a_character_is_reported(tmp_path: Path, others: set[str]) -> None:
     async def body() -> None:
         monitor = _monitor(tmp_path, "sh", "-c", r"""printf '{"pid": -1, "message": "no caf\303"}\n' >&3""")
         with pytest.raises(RuntimeRefusedError, match="no caf"):

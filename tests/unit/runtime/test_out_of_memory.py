@@ -59,13 +59,13 @@ def test_kills_that_no_living_container_had_are_those_of_the_one_that_ended(pod:
     assert pod.sandbox.record.oom_kills == 3
 
 
-def test_kills_of_others_are_not_told_again(pod: Pod) -> None:
+def test_kills_in_other_containers_are_not_counted_twice(pod: Pod) -> None:
     pod.count("/pod", 1)
     assert pod.end(0) == 1
     assert pod.end(1) == 0
 
 
-def test_kills_from_before_the_pod_are_nobodys(pod: Pod) -> None:
+def test_kills_from_before_the_pod_are_not_attributed(pod: Pod) -> None:
     pod.count("/pod", 5)
     pod.sandbox.record.oom_kills = 5
     assert pod.end(0) == 0

@@ -132,7 +132,7 @@ async def test_what_is_removed_while_its_making_ends_takes_no_name() -> None:
     assert await names.run(a_request(hostname="h"), made) is made.sandbox
 
 
-async def test_a_making_that_fails_tells_all_its_callers_and_frees_the_name() -> None:
+async def test_all_callers_get_the_error_of_a_failed_creation_and_the_name_is_free() -> None:
     names, failing, made = pod_registrar(), Making(a_request(), PodkeelError("no network")), Making(a_request())
     calls = [call(names, a_request(), failing)]
     await failing.begun.wait()
@@ -145,7 +145,7 @@ async def test_a_making_that_fails_tells_all_its_callers_and_frees_the_name() ->
     assert await names.run(a_request(hostname="h"), made) is made.sandbox
 
 
-async def test_the_making_goes_on_without_its_first_caller() -> None:
+async def test_a_creation_continues_without_its_first_caller() -> None:
     names, making = pod_registrar(), Making(a_request())
     first = call(names, a_request(), making)
     await making.begun.wait()

@@ -29,7 +29,7 @@ def test_a_file_that_appears_while_its_folder_is_removed(tmp_path: Path, monkeyp
     assert not folder.exists()
 
 
-def test_one_that_cannot_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_removed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "pod"
     folder.mkdir()
 

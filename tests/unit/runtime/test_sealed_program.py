@@ -51,7 +51,7 @@ def test_it_runs_from_memory(sealed: SealedProgram, tmp_path: Path) -> None:
     assert _output(path) == "first word\n"
 
 
-def test_nobody_can_write_to_it(sealed: SealedProgram) -> None:
+def test_no_process_can_write_to_the_copy(sealed: SealedProgram) -> None:
     with pytest.raises(OSError, match="not permitted"), open(sealed.path(), "r+b") as copy:
         copy.write(b"x")
     with open(sealed.path(), "rb") as copy:
@@ -60,7 +60,7 @@ def test_nobody_can_write_to_it(sealed: SealedProgram) -> None:
     assert seals == fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
-def test_who_has_it_open_for_writing_keeps_it_from_being_executed_and_that_is_told(sealed: SealedProgram) -> None:
+def test_a_copy_that_is_open_for_writing_is_not_executed_and_this_is_reported(sealed: SealedProgram) -> None:
     with open(sealed.path(), "r+b"), pytest.raises(OSError, match="Text file busy"):
         sealed.path()
     assert _output(sealed.path()) == "first word\n"
@@ -90,7 +90,7 @@ def test_a_new_process_takes_over_the_path_of_an_old_one(original: Path, tmp_pat
     sealed.close()
 
 
-def test_a_copy_without_a_place_for_its_path_is_given_back(original: Path, tmp_path: Path) -> None:
+def test_a_copy_whose_link_cannot_be_made_is_closed(original: Path, tmp_path: Path) -> None:
     (tmp_path / "programs").touch()
     sealed = SealedProgram(original, tmp_path / "programs" / "copy")
     descriptors = _descriptors()

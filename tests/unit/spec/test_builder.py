@@ -95,7 +95,7 @@ def test_annotations_are_ours_and_those_allowed(tmp_path: Path) -> None:
     assert "io.kubernetes.cri.untrusted" not in spec.annotations
 
 
-def test_a_scope_is_told_what_systemd_would_else_decide(tmp_path: Path) -> None:
+def test_a_scope_gets_values_that_systemd_would_otherwise_choose(tmp_path: Path) -> None:
     def told(**fields: object) -> dict[str, str]:
         spec = build(request(tmp_path, **fields)).spec
         return {key: value for key, value in spec.annotations.items() if not key.startswith("io.kubernetes.cri.")}

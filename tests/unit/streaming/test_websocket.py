@@ -158,7 +158,7 @@ def test_unmasked_frames_break_the_protocol() -> None:
     assert link.written[:1] == b"\x88"
 
 
-def test_what_nobody_receives_holds_the_connection() -> None:
+def test_data_that_is_not_received_holds_the_connection() -> None:
     sockets, link, _ = open_sockets()
     sockets.open(0)
     for _ in range(6):

@@ -177,7 +177,7 @@ async def test_a_slow_client_gets_all(agent: AgentProcess) -> None:
         assert stdout.size == size + len("over\n")
 
 
-async def test_input_that_the_container_does_not_read_stops_nobody(agent: AgentProcess) -> None:
+async def test_input_that_the_container_does_not_read_blocks_no_other_call(agent: AgentProcess) -> None:
     container = run(agent, *TICKS, stdin=True)
     async with (
         spdy(container.attach_url("stdin stdout"), "stdin", "stdout") as (writer, ids),
@@ -192,7 +192,7 @@ async def test_input_that_the_container_does_not_read_stops_nobody(agent: AgentP
     await until(lambda: len(log_lines(log_path(container))) > lines + 4)
 
 
-async def test_an_agent_that_stops_says_so_and_the_container_goes_on(own_agent: AgentProcess) -> None:
+async def test_an_agent_that_stops_says_so_and_the_container_keeps_running(own_agent: AgentProcess) -> None:
     container = run(own_agent, *TICKS)
     async with spdy(container.attach_url(), "stdout", "stderr") as (client, ids):
         await arrives(client, ids["stdout"], b"tick")

@@ -305,7 +305,7 @@ def test_a_command_with_a_nul_is_refused(agent: AgentProcess) -> None:
     assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_command_in_a_container_that_ends_meanwhile_is_told_so(agent: AgentProcess, handler: str) -> None:
+def test_exec_in_a_container_that_ends_meanwhile_says_so(agent: AgentProcess, handler: str) -> None:
     sandbox = sandbox_config(agent)
     sandbox_id = agent.client.run_sandbox(sandbox, handler)
     for number in range(5):

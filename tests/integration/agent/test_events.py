@@ -114,7 +114,7 @@ def test_three_readers_get_every_event_in_the_same_order(agent: AgentProcess) ->
             subscriber.close()
 
 
-def test_one_that_does_not_read_is_closed_and_told_why_while_others_go_on(agent: AgentProcess) -> None:
+def test_a_client_that_does_not_read_is_closed_with_the_reason_and_others_continue(agent: AgentProcess) -> None:
     reader, stalled = Subscriber(agent), Subscriber(agent)
     dropped = metric(agent, "podkeel_event_subscribers_dropped_total")
     try:

@@ -78,7 +78,7 @@ def test_a_pod_in_the_making_shows_where_it_is_and_afterwards_where_it_failed(
     assert explain(agent, "slo") == {}
 
 
-def test_a_container_that_could_not_be_made_is_told_of_with_its_pod(agent: AgentProcess, fault: Fault) -> None:
+def test_plugins_get_the_end_of_a_container_that_could_not_be_created(agent: AgentProcess, fault: Fault) -> None:
     config = sandbox_config(agent, "half")
     sandbox_id = agent.client.run_sandbox(config)
     fault("CreateContainer.spec:after:error")

@@ -165,7 +165,7 @@ def test_stopped_conmon_does_not_keep_its_container(agent: AgentProcess, handler
     assert client.findings() == []
 
 
-def test_log_that_a_stopped_conmon_is_told_to_reopen_goes_on_with_it(agent: AgentProcess) -> None:
+def test_a_log_that_a_stopped_conmon_must_reopen_continues_with_it(agent: AgentProcess) -> None:
     client = agent.client
     sandbox = sandbox_config(agent)
     sandbox_id = client.run_sandbox(sandbox)

@@ -202,7 +202,7 @@ def test_containers_that_wait_for_their_volumes_keep_no_others_waiting(agent: Ag
         future.cancel()
 
 
-def test_a_log_folder_that_does_not_answer_keeps_nobody_else_waiting(agent: AgentProcess, silent: Silent) -> None:
+def test_a_log_folder_that_does_not_answer_delays_no_other_container(agent: AgentProcess, silent: Silent) -> None:
     sandbox = sandbox_config(agent)
     sandbox.log_directory = str(silent.path / "pod")
     sandbox_id = agent.client.run_sandbox(sandbox)

@@ -136,7 +136,7 @@ def taken(folder: Path) -> tuple[int, int]:
     return sum(status.st_blocks * 512 for status in statuses), len(statuses)
 
 
-def test_what_is_written_is_told_at_once_and_exactly(agent: AgentProcess, filesystem: Path) -> None:
+def test_written_bytes_are_reported_at_once_and_exactly(agent: AgentProcess, filesystem: Path) -> None:
     container_id = sleeper(agent)
     upper = folder_of(agent, container_id) / "upper"
     read = upper.joinpath("d").stat().st_atime_ns
@@ -159,7 +159,7 @@ def test_what_is_written_is_told_at_once_and_exactly(agent: AgentProcess, filesy
     assert (left.used_bytes.value, left.inodes_used.value) == taken(upper)
 
 
-def test_a_restarted_agent_goes_on_with_the_projects(agent: AgentProcess, quotas: ProjectQuotas) -> None:
+def test_a_restarted_agent_keeps_the_projects(agent: AgentProcess, quotas: ProjectQuotas) -> None:
     container_id = sleeper(agent)
     agent.client.output(container_id, "sh", "-c", f"head -c {MIB} /dev/zero > /d/file; sync")
     before = layer_of(agent, container_id)

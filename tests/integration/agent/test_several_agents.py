@@ -108,7 +108,7 @@ def test_a_cgroup_left_by_a_pod_that_is_gone_is_its_agents_to_remove(two: tuple[
     assert not any(folder.exists() for folder in left)
 
 
-def test_the_pods_of_a_version_that_gave_no_agent_ids_go_on(own_agent: AgentProcess) -> None:
+def test_pods_of_a_version_without_agent_ids_keep_running(own_agent: AgentProcess) -> None:
     config = sandbox_config(own_agent)
     sandbox_id = own_agent.client.run_sandbox(config)
     container_id = own_agent.client.create(sandbox_id, container_config("main", "sleep", "1000"), config)

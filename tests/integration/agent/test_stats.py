@@ -99,7 +99,7 @@ def test_every_part_has_its_own_time_and_who_it_is_comes_back_unchanged(agent: A
         assert part.timestamp > after
 
 
-def test_pressure_where_the_kernel_tells(agent: AgentProcess) -> None:
+def test_pressure_if_the_kernel_reports_it(agent: AgentProcess) -> None:
     _, container_id = run_container(agent, *SLEEP)
     pressure = agent.client.output(container_id, "sh", "-c", "ls /proc/pressure 2>/dev/null; true")
     if "cpu" not in pressure:

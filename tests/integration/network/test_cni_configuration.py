@@ -29,7 +29,7 @@ async def _becomes(node: CniNode, reason: str) -> Condition:
     return node.network.condition()
 
 
-async def test_no_configuration_is_told_until_there_is_one(node: CniNode) -> None:
+async def test_a_missing_configuration_is_reported_until_there_is_one(node: CniNode) -> None:
     await node.start()
     condition = node.network.condition()
     assert (condition.ready, condition.reason) == (False, "CniNotConfigured")
@@ -62,7 +62,7 @@ async def test_a_folder_that_does_not_exist_yet_is_waited_for(node: CniNode) -> 
     assert (await _becomes(node, "")).ready
 
 
-async def test_the_first_good_file_by_name_counts_and_broken_ones_are_told(node: CniNode) -> None:
+async def test_the_first_valid_file_by_name_is_used_and_broken_ones_are_reported(node: CniNode) -> None:
     node.configure(node.script("one"), name="20-second.conf")
     (node.configurations / "00-readme.txt").write_text("{")
     (node.configurations / "05-empty.conf").touch()
@@ -118,7 +118,7 @@ async def test_plugins_in_the_folder_of_the_network_come_and_go(node: CniNode) -
     assert [call.plugin for call in node.called("DEL")] == ["last", "first"]
 
 
-async def test_a_missing_plugin_is_told_and_noticed_when_it_comes(
+async def test_a_missing_plugin_is_reported_and_noticed_once_installed(
     node: CniNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("network.cni.network.LOOK_AGAIN_SECONDS", 0.05)
@@ -133,7 +133,7 @@ async def test_a_missing_plugin_is_told_and_noticed_when_it_comes(
     await _becomes(node, "")
 
 
-async def test_the_best_version_all_plugins_speak_is_used(node: CniNode) -> None:
+async def test_the_highest_version_that_all_plugins_support_is_used(node: CniNode) -> None:
     first = node.script("first", versions=["0.3.1", "0.4.0", "1.0.0", "1.1.0"])
     second = node.script("second", versions=["0.4.0", "1.0.0"])
     node.configure(first, second, version="0.3.1", cniVersions=["0.3.1", "0.4.0", "1.0.0", "1.1.0", "9.0.0"])
@@ -142,7 +142,7 @@ async def test_the_best_version_all_plugins_speak_is_used(node: CniNode) -> None
     assert {call.settings["cniVersion"] for call in node.called("ADD")} == {"1.0.0"}
 
 
-async def test_versions_that_do_not_meet_are_told(node: CniNode) -> None:
+async def test_versions_without_a_common_one_are_reported(node: CniNode) -> None:
     node.configure(node.script("old", versions=["0.3.0", "0.3.1"]), version="1.0.0")
     await node.start()
     condition = node.network.condition()

@@ -64,7 +64,7 @@ async def _refused(node: CniNode, kind: type[PodkeelError], text: str) -> None:
         ("sleep 30 & sleep 30", DeadlineError, "did not finish"),
     ],
 )
-async def test_what_a_plugin_fails_with_is_told(
+async def test_the_error_of_a_plugin_is_reported(
     node: CniNode, action: str, kind: type[PodkeelError], text: str
 ) -> None:
     node.configure(node.script("first"), node.script("bad", ADD=action), node.script("last"))
@@ -88,7 +88,7 @@ async def test_what_a_plugin_fails_with_is_told(
         ("echo '{\"ips\": 5}'", "is invalid"),
     ],
 )
-async def test_a_result_without_a_usable_address_is_told(node: CniNode, action: str, text: str) -> None:
+async def test_a_result_without_a_usable_address_is_an_error(node: CniNode, action: str, text: str) -> None:
     node.configure(node.script("only", ADD=action))
     await node.start()
     await _refused(node, PodkeelError, f"CNI network testnet: its plugins.*{text}")

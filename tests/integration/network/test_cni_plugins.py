@@ -221,7 +221,7 @@ async def test_ipv6_host_ports_without_a_plugin_for_them(node: CniNode, outside:
     assert await node.network.audit(["server", "client"]) == []
 
 
-async def test_check_tells_a_lost_interface(node: CniNode) -> None:
+async def test_check_reports_a_lost_interface(node: CniNode) -> None:
     node.configure(node.bridge_plugin())
     await node.start()
     pod = await node.pod("one")
@@ -231,7 +231,7 @@ async def test_check_tells_a_lost_interface(node: CniNode) -> None:
     assert "CNI plugin bridge, CHECK: failed with code" in finding.problem
 
 
-async def test_a_namespace_that_is_gone_is_given_back(node: CniNode) -> None:
+async def test_the_network_of_a_missing_namespace_is_released(node: CniNode) -> None:
     node.configure(node.bridge_plugin())
     await node.start()
     pod = await node.pod("one")

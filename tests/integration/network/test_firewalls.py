@@ -111,7 +111,7 @@ END
         (_OWN, "nftables chain fw of table ip mine"),
     ],
 )
-def test_what_drops_pods_packets_is_told_with_a_remedy_that_works(tmp_path: Path, firewall: str, chain: str) -> None:
+def test_a_chain_that_drops_pods_packets_is_reported_with_a_remedy(tmp_path: Path, firewall: str, chain: str) -> None:
     told = _look(tmp_path, firewall, "do it")
     ready, reason, message = told["before"]
     assert (ready, reason) == (False, "ForwardingBlocked")
@@ -145,7 +145,7 @@ def test_remedies_are_those_of_the_firewall(tmp_path: Path, firewall: str, chain
         "iptables -A FORWARD -d 10.88.0.0/16 -j ACCEPT",
     ],
 )
-def test_firewalls_that_let_pods_through_are_not_told(tmp_path: Path, firewall: str) -> None:
+def test_firewalls_that_accept_pods_packets_are_not_reported(tmp_path: Path, firewall: str) -> None:
     told = _look(tmp_path, firewall)
     assert told["obstacles"] == []
     assert told["before"] == [True, "", ""]

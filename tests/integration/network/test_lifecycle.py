@@ -109,7 +109,7 @@ async def test_the_mtu_is_that_of_the_uplink(tmp_path: Path, monkeypatch: pytest
         command("ip", "link", "delete", link)
 
 
-async def test_after_a_reboot_addresses_and_ports_are_held_until_given_back(node: Node) -> None:
+async def test_after_a_reboot_addresses_and_ports_are_held_until_released(node: Node) -> None:
     """What a reboot takes: links, namespaces and tables. What it leaves: the store."""
     mapping = PortMapping("tcp", 80, 20080)
     pods = [await node.pod("stays", mapping), await node.pod("goes")]
@@ -262,7 +262,7 @@ async def test_the_condition_says_what_is_wrong(node: Node) -> None:
     assert not node.network.condition().ready
 
 
-async def test_a_bridge_of_somebody_else_is_left_alone(node: Node) -> None:
+async def test_a_bridge_of_another_program_is_not_changed(node: Node) -> None:
     name = f"{node.bridge}x"
     command("ip", "link", "add", name, "type", "bridge")
     try:

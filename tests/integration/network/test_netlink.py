@@ -168,7 +168,7 @@ def test_a_neighbour_is_forgotten(bench: Bench, address: str) -> None:
     assert address not in {found["dst"] for found in left}
 
 
-def test_links_are_told_as_they_are(bench: Bench) -> None:
+def test_links_are_reported_as_links(bench: Bench) -> None:
     bench.send(bench.outer, rtnetlink.set_up("port0"), rtnetlink.set_alias("br0", "näme"))
     bench.send(bench.inner, rtnetlink.set_up("eth0"))
     # A name need not be UTF-8, and a tunnel has no MAC.

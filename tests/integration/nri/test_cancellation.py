@@ -150,7 +150,7 @@ class AfterTheFact(stub.Plugin):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_an_undone_container_is_told_to_the_plugins_that_know_it(agent: AgentProcess, fails: bool) -> None:
+def test_plugins_that_know_an_undone_container_get_its_end(agent: AgentProcess, fails: bool) -> None:
     held, sandbox = Held(), sandbox_config(agent)
     plugin = AfterTheFact(agent.nri_socket, "10", held)
     thread = threading.Thread(target=plugin.run, daemon=True)

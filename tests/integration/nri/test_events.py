@@ -101,7 +101,7 @@ def seen(agent: AgentProcess) -> set[str]:
     return {item.id for item in (*containers, *sandboxes)}
 
 
-def test_nobody_sees_what_is_being_made_before_its_hooks_are_over(agent: AgentProcess) -> None:
+def test_clients_do_not_see_an_object_before_its_hooks_are_over(agent: AgentProcess) -> None:
     held = {event: Held() for event in ("RunPodSandbox", "CreateContainer", "PostCreateContainer")}
     sandbox = sandbox_config(agent)
     with ThreadPoolExecutor() as pool, connected(Recorder(agent.nri_socket, acting=held)):

@@ -78,7 +78,7 @@ def test_an_update_of_a_pod_of_no_such_id_is_no_unknown_call(agent: AgentProcess
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-def test_an_update_of_a_pod_is_told_once_before_and_once_after(agent: AgentProcess) -> None:
+def test_plugins_get_one_event_before_and_one_after_a_pod_update(agent: AgentProcess) -> None:
     with updating(agent) as plugin:
         sandbox_id = limited_pod(agent)
         update(agent, sandbox_id, UPDATED)

@@ -83,7 +83,7 @@ def make(agent: AgentProcess, sandbox_id: str, sandbox: Any, name: str, *command
 # pod sandbox lifecycle
 
 
-def test_a_pod_is_told_run_stop_and_remove_in_this_order_with_its_names(agent: AgentProcess) -> None:
+def test_plugins_get_run_stop_and_remove_of_a_pod_in_this_order(agent: AgentProcess) -> None:
     with plugged(agent, "cri-test-nri-pod-lifecycle") as plugin:
         sandbox = sandbox_config(agent, "lifecycle")
         sandbox.metadata.namespace, sandbox.metadata.uid = "ns-1", "uid-1"
@@ -100,7 +100,7 @@ def test_a_pod_is_told_run_stop_and_remove_in_this_order_with_its_names(agent: A
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["is stopped", "ends with an error"])
-def test_a_container_is_told_create_start_stop_and_remove_with_its_name(agent: AgentProcess, fails: bool) -> None:
+def test_plugins_get_create_start_stop_and_remove_of_a_container(agent: AgentProcess, fails: bool) -> None:
     with plugged(agent, "cri-test-nri-ctr-lifecycle") as plugin:
         sandbox = sandbox_config(agent)
         sandbox_id = agent.client.run_sandbox(sandbox)

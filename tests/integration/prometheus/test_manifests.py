@@ -79,7 +79,7 @@ def test_every_alert_is_tested() -> None:
 
 
 @pytest.mark.parametrize("rule", rules("alert"), ids=lambda rule: str(rule["alert"]))
-def test_alert_tells_what_is_wrong_and_what_to_do(rule: dict[str, Any]) -> None:
+def test_an_alert_names_the_problem_and_the_remedy(rule: dict[str, Any]) -> None:
     assert rule["labels"]["severity"] in ("critical", "warning", "info")
     annotations = rule["annotations"]
     assert set(annotations) == {"summary", "description", "runbook_url"}

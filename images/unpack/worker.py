@@ -24,6 +24,7 @@ from images.unpack.device_places import Device
 from images.unpack.layer_writer import LayerWriter
 from images.unpack.tar.headers import LimitError, TarError
 from images.unpack.tar.reader import Stream, TarReader
+from images.unpack.tar.zstd_frames import ZstdFrames, is_zstd
 
 TYPE_CHECKING = False  # type checkers treat this name as true; importing typing is slow
 if TYPE_CHECKING:
@@ -36,9 +37,7 @@ _SIGKILL = 9  # importing the module signal takes longer than unpacking a small 
 _READ = 1 << 20
 _GZIP_READ = 512 << 10
 _GZIP = b"\x1f\x8b"
-_ZSTD = b"\x28\xb5\x2f\xfd"
 _LONGEST_MARK = 10
-_ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)
 _OTHERS = {b"\xfd7zXZ\0": "xz", b"BZh91AY&SY": "bzip2", b"\x04\x22\x4d\x18": "lz4"}
 _NO_PROCESS = "the node has no more processes: end some, or raise kernel.pid_max, kernel.threads-max or TasksMax="
 _DAMAGE = frozenset(("BadGzipFile", "IsalError", "ZstdError"))
@@ -58,6 +57,7 @@ class Input(io.RawIOBase):
         while len(self._head) < _LONGEST_MARK and (chunk := os.read(0, _READ)):
             self._head += chunk
         self.start = self._head[:_LONGEST_MARK]
+        self.frames = ZstdFrames() if is_zstd(self.start) else None
 
     def readable(self) -> bool:
         """Return True."""
@@ -70,8 +70,11 @@ class Input(io.RawIOBase):
             size = min(len(view), len(self._head))
             view[:size] = self._head[:size]
             self._head = self._head[size:]
-            return size
-        return os.readv(0, [view])
+        else:
+            size = os.readv(0, [view])
+        if self.frames is not None:
+            self.frames.feed(view[:size])
+        return size
 
 
 def decompressed(source: Input) -> Callable[[int], bytes]:
@@ -90,19 +93,14 @@ def decompressed(source: Input) -> Callable[[int], bytes]:
             return _checked(gzip.GzipFile(fileobj=buffered, mode="rb").read1)
         reader: Any = _GzipReader(buffered, _GZIP_READ)
         return _checked(io.BufferedReader(reader).read1)
-    if is_zstd(source.start):
+    if source.frames is not None:
         decompressor = _zstd().ZstdDecompressor(max_window_size=ZSTD_WINDOW)
         plain = decompressor.stream_reader(buffered, read_size=_READ, read_across_frames=True)
-        return _checked(plain.read)
+        return _whole(_checked(plain.read), source.frames)
     for mark, name in _OTHERS.items():
         if source.start.startswith(mark):
             raise TarError(f"it is compressed with {name}: layers may be compressed with gzip or zstd")
     return buffered.read1
-
-
-def is_zstd(start: bytes) -> bool:
-    """Whether these first bytes are those of a zstd frame or a skippable frame."""
-    return start[:4] == _ZSTD or int.from_bytes(start[:4], "little") in _ZSTD_SKIPPABLE
 
 
 def _checked(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
@@ -126,6 +124,18 @@ def _checked(read: Callable[[int], bytes]) -> Callable[[int], bytes]:
             if type(error).__name__ in _DAMAGE or type(error).__module__ == "zlib":
                 raise TarError(f"its compressed stream is damaged: {error}") from error
             raise
+
+    return checked
+
+
+def _whole(read: Callable[[int], bytes], frames: ZstdFrames) -> Callable[[int], bytes]:
+    """Wrap ``read`` of a zstd stream, which takes the end of its input for that of a frame."""
+
+    def checked(size: int) -> bytes:
+        data = read(size)
+        if not data and not frames.complete:
+            raise TarError("its compressed stream is cut off")
+        return data
 
     return checked
 
@@ -204,7 +214,7 @@ def main(work: Callable[[Callable[[int], bytes], int, int], dict[str, object]] =
     try:
         source = Input()
         read = decompressed(source)
-        memory = MEMORY_LIMIT + (ZSTD_WINDOW if is_zstd(source.start) else 0)
+        memory = MEMORY_LIMIT + (ZSTD_WINDOW if source.frames is not None else 0)
         limits = Limits(memory, int(seconds), int(max_bytes))
         ended = run_confined(folder, bytes.fromhex(seccomp_filter), limits, confined, failed)
     except Exception as error:

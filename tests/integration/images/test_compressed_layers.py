@@ -8,11 +8,13 @@ import lzma
 import os
 import random
 import struct
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import zstandard
 
+from host.errors import InvalidArgumentError
 from tests.integration.images.conftest import Node
 from tests.integration.images.test_odd_layers import as_compressed
 from tests.integration.images.test_unpacking import refused, unpacked
@@ -42,3 +44,18 @@ async def test_members_and_frames_of_compressed_streams(node: Node, form: str, s
     }[form]
     root = await as_compressed(node, layer, lambda _: packed, f"+{form}")
     assert (root / "b").read_text() == "x"
+
+
+@pytest.mark.parametrize("cut", [1, 4, 9, 300])
+async def test_a_stream_that_is_cut_short_is_reported_as_that(node: Node, cut: int) -> None:
+    """What is left has the end of the tar, so only the stream itself says that something is missing."""
+    layer = make_tar([entry("a", "x")]) + os.urandom(1000)
+    checksum = zstandard.ZstdCompressor(write_checksum=True)
+    for form, compress in (("gzip", gzip.compress), ("zstd", zstandard.compress), ("zstd", checksum.compress)):
+        packed = compress(layer)[:-cut]
+        with pytest.raises(InvalidArgumentError, match="its compressed stream is cut off"):
+            await as_compressed(node, layer, partial(_instead, packed), f"+{form}")
+
+
+def _instead(packed: bytes, layer: bytes) -> bytes:
+    return packed

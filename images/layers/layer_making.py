@@ -25,9 +25,9 @@ from images.layers.fetch import LayerFetcher
 from images.layers.layer import Layer
 from images.options import ImageOptions
 from images.unpack.inheritance import inherit, remove_needless_whiteouts
-from images.unpack.layer_writer import DISK_BLOCK
 from images.unpack.trees import inspect_trees
 from images.unpack.worker_report import Unpacked
+from images.unpack.writing.layer_writer import DISK_BLOCK
 
 _BATCH = 2000  # folders between two checks whether the pull was cancelled
 

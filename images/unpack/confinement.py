@@ -19,6 +19,8 @@ TYPE_CHECKING = False  # type checkers treat this name as true; importing typing
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from images.unpack.writing.helper_process import HelperProcess
+
 OPEN_FILES = 64
 _LIFELINE = 3  # stays open, so that the agent sees when this process has ended
 _MOST_DESCRIPTORS = 1 << 16
@@ -55,12 +57,19 @@ class Ended:
 
 
 def run_confined(
-    folder: str, seccomp_filter: bytes, limits: Limits, work: Callable[[], None], failed: Callable[[OSError], None]
+    folder: str,
+    seccomp_filter: bytes,
+    limits: Limits,
+    work: Callable[[], None],
+    failed: Callable[[OSError], None],
+    *,
+    helper: HelperProcess | None,
 ) -> Ended:
     """Call ``work`` in a process that has only ``folder`` as its root, and standard input, output and error.
 
-    If that process cannot be confined, it calls ``failed`` instead. Closes standard input of the calling process, so
-    that the writer of the pipe gets an error once the inner process stops reading. Raises OSError.
+    That process forks ``helper``, which has the same root, rights, filter and limits, and ends with it. If the process
+    cannot be confined, it calls ``failed`` instead. Closes standard input of the calling process, so that the writer of
+    the pipe gets an error once the inner process stops reading. Raises OSError.
     """
     _lower_priority()
     libc.unshare(libc.CLONE_NEWPID)
@@ -69,11 +78,14 @@ def run_confined(
         try:
             libc.die_with_parent()
             try:
-                _confine(folder, seccomp_filter, limits)
+                is_helper = _confine(folder, seccomp_filter, limits, helper)
             except OSError as error:
                 failed(error)
             else:
-                work()
+                if is_helper and helper is not None:
+                    helper.serve()
+                else:
+                    work()
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace"))
             os._exit(1)
@@ -83,7 +95,8 @@ def run_confined(
     return Ended(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime)
 
 
-def _confine(folder: str, seccomp_filter: bytes, limits: Limits) -> None:
+def _confine(folder: str, seccomp_filter: bytes, limits: Limits, helper: HelperProcess | None) -> bool:
+    """True in the helper."""
     held = _held_capabilities()
     libc.unshare(_NAMESPACES)
     _enter(folder)
@@ -99,9 +112,11 @@ def _confine(folder: str, seccomp_filter: bytes, limits: Limits) -> None:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(kind, (limit, limit))
     os.umask(0)
+    is_helper = helper is not None and helper.fork()
     libc.set_capabilities(held & _KEPT_CAPABILITIES)
     libc.forbid_new_privileges()
     libc.install_seccomp_filter(seccomp_filter)
+    return is_helper
 
 
 def _enter(folder: str) -> None:

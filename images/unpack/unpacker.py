@@ -31,6 +31,7 @@ _LIFELINE = 3
 _SECONDS_TO_DIE = 10.0
 WALL_TIME = 2  # the time limit is so many times the limit of processor time
 _DECODED_AT_ONCE = 64 << 10
+HELPED_FROM = 1 << 20  # bytes of a layer as fetched: smaller ones are done before a second process is of use
 
 
 class Unpacker:
@@ -39,6 +40,7 @@ class Unpacker:
     def __init__(self, *, max_bytes: int, max_entries: int, max_seconds: int, parallel: int) -> None:
         self._limits = (str(max_bytes), str(max_entries), str(max_seconds))
         self._seconds = max_seconds
+        self._busy = 0  # layers that are being unpacked
         self._threads = ResilientThreadPool(max_workers=parallel, thread_name_prefix="layer")
 
     def close(self) -> None:
@@ -64,6 +66,9 @@ class Unpacker:
             read_end, write_end = os.pipe2(os.O_CLOEXEC)
             alive, lifeline = os.pipe2(os.O_CLOEXEC)
             stack.callback(os.close, alive)
+            self._busy += 1
+            stack.callback(self._less_busy)
+            process_count = 2 if descriptor.size >= HELPED_FROM and self._busy < (os.cpu_count() or 1) else 1
             child_ends = contextlib.ExitStack()
             child_ends.callback(os.close, read_end)
             child_ends.callback(os.close, lifeline)
@@ -71,7 +76,7 @@ class Unpacker:
             feed = WorkerFeed(write_end, keep, descriptor, self._threads, time_limit)
             stack.callback(feed.close)
             compiled = await self._in_thread(worker_filter)
-            arguments = (*_module_paths(), str(folder), *self._limits, compiled.hex())
+            arguments = (*_module_paths(), str(process_count), str(folder), *self._limits, compiled.hex())
             run = processes.run(
                 (sys.executable, "-I", "-S", "-c", START, *arguments),
                 descriptors={0: read_end, _LIFELINE: lifeline},
@@ -100,6 +105,9 @@ class Unpacker:
         else:
             report = decode_report(completed, subject)
         return await self._finish(report, feed, folder, subject)
+
+    def _less_busy(self) -> None:
+        self._busy -= 1
 
     async def _finish(self, report: WorkerReport, feed: WorkerFeed, folder: Path, subject: str) -> Unpacked:
         if report.devices or report.opaque_folders:

@@ -20,11 +20,11 @@ import stat
 import sys
 
 from images.unpack.confinement import Limits, run_confined
-from images.unpack.device_places import Device
-from images.unpack.layer_writer import LayerWriter
 from images.unpack.tar.headers import LimitError, TarError
 from images.unpack.tar.reader import Stream, TarReader
 from images.unpack.tar.zstd_frames import ZstdFrames, is_zstd
+from images.unpack.writing.device_places import Device
+from images.unpack.writing.layer_writer import LayerWriter
 
 TYPE_CHECKING = False  # type checkers treat this name as true; importing typing is slow
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from typing_extensions import Buffer
+
+    from images.unpack.writing.helper_process import HelperProcess
 
 _SIGKILL = 9  # importing the module signal takes longer than unpacking a small layer
 _READ = 1 << 20
@@ -160,13 +162,17 @@ def _zstd() -> Any:
         raise TarError("it is compressed with zstd, which needs the Python package zstandard") from error
 
 
-def unpack(read: Callable[[int], bytes], max_bytes: int, max_entries: int) -> dict[str, object]:
+def unpack(
+    read: Callable[[int], bytes], max_bytes: int, max_entries: int, helper: HelperProcess | None = None
+) -> dict[str, object]:
     """Unpack the tar of ``read`` into the working folder. Returns the result, and what the agent has to make."""
     digest = hashlib.sha256()
     stream = Stream(read, digest.update, max_bytes)
-    writer = LayerWriter(TarReader(stream), max_entries)
+    writer = _writer(TarReader(stream), max_entries, helper)
     writer.write_all()
     stream.drain()
+    if helper is not None:
+        helper.end()
     names = [*writer.implied, *writer.opaque_folders, *writer.hiding]
     names += [path for device in writer.devices for path in device.paths]
     if sum(map(len, names)) + _ITEM_BYTES * len(names) > MOST_REPORTED:
@@ -187,6 +193,14 @@ def unpack(read: Callable[[int], bytes], max_bytes: int, max_entries: int) -> di
     }
 
 
+def _writer(reader: TarReader, max_entries: int, helper: HelperProcess | None) -> LayerWriter:
+    if helper is None:
+        return LayerWriter(reader, max_entries)
+    from images.unpack.writing.helped_writer import HelpedLayerWriter
+
+    return HelpedLayerWriter(reader, max_entries, helper)
+
+
 def _numbers(device: Device) -> list[object]:
     """The device in the format of ``images/unpack/special_files.py``."""
     block = stat.S_ISBLK(device.mode)
@@ -194,14 +208,17 @@ def _numbers(device: Device) -> list[object]:
     return [block, stat.S_IMODE(device.mode), *device.device, device.uid, device.gid, device.mtime, names]
 
 
-def main(work: Callable[[Callable[[int], bytes], int, int], dict[str, object]] = unpack) -> None:
-    """Run with ``sys.argv``: …, the layer's folder, limits in bytes, entries and seconds, the filter in hexadecimal."""
+def main(work: Callable[..., dict[str, object]] = unpack) -> None:
+    """Run with ``sys.argv``: …, the number of processes (1 or 2), the layer's folder, limits in bytes, entries and
+    seconds, the filter in hexadecimal.
+    """
     gc.disable()  # this process makes no reference cycles, and searching for some takes time
-    folder, max_bytes, max_entries, seconds, seccomp_filter = sys.argv[-5:]
+    processes, folder, max_bytes, max_entries, seconds, seccomp_filter = sys.argv[-6:]
+    helper = _helper() if processes == "2" else None
 
     def confined() -> None:
         try:
-            result = work(read, int(max_bytes), int(max_entries))
+            result = work(read, int(max_bytes), int(max_entries), *([helper] if helper is not None else ()))
         except MemoryError:
             result = _failure("limit", f"unpacking it takes more than {limits.memory_bytes} bytes of memory")
         except Exception as error:
@@ -216,7 +233,7 @@ def main(work: Callable[[Callable[[int], bytes], int, int], dict[str, object]] =
         read = decompressed(source)
         memory = MEMORY_LIMIT + (ZSTD_WINDOW if source.frames is not None else 0)
         limits = Limits(memory, int(seconds), int(max_bytes))
-        ended = run_confined(folder, bytes.fromhex(seccomp_filter), limits, confined, failed)
+        ended = run_confined(folder, bytes.fromhex(seccomp_filter), limits, confined, failed, helper=helper)
     except Exception as error:
         failed(error)
     else:
@@ -228,6 +245,13 @@ def main(work: Callable[[Callable[[int], bytes], int, int], dict[str, object]] =
         elif ended.status:
             sys.exit(f"the confined process ended with status {ended.status}")
     os._exit(0)  # without Python's clean-up, which is not needed
+
+
+def _helper() -> HelperProcess:
+    import images.unpack.writing.helped_writer  # noqa: F401 - the confined process finds no modules
+    from images.unpack.writing.helper_process import HelperProcess
+
+    return HelperProcess()
 
 
 def _write(data: bytes) -> None:

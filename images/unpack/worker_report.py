@@ -8,8 +8,8 @@ import msgspec
 
 from host import processes
 from host.errors import InvalidArgumentError, LimitError, NodeLimitError, NoSpaceError, PodkeelError
-from images.unpack.layer_root import LONGEST_NAME, MOST_PARTS
 from images.unpack.special_files import DeviceNode
+from images.unpack.writing.layer_root import LONGEST_NAME, MOST_PARTS
 
 # More than any layer has; the sum over all layers still fits into uint64.
 _MOST_BYTES = 1 << 50

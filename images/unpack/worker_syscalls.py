@@ -31,7 +31,7 @@ _OF_THE_PROCESS_ITSELF = (
     *("brk", "munmap", "mremap", "madvise", "futex", "futex_time64", "rseq", "set_robust_list", "getrandom"),
     *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "sigreturn", "restart_syscall"),
     *("clock_gettime", "clock_gettime64", "gettimeofday", "sched_yield", "getpid", "gettid", "getuid", "geteuid"),
-    *("getgid", "getegid", "getrusage", "uname", "exit", "exit_group"),
+    *("getgid", "getegid", "getrusage", "uname", "wait4", "exit", "exit_group"),
 )
 
 

@@ -25,6 +25,41 @@ _RECORDS = (
     ("GNU.sparse.map", "0,1,5,9"), ("GNU.sparse.size", "4"), ("GNU.sparse.realsize", "-4"), ("hdrcharset", "BINARY"),
 )  # fmt: skip
 
+# Names that are in each other's way.
+_CROWDED = (
+    "a", "b", "c", "d", "l", "a/x", "a/y", "a/b", "b/x", "l/x", "l/y", "c/d", "c/d/e", "c/d/f", "a/b/c", "a/.wh.x",
+    ".wh.a", "c/.wh..wh..opq", "a/b/c/d", "l/z/w", "./a/q", "./c/d/r",
+)  # fmt: skip
+
+
+def crowded_tar(generator: random.Random) -> bytes:
+    """A tar whose entries have names that lead to each other: later ones replace, hide and link to earlier ones."""
+    output = io.BytesIO()
+    names = generator.sample(_CROWDED, generator.randrange(4, len(_CROWDED)))
+    files = ["a"]
+    with tarfile.open(fileobj=output, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for _ in range(generator.randrange(5, 60)):
+            name = generator.choice(names) + (str(generator.randrange(30)) if generator.random() < 0.2 else "")
+            entry = tarfile.TarInfo(name)
+            is_folder = any(other.startswith(name + "/") for other in names)
+            weights = (2, 26, 2, 1, 1) if is_folder else (26, 1, 2, 2, 1)
+            kinds = (tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)
+            (entry.type,) = generator.choices(kinds, weights)
+            entry.mode = generator.choice((0o644, 0o755, 0o4755, 0o700, 0o700, 0o2755))
+            entry.uid, entry.gid = generator.choice((0, 0, 0, 1000)), generator.choice((0, 0, 0, 7))
+            entry.mtime = generator.choice((0, 5, 10**9, 12.5))
+            content = b""
+            if entry.isreg():
+                content = generator.randbytes(generator.choice((0, 1, 3, 511, 512, 5000, 40_000)))
+                entry.size = len(content)
+                files.append(name)
+            elif entry.issym():
+                entry.linkname = "/" + generator.choice(("a", "b", "c", "c/d", "b/new", "."))
+            elif entry.islnk():
+                entry.linkname = generator.choice(files)
+            tar.addfile(entry, io.BytesIO(content))
+    return output.getvalue()
+
 
 def changed_tar(generator: random.Random) -> bytes:
     """A tar of a few entries. In half of all cases some of its bytes are changed."""

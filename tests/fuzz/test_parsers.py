@@ -244,7 +244,7 @@ def test_layers(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     print(done.stdout)  # shown by -rP
-    assert int(done.stdout.split()[0]) > 10
+    assert int(done.stdout.split()[0]) > 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

@@ -6,9 +6,12 @@ The attacker's program replaces the one that reads the tar, after the real worke
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import select
+import signal
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
@@ -17,8 +20,9 @@ import pytest
 
 from host.errors import LimitError, PodkeelError
 from host.files.procfs import all_pids, command_line, read_bounded
+from images.oci.manifests import Descriptor
 from images.unpack import unpacker as unpacking
-from images.unpack.unpacker import Unpacker
+from images.unpack.unpacker import HELPED_FROM, Unpacker
 from tests.security.worker_attack import ANY, Program, layer, program, quiet, unpacker
 from tests.support.image_builder import entry, make_tar
 
@@ -155,34 +159,68 @@ async def test_the_worker_cannot_start_programs_or_drop_its_confinement(
     assert set((await outcome(unpacker, layer)).values()) == {DENIED}
 
 
-async def test_the_kernel_reports_the_worker_s_confinement(layer: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_the_kernel_reports_the_worker_s_confinement(
+    layer: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that of the second process, which a large layer gets on a node with several processors."""
+    monkeypatch.setattr(os, "cpu_count", lambda: processes)
+    content = make_tar([entry("a", bytes(2 * HELPED_FROM))])
+
     async def waiting() -> AsyncGenerator[bytes, None]:
-        yield make_tar([entry("a", bytes(4 << 20))])[: 2 << 20]
+        yield content[:HELPED_FROM]
         await asyncio.Event().wait()
 
     unpacker = Unpacker(max_bytes=8 << 20, max_entries=100, max_seconds=60, parallel=1)
-    call = asyncio.create_task(unpacker.unpack(waiting(), ANY, layer, None, "attack"))
+    call = asyncio.create_task(unpacker.unpack(waiting(), Descriptor("", "", len(content)), layer, None, "attack"))
+    pidfds = {}
     async for process in confined_processes():
         status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
         assert int(status["CapPrm"], 16) == int(status["CapEff"], 16) == CAPABILITIES
         assert int(status["CapInh"], 16) == int(status["CapAmb"], 16) == 0
         assert (status["Seccomp"], status["NoNewPrivs"], status["Threads"]) == ("2", "1", "1")
-        assert status["NSpid"].split()[-1] == "1"
         for kind in ("mnt", "net", "ipc", "pid"):
             assert (process / "ns" / kind).readlink() != Path("/proc/self/ns", kind).readlink(), kind
         assert (process / "mountinfo").read_text().count("\n") == 1
         assert (process / "net/dev").read_text().count("\n") == 3  # two header lines and a loopback that is down
         assert (process / "oom_score_adj").read_text() == "1000\n"
-        pidfd = os.pidfd_open(int(process.name))
-        break
+        if status["NSpid"] not in pidfds:
+            pidfds[status["NSpid"]] = os.pidfd_open(int(process.name))
+        if len(pidfds) == processes:
+            break
+    assert sorted(numbers.split()[-1] for numbers in pidfds) == ["1", "2"][:processes]
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    ended = select.poll()
-    ended.register(pidfd, select.POLLIN)
-    assert ended.poll(5000)
-    os.close(pidfd)
+    for pidfd in pidfds.values():
+        ended = select.poll()
+        ended.register(pidfd, select.POLLIN)
+        assert ended.poll(5000)
+        os.close(pidfd)
     unpacker.close()
+
+
+@pytest.mark.parametrize("victim", ["1", "2"])
+async def test_a_process_that_is_killed_is_told(layer: Path, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    killed = asyncio.Event()
+    content = make_tar([entry(f"file{number}", b"x") for number in range(4000)])
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        yield content[: len(content) // 2]
+        await killed.wait()
+        yield content[len(content) // 2 :]
+
+    with contextlib.closing(Unpacker(max_bytes=8 << 20, max_entries=9999, max_seconds=60, parallel=1)) as unpacker:
+        call = unpacker.unpack(chunks(), Descriptor("", "", len(content)), layer, None, "layer")
+        task = asyncio.create_task(call)
+        async for process in confined_processes():
+            if re.search(rf"^NSpid:.*\t{victim}$", (process / "status").read_text(), re.MULTILINE):
+                os.kill(int(process.name), signal.SIGKILL)
+                break
+        killed.set()
+        with pytest.raises(LimitError, match=r"layer is over the limits: .* killed: the node may be short of memory"):
+            await task
 
 
 async def confined_processes() -> AsyncIterator[Path]:

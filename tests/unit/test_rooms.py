@@ -65,7 +65,7 @@ LEVELS = {
     ),
     "images": (
         "oci options schema unpack/tar usage",
-        "image signatures",
+        "image signatures unpack/writing",
         "content",
         "unpack",
         "layers",

@@ -16,8 +16,6 @@ import errno
 import os
 import stat
 
-from images.unpack.device_places import Device, DevicePlaces
-from images.unpack.layer_root import LayerRoot, clean, is_clean
 from images.unpack.tar.headers import (
     FIFO,
     FOLDER,
@@ -29,6 +27,9 @@ from images.unpack.tar.headers import (
     TarError,
     shown,
 )
+from images.unpack.writing.device_places import Device, DevicePlaces
+from images.unpack.writing.layer_root import LayerRoot, clean, is_clean
+from images.unpack.writing.small_file import NEW_FILE, SET_IDS, make_file
 
 TYPE_CHECKING = False  # type checkers treat this name as true; importing typing is slow
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from images.unpack.tar.reader import TarReader
+    from images.unpack.writing.small_file import SmallFile
 
     T = TypeVar("T")
 
@@ -44,9 +46,7 @@ _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
 _AUFS = b".wh..wh."
 _AUFS_LINKED = b".wh..wh.plnk"  # the folder of files with several names
-_SET_IDS = stat.S_ISUID | stat.S_ISGID
 _WHITED_OUT = stat.S_IFCHR  # whiteouts are the only device nodes that the worker makes
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _XATTRS = (b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default")
 _LAST_NANOSECOND = (1 << 63) - 1
 
@@ -83,17 +83,10 @@ class LayerWriter:
             if self.entries > self._max_entries:
                 raise LimitError(f"it holds more than {self._max_entries} entries (images.max_layer_entries)")
             try:
-                if entry.kind != REGULAR or not self._plain_file(entry):
-                    self._write(entry)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM):
-                    raise
-                if error.errno == errno.EFBIG:
-                    raise LimitError(f"{shown(entry.name)} is larger than images.max_layer_bytes") from error
-                reason = error.strerror or str(error)
-                raise TarError(f"{shown(entry.name)} could not be made: {reason}") from error
-            except (ValueError, OverflowError) as error:
-                raise TarError(f"{shown(entry.name)} could not be made: {error}") from error
+                self._apply(entry)
+            except (OSError, ValueError, OverflowError) as error:
+                raise named(error, entry.name) from None
+        self._settle()
         if self._root.kind(_AUFS_LINKED):
             self._clear(_AUFS_LINKED)
         self.devices = self._places.take()
@@ -102,6 +95,14 @@ class LayerWriter:
         for path, mtime in self._times.items():
             if self._root.kind(path) == stat.S_IFDIR:  # a link in the path may have been replaced since
                 os.utime(self._root.near(path), ns=(mtime, mtime), follow_symlinks=False)
+
+    def _apply(self, entry: Entry) -> None:
+        """Write one entry."""
+        if entry.kind != REGULAR or not self._plain_file(entry):
+            self._write(entry)
+
+    def _settle(self) -> None:
+        """Wait until all entries are written."""
 
     def _write(self, entry: Entry) -> None:
         path = clean(entry.name)
@@ -137,48 +138,48 @@ class LayerWriter:
 
     def _plain_file(self, entry: Entry) -> bool:
         """Write a small new file in few system calls. Returns False, without any change, if it is of another kind."""
-        name = entry.name
-        if not is_clean(name) or b".wh." in name or entry.xattrs or entry.regions is not None or self._root.away:
+        name = entry.name.removeprefix(b"./")
+        if not is_clean(name) or b".wh." in name or self._root.away:
             return False
+        file = self._small_file(entry, name)
+        if file is None:
+            return False
+        try:
+            make_file(file)
+        except (FileNotFoundError, FileExistsError, NotADirectoryError):
+            self._make(name, lambda _: make_file(file))
+        self._count(entry.size)
+        return True
+
+    def _small_file(self, entry: Entry, path: bytes) -> SmallFile | None:
+        """All of a file, if it has been read; None for any other, of which nothing is taken."""
+        if entry.xattrs or entry.regions is not None:
+            return None
         content = self._reader.whole(entry)
         if content is None:
-            return False
-        try:
-            descriptor = os.open(name, _NEW_FILE, entry.mode)
-        except (FileNotFoundError, FileExistsError, NotADirectoryError):
-            descriptor = self._make(name, lambda path: os.open(path, _NEW_FILE, entry.mode))
-        try:
-            if content:
-                written = os.write(descriptor, content)
-                while written < len(content):
-                    written += os.write(descriptor, content[written:])
-            if entry.uid or entry.gid or self._groups_inherited:
-                os.fchown(descriptor, entry.uid, entry.gid)
-                if entry.mode & _SET_IDS:
-                    os.fchmod(descriptor, entry.mode)
-            mtime = _time(entry)
-            os.utime(descriptor, ns=(mtime, mtime))
-        finally:
-            os.close(descriptor)
-        self.used_inodes += 1
-        self.used_bytes += _blocks(entry.size)
-        return True
+            return None
+        owner = (entry.uid, entry.gid) if entry.uid or entry.gid or self._groups_inherited else None
+        return path, content, entry.mode, mtime_of(entry), owner
 
     def _describe(self, entry: Entry, name: bytes) -> None:
         """Set owner, mode and time of a file that is neither regular nor a folder, and count it."""
         self._set_owner(entry, name)
-        if entry.kind != SYMBOLIC_LINK and entry.mode & _SET_IDS:
+        if entry.kind != SYMBOLIC_LINK and entry.mode & SET_IDS:
             os.chmod(name, entry.mode)
         self._set_xattrs(entry, name)
-        mtime = _time(entry)
+        mtime = mtime_of(entry)
         os.utime(name, ns=(mtime, mtime), follow_symlinks=False)
         self._count(0)
 
     def _file(self, entry: Entry, path: bytes) -> None:
         try:
-            descriptor = os.open(self._root.near(path), _NEW_FILE, entry.mode)
+            descriptor = os.open(self._root.near(path), NEW_FILE, entry.mode)
         except (FileNotFoundError, FileExistsError, NotADirectoryError):
-            descriptor = self._make(path, lambda name: os.open(name, _NEW_FILE, entry.mode))
+            descriptor = self._make(path, lambda name: os.open(name, NEW_FILE, entry.mode))
+        self._fill(entry, descriptor)
+
+    def _fill(self, entry: Entry, descriptor: int) -> None:
+        """Give a new file its content and all that describes it, close it and count it."""
         try:
             for offset, size in ((0, entry.size),) if entry.regions is None else entry.regions:
                 if offset:
@@ -191,30 +192,31 @@ class LayerWriter:
                 os.truncate(descriptor, entry.real_size)
             if entry.uid or entry.gid or self._groups_inherited:
                 os.fchown(descriptor, entry.uid, entry.gid)
-                if entry.mode & _SET_IDS:
+                if entry.mode & SET_IDS:
                     os.fchmod(descriptor, entry.mode)
             if entry.xattrs:
                 self._set_xattrs(entry, descriptor)
-            mtime = _time(entry)
+            mtime = mtime_of(entry)
             os.utime(descriptor, ns=(mtime, mtime))
         finally:
             os.close(descriptor)
         self._count(entry.size)
 
     def _folder(self, entry: Entry, path: bytes) -> None:
-        made = False
-        if path:
-            made = self._make_folder(path, entry.mode)
+        made = bool(path) and self._make_folder(path, entry.mode)
+        self._describe_folder(entry, path)
+        if made:
+            self._count(DISK_BLOCK)
+
+    def _describe_folder(self, entry: Entry, path: bytes) -> None:
         target = self._root.near(path)
         self._set_owner(entry, target)
         os.chmod(target, entry.mode)
         self._set_xattrs(entry, target)
-        self._times[path] = _time(entry)
+        self._times[path] = mtime_of(entry)
         self.implied.pop(path, None)
         if entry.mode & stat.S_ISGID:
             self._groups_inherited = True
-        if made:
-            self._count(DISK_BLOCK)
 
     def _make_folder(self, path: bytes, mode: int) -> bool:
         """Make the folder unless it exists. Removes anything else at this path; after a whiteout the folder is opaque.
@@ -255,9 +257,9 @@ class LayerWriter:
         self._places.linked(path)
 
     def _device(self, entry: Entry, path: bytes) -> None:
-        descriptor = self._make(path, lambda name: os.open(name, _NEW_FILE, 0))
+        descriptor = self._make(path, lambda name: os.open(name, NEW_FILE, 0))
         try:
-            self._places.fill(descriptor, path, Device(entry, _time(entry)))
+            self._places.fill(descriptor, path, Device(entry, mtime_of(entry)))
         finally:
             os.close(descriptor)
         self._count(0)
@@ -375,10 +377,22 @@ class LayerWriter:
         self.used_bytes -= _blocks(size)
 
 
+def named(error: Exception, name: bytes) -> Exception:
+    """What to raise for an error at the entry ``name``: a fault of the layer, or the disk's own error as it is."""
+    reason = str(error)
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM):
+            return error
+        if error.errno == errno.EFBIG:
+            return LimitError(f"{shown(name)} is larger than images.max_layer_bytes")
+        reason = error.strerror or reason
+    return TarError(f"{shown(name)} could not be made: {reason}")
+
+
 def _blocks(size: int) -> int:
     return -(-size // DISK_BLOCK) * DISK_BLOCK
 
 
-def _time(entry: Entry) -> int:
+def mtime_of(entry: Entry) -> int:
     """The modification time in nanoseconds; 0 (1970) if it does not fit, as in containerd."""
     return entry.mtime if -_LAST_NANOSECOND <= entry.mtime <= _LAST_NANOSECOND else 0

@@ -24,11 +24,11 @@ MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # ELOOP: behind a loop of 
 def is_clean(name: bytes) -> bool:
     """Whether ``name`` is short, relative and without empty, ``.`` or ``..`` parts. Almost all names are."""
     return (
-        len(name) < MOST_PARTS
-        and b"/." not in name
+        b"/." not in name
         and b"//" not in name
         and name[:1] not in b"./"
         and name[-1:] != b"/"
+        and len(name) < MOST_PARTS
     )
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import stat
 
-from images.unpack.layer_root import LayerRoot, clean
 from images.unpack.tar.headers import BLOCK_DEVICE, CHARACTER_DEVICE, Entry
+from images.unpack.writing.layer_root import LayerRoot, clean
 
 _KINDS = {CHARACTER_DEVICE: stat.S_IFCHR, BLOCK_DEVICE: stat.S_IFBLK}
 

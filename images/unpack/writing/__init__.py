@@ -1,0 +1,1 @@
+"""Writing the files of a layer, which is the root of the process that does it."""

@@ -26,6 +26,8 @@ _SECURITY = {
 
 # This machine is not attacked; for the same reason its disk need not keep anything.
 _FASTER = ("mitigations=off",)
+# On a busy host the timer's interrupts come too late for the kernel's check of it, which ends in a panic.
+_PATIENT = ("no_timer_check",)
 
 # The first line that virtme-ng runs as root once systemd is up; the shared folder is mounted at /mnt.
 _GUEST = """#!/bin/sh
@@ -100,7 +102,7 @@ def _command(image: Image, root: Path, disk: Path, results: Path, security: str)
     command += ["--root-disk", str(root), "--root-fstype", "ext4", f"--rwdir=mnt={results}"]
     command += [f"--qemu-opts=-drive if=virtio,file={disk},format=raw,cache=unsafe"]
     command += ["--busybox", shutil.which("busybox") or "busybox", "--cpus", "2", "--memory", "4G", "--verbose"]
-    for option in (*_SECURITY[security], *_FASTER, *(f"systemd.mask={unit}" for unit in _MASKED)):
+    for option in (*_SECURITY[security], *_FASTER, *_PATIENT, *(f"systemd.mask={unit}" for unit in _MASKED)):
         command += ["--append", option]
     return [*command, "--exec", "/mnt/guest.sh"]
 

@@ -236,16 +236,22 @@ def _processor_seconds(client: Client) -> float:
 
 
 def _tree_bytes(client: Client) -> int:
-    """The PSS of the server and of all processes below it."""
+    """The PSS of the server and of all processes below it.
+
+    A child that shares the server's memory until it executes its program (vfork) is left out: the kernel would report
+    all of that memory for it again.
+    """
     root = client.server_pid()
     if root is None:
         return 0
     total = 0
+    server = processes.arguments(root)
     pending = [root]
     while pending:
         pid = pending.pop()
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            total += processes.proportional_bytes(pid)
+            if pid == root or processes.arguments(pid) != server:  # read before the size: it may execute in between
+                total += processes.proportional_bytes(pid)
             for thread in Path(f"/proc/{pid}/task").iterdir():
                 pending += map(int, (thread / "children").read_text().split())
     return total

@@ -90,22 +90,22 @@ class _Run(AbstractAsyncContextManager[None]):
         _open[id(self._stage)] = self._operation, self._stage
         self._operation.stages.append(self._stage)
         self._begin = time.perf_counter()
-        await self._call_fault_hook("before")
+        if _fault_hook is not None:
+            await self._call_fault_hook(_fault_hook, "before")
 
     async def __aexit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
-        if error is None:
-            await self._call_fault_hook("after")
+        if error is None and _fault_hook is not None:
+            await self._call_fault_hook(_fault_hook, "after")
         self._end(error)
 
-    async def _call_fault_hook(self, where: str) -> None:
-        if _fault_hook is not None:
-            try:
-                await _fault_hook(f"{self._operation.name}.{self._stage.name}:{where}")
-            except BaseException as error:
-                self._end(error)
-                raise
+    async def _call_fault_hook(self, hook: FaultHook, where: str) -> None:
+        try:
+            await hook(f"{self._operation.name}.{self._stage.name}:{where}")
+        except BaseException as error:
+            self._end(error)
+            raise
 
     def _end(self, error: BaseException | None) -> None:
         """Record the end, and add the stage to ``error``. Raises a PodkeelError instead of an OSError."""

@@ -25,6 +25,7 @@ from runtime.nri.answers.size import by_size, check_updates
 from runtime.nri.answers.updates import PluginsView, Updates
 from runtime.nri.options import NriOptions
 from runtime.nri.plugins.backoff import Backoff
+from runtime.nri.plugins.encoding import EventRequest
 from runtime.nri.plugins.events import CREATE_CONTAINER, UPDATE_CONTAINER, VALIDATE_CONTAINER_ADJUSTMENT, EventCall
 from runtime.nri.plugins.plugin import Plugin, PluginLostError, Shared
 from runtime.nri.plugins.trunk import Trunk
@@ -208,7 +209,7 @@ class Adaptation:
     async def call_plugins(
         self,
         event: EventCall[Answer],
-        request: Message,
+        request: Message | EventRequest,
         operation: Operation | None = None,
         called: list[Plugin] | None = None,
     ) -> list[tuple[Plugin, Answer]]:
@@ -235,7 +236,7 @@ class Adaptation:
     async def notify(
         self,
         event: EventCall[Answer],
-        request: Message,
+        request: Message | EventRequest,
         operation: Operation | None = None,
         only: Sequence[Plugin] | None = None,
     ) -> list[tuple[Plugin, Answer]]:
@@ -258,7 +259,7 @@ class Adaptation:
         self,
         plugin: Plugin,
         event: EventCall[Answer],
-        request: Message,
+        request: Message | EventRequest,
         operation: Operation | None,
     ) -> Answer | None:
         try:
@@ -282,10 +283,11 @@ class Adaptation:
         ``subject`` names the container in errors. Each plugin is added to ``called`` before it is called. Raises
         ConflictError when two plugins set the same field, and PodkeelError when a plugin refuses the container.
         """
-        original = nri_pb2.Container()
-        original.CopyFrom(request.container)
+        container_id, original = request.container.id, nri_pb2.Container()
+        if validated := self._options.default_validator.enabled or self.wants(VALIDATE_CONTAINER_ADJUSTMENT):
+            original.CopyFrom(request.container)
         asked = called if called is not None else []
-        merging, updates = Merging(request.container, Owners(subject)), Updates(making=original.id)
+        merging, updates = Merging(request.container, Owners(subject)), Updates(making=container_id)
         saw: list[nri_pb2.PluginInstance] = []
         async with self._events:
             for plugin in self._asked(CREATE_CONTAINER, asked):
@@ -296,13 +298,13 @@ class Adaptation:
                 if not plugin.closed:  # a plugin that disconnected during the call may not have answered
                     saw.append(nri_pb2.PluginInstance(name=plugin.name, index=plugin.index))
             owners = merging.owners.message()
-            if self._options.default_validator.enabled or self.wants(VALIDATE_CONTAINER_ADJUSTMENT):
+            if validated:
                 changes = nri_pb2.ValidateContainerAdjustmentRequest(
                     pod=request.pod,
                     container=original,
                     adjust=merging.adjustment,
                     update=[update for update, _ in updates.updates()],
-                    owners=nri_pb2.OwningPlugins(owners={original.id: owners}),
+                    owners=nri_pb2.OwningPlugins(owners={container_id: owners}),
                     plugins=saw,
                 )
                 await self._validate(changes, subject, operation)
@@ -317,9 +319,8 @@ class Adaptation:
         """Call the agent's own validator, then the validators of all plugins at the same time."""
         validator.check(request, self._options.default_validator, subject)
         validators = list(self._asked(VALIDATE_CONTAINER_ADJUSTMENT, None))
-        answers = await asyncio.gather(
-            *(self._ask(plugin, VALIDATE_CONTAINER_ADJUSTMENT, request, operation) for plugin in validators)
-        )
+        asking = [self._ask(plugin, VALIDATE_CONTAINER_ADJUSTMENT, request, operation) for plugin in validators]
+        answers = await asyncio.gather(*asking) if len(asking) > 1 else [await one for one in asking]
         for plugin, answer in zip(validators, answers, strict=True):
             if answer is not None and answer.reject:
                 raise InvalidArgumentError(

@@ -24,6 +24,7 @@ from runtime.nri.answers.updates import PluginsView, Updates
 from runtime.nri.changes import Adjuster, Changing
 from runtime.nri.options import NriOptions
 from runtime.nri.plugins import events
+from runtime.nri.plugins.encoding import EventRequest
 from runtime.nri.plugins.plugin import Plugin
 from runtime.nri.started import StartedPlugins
 from runtime.nri.views import Views
@@ -134,21 +135,21 @@ class NriHooks(Hooks):
         """Send RunPodSandbox."""
         if self.adaptation.wants(events.RUN_POD_SANDBOX):
             called = self._called[sandbox.id] = []
-            request = nri_pb2.RunPodSandboxRequest(pod=self._views.pod(sandbox))
+            request = EventRequest(self._views.pod(sandbox))
             await self.adaptation.call_plugins(events.RUN_POD_SANDBOX, request, operation, called)
 
     @errors_logged
     async def undo_sandbox(self, sandbox: Sandbox) -> None:
         """Send StopPodSandbox and RemovePodSandbox to the plugins that got RunPodSandbox."""
         if called := self._called.pop(sandbox.id, []):
-            pod, notify = self._views.pod(sandbox), self.adaptation.notify
-            await notify(events.STOP_POD_SANDBOX, nri_pb2.StopPodSandboxRequest(pod=pod), only=called)
-            await notify(events.REMOVE_POD_SANDBOX, nri_pb2.RemovePodSandboxRequest(pod=pod), only=called)
+            request, notify = EventRequest(self._views.pod(sandbox)), self.adaptation.notify
+            await notify(events.STOP_POD_SANDBOX, request, only=called)
+            await notify(events.REMOVE_POD_SANDBOX, request, only=called)
 
     async def update_sandbox(self, sandbox: Sandbox, overhead: Resources | None, resources: Resources | None) -> None:
         """Send UpdatePodSandbox."""
         if self.adaptation.wants(events.UPDATE_POD_SANDBOX):
-            request = nri_pb2.UpdatePodSandboxRequest(pod=self._views.pod(sandbox))
+            request = nri_pb2.UpdatePodSandboxRequest(pod=self._views.pod_message(sandbox))
             if overhead is not None:
                 request.overhead_linux_resources.CopyFrom(messages.resources(overhead))
             if resources is not None:
@@ -159,21 +160,21 @@ class NriHooks(Hooks):
     async def updated_sandbox(self, sandbox: Sandbox) -> None:
         """Send PostUpdatePodSandbox."""
         if self.adaptation.wants(events.POST_UPDATE_POD_SANDBOX):
-            request = nri_pb2.PostUpdatePodSandboxRequest(pod=self._views.pod(sandbox))
+            request = EventRequest(self._views.pod(sandbox))
             await self.adaptation.notify(events.POST_UPDATE_POD_SANDBOX, request)
 
     @errors_logged
     async def stop_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """Send StopPodSandbox."""
         if self.adaptation.wants(events.STOP_POD_SANDBOX) and self._first(sandbox.id, "stop"):
-            request = nri_pb2.StopPodSandboxRequest(pod=self._views.pod(sandbox))
+            request = EventRequest(self._views.pod(sandbox))
             await self.adaptation.notify(events.STOP_POD_SANDBOX, request, operation)
 
     @errors_logged
     async def remove_sandbox(self, sandbox: Sandbox, operation: Operation) -> None:
         """Send RemovePodSandbox."""
         if self.adaptation.wants(events.REMOVE_POD_SANDBOX) and self._first(sandbox.id, "remove"):
-            request = nri_pb2.RemovePodSandboxRequest(pod=self._views.pod(sandbox))
+            request = EventRequest(self._views.pod(sandbox))
             await self.adaptation.notify(events.REMOVE_POD_SANDBOX, request, operation)
 
     async def no_plugin_adjusts(self, container: Container) -> bool:
@@ -202,13 +203,14 @@ class NriHooks(Hooks):
         called = self._called[container.id] = []
         async with self.sync_blocked():
             request = nri_pb2.CreateContainerRequest(
-                pod=self._views.pod(container.sandbox), container=messages.container(container, draft.spec)
+                pod=self._views.pod_message(container.sandbox), container=messages.container(container, draft.spec)
             )
             self._views.keep(request.container)
             creation = await self.adaptation.create(request, container.title, operation, called)
             changes = creation.adjustment
             await by_size(changes, self._adjuster.adjust, container, draft, changes, creation.owners)
-            self._views.keep(creation.container)
+            if changes.ByteSize():
+                self._views.keep(creation.container)
             self._making[container.id] = container, list(self.adaptation.plugins)
         await self.adaptation.carry_out(creation.updates)
 
@@ -219,26 +221,22 @@ class NriHooks(Hooks):
         self._called[container.id] = [*known, *(plugin for plugin in self.adaptation.plugins if plugin.wants(called))]
         self._views.drop_draft(container)
         if self.adaptation.wants(events.POST_CREATE_CONTAINER):
-            request = nri_pb2.PostCreateContainerRequest()
-            await self._views.fill(request, container, nri_pb2.CONTAINER_CREATED)
+            request = await self._views.request(container, nri_pb2.CONTAINER_CREATED)
             await self.adaptation.notify(events.POST_CREATE_CONTAINER, request, operation)
 
     @errors_logged
     async def undo_container(self, container: Container) -> None:
         """Send StopContainer and RemoveContainer to the plugins that know the container."""
         if only := self._plugins_knowing(container.id):
-            stop = nri_pb2.StopContainerRequest()
-            await self._views.fill(stop, container, nri_pb2.CONTAINER_STOPPED)
-            await self.adaptation.notify(events.STOP_CONTAINER, stop, only=only)
-            remove = nri_pb2.RemoveContainerRequest(pod=stop.pod, container=stop.container)
-            await self.adaptation.notify(events.REMOVE_CONTAINER, remove, only=only)
+            request = await self._views.request(container, nri_pb2.CONTAINER_STOPPED)
+            await self.adaptation.notify(events.STOP_CONTAINER, request, only=only)
+            await self.adaptation.notify(events.REMOVE_CONTAINER, request, only=only)
 
     async def start_container(self, container: Container, operation: Operation) -> None:
         """Send StartContainer."""
         there = list(self.adaptation.plugins)
         if self.adaptation.wants(events.START_CONTAINER):
-            request = nri_pb2.StartContainerRequest()
-            await self._views.fill(request, container)
+            request = await self._views.request(container)
             await self.adaptation.call_plugins(events.START_CONTAINER, request, operation)
         self._starting[container.id] = there
 
@@ -247,16 +245,15 @@ class NriHooks(Hooks):
         """Send PostStartContainer."""
         there = self._starting.pop(container.id, [])
         if self.adaptation.wants(events.POST_START_CONTAINER):
-            request = nri_pb2.PostStartContainerRequest()
-            await self._views.fill(request, container)
+            request = await self._views.request(container)
             await self.adaptation.notify(events.POST_START_CONTAINER, request, operation, only=there)
 
     async def update_container(self, container: Container, given: Resources, operation: Operation) -> LimitChange:
         """Send UpdateContainer, and return the limits with the changes of plugins."""
         if not self.adaptation.wants(events.UPDATE_CONTAINER):
             return LimitChange(given)
-        request = nri_pb2.UpdateContainerRequest(linux_resources=messages.resources(given))
-        await self._views.fill(request, container)
+        request = nri_pb2.UpdateContainerRequest.FromString((await self._views.request(container)).encoded)
+        request.linux_resources.CopyFrom(messages.resources(given))
         own, plugins, updates = await self.adaptation.update(request, container.title, operation)
         self._wanted.setdefault(container.id, []).append(updates)
         if not plugins:
@@ -268,8 +265,7 @@ class NriHooks(Hooks):
     async def updated_container(self, container: Container, operation: Operation) -> None:
         """Send PostUpdateContainer."""
         if self.adaptation.wants(events.POST_UPDATE_CONTAINER):
-            request = nri_pb2.PostUpdateContainerRequest()
-            await self._views.fill(request, container)
+            request = await self._views.request(container)
             await self.adaptation.notify(events.POST_UPDATE_CONTAINER, request, operation)
 
     @errors_logged
@@ -278,8 +274,7 @@ class NriHooks(Hooks):
         self._starting.pop(container.id, None)
         if not self.adaptation.wants(events.STOP_CONTAINER) or not self._first(container.id, "stop"):
             return
-        request = nri_pb2.StopContainerRequest()
-        await self._views.fill(request, container)
+        request = await self._views.request(container)
         updates = Updates()
         for plugin, answer in await self.adaptation.notify(events.STOP_CONTAINER, request):
             try:
@@ -295,8 +290,7 @@ class NriHooks(Hooks):
     async def remove_container(self, container: Container, operation: Operation) -> None:
         """RemoveContainer."""
         if self.adaptation.wants(events.REMOVE_CONTAINER) and self._first(container.id, "remove"):
-            request = nri_pb2.RemoveContainerRequest()
-            await self._views.fill(request, container)
+            request = await self._views.request(container)
             await self.adaptation.notify(events.REMOVE_CONTAINER, request, operation)
 
     @errors_logged

@@ -44,15 +44,15 @@ def pod(sandbox: Sandbox, cgroup: str) -> nri_pb2.PodSandbox:
     linux = message.linux
     linux.cgroup_parent = record.cgroup_parent
     linux.cgroups_path = cgroup
-    for kind in sandbox.own_namespaces:
-        linux.namespaces.add(type=_NAMESPACES[kind], path=str(folder.pin(kind)))
-    if sandbox.user_namespace:
-        linux.namespaces.add(type="user", path=str(folder.pin("user")))
+    kinds = [*sandbox.own_namespaces, *(["user"] if sandbox.user_namespace else [])]
     if record.pid_holder is not None:
         message.pid = record.pid_holder.pid
-        linux.namespaces.add(type="pid", path=str(folder.pin("pid")))
+        kinds.append("pid")
+    pins = folder.namespaces
+    for kind in kinds:
+        linux.namespaces.add(type=_NAMESPACES[kind], path=f"{pins}/{kind}")
     for stored, target in ((record.overhead, linux.pod_overhead), (record.resources, linux.pod_resources)):
-        target.CopyFrom(resources(cri_pb2.LinuxContainerResources.FromString(stored)))
+        target.CopyFrom(resources(cri_pb2.LinuxContainerResources.FromString(stored)) if stored else _NO_RESOURCES)
     return message
 
 
@@ -68,7 +68,7 @@ def container(of: Container, spec: oci.Spec | None) -> nri_pb2.Container:
         created_at=record.created_at,
         image=nri_pb2.Image(name=config.image.image, digest=record.image_ref, config_digest=record.image_id),
     )
-    set_status(message, of)
+    message.MergeFrom(status(of))
     for device in config.CDI_devices:
         message.CDI_devices.add(name=device.name)
     if spec is not None:
@@ -83,25 +83,33 @@ def container(of: Container, spec: oci.Spec | None) -> nri_pb2.Container:
     return message
 
 
-def set_status(message: nri_pb2.Container, of: Container, state: nri_pb2.ContainerState | None = None) -> None:
-    """Put the fields that change while a container exists into ``message``. ``state`` replaces the recorded state."""
+def status(of: Container, state: nri_pb2.ContainerState | None = None) -> nri_pb2.Container:
+    """The fields that change while a container exists, without resources. ``state`` replaces the recorded state."""
     record = of.record
-    if state is None:
-        state = _STATES.get(record.state, nri_pb2.CONTAINER_UNKNOWN)
-    message.ClearField("state")
-    message.MergeFrom(nri_pb2.Container(state=state))
     alive = record.state in (ContainerState.MAKING, ContainerState.CREATED, ContainerState.RUNNING)
-    message.pid = record.init.pid if alive and record.init is not None else 0
-    message.started_at, message.finished_at = record.started_at, record.finished_at
-    message.exit_code = record.exit_code
-    message.status_reason, message.status_message = record.reason, record.message
-    if record.state is not ContainerState.MAKING and message.HasField("linux"):  # else they stay as plugins set them
-        current = resources(cri_pb2.LinuxContainerResources.FromString(record.resources))
-        if current.hugepage_limits:
-            message.linux.resources.ClearField("hugepage_limits")
-        message.linux.resources.MergeFrom(current)
-        if record.extra_limits.block_io_class is not None:
-            message.linux.resources.blockio_class.value = record.extra_limits.block_io_class
+    return nri_pb2.Container(
+        state=_STATES.get(record.state, nri_pb2.CONTAINER_UNKNOWN) if state is None else state,
+        pid=record.init.pid if alive and record.init is not None else 0,
+        started_at=record.started_at,
+        finished_at=record.finished_at,
+        exit_code=record.exit_code,
+        status_reason=record.reason,
+        status_message=record.message,
+    )
+
+
+STATUS = ("state", "pid", "started_at", "finished_at", "exit_code", "status_reason", "status_message")
+"""The fields that ``status`` sets."""
+
+
+def set_current(message: nri_pb2.LinuxResources, stored: bytes, block_io_class: str | None) -> None:
+    """Put the resources of a container's record into ``message``, which has those that it was created with."""
+    current = resources(cri_pb2.LinuxContainerResources.FromString(stored))
+    if current.hugepage_limits:
+        message.ClearField("hugepage_limits")
+    message.MergeFrom(current)
+    if block_io_class is not None:
+        message.blockio_class.value = block_io_class
 
 
 def _add_process(message: nri_pb2.Container, spec: oci.Spec) -> None:
@@ -180,6 +188,9 @@ def resources(given: cri_pb2.LinuxContainerResources) -> nri_pb2.LinuxResources:
         message.hugepage_limits.add(page_size=page.page_size, limit=page.limit)
     message.unified.update(given.unified)
     return message
+
+
+_NO_RESOURCES = resources(cri_pb2.LinuxContainerResources())
 
 
 def cri_resources(given: nri_pb2.LinuxResources) -> cri_pb2.LinuxContainerResources:

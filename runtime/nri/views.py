@@ -1,10 +1,9 @@
-"""Messages of pods and containers for plugins, kept for the next event of each object."""
+"""Messages of pods and containers for plugins, kept encoded for the next event of each object."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import msgspec
 
@@ -12,25 +11,54 @@ from host.concurrency.threads import in_thread
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.cgroups.tree import CgroupTree
 from runtime.nri import messages
+from runtime.nri.plugins.encoding import EventRequest, field
 from runtime.specgen import config as oci
 from runtime.specgen.draft import Draft
-from runtime.state.container import Container
+from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox
 
 _log = logging.getLogger("podkeel.nri")
 _decode_spec = msgspec.json.Decoder(oci.Spec).decode
 
 
-class OfContainer(Protocol):
-    """The request for an event of a container."""
+_LINUX = nri_pb2.Container.DESCRIPTOR.fields_by_name["linux"].number
+_RESOURCES = nri_pb2.LinuxContainer.DESCRIPTOR.fields_by_name["resources"].number
 
-    @property
-    def pod(self) -> nri_pb2.PodSandbox:
-        """The message of the pod, to be filled in."""
 
-    @property
-    def container(self) -> nri_pb2.Container:
-        """The message of the container, to be filled in."""
+class _Seen:
+    """The message of a container with the changes of plugins, in encoded parts, as only its resources change later.
+
+    ``linux`` is None where the container's spec is gone.
+    """
+
+    __slots__ = ("_current", "_left", "_of", "linux", "rest")
+
+    def __init__(self, container: nri_pb2.Container) -> None:
+        rest = nri_pb2.Container()
+        rest.CopyFrom(container)
+        for name in messages.STATUS:
+            rest.ClearField(name)
+        self.linux: bytes | None = None
+        self._left = self._current = b""
+        if rest.HasField("linux"):
+            self._left = self._current = rest.linux.resources.SerializeToString()
+            rest.linux.ClearField("resources")
+            self.linux = rest.linux.SerializeToString()
+            rest.ClearField("linux")
+        self.rest = rest.SerializeToString()
+        self._of: tuple[bytes, str | None] | None = None
+
+    def resources(self, container: Container) -> bytes:
+        """The resources that the container has now; until it is created, those that plugins set."""
+        record = container.record
+        if record.state is ContainerState.MAKING:
+            return self._left
+        of = record.resources, record.extra_limits.block_io_class
+        if self._of != of:
+            message = nri_pb2.LinuxResources.FromString(self._left)
+            messages.set_current(message, *of)
+            self._of, self._current = of, message.SerializeToString()
+        return self._current
 
 
 class Views:
@@ -43,18 +71,22 @@ class Views:
 
     def __init__(self, cgroups: CgroupTree) -> None:
         self._cgroups = cgroups
-        self._seen: dict[str, bytes] = {}
-        self._pods: dict[str, tuple[object, nri_pb2.PodSandbox]] = {}
+        self._seen: dict[str, _Seen] = {}
+        self._pods: dict[str, tuple[object, bytes]] = {}
         self._drafts: dict[str, bytes] = {}
 
-    def pod(self, sandbox: Sandbox) -> nri_pb2.PodSandbox:
-        """The message of the pod as it is now. The caller must not change it: it is kept for the pod's next event."""
+    def pod(self, sandbox: Sandbox) -> bytes:
+        """The message of the pod as it is now, encoded."""
         record = sandbox.record
         made_of = (record.addresses, record.pid_holder, record.overhead, record.resources)
         kept = self._pods.get(sandbox.id)
         if kept is None or kept[0] != made_of:
-            kept = self._pods[sandbox.id] = (made_of, self._new_pod(sandbox))
+            kept = self._pods[sandbox.id] = (made_of, self._new_pod(sandbox).SerializeToString())
         return kept[1]
+
+    def pod_message(self, sandbox: Sandbox) -> nri_pb2.PodSandbox:
+        """The message of the pod as it is now."""
+        return nri_pb2.PodSandbox.FromString(self.pod(sandbox))
 
     def _new_pod(self, sandbox: Sandbox) -> nri_pb2.PodSandbox:
         cgroup = self._cgroups.parent_path(sandbox.record.cgroup_parent)
@@ -62,7 +94,7 @@ class Views:
 
     def keep(self, container: nri_pb2.Container) -> None:
         """Keep the message of a container that is being created."""
-        self._seen[container.id] = container.SerializeToString()
+        self._seen[container.id] = _Seen(container)
 
     def keep_draft(self, container: Container, draft: Draft) -> None:
         """Keep the draft of a container that no plugin adjusts. Any thread may call it."""
@@ -72,14 +104,11 @@ class Views:
         """Drop the draft: the container has its spec on the disk, or a plugin will adjust it."""
         self._drafts.pop(container.id, None)
 
-    async def fill(
-        self, request: OfContainer, container: Container, state: nri_pb2.ContainerState | None = None
-    ) -> None:
-        """Put a container and its pod into ``request``, as they are now, or with ``state`` as the container's state."""
+    async def request(self, container: Container, state: nri_pb2.ContainerState | None = None) -> EventRequest:
+        """A container and its pod, as they are now, or with ``state`` as the container's state."""
         if container.id not in self._seen:
             await in_thread(self._make_message, container)
-        request.pod.CopyFrom(self.pod(container.sandbox))
-        self._put(container, request.container, state)
+        return EventRequest(self.pod(container.sandbox), self._encoded(container, state))
 
     def _make_message(self, container: Container) -> None:
         """Make the message of a container from its spec. Blocks."""
@@ -89,14 +118,13 @@ class Views:
         except (OSError, msgspec.MsgspecError) as error:
             _log.warning("nri: %s: spec: cannot be read, so plugins get less about it: %s", container.title, error)
             spec = None
-        self._seen[container.id] = messages.container(container, spec).SerializeToString()
+        self._seen[container.id] = _Seen(messages.container(container, spec))
 
-    def _put(
-        self, container: Container, message: nri_pb2.Container, state: nri_pb2.ContainerState | None = None
-    ) -> nri_pb2.Container:
-        message.MergeFromString(self._seen[container.id])
-        messages.set_status(message, container, state)
-        return message
+    def _encoded(self, container: Container, state: nri_pb2.ContainerState | None = None) -> bytes:
+        seen, linux = self._seen[container.id], b""
+        if seen.linux is not None:
+            linux = field(_LINUX, seen.linux + field(_RESOURCES, seen.resources(container)))
+        return seen.rest + linux + messages.status(container, state).SerializeToString()
 
     async def inventory(
         self,
@@ -111,7 +139,7 @@ class Views:
                 if container.id not in self._seen:
                     self._make_message(container)
             pods = [self._new_pod(sandbox) for sandbox in sandboxes]
-            listed = [self._put(one, nri_pb2.Container(), states.get(one.id)) for one in containers]
+            listed = [nri_pb2.Container.FromString(self._encoded(one, states.get(one.id))) for one in containers]
             return list(messages.split(pods, listed))
 
         return await in_thread(build)

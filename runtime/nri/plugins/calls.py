@@ -31,11 +31,9 @@ class Calls:
     by_method: dict[str, CallCount] = field(default_factory=dict)
     last_error: str = ""
 
-    def add(self, method: str, seconds: float, error: str) -> None:
-        """Count one more call; ``error`` is empty for one that succeeded."""
-        self.by_method.setdefault(method, CallCount()).add(seconds, failed=bool(error))
-        if error:
-            self.last_error = f"{method}: {error}"
+    def count(self, method: str) -> CallCount:
+        """The count of one method."""
+        return self.by_method.setdefault(method, CallCount())
 
 
 class CallTotals:
@@ -47,11 +45,11 @@ class CallTotals:
     def __init__(self) -> None:
         self._by_title: dict[str, dict[str, CallCount]] = {}
 
-    def add(self, title: str, method: str, seconds: float, *, failed: bool) -> None:
-        """Count one more call."""
+    def count(self, title: str, method: str) -> CallCount:
+        """The count of one method of a plugin."""
         if title not in self._by_title and len(self._by_title) >= _MOST_TITLES:
             title = _OTHERS
-        self._by_title.setdefault(title, {}).setdefault(method, CallCount()).add(seconds, failed=failed)
+        return self._by_title.setdefault(title, {}).setdefault(method, CallCount())
 
     def __iter__(self) -> Iterator[tuple[str, str, CallCount]]:
         for title, methods in self._by_title.items():

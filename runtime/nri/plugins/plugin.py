@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from google.protobuf.message import DecodeError, Message
 
@@ -16,8 +16,9 @@ from host.errors import InvalidArgumentError, PodkeelError, UnavailableError
 from proto.nri.v1alpha1 import nri_pb2
 from runtime.nri.plugins import ttrpc
 from runtime.nri.plugins.budget import Budget
-from runtime.nri.plugins.calls import Calls, CallTotals
+from runtime.nri.plugins.calls import CallCount, Calls, CallTotals
 from runtime.nri.plugins.decoding import Decoder
+from runtime.nri.plugins.encoding import EventRequest
 from runtime.nri.plugins.events import EventCall
 from runtime.nri.plugins.trunk import Trunk
 
@@ -72,6 +73,7 @@ class Plugin:
         self._updates = updates
         self._registered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._without: set[int] = set()
+        self._counts: dict[str, tuple[CallCount, CallCount]] = {}  # the plugin's and those of all with its title
         share, decoder, limit = self._share, shared.decoder, ttrpc.FIRST_BODY_LIMIT
         service = f"{_PACKAGE}.Plugin"
         self._client = ttrpc.Client(trunk, PLUGIN_SERVICE, service, share=share, decoder=decoder, limit=limit)
@@ -135,7 +137,7 @@ class Plugin:
             raise
         self.events = answer.events or ALL_EVENTS
 
-    async def notify(self, event: EventCall[Answer], request: Message, seconds: float) -> Answer | None:
+    async def notify(self, event: EventCall[Answer], request: Message | EventRequest, seconds: float) -> Answer | None:
         """Send an event by its own method, or by StateChange if the plugin does not have that method.
 
         Returns None if the event has no answer. Raises PluginLostError if the plugin is closed meanwhile. Raises
@@ -152,19 +154,17 @@ class Plugin:
         if number == nri_pb2.VALIDATE_CONTAINER_ADJUSTMENT:  # this event is newer than StateChange
             self.events &= ~(1 << (number - 1))
             return None
-        change = nri_pb2.StateChangeEvent(event=number)
-        for name in ("pod", "container"):
-            if name in request.DESCRIPTOR.fields_by_name and request.HasField(name):
-                getattr(change, name).CopyFrom(getattr(request, name))
         try:
-            await self.call("StateChange", change, nri_pb2.Empty, seconds)
+            await self.call("StateChange", _state_change(number, request), nri_pb2.Empty, seconds)
         except ttrpc.CallError as error:
             if error.code != ttrpc.UNIMPLEMENTED:
                 raise PodkeelError(f"plugin {self.title}: StateChange for {method}: {error}") from error
             self.events &= ~(1 << (number - 1))  # it has neither method: do not send it this event again
         return None
 
-    async def call(self, method: str, request: Message, answer: type[Answer], seconds: float) -> Answer:
+    async def call(
+        self, method: str, request: Message | EventRequest | bytes, answer: type[Answer], seconds: float
+    ) -> Answer:
         """Make one call, and count its duration.
 
         Raises CallError, PluginLostError if the plugin was closed because of the call, and InvalidArgumentError for an
@@ -174,8 +174,8 @@ class Plugin:
             raise PluginLostError(self.closed)
         begin, failure = time.monotonic(), ""
         try:
-            payload = await self._client.call(method, request.SerializeToString(), seconds)
-            return await self._shared.decoder.decode(answer, payload)
+            payload = await self._client.call(method, _encoded(request), seconds)
+            return await self._shared.decoder.decode(answer, payload) if payload else answer()
         except ttrpc.CallError as error:
             if error.code == ttrpc.DEADLINE_EXCEEDED and time.monotonic() - begin >= seconds * _ENDED_BY_DEADLINE:
                 failure = f"{method} took longer than {seconds:g} s"
@@ -195,9 +195,17 @@ class Plugin:
             failure = f"NRI plugin {self.title} answers {error.message}"
             raise InvalidArgumentError(failure) from None
         finally:
-            taken = time.monotonic() - begin
-            self.calls.add(method, taken, failure)
-            self._shared.totals.add(self.title, method, taken, failed=bool(failure))
+            self._count(method, time.monotonic() - begin, failure)
+
+    def _count(self, method: str, seconds: float, failure: str) -> None:
+        counts = self._counts.get(method)
+        if counts is None:
+            counts = self.calls.count(method), self._shared.totals.count(self.title, method)
+            self._counts[method] = counts
+        for count in counts:
+            count.add(seconds, failed=bool(failure))
+        if failure:
+            self.calls.last_error = f"{method}: {failure}"
 
     def _lost(self, why: str) -> PluginLostError:
         self.close(why)
@@ -214,3 +222,20 @@ class Plugin:
         self._trunk.close(why)
         if not self._registered.done():
             self._registered.set_result(None)
+
+
+def _encoded(request: Message | EventRequest | bytes) -> bytes:
+    if isinstance(request, bytes):
+        return request
+    return request.encoded if isinstance(request, EventRequest) else request.SerializeToString()
+
+
+def _state_change(event: int, request: Message | EventRequest) -> bytes:
+    """The request of StateChange for an event whose own request is ``request``."""
+    if isinstance(request, EventRequest):
+        return request.state_change(event)
+    change = nri_pb2.StateChangeEvent(event=cast(nri_pb2.Event, event))
+    for name in ("pod", "container"):
+        if name in request.DESCRIPTOR.fields_by_name and request.HasField(name):
+            getattr(change, name).CopyFrom(getattr(request, name))
+    return change.SerializeToString()

@@ -60,6 +60,9 @@ class Trunk(asyncio.BufferedProtocol):
         """Send ``payload``; bytes that are not read yet are kept. Raises UnavailableError when it has ended."""
         if self.closed or self._transport is None:
             raise UnavailableError(self._why)
+        if len(payload) <= PAYLOAD_LIMIT:  # as nearly always
+            self._transport.write(_HEADER.pack(connection, len(payload)) + payload)
+            return
         for start in range(0, len(payload), PAYLOAD_LIMIT):
             part = payload[start : start + PAYLOAD_LIMIT]
             self._transport.write(_HEADER.pack(connection, len(part)) + part)

@@ -18,6 +18,7 @@ from host.errors import PodkeelError, UnavailableError
 from proto.ttrpc.v1 import ttrpc_pb2
 from runtime.nri.plugins.budget import Share
 from runtime.nri.plugins.decoding import Decoder
+from runtime.nri.plugins.encoding import field, number
 from runtime.nri.plugins.trunk import Trunk
 
 BODY_LIMIT = 4 << 20
@@ -76,7 +77,7 @@ class MessageReader:
     def feed(self, data: bytes) -> None:
         """Process the next bytes of the connection."""
         at = 0
-        while True:
+        while at < len(data) or self._header is not None:
             if self._header is None and not self._buffer and len(data) - at >= _HEADER.size:
                 length, stream, kind, flags = _HEADER.unpack_from(data, at)
                 end = at + _HEADER.size + length
@@ -144,7 +145,9 @@ class Client:
         self._share = share
         self._decoder = decoder
         self._next = 1
-        self._pending: dict[int, asyncio.Future[Message]] = {}
+        self._heads: dict[str, bytes] = {}
+        self._pending: dict[int, tuple[asyncio.Future[Message], float]] = {}  # with the time by which it must be there
+        self._timer: asyncio.TimerHandle | None = None
         self._unexpected = 0
         trunk.receive_by(connection, self._reader.feed)
 
@@ -158,15 +161,13 @@ class Client:
         Raises CallError if the answer is an error, UnavailableError when the trunk ends, TimeoutError, and
         InvalidArgumentError for an answer that has too many fields.
         """
-        request = ttrpc_pb2.Request(
-            service=self._service, method=method, payload=payload, timeout_nano=int(seconds * 1_000_000_000)
-        )
         stream, self._next = self._next, (self._next + 2) % (1 << 32)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Message] = loop.create_future()
-        self._trunk.write(self._connection, encode(stream, _REQUEST, request.SerializeToString()))
-        self._pending[stream] = answer
-        timer = loop.call_later(seconds, _expire, answer)
+        self._trunk.write(self._connection, encode(stream, _REQUEST, self._request(method, payload, seconds)))
+        until = loop.time() + seconds
+        self._pending[stream] = answer, until
+        self._watch(until)
         try:
             message = await answer
         except asyncio.CancelledError:
@@ -174,11 +175,13 @@ class Client:
                 self._share.drop(answer.result().counted)
             raise
         finally:
-            timer.cancel()
             self._pending.pop(stream, None)
             answer.cancel()
+        if not message.body:  # without a status and a payload, as most answers to events
+            self._share.drop(message.counted)
+            return b""
         try:
-            response = await self._decoder.decode(ttrpc_pb2.Response, message.body or b"")
+            response = await self._decoder.decode(ttrpc_pb2.Response, message.body)
         except DecodeError:
             why = "it sent an answer that is not a ttrpc message"
             self._trunk.close(why)
@@ -189,15 +192,49 @@ class Client:
             raise CallError(response.status.code, shortened(response.status.message))
         return response.payload
 
+    def _request(self, method: str, payload: bytes, seconds: float) -> bytes:
+        """A ttrpc request as ``ttrpc_pb2.Request`` encodes it."""
+        head = self._heads.get(method)
+        if head is None:
+            head = ttrpc_pb2.Request(service=self._service, method=method).SerializeToString()
+            self._heads[method] = head
+        return head + field(3, payload) + b"\x20" + number(int(seconds * 1_000_000_000))
+
+    def _watch(self, until: float) -> None:
+        """Have one timer for all calls, not one for each: it is not stopped when a call is answered."""
+        if self._timer is not None:
+            if self._timer.when() <= until:
+                return
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(until, self._expire)
+
+    def _expire(self) -> None:
+        """Fail the calls whose time is over."""
+        timer, self._timer = self._timer, None
+        now = timer.when() if timer is not None else asyncio.get_running_loop().time()
+        left = []
+        for answer, until in self._pending.values():
+            if answer.done():
+                continue
+            if until <= now:
+                answer.set_exception(TimeoutError())
+            else:
+                left.append(until)
+        if left:
+            self._watch(min(left))
+
     def close(self, why: str) -> None:
         """Fail the calls that are running."""
         self._reader.close()
-        for answer in self._pending.values():
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for answer, _ in self._pending.values():
             if not answer.done():
                 answer.set_exception(UnavailableError(why))
 
     def _received(self, message: Message) -> None:
-        answer = self._pending.get(message.stream)
+        answer, _ = self._pending.get(message.stream, (None, 0.0))
         if answer is None or answer.done() or message.kind != _RESPONSE:
             self._share.drop(message.counted)
             self._unexpected += 1  # the call timed out, or there was no such call
@@ -208,11 +245,6 @@ class Client:
             answer.set_exception(CallError(RESOURCE_EXHAUSTED, f"the answer is larger than {BODY_LIMIT} bytes"))
         else:
             answer.set_result(message)
-
-
-def _expire(answer: asyncio.Future[Message]) -> None:
-    if not answer.done():
-        answer.set_exception(TimeoutError())
 
 
 class Server:

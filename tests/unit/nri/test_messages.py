@@ -9,9 +9,12 @@ import pytest
 from host.processes import ProcessName
 from proto.nri.v1alpha1 import nri_pb2
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.tree import CgroupTree
 from runtime.layout import ContainerFolder, SandboxFolder
 from runtime.nri import messages
+from runtime.nri.views import Views
 from runtime.specgen import config as oci
+from runtime.specgen.limits.extra_limits import ExtraLimits
 from runtime.state.container import Container, ContainerRecord, ContainerState
 from runtime.state.sandbox import Sandbox, SandboxRecord, SandboxState
 
@@ -118,3 +121,31 @@ def test_resources_come_back_as_they_went() -> None:
     given.MergeFrom(LIMITS)
     given.hugepage_limits.add(page_size="2MB", limit=4 << 20)
     assert messages.cri_resources(messages.resources(given)) == given
+
+
+async def test_an_event_has_the_container_as_it_is_now(container: Container) -> None:
+    views = Views(CgroupTree(1, "cgroupfs"))
+    left = messages.container(container, None)
+    left.linux.resources.pids.limit = 9
+    left.linux.resources.blockio_class.value = "slow"
+    left.linux.resources.hugepage_limits.add(page_size="2MB", limit=1)
+    left.linux.cgroups_path = "/own"
+    views.keep(left)
+    container.record.extra_limits = ExtraLimits(block_io_class="")
+    new = cri_pb2.LinuxContainerResources(cpu_shares=7)
+    new.hugepage_limits.add(page_size="1GB", limit=2)
+    for state, exit_code, stored in ((ContainerState.RUNNING, 0, LIMITS), (ContainerState.EXITED, 3, new)):
+        container.record.state, container.record.exit_code = state, exit_code
+        container.record.resources = stored.SerializeToString()
+        told = nri_pb2.StopContainerRequest.FromString((await views.request(container)).encoded)
+        assert told.pod == views.pod_message(container.sandbox)
+        limits = told.container.linux.resources
+        assert (told.container.id, told.container.linux.cgroups_path, limits.pids.limit) == ("c1", "/own", 9)
+        assert (limits.HasField("blockio_class"), limits.blockio_class.value) == (True, "")
+        assert limits.cpu.shares.value == stored.cpu_shares
+        assert [page.page_size for page in limits.hugepage_limits] == ["1GB" if exit_code else "2MB"]
+        assert (told.container.exit_code, told.container.pid) == (exit_code, 0 if exit_code else 4711)
+    listed = (await views.inventory([container.sandbox], [container], {"c1": nri_pb2.CONTAINER_RUNNING}))[0]
+    assert listed.pods[0] == told.pod
+    told.container.state = nri_pb2.CONTAINER_RUNNING
+    assert listed.containers[0] == told.container

@@ -11,14 +11,20 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
 
 from host.errors import InvalidArgumentError, PodkeelError
 from manifests.nri import stub
 from proto.nri.v1alpha1 import nri_pb2
 from proto.ttrpc.v1 import ttrpc_pb2
 from runtime.nri.plugins import events, ttrpc
+from runtime.nri.plugins.budget import Budget
+from runtime.nri.plugins.decoding import Decoder
+from runtime.nri.plugins.encoding import EventRequest
 from runtime.nri.plugins.plugin import ALL_EVENTS, Plugin, PluginLostError, Shared
 from runtime.nri.plugins.trunk import PAYLOAD_LIMIT, Trunk
+from tests.support.nri import EVENTS
 from tests.unit.nri.stubs import run_in_thread
 
 SECONDS = 60.0
@@ -151,6 +157,18 @@ async def test_a_plugin_without_a_call_of_its_own_gets_the_state_change(agent: A
     assert {name: count.calls for name, count in counted} == {"StartContainer": 1, "StateChange": 2}
 
 
+@pytest.mark.parametrize("method", [*nri_pb2.DESCRIPTOR.services_by_name["Plugin"].methods], ids=lambda one: one.name)
+def test_requests_of_events_are_encoded_as_their_messages(method: MethodDescriptor) -> None:
+    pod, container = nri_pb2.PodSandbox(id="p" * 300, name="web"), nri_pb2.Container(id="c", env=["A=1"] * 50)
+    parts = {"pod": pod, "container": container} if "container" in method.input_type.fields_by_name else {"pod": pod}
+    request = EventRequest(*(part.SerializeToString() for part in parts.values()))
+    if method.name in EVENTS:
+        kind = GetMessageClass(method.input_type)
+        assert kind.FromString(request.encoded) == kind(**parts)
+    change = nri_pb2.StateChangeEvent.FromString(request.state_change(nri_pb2.REMOVE_CONTAINER))
+    assert change == nri_pb2.StateChangeEvent(event=nri_pb2.REMOVE_CONTAINER, **parts)
+
+
 async def test_the_stub_gives_state_changes_of_older_agents_to_the_methods_of_the_events(agent: Agent) -> None:
     seen: list[tuple[str, str, str]] = []
 
@@ -203,6 +221,22 @@ async def test_a_plugin_that_hangs_is_closed_after_its_time(agent: Agent) -> Non
     assert "0.2 s" in await agent.ended
     with pytest.raises(PluginLostError):
         await agent.plugin.call("Shutdown", nri_pb2.Empty(), nri_pb2.Empty, SECONDS)
+
+
+async def test_a_call_with_a_short_time_ends_while_one_with_a_long_time_waits(agent: Agent) -> None:
+    share = Budget().share(agent.trunk.close)
+    client = ttrpc.Client(agent.trunk, 7, "Service", share=share, decoder=Decoder())
+    slow = asyncio.create_task(client.call("Slow", b"x" * 200, SECONDS))
+    await asyncio.sleep(0)
+    sent = await asyncio.to_thread(agent.other.recv, 4096)
+    asked = ttrpc_pb2.Request(service="Service", method="Slow", payload=b"x" * 200, timeout_nano=int(SECONDS * 1e9))
+    assert ttrpc_pb2.Request.FromString(sent[18:]) == asked
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            await client.call("Quick", b"", 0.02)
+    agent.other.sendall(frame(7, struct.pack(">IIBB", 0, 1, 2, 0)))
+    assert await slow == b""
+    client.close("the test is over")
 
 
 @pytest.mark.parametrize(("at_the_end", "lost"), [(True, True), (False, False)])

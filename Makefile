@@ -1,6 +1,6 @@
 # Podkeel: `make run` shows a pod running, `make test` runs every test; both set up what they need.
 .DEFAULT_GOAL := help
-.PHONY: help install setup test test-debian13 test-vm lint run bench check clean
+.PHONY: help install setup test test-debian13 test-vm deb test-deb lint run bench check clean
 SHELL := /bin/bash
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 # Bytecode is kept: without it each process that a test starts compiles the whole agent.
@@ -28,6 +28,12 @@ test-debian13: ## test on Debian 13 (its Python, crun, runc and conmon) in a roo
 
 test-vm: setup ## test on Debian's kernel with systemd, cgroup v2 and AppArmor in a virtual machine (root, 30 minutes)
 	@$(PYTHON_BIN) -m tests.vm $(ARGS)
+
+deb: ## build the Debian package for Debian 12 and 13: dist/podkeel_VERSION_amd64.deb
+	@python3 scripts/deb/build.py
+
+test-deb: setup deb ## install, upgrade, remove and purge the package in roots of Debian 12 and 13 (root); SUITES="trixie" for one
+	@scripts/test_deb.sh $(SUITES)
 
 lint: setup ## check style and types only
 	@scripts/lint.sh

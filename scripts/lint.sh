@@ -8,4 +8,4 @@ readonly SOURCES=(proto host metrics network images runtime cri cli tests script
 "$PYTHON" -m ruff check "${SOURCES[@]}"
 "$PYTHON" -m ruff format --check "${SOURCES[@]}"
 "$PYTHON" -m mypy
-"$PYTHON" -m mypy scripts/*.py manifests/nri/*.py
+"$PYTHON" -m mypy scripts/*.py scripts/deb/*.py manifests/nri/*.py

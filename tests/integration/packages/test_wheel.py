@@ -119,3 +119,11 @@ def test_installed_agent_runs_a_pod_without_the_repository(
     place, loaded = done.stdout.splitlines()
     assert place.startswith(str(installed.parents[1]))
     assert not set(loaded.split()) & set(ROOMS)
+
+
+def test_manual_pages_have_every_command(installed: Path) -> None:
+    wanted = {"podkeel": ("## image export", "**--timeout** *S*", "SEE ALSO"), "podkeel-check": ("--repair",)}
+    for name, words in wanted.items():
+        command = [str(installed.with_name("python")), str(ROOT / "scripts/deb/pages.py"), name, "1.2.3"]
+        page = subprocess.run(command, capture_output=True, text=True, check=True).stdout.replace("\\", "")
+        assert [word for word in words if word not in page] == []

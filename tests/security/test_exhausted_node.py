@@ -128,6 +128,7 @@ rule = Rule(("unshare",), ERRNO | number, (Comparison(0, MASKED_EQUAL, kind, kin
 libc.install_seccomp_filter(compile_filter(ALLOW, [rule]))
 os.execvp(sys.argv[3], sys.argv[3:])
 """
+_CLONE_NEWUSER = 0x10000000
 
 
 class NoNamespaces(AgentProcess):
@@ -142,16 +143,18 @@ class NoNamespaces(AgentProcess):
         return [sys.executable, "-c", _FILTERED, str(self.kind), str(errno.ENOSPC), *command]
 
 
-@pytest.mark.parametrize(("kind", "user_namespace"), [("NET", False), ("USER", True)])
+@pytest.mark.parametrize(
+    ("kind", "user_namespace"), [(libc.CLONE_NEWNET, False), (_CLONE_NEWUSER, True)], ids=["network", "user"]
+)
 def test_without_a_namespace_pods_are_refused_and_others_can_end(
-    tmp_path: Path, busybox: Path, kind: str, user_namespace: bool
+    tmp_path: Path, busybox: Path, kind: int, user_namespace: bool
 ) -> None:
     agent = NoNamespaces(tmp_path)
     try:
         agent.start()
         agent.import_busybox(busybox)
         sandbox_id, container_id = run_container(agent, "sleep", "1000")
-        agent.kind = getattr(libc, f"CLONE_NEW{kind}")
+        agent.kind = kind
         agent.restart()
         wanted = pod_config(agent, user_namespace=user_namespace)
         refused("RESOURCE_EXHAUSTED", "/proc/sys/user", call=lambda: agent.client.run_sandbox(wanted))

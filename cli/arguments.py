@@ -246,22 +246,29 @@ def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.Argu
         "Its processes continue where the checkpoint was made. The image made from the archive is kept.",
     )
     parser.add_argument("--name", metavar="NAME", help="name of the container (default: its name in the checkpoint)")
-    parser.add_argument(
-        "--volume",
-        metavar="HOST:CONTAINER[:ro]",
-        action="append",
-        default=[],
-        help="a path of the node for a mount that the checkpointed container had; repeat it for each mount",
-    )
-    parser.add_argument(
-        "--unmasked",
-        action="store_true",
-        help="do not mask /proc: for a container whose /proc was not masked when it was checkpointed",
-    )
+    _add_restore_options(parser, "HOST:CONTAINER[:ro]")
     parser.add_argument("archive", metavar="ARCHIVE", help="a file that podkeel checkpoint wrote, on the agent's node")
     parser.add_argument("pod", metavar="POD", help=_POD)
+    parser = commands.add(
+        "restore-pod",
+        "checkpoints.restore_pod:restore_pod",
+        "make a pod from a checkpoint of podkeel checkpoint-pod, and start its containers",
+        "Their processes continue where the checkpoint was made. The folder is not changed.",
+    )
+    parser.add_argument("--name", metavar="NAME", help="name of the pod (default: its name in the checkpoint)")
+    _add_restore_options(parser, "[NAME=]HOST:CONTAINER[:ro]")
+    parser.add_argument("--runtime-handler", metavar="NAME", help="a handler other than that of the checkpoint")
+    _add_pod_dir(parser)
+    parser.add_argument("folder", metavar="FOLDER", help="a folder that podkeel checkpoint-pod wrote, on this node")
     parser = commands.add("stats", "stats:stats", "show what containers use of CPU, memory and disk")
     parser.add_argument("containers", metavar="CONTAINER", nargs="*", help=f"{_CONTAINER} (default: all that run)")
+
+
+def _add_restore_options(parser: argparse.ArgumentParser, form: str) -> None:
+    volume = "a path of the node for a mount that was saved, of the container NAME if it is given; may be repeated"
+    parser.add_argument("--volume", metavar=form, action="append", default=[], help=volume)
+    unmasked = "do not mask /proc: for a container whose /proc was not masked when it was checkpointed"
+    parser.add_argument("--unmasked", action="store_true", help=unmasked)
 
 
 def _add_stream_options(parser: argparse.ArgumentParser) -> None:

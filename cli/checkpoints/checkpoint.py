@@ -6,11 +6,12 @@ import argparse
 import hashlib
 from pathlib import Path
 
+from cli.checkpoints.volumes import read_volume
 from cli.client import Client
 from cli.connect import connect
 from cli.lookup import find_container, find_pod
 from cli.manifest.manifest import MASKED_PATHS, READONLY_PATHS
-from host.errors import InvalidArgumentError, NotFoundError
+from host.errors import NotFoundError
 from proto.podkeel.v1 import agent_pb2
 from proto.runtime.v1 import cri_pb2
 
@@ -40,7 +41,7 @@ def restore(options: argparse.Namespace) -> None:
 
     Raises InvalidArgumentError and NotFoundError.
     """
-    mounts = [_mount(text) for text in options.volume]
+    mounts = [read_volume(text) for text in options.volume]
     path = Path(options.archive).absolute()
     with connect(options) as client:
         pod = find_pod(client, options.pod)
@@ -74,14 +75,6 @@ def _mark(path: Path) -> str:
     except OSError as error:
         raise NotFoundError(f"checkpoint archive {path}: {error.strerror}") from error
     return hashlib.sha256(f"{path} {changed}".encode()).hexdigest()[:16]
-
-
-def _mount(text: str) -> cri_pb2.Mount:
-    source, _, place = text.partition(":")
-    place, _, mode = place.partition(":")
-    if not source.startswith("/") or not place.startswith("/") or mode not in ("", "ro"):
-        raise InvalidArgumentError(f"--volume {text}: expected HOST:CONTAINER or HOST:CONTAINER:ro, absolute paths")
-    return cri_pb2.Mount(host_path=source, container_path=place, readonly=mode == "ro")
 
 
 def _image_of(client: Client, archive: str, name: str) -> agent_pb2.ImageFromCheckpointResponse:

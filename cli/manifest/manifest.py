@@ -99,7 +99,7 @@ def _metadata(metadata: Fields) -> cri_pb2.PodSandboxConfig:
         namespace=metadata.text("namespace", "default"),
         uid=metadata.text("uid") or str(uuid.uuid4()),
     )
-    labels = metadata.string_map("labels") | _pod_labels(identity)
+    labels = metadata.string_map("labels") | pod_labels(identity)
     config = cri_pb2.PodSandboxConfig(
         metadata=identity, hostname=name, labels=labels, annotations=metadata.string_map("annotations")
     )
@@ -107,7 +107,8 @@ def _metadata(metadata: Fields) -> cri_pb2.PodSandboxConfig:
     return config
 
 
-def _pod_labels(metadata: cri_pb2.PodSandboxMetadata) -> dict[str, str]:
+def pod_labels(metadata: cri_pb2.PodSandboxMetadata) -> dict[str, str]:
+    """The labels by which kubelet finds a pod."""
     return {
         "io.kubernetes.pod.name": metadata.name,
         "io.kubernetes.pod.namespace": metadata.namespace,
@@ -221,7 +222,7 @@ def _container(
         working_dir=fields.text("workingDir"),
         envs=[cri_pb2.KeyValue(key=key, value=value.encode()) for key, value in environment.items()],
         mounts=[volumes.mount(item, plan.volumes) for item in fields.children("volumeMounts")],
-        labels={"io.kubernetes.container.name": name} | _pod_labels(plan.config.metadata),
+        labels={"io.kubernetes.container.name": name} | pod_labels(plan.config.metadata),
         log_path=f"{name}/0.log",
         stdin=fields.flag("stdin"),
         stdin_once=fields.flag("stdinOnce"),

@@ -49,7 +49,9 @@ LEVELS = {
         "database_copy processes",
         "subreaper",
     ),
-    "proto": ("wire",),
+    "proto": (
+        "wire",
+    ),
     "metrics": (
         "instruments stats",
         "agent cgroups filesystems processes samples usage",

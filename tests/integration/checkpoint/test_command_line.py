@@ -47,7 +47,10 @@ def test_a_container_moves_to_another_pod(agent: AgentProcess, crun: str, tmp_pa
 
 
 def test_a_pod_is_saved_to_a_folder(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
-    configs = [container_config(name, *COUNTER) for name in ("first", "second")]
+    (tmp_path / "volume").mkdir()
+    mounts = [cri_pb2.Mount(host_path=str(tmp_path / "volume"), container_path="/data", readonly=True)]
+    envs = [cri_pb2.KeyValue(key="SECRET", value="\u00e4".encode())]
+    configs = [container_config("first", *COUNTER, mounts=mounts, envs=envs), container_config("second", *COUNTER)]
     sandbox = sandbox_config(agent, "some-pod")
     sandbox_id, ids = run_pod(agent, *configs, sandbox=sandbox)
     agent.client.create(sandbox_id, container_config("created", *POLITE), sandbox)  # it does not run
@@ -63,6 +66,21 @@ def test_a_pod_is_saved_to_a_folder(agent: AgentProcess, crun: str, tmp_path: Pa
     restored = restore_pod(agent, folder, *configs)[1]
     agent.client.start(restored["first"])
     wait_for_lines(agent, restored["first"], 3)
+    pods = tmp_path / "pods"
+    words = ("restore-pod", "--unmasked", "--pod-dir", str(pods), str(folder))
+    assert "cannot be restored" in fails(agent, *words)  # without the volume
+    assert list(pods.iterdir()) == []
+    volume = ("--volume", f"first={tmp_path}/volume:/data:ro")
+    pod = podkeel(agent, *words, *volume, "--name", "warm").strip()
+    found = agent.client.call("ListContainers", cri_pb2.ListContainersRequest(filter={"pod_sandbox_id": pod}))
+    assert sorted(each.metadata.name for each in found.containers) == ["first", "second"]
+    for each in found.containers:
+        assert each.state == cri_pb2.CONTAINER_RUNNING
+        assert int(wait_for_lines(agent, each.id, 3)[0]) > 1
+    (logs,) = pods.iterdir()
+    assert logs.name.startswith("default_warm_")
+    podkeel(agent, "rm", "--pod-dir", str(pods), "warm")
+    assert list(pods.iterdir()) == []
 
 
 def test_a_pod_that_is_not_saved_leaves_no_folder(agent: AgentProcess, tmp_path: Path) -> None:
@@ -78,6 +96,12 @@ def test_a_pod_that_is_not_saved_leaves_no_folder(agent: AgentProcess, tmp_path:
         assert "checkpoint pod 'some-pod'" in fails(agent, "checkpoint-pod", "some-pod", str(folder))
     assert "cannot be made: No such file" in fails(agent, "checkpoint-pod", "some-pod", str(new / "it"))
     assert "no-pod" in fails(agent, "checkpoint-pod", "no-pod", str(new))
+    restore = ("restore-pod", "--pod-dir", str(new))
+    assert "holds no checkpoint of a pod" in fails(agent, *restore, str(full))
+    (full / "pod.json").write_text('{"version": 1, "machine": "x", "containers": [{"name": "a", "imageId": "b"}]}')
+    assert "has no container 'c'" in fails(agent, *restore, "--volume", "c=/a:/b", str(full))
+    assert "--volume a:/b: expected" in fails(agent, *restore, "--volume", "a:/b", str(full))
+    (full / "pod.json").unlink()
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "file"]
 
 

@@ -157,8 +157,12 @@ class CgroupTree:
         """Whether the processes of cgroup ``path`` are frozen, by the cgroup or by an ancestor."""
         return any(freezer.is_frozen(folder) for folder in self._freezers(path))
 
-    def make(self, path: str) -> list[Path]:
-        """Create cgroup ``path`` in every hierarchy. Returns the files that move a process into it. Raises OSError."""
+    def entrances(self, path: str) -> list[Path]:
+        """The files that put a process in cgroup ``path``, one for each hierarchy."""
+        return [folder / "cgroup.procs" for folder in self.folders(path)]
+
+    def make(self, path: str) -> None:
+        """Make cgroup ``path`` in every hierarchy. Blocks. Raises OSError."""
         for root in dict.fromkeys(self.mounts.values()):
             folder = root
             for name in path.strip("/").split("/"):
@@ -168,7 +172,6 @@ class CgroupTree:
                     for file in ("cpuset.cpus", "cpuset.mems"):  # in a new cgroup empty: no process can enter it
                         if not (folder / file).read_text().strip():
                             (folder / file).write_text((folder.parent / file).read_text())
-        return [folder / "cgroup.procs" for folder in self.folders(path)]
 
     def freeze(self, path: str, seconds: float) -> bool:
         """Freeze cgroup ``path``; False if its processes are not frozen within ``seconds``. Blocks."""

@@ -65,7 +65,7 @@ class Capture:
 
         Raises WrongStateError with CRIU's reason, NoSpaceError, CommandError.
         """
-        await in_thread(_prepare, work)
+        await in_thread(_prepare, work, self._support.closes_connections)
         words = ["checkpoint", "--image-path", str(images), "--work-path", str(work)]
         words += ["--leave-running", "--file-locks"]
         if not self._support.closes_connections:
@@ -128,6 +128,8 @@ def require_running(container: Container) -> None:
         raise WrongStateError(f"{container.title} is {container.record.state}: only a running one can be checkpointed")
 
 
-def _prepare(work: Path) -> None:
+def _prepare(work: Path, closes_connections: bool) -> None:
     work.mkdir(mode=0o700)
-    (work / "criu.conf").write_text(f"tcp-close\nghost-limit {_LARGEST_DELETED_FILE}\n")
+    # Connections that are left out need no lock, for which CRIU would run iptables while the container is frozen.
+    lock = "network-lock skip\n" if closes_connections else ""
+    (work / "criu.conf").write_text(f"tcp-close\n{lock}ghost-limit {_LARGEST_DELETED_FILE}\n")

@@ -155,7 +155,7 @@ class ContainerCreate:
             async with container.lock:  # if it ends now, the end is handled after the commit
                 async with operation.stage("runtime"), self._handlers.slots:
                     if checkpoint is not None:
-                        await self._checkpoints.restores.check(container, checkpoint, spec.spec)
+                        await self._checkpoints.restores.check(container, runtime, checkpoint, spec.spec)
                     else:
                         await self._create_in_runtime(container, monitor, runtime, spec)
                 await self._bundles.verify(container, runtime, spec)

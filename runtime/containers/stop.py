@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 
 from host import processes
 from host.concurrency.tasks import wait_out
@@ -18,6 +19,8 @@ from runtime.reserve import Reserve
 from runtime.state.container import Container, ContainerState
 from runtime.state.sandbox import Sandbox
 from runtime.state.state import State
+
+_LOOK_SECONDS = 0.2
 
 
 class ContainerStop:
@@ -47,6 +50,7 @@ class ContainerStop:
             return
         if container.checkpoint is not None:
             await _give_up(container.checkpoint)  # while frozen, it cannot handle the signal
+        await self._end_restore(container)
         operation = container.begin("StopContainer")
         self._reserve.release_if_short()
         async with operation.stage("signal"):
@@ -59,6 +63,15 @@ class ContainerStop:
         if not container.record.private_pid_namespace:  # without their own PID namespace, other processes survive
             async with operation.stage("release"):
                 await self._exits.released(container)
+
+    async def _end_restore(self, container: Container) -> None:
+        """Kill CRIU if it is restoring the container: its processes do not run yet, and the start fails."""
+        while (restoring := container.restoring) is not None:
+            container.killed = True
+            await in_thread(self._cgroups.kill, container.record.cgroup)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await restoring.wait()
 
     async def _stop_politely(self, container: Container, grace: float) -> None:
         """Send the stop signal, unless another call did. Wait for the end or the earliest deadline of all calls."""

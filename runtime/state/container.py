@@ -74,6 +74,8 @@ class Container:
     the calls that wait for its end now, and ``stop_deadline`` is their earliest deadline, on the loop's clock.
     ``log_lock`` serialises openings of its log. ``checkpoint`` is the work that may keep it frozen now; a stop cancels
     it first. ``attached`` is the number of attached clients.
+    ``limited`` is a digest of the spec whose limits the cgroup of a container to be restored has. ``restoring`` is
+    there while CRIU restores it, and set then.
     """
 
     id: str
@@ -91,6 +93,8 @@ class Container:
     monitor_descriptor: int | None = None
     checkpoint: asyncio.Future[int] | None = None
     attached: int = 0
+    limited: bytes = b""
+    restoring: asyncio.Event | None = None
     stops: int = 0
     stop_deadline: float | None = None
     stop_changed: asyncio.Event = field(default_factory=asyncio.Event)

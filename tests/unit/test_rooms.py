@@ -49,9 +49,7 @@ LEVELS = {
         "database_copy processes",
         "subreaper",
     ),
-    "proto": (
-        "wire",
-    ),
+    "proto": ("wire",),
     "metrics": (
         "instruments stats",
         "agent cgroups filesystems processes samples usage",
@@ -105,9 +103,9 @@ LEVELS = {
         "arguments client log_file manifest text",
         "agent lookup main",
         "connect",
-        "checkpoints debug explain logs plugins pods stats streams",
+        "debug explain logs plugins pods stats streams",
         "images node",
-        "run",
+        "checkpoints run",
     ),
 }
 SPLIT_FOLDERS = {"runtime/specgen"}

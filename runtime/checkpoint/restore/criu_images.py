@@ -21,8 +21,8 @@ _MAGIC = 8  # bytes: two magic numbers before the first entry
 INVENTORY_MAGIC = 4  # the inventory has one magic number
 
 
-def entries(path: Path, kind: type[M], magic: int = _MAGIC) -> Iterator[M]:
-    """The entries of an image. A missing image has none. Raises InvalidArgumentError for a broken image."""
+def entries(path: Path, kind: type[M], magic: int = _MAGIC, most: int = _MOST_ENTRIES) -> Iterator[M]:
+    """The entries of an image; a missing image has none. Raises InvalidArgumentError for one that is broken."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -32,7 +32,7 @@ def entries(path: Path, kind: type[M], magic: int = _MAGIC) -> Iterator[M]:
     if len(content) > _LARGEST_IMAGE:
         raise InvalidArgumentError(f"the checkpoint's {path.name} is larger than {_LARGEST_IMAGE} bytes")
     position = magic
-    for _ in range(_MOST_ENTRIES):
+    for _ in range(most):
         if position >= len(content):
             return
         if position + _SIZE.size > len(content):

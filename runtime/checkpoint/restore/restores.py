@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import hashlib
 import logging
 import os
 import stat
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from host.concurrency.tasks import ended, wait_out
 from host.concurrency.threads import acquired, in_image_thread, in_long_thread, in_thread
 from host.errors import InvalidArgumentError, PodkeelError, UnsupportedError, WrongStateError
 from host.files.file_tree import open_below
@@ -39,6 +43,10 @@ _log = logging.getLogger("podkeel.checkpoint")
 
 _PIECE = 1 << 20
 _UNPACKED = "archive"
+_SECONDS = 300.0  # for a restore, and more for its memory
+_SLOWEST = 5 << 20  # bytes a second
+_LARGEST_LOG = 64 << 20
+_LOOK_SECONDS = 0.5
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -68,6 +76,7 @@ class Restores:
         self._images = images
         self._cgroups = cgroups
         self._monitors = monitors
+        self._dropping: set[asyncio.Task[None]] = set()
 
     async def root_image(self, layer: Path) -> Image:
         """The image that the checkpointed container was made from. It is pulled if it is missing.
@@ -130,11 +139,36 @@ class Restores:
         await in_long_thread(_remove_names, upper, source.deleted_names(layer))
         await in_long_thread(source.link_images, layer, self._folder(container))
 
-    async def check(self, container: Container, layer: Path, spec: config.Spec) -> None:
-        """Compare the checkpoint with the container's spec, then restore VOLUMEs and shared memory.
+    async def check(self, container: Container, runtime: OciRuntime, layer: Path, spec: config.Spec) -> None:
+        """Compare the checkpoint with the container's spec, then put VOLUMEs and shared memory in place.
 
-        Raises InvalidArgumentError for a right that the configuration does not have.
+        The cgroup gets its limits at the same time. Raises InvalidArgumentError for what the configuration does not
+        give.
         """
+        limiting = asyncio.ensure_future(self._limit(container, runtime))
+        try:
+            await self._compare(container, layer, spec)
+            await wait_out(limiting)
+        finally:
+            if not limiting.done():
+                limiting.cancel()
+            await ended(limiting)
+
+    async def _limit(self, container: Container, runtime: OciRuntime) -> None:
+        """Give the cgroup the limits of the container's spec, unless it has them."""
+        digest = await in_thread(self._missing_limits, container)
+        if digest:
+            await in_thread(self._cgroups.make, container.record.cgroup)
+            await set_limits(container, runtime)
+            container.limited = digest
+
+    def _missing_limits(self, container: Container) -> bytes:
+        """A digest of the container's spec; empty if its cgroup has the limits of that. Blocks."""
+        digest = hashlib.sha256(container.folder.spec.read_bytes()).digest()
+        there = all(folder.is_dir() for folder in self._cgroups.folders(container.record.cgroup))
+        return b"" if there and container.limited == digest else digest
+
+    async def _compare(self, container: Container, layer: Path, spec: config.Spec) -> None:
         try:
             cgroup_set = await in_long_thread(check_rights, layer / documents.IMAGES, spec)
         except (InvalidArgumentError, UnsupportedError) as error:
@@ -158,28 +192,59 @@ class Restores:
         Raises WrongStateError with CRIU's reason. The caller ends what was made of the container.
         """
         folder = self._folder(container)
-        await in_thread(self._cgroups.kill, container.record.cgroup)  # left by an interrupted start
-        await set_limits(container, runtime)
-        procs = await in_thread(self._cgroups.make, container.record.cgroup)
         configuration = container.folder.path / "criu.conf"
-        await in_thread(configuration.write_text, "tcp-close\n")
+        procs = self._cgroups.entrances(container.record.cgroup)
         restoring = Restoring(folder, tuple(procs), self._support.environment(configuration))
         monitor = self._monitors.prepare(request, restoring)
+        container.restoring = asyncio.Event()
+        given_up: list[str] = []
+        ending = asyncio.create_task(self._end_endless(container, given_up))
         try:
+            monitor.begin()  # its program loads meanwhile
+            await in_thread(self._cgroups.kill, container.record.cgroup)  # of a start that was interrupted
+            await self._limit(container, runtime)
+            await in_thread(configuration.write_text, "tcp-close\n")
             monitored = await monitor.create()
-        except RuntimeRefusedError as error:
+        except PodkeelError as error:
             await monitor.abandon()
+            if container.killed:
+                given_up.append("it was stopped meanwhile")
+            if not given_up and not isinstance(error, RuntimeRefusedError):
+                raise
             log = container.folder.path / "restore.log"
-            why = await in_thread(criu_log.reason, log)
+            why = given_up[0] if given_up else await in_thread(criu_log.reason, log)
             kept = await in_thread(criu_log.keep, log, self._support.failure_log_dir, container.id)
             raise WrongStateError(f"{container.title} cannot be restored: {why or error.message}{kept}") from error
         except BaseException:
             await monitor.abandon()
             raise
+        finally:
+            ending.cancel()
+            container.restoring.set()
+            container.restoring = None
         container.monitor_descriptor = monitored.monitor_descriptor
         container.record.monitor = monitored.monitor
         container.record.init = monitored.init
-        await in_long_thread(self._drop_images, container)
+        dropping = asyncio.create_task(in_long_thread(self._drop_images, container))
+        self._dropping.add(dropping)
+        dropping.add_done_callback(self._dropping.discard)
+
+    async def _end_endless(self, container: Container, why: list[str]) -> None:
+        """Kill a restore that does not end, or that fills the run folder with its log; ``why`` gets the reason.
+
+        The time that it has grows with the memory that is restored.
+        """
+        log = container.folder.path / "restore.log"
+        allowed = _SECONDS + await in_thread(_memory, self._folder(container)) / _SLOWEST
+        begin = time.monotonic()
+        while time.monotonic() < begin + allowed:
+            await asyncio.sleep(_LOOK_SECONDS)
+            if await in_thread(_length, log) > _LARGEST_LOG:
+                why.append(f"CRIU wrote more than {_LARGEST_LOG >> 20} MiB of log")
+                break
+        else:
+            why.append(f"CRIU did not end within {allowed:.0f} s")
+        await in_thread(self._cgroups.kill, container.record.cgroup)
 
     def _drop_images(self, container: Container) -> None:
         """Remove the images, which are in memory now. What is left is removed with the container. Blocks."""
@@ -197,8 +262,8 @@ class Restores:
         return self._images.snapshots.upper(container.id).parent / documents.IMAGES
 
     async def _unpack(self, archive: Path, folder: Path, container: Container) -> None:
-        """Unpack a tar file of the checkpoint with the confined process for layers. An empty one needs no process."""
-        if await in_thread(tar_files.is_empty_folder, archive, folder):
+        """Unpack a tar file of the checkpoint by the confined process that unpacks layers; a small one needs none."""
+        if await in_thread(tar_files.unpack_small, archive, folder):
             return
         subject = f"{container.title}: the checkpoint's {archive.name}"
         await self._images.layers.fetcher.unpack(_pieces(archive), Descriptor(), folder, subject)
@@ -221,6 +286,18 @@ def _is_file(path: Path) -> bool:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
         return False
+
+
+def _length(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _memory(images: Path) -> int:
+    """Bytes of memory in a checkpoint."""
+    return sum(_length(path) for path in images.glob("pages-*.img"))
 
 
 def _make_upper(upper: Path) -> None:

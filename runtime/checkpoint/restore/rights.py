@@ -14,6 +14,7 @@ from pathlib import Path
 from host.errors import InvalidArgumentError, UnsupportedError
 from proto.criu.v1 import images_pb2
 from runtime.checkpoint.restore import criu_images
+from runtime.checkpoint.restore.memory_images import check_memory
 from runtime.checkpoint.restore.mount_rights import check_mounts
 from runtime.checkpoint.restore.seccomp_rights import check_filters
 from runtime.checkpoint.restore.tmpfs_images import DEVICES
@@ -70,6 +71,7 @@ def check_rights(folder: Path, spec: config.Spec) -> int:
         for mount in criu_images.entries(path, images_pb2.Mount)
     ]
     check_mounts(mounts, spec)
+    check_memory(folder)
     for path in sorted(folder.iterdir()):
         if _GHOST.fullmatch(path.name):
             _check_ghost(path)

@@ -16,7 +16,7 @@ from host.untrusted_json import JsonError
 from proto.criu.v1 import images_pb2
 from runtime.checkpoint import documents
 from runtime.checkpoint.documents import ConfigDump
-from runtime.checkpoint.restore import criu_images, process_images, tmpfs_images
+from runtime.checkpoint.restore import criu_images, process_images, tmpfs_images, volume_files
 from runtime.specgen import config
 
 T = TypeVar("T")
@@ -24,6 +24,7 @@ T = TypeVar("T")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 _HOST_NAMES = re.compile(r"utsns-\d+\.img")
 _MAGIC = 8  # bytes before the entries of most images
+_NO_NETWORK_LOCK = 3  # of CRIU's network_lock_method
 _MOST_IMAGES = 20_000
 _MOST_DELETED = 1_000_000
 _LARGEST_DELETED = 256 << 20
@@ -85,6 +86,7 @@ def rewrite(layer: Path, target: Path, cgroup_set: int, process: config.Process,
     connected. The pod keeps its ``hostname``.
     """
     process_images.write_again(layer / documents.IMAGES, target, process)
+    volume_files.forget_sizes(layer / documents.IMAGES, target)
     for image in sorted((layer / documents.IMAGES).iterdir()):
         if tmpfs_images.NAME.fullmatch(image.name):
             tmpfs_images.write_again(image, target / image.name)
@@ -93,6 +95,8 @@ def rewrite(layer: Path, target: Path, cgroup_set: int, process: config.Process,
     inventory = layer / documents.IMAGES / "inventory.img"
     entry = next(criu_images.entries(inventory, images_pb2.Inventory, criu_images.INVENTORY_MAGIC))
     entry.root_cg_set = cgroup_set
+    # Nothing is locked, as connections are closed: CRIU would run iptables twice without finding its rules.
+    entry.network_lock_method = _NO_NETWORK_LOCK
     begin = inventory.read_bytes()[: criu_images.INVENTORY_MAGIC]
     criu_images.write(target / "inventory.img", begin, entry)
     cgroups = layer / documents.IMAGES / "cgroup.img"

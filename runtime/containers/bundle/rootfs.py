@@ -77,6 +77,8 @@ class Rootfs:
         folder = container.folder
         for target in await in_thread(_release_volumes, folder):
             await self._snapshots.unmount(container.id, target)
+        if container.record.restored_image:  # crun mounts it there while CRIU works, and may have been killed
+            await self._snapshots.unmount(container.id, folder.path / "criu-root")
         await self._snapshots.unmount(container.id, folder.rootfs)
 
     async def remove(self, container: Container) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from proto.runtime.v1 import cri_pb2
 from tests.integration.checkpoint.test_restore import TICKS, create_from
-from tests.support.agent import AgentProcess, running_agent
+from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.checkpoints import abilities, checkpoint, made_up, run_with, wait_for_lines
 from tests.support.pods import remove_all_pods, wait_for_log
 
@@ -62,7 +62,10 @@ def test_a_container_is_restored_from_an_archive(its_agent: AgentProcess, allowe
     assert its_agent.client.output(second, "cat", "/made/file") == "new\n"
     assert its_agent.client.exec(second, "test", "-e", "/etc/passwd").exit_code == 1
     folder = its_agent.data / "containers" / second
-    assert {entry.name for entry in folder.iterdir()} & {"archive", "checkpoint"} == set()  # once it is in memory
+    images = {"archive", "checkpoint"}
+    wait_for(
+        lambda: not {entry.name for entry in folder.iterdir()} & images, what="the images gone, as they are in memory"
+    )
     assert (allowed / "elsewhere.tar").read_bytes() == before
     third = create_from(its_agent, str(allowed / "elsewhere.tar"))
     its_agent.client.remove(third)

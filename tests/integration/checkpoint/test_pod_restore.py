@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -126,23 +127,35 @@ def test_containers_continue_at_one_moment(agent: AgentProcess, crun: str, tmp_p
     wait_for(lambda: agent.client.findings() == [], what="no difference between store and node")
 
 
-def test_they_talk_over_localhost_and_a_shared_volume(agent: AgentProcess, crun: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["own-pids", "shared-pids"])
+def test_they_talk_over_localhost_a_volume_and_shared_memory(
+    agent: AgentProcess, crun: str, tmp_path: Path, *, shared: bool
+) -> None:
     volume = tmp_path / "volume"
     volume.mkdir()
     mount = cri_pb2.Mount(host_path=str(volume), container_path="/data")
     server = (
-        "mkdir /www; echo served > /www/it; httpd -f -p 127.0.0.1:7000 -h /www & while :; do echo up; sleep 0.1; done"
+        "mkdir /www; echo served > /www/it; httpd -f -p 127.0.0.1:7000 -h /www & exec 3>>/data/log; i=0;"
+        " while :; do i=$((i+1)); echo $i > /dev/shm/new; mv /dev/shm/new /dev/shm/count; echo $i >&3; sleep 0.1; done"
     )
     client = (
         "while :; do wget -q -T 5 -O - http://127.0.0.1:7000/it || echo refused;"
-        " cat /data/word 2>/dev/null; sleep 0.05; done"
+        " cat /data/word 2>/dev/null; echo count $(cat /dev/shm/count); sleep 0.05; done"
     )
     configs = [
         container_config("server", "sh", "-c", server, mounts=[mount]),
         container_config("client", "sh", "-c", client, mounts=[mount]),
     ]
-    sandbox_id, old = run_pod(agent, *configs)
+    sandbox = sandbox_config(agent)
+    new = sandbox_config(agent)
+    if shared:
+        shared_pids(sandbox)
+        shared_pids(new)
+        for config in configs:
+            shared_pids(config)
+    sandbox_id, old = run_pod(agent, *configs, sandbox=sandbox)
     wait_for_log(agent.client, old[1], "served")
+    wait_for(lambda: [number for number in counts_of(agent, old[1]) if number >= 5], what="what the other counts")
     place = tmp_path / "place"
     place.mkdir()
     try:
@@ -151,14 +164,27 @@ def test_they_talk_over_localhost_and_a_shared_volume(agent: AgentProcess, crun:
         if "CRIU before 4.2" not in error.details():
             raise
         pytest.skip("this CRIU cannot save network sockets on this kernel")
+    before = (volume / "log").read_text()
+    wait_for(lambda: len((volume / "log").read_text()) > len(before), what="more in the volume than when it was saved")
     agent.client.stop_sandbox(sandbox_id)
     agent.client.remove_sandbox(sandbox_id)
-    _, ids = restore_pod(agent, place, *configs)
-    for name in ("server", "client"):
+    before = (volume / "log").read_text()
+    _, ids = restore_pod(agent, place, *configs, sandbox=new)
+    for name in ("client", "server"):
         agent.client.start(ids[name])
     wait_for_log(agent.client, ids["client"], "served")
     (volume / "word").write_text("written\n")
     wait_for_log(agent.client, ids["client"], "written")
+    wait_for(lambda: len((volume / "log").read_text()) > len(before), what="more in the volume")
+    assert (volume / "log").read_text().startswith(before)
+    counts = counts_of(agent, ids["client"])
+    assert counts[0] >= 5
+    assert counts == sorted(counts)
+
+
+def counts_of(agent: AgentProcess, container_id: str) -> list[int]:
+    """What a container that logs ``count`` and a number has read."""
+    return [int(line.split()[1]) for line in lines_of(agent, container_id) if re.fullmatch(r"count \d+", line)]
 
 
 def test_restored_twice_at_once(agent: AgentProcess, crun: str, tmp_path: Path) -> None:

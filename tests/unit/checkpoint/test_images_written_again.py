@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import resource
 import tarfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from google.protobuf.message import Message
 
 from host.errors import InvalidArgumentError
 from proto.criu.v1 import images_pb2 as criu
-from runtime.checkpoint.restore import criu_images, process_images, source, tmpfs_images
+from runtime.checkpoint.restore import criu_images, process_images, source, tmpfs_images, volume_files
 from runtime.specgen import config
 
 NO_LIMIT = (1 << 64) - 1
@@ -161,3 +162,29 @@ def test_images_that_are_orders_to_criu_are_left_out(tmp_path: Path) -> None:
         (images / name).write_bytes(b"it")
     source.link_images(tmp_path, tmp_path / "target")
     assert sorted(path.name for path in (tmp_path / "target").iterdir()) == sorted(kept)
+
+
+def test_files_of_volumes_that_are_written_to_may_have_grown(tmp_path: Path) -> None:
+    layer, target = tmp_path / "layer", tmp_path / "target"
+    layer.mkdir()
+    target.mkdir()
+    mounts = [
+        criu.Mount(mnt_id=1, mountpoint="./", ext_key="/"),
+        criu.Mount(mnt_id=2, mountpoint="./data", ext_key="/d"),
+    ]
+    criu_images.write(layer / "mountpoints-13.img", b"m" * 8, *mounts, criu.Mount(mnt_id=3, mountpoint="./dev"))
+    files = [
+        criu.File(type=1, id=number, reg=criu.RegularFile(id=number, flags=flags, name="x", mnt_id=mount, size=7))
+        for number, (flags, mount) in enumerate(
+            [(os.O_RDWR, 2), (os.O_WRONLY | os.O_APPEND, 2), (os.O_RDONLY, 2), (os.O_RDWR, 1), (os.O_RDWR, 3)]
+        )
+    ]
+    criu_images.write(layer / "files.img", b"f" * 8, *files)
+    before = (layer / "files.img").read_bytes()
+    os.link(layer / "files.img", target / "files.img")
+    volume_files.forget_sizes(layer, target)
+    found = list(criu_images.entries(target / "files.img", criu.File))
+    assert [each.reg.HasField("size") for each in found] == [False, False, True, True, True]
+    assert [each.id for each in found] == [0, 1, 2, 3, 4]
+    assert (target / "files.img").read_bytes()[:8] == b"f" * 8
+    assert (layer / "files.img").read_bytes() == before

@@ -183,7 +183,7 @@ def _cgroups_path(path: str, before: str, abilities: RuntimeAbilities, errors: F
             raise errors.invalid(Field.CgroupsPath, f"{path!r} does not have systemd's form name.slice:prefix:name")
     elif not path.startswith("/") or {"", ".", ".."} & set(parts[1:]) or "\0" in path or ":" in path:
         raise errors.invalid(Field.CgroupsPath, f"{path!r} is not an absolute path below / without '..'")
-    if own not in parts[-1]:
+    if not parts[-1].endswith(own):
         what = f"{path!r} must end with the container's id: the agent recognizes its cgroups by it"
         raise errors.unsupported(Field.CgroupsPath, what)
     return path

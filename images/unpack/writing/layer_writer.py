@@ -27,6 +27,7 @@ from images.unpack.tar.headers import (
     TarError,
     shown,
 )
+from images.unpack.writing.attributes import DEFAULT_ACL, set_attributes
 from images.unpack.writing.device_places import Device, DevicePlaces
 from images.unpack.writing.layer_root import LayerRoot, clean, is_clean
 from images.unpack.writing.small_file import NEW_FILE, SET_IDS, make_file
@@ -47,7 +48,6 @@ _OPAQUE = b".wh..wh..opq"
 _AUFS = b".wh..wh."
 _AUFS_LINKED = b".wh..wh.plnk"  # the folder of files with several names
 _WHITED_OUT = stat.S_IFCHR  # whiteouts are the only device nodes that the worker makes
-_XATTRS = (b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default")
 _LAST_NANOSECOND = (1 << 63) - 1
 
 
@@ -64,6 +64,7 @@ class LayerWriter:
         self._max_entries = max_entries
         self._root = LayerRoot()
         self._times: dict[bytes, int] = {}
+        self._default_acls: dict[bytes, Entry] = {}
         self._groups_inherited = False
         self._has_whiteouts = False
         self._places = DevicePlaces(self._root)
@@ -77,7 +78,7 @@ class LayerWriter:
         self.implied: dict[bytes, None] = {b"": None}
 
     def write_all(self) -> None:
-        """Write every entry of the reader, then set the times of the folders."""
+        """Write every entry of the reader, then set the times and the default ACLs of the folders."""
         for entry in self._reader:
             self.entries += 1
             if self.entries > self._max_entries:
@@ -92,8 +93,11 @@ class LayerWriter:
         self.devices = self._places.take()
         opaque = [path for path in self.opaque_folders if self._root.kind(path) == stat.S_IFDIR]
         self.opaque_folders = dict.fromkeys(self._root.resolve(path)[0] for path in opaque)
-        for path, mtime in self._times.items():
+        for path, entry in self._default_acls.items():
             if self._root.kind(path) == stat.S_IFDIR:  # a link in the path may have been replaced since
+                set_attributes(entry, self._root.near(path), (DEFAULT_ACL,))
+        for path, mtime in self._times.items():
+            if self._root.kind(path) == stat.S_IFDIR:
                 os.utime(self._root.near(path), ns=(mtime, mtime), follow_symlinks=False)
 
     def _apply(self, entry: Entry) -> None:
@@ -166,7 +170,7 @@ class LayerWriter:
         self._set_owner(entry, name)
         if entry.kind != SYMBOLIC_LINK and entry.mode & SET_IDS:
             os.chmod(name, entry.mode)
-        self._set_xattrs(entry, name)
+        set_attributes(entry, name)
         mtime = mtime_of(entry)
         os.utime(name, ns=(mtime, mtime), follow_symlinks=False)
         self._count(0)
@@ -195,7 +199,7 @@ class LayerWriter:
                 if entry.mode & SET_IDS:
                     os.fchmod(descriptor, entry.mode)
             if entry.xattrs:
-                self._set_xattrs(entry, descriptor)
+                set_attributes(entry, descriptor)
             mtime = mtime_of(entry)
             os.utime(descriptor, ns=(mtime, mtime))
         finally:
@@ -212,7 +216,10 @@ class LayerWriter:
         target = self._root.near(path)
         self._set_owner(entry, target)
         os.chmod(target, entry.mode)
-        self._set_xattrs(entry, target)
+        set_attributes(entry, target)
+        self._default_acls.pop(path, None)
+        if entry.xattrs and DEFAULT_ACL in entry.xattrs:
+            self._default_acls[path] = entry
         self._times[path] = mtime_of(entry)
         self.implied.pop(path, None)
         if entry.mode & stat.S_ISGID:
@@ -340,6 +347,7 @@ class LayerWriter:
                     continue
                 os.rmdir(name)
                 self._times.pop(current, None)
+                self._default_acls.pop(current, None)
                 self.implied.pop(current, None)
                 self.opaque_folders.pop(current, None)
                 self._uncount(DISK_BLOCK)
@@ -353,20 +361,6 @@ class LayerWriter:
     def _set_owner(self, entry: Entry, name: bytes) -> None:
         if entry.uid or entry.gid or self._groups_inherited:
             os.chown(name, entry.uid, entry.gid, follow_symlinks=False)
-
-    def _set_xattrs(self, entry: Entry, target: bytes | int) -> None:
-        for name, value in (entry.xattrs or {}).items():
-            if name not in _XATTRS and (not name.startswith(b"user.") or name.startswith(b"user.overlay.")):
-                continue  # overlayfs would interpret trusted.* and similar attributes
-            try:
-                os.setxattr(target, name, value, follow_symlinks=isinstance(target, int))
-            except OSError as error:
-                if error.errno == errno.ENOSPC and os.statvfs("/").f_bavail:
-                    raise TarError(
-                        f"{shown(entry.name)} has more extended attributes than the file system supports"
-                    ) from error
-                if error.errno not in (errno.ENOTSUP, errno.EPERM):
-                    raise
 
     def _count(self, size: int) -> None:
         self.used_inodes += 1

@@ -197,6 +197,17 @@ async def test_access_control_lists_are_kept(node: Node) -> None:
     assert os.getxattr(root / "f", "system.posix_acl_access") == ACL
 
 
+async def test_default_access_control_lists_do_not_change_files_of_the_layer(node: Node) -> None:
+    directory = Header(b"d", b"5", mode=b"0000755\0").encode()
+    files = file(b"d/f", mode=b"0000666\0") + Header(b"d/e", b"5", mode=b"0000777\0").encode()
+    layer = archive(pax(record(b"SCHILY.xattr.system.posix_acl_default", ACL)), directory, files)
+    root = await unpacked(node, layer)
+    assert os.getxattr(root / "d", "system.posix_acl_default") == ACL
+    assert [oct((root / name).stat().st_mode & 0o777) for name in ("d/f", "d/e")] == ["0o666", "0o777"]
+    for name in ("d/f", "d/e"):
+        assert [attribute for attribute in os.listxattr(root / name) if "acl" in attribute] == []
+
+
 HUGE = b"9" * 19
 
 

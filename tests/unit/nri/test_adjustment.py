@@ -130,6 +130,7 @@ UNSUPPORTED: list[tuple[str, Adjustment]] = [
     ("MemUseHierarchy", limits(memory=nri_pb2.LinuxMemory(use_hierarchy=nri_pb2.OptionalBool(value=False)))),
     ("OomScoreAdj", linux(oom_score_adj=nri_pb2.OptionalInt(value=-999))),
     ("CgroupsPath", linux(cgroups_path="/of/another")),
+    ("CgroupsPath", linux(cgroups_path=f"/of/{CONTAINER_ID}-other")),
     ("Rlimits RLIMIT_NOFILE", Adjustment(rlimits=[nri_pb2.POSIXRlimit(type="RLIMIT_NOFILE", hard=1 << 60, soft=1)])),
 ]
 

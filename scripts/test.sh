@@ -18,7 +18,7 @@ readonly HERE=(
     "tests/integration/agent/test_[h-o]*.py"
     "tests/integration/agent/test_[p-r]*.py tests/integration/agent/test_[s-z]*.py"
     "tests/unit"
-    "tests/integration/c* tests/integration/metrics"
+    "tests/integration/c* tests/integration/metrics tests/integration/packages"
     "tests/integration/n* tests/integration/prometheus tests/integration/replay tests/integration/s*"
 )
 readonly AT_ONCE=$(($(nproc) < 3 ? $(nproc) + 1 : 4))

@@ -63,7 +63,8 @@ def stages_without_operation() -> list[tuple[str, str, str]]:
 def points(*operations: str) -> list[str]:
     """``Operation.stage:when`` for the given operations (default: all).
 
-    *When* is ``after`` for each stage and ``before`` for the first one of a function: after one is before the next.
+    *When* is ``after`` for each stage and ``before`` for the first one of a function: after one is before the next. A
+    stage that a function enters at two places is there once.
     """
     found = []
     before = ("", "")
@@ -73,4 +74,4 @@ def points(*operations: str) -> list[str]:
                 found += [f"{operation}.{stage}:before"] if (file, function) != before else []
                 found.append(f"{operation}.{stage}:after")
         before = (file, function)
-    return found
+    return list(dict.fromkeys(found))

@@ -7,7 +7,6 @@ import io
 import os
 import resource
 import stat
-import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +22,6 @@ from tests.support.raw_tar import Header, archive, base256, file, pax, record
 
 # 99 bytes, a slash, and more: the part that fits into the header ends with the slash.
 LONG = "nix/store/" + "a" * 89 + "/bin/tool"
-# user::rw-, user:1000:r--, group::r--, mask::r--, other::--- (acl(5), in the kernel's form)
-ACL = struct.pack("<I", 2) + b"".join(
-    struct.pack("<HHI", *item)
-    for item in ((1, 6, 0xFFFFFFFF), (2, 4, 1000), (4, 4, 0xFFFFFFFF), (16, 4, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF))
-)
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -96,7 +90,7 @@ async def test_the_padding_after_the_last_file_may_be_missing(node: Node) -> Non
 
 
 async def test_names_may_go_up_within_the_layer(node: Node) -> None:
-    assert "climbs" in await refused(node, archive(file(b"x/../../y")))
+    assert "leads out of the layer with '..'" in await refused(node, archive(file(b"x/../../y")))
     layer = archive(file(b"x/../y", b"1"), file(b"a/b/../../c/./d", b"2"), Header(b"h", b"1", link=b"q/../y").encode())
     root = await unpacked(node, layer)
     assert sorted(path.name for path in root.iterdir()) == ["c", "h", "y"]
@@ -175,37 +169,6 @@ async def test_an_opaque_mark_behind_a_link_applies_to_the_target(node: Node) ->
 async def test_an_opaque_mark_below_a_file_is_refused(node: Node) -> None:
     message = await refused(node, make_tar([entry("a", "content"), entry("a/.wh..wh..opq")]))
     assert "'a/.wh..wh..opq' is below 'a', which is not a folder" in message
-
-
-async def test_folders_of_lower_layers_keep_their_attributes(node: Node) -> None:
-    directory = Header(b"d", b"5", mode=b"0000750\0").encode()
-    lower = archive(
-        pax(
-            record(b"SCHILY.xattr.user.note", b"kept\0\xff"),
-            record(b"SCHILY.xattr.system.posix_acl_default", ACL),
-        ),
-        directory,
-    )
-    root = await unpacked(node, lower, make_tar([entry("d/f", "")]))
-    assert os.getxattr(root / "d", "user.note") == b"kept\0\xff"
-    assert os.getxattr(root / "d", "system.posix_acl_default") == ACL
-
-
-async def test_access_control_lists_are_kept(node: Node) -> None:
-    layer = archive(pax(record(b"SCHILY.xattr.system.posix_acl_access", ACL)), file(b"f", mode=b"0000640\0"))
-    root = await unpacked(node, layer)
-    assert os.getxattr(root / "f", "system.posix_acl_access") == ACL
-
-
-async def test_default_access_control_lists_do_not_change_files_of_the_layer(node: Node) -> None:
-    directory = Header(b"d", b"5", mode=b"0000755\0").encode()
-    files = file(b"d/f", mode=b"0000666\0") + Header(b"d/e", b"5", mode=b"0000777\0").encode()
-    layer = archive(pax(record(b"SCHILY.xattr.system.posix_acl_default", ACL)), directory, files)
-    root = await unpacked(node, layer)
-    assert os.getxattr(root / "d", "system.posix_acl_default") == ACL
-    assert [oct((root / name).stat().st_mode & 0o777) for name in ("d/f", "d/e")] == ["0o666", "0o777"]
-    for name in ("d/f", "d/e"):
-        assert [attribute for attribute in os.listxattr(root / name) if "acl" in attribute] == []
 
 
 HUGE = b"9" * 19

@@ -218,7 +218,7 @@ async def test_pushes_do_not_go_to_mirrors_or_hosts_without_push(
     with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9"):
         await node.exporter.push("registry.example/app:1")
     (folder / "hosts.toml").write_text(f'server = "http://{registry.host}"\ncapabilities = ["pull", "resolve"]\n')
-    with pytest.raises(InvalidArgumentError, match="not to be pushed to"):
+    with pytest.raises(InvalidArgumentError, match="does not allow pushes"):
         await node.exporter.push("registry.example/app:1")
 
 

@@ -103,7 +103,7 @@ async def test_credentials_are_not_sent_to_another_host_by_a_redirect(
         other.answers["/token"] = token_for("")
         image = await node.puller.pull(name, SECRET)
         await node.store.remove(image.id)
-        with pytest.raises(PermissionDeniedError, match="not sent the credentials") if status == 307 else nullcontext():
+        with pytest.raises(PermissionDeniedError, match="must not get") if status == 307 else nullcontext():
             await node.puller.pull(name, Credentials(identity_token="secret"))
         await node.store.remove(name)
     assert secrets_seen(other) == []
@@ -267,7 +267,7 @@ async def test_encoded_answers(
     assert scripted.requests(layer)
     await node.store.remove(name)
     scripted.answers["/v2/private/manifests/latest"] = Answer(b"\x1f\x8b broken", headers=headers)
-    with pytest.raises(InvalidArgumentError, match="Content-Encoding does not fit"):
+    with pytest.raises(InvalidArgumentError, match="does not have its Content-Encoding"):
         await node.puller.pull(name)
     bomb = encode(b" " * (64 << 20))
     scripted.answers["/v2/private/manifests/latest"] = Answer(bomb, headers=headers)

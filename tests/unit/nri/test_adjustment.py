@@ -108,6 +108,14 @@ WRONG: list[tuple[str, Adjustment]] = [
 ]
 
 
+def test_a_cgroup_whose_name_only_begins_with_the_id_is_refused(spec: config.Spec) -> None:
+    assert spec.linux.cgroups_path is not None
+    own = spec.linux.cgroups_path.rpartition("/")[2]
+    assert applied(linux(cgroups_path=f"/of/a-{own}"), spec).linux.cgroups_path == f"/of/a-{own}"
+    with pytest.raises(UnsupportedError, match="must end with the container's id"):
+        applied(linux(cgroups_path=f"/of/{own}-a"), spec)
+
+
 @pytest.mark.parametrize(("field", "given"), WRONG, ids=[f"{n}-{field}" for n, (field, _) in enumerate(WRONG)])
 def test_what_cannot_be_is_refused_by_plugin_and_field(spec: config.Spec, field: str, given: Adjustment) -> None:
     with pytest.raises(InvalidArgumentError) as raised:
@@ -130,7 +138,6 @@ UNSUPPORTED: list[tuple[str, Adjustment]] = [
     ("MemUseHierarchy", limits(memory=nri_pb2.LinuxMemory(use_hierarchy=nri_pb2.OptionalBool(value=False)))),
     ("OomScoreAdj", linux(oom_score_adj=nri_pb2.OptionalInt(value=-999))),
     ("CgroupsPath", linux(cgroups_path="/of/another")),
-    ("CgroupsPath", linux(cgroups_path=f"/of/{CONTAINER_ID}-other")),
     ("Rlimits RLIMIT_NOFILE", Adjustment(rlimits=[nri_pb2.POSIXRlimit(type="RLIMIT_NOFILE", hard=1 << 60, soft=1)])),
 ]
 

@@ -46,8 +46,9 @@ class Resets:
             return Reset(**json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
-        """End the process, if it runs."""
+        """End the process, if it runs. It does nothing between two requests."""
         if self._process is not None:
+            self._process.kill()
             self._process.communicate()
             self._process = None
 

@@ -185,9 +185,7 @@ def test_what_happened_here_and_nothing_else_is_told(watched: Watched) -> None:
     assert found["PodkeelRecoveryFound"]["labels"]["kind"] == "container half made"
     killed = found["PodkeelContainerOutOfMemory"]
     assert killed["labels"]["container"] == "hungry"
-    assert (
-        killed["annotations"]["summary"] == f"default/{killed['labels']['pod']}: hungry was killed for want of memory"
-    )
+    assert killed["annotations"]["summary"] == f"default/{killed['labels']['pod']}: hungry was killed: out of memory"
 
 
 def test_labels_of_containers_are_theirs(watched: Watched) -> None:

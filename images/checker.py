@@ -19,7 +19,7 @@ from images.oci import digests
 from images.oci.manifests import Descriptor
 from images.snapshots.store import SnapshotStore
 from images.store import ImageStore
-from images.unpack.inheritance import inherit
+from images.unpack.inheritance import inherit, remove_needless_whiteouts
 from images.unpack.trees import inspect_trees
 
 _log = logging.getLogger("podkeel.images")
@@ -145,8 +145,13 @@ class ImageChecker:
                 raise InvalidArgumentError(f"{subject} is broken: unpacked, its digest is {unpacked.diff_id}")
             if broken.intersection(below):
                 return await self._count(layer)  # folders copied from a broken layer cannot be compared
+            lower = [self._layers.path(number) for number in below]
+            if unpacked.hiding:
+                shown = () if unpacked.opaque else lower
+                implied = frozenset(unpacked.implied)
+                await in_long_thread(remove_needless_whiteouts, fresh, shown, unpacked.hiding, implied)
             if unpacked.implied and below:
-                await in_long_thread(inherit, fresh, [self._layers.path(number) for number in below], unpacked.implied)
+                await in_long_thread(inherit, fresh, lower, unpacked.implied)
             trees = await inspect_trees(fresh, self._layers.path(layer.number))
         if not trees.differences:
             return ""

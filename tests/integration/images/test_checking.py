@@ -53,8 +53,10 @@ async def test_undamaged_images_have_no_findings(
     await node.puller.import_archive(tmp_path / "docker.tar")
     shared = dataclasses.replace(built, layers=(built.layers[0], make_tar([entry("x", "x")])))
     await node.puller.pull(registry.push(shared, "check/shared"))
+    # Whiteouts of what no layer below has are not kept.
+    await node.puller.pull(registry.push(BuiltImage((built.layers[1],)), "check/whiteouts"))
     report = await node.checker.check(repair=True)
-    assert (report.images, report.layers, report.findings) == (2, 3, ())
+    assert (report.images, report.layers, report.findings) == (3, 4, ())
     await node.images.emptied()
     assert list((node.data / "content/incoming").iterdir()) == []
 

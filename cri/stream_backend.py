@@ -69,7 +69,7 @@ class NodeBackend:
             raise LimitError(f"{container.title} has {ATTACH_LIMIT} clients attached already: end one of them")
         container.attached += 1
         try:
-            console = AttachSocket.connect(folder)
+            console = await AttachSocket.connect(folder)
             try:
                 yield console
             finally:

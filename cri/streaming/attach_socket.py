@@ -6,9 +6,11 @@ The first byte of a packet from conmon names the stream. A packet to conmon hold
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
+import time
 from pathlib import Path
 
 from host.errors import UnavailableError, WrongStateError
@@ -19,6 +21,8 @@ STDERR = 3
 PACKET_SIZE = 64 * 1024
 INPUT_PACKET_SIZE = 8 * 1024
 _RESIZE = 1
+_ACCEPT_SECONDS = 10.0
+_BETWEEN_ATTEMPTS = 0.01
 
 
 class AttachSocket:
@@ -29,11 +33,23 @@ class AttachSocket:
         self._control_pipe = control_pipe
 
     @classmethod
-    def connect(cls, directory: Path) -> AttachSocket:
+    async def connect(cls, directory: Path) -> AttachSocket:
         """Connect to ``attach`` in conmon's folder of the container, whose control pipe is ``ctl``.
 
-        Raises WrongStateError if conmon does not listen, UnavailableError if too many clients connect at this moment.
+        conmon accepts few connections at once: this waits up to ten seconds for it. Raises WrongStateError if conmon
+        does not listen, UnavailableError if it accepts no connection.
         """
+        deadline = time.monotonic() + _ACCEPT_SECONDS
+        while True:
+            try:
+                return cls._connect(directory)
+            except UnavailableError:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_BETWEEN_ATTEMPTS)
+
+    @classmethod
+    def _connect(cls, directory: Path) -> AttachSocket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             # Addresses of unix sockets are short, so the folder is named by a descriptor instead of its path.
@@ -44,7 +60,7 @@ class AttachSocket:
                 os.close(folder)
         except BlockingIOError as error:
             connection.close()
-            raise UnavailableError(f"too many clients attach through {directory} at once; try again") from error
+            raise UnavailableError(f"conmon accepts no client at {directory}/attach; try again") from error
         except OSError as error:
             connection.close()
             raise WrongStateError(f"nothing to attach to in {directory}: {error.strerror}; is it running?") from error

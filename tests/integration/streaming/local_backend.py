@@ -98,7 +98,7 @@ class LocalBackend:
     async def attach(self, request: AttachRequest) -> AsyncIterator[AttachSocket]:
         if self.attach_folder is None:
             raise WrongStateError(f"container {request.container_id} is not running")
-        console = AttachSocket.connect(self.attach_folder)
+        console = await AttachSocket.connect(self.attach_folder)
         try:
             yield console
         finally:

@@ -248,7 +248,7 @@ def main(work: Callable[..., dict[str, object]] = unpack) -> None:
 
 
 def _helper() -> HelperProcess:
-    import images.unpack.writing.helped_writer  # noqa: F401 - the confined process finds no modules
+    from images.unpack.writing import helped_writer  # noqa: F401 - the confined process finds no modules
     from images.unpack.writing.helper_process import HelperProcess
 
     return HelperProcess()

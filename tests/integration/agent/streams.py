@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -145,3 +146,9 @@ async def listen_in_pod(agent: AgentProcess, sandbox_id: str, address: str, port
             return socket.create_server((address, port), family=family)
 
     return await in_fresh_thread(make)
+
+
+def listens(container: Running) -> bool:
+    """Whether a server listens at port 7000 of the pod: the kernel's state 0A."""
+    tables = container.agent.client.exec(container.id, "cat", "/proc/net/tcp", "/proc/net/tcp6").stdout
+    return re.search(rb":1B58 [0-9A-F]+:0000 0A ", tables) is not None

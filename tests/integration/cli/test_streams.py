@@ -15,7 +15,7 @@ from subprocess import PIPE
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from tests.integration.agent.streams import Running, run
+from tests.integration.agent.streams import Running, listens, run
 from tests.integration.cli.terminals import Start, Terminal
 from tests.support.agent import SOON, AgentProcess, wait_for
 from tests.support.pods import sandbox_config
@@ -237,7 +237,7 @@ def web(agent: AgentProcess) -> Running:
     """A pod with an echo server on port 7000 that says goodbye at the end of its input."""
     server = "while :; do nc -l -p 7000 -e sh -c 'cat; echo bye'; done"
     container = run(agent, *SHELL, server)
-    wait_for(lambda: any("nc -l" in line for line in container.processes().values()))
+    wait_for(lambda: listens(container))
     return container
 
 
@@ -258,7 +258,7 @@ def test_connections_are_carried_with_their_half_closes(web: Running, start: Sta
     port = port_of(process)
     payload = os.urandom(200_000)
     for host in ("127.0.0.1", "::1"):
-        wait_for(lambda: any("nc -l" in line for line in web.processes().values()))
+        wait_for(lambda: listens(web))  # the process of the connection before may still be there
         with socket.create_connection((host, port), 10) as connection:
             connection.sendall(payload)
             connection.shutdown(socket.SHUT_WR)

@@ -10,7 +10,7 @@ from subprocess import PIPE
 
 import pytest
 
-from tests.integration.agent.streams import Running, run
+from tests.integration.agent.streams import Running, listens, run
 from tests.integration.cli.terminals import Start
 from tests.integration.streaming.test_server import make_certificates
 from tests.support.agent import SOON, AgentProcess, running_agent, wait_for
@@ -63,7 +63,7 @@ def test_a_forwarded_port(container: Running, certificates: Path, start: Start) 
     process = start("port-forward", *words, container.sandbox_id, ":7000", stdout=PIPE)
     assert process.stdout is not None
     port = int(process.stdout.readline().split()[2].rpartition(b":")[2])
-    wait_for(lambda: any("nc -l" in line for line in container.processes().values()))
+    wait_for(lambda: listens(container))
     with socket.create_connection(("127.0.0.1", port), 10) as connection:
         assert connection.recv(100) == b"hello\n"
 

@@ -7,6 +7,7 @@ version 2 (the kernel's cgroup-v1/freezer-subsystem.rst and cgroup-v2.rst).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from host.files.file_tree import Walk
 
 _OWN = ("freezer.self_freezing", "cgroup.freeze")
+_ATTEMPTS_BEFORE_THAW = 25
 _THAWS = (("freezer.state", b"THAWED"), ("cgroup.freeze", b"0"))
 
 
@@ -38,19 +40,37 @@ def frozen_by(folder: Path, root: Path) -> Path | None:
 def freeze(folder: Path, seconds: float) -> bool:
     """Freeze the cgroup ``folder`` and wait until all its processes are frozen. False if that takes too long.
 
-    Blocks.
+    Version 1 can miss a process that forks at this moment, and stays at FREEZING for ever. So this writes FROZEN
+    again, and thaws in between if that does not help. Blocks.
     """
-    for name, value in (("freezer.state", b"FROZEN"), ("cgroup.freeze", b"1")):
-        if (folder / name).exists():
-            (folder / name).write_bytes(value)
-            break
+    legacy = (folder / "freezer.state").exists()
+    file, value = (folder / "freezer.state", b"FROZEN") if legacy else (folder / "cgroup.freeze", b"1")
+    if not _set(file, value):
+        return False
     deadline = time.monotonic() + seconds
     pause = 0.0005
+    attempts = 0
     while not _is_fully_frozen(folder):
         if time.monotonic() > deadline:
             return False
         time.sleep(pause)  # the kernel has an event for it only with version 2
         pause = min(2 * pause, 0.02)
+        attempts += 1
+        if legacy and attempts % _ATTEMPTS_BEFORE_THAW == 0:
+            _set(file, b"THAWED")
+        if legacy and not _set(file, value):
+            return False
+    return True
+
+
+def _set(file: Path, value: bytes) -> bool:
+    """Write to a file of a cgroup; False if the cgroup is gone."""
+    try:
+        file.write_bytes(value)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EACCES):
+            raise
+        return False
     return True
 
 

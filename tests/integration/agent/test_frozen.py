@@ -15,6 +15,7 @@ import grpc
 import pytest
 
 from proto.runtime.v1 import cri_pb2
+from runtime.cgroups.freezer import freeze
 from tests.integration.agent.hardening import init_pid
 from tests.integration.conformance.support import refused
 from tests.support.agent import PATIENCE, AgentProcess, wait_for
@@ -57,9 +58,7 @@ def frozen(group: Path) -> Iterator[None]:
     """Freeze a cgroup; thawed afterwards if it is still there."""
     legacy = (group / "freezer.state").exists()
     file = group / ("freezer.state" if legacy else "cgroup.freeze")
-    file.write_text("FROZEN" if legacy else "1")
-    state = group / ("freezer.state" if legacy else "cgroup.events")
-    wait_for(lambda: ("FROZEN" if legacy else "frozen 1") in state.read_text().splitlines(), what="the freezing")
+    assert freeze(group, 10 * PATIENCE)
     try:
         yield
     finally:

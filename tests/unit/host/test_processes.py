@@ -49,6 +49,7 @@ def test_an_init_has_ended_that_waits_for_others_of_its_namespace() -> None:
             (inner,) = wait_for_child(parent.pid)
             name = named(init)
             parent.send_signal(signal.SIGSTOP)  # it does not collect its child, so the kernel keeps the init
+            wait_for(lambda: processes.state(parent.pid) == b"T", what="the stop of the parent")
             os.kill(init, signal.SIGKILL)
             wait_for(lambda: processes.state(inner) == b"Z", what="the end of the process in the namespace")
             assert processes.state(init) not in (b"Z", b"")

@@ -31,9 +31,9 @@ _SHA256 = "sha256"
 
 class _Payload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     body: str
-    integratedTime: int  # noqa: N815 -- the name is the log's
-    logIndex: int  # noqa: N815 -- the name is the log's
-    logID: str  # noqa: N815 -- the name is the log's
+    integrated_time: int = msgspec.field(name="integratedTime")
+    log_index: int = msgspec.field(name="logIndex")
+    log_id: str = msgspec.field(name="logID")
 
 
 class LogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,7 +58,7 @@ class _Content(msgspec.Struct, frozen=True):
 
 class _LoggedSignature(msgspec.Struct, frozen=True):
     content: str
-    publicKey: _Content  # noqa: N815 -- the name is the log's
+    public_key: _Content = msgspec.field(name="publicKey")
 
 
 class _SignatureRecord(msgspec.Struct, frozen=True):
@@ -125,10 +125,10 @@ class Signature(msgspec.Struct, frozen=True):
 def logged_at(found: LogEntry, keys: Sequence[PublicKey], about: Signature) -> datetime.datetime:
     """When the log took the entry. Raises SignatureRefusedError if no log promised it, or it is another's."""
     payload = found.Payload
-    parts = {"body": payload.body, "integratedTime": payload.integratedTime}
-    parts |= {"logID": payload.logID, "logIndex": payload.logIndex}
+    parts = {"body": payload.body, "integratedTime": payload.integrated_time}
+    parts |= {"logID": payload.log_id, "logIndex": payload.log_index}
     # Written so it is canonical JSON (RFC 8785): sorted members, plain strings, whole numbers.
-    if not (payload.body.isascii() and payload.logID.isalnum()) or '"' in payload.body or "\\" in payload.body:
+    if not (payload.body.isascii() and payload.log_id.isalnum()) or '"' in payload.body or "\\" in payload.body:
         raise SignatureRefusedError("its entry of the transparency log is broken")
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
     promise = from_base64(found.SignedEntryTimestamp, "SignedEntryTimestamp")
@@ -143,9 +143,9 @@ def logged_at(found: LogEntry, keys: Sequence[PublicKey], about: Signature) -> d
         _check_envelope(_converted(body.spec, _EnvelopeRecord), about, about.envelope)
     else:
         raise SignatureRefusedError(f"its entry of the transparency log is a {body.kind[:50]!a}")
-    if not 0 < payload.integratedTime < _LATEST:
+    if not 0 < payload.integrated_time < _LATEST:
         raise SignatureRefusedError("its entry of the transparency log has no time")
-    return datetime.datetime.fromtimestamp(payload.integratedTime, datetime.UTC)
+    return datetime.datetime.fromtimestamp(payload.integrated_time, datetime.UTC)
 
 
 def _check_signature(record: _SignatureRecord, about: Signature) -> None:
@@ -154,7 +154,7 @@ def _check_signature(record: _SignatureRecord, about: Signature) -> None:
         digest.algorithm == _SHA256
         and digest.value.lower() == hashlib.sha256(about.signed).hexdigest()
         and from_base64(record.signature.content, "logged signature") == about.content
-        and _der(from_base64(record.signature.publicKey.content, "logged key")) == _der(about.signer)
+        and _der(from_base64(record.signature.public_key.content, "logged key")) == _der(about.signer)
     )
     if not same:
         raise SignatureRefusedError("its entry of the transparency log is one of another signature")

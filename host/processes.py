@@ -18,7 +18,7 @@ import msgspec
 
 from host.children.reaping import reap
 from host.children.spawning import posix_spawn
-from host.concurrency.tasks import wait_out
+from host.concurrency.tasks import uninterrupted, wait_out
 from host.concurrency.threads import in_thread
 from host.errors import CommandError, DeadlineError, UnavailableError
 
@@ -142,7 +142,7 @@ async def end_child(pid: int, pidfd: int) -> int | None:
     when it ends.
     """
     kill_group(pid)
-    return await wait_out(asyncio.ensure_future(_collect_killed(pidfd)))
+    return await uninterrupted(_collect_killed(pidfd))
 
 
 async def _collect_killed(pidfd: int) -> int | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from host.concurrency.tasks import uninterrupted
 from host.concurrency.threads import in_image_thread, in_stats_thread
 from host.database import Database
 from host.errors import InvalidArgumentError, NotFoundError
@@ -116,11 +117,7 @@ class ImageStore:
         async with self._changing:
             image = self.get(reference)
             record = self._records[image.id]
-            await self._database.write(
-                lambda connection: image_rows.insert_names(connection, record.id, [target.tagged])
-            )
-            self._name(record, [target.tagged])
-            self._publish(record)
+            await uninterrupted(self._add_name(record, target.tagged))
         return target.tagged
 
     async def add_digest(self, image: Image, name: str) -> None:
@@ -129,9 +126,12 @@ class ImageStore:
             record = self._records.get(image.id)
             if record is None or name in record.names:
                 return
-            await self._database.write(lambda connection: image_rows.insert_names(connection, record.id, [name]))
-            self._name(record, [name])
-            self._publish(record)
+            await uninterrupted(self._add_name(record, name))
+
+    async def _add_name(self, record: _Record, name: str) -> None:
+        await self._database.write(lambda connection: image_rows.insert_names(connection, record.id, [name]))
+        self._name(record, [name])
+        self._publish(record)
 
     async def config_file(self, image: Image) -> bytes:
         """The image's configuration as received, read from the database.
@@ -153,19 +153,21 @@ class ImageStore:
             image = self.find(reference)
             if image is None:
                 return
-            record = self._records[image.id]
-            operation = Operation("RemoveImage")
-            async with operation.stage("forget"):
-                await self._database.write(lambda connection: image_rows.delete(connection, [image.id]))
-                self._forget(record)
-            async with operation.stage("layers"):
-                await self._layers.release(image.layers)
-            _log.info("image %s: removed", image.id, extra={"fields": {"image_id": image.id}})
+            await uninterrupted(self._remove(image))
+
+    async def _remove(self, image: Image) -> None:
+        operation = Operation("RemoveImage")
+        async with operation.stage("forget"):
+            await self._database.write(lambda connection: image_rows.delete(connection, [image.id]))
+            self._forget(self._records[image.id])
+        async with operation.stage("layers"):
+            await self._layers.release(image.layers)
+        _log.info("image %s: removed", image.id, extra={"fields": {"image_id": image.id}})
 
     async def commit(self, candidate: Candidate, layers: tuple[Layer, ...]) -> Image:
         """Add an image whose layers are all on the node, with its names. Lookups find it when this returns."""
         async with self._changing:
-            return await self._commit(candidate, candidate.config.config, layers)
+            return await uninterrupted(self._commit(candidate, candidate.config.config, layers))
 
     async def _commit(self, candidate: Candidate, config: ImageConfig, layers: tuple[Layer, ...]) -> Image:
         record = self._records.get(candidate.id)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar
 
-from host.concurrency.tasks import wait_out
+from host.concurrency.tasks import uninterrupted
 
 T = TypeVar("T")
 
@@ -20,7 +19,7 @@ async def left_fully(context: AbstractAsyncContextManager[T]) -> AsyncIterator[T
     try:
         yield value
     except BaseException:
-        if not await wait_out(asyncio.ensure_future(context.__aexit__(*sys.exc_info()))):
+        if not await uninterrupted(context.__aexit__(*sys.exc_info())):
             raise
     else:
-        await wait_out(asyncio.ensure_future(context.__aexit__(None, None, None)))
+        await uninterrupted(context.__aexit__(None, None, None))

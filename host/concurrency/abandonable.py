@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-from host.concurrency.tasks import wait_out
+from host.concurrency.tasks import uninterrupted
 from host.concurrency.thread_starting import start_thread
 from host.errors import LimitError, PodkeelError, UnavailableError
 
@@ -104,7 +104,7 @@ class AbandonableThreads:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            await wait_out(asyncio.ensure_future(self._give_up(subject, future, permission, step_ended)))
+            await uninterrupted(self._give_up(subject, future, permission, step_ended))
             raise
 
     async def _give_up(

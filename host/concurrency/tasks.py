@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -31,6 +31,14 @@ async def wait_out(future: asyncio.Future[T]) -> T:
             future.exception()  # retrieved, so that asyncio does not report it
         raise cancelled
     return future.result()
+
+
+async def uninterrupted(work: Awaitable[T]) -> T:
+    """Run ``work`` to its end, even if the caller is cancelled. The cancellation is raised after that.
+
+    For steps that belong together, such as a write to the database and the same change in memory.
+    """
+    return await wait_out(asyncio.ensure_future(work))
 
 
 async def ended(task: asyncio.Task[T]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
-from host.concurrency.tasks import wait_out
+from host.concurrency.tasks import uninterrupted
 
 STEP_SECONDS = 30.0
 
@@ -36,7 +36,7 @@ class Undo:
 
     async def run(self) -> None:
         """Undo everything now, newest first. Returns when all steps ran, even if the caller is cancelled."""
-        await wait_out(asyncio.create_task(self._run_steps()))
+        await uninterrupted(self._run_steps())
 
     async def _run_steps(self) -> None:
         while self._steps:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from host.concurrency.tasks import uninterrupted
 from host.concurrency.threads import in_image_thread, in_long_thread
 from host.concurrency.undo import Undo
 from host.database import Database
@@ -113,10 +114,8 @@ class LayerMaker:
         """
         source = transfer.source
         async with Undo(source.subject) as undo:
-            number = await self._database.write(lambda connection: layer_rows.insert(connection, source))
-            making, incoming = self._folders.layers / f"{number}.new", self._folders.incoming / str(number)
-            whole = self._folders.layers / str(number)
-            undo.push("it", lambda: self._delete(number, (whole, making, incoming)))
+            number = await uninterrupted(self._insert_row(source, undo))
+            making, incoming, _ = self._paths(number)
             kept = self._folders.blob(source.descriptor.digest)
             unpacked = await self._fetcher.fetch(transfer, making / "fs", incoming, kept)
             if unpacked.diff_id != source.diff_id:
@@ -147,6 +146,16 @@ class LayerMaker:
                 await undo.run()
         await self._partials.drop([layer.blob_digest])
         return made or layer
+
+    async def _insert_row(self, source: LayerSource, undo: Undo) -> int:
+        number = await self._database.write(lambda connection: layer_rows.insert(connection, source))
+        undo.push("it", lambda: self._delete(number))
+        return number
+
+    def _paths(self, number: int) -> tuple[Path, Path, Path]:
+        """The files of a layer that is being made, its blob, and the files of the complete layer."""
+        layers = self._folders.layers
+        return layers / f"{number}.new", self._folders.incoming / str(number), layers / str(number)
 
     async def _adjust_to_lower_layers(
         self, source: LayerSource, files: Path, below: Sequence[asyncio.Future[Layer]], unpacked: Unpacked
@@ -197,13 +206,13 @@ class LayerMaker:
             else:
                 await self.throw([path])
 
-    async def _delete(self, number: int, paths: Iterable[Path]) -> None:
+    async def _delete(self, number: int) -> None:
         """Undo ``make``: delete the files and the row of a layer.
 
         If the disk is too full to write to the database, this first waits until the files are deleted. If it is still
         full, the unused row is deleted later: with the rows of the next layers, or at the next start.
         """
-        await self.throw(paths)
+        await self.throw(self._paths(number))
         try:
             await self._database.execute("DELETE FROM layers WHERE number = ?", (number,))
         except LimitError:

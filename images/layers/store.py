@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from host.concurrency.tasks import SingleFlight
+from host.concurrency.tasks import SingleFlight, uninterrupted
 from host.concurrency.threads import in_image_thread, in_long_thread
 from host.database import Database
 from host.errors import LimitError, NoSpaceError, PodkeelError
@@ -179,7 +179,7 @@ class LayerStore:
                 if number in self._layers:
                     unused.append(self._forget(number))
         if unused:
-            await self._drop(unused)
+            await uninterrupted(self._drop(unused))
 
     async def obtain(self, source: LayerSource, below: Sequence[asyncio.Future[Layer]]) -> Layer:
         """The layer, retained for the caller. If it does not exist, it is fetched and unpacked, once for all callers.
@@ -315,13 +315,16 @@ class LayerStore:
         del self._blob_users[digest]
         self._used_bytes -= users[0].blob_bytes
         self._used_inodes -= 1
+        await uninterrupted(self._delete_blob(digest))
+
+    async def _delete_blob(self, digest: str) -> None:
         await self._database.write(lambda connection: layer_rows.forget_blob(connection, digest))
         await self._maker.throw([self._folders.blob(digest)])
 
     async def _drop_if_unused(self, chain_id: str) -> None:
         layer = self._by_chain.get(chain_id)
         if layer is not None and not self._users[layer.number]:
-            await self._drop([self._forget(layer.number)])
+            await uninterrupted(self._drop([self._forget(layer.number)]))
 
     async def _drop(self, dropped: list[_Dropped]) -> None:
         await self._maker.delete_rows(gone.layer.number for gone in dropped)

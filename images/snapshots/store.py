@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from host.concurrency.tasks import wait_out
+from host.concurrency.tasks import uninterrupted, wait_out
 from host.concurrency.threads import in_long_thread, in_thread
 from host.concurrency.undo import Undo
 from host.database import Database
@@ -174,7 +174,7 @@ class SnapshotStore:
     async def unmount(self, container_id: str, target: Path) -> None:
         """Undo ``prepare`` or ``mount_image`` at ``target``. Success if nothing is mounted there."""
         await in_thread(_unmount, target)
-        await self._release([f"{container_id} {target}"])
+        await uninterrupted(self._release([f"{container_id} {target}"]))
 
     async def remove(self, container_id: str) -> None:
         """Remove the container's folder with its content and release its layers. Success if there is none.
@@ -184,7 +184,7 @@ class SnapshotStore:
         await in_thread(self._throw_away, container_id)
         self.writable.forget(container_id)
         self._trash.wake()
-        await self._release([key for key, (owner, _) in self._held.items() if owner == container_id])
+        await uninterrupted(self._release([key for key, (owner, _) in self._held.items() if owner == container_id]))
 
     def filesystem_usage(self) -> FilesystemUsage:
         """The size of the containers' folders, with the last known size of the data in them; for any thread."""

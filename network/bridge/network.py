@@ -7,9 +7,9 @@ import logging
 import re
 from collections.abc import Collection, Sequence
 from ipaddress import ip_interface
-from typing import NamedTuple
 
 from host.concurrency import threads
+from host.concurrency.tasks import uninterrupted
 from host.concurrency.undo import Undo
 from host.database import Database
 from host.errors import AlreadyExistsError, InvalidArgumentError, PodkeelError, UnavailableError
@@ -19,6 +19,7 @@ from network.bridge.audit import compare_bridge, compare_elements, compare_links
 from network.bridge.links import BridgeLinks, IPInterface, TableMissingError
 from network.bridge.lost_attachments import lost_rows
 from network.bridge.owner import BridgeOwner
+from network.bridge.reservation import Reservation
 from network.ipam import IPAddress, Ipam, IPNetwork, gateway_of, parse_ranges
 from network.nftables import ruleset
 from network.nftables.elements import elements_of
@@ -35,12 +36,6 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,14}")
 _REMEDY = "`podkeel check --repair` or a restart of the agent creates it again"
 _CONNECTING_AT_ONCE = 4
 _SMALLEST_MTU = {4: 576, 6: 1280}
-
-
-class _Reservation(NamedTuple):
-    attachment: Attachment
-    addresses: list[tuple[IPNetwork, IPAddress]]
-    ports: list[HostPort]
 
 
 class BuiltInNetwork:
@@ -62,7 +57,7 @@ class BuiltInNetwork:
         self._cluster_ranges = parse_ranges(options.cluster_cidrs) if options.cluster_cidrs else ()
         self._book = Ipam(parse_ranges(options.pod_cidrs), options.quarantine_seconds)
         self._ports = registry or PortRegistry()
-        self._reservations: dict[str, _Reservation] = {}
+        self._reservations: dict[str, Reservation] = {}
         self._unfinished: set[str] = set()
         self._ranges_in_kernel: set[IPNetwork] = set()
         self._lock = RWLock()
@@ -165,15 +160,18 @@ class BuiltInNetwork:
             if ranges == self._book.current:
                 return
             self._started()
-            before = self._book.current
-            self._book.use(ranges)
-            try:
-                self._check_mtu()
-                await self._ensure()
-                await self.store.set_pod_cidrs([str(network) for network in ranges])
-            except BaseException:
-                self._book.use(before)
-                raise
+            await uninterrupted(self._use_ranges(ranges))
+
+    async def _use_ranges(self, ranges: tuple[IPNetwork, ...]) -> None:
+        before = self._book.current
+        self._book.use(ranges)
+        try:
+            self._check_mtu()
+            await self._ensure()
+            await self.store.set_pod_cidrs([str(network) for network in ranges])
+        except BaseException:
+            self._book.use(before)
+            raise
 
     async def audit(self, live: Collection[str]) -> list[Finding]:
         """Differences between the store, the kernel and the ``live`` sandboxes.
@@ -206,7 +204,7 @@ class BuiltInNetwork:
         findings = await self.audit(live)
         for sandbox_id in gone:
             await self._detach(sandbox_id, delete_link=True)
-        await self._release_lost()
+        await uninterrupted(self._release_lost())
         await self._ensure()
         async with self._lock.writing():
             await self._connect_again(kernel, live)
@@ -261,7 +259,7 @@ class BuiltInNetwork:
             taken.setdefault(sandbox_id, []).append(port)
         for attachment in self.store.attachments():
             key = attachment.sandbox_id
-            self._reservations[key] = _Reservation(attachment, held.get(key, []), taken.get(key, []))
+            self._reservations[key] = Reservation(attachment, held.get(key, []), taken.get(key, []))
 
     def _bridge_addresses(self) -> list[IPInterface]:
         """The gateways' addresses. If overlapping ranges share a gateway, it has the prefix of the largest."""
@@ -296,7 +294,7 @@ class BuiltInNetwork:
             self.options.bridge, ranges, self._cluster_ranges, masquerade=self.options.masquerade, elements=elements
         )
 
-    def _reserve(self, request: AttachRequest, wanted: tuple[PortMapping, ...]) -> _Reservation:
+    def _reserve(self, request: AttachRequest, wanted: tuple[PortMapping, ...]) -> Reservation:
         """Take addresses and host ports in memory: all or none."""
         sandbox_id = request.sandbox_id
         if sandbox_id in self._reservations:
@@ -309,7 +307,7 @@ class BuiltInNetwork:
         except AlreadyExistsError:
             self._book.free_unused(chosen)
             raise
-        reservation = _Reservation(self._attachment(request, wanted, chosen), chosen, taken)
+        reservation = Reservation(self._attachment(request, wanted, chosen), chosen, taken)
         self._reservations[sandbox_id] = reservation
         return reservation
 
@@ -338,7 +336,7 @@ class BuiltInNetwork:
                 wanted = ports.normalise(request.port_mappings, versions)
                 attachment = self._attachment(request, wanted, chosen)
                 held = lost.ports.get(request.sandbox_id, [])
-                self._reservations[request.sandbox_id] = _Reservation(attachment, chosen, held)
+                self._reservations[request.sandbox_id] = Reservation(attachment, chosen, held)
                 await self.store.add_attachment(attachment)
                 _log.warning("sandbox %s: attachment lost from the store: restored", request.sandbox_id[:13])
 
@@ -352,7 +350,7 @@ class BuiltInNetwork:
                 self._book.release(network, address)
             _log.warning("sandbox %s: addresses or host ports without an attachment: released", sandbox_id[:13])
 
-    def _cancel(self, reservation: _Reservation) -> None:
+    def _cancel(self, reservation: Reservation) -> None:
         self._reservations.pop(reservation.attachment.sandbox_id, None)
         self._unfinished.discard(reservation.attachment.sandbox_id)
         self._ports.release(reservation.ports)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from host import processes
 from host.children.reaping import reap
-from host.concurrency.tasks import wait_out
+from host.concurrency.tasks import uninterrupted
 from host.concurrency.threads import acquired, in_thread
 from host.files import procfs
 
@@ -51,7 +51,7 @@ async def run_to_its_end(command: Sequence[str], environment: Mapping[str, str],
         try:
             await processes.wait_ended(pidfd)
         except asyncio.CancelledError:
-            await wait_out(asyncio.ensure_future(_give_up(pid, pidfd)))
+            await uninterrupted(_give_up(pid, pidfd))
             raise
         finally:
             status = reap(pidfd)

@@ -9,7 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from host.concurrency.tasks import ended, wait_out
+from host.concurrency.tasks import ended, uninterrupted
 from host.concurrency.threads import in_fresh_thread, in_long_thread, in_thread
 from host.concurrency.undo import Undo
 from host.errors import DeadlineError, InvalidArgumentError, NotFoundError, UnsupportedError, WrongStateError
@@ -82,7 +82,7 @@ class Checkpoints:
             async with operation.stage("commit"):
                 await in_thread(archive.publish, partial_file, target)
         # The archive is complete: the remaining work is short.
-        await wait_out(asyncio.ensure_future(in_long_thread(interrupted.remove, folder)))
+        await uninterrupted(in_long_thread(interrupted.remove, folder))
         extra = of_container(container, operation)
         _log.info("%s: checkpointed: %d bytes, frozen for %.0f ms", container.title, size, frozen * 1e3, extra=extra)
         return size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from host.concurrency.tasks import wait_out
+from host.concurrency.tasks import uninterrupted
 from host.concurrency.threads import in_thread
 from host.errors import PodkeelError
 from host.files.removal import remove_tree
@@ -61,7 +61,7 @@ class ContainerRemove:
             if container.id not in self._state.containers:
                 return  # another call has removed it
             # After the removal is recorded, clients no longer see the container. So it continues without this client.
-            await wait_out(asyncio.ensure_future(self.finish_removal(container)))
+            await uninterrupted(self.finish_removal(container))
 
     async def finish_removal(self, container: Container) -> None:
         """Record a removal, unless that is done, and complete it.

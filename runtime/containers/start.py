@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 
-from host.concurrency.tasks import wait_out
+from host.concurrency.tasks import uninterrupted
 from host.errors import CommandError, InvalidArgumentError, PodkeelError, WrongStateError
 from host.stages import Operation
 from proto.runtime.v1 import cri_pb2
@@ -64,7 +63,7 @@ class ContainerStart:
             if container.sandbox.record.state is not SandboxState.READY or container.sandbox.closing:
                 raise WrongStateError(f"{container.title}: its sandbox is not ready: create a new one")
             # An interrupted start may or may not have happened. So a start continues even if its client is gone.
-            await wait_out(asyncio.ensure_future(self._start(container)))
+            await uninterrupted(self._start(container))
 
     async def _start(self, container: Container) -> None:
         hooks = self._hooks

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from host import processes
-from host.concurrency.tasks import wait_out
+from host.concurrency.tasks import uninterrupted
 from host.concurrency.threads import in_thread
 from runtime.cgroups.tree import CgroupTree
 from runtime.containers.endings.exit import ContainerExit, kill_group
@@ -115,12 +115,12 @@ class ContainerStop:
             async with container.lock:
                 if not container.exited.is_set():
                     exit_record = self._monitors.exit_record(container.id)
-                    await wait_out(asyncio.ensure_future(self._exits.record_exit(container, exit_record)))
+                    await uninterrupted(self._exits.record_exit(container, exit_record))
             return
         if not await wait_for_end(self._cgroups, container):
             async with container.lock:
                 if not container.exited.is_set():
-                    await wait_out(asyncio.ensure_future(self._exits.record_exit(container, None)))
+                    await uninterrupted(self._exits.record_exit(container, None))
 
     async def kill_processes(self, container: Container) -> None:
         """Send SIGKILL to the first process and to those that can outlive it, without waiting."""

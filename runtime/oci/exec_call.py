@@ -18,7 +18,7 @@ import msgspec
 from host import processes, untrusted_json
 from host.children.reaping import reap
 from host.concurrency.priority import run_before_children
-from host.concurrency.tasks import wait_out
+from host.concurrency.tasks import uninterrupted, wait_out
 from host.concurrency.threads import in_thread
 from host.errors import CommandError, DeadlineError, InvalidArgumentError, WrongStateError
 from host.untrusted_json import JsonError
@@ -193,7 +193,7 @@ class ExecCall:
                 strays.end(None)
                 raise
             self._runtime_pid = spawning.result()
-            await wait_out(asyncio.ensure_future(self._finish(asyncio.ensure_future(self._started()))))
+            await uninterrupted(self._finish(asyncio.ensure_future(self._started())))
             raise
         except BaseException:
             strays.end(None)
@@ -219,7 +219,7 @@ class ExecCall:
         try:
             yield await asyncio.shield(starting)
         finally:
-            await wait_out(asyncio.ensure_future(self._finish(starting)))
+            await uninterrupted(self._finish(starting))
 
     async def _started(self) -> ExecProcess:
         process = None

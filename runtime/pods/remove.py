@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
-from host.concurrency.tasks import wait_out
+from host.concurrency.tasks import uninterrupted
 from host.errors import PodkeelError
 from host.stages import Operation
 from network.node_network import NodeNetwork
@@ -45,7 +44,7 @@ class PodRemove:
             async with operation.stage("containers"):
                 await self._containers.remove_all(sandbox)
             # After the removal is recorded, clients no longer see the sandbox. So it continues without this client.
-            await wait_out(asyncio.ensure_future(self.finish_removal(sandbox, operation)))
+            await uninterrupted(self.finish_removal(sandbox, operation))
 
     async def force_remove(self, sandbox_id: str) -> list[str]:
         """Remove a sandbox even if its CNI network cannot be released. Returns what was given up.

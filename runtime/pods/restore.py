@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import secrets
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from host import processes
-from host.concurrency.tasks import wait_out
+from host.concurrency.tasks import uninterrupted
 from host.concurrency.threads import acquired, in_fresh_thread, in_thread
 from host.concurrency.undo import Undo
 from host.errors import InvalidArgumentError, NotFoundError
@@ -120,7 +119,7 @@ class PodRestore:
                         sandbox.record.restoring = made.token
                         raise
         # The pod is complete: the remaining work is short.
-        await wait_out(asyncio.ensure_future(staged.remove()))
+        await uninterrupted(staged.remove())
         words = "%s: restored from %s: %d containers"
         _log.info(words, sandbox.title, path, len(configs), extra=of_sandbox(sandbox, operation))
         return sandbox, made.containers

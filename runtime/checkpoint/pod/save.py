@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from host.concurrency.tasks import ended, wait_out
+from host.concurrency.tasks import ended, uninterrupted
 from host.concurrency.threads import acquired, in_fresh_thread, in_long_thread, in_thread
 from host.concurrency.undo import Undo
 from host.errors import WrongStateError
@@ -121,7 +121,7 @@ class PodCheckpoints:
                 async with operation.stage("commit"):
                     await in_long_thread(place.commit, self._document(job, frozen))
         # The checkpoint is complete: the remaining work is short.
-        await wait_out(asyncio.ensure_future(in_long_thread(interrupted.remove, job.work)))
+        await uninterrupted(in_long_thread(interrupted.remove, job.work))
         words = "%s: checkpoint: %d bytes, frozen for %.0f ms"
         _log.info(words, sandbox.title, size, frozen * 1e3, extra=of_sandbox(sandbox, operation))
         return size

@@ -112,6 +112,7 @@ async def test_waiters_are_cancelled_while_a_new_one_arrives(node: Node, front: 
     async with asyncio.timeout(SOON):
         assert (await third).id == B.id
         assert (await newcomer).id == A.id
+        await asyncio.wait((first, other))
     for image in (A, B):
         await node.store.remove(image.id)
     assert await node.leftovers() == {}

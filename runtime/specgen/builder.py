@@ -89,7 +89,7 @@ def _complete(drafted: Draft) -> ContainerSpec:
     groups = replace(groups, described=cdi.mounts(edits))
     _require_sources(groups)
     settled = settle(request.rootfs, groups)
-    refuse_imitations(settled.mounts, groups.folders)
+    refuse_imitations(settled.mounts, groups.folders, settled.names)
     refuse_missing(settled.mounts)
     sees_others = request.namespaces.host_pid or bool(request.namespaces.pid)
     refuse_nested(settled.nested, settled.mounts, sees_others=sees_others)

@@ -43,6 +43,31 @@ def refusal(attacker: StartAttacker, config: cri_pb2.ContainerConfig) -> str:
     return raised.value.details() or ""
 
 
+def test_nothing_is_mounted_below_devices_and_in_file_systems_without_folders(
+    quiet_log: AgentProcess, attacker: StartAttacker, image: MakeImage, tmp_path: Path
+) -> None:
+    """An OCI runtime would make a folder instead of the device, or fail with an error that does not name the mount."""
+    reference = image({"run": "/tmp/run", "tmp/run": "/dev/null"})
+    led = "the link /tmp/run leads to"
+    for destination, text in (
+        ("/run", f"container_path /run: {led} /dev/null: /dev/null can only be a null device, which {tmp_path} is not"),
+        (
+            "/run/a/b",
+            f"container_path /run/a/b: {led} /dev/null/a/b: nothing can be mounted below /dev/null, at /dev/null/a/b",
+        ),
+        *(
+            (f"/dev/{name}/x", f"nothing can be mounted below /dev/{name}, at /dev/{name}/x")
+            for name in ("full", "console", "ptmx", "pts", "mqueue")
+        ),
+    ):
+        config = like_kubelets("main", image=reference)
+        config.mounts.add(container_path=destination, host_path=str(tmp_path))
+        assert f"mounts: {text}" in refusal(attacker, config)
+    config = like_kubelets("main", image=image({"data": "/dev/zero"}, Volumes={"/data/x": {}}))
+    volume = "VOLUME of the image: /data/x: the link /data leads to /dev/zero/x: nothing can be mounted below /dev/zero"
+    assert volume in refusal(attacker, config)
+
+
 @pytest.mark.usefixtures("quiet_log")
 @pytest.mark.parametrize(
     ("link", "place"),
@@ -128,7 +153,8 @@ def test_no_terminal_is_opened_through_a_volume(
         (tmp_path / str(number)).symlink_to("/proc/sys/kernel/core_pattern")
     config = like_kubelets("main", image=image({"terminals": "/dev/pts"}), tty=True)
     config.mounts.add(container_path=through, host_path=str(tmp_path))
-    assert "mounts: /dev/pts can only be the node's own /dev/pts" in refusal(attacker, config)
+    led = "" if through == "/dev/pts" else " container_path /terminals: the link /terminals leads to /dev/pts:"
+    assert f"mounts:{led} /dev/pts can only be the node's own /dev/pts" in refusal(attacker, config)
 
 
 def test_no_mount_goes_through_a_link_of_a_volume_over_kernel_files(

@@ -18,6 +18,7 @@ from runtime.specgen.mounts.container_paths import ContainerPaths, Place
 from runtime.specgen.mounts.image_volumes import Volume, volume_mounts
 
 _ROUNDS = 8
+_CONFIGURED = "mounts: container_path"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +64,15 @@ class SettledMounts:
     """All mounts in order with destinations without links, and the paths of a container with these mounts.
 
     ``volumes`` are those on which nothing else is mounted. ``nested`` are destinations in another volume, which others
-    may change before the OCI runtime mounts there.
+    may change before the OCI runtime mounts there. ``names`` has, by destination, the names for errors of the mounts
+    that the configuration does not name so: those that a link led there, with the link, and those of others.
     """
 
     mounts: list[config.Mount]
     volumes: tuple[Volume, ...]
     paths: ContainerPaths
     nested: tuple[str, ...]
+    names: Mapping[str, str]
 
 
 def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
@@ -79,10 +82,11 @@ def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
     """
     wanted = [_Planned(mount, "the agent's mount at", _folder(mount, groups.folders)) for mount in groups.defaults]
     wanted += [_Planned(mount, "VOLUME of the image:") for mount in volume_mounts(groups.volumes)]
-    wanted += [_Planned(mount, "mounts: container_path", _folder(mount, groups.folders)) for mount in groups.configured]
+    wanted += [_Planned(mount, _CONFIGURED, _folder(mount, groups.folders)) for mount in groups.configured]
     wanted += [_Planned(mount, "CDI: mount", _folder(mount, groups.folders)) for mount in groups.described]
     wanted += [_Planned(mount, what, _folder(mount, groups.folders)) for what, mount in groups.adjusted]
-    destinations, paths, nested = _resolved(rootfs, wanted)
+    links: dict[int, str] = {}
+    destinations, paths, nested = _resolved(rootfs, wanted, links)
     mounts = [
         plan.mount
         if plan.mount.destination == destination
@@ -99,7 +103,12 @@ def settle(rootfs: Path, groups: MountGroups) -> SettledMounts:
     for later in (mounts[described:adjusted], mounts[adjusted:]):
         if later:
             ordered = in_order(ordered, later)
-    return SettledMounts(ordered, tuple(compress(groups.volumes, kept)), paths, nested)
+    names = {
+        destination: plan.name(links.get(index, ""), destination)
+        for index, (plan, destination) in enumerate(zip(wanted, destinations, strict=True))
+        if index in links or plan.what != _CONFIGURED
+    }
+    return SettledMounts(ordered, tuple(compress(groups.volumes, kept)), paths, nested, names)
 
 
 def _has_no_place(mount: config.Mount, paths: ContainerPaths) -> bool:
@@ -120,6 +129,11 @@ class _Planned:
     mount: config.Mount
     what: str
     folder: str = ""
+
+    def name(self, link: str, destination: str) -> str:
+        """Its name for errors, with the link that leads it to ``destination``."""
+        name = f"{self.what} {self.mount.destination}"
+        return f"{name}: the link {link} leads to {destination}" if link else name
 
 
 def _folder(mount: config.Mount, folders: Mapping[str, str]) -> str:
@@ -151,10 +165,13 @@ def _is_or_will_be_folder(path: str) -> bool:
         return True
 
 
-def _resolved(rootfs: Path, wanted: Sequence[_Planned]) -> tuple[list[str], ContainerPaths, tuple[str, ...]]:
+def _resolved(
+    rootfs: Path, wanted: Sequence[_Planned], links: dict[int, str]
+) -> tuple[list[str], ContainerPaths, tuple[str, ...]]:
     """The destinations, parents resolved first: a mount there may have links to the destinations of others.
 
-    The third value is the destinations in another volume.
+    The third value is the destinations in another volume. The link that led a mount of ``wanted`` elsewhere is put into
+    ``links`` by its index.
     """
     destinations = [plan.mount.destination for plan in wanted]
     for _ in range(_ROUNDS):
@@ -164,6 +181,8 @@ def _resolved(rootfs: Path, wanted: Sequence[_Planned]) -> tuple[list[str], Cont
             place = paths.destination(destinations[index], wanted[index].what)
             _require_same_kind(wanted[index], place)
             found[index] = place.path
+            if place.link:
+                links.setdefault(index, place.link)
             if place.in_volume:
                 nested.append(place.path)
             if wanted[index].folder:

@@ -23,6 +23,9 @@ _KERNEL_FOLDERS = ("/dev", "/proc", "/sys")
 _OWN_OF_SYS = ("/sys/class/net/", "/sys/devices/virtual/net/", "/sys/fs/cgroup/")
 _NULL = "/dev/null"
 _DEVICES = {f"/dev/{name}": device for device, name in DEFAULT_NODES.items()}
+_DEVICE_PLACES = (*_DEVICES, "/dev/console", "/dev/ptmx", "/dev/pts")
+# File systems in which no folder can be made, unless a volume replaces them.
+_WITHOUT_FOLDERS = ("/dev/mqueue",)
 # Files that are commonly replaced (for example by lxcfs): OCI runtimes do not write to them.
 _SHOWN = frozenset(
     (
@@ -32,17 +35,24 @@ _SHOWN = frozenset(
 )
 
 
-def refuse_imitations(mounts: Iterable[config.Mount], folders: Mapping[str, str]) -> None:
+def refuse_imitations(mounts: Sequence[config.Mount], folders: Mapping[str, str], names: Mapping[str, str]) -> None:
     """Raise InvalidArgumentError for a bind mount that would replace files of the kernel.
 
     At /dev, /dev/pts, /dev/ptmx, /dev/console, /proc, /sys and below /proc only the node's own can be mounted, and some
     files of /proc that are commonly replaced. At /dev/null only a null device is allowed, at the other devices of every
-    container only the same device, at the links of /dev nothing. Destinations have no links. ``folders`` maps a source
-    that is bind mounted later to the present folder of its content.
+    container only the same device, at the links of /dev and below devices, terminals and message queues nothing.
+    Destinations have no links. ``folders`` maps a source that is bind mounted later to the present folder of its
+    content. ``names`` are those of ``SettledMounts``.
     """
-    for mount in mounts:
-        if mount.type == "bind" and mount.destination.startswith(("/dev", "/proc", "/sys")):
+    volumes = [mount for mount in mounts if mount.type == "bind" and mount.destination.startswith(_KERNEL_FOLDERS)]
+    others = [place for place in _WITHOUT_FOLDERS if all(mount.destination != place for mount in volumes)]
+    for mount in volumes:
+        try:
+            _refuse_place(mount.destination, (*_DEVICE_PLACES, *others))
             _refuse_imitation(mount.destination, folders.get(mount.source, mount.source))
+        except InvalidArgumentError as error:
+            subject = names.get(mount.destination, "mounts")
+            raise InvalidArgumentError(f"{subject}: {error.message}") from None
 
 
 def refuse_missing(mounts: Sequence[config.Mount]) -> None:
@@ -96,24 +106,31 @@ def _is_of_kernel(destination: str) -> bool:
     return "/" + destination.split("/")[1] in _KERNEL_FOLDERS
 
 
+def _refuse_place(destination: str, places: Iterable[str]) -> None:
+    """Raise InvalidArgumentError for a destination below one of ``places``, which have no folders."""
+    for place in places:
+        if destination.startswith(f"{place}/"):
+            raise InvalidArgumentError(f"nothing can be mounted below {place}, at {destination}: mount it elsewhere")
+
+
 def _refuse_imitation(destination: str, source: str) -> None:
     if is_link_of_dev(destination) or _is_of_a_process(destination):
-        raise InvalidArgumentError(f"mounts: nothing can be mounted at {destination}: mount it elsewhere")
+        raise InvalidArgumentError(f"nothing can be mounted at {destination}: mount it elsewhere")
     below_proc = destination.startswith("/proc/") and destination not in _SHOWN
     if (below_proc or destination in _OF_THE_NODE) and not _is_host_file(destination, source):
         raise InvalidArgumentError(
-            f"mounts: {destination} can only be the node's own {destination}, not {source}: give host_path "
+            f"{destination} can only be the node's own {destination}, not {source}: give host_path "
             f"{destination}, or mount the volume elsewhere"
         )
     if destination in _DEVICES:
         device = _device(source)
         if destination == _NULL and device != _DEVICES[_NULL]:
             raise InvalidArgumentError(
-                f"mounts: {destination} can only be a null device, which {source} is not: mount it elsewhere"
+                f"{destination} can only be a null device, which {source} is not: mount it elsewhere"
             )
         if device not in DEFAULT_NODES:
             raise InvalidArgumentError(
-                f"mounts: {destination} can only be one of the devices that every container has, which {source} is "
+                f"{destination} can only be one of the devices that every container has, which {source} is "
                 "not: mount it elsewhere"
             )
 

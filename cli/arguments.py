@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from cli.commands import Commands, client_options
+from cli.images.arguments import add_image_commands
+
 _POD = "a pod by name, namespace/name, id or unique prefix of an id"
-_IMAGE = "an image by tag, digest, id or unique prefix of an id"
 _CONTAINER = "a container by name, id or unique prefix of an id"
 
 IMAGE_COMMANDS = {name: name for name in ("import", "export", "push", "tag", "df", "pulls")} | {"rmi": "rm"}
@@ -23,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_agent_commands(commands)
     _add_pod_commands(commands)
     _add_container_commands(commands)
-    _add_image_commands(commands)
+    add_image_commands(commands)
     _add_node_commands(commands)
     return parser
 
@@ -36,24 +38,6 @@ class _Version(argparse.Action):
 
         print(f"{parser.prog} {version('podkeel')}")
         parser.exit()
-
-
-class _Commands:
-    """Adds subcommands that share parent options."""
-
-    def __init__(self, commands: argparse._SubParsersAction[argparse.ArgumentParser], parent: argparse.ArgumentParser):
-        self._commands = commands
-        self._parent = parent
-
-    def add(self, name: str, handler: str, summary: str, details: str = "") -> argparse.ArgumentParser:
-        parser = self._commands.add_parser(
-            name,
-            help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}. {details}".strip(),
-            parents=[self._parent],
-        )
-        parser.set_defaults(handler=handler)
-        return parser
 
 
 def _configuration_options() -> argparse.ArgumentParser:
@@ -85,16 +69,8 @@ def _configuration_options() -> argparse.ArgumentParser:
     return parser
 
 
-def _client_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--socket", metavar="URL", help="the agent's socket (default: $PODKEEL_SOCKET, or as in the configuration)"
-    )
-    return parser
-
-
 def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    commands = _Commands(subparsers, _configuration_options())
+    commands = Commands(subparsers, _configuration_options())
     parser = commands.add(
         "serve", "agent.serve:serve", "run the agent until SIGTERM or Ctrl-C", "Containers outlive it."
     )
@@ -128,7 +104,7 @@ def _add_agent_commands(subparsers: argparse._SubParsersAction[argparse.Argument
 
 
 def _add_pod_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    commands = _Commands(subparsers, _client_options())
+    commands = Commands(subparsers, client_options())
     parser = commands.add(
         "run",
         "run:run",
@@ -171,7 +147,7 @@ def _add_pod_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_container_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    commands = _Commands(subparsers, _client_options())
+    commands = Commands(subparsers, client_options())
     parser = commands.add("ps", "pods:list_containers", "list running containers")
     parser.add_argument("--all", "-a", action="store_true", help="also list containers that do not run")
     parser.add_argument("--quiet", "-q", action="store_true", help="full ids only")
@@ -292,80 +268,8 @@ def _add_tls_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-key", metavar="FILE", help="key of the client certificate (default: in the same file)")
 
 
-def _add_image_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    commands = _Commands(subparsers, _client_options())
-    parser = commands.add("images", "images.images:list_images", "list images")
-    parser.add_argument("--quiet", "-q", action="store_true", help="ids only")
-    parser = commands.add("pull", "images.pulls:pull", "pull an image from its registry, and show the progress")
-    parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
-    parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
-    image = subparsers.add_parser(
-        "image",
-        help="work with images: import, export, push, tag, explain, verify, list, remove",
-        description="Work with images.",
-    )
-    below = _Commands(image.add_subparsers(title="commands", metavar="COMMAND", required=True), _client_options())
-    parser = below.add("import", "images.images:import_archive", "import an OCI layout, OCI archive or docker archive")
-    parser.add_argument("path", metavar="PATH", help="a folder or tar file on the node")
-    parser.add_argument("--reference", metavar="REF", default="", help="name for images without a name in the archive")
-    parser = below.add(
-        "export",
-        "images.archives:export",
-        "write images to an OCI archive",
-        "It needs their compressed layers (images.keep_blobs).",
-    )
-    parser.add_argument("path", metavar="FILE", help="archive to write on the node; an existing file is replaced")
-    parser.add_argument("references", metavar="REF", nargs="+", help=_IMAGE)
-    parser = below.add("push", "images.archives:push", "push an image to a registry", "It needs its compressed layers.")
-    parser.add_argument("reference", metavar="REF", help=_IMAGE)
-    parser.add_argument("destination", metavar="NAME", nargs="?", help="name in the registry (default: REF)")
-    parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
-    parser = below.add(
-        "from-checkpoint",
-        "checkpoints.checkpoint:make_image",
-        "make an image of a checkpoint archive",
-        "It holds the container's memory, and so its secrets.",
-    )
-    parser.add_argument("archive", metavar="ARCHIVE", help="a file that podkeel checkpoint wrote, on the agent's node")
-    parser.add_argument("name", metavar="NAME", help="name of the image")
-    parser = below.add("tag", "images.archives:tag", "give an image one more name")
-    parser.add_argument("reference", metavar="REF", help=_IMAGE)
-    parser.add_argument("name", metavar="NAME", help="such as registry.example/app:1.2")
-    parser = below.add(
-        "check",
-        "images.reports:check",
-        "compare the files of every image on disk with its digests",
-        "Exits 1 if an image is broken and was not repaired.",
-    )
-    parser.add_argument("--repair", action="store_true", help="remove broken parts, so that they are pulled again")
-    below.add("df", "images.reports:disk_usage", "show how much disk space images take, and how much they share")
-    below.add("pulls", "images.pulls:list_pulls", "list the pulls that run now, of all clients")
-    parser = below.add(
-        "explain",
-        "images.reports:explain",
-        "ask every host that a pull would try; print the credentials used and the answer",
-        "Nothing is pulled. Exits 1 if no host has the image.",
-    )
-    parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
-    parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
-    parser = below.add(
-        "verify",
-        "images.reports:verify",
-        "compare the signatures of an image in its registry with the node's policy",
-        "Nothing is pulled. Exits 1 if the policy does not accept it.",
-    )
-    parser.add_argument("reference", metavar="REF", help="such as registry.example/app:1.2 or busybox")
-    parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
-    parser = below.add("ls", "images.images:list_images", "list images")
-    parser.add_argument("--quiet", "-q", action="store_true", help="ids only")
-    parser = below.add("rm", "images.images:remove", "remove images with all their names")
-    parser.add_argument("references", metavar="REF", nargs="+", help=_IMAGE)
-    parser = below.add("inspect", "images.images:inspect", "print an image's status as JSON")
-    parser.add_argument("reference", metavar="REF", help=_IMAGE)
-
-
 def _add_node_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    commands = _Commands(subparsers, _client_options())
+    commands = Commands(subparsers, client_options())
     commands.add("version", "node:version", "print the versions of this command and of the agent")
     commands.add("info", "node:info", "print the agent's status: conditions, runtime handlers, configuration")
     parser = commands.add("events", "node:events", "print events of pods and containers as they occur")
@@ -382,7 +286,7 @@ def _add_node_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentP
         "print what the agent is doing: stacks, open stages, pools, descriptors",
         "If its event loop hangs, `kill -QUIT PID` writes the same to its log.",
     )
-    below = _Commands(parser.add_subparsers(title="commands", metavar="COMMAND"), _client_options())
+    below = Commands(parser.add_subparsers(title="commands", metavar="COMMAND"), client_options())
     parser = below.add(
         "bundle",
         "debug:bundle",

@@ -16,13 +16,14 @@ import grpc
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from tests.integration.agent.streams import Running, exit_code, run, spdy, spdy_in_tunnel, until
+from tests.integration.agent.streams import Running, exit_code, run, spdy, spdy_in_tunnel
 from tests.integration.agent.test_port_forward_streams import serving, url_of
 from tests.integration.streaming.spdy_client import SpdyClient
 from tests.integration.streaming.test_port_forward import open_pair
 from tests.integration.streaming.websocket_client import WebSocketClient
 from tests.support.agent import AgentProcess, running_agent, wait_for
 from tests.support.cri import CriClient
+from tests.support.waiting import until
 
 TUNNEL = "SPDY/3.1+portforward.k8s.io"
 

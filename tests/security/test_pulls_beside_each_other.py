@@ -16,6 +16,7 @@ from tests.support.image_builder import BuiltImage, digest_of, entry, folder, ma
 from tests.support.pods import run_container
 from tests.support.registry import Registry
 from tests.support.registry_front import Front, run_front
+from tests.support.waiting import until
 
 _DRIP = 130  # bytes in a tenth of a second: more than the minimum rate
 
@@ -33,14 +34,6 @@ def pull(agent: AgentProcess, name: str) -> Any:
 
 async def pulled(agent: AgentProcess, name: str, seconds: float = SOON) -> str:
     return str((await asyncio.to_thread(pull(agent, name).result, seconds)).image_ref)
-
-
-async def until(good: Callable[[], object]) -> None:
-    async with asyncio.timeout(SOON):
-        while True:
-            if good():
-                return
-            await asyncio.sleep(0.01)
 
 
 async def remove(agent: AgentProcess, *names: str) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,15 +102,6 @@ def exit_code(status: dict[str, Any]) -> int:
     assert status["reason"] == "NonZeroExitCode", status
     (cause,) = status["details"]["causes"]
     return int(cause["message"])
-
-
-async def until(condition: Callable[[], object], what: str = "it") -> None:
-    """Wait for what another process is about to do."""
-    for _ in range(int(SECONDS * 100)):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"{what} did not happen")
 
 
 def resident(pid: int) -> int:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from tests.integration.agent.streams import Running, arrives, resident, resize, run, spdy, until
+from tests.integration.agent.streams import Running, arrives, resident, resize, run, spdy
 from tests.integration.streaming.websocket_client import WebSocketClient
 from tests.support.agent import SOON, AgentProcess
 from tests.support.pods import log_lines, wait_for_log
+from tests.support.waiting import until
 
 if os.geteuid() != 0:
     pytest.skip("needs root", allow_module_level=True)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.agent.streams import Running, arrives, exit_code, resize, run, spdy, until
+from tests.integration.agent.streams import Running, arrives, exit_code, resize, run, spdy
 from tests.integration.streaming.spdy_client import request
 from tests.integration.streaming.websocket_client import WebSocketClient
 from tests.support.agent import SOON, AgentProcess, running_agent
+from tests.support.waiting import until
 
 if os.geteuid() != 0:
     pytest.skip("needs root", allow_module_level=True)

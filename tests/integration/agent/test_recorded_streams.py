@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from proto.runtime.v1 import cri_pb2
-from tests.integration.agent.streams import Running, listen_in_pod, run, spdy_in_tunnel, until
+from tests.integration.agent.streams import Running, listen_in_pod, run, spdy_in_tunnel
 from tests.integration.streaming.player import RECORDINGS, Player, whole_input
 from tests.integration.streaming.test_port_forward import open_pair
 from tests.integration.streaming.websocket_client import WebSocketClient
 from tests.support.agent import AgentProcess
+from tests.support.waiting import until
 
 if os.geteuid() != 0:
     pytest.skip("needs root", allow_module_level=True)

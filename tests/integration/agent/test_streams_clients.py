@@ -11,11 +11,12 @@ from collections.abc import Awaitable, Callable
 import pytest
 from wsproto.events import CloseConnection
 
-from tests.integration.agent.streams import Running, arrives, exit_code, run, spdy, spdy_in_tunnel, until
+from tests.integration.agent.streams import Running, arrives, exit_code, run, spdy, spdy_in_tunnel
 from tests.integration.agent.test_port_forward_streams import serving, url_of
 from tests.integration.streaming.test_port_forward import open_pair, say_after_eof
 from tests.integration.streaming.websocket_client import WebSocketClient
 from tests.support.agent import SOON, AgentProcess
+from tests.support.waiting import until
 
 if os.geteuid() != 0:
     pytest.skip("needs root", allow_module_level=True)

@@ -16,10 +16,10 @@ from host.errors import InvalidArgumentError, KubeletReasonError, LimitError, Pe
 from host.processes import end_child, open_process, spawn
 from tests.integration.images.conftest import Node
 from tests.integration.images.test_restart import PROGRAM
-from tests.support.agent import SOON
 from tests.support.image_builder import BuiltImage, digest_of, entry, make_tar
 from tests.support.registry import Registry
 from tests.support.registry_front import Front, run_front
+from tests.support.waiting import until
 
 NewNode = Callable[..., Awaitable[Node]]
 
@@ -71,14 +71,6 @@ async def interrupted(node: Node, front: Front, size: int) -> None:
     front.cut_after = 0
     front.refuse_ranges = False
     front.seen.clear()
-
-
-async def until(good: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SOON):
-        while True:
-            if good():
-                return
-            await asyncio.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from tests.support.agent import SOON
 from tests.support.image_builder import BuiltImage, digest_of, entry, make_tar
 from tests.support.registry import Registry
 from tests.support.registry_front import Front, run_front
+from tests.support.waiting import until
 
 NewNode = Callable[..., Awaitable[Node]]
 
@@ -42,14 +43,6 @@ def blob_of(image: BuiltImage, layer: int) -> str:
 
 def pull(node: Node, front: Front, image: str, credentials: Credentials | None = None) -> asyncio.Task[Image]:
     return asyncio.create_task(node.puller.pull(f"{front.host}/shared/{image}", credentials))
-
-
-async def until(good: Callable[[], object]) -> None:
-    async with asyncio.timeout(SOON):
-        while True:
-            if good():
-                return
-            await asyncio.sleep(0.01)
 
 
 async def a_fetches_and_b_waits(

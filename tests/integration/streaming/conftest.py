@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -10,7 +9,6 @@ from cri.streaming.limits import StreamLimits
 from cri.streaming.server import StreamingServer
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.spdy_client import SpdyClient
-from tests.support.agent import SOON
 
 Connect = Callable[..., Awaitable[SpdyClient]]
 
@@ -40,10 +38,3 @@ async def connect() -> AsyncIterator[Connect]:
     yield open_client
     for client in clients:
         await client.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what the kernel or another process is about to do."""
-    async with asyncio.timeout(SOON):
-        while not condition():  # noqa: ASYNC110  # processes and the kernel set no event
-            await asyncio.sleep(0.01)

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from cri.streaming.server import StreamingServer
-from tests.integration.streaming.conftest import Connect, until
+from tests.integration.streaming.conftest import Connect
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.support.agent import SOON
+from tests.support.waiting import until
 
 Start = Callable[..., Awaitable[Path]]
 

@@ -8,9 +8,10 @@ import contextlib
 import pytest
 
 from cri.streaming.server import StreamingServer
-from tests.integration.streaming.conftest import Connect, until
+from tests.integration.streaming.conftest import Connect
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.support.agent import SOON
+from tests.support.waiting import until
 
 
 def exec_url(server: StreamingServer, *command: str, streams: str = "stdout stderr", tty: bool = False) -> str:

@@ -16,11 +16,11 @@ import pytest
 from cri.streaming.httpstream.connection import StreamConnection
 from cri.streaming.limits import StreamLimits
 from cri.streaming.server import StreamingServer
-from tests.integration.streaming.conftest import until
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.spdy_client import COMMAND_PROTOCOLS, SpdyClient, spdy_request
 from tests.integration.streaming.test_server import make_certificates
 from tests.support.agent import SOON
+from tests.support.waiting import until
 
 Leave = Callable[[asyncio.StreamWriter], None]
 

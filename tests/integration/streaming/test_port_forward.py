@@ -15,12 +15,12 @@ import pytest
 from cri.streaming.httpstream import spdy_frames as frames
 from cri.streaming.server import StreamingServer
 from host.errors import UnavailableError
-from tests.integration.agent.streams import until
 from tests.integration.streaming.conftest import Connect
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.spdy_client import SpdyClient
 from tests.support.agent import SOON
 from tests.support.ports import free_port
+from tests.support.waiting import until
 
 PROTOCOL = ("portforward.k8s.io",)
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

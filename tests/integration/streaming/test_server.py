@@ -15,10 +15,11 @@ import pytest
 from cri.streaming.limits import StreamLimits
 from cri.streaming.server import StreamingServer
 from host.errors import InvalidArgumentError, UnavailableError
-from tests.integration.streaming.conftest import Connect, until
+from tests.integration.streaming.conftest import Connect
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.spdy_client import COMMAND_PROTOCOLS, request, spdy_request
 from tests.support.agent import SOON
+from tests.support.waiting import until
 
 
 def true_url(server: StreamingServer) -> str:

@@ -13,11 +13,11 @@ from cri.streaming.httpstream import spdy_frames as frames
 from cri.streaming.httpstream.spdy_events import DataReceived, Event
 from cri.streaming.httpstream.spdy_session import SpdySession
 from cri.streaming.server import StreamingServer
-from tests.integration.streaming.conftest import until
 from tests.integration.streaming.local_backend import LocalBackend
 from tests.integration.streaming.test_port_forward import close_then_read, echo, listening
 from tests.integration.streaming.websocket_client import WebSocketClient
 from tests.support.agent import SOON
+from tests.support.waiting import until
 
 Open = Callable[..., Awaitable[WebSocketClient]]
 V5, V4, V4_BASE64 = "v5.channel.k8s.io", "v4.channel.k8s.io", "v4.base64.channel.k8s.io"

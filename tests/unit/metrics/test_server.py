@@ -21,8 +21,8 @@ from metrics.catalog import CATALOG
 from metrics.exposition.prometheus import Page
 from metrics.exposition.routes import Entries, standard_routes
 from metrics.exposition.server import CLOSING_LIMIT, CONNECTION_LIMIT, HEADER_LIMIT, SLOW_LIMIT, MetricsServer, Route
-from tests.integration.agent.streams import until
 from tests.integration.streaming.test_server import make_certificates, resident
+from tests.support.waiting import until
 from tests.unit.metrics.test_catalog import FULL, LABELS
 
 CLOSE = "Connection: close\r\n"

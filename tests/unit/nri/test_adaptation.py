@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from runtime.nri.answers.updates import PluginsView
 from runtime.nri.messages import split
 from runtime.nri.options import NriOptions
 from runtime.nri.plugins import events
-from tests.support.agent import wait_for
+from tests.support.waiting import until
 from tests.unit.nri.stubs import run_in_thread
 
 SECONDS = 60.0
@@ -63,10 +63,6 @@ class Bench:
         run_in_thread(plugin)
         await until(lambda: len(self.adaptation.plugins) == there + 1)
         return plugin
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    await asyncio.to_thread(wait_for, condition)
 
 
 @pytest.fixture

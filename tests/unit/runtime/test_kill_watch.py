@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -23,7 +23,7 @@ from runtime.layout import ContainerFolder
 from runtime.oci.conmon import ExitRecord
 from runtime.state.container import Container, ContainerState
 from runtime.state.state import State
-from tests.support.agent import PATIENCE
+from tests.support.waiting import until
 
 POD = "/kubepods.slice/kubepods-pod1.slice"
 SCOPE = f"{POD}/podkeel-main.scope"
@@ -70,12 +70,6 @@ class Node:
         kills = kills_for_memory(self.cgroups, self.state, self.container)
         history = self.watch.history(self.container, kills)
         return ended_by_the_kernel(self.container, ExitRecord(code, time.time_ns()), history, kills)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20 * PATIENCE):
-        while not condition():  # noqa: ASYNC110 - files have no event
-            await asyncio.sleep(0.02)
 
 
 @pytest.fixture

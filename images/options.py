@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import msgspec
@@ -9,6 +10,19 @@ import msgspec
 GIBIBYTE = 1 << 30
 DEFAULT_POLICY = "/etc/podkeel/policy.json"
 _NO_PROJECT = (1 << 32) - 1
+_FREE = re.compile(r"(\d{1,3}(?:\.\d{1,3})?)%|(\d{1,15})(|[KMGT]iB)")
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def free_bytes(text: str, total: int) -> int:
+    """The bytes that ``text`` means on a disk of ``total`` bytes: ``5%``, ``10GiB``, or bytes without a unit.
+
+    Raises ValueError for another form.
+    """
+    match = _FREE.fullmatch(text)
+    if match is None or float(match[1] or 0) > 100:
+        raise ValueError(f"{text!r} is neither a percentage of the disk like 5% nor a size like 10GiB")
+    return int(total * float(match[1]) / 100) if match[1] else int(match[2]) * _UNITS[match[3]]
 
 
 class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -30,6 +44,9 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     if the unpack worker makes its pull wait twice as long. An image is refused if its layers have more than
     ``max_image_bytes``, compressed or unpacked, and a compressed archive if it unpacks to more than
     ``max_archive_bytes``.
+
+    A pull is refused if it cannot fit on the disk, and ended as soon as less than ``min_free`` of it is free: a
+    percentage (``5%``) or a size (``10GiB``).
 
     With ``keep_blobs`` the compressed layers stay on disk beside the unpacked ones: checking, repairing and exporting
     an image need them. The fetched bytes of an interrupted pull then stay for ``partial_hours``, and the next pull
@@ -66,6 +83,7 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     max_layer_seconds: int = 1800
     max_image_bytes: int = 256 * GIBIBYTE
     max_archive_bytes: int = 256 * GIBIBYTE
+    min_free: str = "1%"
     keep_blobs: bool = True
     partial_hours: float = 24.0
     verifier_dir: str = ""
@@ -78,6 +96,10 @@ class ImageOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     pinned: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        try:
+            free_bytes(self.min_free, 0)
+        except ValueError as error:
+            raise ValueError(f"min_free: {error}") from None
         first, last = self.project_ids
         if not 0 < first <= last < _NO_PROJECT:
             raise ValueError("project_ids are the first and the last of a range within 1 and 4294967294")

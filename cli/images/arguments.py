@@ -19,7 +19,7 @@ def add_image_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentP
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="credentials for the registry")
     image = subparsers.add_parser(
         "image",
-        help="work with images: import, export, push, tag, explain, verify, list, remove",
+        help="work with images: import, export, push, tag, explain, verify, list, remove, prune",
         description="Work with images.",
     )
     below = Commands(image.add_subparsers(title="commands", metavar="COMMAND", required=True), client_options())
@@ -78,5 +78,14 @@ def add_image_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentP
     parser.add_argument("--quiet", "-q", action="store_true", help="ids only")
     parser = below.add("rm", "images.images:remove", "remove images with all their names")
     parser.add_argument("references", metavar="REF", nargs="+", help=IMAGE)
+    parser = below.add(
+        "prune",
+        "images.prune:prune",
+        "remove images that no container uses and that have no tag",
+        "Pinned images stay. kubelet pulls again what it needs.",
+    )
+    parser.add_argument("--all", "-a", action="store_true", help="also images with tags")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be removed")
+    parser.add_argument("--force", "-f", action="store_true", help="for users of docker: nothing is asked in any case")
     parser = below.add("inspect", "images.images:inspect", "print an image's status as JSON")
     parser.add_argument("reference", metavar="REF", help=IMAGE)

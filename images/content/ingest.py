@@ -112,6 +112,10 @@ class PartialBlobs:
         """Their number, without those that are being written."""
         return len(self._sizes)
 
+    def size(self, digest: str) -> int:
+        """The bytes of the partial blob of that digest; 0 if there is none or a transfer adds to it."""
+        return self._sizes.get(digest, 0)
+
     def path(self, digest: str) -> Path:
         """The path of the partial blob of that digest, whether it exists or not."""
         return self._folder / digest.replace(":", "-")

@@ -10,6 +10,7 @@ from pathlib import Path
 from host.concurrency.threads import in_image_thread
 from host.errors import InvalidArgumentError
 from images.content.disk_sync import DiskSync
+from images.content.free_space import FreeSpace
 from images.content.ingest import PartialBlob, PartialBlobs, new_blob
 from images.content.progress import Transfer, Transfers
 from images.content.slots import Origin, Slot, Slots
@@ -25,11 +26,14 @@ _log = logging.getLogger("podkeel.images")
 class LayerFetcher:
     """Fetches and unpacks layers, as many at the same time as ``slots`` allows."""
 
-    def __init__(self, options: ImageOptions, partials: PartialBlobs, trash: Trash, disk: DiskSync) -> None:
+    def __init__(
+        self, options: ImageOptions, partials: PartialBlobs, trash: Trash, disk: DiskSync, free_space: FreeSpace
+    ) -> None:
         self._options = options
         self._disk = disk
         self._partials = partials
         self._trash = trash
+        self._free_space = free_space
         self.slots = Slots(options.max_parallel_downloads)
         self._unpacker: Unpacker | None = None
         self.transfers = Transfers()
@@ -84,7 +88,8 @@ class LayerFetcher:
         return await self._fetch(transfer, slot, folder, keep)
 
     async def _fetch(self, transfer: Transfer, slot: Slot, folder: Path, keep: PartialBlob | None) -> Unpacked:
-        source, chunks = transfer.source, transfer.chunks(keep, slot)
+        source = transfer.source
+        chunks = self._free_space.watched(transfer.chunks(keep, slot), source.subject)
         with self._disk.ahead():
             return await self._worker().unpack(chunks, source.descriptor, folder, keep, source.subject)
 

@@ -17,6 +17,7 @@ from host.concurrency.threads import in_image_thread, in_long_thread
 from host.database import Database
 from host.errors import LimitError, NoSpaceError, PodkeelError
 from images.content.disk_sync import DiskSync
+from images.content.free_space import FreeSpace
 from images.content.ingest import PartialBlobs
 from images.content.layer_source import LayerSource
 from images.content.progress import LayerProgress
@@ -62,7 +63,8 @@ class LayerStore:
         self._scratches = itertools.count()
         self.partials = PartialBlobs(self._folders.content / "partial", trash, options.partial_hours * 3600)
         disk = DiskSync(self._folders.layers)
-        self.fetcher = LayerFetcher(options, self.partials, trash, disk)
+        self._free_space = FreeSpace(data_dir, options, trash)
+        self.fetcher = LayerFetcher(options, self.partials, trash, disk, self._free_space)
         self._maker = LayerMaker(
             options,
             self._folders,
@@ -212,6 +214,7 @@ class LayerStore:
         used = sum(max(0, source.descriptor.size) for source in sources)
         if used > most:
             raise LimitError(f"{subject} is over the limits: its compressed layers have {used} bytes, {_limit(most)}")
+        await self._free_space.require(self._least_bytes(sources), subject)
         used = 0
 
         async def counted(source: LayerSource, below: Sequence[asyncio.Future[Layer]]) -> Layer:
@@ -235,6 +238,17 @@ class LayerStore:
             done = [task.result() for task in tasks if not task.cancelled() and task.exception() is None]
             await self.release([layer.number for layer in done])
             raise
+
+    def _least_bytes(self, sources: Sequence[LayerSource]) -> int:
+        """What the missing layers take on the disk, at least: files take no less than they do compressed."""
+        missing = [source for source in sources if source.chain_id not in self._by_chain]
+        files = sum(max(0, source.descriptor.size) for source in missing)
+        if not self._options.keep_blobs:
+            return files
+        blobs = {source.descriptor.digest: max(0, source.descriptor.size) for source in missing}
+        present = [self.partials.size(digest) for digest in blobs if digest not in self._blob_users]
+        kept = sum(size for digest, size in blobs.items() if digest in self._blob_users)
+        return files + sum(blobs.values()) - kept - sum(present)
 
     def mark_used(self, numbers: Iterable[int]) -> None:
         """Record that an image uses these layers, so that they do not depend on a pull any more."""

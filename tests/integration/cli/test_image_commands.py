@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from proto.podkeel.v1 import agent_pb2
-from tests.support.agent import SOON, AgentProcess
+from tests.support.agent import BUSYBOX, SOON, AgentProcess
 from tests.support.image_builder import BuiltImage, entry, make_tar
+from tests.support.pods import run_container
 from tests.support.registry import Registry, run_registry
 from tests.support.registry_front import Front, run_front
 
@@ -131,6 +132,25 @@ async def test_explain(podkeel: Command, front: Front) -> None:
     assert status == 1
     assert "user user, from the request" in out
     assert "wrong" not in out
+
+
+async def test_prune(podkeel: Command, agent: AgentProcess, registry: Registry, front: Front) -> None:
+    sandbox_id, _ = run_container(agent, "sleep", "1000")
+    name = f"{front.host}/team/app:1"
+    await podkeel.run("pull", name)
+    old = (await image_id(podkeel, name))[7:20]
+    registry.push(BuiltImage((make_tar([entry("new", "new")]),)), "team/app", "1")
+    await podkeel.run("pull", name)
+    status, out, _ = await podkeel.run("image", "prune", "--all", "--dry-run")
+    assert (status, f"{name}  " in out, old in out) == (0, True, True)
+    assert BUSYBOX not in out, "a container uses it"
+    status, out, _ = await podkeel.run("image", "prune", "-f")
+    assert (status, f"{old} removed" in out) == (0, True)
+    assert out.splitlines()[-1] == "1 image removed, 1.16 MiB freed"
+    assert old not in (await podkeel.run("images"))[1]
+    assert name in (await podkeel.run("images"))[1], "it has a tag"
+    await podkeel.run("image", "rm", name)
+    await podkeel.run("rm", sandbox_id)
 
 
 async def test_verify_without_a_policy(podkeel: Command, front: Front) -> None:

@@ -8,14 +8,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import force_setattr
 
 from host import libc
-from host.errors import LimitError
+from host.errors import LimitError, NoSpaceError
 from host.files import mounts
 from images.options import ImageOptions
 from tests.integration.images.conftest import Node
 from tests.support.image_builder import BuiltImage, entry, make_tar
 from tests.support.registry import Registry
+from tests.support.registry_front import run_front
+from tests.support.waiting import until
 
 SIZE = 24 << 20
 
@@ -42,7 +45,7 @@ def free(node: Node) -> int:
 async def test_a_full_disk_does_not_fail_other_pulls(small_node: Node, registry: Registry) -> None:
     node = small_node
     base = make_tar([entry("base", os.urandom(200_000))])
-    big = BuiltImage((base, make_tar([entry("big", os.urandom(SIZE))])))
+    big = BuiltImage((base, make_tar([entry("big", b"compressible " * (SIZE // 8))])))
     others = [BuiltImage((base, make_tar([entry("other", f"{number}")]))) for number in range(6)]
     name = registry.push(big, "full/big")
     names = [registry.push(built, f"full/other{number}") for number, built in enumerate(others)]
@@ -71,6 +74,40 @@ async def test_a_full_disk_does_not_fail_other_pulls(small_node: Node, registry:
     left = await node.leftovers()
     left.pop("mounts", None)
     assert left == {}
+
+
+async def test_a_pull_that_cannot_fit_is_refused_before_it_fetches(small_node: Node, registry: Registry) -> None:
+    node = small_node
+    taken = BuiltImage((make_tar([entry("file", os.urandom(5 << 20))]),))
+    kept = await node.puller.pull(registry.push(taken, "full/kept"))
+    big = BuiltImage((make_tar([entry("big", os.urandom(SIZE // 2))]),))
+    name = registry.push(big, "full/twice")
+    async with run_front(registry.host) as front:
+        with pytest.raises(NoSpaceError, match=r"twice\S* does not fit .* needs at least 2517\d{4} bytes.*min_free"):
+            await node.puller.pull(name.replace(registry.host, front.host))
+        assert not [path for path in front.count() if "/blobs/" in path and big.id not in path]
+    # What is being deleted counts as free: with its compressed layer, this image needs nearly the whole disk.
+    small = BuiltImage((make_tar([entry("big", os.urandom(SIZE // 3))]),))
+    await node.store.remove(kept.id)
+    image = await node.puller.pull(registry.push(small, "full/fits"))
+    await node.store.remove(image.id)
+
+
+async def test_a_pull_ends_as_soon_as_less_than_min_free_is_left(small_node: Node, registry: Registry) -> None:
+    node = small_node
+    force_setattr(node.options, "min_free", "8MiB")
+    name = registry.push(BuiltImage((make_tar([entry("big", os.urandom(4 << 20))]),)), "full/slow")
+    async with run_front(registry.host) as front:
+        front.trickle = 16384
+        pulling = asyncio.create_task(node.puller.pull(name.replace(registry.host, front.host)))
+        await until(lambda: node.puller.pulls() and any(layer.received for layer in node.puller.pulls()[0].layers))
+        other = node.root.parent / "other"
+        other.write_bytes(bytes(free(node) - (7 << 20)))
+        with pytest.raises(NoSpaceError, match=r"slow.* does not fit on the disk: .* must stay free"):
+            await pulling
+    other.unlink()
+    assert (await node.puller.pull(name)).id
+    await node.images.emptied()
 
 
 async def test_a_row_left_by_a_full_disk_does_not_prevent_a_pull(small_node: Node, registry: Registry) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cli.arguments import IMAGE_COMMANDS, build_parser
+from cli.arguments.parser import IMAGE_COMMANDS, build_parser
 from cli.text import note
 from host.errors import PodkeelError
 

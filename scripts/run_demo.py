@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from cli import lookup
 from cli.agent.config import load_for
-from cli.arguments import build_parser
+from cli.arguments.parser import build_parser
 from cli.client import Client
 from cli.images.images import import_image
 from cli.log_file import LogLine, tail_lines

@@ -188,7 +188,7 @@ def make_pages(tools: Path, tree: Path, version: str) -> None:
 def make_completions(tools: Path, tree: Path) -> None:
     """Completions of each shell."""
     for shell, place in SHELLS.items():
-        command = (tools / "shtab", "--shell", shell, "--prog", "podkeel", "podkeel.cli.arguments.build_parser")
+        command = (tools / "shtab", "--shell", shell, "--prog", "podkeel", "podkeel.cli.arguments.parser.build_parser")
         target = tree / place
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(run(*command, environment=modules(tree)))

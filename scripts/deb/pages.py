@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from podkeel.cli.arguments import build_parser  # type: ignore[import-not-found]
+from podkeel.cli.arguments.parser import build_parser  # type: ignore[import-not-found]
 
 Commands = argparse._SubParsersAction  # noqa: SLF001  # argparse has no public way to its subcommands
 SEE_ALSO = "**podkeel**(1), **podkeel.toml**(5), **podkeel-check**(8), /usr/share/doc/podkeel/docs/operations.md"

@@ -95,7 +95,7 @@ def test_runbook_has_no_section_without_an_alert() -> None:
 
 
 def test_commands_of_the_runbook_exist() -> None:
-    from cli.arguments import build_parser
+    from cli.arguments.parser import build_parser
 
     text = (PROMETHEUS / "RUNBOOK.md").read_text()
     commands = set(re.findall(r"`podkeel ([a-z-]+)", text)) | set(re.findall(r"^podkeel ([a-z-]+)", text, re.MULTILINE))

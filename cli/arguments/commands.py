@@ -13,7 +13,7 @@ class Commands:
         self._parent = parent
 
     def add(self, name: str, handler: str, summary: str, details: str = "") -> argparse.ArgumentParser:
-        """Add one. ``handler`` is ``module:function`` in this folder."""
+        """Add one. ``handler`` is ``module:function`` below ``cli``."""
         parser = self._commands.add_parser(
             name,
             help=summary,

@@ -1,10 +1,10 @@
-"""The command line of images: every subcommand, its options and its help."""
+"""The commands of images."""
 
 from __future__ import annotations
 
 import argparse
 
-from cli.commands import Commands, client_options
+from cli.arguments.commands import Commands, client_options
 
 IMAGE = "an image by tag, digest, id or unique prefix of an id"
 

@@ -1,11 +1,11 @@
-"""The command line: every subcommand, its options and its help."""
+"""The parser of the command line, and the commands that are not about images."""
 
 from __future__ import annotations
 
 import argparse
 
-from cli.commands import Commands, client_options
-from cli.images.arguments import add_image_commands
+from cli.arguments.commands import Commands, client_options
+from cli.arguments.images import add_image_commands
 
 _POD = "a pod by name, namespace/name, id or unique prefix of an id"
 _CONTAINER = "a container by name, id or unique prefix of an id"
@@ -14,7 +14,7 @@ IMAGE_COMMANDS = {name: name for name in ("import", "export", "push", "tag", "df
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; each subcommand sets ``handler`` to ``module:function`` in this folder, imported when it is run."""
+    """The parser; each subcommand sets ``handler`` to ``module:function`` below ``cli``, imported when it is run."""
     parser = argparse.ArgumentParser(
         prog="podkeel",
         description="A Kubernetes node agent. `podkeel serve` runs it; most other commands are its clients.",

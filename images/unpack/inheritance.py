@@ -69,14 +69,18 @@ def _is_shown(name: bytes, below: Sequence[_Lower]) -> bool:
 
 def _remove_whiteouts(layer: Path, name: bytes) -> int:
     removed = 0
-    with opened_beneath(layer, name, os.O_RDONLY | os.O_DIRECTORY) as folder:
-        before = os.fstat(folder)
-        for entry in os.listdir(folder):  # noqa: PTH208 - by its descriptor
-            status = os.stat(entry, dir_fd=folder, follow_symlinks=False)
-            if stat.S_ISCHR(status.st_mode) and not status.st_rdev:
-                os.unlink(entry, dir_fd=folder)
-                removed += 1
-        os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+    try:
+        with opened_beneath(layer, name, os.O_RDONLY | os.O_DIRECTORY) as folder:
+            before = os.fstat(folder)
+            for entry in os.listdir(folder):  # noqa: PTH208 - by its descriptor
+                status = os.stat(entry, dir_fd=folder, follow_symlinks=False)
+                if stat.S_ISCHR(status.st_mode) and not status.st_rdev:
+                    os.unlink(entry, dir_fd=folder)
+                    removed += 1
+            os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+    except OSError as error:
+        if error.errno not in _MISSING:  # it was removed with a needless folder in it
+            raise
     return removed
 
 

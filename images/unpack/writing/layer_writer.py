@@ -31,6 +31,7 @@ from images.unpack.writing.attributes import DEFAULT_ACL, set_attributes
 from images.unpack.writing.device_places import Device, DevicePlaces
 from images.unpack.writing.layer_root import LayerRoot, clean, is_clean
 from images.unpack.writing.small_file import NEW_FILE, SET_IDS, make_file
+from images.unpack.writing.whiteouts import WHITED_OUT, has_only_whiteouts, is_hidden
 
 TYPE_CHECKING = False  # type checkers treat this name as true; importing typing is slow
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
 _AUFS = b".wh..wh."
 _AUFS_LINKED = b".wh..wh.plnk"  # the folder of files with several names
-_WHITED_OUT = stat.S_IFCHR  # whiteouts are the only device nodes that the worker makes
 _LAST_NANOSECOND = (1 << 63) - 1
 
 
@@ -238,7 +238,7 @@ class LayerWriter:
         except FileExistsError:
             if self._root.kind(path) == stat.S_IFDIR:
                 return False
-            hidden = self._root.kind(path) == _WHITED_OUT
+            hidden = self._root.kind(path) == WHITED_OUT
             self._clear(path)
             os.mkdir(self._root.near(path), mode)
             if hidden:
@@ -253,7 +253,7 @@ class LayerWriter:
             target = _AUFS_LINKED + target[target.rindex(b"/") :]
         missing = TarError(f"{shown(entry.name)} is a hard link to {shown(entry.link)}, which is not in this layer")
         if target == path or self._has_whiteouts:
-            if self._root.kind(target) in (0, _WHITED_OUT):
+            if self._root.kind(target) in (0, WHITED_OUT):
                 raise missing
             if target == path:
                 return
@@ -284,13 +284,18 @@ class LayerWriter:
         try:
             os.mknod(self._root.near(name), stat.S_IFCHR, 0)
         except (FileNotFoundError, NotADirectoryError):
+            if is_hidden(self._root, folder):
+                return  # some tools write whiteouts of a folder and of the files in it
             self._make_parents(name)
             os.mknod(self._root.near(name), stat.S_IFCHR, 0)
         except FileExistsError:
-            # Entries of this layer with that name stay. Only those of the layers below are hidden.
-            if self._root.kind(name) == stat.S_IFDIR:
-                self.opaque_folders[name] = None
-            return
+            if not has_only_whiteouts(self._root, name, self.implied, self.opaque_folders):
+                # Entries of this layer with that name stay. Only those of the layers below are hidden.
+                if self._root.kind(name) == stat.S_IFDIR:
+                    self.opaque_folders[name] = None
+                return
+            self._clear(name)
+            os.mknod(self._root.near(name), stat.S_IFCHR, 0)
         if folder:
             self.hiding[folder] = None
         self._count(0)
@@ -302,7 +307,7 @@ class LayerWriter:
             return
         kind = self._root.kind(folder)
         if kind != stat.S_IFDIR:
-            if kind not in (0, _WHITED_OUT):
+            if kind not in (0, WHITED_OUT):
                 raise TarError(f"{shown(entry.name)} is below {shown(folder)}, which is not a folder")
             self._make_folder(folder, 0o755)
             self.implied[folder] = None
@@ -326,7 +331,7 @@ class LayerWriter:
         folder, there = self._root.resolve(path.rpartition(b"/")[0])
         parts = folder.split(b"/")
         # A whiteout in the path is replaced by an opaque folder.
-        first = there - 1 if there and self._root.kind(b"/".join(parts[:there])) == _WHITED_OUT else there
+        first = there - 1 if there and self._root.kind(b"/".join(parts[:there])) == WHITED_OUT else there
         for count in range(first + 1, len(parts) + 1):
             parent = b"/".join(parts[:count])
             if parent and self._make_folder(parent, 0o755):

@@ -38,3 +38,27 @@ async def test_whiteouts_below_a_file_do_not_hide_the_file(node: Node) -> None:
     assert ((root / "a").read_text(), (root / "b").read_text()) == ("1", "2")
     assert sorted(path.name for path in root.iterdir()) == ["a", "b", "d"]
     assert [path.name for path in (root / "d").iterdir()] == ["y"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("d/.wh.sub", "d/sub/.wh.x"),
+        ("d/sub/.wh.x", "d/.wh.sub"),
+        (".wh.d", "d/.wh.sub", "d/sub/.wh.x"),
+        ("d/sub/.wh.x", ".wh.d", "d/.wh.sub"),
+        ("none/.wh.sub", "none/sub/.wh.x", "d/.wh.sub"),
+        ("none/.wh.sub", "none/sub/.wh..wh..opq", "none/sub/deep/.wh.x", "d/.wh.sub"),
+    ],
+)
+async def test_whiteouts_of_a_folder_and_of_files_in_it(node: Node, names: tuple[str, ...]) -> None:
+    lower = make_tar([folder("d"), folder("d/sub"), entry("d/sub/x", ""), entry("d/sub/y", ""), entry("k", "")])
+    root = await install(node, lower, make_tar([entry(name, "") for name in names]))
+    assert sorted(path.name for path in root.iterdir()) == (["k"] if ".wh.d" in names else ["d", "k"])
+    assert ".wh.d" in names or list((root / "d").iterdir()) == []
+
+
+async def test_an_entry_in_a_folder_with_a_whiteout_makes_it_a_new_folder(node: Node) -> None:
+    lower = make_tar([folder("d"), entry("d/x", ""), entry("d/y", "")])
+    root = await install(node, lower, make_tar([entry("d/.wh.x", ""), entry(".wh.d", ""), entry("d/z", "1")]))
+    assert [path.name for path in (root / "d").iterdir()] == ["z"]

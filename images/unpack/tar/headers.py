@@ -24,6 +24,7 @@ _OLD_REGULAR = b"\0"
 _KNOWN = _HEADER_ONLY | {REGULAR, _OLD_REGULAR, _CONTIGUOUS, GNU_SPARSE}
 
 HEADER = struct.Struct("100s8s8s8s12s12s8sc100s6s2s32s32s8s8s155s12s")
+_GNU_MAGIC = (b"ustar ", b" \0")
 _STAR_PREFIX = 131
 _HIGH_BYTES = bytes(range(128, 256))
 _XATTR = b"SCHILY.xattr."
@@ -90,15 +91,30 @@ class Records:
 
 
 def header_name(fields: tuple[bytes, ...]) -> bytes:
-    """The name in the header itself. Only ustar has a prefix; GNU tar has other fields in its place."""
+    """The name in the header itself. Only ustar has a prefix; GNU tar has two times and other fields in its place.
+
+    Go before 1.8 wrote a prefix in GNU headers too, so what is no time is a prefix, as in Go since.
+    """
     name = fields[0].partition(b"\0")[0]
-    if fields[9] != b"ustar\0":
-        return name
     prefix = fields[15]
+    ustar = fields[9] == b"ustar\0"
+    if not ustar and (fields[9:11] != _GNU_MAGIC or (_is_time(prefix[:12]) and _is_time(prefix[12:24]))):
+        return name
     if fields[16][8:] == b"tar\0":  # star stores times at the end of the prefix
         prefix = prefix[:_STAR_PREFIX]
     prefix = prefix.partition(b"\0")[0]
+    if not ustar and not prefix.isascii():
+        return name
     return prefix + b"/" + name if prefix else name
+
+
+def _is_time(field: bytes) -> bool:
+    if field[0]:
+        try:
+            number_in(field, signed=True)
+        except TarError:
+            return False
+    return True
 
 
 def fill_in(entry: Entry, fields: tuple[bytes, ...]) -> None:

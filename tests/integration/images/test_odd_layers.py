@@ -67,12 +67,16 @@ async def test_the_prefix_is_used_with_every_version_field(node: Node) -> None:
         file(b"name", b"1", magic=b"ustar\0\0\0", prefix=b"some/where"),
         file(b"name", b"2", magic=b"ustar\0  ", prefix=b"else/where"),
         file(b"name", b"3", magic=b"ustar  \0", prefix=b"of/gnu"),
+        file(b"name", b"4", magic=b"ustar  \0", prefix=b"00000000001\0" + b"00000000002\0"),
+        file(b"other", b"5", magic=b"ustar  \0", prefix=b"of\xe9"),
+        file(b"old", b"6", magic=bytes(8), prefix=b"of/old"),
         bytes(star),
     )
     root = await unpacked(node, layer)
     assert (root / "some/where/name").read_text() == "1"
     assert (root / "else/where/name").read_text() == "2"
-    assert (root / "name").read_text() == "3"
+    assert (root / "of/gnu/name").read_text() == "3", "Go before 1.8 wrote such headers"
+    assert [(root / name).read_text() for name in ("name", "other", "old")] == ["4", "5", "6"]
     assert (root / "star/name").read_text() == ""
 
 

@@ -145,6 +145,8 @@ def odd_image() -> BuiltImage:
         pax(record(b"path", b""), record(b"uid", b"")),
         file(b"own", b"x", uid=b"0000007\0", mtime=b"00000000011\0"),
         file(b"name", b"1", magic=b"ustar\0\0\0", prefix=b"some/where"),
+        file(b"name", b"2", magic=b"ustar  \0", prefix=b"of/gnu"),
+        file(b"timed", b"3", magic=b"ustar  \0", prefix=b"00000000001\0" + b"00000000002\0"),
         Header(b"signed \xe9", signed=True).encode(),
         file(b"x/../y", b"1"),
         file(b"a/b/../../c/./d", b"2"),

@@ -7,6 +7,7 @@ memory. So the text is checked in pieces before it is decoded, and other threads
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +21,9 @@ MOST_VALUES = 50_000
 DEEPEST = 64
 
 _PIECE = 16 << 10
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
 _OPENING = b"[{"
 _OTHERS = bytes(set(range(256)) - set(b"[]{},"))
 
@@ -28,8 +32,17 @@ class JsonError(ValueError):
     """The text is not JSON, does not have the requested form, or exceeds a limit."""
 
 
-def decode(content: bytes, kind: type[T], *, most_bytes: int = MOST_BYTES, most_values: int = MOST_VALUES) -> T:
+def decode(
+    content: bytes,
+    kind: type[T],
+    *,
+    most_bytes: int = MOST_BYTES,
+    most_values: int = MOST_VALUES,
+    any_text: bool = False,
+) -> T:
     """Decode ``content`` as ``kind`` (a type of msgspec). Raises JsonError.
+
+    ``any_text``: bytes that are not UTF-8 and single surrogates in strings become U+FFFD, as in Go.
 
     Limits: ``most_bytes``, about ``most_values`` members and items, and DEEPEST nested objects and lists. More than
     some 32 KiB block the event loop: decode them in a thread.
@@ -40,7 +53,14 @@ def decode(content: bytes, kind: type[T], *, most_bytes: int = MOST_BYTES, most_
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        if any_text and (repaired := _repaired(content)) != content:
+            return decode(repaired, kind, most_bytes=len(repaired), most_values=most_values)
         raise JsonError(str(error)) from error
+
+
+def _repaired(content: bytes) -> bytes:
+    valid = content.decode(errors="replace").encode()
+    return _ESCAPE.sub(lambda match: rb"\ufffd" if match[1] else match[0], valid)
 
 
 def read_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+from host import untrusted_json
 from host.errors import InvalidArgumentError
+from host.untrusted_json import JsonError
 from images.oci.digests import check_digest, digest_of
 from images.oci.layer_limit import MOST_LAYERS
 from images.oci.manifests import decode_json
@@ -39,6 +41,13 @@ class _RawImage(msgspec.Struct):
     variant: str | None = None
     config: _RawConfig | None = None
     rootfs: _RawRootFilesystem | None = None
+
+
+_MEMBERS: dict[str, tuple[str, ...]] = {  # of the file, and of the objects in it
+    "": _RawImage.__struct_encode_fields__,
+    "config": _RawConfig.__struct_encode_fields__,
+    "rootfs": _RawRootFilesystem.__struct_encode_fields__,
+}
 
 
 class ImageConfig(msgspec.Struct, frozen=True):
@@ -92,12 +101,13 @@ class ConfigFile:
 
 
 def read_config(content: bytes, subject: str) -> ConfigFile:
-    """Decode the config file in ``content``. Members that are null count as absent, as in containerd.
+    """Decode the config file in ``content``.
 
+    As in containerd, members that are null count as absent, and upper and lower case of their names make no difference.
     Raises InvalidArgumentError if it is malformed or has more layers than this node can mount. Decoding a file of
     megabytes blocks for tens of milliseconds.
     """
-    raw = decode_json(content, _RawImage, f"{subject}: its config", _LARGEST_KEPT)
+    raw = decode_json(_with_proper_names(content), _RawImage, f"{subject}: its config", _LARGEST_KEPT)
     given = (raw.rootfs.diff_ids if raw.rootfs else None) or []
     if len(given) > MOST_LAYERS:
         raise InvalidArgumentError(f"{subject} has {len(given)} layers: this node can mount at most {MOST_LAYERS}")
@@ -116,6 +126,23 @@ def read_config(content: bytes, subject: str) -> ConfigFile:
     )
     platform = Platform(raw.os or "", raw.architecture or "", raw.variant or "")
     return ConfigFile(content, digest_of(content), config, diff_ids, platform)
+
+
+def _with_proper_names(content: bytes, inside: str = "") -> bytes:
+    """The same JSON object, with the names of known members as they are in the specification."""
+    try:
+        members = untrusted_json.decode(content, dict[str, msgspec.Raw], most_bytes=_LARGEST_KEPT, any_text=True)
+    except JsonError:
+        return content  # decoding it fails with a better message
+    proper = {name.lower(): name for name in _MEMBERS[inside]}
+    renamed: dict[str, msgspec.Raw] = {}
+    for name, value in members.items():
+        known = proper.get(name.lower(), name)
+        if not inside and known in _MEMBERS:
+            renamed[known] = msgspec.Raw(_with_proper_names(bytes(value), known))
+        else:
+            renamed[known] = value
+    return msgspec.json.encode(renamed) if renamed != members else content
 
 
 def numeric_user(user: str) -> int | None:

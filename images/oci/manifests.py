@@ -1,6 +1,6 @@
 """Manifests, indexes and descriptors (OCI image specification; Docker image manifest version 2, schema 2).
 
-Members that are null count as absent, as in containerd.
+Members that are null count as absent, and text that is not valid Unicode is replaced, as in containerd.
 """
 
 from __future__ import annotations
@@ -109,11 +109,11 @@ def parse_manifest(content: bytes, subject: str, *claimed: str) -> Manifest:
     (CVE-2021-41190), and for more layers than this node can mount. Raises UnsupportedError for Docker's schema 1 and
     for other documents.
     """
-    types = [name.partition(";")[0].strip().lower() for name in claimed]
+    types = [_plain(name) for name in claimed]
     if any(name.startswith(_SCHEMA_1) for name in types):
         raise _schema_1(subject)
     try:
-        raw = untrusted_json.decode(content, _RawManifest, most_bytes=LARGEST_MANIFEST)
+        raw = untrusted_json.decode(content, _RawManifest, most_bytes=LARGEST_MANIFEST, any_text=True)
     except JsonError as error:
         limit = f"; an image has at most {MOST_LAYERS} layers" if content.count(b'"digest"') > MOST_LAYERS else ""
         raise InvalidArgumentError(f"{subject} is not a valid manifest: {error}{limit}") from error
@@ -139,6 +139,11 @@ def parse_manifest(content: bytes, subject: str, *claimed: str) -> Manifest:
         if descriptor is not None:
             _check_descriptor(descriptor, subject)
     return manifest
+
+
+def _plain(media_type: str) -> str:
+    """Without parameters, in lower case (RFC 9110, section 8.3.1)."""
+    return media_type.partition(";")[0].strip().lower()
 
 
 def _present(member: msgspec.Raw) -> bool:
@@ -167,7 +172,7 @@ def _check_unambiguous(content: bytes, raw: _RawManifest, claimed: list[str], su
             raise refuse(f"some programs read its member {name!r} as {proper!r}")
     if raw.manifests is not None and (raw.config is not None or raw.layers is not None):
         raise refuse("it has the members of an image (config, layers) and of an index (manifests)")
-    own = (raw.media_type or "").partition(";")[0].strip().lower()
+    own = _plain(raw.media_type or "")
     if own and own not in MANIFEST_TYPES:
         raise UnsupportedError(f"{subject} is no image: its manifest has media type {raw.media_type}")
     named = {own, *claimed} & set(MANIFEST_TYPES)
@@ -189,7 +194,7 @@ def _descriptor(raw: _RawDescriptor | None) -> Descriptor:
     if raw.urls is not None:
         urls = [url for url in raw.urls if url]
     size = -1 if raw.size is None else raw.size
-    return Descriptor(raw.media_type or "", raw.digest or "", size, platform, annotations, urls)
+    return Descriptor(_plain(raw.media_type or ""), raw.digest or "", size, platform, annotations, urls)
 
 
 def _check_descriptor(descriptor: Descriptor, subject: str) -> None:
@@ -223,7 +228,7 @@ def check_is_image(manifest: Manifest, subject: str) -> Descriptor:
 def decode_json(content: bytes, kind: type[T], subject: str, most_bytes: int) -> T:
     """Decode ``content`` as ``kind``. Otherwise InvalidArgumentError naming ``subject``."""
     try:
-        return untrusted_json.decode(content, kind, most_bytes=most_bytes)
+        return untrusted_json.decode(content, kind, most_bytes=most_bytes, any_text=True)
     except JsonError as error:
         raise InvalidArgumentError(f"{subject} is not valid: {error}") from error
 

@@ -95,6 +95,29 @@ async def test_null_members(node: Node, scripted: ScriptedRegistry) -> None:
     assert (image.id, image.layers) == (digest_of(empty), ())
 
 
+async def test_text_that_is_not_unicode(node: Node, scripted: ScriptedRegistry) -> None:
+    """Bytes that are not UTF-8 and halves of surrogate pairs are replaced, as containerd does."""
+    config = {
+        "config": {"Labels": {"author": "LATIN"}, "Env": ["A=LATIN", "B=HALF"]},
+        "history": [{"created_by": "HALF"}],
+    }
+
+    def odd(document: bytes) -> bytes:
+        return document.replace(b"LATIN", b"Jos\xe9").replace(b"HALF", b"\\ud83d")
+
+    _, kind, (encoded, layer) = small_image(config)
+    encoded = odd(encoded)
+    manifest = {
+        "config": {**descriptor(OCI_CONFIG, encoded), "annotations": {"a": "LATIN"}},
+        "layers": [{**descriptor(OCI_LAYER, layer), "annotations": {"HALF": "LATIN"}}],
+    }
+    name = scripted.offer("text", odd(json.dumps(manifest).encode()), kind, encoded, layer)
+    image = await node.puller.pull(name)
+    assert (image.id, image.config.env) == (digest_of(encoded), ("A=Jos\ufffd", "B=\ufffd"))
+    await node.restart()
+    assert node.store.images() == (image,)
+
+
 async def test_layouts_with_odd_images_are_imported(node: Node, scripted: ScriptedRegistry, tmp_path: Path) -> None:
     folder = tmp_path / "layout"
     blobs = folder / "blobs/sha256"

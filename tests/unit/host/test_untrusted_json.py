@@ -60,6 +60,24 @@ def test_size_and_form() -> None:
         decode(b'"x"', int)
 
 
+def test_text_that_is_not_unicode_is_replaced_on_demand() -> None:
+    for written, read in (
+        (b"Jos\xe9", "Jos\ufffd"),
+        (b"\\ud83d", "\ufffd"),
+        (b"\\ude00\\n", "\ufffd\n"),
+        (b"\\ud83d\\ud83d\\ude00\xff", "\ufffd\U0001f600\ufffd"),
+        (b"\\\\ud83d\\ud83d\\u0041", "\\ud83d\ufffdA"),
+        (b'\xed\xa0\x80\\"[', '\ufffd\ufffd\ufffd"['),
+    ):
+        content = b'{"a": "' + written + b'", "' + written + b'": 1}'
+        with pytest.raises(JsonError):
+            decode(content, dict[str, Any])
+        assert decode(content, dict[str, Any], any_text=True) == {"a": read, read: 1}
+    for wrong in (b"\xff", b'{"a": "\\ud83d"', b'{"a": "\\ud83"}', b"[" * 65 + b'"\xff"' + b"]" * 65):
+        with pytest.raises(JsonError):
+            decode(wrong, Any, any_text=True)
+
+
 def test_files(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"{}")

@@ -11,6 +11,7 @@ from images.oci.layer_limit import MOST_LAYERS
 from images.oci.manifests import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
+    OCI_CONFIG,
     OCI_INDEX,
     OCI_MANIFEST,
     Descriptor,
@@ -67,6 +68,7 @@ def test_layers_that_cannot_be_unpacked(layer: dict[str, object], words: str) ->
 
 IMAGE = {"schemaVersion": 2, "config": BLOB, "layers": [BLOB]}
 INDEX = {"schemaVersion": 2, "manifests": [BLOB]}
+LAYER = {**BLOB, "mediaType": "Application/vnd.oci.image.layer.v1.tar+gzip;a=b"}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,8 @@ def test_a_member_that_comes_twice_is_refused() -> None:
 def test_what_says_its_type_in_one_way_is_taken() -> None:
     for claimed in ("application/json", "application/octet-stream", "text/plain", "", OCI_MANIFEST):
         assert not parse_manifest(json.dumps(IMAGE).encode(), "thing", claimed).is_index
+    odd = {**IMAGE, "config": {**BLOB, "mediaType": f"{OCI_CONFIG}; charset=utf-8"}, "layers": [LAYER]}
+    assert check_is_image(parse_manifest(json.dumps(odd).encode(), "thing"), "thing").digest == DIGEST
     typed = {**INDEX, "mediaType": OCI_INDEX}
     assert parse_manifest(json.dumps(typed).encode(), "thing", OCI_INDEX.upper(), "").is_index
     with pytest.raises(UnsupportedError, match="text/html"):
@@ -205,6 +209,20 @@ def test_null_members_of_configs_count_as_absent() -> None:
     config = file.config
     assert (config.env, config.entrypoint, config.volumes) == (("A=1",), ("run", ""), ("/data",))
     assert read_config(b'{"config": null}', "thing").config.user == ""
+
+
+def test_names_of_members_of_configs_in_any_case() -> None:
+    """As in Go. Otherwise an image would lose its command without an error."""
+    content = {
+        "OS": "linux",
+        "Config": {"env": ["A=1"], "cmd": ["run"], "WORKINGDIR": "/w", "own": 1},
+        "rootFS": {"Diff_Ids": [DIGEST]},
+    }
+    file = read_config(json.dumps(content).encode(), "thing")
+    assert (file.config.env, file.config.cmd, file.config.working_dir) == (("A=1",), ("run",), "/w")
+    assert (file.platform.os, file.diff_ids, file.digest) == ("linux", (DIGEST,), digest_of(file.content))
+    twice = b'{"config": {"Cmd": ["first"], "cmd": ["last"]}}'
+    assert read_config(twice, "thing").config.cmd == ("last",)
 
 
 def test_numbers_of_users() -> None:
